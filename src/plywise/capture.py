@@ -1,0 +1,148 @@
+"""How A and Δ reach a rule on an unmodified model.
+
+A forward hook takes the output that the layer has just computed, lets go of the graph that autograd
+built for it, and returns the same numbers as the output of a `torch.autograd.Function` whose backward
+asks the rule for both of its answers. So
+
+- nothing is computed twice and nothing is kept that autograd would not keep (the input, the weight);
+- gradients arrive through autograd: accumulation, clipping, GradScaler and DDP see the rule's direction;
+- a forward leaves no trace unless a backward passes through it: no state between the two, so that
+  exceptions, no-grad forwards, recomputation and discarded graphs need no care.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from plywise.layers import LayerType
+from plywise.ply import Move, Ply
+
+
+class Listener(Protocol):
+    """Whoever answers for a layer in backward."""
+
+    def make_ply(self, node: "LayerNode", a: Tensor, delta: Tensor, weight: Tensor) -> Ply:
+        """The layer's local problem."""
+
+    def answer(self, ply: Ply, wants_move: bool, wants_below: bool) -> tuple[Move, Tensor | None]:
+        """How the layer moves and what the layer below hears."""
+
+
+class LayerNode(torch.autograd.Function):
+    """A layer in autograd's graph: identity on the output computed already, the rule in backward.
+
+    Public attributes of the node (the ``ctx`` of a call), used by `plywise.graph`: ``hook``, the
+    `LayerHook`; ``heard``, energies pushed down to it by the nodes above.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        box: list[Tensor],
+        hook: "LayerHook",
+        module: nn.Module,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.hook = hook
+        ctx.module = module
+        ctx.has_bias = bias is not None
+        ctx.heard = {}
+        output = box.pop()  # through a container: a tensor argument handed back would count as a view
+        ctx.save_for_backward(a if a.dtype == output.dtype else a.to(output.dtype), weight)
+        ctx.input_dtype = a.dtype
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a, weight = ctx.saved_tensors
+        _, _, _, wants_below, wants_weight, wants_bias = ctx.needs_input_grad
+        if delta.dim() < a.dim():
+            delta = delta.unsqueeze(0)  # the convolution of a single sample
+        listener = ctx.hook.listener
+        ply = listener.make_ply(ctx, a, delta, weight)
+        move, below = listener.answer(ply, wants_weight or wants_bias, wants_below)
+        return (
+            None,
+            None,
+            None,
+            below.to(ctx.input_dtype) if below is not None else None,
+            move.weight.to(weight.dtype) if wants_weight and move.weight is not None else None,
+            move.bias.to(weight.dtype) if wants_bias and move.bias is not None else None,
+        )
+
+
+def is_layer(node: Any) -> bool:
+    """Whether a node of autograd's graph is a `LayerNode`."""
+    return getattr(type(node), "_forward_cls", None) is LayerNode
+
+
+class ModelHook:
+    """A hook of ours on a user's module, which copies of the module do not inherit.
+
+    A copied or unpickled model carries a do-nothing of the standard library in its place.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # deepcopy and pickle of the model take this road. The fresh handle makes the unpickling process
+        # number its own hooks after ours: hook ids are per process, and flags are kept by id.
+        return getattr, (nullcontext(RemovableHandle(OrderedDict())), "__exit__")
+
+
+class LayerHook(ModelHook):
+    """The forward hook of one layer.
+
+    It holds the listener (which outlives a forgotten handle: the rule lives as long as the model) and
+    never the module.
+    """
+
+    def __init__(self, name: str, kind: LayerType, listener: Listener) -> None:
+        self.name = name
+        self.kind = kind
+        self.listener = listener
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Replace the output of the layer by the output of a `LayerNode`."""
+        if not (torch.is_grad_enabled() and output.requires_grad):
+            return None
+        x = args[0] if args else kwargs["input"]
+        return _eager_capture()(self, module, x, output)
+
+
+def _bare(output: Tensor) -> Tensor:
+    """The output's numbers without the graph that autograd built for them."""
+    bare = output.detach()
+    # A view of something else (an unbatched convolution) could not be modified in place afterwards.
+    return bare.clone() if bare._is_view() else bare
+
+
+def _capture(hook: LayerHook, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    a = hook.kind.linear_input(module, x)
+    weight = getattr(module, hook.kind.weight_name)
+    bias = getattr(module, hook.kind.bias_name)
+    return LayerNode.apply([_bare(output)], hook, module, a, weight, bias)  # type: ignore[no-any-return]
+
+
+@cache
+def _eager_capture() -> Callable[[LayerHook, nn.Module, Tensor, Tensor], Tensor]:
+    """`_capture`, closed to torch.compile: it cannot trace a solver that looks at its data.
+
+    Made on first use, since it makes torch import its compiler.
+    """
+    return torch.compiler.disable(_capture)  # type: ignore[no-any-return]
+
+
+def install(module: nn.Module, hook: LayerHook) -> RemovableHandle:
+    """Register ``hook`` on ``module``, before hooks of others, so that they see the tensor that goes on."""
+    return module.register_forward_hook(hook, prepend=True, with_kwargs=True)

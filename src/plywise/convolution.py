@@ -1,0 +1,127 @@
+"""Convolutions as linear maps of their patches: Conv1d, Conv2d and Conv3d.
+
+Rows are output positions, ``n = B · positions``; a row is the patch that the position reads,
+``d = C/groups · prod(kernel)``. Any stride, padding (numbers, "same", "valid"; zeros, reflect,
+replicate, circular), dilation and groups. The patch statistics come from `plywise.patch_gram`.
+"""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from plywise.layers import LayerType, register_layer
+from plywise.patch_gram import patch_gram, patch_rows, patch_square_sums, patch_sums, patch_trace
+
+
+class ConvolutionType(LayerType):
+    """A convolution of one to three spatial dimensions."""
+
+    def groups(self, module: nn.Module) -> int:
+        return cast(_ConvNd, module).groups
+
+    def linear_input(self, module: nn.Module, x: Tensor) -> Tensor:
+        conv = cast(_ConvNd, module)
+        if x.dim() == len(conv.kernel_size) + 1:
+            x = x.unsqueeze(0)
+        if _pads_outside(conv):
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        return x
+
+    def rows(self, module: nn.Module, a: Tensor) -> Tensor:
+        return patch_rows(a, *_geometry(module))
+
+    def delta_rows(self, module: nn.Module, delta: Tensor) -> Tensor:
+        groups = self.groups(module)
+        batch, channels = delta.shape[:2]
+        split = delta.reshape(batch, groups, channels // groups, -1)  # (B, g, m, positions)
+        return split.permute(1, 0, 3, 2).reshape(groups, -1, channels // groups)
+
+    def from_delta_rows(self, module: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
+        groups = self.groups(module)
+        batch, channels = like.shape[:2]
+        positions = math.prod(like.shape[2:])
+        split = rows.reshape(groups, batch, positions, channels // groups)
+        return split.permute(1, 0, 3, 2).reshape(like.shape)
+
+    def weight_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        return cast(Tensor, _backward(module, a, delta, weight, (False, True, False))[1])
+
+    def input_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        return cast(Tensor, _backward(module, a, delta, weight, (True, False, False))[0])
+
+    def bias_gradient(self, module: nn.Module, delta: Tensor) -> Tensor:
+        return delta.sum([0, *range(2, delta.dim())])
+
+    def apply(self, module: nn.Module, a: Tensor, weight: Tensor) -> Tensor:
+        _, stride, padding, dilation, groups = _geometry(module)
+        conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[a.dim()]
+        return conv(a, weight, None, stride, padding, dilation, groups)
+
+    def row_count(self, module: nn.Module, delta: Tensor) -> int:
+        return delta.shape[0] * math.prod(delta.shape[2:])
+
+    def gram(self, module: nn.Module, a: Tensor) -> Tensor:
+        return patch_gram(a, *_geometry(module))
+
+    def sums(self, module: nn.Module, a: Tensor) -> Tensor:
+        return patch_sums(a, *_geometry(module))
+
+    def square_norms(self, module: nn.Module, a: Tensor) -> Tensor:
+        return patch_square_sums(a, *_geometry(module))
+
+    def trace(self, module: nn.Module, a: Tensor) -> Tensor:
+        return patch_trace(a, *_geometry(module))
+
+    def weight_energy(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        # A tap of the kernel meets the image at as many positions as its window covers real pixels:
+        # border taps of a padded convolution count less often.
+        kernel, stride, padding, dilation, _ = _geometry(module)
+        taps = weight.square().sum((0, 1))
+        for dim, (k, s, p, step) in enumerate(zip(kernel, stride, padding, dilation, strict=True)):
+            size, out = a.shape[2 + dim], delta.shape[2 + dim]
+            start = torch.arange(k, device=a.device)[:, None] * step - p
+            where = start + s * torch.arange(out, device=a.device)
+            counts = ((where >= 0) & (where < size)).sum(1).to(taps.dtype)
+            taps = taps * counts.reshape([-1 if i == dim else 1 for i in range(len(kernel))])
+        return taps.sum() / math.prod(a.shape[1:])
+
+
+def _pads_outside(conv: _ConvNd) -> bool:
+    """Whether padding is a step of its own before the convolution.
+
+    Zero padding of equal size on both sides is part of the convolution itself. Other modes, and
+    "same" with an even kernel (one more zero on one side), pad first.
+    """
+    before_after = conv._reversed_padding_repeated_twice
+    return conv.padding_mode != "zeros" or before_after[::2] != before_after[1::2]
+
+
+def _geometry(
+    module: nn.Module,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """Kernel size, stride, zero padding, dilation and groups of the convolution of `linear_input`."""
+    conv = cast(_ConvNd, module)
+    padding = tuple(reversed(conv._reversed_padding_repeated_twice[::2]))
+    if _pads_outside(conv):
+        padding = (0,) * len(conv.kernel_size)
+    return conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups
+
+
+def _backward(
+    module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The backward pass that autograd itself runs for a convolution."""
+    _, stride, padding, dilation, groups = _geometry(module)
+    no_output_padding = [0] * len(stride)
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        delta, a, weight, None, stride, padding, dilation, False, no_output_padding, groups, mask
+    )
+
+
+for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    register_layer(_type, ConvolutionType())

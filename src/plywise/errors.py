@@ -1,0 +1,17 @@
+"""The errors plywise raises: each says what, in which layer, why, and how to mend it."""
+
+
+class PlywiseError(RuntimeError):
+    """Something plywise refuses to do silently."""
+
+
+class AttachError(PlywiseError):
+    """A rule cannot be attached to (or used on) this model or optimizer."""
+
+
+class NonFiniteError(PlywiseError):
+    """A NaN or infinity reached a layer and the run was asked to stop there."""
+
+
+class UncapturedLayerError(PlywiseError):
+    """A layer received a gradient that did not pass through its rule."""

@@ -1,0 +1,75 @@
+"""What a rule does to a model, one row a layer."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer's line in an explanation.
+
+    Attributes:
+        name: qualified name in the model.
+        type: class of the module.
+        shape: shape of its weight, e.g. ``"256×784"``.
+        handled: whether the rule handles it.
+        treatment: what happens to it.
+        reason: why.
+        memory: extra bytes while its backward runs, or None if not known before the first batch.
+        cost: extra floating-point operations over those of its plain step, or None likewise.
+        events: what did not go the plain way so far, e.g. ``{"solved in float64": 3}``.
+    """
+
+    name: str
+    type: str
+    shape: str
+    handled: bool
+    treatment: str
+    reason: str
+    memory: float | None
+    cost: float | None
+    events: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A table of `LayerRow`; ``print`` it."""
+
+    title: str
+    rows: list[LayerRow]
+
+    def __str__(self) -> str:
+        header = ["layer", "type", "weight", "treatment", "why", "memory", "cost"]
+        cells = [
+            [r.name or "(model)", r.type, r.shape, r.treatment, _why(r), _bytes(r), _cost(r)]
+            for r in self.rows
+        ]
+        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in [header, *cells]
+        ]
+        handled = sum(r.handled for r in self.rows)
+        note = "cost: extra floating-point operations, relative to the layer's forward and backward."
+        return "\n".join([f"{self.title}: {handled} of {len(self.rows)} layers handled", *lines, note])
+
+
+def _why(row: LayerRow) -> str:
+    events = ", ".join(f"{count}× {event}" for event, count in row.events.items())
+    return f"{row.reason}; {events}" if events else row.reason
+
+
+def _bytes(row: LayerRow) -> str:
+    if not row.handled:
+        return "0"
+    if row.memory is None:
+        return "after 1st batch"
+    value, units = row.memory, ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}"
+
+
+def _cost(row: LayerRow) -> str:
+    if not row.handled:
+        return "0"
+    return "after 1st batch" if row.cost is None else f"+{100 * row.cost:.0f} %"

@@ -1,0 +1,107 @@
+"""What stands between backward and the optimizer's step: non-finite gradients never enter weights."""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from plywise import health
+from plywise.errors import NonFiniteError
+from plywise.health import Health
+
+
+class StepGuard:
+    """Watches one optimizer: skips a step whose gradients are not finite, counts and names it.
+
+    A skipped step hides the gradients from the optimizer (``grad = None``), which then leaves weights,
+    momenta and decay alone, and puts them back afterwards. With a closure (LBFGS, Lightning) the
+    gradients are judged when the closure has made them.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        names: dict[int, str],
+        health_: Health,
+        on_nonfinite: str,
+        before_step: Callable[[], None],
+    ) -> None:
+        self._names = names
+        self._health = health_
+        self._on_nonfinite = on_nonfinite
+        self._before_step = before_step
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._optimizer = weakref.ref(optimizer)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._pre_step),
+            optimizer.register_step_post_hook(self._post_step),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _pre_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._judge(optimizer)
+            return None
+
+        def judged() -> Any:
+            self._restore()
+            loss = closure()
+            self._judge(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], judged, *args[2:]), kwargs
+        return args, {**kwargs, "closure": judged}
+
+    def _post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._restore()
+
+    def _judge(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self._on_nonfinite == "propagate" or _finite([p.grad for p in parameters]):
+            self._before_step()
+            return
+        bad = [p for p in parameters if not _finite([p.grad])]
+        names = [self._names.get(id(p), f"parameter of shape {tuple(p.shape)}") for p in bad]
+        for name in names:
+            self._health.note(name, health.NON_FINITE)
+        message = (
+            f"The gradient of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} is not finite, "
+            "so this step was not taken. Look for NaN or infinity in the batch, a rate too large, or a loss "
+            "scale too high."
+        )
+        if self._on_nonfinite == "raise":
+            raise NonFiniteError(message)
+        if self._health.total(health.SKIPPED) == 0:
+            warnings.warn(
+                message + " Later ones are only counted (rule.health).", RuntimeWarning, stacklevel=4
+            )
+        self._health.note("optimizer", health.SKIPPED)
+        for p in parameters:
+            self._hidden.append((p, p.grad))
+            p.grad = None
+
+    def _restore(self) -> None:
+        for parameter, gradient in self._hidden:
+            parameter.grad = gradient
+        self._hidden.clear()
+
+
+def _finite(gradients: list[Tensor | None]) -> bool:
+    """Whether every gradient is finite; one pass over the memory."""
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
+    if not dense:
+        return True
+    largest = torch.nn.utils.get_total_norm(dense, norm_type=float("inf"))
+    return bool(torch.isfinite(largest))

@@ -1,0 +1,171 @@
+"""One layer's local problem in one backward pass: the rows ``A``, the weights ``W``, the gradient ``Δ``.
+
+A rule receives a `Ply` and gives an `Answer`: how W moves, and what the layer below hears.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from plywise.health import Health
+from plywise.layers import LayerType, lower_product
+
+
+@dataclass(frozen=True)
+class Move:
+    """How a layer's parameters move: what stands in ``weight.grad`` and ``bias.grad`` afterwards.
+
+    Attributes:
+        weight: direction in the shape of the weight, or None if the weight is frozen.
+        bias: direction in the shape of the bias, or None without a (trainable) bias.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def scaled(self, weight: Tensor | float, bias: Tensor | float) -> "Move":
+        """This move with the weight's and the bias's part multiplied by a scalar each."""
+        return Move(
+            None if self.weight is None else self.weight * weight,
+            None if self.bias is None else self.bias * bias,
+        )
+
+
+@dataclass
+class Ply:
+    """What a layer sees in one backward pass.
+
+    Attributes:
+        name: qualified name of the layer in the model.
+        kind: how the layer reads as a linear map.
+        module: the layer.
+        a: input of the linear map, as the layer got it (see `LayerType.linear_input`).
+        delta: gradient of the loss at the layer's output.
+        weight: the weight that the forward used.
+        has_bias: whether a bias is added.
+        health: where solvers count their fallbacks.
+        energy: product of the layers' matching scalars from the loss down to this layer's output
+            (`plywise.graph`); None unless the rule asked for it.
+    """
+
+    name: str
+    kind: LayerType
+    module: nn.Module
+    a: Tensor
+    delta: Tensor
+    weight: Tensor
+    has_bias: bool
+    health: Health
+    energy: Tensor | None = None
+
+    # ---- sizes -------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> int:
+        """Independent linear maps side by side, g."""
+        return self.kind.groups(self.module)
+
+    @property
+    def samples(self) -> int:
+        """Samples in the batch: the first dimension of the input (1 for an unbatched linear input)."""
+        return self.a.shape[0] if self.a.dim() > 1 else 1
+
+    @property
+    def row_count(self) -> int:
+        """Rows of A, n: samples × positions."""
+        return self.kind.row_count(self.module, self.delta)
+
+    @property
+    def width(self) -> int:
+        """Columns of A without the bias, d."""
+        return self.kind.width(self.module, self.weight)
+
+    @property
+    def columns(self) -> int:
+        """Columns of A with the bias's column of ones."""
+        return self.width + self.has_bias
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of one group, m."""
+        return self.weight.shape[0] // self.groups
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of statistics and solves: the layer's own, float32 at least."""
+        return torch.promote_types(self.delta.dtype, torch.float32)
+
+    # ---- the two answers of backpropagation --------------------------------------------------
+
+    def gradient(self, delta: Tensor | None = None) -> Move:
+        """``ΔᵀA`` and ``Δᵀ1``: backpropagation's move, with another Δ if given."""
+        delta = self.delta if delta is None else delta
+        weight = self.kind.weight_gradient(self.module, self.a.to(delta.dtype), delta, self.weight)
+        return Move(weight, self.kind.bias_gradient(self.module, delta) if self.has_bias else None)
+
+    def below(self, delta: Tensor | None = None) -> Tensor:
+        """``ΔW``: what backpropagation sends down, with another Δ if given."""
+        delta = self.delta if delta is None else delta
+        weight, a = self.weight.to(delta.dtype), self.a.to(delta.dtype)
+        return self.kind.input_gradient(self.module, a, delta, weight)
+
+    # ---- the layer as matrices ---------------------------------------------------------------
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """``[A, 1]``, (g, n, k): the rows, with a trailing 1 where there is a bias."""
+        rows = self.kind.rows(self.module, self.a.to(dtype))
+        if not self.has_bias:
+            return rows
+        return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+
+    def delta_rows(self, dtype: torch.dtype | None = None) -> Tensor:
+        """``Δ`` as rows, (g, n, m)."""
+        return self.kind.delta_rows(self.module, self.delta.to(dtype or self.dtype))
+
+    def from_delta_rows(self, rows: Tensor) -> Tensor:
+        """Rows of another Δ in the shape and dtype of this layer's output."""
+        return self.kind.from_delta_rows(self.module, rows, self.delta).to(self.delta.dtype)
+
+    def matrix(self, move: Move) -> Tensor:
+        """A move as one matrix (g, m, k): the weight's columns, then the bias's."""
+        assert move.weight is not None
+        weight = move.weight.reshape(self.groups, self.outputs, self.width)
+        if move.bias is None:
+            return weight
+        return torch.cat([weight, move.bias.reshape(self.groups, self.outputs, 1)], 2)
+
+    def move(self, matrix: Tensor) -> Move:
+        """Inverse of `matrix`."""
+        weight = matrix[:, :, : self.width].reshape(self.weight.shape)
+        return Move(weight, matrix[:, :, -1].reshape(-1) if self.has_bias else None)
+
+    # ---- statistics of the rows --------------------------------------------------------------
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """``[A,1]ᵀ[A,1]``, (g, k, k); its lower triangle is promised."""
+        a = self.a.to(dtype)
+        gram = self.kind.gram(self.module, a)
+        if not self.has_bias:
+            return gram
+        sums = self.kind.sums(self.module, a)
+        border = torch.cat([sums, sums.new_full((self.groups, 1), self.row_count)], 1).unsqueeze(1)
+        return torch.cat([torch.nn.functional.pad(gram, (0, 1)), border], 1)
+
+    def dual_gram(self, dtype: torch.dtype) -> Tensor:
+        """``[A,1][A,1]ᵀ``, (g, n, n); its lower triangle is promised."""
+        gram = lower_product(self.kind.rows(self.module, self.a.to(dtype)))
+        return gram.add_(1) if self.has_bias else gram
+
+    def mean_row(self, dtype: torch.dtype) -> Tensor:
+        """Mean of the rows of A, (g, d)."""
+        return self.kind.sums(self.module, self.a.to(dtype)) / self.row_count
+
+    def square_norms(self) -> Tensor:
+        """``‖[a_i, 1]‖²`` of each row, (g, n)."""
+        return self.kind.square_norms(self.module, self.a.to(self.dtype)) + int(self.has_bias)
+
+    def trace(self) -> Tensor:
+        """``‖[A,1]‖²_F``, (g,)."""
+        trace = self.kind.trace(self.module, self.a.to(self.dtype))
+        return trace + self.row_count if self.has_bias else trace

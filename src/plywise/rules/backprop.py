@@ -1,0 +1,39 @@
+"""Backpropagation itself, through the same machinery: the control of equal overhead."""
+
+from dataclasses import dataclass
+
+from plywise.ply import Move, Ply
+from plywise.rule import Rule, Size
+
+
+@dataclass(frozen=True, eq=False)
+class Backprop(Rule):
+    """Backpropagation, the identity among the rules.
+
+    Idea: one explicit gradient step for every layer. Attached, it changes nothing but the road that the
+        gradients take; a comparison with it pays the same overhead as any other rule.
+    Equation: D = G = ΔᵀA; the layer below hears ΔW.
+    Use when: you compare rules, or look for the cost of attaching one.
+    Do not use when: you just want to train: leave it out.
+    Cost: nothing but the hooks (benchmarks/step_cost.py, row "Backprop").
+    Source: Rumelhart, Hinton, Williams, Nature 323 (1986); as a control in Frerix et al. (2018), whose
+        code has it as mode "gradient".
+    Limits: none.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Linear(2, 1)
+        >>> rule = pw.Backprop().attach(model)
+        >>> model(torch.ones(4, 2)).mean().backward()
+        >>> model.weight.grad
+        tensor([[1., 1.]])
+        >>> rule.detach()
+    """
+
+    def move(self, ply: Ply) -> Move:
+        """``G = ΔᵀA``."""
+        return ply.gradient()
+
+    def price(self, size: Size) -> tuple[float, float]:
+        """Nothing extra."""
+        return 0.0, 0.0

@@ -1,0 +1,76 @@
+"""Consequentialism weight updates (CWU): emend each sample's error for what all samples do to it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from plywise import solve
+from plywise.ply import Move, Ply
+from plywise.rule import Rule, Size, require_choice, require_positive
+
+
+@dataclass(frozen=True, eq=False)
+class Consequentialism(Rule):
+    """Consequentialism weight updates (CWU) over mini-batches.
+
+    Idea: the network is a stack of adaptive filters. The steps of all samples of a batch, taken together,
+        change the outputs not by the intended -ηΔ but by -η(AAᵀ)Δ: samples disturb each other. Predict
+        that consequence and emend the errors before the step, so that the consequence is the intention.
+    Equation: (AAᵀ + εI) Δ̃ = Δ, D = Δ̃ᵀA, Δ of the summed loss: backpropagation's product with the
+        transpose of A replaced by its damped pseudo-inverse (the affine projection filter in each layer).
+        The layer below hears the plain ΔW.
+    Use when: inputs are correlated, layers badly scaled, or tuning the rate is a burden: rates of 0.1 to
+        1 work at any batch size.
+    Do not use when: gradients are mostly noise (tiny batches, noisy labels): it fits each batch closely.
+    Cost: as exact ProxProp, which it equals up to damping and the loss's averaging.
+    Source: Paeedeh, Ghiasi-Shirazi, "Improving the Backpropagation Algorithm with Consequentialism
+        Weight Updates over Mini-Batches", arXiv 2003.05164, Neurocomputing 461 (2021). The body of the
+        paper could not be read: the system above follows from its abstract and introduction; the damping
+        and the treatment of the bias are a reconstruction.
+    Limits: not equivariant to rescaled layers. L layers that move together over-shoot up to L-fold, hence
+        rates below 1. k accumulated micro-batches average k moves.
+
+    Args:
+        eps: damping relative to the mean non-zero eigenvalue of the Gram. Default 1 for
+            ``bias="centre"``, 0.1 for ``bias="append"`` (they normalise differently).
+        bias: ``"centre"`` solves for the weight on centred rows and targets, then for the bias;
+            ``"append"`` treats it as the weight of a constant input 1.
+        reduction: how the loss is averaged over the samples, ``"mean"`` or ``"sum"``; the move is the same
+            for both.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        >>> rule = pw.Consequentialism().attach(model, optimizer)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.arange(32) % 2)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> rule.detach()
+    """
+
+    eps: float | None = None  # ε, relative
+    bias: Literal["centre", "append"] = "append"
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        require_choice(self, "bias", self.bias, ("centre", "append"))
+        require_choice(self, "reduction", self.reduction, ("mean", "sum"))
+        if self.eps is None:
+            object.__setattr__(self, "eps", 1.0 if self.bias == "centre" else 0.1)
+        require_positive(self, eps=self.eps)  # type: ignore[arg-type]
+
+    def move(self, ply: Ply) -> Move:
+        """``Δ̃ᵀA``, of the summed loss."""
+        assert self.eps is not None
+        if self.bias == "centre" and ply.has_bias:
+            move = solve.ridge_centred(ply, self.eps)
+        else:
+            move = solve.ridge(ply, self.eps * ply.trace() / min(ply.row_count, ply.columns))
+        return move if self.reduction == "sum" else move.scaled(ply.samples, ply.samples)
+
+    def price(self, size: Size) -> tuple[float, float]:
+        """As an exact solve."""
+        return size.exact_solve, 2.0 * size.g * min(size.n, size.d) ** 2

@@ -1,0 +1,63 @@
+"""Normalised least mean squares: each sample's step divided by the squared norm of its input."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from plywise import solve
+from plywise.ply import Move, Ply
+from plywise.rule import Rule, Size, require_choice, require_positive
+
+
+@dataclass(frozen=True, eq=False)
+class NLMS(Rule):
+    """Normalised least mean squares (NLMS) in every layer.
+
+    Idea: a step -ηδaᵀ, meant to change the layer's output by -ηδ, changes it by -η‖a‖²δ. Divide by ‖a‖²
+        and the consequence is the intention, whatever the size of the input.
+    Equation: D = mean over samples of δ_i [a_i,1] / (‖[a_i,1]‖² + ε), δ of the summed loss and ε = eps
+        times the mean of ‖[a,1]‖². The layer below hears ΔW.
+    Use when: inputs of a layer differ much in size from sample to sample, and steps must stay cheap.
+    Do not use when: samples of a batch resemble one another: only Consequentialism accounts for what
+        they do to each other. In our runs plain NLMS is no better than SGD on well-scaled networks.
+    Cost: one pass over A and one over Δ.
+    Source: Widrow, Hoff (1960); Nagumo, Noda (1967); as the starting point of Paeedeh, Ghiasi-Shirazi,
+        arXiv 2003.05164 (2020).
+    Limits: with convolutions the positions of one sample are rows of their own and add up. k accumulated
+        micro-batches (loss divided by k) average to the joined batch exactly but for ε, which is
+        relative to each one's mean.
+
+    Args:
+        eps: damping relative to the mean squared norm of the rows. Default 0.1.
+        reduction: how the loss is averaged over the samples, ``"mean"`` or ``"sum"``; the move is the same
+            for both.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> rule = pw.NLMS(eps=1e-9).attach(model)
+        >>> (0.5 * (model(torch.tensor([[3.0, 4.0]])) - 1).square()).sum().backward()
+        >>> with torch.no_grad():
+        ...     _ = model.weight.sub_(model.weight.grad)
+        >>> model(torch.tensor([[3.0, 4.0]])).round(decimals=4)  # one step of rate 1 lands on the target
+        tensor([[1.]], grad_fn=<RoundBackward1>)
+        >>> rule.detach()
+    """
+
+    eps: float = 0.1  # ε, relative
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        require_positive(self, eps=self.eps)
+        require_choice(self, "reduction", self.reduction, ("mean", "sum"))
+
+    def move(self, ply: Ply) -> Move:
+        """Δ with each row divided by its own norm, then backpropagation's product."""
+        move = solve.normalised(ply, self.eps)
+        return move if self.reduction == "mean" else move.scaled(1 / ply.samples, 1 / ply.samples)
+
+    def price(self, size: Size) -> tuple[float, float]:
+        """A pass over A, a pass over Δ and the new Δ."""
+        return size.g * size.n * (2.0 * size.d + size.m), float(size.g * size.n * size.m)
