@@ -48,6 +48,13 @@ class ConvolutionType(LayerType):
         split = rows.reshape(groups, batch, positions, channels // groups)
         return split.permute(1, 0, 3, 2).reshape(like.shape)
 
+    def scale_rows(self, module: nn.Module, delta: Tensor, factors: Tensor) -> Tensor:
+        # in the layout of the output: making rows of Δ and undoing it would copy it twice
+        groups, batch = self.groups(module), delta.shape[0]
+        split = delta.reshape(batch, groups, -1, *delta.shape[2:])
+        by_position = factors.reshape(groups, batch, 1, *delta.shape[2:]).transpose(0, 1)
+        return (split * by_position).reshape(delta.shape)
+
     def weight_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         return cast(Tensor, _backward(module, a, delta, weight, (False, True, False))[1])
 

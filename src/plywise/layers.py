@@ -50,6 +50,11 @@ class LayerType(ABC):
     def from_delta_rows(self, module: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
         """Inverse of `delta_rows`; ``like`` is a tensor of the output's shape."""
 
+    def scale_rows(self, module: nn.Module, delta: Tensor, factors: Tensor) -> Tensor:
+        """Δ with row i multiplied by ``factors[:, i]``, factors (g, n)."""
+        rows = self.delta_rows(module, delta) * factors.unsqueeze(2)
+        return self.from_delta_rows(module, rows, delta)
+
     @abstractmethod
     def weight_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """``ΔᵀA`` in the shape of the weight: what autograd would return."""
@@ -86,7 +91,7 @@ class LayerType(ABC):
 
     def square_norms(self, module: nn.Module, a: Tensor) -> Tensor:
         """``‖a_i‖²`` of each row, (g, n)."""
-        return self.rows(module, a).square().sum(2)
+        return torch.linalg.vector_norm(self.rows(module, a), dim=2).square()
 
     def trace(self, module: nn.Module, a: Tensor) -> Tensor:
         """``‖A‖²_F`` of each group, (g,)."""
@@ -98,7 +103,7 @@ class LayerType(ABC):
         It is the mean factor by which a random vector's squared size changes on its way down; for a
         linear layer ``‖W‖²_F / d``.
         """
-        return weight.square().sum() / self.width(module, weight)
+        return torch.linalg.vector_norm(weight).square() / self.width(module, weight)
 
 
 BLOCK = 128  # rows of the Gram made at a time: large enough for full speed, small enough to skip work
@@ -137,6 +142,9 @@ class LinearType(LayerType):
 
     def weight_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         return delta.reshape(-1, delta.shape[-1]).T @ a.reshape(-1, a.shape[-1])
+
+    def trace(self, module: nn.Module, a: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(a).square().reshape(1)
 
     def input_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         return delta @ weight

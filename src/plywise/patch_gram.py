@@ -12,15 +12,16 @@ backward pass. Two facts make it cheap:
   axes are treated as before. So per axis: all windows, minus those before, minus those after; for
   several axes, the product of these three terms.
 
-Everything is exact up to rounding. Frequencies are the odd multiples of pi / period: on this grid no
-frequency is its own conjugate, so a real input needs exactly half of them, all with the same weight.
+Everything is exact up to rounding, relative to the energy of the whole input. Frequencies are the odd
+multiples of pi / period: on this grid none is its own conjugate, so a real input needs exactly half of
+them, all with the same weight.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -30,11 +31,13 @@ from torch.nn.functional import pad
 
 __all__ = ["patch_gram", "patch_rows", "patch_square_sums", "patch_sums", "patch_trace"]
 
-_WORKSPACE = 2**20  # elements of one block of intermediate results, small enough to stay in the cache
-_MIN_BATCH = 64  # least images per block, so that products are long enough
-_SLOWDOWN = 2.5  # cost of an operation in small products, relative to one in the large product of all rows
-_CALL = 20_000.0  # cost of starting one small product, in operations
-_COPY = 20.0  # cost of unfolding one element, in columns of the product
+_WORKSPACE = 2**20  # elements of one block of intermediate results, about what the cache holds
+_MIN_BATCH = 64  # least images per block: the products run over them
+# The cost of both ways, in operations of one large product; measured on a CPU.
+_COPY = 60.0  # unfolding one element
+_SMALL = 2.5  # an operation of a small product
+_CALL = 2e3  # starting a small product
+_TERM = 5e6  # starting one term: its tables and its small operations
 _ALL, _BEFORE, _AFTER = range(3)  # which windows of an axis a term counts
 
 Sizes = Sequence[int]
@@ -61,7 +64,7 @@ def patch_rows(
     x = _pad(x, padding, padding)
     for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
-    x = x.unflatten(1, (groups, x.shape[1] // groups))  # (batch, groups, channels, *positions, *taps)
+    x = torch.unflatten(x, 1, (groups, x.shape[1] // groups))  # (batch, groups, channels, *positions, *taps)
     x = x.permute(1, 0, *range(3, 3 + n), 2, *range(3 + n, 3 + 2 * n))
     return x.reshape(groups, math.prod(x.shape[1 : 2 + n]), math.prod(x.shape[2 + n :]))
 
@@ -69,20 +72,9 @@ def patch_rows(
 def patch_gram(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> Tensor:
-    """Compute ``rows.mT @ rows`` of :func:`patch_rows` by the cheaper of unfolding and correlating.
+    """Compute the symmetric ``rows.mT @ rows`` of :func:`patch_rows`, unfolding only where that is cheaper.
 
     Correlating needs about as much extra memory as the input; unfolding is done in blocks of the batch.
-
-    Args:
-        x: Input of shape (batch, channels, *spatial).
-        kernel_size: Taps per spatial axis.
-        stride: Stride per spatial axis.
-        padding: Zeros on both sides of each spatial axis.
-        dilation: Dilation per spatial axis.
-        groups: Groups of channels.
-
-    Returns:
-        Symmetric matrices of shape (groups, d, d) with d = channels / groups * taps.
     """
     channels = x.shape[1] // groups
     axes = [_Axis.of(*v) for v in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)]
@@ -92,7 +84,7 @@ def patch_gram(
         gram = _correlate(x, groups, axes)
     else:
         gram = x.new_zeros(groups, d, d)
-        for part in x.split(max(1, _WORKSPACE // max(1, groups * positions * d))):
+        for part in torch.split(x, max(1, _WORKSPACE // max(1, groups * positions * d))):
             rows = patch_rows(part, kernel_size, stride, padding, dilation, groups)
             gram += rows.mT @ rows
     return (gram + gram.mT).div_(2)
@@ -109,7 +101,7 @@ def patch_square_sums(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> Tensor:
     """Compute the squared norm of every row of :func:`patch_rows`: shape (groups, batch * positions)."""
-    squares = x.square().unflatten(1, (groups, -1)).sum(2)
+    squares = torch.unflatten(x.square(), 1, (groups, x.shape[1] // groups)).sum(2)
     return _window_sums(squares, kernel_size, stride, padding, dilation).transpose(0, 1).flatten(1)
 
 
@@ -117,7 +109,7 @@ def patch_trace(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> Tensor:
     """Compute the trace of :func:`patch_gram`, the squared norm of all rows: shape (groups,)."""
-    squares = x.square().sum(0).unflatten(0, (groups, -1)).sum(1, keepdim=True)
+    squares = torch.unflatten(x.square().sum(0), 0, (groups, x.shape[1] // groups)).sum(1, keepdim=True)
     return _window_sums(squares, kernel_size, stride, padding, dilation).flatten(1).sum(1)
 
 
@@ -189,9 +181,9 @@ class _Axis:
         return (self.length + self.reach + 1) // 2 * 2
 
     @property
-    def filled(self) -> int:
-        """Length that the input needs before it is dealt to phases."""
-        return self.stride * (self.length - 1) + self.phases
+    def choices(self) -> tuple[int, ...]:
+        """Which windows the terms count along this axis."""
+        return (_ALL, _BEFORE, _AFTER) if self.border else (_ALL,)
 
     def angles(self, count: int) -> Tensor:
         """Return the first ``count`` frequencies, as angles per line."""
@@ -225,75 +217,76 @@ class _Axis:
         return -((i - r == j - q) & beyond).reshape(self.border**2, self.kernel**2).double()
 
 
-def _terms(axes: Sequence[_Axis]) -> Iterator[tuple[int, ...]]:
-    """Enumerate which windows to count along each axis."""
-    return itertools.product(*((_ALL, _BEFORE, _AFTER) if axis.border else (_ALL,) for axis in axes))
-
-
 def _correlation_cost(batch: int, groups: int, channels: int, axes: Sequence[_Axis]) -> float:
-    """Estimate :func:`_correlate` in operations of a large matrix product; infinite where it cannot work."""
+    """Estimate :func:`_correlate` in operations of one large product; infinite where it does not apply."""
     if not batch or any(a.border > a.length or (a.stride > 1 and a.dilation > 1) for a in axes):
         return math.inf
     channels *= math.prod(a.phases for a in axes)
     batch *= math.prod(a.length for a in axes if a.kernel == 1)
     axes = [a for a in axes if a.kernel > 1]
     cost = 0.0
-    for term in _terms(axes):
+    for term in itertools.product(*(a.choices for a in axes)):
         opened = [a for a, windows in zip(axes, term, strict=True) if windows == _ALL]
-        width = channels * math.prod(
-            a.border for a, windows in zip(axes, term, strict=True) if windows != _ALL
-        )
-        frequencies, rest = 0.5, batch * math.prod(a.length for a in opened)
+        width = channels * math.prod(a.border for a, w in zip(axes, term, strict=True) if w != _ALL)
+        lags, frequencies = math.prod(2 * a.kernel - 1 for a in opened), 0.5
+        rest = batch * math.prod(a.length for a in opened)
         for a in opened:
             rest //= a.length
             cost += groups * width * frequencies * rest * 8 * a.period * a.length
             frequencies *= a.period
-        lags = math.prod(2 * a.kernel - 1 for a in opened)
-        cost += groups * frequencies * (width**2 * (6 * batch + 4 * lags) + _CALL)
-    return _SLOWDOWN * cost
+        cost += groups * frequencies * (width**2 * (6 * batch + 4 * lags + 20) + _CALL) + _TERM
+    return _SMALL * cost if axes else 0.0  # without overlap, the input already is its own unfolding
 
 
 def _correlate(x: Tensor, groups: int, axes: Sequence[_Axis]) -> Tensor:
     """Compute the Gram matrices as the sum of all terms, see the module's docstring."""
     n, channels, phases = len(axes), x.shape[1] // groups, [a.phases for a in axes]
     if any(a.stride > 1 for a in axes):
-        surplus = [a.filled - a.lead - size for a, size in zip(axes, x.shape[2:], strict=True)]
-        x = _pad(x, [a.lead for a in axes], surplus)
+        filled = [a.stride * (a.length - 1) + a.phases - a.lead for a in axes]
+        x = _pad(x, [a.lead for a in axes], [f - size for f, size in zip(filled, x.shape[2:], strict=True)])
     for axis, a in enumerate(axes, start=2):
         x = x.unfold(axis, a.phases, a.stride)  # (batch, channels, *lengths, *phases)
-    # The batch last: all products then run over long contiguous lines. Axes with one tap join the batch.
-    wide = [i for i, a in enumerate(axes) if a.kernel > 1]
-    order = (
-        1,
-        *range(2 + n, 2 + 2 * n),
-        *(2 + i for i in wide),
-        *(2 + i for i in range(n) if i not in wide),
-        0,
-    )
-    wide_axes = [axes[i] for i in wide]
-    lengths = [a.length for a in wide_axes]
-    image = x[:1].numel() // math.prod(lengths) * math.prod(a.period for a in wide_axes)
-    blocks = math.ceil(x.shape[0] / max(_MIN_BATCH, _WORKSPACE // image))
-    width = channels * math.prod(phases)
-    parts = [p.permute(order).reshape(groups * width, *lengths, -1) for p in x.chunk(blocks)]
-    gram = reduce(torch.add, (_term(parts, groups, wide_axes, term) for term in _terms(wide_axes)))
-    # (groups, width, width, kernel², ...) to one block of taps = (kernel, phase) per axis, on both sides
-    kernels = [k for a in axes for k in (a.kernel, a.kernel)]
-    gram = gram.reshape(groups, channels, *phases, channels, *phases, *kernels)
-    order = [0]
-    for channel, kernel in ((1, 3 + 2 * n), (2 + n, 4 + 2 * n)):  # where the dims of either side start
-        order += [channel, *(dim for i in range(n) for dim in (kernel + 2 * i, channel + 1 + i))]
-    gram = gram.permute(order)
-    block = [channels, *(a.kernel * a.phases for a in axes)]
-    gram = gram.reshape(groups, *block, *block)
-    for i, a in enumerate(axes):
+    # The batch goes last, for products over long contiguous lines; axes with one tap join it.
+    wide = [a for a in axes if a.kernel > 1]
+    dims = sorted(range(n), key=lambda i: axes[i].kernel == 1)
+    x = x.permute(0, 1, *range(2 + n, 2 + 2 * n), *(2 + i for i in dims))
+    image = x[:1].numel() * math.prod(a.period for a in wide) // math.prod(a.length for a in wide)
+    rows, lengths = groups * channels * math.prod(phases), [a.length for a in wide]
+    parts = [
+        part.reshape(len(part), -1).t().contiguous().view(rows, *lengths, -1)  # torch is quick at .t()
+        for part in x.chunk(math.ceil(len(x) / max(_MIN_BATCH, _WORKSPACE // image)))
+    ]
+    gram = _spread(parts, groups, wide, ())
+    # (*kernel², groups, rows, columns) to (groups, d, d), with phases and taps of an axis interleaved.
+    gram = gram.reshape(*(a.kernel for a in axes for _ in "ij"), groups, *2 * [channels, *phases])
+    order = [2 * n]
+    for side, channel in enumerate((2 * n + 1, 3 * n + 2)):
+        order += [channel, *(dim for i in range(n) for dim in (2 * i + side, channel + 1 + i))]
+    gram = gram.permute(order).reshape(groups, *2 * [channels, *(a.kernel * a.phases for a in axes)])
+    for i, a in enumerate(axes):  # the last phases may have one tap less than the first
         gram = gram.narrow(2 + i, 0, a.taps).narrow(3 + n + i, 0, a.taps)
     d = channels * math.prod(a.taps for a in axes)
     return gram.reshape(groups, d, d)
 
 
+def _spread(parts: Sequence[Tensor], groups: int, axes: Sequence[_Axis], term: tuple[int, ...]) -> Tensor:
+    """Add up the terms that begin with ``term``, spreading the sums of every later axis to pairs of taps.
+
+    Returns:
+        Sums of shape (*sums of the axes in ``term``, *kernel² of the others, groups, width, width).
+    """
+    depth = len(term)
+    if depth == len(axes):
+        return _term(parts, groups, axes, term)
+    axis = axes[depth]
+    sums = torch.cat([_spread(parts, groups, axes, (*term, windows)) for windows in axis.choices], depth)
+    taps = torch.cat([axis.spread(windows) for windows in axis.choices]).to(sums)
+    spread: Tensor = torch.tensordot(taps, sums, ([0], [depth]))
+    return spread.movedim(0, depth)
+
+
 def _term(parts: Sequence[Tensor], groups: int, axes: Sequence[_Axis], term: Sequence[int]) -> Tensor:
-    """Compute one term of the Gram matrices: (groups, channels, channels, kernel² of each axis)."""
+    """Compute one term, of shape (*sums per axis, groups, width, width)."""
     opened = [i for i, windows in enumerate(term) if windows == _ALL]
     closed = [i for i, windows in enumerate(term) if windows != _ALL]
     lines = []
@@ -301,66 +294,57 @@ def _term(parts: Sequence[Tensor], groups: int, axes: Sequence[_Axis], term: Seq
         for i in closed:
             border = axes[i].border
             part = part.narrow(1 + i, 0 if term[i] == _BEFORE else axes[i].length - border, border)
-        lines.append(part.permute(0, *(1 + i for i in closed), *(1 + i for i in opened), 1 + len(axes)))
+        lines.append(part.permute(0, *(1 + i for i in closed), *(1 + i for i in opened), -1))
     sums = _lag_sums(lines, groups, [axes[i] for i in opened])
-    # (*lags, groups, channels, *border, channels, *border) to (groups, channels, channels, *sums per axis)
-    borders = [axes[i].border for i in closed]
-    channels = parts[0].shape[0] // groups
-    lags = [2 * axes[i].kernel - 1 for i in opened]
-    sums = sums.reshape(*lags, groups, channels, *borders, channels, *borders)
-    o, c = len(opened), len(closed)
+    o, side = len(opened), [len(parts[0]) // groups, *(axes[i].border for i in closed)]
+    sums = sums.reshape(*(2 * axes[i].kernel - 1 for i in opened), groups, *side, *side)
+    first, second = o + 1, o + 1 + len(side)
     where = {i: [at] for at, i in enumerate(opened)}
-    where |= {i: [o + 2 + at, o + 3 + c + at] for at, i in enumerate(closed)}
-    sums = sums.permute(o, o + 1, o + 2 + c, *(at for i in range(len(axes)) for at in where[i]))
-    sizes = [
-        2 * a.kernel - 1 if windows == _ALL else a.border**2 for a, windows in zip(axes, term, strict=True)
-    ]
-    sums = sums.reshape(groups, channels, channels, *sizes)
-    for a, windows in zip(axes, term, strict=True):
-        sums = torch.tensordot(sums, a.spread(windows).to(sums), ([3], [0]))
-    return sums
+    where |= {i: [first + at, second + at] for at, i in enumerate(closed, start=1)}
+    sums = sums.permute(*(dim for i in range(len(axes)) for dim in where[i]), o, first, second)
+    sizes = [a.border**2 if i in closed else 2 * a.kernel - 1 for i, a in enumerate(axes)]
+    return sums.reshape(*sizes, groups, side[0], side[0])
 
 
 def _lag_sums(parts: Sequence[Tensor], groups: int, axes: Sequence[_Axis]) -> Tensor:
-    """Correlate all pairs of rows within reach of the kernel, summed over the last axis.
+    """Sum a[t] * b[t + lag] over all t and the batch, for all pairs of rows (a, b) of a group.
 
     Args:
-        parts: Blocks of the batch, of shape (groups * width, ..., *lengths, block).
+        parts: Blocks of the batch, of shape (*rows, *lengths, block).
         groups: Groups of rows.
         axes: The axes to correlate.
 
     Returns:
-        Sums of shape (lags, groups, width, width): of a[t] * b[t + lag] over all t.
+        Sums of shape (lags, groups, width, width).
     """
-    rows = parts[0].shape[: parts[0].dim() - 1 - len(axes)].numel()
+    sample, rows = parts[0], parts[0].shape[: parts[0].dim() - 1 - len(axes)].numel()
+    width = rows // groups
     if not axes:
-        flat = (part.reshape(groups, rows // groups, -1) for part in parts)
+        flat = (part.reshape(groups, width, -1) for part in parts)
         return reduce(torch.add, (part @ part.mT for part in flat))[None]
     first, *others = axes
-    sample, width, rest = parts[0], rows // groups, math.prod(a.period for a in others)
+    parts = [part.reshape(rows, first.length, -1) for part in parts]
     other_angles = [a.angles(a.period) for a in others]
     other_waves = [a.waves(angles).to(sample) for a, angles in zip(others, other_angles, strict=True)]
     total = sample.new_zeros(math.prod(2 * a.kernel - 1 for a in axes), groups * width * width)
-    # A few frequencies at a time bound the memory, whatever the number of channels. The input is real, so
-    # half the frequencies of the first axis do.
-    block = max(1, _WORKSPACE // (2 * rest * rows * (width + sample.shape[-1])))
-    for angles in first.angles(first.period // 2).split(block):
+    # A few frequencies at a time bound the memory. The input is real: half those of the first axis do.
+    rest, room = math.prod(a.period for a in others), max(4 * _WORKSPACE, sum(map(torch.numel, parts)))
+    step = max(1, room // (2 * rest * rows * (width + sample.shape[-1])))
+    for angles in torch.split(first.angles(first.period // 2), step):
         stages = [first.waves(angles)[:, : first.length].to(sample), *other_waves]
         even = sample.new_zeros(len(angles) * rest * groups, width, width)
         odd = torch.zeros_like(even)
-        for part in parts:
-            z, batch = part, part.shape[-1]
-            for stage, axis in zip(stages, range(1, 1 + len(axes)), strict=True):
-                inner = math.prod(a.length for a in axes[axis:]) * batch
+        for z in parts:
+            inner = z.shape[-1]
+            for stage, a in zip(stages, [*others, None], strict=True):
                 z = stage @ z.reshape(-1, stage.shape[1], inner)
-            z = z.view(groups, width, -1, 2 * batch).permute(2, 0, 1, 3).flatten(0, 1)
-            re, im = z[..., :batch], z[..., batch:]
+                inner = inner // a.length if a else inner
+            z = z.view(groups, width, -1, 2 * inner).permute(2, 0, 1, 3).flatten(0, 1)
             even.baddbmm_(z, z.mT)  # re reᵀ + im imᵀ
-            odd.baddbmm_(re, im.mT)
-        odd = odd - odd.mT
-        lag_waves = 2 * first.lag_waves(angles)
+            odd.baddbmm_(z[..., :inner], z[..., inner:].mT)
+        waves = 2 * first.lag_waves(angles)
         for a, other in zip(others, other_angles, strict=True):
-            lag_waves = (lag_waves[:, None, :, None] * a.lag_waves(other)[:, None]).flatten(2).flatten(0, 1)
-        total.addmm_(lag_waves.real.T.to(sample), even.view(len(lag_waves), -1))
-        total.addmm_(lag_waves.imag.T.to(sample), odd.view(len(lag_waves), -1))
+            waves = (waves[:, None, :, None] * a.lag_waves(other)[:, None]).flatten(2).flatten(0, 1)
+        total.addmm_(waves.real.T.to(sample), even.view(len(waves), -1))
+        total.addmm_(waves.imag.T.to(sample), (odd - odd.mT).view(len(waves), -1))
     return total

@@ -3,7 +3,7 @@
 A rule receives a `Ply` and gives an `Answer`: how W moves, and what the layer below hears.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ class Ply:
     health: Health
     energy: Tensor | None = None
 
+    def times(self, scale: float) -> "Ply":
+        """The same problem with Δ multiplied by ``scale`` (cheaper than scaling a move: Δ is smaller)."""
+        return self if scale == 1 else replace(self, delta=self.delta * scale)
+
     # ---- sizes -------------------------------------------------------------------------------
 
     @property
@@ -101,8 +105,15 @@ class Ply:
     def gradient(self, delta: Tensor | None = None) -> Move:
         """``ΔᵀA`` and ``Δᵀ1``: backpropagation's move, with another Δ if given."""
         delta = self.delta if delta is None else delta
-        weight = self.kind.weight_gradient(self.module, self.a.to(delta.dtype), delta, self.weight)
-        return Move(weight, self.kind.bias_gradient(self.module, delta) if self.has_bias else None)
+        return Move(self.weight_gradient(delta), self.bias_gradient(delta))
+
+    def weight_gradient(self, delta: Tensor) -> Tensor:
+        """``ΔᵀA`` in the shape of the weight."""
+        return self.kind.weight_gradient(self.module, self.a.to(delta.dtype), delta, self.weight)
+
+    def bias_gradient(self, delta: Tensor) -> Tensor | None:
+        """``Δᵀ1``, or None without a bias."""
+        return self.kind.bias_gradient(self.module, delta) if self.has_bias else None
 
     def below(self, delta: Tensor | None = None) -> Tensor:
         """``ΔW``: what backpropagation sends down, with another Δ if given."""

@@ -102,13 +102,13 @@ class Rule(ABC):
         """A forward hook for modules between layers (batch norm, average pooling, dropout), if any."""
         return None
 
-    def limit(self, weight: Tensor, move: Move) -> Move:
-        """A last word on the accumulated move, e.g. a cap relative to ``weight``.
+    def shrink(self, weight: Tensor, move: Tensor) -> float:
+        """Factor in (0, 1] for a layer's accumulated move, e.g. a cap relative to ``weight``.
 
         Not linear in Δ, so it acts once, on the accumulated ``.grad`` before the optimizer's step; on
         each backward's move only if the rule was attached without the optimizer.
         """
-        return move
+        return 1.0
 
     @abstractmethod
     def price(self, size: Size) -> tuple[float, float]:
@@ -248,7 +248,7 @@ class Attachment:
         self._sizes: dict[str, Size] = {}
         self._answered: set[str] = set()
         self._raises = on_nonfinite == "raise"
-        limits = type(rule).limit is not Rule.limit
+        limits = type(rule).shrink is not Rule.shrink
         self._limits_in_backward = limits and optimizer is None
         self._limits_at_step = limits and optimizer is not None
         self._handles: list[RemovableHandle] = []
@@ -309,8 +309,9 @@ class Attachment:
         if wants_move:
             empty = ply.a.numel() == 0 or ply.delta.numel() == 0
             move = ply.gradient() if empty else self.rule.move(ply)
-            if self._limits_in_backward:
-                move = self.rule.limit(ply.weight, move)
+            if self._limits_in_backward and move.weight is not None:
+                factor = self.rule.shrink(ply.weight, move.weight)
+                move = move if factor == 1 else move.scaled(factor, factor)
             self._answered.add(ply.name)
             if self._raises:
                 self._check_finite(ply, move)
@@ -338,11 +339,10 @@ class Attachment:
             weight = module._parameters[r.kind.weight_name]
             bias = module._parameters.get(r.kind.bias_name)
             if weight is not None and weight.grad is not None:
-                bias_grad = None if bias is None else bias.grad
-                limited = self.rule.limit(weight.detach(), Move(weight.grad, bias_grad))
-                weight.grad = limited.weight
-                if bias is not None:
-                    bias.grad = limited.bias
+                factor = self.rule.shrink(weight.detach(), weight.grad)
+                for part in (weight, bias):
+                    if factor < 1 and part is not None and part.grad is not None:
+                        part.grad.mul_(factor)
 
     # ---- the table ---------------------------------------------------------------------------
 

@@ -45,10 +45,13 @@ def ridge(ply: Ply, damping: Damping) -> Move:
 
 def _ridge_through_rows(ply: Ply, damping: Damping) -> Move:
     """`ridge` with the inverse applied to A instead of Δ, for layers with more outputs than inputs."""
-    rows = _damped_solve(ply, ply.dual_gram, ply.rows(ply.dtype), damping)
-    if rows is None:
+    inverse = damped_inverse(ply, ply.dual_gram, damping)
+    if inverse is None:
         return ply.gradient()
-    return _cast(ply, ply.move(ply.delta_rows().mT @ rows))
+    delta = ply.delta_rows()[0]
+    rows = inverse[0] @ ply.kind.rows(ply.module, ply.a.to(ply.dtype))[0]
+    weight = (delta.T @ rows).reshape(ply.weight.shape)
+    return _cast(ply, Move(weight, delta.T @ inverse[0].sum(1) if ply.has_bias else None))
 
 
 def ridge_centred(ply: Ply, relative_damping: float) -> Move:
@@ -163,7 +166,9 @@ def normalised(ply: Ply, relative_damping: float) -> Move:
     """Each row's δ divided by its own ``‖a_i‖² + ε``, ε relative to the mean squared norm (NLMS)."""
     norms = ply.square_norms()
     norms = norms + relative_damping * norms.mean(1, keepdim=True)
-    return ply.gradient(ply.from_delta_rows(_divide(ply.delta_rows(), norms.unsqueeze(2))))
+    factors = _divide(torch.ones_like(norms), norms)
+    delta = ply.kind.scale_rows(ply.module, ply.delta.to(ply.dtype), factors)
+    return ply.gradient(delta.to(ply.delta.dtype))
 
 
 def mean_square(ply: Ply, by_rank: bool = False) -> Tensor:

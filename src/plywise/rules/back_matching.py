@@ -86,10 +86,8 @@ class BackMatching(Rule):
     def move(self, ply: Ply) -> Move:
         """``G / (m_W E)`` of the mean loss, or least squares on the summed loss."""
         if self.mode == "rate":
-            scale = 1.0 if self.reduction == "mean" else 1 / ply.samples
-            return rate_move(ply, self.scalar).scaled(scale, scale)
-        scale = 1.0 if self.reduction == "sum" else ply.samples
-        return exact_move(ply, self.eps).scaled(scale, scale)
+            return rate_move(ply.times(1 if self.reduction == "mean" else 1 / ply.samples), self.scalar)
+        return exact_move(ply.times(1 if self.reduction == "sum" else ply.samples), self.eps)
 
     def below(self, ply: Ply) -> Tensor:
         """Plain ``ΔW`` in rate mode (``E`` carries the scalars), the matched value in exact mode."""
@@ -108,13 +106,12 @@ class BackMatching(Rule):
             return rank_scalar(ply)
         return ply.kind.weight_energy(ply.module, ply.a, ply.delta, ply.weight)
 
-    def limit(self, weight: Tensor, move: Move) -> Move:
+    def shrink(self, weight: Tensor, move: Tensor) -> float:
         """The cap: shrink a layer's move until ``‖D‖ ≤ cap ‖W‖``."""
-        if self.cap is None or move.weight is None:
-            return move
-        size, largest = torch.linalg.vector_norm(move.weight), self.cap * torch.linalg.vector_norm(weight)
-        shrink = torch.where(size > largest, largest / size, torch.ones_like(size))
-        return move.scaled(shrink, shrink)
+        if self.cap is None:
+            return 1.0
+        size = float(torch.linalg.vector_norm(move))
+        return min(1.0, self.cap * float(torch.linalg.vector_norm(weight)) / size) if size > 0 else 1.0
 
     def price(self, size: Size) -> tuple[float, float]:
         """Rate: a pass over A and one over W. Exact: two solves."""
@@ -127,21 +124,25 @@ class BackMatching(Rule):
 
 def rate_move(ply: Ply, scalar: str) -> Move:
     """``G / (m_W E)`` and ``Δᵀ1 / (positions · E)``; nothing where the layer's input is zero."""
-    gradient = ply.gradient()
     assert ply.energy is not None
-    assert gradient.weight is not None
-    energy = ply.energy.to(gradient.weight.device)
+    energy = ply.energy.to(ply.delta.device)
     if scalar == "cauchy":
-        # ‖A Gᵀ‖² / (B ‖G‖²): the step along G that matches best
-        curvature = _ratio(
-            ply.kind.apply(ply.module, ply.a.to(ply.delta.dtype), gradient.weight), gradient.weight
-        )
-        curvature = curvature / ply.samples
+        curvature = cauchy_scalar(ply)
     else:
         curvature = solve.mean_square(ply, by_rank=scalar == "rank")
     positions = max(ply.row_count // ply.samples, 1)
     one = torch.ones((), dtype=ply.dtype, device=energy.device)
-    return gradient.scaled(_divided(one, curvature * energy), _divided(one, positions * energy))
+    # Δ is smaller than G: scale it before the product
+    weight = ply.weight_gradient((ply.delta * _divided(one, curvature * energy)).to(ply.delta.dtype))
+    bias = ply.bias_gradient(ply.delta)
+    return Move(weight, None if bias is None else bias * _divided(one, positions * energy))
+
+
+def cauchy_scalar(ply: Ply) -> Tensor:
+    """``‖A Gᵀ‖² / (B ‖G‖²)``: the step along G that matches best, for G = ΔᵀA."""
+    gradient = ply.weight_gradient(ply.delta)
+    image = ply.kind.apply(ply.module, ply.a.to(gradient.dtype), gradient)
+    return _ratio(image, gradient) / ply.samples
 
 
 def exact_move(ply: Ply, eps: float) -> Move:

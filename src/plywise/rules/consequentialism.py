@@ -65,11 +65,10 @@ class Consequentialism(Rule):
     def move(self, ply: Ply) -> Move:
         """``Δ̃ᵀA``, of the summed loss."""
         assert self.eps is not None
+        ply = ply.times(1 if self.reduction == "sum" else ply.samples)
         if self.bias == "centre" and ply.has_bias:
-            move = solve.ridge_centred(ply, self.eps)
-        else:
-            move = solve.ridge(ply, self.eps * ply.trace() / min(ply.row_count, ply.columns))
-        return move if self.reduction == "sum" else move.scaled(ply.samples, ply.samples)
+            return solve.ridge_centred(ply, self.eps)
+        return solve.ridge(ply, self.eps * ply.trace() / min(ply.row_count, ply.columns))
 
     def price(self, size: Size) -> tuple[float, float]:
         """As an exact solve."""

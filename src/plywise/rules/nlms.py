@@ -55,8 +55,7 @@ class NLMS(Rule):
 
     def move(self, ply: Ply) -> Move:
         """Δ with each row divided by its own norm, then backpropagation's product."""
-        move = solve.normalised(ply, self.eps)
-        return move if self.reduction == "mean" else move.scaled(1 / ply.samples, 1 / ply.samples)
+        return solve.normalised(ply.times(1 if self.reduction == "mean" else 1 / ply.samples), self.eps)
 
     def price(self, size: Size) -> tuple[float, float]:
         """A pass over A, a pass over Δ and the new Δ."""

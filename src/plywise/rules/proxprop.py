@@ -69,13 +69,12 @@ class ProxProp(Rule):
         # (AᵀA/n + I/τ)⁻¹ = n (AᵀA + n I/τ)⁻¹: the mean is the sum with another τ, scaled
         rows = ply.row_count if self.gram == "mean" else 1
         damping = rows / self.tau
+        ply = ply.times(rows)
         if self.solver == "exact":
-            move = solve.ridge(ply, damping)
-        elif self.solver == "cg":
-            move = solve.conjugate_gradients(ply, damping, self.cg_steps)
-        else:
-            move = solve.official_conjugate_gradients(ply, damping, self.cg_steps)
-        return move if rows == 1 else move.scaled(rows, rows)
+            return solve.ridge(ply, damping)
+        if self.solver == "cg":
+            return solve.conjugate_gradients(ply, damping, self.cg_steps)
+        return solve.official_conjugate_gradients(ply, damping, self.cg_steps)
 
     def price(self, size: Size) -> tuple[float, float]:
         """Exact: Gram, inverse, product. CG: Gram and one product with it a step."""

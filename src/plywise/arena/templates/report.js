@@ -105,7 +105,7 @@
   for (const { series, ticks } of charts) {
     // One ceiling for losses: a run that explodes to 10³⁰ must not flatten all the others.
     const firsts = series.map((one) => one.points.find((point) => finite(point.value))?.value).filter(finite);
-    const ceiling = ticks === "layers" ? Infinity : 1e3 * Math.max(...firsts.map(Math.abs).filter((value) => value < 1e6), 1);
+    const ceiling = ticks === "layers" ? Infinity : 100 * Math.max(...firsts.map(Math.abs).filter((value) => value < 1e6), 1);
     for (const { points } of series) {
       points.sort((a, b) => a.x - b.x);
       for (const point of points) {
@@ -247,6 +247,7 @@
     }
     ctx.lineWidth = 2 * scale;
     ctx.lineCap = "round";
+    ctx.setLineDash([]); // the last line may have been dashed
     const arm = 3.2 * scale;
     for (const one of shown) {
       ctx.strokeStyle = variable(paint(one.name));

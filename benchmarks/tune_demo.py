@@ -1,0 +1,137 @@
+"""Tune the methods of `plywise demo`: the same number of trials for each, judged on the validation split.
+
+    python benchmarks/tune_demo.py            # writes benchmarks/tune_demo.json, a few minutes on one core
+
+Each method gets the same number of settings (Sobol points of its own ranges), each trained with the same
+two seeds, which are not the demo's. The score is the mean over the training of the logarithm of the
+validation loss: both quick and good count, and a network that is sure of its mistakes is punished. The
+test split is not touched. Backprop, the null control, takes the settings of SGD.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from plywise.arena.demo import BATCH_SIZE, Plan, Setup
+from plywise.arena.trial import run_trial
+from plywise.data.digits import load_digits
+from plywise.environment import environment
+
+TRIALS = 32
+SEEDS = (100, 101)
+# (low, high) is a range on a logarithmic scale, a list is a choice
+SPACES = {
+    "SGD": {"rate": (0.01, 1.0)},
+    "AdamW": {"rate": (3e-4, 3e-2), "opt.weight_decay": (1e-4, 1e-1)},
+    "ProxProp": {"rate": (0.3, 100.0), "rule.tau": (0.01, 10.0), "opt.momentum": [0.0, 0.9]},
+    "BackMatching": {
+        "rate": (0.003, 0.3),
+        "rule.scalar": ["mean", "rank"],
+        "opt.momentum": [0.0, 0.9],
+    },
+    "NLMS": {"rate": (0.03, 10.0), "rule.eps": (0.01, 1.0), "opt.momentum": [0.0, 0.9]},
+    "Consequentialism": {"rate": (0.03, 1.0), "rule.eps": (0.01, 1.0), "opt.momentum": [0.0, 0.9]},
+}
+
+
+def points(space: dict, count: int) -> list[dict]:
+    """``count`` settings that fill the space evenly."""
+    unit = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(count, dtype=torch.float64)
+    return [
+        {name: place(scope, u) for (name, scope), u in zip(space.items(), row, strict=True)}
+        for row in unit.tolist()
+    ]
+
+
+def place(scope: tuple | list, u: float):
+    if isinstance(scope, list):
+        return scope[min(int(u * len(scope)), len(scope) - 1)]
+    low, high = map(math.log, scope)
+    return float(f"{math.exp(low + u * (high - low)):.2g}")
+
+
+def setup_of(method: str, point: dict) -> Setup:
+    def pick(prefix: str) -> dict:
+        return {k.removeprefix(prefix): v for k, v in point.items() if k.startswith(prefix)}
+
+    plain = method in ("SGD", "AdamW")
+    optimizer_settings = pick("opt.")
+    if method == "SGD":
+        optimizer_settings["momentum"] = 0.9
+    return Setup(
+        method,
+        point["rate"],
+        None if plain else method,
+        pick("rule."),
+        "AdamW" if method == "AdamW" else "SGD",
+        optimizer_settings,
+    )
+
+
+def score(plan: Plan, setup: Setup, splits) -> dict:
+    train, validation, _ = splits
+    records = [
+        run_trial(
+            plan.make_model,
+            train,
+            validation,
+            setup.make_optimizer(),
+            setup.make_rule(),
+            seed=seed,
+            steps=plan.steps,
+            batch_size=BATCH_SIZE,
+            watch_held_out=True,
+        )
+        for seed in SEEDS
+    ]
+    failures = [record.failure for record in records if record.failure]
+    if failures:
+        return {"score": None, "failure": failures[0]}
+    return {
+        "score": round(statistics.fmean(_mean_log(record.validation_loss) for record in records), 4),
+        "final_training_loss": statistics.fmean(record.final_loss for record in records),
+        "validation_accuracy": round(statistics.fmean(record.test_accuracy for record in records), 4),
+    }
+
+
+def _mean_log(losses: list[float]) -> float:
+    return statistics.fmean(math.log(loss) for loss in losses)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    plan, splits = Plan(), load_digits()
+    results = {}
+    start = time.process_time()
+    for method, space in SPACES.items():
+        trials = []
+        for point in points(space, TRIALS):
+            trials.append({**point, **score(plan, setup_of(method, point), splits)})
+        finished = sorted((t for t in trials if t["score"] is not None), key=lambda t: t["score"])
+        if not finished:
+            raise SystemExit(f"{method}: every trial failed, the first with {trials[0]['failure']!r}")
+        best = {name: finished[0][name] for name in space}
+        results[method] = {"best": best, "setup": str(setup_of(method, best)), "trials": trials}
+        failed = len(trials) - len(finished)
+        print(f"{results[method]['setup']}  {finished[0]}  ({failed} of {TRIALS} failed)", file=sys.stderr)
+    study = {
+        "protocol": __doc__.split("\n\n")[2].replace("\n", " ").strip(),
+        "steps": plan.steps,
+        "batch_size": BATCH_SIZE,
+        "trials_per_method": TRIALS,
+        "seeds": SEEDS,
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "environment": environment(),
+        "methods": results,
+    }
+    text = json.dumps(study, indent=1, ensure_ascii=False)
+    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

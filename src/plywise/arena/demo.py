@@ -1,0 +1,332 @@
+"""What `plywise demo` runs: every rule and two optimizers on handwritten digits, in under a minute.
+
+`perform` is a generator that fills a study (see `plywise.arena.report`) and yields after each piece of
+work, so that an interrupted demo keeps all that it has measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import plywise
+from plywise.arena.report import write_report
+from plywise.arena.trial import OptimizerFactory, endless_batches, make_step, run_trial
+from plywise.data.digits import ATTRIBUTION, Split, load_digits
+from plywise.environment import environment
+from plywise.ply import Ply
+from plywise.rule import Rule
+
+BATCH_SIZE = 128
+BAD_SCALES = (10.0, 0.1, 10.0, 0.1)
+"""Factors of the layers' weights in the per-layer picture; their product is 1."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A method as the demo runs it.
+
+    Attributes:
+        name: what the report calls it.
+        rate: the tuned learning rate.
+        rule: name of the rule, or None for plain training.
+        rule_settings: its hyper-parameters, where they are not the defaults.
+        optimizer: name of a class in `torch.optim`.
+        optimizer_settings: its arguments besides the rate.
+    """
+
+    name: str
+    rate: float
+    rule: str | None = None
+    rule_settings: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "SGD"
+    optimizer_settings: dict[str, Any] = field(default_factory=dict)
+
+    def make_rule(self) -> Rule | None:
+        """A fresh rule, or None."""
+        return None if self.rule is None else getattr(plywise, self.rule)(**self.rule_settings)
+
+    def make_optimizer(self, rate: float | None = None) -> OptimizerFactory:
+        """A factory of the optimizer, at another rate if given."""
+        settings = {"lr": self.rate if rate is None else rate, **self.optimizer_settings}
+        return lambda parameters: getattr(torch.optim, self.optimizer)(parameters, **settings)
+
+    def __str__(self) -> str:
+        settings = {"lr": self.rate, **self.optimizer_settings}
+        optimizer = f"{self.optimizer}({_arguments(settings)})"
+        return (
+            optimizer if self.rule is None else f"{self.rule}({_arguments(self.rule_settings)}) + {optimizer}"
+        )
+
+
+MOMENTUM = {"momentum": 0.9}
+SETUPS = (
+    Setup("SGD", 0.1, optimizer_settings=MOMENTUM),
+    Setup("AdamW", 0.003, optimizer="AdamW"),
+    Setup("Backprop", 0.1, "Backprop", optimizer_settings=MOMENTUM),
+    Setup("ProxProp", 7.0, "ProxProp", {"tau": 0.1}, optimizer_settings=MOMENTUM),
+    Setup("BackMatching", 0.03, "BackMatching", optimizer_settings=MOMENTUM),
+    Setup("NLMS", 1.0, "NLMS", optimizer_settings=MOMENTUM),
+    Setup("Consequentialism", 0.3, "Consequentialism"),
+)
+"""Tuned on the validation split, the same budget for each (benchmarks/tune_demo.py); Backprop is the null
+control, so it has the settings of SGD."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much the demo does; the defaults take well under a minute on one core."""
+
+    seeds: int = 3
+    steps: int = 300
+    sensitivity_steps: int = 100
+    rates: int = 9
+    cost_rounds: int = 20
+    cost_block: int = 10
+    hidden: tuple[int, ...] = (128, 128, 128)
+    setups: tuple[Setup, ...] = SETUPS
+
+    def make_model(self) -> nn.Sequential:
+        """The network: digits in, ReLU between, ten classes out."""
+        sizes = (64, *self.hidden)
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(sizes):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
+
+    @property
+    def pieces(self) -> int:
+        """How often `perform` yields."""
+        return len(self.setups) * (self.seeds + self.rates) + 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One piece of work is done: which, of how many, and what came of it."""
+
+    done: int
+    total: int
+    text: str
+
+
+def new_study(plan: Plan, command: str) -> dict[str, Any]:
+    """A study in which nothing has been measured yet."""
+    shape = "-".join(map(str, (64, *plan.hidden, 10)))
+    return {
+        "title": "plywise demo: handwritten digits",
+        "summary": f"{len(plan.setups)} ways to train one network ({shape}, ReLU) on 1,100 handwritten "
+        f"digits of 8×8 pixels: {plan.steps} steps with batches of {BATCH_SIZE}, {plan.seeds} "
+        f"seed{'s' if plan.seeds != 1 else ''} each, tested on 400 other digits.",
+        "reading": [],
+        "command": command,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "elapsed_seconds": None,
+        "environment": environment(),
+        "attribution": ATTRIBUTION,
+        "plan": {key: value for key, value in asdict(plan).items() if key != "setups"},
+        "methods": [
+            {"name": setup.name, "settings": str(setup), "runs": [], "relative_step_cost": None}
+            for setup in plan.setups
+        ],
+        "sensitivity": [],
+        "layers": {"names": [], "series": [], "caption": ""},
+    }
+
+
+def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
+    """Run the demo, filling ``study``; yields after each piece of work.
+
+    The picture and the costs come first and seeds go round all methods, so that what an interrupted
+    demo has is complete as far as it goes.
+    """
+    train, _, test = load_digits()
+    done = 0
+
+    def progress(text: str) -> Progress:
+        nonlocal done
+        done += 1
+        return Progress(done, plan.pieces, text)
+
+    for setup in plan.setups:  # the first step of a rule imports and warms up; keep that off every clock
+        run_trial(plan.make_model, train, test, setup.make_optimizer(), setup.make_rule(), seed=0, steps=2)
+    study["layers"] = layer_picture(plan, train)
+    yield progress("sizes of the backward values, layer by layer")
+    costs = step_costs(plan, train)
+    for method, cost in zip(study["methods"], costs, strict=True):
+        method["relative_step_cost"] = cost
+    yield progress("relative cost of a step")
+    for seed in range(plan.seeds):
+        for setup, method in zip(plan.setups, study["methods"], strict=True):
+            record = run_trial(
+                plan.make_model,
+                train,
+                test,
+                setup.make_optimizer(),
+                setup.make_rule(),
+                seed=seed,
+                steps=plan.steps,
+                batch_size=BATCH_SIZE,
+            )
+            method["runs"].append(record.as_dict())
+            outcome = record.failure or f"loss {record.final_loss:.2g}, accuracy {record.test_accuracy:.1%}"
+            yield progress(f"{setup.name}, seed {seed}: {outcome}")
+    for setup in plan.setups:
+        yield from _sensitivity(plan, setup, train, test, study, progress)
+
+
+def _sensitivity(
+    plan: Plan, setup: Setup, train: Split, test: Split, study: dict[str, Any], progress: Any
+) -> Iterator[Progress]:
+    """Final training loss at rates over four decades around the tuned one."""
+    line: dict[str, Any] = {"name": setup.name, "default_rate": setup.rate, "rates": [], "final_loss": []}
+    study["sensitivity"].append(line)
+    for exponent in torch.linspace(-2, 2, plan.rates).tolist():
+        rate = setup.rate * 10**exponent
+        record = run_trial(
+            plan.make_model,
+            train,
+            test,
+            setup.make_optimizer(rate),
+            setup.make_rule(),
+            seed=0,
+            steps=plan.sensitivity_steps,
+            batch_size=BATCH_SIZE,
+            measure_every=plan.sensitivity_steps,
+        )
+        line["rates"].append(rate)
+        line["final_loss"].append(record.final_loss)
+        outcome = "failed" if record.failure else f"loss {record.final_loss:.2g}"
+        yield progress(f"{setup.name} at rate {rate:.3g}: {outcome}")
+
+
+def save(study: dict[str, Any], folder: Path) -> Path:
+    """Write ``study.json`` and ``report.html``, each whole or not at all; returns the page's path."""
+    page = write_report(study, folder / "report.html")
+    temporary = folder / ".study.json.tmp"
+    temporary.write_text(json.dumps(study, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(folder / "study.json")
+    return page
+
+
+# ---- the cost of a step ------------------------------------------------------------------------
+
+
+def step_costs(plan: Plan, train: Split) -> list[float]:
+    """Processor time of a step of each method relative to plain SGD.
+
+    Blocks of steps of all methods take turns with blocks of SGD, and each block is compared with the
+    SGD block of its own round: what disturbs the machine then disturbs both. The median of the ratios
+    counts. "SGD" itself is a second copy, hence 1 up to noise.
+    """
+    reference = Setup("SGD", 0.01, optimizer_settings=MOMENTUM)
+    arms = []
+    for setup in (reference, *plan.setups):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = plan.make_model()
+        # a small rate: only the clock matters here, and a diverging loss would stop it
+        optimizer = setup.make_optimizer(setup.rate / 10)
+        arms.append((make_step(model, optimizer, setup.make_rule()), endless_batches(train, BATCH_SIZE, 0)))
+    ratios: list[list[float]] = [[] for _ in plan.setups]
+    for _ in range(plan.cost_rounds):
+        clocks = []
+        for step, batches in arms:
+            rows = [next(batches) for _ in range(plan.cost_block)]
+            start = time.process_time()
+            for x, y in rows:
+                step(x, y)
+            clocks.append(time.process_time() - start)
+        for ratio, clock in zip(ratios, clocks[1:], strict=True):
+            ratio.append(clock / clocks[0])
+    return [statistics.median(ratio) for ratio in ratios]
+
+
+# ---- the picture of the layers -----------------------------------------------------------------
+
+
+def rescale(model: nn.Sequential, scales: tuple[float, ...]) -> None:
+    """Scale each linear layer's weight, and its bias so that the function stays the same up to the product.
+
+    ReLU lets a positive factor through: layer l's output grows by the product of the factors up to it.
+    """
+    total = 1.0
+    linears = [module for module in model if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        for module, scale in zip(linears, scales, strict=True):
+            total *= scale
+            module.weight.mul_(scale)
+            module.bias.mul_(total)
+
+
+def layer_picture(plan: Plan, train: Split) -> dict[str, Any]:
+    """How large a change each layer's output is asked for, on a badly scaled copy of the network.
+
+    For each rule and layer the root mean square of the backward value over that of the layer's output,
+    relative to the last layer's. The network is the demo's at initialisation, its layers' weights
+    multiplied by factors that cancel: it computes the same function.
+    """
+    x, y = next(endless_batches(train, BATCH_SIZE, 0))
+    scales = [BAD_SCALES[i % len(BAD_SCALES)] for i in range(len(plan.hidden))]
+    scales.append(1 / math.prod(scales))
+    series = []
+    names: list[str] = []
+    for setup in plan.setups:
+        rule = setup.make_rule()
+        if rule is None:
+            continue  # plain training sends down what Backprop does
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = plan.make_model()
+        rescale(model, tuple(scales))
+        sizes = backward_sizes(rule, model, x, y)
+        names = [f"{name} {_shape(model.get_submodule(name))}" for name in sizes]
+        top = list(sizes.values())[-1]
+        series.append({"name": setup.name, "sizes": [size / top for size in sizes.values()]})
+    return {"names": names, "series": series, "caption": _caption(scales)}
+
+
+def backward_sizes(rule: Rule, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Size of the backward value at each layer's output, relative to the output; bottom layer first."""
+    sizes: dict[str, float] = {}
+
+    def look(ply: Ply, *_: Any) -> None:
+        sizes[ply.name] = _rms(rule.heard(ply)) / _rms(ply.module(ply.a))
+
+    rule.attach(model)
+    with rule.observing(look):
+        nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+    rule.detach()
+    return dict(reversed(sizes.items()))
+
+
+def _caption(scales: list[float]) -> str:
+    factors = ", ".join(f"{scale:g}" for scale in scales)
+    return (
+        f"The network at initialisation, its layers' weights multiplied by {factors}: the function is the "
+        "same, only the layers are badly scaled against each other. Up: the backward value at each layer's "
+        "output over the output itself, relative to the last layer. A rule that is blind to such scaling "
+        "would be a smooth line. Rules that differ from backpropagation only in how the weights move send "
+        "the same values down, so their lines lie on one another."
+    )
+
+
+def _shape(module: nn.Module) -> str:
+    return f"Linear {module.in_features}→{module.out_features}"
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def _arguments(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())

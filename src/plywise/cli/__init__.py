@@ -1,0 +1,52 @@
+"""The command line, one file a command.
+
+Nothing here imports torch: commands import what is heavy when they run, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+import plywise
+from plywise.cli.demo import demo
+from plywise.cli.doctor import doctor
+from plywise.cli.explain import explain
+from plywise.cli.methods import app as methods
+from plywise.errors import PlywiseError
+
+app = App(
+    name="plywise",
+    help="Train PyTorch networks layer by layer: every layer solves its own local problem.",
+    version=plywise.__version__,
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # ours says what was kept
+)
+for _command in (demo, methods, explain, doctor):
+    app.command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 it failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+        arguments: the words after ``plywise``; those of the process by default.
+    """
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        # cyclopts prints what is wrong with the words itself
+        status = app(arguments, exit_on_error=False, result_action="return_value")
+    except CycloptsError:
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted. {interrupt or 'Nothing was kept.'}", file=sys.stderr)
+        return 130
+    except (PlywiseError, OSError) as error:
+        print(f"plywise: {error}", file=sys.stderr)
+        return 1
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,61 @@
+"""`plywise doctor`: is everything here, and does it train?"""
+
+from __future__ import annotations
+
+from plywise.cli.console import console, table
+
+STEPS = 20
+
+
+def doctor() -> int:
+    """Show versions, processor and devices, and train 20 steps with each rule.
+
+    The exit code is 1 if a rule does not train.
+    """
+    import torch
+
+    from plywise.environment import environment
+
+    screen = console()
+    facts = table("what", "here")
+    for key, value in environment().items():
+        facts.add_row(key, str(value))
+    screen.print(facts)
+    torch.set_num_threads(1)
+    verdicts = self_check()
+    checks = table("rule", f"{STEPS} steps")
+    for name, verdict in verdicts.items():
+        checks.add_row(name, verdict)
+    screen.print(checks)
+    well = all(verdict.startswith("OK") for verdict in verdicts.values())
+    screen.print("All rules train." if well else "Something is wrong: see the rules above that are not OK.")
+    return 0 if well else 1
+
+
+def self_check() -> dict[str, str]:
+    """Train each rule for a moment on the bundled digits; "OK …" for each that lowers the loss."""
+    from plywise.arena.demo import SETUPS, Plan
+    from plywise.arena.trial import run_trial
+    from plywise.data.digits import load_digits
+
+    train, _, test = load_digits()
+    verdicts = {}
+    for setup in SETUPS:
+        if setup.rule is None:
+            continue
+        record = run_trial(
+            Plan().make_model,
+            train,
+            test,
+            setup.make_optimizer(),
+            setup.make_rule(),
+            seed=0,
+            steps=STEPS,
+        )
+        if record.failure:
+            verdicts[setup.name] = record.failure
+        else:
+            falls = record.loss[-1] < record.loss[0]
+            change = f"loss {record.loss[0]:.2f} → {record.loss[-1]:.2g}"
+            verdicts[setup.name] = f"OK, {change}" if falls else f"the loss does not fall: {change}"
+    return verdicts

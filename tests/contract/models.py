@@ -1,0 +1,105 @@
+"""Small models, data and measurements shared by the contract's tests."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def mlp(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
+    """6 → 8 → 8 → 3."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def convnet(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
+    """Every kind of module that a rule marks or handles, on (B, 2, 6, 6)."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.AvgPool2d(2),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.Dropout(0.0),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    ).to(dtype)
+
+
+MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, (6,)),
+    "convnet": (convnet, (2, 6, 6)),
+}
+
+
+def batch(
+    shape: tuple[int, ...] = (6,), n: int = 12, dtype: torch.dtype = torch.float32, seed: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of a separable problem with three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+    directions = torch.randn(3, x[0].numel(), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    y = (x.flatten(1) @ directions.T).argmax(1)
+    x = x + 0.5 * directions[y].reshape(x.shape)
+    return x.to(dtype), y
+
+
+def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(data[0]), data[1])
+
+
+def backward(model: nn.Module, data: tuple[Tensor, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+    """Fresh gradients of one batch."""
+    model.zero_grad()
+    (loss_of(model, data) * scale).backward()
+    return grads(model)
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the gradients at hand."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of parameters and buffers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor], steps: int
+) -> list[float]:
+    """The loss before each step."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, data)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Same names, same values, bit for bit (NaN equals NaN)."""
+    return left.keys() == right.keys() and all(
+        torch.equal(value.nan_to_num(nan=12345.678), right[name].nan_to_num(nan=12345.678))
+        for name, value in left.items()
+    )
+
+
+def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Same names, values equal up to ``tolerance`` of each tensor's largest entry."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        other = right[name]
+        assert value.shape == other.shape, name
+        if value.numel():
+            size = float(other.abs().max())
+            assert float((value - other).abs().max()) <= tolerance * max(size, 1e-300), name
+
+
+def all_finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in tensors.values())

@@ -1,0 +1,119 @@
+"""The rules that the contract is checked for, and the door for a user's own rule.
+
+Every test of this directory runs for every `Case` below. To check a rule of your own, write in a module
+that Python can import (the current directory is on the path)::
+
+    # my_rules.py
+    def make():                 # a factory: no arguments, a new unattached rule each time
+        return MyRule(strength=0.5)
+
+and run ``python -m pytest tests/contract --plywise-rule=my_rules:make`` (once for each rule; the class
+itself will do if its hyper-parameters have defaults). Where the promises leave a choice, hand over a
+`Case` instead of the factory, with the rate at which the rule trains and the reasons for exemptions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from plywise import NLMS, Backprop, BackMatching, Consequentialism, Move, Ply, ProxProp, Rule
+from plywise.rule import Size, require_positive
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ready-made rule and what the contract must know of it.
+
+    Attributes:
+        name: test id.
+        make: factory of new, unattached rules.
+        rate: learning rate at which plain SGD trains a small, well-scaled network with it.
+        adaptive_rate: the same for RMSprop and Adam.
+        not_homogeneous: why a loss times c does not give moves times c; "" if it does.
+        not_linear: why the move of a sum of losses is not the sum of the moves; "" if it is.
+        is_backprop: whether its gradients are autograd's own.
+        may_refuse_reentrant: whether it may raise PlywiseError under a reentrant checkpoint.
+    """
+
+    name: str
+    make: Callable[[], Rule]
+    rate: float = 0.1
+    adaptive_rate: float = 0.01
+    not_homogeneous: str = ""
+    not_linear: str = ""
+    is_backprop: bool = False
+    may_refuse_reentrant: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalNewton(Rule):
+    """A user's rule: each input's column of G divided by that input's own mean square."""
+
+    eps: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_positive(self, eps=self.eps)
+
+    def move(self, ply: Ply) -> Move:
+        squares = ply.rows(ply.dtype).square().mean(1)
+        squares = squares + self.eps * squares.mean(1, keepdim=True)
+        matrix = ply.matrix(ply.gradient()).to(ply.dtype)
+        return ply.move(matrix / torch.where(squares > 0, squares, 1.0).unsqueeze(1))
+
+    def below(self, ply: Ply) -> torch.Tensor:
+        return ply.below() * 0.5
+
+    def price(self, size: Size) -> tuple[float, float]:
+        return 2.0 * size.g * (size.n + size.m) * size.d, float(size.g * size.n * size.d)
+
+
+CURVES = "its step lengths depend on Δ: linear only along one Δ"
+EPSILON = "adds 1e-6 to squared gradients, as the published code does: documented as not scale-free"
+
+CASES = [
+    Case("backprop", Backprop, rate=0.5, is_backprop=True),
+    Case("proxprop", ProxProp, rate=5.0),
+    Case("proxprop-cg", lambda: ProxProp(solver="cg"), rate=5.0, not_linear=CURVES),
+    Case(
+        "proxprop-cg_official",
+        lambda: ProxProp(solver="cg_official"),
+        rate=5.0,
+        not_homogeneous=EPSILON,
+        not_linear=CURVES,
+    ),
+    Case("proxprop-mean", lambda: ProxProp(gram="mean", tau=2.0), rate=0.5),
+    Case("back_matching-mean", BackMatching, rate=0.03, may_refuse_reentrant=True),
+    Case("back_matching-rank", lambda: BackMatching(scalar="rank"), rate=0.03, may_refuse_reentrant=True),
+    Case(
+        "back_matching-cauchy",
+        lambda: BackMatching(scalar="cauchy"),
+        rate=0.03,
+        not_linear=CURVES,
+        may_refuse_reentrant=True,
+    ),
+    Case("back_matching-exact", lambda: BackMatching(mode="exact"), rate=0.1),
+    Case("nlms", NLMS, rate=1.0),
+    Case("cwu-append", Consequentialism, rate=0.3),
+    Case("cwu-centre", lambda: Consequentialism(bias="centre"), rate=0.3),
+    Case("users-own", DiagonalNewton, rate=0.2),
+]
+
+
+def selected(specifications: Sequence[str]) -> list[Case]:
+    """The cases of the registry, or those of the given ``module:factory`` specifications."""
+    return [case_of(text) for text in specifications] if specifications else CASES
+
+
+def case_of(specification: str) -> Case:
+    """The case behind ``module:name``: a `Case`, or a factory of rules."""
+    module, _, name = specification.partition(":")
+    if not name:
+        raise ValueError(f"--plywise-rule wants MODULE:FACTORY, not {specification!r}.")
+    made = getattr(import_module(module), name)
+    if isinstance(made, Case):
+        return made
+    if not (callable(made) and isinstance(made(), Rule)):
+        raise TypeError(f"{specification} must be a Case, or make a plywise.Rule when called.")
+    return Case(specification, made)

@@ -1,0 +1,201 @@
+"""Models whose layers are used in unusual ways, with what a rule has to say of each layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model, what is handled, and words of the reason for what is not.
+
+    Attributes:
+        name: test id.
+        make: builds the model.
+        shape: shape of its float input, or of token numbers below 5 if ``tokens``.
+        handled: names of the layers that a rule handles.
+        routed: name → words of the reason, for the others.
+        unused: parameters that get no gradient.
+        may_rest: parameters whose gradient may be zero.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    handled: tuple[str, ...]
+    routed: dict[str, str] = field(default_factory=dict)
+    shape: tuple[int, ...] = (9, 6)
+    tokens: bool = False
+    unused: tuple[str, ...] = ()
+    may_rest: frozenset[str] = frozenset()
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(11)
+        return self.make()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """A loss on a batch that is always the same, dropout included."""
+        torch.manual_seed(12)
+        dtype = next((p.dtype for p in model.parameters() if not nn.parameter.is_lazy(p)), torch.float32)
+        x = torch.randint(0, 5, self.shape) if self.tokens else torch.randn(self.shape, dtype=dtype)
+        out = model(x)
+        target = torch.randint(0, out.shape[-1], out.shape[:-1])
+        return F.cross_entropy(out.flatten(0, -2), target.flatten())
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.block(torch.tanh(self.block(x)) + x)))
+
+
+class Alias(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(6, 6)
+        self.two, self.head = self.one, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.5
+
+
+class Kept(nn.Linear):
+    """A subclass that keeps its forward."""
+
+
+class HalvedConv(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight * 0.5, bias)
+
+
+class TiedEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mid = nn.Embedding(5, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mid(self.embedding(x))))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+class OwnParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.inner = nn.ModuleDict({"deep": nn.ModuleList([nn.Sequential(nn.Linear(6, 3))])})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner["deep"][0](x + self.shift)
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.own, self.head = nn.Conv1d(1, 4, 3), HalvedConv(4, 4, 1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.own(self.conv(x.unsqueeze(1)))).flatten(1))
+
+
+def weight_normed() -> nn.Module:
+    return nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3))
+
+
+# Softmax forgets what all keys have in common: the key bias (the middle third of in_proj_bias) has
+# gradient zero up to rounding, the rest of that tensor moves.
+STRUCTURES = [
+    Structure("tied", Tied, ("a", "b", "head")),
+    Structure("shared", Shared, ("block", "head")),
+    Structure("alias", Alias, ("one", "head")),
+    Structure("unused", Unused, ("used", "spare"), unused=("spare.weight", "spare.bias")),
+    Structure(
+        "own forward",
+        lambda: nn.Sequential(Halved(6, 6), nn.Tanh(), Kept(6, 3)),
+        ("2",),
+        {"0": "Halved overrides the forward of Linear; register it"},
+    ),
+    Structure("own _conv_forward", Patches, ("conv", "head"), {"own": "overrides the forward of Conv1d"}),
+    Structure(
+        "tied embedding",
+        TiedEmbedding,
+        ("mid",),
+        {"head": "tied with 'embedding' (Embedding)", "embedding": "not a supported"},
+        (4, 7),
+        tokens=True,
+    ),
+    Structure(
+        "attention",
+        Attention,
+        ("head",),
+        {"attention.out_proj": "without calling it", "attention": "MultiheadAttention is not a supported"},
+        (4, 5, 6),
+    ),
+    Structure(
+        "transformer",
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True), nn.Linear(6, 3)
+        ),
+        ("0.linear1", "0.linear2", "1"),
+        {"0.self_attn.out_proj": "without calling it", "0.norm1": "LayerNorm is not a supported"},
+        (4, 5, 6),
+    ),
+    Structure("lstm", Recurrent, ("head",), {"lstm": "LSTM is not a supported layer type"}, (4, 5, 6)),
+    Structure("own parameter", OwnParameter, ("inner.deep.0.0",), {"": "OwnParameter is not a supported"}),
+    Structure("weight_norm", weight_normed, ("2",), {"0": "computed by a parametrization"}),
+    Structure(
+        "lazy", lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(inplace=True), nn.LazyLinear(3)), ("0", "2")
+    ),
+]
