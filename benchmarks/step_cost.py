@@ -10,6 +10,7 @@ measured in a process of its own for each rule.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -32,7 +33,7 @@ import plywise as pw
 def mlp(*widths: int) -> nn.Sequential:
     """A ReLU network with these widths."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -28,14 +28,14 @@ SEEDS = (100, 101)
 SPACES = {
     "SGD": {"rate": (0.01, 1.0)},
     "AdamW": {"rate": (3e-4, 3e-2), "opt.weight_decay": (1e-4, 1e-1)},
-    "ProxProp": {"rate": (0.3, 100.0), "rule.tau": (0.01, 10.0), "opt.momentum": [0.0, 0.9]},
+    "ProxProp": {"rate": (0.3, 100.0), "rule.tau": (0.01, 100.0), "opt.momentum": [0.0, 0.9]},
     "BackMatching": {
         "rate": (0.003, 0.3),
         "rule.scalar": ["mean", "rank"],
         "opt.momentum": [0.0, 0.9],
     },
     "NLMS": {"rate": (0.03, 10.0), "rule.eps": (0.01, 1.0), "opt.momentum": [0.0, 0.9]},
-    "Consequentialism": {"rate": (0.03, 1.0), "rule.eps": (0.01, 1.0), "opt.momentum": [0.0, 0.9]},
+    "Consequentialism": {"rate": (0.01, 1.0), "rule.eps": (0.001, 1.0), "opt.momentum": [0.0, 0.9]},
 }
 
 
@@ -60,7 +60,7 @@ def setup_of(method: str, point: dict) -> Setup:
         return {k.removeprefix(prefix): v for k, v in point.items() if k.startswith(prefix)}
 
     plain = method in ("SGD", "AdamW")
-    optimizer_settings = pick("opt.")
+    optimizer_settings = {name: value for name, value in pick("opt.").items() if value}  # 0 is the default
     if method == "SGD":
         optimizer_settings["momentum"] = 0.9
     return Setup(
@@ -107,16 +107,20 @@ def main() -> None:
     torch.set_num_threads(1)
     plan, splits = Plan(), load_digits()
     results = {}
-    start = time.process_time()
     for method, space in SPACES.items():
-        trials = []
+        start, trials = time.process_time(), []
         for point in points(space, TRIALS):
             trials.append({**point, **score(plan, setup_of(method, point), splits)})
         finished = sorted((t for t in trials if t["score"] is not None), key=lambda t: t["score"])
         if not finished:
             raise SystemExit(f"{method}: every trial failed, the first with {trials[0]['failure']!r}")
         best = {name: finished[0][name] for name in space}
-        results[method] = {"best": best, "setup": str(setup_of(method, best)), "trials": trials}
+        results[method] = {
+            "setup": str(setup_of(method, best)),
+            "best": best,
+            "cpu_seconds": round(time.process_time() - start, 1),
+            "trials": trials,
+        }
         failed = len(trials) - len(finished)
         print(f"{results[method]['setup']}  {finished[0]}  ({failed} of {TRIALS} failed)", file=sys.stderr)
     study = {
@@ -125,7 +129,6 @@ def main() -> None:
         "batch_size": BATCH_SIZE,
         "trials_per_method": TRIALS,
         "seeds": SEEDS,
-        "cpu_seconds": round(time.process_time() - start, 1),
         "environment": environment(),
         "methods": results,
     }

@@ -94,6 +94,6 @@ def test_a_hole_in_the_docstring_raises(old, new, said):
 
 def test_unknown_rule_suggests():
     assert find_rule("NLMS") is find_rule("nlms") is pw.NLMS
-    with pytest.raises(PlywiseError, match="'ProxPop'.*Did you mean ProxProp"):
+    with pytest.raises(PlywiseError, match=r"'ProxPop'.*Did you mean ProxProp"):
         find_rule("ProxPop")
     assert suggestion("zzz", RULES) == ""

@@ -43,7 +43,7 @@ class LayerNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         box: list[Tensor],
         hook: "LayerHook",
@@ -52,6 +52,7 @@ class LayerNode(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
+        """Hand back the output in ``box``; keep what autograd would keep."""
         ctx.hook = hook
         ctx.module = module
         ctx.has_bias = bias is not None
@@ -62,8 +63,9 @@ class LayerNode(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Ask the rule for the layer's move and for the value below."""
         a, weight = ctx.saved_tensors
         _, _, _, wants_below, wants_weight, wants_bias = ctx.needs_input_grad
         if delta.dim() < a.dim():
@@ -131,7 +133,7 @@ def _capture(hook: LayerHook, module: nn.Module, x: Tensor, output: Tensor) -> T
     a = hook.kind.linear_input(module, x)
     weight = getattr(module, hook.kind.weight_name)
     bias = getattr(module, hook.kind.bias_name)
-    return LayerNode.apply([_bare(output)], hook, module, a, weight, bias)  # type: ignore[no-any-return]
+    return LayerNode.apply([_bare(output)], hook, module, a, weight, bias)
 
 
 @cache
@@ -140,7 +142,7 @@ def _eager_capture() -> Callable[[LayerHook, nn.Module, Tensor, Tensor], Tensor]
 
     Made on first use, since it makes torch import its compiler.
     """
-    return torch.compiler.disable(_capture)  # type: ignore[no-any-return]
+    return torch.compiler.disable(_capture)
 
 
 def install(module: nn.Module, hook: LayerHook) -> RemovableHandle:

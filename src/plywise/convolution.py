@@ -125,7 +125,7 @@ def _backward(
     """The backward pass that autograd itself runs for a convolution."""
     _, stride, padding, dilation, groups = _geometry(module)
     no_output_padding = [0] * len(stride)
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+    return torch.ops.aten.convolution_backward(
         delta, a, weight, None, stride, padding, dilation, False, no_output_padding, groups, mask
     )
 

@@ -4,6 +4,29 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Size:
+    """Sizes of one layer's problem: ``n`` rows, ``d`` inputs (with bias), ``m`` outputs, ``g`` groups."""
+
+    n: int
+    d: int
+    m: int
+    g: int
+
+    @property
+    def plain(self) -> float:
+        """Floating-point operations of the layer's forward and backward."""
+        return 6.0 * self.g * self.n * self.d * self.m
+
+    @property
+    def exact_solve(self) -> float:
+        """Operations of a Gram's lower half, its inverse, and the product with it."""
+        k = min(self.n, self.d)
+        gram = k * k * max(self.n, self.d)
+        other = self.m if self.n > self.d else min(self.d, self.m)
+        return float(self.g * (gram + k**3 + 2 * k * k * other))
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """One layer's line in an explanation.
 

@@ -59,10 +59,12 @@ class EnergyMark(ModelHook):
         """Note ``m`` for `push_energy`."""
         if torch.is_grad_enabled() and isinstance(output, Tensor) and output.grad_fn is not None:
             scale = matching_scale(module, args[0] if args else kwargs["input"], output)
-            node = output.grad_fn
+            node: Any = output.grad_fn
             node.metadata[KEY] = scale.mean() if isinstance(scale, Tensor) else scale
             if any(p.requires_grad for p in module.parameters(recurse=False)):
-                metadata = node.metadata  # not the node: a hook that holds its own node never dies
+                metadata: dict[str, Any] = (
+                    node.metadata
+                )  # not the node: with it the hook would keep itself alive
                 node.register_hook(lambda below, _: _matched_parameters(below, metadata))
 
 

@@ -169,7 +169,8 @@ def register_layer(module_type: type[nn.Module], layer_type: LayerType) -> None:
         ...     def forward(self, x):
         ...         return torch.nn.functional.linear(x, self.weight, self.bias)
         >>> pw.register_layer(MyLinear, pw.layers.LinearType())
-        >>> rule = pw.ProxProp().attach(torch.nn.Sequential(MyLinear(3, 2)))
+        >>> model = torch.nn.Sequential(MyLinear(3, 2))
+        >>> rule = pw.ProxProp().attach(model)
         >>> rule.explain().rows[0].handled
         True
     """

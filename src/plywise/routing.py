@@ -20,19 +20,19 @@ class Route:
 
     Attributes:
         name: qualified name in the model.
-        module: the module itself.
         kind: how a rule reads it, or None if it is left to the optimizer.
         reason: why.
     """
 
     name: str
-    module: nn.Module
     kind: LayerType | None
     reason: str
 
 
-def route(model: nn.Module, layers: Selector | None, exclude: Selector | None) -> list[Route]:
-    """One route for each module of ``model`` that owns parameters, in the model's order.
+def route(
+    model: nn.Module, layers: Selector | None, exclude: Selector | None
+) -> list[tuple[nn.Module, Route]]:
+    """Each module of ``model`` that owns parameters with its route, in the model's order.
 
     Args:
         model: the model.
@@ -57,11 +57,11 @@ def route(model: nn.Module, layers: Selector | None, exclude: Selector | None) -
         if isinstance(kind, LayerType):
             why_not = _obstacle(name, module, kind, layers, exclude, owners, called_apart)
             if why_not is None:
-                routes.append(Route(name, module, kind, "linear in its weights"))
+                routes.append((module, Route(name, kind, "linear in its weights")))
                 continue
         else:
             why_not = kind
-        routes.append(Route(name, module, None, why_not))
+        routes.append((module, Route(name, None, why_not)))
     return routes
 
 

@@ -10,9 +10,10 @@ from torch import nn
 
 import plywise as pw
 from plywise.arena import demo
-from plywise.arena.demo import SETUPS, Plan, Setup, new_study, perform, rescale, save
+from plywise.arena.demo import SETUPS, Plan, Setup, new_study, perform, save
+from plywise.arena.layer_picture import WELL_SCALED, backward_sizes, bad_scales, layer_picture, rescale
 from plywise.arena.reading import reading
-from plywise.catalogue import RULES
+from plywise.catalogue import RULES, find_rule
 from plywise.data.digits import load_digits
 
 TINY = Plan(seeds=2, steps=12, sensitivity_steps=3, rates=3, cost_rounds=2, cost_block=1, hidden=(12, 12, 12))
@@ -74,10 +75,10 @@ def test_an_interrupted_demo_keeps_what_it_has(tmp_path):
     study = new_study(plan, "plywise demo")
     work = perform(plan, study)
     assert reading(study) == []
-    for wanted in range(8):
+    for wanted in range(9):
         study["reading"] = reading(study)
         assert save(study, tmp_path).exists()
-        assert sum(len(method["runs"]) for method in study["methods"]) == max(0, wanted - 2)
+        assert sum(len(method["runs"]) for method in study["methods"]) == min(6, max(0, wanted - 1))
         next(work)
 
 
@@ -85,17 +86,18 @@ def test_rescaling_leaves_the_function_alone():
     torch.manual_seed(0)
     model, x = TINY.make_model(), load_digits()[0].x
     before = model(x)
-    rescale(model, (10.0, 0.1, 5.0, 0.2))
+    assert bad_scales(model) == pytest.approx([10.0, 0.1, 10.0, 0.1])
+    rescale(model, [10.0, 0.1, 5.0, 0.2])
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_picture_shows_what_bad_scales_do():
     """Backprop's relative backward value scales with the square of the factors; BackMatching's does not."""
     train = load_digits()[0]
-    picture = demo.layer_picture(TINY, train)
+    picture = layer_picture(TINY.make_model, {n: find_rule(n)() for n in RULES}, train.x, train.y)
     sizes = {line["name"]: line["sizes"] for line in picture["series"]}
     assert picture["names"] == ["0 Linear 64→12", "2 Linear 12→12", "4 Linear 12→12", "6 Linear 12→10"]
-    assert list(sizes) == list(RULES)
+    assert list(sizes) == [*RULES, WELL_SCALED]
     assert all(line[-1] == 1 for line in sizes.values())
     assert sizes["ProxProp"] == sizes["NLMS"] == sizes["Backprop"]
 
@@ -109,9 +111,9 @@ def test_picture_shows_what_bad_scales_do():
         model = TINY.make_model()
         rescale(model, scales)
         batch = train.x[:100], train.y[:100]
-        return torch.tensor(list(demo.backward_sizes(rule, model, *batch).values()))
+        return torch.tensor(list(backward_sizes(rule, model, *batch).values()))
 
-    even, odd = (1.0, 1.0, 1.0, 1.0), (10.0, 0.1, 10.0, 0.1)
+    even, odd = [1.0, 1.0, 1.0, 1.0], [10.0, 0.1, 10.0, 0.1]
     ratio = relative(pw.Backprop(), odd) / relative(pw.Backprop(), even)
     torch.testing.assert_close(ratio, torch.tensor([0.01, 1.0, 0.01, 1.0]), rtol=1e-3, atol=0)
     matching = pw.BackMatching()
@@ -164,20 +166,28 @@ BASE = method("AdamW", [0.1, 0.11, 0.12])
 
 def test_reading_names_the_winner_and_the_losers():
     text = read(BASE, method("Quick", [1e-4] * 3), method("Slow", [0.5] * 3))
-    assert "AdamW ended at a training loss of 0.11 (after 20 steps, 1.00 CPU s)" in text
-    assert "reached by Quick in 10 steps and 0.50 s" in text
-    assert "Not in every seed or not at all: Slow" in text
-    assert "In CPU time Quick got there sooner" in text
-    assert "Quick below; Slow above" in text
+    assert "to a training loss of 0.1: AdamW in 20 steps, 1.00 s" not in text
+    assert (
+        "to a training loss of 0.01: Quick in 20 steps, 1.00 s. Not, in the median seed: AdamW and Slow"
+        in text
+    )
+    assert "AdamW ended at a training loss of 0.11, first reached after 20 steps and 1.00 CPU s" in text
+    assert "Also there: Quick in 10 steps, 0.50 s. Not, in the median seed: Slow." in text
+    assert "fewer steps than AdamW to that loss: Quick. By more than a tenth less CPU time: Quick." in text
+    assert "Quick all below; Slow all above" in text
 
 
 def test_reading_says_when_nobody_wins():
     text = read(BASE, method("Same", [0.1, 0.11, 0.13]))
-    assert "Same within the spread of" in text
-    assert "No other method got there" in text
+    assert "Same not to be told apart" in text
+    assert "to that loss: nobody. By more than a tenth less CPU time: nobody." in text
     assert "No method's test accuracy beats AdamW's by more than the noise" in text
     dear = read(BASE, method("Dear", [1e-4] * 3, seconds=10.0))
-    assert "In CPU time nobody got there sooner" in dear
+    assert (
+        "to that loss: Dear. By more than a tenth less CPU time: nobody (slower steps ate the gain)." in dear
+    )
+    alone = read(BASE, method("Slow", [0.5] * 3))
+    assert "Also there: no other method. Not, in the median seed: Slow." in alone
 
 
 def test_reading_takes_accuracy_beyond_noise_only():
@@ -186,11 +196,20 @@ def test_reading_takes_accuracy_beyond_noise_only():
     assert "below AdamW's by more than the noise: Bad (-17.0 points)" in text
 
 
+def test_reading_of_a_baseline_that_fails():
+    base = method("AdamW", [0.1, 0.1, 0.1])
+    for run in base["runs"][1:]:
+        run |= {"failure": "diverged", "final_loss": None, "test_accuracy": None, "loss": [2.0, None, None]}
+    text = read(base, method("Quick", [0.01] * 3))
+    assert "AdamW ended" not in text
+    assert "2 of 6 runs failed" in text
+
+
 def test_reading_counts_rates_and_failures():
     failed = method("Broken", [0.1])
     failed["runs"][0] |= {"failure": "diverged", "final_loss": None, "test_accuracy": None}
     lines = [
-        {"name": "Robust", "rates": [1, 2, 3], "final_loss": [0.1, 0.2, 0.3]},
+        {"name": "Robust", "rates": [1, 2, 3], "final_loss": [0.01, 0.02, 0.03]},
         {"name": "Touchy", "rates": [1, 2, 3], "final_loss": [None, 0.01, 2.0]},
     ]
     text = read(BASE, failed, sensitivity=lines)

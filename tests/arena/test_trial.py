@@ -61,7 +61,7 @@ def test_measuring_is_off_the_clock(data):
     class SlowWhenMeasured(nn.Sequential):
         def forward(self, x):
             if not self.training:
-                end = time.process_time() + 0.2
+                end = time.process_time() + 0.1
                 while time.process_time() < end:
                     pass
             return super().forward(x)
@@ -69,7 +69,7 @@ def test_measuring_is_off_the_clock(data):
     record = trial(data, model=lambda: SlowWhenMeasured(*make_model()), steps=4, measure_every=1)
     assert record.cpu_seconds[0] == 0
     assert record.cpu_seconds == sorted(record.cpu_seconds)
-    assert 0 < record.cpu_seconds[-1] < 0.2
+    assert 0 < record.cpu_seconds[-1] < 0.1
 
 
 def test_batches_are_whole_and_cover_the_epoch():
@@ -111,7 +111,9 @@ def test_an_exception_is_an_outcome(data):
                 raise RuntimeError("the third step. More words")
             return super().forward(x)
 
-    assert trial(data, model=lambda: Breaks(*make_model())).failure == "RuntimeError at step 3: the third step"
+    assert (
+        trial(data, model=lambda: Breaks(*make_model())).failure == "RuntimeError at step 3: the third step"
+    )
     refused = trial(data, model=lambda: nn.Sequential(nn.Flatten()), rule=pw.NLMS()).failure
     assert "before the first step" in refused
 

@@ -18,7 +18,7 @@ from importlib import import_module
 
 import torch
 
-from plywise import NLMS, Backprop, BackMatching, Consequentialism, Move, Ply, ProxProp, Rule
+from plywise import NLMS, BackMatching, Backprop, Consequentialism, Move, Ply, ProxProp, Rule
 from plywise.rule import Size, require_positive
 
 
@@ -89,7 +89,7 @@ CASES = [
     Case(
         "back_matching-cauchy",
         lambda: BackMatching(scalar="cauchy"),
-        rate=0.03,
+        rate=0.1,
         not_linear=CURVES,
         may_refuse_reentrant=True,
     ),

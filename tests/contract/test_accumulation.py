@@ -71,9 +71,6 @@ def test_moves_are_proportional_to_the_loss(case: Case, kind: str, scale: float)
 def test_grad_scaler_changes_nothing(case: Case, optimizer_name: str, request: pytest.FixtureRequest) -> None:
     if case.not_homogeneous:
         pytest.skip(case.not_homogeneous)
-    if optimizer_name.endswith("fused") and type(case.make()).limit is not Rule.limit:
-        bug = "a fused optimizer unscales inside its step: the limit before it acts on scaled gradients"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=bug))
     data, results = batch(), []
     for scaled in (False, True):
         model = mlp()

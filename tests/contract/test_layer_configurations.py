@@ -13,7 +13,9 @@ from .models import all_finite, assert_close, grads
 from .registry import Case
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-BRIEF = settings(max_examples=12, deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None)
+BRIEF = settings(
+    max_examples=12, deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None
+)
 LONG = settings(BRIEF, max_examples=150)
 
 
@@ -55,8 +57,10 @@ def convolutions(draw: st.DrawFn) -> Drawn:
     if padding == "numbers":
         padding = each(0, 2)
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    before = [math.ceil(r / 2) if padding == "same" else 0 if padding == "valid" else padding[i]
-              for i, r in enumerate(reach)]
+    before = [
+        math.ceil(r / 2) if padding == "same" else 0 if padding == "valid" else padding[i]
+        for i, r in enumerate(reach)
+    ]
     for i in range(dims):
         total = reach[i] if padding == "same" else 2 * before[i]
         assume(size[i] + total >= reach[i] + 1)  # the kernel fits

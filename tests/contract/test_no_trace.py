@@ -182,13 +182,8 @@ def test_backward_to_chosen_parameters(rule: Rule) -> None:
     assert same_bits(grads(model), {name: everything[name] for name in ("2.weight", "2.bias")})
 
 
-ANSWERS_LINGER = pytest.mark.xfail(
-    strict=True, reason="an answer given in torch.autograd.grad vouches for a later, uncaptured gradient"
-)
-
-
 @pytest.mark.parametrize(
-    "before", [pytest.param(gradient_without_accumulation, marks=ANSWERS_LINGER), exception_in_backward]
+    "before", [gradient_without_accumulation, exception_in_backward], ids=lambda f: f.__name__
 )
 def test_unfinished_backward_does_not_blind_the_watch(rule: Rule, before: Callable) -> None:
     model, data = mlp(), batch()

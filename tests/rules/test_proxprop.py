@@ -243,10 +243,7 @@ def test_p11_p13_batch_size():
     assert relative(copies, once) < 1e-10
     rule = pw.ProxProp(0.3, gram="mean")
     mean = move_of(rule, layer, x, delta)
-    assert (
-        relative(move_of(pw.ProxProp(0.3, gram="mean"), layer, x.repeat(4, 1), delta.repeat(4, 1) / 4), mean)
-        < 1e-10
-    )
+    assert relative(move_of(rule, layer, x.repeat(4, 1), delta.repeat(4, 1) / 4), mean) < 1e-10
     assert relative(mean, torch.linalg.solve(A.T @ A / 7 + torch.eye(10) / 0.3, G.T).T) < 1e-10
     by_sum = torch.linalg.solve(A.T @ A / 7 + torch.eye(10) / (7 * 0.3), G.T).T / 7
     assert relative(move_of(pw.ProxProp(0.3), layer, x, delta), by_sum) < 1e-10

@@ -7,7 +7,6 @@ work, so that an interrupted demo keeps all that it has measured.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -17,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import plywise
+from plywise.arena.layer_picture import layer_picture
 from plywise.arena.report import write_report
 from plywise.arena.trial import OptimizerFactory, endless_batches, make_step, run_trial
 from plywise.data.digits import ATTRIBUTION, Split, load_digits
 from plywise.environment import environment
-from plywise.ply import Ply
 from plywise.rule import Rule
 
 BATCH_SIZE = 128
-BAD_SCALES = (10.0, 0.1, 10.0, 0.1)
-"""Factors of the layers' weights in the per-layer picture; their product is 1."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +68,12 @@ class Setup:
 
 MOMENTUM = {"momentum": 0.9}
 SETUPS = (
-    Setup("SGD", 0.1, optimizer_settings=MOMENTUM),
-    Setup("AdamW", 0.003, optimizer="AdamW"),
-    Setup("Backprop", 0.1, "Backprop", optimizer_settings=MOMENTUM),
-    Setup("ProxProp", 7.0, "ProxProp", {"tau": 0.1}, optimizer_settings=MOMENTUM),
-    Setup("BackMatching", 0.03, "BackMatching", optimizer_settings=MOMENTUM),
-    Setup("NLMS", 1.0, "NLMS", optimizer_settings=MOMENTUM),
+    Setup("SGD", 0.19, optimizer_settings=MOMENTUM),
+    Setup("AdamW", 0.013, optimizer="AdamW", optimizer_settings={"weight_decay": 0.068}),
+    Setup("Backprop", 0.19, "Backprop", optimizer_settings=MOMENTUM),
+    Setup("ProxProp", 19.0, "ProxProp", {"tau": 6.7}),
+    Setup("BackMatching", 0.025, "BackMatching", {"scalar": "mean"}, optimizer_settings=MOMENTUM),
+    Setup("NLMS", 2.1, "NLMS", {"eps": 0.034}, optimizer_settings=MOMENTUM),
     Setup("Consequentialism", 0.3, "Consequentialism"),
 )
 """Tuned on the validation split, the same budget for each (benchmarks/tune_demo.py); Backprop is the null
@@ -133,7 +130,7 @@ def new_study(plan: Plan, command: str) -> dict[str, Any]:
         "elapsed_seconds": None,
         "environment": environment(),
         "attribution": ATTRIBUTION,
-        "plan": {key: value for key, value in asdict(plan).items() if key != "setups"},
+        "plan": {key: value for key, value in asdict(plan).items() if key not in ("setups", "hidden")},
         "methods": [
             {"name": setup.name, "settings": str(setup), "runs": [], "relative_step_cost": None}
             for setup in plan.setups
@@ -146,8 +143,7 @@ def new_study(plan: Plan, command: str) -> dict[str, Any]:
 def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
     """Run the demo, filling ``study``; yields after each piece of work.
 
-    The picture and the costs come first and seeds go round all methods, so that what an interrupted
-    demo has is complete as far as it goes.
+    Seeds go round all methods, so that what an interrupted demo has is complete as far as it goes.
     """
     train, _, test = load_digits()
     done = 0
@@ -159,12 +155,9 @@ def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
 
     for setup in plan.setups:  # the first step of a rule imports and warms up; keep that off every clock
         run_trial(plan.make_model, train, test, setup.make_optimizer(), setup.make_rule(), seed=0, steps=2)
-    study["layers"] = layer_picture(plan, train)
+    rules = {setup.name: rule for setup in plan.setups if (rule := setup.make_rule()) is not None}
+    study["layers"] = layer_picture(plan.make_model, rules, *next(endless_batches(train, BATCH_SIZE, 0)))
     yield progress("sizes of the backward values, layer by layer")
-    costs = step_costs(plan, train)
-    for method, cost in zip(study["methods"], costs, strict=True):
-        method["relative_step_cost"] = cost
-    yield progress("relative cost of a step")
     for seed in range(plan.seeds):
         for setup, method in zip(plan.setups, study["methods"], strict=True):
             record = run_trial(
@@ -176,10 +169,14 @@ def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
                 seed=seed,
                 steps=plan.steps,
                 batch_size=BATCH_SIZE,
+                measure_every=5,
             )
             method["runs"].append(record.as_dict())
             outcome = record.failure or f"loss {record.final_loss:.2g}, accuracy {record.test_accuracy:.1%}"
             yield progress(f"{setup.name}, seed {seed}: {outcome}")
+    for method, cost in zip(study["methods"], step_costs(plan, train), strict=True):
+        method["relative_step_cost"] = cost
+    yield progress("relative cost of a step")
     for setup in plan.setups:
         yield from _sensitivity(plan, setup, train, test, study, progress)
 
@@ -249,83 +246,6 @@ def step_costs(plan: Plan, train: Split) -> list[float]:
         for ratio, clock in zip(ratios, clocks[1:], strict=True):
             ratio.append(clock / clocks[0])
     return [statistics.median(ratio) for ratio in ratios]
-
-
-# ---- the picture of the layers -----------------------------------------------------------------
-
-
-def rescale(model: nn.Sequential, scales: tuple[float, ...]) -> None:
-    """Scale each linear layer's weight, and its bias so that the function stays the same up to the product.
-
-    ReLU lets a positive factor through: layer l's output grows by the product of the factors up to it.
-    """
-    total = 1.0
-    linears = [module for module in model if isinstance(module, nn.Linear)]
-    with torch.no_grad():
-        for module, scale in zip(linears, scales, strict=True):
-            total *= scale
-            module.weight.mul_(scale)
-            module.bias.mul_(total)
-
-
-def layer_picture(plan: Plan, train: Split) -> dict[str, Any]:
-    """How large a change each layer's output is asked for, on a badly scaled copy of the network.
-
-    For each rule and layer the root mean square of the backward value over that of the layer's output,
-    relative to the last layer's. The network is the demo's at initialisation, its layers' weights
-    multiplied by factors that cancel: it computes the same function.
-    """
-    x, y = next(endless_batches(train, BATCH_SIZE, 0))
-    scales = [BAD_SCALES[i % len(BAD_SCALES)] for i in range(len(plan.hidden))]
-    scales.append(1 / math.prod(scales))
-    series = []
-    names: list[str] = []
-    for setup in plan.setups:
-        rule = setup.make_rule()
-        if rule is None:
-            continue  # plain training sends down what Backprop does
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = plan.make_model()
-        rescale(model, tuple(scales))
-        sizes = backward_sizes(rule, model, x, y)
-        names = [f"{name} {_shape(model.get_submodule(name))}" for name in sizes]
-        top = list(sizes.values())[-1]
-        series.append({"name": setup.name, "sizes": [size / top for size in sizes.values()]})
-    return {"names": names, "series": series, "caption": _caption(scales)}
-
-
-def backward_sizes(rule: Rule, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Size of the backward value at each layer's output, relative to the output; bottom layer first."""
-    sizes: dict[str, float] = {}
-
-    def look(ply: Ply, *_: Any) -> None:
-        sizes[ply.name] = _rms(rule.heard(ply)) / _rms(ply.module(ply.a))
-
-    rule.attach(model)
-    with rule.observing(look):
-        nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-    rule.detach()
-    return dict(reversed(sizes.items()))
-
-
-def _caption(scales: list[float]) -> str:
-    factors = ", ".join(f"{scale:g}" for scale in scales)
-    return (
-        f"The network at initialisation, its layers' weights multiplied by {factors}: the function is the "
-        "same, only the layers are badly scaled against each other. Up: the backward value at each layer's "
-        "output over the output itself, relative to the last layer. A rule that is blind to such scaling "
-        "would be a smooth line. Rules that differ from backpropagation only in how the weights move send "
-        "the same values down, so their lines lie on one another."
-    )
-
-
-def _shape(module: nn.Module) -> str:
-    return f"Linear {module.in_features}→{module.out_features}"
-
-
-def _rms(tensor: Tensor) -> float:
-    return tensor.square().mean().sqrt().item()
 
 
 def _arguments(settings: dict[str, Any]) -> str:

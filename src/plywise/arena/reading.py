@@ -7,22 +7,27 @@ import statistics
 from typing import Any
 
 BASELINE = "AdamW"
+CONTROL = "Backprop"
 TEST_IMAGES = 400
-WITHIN = 10.0
-"""A rate counts as usable if it ends within this factor of the method's own best final loss."""
+STATIONS = (0.1, 0.01)
+"""Training losses on the way for which steps and seconds are told."""
+USABLE = 0.1
+"""A rate counts as usable if it ends below this training loss."""
+CLEARLY = 0.9
+"""Share of another's steps or seconds that counts as fewer."""
 
 
 def reading(study: dict[str, Any]) -> list[str]:
     """Sentences on a study of the demo, complete or interrupted.
 
-    A difference counts only beyond the noise: for losses, every seed of one method below every seed of
-    the other; for accuracies, two standard errors.
+    A difference at the end counts only beyond the noise: for losses, every seed of one method below every
+    seed of the other; for accuracies, two standard errors. The race is that of the median seeds.
     """
     methods = {method["name"]: method for method in study["methods"] if method["runs"]}
     sentences = []
     baseline = methods.get(BASELINE)
     if baseline is not None and _losses(baseline):
-        sentences += _race(baseline, methods)
+        sentences += _race(baseline, {name: m for name, m in methods.items() if name != CONTROL})
         sentences += _final_losses(baseline, methods)
         sentences += _accuracies(baseline, methods)
     sentences += _control(methods)
@@ -32,38 +37,53 @@ def reading(study: dict[str, Any]) -> list[str]:
 
 
 def _race(baseline: dict[str, Any], methods: dict[str, Any]) -> list[str]:
-    """Who reached the baseline's final loss, in how many steps and seconds."""
+    """Who reached the baseline's final loss, and stations on the way, in how many steps and seconds."""
+    sentences = [_station(methods, target) for target in STATIONS]
     target = statistics.median(_losses(baseline))
-    own = _arrival(baseline, target)
-    steps, seconds = own if own else (baseline["runs"][0]["steps"][-1], math.nan)
-    head = f"{BASELINE} ended at a training loss of {target:.2g} (after {steps} steps, {seconds:.2f} CPU s). "
-    arrivals = {name: _arrival(method, target) for name, method in methods.items() if name != BASELINE}
-    reached = sorted((when, name) for name, when in arrivals.items() if when)
-    if not reached:
-        return [head + "No other method got there."]
-    text = "; ".join(f"{name} in {s} steps and {t:.2f} s" for (s, t), name in reached)
-    missed = [name for name, when in arrivals.items() if not when]
-    never = f" Not in every seed or not at all: {_list(missed)}." if missed else ""
-    sentences = [f"{head}It was reached by {text}.{never}"]
-    quicker = [name for (_, t), name in reached if t < seconds / 1.1]
-    by = f"got there sooner than {BASELINE} by more than a tenth"
-    if quicker:
-        return [*sentences, f"In CPU time {_list(quicker)} {by}."]
-    return [*sentences, f"In CPU time nobody {by}: slower steps ate the gain."]
+    arrivals = _arrivals(methods, target)
+    if BASELINE not in arrivals:  # most of its seeds failed
+        return sentences
+    steps, seconds = arrivals.pop(BASELINE)
+    sentences.append(
+        f"{BASELINE} ended at a training loss of {target:.2g}, first reached after {steps} steps and "
+        f"{seconds:.2f} CPU s. Also there: {_told(arrivals) or 'no other method'}.{_missing(methods, target)}"
+    )
+    fewer = [name for name, (own, _) in arrivals.items() if own < CLEARLY * steps]
+    sooner = [name for name, (_, own) in arrivals.items() if own < CLEARLY * seconds]
+    nobody = "nobody (slower steps ate the gain)" if fewer and not sooner else "nobody"
+    sentences.append(
+        f"By more than a tenth fewer steps than {BASELINE} to that loss: {_list(fewer) or 'nobody'}. "
+        f"By more than a tenth less CPU time: {_list(sooner) or nobody}."
+    )
+    return sentences
 
 
-def _arrival(method: dict[str, Any], target: float) -> tuple[int, float] | None:
-    """Median step and time at which the loss first was at ``target``; None unless all runs got there."""
-    arrivals = []
-    for run in method["runs"]:
-        points = zip(run["steps"], run["loss"], run["cpu_seconds"], strict=True)
-        arrivals.append(next(((step, clock) for step, loss, clock in points if loss <= target), None))
-    if method["name"] == BASELINE:  # its median run is the target, so that half of its runs get there
-        arrivals = [arrival for arrival in arrivals if arrival]
-    if not arrivals or None in arrivals:
-        return None
-    steps, clocks = zip(*[arrival for arrival in arrivals if arrival], strict=True)
-    return int(statistics.median(steps)), statistics.median(clocks)
+def _station(methods: dict[str, Any], target: float) -> str:
+    told = _told(_arrivals(methods, target)) or "No method"
+    return f"On the way, to a training loss of {target:g}: {told}.{_missing(methods, target)}"
+
+
+def _arrivals(methods: dict[str, Any], target: float) -> dict[str, tuple[int, float]]:
+    """Steps and seconds until the loss first was at ``target``, in the median run; the quickest first."""
+    never = (math.inf, math.inf)
+    found = {}
+    for name, method in methods.items():
+        runs = [zip(run["steps"], run["cpu_seconds"], run["loss"], strict=True) for run in method["runs"]]
+        found[name] = statistics.median_low(
+            next(((step, clock) for step, clock, loss in run if loss is not None and loss <= target), never)
+            for run in runs
+        )
+    reached = {name: when for name, when in found.items() if when != never}
+    return dict(sorted(reached.items(), key=lambda item: item[1]))  # type: ignore[arg-type]
+
+
+def _told(arrivals: dict[str, tuple[int, float]]) -> str:
+    return "; ".join(f"{name} in {steps} steps, {clock:.2f} s" for name, (steps, clock) in arrivals.items())
+
+
+def _missing(methods: dict[str, Any], target: float) -> str:
+    missing = [name for name in methods if name not in _arrivals(methods, target)]
+    return f" Not, in the median seed: {_list(missing)}." if missing else ""
 
 
 def _final_losses(baseline: dict[str, Any], methods: dict[str, Any]) -> list[str]:
@@ -83,10 +103,14 @@ def _final_losses(baseline: dict[str, Any], methods: dict[str, Any]) -> list[str
             tied.append(name)
     parts = [
         f"{_list(names)} {what}"
-        for names, what in ((better, "below"), (worse, "above"), (tied, "within the spread of"))
+        for names, what in ((better, "all below"), (worse, "all above"), (tied, "not to be told apart"))
         if names
     ]
-    return [f"Final training loss, seed by seed, against {BASELINE}: {'; '.join(parts)}."] if parts else []
+    return (
+        [f"Final training losses of all seeds against all of {BASELINE}: {'; '.join(parts)}."]
+        if parts
+        else []
+    )
 
 
 def _accuracies(baseline: dict[str, Any], methods: dict[str, Any]) -> list[str]:
@@ -104,8 +128,7 @@ def _accuracies(baseline: dict[str, Any], methods: dict[str, Any]) -> list[str]:
     else:
         sentences.append(
             f"No method's test accuracy beats {BASELINE}'s by more than the noise (two standard errors over "
-            f"seeds and {TEST_IMAGES} test images, up to {100 * noise:.1f} points): what the rules gain here "
-            "is speed, not accuracy."
+            f"seeds or over {TEST_IMAGES} test images, up to {100 * noise:.1f} points)."
         )
     if worse:
         sentences.append(f"Test accuracy below {BASELINE}'s by more than the noise: {_list(worse)}.")
@@ -131,16 +154,15 @@ def _gap(method: dict[str, Any], baseline: dict[str, Any]) -> tuple[float, float
 def _control(methods: dict[str, Any]) -> list[str]:
     """What the null control says about the overhead of attaching anything, and what the rules cost."""
     costs = {name: m["relative_step_cost"] for name, m in methods.items() if m["relative_step_cost"]}
-    if "Backprop" not in costs:
+    if CONTROL not in costs:
         return []
     same = "SGD" in methods and all(
-        a["loss"] == b["loss"]
-        for a, b in zip(methods["SGD"]["runs"], methods["Backprop"]["runs"], strict=False)
+        a["loss"] == b["loss"] for a, b in zip(methods["SGD"]["runs"], methods[CONTROL]["runs"], strict=False)
     )
-    others = [f"{name} {cost:.1f}×" for name, cost in costs.items() if name not in ("SGD", "Backprop")]
+    others = [f"{name} {cost:.1f}×" for name, cost in costs.items() if name not in ("SGD", CONTROL)]
     trains = "trains as SGD does, bit for bit, and " if same else ""
     return [
-        f"Backprop, the null control, {trains}costs {costs['Backprop']:.2f}× a plain SGD step: that is the "
+        f"{CONTROL}, the null control, {trains}costs {costs[CONTROL]:.2f}× a plain SGD step: that is the "
         f"hooks. A step of the others: {', '.join(others)} (this network is tiny; hooks weigh less in larger "
         "ones)."
     ]
@@ -148,19 +170,17 @@ def _control(methods: dict[str, Any]) -> list[str]:
 
 def _rates(lines: list[dict[str, Any]]) -> list[str]:
     """How many of the tried rates are usable."""
-    counts = []
-    for line in lines:
-        losses = [loss for loss in line["final_loss"] if loss is not None]
-        if losses:
-            usable = sum(loss <= WITHIN * max(min(losses), 1e-3) for loss in losses)
-            counts.append((usable, line["name"]))
+    counts = [
+        (sum(loss is not None and loss < USABLE for loss in line["final_loss"]), line["name"])
+        for line in lines
+        if line["final_loss"]
+    ]
     if not counts:
         return []
-    total = len(lines[0]["rates"])
     text = ", ".join(f"{name} {usable}" for usable, name in sorted(counts, key=lambda c: -c[0]))
     return [
-        f"Of {total} rates over four decades, this many end within a factor of {WITHIN:g} of the method's "
-        f"best (losses below 0.001 count as 0.001): {text}."
+        f"Of {len(lines[0]['rates'])} rates over four decades around the tuned one, this many end below a "
+        f"training loss of {USABLE:g} in the shorter runs of the sweep: {text}."
     ]
 
 
@@ -180,4 +200,4 @@ def _losses(method: dict[str, Any]) -> list[float]:
 
 
 def _list(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)

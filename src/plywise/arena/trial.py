@@ -89,6 +89,7 @@ def run_trial(
         watch_held_out: measure the loss on ``held_out`` along the way, too.
     """
     record = Record(seed)
+    count = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -108,7 +109,7 @@ def run_trial(
             record.test_accuracy = accuracy(model, held_out)
             record.final_loss = record.loss[-1]
         except DivergedError as error:
-            record.failure = f"diverged at step {count}: {error}" if record.steps else str(error)
+            record.failure = f"diverged at step {count}: {error}"
         except Exception as error:
             where = f"at step {count}" if record.steps else "before the first step"
             record.failure = f"{type(error).__name__} {where}: {str(error).split('. ')[0]}"
@@ -127,7 +128,7 @@ def make_step(
     def step(x: Tensor, y: Tensor) -> float:
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.item()
 

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 import plywise
-from plywise.cli.demo import demo
-from plywise.cli.doctor import doctor
-from plywise.cli.explain import explain
-from plywise.cli.methods import app as methods
+from plywise.cli import demo, doctor, explain, methods
 from plywise.errors import PlywiseError
 
 app = App(
@@ -24,7 +21,7 @@ app = App(
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # ours says what was kept
 )
-for _command in (demo, methods, explain, doctor):
+for _command in (demo.demo, methods.app, explain.explain, doctor.doctor):
     app.command(_command)
 
 
@@ -44,7 +41,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except CycloptsError:
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\nInterrupted. {interrupt or 'Nothing was kept.'}", file=sys.stderr)
+        print(f"\nInterrupted. {str(interrupt) or 'Nothing was kept.'}", file=sys.stderr)
         return 130
     except (PlywiseError, OSError) as error:
         print(f"plywise: {error}", file=sys.stderr)

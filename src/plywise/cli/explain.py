@@ -109,7 +109,8 @@ def load_model(address: str) -> nn.Module:
             )
         found = _call(found, address)
     if not isinstance(found, nn.Module):
-        raise PlywiseError(f"{address} returned an object of type {type(found).__name__}, not a torch.nn.Module.")
+        kind = type(found).__name__
+        raise PlywiseError(f"{address} returned an object of type {kind}, not a torch.nn.Module.")
     return found
 
 

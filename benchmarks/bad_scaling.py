@@ -1,0 +1,110 @@
+"""Badly scaled networks: does a rule train where SGD at its best rate does not?
+
+ReLU networks 64-48-48-48-48-10 on the digits, batch 64, 255 steps (15 epochs), He initialisation with each
+layer's weights multiplied by a factor. "rescaled" and "rescaled hard" leave the function unchanged;
+"small" and "mixed" do not. For each network each method gets the same number of trials (rates in steps of
+sqrt 10, best validation loss on seed 100); then three fresh seeds.
+
+    python benchmarks/bad_scaling.py
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import plywise as pw
+from step_cost import environment
+from tuning import Candidate, adamw, digits, median, mlp, repeat, sgd, tune, write_json
+
+WIDTHS = (64, 48, 48, 48, 48, 10)
+SCALES = {
+    "good": (1, 1, 1, 1, 1),
+    "rescaled": (10, 0.1, 10, 0.1, 1),
+    "rescaled hard": (30, 1 / 30, 1 / 30, 30, 1),
+    "small": (0.3, 0.3, 0.3, 0.3, 0.3),
+    "mixed": (3, 0.1, 2, 0.2, 0.5),
+}
+
+
+def rates(middle: float) -> list[float]:
+    """Nine rates in steps of sqrt 10 around the middle one."""
+    return [middle * 10 ** (k / 2) for k in range(-4, 5)]
+
+
+def methods() -> dict[str, list[Candidate]]:
+    """Nine trials a method."""
+    rules: dict[str, tuple[float, float, Callable[[], pw.Rule] | None]] = {
+        "SGD": (0.03, 0.0, None),
+        "SGD momentum": (0.01, 0.9, None),
+        "ProxProp": (3.0, 0.9, pw.ProxProp),
+        "BackMatching rate": (0.1, 0.0, pw.BackMatching),
+        "BackMatching rate, momentum": (0.01, 0.9, pw.BackMatching),
+        "BackMatching rate, no cap": (0.03, 0.0, functools.partial(pw.BackMatching, cap=None)),
+        "BackMatching exact": (0.1, 0.0, functools.partial(pw.BackMatching, mode="exact", cap=None)),
+        "NLMS": (1.0, 0.9, pw.NLMS),
+        "Consequentialism": (0.1, 0.0, pw.Consequentialism),
+    }
+    grids = {
+        name: [sgd(name, rate, momentum, rule) for rate in rates(middle)]
+        for name, (middle, momentum, rule) in rules.items()
+    }
+    return {"SGD": grids.pop("SGD"), "AdamW": [adamw(rate) for rate in rates(3e-3)], **grids}
+
+
+def picture(result: dict[str, Any], path: str) -> None:
+    """Final training loss of every method on every network."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 4.2))
+    names = list(next(iter(result["networks"].values())))
+    for index, name in enumerate(names):
+        values = [network[name]["median_final_loss"] for network in result["networks"].values()]
+        xs = [place + (index - len(names) / 2) * 0.07 for place in range(len(values))]
+        ys = [3.0 if value is None else value for value in values]
+        axis.plot(xs, ys, "o", label=name, markersize=6)
+    axis.axhline(2.3026, color="grey", linewidth=0.8, linestyle="--")
+    axis.text(-0.45, 2.6, "chance", color="grey", fontsize=8)
+    axis.set_xticks(range(len(result["networks"])), list(result["networks"]))
+    axis.set(yscale="log", ylabel="final training loss (median of 3 seeds)", xlim=(-0.5, len(SCALES) - 0.4))
+    axis.grid(axis="y", alpha=0.25)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    start, data = time.time(), digits()
+    result: dict[str, Any] = {"environment": environment("cpu", 1), "networks": {}}
+    for network, scales in SCALES.items():
+        make = functools.partial(mlp, WIDTHS, scales)
+        how = {"steps": 255, "batch_size": 64}
+        rows = {}
+        for name, trials in methods().items():
+            print(f"  {network}: {name}", flush=True)
+            best, log = tune(trials, make, data, 100, measure_every=255, **how)
+            records = repeat(best, make, data, (0, 1, 2), measure_every=51, **how)
+            rows[name] = {
+                "settings": best.settings,
+                "median_final_loss": median(r.final_loss for r in records),
+                "final_loss": [r.final_loss for r in records],
+                "test_accuracy": [r.test_accuracy for r in records],
+                "failures": [r.failure for r in records],
+                "tuning": log,
+            }
+            row = rows[name]
+            print(f"    -> {row['median_final_loss']} {row['test_accuracy']} {best.settings}", flush=True)
+        result["networks"][network] = rows
+    result["minutes"] = round((time.time() - start) / 60, 1)
+    write_json("bad_scaling.json", result)
+    picture(result, __file__.replace(".py", ".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Steps to AdamW's final training loss: exact ProxProp and the other rules on digits and MNIST.
+
+An MLP with three hidden layers of 256, batch 128. Every method is tuned with the same number of trials on
+the validation loss after all steps (seed 100); then three fresh seeds. The target is AdamW's final training
+loss, seed by seed. Training loss is that of the whole training set, measured off the clock.
+
+    python benchmarks/fewer_steps.py            # digits and MNIST
+"""
+
+import argparse
+import functools
+import time
+from typing import Any
+
+import torch
+
+import plywise as pw
+from step_cost import environment
+from tuning import (
+    Candidate,
+    adamw,
+    digits,
+    first_step_below,
+    median,
+    mlp,
+    mnist,
+    repeat,
+    sgd,
+    tune,
+    write_json,
+)
+
+Data = Any
+
+
+def candidates() -> dict[str, list[Candidate]]:
+    """Eight trials a method."""
+    prox = functools.partial
+    return {
+        "AdamW": [adamw(rate) for rate in (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 3e-2)],
+        "SGD momentum": [
+            sgd("SGD momentum", r, 0.9, None) for r in (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
+        ],
+        "ProxProp exact": [
+            sgd("ProxProp exact", rate, 0.9, prox(pw.ProxProp, tau=1 / damping))
+            for damping in (1.0, 3.0, 5.0, 10.0)
+            for rate in (5.0, 10.0)
+        ],
+        "Consequentialism": [
+            sgd("Consequentialism", rate, 0.0, prox(pw.Consequentialism, eps=eps))
+            for eps in (0.1, 1.0)
+            for rate in (0.05, 0.1, 0.3, 1.0)
+        ],
+        "BackMatching rate": [
+            sgd("BackMatching rate", rate, 0.9, pw.BackMatching)
+            for rate in (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+        ],
+        "NLMS": [sgd("NLMS", rate, 0.9, pw.NLMS) for rate in (0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)],
+    }
+
+
+def compare(name: str, data: Data, width: int, steps: int, every: int) -> dict[str, Any]:
+    """Tune and run every method on one data set."""
+    make = functools.partial(mlp, (width, 256, 256, 256, 10))
+    methods, target = {}, {}
+    for method, trials in candidates().items():
+        print(f"  {name}: {method}", flush=True)
+        best, log = tune(trials, make, data, 100, steps=steps, measure_every=steps)
+        records = repeat(best, make, data, (0, 1, 2), steps=steps, measure_every=every)
+        if method == "AdamW":
+            target = {record.seed: record.final_loss for record in records}
+        reached = [first_step_below(record, target[record.seed]) for record in records]
+        seconds = [
+            None if step is None else record.cpu_seconds[record.steps.index(step)]
+            for record, step in zip(records, reached, strict=True)
+        ]
+        methods[method] = {
+            "settings": best.settings,
+            "tuning": log,
+            "steps_to_target": reached,
+            "cpu_seconds_to_target": [None if s is None else round(s, 3) for s in seconds],
+            "median_steps_to_target": median(reached),
+            "median_cpu_seconds_to_target": median(seconds),
+            "final_loss": [r.final_loss for r in records],
+            "test_accuracy": [r.test_accuracy for r in records],
+            "failures": [r.failure for r in records],
+            "curve": {
+                "steps": records[0].steps,
+                "loss": [[float(f"{v:.4g}") for v in r.loss] for r in records],
+                "cpu_seconds": [round(v, 3) for v in records[0].cpu_seconds],
+            },
+        }
+        row = methods[method]
+        print(f"    -> {best.settings}: final {row['final_loss']}, steps to target {reached}", flush=True)
+    return {"steps": steps, "target": "AdamW's final training loss, per seed", "methods": methods}
+
+
+def picture(result: dict[str, Any], path: str) -> None:
+    """Training loss against steps and against CPU seconds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    sets = result["sets"]
+    figure, axes = plt.subplots(len(sets), 2, figsize=(10, 3.6 * len(sets)), squeeze=False)
+    for row, (name, one) in zip(axes, sets.items(), strict=True):
+        for method, values in one["methods"].items():
+            curve = values["curve"]
+            middle = [sorted(column)[1] for column in zip(*curve["loss"], strict=False)]
+            for axis, key in zip(row, ("steps", "cpu_seconds"), strict=True):
+                xs = curve[key][: len(middle)]
+                axis.plot(xs, middle, label=method, linewidth=1.6)
+        row[0].set_ylabel(f"{name}: training loss")
+        for axis, label in zip(row, ("steps", "CPU seconds of training"), strict=True):
+            axis.set(yscale="log", xlabel=label)
+            axis.grid(alpha=0.25)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--set", action="append", choices=["digits", "mnist"], help="default: both")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    start = time.time()
+    result: dict[str, Any] = {"environment": environment("cpu", options.threads), "sets": {}}
+    for name in options.set or ["digits", "mnist"]:
+        if name == "digits":
+            result["sets"][name] = compare(name, digits(), 64, 160, 2)
+        else:
+            result["sets"][name] = compare(name, mnist(), 784, 1200, 40)
+    result["minutes"] = round((time.time() - start) / 60, 1)
+    write_json("fewer_steps.json", result)
+    picture(result, __file__.replace(".py", ".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What the training benchmarks share: networks, data, tuning with equal budgets, pictures."""
+
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import plywise as pw
+from plywise.arena.trial import Record, run_trial
+from plywise.data.digits import Split, load_digits
+
+HERE = Path(__file__).parent
+DATA = Path(os.environ.get("PLYWISE_DATA", HERE.parent.parent / "shared" / "data"))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with one choice of its numbers."""
+
+    method: str
+    rate: float
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    rule: Callable[[], pw.Rule] | None
+    settings: str
+
+
+def sgd(method: str, rate: float, momentum: float, rule: Callable[[], pw.Rule] | None) -> Candidate:
+    """SGD with a rule."""
+    settings = f"SGD(lr={rate:g}, momentum={momentum:g})" + (f" + {rule()}" if rule else "")
+    return Candidate(method, rate, lambda p: torch.optim.SGD(p, rate, momentum), rule, settings)
+
+
+def adamw(rate: float) -> Candidate:
+    """AdamW with its default decay."""
+    return Candidate("AdamW", rate, lambda p: torch.optim.AdamW(p, rate), None, f"AdamW(lr={rate:g})")
+
+
+def mlp(widths: tuple[int, ...], scales: tuple[float, ...] | None = None) -> nn.Sequential:
+    """A ReLU network, He initialisation, layer l's weights multiplied by ``scales[l]``; biases zero."""
+    layers: list[nn.Module] = []
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        linear = nn.Linear(inputs, outputs)
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
+        linear.weight.data.mul_(scales[index] if scales else 1.0)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def digits() -> tuple[Split, Split, Split]:
+    """Train, validation and test digits."""
+    return load_digits(0)
+
+
+def mnist() -> tuple[Split, Split, Split]:
+    """50,000 / 10,000 / 10,000 MNIST images."""
+    with np.load(DATA / "mnist.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    x, y = arrays["x_train"].flatten(1).float() / 255, arrays["y_train"].long()
+    test = Split(arrays["x_test"].flatten(1).float() / 255, arrays["y_test"].long())
+    return Split(x[:50000], y[:50000]), Split(x[50000:], y[50000:]), test
+
+
+def tune(
+    candidates: list[Candidate], model: Callable[[], nn.Module], data: Any, seed: int, **how: Any
+) -> tuple[Candidate, list[dict[str, Any]]]:
+    """The candidate with the lowest final validation loss, and the log of all."""
+    train, validation, _ = data
+    log, best, lowest = [], candidates[0], float("inf")
+    for candidate in candidates:
+        rule = candidate.rule() if candidate.rule else None
+        record = run_trial(
+            model, train, validation, candidate.optimizer, rule, seed=seed, watch_held_out=True, **how
+        )
+        loss = record.validation_loss[-1] if record.failure is None else float("inf")
+        log.append(
+            {
+                "settings": candidate.settings,
+                "validation_loss": round(loss, 5) if loss < float("inf") else None,
+                "failure": record.failure,
+            }
+        )
+        print(f"    {candidate.settings:75} {loss:.4f} {record.failure or ''}", flush=True)
+        if loss < lowest:
+            best, lowest = candidate, loss
+    return best, log
+
+
+def repeat(
+    candidate: Candidate, model: Callable[[], nn.Module], data: Any, seeds: Iterable[int], **how: Any
+) -> list[Record]:
+    """Fresh seeds of the chosen candidate, accuracy on the test set."""
+    train, _, test = data
+    return [
+        run_trial(
+            model,
+            train,
+            test,
+            candidate.optimizer,
+            candidate.rule() if candidate.rule else None,
+            seed=seed,
+            **how,
+        )
+        for seed in seeds
+    ]
+
+
+def first_step_below(record: Record, target: float) -> int | None:
+    """Steps until the training loss is at or below ``target``; None if never."""
+    return next((s for s, loss in zip(record.steps, record.loss, strict=True) if loss <= target), None)
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """Median, a miss (None) counting as infinity; None if that is the median."""
+    middle = statistics.median(float("inf") if value is None else value for value in values)
+    return None if middle == float("inf") else middle
+
+
+def write_json(name: str, result: dict[str, Any]) -> None:
+    """Write the figures beside the script."""
+    (HERE / name).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,209 @@
+"""A rule at work on a model: hooks, counters, and the answers given in backward."""
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from plywise import health
+from plywise.capture import LayerHook, install
+from plywise.errors import AttachError, NonFiniteError, UncapturedLayerError
+from plywise.explain import Explanation, LayerRow, Size
+from plywise.graph import MARKED, energy_of, push_energy
+from plywise.guard import StepGuard
+from plywise.health import Health
+from plywise.ply import Move, Ply
+from plywise.routing import Route, plain_name
+
+if TYPE_CHECKING:
+    from plywise.rule import Observer, Rule
+
+
+class Attachment:
+    """A rule at work on a model: its hooks, its counters, and the answers given in backward.
+
+    The model's hooks own it; it knows the model weakly, so nothing keeps the model alive.
+    """
+
+    def __init__(
+        self,
+        rule: "Rule",
+        model: nn.Module,
+        routes: list[tuple[nn.Module, Route]],
+        optimizer: Optimizer | None,
+        on_nonfinite: str,
+    ) -> None:
+        self.rule = rule
+        self.health = Health()
+        self.observers: list[Observer] = []
+        self._title = f"{rule} on {type(model).__name__}"
+        self._routes = [(weakref.ref(module), r) for module, r in routes]
+        self._sizes: dict[str, Size] = {}
+        self._answered: set[str] = set()
+        self._raises = on_nonfinite == "raise"
+        self._shrinks_in_backward = rule.shrinks() and optimizer is None
+        self._shrinks_at_step = rule.shrinks() and optimizer is not None
+        self._handles: list[RemovableHandle] = []
+        self._guard: StepGuard | None = None
+        try:
+            self._install(model, routes, optimizer, on_nonfinite)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(
+        self,
+        model: nn.Module,
+        routes: list[tuple[nn.Module, Route]],
+        optimizer: Optimizer | None,
+        on_nonfinite: str,
+    ) -> None:
+        layers_of: dict[nn.Parameter, list[str]] = {}
+        for module, r in routes:
+            if r.kind is not None:
+                self._handles.append(install(module, LayerHook(r.name, r.kind, self)))
+                weight = module._parameters[r.kind.weight_name]
+                assert weight is not None
+                layers_of.setdefault(weight, []).append(r.name)
+        for weight, names in layers_of.items():
+            if weight.requires_grad:
+                arrival: Any = _Arrival(self._answered, names)
+                self._handles.append(weight.register_post_accumulate_grad_hook(arrival))
+        marker: Any = self.rule.marker()
+        if marker is not None:
+            for module in model.modules():
+                if isinstance(module, MARKED):
+                    self._handles.append(module.register_forward_hook(marker, with_kwargs=True))
+        if optimizer is not None:
+            parameters = {id(p): plain_name(name) for name, p in model.named_parameters()}
+            self._guard = StepGuard(optimizer, parameters, self.health, on_nonfinite, self._before_step)
+
+    def remove(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._guard is not None:
+            self._guard.remove()
+
+    # ---- the listener of the layers' hooks ---------------------------------------------------
+
+    def make_ply(self, node: Any, a: Tensor, delta: Tensor, weight: Tensor) -> Ply:
+        """The local problem of the layer behind ``node``."""
+        hook: LayerHook = node.hook
+        energy = torch.as_tensor(energy_of(node)) if self.rule.needs_energy else None
+        ply = Ply(hook.name, hook.kind, node.module, a, delta, weight, node.has_bias, self.health, energy)
+        self._sizes[ply.name] = Size(ply.row_count, ply.columns, ply.outputs, ply.groups)
+        if energy is not None:
+            push_energy(node, energy * self.rule.matching_scalar(ply))
+        return ply
+
+    def answer(self, ply: Ply, wants_move: bool, wants_below: bool) -> tuple[Move, Tensor | None]:
+        """The rule's two answers for a layer."""
+        move = Move(None, None)
+        if wants_move:
+            empty = ply.a.numel() == 0 or ply.delta.numel() == 0
+            move = ply.gradient() if empty else self.rule.move(ply)
+            if self._shrinks_in_backward and move.weight is not None:
+                factor = self.rule.shrink(ply.weight, move.weight)
+                move = move if factor == 1 else move.scaled(factor, factor)
+            self._answered.add(ply.name)
+            if self._raises:
+                self._check_finite(ply, move)
+        below = self.rule.below(ply) if wants_below else None
+        for observer in self.observers:
+            observer(ply, move, below)
+        return move, below
+
+    def _check_finite(self, ply: Ply, move: Move) -> None:
+        for part in (move.weight, move.bias):
+            if part is not None and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
+                self.health.note(ply.name, health.NON_FINITE)
+                where = "input" if not bool(torch.isfinite(ply.a).all()) else "gradient at its output"
+                raise NonFiniteError(
+                    f"Layer {ply.name!r}: the {where} is not finite (NaN or infinity), so its move would "
+                    "poison the weights. Look at the batch, the rate and the loss scale; attach(model, "
+                    "optimizer) skips such steps, on_nonfinite='propagate' lets them pass (for a GradScaler)."
+                )
+
+    def _before_step(self) -> None:
+        for ref, r in self._routes:
+            module = ref()
+            if not self._shrinks_at_step or r.kind is None or module is None:
+                continue
+            weight = module._parameters[r.kind.weight_name]
+            bias = module._parameters.get(r.kind.bias_name)
+            if weight is not None and weight.grad is not None:
+                factor = self.rule.shrink(weight.detach(), weight.grad)
+                for part in (weight, bias):
+                    if factor < 1 and part is not None and part.grad is not None:
+                        part.grad.mul_(factor)
+
+    # ---- the table ---------------------------------------------------------------------------
+
+    def explain(self, batch_size: int) -> Explanation:
+        """See `Rule.explain`."""
+        rows = []
+        for ref, r in self._routes:
+            module = ref()
+            if module is None:
+                raise AttachError("The model that this rule was attached to is gone.")
+            rows.append(self._row(module, r, batch_size))
+        return Explanation(self._title, rows)
+
+    def _row(self, module: nn.Module, r: Route, batch_size: int) -> LayerRow:
+        shape, memory, cost, treatment = "", None, None, "left to the optimizer"
+        if r.kind is not None:
+            treatment = self.rule.treatment()
+            weight: Any = module._parameters[r.kind.weight_name]
+            if nn.parameter.is_lazy(weight):
+                shape = "lazy"
+            else:
+                shape = "×".join(str(size) for size in weight.shape)
+                size = self._sizes.get(r.name)
+                if size is None and weight.dim() == 2:
+                    has_bias = getattr(module, r.kind.bias_name) is not None
+                    size = Size(batch_size, weight.shape[1] + has_bias, weight.shape[0], 1)
+                if size is not None:
+                    flops, floats = self.rule.price(size)
+                    memory, cost = floats * max(weight.element_size(), 4), flops / size.plain
+                if not weight.requires_grad:
+                    treatment += " (frozen: it only passes the backward value down)"
+        else:
+            own = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
+            shape = ", ".join("×".join(str(size) for size in p.shape) for p in own[:2])
+        events = self.health.of(r.name)
+        return LayerRow(
+            r.name,
+            type(module).__name__,
+            shape,
+            r.kind is not None,
+            treatment,
+            r.reason,
+            memory,
+            cost,
+            events,
+        )
+
+
+class _Arrival:
+    """Hook of a weight: when a gradient has arrived, its layer's rule must have answered."""
+
+    def __init__(self, answered: set[str], names: list[str]) -> None:
+        self._answered = answered
+        self._names = names
+
+    def __call__(self, weight: Tensor) -> None:
+        if self._answered.isdisjoint(self._names):
+            raise UncapturedLayerError(
+                f"The weight of layer {self._names[0]!r} got a gradient that did not pass through the rule. "
+                "Likely causes: torch.compile ran the model before attach() (attach first, or call "
+                "torch.compiler.reset()), the forward ran before attach(), the layer's .forward() was called "
+                "directly, or its weight is used outside the layer. If that is meant, leave the layer to the "
+                f"optimizer: attach(..., exclude={self._names[0]!r})."
+            )
+        self._answered.difference_update(self._names)

@@ -1,0 +1,274 @@
+"""The command line as its users meet it: what it prints, how it fails, how it exits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plywise.catalogue import RULES
+from plywise.cli import demo as demo_command
+from plywise.cli import main
+
+MODULE = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 2))
+
+ready = make()
+
+def boom():
+    raise ValueError("no weights [bold]today")
+
+def leave():
+    raise SystemExit(3)
+
+def three():
+    return 3
+
+def wants(size):
+    return make()
+
+number = 3
+"""
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def plywise(capsys):
+    """Run a command in this process: exit code, standard output, standard error."""
+
+    def _plywise(*words):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        written = capsys.readouterr()
+        assert "Traceback" not in written.err
+        return left.value.code, written.out, written.err
+
+    return _plywise
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a user's module in it, and the process standing there."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "needy.py").write_text("import a_package_that_is_not_there")
+    (tmp_path / "broken.py").write_text("\n\n1 / 0")
+    (tmp_path / "slip.py").write_text("def make(:")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    for name in ("mine", "needy", "broken", "slip"):
+        sys.modules.pop(name, None)
+
+
+# ---- the start -----------------------------------------------------------------------------------
+
+
+def test_help_is_answered_without_torch():
+    code = """
+import sys
+import plywise.cli
+assert not {"torch", "numpy", "jinja2"} & set(sys.modules), "after import"
+for words in (["--help"], ["demo", "--help"], ["explain", "--help"], ["methods", "info", "--help"], []):
+    try:
+        plywise.cli.main(words)
+    except SystemExit as left:
+        assert left.code == 0, (words, left.code)
+assert not {"torch", "numpy", "jinja2"} & set(sys.modules), "after --help"
+"""
+    said = python(code)
+    for command in ("demo", "doctor", "explain", "methods", "--seeds", "--no-open", "--batch-size"):
+        assert command in said
+
+
+def test_installed_command_says_its_version():
+    command = Path(sys.executable).with_name("plywise")
+    done = subprocess.run([command, "--version"], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == python("import plywise; print(plywise.__version__)").strip()
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["demo", "--seeds", "x"], ["explain"], ["demo", "--nope"]])
+def test_wrong_usage_exits_2(plywise, words):
+    code, out, err = plywise(*words)
+    assert code == 2
+    assert out + err
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+
+def test_methods_are_a_line_each(plywise):
+    code, out, _ = plywise("methods")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in RULES]
+    assert [line[0] for line in lines] == list(RULES)
+    assert all(line[-1].isdigit() and len(line) > 3 for line in lines)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_info_shows_the_whole_card(plywise, name):
+    code, out, _ = plywise("methods", "info", name.lower())
+    assert code == 0
+    assert out.startswith(name)
+    for heading in ("idea", "equation", "use when", "not when", "cost", "settings", "source", "limits"):
+        assert f"\n{heading} " in out
+    assert "``" not in out
+
+
+def test_cards_as_json(plywise):
+    _, out, _ = plywise("methods", "--json")
+    cards = json.loads(out)
+    assert [card["name"] for card in cards] == list(RULES)
+    _, out, _ = plywise("methods", "info", "ProxProp", "--json")
+    card = json.loads(out)
+    assert card == cards[1]
+    assert card["hyper_parameters"][0] | {"meaning": ""} == {"name": "tau", "default": "1.0", "meaning": ""}
+
+
+def test_unknown_rule(plywise):
+    code, out, err = plywise("methods", "info", "backmaching")
+    assert (code, out) == (1, "")
+    assert "Did you mean BackMatching" in err
+    assert err.count("\n") == 1
+
+
+# ---- explain -------------------------------------------------------------------------------------
+
+
+def test_explain_ones_own_model(plywise, project):
+    code, out, _ = plywise("explain", "mine:make", "--rule", "proxprop", "--set", "tau=2", "--layers", "0")
+    assert code == 0
+    assert "tau=2" in out
+    rows = {
+        line.split()[0]: line for line in out.splitlines() if line.split()[:1] and line.split()[0].isdigit()
+    }
+    assert list(rows) == ["0", "2", "3"]
+    assert "ProxProp" in rows["0"]
+    assert "left to the optimizer" in rows["2"]
+    assert "left to the optimizer" in rows["3"]
+    code, out, _ = plywise("explain", "mine:ready", "--rule", "NLMS", "--batch-size", "7")
+    assert code == 0
+    assert "4×8" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mine:boom"], r"mine:boom raised ValueError: no weights [bold]today (line 10 of mine.py)."),
+        (["mine:leave"], "mine:leave raised SystemExit"),
+        (["mine:three"], "returned an object of type int, not a torch.nn.Module"),
+        (["mine:wants"], "without arguments (missing a required argument: 'size')"),
+        (["mine:number"], "neither a function nor a torch.nn.Module"),
+        (["mine:mak"], "has no 'mak'. Did you mean make?"),
+        (["nowhere:make"], "no module 'nowhere'"),
+        (["nowhere.inside:make"], "no module 'nowhere'"),
+        (["needy:make"], "'needy' needs 'a_package_that_is_not_there', which is not installed"),
+        (["broken:make"], "ZeroDivisionError: division by zero (line 3 of broken.py)"),
+        (["slip:make"], "SyntaxError"),
+        (["mine"], "module:name"),
+        (["mine.py:make"], "Write a module, not a file: mine:make."),
+        (["mine:make", "--rule", "Prox"], "Did you mean ProxProp"),
+        (["mine:make", "--set", "ta=2"], "no hyper-parameter 'ta'. Did you mean tau?"),
+        (["mine:make", "--set", "tau"], "name=value"),
+        (["mine:make", "--set", "tau=-1"], "above 0, not -1"),
+        (["mine:make", "--set", "solver=magic"], "'exact', 'cg', 'cg_official', not 'magic'"),
+        (["mine:make", "--layers", "encoder.*"], "matches nothing"),
+        (["mine:make", "--batch-size", "0"], "at least 1"),
+    ],
+)
+def test_explain_says_what_is_wrong(plywise, project, words, said):
+    code, out, err = plywise("explain", *words)
+    assert (code, out) == (1, "")
+    assert said in err
+    assert err.startswith("plywise: ")
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_all_well(plywise):
+    code, out, _ = plywise("doctor")
+    assert code == 0
+    for word in ("torch", "numpy", "blas", "threads", "devices", "All rules train", *RULES):
+        assert word in out
+    assert out.count("OK") == len(RULES)
+
+
+def test_doctor_finds_a_rule_that_does_not_train(plywise, monkeypatch):
+    from plywise.rules.nlms import NLMS
+
+    def refuse(self, ply):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(NLMS, "move", refuse)
+    code, out, _ = plywise("doctor")
+    assert code == 1
+    assert "out of order" in out
+    assert out.count("OK,") == len(RULES) - 1
+
+
+# ---- demo ----------------------------------------------------------------------------------------
+
+
+def test_demo_prints_and_writes(tmp_path, capsys):
+    from plywise.arena.demo import Plan
+
+    plan = Plan(seeds=2, steps=4, sensitivity_steps=2, rates=3, cost_rounds=1, cost_block=1, hidden=(8, 8))
+    demo_command.run(plan, tmp_path, "plywise demo")
+    out = capsys.readouterr().out
+    assert f"[{plan.pieces}/{plan.pieces}]" in out
+    table = out[out.index("test accuracy, %") :]
+    for name in ("SGD", "AdamW", *RULES):
+        assert f"\n {name} " in table
+    assert str(tmp_path / "report.html") in table
+    study = json.loads((tmp_path / "study.json").read_text())
+    assert study["elapsed_seconds"] > 0
+    assert study["reading"]
+
+
+def test_demo_refuses_before_it_works(plywise, tmp_path):
+    (tmp_path / "taken").write_text("")
+    assert plywise("demo", "--out", str(tmp_path / "taken"))[0] == 1
+    code, _, err = plywise("demo", "--seeds", "0", "--out", str(tmp_path))
+    assert (code, err) == (1, "plywise: --seeds must be at least 1, not 0.\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
+def test_ctrl_c_keeps_what_there_is(tmp_path):
+    command = [sys.executable, "-c", "from plywise.cli import main; main()", "demo", "--out", "here"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if "seed 0" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "are kept in here/report.html" in err
+    study = json.loads((tmp_path / "here" / "study.json").read_text())
+    assert study["reading"][0].startswith("The demo was interrupted: ")
+    assert study["methods"][0]["runs"]
+
+
+def test_ctrl_c_before_anything(plywise, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_command, "run", interrupted)
+    code, _, err = plywise("demo", "--out", str(tmp_path))
+    assert code == 130
+    assert "Nothing was kept" in err

@@ -1,0 +1,69 @@
+"""One of two processes of a data-parallel run; started by test_ddp.py."""
+
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from plywise import Rule
+from plywise.health import SKIPPED
+
+from .models import batch, convnet, grads, loss_of, mlp, train, weights
+
+SHAPES = {"mlp": (6,), "convnet": (2, 6, 6)}
+
+
+def build(kind: str, seed: int = 1) -> nn.Module:
+    # batch norm keeps its own numbers for each rank, with or without us
+    return mlp(seed=seed) if kind == "mlp" else convnet(seed=seed).eval()
+
+
+def main(rank: int, rendezvous: str, folder: str, rules: dict[str, Rule]) -> None:
+    """Run every rule; leave what this rank saw in ``folder/rank.pt``."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    results: dict[str, Any] = {}
+    for name, rule in rules.items():
+        for kind in SHAPES:
+            for first in ("attach", "wrap"):
+                results[f"{name} {kind} {first}"] = one(rule, kind, first, rank)
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def one(rule: Rule, kind: str, first: str, rank: int) -> dict[str, Any]:
+    """Three steps of one rule, then one with a NaN on the second rank only."""
+    model = build(kind, seed=1 + rank)  # DDP makes them equal
+    wrapped = DistributedDataParallel(model) if first == "wrap" else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    rule.attach(model, optimizer)
+    wrapped = wrapped or DistributedDataParallel(model)
+    seen: dict[str, Any] = {"start": weights(model), "rows": str(rule.explain())}
+    loss_of(wrapped, batch(SHAPES[kind], seed=30 + rank)).backward()
+    seen["averaged"] = grads(model)
+    for step in range(3):
+        train(wrapped, optimizer, batch(SHAPES[kind], seed=40 + 2 * step + rank), 1)
+    seen["weights"] = weights(model)
+    x, y = batch(SHAPES[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        train(wrapped, optimizer, (x * float("nan") if rank else x, y), 1)
+    seen["after NaN"], seen["skipped"] = weights(model), rule.health.total(SKIPPED)
+    train(wrapped, optimizer, batch(SHAPES[kind], seed=50 + rank), 1)
+    seen["at the end"] = weights(model)
+    rule.detach()
+    # what this rank alone would do
+    alone = build(kind)
+    alone.load_state_dict(seen["start"])
+    rule.attach(alone, torch.optim.SGD(alone.parameters(), lr=0.01))
+    loss_of(alone, batch(SHAPES[kind], seed=30 + rank)).backward()
+    seen["own"] = grads(alone)
+    rule.detach()
+    return seen

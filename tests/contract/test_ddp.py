@@ -1,0 +1,63 @@
+"""Two real processes: replicas stay equal bit for bit, gradients are the mean of both ranks' moves."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from .ddp_worker import main
+from .models import all_finite, assert_close, same_bits
+from .registry import Case, selected
+
+DEADLINE = 120.0
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, dict[str, Any]]]:
+    """What the two processes saw; one pair of processes runs all rules."""
+    folder: Path = tmp_path_factory.mktemp("ddp")
+    rules = {case.name: case.make() for case in selected(request.config.getoption("plywise_rule"))}
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=main, args=(rank, str(folder / "rendezvous"), str(folder), rules))
+        for rank in range(2)
+    ]
+    end = time.monotonic() + DEADLINE
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0.0))
+        assert [process.exitcode for process in processes] == [0, 0], "a rank failed or missed the deadline"
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["mlp", "convnet"])
+@pytest.mark.parametrize("first", ["attach", "wrap"])
+def test_two_processes(case: Case, ranks: list[dict[str, Any]], kind: str, first: str) -> None:
+    one, two = (seen[f"{case.name} {kind} {first}"] for seen in ranks)
+    assert same_bits(one["start"], two["start"])
+    assert not same_bits(one["own"], two["own"])
+    mean = {name: (g + two["own"][name]) / 2 for name, g in one["own"].items()}
+    assert_close(one["averaged"], mean, 1e-6)
+    assert same_bits(one["averaged"], two["averaged"])
+    assert same_bits(one["weights"], two["weights"])
+    assert not same_bits(one["weights"], one["start"])
+    # a NaN on one rank: both skip
+    assert (one["skipped"], two["skipped"]) == (1, 1)
+    assert same_bits(one["after NaN"], one["weights"])
+    assert same_bits(two["after NaN"], one["weights"])
+    assert same_bits(one["at the end"], two["at the end"])
+    assert all_finite(one["at the end"])
+    assert not same_bits(one["at the end"], one["weights"])

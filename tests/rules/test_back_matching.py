@@ -1,0 +1,288 @@
+"""Back-matching against its definition (B1 to B16 of the method notes), in float64."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev
+from torch.nn.functional import cross_entropy
+
+import plywise as pw
+from plywise.ply import Ply
+
+SCALARS = ["mean", "rank", "cauchy"]
+TINY = 1e-13
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def rate(scalar: str = "mean", **settings: object) -> pw.BackMatching:
+    return pw.BackMatching(scalar=scalar, **{"cap": None, **settings})
+
+
+def exact(eps: float = TINY, **settings: object) -> pw.BackMatching:
+    return pw.BackMatching("exact", **{"eps": eps, "cap": None, **settings})
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor, rule: pw.Rule | None = None) -> dict[str, Tensor]:
+    """All that the backward of a mean (or, if the rule says so, sum) loss leaves."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    reduction = getattr(rule, "reduction", "mean")
+    if rule is not None:
+        rule.attach(model)
+    if y.is_floating_point():
+        loss = 0.5 * (model(x) - y).square().sum() / (len(x) if reduction == "mean" else 1)
+    else:
+        loss = cross_entropy(model(x), y, reduction=reduction)
+    loss.backward()
+    if rule is not None:
+        rule.detach()
+    return {name: p.grad.clone() for name, p in model.named_parameters()} | {"input": x.grad}
+
+
+def plies(model: nn.Module, x: Tensor, rule: pw.Rule) -> dict[str, Ply]:
+    seen = {}
+    rule.attach(model)
+    with rule.observing(lambda ply, move, below: seen.update({ply.name: ply})):
+        model(x).square().sum().backward()
+    rule.detach()
+    return seen
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def mlp() -> tuple[nn.Sequential, Tensor, Tensor]:
+    widths = [6, 9, 8, 9, 4]
+    layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]), torch.randn(13, 6), torch.randint(4, (13,))
+
+
+# ---- exact least squares ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n", [20, 5])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_b1_one_exact_step_of_rate_one_solves_the_layer(n, bias, reduction):
+    layer, x, y = nn.Linear(6, 3, bias=bias), torch.randn(n, 6) + 1, torch.randn(n, 3)
+    # fewer rows than columns, centred: the Gram has a null vector, so the damping must outweigh rounding
+    eps, tolerance = (1e-8, 1e-5) if bias and n < 6 else (TINY, 1e-10)
+    move = backward(layer, x, y, exact(eps, reduction=reduction))
+    A = torch.cat([x, torch.ones(n, 1)], 1) if bias else x
+    fitted = x @ (layer.weight - move["weight"]).T + (layer.bias - move["bias"] if bias else 0)
+    assert relative(fitted, A @ torch.linalg.lstsq(A, y, driver="gelsd").solution) < tolerance
+    if not bias:  # B1b: from autograd's mean gradient; among many solutions the smallest change
+        plain = backward(layer, x, y)["weight"]
+        assert relative(move["weight"], plain @ torch.linalg.pinv(x.T @ x / n)) < 1e-9
+
+
+def test_b2_b11_every_layer_alone_realises_the_target():
+    """Linear net with narrowing layers, B ≤ n: matched values reach down without loss."""
+    model = nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in [(9, 8), (8, 7), (7, 6), (6, 3)]])
+    x, y = torch.randn(5, 9), torch.randn(5, 3)
+    moves, before = backward(model, x, y, exact()), model(x).detach()
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.sub_(moves[name])
+            assert relative(model(x), y) < 1e-8
+            parameter.add_(moves[name])
+    with torch.no_grad():  # all four together: four times the target, to first order
+        step = 1e-7
+        for name, parameter in model.named_parameters():
+            parameter.sub_(step * moves[name])
+        assert relative((model(x) - before) / step, 4 * (y - before)) < 1e-4
+
+
+def test_b3_backpropagation_is_a_gradient_step_on_the_back_matching_loss():
+    layer, x, T = nn.Linear(5, 4), torch.randn(7, 5).requires_grad_(), torch.randn(7, 4)
+    pw.Backprop().attach(layer)
+    (layer(x) * -T).sum().backward()  # Δ = -T
+    W, z = layer.weight.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
+    wanted = (z @ W.T + layer.bias).detach() + T
+    slopes = torch.autograd.grad(0.5 * (z @ W.T + layer.bias.detach() - wanted).square().sum(), [W, z])
+    assert relative(layer.weight.grad, slopes[0]) < 1e-13
+    assert relative(x.grad, slopes[1]) < 1e-13
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_b8_batch_norm_exactly(track):
+    """Below hears the pseudo-inverse, (σ/γ)² of backpropagation's value; γ and β move by least squares."""
+    norm, top = nn.BatchNorm1d(3, eps=1e-20, track_running_stats=track), nn.Linear(3, 5)
+    norm.weight.data, norm.bias.data = torch.tensor([0.5, -2.0, 3.0]), torch.randn(3)
+    model, x, y = nn.Sequential(norm, top), 3 * torch.randn(8, 3) + 1, torch.randn(8, 5)
+    got = backward(model, x, y, exact())
+    T = (model(x) - y).detach() / 8 @ torch.linalg.pinv(top.weight.detach()).T
+    J = jacrev(lambda v: nn.functional.batch_norm(v, None, None, norm.weight, norm.bias, True, eps=1e-20))(x)
+    pinv = torch.linalg.pinv(J.detach().reshape(24, 24), rtol=1e-9)
+    assert relative(got["input"].flatten(), pinv @ T.flatten()) < 1e-8
+    x_hat = (x - x.mean(0)) / x.std(0, correction=0)
+    assert relative(got["0.weight"], (x_hat * 8 * T).mean(0)) < 1e-9
+    assert relative(got["0.bias"], (8 * T).mean(0)) < 1e-9
+
+
+def test_b9_pooling_relu_and_dropout_exactly():
+    """Below the top, each value is the pseudo-inverse's: compare with a dense one of the same forward."""
+    x = torch.randn(3, 2, 6)
+    for part in (nn.AvgPool1d(3), nn.AdaptiveAvgPool1d(2), nn.MaxPool1d(2), nn.ReLU(), nn.Dropout(0.4)):
+        top = nn.Linear(part(x).shape[-1], 4)
+        model = nn.Sequential(part, top)
+        torch.manual_seed(5)
+        y = torch.randn(3, 2, 4)
+        torch.manual_seed(6)
+        got = backward(model, x, y, exact())["input"]
+        torch.manual_seed(6)
+        hidden = part(x)
+        T = (top(hidden) - y).detach() / 3 @ torch.linalg.pinv(top.weight.detach()).T
+        torch.manual_seed(6)
+        point = x.clone().requires_grad_()
+        out = part(point).flatten()
+        J = torch.stack([torch.autograd.grad(o, point, retain_graph=True)[0].flatten() for o in out])
+        expected = torch.linalg.pinv(J) @ T.flatten()
+        assert relative(got.flatten(), expected) < 1e-8, part
+
+
+# ---- rates: scalars instead of Gram matrices ---------------------------------------------------------------
+
+
+def test_b4_scalars_are_exact_for_orthogonal_factors():
+    W, X = 3 * torch.linalg.qr(torch.randn(8, 5)).Q.T, 2 * torch.linalg.qr(torch.randn(12, 6)).Q
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 5, bias=False))
+    model[1].weight.data = W
+    rule = rate("rank")
+    layers = plies(model, X, rule)
+    T = layers["1"].delta
+    assert relative(rule.heard(layers["0"]), T @ torch.linalg.pinv(W).T) < 1e-12
+    layer, y = nn.Linear(6, 8, bias=False), torch.randn(12, 8)
+    matched = backward(layer, X, y, exact())["weight"]
+    for scalar in SCALARS:
+        assert relative(backward(layer, X, y, rate(scalar))["weight"], matched) < 1e-10
+
+
+def test_b4_one_sample():
+    """B4e, B4f: by rank it is NLMS; by the mean eigenvalue n times as long."""
+    layer, x, y = nn.Linear(6, 3, bias=False), torch.randn(1, 6), torch.randn(1, 3)
+    nlms = (layer(x) - y).T @ x / x.square().sum()
+    assert relative(backward(layer, x, y, rate("rank"))["weight"], nlms) < 1e-12
+    assert relative(backward(layer, x, y, rate("mean"))["weight"], 6 * nlms) < 1e-12
+    assert relative(backward(layer, x, y, rate("cauchy"))["weight"], nlms) < 1e-12
+
+
+@pytest.mark.parametrize("scalar", ["mean", "cauchy"])
+def test_b4g_repeating_the_batch_changes_nothing(scalar):
+    model, x, y = mlp()
+    once, thrice = (backward(model, x.repeat(k, 1), y.repeat(k), rate(scalar)) for k in (1, 3))
+    for name in once:
+        if name != "input":
+            assert relative(thrice[name], once[name]) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_b5_recursion(scalar, reduction):
+    """The recursion of backward values, layer by layer, gives what the product of scalars does (eq. 7)."""
+    model, x, y = mlp()
+    got = backward(model, x, y, rate(scalar, reduction=reduction))
+    linear = [layer for layer in model if isinstance(layer, nn.Linear)]
+    inputs = [x]
+    for layer in linear[:-1]:
+        inputs.append(torch.relu(layer(inputs[-1])).detach())
+    B = len(x)
+    T = (linear[-1](inputs[-1]).softmax(1) - nn.functional.one_hot(y, 4)).detach()
+    for i in reversed(range(len(linear))):
+        X, W = inputs[i], linear[i].weight.detach()
+        m, n = W.shape
+        p = (X != 0).double().mean(0)
+        G = T.T @ X
+        m_W, m_z = {
+            "mean": (X.square().sum() / (B * n), W.square().sum() / n),
+            "rank": (
+                X.square().sum() / (B * min(B, n)),
+                (p * W.square().sum(0)).sum() / min(m, p.sum()),
+            ),
+            "cauchy": (
+                (X @ G.T).square().sum() / (B * G.square().sum()),
+                (T @ W @ W.T).square().sum() / (T @ W).square().sum(),
+            ),
+        }[scalar]
+        assert relative(got[f"{2 * i}.weight"], G / B / m_W) < 1e-12
+        assert relative(got[f"{2 * i}.bias"], T.mean(0)) < 1e-12
+        T = (inputs[i] > 0) * (T @ W) / m_z
+
+
+def test_b7_linear_in_the_loss():
+    model, x, _ = mlp()
+    for rule in (*map(rate, SCALARS), exact(0.1)):
+        rule.attach(model)
+        moves = []
+        for factor in (1, 5):
+            model.zero_grad()
+            (factor * model(x).square().sum()).backward()
+            moves.append([p.grad.clone() for p in model.parameters()])
+        rule.detach()
+        assert all(relative(five, 5 * one) < 1e-12 for one, five in zip(*moves, strict=True))
+
+
+def test_b13_cauchy_is_a_line_search():
+    layer, x, y = nn.Linear(6, 3, bias=False), torch.randn(9, 6), torch.randn(9, 3)
+    T = (y - layer(x)).detach()
+    left = T + x @ backward(layer, x, y, rate("cauchy"))["weight"].T
+    along = x @ (T.T @ x).T
+    assert (left * along).sum().abs() < 1e-10 * T.norm() * along.norm()
+    assert left.norm() < T.norm()
+
+
+def test_cap():
+    """‖D‖ ≤ cap ‖W‖, the bias shrunk alike; on accumulated gradients if the optimizer is known."""
+    model, x, y = mlp()
+    free, capped = backward(model, x, y, rate()), backward(model, x, y, rate(cap=0.01))
+    for i in (0, 2, 4, 6):
+        size, limit = free[f"{i}.weight"].norm(), 0.01 * model[i].weight.norm()
+        shrink = min(1.0, (limit / size).item())
+        assert shrink < 1
+        assert relative(capped[f"{i}.weight"], shrink * free[f"{i}.weight"]) < 1e-12
+        assert relative(capped[f"{i}.bias"], shrink * free[f"{i}.bias"]) < 1e-12
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model[0].weight.detach().clone()
+    rule = rate(cap=0.01).attach(model, optimizer)
+    model.zero_grad()
+    for _ in range(2):
+        cross_entropy(model(x), y).backward()
+    assert relative(model[0].weight.grad, 2 * free["0.weight"]) < 1e-12
+    optimizer.step()
+    rule.detach()
+    assert (model[0].weight - before).norm().item() == pytest.approx(0.01 * before.norm().item(), rel=1e-12)
+
+
+def test_dead_layers_make_no_zero_division():
+    model, x, y = mlp()
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.fill_(-1.0)
+    for scalar in SCALARS:
+        moves = backward(model, x, y, rate(scalar))
+        assert all(torch.isfinite(move).all() for move in moves.values())
+        for name in ("0.weight", "2.weight", "4.weight"):
+            assert moves[name].norm() == 0
+        assert moves["6.bias"].norm() > 0
+
+
+def test_samples_not_rows():
+    """Sequences: the loss is a mean over samples, whose positions add up, as in a convolution."""
+    layer, x, y = nn.Linear(4, 3), torch.randn(5, 7, 4), torch.randn(5, 7, 3)
+    sequence = backward(layer, x, y, rate())
+    pointwise = nn.Conv1d(4, 3, 1)
+    pointwise.weight.data, pointwise.bias.data = layer.weight.data[:, :, None], layer.bias.data
+    conv = backward(pointwise, x.mT, y.mT, rate())
+    assert relative(conv["weight"][:, :, 0], sequence["weight"]) < 1e-12
+    assert relative(conv["bias"], sequence["bias"]) < 1e-12
+    assert math.isclose(sequence["bias"][0], (layer(x) - y).mean((0, 1))[0].item(), rel_tol=1e-9)
