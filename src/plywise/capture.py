@@ -118,7 +118,7 @@ class LayerHook(ModelHook):
         """Replace the output of the layer by the output of a `LayerNode`."""
         if not (torch.is_grad_enabled() and output.requires_grad):
             return None
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()))
         return _eager_capture()(self, module, x, output)
 
 
