@@ -1,6 +1,7 @@
 """Steps to AdamW's final training loss: exact ProxProp and the other rules on digits and MNIST.
 
-An MLP with three hidden layers of 256, batch 128. Every method is tuned with the same number of trials on
+Digits: 1,100 training images, 160 steps. MNIST: the first 20,000 training images, 10,000 for validation, 600
+steps. An MLP with three hidden layers of 256, batch 128. Every method is tuned with the same number of trials on
 the validation loss after all steps (seed 100); then three fresh seeds. The target is AdamW's final training
 loss, seed by seed. Training loss is that of the whole training set, measured off the clock.
 
@@ -9,14 +10,17 @@ loss, seed by seed. Training loss is that of the whole training set, measured of
 
 import argparse
 import functools
+import json
 import time
 from typing import Any
 
 import torch
 
 import plywise as pw
+from plywise.data.digits import Split
 from step_cost import environment
 from tuning import (
+    HERE,
     Candidate,
     adamw,
     digits,
@@ -128,14 +132,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     start = time.time()
     result: dict[str, Any] = {"environment": environment("cpu", options.threads), "sets": {}}
+    if options.set:  # one set again: the other's figures stay
+        result["sets"] = json.loads((HERE / "fewer_steps.json").read_text())["sets"]
     for name in options.set or ["digits", "mnist"]:
         if name == "digits":
             result["sets"][name] = compare(name, digits(), 64, 160, 2)
         else:
-            result["sets"][name] = compare(name, mnist(), 784, 1200, 40)
-    result["minutes"] = round((time.time() - start) / 60, 1)
-    write_json("fewer_steps.json", result)
-    picture(result, __file__.replace(".py", ".svg"))
+            train, validation, test = mnist()
+            few = Split(train.x[:20000], train.y[:20000])
+            result["sets"][name] = compare(name, (few, validation, test), 784, 600, 10)
+        write_json("fewer_steps.json", result)
+        picture(result, __file__.replace(".py", ".svg"))
+    print(f"{(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

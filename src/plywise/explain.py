@@ -63,7 +63,7 @@ class Explanation:
     def __str__(self) -> str:
         header = ["layer", "type", "weight", "treatment", "why", "memory", "cost"]
         cells = [
-            [r.name or "(model)", r.type, r.shape, r.treatment, _why(r), _bytes(r), _cost(r)]
+            [r.name or "(model)", r.type, r.shape, r.treatment, why(r), bytes_text(r), cost_text(r)]
             for r in self.rows
         ]
         widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
@@ -76,12 +76,14 @@ class Explanation:
         return "\n".join([f"{self.title}: {handled} of {len(self.rows)} layers handled", *lines, note])
 
 
-def _why(row: LayerRow) -> str:
+def why(row: LayerRow) -> str:
+    """The reason, with what did not go the plain way so far."""
     events = ", ".join(f"{count}× {event}" for event, count in row.events.items())
     return f"{row.reason}; {events}" if events else row.reason
 
 
-def _bytes(row: LayerRow) -> str:
+def bytes_text(row: LayerRow) -> str:
+    """Extra memory for people."""
     if not row.handled:
         return "0"
     if row.memory is None:
@@ -92,7 +94,8 @@ def _bytes(row: LayerRow) -> str:
     return f"{value:.0f} {units[0]}"
 
 
-def _cost(row: LayerRow) -> str:
+def cost_text(row: LayerRow) -> str:
+    """Extra arithmetic for people."""
     if not row.handled:
         return "0"
     return "after 1st batch" if row.cost is None else f"+{100 * row.cost:.0f} %"

@@ -60,7 +60,9 @@ class EnergyMark(ModelHook):
         if torch.is_grad_enabled() and isinstance(output, Tensor) and output.grad_fn is not None:
             scale = matching_scale(module, args[0] if args else kwargs["input"], output)
             node: Any = output.grad_fn
-            node.metadata[KEY] = scale.mean() if isinstance(scale, Tensor) else scale
+            scale = scale.mean() if isinstance(scale, Tensor) else scale
+            # dropout in eval mode hands on its input, whose node may be marked already
+            node.metadata[KEY] = node.metadata.get(KEY, 1.0) * scale
             if any(p.requires_grad for p in module.parameters(recurse=False)):
                 metadata: dict[str, Any] = (
                     node.metadata

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def mlp(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:

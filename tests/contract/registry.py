@@ -34,7 +34,7 @@ class Case:
         not_homogeneous: why a loss times c does not give moves times c; "" if it does.
         not_linear: why the move of a sum of losses is not the sum of the moves; "" if it is.
         is_backprop: whether its gradients are autograd's own.
-        may_refuse_reentrant: whether it may raise PlywiseError under a reentrant checkpoint.
+        refuses_reentrant: whether it raises PlywiseError under a reentrant checkpoint, which hides the graph.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Case:
     not_homogeneous: str = ""
     not_linear: str = ""
     is_backprop: bool = False
-    may_refuse_reentrant: bool = False
+    refuses_reentrant: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +84,14 @@ CASES = [
         not_linear=CURVES,
     ),
     Case("proxprop-mean", lambda: ProxProp(gram="mean", tau=2.0), rate=0.5),
-    Case("back_matching-mean", BackMatching, rate=0.03, may_refuse_reentrant=True),
-    Case("back_matching-rank", lambda: BackMatching(scalar="rank"), rate=0.03, may_refuse_reentrant=True),
+    Case("back_matching-mean", BackMatching, rate=0.03, refuses_reentrant=True),
+    Case("back_matching-rank", lambda: BackMatching(scalar="rank"), rate=0.03, refuses_reentrant=True),
     Case(
         "back_matching-cauchy",
         lambda: BackMatching(scalar="cauchy"),
         rate=0.1,
         not_linear=CURVES,
-        may_refuse_reentrant=True,
+        refuses_reentrant=True,
     ),
     Case("back_matching-exact", lambda: BackMatching(mode="exact"), rate=0.1),
     Case("nlms", NLMS, rate=1.0),

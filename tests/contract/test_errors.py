@@ -118,18 +118,19 @@ SELECTIONS: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "expected"), SELECTIONS)
-def test_choosing_layers(rule: Rule, arguments: dict[str, Any], expected: set[str]) -> None:
+def test_choosing_layers(rule: Rule) -> None:
     model = convnet()
-    rule.attach(model, **arguments)
-    handled = {row.name for row in rule.explain().rows if row.handled}
-    assert handled == expected
-    seen = []
-    with rule.observing(lambda ply, move, below: seen.append(ply.name)):
+    for arguments, expected in SELECTIONS:
+        rule.attach(model, **arguments)
+        handled = {row.name for row in rule.explain().rows if row.handled}
+        assert handled == expected, arguments
+        seen: list[str] = []
+        with rule.observing(lambda ply, move, below, seen=seen: seen.append(ply.name)):
+            backward(model, batch((2, 6, 6)))
+        assert sorted(seen) == sorted(expected), arguments
         backward(model, batch((2, 6, 6)))
-    assert sorted(seen) == sorted(expected)
-    backward(model, batch((2, 6, 6)))
-    assert len(seen) == len(expected)  # observed inside the block only
+        assert len(seen) == len(expected)  # observed inside the block only
+        rule.detach()
 
 
 def test_explain_tells_every_layer(rule: Rule) -> None:

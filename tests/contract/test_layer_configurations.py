@@ -1,4 +1,4 @@
-"""Drawn layers and call orders: Backprop is autograd for each, every rule gives finite moves of right shape."""
+"""Drawn layers and call orders: Backprop is autograd, every rule gives finite moves of the right shape."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .models import all_finite, assert_close, grads
-from .registry import Case
+from .registry import CASES, Case
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 BRIEF = settings(
@@ -66,17 +66,17 @@ def convolutions(draw: st.DrawFn) -> Drawn:
         assume(size[i] + total >= reach[i] + 1)  # the kernel fits
         assume(mode != "reflect" or before[i] < size[i])
         assume(mode != "circular" or before[i] <= size[i])
-    arguments = dict(
-        in_channels=groups * draw(st.integers(1, 2)),
-        out_channels=groups * draw(st.integers(1, 3)),
-        kernel_size=kernel,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        bias=draw(st.booleans()),
-        padding_mode=mode,
-    )
+    arguments: dict[str, Any] = {
+        "in_channels": groups * draw(st.integers(1, 2)),
+        "out_channels": groups * draw(st.integers(1, 3)),
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "padding_mode": mode,
+    }
     rows = draw(st.sampled_from([(), (1,), (2,), (4,), (9,)]))
     shape = (*rows, arguments["in_channels"], *size)
     return Drawn(dims, arguments, shape, draw(st.booleans()), draw(st.booleans()))
@@ -111,8 +111,6 @@ def test_every_rule_on_any_convolution(case: Case, drawn: Drawn) -> None:
 @LONG
 @given(drawn=convolutions())
 def test_backprop_is_autograd_on_any_convolution(drawn: Drawn) -> None:
-    from .registry import CASES
-
     check(CASES[0], drawn.layer(), drawn.layer(), drawn.input(), drawn.input())
 
 

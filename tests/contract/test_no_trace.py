@@ -14,24 +14,24 @@ from .registry import Case
 Data = tuple[Tensor, Tensor]
 
 
-class Break(Exception):
+class BreakError(Exception):
     """Raised by a test."""
 
 
 def raise_break(*_: object) -> None:
-    raise Break
+    raise BreakError
 
 
 def exception_in_forward(model: nn.Module, data: Data) -> None:
     handle = list(model.children())[-1].register_forward_pre_hook(raise_break)
-    with pytest.raises(Break):
+    with pytest.raises(BreakError):
         model(data[0])
     handle.remove()
 
 
 def exception_in_a_users_forward_hook(model: nn.Module, data: Data) -> None:
     handle = model[0].register_forward_hook(raise_break)
-    with pytest.raises(Break):
+    with pytest.raises(BreakError):
         model(data[0])
     handle.remove()
 
@@ -39,7 +39,7 @@ def exception_in_a_users_forward_hook(model: nn.Module, data: Data) -> None:
 def exception_in_backward(model: nn.Module, data: Data) -> None:
     h = model[0](data[0])
     h.register_hook(raise_break)
-    with pytest.raises(Break):
+    with pytest.raises(BreakError):
         model[1:](h).sum().backward()
     model.zero_grad()
 
@@ -198,8 +198,8 @@ def test_differentiating_a_move_is_refused(rule: Rule) -> None:
     model, data = mlp(), batch()
     rule.attach(model)
     loss = loss_of(model, data)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        (g,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
+    (g,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         g.sum().backward()
 
 

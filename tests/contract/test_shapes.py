@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from plywise import Move, Ply, Rule
 from plywise.health import Health

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from plywise import AttachError, Move, Ply, Rule

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,14 @@ from plywise import AttachError, Rule
 
 from .models import MODELS, backward, batch, convnet, grads, loss_of, mlp, same_bits, train
 from .registry import Case
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _brief_collections() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()  # what other tests imported is not looked through again and again
+    yield
+    gc.unfreeze()
 
 
 def is_hook_dict(name: str) -> bool:
@@ -110,7 +119,7 @@ def test_attach_twice_is_refused(case: Case, rule: Rule) -> None:
     model = mlp()
     rule.attach(model)
     count = len(hooks(model))
-    with pytest.raises(AttachError, match="attached already.*detach"):
+    with pytest.raises(AttachError, match=r"attached already.*detach"):
         rule.attach(mlp())
     with pytest.raises(AttachError, match=r"Layer '0' is handled by a rule already.*exclude"):
         case.make().attach(model)
@@ -136,7 +145,7 @@ def test_a_refused_attach_leaves_nothing(rule: Rule) -> None:
     for arguments in ({"layers": "nothing.like.it"}, {"optimizer": stranger}, {"exclude": nn.Module}):
         with pytest.raises(AttachError):
             rule.attach(model, **arguments)
-    with pytest.raises(ValueError, match="'skip'.*optimizer"):
+    with pytest.raises(ValueError, match=r"'skip'.*optimizer"):
         rule.attach(model, on_nonfinite="skip")
     assert hooks(model, optimizer) == []
     rule.attach(model, optimizer)  # and the rule is still free

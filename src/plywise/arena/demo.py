@@ -71,10 +71,10 @@ SETUPS = (
     Setup("SGD", 0.19, optimizer_settings=MOMENTUM),
     Setup("AdamW", 0.013, optimizer="AdamW", optimizer_settings={"weight_decay": 0.068}),
     Setup("Backprop", 0.19, "Backprop", optimizer_settings=MOMENTUM),
-    Setup("ProxProp", 19.0, "ProxProp", {"tau": 6.7}),
+    Setup("ProxProp", 16.0, "ProxProp", {"tau": 3.0}),
     Setup("BackMatching", 0.025, "BackMatching", {"scalar": "mean"}, optimizer_settings=MOMENTUM),
     Setup("NLMS", 2.1, "NLMS", {"eps": 0.034}, optimizer_settings=MOMENTUM),
-    Setup("Consequentialism", 0.3, "Consequentialism"),
+    Setup("Consequentialism", 0.11, "Consequentialism", {"eps": 0.016}),
 )
 """Tuned on the validation split, the same budget for each (benchmarks/tune_demo.py); Backprop is the null
 control, so it has the settings of SGD."""

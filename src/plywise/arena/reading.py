@@ -59,8 +59,8 @@ def _race(baseline: dict[str, Any], methods: dict[str, Any]) -> list[str]:
 
 
 def _station(methods: dict[str, Any], target: float) -> str:
-    told = _told(_arrivals(methods, target)) or "No method"
-    return f"On the way, to a training loss of {target:g}: {told}.{_missing(methods, target)}"
+    told = _told(_arrivals(methods, target)) or "nobody"
+    return f"First at a training loss of {target:g} (median seed): {told}.{_missing(methods, target)}"
 
 
 def _arrivals(methods: dict[str, Any], target: float) -> dict[str, tuple[int, float]]:
@@ -78,7 +78,9 @@ def _arrivals(methods: dict[str, Any], target: float) -> dict[str, tuple[int, fl
 
 
 def _told(arrivals: dict[str, tuple[int, float]]) -> str:
-    return "; ".join(f"{name} in {steps} steps, {clock:.2f} s" for name, (steps, clock) in arrivals.items())
+    return "; ".join(
+        f"{name} in {steps} steps, {clock:.2f} CPU s" for name, (steps, clock) in arrivals.items()
+    )
 
 
 def _missing(methods: dict[str, Any], target: float) -> str:
@@ -163,8 +165,7 @@ def _control(methods: dict[str, Any]) -> list[str]:
     trains = "trains as SGD does, bit for bit, and " if same else ""
     return [
         f"{CONTROL}, the null control, {trains}costs {costs[CONTROL]:.2f}× a plain SGD step: that is the "
-        f"hooks. A step of the others: {', '.join(others)} (this network is tiny; hooks weigh less in larger "
-        "ones)."
+        f"hooks. A step of the others: {', '.join(others)}, all on this small network."
     ]
 
 

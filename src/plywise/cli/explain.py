@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from plywise.cli.console import console, table
 from plywise.errors import PlywiseError
-from plywise.explain import _bytes, _cost, _why
+from plywise.explain import bytes_text, cost_text, why
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
 
@@ -51,7 +51,7 @@ def explain(
     shown = table(*HEADINGS, title=explanation.title, numbers=("memory", "cost"))
     for row in explanation.rows:
         shown.add_row(
-            row.name or "(model)", row.type, row.shape, row.treatment, _why(row), _bytes(row), _cost(row)
+            row.name or "(model)", row.type, row.shape, row.treatment, why(row), bytes_text(row), cost_text(row)
         )
     console().print(shown)
     console().print(
