@@ -43,7 +43,7 @@ class Attachment:
         self._title = f"{rule} on {type(model).__name__}"
         self._routes = [(weakref.ref(module), r) for module, r in routes]
         self._sizes: dict[str, Size] = {}
-        self._answered: set[str] = set()
+        self._answered: dict[str, int] = {}  # layer: the backward pass in which its rule answered
         self._raises = on_nonfinite == "raise"
         self._shrinks_in_backward = rule.shrinks() and optimizer is None
         self._shrinks_at_step = rule.shrinks() and optimizer is not None
@@ -70,7 +70,7 @@ class Attachment:
                 assert weight is not None
                 layers_of.setdefault(weight, []).append(r.name)
         for weight, names in layers_of.items():
-            if weight.requires_grad:
+            if weight.requires_grad and not nn.parameter.is_lazy(weight):
                 arrival: Any = _Arrival(self._answered, names)
                 self._handles.append(weight.register_post_accumulate_grad_hook(arrival))
         marker: Any = self.rule.marker()
@@ -111,7 +111,7 @@ class Attachment:
             if self._shrinks_in_backward and move.weight is not None:
                 factor = self.rule.shrink(ply.weight, move.weight)
                 move = move if factor == 1 else move.scaled(factor, factor)
-            self._answered.add(ply.name)
+            self._answered[ply.name] = torch._C._current_graph_task_id()
             if self._raises:
                 self._check_finite(ply, move)
         below = self.rule.below(ply) if wants_below else None
@@ -130,15 +130,17 @@ class Attachment:
                     "optimizer) skips such steps, on_nonfinite='propagate' lets them pass (for a GradScaler)."
                 )
 
-    def _before_step(self) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
+        loss_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales in its step
         for ref, r in self._routes:
             module = ref()
             if not self._shrinks_at_step or r.kind is None or module is None:
                 continue
-            weight = module._parameters[r.kind.weight_name]
+            weight = module._parameters.get(r.kind.weight_name)
             bias = module._parameters.get(r.kind.bias_name)
             if weight is not None and weight.grad is not None:
-                factor = self.rule.shrink(weight.detach(), weight.grad)
+                move = weight.grad if loss_scale is None else weight.grad / loss_scale
+                factor = self.rule.shrink(weight.detach(), move)
                 for part in (weight, bias):
                     if factor < 1 and part is not None and part.grad is not None:
                         part.grad.mul_(factor)
@@ -156,54 +158,45 @@ class Attachment:
         return Explanation(self._title, rows)
 
     def _row(self, module: nn.Module, r: Route, batch_size: int) -> LayerRow:
-        shape, memory, cost, treatment = "", None, None, "left to the optimizer"
-        if r.kind is not None:
-            treatment = self.rule.treatment()
-            weight: Any = module._parameters[r.kind.weight_name]
-            if nn.parameter.is_lazy(weight):
-                shape = "lazy"
-            else:
-                shape = "×".join(str(size) for size in weight.shape)
-                size = self._sizes.get(r.name)
-                if size is None and weight.dim() == 2:
-                    has_bias = getattr(module, r.kind.bias_name) is not None
-                    size = Size(batch_size, weight.shape[1] + has_bias, weight.shape[0], 1)
-                if size is not None:
-                    flops, floats = self.rule.price(size)
-                    memory, cost = floats * max(weight.element_size(), 4), flops / size.plain
-                if not weight.requires_grad:
-                    treatment += " (frozen: it only passes the backward value down)"
-        else:
+        events, name, type_name = self.health.of(r.name), r.name, type(module).__name__
+        weight = None if r.kind is None else module._parameters.get(r.kind.weight_name)
+        if r.kind is None or weight is None:
+            reason = r.reason if r.kind is None else "its weight has become a parametrization since"
             own = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
             shape = ", ".join("×".join(str(size) for size in p.shape) for p in own[:2])
-        events = self.health.of(r.name)
-        return LayerRow(
-            r.name,
-            type(module).__name__,
-            shape,
-            r.kind is not None,
-            treatment,
-            r.reason,
-            memory,
-            cost,
-            events,
-        )
+            left = "left to the optimizer"
+            return LayerRow(name, type_name, shape, False, left, reason, None, None, events)
+        treatment = self.rule.treatment()
+        if not weight.requires_grad:
+            treatment += " (frozen: it only passes the backward value down)"
+        if nn.parameter.is_lazy(weight):
+            return LayerRow(name, type_name, "lazy", True, treatment, r.reason, None, None, events)
+        size = self._sizes.get(name)
+        if size is None and weight.dim() == 2:
+            has_bias = getattr(module, r.kind.bias_name) is not None
+            size = Size(batch_size, weight.shape[1] + has_bias, weight.shape[0], 1)
+        memory = cost = None
+        if size is not None:
+            flops, floats = self.rule.price(size)
+            memory, cost = floats * max(weight.element_size(), 4), flops / size.plain
+        shape = "×".join(str(size) for size in weight.shape)
+        return LayerRow(name, type_name, shape, True, treatment, r.reason, memory, cost, events)
 
 
 class _Arrival:
-    """Hook of a weight: when a gradient has arrived, its layer's rule must have answered."""
+    """Hook of a weight: when a gradient has arrived, its layer's rule must have answered in this pass."""
 
-    def __init__(self, answered: set[str], names: list[str]) -> None:
+    def __init__(self, answered: dict[str, int], names: list[str]) -> None:
         self._answered = answered
         self._names = names
 
     def __call__(self, weight: Tensor) -> None:
-        if self._answered.isdisjoint(self._names):
+        this_pass = torch._C._current_graph_task_id()
+        if all(self._answered.get(name) != this_pass for name in self._names):
             raise UncapturedLayerError(
                 f"The weight of layer {self._names[0]!r} got a gradient that did not pass through the rule. "
                 "Likely causes: torch.compile ran the model before attach() (attach first, or call "
                 "torch.compiler.reset()), the forward ran before attach(), the layer's .forward() was called "
-                "directly, or its weight is used outside the layer. If that is meant, leave the layer to the "
-                f"optimizer: attach(..., exclude={self._names[0]!r})."
+                "directly, its weight was parametrized since or is used outside the layer. If that is meant, "
+                f"leave the layer to the optimizer: attach(..., exclude={self._names[0]!r})."
             )
-        self._answered.difference_update(self._names)

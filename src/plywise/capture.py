@@ -11,9 +11,7 @@ asks the rule for both of its answers. So
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -111,6 +109,8 @@ class LayerHook(ModelHook):
         self.name = name
         self.kind = kind
         self.listener = listener
+        # torch.compile cannot trace a solver that looks at its data: it stops there and runs it as it is
+        self._capture = torch.compiler.disable(_capture)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -118,8 +118,10 @@ class LayerHook(ModelHook):
         """Replace the output of the layer by the output of a `LayerNode`."""
         if not (torch.is_grad_enabled() and output.requires_grad):
             return None
+        if self.kind.weight_name not in module._parameters:
+            return None  # parametrized since: not ours any more, and the watch on the weight says so
         x = args[0] if args else next(iter(kwargs.values()))
-        return _eager_capture()(self, module, x, output)
+        return self._capture(self, module, x, output)
 
 
 def _bare(output: Tensor) -> Tensor:
@@ -134,15 +136,6 @@ def _capture(hook: LayerHook, module: nn.Module, x: Tensor, output: Tensor) -> T
     weight = getattr(module, hook.kind.weight_name)
     bias = getattr(module, hook.kind.bias_name)
     return LayerNode.apply([_bare(output)], hook, module, a, weight, bias)
-
-
-@cache
-def _eager_capture() -> Callable[[LayerHook, nn.Module, Tensor, Tensor], Tensor]:
-    """`_capture`, closed to torch.compile: it cannot trace a solver that looks at its data.
-
-    Made on first use, since it makes torch import its compiler.
-    """
-    return torch.compiler.disable(_capture)
 
 
 def install(module: nn.Module, hook: LayerHook) -> RemovableHandle:

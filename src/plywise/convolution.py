@@ -24,16 +24,10 @@ class ConvolutionType(LayerType):
         return cast(_ConvNd, module).groups
 
     def linear_input(self, module: nn.Module, x: Tensor) -> Tensor:
-        conv = cast(_ConvNd, module)
-        if x.dim() == len(conv.kernel_size) + 1:
-            x = x.unsqueeze(0)
-        if _pads_outside(conv):
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-        return x
+        return x.unsqueeze(0) if x.dim() == len(cast(_ConvNd, module).kernel_size) + 1 else x
 
     def rows(self, module: nn.Module, a: Tensor) -> Tensor:
-        return patch_rows(a, *_geometry(module))
+        return patch_rows(_padded(module, a), *_geometry(module))
 
     def delta_rows(self, module: nn.Module, delta: Tensor) -> Tensor:
         groups = self.groups(module)
@@ -56,10 +50,16 @@ class ConvolutionType(LayerType):
         return (split * by_position).reshape(delta.shape)
 
     def weight_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        return cast(Tensor, _backward(module, a, delta, weight, (False, True, False))[1])
+        return cast(Tensor, _backward(module, _padded(module, a), delta, weight, (False, True, False))[1])
 
     def input_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        return cast(Tensor, _backward(module, a, delta, weight, (True, False, False))[0])
+        if not _pads_outside(module):
+            return cast(Tensor, _backward(module, a, delta, weight, (True, False, False))[0])
+        with torch.enable_grad():
+            source = torch.zeros_like(a, requires_grad=True)
+            padded = _padded(module, source)
+        below = _backward(module, padded.detach(), delta, weight, (True, False, False))[0]
+        return torch.autograd.grad(padded, source, below)[0]
 
     def bias_gradient(self, module: nn.Module, delta: Tensor) -> Tensor:
         return delta.sum([0, *range(2, delta.dim())])
@@ -67,30 +67,32 @@ class ConvolutionType(LayerType):
     def apply(self, module: nn.Module, a: Tensor, weight: Tensor) -> Tensor:
         _, stride, padding, dilation, groups = _geometry(module)
         conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[a.dim()]
-        return conv(a, weight, None, stride, padding, dilation, groups)
+        return conv(_padded(module, a), weight, None, stride, padding, dilation, groups)
 
     def row_count(self, module: nn.Module, delta: Tensor) -> int:
         return delta.shape[0] * math.prod(delta.shape[2:])
 
     def gram(self, module: nn.Module, a: Tensor) -> Tensor:
-        return patch_gram(a, *_geometry(module))
+        return patch_gram(_padded(module, a), *_geometry(module))
 
     def sums(self, module: nn.Module, a: Tensor) -> Tensor:
-        return patch_sums(a, *_geometry(module))
+        return patch_sums(_padded(module, a), *_geometry(module))
 
     def square_norms(self, module: nn.Module, a: Tensor) -> Tensor:
-        return patch_square_sums(a, *_geometry(module))
+        return patch_square_sums(_padded(module, a), *_geometry(module))
 
     def trace(self, module: nn.Module, a: Tensor) -> Tensor:
-        return patch_trace(a, *_geometry(module))
+        return patch_trace(_padded(module, a), *_geometry(module))
 
     def weight_energy(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         # A tap of the kernel meets the image at as many positions as its window covers real pixels:
         # border taps of a padded convolution count less often.
         kernel, stride, padding, dilation, _ = _geometry(module)
+        outside = cast(_ConvNd, module)._reversed_padding_repeated_twice if _pads_outside(module) else ()
         taps = weight.square().sum((0, 1))
         for dim, (k, s, p, step) in enumerate(zip(kernel, stride, padding, dilation, strict=True)):
             size, out = a.shape[2 + dim], delta.shape[2 + dim]
+            size += sum(outside[2 * (len(kernel) - 1 - dim) :][:2])
             start = torch.arange(k, device=a.device)[:, None] * step - p
             where = start + s * torch.arange(out, device=a.device)
             counts = ((where >= 0) & (where < size)).sum(1).to(taps.dtype)
@@ -98,20 +100,30 @@ class ConvolutionType(LayerType):
         return taps.sum() / math.prod(a.shape[1:])
 
 
-def _pads_outside(conv: _ConvNd) -> bool:
+def _pads_outside(module: nn.Module) -> bool:
     """Whether padding is a step of its own before the convolution.
 
     Zero padding of equal size on both sides is part of the convolution itself. Other modes, and
     "same" with an even kernel (one more zero on one side), pad first.
     """
+    conv = cast(_ConvNd, module)
     before_after = conv._reversed_padding_repeated_twice
     return conv.padding_mode != "zeros" or before_after[::2] != before_after[1::2]
+
+
+def _padded(module: nn.Module, x: Tensor) -> Tensor:
+    """The tensor that the convolution itself reads."""
+    conv = cast(_ConvNd, module)
+    if not _pads_outside(conv):
+        return x
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
 
 
 def _geometry(
     module: nn.Module,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    """Kernel size, stride, zero padding, dilation and groups of the convolution of `linear_input`."""
+    """Kernel size, stride, zero padding, dilation and groups of the convolution of `_padded`."""
     conv = cast(_ConvNd, module)
     padding = tuple(reversed(conv._reversed_padding_repeated_twice[::2]))
     if _pads_outside(conv):

@@ -7,11 +7,13 @@ the loss, ``‖J‖²_F / dim``. Through an operation with scalar ``m`` it is mu
 graph as the backward values: whenever a layer's backward runs, it pushes its energy down to the next
 layers, and by the time one of them runs, all that feeds it has been pushed.
 
-Layers on top of every path start with 1. Operations in between count as 1 (ReLU, max-pooling, reshapes
-and sums do not change energies; softmax and other unknown ones are taken so), except for the modules
-that `EnergyMark` knows, batch norm, average pooling and dropout.
+Layers on top start with 1; a path that reaches a layer past all others (``x + F(x)`` with nothing above)
+is not seen. Operations in between count as 1, except for slices and the modules that `EnergyMark` knows:
+batch norm, average pooling and dropout. That is exact for reshapes and sums; a ReLU passes only its firing
+rate of the energy, which only the scalar "rank" accounts for.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +24,12 @@ from plywise.errors import PlywiseError
 
 KEY = "plywise.matching scale"
 ARRIVED = "plywise.energies from above"
+
+SELECTIONS = {
+    f"{name}Backward0"
+    for name in ("Slice", "Select", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind", "Narrow", "Expand")
+}
+"""Operations that hand on a part of their input, or several copies of it."""
 
 MARKED = (
     nn.modules.batchnorm._BatchNorm,
@@ -51,7 +59,14 @@ def matching_scale(module: nn.Module, x: Tensor, output: Tensor) -> Tensor | flo
 
 
 class EnergyMark(ModelHook):
-    """Forward hook of a marked module: writes its mean scalar on its node in autograd's graph."""
+    """Forward hook of a marked module: writes its mean scalar on its node in autograd's graph.
+
+    Args:
+        summed_loss: whether the loss is summed over samples instead of averaged.
+    """
+
+    def __init__(self, summed_loss: bool) -> None:
+        self._summed_loss = summed_loss
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -64,18 +79,17 @@ class EnergyMark(ModelHook):
             # dropout in eval mode hands on its input, whose node may be marked already
             node.metadata[KEY] = node.metadata.get(KEY, 1.0) * scale
             if any(p.requires_grad for p in module.parameters(recurse=False)):
-                metadata: dict[str, Any] = (
-                    node.metadata
-                )  # not the node: with it the hook would keep itself alive
-                node.register_hook(lambda below, _: _matched_parameters(below, metadata))
+                # batch norm's γ and β: means over samples and positions, divided by the energy
+                rows = output.numel() // output.shape[1] if self._summed_loss else output[0, 0].numel()
+                metadata: dict[str, Any] = node.metadata  # not the node: the hook would keep it alive
+                node.register_hook(lambda below, _: _matched_parameters(below, metadata, rows))
 
 
 def _matched_parameters(
-    below: tuple[Tensor | None, ...], metadata: dict[str, Any]
+    below: tuple[Tensor | None, ...], metadata: dict[str, Any], rows: int
 ) -> tuple[Tensor | None, ...]:
-    """Batch norm's own γ and β take part in the matching: their gradients are divided by the energy."""
-    energy = sum(metadata.get(ARRIVED, {}).values()) or 1.0
-    return (below[0], *(None if part is None else part / energy for part in below[1:]))
+    scale = rows * (sum(metadata.get(ARRIVED, {}).values()) or 1.0)
+    return (below[0], *(None if part is None else part / scale for part in below[1:]))
 
 
 class PseudoInverse(ModelHook):
@@ -103,7 +117,8 @@ class PseudoInverse(ModelHook):
 
 
 def _divided(value: Tensor, scale: Tensor | float) -> Tensor:
-    return torch.where(value == 0, value, value / scale)  # a dead channel (γ = 0) hears nothing
+    matched = torch.where(value == 0, value, value / scale)  # a dead channel (γ = 0) hears nothing
+    return matched.to(value.dtype)
 
 
 def energy_of(node: Any) -> Tensor | float:
@@ -135,12 +150,23 @@ def push_energy(node: Any, energy: Tensor | float) -> None:
         if KEY in current.metadata:
             current.metadata.setdefault(ARRIVED, {})[id(node)] = value
             value = value * current.metadata[KEY]
+        elif type(current).__name__ in SELECTIONS:
+            value = value * _share(current)
         for source in _next(current):
             arriving[source] = arriving.get(source, 0.0) + value
 
 
 def _next(node: Any) -> list[Any]:
     return [source for source, _ in node.next_functions if source is not None]
+
+
+def _share(node: Any) -> float:
+    """Outputs per input of a selection: of n inputs it hands on k, so that ``‖J‖²_F / n = k/n``."""
+    source, index = node.next_functions[0]
+    if source is None or not source._input_metadata:
+        return 1.0
+    handed_on = [math.prod(output.shape) for output in node._input_metadata]
+    return sum(handed_on) / len(handed_on) / max(math.prod(source._input_metadata[index].shape), 1)
 
 
 def _topological(start: Any) -> list[Any]:

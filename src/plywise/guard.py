@@ -29,7 +29,7 @@ class StepGuard:
         names: dict[int, str],
         health_: Health,
         on_nonfinite: str,
-        before_step: Callable[[], None],
+        before_step: Callable[[Optimizer], None],
     ) -> None:
         self._names = names
         self._health = health_
@@ -71,7 +71,7 @@ class StepGuard:
     def _judge(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self._on_nonfinite == "propagate" or _finite([p.grad for p in parameters]):
-            self._before_step()
+            self._before_step(optimizer)
             return
         bad = [p for p in parameters if not _finite([p.grad])]
         names = [self._names.get(id(p), f"parameter of shape {tuple(p.shape)}") for p in bad]

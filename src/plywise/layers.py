@@ -32,7 +32,7 @@ class LayerType(ABC):
         return 1
 
     def linear_input(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The tensor that the linear map really reads, from the module's input (e.g. after padding).
+        """The tensor that the linear map reads, from the module's input (e.g. with a batch dimension).
 
         Runs under autograd, so what it does to ``x`` is differentiated as usual.
         """
@@ -193,6 +193,8 @@ def layer_type_of(module: nn.Module) -> LayerType | str:
     its output need not be the linear map that the type describes.
     """
     cls = getattr(module, "cls_to_become", None) or type(module)  # a lazy layer becomes its plain type
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the module itself"
     for base in cls.__mro__:
         if base in _REGISTRY:
             keeps = cls.forward is base.forward

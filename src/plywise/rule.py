@@ -35,7 +35,7 @@ class Rule(ABC):
     Subclasses are frozen dataclasses (``@dataclass(frozen=True)``) that implement `move`, and `below`
     if the layer below shall hear something else than backpropagation's ``ΔW``. Both are pure
     functions of a `Ply` and linear in ``ply.delta``, so that gradient accumulation, GradScaler and DDP
-    keep their meaning.
+    keep their meaning (the one exception is ProxProp's ``solver="cg_official"``).
 
     Example:
         >>> from dataclasses import dataclass

@@ -16,6 +16,7 @@ where even that fails; backpropagation's own move where the input is not finite.
 counted in the layer's `Health`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,8 +49,8 @@ def _ridge_through_rows(ply: Ply, damping: Damping) -> Move:
     inverse = damped_inverse(ply, ply.dual_gram, damping)
     if inverse is None:
         return ply.gradient()
-    delta = ply.delta_rows()[0]
-    rows = inverse[0] @ ply.kind.rows(ply.module, ply.a.to(ply.dtype))[0]
+    delta = ply.delta_rows(inverse.dtype)[0]
+    rows = inverse[0] @ ply.kind.rows(ply.module, ply.a.to(inverse.dtype))[0]
     weight = (delta.T @ rows).reshape(ply.weight.shape)
     return _cast(ply, Move(weight, delta.T @ inverse[0].sum(1) if ply.has_bias else None))
 
@@ -58,19 +59,25 @@ def ridge_centred(ply: Ply, relative_damping: float) -> Move:
     """`ridge` on centred rows and targets, then the bias: ``b = mean(Δ) - D mean(A)``.
 
     The damping is ``relative_damping · ‖A - mean‖²_F / min(n, d)`` and never touches the bias, which
-    keeps the move covariant under rescaled inputs.
+    keeps the move covariant under rescaled inputs. What centring leaves of constant rows is rounding,
+    ``eps · ‖A‖²_F`` at most: added to the energy, it keeps that from becoming a step.
     """
     mean = ply.mean_row(ply.dtype)
-    energy = ply.kind.trace(ply.module, ply.a.to(ply.dtype)) - ply.row_count * mean.square().sum(1)
-    damping = relative_damping * energy.clamp_min(0) / min(ply.row_count, ply.width)
+    energy = ply.kind.trace(ply.module, ply.a.to(ply.dtype))
+    centred = (energy - ply.row_count * mean.square().sum(1)).clamp_min(0)
+    floor = torch.finfo(ply.dtype).eps * energy
+    damping = (relative_damping * centred + floor) / min(ply.row_count, ply.width)
     delta = ply.delta_rows()
     if ply.row_count > ply.width:
         weight = _centred_in_inputs(ply, damping, delta)
     else:
         solved = _damped_solve(ply, _centred_dual(ply), delta - delta.mean(1, keepdim=True), damping)
-        # the solution's columns sum to zero, so the mean of the rows drops out of this product
-        move = None if solved is None else ply.gradient(ply.from_delta_rows(solved))
-        weight = None if move is None else ply.matrix(Move(move.weight, None)).to(ply.dtype)
+        if solved is None:
+            return ply.gradient()
+        # Its columns sum to zero (up to rounding), so the mean of the rows drops out of the product.
+        solved = solved - solved.mean(1, keepdim=True)
+        move = Move(ply.weight_gradient(ply.from_delta_rows(solved)), None)
+        weight = ply.matrix(move).to(ply.dtype)
     if weight is None:
         return ply.gradient()
     bias = delta.mean(1) - (weight @ mean.unsqueeze(2)).squeeze(2)
@@ -86,8 +93,8 @@ def _centred_in_inputs(ply: Ply, damping: Tensor, delta: Tensor) -> Tensor | Non
     if inverse is None:
         return None
     mean = ply.mean_row(ply.dtype)
-    gradient = ply.matrix(Move(ply.gradient().weight, None)).to(ply.dtype) - outer(delta.sum(1), mean)
-    return gradient @ inverse
+    gradient = ply.matrix(Move(ply.weight_gradient(ply.delta), None)).to(ply.dtype)
+    return ((gradient - outer(delta.sum(1), mean)).to(inverse.dtype) @ inverse).to(ply.dtype)
 
 
 def _centred_dual(ply: Ply) -> Callable[[torch.dtype], Tensor]:
@@ -200,7 +207,7 @@ def matched_below(ply: Ply, relative_damping: float, steps: int = 8) -> Tensor:
     inverse = damped_inverse(ply, gram, damping)
     if inverse is None:
         return ply.below()
-    delta = ply.delta.to(ply.dtype)
+    delta, weight = ply.delta.to(inverse.dtype), weight.to(inverse.dtype)
     matched = (delta @ inverse[0]) @ weight if wide else (delta @ weight) @ inverse[0]
     return matched.to(ply.delta.dtype)
 
@@ -208,7 +215,7 @@ def matched_below(ply: Ply, relative_damping: float, steps: int = 8) -> Tensor:
 def _matched_by_conjugate_gradients(ply: Ply, relative_damping: float, steps: int) -> Tensor:
     a, delta, weight = (t.to(ply.dtype) for t in (ply.a, ply.delta, ply.weight))
     kind, module = ply.kind, ply.module
-    inputs, outputs = a[0].numel(), delta[0].numel()
+    inputs, outputs = math.prod(a.shape[1:]), math.prod(delta.shape[1:])
     energy = kind.weight_energy(module, a, delta, weight) * inputs / min(inputs, outputs)
     shift = relative_damping * energy
 
@@ -230,14 +237,13 @@ def _matched_by_conjugate_gradients(ply: Ply, relative_damping: float, steps: in
 
 
 def damped_inverse(ply: Ply, gram: Callable[[torch.dtype], Tensor], damping: Damping) -> Tensor | None:
-    """``(gram + λI)⁻¹`` in the layer's dtype, or None if the Gram is not finite (counted)."""
-    factor = _cholesky(ply, gram, damping, ply.dtype)
+    """``(gram + λI)⁻¹``, or None if the Gram is not finite (counted).
+
+    In the layer's dtype, or in float64 where that was too coarse: then the product with it is so, too.
+    """
+    factor = _factor(ply, gram, damping)
     if factor is not None:
         return torch.cholesky_inverse(factor)
-    factor = _cholesky(ply, gram, damping, torch.float64)
-    if factor is not None:
-        ply.health.note(ply.name, health.FLOAT64)
-        return torch.cholesky_inverse(factor).to(ply.dtype)
     return _eigenvalue_inverse(ply, gram, damping)
 
 
@@ -246,21 +252,35 @@ def _damped_solve(
 ) -> Tensor | None:
     """``(gram + λI)⁻¹ right``; None as in `damped_inverse`."""
     if 4 * right.shape[2] < right.shape[1]:  # few columns: two triangular solves cost less than an inverse
-        factor = _cholesky(ply, gram, damping, ply.dtype)
+        factor = _factor(ply, gram, damping)
         if factor is not None:
-            return torch.cholesky_solve(right, factor)
+            return torch.cholesky_solve(right.to(factor.dtype), factor).to(ply.dtype)
     inverse = damped_inverse(ply, gram, damping)
-    return None if inverse is None else inverse @ right
+    return None if inverse is None else (inverse @ right.to(inverse.dtype)).to(ply.dtype)
 
 
-def _cholesky(
-    ply: Ply, gram: Callable[[torch.dtype], Tensor], damping: Damping, dtype: torch.dtype
-) -> Tensor | None:
-    """Lower Cholesky factor of ``gram + λI``, or None where there is none."""
-    damped = gram(dtype)
-    damped.diagonal(dim1=1, dim2=2).add_(_as_column(damping, damped).squeeze(2))
-    factor, info = torch.linalg.cholesky_ex(damped)
-    return None if bool(info.any()) else factor
+def _factor(ply: Ply, gram: Callable[[torch.dtype], Tensor], damping: Damping) -> Tensor | None:
+    """Cholesky factor of ``gram + λI`` in the layer's dtype or, where that is too coarse, in float64."""
+    factor = _cholesky(gram(ply.dtype), damping, torch.finfo(ply.dtype).eps)
+    if factor is None and ply.dtype != torch.float64:
+        factor = _cholesky(gram(torch.float64), damping, 0.0)
+        if factor is not None:
+            ply.health.note(ply.name, health.FLOAT64)
+    return factor
+
+
+def _cholesky(gram: Tensor, damping: Damping, noise: float) -> Tensor | None:
+    """Lower Cholesky factor of ``gram + λI``, or None where there is none.
+
+    Nor is there one worth having if λ is below the rounding of the Gram, ``noise`` times its trace: the
+    inverse would turn that rounding into a full-size step.
+    """
+    shift = _as_column(damping, gram).squeeze(2)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    coarse = noise * diagonal.sum(1, keepdim=True) > shift
+    diagonal.add_(shift)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return None if bool((info.unsqueeze(1).bool() | coarse).any()) else factor
 
 
 def _eigenvalue_inverse(ply: Ply, gram: Callable[[torch.dtype], Tensor], damping: Damping) -> Tensor | None:
@@ -270,10 +290,11 @@ def _eigenvalue_inverse(ply: Ply, gram: Callable[[torch.dtype], Tensor], damping
         return None
     values, vectors = torch.linalg.eigh(matrix)
     # below the noise floor an eigenvalue is rounding: dividing by it would make noise a full-size step
-    floor = values.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny) * 1e-12
+    floor = values.amax(1, keepdim=True) * 1e-12
     values = values.clamp_min(0) + _as_column(damping, matrix).squeeze(2) + floor
+    values = values.clamp_min(torch.finfo(torch.float32).tiny)  # so that 1 / value is finite in float32
     ply.health.note(ply.name, health.EIGENVALUES)
-    return ((vectors / values.unsqueeze(1)) @ vectors.mT).to(ply.dtype)
+    return (vectors / values.unsqueeze(1)) @ vectors.mT
 
 
 def _cast(ply: Ply, move: Move) -> Move:
@@ -282,8 +303,9 @@ def _cast(ply: Ply, move: Move) -> Move:
 
 
 def _as_column(damping: Damping, like: Tensor) -> Tensor:
-    """λ as (g or 1, 1, 1)."""
-    return torch.as_tensor(damping, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+    """λ as (g or 1, 1, 1), not so small that 1/λ is infinite."""
+    column = torch.as_tensor(damping, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+    return column.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

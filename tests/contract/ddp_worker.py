@@ -16,6 +16,7 @@ from plywise.health import SKIPPED
 from .models import batch, convnet, grads, loss_of, mlp, train, weights
 
 SHAPES = {"mlp": (6,), "convnet": (2, 6, 6)}
+PLANS = [("mlp", "attach"), ("convnet", "wrap")]
 
 
 def build(kind: str, seed: int = 1) -> nn.Module:
@@ -31,9 +32,8 @@ def main(rank: int, rendezvous: str, folder: str, rules: dict[str, Rule]) -> Non
     )
     results: dict[str, Any] = {}
     for name, rule in rules.items():
-        for kind in SHAPES:
-            for first in ("attach", "wrap"):
-                results[f"{name} {kind} {first}"] = one(rule, kind, first, rank)
+        for kind, first in PLANS:
+            results[f"{name} {kind} {first}"] = one(rule, kind, first, rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

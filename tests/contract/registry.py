@@ -9,7 +9,7 @@ that Python can import (the current directory is on the path)::
 
 and run ``python -m pytest tests/contract --plywise-rule=my_rules:make`` (once for each rule; the class
 itself will do if its hyper-parameters have defaults). Where the promises leave a choice, hand over a
-`Case` instead of the factory, with the rate at which the rule trains and the reasons for exemptions.
+`Case` instead of the factory, with the rates at which the rule trains and the reasons for exemptions.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ class Case:
     Attributes:
         name: test id.
         make: factory of new, unattached rules.
-        rate: learning rate at which plain SGD trains a small, well-scaled network with it.
-        adaptive_rate: the same for RMSprop and Adam.
+        rates: learning rates of which plain SGD trains a small, well-scaled network with at least one.
+        adaptive_rates: the same for RMSprop and Adam.
         not_homogeneous: why a loss times c does not give moves times c; "" if it does.
         not_linear: why the move of a sum of losses is not the sum of the moves; "" if it is.
         is_backprop: whether its gradients are autograd's own.
@@ -39,8 +39,8 @@ class Case:
 
     name: str
     make: Callable[[], Rule]
-    rate: float = 0.1
-    adaptive_rate: float = 0.01
+    rates: tuple[float, ...] = (0.1, 1.0, 0.01)
+    adaptive_rates: tuple[float, ...] = (0.01, 0.001)
     not_homogeneous: str = ""
     not_linear: str = ""
     is_backprop: bool = False
@@ -73,31 +73,31 @@ CURVES = "its step lengths depend on Δ: linear only along one Δ"
 EPSILON = "adds 1e-6 to squared gradients, as the published code does: documented as not scale-free"
 
 CASES = [
-    Case("backprop", Backprop, rate=0.5, is_backprop=True),
-    Case("proxprop", ProxProp, rate=5.0),
-    Case("proxprop-cg", lambda: ProxProp(solver="cg"), rate=5.0, not_linear=CURVES),
+    Case("backprop", Backprop, rates=(0.5,), is_backprop=True),
+    Case("proxprop", ProxProp, rates=(5.0,)),
+    Case("proxprop-cg", lambda: ProxProp(solver="cg"), rates=(5.0,), not_linear=CURVES),
     Case(
         "proxprop-cg_official",
         lambda: ProxProp(solver="cg_official"),
-        rate=5.0,
+        rates=(5.0,),
         not_homogeneous=EPSILON,
         not_linear=CURVES,
     ),
-    Case("proxprop-mean", lambda: ProxProp(gram="mean", tau=2.0), rate=0.5),
-    Case("back_matching-mean", BackMatching, rate=0.03, refuses_reentrant=True),
-    Case("back_matching-rank", lambda: BackMatching(scalar="rank"), rate=0.03, refuses_reentrant=True),
+    Case("proxprop-mean", lambda: ProxProp(gram="mean", tau=2.0), rates=(0.5,)),
+    Case("back_matching-mean", BackMatching, rates=(0.03,), refuses_reentrant=True),
+    Case("back_matching-rank", lambda: BackMatching(scalar="rank"), rates=(0.03,), refuses_reentrant=True),
     Case(
         "back_matching-cauchy",
         lambda: BackMatching(scalar="cauchy"),
-        rate=0.1,
+        rates=(0.1,),
         not_linear=CURVES,
         refuses_reentrant=True,
     ),
-    Case("back_matching-exact", lambda: BackMatching(mode="exact"), rate=0.1),
-    Case("nlms", NLMS, rate=1.0),
-    Case("cwu-append", Consequentialism, rate=0.3),
-    Case("cwu-centre", lambda: Consequentialism(bias="centre"), rate=0.3),
-    Case("users-own", DiagonalNewton, rate=0.2),
+    Case("back_matching-exact", lambda: BackMatching(mode="exact"), rates=(0.1,)),
+    Case("nlms", NLMS, rates=(1.0,)),
+    Case("cwu-append", Consequentialism, rates=(0.3,)),
+    Case("cwu-centre", lambda: Consequentialism(bias="centre"), rates=(0.3,)),
+    Case("users-own", DiagonalNewton, rates=(0.2,)),
 ]
 
 

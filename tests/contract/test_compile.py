@@ -31,8 +31,7 @@ def small(dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).to(dtype)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("attach_to", ["model", "compiled"])
+@pytest.mark.parametrize(("backend", "attach_to"), [("eager", "model"), ("aot_eager", "compiled")])
 def test_compiled_then_attached(case: Case, rule: Rule, backend: str, attach_to: str) -> None:
     data = batch(dtype=torch.float64)
     eager = small()

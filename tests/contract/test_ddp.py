@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from .ddp_worker import main
+from .ddp_worker import PLANS, main
 from .models import all_finite, assert_close, same_bits
 from .registry import Case, selected
 
@@ -43,8 +43,7 @@ def ranks(
 
 
 @SLOW
-@pytest.mark.parametrize("kind", ["mlp", "convnet"])
-@pytest.mark.parametrize("first", ["attach", "wrap"])
+@pytest.mark.parametrize(("kind", "first"), PLANS)
 def test_two_processes(case: Case, ranks: list[dict[str, Any]], kind: str, first: str) -> None:
     one, two = (seen[f"{case.name} {kind} {first}"] for seen in ranks)
     assert same_bits(one["start"], two["start"])

@@ -167,7 +167,7 @@ def test_a_users_own_rule_enters_the_suite(monkeypatch: pytest.MonkeyPatch) -> N
     module = ModuleType("my_rules")
     module.make = lambda: DiagonalNewton(eps=0.5)
     module.MyRule = DiagonalNewton
-    module.case = Case("mine", Backprop, rate=3.0)
+    module.case = Case("mine", Backprop, rates=(3.0,))
     module.wrong = lambda: 3
     monkeypatch.setitem(sys.modules, "my_rules", module)
     cases = selected(["my_rules:make", "my_rules:MyRule", "my_rules:case"])

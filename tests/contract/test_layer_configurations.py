@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from .models import all_finite, assert_close, grads
 from .registry import CASES, Case
+
+# torch's own remark on padding="same", once in a process
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 BRIEF = settings(

@@ -51,7 +51,13 @@ def explain(
     shown = table(*HEADINGS, title=explanation.title, numbers=("memory", "cost"))
     for row in explanation.rows:
         shown.add_row(
-            row.name or "(model)", row.type, row.shape, row.treatment, why(row), bytes_text(row), cost_text(row)
+            row.name or "(model)",
+            row.type,
+            row.shape,
+            row.treatment,
+            why(row),
+            bytes_text(row),
+            cost_text(row),
         )
     console().print(shown)
     console().print(

@@ -1,5 +1,6 @@
 """Back-matching propagation: backward values by matching, exactly or as a layer-wise adaptive rate."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,9 +35,9 @@ class BackMatching(Rule):
         problems are the paper's; its scalars, and its treatment of batch norm, ReLU, pooling, dropout and
         residual blocks, are derived here, since the body of the paper could not be read.
     Limits: the cap is ours, not the paper's; without it the method fails on networks whose function is
-        mis-scaled (too small an initialisation). Use decoupled weight decay. Residual branches add in
-        exact mode (no closed form). With dropout, pooling or batch norm called as functions instead of
-        modules their scalars count as 1.
+        mis-scaled (too small an initialisation). Residual branches add in exact mode (no closed form); in
+        rate mode a residual block needs a layer above it. Dropout, pooling and batch norm that are called as
+        functions instead of modules count as 1.
 
     Args:
         mode: ``"rate"``, the layer-wise adaptive rate, or ``"exact"``, damped least squares.
@@ -81,7 +82,7 @@ class BackMatching(Rule):
 
     def marker(self) -> ModelHook:
         """Batch norm, pooling and dropout: their scalar in rate mode, their pseudo-inverse in exact."""
-        return EnergyMark() if self.mode == "rate" else PseudoInverse()
+        return EnergyMark(self.reduction == "sum") if self.mode == "rate" else PseudoInverse()
 
     def move(self, ply: Ply) -> Move:
         """``G / (m_W E)`` of the mean loss, or least squares on the summed loss."""
@@ -156,7 +157,7 @@ def rank_scalar(ply: Ply) -> Tensor:
     """Mean non-zero eigenvalue of ``WᵀW`` behind a mask that passes input j with its firing rate p_j."""
     if not ply.kind.rows_are_inputs:
         energy = ply.kind.weight_energy(ply.module, ply.a, ply.delta, ply.weight)
-        inputs, outputs = ply.a[0].numel(), ply.delta[0].numel()
+        inputs, outputs = math.prod(ply.a.shape[1:]), math.prod(ply.delta.shape[1:])
         return energy * inputs / min(inputs, outputs)
     rates = (ply.a.reshape(-1, ply.width) != 0).to(ply.dtype).mean(0)
     energy = (rates * ply.weight.to(ply.dtype).square().sum(0)).sum()
