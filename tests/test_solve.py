@@ -294,8 +294,8 @@ def slow_matched(layer: nn.Module, x: Tensor, delta: Tensor, relative: float) ->
 
 def test_matched_below(problem):
     layer, x, delta, ply = problem
-    if getattr(layer, "padding_mode", "zeros") != "zeros":
-        pytest.skip("matches the padded input; what is outside of the image is then folded back")
+    if getattr(layer, "padding_mode", "zeros") == "reflect":
+        pytest.skip("the damping takes two taps that read one mirrored pixel as two pixels")
     close(solve.matched_below(ply, 0.2, steps=60), slow_matched(layer, x, delta, 0.2), 1e-8)
 
 

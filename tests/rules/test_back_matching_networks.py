@@ -195,7 +195,6 @@ def test_batch_norm_has_the_rate_of_what_is_above():
         assert relative(ours[i], plain[i] / m_z(model[3])) < 1e-12
 
 
-@pytest.mark.xfail(strict=True, reason="γ and β move by the gradient of whatever loss it is")
 def test_batch_norm_does_not_depend_on_the_reduction():
     model = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
     x, y = torch.randn(9, 5), torch.randint(3, (9,))
@@ -204,7 +203,6 @@ def test_batch_norm_does_not_depend_on_the_reduction():
         assert relative(other, one) < 1e-12
 
 
-@pytest.mark.xfail(strict=True, reason="the sum over positions, where a convolution's bias has their mean")
 def test_batch_norm_after_a_convolution_is_a_mean_over_positions():
     """B8: γ and β move by the mean of the backward values over samples and positions, as a bias does."""
     head = nn.Linear(12, 3)
