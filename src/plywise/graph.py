@@ -80,7 +80,7 @@ class EnergyMark(ModelHook):
             node.metadata[KEY] = node.metadata.get(KEY, 1.0) * scale
             if any(p.requires_grad for p in module.parameters(recurse=False)):
                 # batch norm's γ and β: means over samples and positions, divided by the energy
-                rows = output.numel() // output.shape[1] if self._summed_loss else output[0, 0].numel()
+                rows = math.prod(output.shape[2:]) * (len(output) if self._summed_loss else 1)
                 metadata: dict[str, Any] = node.metadata  # not the node: the hook would keep it alive
                 node.register_hook(lambda below, _: _matched_parameters(below, metadata, rows))
 
@@ -88,7 +88,7 @@ class EnergyMark(ModelHook):
 def _matched_parameters(
     below: tuple[Tensor | None, ...], metadata: dict[str, Any], rows: int
 ) -> tuple[Tensor | None, ...]:
-    scale = rows * (sum(metadata.get(ARRIVED, {}).values()) or 1.0)
+    scale = max(rows, 1) * (sum(metadata.get(ARRIVED, {}).values()) or 1.0)
     return (below[0], *(None if part is None else part / scale for part in below[1:]))
 
 

@@ -11,13 +11,15 @@ All answer ``argmin_D ½‖[A,1] Dᵀ - Δ‖² + λ/2 ‖D‖² = G (AᵀA + λ
 The key to speed is ``(AᵀA + λI)⁻¹Aᵀ = Aᵀ(AAᵀ + λI)⁻¹``: with fewer rows than columns the whole solve
 is *another Δ*, and the product ``Δ'ᵀA`` is the one that backpropagation makes anyway.
 
-Every solve ends: Cholesky; in float64 where rounding made the Gram indefinite; clamped eigenvalues
-where even that fails; backpropagation's own move where the input is not finite. Each fallback is
-counted in the layer's `Health`.
+Every solve ends (`_guarded`): Cholesky; all in float64 where rounding made the Gram indefinite, or could;
+clamped eigenvalues where even that fails; backpropagation's own move where the input is not finite. Each
+fallback is counted in the layer's `Health`.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,80 +32,78 @@ Damping = float | Tensor
 """λ: a number, or a tensor (g,) with one number for each group."""
 
 
+InverseTimes = Callable[[Tensor, Damping, Tensor], Tensor | None]
+"""``(gram + λI)⁻¹ right`` of a Gram (g, k, k) whose lower triangle counts, or None where that fails."""
+
+
 def ridge(ply: Ply, damping: Damping) -> Move:
     """``G (AᵀA + λI)⁻¹`` exactly, the bias being a column of ones in A."""
+    move = _guarded(ply, lambda p, inverse_times: _ridge(p, damping, inverse_times))
+    return ply.gradient() if move is None else _cast(ply, move)
+
+
+def _ridge(ply: Ply, damping: Damping, inverse_times: InverseTimes) -> Move | None:
     if ply.row_count > ply.columns:
-        inverse = damped_inverse(ply, ply.gram, damping)
-        if inverse is None:
-            return ply.gradient()
-        gradient = ply.matrix(ply.gradient())
-        return _cast(ply, ply.move(gradient.to(inverse.dtype) @ inverse))
-    if ply.kind.rows_are_inputs and ply.width < ply.outputs:
-        return _ridge_through_rows(ply, damping)
-    delta = _damped_solve(ply, ply.dual_gram, ply.delta_rows(), damping)
-    return ply.gradient(None if delta is None else ply.from_delta_rows(delta))
-
-
-def _ridge_through_rows(ply: Ply, damping: Damping) -> Move:
-    """`ridge` with the inverse applied to A instead of Δ, for layers with more outputs than inputs."""
-    inverse = damped_inverse(ply, ply.dual_gram, damping)
-    if inverse is None:
-        return ply.gradient()
-    delta = ply.delta_rows(inverse.dtype)[0]
-    rows = inverse[0] @ ply.kind.rows(ply.module, ply.a.to(inverse.dtype))[0]
-    weight = (delta.T @ rows).reshape(ply.weight.shape)
-    return _cast(ply, Move(weight, delta.T @ inverse[0].sum(1) if ply.has_bias else None))
+        gradient = ply.matrix(ply.gradient()).to(ply.dtype)
+        solved = inverse_times(ply.gram(ply.dtype), damping, gradient.mT)
+        return None if solved is None else ply.move(solved.mT)
+    gram = ply.dual_gram(ply.dtype)
+    if ply.kind.rows_are_inputs and ply.width < ply.outputs:  # the inverse costs less on A than on Δ
+        rows, delta = inverse_times(gram, damping, ply.rows(ply.dtype)), ply.delta_rows()[0]
+        if rows is None:
+            return None
+        weight = (delta.T @ rows[0, :, : ply.width]).reshape(ply.weight.shape)
+        return Move(weight, delta.T @ rows[0, :, -1] if ply.has_bias else None)
+    emended = inverse_times(gram, damping, ply.delta_rows())
+    return None if emended is None else ply.gradient(ply.from_delta_rows(emended))
 
 
 def ridge_centred(ply: Ply, relative_damping: float) -> Move:
     """`ridge` on centred rows and targets, then the bias: ``b = mean(Δ) - D mean(A)``.
 
     The damping is ``relative_damping · ‖A - mean‖²_F / min(n, d)`` and never touches the bias, which
-    keeps the move covariant under rescaled inputs. What centring leaves of constant rows is rounding,
-    ``eps · ‖A‖²_F`` at most: added to the energy, it keeps that from becoming a step.
+    keeps the move covariant under rescaled inputs. What centring leaves of constant rows is rounding, of
+    size ``eps · ‖A‖``; a floor of ``16 eps ‖A‖²`` keeps it from becoming a step.
     """
-    mean = ply.mean_row(ply.dtype)
-    energy = ply.kind.trace(ply.module, ply.a.to(ply.dtype))
-    centred = (energy - ply.row_count * mean.square().sum(1)).clamp_min(0)
-    floor = torch.finfo(ply.dtype).eps * energy
-    damping = (relative_damping * centred + floor) / min(ply.row_count, ply.width)
-    delta = ply.delta_rows()
-    if ply.row_count > ply.width:
-        weight = _centred_in_inputs(ply, damping, delta)
+    dtype = ply.dtype
+    energy = ply.kind.trace(ply.module, ply.a.to(dtype))
+    floor = 16 * torch.finfo(dtype).eps * energy
+    mean, mean_delta = ply.mean_row(dtype), ply.delta_rows().mean(1)
+    weight: Tensor | None
+    if not ply.kind.rows_are_inputs:
+        centred = (energy - ply.row_count * mean.square().sum(1)).clamp_min(0)
+        damping = relative_damping * centred / min(ply.row_count, ply.width) + floor
+        weight = _guarded(ply, lambda p, inverse_times: _ridge_of_patches(p, damping, inverse_times))
     else:
-        solved = _damped_solve(ply, _centred_dual(ply), delta - delta.mean(1, keepdim=True), damping)
-        if solved is None:
-            return ply.gradient()
-        # Its columns sum to zero (up to rounding), so the mean of the rows drops out of the product.
-        solved = solved - solved.mean(1, keepdim=True)
-        move = Move(ply.weight_gradient(ply.from_delta_rows(solved)), None)
-        weight = ply.matrix(move).to(ply.dtype)
+        a, delta = ply.a.to(dtype) - mean[0], ply.delta.to(dtype) - mean_delta[0]
+        local = replace(ply, a=a, delta=delta, has_bias=False)
+        damping = relative_damping * local.trace() / min(ply.row_count, ply.width) + floor
+        move = _guarded(local, lambda p, inverse_times: _ridge(p, damping, inverse_times))
+        weight = None if move is None else ply.matrix(Move(move.weight, None))
     if weight is None:
         return ply.gradient()
-    bias = delta.mean(1) - (weight @ mean.unsqueeze(2)).squeeze(2)
+    weight = weight.to(dtype)
+    bias = mean_delta - (weight @ mean.unsqueeze(2)).squeeze(2)
     return _cast(ply, Move(weight.reshape(ply.weight.shape), bias.reshape(-1)))
 
 
-def _centred_in_inputs(ply: Ply, damping: Tensor, delta: Tensor) -> Tensor | None:
-    def gram(dtype: torch.dtype) -> Tensor:
-        mean = ply.mean_row(dtype)
-        return ply.kind.gram(ply.module, ply.a.to(dtype)) - ply.row_count * outer(mean, mean)
-
-    inverse = damped_inverse(ply, gram, damping)
-    if inverse is None:
+def _ridge_of_patches(ply: Ply, damping: Damping, inverse_times: InverseTimes) -> Tensor | None:
+    """The weight's matrix in `ridge_centred`, for rows that cannot be centred before they are made."""
+    n, dtype, delta = ply.row_count, ply.dtype, ply.delta_rows()
+    mean, mean_delta = ply.mean_row(dtype), delta.mean(1)
+    if n > ply.width:
+        gram = ply.kind.gram(ply.module, ply.a.to(dtype)) - n * outer(mean, mean)
+        gradient = ply.matrix(Move(ply.weight_gradient(ply.delta), None)).to(dtype)
+        solved = inverse_times(gram, damping, (gradient - n * outer(mean_delta, mean)).mT)
+        return None if solved is None else solved.mT
+    rows = ply.kind.rows(ply.module, ply.a.to(dtype))
+    gram = lower_product(rows - rows.mean(1, keepdim=True))
+    emended = inverse_times(gram, damping, delta - mean_delta.unsqueeze(1))
+    if emended is None:
         return None
-    mean = ply.mean_row(ply.dtype)
-    gradient = ply.matrix(Move(ply.weight_gradient(ply.delta), None)).to(ply.dtype)
-    return ((gradient - outer(delta.sum(1), mean)).to(inverse.dtype) @ inverse).to(ply.dtype)
-
-
-def _centred_dual(ply: Ply) -> Callable[[torch.dtype], Tensor]:
-    def gram(dtype: torch.dtype) -> Tensor:
-        rows = ply.kind.rows(ply.module, ply.a.to(dtype))
-        rows = rows - rows.mean(1, keepdim=True)
-        return rows @ rows.mT
-
-    return gram
+    # Its columns sum to zero (up to rounding), so the mean of the rows drops out of the product.
+    emended = emended - emended.mean(1, keepdim=True)
+    return ply.matrix(Move(ply.weight_gradient(ply.from_delta_rows(emended)), None))
 
 
 def conjugate_gradients(ply: Ply, damping: Damping, steps: int) -> Move:
@@ -196,20 +196,19 @@ def matched_below(ply: Ply, relative_damping: float, steps: int = 8) -> Tensor:
     """
     if not ply.kind.rows_are_inputs:
         return _matched_by_conjugate_gradients(ply, relative_damping, steps)
-    weight = ply.weight.to(ply.dtype)
-    wide = weight.shape[1] > weight.shape[0]
+    damping = relative_damping * ply.weight.to(ply.dtype).square().sum() / min(ply.weight.shape)
+    matched = _guarded(ply, lambda p, inverse_times: _matched(p, damping, inverse_times))
+    return ply.below() if matched is None else matched.to(ply.delta.dtype)
 
-    def gram(dtype: torch.dtype) -> Tensor:
-        w = ply.weight.to(dtype)
-        return lower_product((w if wide else w.T).unsqueeze(0))
 
-    damping = relative_damping * weight.square().sum() / min(weight.shape)
-    inverse = damped_inverse(ply, gram, damping)
-    if inverse is None:
-        return ply.below()
-    delta, weight = ply.delta.to(inverse.dtype), weight.to(inverse.dtype)
-    matched = (delta @ inverse[0]) @ weight if wide else (delta @ weight) @ inverse[0]
-    return matched.to(ply.delta.dtype)
+def _matched(ply: Ply, damping: Damping, inverse_times: InverseTimes) -> Tensor | None:
+    weight, delta = ply.weight.to(ply.dtype), ply.delta_rows()
+    outputs, inputs = weight.shape
+    if inputs > outputs:
+        solved = inverse_times(lower_product(weight.unsqueeze(0)), damping, delta.mT)
+        return None if solved is None else (solved[0].T @ weight).reshape(ply.a.shape)
+    solved = inverse_times(lower_product(weight.T.unsqueeze(0)), damping, (delta[0] @ weight).T.unsqueeze(0))
+    return None if solved is None else solved[0].T.reshape(ply.a.shape)
 
 
 def _matched_by_conjugate_gradients(ply: Ply, relative_damping: float, steps: int) -> Tensor:
@@ -236,65 +235,52 @@ def _matched_by_conjugate_gradients(ply: Ply, relative_damping: float, steps: in
     return solution.to(ply.delta.dtype)
 
 
-def damped_inverse(ply: Ply, gram: Callable[[torch.dtype], Tensor], damping: Damping) -> Tensor | None:
-    """``(gram + λI)⁻¹``, or None if the Gram is not finite (counted).
-
-    In the layer's dtype, or in float64 where that was too coarse: then the product with it is so, too.
-    """
-    factor = _factor(ply, gram, damping)
-    if factor is not None:
-        return torch.cholesky_inverse(factor)
-    return _eigenvalue_inverse(ply, gram, damping)
+Answer = TypeVar("Answer")
 
 
-def _damped_solve(
-    ply: Ply, gram: Callable[[torch.dtype], Tensor], right: Tensor, damping: Damping
-) -> Tensor | None:
-    """``(gram + λI)⁻¹ right``; None as in `damped_inverse`."""
-    if 4 * right.shape[2] < right.shape[1]:  # few columns: two triangular solves cost less than an inverse
-        factor = _factor(ply, gram, damping)
-        if factor is not None:
-            return torch.cholesky_solve(right.to(factor.dtype), factor).to(ply.dtype)
-    inverse = damped_inverse(ply, gram, damping)
-    return None if inverse is None else (inverse @ right.to(inverse.dtype)).to(ply.dtype)
+def _guarded(ply: Ply, solve: Callable[[Ply, InverseTimes], Answer | None]) -> Answer | None:
+    """``solve`` with Cholesky, then in float64, then by eigenvalues; None if A or W is not finite."""
+    answer = solve(ply, _by_cholesky)
+    if answer is not None:
+        return answer
+    if not all(bool(torch.isfinite(t).all()) for t in (ply.a, ply.weight)):
+        ply.health.note(ply.name, health.IDENTITY)
+        return None
+    double = ply.a.double(), ply.delta.double(), ply.weight.double()
+    wide = replace(ply, a=double[0], delta=double[1], weight=double[2])
+    answer = solve(wide, _by_cholesky)
+    ply.health.note(ply.name, health.FLOAT64 if answer is not None else health.EIGENVALUES)
+    return solve(wide, _by_eigenvalues) if answer is None else answer
 
 
-def _factor(ply: Ply, gram: Callable[[torch.dtype], Tensor], damping: Damping) -> Tensor | None:
-    """Cholesky factor of ``gram + λI`` in the layer's dtype or, where that is too coarse, in float64."""
-    factor = _cholesky(gram(ply.dtype), damping, torch.finfo(ply.dtype).eps)
-    if factor is None and ply.dtype != torch.float64:
-        factor = _cholesky(gram(torch.float64), damping, 0.0)
-        if factor is not None:
-            ply.health.note(ply.name, health.FLOAT64)
-    return factor
+def _by_cholesky(gram: Tensor, damping: Damping, right: Tensor) -> Tensor | None:
+    """`InverseTimes` by the Cholesky factor of ``gram + λI``.
 
-
-def _cholesky(gram: Tensor, damping: Damping, noise: float) -> Tensor | None:
-    """Lower Cholesky factor of ``gram + λI``, or None where there is none.
-
-    Nor is there one worth having if λ is below the rounding of the Gram, ``noise`` times its trace: the
-    inverse would turn that rounding into a full-size step.
+    None where there is no factor, nor one worth having: with λ below the rounding of the Gram, the inverse
+    would turn that rounding into a full-size step.
     """
     shift = _as_column(damping, gram).squeeze(2)
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    coarse = noise * diagonal.sum(1, keepdim=True) > shift
+    coarse = torch.finfo(gram.dtype).eps * diagonal.sum(1, keepdim=True) > shift
+    if gram.dtype == torch.float64:
+        coarse = torch.zeros_like(coarse)  # there is no wider type to turn to
     diagonal.add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
-    return None if bool((info.unsqueeze(1).bool() | coarse).any()) else factor
-
-
-def _eigenvalue_inverse(ply: Ply, gram: Callable[[torch.dtype], Tensor], damping: Damping) -> Tensor | None:
-    matrix = mirrored(gram(torch.float64))
-    if not bool(torch.isfinite(matrix).all()):
-        ply.health.note(ply.name, health.IDENTITY)
+    if bool((info.unsqueeze(1).bool() | coarse).any()):
         return None
-    values, vectors = torch.linalg.eigh(matrix)
+    if 4 * right.shape[2] < right.shape[1]:  # two triangular solves of few columns cost less than an inverse
+        return torch.cholesky_solve(right, factor)
+    return torch.cholesky_inverse(factor) @ right
+
+
+def _by_eigenvalues(gram: Tensor, damping: Damping, right: Tensor) -> Tensor:
+    """`InverseTimes` by eigenvalues, clamped from below: it always ends."""
+    values, vectors = torch.linalg.eigh(mirrored(gram))
     # below the noise floor an eigenvalue is rounding: dividing by it would make noise a full-size step
     floor = values.amax(1, keepdim=True) * 1e-12
-    values = values.clamp_min(0) + _as_column(damping, matrix).squeeze(2) + floor
+    values = values.clamp_min(0) + _as_column(damping, gram).squeeze(2) + floor
     values = values.clamp_min(torch.finfo(torch.float32).tiny)  # so that 1 / value is finite in float32
-    ply.health.note(ply.name, health.EIGENVALUES)
-    return (vectors / values.unsqueeze(1)) @ vectors.mT
+    return (vectors / values.unsqueeze(1)) @ (vectors.mT @ right)
 
 
 def _cast(ply: Ply, move: Move) -> Move:

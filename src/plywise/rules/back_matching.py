@@ -159,7 +159,8 @@ def rank_scalar(ply: Ply) -> Tensor:
         energy = ply.kind.weight_energy(ply.module, ply.a, ply.delta, ply.weight)
         inputs, outputs = math.prod(ply.a.shape[1:]), math.prod(ply.delta.shape[1:])
         return energy * inputs / min(inputs, outputs)
-    rates = (ply.a.reshape(-1, ply.width) != 0).to(ply.dtype).mean(0)
+    fires = (ply.a.reshape(-1, ply.width) != 0).to(ply.dtype)
+    rates = fires.sum(0) / max(len(fires), 1)
     energy = (rates * ply.weight.to(ply.dtype).square().sum(0)).sum()
     return energy / rates.sum().clamp(min=1e-12, max=ply.outputs)
 
