@@ -1,9 +1,9 @@
 """Steps to AdamW's final training loss: exact ProxProp and the other rules on digits and MNIST.
 
 Digits: 1,100 training images, 160 steps. MNIST: the first 20,000 training images, 10,000 for validation, 600
-steps. An MLP with three hidden layers of 256, batch 128. Every method is tuned with the same number of trials on
-the validation loss after all steps (seed 100); then three fresh seeds. The target is AdamW's final training
-loss, seed by seed. Training loss is that of the whole training set, measured off the clock.
+steps. An MLP with three hidden layers of 256, batch 128. Every method is tuned with the same number of
+trials on the validation loss after all steps (seed 100); then three fresh seeds. The target is AdamW's final
+training loss, seed by seed. Training loss is that of the whole training set, measured off the clock.
 
     python benchmarks/fewer_steps.py            # digits and MNIST
 """

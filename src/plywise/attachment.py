@@ -123,7 +123,9 @@ class Attachment:
         for part in (move.weight, move.bias):
             if part is not None and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
                 self.health.note(ply.name, health.NON_FINITE)
-                where = "input" if not bool(torch.isfinite(ply.a).all()) else "gradient at its output"
+                where = "rule's own answer"
+                for tensor, name in ((ply.delta, "gradient at its output"), (ply.a, "input")):
+                    where = where if bool(torch.isfinite(tensor).all()) else name
                 raise NonFiniteError(
                     f"Layer {ply.name!r}: the {where} is not finite (NaN or infinity), so its move would "
                     "poison the weights. Look at the batch, the rate and the loss scale; attach(model, "
@@ -132,18 +134,22 @@ class Attachment:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         loss_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales in its step
+        factors: dict[int, float] = {}  # one for a weight, though two layers may share it
         for ref, r in self._routes:
             module = ref()
             if not self._shrinks_at_step or r.kind is None or module is None:
                 continue
             weight = module._parameters.get(r.kind.weight_name)
             bias = module._parameters.get(r.kind.bias_name)
-            if weight is not None and weight.grad is not None:
+            if weight is None or weight.grad is None:
+                continue
+            if id(weight) not in factors:
                 move = weight.grad if loss_scale is None else weight.grad / loss_scale
-                factor = self.rule.shrink(weight.detach(), move)
-                for part in (weight, bias):
-                    if factor < 1 and part is not None and part.grad is not None:
-                        part.grad.mul_(factor)
+                factors[id(weight)] = self.rule.shrink(weight.detach(), move)
+                if factors[id(weight)] < 1:
+                    weight.grad.mul_(factors[id(weight)])
+            if factors[id(weight)] < 1 and bias is not None and bias.grad is not None:
+                bias.grad.mul_(factors[id(weight)])
 
     # ---- the table ---------------------------------------------------------------------------
 
@@ -197,6 +203,7 @@ class _Arrival:
                 f"The weight of layer {self._names[0]!r} got a gradient that did not pass through the rule. "
                 "Likely causes: torch.compile ran the model before attach() (attach first, or call "
                 "torch.compiler.reset()), the forward ran before attach(), the layer's .forward() was called "
-                "directly, its weight was parametrized since or is used outside the layer. If that is meant, "
+                "directly, its weight was parametrized since or is used outside the layer, or a hook added "
+                "since runs before the rule's. If that is meant, "
                 f"leave the layer to the optimizer: attach(..., exclude={self._names[0]!r})."
             )

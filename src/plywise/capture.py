@@ -118,8 +118,13 @@ class LayerHook(ModelHook):
         """Replace the output of the layer by the output of a `LayerNode`."""
         if not (torch.is_grad_enabled() and output.requires_grad):
             return None
-        if self.kind.weight_name not in module._parameters:
-            return None  # parametrized since: not ours any more, and the watch on the weight says so
+        if (
+            self.kind.weight_name not in module._parameters
+            or next(iter(module._forward_hooks.values())) is not self
+        ):
+            # parametrized since, or a hook before ours may have changed the output: not ours any more, and
+            # the watch on the weight says so
+            return None
         x = args[0] if args else next(iter(kwargs.values()))
         return self._capture(self, module, x, output)
 

@@ -34,8 +34,9 @@ class Rule(ABC):
 
     Subclasses are frozen dataclasses (``@dataclass(frozen=True)``) that implement `move`, and `below`
     if the layer below shall hear something else than backpropagation's ``ΔW``. Both are pure
-    functions of a `Ply` and linear in ``ply.delta``, so that gradient accumulation, GradScaler and DDP
-    keep their meaning (the one exception is ProxProp's ``solver="cg_official"``).
+    functions of a `Ply` and homogeneous in ``ply.delta`` (twice the Δ, twice the answer), so that loss scales
+    keep their meaning. All are linear in it but those that search along it (conjugate gradients, the
+    scalar "cauchy"); ProxProp's ``solver="cg_official"`` is neither.
 
     Example:
         >>> from dataclasses import dataclass
