@@ -3,7 +3,7 @@
 A step is zero_grad, forward, loss, backward and the optimizer's step. All rules take turns in one process
 in shuffled order, each between two plain steps; the ratio is a step's time over the mean of those two.
 Medians over the rounds, CPU time beside wall time, a second plain step as null control. Peak memory is
-measured in a process of its own for each rule.
+measured in processes of their own for each rule.
 
     python benchmarks/step_cost.py --threads 1 --rounds 25
     python benchmarks/step_cost.py --device cuda
@@ -132,7 +132,7 @@ def measure(net: str, names: list[str], rounds: int, device: str) -> dict[str, d
 
 
 def peak_memory(net: str, name: str, device: str, threads: int) -> float:
-    """MiB above an idle process at the peak of three steps, the least of three processes of its own."""
+    """MiB above an idle process at the peak of three steps, the least of two processes of its own."""
     command = [sys.executable, __file__, "--peak-of", name, "--net", net, "--device", device]
     command += ["--threads", str(threads)]
     runs = [

@@ -139,28 +139,31 @@ def _krylov(ply: Ply, damping: Damping, steps: int, official: bool) -> Move:
         product = (x * y).sum((0, 1, 2) if flat else 1, keepdim=True)
         return product.clamp_min(0)
 
-    solution = torch.zeros_like(residual)
-    image = matrix @ residual
-    direction, direction_image = residual, image
-    square = inner(image if in_rows else residual, residual)
+    # in place from here on: each of these is as large as Δ
+    residual, solution = residual.clone(), torch.zeros_like(residual)
+    direction, direction_image = residual.clone(), matrix @ residual
+    square = inner(direction_image if in_rows else residual, residual)
     enough = 1e-4 * square.mean()  # the published tolerance, 1e-2, squared
     for step in range(steps):
-        curved = direction_image + shift * direction
+        curved = torch.addcmul(direction_image, direction, shift)
         curvature = inner(direction_image if in_rows else direction, curved)
         alpha = _divide(square, curvature + epsilon)
-        solution = solution + alpha * direction
+        solution.addcmul_(direction, alpha)
         if step == steps - 1:
             break
-        residual = residual - alpha * curved
+        residual.addcmul_(curved, -alpha)
+        del curved
         image = matrix @ residual
         previous, square = square, inner(image if in_rows else residual, residual)
         if official and bool(square.max() < enough):
             break
         beta = _divide(square, previous + epsilon)
         if official and step == 0:  # the alias: the old direction *is* the new residual
-            direction, direction_image = residual, image
-        direction = residual + beta * direction
-        direction_image = image + beta * direction_image
+            direction.copy_(residual)
+            direction_image.copy_(image)
+        direction.mul_(beta).add_(residual)
+        direction_image.mul_(beta).add_(image)
+        del image
     if not bool(torch.isfinite(solution).all()):
         ply.health.note(ply.name, health.IDENTITY)
         return ply.gradient()
