@@ -22,9 +22,9 @@ class BackMatching(Rule):
         Compute it, for the weights and for the layer below, by matching the wanted change of the output:
         a least-squares problem for each. Replacing every Gram matrix by a scalar turns that into SGD with
         a rate for each layer, which repairs backward values that differ vastly in size across layers.
-    Equation: exact: D = G (AᵀA + εI)⁻¹ for the weights, Δ(WᵀW + εI)⁻¹W-matched values
-        Δ W (WᵀW + εI)⁻¹ below. Rate: D = G / (m_W · E), m_W = ‖A‖²_F/(B d), E = product of m_z over
-        all layers above, m_z = ‖W‖²_F/d; the bias D = Δᵀ1 / (positions · E).
+    Equation: exact: D = G (AᵀA + εI)⁻¹, and the layer below hears Δ W (WᵀW + εI)⁻¹. Rate: D = G / (m_W · E),
+        m_W = ‖A‖²_F/(B d), E = product of m_z over all layers above, m_z = ‖W‖²_F/d; the bias
+        D = Δᵀ1 / (positions · E).
     Use when: layers are badly scaled against each other (rate mode is equivariant under rescaling of
         layers), at almost the cost of SGD.
     Do not use when: the network is well scaled (momentum SGD ties), or with Adam and RMSprop, which divide
