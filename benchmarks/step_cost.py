@@ -1,7 +1,8 @@
 """What a whole training step costs with each rule, relative to plain backpropagation.
 
 A step is zero_grad, forward, loss, backward and the optimizer's step. All rules take turns in one process
-in shuffled order, each between two plain steps; the ratio is a step's time over the mean of those two.
+in shuffled order, each (after a first step that is not timed) between two plain steps; the ratio is a
+step's time over the mean of those two.
 Medians over the rounds, CPU time beside wall time, a second plain step as null control. Peak memory is
 measured in processes of their own for each rule.
 
@@ -87,9 +88,10 @@ class Stepper:
         return loss.detach()
 
     def timed(self, rule: pw.Rule | None) -> tuple[float, float]:
-        """CPU and wall seconds of one step with ``rule`` attached (attaching is not timed)."""
+        """CPU and wall seconds of a step with ``rule`` attached, after one that is not timed."""
         if rule is not None:
             rule.attach(self.model, self.optimizer)
+        self.step()
         self._wait()
         cpu, wall = time.process_time(), time.perf_counter()
         self.step()
@@ -197,6 +199,8 @@ def main() -> None:
         print(own_peak(nets[0], options.peak_of, options.device))
         return
     result: dict[str, Any] = {"environment": environment(options.device, options.threads), "nets": {}}
+    if options.json and options.json.exists() and options.net:  # some nets again: the others' figures stay
+        result["nets"] = json.loads(options.json.read_text())["nets"]
     for net in nets:
         table = measure(net, names, options.rounds, options.device)
         print(f"\n{net}, {options.device}, {options.threads} thread(s): a step relative to a plain step")

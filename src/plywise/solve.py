@@ -260,11 +260,12 @@ def _by_cholesky(gram: Tensor, damping: Damping, right: Tensor) -> Tensor | None
     """`InverseTimes` by the Cholesky factor of ``gram + λI``.
 
     None where there is no factor, nor one worth having: with λ below the rounding of the Gram, the inverse
-    would turn that rounding into a full-size step.
+    would turn that rounding into a full-size step. Rounding is taken as 1/16 of ``eps · trace``: that bound is
+    reached only if all of it falls on one direction.
     """
     shift = _as_column(damping, gram).squeeze(2)
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    coarse = torch.finfo(gram.dtype).eps * diagonal.sum(1, keepdim=True) > shift
+    coarse = torch.finfo(gram.dtype).eps / 16 * diagonal.sum(1, keepdim=True) > shift
     if gram.dtype == torch.float64:
         coarse = torch.zeros_like(coarse)  # there is no wider type to turn to
     diagonal.add_(shift)
