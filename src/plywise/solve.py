@@ -260,8 +260,8 @@ def _by_cholesky(gram: Tensor, damping: Damping, right: Tensor) -> Tensor | None
     """`InverseTimes` by the Cholesky factor of ``gram + λI``.
 
     None where there is no factor, nor one worth having: with λ below the rounding of the Gram, the inverse
-    would turn that rounding into a full-size step. Rounding is taken as 1/16 of ``eps · trace``: that bound is
-    reached only if all of it falls on one direction.
+    would turn that rounding into a full-size step. Rounding is taken as 1/16 of ``eps · trace``: the whole
+    of it would have to fall on one direction.
     """
     shift = _as_column(damping, gram).squeeze(2)
     diagonal = gram.diagonal(dim1=1, dim2=2)
