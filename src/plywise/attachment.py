@@ -133,23 +133,26 @@ class Attachment:
                 )
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        if not self._shrinks_at_step:
+            return
         loss_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales in its step
         factors: dict[int, float] = {}  # one for a weight, though two layers may share it
         for ref, r in self._routes:
             module = ref()
-            if not self._shrinks_at_step or r.kind is None or module is None:
+            if r.kind is None or module is None:
                 continue
             weight = module._parameters.get(r.kind.weight_name)
             bias = module._parameters.get(r.kind.bias_name)
             if weight is None or weight.grad is None:
                 continue
+            parts = [bias]
             if id(weight) not in factors:
                 move = weight.grad if loss_scale is None else weight.grad / loss_scale
                 factors[id(weight)] = self.rule.shrink(weight.detach(), move)
-                if factors[id(weight)] < 1:
-                    weight.grad.mul_(factors[id(weight)])
-            if factors[id(weight)] < 1 and bias is not None and bias.grad is not None:
-                bias.grad.mul_(factors[id(weight)])
+                parts.append(weight)
+            for part in parts:
+                if factors[id(weight)] < 1 and part is not None and part.grad is not None:
+                    part.grad.mul_(factors[id(weight)])
 
     # ---- the table ---------------------------------------------------------------------------
 

@@ -129,18 +129,12 @@ class LayerHook(ModelHook):
         return self._capture(self, module, x, output)
 
 
-def _bare(output: Tensor) -> Tensor:
-    """The output's numbers without the graph that autograd built for them."""
-    bare = output.detach()
-    # A view of something else (an unbatched convolution) could not be modified in place afterwards.
-    return bare.clone() if bare._is_view() else bare
-
-
 def _capture(hook: LayerHook, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     a = hook.kind.linear_input(module, x)
     weight = getattr(module, hook.kind.weight_name)
     bias = getattr(module, hook.kind.bias_name)
-    return LayerNode.apply([_bare(output)], hook, module, a, weight, bias)
+    # detach(): the output's numbers without the graph that autograd built for them
+    return LayerNode.apply([output.detach()], hook, module, a, weight, bias)
 
 
 def install(module: nn.Module, hook: LayerHook) -> RemovableHandle:

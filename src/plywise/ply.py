@@ -1,6 +1,6 @@
 """One layer's local problem in one backward pass: the rows ``A``, the weights ``W``, the gradient ``Δ``.
 
-A rule receives a `Ply` and gives an `Answer`: how W moves, and what the layer below hears.
+A rule receives a `Ply` and answers with a `Move`, how W moves, and with what the layer below hears.
 """
 
 from dataclasses import dataclass, replace

@@ -265,9 +265,10 @@ def _by_cholesky(gram: Tensor, damping: Damping, right: Tensor) -> Tensor | None
     """
     shift = _as_column(damping, gram).squeeze(2)
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    coarse = torch.finfo(gram.dtype).eps / 16 * diagonal.sum(1, keepdim=True) > shift
-    if gram.dtype == torch.float64:
-        coarse = torch.zeros_like(coarse)  # there is no wider type to turn to
+    rounding = (
+        0.0 if gram.dtype == torch.float64 else torch.finfo(gram.dtype).eps / 16
+    )  # no wider type is left
+    coarse = rounding * diagonal.sum(1, keepdim=True) > shift
     diagonal.add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
     if bool((info.unsqueeze(1).bool() | coarse).any()):

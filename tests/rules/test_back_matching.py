@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from algebra import relative
 from torch import Tensor, nn
 from torch.func import jacrev
 from torch.nn.functional import cross_entropy
@@ -12,16 +13,10 @@ from torch.nn.functional import cross_entropy
 import plywise as pw
 from plywise.ply import Ply
 
+pytestmark = pytest.mark.usefixtures("double")
+
 SCALARS = ["mean", "rank", "cauchy"]
 TINY = 1e-13
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def rate(scalar: str = "mean", **settings: object) -> pw.BackMatching:
@@ -56,10 +51,6 @@ def plies(model: nn.Module, x: Tensor, rule: pw.Rule) -> dict[str, Ply]:
         model(x).square().sum().backward()
     rule.detach()
     return seen
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
 def mlp() -> tuple[nn.Sequential, Tensor, Tensor]:

@@ -5,25 +5,16 @@ import math
 
 import pytest
 import torch
+from algebra import relative
 from torch import Tensor, nn
 from torch.func import jacrev
 from torch.nn.functional import cross_entropy
 
 import plywise as pw
 
+pytestmark = pytest.mark.usefixtures("double")
+
 SCALARS = ["mean", "rank", "cauchy"]
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
 def energies(model: nn.Module, x: Tensor, scalar: str = "mean") -> dict[str, float]:

@@ -4,33 +4,19 @@ import copy
 
 import pytest
 import torch
+from algebra import move_of, relative
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
 
 import plywise as pw
 
+pytestmark = pytest.mark.usefixtures("double")
+
 TINY = 1e-12
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def cwu(eps: float | None = TINY, **settings: object) -> pw.Consequentialism:
     return pw.Consequentialism(eps, **{"reduction": "sum", **settings})
-
-
-def move_of(rule: pw.Rule, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    """``[D, bias]`` of one layer as (outputs, columns), for the gradient ``delta`` at its output."""
-    layer.zero_grad()
-    rule.attach(layer)
-    (layer(x) * delta).sum().backward()
-    rule.detach()
-    return torch.cat([p.grad.reshape(layer.weight.shape[0], -1) for p in layer.parameters()], 1)
 
 
 def without_bias(d: int, m: int) -> nn.Linear:
@@ -39,10 +25,6 @@ def without_bias(d: int, m: int) -> nn.Linear:
 
 def with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
 def mlp() -> tuple[nn.Sequential, Tensor, Tensor]:

@@ -2,31 +2,13 @@
 
 import pytest
 import torch
+from algebra import move_of, relative
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, mse_loss
 
 import plywise as pw
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def move_of(rule: pw.Rule, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    """``[D, bias]`` of one layer as (outputs, columns), for the gradient ``delta`` at its output."""
-    layer.zero_grad()
-    rule.attach(layer)
-    (layer(x) * delta).sum().backward()
-    rule.detach()
-    return torch.cat([p.grad.reshape(layer.weight.shape[0], -1) for p in layer.parameters()], 1)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def slow(A: Tensor, delta: Tensor, eps: float) -> Tensor:

@@ -2,18 +2,13 @@
 
 import pytest
 import torch
+from algebra import move_of, relative
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import plywise as pw
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def linear(n: int, bias: bool) -> tuple[nn.Module, Tensor]:
@@ -27,15 +22,6 @@ def conv(n: int, bias: bool) -> tuple[nn.Module, Tensor]:
 CASES = [(linear, 20), (linear, 5), (conv, 6), (conv, 1)]
 
 
-def move_of(rule: pw.Rule, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    """``[D, bias]`` as (outputs, columns)."""
-    layer.zero_grad()
-    rule.attach(layer)
-    (layer(x) * delta).sum().backward()
-    rule.detach()
-    return torch.cat([p.grad.reshape(len(p), -1) for p in layer.parameters()], 1)
-
-
 def problem(make, n: int, bias: bool) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     """Layer, input, Δ, and the rows A that its parameters see (from the columns of the Jacobian)."""
     layer, x = make(n, bias)
@@ -44,10 +30,6 @@ def problem(make, n: int, bias: bool) -> tuple[nn.Module, Tensor, Tensor, Tensor
     rows = [torch.autograd.grad(o, list(layer.parameters()), retain_graph=True) for o in first]
     A = torch.stack([torch.cat([part[0].flatten() for part in row]) for row in rows])
     return layer, x, torch.randn_like(out), A
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize(("make", "n"), CASES)

@@ -6,28 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from algebra import move_of, relative
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, unfold
 
 import plywise as pw
 
+pytestmark = pytest.mark.usefixtures("double")
+
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def move_of(rule: pw.Rule, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    """``[D, bias]`` of one linear layer as (outputs, columns), for the gradient ``delta`` at its output."""
-    layer.zero_grad()
-    rule.attach(layer)
-    (layer(x) * delta).sum().backward()
-    rule.detach()
-    return torch.cat([p.grad.reshape(layer.weight.shape[0], -1) for p in layer.parameters()], 1)
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor, rule: pw.Rule | None = None, **attach: object) -> dict:
@@ -44,10 +31,6 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, rule: pw.Rule | None = Non
 
 def with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
 def make(n: int, d: int, m: int, seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor, Tensor, Tensor]:

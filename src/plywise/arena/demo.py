@@ -24,6 +24,7 @@ from plywise.arena.report import write_report
 from plywise.arena.trial import OptimizerFactory, endless_batches, make_step, run_trial
 from plywise.data.digits import ATTRIBUTION, Split, load_digits
 from plywise.environment import environment
+from plywise.files import write_whole
 from plywise.rule import Rule
 
 BATCH_SIZE = 128
@@ -208,11 +209,8 @@ def _sensitivity(
 
 def save(study: dict[str, Any], folder: Path) -> Path:
     """Write ``study.json`` and ``report.html``, each whole or not at all; returns the page's path."""
-    page = write_report(study, folder / "report.html")
-    temporary = folder / ".study.json.tmp"
-    temporary.write_text(json.dumps(study, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / "study.json")
-    return page
+    write_whole(folder / "study.json", json.dumps(study, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_report(study, folder / "report.html")
 
 
 # ---- the cost of a step ------------------------------------------------------------------------

@@ -10,12 +10,12 @@ import base64
 import hashlib
 import json
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from plywise.files import write_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 PALETTE_SIZE = 8  # colours --c0 … --c7 in report.css
@@ -99,20 +99,7 @@ def write_report(study: dict[str, Any], path: Path) -> Path:
     Returns:
         The path of the page.
     """
-    path = Path(path)
-    page = render(study).encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A rename is atomic only within one file system, hence the temporary file beside its target.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return write_whole(Path(path), render(study))
 
 
 def _finite(values: Iterable[Any]) -> list[float]:
