@@ -16,50 +16,76 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plywise import layers
-    from plywise.errors import AttachError, NonFiniteError, PlywiseError, UncapturedLayerError
+    from plywise.errors import AttachError, NonFiniteError, PlywiseError, StateError, UncapturedLayerError
+    from plywise.kept_layer import LayerShape
     from plywise.layers import LayerType, register_layer
+    from plywise.memory import MemoryRule
     from plywise.ply import Move, Ply
     from plywise.rule import Rule, Size
+    from plywise.rules.adabk import AdaBK
     from plywise.rules.back_matching import BackMatching
     from plywise.rules.backprop import Backprop
     from plywise.rules.consequentialism import Consequentialism
+    from plywise.rules.feature_whitening import FeatureWhitening
+    from plywise.rules.foof import Foof
+    from plywise.rules.kfac import KFAC
     from plywise.rules.nlms import NLMS
+    from plywise.rules.precondition import Precondition
     from plywise.rules.proxprop import ProxProp
+    from plywise.rules.rls import RLS
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaBK": "rules.adabk",
     "AttachError": "errors",
     "BackMatching": "rules.back_matching",
     "Backprop": "rules.backprop",
     "Consequentialism": "rules.consequentialism",
+    "FeatureWhitening": "rules.feature_whitening",
+    "Foof": "rules.foof",
+    "KFAC": "rules.kfac",
+    "LayerShape": "kept_layer",
     "LayerType": "layers",
+    "MemoryRule": "memory",
     "Move": "ply",
     "NLMS": "rules.nlms",
     "NonFiniteError": "errors",
     "Ply": "ply",
     "PlywiseError": "errors",
+    "Precondition": "rules.precondition",
     "ProxProp": "rules.proxprop",
+    "RLS": "rules.rls",
     "Rule": "rule",
     "Size": "rule",
+    "StateError": "errors",
     "UncapturedLayerError": "errors",
     "register_layer": "layers",
 }
 
 __all__ = [
+    "KFAC",
     "NLMS",
+    "RLS",
+    "AdaBK",
     "AttachError",
     "BackMatching",
     "Backprop",
     "Consequentialism",
+    "FeatureWhitening",
+    "Foof",
+    "LayerShape",
     "LayerType",
+    "MemoryRule",
     "Move",
     "NonFiniteError",
     "Ply",
     "PlywiseError",
+    "Precondition",
     "ProxProp",
     "Rule",
     "Size",
+    "StateError",
     "UncapturedLayerError",
     "__version__",
     "layers",

@@ -2,10 +2,11 @@
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -16,10 +17,13 @@ from plywise.explain import Explanation, LayerRow, Size
 from plywise.graph import MARKED, energy_of, push_energy
 from plywise.guard import StepGuard
 from plywise.health import Health
+from plywise.keeper import Keeper
+from plywise.kept_layer import KeptLayer
 from plywise.ply import Move, Ply
 from plywise.routing import Route, plain_name
 
 if TYPE_CHECKING:
+    from plywise.memory import MemoryRule
     from plywise.rule import Observer, Rule
 
 
@@ -36,6 +40,7 @@ class Attachment:
         routes: list[tuple[nn.Module, Route]],
         optimizer: Optimizer | None,
         on_nonfinite: str,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.rule = rule
         self.health = Health()
@@ -49,7 +54,13 @@ class Attachment:
         self._shrinks_at_step = rule.shrinks() and optimizer is not None
         self._handles: list[RemovableHandle] = []
         self._guard: StepGuard | None = None
+        self._keeper: Keeper | None = None
         try:
+            if rule.remembers:
+                assert optimizer is not None
+                kept = [KeptLayer(r.name, r.kind, module) for module, r in routes if r.kind is not None]
+                memory_rule = cast("MemoryRule", rule)
+                self._keeper = Keeper(memory_rule, model, kept, optimizer, process_group, self.health)
             self._install(model, routes, optimizer, on_nonfinite)
         except BaseException:
             self.remove()
@@ -71,7 +82,7 @@ class Attachment:
                 layers_of.setdefault(weight, []).append(r.name)
         for weight, names in layers_of.items():
             if weight.requires_grad and not nn.parameter.is_lazy(weight):
-                arrival: Any = _Arrival(self._answered, names)
+                arrival: Any = _Arrival(self._answered, names, self._keeper)
                 self._handles.append(weight.register_post_accumulate_grad_hook(arrival))
         marker: Any = self.rule.marker()
         if marker is not None:
@@ -80,7 +91,10 @@ class Attachment:
                     self._handles.append(module.register_forward_hook(marker, with_kwargs=True))
         if optimizer is not None:
             parameters = {id(p): plain_name(name) for name, p in model.named_parameters()}
-            self._guard = StepGuard(optimizer, parameters, self.health, on_nonfinite, self._before_step)
+            forget = None if self._keeper is None else self._keeper.forget_pending
+            self._guard = StepGuard(
+                optimizer, parameters, self.health, on_nonfinite, self._before_step, forget or (lambda: None)
+            )
 
     def remove(self) -> None:
         """Remove every hook."""
@@ -89,6 +103,8 @@ class Attachment:
         self._handles.clear()
         if self._guard is not None:
             self._guard.remove()
+        if self._keeper is not None:
+            self._keeper.remove()
 
     # ---- the listener of the layers' hooks ---------------------------------------------------
 
@@ -100,6 +116,9 @@ class Attachment:
         self._sizes[ply.name] = Size(ply.row_count, ply.columns, ply.outputs, ply.groups)
         if energy is not None:
             push_energy(node, energy * self.rule.matching_scalar(ply))
+        if self._keeper is not None:
+            like = torch.empty(0, dtype=ply.dtype, device=delta.device)
+            ply.memory, ply.refreshing = self._keeper.recall(ply.name, like)
         return ply
 
     def answer(self, ply: Ply, wants_move: bool, wants_below: bool) -> tuple[Move, Tensor | None]:
@@ -112,6 +131,8 @@ class Attachment:
                 factor = self.rule.shrink(ply.weight, move.weight)
                 move = move if factor == 1 else move.scaled(factor, factor)
             self._answered[ply.name] = torch._C._current_graph_task_id()
+            if self._keeper is not None:
+                self._keeper.stage(ply)
             if self._raises:
                 self._check_finite(ply, move)
         below = self.rule.below(ply) if wants_below else None
@@ -133,8 +154,12 @@ class Attachment:
                 )
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        if not self._shrinks_at_step:
-            return
+        if self._keeper is not None:
+            self._keeper.settle(optimizer)
+        if self._shrinks_at_step:
+            self._shrink(optimizer)
+
+    def _shrink(self, optimizer: Optimizer) -> None:
         loss_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales in its step
         factors: dict[int, float] = {}  # one for a weight, though two layers may share it
         for ref, r in self._routes:
@@ -175,12 +200,11 @@ class Attachment:
             shape = ", ".join("×".join(str(size) for size in p.shape) for p in own[:2])
             left = "left to the optimizer"
             return LayerRow(name, type_name, shape, False, left, reason, None, None, events)
-        treatment = self.rule.treatment()
-        if not weight.requires_grad:
-            treatment += " (frozen: it only passes the backward value down)"
-        if nn.parameter.is_lazy(weight):
-            return LayerRow(name, type_name, "lazy", True, treatment, r.reason, None, None, events)
         size = self._sizes.get(name)
+        frozen = "" if weight.requires_grad else " (frozen: it only passes the backward value down)"
+        if nn.parameter.is_lazy(weight):
+            treatment = self.rule.treatment(None) + frozen
+            return LayerRow(name, type_name, "lazy", True, treatment, r.reason, None, None, events)
         if size is None and weight.dim() == 2:
             has_bias = getattr(module, r.kind.bias_name) is not None
             size = Size(batch_size, weight.shape[1] + has_bias, weight.shape[0], 1)
@@ -188,6 +212,7 @@ class Attachment:
         if size is not None:
             flops, floats = self.rule.price(size)
             memory, cost = floats * max(weight.element_size(), 4), flops / size.plain
+        treatment = self.rule.treatment(size) + frozen
         shape = "×".join(str(size) for size in weight.shape)
         return LayerRow(name, type_name, shape, True, treatment, r.reason, memory, cost, events)
 
@@ -195,9 +220,10 @@ class Attachment:
 class _Arrival:
     """Hook of a weight: when a gradient has arrived, its layer's rule must have answered in this pass."""
 
-    def __init__(self, answered: dict[str, int], names: list[str]) -> None:
+    def __init__(self, answered: dict[str, int], names: list[str], keeper: Keeper | None) -> None:
         self._answered = answered
         self._names = names
+        self._keeper = keeper
 
     def __call__(self, weight: Tensor) -> None:
         this_pass = torch._C._current_graph_task_id()
@@ -210,3 +236,5 @@ class _Arrival:
                 "since runs before the rule's. If that is meant, "
                 f"leave the layer to the optimizer: attach(..., exclude={self._names[0]!r})."
             )
+        if self._keeper is not None:
+            self._keeper.arrived(self._names[0])  # a rule with memory takes no shared weights

@@ -53,7 +53,7 @@ class LayerNode(torch.autograd.Function):
         """Hand back the output in ``box``; keep what autograd would keep."""
         ctx.hook = hook
         ctx.module = module
-        ctx.has_bias = bias is not None
+        ctx.has_bias = bias is not None and bias.requires_grad  # a frozen bias is a constant
         ctx.heard = {}
         output = box.pop()  # through a container: a tensor argument handed back would count as a view
         ctx.save_for_backward(a if a.dtype == output.dtype else a.to(output.dtype), weight)

@@ -11,7 +11,10 @@ from plywise.errors import PlywiseError
 if TYPE_CHECKING:
     from plywise.rule import Rule
 
-RULES = ("Backprop", "ProxProp", "BackMatching", "NLMS", "Consequentialism")
+RULES = (
+    *("Backprop", "ProxProp", "BackMatching", "NLMS", "Consequentialism"),
+    *("RLS", "FeatureWhitening", "AdaBK", "KFAC", "Foof", "Precondition"),
+)
 """Names of the rules, each an attribute of `plywise`; a name costs no import of torch."""
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from plywise.layers import LayerType, register_layer
+from plywise.layers import LayerType, register_layer, thinned
 from plywise.patch_gram import patch_gram, patch_rows, patch_square_sums, patch_sums, patch_trace
 
 
@@ -77,6 +77,25 @@ class ConvolutionType(LayerType):
 
     def sums(self, module: nn.Module, a: Tensor) -> Tensor:
         return patch_sums(_padded(module, a), *_geometry(module))
+
+    def sample(self, module: nn.Module, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
+        # a convolution of wider stride, over the padded image from an offset on, has just these rows
+        kernel, stride, padding, dilation, groups = _geometry(module)
+        x = F.pad(_padded(module, a), [p for p in reversed(padding) for _ in range(2)])
+        reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+        counts = [(size - r) // s + 1 for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
+        windows = thinned(counts, every, turn)
+        x = x[
+            (
+                slice(None),
+                slice(None),
+                *(slice(w.start * s, None) for w, s in zip(windows, stride, strict=True)),
+            )
+        ]
+        wider = tuple(w.step * s for w, s in zip(windows, stride, strict=True))
+        geometry = kernel, wider, (0,) * len(kernel), dilation, groups
+        rows = a.shape[0] * math.prod(len(range(*w.indices(n))) for w, n in zip(windows, counts, strict=True))
+        return patch_gram(x, *geometry), patch_sums(x, *geometry), rows
 
     def square_norms(self, module: nn.Module, a: Tensor) -> Tensor:
         return patch_square_sums(_padded(module, a), *_geometry(module))

@@ -15,3 +15,7 @@ class NonFiniteError(PlywiseError):
 
 class UncapturedLayerError(PlywiseError):
     """A layer received a gradient that did not pass through its rule."""
+
+
+class StateError(PlywiseError):
+    """A saved memory does not fit the model or the rule that it is loaded into."""

@@ -30,11 +30,13 @@ class StepGuard:
         health_: Health,
         on_nonfinite: str,
         before_step: Callable[[Optimizer], None],
+        skipped: Callable[[], None],
     ) -> None:
         self._names = names
         self._health = health_
         self._on_nonfinite = on_nonfinite
         self._before_step = before_step
+        self._skipped = skipped
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._optimizer = weakref.ref(optimizer)
         self._handles = [
@@ -89,6 +91,7 @@ class StepGuard:
                 message + " Later ones are only counted (rule.health).", RuntimeWarning, stacklevel=4
             )
         self._health.note("optimizer", health.SKIPPED)
+        self._skipped()
         for p in parameters:
             self._hidden.append((p, p.grad))
             p.grad = None

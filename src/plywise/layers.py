@@ -9,7 +9,7 @@ group. To support another type, subclass `LayerType` and call `register_layer`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,14 @@ class LayerType(ABC):
         """Column sums of ``A``, (g, d)."""
         return self.rows(module, a).sum(1)
 
+    def sample(self, module: nn.Module, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
+        """`gram` and `sums` of about every ``every``-th row along each axis of positions, and their number.
+
+        ``turn`` counts the samples taken: over the turns, every position is seen equally often. Layers
+        without positions give all rows.
+        """
+        return self.gram(module, a), self.sums(module, a), self.rows(module, a).shape[1]
+
     def square_norms(self, module: nn.Module, a: Tensor) -> Tensor:
         """``‖a_i‖²`` of each row, (g, n)."""
         return torch.linalg.vector_norm(self.rows(module, a), dim=2).square()
@@ -104,6 +112,19 @@ class LayerType(ABC):
         linear layer ``‖W‖²_F / d``.
         """
         return torch.linalg.vector_norm(weight).square() / self.width(module, weight)
+
+
+def thinned(sizes: Sequence[int], every: int, turn: int) -> list[slice]:
+    """For each axis, every ``every``-th place from an offset; ``turn`` counts through the offsets.
+
+    An axis shorter than ``every`` is kept whole.
+    """
+    slices = []
+    for size in sizes:
+        step = every if size >= every else 1
+        slices.append(slice(turn % step, None, step))
+        turn //= step
+    return slices
 
 
 BLOCK = 128  # rows of the Gram made at a time: large enough for full speed, small enough to skip work
@@ -142,6 +163,11 @@ class LinearType(LayerType):
 
     def weight_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         return delta.reshape(-1, delta.shape[-1]).T @ a.reshape(-1, a.shape[-1])
+
+    def sample(self, module: nn.Module, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
+        # positions are the axes between the batch and the features: tokens, patches
+        a = a[(slice(None), *thinned(a.shape[1:-1], every, turn))] if a.dim() > 2 else a
+        return self.gram(module, a), self.sums(module, a), a.numel() // max(a.shape[-1], 1)
 
     def trace(self, module: nn.Module, a: Tensor) -> Tensor:
         return torch.linalg.vector_norm(a).square().reshape(1)

@@ -3,7 +3,8 @@
 A rule receives a `Ply` and answers with a `Move`, how W moves, and with what the layer below hears.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,20 @@ class Move:
             None if self.bias is None else self.bias * bias,
         )
 
+    def matrix(self, groups: int) -> Tensor:
+        """This move as one matrix (g, m, k): the weight's columns, then the bias's."""
+        assert self.weight is not None
+        weight = self.weight.reshape(groups, self.weight.shape[0] // groups, -1)
+        if self.bias is None:
+            return weight
+        return torch.cat([weight, self.bias.reshape(groups, -1, 1)], 2)
+
+    @classmethod
+    def of(cls, matrix: Tensor, shape: torch.Size, has_bias: bool) -> "Move":
+        """Inverse of `matrix`, for a weight of this shape."""
+        width = matrix.shape[2] - has_bias
+        return cls(matrix[:, :, :width].reshape(shape), matrix[:, :, -1].reshape(-1) if has_bias else None)
+
 
 @dataclass
 class Ply:
@@ -47,6 +62,9 @@ class Ply:
         health: where solvers count their fallbacks.
         energy: product of the layers' matching scalars from the loss down to this layer's output
             (`plywise.graph`); None unless the rule asked for it.
+        memory: what the layer remembers of earlier steps (`plywise.memory`); empty for most rules.
+        refreshing: whether this step refreshes the memory, so that backward shall leave the plain gradient
+            for the step to precondition.
     """
 
     name: str
@@ -58,6 +76,8 @@ class Ply:
     has_bias: bool
     health: Health
     energy: Tensor | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    refreshing: bool = False
 
     def times(self, scale: float) -> "Ply":
         """The same problem with Δ multiplied by ``scale`` (cheaper than scaling a move: Δ is smaller)."""
@@ -140,16 +160,11 @@ class Ply:
 
     def matrix(self, move: Move) -> Tensor:
         """A move as one matrix (g, m, k): the weight's columns, then the bias's."""
-        assert move.weight is not None
-        weight = move.weight.reshape(self.groups, self.outputs, self.width)
-        if move.bias is None:
-            return weight
-        return torch.cat([weight, move.bias.reshape(self.groups, self.outputs, 1)], 2)
+        return move.matrix(self.groups)
 
     def move(self, matrix: Tensor) -> Move:
         """Inverse of `matrix`."""
-        weight = matrix[:, :, : self.width].reshape(self.weight.shape)
-        return Move(weight, matrix[:, :, -1].reshape(-1) if self.has_bias else None)
+        return Move.of(matrix, self.weight.shape, self.has_bias)
 
     # ---- statistics of the rows --------------------------------------------------------------
 
@@ -157,11 +172,17 @@ class Ply:
         """``[A,1]ᵀ[A,1]``, (g, k, k); its lower triangle is promised."""
         a = self.a.to(dtype)
         gram = self.kind.gram(self.module, a)
-        if not self.has_bias:
-            return gram
-        sums = self.kind.sums(self.module, a)
-        border = torch.cat([sums, sums.new_full((self.groups, 1), self.row_count)], 1).unsqueeze(1)
+        return self._bordered(gram, self.kind.sums(self.module, a), self.row_count) if self.has_bias else gram
+
+    def _bordered(self, gram: Tensor, sums: Tensor, rows: int) -> Tensor:
+        """The Gram with the row of the bias's column of ones below it."""
+        border = torch.cat([sums, sums.new_full((self.groups, 1), rows)], 1).unsqueeze(1)
         return torch.cat([torch.nn.functional.pad(gram, (0, 1)), border], 1)
+
+    def sampled_gram(self, dtype: torch.dtype, every: int, turn: int) -> tuple[Tensor, int]:
+        """`gram` of a sample of the rows, and how many they are (see `LayerType.sample`)."""
+        gram, sums, rows = self.kind.sample(self.module, self.a.to(dtype), every, turn)
+        return (self._bordered(gram, sums, rows) if self.has_bias else gram), rows
 
     def dual_gram(self, dtype: torch.dtype) -> Tensor:
         """``[A,1][A,1]ᵀ``, (g, n, n); its lower triangle is promised."""

@@ -30,7 +30,7 @@ class Route:
 
 
 def route(
-    model: nn.Module, layers: Selector | None, exclude: Selector | None
+    model: nn.Module, layers: Selector | None, exclude: Selector | None, alone: bool = False
 ) -> list[tuple[nn.Module, Route]]:
     """Each module of ``model`` that owns parameters with its route, in the model's order.
 
@@ -38,6 +38,7 @@ def route(
         model: the model.
         layers: handle only these; None for all.
         exclude: leave these to the optimizer.
+        alone: leave layers that share their weight with another layer to the optimizer.
 
     Raises:
         AttachError: a name pattern matches no module.
@@ -56,6 +57,8 @@ def route(
             continue
         if isinstance(kind, LayerType):
             why_not = _obstacle(name, module, kind, layers, exclude, owners, called_apart)
+            if why_not is None and alone:
+                why_not = _shared(name, owners[id(module._parameters[kind.weight_name])])
             if why_not is None:
                 routes.append((module, Route(name, kind, "linear in its weights")))
                 continue
@@ -94,6 +97,11 @@ def _obstacle(
                 f"leave the layer to it: attach(..., exclude={name!r})."
             )
     return None
+
+
+def _shared(name: str, owners: list[tuple[str, nn.Module]]) -> str | None:
+    others = [repr(other) for other, _ in owners if other != name]
+    return f"its weight is shared with {others[0]}: a statistic belongs to one layer" if others else None
 
 
 def _owners(modules: dict[str, nn.Module]) -> dict[int, list[tuple[str, nn.Module]]]:

@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from plywise import convolution as _convolution  # noqa: F401  (registers Conv1d, Conv2d, Conv3d)
@@ -24,7 +25,7 @@ from plywise.health import Health
 from plywise.ply import Move, Ply
 from plywise.routing import Selector, route
 
-__all__ = ["Observer", "Rule", "Size", "require_choice", "require_positive"]
+__all__ = ["Observer", "Rule", "Size", "require_choice", "require_positive", "require_whole"]
 
 Observer = Callable[[Ply, Move, Tensor | None], None]
 
@@ -58,6 +59,9 @@ class Rule(ABC):
 
     needs_energy: ClassVar[bool] = False
     """Whether `Ply.energy` is to be filled in (see `plywise.graph`)."""
+
+    remembers: ClassVar[bool] = False
+    """Whether layers keep a memory between steps (`plywise.memory.MemoryRule`)."""
 
     @abstractmethod
     def move(self, ply: Ply) -> Move:
@@ -95,8 +99,8 @@ class Rule(ABC):
     def price(self, size: Size) -> tuple[float, float]:
         """Extra floating-point operations and extra floats held while a layer's backward runs."""
 
-    def treatment(self) -> str:
-        """What `explain` says of a handled layer; the rule's name by default."""
+    def treatment(self, size: Size | None) -> str:
+        """What `explain` says of a handled layer of this size; the rule's name by default."""
         return type(self).__name__
 
     def __str__(self) -> str:
@@ -113,6 +117,7 @@ class Rule(ABC):
         layers: Selector | None = None,
         exclude: Selector | None = None,
         on_nonfinite: Literal["skip", "raise", "propagate"] | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> Self:
         """Put this rule to work on ``model``; from now on ``backward()`` leaves its moves in ``.grad``.
 
@@ -128,6 +133,8 @@ class Rule(ABC):
             exclude: leave these to the optimizer, in the same form.
             on_nonfinite: what to do with NaN or infinity in a gradient: ``"skip"`` the step (the default
                 with an optimizer), ``"raise"`` (the default without), or ``"propagate"`` it as torch does.
+            process_group: for a rule with memory, the processes that average their gradients; by default
+                those of the `DistributedDataParallel` that the model runs in. Other rules need none.
 
         Returns:
             The rule itself.
@@ -146,7 +153,13 @@ class Rule(ABC):
             raise ValueError(
                 "on_nonfinite='skip' needs the optimizer whose steps it skips: attach(model, optimizer)."
             )
-        routes = route(model, layers, exclude)
+        if self.remembers and optimizer is None:
+            raise AttachError(
+                f"{type(self).__name__} keeps a running statistic and learns at the optimizer's step: "
+                "attach(model, optimizer)."
+            )
+        _refuse_sharded(model)
+        routes = route(model, layers, exclude, alone=self.remembers)
         if not any(r.kind for _, r in routes):
             reasons = "; ".join(f"{r.name!r}: {r.reason}" for _, r in routes[:6]) or "it has no parameters"
             raise AttachError(
@@ -155,7 +168,8 @@ class Rule(ABC):
             )
         if optimizer is not None:
             _check_optimizer(model, optimizer)
-        object.__setattr__(self, "_attachment", Attachment(self, model, routes, optimizer, on_nonfinite))
+        attachment = Attachment(self, model, routes, optimizer, on_nonfinite, process_group)
+        object.__setattr__(self, "_attachment", attachment)
         return self
 
     def detach(self) -> None:
@@ -206,6 +220,15 @@ class Rule(ABC):
             object.__setattr__(self, name, value)
 
 
+def _refuse_sharded(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # a DTensor, without importing it
+            raise AttachError(
+                f"Parameter {name!r} is sharded over processes (a DTensor, as fully_shard makes it): a rule "
+                "needs a layer's whole weight and gradient. Train with DistributedDataParallel instead."
+            )
+
+
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         raise AttachError(
@@ -226,6 +249,13 @@ def require_positive(owner: object, **values: float) -> None:
             raise ValueError(
                 f"{type(owner).__name__}: {name} must be a finite number above 0, not {value!r}."
             )
+
+
+def require_whole(owner: object, **values: int) -> None:
+    """Raise ValueError for any value that is not a whole number above zero."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{type(owner).__name__}: {name} must be a whole number above 0, not {value!r}.")
 
 
 def require_choice(owner: object, name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -116,15 +116,33 @@ def test_sometimes_used(case: Case, rule: Rule) -> None:
         second.detach()
 
 
+class ConstantBias:
+    """Takes the bias off a layer; as its forward hook, adds it back as a constant."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.bias = layer.bias.detach()
+        layer.bias = None
+
+    def __call__(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output + self.bias
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", ["layer", "weight", "bias"])
 def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
     data, model = batch(), mlp(torch.float64)
     frozen = {f"2.{n}" for n in ("weight", "bias") if what in ("layer", n)}
-    free = mlp(torch.float64)
+    free, expected = mlp(torch.float64), mlp(torch.float64)
+    if what == "bias":  # it is a constant: the layer's own problem has no bias
+        add = ConstantBias(expected[2])
+        case.make().attach(expected, torch.optim.SGD(expected.parameters(), lr=0.1))
+        expected[2].register_forward_hook(add)
+    else:
+        case.make().attach(expected, torch.optim.SGD(expected.parameters(), lr=0.1))
     case.make().attach(free, torch.optim.SGD(free.parameters(), lr=0.1))
     data = batch(dtype=torch.float64)
     loss_of(free, data).backward()
+    loss_of(expected, data).backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     if when == "after":
         rule.attach(model, optimizer)
@@ -134,7 +152,7 @@ def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
         rule.attach(model, optimizer)
     loss_of(model, data).backward()
     # the layers below hear the same, and what moves moves the same
-    assert same_bits(grads(model), {n: g for n, g in grads(free).items() if n not in frozen})
+    assert same_bits(grads(model), {n: g for n, g in grads(expected).items() if n not in frozen})
     before = weights(model)
     optimizer.step()
     for name, value in weights(model).items():

@@ -76,6 +76,11 @@ SETUPS = (
     Setup("BackMatching", 0.025, "BackMatching", {"scalar": "mean"}, optimizer_settings=MOMENTUM),
     Setup("NLMS", 2.1, "NLMS", {"eps": 0.034}, optimizer_settings=MOMENTUM),
     Setup("Consequentialism", 0.11, "Consequentialism", {"eps": 0.016}),
+    Setup("RLS", 0.19, "RLS", optimizer_settings=MOMENTUM),
+    Setup("FeatureWhitening", 0.05, "FeatureWhitening", optimizer_settings=MOMENTUM),
+    Setup("AdaBK", 0.05, "AdaBK", optimizer_settings=MOMENTUM),
+    Setup("KFAC", 0.05, "KFAC", optimizer_settings=MOMENTUM),
+    Setup("Foof", 0.05, "Foof", optimizer_settings=MOMENTUM),
 )
 """Tuned on the validation split, the same budget for each (benchmarks/tune_demo.py); Backprop is the null
 control, so it has the settings of SGD."""
@@ -157,6 +162,8 @@ def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
     for setup in plan.setups:  # the first step of a rule imports and warms up; keep that off every clock
         run_trial(plan.make_model, train, test, setup.make_optimizer(), setup.make_rule(), seed=0, steps=2)
     rules = {setup.name: rule for setup in plan.setups if (rule := setup.make_rule()) is not None}
+    # rules with memory send down what backpropagation does
+    rules = {name: rule for name, rule in rules.items() if not rule.remembers}
     study["layers"] = layer_picture(plan.make_model, rules, *next(endless_batches(train, BATCH_SIZE, 0)))
     yield progress("sizes of the backward values, layer by layer")
     for seed in range(plan.seeds):

@@ -1,0 +1,280 @@
+"""``D = c · L^-p G R^-q``: the mechanism of every rule that preconditions G by covariances of A and Δ.
+
+``R``, of the inputs' rows, and ``L``, of the output gradients' rows, are running statistics. Their inverse
+roots are made at a refresh, and used until the next: in backward, on whichever is smaller, the rows or G
+(``Δᵀ(A R^-q)`` costs 2nk² operations, ``G R^-q`` 2mk²). ``c`` keeps the size of G: it is measured in each
+refreshing step, exactly, and holds until the next.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from plywise.explain import Size
+from plywise.health import Health
+from plywise.kept_layer import LayerShape
+from plywise.layers import lower_product
+from plywise.memory import Evidence, Memory, MemoryRule, Shapes
+from plywise.ply import Move, Ply
+from plywise.roots import LowRank, Relative, Solver, inverse_root, low_rank_root, times_root
+from plywise.roots import _solver as check_solver
+from plywise.rule import require_choice, require_positive, require_whole
+
+Root = Tensor | LowRank
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """Settings of a `KroneckerRule`; `plywise.Precondition` documents them.
+
+    Example:
+        >>> Kronecker(right=0.5, damping=1e-3, relative_to="max").sides(64, 785)
+        {'input': 0.5}
+    """
+
+    left: float = 0.0
+    right: float = 1.0
+    decay: float = 0.95
+    statistic: Literal["mean", "sum"] = "mean"
+    damping: float = 0.1
+    relative_to: Relative = "mean"
+    keep_norm: bool = True
+    solver: Solver = "auto"
+    rank: int | None = None
+    sample: int = 1
+    max_size: int = 8192
+
+    def sides(self, outputs: int, columns: int) -> dict[str, float]:
+        """The statistics that a layer of these sizes keeps, each with its power."""
+        powers = {"input": (self.right, columns), "output": (self.left, outputs)}
+        return {side: power for side, (power, size) in powers.items() if power and size <= self.max_size}
+
+    def rank_of(self, size: int) -> int | None:
+        """Rank of a root of this size, None for a dense one: half the size and more is no saving."""
+        return None if self.rank is None or 2 * self.rank >= size else self.rank
+
+
+class KroneckerRule(MemoryRule):
+    """A rule whose move is ``c · L^-p G R^-q``; abstract. Subclasses say with which settings."""
+
+    @property
+    @abstractmethod
+    def plan(self) -> Kronecker:
+        """Powers, statistics, damping and solver."""
+
+    def check(self) -> None:
+        """Refuse settings that are out of range; for the subclass's ``__post_init__``."""
+        plan = self.plan
+        require_positive(self, decay=plan.decay, damping=plan.damping)
+        require_whole(
+            self, sample=plan.sample, stats_every=self.stats_every, refresh_every=self.refresh_every
+        )
+        require_whole(self, max_size=plan.max_size, **({} if plan.rank is None else {"rank": plan.rank}))
+        require_choice(self, "relative_to", plan.relative_to, ("mean", "max", "absolute"))
+        if plan.decay > 1:
+            raise ValueError(f"{type(self).__name__}: decay must be at most 1, not {plan.decay!r}.")
+        powers = [power for power in (plan.left, plan.right) if power]
+        if not powers or min(powers) < 0:
+            raise ValueError(
+                f"{type(self).__name__}: left and right must be 0 or above, and not both 0, not "
+                f"{plan.left!r} and {plan.right!r}."
+            )
+        for power in powers:
+            check_solver(plan.solver, power)
+        if self.refresh_every % self.stats_every:
+            raise ValueError(
+                f"{type(self).__name__}: refresh_every must be a multiple of stats_every "
+                f"({self.stats_every}), not {self.refresh_every}: a root is made from its own batch too."
+            )
+
+    # ---- in backward -------------------------------------------------------------------------
+
+    def move(self, ply: Ply) -> Move:
+        """``L^-p G R^-q`` by the roots remembered; the plain gradient in a step that makes new ones."""
+        if ply.refreshing or not ply.memory:
+            return ply.gradient()
+        return preconditioned(ply, root_of(ply.memory, "output"), root_of(ply.memory, "input"))
+
+    def gather(self, ply: Ply, turn: int) -> Evidence:
+        """``AᵀA`` and ``ΔᵀΔ``, as far as they are needed; lower triangles."""
+        sides = self.plan.sides(ply.outputs, ply.columns)
+        evidence = {"rows": torch.tensor(float(ply.row_count), dtype=ply.dtype, device=ply.delta.device)}
+        if "input" in sides:
+            evidence["input"], rows = ply.sampled_gram(ply.dtype, self.plan.sample, turn)
+            evidence["rows"].fill_(rows)
+        if "output" in sides:
+            evidence["output"] = lower_product(ply.delta_rows().mT)
+        return evidence
+
+    # ---- at the step -------------------------------------------------------------------------
+
+    def learn(self, memory: Memory, evidence: Evidence) -> Memory:
+        """Add to the discounted sums, and to the discounted counts that make means of them."""
+        decay = self.plan.decay
+        counts = {"input": evidence["rows"], "output": torch.ones_like(evidence["rows"])}
+        news = {}
+        for side in counts.keys() & evidence.keys():
+            for key, value in ((side, evidence[side]), (f"{side}.count", counts[side])):
+                news[key] = torch.add(value, memory[key], alpha=decay) if key in memory else value
+        return news
+
+    def refresh(self, memory: Memory, name: str, health: Health) -> Memory:
+        """The roots of the statistics; the last good ones where that fails."""
+        plan, news = self.plan, {}
+        for side, power in (("input", plan.right), ("output", plan.left)):
+            if side not in memory:
+                continue
+            statistic = memory[side]
+            if plan.statistic == "mean":
+                statistic = statistic / memory[f"{side}.count"]
+            last, rank = root_of(memory, side), plan.rank_of(statistic.shape[1])
+            note = partial(health.note, name)
+            root: Root | None
+            if rank is None:
+                root = inverse_root(statistic, power, plan.damping, plan.relative_to, plan.solver, note)
+            else:
+                start = last.vectors if isinstance(last, LowRank) else None
+                root = low_rank_root(statistic, power, plan.damping, plan.relative_to, rank, start)
+            if root is None:
+                root = last if last is not None else _identity(statistic, rank)
+            news.update(_entries(side, root))
+        return news
+
+    def finish(self, memory: Memory, gradient: Move, groups: int) -> tuple[Move, Memory]:
+        """``c · L^-p G R^-q`` of the gradient at hand, and the roots with ``c`` in them."""
+        left, right = root_of(memory, "output"), root_of(memory, "input")
+        assert gradient.weight is not None
+        if left is None and right is None:
+            return gradient, {}
+        some = memory["input.count" if right is not None else "output.count"]
+        matrix = gradient.matrix(groups).to(some.dtype)
+        moved = _between(matrix, left, right)
+        news: Memory = {}
+        if self.plan.keep_norm:
+            size, own = torch.linalg.vector_norm(matrix), torch.linalg.vector_norm(moved)
+            scale = torch.where(own > 0, size / own, torch.ones_like(own))
+            moved = moved * scale
+            side, root = ("input", right) if right is not None else ("output", left)
+            assert root is not None
+            news = _entries(side, _scaled(root, scale))
+        move = Move.of(moved, gradient.weight.shape, gradient.bias is not None)
+        return move, news
+
+    # ---- sizes -------------------------------------------------------------------------------
+
+    def evidence_shapes(self, shape: LayerShape) -> Shapes:
+        """``AᵀA``, ``ΔᵀΔ`` and the number of rows."""
+        return {"rows": (), **{side: (shape.groups, n, n) for side, n in self._sizes(shape).items()}}
+
+    def learned_shapes(self, shape: LayerShape) -> Shapes:
+        """The discounted sums and counts."""
+        sums = {side: (shape.groups, n, n) for side, n in self._sizes(shape).items()}
+        return {**sums, **{f"{side}.count": () for side in sums}}
+
+    def refreshed_shapes(self, shape: LayerShape) -> Shapes:
+        """The roots, dense or of low rank."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for side, n in self._sizes(shape).items():
+            rank, g = self.plan.rank_of(n), shape.groups
+            if rank is None:
+                shapes[f"{side}.root"] = (g, n, n)
+            else:
+                low = {"vectors": (g, n, rank), "weights": (g, rank), "scale": (g,)}
+                shapes.update({f"{side}.{part}": size for part, size in low.items()})
+        return shapes
+
+    def refresh_cost(self, shape: LayerShape) -> float:
+        """Operations of the roots, up to a factor."""
+        cost = 0.0
+        for n in self._sizes(shape).values():
+            rank = self.plan.rank_of(n)
+            cost += shape.groups * float(n * n * (n if rank is None else 2 * rank))
+        return cost
+
+    def _sizes(self, shape: LayerShape) -> dict[str, int]:
+        sizes = {"input": shape.columns, "output": shape.outputs}
+        return {side: sizes[side] for side in self.plan.sides(shape.outputs, shape.columns)}
+
+    def price(self, size: Size) -> tuple[float, float]:
+        """Statistics, roots (as n³ or 2n²r) and products, shared out over the steps of a cycle."""
+        plan = self.plan
+        sides = {
+            side: (own, other)
+            for side, own, other in (("input", size.d, size.m), ("output", size.m, size.d))
+            if side in plan.sides(size.m, size.d)
+        }
+        flops = floats = 0.0
+        for n, other in sides.values():
+            rank = plan.rank_of(n)
+            flops += size.n / plan.sample * n * n / self.stats_every
+            flops += float(n**3 if rank is None else 2 * n * n * rank) / self.refresh_every
+            flops += (2.0 * n if rank is None else 4.0 * rank) * n * min(size.n, other)
+            floats += n * n + (n * n if rank is None else n * rank)
+        return size.g * flops, size.g * floats
+
+    def treatment(self, size: Size | None) -> str:
+        """The sides that are preconditioned, e.g. ``"L^-½ G R^-½"``."""
+        name, plan = type(self).__name__, self.plan
+        if size is None:
+            return name
+        sides = plan.sides(size.m, size.d)
+        left, right = (f"^-{power:g}" if power else "" for power in (plan.left, plan.right))
+        text = f"{f'L{left} ' if 'output' in sides else ''}G{f' R{right}' if 'input' in sides else ''}"
+        wanted = {side for side, power in (("input", plan.right), ("output", plan.left)) if power}
+        missing = [
+            f"{side} side larger than max_size={plan.max_size}" for side in sorted(wanted - sides.keys())
+        ]
+        return f"{name}: {text}, every {self.refresh_every} steps" + "".join(f" ({text})" for text in missing)
+
+
+def preconditioned(ply: Ply, left: Root | None, right: Root | None) -> Move:
+    """``left · G · right``, each product made with the rows where they are fewer than G's."""
+    if left is not None and ply.row_count < ply.columns:
+        ply, left = replace(ply, delta=ply.from_delta_rows(times_root(ply.delta_rows(), left))), None
+    if right is not None and ply.kind.rows_are_inputs and ply.row_count < ply.outputs:
+        rows, delta = times_root(ply.rows(ply.dtype), right)[0], ply.delta_rows()[0]
+        weight = (delta.T @ rows[:, : ply.width]).reshape(ply.weight.shape)
+        move, right = Move(weight, delta.T @ rows[:, -1] if ply.has_bias else None), None
+    else:
+        move = ply.gradient()
+    if left is None and right is None:
+        return move
+    return ply.move(_between(ply.matrix(move).to(ply.dtype), left, right))
+
+
+def _between(matrix: Tensor, left: Root | None, right: Root | None) -> Tensor:
+    """``left · matrix · right``."""
+    moved = matrix if right is None else times_root(matrix, right)
+    return moved if left is None else times_root(moved.mT, left).mT
+
+
+def root_of(memory: Memory, side: str) -> Root | None:
+    """The inverse root of a side's statistic that a layer remembers."""
+    if f"{side}.root" in memory:
+        return memory[f"{side}.root"]
+    if f"{side}.vectors" in memory:
+        return LowRank(*(memory[f"{side}.{part}"] for part in ("vectors", "weights", "scale")))
+    return None
+
+
+def _entries(side: str, root: Root) -> dict[str, Tensor]:
+    if isinstance(root, LowRank):
+        parts = {"vectors": root.vectors, "weights": root.weights, "scale": root.scale}
+        return {f"{side}.{part}": value for part, value in parts.items()}
+    return {f"{side}.root": root}
+
+
+def _scaled(root: Root, by: Tensor) -> Root:
+    return replace(root, scale=root.scale * by) if isinstance(root, LowRank) else root * by
+
+
+def _identity(like: Tensor, rank: int | None) -> Root:
+    groups, size, _ = like.shape
+    eye = torch.eye(size, dtype=like.dtype, device=like.device).expand(groups, size, size)
+    if rank is None:
+        return eye.clone()
+    return LowRank(eye[:, :, :rank].clone(), like.new_zeros(groups, rank), like.new_ones(groups))

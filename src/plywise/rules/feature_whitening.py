@@ -1,0 +1,74 @@
+"""Feature whitening: the gradient as if the layer's inputs were white (W-SGDM, W-Adam)."""
+
+from dataclasses import dataclass
+
+from plywise.kronecker import Kronecker, KroneckerRule
+from plywise.roots import Solver
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureWhitening(KroneckerRule):
+    """Embedded feature whitening: W-SGDM on SGD with momentum, W-Adam(W) on Adam(W).
+
+    Idea: correlated inputs make some directions of a layer's weights learn much faster than others. Whitening
+        the inputs themselves would change the network; whitening the gradient does not.
+    Equation: D = c · G (R + ε λ_max I)^-½, R the running mean of aaᵀ, a the inputs with a trailing 1, λ_max
+        its largest eigenvalue; c keeps ‖D‖ = ‖G‖. The layer below hears ΔW.
+    Use when: a network without, or with few, normalisation layers learns slowly with SGD or Adam; it keeps
+        the optimizer's learning rate, for moves keep the gradient's size.
+    Do not use when: every layer's inputs are already nearly white, or layers are tens of thousands wide.
+    Cost: a product with the smaller of rows and gradient in each step; eigenvalues once in ``refresh_every``
+        steps, or with ``rank`` a few products.
+    Source: Yong, Zhang, "An Embedded Feature Whitening Approach to Deep Neural Network Optimization", ECCV
+        2022, Algorithms 1-3.
+    Limits: between refreshes c is the last refresh's, where the paper measures it in each step
+        (``refresh_every=1`` is the paper's). The published W-Adam also warms its rate up, which its paper
+        does not say and this does not do. The paper refreshes every 500 steps, with 50 between statistics.
+
+    Args:
+        decay: how much of the statistic stays at each gathering (α). Default 0.95.
+        damping: ε, relative to the largest eigenvalue. Default 1e-3.
+        rank: keep only so many directions of the root and treat the others alike; None for all.
+        solver: ``"auto"`` and ``"eigh"`` by eigenvalues, ``"newton"`` by a converging iteration,
+            ``"newton_schulz"`` by ten steps of one that has not converged by then.
+        sample: take every so many-th position along each axis of a convolution or sequence into R.
+        stats_every: steps from one batch that enters the statistic to the next (T_xx). Default 10.
+        refresh_every: steps from one root to the next (T_svd), a multiple of ``stats_every``. Default 50.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)  # so this is W-SGDM
+        >>> rule = pw.FeatureWhitening().attach(model, optimizer)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.arange(32) % 2)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> rule.detach()
+    """
+
+    decay: float = 0.95  # α
+    damping: float = 1e-3  # ε
+    rank: int | None = None
+    solver: Solver = "auto"
+    sample: int = 1
+    stats_every: int = 10  # T_xx
+    refresh_every: int = 50  # T_svd
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def plan(self) -> Kronecker:
+        """Power ½ on the input side."""
+        return Kronecker(
+            right=0.5,
+            decay=self.decay,
+            damping=self.damping,
+            relative_to="max",
+            solver=self.solver,
+            rank=self.rank,
+            sample=self.sample,
+        )

@@ -1,0 +1,71 @@
+"""K-FAC: the natural gradient with a Kronecker-factored curvature, as a yardstick."""
+
+from dataclasses import dataclass
+
+from plywise.kronecker import Kronecker, KroneckerRule
+
+
+@dataclass(frozen=True, eq=False)
+class KFAC(KroneckerRule):
+    """K-FAC with the empirical Fisher, here as a yardstick.
+
+    Idea: approximate each layer's block of the Fisher matrix by the Kronecker product of the covariances of
+        its inputs and output gradients, and take the natural gradient step.
+    Equation: D = c · (L + ε tr(L)/m I)⁻¹ G (R + ε tr(R)/k I)⁻¹, R the running mean of aaᵀ, L of ΔᵀΔ: factored
+        Tikhonov damping with the paper's π. c keeps ‖D‖ = ‖G‖ in place of the KL clip, or is 1. The layer
+        below hears ΔW.
+    Use when: to compare, or where curvature matters more than time (small networks, regression).
+    Do not use when: gradients are noisy and a one-sided rule does as well at half the cost.
+    Cost: two statistics, two inverses a refresh, two products a step.
+    Source: Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML
+        2015, sections 3, 5 and 6.3; Grosse, Martens, ICML 2016, for convolutions.
+    Limits: the Fisher of the labels at hand, not of sampled ones. No rescaling by the exact curvature, no
+        momentum of its own, no adaptive damping. With a GradScaler, L counts steps by the square of their
+        loss scale.
+
+    Args:
+        decay: how much of the statistics stays at each gathering. Default 0.95.
+        damping: ε, relative to the mean of each side's diagonal. Default 0.1.
+        keep_norm: give each layer's move the size of its gradient. Default True.
+        rank: keep only so many directions of each inverse and treat the others alike; None for all.
+        sample: take every so many-th position along each axis of a convolution or sequence into R.
+        stats_every: steps from one batch that enters the statistics to the next. Default 10.
+        refresh_every: steps from one inverse to the next, a multiple of ``stats_every``. Default 10.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> rule = pw.KFAC().attach(model, optimizer)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.arange(32) % 2)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> rule.detach()
+    """
+
+    decay: float = 0.95
+    damping: float = 0.1
+    keep_norm: bool = True
+    rank: int | None = None
+    sample: int = 1
+    stats_every: int = 10
+    refresh_every: int = 10
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def plan(self) -> Kronecker:
+        """Both powers 1."""
+        return Kronecker(
+            left=1.0,
+            right=1.0,
+            decay=self.decay,
+            damping=self.damping,
+            keep_norm=self.keep_norm,
+            rank=self.rank,
+            sample=self.sample,
+        )

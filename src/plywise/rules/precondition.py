@@ -1,0 +1,94 @@
+"""Precondition: the gradient between inverse powers of its layer's own covariances, every choice open."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from plywise.kronecker import Kronecker, KroneckerRule
+from plywise.roots import Relative, Solver
+from plywise.rule import require_choice
+
+
+@dataclass(frozen=True, eq=False)
+class Precondition(KroneckerRule):
+    """The family of whitening, AdaBK, K-FAC and Foof, with every choice open.
+
+    Idea: a layer's gradient G = ΔᵀA is large where its inputs or its output gradients vary much, whatever
+        the loss wants. Take that out by powers of both covariances, kept as running means.
+    Equation: D = c · L^-left G R^-right, R = mean of aaᵀ + λI, L = mean of ΔᵀΔ + λI over batches (discounted
+        by ``decay``), a with a trailing 1 for the bias; c keeps ‖D‖ = ‖G‖. The layer below hears ΔW.
+    Use when: you want a member of the family that has no name here, or to see which part of one matters.
+    Do not use when: a named rule will do: FeatureWhitening (right=½), AdaBK (both ½), KFAC (both 1), Foof
+        (right=1).
+    Cost: per step 2nk² operations for the input side or 2mk² (n rows, m outputs, k inputs), whichever is
+        less; statistics and roots once in ``stats_every`` and ``refresh_every`` steps. With ``rank`` r, 4nkr.
+    Source: the common form of Yong, Zhang, ECCV 2022 (whitening), Yong, Sun, Zhang, CVPR 2023 (AdaBK),
+        Martens, Grosse, ICML 2015 (K-FAC) and Benzing, ICML 2022 (FOOF).
+    Limits: c is exact in steps that refresh and holds until the next. With a GradScaler, L counts steps by
+        the square of their loss scale. Layers that share a weight are left to the optimizer. Replicas need
+        DistributedDataParallel (or ``process_group``); fully_shard is refused.
+
+    Args:
+        left: power of L, the covariance of the output gradients (p); 0 for none. Default 0.
+        right: power of R, the covariance of the inputs (q); 0 for none. Default 1.
+        decay: how much of the statistic stays at each gathering; 1 forgets nothing. Default 0.95.
+        statistic: the running ``"mean"`` over rows, or the discounted ``"sum"``.
+        damping: λ, relative as ``relative_to`` says. Default 0.1.
+        relative_to: the ``"mean"`` of the statistic's diagonal, its ``"max"`` eigenvalue, or ``"absolute"``.
+        keep_norm: give each layer's move the size of its gradient. Without it convolutions, whose
+            gradient sums over positions, need another rate than linear layers.
+        solver: ``"auto"`` (Cholesky for a power of 1, eigenvalues otherwise), ``"cholesky"``, ``"eigh"``,
+            ``"newton"``, or ``"newton_schulz"``, the unconverged iteration that AdaBK published.
+        rank: keep only so many directions of a root and treat the others alike; None for all.
+        sample: take every so many-th position along each axis of a convolution or sequence into R.
+        stats_every: steps from one batch that enters the statistics to the next. Default 5.
+        refresh_every: steps from one root to the next, a multiple of ``stats_every``. Default 5.
+        max_size: a side larger than this is left as it is. Default 8192.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> rule = pw.Precondition(left=0, right=1, stats_every=1, refresh_every=10).attach(model, optimizer)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.arange(32) % 2)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> rule.detach()
+    """
+
+    left: float = 0.0  # p
+    right: float = 1.0  # q
+    decay: float = 0.95
+    statistic: Literal["mean", "sum"] = "mean"
+    damping: float = 0.1
+    relative_to: Relative = "mean"
+    keep_norm: bool = True
+    solver: Solver = "auto"
+    rank: int | None = None
+    sample: int = 1
+    stats_every: int = 5
+    refresh_every: int = 5
+    max_size: int = 8192
+
+    def __post_init__(self) -> None:
+        require_choice(self, "statistic", self.statistic, ("mean", "sum"))
+        self.check()
+
+    @property
+    def plan(self) -> Kronecker:
+        """All of it."""
+        return Kronecker(
+            self.left,
+            self.right,
+            self.decay,
+            self.statistic,
+            self.damping,
+            self.relative_to,
+            self.keep_norm,
+            self.solver,
+            self.rank,
+            self.sample,
+            self.max_size,
+        )

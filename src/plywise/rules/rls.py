@@ -1,0 +1,113 @@
+"""RLS: recursive least squares for each layer, an inverse kept by rank-one corrections."""
+
+from dataclasses import dataclass
+
+import torch
+
+from plywise.explain import Size
+from plywise.kept_layer import LayerShape
+from plywise.kronecker import preconditioned
+from plywise.memory import Evidence, Memory, MemoryRule, Shapes
+from plywise.ply import Move, Ply
+from plywise.rule import require_positive
+
+
+@dataclass(frozen=True, eq=False)
+class RLS(MemoryRule):
+    """Recursive least squares with the average approximation.
+
+    Idea: each layer as an adaptive filter with perfect memory: the inverse P of the inputs' discounted
+        autocorrelation is kept by a rank-one correction a step, with the batch's mean input in place of its
+        rows, and multiplies the gradient.
+    Equation: D = G P / h, h = λ + κ ū·Pū; then P ← (P - (κ/h) Pū (Pū)ᵀ) / λ, ū the mean of the rows
+        [input, 1] over batch and positions. The layer below hears ΔW.
+    Use when: a cubic cost is out of the question and inputs share a strong mean direction.
+    Do not use when: correlations beyond the mean matter: Foof and FeatureWhitening see them.
+    Cost: no inverse: 2k² operations for P and a product with the smaller of rows and gradient, in each step.
+    Source: Zhang, Song, Zhou, Ou, Deng, Yang, "Revisiting Recursive Least Squares for Training Deep Neural
+        Networks", arXiv 2109.03220 (2021). A reconstruction: the recursion is classical, but the body of the
+        paper could not be read; its momentum and overfitting control are left to the optimizer.
+    Limits: with λ < 1, P grows along directions that no input has any more (wind-up); its trace is held below
+        k/δ. The optimizer's rate is the paper's η; our gradient is that of the mean loss.
+
+    Args:
+        forgetting: λ, how much of the autocorrelation stays at each step. Default 1.
+        gain: κ, the weight of a step's mean input (k in the paper). Default 0.1.
+        ridge: δ, the autocorrelation's diagonal at the start, P₀ = I/δ. Default 1.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> rule = pw.RLS().attach(model, optimizer)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.arange(32) % 2)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> rule.detach()
+    """
+
+    forgetting: float = 1.0  # λ
+    gain: float = 0.1  # κ; k in the paper
+    ridge: float = 1.0  # δ
+
+    def __post_init__(self) -> None:
+        require_positive(self, forgetting=self.forgetting, gain=self.gain, ridge=self.ridge)
+        if self.forgetting > 1:
+            raise ValueError(f"RLS: forgetting must be at most 1, not {self.forgetting!r}.")
+
+    def move(self, ply: Ply) -> Move:
+        """``G P``, by the inverse of the steps before."""
+        if not ply.memory:
+            return ply.gradient().scaled(1 / self.ridge, 1 / self.ridge)
+        return preconditioned(ply, None, ply.memory["inverse"])
+
+    def gather(self, ply: Ply, turn: int) -> Evidence:
+        """The sum of the rows."""
+        a = ply.a.to(ply.dtype)
+        sums = ply.kind.sums(ply.module, a)
+        rows = sums.new_tensor(float(ply.row_count))
+        if ply.has_bias:
+            sums = torch.cat([sums, rows.expand(ply.groups, 1)], 1)
+        return {"rows": rows, "sum": sums}
+
+    def learn(self, memory: Memory, evidence: Evidence) -> Memory:
+        """The rank-one correction of P."""
+        mean = evidence["sum"] / evidence["rows"]  # ū, (g, k)
+        groups, size = mean.shape
+        inverse = memory.get("inverse")
+        if inverse is None:
+            inverse = (torch.eye(size).to(mean) / self.ridge).expand(groups, size, size)
+        image = (inverse @ mean.unsqueeze(2)).squeeze(2)  # Pū
+        h = self.forgetting + self.gain * (mean * image).sum(1)
+        step = image * (self.gain / (h * self.forgetting)).sqrt().unsqueeze(1)
+        inverse = torch.baddbmm(
+            inverse, step.unsqueeze(2), step.unsqueeze(1), beta=1 / self.forgetting, alpha=-1
+        )
+        if self.forgetting < 1:
+            trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
+            inverse = inverse * (size / self.ridge / trace).clamp(max=1).reshape(-1, 1, 1)
+        return {"inverse": inverse, "h": h}
+
+    def finish(self, memory: Memory, gradient: Move, groups: int) -> tuple[Move, Memory]:
+        """Divide by ``h``."""
+        factors = 1 / memory["h"]
+        if groups == 1:
+            return gradient.scaled(factors, factors), {}
+        assert gradient.weight is not None
+        matrix = gradient.matrix(groups) * factors.to(gradient.weight.dtype).reshape(-1, 1, 1)
+        return Move.of(matrix, gradient.weight.shape, gradient.bias is not None), {}
+
+    def evidence_shapes(self, shape: LayerShape) -> Shapes:
+        """The sum of the rows and their number."""
+        return {"rows": (), "sum": (shape.groups, shape.columns)}
+
+    def learned_shapes(self, shape: LayerShape) -> Shapes:
+        """P and the last h."""
+        return {"inverse": (shape.groups, shape.columns, shape.columns), "h": (shape.groups,)}
+
+    def price(self, size: Size) -> tuple[float, float]:
+        """The correction of P, and the product with it."""
+        return size.g * (6.0 * size.d**2 + 2.0 * size.d**2 * min(size.n, size.m)), float(size.g * size.d**2)
