@@ -215,7 +215,12 @@ class Keeper:
                 grad.copy_(part)
 
     def _due(self, name: str, every: int) -> bool:
-        """Whether a layer's turn is in this step; always, before it remembers anything."""
+        """Whether a layer's turn is in this step; always, before it remembers anything.
+
+        In the first cycle every gathering refreshes: roots of a single batch should not last for long.
+        """
+        if self._step < self._rule.refresh_every:
+            every = self._rule.stats_every
         return not self._memories[name] or (self._step - self._phase(name)) % every == 0
 
     def _phase(self, name: str) -> int:

@@ -147,7 +147,7 @@ class _Problem:
     def shift(self, largest: Callable[[Tensor], Tensor]) -> Tensor:
         """λ / scale, (g,); ``largest`` makes the largest eigenvalues of a lower triangle."""
         if self.relative == "max":
-            shift = self.damping * largest(self.lower).clamp_min(0)
+            shift = self.damping * largest(self.lower)
         elif self.relative == "mean":
             shift = self.damping * self.trace / self.lower.shape[1]
         else:
@@ -251,7 +251,7 @@ def _by_newton(problem: _Problem) -> Tensor | None:
         T = ((p + 1) * eye - M) / p
         X = X @ T
         M = torch.linalg.matrix_power(T, p) @ M
-        M = (M + M.mT) / 2  # what is not symmetric is rounding, and would grow
+        M = (M + M.mT) / 2  # what is not symmetric is rounding, and would grow to a wrong root
         before, residual = residual, float((M - eye).abs().max())
         if not residual > enough or (before < tolerance and residual > before / 2):
             break
@@ -371,7 +371,7 @@ def low_rank_root(
     tail = torch.maximum(tail + shift, floor)
     values = torch.maximum(values + shift.unsqueeze(1), floor.unsqueeze(1))
     weights = (values / tail.unsqueeze(1)).pow(-power) - 1
-    factor = (tail.double() * scale).pow(-power).to(gram.dtype)
+    factor = (tail * column.flatten()).pow(-power)
     return LowRank(basis @ rotation, weights, factor)
 
 

@@ -1,0 +1,328 @@
+"""Steps and CPU seconds to AdamW's best validation loss: rules with memory, the other rules, and peers.
+
+    python benchmarks/memory_rules.py tune fashion     # tuning and three fresh seeds; resumes if interrupted
+    python benchmarks/memory_rules.py tune cifar
+    python benchmarks/memory_rules.py time             # CPU time of a step, alone on a quiet machine
+    python benchmarks/memory_rules.py report           # the table and the picture
+
+Two workloads: an MLP 784-256-256-10 on 20,000 images of Fashion-MNIST, and a ConvNet of three convolutions
+and two linear layers on 10,000 images of CIFAR-10, no augmentation; batches of 128, three and two epochs. Each
+method has one tuned number, its rate, six values evenly spaced over a hundredfold range that its class of methods
+shares; everything else is a default. The value with the lowest validation loss is trained again with three
+fresh seeds. The target is the lowest validation loss that AdamW reaches on these, the median of the seeds.
+A step's CPU time is measured apart, all methods taking turns, as a mean over whole cycles of refreshing.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+import plywise as pw
+from plywise.arena.trial import DivergedError, endless_batches, make_step, mean_loss
+from plywise.data.digits import Split
+from plywise.environment import environment
+from plywise.files import write_whole
+from tuning import DATA, HERE, median, mlp
+
+BATCH, EVERY, TRIALS = 128, 10, 6
+TUNING_SEED, SEEDS = 100, (0, 1, 2)
+OUT = HERE / "memory_rules.json"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule (or none) on an optimizer, and the lowest rate of its hundredfold range."""
+
+    rule: Callable[[], pw.Rule] | None
+    optimizer: Callable[[Any, float], Optimizer]
+    lowest: float
+
+    def rates(self) -> list[float]:
+        """The rates to try."""
+        return [float(f"{self.lowest * 100 ** (i / (TRIALS - 1)):.3g}") for i in range(TRIALS)]
+
+
+def nesterov(parameters: Any, rate: float) -> Optimizer:
+    return SGD(parameters, rate, momentum=0.9, nesterov=True)
+
+
+def adamw(parameters: Any, rate: float) -> Optimizer:
+    return AdamW(parameters, rate)
+
+
+def peer(name: str) -> Callable[[Any, float], Optimizer]:
+    def make(parameters: Any, rate: float) -> Optimizer:
+        import peers
+
+        return getattr(peers, name)(parameters, rate)
+
+    return make
+
+
+METHODS = {
+    "SGD-Nesterov": Method(None, nesterov, 0.01),
+    "AdamW": Method(None, adamw, 3e-4),
+    "Muon": Method(None, peer("muon"), 2e-3),
+    "SOAP": Method(None, peer("soap"), 3e-4),
+    "Shampoo": Method(None, peer("shampoo"), 0.01),
+    "Foof": Method(pw.Foof, nesterov, 0.01),
+    "Foof, rank 32": Method(lambda: pw.Foof(rank=32), nesterov, 0.01),
+    "FeatureWhitening (W-SGDM)": Method(pw.FeatureWhitening, nesterov, 0.01),
+    "FeatureWhitening (W-AdamW)": Method(pw.FeatureWhitening, adamw, 3e-4),
+    "AdaBK (SGDM_BK)": Method(pw.AdaBK, nesterov, 0.01),
+    "AdaBK (AdamW_BK)": Method(pw.AdaBK, adamw, 3e-4),
+    "KFAC": Method(pw.KFAC, nesterov, 0.01),
+    "RLS": Method(pw.RLS, nesterov, 0.01),
+    "ProxProp": Method(pw.ProxProp, lambda p, rate: SGD(p, rate), 0.5),
+    "BackMatching": Method(pw.BackMatching, nesterov, 0.003),
+    "NLMS": Method(pw.NLMS, nesterov, 0.03),
+    "Consequentialism": Method(pw.Consequentialism, nesterov, 0.01),
+}
+
+
+def fashion_net() -> nn.Sequential:
+    return mlp((784, 256, 256, 10))
+
+
+def cifar_net() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10)),
+    )
+
+
+def images(name: str, train: int, validation: int) -> tuple[Split, Split]:
+    """The first training images, and as validation set those that follow; pixels standardised."""
+    sys.path.insert(0, str(DATA))
+    from load_data import image_set
+
+    pixels, labels, _, _ = image_set(name)
+    x = torch.from_numpy(np.asarray(pixels[: train + validation])).float() / 255
+    x = x.flatten(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
+    x = (x - x[:train].mean()) / x[:train].std()
+    y = torch.from_numpy(np.asarray(labels[: train + validation])).long().flatten()
+    return Split(x[:train], y[:train]), Split(x[train:], y[train:])
+
+
+WORKLOADS: dict[str, tuple[Callable[[], nn.Module], tuple[str, int, int]]] = {
+    "fashion": (fashion_net, ("fashion_mnist", 20_000, 5_000)),
+    "cifar": (cifar_net, ("cifar10", 10_000, 1_000)),
+}
+EPOCHS = {"fashion": 3, "cifar": 2}
+
+
+def train(workload: str, data: tuple[Split, Split], method: Method, rate: float, seed: int) -> dict[str, Any]:
+    """Validation loss along one training; a failure is an outcome."""
+    training, validation = data
+    steps = EPOCHS[workload] * (len(training.y) // BATCH)
+    curve, failure, clock = [], None, 0.0
+    torch.manual_seed(seed)
+    try:
+        model = WORKLOADS[workload][0]()
+        batches = endless_batches(training, BATCH, seed)
+        rule = method.rule() if method.rule else None
+        step = make_step(model, lambda parameters: method.optimizer(parameters, rate), rule)
+        for count in range(1, steps + 1):
+            x, y = next(batches)
+            start = time.process_time()
+            loss = step(x, y)
+            clock += time.process_time() - start
+            if not math.isfinite(loss) or loss > 1e3:
+                raise DivergedError(f"the loss is {loss:.3g} at step {count}")
+            if count % EVERY == 0 or count == steps:
+                curve.append([count, round(mean_loss(model, validation), 5)])
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    best = min((loss for _, loss in curve), default=None) if failure is None else None
+    return {
+        "rate": rate,
+        "seed": seed,
+        "best": best,
+        "failure": failure,
+        "cpu": round(clock, 2),
+        "curve": curve,
+    }
+
+
+def load(workload: str) -> dict[str, Any]:
+    path = OUT.with_name(f"memory_rules_{workload}.json")
+    return json.loads(path.read_text()) if path.exists() else {"environment": environment(), "methods": {}}
+
+
+def save(workload: str, result: dict[str, Any]) -> None:
+    path = OUT.with_name(f"memory_rules_{workload}.json")
+    write_whole(path, json.dumps(result, ensure_ascii=False).replace('"tuning"', '\n"tuning"') + "\n")
+
+
+def tune(workload: str, names: list[str]) -> None:
+    """Six rates for each method, then three fresh seeds of the best; what is done already stays."""
+    result, data = load(workload), images(*WORKLOADS[workload][1])
+    for name in names:
+        method = METHODS[name]
+        entry = result["methods"].setdefault(name, {"tuning": [], "final": []})
+        for rate in method.rates():
+            if rate not in [run["rate"] for run in entry["tuning"]]:
+                run = train(workload, data, method, rate, TUNING_SEED)
+                entry["tuning"].append({key: run[key] for key in ("rate", "best", "failure", "cpu")})
+                print(f"{workload} {name} rate {rate:g}: {run['best']} {run['failure'] or ''}", flush=True)
+        finished = [run for run in entry["tuning"] if run["best"] is not None]
+        if finished and not entry["final"]:
+            chosen = min(finished, key=lambda run: run["best"])["rate"]
+            entry["final"] = [train(workload, data, method, chosen, seed) for seed in SEEDS]
+            print(
+                f"{workload} {name} chosen {chosen:g}: {[run['best'] for run in entry['final']]}", flush=True
+            )
+        save(workload, result)
+
+
+def time_steps(rounds: int = 4, cycle: int = 50) -> None:
+    """CPU time of a step relative to SGD's, means over whole cycles of refreshing, medians over rounds."""
+    result: dict[str, Any] = {"environment": environment(), "cycle": cycle, "rounds": rounds, "workloads": {}}
+    for workload, (make, where) in WORKLOADS.items():
+        training, _ = images(*where)
+        arms = {}
+        for name, method in METHODS.items():
+            torch.manual_seed(0)
+            rule = method.rule() if method.rule else None
+            step = make_step(make(), lambda p, m=method: m.optimizer(p, m.lowest / 10), rule)
+            batches = endless_batches(training, BATCH, 0)
+            for _ in range(30):  # past the first preconditioner of every peer
+                step(*next(batches))
+            arms[name] = (step, batches)
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        for _ in range(rounds):
+            for name, (step, batches) in arms.items():
+                rows = [next(batches) for _ in range(cycle)]
+                start = time.process_time()
+                for x, y in rows:
+                    step(x, y)
+                seconds[name].append((time.process_time() - start) / cycle)
+        base = seconds["SGD-Nesterov"]
+        table = {
+            name: {
+                "ms": round(1e3 * statistics.median(own), 2),
+                "relative": round(statistics.median(o / b for o, b in zip(own, base, strict=True)), 3),
+            }
+            for name, own in seconds.items()
+        }
+        result["workloads"][workload] = table
+        for name, row in table.items():
+            print(f"{workload:8} {name:28} {row['ms']:8.2f} ms  {row['relative']:.2f}", flush=True)
+    write_whole(
+        OUT.with_name("memory_rules_time.json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    )
+
+
+def first_below(run: dict[str, Any], target: float) -> int | None:
+    """Steps until the validation loss is at or below the target; None if never."""
+    return next((step for step, loss in run["curve"] if loss <= target), None)
+
+
+def report() -> None:
+    """Write the summary and the picture, print the table."""
+    clock = json.loads(OUT.with_name("memory_rules_time.json").read_text())["workloads"]
+    summary: dict[str, Any] = {}
+    for workload in WORKLOADS:
+        methods = load(workload)["methods"]
+        target = median(run["best"] for run in methods["AdamW"]["final"])
+        assert target is not None
+        rows = {}
+        for name, entry in methods.items():
+            steps = median(first_below(run, target) for run in entry["final"]) if entry["final"] else None
+            milliseconds = clock[workload][name]["ms"]
+            rows[name] = {
+                "rate": entry["final"][0]["rate"] if entry["final"] else None,
+                "best_validation_loss": median(run["best"] for run in entry["final"])
+                if entry["final"]
+                else None,
+                "steps_to_target": steps,
+                "cpu_seconds_to_target": None if steps is None else round(steps * milliseconds / 1e3, 2),
+                "step_relative_to_sgd": clock[workload][name]["relative"],
+                "failed_trials": sum(run["failure"] is not None for run in entry["tuning"]),
+            }
+        summary[workload] = {"target": target, "methods": rows}
+        print(f"\n{workload}: AdamW's best validation loss is {target:.4f}")
+        print(f"{'method':28} {'rate':>8} {'best':>7} {'steps':>6} {'CPU s':>7} {'step':>6} {'failed':>6}")
+        for name, row in sorted(rows.items(), key=lambda item: item[1]["cpu_seconds_to_target"] or 1e9):
+            cells = [row["steps_to_target"], row["cpu_seconds_to_target"], row["best_validation_loss"]]
+            steps, cpu, best = ("never" if cell is None else f"{cell:g}" for cell in cells)
+            print(
+                f"{name:28} {row['rate'] or 0:8.3g} {best:>7} {steps:>6} {cpu:>7} "
+                f"{row['step_relative_to_sgd']:6.2f} {row['failed_trials']:6}"
+            )
+    write_whole(OUT, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    draw(summary, clock)
+
+
+def draw(summary: dict[str, Any], clock: dict[str, Any]) -> None:
+    """For each workload, steps and CPU seconds to the target relative to AdamW's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "plywise"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), sharex=True)
+    titles = {"fashion": "MLP on Fashion-MNIST", "cifar": "ConvNet on CIFAR-10"}
+    for axis, (workload, part) in zip(axes, summary.items(), strict=True):
+        rows = part["methods"]
+        base = rows["AdamW"]
+        order = sorted(rows, key=lambda name: rows[name]["cpu_seconds_to_target"] or 1e9, reverse=True)
+        for place, name in enumerate(order):
+            row = rows[name]
+            if row["steps_to_target"] is None:
+                axis.text(0.06, place, "never reached", va="center", fontsize=8, color="#777777")
+                continue
+            steps = row["steps_to_target"] / base["steps_to_target"]
+            cpu = row["cpu_seconds_to_target"] / base["cpu_seconds_to_target"]
+            axis.plot([steps, cpu], [place, place], color="#bbbbbb", zorder=1)
+            axis.scatter([steps], [place], marker="o", facecolors="white", edgecolors="#1f5fa8", zorder=2)
+            axis.scatter([cpu], [place], marker="s", color="#c0392b", zorder=2)
+        axis.set_yticks(range(len(order)), order, fontsize=8)
+        axis.set_xscale("log")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(titles[workload], fontsize=10)
+        axis.set_xlabel("to AdamW's best validation loss, relative to AdamW (log scale)", fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].scatter([], [], marker="o", facecolors="white", edgecolors="#1f5fa8", label="steps")
+    axes[0].scatter([], [], marker="s", color="#c0392b", label="CPU seconds")
+    axes[0].legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(OUT.with_suffix(".svg"), metadata={"Date": None})
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", module="pytorch_optimizer")
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    tuning = commands.add_parser("tune", help="tune and train on one workload")
+    tuning.add_argument("workload", choices=list(WORKLOADS))
+    tuning.add_argument("--method", action="append", choices=list(METHODS), help="default: all")
+    commands.add_parser("time", help="time a step of each")
+    commands.add_parser("report", help="table and picture")
+    options = parser.parse_args()
+    if options.command == "tune":
+        tune(options.workload, options.method or list(METHODS))
+    elif options.command == "time":
+        time_steps()
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,580 @@
+"""Inverse roots against a slow definition: float64 eigenvalues, one group at a time, no shortcuts."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from plywise import health, roots
+from plywise.roots import LowRank, inverse_root, low_rank_root, times_root
+
+F32, F64 = torch.float32, torch.float64
+
+CONVERGED = [
+    ("auto", 1), ("auto", 0.5), ("cholesky", 1), ("eigh", 1), ("eigh", 0.5), ("eigh", 0.25), ("eigh", 0.7),
+    ("newton", 1), ("newton", 0.5), ("newton", 1 / 3), ("newton", 0.25),
+]  # fmt: skip
+ALL = [*CONVERGED, ("newton_schulz", 0.5)]
+RELATIVE = ["mean", "max", "absolute"]
+
+
+def spectrum(name: str, k: int) -> Tensor:
+    return {
+        "well conditioned": torch.linspace(1, 3, k, dtype=F64),
+        "log-spaced": torch.logspace(0, -6, k, dtype=F64),
+        "rank one": torch.eye(k, dtype=F64)[0] * 5,
+        "half rank": torch.arange(k, dtype=F64).sub((k - 1) // 2).clamp_min(0),
+        "zero": torch.zeros(k, dtype=F64),
+        "constant": torch.full((k,), 0.3, dtype=F64),
+    }[name]
+
+
+SPECTRA = ["well conditioned", "log-spaced", "rank one", "half rank", "zero", "constant"]
+
+
+def gram_of(values: Tensor, seed: int = 0) -> Tensor:
+    """(1, k, k) with these eigenvalues and random eigenvectors."""
+    k = len(values)
+    noise = torch.randn(k, k, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    Q = torch.linalg.qr(noise).Q
+    product = (Q * values) @ Q.T
+    return ((product + product.T) / 2)[None]
+
+
+def lower_only(gram: Tensor) -> Tensor:
+    """What lies above the diagonal is nobody's business."""
+    above = torch.ones_like(gram, dtype=torch.bool).triu(1)
+    return gram.masked_fill(above, math.nan)
+
+
+def damping_of(matrix: Tensor, damping: float, relative: str) -> float:
+    if relative == "absolute":
+        return damping
+    values = torch.linalg.eigvalsh(matrix)
+    return damping * float(values.mean() if relative == "mean" else values.max())
+
+
+def slow_root(gram: Tensor, power: float, damping: float, relative: str) -> Tensor:
+    out = []
+    for matrix in gram.double():
+        shift = damping_of(matrix, damping, relative)
+        values, vectors = torch.linalg.eigh(matrix)
+        values = values.clamp_min(0) + shift
+        if not values.max() > 0:
+            out.append(torch.eye(len(matrix), dtype=F64))
+        else:
+            out.append(vectors @ torch.diag(values**-power) @ vectors.T)
+    return torch.stack(out)
+
+
+def error(actual: Tensor | None, expected: Tensor) -> float:
+    assert actual is not None
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+# ---- the converged solvers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize(("solver", "power"), CONVERGED)
+def test_roots(solver, power, name):
+    """Both dtypes, from the lower triangle alone; symmetric to the bit; no fallback."""
+    for k in (1, 2, 7, 33):
+        gram = gram_of(spectrum(name, k))
+        for relative in RELATIVE:
+            for damping in (1e-3, 0.1):
+                expected = slow_root(gram, power, damping, relative)
+                for dtype, tolerance in ((F64, 1e-9), (F32, 5e-3 if damping < 0.1 else 5e-5)):
+                    events: list[str] = []
+                    given_gram = lower_only(gram.to(dtype))
+                    before = given_gram.clone()
+                    root = inverse_root(given_gram, power, damping, relative, solver, events.append)
+                    assert error(root, expected) < tolerance, (k, relative, damping, dtype)
+                    assert root.dtype == dtype
+                    assert torch.equal(root, root.mT)
+                    assert events == []
+                    assert torch.equal(given_gram.nan_to_num(-7), before.nan_to_num(-7))
+
+
+def test_a_size_of_more_than_one_block():
+    gram = gram_of(spectrum("log-spaced", 300))
+    for solver, power in CONVERGED:
+        root = inverse_root(lower_only(gram), power, 1e-2, "mean", solver)
+        assert error(root, slow_root(gram, power, 1e-2, "mean")) < 1e-10
+        assert torch.equal(root, root.mT)
+
+
+@pytest.mark.parametrize("power", [1, 0.5, 1 / 3, 0.25])
+def test_newton_ends_at_the_root_or_says_that_it_did_not(power):
+    """Float32, λ next to its rounding: were M not kept symmetric, it would settle on something else."""
+    gram = gram_of(spectrum("rank one", 300)).float()
+    root = inverse_root(gram, power, 1e-5, "mean", "newton")
+    assert error(root, slow_root(gram, power, 1e-5, "mean")) < 1e-3
+
+
+@pytest.mark.parametrize("relative", RELATIVE)
+@pytest.mark.parametrize(("solver", "power"), ALL)
+def test_groups_are_independent(solver, power, relative):
+    """A batch, with a zero and a constant gram among it, gives what each gives alone."""
+    values = [spectrum(name, 9) * scale for name, scale in zip(SPECTRA, (1, 1e3, 1, 1, 1, 7), strict=True)]
+    gram = lower_only(torch.cat([gram_of(v, seed) for seed, v in enumerate(values)]))
+    batch = inverse_root(gram, power, 1e-2, relative, solver)
+    for group, root in zip(gram, batch, strict=True):
+        alone = inverse_root(group[None], power, 1e-2, relative, solver)
+        assert error(root[None], alone) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("relative", ["mean", "max"])
+@pytest.mark.parametrize(("solver", "power"), ALL)
+def test_scale_equivariance(solver, power, relative, dtype):
+    """To rounding for any factor, to the bit for powers of four, in float32 too; no fallback on the way."""
+    gram = lower_only(gram_of(spectrum("log-spaced", 12)).to(dtype))
+    root = inverse_root(gram, power, 1e-3, relative, solver)
+    for factor in (1e-16, 1e-8, 0.3, 1e8, 1e16, 2.0**-40, 2.0**40):
+        events: list[str] = []
+        scaled = inverse_root(gram * factor, power, 1e-3, relative, solver, events.append)
+        # a factor such as 0.3 rounds the gram, and the root of its smallest eigenvalues feels it
+        assert error(scaled, root.double() * factor**-power) < (1e-2 if dtype == F32 else 1e-10), factor
+        assert events == []
+        if factor in (2.0**-40, 2.0**40) and power in (1, 0.5, 0.25):
+            assert torch.equal(scaled, root * factor**-power)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(ALL),
+    st.integers(1, 12),
+    st.integers(0, 14),
+    st.integers(-8, 8),
+    st.sampled_from([0.0, 1e-12, 1e-6, 1e-2, 1.0]),
+    st.sampled_from(RELATIVE),
+    st.sampled_from([F32, F64]),
+)
+def test_every_gram_has_a_bounded_root(choice, k, rows, exponent, damping, relative, dtype):
+    """Any rank, scale and damping: finite, symmetric, positive, no larger than the floor lets it."""
+    solver, power = choice
+    x = torch.randn(rows, k, dtype=dtype, generator=torch.Generator().manual_seed(rows * 100 + k))
+    x = x * 10.0**exponent
+    gram = (x.T @ x)[None]
+    root = inverse_root(lower_only(gram), power, damping, relative, solver)
+    assert root is not None
+    assert torch.isfinite(root).all()
+    assert torch.equal(root, root.mT)
+    values = torch.linalg.eigvalsh(root.double())[0]
+    assert values.min() > -1e-5 * values.max()
+    largest = float(torch.linalg.eigvalsh(gram.double())[0, -1])
+    if largest > 0:
+        shift = damping_of(gram[0].double(), damping, "absolute" if relative == "absolute" else "mean")
+        # rounding: float32 may take a tenth off a λ that is at its rounding
+        assert values.max() <= 1.5 * max(1e-12 * largest, shift / 2) ** -power
+
+
+def test_methods_for_what_they_can_do():
+    gram = torch.eye(3)[None]
+    for solver, power in [
+        ("cholesky", 0.5), ("newton", 0.3), ("newton", 2), ("newton_schulz", 1), ("newton_schulz", 0.25),
+        ("newton", 1e12), ("eigh", 0), ("auto", -1), ("auto", math.nan),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match="power must be"):
+            inverse_root(gram, power, 0.1, solver=solver)
+    with pytest.raises(ValueError, match="unknown solver"):
+        inverse_root(gram, 1, 0.1, solver="qr")
+    for f in (inverse_root, lambda *a: low_rank_root(*a, rank=1)):
+        with pytest.raises(ValueError, match="unknown relative"):
+            f(gram, 1, 0.1, "trace")
+        with pytest.raises(ValueError, match="damping must not be negative"):
+            f(gram, 1, -0.1, "mean")
+    for power, rank, sweeps in [(0, 1, 1), (1, 0, 1), (1, 1, 0)]:
+        with pytest.raises(ValueError, match="must be positive"):
+            low_rank_root(gram, power, 0.1, "mean", rank, sweeps=sweeps)
+
+
+# ---- the published iteration ----------------------------------------------------------------------
+
+
+def published(A: Tensor, damping: float, relative: str) -> Tensor:
+    """AdaBK's power iteration and its ten Newton-Schulz steps, one matrix, literally."""
+    k = len(A)
+    v = torch.ones(k, dtype=A.dtype)
+    for _ in range(10):
+        v = A @ v / (A @ v).norm()
+    largest = float((A @ v).norm())
+    shift = {"max": largest, "mean": float(A.trace()) / k, "absolute": 1.0}[relative] * damping
+    A = A + shift * torch.eye(k, dtype=A.dtype)
+    Y, Z = A / A.trace(), torch.eye(k, dtype=A.dtype)
+    for _ in range(10):
+        T = 0.5 * (3 * torch.eye(k, dtype=A.dtype) - Z @ Y)
+        Y = Y @ T
+        Z = T @ Z
+    return Z / A.trace().sqrt()
+
+
+@pytest.mark.parametrize("relative", RELATIVE)
+@pytest.mark.parametrize("name", ["well conditioned", "log-spaced", "rank one", "half rank", "constant"])
+def test_newton_schulz_is_the_published_iteration(name, relative):
+    for k in (2, 9, 40):
+        gram = gram_of(spectrum(name, k))
+        for damping in (1e-5, 1e-2, 1.0):
+            expected = published(gram[0], damping, relative)[None]
+            for dtype, tolerance in ((F64, 1e-11), (F32, 1e-4)):
+                events: list[str] = []
+                root = inverse_root(
+                    lower_only(gram.to(dtype)), 0.5, damping, relative, "newton_schulz", events.append
+                )
+                assert error(root, expected) < tolerance
+                assert torch.equal(root, root.mT)
+                assert events == []
+
+
+def test_newton_schulz_has_not_converged_at_the_published_damping():
+    """The gain of the smallest eigenvalues is capped at 1.5^10 / √trace; with a large λ it is the root."""
+    gram = gram_of(spectrum("half rank", 40))
+
+    def gains(damping: float) -> tuple[Tensor, Tensor]:
+        root = inverse_root(gram, 0.5, damping, "mean", "newton_schulz")
+        return torch.linalg.eigvalsh(root)[0], torch.linalg.eigvalsh(slow_root(gram, 0.5, damping, "mean"))[0]
+
+    actual, exact = gains(1e-5)
+    cap = 1.5**10 / float(gram.diagonal(dim1=1, dim2=2).sum()) ** 0.5
+    assert actual.max() < cap
+    assert actual.max() > 0.95 * cap
+    assert actual.max() < exact.max() / 10
+    for damping, tolerance in ((0.3, 1e-4), (1.0, 1e-10)):
+        actual, exact = gains(damping)
+        assert ((actual - exact).abs() / exact).max() < tolerance
+
+
+def test_the_published_largest_eigenvalue_is_an_estimate():
+    """The power iteration starts from ones: of what is orthogonal to them it knows nothing, and ends at 0."""
+    v = torch.tensor([1.0, -1.0, 0.0], dtype=F64)
+    root = inverse_root(torch.outer(v, v)[None], 0.5, 0.5, "max", "newton_schulz")
+    plain = inverse_root(torch.outer(v, v)[None], 0.5, 0.0, "max", "newton_schulz")
+    assert same(root, plain)
+    assert torch.isfinite(root).all()
+    gram = gram_of(torch.linspace(0.9, 1.0, 8, dtype=F64))
+    assert (
+        error(inverse_root(gram, 0.5, 1.0, "max", "newton_schulz"), slow_root(gram, 0.5, 1.0, "max")) > 1e-4
+    )
+
+
+# ---- guards ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("solver", "power"), CONVERGED)
+def test_a_damping_below_float32_rounding_is_solved_in_float64(solver, power):
+    gram = gram_of(torch.logspace(0, -6, 8, dtype=F64)).float()
+    for relative in RELATIVE:
+        events: list[str] = []
+        root = inverse_root(lower_only(gram), power, 1e-9, relative, solver, events.append)
+        assert events == [health.FLOAT64]
+        assert error(root, slow_root(gram, power, 1e-9, relative)) < 1e-6
+        assert root.dtype == F32
+        assert torch.equal(root, root.mT)
+
+
+@pytest.mark.parametrize(("solver", "power"), CONVERGED)
+def test_without_damping_a_full_rank_is_no_fallback_in_float64(solver, power):
+    for values in (torch.linspace(1, 3, 8, dtype=F64), torch.logspace(0, -6, 8, dtype=F64)):
+        gram, events = gram_of(values), []
+        root = inverse_root(gram, power, 0.0, "mean", solver, events.append)
+        assert error(root, slow_root(gram, power, 0.0, "mean")) < 1e-8
+        assert events == []
+
+
+@pytest.mark.parametrize(("solver", "power"), CONVERGED)
+def test_a_damping_just_above_the_floor_is_no_fallback_in_float64(solver, power):
+    gram, events = gram_of(spectrum("half rank", 40)), []
+    root = inverse_root(gram, power, 1e-9, "mean", solver, events.append)
+    assert error(root, slow_root(gram, power, 1e-9, "mean")) < 1e-4
+    assert events == []
+
+
+@pytest.mark.parametrize("name", ["rank one", "half rank", "just rounding"])
+@pytest.mark.parametrize(("solver", "power"), CONVERGED)
+def test_without_damping_rounding_is_never_divided_by(solver, power, name):
+    """Rank deficient and λ = 0, or eigenvalues below the floor: clamped, so bounded, whatever their sign."""
+    k = 12
+    values = spectrum(name, k) if name != "just rounding" else torch.logspace(0, -15, k, dtype=F64)
+    for seed in range(4):
+        gram, events = gram_of(values, seed), []
+        root = inverse_root(lower_only(gram), power, 0.0, "mean", solver, events.append)
+        assert events == [health.EIGENVALUES]
+        floor = 1e-12 * float(values.max())
+        expected = gram_of(values.clamp_min(floor) ** -power, seed)
+        assert error(root, expected) < 1e-4  # rounding over the floor, 1e-16 / 1e-12
+
+
+@pytest.mark.parametrize(("solver", "power"), ALL)
+def test_an_indefinite_gram_has_its_eigenvalues_clamped(solver, power):
+    if solver == "newton_schulz":
+        pytest.skip("takes whatever comes: its gain is bounded by the number of steps")
+    gram = gram_of(torch.tensor([3.0, 2.0, 1.0, -0.5], dtype=F64))
+    for dtype in (F32, F64):
+        events: list[str] = []
+        root = inverse_root(gram.to(dtype), power, 0.1, "absolute", solver, events.append)
+        assert events == [health.EIGENVALUES]
+        expected = gram_of(torch.tensor([3.1, 2.1, 1.1, 0.1], dtype=F64) ** -power)
+        assert error(root, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("solver", "power", "where", "what"),
+    [
+        ("cholesky", 1, "torch.linalg.cholesky_ex", lambda a: (a, torch.ones(len(a), dtype=torch.int32))),
+        ("cholesky", 1, "torch.cholesky_inverse", lambda a: a * math.nan),
+        ("newton", 0.5, "plywise.roots.NEWTON_STEPS", 3),
+        ("newton_schulz", 0.5, "plywise.roots._published_largest", lambda a: a[:, 0, 0] * math.nan),
+    ],
+)  # fmt: skip
+def test_a_solver_that_fails_hands_over(monkeypatch, solver, power, where, what):
+    gram = gram_of(spectrum("well conditioned", 6))
+    expected = slow_root(gram, power, 0.1, "max")
+    monkeypatch.setattr(where, what)
+    for dtype, event in ((F32, health.FLOAT64), (F64, health.EIGENVALUES)):
+        events: list[str] = []
+        root = inverse_root(gram.to(dtype), power, 0.1, "max", solver, events.append)
+        assert events == [event]
+        assert error(root, expected) < 1e-6
+
+
+def test_eigenvalues_that_do_not_converge(monkeypatch):
+    """In float32: float64. In float64 too: there is no root."""
+    gram, eigh = gram_of(spectrum("well conditioned", 6)), torch.linalg.eigh
+
+    def fails_for(dtypes):
+        def f(matrix):
+            if matrix.dtype in dtypes:
+                raise torch.linalg.LinAlgError("no convergence")
+            return eigh(matrix)
+
+        return f
+
+    expected = slow_root(gram, 0.5, 0.1, "mean")
+    monkeypatch.setattr(torch.linalg, "eigh", fails_for([F32]))
+    events: list[str] = []
+    assert error(inverse_root(gram.float(), 0.5, 0.1, note=events.append), expected) < 1e-6
+    assert events == [health.FLOAT64]
+    assert low_rank_root(gram.float(), 0.5, 0.1, "mean", 2) is None
+    monkeypatch.setattr(torch.linalg, "eigh", fails_for([F32, F64]))
+    assert inverse_root(gram.float(), 0.5, 0.1, note=events.append) is None
+    assert events == [health.FLOAT64, health.IDENTITY]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [(0, 0, 0), (1, 2, 2), (1, 3, 1), (0, 3, 3)])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_gram_that_is_not_finite_has_no_root(bad, where, dtype):
+    gram = torch.cat([gram_of(spectrum("well conditioned", 4)), gram_of(spectrum("constant", 4))]).to(dtype)
+    good = low_rank_root(gram, 0.5, 0.1, "mean", 2)
+    gram[where] = bad
+    for relative in RELATIVE:
+        for solver, power in ALL:
+            events: list[str] = []
+            assert inverse_root(gram, power, 0.1, relative, solver, events.append) is None
+            assert events == [health.IDENTITY]
+        assert low_rank_root(gram, 0.5, 0.1, relative, 2) is None
+        assert low_rank_root(gram, 0.5, 0.1, relative, 2, good.vectors) is None
+
+
+@pytest.mark.parametrize(("solver", "power"), ALL)
+def test_a_gram_of_zeros_has_the_identity(solver, power):
+    eye = torch.eye(70, dtype=F32)[None]
+    for damping in (0.0, 0.1):
+        for relative in ("mean", "max"):
+            events: list[str] = []
+            zero = lower_only(torch.zeros(1, 70, 70))
+            assert same(inverse_root(zero, power, damping, relative, solver, events.append), eye)
+            assert events == []
+    assert same(inverse_root(torch.zeros(1, 70, 70), power, 0.0, "absolute", solver), eye)
+    if solver != "newton_schulz":  # an absolute λ is something to divide by
+        root = inverse_root(torch.zeros(1, 70, 70), power, 1e-4, "absolute", solver)
+        assert error(root, eye * 1e-4**-power) < 1e-5
+
+
+def test_the_same_bits_twice_and_the_global_generator_untouched():
+    gram = lower_only(gram_of(spectrum("log-spaced", 20)).float())
+    state = torch.get_rng_state()
+    for solver, power in ALL:
+        assert same(*(inverse_root(gram, power, 1e-2, solver=solver) for _ in range(2)))
+    first, second = (low_rank_root(gram, 0.5, 1e-2, "mean", 5) for _ in range(2))
+    assert same(first.vectors, second.vectors)
+    assert same(first.weights, second.weights)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- low rank ----------------------------------------------------------------------------------------
+
+
+def dense(root: LowRank | None) -> Tensor:
+    assert root is not None
+    for part in (root.vectors, root.weights, root.scale):
+        assert torch.isfinite(part).all()
+    r = root.vectors.shape[2]
+    eye = torch.eye(r, dtype=root.vectors.dtype)
+    assert (root.vectors.mT @ root.vectors - eye).abs().max() < 100 * torch.finfo(root.vectors.dtype).eps
+    body = root.vectors @ torch.diag_embed(root.weights) @ root.vectors.mT
+    return root.scale[:, None, None] * (torch.eye(body.shape[1], dtype=body.dtype) + body)
+
+
+def slow_low_rank(gram: Tensor, power: float, damping: float, relative: str, rank: int) -> Tensor:
+    """Its definition, with exact eigenvectors."""
+    values, vectors = torch.linalg.eigh(gram[0].double())
+    shift = damping_of(gram[0].double(), damping, relative)
+    if rank < len(values):
+        values[: len(values) - rank] = values[: len(values) - rank].mean()
+    return (vectors @ torch.diag((values + shift) ** -power) @ vectors.T)[None]
+
+
+@pytest.mark.parametrize("relative", RELATIVE)
+@pytest.mark.parametrize("power", [1, 0.5, 0.25])
+def test_low_rank_is_exact_where_the_tail_is_constant(power, relative):
+    values = torch.full((40,), 0.2, dtype=F64)
+    values[-4:] = torch.tensor([20.0, 9, 5, 3])
+    gram = gram_of(values)
+    expected = slow_root(gram, power, 0.01, relative)
+    for rank in (4, 7, 39, 40, 100):
+        for dtype, tolerance in ((F64, 1e-4), (F32, 1e-4)):
+            root = low_rank_root(lower_only(gram.to(dtype)), power, 0.01, relative, rank)
+            assert root.vectors.shape == (1, 40, min(rank, 40))
+            assert root.vectors.dtype == root.weights.dtype == root.scale.dtype == dtype
+            assert error(dense(root), expected) < tolerance, (rank, dtype)
+        assert same(root.vectors, low_rank_root(gram.float(), power, 0.01, relative, min(rank, 40)).vectors)
+        settled = low_rank_root(gram, power, 0.01, relative, rank, sweeps=15)
+        assert error(dense(settled), expected) < 1e-9
+
+
+@pytest.mark.parametrize("relative", RELATIVE)
+def test_low_rank_is_its_definition(relative):
+    gram = gram_of(torch.logspace(2, -2, 20, dtype=F64))
+    for rank in (1, 3, 19, 20):
+        root = low_rank_root(lower_only(gram), 0.5, 0.01, relative, rank, sweeps=60)
+        assert error(dense(root), slow_low_rank(gram, 0.5, 0.01, relative, rank)) < 1e-9
+
+
+def test_low_rank_gets_better_with_rank_and_with_sweeps():
+    gram = gram_of(torch.logspace(0, -3, 60, dtype=F64)).float()
+    exact = slow_root(gram, 0.5, 1e-2, "mean")
+    errors = [
+        error(dense(low_rank_root(gram, 0.5, 1e-2, "mean", rank)), exact) for rank in (1, 4, 16, 40, 60)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4
+    assert errors[0] > 100 * errors[-1]
+    best = slow_low_rank(gram, 0.5, 1e-2, "mean", 8)
+    fresh = [error(dense(low_rank_root(gram, 0.5, 1e-2, "mean", 8, sweeps=n)), best) for n in (1, 4, 8, 16)]
+    assert fresh[0] == fresh[1]  # at least four without a start
+    assert fresh[1:] == sorted(fresh[1:], reverse=True)
+
+
+def test_a_warm_start_tracks_a_rotating_gram_in_one_sweep():
+    torch.manual_seed(0)
+    k, rank = 60, 8
+    values = torch.cat([torch.linspace(1, 10, rank), torch.logspace(-1, -3, k - rank)]).double()
+    turn = torch.randn(k, k, dtype=F64)
+    turn = torch.linalg.matrix_exp(0.02 * (turn - turn.T) / k**0.5)
+    basis = torch.linalg.qr(torch.randn(k, k, dtype=F64)).Q
+    start, rest = None, None
+    for step in range(30):
+        gram = ((basis * values) @ basis.T)[None].float()
+        root = low_rank_root(gram, 0.5, 1e-2, "mean", rank, start)
+        best = slow_low_rank(gram, 0.5, 1e-2, "mean", rank)
+        assert error(dense(root), best) < 0.01, step
+        rest = root if rest is None else rest
+        # it may come back from a checkpoint in another dtype
+        start, basis = root.vectors.to([F32, F64, torch.bfloat16][step % 3]), turn @ basis
+    assert error(dense(rest), best) > 0.1  # what was tracked did move
+
+
+def test_a_start_that_does_not_fit_is_no_start():
+    gram = gram_of(spectrum("log-spaced", 20)).float()
+    fresh = low_rank_root(gram, 0.5, 1e-2, "mean", 5)
+    for start in (torch.randn(1, 20, 4), torch.randn(2, 20, 5), torch.full((1, 20, 5), math.nan)):
+        assert same(low_rank_root(gram, 0.5, 1e-2, "mean", 5, start).vectors, fresh.vectors)
+
+
+def test_low_rank_groups_are_independent():
+    gram = torch.cat([gram_of(spectrum(name, 15), i) for i, name in enumerate(SPECTRA)])
+    batch = dense(low_rank_root(lower_only(gram), 0.5, 1e-2, "mean", 4))
+    for group, root in zip(gram, batch, strict=True):
+        assert error(root[None], dense(low_rank_root(group[None], 0.5, 1e-2, "mean", 4))) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("relative", RELATIVE)
+def test_low_rank_is_bounded_for_every_gram(relative, dtype):
+    """Rank deficient without damping, zero, any scale: finite, and no gain above that of the noise floor."""
+    eps = torch.finfo(dtype).eps
+    for name in SPECTRA:
+        for factor in (1e-16, 1e-8, 1.0, 1e8, 1e16):
+            gram = (gram_of(spectrum(name, 15)) * factor).to(dtype)
+            before = gram.clone()
+            for damping in (0.0, 1e-3):
+                for power in (1, 0.25):
+                    for rank in (1, 4, 15):
+                        root = low_rank_root(gram, power, damping, relative, rank)
+                        again = low_rank_root(gram, power, damping, relative, rank, root.vectors)
+                        for each in (dense(root), dense(again)):
+                            largest = float(gram.abs().max())
+                            if largest > 0:
+                                assert each.abs().max() < 2 * (eps * largest) ** -power
+            assert torch.equal(gram, before)
+
+
+def test_low_rank_clamps_what_is_negative():
+    """Rounding may make an eigenvalue, or the mean of the tail, negative: λ must not cancel it."""
+    gram = gram_of(torch.tensor([3.0, 2.0, -0.05, -0.05], dtype=F64))
+    for rank in (2, 4):
+        root = low_rank_root(gram, 1, 0.1, "absolute", rank, sweeps=20)
+        expected = gram_of(1 / torch.tensor([3.1, 2.1, 0.1, 0.1], dtype=F64))
+        assert error(dense(root), expected) < 1e-6
+
+
+def test_low_rank_of_full_rank_needs_no_damping():
+    gram = gram_of(spectrum("well conditioned", 12)).float()
+    for rank in (12, 20):
+        assert error(dense(low_rank_root(gram, 1, 0.0, "mean", rank)), slow_root(gram, 1, 0.0, "mean")) < 1e-5
+
+
+@pytest.mark.parametrize("relative", ["mean", "max"])
+def test_low_rank_scale_equivariance(relative):
+    gram = gram_of(spectrum("log-spaced", 20)).float()
+    for power in (1, 0.5):
+        root = dense(low_rank_root(gram, power, 1e-2, relative, 6)).double()
+        for factor in (1e-16, 1e-8, 1e8, 1e16):
+            scaled = dense(low_rank_root(gram * factor, power, 1e-2, relative, 6))
+            assert error(scaled, root * factor**-power) < 1e-3
+
+
+def test_low_rank_of_zero_is_the_identity():
+    for relative, damping in (("mean", 0.1), ("max", 0.1), ("absolute", 0.0)):
+        root = low_rank_root(lower_only(torch.zeros(2, 9, 9)), 0.5, damping, relative, 3)
+        assert not root.weights.any()
+        assert (root.scale == 1).all()
+        assert torch.isfinite(root.vectors).all()
+    root = low_rank_root(torch.zeros(2, 9, 9), 0.5, 0.04, "absolute", 3)
+    torch.testing.assert_close(dense(root), 5 * torch.eye(9).expand(2, 9, 9))
+
+
+def test_times_root():
+    gram = torch.cat([gram_of(spectrum(name, 10), i) for i, name in enumerate(SPECTRA)])
+    x = torch.randn(len(SPECTRA), 7, 10, dtype=F64)
+    before = x.clone()
+    root = inverse_root(gram, 0.5, 1e-2)
+    torch.testing.assert_close(times_root(x, root), torch.einsum("gnk,gkl->gnl", x, root))
+    low = low_rank_root(gram, 0.5, 1e-2, "mean", 3)
+    torch.testing.assert_close(times_root(x, low), torch.einsum("gnk,gkl->gnl", x, dense(low)))
+    assert torch.equal(x, before)
+
+
+def test_constants_are_the_documented_ones():
+    """Ten steps of each are the published ones; the floor is that of `plywise.solve`."""
+    assert (roots.SCHULZ_STEPS, roots.POWER_STEPS, roots.NOISE) == (10, 10, 1e-12)
