@@ -118,7 +118,7 @@ class Attachment:
             push_energy(node, energy * self.rule.matching_scalar(ply))
         if self._keeper is not None:
             like = torch.empty(0, dtype=ply.dtype, device=delta.device)
-            ply.memory, ply.refreshing = self._keeper.recall(ply.name, like)
+            ply.memory, ply.waits = self._keeper.recall(ply.name, like)
         return ply
 
     def answer(self, ply: Ply, wants_move: bool, wants_below: bool) -> tuple[Move, Tensor | None]:

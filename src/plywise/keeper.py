@@ -41,12 +41,12 @@ class Pending:
     """Evidence whose gradient is in ``.grad``, waiting for the step.
 
     Attributes:
-        refreshing: whether that gradient is the plain one, for the step to precondition.
+        waits: whether that gradient is the plain one, from which the step makes the move.
         evidence: summed over the backward passes so far; empty in a step that gathers none.
         mark: which tensor ``.grad`` was when the last one arrived, and how often written to.
     """
 
-    refreshing: bool
+    waits: bool
     evidence: "Evidence"
     mark: tuple[int, int]
 
@@ -71,6 +71,7 @@ class Keeper:
         self._step = 0
         self._phases: dict[str, int] = {}
         self._memories: dict[str, Memory] = {layer.name: {} for layer in layers}
+        self._in_backward: dict[str, bool] = {}
         self._columns: dict[str, int] = {}  # those that the memories were made for
         self._staged: dict[str, tuple[int, bool, Evidence]] = {}
         self._pending: dict[str, Pending] = {}
@@ -89,21 +90,23 @@ class Keeper:
     # ---- in backward -------------------------------------------------------------------------
 
     def recall(self, name: str, like: Tensor) -> tuple["Memory", bool]:
-        """What a layer remembers, where ``like`` is, and whether this step refreshes it."""
+        """What a layer remembers, where ``like`` is, and whether its gradient waits for the step."""
         columns = self._layers[name].shape.columns
         if self._columns.setdefault(name, columns) != columns:  # its bias was frozen, or thawed
             self._columns[name], self._memories[name] = columns, {}
         memory = self._memories[name]
         if any(value.dtype != like.dtype or value.device != like.device for value in memory.values()):
             memory = self._memories[name] = _like(memory, like)  # the model has moved
-        return memory, self._due(name, self._rule.refresh_every)
+        pending = self._pending.get(name)
+        if pending is not None and not _still_there(self._layers[name].weight.grad, pending.mark):
+            del self._pending[name]  # zero_grad since: that step will not happen
+            pending = None
+        if pending is not None:  # micro-batches of one step are treated alike
+            return memory, pending.waits
+        return memory, self._due(name, self._rule.refresh_every) or not self._in_backward.get(name, False)
 
     def stage(self, ply: Ply) -> None:
         """Gather a backward pass's evidence; it does not count yet."""
-        layer = self._layers[ply.name]
-        pending = self._pending.get(ply.name)
-        if pending is not None and not _still_there(layer.weight.grad, pending.mark):
-            del self._pending[ply.name]  # zero_grad since: that step will not happen
         evidence: Evidence = {}
         if self._due(ply.name, self._rule.stats_every) and ply.a.numel() and ply.delta.numel():
             # data-parallel training averages gradients, so that each row counts 1/processes in the whole
@@ -114,11 +117,11 @@ class Keeper:
         earlier = self._staged.get(ply.name)
         if earlier is not None and earlier[0] == this_pass:  # a layer called several times
             evidence = _added(earlier[2], evidence)
-        self._staged[ply.name] = this_pass, ply.refreshing, evidence
+        self._staged[ply.name] = this_pass, ply.waits, evidence
 
     def arrived(self, name: str) -> None:
         """The gradient of a layer's weight has arrived in ``.grad``: its evidence counts."""
-        this_pass, refreshing, evidence = self._staged.pop(name, (None, False, {}))
+        this_pass, waits, evidence = self._staged.pop(name, (None, False, {}))
         if this_pass != torch._C._current_graph_task_id():
             return
         gradient = self._layers[name].weight.grad
@@ -126,7 +129,7 @@ class Keeper:
         pending = self._pending.get(name)
         if pending is not None:
             evidence = _added(pending.evidence, evidence)
-        self._pending[name] = Pending(refreshing, evidence, _mark(gradient))
+        self._pending[name] = Pending(waits, evidence, _mark(gradient))
 
     # ---- at the step -------------------------------------------------------------------------
 
@@ -156,9 +159,11 @@ class Keeper:
         self._refresh([name for name in learned if self._due(name, self._rule.refresh_every)], memories)
         for name, layer in layers.items():
             pending = self._pending.get(name)
-            if pending is not None and pending.refreshing and layer.weight.grad is not None:
+            if pending is not None and pending.waits and layer.weight.grad is not None:
                 self._finish(layer, memories)
         self._memories = memories
+        for name in learned:
+            self._in_backward[name] = self._rule.in_backward(memories[name], layers[name].shape)
         self._step += 1
         self.forget_pending()
 
@@ -274,6 +279,11 @@ class Keeper:
             raise StateError(_why_not_mine(name, state.get(KEY), entries, list(self._memories)))
         for layer in self._layers.values():
             self._check_shapes(layer, mine["layers"][layer.name])
+        self._in_backward = {
+            name: self._rule.in_backward(mine["layers"][name], layer.shape)
+            for name, layer in self._layers.items()
+            if mine["layers"][name]
+        }
         self._memories = {
             layer: {key: value.clone() for key, value in mine["layers"][layer].items()}
             for layer in self._memories

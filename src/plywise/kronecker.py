@@ -1,9 +1,11 @@
 """``D = c · L^-p G R^-q``: the mechanism of every rule that preconditions G by covariances of A and Δ.
 
 ``R``, of the inputs' rows, and ``L``, of the output gradients' rows, are running statistics. Their inverse
-roots are made at a refresh, and used until the next: in backward, on whichever is smaller, the rows or G
-(``Δᵀ(A R^-q)`` costs 2nk² operations, ``G R^-q`` 2mk²). ``c`` keeps the size of G: it is measured in each
-refreshing step, exactly, and holds until the next.
+roots are made at a refresh, and used until the next. ``c`` keeps the size of G.
+
+The step makes the move from G, at 2mk² operations for the input side, with c measured exactly. With fewer
+rows than outputs, ``Δᵀ(A R^-q)`` costs 2nk² only: backward does that between refreshes, with the c of the
+last refresh, since G itself is not made then.
 """
 
 from abc import abstractmethod
@@ -94,10 +96,17 @@ class KroneckerRule(MemoryRule):
     # ---- in backward -------------------------------------------------------------------------
 
     def move(self, ply: Ply) -> Move:
-        """``L^-p G R^-q`` by the roots remembered; the plain gradient in a step that makes new ones."""
-        if ply.refreshing or not ply.memory:
+        """``c · L^-p G R^-q`` by what is remembered, or the plain gradient if that waits for the step."""
+        if ply.waits or not ply.memory:
             return ply.gradient()
-        return preconditioned(ply, root_of(ply.memory, "output"), root_of(ply.memory, "input"))
+        left, right = root_of(ply.memory, "output"), root_of(ply.memory, "input")
+        return preconditioned(ply, left, right, ply.memory["scale"])
+
+    def in_backward(self, memory: Memory, shape: LayerShape) -> bool:
+        """Where each product is smaller with the rows than with G."""
+        sides = self.plan.sides(shape.outputs, shape.columns)
+        limits = {"input": shape.outputs, "output": shape.columns}
+        return bool(sides) and bool(memory["rows"] < min(limits[side] for side in sides))
 
     def gather(self, ply: Ply, turn: int) -> Evidence:
         """``AᵀA`` and ``ΔᵀΔ``, as far as they are needed; lower triangles."""
@@ -116,15 +125,18 @@ class KroneckerRule(MemoryRule):
         """Add to the discounted sums, and to the discounted counts that make means of them."""
         decay = self.plan.decay
         counts = {"input": evidence["rows"], "output": torch.ones_like(evidence["rows"])}
-        news = {}
-        for side in counts.keys() & evidence.keys():
+        news = {"rows": evidence["rows"]}
+        for side in ("input", "output"):
+            if side not in evidence:
+                continue
             for key, value in ((side, evidence[side]), (f"{side}.count", counts[side])):
                 news[key] = torch.add(value, memory[key], alpha=decay) if key in memory else value
         return news
 
     def refresh(self, memory: Memory, name: str, health: Health) -> Memory:
         """The roots of the statistics; the last good ones where that fails."""
-        plan, news = self.plan, {}
+        plan = self.plan
+        news = {"scale": memory.get("scale", torch.ones_like(memory["rows"]))}
         for side, power in (("input", plan.right), ("output", plan.left)):
             if side not in memory:
                 continue
@@ -145,24 +157,19 @@ class KroneckerRule(MemoryRule):
         return news
 
     def finish(self, memory: Memory, gradient: Move, groups: int) -> tuple[Move, Memory]:
-        """``c · L^-p G R^-q`` of the gradient at hand, and the roots with ``c`` in them."""
+        """``c · L^-p G R^-q`` of the gradient at hand, and its ``c``."""
         left, right = root_of(memory, "output"), root_of(memory, "input")
         assert gradient.weight is not None
         if left is None and right is None:
             return gradient, {}
-        some = memory["input.count" if right is not None else "output.count"]
-        matrix = gradient.matrix(groups).to(some.dtype)
+        matrix = gradient.matrix(groups).to(memory["rows"].dtype)
         moved = _between(matrix, left, right)
-        news: Memory = {}
+        news = {}
         if self.plan.keep_norm:
             size, own = torch.linalg.vector_norm(matrix), torch.linalg.vector_norm(moved)
-            scale = torch.where(own > 0, size / own, torch.ones_like(own))
-            moved = moved * scale
-            side, root = ("input", right) if right is not None else ("output", left)
-            assert root is not None
-            news = _entries(side, _scaled(root, scale))
-        move = Move.of(moved, gradient.weight.shape, gradient.bias is not None)
-        return move, news
+            news["scale"] = torch.where(own > 0, size / own, torch.ones_like(own))
+            moved = moved * news["scale"]
+        return Move.of(moved, gradient.weight.shape, gradient.bias is not None), news
 
     # ---- sizes -------------------------------------------------------------------------------
 
@@ -173,11 +180,11 @@ class KroneckerRule(MemoryRule):
     def learned_shapes(self, shape: LayerShape) -> Shapes:
         """The discounted sums and counts."""
         sums = {side: (shape.groups, n, n) for side, n in self._sizes(shape).items()}
-        return {**sums, **{f"{side}.count": () for side in sums}}
+        return {"rows": (), **sums, **{f"{side}.count": () for side in sums}}
 
     def refreshed_shapes(self, shape: LayerShape) -> Shapes:
-        """The roots, dense or of low rank."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        """The roots, dense or of low rank, and c."""
+        shapes: dict[str, tuple[int, ...]] = {"scale": ()}
         for side, n in self._sizes(shape).items():
             rank, g = self.plan.rank_of(n), shape.groups
             if rank is None:
@@ -231,8 +238,10 @@ class KroneckerRule(MemoryRule):
         return f"{name}: {text}, every {self.refresh_every} steps" + "".join(f" ({text})" for text in missing)
 
 
-def preconditioned(ply: Ply, left: Root | None, right: Root | None) -> Move:
-    """``left · G · right``, each product made with the rows where they are fewer than G's."""
+def preconditioned(ply: Ply, left: Root | None, right: Root | None, scale: Tensor | None = None) -> Move:
+    """``scale · left · G · right``, each product made with the rows where they are fewer than G's."""
+    if scale is not None:
+        ply = replace(ply, delta=ply.delta * scale.to(ply.delta.dtype))
     if left is not None and ply.row_count < ply.columns:
         ply, left = replace(ply, delta=ply.from_delta_rows(times_root(ply.delta_rows(), left))), None
     if right is not None and ply.kind.rows_are_inputs and ply.row_count < ply.outputs:
@@ -266,10 +275,6 @@ def _entries(side: str, root: Root) -> dict[str, Tensor]:
         parts = {"vectors": root.vectors, "weights": root.weights, "scale": root.scale}
         return {f"{side}.{part}": value for part, value in parts.items()}
     return {f"{side}.root": root}
-
-
-def _scaled(root: Root, by: Tensor) -> Root:
-    return replace(root, scale=root.scale * by) if isinstance(root, LowRank) else root * by
 
 
 def _identity(like: Tensor, rank: int | None) -> Root:

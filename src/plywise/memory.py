@@ -5,9 +5,9 @@ rows that add over micro-batches and processes (`MemoryRule.gather`). At the opt
 happens, the evidence is learned: on every process alike and cheaply (`learn`), and every so many steps
 dearly, on one process for all (`refresh`). What happens to evidence in between is `plywise.keeper`'s care.
 
-Between refreshes such a rule acts in backward, by what it remembers (`Rule.move`, `Ply.memory`), where a
-product with the smaller of A and G will do. In a step that refreshes, backward leaves the plain gradient,
-and the step preconditions it with the news (`finish`).
+Then the step makes the move from the gradient (`finish`), which is plain, whole and averaged by then. Where
+it is cheaper to act on the rows that only backward sees (`in_backward`), backward makes the move by what is
+remembered (`Rule.move`, `Ply.memory`), but for the steps that refresh.
 """
 
 from abc import abstractmethod
@@ -112,6 +112,13 @@ class MemoryRule(Rule):
         """What `refresh` costs for a layer, in any unit: decides which process does it, and in which step."""
         return 0.0
 
+    def in_backward(self, memory: Memory, shape: LayerShape) -> bool:
+        """Whether, between refreshes, backward itself makes the move."""
+        return False
+
     def finish(self, memory: Memory, gradient: Move, groups: int) -> tuple[Move, Memory]:
-        """At a refresh: the layer's move made from the gradient at hand, and what changes in the memory."""
+        """At the step: the move made from the gradient at hand, and what changes in the memory.
+
+        Called in every step that refreshes, and in the others unless the rule acts `in_backward`.
+        """
         return gradient, {}

@@ -63,8 +63,8 @@ class Ply:
         energy: product of the layers' matching scalars from the loss down to this layer's output
             (`plywise.graph`); None unless the rule asked for it.
         memory: what the layer remembers of earlier steps (`plywise.memory`); empty for most rules.
-        refreshing: whether this step refreshes the memory, so that backward shall leave the plain gradient
-            for the step to precondition.
+        waits: whether the optimizer's step will make the move from the gradient, so that backward shall
+            leave the plain one.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Ply:
     health: Health
     energy: Tensor | None = None
     memory: Mapping[str, Tensor] = field(default_factory=dict)
-    refreshing: bool = False
+    waits: bool = False
 
     def times(self, scale: float) -> "Ply":
         """The same problem with Δ multiplied by ``scale`` (cheaper than scaling a move: Δ is smaller)."""

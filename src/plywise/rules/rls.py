@@ -91,6 +91,10 @@ class RLS(MemoryRule):
             inverse = inverse * (size / self.ridge / trace).clamp(max=1).reshape(-1, 1, 1)
         return {"inverse": inverse, "h": h}
 
+    def in_backward(self, memory: Memory, shape: LayerShape) -> bool:
+        """Always: the step's own correction comes after its move."""
+        return True
+
     def finish(self, memory: Memory, gradient: Move, groups: int) -> tuple[Move, Memory]:
         """Divide by ``h``."""
         factors = 1 / memory["h"]
