@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from plywise.rules.consequentialism import Consequentialism
     from plywise.rules.feature_whitening import FeatureWhitening
     from plywise.rules.foof import Foof
+    from plywise.rules.gradient_amplification import GradientAmplification
     from plywise.rules.kfac import KFAC
     from plywise.rules.nlms import NLMS
     from plywise.rules.precondition import Precondition
@@ -44,6 +45,7 @@ _HOMES = {
     "Consequentialism": "rules.consequentialism",
     "FeatureWhitening": "rules.feature_whitening",
     "Foof": "rules.foof",
+    "GradientAmplification": "rules.gradient_amplification",
     "KFAC": "rules.kfac",
     "LayerShape": "kept_layer",
     "LayerType": "layers",
@@ -74,6 +76,7 @@ __all__ = [
     "Consequentialism",
     "FeatureWhitening",
     "Foof",
+    "GradientAmplification",
     "LayerShape",
     "LayerType",
     "MemoryRule",

@@ -39,7 +39,7 @@ def test_every_piece_is_told(finished):
 def test_study_holds_every_method_and_run(finished):
     plan, study, _ = finished
     names = [setup.name for setup in plan.setups]
-    assert set(RULES) - {"Precondition"} | {"SGD", "AdamW"} <= set(names)
+    assert set(RULES) - {"Precondition", "GradientAmplification"} | {"SGD", "AdamW"} <= set(names)
     assert [method["name"] for method in study["methods"]] == names
     assert [line["name"] for line in study["sensitivity"]] == names
     for method in study["methods"]:

@@ -27,7 +27,7 @@ class AdaBK(KroneckerRule):
 
     Args:
         decay: how much of the statistics stays at each gathering (α). Default 0.9.
-        damping: ε, relative to the largest eigenvalue of each side. Default 1e-3.
+        damping: ε, relative to the largest eigenvalue of each side. Default 0.01.
         rank: keep only so many directions of each root and treat the others alike; None for all.
         solver: ``"auto"`` and ``"eigh"`` by eigenvalues, ``"newton"`` by a converging iteration, or
             ``"newton_schulz"`` as published.
@@ -50,7 +50,7 @@ class AdaBK(KroneckerRule):
     """
 
     decay: float = 0.9  # α
-    damping: float = 1e-3  # ε
+    damping: float = 0.01  # ε
     rank: int | None = None
     solver: Solver = "auto"
     sample: int = 1

@@ -25,7 +25,7 @@ class Foof(KroneckerRule):
 
     Args:
         decay: how much of the statistic stays at each gathering. Default 0.95.
-        damping: ε, relative to the mean of the statistic's diagonal. Default 0.1.
+        damping: ε, relative to the mean of the statistic's diagonal. Default 1.
         rank: keep only so many directions of the inverse and treat the others alike; None for all.
         sample: take every so many-th position along each axis of a convolution or sequence into R.
         stats_every: steps from one batch that enters the statistic to the next. Default 10.
@@ -46,7 +46,7 @@ class Foof(KroneckerRule):
     """
 
     decay: float = 0.95
-    damping: float = 0.1
+    damping: float = 1.0
     rank: int | None = None
     sample: int = 2
     stats_every: int = 10

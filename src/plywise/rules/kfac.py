@@ -25,7 +25,7 @@ class KFAC(KroneckerRule):
 
     Args:
         decay: how much of the statistics stays at each gathering. Default 0.95.
-        damping: ε, relative to the mean of each side's diagonal. Default 0.1.
+        damping: ε, relative to the mean of each side's diagonal. Default 1.
         keep_norm: give each layer's move the size of its gradient. Default True.
         rank: keep only so many directions of each inverse and treat the others alike; None for all.
         sample: take every so many-th position along each axis of a convolution or sequence into R.
@@ -47,7 +47,7 @@ class KFAC(KroneckerRule):
     """
 
     decay: float = 0.95
-    damping: float = 0.1
+    damping: float = 1.0
     keep_norm: bool = True
     rank: int | None = None
     sample: int = 1

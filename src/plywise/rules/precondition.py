@@ -32,7 +32,7 @@ class Precondition(KroneckerRule):
         right: power of R, the covariance of the inputs (q); 0 for none. Default 1.
         decay: how much of the statistic stays at each gathering; 1 forgets nothing. Default 0.95.
         statistic: the running ``"mean"`` over rows, or the discounted ``"sum"``.
-        damping: λ, relative as ``relative_to`` says. Default 0.1.
+        damping: λ, relative as ``relative_to`` says. Default 1.
         relative_to: the ``"mean"`` of the statistic's diagonal, its ``"max"`` eigenvalue, or ``"absolute"``.
         keep_norm: give each layer's move the size of its gradient. Without it convolutions, whose
             gradient sums over positions, need another rate than linear layers.
@@ -62,7 +62,7 @@ class Precondition(KroneckerRule):
     right: float = 1.0  # q
     decay: float = 0.95
     statistic: Literal["mean", "sum"] = "mean"
-    damping: float = 0.1
+    damping: float = 1.0
     relative_to: Relative = "mean"
     keep_norm: bool = True
     solver: Solver = "auto"

@@ -1,0 +1,144 @@
+"""Gradient amplification: some layers' backward values made larger for a while."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from plywise.explain import Size
+from plywise.kept_layer import LayerShape
+from plywise.memory import Evidence, Memory, MemoryRule, Shapes
+from plywise.ply import Move, Ply
+from plywise.rule import require_choice, require_positive, require_whole
+
+
+@dataclass(frozen=True, eq=False)
+class GradientAmplification(MemoryRule):
+    """After gradient amplification and intelligent gradient amplification.
+
+    Idea: multiply the gradients of a changing choice of layers by a factor, so that early layers of deep
+        networks, whose gradients are small, learn at high rates too.
+    Equation: mode "signal": Δ ← f Δ at the output of each chosen layer, for its own move and for what the
+        layer below hears (f to the power of the chosen layers above); mode "gradient": D = f G alone. A
+        layer is chosen at random with probability ``share``, or, with ``agreement``, where
+        Σᵢ|Σₜ Gₜᵢ| / Σᵢ Σₜ|Gₜᵢ|, over the steps t of the last period, is at least that.
+    Use when: to reproduce the papers. As a principled version, take BackMatching.
+    Do not use when: with Adam or RMSprop in mode "gradient": they divide the factor out again.
+    Cost: a product of Δ with a number; with ``agreement``, a copy of the gradients.
+    Source: after Basodi, Ji, Zhang, Pan, "Gradient Amplification: An Efficient Way to Train Deep Neural
+        Networks", Big Data Mining and Analytics 2020, and Basodi, Pusuluri, Xiao, Pan, arXiv 2305.18445.
+    Limits: the papers' text does not settle which of both modes they use, nor the measure and the direction
+        of the test by which "intelligent" amplification chooses: both are chosen here. Layers are chosen
+        independently of each other, not a fixed number of them.
+
+    Args:
+        factor: f. Default 2.
+        share: probability that a layer is chosen, in (0, 1]. Default 0.5.
+        mode: ``"signal"`` or ``"gradient"``, see the equation.
+        agreement: choose by this threshold in (0, 1] instead of at random; None for random.
+        every: steps from one choice to the next. Default 100.
+        until: no new choice after so many steps (the last one ends with its period); None for always.
+        seed: seed of the random choice.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> rule = pw.GradientAmplification(factor=3.0, every=10).attach(model, optimizer)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.arange(32) % 2)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> rule.detach()
+    """
+
+    factor: float = 2.0
+    share: float = 0.5
+    mode: Literal["signal", "gradient"] = "signal"
+    agreement: float | None = None
+    every: int = 100
+    until: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choice(self, "mode", self.mode, ("signal", "gradient"))
+        require_positive(self, factor=self.factor, share=self.share)
+        require_whole(self, every=self.every, **({} if self.until is None else {"until": self.until}))
+        if self.agreement is not None:
+            require_positive(self, agreement=self.agreement)
+        if self.share > 1:
+            raise ValueError(f"GradientAmplification: share must be at most 1, not {self.share!r}.")
+
+    @property
+    def stats_every(self) -> int:  # type: ignore[override]
+        """A choice a period."""
+        return self.every
+
+    @property
+    def refresh_every(self) -> int:  # type: ignore[override]
+        """A choice a period."""
+        return self.every
+
+    def move(self, ply: Ply) -> Move:
+        """``f G`` for a chosen layer."""
+        return ply.gradient(self._amplified(ply))
+
+    def below(self, ply: Ply) -> Tensor:
+        """``f ΔW`` for a chosen layer in mode "signal"."""
+        return ply.below(self._amplified(ply) if self.mode == "signal" else None)
+
+    def _amplified(self, ply: Ply) -> Tensor:
+        factor = ply.memory.get("factor")
+        return ply.delta if factor is None else ply.delta * factor.to(ply.delta.dtype)
+
+    def gather(self, ply: Ply, turn: int) -> Evidence:
+        """The period that begins, and the dice thrown for this layer in it."""
+        name = f"{self.seed} {turn} {ply.name}".encode()  # the same on every process and after a resume
+        dice = int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
+        rows = torch.ones((), dtype=ply.dtype, device=ply.delta.device)
+        return {"rows": rows, "dice": rows * dice, "period": rows * turn}
+
+    def learn(self, memory: Memory, evidence: Evidence) -> Memory:
+        """Choose, or not, for the next period."""
+        rows = evidence["rows"]  # backward passes of this step, over all processes
+        one = torch.ones_like(rows)
+        if self.agreement is None:
+            chosen = evidence["dice"] / rows < self.share
+        elif "sum" in memory:
+            chosen = memory["sum"].abs().sum() >= self.agreement * memory["total"]
+        else:
+            chosen = one < 0
+        if self.until is not None:
+            chosen &= evidence["period"] / rows * self.every + 1 < self.until
+        news = {"factor": torch.where(chosen, one * self.factor, one)}
+        if "sum" in memory:
+            news |= {"sum": torch.zeros_like(memory["sum"]), "total": torch.zeros_like(one)}
+        return news
+
+    def finish(self, memory: Memory, gradient: Move, groups: int) -> tuple[Move, Memory]:
+        """Sum up the gradients and their sizes where the choice depends on them."""
+        if self.agreement is None:
+            return gradient, {}
+        matrix = gradient.matrix(groups).to(memory["factor"].dtype)
+        total = matrix.abs().sum()
+        if "sum" not in memory:
+            return gradient, {"sum": matrix.clone(), "total": total}
+        return gradient, {"sum": memory["sum"] + matrix, "total": memory["total"] + total}
+
+    def evidence_shapes(self, shape: LayerShape) -> Shapes:
+        """Scalars."""
+        return {"rows": (), "dice": (), "period": ()}
+
+    def learned_shapes(self, shape: LayerShape) -> Shapes:
+        """The factor in force, and the gradients' sums."""
+        sums: Shapes = {"sum": (shape.groups, shape.outputs, shape.columns), "total": ()}
+        return {"factor": (), **(sums if self.agreement is not None else {})}
+
+    def price(self, size: Size) -> tuple[float, float]:
+        """A pass over Δ, and with ``agreement`` two over G."""
+        weights = 0.0 if self.agreement is None else float(size.g * size.m * size.d)
+        return size.g * float(size.n * size.m) + 3 * weights, weights
