@@ -8,6 +8,10 @@ measured in processes of their own for each rule.
 
     python benchmarks/step_cost.py --threads 1 --rounds 25
     python benchmarks/step_cost.py --device cuda
+
+Rules with memory are measured over whole cycles of refreshing, see `cycle_cost`:
+
+    python benchmarks/step_cost.py --cycles
 """
 
 import argparse
@@ -28,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cycle_cost
 import plywise as pw
 
 
@@ -191,6 +196,7 @@ def main() -> None:
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--cycles", action="store_true", help="rules with memory, over whole cycles")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -199,6 +205,13 @@ def main() -> None:
         print(own_peak(nets[0], options.peak_of, options.device))
         return
     result: dict[str, Any] = {"environment": environment(options.device, options.threads), "nets": {}}
+    if options.cycles:
+        for batch in cycle_cost.BATCHES:
+            table = cycle_cost.measure(mlp, batch, options.rounds, options.device)
+            result["nets"][f"784-1024-1024-10, batch {batch}"] = table
+            cycle_cost.show(batch, table)
+            write_figures(options.json, result)
+        return
     if options.json and options.json.exists() and options.net:  # some nets again: the others' figures stay
         result["nets"] = json.loads(options.json.read_text())["nets"]
     for net in nets:
@@ -216,8 +229,12 @@ def main() -> None:
             spread = f"{row['cpu_low']:.2f} - {row['cpu_high']:.2f}"
             print(f"{name:30} {row['cpu']:6.2f} {spread:>14} {row['wall']:6.2f} {memory:>12}")
         result["nets"][net] = table
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_figures(options.json, result)
+
+
+def write_figures(path: Path | None, result: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
