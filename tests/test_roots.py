@@ -8,78 +8,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grams import (
+    F32,
+    F64,
+    RELATIVE,
+    SPECTRA,
+    damping_of,
+    error,
+    gram_of,
+    lower_only,
+    same,
+    slow_root,
+    spectrum,
+)
 from plywise import health, roots
-from plywise.roots import LowRank, inverse_root, low_rank_root, times_root
-
-F32, F64 = torch.float32, torch.float64
+from plywise.low_rank import low_rank_root
+from plywise.roots import inverse_root
 
 CONVERGED = [
     ("auto", 1), ("auto", 0.5), ("cholesky", 1), ("eigh", 1), ("eigh", 0.5), ("eigh", 0.25), ("eigh", 0.7),
     ("newton", 1), ("newton", 0.5), ("newton", 1 / 3), ("newton", 0.25),
 ]  # fmt: skip
 ALL = [*CONVERGED, ("newton_schulz", 0.5)]
-RELATIVE = ["mean", "max", "absolute"]
-
-
-def spectrum(name: str, k: int) -> Tensor:
-    return {
-        "well conditioned": torch.linspace(1, 3, k, dtype=F64),
-        "log-spaced": torch.logspace(0, -6, k, dtype=F64),
-        "rank one": torch.eye(k, dtype=F64)[0] * 5,
-        "half rank": torch.arange(k, dtype=F64).sub((k - 1) // 2).clamp_min(0),
-        "zero": torch.zeros(k, dtype=F64),
-        "constant": torch.full((k,), 0.3, dtype=F64),
-    }[name]
-
-
-SPECTRA = ["well conditioned", "log-spaced", "rank one", "half rank", "zero", "constant"]
-
-
-def gram_of(values: Tensor, seed: int = 0) -> Tensor:
-    """(1, k, k) with these eigenvalues and random eigenvectors."""
-    k = len(values)
-    noise = torch.randn(k, k, dtype=F64, generator=torch.Generator().manual_seed(seed))
-    Q = torch.linalg.qr(noise).Q
-    product = (Q * values) @ Q.T
-    return ((product + product.T) / 2)[None]
-
-
-def lower_only(gram: Tensor) -> Tensor:
-    """What lies above the diagonal is nobody's business."""
-    above = torch.ones_like(gram, dtype=torch.bool).triu(1)
-    return gram.masked_fill(above, math.nan)
-
-
-def damping_of(matrix: Tensor, damping: float, relative: str) -> float:
-    if relative == "absolute":
-        return damping
-    values = torch.linalg.eigvalsh(matrix)
-    return damping * float(values.mean() if relative == "mean" else values.max())
-
-
-def slow_root(gram: Tensor, power: float, damping: float, relative: str) -> Tensor:
-    out = []
-    for matrix in gram.double():
-        shift = damping_of(matrix, damping, relative)
-        values, vectors = torch.linalg.eigh(matrix)
-        values = values.clamp_min(0) + shift
-        if not values.max() > 0:
-            out.append(torch.eye(len(matrix), dtype=F64))
-        else:
-            out.append(vectors @ torch.diag(values**-power) @ vectors.T)
-    return torch.stack(out)
-
-
-def error(actual: Tensor | None, expected: Tensor) -> float:
-    assert actual is not None
-    assert actual.shape == expected.shape
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.equal(a, b)
-
-
 # ---- the converged solvers -----------------------------------------------------------------------
 
 
@@ -380,7 +330,7 @@ def test_a_gram_that_is_not_finite_has_no_root(bad, where, dtype):
         for solver, power in ALL:
             events: list[str] = []
             assert inverse_root(gram, power, 0.1, relative, solver, events.append) is None
-            assert events == [health.IDENTITY]
+            assert events == [health.NON_FINITE]
         assert low_rank_root(gram, 0.5, 0.1, relative, 2) is None
         assert low_rank_root(gram, 0.5, 0.1, relative, 2, good.vectors) is None
 
@@ -405,174 +355,7 @@ def test_the_same_bits_twice_and_the_global_generator_untouched():
     state = torch.get_rng_state()
     for solver, power in ALL:
         assert same(*(inverse_root(gram, power, 1e-2, solver=solver) for _ in range(2)))
-    first, second = (low_rank_root(gram, 0.5, 1e-2, "mean", 5) for _ in range(2))
-    assert same(first.vectors, second.vectors)
-    assert same(first.weights, second.weights)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# ---- low rank ----------------------------------------------------------------------------------------
-
-
-def dense(root: LowRank | None) -> Tensor:
-    assert root is not None
-    for part in (root.vectors, root.weights, root.scale):
-        assert torch.isfinite(part).all()
-    r = root.vectors.shape[2]
-    eye = torch.eye(r, dtype=root.vectors.dtype)
-    assert (root.vectors.mT @ root.vectors - eye).abs().max() < 100 * torch.finfo(root.vectors.dtype).eps
-    body = root.vectors @ torch.diag_embed(root.weights) @ root.vectors.mT
-    return root.scale[:, None, None] * (torch.eye(body.shape[1], dtype=body.dtype) + body)
-
-
-def slow_low_rank(gram: Tensor, power: float, damping: float, relative: str, rank: int) -> Tensor:
-    """Its definition, with exact eigenvectors."""
-    values, vectors = torch.linalg.eigh(gram[0].double())
-    shift = damping_of(gram[0].double(), damping, relative)
-    if rank < len(values):
-        values[: len(values) - rank] = values[: len(values) - rank].mean()
-    return (vectors @ torch.diag((values + shift) ** -power) @ vectors.T)[None]
-
-
-@pytest.mark.parametrize("relative", RELATIVE)
-@pytest.mark.parametrize("power", [1, 0.5, 0.25])
-def test_low_rank_is_exact_where_the_tail_is_constant(power, relative):
-    values = torch.full((40,), 0.2, dtype=F64)
-    values[-4:] = torch.tensor([20.0, 9, 5, 3])
-    gram = gram_of(values)
-    expected = slow_root(gram, power, 0.01, relative)
-    for rank in (4, 7, 39, 40, 100):
-        for dtype, tolerance in ((F64, 1e-4), (F32, 1e-4)):
-            root = low_rank_root(lower_only(gram.to(dtype)), power, 0.01, relative, rank)
-            assert root.vectors.shape == (1, 40, min(rank, 40))
-            assert root.vectors.dtype == root.weights.dtype == root.scale.dtype == dtype
-            assert error(dense(root), expected) < tolerance, (rank, dtype)
-        assert same(root.vectors, low_rank_root(gram.float(), power, 0.01, relative, min(rank, 40)).vectors)
-        settled = low_rank_root(gram, power, 0.01, relative, rank, sweeps=15)
-        assert error(dense(settled), expected) < 1e-9
-
-
-@pytest.mark.parametrize("relative", RELATIVE)
-def test_low_rank_is_its_definition(relative):
-    gram = gram_of(torch.logspace(2, -2, 20, dtype=F64))
-    for rank in (1, 3, 19, 20):
-        root = low_rank_root(lower_only(gram), 0.5, 0.01, relative, rank, sweeps=60)
-        assert error(dense(root), slow_low_rank(gram, 0.5, 0.01, relative, rank)) < 1e-9
-
-
-def test_low_rank_gets_better_with_rank_and_with_sweeps():
-    gram = gram_of(torch.logspace(0, -3, 60, dtype=F64)).float()
-    exact = slow_root(gram, 0.5, 1e-2, "mean")
-    errors = [
-        error(dense(low_rank_root(gram, 0.5, 1e-2, "mean", rank)), exact) for rank in (1, 4, 16, 40, 60)
-    ]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-4
-    assert errors[0] > 100 * errors[-1]
-    best = slow_low_rank(gram, 0.5, 1e-2, "mean", 8)
-    fresh = [error(dense(low_rank_root(gram, 0.5, 1e-2, "mean", 8, sweeps=n)), best) for n in (1, 4, 8, 16)]
-    assert fresh[0] == fresh[1]  # at least four without a start
-    assert fresh[1:] == sorted(fresh[1:], reverse=True)
-
-
-def test_a_warm_start_tracks_a_rotating_gram_in_one_sweep():
-    torch.manual_seed(0)
-    k, rank = 60, 8
-    values = torch.cat([torch.linspace(1, 10, rank), torch.logspace(-1, -3, k - rank)]).double()
-    turn = torch.randn(k, k, dtype=F64)
-    turn = torch.linalg.matrix_exp(0.02 * (turn - turn.T) / k**0.5)
-    basis = torch.linalg.qr(torch.randn(k, k, dtype=F64)).Q
-    start, rest = None, None
-    for step in range(30):
-        gram = ((basis * values) @ basis.T)[None].float()
-        root = low_rank_root(gram, 0.5, 1e-2, "mean", rank, start)
-        best = slow_low_rank(gram, 0.5, 1e-2, "mean", rank)
-        assert error(dense(root), best) < 0.01, step
-        rest = root if rest is None else rest
-        # it may come back from a checkpoint in another dtype
-        start, basis = root.vectors.to([F32, F64, torch.bfloat16][step % 3]), turn @ basis
-    assert error(dense(rest), best) > 0.1  # what was tracked did move
-
-
-def test_a_start_that_does_not_fit_is_no_start():
-    gram = gram_of(spectrum("log-spaced", 20)).float()
-    fresh = low_rank_root(gram, 0.5, 1e-2, "mean", 5)
-    for start in (torch.randn(1, 20, 4), torch.randn(2, 20, 5), torch.full((1, 20, 5), math.nan)):
-        assert same(low_rank_root(gram, 0.5, 1e-2, "mean", 5, start).vectors, fresh.vectors)
-
-
-def test_low_rank_groups_are_independent():
-    gram = torch.cat([gram_of(spectrum(name, 15), i) for i, name in enumerate(SPECTRA)])
-    batch = dense(low_rank_root(lower_only(gram), 0.5, 1e-2, "mean", 4))
-    for group, root in zip(gram, batch, strict=True):
-        assert error(root[None], dense(low_rank_root(group[None], 0.5, 1e-2, "mean", 4))) < 1e-9
-
-
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("relative", RELATIVE)
-def test_low_rank_is_bounded_for_every_gram(relative, dtype):
-    """Rank deficient without damping, zero, any scale: finite, and no gain above that of the noise floor."""
-    eps = torch.finfo(dtype).eps
-    for name in SPECTRA:
-        for factor in (1e-16, 1e-8, 1.0, 1e8, 1e16):
-            gram = (gram_of(spectrum(name, 15)) * factor).to(dtype)
-            before = gram.clone()
-            for damping in (0.0, 1e-3):
-                for power in (1, 0.25):
-                    for rank in (1, 4, 15):
-                        root = low_rank_root(gram, power, damping, relative, rank)
-                        again = low_rank_root(gram, power, damping, relative, rank, root.vectors)
-                        for each in (dense(root), dense(again)):
-                            largest = float(gram.abs().max())
-                            if largest > 0:
-                                assert each.abs().max() < 2 * (eps * largest) ** -power
-            assert torch.equal(gram, before)
-
-
-def test_low_rank_clamps_what_is_negative():
-    """Rounding may make an eigenvalue, or the mean of the tail, negative: λ must not cancel it."""
-    gram = gram_of(torch.tensor([3.0, 2.0, -0.05, -0.05], dtype=F64))
-    for rank in (2, 4):
-        root = low_rank_root(gram, 1, 0.1, "absolute", rank, sweeps=20)
-        expected = gram_of(1 / torch.tensor([3.1, 2.1, 0.1, 0.1], dtype=F64))
-        assert error(dense(root), expected) < 1e-6
-
-
-def test_low_rank_of_full_rank_needs_no_damping():
-    gram = gram_of(spectrum("well conditioned", 12)).float()
-    for rank in (12, 20):
-        assert error(dense(low_rank_root(gram, 1, 0.0, "mean", rank)), slow_root(gram, 1, 0.0, "mean")) < 1e-5
-
-
-@pytest.mark.parametrize("relative", ["mean", "max"])
-def test_low_rank_scale_equivariance(relative):
-    gram = gram_of(spectrum("log-spaced", 20)).float()
-    for power in (1, 0.5):
-        root = dense(low_rank_root(gram, power, 1e-2, relative, 6)).double()
-        for factor in (1e-16, 1e-8, 1e8, 1e16):
-            scaled = dense(low_rank_root(gram * factor, power, 1e-2, relative, 6))
-            assert error(scaled, root * factor**-power) < 1e-3
-
-
-def test_low_rank_of_zero_is_the_identity():
-    for relative, damping in (("mean", 0.1), ("max", 0.1), ("absolute", 0.0)):
-        root = low_rank_root(lower_only(torch.zeros(2, 9, 9)), 0.5, damping, relative, 3)
-        assert not root.weights.any()
-        assert (root.scale == 1).all()
-        assert torch.isfinite(root.vectors).all()
-    root = low_rank_root(torch.zeros(2, 9, 9), 0.5, 0.04, "absolute", 3)
-    torch.testing.assert_close(dense(root), 5 * torch.eye(9).expand(2, 9, 9))
-
-
-def test_times_root():
-    gram = torch.cat([gram_of(spectrum(name, 10), i) for i, name in enumerate(SPECTRA)])
-    x = torch.randn(len(SPECTRA), 7, 10, dtype=F64)
-    before = x.clone()
-    root = inverse_root(gram, 0.5, 1e-2)
-    torch.testing.assert_close(times_root(x, root), torch.einsum("gnk,gkl->gnl", x, root))
-    low = low_rank_root(gram, 0.5, 1e-2, "mean", 3)
-    torch.testing.assert_close(times_root(x, low), torch.einsum("gnk,gkl->gnl", x, dense(low)))
-    assert torch.equal(x, before)
 
 
 def test_constants_are_the_documented_ones():

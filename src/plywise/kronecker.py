@@ -8,6 +8,7 @@ rows than outputs, ``Δᵀ(A R^-q)`` costs 2nk² only: backward does that betwee
 last refresh, since G itself is not made then.
 """
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +21,10 @@ from plywise.explain import Size
 from plywise.health import Health
 from plywise.kept_layer import LayerShape
 from plywise.layers import lower_product
+from plywise.low_rank import LowRank, low_rank_root, rows_times_root, times_root
 from plywise.memory import Evidence, Memory, MemoryRule, Shapes
 from plywise.ply import Move, Ply
-from plywise.roots import LowRank, Relative, Solver, inverse_root, low_rank_root, times_root
-from plywise.roots import _solver as check_solver
+from plywise.roots import Relative, Solver, inverse_root, solver_for
 from plywise.rule import require_choice, require_positive, require_whole
 
 Root = Tensor | LowRank
@@ -80,13 +81,16 @@ class KroneckerRule(MemoryRule):
         if plan.decay > 1:
             raise ValueError(f"{type(self).__name__}: decay must be at most 1, not {plan.decay!r}.")
         powers = [power for power in (plan.left, plan.right) if power]
-        if not powers or min(powers) < 0:
+        if not powers or not all(0 < power < math.inf for power in powers):
             raise ValueError(
-                f"{type(self).__name__}: left and right must be 0 or above, and not both 0, not "
+                f"{type(self).__name__}: left and right must be 0 or above, finite, and not both 0, not "
                 f"{plan.left!r} and {plan.right!r}."
             )
         for power in powers:
-            check_solver(plan.solver, power)
+            try:
+                solver_for(plan.solver, power)
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: solver: {error}.") from None
         if self.refresh_every % self.stats_every:
             raise ValueError(
                 f"{type(self).__name__}: refresh_every must be a multiple of stats_every "
@@ -103,10 +107,11 @@ class KroneckerRule(MemoryRule):
         return preconditioned(ply, left, right, ply.memory["scale"])
 
     def in_backward(self, memory: Memory, shape: LayerShape) -> bool:
-        """Where each product is smaller with the rows than with G."""
+        """Where each product is smaller with the rows than with G, and c has been measured."""
         sides = self.plan.sides(shape.outputs, shape.columns)
         limits = {"input": shape.outputs, "output": shape.columns}
-        return bool(sides) and bool(memory["rows"] < min(limits[side] for side in sides))
+        fewer = bool(sides) and bool(memory["rows"] < min(limits[side] for side in sides))
+        return fewer and bool(memory["scale"] > 0)
 
     def gather(self, ply: Ply, turn: int) -> Evidence:
         """``AᵀA`` and ``ΔᵀΔ``, as far as they are needed; lower triangles."""
@@ -136,7 +141,8 @@ class KroneckerRule(MemoryRule):
     def refresh(self, memory: Memory, name: str, health: Health) -> Memory:
         """The roots of the statistics; the last good ones where that fails."""
         plan = self.plan
-        news = {"scale": memory.get("scale", torch.ones_like(memory["rows"]))}
+        unknown = torch.full_like(memory["rows"], 0.0 if plan.keep_norm else 1.0)  # c, until it is measured
+        news = {"scale": memory.get("scale", unknown)}
         for side, power in (("input", plan.right), ("output", plan.left)):
             if side not in memory:
                 continue
@@ -167,7 +173,7 @@ class KroneckerRule(MemoryRule):
         news = {}
         if self.plan.keep_norm:
             size, own = torch.linalg.vector_norm(matrix), torch.linalg.vector_norm(moved)
-            news["scale"] = torch.where(own > 0, size / own, torch.ones_like(own))
+            news["scale"] = torch.where(own > 0, size / own, memory["scale"])  # zeros say nothing of c
             moved = moved * news["scale"]
         return Move.of(moved, gradient.weight.shape, gradient.bias is not None), news
 
@@ -245,9 +251,10 @@ def preconditioned(ply: Ply, left: Root | None, right: Root | None, scale: Tenso
     if left is not None and ply.row_count < ply.columns:
         ply, left = replace(ply, delta=ply.from_delta_rows(times_root(ply.delta_rows(), left))), None
     if right is not None and ply.kind.rows_are_inputs and ply.row_count < ply.outputs:
-        rows, delta = times_root(ply.rows(ply.dtype), right)[0], ply.delta_rows()[0]
-        weight = (delta.T @ rows[:, : ply.width]).reshape(ply.weight.shape)
-        move, right = Move(weight, delta.T @ rows[:, -1] if ply.has_bias else None), None
+        rows, last = rows_times_root(ply.a.reshape(-1, ply.width).to(ply.dtype), right, ply.has_bias)
+        delta = ply.delta_rows()[0].T
+        weight = (delta @ rows).reshape(ply.weight.shape)
+        move, right = Move(weight, None if last is None else delta @ last), None
     else:
         move = ply.gradient()
     if left is None and right is None:

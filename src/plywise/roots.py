@@ -1,18 +1,17 @@
 """Inverse roots of symmetric positive semidefinite statistics, for the rules that have a memory.
 
-- `inverse_root`: ``(S + λI)^-p`` as a matrix, by one of four solvers;
-- `low_rank_root`: the same from the leading eigenvectors and the mean of the other eigenvalues, at a cost
-  quadratic in the size;
-- `times_root`: rows times either.
+`inverse_root` makes ``(S + λI)^-p`` as a matrix, by one of four solvers; `plywise.low_rank` the same from
+the leading eigenvectors, at a cost quadratic in the size.
 
 All work on ``S / s``, s the power of two below the mean diagonal: dividing by it is exact, and no scale of
 S overflows on the way. Every root ends: the chosen solver; clamped eigenvalues in float64 where that one has
 no answer worth having; None where S is not finite, so that the caller can keep its last good root.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-
 SCHULZ_STEPS = 10
 POWER_STEPS = 10
 NEWTON_STEPS = 100
-FRESH_SWEEPS = 4
 
 
 def _unheard(event: str) -> None:
@@ -67,7 +65,7 @@ def inverse_root(
     Returns:
         (g, k, k), symmetric, both triangles filled, in the dtype of ``gram``.
     """
-    solve = _solver(solver, power)
+    solve = solver_for(solver, power)
     problem = _Problem.of(gram, power, damping, relative)
     if problem is not None:
         root = solve(problem)
@@ -79,13 +77,14 @@ def inverse_root(
         if root is not None:
             note(event)
             return root
-    note(health.IDENTITY)
+    note(health.NON_FINITE if problem is None else health.IDENTITY)
     return None
 
 
-def _solver(solver: Solver, power: float) -> Callable[["_Problem"], Tensor | None]:
-    if not power > 0:
-        raise ValueError(f"power must be positive, not {power}")
+def solver_for(solver: Solver, power: float) -> Callable[["_Problem"], Tensor | None]:
+    """The solver of that name; ValueError if it cannot take that power."""
+    if not 0 < power < math.inf:
+        raise ValueError(f"power must be positive and finite, not {power}")
     if solver == "cholesky" or (solver == "auto" and power == 1):
         if power != 1:
             raise ValueError(f"solver='cholesky' inverts: power must be 1, not {power}")
@@ -102,7 +101,7 @@ def _solver(solver: Solver, power: float) -> Callable[["_Problem"], Tensor | Non
         if power != 0.5:
             raise ValueError(f"solver='newton_schulz' takes square roots: power must be 0.5, not {power}")
         return _by_newton_schulz
-    raise ValueError(f"unknown solver {solver!r}")
+    raise ValueError(f"unknown solver {solver!r}, choose from {', '.join(get_args(Solver))}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class _Problem:
     @classmethod
     def of(cls, gram: Tensor, power: float, damping: float, relative: Relative) -> "_Problem | None":
         """None if the gram is not finite."""
-        scale, dead = _scale(gram, damping, relative)
+        scale, dead = gram_scale(gram, damping, relative)
         lower = gram.tril().div_(scale.to(gram.dtype)[:, None, None])
         # Entries are at most the trace, about k: the sum cannot overflow, and one bad entry spoils it.
         if not bool(torch.isfinite(lower.sum())):
@@ -170,7 +169,7 @@ class _Problem:
         return root if bool(torch.isfinite(root.sum())) else None
 
 
-def _scale(gram: Tensor, damping: float, relative: Relative) -> tuple[Tensor, Tensor]:
+def gram_scale(gram: Tensor, damping: float, relative: Relative) -> tuple[Tensor, Tensor]:
     """Powers of two (g,) near the mean diagonal, and which groups are zero; in float64, for its range."""
     if damping < 0:
         raise ValueError(f"damping must not be negative, not {damping}")
@@ -298,86 +297,3 @@ def _steep(problem: _Problem, shift: Tensor, root: Tensor) -> bool:
         return False
     smallest = root.abs().sum(2).amax(1) ** (-1 / problem.power)
     return not bool((smallest > NOISE * trace).all())
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``scale · (I + V diag(w) Vᵀ)`` for each group.
-
-    Attributes:
-        vectors: V (g, k, r), orthonormal columns.
-        weights: w (g, r).
-        scale: (g,).
-    """
-
-    vectors: Tensor
-    weights: Tensor
-    scale: Tensor
-
-
-def low_rank_root(
-    gram: Tensor,
-    power: float,
-    damping: float,
-    relative: Relative,
-    rank: int,
-    start: Tensor | None = None,
-    sweeps: int = 1,
-) -> LowRank | None:
-    """``(gram + λI)^-power`` with all but the ``rank`` largest eigenvalues replaced by their mean τ.
-
-    ``V`` comes from block subspace iteration and Rayleigh-Ritz: ``sweeps + 1`` products ``gram V``, no cost
-    cubic in k. ``w_i = ((λ_i + λ)/(τ + λ))^-power - 1, scale = (τ + λ)^-power``; what is below the rounding
-    of the largest eigenvalue counts as that rounding, λ too. None if ``gram`` is not finite.
-
-    Args:
-        gram: (g, k, k); only its lower triangle is read.
-        power: any positive number.
-        damping: λ, or its ratio to what ``relative`` says.
-        relative: as in `inverse_root`; "max" is relative to the largest Ritz value.
-        rank: number of eigenvectors; k if that is less.
-        start: the ``vectors`` of the last root, of any dtype and device. Without one, or with one that does
-            not fit, seeded noise and at least four sweeps.
-        sweeps: number of iterations.
-    """
-    if not power > 0 or rank < 1 or sweeps < 1:
-        raise ValueError(f"power, rank and sweeps must be positive, not {power}, {rank}, {sweeps}")
-    scale, dead = _scale(gram, damping, relative)
-    groups, k, _ = gram.shape
-    rank = min(rank, k)
-    if start is None or start.shape != (groups, k, rank) or not bool(torch.isfinite(start).all()):
-        noise = torch.randn(k, rank, generator=torch.Generator().manual_seed(0))
-        start, sweeps = noise.expand(groups, k, rank), max(sweeps, FRESH_SWEEPS)
-    matrix, column = mirrored(gram), scale.to(gram.dtype)[:, None, None]
-    image = matrix @ start.to(gram) / column
-    for _ in range(sweeps):
-        if not bool(torch.isfinite(image.sum())):  # any bad entry of the gram spoils a row
-            return None
-        basis = torch.linalg.qr(image).Q  # Householder: orthonormal whatever the rank of the image
-        image = matrix @ basis / column
-    try:
-        values, rotation = torch.linalg.eigh(basis.mT @ image)
-    except LinAlgError:
-        return None
-    values = values.clamp_min(0)
-    trace = (gram.diagonal(dim1=1, dim2=2) / column.squeeze(2)).sum(1)
-    # with no tail left, τ may be anything: the smallest value makes no weight cancel a scale
-    tail = ((trace - values.sum(1)) / (k - rank)).clamp_min(0) if rank < k else values[:, 0]
-    if relative == "absolute":
-        shift = (damping / scale).to(gram.dtype)
-    else:
-        shift = damping * (values[:, -1] if relative == "max" else trace / k)
-    floor = torch.finfo(gram.dtype).eps * values[:, -1] + dead  # 1 for the dead: nothing but the identity
-    tail = torch.maximum(tail + shift, floor)
-    values = torch.maximum(values + shift.unsqueeze(1), floor.unsqueeze(1))
-    weights = (values / tail.unsqueeze(1)).pow(-power) - 1
-    factor = (tail * column.flatten()).pow(-power)
-    return LowRank(basis @ rotation, weights, factor)
-
-
-def times_root(x: Tensor, root: Tensor | LowRank) -> Tensor:
-    """``x @ root`` for rows (g, n, k)."""
-    if isinstance(root, Tensor):
-        return x @ root
-    inner = (x @ root.vectors) * root.weights.unsqueeze(1)
-    return torch.baddbmm(x, inner, root.vectors.mT) * root.scale[:, None, None]

@@ -11,6 +11,9 @@ from plywise.memory import Evidence, Memory, MemoryRule, Shapes
 from plywise.ply import Move, Ply
 from plywise.rule import require_positive
 
+LARGEST_ENERGY = 1e4
+"""Of κ ū·Pū: a correction takes all but one part of this from P, and float32 has seven digits."""
+
 
 @dataclass(frozen=True, eq=False)
 class RLS(MemoryRule):
@@ -28,7 +31,8 @@ class RLS(MemoryRule):
         Networks", arXiv 2109.03220 (2021). A reconstruction: the recursion is classical, but the body of the
         paper could not be read; its momentum and overfitting control are left to the optimizer.
     Limits: with λ < 1, P grows along directions that no input has any more (wind-up); its trace is held below
-        k/δ. The optimizer's rate is the paper's η; our gradient is that of the mean loss.
+        k/δ. Where κ ū·Pū exceeds 10⁴, δ is raised until it does not: P would be rounding. The optimizer's
+        rate is the paper's η; our gradient is that of the mean loss.
 
     Args:
         forgetting: λ, how much of the autocorrelation stays at each step. Default 1.
@@ -81,7 +85,11 @@ class RLS(MemoryRule):
         if inverse is None:
             inverse = (torch.eye(size).to(mean) / self.ridge).expand(groups, size, size)
         image = (inverse @ mean.unsqueeze(2)).squeeze(2)  # Pū
-        h = self.forgetting + self.gain * (mean * image).sum(1)
+        energy = self.gain * (mean * image).sum(1).clamp_min(0)  # κ ū·Pū
+        # inputs so large that ū would leave nothing of P but rounding: as if δ had been larger
+        fit = (LARGEST_ENERGY / energy).clamp_max(1)
+        inverse, image = inverse * fit.reshape(-1, 1, 1), image * fit.unsqueeze(1)
+        h = self.forgetting + energy * fit
         step = image * (self.gain / (h * self.forgetting)).sqrt().unsqueeze(1)
         inverse = torch.baddbmm(
             inverse, step.unsqueeze(2), step.unsqueeze(1), beta=1 / self.forgetting, alpha=-1
@@ -89,7 +97,7 @@ class RLS(MemoryRule):
         if self.forgetting < 1:
             trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
             inverse = inverse * (size / self.ridge / trace).clamp(max=1).reshape(-1, 1, 1)
-        return {"inverse": inverse, "h": h}
+        return {"inverse": inverse, "h": h / fit}
 
     def in_backward(self, memory: Memory, shape: LayerShape) -> bool:
         """Always: the step's own correction comes after its move."""
@@ -109,7 +117,7 @@ class RLS(MemoryRule):
         return {"rows": (), "sum": (shape.groups, shape.columns)}
 
     def learned_shapes(self, shape: LayerShape) -> Shapes:
-        """P and the last h."""
+        """P, and what the last move was divided by."""
         return {"inverse": (shape.groups, shape.columns, shape.columns), "h": (shape.groups,)}
 
     def price(self, size: Size) -> tuple[float, float]:
