@@ -80,10 +80,9 @@ class Attachment:
                 weight = module._parameters[r.kind.weight_name]
                 assert weight is not None
                 layers_of.setdefault(weight, []).append(r.name)
+        self._unwatched = {name: names for names in layers_of.values() for name in names}
         for weight, names in layers_of.items():
-            if weight.requires_grad and not nn.parameter.is_lazy(weight):
-                arrival: Any = _Arrival(self._answered, names, self._keeper)
-                self._handles.append(weight.register_post_accumulate_grad_hook(arrival))
+            self._watch(weight, names[0])
         marker: Any = self.rule.marker()
         if marker is not None:
             for module in model.modules():
@@ -95,6 +94,16 @@ class Attachment:
             self._guard = StepGuard(
                 optimizer, parameters, self.health, on_nonfinite, self._before_step, forget or (lambda: None)
             )
+
+    def _watch(self, weight: nn.Parameter, name: str) -> None:
+        """Watch gradients arrive in a weight; one that is frozen or lazy is watched once it is not."""
+        if name not in self._unwatched or nn.parameter.is_lazy(weight) or not weight.requires_grad:
+            return
+        names = self._unwatched[name]
+        for sharing in names:
+            del self._unwatched[sharing]
+        arrival: Any = _Arrival(self._answered, names, self._keeper)
+        self._handles.append(weight.register_post_accumulate_grad_hook(arrival))
 
     def remove(self) -> None:
         """Remove every hook."""
@@ -112,10 +121,13 @@ class Attachment:
         """The local problem of the layer behind ``node``."""
         hook: LayerHook = node.hook
         energy = torch.as_tensor(energy_of(node)) if self.rule.needs_energy else None
-        ply = Ply(hook.name, hook.kind, node.module, a, delta, weight, node.has_bias, self.health, energy)
+        has_bias = node.has_bias and (self._keeper is None or self._keeper.has_bias(hook.name))
+        ply = Ply(hook.name, hook.kind, node.module, a, delta, weight, has_bias, self.health, energy)
         self._sizes[ply.name] = Size(ply.row_count, ply.columns, ply.outputs, ply.groups)
         if energy is not None:
             push_energy(node, energy * self.rule.matching_scalar(ply))
+        if hook.name in self._unwatched:
+            self._watch(node.module._parameters[hook.kind.weight_name], hook.name)
         if self._keeper is not None:
             like = torch.empty(0, dtype=ply.dtype, device=delta.device)
             ply.memory, ply.waits = self._keeper.recall(ply.name, like)

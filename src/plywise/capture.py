@@ -12,6 +12,7 @@ asks the rule for both of its answers. So
 
 from collections import OrderedDict
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -69,8 +70,11 @@ class LayerNode(torch.autograd.Function):
         if delta.dim() < a.dim():
             delta = delta.unsqueeze(0)  # the convolution of a single sample
         listener = ctx.hook.listener
-        ply = listener.make_ply(ctx, a, delta, weight)
-        move, below = listener.answer(ply, wants_weight or wants_bias, wants_below)
+        with torch.autocast(delta.device.type, enabled=False):  # that is meant for the network
+            ply = listener.make_ply(ctx, a, delta, weight)
+            move, below = listener.answer(ply, wants_weight or wants_bias, wants_below)
+        if wants_bias and not ply.has_bias:  # it is no part of the local problem: its plain gradient
+            move = replace(move, bias=ply.kind.bias_gradient(ctx.module, delta))
         return (
             None,
             None,

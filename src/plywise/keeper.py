@@ -12,6 +12,7 @@ Steps that refresh are staggered: layers take turns, so that no step does all th
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,8 @@ class Keeper:
 
     def recall(self, name: str, like: Tensor) -> tuple["Memory", bool]:
         """What a layer remembers, where ``like`` is, and whether its gradient waits for the step."""
+        if not self._layers[name].weight.requires_grad:
+            return {}, True
         columns = self._layers[name].shape.columns
         if self._columns.setdefault(name, columns) != columns:  # its bias was frozen, or thawed
             self._columns[name], self._memories[name] = columns, {}
@@ -104,6 +107,10 @@ class Keeper:
         if pending is not None:  # micro-batches of one step are treated alike
             return memory, pending.waits
         return memory, self._due(name, self._rule.refresh_every) or not self._in_backward.get(name, False)
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the bias belongs to a layer's local problem."""
+        return self._layers[name].bias is not None
 
     def stage(self, ply: Ply) -> None:
         """Gather a backward pass's evidence; it does not count yet."""
@@ -140,11 +147,19 @@ class Keeper:
 
     def settle(self, optimizer: Optimizer) -> None:
         """Turn pending evidence into memory, and plain gradients into moves; called before the step."""
+        with ExitStack() as own_precision:
+            for device_type in {
+                layer.weight.device.type for layer in self._layers.values() if not layer.gone
+            }:
+                own_precision.enter_context(torch.autocast(device_type, enabled=False))
+            self._settle(optimizer)
+
+    def _settle(self, optimizer: Optimizer) -> None:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         layers = {
             name: layer
             for name, layer in self._layers.items()
-            if id(layer.weight) in stepped and layer.weight.requires_grad
+            if not layer.gone and id(layer.weight) in stepped and layer.weight.requires_grad
         }
         if all(layer.weight.grad is None for layer in layers.values()):
             self.forget_pending()
@@ -180,12 +195,15 @@ class Keeper:
                 parts[name] = _zeros(self._rule.evidence_shapes(shape), shape)
         learned = []
         for name, evidence in self._replicas.total(parts).items():
-            if not all(bool(torch.isfinite(t.sum())) for t in evidence.values()):
-                self._health.note(name, health.NON_FINITE)
-            elif bool(evidence["rows"] > 0):
-                memory = _like(self._memories[name], evidence["rows"])
-                memories[name] = {**memory, **self._rule.learn(memory, dict(evidence))}
+            if not bool(evidence["rows"] > 0):
+                continue
+            memory = _like(self._memories[name], evidence["rows"])
+            news = self._rule.learn(memory, dict(evidence))
+            if all(bool(torch.isfinite(value.sum())) for value in news.values()):
+                memories[name] = {**memory, **news}
                 learned.append(name)
+            else:
+                self._health.note(name, health.NON_FINITE)
         return learned
 
     def _refresh(self, names: list[str], memories: dict[str, "Memory"]) -> None:
@@ -288,6 +306,11 @@ class Keeper:
             layer: {key: value.clone() for key, value in mine["layers"][layer].items()}
             for layer in self._memories
         }
+        self._columns = {
+            name: layer.shape.columns
+            for name, layer in self._layers.items()
+            if not nn.parameter.is_lazy(layer.weight)
+        }
         self._step = mine["step"]
         self.forget_pending()
 
@@ -295,13 +318,15 @@ class Keeper:
         if not memory or nn.parameter.is_lazy(layer.weight):
             return
         sizes = layer.shape
-        for key, shape in {**self._rule.learned_shapes(sizes), **self._rule.refreshed_shapes(sizes)}.items():
-            if key not in memory or memory[key].shape != shape:
-                found = tuple(memory[key].shape) if key in memory else "missing"
+        wanted = {**self._rule.learned_shapes(sizes), **self._rule.refreshed_shapes(sizes)}
+        found = {key: tuple(value.shape) for key, value in memory.items()}
+        for key in sorted(wanted.keys() | found.keys()):
+            mine, its = (shapes.get(key, "missing") for shapes in (wanted, found))
+            if mine != its:
                 raise StateError(
                     f"The saved memory of layer {layer.name!r} does not fit this model: its {key!r} is "
-                    f"{found}, and should be {tuple(shape)}. It comes from another architecture, or from a "
-                    "rule with other settings."
+                    f"{its}, and should be {mine}. It comes from another architecture, or from a rule with "
+                    "other settings."
                 )
 
 

@@ -45,6 +45,11 @@ class KeptLayer:
         return None if module is None else module._parameters.get(name)
 
     @property
+    def gone(self) -> bool:
+        """Whether the model is no more, while its optimizer lives on."""
+        return self._module() is None
+
+    @property
     def weight(self) -> nn.Parameter:
         """The weight that the rule was attached to."""
         weight = self._parameter(self.kind.weight_name)
@@ -58,7 +63,7 @@ class KeptLayer:
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias, if there is one and it trains."""
+        """The bias, if there is one and it trains; one that is computed (a parametrization) is a constant."""
         bias = self._parameter(self.kind.bias_name)
         return bias if bias is not None and bias.requires_grad else None
 

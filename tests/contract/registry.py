@@ -18,7 +18,22 @@ from importlib import import_module
 
 import torch
 
-from plywise import NLMS, BackMatching, Backprop, Consequentialism, Move, Ply, ProxProp, Rule
+from plywise import (
+    KFAC,
+    NLMS,
+    RLS,
+    AdaBK,
+    BackMatching,
+    Backprop,
+    Consequentialism,
+    FeatureWhitening,
+    Foof,
+    Move,
+    Ply,
+    Precondition,
+    ProxProp,
+    Rule,
+)
 from plywise.rule import Size, require_positive
 
 
@@ -35,6 +50,7 @@ class Case:
         not_linear: why the move of a sum of losses is not the sum of the moves; "" if it is.
         is_backprop: whether its gradients are autograd's own.
         refuses_reentrant: whether it raises PlywiseError under a reentrant checkpoint, which hides the graph.
+        remembers_scales: why a loss scale that changes between steps changes the moves; "" if it does not.
     """
 
     name: str
@@ -45,6 +61,7 @@ class Case:
     not_linear: str = ""
     is_backprop: bool = False
     refuses_reentrant: bool = False
+    remembers_scales: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +88,7 @@ class DiagonalNewton(Rule):
 
 CURVES = "its step lengths depend on Δ: linear only along one Δ"
 EPSILON = "adds 1e-6 to squared gradients, as the published code does: documented as not scale-free"
+SQUARES = "its running ΔᵀΔ counts steps by the square of their loss scale: documented"
 
 CASES = [
     Case("backprop", Backprop, rates=(0.5,), is_backprop=True),
@@ -98,6 +116,24 @@ CASES = [
     Case("cwu-append", Consequentialism, rates=(0.3,)),
     Case("cwu-centre", lambda: Consequentialism(bias="centre"), rates=(0.3,)),
     Case("users-own", DiagonalNewton, rates=(0.2,)),
+    # Rules with memory refresh often here, so that a few steps see both kinds of step. A layer of a model
+    # with several has its turn in another step than its neighbour.
+    Case("rls", RLS, rates=(0.5,)),
+    Case("feature_whitening", lambda: FeatureWhitening(stats_every=1, refresh_every=2), rates=(0.5,)),
+    Case("adabk", lambda: AdaBK(stats_every=1, refresh_every=2), rates=(0.1,), remembers_scales=SQUARES),
+    Case("kfac", lambda: KFAC(stats_every=1, refresh_every=2), rates=(0.5,), remembers_scales=SQUARES),
+    Case("foof", lambda: Foof(stats_every=2, refresh_every=2), rates=(0.5,)),
+    Case(
+        "precondition-two-sided-low-rank",
+        lambda: Precondition(left=0.25, right=0.5, rank=2, stats_every=1, refresh_every=3),
+        rates=(0.5,),
+        remembers_scales=SQUARES,
+    ),
+    Case(
+        "precondition-newton",
+        lambda: Precondition(right=0.5, solver="newton", keep_norm=False, stats_every=1, refresh_every=2),
+        rates=(0.3,),
+    ),
 ]
 
 

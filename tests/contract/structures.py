@@ -21,6 +21,7 @@ class Structure:
         routed: name → words of the reason, for the others.
         unused: parameters that get no gradient.
         may_rest: parameters whose gradient may be zero.
+        shared: name → words of the reason, for handled layers that a rule with memory leaves be.
     """
 
     name: str
@@ -31,16 +32,18 @@ class Structure:
     tokens: bool = False
     unused: tuple[str, ...] = ()
     may_rest: frozenset[str] = frozenset()
+    shared: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         torch.manual_seed(11)
         return self.make()
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss(self, model: nn.Module, samples: int | None = None) -> Tensor:
         """A loss on a batch that is always the same, dropout included."""
         torch.manual_seed(12)
+        shape = self.shape if samples is None else (samples, *self.shape[1:])
         dtype = next((p.dtype for p in model.parameters() if not nn.parameter.is_lazy(p)), torch.float32)
-        x = torch.randint(0, 5, self.shape) if self.tokens else torch.randn(self.shape, dtype=dtype)
+        x = torch.randint(0, 5, shape) if self.tokens else torch.randn(shape, dtype=dtype)
         out = model(x)
         target = torch.randint(0, out.shape[-1], out.shape[:-1])
         return F.cross_entropy(out.flatten(0, -2), target.flatten())
@@ -157,7 +160,12 @@ def weight_normed() -> nn.Module:
 # Softmax forgets what all keys have in common: the key bias (the middle third of in_proj_bias) has
 # gradient zero up to rounding, the rest of that tensor moves.
 STRUCTURES = [
-    Structure("tied", Tied, ("a", "b", "head")),
+    Structure(
+        "tied",
+        Tied,
+        ("a", "b", "head"),
+        shared={"a": "its weight is shared with 'b'", "b": "its weight is shared with 'a'"},
+    ),
     Structure("shared", Shared, ("block", "head")),
     Structure("alias", Alias, ("one", "head")),
     Structure("unused", Unused, ("used", "spare"), unused=("spare.weight", "spare.bias")),

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from plywise import PlywiseError, Rule
 
+from .attaching import attach
 from .models import batch, grads, same_bits
 from .registry import Case
 
@@ -47,7 +48,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 def gradients(model: nn.Module, rule: Rule) -> dict[str, Tensor]:
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     torch.manual_seed(5)
     x, y = batch()
     nn.functional.cross_entropy(model(x), y).backward()
@@ -71,7 +72,7 @@ def test_checkpoint_sequential(case: Case, use_reentrant: bool) -> None:
     def run(segments: int) -> dict[str, Tensor]:
         torch.manual_seed(4)
         model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-        case.make().attach(model)
+        attach(case.make(), model, warm=(6,))
         z = x.clone().requires_grad_()
         if segments:
             out = checkpoint_sequential(model, segments, z, use_reentrant=use_reentrant)
@@ -91,7 +92,7 @@ def test_checkpoint_sequential(case: Case, use_reentrant: bool) -> None:
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
 def test_the_memory_is_saved(rule: Rule, how: str) -> None:
     model = Deep(CALLS[how])
-    rule.attach(model)
+    attach(rule, model)
     inner: list[StorageWeakRef] = []
     for block in model.blocks:
         block[3].register_forward_pre_hook(
@@ -107,7 +108,7 @@ def test_recomputation_in_no_backward_leaves_no_trace(case: Case) -> None:
     expected = gradients(Deep(None), case.make())
     model = Deep(CALLS["not reentrant"])
     rule = case.make()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     model(batch(seed=9)[0])  # discarded
     with torch.no_grad():
         model(batch(seed=9)[0])

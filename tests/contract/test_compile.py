@@ -9,6 +9,7 @@ from torch import nn
 
 from plywise import Rule, UncapturedLayerError
 
+from .attaching import attach
 from .models import assert_close, backward, batch, grads, loss_of, mlp
 from .registry import Case
 
@@ -35,13 +36,13 @@ def small(dtype: torch.dtype = torch.float64) -> nn.Module:
 def test_compiled_then_attached(case: Case, rule: Rule, backend: str, attach_to: str) -> None:
     data = batch(dtype=torch.float64)
     eager = small()
-    other = case.make().attach(eager, torch.optim.SGD(eager.parameters(), lr=0.1))
+    other = attach(case.make(), eager, torch.optim.SGD(eager.parameters(), lr=0.1), warm=(6,))
     expected = backward(eager, data)
     other.detach()
     model = small()
     compiled = torch.compile(model, backend=backend)
     target = model if attach_to == "model" else compiled
-    rule.attach(target, torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(rule, target, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
     loss_of(compiled, data).backward()
     assert_close(grads(model), expected)
     assert [(row.name, row.handled) for row in rule.explain().rows] == [("0", True), ("2", True)]
@@ -50,7 +51,7 @@ def test_compiled_then_attached(case: Case, rule: Rule, backend: str, attach_to:
 def test_compiling_says_nothing(rule: Rule) -> None:
     torch._dynamo.utils.warn_once_cache.clear()
     model = small()
-    rule.attach(model)
+    attach(rule, model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loss_of(torch.compile(model, backend="eager"), batch(dtype=torch.float64)).backward()
@@ -61,7 +62,7 @@ def test_attached_after_the_first_compiled_call_is_an_error(rule: Rule) -> None:
     model, data = small(), batch(dtype=torch.float64)
     compiled = torch.compile(model, backend="eager")
     loss_of(compiled, data).backward()
-    rule.attach(model)
+    attach(rule, model)
     with pytest.raises(
         UncapturedLayerError, match=r"layer '2'.*torch\.compile ran.*before attach.*exclude='2'"
     ):
@@ -79,9 +80,9 @@ def test_other_roads_past_the_rule_are_errors(rule: Rule, road: str) -> None:
     model, (x, _) = mlp(), batch()
     if road == "forward before attach":
         out = model(x)
-        rule.attach(model)
+        attach(rule, model)
     else:
-        rule.attach(model)
+        attach(rule, model)
         h = model[:4](x)
         if road == "forward called directly":
             out = model[4].forward(h)
@@ -90,5 +91,5 @@ def test_other_roads_past_the_rule_are_errors(rule: Rule, road: str) -> None:
     with pytest.raises(UncapturedLayerError, match=r"layer '4'.*exclude='4'"):
         out.sum().backward()
     rule.detach()
-    rule.attach(model, exclude="4")  # the cure that the message names
+    attach(rule, model, exclude="4")  # the cure that the message names
     nn.functional.linear(model[:4](x), model[4].weight).sum().backward()

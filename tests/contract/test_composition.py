@@ -10,6 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from plywise import Rule
 
+from .attaching import attach, learn
 from .models import all_finite, batch, convnet, loss_of, mlp, same_bits, train, weights
 from .registry import Case
 
@@ -110,9 +111,11 @@ def test_resuming_is_bit_exact(case: Case, tmp_path: Path, optimizer_name: str, 
 
 def test_loading_into_an_attached_model(case: Case, rule: Rule) -> None:
     data, other, model = batch(), mlp(seed=5), mlp()
-    rule.attach(model)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attach(rule, model, optimizer if rule.remembers else None)
     model.load_state_dict(other.state_dict())
-    case.make().attach(other)
+    learn(model, optimizer, (6,))
+    attach(case.make(), other, warm=(6,))
     for net in (model, other):
         loss_of(net, data).backward()
     assert all(

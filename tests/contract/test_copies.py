@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from plywise import AttachError, Rule
 
+from .attaching import attach
 from .models import backward, batch, convnet, loss_of, mlp, same_bits, train, weights
 from .registry import Case, selected
 
@@ -68,11 +69,11 @@ def test_a_copy_of_an_attached_model_is_plain(rule: Rule, how: str) -> None:
 @pytest.mark.parametrize("how", list(COPIES))
 def test_the_original_and_an_attached_copy_go_on(case: Case, rule: Rule, how: str) -> None:
     data, model = batch(), mlp()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     expected = backward(model, data)
     copied = COPIES[how](model)
     assert same_bits(backward(model, data), expected)
-    other = case.make().attach(copied)
+    other = attach(case.make(), copied, warm=(6,))
     assert same_bits(backward(copied, data), expected)
     other.detach()
     plain = mlp()
@@ -85,8 +86,8 @@ def test_an_attached_optimizer_copies_and_pickles(rule: Rule) -> None:
     rule.attach(model, optimizer)
     train(model, optimizer, data, 1)
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert not copied._optimizer_step_pre_hooks
-        assert not copied._optimizer_step_post_hooks
+        assert not [name for name, value in vars(copied).items() if "_hooks" in name and value]
+        assert "plywise" not in copied.state_dict()
     assert b"plywise" not in pickle.dumps((model, optimizer))
     together, stepper = copy.deepcopy((model, optimizer))
     assert stepper.param_groups[0]["params"][0] is together[0].weight
@@ -170,7 +171,7 @@ def test_the_pickle_loads_without_plywise(
 @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle"])
 def test_a_copied_rule_is_its_hyper_parameters(case: Case, rule: Rule, how: str) -> None:
     model, data = mlp(), batch()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     copied = {
         "deepcopy": copy.deepcopy,
         "copy": copy.copy,
@@ -185,7 +186,7 @@ def test_a_copied_rule_is_its_hyper_parameters(case: Case, rule: Rule, how: str)
         copied.explain()
     copied.detach()  # does nothing to the original
     other = mlp()
-    copied.attach(other)
+    attach(copied, other, warm=(6,))
     assert same_bits(backward(other, data), backward(model, data))
     copied.detach()
     loss_of(model, data)

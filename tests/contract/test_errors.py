@@ -21,6 +21,7 @@ from plywise import (
     register_layer,
 )
 
+from .attaching import attach
 from .models import backward, batch, convnet, mlp, same_bits
 from .registry import CASES, Case, DiagonalNewton, case_of, selected
 
@@ -88,7 +89,7 @@ def test_on_nonfinite(rule: Rule) -> None:
 def test_a_pattern_that_matches_nothing(rule: Rule) -> None:
     for arguments in ({"layers": "encoder.*"}, {"exclude": "encoder.*"}, {"layers": ["0", "encoder.*"]}):
         with pytest.raises(AttachError, match=r"pattern 'encoder\.\*' matches nothing.*'0', '1', '2'"):
-            rule.attach(mlp(), **arguments)
+            attach(rule, mlp(), **arguments)
 
 
 def test_nothing_left_to_handle(case: Case, rule: Rule) -> None:
@@ -98,7 +99,7 @@ def test_nothing_left_to_handle(case: Case, rule: Rule) -> None:
         ({"layers": nn.Bilinear}, "'0': not among the layers asked for"),
     ):
         with pytest.raises(AttachError, match=f"{name} finds no layer.*Sequential.*{why}.*register_layer"):
-            rule.attach(mlp(), **arguments)
+            attach(rule, mlp(), **arguments)
 
 
 SELECTIONS: list[tuple[dict[str, Any], set[str]]] = [
@@ -121,7 +122,7 @@ SELECTIONS: list[tuple[dict[str, Any], set[str]]] = [
 def test_choosing_layers(rule: Rule) -> None:
     model = convnet()
     for arguments, expected in SELECTIONS:
-        rule.attach(model, **arguments)
+        attach(rule, model, **arguments)
         handled = {row.name for row in rule.explain().rows if row.handled}
         assert handled == expected, arguments
         seen: list[str] = []
@@ -135,7 +136,7 @@ def test_choosing_layers(rule: Rule) -> None:
 
 def test_explain_tells_every_layer(rule: Rule) -> None:
     model = convnet()
-    rule.attach(model, exclude="7")
+    attach(rule, model, exclude="7")
     before = str(rule.explain())
     assert "2 of 4 layers handled" in before
     for words in (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from plywise import Rule, UncapturedLayerError
 
+from .attaching import attach
 from .models import MODELS, backward, batch, grads, loss_of, mlp, same_bits, weights
 from .registry import Case
 
@@ -114,7 +115,7 @@ def test_what_did_not_happen_leaves_no_trace(case: Case, disturb: Callable[[nn.M
     for disturbed in (False, True):
         model = build()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        rule = case.make().attach(model, optimizer)
+        rule = attach(case.make(), model, optimizer, warm=shape)
         for step in range(2):
             if disturbed:
                 before = {k: v.clone() for k, v in model.named_buffers()}
@@ -136,7 +137,7 @@ def test_what_did_not_happen_leaves_no_trace(case: Case, disturb: Callable[[nn.M
 def test_second_backward_through_a_retained_graph_doubles(rule: Rule, kind: str) -> None:
     build, shape = MODELS[kind]
     model = build()
-    rule.attach(model)
+    attach(rule, model, warm=shape)
     loss = loss_of(model, batch(shape))
     loss.backward(retain_graph=True)
     once = grads(model)
@@ -149,8 +150,9 @@ def test_two_losses_on_one_forward(case: Case, rule: Rule) -> None:
     if case.not_linear:
         pytest.skip(case.not_linear)
     data, together, apart = batch(dtype=torch.float64), mlp(torch.float64), mlp(torch.float64)
-    rule.attach(together, torch.optim.SGD(together.parameters(), lr=0.1))  # so that a cap waits for the step
-    other = case.make().attach(apart, torch.optim.SGD(apart.parameters(), lr=0.1))
+    # with optimizers, so that a cap waits for the step
+    attach(rule, together, torch.optim.SGD(together.parameters(), lr=0.1), warm=(6,))
+    other = attach(case.make(), apart, torch.optim.SGD(apart.parameters(), lr=0.1), warm=(6,))
     out = together(data[0])
     (out.square().mean() + out.sin().mean()).backward()
     out = apart(data[0])
@@ -163,7 +165,7 @@ def test_two_losses_on_one_forward(case: Case, rule: Rule) -> None:
 
 def test_partial_backward_moves_what_it_reached(rule: Rule) -> None:
     model, data = mlp(), batch()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     h = model[:3](data[0])
     model[3:](h.detach()).sum().backward()
     assert set(grads(model)) == {"4.weight", "4.bias"}
@@ -171,7 +173,7 @@ def test_partial_backward_moves_what_it_reached(rule: Rule) -> None:
 
 def test_backward_to_chosen_parameters(rule: Rule) -> None:
     model, data = mlp(), batch()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     everything = backward(model, data)
     model.zero_grad()
     chosen = [model[2].weight, model[2].bias]
@@ -184,7 +186,7 @@ def test_backward_to_chosen_parameters(rule: Rule) -> None:
 )
 def test_unfinished_backward_does_not_blind_the_watch(rule: Rule, before: Callable) -> None:
     model, data = mlp(), batch()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     before(model, data)
     with pytest.raises(UncapturedLayerError, match="'2'"):
         (model[2].weight.sum() * 2).backward()
@@ -193,7 +195,7 @@ def test_unfinished_backward_does_not_blind_the_watch(rule: Rule, before: Callab
 def test_differentiating_a_move_is_refused(rule: Rule) -> None:
     # a rule's move is no derivative: a second derivative through it must not be silently wrong
     model, data = mlp(), batch()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     loss = loss_of(model, data)
     (g,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
@@ -202,7 +204,7 @@ def test_differentiating_a_move_is_refused(rule: Rule) -> None:
 
 def test_overwritten_tensors_are_noticed_as_in_torch(rule: Rule) -> None:
     model, data = mlp(), batch()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     h = model[:2](data[0])
     out = model[2:](h)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from plywise import NonFiniteError, Rule
 from plywise.health import NON_FINITE, SKIPPED
 
+from .attaching import attach
 from .models import all_finite, backward, batch, convnet, grads, loss_of, mlp, same_bits, train, weights
 from .registry import Case
 
@@ -104,7 +105,7 @@ def test_one_bad_layer_that_is_left_to_the_optimizer(rule: Rule) -> None:
 @VALUES
 def test_a_bad_loss_without_the_optimizer_raises(rule: Rule, value: float) -> None:
     model = mlp()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     with pytest.raises(NonFiniteError, match=r"Layer '4': the gradient at its output .*skips such steps"):
         (loss_of(model, batch()) * value).backward()
     assert rule.health.of("4")[NON_FINITE] == 1
@@ -112,7 +113,7 @@ def test_a_bad_loss_without_the_optimizer_raises(rule: Rule, value: float) -> No
 
 def test_a_bad_input_without_the_optimizer_raises(rule: Rule) -> None:
     model = mlp()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     h = model[:2](batch()[0]).detach()
     h[3, 1] = float("nan")
     with pytest.raises(NonFiniteError, match=r"Layer '2': the input is not finite"):
@@ -121,8 +122,8 @@ def test_a_bad_input_without_the_optimizer_raises(rule: Rule) -> None:
 
 def test_after_an_error_all_is_as_before(case: Case, rule: Rule) -> None:
     data, fresh, model = batch(), mlp(), mlp()
-    case.make().attach(fresh)
-    rule.attach(model)
+    attach(case.make(), fresh, warm=(6,))
+    attach(rule, model, warm=(6,))
     with pytest.raises(NonFiniteError):
         loss_of(model, poisoned(float("inf"))).backward()
     assert same_bits(backward(model, data), backward(fresh, data))
@@ -131,7 +132,7 @@ def test_after_an_error_all_is_as_before(case: Case, rule: Rule) -> None:
 def test_raise_with_an_optimizer(rule: Rule) -> None:
     model = mlp()
     optimizer = Adam(model.parameters(), lr=0.1)
-    rule.attach(model, optimizer, on_nonfinite="raise")
+    attach(rule, model, optimizer, warm=(6,), on_nonfinite="raise")
     before = weights(model)
     with pytest.raises(NonFiniteError, match="Layer '"):
         train(model, optimizer, poisoned(float("nan")), 1)
@@ -148,11 +149,11 @@ def test_raise_with_an_optimizer(rule: Rule) -> None:
 def test_propagate_does_as_torch(rule: Rule, value: float) -> None:
     model = mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
-    rule.attach(model, optimizer, on_nonfinite="propagate")
+    attach(rule, model, optimizer, warm=(6,), on_nonfinite="propagate")
     train(model, optimizer, poisoned(value), 1)
     assert not all_finite(weights(model))
     rule.detach()
-    rule.attach(mlp(), on_nonfinite="propagate")
+    attach(rule, mlp(), on_nonfinite="propagate")
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "lbfgs", "lbfgs-wolfe"])

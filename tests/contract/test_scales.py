@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from plywise import Rule
 
-from .models import MODELS, all_finite, backward, batch, mlp, same_bits, train, weights
+from .attaching import attach
+from .models import MODELS, all_finite, backward, batch, loss_of, mlp, same_bits, train, weights
 from .registry import Case
 
 KIND = pytest.mark.parametrize("kind", list(MODELS))
@@ -32,7 +33,7 @@ def test_same_seed_same_bits(case: Case, kind: str) -> None:
 def test_a_rule_draws_no_random_numbers(rule: Rule) -> None:
     model = mlp()
     before = torch.get_rng_state()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     backward(model, batch())
     rule.explain()
     assert torch.equal(torch.get_rng_state(), before)
@@ -95,22 +96,23 @@ def test_every_solve_ends(case: Case, rule: Rule, kind: str, what: str) -> None:
     model = build()
     x, y = batch(shape, 40 if kind == "mlp" else 6)  # more rows than columns, and fewer
     for rows in (len(y), 4):
-        rule.attach(model)
-        assert all_finite(backward(model, (INPUTS[what](x)[:rows], y[:rows])))
+        data = INPUTS[what](x)[:rows], y[:rows]
+        attach(rule, model, warm=lambda data=data: loss_of(model, data))
+        assert all_finite(backward(model, data))
         rule.detach()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     rule.attach(model, optimizer)
     with warnings.catch_warnings():
         # plain gradient descent may diverge at 1e8; then steps are skipped and weights stay finite
         warnings.filterwarnings("ignore", "The gradient of", RuntimeWarning)
-        train(model, optimizer, (INPUTS[what](x), y), 2)
+        train(model, optimizer, (INPUTS[what](x), y), 4 if rule.remembers else 2)
     assert all_finite(weights(model))
 
 
 @pytest.mark.parametrize("factor", [1e8, 1e-8])
 def test_extreme_gradients(case: Case, rule: Rule, factor: float) -> None:
     model = mlp()
-    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
     small = backward(model, batch())
     scaled = backward(model, batch(), factor)
     assert all_finite(scaled)
@@ -124,7 +126,7 @@ def test_extreme_weights(rule: Rule, factor: float) -> None:
     model = mlp()
     with torch.no_grad():
         model[2].weight.mul_(factor)
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     assert all_finite(backward(model, batch()))
 
 
@@ -141,8 +143,10 @@ def test_rounding_does_not_become_a_step(case: Case, rule: Rule, what: str, rows
     double.load_state_dict(single.state_dict())
     moves = []
     for layer, z in ((single, x), (double, x.double())):
-        rule.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
-        moves.append(backward(layer, (z, y)))
+        data = z, y
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        attach(rule, layer, optimizer, warm=lambda layer=layer, data=data: loss_of(layer, data))
+        moves.append(backward(layer, data))
         rule.detach()
     for name, g in moves[0].items():
         size = moves[1][name].norm() + moves[1]["bias"].norm()

@@ -1,6 +1,7 @@
 """Dtypes, memory formats, batch shapes and ways to call a layer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from plywise import Move, Ply, Rule
 from plywise.health import Health
 
+from .attaching import attach
 from .models import (
     MODELS,
     all_finite,
@@ -35,7 +37,7 @@ def test_dtypes(case: Case, rule: Rule, kind: str, dtype: torch.dtype) -> None:
     build, shape = MODELS[kind]
     model, data = build(dtype), batch(shape, dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    rule.attach(model, optimizer)
+    attach(rule, model, optimizer, warm=shape)
     found = backward(model, data)
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, p in model.named_parameters():
@@ -58,8 +60,8 @@ def test_low_precision_moves_resemble_full_ones(case: Case, rule: Rule, kind: st
     full.load_state_dict(half.state_dict())
     x, y = batch(shape, dtype=torch.bfloat16)
     other = case.make()
-    other.attach(full, torch.optim.SGD(full.parameters(), lr=0.1))
-    rule.attach(half, torch.optim.SGD(half.parameters(), lr=0.1))
+    attach(other, full, torch.optim.SGD(full.parameters(), lr=0.1), warm=shape)
+    attach(rule, half, torch.optim.SGD(half.parameters(), lr=0.1), warm=shape)
     expected, found = backward(full, (x.double(), y)), backward(half, (x, y))
     other.detach()
     for name, g in found.items():
@@ -81,7 +83,7 @@ def test_autocast(case: Case, rule: Rule, kind: str) -> None:
 
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    rule.attach(model, optimizer)
+    attach(rule, model, optimizer, warm=shape)
     found = gradients(model)
     assert all(g.dtype == torch.float32 for g in found.values())
     assert all_finite(found)
@@ -96,7 +98,7 @@ def test_non_contiguous_inputs(case: Case, rule: Rule, kind: str) -> None:
     build, shape = MODELS[kind]
     x, y = batch(shape, dtype=torch.float64)
     model = build(torch.float64)
-    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=shape)
     expected = backward(model, (x, y))
     strided = torch.empty(*x.shape, 2, dtype=x.dtype)[..., 1].copy_(x)
     turned = x.mT.contiguous().mT if x.dim() > 2 else x.T.contiguous().T
@@ -111,8 +113,9 @@ def test_non_contiguous_inputs(case: Case, rule: Rule, kind: str) -> None:
 def test_channels_last(case: Case, rule: Rule) -> None:
     data = batch((2, 6, 6), dtype=torch.float64)
     plain, model = convnet(torch.float64), convnet(torch.float64).to(memory_format=torch.channels_last)
-    case.make().attach(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
-    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    shape = (2, 6, 6)
+    attach(case.make(), plain, torch.optim.SGD(plain.parameters(), lr=0.1), warm=shape)
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=shape)
     turned = (data[0].contiguous(memory_format=torch.channels_last), data[1])
     assert_close(backward(model, turned), backward(plain, data), 1e-10)
     assert model[0](turned[0]).is_contiguous(memory_format=torch.channels_last)
@@ -120,7 +123,7 @@ def test_channels_last(case: Case, rule: Rule) -> None:
 
 def test_leading_dimensions_are_rows(case: Case, rule: Rule) -> None:
     model = mlp(torch.float64)
-    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
     x, y = batch(n=12, dtype=torch.float64)
     results = []
     for shape in ((12,), (12, 1), (1, 12), (3, 4), (2, 3, 2)):
@@ -138,7 +141,7 @@ def test_leading_dimensions_are_rows(case: Case, rule: Rule) -> None:
 
 def test_one_sample_without_a_batch(case: Case, rule: Rule) -> None:
     model = mlp(torch.float64)
-    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
     x, y = batch(n=1, dtype=torch.float64)
     alone = backward(model, (x, y))
     assert_close(backward(model, (x[0], y[0])), alone, 1e-10)
@@ -146,8 +149,9 @@ def test_one_sample_without_a_batch(case: Case, rule: Rule) -> None:
     for dims, layer in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)):
         rule.detach()
         conv = nn.Sequential(layer(2, 3, 2), nn.ReLU(inplace=True)).double()
-        rule.attach(conv, torch.optim.SGD(conv.parameters(), lr=0.1))
         x = torch.randn(2, *[4] * dims, dtype=torch.float64)
+        optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+        attach(rule, conv, optimizer, warm=lambda conv=conv, x=x: conv(x[None]).square().sum())
         conv(x[None]).square().sum().backward()
         expected = grads(conv)
         conv.zero_grad()
@@ -160,7 +164,7 @@ def test_batch_sizes(case: Case, rule: Rule, kind: str) -> None:
     build, shape = MODELS[kind]
     model = build().eval()  # batch norm in training refuses some batches, with or without us
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    rule.attach(model, optimizer)
+    attach(rule, model, optimizer, warm=shape)
     for n in (1, 12, 1, 3, 40):
         found = backward(model, batch(shape, n))
         assert all_finite(found), n
@@ -174,7 +178,7 @@ def test_empty_batch(rule: Rule, kind: str) -> None:
     build, shape = MODELS[kind]
     model = build().eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    rule.attach(model, optimizer)
+    attach(rule, model, optimizer, warm=shape)
     x = torch.zeros(0, *shape, requires_grad=True)
     model(x).sum().backward()
     assert x.grad.shape == x.shape
@@ -200,7 +204,7 @@ def test_called_by_keyword(case: Case, rule: Rule) -> None:
     data, results = batch((2, 6, 6), dtype=torch.float64), []
     for keyword in (False, True):
         model = ByKeyword(keyword)
-        case.make().attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        attach(case.make(), model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(2, 6, 6))
         results.append(backward(model, data))
     assert same_bits(*results)
 
@@ -222,8 +226,9 @@ def test_in_place_after_a_layer(case: Case, what: str, kind: str) -> None:
     for function in IN_PLACE[what]:
         torch.manual_seed(1)
         layer = (nn.Linear(4, 4) if "linear" in kind else nn.Conv1d(2, 4, 3)).double()
-        case.make().attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        start, optimizer = x.detach().clone(), torch.optim.SGD(layer.parameters(), lr=0.1)
+        attach(case.make(), layer, optimizer, warm=lambda layer=layer, x=start: layer(x).sin().sum())
         function(layer(x)).sin().sum().backward()
         results.append({**grads(layer), "input": x.grad})
     assert_close(results[1], results[0])
@@ -234,7 +239,7 @@ def test_the_rule_sees_the_layers_own_problem(case: Case, rule: Rule, kind: str)
     # A and Δ taken by plain torch hooks, the move computed by hand: what backward left in .grad
     build, shape = MODELS[kind]
     model = build(torch.float64)
-    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=shape)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     plies: dict[str, Ply] = {}
 
@@ -258,8 +263,9 @@ def test_the_rule_sees_the_layers_own_problem(case: Case, rule: Rule, kind: str)
     for name in handled:
         module, (a, delta) = model.get_submodule(name), seen[name]
         bias = module.bias is not None
-        energy = plies[name].energy
-        ply = Ply(name, plies[name].kind, module, a, delta, module.weight.detach(), bias, Health(), energy)
+        ply = replace(
+            plies[name], a=a, delta=delta, weight=module.weight.detach(), has_bias=bias, health=Health()
+        )
         move = rule.move(ply)
         assert_close({"w": found[f"{name}.weight"]}, {"w": move.weight})
         if bias:

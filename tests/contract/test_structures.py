@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 from plywise import AttachError, Move, Ply, Rule, UncapturedLayerError
 
+from .attaching import attach
 from .models import all_finite, assert_close, batch, grads, loss_of, mlp, same_bits, train, weights
 from .registry import Case
 from .structures import STRUCTURES, Structure
@@ -18,20 +19,23 @@ from .structures import STRUCTURES, Structure
 STRUCTURE = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.name)
 
 
-def attached(rule: Rule, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Rule:
+def attached(
+    rule: Rule, model: nn.Module, optimizer: torch.optim.Optimizer | None, structure: Structure
+) -> Rule:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return rule.attach(model, optimizer)
+        return attach(rule, model, optimizer, warm=lambda: structure.loss(model, 2))
 
 
 @STRUCTURE
 def test_right_or_routed_with_a_reason(rule: Rule, structure: Structure) -> None:
     model = structure.build()
     structure.loss(model).backward()  # lazy layers take their shapes
-    attached(rule, model, None)
+    attached(rule, model, None, structure)
     rows = {row.name: row for row in rule.explain().rows}
-    assert {name for name, row in rows.items() if row.handled} == set(structure.handled)
-    for name, words in structure.routed.items():
+    routed = {**structure.routed, **(structure.shared if rule.remembers else {})}
+    assert {name for name, row in rows.items() if row.handled} == set(structure.handled) - routed.keys()
+    for name, words in routed.items():
         assert words in rows[name].reason, rows[name].reason
         assert rows[name].treatment == "left to the optimizer"
     owners = {name for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
@@ -44,7 +48,7 @@ def test_gradients_are_the_sum_of_the_moves(case: Case, rule: Rule, structure: S
     model = structure.build()
     structure.loss(model)  # lazy layers take their shapes
     model.double()
-    attached(rule, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    attached(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), structure)
     sums: dict[int, Tensor] = {}
 
     def add(ply: Ply, move: Move, below: Tensor | None) -> None:
@@ -72,7 +76,7 @@ def test_three_steps_move_all_that_can_move(case: Case, rule: Rule, structure: S
     model = structure.build()
     structure.loss(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    attached(rule, model, optimizer)
+    attached(rule, model, optimizer, structure)
     before = weights(model)
     for _ in range(3):
         optimizer.zero_grad()
@@ -98,9 +102,12 @@ def test_sometimes_used(case: Case, rule: Rule) -> None:
         def forward(self, x: Tensor, which: str) -> Tensor:
             return self.head(torch.tanh(getattr(self, which)(x)))
 
+    def both(net: nn.Module) -> Tensor:
+        return F.cross_entropy(net(x, "a") + net(x, "b"), y)
+
     model = Gated()
-    rule.attach(model)
     x, y = batch()
+    attach(rule, model, warm=lambda: both(model))
     for which, other in ("ab", "ba", "aa", "bb"):
         model.zero_grad()
         F.cross_entropy(model(x, which), y).backward()
@@ -110,7 +117,7 @@ def test_sometimes_used(case: Case, rule: Rule) -> None:
             assert f"{other}.weight" not in found
         fresh = Gated()
         fresh.load_state_dict(model.state_dict())
-        second = case.make().attach(fresh)
+        second = attach(case.make(), fresh, warm=lambda fresh=fresh: both(fresh))
         F.cross_entropy(fresh(x, which), y).backward()
         assert same_bits(found, grads(fresh))
         second.detach()
@@ -159,6 +166,8 @@ def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
         assert torch.equal(value, before[name]) == (name in frozen), name
     if what != "bias":
         assert "frozen" in str(rule.explain())
+    if rule.remembers:
+        return  # the step taken is in its memory; see test_memory_layers.py
     for name in frozen:  # thawed again
         model.get_parameter(name).requires_grad_(True)
     model.load_state_dict(free.state_dict())
@@ -170,11 +179,11 @@ def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
 def test_all_frozen_passes_the_gradient_down(case: Case, rule: Rule) -> None:
     model, data = mlp(), batch()
     case_free = mlp()
-    case.make().attach(case_free)
+    attach(case.make(), case_free, warm=(6,))
     results = []
     for net in (case_free, model):
         if net is model:
-            rule.attach(model)
+            attach(rule, model, warm=(6,))
             model.requires_grad_(False)
         x = data[0].clone().requires_grad_()
         loss_of(net, (x, data[1])).backward()
@@ -189,13 +198,13 @@ def test_lazy_layers(case: Case, rule: Rule) -> None:
         return nn.Sequential(nn.LazyConv2d(4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
 
     data, model, ready = batch((2, 6, 6)), build(), build()
-    rule.attach(model)
+    attach(rule, model)
     assert "lazy" in str(rule.explain())
     torch.manual_seed(2)
     loss_of(model, data).backward()
     torch.manual_seed(2)
     ready(data[0])
-    case.make().attach(ready)
+    attach(case.make(), ready)
     loss_of(ready, data).backward()
     assert same_bits(grads(model), grads(ready))
     assert "3×64" in str(rule.explain())
@@ -218,7 +227,7 @@ PARAMETRIZE = {
 def test_computed_weights(case: Case, rule: Rule, kind: str) -> None:
     model, data = mlp(torch.float64), batch(dtype=torch.float64)
     PARAMETRIZE[kind](model[2])
-    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.01), warm=(6,))
     loss_of(model, data).backward()
     found = grads(model)
     assert found.keys() == dict(model.named_parameters()).keys()
@@ -260,11 +269,11 @@ def test_a_computed_bias(case: Case, rule: Rule) -> None:
             return x.exp()
 
     results = []
-    for attach in (False, True):
+    for attaching in (False, True):
         model = mlp(torch.float64)
         nn.utils.parametrize.register_parametrization(model[2], "bias", Positive())
-        if attach:
-            rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+        if attaching:
+            attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.01), warm=(6,))
         loss_of(model, batch(dtype=torch.float64)).backward()
         results.append(grads(model))
     assert results[0].keys() == results[1].keys()
@@ -274,16 +283,16 @@ def test_a_computed_bias(case: Case, rule: Rule) -> None:
 
 def test_a_model_of_nothing_supported_is_refused(rule: Rule) -> None:
     with pytest.raises(AttachError, match=r"finds no layer.*LSTM.*not a supported.*register_layer"):
-        rule.attach(nn.LSTM(3, 4))
+        attach(rule, nn.LSTM(3, 4))
     with pytest.raises(AttachError, match="it has no parameters"):
-        rule.attach(nn.Sequential(nn.ReLU()))
+        rule.attach(nn.Sequential(nn.ReLU()), torch.optim.SGD(mlp().parameters(), lr=0.1))
 
 
 def test_a_forward_set_on_the_module_itself_is_routed(case: Case, rule: Rule) -> None:
     model = mlp(torch.float64)
     layer = model[2]
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias).square()
-    rule.attach(model)
+    attach(rule, model)
     row = next(row for row in rule.explain().rows if row.name == "2")
     assert not row.handled
 
@@ -291,7 +300,7 @@ def test_a_forward_set_on_the_module_itself_is_routed(case: Case, rule: Rule) ->
 def test_functions_of_a_weight_outside_its_layer(rule: Rule) -> None:
     # a penalty reaches the weight by another road, in the same backward: both add up
     model, data = mlp(), batch()
-    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
     loss_of(model, data).backward()
     bare = grads(model)["2.weight"]
     model.zero_grad()

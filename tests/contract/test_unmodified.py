@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from plywise import AttachError, Rule
 
+from .attaching import attach
 from .models import MODELS, backward, batch, convnet, grads, loss_of, mlp, same_bits, train
 from .registry import Case
 
@@ -69,7 +70,7 @@ def test_the_forward_is_not_changed(rule: Rule) -> None:
         x, _ = batch(shape)
         expected = build()(x)
         model = build()
-        rule.attach(model)
+        attach(rule, model)
         output = model(x)
         assert torch.equal(output, expected)
         assert output.requires_grad
@@ -89,7 +90,7 @@ def test_detach_leaves_nothing(rule: Rule) -> None:
 def test_detached_gradients_are_autograds(rule: Rule) -> None:
     model, data = mlp(), batch()
     expected = backward(mlp(), data)
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     backward(model, data)
     rule.detach()
     assert same_bits(backward(model, data), expected)
@@ -98,41 +99,41 @@ def test_detached_gradients_are_autograds(rule: Rule) -> None:
 def test_detach_between_forward_and_backward_is_safe(case: Case, rule: Rule) -> None:
     # the graph was made under the rule: it answers to the end
     model, data = mlp(), batch()
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     loss = loss_of(model, data)
     rule.detach()
     loss.backward()
     reference = mlp()
-    case.make().attach(reference)
+    attach(case.make(), reference, warm=(6,))
     assert same_bits(grads(model), backward(reference, data))
 
 
 def test_detach_twice_and_unattached_is_harmless(case: Case) -> None:
     rule = case.make()
     rule.detach()
-    rule.attach(mlp())
+    attach(rule, mlp())
     rule.detach()
     rule.detach()
 
 
 def test_attach_twice_is_refused(case: Case, rule: Rule) -> None:
     model = mlp()
-    rule.attach(model)
+    attach(rule, model)
     count = len(hooks(model))
     with pytest.raises(AttachError, match=r"attached already.*detach"):
-        rule.attach(mlp())
+        attach(rule, mlp())
     with pytest.raises(AttachError, match=r"Layer '0' is handled by a rule already.*exclude"):
-        case.make().attach(model)
+        attach(case.make(), model)
     assert len(hooks(model)) == count
 
 
 def test_attach_again_after_detach(case: Case, rule: Rule) -> None:
     data, fresh = batch(), mlp()
-    case.make().attach(fresh)
+    attach(case.make(), fresh, warm=(6,))
     expected = backward(fresh, data)
     model = mlp()
     for _ in range(3):
-        rule.attach(model)
+        attach(rule, model, warm=(6,))
         assert same_bits(backward(model, data), expected)
         rule.detach()
     assert hooks(model) == []
@@ -144,7 +145,7 @@ def test_a_refused_attach_leaves_nothing(rule: Rule) -> None:
     stranger = torch.optim.SGD(mlp().parameters(), lr=0.1)
     for arguments in ({"layers": "nothing.like.it"}, {"optimizer": stranger}, {"exclude": nn.Module}):
         with pytest.raises(AttachError):
-            rule.attach(model, **arguments)
+            attach(rule, model, **arguments)
     with pytest.raises(ValueError, match=r"'skip'.*optimizer"):
         rule.attach(model, on_nonfinite="skip")
     assert hooks(model, optimizer) == []
@@ -153,7 +154,7 @@ def test_a_refused_attach_leaves_nothing(rule: Rule) -> None:
 
 def test_dropping_the_model_frees_it(rule: Rule) -> None:
     model = convnet()
-    rule.attach(model)
+    attach(rule, model, warm=(2, 6, 6))
     backward(model, batch((2, 6, 6)))
     gone = [weakref.ref(module) for module in model.modules()]
     storage = StorageWeakRef(model[0].weight.untyped_storage())
@@ -179,8 +180,8 @@ def test_dropping_the_model_frees_it_while_the_optimizer_lives(rule: Rule) -> No
 
 def test_dropping_the_handle_does_not_detach(case: Case) -> None:
     data, kept, forgotten = batch(), mlp(), mlp()
-    rule = case.make().attach(kept)
-    handle = weakref.ref(case.make().attach(forgotten))
+    rule = attach(case.make(), kept, warm=(6,))
+    handle = weakref.ref(attach(case.make(), forgotten, warm=(6,)))
     gc.collect()
     assert same_bits(backward(forgotten, data), backward(kept, data))
     assert handle() is not None  # it lives as long as the model
@@ -194,7 +195,7 @@ def test_dropping_the_handle_does_not_detach(case: Case) -> None:
 def test_activations_are_freed_at_once(rule: Rule, runs_backward: bool) -> None:
     # without the garbage collector: a cycle through the graph would keep a batch of activations
     model = convnet()
-    rule.attach(model)
+    attach(rule, model, warm=(2, 6, 6))
     inputs: list[StorageWeakRef] = []
 
     def watch(module: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -222,12 +223,12 @@ def test_users_hooks_stay_and_see_what_goes_on(rule: Rule) -> None:
     model[2].register_forward_hook(lambda module, args, output: outputs.append(output))
     model[2].weight.register_hook(lambda grad: heard.append(grad.clone()))
     model[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    rule.attach(model)
+    attach(rule, model, warm=(6,))
     out = loss_of(model, data)
-    outputs[0].retain_grad()
+    outputs[-1].retain_grad()
     out.backward()
-    assert outputs[0].grad is not None  # the hook got the very tensor that the next layer reads
-    assert torch.equal(heard[0], model[2].weight.grad)
+    assert outputs[-1].grad is not None  # the hook got the very tensor that the next layer reads
+    assert torch.equal(heard[-1], model[2].weight.grad)
     rule.detach()
     assert len(model[2]._forward_hooks) == 1
 
@@ -235,8 +236,8 @@ def test_users_hooks_stay_and_see_what_goes_on(rule: Rule) -> None:
 def test_two_rules_share_a_model(case: Case, rule: Rule) -> None:
     model, data = mlp(), batch()
     other = case.make()
-    rule.attach(model, layers="0")
-    other.attach(model, exclude="0")
+    attach(rule, model, layers="0")
+    attach(other, model, exclude="0")
     together = backward(model, data)
     rule.detach()
     other.detach()
