@@ -19,3 +19,7 @@ class UncapturedLayerError(PlywiseError):
 
 class StateError(PlywiseError):
     """A saved memory does not fit the model or the rule that it is loaded into."""
+
+
+class BlockError(PlywiseError):
+    """A network does not come apart into blocks, or blocks do not fit together."""

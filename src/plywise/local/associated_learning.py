@@ -1,0 +1,139 @@
+"""Associated Learning: inputs and targets are encoded towards each other, and meet in every component."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise.local.blocks import Blocks
+from plywise.local.component import Component, Signal
+from plywise.local.learner import OneWayLearner, check_classes
+
+MakeBridge = Callable[[torch.Size, int], nn.Module]
+
+
+def wide_bridge(shape: torch.Size, code: int) -> nn.Module:
+    """The paper's bridge: two sigmoid layers, the first five times as wide as the code."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(shape.numel(), 5 * code),
+        nn.Sigmoid(),
+        nn.Linear(5 * code, code),
+        nn.Sigmoid(),
+    )
+
+
+class AssociatedComponent(Component):
+    """One component: forward f, bridge b, target encoder h, decoder g."""
+
+    def __init__(self, block: nn.Module, bridge: nn.Module, target: int, code: int) -> None:
+        super().__init__()
+        self.block = block  # f; enc.f in the authors' code
+        self.bridge = bridge  # b
+        self.encoder = nn.Sequential(nn.Linear(target, code), nn.Sigmoid())  # h; ae.g in the authors' code
+        self.decoder = nn.Sequential(nn.Linear(code, target), nn.Sigmoid())  # g; ae.h in the authors' code
+
+    def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
+        """``mse(b(s), t)`` for f and b, plus ``mse(g(t), t of before)`` for h and g."""
+        assert signal.codes is not None
+        s, codes = self.block(signal.s), self.encoder(signal.codes)
+        associated = F.mse_loss(self.bridge(s), codes.detach()[signal.y])
+        # all samples of a class have one code: encoded once, weighted by their number
+        share = torch.bincount(signal.y, minlength=len(codes)).to(codes) / len(signal.y)
+        errors = F.mse_loss(self.decoder(codes), signal.codes, reduction="none").mean(1)
+        return Signal(s, signal.y, codes), associated + share @ errors
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The target's side learns at twice the rate."""
+        return [
+            {"params": [*self.block.parameters(), *self.bridge.parameters()]},
+            {"params": [*self.encoder.parameters(), *self.decoder.parameters()], "rate": 2.0},
+        ]
+
+
+class AssociatedLearning(OneWayLearner):
+    """Associated Learning for classification.
+
+    Idea: the target is encoded step by step as the input is, and every component learns to lead from its
+        activations to its own code of the target: no gradient crosses from one component to another.
+    Equation: s = f(s_below), t = h(t_below), both inputs detached; f and b learn mse(b(s), t) with t
+        detached, h and g learn mse(g(t), t_below). Prediction: g₁ ∘ … ∘ g_L ∘ b_L ∘ f_L ∘ … ∘ f₁.
+    Use when: components shall train in a pipeline of processes, or with the memory of one of them.
+    Do not use when: one process trains the network and it fits: the bridges cost more than they save.
+    Cost: a bridge and a small autoencoder for each component; with the paper's bridges a step takes up to
+        twice backpropagation's operations. The activations of one component at a time.
+    Source: Kao, Chen, "Associated Learning: Decomposing End-to-end Backpropagation based on Auto-encoders and
+        Target Propagation", Neural Computation 33(1), 2021, arXiv 1906.05560.
+    Limits: classification by class index. Codes hold nothing of the input: they are one row a class, so deep
+        components see no more of the target than shallow ones.
+
+    Args:
+        blocks: the forward maps f.
+        num_classes: number of classes, C.
+        code: width of every code, n (``neuron_num`` in the authors' code). Default 128.
+        bridge: makes b from the shape of a sample's activations and ``code``. Default `wide_bridge`.
+        **training: ``optimizer``, ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`. The
+            optimizer's rate is that of f and b; h and g learn at twice the rate, as in the paper.
+
+    Raises:
+        BlockError: see `Blocks`.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(32, 8), torch.arange(32) % 3
+        >>> blocks = pw.Blocks([nn.Sequential(nn.Linear(8, 16), nn.ELU()) for _ in range(1)], x)
+        >>> adam = lambda groups: torch.optim.Adam(groups, lr=1e-2)
+        >>> learner = pw.AssociatedLearning(blocks, num_classes=3, code=8, optimizer=adam)
+        >>> losses = [learner.step(x, y).sum() for _ in range(100)]
+        >>> bool(losses[-1] < losses[0] / 2)
+        True
+        >>> learner.predict(x).shape
+        torch.Size([32, 3])
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        num_classes: int,
+        *,
+        code: int = 128,
+        bridge: MakeBridge = wide_bridge,
+        **training: Any,
+    ) -> None:
+        self._classes = num_classes
+        widths = [num_classes] + [code] * len(blocks)
+        components = [
+            AssociatedComponent(block, bridge(shape, code), target, code)
+            for block, shape, target in zip(blocks, blocks.shapes[1:], widths, strict=False)
+        ]
+        self._components = components
+        super().__init__(components, **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The input, and one row for each class: t₀ is the one-hot target."""
+        check_classes(y, self._classes)
+        first = next(self._components[0].encoder.parameters())
+        return Signal(x, y, torch.eye(self._classes, dtype=first.dtype, device=first.device))
+
+    def as_module(self, depth: int | None = None) -> nn.Module:
+        """The path of inference; with ``depth``, the shortcut through the first ``depth`` components."""
+        return AssociatedPath(self._components[: len(self._components) if depth is None else depth])
+
+
+class AssociatedPath(nn.Module):
+    """``g₁ … g_d b_d f_d … f₁``: scores of the classes."""
+
+    def __init__(self, components: list[AssociatedComponent]) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(component.block for component in components))
+        self.bridge = components[-1].bridge
+        self.decoders = nn.Sequential(*(component.decoder for component in reversed(components)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (N, C), each in (0, 1)."""
+        scores: Tensor = self.decoders(self.bridge(self.blocks(x)))
+        return scores

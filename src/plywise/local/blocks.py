@@ -1,0 +1,100 @@
+"""A network as a chain of blocks, each handing one tensor to the next."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from plywise.errors import BlockError
+
+
+class Blocks(Sequence[nn.Module]):
+    """Modules that follow one another, and the shapes of what they hand on.
+
+    Args:
+        modules: the blocks, first to last. They stay the user's own: training trains these.
+        example: a small batch of inputs; one forward finds the shapes (and materialises lazy layers). It is
+            made in eval mode, so that buffers stay as they are.
+
+    Attributes:
+        shapes: of one sample: the input's, then each block's output.
+
+    Raises:
+        BlockError: there is no block, or one fails on what it gets, hands on something else than one tensor
+            with a row for each sample, or shares a parameter with another.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> body, head = nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Linear(16, 3)
+        >>> Blocks([body, head], torch.randn(4, 8)).shapes
+        (torch.Size([8]), torch.Size([16]), torch.Size([3]))
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], example: Tensor) -> None:
+        self._modules = tuple(modules)
+        if not self._modules:
+            raise BlockError("There is no block: give at least one module.")
+        _refuse_sharing(self._modules)
+        shapes = [example.shape[1:]]
+        value = example
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for number, module in enumerate(self._modules):
+                with evaluating(module):
+                    value = _output(module, number, value, len(example))
+                shapes.append(value.shape[1:])
+        self.shapes = tuple(shapes)
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[nn.Module, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module | tuple[nn.Module, ...]:
+        return self._modules[index]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def _refuse_sharing(modules: tuple[nn.Module, ...]) -> None:
+    owner: dict[nn.Parameter, tuple[int, str]] = {}
+    for number, module in enumerate(modules):
+        for name, parameter in module.named_parameters():
+            first, other = owner.setdefault(parameter, (number, name))
+            if first != number:
+                raise BlockError(
+                    f"Block {number} shares its {name!r} with the {other!r} of block {first}: two blocks "
+                    "would train one parameter. Keep both uses in one block."
+                )
+
+
+def _output(module: nn.Module, number: int, value: Tensor, samples: int) -> Tensor:
+    name = f"Block {number} ({type(module).__name__})"
+    try:
+        output = module(value)
+    except Exception as error:
+        raise BlockError(
+            f"{name} fails on the {tuple(value.shape)} that it gets: {error}. Look at the example's shape, "
+            "and at the block before."
+        ) from error
+    if not isinstance(output, Tensor) or output.dim() == 0 or output.shape[0] != samples:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise BlockError(
+            f"{name} hands on {found} for {samples} samples; blocks hand on one tensor with a row a sample."
+        )
+    return output
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every part is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,155 @@
+"""The contract of a local learner: step, predict, export, state. A method says what its components are."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plywise.errors import PlywiseError, StateError
+from plywise.local.blocks import evaluating
+from plywise.local.component import Component, Signal
+from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeScheduler
+
+
+@dataclass(frozen=True)
+class Report:
+    """What callbacks hear after each step.
+
+    Attributes:
+        step: number of steps done.
+        losses: the components' losses in this step, (K,).
+    """
+
+    step: int
+    losses: Tensor
+
+
+Callback = Callable[[Report], None]
+
+
+class Learner(ABC):
+    """A network in local training; abstract. Subclasses make components and say how a step goes.
+
+    Args:
+        components: the components, first to last.
+        optimizer: makes one optimizer for each component from its parameter groups.
+        scheduler: makes a scheduler for each optimizer; it steps after each step. Default none.
+        rule: makes a rule to act inside each component. Default none: plain gradients.
+        callbacks: called with a `Report` after each step.
+        seed: of the components' random numbers (dropout, noise). Default 0.
+    """
+
+    def __init__(
+        self,
+        components: Iterable[Component],
+        *,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
+        rule: MakeRule | None = None,
+        callbacks: Iterable[Callback] = (),
+        seed: int = 0,
+    ) -> None:
+        self.callbacks = list(callbacks)
+        self.steps = 0
+        self.trainers = [
+            LocalTrainer(component, index, optimizer, scheduler, rule, seed)
+            for index, component in enumerate(components)
+        ]
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Train every component on a batch.
+
+        Args:
+            x: inputs, a row a sample.
+            y: targets.
+
+        Returns:
+            The local losses before the step, (K,), detached.
+
+        Raises:
+            PlywiseError: the batch is empty, or inputs and targets differ in number.
+        """
+        if len(x) != len(y) or len(x) == 0:
+            raise PlywiseError(
+                f"A batch needs as many targets as inputs, and at least one: {len(x)} inputs, {len(y)} "
+                "targets."
+            )
+        for trainer in self.trainers:
+            trainer.component.train()
+        losses = torch.stack(self._sweep(self.signal(x, y)))
+        self.steps += 1
+        report = Report(self.steps, losses)
+        for callback in self.callbacks:
+            callback(report)
+        return losses
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """What the first component gets."""
+        return Signal(x, y)
+
+    @abstractmethod
+    def _sweep(self, signal: Signal) -> list[Tensor]:
+        """One step of all components; their detached losses."""
+
+    @abstractmethod
+    def as_module(self) -> nn.Module:
+        """The network that predicts, a plain module on the same parameters: for export or evaluation."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """What `as_module` makes of some inputs in eval mode: scores, a row a sample."""
+        module = self.as_module()
+        with evaluating(module), torch.no_grad():
+            result: Tensor = module(x)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how training goes on; loads with ``weights_only=True``."""
+        return {
+            "learner": type(self).__name__,
+            "steps": self.steps,
+            "trainers": [trainer.state_dict() for trainer in self.trainers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, bit for bit.
+
+        Raises:
+            StateError: it was saved by another learner, or with other components.
+        """
+        name = type(self).__name__
+        if state.get("learner") != name or len(state["trainers"]) != len(self.trainers):
+            saved = f"{state.get('learner')} of {len(state.get('trainers', ()))} components"
+            raise StateError(f"The state is one of {saved}; this is {name} of {len(self.trainers)}.")
+        for trainer, part in zip(self.trainers, state["trainers"], strict=True):
+            trainer.load_state_dict(part)
+        self.steps = state["steps"]
+
+
+class OneWayLearner(Learner):
+    """A learner whose components need nothing from those after them; abstract.
+
+    Each is done with a batch, backward and step, before the next one runs, so that the activations of one
+    component are all that is ever kept; and they may run in processes of their own (`plywise.pipeline`).
+    """
+
+    def _sweep(self, signal: Signal) -> list[Tensor]:
+        losses = []
+        for trainer in self.trainers:
+            signal, loss = trainer.learn(signal, self.steps)
+            losses.append(loss)
+        return losses
+
+
+def check_classes(y: Tensor, num_classes: int) -> None:
+    """Raise PlywiseError unless ``y`` holds class indices below ``num_classes``."""
+    if y.dim() != 1 or y.dtype != torch.long:
+        raise PlywiseError(
+            f"Targets must be class indices, one torch.long a sample, not {y.dtype} of shape "
+            f"{tuple(y.shape)}."
+        )
+    low, high = (int(value) for value in y.aminmax())
+    if low < 0 or high >= num_classes:
+        raise PlywiseError(f"Targets must lie in 0 … {num_classes - 1}; this batch has {low} … {high}.")

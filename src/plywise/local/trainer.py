@@ -1,0 +1,129 @@
+"""One component in training: its optimizer, its scheduler, its rule, its random numbers."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from plywise.errors import StateError
+from plywise.guard import StepGuard
+from plywise.health import Health
+from plywise.local.component import Component, Signal
+from plywise.rule import Rule
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+MakeRule = Callable[[], Rule]
+
+
+class LocalTrainer:
+    """Trains one component by its own loss. A learner has one for each, wherever it runs.
+
+    Args:
+        component: the component.
+        index: its place in the chain.
+        optimizer: makes its optimizer from parameter groups.
+        scheduler: makes its scheduler, which steps after each step; None for a constant rate.
+        rule: makes the rule that acts inside it; None for plain gradients.
+        seed: of its random numbers (dropout, noise). They depend on the seed, the component and the step
+            alone: the same in one process or many, and after a resume.
+    """
+
+    def __init__(
+        self,
+        component: Component,
+        index: int,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
+        rule: MakeRule | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.component = component
+        self.index = index
+        self.health = Health()
+        self._seed = seed
+        groups = [group for group in component.parameter_groups() if group["params"]]
+        self.optimizer = optimizer(groups) if groups else None  # a component may learn in closed form
+        self.scheduler: LRScheduler | None = None
+        if self.optimizer is None:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.pop("rate", 1.0)
+        if scheduler is not None:
+            self.scheduler = scheduler(self.optimizer)
+        if rule is not None:
+            attached = rule().attach(component, self.optimizer)
+            self.health = attached.health
+        else:
+            names = {id(p): f"component {index}: {name}" for name, p in component.named_parameters()}
+            StepGuard(self.optimizer, names, self.health, "skip", lambda _: None, lambda: None)
+
+    def learn(
+        self, signal: Signal, step: int, emit: Callable[[Signal], None] = lambda _: None
+    ) -> tuple[Signal, Tensor]:
+        """One step on a signal: what goes on to the next component, and the local loss.
+
+        ``emit`` gets what goes on before the local backward: the next component need not wait for that.
+        """
+        with self.randomness(step):
+            following, loss = self.component(signal)
+            following = following.detached()
+            emit(following)
+            if self.optimizer is not None and loss.requires_grad:
+                loss.backward()
+        self.apply()
+        return following, loss.detach()
+
+    @contextmanager
+    def randomness(self, step: int) -> Iterator[None]:
+        """This component's own random numbers for a step; the caller's stream goes on untouched."""
+        parameters = (*self.component.parameters(), *self.component.buffers())
+        devices = {p.device.index for p in parameters if p.device.type == "cuda"}
+        text = f"{self._seed}/{self.index}/{step}".encode()
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
+            yield
+
+    def apply(self) -> None:
+        """Step the optimizer and the scheduler by the gradients at hand, and drop these."""
+        if self.optimizer is None:
+            return
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how it goes on."""
+        return {
+            "component": self.component.state_dict(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            StateError: it is the state of another component or optimizer.
+        """
+        for name in ("optimizer", "scheduler"):
+            if (state[name] is None) != (getattr(self, name) is None):
+                has, wants = ("no ", "a ") if state[name] is None else ("a ", "no ")
+                raise StateError(
+                    f"The saved state of component {self.index} has {has}{name}, and this one {wants}{name}: "
+                    "make the learner as it was made when saved."
+                )
+        try:
+            self.component.load_state_dict(state["component"])
+            if self.optimizer is not None:
+                self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise StateError(f"The saved state does not fit component {self.index}: {error}") from error
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
