@@ -50,8 +50,8 @@ EVERY = {"stats_every": CYCLE, "refresh_every": CYCLE}
 ARMS = {
     "plain again (null control)": Arm(),
     "AdamW": Arm(optimizer=lambda parameters: AdamW(parameters, 1e-4)),
-    "Foof": Arm(lambda: pw.Foof(**EVERY)),
-    "Foof, rank 128": Arm(lambda: pw.Foof(rank=128, **EVERY)),
+    "Foof (rank 128)": Arm(lambda: pw.Foof(**EVERY)),
+    "Foof, dense": Arm(lambda: pw.Foof(rank=None, **EVERY)),
     "Foof, rank 32": Arm(lambda: pw.Foof(rank=32, **EVERY)),
     "FeatureWhitening": Arm(lambda: pw.FeatureWhitening(**EVERY)),
     "FeatureWhitening, defaults (refresh 50)": Arm(pw.FeatureWhitening),

@@ -36,6 +36,11 @@ SPACES = {
     },
     "NLMS": {"rate": (0.03, 10.0), "rule.eps": (0.01, 1.0), "opt.momentum": [0.0, 0.9]},
     "Consequentialism": {"rate": (0.01, 1.0), "rule.eps": (0.001, 1.0), "opt.momentum": [0.0, 0.9]},
+    "RLS": {"rate": (0.01, 1.0), "rule.gain": (0.01, 10.0), "opt.momentum": [0.0, 0.9]},
+    "FeatureWhitening": {"rate": (0.01, 1.0), "rule.damping": (1e-5, 0.1), "opt.momentum": [0.0, 0.9]},
+    "AdaBK": {"rate": (0.01, 1.0), "rule.damping": (1e-5, 0.1), "opt.momentum": [0.0, 0.9]},
+    "KFAC": {"rate": (0.003, 0.3), "rule.damping": (0.01, 10.0), "opt.momentum": [0.0, 0.9]},
+    "Foof": {"rate": (0.003, 0.3), "rule.damping": (0.01, 10.0), "opt.momentum": [0.0, 0.9]},
 }
 
 
