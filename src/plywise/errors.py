@@ -23,3 +23,7 @@ class StateError(PlywiseError):
 
 class BlockError(PlywiseError):
     """A network does not come apart into blocks, or blocks do not fit together."""
+
+
+class PipelineError(PlywiseError):
+    """A pipeline cannot start or go on: a stage is lost, or something between stages does not fit."""

@@ -78,7 +78,7 @@ class Learner(ABC):
                 "targets."
             )
         for trainer in self.trainers:
-            trainer.component.train()
+            trainer.begin()
         losses = torch.stack(self._sweep(self.signal(x, y)))
         self.steps += 1
         report = Report(self.steps, losses)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -44,6 +44,8 @@ class LocalTrainer:
         seed: int = 0,
     ) -> None:
         self.component = component
+        self.module: nn.Module = component
+        """What runs the component: itself, or a wrapper that averages gradients over replicas."""
         self.index = index
         self.health = Health()
         self._seed = seed
@@ -71,13 +73,19 @@ class LocalTrainer:
         ``emit`` gets what goes on before the local backward: the next component need not wait for that.
         """
         with self.randomness(step):
-            following, loss = self.component(signal)
+            following, loss = self.module(signal)
             following = following.detached()
             emit(following)
             if self.optimizer is not None and loss.requires_grad:
                 loss.backward()
         self.apply()
         return following, loss.detach()
+
+    def begin(self) -> None:
+        """Training mode, and no gradients at hand: a failed step, or somebody else, may have left some."""
+        self.component.train()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
 
     @contextmanager
     def randomness(self, step: int) -> Iterator[None]:

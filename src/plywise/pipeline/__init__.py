@@ -1,0 +1,1 @@
+"""A one-way learner spread over processes and hosts, on torch.distributed."""

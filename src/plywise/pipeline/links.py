@@ -1,0 +1,145 @@
+"""The two ends of a boundary between stages: threads that send and receive while the stage computes."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plywise.errors import PipelineError
+from plywise.local.component import Signal
+from plywise.pipeline.watch import EVERY, Watch
+from plywise.pipeline.wire import END, packed, size_of, unpacked
+
+DEPTH = 2
+"""Batches that may wait at either end: enough to overlap, few enough to bound memory."""
+
+LOOK = 0.2  # seconds between two looks at the watch while waiting
+
+
+class Outbox:
+    """Sends the signals of one run to the next stage."""
+
+    def __init__(self, to: int, name: str, group: dist.ProcessGroup, watch: Watch) -> None:
+        self._to, self._group, self._watch = to, group, watch
+        self._queue: queue.Queue[Tensor] = queue.Queue(DEPTH)
+        self._thread = _Thread(self._send, f"the link to {name} broke")
+        self._capacity = 0
+        self.waited = 0.0
+        """Seconds that this stage has waited for the next one."""
+
+    def put(self, signal: Signal, step: int) -> None:
+        """Send a signal; waits while the next stage is too far behind."""
+        if self._capacity == 0:
+            self._capacity = size_of(signal)
+            self._put(torch.tensor([self._capacity]))
+        self._put(packed(signal, step, self._capacity))
+
+    def end(self) -> None:
+        """Send that nothing follows, and wait until everything has gone."""
+        self._put(packed(None, END, self._capacity) if self._capacity else torch.tensor([0]))
+        self._put(torch.empty(0))
+        while self._thread.alive:
+            self._thread.check(self._watch)
+            time.sleep(0.002)
+        self._thread.check(self._watch)
+
+    def _put(self, message: Tensor) -> None:
+        start = time.perf_counter()
+        while True:
+            self._thread.check(self._watch)
+            try:
+                self._queue.put(message, timeout=LOOK)
+            except queue.Full:
+                continue
+            self.waited += time.perf_counter() - start
+            return
+
+    def _send(self) -> None:
+        while (message := self._queue.get()).numel():
+            dist.send(message, self._to, group=self._group)
+
+
+class Inbox:
+    """Receives the signals of one run from the stage before."""
+
+    def __init__(
+        self, source: int, name: str, group: dist.ProcessGroup, watch: Watch, device: torch.device
+    ) -> None:
+        self._source, self._group, self._watch, self._device = source, group, watch, device
+        self._queue: queue.Queue[tuple[int, Signal | None]] = queue.Queue(DEPTH)
+        self._thread = _Thread(self._receive, f"the link from {name} broke")
+        self.waited = 0.0
+        """Seconds that this stage has waited for the one before."""
+
+    def get(self) -> tuple[int, Signal | None]:
+        """The next step and its signal; None at the end."""
+        start = time.perf_counter()
+        while True:
+            try:
+                step, signal = self._queue.get(timeout=LOOK)
+            except queue.Empty:
+                self._thread.check(self._watch)
+                continue
+            self.waited += time.perf_counter() - start
+            if signal is None or self._device.type == "cpu":
+                return step, signal
+            codes = None if signal.codes is None else signal.codes.to(self._device)
+            return step, Signal(signal.s.to(self._device), signal.y.to(self._device), codes)
+
+    def _receive(self) -> None:
+        capacity = torch.zeros(1, dtype=torch.int64)
+        dist.recv(capacity, self._source, group=self._group)
+        step, signal = END, None
+        while capacity:
+            message = torch.empty(int(capacity), dtype=torch.uint8)  # its own: signals share its memory
+            dist.recv(message, self._source, group=self._group)
+            step, signal = unpacked(message)
+            if signal is None:
+                break
+            self._queue.put((step, signal))
+        self._queue.put((END, None))
+
+
+class _Thread:
+    """A daemon thread that keeps what it died of."""
+
+    def __init__(self, work: Callable[[], None], meaning: str) -> None:
+        self._meaning = meaning
+        self._error: Exception | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, daemon=True, name="plywise link")
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still works."""
+        return self._thread.is_alive()
+
+    def check(self, watch: Watch) -> None:
+        """Raise PipelineError if the thread has died, or the watch has bad news."""
+        if self._error is not None:
+            time.sleep(2 * EVERY)  # a neighbour that stopped because of a third stage has said so by then
+            watch.check()
+            raise PipelineError(f"{self._meaning}: {str(self._error).splitlines()[0]}") from self._error
+        watch.check()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._error = error
+
+
+def within(watch: Watch, work: Callable[[], Any], meaning: str) -> Any:
+    """Do blocking work in a thread, and look at the watch meanwhile."""
+    result: list[Any] = []
+    thread = _Thread(lambda: result.append(work()), meaning)
+    while not result:
+        thread.check(watch)
+        time.sleep(0.002)
+    return result[0]
