@@ -103,10 +103,14 @@ class Keeper:
         pending = self._pending.get(name)
         if pending is not None and not _still_there(self._layers[name].weight.grad, pending.mark):
             del self._pending[name]  # zero_grad since: that step will not happen
-            pending = None
+        return memory, self._waits(name)
+
+    def _waits(self, name: str) -> bool:
+        """Whether a layer's gradient is the plain one in this step, from which the step makes the move."""
+        pending = self._pending.get(name)
         if pending is not None:  # micro-batches of one step are treated alike
-            return memory, pending.waits
-        return memory, self._due(name, self._rule.refresh_every) or not self._in_backward.get(name, False)
+            return pending.waits
+        return self._due(name, self._rule.refresh_every) or not self._in_backward.get(name, False)
 
     def has_bias(self, name: str) -> bool:
         """Whether the bias belongs to a layer's local problem."""
@@ -173,8 +177,8 @@ class Keeper:
         learned = self._learn(layers, memories)
         self._refresh([name for name in learned if self._due(name, self._rule.refresh_every)], memories)
         for name, layer in layers.items():
-            pending = self._pending.get(name)
-            if pending is not None and pending.waits and layer.weight.grad is not None:
+            # a layer that rests here may have worked on another process: its gradient came by averaging
+            if (name in self._pending or self._replicas.size > 1) and self._waits(name):
                 self._finish(layer, memories)
         self._memories = memories
         for name in learned:
@@ -266,12 +270,13 @@ class Keeper:
 
     def find_replicas(self) -> None:
         """If DistributedDataParallel runs this forward, its processes share the memory."""
-        group = data_parallel_group()
+        group = data_parallel_group() if _processes() > 1 else None
         if group is not None:
             self._replicas = Replicas(group)
+            self._told_of_replicas = True
 
     def _warn_if_alone(self) -> None:
-        if not (self._told_of_replicas or self._replicas.size > 1) and _processes() > 1:
+        if not self._told_of_replicas and _processes() > 1:
             warnings.warn(
                 f"{_processes()} processes run, but no DistributedDataParallel was seen in this model's "
                 f"forward: {type(self._rule).__name__} keeps statistics of this process alone. If gradients "

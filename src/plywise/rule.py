@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from plywise import convolution as _convolution  # noqa: F401  (registers Conv1d, Conv2d, Conv3d)
@@ -158,6 +159,8 @@ class Rule(ABC):
                 f"{type(self).__name__} keeps a running statistic and learns at the optimizer's step: "
                 "attach(model, optimizer)."
             )
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # so that layers have the same names, and states fit, with and without it
         _refuse_sharded(model)
         routes = route(model, layers, exclude, alone=self.remembers)
         if not any(r.kind for _, r in routes):

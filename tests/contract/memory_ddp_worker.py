@@ -1,0 +1,337 @@
+"""One of two processes that train replicas under a rule with memory; started by test_memory_ddp.py."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+
+from plywise import AttachError, Precondition, Rule
+from plywise.health import SKIPPED, Health
+from plywise.memory import Memory
+
+from .memories import KINDS, ROWS, Data, Run, memory
+from .models import batch, loss_of, weights
+
+HALF = ROWS // 2
+STEPS = 8
+SAVED = 5
+"""The step before which a run is broken off and resumed: not the first of a cycle of two or three."""
+
+Wrap = Callable[[Rule, nn.Module, Optimizer], nn.Module]
+
+
+# ---- ways to say which processes train together -----------------------------------------------------
+
+
+def attach_first(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    rule.attach(model, optimizer)
+    return DistributedDataParallel(model)
+
+
+def wrap_first(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    rule.attach(model, optimizer)
+    return net
+
+
+def wrapper_itself(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    net = DistributedDataParallel(model)
+    rule.attach(net, optimizer)
+    return net
+
+
+def static_graph(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    rule.attach(model, optimizer)
+    return DistributedDataParallel(model, static_graph=True)
+
+
+def by_hand(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    rule.attach(model, optimizer, process_group=dist.group.WORLD)
+    return model
+
+
+WAYS: dict[str, Wrap] = {
+    "attach, wrap": attach_first,
+    "wrap, attach": wrap_first,
+    "wrap, attach to the wrapper": wrapper_itself,
+    "static graph": static_graph,
+    "process_group": by_hand,
+}
+
+
+def average(model: nn.Module) -> None:
+    """What DistributedDataParallel does, by hand."""
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+
+def half(data: Data, rank: int) -> Data:
+    rows = slice(rank * HALF, (rank + 1) * HALF)
+    return data[0][rows], data[1][rows]
+
+
+@dataclass
+class Replica:
+    """A run of which this process has one half of each batch.
+
+    Attributes:
+        run: the model, its optimizer, the rule.
+        net: what is called: the model or its wrapper.
+        averages: whether gradients are averaged by hand.
+    """
+
+    run: Run
+    net: nn.Module
+    averages: bool = False
+
+    @classmethod
+    def start(
+        cls, rule: Rule, kind: str, way: str, seed: int = 1, state: dict[str, Any] | None = None
+    ) -> "Replica":
+        build, shape = KINDS[kind]
+        model = build(torch.float64, seed=seed).eval()  # batch norm keeps its own numbers for each rank
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        net = WAYS[way](rule, model, optimizer)
+        if state is not None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        return cls(Run(model, optimizer, rule, shape), net, way == "process_group")
+
+    def data(self, number: int) -> Data:
+        return half(self.run.data(number), dist.get_rank())
+
+    def step(self, number: int, data: Data | None = None) -> None:
+        self.run.optimizer.zero_grad()
+        loss_of(self.net, data or self.data(number)).backward()
+        if self.averages:
+            average(self.run.model)
+        self.run.optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has."""
+        state = {"model": self.run.model.state_dict(), "optimizer": self.run.optimizer.state_dict()}
+        return copy.deepcopy(state)
+
+
+# ---- what is run for every rule ---------------------------------------------------------------------
+
+TRACES = [*(("mlp", way) for way in WAYS), ("mixed", "attach, wrap"), ("mixed", "wrap, attach")]
+
+
+def stacked(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What was seen after each step as one tensor for each name."""
+    names = dict.fromkeys(name for seen in found for name in seen)
+    return {name: torch.stack([seen[name] for seen in found if name in seen]) for name in names}
+
+
+def trace(rule: Rule, kind: str, way: str) -> dict[str, Tensor]:
+    """What is seen after each step."""
+    # DistributedDataParallel makes unequal starts equal
+    replica = Replica.start(rule, kind, way, seed=1 if way == "process_group" else 1 + dist.get_rank())
+    found = []
+    for number in range(STEPS):
+        replica.step(number)
+        found.append(replica.run.seen())
+    rule.detach()
+    return stacked(found)
+
+
+def resumed(rule: Rule) -> dict[str, Any]:
+    """A run broken off; each process goes on from what the other one saved."""
+    replica = Replica.start(rule, "mixed", "attach, wrap")
+    for number in range(SAVED):
+        replica.step(number)
+    saved: list[Any] = [None, None]
+    dist.all_gather_object(saved, replica.state())
+    rule.detach()
+    rank = dist.get_rank()
+    replica = Replica.start(rule, "mixed", "attach, wrap", seed=100 + rank, state=saved[1 - rank])
+    for number in range(SAVED, STEPS):
+        replica.step(number)
+    found = {"saved": saved[rank], "end": replica.run.seen()}
+    rule.detach()
+    return found
+
+
+def micro_batches(rule: Rule) -> dict[str, Tensor]:
+    """Each row a backward pass of its own; gradients are averaged in the last one of a step."""
+    replica = Replica.start(rule, "mixed", "attach, wrap")
+    found = []
+    for number in range(STEPS):
+        replica.run.optimizer.zero_grad()
+        x, y = replica.data(number)
+        with replica.net.no_sync():
+            for row in range(HALF - 1):
+                (loss_of(replica.net, (x[row : row + 1], y[row : row + 1])) / HALF).backward()
+        (loss_of(replica.net, (x[HALF - 1 :], y[HALF - 1 :])) / HALF).backward()
+        replica.run.optimizer.step()
+        found.append(replica.run.seen())
+    rule.detach()
+    return stacked(found)
+
+
+class Branched(nn.Module):
+    """A layer that only some rows pass through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.trunk, self.branch, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor, rows: list[int]) -> Tensor:
+        h = self.trunk(x)
+        if rows:
+            h = h.index_add(0, torch.tensor(rows), self.branch(x[rows]))
+        return self.head(torch.tanh(h))
+
+
+USERS = [(0,), (1,), (0, 1), (1,), (), (0,), (0,), (0, 1), (1,), (0,)]
+"""Which processes' rows pass through the branch, step by step."""
+
+
+def branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
+    """Training where processes use different layers; ``whole``: the same in one process."""
+    model = Branched()
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    rule.attach(model, optimizer)
+    net = model if whole else DistributedDataParallel(model, find_unused_parameters=True)
+    found = []
+    for number, ranks in enumerate(USERS):
+        x, y = batch((6,), ROWS, torch.float64, 40 + number)
+        rows = [rank * HALF + row for rank in ranks for row in range(HALF)]
+        if not whole:
+            x, y = half((x, y), dist.get_rank())
+            rows = list(range(HALF)) if dist.get_rank() in ranks else []
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x, rows), y).backward()
+        optimizer.step()
+        found.append({**weights(model), **memory(optimizer)})
+    rule.detach()
+    return stacked(found)
+
+
+def poisoned(rule: Rule) -> dict[str, Any]:
+    """NaN in one process's rows, once."""
+    replica = Replica.start(rule, "mlp", "attach, wrap")
+    for number in range(SAVED):
+        replica.step(number)
+    found: dict[str, Any] = {"before": replica.run.seen()}
+    x, y = replica.data(SAVED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        replica.step(SAVED, (x * float("nan") if dist.get_rank() else x, y))
+    found["after"], found["skipped"] = replica.run.seen(), rule.health.total(SKIPPED)
+    for number in range(SAVED, STEPS):
+        replica.step(number)
+    found["end"] = replica.run.seen()
+    rule.detach()
+    return found
+
+
+def alone(rule: Rule, group: Any) -> dict[str, Any]:
+    """Several processes, each training for itself: nobody said so, or they have a group each."""
+    build, shape = KINDS["mlp"]
+    model = build(torch.float64)
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    net = model if group is None else DistributedDataParallel(model, process_group=group)
+    replica = Replica(Run(model, optimizer, rule.attach(model, optimizer), shape), net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(STEPS):
+            replica.step(number)
+    told = [(warning.category.__name__, str(warning.message)) for warning in caught]
+    found = {"told": told, "end": replica.run.seen()}
+    rule.detach()
+    return found
+
+
+# ---- what is run once -------------------------------------------------------------------------------
+
+REFRESHED: list[str] = []
+
+
+class Counted(Precondition):
+    """Keeps a list of the layers that this process has refreshed."""
+
+    def refresh(self, memory: Memory, name: str, health: Health) -> Memory:
+        REFRESHED.append(name)
+        return super().refresh(memory, name, health)
+
+
+DEEP = 8
+
+
+def shared_out(whole: bool = False) -> dict[str, Any]:
+    """Equal layers, half of them refreshed in each step after the first cycle."""
+    torch.manual_seed(1)
+    model = nn.Sequential(*(part for _ in range(DEEP) for part in (nn.Linear(6, 6), nn.Tanh()))).double()
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    rule = Counted(left=0.5, right=0.5, stats_every=1, refresh_every=2).attach(model, optimizer)
+    run = Run(model, optimizer, rule, (6,))
+    replica = None if whole else Replica(run, DistributedDataParallel(model))
+    refreshed, found = [], []
+    for number in range(STEPS):
+        REFRESHED.clear()
+        (replica or run).step(number)
+        refreshed.append(sorted(REFRESHED))
+        found.append(run.seen())
+    rule.detach()
+    return {"refreshed": refreshed, "seen": stacked(found)}
+
+
+def sharded() -> dict[str, str]:
+    """What is said of parameters that no process has whole."""
+    said = {}
+    for order in ("fully_shard, attach", "attach, fully_shard"):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        rule = Precondition()
+        try:
+            if order == "attach, fully_shard":
+                rule.attach(model, SGD(model.parameters(), lr=0.1))
+            fully_shard(model)
+            optimizer = SGD(model.parameters(), lr=0.1)
+            if order == "fully_shard, attach":
+                rule.attach(model, optimizer)
+            loss_of(model, batch()).backward()
+            optimizer.step()
+            said[order] = "nothing"
+        except AttachError as error:
+            said[order] = str(error)
+        rule.detach()
+    return said
+
+
+def main(rank: int, rendezvous: str, folder: str, rules: dict[str, Rule]) -> None:
+    """Run all of it; leave what this process saw in ``folder/rank.pt``."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    own_group = [dist.new_group([rank]) for rank in range(2)][rank]
+    found: dict[str, Any] = {"shared out": shared_out()}
+    for name, rule in rules.items():
+        found[name] = {
+            "alone": alone(rule, None),
+            "a group of its own": alone(rule, own_group),
+            "traces": {f"{kind} {way}": trace(rule, kind, way) for kind, way in TRACES},
+            "resumed": resumed(rule),
+            "micro-batches": micro_batches(rule),
+            "branched": branched(rule),
+            "poisoned": poisoned(rule),
+        }
+    found["sharded"] = sharded()
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
