@@ -16,9 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plywise import layers
-    from plywise.errors import AttachError, NonFiniteError, PlywiseError, StateError, UncapturedLayerError
+    from plywise.errors import (
+        AttachError,
+        BlockError,
+        NonFiniteError,
+        PlywiseError,
+        StateError,
+        UncapturedLayerError,
+    )
     from plywise.kept_layer import LayerShape
     from plywise.layers import LayerType, register_layer
+    from plywise.local.activation_relaxation import ActivationRelaxation
+    from plywise.local.associated_learning import AssociatedLearning
+    from plywise.local.blocks import Blocks
+    from plywise.local.cascaded_forward import CascadedForward
+    from plywise.local.forward_gradient import LocalForwardGradient
+    from plywise.local.interlocking import Interlocking
+    from plywise.local.local_loss import LocalLoss
+    from plywise.local.split import split
     from plywise.memory import MemoryRule
     from plywise.ply import Move, Ply
     from plywise.rule import Rule, Size
@@ -34,21 +49,31 @@ if TYPE_CHECKING:
     from plywise.rules.precondition import Precondition
     from plywise.rules.proxprop import ProxProp
     from plywise.rules.rls import RLS
+    from plywise.schedules.layer_freezing import LayerFreezing
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActivationRelaxation": "local.activation_relaxation",
     "AdaBK": "rules.adabk",
+    "AssociatedLearning": "local.associated_learning",
     "AttachError": "errors",
     "BackMatching": "rules.back_matching",
     "Backprop": "rules.backprop",
+    "BlockError": "errors",
+    "Blocks": "local.blocks",
+    "CascadedForward": "local.cascaded_forward",
     "Consequentialism": "rules.consequentialism",
     "FeatureWhitening": "rules.feature_whitening",
     "Foof": "rules.foof",
     "GradientAmplification": "rules.gradient_amplification",
+    "Interlocking": "local.interlocking",
     "KFAC": "rules.kfac",
+    "LayerFreezing": "schedules.layer_freezing",
     "LayerShape": "kept_layer",
     "LayerType": "layers",
+    "LocalForwardGradient": "local.forward_gradient",
+    "LocalLoss": "local.local_loss",
     "MemoryRule": "memory",
     "Move": "ply",
     "NLMS": "rules.nlms",
@@ -63,22 +88,32 @@ _HOMES = {
     "StateError": "errors",
     "UncapturedLayerError": "errors",
     "register_layer": "layers",
+    "split": "local.split",
 }
 
 __all__ = [
     "KFAC",
     "NLMS",
     "RLS",
+    "ActivationRelaxation",
     "AdaBK",
+    "AssociatedLearning",
     "AttachError",
     "BackMatching",
     "Backprop",
+    "BlockError",
+    "Blocks",
+    "CascadedForward",
     "Consequentialism",
     "FeatureWhitening",
     "Foof",
     "GradientAmplification",
+    "Interlocking",
+    "LayerFreezing",
     "LayerShape",
     "LayerType",
+    "LocalForwardGradient",
+    "LocalLoss",
     "MemoryRule",
     "Move",
     "NonFiniteError",
@@ -93,6 +128,7 @@ __all__ = [
     "__version__",
     "layers",
     "register_layer",
+    "split",
 ]
 
 

@@ -56,9 +56,9 @@ class KeptLayer:
         if weight is None or weight is not self._weight():
             raise AttachError(
                 f"The weight of layer {self.name!r} is not the parameter that the rule was attached to "
-                "(replaced by load_state_dict(assign=True) or a parametrization?). Attach the rule after such "
-                "changes, with an optimizer made from the new parameters. After fully_shard no rule with memory "
-                "can be attached: use DistributedDataParallel."
+                "(replaced by load_state_dict(assign=True) or a parametrization?). Attach the rule after "
+                "such changes, with an optimizer made from the new parameters. After fully_shard no rule "
+                "with memory can be attached: use DistributedDataParallel."
             )
         return weight
 
