@@ -76,11 +76,11 @@ SETUPS = (
     Setup("BackMatching", 0.025, "BackMatching", {"scalar": "mean"}, optimizer_settings=MOMENTUM),
     Setup("NLMS", 2.1, "NLMS", {"eps": 0.034}, optimizer_settings=MOMENTUM),
     Setup("Consequentialism", 0.11, "Consequentialism", {"eps": 0.016}),
-    Setup("RLS", 0.19, "RLS", optimizer_settings=MOMENTUM),
-    Setup("FeatureWhitening", 0.05, "FeatureWhitening", optimizer_settings=MOMENTUM),
-    Setup("AdaBK", 0.05, "AdaBK", optimizer_settings=MOMENTUM),
-    Setup("KFAC", 0.05, "KFAC", optimizer_settings=MOMENTUM),
-    Setup("Foof", 0.05, "Foof", optimizer_settings=MOMENTUM),
+    Setup("RLS", 0.45, "RLS", {"gain": 4.7}, optimizer_settings=MOMENTUM),
+    Setup("FeatureWhitening", 0.56, "FeatureWhitening", {"damping": 0.00022}),
+    Setup("AdaBK", 0.81, "AdaBK", {"damping": 0.0052}, optimizer_settings=MOMENTUM),
+    Setup("KFAC", 0.12, "KFAC", {"damping": 0.45}, optimizer_settings=MOMENTUM),
+    Setup("Foof", 0.13, "Foof", {"damping": 4.7}, optimizer_settings=MOMENTUM),
 )
 """Tuned on the validation split, the same budget for each (benchmarks/tune_demo.py); Backprop is the null
 control, so it has the settings of SGD."""

@@ -34,6 +34,9 @@ class AssociatedComponent(Component):
         self.bridge = bridge  # b
         self.encoder = nn.Sequential(nn.Linear(target, code), nn.Sigmoid())  # h; ae.g in the authors' code
         self.decoder = nn.Sequential(nn.Linear(code, target), nn.Sigmoid())  # g; ae.h in the authors' code
+        like = next((p for p in block.parameters() if p.is_floating_point()), None)
+        if like is not None:
+            self.to(like)
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
         """``mse(b(s), t)`` for f and b, plus ``mse(g(t), t of before)`` for h and g."""

@@ -107,8 +107,6 @@ class Pipeline:
             batches: read by the first stage only; each replica its own share.
             after: called with the number of steps done after each, in every process.
         """
-        for trainer in self.trainers:
-            trainer.component.train()
         before, following = self._rank_before, self._rank_after
         inbox = None
         if before is not None:
@@ -132,6 +130,7 @@ class Pipeline:
     def _learn(self, signal: Signal, after: Callable[[int], None]) -> None:
         losses, step = [], self.learner.steps
         for trainer in self.trainers:
+            trainer.begin()
             last = trainer is self.trainers[-1]
             emit = self._emit(step) if last and self._outbox is not None else (lambda _: None)
             signal, loss = trainer.learn(signal, step, emit)

@@ -1,0 +1,117 @@
+"""Activation Relaxation: activations settle at backpropagation's gradients."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise.errors import BlockError
+from plywise.local.blocks import Blocks
+from plywise.local.component import Signal
+from plywise.local.learner import Learner, check_classes
+from plywise.local.local_loss import Loss, LossComponent
+from plywise.local.passage import Passage
+from plywise.rule import require_positive, require_whole
+
+
+class ActivationRelaxation(Learner):
+    """Activation Relaxation.
+
+    Idea: after the forward pass the activations between blocks move, each by what the block above says,
+        until they stand still; where they stand still they are backpropagation's gradients.
+    Equation: x_K = ∂ℓ/∂s_K, fixed; x_i starts at the activation s_i. T times, from the top down:
+        x_i ← x_i - η_x (x_i - J_{i+1}ᵀ x_{i+1}), J the blocks' Jacobians at the forward pass. Block i
+        follows the vector-Jacobian product of x_i. The error shrinks as (1 - η_x)^T times a power of T;
+        with η_x = 1 one sweep is backpropagation.
+    Use when: you study how gradients could come about without a backward pass.
+    Do not use when: you want a trained network: T times the price for the same gradients.
+    Cost: T backward passes to the inputs; the activations of the whole network.
+    Source: Millidge, Tschantz, Seth, Buckley, "Activation Relaxation: A Local Dynamical Approximation to
+        Backpropagation in the Brain", 2020, arXiv 2009.05359.
+    Limits: of the paper's variants (learned backward weights, no derivative of the nonlinearity) there is
+        none. Biases are one for all samples, as torch has them; the authors' code has one a sample. x
+        starts as large as activations and ends as small as gradients: with a loss averaged over N samples,
+        as by default here, it takes about ln(N)/η_x sweeps more than with a summed one, as in the paper.
+
+    Args:
+        blocks: the network. The last block's output is the prediction.
+        loss: of predictions and targets, a scalar. With the default, cross-entropy, targets are class
+            indices and are checked; another loss gets them as they are.
+        rate: η_x, below 2, where the relaxation diverges. Default 0.1.
+        iterations: T. Default 100.
+        **training: ``optimizer``, ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`.
+
+    Raises:
+        BlockError: the loss is cross-entropy, and the last block's output is no row of scores.
+        ValueError: a hyper-parameter is out of range.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(32, 8), torch.arange(32) % 3
+        >>> blocks = pw.Blocks([nn.Sequential(nn.Linear(8, 16), nn.Tanh()), nn.Linear(16, 3)], x)
+        >>> sgd = lambda groups: torch.optim.SGD(groups, lr=0.5)
+        >>> learner = pw.ActivationRelaxation(blocks, rate=0.5, iterations=10, optimizer=sgd)
+        >>> losses = [learner.step(x, y) for _ in range(100)]
+        >>> (losses[-1] < losses[0] / 2).tolist()  # there is one loss: every block's
+        [True, True]
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        *,
+        loss: Loss = F.cross_entropy,
+        rate: float = 0.1,
+        iterations: int = 100,
+        **training: Any,
+    ) -> None:
+        require_positive(self, rate=rate)
+        require_whole(self, iterations=iterations)
+        if rate >= 2:
+            raise ValueError(f"ActivationRelaxation: rate must be below 2, or x diverges; it is {rate!r}.")
+        if loss is F.cross_entropy and len(blocks.shapes[-1]) != 1:
+            raise BlockError(
+                f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the "
+                "prediction: one score for each class. Put the classifier into the last block."
+            )
+        self._blocks, self._loss = blocks, loss
+        self.rate, self.iterations = rate, iterations
+        super().__init__((LossComponent(block, loss) for block in blocks), **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The batch as it is."""
+        if self._loss is F.cross_entropy:
+            check_classes(y, self._blocks.shapes[-1][0])
+        return Signal(x, y)
+
+    def _sweep(self, signal: Signal) -> list[Tensor]:
+        passages: list[Passage] = []
+        s = signal.s
+        with self.trainers[-1].randomness(self.steps):  # the loss's and the backward's, should they draw any
+            for trainer, block in zip(self.trainers, self._blocks, strict=True):
+                with trainer.randomness(self.steps):
+                    passages.append(Passage(block, s, open_below=bool(passages)))
+                s = passages[-1].output.detach()
+            loss = self._loss(s.requires_grad_(), signal.y)
+            (top,) = torch.autograd.grad(loss, s)
+            heard = self._relax(passages, top)
+            for passage, gradient in zip(passages, heard, strict=True):
+                passage.learn(gradient)
+        for trainer in self.trainers:
+            trainer.apply()
+        return [loss.detach()] * len(passages)
+
+    def _relax(self, passages: list[Passage], top: Tensor) -> list[Tensor]:
+        """The x that each block follows."""
+        x = [*(passage.output.detach() for passage in passages[:-1]), top]
+        for _ in range(self.iterations):
+            for i in reversed(range(len(passages) - 1)):
+                x[i] = torch.lerp(x[i], passages[i + 1].below(x[i + 1]), self.rate)
+        return x
+
+    def as_module(self) -> nn.Module:
+        """The blocks, one after another."""
+        return nn.Sequential(*self._blocks)

@@ -1,0 +1,134 @@
+"""Interlocking backpropagation: every block follows the loss of the head a few blocks further on."""
+
+from collections import deque
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise.local.blocks import Blocks
+from plywise.local.component import Signal
+from plywise.local.heads import MakeHead, pooled_linear
+from plywise.local.learner import Learner, check_classes
+from plywise.local.local_loss import Loss, headed_components
+from plywise.local.passage import Passage
+from plywise.local.trainer import LocalTrainer
+from plywise.rule import require_whole
+
+
+class Interlocking(Learner):
+    """n-wise interlocking backpropagation.
+
+    Idea: a block judged by its own head alone keeps nothing for the blocks after it. Let it follow the head
+        n - 1 blocks further on, so that neighbours learn together, and no gradient travels further than n
+        blocks.
+    Equation: ℓ_i = ℓ(h_i(s_i), y), and ℓ_K = ℓ(s_K, y) for the last of K blocks. Block i follows
+        ∇ ℓ_min(i+n-1, K) alone, through the blocks in between; head h_i follows ∇ ℓ_i with s_i detached.
+        1-wise is `LocalLoss`, K-wise backpropagation of ℓ_K.
+    Use when: blocks with losses of their own lose too much accuracy, and backpropagation through the whole
+        network is too deep for the memory.
+    Do not use when: backpropagation fits: it follows the true loss everywhere, for no more work. The blocks
+        run in one process.
+    Cost: a head for each block; one backward through all blocks, and for each loss but the last ones
+        n - 1 blocks backward to their inputs only: (K - n)(n - 1) in all, half a block's backward each, with
+        a rule, whose move is made every time, a whole one. The activations of n blocks at a time.
+    Source: Gomez, Key, Perlin, Gou, Frosst, Dean, Gal, "Interlocking Backpropagation: Improving depthwise
+        model-parallelism", JMLR 23, 2022, arXiv 2010.04116.
+    Limits: the paper's blocks run side by side on their own accelerators, with the backward of one batch
+        beside the forward of the next; here they take turns. Gradients cross blocks as the rule hands them
+        down, but what else a rule learns from the layers above (back-matching's energies) starts anew in
+        every block. Reentrant checkpoints inside a block are refused by torch.
+
+    Args:
+        blocks: the network. The last block's output is the prediction, a score for each class.
+        num_classes: number of classes, C.
+        horizon: n, blocks that a gradient travels through; K or more is backpropagation. Default 2.
+        head: makes a head from the shape of a sample's activations and C. Default `pooled_linear`.
+        loss: of scores and targets, a scalar. With the default, cross-entropy, targets are class indices
+            and are checked; another loss gets them as they are.
+        **training: ``optimizer``, ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`.
+
+    Raises:
+        BlockError: the last block does not hand on a score for each class.
+        ValueError: the horizon is no whole number above 0.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(32, 8), torch.arange(32) % 3
+        >>> layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)] + [nn.Linear(8, 3)]
+        >>> sgd = lambda groups: torch.optim.SGD(groups, lr=0.5)
+        >>> learner = pw.Interlocking(pw.Blocks(layers, x), num_classes=3, horizon=2, optimizer=sgd)
+        >>> losses = [learner.step(x, y) for _ in range(100)]
+        >>> bool(losses[-1][-1] < losses[0][-1] / 2)
+        True
+        >>> learner.predict(x).shape
+        torch.Size([32, 3])
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        num_classes: int,
+        *,
+        horizon: int = 2,
+        head: MakeHead = pooled_linear,
+        loss: Loss = F.cross_entropy,
+        **training: Any,
+    ) -> None:
+        require_whole(self, horizon=horizon)
+        self._blocks, self._classes, self._loss = blocks, num_classes, loss
+        self.horizon = horizon
+        self._components = headed_components(blocks, num_classes, head, loss)
+        super().__init__(self._components, **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The batch as it is."""
+        if self._loss is F.cross_entropy:
+            check_classes(y, self._classes)
+        return Signal(x, y)
+
+    def _sweep(self, signal: Signal) -> list[Tensor]:
+        losses = []
+        waiting: deque[tuple[LocalTrainer, Passage]] = deque()  # blocks whose loss is still to come
+        s = signal.s
+        with self.trainers[-1].randomness(self.steps):  # the backward's, should it draw any
+            for trainer, component in zip(self.trainers, self._components, strict=True):
+                with trainer.randomness(self.steps):
+                    passage = Passage(component.block, s, open_below=bool(waiting) and self.horizon > 1)
+                    s = passage.output.detach().requires_grad_()
+                    loss = component.judge(s, signal.y)
+                    loss.backward()
+                losses.append(loss.detach())
+                waiting.append((trainer, passage))
+                assert s.grad is not None
+                if trainer is self.trainers[-1]:
+                    _teach_all(waiting, s.grad)
+                elif len(waiting) == self.horizon:
+                    _teach_first(waiting, s.grad)
+        return losses
+
+    def as_module(self) -> nn.Module:
+        """The blocks, one after another."""
+        return nn.Sequential(*self._blocks)
+
+
+def _teach_first(waiting: deque[tuple[LocalTrainer, Passage]], gradient: Tensor) -> None:
+    """Send a gradient from the last block's output to the first one, which learns from it and is done."""
+    trainer, first = waiting.popleft()
+    for _, passage in reversed(waiting):
+        gradient = passage.below(gradient)
+    first.learn(gradient)
+    trainer.apply()
+
+
+def _teach_all(waiting: deque[tuple[LocalTrainer, Passage]], gradient: Tensor) -> None:
+    """Send a gradient down from the last block's output; every block learns from it and is done."""
+    while waiting:
+        trainer, passage = waiting.pop()
+        if waiting:
+            gradient = passage.learn_and_below(gradient)
+        else:
+            passage.learn(gradient)
+        trainer.apply()

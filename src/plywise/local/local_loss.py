@@ -1,0 +1,135 @@
+"""Local losses: every block learns to classify by a small head of its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise.errors import BlockError
+from plywise.local.blocks import Blocks
+from plywise.local.component import Component, Signal
+from plywise.local.heads import MakeHead, pooled_linear
+from plywise.local.learner import OneWayLearner, check_classes
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""A scalar from predictions and targets."""
+
+
+class LossComponent(Component):
+    """A block, and the loss of what its head makes of its output; without a head, of the output itself."""
+
+    def __init__(self, block: nn.Module, loss: Loss, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.head = head
+        self._loss = loss
+
+    def judge(self, s: Tensor, y: Tensor) -> Tensor:
+        """The loss of the block's output ``s``."""
+        return self._loss(s if self.head is None else self.head(s), y)
+
+    def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
+        """The block's output, and its loss.
+
+        Raises:
+            BlockError: the head changed the activations that go on to the next block.
+        """
+        s = self.block(signal.s)
+        version = s._version
+        loss = self.judge(s, signal.y)
+        if s._version != version:
+            raise BlockError(
+                f"The head of a {type(self.block).__name__} changes the block's activations in place, and "
+                "the next block would get them so. Make the head's first operation out of place."
+            )
+        return Signal(s, signal.y), loss
+
+
+def headed_components(
+    blocks: Blocks, num_classes: int, make_head: MakeHead, loss: Loss
+) -> list[LossComponent]:
+    """A component for each block: all but the last have a head, with the block's dtype, where the block is.
+
+    Raises:
+        BlockError: the last block's output is no score for each class.
+    """
+    if blocks.shapes[-1][:1] != (num_classes,):
+        raise BlockError(
+            f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the prediction: "
+            f"one score for each of {num_classes} classes. Put the classifier into the last block."
+        )
+    components, like = [], None
+    for block, shape in zip(blocks[:-1], blocks.shapes[1:-1], strict=True):
+        like = next((p for p in block.parameters() if p.is_floating_point()), like)
+        head = make_head(shape, num_classes)
+        components.append(LossComponent(block, loss, head if like is None else head.to(like)))
+    return [*components, LossComponent(blocks[-1], loss)]
+
+
+class LocalLoss(OneWayLearner):
+    """Training block by block, each by a loss of its own.
+
+    Idea: a small head on each block's activations predicts the target, and the block learns what lets its
+        head predict better: no gradient crosses from one block to another.
+    Equation: s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and head h_i follow ∇ ℓ(h_i(s_i), y), the
+        last block ∇ ℓ(s_K, y). Prediction: f_K ∘ … ∘ f_1; heads are for training only. One block is
+        backpropagation.
+    Use when: memory is short, or blocks shall train in a pipeline of processes, and there are few blocks; as
+        the baseline of every other local method.
+    Do not use when: backpropagation fits and accuracy counts. Early blocks throw away what their own head
+        has no use for, the more the more blocks there are: see `Interlocking`.
+    Cost: a head for each block. The activations of one block at a time.
+    Source: Belilovsky, Eickenberg, Oyallon, "Greedy layerwise learning can scale to ImageNet", ICML 2019,
+        arXiv 1812.11446; simultaneous training: "Decoupled greedy learning of CNNs", ICML 2020, arXiv
+        1901.08164. The default head is smaller than theirs.
+    Limits: the default head wants channels first (`pooled_linear`). The loss must have no parameters.
+
+    Args:
+        blocks: the network. The last block's output is the prediction, a score for each class.
+        num_classes: number of classes, C.
+        head: makes a head from the shape of a sample's activations and C. Default `pooled_linear`.
+        loss: of scores and targets, a scalar. With the default, cross-entropy, targets are class indices
+            and are checked; another loss gets them as they are.
+        **training: ``optimizer``, ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`.
+
+    Raises:
+        BlockError: the last block does not hand on a score for each class, or a head changes activations
+            in place.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(32, 8), torch.arange(32) % 3
+        >>> body, top = nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Linear(16, 3)
+        >>> sgd = lambda groups: torch.optim.SGD(groups, lr=0.5)
+        >>> learner = pw.LocalLoss(pw.Blocks([body, top], x), num_classes=3, optimizer=sgd)
+        >>> losses = [learner.step(x, y) for _ in range(100)]
+        >>> (losses[-1] < losses[0] / 2).tolist()
+        [True, True]
+        >>> learner.predict(x).shape
+        torch.Size([32, 3])
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        num_classes: int,
+        *,
+        head: MakeHead = pooled_linear,
+        loss: Loss = F.cross_entropy,
+        **training: Any,
+    ) -> None:
+        self._blocks, self._classes, self._loss = blocks, num_classes, loss
+        super().__init__(headed_components(blocks, num_classes, head, loss), **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The batch as it is."""
+        if self._loss is F.cross_entropy:
+            check_classes(y, self._classes)
+        return Signal(x, y)
+
+    def as_module(self) -> nn.Module:
+        """The blocks, one after another."""
+        return nn.Sequential(*self._blocks)
