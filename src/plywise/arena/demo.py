@@ -78,7 +78,7 @@ SETUPS = (
     Setup("Consequentialism", 0.11, "Consequentialism", {"eps": 0.016}),
     Setup("RLS", 0.45, "RLS", {"gain": 4.7}, optimizer_settings=MOMENTUM),
     Setup("FeatureWhitening", 0.56, "FeatureWhitening", {"damping": 0.00022}),
-    Setup("AdaBK", 0.81, "AdaBK", {"damping": 0.0052}, optimizer_settings=MOMENTUM),
+    Setup("AdaBK", 0.81, "AdaBK", {"damping": 0.0052}),
     Setup("KFAC", 0.12, "KFAC", {"damping": 0.45}, optimizer_settings=MOMENTUM),
     Setup("Foof", 0.13, "Foof", {"damping": 4.7}, optimizer_settings=MOMENTUM),
 )
