@@ -90,11 +90,14 @@ class LocalTrainer:
     @contextmanager
     def randomness(self, step: int) -> Iterator[None]:
         """This component's own random numbers for a step; the caller's stream goes on untouched."""
-        parameters = (*self.component.parameters(), *self.component.buffers())
-        devices = {p.device.index for p in parameters if p.device.type == "cuda"}
+        tensors = (*self.component.parameters(), *self.component.buffers())
+        devices = sorted({t.device.index for t in tensors if t.is_cuda})
         text = f"{self._seed}/{self.index}/{step}".encode()
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(seed)
             yield
 
     def apply(self) -> None:

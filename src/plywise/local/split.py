@@ -1,0 +1,161 @@
+"""Cutting a model into blocks of about equal cost."""
+
+import math
+import operator
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from plywise.errors import BlockError
+from plywise.local.blocks import Blocks
+from plywise.local.chain import assemble, join, label
+from plywise.local.units import ADVICE, copy_of, own_randomness, units_of
+
+_REPEATS = 5
+
+
+def split(model: nn.Module, k: int, example: Tensor) -> Blocks:
+    """Cut a model into blocks of about equal cost that follow one another.
+
+    Cuts are made where a single tensor crosses, in nested Sequentials and in forwards that torch.fx can
+    trace; what has no parameters stays with the layer before. The costs of these units, forward and backward,
+    are measured on a copy of the model in train mode; the most expensive block is as cheap as it can be. The
+    blocks hold the model's own modules, parameters and buffers, under the names that they have in the model.
+    While it measures there are two copies of the model beside it.
+
+    Args:
+        model: the model, of one tensor to one tensor. It stays as it is (lazy layers are materialised).
+        k: number of blocks.
+        example: a batch of inputs such as the blocks will get in training; batch norm needs two samples.
+
+    Returns:
+        The blocks. One that is more than modules in a row is a `torch.fx.GraphModule`: numbers that forward
+        reads from attributes stay what they are now, and ``self.training`` becomes the mode of the block.
+
+    Raises:
+        BlockError: there are fewer than ``k`` units (the error says where several tensors cross, a parameter
+            is shared, …), the model cannot be traced, takes or returns something else than one tensor with a
+            row for each sample, or cannot be copied.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> blocks = pw.split(model, 2, torch.randn(4, 8))
+        >>> blocks.shapes
+        (torch.Size([8]), torch.Size([16]), torch.Size([3]))
+        >>> blocks[1].get_parameter("2.weight") is model[2].weight
+        True
+    """
+    if k < 1:
+        raise BlockError(f"A model is cut into 1 block or more, not {k}.")
+    if k == 1:
+        return _blocks([model], model, example)
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        Blocks([model], example.clone())  # one forward materialises them; copies cannot be made before
+    with torch.inference_mode(False), own_randomness(model, example):
+        units, reasons = units_of(model, example)
+        if len(units) < k:
+            names = ", ".join(label(unit.nodes[0]) for unit in units)
+            more = [f"and {len(reasons) - 4} more"] if len(reasons) > 4 else []
+            why = f"Not cut further: {'; '.join([*reasons[:4], *more])}. " if reasons else ""
+            raise BlockError(
+                f"{type(model).__name__} comes apart into {len(units)} at most ({names}), and {k} blocks "
+                f"were asked for. {why}Ask for fewer blocks, or {ADVICE}."
+            )
+        rehearsal = copy_of(model)
+        costs = measure([assemble(rehearsal, unit) for unit in units], example)
+    blocks = [assemble(model, join(units[part.start : part.stop])) for part in balance(costs, k)]
+    return _blocks(blocks, model, example)
+
+
+def balance(costs: Sequence[float], k: int) -> list[range]:
+    """Part units in a row into ``k`` blocks whose most expensive one is as cheap as can be.
+
+    Among these the one with the least sum of squares, so that the others are even too. Exact.
+
+    Args:
+        costs: of the units, first to last; not negative.
+        k: number of blocks, at most as many as units.
+
+    Returns:
+        The units of each block.
+
+    Raises:
+        BlockError: there are fewer than ``k`` units, or ``k`` is below 1.
+
+    Example:
+        >>> balance([8, 4, 2, 2, 1, 1], 2)
+        [range(0, 1), range(1, 6)]
+    """
+    if not 1 <= k <= len(costs):
+        raise BlockError(f"{len(costs)} units cannot be {k} blocks.")
+    sums = list(accumulate(costs, initial=0.0))
+    worst, _ = _cheapest(sums, k, max, lambda cost: cost)
+    _, cuts = _cheapest(sums, k, operator.add, lambda cost: cost**2 if cost <= worst else math.inf)
+    return [range(start, stop) for start, stop in pairwise(cuts)]
+
+
+def _cheapest(
+    sums: list[float], k: int, add: Callable[[float, float], float], price: Callable[[float], float]
+) -> tuple[float, list[int]]:
+    """The least total price of ``k`` blocks, by dynamic programming, and where they start and end."""
+    totals = [0.0] + [math.inf] * (len(sums) - 1)
+    starts: list[list[int]] = []
+    for _ in range(k):
+        best = [
+            min(
+                ((add(totals[start], price(sums[stop] - sums[start])), start) for start in range(stop)),
+                default=(math.inf, 0),
+            )
+            for stop in range(len(sums))
+        ]
+        totals = [total for total, _ in best]
+        starts.append([start for _, start in best])
+    cuts = [len(sums) - 1]
+    for level in reversed(starts):
+        cuts.append(level[cuts[-1]])
+    return totals[-1], cuts[::-1]
+
+
+@torch.enable_grad()
+def measure(units: Sequence[nn.Module], example: Tensor) -> list[float]:
+    """Median seconds of forward and backward of each unit in train mode; their gradients are set to None."""
+    costs = []
+    value = example.detach()
+    for number, unit in enumerate(units):
+        unit.train()
+        value.requires_grad_(number > 0 and (value.is_floating_point() or value.is_complex()))
+        seconds = []
+        for _ in range(_REPEATS + 1):
+            x = value.clone()  # for units that write into what they get
+            start = _now(x)
+            output = unit(x)
+            if output.requires_grad:
+                output.backward(torch.ones_like(output))
+            seconds.append(_now(x) - start)
+        unit.zero_grad()
+        value = output.detach()
+        costs.append(statistics.median(seconds[1:]))  # the first one warms up
+    return costs
+
+
+def _now(x: Tensor) -> float:
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize(x.device)
+    return time.perf_counter()
+
+
+def _blocks(modules: list[nn.Module], model: nn.Module, example: Tensor) -> Blocks:
+    """The blocks; what their one forward does to the example and to the model's buffers is undone."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
+    blocks = Blocks(modules, example.clone())
+    for buffer, value in before:
+        if not torch.equal(buffer, value):
+            buffer.copy_(value)
+    return blocks

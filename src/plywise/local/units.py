@@ -1,0 +1,142 @@
+"""The smallest units that blocks may be made of: what a trace shows, tried on an example."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from plywise.errors import BlockError
+from plywise.local.chain import Piece, assemble, join, label, learns, read_chain, tensors_of
+from plywise.local.tracing import StaysWholeError
+
+ADVICE = "pass blocks of your own: Blocks([...], example)"
+
+
+def units_of(model: nn.Module, example: Tensor) -> tuple[list[Piece], list[str]]:
+    """The units of a model, each with a parameter. The model stays as it is.
+
+    Args:
+        model: the model, of one tensor to one tensor.
+        example: a small batch of inputs.
+
+    Returns:
+        The units, first to last, and why they are not smaller, place by place.
+
+    Raises:
+        BlockError: see `plywise.split`.
+    """
+    try:
+        pieces, reasons = read_chain(model)
+    except StaysWholeError as error:
+        raise BlockError(
+            f"{type(model).__name__} does not come apart: {error}. Mend that, or {ADVICE}."
+        ) from error
+    kept = {**_unsound(model, pieces, example), **_tied(model, pieces)}
+    together: list[list[Piece]] = []
+    for number, piece in enumerate(pieces):
+        if number - 1 in kept:
+            together[-1].append(piece)
+        else:
+            together.append([piece])
+    kept = {cut: reason for cut, reason in kept.items() if learns(model, pieces[cut + 1].nodes)}
+    units: list[Piece] = []
+    for unit in map(join, together):
+        if units and not (learns(model, unit.nodes) and learns(model, units[-1].nodes)):
+            units[-1] = join([units[-1], unit])  # what has no parameters belongs to what comes before
+        else:
+            units.append(unit)
+    return units, list(dict.fromkeys([*reasons, *kept.values()]))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy to try things on, without gradients.
+
+    Raises:
+        BlockError: the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise BlockError(
+            f"{type(model).__name__} cannot be copied, and costs are measured on a copy: {error}. Mend that, "
+            f"or {ADVICE}."
+        ) from error
+    copied.zero_grad()
+    return copied
+
+
+@contextmanager
+def own_randomness(model: nn.Module, example: Tensor) -> Iterator[None]:
+    """Random numbers of its own; the caller's stream goes on untouched."""
+    tensors = (example, *model.parameters(), *model.buffers())
+    devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device for device in devices if device is not None]):
+        yield
+
+
+def _tied(model: nn.Module, pieces: list[Piece]) -> dict[int, str]:
+    """Cuts between two uses of a parameter or buffer, with the reason; cut i comes after piece i."""
+    first: dict[Tensor, tuple[int, str]] = {}
+    cuts: dict[int, str] = {}
+    for number, piece in enumerate(pieces):
+        for name, tensor in tensors_of(model, piece.nodes):
+            start, other = first.setdefault(tensor, (number, name))
+            reason = f"{name!r} is used twice" if name == other else f"{name!r} and {other!r} are one tensor"
+            cuts |= dict.fromkeys(range(start, number), reason)
+    return cuts
+
+
+def _unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dict[int, str]:
+    """Cuts where no tensor with a row a sample crosses, or one that a later piece writes into.
+
+    Raises:
+        BlockError: the model fails, or the pieces do not do what it does.
+    """
+    reference, rehearsal = copy_of(model), copy_of(model)
+    parts = [assemble(rehearsal, piece) for piece in pieces]
+    cuts: dict[int, str] = {}
+    for training in (True, False):
+        for part in (reference, *parts):
+            part.train(training)
+        with torch.no_grad():
+            try:
+                with own_randomness(model, example):
+                    expected = reference(example.clone())
+            except Exception as error:
+                raise BlockError(
+                    f"{type(model).__name__} fails on the example in {'train' if training else 'eval'} mode: "
+                    f"{error}."
+                ) from error
+            if fault := _fault(expected, len(example)):
+                raise BlockError(f"{type(model).__name__} hands on {fault}. Mend that, or {ADVICE}.")
+            values = [example.clone()]
+            versions: list[int] = []
+            for number, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
+                values.append(part(values[-1]))
+                if fault := _fault(values[-1], len(example)):
+                    cuts.setdefault(number, f"{label(piece.result)} hands on {fault}")
+                for cut, version in enumerate(versions):
+                    if _version(values[cut + 1]) != version:
+                        cuts.setdefault(cut, f"{label(piece.nodes[0])} writes into what it gets")
+                versions.append(_version(values[-1]))
+        found = values[-1]
+        if found.shape != expected.shape or not torch.allclose(found, expected, 1e-3, 1e-5, equal_nan=True):
+            raise BlockError(
+                f"{type(model).__name__} does not do what torch.fx traced: its forward depends on more "
+                f"than its input's values (a type, a clock, Python's random numbers). Mend that, or {ADVICE}."
+            )
+    return {cut: reason for cut, reason in cuts.items() if cut < len(pieces) - 1}
+
+
+def _fault(value: object, samples: int) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}, not one tensor"
+    if value.dim() == 0 or len(value) != samples:
+        return f"{tuple(value.shape)} for {samples} samples"
+    return ""
+
+
+def _version(value: object) -> int:
+    return value._version if isinstance(value, Tensor) else 0
