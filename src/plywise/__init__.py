@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from plywise.local.cascaded_forward import CascadedForward
     from plywise.local.forward_gradient import LocalForwardGradient
     from plywise.local.interlocking import Interlocking
+    from plywise.local.learner import Learner
     from plywise.local.local_loss import LocalLoss
     from plywise.local.split import split
     from plywise.memory import MemoryRule
@@ -70,6 +71,7 @@ _HOMES = {
     "Interlocking": "local.interlocking",
     "KFAC": "rules.kfac",
     "LayerFreezing": "schedules.layer_freezing",
+    "Learner": "local.learner",
     "LayerShape": "kept_layer",
     "LayerType": "layers",
     "LocalForwardGradient": "local.forward_gradient",
@@ -112,6 +114,7 @@ __all__ = [
     "LayerFreezing",
     "LayerShape",
     "LayerType",
+    "Learner",
     "LocalForwardGradient",
     "LocalLoss",
     "MemoryRule",

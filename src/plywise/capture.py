@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
@@ -137,8 +138,12 @@ def _capture(hook: LayerHook, module: nn.Module, x: Tensor, output: Tensor) -> T
     a = hook.kind.linear_input(module, x)
     weight = getattr(module, hook.kind.weight_name)
     bias = getattr(module, hook.kind.bias_name)
+    # forward differentiation (dual numbers) is autograd's own: the rule answers in backward only
+    output, tangent = forward_ad.unpack_dual(output)
+    a = forward_ad.unpack_dual(a).primal
     # detach(): the output's numbers without the graph that autograd built for them
-    return LayerNode.apply([output.detach()], hook, module, a, weight, bias)
+    node: Tensor = LayerNode.apply([output.detach()], hook, module, a, weight, bias)
+    return node if tangent is None else forward_ad.make_dual(node, tangent)
 
 
 def install(module: nn.Module, hook: LayerHook) -> RemovableHandle:

@@ -1,0 +1,188 @@
+"""Cascaded Forward: random blocks that never learn, each read by a linear head; their opinions add up."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plywise.errors import NonFiniteError, PlywiseError
+from plywise.local.blocks import Blocks, evaluating
+from plywise.local.component import Component, Signal
+from plywise.local.learner import OneWayLearner, check_classes
+from plywise.local.linear_heads import GradientHead, LinearHead, RidgeHead
+from plywise.local.trainer import MakeOptimizer
+
+__all__ = ["CascadedForward", "GradientHead", "LinearHead", "RidgeHead", "cafo_blocks"]
+
+MakeLinearHead = Callable[[torch.Size, int], LinearHead]
+"""Makes a head from the shape of a sample's features and the number of classes."""
+
+
+def cafo_blocks(channels: int, count: int = 3) -> list[nn.Sequential]:
+    """The paper's blocks: convolution 3×3, ReLU, max pool 2, batch norm; 32, 128, 512 channels ...
+
+    Batch norm's running statistics are plain means over all training batches (``momentum=None``), so that
+    they belong to the data from the first batch on.
+
+    Args:
+        channels: channels of the images.
+        count: number of blocks; each halves the image and, from the second on, has four times the channels.
+
+    Example:
+        >>> [tuple(block[0].weight.shape) for block in cafo_blocks(3)]
+        [(32, 3, 3, 3), (128, 32, 3, 3), (512, 128, 3, 3)]
+    """
+    return [
+        nn.Sequential(
+            nn.Conv2d(below, above, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(above, eps=1e-4, momentum=None),
+        )
+        for below, above in pairwise([channels, *(32 * 4**number for number in range(count))])
+    ]
+
+
+class CascadedComponent(Component):
+    """A block that never learns, and the head that reads it."""
+
+    def __init__(self, block: nn.Module, head: LinearHead) -> None:
+        super().__init__()
+        self.block = block
+        self.head = head
+
+    def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
+        """The block's features, made as they are for prediction, and the head's loss.
+
+        In training the running statistics of the block's batch norms take in the batch first; then the
+        features are made in eval mode, by the statistics of all training batches so far.
+        """
+        with torch.no_grad():
+            if self.training and any(True for _ in self.block.buffers()):
+                self.block(signal.s)
+            with evaluating(self.block):
+                features = self.block(signal.s)
+        _require_finite(features, f"features of a {type(self.block).__name__}")
+        loss = self.head.loss(features, signal.y)
+        if self.training:
+            self.head.take_in(features, signal.y)
+        return Signal(features, signal.y), loss
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The head's alone."""
+        return [{"params": list(self.head.parameters())}]
+
+
+def no_optimizer(groups: list[dict[str, Any]]) -> Optimizer:
+    """What stands for an optimizer where every head learns in closed form."""
+    raise PlywiseError(
+        "A head of CascadedForward learns by gradient and needs an optimizer: give one, for example "
+        "optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3, eps=1e-4)."
+    )
+
+
+class CascadedForward(OneWayLearner):
+    """The Cascaded Forward algorithm (CaFo).
+
+    Idea: random blocks make good features already. Leave them as they are and learn only what reads the
+        classes off each block's features: a least-squares problem, or a linear layer's gradient.
+    Equation: F_i = f_i(F_{i-1}), f_i never trained; (F_iᵀF_i + λI) W_i = F_iᵀY with sums over the training
+        batches, or W_i by cross-entropy. Prediction: Σ_i softmax(F_i W_i).
+    Use when: a classifier is needed within one pass over the data, without a rate to tune; as a baseline.
+    Do not use when: accuracy counts: features that learn are far better. The authors' code notes 65 % on
+        CIFAR-10 for the least squares.
+    Cost: no backward pass. One forward of each block in a step, two where it has batch norm. A `RidgeHead`
+        on d features adds d²/2 products a sample in float64, 8d² bytes, and a solve of d³/3 now and then.
+    Source: Zhao, Wang, Li, Jin, Lang, Ling, "The Cascaded Forward Algorithm for Neural Network Training",
+        2023, arXiv 2303.09728. The ridge and the running statistics are ours: the authors' code solves
+        without one and normalises training data as one batch, test data by the test batch.
+    Limits: the sum is not always better than its best block. Batch norm's statistics move while the heads
+        learn: a batch is normalised by all batches up to itself, so that a ridge head's sums hold features
+        of slightly different scales, less so the more batches there were. Nothing else of a second epoch
+        over the same data changes a ridge head. Batch norm of flat features refuses a batch of one row.
+        Processes that share the data keep sums of their own.
+
+    Args:
+        blocks: the random blocks, for example `cafo_blocks`. Their parameters are not trained.
+        num_classes: number of classes, C.
+        head: makes a head from the shape of a sample's features and C: `RidgeHead`, the default, or
+            `GradientHead`; ``functools.partial(RidgeHead, ridge=0.1)`` for other settings.
+        optimizer: makes the optimizer of each `GradientHead`; a `RidgeHead` needs none.
+        **training: ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`.
+
+    Raises:
+        BlockError: a block has too many features for a `RidgeHead`.
+        NonFiniteError: at a step, the batch is not finite; no head has learned from it.
+        PlywiseError: heads learn by gradient, and there is no optimizer.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(96, 8), torch.arange(96) % 3
+        >>> x[torch.arange(96), y] += 4
+        >>> layers = [nn.Sequential(nn.Linear(n, 32), nn.ReLU()) for n in (8, 32)]
+        >>> learner = pw.CascadedForward(pw.Blocks(layers, x), num_classes=3)
+        >>> for batch in range(0, 96, 32):
+        ...     _ = learner.step(x[batch : batch + 32], y[batch : batch + 32])
+        >>> bool((learner.predict(x).argmax(1) == y).float().mean() > 0.9)
+        True
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        num_classes: int,
+        *,
+        head: MakeLinearHead = RidgeHead,
+        optimizer: MakeOptimizer = no_optimizer,
+        **training: Any,
+    ) -> None:
+        self._classes = num_classes
+        self._components = []
+        anywhere = [p for block in blocks for p in block.parameters()]
+        for block, shape in zip(blocks, blocks.shapes[1:], strict=True):
+            reader = head(shape, num_classes)
+            like = next((p for p in (*block.parameters(), *anywhere) if p.is_floating_point()), None)
+            if like is not None:
+                reader.fit_to(like)
+            self._components.append(CascadedComponent(block, reader))
+        super().__init__(self._components, optimizer=optimizer, **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The batch as it is, if it is harmless: sums and statistics forget nothing."""
+        check_classes(y, self._classes)
+        _require_finite(x, "inputs")
+        return Signal(x, y)
+
+    def as_module(self, depth: int | None = None) -> nn.Module:
+        """The sum over the first ``depth`` blocks, or all; ridge heads with the weights of this moment."""
+        return CascadedPath(self._components[: len(self._components) if depth is None else depth])
+
+
+class CascadedPath(nn.Module):
+    """``Σ_i softmax(F_i W_i)``: scores of the classes."""
+
+    def __init__(self, components: list[CascadedComponent]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(component.block for component in components)
+        self.heads = nn.ModuleList(component.head.as_module() for component in components)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (N, C); a row's sum is the number of blocks."""
+        opinions = []
+        for block, head in zip(self.blocks, self.heads, strict=True):
+            x = block(x)
+            opinions.append(head(x).softmax(1))
+        return torch.stack(opinions).sum(0)
+
+
+def _require_finite(tensor: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NonFiniteError(
+            f"CascadedForward: {what} hold NaN or infinity, and would stay in the sums for good; the head "
+            "has not learned from them. Look at the batch."
+        )
