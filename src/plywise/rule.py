@@ -161,7 +161,7 @@ class Rule(ABC):
             )
         if isinstance(model, DistributedDataParallel):
             model = model.module  # so that layers have the same names, and states fit, with and without it
-        _refuse_sharded(model)
+        refuse_sharded(model)
         routes = route(model, layers, exclude, alone=self.remembers)
         if not any(r.kind for _, r in routes):
             reasons = "; ".join(f"{r.name!r}: {r.reason}" for _, r in routes[:6]) or "it has no parameters"
@@ -170,7 +170,7 @@ class Rule(ABC):
                 "It handles Linear and Conv1d/2d/3d; teach it others with plywise.register_layer."
             )
         if optimizer is not None:
-            _check_optimizer(model, optimizer)
+            check_optimizer(model, optimizer)
         attachment = Attachment(self, model, routes, optimizer, on_nonfinite, process_group)
         object.__setattr__(self, "_attachment", attachment)
         return self
@@ -223,16 +223,18 @@ class Rule(ABC):
             object.__setattr__(self, name, value)
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise AttachError if a parameter is sharded over processes."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor"):  # a DTensor, without importing it
             raise AttachError(
-                f"Parameter {name!r} is sharded over processes (a DTensor, as fully_shard makes it): a rule "
+                f"Parameter {name!r} is sharded over processes (a DTensor, as fully_shard makes it): plywise "
                 "needs a layer's whole weight and gradient. Train with DistributedDataParallel instead."
             )
 
 
-def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise AttachError unless this is an optimizer that steps something of the model."""
     if not isinstance(optimizer, Optimizer):
         raise AttachError(
             f"attach needs a torch.optim.Optimizer as second argument, not {type(optimizer).__name__}."
