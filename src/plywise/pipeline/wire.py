@@ -1,8 +1,11 @@
 """A signal as bytes: one flat buffer of a fixed size, with a header that says what is in it.
 
 One message a batch, so that backends without tags will do; a fixed size, so that it can be awaited before its
-sizes are known. Nothing is unpickled: the header is integers, checked before anything is read.
+sizes are known. Nothing is unpickled: the header is integers, checked before anything is read. Strides are in
+it: memory in another order (channels last) would be summed in another order, and other bits come of that.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from plywise.errors import PipelineError
 from plywise.local.component import Signal
 
 MAGIC = 0x706C7977697365  # "plywise"
-SLOTS = 32  # integers in the header
+SLOTS = 48  # integers in the header
 DIMENSIONS = 6
 ALIGNED = 64  # bytes: every tensor starts at a multiple
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
@@ -19,10 +22,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 END = -1
 """In place of the step: no batch follows."""
 
+_HEADER = 8 * SLOTS
+_DESCRIPTION = 2 + 2 * DIMENSIONS  # dtype, dimensions, shape, strides
+_BROKEN = "The header of a message from the stage before is broken."
+
 
 def size_of(signal: Signal) -> int:
     """Bytes of a signal on the wire."""
-    return 8 * SLOTS + sum(_padded(part) for part in _parts(signal) if part is not None)
+    return _HEADER + sum(_padded(part.nbytes) for part in _parts(signal) if part is not None)
 
 
 def packed(signal: Signal | None, step: int, capacity: int) -> Tensor:
@@ -39,15 +46,18 @@ def packed(signal: Signal | None, step: int, capacity: int) -> Tensor:
                 f"A batch of {len(signal.y)} takes {size_of(signal)} bytes between stages, and the first one "
                 f"took {capacity}: begin with the largest batch."
             )
-        start = 8 * SLOTS
+        start = _HEADER
         for part in _parts(signal):
-            header += _described(part)
-            if part is not None:
-                data = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                buffer[start : start + len(data)] = data
-                start += _padded(part)
+            if part is None:
+                header += [-1] + [0] * (_DESCRIPTION - 1)
+                continue
+            dense = _dense(part)
+            header += _described(dense)
+            flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+            buffer[start : start + len(flat)] = flat
+            start += _padded(len(flat))
     header += [0] * (SLOTS - len(header))
-    buffer[: 8 * SLOTS] = torch.tensor(header).view(torch.uint8)
+    buffer[:_HEADER] = torch.tensor(header).view(torch.uint8)
     return buffer
 
 
@@ -57,27 +67,33 @@ def unpacked(buffer: Tensor) -> tuple[int, Signal | None]:
     Raises:
         PipelineError: the buffer does not hold a signal.
     """
-    header = buffer[: 8 * SLOTS].view(torch.int64).tolist()
+    header = buffer[:_HEADER].view(torch.int64).tolist() if len(buffer) >= _HEADER else [0, 0]
     magic, step, *descriptions = header
     if magic != MAGIC:
         raise PipelineError("What came from the stage before is no message of a plywise pipeline.")
     if step == END:
         return END, None
     parts: list[Tensor | None] = []
-    start = 8 * SLOTS
+    start = _HEADER
     for i in range(3):
-        dtype, dimensions, *shape = descriptions[i * (2 + DIMENSIONS) : (i + 1) * (2 + DIMENSIONS)]
+        dtype, dimensions, *sizes = descriptions[i * _DESCRIPTION : (i + 1) * _DESCRIPTION]
         if dtype == -1:
             parts.append(None)
             continue
-        if not (0 <= dtype < len(DTYPES) and 0 <= dimensions <= DIMENSIONS and min(shape) >= 0):
-            raise PipelineError("The header of a message from the stage before is broken.")
-        like = torch.empty(shape[:dimensions], dtype=DTYPES[dtype], device="meta")
-        size = like.numel() * like.element_size()
-        if start + size > len(buffer):
+        if step < 0 or not 0 <= dtype < len(DTYPES) or not 0 <= dimensions <= DIMENSIONS or min(sizes) < 0:
+            raise PipelineError(_BROKEN)
+        shape, strides = sizes[:dimensions], sizes[DIMENSIONS : DIMENSIONS + dimensions]
+        count = math.prod(shape)
+        size = count * DTYPES[dtype].itemsize
+        last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+        if start + size > len(buffer) or (count and last >= count):
             raise PipelineError("A message from the stage before is shorter than its header says.")
-        parts.append(buffer[start : start + size].view(like.dtype).reshape(like.shape))
-        start += _padded(like)
+        flat = buffer[start : start + size].view(DTYPES[dtype])
+        try:
+            parts.append(flat.as_strided(shape, strides) if count else flat.reshape(shape))
+        except RuntimeError as error:
+            raise PipelineError(_BROKEN) from error
+        start += _padded(size)
     s, y, codes = parts
     if s is None or y is None:
         raise PipelineError("A message from the stage before lacks activations or targets.")
@@ -88,15 +104,21 @@ def _parts(signal: Signal) -> tuple[Tensor | None, ...]:
     return signal.s, signal.y, signal.codes
 
 
-def _padded(part: Tensor) -> int:
-    return -(-part.numel() * part.element_size() // ALIGNED) * ALIGNED
+def _padded(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
-def _described(part: Tensor | None) -> list[int]:
-    if part is None:
-        return [-1] + [0] * (1 + DIMENSIONS)
+def _dense(part: Tensor) -> Tensor:
+    """On the CPU and without gaps; dimensions stay in the order in which they lie in memory."""
+    part = part.detach().cpu()
+    like = torch.empty_like(part, memory_format=torch.preserve_format)
+    return part if like.stride() == part.stride() else like.copy_(part)
+
+
+def _described(part: Tensor) -> list[int]:
     if part.dtype not in DTYPES or part.dim() > DIMENSIONS:
         raise PipelineError(
             f"A tensor of {part.dtype} with {part.dim()} dimensions does not go between stages."
         )
-    return [DTYPES.index(part.dtype), part.dim(), *part.shape] + [0] * (DIMENSIONS - part.dim())
+    rest = [0] * (DIMENSIONS - part.dim())
+    return [DTYPES.index(part.dtype), part.dim(), *part.shape, *rest, *part.stride(), *rest]
