@@ -23,7 +23,7 @@ def he_normal_(module: nn.Module) -> nn.Module:
     """Draw weights from a normal of deviation ``√(2 / fan_in)``, cut at twice its own deviation; biases 0.
 
     Example:
-        >>> float(he_normal_(nn.Linear(50, 2)).bias.abs().sum())
+        >>> he_normal_(nn.Linear(50, 2)).bias.detach().abs().sum().item()
         0.0
     """
     for layer in module.modules():
@@ -53,6 +53,7 @@ def cnn_blocks(channels: int, filters: int = 32) -> Modules:
     """CNN_AL: four times two 3×3 convolutions, every other pair with stride 2; no norm, no pooling.
 
     Example:
+        >>> import torch
         >>> nn.Sequential(*cnn_blocks(1))(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 64, 7, 7])
     """
@@ -76,6 +77,7 @@ def vgg_blocks(channels: int = 3) -> Modules:
     """VGG_AL for images of 32×32: six convolutions in three blocks, two layers of 1024; no norm.
 
     Example:
+        >>> import torch
         >>> nn.Sequential(*vgg_blocks())(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 1024])
     """
@@ -95,6 +97,7 @@ def resnet_blocks(channels: int = 3, depth: int = 20) -> Modules:
     """ResNet_AL: a convolution, then three stages of ``(depth - 2) / 6`` basic blocks; no pooling.
 
     Example:
+        >>> import torch
         >>> nn.Sequential(*resnet_blocks())(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 64, 8, 8])
     """
