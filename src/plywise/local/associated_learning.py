@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise.local.associated_networks import he_normal_
 from plywise.local.blocks import Blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
@@ -15,14 +16,9 @@ MakeBridge = Callable[[torch.Size, int], nn.Module]
 
 
 def wide_bridge(shape: torch.Size, code: int) -> nn.Module:
-    """The paper's bridge: two sigmoid layers, the first five times as wide as the code."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(shape.numel(), 5 * code),
-        nn.Sigmoid(),
-        nn.Linear(5 * code, code),
-        nn.Sigmoid(),
-    )
+    """The paper's bridge: two sigmoid layers, the first five times as wide as the code; `he_normal_`."""
+    layers = (nn.Linear(shape.numel(), 5 * code), nn.Sigmoid(), nn.Linear(5 * code, code), nn.Sigmoid())
+    return he_normal_(nn.Sequential(nn.Flatten(), *layers))
 
 
 def pooled_bridge(shape: torch.Size, code: int) -> nn.Module:
@@ -45,6 +41,9 @@ class AssociatedComponent(Component):
         self.bridge = bridge  # b
         self.encoder = nn.Sequential(nn.Linear(target, code), nn.Sigmoid())  # h; ae.g in the authors' code
         self.decoder = nn.Sequential(nn.Linear(code, target), nn.Sigmoid())  # g; ae.h in the authors' code
+        # the paper's: torch's own weights are so small that the codes of all classes soon look alike
+        he_normal_(self.encoder)
+        he_normal_(self.decoder)
         like = next((p for p in block.parameters() if p.is_floating_point()), None)
         if like is not None:
             self.to(like)

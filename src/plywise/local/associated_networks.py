@@ -10,16 +10,18 @@ Source: the authors' TensorFlow code of Kao, Chen 2021 (see `plywise.AssociatedL
 """
 
 import math
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 Modules = list[nn.Module]
+T = TypeVar("T", bound=nn.Module)
 
 TRUNCATED = 0.87962566103423978
 """Standard deviation of a standard normal cut at ±2."""
 
 
-def he_normal_(module: nn.Module) -> nn.Module:
+def he_normal_(module: T) -> T:
     """Draw weights from a normal of deviation ``√(2 / fan_in)``, cut at twice its own deviation; biases 0.
 
     Example:
