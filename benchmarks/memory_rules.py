@@ -294,7 +294,7 @@ def draw(summary: dict[str, Any], clock: dict[str, Any]) -> None:
         for place, name in enumerate(order):
             row = rows[name]
             if row["steps_to_target"] is None:
-                axis.text(0.06, place, "never reached", va="center", fontsize=8, color="#777777")
+                axis.text(0.22, place, "never reached", va="center", fontsize=8, color="#777777")
                 continue
             steps = row["steps_to_target"] / base["steps_to_target"]
             cpu = row["cpu_seconds_to_target"] / base["cpu_seconds_to_target"]
@@ -302,14 +302,18 @@ def draw(summary: dict[str, Any], clock: dict[str, Any]) -> None:
             axis.scatter([steps], [place], marker="o", facecolors="white", edgecolors="#1f5fa8", zorder=2)
             axis.scatter([cpu], [place], marker="s", color="#c0392b", zorder=2)
         axis.set_yticks(range(len(order)), order, fontsize=8)
+        axis.set_ylim(-0.6, len(order) - 0.4)
         axis.set_xscale("log")
+        axis.set_xlim(0.2, 8)
+        axis.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
+        axis.minorticks_off()
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(titles[workload], fontsize=10)
         axis.set_xlabel("to AdamW's best validation loss, relative to AdamW (log scale)", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].scatter([], [], marker="o", facecolors="white", edgecolors="#1f5fa8", label="steps")
-    axes[0].scatter([], [], marker="s", color="#c0392b", label="CPU seconds")
-    axes[0].legend(loc="lower right", fontsize=8)
+    axes[1].scatter([], [], marker="o", facecolors="white", edgecolors="#1f5fa8", label="steps")
+    axes[1].scatter([], [], marker="s", color="#c0392b", label="CPU seconds")
+    axes[1].legend(loc="center right", fontsize=8)
     figure.tight_layout()
     figure.savefig(OUT.with_suffix(".svg"), metadata={"Date": None})
 
