@@ -1,4 +1,4 @@
-"""What `plywise demo` runs: every rule and two optimizers on handwritten digits, in under a minute.
+"""What `plywise demo` runs: every rule and two optimizers on handwritten digits, in about a minute.
 
 `perform` is a generator that fills a study (see `plywise.arena.report`) and yields after each piece of
 work, so that an interrupted demo keeps all that it has measured.
@@ -88,7 +88,7 @@ control, so it has the settings of SGD."""
 
 @dataclass(frozen=True)
 class Plan:
-    """How much the demo does; the defaults take well under a minute on one core."""
+    """How much the demo does; the defaults take about a minute on one core."""
 
     seeds: int = 3
     steps: int = 300

@@ -1,4 +1,4 @@
-"""`plywise demo`: the whole package on one page, in under a minute."""
+"""`plywise demo`: the whole package on one page, in about a minute."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) -> None:
     """Train SGD, AdamW and every rule on handwritten digits and write a report.
 
-    Takes under a minute on two cores and needs no network. Interrupted, it writes what it has.
+    Takes about a minute on one core and needs no network. Interrupted, it writes what it has.
 
     Args:
         seeds: seeds for each method.

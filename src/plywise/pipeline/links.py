@@ -24,10 +24,10 @@ LOOK = 0.2  # seconds between two looks at the watch while waiting
 class Outbox:
     """Sends the signals of one run to the next stage."""
 
-    def __init__(self, to: int, name: str, group: dist.ProcessGroup, watch: Watch) -> None:
+    def __init__(self, to: int, group: dist.ProcessGroup, watch: Watch) -> None:
         self._to, self._group, self._watch = to, group, watch
-        self._queue: queue.Queue[Tensor] = queue.Queue(DEPTH)
-        self._thread = _Thread(self._send, f"the link to {name} broke")
+        self._queue: queue.Queue[Tensor | None] = queue.Queue(DEPTH)
+        self._thread = _Thread(self._send, "the connection to it broke", to)
         self._capacity = 0
         self.waited = 0.0
         """Seconds that this stage has waited for the next one."""
@@ -40,15 +40,20 @@ class Outbox:
         self._put(packed(signal, step, self._capacity))
 
     def end(self) -> None:
-        """Send that nothing follows, and wait until everything has gone."""
+        """Send that nothing follows, and wait until the next stage has got everything."""
         self._put(packed(None, END, self._capacity) if self._capacity else torch.tensor([0]))
-        self._put(torch.empty(0))
-        while self._thread.alive:
-            self._thread.check(self._watch)
-            time.sleep(0.002)
+        self._put(None)
+        while not self._thread.done(LOOK):
+            self._watch.check()
         self._thread.check(self._watch)
 
-    def _put(self, message: Tensor) -> None:
+    def close(self) -> None:
+        """Let the thread end; its connection has been aborted."""
+        _drain(self._queue)
+        self._queue.put_nowait(None)
+        self._thread.done(2 * EVERY)
+
+    def _put(self, message: Tensor | None) -> None:
         start = time.perf_counter()
         while True:
             self._thread.check(self._watch)
@@ -60,19 +65,17 @@ class Outbox:
             return
 
     def _send(self) -> None:
-        while (message := self._queue.get()).numel():
+        while (message := self._queue.get()) is not None:
             dist.send(message, self._to, group=self._group)
 
 
 class Inbox:
     """Receives the signals of one run from the stage before."""
 
-    def __init__(
-        self, source: int, name: str, group: dist.ProcessGroup, watch: Watch, device: torch.device
-    ) -> None:
+    def __init__(self, source: int, group: dist.ProcessGroup, watch: Watch, device: torch.device) -> None:
         self._source, self._group, self._watch, self._device = source, group, watch, device
         self._queue: queue.Queue[tuple[int, Signal | None]] = queue.Queue(DEPTH)
-        self._thread = _Thread(self._receive, f"the link from {name} broke")
+        self._thread = _Thread(self._receive, "the connection from it broke", source)
         self.waited = 0.0
         """Seconds that this stage has waited for the one before."""
 
@@ -91,6 +94,11 @@ class Inbox:
             codes = None if signal.codes is None else signal.codes.to(self._device)
             return step, Signal(signal.s.to(self._device), signal.y.to(self._device), codes)
 
+    def close(self) -> None:
+        """Let the thread end; its connection has been aborted."""
+        _drain(self._queue)  # the thread may be waiting for room
+        self._thread.done(2 * EVERY)
+
     def _receive(self) -> None:
         capacity = torch.zeros(1, dtype=torch.int64)
         dist.recv(capacity, self._source, group=self._group)
@@ -108,25 +116,24 @@ class Inbox:
 class _Thread:
     """A daemon thread that keeps what it died of."""
 
-    def __init__(self, work: Callable[[], None], meaning: str) -> None:
-        self._meaning = meaning
+    def __init__(self, work: Callable[[], None], meaning: str, suspect: int | None) -> None:
+        self._work, self._meaning, self._suspect = work, meaning, suspect
         self._error: Exception | None = None
-        self._work = work
         self._thread = threading.Thread(target=self._run, daemon=True, name="plywise link")
         self._thread.start()
 
-    @property
-    def alive(self) -> bool:
-        """Whether it still works."""
-        return self._thread.is_alive()
+    def done(self, seconds: float) -> bool:
+        """Whether it is done, within so many seconds."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def check(self, watch: Watch) -> None:
         """Raise PipelineError if the thread has died, or the watch has bad news."""
-        if self._error is not None:
-            time.sleep(2 * EVERY)  # a neighbour that stopped because of a third stage has said so by then
-            watch.check()
-            raise PipelineError(f"{self._meaning}: {str(self._error).splitlines()[0]}") from self._error
         watch.check()
+        if isinstance(self._error, PipelineError):
+            raise self._error
+        if self._error is not None:
+            watch.explain(self._error, self._meaning, self._suspect)
 
     def _run(self) -> None:
         try:
@@ -138,8 +145,17 @@ class _Thread:
 def within(watch: Watch, work: Callable[[], Any], meaning: str) -> Any:
     """Do blocking work in a thread, and look at the watch meanwhile."""
     result: list[Any] = []
-    thread = _Thread(lambda: result.append(work()), meaning)
-    while not result:
+    thread = _Thread(lambda: result.append(work()), meaning, None)
+    try:
+        while not thread.done(LOOK):
+            watch.check()
         thread.check(watch)
-        time.sleep(0.002)
+    except BaseException:
+        thread.done(2 * EVERY)  # the watch has the connections aborted
+        raise
     return result[0]
+
+
+def _drain(box: "queue.Queue[Any]") -> None:
+    while not box.empty():
+        box.get_nowait()

@@ -5,9 +5,8 @@ stage and flows one way, so that every stage computes at the same time on differ
 weights as in one process: a component has made k updates when batch k arrives, here as there.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
+from contextlib import ExitStack
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,29 +15,26 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from plywise.errors import PipelineError
+from plywise.errors import PipelineError, PlywiseError, StateError
 from plywise.local.component import Signal
 from plywise.local.learner import OneWayLearner, Report
 from plywise.local.trainer import LocalTrainer
 from plywise.pipeline import checkpoint
+from plywise.pipeline.groups import Groups, join, own_store
 from plywise.pipeline.links import Inbox, Outbox, within
-from plywise.pipeline.watch import Watch
+from plywise.pipeline.watch import EVERY, Watch
 
 Batch = tuple[Tensor, Tensor]
-
-FOREVER = timedelta(days=30)
-"""Timeout of torch's own waits: ours end by the watch, which knows a slow stage from a lost one."""
 
 
 class Pipeline:
     """Trains a learner's components in the processes that torchrun started.
 
     Every process makes the same learner (same seed) and the same pipeline, and calls `run` alike; only the
-    first stage reads the batches. Use as a context manager.
+    first stage reads the batches. Use as a context manager: the first process has to stay until the others
+    are done, and leaving lets nobody wait for this one.
 
     Args:
         learner: the whole learner, the same in every process.
@@ -63,40 +59,47 @@ class Pipeline:
             raise PipelineError(
                 f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way."
             )
-        self._owns_group = not dist.is_initialized()
-        if self._owns_group:
-            _join()
-        world = dist.get_world_size()
-        self.learner = learner
-        self.cuts = _checked_cuts(cuts, len(learner.trainers), world, replicas)
-        self.stages, self.replicas = len(self.cuts), replicas
-        device = _device_of(learner)
-        mesh = init_device_mesh(device.type, (self.stages, replicas), mesh_dim_names=("stage", "replica"))
-        rank = dist.get_rank()
-        self.stage, self.replica = divmod(rank, replicas)
-        names = [self._name(other // replicas, other % replicas) for other in range(world)]
-        self.name = names[rank]
-        self._group = dist.new_group(timeout=FOREVER)
-        self.watch = Watch(_own_store(patience), rank, names, patience)
-        ends = [*self.cuts[1:], len(learner.trainers)]
-        self.trainers = learner.trainers[self.cuts[self.stage] : ends[self.stage]]
-        if replicas > 1:
-            for trainer in self.trainers:
-                _replicate(trainer, mesh.get_group("replica"))
-        self._rank_before = rank - replicas if self.stage > 0 else None
-        self._rank_after = rank + replicas if self.stage < self.stages - 1 else None
-        self._links: dict[int, dist.ProcessGroup] = {}  # by the other's rank
-        for here in range(world - replicas):  # every process takes part in making every group
-            ends = [here, here + replicas]
-            group = dist.new_group(ends, timeout=FOREVER)
-            if rank in ends:
-                self._links[ends[1 - ends.index(rank)]] = group
-        self._names = names
-        self._device = device
-        self._outbox: Outbox | None = None
+        if patience < 4 * EVERY:
+            raise PipelineError(
+                f"Signs of life come every {EVERY} s: patience must be {4 * EVERY} s or more."
+            )
+        with ExitStack() as stack:  # undone in reverse order, should something fail
+            if not dist.is_initialized():
+                join()
+                stack.callback(dist.destroy_process_group)
+            rank, world = dist.get_rank(), dist.get_world_size()
+            self.learner = learner
+            self.cuts = checked_cuts(cuts, len(learner.trainers), world, replicas)
+            self.stages, self.replicas = len(self.cuts), replicas
+            self.stage, self.replica = divmod(rank, replicas)
+            names = [self._name(*divmod(other, replicas)) for other in range(world)]
+            self.name = names[rank]
+            ends = [*self.cuts[1:], len(learner.trainers)]
+            self.trainers = learner.trainers[self.cuts[self.stage] : ends[self.stage]]
+            self._rank_before = rank - replicas if self.stage > 0 else None
+            self._rank_after = rank + replicas if self.stage < self.stages - 1 else None
+            self._device = _device_of(learner)
+            self._boxes: list[Inbox | Outbox] = []
+            self._groups = Groups()
+            store = own_store(
+                f"{type(learner).__name__} of {len(learner.trainers)} components in stages that begin at "
+                f"{self.cuts}, with {replicas} replicas",
+                patience,
+            )
+            stack.callback(self._part)
+            self.watch = Watch(store, rank, names, patience, self._groups.abort)
+            stack.callback(self.watch.close)
+            self._together(self._meet)
+            self._leaving = stack.pop_all()
 
     def _name(self, stage: int, replica: int) -> str:
         return f"stage {stage}" + (f", replica {replica}" if self.replicas > 1 else "")
+
+    def _meet(self) -> None:
+        self._groups.make(self.stages, self.replicas)
+        if self._groups.replicas is not None:
+            for trainer in self.trainers:
+                _replicate(trainer, self._groups.replicas)
 
     # ---- training ----------------------------------------------------------------------------
 
@@ -104,35 +107,78 @@ class Pipeline:
         """Train on batches until the first stage has no more; the number of steps done in all.
 
         Args:
-            batches: read by the first stage only; each replica its own share.
+            batches: read by the first stage only; each replica its own share, all equally large.
             after: called with the number of steps done after each, in every process.
+
+        Raises:
+            PipelineError: a process is lost, or has failed.
+            PlywiseError: a batch is empty, or inputs and targets differ in number.
         """
-        before, following = self._rank_before, self._rank_after
-        inbox = None
-        if before is not None:
-            inbox = Inbox(before, self._names[before], self._links[before], self.watch, self._device)
-        if following is not None:
-            self._outbox = Outbox(following, self._names[following], self._links[following], self.watch)
+        inbox = outbox = None
+        if (before := self._rank_before) is not None:
+            inbox = Inbox(before, self._groups.links[before], self.watch, self._device)
+        if (following := self._rank_after) is not None:
+            outbox = Outbox(following, self._groups.links[following], self.watch)
+        self._boxes = [box for box in (inbox, outbox) if box is not None]
         try:
             for signal in self._signals(batches) if inbox is None else _received(inbox, self.learner.steps):
-                self._learn(signal, after)
-            if self._outbox is not None:
-                self._outbox.end()
-        except Exception as error:
-            self.watch.tell(str(error))
+                self._learn(signal, outbox, after)
+            if outbox is not None:
+                outbox.end()
+        except BaseException as error:
+            if self.replicas > 1 and isinstance(error, RuntimeError) and not isinstance(error, PlywiseError):
+                self.watch.listen()  # was it an exchange between replicas that broke?
+                self.watch.check(error)
+            self.watch.tell(f"{type(error).__name__}: {error}")
             raise
         return self.learner.steps
 
+    def ask_to_stop(self) -> None:
+        """Ask the first stage to read no more batches; any process may, from a signal handler too."""
+        self.watch.ask_to_stop()
+
+    def stopping(self) -> bool:
+        """Whether some process has asked to stop; the first stage's replicas call this alike, before a batch."""
+        asked = torch.tensor([int(self.watch.stop_asked)])
+        if self._groups.replicas is not None:  # one replica may hear of it before the others
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._groups.replicas)
+        return bool(asked)
+
     def _signals(self, batches: Iterable[Batch]) -> Iterator[Signal]:
-        for x, y in batches:
+        for x, y in batches if self.replicas == 1 else self._shared(batches):
+            if len(x) != len(y) or len(x) == 0:
+                raise PlywiseError(
+                    f"A batch needs as many targets as inputs, and at least one: {len(x)} inputs, {len(y)} "
+                    "targets."
+                )
             yield self.learner.signal(x, y)
 
-    def _learn(self, signal: Signal, after: Callable[[int], None]) -> None:
+    def _shared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of this replica, as long as all replicas have some."""
+        own = iter(batches)
+        while True:
+            batch = next(own, None)
+            size = 0 if batch is None else len(batch[0])
+            sizes = torch.tensor([size, -size])
+            dist.all_reduce(sizes, dist.ReduceOp.MIN, group=self._groups.replicas)
+            least, most = int(sizes[0]), -int(sizes[1])
+            if least != most:
+                raise PipelineError(
+                    f"{self.name} has a batch of {size}, and other replicas have {least} to {most}: "
+                    "gradients are averaged over replicas, so give each equally many samples in every step."
+                )
+            if batch is None:
+                return
+            yield batch
+
+    def _learn(self, signal: Signal, outbox: Outbox | None, after: Callable[[int], None]) -> None:
+        self.watch.check()
         losses, step = [], self.learner.steps
         for trainer in self.trainers:
             trainer.begin()
-            last = trainer is self.trainers[-1]
-            emit = self._emit(step) if last and self._outbox is not None else (lambda _: None)
+            emit: Callable[[Signal], None] = lambda _: None  # noqa: E731
+            if outbox is not None and trainer is self.trainers[-1]:
+                emit = partial(outbox.put, step=step)
             signal, loss = trainer.learn(signal, step, emit)
             losses.append(loss)
         self.learner.steps += 1
@@ -141,55 +187,81 @@ class Pipeline:
             callback(report)
         after(self.learner.steps)
 
-    def _emit(self, step: int) -> Callable[[Signal], None]:
-        outbox = self._outbox
-        assert outbox is not None
-        return lambda signal: outbox.put(signal, step)
-
     # ---- state -------------------------------------------------------------------------------
 
     def gather(self) -> OneWayLearner:
         """Give every process every component's parameters and buffers: then any of them may predict."""
         for index, trainer in enumerate(self.learner.trainers):
             owner = max(i for i, cut in enumerate(self.cuts) if cut <= index) * self.replicas
-            for tensor in trainer.component.state_dict().values():
-                self._together(partial(dist.broadcast, tensor, owner, group=self._group))
+            state = trainer.component.state_dict()
+            if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+                raise PipelineError(f"{odd[0]} of component {index} is no tensor, and cannot be gathered.")
+            flat = torch.cat([torch.empty(0, dtype=torch.uint8), *map(_bytes, state.values())])
+            self._together(partial(dist.broadcast, flat, owner, group=self._groups.everyone))
+            parts = flat.split([tensor.nbytes for tensor in state.values()])
+            for tensor, part in zip(state.values(), parts, strict=True):
+                tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+            trainer.component.load_state_dict(state)  # a module may keep what it has made of its tensors
         return self.learner
 
     def save(self, folder: Path, keep: int = 3) -> None:
-        """Write a checkpoint; every process calls this after the same step."""
+        """Write a checkpoint; every process calls this after the same step, and sees the same folder.
+
+        Raises:
+            StateError: a process could not write.
+        """
         states: dict[str, Any] = {}
         if self.replica == 0:
             states = {f"component {trainer.index}": trainer.state_dict() for trainer in self.trainers}
-        if dist.get_rank() == 0:
+        first = dist.get_rank() == 0
+        if first:
             states["learner"] = {"learner": type(self.learner).__name__, "steps": self.learner.steps}
-        steps = self.learner.steps
-        self._together(lambda: checkpoint.save(folder, steps, states, keep, self._group))
+        checkpoint.save(folder, self.learner.steps, states, keep, first=first, agree=self.agree)
 
     def restore(self, folder: Path, step: int | None = None) -> int:
-        """Go on from a checkpoint, the last by default, whoever wrote it; the number of steps done."""
+        """Go on from a checkpoint, the last by default, whoever wrote it; the number of steps done.
+
+        Raises:
+            StateError: there is none, or it is another learner's.
+        """
         names = ["learner", *(f"component {trainer.index}" for trainer in self.trainers)]
-        states = checkpoint.load(folder, step, names)
+        every = ["learner", *(f"component {trainer.index}" for trainer in self.learner.trainers)]
+        states = checkpoint.load(folder, step, names, every)
+        if (saved := states["learner"]["learner"]) != type(self.learner).__name__:
+            raise StateError(f"The checkpoint is one of {saved}; this is {type(self.learner).__name__}.")
         for trainer in self.trainers:
             trainer.load_state_dict(states[f"component {trainer.index}"])
         self.learner.steps = states["learner"]["steps"]
         return self.learner.steps
 
+    def agree(self, ok: bool) -> bool:
+        """Whether all processes say so; each waits here for the others."""
+        answer = torch.tensor([int(ok)])
+        everyone = self._groups.everyone
+        self._together(lambda: dist.all_reduce(answer, dist.ReduceOp.MIN, group=everyone))
+        return bool(answer)
+
     def _together(self, work: Callable[[], Any]) -> Any:
-        return within(self.watch, work, f"{self.name}: a collective of all stages broke")
+        return within(self.watch, work, "an exchange between all stages broke")
 
     # ---- the end -----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Leave the pipeline."""
-        self.watch.close()
-        if self._owns_group and dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the pipeline; the learner is one of this process alone again."""
+        self._leaving.close()
+
+    def _part(self) -> None:
+        self._groups.abort()
+        for box in self._boxes:
+            box.close()
+        for trainer in self.trainers:
+            trainer.module = trainer.component
+        self._groups.destroy()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -205,32 +277,12 @@ def _received(inbox: Inbox, step: int) -> Iterator[Signal]:
         yield signal
 
 
-def _join() -> None:
-    if "RANK" not in os.environ:
-        raise PipelineError(
-            "This process was not started by torchrun. Start it so: torchrun --nproc-per-node 2 -m plywise "
-            "pipeline ..., or call torch.distributed.init_process_group yourself."
-        )
-    if os.environ.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens to the outside unless told to
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def checked_cuts(cuts: Sequence[int] | None, components: int, world: int, replicas: int) -> list[int]:
+    """The first component of each stage: as given if that fits, or equally many for each.
 
-
-def _own_store(patience: float) -> TCPStore:
-    """A store of this pipeline alone, in the process of rank 0: a restart begins with an empty one."""
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = torch.zeros(1, dtype=torch.int64)
-    store = None
-    if dist.get_rank() == 0:
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        port[0] = store.port
-    dist.broadcast(port, 0)
-    if store is None:
-        store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=patience))
-    return store
-
-
-def _checked_cuts(cuts: Sequence[int] | None, components: int, world: int, replicas: int) -> list[int]:
+    Raises:
+        PipelineError: the number of processes, replicas, components or cuts does not fit.
+    """
     if replicas < 1 or world % replicas:
         raise PipelineError(f"{world} processes do not make stages of {replicas} replicas each.")
     stages = world // replicas
@@ -259,6 +311,18 @@ def _device_of(learner: OneWayLearner) -> torch.device:
     return torch.device("cpu")
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
 def _replicate(trainer: LocalTrainer, group: dist.ProcessGroup) -> None:
-    if any(parameter.requires_grad for parameter in trainer.component.parameters()):
-        trainer.module = DistributedDataParallel(trainer.component, process_group=group)
+    if trainer.optimizer is None:
+        raise PipelineError(
+            f"Component {trainer.index} learns in closed form: replicas of it would learn nothing of each "
+            "other's batches. Use one replica, and more stages."
+        )
+    learning = {p for settings in trainer.optimizer.param_groups for p in settings["params"]}
+    still = any(p.requires_grad and p not in learning for p in trainer.component.parameters())
+    trainer.module = DistributedDataParallel(
+        trainer.component, process_group=group, find_unused_parameters=still
+    )
