@@ -138,7 +138,7 @@ class Pipeline:
         self.watch.ask_to_stop()
 
     def stopping(self) -> bool:
-        """Whether some process has asked to stop; the first stage's replicas call this alike, before a batch."""
+        """Whether some process has asked to stop; the first stage's replicas call this before each batch."""
         asked = torch.tensor([int(self.watch.stop_asked)])
         if self._groups.replicas is not None:  # one replica may hear of it before the others
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._groups.replicas)

@@ -75,7 +75,7 @@ class Watch:
             threading.Thread(target=work, daemon=True, name="plywise watch").start()
 
     def ask_to_stop(self) -> None:
-        """Let every process's ``stop_asked`` say so soon; takes no lock, so that a signal handler may call it."""
+        """Let every process's ``stop_asked`` say so soon. Takes no lock: for signal handlers."""
         self.stop_asked = True
 
     def check(self, because: BaseException | None = None) -> None:

@@ -34,8 +34,8 @@ class FeatureWhitening(KroneckerRule):
         solver: ``"auto"`` and ``"eigh"`` by eigenvalues, ``"newton"`` by a converging iteration,
             ``"newton_schulz"`` by ten steps of one that has not converged by then.
         sample: take every so many-th position along each axis of a convolution or sequence into R. With 2 on
-            3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by less
-            than 1 % over four batches, since the positions take turns.
+            3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by about
+            1 % over four batches, since the positions take turns.
         stats_every: steps from one batch that enters the statistic to the next (T_xx). Default 10.
         refresh_every: steps from one root to the next (T_svd), a multiple of ``stats_every``. Default 50.
 

@@ -29,8 +29,8 @@ class Foof(KroneckerRule):
         rank: keep only so many directions of the inverse and treat the others alike; None for all. Default
             128, which layers of up to 256 inputs do without.
         sample: take every so many-th position along each axis of a convolution or sequence into R. With 2 on
-            3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by less
-            than 1 % over four batches, since the positions take turns.
+            3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by about
+            1 % over four batches, since the positions take turns.
         stats_every: steps from one batch that enters the statistic to the next. Default 10.
         refresh_every: steps from one inverse to the next, a multiple of ``stats_every``. Default 10.
 

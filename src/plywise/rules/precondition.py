@@ -40,8 +40,8 @@ class Precondition(KroneckerRule):
             ``"newton"``, or ``"newton_schulz"``, the unconverged iteration that AdaBK published.
         rank: keep only so many directions of a root and treat the others alike; None for all.
         sample: take every so many-th position along each axis of a convolution or sequence into R. With 2 on
-            3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by less
-            than 1 % over four batches, since the positions take turns.
+            3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by about
+            1 % over four batches, since the positions take turns.
         stats_every: steps from one batch that enters the statistics to the next. Default 5.
         refresh_every: steps from one root to the next, a multiple of ``stats_every``. Default 5.
         max_size: a side larger than this is left as it is. Default 8192.
