@@ -1,0 +1,91 @@
+"""What users point at by ``module:name``: loading it, and saying what went wrong there."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from typing import Any
+
+from plywise.catalogue import suggestion
+from plywise.errors import PlywiseError
+
+
+def load(address: str, what: str) -> Any:
+    """What ``module:name`` names. Modules in the current directory are found.
+
+    Args:
+        address: the module, a colon, the name.
+        what: what it is for, for the error: "your model".
+
+    Raises:
+        PlywiseError: it is no address, or there is nothing there, or importing it fails.
+
+    Example:
+        >>> load("math:tau", "the circle")
+        6.283185307179586
+    """
+    module_name, colon, name = address.partition(":")
+    if not (colon and module_name and name):
+        raise PlywiseError(
+            f"Say where {what} is as module:name, as in my_project.things:make, not {address!r}."
+        )
+    if module_name.endswith(".py") or os.sep in module_name:
+        dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
+        raise PlywiseError(f"Write a module, not a file: {dotted}:{name}.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module = _imported(module_name)
+    if not hasattr(module, name):
+        public = tuple(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
+        raise PlywiseError(f"Module {module_name!r} has no {name!r}. {suggestion(name, public)}".rstrip())
+    return getattr(module, name)
+
+
+def called(address: str, what: str) -> Any:
+    """What the function at ``module:name`` makes.
+
+    Raises:
+        PlywiseError: see `load`; or it is no function without arguments, or it raises.
+
+    Example:
+        >>> called("builtins:dict", "the dictionary")
+        {}
+    """
+    factory = load(address, what)
+    if not callable(factory):
+        raise PlywiseError(f"{address} is of type {type(factory).__name__}, not a function.")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise PlywiseError(
+            f"{address} must be callable without arguments ({error}). Wrap it in a function."
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature: calling it will tell
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise PlywiseError(f"{address} raised {_said(error)}.") from error
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise PlywiseError(
+                f"There is no module {error.name!r}, neither installed nor in the current directory."
+            ) from error
+        raise PlywiseError(f"Module {name!r} needs {error.name!r}, which is not installed.") from error
+    except (Exception, SystemExit) as error:
+        raise PlywiseError(f"Importing {name!r} failed: {_said(error)}.") from error
+
+
+def _said(error: BaseException) -> str:
+    """An exception and the user's line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f" (line {frames[-1].lineno} of {os.path.basename(frames[-1].filename)})" if frames else ""
+    return f"{type(error).__name__}: {error}{line}"

@@ -1,0 +1,97 @@
+"""`plywise pipeline`: the training of `plywise train` in the processes that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plywise.cli.console import console
+from plywise.cli.training import Flags, Switch, again, conclude, following, introduce, plan_from
+from plywise.errors import PlywiseError
+
+if TYPE_CHECKING:
+    from plywise.local.session import Session
+
+
+def pipeline(
+    config: Path | None = None,
+    /,
+    *,
+    flags: Flags | None = None,
+    replicas: int | None = None,
+    cuts: str | None = None,
+    fresh: Switch = False,
+) -> int:
+    r"""Train in several processes: each holds a stage of the blocks, and all compute at the same time.
+
+    torchrun starts it. The weights are those of `plywise train` bit for bit, and either goes on with the
+    other's runs, with any number of stages. (Replicas average gradients, which rounds otherwise.) All
+    processes see the same --out; each stage has a log of its own there, log.stage0.jsonl and so on.
+
+    Ctrl-C stops the first stage; the others finish what is on its way, and all write a checkpoint. A process
+    that is lost ends all; torchrun --max-restarts 3 then goes on from the last checkpoint by itself.
+
+    For example:
+
+        torchrun --nproc-per-node 2 -m plywise pipeline
+        torchrun --nproc-per-node 2 -m plywise pipeline plan.toml --cuts 0,1
+        torchrun --nproc-per-node 4 -m plywise pipeline --replicas 2
+        torchrun --nnodes 2 --rdzv-endpoint HOST:29400 --rdzv-backend c10d \
+            -m plywise pipeline plan.toml                   # on both hosts
+
+    Args:
+        config: a TOML file; see `plywise train --help`.
+        flags: what is trained.
+        replicas: processes that share each stage's batches. Default 1.
+        cuts: the first component of each stage, as in 0,2. Default: balanced by measured costs.
+        fresh: start anew, and throw away what the folder holds of a run.
+    """
+    plan = plan_from(config, flags, replicas=replicas, cuts=cuts)
+    if "RANK" not in os.environ:
+        raise PlywiseError(
+            "A pipeline is several processes, and torchrun starts them: "
+            f"torchrun --nproc-per-node 2 -m {again()}"
+        )
+    rank = os.environ["RANK"]
+    fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # a restart goes on
+    try:
+        from plywise.pipeline.start import open_pipeline
+
+        with open_pipeline(plan, fresh=fresh) as session:
+            if rank == "0":
+                screen = console()
+                introduce(session, screen, _layout(session))
+                with following(session, screen) as hear:
+                    finished = session.run(hear)
+            else:
+                finished = session.run()
+            step = session.step
+        if rank == "0" and finished:
+            conclude(session, screen)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"What {plan.out} holds is the last checkpoint.") from None
+    except Exception as error:
+        from plywise.local.session import said
+
+        raise PlywiseError(
+            f"rank {rank}: {error if isinstance(error, PlywiseError) else said(error)}"
+        ) from error
+    if not finished and rank == "0":
+        raise KeyboardInterrupt(
+            f"The checkpoint of step {step} is in {plan.out}: the same command goes on from there, and so "
+            "does `plywise train` with the same flags."
+        )
+    return 0 if finished else 130
+
+
+def _layout(session: Session) -> str:
+    """Who holds what."""
+    engine: Any = session.engine
+    ends = [*engine.cuts[1:], len(engine.learner.trainers)]
+    stages = ", ".join(
+        f"{start}" if start == end - 1 else f"{start}–{end - 1}"
+        for start, end in zip(engine.cuts, ends, strict=True)
+    )
+    copies = f", each in {engine.replicas} processes" if engine.replicas > 1 else ""
+    return f"Components by stage: {stages}{copies}."

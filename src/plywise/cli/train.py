@@ -1,0 +1,57 @@
+"""`plywise train`: a network trained block by block, from a file or from flags, through interruptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from plywise.cli.console import console
+from plywise.cli.training import Flags, Switch, again, conclude, following, introduce, plan_from
+
+
+def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: Switch = False) -> None:
+    """Train a network block by block: each block follows a loss of its own, no gradient crosses them all.
+
+    The same command again goes on from the last checkpoint, with the same weights as if it had never stopped.
+    Ctrl-C lets the step finish and writes a checkpoint. `plywise pipeline` takes the same flags and goes on
+    with the same runs. The log has a line of JSON for each step: step, epoch, losses by component, seconds
+    and, after an epoch's last step, the accuracy on the test data.
+
+    For example:
+
+        plywise train                           # digits, in seconds
+        plywise train --learner Interlocking --set horizon=4 --out runs/backprop   # blocks as one
+        plywise train --model mine:make_model --data mine.npz --blocks 6
+        plywise train --rule ProxProp --rule-set tau=3 --optimizer SGD --rate 5
+        plywise train plan.toml --epochs 20     # flags win over the file
+
+    The keys of the file are the flags' names:
+
+        learner = "AssociatedLearning"
+        set = {code = 64}
+        batch-size = 128
+
+    Args:
+        config: a TOML file.
+        flags: what is trained.
+        fresh: start anew, and throw away what the folder holds of a run.
+    """
+    plan = plan_from(config, flags)
+    step = None
+    try:
+        from plywise.local.session import open_session
+
+        session = open_session(plan, fresh=fresh)
+        step, screen = session.began, console()
+        introduce(session, screen)
+        with following(session, screen) as hear:
+            finished = session.run(hear)
+        step = session.step
+    except KeyboardInterrupt:
+        if step is None:
+            raise KeyboardInterrupt("Nothing was changed.") from None
+        raise KeyboardInterrupt(f"`{again()}` goes on from the last checkpoint in {plan.out}.") from None
+    if not finished:
+        raise KeyboardInterrupt(
+            f"The checkpoint of step {step} is in {plan.out}: `{again()}` goes on from there."
+        )
+    conclude(session, screen)

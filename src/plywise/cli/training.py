@@ -1,0 +1,192 @@
+"""What `plywise train` and `plywise pipeline` share: their flags, and how they tell what goes on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from plywise.local.plan import Plan, read_plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from plywise.local.journal import Line
+    from plywise.local.session import Session
+
+Words = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
+PAINT = 0.1  # seconds between two pictures of the progress bar
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Flags:
+    """Flags of a training; what is not given is up to the file, and then to the plan's defaults.
+
+    Attributes:
+        model: function that makes your network, as module:name: an nn.Module, which is cut into blocks of
+            equal cost, or a list of blocks. Default: a linear layer of 128 and ReLU for each block.
+        data: digits (they come with plywise), a .npz file with x_train, y_train and perhaps x_test, y_test,
+            or module:name of a function that returns (x, y) or (x, y, x_test, y_test). Default digits.
+        learner: AssociatedLearning, LocalLoss, Interlocking, CascadedForward, LocalForwardGradient or
+            ActivationRelaxation. Default LocalLoss.
+        set: a hyper-parameter of the learner, as name=value; may be repeated.
+        blocks: number of blocks. Default 4.
+        split: where the model is cut, as in 0,2,5: the first unit of each block. Default: by measured cost;
+            the first lines say where.
+        optimizer: a class of torch.optim; each block gets one of its own. Default Adam.
+        optimizer_set: an argument of the optimizer, as name=value; may be repeated.
+        rate: learning rate. Default 0.003.
+        rule: a rule inside each block (see `plywise methods`). Default none: plain gradients.
+        rule_set: a hyper-parameter of the rule, as name=value; may be repeated.
+        epochs: passes over the training data; a finished run goes on with more of them. Default 10.
+        batch_size: samples a batch. Default 64.
+        seed: of weights, order of the samples, dropout. Default 0.
+        threads: threads of each process. Default 1.
+        out: folder of checkpoints and logs. Default runs/train.
+        every: steps between checkpoints. Default 500.
+        keep: how many checkpoints stay. Default 3.
+        tensorboard: log for TensorBoard, too.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    learner: str | None = None
+    set: Words = ()
+    blocks: int | None = None
+    split: str | None = None
+    optimizer: str | None = None
+    optimizer_set: Words = ()
+    rate: float | None = None
+    rule: str | None = None
+    rule_set: Words = ()
+    epochs: int | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    threads: int | None = None
+    out: Path | None = None
+    every: int | None = None
+    keep: int | None = None
+    tensorboard: Annotated[bool | None, Parameter(negative=())] = None
+
+
+def plan_from(config: Path | None, flags: Flags | None, **more: Any) -> Plan:
+    """The plan of a file and flags."""
+    return read_plan(config, {**vars(flags or Flags()), **more})
+
+
+def again() -> str:
+    """The words of this command that go on with the run: without --fresh."""
+    return shlex.join(["plywise", *(word for word in sys.argv[1:] if word != "--fresh")])
+
+
+def introduce(session: Session, screen: Console, *more: str) -> None:
+    """Say what is going to be trained, and from where on."""
+    if session.finished:
+        return
+    plan, record = session.plan, session.folder.record()
+    rule = f"{plan.rule}{_settings(plan.rule_set)}, " if plan.rule else ""
+    test = f"{session.test_samples:,} to test on" if session.test_samples else "none to test on"
+    lines = [
+        f"{plan.learner}{_settings(plan.set)} of {len(session.engine.learner.trainers)} components, "
+        f"{session.parameters:,} parameters; {rule}{plan.optimizer}{_settings(plan.optimizer_set)} at rate "
+        f"{plan.rate:g}; seed {plan.seed}.",
+        f"{plan.data}: {session.samples:,} samples of {session.classes} classes, {test}; "
+        f"{session.per_epoch} steps of {plan.batch_size} an epoch.",
+    ]
+    if record is not None and record.starts:
+        cut = ",".join(map(str, record.starts))
+        lines.append(f"{plan.model} is cut at units {cut}; --split {cut} cuts it there again.")
+    lines += more
+    if session.began:
+        lines.append(f"Goes on from the checkpoint of step {session.began} in {plan.out}.")
+    for line in lines:
+        screen.print(line, soft_wrap=True)
+
+
+def conclude(session: Session, screen: Console) -> None:
+    """Say what has been done, where it is, and what to do next."""
+    plan, line = session.plan, session.folder.last_line()
+    known = "" if line.get("accuracy") is None else f", test accuracy {line['accuracy']:.1%}"
+    if session.step == session.began:
+        screen.print(
+            f"The run in {plan.out} is finished: {session.step} steps{known}. More --epochs go on with it, "
+            "--fresh starts anew.",
+            soft_wrap=True,
+        )
+        return
+    if session.skipped:
+        screen.print(f"Steps of a component skipped, since gradients were not finite: {session.skipped}.")
+    screen.print(
+        f"\nTrained {session.step} steps in {line.get('seconds', 0.0):.1f} s{known}.\n"
+        f"Log and checkpoints: {plan.out}. In Python the network is "
+        f"plywise.local.session.trained({str(plan.out)!r}).",
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def following(session: Session, screen: Console) -> Iterator[Callable[[Line], None]]:
+    """Shows each epoch by a line, and in a terminal the steps by a bar."""
+    epochs = _Epochs(session, screen)
+    if not screen.is_terminal:
+        yield epochs.hear
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    # painted by hand: a thread that paints would take time from the training
+    with Progress(*columns, console=screen, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("", total=session.total, completed=session.step)
+        painted = 0.0
+
+        def hear(line: Line) -> None:
+            nonlocal painted
+            epochs.hear(line)
+            bar.update(task, completed=line.step)
+            if time.monotonic() - painted > PAINT:
+                bar.refresh()
+                painted = time.monotonic()
+
+        yield hear
+
+
+class _Epochs:
+    """Sums up each epoch in a line: means over the steps of this session."""
+
+    def __init__(self, session: Session, screen: Console) -> None:
+        self._session, self._screen = session, screen
+        self._sums: dict[int, float] = defaultdict(float)
+        self._steps = 0
+
+    def hear(self, line: Line) -> None:
+        for component, loss in line.losses.items():
+            self._sums[component] += loss
+        self._steps += 1
+        if line.step % self._session.per_epoch:
+            return
+        means = "  ".join(f"{total / self._steps:.3f}" for total in self._sums.values())
+        first, last = min(self._sums), max(self._sums)
+        which = f"component {first}" if first == last else f"components {first}–{last}"
+        count = self._session.plan.epochs
+        known = "" if line.accuracy is None else f"   test accuracy {line.accuracy:6.1%}"
+        self._screen.print(
+            f"epoch {line.epoch:{len(str(count))}}/{count}   losses of {which}  {means}{known}   "
+            f"{line.seconds:.1f} s",
+            soft_wrap=True,
+        )
+        self._sums.clear()
+        self._steps = 0
+
+
+def _settings(values: Any) -> str:
+    return f"({', '.join(f'{name}={value!r}' for name, value in values.items())})" if values else ""

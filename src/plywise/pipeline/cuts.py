@@ -1,0 +1,79 @@
+"""Where to cut a learner into stages: by what its components cost, as measured."""
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plywise.errors import PipelineError
+from plywise.local.learner import OneWayLearner
+from plywise.local.split import balance
+from plywise.pipeline.pipeline import checked_cuts
+
+_REPEATS = 5
+
+
+def measured_cuts(learner: OneWayLearner, x: Tensor, y: Tensor, *, replicas: int = 1) -> list[int]:
+    """The first component of each stage, so that the slowest stage is as fast as it can be.
+
+    Rank 0 measures and tells the others; all call this alike, before they make the pipeline. The processes
+    have met: by `plywise.pipeline.groups.join`, or ``torch.distributed.init_process_group``.
+
+    Args:
+        learner: the learner, as it stays.
+        x: a batch's inputs.
+        y: its targets.
+        replicas: how many processes share each stage.
+
+    Raises:
+        PipelineError: the processes do not make stages of so many replicas, or more than there are
+            components; or one of them is lost.
+    """
+    world = dist.get_world_size()
+    stages = len(checked_cuts(None, len(learner.trainers), world, replicas))
+    if stages == 1:
+        return [0]
+    cuts = []
+    if dist.get_rank() == 0:
+        cuts = [part.start for part in balance(component_costs(learner, x, y), stages)]
+    return from_first(cuts)
+
+
+def component_costs(learner: OneWayLearner, x: Tensor, y: Tensor) -> list[float]:
+    """Median seconds of a step of each component on a batch. The learner stays as it is."""
+    before = copy.deepcopy([trainer.state_dict() for trainer in learner.trainers])
+    seconds: list[list[float]] = [[] for _ in learner.trainers]
+    for _ in range(_REPEATS + 1):
+        signal = learner.signal(x, y)
+        for own, trainer in zip(seconds, learner.trainers, strict=True):
+            trainer.begin()
+            start = time.perf_counter()
+            signal, loss = trainer.learn(signal, learner.steps)
+            loss.item()  # an accelerator is done by then
+            own.append(time.perf_counter() - start)
+    for trainer, state in zip(learner.trainers, before, strict=True):
+        trainer.load_state_dict(state)
+    return [statistics.median(own[1:]) for own in seconds]  # the first one warms up
+
+
+def from_first(values: Sequence[int]) -> list[int]:
+    """The whole numbers that rank 0 has; all processes call this alike.
+
+    Raises:
+        PipelineError: a process is lost.
+    """
+    try:
+        size = torch.tensor([len(values)])
+        dist.broadcast(size, 0)
+        told = torch.zeros(int(size), dtype=torch.int64)
+        if dist.get_rank() == 0:
+            told = torch.tensor(list(values), dtype=torch.int64)
+        if len(told):
+            dist.broadcast(told, 0)
+    except RuntimeError as error:
+        raise PipelineError("Another process has stopped before all were ready; it says why.") from error
+    return told.tolist()

@@ -1,0 +1,356 @@
+"""`plywise pipeline`: real processes, interrupted, lost and gone on with; the weights of one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from plywise.cli import main
+from plywise.local.making import make_blocks, make_data, make_learner
+from plywise.local.plan import Plan
+from plywise.local.session import open_session
+from plywise.pipeline import checkpoint
+from plywise.pipeline.cuts import component_costs
+
+MODULE = """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Dropout(0.2),
+        nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3),
+    )
+
+def data():
+    x = torch.randn(207, 6)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    return x, y, x[:50] + 0.1, y[:50]
+
+class Burst(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return super().forward(x) * (float("nan") if self.calls > 12 else 1)
+
+def burst():
+    return [nn.Sequential(nn.Linear(6, 8), nn.ReLU()), Burst(8, 3)]
+"""
+DEADLINE = 90.0
+PLAN = [
+    "--model",
+    "mine:net",
+    "--split",
+    "0,2,3,4",
+    "--data",
+    "mine:data",
+    "--batch-size",
+    "16",
+    "--out",
+    "run",
+]
+PER_EPOCH = 13  # 207 samples: the last batch has 15
+
+
+@pytest.fixture
+def plywise(capsys):
+    """Run a command in this process: exit code, standard output, standard error."""
+
+    def _plywise(*words):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        written = capsys.readouterr()
+        assert "Traceback" not in written.err
+        return left.value.code, written.out, written.err
+
+    return _plywise
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # what plywise would set, and leave behind
+    yield
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """This process as the only one of a pipeline."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@contextmanager
+def running(*commands):
+    """Processes, each a command and what is added to its environment; killed at the end, should they live."""
+    processes = []
+    try:
+        for number, (command, environment) in enumerate(commands):
+            with Path(f"out{number}").open("w") as out, Path(f"err{number}").open("w") as err:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdout=out,
+                        stderr=err,
+                        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                    )
+                )
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(DEADLINE)
+
+
+def by_hand(world, *words, port=None):
+    """The processes of a pipeline, as torchrun would start them."""
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+    command = [sys.executable, "-m", "plywise", "pipeline", *words]
+    return running(*((command, {**place, "RANK": str(rank)}) for rank in range(world)))
+
+
+def torchrun(world, *words):
+    """torchrun and its processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    return running(([*command, "-m", "plywise", "pipeline", *words], {}))
+
+
+def ended(processes):
+    """The exit statuses, within the deadline."""
+    end = time.monotonic() + DEADLINE
+    return [process.wait(max(end - time.monotonic(), 0.1)) for process in processes]
+
+
+def wait_for(processes, text):
+    """Until the first process has said so."""
+    end = time.monotonic() + DEADLINE
+    while text not in Path("out0").read_text():
+        alive = time.monotonic() < end and all(process.poll() is None for process in processes)
+        assert alive, [path.read_text() for path in sorted(Path().glob("err*"))]
+        time.sleep(0.02)
+
+
+def said(path):
+    """What plywise has written to a file."""
+    return [line for line in Path(path).read_text().splitlines() if line.startswith(("plywise:", "Interr"))]
+
+
+def state(out):
+    """Everything in the last checkpoint of a run."""
+    folder = Path(out) / "checkpoints"
+    names = ["learner", *(f"component {index}" for index in range(4))]
+    return checkpoint.load(folder, None, names)
+
+
+def same(one, two):
+    """Equal in every bit, whatever it is made of."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+def steps_logged(name):
+    return [json.loads(line)["step"] for line in Path("run", name).read_text().splitlines()]
+
+
+# ---- in one process ------------------------------------------------------------------------------------
+
+
+def test_without_torchrun_the_command_is_shown(plywise, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plywise", "pipeline", "--cuts", "0,2"])
+    code, _, err = plywise("pipeline", "--cuts", "0,2")
+    assert code == 1
+    assert "torchrun --nproc-per-node 2 -m plywise pipeline --cuts 0,2" in err
+
+
+def test_one_stage_is_train(plywise, one_process):
+    """Either goes on with the other's run."""
+    assert plywise("pipeline", *PLAN, "--epochs", "1")[0] == 0
+    assert plywise("train", *PLAN, "--epochs", "2")[0] == 0
+    code, out, _ = plywise("pipeline", *PLAN, "--epochs", "3")
+    assert code == 0
+    assert f"Goes on from the checkpoint of step {2 * PER_EPOCH} in run." in out
+    assert "Components by stage: 0–3." in out
+    code, out, _ = plywise("pipeline", *PLAN, "--epochs", "3")
+    assert out.startswith(f"The run in run is finished: {3 * PER_EPOCH} steps, test accuracy ")
+    assert plywise("train", *PLAN[:-1], "whole", "--epochs", "3")[0] == 0
+    assert same(state("run"), state("whole"))
+    stage = list(range(1, PER_EPOCH + 1)) + list(range(2 * PER_EPOCH + 1, 3 * PER_EPOCH + 1))
+    assert steps_logged("log.stage0.jsonl") == stage
+    assert steps_logged("log.jsonl") == list(range(PER_EPOCH + 1, 2 * PER_EPOCH + 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--replicas", "2"], "rank 0: 1 processes do not make stages of 2 replicas each."),
+        (["--cuts", "0,2"], "makes 2 stages, and 1 processes were started for 1"),
+        (["--cuts", "1"], "rising from 0 and below 4"),
+        (["--cuts", "a"], "cuts must be whole numbers, as in 0,2, not 'a'."),
+        (["--learner", "Interlocking"], "a pipeline flows one way. `plywise train` takes it."),
+        (["--rule", "Prox"], "No rule is called 'Prox'. Did you mean ProxProp"),
+        (["nowhere.toml"], "There is no file nowhere.toml."),
+    ],
+)
+def test_what_does_not_fit_is_said(plywise, one_process, words, text):
+    code, out, err = plywise("pipeline", *words, *PLAN)
+    assert (code, out) == (1, "")
+    assert text in err
+    assert not Path("run", "plan.json").exists()
+
+
+def test_lost_checkpoints_are_missed(plywise, one_process):
+    assert plywise("pipeline", *PLAN, "--epochs", "1")[0] == 0
+    Path("run", "checkpoints").rename("elsewhere")
+    code, _, err = plywise("pipeline", *PLAN, "--epochs", "2")
+    assert code == 1
+    assert "no checkpoint in run/checkpoints: bring them back to go on." in err
+    Path("elsewhere").rename("run/checkpoints")
+    assert plywise("pipeline", *PLAN, "--epochs", "2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rule": "KFAC", "optimizer": "SGD", "rate": 0.1},
+        {"learner": "AssociatedLearning", "set": {"code": 4}},
+        {"learner": "CascadedForward"},
+        {"learner": "LocalForwardGradient"},
+    ],
+)
+def test_measuring_leaves_the_learner_as_it_is(settings):
+    plan = Plan(model="mine:net", split=(0, 2, 4), data="mine:data", **settings)
+    data = make_data(plan)
+    x, y = data.train.x[:16], data.train.y[:16]
+
+    def learner():
+        return make_learner(plan, make_blocks(plan, x, data.classes)[0], data.classes)
+
+    plain, measured = learner(), learner()
+    for step in range(4):
+        if step in (0, 2):
+            costs = component_costs(measured, x, y)
+            assert len(costs) == 3
+            assert min(costs) > 0
+        assert torch.equal(plain.step(x, y), measured.step(x, y))
+        assert same(plain.state_dict(), measured.state_dict())
+
+
+# ---- in several ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_port_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with by_hand(1, *PLAN, port=port) as processes:
+            assert ended(processes) == [1]
+    (message,) = said("err0")
+    assert f"cannot meet the others at 127.0.0.1:{port}" in message
+    assert "Is the port in use" in message
+
+
+@pytest.mark.slow
+def test_a_run_through_all_hands(tmp_path):
+    """Two stages, interrupted at the second; one process; torchrun, with measured cuts: one run's weights."""
+    endless = ["--epochs", "100000", "--every", "7"]
+    with by_hand(2, *PLAN, *endless, "--cuts", "0,1") as processes:
+        wait_for(processes, "\nepoch      2/")
+        processes[1].send_signal(signal.SIGTERM)
+        assert ended(processes) == [130, 130]
+    (message,) = said("err0")
+    step = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    assert f"The checkpoint of step {step} is in run" in message
+    assert said("err1") == []
+    assert Path("out1").read_text() == ""
+    for name in ("log.stage0.jsonl", "log.stage1.jsonl"):
+        assert steps_logged(name) == list(range(1, step + 1))
+
+    settings = {"model": "mine:net", "split": (0, 2, 3, 4), "data": "mine:data", "batch_size": 16}
+    session = open_session(Plan(**settings, epochs=100000, out=tmp_path / "run"))
+    stop = step + PER_EPOCH + 3
+    session.run(lambda line: session.engine.ask_to_stop() if line.step == stop else None)
+    assert steps_logged("log.jsonl") == list(range(step + 1, stop + 1))
+
+    epochs = stop // PER_EPOCH + 2
+    with torchrun(2, *PLAN, "--epochs", str(epochs)) as processes:
+        assert ended(processes) == [0], Path("err0").read_text()
+    assert f"Trained {epochs * PER_EPOCH} steps" in Path("out0").read_text()
+    assert steps_logged("log.stage1.jsonl")[step:] == list(range(stop + 1, epochs * PER_EPOCH + 1))
+
+    open_session(Plan(**settings, epochs=epochs, out=tmp_path / "whole")).run()
+    assert same(state("run"), state("whole"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_torchrun(tmp_path):
+    with torchrun(2, *PLAN, "--epochs", "100000") as processes:
+        wait_for(processes, "\nepoch      2/")
+        processes[0].send_signal(signal.SIGINT)
+        ended(processes)  # with torchrun's own status
+    (message,) = said("err0")
+    step = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    assert message.startswith(
+        f"Interrupted. The checkpoint of step {step} is in run: the same command goes on"
+    )
+    assert step > PER_EPOCH
+
+
+@pytest.mark.slow
+def test_replicas_stop_together(tmp_path):
+    with by_hand(2, *PLAN, "--epochs", "100000", "--replicas", "2") as processes:
+        wait_for(processes, "\nepoch      2/")
+        processes[1].send_signal(signal.SIGINT)
+        assert ended(processes) == [130, 130]
+    step = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    assert steps_logged("log.stage0.jsonl") == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all(tmp_path):
+    words = [
+        "--model",
+        "mine:burst",
+        "--data",
+        "mine:data",
+        "--batch-size",
+        "16",
+        "--every",
+        "5",
+        "--out",
+        "run",
+    ]
+    with by_hand(2, *words, "--cuts", "0,1") as processes:
+        assert ended(processes) == [1, 1]
+    (first,), (second,) = said("err0"), said("err1")
+    assert "stage 0 stops: stage 1 (rank 1) failed: " in first
+    assert (
+        "The loss of component 1 is nan at step 13. The checkpoint of step 10 in run/checkpoints stays."
+        in second
+    )
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [0, 5, 10]

@@ -1,0 +1,325 @@
+"""`plywise train` as its users meet it: what it prints, what it refuses, how it is interrupted."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from plywise.cli import main
+from plywise.cli.training import Flags
+from plywise.local.plan import Plan, read_plan
+from plywise.local.session import open_session, trained
+from plywise.pipeline import checkpoint
+
+MODULE = """
+import time
+import numpy as np
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+def blocks():
+    return [nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3)]
+
+class Sleepy(nn.Linear):
+    def forward(self, x):
+        if self.training:
+            print("asleep", flush=True)
+            time.sleep(60)
+        return super().forward(x)
+
+def sleepy():
+    return [Sleepy(4, 3)]
+
+def data():
+    return np.random.randn(30, 4), np.arange(30) % 3, np.ones((3, 4)), [0, 1, 2]
+
+def bare():
+    return torch.randn(30, 4), torch.arange(30) % 3
+
+def holes():
+    x, y = bare()
+    x[3, 2] = float("nan")
+    return x, y
+
+def real():
+    return torch.randn(30, 4), torch.randn(30)
+
+def three():
+    return 1, 2, 3
+
+def boom():
+    raise ValueError("not today")
+
+def mixed():
+    return [nn.Linear(4, 3), 3]
+
+ready = net()
+number = 3
+"""
+DEADLINE = 60.0
+
+
+@pytest.fixture
+def plywise(capsys):
+    """Run a command in this process: exit code, standard output, standard error."""
+
+    def _plywise(*words):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        written = capsys.readouterr()
+        assert "Traceback" not in written.err
+        return left.value.code, written.out, written.err
+
+    return _plywise
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield
+    sys.modules.pop("mine", None)
+
+
+def wait_for(path, text):
+    """Until a file holds some text."""
+    end = time.monotonic() + DEADLINE
+    while text not in path.read_text():
+        assert time.monotonic() < end, path.read_text()
+        time.sleep(0.05)
+
+
+def test_help_teaches_without_torch():
+    code = """
+import sys
+import plywise.cli
+for command in ("train", "pipeline"):
+    try:
+        plywise.cli.main([command, "--help"])
+    except SystemExit as left:
+        assert left.code == 0
+assert not {"torch", "numpy"} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=DEADLINE
+    )
+    for words in (
+        "plywise train --rule ProxProp",
+        "torchrun --nproc-per-node 2 -m plywise pipeline",
+        "--cuts",
+    ):
+        assert words in done.stdout
+
+
+def test_flags_are_the_plan():
+    plan = {entry.name: entry.default for entry in fields(Plan)}
+    assert {entry.name for entry in fields(Flags)} | {"replicas", "cuts"} == plan.keys()
+    for name in ("learner", "rate", "epochs", "batch_size", "seed", "threads", "out", "every", "keep"):
+        told = re.split(rf"\n +{name}: ", Flags.__doc__)[1]
+        told = re.split(r"\n +\w+: ", told)[0]
+        assert f"Default {plan[name]}." in told, name
+
+
+def test_train_alone_trains_and_says_what_it_did(plywise, tmp_path):
+    code, out, err = plywise("train")
+    assert (code, err) == (0, "")
+    assert out.startswith("LocalLoss of 4 components")
+    assert "digits: 1,100 samples of 10 classes, 400 to test on; 18 steps of 64 an epoch." in out
+    epochs = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert len(epochs) == 10
+    final = float(epochs[-1].split("accuracy")[1].split("%")[0])
+    assert final > 90
+    assert "Trained 180 steps" in out
+    assert f"test accuracy {final}%" in out
+    assert trained(tmp_path / "runs" / "train")(torch.rand(2, 64)).shape == (2, 10)
+    code, out, _ = plywise("train")
+    assert code == 0
+    assert out.startswith(f"The run in runs/train is finished: 180 steps, test accuracy {final}%.")
+
+
+def test_a_file_and_flags(plywise, tmp_path):
+    (tmp_path / "plan.toml").write_text(
+        'model = "mine:blocks"\ndata = "mine:data"\nbatch-size = 7\nlearner = "AssociatedLearning"\n'
+        'set = {code = 5}\nepochs = 2\nout = "there"\n'
+    )
+    code, out, _ = plywise(
+        "train", "plan.toml", "--epochs", "1", "--set", "bridge=plywise.local.associated_learning:wide_bridge"
+    )
+    assert code == 0
+    assert "AssociatedLearning(code=5, bridge=" in out
+    assert "mine:data: 30 samples of 3 classes, 3 to test on; 5 steps of 7 an epoch." in out
+    assert out.count("\nepoch") == 1
+    saved = json.loads((tmp_path / "there" / "plan.json").read_text())["plan"]
+    again = read_plan(tmp_path / "plan.toml", {"epochs": 1, "set": (f"bridge={saved['set']['bridge']}",)})
+    assert saved == again.as_json()
+
+
+def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
+    rows = np.arange(24) % 3
+    images = np.random.default_rng(0).integers(0, 255, (24, 4), dtype=np.uint8)
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=rows)
+    code, out, _ = plywise("train", "--data", "d.npz", "--model", "mine:net", "--blocks", "3", "--out", "a")
+    assert code == 0
+    assert "none to test on" in out
+    assert "accuracy" not in out
+    assert "mine:net is cut at units 0,1,2; --split 0,1,2 cuts it there again." in out
+    assert (
+        open_session(Plan(data="d.npz", model="mine:net", blocks=3, out=tmp_path / "a"))._data.train.x.max()
+        <= 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere.toml"], "There is no file nowhere.toml."),
+        (["bad.toml"], "bad.toml is not TOML"),
+        (["key.toml"], "key.toml has a key 'epoch', which is unknown. Did you mean epochs?"),
+        (["set.toml"], "set must be a table, or a list of name=value, not 3."),
+        (["kind.toml"], "epochs must be a whole number of at least 1, not '3'."),
+        (["--epochs", "0"], "epochs must be a whole number of at least 1, not 0."),
+        (["--rate", "-1"], "rate must be a number above 0, not -1.0."),
+        (["--set", "code"], "set needs name=value"),
+        (["--set", "code=3"], "LocalLoss has no hyper-parameter 'code'. It has: head, loss."),
+        (["--set", "head=mine:heads"], "Module 'mine' has no 'heads'."),
+        (["--learner", "interloking"], "Did you mean Interlocking?"),
+        (["--learner", "Interlocking", "--set", "horizon=0"], "horizon"),
+        (["--optimizer", "adam"], "Did you mean Adam"),
+        (["--optimizer-set", "beta=1"], "Adam has no hyper-parameter 'beta'. Did you mean betas?"),
+        (["--optimizer-set", "weight_decay=-1"], "Invalid weight_decay value"),
+        (["--rule", "Prox"], "Did you mean ProxProp"),
+        (["--rule", "ProxProp", "--rule-set", "ta=1"], "ProxProp has no hyper-parameter 'ta'"),
+        (["--rule", "ProxProp", "--rule-set", "tau=-1"], "above 0, not -1"),
+        (["--rule-set", "tau=1"], "rule-set is given (tau=1), and no rule."),
+        (["--model", "mine:boom"], "mine:boom raised ValueError: not today (line 41 of mine.py)."),
+        (["--model", "mine:ready"], "mine:ready is a network. Training needs a function"),
+        (["--model", "mine:number"], "mine:number is of type int, not a function."),
+        (["--model", "mine:three"], "it made a tuple with a int in it"),
+        (["--model", "mine:mixed"], "it made a list with a int in it"),
+        (["--model", "mine:nett"], "has no 'nett'. Did you mean net?"),
+        (["--model", "mine:net", "--blocks", "7"], "comes apart into 3 at most"),
+        (["--model", "mine:blocks", "--blocks", "3"], "mine:blocks makes 2 blocks, and blocks is 3."),
+        (["--model", "mine:blocks", "--split", "0,1"], "split says where a model is cut"),
+        (["--model", "mine:net", "--split", "0,5"], "has 3 units, numbered from 0"),
+        (["--split", "0,x"], "split must be whole numbers, as in 0,2, not '0,x'."),
+        (["--data", "nowhere.npz"], "There is no data file nowhere.npz."),
+        (["--data", "empty.npz"], "empty.npz cannot be read"),
+        (["--data", "half.npz"], "half.npz has no y_train; it has: x_train."),
+        (["--data", "mnist"], "Data are 'digits', a .npz file, or module:function"),
+        (["--data", "mine:holes"], "mine:holes: training data hold NaN or infinity."),
+        (["--data", "mine:real"], "targets must be class indices"),
+        (["--data", "mine:three"], "must return (x, y) or (x, y, x_test, y_test); it returned 3 things"),
+        (["--data", "mine:boom"], "mine:boom raised ValueError"),
+        (["--data", "nowhere:data"], "There is no module 'nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_work(plywise, tmp_path, words, said):
+    (tmp_path / "bad.toml").write_text("x =")
+    (tmp_path / "key.toml").write_text("epoch = 3")
+    (tmp_path / "set.toml").write_text("set = 3")
+    (tmp_path / "kind.toml").write_text("epochs = '3'")
+    (tmp_path / "empty.npz").write_text("")
+    np.savez(tmp_path / "half.npz", x_train=np.ones((3, 4)))
+    # data that fit the models, unless it is the data that are wrong
+    extra = [] if "--data" in words or "--model" not in words else ["--data", "mine:data"]
+    code, out, err = plywise("train", *words, *extra, "--out", "here")
+    assert (code, out) == (1, "")
+    assert err.startswith("plywise: ")
+    assert said in err
+    assert not list((tmp_path / "here").glob("*.json"))
+
+
+def test_another_plan_is_named(plywise):
+    words = ["train", "--data", "mine:data", "--epochs", "1"]
+    assert plywise(*words)[0] == 0
+    code, _, err = plywise(*words, "--rate", "0.5", "--batch-size", "3")
+    assert code == 1
+    assert "rate is 0.003 there and 0.5 here; batch-size is 64 there and 3 here" in err
+    assert "--fresh starts anew" in err
+    code, out, _ = plywise(*words, "--rate", "0.5", "--fresh")
+    assert code == 0
+    assert "Trained 1 steps" in out
+
+
+def test_diverging_says_so(plywise):
+    code, _, err = plywise("train", "--optimizer", "SGD", "--rate", "1e20", "--out", "a")
+    assert code == 1
+    assert err.startswith("plywise: The loss of component ")
+    assert "The checkpoint of step 0 in a/checkpoints stays. Try a lower rate" in err
+    assert err.count("\n") == 1
+
+
+def test_tensorboard_is_an_extra(plywise, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    code, _, err = plywise("train", "--tensorboard", "--out", "a")
+    assert (code, err) == (1, "plywise: --tensorboard needs TensorBoard: pip install tensorboard.\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint(tmp_path):
+    """The weights at the interruption are those of a run that was asked for so many steps."""
+    words = ["train", "--epochs", "100000", "--every", "100000", "--out", "here"]
+    out = tmp_path / "out"
+    with out.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "plywise", *words, "--fresh"],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    try:
+        wait_for(out, "\nepoch      3/")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    step = checkpoint.steps(tmp_path / "here" / "checkpoints")[-1]
+    assert err == (
+        f"\nInterrupted. The checkpoint of step {step} is in here: `plywise {' '.join(words)}` goes on from "
+        "there.\n"
+    )
+    lines = (tmp_path / "here" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
+    session = open_session(Plan(epochs=100000, every=100000, out=tmp_path / "whole"))
+    session.run(lambda line: session.engine.ask_to_stop() if line.step == step else None)
+    x = torch.rand(5, 64)
+    assert torch.equal(trained(tmp_path / "here")(x), session.engine.learner.predict(x))
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_ends_at_once(tmp_path):
+    out = tmp_path / "out"
+    with out.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "plywise", "train", "--model", "mine:sleepy", "--data", "mine:data"],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    try:
+        wait_for(out, "asleep")
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.0)  # the step goes on
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE / 2)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "goes on from the last checkpoint in runs/train." in err
+    assert "Traceback" not in err
+    assert checkpoint.steps(tmp_path / "runs" / "train" / "checkpoints") == [0]
