@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
-import os
-import sys
-import traceback
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +10,7 @@ from cyclopts import Parameter
 from plywise.cli.console import console, table
 from plywise.errors import PlywiseError
 from plywise.explain import bytes_text, cost_text, why
+from plywise.local.plan import literal
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
 
@@ -79,7 +74,7 @@ def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
         if key not in known:
             hint = f"{suggestion(key, known)}It has: {', '.join(known) or 'none at all'}."
             raise PlywiseError(f"{rule_class.__name__} has no hyper-parameter {key!r}. {hint}")
-        values[key] = _value(text)
+        values[key] = literal(text)
     try:
         rule: Rule = rule_class(**values)
     except (ValueError, TypeError) as error:
@@ -87,78 +82,20 @@ def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
     return rule
 
 
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def load_model(address: str) -> nn.Module:
     """The model that ``module:name`` makes, or is."""
     from torch import nn
 
-    module_name, colon, name = address.partition(":")
-    if not (colon and module_name and name):
-        raise PlywiseError(
-            f"Say where your model is as module:name, as in my_project.models:make, not {address!r}."
-        )
-    if module_name.endswith(".py") or os.sep in module_name:
-        dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
-        raise PlywiseError(f"Write a module, not a file: {dotted}:{name}.")
-    sys.path.insert(0, os.getcwd())
-    found = _attribute(_import(module_name), module_name, name)
+    from plywise.addresses import called, load
+
+    found = load(address, "your model")
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise PlywiseError(
                 f"{address} is of type {type(found).__name__}, neither a function nor a torch.nn.Module."
             )
-        found = _call(found, address)
+        found = called(address, "your model")
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
         raise PlywiseError(f"{address} returned an object of type {kind}, not a torch.nn.Module.")
     return found
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise PlywiseError(
-                f"There is no module {error.name!r}, neither installed nor in the current directory."
-            ) from error
-        raise PlywiseError(f"Module {name!r} needs {error.name!r}, which is not installed.") from error
-    except (Exception, SystemExit) as error:
-        raise PlywiseError(f"Importing {name!r} failed: {_said(error)}.") from error
-
-
-def _attribute(module: Any, module_name: str, name: str) -> Any:
-    from plywise.catalogue import suggestion
-
-    if not hasattr(module, name):
-        public = tuple(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
-        raise PlywiseError(f"Module {module_name!r} has no {name!r}. {suggestion(name, public)}".rstrip())
-    return getattr(module, name)
-
-
-def _call(factory: Any, address: str) -> Any:
-    try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
-        raise PlywiseError(
-            f"{address} must be callable without arguments ({error}). Wrap it in a function."
-        ) from error
-    except ValueError:
-        pass  # a builtin without a signature: calling it will tell
-    try:
-        return factory()
-    except (Exception, SystemExit) as error:
-        raise PlywiseError(f"{address} raised {_said(error)}.") from error
-
-
-def _said(error: BaseException) -> str:
-    """An exception and the user's line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    line = f" (line {frames[-1].lineno} of {os.path.basename(frames[-1].filename)})" if frames else ""
-    return f"{type(error).__name__}: {error}{line}"

@@ -195,11 +195,12 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
         if not equals:
             flag = _flag(name)
             raise PlywiseError(f"{flag} needs name=value, as in --{flag} code=64, not {word!r}.")
-        read[key] = _literal(text)
+        read[key] = literal(text)
     return read
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """A Python literal, or the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
