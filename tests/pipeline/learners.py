@@ -1,0 +1,129 @@
+"""Learners of five components, with all that makes a run hard to repeat, and batches for them."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import plywise as pw
+from plywise.local.cascaded_forward import GradientHead
+from plywise.local.learner import OneWayLearner
+
+CLASSES, FEATURES, IMAGE = 3, 6, (2, 8, 8)
+
+
+def adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=1e-2)
+
+
+def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+def decay(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
+
+
+def foof() -> pw.Foof:
+    return pw.Foof(stats_every=2, refresh_every=4)
+
+
+def dense(width_in: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width_in, width), nn.BatchNorm1d(width), nn.ELU(), nn.Dropout(0.2))
+
+
+def plain(width_in: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width_in, width), nn.Tanh())
+
+
+def mlp(make: Callable[[int, int], nn.Module] = dense, last: int = 16) -> pw.Blocks:
+    widths = [FEATURES, 16, 12, 20, 16]
+    blocks = [make(a, b) for a, b in pairwise(widths)]
+    return pw.Blocks([*blocks, nn.Linear(widths[-1], last)], torch.zeros(2, FEATURES))
+
+
+def convnet(memory: torch.memory_format = torch.contiguous_format) -> pw.Blocks:
+    blocks = [
+        nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(inplace=True)),
+        nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(12, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2)),
+        nn.Linear(48, CLASSES),
+    ]
+    return pw.Blocks([block.to(memory_format=memory) for block in blocks], torch.zeros(2, *IMAGE))
+
+
+def make(kind: str) -> OneWayLearner:
+    """A learner of five components; the same one in every process."""
+    torch.manual_seed(1)
+    if kind == "associated":
+        return pw.AssociatedLearning(mlp(), CLASSES, code=8, optimizer=adam, scheduler=decay, seed=3)
+    if kind == "associated, Foof":
+        return pw.AssociatedLearning(mlp(), CLASSES, code=8, optimizer=sgd, rule=foof, seed=3)
+    if kind == "local":
+        return pw.LocalLoss(mlp(last=CLASSES), CLASSES, optimizer=sgd, scheduler=decay, seed=3)
+    if kind == "local, ProxProp":
+        blocks = mlp(last=CLASSES)
+        return pw.LocalLoss(blocks, CLASSES, optimizer=sgd, rule=lambda: pw.ProxProp(tau=1.0), seed=3)
+    if kind == "local, images":
+        return pw.LocalLoss(convnet(torch.channels_last), CLASSES, optimizer=adam, seed=3)
+    if kind == "cascaded":
+        return pw.CascadedForward(mlp(), CLASSES, seed=3)
+    if kind == "associated, plain":  # nothing in it depends on who shares a batch
+        return pw.AssociatedLearning(mlp(plain), CLASSES, code=8, optimizer=sgd)
+    if kind == "local, plain":
+        return pw.LocalLoss(mlp(plain, CLASSES), CLASSES, optimizer=sgd, rule=foof)
+    if kind == "cascaded, gradient":
+        return pw.CascadedForward(mlp(plain), CLASSES, head=GradientHead, optimizer=sgd)
+    raise KeyError(kind)
+
+
+def batches(kind: str, count: int, rows: int = 16, last: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Batches whose classes can be learned; the last one is odd."""
+    generator = torch.Generator().manual_seed(5)
+    shape = IMAGE if kind == "local, images" else (FEATURES,)
+    made = []
+    for number in range(count):
+        x = torch.randn(last if number == count - 1 else rows, *shape, generator=generator)
+        if x.dim() == 4:
+            x = x.to(memory_format=torch.channels_last)
+        made.append((x, x.flatten(1)[:, :CLASSES].argmax(1)))
+    return made
+
+
+def endless(kind: str) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from batches(kind, 8)
+
+
+def states(trainers: list[Any]) -> dict[str, Any]:
+    """What these trainers know: weights, buffers, optimizers, schedulers, memories."""
+    return {f"component {trainer.index}": trainer.state_dict() for trainer in trainers}
+
+
+def difference(found: Any, wanted: Any, where: str = "") -> str:
+    """The first place where two states differ in a bit; empty if there is none."""
+    if isinstance(wanted, Tensor):
+        same = found.dtype == wanted.dtype and torch.equal(found, wanted)
+    elif isinstance(wanted, dict):
+        if found.keys() != wanted.keys():
+            return f"{where}: {list(found)} instead of {list(wanted)}"
+        return next(filter(None, (difference(found[k], wanted[k], f"{where}/{k}") for k in wanted)), "")
+    elif isinstance(wanted, (list, tuple)):
+        if len(found) != len(wanted):
+            return f"{where}: {len(found)} instead of {len(wanted)}"
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return next(filter(None, (difference(f, w, f"{where}/{i}") for i, (f, w) in pairs)), "")
+    else:
+        same = found == wanted
+    return "" if same else f"{where}: {found} instead of {wanted}"
+
+
+def alone(kind: str, data: list[tuple[Tensor, Tensor]]) -> OneWayLearner:
+    """The learner after these batches in one process."""
+    learner = make(kind)
+    for x, y in data:
+        learner.step(x, y)
+    return learner

@@ -1,0 +1,34 @@
+"""How the tests' processes start: forked from one that has imported torch, or from nothing."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import multiprocessing
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["plywise.pipeline.pipeline", "plywise.local.local_loss", "plywise.rules.foof", "torch._dynamo"]
+)  # the last is what the first step of an optimizer imports
+
+PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
+"""What tells a process of a pipeline where it is."""
+
+
+def environment(**more: Any) -> dict[str, str]:
+    """This environment with tests/ to import from, without another run's places."""
+    kept = {name: value for name, value in os.environ.items() if name not in PLACE}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in more.items()}}
+
+
+def enter(places: Mapping[str, str], log: str, main: Callable[..., None], *args: Any) -> None:
+    """Begin a forked process: with this environment, and its words in a file."""
+    os.environ.update(places)
+    with open(log, "wb", 0) as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    main(*args)
