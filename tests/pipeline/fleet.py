@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +34,7 @@ class Fleet:
         settings: see `pipeline.stage.main`.
         fresh: whether each is a Python of its own, which ends as a script does. Others are forked from one
             that has imported torch: much faster.
-        prefix: of fresh ones, by rank, what comes before each command.
+        hosts: of forked ones, by rank, the network namespace that each is in. Default: none of its own.
         **places: more of the environment.
     """
 
@@ -45,7 +45,7 @@ class Fleet:
         settings: dict[str, Any],
         *,
         fresh: bool = False,
-        prefix: Callable[[int], Sequence[str]] = lambda rank: (),
+        hosts: Sequence[str] = (),
         **places: Any,
     ) -> None:
         self._folder = folder
@@ -56,9 +56,10 @@ class Fleet:
             place = {name: str(value) for name, value in {"RANK": rank, **where}.items()}
             log = folder / f"{rank}.log"
             if fresh:
-                self._processes.append(_Fresh(prefix(rank), place, log, folder, settings))
+                self._processes.append(_Fresh(place, log, folder, settings))
             else:
-                self._processes.append(_Forked(place, log, folder, settings))
+                host = hosts[rank] if hosts else None
+                self._processes.append(_Forked(place, log, folder, settings, host))
 
     def __enter__(self) -> Self:
         return self
@@ -130,10 +131,8 @@ class Fleet:
 class _Fresh:
     """A Python of its own."""
 
-    def __init__(
-        self, prefix: Sequence[str], place: dict[str, str], log: Path, folder: Path, settings: dict[str, Any]
-    ) -> None:
-        command = [*prefix, sys.executable, "-m", "pipeline.stage", str(folder), json.dumps(settings)]
+    def __init__(self, place: dict[str, str], log: Path, folder: Path, settings: dict[str, Any]) -> None:
+        command = [sys.executable, "-m", "pipeline.stage", str(folder), json.dumps(settings)]
         with log.open("wb") as file:
             self._process = subprocess.Popen(command, env=environment(**place), stdout=file, stderr=file)
         self.pid, self.kill = self._process.pid, self._process.kill
@@ -147,9 +146,11 @@ class _Fresh:
 class _Forked:
     """A fork of a process that has imported torch."""
 
-    def __init__(self, place: dict[str, str], log: Path, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, place: dict[str, str], log: Path, folder: Path, settings: dict[str, Any], host: str | None
+    ) -> None:
         log.touch()
-        args = (place, str(log), stage.main, folder, settings)
+        args = (place, str(log), host, stage.main, folder, settings)
         self._process = CONTEXT.Process(target=enter, args=args)
         self._process.start()
         self.pid, self.kill = int(self._process.pid), self._process.kill

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import plywise as pw
 from plywise.pipeline.pipeline import Pipeline
@@ -116,7 +117,7 @@ def refuse_two_ways() -> None:
 
 
 def refuse_different_cuts() -> None:
-    Pipeline(make("local"), cuts=[0, 1 + torch.distributed.get_rank()]).close()
+    Pipeline(make("local"), cuts=[0, 1 + dist.get_rank()]).close()
 
 
 def refuse_batch(rows: list[tuple[int, int]]) -> None:
@@ -146,17 +147,16 @@ def refuse_other_learner(folder: str) -> str:
     return raised.message
 
 
-def leave_early(folder: str) -> dict[str, Any]:
-    """The last stage needs longer for its last batches than anybody's patience; the others leave."""
-    with Pipeline(make("local"), patience=2.0) as pipeline:
-        slow = pipeline.stage == pipeline.stages - 1
-
-        def after(step: int) -> None:
-            if slow and step == 3:
-                time.sleep(3.0)
-
-        pipeline.run(batches("local", 4), after)
-    return states(pipeline.trainers)
+def send_noise() -> None:
+    """The first stage sends something else than signals."""
+    with Pipeline(make("local"), patience=4.0) as pipeline:
+        if pipeline.stage == 0:
+            group = pipeline._groups.links[1]
+            dist.send(torch.tensor([1000]), 1, group=group)
+            dist.send(torch.zeros(1000, dtype=torch.uint8), 1, group=group)
+            pipeline.gather()
+        else:
+            pipeline.run([])
 
 
 def unpickle(kind: str, folder: str) -> list[str]:
@@ -185,7 +185,7 @@ def unpickle_after_all() -> list[str]:
     AUDIT[:] = AUDIT or ["listening"]
     sys.addaudithook(lambda event, args: note(event, args))
     LISTENING.append(True)
-    torch.distributed.all_gather_object([None, None], Path("a"))
+    dist.all_gather_object([None, None], Path("a"))
     LISTENING.clear()
     return AUDIT[1:]
 
@@ -216,7 +216,7 @@ def dawdle(slow: int, seconds: float) -> dict[str, Any]:
 
 def dawdle_as_replica() -> dict[str, Any]:
     """One of two replicas rests for longer than torch would wait."""
-    torch.distributed.group.WORLD.set_timeout(timedelta(seconds=3))
+    dist.group.WORLD.set_timeout(timedelta(seconds=3))
     with Pipeline(make("local, plain"), replicas=2, patience=2.0) as pipeline:
         pipeline.run(
             batches("local, plain", 6, last=16),

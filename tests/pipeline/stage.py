@@ -31,7 +31,8 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         settings: ``kind`` of the learner; ``cuts``, ``replicas`` and ``patience`` of the `Pipeline`;
             ``count`` of batches, None for no end; ``save``, steps from checkpoint to checkpoint, None for
             none; ``kill``, by attempt, [rank, step] of a process that kills itself there; ``stops``, steps at
-            which one pipeline ends and another one begins.
+            which one pipeline ends and another one begins; ``rest``, [rank, step] of a process that rests
+            there for three seconds.
     """
     torch.set_num_threads(1)
     rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -48,6 +49,8 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
                     pipeline.save(folder / "checkpoints")
                 if [rank, step] == kill:
                     os.kill(os.getpid(), signal.SIGKILL)
+                if [rank, step] == settings.get("rest"):
+                    time.sleep(3.0)
                 if settings.get("count") is None:
                     (folder / f"{rank}.step").write_text(str(step))
                     time.sleep(0.005)

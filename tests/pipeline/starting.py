@@ -1,5 +1,6 @@
 """How the tests' processes start: forked from one that has imported torch, or from nothing."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -24,11 +25,17 @@ def environment(**more: Any) -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in more.items()}}
 
 
-def enter(places: Mapping[str, str], log: str, main: Callable[..., None], *args: Any) -> None:
-    """Begin a forked process: with this environment, and its words in a file."""
+def enter(
+    places: Mapping[str, str], log: str, host: str | None, main: Callable[..., None], *args: Any
+) -> None:
+    """Begin a forked process: with this environment, its words in a file, on a host (a network namespace)."""
     os.environ.update(places)
     with open(log, "wb", 0) as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
+    if host is not None:
+        with open(f"/var/run/netns/{host}") as namespace:
+            entered = ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0)
+        assert entered == 0, os.strerror(ctypes.get_errno())
     main(*args)

@@ -102,6 +102,15 @@ def test_a_slow_replica_is_not_lost(crew: Crew) -> None:
     assert difference(first, second) == ""
 
 
+def test_who_is_done_may_leave(tmp_path: Path) -> None:
+    """Signals on the way arrive, and the first process keeps the store, however long the last one takes."""
+    settings = {"kind": "local", "count": 5, "patience": 2.0, "rest": [2, 1]}
+    with Fleet(tmp_path, 3, settings) as fleet:
+        end = time.monotonic() + 90
+        assert [fleet.exit_code(rank, end) for rank in range(3)] == [0, 0, 0], fleet.logs()
+    assert difference(left_in(tmp_path, 3), unbroken("local", 5)) == ""
+
+
 def test_a_pause_of_all_is_no_loss(tmp_path: Path) -> None:
     """A suspended machine: everybody has stood still for longer than anybody's patience."""
     with Fleet(tmp_path, 3, {"kind": "local", "patience": 2.0}) as fleet:
@@ -234,13 +243,8 @@ def test_two_hosts_and_a_cable_that_is_cut(tmp_path: Path, two_hosts: tuple[str,
     """The first stage on one host, two on the other: each side names the other."""
     first, second = two_hosts
     places = {"MASTER_ADDR": "10.97.0.1", "GLOO_SOCKET_IFNAME": "cable"}
-
-    def host(rank: int) -> list[str]:
-        return ["ip", "netns", "exec", second if rank else first]
-
-    with Fleet(
-        tmp_path, 3, {"kind": "local", "patience": PATIENCE}, fresh=True, prefix=host, **places
-    ) as fleet:
+    settings, hosts = {"kind": "local", "patience": PATIENCE}, [first, second, second]
+    with Fleet(tmp_path, 3, settings, hosts=hosts, **places) as fleet:
         fleet.wait_for_step(2, 10)
         since = time.monotonic()
         subprocess.run(["ip", "-n", first, "link", "set", "cable", "down"], check=True, timeout=30)

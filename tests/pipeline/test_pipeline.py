@@ -204,6 +204,12 @@ def test_nothing_that_comes_from_other_processes_is_unpickled(crew: Crew, tmp_pa
     assert all(any("Path" in name for name in names) for names in heard)
 
 
+def test_what_is_no_signal_is_refused(crew: Crew) -> None:
+    first, second = crew.outcomes(2, jobs.send_noise)
+    assert second.value == "What came from the stage before is no message of a plywise pipeline."
+    assert f"stage 1 (rank 1) failed: PipelineError: {second.value}" in first.value
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -278,13 +284,3 @@ def test_without_torchrun() -> None:
 
 def test_patience_leaves_time_before_the_promised_fifteen_seconds() -> None:
     assert inspect.signature(Pipeline).parameters["patience"].default == 10.0
-
-
-# ---- the end -------------------------------------------------------------------------------------
-
-
-def test_who_is_done_may_leave(crew: Crew, tmp_path: Path) -> None:
-    """The first process keeps the store for the last one, however long that takes."""
-    seen = crew.run(3, jobs.leave_early, str(tmp_path))
-    merged = {name: state for part in seen for name, state in part.items()}
-    assert difference(merged, states(alone("local", batches("local", 4)).trainers)) == ""
