@@ -17,7 +17,7 @@ import torch
 
 import plywise as pw
 from step_cost import environment
-from tuning import Candidate, adamw, digits, median, mlp, repeat, sgd, tune, write_json
+from tuning import Candidate, accuracy, adamw, digits, median, mlp, repeat, sgd, tune, write_json
 
 WIDTHS = (64, 48, 48, 48, 48, 10)
 SCALES = {
@@ -94,7 +94,7 @@ def main() -> None:
                 "settings": best.settings,
                 "median_final_loss": median(r.final_loss for r in records),
                 "final_loss": [r.final_loss for r in records],
-                "test_accuracy": [r.test_accuracy for r in records],
+                "test_accuracy": [accuracy(r) for r in records],
                 "failures": [r.failure for r in records],
                 "tuning": log,
             }

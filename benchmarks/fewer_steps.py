@@ -22,6 +22,7 @@ from step_cost import environment
 from tuning import (
     HERE,
     Candidate,
+    accuracy,
     adamw,
     digits,
     first_step_below,
@@ -75,7 +76,7 @@ def compare(name: str, data: Data, width: int, steps: int, every: int) -> dict[s
             target = {record.seed: record.final_loss for record in records}
         reached = [first_step_below(record, target[record.seed]) for record in records]
         seconds = [
-            None if step is None else record.cpu_seconds[record.steps.index(step)]
+            None if step is None else record.cpu[record.steps.index(step)]
             for record, step in zip(records, reached, strict=True)
         ]
         methods[method] = {
@@ -86,12 +87,12 @@ def compare(name: str, data: Data, width: int, steps: int, every: int) -> dict[s
             "median_steps_to_target": median(reached),
             "median_cpu_seconds_to_target": median(seconds),
             "final_loss": [r.final_loss for r in records],
-            "test_accuracy": [r.test_accuracy for r in records],
+            "test_accuracy": [accuracy(r) for r in records],
             "failures": [r.failure for r in records],
             "curve": {
                 "steps": records[0].steps,
                 "loss": [[float(f"{v:.4g}") for v in r.loss] for r in records],
-                "cpu_seconds": [round(v, 3) for v in records[0].cpu_seconds],
+                "cpu_seconds": [round(v, 3) for v in records[0].cpu],
             },
         }
         row = methods[method]

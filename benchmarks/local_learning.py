@@ -159,7 +159,8 @@ def learner_of(learner: pw.Learner) -> Trained:
     return Trained(learner.step, learner.predict)
 
 
-METHODS: dict[str, Callable[[pw.Blocks, float], Trained]] = {
+MakeTrained = Callable[[pw.Blocks, float], Trained]
+METHODS: dict[str, MakeTrained] = {
     "Associated Learning": associated,
     "Associated Learning, f frozen": lambda b, r: associated(b, r, freeze=True),
     "backprop": inference_path,
@@ -229,11 +230,13 @@ def batches(split: tuple[Tensor, Tensor], epochs: int, seed: int) -> Iterator[tu
             yield x[rows], y[rows]
 
 
-def train(workload: Workload, data: Any, method: str, rate: float, seed: int, split: str) -> dict[str, Any]:
+def train(
+    workload: Workload, data: Any, make: MakeTrained, rate: float, seed: int, split: str
+) -> dict[str, Any]:
     """One run; its accuracy on a split."""
     torch.manual_seed(seed)
     blocks = pw.Blocks(workload.blocks(), data["train"][0][:2])
-    trained = METHODS[method](blocks, rate)
+    trained = make(blocks, rate)
     start = time.process_time()
     for x, y in batches(data["train"], TUNING_EPOCHS if split == "validation" else workload.epochs, seed):
         trained.step(x, y)
@@ -252,6 +255,13 @@ def train(workload: Workload, data: Any, method: str, rate: float, seed: int, sp
     return result
 
 
+def tuned(workload: Workload, data: Any, make: MakeTrained, rates: tuple[float, ...]) -> dict[str, Any]:
+    """The rate that is best on the validation set, and the final runs with it."""
+    tuning = [train(workload, data, make, rate, TUNING_SEED, "validation") for rate in rates]
+    rate = max(tuning, key=lambda one: one["validation"])["rate"]
+    return {"tuning": tuning, "final": [train(workload, data, make, rate, seed, "test") for seed in SEEDS]}
+
+
 def read() -> dict[str, Any]:
     if OUT.exists():
         return json.loads(OUT.read_text())
@@ -267,10 +277,8 @@ def run(names: list[str]) -> None:
             if method in done or (method == "Interlocking 3" and len(workload.blocks()) < 4):
                 continue
             rates = (RATES[1],) if method == "CaFo, ridge heads" else RATES  # a closed form has no rate
-            tuning = [train(workload, data, method, rate, TUNING_SEED, "validation") for rate in rates]
-            rate = max(tuning, key=lambda one: one["validation"])["rate"]
-            final = [train(workload, data, method, rate, seed, "test") for seed in SEEDS]
-            done[method] = {"tuning": tuning, "final": final}
+            done[method] = tuned(workload, data, METHODS[method], rates)
+            rate, final = done[method]["final"][0]["rate"], done[method]["final"]
             print(f"{name:12} {method:32} rate {rate:g}  test {[one['test'] for one in final]}", flush=True)
             write_whole(OUT, json.dumps(result).replace('"tuning"', '\n"tuning"') + "\n")
 

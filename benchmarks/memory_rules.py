@@ -27,11 +27,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import plywise as pw
-from plywise.arena.trial import DivergedError, endless_batches, make_step, mean_loss
+from plywise.arena.method import with_rule
+from plywise.arena.task import mean, predictor
+from plywise.arena.trial import DivergedError, endless_batches
 from plywise.data.digits import Split
 from plywise.environment import environment
 from plywise.files import write_whole
@@ -144,7 +147,7 @@ def train(
         model = WORKLOADS[workload][0]()
         batches = endless_batches(training, BATCH, seed)
         rule = method.rule() if method.rule else None
-        step = make_step(model, lambda parameters: method.optimizer(parameters, rate), rule)
+        step = with_rule(model, method.optimizer(model.parameters(), rate), rule, F.cross_entropy).step
         for count in range(1, steps + 1):
             x, y = next(batches)
             start = time.process_time()
@@ -153,7 +156,7 @@ def train(
             if not math.isfinite(loss) or loss > 1e3:
                 raise DivergedError(f"the loss is {loss:.3g} at step {count}")
             if count % every == 0 or count == steps:
-                curve.append([count, round(mean_loss(model, validation), 5)])
+                curve.append([count, round(mean(F.cross_entropy, predictor(model), validation), 5)])
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
     best = min((loss for _, loss in curve), default=None) if failure is None else None
@@ -207,7 +210,9 @@ def time_steps(rounds: int = 4, cycle: int = 50) -> None:
         for name, method in METHODS.items():
             torch.manual_seed(0)
             rule = method.rule() if method.rule else None
-            step = make_step(make(), lambda p, m=method: m.optimizer(p, m.lowest / 10), rule)
+            model = make()
+            optimizer = method.optimizer(model.parameters(), method.lowest / 10)
+            step = with_rule(model, optimizer, rule, F.cross_entropy).step
             batches = endless_batches(training, BATCH, 0)
             for _ in range(30):  # past the first preconditioner of every peer
                 step(*next(batches))

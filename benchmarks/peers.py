@@ -1,63 +1,41 @@
-"""The optimizers that rules are compared with, beside torch's own: Muon, SOAP and Shampoo.
+"""The optimizers that rules are compared with, as the published figures have them.
 
-They come from the package `pytorch_optimizer` (extra "bench"); its Muon flattens a convolution's weight,
-which torch's does not.
+SOAP, Shampoo and torch's Muon are the arena's (`plywise.arena.methods.peers`). The Muon that figures for
+training were taken with is that of the package `pytorch_optimizer` (extra "bench"); it is here. Both split
+the parameters by their order, since a benchmark's network has its last layer last.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
-from pytorch_optimizer import SOAP, Muon, ScalableShampoo
+from pytorch_optimizer import Muon
 from torch import nn
 from torch.optim import Optimizer
+
+from plywise.arena.methods.peers import MuonAdamW, shampoo, soap
+
+__all__ = ["muon", "shampoo", "soap", "torch_muon"]
 
 
 def muon(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
     """Muon for hidden weights, AdamW at a tenth of its rate for biases and the last layer."""
     return Muon(
-        [{"params": group, "use_muon": use} for group, use in _hidden(parameters)],
+        [
+            {"params": group, "use_muon": use}
+            for group, use in zip(_hidden(parameters), (True, False), strict=True)
+        ],
         lr=rate,
         adamw_lr=rate / 10,
     )
 
 
-class TorchMuon(Optimizer):
-    """torch's Muon for hidden weights and AdamW for the rest, as one optimizer (for timing)."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], rate: float) -> None:
-        hidden, rest = (group for group, _ in _hidden(parameters))
-        self.parts = [torch.optim.Muon(hidden, lr=rate), torch.optim.AdamW(rest, lr=rate / 10)]
-        super().__init__([*hidden, *rest], {})
-
-    def step(self, closure: Any = None) -> None:
-        """A step of both."""
-        for part in self.parts:
-            part.step()
+def torch_muon(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
+    """Muon as torch has it for hidden weights, and AdamW for the rest (for timing)."""
+    return MuonAdamW(*_hidden(parameters), lr=rate)
 
 
-def soap(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
-    """SOAP with its defaults: a new eigenbasis every 10 steps."""
-    return SOAP(parameters, lr=rate, weight_decay=0.0)
-
-
-def shampoo(parameters: Iterable[nn.Parameter], rate: float, every: int = 25) -> Optimizer:
-    """Shampoo grafted onto SGD, its roots anew every 25 steps (its default, 1000, is more than a run)."""
-    return ScalableShampoo(
-        parameters,
-        lr=rate,
-        betas=(0.9, 0.999),
-        start_preconditioning_step=every,
-        preconditioning_compute_steps=every,
-    )
-
-
-def _hidden(parameters: Iterable[nn.Parameter]) -> list[tuple[list[nn.Parameter], bool]]:
+def _hidden(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Weights of all layers but the last, and the others."""
     every = list(parameters)
     weights = [p for p in every if p.dim() > 1]
     hidden = {id(p) for p in weights[:-1]}
-    return [
-        ([p for p in every if id(p) in hidden], True),
-        ([p for p in every if id(p) not in hidden], False),
-    ]
+    return [p for p in every if id(p) in hidden], [p for p in every if id(p) not in hidden]

@@ -6,7 +6,8 @@
 run of two processes, in shuffled order; samples a second of whole runs of batches, filling and draining
 included, medians of the rounds. An arm of one process runs in the first while the other sleeps.
 
-- "AL": the learner's four components, in one process or two stages, with each of several bridges;
+- "AL": the learner's four components, in one process or two stages, with each of several bridges; and two
+  learners that know nothing of each other, a process each: the speed that the machine has for two processes;
 - "backprop": the network that AL predicts with (blocks, last bridge, decoders), in one process, by DDP with
   a batch of 256 for each process, and by torch's own GPipe and 1F1B with 4 micro-batches.
 
@@ -56,7 +57,7 @@ BRIDGES: dict[str, tuple[int, MakeBridge]] = {
     "the paper's bridge, code 64": (64, wide_bridge),
     "the paper's bridge, code 32": (32, wide_bridge),
     "one layer, code 64": (64, slim_bridge),
-    "the paper's bridge, code 1024": (1024, wide_bridge),
+    "the paper's bridge, code 256": (256, wide_bridge),
 }
 
 
@@ -97,6 +98,17 @@ def one_process_al(bridge: str, rank: int) -> Callable[[], None]:
         if rank == 0:
             for x, y in batches(BATCHES):
                 one.step(x, y)
+
+    return run
+
+
+def two_al(bridge: str, rank: int) -> Callable[[], None]:
+    """Each process trains a learner of its own on half of the batches: what two cores at once can give."""
+    one = learner(bridge)
+
+    def run() -> None:
+        for x, y in batches(BATCHES // 2):
+            one.step(x, y)
 
     return run
 
@@ -174,6 +186,7 @@ def torch_schedule(schedule_class: Any) -> Callable[[str, int], Callable[[], Non
 ARMS: dict[str, Callable[[str, int], Callable[[], None]]] = {
     "AL, one process": one_process_al,
     "AL, pipeline": PipelineArm,
+    "AL, two learners apart (ceiling)": two_al,
     "backprop, one process": one_process_backprop,
     "backprop again (null control)": one_process_backprop,
     "backprop, 1F1B": torch_schedule(Schedule1F1B),
@@ -282,6 +295,7 @@ def summary(bridge: str, pair: list[dict[str, Any]]) -> dict[str, Any]:
             name: round(ratio("AL, pipeline", name), 3) for name in ARMS if name != "AL, pipeline"
         },
         "of_ideal": round(ratio("AL, pipeline", "AL, one process") / 2, 3),
+        "of_ceiling": round(ratio("AL, pipeline", "AL, two learners apart (ceiling)"), 3),
         "bubble": round(1 - busy / (2 * (end - start)), 3),
         "forecast": {
             "speed_up_of_two_stages": round(alone / two.seconds, 3),
@@ -315,7 +329,7 @@ def draw(result: dict[str, Any]) -> None:
         rates = [part["samples_per_second"][name] for name in names]
         positions = [i + (place - 1.5) * 0.2 for i in range(len(names))]
         bars.bar(positions, rates, 0.18, label=f"{bridge} (κ {part['kappa']:.2f})")
-    bars.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
+    bars.set_xticks(range(len(names)), [name.replace(", ", ",\n").replace(" (", "\n(") for name in names], fontsize=8)
     bars.set_ylabel("samples a second")
     bars.grid(axis="y", alpha=0.3)
     bars.legend(fontsize=8)
@@ -343,6 +357,7 @@ def main() -> None:
         part = summary(bridge, run_pair(bridge, options.rounds))
         result["bridges"][bridge] = part
         print(f"\n{bridge}: κ {part['kappa']:.2f}, null control {part['null_control']:.2f}, ", end="")
+        print(f"{part['of_ceiling']:.2f} of ceiling, ", end="")
         print(f"{part['of_ideal']:.2f} of ideal, bubble {part['bubble']:.3f}, forecast {part['forecast']}")
         for name, rate in part["samples_per_second"].items():
             ratio = part["pipeline_over"].get(name, 1)

@@ -16,9 +16,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from plywise.arena.demo import BATCH_SIZE, Plan, Setup
+from plywise.arena.task import Task
 from plywise.arena.trial import run_trial
+from plywise.arena.workload import Data
 from plywise.data.digits import load_digits
 from plywise.environment import environment
 
@@ -82,15 +85,12 @@ def score(plan: Plan, setup: Setup, splits) -> dict:
     train, validation, _ = splits
     records = [
         run_trial(
-            plan.make_model,
-            train,
-            validation,
-            setup.make_optimizer(),
-            setup.make_rule(),
+            lambda: setup.train(plan.make_model()),
+            Data(train, validation, validation),  # the accuracy is told of the validation set, too
+            Task(F.cross_entropy, F.cross_entropy, "cross entropy"),
             seed=seed,
             steps=plan.steps,
             batch_size=BATCH_SIZE,
-            watch_held_out=True,
         )
         for seed in SEEDS
     ]
@@ -98,9 +98,8 @@ def score(plan: Plan, setup: Setup, splits) -> dict:
     if failures:
         return {"score": None, "failure": failures[0]}
     return {
-        "score": round(statistics.fmean(_mean_log(record.validation_loss) for record in records), 4),
+        "score": round(statistics.fmean(_mean_log(record.validation) for record in records), 4),
         "final_training_loss": statistics.fmean(record.final_loss for record in records),
-        "validation_accuracy": round(statistics.fmean(record.test_accuracy for record in records), 4),
     }
 
 

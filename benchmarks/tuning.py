@@ -14,9 +14,13 @@ import torch
 from torch import nn
 
 import plywise as pw
+from plywise.arena.method import with_rule
+from plywise.arena.task import CLASSIFICATION, Task
 from plywise.arena.trial import Record, run_trial
+from plywise.arena.workload import Data
 from plywise.data.digits import Split, load_digits
 
+CROSS_ENTROPY = Task(nn.functional.cross_entropy, nn.functional.cross_entropy, "cross entropy")
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("PLYWISE_DATA", HERE.parent.parent / "shared" / "data"))
 
@@ -73,14 +77,10 @@ def tune(
     candidates: list[Candidate], model: Callable[[], nn.Module], data: Any, seed: int, **how: Any
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     """The candidate with the lowest final validation loss, and the log of all."""
-    train, validation, _ = data
     log, best, lowest = [], candidates[0], float("inf")
     for candidate in candidates:
-        rule = candidate.rule() if candidate.rule else None
-        record = run_trial(
-            model, train, validation, candidate.optimizer, rule, seed=seed, watch_held_out=True, **how
-        )
-        loss = record.validation_loss[-1] if record.failure is None else float("inf")
+        record = trial(candidate, model, data, CROSS_ENTROPY, seed, **how)
+        loss = record.validation[-1] if record.failure is None else float("inf")
         log.append(
             {
                 "settings": candidate.settings,
@@ -98,24 +98,30 @@ def repeat(
     candidate: Candidate, model: Callable[[], nn.Module], data: Any, seeds: Iterable[int], **how: Any
 ) -> list[Record]:
     """Fresh seeds of the chosen candidate, accuracy on the test set."""
-    train, _, test = data
-    return [
-        run_trial(
-            model,
-            train,
-            test,
-            candidate.optimizer,
-            candidate.rule() if candidate.rule else None,
-            seed=seed,
-            **how,
-        )
-        for seed in seeds
-    ]
+    return [trial(candidate, model, data, CLASSIFICATION, seed, test=True, **how) for seed in seeds]
+
+
+def trial(
+    candidate: Candidate, model: Callable[[], nn.Module], data: Any, task: Task, seed: int, **how: Any
+) -> Record:
+    """One training; its loss is measured on the whole training set."""
+
+    def begin() -> Any:
+        network = model()
+        rule = candidate.rule() if candidate.rule else None
+        return with_rule(network, candidate.optimizer(network.parameters()), rule, task.loss)
+
+    return run_trial(begin, Data(*data), task, seed=seed, look=len(data[0].y), **how)
 
 
 def first_step_below(record: Record, target: float) -> int | None:
     """Steps until the training loss is at or below ``target``; None if never."""
     return next((s for s, loss in zip(record.steps, record.loss, strict=True) if loss <= target), None)
+
+
+def accuracy(record: Record) -> float | None:
+    """Share of the test set that was right."""
+    return None if record.test is None else round(1 - record.test, 5)
 
 
 def median(values: Iterable[float | None]) -> float | None:

@@ -1,8 +1,12 @@
 """What an attachment notices and does once, whatever the rule."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import plywise as pw
 
@@ -46,3 +50,119 @@ def test_the_error_names_what_is_not_finite():
     with pytest.raises(pw.NonFiniteError, match="the gradient at its output is not finite"):
         (model(torch.randn(4, 3)).sum() * float("inf")).backward()
     rule.detach()
+
+
+class Counting(pw.ProxProp):
+    """Notes which of its two answers were asked for, by layer."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "asked", Counter())
+
+    def move(self, ply):
+        self.asked[ply.name, "move"] += 1
+        return super().move(ply)
+
+    def below(self, ply):
+        self.asked[ply.name, "below"] += 1
+        return super().below(ply)
+
+    def taken(self):
+        """The answers since the last call, as ``{"0": "move below"}``."""
+        names = dict.fromkeys(name for name, _ in self.asked)
+        found = {name: " ".join(w for w in ("move", "below") if self.asked[name, w]) for name in names}
+        assert set(self.asked.values()) <= {1}
+        self.asked.clear()
+        return found
+
+
+@pytest.fixture
+def counted():
+    """Three layers under a counting rule; the input wants a gradient as if a layer had made it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(5, 4, requires_grad=True)
+    rule = Counting().attach(model)
+    yield model, x, rule
+    rule.detach()
+
+
+BOTH = dict.fromkeys("024", "move below")
+
+
+def test_an_ordinary_backward_asks_for_everything(counted):
+    model, x, rule = counted
+    loss = model(x).square().sum()
+    for keep in (True, False):
+        loss.backward(retain_graph=keep)
+        assert rule.taken() == BOTH
+    model(x.detach()).square().sum().backward()
+    assert rule.taken() == {**BOTH, "0": "move"}
+
+
+def test_a_gradient_of_activations_makes_no_moves(counted):
+    model, x, rule = counted
+    weights = list(model.parameters())
+    model(x).square().sum().backward()
+    wanted = x.grad.clone()
+    rule.taken()
+    (found,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert torch.equal(found, wanted)
+    assert rule.taken() == dict.fromkeys("024", "below")
+    hidden = model[:3](x)
+    model[3:](hidden).square().sum().backward(inputs=[hidden])
+    assert rule.taken() == {"4": "below"}
+    assert [p.grad is not None for p in weights] == [True] * len(weights)  # of the first backward
+
+
+@pytest.mark.parametrize("asked", ["2.weight", "4.bias", "0.weight"])
+def test_a_gradient_of_some_parameters_makes_their_moves(counted, asked):
+    """What is computed is what arrives, and it is what the whole backward makes of it."""
+    model, x, rule = counted
+    model(x).square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    rule.taken()
+    parameter = model.get_parameter(asked)
+    layer = asked[0]
+    above = {name: "below" for name in "024" if name > layer}
+    (found,) = torch.autograd.grad(model(x).square().sum(), parameter)
+    assert torch.equal(found, wanted[asked])
+    assert rule.taken() == {layer: "move", **above}
+    model.zero_grad()
+    model(x).square().sum().backward(inputs=[parameter])
+    assert torch.equal(parameter.grad, wanted[asked])
+    assert rule.taken() == {layer: "move", **above}
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [asked]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_moves_are_made_under_checkpoints(counted, reentrant):
+    model, x, rule = counted
+    model(x).square().sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    rule.taken()
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    assert rule.taken() == BOTH
+    for p, g in zip(model.parameters(), wanted, strict=True):
+        assert torch.equal(p.grad, g)
+
+
+def test_a_checkpoint_on_the_way_to_an_activation_makes_no_moves(counted):
+    model, x, rule = counted
+    (wanted,) = torch.autograd.grad(model(x).square().sum(), x)
+    rule.taken()
+    (found,) = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(found, wanted)
+    assert rule.taken() == dict.fromkeys("024", "below")
+
+
+def test_a_weight_that_is_no_leaf_gets_its_move(counted):
+    """A weight that was computed, put in place for one call."""
+    model, x, rule = counted
+    scale = torch.tensor(2.0, requires_grad=True)
+    weight = model[2].weight.detach() * scale
+    for asked in (scale, weight):
+        loss = functional_call(model, {"2.weight": weight}, (x,)).square().sum()
+        (found,) = torch.autograd.grad(loss, asked, retain_graph=True)
+        assert found.abs().sum() > 0
+        assert rule.taken() == {"2": "move", "4": "below"}

@@ -208,10 +208,7 @@ class Attachment:
         weight = None if r.kind is None else module._parameters.get(r.kind.weight_name)
         if r.kind is None or weight is None:
             reason = r.reason if r.kind is None else "its weight has become a parametrization since"
-            own = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
-            shape = ", ".join("×".join(str(size) for size in p.shape) for p in own[:2])
-            left = "left to the optimizer"
-            return LayerRow(name, type_name, shape, False, left, reason, None, None, events)
+            return left_to_optimizer(module, name, reason, events)
         size = self._sizes.get(name)
         frozen = "" if weight.requires_grad else " (frozen: it only passes the backward value down)"
         if nn.parameter.is_lazy(weight):
@@ -227,6 +224,14 @@ class Attachment:
         treatment = self.rule.treatment(size) + frozen
         shape = "×".join(str(size) for size in weight.shape)
         return LayerRow(name, type_name, shape, True, treatment, r.reason, memory, cost, events)
+
+
+def left_to_optimizer(module: nn.Module, name: str, reason: str, events: dict[str, int]) -> LayerRow:
+    """The line of a layer that no rule handles."""
+    own = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
+    shape = ", ".join("×".join(str(size) for size in p.shape) for p in own[:2])
+    type_name, left = type(module).__name__, "left to the optimizer"
+    return LayerRow(name, type_name, shape, False, left, reason, None, None, events)
 
 
 class _Arrival:

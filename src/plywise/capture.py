@@ -67,7 +67,7 @@ class LayerNode(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Ask the rule for the layer's move and for the value below."""
         a, weight = ctx.saved_tensors
-        _, _, _, wants_below, wants_weight, wants_bias = ctx.needs_input_grad
+        wants_below, wants_weight, wants_bias = _wanted(ctx)
         if delta.dim() < a.dim():
             delta = delta.unsqueeze(0)  # the convolution of a single sample
         listener = ctx.hook.listener
@@ -84,6 +84,27 @@ class LayerNode(torch.autograd.Function):
             move.weight.to(weight.dtype) if wants_weight and move.weight is not None else None,
             move.bias.to(weight.dtype) if wants_bias and move.bias is not None else None,
         )
+
+
+def _wanted(node: Any) -> list[bool]:
+    """Whether this backward has a use for the gradients of input, weight and bias.
+
+    Autograd says which inputs need a gradient at all. ``torch.autograd.grad`` and ``backward(inputs=...)``
+    want only some of them, and the engine knows which; it drops the others, so none of them is computed.
+    """
+    # a missing bias is needed by nobody, and no edge stands for it
+    return [
+        needed and _is_executed(node.next_functions[place][0])
+        for place, needed in enumerate(node.needs_input_grad[-3:])
+    ]
+
+
+def _is_executed(source: Any) -> bool:
+    """Whether the running backward goes on to ``source``; true where the engine does not say."""
+    try:
+        return torch._C._will_engine_execute_node(source)
+    except RuntimeError:  # the engine refuses leaves that torch.autograd.grad asks for: they are wanted
+        return True
 
 
 def is_layer(node: Any) -> bool:

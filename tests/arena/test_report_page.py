@@ -3,144 +3,31 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
-import re
-import shutil
 import statistics
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from browsing import ATTACK, coloured, contrast, inked, measure, wait_for
 from fake_study import NAMES, make_study
 
-from plywise.arena import report
+from plywise.arena.page import PALETTE_SIZE
 from plywise.arena.report import render, table_rows, write_report
 
 CHARTS = ["steps", "seconds", "sensitivity", "layers"]
-DEADLINE = 10_000  # milliseconds
-ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7*7 }}"
-
-
-def find_browser() -> str | None:
-    debian = Path("/usr/bin/chromium")
-    if debian.exists():
-        return str(debian)
-    names = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
-    return next((found for name in names if (found := shutil.which(name))), None)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium or Chrome on this machine")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"],
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
-def visit(browser, tmp_path):
-    """Open the report of a study; afterwards the page must have been silent and offline."""
-    visits = []
+def visit(open_page, tmp_path):
+    """Open the report of a study."""
+    count = itertools.count()
 
     def _visit(study: dict[str, Any], **options: Any) -> Any:
-        path = write_report(study, tmp_path / f"report{len(visits)}.html")
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        context.set_default_timeout(DEADLINE)
-        page = context.new_page()
-        seen = SimpleNamespace(context=context, url=path.as_uri(), requests=[], troubles=[])
-        visits.append(seen)
-        page.on("request", lambda request: seen.requests.append(request.url))
-        page.on("websocket", lambda socket: seen.requests.append(socket.url))
-        page.on("console", lambda message: seen.troubles.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: seen.troubles.append(str(error)))
-        page.on("dialog", lambda dialog: (seen.troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        page.goto(seen.url)
-        wait_for(page, "document.documentElement.dataset.ready === 'true'")
-        return page
+        return open_page(write_report(study, tmp_path / f"report{next(count)}.html"), **options)
 
-    yield _visit
-    for seen in visits:
-        seen.context.close()
-        assert seen.troubles == []
-        assert seen.requests == [seen.url]
-
-
-# A copy is read, because reading the page's own canvas makes Chromium warn on the console.
-MEASURE = """([id, k]) => {
-  const from = document.querySelector(`#${id} canvas`);
-  const found = {inked: 0, faint: 0, coloured: 0, height: 0};
-  if (!from) return found;
-  const copy = Object.assign(document.createElement('canvas'), {width: from.width, height: from.height});
-  const pen = copy.getContext('2d', {willReadFrequently: true});
-  pen.drawImage(from, 0, 0);
-  const d = pen.getImageData(0, 0, copy.width, copy.height).data;
-  const hex = getComputedStyle(document.documentElement).getPropertyValue(`--c${k}`).trim();
-  const [r, g, b] = [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16));
-  let [top, bottom] = [Infinity, -Infinity];
-  for (let i = 0; i < d.length; i += 4) {
-    found.inked += d[i + 3] > 0;
-    found.faint += d[i + 3] > 25 && d[i + 3] < 45;
-    if (d[i] !== r || d[i + 1] !== g || d[i + 2] !== b || d[i + 3] !== 255) continue;
-    found.coloured += 1;
-    const y = Math.floor(i / 4 / copy.width);
-    [top, bottom] = [Math.min(top, y), Math.max(bottom, y)];
-  }
-  found.height = Math.max(0, bottom - top);
-  return found;
-}"""
-
-
-def measure(page: Any, chart: str, index: int = 0) -> SimpleNamespace:
-    """Count the pixels of a chart: all, those of faint bands, and those in the colour of one method."""
-    return SimpleNamespace(**page.evaluate(MEASURE, [chart, index]))
-
-
-def inked(page: Any, chart: str) -> int:
-    return measure(page, chart).inked
-
-
-def coloured(page: Any, chart: str, index: int) -> int:
-    return measure(page, chart, index).coloured
-
-
-def wait_for(page: Any, expression: str) -> None:
-    """Wait until an expression is true on the page.
-
-    Playwright's own `wait_for_function` polls with `eval`, which the policy of the page forbids.
-    """
-    end = time.monotonic() + DEADLINE / 1000
-    while not page.evaluate(expression):
-        assert time.monotonic() < end, f"still not true: {expression}"
-        page.wait_for_timeout(20)
-
-
-def rgb(text: str) -> list[float]:
-    if text.startswith("#"):
-        return [int(text[i : i + 2], 16) for i in (1, 3, 5)]
-    return [float(part) for part in re.findall(r"[\d.]+", text)[:3]]
-
-
-def contrast(one: str, other: str) -> float:
-    """The contrast ratio of WCAG 2."""
-
-    def luminance(colour: str) -> float:
-        parts = [c / 255 for c in rgb(colour)]
-        r, g, b = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
+    return _visit
 
 
 def test_every_chart_draws_every_method(visit):
@@ -197,7 +84,7 @@ def test_light_and_dark_are_different_and_legible(visit):
         ):
             text = page.evaluate(f"s => ({style})(s).color", selector)
             assert contrast(text, ground) >= 4.5, (scheme, selector)
-        for index in range(report.PALETTE_SIZE):
+        for index in range(PALETTE_SIZE):
             script = "k => getComputedStyle(document.documentElement).getPropertyValue(`--c${k}`).trim()"
             assert contrast(page.evaluate(script, index), ground) >= 3, (scheme, index)
         # The open page is repainted too, not only its text.

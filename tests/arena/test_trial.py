@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.arena.trial import accuracy, endless_batches, make_step, mean_loss, run_trial
+from plywise.arena.method import with_rule
+from plywise.arena.task import CLASSIFICATION, REGRESSION, mean, predictor
+from plywise.arena.trial import endless_batches, run_trial
+from plywise.arena.workload import Data
 from plywise.data.digits import Split, load_digits
 
 
@@ -16,48 +19,63 @@ def make_model():
     return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
-def sgd(rate=0.1):
-    return lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+def beginner(model=make_model, rate=0.1, rule=None):
+    def begin():
+        network = model()
+        optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
+        return with_rule(network, optimizer, rule, CLASSIFICATION.loss)
+
+    return begin
 
 
 @pytest.fixture(scope="module")
 def data():
-    train, validation, _ = load_digits()
-    return train, validation
+    return Data(*load_digits())
 
 
-def trial(data, model=make_model, optimizer=None, rule=None, **options):
-    options = {"seed": 0, "steps": 25, "measure_every": 10, **options}
-    return run_trial(model, *data, optimizer or sgd(), rule, **options)
+def trial(data, begin=None, **options):
+    options = {"seed": 0, "steps": 25, "measure_every": 10, "look": 1100, **options}
+    return run_trial(begin or beginner(), data, CLASSIFICATION, **options)
 
 
 def test_record_is_what_training_by_hand_gives(data):
-    record = trial(data)
+    record = trial(data, test=True)
     assert record.steps == [0, 10, 20, 25]
     assert record.failure is None
     torch.manual_seed(0)
-    model = make_model()
-    step, batches = make_step(model, sgd(), None), endless_batches(data[0], 128, 0)
-    losses = [mean_loss(model, data[0])]
+    trainer = beginner()()
+    batches = endless_batches(data.train, 128, 0)
+    losses = [mean(CLASSIFICATION.loss, trainer.predict, data.train)]
+    errors = [mean(CLASSIFICATION.metric, trainer.predict, data.validation)]
     for count in range(1, 26):
-        step(*next(batches))
+        trainer.step(*next(batches))
         if count in record.steps:
-            losses.append(mean_loss(model, data[0]))
+            losses.append(mean(CLASSIFICATION.loss, trainer.predict, data.train))
+            errors.append(mean(CLASSIFICATION.metric, trainer.predict, data.validation))
     assert record.loss == losses
+    assert record.validation == errors
     assert record.final_loss == losses[-1] < losses[0]
-    assert record.test_accuracy == accuracy(model, data[1]) > 0.3
+    assert record.test == mean(CLASSIFICATION.metric, trainer.predict, data.test) < 0.7
+
+
+def test_the_test_set_is_left_alone_unless_asked_for(data):
+    untouchable = Split(torch.full_like(data.test.x, torch.nan), data.test.y[:1])
+    record = trial(Data(data.train, data.validation, untouchable))
+    assert record.test is None
+    assert record.failure is None
 
 
 def test_same_seed_same_bits_and_the_callers_random_state_is_left_alone(data):
     before = torch.get_rng_state()
-    rule = pw.ProxProp(tau=0.1)
-    one, two, other = (trial(data, rule=rule, optimizer=sgd(5.0), seed=s).loss for s in (1, 1, 2))
+    begin = beginner(rate=5.0, rule=pw.ProxProp(tau=0.1))
+    one, two, other = (trial(data, begin, seed=s).loss for s in (1, 1, 2))
     assert one == two != other
     assert torch.equal(before, torch.get_rng_state())
-    assert trial(data, rule=pw.Backprop()).loss == trial(data).loss, "the null control is plain training"
+    null = trial(data, beginner(rule=pw.Backprop())).loss
+    assert null == trial(data).loss, "the null control is plain training"
 
 
-def test_measuring_is_off_the_clock(data):
+def test_measuring_is_off_the_clocks(data):
     class SlowWhenMeasured(nn.Sequential):
         def forward(self, x):
             if not self.training:
@@ -66,10 +84,24 @@ def test_measuring_is_off_the_clock(data):
                     pass
             return super().forward(x)
 
-    record = trial(data, model=lambda: SlowWhenMeasured(*make_model()), steps=4, measure_every=1)
-    assert record.cpu_seconds[0] == 0
-    assert record.cpu_seconds == sorted(record.cpu_seconds)
-    assert 0 < record.cpu_seconds[-1] < 0.1
+    begin = beginner(lambda: SlowWhenMeasured(*make_model()))
+    record = trial(data, begin, steps=4, measure_every=1)
+    for clock in (record.cpu, record.wall):
+        assert clock[0] == 0
+        assert clock == sorted(clock)
+        assert 0 < clock[-1] < 0.1
+    assert record.measuring > 0.5
+
+
+def test_the_training_loss_is_of_as_many_samples_as_asked_for(data):
+    few = Data(Split(data.train.x[:50], data.train.y[:50]), data.validation, data.test)
+    trainer = predictor_of_seed(0)
+    assert trial(data, steps=1, look=50).loss[0] == mean(CLASSIFICATION.loss, trainer, few.train)
+
+
+def predictor_of_seed(seed):
+    torch.manual_seed(seed)
+    return predictor(make_model())
 
 
 def test_batches_are_whole_and_cover_the_epoch():
@@ -84,20 +116,33 @@ def test_batches_are_whole_and_cover_the_epoch():
 
 @pytest.mark.parametrize("rule", [None, pw.Backprop(), pw.Consequentialism()])
 def test_divergence_is_an_outcome(data, rule):
-    record = trial(data, optimizer=sgd(1e6), rule=rule)
+    record = trial(data, beginner(rate=1e6, rule=rule), test=True)
     assert "diverged at step" in record.failure
     assert record.final_loss is None
-    assert record.test_accuracy is None
+    assert record.test is None
     assert record.steps[0] == 0
     json.dumps(record.as_dict(), allow_nan=False)
 
 
+def test_a_large_loss_that_was_large_before_has_not_diverged(data):
+    far = Data(*(Split(split.x, 1e4 * split.x[:, 20:21]) for split in vars(data).values()))
+
+    def begin():
+        model = nn.Linear(64, 1)
+        return with_rule(model, torch.optim.SGD(model.parameters(), lr=1e-3), None, REGRESSION.loss)
+
+    record = run_trial(begin, far, REGRESSION, seed=0, steps=5)
+    assert record.failure is None
+    assert record.loss[0] > 1e3
+
+
 def test_not_a_number_is_an_outcome(data):
-    train = Split(data[0].x.clone(), data[0].y)
+    train = Split(data.train.x.clone(), data.train.y)
     train.x[0] = torch.nan
     for rule in (None, pw.NLMS()):
-        assert "loss is nan" in trial((train, data[1]), rule=rule).failure
-    poisoned = trial((Split(data[0].x / 0, data[0].y), data[1]))
+        nan = Data(train, data.validation, data.test)
+        assert "loss is nan" in trial(nan, beginner(rule=rule)).failure
+    poisoned = trial(Data(Split(data.train.x / 0, data.train.y), data.validation, data.test))
     json.dumps(poisoned.as_dict(), allow_nan=False)
 
 
@@ -111,11 +156,10 @@ def test_an_exception_is_an_outcome(data):
                 raise RuntimeError("the third step. More words")
             return super().forward(x)
 
-    assert (
-        trial(data, model=lambda: Breaks(*make_model())).failure == "RuntimeError at step 3: the third step"
-    )
-    refused = trial(data, model=lambda: nn.Sequential(nn.Flatten()), rule=pw.NLMS()).failure
-    assert "before the first step" in refused
+    failure = trial(data, beginner(lambda: Breaks(*make_model()))).failure
+    assert failure == "RuntimeError at step 3: the third step"
+    nothing_to_train = beginner(lambda: nn.Sequential(nn.Flatten()), rule=pw.NLMS())
+    assert "before the first step" in trial(data, nothing_to_train).failure
 
 
 def test_interrupt_is_not_swallowed(data):
@@ -123,11 +167,4 @@ def test_interrupt_is_not_swallowed(data):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trial(data, model=interrupted)
-
-
-def test_held_out_loss_on_demand(data):
-    assert trial(data).validation_loss == []
-    watched = trial(data, watch_held_out=True)
-    assert len(watched.validation_loss) == len(watched.steps)
-    assert "validation_loss" not in watched.as_dict()
+        trial(data, interrupted)

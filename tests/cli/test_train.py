@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,15 @@ def boom():
 
 def mixed():
     return [nn.Linear(4, 3), 3]
+
+def pooled():
+    return [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)]
+
+def normed():
+    return [nn.BatchNorm1d(4), nn.LayerNorm(4)]
+
+def four():
+    return torch.randn(30, 4), torch.arange(30) % 4
 
 ready = net()
 number = 3
@@ -261,11 +271,77 @@ def test_diverging_says_so(plywise):
     assert err.count("\n") == 1
 
 
+def test_associated_learning_trains_by_default(plywise, tmp_path):
+    """The first thing that a user tries: four blocks, ten epochs of the digits."""
+    code, out, _ = plywise("train", "--learner", "AssociatedLearning")
+    assert code == 0
+    epochs = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert float(epochs[-1].split("accuracy")[1].split("%")[0]) > 90
+
+
+def test_a_component_without_the_rule_is_named(plywise):
+    code, out, _ = plywise(
+        *("train", "--learner", "ActivationRelaxation", "--model", "mine:pooled", "--data", "mine:data"),
+        *("--set", "iterations=2", "--rule", "ProxProp", "--epochs", "1"),
+    )
+    assert code == 0
+    assert "Without ProxProp, which finds nothing to do there: component 1.\n" in out
+
+
+def test_a_rule_without_any_layer_is_refused(plywise):
+    code, _, err = plywise(
+        *("train", "--learner", "ActivationRelaxation", "--model", "mine:normed", "--data", "mine:four"),
+        *("--rule", "ProxProp", "--epochs", "1"),
+    )
+    assert code == 1
+    assert "The rule finds no layer to handle in any component ('block' of component 0: " in err
+
+
 def test_tensorboard_is_an_extra(plywise, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     code, _, err = plywise("train", "--tensorboard", "--out", "a")
-    assert (code, err) == (1, "plywise: --tensorboard needs TensorBoard: pip install tensorboard.\n")
+    assert (code, err) == (
+        1,
+        "plywise: --tensorboard needs TensorBoard: pip install 'plywise[tensorboard]'.\n",
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def events(folder):
+    """What TensorBoard shows of a run: (step, value) by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    shown.Reload()
+    return {tag: [(one.step, one.value) for one in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("asked", ["flag", "file"])
+def test_tensorboard_shows_what_the_log_says(plywise, tmp_path, asked):
+    """After a resume, too: what was logged beyond the checkpoint is not shown twice."""
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    (tmp_path / "plan.toml").write_text("tensorboard = true\n")
+    words = ["--tensorboard"] if asked == "flag" else ["plan.toml"]
+    words = ["train", *words, "--data", "mine:data", "--batch-size", "10", "--out", "a"]
+    assert plywise(*words, "--epochs", "2")[0] == 0
+    path = tmp_path / "a" / "log.jsonl"
+    cut = path.read_text().splitlines(keepends=True)
+    last = checkpoint.steps(tmp_path / "a" / "checkpoints")[-1]
+    shutil.rmtree(next((tmp_path / "a" / "checkpoints").glob(f"*{last}")))  # as if killed before it
+    assert plywise(*words, "--epochs", "3")[0] == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 9 > len(cut) == 6
+    wanted = {
+        f"loss/component {index}": [(line["step"], line["losses"][str(index)]) for line in lines]
+        for index in range(4)
+    }
+    wanted["accuracy/test"] = [(line["step"], line["accuracy"]) for line in lines if "accuracy" in line]
+    found = events(tmp_path / "a" / "tensorboard" / "log")
+    assert found.keys() == wanted.keys()
+    for tag, values in wanted.items():
+        assert [step for step, _ in found[tag]] == [step for step, _ in values]
+        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in values], rel=1e-6)
 
 
 @pytest.mark.slow

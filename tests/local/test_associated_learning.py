@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
-from plywise.local.associated_learning import AssociatedComponent, pooled_bridge, wide_bridge
+from plywise.local.associated_learning import (
+    AssociatedComponent,
+    apart_encoder,
+    paper_encoder,
+    pooled_bridge,
+    wide_bridge,
+)
 from plywise.local.associated_networks import (
     cnn_blocks,
     he_normal_,
@@ -221,6 +227,47 @@ def test_a11_initialisation(layer: nn.Module) -> None:
     assert not layer.bias.any()
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+def test_codes_begin_apart_at_any_depth(classes: int) -> None:
+    """What a sigmoid gets has mean 0 and mean square 1 over classes; the paper's layers shrink it."""
+    kept, lost = torch.eye(classes), torch.eye(classes)
+    for depth in range(8):
+        torch.manual_seed(depth)
+        ours = apart_encoder(kept, 32)
+        torch.manual_seed(depth)
+        papers = paper_encoder(lost, 32)
+        got = ours[0](kept)
+        assert got.mean(0).abs().max() < 1e-12
+        assert got.square().mean().item() == pytest.approx(1.0)
+        if depth == 0:  # the paper's draws, in another unit
+            ratio = ours[0].weight / papers[0].weight
+            assert torch.allclose(ratio, ratio[:1, :1])
+        kept, lost = ours(kept), papers(lost)
+        assert kept.std(0).mean() > 0.1
+    assert lost.std(0).mean() < 0.01
+
+
+def test_one_class_needs_no_distance() -> None:
+    assert torch.isfinite(apart_encoder(torch.eye(1), 4)(torch.eye(1))).all()
+
+
+def test_the_learner_chains_its_encoders() -> None:
+    """By default each layer's codes of the classes are made from the codes of the one before."""
+    torch.manual_seed(0)
+    body = [nn.Linear(6, 6) for _ in range(5)]
+    adams = {"code": 7, "optimizer": adam}
+    learner = pw.AssociatedLearning(pw.Blocks(body, torch.zeros(2, 6)), CLASSES, **adams)
+    codes = torch.eye(CLASSES)
+    for trainer in learner.trainers:
+        got = trainer.component.encoder[0](codes)
+        assert got.square().mean().item() == pytest.approx(1.0)
+        codes = trainer.component.encoder(codes)
+    papers = pw.AssociatedLearning(
+        pw.Blocks(body, torch.zeros(2, 6)), CLASSES, encoder=paper_encoder, **adams
+    )
+    assert not any(trainer.component.encoder[0].bias.any() for trainer in papers.trainers)
+
+
 def test_a12_sizes_of_the_papers_mnist_mlp() -> None:
     torch.set_default_dtype(torch.float32)
     blocks = pw.Blocks(mlp_blocks(784, 1024), torch.zeros(2, 1, 28, 28))
@@ -266,7 +313,8 @@ def test_wide_bridge_is_the_papers() -> None:
 
 
 def test_a_component_takes_its_blocks_dtype() -> None:
-    component = AssociatedComponent(nn.Linear(6, 4).half(), wide_bridge(torch.Size((4,)), 3), CLASSES, 3)
+    bridge, encoder = wide_bridge(torch.Size((4,)), 3), paper_encoder(torch.eye(CLASSES), 3)
+    component = AssociatedComponent(nn.Linear(6, 4).half(), bridge, encoder, CLASSES, 3)
     assert {p.dtype for p in component.parameters()} == {torch.float16}
     x, y = data()
     component.float()

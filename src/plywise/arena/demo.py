@@ -20,8 +20,11 @@ from torch import nn
 
 import plywise
 from plywise.arena.layer_picture import layer_picture
+from plywise.arena.method import EndToEnd, with_rule
 from plywise.arena.report import write_report
-from plywise.arena.trial import OptimizerFactory, endless_batches, make_step, run_trial
+from plywise.arena.task import CLASSIFICATION
+from plywise.arena.trial import Record, endless_batches, run_trial
+from plywise.arena.workload import Data
 from plywise.data.digits import ATTRIBUTION, Split, load_digits
 from plywise.environment import environment
 from plywise.files import write_whole
@@ -54,10 +57,11 @@ class Setup:
         """A fresh rule, or None."""
         return None if self.rule is None else getattr(plywise, self.rule)(**self.rule_settings)
 
-    def make_optimizer(self, rate: float | None = None) -> OptimizerFactory:
-        """A factory of the optimizer, at another rate if given."""
+    def train(self, model: nn.Module, rate: float | None = None) -> EndToEnd:
+        """Begin to train a model, at another rate if given."""
         settings = {"lr": self.rate if rate is None else rate, **self.optimizer_settings}
-        return lambda parameters: getattr(torch.optim, self.optimizer)(parameters, **settings)
+        optimizer = getattr(torch.optim, self.optimizer)(model.parameters(), **settings)
+        return with_rule(model, optimizer, self.make_rule(), CLASSIFICATION.loss)
 
     def __str__(self) -> str:
         settings = {"lr": self.rate, **self.optimizer_settings}
@@ -151,7 +155,7 @@ def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
 
     Seeds go round all methods, so that what an interrupted demo has is complete as far as it goes.
     """
-    train, _, test = load_digits()
+    data = Data(*load_digits())
     done = 0
 
     def progress(text: str) -> Progress:
@@ -160,58 +164,64 @@ def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
         return Progress(done, plan.pieces, text)
 
     for setup in plan.setups:  # the first step of a rule imports and warms up; keep that off every clock
-        run_trial(plan.make_model, train, test, setup.make_optimizer(), setup.make_rule(), seed=0, steps=2)
+        demo_trial(plan, setup, data, seed=0, steps=2)
     rules = {setup.name: rule for setup in plan.setups if (rule := setup.make_rule()) is not None}
     # rules with memory send down what backpropagation does
     rules = {name: rule for name, rule in rules.items() if not rule.remembers}
-    study["layers"] = layer_picture(plan.make_model, rules, *next(endless_batches(train, BATCH_SIZE, 0)))
+    study["layers"] = layer_picture(plan.make_model, rules, *next(endless_batches(data.train, BATCH_SIZE, 0)))
     yield progress("sizes of the backward values, layer by layer")
     for seed in range(plan.seeds):
         for setup, method in zip(plan.setups, study["methods"], strict=True):
-            record = run_trial(
-                plan.make_model,
-                train,
-                test,
-                setup.make_optimizer(),
-                setup.make_rule(),
-                seed=seed,
-                steps=plan.steps,
-                batch_size=BATCH_SIZE,
-                measure_every=5,
-            )
-            method["runs"].append(record.as_dict())
-            outcome = record.failure or f"loss {record.final_loss:.2g}, accuracy {record.test_accuracy:.1%}"
+            record = demo_trial(plan, setup, data, seed=seed, steps=plan.steps, measure_every=5)
+            run = told(record)
+            method["runs"].append(run)
+            outcome = run["failure"] or f"loss {run['final_loss']:.2g}, accuracy {run['test_accuracy']:.1%}"
             yield progress(f"{setup.name}, seed {seed}: {outcome}")
-    for method, cost in zip(study["methods"], step_costs(plan, train), strict=True):
+    for method, cost in zip(study["methods"], step_costs(plan, data.train), strict=True):
         method["relative_step_cost"] = cost
     yield progress("relative cost of a step")
     for setup in plan.setups:
-        yield from _sensitivity(plan, setup, train, test, study, progress)
+        yield from _sensitivity(plan, setup, data, study, progress)
 
 
 def _sensitivity(
-    plan: Plan, setup: Setup, train: Split, test: Split, study: dict[str, Any], progress: Any
+    plan: Plan, setup: Setup, data: Data, study: dict[str, Any], progress: Any
 ) -> Iterator[Progress]:
     """Final training loss at rates over four decades around the tuned one."""
     line: dict[str, Any] = {"name": setup.name, "default_rate": setup.rate, "rates": [], "final_loss": []}
     study["sensitivity"].append(line)
     for exponent in torch.linspace(-2, 2, plan.rates).tolist():
         rate = setup.rate * 10**exponent
-        record = run_trial(
-            plan.make_model,
-            train,
-            test,
-            setup.make_optimizer(rate),
-            setup.make_rule(),
-            seed=0,
-            steps=plan.sensitivity_steps,
-            batch_size=BATCH_SIZE,
-            measure_every=plan.sensitivity_steps,
-        )
+        steps = plan.sensitivity_steps
+        record = demo_trial(plan, setup, data, rate, seed=0, steps=steps, measure_every=steps)
         line["rates"].append(rate)
         line["final_loss"].append(record.final_loss)
         outcome = "failed" if record.failure else f"loss {record.final_loss:.2g}"
         yield progress(f"{setup.name} at rate {rate:.3g}: {outcome}")
+
+
+def demo_trial(plan: Plan, setup: Setup, data: Data, rate: float | None = None, **how: Any) -> Record:
+    """One training, at another rate if given; see `run_trial`."""
+    return run_trial(
+        lambda: setup.train(plan.make_model(), rate),
+        data,
+        CLASSIFICATION,
+        batch_size=BATCH_SIZE,
+        test=True,
+        look=len(data.train.y),
+        **how,
+    )
+
+
+def told(record: Record) -> dict[str, Any]:
+    """A record as the study keeps it."""
+    run = record.as_dict()
+    return {
+        **{key: run[key] for key in ("seed", "steps", "loss", "failure")},
+        "cpu_seconds": run["cpu"],
+        "test_accuracy": None if run["test"] is None else 1 - run["test"],
+        "final_loss": record.final_loss,
+    }
 
 
 def save(study: dict[str, Any], folder: Path) -> Path:
@@ -237,8 +247,8 @@ def step_costs(plan: Plan, train: Split) -> list[float]:
             torch.manual_seed(0)
             model = plan.make_model()
         # a small rate: only the clock matters here, and a diverging loss would stop it
-        optimizer = setup.make_optimizer(setup.rate / 10)
-        arms.append((make_step(model, optimizer, setup.make_rule()), endless_batches(train, BATCH_SIZE, 0)))
+        trainer = setup.train(model, setup.rate / 10)
+        arms.append((trainer.step, endless_batches(train, BATCH_SIZE, 0)))
     ratios: list[list[float]] = [[] for _ in plan.setups]
     for _ in range(plan.cost_rounds):
         clocks = []

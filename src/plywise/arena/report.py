@@ -6,19 +6,14 @@ disk without a network. `table_rows` makes the summary that both the page and th
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from plywise.arena.page import clean, fill
 from plywise.files import write_whole
-
-TEMPLATES = Path(__file__).parent / "templates"
-PALETTE_SIZE = 8  # colours --c0 … --c7 in report.css
 
 
 def table_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,27 +60,16 @@ def render(study: dict[str, Any]) -> str:
     Returns:
         The page. Text of the study is escaped everywhere it appears.
     """
-    import jinja2
-    from markupsafe import Markup
-
-    library, script = _asset("vendor/uplot/uPlot.iife.min.js"), _asset("report.js")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = _number
-    study = _clean(study)
-    return environment.get_template("report.html").render(
+    study = clean(study)
+    return fill(
+        "report.html",
+        styles=[],
+        scripts=["report.js"],
+        data=study,
+        title=study["title"],
         study=study,
         rows=table_rows(study),
         failures=_failures(study),
-        palette_size=PALETTE_SIZE,
-        data=Markup(_inline_json(study)),
-        styles=Markup(_asset("vendor/uplot/uPlot.min.css") + _asset("report.css")),
-        library=Markup(library),
-        library_licence=Markup(_asset("vendor/uplot/LICENSE")),
-        script=Markup(script),
-        # The browser runs these two scripts and no other, whatever a name in the study contains.
-        script_hashes=Markup(" ".join(_csp_hash(source) for source in (library, script))),
     )
 
 
@@ -119,35 +103,3 @@ def _failures(study: dict[str, Any]) -> list[dict[str, Any]]:
         for run in method.get("runs") or []
         if run.get("failure")
     ]
-
-
-def _clean(value: Any) -> Any:
-    """Replace what JSON cannot say (nan, inf) by None, all the way down."""
-    if isinstance(value, dict):
-        return {str(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _inline_json(value: Any) -> str:
-    """Write JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _number(value: float | None, pattern: str = ".3g") -> str:
-    return "–" if value is None else format(value, pattern)
-
-
-def _asset(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _csp_hash(source: str) -> str:
-    digest = hashlib.sha256(source.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

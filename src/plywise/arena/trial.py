@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from plywise.arena.method import Trainer
+from plywise.arena.task import Task, mean
+from plywise.arena.workload import Data
 from plywise.data.digits import Split
-from plywise.rule import Rule
 
 HOPELESS = 1e3
-"""A loss above this has diverged: chance level is log(classes), two or three digits below."""
+"""A loss this many times above the first one (or above 1, if that is more) has diverged."""
 
-ModelFactory = Callable[[], nn.Module]
-OptimizerFactory = Callable[[Any], Optimizer]
+LOOK = 500
+"""Training samples that the training loss is measured on."""
 
 
 @dataclass
@@ -30,28 +30,37 @@ class Record:
     Attributes:
         seed: seed of the initial weights and of the order of the batches.
         steps: steps after which was measured, from 0.
-        loss: mean loss over the whole training set after each of ``steps``.
-        cpu_seconds: processor time that training (and nothing else) had taken after each of ``steps``.
-        validation_loss: as ``loss``, over the held-out set; empty unless asked for.
-        test_accuracy: share of the held-out set that the trained model gets right; None if it failed.
-        final_loss: the last of ``loss``; None if it failed.
+        loss: loss on training samples, the first 500 unless told otherwise, after each of ``steps``; None
+            where the method's outputs are not what the task's loss takes.
+        validation: metric on the validation set after each of ``steps``.
+        cpu: processor seconds that training (and nothing else) had taken after each of ``steps``.
+        wall: seconds of the clock on the wall, alike.
+        test: metric on the test set at the end, if it was asked for.
+        measuring: seconds that all the measuring took, off these clocks.
         failure: why training stopped early, or None.
     """
 
     seed: int
     steps: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    validation_loss: list[float] = field(default_factory=list)
-    test_accuracy: float | None = None
-    final_loss: float | None = None
+    loss: list[float | None] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    test: float | None = None
+    measuring: float = 0.0
     failure: str | None = None
 
+    @property
+    def final_loss(self) -> float | None:
+        """The last of ``loss``; None if the trial failed."""
+        return self.loss[-1] if self.loss and self.failure is None else None
+
     def as_dict(self) -> dict[str, Any]:
-        """The record as a study keeps it (see `plywise.arena.report`)."""
-        values = {key: value for key, value in asdict(self).items() if key != "validation_loss"}
-        # JSON knows no NaN, and the failure says already what the last loss was
-        return values | {"loss": [loss if math.isfinite(loss) else None for loss in self.loss]}
+        """The record as JSON can say it: what is not finite is None, and ``failure`` says why."""
+        return {
+            key: [_finite(item) for item in value] if isinstance(value, list) else _finite(value)
+            for key, value in asdict(self).items()
+        }
 
 
 class DivergedError(ArithmeticError):
@@ -59,80 +68,60 @@ class DivergedError(ArithmeticError):
 
 
 def run_trial(
-    model_factory: ModelFactory,
-    train: Split,
-    held_out: Split,
-    optimizer_factory: OptimizerFactory,
-    rule: Rule | None,
+    begin: Callable[[], Trainer],
+    data: Data,
+    task: Task,
     *,
     seed: int,
     steps: int,
     batch_size: int = 128,
     measure_every: int = 10,
-    watch_held_out: bool = False,
+    test: bool = False,
+    look: int = LOOK,
 ) -> Record:
     """Train once. The same seed gives every method the same initial weights and the same batches.
 
-    A failure is an outcome: a loss that is not finite or above 1e3, or any exception, ends the training
-    and is written into the record. The caller's random state is left alone.
+    A failure is an outcome: a loss that is not finite or a thousand times the first one, or any exception,
+    ends the training and is written into the record. The caller's random state is left alone.
 
     Args:
-        model_factory: makes the model; called with the seed set.
-        train: the training set.
-        held_out: what the accuracy is measured on.
-        optimizer_factory: makes the optimizer from the model's parameters.
-        rule: what to attach (a copy is, so that it can be used again), or None for plain training.
+        begin: makes model and trainer; called with the seed set.
+        data: trained on, measured on, and read once at the end if ``test``.
+        task: loss and metric.
         seed: seed of weights and batches.
         steps: how many steps to take.
         batch_size: samples a batch; an incomplete batch at the end of an epoch is left out.
         measure_every: measure after every so many steps, and after the last; never on the clock.
-        watch_held_out: measure the loss on ``held_out`` along the way, too.
+        test: measure on the test set at the end.
+        look: training samples that the training loss is measured on.
     """
     record = Record(seed)
     count = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = model_factory()
-            batches = endless_batches(train, batch_size, seed)
-            step = make_step(model, optimizer_factory, rule)
-            _measure(record, model, train, held_out if watch_held_out else None, 0, 0.0)
-            clock = 0.0
+            trainer = begin()
+            batches = endless_batches(data.train, batch_size, seed)
+            seen = replace(data, train=Split(data.train.x[:look], data.train.y[:look]))
+            _measure(record, trainer, seen, task, 0, (0.0, 0.0))
+            cpu = wall = 0.0
             for count in range(1, steps + 1):
                 x, y = next(batches)
-                start = time.process_time()
-                loss = step(x, y)
-                clock += time.process_time() - start
-                _check(loss, "batch")
+                cpu_start, start = time.process_time(), time.perf_counter()
+                loss = trainer.step(x, y)
+                cpu += time.process_time() - cpu_start
+                wall += time.perf_counter() - start
+                _check(loss, record, "batch")
                 if count % measure_every == 0 or count == steps:
-                    _measure(record, model, train, held_out if watch_held_out else None, count, clock)
-            record.test_accuracy = accuracy(model, held_out)
-            record.final_loss = record.loss[-1]
+                    _measure(record, trainer, seen, task, count, (cpu, wall))
+            if test:
+                record.test = mean(task.metric, trainer.predict, data.test)
         except DivergedError as error:
             record.failure = f"diverged at step {count}: {error}"
         except Exception as error:
             where = f"at step {count}" if record.steps else "before the first step"
             record.failure = f"{type(error).__name__} {where}: {str(error).split('. ')[0]}"
     return record
-
-
-def make_step(
-    model: nn.Module, optimizer_factory: OptimizerFactory, rule: Rule | None
-) -> Callable[[Tensor, Tensor], float]:
-    """One step of training, ready to be called: batch in, loss out; ``rule`` attached to the model."""
-    optimizer = optimizer_factory(model.parameters())
-    if rule is not None:
-        # "raise" and not "skip": plain training has no such net, and a comparison must not give one to some
-        copy.copy(rule).attach(model, optimizer, on_nonfinite="raise")
-
-    def step(x: Tensor, y: Tensor) -> float:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
 
 
 def endless_batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,32 +135,30 @@ def endless_batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[
             yield split.x[rows], split.y[rows]
 
 
-@torch.no_grad()
-def mean_loss(model: nn.Module, split: Split) -> float:
-    """Mean loss over a whole set."""
-    return nn.functional.cross_entropy(model(split.x), split.y).item()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Share of a set that the model gets right."""
-    return float((model(split.x).argmax(1) == split.y).float().mean())
-
-
 def _measure(
-    record: Record, model: nn.Module, train: Split, watched: Split | None, step: int, clock: float
+    record: Record, trainer: Trainer, data: Data, task: Task, step: int, clocks: tuple[float, float]
 ) -> None:
-    model.eval()
-    loss = mean_loss(model, train)
-    if watched is not None:
-        record.validation_loss.append(mean_loss(model, watched))
-    model.train()
+    start = time.perf_counter()
+    loss = None
+    if trainer.plain:
+        loss = mean(task.loss, trainer.predict, data.train)
     record.steps.append(step)
     record.loss.append(loss)
-    record.cpu_seconds.append(clock)
-    _check(loss, "training")
+    record.validation.append(mean(task.metric, trainer.predict, data.validation))
+    record.cpu.append(clocks[0])
+    record.wall.append(clocks[1])
+    record.measuring += time.perf_counter() - start
+    if loss is not None:
+        _check(loss, record, "training")
+    if not math.isfinite(record.validation[-1]):
+        raise DivergedError(f"the validation {task.metric_name} is {record.validation[-1]:.3g}")
 
 
-def _check(loss: float, what: str) -> None:
-    if not math.isfinite(loss) or loss > HOPELESS:
+def _check(loss: float, record: Record, what: str) -> None:
+    first = record.loss[0]
+    if not math.isfinite(loss) or (first is not None and loss > HOPELESS * max(1.0, first)):
         raise DivergedError(f"the {what} loss is {loss:.3g}")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 import plywise
-from plywise.cli import demo, doctor, explain, methods, pipeline, train
+from plywise.cli import bench, demo, doctor, explain, methods, pipeline, report, train
 from plywise.errors import PlywiseError
 
 app = App(
@@ -21,7 +21,10 @@ app = App(
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # ours says what was kept
 )
-for _command in (demo.demo, train.train, pipeline.pipeline, methods.app, explain.explain, doctor.doctor):
+for _command in (
+    *(demo.demo, bench.bench, report.report, train.train, pipeline.pipeline),
+    *(methods.app, explain.explain, doctor.doctor),
+):
     app.command(_command)
 
 

@@ -34,28 +34,21 @@ def doctor() -> int:
 
 def self_check() -> dict[str, str]:
     """Train each rule for a moment on the bundled digits; "OK …" for each that lowers the loss."""
-    from plywise.arena.demo import SETUPS, Plan
-    from plywise.arena.trial import run_trial
+    from plywise.arena.demo import SETUPS, Plan, demo_trial
+    from plywise.arena.workload import Data
     from plywise.data.digits import load_digits
 
-    train, _, test = load_digits()
+    data = Data(*load_digits())
     verdicts = {}
     for setup in SETUPS:
         if setup.rule is None:
             continue
-        record = run_trial(
-            Plan().make_model,
-            train,
-            test,
-            setup.make_optimizer(),
-            setup.make_rule(),
-            seed=0,
-            steps=STEPS,
-        )
-        if record.failure:
-            verdicts[setup.name] = record.failure
+        record = demo_trial(Plan(), setup, data, seed=0, steps=STEPS)
+        first, last = record.loss[0], record.final_loss
+        if first is None or last is None:
+            verdicts[setup.name] = record.failure or "it measured nothing"
         else:
-            falls = record.loss[-1] < record.loss[0]
-            change = f"loss {record.loss[0]:.2f} → {record.loss[-1]:.2g}"
+            falls = last < first
+            change = f"loss {first:.2f} → {last:.2g}"
             verdicts[setup.name] = f"OK, {change}" if falls else f"the loss does not fall: {change}"
     return verdicts

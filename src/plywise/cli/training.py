@@ -106,6 +106,9 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
     if record is not None and record.starts:
         cut = ",".join(map(str, record.starts))
         lines.append(f"{plan.model} is cut at units {cut}; --split {cut} cuts it there again.")
+    without = [f"component {one.index}" for one in session.engine.learner.trainers if one.rule is None]
+    if plan.rule and without:
+        lines.append(f"Without {plan.rule}, which finds nothing to do there: {', '.join(without)}.")
     lines += more
     if session.began:
         lines.append(f"Goes on from the checkpoint of step {session.began} in {plan.out}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,7 @@ class Arrays:
 
     def fingerprint(self) -> str:
         """A digest of every value: other data have another one."""
-        digest = hashlib.blake2b(digest_size=16)
-        for split in (self.train, self.test):
-            for tensor in () if split is None else (split.x, split.y):
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-                digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
-        return digest.hexdigest()
+        return digest_of(split for split in (self.train, self.test) if split is not None)
 
 
 def load_arrays(address: str) -> Arrays:
@@ -81,6 +77,16 @@ def load_arrays(address: str) -> Arrays:
             f"{tuple(test.x.shape[1:])}."
         )
     return Arrays(train, test, max(int(train.y.max()), int(test.y.max())) + 1)
+
+
+def digest_of(splits: Iterable[Split]) -> str:
+    """A digest of every value of some sets."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        for tensor in (split.x, split.y):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def _from_file(path: Path) -> tuple[Any, ...]:

@@ -30,8 +30,8 @@ class Interlocking(Learner):
     Do not use when: backpropagation fits: it follows the true loss everywhere, for no more work. The blocks
         run in one process.
     Cost: a head for each block; one backward through all blocks, and for each loss but the last ones
-        n - 1 blocks backward to their inputs only: (K - n)(n - 1) in all, half a block's backward each, with
-        a rule, whose move is made every time, a whole one. The activations of n blocks at a time.
+        n - 1 blocks backward to their inputs only: (K - n)(n - 1) in all, half a block's backward each. The
+        activations of n blocks at a time.
     Source: Gomez, Key, Perlin, Gou, Frosst, Dean, Gal, "Interlocking Backpropagation: Improving depthwise
         model-parallelism", JMLR 23, 2022, arXiv 2010.04116.
     Limits: the paper's blocks run side by side on their own accelerators, with the backward of one batch

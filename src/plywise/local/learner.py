@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plywise.errors import PlywiseError, StateError
+from plywise.errors import AttachError, PlywiseError, StateError
+from plywise.explain import Explanation
 from plywise.local.blocks import evaluating
 from plywise.local.component import Component, Signal
 from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeScheduler
@@ -40,6 +41,10 @@ class Learner(ABC):
         rule: makes a rule to act inside each component. Default none: plain gradients.
         callbacks: called with a `Report` after each step.
         seed: of the components' random numbers (dropout, noise). Default 0.
+
+    Raises:
+        AttachError: no component has a layer that the rule handles. One without such a layer, among others,
+            follows its plain gradients (`explain`).
     """
 
     def __init__(
@@ -58,6 +63,28 @@ class Learner(ABC):
             LocalTrainer(component, index, optimizer, scheduler, rule, seed)
             for index, component in enumerate(components)
         ]
+        if rule is not None:
+            self._check_rule()
+
+    def _check_rule(self) -> None:
+        """Raise AttachError if the rule is at work in no component that an optimizer steps."""
+        stepped = [trainer for trainer in self.trainers if trainer.optimizer is not None]
+        if not stepped or any(trainer.rule is not None for trainer in stepped):
+            return
+        rows = [(trainer.index, row) for trainer in stepped for row in trainer.explain().rows]
+        reasons = "; ".join(f"{row.name!r} of component {index}: {row.reason}" for index, row in rows[:6])
+        raise AttachError(
+            f"The rule finds no layer to handle in any component ({reasons}). Rules handle Linear and "
+            "Conv1d/2d/3d; teach them others with plywise.register_layer, or leave the rule out."
+        )
+
+    def explain(self, batch_size: int = 128) -> list[Explanation]:
+        """What happens to each component's layers, and why: a table for each; ``print`` them.
+
+        Args:
+            batch_size: rows assumed for layers that have not seen a batch yet (linear layers only).
+        """
+        return [trainer.explain(batch_size) for trainer in self.trainers]
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Train every component on a batch.

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from plywise.attachment import left_to_optimizer
 from plywise.errors import StateError
+from plywise.explain import Explanation
 from plywise.guard import StepGuard
 from plywise.health import Health
 from plywise.local.component import Component, Signal
+from plywise.routing import route
 from plywise.rule import Rule
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
@@ -29,7 +33,8 @@ class LocalTrainer:
         index: its place in the chain.
         optimizer: makes its optimizer from parameter groups.
         scheduler: makes its scheduler, which steps after each step; None for a constant rate.
-        rule: makes the rule that acts inside it; None for plain gradients.
+        rule: makes the rule that acts inside it; None for plain gradients. A component without a layer that
+            the rule handles follows its plain gradients, too: `explain` says why.
         seed: of its random numbers (dropout, noise). They depend on the seed, the component and the step
             alone: the same in one process or many, and after a resume.
     """
@@ -47,7 +52,10 @@ class LocalTrainer:
         self.module: nn.Module = component
         """What runs the component: itself, or a wrapper that averages gradients over replicas."""
         self.index = index
-        self.health = Health()
+        self.rule: Rule | None = None
+        """The rule at work in it; None for plain gradients."""
+        self._why_not: dict[str, str] = {}  # layers, where the rule asked for handles none
+        self._steps = Health()
         self._seed = seed
         groups = [group for group in component.parameter_groups() if group["params"]]
         self.optimizer = optimizer(groups) if groups else None  # a component may learn in closed form
@@ -58,12 +66,38 @@ class LocalTrainer:
             group["lr"] *= group.pop("rate", 1.0)
         if scheduler is not None:
             self.scheduler = scheduler(self.optimizer)
+        # before the rule's own hook: that one finds nothing to do in a step that is skipped
+        names = {id(p): f"component {index}: {name}" for name, p in component.named_parameters()}
+        StepGuard(self.optimizer, names, self._steps, "skip", lambda _: None, lambda: None)
         if rule is not None:
-            attached = rule().attach(component, self.optimizer)
-            self.health = attached.health
+            self._attach(rule())
+
+    def _attach(self, rule: Rule) -> None:
+        """Put a rule to work, if there is anything for it to do here."""
+        routes = [one for _, one in route(self.component, None, None, alone=rule.remembers)]
+        if any(one.kind for one in routes):
+            self.rule = rule.attach(self.component, self.optimizer, on_nonfinite="propagate")
         else:
-            names = {id(p): f"component {index}: {name}" for name, p in component.named_parameters()}
-            StepGuard(self.optimizer, names, self.health, "skip", lambda _: None, lambda: None)
+            self._why_not = {one.name: one.reason for one in routes}
+
+    @property
+    def health(self) -> Health:
+        """Counts of skipped steps and of the rule's fallbacks, so far."""
+        return self._steps if self.rule is None else Health(self._steps.counts + self.rule.health.counts)
+
+    def explain(self, batch_size: int = 128) -> Explanation:
+        """One row for each layer: what happens to it, and why (see `plywise.rule.Rule.explain`)."""
+        if self.rule is not None:
+            table = self.rule.explain(batch_size)
+        else:
+            otherwise = "it learns in closed form" if self.optimizer is None else "no rule is asked for"
+            rows = [
+                left_to_optimizer(module, name, self._why_not.get(name, otherwise), {})
+                for name, module in self.component.named_modules()
+                if any(p is not None for p in module._parameters.values())
+            ]
+            table = Explanation(f"plain gradients on {type(self.component).__name__}", rows)
+        return replace(table, title=f"component {self.index}: {table.title}")
 
     def learn(
         self, signal: Signal, step: int, emit: Callable[[Signal], None] = lambda _: None

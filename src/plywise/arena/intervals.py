@@ -1,0 +1,221 @@
+"""How sure a figure is: intervals by resampling seeds, where a miss is infinity and stays one.
+
+The stratified bootstrap: the seeds of each method on each workload are drawn again, with replacement and
+among themselves, the figure is computed anew, a thousand times over; the interval holds the middle 95 %
+of what came out. Infinite times need no exception: medians and ordered values know what to do with them.
+
+A median of few seeds cannot be surer than the range of the seeds, see `surest`: the report says so beside
+every interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Draws = NDArray[np.float64]
+"""One figure, computed anew for each resample: (draws,)."""
+
+COUNT = 1000
+"""Resamples."""
+
+LEVEL = 0.95
+"""Share of the resamples that an interval holds."""
+
+
+class Interval(NamedTuple):
+    """A figure between its limits.
+
+    Attributes:
+        low: the lower limit.
+        value: the figure of the data as they are.
+        high: the upper limit.
+        mark: ≥ or ≤ where a miss is in the value, which is then a bound and no estimate; ? where misses pull
+            both ways; empty elsewhere.
+    """
+
+    low: float
+    value: float
+    high: float
+    mark: str = ""
+
+    def apart(self, noise: float = 1.0) -> bool:
+        """Whether a ratio differs from 1 for all we know.
+
+        The interval must leave 1 out, and the value must be further from 1 than ``noise``, the furthest that
+        the interval of a null control reaches.
+
+        Example:
+            >>> Interval(1.2, 1.5, 1.9).apart(), Interval(1.2, 1.5, 1.9).apart(1.6)
+            (True, False)
+            >>> Interval(0.9, 1.5, 1.9).apart()
+            False
+        """
+        sided = self.high < 1 or self.low > 1
+        return sided and self.mark != "?" and not 1 / noise <= self.value <= noise
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The median time of one method on one workload, as measured and as resampled.
+
+    Attributes:
+        value: the median; infinity where half of the runs missed.
+        draws: the median of each resample.
+        budget: the time that the whole run takes: a miss took more than that, and nobody knows how much more.
+    """
+
+    value: float
+    draws: Draws
+    budget: float
+
+
+def surest(seeds: int) -> float:
+    """With which probability the range of ``seeds`` independent values holds the true median.
+
+    Each value is as likely above it as below: all on one side has the probability 2^(1-seeds).
+
+    Example:
+        >>> surest(3), surest(5)
+        (0.75, 0.9375)
+    """
+    return 1 - 2.0 ** (1 - seeds)
+
+
+def medians(values: Sequence[float], generator: np.random.Generator, count: int = COUNT) -> Draws:
+    """Medians of resamples of some values, infinite ones among them.
+
+    Args:
+        values: one or more numbers; infinity is allowed, NaN is not.
+        generator: where the randomness comes from.
+        count: how many resamples.
+
+    Returns:
+        ``count`` medians. The median of an even number of values is the mean of the middle two.
+
+    Example:
+        >>> sorted(set(medians([1, 2, float("inf")], np.random.default_rng(0)).tolist()))
+        [1.0, 2.0, inf]
+    """
+    data = np.asarray(values, dtype=np.float64)
+    drawn = np.sort(data[generator.integers(len(data), size=(count, len(data)))], axis=1)
+    upper, lower = drawn[:, len(data) // 2], drawn[:, (len(data) - 1) // 2]
+    return np.where(upper == lower, upper, lower / 2 + upper / 2)
+
+
+def limits(draws: Draws, level: float = LEVEL) -> tuple[float, float]:
+    """What lies around the middle ``level`` of the draws, as two of the draws themselves.
+
+    Nothing is interpolated, since there is nothing between a number and infinity.
+
+    Example:
+        >>> limits(np.array([1.0, 2.0, 3.0, np.inf]), 0.5)
+        (1.0, 3.0)
+    """
+    ordered = np.sort(draws)
+    tail = (1 - level) / 2
+    low = max(math.ceil(tail * len(ordered) - 1e-9) - 1, 0)
+    high = max(math.ceil((1 - tail) * len(ordered) - 1e-9) - 1, 0)
+    return float(ordered[low]), float(ordered[high])
+
+
+def median_interval(values: Sequence[float], generator: np.random.Generator) -> Interval:
+    """The median of some values between its limits.
+
+    Example:
+        >>> median_interval([3.0], np.random.default_rng(0))
+        Interval(low=3.0, value=3.0, high=3.0, mark='')
+    """
+    low, high = limits(medians(values, generator))
+    return Interval(low, _median(values), high)
+
+
+def timed(values: Sequence[float], budget: float, generator: np.random.Generator) -> Timed:
+    """Times to a target, resampled.
+
+    Args:
+        values: time of each seed, infinity where it missed.
+        budget: the time that a whole run takes.
+        generator: where the randomness comes from.
+    """
+    return Timed(_median(values), medians(values, generator), budget)
+
+
+def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
+    """The quotient of two median times, of which either may be a miss.
+
+    A miss took longer than the whole run, and nobody knows how much longer. So a missed numerator gives a
+    lower bound (marked ≥), a missed denominator an upper one (≤), with the run's whole budget in the miss's
+    place. The limits count a miss as its budget where that is the lesser quotient, and as infinity where it
+    is the greater one, so that the interval never claims more than is known.
+
+    Returns:
+        The interval; None if both missed, which leaves nothing to compare.
+    """
+    missed = math.isinf(mine.value), math.isinf(other.value)
+    if all(missed):
+        return None
+    low, _ = limits(lower_ratio(mine, other))
+    _, high = limits(upper_ratio(mine, other))
+    if missed[0]:
+        return Interval(low, _quotient(mine.budget, other.value), high, "≥")
+    if missed[1]:
+        return Interval(low, _quotient(mine.value, other.budget), high, "≤")
+    return Interval(low, _quotient(mine.value, other.value), high)
+
+
+def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
+    """The geometric mean of quotients over workloads; misses enter as in `ratio_interval`.
+
+    Pairs where both missed say nothing and are left out: whoever shows the figure says how many those are.
+
+    Returns:
+        The interval, marked ≥ or ≤ where a miss is in it, and ? where misses of both kinds are; None
+        without a pair to compare.
+    """
+    single = [(pair, ratio) for pair in pairs if (ratio := ratio_interval(*pair)) is not None]
+    if not single:
+        return None
+    value = _geometric_mean(np.array([[ratio.value] for _, ratio in single]), 0.0)[0]
+    low, _ = limits(_geometric_mean(np.stack([lower_ratio(*pair) for pair, _ in single]), 0.0))
+    _, high = limits(_geometric_mean(np.stack([upper_ratio(*pair) for pair, _ in single]), math.inf))
+    marks = {ratio.mark for _, ratio in single} - {""}
+    return Interval(low, float(value), high, "".join(marks) if len(marks) < 2 else "?")
+
+
+def lower_ratio(mine: Timed, other: Timed) -> Draws:
+    """Resampled quotients, every miss counted to the numerator's advantage."""
+    return _quotients(np.where(np.isinf(mine.draws), mine.budget, mine.draws), other.draws)
+
+
+def upper_ratio(mine: Timed, other: Timed) -> Draws:
+    """Resampled quotients, every miss counted to the numerator's disadvantage."""
+    return _quotients(mine.draws, np.where(np.isinf(other.draws), other.budget, other.draws))
+
+
+def _quotients(above: Draws, below: Draws) -> Draws:
+    """Quotients of times: x/inf is 0, inf/x is inf; 0/0, two runs that were there at once, is 1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(above == below, 1.0, above / below)
+
+
+def _quotient(above: float, below: float) -> float:
+    return float(_quotients(np.array([above]), np.array([below]))[0])
+
+
+def _geometric_mean(ratios: NDArray[np.float64], unknown: float) -> Draws:
+    """Geometric means down the columns; ``unknown`` where both 0 and infinity are in a column."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = np.exp(np.log(ratios).mean(axis=0))
+    return np.where(np.isnan(means), unknown, means)
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    upper, lower = ordered[len(ordered) // 2], ordered[(len(ordered) - 1) // 2]
+    return upper if upper == lower else lower / 2 + upper / 2

@@ -1,0 +1,177 @@
+"""One trial of a bench, in words that travel to another process, and what comes of it there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plywise.arena.ledger import FINAL, Key
+from plywise.arena.method import Setting
+from plywise.arena.methods import find_method
+from plywise.arena.trial import Record, run_trial
+from plywise.arena.workload import Data, Workload
+from plywise.arena.workloads import find_workload
+from plywise.arena.workloads.own import own_workload
+
+EVALUATIONS = 25
+"""Measurements in a run, besides the one before its first step."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A workload as it was asked for.
+
+    Attributes:
+        name: of a shipped workload, or what the user's own is called.
+        model: ``module:function`` of the user's model; empty for a shipped workload.
+        data: where the user's data are.
+        loss: ``module:function`` of the user's loss, or empty.
+        metric: ``module:function`` of the user's metric, or empty.
+        batch_size: samples a batch; None: the workload's.
+        steps: steps of a run; None: the workload's.
+        blocks: blocks for local learners; None: the workload's.
+    """
+
+    name: str
+    model: str = ""
+    data: str = ""
+    loss: str = ""
+    metric: str = ""
+    batch_size: int | None = None
+    steps: int | None = None
+    blocks: int | None = None
+
+    def workload(self) -> Workload:
+        """The workload, as the entry wants it."""
+        if self.model:
+            return self.applied(self._own(self.data, self.blocks))
+        return self.applied(find_workload(self.name))
+
+    def again(self, data: Data) -> Workload:
+        """The workload once more, in another process: the data are not read again, nor the network cut."""
+        if self.model:
+            return self.applied(self._own(data, 0))
+        return self.applied(find_workload(self.name))
+
+    def _own(self, data: str | Data, blocks: int | None) -> Workload:
+        return own_workload(self.name, self.model, data, loss=self.loss, metric=self.metric, blocks=blocks)
+
+    def settled(self, workload: Workload) -> Entry:
+        """The entry with nothing left to be found out."""
+        if not self.model:
+            return self
+        known = {name: getattr(workload, name) for name in ("batch_size", "steps", "blocks")}
+        return replace(self, **known)
+
+    def applied(self, workload: Workload) -> Workload:
+        """A workload with the entry's settings; its target is one of its own length and batch size."""
+        wanted = {"batch_size": self.batch_size, "steps": self.steps, "blocks": self.blocks}
+        changed: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
+        kept = all(getattr(workload, key) == value for key, value in changed.items())
+        return workload if kept else replace(workload, **changed, target=None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial to run.
+
+    Attributes:
+        key: which one it is.
+        entry: the workload.
+        numbers: the method's tuned numbers.
+        data: file that `Data.save` wrote.
+        device: where it runs.
+    """
+
+    key: Key
+    entry: Entry
+    numbers: dict[str, float]
+    data: str
+    device: str = "cpu"
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Run a trial; the line for the ledger, failures included."""
+    _reset_peak(job.device)
+    before = _memory(job.device)
+    method = find_method(job.key.method)
+    try:
+        data = Data.load(Path(job.data))
+        workload = job.entry.again(data)
+        data = on(job.device, data)
+        record = run_trial(
+            lambda: method.make(setting(workload, data, job)),
+            data,
+            workload.task,
+            seed=job.key.seed,
+            steps=workload.steps,
+            batch_size=workload.batch_size,
+            measure_every=max(1, workload.steps // EVALUATIONS),
+            test=job.key.purpose == FINAL,
+        )
+    except Exception as error:
+        record = Record(job.key.seed, failure=f"{type(error).__name__} before the first step: {error}")
+    after = _memory(job.device)
+    grown = None if before is None or after is None else round(max(0.0, after - before), 1)
+    return line(job, method.gradients, record, grown)
+
+
+def setting(workload: Workload, data: Data, job: Job) -> Setting:
+    """What the method gets; called with the seed set, so that the weights depend on it alone."""
+    return Setting(
+        model=workload.make_model().to(job.device),
+        task=workload.task,
+        numbers=job.numbers,
+        steps=workload.steps,
+        example=data.train.x[: min(workload.batch_size, 32)],
+        blocks=workload.blocks,
+        classes=workload.classes,
+    )
+
+
+def line(job: Job, gradients: float, record: Record, peak: float | None = None) -> dict[str, Any]:
+    """A trial as the ledger keeps it."""
+    outcome = {key: rounded(value) for key, value in record.as_dict().items()}
+    finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    more = {"numbers": job.numbers, "gradients": gradients, "peak_mib": peak, "finished": finished}
+    return {**job.key._asdict(), **outcome, **more}
+
+
+def failed(job: Job, why: str) -> dict[str, Any]:
+    """The line of a trial whose process did not live to tell."""
+    return line(job, find_method(job.key.method).gradients, Record(job.key.seed, failure=why))
+
+
+def rounded(value: Any) -> Any:
+    """Six significant digits are enough of everything measured."""
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def on(device: str, data: Data) -> Data:
+    """The data on a device."""
+    if device == "cpu":
+        return data
+    moved = {name: type(split)(split.x.to(device), split.y.to(device)) for name, split in vars(data).items()}
+    return Data(**moved)
+
+
+def _reset_peak(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _memory(device: str) -> float | None:
+    """The most memory this process has had so far, MiB: of the accelerator, or of Linux's own account."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    peak = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+    return int(peak.split()[1]) / 2**10

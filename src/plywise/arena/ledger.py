@@ -1,0 +1,93 @@
+"""Where trials are kept: one JSON line each, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plywise.errors import PlywiseError
+
+TUNING, FINAL = "tuning", "final"
+DEFAULTS, TUNED = "defaults", "tuned"
+
+
+class Key(NamedTuple):
+    """Which trial it is: a bench holds each once."""
+
+    workload: str
+    method: str
+    purpose: str  # TUNING or FINAL
+    track: str  # DEFAULTS or TUNED
+    trial: int  # number of the point in the search space, -1 for the defaults
+    seed: int
+
+
+def key_of(line: dict[str, Any]) -> Key:
+    """The key of a line."""
+    return Key(*(line[name] for name in Key._fields))
+
+
+class Ledger:
+    """The trials of a bench, appended to a file as they end.
+
+    A line that a crash cut off is taken away when the file is opened. What could not be written, on a full
+    disk, leaves the lines before as they were.
+
+    Args:
+        path: the file; made where missing.
+
+    Raises:
+        PlywiseError: a line before the last is no JSON: somebody else has written there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        whole = path.read_bytes()
+        kept = whole.rfind(b"\n") + 1
+        if kept < len(whole):
+            os.truncate(path, kept)
+        self.lines: dict[Key, dict[str, Any]] = {key_of(line): line for line in read(path)}
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a trial.
+
+        Raises:
+            PlywiseError: it could not be written; the file is as it was before.
+        """
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+        before = self.path.stat().st_size
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            os.truncate(self.path, before)
+            raise PlywiseError(
+                f"A trial could not be written to {self.path}: {error.strerror}. The {len(self.lines)} "
+                "trials before are kept; make room, and go on with --resume."
+            ) from error
+        self.lines[key_of(line)] = line
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.lines
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The trials of a file.
+
+    Raises:
+        PlywiseError: a line is no trial.
+    """
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            key_of(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlywiseError(f"Line {number} of {path} is no trial of a bench ({error!r}).") from error
+        yield line

@@ -1,0 +1,184 @@
+"""What competes in the arena: a way to train a model, and the numbers that may be tuned."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from plywise.arena.space import MOST_TUNED, Range, Space
+from plywise.arena.task import Task, predictor
+from plywise.errors import PlywiseError
+from plywise.rule import Rule
+
+Numbers = Mapping[str, float]
+"""The tuned numbers of a trial, by name."""
+
+
+class Trainer(Protocol):
+    """A method at work on one model.
+
+    Attributes:
+        plain: whether `predict` gives what the task's loss takes: scores of local learners need not be
+            logits.
+    """
+
+    plain: bool
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Train on a batch; its loss before the step, in the method's own terms."""
+        ...
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The network's outputs in eval mode, a row a sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method gets to start from.
+
+    Attributes:
+        model: the model with its initial weights.
+        task: loss and metric.
+        numbers: the tuned numbers.
+        steps: steps of the whole run, for schedules.
+        example: a few training inputs, to cut the model by.
+        blocks: how many blocks local learners cut the model into.
+        classes: number of classes, for local learners.
+    """
+
+    model: nn.Module
+    task: Task
+    numbers: Numbers
+    steps: int
+    example: Tensor
+    blocks: int = 0
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """A competitor.
+
+    Attributes:
+        name: its name on the command line and in reports.
+        about: one line.
+        space: the numbers that may be tuned, at most three, the same for every workload.
+        make: begins to train a model.
+        baseline: whether targets are taken from it: an established method, not one of ours.
+        gradients: forward and backward passes that a step takes.
+        local: whether it needs a model that can be cut into blocks.
+        null: the method that this one is under another name and with other seeds: a null control.
+    """
+
+    name: str
+    about: str
+    space: Space
+    make: Callable[[Setting], Trainer]
+    baseline: bool = False
+    gradients: float = 1.0
+    local: bool = False
+    null: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.space) > MOST_TUNED:
+            raise PlywiseError(
+                f"Method {self.name} tunes {', '.join(self.space)}: {MOST_TUNED} numbers at most, so that "
+                "equal numbers of trials are equal chances."
+            )
+
+
+@dataclass
+class EndToEnd:
+    """Ordinary training: one loss, backward, step; perhaps with a rule attached."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    loss: Callable[[Tensor, Tensor], Tensor]
+    scheduler: LRScheduler | None = None
+    plain: bool = field(default=True, init=False)
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Train on a batch; its loss before the step."""
+        self.optimizer.zero_grad()
+        loss = self.loss(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return loss.item()
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The network's outputs in eval mode."""
+        return predictor(self.model)(x)
+
+
+def end_to_end(setting: Setting, optimizer: Optimizer, rule: Rule | None = None) -> EndToEnd:
+    """Train with an optimizer, its rate on a cosine to zero, and perhaps a rule."""
+    trainer = with_rule(setting.model, optimizer, rule, setting.task.loss)
+    trainer.scheduler = cosine(setting.steps)(optimizer)
+    return trainer
+
+
+def with_rule(
+    model: nn.Module, optimizer: Optimizer, rule: Rule | None, loss: Callable[[Tensor, Tensor], Tensor]
+) -> EndToEnd:
+    """Train with an optimizer at its rate, and perhaps a rule, of which a copy is attached."""
+    if rule is not None:
+        # "raise" and not "skip": plain training has no such net, and a comparison must not give one to some
+        copy.copy(rule).attach(model, optimizer, on_nonfinite="raise")
+    return EndToEnd(model, optimizer, loss)
+
+
+def cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
+    """Makes the schedule that every method gets: half a cosine from the rate to zero."""
+    return lambda optimizer: LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+    )
+
+
+def of_optimizer(name: str, about: str, optimizer: type[Optimizer], space: Space, **more: Any) -> Method:
+    """A `torch.optim.Optimizer` class as a method; its tuned numbers are its keyword arguments.
+
+    Example:
+        >>> of_optimizer("rprop", "", torch.optim.Rprop, {"lr": Range(1e-4, 1e-1, 1e-2)}).space["lr"].default
+        0.01
+    """
+    fixed = more.pop("fixed", {})
+
+    def make(setting: Setting) -> Trainer:
+        parameters: Iterable[nn.Parameter] = [p for p in setting.model.parameters() if p.requires_grad]
+        return end_to_end(setting, optimizer(parameters, **setting.numbers, **fixed))  # type: ignore[arg-type]
+
+    return Method(name, about, space, make, **more)
+
+
+RATE = Range(1e-4, 1.0, 1e-3)
+"""Where the rate of an optimizer is looked for that says nothing about it."""
+
+
+def of_class(address: str, thing: Any) -> Method:
+    """A method of what a user points at: a `Method`, or an optimizer's class.
+
+    An optimizer may say ``search_space = {"lr": Range(...)}``; without, its rate is looked for between
+    1e-4 and 1.
+
+    Raises:
+        PlywiseError: it is neither.
+    """
+    if isinstance(thing, Method):
+        return replace(thing, name=address)  # other processes find it by its address
+    if isinstance(thing, type) and issubclass(thing, Optimizer):
+        space = getattr(thing, "search_space", {"lr": RATE})
+        return of_optimizer(address, (thing.__doc__ or thing.__name__).strip().split("\n")[0], thing, space)
+    raise PlywiseError(
+        f"{address} is of type {type(thing).__name__}: a method is a plywise.arena Method or a subclass of "
+        "torch.optim.Optimizer."
+    )

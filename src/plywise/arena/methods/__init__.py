@@ -1,0 +1,126 @@
+"""The arena's methods by name. Listing names costs no import of torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from plywise.catalogue import suggestion
+from plywise.errors import PlywiseError
+
+if TYPE_CHECKING:
+    from plywise.arena.method import Method
+
+PEERS = ("sgd", "adamw", "muon", "soap", "shampoo")
+"""Established optimizers; targets are taken from these, and rules compose with them."""
+
+NULL_CONTROL = "sgd-again"
+"""The first peer a second time: what differs between these two is noise."""
+
+RULE_OF = {
+    "backprop": "Backprop",
+    "proxprop": "ProxProp",
+    "back-matching": "BackMatching",
+    "nlms": "NLMS",
+    "consequentialism": "Consequentialism",
+    "rls": "RLS",
+    "feature-whitening": "FeatureWhitening",
+    "adabk": "AdaBK",
+    "kfac": "KFAC",
+    "foof": "Foof",
+    "precondition": "Precondition",
+    "gradient-amplification": "GradientAmplification",
+}
+"""The rule of each method that is one, on SGD with Nesterov momentum."""
+
+LEARNER_OF = {
+    "associated-learning": "AssociatedLearning",
+    "local-loss": "LocalLoss",
+    "interlocking": "Interlocking",
+    "cascaded-forward": "CascadedForward",
+    "local-forward-gradient": "LocalForwardGradient",
+    "activation-relaxation": "ActivationRelaxation",
+}
+"""The local learner of each method that is one."""
+
+ON_ADAMW = ("foof+adamw", "feature-whitening+adamw", "adabk+adamw")
+"""Rules that do better on AdamW than on SGD in our benchmarks."""
+
+METHODS = (*PEERS, NULL_CONTROL, *RULE_OF, *ON_ADAMW, *LEARNER_OF)
+"""Names of the methods that are ready; any ``rule+optimizer`` or ``learner+rule`` is one more."""
+
+_ALIASES = {"whitening": "feature-whitening", "cwu": "consequentialism", "cafo": "cascaded-forward"}
+_KNOWN = {name.replace("-", ""): name for name in (*PEERS, NULL_CONTROL, *RULE_OF, *LEARNER_OF)}
+_KNOWN |= _ALIASES
+
+
+def find_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Letters' case and hyphens do not matter. A name is one of
+
+    - ``METHODS``, or ``whitening``, ``cwu``, ``cafo``;
+    - ``rule+optimizer``: a rule, and a peer or the address of an optimizer's class;
+    - ``learner+rule``: a local learner, and the rule that acts inside its components;
+    - ``module:name``: the address of a `torch.optim.Optimizer` class or of a `Method`.
+
+    Raises:
+        PlywiseError: there is none; the message suggests the nearest.
+
+    Example:
+        >>> find_method("ProxProp").name, find_method("proxprop+adamw").name
+        ('proxprop', 'proxprop+adamw')
+        >>> find_method("torch.optim:RAdam").space["lr"].default
+        0.001
+    """
+    first, plus, second = name.partition("+")
+    if plus:
+        return _composed(name, first, second)
+    if ":" in name:
+        from plywise.addresses import load
+        from plywise.arena.method import of_class
+
+        return of_class(name, load(name, "your method"))
+    found = _canonical(name)
+    if found in RULE_OF:
+        return _composed(name, name, PEERS[0])
+    if found in LEARNER_OF:
+        from plywise.arena.methods.learners import of_learner
+
+        return of_learner(found)
+    if found:
+        from plywise.arena.methods.peers import of_peer
+
+        return of_peer(found)
+    choices = (*METHODS, *_ALIASES)
+    raise PlywiseError(
+        f"No method is called {name!r}. {suggestion(name, choices)}There are: {', '.join(METHODS)}; any "
+        "rule+optimizer or learner+rule; and module:name of an optimizer's class or a Method of your own."
+    )
+
+
+def _composed(name: str, first: str, second: str) -> Method:
+    """A rule on an optimizer, or inside a learner."""
+    one, other = _canonical(first), _canonical(second)
+    if one in LEARNER_OF:
+        _require(other in RULE_OF, name, second, "rule", tuple(RULE_OF), "local-loss+foof")
+        from plywise.arena.methods.learners import of_learner
+
+        return of_learner(one, other)
+    both = (*RULE_OF, *LEARNER_OF)
+    _require(one in RULE_OF, name, first, "rule or learner", both, "proxprop+adamw or local-loss+foof")
+    known = other in PEERS or ":" in second
+    _require(known, name, second, "optimizer", PEERS, f"{first}+adamw or {first}+torch.optim:RAdam")
+    from plywise.arena.methods.rules import of_rule
+
+    return of_rule(one, other or second)
+
+
+def _require(right: bool, name: str, part: str, what: str, choices: tuple[str, ...], example: str) -> None:
+    if not right:
+        hint = f"{suggestion(part, choices)}There are: {', '.join(choices)}; as in {example}."
+        raise PlywiseError(f"In {name!r}, {part!r} is no {what}. {hint}")
+
+
+def _canonical(name: str) -> str:
+    """The name as listed, or "" if there is none."""
+    return _KNOWN.get(name.strip().lower().replace("-", "").replace("_", ""), "")

@@ -1,0 +1,217 @@
+"""plywise's local learners as methods."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, islice, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.utils.flop_counter import FlopCounterMode
+
+from plywise.arena.method import Method, Setting, cosine
+from plywise.arena.methods import LEARNER_OF, RULE_OF
+from plywise.arena.methods.rules import TUNED
+from plywise.arena.space import MOST_TUNED, Range, Space
+from plywise.catalogue import find_rule
+from plywise.errors import NonFiniteError, PlywiseError
+from plywise.health import SKIPPED
+from plywise.local.associated_learning import pooled_bridge
+from plywise.local.blocks import Blocks, evaluating
+from plywise.local.catalogue import READERS, find_learner
+from plywise.local.chain import assemble, join
+from plywise.local.learner import Learner
+from plywise.local.linear_heads import RidgeHead
+from plywise.local.split import balance, split
+from plywise.local.units import units_of
+from plywise.rule import Rule
+
+RATE: Space = {"lr": Range(1e-4, 1e-1, 3e-3)}
+"""Adam's."""
+
+RELAXATION = {"rate": 0.5, "iterations": 30}
+"""Activations are then within 1 % of backpropagation's gradients in four blocks."""
+
+MOST_FEATURES = 2048
+"""Positions are averaged where a block hands on more: a ridge head's cost is their square."""
+
+
+@dataclass
+class Local:
+    """A local learner in the arena.
+
+    Attributes:
+        learner: the learner.
+        plain: whether its predictions are what the task's loss takes.
+    """
+
+    learner: Learner
+    plain: bool
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Train on a batch; the mean of the components' losses before the step.
+
+        Raises:
+            NonFiniteError: a component was given a gradient that is not finite. Its optimizer did not step,
+                but end-to-end training has no such net.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The gradient of", RuntimeWarning)  # raised just below
+            losses = self.learner.step(x, y)
+        if any(trainer.health.total(SKIPPED) for trainer in self.learner.trainers):
+            raise NonFiniteError("A component's gradient is not finite.")
+        return losses.mean().item()
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The network's outputs in eval mode."""
+        return self.learner.predict(x)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a learner competes.
+
+    Attributes:
+        gradients: forward and backward passes that a step takes, where a forward costs a third: one product
+            of three. Heads, bridges and codes are not counted.
+        space: the numbers that may be tuned.
+        settings: the learner's arguments, from the tuned numbers.
+        loss: whether it takes the task's loss.
+    """
+
+    gradients: float
+    space: Space = field(default_factory=lambda: RATE)
+    settings: Callable[[Setting], dict[str, Any]] = lambda _: {}
+    loss: bool = False
+
+
+def _codes(setting: Setting) -> dict[str, Any]:
+    return {"code": round(setting.numbers["code"]), "bridge": pooled_bridge}
+
+
+def _ridge(setting: Setting) -> dict[str, Any]:
+    ridge = setting.numbers["ridge"]
+
+    def head(shape: torch.Size, classes: int) -> RidgeHead:
+        most = MOST_FEATURES if len(shape) > 1 else max(MOST_FEATURES, shape.numel())
+        return RidgeHead(shape, classes, ridge=ridge, max_features=most)
+
+    return {"head": head}
+
+
+ENTRIES = {
+    "AssociatedLearning": Entry(1.0, {"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
+    "LocalLoss": Entry(1.0, loss=True),
+    # with two blocks to a loss: half a backward, a third, for all blocks but two, once more
+    "Interlocking": Entry(4 / 3, loss=True),
+    # no backward; one forward (with batch norm two)
+    "CascadedForward": Entry(1 / 3, {"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
+    # a forward with dual numbers is two, and the weights' gradients are one
+    "LocalForwardGradient": Entry(1.0),
+    # a forward, the backward to the inputs in every iteration, and the weights' gradients
+    "ActivationRelaxation": Entry(
+        (2 + RELAXATION["iterations"]) / 3, settings=lambda _: RELAXATION, loss=True
+    ),
+}
+"""By the learners' names."""
+
+
+def of_learner(name: str, rule: str | None = None) -> Method:
+    """A local learner as a method: Adam for every component, its rate on the cosine that all methods get.
+
+    The learner's blocks are the model's, cut into pieces of about equal work. Random numbers follow from the
+    trial's seed.
+
+    Args:
+        name: a key of ``LEARNER_OF``.
+        rule: a key of ``RULE_OF``: the rule that acts inside every component. None for plain gradients.
+
+    Raises:
+        PlywiseError: a rule is asked for, and the learner has no gradients for it.
+
+    Example:
+        >>> of_learner("cascaded-forward").space
+        {'ridge': Range(low=1e-05, high=1.0, default=0.01, log=True)}
+        >>> list(of_learner("local-loss", "foof").space)
+        ['lr', 'damping']
+    """
+    learner = find_learner(LEARNER_OF[name])
+    entry = ENTRIES[learner.__name__]
+    about = f"{(learner.__doc__ or '').split('.')[0]}, on Adam."
+    if rule is not None:
+        if "lr" not in entry.space:
+            raise PlywiseError(f"Method {name} learns in closed form: there is no gradient for {rule}.")
+        about = f"{about[:-1]} with {RULE_OF[rule]} inside."
+        name, entry = f"{name}+{rule}", _with_rule(entry, find_rule(RULE_OF[rule]))
+    make = partial(begin, name, learner, entry)
+    return Method(name, about, entry.space, make, gradients=entry.gradients, local=True)
+
+
+def _with_rule(entry: Entry, rule: type[Rule]) -> Entry:
+    tuned = TUNED[rule.__name__]
+
+    def settings(setting: Setting) -> dict[str, Any]:
+        own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
+        return {**entry.settings(setting), "rule": lambda: rule(**tuned.fixed, **own)}
+
+    space = dict(islice(chain(entry.space.items(), tuned.numbers.items()), MOST_TUNED))
+    return replace(entry, space=space, settings=settings)
+
+
+def begin(name: str, learner: Callable[..., Learner], entry: Entry, setting: Setting) -> Local:
+    """A learner at work on a model.
+
+    Raises:
+        PlywiseError: the workload's model is not to be cut, or it has no classes and the learner needs them.
+        BlockError: the model does not come apart.
+    """
+    if setting.blocks == 0:
+        raise PlywiseError(
+            f"Method {name} trains a model block by block, and this workload says that its model is not to "
+            "be cut (blocks=0)."
+        )
+    settings = entry.settings(setting)
+    if "num_classes" in inspect.signature(learner).parameters:
+        if setting.classes == 0:
+            raise PlywiseError(
+                f"Method {name} has every block learn to tell classes apart, and this workload has none "
+                "(classes=0)."
+            )
+        settings = {"num_classes": setting.classes, **settings}
+    if entry.loss:
+        settings = {"loss": setting.task.loss, **settings}
+    made = learner(
+        cut(setting.model, setting.blocks, setting.example),
+        optimizer=lambda groups: Adam(groups, lr=setting.numbers["lr"]),
+        scheduler=cosine(setting.steps),
+        seed=int(torch.randint(2**31, ())),
+        **settings,
+    )
+    return Local(made, plain=type(made).__name__ not in READERS)
+
+
+def cut(model: nn.Module, k: int, example: Tensor) -> Blocks:
+    """As `plywise.split`, but by counted work in place of measured time: the same cuts every time.
+
+    Raises:
+        BlockError: see `plywise.split`.
+    """
+    Blocks([model], example.clone())  # materialises lazy layers
+    units = units_of(model, example)[0] if k > 1 else []
+    if len(units) < k:
+        return split(model, k, example)  # one block, or its error, which says why there are not more units
+    work, value = [], example
+    with torch.no_grad(), evaluating(model):
+        for unit in units:
+            with FlopCounterMode(display=False) as counter:
+                value = assemble(model, unit)(value.clone())
+            work.append(1 + counter.get_total_flops())
+    ranges = balance(work, k)
+    starts = [part.start for part in ranges] + [len(units)]
+    return Blocks([assemble(model, join(units[a:b])) for a, b in pairwise(starts)], example.clone())

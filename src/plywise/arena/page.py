@@ -1,0 +1,82 @@
+"""One HTML file that opens offline: it carries its styles, scripts and numbers, and runs no other script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+TEMPLATES = Path(__file__).parent / "templates"
+PALETTE_SIZE = 8  # colours --c0 … --c7 in page.css
+
+
+def fill(template: str, styles: list[str], scripts: list[str], data: Any, **context: Any) -> str:
+    """Fill a template that extends frame.html.
+
+    Args:
+        template: its name.
+        styles: names of stylesheets, after those that all pages share.
+        scripts: names of scripts, after charts.js and the charts library; run as one.
+        data: what the scripts find in ``#data``, and nobody else; anything `clean` can make JSON of.
+        context: what the template is filled with. Text is escaped everywhere it appears.
+
+    Returns:
+        The page.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    library = asset("vendor/uplot/uPlot.iife.min.js")
+    script = "\n".join(map(asset, ["charts.js", *scripts]))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    return environment.get_template(template).render(
+        palette_size=PALETTE_SIZE,
+        data=Markup(inline_json(clean(data))),
+        styles=Markup("\n".join(map(asset, ["vendor/uplot/uPlot.min.css", "page.css", *styles]))),
+        library=Markup(library),
+        library_licence=Markup(asset("vendor/uplot/LICENSE")),
+        script=Markup(script),
+        # The browser runs these two scripts and no other, whatever a name in the numbers contains.
+        script_hashes=Markup(" ".join(_csp_hash(source) for source in (library, script))),
+        **context,
+    )
+
+
+def clean(value: Any) -> Any:
+    """Replace what JSON cannot say (nan, inf) by None, all the way down."""
+    if isinstance(value, dict):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def inline_json(value: Any) -> str:
+    """Write JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def number(value: float | None, pattern: str = ".3g") -> str:
+    """A number for people; a dash where there is none."""
+    return "–" if value is None else format(value, pattern)
+
+
+def asset(name: str) -> str:
+    """The text of a file beside the templates."""
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _csp_hash(source: str) -> str:
+    digest = hashlib.sha256(source.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

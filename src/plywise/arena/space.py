@@ -1,0 +1,87 @@
+"""Search spaces, and the points in them that every method gets alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from plywise.errors import PlywiseError
+
+MOST_TUNED = 3
+"""Numbers that a method may have tuned: more would be more luck for the same budget."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a number is looked for.
+
+    Attributes:
+        low: the least value.
+        high: the greatest.
+        default: what it is without tuning.
+        log: whether its logarithm is spread evenly (rates, dampings) or the number itself.
+    """
+
+    low: float
+    high: float
+    default: float
+    log: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.low < self.high and self.low <= self.default <= self.high):
+            raise PlywiseError(f"{self} is no range: low < high, and the default between them.")
+        if self.log and self.low <= 0:
+            raise PlywiseError(f"{self} cannot be searched by its logarithm: low must be above 0.")
+
+    def at(self, share: float) -> float:
+        """The value at a share of the way, to three digits."""
+        if self.log:
+            value = self.low * (self.high / self.low) ** share
+        else:
+            value = self.low + (self.high - self.low) * share
+        return float(f"{value:.3g}")
+
+
+Space = Mapping[str, Range]
+
+
+def defaults(space: Space) -> dict[str, float]:
+    """The untuned numbers."""
+    return {name: one.default for name, one in space.items()}
+
+
+def points(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:
+    """``count`` points, quasi-random: the same shares of the ranges for every method.
+
+    A scrambled Sobol sequence fills the ranges more evenly than random draws, and its first points are a
+    design of their own, so that more trials can be added later.
+
+    Example:
+        >>> [f"{point['lr']:.3g}" for point in points({"lr": Range(0.001, 1, 0.1)}, 2)]
+        ['0.0195', '0.314']
+    """
+    if len(space) > MOST_TUNED:
+        raise PlywiseError(f"At most {MOST_TUNED} numbers may be tuned, not {', '.join(space)}.")
+    if not space:
+        return [{}] * min(count, 1)
+    engine = torch.quasirandom.SobolEngine(MOST_TUNED, scramble=True, seed=seed)
+    shares = engine.draw(count, dtype=torch.float64).tolist()
+    return [
+        {name: one.at(share) for (name, one), share in zip(space.items(), row, strict=False)}
+        for row in shares
+    ]
+
+
+def at_edge(space: Space, numbers: Mapping[str, float]) -> list[str]:
+    """Names of the numbers that lie in the outer twentieth of their range: it may be too narrow."""
+    found = []
+    for name, one in space.items():
+        value, low, high = numbers[name], one.low, one.high
+        if one.log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        if not 0.05 <= (value - low) / (high - low) <= 0.95:
+            found.append(name)
+    return found

@@ -1,0 +1,93 @@
+"""What a network is trained for: a loss to descend, and a metric to be judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise.data.digits import Split
+from plywise.errors import PlywiseError
+
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""Outputs and targets of some samples to their mean loss, a scalar."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loss and a metric, both means over samples, both better when lower.
+
+    Attributes:
+        loss: what training descends.
+        metric: what validation and test are judged by.
+        metric_name: what reports call it.
+        chance: the metric of knowing nothing, where that is known: a line in pictures.
+    """
+
+    loss: Judge
+    metric: Judge
+    metric_name: str
+    chance: float | None = None
+
+
+def error_rate(output: Tensor, y: Tensor) -> Tensor:
+    """Share of samples whose largest score is not that of their class."""
+    return (output.argmax(1) != y).float().mean()
+
+
+def token_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """Nats a token; scores (B, T, classes), tokens (B, T)."""
+    return F.cross_entropy(output.flatten(0, 1), y.flatten())
+
+
+CLASSIFICATION = Task(F.cross_entropy, error_rate, "error rate")
+REGRESSION = Task(F.mse_loss, F.mse_loss, "mean squared error")
+SEQUENCES = Task(token_cross_entropy, token_cross_entropy, "nats a token")
+
+
+def task_of(y: Tensor) -> Task:
+    """The usual task for targets: class indices, tokens, or numbers.
+
+    Raises:
+        PlywiseError: they are none of these.
+
+    Example:
+        >>> task_of(torch.tensor([0, 2, 1])).metric_name
+        'error rate'
+    """
+    if y.is_floating_point():
+        return REGRESSION
+    if y.dtype == torch.long and y.dim() in (1, 2):
+        return CLASSIFICATION if y.dim() == 1 else SEQUENCES
+    raise PlywiseError(
+        f"No loss is known for targets of {y.dtype} and shape {tuple(y.shape)}: they are class indices (N,), "
+        "tokens (N, T), both torch.long, or floating-point numbers. Name a loss and a metric of your own."
+    )
+
+
+@torch.no_grad()
+def mean(judge: Judge, predict: Callable[[Tensor], Tensor], split: Split, batch: int = 250) -> float:
+    """Mean of a loss or metric over a set, batch by batch."""
+    total = sum(
+        float(judge(predict(x), y)) * len(x)
+        for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True)
+    )
+    return total / len(split.x)
+
+
+def predictor(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A model's outputs in eval mode; its mode is as before afterwards."""
+
+    def predict(x: Tensor) -> Tensor:
+        training = model.training
+        model.eval()
+        try:
+            output: Tensor = model(x)
+        finally:
+            model.train(training)
+        return output
+
+    return predict

@@ -1,0 +1,123 @@
+"""Trials in processes of their own: what kills one harms no other."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from plywise.arena.job import Job, failed, perform
+from plywise.errors import PlywiseError
+
+PATIENCE = 600.0
+"""Seconds that a trial may take, all in all, unless told otherwise."""
+
+PRELOADED = (
+    *("plywise.arena.workers", "plywise.arena.methods.peers", "plywise.arena.methods.rules"),
+    *("plywise.arena.methods.learners", "torch._dynamo"),  # torch.optim imports it with the first optimizer
+)
+"""What the process has imported that trials are forked from."""
+
+
+class Crew(Protocol):
+    """Who runs trials."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Each job with its ledger line, in the order in which they end."""
+        ...
+
+
+class Workers:
+    """This machine's cores, a process for each trial.
+
+    A process that is killed, or takes longer than ``patience``, is an outcome of its trial. When the caller
+    stops early, the running trials are ended.
+
+    Args:
+        count: trials at once.
+        threads: torch's threads in each.
+        patience: seconds that a trial may take.
+    """
+
+    def __init__(self, count: int = 1, threads: int = 1, patience: float = PATIENCE) -> None:
+        if count < 1 or threads < 1:
+            raise PlywiseError(f"Workers and threads are at least 1, not {count} and {threads}.")
+        self.count, self.threads, self.patience = count, threads, patience
+        # forked from a process that has imported torch and has no threads: a start takes milliseconds
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(PRELOADED))
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Each job with its ledger line, in the order in which they end."""
+        queue = iter(jobs)
+        running: dict[Connection, _Worker] = {}
+        try:
+            while True:
+                while len(running) < self.count and (job := next(queue, None)) is not None:
+                    worker = _Worker(self._context, job, self.threads, self.patience)
+                    running[worker.connection] = worker
+                if not running:
+                    return
+                patience = min(worker.end for worker in running.values()) - time.monotonic()
+                ready = wait(list(running), timeout=max(0.0, patience))
+                now = time.monotonic()
+                for connection in [own for own, one in running.items() if own in ready or one.end <= now]:
+                    worker = running.pop(connection)
+                    yield worker.job, worker.outcome()
+        finally:
+            for worker in running.values():
+                worker.stop()
+
+
+class _Worker:
+    """The process of one trial."""
+
+    def __init__(self, context: Any, job: Job, threads: int, patience: float) -> None:
+        self.job, self.patience = job, patience
+        self.end = time.monotonic() + patience
+        self.connection, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_work, args=(job, threads, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def outcome(self) -> dict[str, Any]:
+        """The line that it sent, or that it did not."""
+        try:
+            if self.connection.poll():
+                line: dict[str, Any] = json.loads(self.connection.recv_bytes())
+                return line
+            return failed(self.job, f"took longer than {self.patience:g} s")
+        except (EOFError, OSError):
+            self._process.join(10)
+            return failed(self.job, f"its process was lost ({_exit(self._process.exitcode)})")
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self.connection.close()
+        self._process.kill()
+        self._process.join(10)
+
+
+def _work(job: Job, threads: int, connection: Connection) -> None:
+    """What the process of a trial does."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends this process
+    torch.set_num_threads(threads)
+    line = perform(job)
+    connection.send_bytes(json.dumps(line, allow_nan=False).encode())
+    connection.close()
+    os._exit(0)  # torch's and a user's atexit handlers have nothing to do here
+
+
+def _exit(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    return f"killed by {signal.Signals(-code).name}"

@@ -1,0 +1,84 @@
+"""A workload of the arena: a model, data, a task, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from plywise.arena.task import Task
+from plywise.data.arrays import digest_of
+from plywise.data.digits import Split
+from plywise.errors import PlywiseError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three sets that share no sample.
+
+    Attributes:
+        train: what is trained on.
+        validation: what settings are chosen by, and time to target is measured on.
+        test: read once, at the end of final runs.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+
+    def save(self, path: Path) -> None:
+        """Write the tensors, for `load` in other processes."""
+        parts = {name: (split.x, split.y) for name, split in vars(self).items()}
+        temporary = path.with_suffix(".partial")
+        torch.save(parts, temporary)
+        temporary.replace(path)
+
+    def fingerprint(self) -> str:
+        """A digest of every value: other data have another one."""
+        return digest_of((self.train, self.validation, self.test))
+
+    @staticmethod
+    def load(path: Path) -> Data:
+        """What `save` wrote; the pages of the file are shared by all processes that read it."""
+        parts = torch.load(path, weights_only=True, mmap=True)
+        return Data(**{name: Split(*parts[name]) for name in ("train", "validation", "test")})
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What methods compete on.
+
+    Attributes:
+        name: its name.
+        about: one line on what it is and why it is there.
+        make_model: makes the network; called with the trial's seed set.
+        make_data: reads the data. Raises PlywiseError where a file is missing.
+        task: loss and metric.
+        batch_size: samples a batch.
+        steps: steps of a run.
+        target: the metric on the validation set that counts as done; None: taken from the baselines of the
+            same bench.
+        blocks: how many blocks local learners cut the network into; 0: it cannot be cut.
+        classes: number of classes, for local learners; 0 for other tasks.
+    """
+
+    name: str
+    about: str
+    make_model: Callable[[], nn.Module]
+    make_data: Callable[[], Data]
+    task: Task
+    batch_size: int = 128
+    steps: int = 500
+    target: float | None = None
+    blocks: int = 0
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.steps < 1:
+            raise PlywiseError(
+                f"Workload {self.name}: batches and runs hold at least 1, not {self.batch_size} samples and "
+                f"{self.steps} steps."
+            )

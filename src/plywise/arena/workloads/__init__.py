@@ -1,0 +1,74 @@
+"""The workloads that ship with the arena, by name; a name costs no import of torch.
+
+What a run should reach is not in the code: ``targets.json`` has it, made from tuned baselines, each entry
+``{"target": ..., "loose": ..., "commit": ..., "made_by": ...}`` with the commit and the command that made it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from plywise.catalogue import suggestion
+from plywise.errors import PlywiseError
+
+if TYPE_CHECKING:
+    from plywise.arena.workload import Workload
+
+_HOMES = {
+    "quadratic": "synthetic",
+    "digits-mlp": "digits",
+    "digits-conv": "digits",
+    "digits-autoencoder": "digits",
+    "fashion-mlp": "images",
+    "fashion-2c2d": "images",
+    "mnist-autoencoder": "images",
+    "cifar-3c3d": "images",
+    "cifar-resnet": "images",
+    "char-transformer": "text",
+    "concrete": "tables",
+    "energy": "tables",
+    "california": "tables",
+    "boiling-points": "tables",
+}
+
+WORKLOADS = tuple(_HOMES)
+"""Names of all workloads."""
+QUICK = ("quadratic", "digits-mlp", "digits-conv", "digits-autoencoder")
+"""Those that need no file and take a second or two a run."""
+STANDARD = WORKLOADS
+"""All of them; most need files (see `plywise.data.store`)."""
+
+
+def find_workload(name: str) -> Workload:
+    """The workload called ``name``, whatever its letters' case, with its target if it has one.
+
+    Raises:
+        PlywiseError: there is none; the message suggests the nearest.
+
+    Example:
+        >>> find_workload("digits-mlp").task.metric_name
+        'error rate'
+    """
+    key = name.lower()
+    if key not in _HOMES:
+        raise PlywiseError(
+            f"No workload is called {name!r}. {suggestion(name, WORKLOADS)}There are: "
+            f"{', '.join(WORKLOADS)}; or point at your own model and data by module:name."
+        )
+    found: Workload = importlib.import_module(f"{__name__}.{_HOMES[key]}").HERE[key]
+    return replace(found, target=targets().get(key, {}).get("target"))
+
+
+def targets() -> dict[str, dict[str, Any]]:
+    """What ``targets.json`` holds, by workload.
+
+    Example:
+        >>> set(targets()) <= set(WORKLOADS)
+        True
+    """
+    entries: dict[str, dict[str, Any]] = json.loads((files(__name__) / "targets.json").read_text("utf-8"))
+    return entries

@@ -1,0 +1,212 @@
+"""A user's own model and data as a workload: checked on two samples before anything is spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plywise.addresses import called, load
+from plywise.arena.task import REGRESSION, Judge, Task, error_rate, task_of
+from plywise.arena.workload import Data, Workload
+from plywise.arena.workloads.own_data import OwnData, own_data
+from plywise.data.digits import Split
+from plywise.errors import BlockError, PlywiseError
+from plywise.local.split import split
+
+BATCH_SIZE, STEPS = 128, 1000
+"""Defaults; a smaller training part is one batch."""
+MOST_BLOCKS = 4
+_EXAMPLE = 8
+
+
+def own_workload(
+    name: str,
+    model: str,
+    data: str | Data,
+    *,
+    loss: str = "",
+    metric: str = "",
+    batch_size: int | None = None,
+    steps: int | None = None,
+    blocks: int | None = None,
+) -> Workload:
+    """A workload of a user's model and data.
+
+    The task follows from the targets: classes (N,), tokens (N, T), or floating-point numbers. Numbers (N,)
+    and (N, 1) are taken for the same, as the model's output has them. The model is made and tried on two
+    samples, in eval mode.
+
+    Args:
+        name: what to call it.
+        model: ``module:name`` of a function that makes the network, a new one each time.
+        data: where the data are (see `own_data`), or data that have been read already.
+        loss: ``module:name`` of a function (output, y) to a mean loss, a scalar; empty: the usual one.
+        metric: alike, what is judged by, lower is better; empty: the error rate for classes, else the loss.
+        batch_size: samples a batch. Default 128, or all if there are fewer.
+        steps: steps of a run. Default 1000.
+        blocks: blocks for local learners. Default: for classes 4, or as many as the model comes apart into;
+            else 0.
+
+    Raises:
+        PlywiseError: the data or the model cannot be had, or do not fit each other or the loss.
+        BlockError: the model does not come apart into ``blocks``.
+
+    Example:
+        >>> made_by = "plywise.arena.workloads.synthetic:make_model"
+        >>> own_workload("mine", made_by, "quadratic").task.metric_name
+        'mean squared error'
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = _made(model)  # before the data, which may take long
+    found = own_data(data) if isinstance(data, str) else OwnData(data, "read before")
+    train = found.data.train
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        output = _output(network, model, train.x[:2])
+    fitting = _fitting(found.data, output)
+    task = _task(fitting, loss, metric)
+    _check_outputs(model, output, fitting, task, bool(loss))
+    classes = output.shape[1] if _are_labels(train.y) and output.dim() == 2 else 0
+    return Workload(
+        name,
+        f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}.",
+        partial(called, model, "your model"),
+        lambda: fitting,
+        task,
+        batch_size=min(BATCH_SIZE, len(train.y)) if batch_size is None else batch_size,
+        steps=STEPS if steps is None else steps,
+        blocks=_blocks(network, train.x[:_EXAMPLE], classes, blocks),
+        classes=classes,
+    )
+
+
+def _made(address: str) -> nn.Module:
+    """A network of the user's, after a look whether the next one would be another."""
+    first, second = (called(address, "your model") for _ in range(2))
+    if not isinstance(second, nn.Module):
+        raise PlywiseError(f"{address} returned a {type(second).__name__}, not a torch.nn.Module.")
+    if first is second:
+        raise PlywiseError(
+            f"{address} returned the same network twice: each trial needs a new one, with its own weights. "
+            "Make it inside the function."
+        )
+    if not any(parameter.requires_grad for parameter in second.parameters()):
+        raise PlywiseError(f"{address} made a {type(second).__name__} without a parameter to train.")
+    return second
+
+
+def _output(network: nn.Module, address: str, x: Tensor) -> Tensor:
+    """What the network says to two samples, in eval mode; its mode is as before afterwards."""
+    training = network.training
+    try:
+        output = network.eval()(x)
+    except Exception as error:
+        raise PlywiseError(
+            f"{address} fails on two inputs of {x.dtype} and shape {tuple(x.shape)}: {type(error).__name__}: "
+            f"{error}."
+        ) from error
+    finally:
+        network.train(training)
+    if not isinstance(output, Tensor):
+        raise PlywiseError(f"{address} gives a {type(output).__name__}, not one tensor with a row a sample.")
+    if output.dim() == 0 or len(output) != len(x):
+        raise PlywiseError(f"{address} gives an output of shape {tuple(output.shape)} for {len(x)} samples.")
+    if not bool(torch.isfinite(output).all()):
+        raise PlywiseError(f"{address} gives NaN or infinity before any training.")
+    return output
+
+
+def _fitting(data: Data, output: Tensor) -> Data:
+    """The data, numbers in a row or a column as the output has them: (N,) against (N, 1) would broadcast."""
+    y = data.train.y
+    shape = output.shape[1:]
+    if not y.is_floating_point() or y.shape[1:] == shape or {y.shape[1:], shape} != {(), (1,)}:
+        return data
+    return Data(*(Split(part.x, part.y.reshape(-1, *shape)) for part in vars(data).values()))
+
+
+def _task(data: Data, loss: str, metric: str) -> Task:
+    y = data.train.y
+    if not loss:
+        task = task_of(y)
+    else:
+        descended: Judge = load(loss, "your loss")
+        judged = (error_rate, "error rate") if _are_labels(y) else (descended, loss)
+        task = Task(descended, *judged)
+    if metric:
+        return Task(task.loss, load(metric, "your metric"), metric)
+    if task.metric is error_rate:
+        return replace(task, chance=1 - float(y.bincount().max()) / len(y))
+    if task is REGRESSION:
+        return replace(task, chance=float(y.var(0, correction=0).mean()))
+    return task
+
+
+def _are_labels(y: Tensor) -> bool:
+    return not y.is_floating_point() and y.dim() == 1
+
+
+def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss: bool) -> None:
+    y = data.train.y
+    if not own_loss and y.is_floating_point() and output.shape[1:] != y.shape[1:]:
+        raise PlywiseError(
+            f"{model} gives {tuple(output.shape[1:])} for each sample, and a target {tuple(y.shape[1:])}; "
+            "they must be of one shape."
+        )
+    if task.metric is error_rate or (not own_loss and not y.is_floating_point()):
+        _check_classes(model, output, data)
+    for judge, what in ((task.loss, "loss"), (task.metric, "metric")):
+        _check_judge(judge, what, output, y[: len(output)])
+
+
+def _check_classes(model: str, output: Tensor, data: Data) -> None:
+    y = data.train.y
+    if output.shape[1:-1] != y.shape[1:] or output.dim() == 1:
+        wanted = ", ".join(map(str, (*y.shape[1:], "classes")))
+        raise PlywiseError(
+            f"{model} gives {tuple(output.shape[1:])} for each sample; for whole-number targets it must be "
+            f"({wanted},) scores. If these are numbers to predict, make them floating-point."
+        )
+    outputs = output.shape[-1]
+    largest = max(int(part.y.max()) for part in vars(data).values())
+    if largest >= outputs:
+        raise PlywiseError(
+            f"{model} has {outputs} output{'s' if outputs > 1 else ''}, and targets go up to {largest}: "
+            f"it needs {largest + 1}. If these are numbers to predict, make them floating-point."
+        )
+
+
+def _check_judge(judge: Callable[..., Any], what: str, output: Tensor, y: Tensor) -> None:
+    try:
+        value = judge(output, y)
+    except Exception as error:
+        raise PlywiseError(
+            f"The {what} fails on outputs of shape {tuple(output.shape)} and targets of {y.dtype} and shape "
+            f"{tuple(y.shape)}: {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise PlywiseError(f"The {what} must be a tensor with one number, the mean; it is of {found}.")
+    if not bool(torch.isfinite(value)):
+        raise PlywiseError(f"The {what} is {float(value)} on two samples before any training.")
+
+
+def _blocks(network: nn.Module, example: Tensor, classes: int, wanted: int | None) -> int:
+    """How many blocks the network is cut into; what was asked for must be possible."""
+    if wanted is not None:
+        if wanted > 0:
+            split(network, wanted, example)
+        return wanted
+    if classes == 0:
+        return 0
+    for count in range(MOST_BLOCKS, 1, -1):
+        try:
+            split(network, count, example)
+        except BlockError:
+            continue
+        return count
+    return 0

@@ -1,0 +1,218 @@
+"""A user's own data: read from wherever they are, checked, and cut into three parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from plywise.addresses import called
+from plywise.arena.workload import Data
+from plywise.arena.workloads import WORKLOADS, find_workload
+from plywise.arena.workloads.parts import drawn, tenths
+from plywise.catalogue import suggestion
+from plywise.data.digits import Split
+from plywise.data.readers import read_npz, read_table
+from plywise.errors import PlywiseError
+
+FEWEST = 10
+"""Samples without which there are no parts to speak of."""
+RETURNS = (
+    "(x, y), (x, y, x_test, y_test) or three pairs (x, y) for training, validation and test; a torch Dataset "
+    "may stand for each (x, y)"
+)
+
+
+class OwnData(NamedTuple):
+    """Data, and how they were cut."""
+
+    data: Data
+    cut: str
+
+
+def own_data(address: str) -> OwnData:
+    """Read data and cut them into training, validation and test parts.
+
+    Inputs become float32: bytes (images) are divided by 255; other integers stay as they are, for embeddings.
+    Whole-number targets are classes or tokens, others float32.
+
+    Args:
+        address: ``module:name`` of a function that returns `RETURNS`; or a ``.npz`` file with ``x_train`` and
+            ``y_train``, perhaps ``x_validation`` and ``y_validation``, perhaps ``x_test`` and ``y_test``; or
+            a ``.csv`` file whose last column is the target (classes if it holds just the numbers 0, 1, ...,
+            k); or the name of a workload that ships with plywise.
+
+    Raises:
+        PlywiseError: there are no such data, they hold NaN or infinity, their parts do not fit one another,
+            or there are fewer than 10 samples.
+
+    Example:
+        >>> own_data("digits-mlp").data.test.x.shape
+        torch.Size([400, 64])
+    """
+    if address in WORKLOADS:
+        return OwnData(find_workload(address).make_data(), f"the data of {address}")
+    return _cut(address, _read(address))
+
+
+def _read(address: str) -> dict[str, Split]:
+    """The parts that the user has, by name."""
+    if address.endswith(".npz"):
+        return _of_npz(Path(address))
+    if address.endswith((".csv", ".csv.gz")):
+        return {"train": _of_table(Path(address))}
+    if ":" in address:
+        return _of_function(address, called(address, "your data"))
+    raise PlywiseError(
+        f"Data are module:name of a function that makes them, a .npz or .csv file, or a workload's name, not "
+        f"{address!r}. {suggestion(address, WORKLOADS)}".rstrip()
+    )
+
+
+def _of_npz(path: Path) -> dict[str, Split]:
+    arrays = read_npz(path)
+    parts = [part for part in ("train", "validation", "test") if {f"x_{part}", f"y_{part}"} & arrays.keys()]
+    wanted = [f"{what}_{part}" for part in parts or ["train"] for what in "xy"]
+    lacking = [name for name in wanted if name not in arrays]
+    if lacking or "train" not in parts:
+        names = " and no ".join(lacking or ["x_train"])
+        raise PlywiseError(f"{path} has no {names}; it has: {', '.join(arrays) or 'nothing'}.")
+    return {part: _split(arrays[f"x_{part}"], arrays[f"y_{part}"], f"{path}, {part}") for part in parts}
+
+
+def _of_table(path: Path) -> Split:
+    table, names = read_table(path)
+    if len(names) < 2:
+        raise PlywiseError(f"{path} has one column: the target is the last one, and inputs come before it.")
+    target = torch.from_numpy(table[:, -1])
+    found = target.unique()
+    classes = torch.equal(found, torch.arange(len(found), dtype=found.dtype))
+    return _split(table[:, :-1], target.long() if classes else target, str(path))
+
+
+def _of_function(address: str, made: Any) -> dict[str, Split]:
+    if isinstance(made, Dataset):
+        made = (made,)
+    things = list(made) if isinstance(made, tuple | list) else []
+    if things and all(isinstance(thing, Dataset) for thing in things) and len(things) <= 3:
+        pairs = [_stacked(thing, address) for thing in things]
+    elif len(things) in (2, 4) and not any(isinstance(thing, Dataset) for thing in things):
+        pairs = [(things[i], things[i + 1]) for i in range(0, len(things), 2)]
+    elif len(things) == 3 and all(_is_pair(thing) for thing in things):
+        pairs = [
+            _stacked(thing, address) if isinstance(thing, Dataset) else (thing[0], thing[1])
+            for thing in things
+        ]
+    else:
+        found = f"{len(things)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
+        raise PlywiseError(f"{address} returned {found}; it must return {RETURNS}.")
+    names = {1: ("train",), 2: ("train", "test"), 3: ("train", "validation", "test")}[len(pairs)]
+    return {name: _split(x, y, f"{address}, {name}") for name, (x, y) in zip(names, pairs, strict=True)}
+
+
+def _is_pair(thing: Any) -> bool:
+    return isinstance(thing, Dataset) or (isinstance(thing, tuple | list) and len(thing) == 2)
+
+
+def _stacked(dataset: Dataset[Any], what: str) -> tuple[Any, Any]:
+    """All samples of a dataset, as two arrays."""
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        return dataset.tensors[0], dataset.tensors[1]
+    if not isinstance(dataset, Sized):
+        raise PlywiseError(f"{what}: a {type(dataset).__name__} has no length; give a Dataset that has one.")
+    pairs = [dataset[index] for index in range(len(dataset))]
+    if not pairs or any(not _is_pair(pair) for pair in pairs):
+        raise PlywiseError(f"{what}: a {type(dataset).__name__} must hold samples, each a pair (x, y).")
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _cut(address: str, parts: dict[str, Split]) -> OwnData:
+    train = parts["train"]
+    for name, part in parts.items():
+        _check_alike(address, name, part, train)
+    count = len(train.y)
+    if count < FEWEST:
+        raise PlywiseError(f"{address} has {count} training samples; a comparison needs {FEWEST} at least.")
+    if "test" not in parts and "validation" not in parts:
+        data, how = tenths(train.x, train.y), f"{count:,} samples cut at random, by a fixed seed"
+    elif "validation" not in parts:
+        held = max(1, count // 9)
+        rest, validation = drawn(train.x, train.y, [count - held, held])
+        data = Data(rest, validation, parts["test"])
+        how = "your test samples, validation a ninth of your training samples, drawn by a fixed seed"
+    elif "test" not in parts:
+        held = max(1, count // 9)
+        rest, test = drawn(train.x, train.y, [count - held, held])
+        data = Data(rest, parts["validation"], test)
+        how = "your validation samples, test a ninth of your training samples, drawn by a fixed seed"
+    else:
+        data, how = Data(train, parts["validation"], parts["test"]), "your own three parts"
+    sizes = [len(part.y) for part in (data.train, data.validation, data.test)]
+    return OwnData(data, f"{how}: {sizes[0]:,} to train, {sizes[1]:,} to validate, {sizes[2]:,} to test")
+
+
+def _check_alike(address: str, name: str, part: Split, train: Split) -> None:
+    for what, one, other in (("input", train.x, part.x), ("target", train.y, part.y)):
+        if (one.shape[1:], one.dtype) != (other.shape[1:], other.dtype):
+            raise PlywiseError(
+                f"{address}: a training {what} is {_kind(one)}, and a {name} {what} {_kind(other)}."
+            )
+
+
+def _kind(values: Tensor) -> str:
+    return f"{str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape[1:])}"
+
+
+def _split(x: Any, y: Any, what: str) -> Split:
+    inputs, targets = _inputs(x, what), _targets(y, what)
+    if len(inputs) != len(targets):
+        raise PlywiseError(f"{what}: there are {len(inputs)} inputs and {len(targets)} targets.")
+    if len(inputs) == 0:
+        raise PlywiseError(f"{what}: there is no sample.")
+    return Split(inputs, targets)
+
+
+def _inputs(values: Any, what: str) -> Tensor:
+    x = _tensor(values, f"{what}: the inputs")
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    return x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()
+
+
+def _targets(values: Any, what: str) -> Tensor:
+    y = _tensor(values, f"{what}: the targets")
+    if y.is_floating_point():
+        return y.float()
+    if y.dim() == 2 and y.shape[1] == 1:
+        raise PlywiseError(
+            f"{what}: the targets are whole numbers of shape {tuple(y.shape)}. Classes are of shape (N,), as "
+            "of y[:, 0]; numbers to predict are floating-point."
+        )
+    y = y.long()
+    if y.numel() and int(y.min()) < 0:
+        raise PlywiseError(f"{what}: the targets hold {int(y.min())}; classes and tokens count from 0.")
+    return y
+
+
+def _tensor(values: Any, what: str) -> Tensor:
+    try:
+        if isinstance(values, list) and values and hasattr(values[0], "shape"):
+            values = torch.stack([torch.as_tensor(value) for value in values])
+        tensor = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlywiseError(f"{what} are no array of numbers: {error}.") from error
+    if tensor.dim() == 0:
+        raise PlywiseError(f"{what} are a single number, not a row for each sample.")
+    if tensor.is_complex():
+        raise PlywiseError(f"{what} are complex numbers, which no loss here takes.")
+    bad = ~torch.isfinite(tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)).all(1)
+    if bool(bad.any()):
+        raise PlywiseError(
+            f"{what} hold NaN or infinity in {int(bad.sum())} of {len(bad)} samples, first in number "
+            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess."
+        )
+    return tensor

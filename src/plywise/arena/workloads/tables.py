@@ -1,0 +1,107 @@
+"""Regression on tables: inputs on very different scales, brought to one by the training part alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from plywise.arena.task import REGRESSION, Task
+from plywise.arena.workload import Data, Workload
+from plywise.arena.workloads.networks import mlp
+from plywise.arena.workloads.parts import tenths_of_kinds
+from plywise.data.digits import Split
+from plywise.data.sets import boiling_points, numeric_table
+
+Numbers = NDArray[np.float64]
+
+SHARE = Task(REGRESSION.loss, REGRESSION.metric, "mean squared error, in variances of the target", chance=1.0)
+"""Targets have variance 1 over the training part, so that the error of their mean is about 1."""
+
+
+def prepared(read: Callable[[], tuple[Numbers, Numbers]]) -> Data:
+    """8, 1 and 1 tenth of the rows; rows with the same inputs stay together.
+
+    Inputs and target have mean 0 and variance 1 over the training part; a missing input is the training
+    part's median. Validation and test have no say in either.
+
+    Args:
+        read: gives inputs (N, d), NaN where a value is missing, and targets (N,).
+    """
+    x, y = read()
+    return _scaled(tenths_of_kinds(torch.from_numpy(x), torch.from_numpy(y).unsqueeze(1)))
+
+
+def _scaled(data: Data) -> Data:
+    x, y = data.train.x, data.train.y
+    median = x.nanmedian(dim=0).values
+    (x_scale, x_mean), (y_scale, y_mean) = _moments(_filled(x, median)), _moments(y)
+
+    def scaled(part: Split) -> Split:
+        inputs = (_filled(part.x, median) - x_mean) / x_scale
+        return Split(inputs.float(), ((part.y - y_mean) / y_scale).float())
+
+    return Data(*(scaled(part) for part in vars(data).values()))
+
+
+def _filled(x: Tensor, median: Tensor) -> Tensor:
+    return torch.where(x.isnan(), median, x)
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviation and mean of each column; 1 for the deviation of one that is constant."""
+    deviation, mean = torch.std_mean(values, dim=0)
+    return torch.where(deviation > 0, deviation, 1.0), mean
+
+
+def _workload(
+    name: str, about: str, columns: int, read: Callable[[], tuple[Numbers, Numbers]], steps: int = 400
+) -> Workload:
+    return Workload(
+        name,
+        f"{about} {columns}-64-64-1 with ReLU; inputs and target standardised by the training part.",
+        partial(mlp, columns, 64, 64, 1),
+        partial(prepared, read),
+        SHARE,
+        batch_size=64,
+        steps=steps,
+    )
+
+
+HERE = {
+    workload.name: workload
+    for workload in (
+        _workload(
+            "concrete",
+            "Strength of concrete by what it is mixed of and its age, 1,030 mixtures (UCI).",
+            8,
+            partial(numeric_table, "uci_concrete"),
+        ),
+        _workload(
+            "energy",
+            "Heating load of 768 simulated buildings by their shape (UCI): few rows, inputs that depend on "
+            "each other.",
+            8,
+            partial(numeric_table, "uci_energy"),
+        ),
+        _workload(
+            "california",
+            "House values in 20,640 districts of California, census of 1990: heavy tails; 207 missing values "
+            "are the training part's median.",
+            13,
+            partial(numeric_table, "california_housing"),
+            steps=600,
+        ),
+        _workload(
+            "boiling-points",
+            "Boiling points of 1,496 organic compounds by what their formulas hold: sparse counts beside a "
+            "mass; compounds that read alike stay in one part.",
+            20,
+            boiling_points,
+        ),
+    )
+}

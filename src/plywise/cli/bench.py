@@ -1,0 +1,263 @@
+"""`plywise bench`: which method is best on your model, within your hours."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plywise.cli.console import console
+from plywise.cli.training import Switch
+from plywise.errors import PlywiseError, StateError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from plywise.arena.material import Material
+    from plywise.arena.tournament import Bench, Plan
+    from plywise.arena.workers import Crew
+
+METHODS = "sgd,sgd-again,adamw,muon,proxprop,feature-whitening+adamw,foof+adamw"
+
+
+def bench(
+    model: str | None = None,
+    /,
+    *,
+    data: str | None = None,
+    workloads: str | None = None,
+    methods: str = METHODS,
+    budget: str | None = None,
+    trials: int = 8,
+    seeds: int = 3,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    loss: str = "",
+    metric: str = "",
+    blocks: int | None = None,
+    workers: int | None = None,
+    threads: int = 1,
+    device: str = "cpu",
+    patience: float = 600.0,
+    out: Path = Path("runs/bench"),
+    resume: Switch = False,
+    dry_run: Switch = False,
+) -> None:
+    """Compare training methods on your model, with equal tuning for all, and write a report.
+
+    Each method runs once with its defaults and once tuned by the same number of trials, and then again with
+    fresh seeds. What counts is the time to a target on validation data; the test data are read once, at the
+    end. A run that fails or misses the target counts as a miss. Ctrl-C loses the running trials only.
+
+    For example:
+
+        plywise bench my.module:make_model --data my.module:make_data --budget 2h
+        plywise bench my.module:make_model --data table.csv --methods adamw,muon,proxprop
+        plywise bench my.module:make_model --data my.npz --methods adamw,my.module:MyOptimizer --trials 12
+        plywise bench --workloads quick                  # four small workloads of ours, in minutes
+        plywise bench --workloads fashion-mlp,char-transformer --methods adamw,foof+adamw
+        plywise bench --resume                           # go on with what was interrupted
+
+    Args:
+        model: function that makes your network, as module:name.
+        data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs for
+            training, validation and test; a .npz file with x_train, y_train and perhaps x_test, y_test; or a
+            .csv file whose last column is the target.
+        workloads: instead of a model: quick, standard, or names of workloads that plywise ships.
+        methods: what competes: names (`plywise methods` lists the rules), rule+optimizer, learners, or
+            module:name of a torch.optim.Optimizer.
+        budget: time for all of it, as in 90s, 45m, 2h: sets the number of trials, and the steps of your model
+            if you do not.
+        trials: tuning trials of each method, without a budget; 0: defaults only.
+        seeds: final runs of each method on each track.
+        steps: steps of a run. Default: the workload's; for your model what fits the budget, or 1000.
+        batch_size: samples a batch. Default: the workload's; 128 for your model.
+        loss: function of outputs and targets, as module:name. Default: cross entropy for classes, squared
+            error for numbers.
+        metric: what it is judged by, the lower the better, as module:name. Default: error rate, or the loss.
+        blocks: blocks that local learners cut your model into. Default: 4, or as many as it has.
+        workers: trials at once. Default: the cores over the threads.
+        threads: torch's threads in each trial.
+        device: where it trains, as in cuda.
+        patience: seconds that one trial may take.
+        out: folder of bench.json, trials.jsonl and report.html.
+        resume: go on with the bench in that folder; what is compared is as it was there.
+        dry_run: say how long it will take, and stop.
+    """
+    from plywise.arena.workers import Workers
+
+    count = workers or max(1, _cores() // threads)
+    crew = Workers(count, threads, patience)
+    seconds = None
+    if budget is not None:
+        from plywise.arena.budget import seconds_of
+
+        seconds = seconds_of(budget)
+    end = None if seconds is None else time.monotonic() + seconds
+    if resume:
+        plan = _saved(out)
+    else:
+        if (out / "bench.json").exists():
+            raise PlywiseError(
+                f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out."
+            )
+        own = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
+        plan = _asked(model, data, workloads, methods, loss, metric, trials, seeds, device, own)
+    screen = console()
+    from plywise.arena.material import Material
+
+    material = Material(plan.entries)
+    try:
+        if not resume:
+            plan = _planned(plan, material, crew, seconds, screen, count)
+        if not dry_run:
+            _run(plan, material, crew, out, end, screen)
+    finally:
+        material.close()
+
+
+def _asked(
+    model: str | None,
+    data: str | None,
+    workloads: str | None,
+    methods: str,
+    loss: str,
+    metric: str,
+    trials: int,
+    seeds: int,
+    device: str,
+    own: dict[str, Any],
+) -> Plan:
+    """The plan of the flags."""
+    from plywise.arena.job import Entry
+    from plywise.arena.methods import find_method
+    from plywise.arena.tournament import Plan
+    from plywise.arena.workloads import QUICK, STANDARD
+
+    if (model is None) == (workloads is None):
+        raise PlywiseError(
+            "Say what to train: your model as module:name with --data, or --workloads with quick, standard "
+            "or names."
+        )
+    if model is not None:
+        if data is None:
+            raise PlywiseError(f"Say with --data where the data for {model} are.")
+        entries = [Entry(model, model, data, loss, metric, **own)]
+    elif data is not None or loss or metric:
+        raise PlywiseError("--data, --loss and --metric belong to a model of your own.")
+    else:
+        sets = {"quick": QUICK, "standard": STANDARD}
+        names = sets.get(str(workloads)) or _words(str(workloads))
+        entries = [Entry(name, **own) for name in names]
+    found = tuple(find_method(name).name for name in _words(methods))
+    return Plan(tuple(entries), found, trials, seeds, device)
+
+
+def _saved(out: Path) -> Plan:
+    """The plan of a folder."""
+    import json
+
+    from plywise.arena.job import Entry
+    from plywise.arena.tournament import Plan
+
+    path = out / "bench.json"
+    if not path.exists():
+        raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["plan"]
+        entries = tuple(Entry(**entry) for entry in saved.pop("entries"))
+        return Plan(entries, tuple(saved.pop("methods")), **saved)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path} is no description of a bench ({error!r}).") from error
+
+
+def _planned(
+    plan: Plan, material: Material, crew: Crew, budget: float | None, screen: Console, workers: int
+) -> Plan:
+    """The plan with steps and trials that fit; says what it comes to."""
+    from plywise.arena.budget import estimate, fitted, measure, steps_for, told
+
+    screen.print("Measuring a few steps of each method.", style="dim")
+    costs, failures = measure(plan, material, crew)
+    for (workload, method), why in failures.items():
+        screen.print(f"{method} fails on {workload}: {why}", style="red", soft_wrap=True)
+    if len(failures) == len(costs):
+        raise PlywiseError("Every method fails in its first steps; nothing has been run.")
+    known = {entry.name: entry.applied(material.workloads[entry.name]).steps for entry in plan.entries}
+    if budget is not None:
+        known = steps_for(plan, costs, plan.entries, known, workers, budget)
+        entries = tuple(
+            replace(entry, steps=known[entry.name]) if entry.model else entry for entry in plan.entries
+        )
+        plan = fitted(replace(plan, entries=entries), costs, known, workers, budget)
+    needed = estimate(plan, costs, known, workers)
+    steps = ", ".join(f"{name} {count}" for name, count in known.items())
+    screen.print(
+        f"{len(plan.methods)} methods, {plan.trials} tuning trials and {plan.seeds} seeds each; steps: "
+        f"{steps}. {workers} at once: about {told(needed)}.",
+        soft_wrap=True,
+    )
+    return plan
+
+
+def _run(plan: Plan, material: Material, crew: Crew, out: Path, end: float | None, screen: Console) -> None:
+    from plywise.arena.tournament import Bench
+    from plywise.cli.report import conclude
+
+    bench = Bench(plan, material, out, shlex.join(["plywise", *sys.argv[1:]]))
+    try:
+        _follow(bench, crew, end, screen)
+    except KeyboardInterrupt:
+        bench.finish()
+        page = conclude(out, screen)
+        raise KeyboardInterrupt(
+            f"{len(bench.ledger.lines)} of {bench.total} trials are kept; {page} shows them. "
+            f"`plywise bench --resume --out {shlex.quote(str(out))}` goes on."
+        ) from None
+    page = conclude(out, screen)
+    if bench.about["unfinished"]:
+        screen.print(
+            f"The budget is spent: {len(bench.ledger.lines)} of {bench.total} trials have been run. "
+            f"`plywise bench --resume --out {shlex.quote(str(out))}` goes on."
+        )
+
+
+def _follow(bench: Bench, crew: Crew, end: float | None, screen: Console) -> None:
+    """Show the work: a bar in a terminal, a line for each trial elsewhere."""
+    pieces = bench.perform(crew, lambda: end is None or time.monotonic() < end)
+    if not screen.is_terminal:
+        for piece in pieces:
+            screen.print(f"[{piece.done:{len(str(piece.total))}}/{piece.total}] {_said(piece.line)}")
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task("starting", total=bench.total, completed=len(bench.ledger.lines))
+        for piece in pieces:
+            text = _said(piece.line)
+            bar.update(task, completed=piece.done, description=text.replace("[", "\\["))
+            if piece.line["failure"]:
+                screen.print(text)
+
+
+def _said(line: dict[str, Any]) -> str:
+    """A trial in one line."""
+    which = (
+        f"trial {line['trial']}" if line["purpose"] == "tuning" else f"{line['track']}, seed {line['seed']}"
+    )
+    last = next((value for value in reversed(line["validation"]) if value is not None), None)
+    outcome = line["failure"] or ("nothing measured" if last is None else f"validation {last:.4g}")
+    return f"{line['workload']}: {line['method']}, {which}: {outcome}"
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

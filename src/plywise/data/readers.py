@@ -1,0 +1,273 @@
+"""Readers of the formats that data sets come in: numpy and the standard library, nothing else.
+
+Each takes a path and returns arrays or text; what is wrong with a file is said in one sentence that names it.
+Files may be compressed by gzip, whatever their names.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import lzma
+import math
+import tarfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plywise.errors import PlywiseError
+
+Bytes = NDArray[np.uint8]
+
+_IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+_CIFAR_ROW = 1 + 3 * 32 * 32
+_CIFAR_BATCHES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds, unpacked if it is compressed by gzip.
+
+    Raises:
+        PlywiseError: there is no such file, it cannot be read, or its compressed data are damaged.
+    """
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except FileNotFoundError as error:
+        raise PlywiseError(f"There is no file {path}.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise PlywiseError(f"{path} is cut short or damaged: {error}. Get it again.") from error
+    except OSError as error:
+        raise PlywiseError(f"{path} cannot be read: {error}.") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8; line ends stay as they are.
+
+    Raises:
+        PlywiseError: it cannot be read, or is no text.
+    """
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PlywiseError(f"{path} is not text in UTF-8: {error}.") from error
+
+
+def read_idx(path: Path) -> NDArray[np.generic]:
+    """An array in the IDX format of MNIST.
+
+    Returns:
+        The array, in this machine's byte order, of the shape and type that the file states.
+
+    Raises:
+        PlywiseError: it cannot be read, is no IDX file, or holds more or less than its header says.
+    """
+    content = read_bytes(path)
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _IDX_TYPES:
+        raise PlywiseError(
+            f"{path} is no IDX file: it starts with {content[:4].hex(' ') or 'nothing'}, not with 00 00, a "
+            "type (08 for bytes) and the number of dimensions."
+        )
+    kind, dimensions = np.dtype(_IDX_TYPES[content[2]]), content[3]
+    start = 4 + 4 * dimensions
+    if len(content) < start:
+        raise PlywiseError(f"{path} is cut short: it ends inside its header. Get it again.")
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
+    _check_length(path, len(content), start + math.prod(shape) * kind.itemsize)
+    return np.frombuffer(content, kind, offset=start).reshape(shape).astype(kind.newbyteorder("="))
+
+
+def read_cifar10(path: Path) -> tuple[Bytes, Bytes]:
+    """One batch of CIFAR-10's binary version (``data_batch_1.bin``).
+
+    Returns:
+        Images (N, 32, 32, 3) and labels (N,), bytes.
+
+    Raises:
+        PlywiseError: it cannot be read, or is no such file.
+    """
+    return _cifar_batch(path, read_bytes(path))
+
+
+def read_cifar10_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+    """CIFAR-10 as it is published: ``cifar-10-binary.tar.gz``.
+
+    Returns:
+        Training images (50000, 32, 32, 3) and labels (50000,), test images (10000, 32, 32, 3) and labels.
+
+    Raises:
+        PlywiseError: it cannot be read, is no such archive, or lacks a batch.
+    """
+    found: dict[str, tuple[Bytes, Bytes]] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(read_bytes(path))) as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if name in _CIFAR_BATCHES and (file := archive.extractfile(member)) is not None:
+                    found[name] = _cifar_batch(path / name, file.read())
+    except tarfile.TarError as error:
+        raise PlywiseError(f"{path} is no tar archive, or damaged: {error}. Get it again.") from error
+    if missing := [name for name in _CIFAR_BATCHES if name not in found]:
+        raise PlywiseError(f"{path} has no {', '.join(missing)}: it is not CIFAR-10's binary version.")
+    *train, test = (found[name] for name in _CIFAR_BATCHES)
+    images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+    return images, labels, *test
+
+
+def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
+    """The arrays of a ``.npz`` file, by name. Pickled objects are refused: reading them would run code.
+
+    Raises:
+        PlywiseError: there is no such file, it is damaged, or it holds objects.
+    """
+    try:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise PlywiseError(f"{path} holds a single array (.npy), not named ones (.npz).")
+            with arrays:
+                return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError as error:
+        raise PlywiseError(f"There is no file {path}.") from error
+    except PlywiseError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy have errors of their own
+        raise PlywiseError(f"{path} cannot be read as a .npz file of arrays: {error}.") from error
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a ``.csv`` file, each by the names in the first line; a cell may hold anything.
+
+    Raises:
+        PlywiseError: it cannot be read, or a row has more or fewer cells than the first line.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                count = len(reader.fieldnames or ())
+                raise PlywiseError(f"{path}, line {reader.line_num}: there are {count} columns, not here.")
+            rows.append(row)
+    except csv.Error as error:
+        raise PlywiseError(f"{path}, line {reader.line_num}: {error}.") from error
+    if not rows:
+        raise PlywiseError(f"{path} has no rows under its first line.")
+    return rows
+
+
+def read_table(path: Path) -> tuple[NDArray[np.float64], list[str]]:
+    """A ``.csv`` file of numbers under one line of names.
+
+    Returns:
+        The numbers (rows, columns), NaN where a cell is empty or says ``nan``; and the names of the columns.
+
+    Raises:
+        PlywiseError: it cannot be read, its rows differ in length, or a cell is no number.
+    """
+    rows = read_rows(path)
+    table = np.empty((len(rows), len(rows[0])))
+    for number, row in enumerate(rows):
+        for column, (name, cell) in enumerate(row.items()):
+            try:
+                table[number, column] = float(cell) if cell.strip() else math.nan
+            except ValueError:
+                raise PlywiseError(
+                    f"{path}, row {number + 1}, column {name!r}: {cell!r} is no number. Write classes as "
+                    "numbers, or as columns of 0 and 1."
+                ) from None
+    return table, list(rows[0])
+
+
+def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
+    """Colour images kept as prediction residuals under xz, in a ``.npz`` file.
+
+    The file holds ``images_0``, ``images_1``, ... (each an xz stream), ``labels``, ``hw`` (height and width)
+    and ``step``. Pixels come in raster order, channels as G, R, B. A value of G is predicted from its
+    neighbours to the left, above and above left, by the median edge detector of LOCO-I; R and B from G and
+    the same prediction of R-G and B-G. With ``step`` 1 the images are exact; a larger one is the step to
+    which residuals were rounded.
+
+    Returns:
+        Images (N, height, width, 3) and labels (N,), bytes.
+
+    Raises:
+        PlywiseError: it cannot be read, or is no such file.
+    """
+    arrays = read_npz(path)
+    streams = [arrays[f"images_{number}"] for number in range(len(arrays)) if f"images_{number}" in arrays]
+    if missing := [name for name in ("hw", "step", "labels") if name not in arrays]:
+        raise PlywiseError(f"{path} has no {', '.join(missing)}: it is no file of colour images.")
+    height, width = (int(size) for size in arrays["hw"])
+
+    def decode(stream: NDArray[np.generic]) -> Bytes:
+        codes = np.frombuffer(lzma.decompress(stream.tobytes()), np.uint8)
+        planes = codes.reshape(3, -1, height, width)  # G, R, B
+        return _predicted(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), int(arrays["step"]))
+
+    try:
+        with ThreadPoolExecutor(2) as pool:  # numpy and lzma let go of the interpreter
+            images = np.concatenate(list(pool.map(decode, streams)))
+    except (lzma.LZMAError, ValueError) as error:
+        raise PlywiseError(f"{path} is damaged: {error}. Get it again.") from error
+    if len(images) != len(arrays["labels"]):
+        raise PlywiseError(f"{path} has {len(images)} images and {len(arrays['labels'])} labels.")
+    return images, arrays["labels"].astype(np.uint8)
+
+
+def _predicted(codes: Bytes, step: int) -> Bytes:
+    """Images (N, height, width, 3) of codes (G R B, height, width, N): all images are walked at once."""
+    _, height, width, count = codes.shape
+    values = np.zeros(codes.shape, np.int16)  # G, R-G, B-G
+    images = np.empty((count, height, width, 3), np.uint8)
+    for y in range(height):
+        for x in range(width):
+            green: NDArray[np.int16] | int = 0
+            for plane, channel in enumerate((1, 0, 2)):
+                guess = _guess(values[plane], y, x, 0 if plane else 128)
+                if plane:
+                    guess = np.clip(guess + green, 0, 255)
+                code = codes[plane, y, x].astype(np.int16)
+                residual = (code >> 1) ^ -(code & 1)  # 0, 1, 2, 3, ... are 0, -1, 1, -2, ...
+                value = (guess + residual) & 255 if step == 1 else np.clip(guess + residual * step, 0, 255)
+                images[:, y, x, channel] = value
+                values[plane, y, x] = value - green
+                green = green if plane else value
+    return images
+
+
+def _guess(values: NDArray[np.int16], y: int, x: int, first: int) -> NDArray[np.int16]:
+    """The median edge detector: the plane through three neighbours, or one of them at an edge."""
+    if not (x and y):
+        if x or y:
+            return values[y, x - 1] if x else values[y - 1, x]
+        return np.full(values.shape[2], first, np.int16)
+    left, above, corner = values[y, x - 1], values[y - 1, x], values[y - 1, x - 1]
+    low, high = np.minimum(left, above), np.maximum(left, above)
+    flat = left + above - corner
+    return np.where(corner >= high, low, np.where(corner <= low, high, flat)).astype(np.int16)
+
+
+def _cifar_batch(path: Path, content: bytes) -> tuple[Bytes, Bytes]:
+    if len(content) % _CIFAR_ROW or not content:
+        raise PlywiseError(
+            f"{path} has {len(content):,} bytes, no multiple of the {_CIFAR_ROW} that an image and its label "
+            "take: it is cut short, or no batch of CIFAR-10's binary version."
+        )
+    rows = np.frombuffer(content, np.uint8).reshape(-1, _CIFAR_ROW)
+    if rows[:, 0].max() > 9:
+        raise PlywiseError(f"{path} has a label of {rows[:, 0].max()}: it is no batch of CIFAR-10.")
+    images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), rows[:, 0].copy()
+
+
+def _check_length(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        why = "it is cut short" if found < expected else "there is more in it"
+        raise PlywiseError(
+            f"{path} has {found:,} bytes and its header says {expected:,}: {why}. Get it again."
+        )

@@ -1,0 +1,144 @@
+"""Public data sets by name, in whichever of their formats they lie on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plywise.data.readers import (
+    Bytes,
+    read_cifar10_archive,
+    read_colour_images,
+    read_idx,
+    read_npz,
+    read_rows,
+    read_table,
+    read_text,
+)
+from plywise.data.store import IDX_FILES, decoded, find, folders, missing
+from plywise.errors import PlywiseError
+
+Images = tuple[Bytes, Bytes, Bytes, Bytes]
+"""Training images and labels, test images and labels."""
+Numbers = NDArray[np.float64]
+
+_TOKENS = ("C", "c", "O", "o", "N", "n", "F", "Cl", "Br", "I", "S", "s", "P", "Si", "=", "#", "(", "@")
+
+
+def grey_images(name: str) -> Images:
+    """``mnist`` or ``fashion_mnist``: images (N, 28, 28), bytes; 60,000 to train and 10,000 to test.
+
+    Raises:
+        PlywiseError: neither ``NAME.npz`` nor the four IDX files, in a folder NAME, are there; or one is
+            damaged.
+    """
+    names = ("x_train", "y_train", "x_test", "y_test")
+    for folder in folders():
+        whole = folder / f"{name}.npz"
+        if whole.is_file():
+            arrays = read_npz(whole)
+            if lacking := [part for part in names if part not in arrays]:
+                raise PlywiseError(f"{whole} has no {', '.join(lacking)}; it has: {', '.join(arrays)}.")
+            x, y, x_test, y_test = (arrays[part].astype(np.uint8) for part in names)
+            return x, y, x_test, y_test
+        parts = [folder / name / part for part in IDX_FILES]
+        if all(part.is_file() for part in parts):
+            x, y, x_test, y_test = (read_idx(part).astype(np.uint8) for part in parts)
+            return x, y, x_test, y_test
+    raise missing(name, f"{name}.npz", f"{name}/{IDX_FILES[0]} (and the other three)")
+
+
+def cifar10() -> Images:
+    """CIFAR-10: images (N, 32, 32, 3), bytes; 50,000 to train and 10,000 to test, in the order of their file.
+
+    What is decoded stays in the cache.
+
+    Raises:
+        PlywiseError: neither ``cifar10_train.npz`` with ``cifar10_test.npz`` nor ``cifar-10-binary.tar.gz``
+            is there; or one is damaged.
+    """
+    for folder in folders():
+        parts = [folder / f"cifar10_{part}.npz" for part in ("train", "test")]
+        archive = folder / "cifar-10-binary.tar.gz"
+        if all(part.is_file() for part in parts):
+            return _kept(_from_residuals, *parts)
+        if archive.is_file():
+            return _kept(read_cifar10_archive, archive)
+    raise missing("cifar10", "cifar-10-binary.tar.gz", "cifar10_train.npz (with cifar10_test.npz)")
+
+
+def tiny_shakespeare() -> str:
+    """A million characters of Shakespeare's plays.
+
+    Raises:
+        PlywiseError: neither ``tinyshakespeare.txt`` nor ``tinyshakespeare.txt.gz`` is there.
+    """
+    return read_text(_found("tinyshakespeare", "tinyshakespeare.txt", "tinyshakespeare.txt.gz"))
+
+
+def numeric_table(name: str) -> tuple[Numbers, Numbers]:
+    """A table of numbers, ``NAME.csv`` or ``NAME.csv.gz``: its columns but the last, and the last.
+
+    Returns:
+        Inputs (N, d), NaN where a value is missing, and targets (N,).
+
+    Raises:
+        PlywiseError: there is no such file, or it is no such table.
+    """
+    table, _ = read_table(_found(name, f"{name}.csv.gz", f"{name}.csv"))
+    return table[:, :-1], table[:, -1]
+
+
+def boiling_points() -> tuple[Numbers, Numbers]:
+    """Organic compounds (``compounds.csv.gz``): what their formulas hold, and where they boil.
+
+    Returns:
+        Inputs (N, 20): how often each of 18 tokens is in the SMILES formula, rings, molar mass in g/mol; and
+        boiling points (N,) in K. Compounds without a known boiling point are left out.
+
+    Raises:
+        PlywiseError: there is no such file, or it lacks a column.
+    """
+    path = _found("compounds", "compounds.csv.gz", "compounds.csv")
+    rows = read_rows(path)
+    if lacking := [name for name in ("smiles", "molar_mass", "tb_K") if name not in rows[0]]:
+        raise PlywiseError(f"{path} has no column {', '.join(lacking)}.")
+    known = [row for row in rows if row["tb_K"]]
+    x = np.array([_formula(row["smiles"], row["molar_mass"]) for row in known])
+    return x, np.array([float(row["tb_K"]) for row in known])
+
+
+def _formula(smiles: str, mass: str) -> list[float]:
+    tokens = re.findall(r"Cl|Br|Si|[A-Za-z=#(@]|[0-9]", smiles)
+    rings = sum(token.isdigit() for token in tokens) / 2  # a digit opens a ring, and closes it
+    return [*(float(tokens.count(token)) for token in _TOKENS), rings, float(mass)]
+
+
+def _found(name: str, *files: str) -> Path:
+    path = find(*files)
+    if path is None:
+        raise missing(name, *files)
+    return path
+
+
+def _from_residuals(train: Path, test: Path) -> Images:
+    return (*read_colour_images(train), *read_colour_images(test))
+
+
+def _kept(read: Callable[..., Images], *sources: Path) -> Images:
+    names = ("x", "y", "x_test", "y_test")
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sources:
+        with path.open("rb") as file:  # both formats end with the checksums of what is in them
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 4096))
+            digest.update(f"{size};".encode() + file.read())
+    arrays = decoded(f"cifar10-{digest.hexdigest()}", lambda: dict(zip(names, read(*sources), strict=True)))
+    x, y, x_test, y_test = (arrays[name] for name in names)
+    return x, y, x_test, y_test

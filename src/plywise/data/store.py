@@ -1,0 +1,250 @@
+"""Where files of data are, how those that are public are fetched, and a cache of what is slow to decode.
+
+Files are looked for in the folder that ``PLYWISE_DATA`` names, or else in ``../shared/data`` beside the
+repository where there is such a folder; and then in the cache, ``~/.cache/plywise`` (``XDG_CACHE_HOME`` moves
+it), where `fetch` writes. Nothing is fetched unless somebody calls `fetch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plywise.catalogue import suggestion
+from plywise.errors import PlywiseError
+
+DEADLINE = 600.0
+"""Seconds that one mirror has to deliver one file."""
+STALL = 20.0
+"""Seconds without a byte after which a mirror is given up."""
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A public file.
+
+    Attributes:
+        file: where it goes, below the cache's folder.
+        sha256: what it must hash to.
+        mirrors: addresses that have it, tried in order.
+    """
+
+    file: str
+    sha256: str
+    mirrors: tuple[str, ...]
+
+
+def _idx(folder: str, mirrors: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[Remote, ...]:
+    return tuple(
+        Remote(f"{folder}/{name}", sha256, tuple(mirror + name for mirror in mirrors))
+        for name, sha256 in zip(IDX_FILES, hashes, strict=True)
+    )
+
+
+IDX_FILES = tuple(
+    f"{part}-{what}-ubyte.gz" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")
+)
+"""Names of the four files of MNIST and Fashion-MNIST: training images and labels, test images and labels."""
+
+SETS: dict[str, tuple[Remote, ...]] = {
+    "mnist": _idx(
+        "mnist",
+        (
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        ),
+        (
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+    ),
+    "fashion_mnist": _idx(
+        "fashion_mnist",
+        (
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+        ),
+        (
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
+    ),
+    "cifar10": (
+        Remote(
+            "cifar-10-binary.tar.gz",
+            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
+        ),
+    ),
+    "tinyshakespeare": (
+        Remote(
+            "tinyshakespeare.txt",
+            "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            (
+                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt",
+            ),
+        ),
+    ),
+}
+"""Public data sets that `fetch` knows."""
+
+SOURCES = {
+    "uci_concrete": "the UCI repository's Concrete Compressive Strength (doi:10.24432/C5PK67): 8 inputs, "
+    "then the strength",
+    "uci_energy": "the UCI repository's Energy Efficiency (doi:10.24432/C51307): 8 inputs, then the heating "
+    "load",
+    "california_housing": "the 1990 census table of California's districts (github.com/ageron/handson-ml2): "
+    "8 numbers, 5 columns of 0 and 1 for the nearness of the ocean, then the median house value",
+    "compounds": "a table of the boiling points in github.com/CalebBell/chemicals, with columns smiles, "
+    "molar_mass and tb_K",
+}
+"""Where those data sets come from that have to be brought into one table first, and what is in it."""
+
+
+def cache_folder() -> Path:
+    """Where fetched files and decoded arrays are kept; it need not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plywise"
+
+
+def folders() -> list[Path]:
+    """Where files are looked for, in this order."""
+    if named := os.environ.get("PLYWISE_DATA"):
+        return [Path(named), cache_folder()]
+    beside = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+    return [*([beside] if beside.is_dir() else []), cache_folder()]
+
+
+def find(*files: str) -> Path | None:
+    """The first of some files that is there; a folder is searched for all of them before the next one."""
+    return next((found for folder in folders() for file in files if (found := folder / file).is_file()), None)
+
+
+def missing(name: str, *files: str) -> PlywiseError:
+    """The error for a data set that is not there: which files, where looked for, where to get it."""
+    places = " nor in ".join(str(folder) for folder in folders())
+    how = (
+        f"With a network, `from plywise.data.store import fetch; fetch({name!r})` downloads it. Or put"
+        if name in SETS
+        else f"plywise cannot download it; it is {SOURCES.get(name, 'your own')}. Put"
+    )
+    return PlywiseError(
+        f"The data set {name!r} is missing: {' or '.join(files)} is neither in {places}. {how} the file "
+        "into one of these folders, or name its folder in PLYWISE_DATA."
+    )
+
+
+def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
+    """Download a public data set into the cache; what is there already and whole stays.
+
+    Args:
+        name: one of `SETS`.
+        deadline: seconds that each mirror has for each file.
+
+    Returns:
+        The files.
+
+    Raises:
+        PlywiseError: there is no such set, or no mirror delivers a file; the message says what each one did.
+    """
+    if name not in SETS:
+        raise PlywiseError(
+            f"No data set called {name!r} can be fetched. {suggestion(name, tuple(SETS))}There are: "
+            f"{', '.join(SETS)}."
+        )
+    return [_fetched(remote, cache_folder() / remote.file, deadline) for remote in SETS[name]]
+
+
+def decoded(key: str, decode: Callable[[], dict[str, NDArray[np.uint8]]]) -> dict[str, NDArray[np.uint8]]:
+    """Arrays that are slow to make, kept in the cache under a key: ``.npy`` files, read by memory map.
+
+    Args:
+        key: names what they are made of: another source has another key.
+        decode: makes them, by name. The names are part of what is kept.
+    """
+    folder = cache_folder() / "decoded" / key
+    index = folder / "names.txt"  # written last: with it, all are there
+    try:
+        names = index.read_text(encoding="utf-8").split()
+        return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+    except (OSError, ValueError):
+        pass  # not made yet, or damaged: made anew
+    arrays = decode()
+    try:
+        for name, array in arrays.items():
+            with written_whole(folder / f"{name}.npy") as file:
+                np.save(file, array, allow_pickle=False)
+        with written_whole(index) as file:
+            file.write("\n".join(arrays).encode())
+    except OSError as error:
+        warnings.warn(f"Decoded data cannot be kept in {folder}: {error}. They are made anew.", stacklevel=2)
+    return arrays
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write bytes to, which appears at ``path`` at the end, whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _fetched(remote: Remote, path: Path, deadline: float) -> Path:
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == remote.sha256:
+        return path
+    failures = []
+    for mirror in remote.mirrors:
+        try:
+            _download(mirror, path, remote.sha256, deadline)
+            return path
+        except (OSError, http.client.HTTPException, _MirrorError) as error:
+            failures.append(f"{mirror}: {error or type(error).__name__}")
+    raise PlywiseError(
+        f"{remote.file} could not be fetched. {'; '.join(failures)}. Put the file at {path} yourself, or "
+        "name its folder in PLYWISE_DATA."
+    )
+
+
+class _MirrorError(Exception):
+    """A mirror delivers something else, or too slowly."""
+
+
+def _download(url: str, path: Path, sha256: str, deadline: float) -> None:
+    end = time.monotonic() + deadline
+    digest = hashlib.sha256()
+    with (
+        urllib.request.urlopen(url, timeout=min(STALL, deadline)) as answer,
+        written_whole(path) as file,
+    ):
+        while chunk := answer.read1(_CHUNK):  # what there is: a slow mirror must not hold the clock up
+            digest.update(chunk)
+            file.write(chunk)
+            if time.monotonic() > end:
+                raise _MirrorError(f"it was not done after {deadline:g} s")
+        if digest.hexdigest() != sha256:
+            raise _MirrorError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}")

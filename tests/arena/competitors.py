@@ -1,0 +1,81 @@
+"""Models, data and methods that the tests of the bench point at, as a user would, by module:name."""
+
+import os
+import signal
+import time
+
+import torch
+from torch import nn
+
+from plywise.arena.method import Method, end_to_end
+from plywise.arena.space import Range
+
+
+def model():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=generator)
+    return x, x[:, :3].argmax(1)
+
+
+def broken_model():
+    raise ValueError("no such layer")
+
+
+class Adamlike(torch.optim.Adam):
+    """Adam under another name."""
+
+    search_space = {"lr": Range(1e-3, 1e-1, 1e-2)}
+
+
+class Exploding(torch.optim.SGD):
+    """SGD that takes off at once."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(1e30)
+
+
+class Killed(torch.optim.SGD):
+    """Its process is killed in the third step."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        Killed.calls += 1
+        if Killed.calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().step(closure)
+
+
+class Leaving(torch.optim.SGD):
+    """Its process ends of itself."""
+
+    def step(self, closure=None):
+        os._exit(3)
+
+
+class Hanging(torch.optim.SGD):
+    """Never comes back."""
+
+    def step(self, closure=None):
+        time.sleep(600)
+
+
+class Slow(torch.optim.SGD):
+    """A step takes a while."""
+
+    def step(self, closure=None):
+        time.sleep(0.02)
+        super().step(closure)
+
+
+def _nothing_to_tune(setting):
+    return end_to_end(setting, torch.optim.SGD(setting.model.parameters(), 0.1))
+
+
+fixed = Method("fixed", "SGD at a rate of 0.1", {}, _nothing_to_tune)

@@ -1,0 +1,71 @@
+"""Budgets: how many trials fit, and what is said when none do."""
+
+import pytest
+
+from plywise.arena.budget import SLACK, TRIALS, Cost, estimate, fitted, seconds_of, steps_for, told
+from plywise.arena.job import Entry
+from plywise.arena.tournament import Plan
+from plywise.errors import PlywiseError
+
+PLAN = Plan((Entry("a"), Entry("own", "m:f", "m:d")), ("sgd", "adamw"), seeds=3)
+COSTS = {
+    ("a", "sgd"): Cost(0.01, 1.0),
+    ("a", "adamw"): Cost(0.02, 1.0),
+    ("own", "sgd"): Cost(0.1, 2.0),
+    ("own", "adamw"): Cost(0.1, 2.0),
+}
+STEPS = {"a": 100, "own": 50}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("45m", 2700), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400)]
+)
+def test_durations(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "h", "two hours", "1h x", "-1h", "0s"])
+def test_what_is_no_duration(text):
+    with pytest.raises(PlywiseError, match="duration"):
+        seconds_of(text)
+
+
+def test_estimate_by_hand():
+    alone = (2 + 3) + (7 + 7)  # seconds of one run of each method on each workload
+    assert estimate(PLAN, COSTS, STEPS, workers=1) == pytest.approx((8 + 6) * alone)
+    assert estimate(PLAN, COSTS, STEPS, workers=2) == pytest.approx((8 + 6) * alone / 2)
+
+
+@pytest.mark.parametrize("budget", [300, 500, 1000])
+def test_as_many_trials_as_fit_and_no_more(budget):
+    plan = fitted(PLAN, COSTS, STEPS, 1, budget)
+    assert estimate(plan, COSTS, STEPS, 1) <= SLACK * budget
+    more = [trials for trials in TRIALS if trials > plan.trials]
+    assert all((trials + 6) * 19 > SLACK * budget for trials in more)
+
+
+def test_too_little_is_said_with_what_would_do():
+    with pytest.raises(PlywiseError, match=r"1 min are not enough|60 s are not enough") as raised:
+        fitted(PLAN, COSTS, STEPS, 1, 60)
+    assert "about 4 min" in str(raised.value)  # (4 + 6) * 19 / 0.9
+    assert "adamw on own" in str(raised.value) or "sgd on own" in str(raised.value)
+
+
+def test_steps_of_ones_own_model_follow_from_the_budget():
+    few, many = (steps_for(PLAN, COSTS, PLAN.entries, STEPS, 1, budget) for budget in (3600, 7200))
+    assert few["a"] == many["a"] == 100, "a workload of ours keeps its length"
+    assert 200 < few["own"] < many["own"]
+    assert fitted(PLAN, COSTS, few, 1, 3600).trials >= 8
+    chosen = Plan((Entry("own", "m:f", "m:d", steps=70),), ("sgd",))
+    own = {pair: cost for pair, cost in COSTS.items() if pair[0] == "own"}
+    assert steps_for(chosen, own, chosen.entries, {"own": 70}, 1, 9e9) == {"own": 70}
+
+
+def test_durations_in_words():
+    assert [told(seconds) for seconds in (5, 60, 150, 3600, 9000)] == [
+        "5 s",
+        "60 s",
+        "2 min",
+        "1 h 0 min",
+        "2 h 30 min",
+    ]

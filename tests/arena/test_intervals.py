@@ -1,0 +1,178 @@
+"""Intervals against slow definitions, exact enumeration and known truths."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plywise.arena.intervals import (
+    Interval,
+    Timed,
+    geometric_interval,
+    limits,
+    median_interval,
+    medians,
+    ratio_interval,
+    surest,
+    timed,
+)
+
+times = st.lists(st.one_of(st.floats(0.1, 100), st.just(math.inf)), min_size=1, max_size=7)
+
+
+def make(*values: float, budget: float = 10.0, seed: int = 0) -> Timed:
+    return timed(values, budget, np.random.default_rng(seed))
+
+
+def slow_medians(values: list[float], count: int) -> list[float]:
+    chance = random.Random(1)
+    return [statistics.median(chance.choices(values, k=len(values))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("values", [[1, 2, 4], [1, 2, 4, 8], [3, math.inf, 1, 2, math.inf], [5]])
+def test_resampled_medians_have_the_distribution_of_the_plain_definition(values):
+    """Against all resamples there are, enumerated."""
+    every = [statistics.median(sample) for sample in itertools.product(values, repeat=len(values))]
+    drawn = medians(values, np.random.default_rng(0), 40_000)
+    slow = slow_medians(values, 20_000)
+    for value in set(every):
+        share = every.count(value) / len(every)
+        assert np.mean(drawn == value) == pytest.approx(share, abs=0.012)
+        assert slow.count(value) / len(slow) == pytest.approx(share, abs=0.018)
+    assert set(drawn) <= set(every)
+
+
+@given(times)
+def test_an_interval_holds_its_value_and_only_what_resamples_can_be(values):
+    low, value, high, _ = median_interval(values, np.random.default_rng(0))
+    assert min(values) <= low <= high <= max(values)
+    assert value == statistics.median(values)
+    assert not math.isnan(low)
+    assert not math.isnan(high)
+
+
+@given(times, st.floats(0.5, 8))
+def test_intervals_scale_with_the_values(values, factor):
+    one = median_interval(values, np.random.default_rng(0))
+    other = median_interval([factor * value for value in values], np.random.default_rng(0))
+    assert other[:3] == pytest.approx([factor * limit for limit in one[:3]])
+
+
+def test_three_seeds_give_their_range():
+    assert median_interval([2, 1, 3], np.random.default_rng(0))[:3] == (1, 2, 3)
+    assert median_interval([2, 1, math.inf], np.random.default_rng(0))[:3] == (1, 2, math.inf)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
+def test_limits_leave_equal_tails(level):
+    draws = np.arange(1.0, 1001)
+    low, high = limits(np.random.default_rng(0).permutation(draws), level)
+    assert np.mean((draws > low) & (draws <= high)) == pytest.approx(level)
+    assert low == pytest.approx(1000 - high)
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 7])
+def test_ranges_cover_the_true_median_as_often_as_said(seeds):
+    generator = np.random.default_rng(0)
+    values = generator.lognormal(0, 1, (4000, seeds))
+    inside = (values.min(1) <= 1) & (values.max(1) >= 1)
+    assert inside.mean() == pytest.approx(surest(seeds), abs=0.03)
+
+
+def test_intervals_of_many_seeds_cover_the_true_median():
+    generator = np.random.default_rng(0)
+    found = [median_interval(generator.lognormal(0, 1, 25), generator) for _ in range(300)]
+    assert 0.90 <= np.mean([low <= 1 <= high for low, _, high, _ in found]) <= 1
+
+
+def test_ratios_over_workloads_cover_the_true_ratio():
+    generator = np.random.default_rng(0)
+
+    def draw(middle: float) -> Timed:
+        return timed(generator.lognormal(math.log(middle), 0.3, 9), 1e9, generator)
+
+    found = [geometric_interval([(draw(2), draw(1)) for _ in range(4)]) for _ in range(200)]
+    assert 0.88 <= np.mean([one.low <= 2 <= one.high for one in found]) <= 1
+
+
+def test_a_ratio_by_hand():
+    assert ratio_interval(make(2.0), make(4.0)) == Interval(0.5, 0.5, 0.5)
+    low, value, high, mark = ratio_interval(make(1, 2, 3), make(1, 2, 3, seed=1))
+    assert (low, value, high, mark) == (1 / 3, 1.0, 3.0, "")
+
+
+def test_a_miss_is_a_bound_and_never_a_time():
+    missed, there = make(math.inf, budget=10), make(4.0)
+    assert ratio_interval(missed, there) == Interval(2.5, 2.5, math.inf, "≥")
+    assert ratio_interval(there, missed) == Interval(0.0, 0.4, 0.4, "≤")
+    assert ratio_interval(missed, missed) is None
+
+
+def test_some_misses_leave_a_median_but_no_upper_limit():
+    low, value, high, mark = ratio_interval(make(2, 4, math.inf), make(4.0))
+    assert (low, value, high, mark) == (0.5, 1.0, math.inf, "")
+
+
+@given(times, times, st.integers(0, 5))
+def test_a_ratio_lies_between_its_limits(mine, other, seed):
+    budget = 101.0
+    ratio = ratio_interval(make(*mine, budget=budget), make(*other, budget=budget, seed=seed + 1))
+    both = math.isinf(statistics.median(mine)) and math.isinf(statistics.median(other))
+    assert (ratio is None) == both
+    assert both or ratio.low <= ratio.value <= ratio.high
+
+
+@given(times, times)
+def test_a_later_run_never_improves_a_ratio(mine, other):
+    """Replacing a time by a miss moves no limit down."""
+    peer = make(*other, budget=101.0, seed=9)
+    worse = [*mine[:-1], math.inf]
+    one, two = (
+        ratio_interval(make(*mine, budget=101.0), peer),
+        ratio_interval(make(*worse, budget=101.0), peer),
+    )
+    if one is not None and two is not None:
+        assert two.low >= one.low - 1e-12
+        assert two.high >= one.high
+
+
+def test_the_geometric_mean_by_hand():
+    found = geometric_interval([(make(2.0), make(1.0)), (make(1.0), make(8.0))])
+    assert found[:3] == pytest.approx((0.5, 0.5, 0.5))
+    assert geometric_interval([]) is None
+
+
+def test_the_geometric_mean_carries_bounds_and_leaves_out_what_says_nothing():
+    missed, there, peer = make(math.inf, budget=4.0), make(1.0), make(1.0)
+    lower = geometric_interval([(missed, peer), (there, peer)])
+    assert (lower.value, lower.high, lower.mark) == (pytest.approx(2.0), math.inf, "≥")
+    upper = geometric_interval([(there, missed), (there, peer)])
+    assert (upper.low, upper.value, upper.mark) == (0.0, pytest.approx(0.5), "≤")
+    assert geometric_interval([(missed, missed), (there, peer)]) == ratio_interval(there, peer)
+    both = geometric_interval([(missed, peer), (there, missed)])
+    assert (both.low, both.high, both.mark) == (0.0, math.inf, "?")
+
+
+def test_at_the_target_from_the_start():
+    assert ratio_interval(make(0.0), make(0.0)) == Interval(1.0, 1.0, 1.0)
+    assert ratio_interval(make(1.0), make(0.0)).value == math.inf
+
+
+def test_apart_needs_the_interval_and_the_noise():
+    assert Interval(0.4, 0.5, 0.9).apart(1.5)
+    assert not Interval(0.4, 0.5, 1.1).apart()
+    assert not Interval(0.6, 0.7, 0.9).apart(1.5)
+    assert not Interval(0.0, 0.5, 0.9, "?").apart()
+    assert not Interval(0.4, 0.5, 0.9).apart(math.inf)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    pairs = [(make(1, 2, math.inf), make(2, 3, 5, seed=4))]
+    assert geometric_interval(pairs) == geometric_interval([(make(1, 2, math.inf), make(2, 3, 5, seed=4))])

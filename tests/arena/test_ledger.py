@@ -1,0 +1,79 @@
+"""The ledger: a line a trial, whole or not at all."""
+
+import json
+import multiprocessing
+import resource
+
+import pytest
+
+from plywise.arena.ledger import Key, Ledger, key_of, read
+from plywise.errors import PlywiseError
+
+
+def line(trial, **more):
+    return {**Key("w", "m", "tuning", "tuned", trial, 0)._asdict(), "validation": [1.0, 0.5], **more}
+
+
+def test_what_is_added_is_there_after_opening_it_again(tmp_path):
+    path = tmp_path / "folder" / "trials.jsonl"
+    ledger = Ledger(path)
+    for trial in range(3):
+        ledger.add(line(trial))
+    again = Ledger(path)
+    assert again.lines == ledger.lines
+    assert list(again.lines.values()) == list(read(path)) == [line(trial) for trial in range(3)]
+    assert key_of(line(2)) in again
+    assert key_of(line(3)) not in again
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_a_line_that_a_crash_cut_off_is_taken_away(tmp_path, cut):
+    path = tmp_path / "trials.jsonl"
+    ledger = Ledger(path)
+    ledger.add(line(0))
+    whole = path.read_bytes()
+    ledger.add(line(1))
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Ledger(path)
+    assert path.read_bytes() == whole
+    again.add(line(1))
+    assert [one["trial"] for one in read(path)] == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["hello\n", "{}\n", "[1]\n", '{"workload": "w"}\n'])
+def test_a_line_of_somebody_else_is_an_error_that_names_it(tmp_path, text):
+    path = tmp_path / "trials.jsonl"
+    Ledger(path).add(line(0))
+    with path.open("a") as file:
+        file.write(text)
+    with pytest.raises(PlywiseError, match=r"Line 2 of .*trials.jsonl is no trial"):
+        Ledger(path)
+
+
+def test_nothing_that_json_does_not_know(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        Ledger(tmp_path / "trials.jsonl").add(line(0, validation=[float("nan")]))
+    assert list(read(tmp_path / "trials.jsonl")) == []
+
+
+def fill(path, answer):
+    ledger = Ledger(path)
+    ledger.add(line(0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40,) * 2)
+    try:
+        ledger.add(line(1))
+    except PlywiseError as error:
+        answer.put(str(error))
+
+
+def test_a_full_disk_loses_nothing_and_says_so(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    context = multiprocessing.get_context("fork")
+    answer = context.SimpleQueue()
+    process = context.Process(target=fill, args=(path, answer))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert "The 1 trials before are kept" in answer.get()
+    assert [one["trial"] for one in read(path)] == [0]
+    assert json.loads(path.read_text()) == line(0)

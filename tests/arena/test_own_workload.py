@@ -1,0 +1,440 @@
+"""A user's model and data as a workload: every form of data, and what is said of what does not fit."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from plywise.arena.method import Setting, end_to_end
+from plywise.arena.task import CLASSIFICATION, REGRESSION, SEQUENCES
+from plywise.arena.trial import run_trial
+from plywise.arena.workloads.own import own_workload
+from plywise.arena.workloads.own_data import own_data
+from plywise.errors import BlockError, PlywiseError
+
+MODULE = """
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+def net():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+def one():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+def flat():
+    return nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+
+def image():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+
+def words():
+    return nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9))
+
+def narrow():
+    return nn.Linear(3, 3)
+
+def dead():
+    layer = nn.Linear(4, 3)
+    nn.init.constant_(layer.weight, float("nan"))
+    return layer
+
+def fixed():
+    return nn.Flatten()
+
+def pair():
+    return nn.LSTM(4, 3)
+
+def boom():
+    raise ValueError("not today")
+
+shared = net()
+def same():
+    return shared
+number = 3
+
+x = torch.arange(400.0, dtype=torch.float64).view(100, 4)
+y = torch.arange(100) % 3
+
+def data():
+    return x.numpy(), y.numpy()
+
+def lists():
+    return x.tolist(), y.tolist()
+
+def four():
+    return x, y, x[:7] + 0.5, y[:7]
+
+def three():
+    return (x, y), (x[:5] + 0.25, y[:5]), [x[:6] + 0.5, y[:6]]
+
+def dataset():
+    return TensorDataset(x, y)
+
+class Slow(Dataset):
+    def __init__(self, count): self.count = count
+    def __len__(self): return self.count
+    def __getitem__(self, i): return np.full(4, i, np.float32), int(i % 3)
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter([])
+
+class Bare(Dataset):
+    def __len__(self): return 20
+    def __getitem__(self, i): return torch.zeros(4)
+
+def two_datasets():
+    return Slow(90), Slow(8)
+
+def mixed():
+    return Slow(30), (x[:5].float(), y[:5]), TensorDataset(x[:6], y[:6])
+
+def stream():
+    return Stream()
+
+def bare():
+    return Bare()
+
+def images():
+    return np.full((40, 3, 2, 2), 255, np.uint8), np.arange(40) % 3
+
+def tokens():
+    t = torch.arange(330).view(30, 11) % 9
+    return t[:, :-1], t[:, 1:]
+
+def numbers():
+    return x / 400, x[:, 0] / 400
+
+def column():
+    return x / 400, x[:, :1] / 400
+
+def holes():
+    z = x.clone(); z[3, 2] = float("nan"); z[9] = float("inf")
+    return z, y
+
+def target_holes():
+    return x, [0.5] * 99 + [float("nan")]
+
+def unequal():
+    return x, y[:-1]
+
+def empty():
+    return x[:0], y[:0]
+
+def few():
+    return x[:9], y[:9]
+
+def other_shape():
+    return x, y, x[:, :3], y
+
+def other_kind():
+    return x, y, x, y.float()
+
+def negative():
+    return x, y - 1
+
+def columns():
+    return x, y.unsqueeze(1)
+
+def high():
+    return x, y + 1
+
+def words_as_x():
+    return ["a"] * 20, [0] * 20
+
+def ragged():
+    return [[1.0, 2.0], [1.0]] * 10, [0] * 20
+
+def five():
+    return 1, 2, 3, 4, 5
+
+def nothing():
+    return None
+
+def l1(output, target):
+    return (output - target).abs().mean()
+
+def rows(output, target):
+    return (output - target).abs()
+
+def broken(output, target):
+    raise KeyError("weights")
+
+def endless(output, target):
+    return output.sum() / 0 * float("inf")
+
+def smoothed(output, target):
+    return nn.functional.cross_entropy(output, target, label_smoothing=0.1)
+
+def confidence(output, target):
+    return 1 - output.softmax(1).gather(1, target[:, None]).mean()
+"""
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path, monkeypatch):
+    (tmp_path / "user.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "user", raising=False)
+    yield tmp_path
+    sys.modules.pop("user", None)
+
+
+def own(model="net", data="data", **more):
+    address = f"user:{data}" if data.isidentifier() else data
+    return own_workload("mine", f"user:{model}", address, **more)
+
+
+def sizes(data):
+    return [len(part.y) for part in vars(data).values()]
+
+
+# ---- the forms of data -------------------------------------------------------------------------------
+
+
+def test_two_arrays_are_cut_and_it_is_said():
+    workload = own()
+    data = workload.make_data()
+    assert sizes(data) == [80, 10, 10]
+    assert data.train.x.dtype == torch.float32
+    firsts = torch.cat([part.x[:, 0] for part in vars(data).values()])
+    assert sorted(firsts.tolist()) == list(range(0, 400, 4)), "each sample is in one part"
+    assert "80 to train, 10 to validate, 10 to test" in workload.about
+    assert "by a fixed seed" in workload.about
+    again = own().make_data()
+    assert torch.equal(again.test.x, data.test.x)
+    assert (workload.batch_size, workload.steps, workload.name, workload.target) == (80, 1000, "mine", None)
+    assert own(batch_size=7, steps=9).batch_size == 7
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("lists", [80, 10, 10]),
+        ("dataset", [80, 10, 10]),
+        ("four", [89, 11, 7]),
+        ("two_datasets", [80, 10, 8]),
+        ("three", [100, 5, 6]),
+        ("mixed", [30, 5, 6]),
+    ],
+)
+def test_other_forms(data, expected):
+    found = own(data=data).make_data()
+    assert sizes(found) == expected
+    for part in vars(found).values():
+        assert part.x.shape[1:] == (4,)
+        assert (part.x.dtype, part.y.dtype) == (torch.float32, torch.long)
+
+
+def test_bytes_are_images_and_whole_numbers_stay():
+    images = own("image", "images").make_data()
+    assert images.train.x.unique().tolist() == [1.0]
+    workload = own("words", "tokens")
+    assert workload.make_data().train.x.dtype == torch.long
+    assert workload.task is SEQUENCES
+    assert (workload.classes, workload.blocks) == (0, 0)
+
+
+def test_npz(user):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 4)), np.arange(40) % 3
+    np.savez(user / "a.npz", x_train=x, y_train=y)
+    assert sizes(own(data="a.npz").make_data()) == [32, 4, 4]
+    np.savez(user / "a.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5])
+    assert sizes(own(data="a.npz").make_data()) == [36, 4, 5]
+    np.savez(user / "a.npz", x_train=x, y_train=y, x_validation=x[:5], y_validation=y[:5])
+    assert sizes(own(data="a.npz").make_data()) == [36, 5, 4]
+    np.savez(user / "a.npz", x_train=x, y_train=y, x_test=x[:5])
+    with pytest.raises(PlywiseError, match="has no y_test; it has: x_train, y_train, x_test"):
+        own(data="a.npz")
+    np.savez(user / "a.npz", x=x, y=y)
+    with pytest.raises(PlywiseError, match="has no x_train and no y_train; it has: x, y"):
+        own(data="a.npz")
+    with pytest.raises(PlywiseError, match=r"There is no file gone\.npz"):
+        own(data="gone.npz")
+
+
+def test_csv_of_numbers_and_of_classes(user):
+    rows = [f"{i},{i * i % 7},{i % 5},1.5" for i in range(50)]
+    (user / "a.csv").write_text(
+        "a,b,c,d,target\n" + "\n".join(f"{row},{i / 8}" for i, row in enumerate(rows))
+    )
+    workload = own("one", "a.csv")
+    assert workload.task.metric is REGRESSION.metric
+    assert workload.make_data().train.y.shape == (40, 1), "as the model's output has it"
+    (user / "a.csv").write_text(
+        "a,b,c,d,target\n" + "\n".join(f"{row},{i % 3}" for i, row in enumerate(rows))
+    )
+    workload = own("net", "a.csv")
+    assert workload.task.metric is CLASSIFICATION.metric
+    assert workload.classes == 3
+    with pytest.raises(PlywiseError, match=r"1 output, and targets go up to 2.*floating-point"):
+        own("one", "a.csv")
+    (user / "a.csv").write_text("a,b,c,d,target\n" + "\n".join(f"{row}," for row in rows))
+    with pytest.raises(PlywiseError, match="hold NaN or infinity in 50 of 50 samples"):
+        own("one", "a.csv")
+    (user / "a.csv").write_text("a\n1\n2\n")
+    with pytest.raises(PlywiseError, match="has one column"):
+        own("one", "a.csv")
+
+
+def test_the_data_of_a_shipped_workload_and_data_read_before():
+    data = own_data("digits-mlp").data
+    assert sizes(data) == [1100, 297, 400]
+    with pytest.raises(PlywiseError, match=r"fails on two inputs of torch\.float32 and shape"):
+        own(data="digits-mlp")
+    read = own().make_data()
+    assert own_workload("again", "user:net", read).make_data() is read
+
+
+def test_a_row_and_a_column_of_numbers_are_the_same():
+    for model, data, shape in [
+        ("one", "numbers", (80, 1)),
+        ("flat", "column", (80,)),
+        ("one", "column", (80, 1)),
+        ("flat", "numbers", (80,)),
+    ]:
+        assert own(model, data).make_data().train.y.shape == shape
+        assert own(model, data, loss="user:l1").make_data().train.y.shape == shape
+
+
+# ---- tasks -------------------------------------------------------------------------------------------
+
+
+def test_usual_tasks():
+    classes = own()
+    assert classes.task.metric_name == "error rate"
+    assert 0.6 < classes.task.chance < 0.7
+    assert (classes.classes, classes.blocks) == (3, 3)
+    numbers = own("one", "numbers")
+    assert numbers.task.metric_name == "mean squared error"
+    assert numbers.task.chance == pytest.approx(numbers.make_data().train.y.var(0, correction=0).item())
+    assert (numbers.classes, numbers.blocks) == (0, 0)
+
+
+def test_own_loss_and_metric():
+    smooth = own(loss="user:smoothed")
+    assert (smooth.task.metric_name, smooth.classes) == ("error rate", 3)
+    assert smooth.task.loss.__name__ == "smoothed"
+    assert own("one", "numbers", loss="user:l1").task.metric_name == "user:l1"
+    assert own("one", "numbers", metric="user:l1").task.loss is REGRESSION.loss
+    judged = own(metric="user:confidence")
+    assert (judged.task.metric_name, judged.classes) == ("user:confidence", 3)
+    assert own("one", "numbers", loss="torch.nn.functional:huber_loss").task.loss(
+        torch.zeros(1), torch.ones(1)
+    ).item() == pytest.approx(0.5)
+
+
+def test_blocks():
+    assert own(blocks=2).blocks == 2
+    assert own(blocks=0).blocks == 0
+    assert own("image", "images").blocks == 0, "a single layer is not cut"
+    with pytest.raises(BlockError, match="comes apart into 3 at most"):
+        own(blocks=7)
+
+
+def test_it_trains_and_the_callers_random_numbers_are_left_alone():
+    before = torch.get_rng_state()
+    workload = own("one", "numbers", steps=40)
+    assert torch.equal(before, torch.get_rng_state())
+
+    def begin():
+        model = workload.make_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        return end_to_end(Setting(model, workload.task, {}, 40, torch.ones(1)), optimizer)
+
+    data = workload.make_data()
+    size = workload.batch_size
+    one, two = (run_trial(begin, data, workload.task, seed=1, steps=40, batch_size=size) for _ in range(2))
+    assert one.failure is None
+    assert one.validation == two.validation
+    assert one.validation[-1] < one.validation[0]
+    assert workload.make_model() is not workload.make_model()
+
+
+# ---- what does not fit -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            "holes",
+            r"user:holes, train: the inputs hold NaN or infinity in 2 of 100 samples, first in number 3",
+        ),
+        ("target_holes", "the targets hold NaN or infinity in 1 of 100 samples, first in number 99"),
+        ("unequal", "there are 100 inputs and 99 targets"),
+        ("empty", "there is no sample"),
+        ("few", "9 training samples; a comparison needs 10"),
+        (
+            "other_shape",
+            r"training input is float32 of shape \(4,\), and a test input float32 of shape \(3,\)",
+        ),
+        ("other_kind", "training target is int64 of shape .*test target float32"),
+        ("negative", "the targets hold -1; classes and tokens count from 0"),
+        ("columns", r"whole numbers of shape \(100, 1\). Classes are of shape \(N,\), as of y\[:, 0\]"),
+        ("high", "3 outputs, and targets go up to 3: it needs 4"),
+        ("words_as_x", "no array of numbers"),
+        ("ragged", "no array of numbers"),
+        ("five", "returned 5 things; it must return"),
+        ("nothing", "returned a NoneType; it must return"),
+        ("boom", "user:boom raised ValueError: not today"),
+        ("number", "is of type int, not a function"),
+        ("stream", "a Stream has no length"),
+        ("bare", r"a Bare must hold samples, each a pair \(x, y\)"),
+        ("absent", "has no 'absent'"),
+        ("digits-mpl", "Did you mean digits-mlp"),
+    ],
+)
+def test_data_that_do_not_fit(data, words):
+    with pytest.raises(PlywiseError, match=words):
+        own(data=data)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        ("boom", "data", "user:boom raised ValueError: not today"),
+        ("nothing", "data", "returned a NoneType, not a torch.nn.Module"),
+        ("narrow", "data", r"fails on two inputs of torch.float32 and shape \(2, 4\): RuntimeError"),
+        ("dead", "data", "NaN or infinity before any training"),
+        ("fixed", "data", "a Flatten without a parameter to train"),
+        ("same", "data", "the same network twice"),
+        ("pair", "data", "gives a tuple, not one tensor"),
+        ("net", "numbers", r"gives \(3,\) for each sample, and a target \(\); they must be of one shape"),
+        ("one", "data", "1 output, and targets go up to 2: it needs 3"),
+        ("flat", "data", r"it must be \(classes,\) scores"),
+        ("absent", "data", "has no 'absent'"),
+    ],
+)
+def test_models_that_do_not_fit(model, data, words):
+    with pytest.raises(PlywiseError, match=words):
+        own(model, data)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("user:rows", r"The loss must be a tensor with one number, the mean; it is of shape \(2, 1\)"),
+        ("user:broken", "The loss fails on outputs of shape .*KeyError: 'weights'"),
+        ("user:endless", "The loss is (nan|inf|-inf) on two samples"),
+        ("user:absent", "has no 'absent'"),
+        ("l1", "Say where your loss is as module:name"),
+    ],
+)
+def test_losses_that_do_not_fit(loss, words):
+    with pytest.raises(PlywiseError, match=words):
+        own("one", "numbers", loss=loss)
+    with pytest.raises(PlywiseError, match=words.replace("loss", "metric")):
+        own("one", "numbers", metric=loss)
+
+
+def test_the_model_is_left_as_it_was_made():
+    module = own().make_model()
+    assert isinstance(module, nn.Sequential)
+    assert module.training

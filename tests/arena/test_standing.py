@@ -1,0 +1,270 @@
+"""Standings of ledgers whose winner is known."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import math
+import random
+
+import pytest
+from fake_bench import line, make_bench, make_lines
+
+from plywise.arena.bench_charts import after_trials, curves, front, thin
+from plywise.arena.contest import contest
+from plywise.arena.standing import area, noise, null_ratio, places, rows, runs_csv, standing_csv
+
+FOUR = ["sgd", "sgd-again", "proxprop", "local"]
+
+
+def finals(method: str, times: list[float], workload: str = "digits", **other):
+    """Runs that reach 0.1 after so many steps, in a tenth of a second each; infinity: never."""
+    return [
+        line(
+            workload,
+            method,
+            "final",
+            "tuned",
+            0,
+            seed,
+            steps=[0, 400 if math.isinf(when) else when, 400],
+            validation=[0.9, 0.5 if math.isinf(when) else 0.1, 0.4 if math.isinf(when) else 0.05],
+            cpu=[0.0, 40.0 if math.isinf(when) else 0.1 * when, 40.0],
+            wall=[0.0, 40.0 if math.isinf(when) else 0.1 * when, 40.0],
+            **other,
+        )
+        for seed, when in enumerate(times)
+    ]
+
+
+def small(lines, methods=("sgd", "sgd-again", "proxprop"), workloads=("digits",)):
+    bench = make_bench(methods, workloads)
+    for one in bench["workloads"].values():
+        one["target"] = 0.1
+    bench["refused"] = []
+    return contest(bench, lines)
+
+
+def whole():
+    bench = make_bench()
+    return contest(bench, make_lines(bench))
+
+
+def by_method(found):
+    return {one.method: one for one in found}
+
+
+def test_a_place_by_hand():
+    field = small([*finals("sgd", [100, 200, 300]), *finals("proxprop", [100, 100, 100])])
+    best, peer = places(field, "tuned", "steps")
+    assert (best.method, best.rank.value, best.area[:3]) == ("proxprop", 1, (1, 1, 1))
+    assert best.ratio[:3] == (1 / 3, 0.5, 1.0)
+    assert (peer.method, peer.rank.value, peer.profile) == ("sgd", 2, {"digits": 2.0})
+    assert peer.area.value == pytest.approx(2 / 3)
+    assert peer.rank.low == 1, "in some resamples they are level"
+    assert (peer.reached, peer.runs, peer.compared) == (3, 3, 1)
+
+
+def test_every_clock_has_its_own_standing():
+    quick = finals("proxprop", [100, 100, 100], gradients=4.0)
+    for run in quick:
+        run["cpu"] = [10 * value for value in run["cpu"]]
+    field = small([*finals("sgd", [200, 200, 200]), *quick])
+    first = {
+        clock: places(field, "tuned", clock)[0].method for clock in ("steps", "gradients", "cpu", "wall")
+    }
+    assert first == {"steps": "proxprop", "gradients": "sgd", "cpu": "sgd", "wall": "proxprop"}
+
+
+def test_misses_are_infinite_in_medians_and_bounds_in_ratios():
+    field = small([*finals("sgd", [100, 100, 100]), *finals("proxprop", [50, math.inf, math.inf])])
+    row = by_method(rows(field))["proxprop"]
+    assert (row.reached, row.runs, row.times["steps"].value) == (1, 3, math.inf)
+    assert (row.ratios["steps"].value, row.ratios["steps"].high, row.ratios["steps"].mark) == (
+        4.0,
+        math.inf,
+        "≥",
+    )
+    assert row.ratios["steps"].low == 0.5, "in some resamples two of three seeds are the one that was quick"
+    place = by_method(places(field, "tuned", "steps"))["proxprop"]
+    assert (place.area.value, place.profile["digits"]) == (0.0, math.inf)
+
+
+def test_a_crash_before_the_first_step_is_a_miss_with_the_pace_of_others():
+    nothing = {"steps": [], "loss": [], "validation": [], "cpu": [], "wall": []}
+    crashed = [line("digits", "proxprop", "final", seed=s, failure="OSError", **nothing) for s in range(3)]
+    field = small([*finals("sgd", [100, 100, 100]), *crashed])
+    row = by_method(rows(field))["proxprop"]
+    assert (row.failed, row.reached, row.step_cost, row.seconds) == (3, 0, None, None)
+    assert row.validation.median == math.inf
+    assert row.ratios["cpu"].value == pytest.approx(4.0)
+    assert row.ratios["cpu"].mark == "≥"
+
+
+def test_a_workload_that_does_not_fit_counts_as_a_miss_and_one_not_yet_run_does_not():
+    bench = make_bench(["sgd", "local"], ["digits", "words"])
+    lines = [one for one in make_lines(bench) if one["method"] == "sgd" or one["workload"] == "digits"]
+    refused = by_method(places(contest(bench, lines), "tuned", "steps"))["local"]
+    assert refused.profile["words"] == math.inf
+    pending = by_method(places(contest({**bench, "refused": []}, lines), "tuned", "steps"))["local"]
+    assert list(pending.profile) == ["digits"]
+
+
+def test_the_peer_is_the_best_tuned_baseline():
+    field = whole()
+    assert field.peer("digits", "steps").runs[0]["method"] == "adamw"
+    assert field.peer("digits", "steps").runs[0]["track"] == "tuned"
+    for row in rows(field):
+        if (row.method, row.track) == ("adamw", "tuned"):
+            assert row.ratios["steps"][:3] == (1, 1, 1), "against itself, seed by seed"
+    only = contest(field.bench, [one for one in make_lines(field.bench) if one["track"] == "defaults"])
+    assert only.peer("words", "steps").runs[0]["track"] == "defaults"
+
+
+def test_a_null_control_takes_no_rank_and_sets_no_time():
+    field = small([*finals("sgd", [100] * 3), *finals("sgd-again", [50] * 3), *finals("proxprop", [80] * 3)])
+    found = by_method(places(field, "tuned", "steps"))
+    assert found["sgd-again"].rank is None
+    assert (found["proxprop"].rank.value, found["proxprop"].profile["digits"]) == (1, 1.0)
+    assert null_ratio(field, "tuned", "steps", "sgd-again").value == 0.5
+    assert noise(field, "tuned", "steps") == 2.0
+
+
+def test_noise_is_unknown_where_the_control_missed_and_none_without_one():
+    missed = small([*finals("sgd", [100, 100, math.inf]), *finals("sgd-again", [100] * 3)])
+    assert noise(missed, "tuned", "steps") == math.inf
+    alone = small(finals("sgd", [100] * 3), methods=("sgd",))
+    assert noise(alone, "tuned", "steps") == 1.0
+
+
+def test_a_method_with_nothing_to_tune_is_in_both_tracks():
+    bench = make_bench(["sgd", "proxprop"], ["digits"])
+    bench["methods"]["proxprop"]["space"] = {}
+    lines = [one for one in make_lines(bench) if one["method"] == "sgd" or one["trial"] == -1]
+    field = contest(bench, lines)
+    for track in ("tuned", "defaults"):
+        assert by_method(places(field, track, "steps"))["proxprop"].runs == 3
+    assert len(list(csv.DictReader(io.StringIO(runs_csv(field))))) == len(lines), "and still told once"
+
+
+def test_equals_share_a_rank():
+    field = small([*finals("sgd", [100] * 3), *finals("proxprop", [100] * 3)])
+    assert [place.rank[:3] for place in places(field, "tuned", "steps")] == [(1, 1, 2), (1, 1, 2)]
+
+
+def test_the_area_is_that_under_the_profile():
+    """Against the profile summed up on a fine grid."""
+    for place in places(whole(), "tuned", "cpu"):
+        grid = [1 + 3 * (i + 0.5) / 20_000 for i in range(20_000)]
+        shares = [sum(r <= tau for r in place.profile.values()) / len(place.profile) for tau in grid]
+        assert place.area.value == pytest.approx(sum(shares) / len(grid), abs=1e-3)
+        assert place.area.value == pytest.approx(sum(map(area, place.profile.values())) / len(place.profile))
+
+
+def test_the_order_of_lines_does_not_matter():
+    bench = make_bench()
+    lines = make_lines(bench)
+    one = places(contest(bench, lines), "tuned", "cpu")
+    random.Random(0).shuffle(lines)
+    assert places(contest(bench, lines), "tuned", "cpu") == one
+
+
+def test_slower_seeds_never_improve_a_place():
+    bench = make_bench()
+    lines = make_lines(bench)
+    slowed = copy.deepcopy(lines)
+    for one in slowed:
+        if one["method"] == "proxprop" and one["purpose"] == "final":
+            one["cpu"] = [2 * value for value in one["cpu"]]
+    before = by_method(places(contest(bench, lines), "tuned", "cpu"))
+    after = by_method(places(contest(bench, slowed), "tuned", "cpu"))
+    assert after["proxprop"].area.value < before["proxprop"].area.value
+    assert after["proxprop"].ratio.value == pytest.approx(2 * before["proxprop"].ratio.value)
+    assert all(after[name].area.value >= before[name].area.value for name in after if name != "proxprop")
+
+
+def test_step_cost_memory_and_test_metric():
+    found = {(row.workload, row.method, row.track): row for row in rows(whole())}
+    row = found["digits", "proxprop", "tuned"]
+    assert row.step_cost == pytest.approx(1.3, rel=0.02)
+    assert row.peak_mib == 20 + len("proxprop")
+    assert row.test.least <= row.test.median <= row.test.greatest
+    failed = found["digits", "nlms", "tuned"]
+    assert (failed.failed, failed.test.greatest) == (1, math.inf)
+    assert found["digits", "proxprop", "defaults"].test is not None
+
+
+def test_tables_come_back_as_they_were():
+    field = whole()
+    found = rows(field)
+    table = list(csv.DictReader(io.StringIO(standing_csv(found))))
+    assert len(table) == len(found)
+    for text, row in zip(table, found, strict=True):
+        assert (text["workload"], text["method"], int(text["reached"])) == (
+            row.workload,
+            row.method,
+            row.reached,
+        )
+        assert float(text["cpu_median"]) == row.times["cpu"].value
+    trials = list(csv.DictReader(io.StringIO(runs_csv(field))))
+    assert len(trials) == len(make_lines(field.bench))
+    assert {one["failure"] for one in trials if one["method"] == "sgd"} == {""}
+
+
+def test_a_bench_with_nothing_in_it():
+    for bench in (make_bench(), make_bench([], [])):
+        field = contest(bench, [])
+        assert rows(field) == places(field, "tuned", "cpu") == []
+        assert field.peer("digits", "cpu") is None
+
+
+@pytest.mark.parametrize("values", [[3, 1, 2, 5], [1, math.inf, math.inf], [2]])
+def test_cost_of_tuning_against_all_orders(values):
+    """Against every order that the trials could have come in."""
+    from itertools import permutations
+
+    for k, (low, middle, high) in enumerate(after_trials(values), 1):
+        every = sorted(min(order[:k]) for order in permutations(values))
+        for found, share in ((low, 0.25), (middle, 0.5), (high, 0.75)):
+            assert found == every[math.ceil(share * len(every)) - 1]
+
+
+def test_curves_keep_where_runs_end_and_what_failed():
+    lines = finals("sgd", [100, 150, 200])
+    lines[1].update(
+        steps=[0, 7], validation=[0.9, 0.8], cpu=[0, 1], wall=[0, 1], loss=[2.0, None], failure="nan"
+    )
+    (curve,) = curves(small(lines), "tuned", "digits")
+    assert curve["failed"] == [(curve["steps"].index(7), "seed 1: nan")]
+    assert curve["validation"][0][curve["steps"].index(7)] == 0.8
+    assert curve["loss"][0][curve["steps"].index(7)] is None
+
+
+def test_long_curves_are_thinned_but_keep_their_end():
+    steps = list(range(0, 5001, 5))
+    same = {"steps": steps, "validation": [0.5] * 1001, "loss": [1.0] * 1001, "cpu": steps, "wall": steps}
+    (curve,) = curves(small([line("digits", "sgd", "final", **same)]), "tuned", "digits")
+    assert len(curve["steps"]) <= 62
+    assert (curve["steps"][0], curve["steps"][-1]) == (0, 5000)
+
+
+def test_the_front_is_who_nobody_beats():
+    def run(method, seconds, peak, metric):
+        return line(
+            "digits", method, "final", steps=[0, 10], cpu=[0, seconds / 40], wall=[0, 1], loss=[1, 1],
+            validation=[0.9, metric], peak_mib=peak, test=metric,
+        )  # fmt: skip
+
+    lines = [run("sgd", 1, 10, 0.5), run("sgd-again", 2, 10, 0.5), run("proxprop", 3, 30, 0.1)]
+    assert front(rows(small(lines))) == {"sgd", "proxprop"}
+    lines[0]["peak_mib"] = None
+    assert front(rows(small(lines))) == {"sgd", "proxprop"}, "what was not measured is no advantage"
+    lines[2].update(failure="nan", test=None)
+    assert front(rows(small(lines))) == {"sgd"}
+
+
+def test_thinning_keeps_three_digits():
+    assert thin([1 / 3, 123456.0, 1e-9 / 3, None, "0.12345", math.inf, True]) == [
+        0.333, 123000, 3.33e-10, None, "0.12345", math.inf, True,
+    ]  # fmt: skip

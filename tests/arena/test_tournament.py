@@ -1,0 +1,212 @@
+"""A bench: equal tuning, fresh seeds, and everything that can go wrong with a trial is an outcome."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from plywise.arena.job import Entry
+from plywise.arena.ledger import FINAL, TUNING, read
+from plywise.arena.material import Material
+from plywise.arena.methods import find_method
+from plywise.arena.score import chosen
+from plywise.arena.space import points
+from plywise.arena.tournament import TUNING_SEED, Bench, Plan
+from plywise.arena.workers import Workers
+from plywise.errors import PlywiseError, StateError
+
+HERE = "competitors"
+OWN = Entry("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
+
+
+@pytest.fixture(autouse=True)
+def _findable(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+
+
+@pytest.fixture
+def material():
+    made = Material([OWN])
+    yield made
+    made.close()
+
+
+def bench(folder, material, methods, **more):
+    settings = {"trials": 2, "seeds": 2, **more}
+    return Bench(Plan((OWN,), tuple(methods), **settings), material, folder)
+
+
+def run(folder, material, methods, crew=None, **more):
+    made = bench(folder, material, methods, **more)
+    return made, [piece.line for piece in made.perform(crew or Workers(2))]
+
+
+def without_clocks(lines):
+    """What must not depend on who ran when."""
+    clocks = ("cpu", "wall", "measuring", "peak_mib", "finished")
+    kept = [{name: value for name, value in line.items() if name not in clocks} for line in lines]
+    return sorted(kept, key=lambda line: json.dumps(line, sort_keys=True))
+
+
+def test_every_method_gets_the_same_trials_and_fresh_seeds(tmp_path, material):
+    made, lines = run(tmp_path, material, ["sgd", "adamw"])
+    assert made.unfinished() == []
+    assert len(lines) == made.total == 2 * (2 + 2 + 2)
+    for name in ("sgd", "adamw"):
+        own = [line for line in lines if line["method"] == name]
+        tuning = [line for line in own if line["purpose"] == TUNING]
+        assert [line["numbers"] for line in sorted(tuning, key=lambda one: one["trial"])] == points(
+            find_method(name).space, 2
+        )
+        assert {line["seed"] for line in tuning} == {TUNING_SEED}
+        assert all(line["test"] is None for line in tuning), "the test set is for final runs"
+        for track, numbers in (
+            ("defaults", {n: r.default for n, r in find_method(name).space.items()}),
+            ("tuned", chosen(tuning, made.target("own"))["numbers"]),
+        ):
+            final = [line for line in own if line["purpose"] == FINAL and line["track"] == track]
+            assert sorted(line["seed"] for line in final) == [0, 1]
+            assert all(line["numbers"] == numbers and line["test"] is not None for line in final)
+
+
+def test_one_worker_or_three_give_the_same_numbers(tmp_path, material):
+    _, one = run(tmp_path / "one", material, ["sgd", "proxprop", "local-loss"], Workers(1))
+    _, three = run(tmp_path / "three", material, ["sgd", "proxprop", "local-loss"], Workers(3))
+    assert without_clocks(one) == without_clocks(three)
+
+
+def test_the_null_control_repeats_its_original_with_other_seeds(tmp_path, material):
+    made, lines = run(tmp_path, material, ["sgd", "sgd-again"])
+    assert made.about["methods"]["sgd-again"]["null"] == "sgd"
+    seeds = {name: {line["seed"] for line in lines if line["method"] == name} for name in made.methods}
+    assert not seeds["sgd"] & seeds["sgd-again"]
+    assert len(lines) == made.total
+
+
+def test_what_is_in_the_ledger_is_not_run_again(tmp_path, material):
+    first = bench(tmp_path, material, ["sgd", "adamw"])
+    pieces = first.perform(Workers(2))
+    kept = [next(pieces).line for _ in range(5)]
+    pieces.close()
+    assert list(read(tmp_path / "trials.jsonl")) == kept
+    second, rest = run(tmp_path, material, ["sgd", "adamw"])
+    assert len(rest) == second.total - 5
+    _, unbroken = run(tmp_path / "other", material, ["sgd", "adamw"])
+    assert without_clocks(kept + rest) == without_clocks(unbroken)
+    assert list(second.perform(Workers(1))) == [], "a finished bench has nothing to do"
+
+
+def test_a_spent_budget_leaves_a_bench_that_can_go_on(tmp_path, material):
+    made = bench(tmp_path, material, ["sgd", "adamw"])
+    left = iter([True] * 3)
+    assert len(list(made.perform(Workers(1), lambda: next(left, False)))) == 3
+    assert "own" in json.loads((tmp_path / "bench.json").read_text())["unfinished"][0]
+    _, rest = run(tmp_path, material, ["sgd", "adamw"])
+    assert len(rest) == made.total - 3
+    assert json.loads((tmp_path / "bench.json").read_text())["unfinished"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("Exploding", "diverged at step"),
+        ("Killed", "its process was lost (killed by SIGKILL)"),
+        ("Leaving", "its process was lost (exit code 3)"),
+        ("Hanging", "took longer than 8 s"),
+    ],
+)
+def test_a_method_that_fails_is_an_outcome_and_harms_no_other(tmp_path, material, method, why):
+    crew = Workers(3, patience=8.0 if method == "Hanging" else 120.0)
+    made, lines = run(tmp_path, material, [f"{HERE}:{method}", "sgd"], crew, trials=1, seeds=1)
+    bad = [line for line in lines if line["method"] != "sgd"]
+    assert [why in line["failure"] for line in bad] == [True] * 3
+    assert all(line["failure"] is None for line in lines if line["method"] == "sgd")
+    assert len(lines) == made.total
+
+
+def test_a_worker_killed_from_outside_is_named(tmp_path, material):
+    def kill():
+        import multiprocessing
+
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    _, lines = run(tmp_path, material, [f"{HERE}:Slow"], trials=1, seeds=2)
+    killer.join()
+    assert [line["failure"] for line in lines if line["failure"]] == [
+        "its process was lost (killed by SIGKILL)"
+    ]
+    assert len(lines) == 5
+
+
+def test_an_optimizer_and_a_method_of_ones_own(tmp_path, material):
+    made, lines = run(tmp_path, material, [f"{HERE}:Adamlike", f"{HERE}:fixed"])
+    assert all(line["failure"] is None for line in lines)
+    assert sum(line["method"] == f"{HERE}:fixed" for line in lines) == 2, "nothing to tune: the defaults only"
+    assert len(lines) == made.total == 8
+
+
+def test_a_local_learner_needs_classes(tmp_path):
+    entry = Entry("concrete-like", f"{HERE}:model", f"{HERE}:data", blocks=0, steps=12)
+    made = Material([entry])
+    try:
+        mixed = Bench(Plan((entry,), ("sgd", "local-loss"), 1, 1), made, tmp_path / "mixed")
+        assert [one["method"] for one in mixed.refused] == ["local-loss"]
+        lines = [piece.line for piece in mixed.perform(Workers(2))]
+        assert {line["method"] for line in lines} == {"sgd"}
+        with pytest.raises(PlywiseError, match="No method can run: local-loss"):
+            Bench(Plan((entry,), ("local-loss",), 1, 1), made, tmp_path / "none")
+    finally:
+        made.close()
+
+
+def test_another_bench_in_the_folder_is_refused(tmp_path, material):
+    bench(tmp_path, material, ["sgd"])
+    with pytest.raises(StateError, match="methods are sgd, not adamw"):
+        bench(tmp_path, material, ["adamw"])
+    with pytest.raises(StateError, match="trials are 2, not 3"):
+        bench(tmp_path, material, ["sgd"], trials=3)
+    about = json.loads((tmp_path / "bench.json").read_text())
+    about["workloads"]["own"]["data"] = "others"
+    (tmp_path / "bench.json").write_text(json.dumps(about))
+    with pytest.raises(StateError, match="own has changed since"):
+        bench(tmp_path, material, ["sgd"])
+    (tmp_path / "bench.json").write_text("[]")
+    with pytest.raises(StateError, match="no description of a bench"):
+        bench(tmp_path, material, ["sgd"])
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (((), ("sgd",)), "a workload and a method"),
+        (((OWN,), ()), "a workload and a method"),
+        (((OWN,), ("sgd", "sgd")), "'sgd' is given twice"),
+        (((OWN, OWN), ("sgd",)), "'own' is given twice"),
+        (((OWN,), ("sgd",), -1), "0 or more"),
+        (((OWN,), ("sgd",), 1, 0), "at least 1"),
+    ],
+)
+def test_plans_that_make_no_sense(plan, message):
+    with pytest.raises(PlywiseError, match=message):
+        Plan(*plan)
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"threads": 0}])
+def test_no_workers(wrong):
+    with pytest.raises(PlywiseError, match="at least 1"):
+        Workers(**wrong)
+
+
+def test_a_model_that_cannot_be_made_is_said_before_anything_runs():
+    with pytest.raises(PlywiseError, match="no such layer"):
+        Material([Entry("own", f"{HERE}:broken_model", f"{HERE}:data")])

@@ -1,0 +1,139 @@
+"""`plywise bench` and `plywise report` as their users meet them: real processes, a user's own module."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from plywise.arena.ledger import read
+from plywise.cli import main
+
+COMPETITORS = (Path(__file__).parent.parent / "arena" / "competitors.py").read_text()
+OWN = ["bench", "mine:model", "--data", "mine:data", "--steps", "12", "--batch-size", "32"]
+SMALL = ["--trials", "1", "--seeds", "1", "--workers", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _user(tmp_path, monkeypatch):
+    """A folder with a module of the user's, and nothing of another test's in this process."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(COMPETITORS)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+
+def plywise(*words):
+    """Exit code of a command in this process."""
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    return left.value.code
+
+
+def start(*words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "plywise", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_ones_own_model_from_beginning_to_report(tmp_path, capsys):
+    assert plywise(*OWN, *SMALL, "--methods", "sgd,sgd-again,adamw,mine:Exploding,local-loss") == 0
+    said = capsys.readouterr().out
+    assert "5 methods, 1 tuning trials and 1 seeds each" in said
+    assert "[15/15]" in said
+    assert "diverged" in said
+    folder = tmp_path / "runs" / "bench"
+    about = json.loads((folder / "bench.json").read_text())
+    assert about["unfinished"] == []
+    assert about["workloads"]["mine:model"]["steps"] == 12
+    assert len(list(read(folder / "trials.jsonl"))) == 15
+    page = (folder / "report.html").read_text()
+    assert "mine:Exploding" in page
+    assert len(page) < 2_000_000
+    (folder / "report.html").unlink()
+    assert plywise("report", "runs/bench") == 0
+    assert (folder / "report.html").read_text() == page
+
+
+def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path):
+    methods = ("--methods", "sgd,mine:Slow", "--trials", "2", "--seeds", "2", "--workers", "1")
+    process = start(*OWN, *methods)
+    ledger = tmp_path / "runs" / "bench" / "trials.jsonl"
+    end = time.monotonic() + 120
+    while not (ledger.exists() and len(ledger.read_text().splitlines()) >= 2):
+        assert time.monotonic() < end, process.communicate()
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = list(read(ledger))
+    assert f"{len(kept)} of 12 trials are kept" in said
+    assert "plywise bench --resume --out runs/bench" in said
+    assert (ledger.parent / "report.html").exists(), "what there is can be looked at"
+    assert plywise("bench", "--resume", "--workers", "2") == 0
+    assert len(list(read(ledger))) == 12
+    assert list(read(ledger))[: len(kept)] == kept
+
+
+def test_a_budget_sets_trials_and_steps(tmp_path, capsys):
+    own = ["bench", "mine:model", "--data", "mine:data", "--methods", "sgd,fixed", "--seeds", "1"]
+    own[own.index("sgd,fixed")] = "sgd,mine:fixed"
+    assert plywise(*own, "--budget", "10m", "--dry-run") == 0
+    said = capsys.readouterr().out
+    trials, steps = re.search(r"(\d+) tuning trials .* mine:model (\d+)", said).groups()
+    assert 4 <= int(trials) <= 16
+    assert 200 <= int(steps) <= 20_000
+    assert not (tmp_path / "runs").exists(), "a dry run leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench"], "Say what to train"),
+        (["bench", "mine:model"], "Say with --data where"),
+        (["bench", "mine:model", "--data", "mine:data", "--workloads", "quick"], "Say what to train"),
+        (["bench", "--workloads", "digits-mpl"], "Did you mean digits-mlp"),
+        (["bench", "--workloads", "quick", "--data", "mine:data"], "belong to a model of your own"),
+        ([*OWN, "--methods", "sgd,adamm"], "No method is called 'adamm'. Did you mean adamw"),
+        ([*OWN, "--methods", "sgd,SGD"], "'sgd' is given twice"),
+        ([*OWN, "--budget", "soon"], "A budget is a duration"),
+        ([*OWN, "--budget", "1s", "--methods", "sgd"], "are not enough"),
+        ([*OWN, "--workers", "-1"], "at least 1"),
+        (["bench", "mine:broken_model", "--data", "mine:data"], "ValueError: no such layer"),
+        (["bench", "mine:model", "--data", "mine:nothing"], "has no 'nothing'"),
+        (["bench", "mine:model", "--data", "mine:model"], "must return"),
+        (["bench", "--resume"], "holds no bench to resume"),
+        (["report", "nowhere"], "it has no bench.json"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(words, message, capsys):
+    assert plywise(*words) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_with_a_bench_is_not_written_over(capsys):
+    assert plywise(*OWN, *SMALL, "--methods", "mine:fixed") == 0
+    assert plywise(*OWN, *SMALL, "--methods", "sgd") == 1
+    assert "Add --resume to go on with it, or name another folder" in capsys.readouterr().err
+
+
+def test_help_teaches_and_imports_no_torch():
+    code = (
+        "import sys; from plywise.cli import main\ntry: main(['bench', '--help'])\nexcept SystemExit: pass\n"
+    )
+    checked = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert checked.returncode == 0, checked.stderr
+    for words in ("plywise bench my.module:make_model", "--budget", "--resume", "quick, standard"):
+        assert words in re.sub(r"\s+", " ", checked.stdout)
