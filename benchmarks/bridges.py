@@ -3,7 +3,8 @@
     python benchmarks/bridges.py       # writes benchmarks/bridges.json; resumes if interrupted
 
 784 → 4 hidden layers of 1024 → 10 on 10,000 images of MNIST and Fashion-MNIST, tuned and tested as in
-`benchmarks/local_learning.py`. "backprop" trains the network that Associated Learning predicts with.
+`benchmarks/local_learning.py`, with two rates. "backprop" trains the network that Associated Learning predicts
+with.
 """
 
 import json
@@ -14,13 +15,13 @@ import torch
 from torch import nn
 
 import plywise as pw
-from local_learning import RATES, MakeTrained, Trained, Workload, adam, end_to_end, load, spread, tuned
+from local_learning import MakeTrained, Trained, Workload, adam, end_to_end, load, spread, tuned
 from pipeline import BRIDGES, INPUT, LAYERS, WIDTH
 from plywise.environment import environment
 from plywise.files import write_whole
 
 OUT = Path(__file__).with_suffix(".json")
-EPOCHS = 6
+RATES, EPOCHS = (1e-3, 3e-3), 5
 
 
 def wide() -> list[nn.Module]:

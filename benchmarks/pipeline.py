@@ -329,7 +329,9 @@ def draw(result: dict[str, Any]) -> None:
         rates = [part["samples_per_second"][name] for name in names]
         positions = [i + (place - 1.5) * 0.2 for i in range(len(names))]
         bars.bar(positions, rates, 0.18, label=f"{bridge} (κ {part['kappa']:.2f})")
-    bars.set_xticks(range(len(names)), [name.replace(", ", ",\n").replace(" (", "\n(") for name in names], fontsize=8)
+    bars.set_xticks(
+        range(len(names)), [name.replace(", ", ",\n").replace(" (", "\n(") for name in names], fontsize=8
+    )
     bars.set_ylabel("samples a second")
     bars.grid(axis="y", alpha=0.3)
     bars.legend(fontsize=8)

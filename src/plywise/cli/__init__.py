@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 import plywise
-from plywise.cli import bench, demo, doctor, explain, methods, pipeline, report, train
+from plywise.cli import bench, demo, doctor, explain, methods, pipeline, report, train, workloads
 from plywise.errors import PlywiseError
 
 app = App(
@@ -23,7 +23,7 @@ app = App(
 )
 for _command in (
     *(demo.demo, bench.bench, report.report, train.train, pipeline.pipeline),
-    *(methods.app, explain.explain, doctor.doctor),
+    *(methods.app, workloads.app, explain.explain, doctor.doctor),
 ):
     app.command(_command)
 

@@ -23,8 +23,10 @@ def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
     Args:
         json: print all cards as JSON.
     """
+    from plywise.arena.methods import PEERS
     from plywise.card import card_of
     from plywise.catalogue import RULES, find_rule
+    from plywise.local.catalogue import LEARNERS
 
     cards = [card_of(find_rule(name)) for name in RULES]
     if json:
@@ -33,7 +35,14 @@ def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
     rows = table("rule", "idea", "year")
     for card in cards:
         rows.add_row(card.name, card.tagline, str(card.year))
-    console().print(rows)
+    screen = console()
+    screen.print(rows)
+    screen.print(
+        f"Local learners, for `plywise train`: {', '.join(LEARNERS)}.\n"
+        f"`plywise bench` compares them all, and: {', '.join(PEERS)}; any rule+optimizer, as in "
+        "proxprop+adamw; and your own by module:name.",
+        soft_wrap=True,
+    )
 
 
 @app.command

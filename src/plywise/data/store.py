@@ -143,7 +143,7 @@ def missing(name: str, *files: str) -> PlywiseError:
     """The error for a data set that is not there: which files, where looked for, where to get it."""
     places = " nor in ".join(str(folder) for folder in folders())
     how = (
-        f"With a network, `from plywise.data.store import fetch; fetch({name!r})` downloads it. Or put"
+        f"With a network, `plywise workloads fetch {name}` downloads it. Or put"
         if name in SETS
         else f"plywise cannot download it; it is {SOURCES.get(name, 'your own')}. Put"
     )

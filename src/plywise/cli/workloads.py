@@ -1,0 +1,41 @@
+"""`plywise workloads`: what `plywise bench` can train besides your own model, and the data for it."""
+
+from __future__ import annotations
+
+from cyclopts import App
+
+from plywise.cli.console import console, number, table
+
+app = App(
+    name="workloads",
+    help="List the workloads of `plywise bench`; `plywise workloads fetch NAME` downloads their data.",
+)
+
+
+@app.default
+def workloads() -> None:
+    """List the workloads that ship with plywise: what each is, its length, its target."""
+    from plywise.arena.workloads import QUICK, WORKLOADS, find_workload
+
+    rows = table("workload", "what it is", "metric", "steps", "target", numbers=("steps", "target"))
+    for name in WORKLOADS:
+        one = find_workload(name)
+        mark = f"{name} *" if name in QUICK else name
+        rows.add_row(mark, one.about, one.task.metric_name, str(one.steps), number(one.target))
+    screen = console()
+    screen.print(rows)
+    screen.print("* quick: needs no file and takes a second or two a run.")
+
+
+@app.command
+def fetch(name: str) -> None:
+    """Download a public data set into the cache folder; every file is checked against its SHA-256.
+
+    Args:
+        name: mnist, fashion_mnist, cifar10 or tinyshakespeare.
+    """
+    from plywise.data import store
+
+    screen = console()
+    for path in store.fetch(name):
+        screen.print(f"{path}", soft_wrap=True)
