@@ -3,8 +3,8 @@
     python benchmarks/bridges.py       # writes benchmarks/bridges.json; resumes if interrupted
 
 784 → 4 hidden layers of 1024 → 10 on 10,000 images of MNIST and Fashion-MNIST, tuned and tested as in
-`benchmarks/local_learning.py`, with two rates. "backprop" trains the network that Associated Learning predicts
-with.
+`local_learning.py`, with two rates. "the paper's bridge, code 64, backprop" trains the network that
+Associated Learning predicts with; "blocks and a classifier" the blocks alone.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import plywise as pw
-from local_learning import MakeTrained, Trained, Workload, adam, end_to_end, load, spread, tuned
+from local_learning import METHODS, MakeTrained, Trained, Workload, adam, end_to_end, load, spread, tuned
 from pipeline import BRIDGES, INPUT, LAYERS, WIDTH
 from plywise.environment import environment
 from plywise.files import write_whole
@@ -57,6 +57,7 @@ def main() -> None:
     narrow = [name for name in BRIDGES if name != "the paper's bridge, code 256"]  # hours of one core
     arms = {f"{name}, AL": associated(name) for name in narrow}
     arms[f"{narrow[0]}, backprop"] = backprop(narrow[0])
+    arms["blocks and a classifier, backprop"] = METHODS["backprop, blocks"]
     for name in ("mnist", "fashion_mnist"):
         workload = Workload(name, wide, 10_000, EPOCHS)
         data, done = load(workload), result["data"].setdefault(name, {})

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def broken_model():
 class Adamlike(torch.optim.Adam):
     """Adam under another name."""
 
-    search_space = {"lr": Range(1e-3, 1e-1, 1e-2)}
+    search_space: ClassVar = {"lr": Range(1e-3, 1e-1, 1e-2)}
 
 
 class Exploding(torch.optim.SGD):

@@ -88,6 +88,13 @@ def test_a_bench_that_told_nothing_of_layers_has_no_such_chart(visit):
         del one["layers"]
     page = visit(None, lines)
     assert not page.locator("#layers").is_visible()
+    bench = make_bench()
+    bench["workloads"]["convs"]["layers"] = {"names": ["0", "2"], "effective rate": [0.1, 0.3]}
+    told = visit(bench, lines)
+    assert not inked(told, "layers")
+    told.select_option("#workload", "convs")
+    assert coloured(told, "layers", len(NAMES)) > 20
+    assert "before training ends at 0.3" in told.locator("#layers").get_attribute("aria-label")
     assert page.locator("#pareto canvas").is_visible()
 
 

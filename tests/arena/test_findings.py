@@ -141,3 +141,10 @@ def test_nothing_to_read_is_said():
     assert findings(contest(bench, []), []) == [
         "No final run has ended yet, so that there is nothing to compare."
     ]
+
+
+def test_an_adaptive_search_is_said_to_be_one():
+    bench = make_bench()
+    assert "same luck" not in said(contest(bench, make_lines(bench)))
+    adaptive = {**bench, "plan": {"search": "optuna"}}
+    assert "searched by optuna" in said(contest(adaptive, make_lines(bench)))

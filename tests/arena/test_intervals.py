@@ -149,6 +149,25 @@ def test_the_geometric_mean_by_hand():
     assert geometric_interval([]) is None
 
 
+def test_the_geometric_mean_against_the_plain_definition():
+    """Seeds drawn anew within each workload and method, one number at a time."""
+    chance = random.Random(0)
+    data = [
+        ([chance.uniform(1, 3) for _ in range(7)], [chance.uniform(2, 4) for _ in range(7)]) for _ in range(3)
+    ]
+
+    def figure(choose) -> float:
+        ratios = [statistics.median(choose(mine)) / statistics.median(choose(other)) for mine, other in data]
+        return math.prod(ratios) ** (1 / len(ratios))
+
+    slow = sorted(figure(lambda values: chance.choices(values, k=len(values))) for _ in range(4000))
+    generator = np.random.default_rng(0)
+    found = geometric_interval([tuple(timed(values, 1e9, generator) for values in pair) for pair in data])
+    assert found.value == pytest.approx(figure(lambda values: values))
+    assert found.low == pytest.approx(slow[100], rel=0.03)
+    assert found.high == pytest.approx(slow[3900], rel=0.03)
+
+
 def test_the_geometric_mean_carries_bounds_and_leaves_out_what_says_nothing():
     missed, there, peer = make(math.inf, budget=4.0), make(1.0), make(1.0)
     lower = geometric_interval([(missed, peer), (there, peer)])

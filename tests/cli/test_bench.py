@@ -1,6 +1,8 @@
 """`plywise bench` and `plywise report` as their users meet them: real processes, a user's own module."""
 
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -43,7 +45,7 @@ def start(*words):
 def test_ones_own_model_from_beginning_to_report(tmp_path, capsys):
     assert plywise(*OWN, *SMALL, "--methods", "sgd,sgd-again,adamw,mine:Exploding,local-loss") == 0
     said = capsys.readouterr().out
-    assert "5 methods, 1 tuning trials and 1 seeds each" in said
+    assert "Methods: 5; workloads: 1; tuning trials of each: 1; seeds: 1; trials in all: 15" in said
     assert "[15/15]" in said
     assert "diverged" in said
     folder = tmp_path / "runs" / "bench"
@@ -51,6 +53,8 @@ def test_ones_own_model_from_beginning_to_report(tmp_path, capsys):
     assert about["unfinished"] == []
     assert about["workloads"]["mine:model"]["steps"] == 12
     assert len(list(read(folder / "trials.jsonl"))) == 15
+    assert about["workloads"]["mine:model"]["layers"]["names"] == ["0", "2"], "looked at before training"
+    assert "failures are counted, not dropped" in said
     page = (folder / "report.html").read_text()
     assert "mine:Exploding" in page
     assert len(page) < 2_000_000
@@ -63,11 +67,7 @@ def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path):
     methods = ("--methods", "sgd,mine:Slow", "--trials", "2", "--seeds", "2", "--workers", "1")
     process = start(*OWN, *methods)
     ledger = tmp_path / "runs" / "bench" / "trials.jsonl"
-    end = time.monotonic() + 120
-    while not (ledger.exists() and len(ledger.read_text().splitlines()) >= 2):
-        assert time.monotonic() < end, process.communicate()
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_until(lambda: ledger.exists() and len(ledger.read_text().splitlines()) >= 2, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -85,7 +85,7 @@ def test_a_budget_sets_trials_and_steps(tmp_path, capsys):
     own[own.index("sgd,fixed")] = "sgd,mine:fixed"
     assert plywise(*own, "--budget", "10m", "--dry-run") == 0
     said = capsys.readouterr().out
-    trials, steps = re.search(r"(\d+) tuning trials .* mine:model (\d+)", said).groups()
+    trials, steps = re.search(r"With (\d+) tuning trials .* mine:model (\d+)", said).groups()
     assert 4 <= int(trials) <= 16
     assert 200 <= int(steps) <= 20_000
     assert not (tmp_path / "runs").exists(), "a dry run leaves nothing"
@@ -137,3 +137,34 @@ def test_help_teaches_and_imports_no_torch():
     assert checked.returncode == 0, checked.stderr
     for words in ("plywise bench my.module:make_model", "--budget", "--resume", "quick, standard"):
         assert words in re.sub(r"\s+", " ", checked.stdout)
+
+
+def test_a_bench_that_is_killed_leaves_no_process_behind(tmp_path):
+    process = start(*OWN, "--methods", "mine:Slow,sgd", "--trials", "4", "--workers", "2")
+    ledger = tmp_path / "runs" / "bench" / "trials.jsonl"
+    wait_until(lambda: ledger.exists() and ledger.read_text(), process)
+    process.kill()
+    process.communicate(timeout=30)
+    end = time.monotonic() + 60
+    while left := processes_in(tmp_path):
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+    assert plywise("bench", "--resume") == 0
+
+
+def processes_in(folder):
+    """Processes whose working directory is this folder, but for this one."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if link.readlink() == folder and int(link.parent.name) != os.getpid():
+                found.append(link.parent.name)
+    return found
+
+
+def wait_until(happened, process):
+    end = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end, process.communicate()
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)

@@ -21,6 +21,10 @@ FEWEST, MOST = 8, 60
 """Points of one curve."""
 
 
+BEFORE = "before training"
+"""Whose layers those are that the bench's description of a workload tells about."""
+
+
 def thin(value: Any, digits: int = DIGITS) -> Any:
     """Numbers with fewer digits, all the way down; whole numbers as they are.
 
@@ -118,18 +122,21 @@ def after_trials(values: Sequence[float]) -> list[tuple[float, float, float]]:
 
 
 def layers(field: Contest, track: str, workload: str) -> list[dict[str, Any]]:
-    """What final runs said about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
+    """What is known about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
 
-    Of several seeds the first one that said anything is taken.
+    From the final runs, of several seeds the first one that said anything; and from the bench's description
+    of the workload, under the name `BEFORE`.
     """
-    found = []
+    told = {BEFORE: field.bench["workloads"].get(workload, {}).get("layers")}
     for method in field.methods:
         cell = field.cells.get((track, workload, method))
-        told = next((run["layers"] for run in cell.runs if run.get("layers")), None) if cell else None
-        if told:
-            kinds = {name: thin(values) for name, values in told.items() if name != "names"}
-            found.append({"name": method, "layers": told["names"], "kinds": kinds})
-    return found
+        if cell:
+            told[method] = next((run["layers"] for run in cell.runs if run.get("layers")), None)
+    return [
+        {"name": name, "layers": one["names"], "kinds": {k: thin(v) for k, v in one.items() if k != "names"}}
+        for name, one in told.items()
+        if one
+    ]
 
 
 def front(rows: Iterable[Row]) -> set[str]:

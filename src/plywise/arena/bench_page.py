@@ -16,7 +16,7 @@ from plywise.arena import bench_charts as charts
 from plywise.arena.contest import Contest, contest
 from plywise.arena.findings import TOLD, findings, span
 from plywise.arena.intervals import COUNT, LEVEL
-from plywise.arena.ledger import read
+from plywise.arena.ledger import whole_lines
 from plywise.arena.page import fill
 from plywise.arena.score import CLOCKS, STRICT_PLACE, Line, chosen
 from plywise.arena.standing import FURTHEST, Row, null_ratio, places, rows, runs_csv, standing_csv
@@ -27,19 +27,18 @@ LARGEST = 1_900_000
 """Bytes that a page may have with the raw trials in it."""
 
 
-def write_page(folder: Path) -> Path:
-    """Write the report of a bench, finished or not, whole or not at all.
+def read_bench(folder: Path) -> tuple[dict[str, Any], list[Line]]:
+    """What a bench, finished or not, has in its folder.
 
     Args:
         folder: where bench.json and trials.jsonl are.
 
     Returns:
-        The path of the page, report.html in the folder.
+        What bench.json holds, and the trials.
 
     Raises:
         PlywiseError: a file is missing or is not what a bench writes.
     """
-    folder = Path(folder)
     try:
         bench = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -50,7 +49,16 @@ def write_page(folder: Path) -> Path:
         raise PlywiseError(
             f"{folder / 'bench.json'} is not the JSON that a bench writes: {error}."
         ) from error
-    return write_whole(folder / "report.html", page(bench, _whole_lines(folder / "trials.jsonl")))
+    return bench, whole_lines(folder / "trials.jsonl")
+
+
+def write_page(folder: Path) -> Path:
+    """Write the report of a bench, whole or not at all; see `read_bench`.
+
+    Returns:
+        The path of the page, report.html in the folder.
+    """
+    return write_whole(Path(folder) / "report.html", page(*read_bench(Path(folder))))
 
 
 def page(bench: dict[str, Any], lines: Iterable[Line]) -> str:
@@ -115,18 +123,6 @@ def page(bench: dict[str, Any], lines: Iterable[Line]) -> str:
     return filled(tables, "The curves are too large for this page: trials.jsonl of the bench has them.")
 
 
-def _whole_lines(path: Path) -> list[Line]:
-    """The trials of a ledger; a last line that is just being written, or that a crash cut off, is not one."""
-    lines: list[Line] = []
-    if path.exists():
-        try:
-            lines.extend(read(path))
-        except PlywiseError:
-            if len(lines) < path.read_bytes().count(b"\n"):
-                raise
-    return lines
-
-
 def _data(field: Contest, found: list[Row]) -> dict[str, Any]:
     """What the page's script draws; infinite and missing numbers alike become null."""
     fronts = {
@@ -149,6 +145,7 @@ def _data(field: Contest, found: list[Row]) -> dict[str, Any]:
 
     return {
         "methods": field.methods,
+        "before": charts.BEFORE,
         "nulls": field.nulls,
         "baselines": field.baselines,
         "tracks": field.tracks,

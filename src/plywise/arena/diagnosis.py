@@ -43,9 +43,12 @@ class Layer:
         parameters: numbers in its weight and bias.
         trains: whether its weight is trained.
         uses: calls in a forward pass, on average.
-        rows: rows of A that a sample gives in one call: 1 for a plain linear layer, a convolution's positions.
-        backward: root mean square of the gradient of the batch's mean loss at the layer's output.
-        backward_to_last: that over the last layer's.
+        rows: rows of A that a sample gives in one call: 1 for a linear layer of plain features, positions for
+            a convolution.
+        backward: root mean square of the backward value: the gradient of the batch's mean loss at the layer's
+            output.
+        backward_to_last: norm of the backward value of one sample, over all its positions and outputs, over
+            that of the last layer; unlike the root mean square it is alike in layers of any shape.
         silent: share of its outputs at which that gradient was exactly 0 for every row of every batch: what
             feeds them learns nothing from them.
         rate: norm of a plain step at rate 1 over the norm of the weight, root mean square over the batches.
@@ -92,8 +95,8 @@ class Diagnosis:
         loss: mean loss over the batches; None if no layer could be looked at.
         layers: from the first to the last one that a backward pass met; after them those that none did.
         left: modules with parameters that no rule handles.
-        backward_ratio: the last layer's backward value over the first one's: above 1 they shrink on their way
-            down.
+        backward_ratio: norm of a sample's backward value at the last layer over that at the first one: above
+            1 they shrink on their way down.
         rate_spread: the largest effective rate of a trained layer over the smallest one above 0.
     """
 
@@ -121,7 +124,7 @@ def diagnose(
         model: any model; it takes a batch's x.
         loss: outputs and targets to the mean loss, a scalar.
         batches: pairs (x, y), x (B, ...), on the model's device.
-        seed: of what is random in the forward pass, and of which features of a wide layer are looked at.
+        seed: of what is random in the forward pass.
 
     Raises:
         PlywiseError: there is no batch, nothing trains, a loss or a value inside is not finite, or the model
@@ -166,7 +169,7 @@ def diagnose_workload(
         >>> from plywise.arena.workloads import find_workload
         >>> digits = find_workload("digits-mlp")
         >>> [layer.name for layer in diagnose_workload(digits, digits.make_data(), batches=1).layers]
-        ['0', '2', '4']
+        ['0', '2', '4', '6']
     """
     size = workload.batch_size if batch_size is None else batch_size
     if batches < 1 or size < 1:
@@ -190,6 +193,17 @@ def layer_series(diagnosis: Diagnosis) -> dict[str, list[Any]]:
         "effective rank of inputs": [one.effective_rank if one else None for one in read],
         "noise of the gradient": [layer.noise for layer in seen],
     }
+
+
+def layers_before(workload: Workload, data: Data) -> dict[str, list[Any]] | None:
+    """What a bench's description tells of a workload's layers, before training.
+
+    None where they cannot be looked at: that is no reason not to train, and training will name what is wrong.
+    """
+    try:
+        return layer_series(diagnose_workload(workload, data))
+    except Exception:
+        return None
 
 
 # ---- looking -------------------------------------------------------------------------------------
@@ -255,6 +269,13 @@ class _Look:
         self.gradients: Tensor | None = None  # their sum over the batches
         self.norms: list[float] = []
 
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, which a lazy layer makes in its first forward."""
+        weight = self.module._parameters[self.kind.weight_name]
+        assert weight is not None
+        return weight
+
     def see(self, ply: Ply) -> None:
         """One call's problem."""
         delta = ply.delta.detach()
@@ -265,7 +286,7 @@ class _Look:
         heard = self.kind.bias_gradient(self.module, delta.abs()) != 0
         self.heard = heard if self.heard is None else self.heard | heard
         self.covariance.add(self._sampled_rows(ply))
-        if _trains(self.module, self.kind):
+        if self.weight.requires_grad:
             gradient = ply.weight_gradient(delta).detach().to(ply.dtype)
             self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
@@ -278,11 +299,15 @@ class _Look:
 
     def end_batch(self, reached: set[int]) -> None:
         """The batch's gradient is complete; ``reached`` are the parameters that have one."""
-        self.reached |= id(self.module._parameters[self.kind.weight_name]) in reached
+        self.reached |= id(self.weight) in reached
         if self.gradient is not None:
             self.norms.append(_norm(self.gradient))
             self.gradients = self.gradient if self.gradients is None else self.gradients + self.gradient
             self.gradient = None
+
+    def norm(self) -> float | None:
+        """Norm of a sample's backward value."""
+        return math.sqrt(self.squares / self.samples) if self.samples else None
 
     def noise(self) -> float | None:
         """Share of a gradient's mean square norm that is its variance, estimated without bias."""
@@ -311,11 +336,12 @@ def _told(
     sizes: list[int],
     loss: float | None,
 ) -> Diagnosis:
+    reasons = {r.name: r.reason for _, r in routes if r.kind is None} | _apart(looks)
     seen = sorted((name for name in looks if looks[name].calls), key=lambda name: looks[name].place)
-    names = [*seen, *(name for name in looks if name not in seen)]
-    last = _backward(looks[seen[-1]]) if seen else None
+    names = [*seen, *(name for name in looks if name not in seen and name not in reasons)]
+    last = looks[seen[-1]].norm() if seen else None
     layers = tuple(_layer(name, looks[name], len(sizes), last) for name in names)
-    first = layers[0].backward if seen else None
+    first = looks[seen[0]].norm() if seen else None
     rates = [layer.rate for layer in layers if layer.rate]
     return Diagnosis(
         model=type(model).__name__,
@@ -325,19 +351,25 @@ def _told(
         loss=loss,
         layers=layers,
         left=tuple(
-            Left(r.name, type(module).__name__, _count(module.parameters(recurse=False)), r.reason)
+            Left(r.name, type(module).__name__, _count(module.parameters(recurse=False)), reasons[r.name])
             for module, r in routes
-            if r.kind is None
+            if r.name in reasons
         ),
         backward_ratio=last / first if first and last else None,
         rate_spread=max(rates) / min(rates) if rates else None,
     )
 
 
+def _apart(looks: dict[str, _Look]) -> dict[str, str]:
+    """Layers whose weight got a gradient though nobody called them, nor a layer that shares it; and why."""
+    called = {id(look.weight) for look in looks.values() if look.calls}
+    why = "its weight is used without calling the layer"
+    return {name: why for name, look in looks.items() if look.reached and id(look.weight) not in called}
+
+
 def _layer(name: str, look: _Look, batches: int, last: float | None) -> Layer:
-    module, kind = look.module, look.kind
-    weight: Any = module._parameters[kind.weight_name]
-    backward = _backward(look)
+    module, kind, weight = look.module, look.kind, look.weight
+    own = look.norm()
     lazy = nn.parameter.is_lazy(weight)
     size = 0.0 if lazy else _norm(weight.detach())
     norm = math.sqrt(statistics.fmean(n**2 for n in look.norms)) if look.norms else None
@@ -347,25 +379,16 @@ def _layer(name: str, look: _Look, batches: int, last: float | None) -> Layer:
         inputs=0 if lazy else kind.width(module, weight),
         outputs=0 if lazy else weight.shape[0],
         parameters=_count(module.parameters(recurse=False)),
-        trains=_trains(module, kind),
+        trains=weight.requires_grad,
         uses=look.calls / batches,
         rows=look.rows / look.samples if look.samples else None,
-        backward=backward,
-        backward_to_last=backward / last if backward is not None and last else None,
+        backward=math.sqrt(look.squares / look.entries) if look.entries else None,
+        backward_to_last=own / last if own is not None and last else None,
         silent=None if look.heard is None else 1 - float(look.heard.float().mean()),
         rate=norm / size if norm is not None and size else None,
         noise=look.noise(),
         read=look.covariance.told(),
     )
-
-
-def _backward(look: _Look) -> float | None:
-    return math.sqrt(look.squares / look.entries) if look.entries else None
-
-
-def _trains(module: nn.Module, kind: LayerType) -> bool:
-    weight = module._parameters[kind.weight_name]
-    return weight is not None and weight.requires_grad
 
 
 def _count(parameters: Iterable[Any]) -> int:

@@ -39,6 +39,7 @@ def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
     track = field.tracks[0]
     standing = {clock: places(field, track, clock) for clock in ("steps", "cpu")}
     return [
+        *_search(field),
         *_targets(field),
         *_control(field, track),
         *_race(field, track, standing),
@@ -51,6 +52,16 @@ def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
         *_failures(field),
         *_edges(field),
         *_seeds(field),
+    ]
+
+
+def _search(field: Contest) -> list[str]:
+    search = (field.bench.get("plan") or {}).get("search", "sobol")
+    if search == "sobol":
+        return []
+    return [
+        f"The numbers were searched by {search}, which learns from a method's own trials: all methods had "
+        "the same number of trials, but not the same luck with them."
     ]
 
 

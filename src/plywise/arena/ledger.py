@@ -70,7 +70,7 @@ class Ledger:
             os.truncate(self.path, before)
             raise PlywiseError(
                 f"A trial could not be written to {self.path}: {error.strerror}. The {len(self.lines)} "
-                "trials before are kept; make room, and go on with --resume."
+                "trials before are kept; make room, and go on."
             ) from error
         self.lines[key_of(line)] = line
 
@@ -91,3 +91,15 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise PlywiseError(f"Line {number} of {path} is no trial of a bench ({error!r}).") from error
         yield line
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The trials of a ledger; a last line that is just being written, or that a crash cut off, is not one."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            lines.extend(read(path))
+        except PlywiseError:
+            if len(lines) < path.read_bytes().count(b"\n"):
+                raise
+    return lines

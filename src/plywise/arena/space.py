@@ -61,7 +61,7 @@ def points(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:
 
     Example:
         >>> [f"{point['lr']:.3g}" for point in points({"lr": Range(0.001, 1, 0.1)}, 2)]
-        ['0.0195', '0.314']
+        ['0.0266', '0.0806']
     """
     if len(space) > MOST_TUNED:
         raise PlywiseError(f"At most {MOST_TUNED} numbers may be tuned, not {', '.join(space)}.")

@@ -9,14 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from plywise.arena.diagnosis import layers_before
 from plywise.arena.job import EVALUATIONS, Entry, Job
 from plywise.arena.ledger import DEFAULTS, FINAL, TUNED, TUNING, Key, Ledger
 from plywise.arena.material import Material
 from plywise.arena.method import Method
 from plywise.arena.methods import find_method
 from plywise.arena.score import chosen, target_of
-from plywise.arena.space import defaults, points
+from plywise.arena.search import SEARCHES, find_search
+from plywise.arena.space import defaults
 from plywise.arena.workers import Crew
+from plywise.arena.workload import Data
 from plywise.environment import environment
 from plywise.errors import PlywiseError, StateError
 from plywise.files import write_whole
@@ -38,6 +41,7 @@ class Plan:
         trials: points that each method is tuned by; 0: only defaults.
         seeds: final runs of each method on each track.
         device: where trials run.
+        search: how the points are found; see `plywise.arena.search`.
     """
 
     entries: tuple[Entry, ...]
@@ -45,6 +49,7 @@ class Plan:
     trials: int = 8
     seeds: int = 3
     device: str = "cpu"
+    search: str = SEARCHES[0]
 
     def __post_init__(self) -> None:
         if not self.entries or not self.methods:
@@ -56,6 +61,16 @@ class Plan:
             raise PlywiseError(
                 f"Trials are 0 or more and seeds at least 1, not {self.trials} and {self.seeds}."
             )
+
+    @staticmethod
+    def saved(fields: dict[str, Any]) -> Plan:
+        """The plan whose ``asdict`` was kept as JSON.
+
+        Raises:
+            TypeError, ValueError, KeyError: it is none.
+        """
+        entries = tuple(Entry(**entry) for entry in fields["entries"])
+        return Plan(**{**fields, "entries": entries, "methods": tuple(fields["methods"])})
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,7 @@ class Bench:
 
     def __init__(self, plan: Plan, material: Material, folder: Path, command: str = "") -> None:
         self.plan, self.folder, self._material = plan, folder, material
+        self._search = find_search(plan.search)
         self.methods: dict[str, Method] = {name: find_method(name) for name in plan.methods}
         self.workloads = {entry.name: entry.applied(material.workloads[entry.name]) for entry in plan.entries}
         self._entries = {entry.name: entry.settled(self.workloads[entry.name]) for entry in plan.entries}
@@ -109,12 +125,16 @@ class Bench:
             crew: who runs the trials.
             more: asked before each trial; False ends the bench early, for a budget that is spent.
         """
+        self.about |= {"workers": crew.count, "threads": crew.threads}
+        self._write(self.folder / "bench.json")
         for name in self.workloads:
-            for stage in (self._first, self._second):
-                jobs = [job for job in stage(name) if job.key not in self.ledger]
+            for keys in self._stages(name):
+                jobs = [self._job(key) for key in keys if key not in self.ledger]
                 for _, line in crew.run(job for job in jobs if more()):
                     self.ledger.add(line)
                     yield Progress(len(self.ledger.lines), self.total, line)
+                if any(key not in self.ledger for key in keys):
+                    break  # what comes next depends on these
         self.finish()
 
     def finish(self) -> None:
@@ -126,44 +146,66 @@ class Bench:
         """What has not been run, a sentence for each workload."""
         missing = []
         for name in self.workloads:
-            expected = [*self._first(name), *self._second(name)]
-            left = sum(job.key not in self.ledger for job in expected)
+            left = sum(key not in self.ledger for keys in self._stages(name) for key in keys)
             if left or not self._tuned(name):
                 missing.append(f"{name}: {left or 'some'} of its trials have not been run.")
         return missing
 
     # ---- the trials --------------------------------------------------------------------------------
 
-    def _first(self, name: str) -> list[Job]:
-        """Tuning trials and final runs of the defaults; all methods in turn, so that a part is fair, too."""
-        jobs = []
-        for trial in range(self.plan.trials):
-            for method in self._of(name):
-                if trial < self._tuning(method):
-                    seed = TUNING_SEED + _offset(method)
-                    key = Key(name, method.name, TUNING, TUNED, trial, seed)
-                    jobs.append(self._job(key, points(method.space, self.plan.trials)[trial]))
-        for seed in range(self.plan.seeds):
-            for method in self._of(name):
-                key = Key(name, method.name, FINAL, DEFAULTS, -1, seed + _offset(method))
-                jobs.append(self._job(key, defaults(method.space)))
-        return jobs
+    def _stages(self, name: str) -> Iterator[list[Key]]:
+        """A workload's trials: each list is made when the one before has been run."""
+        *rounds, last = self._search.rounds(self.plan.trials)
+        yield from (self._tuning_trials(name, trials) for trials in rounds)
+        yield [*self._tuning_trials(name, last), *self._default_runs(name)]
+        yield self._tuned_runs(name)
 
-    def _second(self, name: str) -> list[Job]:
+    def _tuning_trials(self, name: str, trials: range) -> list[Key]:
+        """All methods in turn, so that a part is fair, too."""
+        return [
+            Key(name, method.name, TUNING, TUNED, trial, TUNING_SEED + _offset(method))
+            for trial in trials
+            for method in self._of(name)
+            if trial < self._tuning(method)
+        ]
+
+    def _default_runs(self, name: str) -> list[Key]:
+        """Final runs of the defaults."""
+        return [
+            Key(name, method.name, FINAL, DEFAULTS, -1, seed + _offset(method))
+            for seed in range(self.plan.seeds)
+            for method in self._of(name)
+        ]
+
+    def _tuned_runs(self, name: str) -> list[Key]:
         """Final runs of each method's best point."""
         if not self._tuned(name):
             return []
         target = self.target(name)
-        tuned = [method for method in self._of(name) if self._tuning(method)]
-        best = {m.name: line for m in tuned if (line := chosen(self._tunings(name, m), target))}
+        best = [(method, chosen(self._tunings(name, method), target)) for method in self._of(name)]
         return [
-            self._job(
-                Key(name, method, FINAL, TUNED, line["trial"], seed + _offset(self.methods[method])),
-                line["numbers"],
-            )
+            Key(name, method.name, FINAL, TUNED, line["trial"], seed + _offset(method))
             for seed in range(self.plan.seeds)
-            for method, line in best.items()
+            for method, line in best
+            if line
         ]
+
+    def _job(self, key: Key) -> Job:
+        """A trial with its numbers, which may depend on the trials that have been run."""
+        file = str(self._material.files[key.workload])
+        return Job(key, self._entries[key.workload], self._numbers(key), file, self.plan.device)
+
+    def _numbers(self, key: Key) -> dict[str, float]:
+        method = self.methods[key.method]
+        if key.purpose == TUNING:
+            past = [line for line in self._tunings(key.workload, method) if line["trial"] < key.trial]
+            return self._search.numbers(method.space, key.trial, past)
+        if key.track == DEFAULTS:
+            return defaults(method.space)
+        numbers: dict[str, float] = next(
+            line["numbers"] for line in self._tunings(key.workload, method) if line["trial"] == key.trial
+        )
+        return numbers
 
     def target(self, name: str) -> float | None:
         """A workload's target: its own, or what the baselines' tuning gives."""
@@ -188,15 +230,6 @@ class Bench:
     def _of(self, name: str) -> list[Method]:
         """The methods that run on a workload."""
         return [method for m, method in self.methods.items() if not self._is_refused(name, m)]
-
-    def _job(self, key: Key, numbers: dict[str, float]) -> Job:
-        return Job(
-            key,
-            self._entries[key.workload],
-            numbers,
-            str(self._material.files[key.workload]),
-            self.plan.device,
-        )
 
     # ---- who runs on what --------------------------------------------------------------------------
 
@@ -251,8 +284,12 @@ class Bench:
         if path.exists():
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
-                same = before["plan"] == self.about["plan"]
-                changed = [n for n, w in self.about["workloads"].items() if before["workloads"].get(n) != w]
+                same = Plan.saved(before["plan"]) == self.plan
+                changed = [
+                    name
+                    for name, told in self.about["workloads"].items()
+                    if not told.items() <= before["workloads"].get(name, {}).items()
+                ]
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise StateError(f"{path} is no description of a bench ({error!r}).") from error
             if not same:
@@ -267,6 +304,9 @@ class Bench:
                     "since. Use another --out."
                 )
             self.about = {**before, "unfinished": []}
+        else:
+            for name, told in self.about["workloads"].items():
+                told["layers"] = layers_before(self.workloads[name], Data.load(self._material.files[name]))
         self._write(path)
 
     def _write(self, path: Path) -> None:

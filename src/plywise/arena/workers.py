@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -25,7 +26,15 @@ PRELOADED = (
 
 
 class Crew(Protocol):
-    """Who runs trials."""
+    """Who runs trials.
+
+    Attributes:
+        count: trials at once.
+        threads: torch's threads in each.
+    """
+
+    count: int
+    threads: int
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end."""
@@ -110,11 +119,19 @@ def _work(job: Job, threads: int, connection: Connection) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends this process
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     line = perform(job)
     connection.send_bytes(json.dumps(line, allow_nan=False).encode())
     connection.close()
     os._exit(0)  # torch's and a user's atexit handlers have nothing to do here
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when the one that forks trials has gone: nobody waits for its line any more."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _exit(code: int | None) -> str:

@@ -11,7 +11,19 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 import plywise
-from plywise.cli import bench, demo, doctor, explain, methods, pipeline, report, train, workloads
+from plywise.cli import (
+    bench,
+    demo,
+    diagnose,
+    doctor,
+    explain,
+    methods,
+    pipeline,
+    report,
+    reproduce,
+    train,
+    workloads,
+)
 from plywise.errors import PlywiseError
 
 app = App(
@@ -22,8 +34,8 @@ app = App(
     suppress_keyboard_interrupt=False,  # ours says what was kept
 )
 for _command in (
-    *(demo.demo, bench.bench, report.report, train.train, pipeline.pipeline),
-    *(methods.app, workloads.app, explain.explain, doctor.doctor),
+    *(demo.demo, bench.bench, report.report, reproduce.reproduce, train.train, pipeline.pipeline),
+    *(methods.app, workloads.app, explain.explain, diagnose.diagnose, doctor.doctor),
 ):
     app.command(_command)
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from plywise.arena.material import Material
+    from plywise.arena.ray_crew import RayCrew
     from plywise.arena.tournament import Bench, Plan
-    from plywise.arena.workers import Crew
+    from plywise.arena.workers import Crew, Workers
 
 METHODS = "sgd,sgd-again,adamw,muon,proxprop,feature-whitening+adamw,foof+adamw"
 
@@ -33,6 +34,7 @@ def bench(
     methods: str = METHODS,
     budget: str | None = None,
     trials: int = 8,
+    search: str = "sobol",
     seeds: int = 3,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -41,6 +43,7 @@ def bench(
     blocks: int | None = None,
     workers: int | None = None,
     threads: int = 1,
+    ray: str | None = None,
     device: str = "cpu",
     patience: float = 600.0,
     out: Path = Path("runs/bench"),
@@ -73,6 +76,9 @@ def bench(
         budget: time for all of it, as in 90s, 45m, 2h: sets the number of trials, and the steps of your model
             if you do not.
         trials: tuning trials of each method, without a budget; 0: defaults only.
+        search: how the numbers of those trials are found. sobol: the same quasi-random points for all
+            methods, so that their luck is equal; optuna: Optuna's TPE, where each trial learns from a
+            method's trials before (pip install 'plywise[optuna]').
         seeds: final runs of each method on each track.
         steps: steps of a run. Default: the workload's; for your model what fits the budget, or 1000.
         batch_size: samples a batch. Default: the workload's; 128 for your model.
@@ -82,16 +88,14 @@ def bench(
         blocks: blocks that local learners cut your model into. Default: 4, or as many as it has.
         workers: trials at once. Default: the cores over the threads.
         threads: torch's threads in each trial.
+        ray: run the trials on a Ray cluster: its address as host:port, auto for the one that this machine is
+            part of, or local to start one here (pip install 'plywise[ray]').
         device: where it trains, as in cuda.
         patience: seconds that one trial may take.
         out: folder of bench.json, trials.jsonl and report.html.
         resume: go on with the bench in that folder; what is compared is as it was there.
         dry_run: say how long it will take, and stop.
     """
-    from plywise.arena.workers import Workers
-
-    count = workers or max(1, _cores() // threads)
-    crew = Workers(count, threads, patience)
     seconds = None
     if budget is not None:
         from plywise.arena.budget import seconds_of
@@ -105,15 +109,20 @@ def bench(
             raise PlywiseError(
                 f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out."
             )
+        from plywise.arena.search import find_search
+
         own = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
-        plan = _asked(model, data, workloads, methods, loss, metric, trials, seeds, device, own)
+        plan = _asked(model, data, workloads, methods, loss, metric, own)
+        find_search(search)  # what is not installed is said before anything is read
+        plan = replace(plan, trials=trials, seeds=seeds, device=device, search=search)
+    crew = _crew(ray, workers, threads, patience)
     screen = console()
     from plywise.arena.material import Material
 
     material = Material(plan.entries)
     try:
-        if not resume:
-            plan = _planned(plan, material, crew, seconds, screen, count)
+        if not resume and (dry_run or seconds is not None):
+            plan = _planned(plan, material, crew, seconds, screen, crew.count)
         if not dry_run:
             _run(plan, material, crew, out, end, screen)
     finally:
@@ -127,12 +136,9 @@ def _asked(
     methods: str,
     loss: str,
     metric: str,
-    trials: int,
-    seeds: int,
-    device: str,
     own: dict[str, Any],
 ) -> Plan:
-    """The plan of the flags."""
+    """What is compared, as the flags say."""
     from plywise.arena.job import Entry
     from plywise.arena.methods import find_method
     from plywise.arena.tournament import Plan
@@ -154,23 +160,33 @@ def _asked(
         names = sets.get(str(workloads)) or _words(str(workloads))
         entries = [Entry(name, **own) for name in names]
     found = tuple(find_method(name).name for name in _words(methods))
-    return Plan(tuple(entries), found, trials, seeds, device)
+    return Plan(tuple(entries), found)
+
+
+def _crew(ray: str | None, workers: int | None, threads: int, patience: float) -> Workers | RayCrew:
+    """Who runs the trials."""
+    if ray is None:
+        from plywise.arena.workers import Workers
+
+        return Workers(workers or max(1, _cores() // max(1, threads)), threads, patience)
+    if workers is not None:
+        raise PlywiseError("--workers belongs to this machine; with --ray, the cluster's CPUs say how many.")
+    from plywise.arena.ray_crew import RayCrew
+
+    return RayCrew(ray, threads, patience)
 
 
 def _saved(out: Path) -> Plan:
     """The plan of a folder."""
     import json
 
-    from plywise.arena.job import Entry
     from plywise.arena.tournament import Plan
 
     path = out / "bench.json"
     if not path.exists():
         raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.")
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        entries = tuple(Entry(**entry) for entry in saved.pop("entries"))
-        return Plan(entries, tuple(saved.pop("methods")), **saved)
+        return Plan.saved(json.loads(path.read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
         raise StateError(f"{path} is no description of a bench ({error!r}).") from error
 
@@ -197,8 +213,8 @@ def _planned(
     needed = estimate(plan, costs, known, workers)
     steps = ", ".join(f"{name} {count}" for name, count in known.items())
     screen.print(
-        f"{len(plan.methods)} methods, {plan.trials} tuning trials and {plan.seeds} seeds each; steps: "
-        f"{steps}. {workers} at once: about {told(needed)}.",
+        f"With {plan.trials} tuning trials and {plan.seeds} seeds for each method, and these steps: {steps}; "
+        f"{workers} at once: about {told(needed)}.",
         soft_wrap=True,
     )
     return plan
@@ -209,6 +225,13 @@ def _run(plan: Plan, material: Material, crew: Crew, out: Path, end: float | Non
     from plywise.cli.report import conclude
 
     bench = Bench(plan, material, out, shlex.join(["plywise", *sys.argv[1:]]))
+    screen.print(
+        f"Methods: {len(bench.methods)}; workloads: {len(bench.workloads)}; tuning trials of each: "
+        f"{plan.trials}; seeds: {plan.seeds}; trials in all: {bench.total}, {len(bench.ledger.lines)} done.",
+        soft_wrap=True,
+    )
+    for one in bench.refused:
+        screen.print(f"{one['method']} does not run on {one['workload']}: {one['reason']}.", soft_wrap=True)
     try:
         _follow(bench, crew, end, screen)
     except KeyboardInterrupt:

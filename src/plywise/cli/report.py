@@ -1,31 +1,87 @@
-"""`plywise report`: a bench's page and table, drawn anew from what was measured."""
+"""`plywise report`: a bench's page and table, drawn anew from what was measured; curves for other viewers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plywise.cli.console import console
+from plywise.cli.console import console, table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+    from plywise.arena.contest import Contest
+    from plywise.arena.trackers import Exported
 
 
-def report(runs: Path = Path("runs/bench")) -> None:
+def report(
+    runs: Path = Path("runs/bench"), /, *, tensorboard: Path | None = None, trackio: str | None = None
+) -> None:
     """Score the trials of a bench again and draw its report; nothing is trained.
 
-    Works while the bench is running, and on one that was interrupted.
+    Works while the bench is running, and on one that was interrupted. The trials can be written for other
+    viewers besides, a run for each trial; what is there already is not written again.
+
+    For example:
+
+        plywise report runs/bench
+        plywise report --tensorboard boards              # then: tensorboard --logdir boards
+        plywise report --trackio my-bench                # then: trackio show --project my-bench
 
     Args:
         runs: folder of bench.json and trials.jsonl.
+        tensorboard: folder for TensorBoard's event files (pip install 'plywise[tensorboard]').
+        trackio: name of a local Trackio project (pip install 'plywise[tracking]').
     """
-    conclude(runs, console())
+    screen = console()
+    conclude(runs, screen)
+    if tensorboard is not None:
+        from plywise.arena.trackers import to_tensorboard
+
+        _told(screen, to_tensorboard(runs, tensorboard), f"in {tensorboard} for TensorBoard")
+    if trackio is not None:
+        from plywise.arena.trackers import to_trackio
+
+        _told(screen, to_trackio(runs, trackio), f"in the Trackio project {trackio}")
+
+
+def _told(screen: Console, exported: Exported, where: str) -> None:
+    screen.print(
+        f"{exported.written} trials are new {where}, {exported.before} were there.",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def conclude(folder: Path, screen: Console) -> Path:
-    """Write the page of a bench; print what it finds."""
-    from plywise.arena.bench_page import write_page
+    """Write the page of a bench; print its standing and what it finds."""
+    from plywise.arena.bench_page import page, read_bench
+    from plywise.arena.contest import contest
+    from plywise.arena.findings import findings
+    from plywise.arena.standing import rows
+    from plywise.files import write_whole
 
-    page = write_page(folder)
-    screen.print(f"The report: {page}", soft_wrap=True)
-    return page
+    bench, lines = read_bench(folder)
+    path = write_whole(folder / "report.html", page(bench, lines))
+    field = contest(bench, lines)
+    screen.print(_standing(field))
+    for sentence in findings(field, rows(field)):
+        screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
+    screen.print(f"\nThe report: {path}", soft_wrap=True)
+    return path
+
+
+def _standing(field: Contest) -> Table:
+    """Who is where, on the first track, by processor time."""
+    from plywise.arena.findings import span
+    from plywise.arena.standing import places
+
+    track = field.tracks[0]
+    headings = ("rank", "time to the target over the best baseline's", "reached")
+    shown = table("method", *headings, title=f"{track}, by CPU time", numbers=headings)
+    for one in places(field, track, "cpu"):
+        rank = "null control" if one.rank is None else f"{one.rank.value:g}"
+        ratio = "–" if one.ratio is None else span(one.ratio)
+        shown.add_row(one.method, rank, ratio, f"{one.reached} of {one.runs}")
+    return shown

@@ -4,7 +4,7 @@
   const { element, finite, inside, log, pretty, variable } = Charts;
   const data = JSON.parse(document.getElementById("data").textContent);
   const find = (id) => document.getElementById(id);
-  const board = Charts.board(data.methods);
+  const board = Charts.board([...data.methods, data.before]);
   const isNull = (name) => Object.hasOwn(data.nulls, name);
   const axes = { steps: "steps", gradients: "passes forward and backward", cpu: "CPU seconds", wall: "seconds" };
   const units = { steps: "steps", gradients: "passes", cpu: "CPU\u00a0s", wall: "s" };

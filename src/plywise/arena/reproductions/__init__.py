@@ -1,0 +1,40 @@
+"""The experiments of the papers that plywise's rules and learners come from, run again.
+
+Each paper is a file with its experiments: where in the paper, its numbers, the networks and settings at full
+size and at a small one that two cores can do, what it claims, and why our numbers may differ. `runner` runs
+them, `summary` puts the paper's numbers beside ours, `tables` writes them. Names cost no import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from plywise.catalogue import suggestion
+from plywise.errors import PlywiseError
+
+if TYPE_CHECKING:
+    from plywise.arena.reproductions.experiment import Paper
+
+PAPERS = ("proxprop", "associated-learning", "back-matching", "consequentialism")
+"""Names of the papers."""
+
+
+def find_paper(name: str) -> Paper:
+    """The paper called ``name``, whatever its letters' case.
+
+    Raises:
+        PlywiseError: there is none; the message suggests the nearest.
+
+    Example:
+        >>> [experiment.name for experiment in find_paper("proxprop").experiments]
+        ['table-1', 'mlp', 'convnet']
+    """
+    key = name.lower().replace("_", "-")
+    if key not in PAPERS:
+        raise PlywiseError(
+            f"No paper is called {name!r}. {suggestion(name, PAPERS)}There are: {', '.join(PAPERS)}; "
+            "`plywise reproduce` lists their experiments."
+        )
+    found: Paper = importlib.import_module(f"{__name__}.{key.replace('-', '_')}").PAPER
+    return found

@@ -1,0 +1,246 @@
+"""What a reproduction is made of: a paper, its experiments, their numbers, the sizes that they are run at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from plywise.arena.method import Trainer
+from plywise.arena.workload import Data
+from plywise.catalogue import suggestion
+from plywise.errors import PlywiseError
+
+FULL, SMALL = "full", "small"
+"""The sizes: as in the paper, and what two cores can do in minutes."""
+
+DIVERGED = math.nan
+"""The paper's number where its run diverged."""
+
+Line = Mapping[str, Any]
+"""A run as the ledger keeps it."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What an experiment is judged by.
+
+    Attributes:
+        name: its name.
+        unit: its unit.
+        read: its value in a run that did not fail.
+        scale: where its values are averaged and compared: losses as logarithms.
+        back: from there to values again.
+        better: 1 where the higher is the better, -1 where the lower is.
+        tuned_by: what rates are chosen by, the lower the better; never the test data.
+    """
+
+    name: str
+    unit: str
+    read: Callable[[Line], float]
+    scale: Callable[[float], float]
+    back: Callable[[float], float]
+    better: int
+    tuned_by: Callable[[Line], float]
+
+    def advantage(self, one: float, other: float) -> float:
+        """By how much the one is better than the other, on the scale."""
+        return self.better * (self.scale(one) - self.scale(other))
+
+
+def _logarithm(loss: float) -> float:
+    return math.log(max(loss, 1e-12))
+
+
+def _itself(value: float) -> float:
+    return value
+
+
+TRAINING_LOSS = Measure(
+    "training loss at the end",
+    "nats",
+    read=lambda line: float(line["loss"][-1]),
+    scale=_logarithm,
+    back=math.exp,
+    better=-1,
+    tuned_by=lambda line: float(line["loss"][-1]),
+)
+"""Cross entropy over the whole training set; its mean is the geometric one."""
+TEST_ACCURACY = Measure(
+    "test accuracy at the end",
+    "%",
+    read=lambda line: 100 * (1 - float(line["test"])),
+    scale=_itself,
+    back=_itself,
+    better=1,
+    tuned_by=lambda line: float(line["validation"][-1]),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large an experiment is run.
+
+    Attributes:
+        about: network and data in words; for the small size what was cut.
+        source: reads the data, from the numbers of images of the three sets.
+        widths: of the network; each experiment says what they are.
+        batch: images a batch.
+        epochs: passes over the training set.
+        images: images of the training set.
+        validation: images held out of it.
+        test: images of the test set.
+        faster: factor on every rate, where a short training needs it.
+    """
+
+    about: str
+    source: Callable[[int, int, int], Data]
+    widths: tuple[int, ...]
+    batch: int
+    epochs: int
+    images: int
+    validation: int = 5_000
+    test: int = 10_000
+    faster: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """Steps of a run."""
+        return self.epochs * (self.images // self.batch)
+
+    def data(self) -> Data:
+        """The data.
+
+        Raises:
+            PlywiseError: a file is missing.
+        """
+        return self.source(self.images, self.validation, self.test)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an arm begins with.
+
+    Attributes:
+        size: the size.
+        rate: the learning rate.
+        example: a few training images.
+        device: where the network shall be.
+    """
+
+    size: Size
+    rate: float
+    example: Tensor
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train in an experiment: a row, or a cell, of the paper's table.
+
+    Attributes:
+        method: the method; arms of one method cost the same.
+        begin: makes the network and begins to train it; called with the seed set.
+        rates: learning rates to choose from with a seed of its own; one: the paper's.
+        number: the paper's number; `DIVERGED` if its run did; None if none is known.
+        at: what tells it from other arms of its method, as ``"τ = 1"``.
+        sizes: the sizes that it is run at.
+    """
+
+    method: str
+    begin: Callable[[Start], Trainer]
+    rates: tuple[float, ...]
+    number: float | None = None
+    at: str = ""
+    sizes: tuple[str, ...] = (FULL, SMALL)
+
+    @property
+    def name(self) -> str:
+        """The method, and what tells it from its like."""
+        return f"{self.method}, {self.at}" if self.at else self.method
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of two arms: the one is better than the other, or about as good.
+
+    Attributes:
+        better: name of the one.
+        worse: name of the other.
+        within: "about as good" means within so much of the measure; None: better.
+    """
+
+    better: str
+    worse: str
+    within: float | None = None
+
+    def __str__(self) -> str:
+        if self.within is None:
+            return f"{self.better} beats {self.worse}"
+        return f"{self.better} is within {self.within:g} of {self.worse}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of a paper.
+
+    Attributes:
+        name: its name.
+        about: one line.
+        where: where in the paper it is, and how we know its numbers.
+        measure: what it is judged by.
+        arms: what is compared.
+        sizes: `FULL` and `SMALL`.
+        claims: what the paper says of its arms, beyond single numbers.
+        differences: why our numbers may differ from the paper's.
+    """
+
+    name: str
+    about: str
+    where: str
+    measure: Measure
+    arms: tuple[Arm, ...]
+    sizes: Mapping[str, Size]
+    claims: tuple[Claim, ...] = ()
+    differences: tuple[str, ...] = ()
+
+    def arms_at(self, size: str) -> list[Arm]:
+        """The arms that are run at a size."""
+        return [arm for arm in self.arms if size in arm.sizes]
+
+    def claims_at(self, size: str) -> list[Claim]:
+        """The claims about these arms."""
+        names = {arm.name for arm in self.arms_at(size)}
+        return [claim for claim in self.claims if {claim.better, claim.worse} <= names]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper.
+
+    Attributes:
+        name: its name on the command line.
+        title: authors, title, where it appeared.
+        experiments: its experiments.
+    """
+
+    name: str
+    title: str
+    experiments: tuple[Experiment, ...]
+
+    def find(self, name: str) -> Experiment:
+        """The experiment called ``name``.
+
+        Raises:
+            PlywiseError: there is none.
+        """
+        found = {experiment.name: experiment for experiment in self.experiments}
+        if name not in found:
+            raise PlywiseError(
+                f"{self.name} has no experiment called {name!r}. {suggestion(name, tuple(found))}There are: "
+                f"{', '.join(found)}."
+            )
+        return found[name]

@@ -1,0 +1,60 @@
+"""The papers' data: images of MNIST and CIFAR-10 in the order of their files, pixels in [0, 1] or centred."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plywise.arena.workload import Data
+from plywise.data.digits import Split
+from plywise.data.readers import Bytes
+from plywise.data.sets import cifar10, grey_images
+
+
+def mnist(images: int, validation: int, test: int) -> Data:
+    """MNIST, images (1, 28, 28) in [0, 1]: the first of the training file, its last as validation."""
+    x, y, x_test, y_test = grey_images("mnist")
+    return _parts(x[..., None], y, x_test[..., None], y_test, (images, validation, test))
+
+
+def cifar(images: int, validation: int, test: int) -> Data:
+    """CIFAR-10, images (3, 32, 32) in [0, 1]: the first of the training file, its last as validation."""
+    return _parts(*cifar10(), (images, validation, test))
+
+
+def mnist_centred(images: int, validation: int, test: int) -> Data:
+    """`mnist`, less the mean of each pixel over the training set."""
+    return _centred(mnist(images, validation, test))
+
+
+def cifar_centred(images: int, validation: int, test: int) -> Data:
+    """`cifar`, less the mean of each pixel over the training set."""
+    return _centred(cifar(images, validation, test))
+
+
+def cifar_channels(images: int, validation: int, test: int) -> Data:
+    """`cifar`, each channel with mean 0 and variance 1 over the training set."""
+    data = cifar(images, validation, test)
+    deviation, mean = torch.std_mean(data.train.x, dim=(0, 2, 3), keepdim=True)
+    return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
+
+
+def _parts(x: Bytes, y: Bytes, x_test: Bytes, y_test: Bytes, sizes: tuple[int, int, int]) -> Data:
+    images, validation, test = sizes
+    assert images + validation <= len(y)
+    return Data(
+        _split(x[:images], y[:images]),
+        _split(x[-validation:], y[-validation:]),
+        _split(x_test[:test], y_test[:test]),
+    )
+
+
+def _split(x: Bytes, y: Bytes) -> Split:
+    pixels: Tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)).astype(np.float32))
+    return Split(pixels.div_(255), torch.from_numpy(y.astype(np.int64)))
+
+
+def _centred(data: Data) -> Data:
+    mean = data.train.x.mean(0)
+    return Data(*(Split(part.x - mean, part.y) for part in vars(data).values()))

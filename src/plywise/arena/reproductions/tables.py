@@ -1,0 +1,92 @@
+"""A reproduction as a table: Markdown for files, rows for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from plywise.arena.reproductions.experiment import FULL
+from plywise.arena.reproductions.summary import REPRODUCED, REVERSED, UNDECIDED
+
+HEADINGS = ("method", "paper", "ours (95 % interval)", "verdict")
+
+
+def rows(experiment: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each arm: method, the paper's number, ours, verdict."""
+    return [(_method(arm), number(arm["paper"]), ours(arm), arm["verdict"]) for arm in experiment["arms"]]
+
+
+def number(value: float | None) -> str:
+    """A number in a table.
+
+    Example:
+        >>> number(None), number(float("nan")), number(0.0123456), number(86.3)
+        ('–', 'diverged', '0.0123', '86.3')
+    """
+    if value is None:
+        return "–"
+    return "diverged" if math.isnan(value) else format(value, ".3g")
+
+
+def ours(arm: Mapping[str, Any]) -> str:
+    """Mean and interval of an arm, and how many of its runs failed.
+
+    Example:
+        >>> ours({"mean": 1.0, "low": 0.5, "high": 1.5, "values": {0: 0.9, 1: 1.1}, "failures": {}})
+        '1 (0.5 to 1.5)'
+    """
+    failed, runs = len(arm["failures"]), len(arm["failures"]) + len(arm["values"])
+    if not arm["values"]:
+        return f"diverged ({failed} of {runs})"
+    limits = "" if arm["low"] is None else f" ({arm['low']:.3g} to {arm['high']:.3g})"
+    return f"{arm['mean']:.3g}{limits}" + (f"; {failed} of {runs} diverged" if failed else "")
+
+
+def order(experiment: Mapping[str, Any]) -> list[str]:
+    """What came of the paper's claims, a sentence each, those that hold for many counted together."""
+    claims = experiment["claims"]
+    if not claims:
+        return []
+    found = {
+        outcome: [claim["claim"] for claim in claims if claim["outcome"] == outcome]
+        for outcome in (REPRODUCED, REVERSED, UNDECIDED)
+    }
+    lines = [
+        f"{len(names)} of {len(claims)} {outcome}: {'; '.join(names)}."
+        for outcome, names in found.items()
+        if names
+    ]
+    return lines
+
+
+def markdown(about: Mapping[str, Any]) -> str:
+    """The whole reproduction."""
+    lines = [f"## {about['paper']}", ""]
+    if about["unfinished"]:
+        lines += [f"{about['unfinished']} runs have not been run yet.", ""]
+    for experiment in about["experiments"]:
+        lines += _section(about, experiment)
+    return "\n".join(lines)
+
+
+def _section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> list[str]:
+    size = "full size" if about["size"] == FULL else "small size"
+    lines = [
+        *(f"### {experiment['name']}: {experiment['about']}", ""),
+        f"In the paper: {experiment['where']}. Measured: {experiment['measure']}, {experiment['unit']}. "
+        f"Run at {size}: {experiment['size']}. Seeds: {about['seeds']}; {experiment['seconds']:.0f} s in "
+        "all. Intervals are where one more run is expected (Student's t; losses as logarithms).",
+        *("", f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)),
+        *(f"| {' | '.join(row)} |" for row in rows(experiment)),
+        "",
+    ]
+    if said := order(experiment):
+        lines += ["The paper's order of methods:", "", *(f"- {one}" for one in said), ""]
+    lines += ["Why our numbers may differ:", "", *(f"- {one}" for one in experiment["differences"]), ""]
+    return lines
+
+
+def _method(arm: Mapping[str, Any]) -> str:
+    chosen = f" (rate {arm['rate']:g} of {', '.join(arm['tuning'])})" if arm["tuning"] else ""
+    return f"{arm['arm']}{chosen}"

@@ -1,0 +1,202 @@
+"""`plywise diagnose`: what stands in the way of training your model, layer by layer, and what to try."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from plywise.cli.console import console, number, table
+from plywise.cli.training import Switch
+from plywise.errors import PlywiseError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from plywise.arena.advice import Advice
+    from plywise.arena.diagnosis import Diagnosis, Layer
+    from plywise.arena.workload import Data, Workload
+
+NUMBERS = ("weights", "rows", "backward", "to last", "silent", "rate", "noise", "condition", "rank")
+STRIKING = "bold yellow"
+"""Style of what stands out; a star marks it where there are no colours."""
+LEGEND = (
+    "rows: of a sample. backward: root mean square of the loss gradient at the output; to last: its norm for "
+    "a sample over the last layer's. silent: outputs where it is always 0. rate: a plain step at rate 1 over "
+    "the weight, in norm. noise: share of the gradient that differs from batch to batch. condition: of the "
+    "inputs' covariance, + at least. rank: directions that carry its variance / all that vary. * stands out."
+)
+
+
+def diagnose(
+    model: str | None = None,
+    /,
+    *,
+    data: str | None = None,
+    workload: str | None = None,
+    batches: int = 8,
+    batch_size: int | None = None,
+    loss: str = "",
+    seed: int = 0,
+    json: Switch = False,
+) -> None:
+    """Look at your model's layers for a few batches and say which rule to try, why, and how sure that is.
+
+    Nothing is trained: the model is looked at as it is made. Seconds, for a small one.
+
+    For example:
+
+        plywise diagnose my.module:make_model --data my.module:make_data
+        plywise diagnose my.module:make_model --data table.csv --batches 16 --batch-size 64
+        plywise diagnose my.module:make_model --data my.npz --loss my.module:my_loss --json
+        plywise diagnose --workload digits-conv          # one of ours
+
+    Args:
+        model: function that makes your network, as module:name.
+        data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs; a .npz
+            file with x_train and y_train; or a .csv file whose last column is the target.
+        workload: instead of a model: name of a workload that plywise ships.
+        batches: how many batches of the training part are looked at.
+        batch_size: samples a batch. Default: the workload's; 128 for your model.
+        loss: function of outputs and targets, as module:name. Default: cross entropy for classes, squared
+            error for numbers.
+        seed: of the weights and of which samples are looked at.
+        json: print diagnosis and advice as JSON.
+    """
+    if batches < 1 or (batch_size is not None and batch_size < 1):
+        raise PlywiseError(f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.")
+    asked, found, subject = _asked(model, data, workload, loss)
+    from plywise.arena.advice import advice
+    from plywise.arena.diagnosis import diagnose_workload
+
+    diagnosis = diagnose_workload(asked, found, batches=batches, batch_size=batch_size, seed=seed)
+    recommended = advice(diagnosis, subject)
+    if json:
+        _print_json(diagnosis, recommended)
+    else:
+        screen = console()
+        _print_layers(screen, diagnosis)
+        _print_advice(screen, recommended)
+
+
+def _asked(
+    model: str | None, data: str | None, workload: str | None, loss: str
+) -> tuple[Workload, Data, str]:
+    """The workload, its data, and what `plywise bench` calls it."""
+    from plywise.arena.workloads import find_workload
+    from plywise.arena.workloads.own import own_workload
+
+    if (model is None) == (workload is None):
+        raise PlywiseError(
+            "Say what to look at: your model as module:name with --data, or --workload with the name of one "
+            "of ours."
+        )
+    if workload is not None:
+        if data is not None or loss:
+            raise PlywiseError("--data and --loss belong to a model of your own.")
+        shipped = find_workload(workload)
+        return shipped, shipped.make_data(), f"--workloads {shipped.name}"
+    if data is None:
+        raise PlywiseError(f"Say with --data where the data for {model} are.")
+    own = own_workload(str(model), str(model), data, loss=loss, blocks=0)
+    words = [str(model), "--data", data, *(["--loss", loss] if loss else [])]
+    return own, own.make_data(), shlex.join(words)
+
+
+def _print_layers(screen: Console, diagnosis: Diagnosis) -> None:
+    told = "" if diagnosis.loss is None else f", loss {diagnosis.loss:.4g}"
+    title = (
+        f"{diagnosis.model}: {diagnosis.parameters:,} parameters, {diagnosis.batches} batches of up to "
+        f"{diagnosis.batch_size}{told}"
+    )
+    if diagnosis.layers:
+        screen.print(_table(title, diagnosis))
+        screen.print(LEGEND, style="dim")
+    else:
+        screen.print(title, style="bold")
+    if diagnosis.left:
+        screen.print(f"No rule handles: {_left(diagnosis)}.", style="dim")
+    spans = [
+        f"{what} {value:.3g}"
+        for what, value in (
+            ("backward values, last layer over first:", diagnosis.backward_ratio),
+            ("effective rates, largest over smallest:", diagnosis.rate_spread),
+        )
+        if value is not None
+    ]
+    if spans:
+        screen.print(f"\n{'; '.join(spans)}.".capitalize())
+
+
+def _table(title: str, diagnosis: Diagnosis) -> Table:
+    shown = table("layer", "type", "in→out", *NUMBERS, title=title, numbers=NUMBERS)
+    for layer in diagnosis.layers:
+        shown.add_row(
+            layer.name or "(model)",
+            layer.type,
+            f"{layer.inputs}→{layer.outputs}",
+            f"{layer.parameters:,}",
+            *_cells(layer, diagnosis),
+        )
+    return shown
+
+
+def _cells(layer: Layer, diagnosis: Diagnosis) -> list[Text | str]:
+    """The numbers of a layer; what stands out is marked."""
+    from rich.text import Text
+
+    from plywise.arena.advice import outlying
+
+    if not layer.uses:
+        why = "not used" if layer.trains else "frozen"
+        return [why, *["–"] * (len(NUMBERS) - 2)]
+    striking, read = outlying(layer, diagnosis), layer.read
+    cells = {
+        "rows": number(layer.rows),
+        "backward": _short(layer.backward),
+        "backward_to_last": _short(layer.backward_to_last),
+        "silent": number(layer.silent, ".0%"),
+        "rate": _short(layer.rate) if layer.trains else "frozen",
+        "noise": number(layer.noise, ".0%"),
+        "condition": _short(read.condition if read else None) + ("+" if read and read.at_least else ""),
+        "rank": f"{_short(read.effective_rank)}/{read.rank}" if read else "–",
+    }
+    return [Text(f"{cell}*", STRIKING) if name in striking else cell for name, cell in cells.items()]
+
+
+def _short(value: float | None) -> str:
+    """Two digits, and an exponent without its zeros: the table is wide."""
+    text = number(value, ".2g")
+    return text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+
+
+def _left(diagnosis: Diagnosis) -> str:
+    """Modules that no rule handles, those of one reason together."""
+    groups: dict[str, list[str]] = {}
+    for one in diagnosis.left:
+        groups.setdefault(one.reason, []).append(one.name or one.type)
+    return "; ".join(f"{_few(names)} ({reason})" for reason, names in groups.items())
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _print_advice(screen: Console, recommended: list[Advice]) -> None:
+    from rich.padding import Padding
+
+    for place, one in enumerate(recommended, 1):
+        screen.print(f"\n{place}. {one.title}", style="bold")
+        for text in (one.reason, f"How sure: {one.sure}"):
+            screen.print(Padding(text, (0, 0, 0, 3)))
+        if one.check:
+            screen.print(f"   Check it: {one.check}", soft_wrap=True)
+
+
+def _print_json(diagnosis: Diagnosis, recommended: list[Advice]) -> None:
+    import json
+    from dataclasses import asdict
+
+    told: dict[str, Any] = {"diagnosis": asdict(diagnosis), "advice": [asdict(one) for one in recommended]}
+    print(json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False))

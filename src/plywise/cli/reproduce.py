@@ -1,0 +1,155 @@
+"""`plywise reproduce`: a paper's experiments again, its numbers beside ours."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from plywise.cli.console import console, table
+from plywise.cli.training import Switch
+from plywise.errors import PlywiseError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from plywise.arena.reproductions.runner import Progress, Reproduction
+
+
+def reproduce(
+    paper: str | None = None,
+    /,
+    *,
+    size: Literal["small", "full"] = "small",
+    seeds: int = 3,
+    only: str = "",
+    out: Path = Path("runs/reproduce"),
+    device: str = "cpu",
+    dry_run: Switch = False,
+) -> None:
+    """Run a paper's experiments again, and put its numbers beside ours.
+
+    Without a paper it lists the papers, their experiments and their numbers. Each run is kept as it ends:
+    after Ctrl-C the same command goes on with what is missing. The small size takes minutes on one core, and
+    says what was cut; at that size the order of methods is compared, not their numbers.
+
+    For example:
+
+        plywise reproduce                                # papers, experiments, numbers
+        plywise reproduce proxprop                       # small size, three seeds
+        plywise reproduce proxprop --only convnet
+        plywise reproduce associated-learning --dry-run  # how long would it take?
+        plywise reproduce proxprop --size full --device cuda
+
+    Args:
+        paper: proxprop, associated-learning, back-matching or consequentialism.
+        size: small, or full: the paper's network, data and epochs.
+        seeds: runs of each method.
+        only: experiments of the paper, if not all.
+        out: folder; what is run goes into a folder of the paper's name in it.
+        device: where it trains, as in cuda.
+        dry_run: say how long it will take, and stop.
+    """
+    from plywise.arena.reproductions import find_paper
+
+    screen = console()
+    if paper is None:
+        if only:
+            raise PlywiseError("--only names experiments of a paper: say which paper.")
+        _list(screen)
+        return
+    from plywise.arena.reproductions.runner import Reproduction
+
+    found = find_paper(paper)
+    names = [word.strip() for word in only.split(",") if word.strip()]
+    made = Reproduction(found, size, seeds, out / found.name, names, device)
+    try:
+        _announce(made, screen)
+        if dry_run:
+            return
+        _follow(made, screen)
+    except KeyboardInterrupt:
+        made.finish()
+        raise KeyboardInterrupt(
+            f"{made.done} of {made.total} runs are kept in {shlex.quote(str(made.folder))}; the same command "
+            "goes on."
+        ) from None
+    _show(made.finish(), screen)
+    screen.print(
+        f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}", soft_wrap=True
+    )
+
+
+def _list(screen: Console) -> None:
+    """All papers: experiments, and the numbers that are known."""
+    from plywise.arena.reproductions import PAPERS, find_paper
+    from plywise.arena.reproductions.tables import number
+
+    for name in PAPERS:
+        paper = find_paper(name)
+        listed = table("experiment", "method", "the paper's number", title=f"{name}: {paper.title}")
+        for experiment in paper.experiments:
+            listed.add_row(experiment.name, experiment.about, "")
+            unit = experiment.measure.unit
+            for arm in experiment.arms:
+                value = number(arm.number)
+                listed.add_row("", arm.name, value if value in ("–", "diverged") else f"{value} {unit}")
+        screen.print(listed)
+
+
+def _announce(made: Reproduction, screen: Console) -> None:
+    """Say what is run, and how long it may take."""
+    from plywise.arena.budget import told
+
+    for experiment in made.experiments:
+        screen.print(f"{experiment.name}: {experiment.sizes[made.size].about}.", soft_wrap=True)
+    if made.done < made.total:
+        screen.print("Measuring a few steps of each method.", style="dim")
+        left = told(made.measure())
+        screen.print(f"{made.total - made.done} of {made.total} runs are left: about {left}.")
+
+
+def _follow(made: Reproduction, screen: Console) -> None:
+    """Show the work: a bar in a terminal, a line for each run elsewhere."""
+    if not screen.is_terminal:
+        for piece in made.perform():
+            screen.print(_said(piece), soft_wrap=True)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task("starting", total=made.total, completed=made.done)
+        for piece in made.perform():
+            bar.update(task, completed=piece.done, description=_said(piece).replace("[", "\\["))
+
+
+def _said(piece: Progress) -> str:
+    """A run in one line."""
+    from plywise.arena.budget import told
+    from plywise.arena.ledger import TUNING
+
+    line = piece.line
+    which = f"rate {line['rate']:g}" if line["purpose"] == TUNING else f"seed {line['seed']}"
+    measured = line["test"] if line["loss"] and line["loss"][-1] is None else (line["loss"] or [None])[-1]
+    result = line["failure"] or (f"{measured:.4g}" if measured is not None else "done")
+    name = line["workload"].split("/")[1]
+    return (
+        f"[{piece.done:{len(str(piece.total))}}/{piece.total}] {name}: {line['method']}, {which}: {result}; "
+        f"about {told(piece.left)} left"
+    )
+
+
+def _show(about: dict[str, Any], screen: Console) -> None:
+    """The tables."""
+    from plywise.arena.reproductions.tables import HEADINGS, order, rows
+
+    for experiment in about["experiments"]:
+        title = f"{experiment['name']}: {experiment['measure']}, {experiment['unit']} ({about['size']} size)"
+        shown = table(*HEADINGS, title=title)
+        for row in rows(experiment):
+            shown.add_row(*row)
+        screen.print(shown)
+        for sentence in order(experiment):
+            screen.print(sentence, soft_wrap=True)
+        screen.print()

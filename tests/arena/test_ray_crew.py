@@ -1,0 +1,173 @@
+"""Trials on a real Ray cluster of this machine's own: the same lines as in this machine's processes."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from plywise.arena.job import Entry, Job
+from plywise.arena.ledger import FINAL, TUNED, Key, read
+from plywise.arena.material import Material
+from plywise.arena.ray_crew import RayCrew
+from plywise.arena.workers import Workers
+from plywise.cli import main
+from plywise.errors import PlywiseError
+
+HERE = "competitors"
+OWN = Entry("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
+CLOCKS = ("cpu", "wall", "measuring", "peak_mib", "finished")
+
+
+@pytest.fixture(scope="module")
+def crew():
+    """Two CPUs, started once: it takes seconds."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield RayCrew(patience=60.0)
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _findable(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+
+
+@pytest.fixture(scope="module")
+def material():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(os.path.dirname(__file__))
+        made = Material([OWN])
+    yield made
+    made.close()
+
+
+def job(material, method, seed=0):
+    key = Key("own", method, FINAL, TUNED, 0, seed)
+    return Job(key, OWN.settled(material.workloads["own"]), {"lr": 0.1}, str(material.files["own"]))
+
+
+def without_clocks(lines):
+    return {
+        (line["method"], line["seed"], line["track"]): {
+            name: line[name] for name in line if name not in CLOCKS
+        }
+        for line in lines
+    }
+
+
+def test_nobody_at_the_address():
+    pytest.importorskip("ray", reason="ray is not installed")  # and not yet connected
+    with pytest.raises(PlywiseError, match=r"no Ray cluster at '127.0.0.1:1' \(.*refused.*`ray start"):
+        RayCrew("127.0.0.1:1")
+
+
+def test_the_same_lines_as_in_processes_and_a_killed_trial_harms_no_other(crew, material):
+    jobs = [job(material, method) for method in ("sgd", f"{HERE}:Killed", "local-loss", f"{HERE}:Exploding")]
+    jobs.append(job(material, "sgd", seed=7))
+    given = {one.key: one for one in jobs}
+    ended = list(crew.run(iter(jobs)))
+    assert crew.count == 2
+    assert all(given.pop(one.key) is one for one, _ in ended)
+    assert not given, "each job once, with its own line"
+    on_ray = without_clocks(line for _, line in ended)
+    here = without_clocks(line for _, line in Workers(2).run(jobs))
+    assert on_ray == here
+    assert on_ray[f"{HERE}:Killed", 0, TUNED]["failure"] == "its process was lost (killed by SIGKILL)"
+    assert "diverged" in on_ray[f"{HERE}:Exploding", 0, TUNED]["failure"]
+
+
+def test_a_trial_that_hangs_is_ended_and_jobs_are_taken_as_there_is_room(crew, material, monkeypatch):
+    monkeypatch.setattr(crew, "patience", 3.0)
+    taken = []
+
+    def jobs():
+        for seed, method in enumerate((f"{HERE}:Hanging", "sgd", "sgd", "sgd")):
+            taken.append(seed)
+            yield job(material, method, seed)
+
+    ended = []
+    for _, line in crew.run(jobs()):
+        ended.append(line)
+        assert len(taken) <= len(ended) + crew.count, "a budget that is spent stops the next trial"
+    failures = {line["seed"]: line["failure"] for line in ended}
+    assert failures == {0: "took longer than 3 s", 1: None, 2: None, 3: None}
+
+
+OWN_METHODS = """
+import multiprocessing, os, pathlib, signal, time, torch
+
+class Noted(torch.optim.SGD):
+    def step(self, closure=None):
+        pathlib.Path(__file__).with_name("pid").write_text(str(os.getpid()))
+        time.sleep(600)
+
+class Regicide(torch.optim.SGD):
+    def step(self, closure=None):
+        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        os._exit(1)
+"""
+
+
+@pytest.fixture
+def own_methods(tmp_path, monkeypatch):
+    (tmp_path / "methods_here.py").write_text(OWN_METHODS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_stopping_early_ends_what_runs(crew, material, tmp_path, own_methods):
+    running = crew.run(job(material, method) for method in ("methods_here:Noted", "sgd"))
+    done, _ = next(running)
+    assert done.key.method == "sgd"
+    end = time.monotonic() + 60
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < end, "the other one never began"
+        time.sleep(0.05)
+    process = Path("/proc", (tmp_path / "pid").read_text())
+    assert process.exists()
+    running.close()
+    assert not process.exists(), "the trial that hangs is not left behind"
+
+
+def test_a_bench_on_ray_from_the_command_line(crew, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["bench", f"{HERE}:model", "--data", f"{HERE}:data", "--steps", "12", "--batch-size", "32"]
+    words += ["--methods", f"sgd,{HERE}:Leaving", "--trials", "1", "--seeds", "1"]
+    ledgers = []
+    for own in (["--out", "ray", "--ray", "auto"], ["--out", "here", "--workers", "2"]):
+        with pytest.raises(SystemExit) as left:
+            main([*words, *own])
+        assert left.value.code == 0, capsys.readouterr()
+        ledgers.append(sorted(map(repr, without_clocks(read(Path(own[1], "trials.jsonl"))).values())))
+    assert len(ledgers[0]) == 6
+    assert ledgers[0] == ledgers[1]
+
+
+def test_a_module_that_the_machines_do_not_have_is_not_a_lost_trial(crew, material, monkeypatch, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "only_here.py").write_text("from torch.optim import SGD as Mine\n")
+    one = job(material, "only_here:Mine")
+    with pytest.raises(PlywiseError, match=r"cannot run only_here:Mine: .*no module 'only_here'.*installed"):
+        list(crew.run([one]))
+
+
+def test_more_threads_than_any_machine_has(crew):
+    with pytest.raises(PlywiseError, match=r"has 3 CPUs: they have 2\. Take fewer --threads"):
+        RayCrew(threads=3)
+
+
+def test_a_process_of_rays_own_that_is_killed_is_an_outcome(crew, material, own_methods):
+    jobs = [job(material, method) for method in ("methods_here:Regicide", "sgd")]
+    ended = {one.key.method: line for one, line in crew.run(jobs)}
+    why = "its process was lost (WorkerCrashedError on Ray)"
+    assert ended["methods_here:Regicide"]["failure"] == why
+    assert ended["sgd"]["failure"] is None
+
+
+def test_ray_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    with pytest.raises(PlywiseError, match=r"pip install 'plywise\[ray\]'"):
+        RayCrew()

@@ -1,0 +1,486 @@
+"""The papers' experiments: networks of the stated sizes, runs that resume, tables that say what was found."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from plywise.arena.ledger import FINAL, TUNING, read
+from plywise.arena.method import EndToEnd
+from plywise.arena.reproductions import PAPERS, find_paper, proxprop, tables
+from plywise.arena.reproductions.associated_learning import (
+    schedule,
+    shifted,
+    standardised,
+    tensorflow_adam,
+)
+from plywise.arena.reproductions.experiment import (
+    DIVERGED,
+    FULL,
+    SMALL,
+    TEST_ACCURACY,
+    TRAINING_LOSS,
+    Arm,
+    Claim,
+    Experiment,
+    Paper,
+    Size,
+    Start,
+)
+from plywise.arena.reproductions.runner import Reproduction
+from plywise.arena.reproductions.summary import (
+    REPRODUCED,
+    REVERSED,
+    UNDECIDED,
+    interval,
+    outcome,
+    ruling,
+    student,
+)
+from plywise.arena.task import CLASSIFICATION
+from plywise.arena.workload import Data
+from plywise.data.digits import Split, load_digits
+from plywise.data.store import find
+from plywise.errors import PlywiseError, StateError
+
+EXPERIMENTS = [
+    pytest.param(paper, experiment.name, id=f"{paper}/{experiment.name}")
+    for paper in PAPERS
+    for experiment in find_paper(paper).experiments
+]
+
+# by hand: inputs × outputs + outputs for each layer, channels × channels × 9 or 25 for each convolution
+DENSE_PROXPROP = 3072 * 4000 + 4000 + 4000 * 1000 + 1000 + 1000 * 4000 + 4000 + 4000 * 10 + 10
+AL_MLP = 784 * 1024 + 1024 + 1024 * 1024 + 1024  # f
+AL_MLP += 1024 * 5120 + 5120 + 5120 * 1024 + 1024  # the last bridge
+AL_MLP += 1024 * 1024 + 1024 + 1024 * 10 + 10  # decoders
+AL_CNN = 896 + 3 * 9248 + 18496 + 3 * 36928
+AL_CNN += 4096 * 1280 + 1280 + 1280 * 256 + 256 + 3 * (256 * 256 + 256) + 256 * 10 + 10
+AL_VGG = 3584 + 295_168 + 590_080 + 1_180_160 + 2 * 2_359_808 + 2048 * 1024 + 1024 + 1024 * 1024 + 1024
+AL_VGG += 1024 * 1500 + 1500 + 1500 * 300 + 300 + 3 * (300 * 300 + 300) + 300 * 10 + 10
+NORMS = 2 * (128 + 256 + 256 + 512 + 512 + 512) + 2 * (1024 + 1024 + 1500 + 4 * 300)
+VGG13 = 3 * 64 * 9 + 64 + 64 * 64 * 9 + 64 + 64 * 128 * 9 + 128 + 128 * 128 * 9 + 128
+VGG13 += 128 * 256 * 9 + 256 + 256 * 256 * 9 + 256 + 256 * 512 * 9 + 512 + 3 * (512 * 512 * 9 + 512)
+VGG13 += 2 * 2 * (64 + 128 + 256 + 512 + 512) + 512 * 10 + 10
+PARAMETERS = {
+    "proxprop/table-1": {"": DENSE_PROXPROP},
+    "proxprop/mlp": {"": DENSE_PROXPROP},
+    "proxprop/convnet": {"": 76 * 16 + 401 * 20 + 501 * 20 + 321 * 10},
+    "associated-learning/mnist-mlp": {"": AL_MLP},
+    "associated-learning/cifar10-cnn": {"": AL_CNN},
+    "associated-learning/cifar10-vgg": {"": AL_VGG, "BackProp": AL_VGG + NORMS},
+    "back-matching/vgg13-cifar10": {"": VGG13},
+    "consequentialism/mnist-mlp": {"": 785 * 1024 + 1025 * 1024 + 1025 * 10},
+    "consequentialism/mnist-conv": {"": 10 * 32 + 289 * 64 + 3137 * 128 + 129 * 10},
+}
+
+
+def shape_of(experiment):
+    return (1, 28, 28) if "mnist" in experiment.name else (3, 32, 32)
+
+
+def images(experiment, count):
+    """Random images of the experiment's shape, and labels."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, *shape_of(experiment), generator=generator), torch.arange(count) % 10
+
+
+def inside(trainer):
+    """What is under the wrappers."""
+    return inside(trainer.trainer) if hasattr(trainer, "trainer") else trainer
+
+
+def network(trainer):
+    """The network that predicts."""
+    found = inside(trainer)
+    return found.model if isinstance(found, EndToEnd) else found.learner.as_module()
+
+
+@pytest.mark.parametrize(("paper", "name"), EXPERIMENTS)
+def test_networks_at_full_size_are_the_papers(paper, name):
+    experiment = find_paper(paper).find(name)
+    expected = PARAMETERS[f"{paper}/{name}"]
+    built = {}
+    for arm in experiment.arms_at(FULL):
+        if arm.method in built and arm.at != "with f frozen":
+            continue  # another rate, or other first weights
+        with torch.device("meta"):  # shapes without memory
+            size = experiment.sizes[FULL]
+            example = torch.empty(2, *shape_of(experiment))
+            built[arm.method] = network(arm.begin(Start(size, arm.rates[0], example, "meta")))
+        count = sum(parameter.numel() for parameter in built[arm.method].parameters())
+        assert count == expected.get(arm.method, expected[""]), arm.name
+
+
+def test_the_published_counts():
+    assert PARAMETERS["associated-learning/mnist-mlp"][""] == 13_405_194
+    assert PARAMETERS["proxprop/convnet"][""] == 22_466
+
+
+@pytest.mark.parametrize(("paper", "name"), EXPERIMENTS)
+def test_a_step_at_small_size(paper, name):
+    experiment = find_paper(paper).find(name)
+    size = experiment.sizes[SMALL]
+    x, y = images(experiment, size.batch)
+    for arm in experiment.arms_at(SMALL):
+        torch.manual_seed(0)
+        trainer = arm.begin(Start(size, min(arm.rates) * size.faster, x[:2]))
+        before = [parameter.detach().clone() for parameter in network(trainer).parameters()]
+        assert math.isfinite(trainer.step(x, y)), arm.name
+        after = network(trainer).parameters()
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), arm.name
+        scores = trainer.predict(x[:3])
+        assert scores.shape == (3, 10)
+        assert torch.isfinite(scores).all()
+
+
+def test_frozen_maps_stay_and_the_others_move():
+    experiment = find_paper("associated-learning").find("mnist-mlp")
+    size = experiment.sizes[SMALL]
+    x, y = images(experiment, size.batch)
+    for arm in experiment.arms[1:]:
+        torch.manual_seed(0)
+        learner = inside(arm.begin(Start(size, 1e-3, x[:2]))).learner
+        blocks = [trainer.component.get_submodule("block") for trainer in learner.trainers]
+        before = [p.detach().clone() for block in blocks for p in block.parameters()]
+        learner.step(x, y)
+        after = [p for block in blocks for p in block.parameters()]
+        stayed = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert stayed == (arm.at == "with f frozen")
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_experiment_says_where_what_and_why(paper):
+    found = find_paper(paper)
+    assert found.name == paper
+    for experiment in found.experiments:
+        assert experiment.sizes.keys() == {FULL, SMALL}
+        assert experiment.sizes[SMALL].steps < experiment.sizes[FULL].steps / 20
+        assert f"{experiment.sizes[SMALL].steps} steps" in experiment.sizes[SMALL].about
+        assert experiment.differences
+        assert len({arm.name for arm in experiment.arms}) == len(experiment.arms)
+        names = {arm.name for arm in experiment.arms}
+        assert all({claim.better, claim.worse} <= names for claim in experiment.claims)
+        assert experiment.claims_at(SMALL), "the small size has an order to compare"
+
+
+def test_table_1_of_proxprop():
+    experiment = find_paper("proxprop").find("table-1")
+    assert len(experiment.arms) == 36
+    assert len(experiment.arms_at(SMALL)) == 16
+    numbers = {arm.name: arm.number for arm in experiment.arms}
+    assert numbers["BackProp, τ = 0.05"] == 0.091
+    assert math.isnan(numbers["BackProp, τ = 50"])
+    claims = {str(claim) for claim in experiment.claims}
+    assert "cg3, τ = 1 beats BackProp, τ = 1" in claims
+    assert "cg5, τ = 1 beats cg3, τ = 1" in claims
+    assert not any("τ = 0.0005 beats cg" in claim and claim.startswith("cg") for claim in claims), "ties"
+
+
+def test_the_last_layer_takes_explicit_steps():
+    experiment = find_paper("proxprop").find("mlp")
+    size = experiment.sizes[SMALL]
+    x, y = images(experiment, 64)
+
+    def stepped(rule):
+        torch.manual_seed(0)
+        trainer = proxprop.nesterov(rule, Start(size, 0.1, x[:2]))
+        trainer.step(x, y)
+        return [p.grad for p in trainer.model.parameters()]
+
+    plain, exact = stepped(None), stepped(proxprop.ProxProp(0.05))
+    assert torch.allclose(plain[-2], exact[-2], rtol=1e-4, atol=1e-7)
+    assert torch.allclose(plain[-1], exact[-1], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(plain[0], exact[0], rtol=0.1)
+
+
+# ---- Associated Learning's training ----------------------------------------------------------------
+
+
+def test_adam_is_tensorflows():
+    weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = tensorflow_adam([weight], 0.01)
+    expected = weight.detach().clone()
+    m = v = torch.zeros(2, dtype=torch.float64)
+    for t in range(1, 6):
+        gradient = torch.tensor([1e-8, 1e-3], dtype=torch.float64) * t
+        weight.grad = gradient.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        rate = 0.01 * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
+        expected = expected - rate * m / (v.sqrt() + 1e-8)
+    assert torch.allclose(weight, expected, rtol=1e-12, atol=0)
+
+
+def test_only_convolutions_decay():
+    conv, dense = nn.Conv2d(1, 2, 3), nn.Linear(2, 2)
+    optimizer = tensorflow_adam([*conv.parameters(), *dense.parameters()], 0.1, decay=0.5)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays == {id(conv.weight): 0.5, id(conv.bias): 0, id(dense.weight): 0, id(dense.bias): 0}
+
+
+def test_schedule():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = schedule(10)(optimizer)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01, 1e-3, 5e-4])
+
+
+def test_images_are_shifted_mirrored_and_standardised():
+    x = torch.rand(64, 3, 32, 32)
+    moved = shifted(x)
+    padded = nn.functional.pad(x, (4, 4, 4, 4))
+    for before, after in zip(padded, moved, strict=True):
+        windows = [before[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+        assert any(torch.equal(w, after) or torch.equal(w.flip(2), after) for w in windows)
+    assert not torch.equal(moved, x)
+    plain = standardised(x)
+    assert torch.allclose(plain.flatten(1).mean(1), torch.zeros(64), atol=1e-5)
+    assert torch.allclose(plain.flatten(1).std(1, correction=0), torch.ones(64), atol=1e-4)
+    assert torch.isfinite(standardised(torch.zeros(2, 3, 4, 4))).all()
+
+
+# ---- intervals and verdicts ------------------------------------------------------------------------
+
+
+def line(value, failure=None):
+    return {"loss": [2.3, value], "test": value, "rate": 0.1, "failure": failure}
+
+
+def test_intervals_hold_what_they_promise():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(4000, 4, generator=generator).tolist()
+    one_more = sum(low <= x <= high for *known, x in draws for low, high in [interval(known, 1)])
+    means = sum(low <= 0 <= high for *known, _ in draws for low, high in [interval(known, 0)])
+    assert 0.94 < one_more / 4000 < 0.96
+    assert 0.94 < means / 4000 < 0.96
+    assert interval([1.0], 1) is None
+    assert student(1) > student(30) == student(1000)
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "lines", "says"),
+    [
+        (0.5, FULL, [line(0.4), line(0.5), line(0.6)], "inside the interval"),
+        (9.0, FULL, [line(0.4), line(0.5), line(0.6)], "outside the interval"),
+        (0.5, SMALL, [line(0.4), line(0.5)], "not comparable at this size"),
+        (0.5, FULL, [line(0.4)], "one run has no interval"),
+        (None, FULL, [line(0.4), line(0.5)], "no number of the paper's is known"),
+        (DIVERGED, SMALL, [line(0, "diverged at step 3: x")] * 2, "diverged, as in the paper"),
+        (DIVERGED, FULL, [line(0.4), line(0, "diverged")], "the paper's diverged, 1 of ours did not"),
+        (0.5, FULL, [line(0.4), line(0, "diverged")], "1 of ours failed, the paper's did not"),
+    ],
+)
+def test_verdicts(number, size, lines, says):
+    arm = Arm("m", None, (0.1,), number)
+    experiment = Experiment("e", "", "", TRAINING_LOSS, (arm,), {})
+    assert outcome(experiment, size, arm, dict(enumerate(lines)), []).verdict == says
+
+
+LOW, HIGH, NEAR = (
+    [line(v) for v in values] for values in ((0.10, 0.11, 0.12), (0.4, 0.5, 0.6), (0.1, 0.3, 0.05))
+)
+BAD = [line(0, "diverged at step 1: x")] * 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        (LOW, HIGH, REPRODUCED),
+        (HIGH, LOW, REVERSED),
+        (LOW, NEAR, UNDECIDED),
+        (LOW, BAD, REPRODUCED),
+        (BAD, LOW, REVERSED),
+        (BAD, BAD, UNDECIDED),
+        ([*LOW[:2], BAD[0]], HIGH, UNDECIDED),
+        (LOW[:1], HIGH[:1], UNDECIDED),
+    ],
+)
+def test_claims_of_lower_losses(one, other, found):
+    ours, theirs = dict(enumerate(one)), dict(enumerate(other))
+    assert ruling(TRAINING_LOSS, Claim("a", "b"), ours, theirs).outcome == found
+
+
+@pytest.mark.parametrize(
+    ("errors", "found"),
+    [((0.1, 0.2, 0.15), REPRODUCED), ((0.2, 0.3, 0.25), REVERSED), ((0.1, 0.9, 0.2), UNDECIDED)],
+)
+def test_claims_of_about_the_same(errors, found):
+    base = {seed: line(value) for seed, value in enumerate((0.1, 0.2, 0.15))}
+    other = {seed: line(value) for seed, value in enumerate(errors)}
+    assert ruling(TEST_ACCURACY, Claim("a", "b", within=1.0), base, other).outcome == found
+
+
+# ---- runs ------------------------------------------------------------------------------------------
+
+
+def digits(train, validation, test):
+    parts = load_digits()
+    counts = (train, validation, test)
+    return Data(*(Split(p.x[:n], p.y[:n]) for p, n in zip(parts, counts, strict=True)))
+
+
+def begin(start):
+    model = nn.Sequential(nn.Linear(64, start.size.widths[0]), nn.ReLU(), nn.Linear(start.size.widths[0], 10))
+    return EndToEnd(model, torch.optim.SGD(model.parameters(), lr=start.rate), CLASSIFICATION.loss)
+
+
+class Interrupting:
+    """A trainer that is interrupted, as by Ctrl-C."""
+
+    left = 10**9
+
+    def __call__(self, start):
+        trainer = begin(start)
+        step = trainer.step
+
+        def interrupted(x, y):
+            type(self).left -= 1
+            if type(self).left < 0:
+                raise KeyboardInterrupt
+            return step(x, y)
+
+        trainer.step = interrupted
+        return trainer
+
+
+def paper(make=begin, widths=(8,)):
+    size = Size("digits", digits, widths, 50, 2, 500, 100, 100)
+    arms = (
+        Arm("slow", make, (1e-3,), 2.2),
+        Arm("tuned", make, (1e-3, 0.5), 0.3),
+        Arm("wild", make, (1e9,), DIVERGED),
+    )
+    experiment = Experiment(
+        *("digits", "a test", "Table 9", TRAINING_LOSS, arms, {FULL: size, SMALL: size}),
+        *((Claim("tuned", "slow"), Claim("slow", "tuned")), ("we know why",)),
+    )
+    return Paper("mine", "Me, Mine, 2026", (experiment,))
+
+
+def finals(folder):
+    """What was measured, without clocks and dates."""
+    clocks = ("cpu", "wall", "measuring", "finished")
+    return [{k: v for k, v in one.items() if k not in clocks} for one in read(folder / "runs.jsonl")]
+
+
+def test_a_reproduction_from_beginning_to_table(tmp_path):
+    made = Reproduction(paper(), FULL, 3, tmp_path)
+    assert made.total == 11
+    assert made.measure() > 0
+    pieces = list(made.perform())
+    assert [piece.done for piece in pieces] == list(range(1, 12))
+    assert pieces[-1].left == 0
+    lines = list(read(tmp_path / "runs.jsonl"))
+    assert [one["seed"] for one in lines if one["purpose"] == TUNING] == [1000, 1000]
+    assert {one["rate"] for one in lines if (one["method"], one["purpose"]) == ("tuned", FINAL)} == {0.5}
+
+    about = json.loads((tmp_path / "reproduce.json").read_text())
+    assert about["unfinished"] == 0
+    (experiment,) = about["experiments"]
+    slow, tuned, wild = experiment["arms"]
+    values = [one["loss"][-1] for one in lines if one["method"] == "slow"]
+    assert slow["mean"] == pytest.approx(math.prod(values) ** (1 / 3), rel=1e-5)
+    assert 0 < slow["low"] < slow["mean"] < slow["high"]
+    assert wild["verdict"] == "diverged, as in the paper"
+    assert wild["paper"] == "diverged"
+    assert set(tuned["tuning"]) == {"0.001", "0.5"}
+    assert [claim["outcome"] for claim in experiment["claims"]] == [REPRODUCED, REVERSED]
+
+    page = (tmp_path / "reproduce.md").read_text()
+    assert "| wild | diverged | diverged (3 of 3) | diverged, as in the paper |" in page
+    assert "tuned (rate 0.5 of 0.001, 0.5) | 0.3 |" in page
+    assert "1 of 2 as in the paper: tuned beats slow." in page
+    assert "1 of 2 not as in the paper: slow beats tuned." in page
+    assert "- we know why" in page
+    assert "Table 9" in page
+
+
+def test_an_interrupted_run_goes_on_with_the_same_bits(tmp_path):
+    whole = Reproduction(paper(), SMALL, 2, tmp_path / "whole")
+    list(whole.perform())
+    Interrupting.left = 45  # in the third run
+    cut = Reproduction(paper(Interrupting()), SMALL, 2, tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        list(cut.perform())
+    assert 0 < cut.done < cut.total
+    assert cut.finish()["unfinished"] == cut.total - cut.done
+    kept = finals(tmp_path / "cut")
+    again = Reproduction(paper(), SMALL, 2, tmp_path / "cut")
+    list(again.perform())
+    assert finals(tmp_path / "cut")[: len(kept)] == kept
+    assert finals(tmp_path / "cut") == finals(tmp_path / "whole")
+    assert list(Reproduction(paper(), SMALL, 2, tmp_path / "cut").perform()) == []
+
+
+def test_more_seeds_add_runs_and_fewer_leave_them_out(tmp_path):
+    list(Reproduction(paper(), SMALL, 1, tmp_path).perform())
+    more = Reproduction(paper(), SMALL, 2, tmp_path)
+    assert more.total - more.done == 3
+    list(more.perform())
+    fewer = Reproduction(paper(), SMALL, 1, tmp_path)
+    assert fewer.done == fewer.total
+    (experiment,) = fewer.finish()["experiments"]
+    assert [len(arm["values"]) for arm in experiment["arms"]] == [1, 1, 0]
+    assert experiment["arms"][0]["low"] is None
+
+
+def test_other_settings_are_refused(tmp_path):
+    list(Reproduction(paper(), SMALL, 1, tmp_path).perform())
+    with pytest.raises(StateError, match=r"slow, with other settings: .*'widths': \[8\].* not .*\[16\]"):
+        Reproduction(paper(widths=(16,)), SMALL, 1, tmp_path)
+    with pytest.raises(PlywiseError, match="A size is full or small and seeds are at least 1"):
+        Reproduction(paper(), "tiny", 1, tmp_path)
+
+
+def test_a_mistake_is_no_outcome(tmp_path):
+    def broken(start):
+        raise ValueError("no such layer")
+
+    made = Reproduction(paper(broken), SMALL, 1, tmp_path)
+    with pytest.raises(PlywiseError, match=r"tuned failed: ValueError .*no such layer"):
+        list(made.perform())
+    assert list(read(tmp_path / "runs.jsonl")) == []
+
+
+def test_missing_data_name_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLYWISE_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in PAPERS:
+        for experiment in find_paper(name).experiments:
+            file = r"mnist\.npz" if "mnist" in experiment.name else r"cifar-10-binary\.tar\.gz"
+            with pytest.raises(PlywiseError, match=file):
+                experiment.sizes[SMALL].data()
+
+
+def test_parts_share_no_image():
+    if find("mnist.npz", "mnist/train-images-idx3-ubyte.gz") is None:
+        pytest.skip("no mnist.npz; PLYWISE_DATA can name its folder")
+    for name in ("mnist-mlp", "mnist-conv"):
+        size = find_paper("consequentialism").find(name).sizes[SMALL]
+        data = size.data()
+        assert [len(part.y) for part in vars(data).values()] == [size.images, size.validation, size.test]
+        rows = [{row.tobytes() for row in part.x.flatten(1).numpy()} for part in vars(data).values()]
+        assert not rows[0] & rows[1]
+        assert not rows[0] & rows[2]
+        assert 0 <= data.train.x.min() < data.train.x.max() <= 1
+
+
+def test_numbers_in_tables():
+    assert tables.number(float("nan")) == "diverged"
+    arm = {"mean": 0.5, "low": None, "high": None, "values": {0: 0.5}, "failures": {1: "diverged"}}
+    assert tables.ours(arm) == "0.5; 1 of 2 diverged"
+
+
+def test_names():
+    assert find_paper("ProxProp").name == "proxprop"
+    with pytest.raises(PlywiseError, match=r"No paper is called 'proxpop'\. Did you mean proxprop"):
+        find_paper("proxpop")
+    with pytest.raises(PlywiseError, match=r"no experiment called 'table1'\. Did you mean table-1"):
+        find_paper("proxprop").find("table1")

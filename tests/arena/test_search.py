@@ -1,0 +1,159 @@
+"""Searches: equal numbers of trials, one round after the other, and the same numbers after a resume."""
+
+import os
+import sys
+
+import pytest
+
+from plywise.arena.job import Entry
+from plywise.arena.ledger import TUNING
+from plywise.arena.material import Material
+from plywise.arena.score import best_validation
+from plywise.arena.search import Sobol, find_search
+from plywise.arena.space import Range, points
+from plywise.arena.tournament import Bench, Plan
+from plywise.arena.workers import Workers
+from plywise.errors import PlywiseError, StateError
+
+HERE = "competitors"
+OWN = Entry("own", f"{HERE}:model", f"{HERE}:data", steps=6, batch_size=32)
+SPACE = {"lr": Range(1e-4, 1.0, 1e-2), "width": Range(0.0, 10.0, 5.0, log=False)}
+METHODS = ("sgd", f"{HERE}:Adamlike", f"{HERE}:fixed")
+TRIALS = 6
+
+
+@pytest.fixture
+def optuna():
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    return find_search("optuna")
+
+
+@pytest.fixture
+def material(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    made = Material([OWN])
+    yield made
+    made.close()
+
+
+def bench(folder, material, search="optuna"):
+    return Bench(Plan((OWN,), METHODS, TRIALS, 1, search=search), material, folder)
+
+
+def line(trial, numbers, value, failure=None):
+    return {"trial": trial, "numbers": numbers, "validation": [value], "failure": failure}
+
+
+def searched(search, space, judge, trials):
+    """The points of a search when ``judge`` gives each its metric, and those metrics."""
+    past = []
+    for round_ in search.rounds(trials):
+        found = [search.numbers(space, trial, past) for trial in round_]
+        past += [line(trial, numbers, judge(numbers)) for trial, numbers in zip(round_, found, strict=True)]
+    return [one["numbers"] for one in past], [best_validation(one) for one in past]
+
+
+def test_sobol_is_the_points_as_ever_all_at_once():
+    assert Sobol().rounds(8) == [range(8)]
+    assert Sobol().rounds(0) == [range(0)]
+    assert [Sobol().numbers(SPACE, trial, []) for trial in range(8)] == points(SPACE, 8)
+
+
+def test_optuna_begins_with_the_same_design_for_all_and_then_learns(optuna):
+    def judge(numbers):
+        return abs(numbers["width"] - 9.0)
+
+    found, metrics = searched(optuna, SPACE, judge, 30)
+    assert found[:4] == points(SPACE, 4)
+    late = sum(metrics[-10:]) / 10
+    assert late < 1.5 < sum(map(judge, points(SPACE, 30))) / 30, "late trials are near the best point"
+    for numbers in found:
+        assert all(SPACE[name].low <= value <= SPACE[name].high for name, value in numbers.items())
+    assert [list(round_) for round_ in optuna.rounds(6)] == [[0, 1, 2, 3], [4], [5]]
+    assert optuna.rounds(0) == [range(0)]
+    assert optuna.rounds(3) == [range(3)]
+
+
+def test_the_order_of_the_past_is_of_no_account_and_failures_are_told_as_failed(optuna):
+    past = [line(trial, numbers, 0.1 * trial) for trial, numbers in enumerate(points(SPACE, 8))]
+    numbers = optuna.numbers(SPACE, 8, past)
+    assert numbers == optuna.numbers(SPACE, 8, past[::-1])
+    assert numbers == find_search("optuna").numbers(SPACE, 8, past), "nothing is remembered but the lines"
+    best_failed = [{**past[0], "failure": "diverged"}, *past[1:]]
+    assert optuna.numbers(SPACE, 8, best_failed) != numbers
+    assert optuna.numbers(SPACE, 8, best_failed) == optuna.numbers(
+        SPACE, 8, [{**past[0], "failure": "lost", "validation": []}, *past[1:]]
+    ), "a failed trial's metric has no say"
+    nothing = [{**one, "failure": "diverged", "validation": []} for one in past]
+    assert set(optuna.numbers(SPACE, 8, nothing)) == set(SPACE), "all failed: somewhere else, at random"
+
+
+class OneByOne(Workers):
+    """Workers that write down which trials they were given together."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.given = []
+
+    def run(self, jobs):
+        jobs = list(jobs)
+        self.given.append([(job.key.purpose, job.key.trial) for job in jobs])
+        return super().run(jobs)
+
+
+def test_a_bench_by_optuna_in_rounds_broken_off_and_unbroken(tmp_path, material, optuna):
+    crew = OneByOne()
+    whole = bench(tmp_path / "whole", material)
+    lines = [piece.line for piece in whole.perform(crew)]
+    assert whole.unfinished() == []
+    assert len(lines) == whole.total
+    rounds = [[trial for purpose, trial in given if purpose == TUNING] for given in crew.given]
+    tuning = [set(trials) for trials in rounds if trials]
+    assert tuning == [{0, 1, 2, 3}, {4}, {5}], "trial k of all methods before any trial k + 1"
+    counts = {
+        name: sum(one["method"] == name and one["purpose"] == TUNING for one in lines) for name in METHODS
+    }
+    assert counts == {"sgd": TRIALS, f"{HERE}:Adamlike": TRIALS, f"{HERE}:fixed": 0}
+    assert [one["numbers"] for one in tunings(whole, "sgd")] != points(whole.methods["sgd"].space, TRIALS)
+
+    for stop in (3, 9):  # in the design, and in the round of trial 4
+        left = iter([True] * stop)
+        broken = bench(tmp_path / f"broken {stop}", material)
+        assert len(list(broken.perform(Workers(2), lambda left=left: next(left, False)))) == stop
+        assert broken.unfinished() != []
+        resumed = bench(tmp_path / f"broken {stop}", material)
+        assert len(list(resumed.perform(Workers(1)))) == whole.total - stop
+        for name in METHODS:
+            assert without_clocks(tunings(resumed, name)) == without_clocks(tunings(whole, name))
+
+
+def tunings(made, name):
+    kept = made.ledger.lines.items()
+    own = [one for key, one in kept if (key.method, key.purpose) == (name, TUNING)]
+    return sorted(own, key=lambda one: one["trial"])
+
+
+def without_clocks(lines):
+    return [{key: one[key] for key in ("trial", "numbers", "validation", "failure")} for one in lines]
+
+
+def test_the_search_belongs_to_the_bench(tmp_path, material):
+    bench(tmp_path, material, "sobol")
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    with pytest.raises(StateError, match=r"search (is|are) sobol, not optuna"):
+        bench(tmp_path, material, "optuna")
+
+
+def test_a_description_from_before_there_were_searches_is_of_sobol(tmp_path, material):
+    made = bench(tmp_path, material, "sobol")
+    del made.about["plan"]["search"]
+    made.finish()
+    assert bench(tmp_path, material, "sobol").plan == made.plan
+
+
+def test_what_is_no_search_and_what_is_not_installed(monkeypatch):
+    with pytest.raises(PlywiseError, match=r"No search is called 'grid'. There are: sobol, optuna"):
+        find_search("grid")
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as where it is not installed
+    with pytest.raises(PlywiseError, match=r"pip install 'plywise\[optuna\]'"):
+        find_search("optuna")

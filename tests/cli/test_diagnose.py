@@ -1,0 +1,139 @@
+"""`plywise diagnose` as its users meet it: their own modules, files, mistakes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cyclopts import App
+
+from plywise.cli.diagnose import diagnose
+from plywise.errors import PlywiseError
+
+MINE = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def scaled():
+    made = model()
+    with torch.no_grad():
+        made[0].weight.mul_(100)
+        made[2].weight.mul_(0.01)
+    return made
+
+def frozen():
+    made = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.LayerNorm(4), nn.Linear(4, 3))
+    made.spare = None
+    return made
+
+def data():
+    x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    return x, x[:, :3].argmax(1)
+
+def loss(output, y):
+    return nn.functional.cross_entropy(output, y, label_smoothing=0.1)
+
+def nan(output, y):
+    return output.sum() * float("inf") if output.requires_grad else output.mean()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _user(tmp_path, monkeypatch):
+    """A folder with a module of the user's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+
+def run(*words):
+    app = App(name="plywise")
+    app.command(diagnose)
+    return app(["diagnose", *words], exit_on_error=False, result_action="return_value")
+
+
+def told(capsys, *words):
+    run(*words, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def test_ones_own_model_as_a_table_and_advice(capsys):
+    run("mine:model", "--data", "mine:data")
+    said = capsys.readouterr().out
+    assert "Sequential: 67 parameters, 8 batches of up to 128" in said
+    assert "4→8" in said
+    assert "1. Plain AdamW is fine" in said
+    assert "How sure:" in said
+    assert "plywise bench mine:model --data mine:data --methods sgd,adamw\n" in said
+
+
+def test_what_stands_out_is_marked_and_comes_first_in_the_advice(capsys):
+    run("mine:scaled", "--data", "mine:data")
+    said = capsys.readouterr().out
+    assert "1. Consequentialism" in said
+    rows = [line for line in said.splitlines() if "Linear" in line and "→" in line]
+    assert len(rows) == 2
+    assert all("*" in row for row in rows)
+
+
+def test_json_says_the_same_again_and_follows_its_flags(capsys):
+    words = ("mine:model", "--data", "mine:data", "--batches", "3", "--batch-size", "50")
+    one = told(capsys, *words)
+    assert one == told(capsys, *words)
+    assert (one["diagnosis"]["batches"], one["diagnosis"]["batch_size"]) == (3, 50)
+    assert [layer["name"] for layer in one["diagnosis"]["layers"]] == ["0", "2"]
+    assert one["advice"][0]["method"] == "adamw"
+    assert told(capsys, *words, "--seed", "1")["diagnosis"] != one["diagnosis"]
+    smoothed = told(capsys, *words, "--loss", "mine:loss")
+    assert smoothed["diagnosis"]["loss"] != one["diagnosis"]["loss"]
+    assert "--loss mine:loss" in smoothed["advice"][0]["check"]
+
+
+def test_frozen_and_foreign_layers_are_shown_with_the_reason(capsys):
+    run("mine:frozen", "--data", "mine:data")
+    said = capsys.readouterr().out
+    assert "frozen" in next(line for line in said.splitlines() if line.lstrip().startswith("0 "))
+    assert "No rule handles: 1 (LayerNorm is not a supported layer type)." in said
+
+
+def test_data_from_files(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=np.arange(60) % 3)
+    assert told(capsys, "mine:model", "--data", "mine.npz")["diagnosis"]["layers"]
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ([], "Say what to look at"),
+        (["mine:model", "--workload", "digits-mlp"], "Say what to look at"),
+        (["mine:model"], "Say with --data"),
+        (["--workload", "digits-mpl"], "digits-mlp"),
+        (["--workload", "digits-mlp", "--loss", "mine:loss"], "belong to a model of your own"),
+        (["mine:model", "--data", "mine:data", "--batches", "0"], "1 at least"),
+        (["mine:modle", "--data", "mine:data"], "modle"),
+        (["mine:model", "--data", "nowhere.npz"], "nowhere.npz"),
+        (["mine:model", "--data", "mine:data", "--loss", "mine:nan"], "loss of batch 1"),
+    ],
+)
+def test_mistakes_are_named(words, what):
+    with pytest.raises((PlywiseError, OSError), match=what):
+        run(*words)
+
+
+def test_a_process_of_its_own_looks_at_a_shipped_workload():
+    code = (
+        "import sys; from cyclopts import App; from plywise.cli.diagnose import diagnose\n"
+        "assert 'torch' not in sys.modules, 'help must not import torch'\n"
+        "app = App(); app.command(diagnose); app(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", code, "diagnose", "--workload", "digits-conv", "--batches", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Conv2d" in done.stdout
+    assert "plywise bench --workloads digits-conv --methods" in done.stdout

@@ -1,0 +1,138 @@
+"""`plywise reproduce` as its users meet it: real processes on the papers' own experiments, made short."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from cyclopts import App
+
+from plywise.arena.ledger import read
+from plywise.cli.reproduce import reproduce
+from plywise.data.store import find
+from plywise.errors import PlywiseError
+
+RUN = """
+import sys
+from dataclasses import replace
+import torch
+from cyclopts import App
+from plywise.arena.reproductions import consequentialism
+from plywise.cli.reproduce import reproduce
+
+torch.set_num_threads(1)
+paper = consequentialism.PAPER
+short = [
+    replace(e, sizes={n: replace(s, images=128, epochs=EPOCHS) for n, s in e.sizes.items()}, arms=e.arms[:2])
+    for e in paper.experiments
+]
+consequentialism.PAPER = replace(paper, experiments=tuple(short))
+app = App(suppress_keyboard_interrupt=False)  # as plywise's own
+app.default(reproduce)
+try:
+    app(sys.argv[1:], exit_on_error=False, result_action="return_value")
+except KeyboardInterrupt as interrupt:
+    sys.exit(f"Interrupted. {interrupt}")
+"""
+
+
+@pytest.fixture
+def mnist():
+    if find("mnist.npz", "mnist/train-images-idx3-ubyte.gz") is None:
+        pytest.skip("no mnist.npz; PLYWISE_DATA can name its folder")
+
+
+def start(folder, *words, epochs=1):
+    code = RUN.replace("EPOCHS", str(epochs))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "consequentialism", "--out", str(folder), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def done(process):
+    said, wrong = process.communicate(timeout=120)
+    assert process.returncode == 0, wrong
+    return said
+
+
+def command(*words):
+    app = App()
+    app.default(reproduce)
+    return app(list(words), exit_on_error=False, result_action="return_value")
+
+
+def test_from_estimate_to_table(mnist, tmp_path):
+    only = ("--only", "mnist-mlp", "--seeds", "2")
+    said = done(start(tmp_path, *only, "--dry-run"))
+    assert "12 of 12 runs are left: about " in said
+    assert "SGD" not in said
+    assert not list(tmp_path.rglob("reproduce.*"))
+
+    said = done(start(tmp_path, *only))
+    assert "[12/12] mnist-mlp: CWU on SGD, seed 1: " in said
+    assert "left" in said
+    assert "training loss at the end, nats (small size)" in said
+    assert "no number of the paper's is known" in said
+    folder = tmp_path / "consequentialism"
+    about = json.loads((folder / "reproduce.json").read_text())
+    assert [experiment["name"] for experiment in about["experiments"]] == ["mnist-mlp"]
+    assert (folder / "reproduce.md").read_text().startswith("## Paeedeh, Ghiasi-Shirazi")
+
+
+def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path):
+    only = ("--only", "mnist-mlp", "--seeds", "1")
+    process = start(tmp_path, *only, epochs=40)
+    runs = tmp_path / "consequentialism" / "runs.jsonl"
+    end = time.monotonic() + 120
+    while not (runs.exists() and len(runs.read_text().splitlines()) >= 2):
+        assert time.monotonic() < end, process.communicate()
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    kept = list(read(runs))
+    assert process.returncode == 1
+    assert f"Interrupted. {len(kept)} of 10 runs are kept in" in said
+    assert "the same command goes on" in said
+    assert json.loads((runs.parent / "reproduce.json").read_text())["unfinished"] == 10 - len(kept)
+    done(start(tmp_path, *only, epochs=40))
+    assert len(list(read(runs))) == 10
+    assert list(read(runs))[: len(kept)] == kept
+
+
+def test_without_a_paper_it_lists_all(capsys):
+    command()
+    said = capsys.readouterr().out
+    for words in ("proxprop: Frerix", "associated-learning: Kao", "table-1", "cg3, τ = 1", "0.002 nats"):
+        assert words in said
+    assert "diverged nats" not in said
+    assert "86.3 %" in said
+
+
+def test_wrong_words_are_told(tmp_path):
+    with pytest.raises(PlywiseError, match="Did you mean back-matching"):
+        command("back-maching")
+    with pytest.raises(PlywiseError, match="say which paper"):
+        command("--only", "table-1")
+    with pytest.raises(PlywiseError, match="no experiment called 'table-2'"):
+        command("proxprop", "--only", "table-2", "--out", str(tmp_path))
+
+
+def test_missing_data_name_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLYWISE_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(PlywiseError, match=r"'mnist' is missing: mnist\.npz"):
+        command("consequentialism", "--out", str(tmp_path), "--dry-run")
+    with pytest.raises(PlywiseError, match=r"'cifar10' is missing: cifar-10-binary\.tar\.gz"):
+        command("back-matching", "--out", str(tmp_path))
+
+
+def test_the_module_costs_no_torch():
+    code = "import sys; import plywise.cli.reproduce; print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
