@@ -118,3 +118,12 @@ def test_only_tuning_trials_are_chosen_and_equals_go_to_the_first():
 def test_the_test_set_has_no_say():
     one, other = line(trial=0, test=0.9), line(trial=1, test=0.0)
     assert chosen([one, other], 0.4) is one
+
+
+def test_what_a_baseline_reaches_at_the_very_end_sets_no_target():
+    late = [line(trial=i, steps=[0, 50, 100], validation=[0.9, 0.5, 0.4 - i / 100]) for i in range(4)]
+    assert target_of(late, {"sgd"}) == loose_target_of(late, {"sgd"}) == 0.5
+    failed = [line(trial=i, steps=[0, 40, 80], validation=[0.9, 0.5, 0.4 - i / 100]) for i in range(4)]
+    assert target_of([*late, *failed], {"sgd"}) == pytest.approx(0.39), (
+        "80 % of the whole run, not of their own"
+    )

@@ -21,6 +21,10 @@ CLOCKS = ("steps", "gradients", "cpu", "wall")
 STRICT_PLACE = 3
 """Which place among the baselines' trials sets the target."""
 
+EARLY = 0.8
+"""Share of a run within which a baseline must have got to what becomes the target: a method that is up to
+1 / 0.8 times slower still has a chance to reach it, and a lucky last measurement sets no target."""
+
 
 def best_validation(line: Line) -> float:
     """The lowest validation metric that a trial ever measured; infinity if it measured none.
@@ -30,6 +34,17 @@ def best_validation(line: Line) -> float:
         0.2
     """
     return min((value for value in line["validation"] if value is not None), default=math.inf)
+
+
+def early_validation(line: Line, until: float) -> float:
+    """The lowest validation metric that a trial measured within its first ``until`` steps, or infinity.
+
+    Example:
+        >>> early_validation({"steps": [0, 10, 20], "validation": [0.9, 0.3, 0.1]}, 16)
+        0.3
+    """
+    pairs = zip(line["steps"], line["validation"], strict=False)
+    return min((value for step, value in pairs if value is not None and step <= until), default=math.inf)
 
 
 def last_validation(line: Line) -> float:
@@ -87,9 +102,9 @@ def to_target(line: Line, target: float | None, clock: str = "steps") -> float:
 def target_of(lines: Iterable[Line], baselines: Collection[str]) -> float | None:
     """The target of a workload that has none stored: the third best of the baselines' tuning trials.
 
-    A trial counts by its best validation metric. The best trial of all might be a lucky draw that nobody
-    repeats; the third best was beaten twice. Only established methods set targets, so that no method of
-    ours can set one which suits it.
+    A trial counts by its best validation metric within the first 80 % of the steps. The best trial of all
+    might be a lucky draw that nobody repeats; the third best was beaten twice. Only established methods set
+    targets, so that no method of ours can set one which suits it.
 
     Args:
         lines: trials on one workload, of any method and purpose.
@@ -99,9 +114,11 @@ def target_of(lines: Iterable[Line], baselines: Collection[str]) -> float | None
         The target; with fewer than three trials that measured anything the worst of them; None without any.
 
     Example:
-        >>> trial = lambda *values: {"method": "sgd", "purpose": "tuning", "validation": list(values)}
-        >>> target_of([trial(0.9, 0.1), trial(0.3), trial(0.2), trial(0.5)], {"sgd"})
-        0.3
+        >>> def trial(early: float, late: float) -> Line:
+        ...     values = {"steps": [0, 50, 100], "validation": [0.9, early, late]}
+        ...     return {"method": "sgd", "purpose": "tuning", **values}
+        >>> target_of([trial(0.4, 0.1), trial(0.3, 0.2), trial(0.2, 0.2), trial(0.5, 0.4)], {"sgd"})
+        0.4
     """
     ordered = _baseline_trials(lines, baselines)
     return ordered[:STRICT_PLACE][-1] if ordered else None
@@ -120,7 +137,8 @@ def loose_target_of(lines: Iterable[Line], baselines: Collection[str]) -> float 
         The target, never below the strict one; None without any trial that measured something.
 
     Example:
-        >>> trial = lambda *values: {"method": "sgd", "purpose": "tuning", "validation": list(values)}
+        >>> def trial(value: float) -> Line:
+        ...     return {"method": "sgd", "purpose": "tuning", "steps": [0, 100], "validation": [value, 0.0]}
         >>> loose_target_of([trial(0.1), trial(0.3), trial(0.2), trial(0.5), trial(0.9)], {"sgd"})
         0.3
     """
@@ -153,8 +171,8 @@ def _merit(line: Line, target: float | None) -> tuple[bool, float, float, int]:
 
 
 def _baseline_trials(lines: Iterable[Line], baselines: Collection[str]) -> list[float]:
-    """The best validation metrics of the baselines' tuning trials that measured any, ascending."""
-    best = [
-        best_validation(line) for line in lines if line["purpose"] == TUNING and line["method"] in baselines
-    ]
+    """The best early validation metrics of the baselines' tuning trials that measured any, ascending."""
+    trials = [line for line in lines if line["purpose"] == TUNING and line["method"] in baselines]
+    until = EARLY * max((line["steps"][-1] for line in trials if line["steps"]), default=0)
+    best = [early_validation(line, until) for line in trials]
     return sorted(value for value in best if math.isfinite(value))
