@@ -35,8 +35,10 @@ def test_a_line_that_a_crash_cut_off_is_taken_away(tmp_path, cut):
     ledger.add(line(1))
     path.write_bytes(path.read_bytes()[:-cut])
     again = Ledger(path)
-    assert path.read_bytes() == whole
-    again.add(line(1))
+    assert list(again.lines.values()) == [line(0)]
+    with again.writing():
+        assert path.read_bytes() == whole
+        again.add(line(1))
     assert [one["trial"] for one in read(path)] == [0, 1]
 
 
@@ -54,6 +56,17 @@ def test_nothing_that_json_does_not_know(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         Ledger(tmp_path / "trials.jsonl").add(line(0, validation=[float("nan")]))
     assert list(read(tmp_path / "trials.jsonl")) == []
+
+
+def test_two_do_not_write_at_once(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    first, second = Ledger(path), Ledger(path)
+    with first.writing():
+        first.add(line(0))
+        with pytest.raises(PlywiseError, match="Another process is adding trials"), second.writing():
+            pass
+    with second.writing():
+        assert key_of(line(0)) in second, "what the other one wrote is known"
 
 
 def fill(path, answer):

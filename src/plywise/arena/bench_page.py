@@ -16,7 +16,7 @@ from plywise.arena import bench_charts as charts
 from plywise.arena.contest import Contest, contest
 from plywise.arena.findings import TOLD, findings, span
 from plywise.arena.intervals import COUNT, LEVEL
-from plywise.arena.ledger import whole_lines
+from plywise.arena.ledger import read
 from plywise.arena.page import fill
 from plywise.arena.score import CLOCKS, STRICT_PLACE, Line, chosen
 from plywise.arena.standing import FURTHEST, Row, null_ratio, places, rows, runs_csv, standing_csv
@@ -49,7 +49,7 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[Line]]:
         raise PlywiseError(
             f"{folder / 'bench.json'} is not the JSON that a bench writes: {error}."
         ) from error
-    return bench, whole_lines(folder / "trials.jsonl")
+    return bench, list(read(folder / "trials.jsonl"))
 
 
 def write_page(folder: Path) -> Path:

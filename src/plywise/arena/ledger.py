@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from plywise.errors import PlywiseError
 
@@ -33,7 +36,7 @@ def key_of(line: dict[str, Any]) -> Key:
 class Ledger:
     """The trials of a bench, appended to a file as they end.
 
-    A line that a crash cut off is taken away when the file is opened. What could not be written, on a full
+    A line that a crash cut off is taken away before the next is written. What could not be written, on a full
     disk, leaves the lines before as they were.
 
     Args:
@@ -47,14 +50,32 @@ class Ledger:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        whole = path.read_bytes()
-        kept = whole.rfind(b"\n") + 1
-        if kept < len(whole):
-            os.truncate(path, kept)
         self.lines: dict[Key, dict[str, Any]] = {key_of(line): line for line in read(path)}
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one who adds trials, from what the file holds now.
+
+        Raises:
+            PlywiseError: another process is adding trials.
+        """
+        lock = FileLock(self.path.with_suffix(".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise PlywiseError(
+                f"Another process is adding trials to {self.path}. Let it finish or end it, or name another "
+                "folder."
+            ) from error
+        try:
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+            self.lines = {key_of(line): line for line in read(self.path)}
+            yield
+        finally:
+            lock.release()
+
     def add(self, line: dict[str, Any]) -> None:
-        """Append a trial.
+        """Append a trial, within `writing`.
 
         Raises:
             PlywiseError: it could not be written; the file is as it was before.
@@ -79,27 +100,18 @@ class Ledger:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The trials of a file.
+    """The trials of a file; none if it is not there.
+
+    A last line without its end is just being written, or was cut off by a crash: it is no trial.
 
     Raises:
         PlywiseError: a line is no trial.
     """
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    for number, text in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
             line = json.loads(text)
             key_of(line)
         except (ValueError, KeyError, TypeError) as error:
             raise PlywiseError(f"Line {number} of {path} is no trial of a bench ({error!r}).") from error
         yield line
-
-
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The trials of a ledger; a last line that is just being written, or that a crash cut off, is not one."""
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            lines.extend(read(path))
-        except PlywiseError:
-            if len(lines) < path.read_bytes().count(b"\n"):
-                raise
-    return lines

@@ -127,6 +127,11 @@ class Bench:
         """
         self.about |= {"workers": crew.count, "threads": crew.threads}
         self._write(self.folder / "bench.json")
+        with self.ledger.writing():
+            yield from self._perform(crew, more)
+        self.finish()
+
+    def _perform(self, crew: Crew, more: Callable[[], bool]) -> Iterator[Progress]:
         for name in self.workloads:
             for keys in self._stages(name):
                 jobs = [self._job(key) for key in keys if key not in self.ledger]
@@ -135,7 +140,6 @@ class Bench:
                     yield Progress(len(self.ledger.lines), self.total, line)
                 if any(key not in self.ledger for key in keys):
                     break  # what comes next depends on these
-        self.finish()
 
     def finish(self) -> None:
         """Note in ``bench.json`` what is missing."""

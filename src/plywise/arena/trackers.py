@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plywise.arena.ledger import FINAL, TUNING, whole_lines
+from plywise.arena.ledger import FINAL, TUNING, read
 from plywise.arena.score import Line, best_validation
 from plywise.errors import PlywiseError
 from plywise.local.journal import require_tensorboard
@@ -64,7 +64,7 @@ def runs_of(folder: Path) -> list[Run]:
         metrics = {name: workload["metric"] for name, workload in workloads.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlywiseError(f"{folder} is no bench: {path} cannot be read ({error!r}).") from error
-    return [run_of(line, metrics[line["workload"]]) for line in whole_lines(folder / "trials.jsonl")]
+    return [run_of(line, metrics[line["workload"]]) for line in read(folder / "trials.jsonl")]
 
 
 def run_of(line: Line, metric: str) -> Run:

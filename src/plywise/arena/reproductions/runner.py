@@ -101,6 +101,11 @@ class Reproduction:
 
     def perform(self) -> Iterator[Progress]:
         """Run what the ledger does not hold yet; each run is kept when it ends."""
+        with self.ledger.writing():
+            yield from self._perform()
+        self.finish()
+
+    def _perform(self) -> Iterator[Progress]:
         for experiment in self.experiments:
             arms = experiment.arms_at(self.size)
             for arm in arms:
@@ -112,7 +117,6 @@ class Reproduction:
                     number = self._chosen(experiment, arm)
                     yield from self._run(experiment, arm, FINAL, number, arm.rates[number], seed)
             self._data = None
-        self.finish()
 
     def finish(self) -> dict[str, Any]:
         """Sum up what there is; writes it as JSON and Markdown."""
