@@ -22,6 +22,7 @@ from plywise.files import write_whole
 
 OUT = Path(__file__).with_suffix(".json")
 RATES, EPOCHS = (1e-3, 3e-3), 5
+SMALL = 3e-4  # tried for backpropagation besides: it may have every chance
 
 
 def wide() -> list[nn.Module]:
@@ -63,7 +64,8 @@ def main() -> None:
         data, done = load(workload), result["data"].setdefault(name, {})
         for arm, make in arms.items():
             if arm not in done:
-                done[arm] = tuned(workload, data, make, RATES)
+                rates = (SMALL, *RATES) if arm.endswith("backprop") else RATES
+                done[arm] = tuned(workload, data, make, rates)
                 write_whole(OUT, json.dumps(result, indent=1) + "\n")
             print(f"{name:14} {arm:40} {spread([one['test'] for one in done[arm]['final']])}", flush=True)
 
