@@ -139,6 +139,11 @@ def test_dead_units_are_named_first():
     assert found[0].check == "", "no bench mends that"
 
 
+def test_adamw_is_not_called_fine_beside_something_to_mend():
+    only = said(nn.Linear(16, 10), [(x + 10, y) for x, y in white()])
+    assert [one.title for one in only] == ["Normalise the inputs"]
+
+
 def test_a_layer_wider_than_what_it_reads_shall_be_narrower_if_rows_suffice_to_tell():
     model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 64), nn.Linear(64, 10))
     narrower = next(one for one in said(model, white()) if one.title == "Make it narrower")

@@ -31,7 +31,7 @@ def visit(open_page, tmp_path):
     def _visit(bench: Any = None, lines: Any = None, **options: Any) -> Any:
         bench = bench or make_bench()
         lines = make_lines(bench) if lines is None else lines
-        return open_page(write_page(write_bench(tmp_path / str(next(count)), bench, lines)), **options)
+        return open_page(write_page(write_bench(tmp_path / str(next(count)), bench, lines))[0], **options)
 
     return _visit
 
@@ -309,7 +309,7 @@ def test_partial_benches_are_still_pages(visit, kind):
 
 def test_page_without_javascript(browser, tmp_path):
     bench = make_bench()
-    path = write_page(write_bench(tmp_path, bench, make_lines(bench)))
+    path, _ = write_page(write_bench(tmp_path, bench, make_lines(bench)))
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(path.as_uri())

@@ -1,10 +1,13 @@
 """Budgets: how many trials fit, and what is said when none do."""
 
+from dataclasses import replace
+
 import pytest
 
-from plywise.arena.budget import SLACK, TRIALS, Cost, estimate, fitted, seconds_of, steps_for, told
+from plywise.arena.budget import SLACK, TRIALS, Cost, estimate, fitted, patient, seconds_of, steps_for, told
 from plywise.arena.job import Entry
 from plywise.arena.tournament import Plan
+from plywise.arena.workers import PATIENCE
 from plywise.errors import PlywiseError
 
 PLAN = Plan((Entry("a"), Entry("own", "m:f", "m:d")), ("sgd", "adamw"), seeds=3)
@@ -59,6 +62,26 @@ def test_steps_of_ones_own_model_follow_from_the_budget():
     chosen = Plan((Entry("own", "m:f", "m:d", steps=70),), ("sgd",))
     own = {pair: cost for pair, cost in COSTS.items() if pair[0] == "own"}
     assert steps_for(chosen, own, chosen.entries, {"own": 70}, 1, 9e9) == {"own": 70}
+
+
+def test_a_trial_that_is_planned_is_not_killed():
+    steps = steps_for(PLAN, COSTS, PLAN.entries, STEPS, 1, 86_400)
+    dearest = max(cost.run(steps[workload]) for (workload, _), cost in COSTS.items())
+    assert dearest > PATIENCE / 3, "what used to be killed"
+    assert patient(PLAN, COSTS, steps).patience == pytest.approx(3 * dearest, rel=0.01)
+    assert patient(PLAN, COSTS, STEPS).patience == PATIENCE
+    given = replace(PLAN, patience=90.0)
+    assert patient(given, COSTS, steps).patience == 90
+    assert steps_for(given, COSTS, given.entries, STEPS, 1, 86_400)["own"] == 280  # 2 s + 280 * 0.1 s
+
+
+def test_no_tuning_stays_no_tuning():
+    plan = replace(PLAN, trials=0)
+    assert fitted(plan, COSTS, STEPS, 1, 1000).trials == 0
+    with pytest.raises(PlywiseError, match="0 tuning trials and 3 seeds take about 63 s"):
+        fitted(plan, COSTS, STEPS, 1, 60)  # 3 * 19 / 0.9
+    with_tuning, without = (steps_for(one, COSTS, PLAN.entries, STEPS, 1, 3600) for one in (PLAN, plan))
+    assert without["own"] > with_tuning["own"]
 
 
 def test_durations_in_words():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from fake_bench import make_bench, make_lines
 from test_standing import finals, small
 
 from plywise.arena.contest import contest
 from plywise.arena.findings import findings
-from plywise.arena.standing import rows
+from plywise.arena.standing import noise, noise_alone, rows
 
 
 def said(field) -> str:
@@ -26,8 +27,8 @@ def test_a_clear_winner_is_named_with_its_ratio():
     assert "noise: proxprop 0.4" in ahead
     assert "Behind: " in ahead
     assert (
-        sentence(text, "What counts is the number of steps")
-        == "What counts is the number of steps: use proxprop."
+        sentence(text, "If the number of steps is what counts")
+        == "If the number of steps is what counts: use proxprop."
     )
     assert "On digits, less CPU time to the target than adamw: proxprop" in text
 
@@ -41,6 +42,28 @@ def test_a_difference_within_the_noise_is_not_claimed():
     assert "use proxprop" not in text
     text = said(small([*quick, *finals("sgd-again", [198] * 3)]))
     assert "noise: proxprop 0.90×" in text, "a quiet control, and the same difference is told"
+
+
+def test_a_single_workload_is_judged_by_the_noise_of_single_workloads():
+    """The control is off by 2 either way: over both workloads that cancels, on either of them it does not."""
+    workloads = {"digits": ([100] * 3, [200] * 3), "words": ([200] * 3, [100] * 3)}
+
+    def field(time):
+        lines = []
+        for name, (plain, again) in workloads.items():
+            own = [time * when for when in plain]
+            for method, times in (("sgd", plain), ("sgd-again", again), ("proxprop", own)):
+                lines += finals(method, times, name)
+        return small(lines, workloads=workloads)
+
+    assert noise(field(0.8), "tuned", "cpu") == pytest.approx(1)
+    assert noise_alone(field(0.8), "tuned", "cpu") == 2
+    text = said(field(0.8))
+    assert "on a single workload within 2.00× in CPU time: that is noise" in text
+    assert "noise: proxprop 0.80×" in sentence(text, "Ahead of the best baseline in CPU time")
+    for name in workloads:
+        assert f"On {name}, nobody takes less CPU time to the target than sgd, beyond noise." in text
+        assert f"On {name}, less CPU time to the target than sgd: proxprop 0.45×" in said(field(0.45))
 
 
 def test_a_method_is_not_told_apart_where_its_own_control_is_not():
@@ -73,8 +96,8 @@ def test_slow_steps_that_eat_the_gain_are_said():
     text = said(small([*finals("sgd", [200] * 3), *finals("sgd-again", [200] * 3), *lines]))
     assert "Fewer steps, but not less CPU time beyond noise: proxprop" in text
     assert "Behind: proxprop" in sentence(text, "Ahead of the best baseline in CPU time")
-    assert "What counts is the number of steps: use proxprop." in text
-    assert "What counts is CPU time: keep to sgd" in text
+    assert "If the number of steps is what counts: use proxprop." in text
+    assert "If CPU time is what counts: keep to sgd" in text
 
 
 def test_without_a_null_control_the_reading_says_so():
@@ -148,3 +171,16 @@ def test_an_adaptive_search_is_said_to_be_one():
     assert "same luck" not in said(contest(bench, make_lines(bench)))
     adaptive = {**bench, "plan": {"search": "optuna"}}
     assert "searched by optuna" in said(contest(adaptive, make_lines(bench)))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_with_fewer_than_three_seeds_nobody_is_named(seeds):
+    bench = make_bench()
+    lines = list(make_lines(bench))
+    first = {(one["method"], one["seed"]) for one in lines if one["purpose"] == "final"}
+    kept = {name: sorted(seed for method, seed in first if method == name)[:seeds] for name, _ in first}
+    few = [one for one in lines if one["purpose"] == "tuning" or one["seed"] in kept[one["method"]]]
+    text = said(contest(bench, few))
+    assert "too little about noise to name anybody" in text
+    for verdict in ("beyond noise", "what counts", "every seed ends"):
+        assert verdict not in text

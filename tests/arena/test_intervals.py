@@ -17,7 +17,6 @@ from plywise.arena.intervals import (
     Timed,
     geometric_interval,
     limits,
-    median_interval,
     medians,
     ratio_interval,
     surest,
@@ -51,23 +50,25 @@ def test_resampled_medians_have_the_distribution_of_the_plain_definition(values)
 
 @given(times)
 def test_an_interval_holds_its_value_and_only_what_resamples_can_be(values):
-    low, value, high, _ = median_interval(values, np.random.default_rng(0))
+    one = make(*values)
+    low, high = limits(one.draws)
     assert min(values) <= low <= high <= max(values)
-    assert value == statistics.median(values)
+    assert one.value == statistics.median(values)
     assert not math.isnan(low)
     assert not math.isnan(high)
 
 
 @given(times, st.floats(0.5, 8))
 def test_intervals_scale_with_the_values(values, factor):
-    one = median_interval(values, np.random.default_rng(0))
-    other = median_interval([factor * value for value in values], np.random.default_rng(0))
-    assert other[:3] == pytest.approx([factor * limit for limit in one[:3]])
+    one, other = make(*values), make(*(factor * value for value in values))
+    assert other.value == pytest.approx(factor * one.value)
+    assert limits(other.draws) == pytest.approx([factor * limit for limit in limits(one.draws)])
 
 
 def test_three_seeds_give_their_range():
-    assert median_interval([2, 1, 3], np.random.default_rng(0))[:3] == (1, 2, 3)
-    assert median_interval([2, 1, math.inf], np.random.default_rng(0))[:3] == (1, 2, math.inf)
+    for values in ([2, 1, 3], [2, 1, math.inf]):
+        one = make(*values)
+        assert (*limits(one.draws), one.value) == (1, max(values), 2)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
@@ -88,8 +89,8 @@ def test_ranges_cover_the_true_median_as_often_as_said(seeds):
 
 def test_intervals_of_many_seeds_cover_the_true_median():
     generator = np.random.default_rng(0)
-    found = [median_interval(generator.lognormal(0, 1, 25), generator) for _ in range(300)]
-    assert 0.90 <= np.mean([low <= 1 <= high for low, _, high, _ in found]) <= 1
+    found = [limits(medians(generator.lognormal(0, 1, 25), generator)) for _ in range(300)]
+    assert 0.90 <= np.mean([low <= 1 <= high for low, high in found]) <= 1
 
 
 def test_ratios_over_workloads_cover_the_true_ratio():
@@ -106,6 +107,25 @@ def test_a_ratio_by_hand():
     assert ratio_interval(make(2.0), make(4.0)) == Interval(0.5, 0.5, 0.5)
     low, value, high, mark = ratio_interval(make(1, 2, 3), make(1, 2, 3, seed=1))
     assert (low, value, high, mark) == (1 / 3, 1.0, 3.0, "")
+
+
+def test_times_that_were_rounded_up_to_a_grid_leave_the_truth_within_the_limits():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        mine, other = generator.uniform(1, 9, 2)
+        seen = [timed([math.ceil(time)] * 3, 10, generator, grid=1) for time in (mine, other)]
+        ratio = ratio_interval(*seen)
+        assert ratio.low <= mine / other <= ratio.high
+        assert geometric_interval([tuple(seen)])[:3] == pytest.approx(ratio[:3])
+
+
+def test_a_miss_is_no_shorter_for_the_grid():
+    missed, there = (timed([time], 10, np.random.default_rng(0), grid=1) for time in (math.inf, 4.0))
+    assert ratio_interval(missed, there) == Interval(2.5, 2.5, math.inf, "≥")
+    assert ratio_interval(there, missed) == Interval(0.0, 0.4, 0.4, "≤")
+    start = timed([0.0], 10, np.random.default_rng(0), grid=1)
+    assert ratio_interval(start, there) == Interval(0.0, 0.0, 0.0), "no time is negative"
+    assert ratio_interval(there, there) == Interval(1.0, 1.0, 1.0)
 
 
 def test_a_miss_is_a_bound_and_never_a_time():

@@ -123,3 +123,12 @@ def test_missing_package_names_the_extra(name, monkeypatch):
     method = find_method(name)
     with pytest.raises(pw.PlywiseError, match=r"pytorch_optimizer.*pip install 'plywise\[bench\]'"):
         method.make(setting(method))
+
+
+@pytest.mark.parametrize("name", ["soap", "shampoo"])
+def test_missing_package_is_said_before_anything_runs(name, monkeypatch):
+    find_method(name).require()
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(pw.PlywiseError, match=rf"Method {name} needs .*pytorch_optimizer.*plywise\[bench\]"):
+        find_method(name).require()
+    find_method("sgd").require()

@@ -13,6 +13,7 @@ from fake_bench import line, make_bench, make_lines
 
 from plywise.arena.bench_charts import after_trials, curves, front, thin
 from plywise.arena.contest import contest
+from plywise.arena.score import CLOCKS
 from plywise.arena.standing import area, noise, null_ratio, places, rows, runs_csv, standing_csv
 
 FOUR = ["sgd", "sgd-again", "proxprop", "local"]
@@ -38,10 +39,11 @@ def finals(method: str, times: list[float], workload: str = "digits", **other):
     ]
 
 
-def small(lines, methods=("sgd", "sgd-again", "proxprop"), workloads=("digits",)):
+def small(lines, methods=("sgd", "sgd-again", "proxprop"), workloads=("digits",), grid=0):
+    """A contest whose times are exact, unless they are said to lie on a grid."""
     bench = make_bench(methods, workloads)
     for one in bench["workloads"].values():
-        one["target"] = 0.1
+        one.update(target=0.1, measure_every=grid)
     bench["refused"] = []
     return contest(bench, lines)
 
@@ -138,6 +140,28 @@ def test_noise_is_unknown_where_the_control_missed_and_none_without_one():
     assert noise(alone, "tuned", "steps") == 1.0
 
 
+def test_a_null_control_without_its_original_is_no_reference():
+    runs = [*finals("adamw", [100] * 3), *finals("sgd-again", [100] * 3)]
+    field = small(runs, methods=("adamw", "sgd-again"))
+    assert field.reference == "adamw"
+    assert {row.method: row.step_cost for row in rows(field)} == {"adamw": 1, "sgd-again": 1}
+    assert small(finals("sgd-again", [100]), methods=("sgd-again",)).reference is None
+
+
+def test_what_lies_between_two_measurements_is_in_the_intervals():
+    """All seeds agree on a point of the grid, and nobody knows where between two points they were there."""
+    runs = [*finals("sgd", [200] * 3), *finals("sgd-again", [200] * 3), *finals("proxprop", [180] * 3)]
+    for clock in CLOCKS:
+        exact = by_method(rows(small(runs)))["proxprop"].ratios[clock]
+        assert exact[:3] == pytest.approx((0.9, 0.9, 0.9))
+        row = by_method(rows(small(runs, grid=20)))["proxprop"]
+        assert row.ratios[clock][:3] == pytest.approx((160 / 200, 0.9, 180 / 180))
+        assert noise(small(runs, grid=20), "tuned", clock) == pytest.approx(200 / 180)
+    itself = by_method(rows(small(runs, grid=20)))["sgd"].ratios["steps"]
+    assert itself[:3] == (1, 1, 1)
+    assert noise(small(runs, grid=200), "tuned", "steps") == math.inf, "there from the first measurement on"
+
+
 def test_a_method_with_nothing_to_tune_is_in_both_tracks():
     bench = make_bench(["sgd", "proxprop"], ["digits"])
     bench["methods"]["proxprop"]["space"] = {}
@@ -195,6 +219,17 @@ def test_step_cost_memory_and_test_metric():
     assert found["digits", "proxprop", "defaults"].test is not None
 
 
+def test_memory_is_that_of_the_final_runs():
+    trials = [line(peak_mib=900.0, trial=trial) for trial in range(5)]
+    runs = finals("sgd", [100] * 3)
+    for run, peak in zip(runs, (40.0, 60.0, None), strict=True):
+        run["peak_mib"] = peak
+    assert by_method(rows(small([*trials, *runs])))["sgd"].peak_mib == 50
+    for run in runs:
+        run["peak_mib"] = None
+    assert by_method(rows(small([*trials, *runs])))["sgd"].peak_mib is None
+
+
 def test_tables_come_back_as_they_were():
     field = whole()
     found = rows(field)
@@ -239,6 +274,26 @@ def test_curves_keep_where_runs_end_and_what_failed():
     assert curve["failed"] == [(curve["steps"].index(7), "seed 1: nan")]
     assert curve["validation"][0][curve["steps"].index(7)] == 0.8
     assert curve["loss"][0][curve["steps"].index(7)] is None
+
+
+def test_a_median_curve_does_not_recover_because_a_run_failed():
+    def field(*failed):
+        lines = finals("sgd", [100, 100, 100])
+        for one, value in zip(lines, (0.2, 0.3, 0.4), strict=True):
+            one["loss"] = one["validation"] = [0.9, 0.5, value]
+        for place in failed:
+            short = {name: lines[place][name][:2] for name in ("loss", "validation", "cpu", "wall")}
+            lines[place].update(steps=[0, 100], failure="nan", **short)
+        (curve,) = curves(small(lines), "tuned", "digits")
+        return curve
+
+    for name in ("loss", "validation"):
+        assert [line[-1] for line in field()[name]] == [0.3, 0.2, 0.4]
+        assert [line[-1] for line in field(2)[name]] == [0.3, 0.2, None], "the worst, and no number"
+        assert [line[-1] for line in field(0)[name]] == [0.4, 0.3, None], "the better one failed"
+        assert [line[-1] for line in field(1, 2)[name]] == [None, 0.2, None]
+        assert [line[1] for line in field(1, 2)[name]] == [0.5, 0.5, 0.5], "measured before they failed"
+    assert field(1, 2)["cpu"][-1] == 40, "time goes on for the run that is left"
 
 
 def test_long_curves_are_thinned_but_keep_their_end():

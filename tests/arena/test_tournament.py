@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from plywise.arena.budget import measure
 from plywise.arena.job import Entry
 from plywise.arena.ledger import FINAL, TUNING, read
 from plywise.arena.material import Material
@@ -16,6 +17,7 @@ from plywise.arena.score import chosen
 from plywise.arena.space import points
 from plywise.arena.tournament import TUNING_SEED, Bench, Plan
 from plywise.arena.workers import Workers
+from plywise.arena.workload import Data
 from plywise.errors import PlywiseError, StateError
 
 HERE = "competitors"
@@ -99,6 +101,56 @@ def test_what_is_in_the_ledger_is_not_run_again(tmp_path, material):
     assert list(second.perform(Workers(1))) == [], "a finished bench has nothing to do"
 
 
+def test_a_bench_that_runs_is_left_alone_by_another(tmp_path, material):
+    pieces = bench(tmp_path, material, ["sgd"]).perform(Workers(1))
+    next(pieces)
+    before = (tmp_path / "bench.json").read_bytes()
+    with pytest.raises(PlywiseError, match="Another process is adding trials"):
+        bench(tmp_path, material, ["sgd"])
+    assert (tmp_path / "bench.json").read_bytes() == before
+    pieces.close()
+
+
+def test_another_machine_that_goes_on_is_noted(tmp_path, material):
+    made, _ = run(tmp_path, material, ["sgd"])
+    path = tmp_path / "bench.json"
+    about = json.loads(path.read_text())
+    assert "resumed" not in about
+    about["environment"]["cpu"] = "another one"
+    del about["plan"]["threads"], about["plan"]["patience"]  # as before they were kept
+    path.write_text(json.dumps(about))
+    run(tmp_path, material, ["sgd"])
+    assert "resumed" not in json.loads(path.read_text()), "there was nothing left to run"
+    kept = made.ledger.path.read_text().splitlines(keepends=True)
+    for left in (1, 2):
+        made.ledger.path.write_text("".join(kept[:-left]))
+        run(tmp_path, material, ["sgd"])
+        after = json.loads(path.read_text())
+        assert [one["cpu"] for one in after["resumed"]] == [made.about["environment"]["cpu"]]
+
+
+def test_a_trial_makes_the_users_network_once(material, monkeypatch):
+    import competitors
+
+    made = []
+    monkeypatch.setattr(
+        competitors, "model", lambda model=competitors.model: made.append(model()) or made[-1]
+    )
+    first = OWN.applied(material.workloads["own"])
+    again = OWN.settled(first).again(Data.load(material.files["own"]))
+    assert made == []
+    for name in ("name", "task", "batch_size", "steps", "blocks", "classes"):
+        assert getattr(again, name) == getattr(first, name), name
+    assert first.classes == 3
+    assert again.make_model() is made[0]
+
+
+def test_local_learners_are_measured_like_the_others(material):
+    costs, failures = measure(Plan((OWN,), ("sgd", "local-loss")), material, Workers(2))
+    assert failures == {}
+    assert all(cost.step > 0 for cost in costs.values())
+
+
 def test_a_spent_budget_leaves_a_bench_that_can_go_on(tmp_path, material):
     made = bench(tmp_path, material, ["sgd", "adamw"])
     left = iter([True] * 3)
@@ -175,6 +227,8 @@ def test_another_bench_in_the_folder_is_refused(tmp_path, material):
         bench(tmp_path, material, ["adamw"])
     with pytest.raises(StateError, match="trials are 2, not 3"):
         bench(tmp_path, material, ["sgd"], trials=3)
+    with pytest.raises(StateError, match="patience are None, not 5"):
+        bench(tmp_path, material, ["sgd"], patience=5.0)
     about = json.loads((tmp_path / "bench.json").read_text())
     about["workloads"]["own"]["data"] = "others"
     (tmp_path / "bench.json").write_text(json.dumps(about))

@@ -1,13 +1,17 @@
 """One trial: what is measured, on which clock, and that no failure is lost."""
 
 import json
+import random
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import plywise as pw
+from plywise.arena.job import Peak
 from plywise.arena.method import with_rule
 from plywise.arena.task import CLASSIFICATION, REGRESSION, mean, predictor
 from plywise.arena.trial import endless_batches, run_trial
@@ -45,17 +49,41 @@ def test_record_is_what_training_by_hand_gives(data):
     torch.manual_seed(0)
     trainer = beginner()()
     batches = endless_batches(data.train, 128, 0)
-    losses = [mean(CLASSIFICATION.loss, trainer.predict, data.train)]
-    errors = [mean(CLASSIFICATION.metric, trainer.predict, data.validation)]
+    losses = [mean(CLASSIFICATION.loss, trainer.predict, data.train, 128)]
+    errors = [mean(CLASSIFICATION.metric, trainer.predict, data.validation, 128)]
     for count in range(1, 26):
         trainer.step(*next(batches))
         if count in record.steps:
-            losses.append(mean(CLASSIFICATION.loss, trainer.predict, data.train))
-            errors.append(mean(CLASSIFICATION.metric, trainer.predict, data.validation))
+            losses.append(mean(CLASSIFICATION.loss, trainer.predict, data.train, 128))
+            errors.append(mean(CLASSIFICATION.metric, trainer.predict, data.validation, 128))
     assert record.loss == losses
     assert record.validation == errors
     assert record.final_loss == losses[-1] < losses[0]
-    assert record.test == mean(CLASSIFICATION.metric, trainer.predict, data.test) < 0.7
+    assert record.test == mean(CLASSIFICATION.metric, trainer.predict, data.test, 128) < 0.7
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="not Linux")
+@pytest.mark.parametrize(
+    ("hungry", "least", "most"), [("first", 0, 40), ("training", 60, 120), ("test", 0, 40)]
+)
+def test_peak_memory_is_that_of_training(data, hungry, least, most):
+    class Hungry(nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            now = {"first": self.calls == 1, "training": self.training, "test": x[0, 0] == 7}
+            if now[hungry]:
+                torch.ones(64 * 2**18)  # 64 MiB, given back at once
+            return super().forward(x)
+
+    marked = Split(data.test.x.clone(), data.test.y)
+    marked.x[:, 0] = 7
+    three, peak = Data(data.train, data.validation, marked), Peak("cpu")
+    peak.begin(three)
+    begin = beginner(lambda: Hungry(*make_model()))
+    assert trial(three, begin, steps=3, test=True, meter=peak).failure is None
+    assert least <= peak.mib < most
 
 
 def test_the_test_set_is_left_alone_unless_asked_for(data):
@@ -73,6 +101,37 @@ def test_same_seed_same_bits_and_the_callers_random_state_is_left_alone(data):
     assert torch.equal(before, torch.get_rng_state())
     null = trial(data, beginner(rule=pw.Backprop())).loss
     assert null == trial(data).loss, "the null control is plain training"
+
+
+def test_numpys_and_pythons_random_numbers_follow_the_seed_too(data):
+    def shifted():
+        network = make_model()
+        with torch.no_grad():
+            network[0].bias += np.random.rand() + random.random()
+        return network
+
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    one, two, other = (trial(data, beginner(shifted), seed=s).loss for s in (1, 1, 2))
+    assert one == two != other
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_the_callers_random_state_on_the_gpu_is_left_alone(data):
+    torch.rand(3, device="cuda")
+    before = torch.cuda.get_rng_state()
+    trial(data, steps=1)
+    assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+def test_a_network_that_changes_its_input_changes_no_data(data):
+    class Halving(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    before = [split.x.clone() for split in vars(data).values()]
+    assert trial(data, beginner(lambda: Halving(*make_model())), test=True).failure is None
+    assert all(torch.equal(x, split.x) for x, split in zip(before, vars(data).values(), strict=True))
 
 
 def test_measuring_is_off_the_clocks(data):

@@ -104,10 +104,13 @@ def test_a_budget_sets_trials_and_steps(tmp_path, capsys):
         ([*OWN, "--budget", "soon"], "A budget is a duration"),
         ([*OWN, "--budget", "1s", "--methods", "sgd"], "are not enough"),
         ([*OWN, "--workers", "-1"], "at least 1"),
+        ([*OWN, "--device", "cuda:99"], "Nothing can run on device 'cuda:99' here"),
         (["bench", "mine:broken_model", "--data", "mine:data"], "ValueError: no such layer"),
         (["bench", "mine:model", "--data", "mine:nothing"], "has no 'nothing'"),
         (["bench", "mine:model", "--data", "mine:model"], "must return"),
         (["bench", "--resume"], "holds no bench to resume"),
+        (["bench", "--resume", "--trials", "3", "--batch-size", "9"], "leave out --trials, --batch-size"),
+        ([*OWN, "--resume"], "leave out the model, --data, --steps, --batch-size"),
         (["report", "nowhere"], "it has no bench.json"),
     ],
 )
@@ -116,6 +119,13 @@ def test_what_cannot_be_done_is_said_in_a_sentence(words, message, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
+
+
+def test_a_method_without_its_package_is_no_miss(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    assert plywise(*OWN, *SMALL, "--methods", "sgd,soap") == 1
+    assert "Method soap needs the package pytorch_optimizer" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_with_a_bench_is_not_written_over(capsys):

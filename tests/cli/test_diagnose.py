@@ -76,6 +76,7 @@ def test_what_stands_out_is_marked_and_comes_first_in_the_advice(capsys):
     run("mine:scaled", "--data", "mine:data")
     said = capsys.readouterr().out
     assert "1. Consequentialism" in said
+    assert "\nBackward values, last layer over first: " in said
     rows = [line for line in said.splitlines() if "Linear" in line and "→" in line]
     assert len(rows) == 2
     assert all("*" in row for row in rows)

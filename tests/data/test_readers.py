@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from plywise.data.readers import (
-    read_cifar10,
     read_cifar10_archive,
     read_colour_images,
     read_idx,
@@ -66,7 +65,7 @@ def test_what_is_no_idx_file_is_said(tmp_path, content, words):
     assert "images.gz" in str(raised.value)
 
 
-READERS = [read_idx, read_cifar10, read_cifar10_archive, read_colour_images, read_npz, read_table, read_text]
+READERS = [read_idx, read_cifar10_archive, read_colour_images, read_npz, read_table, read_text]
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -83,42 +82,44 @@ def cifar_rows(count, seed):
     return rows
 
 
-def test_cifar_batch(tmp_path):
-    rows = cifar_rows(3, 0)
-    path = tmp_path / "data_batch_1.bin"
-    path.write_bytes(rows.tobytes())
-    images, labels = read_cifar10(path)
-    assert np.array_equal(labels, rows[:, 0])
-    assert images.shape == (3, 32, 32, 3)
-    for channel in range(3):  # a plane each of red, green and blue, row after row
-        plane = rows[1, 1 + 1024 * channel : 1 + 1024 * (channel + 1)].reshape(32, 32)
-        assert np.array_equal(images[1, :, :, channel], plane)
-    path.write_bytes(rows.tobytes()[:-5])
-    with pytest.raises(PlywiseError, match="9,214 bytes, no multiple of the 3073"):
-        read_cifar10(path)
-    rows[2, 0] = 77
-    path.write_bytes(rows.tobytes())
-    with pytest.raises(PlywiseError, match="a label of 77"):
-        read_cifar10(path)
-
-
-def archive(folder, names):
+def archive(folder, batches):
+    """The archive as it is published, of these files: their names and rows."""
     path = folder / "cifar-10-binary.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
-        for number, name in enumerate(names):
-            (folder / name).write_bytes(cifar_rows(2, number).tobytes())
+        for name, content in batches.items():
+            (folder / name).write_bytes(content)
             tar.add(folder / name, f"cifar-10-batches-bin/{name}")
     return path
 
 
+CIFAR = ["test_batch.bin", *(f"data_batch_{n}.bin" for n in (3, 1, 2, 5, 4)), "readme.html"]
+
+
+def cifar_files():
+    return {name: cifar_rows(2, number).tobytes() for number, name in enumerate(CIFAR)}
+
+
 def test_cifar_archive(tmp_path):
-    names = ["test_batch.bin", *(f"data_batch_{n}.bin" for n in (3, 1, 2, 5, 4)), "readme.html"]
-    x, y, x_test, y_test = read_cifar10_archive(archive(tmp_path, names))
+    x, y, x_test, y_test = read_cifar10_archive(archive(tmp_path, cifar_files()))
     assert (x.shape, y.shape, x_test.shape) == ((10, 32, 32, 3), (10,), (2, 32, 32, 3))
-    assert np.array_equal(y_test, cifar_rows(2, 0)[:, 0])
+    rows = cifar_rows(2, 0)
+    assert np.array_equal(y_test, rows[:, 0])
+    for channel in range(3):  # a plane each of red, green and blue, row after row
+        plane = rows[1, 1 + 1024 * channel : 1 + 1024 * (channel + 1)].reshape(32, 32)
+        assert np.array_equal(x_test[1, :, :, channel], plane)
     assert np.array_equal(y[:2], cifar_rows(2, 2)[:, 0]), "batches in the order of their numbers"
+
+
+def test_what_is_no_cifar_archive_is_said(tmp_path):
+    some = {name: rows for name, rows in cifar_files().items() if "2" not in name and "5" not in name}
     with pytest.raises(PlywiseError, match=r"has no data_batch_2\.bin, data_batch_5\.bin"):
-        read_cifar10_archive(archive(tmp_path, [n for n in names if "2" not in n and "5" not in n]))
+        read_cifar10_archive(archive(tmp_path, some))
+    short = cifar_files()["data_batch_3.bin"][:-5]
+    with pytest.raises(PlywiseError, match=r"data_batch_3\.bin .*6,141 bytes, no multiple of the 3073"):
+        read_cifar10_archive(archive(tmp_path, {**cifar_files(), "data_batch_3.bin": short}))
+    odd = bytes([77]) + cifar_files()["data_batch_3.bin"][1:]
+    with pytest.raises(PlywiseError, match="a label of 77"):
+        read_cifar10_archive(archive(tmp_path, {**cifar_files(), "data_batch_3.bin": odd}))
     (tmp_path / "other").write_bytes(b"text" * 500)
     with pytest.raises(PlywiseError, match="no tar archive"):
         read_cifar10_archive(tmp_path / "other")
@@ -279,7 +280,7 @@ def test_real_text():
 def test_idx_files_and_npz_are_the_same_set(tmp_path, monkeypatch):
     monkeypatch.setenv("PLYWISE_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(PlywiseError, match=r"'mnist' is missing.*fetch\('mnist'\)"):
+    with pytest.raises(PlywiseError, match=r"'mnist' is missing.*plywise workloads fetch mnist"):
         grey_images("mnist")
     labels = np.array([4, 2], np.uint8)
     for part in ("train", "t10k"):

@@ -81,7 +81,7 @@ def advice(diagnosis: Diagnosis, subject: str = "MODULE:FACTORY --data DATA") ->
     """
     mending = [*_about_inputs(diagnosis), *_about_silence(diagnosis), *_about_width(diagnosis)]
     methods = [*_about_scales(diagnosis, subject), *_about_conditioning(diagnosis, subject)]
-    return [*mending, *(methods or [_plain(diagnosis, subject)])]
+    return [*mending, *methods] or [_plain(diagnosis, subject)]
 
 
 def outlying(layer: Layer, diagnosis: Diagnosis) -> set[str]:

@@ -45,6 +45,8 @@ def thin(value: Any, digits: int = DIGITS) -> Any:
 def curves(field: Contest, track: str, workload: str) -> list[dict[str, Any]]:
     """Loss and validation metric of every method while it trains: median, least and greatest of the seeds.
 
+    A run that failed counts as infinity after its last measurement, and what is infinite is None.
+
     Returns:
         For each method its ``name``, ``steps``, ``cpu`` and ``wall`` (medians at those steps), ``gradients``
         a step, ``loss`` and ``validation`` (three lists each), ``failed`` (pairs of the place in
@@ -180,13 +182,22 @@ def _curve(runs: list[Line], points: int) -> dict[str, Any]:
         ]
         return [value for value in found if value is not None]
 
+    def gone(name: str, step: int) -> int:
+        return sum(
+            run["failure"] is not None
+            and step >= max(run["steps"], default=0)
+            and not _has(run, name, where, step)
+            for run, where in zip(runs, at, strict=True)
+        )
+
     def middle(name: str) -> list[float | None]:
         return [statistics.median(found) if (found := values(name, step)) else None for step in steps]
 
     def spread(name: str) -> list[list[float | None]]:
-        each = [values(name, step) for step in steps]
-        ends = [[choose(found) if found else None for found in each] for choose in (min, max)]
-        return [middle(name), *ends] if len(runs) > 1 else [middle(name)]
+        # a run that failed counts as infinity from there on: the median must not recover by its absence
+        each = [[*values(name, step), *[math.inf] * gone(name, step)] for step in steps]
+        figures = (statistics.median, min, max) if len(runs) > 1 else (statistics.median,)
+        return [[_drawn(figure(found)) if found else None for found in each] for figure in figures]
 
     return {
         "steps": steps,
@@ -202,6 +213,10 @@ def _curve(runs: list[Line], points: int) -> dict[str, Any]:
         ],
         "runs": len(runs),
     }
+
+
+def _drawn(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _has(run: Line, name: str, where: dict[int, int], step: int) -> bool:

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,34 +52,56 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[Line]]:
     return bench, list(read(folder / "trials.jsonl"))
 
 
-def write_page(folder: Path) -> Path:
-    """Write the report of a bench, whole or not at all; see `read_bench`.
+@dataclass(frozen=True)
+class Judged:
+    """A bench with everything that is said about it, computed once.
 
-    Returns:
-        The path of the page, report.html in the folder.
+    Attributes:
+        field: its trials, sorted.
+        lines: the same as they were read, in the order of the ledger.
+        rows: every method on every workload.
+        findings: what is to be read from that, in sentences.
     """
-    return write_whole(Path(folder) / "report.html", page(*read_bench(Path(folder))))
+
+    field: Contest
+    lines: list[Line]
+    rows: list[Row]
+    findings: list[str]
 
 
-def page(bench: dict[str, Any], lines: Iterable[Line]) -> str:
-    """The report as text.
+def judge(bench: dict[str, Any], lines: Iterable[Line]) -> Judged:
+    """Judge a bench, whole or interrupted.
 
     Args:
         bench: what bench.json holds.
         lines: the trials of the ledger; not all need be there.
-
-    Returns:
-        An HTML page that loads nothing.
     """
     lines = list(lines)
     field = contest(bench, lines)
     found = rows(field)
+    return Judged(field, lines, found, findings(field, found))
+
+
+def write_page(folder: Path) -> tuple[Path, Judged]:
+    """Write the report of a bench, whole or not at all; see `read_bench`.
+
+    Returns:
+        The path of the page, report.html in the folder, and what it is about.
+    """
+    judged = judge(*read_bench(folder))
+    return write_whole(folder / "report.html", page(judged)), judged
+
+
+def page(judged: Judged) -> str:
+    """The report as text: an HTML page that loads nothing."""
+    field, lines, found = judged.field, judged.lines, judged.rows
+    bench = field.bench
     context = {
         "title": bench["title"],
         "bench": bench,
         "lead": _lead(field),
         "missing": _missing(field),
-        "findings": findings(field, found),
+        "findings": judged.findings,
         "targets": _targets(field),
         "controls": _controls(field),
         "failures": _failures(lines),

@@ -13,7 +13,7 @@ from plywise.arena.material import Material
 from plywise.arena.methods import find_method
 from plywise.arena.space import defaults
 from plywise.arena.tournament import Plan
-from plywise.arena.workers import Crew
+from plywise.arena.workers import PATIENCE, Crew
 from plywise.errors import PlywiseError
 
 PROBE_STEPS = 10
@@ -25,6 +25,8 @@ LEAST_STEPS, MOST_STEPS = 200, 20_000
 """Bounds for a run's length that nobody has chosen."""
 START = 0.3
 """Seconds to start a process and to make a model, roughly."""
+MARGIN = 3.0
+"""A trial may take this many times what is planned: other points, and a busy machine, are slower."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -70,6 +72,10 @@ class Cost:
         """Seconds of one trial."""
         return self.rest + steps * self.step
 
+    def steps(self, seconds: float) -> int:
+        """Steps of a trial that takes so many seconds, at least 1."""
+        return max(1, int((seconds - self.rest) / self.step)) if self.step else MOST_STEPS
+
 
 Costs = Mapping[tuple[str, str], Cost]
 """By workload and method."""
@@ -83,7 +89,8 @@ def measure(
     A method that fails costs next to nothing: it will fail at its first steps in the bench, too.
     """
     jobs = []
-    for entry in plan.entries:
+    for asked in plan.entries:
+        entry = asked.settled(asked.applied(material.workloads[asked.name]))
         for name in plan.methods:
             method = find_method(name)
             key = Key(entry.name, method.name, FINAL, DEFAULTS, -1, 0)
@@ -100,22 +107,28 @@ def estimate(plan: Plan, costs: Costs, steps: Mapping[str, int], workers: int) -
     return sum(runs * cost.run(steps[workload]) for (workload, _), cost in costs.items()) / workers
 
 
-def fitted(
-    plan: Plan, costs: Costs, steps: Mapping[str, int], workers: int, budget: float, least: int = TRIALS[-1]
-) -> Plan:
-    """The plan with as many tuning trials as fit, the same for every method.
+def patient(plan: Plan, costs: Costs, steps: Mapping[str, int]) -> Plan:
+    """The plan with a patience that its dearest trial keeps within, if it has none of its own."""
+    if plan.patience is not None:
+        return plan
+    dearest = max(cost.run(steps[workload]) for (workload, _), cost in costs.items())
+    return replace(plan, patience=max(PATIENCE, round(MARGIN * dearest)))
+
+
+def fitted(plan: Plan, costs: Costs, steps: Mapping[str, int], workers: int, budget: float) -> Plan:
+    """The plan with as many tuning trials as fit, the same for every method; without any, if it has none.
 
     Raises:
         PlywiseError: not even the least fits; says how long that would take.
     """
-    for trials in TRIALS:
+    for trials in TRIALS if plan.trials else (0,):
         tried = replace(plan, trials=trials)
         needed = estimate(tried, costs, steps, workers)
         if needed <= SLACK * budget:
             return tried
     dearest = max(costs, key=lambda pair: costs[pair].step)
     raise PlywiseError(
-        f"{told(budget)} are not enough: {least} tuning trials and {plan.seeds} seeds take about "
+        f"{told(budget)} are not enough: {trials} tuning trials and {plan.seeds} seeds take about "
         f"{told(needed / SLACK)} with {workers} worker{'s' if workers > 1 else ''}. Take fewer methods (the "
         f"dearest step is that of {dearest[1]} on {dearest[0]}), fewer --steps or --seeds, or a larger "
         "--budget."
@@ -127,8 +140,10 @@ def steps_for(
 ) -> dict[str, int]:
     """Steps of each workload; where nobody has said how many, as many as fit with 8 tuning trials.
 
+    A trial stays below a third of the plan's patience, if it has one.
+
     Args:
-        plan: for its seeds.
+        plan: for its seeds and patience, and whether it tunes.
         costs: what `measure` found.
         entries: the workloads as they were asked for.
         known: steps of the workloads as they stand.
@@ -137,12 +152,14 @@ def steps_for(
     """
     steps = dict(known)
     open_ = [entry.name for entry in entries if entry.model and entry.steps is None]
-    runs = 8 + 2 * plan.seeds
+    runs = 8 + 2 * plan.seeds if plan.trials else plan.seeds
     for name in open_:
         own = [cost for (workload, _), cost in costs.items() if workload == name]
         share = SLACK * budget * workers / len(steps) - runs * sum(cost.rest for cost in own)
         fitting = int(share / (runs * sum(cost.step for cost in own) or 1.0))
         steps[name] = max(LEAST_STEPS, min(MOST_STEPS, fitting // 50 * 50))
+        if plan.patience is not None:
+            steps[name] = min(steps[name], *(cost.steps(plan.patience / MARGIN) for cost in own))
     return steps
 
 

@@ -69,8 +69,11 @@ class Contest:
 
     @property
     def reference(self) -> str | None:
-        """What costs of steps are told against: what a null control repeats, or the first baseline."""
-        return next(iter([*self.nulls.values(), *self.baselines]), None)
+        """What costs of steps are told against: what a null control repeats, or the first baseline.
+
+        A null control may stand in a bench without the method that it repeats, which then is no reference.
+        """
+        return next((name for name in [*self.nulls.values(), *self.baselines] if name in self.methods), None)
 
     def peer(self, workload: str, clock: str) -> Cell | None:
         """What all are measured against: the quickest baseline, tuned, on this workload and clock.
@@ -176,14 +179,16 @@ def _cell(
     generator: np.random.Generator,
 ) -> Cell:
     longest = max((step for line in others for step in line["steps"]), default=0)
-    steps = bench["workloads"].get(runs[0]["workload"], {}).get("steps") or longest
+    about = bench["workloads"].get(runs[0]["workload"], {})
+    steps, between = about.get("steps") or longest, about.get("measure_every") or 0
     same = [line for line in others if line["method"] == runs[0]["method"]]
     times = {}
     for clock in CLOCKS:
         # a method whose every run failed before its first measured step is given the others' pace
         paces = (_per_step(lines, clock) for lines in (runs, same, others))
         pace = next((pace for pace in paces if pace is not None), 0.0)
-        times[clock] = timed([to_target(run, target, clock) for run in runs], steps * pace, generator)
+        values = [to_target(run, target, clock) for run in runs]
+        times[clock] = timed(values, steps * pace, generator, between * pace)
     return Cell(runs, times)
 
 

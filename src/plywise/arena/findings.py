@@ -7,6 +7,7 @@ A difference is told only if its interval leaves 1 out and its value lies beyond
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 
@@ -14,7 +15,7 @@ from plywise.arena.contest import Contest
 from plywise.arena.intervals import Interval, surest
 from plywise.arena.ledger import DEFAULTS
 from plywise.arena.score import chosen
-from plywise.arena.standing import Place, Row, noise, null_ratio, places
+from plywise.arena.standing import Place, Row, noise, noise_alone, null_ratio, places
 
 EDGE = 0.05
 """Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
@@ -24,6 +25,9 @@ SPARING = 0.9
 
 TOLD = {"steps": "steps", "gradients": "gradient passes", "cpu": "CPU time", "wall": "time on the wall"}
 """What clocks are called in a sentence."""
+
+FEWEST = 3
+"""Final runs of a method below which no difference is told."""
 
 
 def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
@@ -38,20 +42,19 @@ def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
         return ["No final run has ended yet, so that there is nothing to compare."]
     track = field.tracks[0]
     standing = {clock: places(field, track, clock) for clock in ("steps", "cpu")}
+    told = [*_search(field), *_targets(field), *_misses(field, track, rows), *_untuned(field)]
+    last = [*_memory(field, track, rows), *_failures(field), *_edges(field), *_seeds(field)]
+    if statistics.median(len(cell.runs) for cell in field.cells.values()) < FEWEST:
+        few = f"Fewer than {FEWEST} seeds tell too little about noise to name anybody: run more of them."
+        return [few, *told, *last]
     return [
-        *_search(field),
-        *_targets(field),
+        *_advice(field, track, standing, rows),
         *_control(field, track),
         *_race(field, track, standing),
         *_by_workload(field, track, rows),
         *_ends(field, track, rows),
-        *_misses(field, track, rows),
-        *_memory(field, track, rows),
-        *_untuned(field),
-        *_advice(field, track, standing, rows),
-        *_failures(field),
-        *_edges(field),
-        *_seeds(field),
+        *told,
+        *last,
     ]
 
 
@@ -99,9 +102,11 @@ def _control(field: Contest, track: str) -> list[str]:
             "A null control has no times to learn the noise from: no difference is told below.",
         ]
     told = [f"{limit:.2f}× in {TOLD[clock]}" for clock, limit in limits.items()]
+    alone = f"; on a single workload within {noise_alone(field, track, 'cpu'):.2f}× in {TOLD['cpu']}"
     return [
         *sentences,
-        f"Where it always reached the target it is within {' and '.join(told)}: that is noise.",
+        f"Where the null control always reached the target it is within {' and '.join(told)}"
+        f"{alone if len(field.workloads) > 1 else ''}: that is noise.",
     ]
 
 
@@ -145,7 +150,7 @@ def _apart(field: Contest, found: list[Place], limit: float) -> list[Place]:
 
 def _by_workload(field: Contest, track: str, rows: list[Row]) -> list[str]:
     """Who won on each workload in processor time."""
-    limit = noise(field, track, "cpu")
+    limit = noise_alone(field, track, "cpu")
     sentences = []
     for workload in field.workloads:
         peer = field.peer(workload, "cpu")
@@ -243,7 +248,10 @@ def _untuned(field: Contest) -> list[str]:
 def _advice(field: Contest, track: str, standing: dict[str, list[Place]], rows: list[Row]) -> list[str]:
     """What to use when, as far as the intervals bear it."""
     sentences = []
-    for clock, when in (("cpu", "What counts is CPU time"), ("steps", "What counts is the number of steps")):
+    for clock, when in (
+        ("cpu", "If CPU time is what counts"),
+        ("steps", "If the number of steps is what counts"),
+    ):
         limit = noise(field, track, clock)
         sure = [
             one.method
@@ -272,9 +280,9 @@ def _advice(field: Contest, track: str, standing: dict[str, list[Place]], rows: 
             if one.rank and one.runs and one.reached == one.runs and len(one.profile) == len(field.workloads)
         ]
         sentences.append(
-            f"No time to tune: {listed(able)} reached every target in every run at the defaults."
+            f"If there is no time to tune: {listed(able)} reached every target in every run at the defaults."
             if able
-            else "No time to tune: no method reached every target in every run at its defaults."
+            else "If there is no time to tune: no method reached every target in every run at its defaults."
         )
     return sentences
 
@@ -332,7 +340,8 @@ def _seeds(field: Contest) -> list[str]:
     least = min(len(cell.runs) for cell in field.cells.values())
     if least == 1:
         return [
-            "One seed tells nothing about noise: intervals of a single run have no width. Run more seeds."
+            "One seed tells nothing about noise: intervals of a single run hold no more than the time "
+            "between two measurements. Run more seeds."
         ]
     if surest(least) >= 0.95:
         return []

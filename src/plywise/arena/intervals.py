@@ -4,6 +4,10 @@ The stratified bootstrap: the seeds of each method on each workload are drawn ag
 among themselves, the figure is computed anew, a thousand times over; the interval holds the middle 95 %
 of what came out. Infinite times need no exception: medians and ordered values know what to do with them.
 
+Times are read off a grid: a run is measured every so many steps, and what one measurement sees happened after
+the one before. Seeds that agree on a point of the grid need not agree, so that limits of quotients reach back
+by one step of the grid, see `lower_ratio`.
+
 A median of few seeds cannot be surer than the range of the seeds, see `surest`: the report says so beside
 every interval.
 """
@@ -68,11 +72,13 @@ class Timed:
         value: the median; infinity where half of the runs missed.
         draws: the median of each resample.
         budget: the time that the whole run takes: a miss took more than that, and nobody knows how much more.
+        grid: the time between two measurements: a run was there up to that much before it was seen to be.
     """
 
     value: float
     draws: Draws
     budget: float
+    grid: float = 0.0
 
 
 def surest(seeds: int) -> float:
@@ -124,26 +130,16 @@ def limits(draws: Draws, level: float = LEVEL) -> tuple[float, float]:
     return float(ordered[low]), float(ordered[high])
 
 
-def median_interval(values: Sequence[float], generator: np.random.Generator) -> Interval:
-    """The median of some values between its limits.
-
-    Example:
-        >>> median_interval([3.0], np.random.default_rng(0))
-        Interval(low=3.0, value=3.0, high=3.0, mark='')
-    """
-    low, high = limits(medians(values, generator))
-    return Interval(low, _median(values), high)
-
-
-def timed(values: Sequence[float], budget: float, generator: np.random.Generator) -> Timed:
+def timed(values: Sequence[float], budget: float, generator: np.random.Generator, grid: float = 0.0) -> Timed:
     """Times to a target, resampled.
 
     Args:
         values: time of each seed, infinity where it missed.
         budget: the time that a whole run takes.
         generator: where the randomness comes from.
+        grid: the time between two measurements; 0: the times are exact.
     """
-    return Timed(_median(values), medians(values, generator), budget)
+    return Timed(_median(values), medians(values, generator), budget, grid)
 
 
 def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
@@ -152,7 +148,8 @@ def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
     A miss took longer than the whole run, and nobody knows how much longer. So a missed numerator gives a
     lower bound (marked ≥), a missed denominator an upper one (≤), with the run's whole budget in the miss's
     place. The limits count a miss as its budget where that is the lesser quotient, and as infinity where it
-    is the greater one, so that the interval never claims more than is known.
+    is the greater one, so that the interval never claims more than is known. They hold all that lies between
+    two measurements, too; times are 1 over themselves all the same.
 
     Returns:
         The interval; None if both missed, which leaves nothing to compare.
@@ -189,13 +186,22 @@ def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
 
 
 def lower_ratio(mine: Timed, other: Timed) -> Draws:
-    """Resampled quotients, every miss counted to the numerator's advantage."""
-    return _quotients(np.where(np.isinf(mine.draws), mine.budget, mine.draws), other.draws)
+    """Resampled quotients, a miss or a step of the grid in doubt counted to the numerator's advantage."""
+    if mine is other:
+        return np.ones_like(mine.draws)
+    return _quotients(_least(mine), other.draws)
 
 
 def upper_ratio(mine: Timed, other: Timed) -> Draws:
-    """Resampled quotients, every miss counted to the numerator's disadvantage."""
-    return _quotients(mine.draws, np.where(np.isinf(other.draws), other.budget, other.draws))
+    """Resampled quotients, a miss or a step of the grid in doubt counted to the numerator's disadvantage."""
+    if mine is other:
+        return np.ones_like(mine.draws)
+    return _quotients(mine.draws, _least(other))
+
+
+def _least(one: Timed) -> Draws:
+    """The shortest that the resampled times may be: the whole run for a miss, else the measurement before."""
+    return np.where(np.isinf(one.draws), one.budget, np.maximum(one.draws - one.grid, 0.0))
 
 
 def _quotients(above: Draws, below: Draws) -> Draws:

@@ -15,7 +15,9 @@ from plywise.arena.methods import find_method
 from plywise.arena.trial import Record, run_trial
 from plywise.arena.workload import Data, Workload
 from plywise.arena.workloads import find_workload
-from plywise.arena.workloads.own import own_workload
+from plywise.arena.workloads.own import checked_workload, own_workload
+from plywise.environment import environment
+from plywise.errors import PlywiseError
 
 EVALUATIONS = 25
 """Measurements in a run, besides the one before its first step."""
@@ -34,6 +36,7 @@ class Entry:
         batch_size: samples a batch; None: the workload's.
         steps: steps of a run; None: the workload's.
         blocks: blocks for local learners; None: the workload's.
+        classes: number of classes of the user's, once it is known.
     """
 
     name: str
@@ -44,27 +47,31 @@ class Entry:
     batch_size: int | None = None
     steps: int | None = None
     blocks: int | None = None
+    classes: int = 0
 
     def workload(self) -> Workload:
         """The workload, as the entry wants it."""
         if self.model:
-            return self.applied(self._own(self.data, self.blocks))
+            made = own_workload(
+                self.name, self.model, self.data, loss=self.loss, metric=self.metric, blocks=self.blocks
+            )
+            return self.applied(made)
         return self.applied(find_workload(self.name))
 
     def again(self, data: Data) -> Workload:
-        """The workload once more, in another process: the data are not read again, nor the network cut."""
+        """A settled entry's workload, in another process: nothing is read, made or checked again."""
         if self.model:
-            return self.applied(self._own(data, 0))
+            made = checked_workload(
+                self.name, self.model, data, loss=self.loss, metric=self.metric, classes=self.classes
+            )
+            return self.applied(made)
         return self.applied(find_workload(self.name))
-
-    def _own(self, data: str | Data, blocks: int | None) -> Workload:
-        return own_workload(self.name, self.model, data, loss=self.loss, metric=self.metric, blocks=blocks)
 
     def settled(self, workload: Workload) -> Entry:
         """The entry with nothing left to be found out."""
         if not self.model:
             return self
-        known = {name: getattr(workload, name) for name in ("batch_size", "steps", "blocks")}
+        known = {name: getattr(workload, name) for name in ("batch_size", "steps", "blocks", "classes")}
         return replace(self, **known)
 
     def applied(self, workload: Workload) -> Workload:
@@ -96,13 +103,13 @@ class Job:
 
 def perform(job: Job) -> dict[str, Any]:
     """Run a trial; the line for the ledger, failures included."""
-    _reset_peak(job.device)
-    before = _memory(job.device)
+    peak = Peak(job.device)
     method = find_method(job.key.method)
     try:
         data = Data.load(Path(job.data))
         workload = job.entry.again(data)
         data = on(job.device, data)
+        peak.begin(data)
         record = run_trial(
             lambda: method.make(setting(workload, data, job)),
             data,
@@ -112,12 +119,11 @@ def perform(job: Job) -> dict[str, Any]:
             batch_size=workload.batch_size,
             measure_every=max(1, workload.steps // EVALUATIONS),
             test=job.key.purpose == FINAL,
+            meter=peak,
         )
     except Exception as error:
         record = Record(job.key.seed, failure=f"{type(error).__name__} before the first step: {error}")
-    after = _memory(job.device)
-    grown = None if before is None or after is None else round(max(0.0, after - before), 1)
-    return line(job, method.gradients, record, grown)
+    return line(job, method.gradients, record, peak.mib)
 
 
 def setting(workload: Workload, data: Data, job: Job) -> Setting:
@@ -127,7 +133,7 @@ def setting(workload: Workload, data: Data, job: Job) -> Setting:
         task=workload.task,
         numbers=job.numbers,
         steps=workload.steps,
-        example=data.train.x[: min(workload.batch_size, 32)],
+        example=data.train.x[: min(workload.batch_size, 32)].clone(),
         blocks=workload.blocks,
         classes=workload.classes,
     )
@@ -161,17 +167,68 @@ def on(device: str, data: Data) -> Data:
     return Data(**moved)
 
 
-def _reset_peak(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def require_device(device: str) -> None:
+    """See that trials can run on a device of this machine.
+
+    Raises:
+        PlywiseError: they cannot; says what there is.
+
+    Example:
+        >>> require_device("cpu")
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise PlywiseError(
+            f"Nothing can run on device {device!r} here: {why}. There are: {environment()['devices']}. Name "
+            "one of them with --device, or install a torch that knows yours."
+        ) from error
 
 
-def _memory(device: str) -> float | None:
-    """The most memory this process has had so far, MiB: of the accelerator, or of Linux's own account."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    peak = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-    return int(peak.split()[1]) / 2**10
+class Peak:
+    """A meter of the most memory that training takes, model and method included, the data apart.
+
+    Args:
+        device: where it trains: of a GPU its own memory, else that of this process, by Linux's account.
+
+    Attributes:
+        mib: the outcome; None where the system does not say, or training did not begin.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._before: float | None = None
+        self.mib: float | None = None
+
+    def begin(self, data: Data) -> None:
+        """Look at what is there before model and method are made."""
+        for split in vars(data).values():  # pages of a mapped file count once they have been read
+            split.x.sum(), split.y.sum()
+        self._before = self._forgotten()
+
+    def __enter__(self) -> None:
+        """What was taken and given back before, for the first measurement, is none of training's."""
+        self._forgotten()
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            self.mib = round(max(0.0, self._most() - self._before), 1)
+
+    def _forgotten(self) -> float | None:
+        """Make the peak what there is now, MiB; None where that cannot be done."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return self._most()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            return self._most()
+        except OSError:  # not Linux
+            return None
+
+    def _most(self) -> float:
+        """The peak, MiB."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**20
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(row for row in status if row.startswith("VmHWM")).split()[1]) / 2**10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,7 @@ class Method:
         gradients: forward and backward passes that a step takes.
         local: whether it needs a model that can be cut into blocks.
         null: the method that this one is under another name and with other seeds: a null control.
+        needs: a package that it imports and plywise does not bring, or nothing.
     """
 
     name: str
@@ -86,12 +88,25 @@ class Method:
     gradients: float = 1.0
     local: bool = False
     null: str | None = None
+    needs: str = ""
 
     def __post_init__(self) -> None:
         if len(self.space) > MOST_TUNED:
             raise PlywiseError(
                 f"Method {self.name} tunes {', '.join(self.space)}: {MOST_TUNED} numbers at most, so that "
                 "equal numbers of trials are equal chances."
+            )
+
+    def require(self) -> None:
+        """See that what it needs is there: what is not installed is no failure of the method.
+
+        Raises:
+            PlywiseError: the package is missing.
+        """
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            raise PlywiseError(
+                f"Method {self.name} needs the package {self.needs}, which is not installed: pip install "
+                f"{self.needs}, or 'plywise[bench]' for what plywise's own methods need."
             )
 
 
@@ -148,6 +163,7 @@ def of_optimizer(name: str, about: str, optimizer: type[Optimizer], space: Space
     """A `torch.optim.Optimizer` class as a method; its tuned numbers are its keyword arguments.
 
     Example:
+        >>> import torch
         >>> of_optimizer("rprop", "", torch.optim.Rprop, {"lr": Range(1e-4, 1e-1, 1e-2)}).space["lr"].default
         0.01
     """

@@ -83,7 +83,8 @@ def to_target(line: Line, target: float | None, clock: str = "steps") -> float:
         clock: one of `CLOCKS`.
 
     Returns:
-        The clock at that measurement, or infinity. Between two measurements nothing is guessed.
+        The clock at that measurement, or infinity. Between two measurements nothing is guessed: intervals
+        take the grid into account, see `plywise.arena.intervals.Timed`.
 
     Example:
         >>> line = {"steps": [0, 20, 40], "validation": [0.9, 0.4, 0.1], "cpu": [0.0, 1.5, 3.0]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -73,15 +72,3 @@ def points(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:
         {name: one.at(share) for (name, one), share in zip(space.items(), row, strict=False)}
         for row in shares
     ]
-
-
-def at_edge(space: Space, numbers: Mapping[str, float]) -> list[str]:
-    """Names of the numbers that lie in the outer twentieth of their range: it may be too narrow."""
-    found = []
-    for name, one in space.items():
-        value, low, high = numbers[name], one.low, one.high
-        if one.log:
-            value, low, high = math.log(value), math.log(low), math.log(high)
-        if not 0.05 <= (value - low) / (high - low) <= 0.95:
-            found.append(name)
-    return found

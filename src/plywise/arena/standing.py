@@ -51,7 +51,8 @@ class Row:
         test: test metric at the end; None where it was not read.
         step_cost: processor seconds of a step over the reference's; None where either was not timed.
         seconds: processor seconds of a whole run; None where no step was timed.
-        peak_mib: memory at its peak, the median of all trials that measured it.
+        peak_mib: memory at its peak, the median of the final runs that measured it: other numbers, such as a
+            memory that is tuned, need other amounts.
         numbers: the tuned numbers of the runs.
     """
 
@@ -144,20 +145,26 @@ def null_ratio(field: Contest, track: str, clock: str, null: str) -> Interval | 
 def noise(field: Contest, track: str, clock: str) -> float:
     """How far from 1 the intervals of the null controls reach: nothing nearer is told apart.
 
-    Taken over the workloads where a null control and its original reached the target in all resamples, since
-    elsewhere their times have no upper limit to learn from. Infinite where there is no such workload, so that
-    nothing is told apart; 1 where there is no null control.
+    Taken over the workloads where a null control and its original reached the target in all resamples, later
+    than at the first measurement, since elsewhere their times have no limits to learn from. Infinite where
+    there is no such workload, so that nothing is told apart; 1 where there is no null control.
+
+    This is the noise of a mean over all workloads, in which that of single ones cancels in part. For verdicts
+    on a single workload there is `noise_alone`.
     """
-    reach = [1.0]
-    for null in field.nulls:
-        pairs = [
-            (one, other)
-            for one, other in _null_pairs(field, track, clock, null)
-            if np.isfinite(one.draws).all() and np.isfinite(other.draws).all()
-        ]
-        ratio = geometric_interval(pairs)
-        reach.append(max(ratio.high, 1 / ratio.low) if ratio and ratio.low else math.inf)
-    return max(reach)
+    known = (_known_pairs(field, track, clock, null) for null in field.nulls)
+    return max([1.0, *(_reach(geometric_interval(pairs)) for pairs in known)])
+
+
+def noise_alone(field: Contest, track: str, clock: str) -> float:
+    """How far from 1 a null control reaches on any single workload: the noise of verdicts on one of them.
+
+    Infinite or 1 where `noise` is, for the same reasons.
+    """
+    known = (_known_pairs(field, track, clock, null) for null in field.nulls)
+    return max(
+        [1.0, *(max((_reach(ratio_interval(*pair)) for pair in pairs), default=math.inf) for pairs in known)]
+    )
 
 
 def area(behind: float) -> float:
@@ -241,7 +248,7 @@ def _row(field: Contest, key: tuple[str, str, str], cell: Cell) -> Row:
     mine = field.trials(workload, method)
     cost = step_seconds(mine)
     plain = step_seconds(field.trials(workload, field.reference)) if field.reference else None
-    peaks = [line["peak_mib"] for line in mine if line.get("peak_mib") is not None]
+    peaks = [run["peak_mib"] for run in cell.runs if run.get("peak_mib") is not None]
     tests = [line["test"] for line in cell.runs if line.get("test") is not None]
     return Row(
         track=track,
@@ -329,6 +336,21 @@ def _null_pairs(field: Contest, track: str, clock: str, null: str) -> list[tuple
         if one and other:
             pairs.append((one.times[clock], other.times[clock]))
     return pairs
+
+
+def _known_pairs(field: Contest, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+    """Those of the pairs that reached the target in all resamples, later than at the first measurement."""
+    # half a step of the grid is left for seconds, of which a step does not always take the same
+    return [
+        pair
+        for pair in _null_pairs(field, track, clock, null)
+        if all(np.isfinite(one.draws).all() and (one.draws > 1.5 * one.grid).all() for one in pair)
+    ]
+
+
+def _reach(ratio: Interval | None) -> float:
+    """How far from 1 an interval reaches, to either side."""
+    return max(ratio.high, 1 / ratio.low) if ratio and ratio.low else math.inf
 
 
 def _runs(field: Contest, key: tuple[str, str, str]) -> list[Line]:

@@ -70,9 +70,9 @@ def task_of(y: Tensor) -> Task:
 
 @torch.no_grad()
 def mean(judge: Judge, predict: Callable[[Tensor], Tensor], split: Split, batch: int = 250) -> float:
-    """Mean of a loss or metric over a set, batch by batch."""
+    """Mean of a loss or metric over a set, batch by batch, whatever the network does to its input."""
     total = sum(
-        float(judge(predict(x), y)) * len(x)
+        float(judge(predict(x.clone()), y)) * len(x)
         for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True)
     )
     return total / len(split.x)

@@ -30,6 +30,9 @@ TUNING_SEED = 1000
 NULL_OFFSET = 500
 """Added to the seeds of a null control, which would repeat its original bit for bit otherwise."""
 
+MATTERING = ("plywise", "torch", "cpu")
+"""What of the environment changes times or numbers: where it changes, times are no longer comparable."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -42,6 +45,8 @@ class Plan:
         seeds: final runs of each method on each track.
         device: where trials run.
         search: how the points are found; see `plywise.arena.search`.
+        threads: torch's threads in each trial.
+        patience: seconds that a trial may take; None: what the one who runs them thinks right.
     """
 
     entries: tuple[Entry, ...]
@@ -50,6 +55,8 @@ class Plan:
     seeds: int = 3
     device: str = "cpu"
     search: str = SEARCHES[0]
+    threads: int = 1
+    patience: float | None = None
 
     def __post_init__(self) -> None:
         if not self.entries or not self.methods:
@@ -94,7 +101,8 @@ class Bench:
         command: what was typed, for the report.
 
     Raises:
-        PlywiseError: a method cannot be made, or no method can run on any workload.
+        PlywiseError: a method cannot be made or lacks a package, or no method can run on any workload.
+            Another process runs the bench in this folder.
         StateError: the folder holds another bench.
     """
 
@@ -102,12 +110,15 @@ class Bench:
         self.plan, self.folder, self._material = plan, folder, material
         self._search = find_search(plan.search)
         self.methods: dict[str, Method] = {name: find_method(name) for name in plan.methods}
+        for method in self.methods.values():
+            method.require()
         self.workloads = {entry.name: entry.applied(material.workloads[entry.name]) for entry in plan.entries}
         self._entries = {entry.name: entry.settled(self.workloads[entry.name]) for entry in plan.entries}
         self.refused = self._refusals()
         self.about = self._description(command)
-        self._join(folder / "bench.json")
         self.ledger = Ledger(folder / "trials.jsonl")
+        with self.ledger.writing():
+            self._join(folder / "bench.json")
 
     @property
     def total(self) -> int:
@@ -125,11 +136,19 @@ class Bench:
             crew: who runs the trials.
             more: asked before each trial; False ends the bench early, for a budget that is spent.
         """
-        self.about |= {"workers": crew.count, "threads": crew.threads}
-        self._write(self.folder / "bench.json")
         with self.ledger.writing():
+            self.about |= {"workers": crew.count, "threads": crew.threads}
+            self._note_environment()
+            self._write(self.folder / "bench.json")
             yield from self._perform(crew, more)
-        self.finish()
+            self.finish()
+
+    def _note_environment(self) -> None:
+        """Add this machine to ``resumed`` if trials are left and the ones before ran on another."""
+        known = [self.about["environment"], *self.about.get("resumed", [])]
+        now = environment()
+        if self.unfinished() and any(known[-1].get(name) != now[name] for name in MATTERING):
+            self.about["resumed"] = [*known[1:], now]
 
     def _perform(self, crew: Crew, more: Callable[[], bool]) -> Iterator[Progress]:
         for name in self.workloads:
@@ -288,7 +307,7 @@ class Bench:
         if path.exists():
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
-                same = Plan.saved(before["plan"]) == self.plan
+                planned = json.loads(json.dumps(asdict(Plan.saved(before["plan"]))))
                 changed = [
                     name
                     for name, told in self.about["workloads"].items()
@@ -296,8 +315,8 @@ class Bench:
                 ]
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise StateError(f"{path} is no description of a bench ({error!r}).") from error
-            if not same:
-                difference = _difference(before["plan"], self.about["plan"])
+            if planned != self.about["plan"]:
+                difference = _difference(planned, self.about["plan"])
                 raise StateError(
                     f"{path.parent} holds another bench: {difference}. Use another --out, or go on with the "
                     "same settings."

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +24,9 @@ HOPELESS = 1e3
 
 LOOK = 500
 """Training samples that the training loss is measured on."""
+
+MOST_ROWS = 250
+"""Samples that are measured on at once, or a batch if that is fewer: measuring takes no more memory."""
 
 
 @dataclass
@@ -78,11 +84,13 @@ def run_trial(
     measure_every: int = 10,
     test: bool = False,
     look: int = LOOK,
+    meter: AbstractContextManager[Any] | None = None,
 ) -> Record:
     """Train once. The same seed gives every method the same initial weights and the same batches.
 
     A failure is an outcome: a loss that is not finite or a thousand times the first one, or any exception,
-    ends the training and is written into the record. The caller's random state is left alone.
+    ends the training and is written into the record. The caller's random states are left alone: torch's, on
+    every GPU in use, too, NumPy's and Python's.
 
     Args:
         begin: makes model and trainer; called with the seed set.
@@ -94,28 +102,30 @@ def run_trial(
         measure_every: measure after every so many steps, and after the last; never on the clock.
         test: measure on the test set at the end.
         look: training samples that the training loss is measured on.
+        meter: entered after the measurement before the first step, left before the test set is read.
     """
     record = Record(seed)
     count = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         try:
             trainer = begin()
             batches = endless_batches(data.train, batch_size, seed)
             seen = replace(data, train=Split(data.train.x[:look], data.train.y[:look]))
-            _measure(record, trainer, seen, task, 0, (0.0, 0.0))
+            rows = min(MOST_ROWS, batch_size)
+            _measure(record, trainer, seen, task, 0, (0.0, 0.0), rows)
             cpu = wall = 0.0
-            for count in range(1, steps + 1):
-                x, y = next(batches)
-                cpu_start, start = time.process_time(), time.perf_counter()
-                loss = trainer.step(x, y)
-                cpu += time.process_time() - cpu_start
-                wall += time.perf_counter() - start
-                _check(loss, record, "batch")
-                if count % measure_every == 0 or count == steps:
-                    _measure(record, trainer, seen, task, count, (cpu, wall))
+            with meter or nullcontext():
+                for count in range(1, steps + 1):
+                    x, y = next(batches)
+                    cpu_start, start = time.process_time(), time.perf_counter()
+                    loss = trainer.step(x, y)
+                    cpu += time.process_time() - cpu_start
+                    wall += time.perf_counter() - start
+                    _check(loss, record, "batch")
+                    if count % measure_every == 0 or count == steps:
+                        _measure(record, trainer, seen, task, count, (cpu, wall), rows)
             if test:
-                record.test = mean(task.metric, trainer.predict, data.test)
+                record.test = mean(task.metric, trainer.predict, data.test, rows)
         except DivergedError as error:
             record.failure = f"diverged at step {count}: {error}"
         except Exception as error:
@@ -135,16 +145,38 @@ def endless_batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[
             yield split.x[rows], split.y[rows]
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's, NumPy's and Python's random numbers from one seed; as before afterwards."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
 def _measure(
-    record: Record, trainer: Trainer, data: Data, task: Task, step: int, clocks: tuple[float, float]
+    record: Record,
+    trainer: Trainer,
+    data: Data,
+    task: Task,
+    step: int,
+    clocks: tuple[float, float],
+    rows: int,
 ) -> None:
     start = time.perf_counter()
     loss = None
     if trainer.plain:
-        loss = mean(task.loss, trainer.predict, data.train)
+        loss = mean(task.loss, trainer.predict, data.train, rows)
     record.steps.append(step)
     record.loss.append(loss)
-    record.validation.append(mean(task.metric, trainer.predict, data.validation))
+    record.validation.append(mean(task.metric, trainer.predict, data.validation, rows))
     record.cpu.append(clocks[0])
     record.wall.append(clocks[1])
     record.measuring += time.perf_counter() - start

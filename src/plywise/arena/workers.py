@@ -16,11 +16,12 @@ from plywise.arena.job import Job, failed, perform
 from plywise.errors import PlywiseError
 
 PATIENCE = 600.0
-"""Seconds that a trial may take, all in all, unless told otherwise."""
+"""Seconds that a trial may take, all in all, unless told otherwise or planned to take long."""
 
 PRELOADED = (
     *("plywise.arena.workers", "plywise.arena.methods.peers", "plywise.arena.methods.rules"),
     *("plywise.arena.methods.learners", "torch._dynamo"),  # torch.optim imports it with the first optimizer
+    "pytorch_optimizer",  # where it is installed
 )
 """What the process has imported that trials are forked from."""
 
@@ -31,10 +32,12 @@ class Crew(Protocol):
     Attributes:
         count: trials at once.
         threads: torch's threads in each.
+        patience: seconds that each may take.
     """
 
     count: int
     threads: int
+    patience: float
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end."""

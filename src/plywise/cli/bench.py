@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import sys
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from plywise.arena.ray_crew import RayCrew
     from plywise.arena.tournament import Bench, Plan
     from plywise.arena.workers import Crew, Workers
+
+OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run")
+"""Flags that are no part of the plan: a bench may be gone on with by others."""
 
 METHODS = "sgd,sgd-again,adamw,muon,proxprop,feature-whitening+adamw,foof+adamw"
 
@@ -45,7 +49,7 @@ def bench(
     threads: int = 1,
     ray: str | None = None,
     device: str = "cpu",
-    patience: float = 600.0,
+    patience: float | None = None,
     out: Path = Path("runs/bench"),
     resume: Switch = False,
     dry_run: Switch = False,
@@ -75,7 +79,7 @@ def bench(
             module:name of a torch.optim.Optimizer.
         budget: time for all of it, as in 90s, 45m, 2h: sets the number of trials, and the steps of your model
             if you do not.
-        trials: tuning trials of each method, without a budget; 0: defaults only.
+        trials: tuning trials of each method, without a budget; 0: defaults only, with a budget, too.
         search: how the numbers of those trials are found. sobol: the same quasi-random points for all
             methods, so that their luck is equal; optuna: Optuna's TPE, where each trial learns from a
             method's trials before (pip install 'plywise[optuna]').
@@ -91,11 +95,13 @@ def bench(
         ray: run the trials on a Ray cluster: its address as host:port, auto for the one that this machine is
             part of, or local to start one here (pip install 'plywise[ray]').
         device: where it trains, as in cuda.
-        patience: seconds that one trial may take.
+        patience: seconds that one trial may take. Default: 600; with a budget, three times what the dearest
+            trial is planned to take, if that is more.
         out: folder of bench.json, trials.jsonl and report.html.
-        resume: go on with the bench in that folder; what is compared is as it was there.
+        resume: go on with the bench in that folder; what is compared, and how, is as it was there.
         dry_run: say how long it will take, and stop.
     """
+    given = dict(locals())
     seconds = None
     if budget is not None:
         from plywise.arena.budget import seconds_of
@@ -103,6 +109,7 @@ def bench(
         seconds = seconds_of(budget)
     end = None if seconds is None else time.monotonic() + seconds
     if resume:
+        _refuse_what_the_plan_says(given)
         plan = _saved(out)
     else:
         if (out / "bench.json").exists():
@@ -114,19 +121,44 @@ def bench(
         own = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
         plan = _asked(model, data, workloads, methods, loss, metric, own)
         find_search(search)  # what is not installed is said before anything is read
-        plan = replace(plan, trials=trials, seeds=seeds, device=device, search=search)
-    crew = _crew(ray, workers, threads, patience)
+        plan = replace(
+            plan,
+            trials=trials,
+            seeds=seeds,
+            device=device,
+            search=search,
+            threads=threads,
+            patience=patience,
+        )
+    if ray is None:  # a cluster's machines have devices of their own
+        from plywise.arena.job import require_device
+
+        require_device(plan.device)
+    crew = _crew(ray, workers, plan)
     screen = console()
     from plywise.arena.material import Material
 
     material = Material(plan.entries)
     try:
         if not resume and (dry_run or seconds is not None):
-            plan = _planned(plan, material, crew, seconds, screen, crew.count)
+            plan = _planned(plan, material, crew, seconds, screen)
+            crew.patience = _patience(plan)
         if not dry_run:
             _run(plan, material, crew, out, end, screen)
     finally:
         material.close()
+
+
+def _refuse_what_the_plan_says(given: dict[str, Any]) -> None:
+    """With --resume, only what is no part of the plan may be given."""
+    flags = inspect.signature(bench).parameters.items()
+    own = [name for name, flag in flags if name not in OF_A_RUN and given[name] != flag.default]
+    if own:
+        names = ", ".join("the model" if name == "model" else f"--{name.replace('_', '-')}" for name in own)
+        raise PlywiseError(
+            f"--resume goes on with the bench in {given['out']} as it was planned: leave out {names}, or "
+            "name another folder with --out and begin a bench of its own."
+        )
 
 
 def _asked(
@@ -159,12 +191,15 @@ def _asked(
         sets = {"quick": QUICK, "standard": STANDARD}
         names = sets.get(str(workloads)) or _words(str(workloads))
         entries = [Entry(name, **own) for name in names]
-    found = tuple(find_method(name).name for name in _words(methods))
-    return Plan(tuple(entries), found)
+    found = [find_method(name) for name in _words(methods)]
+    for method in found:
+        method.require()
+    return Plan(tuple(entries), tuple(method.name for method in found))
 
 
-def _crew(ray: str | None, workers: int | None, threads: int, patience: float) -> Workers | RayCrew:
+def _crew(ray: str | None, workers: int | None, plan: Plan) -> Workers | RayCrew:
     """Who runs the trials."""
+    threads, patience = plan.threads, _patience(plan)
     if ray is None:
         from plywise.arena.workers import Workers
 
@@ -174,6 +209,13 @@ def _crew(ray: str | None, workers: int | None, threads: int, patience: float) -
     from plywise.arena.ray_crew import RayCrew
 
     return RayCrew(ray, threads, patience)
+
+
+def _patience(plan: Plan) -> float:
+    """Seconds that a trial may take."""
+    from plywise.arena.workers import PATIENCE
+
+    return PATIENCE if plan.patience is None else plan.patience
 
 
 def _saved(out: Path) -> Plan:
@@ -191,11 +233,9 @@ def _saved(out: Path) -> Plan:
         raise StateError(f"{path} is no description of a bench ({error!r}).") from error
 
 
-def _planned(
-    plan: Plan, material: Material, crew: Crew, budget: float | None, screen: Console, workers: int
-) -> Plan:
-    """The plan with steps and trials that fit; says what it comes to."""
-    from plywise.arena.budget import estimate, fitted, measure, steps_for, told
+def _planned(plan: Plan, material: Material, crew: Crew, budget: float | None, screen: Console) -> Plan:
+    """The plan with steps, trials and patience that fit; says what it comes to."""
+    from plywise.arena.budget import estimate, fitted, measure, patient, steps_for, told
 
     screen.print("Measuring a few steps of each method.", style="dim")
     costs, failures = measure(plan, material, crew)
@@ -205,16 +245,17 @@ def _planned(
         raise PlywiseError("Every method fails in its first steps; nothing has been run.")
     known = {entry.name: entry.applied(material.workloads[entry.name]).steps for entry in plan.entries}
     if budget is not None:
-        known = steps_for(plan, costs, plan.entries, known, workers, budget)
+        known = steps_for(plan, costs, plan.entries, known, crew.count, budget)
         entries = tuple(
             replace(entry, steps=known[entry.name]) if entry.model else entry for entry in plan.entries
         )
-        plan = fitted(replace(plan, entries=entries), costs, known, workers, budget)
-    needed = estimate(plan, costs, known, workers)
+        plan = fitted(replace(plan, entries=entries), costs, known, crew.count, budget)
+    plan = patient(plan, costs, known)
+    needed = estimate(plan, costs, known, crew.count)
     steps = ", ".join(f"{name} {count}" for name, count in known.items())
     screen.print(
         f"With {plan.trials} tuning trials and {plan.seeds} seeds for each method, and these steps: {steps}; "
-        f"{workers} at once: about {told(needed)}.",
+        f"{crew.count} at once: about {told(needed)}.",
         soft_wrap=True,
     )
     return plan

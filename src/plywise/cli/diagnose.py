@@ -126,7 +126,7 @@ def _print_layers(screen: Console, diagnosis: Diagnosis) -> None:
         if value is not None
     ]
     if spans:
-        screen.print(f"\n{'; '.join(spans)}.".capitalize())
+        screen.print(f"\n{'; '.join(spans).capitalize()}.")
 
 
 def _table(title: str, diagnosis: Diagnosis) -> Table:

@@ -56,17 +56,11 @@ def _told(screen: Console, exported: Exported, where: str) -> None:
 
 def conclude(folder: Path, screen: Console) -> Path:
     """Write the page of a bench; print its standing and what it finds."""
-    from plywise.arena.bench_page import page, read_bench
-    from plywise.arena.contest import contest
-    from plywise.arena.findings import findings
-    from plywise.arena.standing import rows
-    from plywise.files import write_whole
+    from plywise.arena.bench_page import write_page
 
-    bench, lines = read_bench(folder)
-    path = write_whole(folder / "report.html", page(bench, lines))
-    field = contest(bench, lines)
-    screen.print(_standing(field))
-    for sentence in findings(field, rows(field)):
+    path, judged = write_page(folder)
+    screen.print(_standing(judged.field))
+    for sentence in judged.findings:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
     screen.print(f"\nThe report: {path}", soft_wrap=True)
     return path

@@ -81,18 +81,6 @@ def read_idx(path: Path) -> NDArray[np.generic]:
     return np.frombuffer(content, kind, offset=start).reshape(shape).astype(kind.newbyteorder("="))
 
 
-def read_cifar10(path: Path) -> tuple[Bytes, Bytes]:
-    """One batch of CIFAR-10's binary version (``data_batch_1.bin``).
-
-    Returns:
-        Images (N, 32, 32, 3) and labels (N,), bytes.
-
-    Raises:
-        PlywiseError: it cannot be read, or is no such file.
-    """
-    return _cifar_batch(path, read_bytes(path))
-
-
 def read_cifar10_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     """CIFAR-10 as it is published: ``cifar-10-binary.tar.gz``.
 

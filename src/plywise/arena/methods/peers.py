@@ -36,12 +36,14 @@ class Peer:
         about: one line.
         space: its tuned numbers; its rate is ``lr``.
         make: makes it from a setting and its numbers.
+        needs: a package that it comes from and plywise does not bring, or nothing.
     """
 
     name: str
     about: str
     space: Space
     make: Callable[[Setting, Numbers], Optimizer]
+    needs: str = ""
 
 
 # ---- the optimizers --------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ def of_peer(name: str) -> Method:
     def make(setting: Setting) -> Trainer:
         return end_to_end(setting, peer.make(setting, setting.numbers))
 
-    return Method(name, peer.about, peer.space, make, baseline=True)
+    return Method(name, peer.about, peer.space, make, baseline=True, needs=peer.needs)
 
 
 def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[Setting, Numbers], Optimizer]:
@@ -233,13 +235,21 @@ def _learning(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+_PACKAGE = "pytorch_optimizer"
+
 _PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _plain(nesterov)),
         Peer("adamw", "AdamW", unit_sized(3e-3), _plain(torch.optim.AdamW)),
         Peer("muon", "torch's Muon for hidden weights, AdamW for the rest", unit_sized(5e-3), _muon),
-        Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(5e-3), _plain(soap)),
-        Peer("shampoo", "Shampoo, grafted onto SGD with Nesterov momentum", GRADIENT_SIZED, _plain(shampoo)),
+        Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(5e-3), _plain(soap), _PACKAGE),
+        Peer(
+            "shampoo",
+            "Shampoo, grafted onto SGD with Nesterov momentum",
+            GRADIENT_SIZED,
+            _plain(shampoo),
+            _PACKAGE,
+        ),
     )
 }

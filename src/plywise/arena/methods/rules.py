@@ -80,7 +80,7 @@ def of_rule(name: str, optimizer: str) -> Method:
         return end_to_end(setting, made, rule(**tuned.fixed, **own))
 
     about = f"{card_of(rule).tagline} On {peer.about}."
-    return Method(name if on_sgd else f"{name}+{peer.name}", about, space, make)
+    return Method(name if on_sgd else f"{name}+{peer.name}", about, space, make, needs=peer.needs)
 
 
 def _space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:

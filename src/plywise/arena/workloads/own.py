@@ -66,22 +66,44 @@ def own_workload(
     found = own_data(data) if isinstance(data, str) else OwnData(data, "read before")
     train = found.data.train
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        output = _output(network, model, train.x[:2])
+        output = _output(network, model, train.x[:2].clone())
     fitting = _fitting(found.data, output)
     task = _task(fitting, loss, metric)
     _check_outputs(model, output, fitting, task, bool(loss))
     classes = output.shape[1] if _are_labels(train.y) and output.dim() == 2 else 0
-    return Workload(
-        name,
-        f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}.",
-        partial(called, model, "your model"),
-        lambda: fitting,
-        task,
+    return replace(
+        checked_workload(name, model, fitting, loss=loss, metric=metric, classes=classes),
+        about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}.",
         batch_size=min(BATCH_SIZE, len(train.y)) if batch_size is None else batch_size,
         steps=STEPS if steps is None else steps,
-        blocks=_blocks(network, train.x[:_EXAMPLE], classes, blocks),
-        classes=classes,
+        blocks=_blocks(network, train.x[:_EXAMPLE].clone(), classes, blocks),
     )
+
+
+def checked_workload(
+    name: str, model: str, data: Data, *, loss: str = "", metric: str = "", classes: int = 0
+) -> Workload:
+    """A workload that `own_workload` has checked: the model is not made, and the data are taken as they are.
+
+    Args:
+        name: what to call it.
+        model: as for `own_workload`.
+        data: what the checked workload's ``make_data`` gave.
+        loss: as for `own_workload`.
+        metric: alike.
+        classes: of the checked workload.
+
+    Raises:
+        PlywiseError: loss or metric cannot be had.
+
+    Example:
+        >>> from plywise.arena.workloads.synthetic import make_data
+        >>> checked_workload("mine", "module:model", make_data()).task.metric_name
+        'mean squared error'
+    """
+    make_model = partial(called, model, "your model")
+    task = _task(data, loss, metric)
+    return Workload(name, f"{model}, checked before.", make_model, lambda: data, task, classes=classes)
 
 
 def _made(address: str) -> nn.Module:

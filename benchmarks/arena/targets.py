@@ -1,0 +1,46 @@
+"""Targets of the shipped workloads, from the baselines that a bench has tuned.
+
+    python benchmarks/arena/targets.py benchmarks/arena/standard --commit 136fd13
+
+Writes src/plywise/arena/workloads/targets.json: for each workload of the bench whose baselines have all been
+tuned the target and the loose one, the commit whose code made them, and the command. Targets that are stored
+are not moved: delete them by hand to have them made again, and say so in the changelog.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from plywise.arena.bench_page import read_bench
+from plywise.arena.score import loose_target_of, target_of
+from plywise.arena.workloads import WORKLOADS, targets
+from plywise.files import write_whole
+
+STORED = Path(__file__).parents[2] / "src" / "plywise" / "arena" / "workloads" / "targets.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--commit", required=True, help="of the code that ran the bench")
+    options = parser.parse_args()
+    bench, lines = read_bench(options.folder)
+    baselines = {name for name, method in bench["methods"].items() if method["baseline"]}
+    found = targets()
+    for name in bench["workloads"]:
+        on = [line for line in lines if line["workload"] == name]
+        tuning = [line for line in on if line["purpose"] == "tuning" and line["method"] in baselines]
+        if name in found or name not in WORKLOADS or len(tuning) < bench["trials"] * len(baselines):
+            continue
+        found[name] = {
+            "target": target_of(on, baselines),
+            "loose": loose_target_of(on, baselines),
+            "commit": options.commit,
+            "made_by": bench["command"],
+        }
+        print(f"{name:20} {found[name]['target']:.6g}  loose {found[name]['loose']:.6g}")
+    write_whole(STORED, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
