@@ -223,5 +223,5 @@ def test_setup_says_how_to_write_it():
     setup = Setup("X", 0.5, "ProxProp", {"tau": 0.1}, optimizer_settings={"momentum": 0.9})
     assert str(setup) == "ProxProp(tau=0.1) + SGD(lr=0.5, momentum=0.9)"
     assert str(setup.make_rule()).startswith("ProxProp(tau=0.1")
-    optimizer = setup.make_optimizer(2.0)(nn.Linear(1, 1).parameters())
+    optimizer = setup.train(nn.Linear(1, 1), 2.0).optimizer
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (2.0, 0.9)

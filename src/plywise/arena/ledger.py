@@ -86,14 +86,15 @@ class Ledger:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
+                self.lines[key_of(line)] = line  # from here on it is kept, whoever interrupts
                 os.fsync(file.fileno())
         except OSError as error:
             os.truncate(self.path, before)
+            self.lines.pop(key_of(line), None)
             raise PlywiseError(
                 f"A trial could not be written to {self.path}: {error.strerror}. The {len(self.lines)} "
                 "trials before are kept; make room, and go on."
             ) from error
-        self.lines[key_of(line)] = line
 
     def __contains__(self, key: Key) -> bool:
         return key in self.lines
