@@ -30,6 +30,15 @@ def frozen():
     made.spare = None
     return made
 
+class Broken(nn.Linear):
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("broken when it trains")
+        return super().forward(x)
+
+def broken():
+    return Broken(4, 3)
+
 def data():
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
     return x, x[:, :3].argmax(1)
@@ -120,6 +129,7 @@ def test_data_from_files(tmp_path, capsys):
         (["mine:modle", "--data", "mine:data"], "modle"),
         (["mine:model", "--data", "nowhere.npz"], "nowhere.npz"),
         (["mine:model", "--data", "mine:data", "--loss", "mine:nan"], "loss of batch 1"),
+        (["mine:broken", "--data", "mine:data"], "RuntimeError: broken when it trains"),
     ],
 )
 def test_mistakes_are_named(words, what):

@@ -70,7 +70,14 @@ def diagnose(
     from plywise.arena.advice import advice
     from plywise.arena.diagnosis import diagnose_workload
 
-    diagnosis = diagnose_workload(asked, found, batches=batches, batch_size=batch_size, seed=seed)
+    try:
+        diagnosis = diagnose_workload(asked, found, batches=batches, batch_size=batch_size, seed=seed)
+    except PlywiseError:
+        raise
+    except Exception as error:  # the user's own code runs in there
+        raise PlywiseError(
+            f"{asked.name} failed in training mode while it was looked at: {type(error).__name__}: {error}."
+        ) from error
     recommended = advice(diagnosis, subject)
     if json:
         _print_json(diagnosis, recommended)
