@@ -76,7 +76,7 @@ def diagnose(
         raise
     except Exception as error:  # the user's own code runs in there
         raise PlywiseError(
-            f"{asked.name} failed in training mode while it was looked at: {type(error).__name__}: {error}."
+            f"{asked.name} failed while it was looked at: {type(error).__name__}: {error}."
         ) from error
     recommended = advice(diagnosis, subject)
     if json:
