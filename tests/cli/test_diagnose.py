@@ -37,7 +37,7 @@ class Broken(nn.Linear):
         return super().forward(x)
 
 def broken():
-    return Broken(4, 3)
+    return nn.Sequential(nn.Linear(4, 4), Broken(4, 3))
 
 def data():
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
