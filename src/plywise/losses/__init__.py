@@ -1,0 +1,1 @@
+"""Losses and penalties of the related papers, one file a paper."""

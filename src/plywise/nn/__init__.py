@@ -1,0 +1,1 @@
+"""Modules of the related papers: each an ordinary `torch.nn.Module`, one file a paper."""

@@ -1,0 +1,1 @@
+"""Optimizers of the related papers: each an ordinary `torch.optim.Optimizer`, one file a paper."""
