@@ -1,6 +1,7 @@
 """One thread, one seed, and the option that runs the contract on a user's own rule."""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MODULE:FACTORY",
         help="run tests/contract on this rule instead of the built-in ones (see tests/contract/registry.py)",
     )
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """Stands in an empty folder; called with a name and a text, puts a module of the user's there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    names = []
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+        names.append(name)
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

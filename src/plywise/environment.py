@@ -27,7 +27,7 @@ def environment() -> dict[str, str | int]:
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "blas": _blas(torch.__config__.show()),
         "devices": ", ".join(_devices()),
@@ -42,7 +42,7 @@ def _cpu() -> str:
     return model[1] if model else platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use, which in a container are fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

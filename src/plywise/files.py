@@ -2,20 +2,32 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Write ``text`` to ``path`` atomically, making its folder where missing; returns the path."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write bytes to, which appears at ``path`` at the end, whole, or not at all.
+
+    Its folder is made where missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A rename is atomic only within one file system, hence the temporary file beside its target.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write ``text`` to ``path`` atomically, making its folder where missing; returns the path."""
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))
     return path

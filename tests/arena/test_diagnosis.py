@@ -374,10 +374,12 @@ def test_a_diagnosis_is_json_and_a_series_for_the_report():
     json.dumps(series, allow_nan=False)
 
 
-def test_a_bench_is_told_of_the_layers_before_training_or_nothing():
+def test_a_bench_is_told_of_the_layers_before_training_or_why_not():
     digits = find_workload("digits-mlp")
     data = digits.make_data()
     told = layers_before(digits, data)
-    assert told == layer_series(diagnose_workload(digits, data))
-    assert told["names"] == ["0", "2", "4", "6"]
-    assert layers_before(replace(digits, make_model=lambda: nn.Linear(3, 3)), data) is None
+    assert told["layers"] == layer_series(diagnose_workload(digits, data))
+    assert told["layers"]["names"] == ["0", "2", "4", "6"]
+    wrong = layers_before(replace(digits, make_model=lambda: nn.Linear(3, 3)), data)
+    assert wrong["layers"] is None
+    assert "shapes cannot be multiplied" in wrong["unseen"]

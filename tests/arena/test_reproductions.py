@@ -381,6 +381,8 @@ def test_a_reproduction_from_beginning_to_table(tmp_path):
     assert [one["seed"] for one in lines if one["purpose"] == TUNING] == [1000, 1000]
     assert {one["rate"] for one in lines if (one["method"], one["purpose"]) == ("tuned", FINAL)} == {0.5}
 
+    assert not (tmp_path / "reproduce.json").exists()
+    made.finish()
     about = json.loads((tmp_path / "reproduce.json").read_text())
     assert about["unfinished"] == 0
     (experiment,) = about["experiments"]

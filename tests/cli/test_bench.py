@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from plywise.arena.ledger import read
-from plywise.cli import main
 
 COMPETITORS = (Path(__file__).parent.parent / "arena" / "competitors.py").read_text()
 OWN = ["bench", "mine:model", "--data", "mine:data", "--steps", "12", "--batch-size", "32"]
@@ -21,19 +20,8 @@ SMALL = ["--trials", "1", "--seeds", "1", "--workers", "2"]
 
 
 @pytest.fixture(autouse=True)
-def _user(tmp_path, monkeypatch):
-    """A folder with a module of the user's, and nothing of another test's in this process."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(COMPETITORS)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-
-
-def plywise(*words):
-    """Exit code of a command in this process."""
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return left.value.code
+def _user(user_module):
+    user_module("mine", COMPETITORS)
 
 
 def start(*words):
@@ -42,9 +30,10 @@ def start(*words):
     )
 
 
-def test_ones_own_model_from_beginning_to_report(tmp_path, capsys):
-    assert plywise(*OWN, *SMALL, "--methods", "sgd,sgd-again,adamw,mine:Exploding,local-loss") == 0
-    said = capsys.readouterr().out
+def test_ones_own_model_from_beginning_to_report(tmp_path, plywise):
+    done = plywise(*OWN, *SMALL, "--methods", "sgd,sgd-again,adamw,mine:Exploding,local-loss")
+    assert done.code == 0
+    said = done.out
     assert "Methods: 5; workloads: 1; tuning trials of each: 1; seeds: 1; trials in all: 15" in said
     assert "[15/15]" in said
     assert "diverged" in said
@@ -59,11 +48,11 @@ def test_ones_own_model_from_beginning_to_report(tmp_path, capsys):
     assert "mine:Exploding" in page
     assert len(page) < 2_000_000
     (folder / "report.html").unlink()
-    assert plywise("report", "runs/bench") == 0
+    assert plywise("report", "runs/bench").code == 0
     assert (folder / "report.html").read_text() == page
 
 
-def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path):
+def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path, plywise):
     methods = ("--methods", "sgd,mine:Slow", "--trials", "2", "--seeds", "2", "--workers", "1")
     process = start(*OWN, *methods)
     ledger = tmp_path / "runs" / "bench" / "trials.jsonl"
@@ -75,17 +64,17 @@ def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path):
     assert f"{len(kept)} of 12 trials are kept" in said
     assert "plywise bench --resume --out runs/bench" in said
     assert (ledger.parent / "report.html").exists(), "what there is can be looked at"
-    assert plywise("bench", "--resume", "--workers", "2") == 0
+    assert plywise("bench", "--resume", "--workers", "2").code == 0
     assert len(list(read(ledger))) == 12
     assert list(read(ledger))[: len(kept)] == kept
 
 
-def test_a_budget_sets_trials_and_steps(tmp_path, capsys):
+def test_a_budget_sets_trials_and_steps(tmp_path, plywise):
     own = ["bench", "mine:model", "--data", "mine:data", "--methods", "sgd,fixed", "--seeds", "1"]
     own[own.index("sgd,fixed")] = "sgd,mine:fixed"
-    assert plywise(*own, "--budget", "10m", "--dry-run") == 0
-    said = capsys.readouterr().out
-    trials, steps = re.search(r"With (\d+) tuning trials .* mine:model (\d+)", said).groups()
+    done = plywise(*own, "--budget", "10m", "--dry-run")
+    assert done.code == 0
+    trials, steps = re.search(r"With (\d+) tuning trials .* mine:model (\d+)", done.out).groups()
     assert 4 <= int(trials) <= 16
     assert 200 <= int(steps) <= 20_000
     assert not (tmp_path / "runs").exists(), "a dry run leaves nothing"
@@ -114,24 +103,25 @@ def test_a_budget_sets_trials_and_steps(tmp_path, capsys):
         (["report", "nowhere"], "it has no bench.json"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_sentence(words, message, capsys):
-    assert plywise(*words) == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+def test_what_cannot_be_done_is_said_in_a_sentence(words, message, plywise):
+    done = plywise(*words)
+    assert done.code == 1
+    assert message in done.err
 
 
-def test_a_method_without_its_package_is_no_miss(tmp_path, capsys, monkeypatch):
+def test_a_method_without_its_package_is_no_miss(tmp_path, plywise, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    assert plywise(*OWN, *SMALL, "--methods", "sgd,soap") == 1
-    assert "Method soap needs the package pytorch_optimizer" in capsys.readouterr().err
+    done = plywise(*OWN, *SMALL, "--methods", "sgd,soap")
+    assert done.code == 1
+    assert "Method soap needs the package pytorch_optimizer" in done.err
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_with_a_bench_is_not_written_over(capsys):
-    assert plywise(*OWN, *SMALL, "--methods", "mine:fixed") == 0
-    assert plywise(*OWN, *SMALL, "--methods", "sgd") == 1
-    assert "Add --resume to go on with it, or name another folder" in capsys.readouterr().err
+def test_a_folder_with_a_bench_is_not_written_over(plywise):
+    assert plywise(*OWN, *SMALL, "--methods", "mine:fixed").code == 0
+    again = plywise(*OWN, *SMALL, "--methods", "sgd")
+    assert again.code == 1
+    assert "Add --resume to go on with it, or name another folder" in again.err
 
 
 def test_help_teaches_and_imports_no_torch():
@@ -149,7 +139,7 @@ def test_help_teaches_and_imports_no_torch():
         assert words in re.sub(r"\s+", " ", checked.stdout)
 
 
-def test_a_bench_that_is_killed_leaves_no_process_behind(tmp_path):
+def test_a_bench_that_is_killed_leaves_no_process_behind(tmp_path, plywise):
     process = start(*OWN, "--methods", "mine:Slow,sgd", "--trials", "4", "--workers", "2")
     ledger = tmp_path / "runs" / "bench" / "trials.jsonl"
     wait_until(lambda: ledger.exists() and ledger.read_text(), process)
@@ -159,7 +149,7 @@ def test_a_bench_that_is_killed_leaves_no_process_behind(tmp_path):
     while left := processes_in(tmp_path):
         assert time.monotonic() < end, left
         time.sleep(0.2)
-    assert plywise("bench", "--resume") == 0
+    assert plywise("bench", "--resume").code == 0
 
 
 def processes_in(folder):

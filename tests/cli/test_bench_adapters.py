@@ -1,13 +1,11 @@
 """`plywise bench --search`, `--ray` and `plywise report --tensorboard` as their users meet them."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from plywise.arena.ledger import read
-from plywise.cli import main
 
 COMPETITORS = (Path(__file__).parent.parent / "arena" / "competitors.py").read_text()
 OWN = ["bench", "mine:model", "--data", "mine:data", "--steps", "12", "--batch-size", "32"]
@@ -15,33 +13,23 @@ SMALL = ["--methods", "sgd", "--trials", "5", "--seeds", "1", "--workers", "2"]
 
 
 @pytest.fixture(autouse=True)
-def _user(tmp_path, monkeypatch):
-    """A folder with a module of the user's, and nothing of another test's in this process."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(COMPETITORS)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+def _user(user_module):
+    user_module("mine", COMPETITORS)
 
 
-def plywise(*words):
-    """Exit code of a command in this process."""
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return left.value.code
-
-
-def test_a_bench_by_optuna_in_tensorboard(capsys):
+def test_a_bench_by_optuna_in_tensorboard(plywise):
     pytest.importorskip("optuna", reason="optuna is not installed")
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
-    assert plywise(*OWN, *SMALL, "--search", "optuna") == 0
+    assert plywise(*OWN, *SMALL, "--search", "optuna").code == 0
     folder = Path("runs/bench")
     assert json.loads((folder / "bench.json").read_text())["plan"]["search"] == "optuna"
     assert len(list(read(folder / "trials.jsonl"))) == 7
     for said in ("7 trials are new in boards for TensorBoard, 0 were there", "0 trials are new"):
-        assert plywise("report", "runs/bench", "--tensorboard", "boards") == 0
-        assert said in capsys.readouterr().out
+        done = plywise("report", "runs/bench", "--tensorboard", "boards")
+        assert done.code == 0
+        assert said in done.out
     assert len(list(Path("boards").glob("mine.model/sgd/**/events.out.*"))) >= 7
-    assert plywise("bench", "--resume") == 0, "the search is the folder's"
+    assert plywise("bench", "--resume").code == 0, "the search is the folder's"
 
 
 @pytest.mark.parametrize(
@@ -53,9 +41,8 @@ def test_a_bench_by_optuna_in_tensorboard(capsys):
         ([*OWN, "--threads", "0"], "at least 1"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_sentence(words, message, capsys):
-    assert plywise(*words) == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+def test_what_cannot_be_done_is_said_in_a_sentence(words, message, plywise):
+    done = plywise(*words)
+    assert done.code == 1
+    assert message in done.err
     assert not Path("runs").exists()

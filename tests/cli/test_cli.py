@@ -11,7 +11,6 @@ import pytest
 
 from plywise.catalogue import RULES
 from plywise.cli import demo as demo_command
-from plywise.cli import main
 
 # in the demo: not the open form of four that are, nor a schedule
 SHOWN = [name for name in RULES if name not in ("Precondition", "GradientAmplification")]
@@ -48,32 +47,13 @@ def python(code: str) -> str:
 
 
 @pytest.fixture
-def plywise(capsys):
-    """Run a command in this process: exit code, standard output, standard error."""
-
-    def _plywise(*words):
-        with pytest.raises(SystemExit) as left:
-            main(words)
-        written = capsys.readouterr()
-        assert "Traceback" not in written.err
-        return left.value.code, written.out, written.err
-
-    return _plywise
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A folder with a user's module in it, and the process standing there."""
-    (tmp_path / "mine.py").write_text(MODULE)
-    (tmp_path / "needy.py").write_text("import a_package_that_is_not_there")
-    (tmp_path / "broken.py").write_text("\n\n1 / 0")
-    (tmp_path / "slip.py").write_text("def make(:")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    yield tmp_path
-    for name in ("mine", "needy", "broken", "slip"):
-        sys.modules.pop(name, None)
+def project(tmp_path, user_module):
+    """A folder with a user's modules in it, and the process standing there."""
+    user_module("mine", MODULE)
+    user_module("needy", "import a_package_that_is_not_there")
+    user_module("broken", "\n\n1 / 0")
+    user_module("slip", "def make(:")
+    return tmp_path
 
 
 # ---- the start -----------------------------------------------------------------------------------

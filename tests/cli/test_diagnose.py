@@ -52,12 +52,8 @@ def nan(output, y):
 
 
 @pytest.fixture(autouse=True)
-def _user(tmp_path, monkeypatch):
-    """A folder with a module of the user's."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+def _user(user_module):
+    user_module("mine", MINE)
 
 
 def run(*words):

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from plywise.cli import main
 from plywise.local.making import make_blocks, make_data, make_learner
 from plywise.local.plan import Plan
 from plywise.local.session import open_session
 from plywise.pipeline import checkpoint
 from plywise.pipeline.cuts import component_costs
+from sameness import same
 
 MODULE = """
 import torch
@@ -61,31 +61,12 @@ PLAN = [
 PER_EPOCH = 13  # 207 samples: the last batch has 15
 
 
-@pytest.fixture
-def plywise(capsys):
-    """Run a command in this process: exit code, standard output, standard error."""
-
-    def _plywise(*words):
-        with pytest.raises(SystemExit) as left:
-            main(words)
-        written = capsys.readouterr()
-        assert "Traceback" not in written.err
-        return left.value.code, written.out, written.err
-
-    return _plywise
-
-
 @pytest.fixture(autouse=True)
-def _project(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+def _project(user_module, monkeypatch):
+    user_module("mine", MODULE)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # what plywise would set, and leave behind
-    yield
-    sys.modules.pop("mine", None)
 
 
 @pytest.fixture
@@ -161,17 +142,6 @@ def state(out):
     folder = Path(out) / "checkpoints"
     names = ["learner", *(f"component {index}" for index in range(4))]
     return checkpoint.load(folder, None, names)
-
-
-def same(one, two):
-    """Equal in every bit, whatever it is made of."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
 
 
 def steps_logged(name):

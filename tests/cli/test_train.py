@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from plywise.cli import main
 from plywise.cli.training import Flags
 from plywise.local.plan import Plan, read_plan
 from plywise.local.session import open_session, trained
@@ -79,28 +78,9 @@ number = 3
 DEADLINE = 60.0
 
 
-@pytest.fixture
-def plywise(capsys):
-    """Run a command in this process: exit code, standard output, standard error."""
-
-    def _plywise(*words):
-        with pytest.raises(SystemExit) as left:
-            main(words)
-        written = capsys.readouterr()
-        assert "Traceback" not in written.err
-        return left.value.code, written.out, written.err
-
-    return _plywise
-
-
 @pytest.fixture(autouse=True)
-def _project(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    yield
-    sys.modules.pop("mine", None)
+def _project(user_module):
+    user_module("mine", MODULE)
 
 
 def wait_for(path, text):

@@ -5,26 +5,17 @@ import http.server
 import threading
 from functools import partial
 
-import pytest
-
 from plywise.arena.workloads import WORKLOADS
-from plywise.cli import main
 from plywise.data import store
 
 
-def plywise(*words):
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return left.value.code
+def test_every_workload_is_listed(plywise):
+    done = plywise("workloads")
+    assert done.code == 0
+    assert all(name in done.out for name in WORKLOADS)
 
 
-def test_every_workload_is_listed(capsys):
-    assert plywise("workloads") == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in WORKLOADS)
-
-
-def test_fetching_from_a_mirror(tmp_path, monkeypatch, capsys):
+def test_fetching_from_a_mirror(tmp_path, monkeypatch, plywise):
     served = tmp_path / "served"
     served.mkdir()
     (served / "file.bin").write_bytes(b"some data")
@@ -39,13 +30,15 @@ def test_fetching_from_a_mirror(tmp_path, monkeypatch, capsys):
         digest = hashlib.sha256(b"some data").hexdigest()
         monkeypatch.setitem(store.SETS, "tiny", (store.Remote("tiny/file.bin", digest, (url,)),))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        assert plywise("workloads", "fetch", "tiny") == 0
+        done = plywise("workloads", "fetch", "tiny")
+        assert done.code == 0
         server.shutdown()
     path = tmp_path / "cache" / "plywise" / "tiny" / "file.bin"
-    assert capsys.readouterr().out.strip() == str(path)
+    assert done.out.strip() == str(path)
     assert path.read_bytes() == b"some data"
 
 
-def test_fetching_what_there_is_not(capsys):
-    assert plywise("workloads", "fetch", "mnits") == 1
-    assert "mnits" in capsys.readouterr().err
+def test_fetching_what_there_is_not(plywise):
+    done = plywise("workloads", "fetch", "mnits")
+    assert done.code == 1
+    assert "mnits" in done.err

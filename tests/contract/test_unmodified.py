@@ -111,9 +111,11 @@ def test_detach_between_forward_and_backward_is_safe(case: Case, rule: Rule) -> 
 def test_detach_twice_and_unattached_is_harmless(case: Case) -> None:
     rule = case.make()
     rule.detach()
-    attach(rule, mlp())
+    model = mlp()
+    attach(rule, model)
     rule.detach()
     rule.detach()
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_attach_twice_is_refused(case: Case, rule: Rule) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections import Counter
 
 import numpy as np
@@ -15,6 +14,7 @@ from plywise.local.plan import Plan
 from plywise.local.run_folder import RunFolder, cut_back
 from plywise.local.session import accuracy, open_session, permutation, share, trained
 from plywise.pipeline import checkpoint
+from sameness import same
 
 MODULE = """
 import torch
@@ -50,14 +50,8 @@ PLANS = {
 
 
 @pytest.fixture(autouse=True)
-def _project(tmp_path, monkeypatch):
-    """A folder with a user's module in it, and the process standing there."""
-    (tmp_path / "things.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    yield
-    sys.modules.pop("things", None)
+def _project(user_module):
+    user_module("things", MODULE)
 
 
 def plan(out, **settings):
@@ -83,17 +77,6 @@ def killed(made, step):
 
     with pytest.raises(KeyboardInterrupt):
         session.run(cut)
-
-
-def same(one, two):
-    """Equal in every bit, whatever it is made of."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
 
 
 def log(folder):

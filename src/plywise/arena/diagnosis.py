@@ -195,15 +195,16 @@ def layer_series(diagnosis: Diagnosis) -> dict[str, list[Any]]:
     }
 
 
-def layers_before(workload: Workload, data: Data) -> dict[str, list[Any]] | None:
-    """What a bench's description tells of a workload's layers, before training.
+def layers_before(workload: Workload, data: Data) -> dict[str, Any]:
+    """What a bench's description tells of a workload's layers before training, as ``layers``.
 
-    None where they cannot be looked at: that is no reason not to train, and training will name what is wrong.
+    Where they cannot be looked at, ``layers`` is None and ``unseen`` says why: that is no reason not to
+    train, and training will name what is wrong.
     """
     try:
-        return layer_series(diagnose_workload(workload, data))
-    except Exception:
-        return None
+        return {"layers": layer_series(diagnose_workload(workload, data))}
+    except Exception as error:
+        return {"layers": None, "unseen": f"{type(error).__name__}: {str(error).split('. ')[0].rstrip('.')}"}
 
 
 # ---- looking -------------------------------------------------------------------------------------

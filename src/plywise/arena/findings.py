@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable
 
+from plywise.arena.cautions import cautions
 from plywise.arena.contest import Contest
-from plywise.arena.intervals import Interval, surest
+from plywise.arena.intervals import Interval
 from plywise.arena.ledger import DEFAULTS
-from plywise.arena.score import chosen
 from plywise.arena.standing import Place, Row, noise, noise_alone, null_ratio, places
-
-EDGE = 0.05
-"""Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
 
 SPARING = 0.9
 """Share of the reference's memory below which a method counts as sparing."""
@@ -42,8 +38,8 @@ def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
         return ["No final run has ended yet, so that there is nothing to compare."]
     track = field.tracks[0]
     standing = {clock: places(field, track, clock) for clock in ("steps", "cpu")}
-    told = [*_search(field), *_targets(field), *_misses(field, track, rows), *_untuned(field)]
-    last = [*_memory(field, track, rows), *_failures(field), *_edges(field), *_seeds(field)]
+    told = [*_targets(field), *_misses(field, track, rows), *_untuned(field)]
+    last = [*_memory(field, track, rows), *cautions(field)]
     if statistics.median(len(cell.runs) for cell in field.cells.values()) < FEWEST:
         few = f"Fewer than {FEWEST} seeds tell too little about noise to name anybody: run more of them."
         return [few, *told, *last]
@@ -55,16 +51,6 @@ def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
         *_ends(field, track, rows),
         *told,
         *last,
-    ]
-
-
-def _search(field: Contest) -> list[str]:
-    search = (field.bench.get("plan") or {}).get("search", "sobol")
-    if search == "sobol":
-        return []
-    return [
-        f"The numbers were searched by {search}, which learns from a method's own trials: all methods had "
-        "the same number of trials, but not the same luck with them."
     ]
 
 
@@ -285,71 +271,6 @@ def _advice(field: Contest, track: str, standing: dict[str, list[Place]], rows: 
             else "If there is no time to tune: no method reached every target in every run at its defaults."
         )
     return sentences
-
-
-def _failures(field: Contest) -> list[str]:
-    trials = [
-        line
-        for workload in field.workloads
-        for method in field.methods
-        for line in field.trials(workload, method)
-    ]
-    failed = Counter(line["method"] for line in trials if line["failure"] is not None)
-    told = ", ".join(f"{name} {count}" for name, count in failed.most_common())
-    sentences = [
-        f"{failed.total()} of {len(trials)} trials failed{f' ({told})' if told else ''}; failures are "
-        "counted, not dropped."
-    ]
-    if field.refused:
-        names = Counter(method for _, method in field.refused)
-        told = ", ".join(f"{name} on {count}" for name, count in names.items())
-        sentences.append(
-            f"Workloads that a method does not fit count as misses in profiles and ranks: {told}."
-        )
-    return sentences
-
-
-def _edges(field: Contest) -> list[str]:
-    """Whose best numbers lie at the edge of what was searched."""
-    found: Counter[str] = Counter()
-    for (workload, method), trials in field.tuning.items():
-        best = chosen(trials, field.targets[workload].strict)
-        space = field.bench["methods"].get(method, {}).get("space") or {}
-        for name, one in space.items():
-            if best is not None and name in best["numbers"] and at_edge(best["numbers"][name], **one):
-                found[f"{name} of {method}"] += 1
-    if not found:
-        return []
-    told = ", ".join(f"{what} on {count} of {len(field.workloads)}" for what, count in found.most_common())
-    return [f"The chosen number lies at the edge of its range, which may be too narrow: {told}."]
-
-
-def at_edge(value: float, low: float, high: float, log: bool = True, default: float = 0.0) -> bool:
-    """Whether a number lies in the outer twentieth of its range.
-
-    Example:
-        >>> at_edge(0.9, 1e-3, 1.0), at_edge(0.03, 1e-3, 1.0)
-        (True, False)
-    """
-    if log:
-        value, low, high = math.log(value), math.log(low), math.log(high)
-    return not EDGE <= (value - low) / (high - low) <= 1 - EDGE
-
-
-def _seeds(field: Contest) -> list[str]:
-    least = min(len(cell.runs) for cell in field.cells.values())
-    if least == 1:
-        return [
-            "One seed tells nothing about noise: intervals of a single run hold no more than the time "
-            "between two measurements. Run more seeds."
-        ]
-    if surest(least) >= 0.95:
-        return []
-    return [
-        f"An interval of {least} seeds is their range at most, which on one workload holds the true median "
-        f"with a probability of {100 * surest(least):.0f} %: take single workloads with caution. Six seeds "
-        "reach 95 %."
-    ]
 
 
 def span(ratio: Interval) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class Bench:
             for _, m in pairs
         )
 
-    def perform(self, crew: Crew, more: Callable[[], bool] = lambda: True) -> Iterator[Progress]:
+    def perform(self, crew: Crew, more: Callable[[], bool] = lambda: True) -> Generator[Progress, None, None]:
         """Run what the ledger does not hold yet.
 
         Args:
@@ -140,8 +140,12 @@ class Bench:
             self.about |= {"workers": crew.count, "threads": crew.threads}
             self._note_environment()
             self._write(self.folder / "bench.json")
-            yield from self._perform(crew, more)
-            self.finish()
+            try:
+                yield from self._perform(crew, more)
+            except (KeyboardInterrupt, GeneratorExit):
+                self._finish()
+                raise
+            self._finish()
 
     def _note_environment(self) -> None:
         """Add this machine to ``resumed`` if trials are left and the ones before ran on another."""
@@ -160,7 +164,7 @@ class Bench:
                 if any(key not in self.ledger for key in keys):
                     break  # what comes next depends on these
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Note in ``bench.json`` what is missing."""
         self.about["unfinished"] = self.unfinished()
         self._write(self.folder / "bench.json")
@@ -329,7 +333,7 @@ class Bench:
             self.about = {**before, "unfinished": []}
         else:
             for name, told in self.about["workloads"].items():
-                told["layers"] = layers_before(self.workloads[name], Data.load(self._material.files[name]))
+                told |= layers_before(self.workloads[name], Data.load(self._material.files[name]))
         self._write(path)
 
     def _write(self, path: Path) -> None:

@@ -13,6 +13,7 @@ from plywise.arena.task import Task
 from plywise.data.arrays import digest_of
 from plywise.data.digits import Split
 from plywise.errors import PlywiseError
+from plywise.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class Data:
     def save(self, path: Path) -> None:
         """Write the tensors, for `load` in other processes."""
         parts = {name: (split.x, split.y) for name, split in vars(self).items()}
-        temporary = path.with_suffix(".partial")
-        torch.save(parts, temporary)
-        temporary.replace(path)
+        with written_whole(path) as file:
+            torch.save(parts, file)
 
     def fingerprint(self) -> str:
         """A digest of every value: other data have another one."""

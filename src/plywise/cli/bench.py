@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plywise.cli.console import console
 from plywise.cli.training import Switch
+from plywise.environment import cores
 from plywise.errors import PlywiseError, StateError
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from plywise.arena.material import Material
     from plywise.arena.ray_crew import RayCrew
-    from plywise.arena.tournament import Bench, Plan
+    from plywise.arena.tournament import Bench, Plan, Progress
     from plywise.arena.workers import Crew, Workers
 
 OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run")
@@ -203,7 +205,7 @@ def _crew(ray: str | None, workers: int | None, plan: Plan) -> Workers | RayCrew
     if ray is None:
         from plywise.arena.workers import Workers
 
-        return Workers(workers or max(1, _cores() // max(1, threads)), threads, patience)
+        return Workers(workers or max(1, cores() // max(1, threads)), threads, patience)
     if workers is not None:
         raise PlywiseError("--workers belongs to this machine; with --ray, the cluster's CPUs say how many.")
     from plywise.arena.ray_crew import RayCrew
@@ -274,9 +276,10 @@ def _run(plan: Plan, material: Material, crew: Crew, out: Path, end: float | Non
     for one in bench.refused:
         screen.print(f"{one['method']} does not run on {one['workload']}: {one['reason']}.", soft_wrap=True)
     try:
-        _follow(bench, crew, end, screen)
+        # closed at once if interrupted here, so that the bench ends before it is reported
+        with closing(bench.perform(crew, lambda: end is None or time.monotonic() < end)) as pieces:
+            _follow(pieces, bench, screen)
     except KeyboardInterrupt:
-        bench.finish()
         page = conclude(out, screen)
         raise KeyboardInterrupt(
             f"{len(bench.ledger.lines)} of {bench.total} trials are kept; {page} shows them. "
@@ -290,17 +293,17 @@ def _run(plan: Plan, material: Material, crew: Crew, out: Path, end: float | Non
         )
 
 
-def _follow(bench: Bench, crew: Crew, end: float | None, screen: Console) -> None:
+def _follow(pieces: Iterator[Progress], bench: Bench, screen: Console) -> None:
     """Show the work: a bar in a terminal, a line for each trial elsewhere."""
-    pieces = bench.perform(crew, lambda: end is None or time.monotonic() < end)
     if not screen.is_terminal:
         for piece in pieces:
             screen.print(f"[{piece.done:{len(str(piece.total))}}/{piece.total}] {_said(piece.line)}")
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with Bar(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("starting", total=bench.total, completed=len(bench.ledger.lines))
         for piece in pieces:
             text = _said(piece.line)
@@ -321,7 +324,3 @@ def _said(line: dict[str, Any]) -> str:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from plywise.addresses import called
 from plywise.data.digits import Split, load_digits
+from plywise.data.readers import read_npz
 from plywise.errors import PlywiseError
-
-_DTYPES = {torch.float64: torch.float32, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,49 @@ def digest_of(splits: Iterable[Split]) -> str:
     return digest.hexdigest()
 
 
-def _from_file(path: Path) -> tuple[Any, ...]:
-    if not path.is_file():
-        raise PlywiseError(f"There is no data file {path}.")
+def tensor_of(values: Any, what: str) -> Tensor:
+    """Numbers as a tensor on the CPU, a row for each sample.
+
+    Args:
+        values: a tensor, an array, or lists; or a list of tensors, one a sample.
+        what: what they are, for the error.
+
+    Raises:
+        PlywiseError: they are no array of real, finite numbers with rows.
+    """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # zipfile, zlib and numpy have errors of their own
-        raise PlywiseError(f"{path} cannot be read as a .npz file of arrays: {error}.") from error
+        if isinstance(values, list) and values and hasattr(values[0], "shape"):
+            values = torch.stack([torch.as_tensor(value) for value in values])
+        tensor = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlywiseError(f"{what} are no array of numbers: {error}.") from error
+    if tensor.dim() == 0:
+        raise PlywiseError(f"{what} are a single number, not a row for each sample.")
+    if tensor.is_complex():
+        raise PlywiseError(f"{what} are complex numbers, which no loss here takes.")
+    bad = ~torch.isfinite(tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)).all(1)
+    if bool(bad.any()):
+        raise PlywiseError(
+            f"{what} hold NaN or infinity in {int(bad.sum())} of {len(bad)} samples, first in number "
+            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess."
+        )
+    return tensor
+
+
+def inputs_of(values: Any, what: str) -> Tensor:
+    """Inputs as networks take them: float32, bytes (images) divided by 255; other integers for embeddings.
+
+    Raises:
+        PlywiseError: see `tensor_of`.
+    """
+    x = tensor_of(values, what)
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    return x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()
+
+
+def _from_file(path: Path) -> tuple[Any, ...]:
+    found = read_npz(path)
     names = ["x_train", "y_train"]
     if "x_test" in found or "y_test" in found:
         names += ["x_test", "y_test"]
@@ -114,31 +148,10 @@ def _from_function(address: str) -> tuple[Any, ...]:
 
 
 def _split(x: Any, y: Any, what: str) -> Split:
-    inputs, targets = _inputs(_tensor(x, what), what), _targets(_tensor(y, what), what)
+    inputs, targets = inputs_of(x, what), _targets(tensor_of(y, what), what)
     if len(inputs) != len(targets) or len(inputs) == 0:
         raise PlywiseError(f"{what} have {len(inputs)} inputs and {len(targets)} targets.")
     return Split(inputs, targets)
-
-
-def _tensor(values: Any, what: str) -> Tensor:
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PlywiseError(f"{what} are no array of numbers: {error}.") from error
-    if tensor.dim() == 0:
-        raise PlywiseError(f"{what} are a single number, not a row for each sample.")
-    return tensor.detach().cpu()
-
-
-def _inputs(x: Tensor, what: str) -> Tensor:
-    if x.dtype == torch.uint8:
-        return x.float() / 255
-    if not x.is_floating_point():
-        return x.long()
-    x = x.to(_DTYPES.get(x.dtype, x.dtype))
-    if not bool(torch.isfinite(x).all()):
-        raise PlywiseError(f"{what} hold NaN or infinity.")
-    return x
 
 
 def _targets(y: Tensor, what: str) -> Tensor:

@@ -10,22 +10,20 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import tempfile
 import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from plywise.catalogue import suggestion
 from plywise.errors import PlywiseError
+from plywise.files import written_whole
 
 DEADLINE = 600.0
 """Seconds that one mirror has to deliver one file."""
@@ -198,20 +196,6 @@ def decoded(key: str, decode: Callable[[], dict[str, NDArray[np.uint8]]]) -> dic
     except OSError as error:
         warnings.warn(f"Decoded data cannot be kept in {folder}: {error}. They are made anew.", stacklevel=2)
     return arrays
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes to, which appears at ``path`` at the end, whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _fetched(remote: Remote, path: Path, deadline: float) -> Path:

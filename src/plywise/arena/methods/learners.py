@@ -74,7 +74,7 @@ class Local:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Recipe:
     """How a learner competes.
 
     Attributes:
@@ -105,17 +105,17 @@ def _ridge(setting: Setting) -> dict[str, Any]:
     return {"head": head}
 
 
-ENTRIES = {
-    "AssociatedLearning": Entry(1.0, {"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
-    "LocalLoss": Entry(1.0, loss=True),
+RECIPES = {
+    "AssociatedLearning": Recipe(1.0, {"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
+    "LocalLoss": Recipe(1.0, loss=True),
     # with two blocks to a loss: half a backward, a third, for all blocks but two, once more
-    "Interlocking": Entry(4 / 3, loss=True),
+    "Interlocking": Recipe(4 / 3, loss=True),
     # no backward; one forward (with batch norm two)
-    "CascadedForward": Entry(1 / 3, {"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
+    "CascadedForward": Recipe(1 / 3, {"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
     # a forward with dual numbers is two, and the weights' gradients are one
-    "LocalForwardGradient": Entry(1.0),
+    "LocalForwardGradient": Recipe(1.0),
     # a forward, the backward to the inputs in every iteration, and the weights' gradients
-    "ActivationRelaxation": Entry(
+    "ActivationRelaxation": Recipe(
         (2 + RELAXATION["iterations"]) / 3, settings=lambda _: RELAXATION, loss=True
     ),
 }
@@ -142,29 +142,29 @@ def of_learner(name: str, rule: str | None = None) -> Method:
         ['lr', 'damping']
     """
     learner = find_learner(LEARNER_OF[name])
-    entry = ENTRIES[learner.__name__]
+    recipe = RECIPES[learner.__name__]
     about = f"{(learner.__doc__ or '').split('.')[0]}, on Adam."
     if rule is not None:
-        if "lr" not in entry.space:
+        if "lr" not in recipe.space:
             raise PlywiseError(f"Method {name} learns in closed form: there is no gradient for {rule}.")
         about = f"{about[:-1]} with {RULE_OF[rule]} inside."
-        name, entry = f"{name}+{rule}", _with_rule(entry, find_rule(RULE_OF[rule]))
-    make = partial(begin, name, learner, entry)
-    return Method(name, about, entry.space, make, gradients=entry.gradients, local=True)
+        name, recipe = f"{name}+{rule}", _with_rule(recipe, find_rule(RULE_OF[rule]))
+    make = partial(begin, name, learner, recipe)
+    return Method(name, about, recipe.space, make, gradients=recipe.gradients, local=True)
 
 
-def _with_rule(entry: Entry, rule: type[Rule]) -> Entry:
+def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
     tuned = TUNED[rule.__name__]
 
     def settings(setting: Setting) -> dict[str, Any]:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
-        return {**entry.settings(setting), "rule": lambda: rule(**tuned.fixed, **own)}
+        return {**recipe.settings(setting), "rule": lambda: rule(**tuned.fixed, **own)}
 
-    space = dict(islice(chain(entry.space.items(), tuned.numbers.items()), MOST_TUNED))
-    return replace(entry, space=space, settings=settings)
+    space = dict(islice(chain(recipe.space.items(), tuned.numbers.items()), MOST_TUNED))
+    return replace(recipe, space=space, settings=settings)
 
 
-def begin(name: str, learner: Callable[..., Learner], entry: Entry, setting: Setting) -> Local:
+def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: Setting) -> Local:
     """A learner at work on a model.
 
     Raises:
@@ -176,7 +176,7 @@ def begin(name: str, learner: Callable[..., Learner], entry: Entry, setting: Set
             f"Method {name} trains a model block by block, and this workload says that its model is not to "
             "be cut (blocks=0)."
         )
-    settings = entry.settings(setting)
+    settings = recipe.settings(setting)
     if "num_classes" in inspect.signature(learner).parameters:
         if setting.classes == 0:
             raise PlywiseError(
@@ -184,7 +184,7 @@ def begin(name: str, learner: Callable[..., Learner], entry: Entry, setting: Set
                 "(classes=0)."
             )
         settings = {"num_classes": setting.classes, **settings}
-    if entry.loss:
+    if recipe.loss:
         settings = {"loss": setting.task.loss, **settings}
     made = learner(
         cut(setting.model, setting.blocks, setting.example),

@@ -103,7 +103,6 @@ class Reproduction:
         """Run what the ledger does not hold yet; each run is kept when it ends."""
         with self.ledger.writing():
             yield from self._perform()
-        self.finish()
 
     def _perform(self) -> Iterator[Progress]:
         for experiment in self.experiments:

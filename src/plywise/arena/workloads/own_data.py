@@ -15,6 +15,7 @@ from plywise.arena.workload import Data
 from plywise.arena.workloads import WORKLOADS, find_workload
 from plywise.arena.workloads.parts import drawn, tenths
 from plywise.catalogue import suggestion
+from plywise.data.arrays import inputs_of, tensor_of
 from plywise.data.digits import Split
 from plywise.data.readers import read_npz, read_table
 from plywise.errors import PlywiseError
@@ -168,7 +169,7 @@ def _kind(values: Tensor) -> str:
 
 
 def _split(x: Any, y: Any, what: str) -> Split:
-    inputs, targets = _inputs(x, what), _targets(y, what)
+    inputs, targets = inputs_of(x, f"{what}: the inputs"), _targets(y, what)
     if len(inputs) != len(targets):
         raise PlywiseError(f"{what}: there are {len(inputs)} inputs and {len(targets)} targets.")
     if len(inputs) == 0:
@@ -176,15 +177,8 @@ def _split(x: Any, y: Any, what: str) -> Split:
     return Split(inputs, targets)
 
 
-def _inputs(values: Any, what: str) -> Tensor:
-    x = _tensor(values, f"{what}: the inputs")
-    if x.dtype == torch.uint8:
-        return x.float() / 255
-    return x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()
-
-
 def _targets(values: Any, what: str) -> Tensor:
-    y = _tensor(values, f"{what}: the targets")
+    y = tensor_of(values, f"{what}: the targets")
     if y.is_floating_point():
         return y.float()
     if y.dim() == 2 and y.shape[1] == 1:
@@ -196,23 +190,3 @@ def _targets(values: Any, what: str) -> Tensor:
     if y.numel() and int(y.min()) < 0:
         raise PlywiseError(f"{what}: the targets hold {int(y.min())}; classes and tokens count from 0.")
     return y
-
-
-def _tensor(values: Any, what: str) -> Tensor:
-    try:
-        if isinstance(values, list) and values and hasattr(values[0], "shape"):
-            values = torch.stack([torch.as_tensor(value) for value in values])
-        tensor = torch.as_tensor(values).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PlywiseError(f"{what} are no array of numbers: {error}.") from error
-    if tensor.dim() == 0:
-        raise PlywiseError(f"{what} are a single number, not a row for each sample.")
-    if tensor.is_complex():
-        raise PlywiseError(f"{what} are complex numbers, which no loss here takes.")
-    bad = ~torch.isfinite(tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)).all(1)
-    if bool(bad.any()):
-        raise PlywiseError(
-            f"{what} hold NaN or infinity in {int(bad.sum())} of {len(bad)} samples, first in number "
-            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess."
-        )
-    return tensor
