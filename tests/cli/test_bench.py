@@ -64,6 +64,10 @@ def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path, plywise):
     assert f"{len(kept)} of 12 trials are kept" in said
     assert "plywise bench --resume --out runs/bench" in said
     assert (ledger.parent / "report.html").exists(), "what there is can be looked at"
+    told = plywise("bench", "--resume", "--dry-run")
+    assert told.code == 0
+    assert f"for what is left; {len(kept)} trials are done" in told.out
+    assert list(read(ledger)) == kept, "a dry run leaves all as it is"
     assert plywise("bench", "--resume", "--workers", "2").code == 0
     assert len(list(read(ledger))) == 12
     assert list(read(ledger))[: len(kept)] == kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from plywise.arena.job import EVALUATIONS, Entry, Job
@@ -101,10 +102,25 @@ def measure(
     return {pair: _cost(line) for pair, line in lines.items()}, failures
 
 
-def estimate(plan: Plan, costs: Costs, steps: Mapping[str, int], workers: int) -> float:
-    """Seconds that a bench takes: every method is tuned ``trials`` times, then run on both tracks."""
+def estimate(
+    plan: Plan,
+    costs: Costs,
+    steps: Mapping[str, int],
+    workers: int,
+    done: Mapping[tuple[str, str], int] = MappingProxyType({}),
+) -> float:
+    """Seconds that a bench takes: every method is tuned ``trials`` times, then run on both tracks.
+
+    Args:
+        plan: the bench.
+        costs: what `measure` found.
+        steps: of each workload.
+        workers: trials at once.
+        done: trials that have been run, by workload and method.
+    """
     runs = plan.trials + (2 if plan.trials else 1) * plan.seeds
-    return sum(runs * cost.run(steps[workload]) for (workload, _), cost in costs.items()) / workers
+    left = {pair: max(0, runs - done.get(pair, 0)) for pair in costs}
+    return sum(left[pair] * cost.run(steps[pair[0]]) for pair, cost in costs.items()) / workers
 
 
 def patient(plan: Plan, costs: Costs, steps: Mapping[str, int]) -> Plan:

@@ -6,6 +6,7 @@ import inspect
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -101,7 +102,7 @@ def bench(
             trial is planned to take, if that is more.
         out: folder of bench.json, trials.jsonl and report.html.
         resume: go on with the bench in that folder; what is compared, and how, is as it was there.
-        dry_run: say how long it will take, and stop.
+        dry_run: say how long it, or with --resume the rest of it, will take, and stop.
     """
     given = dict(locals())
     seconds = None
@@ -142,8 +143,10 @@ def bench(
 
     material = Material(plan.entries)
     try:
-        if not resume and (dry_run or seconds is not None):
-            plan = _planned(plan, material, crew, seconds, screen)
+        if resume and dry_run:
+            _planned(plan, material, crew, None, _done(out), screen)
+        elif not resume and (dry_run or seconds is not None):
+            plan = _planned(plan, material, crew, seconds, Counter(), screen)
             crew.patience = _patience(plan)
         if not dry_run:
             _run(plan, material, crew, out, end, screen)
@@ -235,8 +238,22 @@ def _saved(out: Path) -> Plan:
         raise StateError(f"{path} is no description of a bench ({error!r}).") from error
 
 
-def _planned(plan: Plan, material: Material, crew: Crew, budget: float | None, screen: Console) -> Plan:
-    """The plan with steps, trials and patience that fit; says what it comes to."""
+def _done(out: Path) -> Counter[tuple[str, str]]:
+    """Trials in a folder's ledger, by workload and method."""
+    from plywise.arena.ledger import read
+
+    return Counter((line["workload"], line["method"]) for line in read(out / "trials.jsonl"))
+
+
+def _planned(
+    plan: Plan,
+    material: Material,
+    crew: Crew,
+    budget: float | None,
+    done: Counter[tuple[str, str]],
+    screen: Console,
+) -> Plan:
+    """The plan with steps, trials and patience that fit; says what it, or the rest of it, comes to."""
     from plywise.arena.budget import estimate, fitted, measure, patient, steps_for, told
 
     screen.print("Measuring a few steps of each method.", style="dim")
@@ -253,11 +270,12 @@ def _planned(plan: Plan, material: Material, crew: Crew, budget: float | None, s
         )
         plan = fitted(replace(plan, entries=entries), costs, known, crew.count, budget)
     plan = patient(plan, costs, known)
-    needed = estimate(plan, costs, known, crew.count)
+    needed = estimate(plan, costs, known, crew.count, done)
     steps = ", ".join(f"{name} {count}" for name, count in known.items())
     screen.print(
         f"With {plan.trials} tuning trials and {plan.seeds} seeds for each method, and these steps: {steps}; "
-        f"{crew.count} at once: about {told(needed)}.",
+        f"{crew.count} at once: about {told(needed)}"
+        + (f" for what is left; {done.total()} trials are done." if done else "."),
         soft_wrap=True,
     )
     return plan
