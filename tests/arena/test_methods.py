@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ from plywise.arena.methods import (
     RULE_OF,
     find_method,
 )
+from plywise.arena.methods.learners import RELAXATION
 from plywise.arena.methods.rules import TUNED
 from plywise.arena.space import MOST_TUNED, defaults, points
 from plywise.arena.task import CLASSIFICATION
 from plywise.arena.trial import endless_batches, run_trial
 from plywise.arena.workload import Data
-from plywise.catalogue import RULES
+from plywise.catalogue import LEARNERS, RULES
 from plywise.data.digits import load_digits
-from plywise.local.catalogue import LEARNERS
 
 ERROR = 0.25
 """What the defaults must reach on the validation digits in 80 steps; chance is 0.9."""
@@ -133,6 +134,23 @@ def test_relaxed_activations_are_backpropagation(data):
     """At its fixed point, Adam on its gradients is Adam: interlocking over all blocks is that too."""
     relaxed, whole = (trial(name, data, {"lr": 1e-3}) for name in ("activation-relaxation", "interlocking"))
     assert relaxed.loss[-1] == pytest.approx(whole.loss[-1], rel=1e-3)
+
+
+def test_the_passes_of_a_learner_are_counted_on_the_model_at_hand():
+    def count(name, blocks):
+        method = find_method(name)
+        return method.count(replace(setting(method, example=torch.rand(32, 64)), blocks=blocks))
+
+    assert count("local-loss", 1) == 1.0, "one block is backpropagation"
+    # products of 64 × 64 and 64 × 10: the first layer takes two a step, the second three; with a local loss,
+    # the second layer two, since its input's gradient goes nowhere, and a head of its size three
+    assert count("local-loss", 2) == round((2 * 64 + 3 * 10 + 2 * 10) / (2 * 64 + 3 * 10), 2)
+    assert count("interlocking", 2) > count("local-loss", 2)
+    assert count("associated-learning", 2) > 1.5, "two networks beside the model's"
+    assert 0.3 < count("cascaded-forward", 2) < 0.5, "no backward"
+    iterations = RELAXATION["iterations"]
+    assert count("activation-relaxation", 2) > 10 * iterations / (2 * 64 + 3 * 10), "one product in each"
+    assert find_method("sgd").count is None
 
 
 # ---- composition -------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def perform(job: Job) -> dict[str, Any]:
     """Run a trial; the line for the ledger, failures included."""
     peak = Peak(job.device)
     method = find_method(job.key.method)
+    gradients = method.gradients
     try:
         data = Data.load(Path(job.data))
         workload = job.entry.again(data)
@@ -121,9 +122,11 @@ def perform(job: Job) -> dict[str, Any]:
             test=job.key.purpose == FINAL,
             meter=peak,
         )
+        if method.count and record.failure is None:
+            gradients = method.count(setting(workload, data, job))
     except Exception as error:
         record = Record(job.key.seed, failure=f"{type(error).__name__} before the first step: {error}")
-    return line(job, method.gradients, record, peak.mib)
+    return line(job, gradients, record, peak.mib)
 
 
 def setting(workload: Workload, data: Data, job: Job) -> Setting:

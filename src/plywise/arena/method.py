@@ -75,6 +75,7 @@ class Method:
         make: begins to train a model.
         baseline: whether targets are taken from it: an established method, not one of ours.
         gradients: forward and backward passes that a step takes.
+        count: counts them on the model at hand, for a method where they depend on it.
         local: whether it needs a model that can be cut into blocks.
         null: the method that this one is under another name and with other seeds: a null control.
         needs: a package that it imports and plywise does not bring, or nothing.
@@ -86,6 +87,7 @@ class Method:
     make: Callable[[Setting], Trainer]
     baseline: bool = False
     gradients: float = 1.0
+    count: Callable[[Setting], float] | None = None
     local: bool = False
     null: str | None = None
     needs: str = ""

@@ -349,7 +349,7 @@ def _described(method: Method) -> dict[str, Any]:
         "about": method.about,
         "baseline": method.baseline,
         "null": method.null,
-        "gradients": method.gradients,
+        "gradients": None if method.count else method.gradients,
         "local": method.local,
         "space": {name: asdict(one) for name, one in method.space.items()},
     }

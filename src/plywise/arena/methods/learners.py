@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -78,14 +79,11 @@ class Recipe:
     """How a learner competes.
 
     Attributes:
-        gradients: forward and backward passes that a step takes, where a forward costs a third: one product
-            of three. Heads, bridges and codes are not counted.
         space: the numbers that may be tuned.
         settings: the learner's arguments, from the tuned numbers.
         loss: whether it takes the task's loss.
     """
 
-    gradients: float
     space: Space = field(default_factory=lambda: RATE)
     settings: Callable[[Setting], dict[str, Any]] = lambda _: {}
     loss: bool = False
@@ -106,18 +104,12 @@ def _ridge(setting: Setting) -> dict[str, Any]:
 
 
 RECIPES = {
-    "AssociatedLearning": Recipe(1.0, {"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
-    "LocalLoss": Recipe(1.0, loss=True),
-    # with two blocks to a loss: half a backward, a third, for all blocks but two, once more
-    "Interlocking": Recipe(4 / 3, loss=True),
-    # no backward; one forward (with batch norm two)
-    "CascadedForward": Recipe(1 / 3, {"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
-    # a forward with dual numbers is two, and the weights' gradients are one
-    "LocalForwardGradient": Recipe(1.0),
-    # a forward, the backward to the inputs in every iteration, and the weights' gradients
-    "ActivationRelaxation": Recipe(
-        (2 + RELAXATION["iterations"]) / 3, settings=lambda _: RELAXATION, loss=True
-    ),
+    "AssociatedLearning": Recipe({"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
+    "LocalLoss": Recipe(loss=True),
+    "Interlocking": Recipe(loss=True),
+    "CascadedForward": Recipe({"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
+    "LocalForwardGradient": Recipe(),
+    "ActivationRelaxation": Recipe(settings=lambda _: RELAXATION, loss=True),
 }
 """By the learners' names."""
 
@@ -150,7 +142,22 @@ def of_learner(name: str, rule: str | None = None) -> Method:
         about = f"{about[:-1]} with {RULE_OF[rule]} inside."
         name, recipe = f"{name}+{rule}", _with_rule(recipe, find_rule(RULE_OF[rule]))
     make = partial(begin, name, learner, recipe)
-    return Method(name, about, recipe.space, make, gradients=recipe.gradients, local=True)
+    return Method(name, about, recipe.space, make, count=partial(passes, make), local=True)
+
+
+def passes(make: Callable[[Setting], Local], setting: Setting) -> float:
+    """What a step of a learner takes, in forward and backward passes of the plain model: products counted.
+
+    Heads, bridges and codes are in it; solving a ridge head's system is no product, and is not.
+    """
+    x, y = setting.example, torch.arange(len(setting.example), device=setting.example.device)
+    plain = copy.deepcopy(setting.model)
+    with FlopCounterMode(display=False) as once:
+        setting.task.loss(plain(x), y % setting.classes).backward()
+    learner = make(setting)
+    with FlopCounterMode(display=False) as local:
+        learner.step(x, y % setting.classes)
+    return round(local.get_total_flops() / once.get_total_flops(), 2)
 
 
 def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:

@@ -14,8 +14,8 @@ NOISE = 0.5
 """Standard deviation of the noise on training targets; its square is the least training loss."""
 SAMPLES = 40_000
 GRID = 2.0**-16
-"""Data are multiples of this, which float32 holds exactly: the last digits of a product depend on the machine, and a
-bench must find the same data on all of them."""
+"""Data are multiples of this, which float32 holds exactly. The last digits of a product depend on the
+machine, and a bench must find the same data on all of them."""
 
 
 def spectrum() -> Tensor:
