@@ -147,7 +147,7 @@ def test_the_passes_of_a_learner_are_counted_on_the_model_at_hand():
     assert count("local-loss", 2) == round((2 * 64 + 3 * 10 + 2 * 10) / (2 * 64 + 3 * 10), 2)
     assert count("interlocking", 2) > count("local-loss", 2)
     assert count("associated-learning", 2) > 1.5, "two networks beside the model's"
-    assert 0.3 < count("cascaded-forward", 2) < 0.5, "no backward"
+    assert 0.3 < count("cascaded-forward", 2) < 0.7, "no backward, and the Grams of two heads"
     iterations = RELAXATION["iterations"]
     assert count("activation-relaxation", 2) > 10 * iterations / (2 * 64 + 3 * 10), "one product in each"
     assert find_method("sgd").count is None
