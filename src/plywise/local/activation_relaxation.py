@@ -26,21 +26,34 @@ class ActivationRelaxation(Learner):
         with η_x = 1 one sweep is backpropagation.
     Use when: you study how gradients could come about without a backward pass.
     Do not use when: you want a trained network: T times the price for the same gradients.
+    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
+        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d. The
+        last block's output is the prediction.
     Cost: T backward passes to the inputs; the activations of the whole network.
+    Status: faithful to the plain algorithm. Of its variants (learned backward weights, no derivative of the
+        nonlinearity) there is none. The default loss is a mean, the paper's a sum; biases are one for all
+        samples, as torch has them, where the authors' code has one a sample.
     Source: Millidge, Tschantz, Seth, Buckley, "Activation Relaxation: A Local Dynamical Approximation to
         Backpropagation in the Brain", 2020, arXiv 2009.05359.
-    Limits: of the paper's variants (learned backward weights, no derivative of the nonlinearity) there is
-        none. Biases are one for all samples, as torch has them; the authors' code has one a sample. x
-        starts as large as activations and ends as small as gradients: with a loss averaged over N samples,
-        as by default here, it takes about ln(N)/η_x sweeps more than with a summed one, as in the paper.
+    Code: BerenMillidge/ActivationRelaxation.
+    Results: not reproduced here: where it stands still its gradients are backpropagation's, and so would its
+        accuracy be; tests/local/test_activation_relaxation.py checks the gradients. The paper's figures were
+        not at hand.
+    Limits: x starts as large as activations and ends as small as gradients: with a loss averaged over N
+        samples, as by default here, it takes about ln(N)/η_x sweeps more than with a summed one. Blocks run
+        in one process.
 
     Args:
         blocks: the network. The last block's output is the prediction.
         loss: of predictions and targets, a scalar. With the default, cross-entropy, targets are class
             indices and are checked; another loss gets them as they are.
-        rate: η_x, below 2, where the relaxation diverges. Default 0.1.
-        iterations: T. Default 100.
-        **training: ``optimizer``, ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`.
+        rate: η_x, below 2, where the relaxation diverges. Default 0.1. Range 0.05 to 1.
+        iterations: T. Default 100. Range 1 to 200.
+        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
+            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
+            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
+            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
+            components' random numbers (dropout, noise); default 0.
 
     Raises:
         BlockError: the loss is cross-entropy, and the last block's output is no row of scores.

@@ -109,25 +109,39 @@ class AssociatedLearning(OneWayLearner):
         detached, h and g learn mse(g(t), t_below). Prediction: g₁ ∘ … ∘ g_L ∘ b_L ∘ f_L ∘ … ∘ f₁.
     Use when: components shall train in a pipeline of processes, or with the memory of one of them.
     Do not use when: one process trains the network and it fits: the bridges cost more than they save.
+    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
+        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
+        of bridges, encoders and decoders too. Blocks end before the classifier.
     Cost: a bridge and a small autoencoder for each component; with the paper's bridges a step takes up to
         twice backpropagation's operations. The activations of one component at a time.
+    Status: variant: encoders begin apart, since the paper's, whose deep codes look alike at first, need long
+        trainings (``encoder=paper_encoder`` is the paper's). Codes are made once for each class, which
+        changes no number. The published code's TensorFlow 1 Adam adds its eps elsewhere than torch's.
     Source: Kao, Chen, "Associated Learning: Decomposing End-to-end Backpropagation based on Auto-encoders and
         Target Propagation", Neural Computation 33(1), 2021, arXiv 1906.05560.
+    Code: SamYWK/Associated_Learning (TensorFlow 1); Hibb-bb/AL, of a later paper on text.
+    Results: the paper's abstract: about as accurate as backpropagation; its tables could not be read. Ours:
+        95.0 against 94.1 % on 10,000 images of MNIST (MLP), 45.9 against 50.0 % on 3,000 of CIFAR-10
+        (benchmarks/README.md); the paper's MLP, an eighth as wide, after 500 steps 77.9, with encoders begun
+        apart 85.9, against 90.2 % (benchmarks/reproduce/associated-learning.json).
     Limits: classification by class index. Codes hold nothing of the input: they are one row a class, so deep
-        components see no more of the target than shallow ones. Encoders begin otherwise than the paper's,
-        whose deep codes need long trainings: see `apart_encoder`. Sigmoids saturate at rates that other
-        networks bear: on the digits Adam at 0.01 fails where 0.003 trains.
+        components see no more of the target than shallow ones. Sigmoids saturate at rates that other networks
+        bear: on the digits Adam at 0.01 fails where 0.003 trains.
 
     Args:
         blocks: the forward maps f.
         num_classes: number of classes, C.
-        code: width of every code, n (``neuron_num`` in the authors' code). Default 128.
+        code: width of every code, n (``neuron_num`` in the authors' code). Default 128. Range 16 to 256.
         bridge: makes b from the shape of a sample's activations and ``code``. Default `wide_bridge`,
             the paper's; `pooled_bridge` is cheaper on images.
         encoder: makes h from the codes that it gets to begin with, (C, below), and ``code``. Default
             `apart_encoder`; `paper_encoder` is the paper's.
-        **training: ``optimizer``, ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`. The
-            optimizer's rate is that of f and b; h and g learn at twice the rate, as in the paper.
+        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
+            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
+            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
+            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
+            components' random numbers (dropout, noise); default 0. The optimizer's rate is that of f and b; h
+            and g learn at twice the rate, as in the paper.
 
     Raises:
         BlockError: see `Blocks`.

@@ -94,11 +94,21 @@ class CascadedForward(OneWayLearner):
     Use when: a classifier is needed within one pass over the data, without a rate to tune; as a baseline.
     Do not use when: accuracy counts: features that learn are far better. The authors' code notes 65 % on
         CIFAR-10 for the least squares.
+    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
+        model into such). Inside a block anything goes: nothing in it is trained. Blocks end before the
+        classifier. A ``rule`` handles each `GradientHead`; a `RidgeHead` has nothing for it.
     Cost: no backward pass. One forward of each block in a step, two where it has batch norm. A `RidgeHead`
         on d features adds d²/2 products a sample in float64, 8d² bytes, and a solve of d³/3 now and then.
+    Status: variant: the ridge, its sums over batches and the running statistics are ours. The authors' code
+        solves without a ridge and normalises training data as one batch, test data by the test batch. Its
+        full-batch and sparsemax heads are not here; `GradientHead` is its linear layer on Adam.
     Source: Zhao, Wang, Li, Jin, Lang, Ling, "The Cascaded Forward Algorithm for Neural Network Training",
-        2023, arXiv 2303.09728. The ridge and the running statistics are ours: the authors' code solves
-        without one and normalises training data as one batch, test data by the test batch.
+        2023, arXiv 2303.09728.
+    Code: Graph-ZKY/CaFo.
+    Results: the authors' code notes test errors on CIFAR-10 of 0.349 (least squares), 0.326 (cross-entropy)
+        and 0.337 (sparsemax). Not reproduced here at that size. Ours: 83.5 % (ridge) and 86.9 % (gradient)
+        against backpropagation's 94.1 % on 10,000 images of MNIST, 52.1 and 47.7 against 50.0 % on 3,000 of
+        CIFAR-10 (benchmarks/README.md).
     Limits: the sum is not always better than its best block. Batch norm's statistics move while the heads
         learn: a batch is normalised by all batches up to itself, so that a ridge head's sums hold features
         of slightly different scales, less so the more batches there were. Nothing else of a second epoch
@@ -109,9 +119,13 @@ class CascadedForward(OneWayLearner):
         blocks: the random blocks, for example `cafo_blocks`. Their parameters are not trained.
         num_classes: number of classes, C.
         head: makes a head from the shape of a sample's features and C: `RidgeHead`, the default, or
-            `GradientHead`; ``functools.partial(RidgeHead, ridge=0.1)`` for other settings.
+            `GradientHead`; ``functools.partial(RidgeHead, ridge=0.1)`` for other settings (its ridge is worth
+            looking for in 1e-5 to 1).
         optimizer: makes the optimizer of each `GradientHead`; a `RidgeHead` needs none.
-        **training: ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`.
+        **training: what else every `Learner` takes, by name. ``scheduler`` makes one for each optimizer, to
+            step after each step. ``rule`` makes one to act inside each component, such as ``pw.Foof``;
+            default none, plain gradients. ``callbacks`` are called with a `Report` after each step. ``seed``
+            is of the components' random numbers (dropout, noise); default 0.
 
     Raises:
         BlockError: a block has too many features for a `RidgeHead`.

@@ -8,17 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import plywise
 from plywise.addresses import load
-from plywise.catalogue import suggestion
+from plywise.catalogue import LEARNERS, suggestion
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
     from plywise.local.learner import Learner
-
-LEARNERS = (
-    *("AssociatedLearning", "LocalLoss", "Interlocking", "CascadedForward"),
-    *("LocalForwardGradient", "ActivationRelaxation"),
-)
-"""Names of the learners, each an attribute of `plywise`; a name costs no import of torch."""
 
 READERS = ("AssociatedLearning", "CascadedForward")
 """Learners that read the classes off what the blocks hand on; for the others the last block's output is

@@ -79,10 +79,20 @@ class LocalLoss(OneWayLearner):
         the baseline of every other local method.
     Do not use when: backpropagation fits and accuracy counts. Early blocks throw away what their own head
         has no use for, the more the more blocks there are: see `Interlocking`.
+    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
+        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
+        of heads too. The last block's output is one score for each class.
     Cost: a head for each block. The activations of one block at a time.
+    Status: variant: blocks learn all at once, as in the second paper's synchronous algorithm; the default
+        head, average pooling and one linear layer, is smaller than theirs.
     Source: Belilovsky, Eickenberg, Oyallon, "Greedy layerwise learning can scale to ImageNet", ICML 2019,
         arXiv 1812.11446; simultaneous training: "Decoupled greedy learning of CNNs", ICML 2020, arXiv
-        1901.08164. The default head is smaller than theirs.
+        1901.08164.
+    Code: eugenium/layerCNN, eugenium/DGL.
+    Results: the authors' code notes about 88.3, 90.4 and 91.7 % on CIFAR-10, with auxiliary problems of 1, 2
+        and 3 hidden layers. Not reproduced here at that size. Ours: 93.3 against backpropagation's 94.1 % on
+        10,000 images of MNIST (MLP), 48.5 against 50.0 % on 3,000 of CIFAR-10; 0.27 of its memory with 16
+        blocks (benchmarks/README.md).
     Limits: the default head wants channels first (`pooled_linear`). The loss must have no parameters.
 
     Args:
@@ -91,7 +101,11 @@ class LocalLoss(OneWayLearner):
         head: makes a head from the shape of a sample's activations and C. Default `pooled_linear`.
         loss: of scores and targets, a scalar. With the default, cross-entropy, targets are class indices
             and are checked; another loss gets them as they are.
-        **training: ``optimizer``, ``scheduler``, ``rule``, ``callbacks``, ``seed``: see `Learner`.
+        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
+            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
+            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
+            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
+            components' random numbers (dropout, noise); default 0.
 
     Raises:
         BlockError: the last block does not hand on a score for each class, or a head changes activations

@@ -15,9 +15,16 @@ class Backprop(Rule):
     Equation: D = G = ΔᵀA; the layer below hears ΔW.
     Use when: you compare rules, or look for the cost of attaching one.
     Do not use when: you just want to train: leave it out.
+    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
+        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
+        weights and forwards of one's own keep their plain gradients; `explain` says why.
     Cost: nothing but the hooks (benchmarks/step_cost.py, row "Backprop").
+    Status: faithful: the gradient that autograd would make, by the road that every rule takes.
     Source: Rumelhart, Hinton, Williams, Nature 323 (1986); as a control in Frerix et al. (2018), whose
         code has it as mode "gradient".
+    Code: tfrerix/proxprop (the mode "gradient").
+    Results: a step costs 1.00 to 1.05 of a plain one on one thread, 1.01 to 1.15 on two
+        (benchmarks/README.md).
     Limits: none.
 
     Example:

@@ -21,17 +21,25 @@ class Consequentialism(Rule):
     Use when: inputs are correlated, layers badly scaled, or tuning the rate is a burden: rates of 0.1 to
         1 work at any batch size.
     Do not use when: gradients are mostly noise (tiny batches, noisy labels): it fits each batch closely.
+    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
+        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
+        weights and forwards of one's own keep their plain gradients; `explain` says why.
     Cost: as exact ProxProp, which it equals up to damping and the loss's averaging.
-    Source: Paeedeh, Ghiasi-Shirazi, "Improving the Backpropagation Algorithm with Consequentialism
-        Weight Updates over Mini-Batches", arXiv 2003.05164, Neurocomputing 461 (2021). The body of the
-        paper could not be read: the system above follows from its abstract and introduction; the damping
-        and the treatment of the bias are a reconstruction.
+    Status: after the paper, whose body could not be read: the system above follows from its abstract and
+        introduction; the damping and the treatment of the bias are a reconstruction.
+    Source: Paeedeh, Ghiasi-Shirazi, "Improving the Backpropagation Algorithm with Consequentialism Weight
+        Updates over Mini-Batches", arXiv 2003.05164, Neurocomputing 461 (2021).
+    Code: none found.
+    Results: the paper's abstract says "usually fewer iterations"; no number is known. Ours on MNIST (MLP, 234
+        steps): training loss 0.0081 against 0.196 of SGD and 0.101 of SGD with Nesterov momentum
+        (benchmarks/reproduce/consequentialism.json). Lowest on four of five badly scaled networks
+        (benchmarks/README.md).
     Limits: not equivariant to rescaled layers. L layers that move together over-shoot up to L-fold, hence
         rates below 1. k accumulated micro-batches average k moves.
 
     Args:
-        eps: damping relative to the mean non-zero eigenvalue of the Gram. Default 1 for
-            ``bias="centre"``, 0.1 for ``bias="append"`` (they normalise differently).
+        eps: damping relative to the mean non-zero eigenvalue of the Gram. None is 1 for ``bias="centre"`` and
+            0.1 for ``bias="append"`` (they normalise differently). Default None. Range 1e-3 to 10.
         bias: ``"centre"`` solves for the weight on centred rows and targets, then for the bias;
             ``"append"`` treats it as the weight of a constant input 1.
         reduction: how the loss is averaged over the samples, ``"mean"`` or ``"sum"``; the move is the same

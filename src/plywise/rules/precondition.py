@@ -19,32 +19,42 @@ class Precondition(KroneckerRule):
     Use when: you want a member of the family that has no name here, or to see which part of one matters.
     Do not use when: a named rule will do: FeatureWhitening (right=½), AdaBK (both ½), KFAC (both 1), Foof
         (right=1).
+    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
+        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
+        weights, forwards of one's own and shared weights keep their plain gradients; `explain` says why. A
+        side above ``max_size`` stays as it is.
     Cost: per step 2nk² operations for the input side or 2mk² (n rows, m outputs, k inputs), whichever is
         less; statistics and roots once in ``stats_every`` and ``refresh_every`` steps. With ``rank`` r, 4nkr.
+    Status: variant: no paper of its own. With a named member's settings it is that member, by the same code.
     Source: the common form of Yong, Zhang, ECCV 2022 (whitening), Yong, Sun, Zhang, CVPR 2023 (AdaBK),
         Martens, Grosse, ICML 2015 (K-FAC) and Benzing, ICML 2022 (FOOF).
+    Code: none found (of the form itself; its members name theirs).
+    Results: not reproduced here: see the named members, whose figures are of their settings.
     Limits: c is exact in steps that refresh and holds until the next. With a GradScaler, L counts steps by
-        the square of their loss scale. Layers that share a weight are left to the optimizer. Replicas need
-        DistributedDataParallel (or ``process_group``); fully_shard is refused.
+        the square of their loss scale. Replicas need DistributedDataParallel (or ``process_group``);
+        fully_shard is refused.
 
     Args:
-        left: power of L, the covariance of the output gradients (p); 0 for none. Default 0.
-        right: power of R, the covariance of the inputs (q); 0 for none. Default 1.
-        decay: how much of the statistic stays at each gathering; 1 forgets nothing. Default 0.95.
+        left: power of L, the covariance of the output gradients (p); 0 for none. Default 0. Range 0 to 1.
+        right: power of R, the covariance of the inputs (q); 0 for none. Default 1. Range 0.1 to 1.
+        decay: how much of the statistic stays at each gathering; 1 forgets nothing. Default 0.95. Range 0.5
+            to 0.999.
         statistic: the running ``"mean"`` over rows, or the discounted ``"sum"``.
-        damping: λ, relative as ``relative_to`` says. Default 1.
+        damping: λ, relative as ``relative_to`` says. Default 1. Range 1e-3 to 10.
         relative_to: the ``"mean"`` of the statistic's diagonal, its ``"max"`` eigenvalue, or ``"absolute"``.
         keep_norm: give each layer's move the size of its gradient. Without it convolutions, whose
             gradient sums over positions, need another rate than linear layers.
         solver: ``"auto"`` (Cholesky for a power of 1, eigenvalues otherwise), ``"cholesky"``, ``"eigh"``,
             ``"newton"``, or ``"newton_schulz"``, the unconverged iteration that AdaBK published.
-        rank: keep only so many directions of a root and treat the others alike; None for all.
+        rank: keep only so many directions of a root and treat the others alike; None for all. Default None.
+            Range 16 to 512.
         sample: take every so many-th position along each axis of a convolution or sequence into R. With 2 on
             3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by about
-            1 % over four batches, since the positions take turns.
-        stats_every: steps from one batch that enters the statistics to the next. Default 5.
-        refresh_every: steps from one root to the next, a multiple of ``stats_every``. Default 5.
-        max_size: a side larger than this is left as it is. Default 8192.
+            1 % over four batches, since the positions take turns. Default 1. Range 1 to 4.
+        stats_every: steps from one batch that enters the statistics to the next. Default 5. Range 1 to 200.
+        refresh_every: steps from one root to the next, a multiple of ``stats_every``. Default 5. Range 1 to
+            2000.
+        max_size: a side larger than this is left as it is. Default 8192. Range 512 to 16384.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -20,21 +20,33 @@ class ProxProp(Rule):
     Use when: inputs are wide or strongly correlated and batches of a few hundred fit: it then takes many
         times fewer steps than SGD or Adam. Rates are large: try 1 to 10 with a mean loss.
     Do not use when: the batch is tiny (the Gram of a few rows says little), or time per step is all.
-    Cost: a Gram of the smaller of rows and inputs, its inverse, and one product: see
-        benchmarks/step_cost.md.
+    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
+        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
+        weights and forwards of one's own keep their plain gradients; `explain` says why.
+    Cost: a Gram of the smaller of rows and inputs, its inverse, and one product: 1.18 to 1.29 of a plain step
+        (benchmarks/README.md, by `python benchmarks/step_cost.py`).
+    Status: faithful, given ``exclude`` for the last layer, which the paper leaves explicit and we do not
+        unless told. ``solver="exact"`` solves for the move itself: the published code subtracts weights in
+        float32, which drowns it in rounding. Its conjugate gradients are not the textbook's either:
+        "cg_official".
     Source: Frerix, Möllenhoff, Moeller, Cremers, "Proximal Backpropagation", ICLR 2018, eqs. 7-12 and
         Proposition 2.
-    Limits: AᵀA is the sum over the batch as in the paper, so the method changes with the batch size
-        (k copies of a batch act as kτ); ``gram="mean"`` does not. The paper leaves the last layer
-        explicit: attach(..., exclude="name-of-the-last-layer") does. k accumulated micro-batches average
-        k moves, which is not the move of the joined batch.
+    Code: tfrerix/proxprop.
+    Results: the paper's, on CIFAR-10: test accuracy 56 % against backpropagation's 54 % (MLP), 70.7 against
+        69.6 % (ConvNet). Ours, at a small size: stable at rates 1 and 10, where backpropagation diverges, as
+        in the paper (benchmarks/reproduce/proxprop.json); AdamW's final training loss in 0.34 (digits) and
+        0.47 (MNIST) of its steps (README.md).
+    Limits: AᵀA is the sum over the batch as in the paper, so the method changes with the batch size (k copies
+        of a batch act as kτ); ``gram="mean"`` does not. The last layer is left explicit by attach(...,
+        exclude="name-of-the-last-layer"). k accumulated micro-batches average k moves, which is not the move
+        of the joined batch.
 
     Args:
         tau: proximal step size τ (τ_θ in the paper); larger trusts the local problem more. τ → 0 is
-            backpropagation scaled by τ. Default 1.
+            backpropagation scaled by τ. Default 1. Range 0.01 to 100.
         solver: ``"exact"``; ``"cg"``, textbook conjugate gradients; ``"cg_official"``, the iteration of
             the published code, whose differences are listed in `plywise.solve`.
-        cg_steps: number of conjugate gradient steps. Default 3.
+        cg_steps: number of conjugate gradient steps. Default 3. Range 1 to 10.
         gram: ``"sum"`` over the rows as in the paper, or ``"mean"``, which divides AᵀA by their number
             (then G of a mean loss and the Gram scale alike, and τ means the same at any batch size).
 
