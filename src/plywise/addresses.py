@@ -55,8 +55,10 @@ def called(address: str, what: str) -> Any:
         {}
     """
     factory = load(address, what)
-    if not callable(factory):
-        raise PlywiseError(f"{address} is of type {type(factory).__name__}, not a function.")
+    is_network = hasattr(factory, "parameters") and not isinstance(factory, type)  # callable, too
+    if is_network or not callable(factory):
+        kind = type(factory).__name__
+        raise PlywiseError(f"{address} is of type {kind}, not a function that makes one.")
     try:
         inspect.signature(factory).bind()
     except TypeError as error:

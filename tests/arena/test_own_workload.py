@@ -56,6 +56,7 @@ shared = net()
 def same():
     return shared
 number = 3
+instance = nn.Linear(4, 3)
 
 x = torch.arange(400.0, dtype=torch.float64).view(100, 4)
 y = torch.arange(100) % 3
@@ -108,6 +109,9 @@ def tokens():
 
 def numbers():
     return x / 400, x[:, 0] / 400
+
+def one_hot():
+    return x / 400, nn.functional.one_hot(y).float()
 
 def column():
     return x / 400, x[:, :1] / 400
@@ -409,6 +413,8 @@ def test_data_that_do_not_fit(data, words):
         ("net", "numbers", r"gives \(3,\) for each sample, and a target \(\); they must be of one shape"),
         ("one", "data", "1 output, and targets go up to 2: it needs 3"),
         ("flat", "data", r"it must be \(classes,\) scores"),
+        ("net", "one_hot", r"one-hot: of 3 numbers .* y.argmax\(1\)"),
+        ("instance", "data", "of type Linear, not a function that makes one"),
         ("absent", "data", "has no 'absent'"),
     ],
 )

@@ -39,6 +39,17 @@ class Broken(nn.Linear):
 def broken():
     return nn.Sequential(nn.Linear(4, 4), Broken(4, 3))
 
+class Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, x):
+        return x @ self.weight
+
+def foreign():
+    return Foreign()
+
 def data():
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
     return x, x[:, :3].argmax(1)
@@ -105,6 +116,13 @@ def test_frozen_and_foreign_layers_are_shown_with_the_reason(capsys):
     said = capsys.readouterr().out
     assert "frozen" in next(line for line in said.splitlines() if line.lstrip().startswith("0 "))
     assert "No rule handles: 1 (LayerNorm is not a supported layer type)." in said
+
+
+def test_where_no_layer_can_be_seen_it_says_nothing_of_methods(capsys):
+    run("mine:foreign", "--data", "mine:data")
+    said = capsys.readouterr().out
+    assert "1. Nothing can be said: no layer could be looked at" in said
+    assert "AdamW" not in said
 
 
 def test_data_from_files(tmp_path, capsys):

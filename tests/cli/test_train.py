@@ -195,7 +195,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--rule-set", "tau=1"], "rule-set is given (tau=1), and no rule."),
         (["--model", "mine:boom"], "mine:boom raised ValueError: not today (line 41 of mine.py)."),
         (["--model", "mine:ready"], "mine:ready is a network. Training needs a function"),
-        (["--model", "mine:number"], "mine:number is of type int, not a function."),
+        (["--model", "mine:number"], "mine:number is of type int, not a function that makes one."),
         (["--model", "mine:three"], "it made a tuple with a int in it"),
         (["--model", "mine:mixed"], "it made a list with a int in it"),
         (["--model", "mine:nett"], "has no 'nett'. Did you mean net?"),

@@ -268,16 +268,14 @@ def _plain(diagnosis: Diagnosis, subject: str) -> Advice:
     if not layers:
         kinds = ", ".join(sorted({one.type for one in diagnosis.left})) or "nothing"
         why = f"No layer was seen that a rule handles; the parameters are in {kinds}."
-    else:
-        rates = (
-            "" if diagnosis.rate_spread is None else f" effective rates within {diagnosis.rate_spread:.3g},"
-        )
-        uneven = [layer for layer in layers if layer.read and _is_uneven(layer.read)]
-        share = sum(layer.parameters for layer in uneven) / max(1, diagnosis.parameters)
-        why = (
-            f"Nothing stands out:{rates} and layers with {share:.0%} of the parameters read inputs that are "
-            "far from white. A rule would have little to mend."
-        )
+        return Advice("", "Nothing can be said: no layer could be looked at", why, f"{PLAIN}.")
+    rates = "" if diagnosis.rate_spread is None else f" effective rates within {diagnosis.rate_spread:.3g},"
+    uneven = [layer for layer in layers if layer.read and _is_uneven(layer.read)]
+    share = sum(layer.parameters for layer in uneven) / max(1, diagnosis.parameters)
+    why = (
+        f"Nothing stands out:{rates} and layers with {share:.0%} of the parameters read inputs that are "
+        "far from white. A rule would have little to mend."
+    )
     return Advice("adamw", "Plain AdamW is fine", why, f"{PLAIN}.", _bench(subject, "sgd,adamw"))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from plywise.arena.job import Entry
 from plywise.arena.workload import Workload
+from plywise.errors import PlywiseError
 
 
 class Material:
@@ -42,6 +43,9 @@ class Material:
     def _make(self, entry: Entry, file: Path) -> None:
         self.workloads[entry.name] = entry.workload()
         data = self.workloads[entry.name].make_data()
+        size, found = entry.applied(self.workloads[entry.name]).batch_size, len(data.train.y)
+        if size > found:
+            raise PlywiseError(f"{entry.name} has {found} training samples, less than a batch of {size}.")
         data.save(file)
         self.files[entry.name] = file
         self.sizes[entry.name] = {part: len(split.x) for part, split in vars(data).items()}

@@ -111,6 +111,8 @@ def bench(
 
         seconds = seconds_of(budget)
     end = None if seconds is None else time.monotonic() + seconds
+    if out.exists() and not out.is_dir():
+        raise PlywiseError(f"{out} is a file; --out names a folder.")
     if resume:
         _refuse_what_the_plan_says(given)
         plan = _saved(out)

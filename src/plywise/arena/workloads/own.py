@@ -172,8 +172,17 @@ def _are_labels(y: Tensor) -> bool:
     return not y.is_floating_point() and y.dim() == 1
 
 
+def _are_one_hot(y: Tensor) -> bool:
+    return y.dim() == 2 and y.shape[1] > 1 and bool(((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all())
+
+
 def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss: bool) -> None:
     y = data.train.y
+    if not own_loss and _are_one_hot(y):
+        raise PlywiseError(
+            f"The targets are one-hot: of {y.shape[1]} numbers a sample, one is 1. Give classes as whole "
+            "numbers, y.argmax(1), or say with --loss what is to be done with these."
+        )
     if not own_loss and y.is_floating_point() and output.shape[1:] != y.shape[1:]:
         raise PlywiseError(
             f"{model} gives {tuple(output.shape[1:])} for each sample, and a target {tuple(y.shape[1:])}; "
