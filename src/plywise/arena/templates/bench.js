@@ -276,7 +276,8 @@
       name: one.name, note: "",
       points: one.kinds[kind].map((value, i) => ({ x: names.indexOf(one.layers[i]), value })).filter((point) => point.x >= 0),
     }));
-    return { id: "layers", title: `Layer by layer: ${kind}`, series, ticks: names, dots: true, unbounded: true, head: (x) => names[x] ?? "" };
+    const label = `Layers, input to output${told.length === 1 ? `: ${told[0].name}` : ""}`;
+    return { id: "layers", title: `Layer by layer: ${kind}`, label, series, ticks: names, dots: true, unbounded: true, head: (x) => names[x] ?? "" };
   }
 
   // Showing ------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ const Charts = (() => {
     const strip = rows.length ? rows.length * ROW + 6 : 0;
     const named = Array.isArray(chart.ticks) ? chart.ticks : null;
     const long = named && Math.max(...named.map((name) => name.length)) * 6.5 > (width - 70) / named.length;
-    const below = long ? 94 : chart.label ? 50 : 34;
+    const below = (long ? 94 : 34) + (chart.label ? 16 : 0);
     const share = chart.up === "share";
     const [low, high] = share ? [0, 1.04] : padded([...all.flatMap((point) => [point.y, point.bottom, point.top]), log(chart.include)].filter(finite), 0.05, 0.5);
     const ceiling = high + ((high - low) * strip) / (height - below - strip - 10);
