@@ -1,0 +1,202 @@
+"""ProximalAnchor: pull weights towards where they were."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plywise.errors import PlywiseError, StateError
+
+
+class ProximalAnchor:
+    """A copy of the parameters that pulls them back, as the proximal point method asks.
+
+    Idea: instead of a loss f, minimise f plus half the squared distance from an earlier point, and move that
+        point on from time to time. Each such problem is better conditioned, and convex where f is nearly so.
+        LRSGD, PESG, CoDA and FedProx differ in when the point moves and to where.
+    Equation: min f(w) + strength/2 · ‖w − anchor‖², by adding strength · (w − anchor) to the gradient of f.
+    Use when: a method has stages or rounds and wants its iterates near the last one's, or noise is to be
+        damped.
+    Do not use when: you want to shrink weights: that is weight decay, an anchor at zero.
+    Layers: any dense, real parameters that you hand it.
+    Cost: a copy of the parameters and three passes over them a call; another copy, of at least float32, from
+        the first `accumulate` on. No backward pass of its own.
+    Status: faithful to the proximal point method taken inexactly: the pull is a gradient like any other, and
+        the inner problem is never solved. When the anchor moves is for the caller to say.
+    Source: Rockafellar, "Monotone operators and the proximal point algorithm", SIAM Journal on Control and
+        Optimization, 1976; Parikh and Boyd, "Proximal Algorithms", 2014.
+    Code: none found of its own; a few lines in huiqu18/LRSGD and Optimization-AI/LibAUC (PESG) do the same.
+    Results: not reproduced here: it is a part of methods, and has no figures of its own.
+    Limits: strength · lr has to stay below 2, or the pull overshoots. `add_gradient` does not pull a
+        parameter whose ``.grad`` is None: it takes no part in the step, and no optimizer would move it. One
+        that does not train counts in `penalty` as a constant. Parameters moved to another device need a new
+        anchor.
+
+    Args:
+        params: parameters, such as ``model.parameters()``; kept by reference, in this order. Each once.
+
+    Attributes:
+        params: the parameters.
+        anchors: their anchors, in the same order; no gradient flows through them.
+        count: how many iterates are in the average.
+
+    Raises:
+        TypeError: ``params`` holds something that is not a tensor.
+        ValueError: it holds none, one twice, or one that is complex or not of floating point.
+
+    Example:
+        >>> import torch
+        >>> from plywise.optim import ProximalAnchor
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> anchor = ProximalAnchor([weight])
+        >>> weight.data.add_(1.0)
+        tensor([2., 3.])
+        >>> weight.grad = torch.zeros(2)
+        >>> anchor.add_gradient(0.5)
+        >>> weight.grad
+        tensor([0.5000, 0.5000])
+        >>> anchor.penalty(0.5).item()
+        0.5
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.params = _checked(params)
+        self.anchors = [param.detach().clone() for param in self.params]
+        self.count = 0
+        self._means: list[Tensor] = []
+
+    @torch.no_grad()
+    def add_gradient(self, strength: float) -> None:
+        """Add ``strength * (param - anchor)`` to each ``.grad``, in place; one that is None stays None.
+
+        Raises:
+            ValueError: ``strength`` is negative or not finite.
+            PlywiseError: a gradient is sparse.
+        """
+        _check_strength(strength)
+        pairs = [(p, a) for p, a in zip(self.params, self.anchors, strict=True) if p.grad is not None]
+        if not pairs or strength == 0:
+            return
+        gradients = [_dense(param) for param, _ in pairs]
+        away = torch._foreach_sub([param for param, _ in pairs], [anchor for _, anchor in pairs])
+        torch._foreach_add_(gradients, away, alpha=strength)
+
+    def penalty(self, strength: float) -> Tensor:
+        """``strength/2 · ‖params − anchors‖²`` (0-d), with a graph: add it to a loss.
+
+        Its gradient is what `add_gradient` adds: take the one or the other.
+
+        Raises:
+            ValueError: ``strength`` is negative or not finite.
+        """
+        _check_strength(strength)
+        distances = [(p - a).square().sum() for p, a in zip(self.params, self.anchors, strict=True)]
+        return 0.5 * strength * sum(distances[1:], start=distances[0])
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Move the anchor to where the parameters are now. The running average is not touched."""
+        torch._foreach_copy_(self.anchors, [param.detach() for param in self.params])
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Count the parameters of now into the running average; call it after each step that shall count."""
+        values = [param.detach().to(_wide(param)) for param in self.params]
+        self.count += 1
+        if self.count == 1:
+            self._means = [value.clone() for value in values]
+            return
+        torch._foreach_add_(self._means, torch._foreach_sub(values, self._means), alpha=1 / self.count)
+
+    def average(self) -> list[Tensor]:
+        """The average since the last `refresh_to_average`, in the order and dtypes of ``params``.
+
+        Raises:
+            PlywiseError: nothing was accumulated.
+        """
+        if not self.count:
+            raise PlywiseError(
+                "ProximalAnchor has no average: nothing was accumulated since it was made, or since the last "
+                "refresh_to_average(). Call accumulate() after each step."
+            )
+        return [mean.to(param.dtype) for param, mean in zip(self.params, self._means, strict=True)]
+
+    @torch.no_grad()
+    def refresh_to_average(self) -> None:
+        """Move the anchor to the average of the iterates, and begin a new average. Parameters stay.
+
+        Raises:
+            PlywiseError: nothing was accumulated.
+        """
+        torch._foreach_copy_(self.anchors, self.average())
+        self.count = 0
+        self._means = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchors, running means (none if ``count`` is 0) and count: tensors and one number, by reference."""
+        return {"anchors": list(self.anchors), "means": list(self._means), "count": self.count}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy a state in; all of it is checked before anything changes.
+
+        Raises:
+            StateError: the state is of other parameters.
+        """
+        anchors, means, count = state["anchors"], state["means"], state["count"]
+        self._check_fit("anchors", anchors)
+        if count:
+            self._check_fit("means", means)
+        torch._foreach_copy_(self.anchors, anchors)
+        self.count = count
+        self._means = [m.to(p.device, _wide(p), copy=True) for m, p in zip(means, self.params, strict=False)]
+
+    def _check_fit(self, what: str, tensors: list[Tensor]) -> None:
+        theirs, mine = [tuple(t.shape) for t in tensors], [tuple(p.shape) for p in self.params]
+        if theirs != mine:
+            raise StateError(
+                f"The saved state of ProximalAnchor is of other parameters: its {what} have the shapes "
+                f"{theirs}, the parameters here {mine}. Make the anchor from the same parameters, in order."
+            )
+
+
+def _checked(params: Iterable[Tensor]) -> list[Tensor]:
+    checked = list(params)
+    for position, param in enumerate(checked):
+        if not isinstance(param, Tensor):
+            raise TypeError(
+                f"ProximalAnchor takes tensors, such as model.parameters(), not {type(param).__name__} "
+                f"(at position {position})."
+            )
+        if not param.is_floating_point():
+            raise ValueError(
+                f"ProximalAnchor: the parameter at position {position} is of {param.dtype}. It takes real "
+                "floating-point parameters only."
+            )
+    if not checked or len({id(param) for param in checked}) < len(checked):
+        trouble = "one of them twice" if checked else "none"
+        raise ValueError(f"ProximalAnchor needs each parameter once, and was given {trouble}.")
+    return checked
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"ProximalAnchor: strength must be a finite number of at least 0, not {strength!r}.")
+
+
+def _dense(param: Tensor) -> Tensor:
+    gradient = param.grad
+    assert gradient is not None
+    if gradient.layout != torch.strided:
+        raise PlywiseError(
+            f"ProximalAnchor: the gradient of a parameter of shape {tuple(param.shape)} is sparse, and the "
+            "pull is dense. Use sparse=False in the embedding, or leave the parameter out of the anchor."
+        )
+    return gradient
+
+
+def _wide(param: Tensor) -> torch.dtype:
+    """The dtype of a running mean: in half precision a late iterate would be rounded off."""
+    return torch.promote_types(param.dtype, torch.float32)

@@ -1,0 +1,169 @@
+"""ASkewSGD: SGD that leads weights to a few levels without projections."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from plywise.optim.plain import Group, PlainOptimizer
+from plywise.rule import require_positive, require_whole
+
+
+class ASkewSGD(PlainOptimizer):
+    """SGD under an interval constraint around each level, which tightens until the weights are quantized.
+
+    Idea: a weight shall be in an interval around a level, and the intervals shrink as training goes on.
+        Inside it moves by SGD. Outside it does, too, if that brings it in fast enough; otherwise its velocity
+        is skewed to one that does, so that nothing is projected or rounded before the end.
+    Equation: between the nearest levels a ≤ w ≤ b, r = (b − a)/2:
+        φ(w) = ε r⁴ − (w − a)²(w − b)² ≥ 0 is wanted, K = α φ / (2 (w − a)(w − b)(2w − a − b));
+        v = −g if φ ≥ 0, or (w − a)(w − b)(2w − a − b) = 0, or −g K > K², else v = K;
+        w ← clamp(w + lr v, lowest level, highest level). ε = 1 in the first ``hold`` epochs, then
+        ``decay`` times as much in each.
+    Use when: a network with weights of two or a few levels is to be trained from the start.
+    Do not use when: trained weights only have to be made small for storage: round them.
+    Layers: the parameters of groups with ``levels``. Put biases and norms in a group with ``levels=None``,
+        which is plain SGD.
+    Cost: about twenty passes over the constrained weights in each step; no state of their size.
+    Status: variant. The rule is that of the official code, but its ImageNet part hands K on to momentum or
+        Adam, which rescale it; here the step is plain SGD's, so that it is lr K. That part's cap on lr |K|,
+        a quarter of the interval, is used for two levels as well: halfway between levels K is infinite. ε is
+        relative to the interval, so that 1 always means no constraint. The scale of the levels is yours to
+        choose: that code's SAWB scale is not here.
+    Source: Leconte, Schechtman and Moulines, "ASkewSGD: an annealed interval-constrained optimisation method
+        to train quantized neural networks", AISTATS 2023 (arXiv 2211.03741).
+    Code: aistats2023/537.
+    Results: the paper's are not reproduced here: they are of CIFAR and ImageNet. On the digits with weights
+        of ±1, test accuracy 89.2 %, rounding at the end 84.2 %, without a hold 68.6 %, free weights 95.4 %:
+        examples/plot_askew_sgd.py.
+    Limits: the hold is essential: annealed from the first step, weights stay on the side where they began.
+        φ of a weight outside shrinks by 1 − lr α a step, so lr α must be below 1, and ε must not fall faster.
+        No momentum and no weight decay, since both would change K. Weights end in intervals around the
+        levels, not on them: call `quantize` when done.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate. Default 0.1. Range 1e-3 to 1.
+        steps_per_epoch: steps after which ε changes.
+        levels: values that weights may end at, rising; None for plain SGD. Default (-1.0, 1.0).
+        hold: epochs without a constraint. Default 50. Range 5 to 100.
+        decay: what ε is multiplied by in each epoch after that. Default 0.96. Range 0.8 to 0.999.
+        alpha: α, how fast weights outside are led in. Default 1. Range 0.1 to 5.
+        maximize: go up instead of down. Default False.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> import torch
+        >>> from plywise.optim import ASkewSGD
+        >>> weight = torch.nn.Parameter(torch.tensor([0.1, -0.2]))
+        >>> optimizer = ASkewSGD([weight], steps_per_epoch=10, hold=5, decay=0.8)
+        >>> for _ in range(600):
+        ...     optimizer.zero_grad()
+        ...     (weight - torch.tensor([-0.5, 0.3])).square().sum().backward()
+        ...     optimizer.step()
+        >>> optimizer.quantize()
+        >>> weight.data
+        tensor([-1.,  1.])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.1,
+        *,
+        steps_per_epoch: int,
+        levels: Sequence[float] | None = (-1.0, 1.0),
+        hold: int = 50,
+        decay: float = 0.96,
+        alpha: float = 1.0,
+        maximize: bool = False,
+    ) -> None:
+        settings = {"lr": lr, "levels": levels, "steps_per_epoch": steps_per_epoch, "hold": hold}
+        more = {"decay": decay, "alpha": alpha, "maximize": maximize, "steps": 0, "epsilon": 1.0}
+        super().__init__(params, {**settings, **more})
+
+    def check(self, group: Group) -> None:
+        """Raise ValueError for a setting that is out of range."""
+        self.require_range("lr", group["lr"], 0, math.inf)
+        self.require_range("hold", group["hold"], 0, math.inf)
+        self.require_range("decay", group["decay"], 0, 1)
+        require_whole(self, steps_per_epoch=group["steps_per_epoch"])
+        require_positive(self, alpha=group["alpha"])
+        levels = group["levels"]
+        if levels is None:
+            return
+        rising = all(low < high for low, high in pairwise(levels))
+        if not (len(levels) > 1 and rising and all(math.isfinite(level) for level in levels)):
+            raise ValueError(
+                f"ASkewSGD: levels must be two or more finite numbers that rise, not {levels!r}; or None for "
+                "plain SGD."
+            )
+
+    def move(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
+        """One step of each parameter; ``group["epsilon"]`` says at which ε."""
+        late = group["steps"] // group["steps_per_epoch"] - group["hold"]
+        group["epsilon"] = float(group["decay"] ** max(0, late))
+        rate = float(group["lr"])
+        for param, gradient in zip(params, gradients, strict=True):
+            if group["levels"] is None:
+                param.add_(gradient, alpha=-rate)
+                continue
+            levels = param.new_tensor(group["levels"])
+            param.add_(skewed(param, gradient, levels, group["epsilon"], group["alpha"], rate), alpha=rate)
+            param.clamp_(levels[0], levels[-1])
+        group["steps"] += 1
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Put every constrained weight on its nearest level (halfway: the upper), in place."""
+        for group in self.param_groups:
+            if group["levels"] is not None:
+                for param in group["params"]:
+                    low, high = interval(param, param.new_tensor(group["levels"]))
+                    param.copy_(torch.where(param - low < high - param, low, high))
+
+
+def skewed(
+    weight: Tensor, gradient: Tensor, levels: Tensor, epsilon: float, alpha: float, rate: float
+) -> Tensor:
+    """The velocity of each weight: −gradient, or K where that does not lead into the intervals fast enough.
+
+    Args:
+        weight: of any shape.
+        gradient: of the same shape.
+        levels: (k,), rising.
+        epsilon: ε, 1 for intervals that cover everything.
+        alpha: α.
+        rate: the learning rate, which caps K at a quarter of the interval a step.
+
+    Example:
+        >>> import torch
+        >>> weight, levels = torch.tensor([0.0, 0.5, 0.9]), torch.tensor([-1.0, 1.0])
+        >>> skewed(weight, torch.zeros(3), levels, epsilon=0.25, alpha=1.0, rate=0.1)
+        tensor([-0.0000, 0.2083, -0.0000])
+    """
+    low, high = interval(weight, levels)
+    product = (weight - low) * (weight - high)
+    room = epsilon * ((high - low) / 2) ** 4 - product.square()
+    slope = 2 * product * (2 * weight - low - high)
+    cap = (high - low) / (4 * rate) if rate > 0 else torch.full_like(weight, math.inf)
+    inward = (alpha * room / slope).clamp(-cap, cap)
+    free = (room >= 0) | (slope == 0) | (-gradient * inward > inward.square())
+    return torch.where(free, -gradient, inward)
+
+
+def interval(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The levels below and above each weight; for a weight outside them, the nearest two.
+
+    Example:
+        >>> import torch
+        >>> interval(torch.tensor([-9.0, 0.2, 2.0]), torch.tensor([-1.0, 0.0, 2.0]))
+        (tensor([-1.,  0.,  0.]), tensor([0., 2., 2.]))
+    """
+    upper = torch.searchsorted(levels, weight.detach().contiguous()).clamp_(1, len(levels) - 1)
+    return levels[upper - 1], levels[upper]

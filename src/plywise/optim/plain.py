@@ -1,0 +1,81 @@
+"""What the optimizers here share: checked settings of every group, the closure, the gradients that count."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from plywise.errors import PlywiseError
+
+Group = dict[str, Any]
+
+
+class CheckedOptimizer(Optimizer):
+    """An optimizer whose groups are checked, whatever way they come in."""
+
+    def check(self, group: Group) -> None:
+        """Raise ValueError for a setting that is out of range; called with every group's own settings."""
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, with settings of its own where it has some.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        self.check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def with_gradients(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+        """The group's parameters that got a gradient, and the gradients to go down along."""
+        params = [param for param in group["params"] if param.grad is not None]
+        gradients = [param.grad for param in params]
+        for gradient in gradients:
+            kind = "complex" if gradient.is_complex() else "sparse"
+            if gradient.is_complex() or gradient.layout != torch.strided:
+                raise PlywiseError(
+                    f"{type(self).__name__} takes dense, real gradients; that of a parameter of shape "
+                    f"{tuple(gradient.shape)} is {kind}. Give this parameter to another optimizer."
+                )
+        return params, [-gradient for gradient in gradients] if group.get("maximize") else gradients
+
+    def require_range(self, name: str, value: Any, low: float, high: float) -> None:
+        """Raise ValueError unless low ≤ value ≤ high; a value of infinity or NaN is never right."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = number or (isinstance(value, Tensor) and value.numel() == 1)
+        if not (number and low <= float(value) <= high and math.isfinite(value)):
+            least = f"a finite number of at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{type(self).__name__}: {name} must be {least}, not {value!r}.")
+
+
+class PlainOptimizer(CheckedOptimizer):
+    """An optimizer that moves a group at a time; subclasses say how."""
+
+    @abstractmethod
+    def move(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
+        """Move ``params``, those of the group that got a gradient, in place; leave ``gradients`` alone."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one step; ``closure`` computes loss and gradients anew, and its loss is returned.
+
+        Raises:
+            PlywiseError: a gradient is sparse or complex.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # every gradient is looked at before the first parameter moves
+        ready = [(group, *self.with_gradients(group)) for group in self.param_groups]
+        for group, params, gradients in ready:
+            if params:
+                self.move(group, params, gradients)
+        return loss
