@@ -1,0 +1,181 @@
+"""Gaussian noise taken from real images: four unrolled solvers with learned filters, blur, total variation.
+
+    python benchmarks/denoising.py                    # writes benchmarks/denoising.json and .svg
+
+Grey CIFAR-10 images, or Fashion-MNIST where those are missing. Each `plywise.nn.UnfoldedDenoiser` is trained
+once, on patches of 16×16 with noise of all levels, which it is told. A Gaussian blur and total variation (the
+differences of neighbours as fixed filters, 40 steps) each get the best of a grid for each level, by the PSNR
+on images of the training part that nobody trains on. PSNR is the mean over test images; all outputs are
+clamped to [0, 1], the noisy input is not. One thread, one seed, so no spread is known; seconds are of CPU.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from plywise.data.sets import cifar10, grey_images
+from plywise.environment import environment
+from plywise.errors import PlywiseError
+from plywise.files import write_whole
+from plywise.nn import UnfoldedDenoiser
+from plywise.nn.unfolded_denoiser import SCHEMES
+
+LEVELS = (15 / 255, 25 / 255, 50 / 255)
+TRAIN, VALIDATION, TEST = 20_000, 100, 500
+FEATURES, DEPTH, STEPS, BATCH, PATCH, RATE = 16, 10, 1600, 16, 16, 0.03
+BLURS = [0.1 * k for k in range(2, 16)]
+WEIGHTS = [0.015 * 1.5**k for k in range(8)]
+Denoiser = Callable[[Tensor, float], Tensor]
+
+
+def grey() -> tuple[str, Tensor, Tensor]:
+    """A set's name, its training and its test images (N, 1, H, W) in [0, 1], both cut short."""
+    luminance = torch.tensor([0.299, 0.587, 0.114])
+    try:
+        train, _, test, _ = cifar10()
+    except PlywiseError as error:
+        print(f"{error}\nFashion-MNIST it is.")
+        train, _, test, _ = grey_images("fashion_mnist")
+        name, to_grey = "Fashion-MNIST", lambda x: x
+    else:
+        name, to_grey = "CIFAR-10, grey", lambda x: x @ luminance
+    parts = [torch.from_numpy(x.copy()) for x in (train[: TRAIN + VALIDATION], test[:TEST])]
+    return name, *(to_grey(part.float() / 255).unsqueeze(1) for part in parts)
+
+
+def psnr(images: Tensor, clean: Tensor) -> float:
+    """Mean over images, dB."""
+    return -10 * (images - clean).square().mean((1, 2, 3)).log10().mean().item()
+
+
+def noisy(clean: Tensor, level: float | Tensor, seed: int) -> Tensor:
+    return clean + level * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blur(x: Tensor, width: float) -> Tensor:
+    reach = max(1, math.ceil(3 * width))
+    taps = torch.exp(-torch.arange(-reach, reach + 1.0).square() / (2 * width**2))
+    taps = (taps / taps.sum()).reshape(1, 1, 1, -1)
+    padded = nn.functional.pad(x, [reach] * 4, mode="replicate")
+    return nn.functional.conv2d(nn.functional.conv2d(padded, taps), taps.mT).clamp(0, 1)
+
+
+def total_variation(depth: int = 40) -> Denoiser:
+    """A solver whose filters are the differences of neighbours."""
+    solver = UnfoldedDenoiser("DDiFB", channels=1, features=2, depth=depth)
+    differences = torch.zeros(2, 1, 3, 3)
+    differences[0, 0, 1, 1:] = differences[1, 0, 1:, 1] = torch.tensor([-1.0, 1.0])
+    with torch.no_grad():
+        solver.operators.weight.copy_(differences)
+    # at the border the difference is to a zero outside, so the image is continued by its last pixels
+    grown = lambda x: nn.functional.pad(x, [4] * 4, mode="replicate")  # noqa: E731
+    return lambda x, weight: solver(grown(x), math.sqrt(weight))[..., 4:-4, 4:-4]
+
+
+def tuned(denoise: Denoiser, grid: list[float], clean: Tensor, level: float) -> float:
+    """The number of the grid with the best PSNR."""
+    x = noisy(clean, level, 1)
+    best = max(grid, key=lambda number: psnr(denoise(x, number), clean))
+    if best in (grid[0], grid[-1]):
+        print(f"  the best of the grid is its end: {best:g}")
+    return best
+
+
+def trained(scheme: str, clean: Tensor) -> UnfoldedDenoiser:
+    torch.manual_seed(0)
+    denoiser = UnfoldedDenoiser(scheme, channels=1, features=FEATURES, depth=DEPTH)
+    optimizer = torch.optim.Adam(denoiser.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        top, left = (int(n) for n in torch.randint(clean.shape[-1] - PATCH + 1, (2,), generator=generator))
+        batch = clean[torch.randint(len(clean), (BATCH,), generator=generator)]
+        batch = batch[..., top : top + PATCH, left : left + PATCH]
+        level = (5 + 50 * torch.rand(BATCH, generator=generator)) / 255
+        loss = nn.functional.mse_loss(denoiser(noisy(batch, level.reshape(-1, 1, 1, 1), step), level), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return denoiser
+
+
+def picture(table: dict[str, dict[str, float]], dataset: str) -> None:
+    """PSNR over the noise's level, above that of the blur."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    names = list(table)
+    for index, name in enumerate(names):
+        places = [k + (index - (len(names) - 1) / 2) * 0.12 for k in range(len(LEVELS))]
+        bars = axis.bar(places, list(table[name].values()), 0.11, label=name)
+        axis.bar_label(bars, fmt="%.1f", fontsize=6.5, padding=1)
+    axis.set_xticks(range(len(LEVELS)), [f"σ = {255 * level:.0f}/255" for level in LEVELS])
+    axis.set(ylabel="PSNR, dB", ylim=(12, 36), title=f"{dataset}: {TEST} test images")
+    axis.legend(fontsize=8, ncols=4, loc="upper right")
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+    figure.savefig(Path(__file__).with_suffix(".svg"), bbox_inches="tight")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dataset, train, test = grey()
+    train, validation = train[:TRAIN], train[TRAIN:]
+    noise = {f"{255 * level:.0f}/255": noisy(test, level, 2) for level in LEVELS}
+    table = {"noisy": {name: psnr(x, test) for name, x in noise.items()}}
+    about: dict[str, dict[str, object]] = {}
+    with torch.no_grad():
+        for name, denoise, grid in (("blur", blur, BLURS), ("TV", total_variation(), WEIGHTS)):
+            best = [tuned(denoise, grid, validation, level) for level in LEVELS]
+            about[name] = {"tuned": best}
+            table[name] = {
+                level: psnr(denoise(x, number), test)
+                for (level, x), number in zip(noise.items(), best, strict=True)
+            }
+    for scheme in SCHEMES:
+        start = time.process_time()
+        denoiser = trained(scheme, train)
+        about[scheme] = {
+            "weights": sum(p.numel() for p in denoiser.parameters()),
+            "training_cpu_s": time.process_time() - start,
+        }
+        with torch.no_grad():
+            table[scheme] = {
+                name: psnr(denoiser(x, level), test)
+                for (name, x), level in zip(noise.items(), LEVELS, strict=True)
+            }
+    for name, row in table.items():
+        print(
+            f"{name:8}", *(f"{level}: {value:6.2f} dB  " for level, value in row.items()), about.get(name, "")
+        )
+    result = {
+        "environment": {"date": datetime.now(UTC).date().isoformat(), **environment()},
+        "settings": {
+            "data": dataset,
+            "images": {"train": TRAIN, "validation": VALIDATION, "test": TEST},
+            "features": FEATURES,
+            "depth": DEPTH,
+            "steps": STEPS,
+            "batch": BATCH,
+            "patch": PATCH,
+            "rate": RATE,
+        },
+        "psnr_db": table,
+        "about": about,
+    }
+    write_whole(Path(__file__).with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    picture(table, dataset)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""VSML: a network of tiny LSTMs with shared weights, which learns by running."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.optim import Optimizer
+
+from plywise.rule import require_positive, require_whole
+
+
+class LayerState(NamedTuple):
+    """What a layer of (inputs, outputs) remembers, for E episodes of batches of B.
+
+    Attributes:
+        hidden, cell: of its LSTMs, (E, B, inputs, outputs, hidden).
+        forward_message: what comes in from below, (E, B, inputs, message).
+        backward_message: what comes in from above, (E, B, outputs, message).
+    """
+
+    hidden: Tensor
+    cell: Tensor
+    forward_message: Tensor
+    backward_message: Tensor
+
+
+class VSML(nn.Module):
+    """Variable shared meta learning: every weight of a network is a tiny LSTM, all with the same weights.
+
+    Idea: a network's weights and its learning rule are both something that runs. So put an LSTM where a
+        weight would be, let it hear what comes from below and from above, and let all of them share their
+        weights: what is learned slowly is a learning rule, what was a weight is their state. A few thousand
+        numbers then serve a network of any size and any order of its inputs.
+    Equation: [i, g, f, o] = W [forward_j, backward_k, h_jk] + b; c ← σ(f + 5) c + σ(i - 5) tanh(g); h ←
+        σ(o) tanh(c), twice a layer and sample; then the message up is the mean over inputs j of A h_jk, the
+        message down the mean over outputs k of B h_jk. The input is channel 0 of the first message up; the
+        loss's gradient by the output before is channel 0 of the last message down; the output is channel 1
+        of the last message up, bounded by 100 tanh(·/100).
+    Use when: meta-learning is the question: whether a rule can be found that learns from scratch, and what
+        carries over to other tasks and sizes.
+    Do not use when: a task is to be solved. Gradient descent does it with thousands of times less work.
+    Layers: fully connected ones, whose sizes are those of the state, not of the module.
+    Cost: inputs · outputs · 4h² · ticks multiplications a layer and sample, and as many again for the
+        messages in; backpropagation through an episode keeps all its states.
+    Status: faithful to the authors' dense layer and its defaults. Not here: convolutions, layer norm, labels
+        as inputs, the separate backward pass, evolution strategies (`meta_train` is backpropagation through
+        time).
+    Source: Kirsch, Schmidhuber, "Meta Learning Backpropagation And Improving It", NeurIPS, 2021
+        (arXiv 2012.14905).
+    Code: louiskirsch/vsml-neurips2021 (JAX).
+    Results: not reproduced here: the paper's rule takes 10,001 iterations of a population of 1024 on 128
+        nodes. examples/plot_vsml.py meta-trains for seconds on tiny tasks and prints what it reached.
+    Limits: long episodes need memory in proportion. With a batch above 1, half of the state is averaged over
+        the batch before each sample, as in the authors' code. A state that gets no error still changes.
+
+    Args:
+        hidden: h, the size of an LSTM's state. Default 16. Range 8 to 64.
+        message: numbers in a message, at least 2. Default 8. Range 4 to 16.
+        ticks: times that a layer runs for each sample. Default 2. Range 1 to 4.
+        bound: outputs stay within ± this. Default 100. Range 10 to 1000.
+
+    Raises:
+        ValueError: an argument is out of range, or a sequence does not fit its state.
+
+    Example:
+        >>> import torch
+        >>> from plywise.nn import VSML
+        >>> vsml = VSML()
+        >>> sum(p.numel() for p in vsml.parameters())
+        2384
+        >>> state = vsml.initial_state([4, 3, 2])
+        >>> x, y = torch.randn(10, 1, 1, 4), torch.eye(2)[torch.randint(2, (10, 1, 1))]
+        >>> outputs, state = vsml(x, y, state)  # ten samples, each answered before its label is seen
+        >>> outputs.shape
+        torch.Size([10, 1, 1, 2])
+    """
+
+    def __init__(self, hidden: int = 16, message: int = 8, ticks: int = 2, bound: float = 100.0) -> None:
+        super().__init__()
+        require_whole(self, hidden=hidden, message=message, ticks=ticks)
+        require_positive(self, bound=bound)
+        if message < 2:
+            raise ValueError(
+                f"VSML: message must be at least 2, not {message!r}: error and output need both."
+            )
+        self.hidden, self.message, self.ticks, self.bound = hidden, message, ticks, bound
+        self.gates = nn.Linear(2 * message + hidden, 4 * hidden)
+        self.up, self.down = nn.Linear(hidden, message), nn.Linear(hidden, message)
+        for layer in (self.gates, self.up, self.down):
+            _truncated(layer.weight, layer.in_features)
+            nn.init.zeros_(layer.bias)
+
+    def initial_state(
+        self,
+        sizes: Sequence[int],
+        episodes: int = 1,
+        batch: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> list[LayerState]:
+        """A network that has learned nothing: its layers lead from each of ``sizes`` to the next.
+
+        Half of each cell is random, so that the LSTMs differ, with deviation ``1/√inputs``; it is the same
+        for all of a batch, and another one for each episode.
+        """
+        if len(sizes) < 2:
+            raise ValueError(f"VSML: sizes must be of inputs and outputs at least, not {list(sizes)!r}.")
+        require_whole(self, **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
+        like = self.gates.weight
+        states = []
+        for inputs, outputs in pairwise(sizes):
+            random = torch.empty(episodes, 1, inputs, outputs, self.hidden // 2)
+            cell = like.new_zeros(episodes, batch, inputs, outputs, self.hidden)
+            cell[..., : self.hidden // 2] = _truncated(random, inputs, generator).to(like)
+            messages = [like.new_zeros(episodes, batch, size, self.message) for size in (inputs, outputs)]
+            states.append(LayerState(torch.zeros_like(cell), cell, *messages))
+        return states
+
+    def tick(self, x: Tensor, error: Tensor, states: Sequence[LayerState]) -> tuple[Tensor, list[LayerState]]:
+        """One sample, inputs (E, B, in), through all layers, which hear the last error (E, B, out)."""
+        states = [_averaged(state) for state in states]
+        states[0] = states[0]._replace(forward_message=self._padded(x))
+        states[-1] = states[-1]._replace(backward_message=self._padded(error))
+        message = states[0].forward_message
+        for index, state in enumerate(states):
+            hidden, cell = self._run(state._replace(forward_message=message))
+            states[index] = state._replace(hidden=hidden, cell=cell, forward_message=message)
+            # a mean of linear maps is the linear map of the mean, (E, B, outputs or inputs, message)
+            message = self.up(hidden.mean(-3))
+            if index > 0:  # heard by the layer below when the next sample comes
+                states[index - 1] = states[index - 1]._replace(backward_message=self.down(hidden.mean(-2)))
+        return self.bound * (message[..., 1] / self.bound).tanh(), states
+
+    def forward(
+        self, inputs: Tensor, labels: Tensor, states: Sequence[LayerState]
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Learn from a sequence by running over it.
+
+        Args:
+            inputs: (T, E, B, in): T samples of each of E episodes, B at a time.
+            labels: one-hot or probabilities, (T, E, B, out). The error is that of softmax and cross entropy.
+            states: a list of layer states, as `initial_state` makes it or an earlier call left it.
+
+        Returns:
+            The outputs (T, E, B, out), each made before its label was seen, and the states after.
+        """
+        states = list(states)
+        shapes = states[0].forward_message.shape[:3], states[-1].backward_message.shape[:3]
+        fit = inputs.shape[1:] == shapes[0] and labels.shape[1:] == shapes[1]
+        if not fit or len(inputs) != len(labels):
+            raise ValueError(
+                f"VSML: inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)} must be of "
+                f"{('T', *shapes[0])} and {('T', *shapes[1])}, as the states are."
+            )
+        error = states[-1].backward_message[..., 0]  # after an earlier part, its last error
+        outputs = []
+        for x, label in zip(inputs, labels, strict=True):
+            output, states = self.tick(x, error, states)
+            error = output.softmax(-1) - label
+            outputs.append(output)
+        states[-1] = states[-1]._replace(backward_message=self._padded(error))
+        return torch.stack(outputs), states
+
+    def _run(self, state: LayerState) -> tuple[Tensor, Tensor]:
+        parts = self.gates.weight.split([self.message, self.message, self.hidden], 1)
+        from_below = linear(state.forward_message, parts[0], self.gates.bias).unsqueeze(-2)
+        heard = from_below + linear(state.backward_message, parts[1]).unsqueeze(-3)
+        hidden, cell = state.hidden, state.cell
+        for _ in range(self.ticks):
+            i, g, f, o = (heard + linear(hidden, parts[2])).chunk(4, -1)
+            cell = (f + 5).sigmoid() * cell + (i - 5).sigmoid() * g.tanh()
+            hidden = o.sigmoid() * cell.tanh()
+        return hidden, cell
+
+    def _padded(self, values: Tensor) -> Tensor:
+        return nn.functional.pad(values.unsqueeze(-1), (0, self.message - 1))
+
+
+def _truncated(tensor: Tensor, inputs: int, generator: torch.Generator | None = None) -> Tensor:
+    deviation = inputs**-0.5
+    return nn.init.trunc_normal_(
+        tensor, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator
+    )
+
+
+def _averaged(state: LayerState) -> LayerState:
+    """Half of the state becomes the batch's mean: what one sample taught, all know."""
+    if state.hidden.shape[1] == 1:
+        return state
+    shared, own = (torch.stack([state.hidden, state.cell])).chunk(2, -1)
+    hidden, cell = torch.cat([shared.mean(2, keepdim=True).expand_as(shared), own], -1)
+    return state._replace(hidden=hidden, cell=cell)
+
+
+def meta_train(
+    vsml: VSML,
+    episodes: Iterable[tuple[Tensor, Tensor, list[LayerState]]],
+    optimizer: Optimizer,
+    clip: float = 25.0,
+) -> list[float]:
+    """Train the shared weights by backpropagation through whole episodes.
+
+    Args:
+        vsml: the network.
+        episodes: inputs (T, E, B, in), labels (T, E, B, out) and a fresh state for each step.
+        optimizer: of ``vsml.parameters()``.
+        clip: longest gradient that enters a step. Default 25. Range 1 to 100.
+
+    Returns:
+        The mean cross entropy over each step's episodes.
+
+    Raises:
+        ValueError: ``clip`` is out of range.
+    """
+    require_positive(vsml, clip=clip)
+    losses = []
+    for inputs, labels, state in episodes:
+        outputs, _ = vsml(inputs, labels, state)
+        loss = -(labels * outputs.log_softmax(-1)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vsml.parameters(), clip, error_if_nonfinite=True)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
