@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plywise import layers
+    from plywise import init, layers, losses, nn, optim
     from plywise.errors import (
         AttachError,
         BlockError,
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from plywise.schedules.layer_freezing import LayerFreezing
 
 __version__ = "0.1.0"
+
+_ROOMS = ("init", "layers", "losses", "nn", "optim")
 
 _HOMES = {
     "ActivationRelaxation": "local.activation_relaxation",
@@ -129,7 +131,11 @@ __all__ = [
     "StateError",
     "UncapturedLayerError",
     "__version__",
+    "init",
     "layers",
+    "losses",
+    "nn",
+    "optim",
     "register_layer",
     "split",
 ]
@@ -138,8 +144,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(f"plywise.{_HOMES[name]}"), name)
-    elif name == "layers":
-        value = import_module("plywise.layers")
+    elif name in _ROOMS:
+        value = import_module(f"plywise.{name}")
     else:
         raise AttributeError(f"module 'plywise' has no attribute {name!r}")
     globals()[name] = value

@@ -29,8 +29,8 @@ from plywise.data.digits import load_digits
 
 ERROR = 0.25
 """What the defaults must reach on the validation digits in 80 steps; chance is 0.9."""
-SLOWER = {"associated-learning": 0.6, "local-forward-gradient": 0.45}
-"""Learners that need more steps than that: codes form first, or gradients are noisy."""
+SLOWER = {"associated-learning": 0.6, "local-forward-gradient": 0.45, "lrsgd-r": 0.35, "lrsgd-c": 0.4}
+"""Methods that need more steps: codes form first, gradients are noisy, rates fall in every inner loop."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_same_seed_same_bits(name, data):
 @pytest.mark.parametrize("name", [*METHODS, *(f"{rule}+adamw" for rule in RULE_OF)])
 def test_every_point_of_the_space_takes_a_step(name):
     method = find_method(name)
-    assert 1 <= len(method.space) <= MOST_TUNED
+    assert (0 if name == "yam-adam" else 1) <= len(method.space) <= MOST_TUNED
     corners = [{key: getattr(one, end) for key, one in method.space.items()} for end in ("low", "high")]
     x, y = torch.rand(16, 64), torch.arange(16) % 10
     for numbers in [*points(method.space, 4), *corners]:

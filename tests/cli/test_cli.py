@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from plywise.catalogue import RULES
+from plywise.card import STATUSES
+from plywise.catalogue import ROOMS, RULES
 from plywise.cli import demo as demo_command
+from plywise.errors import PlywiseError
 
+NAMES = [name for names in ROOMS.values() for name in names]
 # in the demo: not the open form of four that are, nor a schedule
 SHOWN = [name for name in RULES if name not in ("Precondition", "GradientAmplification")]
 
@@ -95,17 +98,19 @@ def test_wrong_usage_exits_2(plywise, words):
 def test_methods_are_a_line_each(plywise):
     code, out, _ = plywise("methods")
     assert code == 0
-    lines = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in RULES]
-    assert [line[0] for line in lines] == list(RULES)
-    assert all(line[-1].isdigit() and len(line) > 3 for line in lines)
+    lines = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in NAMES]
+    assert [line[0] for line in lines] == NAMES
+    assert all(line[-2].isdigit() and line[-1] in STATUSES and len(line) > 4 for line in lines)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_info_shows_the_whole_card(plywise, name):
     code, out, _ = plywise("methods", "info", name.lower())
     assert code == 0
     assert out.startswith(name)
-    for heading in ("idea", "equation", "use when", "not when", "cost", "settings", "source", "limits"):
+    for heading in ("idea", "equation", "use when", "not when", "layers", "cost", "settings", "status"):
+        assert f"\n{heading} " in out
+    for heading in ("source", "code", "results", "limits", "example"):
         assert f"\n{heading} " in out
     assert "``" not in out
 
@@ -113,18 +118,20 @@ def test_info_shows_the_whole_card(plywise, name):
 def test_cards_as_json(plywise):
     _, out, _ = plywise("methods", "--json")
     cards = json.loads(out)
-    assert [card["name"] for card in cards] == list(RULES)
+    assert [card["name"] for card in cards] == NAMES
     _, out, _ = plywise("methods", "info", "ProxProp", "--json")
     card = json.loads(out)
-    assert card == cards[1]
-    assert card["hyper_parameters"][0] | {"meaning": ""} == {"name": "tau", "default": "1.0", "meaning": ""}
+    assert {"room": "rules", **card} == cards[1]
+    tau = {"name": "tau", "default": "1.0", "meaning": "", "range": "0.01 to 100"}
+    assert card["hyper_parameters"][0] | {"meaning": ""} == tau
 
 
 def test_unknown_rule(plywise):
     code, out, err = plywise("methods", "info", "backmaching")
     assert (code, out) == (1, "")
     assert "Did you mean BackMatching" in err
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
+    assert "\nMore: docs/" in err
 
 
 # ---- explain -------------------------------------------------------------------------------------
@@ -225,7 +232,7 @@ def test_demo_refuses_before_it_works(plywise, tmp_path):
     (tmp_path / "taken").write_text("")
     assert plywise("demo", "--out", str(tmp_path / "taken"))[0] == 1
     code, _, err = plywise("demo", "--seeds", "0", "--out", str(tmp_path))
-    assert (code, err) == (1, "plywise: --seeds must be at least 1, not 0.\n")
+    assert (code, err) == (1, f"plywise: --seeds must be at least 1, not 0.\nMore: {PlywiseError.page}\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")

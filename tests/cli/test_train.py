@@ -281,10 +281,8 @@ def test_tensorboard_is_an_extra(plywise, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     code, _, err = plywise("train", "--tensorboard", "--out", "a")
-    assert (code, err) == (
-        1,
-        "plywise: --tensorboard needs TensorBoard: pip install 'plywise[tensorboard]'.\n",
-    )
+    assert code == 1
+    assert err.startswith("plywise: --tensorboard needs TensorBoard: pip install 'plywise[tensorboard]'.\n")
     assert not (tmp_path / "a").exists()
 
 

@@ -59,6 +59,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"\nInterrupted. {str(interrupt) or 'Nothing was kept.'}", file=sys.stderr)
         return 130
     except (PlywiseError, OSError) as error:
-        print(f"plywise: {error}", file=sys.stderr)
+        print(f"plywise: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     return status if isinstance(status, int) else 0

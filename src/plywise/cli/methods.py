@@ -1,4 +1,4 @@
-"""`plywise methods`: the rules, and the card of each."""
+"""`plywise methods`: everything that plywise ships, and the card of each."""
 
 from __future__ import annotations
 
@@ -13,50 +13,60 @@ from plywise.cli.console import console, table
 if TYPE_CHECKING:
     from plywise.card import Card
 
-app = App(name="methods", help="List the rules; `plywise methods info NAME` shows one in full.")
+app = App(name="methods", help="List the methods; `plywise methods info NAME` shows one in full.")
+
+TITLES = {
+    "rules": "Rules: attach one to your model and your optimizer",
+    "local": "Local learners: blocks with losses of their own",
+    "schedules": "Schedules",
+    "optim": "Optimizers, in plywise.optim",
+    "nn": "Modules, in plywise.nn",
+    "losses": "Losses and penalties, in plywise.losses",
+    "init": "Initial weights, in plywise.init",
+}
 
 
 @app.default
 def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
-    """List the rules, a line each.
+    """List the methods, a line each.
 
     Args:
         json: print all cards as JSON.
     """
-    from plywise.arena.methods import PEERS
+    from plywise.arena.methods import METHODS
     from plywise.card import card_of
-    from plywise.catalogue import RULES, find_rule
-    from plywise.local.catalogue import LEARNERS
+    from plywise.catalogue import ROOMS, find
 
-    cards = [card_of(find_rule(name)) for name in RULES]
+    cards = {room: [card_of(find(name)) for name in names] for room, names in ROOMS.items()}
     if json:
-        _print_json([asdict(card) for card in cards])
+        _print_json([{"room": room, **asdict(card)} for room, those in cards.items() for card in those])
         return
-    rows = table("rule", "idea", "year")
-    for card in cards:
-        rows.add_row(card.name, card.tagline, str(card.year))
     screen = console()
-    screen.print(rows)
+    for room, those in cards.items():
+        rows = table("name", "idea", "year", "status")
+        rows.title, rows.title_justify = TITLES[room], "left"
+        for card in those:
+            rows.add_row(card.name, card.tagline, str(card.year), card.status_word)
+        screen.print(rows)
     screen.print(
-        f"Local learners, for `plywise train`: {', '.join(LEARNERS)}.\n"
-        f"`plywise bench` compares them all, and: {', '.join(PEERS)}; any rule+optimizer, as in "
-        "proxprop+adamw; and your own by module:name.",
+        f"`plywise methods info NAME` shows one in full. `plywise bench` compares: {', '.join(METHODS)}; any "
+        "rule+optimizer, as in proxprop+adamw; and your own by module:name.",
         soft_wrap=True,
     )
 
 
 @app.command
 def info(name: str, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
-    """Show the card of a rule: idea, equation, when to use it, cost, hyper-parameters, source, limits.
+    """Show the card of a method: idea, equation, when to use it, cost, hyper-parameters, source, limits.
 
     Args:
-        name: name of the rule.
+        name: name of the method.
         json: print it as JSON.
     """
     from plywise.card import card_of
-    from plywise.catalogue import find_rule
+    from plywise.catalogue import find
 
-    card = card_of(find_rule(name))
+    card = card_of(find(name))
     if json:
         _print_json(asdict(card))
     else:
@@ -72,10 +82,15 @@ def _print_card(card: Card) -> None:
         "equation": card.equation,
         "use when": card.use_when,
         "not when": card.do_not_use_when,
+        "layers": card.layers,
         "cost": card.cost,
         "settings": _settings(card),
+        "status": card.status,
         "source": card.source,
+        "code": card.code,
+        "results": card.results,
         "limits": card.limits,
+        "example": card.example,
     }
     grid = Table.grid(padding=(0, 2, 1, 0))
     grid.add_column(style="bold", no_wrap=True)
@@ -88,7 +103,10 @@ def _print_card(card: Card) -> None:
 
 
 def _settings(card: Card) -> str:
-    lines = [f"{p.name} = {p.default}: {p.meaning}" for p in card.hyper_parameters]
+    lines = [
+        f"{p.name} = {p.default}: {p.meaning}" + (f" Range {p.range}." if p.range else "")
+        for p in card.hyper_parameters
+    ]
     return "\n".join(lines) or "none"
 
 

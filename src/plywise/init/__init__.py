@@ -1,1 +1,5 @@
 """Initial weights from data: closed forms of the related papers, one file a paper."""
+
+from plywise.init.fuse_layers import fuse_layers, fuse_slice
+
+__all__ = ["fuse_layers", "fuse_slice"]

@@ -45,11 +45,14 @@ LEARNER_OF = {
 ON_ADAMW = ("foof+adamw", "feature-whitening+adamw", "adabk+adamw")
 """Rules that do better on AdamW than on SGD in our benchmarks."""
 
-METHODS = (*PEERS, NULL_CONTROL, *RULE_OF, *ON_ADAMW, *LEARNER_OF)
+RELATIVES = ("lrsgd-r", "lrsgd-c", "yam-adam", "salp-sgd", "adaptive-activations")
+"""Optimizers and modules of the related papers."""
+
+METHODS = (*PEERS, NULL_CONTROL, *RULE_OF, *ON_ADAMW, *LEARNER_OF, *RELATIVES)
 """Names of the methods that are ready; any ``rule+optimizer`` or ``learner+rule`` is one more."""
 
 _ALIASES = {"whitening": "feature-whitening", "cwu": "consequentialism", "cafo": "cascaded-forward"}
-_KNOWN = {name.replace("-", ""): name for name in (*PEERS, NULL_CONTROL, *RULE_OF, *LEARNER_OF)}
+_KNOWN = {name.replace("-", ""): name for name in (*PEERS, NULL_CONTROL, *RULE_OF, *LEARNER_OF, *RELATIVES)}
 _KNOWN |= _ALIASES
 
 
@@ -87,6 +90,10 @@ def find_method(name: str) -> Method:
         from plywise.arena.methods.learners import of_learner
 
         return of_learner(found)
+    if found in RELATIVES:
+        from plywise.arena.methods.relatives import of_relative
+
+        return of_relative(found)
     if found:
         from plywise.arena.methods.peers import of_peer
 

@@ -220,7 +220,7 @@ def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[Setting, Numbers], 
     """An optimizer that treats all parameters alike."""
 
     def make(setting: Setting, numbers: Numbers) -> Optimizer:
-        return optimizer(_learning(setting.model), **numbers)
+        return optimizer(learning(setting.model), **numbers)
 
     return make
 
@@ -228,10 +228,11 @@ def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[Setting, Numbers], 
 def _muon(setting: Setting, numbers: Numbers) -> Optimizer:
     hidden = hidden_weights(setting.model, setting.example)
     known = {id(p) for p in hidden}
-    return MuonAdamW(hidden, [p for p in _learning(setting.model) if id(p) not in known], **numbers)
+    return MuonAdamW(hidden, [p for p in learning(setting.model) if id(p) not in known], **numbers)
 
 
-def _learning(model: nn.Module) -> list[nn.Parameter]:
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -1,0 +1,274 @@
+"""AdaptiveActivation: activations that learn how steep they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from plywise.errors import PlywiseError
+
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,  # and ReLU6, a kind of it
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.ReLU,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+)
+"""What `adapt_activations` takes for an activation: torch's elementwise ones without parameters."""
+
+Kind = Literal["global", "layer", "neuron"]
+
+
+class AdaptiveActivation(nn.Module):
+    """An activation with a trainable slope (GAAF, L-LAAF, N-LAAF).
+
+    Idea: how steep an activation should be is not known beforehand, so learn it together with the weights:
+        one slope for the network, for each hidden layer, or for each neuron. A slope multiplies the gradient
+        of all weights before it, and so acts as a step size of their own. The fixed factor n lets slopes
+        move faster than the weights at the same learning rate.
+    Equation: h = activation(n · slope · z), slope = 1/n at the start: the network begins as what it was. With
+        `plywise.losses.slope_recovery` in the loss slopes are pulled up.
+    Use when: a physics-informed or another small tanh network fits a steep or oscillating function too
+        slowly.
+    Do not use when: the activation is ReLU or another that scales with its input: there a slope is another
+        scale of the weights, a choice of learning rate and nothing more.
+    Layers: takes the place of elementwise activation modules; not of functions called in a forward.
+    Cost: one product of the size of the activation in forward, two in backward; 1 parameter a network or
+        layer, or one a neuron.
+    Status: faithful: equation, start and the mean over a layer's neurons in the slope recovery term are the
+        paper's.
+    Source: Jagtap, Kawaguchi, Karniadakis, "Locally adaptive activation functions with slope recovery for
+        deep and physics-informed neural networks", Proceedings of the Royal Society A, 2020 (arXiv
+        1909.12228).
+    Code: AmeyaJagtap/Locally-Adaptive-Activation-Functions-Neural-Networks-
+    Results: the paper: relative L2 error on an inverse Poisson problem 0.1012 (fixed), 0.01654 (GAAF), 0.00733
+        (L-LAAF), 0.01482 (N-LAAF); Burgers in 14,750, 13,600, 11,090 and 11,170 iterations. Ours
+        (``benchmarks/physics_informed.py``, smaller, domain and points our own, three seeds): Poisson 0.070,
+        0.074, 0.059, 0.065, within the spread of the seeds; Burgers after 8000 iterations 0.120, 0.168, 0.669,
+        0.518. There GAAF first came below 0.2 after 2400 iterations, fixed after 5100, and with slope recovery
+        (weight 20, as in the paper) slopes rose to 3 to 17 and the solution was lost again. So the paper's
+        order was not seen.
+    Limits: slopes may grow without bound under slope recovery, and shrink under weight decay: give
+        them a parameter group without decay (their names end in "slope"). A negative slope mirrors the
+        activation; nothing prevents it. A module called for several layers has one slope for all of them.
+
+    Args:
+        activation: the activation, any module whose output is elementwise in its input.
+        shape: shape of the slope, broadcast against the input from its last dimension on: ``()`` for one
+            slope, ``(d,)`` for d neurons, ``(C, 1, 1)`` for channels, ``(C, H, W)`` for channels and pixels
+            (the paper's neuron-wise). Default ().
+        n: fixed factor; the paper uses 1, 2, 5 and 10. Default 1. Range 1 to 10.
+        device: where the slope is. Default None, torch's default.
+        dtype: type of the slope. Default None, torch's default.
+
+    Raises:
+        ValueError: ``n`` is not a finite number of at least 1, or ``shape`` is not of whole numbers above 0.
+
+    Example:
+        >>> import torch
+        >>> from plywise.nn import AdaptiveActivation
+        >>> tanh = AdaptiveActivation(torch.nn.Tanh(), n=10)
+        >>> tanh.slope.item()
+        0.10000000149011612
+        >>> z = torch.linspace(-2, 2, 5)
+        >>> torch.allclose(tanh(z), z.tanh())
+        True
+    """
+
+    def __init__(
+        self,
+        activation: nn.Module,
+        shape: Sequence[int] = (),
+        n: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _require_factor(n)
+        if not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"AdaptiveActivation: shape must be whole numbers above 0, not {tuple(shape)}.")
+        self.activation = activation
+        self.n = n
+        self.slope = nn.Parameter(torch.full(tuple(shape), 1 / n, device=device, dtype=dtype))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``activation(n · slope · z)``, of the shape of ``z``."""
+        return self.activation(self.n * self.slope * z)
+
+    def extra_repr(self) -> str:
+        """Factor and shape of the slope."""
+        return f"n={self.n:g}, slope={tuple(self.slope.shape)}"
+
+
+def adapt_activations(
+    model: nn.Module,
+    kind: Kind = "layer",
+    n: float = 1.0,
+    example: Tensor | tuple[Any, ...] | None = None,
+    types: tuple[type[nn.Module], ...] = ACTIVATIONS,
+) -> list[AdaptiveActivation]:
+    """Put an `AdaptiveActivation` around each activation module of ``model``, in place.
+
+    What the model computes stays the same (up to the rounding of n · 1/n). Make the optimizer afterwards, so
+    that it has the slopes.
+
+    Args:
+        model: the model. An activation that it calls as a function (``F.relu``) cannot be seen.
+        kind: ``"global"`` for one slope in the whole network (GAAF), ``"layer"`` for one at each activation
+            (L-LAAF), ``"neuron"`` for one for each number that an activation gets from one sample (N-LAAF).
+        n: fixed factor, see `AdaptiveActivation`. Default 1. Range 1 to 10.
+        example: a batch of inputs, or a tuple of the model's positional arguments. ``"neuron"`` needs it to
+            see the shapes. If it is there, a module that stands for several layers is found and refused. The
+            model runs on it once, in eval mode, without gradients.
+        types: classes to take for activations; add your own: ``(*ACTIVATIONS, Sine)``.
+
+    Returns:
+        The new modules, in the order in which the model registers them.
+
+    Raises:
+        ValueError: ``kind`` or ``n`` is out of range.
+        PlywiseError: there is nothing to adapt, the model is adapted already, ``"neuron"`` has no example,
+            or with the example an activation runs several times, or not at all.
+
+    Example:
+        >>> import torch
+        >>> from plywise.nn import adapt_activations
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
+        >>> adapt_activations(model, kind="neuron", n=5, example=torch.zeros(1, 2))
+        [AdaptiveActivation(
+          n=5, slope=(20,)
+          (activation): Tanh()
+        )]
+        >>> slopes = [p for name, p in model.named_parameters() if name.endswith("slope")]
+        >>> weights = [p for name, p in model.named_parameters() if not name.endswith("slope")]
+        >>> groups = [{"params": weights}, {"params": slopes, "weight_decay": 0.0}]
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01)
+    """
+    if kind not in ("global", "layer", "neuron"):
+        raise ValueError(f"adapt_activations: kind must be 'global', 'layer' or 'neuron', not {kind!r}.")
+    _require_factor(n)
+    if kind == "neuron" and example is None:
+        raise PlywiseError(
+            "adapt_activations: kind='neuron' needs a slope of the shape of each layer's output, which is "
+            "known only when the model has run. Give example=, a batch of inputs."
+        )
+    places = _places(model, types)
+    where = _where(model)
+    adapted = {name: AdaptiveActivation(activation, (), n, **where) for name, activation in places.items()}
+    _put(model, adapted)
+    if example is not None:
+        try:
+            shapes = _shapes(model, adapted, example)
+        except BaseException:
+            _put(model, places)  # whatever the model raised, it is what it was
+            raise
+    if kind == "neuron":
+        for name, module in adapted.items():
+            module.slope = nn.Parameter(module.slope.detach().expand(shapes[name]).clone())
+    first, *others = adapted.values()
+    if kind == "global":
+        for module in others:
+            module.slope = first.slope
+    return [first, *others]
+
+
+def _require_factor(n: float) -> None:
+    if not (isinstance(n, int | float) and not isinstance(n, bool) and 1 <= n < math.inf):
+        raise ValueError(f"AdaptiveActivation: n must be a finite number of at least 1, not {n!r}.")
+
+
+def _places(model: nn.Module, types: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+    """Activations by name; one that stands at two places is there twice, and gets two slopes."""
+    if any(isinstance(module, AdaptiveActivation) for module in model.modules()):
+        raise PlywiseError(
+            f"adapt_activations: this {type(model).__name__} has adaptive activations already. Adapt it once."
+        )
+    if isinstance(model, types):
+        raise PlywiseError(
+            "adapt_activations: the model is a single activation, which cannot be replaced within itself. "
+            "Make an AdaptiveActivation of it."
+        )
+    # a place is an attribute of a module: a block that the model holds under two names is still one
+    places = {
+        f"{parent}.{name}" if parent else name: child
+        for parent, module in model.named_modules()
+        for name, child in module._modules.items()
+        if isinstance(child, types)
+    }
+    if not places:
+        raise PlywiseError(
+            f"adapt_activations: this {type(model).__name__} has no activation module. If its forward calls "
+            "a function such as F.relu, make it a module (torch.nn.ReLU); if it has activations of a class "
+            "of your own, name the class in types=(*ACTIVATIONS, YourActivation)."
+        )
+    return places
+
+
+def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        module.train(model.get_submodule(name).training)
+        model.set_submodule(name, module)
+
+
+def _shapes(
+    model: nn.Module, adapted: dict[str, AdaptiveActivation], example: Tensor | tuple[Any, ...]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of one sample at each activation, from a forward on ``example``."""
+    calls: dict[str, list[tuple[int, ...]]] = {name: [] for name in adapted}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: calls[name].append(tuple(args[0].shape[1:]))
+        )
+        for name, module in adapted.items()
+    ]
+    try:
+        with _evaluating(model), torch.no_grad():
+            model(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, seen in calls.items():
+        if len(seen) != 1:
+            raise PlywiseError(
+                f"adapt_activations: {type(adapted[name].activation).__name__} {name!r} ran {len(seen)} "
+                "times on the example, not once: whose slope it would be is not known. Give each layer an "
+                "activation module of its own, and take out those that the forward does not use."
+            )
+    return {name: seen[0] for name, seen in calls.items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, so that running statistics and random numbers stay as they are."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _where(model: nn.Module) -> dict[str, Any]:
+    """Device and dtype of the model's first floating-point parameter, for slopes to join it."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}
