@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both make .venv first, with locked versions.
+# Two commands: `make demo` and `make test`; and `make docs`. All make .venv first, with locked versions.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ TORCH_VERSION := 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)$(shell \
 	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo +cpu; fi)
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plywise demo
@@ -20,6 +20,10 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Runs the gallery's examples; any warning is an error.
+docs: $(VENV)/.installed
+	MPLBACKEND=Agg $(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build/html
 
 $(VENV)/.installed: Makefile pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plywise needs Python 3.11 or newer")'
@@ -31,4 +35,4 @@ $(VENV)/.installed: Makefile pyproject.toml requirements.lock
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist docs/_build docs/generated

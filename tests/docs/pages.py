@@ -1,0 +1,87 @@
+"""Runs the code of a page as a reader would: blocks in order, in one namespace, in an empty folder.
+
+What a page may say in an HTML comment right above a block:
+
+- ``<!-- skip: why -->``: the block is not run, for a reason that whoever reads the source sees;
+- ``<!-- run -->``: the commands of this console block are run, too, after the blocks above it.
+
+A block whose first line is a comment with a file's name (``# mine.py``) is written to that file as well, so
+that commands and later blocks find it. `TORCHRUN` stands for the launcher of this very Python.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+_FENCE = re.compile(
+    r"^(?:<!-- (?P<note>[^\n]*?) -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+_FILE = re.compile(r"# (\w+\.\w+)\n")
+_WORDS = {
+    "plywise": [sys.executable, "-m", "plywise"],
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, the line that it begins in, and the comment above it."""
+
+    kind: str
+    code: str
+    line: int
+    note: str
+
+
+def pages() -> list[Path]:
+    """Every page that is written by hand."""
+    own = [page for page in DOCS.rglob("*.md") if not {"generated", "_build"} & set(page.parts)]
+    return [ROOT / "README.md", *sorted(own)]
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(found["kind"], found["code"], text.count("\n", 0, found.start("code")), found["note"] or "")
+        for found in _FENCE.finditer(text)
+    ]
+
+
+def run(page: Path, folder: Path) -> None:
+    """Run what is to be run of a page, in a folder."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page):
+        if block.note.startswith("skip"):
+            continue
+        if block.kind == "python":
+            if name := _FILE.match(block.code):
+                (folder / name[1]).write_text(block.code, encoding="utf-8")
+            # tracebacks show the page's own lines
+            exec(compile("\n" * block.line + block.code, page, "exec"), names)
+        elif block.kind == "console" and block.note == "run":
+            for command in commands(block.code):
+                _run(command, folder)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of the commands after ``$``; a backslash goes on in the next line."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line[2:], comments=True) for line in lines if line.startswith("$ ")]
+
+
+def _run(words: list[str], folder: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    whole = [*_WORDS[words[0]], *words[1:]]
+    done = subprocess.run(
+        whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
