@@ -21,9 +21,8 @@ WITHOUT_CLOSURE = [name for name in MAKERS if name != "SalpSGD"]
 
 every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 plain = pytest.mark.parametrize("make", [MAKERS[name] for name in WITHOUT_CLOSURE], ids=WITHOUT_CLOSURE)
-with_rate = pytest.mark.parametrize(
-    "make", [maker for name, maker in MAKERS.items() if name != "YamAdam"], ids=set(MAKERS) - {"YamAdam"}
-)
+WITH_RATE = [name for name in MAKERS if name != "YamAdam"]
+with_rate = pytest.mark.parametrize("make", [MAKERS[name] for name in WITH_RATE], ids=WITH_RATE)
 
 
 def parameters(*shapes, dtype=torch.float32):
