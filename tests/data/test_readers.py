@@ -288,7 +288,9 @@ def test_idx_files_and_npz_are_the_same_set(tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(IDX, mtime=0))
         header = bytes([0, 0, 8, 1]) + struct.pack(">i", 2)
-        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes(), mtime=0))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(header + labels.tobytes(), mtime=0)
+        )
     assert [part.tolist() for part in grey_images("mnist")] == [GREY.tolist(), [4, 2]] * 2
     np.savez(tmp_path / "mnist.npz", x_train=GREY, y_train=labels, x_test=GREY)
     with pytest.raises(PlywiseError, match="has no y_test"):
