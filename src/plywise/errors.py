@@ -2,6 +2,9 @@
 
 from typing import ClassVar
 
+MORE = "More: "
+"""What the note of every error of ours begins with."""
+
 
 class PlywiseError(RuntimeError):
     """Something plywise refuses to do silently.
@@ -14,7 +17,7 @@ class PlywiseError(RuntimeError):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        self.add_note(f"More: {self.page}")
+        self.add_note(f"{MORE}{self.page}")
 
 
 class AttachError(PlywiseError):

@@ -18,7 +18,7 @@ from plywise.arena.job import Job, failed
 from plywise.arena.methods import find_method
 from plywise.arena.workers import PATIENCE, Workers
 from plywise.arena.workload import Data
-from plywise.errors import PlywiseError
+from plywise.errors import MORE, PlywiseError
 
 GRACE = 10.0
 """Seconds that trials get to end when they are cancelled, and a cluster to answer."""
@@ -53,6 +53,7 @@ class RayCrew:
         >>> RayCrew("local", threads=0)
         Traceback (most recent call last):
         plywise.errors.PlywiseError: Threads are at least 1, not 0.
+        More: docs/reference/errors.md#plywise-error
     """
 
     def __init__(self, address: str = "auto", threads: int = 1, patience: float = PATIENCE) -> None:
@@ -163,5 +164,6 @@ def _connected(address: str) -> Any:
 
 
 def _last(error: BaseException) -> str:
-    """The last line of an error, without a full stop: Ray's first ones are a traceback."""
-    return str(error).strip().splitlines()[-1].rstrip(".") if str(error).strip() else type(error).__name__
+    """The last line of an error, without a full stop: Ray's first ones are a traceback, its last our note."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith(MORE)]
+    return lines[-1].rstrip(".") if lines else type(error).__name__
