@@ -1,8 +1,8 @@
 """Processes killed, stopped, cut off, slow or failing: all others say in time who it was, and end cleanly."""
 
 import random
-import shutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
