@@ -11,20 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from plywise.card import Card, card_of
-from plywise.catalogue import ROOMS, find
+from plywise.catalogue import ROOMS, TITLES, find
 
 Rooms = Mapping[str, Sequence[Card]]
 """Cards by the room that their methods are in."""
 
-TITLES = {
-    "rules": "Rules: how layers move",
-    "local": "Learners: blocks with losses of their own",
-    "schedules": "Schedules",
-    "optim": "Optimizers",
-    "nn": "Layers",
-    "losses": "Losses",
-    "init": "Initialisation",
-}
 _CODE = re.compile(r"(``.+?``|`[^`]+`)")
 _MARKS = re.compile(r"([\\*_\[\]<>|#~$])")
 _ELSEWHERE = ("name", "tagline", "example")
@@ -90,8 +81,7 @@ def overview(rooms: Rooms) -> str:
             rows.append(f"| {link} | {cell(card.tagline)} | {card.year} | {card.status_word} |")
         table = "\n".join(rows)
         pages = "\n".join(f"{room}/{card.name}" for card in cards)
-        title = TITLES.get(room, room.capitalize())
-        parts.append(f"## {title}\n\n{table}\n\n```{{toctree}}\n:hidden:\n\n{pages}\n```")
+        parts.append(f"## {TITLES[room]}\n\n{table}\n\n```{{toctree}}\n:hidden:\n\n{pages}\n```")
     return "\n\n".join(parts) + "\n"
 
 

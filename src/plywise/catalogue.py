@@ -11,6 +11,7 @@ import plywise
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
+    from plywise.local.learner import Learner
     from plywise.rule import Rule
 
 RULES = (
@@ -47,6 +48,18 @@ OUTSIDE = ("rules", "local", "schedules")
 """Rooms whose methods are attributes of `plywise` itself; the others keep theirs, as `plywise.optim` does."""
 
 
+TITLES = {
+    "rules": "Rules: attach one to your model and your optimizer",
+    "local": "Local learners: blocks with losses of their own",
+    "schedules": "Schedules",
+    "optim": "Optimizers, in plywise.optim",
+    "nn": "Modules, in plywise.nn",
+    "losses": "Losses and penalties, in plywise.losses",
+    "init": "Initial weights, in plywise.init",
+}
+"""What each room is called where its methods are listed."""
+
+
 def find(name: str) -> Callable[..., Any]:
     """The class or function of the method called ``name``, whatever its letters' case.
 
@@ -57,20 +70,15 @@ def find(name: str) -> Callable[..., Any]:
         >>> find("associatedlearning").__name__
         'AssociatedLearning'
     """
-    known = {method.lower(): (room, method) for room, methods in ROOMS.items() for method in methods}
-    if name.lower() not in known:
-        names = tuple(method for _, method in known.values())
-        raise PlywiseError(
-            f"No method is called {name!r}. {suggestion(name, names)}`plywise methods` lists all of them."
-        )
-    room, method = known[name.lower()]
-    home = plywise if room in OUTSIDE else import_module(f"plywise.{room}")
+    rooms = {method: room for room, methods in ROOMS.items() for method in methods}
+    method = named(name, tuple(rooms), "method")
+    home = plywise if rooms[method] in OUTSIDE else import_module(f"plywise.{rooms[method]}")
     found: Callable[..., Any] = getattr(home, method)
     return found
 
 
 def find_rule(name: str) -> type[Rule]:
-    """The rule called ``name``, whatever its letters' case.
+    """The rule called ``name``, as `find`.
 
     Raises:
         PlywiseError: there is none; the message suggests the nearest.
@@ -79,13 +87,36 @@ def find_rule(name: str) -> type[Rule]:
         >>> find_rule("proxprop").__name__
         'ProxProp'
     """
-    known = {rule.lower(): rule for rule in RULES}
+    rule: type[Rule] = getattr(plywise, named(name, RULES, "rule"))
+    return rule
+
+
+def find_learner(name: str) -> type[Learner]:
+    """The local learner called ``name``, as `find`.
+
+    Raises:
+        PlywiseError: there is none; the message suggests the nearest.
+
+    Example:
+        >>> find_learner("localloss").__name__
+        'LocalLoss'
+    """
+    learner: type[Learner] = getattr(plywise, named(name, LEARNERS, "learner"))
+    return learner
+
+
+def named(name: str, names: tuple[str, ...], kind: str) -> str:
+    """``name`` as it is written in ``names``, whatever its letters' case.
+
+    Raises:
+        PlywiseError: it is none of them; the message suggests the nearest.
+    """
+    known = {one.lower(): one for one in names}
     if name.lower() not in known:
         raise PlywiseError(
-            f"No rule is called {name!r}. {suggestion(name, RULES)}`plywise methods` lists all of them."
+            f"No {kind} is called {name!r}. {suggestion(name, names)}`plywise methods` lists all of them."
         )
-    rule: type[Rule] = getattr(plywise, known[name.lower()])
-    return rule
+    return known[name.lower()]
 
 
 def suggestion(word: str, choices: tuple[str, ...]) -> str:

@@ -56,10 +56,12 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def run(page: Path, folder: Path) -> None:
-    """Run what is to be run of a page, in a folder."""
+def run(page: Path, folder: Path) -> int:
+    """Run what is to be run of a page, in a folder; return how many blocks of Python it has."""
     names: dict[str, Any] = {"__name__": "page"}
+    count = 0
     for block in blocks(page):
+        count += block.kind == "python"
         if block.note.startswith("skip"):
             continue
         if block.kind == "python":
@@ -70,6 +72,7 @@ def run(page: Path, folder: Path) -> None:
         elif block.kind == "console" and block.note == "run":
             for command in commands(block.code):
                 _run(command, folder)
+    return count
 
 
 def commands(text: str) -> list[list[str]]:

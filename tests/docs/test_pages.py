@@ -24,7 +24,8 @@ def test_code_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = set(sys.modules)
-    run(page, tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert run(page, tmp_path) == text.count("```python"), "a block that is not seen would not be run"
     for name in set(sys.modules) - before:  # modules of the page's own, which another page may name alike
         if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in sys.modules[name].__file__:
             del sys.modules[name]

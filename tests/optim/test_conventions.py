@@ -7,6 +7,7 @@ import torch
 
 from plywise.errors import PlywiseError
 from plywise.optim import LRSGDC, LRSGDR, ASkewSGD, SalpSGD, YamAdam
+from sameness import same
 
 MAKERS = {
     "LRSGDR": lambda params, **more: LRSGDR(params, **{"lr": 0.02, "stop": 0.3, **more}),
@@ -51,10 +52,6 @@ def values(params):
     return [param.detach().clone() for param in params]
 
 
-def same(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
 @every
 @pytest.mark.parametrize("shapes", [((3, 4), (4,)), ((),), ((0, 3), (2,)), ((2, 3, 1, 2),)], ids=str)
 def test_goes_down_on_tensors_of_every_shape(make, shapes):
@@ -95,9 +92,14 @@ def test_a_tensor_alone_or_nothing_is_refused_as_by_torch(make):
 @every
 def test_generator_groups_and_names_are_taken(make):
     model = torch.nn.Linear(3, 2)
-    make(model.parameters())
-    make(model.named_parameters())
-    make([{"params": model.weight}, {"params": [model.bias]}])
+    given = (
+        model.parameters(),
+        model.named_parameters(),
+        [{"params": model.weight}, {"params": [model.bias]}],
+    )
+    for params in given:
+        groups = make(params).param_groups
+        assert [p for group in groups for p in group["params"]] == list(model.parameters())
 
 
 @with_rate

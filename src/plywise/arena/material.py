@@ -43,7 +43,7 @@ class Material:
     def _make(self, entry: Entry, file: Path) -> None:
         self.workloads[entry.name] = entry.workload()
         data = self.workloads[entry.name].make_data()
-        size, found = entry.applied(self.workloads[entry.name]).batch_size, len(data.train.y)
+        size, found = self.workloads[entry.name].batch_size, len(data.train.y)
         if size > found:
             raise PlywiseError(f"{entry.name} has {found} training samples, less than a batch of {size}.")
         data.save(file)

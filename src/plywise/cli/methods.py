@@ -15,16 +15,6 @@ if TYPE_CHECKING:
 
 app = App(name="methods", help="List the methods; `plywise methods info NAME` shows one in full.")
 
-TITLES = {
-    "rules": "Rules: attach one to your model and your optimizer",
-    "local": "Local learners: blocks with losses of their own",
-    "schedules": "Schedules",
-    "optim": "Optimizers, in plywise.optim",
-    "nn": "Modules, in plywise.nn",
-    "losses": "Losses and penalties, in plywise.losses",
-    "init": "Initial weights, in plywise.init",
-}
-
 
 @app.default
 def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
@@ -35,7 +25,7 @@ def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
     """
     from plywise.arena.methods import METHODS
     from plywise.card import card_of
-    from plywise.catalogue import ROOMS, find
+    from plywise.catalogue import ROOMS, TITLES, find
 
     cards = {room: [card_of(find(name)) for name in names] for room, names in ROOMS.items()}
     if json:

@@ -1,4 +1,4 @@
-"""The local learners that plywise ships, by name, and what can be set about them."""
+"""What can be set about the local learners."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import plywise
 from plywise.addresses import load
-from plywise.catalogue import LEARNERS, suggestion
+from plywise.catalogue import suggestion
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
@@ -19,24 +18,6 @@ READERS = ("AssociatedLearning", "CascadedForward")
 the prediction."""
 
 _TRAINING = ("optimizer", "scheduler", "rule", "callbacks", "seed")
-
-
-def find_learner(name: str) -> type[Learner]:
-    """The learner called ``name``, whatever its letters' case.
-
-    Raises:
-        PlywiseError: there is none; the message suggests the nearest.
-
-    Example:
-        >>> find_learner("localloss").__name__
-        'LocalLoss'
-    """
-    known = {learner.lower(): learner for learner in LEARNERS}
-    if name.lower() not in known:
-        hint = suggestion(name, LEARNERS)
-        raise PlywiseError(f"No learner is called {name!r}. {hint}There are: {', '.join(LEARNERS)}.")
-    learner: type[Learner] = getattr(plywise, known[name.lower()])
-    return learner
 
 
 def learner_settings(learner: type[Learner], given: Mapping[str, Any]) -> dict[str, Any]:

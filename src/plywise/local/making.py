@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise.addresses import called, load
-from plywise.catalogue import find_rule, suggestion
+from plywise.catalogue import find_learner, find_rule, suggestion
 from plywise.data.arrays import Arrays, load_arrays
 from plywise.errors import PlywiseError
 from plywise.local.blocks import Blocks
-from plywise.local.catalogue import READERS, check_settings, find_learner, learner_settings
+from plywise.local.catalogue import READERS, check_settings, learner_settings
 from plywise.local.chain import assemble, join, tensors_of
 from plywise.local.learner import Learner
 from plywise.local.plan import Plan

@@ -20,12 +20,12 @@ from plywise.arena.method import Method, Setting, cosine
 from plywise.arena.methods import LEARNER_OF, RULE_OF
 from plywise.arena.methods.rules import TUNED
 from plywise.arena.space import MOST_TUNED, Range, Space
-from plywise.catalogue import find_rule
+from plywise.catalogue import find_learner, find_rule
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.health import SKIPPED
 from plywise.local.associated_learning import pooled_bridge
 from plywise.local.blocks import Blocks, evaluating
-from plywise.local.catalogue import READERS, find_learner
+from plywise.local.catalogue import READERS
 from plywise.local.chain import assemble, join
 from plywise.local.learner import Learner
 from plywise.local.linear_heads import RidgeHead
