@@ -11,7 +11,16 @@ import plywise as pw
 from plywise.arena.method import Setting, end_to_end
 from plywise.arena.task import mean, predictor
 from plywise.arena.trial import endless_batches, run_trial
-from plywise.arena.workloads import QUICK, STANDARD, WORKLOADS, find_workload, synthetic, tables, targets
+from plywise.arena.workloads import (
+    QUICK,
+    RELATED,
+    STANDARD,
+    WORKLOADS,
+    find_workload,
+    synthetic,
+    tables,
+    targets,
+)
 from plywise.arena.workloads.networks import CharTransformer
 from plywise.data.digits import Split
 from plywise.data.store import find
@@ -44,6 +53,10 @@ SHAPES = {
     "energy": ((616, 8), (76, 8), (76, 8)),
     "california": ((16_512, 13), (2064, 13), (2064, 13)),
     "boiling-points": ((1210, 20), (143, 20), (143, 20)),
+    "digits-rare": ((1013, 64), (297, 64), (400, 64)),
+    "digits-generator": ((1100, 16), (297, 16), (400, 16)),
+    "digits-denoiser": ((1100, 1, 8, 8), (297, 1, 8, 8), (400, 1, 8, 8)),
+    "vsml-episodes": ((410, 8, 4), (51, 8, 4), (51, 8, 4)),
 }
 
 
@@ -108,7 +121,7 @@ def test_a_few_steps_lower_the_loss(named):
 def test_an_untrained_network_knows_nothing(named):
     workload, data = named
     few = Split(data.validation.x[:500], data.validation.y[:500])
-    metric = mean(workload.task.metric, predictor(workload.make_model()), few)
+    metric = workload.task.measure(predictor(workload.make_model()), few, 250)
     assert metric > 0.6 * (workload.task.chance or 0) > 0 or workload.task.chance is None
 
 
@@ -120,7 +133,7 @@ def test_a_step_of_plain_gradient_descent(named):
     loss = workload.task.loss(model(x), y)
     loss.backward()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             assert parameter.grad is not None, "every parameter takes part"
             parameter -= 1e-3 * parameter.grad
         assert workload.task.loss(model(x), y) < loss
@@ -153,6 +166,8 @@ def test_local_learners_can_cut_it(named):
 
 def test_rules_find_layers(named):
     workload, data = named
+    if workload.name in ("digits-denoiser", "vsml-episodes"):  # bare filters, one matrix for all connections
+        return
     model = workload.make_model()
     rule = pw.ProxProp(tau=0.1).attach(model)
     x, y = data.train.x[:16], data.train.y[:16]
@@ -163,8 +178,8 @@ def test_rules_find_layers(named):
     assert all(torch.isfinite(layer.weight.grad).all() for layer in layers)
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_the_quick_set_runs_as_trials(name):
+@pytest.mark.parametrize("name", [*QUICK, *RELATED])
+def test_what_needs_no_file_runs_as_trials(name):
     workload = find_workload(name)
 
     def begin():
@@ -182,8 +197,9 @@ def test_the_quick_set_runs_as_trials(name):
 
 
 def test_names_and_sets():
-    assert set(QUICK) < set(STANDARD) == set(WORKLOADS) == set(SHAPES)
-    assert not set(QUICK) & set(FILES), "the quick set needs no file"
+    assert set(QUICK) < set(STANDARD)
+    assert sorted((*STANDARD, *RELATED)) == sorted(WORKLOADS) == sorted(SHAPES)
+    assert not {*QUICK, *RELATED} & set(FILES), "these need no file"
     for name in WORKLOADS:
         workload = find_workload(name.upper())
         assert workload.name == name

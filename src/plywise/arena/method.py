@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,8 +18,16 @@ from plywise.arena.task import Task, predictor
 from plywise.errors import PlywiseError
 from plywise.rule import Rule
 
+if TYPE_CHECKING:
+    from plywise.arena.workload import Workload
+
 Numbers = Mapping[str, float]
 """The tuned numbers of a trial, by name."""
+
+
+def runs_on_all(workload: Workload) -> str:
+    """No reason not to run."""
+    return ""
 
 
 class Trainer(Protocol):
@@ -76,7 +84,9 @@ class Method:
         baseline: whether targets are taken from it: an established method, not one of ours.
         gradients: forward and backward passes that a step takes.
         count: counts them on the model at hand, for a method where they depend on it.
-        local: whether it needs a model that can be cut into blocks.
+        refuses: why it cannot run on a workload; "" if it can. What cannot run is left out and told, which
+            is no failure.
+        local: whether it trains the model block by block.
         null: the method that this one is under another name and with other seeds: a null control.
         needs: a package that it imports and plywise does not bring, or nothing.
     """
@@ -88,6 +98,7 @@ class Method:
     baseline: bool = False
     gradients: float = 1.0
     count: Callable[[Setting], float] | None = None
+    refuses: Callable[[Workload], str] = runs_on_all
     local: bool = False
     null: str | None = None
     needs: str = ""
@@ -124,8 +135,11 @@ class EndToEnd:
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """Train on a batch; its loss before the step."""
+        return self.descend(self.loss(self.model(x), y))
+
+    def descend(self, loss: Tensor) -> float:
+        """A step against the gradient of a loss, and what it was."""
         self.optimizer.zero_grad()
-        loss = self.loss(self.model(x), y)
         loss.backward()
         self.optimizer.step()
         if self.scheduler is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,28 @@ class Task:
         metric: what validation and test are judged by.
         metric_name: what reports call it.
         chance: the metric of knowing nothing, where that is known: a line in pictures.
+        losses: the loss of each sample (N,), for methods that need them apart; None where it has none.
     """
 
     loss: Judge
     metric: Judge
     metric_name: str
     chance: float | None = None
+    losses: Judge | None = None
+
+    def measure(self, predict: Callable[[Tensor], Tensor], split: Split, batch: int) -> float:
+        """The metric over a set, which the network sees batch by batch."""
+        return mean(self.metric, predict, split, batch)
+
+
+class WholeSetTask(Task):
+    """A task whose metric is no mean over samples: it is read from the outputs of the whole set at once."""
+
+    def measure(self, predict: Callable[[Tensor], Tensor], split: Split, batch: int) -> float:
+        """The metric over a set, which the network sees batch by batch."""
+        with torch.no_grad():
+            outputs = [predict(x.clone()) for x in split.x.split(batch)]
+        return float(self.metric(torch.cat(outputs), split.y.to(outputs[0].device)))
 
 
 def error_rate(output: Tensor, y: Tensor) -> Tensor:
@@ -43,9 +60,46 @@ def token_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(output.flatten(0, 1), y.flatten())
 
 
-CLASSIFICATION = Task(F.cross_entropy, error_rate, "error rate")
-REGRESSION = Task(F.mse_loss, F.mse_loss, "mean squared error")
+def squared_errors(output: Tensor, y: Tensor) -> Tensor:
+    """The mean squared error of each sample, (N,)."""
+    return (output - y).square().flatten(1).mean(1)
+
+
+def wrong_order(scores: Tensor, y: Tensor) -> Tensor:
+    """Share of pairs of a positive and a negative sample that scores put in the wrong order: 1 - AUC.
+
+    Equal scores count as half. As a metric of your own: ``--metric plywise.arena.task:wrong_order``.
+
+    Args:
+        scores: one a sample, (N,) or (N, 1).
+        y: as many labels, 1 is positive.
+
+    Raises:
+        PlywiseError: a class is missing.
+
+    Example:
+        >>> wrong_order(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([0, 1, 0, 1]))
+        tensor(0.1250)
+    """
+    scores, positive = scores.flatten(), y.flatten() == 1
+    above = scores[positive].contiguous()
+    below = scores[~positive].sort().values
+    if not (len(above) and len(below)):
+        raise PlywiseError(f"{len(above)} of {len(scores)} samples are positive: there is no pair to order.")
+    smaller, not_larger = (torch.searchsorted(below, above, right=right) for right in (False, True))
+    return 1 - (smaller + not_larger).to(scores.dtype).mean() / (2 * len(below))
+
+
+CLASSIFICATION = Task(
+    F.cross_entropy, error_rate, "error rate", losses=partial(F.cross_entropy, reduction="none")
+)
+REGRESSION = Task(F.mse_loss, F.mse_loss, "mean squared error", losses=squared_errors)
 SEQUENCES = Task(token_cross_entropy, token_cross_entropy, "nats a token")
+RANKING = WholeSetTask(
+    F.binary_cross_entropy_with_logits, wrong_order, "share of pairs in the wrong order", chance=0.5
+)
+WHOLE_SET = (wrong_order,)
+"""Metrics that are no means over samples."""
 
 
 def task_of(y: Tensor) -> Task:

@@ -264,13 +264,9 @@ class Bench:
         refused = []
         for name, workload in self.workloads.items():
             for m, method in self.methods.items():
-                if method.local and not workload.classes:
-                    why = "a local learner needs classes, and the targets are none"
-                elif method.local and not workload.blocks:
-                    why = "a local learner needs a network that comes apart into blocks"
-                else:
-                    continue
-                refused.append({"workload": name, "method": m, "reason": why})
+                why = method.refuses(workload)
+                if why:
+                    refused.append({"workload": name, "method": m, "reason": why})
         if len(refused) == len(self.workloads) * len(self.methods):
             raise PlywiseError(f"No method can run: {refused[0]['method']}: {refused[0]['reason']}.")
         return refused

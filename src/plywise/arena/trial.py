@@ -125,7 +125,7 @@ def run_trial(
                     if count % measure_every == 0 or count == steps:
                         _measure(record, trainer, seen, task, count, (cpu, wall), rows)
             if test:
-                record.test = mean(task.metric, trainer.predict, data.test, rows)
+                record.test = task.measure(trainer.predict, data.test, rows)
         except DivergedError as error:
             record.failure = f"diverged at step {count}: {error}"
         except Exception as error:
@@ -176,7 +176,7 @@ def _measure(
         loss = mean(task.loss, trainer.predict, data.train, rows)
     record.steps.append(step)
     record.loss.append(loss)
-    record.validation.append(mean(task.metric, trainer.predict, data.validation, rows))
+    record.validation.append(task.measure(trainer.predict, data.validation, rows))
     record.cpu.append(clocks[0])
     record.wall.append(clocks[1])
     record.measuring += time.perf_counter() - start

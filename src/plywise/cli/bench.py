@@ -77,7 +77,7 @@ def bench(
         data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs for
             training, validation and test; a .npz file with x_train, y_train and perhaps x_test, y_test; or a
             .csv file whose last column is the target.
-        workloads: instead of a model: quick, standard, or names of workloads that plywise ships.
+        workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships.
         methods: what competes: names (`plywise methods` lists the rules), rule+optimizer, learners, or
             module:name of a torch.optim.Optimizer.
         budget: time for all of it, as in 90s, 45m, 2h: sets the number of trials, and the steps of your model
@@ -181,12 +181,12 @@ def _asked(
     from plywise.arena.job import Entry
     from plywise.arena.methods import find_method
     from plywise.arena.tournament import Plan
-    from plywise.arena.workloads import QUICK, STANDARD
+    from plywise.arena.workloads import QUICK, RELATED, STANDARD
 
     if (model is None) == (workloads is None):
         raise PlywiseError(
-            "Say what to train: your model as module:name with --data, or --workloads with quick, standard "
-            "or names."
+            "Say what to train: your model as module:name with --data, or --workloads with quick, standard, "
+            "related or names."
         )
     if model is not None:
         if data is None:
@@ -195,7 +195,7 @@ def _asked(
     elif data is not None or loss or metric:
         raise PlywiseError("--data, --loss and --metric belong to a model of your own.")
     else:
-        sets = {"quick": QUICK, "standard": STANDARD}
+        sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
         names = sets.get(str(workloads)) or _words(str(workloads))
         entries = [Entry(name, **own) for name in names]
     found = [find_method(name) for name in _words(methods)]

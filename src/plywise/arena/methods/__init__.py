@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from plywise.catalogue import suggestion
@@ -45,8 +46,22 @@ LEARNER_OF = {
 ON_ADAMW = ("foof+adamw", "feature-whitening+adamw", "adabk+adamw")
 """Rules that do better on AdamW than on SGD in our benchmarks."""
 
-RELATIVES = ("lrsgd-r", "lrsgd-c", "yam-adam", "salp-sgd", "adaptive-activations")
-"""Optimizers and modules of the related papers."""
+RELATED = {
+    "related_optimizers": ("lrsgd-r", "lrsgd-c", "yam-adam", "salp-sgd", "askew-sgd"),
+    "related_losses": ("auc-margin", "coda", "input-gradient-penalty", "wasserstein-proximal"),
+    "related_modules": (
+        "adaptive-activations",
+        "slope-recovery",
+        "threshold",
+        "fuse-layers",
+        "decision-stage",
+    ),
+}
+"""What the related papers have beside rules and learners, by the module that it is in."""
+
+_HOMES = {name: home for home, names in RELATED.items() for name in names}
+RELATIVES = tuple(_HOMES)
+"""Names of all of these."""
 
 METHODS = (*PEERS, NULL_CONTROL, *RULE_OF, *ON_ADAMW, *LEARNER_OF, *RELATIVES)
 """Names of the methods that are ready; any ``rule+optimizer`` or ``learner+rule`` is one more."""
@@ -90,10 +105,10 @@ def find_method(name: str) -> Method:
         from plywise.arena.methods.learners import of_learner
 
         return of_learner(found)
-    if found in RELATIVES:
-        from plywise.arena.methods.relatives import of_relative
-
-        return of_relative(found)
+    if found in _HOMES:
+        home = importlib.import_module(f"{__name__}.{_HOMES[found]}")
+        method: Method = home.HERE[found]
+        return method
     if found:
         from plywise.arena.methods.peers import of_peer
 

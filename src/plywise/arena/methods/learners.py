@@ -20,6 +20,7 @@ from plywise.arena.method import Method, Setting, cosine
 from plywise.arena.methods import LEARNER_OF, RULE_OF
 from plywise.arena.methods.rules import TUNED
 from plywise.arena.space import MOST_TUNED, Range, Space
+from plywise.arena.workload import Workload
 from plywise.catalogue import find_learner, find_rule
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.health import SKIPPED
@@ -142,7 +143,14 @@ def of_learner(name: str, rule: str | None = None) -> Method:
         about = f"{about[:-1]} with {RULE_OF[rule]} inside."
         name, recipe = f"{name}+{rule}", _with_rule(recipe, find_rule(RULE_OF[rule]))
     make = partial(begin, name, learner, recipe)
-    return Method(name, about, recipe.space, make, count=partial(passes, make), local=True)
+    return Method(name, about, recipe.space, make, count=partial(passes, make), refuses=uncut, local=True)
+
+
+def uncut(workload: Workload) -> str:
+    """Why local learners cannot run on a workload; "" if they can."""
+    if not workload.classes:
+        return "a local learner needs classes, and the targets are none"
+    return "" if workload.blocks else "a local learner needs a network that comes apart into blocks"
 
 
 def passes(make: Callable[[Setting], Local], setting: Setting) -> float:

@@ -33,14 +33,20 @@ _HOMES = {
     "energy": "tables",
     "california": "tables",
     "boiling-points": "tables",
+    "digits-rare": "related",
+    "digits-generator": "related",
+    "digits-denoiser": "related",
+    "vsml-episodes": "related",
 }
 
 WORKLOADS = tuple(_HOMES)
 """Names of all workloads."""
 QUICK = ("quadratic", "digits-mlp", "digits-conv", "digits-autoencoder")
 """Those that need no file and take a second or two a run."""
-STANDARD = WORKLOADS
-"""All of them; most need files (see `plywise.data.store`)."""
+RELATED = tuple(name for name, home in _HOMES.items() if home == "related")
+"""What losses and modules of the related papers are for; they need no file either."""
+STANDARD = tuple(name for name in WORKLOADS if name not in RELATED)
+"""All others; most need files (see `plywise.data.store`)."""
 
 
 def find_workload(name: str) -> Workload:

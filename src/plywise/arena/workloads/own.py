@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise.addresses import called, load
-from plywise.arena.task import REGRESSION, Judge, Task, error_rate, task_of
+from plywise.arena.task import REGRESSION, WHOLE_SET, Judge, Task, WholeSetTask, error_rate, task_of
 from plywise.arena.workload import Data, Workload
 from plywise.arena.workloads.own_data import OwnData, own_data
 from plywise.data.digits import Split
@@ -160,7 +160,9 @@ def _task(data: Data, loss: str, metric: str) -> Task:
         judged = (error_rate, "error rate") if _are_labels(y) else (descended, loss)
         task = Task(descended, *judged)
     if metric:
-        return Task(task.loss, load(metric, "your metric"), metric)
+        judge = load(metric, "your metric")
+        kind = WholeSetTask if judge in WHOLE_SET else Task
+        return kind(task.loss, judge, metric, losses=task.losses)
     if task.metric is error_rate:
         return replace(task, chance=1 - float(y.bincount().max()) / len(y))
     if task is REGRESSION:
@@ -190,8 +192,10 @@ def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss:
         )
     if task.metric is error_rate or (not own_loss and not y.is_floating_point()):
         _check_classes(model, output, data)
-    for judge, what in ((task.loss, "loss"), (task.metric, "metric")):
-        _check_judge(judge, what, output, y[: len(output)])
+    _check_judge(task.loss, "loss", output, y[: len(output)])
+    if isinstance(task, WholeSetTask):  # two samples are no set
+        output, y = output[:1].expand(len(data.validation.y), *output.shape[1:]), data.validation.y
+    _check_judge(task.metric, "metric", output, y[: len(output)])
 
 
 def _check_classes(model: str, output: Tensor, data: Data) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from plywise.arena.task import REGRESSION, Task
+from plywise.arena.task import REGRESSION
 from plywise.arena.workload import Data, Workload
 from plywise.data.digits import Split
 
@@ -71,7 +73,7 @@ HERE = {
             "40,000 samples, each seen once: conditioning and noise, judged by the exact expected loss.",
             make_model,
             make_data,
-            Task(REGRESSION.loss, REGRESSION.metric, "expected loss above the noise"),
+            replace(REGRESSION, metric_name="expected loss above the noise"),
             batch_size=100,
             steps=400,
         ),

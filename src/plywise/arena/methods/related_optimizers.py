@@ -1,4 +1,4 @@
-"""Optimizers and modules of the related papers as methods, trained as their peers are."""
+"""Optimizers of the related papers as methods, trained as their peers are."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from plywise.arena.method import EndToEnd, Method, Setting, Trainer, cosine, end_to_end
-from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov
+from plywise.arena.methods.peers import GRADIENT_SIZED, hidden_weights, learning
 from plywise.arena.space import Range
-from plywise.nn import adapt_activations
-from plywise.optim import LRSGDC, LRSGDR, SalpSGD, YamAdam
+from plywise.optim import LRSGDC, LRSGDR, ASkewSGD, SalpSGD, YamAdam
 
 SALPS = 4
 """Points in the chain of SalpSGD; each costs a forward and a backward pass."""
-SLOPE_FACTOR = 2.0
-"""n of adaptive activations, as in the paper's benchmarks of classification."""
+STAGES = 100
+"""What stands for epochs in ASkewSGD: the constraint tightens in the second half of them."""
+TIGHTENING = 0.9
+"""Of ASkewSGD's intervals from stage to stage; after 50 of them they are half a per cent of the first."""
 
 
 @dataclass
@@ -41,17 +43,22 @@ class WithClosure(EndToEnd):
         return loss
 
 
-def of_relative(name: str) -> Method:
-    """A relative as a method.
+@dataclass
+class Quantized(EndToEnd):
+    """Training whose outputs are those of the network with its weights on their levels."""
 
-    Args:
-        name: one of ``RELATIVES``.
-
-    Example:
-        >>> list(of_relative("lrsgd-r").space)
-        ['lr', 'weight_decay', 'strength']
-    """
-    return _RELATIVES[name]
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The quantized network's outputs in eval mode; the weights in training stay as they are."""
+        assert isinstance(self.optimizer, ASkewSGD)
+        params = learning(self.model)
+        kept = [param.clone() for param in params]
+        self.optimizer.quantize()
+        try:
+            return super().predict(x)
+        finally:
+            for param, value in zip(params, kept, strict=True):
+                param.copy_(value)
 
 
 def _local_regularizer(optimizer: Callable[..., Optimizer], setting: Setting) -> Trainer:
@@ -69,17 +76,27 @@ def _swarm(setting: Setting) -> Trainer:
     return WithClosure(setting.model, chain, setting.task.loss, cosine(setting.steps)(chain))
 
 
-def _adaptive(setting: Setting) -> Trainer:
-    slopes = [module.slope for module in adapt_activations(setting.model, "layer", SLOPE_FACTOR)]
-    known = {id(slope) for slope in slopes}
-    weights = [parameter for parameter in learning(setting.model) if id(parameter) not in known]
-    # decay would pull a slope to 0, where the layer hands nothing on
-    groups: Any = [{"params": weights}, {"params": slopes, "weight_decay": 0.0}]
-    return end_to_end(setting, nesterov(groups, **setting.numbers))
+def _binary(setting: Setting) -> Trainer:
+    """Hidden weights become ± the deviation of He's start, which keeps the size of signals."""
+    hidden = hidden_weights(setting.model, setting.example)
+    sizes = [(2 / weight[0].numel()) ** 0.5 for weight in hidden]
+    groups: list[dict[str, Any]] = [
+        {"params": [weight], "levels": (-size, size)} for weight, size in zip(hidden, sizes, strict=True)
+    ]
+    bound = {id(weight) for weight in hidden}
+    free = [param for param in learning(setting.model) if id(param) not in bound]
+    optimizer = ASkewSGD(
+        [*groups, {"params": free, "levels": None}],
+        setting.numbers["lr"],
+        steps_per_epoch=max(1, setting.steps // STAGES),
+        hold=STAGES // 2,
+        decay=TIGHTENING,
+    )
+    return Quantized(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer))
 
 
 _LRSGD = {**GRADIENT_SIZED, "strength": Range(1e-3, 0.1, 0.01)}
-_RELATIVES = {
+HERE = {
     method.name: method
     for method in (
         Method(
@@ -103,10 +120,10 @@ _RELATIVES = {
             gradients=SALPS + 1,
         ),
         Method(
-            "adaptive-activations",
-            "SGD with Nesterov momentum, a trainable slope for each activation module",
-            GRADIENT_SIZED,
-            _adaptive,
+            "askew-sgd",
+            "ASkewSGD: hidden weights of two levels; it is judged by the quantized network",
+            {"lr": Range(1e-2, 3.0, 0.3)},
+            _binary,
         ),
     )
 }

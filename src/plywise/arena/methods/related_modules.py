@@ -1,0 +1,244 @@
+"""Layers, initialisations and decision stages of the related papers as methods, on SGD with momentum."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise.arena.method import EndToEnd, Method, Setting, Trainer, cosine
+from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov
+from plywise.arena.space import Range
+from plywise.arena.task import predictor
+from plywise.arena.workload import Workload
+from plywise.errors import PlywiseError
+from plywise.init import fuse_slice
+from plywise.losses import slope_recovery
+from plywise.nn import AdaptiveActivation, DecisionStage, Threshold, adapt_activations
+from plywise.nn.adaptive_activation import ACTIVATIONS
+
+SLOPE_FACTOR = 2.0
+"""n of adaptive activations, as in the paper's benchmarks of classification."""
+REMEMBERED = 1000
+"""Samples of the last batches that layers are fused by, or a decision stage learns from."""
+
+
+def unless(change: Callable[[nn.Module], Any]) -> Callable[[Workload], str]:
+    """Refuses workloads whose model cannot be changed so, with the reason of the change itself."""
+
+    def refuses(workload: Workload) -> str:
+        with torch.random.fork_rng(devices=()):
+            model = workload.make_model()
+        try:
+            change(model)
+        except PlywiseError as error:
+            return str(error)
+        return ""
+
+    return refuses
+
+
+# ---- activations -----------------------------------------------------------------------------------
+
+
+def _with_slopes(model: nn.Module) -> list[AdaptiveActivation]:
+    return adapt_activations(model, "layer", SLOPE_FACTOR)
+
+
+def _adaptive(setting: Setting) -> EndToEnd:
+    slopes = [module.slope for module in _with_slopes(setting.model)]
+    known = {id(slope) for slope in slopes}
+    weights = [parameter for parameter in learning(setting.model) if id(parameter) not in known]
+    # decay would pull a slope to 0, where the layer hands nothing on
+    groups: Any = [{"params": weights}, {"params": slopes, "weight_decay": 0.0}]
+    optimizer = nesterov(groups, setting.numbers["lr"], setting.numbers["weight_decay"])
+    return EndToEnd(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer))
+
+
+def _recovering(setting: Setting) -> Trainer:
+    """Adaptive activations with slope recovery in the loss that is descended."""
+    trainer, loss = _adaptive(setting), setting.task.loss
+    weight = setting.numbers["recovery"]
+    trainer.loss = lambda output, y: loss(output, y) + weight * slope_recovery(setting.model)
+    return trainer
+
+
+def _with_thresholds(model: nn.Module) -> None:
+    places = [name for name, module in model.named_modules(remove_duplicate=False) if _is_activation(module)]
+    if not places or "" in places:
+        raise PlywiseError(f"the {type(model).__name__} has no activation module that a step could stand for")
+    for name in places:
+        model.set_submodule(name, Threshold(estimator="clipped_relu"))
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return isinstance(module, ACTIVATIONS)
+
+
+def _threshold(setting: Setting) -> Trainer:
+    _with_thresholds(setting.model)
+    return _plain(setting, setting.model, setting.steps)
+
+
+# ---- before and after training ---------------------------------------------------------------------
+
+
+def _plain(setting: Setting, model: nn.Module, steps: int) -> EndToEnd:
+    optimizer = nesterov(learning(model), **setting.numbers)
+    return EndToEnd(model, optimizer, setting.task.loss, cosine(steps)(optimizer))
+
+
+@dataclass
+class Memory:
+    """The last samples, at least `REMEMBERED` of them if there were as many."""
+
+    batches: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Remember a batch, forget what is no longer needed."""
+        self.batches.append((x, y))
+        while sum(len(x) for x, _ in self.batches) - len(self.batches[0][0]) >= REMEMBERED:
+            self.batches.popleft()
+
+
+def deepened(model: nn.Module) -> tuple[nn.Sequential, int]:
+    """A copy with one layer more: the first hidden linear layer and its activation stand there twice.
+
+    Returns:
+        The deeper network, and the position of that layer.
+
+    Raises:
+        PlywiseError: it is no chain with a hidden linear layer followed by an activation.
+    """
+    if isinstance(model, nn.Sequential):
+        for at, (layer, activation) in enumerate(pairwise(model)):
+            if isinstance(layer, nn.Linear) and _is_activation(activation):
+                size = layer.out_features
+                more = [copy.deepcopy(activation), nn.Linear(size, size).to(layer.weight)]
+                parts = list(copy.deepcopy(model))
+                return nn.Sequential(*parts[: at + 1], *more, *parts[at + 1 :]), at
+    raise PlywiseError("only a chain with a hidden linear layer and its activation can be one layer deeper")
+
+
+class Fused:
+    """Trains a network that is one layer deeper, fuses it half-way to the size asked for, and trains on.
+
+    Attributes:
+        plain: its outputs are the network's.
+    """
+
+    plain = True
+
+    def __init__(self, setting: Setting) -> None:
+        deep, self._at = deepened(setting.model)
+        self._setting, self._half = setting, max(1, setting.steps // 2)
+        self._trainer = _plain(setting, deep, self._half)
+        self._memory, self._taken = Memory(), 0
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Train on a batch; its loss before the step."""
+        if self._taken == self._half:
+            self._fuse()
+        if self._taken < self._half:
+            self._memory.add(x, y)
+        self._taken += 1
+        return self._trainer.step(x, y)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The network's outputs in eval mode."""
+        return self._trainer.predict(x)
+
+    def _fuse(self) -> None:
+        deep = self._trainer.model
+        assert isinstance(deep, nn.Sequential)
+        fused = fuse_slice(deep, self._at, self._at + 3, [x for x, _ in self._memory.batches])
+        self._trainer = _plain(self._setting, fused, self._setting.steps - self._half)
+
+
+class Decided:
+    """Trains for half of the steps; then a support vector machine decides, and nothing trains any more.
+
+    Attributes:
+        plain: its outputs are decisions, 0 and 1, which the task's loss does not take.
+    """
+
+    plain = False
+
+    def __init__(self, setting: Setting) -> None:
+        from sklearn.svm import SVC
+
+        self._setting, self._half = setting, max(1, setting.steps // 2)
+        self._trainer = _plain(setting, setting.model, self._half)
+        self._stage = DecisionStage(setting.model, SVC())
+        self._memory, self._taken, self._loss = Memory(), 0, 0.0
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Train on a batch; the loss before the last step that was one."""
+        if self._taken < self._half:
+            self._memory.add(x, y)
+            self._loss = self._trainer.step(x, y)
+        elif self._taken == self._half:
+            self._stage.fit(self._memory.batches)
+        self._taken += 1
+        return self._loss
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The network's scores; from the second half on 1 for the class that is decided for, 0 for others."""
+        if self._taken <= self._half:
+            return predictor(self._setting.model)(x)
+        return F.one_hot(self._stage.predict(x), self._setting.classes).float()
+
+
+def without_classes(workload: Workload) -> str:
+    """Why there is nothing to decide; "" if there is."""
+    return "" if workload.classes else "a decision stage needs classes, and the targets are none"
+
+
+HERE = {
+    method.name: method
+    for method in (
+        Method(
+            "adaptive-activations",
+            "SGD with Nesterov momentum, a trainable slope for each activation module",
+            {**GRADIENT_SIZED, "lr": Range(1e-3, 1.0, 0.03)},
+            _adaptive,
+            refuses=unless(_with_slopes),
+        ),
+        Method(
+            "slope-recovery",
+            "Adaptive activations, and a term in the loss that pushes slopes up",
+            {**GRADIENT_SIZED, "lr": Range(1e-3, 1.0, 0.01), "recovery": Range(1e-3, 10.0, 0.1)},
+            _recovering,
+            refuses=unless(_with_slopes),
+        ),
+        Method(
+            "threshold",
+            "SGD with Nesterov momentum, each activation 0 or 1, straight-through (clipped ReLU)",
+            GRADIENT_SIZED,
+            _threshold,
+            refuses=unless(_with_thresholds),
+        ),
+        Method(
+            "fuse-layers",
+            "SGD with Nesterov momentum on a network one layer deeper, which is fused half-way",
+            GRADIENT_SIZED,
+            Fused,
+            refuses=unless(deepened),
+        ),
+        Method(
+            "decision-stage",
+            "SGD with Nesterov momentum for half of the steps; then a support vector machine decides",
+            GRADIENT_SIZED,
+            Decided,
+            refuses=without_classes,
+            needs="sklearn",
+        ),
+    )
+}
