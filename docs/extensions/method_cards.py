@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from plywise.arena.places import place_of
 from plywise.card import Card, card_of
 from plywise.catalogue import ROOMS, TITLES, find
 
@@ -53,8 +54,14 @@ def card_page(card: Card, room: str) -> str:
             parts.append(f"## {heading}\n\n{sentence(prose(value))}")
     if card.hyper_parameters:
         parts.append(f"## Hyper-parameters\n\n{_table(card.hyper_parameters)}")
+    parts.append(f"## In the arena\n\n{_in_the_arena(card.name)}")
     parts.append(f"## Example\n\n```pycon\n{card.example}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _in_the_arena(name: str) -> str:
+    what, colon, command = place_of(name).partition(": plywise ")
+    return f"{prose(what)}:\n\n```console\n$ plywise {command}\n```" if colon else prose(what)
 
 
 def _table(parameters: Sequence[Any]) -> str:

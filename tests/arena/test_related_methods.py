@@ -13,13 +13,15 @@ import plywise as pw
 from plywise.arena.job import Entry
 from plywise.arena.material import Material
 from plywise.arena.method import Method
-from plywise.arena.methods import RELATED, RELATIVES, find_method
+from plywise.arena.methods import LEARNER_OF, RELATED, RELATIVES, RULE_OF, find_method
 from plywise.arena.methods.related_losses import INNER
 from plywise.arena.methods.related_modules import REMEMBERED, Memory, deepened
+from plywise.arena.places import ELSEWHERE, METHOD_OF, WORKLOAD_OF, place_of
 from plywise.arena.task import RANKING, REGRESSION, wrong_order
 from plywise.arena.tournament import Bench, Plan
 from plywise.arena.trial import endless_batches, run_trial
 from plywise.arena.workloads import find_workload
+from plywise.catalogue import ROOMS
 from plywise.nn import Threshold
 
 
@@ -296,3 +298,17 @@ def test_a_bench_tells_who_refused_and_runs_the_others(tmp_path):
     reason = "a decision stage needs classes, and the targets are none"
     assert bench.refused == [{"workload": "digits-rare", "method": "decision-stage", "reason": reason}]
     assert bench.total == 1
+
+
+# ---- where each card leads ---------------------------------------------------------------------------
+
+
+def test_every_method_of_the_catalogue_has_its_place():
+    names = [name for room in ROOMS.values() for name in room]
+    assert all(place_of(name) for name in names)
+    assert {*METHOD_OF, *WORKLOAD_OF, *ELSEWHERE} == set(names)
+    assert {*METHOD_OF.values()} == {*RULE_OF, *LEARNER_OF, *RELATIVES}
+    for workload in WORKLOAD_OF.values():
+        find_workload(workload)
+    with pytest.raises(pw.PlywiseError, match="not known where"):
+        place_of("Nothing")

@@ -67,6 +67,8 @@ def _print_card(card: Card) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from plywise.arena.places import place_of
+
     sections = {
         "idea": card.idea,
         "equation": card.equation,
@@ -80,6 +82,7 @@ def _print_card(card: Card) -> None:
         "code": card.code,
         "results": card.results,
         "limits": card.limits,
+        "in the arena": place_of(card.name),
         "example": card.example,
     }
     grid = Table.grid(padding=(0, 2, 1, 0))

@@ -47,19 +47,30 @@ ON_ADAMW = ("foof+adamw", "feature-whitening+adamw", "adabk+adamw")
 """Rules that do better on AdamW than on SGD in our benchmarks."""
 
 RELATED = {
-    "related_optimizers": ("lrsgd-r", "lrsgd-c", "yam-adam", "salp-sgd", "askew-sgd"),
-    "related_losses": ("auc-margin", "coda", "input-gradient-penalty", "wasserstein-proximal"),
-    "related_modules": (
-        "adaptive-activations",
-        "slope-recovery",
-        "threshold",
-        "fuse-layers",
-        "decision-stage",
-    ),
+    "related_optimizers": {
+        "lrsgd-r": "LRSGDR",
+        "lrsgd-c": "LRSGDC",
+        "yam-adam": "YamAdam",
+        "salp-sgd": "SalpSGD",
+        "askew-sgd": "ASkewSGD",
+    },
+    "related_losses": {
+        "auc-margin": "AUCMargin",
+        "coda": "CoDA",
+        "input-gradient-penalty": "input_gradient_penalty",
+        "wasserstein-proximal": "wasserstein_proximal",
+    },
+    "related_modules": {
+        "adaptive-activations": "AdaptiveActivation",
+        "slope-recovery": "slope_recovery",
+        "threshold": "Threshold",
+        "fuse-layers": "fuse_layers",
+        "decision-stage": "DecisionStage",
+    },
 }
-"""What the related papers have beside rules and learners, by the module that it is in."""
+"""What is made of the related papers' optimizers, losses and modules, by the module that makes it."""
 
-_HOMES = {name: home for home, names in RELATED.items() for name in names}
+_HOMES = {name: home for home, made in RELATED.items() for name in made}
 RELATIVES = tuple(_HOMES)
 """Names of all of these."""
 

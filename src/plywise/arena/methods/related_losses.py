@@ -165,7 +165,7 @@ HERE = {
         Method(
             "auc-margin",
             "The AUC margin loss on SGD with Nesterov momentum, in place of the task's loss",
-            GRADIENT_SIZED,
+            {**GRADIENT_SIZED, "lr": Range(1e-4, 0.1, 0.01)},  # larger ones end with equal scores
             _auc_margin,
             refuses=unranked,
         ),

@@ -31,7 +31,7 @@ REMEMBERED = 1000
 
 
 def unless(change: Callable[[nn.Module], Any]) -> Callable[[Workload], str]:
-    """Refuses workloads whose model cannot be changed so, with the reason of the change itself."""
+    """Refuses workloads whose model cannot be changed so, with the first sentence of its error."""
 
     def refuses(workload: Workload) -> str:
         with torch.random.fork_rng(devices=()):
@@ -39,7 +39,7 @@ def unless(change: Callable[[nn.Module], Any]) -> Callable[[Workload], str]:
         try:
             change(model)
         except PlywiseError as error:
-            return str(error)
+            return str(error).split(". ")[0].rstrip(".")
         return ""
 
     return refuses
