@@ -72,6 +72,7 @@ PARAMETERS = {
     "associated-learning/cifar10-cnn": {"": AL_CNN},
     "associated-learning/cifar10-vgg": {"": AL_VGG, "BackProp": AL_VGG + NORMS},
     "back-matching/vgg13-cifar10": {"": VGG13},
+    "back-matching/vgg13-cifar100": {"": VGG13 + 90 * 513},
     "consequentialism/mnist-mlp": {"": 785 * 1024 + 1025 * 1024 + 1025 * 10},
     "consequentialism/mnist-conv": {"": 10 * 32 + 289 * 64 + 3137 * 128 + 129 * 10},
 }
@@ -132,7 +133,7 @@ def test_a_step_at_small_size(paper, name):
         after = network(trainer).parameters()
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), arm.name
         scores = trainer.predict(x[:3])
-        assert scores.shape == (3, 10)
+        assert scores.shape == (3, 100 if "cifar100" in name else 10)
         assert torch.isfinite(scores).all()
 
 
@@ -158,7 +159,7 @@ def test_every_experiment_says_where_what_and_why(paper):
     for experiment in found.experiments:
         assert experiment.sizes.keys() == {FULL, SMALL}
         assert experiment.sizes[SMALL].steps < experiment.sizes[FULL].steps / 20
-        assert f"{experiment.sizes[SMALL].steps} steps" in experiment.sizes[SMALL].about
+        assert f"{experiment.sizes[SMALL].steps:,} steps" in experiment.sizes[SMALL].about
         assert experiment.differences
         assert len({arm.name for arm in experiment.arms}) == len(experiment.arms)
         names = {arm.name for arm in experiment.arms}
@@ -456,7 +457,7 @@ def test_missing_data_name_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in PAPERS:
         for experiment in find_paper(name).experiments:
-            file = r"mnist\.npz" if "mnist" in experiment.name else r"cifar-10-binary\.tar\.gz"
+            file = r"mnist\.npz" if "mnist" in experiment.name else r"cifar-100?-binary\.tar\.gz"
             with pytest.raises(PlywiseError, match=file):
                 experiment.sizes[SMALL].data()
 

@@ -14,7 +14,8 @@ from fake_bench import line, make_bench, make_lines
 from plywise.arena.bench_charts import after_trials, curves, front, thin
 from plywise.arena.contest import contest
 from plywise.arena.score import CLOCKS
-from plywise.arena.standing import area, noise, null_ratio, places, rows, runs_csv, standing_csv
+from plywise.arena.spreadsheets import runs_csv, standing_csv
+from plywise.arena.standing import area, noise, null_ratio, places, rows
 
 FOUR = ["sgd", "sgd-again", "proxprop", "local"]
 
@@ -177,6 +178,34 @@ def test_equals_share_a_rank():
     assert [place.rank[:3] for place in places(field, "tuned", "steps")] == [(1, 1, 2), (1, 1, 2)]
 
 
+def test_equals_that_never_arrive_are_told_by_where_they_end():
+    """All have no area. A cheap step must not help: it only makes the bound on the time of a miss smaller."""
+    never = [math.inf] * 3
+    ends = {"adamw": 0.3, "nlms": 0.2, "bad": 0.6}
+    lines = [*finals("sgd", [100] * 3), *finals("proxprop", [100, math.inf, math.inf])]
+    for name, end in ends.items():
+        runs = finals(name, never)
+        for run in runs:
+            run["validation"][-1] = end
+            run["cpu"] = [0.0, 0.1, 0.1] if name == "bad" else run["cpu"]
+        lines += runs
+    field = small(lines, methods=("bad", "adamw", "nlms", "proxprop", "sgd"))
+    for clock in CLOCKS:
+        found = places(field, "tuned", clock)
+        assert [one.method for one in found] == ["sgd", "proxprop", "nlms", "adamw", "bad"]
+        assert [one.rank.value for one in found] == [1, 2, 2, 2, 2]
+        assert [one.level for one in found] == [False, True, True, True, True]
+    assert [one.end for one in found[2:]] == [2, 3, 5]
+
+
+def test_where_a_method_does_not_fit_it_ends_last():
+    bench = make_bench(["sgd", "local"], ["digits", "words"])
+    found = by_method(places(contest(bench, make_lines(bench)), "tuned", "steps"))
+    assert bench["refused"][0]["workload"] == "words"
+    assert found["local"].end == 2
+    assert found["sgd"].end == 1
+
+
 def test_the_area_is_that_under_the_profile():
     """Against the profile summed up on a fine grid."""
     for place in places(whole(), "tuned", "cpu"):
@@ -228,6 +257,20 @@ def test_memory_is_that_of_the_final_runs():
     for run in runs:
         run["peak_mib"] = None
     assert by_method(rows(small([*trials, *runs])))["sgd"].peak_mib is None
+
+
+def test_memory_is_unknown_where_no_step_was_measured():
+    runs = finals("sgd", [100] * 3, peak_mib=40.0)
+    early = {name: [0.0] for name in ("steps", "cpu", "wall")} | {"loss": [2.3], "validation": [0.9]}
+    failed = [
+        line("digits", "proxprop", "final", seed=s, failure="nan", peak_mib=9.0, **early) for s in range(3)
+    ]
+    field = small([*runs, *failed])
+    assert {row.method: row.peak_mib for row in rows(field)} == {"sgd": 40, "proxprop": None}
+    told = {one["method"]: one["peak_mib"] for one in csv.DictReader(io.StringIO(runs_csv(field)))}
+    assert told == {"sgd": "40.0", "proxprop": ""}
+    (one,) = rows(small([*runs[:2], {**failed[0], "method": "sgd"}]))
+    assert one.peak_mib == 40, "of those that trained"
 
 
 def test_tables_come_back_as_they_were():

@@ -12,7 +12,7 @@ import pytest
 from plywise.card import STATUSES
 from plywise.catalogue import ROOMS, RULES
 from plywise.cli import demo as demo_command
-from plywise.errors import PlywiseError
+from plywise.errors import PAGE
 
 NAMES = [name for names in ROOMS.values() for name in names]
 # in the demo: not the open form of four that are, nor a schedule
@@ -232,7 +232,7 @@ def test_demo_refuses_before_it_works(plywise, tmp_path):
     (tmp_path / "taken").write_text("")
     assert plywise("demo", "--out", str(tmp_path / "taken"))[0] == 1
     code, _, err = plywise("demo", "--seeds", "0", "--out", str(tmp_path))
-    assert (code, err) == (1, f"plywise: --seeds must be at least 1, not 0.\nMore: {PlywiseError.page}\n")
+    assert (code, err) == (1, f"plywise: --seeds must be at least 1, not 0.\nMore: {PAGE}#error-command\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")

@@ -10,6 +10,7 @@ import pytest
 
 from plywise.data.readers import (
     read_cifar10_archive,
+    read_cifar100_archive,
     read_colour_images,
     read_idx,
     read_npz,
@@ -17,7 +18,14 @@ from plywise.data.readers import (
     read_table,
     read_text,
 )
-from plywise.data.sets import boiling_points, cifar10, grey_images, numeric_table, tiny_shakespeare
+from plywise.data.sets import (
+    boiling_points,
+    cifar10,
+    cifar100,
+    grey_images,
+    numeric_table,
+    tiny_shakespeare,
+)
 from plywise.data.store import find
 from plywise.errors import PlywiseError
 
@@ -65,7 +73,15 @@ def test_what_is_no_idx_file_is_said(tmp_path, content, words):
     assert "images.gz" in str(raised.value)
 
 
-READERS = [read_idx, read_cifar10_archive, read_colour_images, read_npz, read_table, read_text]
+READERS = [
+    read_idx,
+    read_cifar10_archive,
+    read_cifar100_archive,
+    read_colour_images,
+    read_npz,
+    read_table,
+    read_text,
+]
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -82,13 +98,13 @@ def cifar_rows(count, seed):
     return rows
 
 
-def archive(folder, batches):
-    """The archive as it is published, of these files: their names and rows."""
-    path = folder / "cifar-10-binary.tar.gz"
+def archive(folder, batches, name="cifar-10-binary.tar.gz"):
+    """An archive as it is published, of these files: their names and rows."""
+    path = folder / name
     with tarfile.open(path, "w:gz") as tar:
-        for name, content in batches.items():
-            (folder / name).write_bytes(content)
-            tar.add(folder / name, f"cifar-10-batches-bin/{name}")
+        for file, content in batches.items():
+            (folder / file).write_bytes(content)
+            tar.add(folder / file, f"cifar-batches-bin/{file}")
     return path
 
 
@@ -123,6 +139,48 @@ def test_what_is_no_cifar_archive_is_said(tmp_path):
     (tmp_path / "other").write_bytes(b"text" * 500)
     with pytest.raises(PlywiseError, match="no tar archive"):
         read_cifar10_archive(tmp_path / "other")
+
+
+def cifar100_files():
+    """Three images to train and two to test: a coarse label, a fine one, and the planes."""
+    files = {}
+    for seed, (name, count) in enumerate({"train.bin": 3, "test.bin": 2, "fine_label_names.txt": 1}.items()):
+        rows = np.random.default_rng(seed).integers(0, 256, (count, 3074), dtype=np.uint8)
+        rows[:, 0], rows[:, 1] = rows[:, 0] % 20, 99 - np.arange(count)
+        files[name] = rows.tobytes()
+    return files
+
+
+def test_cifar100_archive_has_the_fine_labels(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLYWISE_DATA", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(PlywiseError, match=r"'cifar100' is missing.*plywise workloads fetch cifar100"):
+        cifar100()
+    files = cifar100_files()
+    archive(tmp_path, cifar_files())  # another set beside it is not mistaken for it
+    path = archive(tmp_path, files, "cifar-100-binary.tar.gz")
+    x, y, x_test, y_test = read_cifar100_archive(path)
+    assert (x.shape, x_test.shape) == ((3, 32, 32, 3), (2, 32, 32, 3))
+    assert (y.tolist(), y_test.tolist()) == ([99, 98, 97], [99, 98])
+    row = np.frombuffer(files["test.bin"], np.uint8).reshape(2, 3074)[1]
+    for channel in range(3):
+        plane = row[2 + 1024 * channel : 2 + 1024 * (channel + 1)].reshape(32, 32)
+        assert np.array_equal(x_test[1, :, :, channel], plane)
+    for found in (cifar100(), cifar100()):  # decoded, and kept
+        assert all(map(np.array_equal, found, (x, y, x_test, y_test)))
+    assert cifar10()[0].shape == (10, 32, 32, 3)
+
+
+def test_what_is_no_cifar100_archive_is_said(tmp_path):
+    with pytest.raises(PlywiseError, match=r"has no train\.bin, test\.bin: it is not CIFAR-100's"):
+        read_cifar100_archive(archive(tmp_path, cifar_files()))
+    files = cifar100_files()
+    short = {**files, "test.bin": files["test.bin"][1:]}
+    with pytest.raises(PlywiseError, match=r"test\.bin .*6,147 bytes, no multiple of the 3074"):
+        read_cifar100_archive(archive(tmp_path, short))
+    odd = {**files, "train.bin": files["train.bin"][:1] + b"\x64" + files["train.bin"][2:]}
+    with pytest.raises(PlywiseError, match="a label of 100: it is no batch of CIFAR-100"):
+        read_cifar100_archive(archive(tmp_path, odd))
 
 
 def encoded(images, step):
@@ -245,6 +303,18 @@ def test_real_colour_images():
     means = x.reshape(-1, 3).mean(0) / 255
     assert np.allclose(means, (0.49139968, 0.48215841, 0.44653091), atol=1e-7), "the means of the original"
     assert x_test.shape == (10_000, 32, 32, 3)
+
+
+@needs("cifar100_test.npz", "cifar-100-binary.tar.gz")
+@pytest.mark.slow
+def test_real_colour_images_of_a_hundred_classes():
+    x, y, x_test, y_test = cifar100()
+    assert (x.shape, x_test.shape) == ((50_000, 32, 32, 3), (10_000, 32, 32, 3))
+    assert np.bincount(y).tolist() == [500] * 100
+    assert np.bincount(y_test).tolist() == [100] * 100
+    means = x.reshape(-1, 3).mean(0) / 255
+    original = (0.50707516, 0.48654887, 0.44091784)
+    assert np.allclose(means, original, atol=1e-4), "the original's, but for rounding"
 
 
 @needs("mnist.npz", "mnist/train-images-idx3-ubyte.gz")

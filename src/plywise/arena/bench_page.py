@@ -19,7 +19,8 @@ from plywise.arena.intervals import COUNT, LEVEL
 from plywise.arena.ledger import read
 from plywise.arena.page import fill
 from plywise.arena.score import CLOCKS, STRICT_PLACE, Line, chosen
-from plywise.arena.standing import FURTHEST, Row, null_ratio, places, rows, runs_csv, standing_csv
+from plywise.arena.spreadsheets import runs_csv, standing_csv
+from plywise.arena.standing import FURTHEST, Row, null_ratio, places, rows
 from plywise.errors import PlywiseError
 from plywise.files import write_whole
 
@@ -43,11 +44,11 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[Line]]:
         bench = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PlywiseError(
-            f"{folder} is no bench: it has no bench.json. Name the folder of a bench."
+            f"{folder} is no bench: it has no bench.json. Name the folder of a bench.", see="error-bench"
         ) from error
     except ValueError as error:
         raise PlywiseError(
-            f"{folder / 'bench.json'} is not the JSON that a bench writes: {error}."
+            f"{folder / 'bench.json'} is not the JSON that a bench writes: {error}.", see="error-bench"
         ) from error
     return bench, list(read(folder / "trials.jsonl"))
 

@@ -54,6 +54,16 @@ def last_validation(line: Line) -> float:
     return float(line["validation"][-1])
 
 
+def trained(line: Line) -> bool:
+    """Whether a trial was measured after a step; what it took before says nothing of its method.
+
+    Example:
+        >>> trained({"steps": [0, 20]}), trained({"steps": [0]}), trained({"steps": []})
+        (True, False, False)
+    """
+    return any(line["steps"])
+
+
 def clock_values(line: Line, clock: str) -> list[float]:
     """What a clock showed at each measurement of a trial.
 

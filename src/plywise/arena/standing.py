@@ -7,11 +7,8 @@ mean is ever taken of times that were cut off.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +16,7 @@ import numpy as np
 
 from plywise.arena.contest import Cell, Contest, step_seconds
 from plywise.arena.intervals import Draws, Interval, Timed, geometric_interval, limits, ratio_interval
-from plywise.arena.score import CLOCKS, Line, best_validation, last_validation, to_target
+from plywise.arena.score import CLOCKS, Line, last_validation, to_target, trained
 
 FURTHEST = 4.0
 """Performance profiles end here: who takes four times as long as the quickest gets nothing."""
@@ -52,7 +49,7 @@ class Row:
         step_cost: processor seconds of a step over the reference's; None where either was not timed.
         seconds: processor seconds of a whole run; None where no step was timed.
         peak_mib: memory at its peak, the median of the final runs that measured it: other numbers, such as a
-            memory that is tuned, need other amounts.
+            memory that is tuned, need other amounts. None where no run got as far as a measured step.
         numbers: the tuned numbers of the runs.
     """
 
@@ -81,6 +78,7 @@ class Place:
         method: name of the method.
         rank: by the area under the profile; equals share a rank. None for a null control, which is shown
             and not ranked.
+        level: whether another method shares the rank.
         area: area under the performance profile up to `FURTHEST`; 1 for the quickest everywhere.
         profile: time over the quickest method's, by workload; infinite for a miss, and on a workload that the
             method does not fit. A workload that it has not been run on yet is not there.
@@ -88,16 +86,20 @@ class Place:
         compared: number of workloads in ``ratio``.
         reached: number of final runs that reached the target.
         runs: number of final runs.
+        end: mean over workloads of the place by the validation metric at the end, 1 the lowest; a workload
+            that the method does not fit counts as a failed run.
     """
 
     method: str
     rank: Interval | None
+    level: bool
     area: Interval
     profile: dict[str, float]
     ratio: Interval | None
     compared: int
     reached: int
     runs: int
+    end: float
 
 
 def rows(field: Contest) -> list[Row]:
@@ -110,6 +112,10 @@ def places(field: Contest, track: str, clock: str) -> list[Place]:
 
     A method is judged on the workloads that it was run on and, as a miss, on those that it does not fit.
     Null controls set no best time and take no rank.
+
+    Equals, such as all that never reach a target, share a rank. They are told in the order of the share of
+    runs that reached the target, and then of where they ended, see `Place.end`: their times have no say,
+    since the time of a miss is a bound that a cheap step lowers.
     """
     behind: dict[str, dict[str, tuple[float, Draws]]] = {}
     for workload in field.workloads:
@@ -118,6 +124,7 @@ def places(field: Contest, track: str, clock: str) -> list[Place]:
     values = {name: statistics.fmean(area(r) for r, _ in own.values()) for name, own in behind.items()}
     draws = {name: np.mean([_areas(d) for _, d in own.values()], axis=0) for name, own in behind.items()}
     ranked = [name for name in behind if name not in field.nulls]
+    ends = _ends(field, track)
     found = []
     for name, own in behind.items():
         pairs = _pairs(field, track, clock, name)
@@ -126,15 +133,17 @@ def places(field: Contest, track: str, clock: str) -> list[Place]:
             Place(
                 method=name,
                 rank=_rank(name, ranked, values, draws) if name in ranked else None,
+                level=name in ranked and sum(values[other] == values[name] for other in ranked) > 1,
                 area=_interval(values[name], draws[name]),
                 profile={workload: r for workload, (r, _) in own.items()},
                 ratio=geometric_interval(pairs),
                 compared=sum(ratio_interval(*pair) is not None for pair in pairs),
                 reached=sum(_reaches(run, field.targets[run["workload"]].strict) for run in runs),
                 runs=len(runs),
+                end=ends[name],
             )
         )
-    return sorted(found, key=lambda one: (-one.area.value, one.ratio.value if one.ratio else math.inf))
+    return sorted(found, key=lambda one: (-one.area.value, -one.reached / max(one.runs, 1), one.end))
 
 
 def null_ratio(field: Contest, track: str, clock: str, null: str) -> Interval | None:
@@ -177,70 +186,6 @@ def area(behind: float) -> float:
     return max(0.0, FURTHEST - max(behind, 1.0)) / (FURTHEST - 1)
 
 
-def standing_csv(found: Iterable[Row]) -> str:
-    """The rows as a table for spreadsheets; a miss is "inf", what was not measured is empty."""
-    header = ["track", "workload", "method", "runs", "reached", "reached_loose", "failed"]
-    spans = [f"{what}_{end}" for what in ("validation", "test") for end in Spread._fields]
-    timing = [
-        f"{clock}_{what}"
-        for clock in CLOCKS
-        for what in ("low", "median", "high", "ratio_low", "ratio", "ratio_high", "ratio_mark")
-    ]
-    lines: list[list[object]] = []
-    for row in found:
-        line: list[object] = [getattr(row, name) for name in header]
-        for spread in (row.validation, row.test):
-            line += spread or [None] * 3
-        for clock in CLOCKS:
-            line += [*row.times[clock][:3], *(row.ratios[clock] or [None] * 4)]
-        lines.append([*line, row.step_cost, row.seconds, row.peak_mib, _told(row.numbers)])
-    return _csv([*header, *spans, *timing, "step_cost", "cpu_seconds_of_a_run", "peak_mib", "numbers"], lines)
-
-
-def runs_csv(field: Contest) -> str:
-    """Every trial of the bench, one a line: what it reached, when, and how it ended."""
-    header = [
-        "workload",
-        "method",
-        "purpose",
-        "track",
-        "trial",
-        "seed",
-        "numbers",
-        "best_validation",
-        "last_validation",
-        "test",
-    ]
-    lines = []
-    for workload in field.workloads:
-        target = field.targets[workload]
-        for method in field.methods:
-            for line in field.trials(workload, method):
-                lines.append(
-                    [
-                        *(line[name] for name in header[:6]),
-                        _told(line["numbers"]),
-                        best_validation(line),
-                        last_validation(line),
-                        line.get("test"),
-                        *(to_target(line, target.strict, clock) for clock in CLOCKS),
-                        to_target(line, target.loose),
-                        line.get("peak_mib"),
-                        line["failure"],
-                    ]
-                )
-    return _csv(
-        [
-            *header,
-            *(f"{clock}_to_target" for clock in CLOCKS),
-            "steps_to_loose_target",
-            "peak_mib",
-            "failure",
-        ],
-        lines,
-    )
-
-
 def _row(field: Contest, key: tuple[str, str, str], cell: Cell) -> Row:
     track, workload, method = key
     target = field.targets[workload]
@@ -248,7 +193,7 @@ def _row(field: Contest, key: tuple[str, str, str], cell: Cell) -> Row:
     mine = field.trials(workload, method)
     cost = step_seconds(mine)
     plain = step_seconds(field.trials(workload, field.reference)) if field.reference else None
-    peaks = [run["peak_mib"] for run in cell.runs if run.get("peak_mib") is not None]
+    peaks = [run["peak_mib"] for run in cell.runs if run.get("peak_mib") is not None and trained(run)]
     tests = [line["test"] for line in cell.runs if line.get("test") is not None]
     return Row(
         track=track,
@@ -304,6 +249,19 @@ def _over(times: Draws, best: Draws | float) -> Draws:
 
 def _areas(behind: Draws) -> Draws:
     return np.clip(FURTHEST - np.maximum(behind, 1.0), 0.0, None) / (FURTHEST - 1)
+
+
+def _ends(field: Contest, track: str) -> dict[str, float]:
+    """By method the mean, over its workloads, of its place by the validation metric at the end."""
+    ends: dict[str, list[int]] = {}
+    for workload in field.workloads:
+        values = {name: math.inf for name in field.methods if (workload, name) in field.refused}
+        for name in field.methods:
+            if runs := _runs(field, (track, workload, name)):
+                values[name] = statistics.median(last_validation(run) for run in runs)
+        for name, value in values.items():
+            ends.setdefault(name, []).append(1 + sum(other < value for other in values.values()))
+    return {name: statistics.fmean(places) for name, places in ends.items()}
 
 
 def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[str, Draws]) -> Interval:
@@ -369,15 +327,3 @@ def _interval(value: float, draws: Draws) -> Interval:
 
 def _spread(values: list[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
-
-
-def _told(numbers: dict[str, float]) -> str:
-    return " ".join(f"{name}={value:g}" for name, value in numbers.items())
-
-
-def _csv(header: list[str], lines: Iterable[Iterable[object]]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
-    return file.getvalue()

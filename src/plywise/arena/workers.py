@@ -9,6 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -48,7 +50,7 @@ class Workers:
     """This machine's cores, a process for each trial.
 
     A process that is killed, or takes longer than ``patience``, is an outcome of its trial. When the caller
-    stops early, the running trials are ended.
+    stops early, or calls `stop`, the running trials are ended.
 
     Args:
         count: trials at once.
@@ -58,32 +60,63 @@ class Workers:
 
     def __init__(self, count: int = 1, threads: int = 1, patience: float = PATIENCE) -> None:
         if count < 1 or threads < 1:
-            raise PlywiseError(f"Workers and threads are at least 1, not {count} and {threads}.")
+            raise PlywiseError(
+                f"Workers and threads are at least 1, not {count} and {threads}.", see="error-bench"
+            )
         self.count, self.threads, self.patience = count, threads, patience
         # forked from a process that has imported torch and has no threads: a start takes milliseconds
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
+        self._stopped, self._bell = self._context.Pipe(duplex=False)
+
+    def stop(self) -> None:
+        """End the running trials, for good: `run` gives those that have ended, and no more.
+
+        May be called from a signal's handler while `run` waits.
+        """
+        self._bell.send_bytes(b"stop")
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end."""
         queue = iter(jobs)
         running: dict[Connection, _Worker] = {}
         try:
-            while True:
+            while not self._stopped.poll():
                 while len(running) < self.count and (job := next(queue, None)) is not None:
+                    _start_forking()
                     worker = _Worker(self._context, job, self.threads, self.patience)
                     running[worker.connection] = worker
                 if not running:
                     return
                 patience = min(worker.end for worker in running.values()) - time.monotonic()
-                ready = wait(list(running), timeout=max(0.0, patience))
-                now = time.monotonic()
-                for connection in [own for own, one in running.items() if own in ready or one.end <= now]:
-                    worker = running.pop(connection)
-                    yield worker.job, worker.outcome()
+                yield from self._ended(running, max(0.0, patience))
+            yield from self._ended(running, 0.0)
         finally:
             for worker in running.values():
                 worker.stop()
+
+    def _ended(
+        self, running: dict[Connection, _Worker], patience: float
+    ) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Wait until trials have ended, or `stop` is called: they, and their lines, leave those that run."""
+        ready = wait([*running, self._stopped], timeout=patience)
+        now = time.monotonic()
+        for connection in [own for own, one in running.items() if own in ready or one.end <= now]:
+            worker = running.pop(connection)
+            yield worker.job, worker.outcome()
+
+
+def _start_forking() -> None:
+    """Start the process that trials are forked from, unless it is there: deaf to Ctrl-C, as they are then.
+
+    In a terminal Ctrl-C reaches it, too, and would end it while it imports torch.
+    """
+    resource_tracker.ensure_running()  # else the next line starts it, and leaves Ctrl-C to be heard
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -112,9 +145,9 @@ class _Worker:
 
     def stop(self) -> None:
         """End it, whatever it does."""
-        self.connection.close()
         self._process.kill()
         self._process.join(10)
+        self.connection.close()  # last: the process would complain that nobody hears it
 
 
 def _work(job: Job, threads: int, connection: Connection) -> None:
@@ -125,8 +158,9 @@ def _work(job: Job, threads: int, connection: Connection) -> None:
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     line = perform(job)
-    connection.send_bytes(json.dumps(line, allow_nan=False).encode())
-    connection.close()
+    with suppress(BrokenPipeError):  # the caller may have been interrupted, and gone
+        connection.send_bytes(json.dumps(line, allow_nan=False).encode())
+        connection.close()
     os._exit(0)  # torch's and a user's atexit handlers have nothing to do here
 
 

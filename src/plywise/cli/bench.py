@@ -8,12 +8,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plywise.cli.console import console
+from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
 from plywise.environment import cores
 from plywise.errors import PlywiseError, StateError
@@ -112,14 +113,15 @@ def bench(
         seconds = seconds_of(budget)
     end = None if seconds is None else time.monotonic() + seconds
     if out.exists() and not out.is_dir():
-        raise PlywiseError(f"{out} is a file; --out names a folder.")
+        raise PlywiseError(f"{out} is a file; --out names a folder.", see="error-command")
     if resume:
         _refuse_what_the_plan_says(given)
         plan = _saved(out)
     else:
         if (out / "bench.json").exists():
             raise PlywiseError(
-                f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out."
+                f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out.",
+                see="error-bench",
             )
         from plywise.arena.search import find_search
 
@@ -164,7 +166,8 @@ def _refuse_what_the_plan_says(given: dict[str, Any]) -> None:
         names = ", ".join("the model" if name == "model" else f"--{name.replace('_', '-')}" for name in own)
         raise PlywiseError(
             f"--resume goes on with the bench in {given['out']} as it was planned: leave out {names}, or "
-            "name another folder with --out and begin a bench of its own."
+            "name another folder with --out and begin a bench of its own.",
+            see="error-command",
         )
 
 
@@ -186,14 +189,15 @@ def _asked(
     if (model is None) == (workloads is None):
         raise PlywiseError(
             "Say what to train: your model as module:name with --data, or --workloads with quick, standard, "
-            "related or names."
+            "related or names.",
+            see="error-command",
         )
     if model is not None:
         if data is None:
-            raise PlywiseError(f"Say with --data where the data for {model} are.")
+            raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
         entries = [Entry(model, model, data, loss, metric, **own)]
     elif data is not None or loss or metric:
-        raise PlywiseError("--data, --loss and --metric belong to a model of your own.")
+        raise PlywiseError("--data, --loss and --metric belong to a model of your own.", see="error-command")
     else:
         sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
         names = sets.get(str(workloads)) or _words(str(workloads))
@@ -212,7 +216,10 @@ def _crew(ray: str | None, workers: int | None, plan: Plan) -> Workers | RayCrew
 
         return Workers(workers or max(1, cores() // max(1, threads)), threads, patience)
     if workers is not None:
-        raise PlywiseError("--workers belongs to this machine; with --ray, the cluster's CPUs say how many.")
+        raise PlywiseError(
+            "--workers belongs to this machine; with --ray, the cluster's CPUs say how many.",
+            see="error-command",
+        )
     from plywise.arena.ray_crew import RayCrew
 
     return RayCrew(ray, threads, patience)
@@ -233,11 +240,11 @@ def _saved(out: Path) -> Plan:
 
     path = out / "bench.json"
     if not path.exists():
-        raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.")
+        raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.", see="error-bench")
     try:
         return Plan.saved(json.loads(path.read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{path} is no description of a bench ({error!r}).") from error
+        raise StateError(f"{path} is no description of a bench ({error!r}).", see="state-bench") from error
 
 
 def _done(out: Path) -> Counter[tuple[str, str]]:
@@ -263,7 +270,7 @@ def _planned(
     for (workload, method), why in failures.items():
         screen.print(f"{method} fails on {workload}: {why}", style="red", soft_wrap=True)
     if len(failures) == len(costs):
-        raise PlywiseError("Every method fails in its first steps; nothing has been run.")
+        raise PlywiseError("Every method fails in its first steps; nothing has been run.", see="error-bench")
     known = {entry.name: entry.applied(material.workloads[entry.name]).steps for entry in plan.entries}
     if budget is not None:
         known = steps_for(plan, costs, plan.entries, known, crew.count, budget)
@@ -288,29 +295,36 @@ def _run(plan: Plan, material: Material, crew: Crew, out: Path, end: float | Non
     from plywise.cli.report import conclude
 
     bench = Bench(plan, material, out, shlex.join(["plywise", *sys.argv[1:]]))
+    goes_on = f"`plywise bench --resume --out {shlex.quote(str(out))}` goes on."
+    stop = Stop(crew)
+    try:
+        # closed at once if interrupted here, so that the bench ends before it is reported
+        with stop, closing(bench.perform(crew, lambda: stop.more(end))) as pieces:
+            _announce(bench, screen)
+            _follow(pieces, bench, screen)
+    except KeyboardInterrupt:
+        kept = f"{len(bench.ledger.lines)} of {bench.total} trials are kept"
+        with suppress(KeyboardInterrupt):
+            if stop.presses < 2:
+                kept += f"; {conclude(out, screen)} shows them"
+        raise KeyboardInterrupt(f"{kept}. {goes_on}") from None
+    conclude(out, screen)
+    if bench.about["unfinished"]:
+        screen.print(
+            f"The budget is spent: {len(bench.ledger.lines)} of {bench.total} trials have been run. {goes_on}"
+        )
+
+
+def _announce(bench: Bench, screen: Console) -> None:
+    """Say what is run, and what is not."""
     screen.print(
         f"Methods: {len(bench.methods)}; workloads: {len(bench.workloads)}; tuning trials of each: "
-        f"{plan.trials}; seeds: {plan.seeds}; trials in all: {bench.total}, {len(bench.ledger.lines)} done.",
+        f"{bench.plan.trials}; seeds: {bench.plan.seeds}; trials in all: {bench.total}, "
+        f"{len(bench.ledger.lines)} done.",
         soft_wrap=True,
     )
     for one in bench.refused:
         screen.print(f"{one['method']} does not run on {one['workload']}: {one['reason']}.", soft_wrap=True)
-    try:
-        # closed at once if interrupted here, so that the bench ends before it is reported
-        with closing(bench.perform(crew, lambda: end is None or time.monotonic() < end)) as pieces:
-            _follow(pieces, bench, screen)
-    except KeyboardInterrupt:
-        page = conclude(out, screen)
-        raise KeyboardInterrupt(
-            f"{len(bench.ledger.lines)} of {bench.total} trials are kept; {page} shows them. "
-            f"`plywise bench --resume --out {shlex.quote(str(out))}` goes on."
-        ) from None
-    page = conclude(out, screen)
-    if bench.about["unfinished"]:
-        screen.print(
-            f"The budget is spent: {len(bench.ledger.lines)} of {bench.total} trials have been run. "
-            f"`plywise bench --resume --out {shlex.quote(str(out))}` goes on."
-        )
 
 
 def _follow(pieces: Iterator[Progress], bench: Bench, screen: Console) -> None:

@@ -75,7 +75,7 @@ def _standing(field: Contest) -> Table:
     headings = ("rank", "time to the target over the best baseline's", "reached")
     shown = table("method", *headings, title=f"{track}, by CPU time", numbers=headings)
     for one in places(field, track, "cpu"):
-        rank = "null control" if one.rank is None else f"{one.rank.value:g}"
+        rank = "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}"
         ratio = "–" if one.ratio is None else span(one.ratio)
         shown.add_row(one.method, rank, ratio, f"{one.reached} of {one.runs}")
     return shown

@@ -32,7 +32,7 @@ def fetch(name: str) -> None:
     """Download a public data set into the cache folder; every file is checked against its SHA-256.
 
     Args:
-        name: mnist, fashion_mnist, cifar10 or tinyshakespeare.
+        name: mnist, fashion_mnist, cifar10, cifar100 or tinyshakespeare.
     """
     from plywise.data import store
 

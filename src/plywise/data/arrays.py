@@ -64,7 +64,8 @@ def load_arrays(address: str) -> Arrays:
     else:
         raise PlywiseError(
             f"Data are 'digits', a .npz file, or module:function of a function that makes them, not "
-            f"{address!r}."
+            f"{address!r}.",
+            see="error-data",
         )
     train = _split(parts[0], parts[1], f"{address}: training data")
     if len(parts) == 2:
@@ -73,7 +74,8 @@ def load_arrays(address: str) -> Arrays:
     if test.x.shape[1:] != train.x.shape[1:]:
         raise PlywiseError(
             f"{address}: a training sample is {tuple(train.x.shape[1:])}, and a test sample "
-            f"{tuple(test.x.shape[1:])}."
+            f"{tuple(test.x.shape[1:])}.",
+            see="error-data",
         )
     return Arrays(train, test, max(int(train.y.max()), int(test.y.max())) + 1)
 
@@ -103,16 +105,17 @@ def tensor_of(values: Any, what: str) -> Tensor:
             values = torch.stack([torch.as_tensor(value) for value in values])
         tensor = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PlywiseError(f"{what} are no array of numbers: {error}.") from error
+        raise PlywiseError(f"{what} are no array of numbers: {error}.", see="error-data") from error
     if tensor.dim() == 0:
-        raise PlywiseError(f"{what} are a single number, not a row for each sample.")
+        raise PlywiseError(f"{what} are a single number, not a row for each sample.", see="error-data")
     if tensor.is_complex():
-        raise PlywiseError(f"{what} are complex numbers, which no loss here takes.")
+        raise PlywiseError(f"{what} are complex numbers, which no loss here takes.", see="error-data")
     bad = ~torch.isfinite(tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)).all(1)
     if bool(bad.any()):
         raise PlywiseError(
             f"{what} hold NaN or infinity in {int(bad.sum())} of {len(bad)} samples, first in number "
-            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess."
+            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess.",
+            see="error-data",
         )
     return tensor
 
@@ -135,7 +138,9 @@ def _from_file(path: Path) -> tuple[Any, ...]:
     if "x_test" in found or "y_test" in found:
         names += ["x_test", "y_test"]
     if missing := [name for name in names if name not in found]:
-        raise PlywiseError(f"{path} has no {' and no '.join(missing)}; it has: {', '.join(found)}.")
+        raise PlywiseError(
+            f"{path} has no {' and no '.join(missing)}; it has: {', '.join(found)}.", see="error-data"
+        )
     return tuple(found[name] for name in names)
 
 
@@ -143,14 +148,16 @@ def _from_function(address: str) -> tuple[Any, ...]:
     made = called(address, "your data")
     if not isinstance(made, tuple | list) or len(made) not in (2, 4):
         found = f"{len(made)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
-        raise PlywiseError(f"{address} must return (x, y) or (x, y, x_test, y_test); it returned {found}.")
+        raise PlywiseError(
+            f"{address} must return (x, y) or (x, y, x_test, y_test); it returned {found}.", see="error-data"
+        )
     return tuple(made)
 
 
 def _split(x: Any, y: Any, what: str) -> Split:
     inputs, targets = inputs_of(x, what), _targets(tensor_of(y, what), what)
     if len(inputs) != len(targets) or len(inputs) == 0:
-        raise PlywiseError(f"{what} have {len(inputs)} inputs and {len(targets)} targets.")
+        raise PlywiseError(f"{what} have {len(inputs)} inputs and {len(targets)} targets.", see="error-data")
     return Split(inputs, targets)
 
 
@@ -159,6 +166,7 @@ def _targets(y: Tensor, what: str) -> Tensor:
     if y.dim() != 1 or not torch.equal(whole.to(y.dtype), y) or (len(y) and int(whole.min()) < 0):
         raise PlywiseError(
             f"{what}: targets must be class indices, one whole number from 0 a sample; these are {y.dtype} "
-            f"of shape {tuple(y.shape)}."
+            f"of shape {tuple(y.shape)}.",
+            see="error-data",
         )
     return whole

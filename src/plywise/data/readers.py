@@ -15,6 +15,7 @@ import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,22 @@ from plywise.errors import PlywiseError
 Bytes = NDArray[np.uint8]
 
 _IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-_CIFAR_ROW = 1 + 3 * 32 * 32
-_CIFAR_BATCHES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
+
+
+class _Cifar(NamedTuple):
+    """A binary version of CIFAR: its name, its files (the test's is the last), labels a row, classes."""
+
+    name: str
+    files: tuple[str, ...]
+    labels: int
+    classes: int
+
+
+_CIFAR_PIXELS = 3 * 32 * 32
+_CIFAR10 = _Cifar(
+    "CIFAR-10", (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"), 1, 10
+)
+_CIFAR100 = _Cifar("CIFAR-100", ("train.bin", "test.bin"), 2, 100)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -38,11 +53,13 @@ def read_bytes(path: Path) -> bytes:
         content = path.read_bytes()
         return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except FileNotFoundError as error:
-        raise PlywiseError(f"There is no file {path}.") from error
+        raise PlywiseError(f"There is no file {path}.", see="error-data") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise PlywiseError(f"{path} is cut short or damaged: {error}. Get it again.") from error
+        raise PlywiseError(
+            f"{path} is cut short or damaged: {error}. Get it again.", see="error-data"
+        ) from error
     except OSError as error:
-        raise PlywiseError(f"{path} cannot be read: {error}.") from error
+        raise PlywiseError(f"{path} cannot be read: {error}.", see="error-data") from error
 
 
 def read_text(path: Path) -> str:
@@ -54,7 +71,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PlywiseError(f"{path} is not text in UTF-8: {error}.") from error
+        raise PlywiseError(f"{path} is not text in UTF-8: {error}.", see="error-data") from error
 
 
 def read_idx(path: Path) -> NDArray[np.generic]:
@@ -70,12 +87,13 @@ def read_idx(path: Path) -> NDArray[np.generic]:
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _IDX_TYPES:
         raise PlywiseError(
             f"{path} is no IDX file: it starts with {content[:4].hex(' ') or 'nothing'}, not with 00 00, a "
-            "type (08 for bytes) and the number of dimensions."
+            "type (08 for bytes) and the number of dimensions.",
+            see="error-data",
         )
     kind, dimensions = np.dtype(_IDX_TYPES[content[2]]), content[3]
     start = 4 + 4 * dimensions
     if len(content) < start:
-        raise PlywiseError(f"{path} is cut short: it ends inside its header. Get it again.")
+        raise PlywiseError(f"{path} is cut short: it ends inside its header. Get it again.", see="error-data")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
     _check_length(path, len(content), start + math.prod(shape) * kind.itemsize)
     return np.frombuffer(content, kind, offset=start).reshape(shape).astype(kind.newbyteorder("="))
@@ -90,20 +108,19 @@ def read_cifar10_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     Raises:
         PlywiseError: it cannot be read, is no such archive, or lacks a batch.
     """
-    found: dict[str, tuple[Bytes, Bytes]] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(read_bytes(path))) as archive:
-            for member in archive:
-                name = Path(member.name).name
-                if name in _CIFAR_BATCHES and (file := archive.extractfile(member)) is not None:
-                    found[name] = _cifar_batch(path / name, file.read())
-    except tarfile.TarError as error:
-        raise PlywiseError(f"{path} is no tar archive, or damaged: {error}. Get it again.") from error
-    if missing := [name for name in _CIFAR_BATCHES if name not in found]:
-        raise PlywiseError(f"{path} has no {', '.join(missing)}: it is not CIFAR-10's binary version.")
-    *train, test = (found[name] for name in _CIFAR_BATCHES)
-    images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
-    return images, labels, *test
+    return _cifar_archive(path, _CIFAR10)
+
+
+def read_cifar100_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+    """CIFAR-100 as it is published: ``cifar-100-binary.tar.gz``; labels are the 100 fine ones.
+
+    Returns:
+        Training images (50000, 32, 32, 3) and labels (50000,), test images (10000, 32, 32, 3) and labels.
+
+    Raises:
+        PlywiseError: it cannot be read, is no such archive, or lacks a file.
+    """
+    return _cifar_archive(path, _CIFAR100)
 
 
 def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -116,15 +133,19 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
         with path.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             if isinstance(arrays, np.ndarray):
-                raise PlywiseError(f"{path} holds a single array (.npy), not named ones (.npz).")
+                raise PlywiseError(
+                    f"{path} holds a single array (.npy), not named ones (.npz).", see="error-data"
+                )
             with arrays:
                 return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError as error:
-        raise PlywiseError(f"There is no file {path}.") from error
+        raise PlywiseError(f"There is no file {path}.", see="error-data") from error
     except PlywiseError:
         raise
     except Exception as error:  # zipfile, zlib and numpy have errors of their own
-        raise PlywiseError(f"{path} cannot be read as a .npz file of arrays: {error}.") from error
+        raise PlywiseError(
+            f"{path} cannot be read as a .npz file of arrays: {error}.", see="error-data"
+        ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -139,12 +160,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         for row in reader:
             if None in row or None in row.values():
                 count = len(reader.fieldnames or ())
-                raise PlywiseError(f"{path}, line {reader.line_num}: there are {count} columns, not here.")
+                raise PlywiseError(
+                    f"{path}, line {reader.line_num}: there are {count} columns, not here.", see="error-data"
+                )
             rows.append(row)
     except csv.Error as error:
-        raise PlywiseError(f"{path}, line {reader.line_num}: {error}.") from error
+        raise PlywiseError(f"{path}, line {reader.line_num}: {error}.", see="error-data") from error
     if not rows:
-        raise PlywiseError(f"{path} has no rows under its first line.")
+        raise PlywiseError(f"{path} has no rows under its first line.", see="error-data")
     return rows
 
 
@@ -166,7 +189,8 @@ def read_table(path: Path) -> tuple[NDArray[np.float64], list[str]]:
             except ValueError:
                 raise PlywiseError(
                     f"{path}, row {number + 1}, column {name!r}: {cell!r} is no number. Write classes as "
-                    "numbers, or as columns of 0 and 1."
+                    "numbers, or as columns of 0 and 1.",
+                    see="error-data",
                 ) from None
     return table, list(rows[0])
 
@@ -189,7 +213,9 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
     arrays = read_npz(path)
     streams = [arrays[f"images_{number}"] for number in range(len(arrays)) if f"images_{number}" in arrays]
     if missing := [name for name in ("hw", "step", "labels") if name not in arrays]:
-        raise PlywiseError(f"{path} has no {', '.join(missing)}: it is no file of colour images.")
+        raise PlywiseError(
+            f"{path} has no {', '.join(missing)}: it is no file of colour images.", see="error-data"
+        )
     height, width = (int(size) for size in arrays["hw"])
 
     def decode(stream: NDArray[np.generic]) -> Bytes:
@@ -201,9 +227,11 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
         with ThreadPoolExecutor(2) as pool:  # numpy and lzma let go of the interpreter
             images = np.concatenate(list(pool.map(decode, streams)))
     except (lzma.LZMAError, ValueError) as error:
-        raise PlywiseError(f"{path} is damaged: {error}. Get it again.") from error
+        raise PlywiseError(f"{path} is damaged: {error}. Get it again.", see="error-data") from error
     if len(images) != len(arrays["labels"]):
-        raise PlywiseError(f"{path} has {len(images)} images and {len(arrays['labels'])} labels.")
+        raise PlywiseError(
+            f"{path} has {len(images)} images and {len(arrays['labels'])} labels.", see="error-data"
+        )
     return images, arrays["labels"].astype(np.uint8)
 
 
@@ -240,22 +268,50 @@ def _guess(values: NDArray[np.int16], y: int, x: int, first: int) -> NDArray[np.
     return np.where(corner >= high, low, np.where(corner <= low, high, flat)).astype(np.int16)
 
 
-def _cifar_batch(path: Path, content: bytes) -> tuple[Bytes, Bytes]:
-    if len(content) % _CIFAR_ROW or not content:
+def _cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+    found: dict[str, tuple[Bytes, Bytes]] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(read_bytes(path))) as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if name in kind.files and (file := archive.extractfile(member)) is not None:
+                    found[name] = _cifar_batch(path / name, file.read(), kind)
+    except tarfile.TarError as error:
         raise PlywiseError(
-            f"{path} has {len(content):,} bytes, no multiple of the {_CIFAR_ROW} that an image and its label "
-            "take: it is cut short, or no batch of CIFAR-10's binary version."
+            f"{path} is no tar archive, or damaged: {error}. Get it again.", see="error-data"
+        ) from error
+    if missing := [name for name in kind.files if name not in found]:
+        raise PlywiseError(
+            f"{path} has no {', '.join(missing)}: it is not {kind.name}'s binary version.", see="error-data"
         )
-    rows = np.frombuffer(content, np.uint8).reshape(-1, _CIFAR_ROW)
-    if rows[:, 0].max() > 9:
-        raise PlywiseError(f"{path} has a label of {rows[:, 0].max()}: it is no batch of CIFAR-10.")
-    images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), rows[:, 0].copy()
+    *train, test = (found[name] for name in kind.files)
+    images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+    return images, labels, *test
+
+
+def _cifar_batch(path: Path, content: bytes, kind: _Cifar) -> tuple[Bytes, Bytes]:
+    """Images and labels; of several labels in a row the last one, the fine one."""
+    size = kind.labels + _CIFAR_PIXELS
+    if len(content) % size or not content:
+        raise PlywiseError(
+            f"{path} has {len(content):,} bytes, no multiple of the {size} that an image and its label take: "
+            f"it is cut short, or no batch of {kind.name}'s binary version.",
+            see="error-data",
+        )
+    rows = np.frombuffer(content, np.uint8).reshape(-1, size)
+    labels, pixels = rows[:, kind.labels - 1], rows[:, kind.labels :]
+    if labels.max() >= kind.classes:
+        raise PlywiseError(
+            f"{path} has a label of {labels.max()}: it is no batch of {kind.name}.", see="error-data"
+        )
+    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), labels.copy()
 
 
 def _check_length(path: Path, found: int, expected: int) -> None:
     if found != expected:
         why = "it is cut short" if found < expected else "there is more in it"
         raise PlywiseError(
-            f"{path} has {found:,} bytes and its header says {expected:,}: {why}. Get it again."
+            f"{path} has {found:,} bytes and its header says {expected:,}: {why}. Get it again.",
+            see="error-data",
         )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from plywise.data.readers import (
     Bytes,
     read_cifar10_archive,
+    read_cifar100_archive,
     read_colour_images,
     read_idx,
     read_npz,
@@ -44,7 +45,9 @@ def grey_images(name: str) -> Images:
         if whole.is_file():
             arrays = read_npz(whole)
             if lacking := [part for part in names if part not in arrays]:
-                raise PlywiseError(f"{whole} has no {', '.join(lacking)}; it has: {', '.join(arrays)}.")
+                raise PlywiseError(
+                    f"{whole} has no {', '.join(lacking)}; it has: {', '.join(arrays)}.", see="error-data"
+                )
             x, y, x_test, y_test = (arrays[part].astype(np.uint8) for part in names)
             return x, y, x_test, y_test
         parts = [folder / name / part for part in IDX_FILES]
@@ -63,14 +66,19 @@ def cifar10() -> Images:
         PlywiseError: neither ``cifar10_train.npz`` with ``cifar10_test.npz`` nor ``cifar-10-binary.tar.gz``
             is there; or one is damaged.
     """
-    for folder in folders():
-        parts = [folder / f"cifar10_{part}.npz" for part in ("train", "test")]
-        archive = folder / "cifar-10-binary.tar.gz"
-        if all(part.is_file() for part in parts):
-            return _kept(_from_residuals, *parts)
-        if archive.is_file():
-            return _kept(read_cifar10_archive, archive)
-    raise missing("cifar10", "cifar-10-binary.tar.gz", "cifar10_train.npz (with cifar10_test.npz)")
+    return _colour_images("cifar10", "cifar-10-binary.tar.gz", read_cifar10_archive)
+
+
+def cifar100() -> Images:
+    """CIFAR-100 with its 100 fine classes: images and sizes as of `cifar10`.
+
+    What is decoded stays in the cache. ``.npz`` files may hold the images rounded, see `read_colour_images`.
+
+    Raises:
+        PlywiseError: neither ``cifar100_train.npz`` with ``cifar100_test.npz`` nor
+            ``cifar-100-binary.tar.gz`` is there; or one is damaged.
+    """
+    return _colour_images("cifar100", "cifar-100-binary.tar.gz", read_cifar100_archive)
 
 
 def tiny_shakespeare() -> str:
@@ -108,7 +116,7 @@ def boiling_points() -> tuple[Numbers, Numbers]:
     path = _found("compounds", "compounds.csv.gz", "compounds.csv")
     rows = read_rows(path)
     if lacking := [name for name in ("smiles", "molar_mass", "tb_K") if name not in rows[0]]:
-        raise PlywiseError(f"{path} has no column {', '.join(lacking)}.")
+        raise PlywiseError(f"{path} has no column {', '.join(lacking)}.", see="error-data")
     known = [row for row in rows if row["tb_K"]]
     x = np.array([_formula(row["smiles"], row["molar_mass"]) for row in known])
     return x, np.array([float(row["tb_K"]) for row in known])
@@ -127,11 +135,21 @@ def _found(name: str, *files: str) -> Path:
     return path
 
 
+def _colour_images(name: str, archive: str, read: Callable[[Path], Images]) -> Images:
+    for folder in folders():
+        parts = [folder / f"{name}_{part}.npz" for part in ("train", "test")]
+        if all(part.is_file() for part in parts):
+            return _kept(name, _from_residuals, *parts)
+        if (folder / archive).is_file():
+            return _kept(name, read, folder / archive)
+    raise missing(name, archive, f"{name}_train.npz (with {name}_test.npz)")
+
+
 def _from_residuals(train: Path, test: Path) -> Images:
     return (*read_colour_images(train), *read_colour_images(test))
 
 
-def _kept(read: Callable[..., Images], *sources: Path) -> Images:
+def _kept(name: str, read: Callable[..., Images], *sources: Path) -> Images:
     names = ("x", "y", "x_test", "y_test")
     digest = hashlib.blake2b(digest_size=8)
     for path in sources:
@@ -139,6 +157,6 @@ def _kept(read: Callable[..., Images], *sources: Path) -> Images:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 4096))
             digest.update(f"{size};".encode() + file.read())
-    arrays = decoded(f"cifar10-{digest.hexdigest()}", lambda: dict(zip(names, read(*sources), strict=True)))
+    arrays = decoded(f"{name}-{digest.hexdigest()}", lambda: dict(zip(names, read(*sources), strict=True)))
     x, y, x_test, y_test = (arrays[name] for name in names)
     return x, y, x_test, y_test

@@ -93,6 +93,13 @@ SETS: dict[str, tuple[Remote, ...]] = {
             ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
         ),
     ),
+    "cifar100": (
+        Remote(
+            "cifar-100-binary.tar.gz",
+            "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+            ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
+        ),
+    ),
     "tinyshakespeare": (
         Remote(
             "tinyshakespeare.txt",
@@ -147,7 +154,8 @@ def missing(name: str, *files: str) -> PlywiseError:
     )
     return PlywiseError(
         f"The data set {name!r} is missing: {' or '.join(files)} is neither in {places}. {how} the file "
-        "into one of these folders, or name its folder in PLYWISE_DATA."
+        "into one of these folders, or name its folder in PLYWISE_DATA.",
+        see="error-data",
     )
 
 
@@ -167,7 +175,8 @@ def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
     if name not in SETS:
         raise PlywiseError(
             f"No data set called {name!r} can be fetched. {suggestion(name, tuple(SETS))}There are: "
-            f"{', '.join(SETS)}."
+            f"{', '.join(SETS)}.",
+            see="error-data",
         )
     return [_fetched(remote, cache_folder() / remote.file, deadline) for remote in SETS[name]]
 
@@ -210,7 +219,8 @@ def _fetched(remote: Remote, path: Path, deadline: float) -> Path:
             failures.append(f"{mirror}: {error or type(error).__name__}")
     raise PlywiseError(
         f"{remote.file} could not be fetched. {'; '.join(failures)}. Put the file at {path} yourself, or "
-        "name its folder in PLYWISE_DATA."
+        "name its folder in PLYWISE_DATA.",
+        see="error-data",
     )
 
 

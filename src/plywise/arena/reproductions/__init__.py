@@ -34,7 +34,8 @@ def find_paper(name: str) -> Paper:
     if key not in PAPERS:
         raise PlywiseError(
             f"No paper is called {name!r}. {suggestion(name, PAPERS)}There are: {', '.join(PAPERS)}; "
-            "`plywise reproduce` lists their experiments."
+            "`plywise reproduce` lists their experiments.",
+            see="error-bench",
         )
     found: Paper = importlib.import_module(f"{__name__}.{key.replace('-', '_')}").PAPER
     return found

@@ -241,6 +241,7 @@ class Paper:
         if name not in found:
             raise PlywiseError(
                 f"{self.name} has no experiment called {name!r}. {suggestion(name, tuple(found))}There are: "
-                f"{', '.join(found)}."
+                f"{', '.join(found)}.",
+                see="error-bench",
             )
         return found[name]

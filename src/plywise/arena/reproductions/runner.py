@@ -68,7 +68,10 @@ class Reproduction:
         device: str = "cpu",
     ) -> None:
         if size not in (FULL, SMALL) or seeds < 1:
-            raise PlywiseError(f"A size is full or small and seeds are at least 1, not {size!r} and {seeds}.")
+            raise PlywiseError(
+                f"A size is full or small and seeds are at least 1, not {size!r} and {seeds}.",
+                see="error-bench",
+            )
         self.paper, self.size, self.seeds, self.folder, self.device = paper, size, seeds, folder, device
         self.experiments = [paper.find(name) for name in only] or list(paper.experiments)
         self.ledger = Ledger(folder / "runs.jsonl")
@@ -189,7 +192,8 @@ class Reproduction:
                             raise StateError(
                                 f"{self.folder} holds runs of {experiment.name}, {arm.name}, with other "
                                 f"settings: rate {line['rate']:g} and {line['setting']}, not "
-                                f"{expected['rate']:g} and {expected['setting']}. Use another --out."
+                                f"{expected['rate']:g} and {expected['setting']}. Use another --out.",
+                                see="state-bench",
                             )
 
     def _chosen(self, experiment: Experiment, arm: Arm) -> int:
@@ -295,7 +299,9 @@ def _outcome(record: Record) -> dict[str, Any]:
 def _refuse_mistakes(record: Record, arm: Arm) -> None:
     """Divergence is an outcome; anything else is a mistake, or a machine that is too small."""
     if record.failure and not record.failure.startswith(("diverged", "NonFiniteError")):
-        raise PlywiseError(f"{arm.name} failed: {record.failure}. Nothing of this run was kept.")
+        raise PlywiseError(
+            f"{arm.name} failed: {record.failure}. Nothing of this run was kept.", see="error-bench"
+        )
 
 
 def rounded_deep(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The papers' data: images of MNIST and CIFAR-10 in the order of their files, pixels in [0, 1] or centred."""
+"""The papers' data: images of MNIST and CIFAR in the order of their files, pixels in [0, 1] or centred."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from plywise.arena.workload import Data
 from plywise.data.digits import Split
 from plywise.data.readers import Bytes
-from plywise.data.sets import cifar10, grey_images
+from plywise.data.sets import cifar10, cifar100, grey_images
 
 
 def mnist(images: int, validation: int, test: int) -> Data:
@@ -35,9 +35,12 @@ def cifar_centred(images: int, validation: int, test: int) -> Data:
 
 def cifar_channels(images: int, validation: int, test: int) -> Data:
     """`cifar`, each channel with mean 0 and variance 1 over the training set."""
-    data = cifar(images, validation, test)
-    deviation, mean = torch.std_mean(data.train.x, dim=(0, 2, 3), keepdim=True)
-    return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
+    return _channels(cifar(images, validation, test))
+
+
+def cifar100_channels(images: int, validation: int, test: int) -> Data:
+    """`cifar_channels`, of CIFAR-100."""
+    return _channels(_parts(*cifar100(), (images, validation, test)))
 
 
 def _parts(x: Bytes, y: Bytes, x_test: Bytes, y_test: Bytes, sizes: tuple[int, int, int]) -> Data:
@@ -53,6 +56,11 @@ def _parts(x: Bytes, y: Bytes, x_test: Bytes, y_test: Bytes, sizes: tuple[int, i
 def _split(x: Bytes, y: Bytes) -> Split:
     pixels: Tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)).astype(np.float32))
     return Split(pixels.div_(255), torch.from_numpy(y.astype(np.int64)))
+
+
+def _channels(data: Data) -> Data:
+    deviation, mean = torch.std_mean(data.train.x, dim=(0, 2, 3), keepdim=True)
+    return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
 
 
 def _centred(data: Data) -> Data:

@@ -109,7 +109,7 @@
     find("standing-of").textContent = `${track}, by ${data.clocks[clock]}`;
     table("standing", [
       ["Method", name],
-      ["Rank", (row) => (row.rank ? [row.rank[1], String(row.rank[1]), between(row.rank)] : [null, "–"])],
+      ["Rank", (row) => (row.rank ? [row.rank[1], `${row.rank[1]}${row.level ? "\u00a0=" : ""}`, between(row.rank)] : [null, "–"])],
       ["Area", (row) => [row.area[1], row.area[1].toFixed(2), row.area[0] === row.area[2] ? "" : `${row.area[0].toFixed(2)} to ${row.area[2].toFixed(2)}`]],
       ["Ratio", (row) => ratio(row.ratio)],
       ["¼ to 4 times", (row) => [row.ratio?.[1] ?? null, whisker(row.ratio, board.paint(row.method))]],

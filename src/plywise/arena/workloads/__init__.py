@@ -63,7 +63,8 @@ def find_workload(name: str) -> Workload:
     if key not in _HOMES:
         raise PlywiseError(
             f"No workload is called {name!r}. {suggestion(name, WORKLOADS)}There are: "
-            f"{', '.join(WORKLOADS)}; or point at your own model and data by module:name."
+            f"{', '.join(WORKLOADS)}; or point at your own model and data by module:name.",
+            see="error-bench",
         )
     found: Workload = importlib.import_module(f"{__name__}.{_HOMES[key]}").HERE[key]
     return replace(found, target=targets().get(key, {}).get("target"))

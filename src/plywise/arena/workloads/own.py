@@ -110,14 +110,19 @@ def _made(address: str) -> nn.Module:
     """A network of the user's, after a look whether the next one would be another."""
     first, second = (called(address, "your model") for _ in range(2))
     if not isinstance(second, nn.Module):
-        raise PlywiseError(f"{address} returned a {type(second).__name__}, not a torch.nn.Module.")
+        raise PlywiseError(
+            f"{address} returned a {type(second).__name__}, not a torch.nn.Module.", see="error-address"
+        )
     if first is second:
         raise PlywiseError(
             f"{address} returned the same network twice: each trial needs a new one, with its own weights. "
-            "Make it inside the function."
+            "Make it inside the function.",
+            see="error-address",
         )
     if not any(parameter.requires_grad for parameter in second.parameters()):
-        raise PlywiseError(f"{address} made a {type(second).__name__} without a parameter to train.")
+        raise PlywiseError(
+            f"{address} made a {type(second).__name__} without a parameter to train.", see="error-address"
+        )
     return second
 
 
@@ -129,16 +134,23 @@ def _output(network: nn.Module, address: str, x: Tensor) -> Tensor:
     except Exception as error:
         raise PlywiseError(
             f"{address} fails on two inputs of {x.dtype} and shape {tuple(x.shape)}: {type(error).__name__}: "
-            f"{error}."
+            f"{error}.",
+            see="error-address",
         ) from error
     finally:
         network.train(training)
     if not isinstance(output, Tensor):
-        raise PlywiseError(f"{address} gives a {type(output).__name__}, not one tensor with a row a sample.")
+        raise PlywiseError(
+            f"{address} gives a {type(output).__name__}, not one tensor with a row a sample.",
+            see="error-address",
+        )
     if output.dim() == 0 or len(output) != len(x):
-        raise PlywiseError(f"{address} gives an output of shape {tuple(output.shape)} for {len(x)} samples.")
+        raise PlywiseError(
+            f"{address} gives an output of shape {tuple(output.shape)} for {len(x)} samples.",
+            see="error-address",
+        )
     if not bool(torch.isfinite(output).all()):
-        raise PlywiseError(f"{address} gives NaN or infinity before any training.")
+        raise PlywiseError(f"{address} gives NaN or infinity before any training.", see="error-address")
     return output
 
 
@@ -183,12 +195,14 @@ def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss:
     if not own_loss and _are_one_hot(y):
         raise PlywiseError(
             f"The targets are one-hot: of {y.shape[1]} numbers a sample, one is 1. Give classes as whole "
-            "numbers, y.argmax(1), or say with --loss what is to be done with these."
+            "numbers, y.argmax(1), or say with --loss what is to be done with these.",
+            see="error-data",
         )
     if not own_loss and y.is_floating_point() and output.shape[1:] != y.shape[1:]:
         raise PlywiseError(
             f"{model} gives {tuple(output.shape[1:])} for each sample, and a target {tuple(y.shape[1:])}; "
-            "they must be of one shape."
+            "they must be of one shape.",
+            see="error-address",
         )
     if task.metric is error_rate or (not own_loss and not y.is_floating_point()):
         _check_classes(model, output, data)
@@ -204,14 +218,16 @@ def _check_classes(model: str, output: Tensor, data: Data) -> None:
         wanted = ", ".join(map(str, (*y.shape[1:], "classes")))
         raise PlywiseError(
             f"{model} gives {tuple(output.shape[1:])} for each sample; for whole-number targets it must be "
-            f"({wanted},) scores. If these are numbers to predict, make them floating-point."
+            f"({wanted},) scores. If these are numbers to predict, make them floating-point.",
+            see="error-data",
         )
     outputs = output.shape[-1]
     largest = max(int(part.y.max()) for part in vars(data).values())
     if largest >= outputs:
         raise PlywiseError(
             f"{model} has {outputs} output{'s' if outputs > 1 else ''}, and targets go up to {largest}: "
-            f"it needs {largest + 1}. If these are numbers to predict, make them floating-point."
+            f"it needs {largest + 1}. If these are numbers to predict, make them floating-point.",
+            see="error-data",
         )
 
 
@@ -221,13 +237,18 @@ def _check_judge(judge: Callable[..., Any], what: str, output: Tensor, y: Tensor
     except Exception as error:
         raise PlywiseError(
             f"The {what} fails on outputs of shape {tuple(output.shape)} and targets of {y.dtype} and shape "
-            f"{tuple(y.shape)}: {type(error).__name__}: {error}."
+            f"{tuple(y.shape)}: {type(error).__name__}: {error}.",
+            see="error-data",
         ) from error
     if not isinstance(value, Tensor) or value.dim() != 0:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-        raise PlywiseError(f"The {what} must be a tensor with one number, the mean; it is of {found}.")
+        raise PlywiseError(
+            f"The {what} must be a tensor with one number, the mean; it is of {found}.", see="error-data"
+        )
     if not bool(torch.isfinite(value)):
-        raise PlywiseError(f"The {what} is {float(value)} on two samples before any training.")
+        raise PlywiseError(
+            f"The {what} is {float(value)} on two samples before any training.", see="error-data"
+        )
 
 
 def _blocks(network: nn.Module, example: Tensor, classes: int, wanted: int | None) -> int:

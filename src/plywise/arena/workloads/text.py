@@ -35,7 +35,8 @@ def make_data() -> Data:
     if len(characters) != VOCABULARY:
         raise PlywiseError(
             f"The text has {len(characters)} different characters, and tiny Shakespeare has {VOCABULARY}: it "
-            "is another one, or damaged."
+            "is another one, or damaged.",
+            see="error-data",
         )
     numbers = {character: number for number, character in enumerate(characters)}
     tokens = torch.tensor([numbers[character] for character in text])

@@ -1,0 +1,53 @@
+"""Ctrl-C during `plywise bench`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from plywise.arena.workers import Crew
+
+STOPPING = "Stopping: finished trials are kept. The report is drawn next; Ctrl-C again leaves it out."
+
+
+class Stop:
+    """Ctrl-C while trials run: answered at once; an interrupt when all that has ended is in the ledger.
+
+    A crew that cannot be stopped in between is interrupted wherever it is, as by a second Ctrl-C.
+
+    Attributes:
+        presses: how often it was pressed.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self.presses = 0
+
+    def __enter__(self) -> Self:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not signal.SIG_IGN:  # as a shell's background jobs have it
+            signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        if self.presses and kind is None:
+            raise KeyboardInterrupt
+
+    def more(self, end: float | None) -> bool:
+        """Whether another trial may begin, on a clock that may have an end."""
+        return not self.presses and (end is None or time.monotonic() < end)
+
+    def _hear(self, *_: object) -> None:
+        from plywise.arena.workers import Workers
+
+        self.presses += 1
+        if self.presses > 1:
+            raise KeyboardInterrupt
+        os.write(2, f"\n{STOPPING}\n".encode())  # standard error itself: a print may have been interrupted
+        if not isinstance(self._crew, Workers):
+            raise KeyboardInterrupt
+        self._crew.stop()

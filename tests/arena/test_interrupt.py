@@ -1,0 +1,171 @@
+"""Ctrl-C during `plywise bench`, as a terminal sends it: to every process of the command at once."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from plywise.arena.job import Entry, Job
+from plywise.arena.ledger import FINAL, TUNED, Key, read
+from plywise.arena.material import Material
+from plywise.arena.workers import Workers
+from plywise.cli.interrupt import STOPPING
+
+HERE = "competitors"
+OWN = Entry("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
+BENCH = ("bench", f"{HERE}:model", "--data", f"{HERE}:data", "--steps", "12", "--batch-size", "32")
+
+
+@pytest.fixture(autouse=True)
+def _findable(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+
+
+class Command:
+    """A bench in a session of its own, its temporary files in a folder of their own."""
+
+    def __init__(self, folder, methods, *words):
+        self.scratch, self.out = folder / "scratch", folder / "out"
+        self.scratch.mkdir(exist_ok=True)
+        self.ledger = self.out / "trials.jsonl"
+        place = {"TMPDIR": str(self.scratch), "PYTHONPATH": os.path.dirname(__file__)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "plywise", *BENCH, "--methods", methods, "--out", str(self.out), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **place},
+            cwd=folder,
+            start_new_session=True,
+        )
+
+    def wait_until(self, happened):
+        end = time.monotonic() + 120
+        while not happened():
+            assert time.monotonic() < end, self.process.communicate()
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.02)
+
+    def lines(self):
+        return list(read(self.ledger))
+
+    def press(self):
+        """Ctrl-C."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def left(self):
+        """Processes of the session that still are, as folders of /proc."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.getsid(int(entry.name)) == self.process.pid:
+                    found.append(entry)
+        return found
+
+    def imports_torch(self):
+        """Whether the process that trials are forked from has got as far as torch."""
+        with contextlib.suppress(OSError):
+            for one in self.left():
+                if "forkserver" in (one / "cmdline").read_text():
+                    return "libtorch_cpu" in (one / "maps").read_text()
+        return False
+
+    def ended(self):
+        """What it wrote to standard output and error; that it left nothing behind."""
+        out, err = self.process.communicate(timeout=60)
+        assert self.process.returncode == 130, err
+        assert "Traceback" not in out + err
+        assert list(self.scratch.glob("plywise-bench-*")) == []
+        end = time.monotonic() + 60
+        while left := self.left():
+            assert time.monotonic() < end, left
+            time.sleep(0.05)
+        return out, err
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Begin a bench; what is still there afterwards, in a test that failed, is ended."""
+    begun = []
+
+    def _start(*words):
+        begun.append(Command(tmp_path, *words))
+        return begun[-1]
+
+    yield _start
+    for command in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(command.process.pid, signal.SIGKILL)
+        command.process.communicate()
+
+
+def test_an_interrupt_is_answered_and_loses_nothing_that_has_ended(start):
+    command = start(f"sgd,{HERE}:Hanging", "--trials", "4", "--seeds", "1", "--workers", "2")
+    # the methods' trials take turns, and those of the second never end: two of the first one's do
+    command.wait_until(lambda: command.ledger.exists() and len(command.lines()) == 2)
+    assert len(list(command.scratch.glob("plywise-bench-*"))) == 1
+    before = command.lines()
+    command.press()
+    _, said = command.ended()
+    assert said.index(STOPPING) < said.index("Interrupted."), "first of all"
+    kept = command.lines()
+    assert kept[: len(before)] == before
+    assert {line["method"] for line in kept} == {"sgd"}, "what was running is no outcome"
+    assert f"Interrupted. {len(kept)} of 12 trials are kept; {command.out / 'report.html'} shows" in said
+    assert f"`plywise bench --resume --out {command.out}` goes on." in said
+    assert "Not finished." in (command.out / "report.html").read_text()
+    assert json.loads((command.out / "bench.json").read_text())["unfinished"] != []
+
+
+def test_pressed_again_it_draws_no_report(start):
+    command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
+    command.wait_until(lambda: command.ledger.exists() and command.lines())
+    command.press()
+    while STOPPING not in command.process.stderr.readline():
+        pass
+    command.press()
+    _, said = command.ended()
+    assert "are kept. `plywise bench --resume" in said
+    assert not (command.out / "report.html").exists()
+
+
+def test_an_interrupt_before_the_first_trial(start):
+    command = start("sgd", "--workers", "2")
+    command.wait_until(command.imports_torch)
+    command.press()
+    _, said = command.ended()
+    assert STOPPING in said
+    assert f"Interrupted. {len(command.lines())} of 14 trials are kept" in said
+
+
+def jobs(folder, *methods):
+    material = Material([OWN])
+    entry, data = material.workloads["own"], str(material.files["own"])
+    settled = OWN.settled(entry)
+    return material, [Job(Key("own", name, FINAL, TUNED, 0, 0), settled, {}, data) for name in methods]
+
+
+def test_a_crew_that_is_stopped_gives_what_has_ended_and_ends_the_rest(tmp_path):
+    material, three = jobs(tmp_path, "sgd", "adamw", f"{HERE}:Hanging")
+    crew = Workers(3)
+    try:
+        pieces = crew.run([*three, three[0]])
+        told = [next(pieces)[1]["method"]]
+        end = time.monotonic() + 60
+        while len(multiprocessing.active_children()) > 1:  # the second has ended, and nobody has looked
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        crew.stop()
+        told += [line["method"] for _, line in pieces]
+        assert sorted(told) == ["adamw", "sgd"]
+        assert multiprocessing.active_children() == []
+        assert list(crew.run(three)) == [], "for good"
+    finally:
+        material.close()

@@ -1,0 +1,113 @@
+"""A user's table with rows that repeat: the same inputs are never in two parts that plywise cuts."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from plywise.arena.workload import Data
+from plywise.arena.workloads.own_data import own_data
+
+MODULE = """
+import torch
+
+generator = torch.Generator().manual_seed(3)
+rows = torch.randint(0, 3, (60, 4), generator=generator).float()
+x = rows.repeat(5, 1)
+y = torch.arange(300) % 3
+
+def all_twins(): return x, y
+def tested(): return x, y, rows[:5], y[:5]
+def whole_numbers(): return x.long(), y
+def images(): return x.view(300, 2, 2), y
+def signs():
+    zero = torch.zeros(300)
+    return torch.stack([torch.cat([zero, -zero]), torch.arange(600.0) % 300], 1), y.repeat(2)
+def few(): return (torch.arange(300) % 9).float().view(-1, 1), y
+def empty(): return torch.zeros(20, 0), torch.zeros(20)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _user(user_module):
+    user_module("twins", MODULE)
+
+
+def rows_of(part):
+    return {row.tobytes() for row in part.x.flatten(1).numpy()}
+
+
+def shared(data, *names):
+    """Whether two parts have a row in common."""
+    pairs = itertools.combinations([rows_of(getattr(data, name)) for name in names], 2)
+    return any(one & other for one, other in pairs)
+
+
+def samples(data: Data, *names):
+    """All samples of some parts, in an order that does not depend on the cut."""
+    both = [
+        torch.cat([getattr(data, n).x.flatten(1).float(), getattr(data, n).y[:, None].float()], 1)
+        for n in names
+    ]
+    return sorted(map(tuple, torch.cat(both).tolist()))
+
+
+ALL = ("train", "validation", "test")
+
+
+@pytest.mark.parametrize("name", ["all_twins", "whole_numbers"])
+def test_rows_that_repeat_stay_in_one_part(name):
+    found = own_data(f"twins:{name}")
+    whole = samples(found.data, *ALL)
+    assert len(whole) == 300, "each once, and none lost"
+    images = own_data("twins:images").data
+    assert whole == samples(images, *ALL)
+    assert shared(images, *ALL), "so it is without care, as with what is no table"
+    assert not shared(found.data, *ALL)
+    twins = 300 - len({row[:4] for row in whole})
+    assert f"by a fixed seed, {twins} with the inputs of another kept beside it: " in found.cut
+    sizes = [len(getattr(found.data, part).y) for part in ALL]
+    assert min(sizes) > 0
+    assert f": {sizes[0]} to train, {sizes[1]} to validate, {sizes[2]} to test" in found.cut
+    again = own_data(f"twins:{name}").data
+    assert again.fingerprint() == found.data.fingerprint()
+
+
+def test_what_is_drawn_from_training_samples_shares_none_with_them():
+    found = own_data("twins:tested")
+    assert not shared(found.data, "train", "validation")
+    assert samples(found.data, "train", "validation") == samples(own_data("twins:all_twins").data, *ALL)
+    assert len(found.data.test.y) == 5, "the user's own part is as it was"
+    assert "with the inputs of another kept beside it" in found.cut
+
+
+def test_training_samples_are_not_in_the_order_of_the_table(tmp_path):
+    """The training loss is measured on the first ones: in a sorted table those would be of one class."""
+    table = np.repeat(np.arange(400) / 400, 2)
+    path = tmp_path / "sorted.csv"
+    path.write_text("x,y\n" + "".join(f"{value},{int(2 * value)}\n" for value in table))
+    found = own_data(str(path))
+    assert "400 with the inputs of another kept beside it" in found.cut
+    assert 20 < int(found.data.train.y[:100].sum()) < 80
+
+
+def test_without_a_row_twice_the_cut_is_as_ever(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("x,y\n" + "".join(f"{number},{number % 7}.5\n" for number in range(50)))
+    found = own_data(str(path))
+    assert found.cut == "50 samples cut at random, by a fixed seed: 40 to train, 5 to validate, 5 to test"
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.data.train.x[:, 0], order[:40].float())
+
+
+def test_a_zero_has_no_sign():
+    found = own_data("twins:signs")
+    assert "300 with the inputs of another" in found.cut
+    assert not shared(Data(*(type(p)(p.x + 0, p.y) for p in vars(found.data).values())), *ALL)
+
+
+def test_too_few_different_inputs_are_said():
+    found = own_data("twins:few")
+    assert "with only 9 different inputs, the same ones in several parts: 240 to train" in found.cut
+    assert own_data("twins:empty").cut.startswith("20 samples cut at random, by a fixed seed: ")
