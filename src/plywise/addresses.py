@@ -30,17 +30,21 @@ def load(address: str, what: str) -> Any:
     module_name, colon, name = address.partition(":")
     if not (colon and module_name and name):
         raise PlywiseError(
-            f"Say where {what} is as module:name, as in my_project.things:make, not {address!r}."
+            f"Say where {what} is as module:name, as in my_project.things:make, not {address!r}.",
+            see="error-address",
         )
     if module_name.endswith(".py") or os.sep in module_name:
         dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
-        raise PlywiseError(f"Write a module, not a file: {dotted}:{name}.")
+        raise PlywiseError(f"Write a module, not a file: {dotted}:{name}.", see="error-address")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = _imported(module_name)
     if not hasattr(module, name):
         public = tuple(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
-        raise PlywiseError(f"Module {module_name!r} has no {name!r}. {suggestion(name, public)}".rstrip())
+        raise PlywiseError(
+            f"Module {module_name!r} has no {name!r}. {suggestion(name, public)}".rstrip(),
+            see="error-address",
+        )
     return getattr(module, name)
 
 
@@ -58,19 +62,22 @@ def called(address: str, what: str) -> Any:
     is_network = hasattr(factory, "parameters") and not isinstance(factory, type)  # callable, too
     if is_network or not callable(factory):
         kind = type(factory).__name__
-        raise PlywiseError(f"{address} is of type {kind}, not a function that makes one.")
+        raise PlywiseError(
+            f"{address} is of type {kind}, not a function that makes one.", see="error-address"
+        )
     try:
         inspect.signature(factory).bind()
     except TypeError as error:
         raise PlywiseError(
-            f"{address} must be callable without arguments ({error}). Wrap it in a function."
+            f"{address} must be callable without arguments ({error}). Wrap it in a function.",
+            see="error-address",
         ) from error
     except ValueError:
         pass  # a builtin without a signature: calling it will tell
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise PlywiseError(f"{address} raised {_said(error)}.") from error
+        raise PlywiseError(f"{address} raised {_said(error)}.", see="error-address") from error
 
 
 def _imported(name: str) -> Any:
@@ -79,11 +86,14 @@ def _imported(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise PlywiseError(
-                f"There is no module {error.name!r}, neither installed nor in the current directory."
+                f"There is no module {error.name!r}, neither installed nor in the current directory.",
+                see="error-address",
             ) from error
-        raise PlywiseError(f"Module {name!r} needs {error.name!r}, which is not installed.") from error
+        raise PlywiseError(
+            f"Module {name!r} needs {error.name!r}, which is not installed.", see="error-address"
+        ) from error
     except (Exception, SystemExit) as error:
-        raise PlywiseError(f"Importing {name!r} failed: {_said(error)}.") from error
+        raise PlywiseError(f"Importing {name!r} failed: {_said(error)}.", see="error-address") from error
 
 
 def _said(error: BaseException) -> str:

@@ -112,13 +112,19 @@ def card_of(method: Callable[..., Any]) -> Card:
     sections = _sections(inspect.cleandoc(method.__doc__ or ""))
     missing = [section for section in (*SECTIONS, "Example") if not any(sections.get(section, ()))]
     if missing:
-        raise PlywiseError(f"The docstring of {name} has no section {', '.join(map(repr, missing))}.")
+        raise PlywiseError(
+            f"The docstring of {name} has no section {', '.join(map(repr, missing))}.", see="error-card"
+        )
     texts = {section: " ".join(line.strip() for line in sections[section]).strip() for section in SECTIONS}
     year = _YEAR.search(_ARXIV.sub("", texts["Source"]))
     if year is None:
-        raise PlywiseError(f"The docstring of {name} names no year in its section 'Source'.")
+        raise PlywiseError(
+            f"The docstring of {name} names no year in its section 'Source'.", see="error-card"
+        )
     if _status_word(texts["Status"]) not in STATUSES:
-        raise PlywiseError(f"The Status of {name} begins with none of {', '.join(STATUSES)}.")
+        raise PlywiseError(
+            f"The Status of {name} begins with none of {', '.join(STATUSES)}.", see="error-card"
+        )
     return Card(
         name=name,
         tagline=_tagline(method, texts["Idea"]),
@@ -172,7 +178,8 @@ def _hyper_parameters(method: Callable[..., Any], lines: list[str]) -> tuple[Hyp
     missing = [p.name for p in arguments if p.name not in meanings]
     if missing:
         raise PlywiseError(
-            f"The docstring of {method.__name__} does not explain {', '.join(missing)} under 'Args'."
+            f"The docstring of {method.__name__} does not explain {', '.join(missing)} under 'Args'.",
+            see="error-card",
         )
     return tuple(_hyper_parameter(method, p, meanings[p.name]) for p in arguments)
 
@@ -184,7 +191,8 @@ def _hyper_parameter(method: Callable[..., Any], argument: inspect.Parameter, me
     if number and not found and argument.name not in UNSEARCHED:
         raise PlywiseError(
             f"The docstring of {method.__name__} does not say where to look for {argument.name}: end its "
-            "meaning with 'Range A to B.'"
+            "meaning with 'Range A to B.'",
+            see="error-card",
         )
     return HyperParameter(
         argument.name, _default(argument), _RANGE.sub("", meaning).strip(), found[1] if found else ""

@@ -114,7 +114,8 @@ def named(name: str, names: tuple[str, ...], kind: str) -> str:
     known = {one.lower(): one for one in names}
     if name.lower() not in known:
         raise PlywiseError(
-            f"No {kind} is called {name!r}. {suggestion(name, names)}`plywise methods` lists all of them."
+            f"No {kind} is called {name!r}. {suggestion(name, names)}`plywise methods` lists all of them.",
+            see="error-command",
         )
     return known[name.lower()]
 

@@ -1,6 +1,7 @@
 """The errors plywise raises: each says what, in which layer, why, and how to mend it."""
 
-from typing import ClassVar
+PAGE = "docs/reference/errors.md"
+"""Where the documentation says more of errors."""
 
 MORE = "More: "
 """What the note of every error of ours begins with."""
@@ -9,48 +10,54 @@ MORE = "More: "
 class PlywiseError(RuntimeError):
     """Something plywise refuses to do silently.
 
+    Args:
+        args: what is wrong, where, why, and how to mend it.
+        see: the anchor of the section about just this, on the page of errors. Default: that of the class.
+
     Attributes:
         page: where the documentation says more; tracebacks and commands show it.
     """
 
-    page: ClassVar[str] = "docs/reference/errors.md#plywise-error"
+    page: str = f"{PAGE}#plywise-error"
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, *args: object, see: str | None = None) -> None:
         super().__init__(*args)
+        if see is not None:
+            self.page = f"{PAGE}#{see}"
         self.add_note(f"{MORE}{self.page}")
 
 
 class AttachError(PlywiseError):
     """A rule cannot be attached to (or used on) this model or optimizer."""
 
-    page = "docs/reference/errors.md#attach-error"
+    page = f"{PAGE}#attach-error"
 
 
 class NonFiniteError(PlywiseError):
     """A NaN or infinity reached a layer and the run was asked to stop there."""
 
-    page = "docs/reference/errors.md#non-finite-error"
+    page = f"{PAGE}#non-finite-error"
 
 
 class UncapturedLayerError(PlywiseError):
     """A layer received a gradient that did not pass through its rule."""
 
-    page = "docs/reference/errors.md#uncaptured-layer-error"
+    page = f"{PAGE}#uncaptured-layer-error"
 
 
 class StateError(PlywiseError):
     """A saved memory does not fit the model or the rule that it is loaded into."""
 
-    page = "docs/reference/errors.md#state-error"
+    page = f"{PAGE}#state-error"
 
 
 class BlockError(PlywiseError):
     """A network does not come apart into blocks, or blocks do not fit together."""
 
-    page = "docs/reference/errors.md#block-error"
+    page = f"{PAGE}#block-error"
 
 
 class PipelineError(PlywiseError):
     """A pipeline cannot start or go on: a stage is lost, or something between stages does not fit."""
 
-    page = "docs/reference/errors.md#pipeline-error"
+    page = f"{PAGE}#pipeline-error"

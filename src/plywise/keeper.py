@@ -299,7 +299,9 @@ class Keeper:
         entries = [entry for entry in state.get(KEY, []) if entry["rule"] == name]
         mine = next((entry for entry in entries if entry["layers"].keys() == self._memories.keys()), None)
         if mine is None:
-            raise StateError(_why_not_mine(name, state.get(KEY), entries, list(self._memories)))
+            raise StateError(
+                _why_not_mine(name, state.get(KEY), entries, list(self._memories)), see="state-memory"
+            )
         for layer in self._layers.values():
             self._check_shapes(layer, mine["layers"][layer.name])
         self._in_backward = {
@@ -331,7 +333,8 @@ class Keeper:
                 raise StateError(
                     f"The saved memory of layer {layer.name!r} does not fit this model: its {key!r} is "
                     f"{its}, and should be {mine}. It comes from another architecture, or from a rule with "
-                    "other settings."
+                    "other settings.",
+                    see="state-memory",
                 )
 
 

@@ -58,7 +58,8 @@ class KeptLayer:
                 f"The weight of layer {self.name!r} is not the parameter that the rule was attached to "
                 "(replaced by load_state_dict(assign=True) or a parametrization?). Attach the rule after "
                 "such changes, with an optimizer made from the new parameters. After fully_shard no rule "
-                "with memory can be attached: use DistributedDataParallel."
+                "with memory can be attached: use DistributedDataParallel.",
+                see="attach-optimizer",
             )
         return weight
 

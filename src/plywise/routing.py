@@ -94,7 +94,8 @@ def _obstacle(
         if isinstance(hook, LayerHook):
             raise AttachError(
                 f"Layer {name!r} is handled by a rule already. Detach that rule first (rule.detach()), or "
-                f"leave the layer to it: attach(..., exclude={name!r})."
+                f"leave the layer to it: attach(..., exclude={name!r}).",
+                see="attach-twice",
             )
     return None
 
@@ -128,7 +129,10 @@ def _check_patterns(selector: Selector | None, modules: dict[str, nn.Module]) ->
     if isinstance(selector, str):
         if not any(fnmatchcase(name, selector) for name in modules):
             names = ", ".join(repr(name) for name in list(modules)[1:9])
-            raise AttachError(f"The layer pattern {selector!r} matches nothing. The model has {names} ...")
+            raise AttachError(
+                f"The layer pattern {selector!r} matches nothing. The model has {names} ...",
+                see="attach-pattern",
+            )
     elif selector is not None and not isinstance(selector, type) and not callable(selector):
         for one in selector:
             _check_patterns(one, modules)

@@ -145,7 +145,9 @@ class Rule(ABC):
                 nothing, another rule handles a layer, or the optimizer steps none of the model's parameters.
         """
         if getattr(self, "_attachment", None) is not None:
-            raise AttachError(f"{self} is attached already. Call detach() first, or make a second rule.")
+            raise AttachError(
+                f"{self} is attached already. Call detach() first, or make a second rule.", see="attach-twice"
+            )
         if on_nonfinite is None:
             on_nonfinite = "raise" if optimizer is None else "skip"
         if on_nonfinite not in ("skip", "raise", "propagate"):
@@ -157,7 +159,8 @@ class Rule(ABC):
         if self.remembers and optimizer is None:
             raise AttachError(
                 f"{type(self).__name__} keeps a running statistic and learns at the optimizer's step: "
-                "attach(model, optimizer)."
+                "attach(model, optimizer).",
+                see="attach-optimizer",
             )
         if isinstance(model, DistributedDataParallel):
             model = model.module  # so that layers have the same names, and states fit, with and without it
@@ -167,7 +170,8 @@ class Rule(ABC):
             reasons = "; ".join(f"{r.name!r}: {r.reason}" for _, r in routes[:6]) or "it has no parameters"
             raise AttachError(
                 f"{type(self).__name__} finds no layer to handle in this {type(model).__name__} ({reasons}). "
-                "It handles Linear and Conv1d/2d/3d; teach it others with plywise.register_layer."
+                "It handles Linear and Conv1d/2d/3d; teach it others with plywise.register_layer.",
+                see="attach-no-layer",
             )
         if optimizer is not None:
             check_optimizer(model, optimizer)
@@ -229,7 +233,8 @@ def refuse_sharded(model: nn.Module) -> None:
         if hasattr(parameter, "full_tensor"):  # a DTensor, without importing it
             raise AttachError(
                 f"Parameter {name!r} is sharded over processes (a DTensor, as fully_shard makes it): plywise "
-                "needs a layer's whole weight and gradient. Train with DistributedDataParallel instead."
+                "needs a layer's whole weight and gradient. Train with DistributedDataParallel instead.",
+                see="attach-sharded",
             )
 
 
@@ -237,13 +242,15 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Raise AttachError unless this is an optimizer that steps something of the model."""
     if not isinstance(optimizer, Optimizer):
         raise AttachError(
-            f"attach needs a torch.optim.Optimizer as second argument, not {type(optimizer).__name__}."
+            f"attach needs a torch.optim.Optimizer as second argument, not {type(optimizer).__name__}.",
+            see="attach-optimizer",
         )
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in stepped for p in model.parameters()):
         raise AttachError(
             "The optimizer steps none of this model's parameters. Give attach() the optimizer that was made "
-            "from model.parameters(), and attach after moving or replacing parameters."
+            "from model.parameters(), and attach after moving or replacing parameters.",
+            see="attach-optimizer",
         )
 
 

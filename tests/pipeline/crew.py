@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .starting import CONTEXT
+from processes import CONTEXT
 
 SIZE = 4
 DEADLINE = 90.0

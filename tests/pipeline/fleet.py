@@ -12,8 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from processes import CONTEXT
+
 from . import stage
-from .starting import CONTEXT, enter, environment
+from .starting import enter, environment
 
 START = 90.0  # seconds; a machine with other work is slow to import torch
 PROMISE = 15.0

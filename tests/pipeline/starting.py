@@ -1,4 +1,4 @@
-"""How the tests' processes start: forked from one that has imported torch, or from nothing."""
+"""What the tests' processes find when they start: their place, their host, a file for their words."""
 
 import ctypes
 import os
@@ -6,13 +6,6 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import multiprocessing
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["plywise.pipeline.pipeline", "plywise.local.local_loss", "plywise.rules.foof", "torch._dynamo"]
-)  # the last is what the first step of an optimizer imports
 
 PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 """What tells a process of a pipeline where it is."""

@@ -14,9 +14,9 @@ import torch
 
 from plywise.errors import StateError
 from plywise.pipeline import checkpoint
+from processes import CONTEXT
 
 from .learners import batches, difference, make, states
-from .starting import CONTEXT
 
 NAMES = ["a", "b", "learner"]
 

@@ -45,7 +45,9 @@ def seconds_of(text: str) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text.strip().lower())
     total = sum(float(count) * _UNITS[unit] for count, unit in parts)
     if "".join(count + unit for count, unit in parts) != text.strip().lower() or total <= 0:
-        raise PlywiseError(f"A budget is a duration such as 90s, 45m, 2h or 1h30m, not {text!r}.")
+        raise PlywiseError(
+            f"A budget is a duration such as 90s, 45m, 2h or 1h30m, not {text!r}.", see="error-bench"
+        )
     return total
 
 
@@ -147,7 +149,8 @@ def fitted(plan: Plan, costs: Costs, steps: Mapping[str, int], workers: int, bud
         f"{told(budget)} are not enough: {trials} tuning trials and {plan.seeds} seeds take about "
         f"{told(needed / SLACK)} with {workers} worker{'s' if workers > 1 else ''}. Take fewer methods (the "
         f"dearest step is that of {dearest[1]} on {dearest[0]}), fewer --steps or --seeds, or a larger "
-        "--budget."
+        "--budget.",
+        see="error-bench",
     )
 
 

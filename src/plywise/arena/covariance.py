@@ -95,7 +95,9 @@ class Covariance:
         covariances = self.gram / self.count - offsets.mT @ offsets
         means = (self.origin + offsets).squeeze(1)
         if not bool(torch.isfinite(covariances).all()):
-            raise PlywiseError("A layer's inputs hold NaN or infinity; look at the data and the weights.")
+            raise PlywiseError(
+                "A layer's inputs hold NaN or infinity; look at the data and the weights.", see="error-data"
+            )
         found = [self._group(*one) for one in zip(covariances, means, strict=True)]
         return max(found, key=lambda one: one.condition or 0.0)
 

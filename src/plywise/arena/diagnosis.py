@@ -142,7 +142,7 @@ def diagnose(
     looks = {r.name: _Look(module, r.kind) for module, r in routes if r.kind is not None}
     kept = list(batches)
     if not kept:
-        raise PlywiseError("A diagnosis needs one batch at least; there is none.")
+        raise PlywiseError("A diagnosis needs one batch at least; there is none.", see="error-bench")
     devices = sorted({p.device.index or 0 for p in network.parameters() if p.device.type == "cuda"})
     losses: list[float] = []
     if looks:
@@ -173,7 +173,9 @@ def diagnose_workload(
     """
     size = workload.batch_size if batch_size is None else batch_size
     if batches < 1 or size < 1:
-        raise PlywiseError(f"Batches and samples a batch are 1 at least, not {batches} and {size}.")
+        raise PlywiseError(
+            f"Batches and samples a batch are 1 at least, not {batches} and {size}.", see="error-bench"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = workload.make_model()
@@ -217,7 +219,8 @@ def _copied(model: nn.Module) -> nn.Module:
         why = f"{type(error).__name__}: {str(error).split('. ')[0]}"
         raise PlywiseError(
             f"This {type(model).__name__} cannot be copied ({why}), and a diagnosis looks at a copy, so that "
-            "your model stays as it is. Diagnose a fresh one, before its first forward pass."
+            "your model stays as it is. Diagnose a fresh one, before its first forward pass.",
+            see="error-bench",
         ) from error
 
 
@@ -240,7 +243,8 @@ def _watch(
             if not math.isfinite(losses[-1]):
                 raise PlywiseError(
                     f"The loss of batch {number} is {losses[-1]}: look for NaN or infinity in the data, and "
-                    "at the size of the weights."
+                    "at the size of the weights.",
+                    see="error-data",
                 )
             trained = [p for p in model.parameters() if p.requires_grad]
             if not (trained and value.requires_grad):

@@ -185,7 +185,8 @@ def require_device(device: str) -> None:
         why = str(error).splitlines()[0].rstrip(".")
         raise PlywiseError(
             f"Nothing can run on device {device!r} here: {why}. There are: {environment()['devices']}. Name "
-            "one of them with --device, or install a torch that knows yours."
+            "one of them with --device, or install a torch that knows yours.",
+            see="error-bench",
         ) from error
 
 

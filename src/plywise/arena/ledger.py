@@ -65,7 +65,8 @@ class Ledger:
         except Timeout as error:
             raise PlywiseError(
                 f"Another process is adding trials to {self.path}. Let it finish or end it, or name another "
-                "folder."
+                "folder.",
+                see="error-bench",
             ) from error
         try:
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
@@ -93,7 +94,8 @@ class Ledger:
             self.lines.pop(key_of(line), None)
             raise PlywiseError(
                 f"A trial could not be written to {self.path}: {error.strerror}. The {len(self.lines)} "
-                "trials before are kept; make room, and go on."
+                "trials before are kept; make room, and go on.",
+                see="error-bench",
             ) from error
 
     def __contains__(self, key: Key) -> bool:
@@ -114,5 +116,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
             key_of(line)
         except (ValueError, KeyError, TypeError) as error:
-            raise PlywiseError(f"Line {number} of {path} is no trial of a bench ({error!r}).") from error
+            raise PlywiseError(
+                f"Line {number} of {path} is no trial of a bench ({error!r}).", see="error-bench"
+            ) from error
         yield line

@@ -45,7 +45,9 @@ class Material:
         data = self.workloads[entry.name].make_data()
         size, found = self.workloads[entry.name].batch_size, len(data.train.y)
         if size > found:
-            raise PlywiseError(f"{entry.name} has {found} training samples, less than a batch of {size}.")
+            raise PlywiseError(
+                f"{entry.name} has {found} training samples, less than a batch of {size}.", see="error-data"
+            )
         data.save(file)
         self.files[entry.name] = file
         self.sizes[entry.name] = {part: len(split.x) for part, split in vars(data).items()}

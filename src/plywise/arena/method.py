@@ -107,7 +107,8 @@ class Method:
         if len(self.space) > MOST_TUNED:
             raise PlywiseError(
                 f"Method {self.name} tunes {', '.join(self.space)}: {MOST_TUNED} numbers at most, so that "
-                "equal numbers of trials are equal chances."
+                "equal numbers of trials are equal chances.",
+                see="error-bench",
             )
 
     def require(self) -> None:
@@ -119,7 +120,8 @@ class Method:
         if self.needs and importlib.util.find_spec(self.needs) is None:
             raise PlywiseError(
                 f"Method {self.name} needs the package {self.needs}, which is not installed: pip install "
-                f"{self.needs}, or 'plywise[bench]' for what plywise's own methods need."
+                f"{self.needs}, or 'plywise[bench]' for what plywise's own methods need.",
+                see="error-extra",
             )
 
 
@@ -212,5 +214,6 @@ def of_class(address: str, thing: Any) -> Method:
         return of_optimizer(address, (thing.__doc__ or thing.__name__).strip().split("\n")[0], thing, space)
     raise PlywiseError(
         f"{address} is of type {type(thing).__name__}: a method is a plywise.arena Method or a subclass of "
-        "torch.optim.Optimizer."
+        "torch.optim.Optimizer.",
+        see="error-address",
     )

@@ -33,7 +33,7 @@ class OptunaSearch:
             import optuna
         except ImportError as error:
             raise PlywiseError(
-                f"--search optuna needs Optuna ({error}): pip install 'plywise[optuna]'."
+                f"--search optuna needs Optuna ({error}): pip install 'plywise[optuna]'.", see="error-extra"
             ) from error
         self._optuna: Any = optuna
 

@@ -58,7 +58,7 @@ class RayCrew:
 
     def __init__(self, address: str = "auto", threads: int = 1, patience: float = PATIENCE) -> None:
         if threads < 1:
-            raise PlywiseError(f"Threads are at least 1, not {threads}.")
+            raise PlywiseError(f"Threads are at least 1, not {threads}.", see="error-bench")
         self.threads, self.patience = threads, patience
         self._ray = _connected(address)
         cpus = [node["Resources"].get("CPU", 0.0) for node in self._ray.nodes() if node["Alive"]]
@@ -66,7 +66,8 @@ class RayCrew:
         if not self.count:
             raise PlywiseError(
                 f"No machine of the Ray cluster {address} has {threads} CPUs: they have "
-                f"{', '.join(f'{own:g}' for own in cpus)}. Take fewer --threads."
+                f"{', '.join(f'{own:g}' for own in cpus)}. Take fewer --threads.",
+                see="error-bench",
             )
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
@@ -115,7 +116,8 @@ class RayCrew:
         except errors.RayError as error:
             raise PlywiseError(
                 f"The Ray cluster cannot run {job.key.method}: {_last(error)}. Its machines need the same "
-                "Python, torch and plywise as this one, and your own modules at the same place or installed."
+                "Python, torch and plywise as this one, and your own modules at the same place or installed.",
+                see="error-bench",
             ) from error
 
 
@@ -146,7 +148,9 @@ def _connected(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise PlywiseError(f"--ray needs Ray ({error}): pip install 'plywise[ray]'.") from error
+        raise PlywiseError(
+            f"--ray needs Ray ({error}): pip install 'plywise[ray]'.", see="error-extra"
+        ) from error
     if ray.is_initialized():
         return ray
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -158,7 +162,8 @@ def _connected(address: str) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         raise PlywiseError(
             f"There is no Ray cluster at {address!r} ({_last(error)}). Start one with `ray start --head` on "
-            "one machine and `ray start --address=HOST:PORT` on the others, or take --ray local."
+            "one machine and `ray start --address=HOST:PORT` on the others, or take --ray local.",
+            see="error-bench",
         ) from error
     return ray
 

@@ -61,4 +61,4 @@ def find_search(name: str) -> Search:
         from plywise.arena.optuna_search import OptunaSearch
 
         return OptunaSearch()
-    raise PlywiseError(f"No search is called {name!r}. There are: {', '.join(SEARCHES)}.")
+    raise PlywiseError(f"No search is called {name!r}. There are: {', '.join(SEARCHES)}.", see="error-bench")

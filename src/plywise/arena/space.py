@@ -31,9 +31,13 @@ class Range:
 
     def __post_init__(self) -> None:
         if not (self.low < self.high and self.low <= self.default <= self.high):
-            raise PlywiseError(f"{self} is no range: low < high, and the default between them.")
+            raise PlywiseError(
+                f"{self} is no range: low < high, and the default between them.", see="error-bench"
+            )
         if self.log and self.low <= 0:
-            raise PlywiseError(f"{self} cannot be searched by its logarithm: low must be above 0.")
+            raise PlywiseError(
+                f"{self} cannot be searched by its logarithm: low must be above 0.", see="error-bench"
+            )
 
     def at(self, share: float) -> float:
         """The value at a share of the way, to three digits."""
@@ -63,7 +67,9 @@ def points(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:
         ['0.0266', '0.0806']
     """
     if len(space) > MOST_TUNED:
-        raise PlywiseError(f"At most {MOST_TUNED} numbers may be tuned, not {', '.join(space)}.")
+        raise PlywiseError(
+            f"At most {MOST_TUNED} numbers may be tuned, not {', '.join(space)}.", see="error-bench"
+        )
     if not space:
         return [{}] * min(count, 1)
     engine = torch.quasirandom.SobolEngine(MOST_TUNED, scramble=True, seed=seed)

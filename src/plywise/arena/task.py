@@ -85,7 +85,10 @@ def wrong_order(scores: Tensor, y: Tensor) -> Tensor:
     above = scores[positive].contiguous()
     below = scores[~positive].sort().values
     if not (len(above) and len(below)):
-        raise PlywiseError(f"{len(above)} of {len(scores)} samples are positive: there is no pair to order.")
+        raise PlywiseError(
+            f"{len(above)} of {len(scores)} samples are positive: there is no pair to order.",
+            see="error-data",
+        )
     smaller, not_larger = (torch.searchsorted(below, above, right=right) for right in (False, True))
     return 1 - (smaller + not_larger).to(scores.dtype).mean() / (2 * len(below))
 
@@ -118,7 +121,8 @@ def task_of(y: Tensor) -> Task:
         return CLASSIFICATION if y.dim() == 1 else SEQUENCES
     raise PlywiseError(
         f"No loss is known for targets of {y.dtype} and shape {tuple(y.shape)}: they are class indices (N,), "
-        "tokens (N, T), both torch.long, or floating-point numbers. Name a loss and a metric of your own."
+        "tokens (N, T), both torch.long, or floating-point numbers. Name a loss and a metric of your own.",
+        see="error-data",
     )
 
 

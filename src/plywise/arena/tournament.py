@@ -60,13 +60,14 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.entries or not self.methods:
-            raise PlywiseError("A bench needs a workload and a method at least.")
+            raise PlywiseError("A bench needs a workload and a method at least.", see="error-bench")
         for kind, names in (("workload", [e.name for e in self.entries]), ("method", list(self.methods))):
             if twice := next((name for name in names if names.count(name) > 1), None):
-                raise PlywiseError(f"The {kind} {twice!r} is given twice.")
+                raise PlywiseError(f"The {kind} {twice!r} is given twice.", see="error-bench")
         if self.trials < 0 or self.seeds < 1:
             raise PlywiseError(
-                f"Trials are 0 or more and seeds at least 1, not {self.trials} and {self.seeds}."
+                f"Trials are 0 or more and seeds at least 1, not {self.trials} and {self.seeds}.",
+                see="error-bench",
             )
 
     @staticmethod
@@ -268,7 +269,9 @@ class Bench:
                 if why:
                     refused.append({"workload": name, "method": m, "reason": why})
         if len(refused) == len(self.workloads) * len(self.methods):
-            raise PlywiseError(f"No method can run: {refused[0]['method']}: {refused[0]['reason']}.")
+            raise PlywiseError(
+                f"No method can run: {refused[0]['method']}: {refused[0]['reason']}.", see="error-bench"
+            )
         return refused
 
     def _is_refused(self, workload: str, method: str) -> bool:
@@ -318,17 +321,21 @@ class Bench:
                     if not told.items() <= before["workloads"].get(name, {}).items()
                 ]
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise StateError(f"{path} is no description of a bench ({error!r}).") from error
+                raise StateError(
+                    f"{path} is no description of a bench ({error!r}).", see="state-bench"
+                ) from error
             if planned != self.about["plan"]:
                 difference = _difference(planned, self.about["plan"])
                 raise StateError(
                     f"{path.parent} holds another bench: {difference}. Use another --out, or go on with the "
-                    "same settings."
+                    "same settings.",
+                    see="state-bench",
                 )
             if changed:
                 raise StateError(
                     f"{path.parent} holds trials on other data or another workload: {changed[0]} has changed "
-                    "since. Use another --out."
+                    "since. Use another --out.",
+                    see="state-bench",
                 )
             self.about = {**before, "unfinished": []}
         else:

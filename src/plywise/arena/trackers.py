@@ -63,7 +63,9 @@ def runs_of(folder: Path) -> list[Run]:
         workloads = json.loads(path.read_text(encoding="utf-8"))["workloads"]
         metrics = {name: workload["metric"] for name, workload in workloads.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlywiseError(f"{folder} is no bench: {path} cannot be read ({error!r}).") from error
+        raise PlywiseError(
+            f"{folder} is no bench: {path} cannot be read ({error!r}).", see="error-bench"
+        ) from error
     return [run_of(line, metrics[line["workload"]]) for line in read(folder / "trials.jsonl")]
 
 
@@ -132,7 +134,9 @@ def to_trackio(folder: Path, project: str) -> Exported:
             for run in new:
                 _track(trackio, project, run)
     except ValueError as error:
-        raise PlywiseError(f"Trackio does not take the project {project!r}: {error}") from error
+        raise PlywiseError(
+            f"Trackio does not take the project {project!r}: {error}", see="error-bench"
+        ) from error
     return Exported(len(new), len(runs) - len(new))
 
 
@@ -165,5 +169,7 @@ def _trackio() -> Any:
     try:
         import trackio
     except ImportError as error:
-        raise PlywiseError("--trackio needs Trackio: pip install 'plywise[tracking]'.") from error
+        raise PlywiseError(
+            "--trackio needs Trackio: pip install 'plywise[tracking]'.", see="error-extra"
+        ) from error
     return trackio

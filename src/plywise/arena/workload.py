@@ -80,5 +80,6 @@ class Workload:
         if self.batch_size < 1 or self.steps < 1:
             raise PlywiseError(
                 f"Workload {self.name}: batches and runs hold at least 1, not {self.batch_size} samples and "
-                f"{self.steps} steps."
+                f"{self.steps} steps.",
+                see="error-bench",
             )

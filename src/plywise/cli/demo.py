@@ -32,7 +32,7 @@ def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) ->
         open: open the report in a browser, if there is a screen.
     """
     if seeds < 1:
-        raise PlywiseError(f"--seeds must be at least 1, not {seeds}.")
+        raise PlywiseError(f"--seeds must be at least 1, not {seeds}.", see="error-command")
     out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
 
     import torch

@@ -65,7 +65,9 @@ def diagnose(
         json: print diagnosis and advice as JSON.
     """
     if batches < 1 or (batch_size is not None and batch_size < 1):
-        raise PlywiseError(f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.")
+        raise PlywiseError(
+            f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.", see="error-command"
+        )
     asked, found, subject = _asked(model, data, workload, loss)
     from plywise.arena.advice import advice
     from plywise.arena.diagnosis import diagnose_workload
@@ -76,7 +78,7 @@ def diagnose(
         raise
     except Exception as error:  # the user's own code runs in there
         raise PlywiseError(
-            f"{asked.name} failed while it was looked at: {type(error).__name__}: {error}."
+            f"{asked.name} failed while it was looked at: {type(error).__name__}: {error}.", see="error-bench"
         ) from error
     recommended = advice(diagnosis, subject)
     if json:
@@ -97,15 +99,16 @@ def _asked(
     if (model is None) == (workload is None):
         raise PlywiseError(
             "Say what to look at: your model as module:name with --data, or --workload with the name of one "
-            "of ours."
+            "of ours.",
+            see="error-command",
         )
     if workload is not None:
         if data is not None or loss:
-            raise PlywiseError("--data and --loss belong to a model of your own.")
+            raise PlywiseError("--data and --loss belong to a model of your own.", see="error-command")
         shipped = find_workload(workload)
         return shipped, shipped.make_data(), f"--workloads {shipped.name}"
     if data is None:
-        raise PlywiseError(f"Say with --data where the data for {model} are.")
+        raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
     own = own_workload(str(model), str(model), data, loss=loss, blocks=0)
     words = [str(model), "--data", data, *(["--loss", loss] if loss else [])]
     return own, own.make_data(), shlex.join(words)

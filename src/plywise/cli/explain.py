@@ -40,7 +40,7 @@ def explain(
     """
     made = make_rule(rule, set)
     if batch_size < 1:
-        raise PlywiseError(f"--batch-size must be at least 1, not {batch_size}.")
+        raise PlywiseError(f"--batch-size must be at least 1, not {batch_size}.", see="error-command")
     model = load_model(factory)
     explanation = made.attach(model, layers=list(layers) or None).explain(batch_size)
     shown = table(*HEADINGS, title=explanation.title, numbers=("memory", "cost"))
@@ -70,15 +70,19 @@ def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise PlywiseError(f"--set needs name=value, as in --set tau=2, not {setting!r}.")
+            raise PlywiseError(
+                f"--set needs name=value, as in --set tau=2, not {setting!r}.", see="error-command"
+            )
         if key not in known:
             hint = f"{suggestion(key, known)}It has: {', '.join(known) or 'none at all'}."
-            raise PlywiseError(f"{rule_class.__name__} has no hyper-parameter {key!r}. {hint}")
+            raise PlywiseError(
+                f"{rule_class.__name__} has no hyper-parameter {key!r}. {hint}", see="error-command"
+            )
         values[key] = literal(text)
     try:
         rule: Rule = rule_class(**values)
     except (ValueError, TypeError) as error:
-        raise PlywiseError(str(error)) from error
+        raise PlywiseError(str(error), see="error-command") from error
     return rule
 
 
@@ -92,10 +96,13 @@ def load_model(address: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise PlywiseError(
-                f"{address} is of type {type(found).__name__}, neither a function nor a torch.nn.Module."
+                f"{address} is of type {type(found).__name__}, neither a function nor a torch.nn.Module.",
+                see="error-address",
             )
         found = called(address, "your model")
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
-        raise PlywiseError(f"{address} returned an object of type {kind}, not a torch.nn.Module.")
+        raise PlywiseError(
+            f"{address} returned an object of type {kind}, not a torch.nn.Module.", see="error-address"
+        )
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plywise.cli.console import console
 from plywise.cli.training import Flags, Switch, again, conclude, following, introduce, plan_from
-from plywise.errors import PlywiseError
+from plywise.errors import PipelineError, PlywiseError
 
 if TYPE_CHECKING:
     from plywise.local.session import Session
@@ -37,8 +37,8 @@ def pipeline(
         torchrun --nproc-per-node 2 -m plywise pipeline
         torchrun --nproc-per-node 2 -m plywise pipeline plan.toml --cuts 0,1
         torchrun --nproc-per-node 4 -m plywise pipeline --replicas 2
-        torchrun --nnodes 2 --rdzv-endpoint HOST:29400 --rdzv-backend c10d \
-            -m plywise pipeline plan.toml                   # on both hosts
+        torchrun --nnodes 2 --node-rank 0 --master-addr HOST --master-port 29400 \
+            -m plywise pipeline plan.toml                   # on HOST; on the other, --node-rank 1
 
     Args:
         config: a TOML file; see `plywise train --help`.
@@ -49,9 +49,10 @@ def pipeline(
     """
     plan = plan_from(config, flags, replicas=replicas, cuts=cuts)
     if "RANK" not in os.environ:
-        raise PlywiseError(
+        raise PipelineError(
             "A pipeline is several processes, and torchrun starts them: "
-            f"torchrun --nproc-per-node 2 -m {again()}"
+            f"torchrun --nproc-per-node 2 -m {again()}",
+            see="pipeline-start",
         )
     rank = os.environ["RANK"]
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # a restart goes on
@@ -71,12 +72,13 @@ def pipeline(
             conclude(session, screen)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"What {plan.out} holds is the last checkpoint.") from None
+    except PlywiseError as error:  # it keeps its kind and its page
+        error.args = (f"rank {rank}: {error}",)
+        raise
     except Exception as error:
         from plywise.local.session import said
 
-        raise PlywiseError(
-            f"rank {rank}: {error if isinstance(error, PlywiseError) else said(error)}"
-        ) from error
+        raise PlywiseError(f"rank {rank}: {said(error)}") from error
     if not finished and rank == "0":
         raise KeyboardInterrupt(
             f"The checkpoint of step {step} is in {plan.out}: the same command goes on from there, and so "

@@ -55,7 +55,7 @@ def reproduce(
     screen = console()
     if paper is None:
         if only:
-            raise PlywiseError("--only names experiments of a paper: say which paper.")
+            raise PlywiseError("--only names experiments of a paper: say which paper.", see="error-command")
         _list(screen)
         return
     from plywise.arena.reproductions.runner import Reproduction

@@ -49,4 +49,4 @@ def check_settings(owner: str, given: Mapping[str, Any], known: Iterable[str]) -
     for name in given:
         if name not in names:
             hint = f"{suggestion(name, names)}It has: {', '.join(names) or 'none at all'}."
-            raise PlywiseError(f"{owner} has no hyper-parameter {name!r}. {hint}")
+            raise PlywiseError(f"{owner} has no hyper-parameter {name!r}. {hint}", see="error-command")

@@ -82,7 +82,9 @@ def require_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise PlywiseError("--tensorboard needs TensorBoard: pip install 'plywise[tensorboard]'.") from error
+        raise PlywiseError(
+            "--tensorboard needs TensorBoard: pip install 'plywise[tensorboard]'.", see="error-extra"
+        ) from error
     return SummaryWriter
 
 

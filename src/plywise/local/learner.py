@@ -75,7 +75,8 @@ class Learner(ABC):
         reasons = "; ".join(f"{row.name!r} of component {index}: {row.reason}" for index, row in rows[:6])
         raise AttachError(
             f"The rule finds no layer to handle in any component ({reasons}). Rules handle Linear and "
-            "Conv1d/2d/3d; teach them others with plywise.register_layer, or leave the rule out."
+            "Conv1d/2d/3d; teach them others with plywise.register_layer, or leave the rule out.",
+            see="attach-no-layer",
         )
 
     def explain(self, batch_size: int = 128) -> list[Explanation]:
@@ -102,7 +103,8 @@ class Learner(ABC):
         if len(x) != len(y) or len(x) == 0:
             raise PlywiseError(
                 f"A batch needs as many targets as inputs, and at least one: {len(x)} inputs, {len(y)} "
-                "targets."
+                "targets.",
+                see="error-data",
             )
         for trainer in self.trainers:
             trainer.begin()
@@ -149,7 +151,9 @@ class Learner(ABC):
         name = type(self).__name__
         if state.get("learner") != name or len(state["trainers"]) != len(self.trainers):
             saved = f"{state.get('learner')} of {len(state.get('trainers', ()))} components"
-            raise StateError(f"The state is one of {saved}; this is {name} of {len(self.trainers)}.")
+            raise StateError(
+                f"The state is one of {saved}; this is {name} of {len(self.trainers)}.", see="state-memory"
+            )
         for trainer, part in zip(self.trainers, state["trainers"], strict=True):
             trainer.load_state_dict(part)
         self.steps = state["steps"]
@@ -175,8 +179,11 @@ def check_classes(y: Tensor, num_classes: int) -> None:
     if y.dim() != 1 or y.dtype != torch.long:
         raise PlywiseError(
             f"Targets must be class indices, one torch.long a sample, not {y.dtype} of shape "
-            f"{tuple(y.shape)}."
+            f"{tuple(y.shape)}.",
+            see="error-data",
         )
     low, high = (int(value) for value in y.aminmax())
     if low < 0 or high >= num_classes:
-        raise PlywiseError(f"Targets must lie in 0 … {num_classes - 1}; this batch has {low} … {high}.")
+        raise PlywiseError(
+            f"Targets must lie in 0 … {num_classes - 1}; this batch has {low} … {high}.", see="error-data"
+        )

@@ -66,7 +66,8 @@ def make_blocks(
         if isinstance(load(plan.model, "your model"), nn.Module):
             raise PlywiseError(
                 f"{plan.model} is a network. Training needs a function that makes it: its weights must "
-                "follow from the seed."
+                "follow from the seed.",
+                see="error-address",
             )
         made = called(plan.model, "your model")
         if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
@@ -76,12 +77,17 @@ def make_blocks(
     if wrong := [type(module).__name__ for module in modules if not isinstance(module, nn.Module)]:
         raise PlywiseError(
             f"{plan.model} must make an nn.Module, or a list of them, one a block; it made a "
-            f"{type(made).__name__}" + ("." if modules == [made] else f" with a {wrong[0]} in it.")
+            f"{type(made).__name__}" + ("." if modules == [made] else f" with a {wrong[0]} in it."),
+            see="error-address",
         )
     if plan.split is not None:
-        raise PlywiseError(f"split says where a model is cut, and {plan.model} makes blocks.")
+        raise PlywiseError(
+            f"split says where a model is cut, and {plan.model} makes blocks.", see="error-command"
+        )
     if plan.blocks not in (None, len(modules)):
-        raise PlywiseError(f"{plan.model} makes {len(modules)} blocks, and blocks is {plan.blocks}.")
+        raise PlywiseError(
+            f"{plan.model} makes {len(modules)} blocks, and blocks is {plan.blocks}.", see="error-command"
+        )
     return Blocks(modules, example), ()
 
 
@@ -100,7 +106,7 @@ def make_learner(plan: Plan, blocks: Blocks, classes: int) -> Learner:
         try:
             made: Learner = learner(blocks, **settings, **training)
         except (ValueError, TypeError) as error:
-            raise PlywiseError(str(error)) from error
+            raise PlywiseError(str(error), see="error-command") from error
     return made
 
 
@@ -138,7 +144,8 @@ def _cut(model: nn.Module, k: int, example: Tensor, starts: Sequence[int]) -> tu
     if list(starts) != sorted(set(starts)) or starts[0] != 0 or starts[-1] >= len(units):
         raise PlywiseError(
             f"{type(model).__name__} has {len(units)} units, numbered from 0, and is not to be cut at "
-            f"{', '.join(map(str, starts))}. Has its code changed?"
+            f"{', '.join(map(str, starts))}. Has its code changed?",
+            see="error-command",
         )
     parts = [join(units[start:stop]) for start, stop in pairwise([*starts, len(units)])]
     return Blocks([assemble(model, part) for part in parts], example.clone()), tuple(starts)
@@ -160,7 +167,9 @@ def _optimizer(plan: Plan) -> MakeOptimizer:
     }
     if plan.optimizer not in known:
         hint = suggestion(plan.optimizer, tuple(known)) or f"There are: {', '.join(sorted(known))}."
-        raise PlywiseError(f"torch.optim has no optimizer {plan.optimizer!r}. {hint}".rstrip())
+        raise PlywiseError(
+            f"torch.optim has no optimizer {plan.optimizer!r}. {hint}".rstrip(), see="error-command"
+        )
     make: Callable[..., Optimizer] = known[plan.optimizer]
     settings = [name for name in inspect.signature(make).parameters if name not in ("params", "lr")]
     check_settings(plan.optimizer, plan.optimizer_set, settings)

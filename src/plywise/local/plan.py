@@ -100,11 +100,15 @@ class Plan:
         if type(self.tensorboard) is not bool:
             _refuse("tensorboard", "true or false", self.tensorboard)
         if self.split is not None and self.model is None:
-            raise PlywiseError("split says where a model is cut, and there is no model.")
+            raise PlywiseError("split says where a model is cut, and there is no model.", see="error-command")
         if self.split is not None and self.blocks not in (None, len(self.split)):
-            raise PlywiseError(f"split is of {len(self.split)} blocks, and blocks is {self.blocks}.")
+            raise PlywiseError(
+                f"split is of {len(self.split)} blocks, and blocks is {self.blocks}.", see="error-command"
+            )
         if self.rule is None and self.rule_set:
-            raise PlywiseError(f"rule-set is given ({_word(self.rule_set)}), and no rule.")
+            raise PlywiseError(
+                f"rule-set is given ({_word(self.rule_set)}), and no rule.", see="error-command"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """The plan by the flags' names, of what JSON has."""
@@ -158,9 +162,9 @@ def _from_toml(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             values = tomllib.load(opened)
     except FileNotFoundError as error:
-        raise PlywiseError(f"There is no file {file}.") from error
+        raise PlywiseError(f"There is no file {file}.", see="error-command") from error
     except ValueError as error:  # not TOML, or not UTF-8
-        raise PlywiseError(f"{file} is not TOML: {error}.") from error
+        raise PlywiseError(f"{file} is not TOML: {error}.", see="error-command") from error
     return _named(values, str(file))
 
 
@@ -170,7 +174,9 @@ def _named(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key in values:
         if key not in names:
             hint = suggestion(key, tuple(names)) or f"Known are: {', '.join(names)}."
-            raise PlywiseError(f"{source} has a key {key!r}, which is unknown. {hint}".rstrip())
+            raise PlywiseError(
+                f"{source} has a key {key!r}, which is unknown. {hint}".rstrip(), see="error-command"
+            )
     return {names[key]: _read(names[key], value) for key, value in values.items()}
 
 
@@ -195,7 +201,9 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
         key, equals, text = str(word).partition("=")
         if not equals:
             flag = _flag(name)
-            raise PlywiseError(f"{flag} needs name=value, as in --{flag} code=64, not {word!r}.")
+            raise PlywiseError(
+                f"{flag} needs name=value, as in --{flag} code=64, not {word!r}.", see="error-command"
+            )
         read[key] = literal(text)
     return read
 
@@ -217,7 +225,7 @@ def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _refuse(name: str, wanted: str, value: Any) -> Any:
-    raise PlywiseError(f"{_flag(name)} must be {wanted}, not {value!r}.")
+    raise PlywiseError(f"{_flag(name)} must be {wanted}, not {value!r}.", see="error-command")
 
 
 def _flag(name: str) -> str:

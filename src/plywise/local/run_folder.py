@@ -60,13 +60,17 @@ class RunFolder:
         """
         if not self._plan.exists():
             if checkpoint.steps(self.checkpoints):
-                raise StateError(f"{self.path} has checkpoints, but no plan.json to say of what. {_ANEW}")
+                raise StateError(
+                    f"{self.path} has checkpoints, but no plan.json to say of what. {_ANEW}", see="state-run"
+                )
             return None
         try:
             saved = json.loads(self._plan.read_text(encoding="utf-8"))
             return Record(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
         except (ValueError, KeyError, TypeError) as error:
-            raise StateError(f"{self._plan} is no plan of plywise: {error!r}. {_ANEW}") from error
+            raise StateError(
+                f"{self._plan} is no plan of plywise: {error!r}. {_ANEW}", see="state-run"
+            ) from error
 
     def check(self, plan: Plan, data: Arrays) -> Record | None:
         """The record of the run to go on with; None if there is none.
@@ -87,11 +91,14 @@ class RunFolder:
         if plan.split is not None and plan.split != record.starts:
             differences.append(f"split is {_joined(record.starts)} there and {_joined(plan.split)} here")
         if differences:
-            raise StateError(f"{self.path} holds a run of another plan: {'; '.join(differences)}. {_ANEW}")
+            raise StateError(
+                f"{self.path} holds a run of another plan: {'; '.join(differences)}. {_ANEW}", see="state-run"
+            )
         if not checkpoint.steps(self.checkpoints) and any(path.stat().st_size for path in self._logs()):
             raise StateError(
                 f"{self.path} has the log of a run, and no checkpoint in {self.checkpoints}: bring them "
-                f"back to go on. {_ANEW}"
+                f"back to go on. {_ANEW}",
+                see="state-run",
             )
         return record
 
@@ -141,7 +148,8 @@ class RunFolder:
         except BlockingIOError as error:
             self.release()
             raise StateError(
-                f"Another process is at work in {self.path}: wait for its end, or give another --out."
+                f"Another process is at work in {self.path}: wait for its end, or give another --out.",
+                see="state-run",
             ) from error
         except OSError:  # a file system without locks
             pass
@@ -160,7 +168,7 @@ class RunFolder:
         """
         record = self.record()
         if record is None:
-            raise StateError(f"{self.path} holds no run.")
+            raise StateError(f"{self.path} holds no run.", see="state-run")
         return plan_of(record.plan, str(self._plan))
 
     def last_line(self) -> dict[str, Any]:

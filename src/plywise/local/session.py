@@ -220,7 +220,9 @@ class Session:
         except PlywiseError:
             raise
         except Exception as error:
-            raise StateError(f"No checkpoint of step {self.step}: {said(error)}.{self._kept}") from error
+            raise StateError(
+                f"No checkpoint of step {self.step}: {said(error)}.{self._kept}", see="state-run"
+            ) from error
         self._saved = self.step
 
     def _restore(self, step: int) -> int:
@@ -231,7 +233,8 @@ class Session:
         except Exception as error:
             raise StateError(
                 f"The checkpoint of step {step} in {self.folder.checkpoints} cannot be read: {said(error)}. "
-                "Move it away to go on from the one before."
+                "Move it away to go on from the one before.",
+                see="state-run",
             ) from error
 
     def _accuracy(self) -> float | None:

@@ -162,13 +162,16 @@ class LocalTrainer:
                 has, wants = ("no ", "a ") if state[name] is None else ("a ", "no ")
                 raise StateError(
                     f"The saved state of component {self.index} has {has}{name}, and this one {wants}{name}: "
-                    "make the learner as it was made when saved."
+                    "make the learner as it was made when saved.",
+                    see="state-memory",
                 )
         try:
             self.component.load_state_dict(state["component"])
             if self.optimizer is not None:
                 self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise StateError(f"The saved state does not fit component {self.index}: {error}") from error
+            raise StateError(
+                f"The saved state does not fit component {self.index}: {error}", see="state-memory"
+            ) from error
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])

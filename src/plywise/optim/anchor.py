@@ -158,7 +158,8 @@ class ProximalAnchor:
         if theirs != mine:
             raise StateError(
                 f"The saved state of ProximalAnchor is of other parameters: its {what} have the shapes "
-                f"{theirs}, the parameters here {mine}. Make the anchor from the same parameters, in order."
+                f"{theirs}, the parameters here {mine}. Make the anchor from the same parameters, in order.",
+                see="state-memory",
             )
 
 

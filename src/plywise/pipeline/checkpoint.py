@@ -54,7 +54,9 @@ def save(
         StateError: a process could not write. The checkpoints from before are as they were.
     """
     if keep < 1:
-        raise StateError(f"keep is the number of checkpoints that stay, 1 or more, not {keep}.")
+        raise StateError(
+            f"keep is the number of checkpoints that stay, 1 or more, not {keep}.", see="state-run"
+        )
     path = folder / f"step_{step:09d}"
     partial = path.with_suffix(_PARTIAL)
 
@@ -82,7 +84,9 @@ def save(
             error = _cause(found)
         if not agree(error is None):
             why = error or "another process says why"
-            raise StateError(f"The checkpoint {path} could not be written: {why}.") from error
+            raise StateError(
+                f"The checkpoint {path} could not be written: {why}.", see="state-run"
+            ) from error
     return path
 
 
@@ -132,18 +136,19 @@ def load(
     if not known or (step is not None and step not in known):
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         found = f"it has those of steps {', '.join(map(str, known))}" if known else "it has none"
-        raise StateError(f"{folder} does not hold {which}: {found}.")
+        raise StateError(f"{folder} does not hold {which}: {found}.", see="state-run")
     path = folder / f"step_{known[-1] if step is None else step:09d}"
     held, wanted = {part.name for part in path.iterdir()}, set(every or names)
     if held != wanted:
         raise StateError(
             f"{path} is another learner's: it holds {', '.join(sorted(held))}, not "
-            f"{', '.join(sorted(wanted))}."
+            f"{', '.join(sorted(wanted))}.",
+            see="state-run",
         )
     try:
         return {name: _read(path, name) for name in names}
     except (Exception, CheckpointException) as error:
-        raise StateError(f"{path} cannot be read: {_cause(error)}") from error
+        raise StateError(f"{path} cannot be read: {_cause(error)}", see="state-run") from error
 
 
 def _read(path: Path, name: str) -> Any:

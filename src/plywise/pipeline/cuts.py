@@ -75,5 +75,7 @@ def from_first(values: Sequence[int]) -> list[int]:
         if len(told):
             dist.broadcast(told, 0)
     except RuntimeError as error:
-        raise PipelineError("Another process has stopped before all were ready; it says why.") from error
+        raise PipelineError(
+            "Another process has stopped before all were ready; it says why.", see="pipeline-start"
+        ) from error
     return told.tolist()

@@ -94,7 +94,8 @@ def join() -> None:
     if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         raise PipelineError(
             "This process was not started by torchrun. Start it so: torchrun --nproc-per-node 2 -m plywise "
-            "pipeline ..., or call torch.distributed.init_process_group yourself."
+            "pipeline ..., or call torch.distributed.init_process_group yourself.",
+            see="pipeline-start",
         )
     if _on_one_host():
         loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
@@ -109,7 +110,9 @@ def join() -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise PipelineError(
             f"Process {rank} of {world} cannot meet the others at {where}: {str(error).splitlines()[0]}. Is "
-            "the port in use, or a process missing?"
+            "the port in use, or a process missing? With several hosts, does GLOO_SOCKET_IFNAME name the "
+            "network card between them?",
+            see="pipeline-start",
         ) from error
 
 
@@ -157,12 +160,13 @@ def own_store(plan: str, patience: float) -> TCPStore:
     except RuntimeError as error:
         raise PipelineError(
             f"The processes cannot meet at {host}:{int(port)}: {str(error).splitlines()[0]}. Do all of them "
-            "make the pipeline, and is MASTER_ADDR set, if they are on several hosts?"
+            "make the pipeline, and is MASTER_ADDR set, if they are on several hosts?",
+            see="pipeline-start",
         ) from error
     if first != plan:
         trouble = f"all processes must make the same pipeline, but rank {rank} has {plan}, and rank 0 {first}"
         decline(store, rank, trouble)
-        raise PipelineError(f"{trouble[0].upper()}{trouble[1:]}.")
+        raise PipelineError(f"{trouble[0].upper()}{trouble[1:]}.", see="pipeline-start")
     return store
 
 

@@ -57,11 +57,13 @@ class Pipeline:
     ) -> None:
         if not isinstance(learner, OneWayLearner):
             raise PipelineError(
-                f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way."
+                f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way.",
+                see="pipeline-start",
             )
         if patience < 4 * EVERY:
             raise PipelineError(
-                f"Signs of life come every {EVERY} s: patience must be {4 * EVERY} s or more."
+                f"Signs of life come every {EVERY} s: patience must be {4 * EVERY} s or more.",
+                see="pipeline-start",
             )
         with ExitStack() as stack:  # undone in reverse order, should something fail
             if not dist.is_initialized():
@@ -149,7 +151,8 @@ class Pipeline:
             if len(x) != len(y) or len(x) == 0:
                 raise PlywiseError(
                     f"A batch needs as many targets as inputs, and at least one: {len(x)} inputs, {len(y)} "
-                    "targets."
+                    "targets.",
+                    see="error-data",
                 )
             yield self.learner.signal(x, y)
 
@@ -165,7 +168,8 @@ class Pipeline:
             if least != most:
                 raise PipelineError(
                     f"{self.name} has a batch of {size}, and other replicas have {least} to {most}: "
-                    "gradients are averaged over replicas, so give each equally many samples in every step."
+                    "gradients are averaged over replicas, so give each equally many samples in every step.",
+                    see="pipeline-batch",
                 )
             if batch is None:
                 return
@@ -228,7 +232,9 @@ class Pipeline:
         every = ["learner", *(f"component {trainer.index}" for trainer in self.learner.trainers)]
         states = checkpoint.load(folder, step, names, every)
         if (saved := states["learner"]["learner"]) != type(self.learner).__name__:
-            raise StateError(f"The checkpoint is one of {saved}; this is {type(self.learner).__name__}.")
+            raise StateError(
+                f"The checkpoint is one of {saved}; this is {type(self.learner).__name__}.", see="state-run"
+            )
         for trainer in self.trainers:
             trainer.load_state_dict(states[f"component {trainer.index}"])
         self.learner.steps = states["learner"]["steps"]
@@ -272,7 +278,9 @@ def _received(inbox: Inbox, step: int) -> Iterator[Signal]:
             return
         if number != expected:
             raise PipelineError(
-                f"Batch {number} came where {expected} was due: do all processes restore the same checkpoint?"
+                f"Batch {number} came where {expected} was due: do all processes restore the same "
+                "checkpoint?",
+                see="pipeline-batch",
             )
         yield signal
 
@@ -284,22 +292,27 @@ def checked_cuts(cuts: Sequence[int] | None, components: int, world: int, replic
         PipelineError: the number of processes, replicas, components or cuts does not fit.
     """
     if replicas < 1 or world % replicas:
-        raise PipelineError(f"{world} processes do not make stages of {replicas} replicas each.")
+        raise PipelineError(
+            f"{world} processes do not make stages of {replicas} replicas each.", see="pipeline-start"
+        )
     stages = world // replicas
     if stages > components:
         raise PipelineError(
             f"{stages} stages are more than the {components} components of the learner: start "
-            f"{components * replicas} processes at most, or split the network into more blocks."
+            f"{components * replicas} processes at most, or split the network into more blocks.",
+            see="pipeline-start",
         )
     if cuts is None:
         return [components * stage // stages for stage in range(stages)]
     if list(cuts) != sorted(set(cuts)) or not cuts or cuts[0] != 0 or cuts[-1] >= components:
         raise PipelineError(
-            f"cuts are the first components of the stages, rising from 0 and below {components}, not {cuts}."
+            f"cuts are the first components of the stages, rising from 0 and below {components}, not {cuts}.",
+            see="pipeline-start",
         )
     if len(cuts) != stages:
         raise PipelineError(
-            f"{list(cuts)} makes {len(cuts)} stages, and {world} processes were started for {stages}."
+            f"{list(cuts)} makes {len(cuts)} stages, and {world} processes were started for {stages}.",
+            see="pipeline-start",
         )
     return list(cuts)
 
@@ -319,7 +332,8 @@ def _replicate(trainer: LocalTrainer, group: dist.ProcessGroup) -> None:
     if trainer.optimizer is None:
         raise PipelineError(
             f"Component {trainer.index} learns in closed form: replicas of it would learn nothing of each "
-            "other's batches. Use one replica, and more stages."
+            "other's batches. Use one replica, and more stages.",
+            see="pipeline-start",
         )
     learning = {p for settings in trainer.optimizer.param_groups for p in settings["params"]}
     still = any(p.requires_grad and p not in learning for p in trainer.component.parameters())

@@ -77,6 +77,7 @@ def _learner(
     if not isinstance(learner, OneWayLearner):
         raise PipelineError(
             f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way. "
-            "`plywise train` takes it."
+            "`plywise train` takes it.",
+            see="pipeline-start",
         )
     return learner, starts

@@ -83,7 +83,8 @@ class Watch:
         if self._trouble is not None:
             raise PipelineError(
                 f"{self._names[self._rank]} stops: {self._trouble}. Start again from the last checkpoint; "
-                "torchrun --max-restarts does so by itself."
+                "torchrun --max-restarts does so by itself.",
+                see="pipeline-lost",
             ) from because
 
     def listen(self, looks: int | None = None) -> None:

@@ -44,7 +44,8 @@ def packed(signal: Signal | None, step: int, capacity: int) -> Tensor:
         if size_of(signal) > capacity:
             raise PipelineError(
                 f"A batch of {len(signal.y)} takes {size_of(signal)} bytes between stages, and the first one "
-                f"took {capacity}: begin with the largest batch."
+                f"took {capacity}: begin with the largest batch.",
+                see="pipeline-batch",
             )
         start = _HEADER
         for part in _parts(signal):
@@ -70,7 +71,9 @@ def unpacked(buffer: Tensor) -> tuple[int, Signal | None]:
     header = buffer[:_HEADER].view(torch.int64).tolist() if len(buffer) >= _HEADER else [0, 0]
     magic, step, *descriptions = header
     if magic != MAGIC:
-        raise PipelineError("What came from the stage before is no message of a plywise pipeline.")
+        raise PipelineError(
+            "What came from the stage before is no message of a plywise pipeline.", see="pipeline-batch"
+        )
     if step == END:
         return END, None
     parts: list[Tensor | None] = []
@@ -81,22 +84,26 @@ def unpacked(buffer: Tensor) -> tuple[int, Signal | None]:
             parts.append(None)
             continue
         if step < 0 or not 0 <= dtype < len(DTYPES) or not 0 <= dimensions <= DIMENSIONS or min(sizes) < 0:
-            raise PipelineError(_BROKEN)
+            raise PipelineError(_BROKEN, see="pipeline-batch")
         shape, strides = sizes[:dimensions], sizes[DIMENSIONS : DIMENSIONS + dimensions]
         count = math.prod(shape)
         size = count * DTYPES[dtype].itemsize
         last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
         if start + size > len(buffer) or (count and last >= count):
-            raise PipelineError("A message from the stage before is shorter than its header says.")
+            raise PipelineError(
+                "A message from the stage before is shorter than its header says.", see="pipeline-batch"
+            )
         flat = buffer[start : start + size].view(DTYPES[dtype])
         try:
             parts.append(flat.as_strided(shape, strides) if count else flat.reshape(shape))
         except RuntimeError as error:
-            raise PipelineError(_BROKEN) from error
+            raise PipelineError(_BROKEN, see="pipeline-batch") from error
         start += _padded(size)
     s, y, codes = parts
     if s is None or y is None:
-        raise PipelineError("A message from the stage before lacks activations or targets.")
+        raise PipelineError(
+            "A message from the stage before lacks activations or targets.", see="pipeline-batch"
+        )
     return step, Signal(s, y, codes)
 
 
@@ -118,7 +125,8 @@ def _dense(part: Tensor) -> Tensor:
 def _described(part: Tensor) -> list[int]:
     if part.dtype not in DTYPES or part.dim() > DIMENSIONS:
         raise PipelineError(
-            f"A tensor of {part.dtype} with {part.dim()} dimensions does not go between stages."
+            f"A tensor of {part.dtype} with {part.dim()} dimensions does not go between stages.",
+            see="pipeline-batch",
         )
     rest = [0] * (DIMENSIONS - part.dim())
     return [DTYPES.index(part.dtype), part.dim(), *part.shape, *rest, *part.stride(), *rest]

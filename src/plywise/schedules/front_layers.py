@@ -119,7 +119,8 @@ class FrontLayers:
             raise AttachError(
                 "DistributedDataParallel would wait for the gradients of frozen layers, which never come. "
                 "Wrap the model by DistributedDataParallel(model, find_unused_parameters=True), without "
-                "static_graph, or detach the schedule that freezes."
+                "static_graph, or detach the schedule that freezes.",
+                see="attach-freezing",
             )
         if self._thawed:
             self.freeze(self.count)

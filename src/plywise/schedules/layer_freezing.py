@@ -91,19 +91,30 @@ class LayerFreezing:
                 layers or is sharded; the optimizer is LBFGS or steps nothing of the model.
         """
         if getattr(self, "_watch", None) is not None:
-            raise AttachError(f"{self} is attached already. Call detach() first, or make a second one.")
+            raise AttachError(
+                f"{self} is attached already. Call detach() first, or make a second one.", see="attach-twice"
+            )
         if isinstance(model, DistributedDataParallel):
             model = model.module
         refuse_sharded(model)
         check_optimizer(model, optimizer)
         if isinstance(optimizer, LBFGS):
-            raise AttachError("LBFGS moves frozen weights too, by its memory. Take another optimizer.")
+            raise AttachError(
+                "LBFGS moves frozen weights too, by its memory. Take another optimizer.",
+                see="attach-freezing",
+            )
         if KEY in optimizer.state_dict():
-            raise AttachError("Another LayerFreezing is attached to this optimizer. Detach that one first.")
+            raise AttachError(
+                "Another LayerFreezing is attached to this optimizer. Detach that one first.",
+                see="attach-twice",
+            )
         layers = FrontLayers(model, optimizer)
         if self._most(layers) == 0:
             layers.remove()
-            raise AttachError(f"{self}: none of {len(layers.names)} layers would be frozen. Raise max_share.")
+            raise AttachError(
+                f"{self}: none of {len(layers.names)} layers would be frozen. Raise max_share.",
+                see="attach-freezing",
+            )
         object.__setattr__(self, "_watch", _Watch(self, layers, optimizer))
         return self
 
@@ -184,14 +195,16 @@ class _Watch:
         if KEY not in state:
             raise StateError(
                 "The optimizer state to load was saved without LayerFreezing. To start the schedule anew, "
-                "load it before attach()."
+                "load it before attach().",
+                see="state-memory",
             )
         theirs, mine = state[KEY]["sizes"], self.layers.sizes()
         for name in {**theirs, **mine}:
             if theirs.get(name) != mine.get(name):
                 raise StateError(
                     f"The saved state of LayerFreezing is of another model: layer {name!r} has "
-                    f"{theirs.get(name, 'no')} weights to train there and {mine.get(name, 'no')} here."
+                    f"{theirs.get(name, 'no')} weights to train there and {mine.get(name, 'no')} here.",
+                    see="state-memory",
                 )
         self._to_load = state[KEY]
         self.layers.thaw()

@@ -127,7 +127,8 @@ def find_method(name: str) -> Method:
     choices = (*METHODS, *_ALIASES)
     raise PlywiseError(
         f"No method is called {name!r}. {suggestion(name, choices)}There are: {', '.join(METHODS)}; any "
-        "rule+optimizer or learner+rule; and module:name of an optimizer's class or a Method of your own."
+        "rule+optimizer or learner+rule; and module:name of an optimizer's class or a Method of your own.",
+        see="error-bench",
     )
 
 
@@ -151,7 +152,7 @@ def _composed(name: str, first: str, second: str) -> Method:
 def _require(right: bool, name: str, part: str, what: str, choices: tuple[str, ...], example: str) -> None:
     if not right:
         hint = f"{suggestion(part, choices)}There are: {', '.join(choices)}; as in {example}."
-        raise PlywiseError(f"In {name!r}, {part!r} is no {what}. {hint}")
+        raise PlywiseError(f"In {name!r}, {part!r} is no {what}. {hint}", see="error-bench")
 
 
 def _canonical(name: str) -> str:

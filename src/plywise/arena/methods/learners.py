@@ -139,7 +139,9 @@ def of_learner(name: str, rule: str | None = None) -> Method:
     about = f"{(learner.__doc__ or '').split('.')[0]}, on Adam."
     if rule is not None:
         if "lr" not in recipe.space:
-            raise PlywiseError(f"Method {name} learns in closed form: there is no gradient for {rule}.")
+            raise PlywiseError(
+                f"Method {name} learns in closed form: there is no gradient for {rule}.", see="error-bench"
+            )
         about = f"{about[:-1]} with {RULE_OF[rule]} inside."
         name, recipe = f"{name}+{rule}", _with_rule(recipe, find_rule(RULE_OF[rule]))
     make = partial(begin, name, learner, recipe)
@@ -189,14 +191,16 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: S
     if setting.blocks == 0:
         raise PlywiseError(
             f"Method {name} trains a model block by block, and this workload says that its model is not to "
-            "be cut (blocks=0)."
+            "be cut (blocks=0).",
+            see="error-bench",
         )
     settings = recipe.settings(setting)
     if "num_classes" in inspect.signature(learner).parameters:
         if setting.classes == 0:
             raise PlywiseError(
                 f"Method {name} has every block learn to tell classes apart, and this workload has none "
-                "(classes=0)."
+                "(classes=0).",
+                see="error-bench",
             )
         settings = {"num_classes": setting.classes, **settings}
     if recipe.loss:

@@ -180,7 +180,8 @@ def _package(method: str) -> Any:
         import pytorch_optimizer
     except ImportError as error:
         raise PlywiseError(
-            f"Method {method} needs the package pytorch_optimizer ({error}): pip install 'plywise[bench]'."
+            f"Method {method} needs the package pytorch_optimizer ({error}): pip install 'plywise[bench]'.",
+            see="error-extra",
         ) from error
     return pytorch_optimizer
 
@@ -198,7 +199,9 @@ def find_peer(name: str) -> Peer:
         return _PEERS[name]
     optimizer = load(name, "your optimizer")
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
-        raise PlywiseError(f"{name} is no subclass of torch.optim.Optimizer, and a rule needs one.")
+        raise PlywiseError(
+            f"{name} is no subclass of torch.optim.Optimizer, and a rule needs one.", see="error-bench"
+        )
     method = of_class(name, optimizer)
     return Peer(name, method.about, method.space, _plain(optimizer))
 

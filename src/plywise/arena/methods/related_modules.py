@@ -73,7 +73,10 @@ def _recovering(setting: Setting) -> Trainer:
 def _with_thresholds(model: nn.Module) -> None:
     places = [name for name, module in model.named_modules(remove_duplicate=False) if _is_activation(module)]
     if not places or "" in places:
-        raise PlywiseError(f"the {type(model).__name__} has no activation module that a step could stand for")
+        raise PlywiseError(
+            f"the {type(model).__name__} has no activation module that a step could stand for",
+            see="error-bench",
+        )
     for name in places:
         model.set_submodule(name, Threshold(estimator="clipped_relu"))
 
@@ -124,7 +127,10 @@ def deepened(model: nn.Module) -> tuple[nn.Sequential, int]:
                 more = [copy.deepcopy(activation), nn.Linear(size, size).to(layer.weight)]
                 parts = list(copy.deepcopy(model))
                 return nn.Sequential(*parts[: at + 1], *more, *parts[at + 1 :]), at
-    raise PlywiseError("only a chain with a hidden linear layer and its activation can be one layer deeper")
+    raise PlywiseError(
+        "only a chain with a hidden linear layer and its activation can be one layer deeper",
+        see="error-bench",
+    )
 
 
 class Fused:
