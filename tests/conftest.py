@@ -1,5 +1,6 @@
 """One thread, one seed, and the option that runs the contract on a user's own rule."""
 
+import gc
 import signal
 import sys
 
@@ -9,6 +10,16 @@ import torch
 torch.set_num_threads(1)
 # background jobs of a shell ignore Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def seed_cpu(seed: int) -> torch.Generator:
+    """What `torch.manual_seed` does where the CPU is the only device."""
+    return torch.default_generator.manual_seed(int(seed))
+
+
+if not torch.accelerator.is_available():
+    # it keeps the whole stack for each kind of device that might come: longer than many a test takes
+    torch.manual_seed = seed_cpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +48,13 @@ def user_module(tmp_path, monkeypatch):
     yield write
     for name in names:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _brief_collections() -> None:
+    """What is there by now stays: tests that collect garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -24,17 +24,16 @@ def build(kind: str, seed: int = 1) -> nn.Module:
     return mlp(seed=seed) if kind == "mlp" else convnet(seed=seed).eval()
 
 
-def main(rank: int, rendezvous: str, folder: str, rules: dict[str, Rule]) -> None:
+def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
     """Run every rule; leave what this rank saw in ``folder/rank.pt``."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    place, limit = f"file://{folder / 'rendezvous'}", timedelta(seconds=60)
+    dist.init_process_group("gloo", place, rank=rank, world_size=2, timeout=limit)
     results: dict[str, Any] = {}
     for name, rule in rules.items():
         for kind, first in PLANS:
             results[f"{name} {kind} {first}"] = one(rule, kind, first, rank)
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

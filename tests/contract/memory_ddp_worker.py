@@ -314,12 +314,11 @@ def sharded() -> dict[str, str]:
     return said
 
 
-def main(rank: int, rendezvous: str, folder: str, rules: dict[str, Rule]) -> None:
+def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
     """Run all of it; leave what this process saw in ``folder/rank.pt``."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    place, limit = f"file://{folder / 'rendezvous'}", timedelta(seconds=60)
+    dist.init_process_group("gloo", place, rank=rank, world_size=2, timeout=limit)
     own_group = [dist.new_group([rank]) for rank in range(2)][rank]
     found: dict[str, Any] = {"shared out": shared_out()}
     for name, rule in rules.items():
@@ -333,5 +332,5 @@ def main(rank: int, rendezvous: str, folder: str, rules: dict[str, Rule]) -> Non
             "poisoned": poisoned(rule),
         }
     found["sharded"] = sharded()
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

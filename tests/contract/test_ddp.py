@@ -1,18 +1,15 @@
 """Two real processes: replicas stay equal bit for bit, gradients are the mean of both ranks' moves."""
 
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import multiprocessing
+
+from processes import two_ranks
 
 from .ddp_worker import PLANS, main
 from .models import all_finite, assert_close, same_bits
 from .registry import Case, selected
 
-DEADLINE = 120.0
 SLOW = pytest.mark.slow
 
 
@@ -21,25 +18,8 @@ def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, dict[str, Any]]]:
     """What the two processes saw; one pair of processes runs all rules."""
-    folder: Path = tmp_path_factory.mktemp("ddp")
     rules = {case.name: case.make() for case in selected(request.config.getoption("plywise_rule"))}
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=main, args=(rank, str(folder / "rendezvous"), str(folder), rules))
-        for rank in range(2)
-    ]
-    end = time.monotonic() + DEADLINE
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0.0))
-        assert [process.exitcode for process in processes] == [0, 0], "a rank failed or missed the deadline"
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_ranks(main, tmp_path_factory.mktemp("ddp"), rules)
 
 
 @SLOW

@@ -5,22 +5,21 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from plywise import Rule
+from processes import DEADLINE, two_ranks
 
 from .memories import Run, flat, start
 from .memory_ddp_worker import DEEP, SAVED, STEPS, TRACES, branched, half, main, shared_out, stacked
 from .models import all_finite, assert_close, loss_of, same_bits
 from .registry import Case, selected
 
-DEADLINE = 120.0
 SLOW = pytest.mark.slow
 TOLERANCE = 1e-6
 
@@ -35,25 +34,7 @@ def rules_with_memory(config: pytest.Config) -> dict[str, Rule]:
 @pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two processes saw; one pair of processes runs all rules."""
-    folder: Path = tmp_path_factory.mktemp("memory-ddp")
-    rules = rules_with_memory(request.config)
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=main, args=(rank, str(folder / "rendezvous"), str(folder), rules))
-        for rank in range(2)
-    ]
-    end = time.monotonic() + DEADLINE
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0.0))
-        assert [process.exitcode for process in processes] == [0, 0], "a rank failed or missed the deadline"
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_ranks(main, tmp_path_factory.mktemp("memory-ddp"), rules_with_memory(request.config))
 
 
 @pytest.fixture

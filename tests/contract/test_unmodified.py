@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,6 @@ from plywise import AttachError, Rule
 from .attaching import attach
 from .models import MODELS, backward, batch, convnet, grads, loss_of, mlp, same_bits, train
 from .registry import Case
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _brief_collections() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # what other tests imported is not looked through again and again
-    yield
-    gc.unfreeze()
 
 
 def is_hook_dict(name: str) -> bool:

@@ -2,21 +2,20 @@
 
 import io
 import math
-import time
-from pathlib import Path
+import signal
 from typing import Any
 
 import pytest
 import torch
 from coda_worker import PLAN, SHARE, STEPS, batch, main, network, share_of, trained, values
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
 from plywise import NonFiniteError, PlywiseError, StateError
 from plywise.losses.auc_margin import AUCMargin
 from plywise.losses.coda import CoDA
 from plywise.losses.spauc import roc_auc
+from processes import two_ranks
 
-DEADLINE = 120.0
 SLOW = pytest.mark.slow
 
 
@@ -233,23 +232,7 @@ def test_wrong_settings_are_refused(wrong):
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes saw; the second is killed at the end."""
-    folder: Path = tmp_path_factory.mktemp("coda")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=main, args=(rank, folder)) for rank in range(2)]
-    end = time.monotonic() + DEADLINE
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0.0))
-        assert [process.exitcode for process in processes] == [0, -9], (
-            "a worker failed or missed the deadline"
-        )
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_ranks(main, tmp_path_factory.mktemp("coda"), codes=(0, -signal.SIGKILL))
 
 
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

@@ -1,6 +1,5 @@
 """Layer freezing in two processes: replicas freeze alike and stay equal, or it is refused with the reason."""
 
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import plywise as pw
+from processes import two_ranks
 
 from .runs import Run, run, same_bits
 
@@ -63,21 +62,7 @@ def one_training(rank: int, settings: dict[str, bool], rule: pw.Rule | None) -> 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """What two processes saw."""
-    folder = tmp_path_factory.mktemp("freezing")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_process, args=(rank, folder)) for rank in range(2)]
-    end = time.monotonic() + 120.0
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0.0))
-        assert [process.exitcode for process in processes] == [0, 0], "a rank failed or missed the deadline"
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_ranks(one_process, tmp_path_factory.mktemp("freezing"))
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """The recipe of the Hugging Face Trainer."""
 
-import gc
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,6 @@ from transformers import TrainingArguments, get_linear_schedule_with_warmup
 
 from .page import recipe
 from .promises import EPOCHS, Promises, resumed, same_bits, trained
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _light_garbage() -> Iterator[None]:
-    """The Trainer collects garbage in every run: spare it the objects of all that is imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class TestHuggingFaceTrainer(Promises):

@@ -8,8 +8,6 @@ from torch import nn
 
 from plywise import ProxProp
 
-pytest.importorskip("lightning")
-
 from .page import recipe
 from .promises import Promises, same_bits, trained, weights
 
@@ -22,6 +20,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*' does not have many workers"),
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _lightning() -> None:
+    """Only where its tests run: it takes seconds to import."""
+    pytest.importorskip("lightning")
 
 
 class TestLightning(Promises):
