@@ -7,7 +7,7 @@ from fake_bench import make_bench, make_lines
 from test_standing import finals, small
 
 from plywise.arena.contest import contest
-from plywise.arena.findings import findings
+from plywise.arena.findings import _listed_of, findings
 from plywise.arena.standing import noise, noise_alone, rows
 
 
@@ -184,3 +184,11 @@ def test_with_fewer_than_three_seeds_nobody_is_named(seeds):
     assert "too little about noise to name anybody" in text
     for verdict in ("beyond noise", "what counts", "every seed ends"):
         assert verdict not in text
+
+
+def test_of_a_long_list_the_few_that_are_not_in_it_are_told():
+    whole = ["a", "b", "c", "d", "e", "f"]
+    assert _listed_of(whole, whole) == "all 6"
+    assert _listed_of(["a", "b", "d", "e", "f"], whole) == "all 6 but c"
+    assert _listed_of(["a", "b", "c", "d"], whole) == "a, b, c and d"
+    assert _listed_of(["a"], ["a"]) == "a"

@@ -169,10 +169,11 @@ def _misses(field: Contest, track: str, rows: list[Row]) -> list[str]:
         missed = [row for row in here if 2 * row.reached < row.runs]
         near = [row.method for row in missed if 2 * row.reached_loose > row.runs]
         if missed:
+            names = [row.method for row in missed]
             sentences.append(
                 f"On {workload}, more than half of the runs missed the target: "
-                f"{listed([row.method for row in missed])}."
-                + (f" The loose target was in reach of {listed(near)}." if near else "")
+                f"{_listed_of(names, [row.method for row in here])}."
+                + (f" The loose target was in reach of {_listed_of(near, names)}." if near else "")
             )
     return sentences
 
@@ -290,6 +291,14 @@ def _short(value: float) -> str:
 def listed(names: list[str]) -> str:
     """Names with commas and an "and"."""
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def _listed_of(names: list[str], whole: list[str]) -> str:
+    """The same, of a longer list: where only a few are not meant, these are told."""
+    others = [name for name in whole if name not in names]
+    if len(names) < 2 or 2 * len(others) >= len(names):
+        return listed(names)
+    return f"all {len(whole)} but {listed(others)}" if others else f"all {len(whole)}"
 
 
 def _of(field: Contest, one: Place) -> str:
