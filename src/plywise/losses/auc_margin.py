@@ -32,8 +32,8 @@ class AUCMargin(nn.Module):
     Code: Optimization-AI/LibAUC
     Results: the paper's are not reproduced here: its data (CheXpert, melanoma images) are not at hand.
         On digits with 20 eights to learn from (examples/plot_auc_margin.py, six seeds) its mean AUC is 0.970
-        and cross-entropy's 0.967, which is less than seeds differ. In the arena (digits-rare, tuned, median of
-        three seeds) 1 - AUC is 0.031, cross-entropy's 0.028 on SGD, 0.017 with AdamW and 0.007 with Muon.
+        and cross-entropy's 0.967, which is less than seeds differ. In the arena (digits-rare, tuned, median
+        of three seeds) 1 - AUC is 0.031, cross-entropy's 0.028 on SGD, 0.017 with AdamW and 0.007 with Muon.
     Limits: two classes. ``loss.alpha.grad`` is minus the derivative of F by α, so that every optimizer that
         descends makes α ascend: give it ``loss.parameters()`` in an ordinary group, without ``maximize``. α
         is moved up to the floor where it is used next, in `forward`. The value of F is no measure of
