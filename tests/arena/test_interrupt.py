@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,9 +32,8 @@ def _findable(monkeypatch):
 class Command:
     """A bench in a session of its own, its temporary files in a folder of their own."""
 
-    def __init__(self, folder, methods, *words):
-        self.scratch, self.out = folder / "scratch", folder / "out"
-        self.scratch.mkdir(exist_ok=True)
+    def __init__(self, folder, scratch, methods, *words):
+        self.scratch, self.out = scratch, folder / "out"
         self.ledger = self.out / "trials.jsonl"
         place = {"TMPDIR": str(self.scratch), "PYTHONPATH": os.path.dirname(__file__)}
         self.process = subprocess.Popen(
@@ -94,16 +94,17 @@ class Command:
 def start(tmp_path):
     """Begin a bench; what is still there afterwards, in a test that failed, is ended."""
     begun = []
+    with tempfile.TemporaryDirectory() as scratch:  # a short path: a socket's name holds 107 bytes
 
-    def _start(*words):
-        begun.append(Command(tmp_path, *words))
-        return begun[-1]
+        def _start(*words):
+            begun.append(Command(tmp_path, Path(scratch), *words))
+            return begun[-1]
 
-    yield _start
-    for command in begun:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(command.process.pid, signal.SIGKILL)
-        command.process.communicate()
+        yield _start
+        for command in begun:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(command.process.pid, signal.SIGKILL)
+            command.process.communicate()
 
 
 def test_an_interrupt_is_answered_and_loses_nothing_that_has_ended(start):
@@ -169,3 +170,20 @@ def test_a_crew_that_is_stopped_gives_what_has_ended_and_ends_the_rest(tmp_path)
         assert list(crew.run(three)) == [], "for good"
     finally:
         material.close()
+
+
+def test_a_folder_for_temporary_files_with_a_long_path_is_named(tmp_path):
+    far = tmp_path / ("long-" * 20)
+    far.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "plywise", *BENCH, "--methods", "sgd", "--out", str(tmp_path / "out")],
+        env={**os.environ, "TMPDIR": str(far), "PYTHONPATH": os.path.dirname(__file__)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "set TMPDIR to one with a short path" in done.stderr
+    assert str(far) in done.stderr.replace("\n", "")
+    assert "Traceback" not in done.stderr

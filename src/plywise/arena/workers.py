@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -115,6 +116,12 @@ def _start_forking() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
+    except OSError as error:  # a socket's name holds 107 bytes
+        raise PlywiseError(
+            f"No process can be started for a trial: {error}. Its socket is in the folder for temporary "
+            f"files, {tempfile.gettempdir()}: set TMPDIR to one with a short path.",
+            see="error-bench",
+        ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -122,9 +122,9 @@ class AssociatedLearning(OneWayLearner):
     Code: SamYWK/Associated_Learning (TensorFlow 1); Hibb-bb/AL, of a later paper on text.
     Results: the paper's abstract: about as accurate as backpropagation; its tables could not be read. Ours:
         95.0 against 94.1 % on 10,000 images of MNIST (MLP), 45.9 against 50.0 % on 3,000 of CIFAR-10
-        (benchmarks/README.md); after 1,500 steps of the paper's networks, made small, 89.8 against 91.4 % (MLP),
-        35.6 against 39.0 % (CNN), 36.6 against 36.2 % (VGG), with encoders begun apart 89.5, 43.7 and 48.8 %
-        (benchmarks/reproduce/associated-learning.json).
+        (benchmarks/README.md); the paper's networks, made small, after 1,500 steps: 89.8 against 91.4 %
+        (MLP), 35.6 against 39.0 % (CNN), 36.6 against 36.2 % (VGG), with encoders begun apart 89.5, 43.7 and
+        48.8 % (benchmarks/reproduce/associated-learning.json).
     Limits: classification by class index. Codes hold nothing of the input: they are one row a class, so deep
         components see no more of the target than shallow ones. Sigmoids saturate at rates that other networks
         bear: on the digits Adam at 0.01 fails where 0.003 trains.
