@@ -30,20 +30,6 @@ def unranked(workload: Workload) -> str:
 
 
 @dataclass
-class Share:
-    """The share of positives among all labels seen so far, each class begun with one."""
-
-    positives: float = 1.0
-    labels: float = 2.0
-
-    def with_batch(self, y: Tensor) -> float:
-        """The share, with a batch."""
-        self.positives += float((y == 1).sum())
-        self.labels += y.numel()
-        return self.positives / self.labels
-
-
-@dataclass
 class Ranked:
     """Training for the AUC: a batch may lack a class, so the loss is told how many there are in all.
 
@@ -60,11 +46,13 @@ class Ranked:
     plain: bool = False
 
     def __post_init__(self) -> None:
-        self._share = Share()
+        self._positives, self._labels = 1, 2  # each class begins with one, and no share is 0
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """Train on a batch; the loss before the step."""
-        self.loss.positive_share = self._share.with_batch(y)
+        self._positives += int((y == 1).sum())
+        self._labels += y.numel()
+        self.loss.positive_share = self._positives / self._labels
         return self.train(x, y)
 
     def predict(self, x: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from plywise.arena.method import EndToEnd, Method, Setting, Trainer, cosine
 from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov
 from plywise.arena.space import Range
-from plywise.arena.task import predictor
 from plywise.arena.workload import Workload
 from plywise.errors import PlywiseError
 from plywise.init import fuse_slice
@@ -180,7 +179,7 @@ class Decided:
     def __init__(self, setting: Setting) -> None:
         from sklearn.svm import SVC
 
-        self._setting, self._half = setting, max(1, setting.steps // 2)
+        self._classes, self._half = setting.classes, max(1, setting.steps // 2)
         self._trainer = _plain(setting, setting.model, self._half)
         self._stage = DecisionStage(setting.model, SVC())
         self._memory, self._taken, self._loss = Memory(), 0, 0.0
@@ -198,8 +197,8 @@ class Decided:
     def predict(self, x: Tensor) -> Tensor:
         """The network's scores; from the second half on 1 for the class that is decided for, 0 for others."""
         if self._taken <= self._half:
-            return predictor(self._setting.model)(x)
-        return F.one_hot(self._stage.predict(x), self._setting.classes).float()
+            return self._trainer.predict(x)
+        return F.one_hot(self._stage.predict(x), self._classes).float()
 
 
 def without_classes(workload: Workload) -> str:
