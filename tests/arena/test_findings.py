@@ -192,3 +192,21 @@ def test_of_a_long_list_the_few_that_are_not_in_it_are_told():
     assert _listed_of(["a", "b", "d", "e", "f"], whole) == "all 6 but c"
     assert _listed_of(["a", "b", "c", "d"], whole) == "a, b, c and d"
     assert _listed_of(["a"], ["a"]) == "a"
+
+
+def test_test_samples_that_were_trained_on_are_told():
+    bench = make_bench()
+    digits = bench["workloads"]["digits"]
+    digits["repeated"] = {"validation": 0, "test": 0}
+    text = said(contest(bench, make_lines(bench)))
+    assert "inputs of a training sample" not in text
+    for repeated, told in (
+        ({"validation": 0, "test": 31}, "31 of 400 test samples of digits have"),
+        (
+            {"validation": 7, "test": 31},
+            "7 of 397 validation samples and 31 of 400 test samples of digits have",
+        ),
+    ):
+        digits["repeated"] = repeated
+        text = said(contest(bench, make_lines(bench)))
+        assert told in text

@@ -82,6 +82,18 @@ def test_what_is_drawn_from_training_samples_shares_none_with_them():
     assert "with the inputs of another kept beside it" in found.cut
 
 
+@pytest.mark.parametrize("name", ["all_twins", "whole_numbers", "tested", "images", "signs", "few"])
+def test_samples_that_the_training_part_has_too_are_counted(name):
+    data = own_data(f"twins:{name}").data
+    known = data.train.x.flatten(1)
+    slow = {
+        part: sum(bool((known == row).all(1).any()) for row in getattr(data, part).x.flatten(1))
+        for part in ("validation", "test")
+    }
+    assert data.repeated() == slow
+    assert (slow["test"] > 0) == (name in ("tested", "images", "few"))
+
+
 def test_training_samples_are_not_in_the_order_of_the_table(tmp_path):
     """The training loss is measured on the first ones: in a sorted table those would be of one class."""
     table = np.repeat(np.arange(400) / 400, 2)

@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -99,6 +101,14 @@ def test_what_is_in_the_ledger_is_not_run_again(tmp_path, material):
     _, unbroken = run(tmp_path / "other", material, ["sgd", "adamw"])
     assert without_clocks(kept + rest) == without_clocks(unbroken)
     assert list(second.perform(Workers(1))) == [], "a finished bench has nothing to do"
+
+
+def test_a_test_part_that_was_trained_on_is_noted(tmp_path, material):
+    with closing(Material([replace(OWN, data=f"{HERE}:leaking_data")])) as leaking:
+        made = bench(tmp_path / "leaking", leaking, ["sgd"])
+    noted = json.loads((tmp_path / "leaking" / "bench.json").read_text())["workloads"]["own"]["repeated"]
+    assert noted == {"validation": 0, "test": 20} == made.about["workloads"]["own"]["repeated"]
+    assert bench(tmp_path / "own", material, ["sgd"]).about["workloads"]["own"]["repeated"]["test"] == 0
 
 
 def test_a_bench_that_runs_is_left_alone_by_another(tmp_path, material):

@@ -261,4 +261,4 @@ def test_ctrl_c_before_anything(plywise, monkeypatch, tmp_path):
     monkeypatch.setattr(demo_command, "run", interrupted)
     code, _, err = plywise("demo", "--out", str(tmp_path))
     assert code == 130
-    assert "Nothing was kept" in err
+    assert "Nothing new was kept" in err

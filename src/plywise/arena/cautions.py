@@ -20,6 +20,7 @@ def cautions(field: Contest) -> list[str]:
     return [
         *_search(field),
         *_resumed(field),
+        *_repeated(field),
         *_unseen(field),
         *_failures(field),
         *_edges(field),
@@ -45,6 +46,19 @@ def _resumed(field: Contest) -> list[str]:
         f"The bench was gone on with {count} time{'s' if count > 1 else ''} on another machine or with other "
         "versions: steps can be compared, times only with care."
     ]
+
+
+def _repeated(field: Contest) -> list[str]:
+    sentences = []
+    for name, one in field.bench["workloads"].items():
+        found = {part: count for part, count in one.get("repeated", {}).items() if count}
+        if found:
+            told = " and ".join(f"{count:,} of {one[part]:,} {part} samples" for part, count in found.items())
+            sentences.append(
+                f"{told} of {name} have the inputs of a training sample: what remembers those looks better "
+                "than it is on new ones."
+            )
+    return sentences
 
 
 def _unseen(field: Contest) -> list[str]:

@@ -340,7 +340,8 @@ class Bench:
             self.about = {**before, "unfinished": []}
         else:
             for name, told in self.about["workloads"].items():
-                told |= layers_before(self.workloads[name], Data.load(self._material.files[name]))
+                data = Data.load(self._material.files[name])
+                told |= {"repeated": data.repeated(), **layers_before(self.workloads[name], data)}
         self._write(path)
 
     def _write(self, path: Path) -> None:

@@ -56,7 +56,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except CycloptsError:
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\nInterrupted. {str(interrupt) or 'Nothing was kept.'}", file=sys.stderr)
+        print(f"\nInterrupted. {str(interrupt) or 'Nothing new was kept.'}", file=sys.stderr)
         return 130
     except (PlywiseError, OSError) as error:
         print(f"plywise: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
