@@ -117,18 +117,52 @@ def own_methods(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
+def begun(folder):
+    """The process of a trial that never ends."""
+    end = time.monotonic() + 60
+    noted = folder / "pid"
+    while not noted.exists() or not noted.read_text():
+        assert time.monotonic() < end, "it never began"
+        time.sleep(0.05)
+    process = Path("/proc", noted.read_text())
+    assert process.exists()
+    return process
+
+
 def test_stopping_early_ends_what_runs(crew, material, tmp_path, own_methods):
     running = crew.run(job(material, method) for method in ("methods_here:Noted", "sgd"))
     done, _ = next(running)
     assert done.key.method == "sgd"
-    end = time.monotonic() + 60
-    while not (tmp_path / "pid").exists():
-        assert time.monotonic() < end, "the other one never began"
-        time.sleep(0.05)
-    process = Path("/proc", (tmp_path / "pid").read_text())
-    assert process.exists()
+    process = begun(tmp_path)
     running.close()
     assert not process.exists(), "the trial that hangs is not left behind"
+
+
+def test_a_crew_that_is_stopped_gives_what_has_ended_and_begins_no_more(crew, material):
+    import ray
+
+    stopped = RayCrew(patience=60.0)
+    three = [job(material, "sgd", seed) for seed in range(3)]
+    running = stopped.run(three)
+    told = [next(running)[1]["seed"]]
+    end = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != crew.count:  # the second has ended, and nobody has looked
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    stopped.stop()
+    told += [line["seed"] for _, line in running]
+    assert sorted(told) == [0, 1]
+    assert list(stopped.run(three)) == [], "for good"
+
+
+def test_a_crew_that_is_stopped_ends_what_runs(crew, material, tmp_path, own_methods):
+    stopped = RayCrew(patience=60.0)
+    running = stopped.run(job(material, method) for method in ("methods_here:Noted", "sgd"))
+    assert next(running)[0].key.method == "sgd"
+    process = begun(tmp_path)
+    stopped.stop()
+    assert list(running) == []
+    assert not process.exists()
 
 
 def test_a_bench_on_ray_from_the_command_line(crew, tmp_path, monkeypatch, capsys):

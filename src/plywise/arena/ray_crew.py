@@ -22,6 +22,8 @@ from plywise.errors import MORE, PlywiseError
 
 GRACE = 10.0
 """Seconds that trials get to end when they are cancelled, and a cluster to answer."""
+LOOK = 0.5
+"""Seconds between two looks whether `RayCrew.stop` has been called."""
 
 
 class RayCrew:
@@ -29,7 +31,8 @@ class RayCrew:
 
     On whatever machine, a trial runs just as one of `Workers` does: its process is forked from one that has
     imported torch, and that it is killed or takes longer than ``patience`` is an outcome. So is the loss of
-    the machine. Each workload's data are sent once. When the caller stops early, running trials are ended.
+    the machine. Each workload's data are sent once. When the caller stops early, or calls `stop`, running
+    trials are ended.
 
     The machines need the same Python, torch and plywise. A model, data or method of your own, as module:name,
     must be importable there: from the same folder, where the machines share their disks, or installed.
@@ -69,6 +72,14 @@ class RayCrew:
                 f"{', '.join(f'{own:g}' for own in cpus)}. Take fewer --threads.",
                 see="error-bench",
             )
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End the running trials, for good: `run` gives those that have ended, and no more.
+
+        May be called from a signal's handler while `run` waits.
+        """
+        self._stopped = True
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end.
@@ -81,20 +92,27 @@ class RayCrew:
         sent: dict[str, Any] = {}
         running: dict[Any, Job] = {}
         try:
-            while True:
+            while not self._stopped:
                 while len(running) < self.count and (job := next(queue, None)) is not None:
                     running[self._begun(job, sent)] = job
                 if not running:
                     return
-                ready, _ = self._ray.wait(list(running))
-                for answer in ready:
-                    job = running.pop(answer)
-                    yield job, self._outcome(job, answer)
+                yield from self._ended(running, LOOK)
+            if running:
+                yield from self._ended(running, 0.0)
         finally:
             for answer in running:
                 self._ray.cancel(answer)
             if running:  # this process may end next, and Ray's would not live to end the trials
                 self._ray.wait(list(running), num_returns=len(running), timeout=GRACE)
+
+    def _ended(self, running: dict[Any, Job], patience: float) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Wait for a trial to end, so many seconds: all that have, and their lines, leave those that run."""
+        self._ray.wait(list(running), timeout=patience)
+        ready, _ = self._ray.wait(list(running), num_returns=len(running), timeout=0)
+        for answer in ready:
+            job = running.pop(answer)
+            yield job, self._outcome(job, answer)
 
     def _begun(self, job: Job, sent: dict[str, Any]) -> Any:
         """A trial on its way; its data are sent with the first that needs them."""

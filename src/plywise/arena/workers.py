@@ -46,6 +46,13 @@ class Crew(Protocol):
         """Each job with its ledger line, in the order in which they end."""
         ...
 
+    def stop(self) -> None:
+        """End the running trials, for good: `run` gives those that have ended, and no more.
+
+        May be called from a signal's handler while `run` waits.
+        """
+        ...
+
 
 class Workers:
     """This machine's cores, a process for each trial.

@@ -16,8 +16,6 @@ STOPPING = "Stopping: finished trials are kept. The report is drawn next; Ctrl-C
 class Stop:
     """Ctrl-C while trials run: answered at once; an interrupt when all that has ended is in the ledger.
 
-    A crew that cannot be stopped in between is interrupted wherever it is, as by a second Ctrl-C.
-
     Attributes:
         presses: how often it was pressed.
     """
@@ -42,12 +40,8 @@ class Stop:
         return not self.presses and (end is None or time.monotonic() < end)
 
     def _hear(self, *_: object) -> None:
-        from plywise.arena.workers import Workers
-
         self.presses += 1
         if self.presses > 1:
             raise KeyboardInterrupt
         os.write(2, f"\n{STOPPING}\n".encode())  # standard error itself: a print may have been interrupted
-        if not isinstance(self._crew, Workers):
-            raise KeyboardInterrupt
         self._crew.stop()
