@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 
 from plywise.arena.cautions import cautions
@@ -38,7 +39,7 @@ def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
         return ["No final run has ended yet, so that there is nothing to compare."]
     track = field.tracks[0]
     standing = {clock: places(field, track, clock) for clock in ("steps", "cpu")}
-    told = [*_targets(field), *_misses(field, track, rows), *_untuned(field)]
+    told = [*_targets(field), *_misses(track, rows), *_untuned(field)]
     last = [*_memory(field, track, rows), *cautions(field)]
     if statistics.median(len(cell.runs) for cell in field.cells.values()) < FEWEST:
         few = f"Fewer than {FEWEST} seeds tell too little about noise to name anybody: run more of them."
@@ -135,9 +136,10 @@ def _apart(field: Contest, found: list[Place], limit: float) -> list[Place]:
 
 
 def _by_workload(field: Contest, track: str, rows: list[Row]) -> list[str]:
-    """Who won on each workload in processor time."""
+    """Who won on each workload in processor time; where nobody did, in one sentence."""
     limit = noise_alone(field, track, "cpu")
     sentences = []
+    unbeaten: dict[str, list[str]] = {}
     for workload in field.workloads:
         peer = field.peer(workload, "cpu")
         here = [row for row in rows if row.track == track and row.workload == workload]
@@ -155,27 +157,24 @@ def _by_workload(field: Contest, track: str, rows: list[Row]) -> list[str]:
             more = f", and {len(ahead) - 3} more" if len(ahead) > 3 else ""
             sentences.append(f"On {workload}, less CPU time to the target than {name}: {told}{more}.")
         else:
-            sentences.append(
-                f"On {workload}, nobody takes less CPU time to the target than {name}, beyond noise."
-            )
+            unbeaten.setdefault(name, []).append(workload)
+    if unbeaten:
+        told = ", than ".join(f"{name} on {listed(where)}" for name, where in unbeaten.items())
+        sentences.append(f"Nobody takes less CPU time to the target, beyond noise, than {told}.")
     return sentences
 
 
-def _misses(field: Contest, track: str, rows: list[Row]) -> list[str]:
+def _misses(track: str, rows: list[Row]) -> list[str]:
     """Who did not arrive, and whether they came near."""
-    sentences = []
-    for workload in field.workloads:
-        here = [row for row in rows if row.track == track and row.workload == workload]
-        missed = [row for row in here if 2 * row.reached < row.runs]
-        near = [row.method for row in missed if 2 * row.reached_loose > row.runs]
-        if missed:
-            names = [row.method for row in missed]
-            sentences.append(
-                f"On {workload}, more than half of the runs missed the target: "
-                f"{_listed_of(names, [row.method for row in here])}."
-                + (f" The loose target was in reach of {_listed_of(near, names)}." if near else "")
-            )
-    return sentences
+    shown = [row for row in rows if row.track == track]
+    missed = [row for row in shown if 2 * row.reached < row.runs]
+    near = [row for row in missed if 2 * row.reached_loose > row.runs]
+    if not missed:
+        return []
+    return [
+        f"More than half of the runs missed the target: {_who(missed, shown)}."
+        + (f" The loose target was in reach of {_who(near, missed)}." if near else "")
+    ]
 
 
 def _ends(field: Contest, track: str, rows: list[Row]) -> list[str]:
@@ -281,7 +280,10 @@ def span(ratio: Interval) -> str:
         >>> span(Interval(0.412, 0.5, float("inf"), "≥"))
         '≥0.50× (0.41 to ∞)'
     """
-    return f"{ratio.mark}{_short(ratio.value)}× ({_short(ratio.low)} to {_short(ratio.high)})"
+    limits = f"{_short(ratio.low)} to {_short(ratio.high)}"
+    if ratio.low == 0 and math.isinf(ratio.high):
+        limits = "without limits"
+    return f"{ratio.mark}{_short(ratio.value)}× ({limits})"
 
 
 def _short(value: float) -> str:
@@ -299,6 +301,14 @@ def _listed_of(names: list[str], whole: list[str]) -> str:
     if len(names) < 2 or 2 * len(others) >= len(names):
         return listed(names)
     return f"all {len(whole)} but {listed(others)}" if others else f"all {len(whole)}"
+
+
+def _who(some: list[Row], whole: list[Row]) -> str:
+    """Methods of some rows: by name where all are of one workload, else with the number of workloads."""
+    if len({row.workload for row in whole}) == 1:
+        return _listed_of([row.method for row in some], [row.method for row in whole])
+    counts, of = (Counter(row.method for row in group) for group in (some, whole))
+    return ", ".join(f"{name} on {count} of {of[name]}" for name, count in counts.most_common())
 
 
 def _of(field: Contest, one: Place) -> str:
