@@ -49,6 +49,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def workers_for(device: str, threads: int) -> int:
+    """Trainings at once, where nobody says how many: the cores over the threads; 1 on any other device.
+
+    On a GPU they would share its memory and be on each other's clocks.
+    """
+    return max(1, cores() // max(1, threads)) if device == "cpu" else 1
+
+
 def _blas(build: str) -> str:
     info = re.search(r"BLAS_INFO=(\w+)", build)
     return info[1] if info else "unknown"

@@ -2,75 +2,29 @@
 
 import json
 import math
+import os
 
 import pytest
-import torch
-from torch import nn
 
 from plywise.arena.ledger import FINAL, TUNING, read
-from plywise.arena.method import EndToEnd
 from plywise.arena.reproductions import tables
-from plywise.arena.reproductions.experiment import (
-    DIVERGED,
-    FULL,
-    SMALL,
-    TRAINING_LOSS,
-    Arm,
-    Claim,
-    Experiment,
-    Paper,
-    Size,
-)
+from plywise.arena.reproductions.experiment import FULL, SMALL
 from plywise.arena.reproductions.runner import Reproduction
 from plywise.arena.reproductions.summary import REPRODUCED, REVERSED
-from plywise.arena.task import CLASSIFICATION
-from plywise.arena.workload import Data
-from plywise.data.digits import Split, load_digits
+from plywise.arena.workers import Workers
 from plywise.errors import PlywiseError, StateError
 
-
-def digits(train, validation, test):
-    parts = load_digits()
-    counts = (train, validation, test)
-    return Data(*(Split(p.x[:n], p.y[:n]) for p, n in zip(parts, counts, strict=True)))
+MINE = "own_papers:MINE"
 
 
-def begin(start):
-    model = nn.Sequential(nn.Linear(64, start.size.widths[0]), nn.ReLU(), nn.Linear(start.size.widths[0], 10))
-    return EndToEnd(model, torch.optim.SGD(model.parameters(), lr=start.rate), CLASSIFICATION.loss)
+@pytest.fixture(autouse=True)
+def _findable(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
 
 
-class Interrupting:
-    """A trainer that is interrupted, as by Ctrl-C."""
-
-    left = 10**9
-
-    def __call__(self, start):
-        trainer = begin(start)
-        step = trainer.step
-
-        def interrupted(x, y):
-            type(self).left -= 1
-            if type(self).left < 0:
-                raise KeyboardInterrupt
-            return step(x, y)
-
-        trainer.step = interrupted
-        return trainer
-
-
-def paper(make=begin, widths=(8,)):
-    size = Size("digits", digits, widths, 50, 2, 500, 100, 100)
-    arms = (
-        Arm("slow", make, (1e-3,), 2.2),
-        Arm("tuned", make, (1e-3, 0.5), 0.3),
-        Arm("wild", make, (1e9,), DIVERGED),
-    )
-    experiment = Experiment(
-        *("digits", "a test", "Table 9", TRAINING_LOSS, arms, {FULL: size, SMALL: size}),
-        *((Claim("tuned", "slow"), Claim("slow", "tuned")), ("we know why",)),
-    )
-    return Paper("mine", "Me, Mine, 2026", (experiment,))
+def run(paper, seeds, folder, crew=None):
+    made = Reproduction(paper, SMALL, seeds, folder)
+    return made, list(made.perform(crew or Workers(2)))
 
 
 def finals(folder):
@@ -79,11 +33,15 @@ def finals(folder):
     return [{k: v for k, v in one.items() if k not in clocks} for one in read(folder / "runs.jsonl")]
 
 
+def by_run(lines):
+    return sorted(lines, key=lambda line: json.dumps(line, sort_keys=True))
+
+
 def test_a_reproduction_from_beginning_to_table(tmp_path):
-    made = Reproduction(paper(), FULL, 3, tmp_path)
+    made, crew = Reproduction(MINE, FULL, 3, tmp_path), Workers(2)
     assert made.total == 11
-    assert made.measure() > 0
-    pieces = list(made.perform())
+    assert made.measure(crew) > 0
+    pieces = list(made.perform(crew))
     assert [piece.done for piece in pieces] == list(range(1, 12))
     assert pieces[-1].left == 0
     lines = list(read(tmp_path / "runs.jsonl"))
@@ -113,29 +71,43 @@ def test_a_reproduction_from_beginning_to_table(tmp_path):
     assert "Table 9" in page
 
 
-def test_an_interrupted_run_goes_on_with_the_same_bits(tmp_path):
-    whole = Reproduction(paper(), SMALL, 2, tmp_path / "whole")
-    list(whole.perform())
-    Interrupting.left = 45  # in the third run
-    cut = Reproduction(paper(Interrupting()), SMALL, 2, tmp_path / "cut")
-    with pytest.raises(KeyboardInterrupt):
-        list(cut.perform())
-    assert 0 < cut.done < cut.total
-    assert cut.finish()["unfinished"] == cut.total - cut.done
+def test_one_worker_or_two_give_the_same_numbers(tmp_path):
+    run(MINE, 2, tmp_path / "one", Workers(1))
+    run(MINE, 2, tmp_path / "two", Workers(2))
+    assert by_run(finals(tmp_path / "one")) == by_run(finals(tmp_path / "two"))
+
+
+def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
+    run(MINE, 2, tmp_path / "whole")
+    cut = Reproduction(MINE, SMALL, 2, tmp_path / "cut")
+    pieces = cut.perform(Workers(1))
+    for _ in range(3):
+        next(pieces)
+    pieces.close()
+    assert cut.done == 3
+    assert cut.finish()["unfinished"] == cut.total - 3
     kept = finals(tmp_path / "cut")
-    again = Reproduction(paper(), SMALL, 2, tmp_path / "cut")
-    list(again.perform())
-    assert finals(tmp_path / "cut")[: len(kept)] == kept
-    assert finals(tmp_path / "cut") == finals(tmp_path / "whole")
-    assert list(Reproduction(paper(), SMALL, 2, tmp_path / "cut").perform()) == []
+    run(MINE, 2, tmp_path / "cut")
+    assert finals(tmp_path / "cut")[:3] == kept
+    assert by_run(finals(tmp_path / "cut")) == by_run(finals(tmp_path / "whole"))
+    assert run(MINE, 2, tmp_path / "cut")[1] == []
+
+
+def test_a_crew_that_is_stopped_begins_no_more(tmp_path):
+    made, crew = Reproduction(MINE, SMALL, 2, tmp_path), Workers(1)
+    pieces = made.perform(crew)
+    next(pieces)
+    crew.stop()
+    assert len(list(pieces)) <= 1
+    assert made.done == len(finals(tmp_path)) < made.total
 
 
 def test_more_seeds_add_runs_and_fewer_leave_them_out(tmp_path):
-    list(Reproduction(paper(), SMALL, 1, tmp_path).perform())
-    more = Reproduction(paper(), SMALL, 2, tmp_path)
+    run(MINE, 1, tmp_path)
+    more = Reproduction(MINE, SMALL, 2, tmp_path)
     assert more.total - more.done == 3
-    list(more.perform())
-    fewer = Reproduction(paper(), SMALL, 1, tmp_path)
+    list(more.perform(Workers(2)))
+    fewer = Reproduction(MINE, SMALL, 1, tmp_path)
     assert fewer.done == fewer.total
     (experiment,) = fewer.finish()["experiments"]
     assert [len(arm["values"]) for arm in experiment["arms"]] == [1, 1, 0]
@@ -143,21 +115,26 @@ def test_more_seeds_add_runs_and_fewer_leave_them_out(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    list(Reproduction(paper(), SMALL, 1, tmp_path).perform())
+    run(MINE, 1, tmp_path)
     with pytest.raises(StateError, match=r"slow, with other settings: .*'widths': \[8\].* not .*\[16\]"):
-        Reproduction(paper(widths=(16,)), SMALL, 1, tmp_path)
+        Reproduction("own_papers:WIDER", SMALL, 1, tmp_path)
     with pytest.raises(PlywiseError, match="A size is full or small and seeds are at least 1"):
-        Reproduction(paper(), "tiny", 1, tmp_path)
+        Reproduction(MINE, "tiny", 1, tmp_path)
+    with pytest.raises(PlywiseError, match=r"own_papers:begin is a function, not a plywise\..*\.Paper"):
+        Reproduction("own_papers:begin", SMALL, 1, tmp_path)
 
 
-def test_a_mistake_is_no_outcome(tmp_path):
-    def broken(start):
-        raise ValueError("no such layer")
-
-    made = Reproduction(paper(broken), SMALL, 1, tmp_path)
-    with pytest.raises(PlywiseError, match=r"tuned failed: ValueError .*no such layer"):
-        list(made.perform())
+@pytest.mark.parametrize(
+    ("paper", "why"),
+    [("BROKEN", r"ValueError .*no such layer"), ("KILLED", r"its process was lost \(killed by SIGKILL\)")],
+)
+def test_a_mistake_is_no_outcome(tmp_path, paper, why):
+    made = Reproduction(f"own_papers:{paper}", SMALL, 1, tmp_path)
+    with pytest.raises(PlywiseError, match=f"tuned failed: {why}"):
+        list(made.perform(Workers(1)))
     assert list(read(tmp_path / "runs.jsonl")) == []
+    with pytest.raises(PlywiseError, match=r"failed: .*(no such layer|SIGKILL)"):
+        made.measure(Workers(1))
 
 
 def test_numbers_in_tables():

@@ -1,6 +1,7 @@
-"""`plywise reproduce` as its users meet it: real processes on the papers' own experiments, made short."""
+"""`plywise reproduce` as its users meet it: real processes on a paper's own experiments, made short."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,27 +15,19 @@ from plywise.cli.reproduce import reproduce
 from plywise.data.store import find
 from plywise.errors import PlywiseError
 
-RUN = """
-import sys
+SHORT = """
 from dataclasses import replace
-import torch
-from cyclopts import App
-from plywise.arena.reproductions import consequentialism
-from plywise.cli.reproduce import reproduce
+from plywise.arena.reproductions.consequentialism import PAPER
 
-torch.set_num_threads(1)
-paper = consequentialism.PAPER
-short = [
-    replace(e, sizes={n: replace(s, images=128, epochs=EPOCHS) for n, s in e.sizes.items()}, arms=e.arms[:2])
-    for e in paper.experiments
-]
-consequentialism.PAPER = replace(paper, experiments=tuple(short))
-app = App(suppress_keyboard_interrupt=False)  # as plywise's own
-app.default(reproduce)
-try:
-    app(sys.argv[1:], exit_on_error=False, result_action="return_value")
-except KeyboardInterrupt as interrupt:
-    sys.exit(f"Interrupted. {interrupt}")
+SHORT = replace(
+    PAPER,
+    experiments=tuple(
+        replace(
+            e, sizes={n: replace(s, images=128, epochs=EPOCHS) for n, s in e.sizes.items()}, arms=e.arms[:2]
+        )
+        for e in PAPER.experiments
+    ),
+)
 """
 
 
@@ -45,12 +38,15 @@ def mnist():
 
 
 def start(folder, *words, epochs=1):
-    code = RUN.replace("EPOCHS", str(epochs))
+    """`plywise reproduce` on a paper of the user's own, from the folder where it is."""
+    (folder / "short.py").write_text(SHORT.replace("EPOCHS", str(epochs)))
     return subprocess.Popen(
-        [sys.executable, "-c", code, "consequentialism", "--out", str(folder), *words],
+        [sys.executable, "-m", "plywise", "reproduce", "short:SHORT", "--out", "runs", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=folder,
+        start_new_session=True,
     )
 
 
@@ -78,7 +74,7 @@ def test_from_estimate_to_table(mnist, tmp_path):
     assert "left" in said
     assert "training loss at the end, nats (small size)" in said
     assert "no number of the paper's is known" in said
-    folder = tmp_path / "consequentialism"
+    folder = tmp_path / "runs" / "consequentialism"
     about = json.loads((folder / "reproduce.json").read_text())
     assert [experiment["name"] for experiment in about["experiments"]] == ["mnist-mlp"]
     assert (folder / "reproduce.md").read_text().startswith("## Paeedeh, Ghiasi-Shirazi")
@@ -87,16 +83,18 @@ def test_from_estimate_to_table(mnist, tmp_path):
 def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path):
     only = ("--only", "mnist-mlp", "--seeds", "1")
     process = start(tmp_path, *only, epochs=40)
-    runs = tmp_path / "consequentialism" / "runs.jsonl"
+    runs = tmp_path / "runs" / "consequentialism" / "runs.jsonl"
     end = time.monotonic() + 120
     while not (runs.exists() and len(runs.read_text().splitlines()) >= 2):
         assert time.monotonic() < end, process.communicate()
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     _, said = process.communicate(timeout=60)
     kept = list(read(runs))
-    assert process.returncode == 1
+    assert process.returncode == 130
+    assert said.index("Stopping: ") < said.index("Interrupted.")
+    assert "Traceback" not in said
     assert f"Interrupted. {len(kept)} of 10 runs are kept in" in said
     assert "the same command goes on" in said
     assert json.loads((runs.parent / "reproduce.json").read_text())["unfinished"] == 10 - len(kept)

@@ -100,33 +100,37 @@ class Job:
     data: str
     device: str = "cpu"
 
+    def perform(self) -> dict[str, Any]:
+        """Run the trial; the line for the ledger, failures included."""
+        peak = Peak(self.device)
+        method = find_method(self.key.method)
+        gradients = method.gradients
+        try:
+            data = Data.load(Path(self.data))
+            workload = self.entry.again(data)
+            data = on(self.device, data)
+            peak.begin(data)
+            record = run_trial(
+                lambda: method.make(setting(workload, data, self)),
+                data,
+                workload.task,
+                seed=self.key.seed,
+                steps=workload.steps,
+                batch_size=workload.batch_size,
+                measure_every=max(1, workload.steps // EVALUATIONS),
+                test=self.key.purpose == FINAL,
+                meter=peak,
+            )
+            if method.count and record.failure is None:
+                gradients = method.count(setting(workload, data, self))
+        except Exception as error:
+            why = f"{type(error).__name__} before the first step: {error}"
+            record = Record(self.key.seed, failure=why)
+        return line(self, gradients, record, peak.mib)
 
-def perform(job: Job) -> dict[str, Any]:
-    """Run a trial; the line for the ledger, failures included."""
-    peak = Peak(job.device)
-    method = find_method(job.key.method)
-    gradients = method.gradients
-    try:
-        data = Data.load(Path(job.data))
-        workload = job.entry.again(data)
-        data = on(job.device, data)
-        peak.begin(data)
-        record = run_trial(
-            lambda: method.make(setting(workload, data, job)),
-            data,
-            workload.task,
-            seed=job.key.seed,
-            steps=workload.steps,
-            batch_size=workload.batch_size,
-            measure_every=max(1, workload.steps // EVALUATIONS),
-            test=job.key.purpose == FINAL,
-            meter=peak,
-        )
-        if method.count and record.failure is None:
-            gradients = method.count(setting(workload, data, job))
-    except Exception as error:
-        record = Record(job.key.seed, failure=f"{type(error).__name__} before the first step: {error}")
-    return line(job, gradients, record, peak.mib)
+    def failed(self, why: str) -> dict[str, Any]:
+        """The line if its process did not live to tell."""
+        return line(self, find_method(self.key.method).gradients, Record(self.key.seed, failure=why))
 
 
 def setting(workload: Workload, data: Data, job: Job) -> Setting:
@@ -148,11 +152,6 @@ def line(job: Job, gradients: float, record: Record, peak: float | None = None) 
     finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     more = {"numbers": job.numbers, "gradients": gradients, "peak_mib": peak, "finished": finished}
     return {**job.key._asdict(), **outcome, **more}
-
-
-def failed(job: Job, why: str) -> dict[str, Any]:
-    """The line of a trial whose process did not live to tell."""
-    return line(job, find_method(job.key.method).gradients, Record(job.key.seed, failure=why))
 
 
 def rounded(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise.addresses import load
-from plywise.arena.job import Job, failed
+from plywise.arena.job import Job
 from plywise.arena.methods import find_method
 from plywise.arena.workers import PATIENCE, Workers
 from plywise.arena.workload import Data
@@ -130,7 +130,7 @@ class RayCrew:
             line: dict[str, Any] = self._ray.get(answer)
             return line
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError) as error:
-            return failed(job, f"its process was lost ({type(error).__name__} on Ray)")
+            return job.failed(f"its process was lost ({type(error).__name__} on Ray)")
         except errors.RayError as error:
             raise PlywiseError(
                 f"The Ray cluster cannot run {job.key.method}: {_last(error)}. Its machines need the same "

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from plywise.arena.job import Job, failed, perform
+from plywise.arena.job import Job
 from plywise.errors import PlywiseError
 
 PATIENCE = 600.0
@@ -27,6 +27,21 @@ PRELOADED = (
     "pytorch_optimizer",  # where it is installed
 )
 """What the process has imported that trials are forked from."""
+
+
+class Work(Protocol):
+    """What a process is asked to do, in words that travel to it."""
+
+    def perform(self) -> dict[str, Any]:
+        """Do it; a line of JSON, failures included."""
+        ...
+
+    def failed(self, why: str) -> dict[str, Any]:
+        """The line if its process did not live to tell."""
+        ...
+
+
+AnyWork = TypeVar("AnyWork", bound=Work)
 
 
 class Crew(Protocol):
@@ -84,10 +99,10 @@ class Workers:
         """
         self._bell.send_bytes(b"stop")
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        """Each job with its ledger line, in the order in which they end."""
+    def run(self, jobs: Iterable[AnyWork]) -> Iterator[tuple[AnyWork, dict[str, Any]]]:
+        """Each job with its line, in the order in which they end."""
         queue = iter(jobs)
-        running: dict[Connection, _Worker] = {}
+        running: dict[Connection, _Worker[AnyWork]] = {}
         try:
             while not self._stopped.poll():
                 while len(running) < self.count and (job := next(queue, None)) is not None:
@@ -104,8 +119,8 @@ class Workers:
                 worker.stop()
 
     def _ended(
-        self, running: dict[Connection, _Worker], patience: float
-    ) -> Iterator[tuple[Job, dict[str, Any]]]:
+        self, running: dict[Connection, _Worker[AnyWork]], patience: float
+    ) -> Iterator[tuple[AnyWork, dict[str, Any]]]:
         """Wait until trials have ended, or `stop` is called: they, and their lines, leave those that run."""
         ready = wait([*running, self._stopped], timeout=patience)
         now = time.monotonic()
@@ -133,10 +148,10 @@ def _start_forking() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Worker:
+class _Worker(Generic[AnyWork]):
     """The process of one trial."""
 
-    def __init__(self, context: Any, job: Job, threads: int, patience: float) -> None:
+    def __init__(self, context: Any, job: AnyWork, threads: int, patience: float) -> None:
         self.job, self.patience = job, patience
         self.end = time.monotonic() + patience
         self.connection, theirs = context.Pipe(duplex=False)
@@ -150,10 +165,10 @@ class _Worker:
             if self.connection.poll():
                 line: dict[str, Any] = json.loads(self.connection.recv_bytes())
                 return line
-            return failed(self.job, f"took longer than {self.patience:g} s")
+            return self.job.failed(f"took longer than {self.patience:g} s")
         except (EOFError, OSError):
             self._process.join(10)
-            return failed(self.job, f"its process was lost ({_exit(self._process.exitcode)})")
+            return self.job.failed(f"its process was lost ({_exit(self._process.exitcode)})")
         finally:
             self.stop()
 
@@ -164,14 +179,14 @@ class _Worker:
         self.connection.close()  # last: the process would complain that nobody hears it
 
 
-def _work(job: Job, threads: int, connection: Connection) -> None:
+def _work(job: Work, threads: int, connection: Connection) -> None:
     """What the process of a trial does."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends this process
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
-    line = perform(job)
+    line = job.perform()
     with suppress(BrokenPipeError):  # the caller may have been interrupted, and gone
         connection.send_bytes(json.dumps(line, allow_nan=False).encode())
         connection.close()

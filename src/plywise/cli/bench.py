@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from plywise.cli.console import console
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
-from plywise.environment import cores
+from plywise.environment import workers_for
 from plywise.errors import PlywiseError, StateError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def bench(
             error for numbers.
         metric: what it is judged by, the lower the better, as module:name. Default: error rate, or the loss.
         blocks: blocks that local learners cut your model into. Default: 4, or as many as it has.
-        workers: trials at once. Default: the cores over the threads.
+        workers: trials at once. Default: the cores over the threads; 1 on a GPU.
         threads: torch's threads in each trial.
         ray: run the trials on a Ray cluster: its address as host:port, auto for the one that this machine is
             part of, or local to start one here (pip install 'plywise[ray]').
@@ -214,7 +214,7 @@ def _crew(ray: str | None, workers: int | None, plan: Plan) -> Workers | RayCrew
     if ray is None:
         from plywise.arena.workers import Workers
 
-        return Workers(workers or max(1, cores() // max(1, threads)), threads, patience)
+        return Workers(workers or workers_for(plan.device, threads), threads, patience)
     if workers is not None:
         raise PlywiseError(
             "--workers belongs to this machine; with --ray, the cluster's CPUs say how many.",

@@ -1,4 +1,4 @@
-"""Ctrl-C during `plywise bench`."""
+"""Ctrl-C during `plywise bench` and `plywise reproduce`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from plywise.arena.workers import Crew
 
-STOPPING = "Stopping: finished trials are kept. The report is drawn next; Ctrl-C again leaves it out."
+STOPPING = "Stopping: what has ended is kept. The report is drawn next; Ctrl-C again leaves it out."
 
 
 class Stop:

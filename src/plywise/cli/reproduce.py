@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from plywise.cli.console import console, table
+from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
+from plywise.environment import workers_for
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from plywise.arena.reproductions.runner import Progress, Reproduction
+    from plywise.arena.workers import Workers
 
 
 def reproduce(
@@ -25,12 +30,14 @@ def reproduce(
     only: str = "",
     out: Path = Path("runs/reproduce"),
     device: str = "cpu",
+    workers: int | None = None,
+    threads: int = 1,
     dry_run: Switch = False,
 ) -> None:
     """Run a paper's experiments again, and put its numbers beside ours.
 
     Without a paper it lists the papers, their experiments and their numbers. Each run is kept as it ends:
-    after Ctrl-C the same command goes on with what is missing. The small size takes minutes on one core, and
+    after Ctrl-C the same command goes on with what is missing. The small size takes minutes, and
     says what was cut; at that size the order of methods is compared, not their numbers.
 
     For example:
@@ -42,34 +49,44 @@ def reproduce(
         plywise reproduce proxprop --size full --device cuda
 
     Args:
-        paper: proxprop, associated-learning, back-matching or consequentialism.
+        paper: proxprop, associated-learning, back-matching or consequentialism; or module:name of a
+            plywise.arena.reproductions.experiment.Paper of your own.
         size: small, or full: the paper's network, data and epochs.
         seeds: runs of each method.
         only: experiments of the paper, if not all.
         out: folder; what is run goes into a folder of the paper's name in it.
         device: where it trains, as in cuda.
+        workers: runs at once. Default: the cores over the threads; 1 on a GPU.
+        threads: torch's threads in each run.
         dry_run: say how long it will take, and stop.
     """
-    from plywise.arena.reproductions import find_paper
-
     screen = console()
     if paper is None:
         if only:
             raise PlywiseError("--only names experiments of a paper: say which paper.", see="error-command")
         _list(screen)
         return
+    from plywise.arena.job import require_device
+    from plywise.arena.reproductions import find_paper
     from plywise.arena.reproductions.runner import Reproduction
+    from plywise.arena.workers import Workers
 
-    found = find_paper(paper)
     names = [word.strip() for word in only.split(",") if word.strip()]
-    made = Reproduction(found, size, seeds, out / found.name, names, device)
+    made = Reproduction(paper, size, seeds, out / find_paper(paper).name, names, device)
+    require_device(device)
+    crew = Workers(workers or workers_for(device, threads), threads)
+    _announce(made, crew, screen)
+    if dry_run:
+        return
+    stop = Stop(crew)
     try:
-        _announce(made, screen)
-        if dry_run:
-            return
-        _follow(made, screen)
+        # closed at once if interrupted here, so that no run is left behind
+        with stop, closing(made.perform(crew)) as pieces:
+            _follow(pieces, made, screen)
     except KeyboardInterrupt:
-        made.finish()
+        with suppress(KeyboardInterrupt):
+            if stop.presses < 2:
+                made.finish()
         raise KeyboardInterrupt(
             f"{made.done} of {made.total} runs are kept in {shlex.quote(str(made.folder))}; the same command "
             "goes on."
@@ -97,7 +114,7 @@ def _list(screen: Console) -> None:
         screen.print(listed)
 
 
-def _announce(made: Reproduction, screen: Console) -> None:
+def _announce(made: Reproduction, crew: Workers, screen: Console) -> None:
     """Say what is run, and how long it may take."""
     from plywise.arena.budget import told
 
@@ -105,22 +122,23 @@ def _announce(made: Reproduction, screen: Console) -> None:
         screen.print(f"{experiment.name}: {experiment.sizes[made.size].about}.", soft_wrap=True)
     if made.done < made.total:
         screen.print("Measuring a few steps of each method.", style="dim")
-        left = told(made.measure())
+        left = told(made.measure(crew))
         screen.print(f"{made.total - made.done} of {made.total} runs are left: about {left}.")
 
 
-def _follow(made: Reproduction, screen: Console) -> None:
+def _follow(pieces: Iterator[Progress], made: Reproduction, screen: Console) -> None:
     """Show the work: a bar in a terminal, a line for each run elsewhere."""
     if not screen.is_terminal:
-        for piece in made.perform():
+        for piece in pieces:
             screen.print(_said(piece), soft_wrap=True)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with Bar(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("starting", total=made.total, completed=made.done)
-        for piece in made.perform():
+        for piece in pieces:
             bar.update(task, completed=piece.done, description=_said(piece).replace("[", "\\["))
 
 

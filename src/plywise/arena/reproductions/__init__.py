@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from plywise.addresses import load
 from plywise.catalogue import suggestion
 from plywise.errors import PlywiseError
 
@@ -21,7 +22,7 @@ PAPERS = ("proxprop", "associated-learning", "back-matching", "consequentialism"
 
 
 def find_paper(name: str) -> Paper:
-    """The paper called ``name``, whatever its letters' case.
+    """The paper called ``name``, in letters of any case; or a user's own, by ``module:name`` of a `Paper`.
 
     Raises:
         PlywiseError: there is none; the message suggests the nearest.
@@ -30,6 +31,8 @@ def find_paper(name: str) -> Paper:
         >>> [experiment.name for experiment in find_paper("proxprop").experiments]
         ['table-1', 'mlp', 'convnet']
     """
+    if ":" in name:
+        return _own(name)
     key = name.lower().replace("_", "-")
     if key not in PAPERS:
         raise PlywiseError(
@@ -39,3 +42,15 @@ def find_paper(name: str) -> Paper:
         )
     found: Paper = importlib.import_module(f"{__name__}.{key.replace('-', '_')}").PAPER
     return found
+
+
+def _own(address: str) -> Paper:
+    from plywise.arena.reproductions.experiment import Paper
+
+    own = load(address, "your paper")
+    if not isinstance(own, Paper):
+        raise PlywiseError(
+            f"{address} is a {type(own).__name__}, not a plywise.arena.reproductions.experiment.Paper.",
+            see="error-address",
+        )
+    return own

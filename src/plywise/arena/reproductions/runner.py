@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from plywise.arena.job import on, rounded
+from plywise.arena.job import rounded
 from plywise.arena.ledger import FINAL, TUNED, TUNING, Key, Ledger
-from plywise.arena.reproductions import tables
-from plywise.arena.reproductions.experiment import FULL, SMALL, Arm, Experiment, Line, Paper, Start
+from plywise.arena.reproductions import find_paper, tables
+from plywise.arena.reproductions.experiment import FULL, SMALL, Arm, Experiment, Line
+from plywise.arena.reproductions.runs import Place, Probe, Run, settings
 from plywise.arena.reproductions.summary import outcome, ruling
-from plywise.arena.task import CLASSIFICATION
 from plywise.arena.tournament import TUNING_SEED
-from plywise.arena.trial import Record, endless_batches, run_trial
-from plywise.arena.workload import Data
+from plywise.arena.workers import PATIENCE, Workers
 from plywise.environment import environment
 from plywise.errors import PlywiseError, StateError
 from plywise.files import write_whole
 
-MEASUREMENTS = 2
-"""Measurements in a run, besides the one before its first step."""
+MARGIN = 10
+"""A run may take so many times what a few of its steps promise, before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Reproduction:
     holds are not run again.
 
     Args:
-        paper: the paper.
+        paper: its name, or ``module:name`` of a `Paper` of your own.
         size: `FULL` or `SMALL`.
         seeds: final runs of each arm, with seeds from 0.
         folder: where it is kept.
@@ -54,13 +52,13 @@ class Reproduction:
         device: where training runs.
 
     Raises:
-        PlywiseError: there is no such size or experiment.
+        PlywiseError: there is no such paper, size or experiment.
         StateError: the folder holds runs with other settings.
     """
 
     def __init__(
         self,
-        paper: Paper,
+        paper: str,
         size: str,
         seeds: int,
         folder: Path,
@@ -73,9 +71,9 @@ class Reproduction:
                 see="error-bench",
             )
         self.paper, self.size, self.seeds, self.folder, self.device = paper, size, seeds, folder, device
-        self.experiments = [paper.find(name) for name in only] or list(paper.experiments)
+        self._found = find_paper(paper)
+        self.experiments = [self._found.find(name) for name in only] or list(self._found.experiments)
         self.ledger = Ledger(folder / "runs.jsonl")
-        self._data: tuple[str, Data] | None = None
         self._costs: dict[tuple[str, str], float] = {}
         self._refuse_others()
 
@@ -94,37 +92,37 @@ class Reproduction:
         wanted = {self._workload(experiment) for experiment in self.experiments}
         return sum(key.workload in wanted and self._counts(key) for key in self.ledger.lines)
 
-    def measure(self) -> float:
-        """Seconds that what is left may take, by a few steps of each method that has runs left."""
-        for experiment in self.experiments:
-            for arm in experiment.arms_at(self.size):
-                if (experiment.name, arm.method) not in self._costs and self._left_of(experiment, arm):
-                    self._costs[experiment.name, arm.method] = self._cost(experiment, arm)
-        return self._left()
+    def measure(self, crew: Workers) -> float:
+        """Seconds that what is left may take, by a few steps of each method that has runs left.
 
-    def perform(self) -> Iterator[Progress]:
+        Sets the crew's patience by the dearest.
+        """
+        with _scratch() as folder:
+            for experiment in self.experiments:
+                arms = [arm for arm in experiment.arms_at(self.size) if self._left_of(experiment, arm)]
+                places = [
+                    self._place(folder, experiment, arm) for arm in {a.method: a for a in arms}.values()
+                ]
+                for probe, line in crew.run(Probe(place) for place in places):
+                    if line["failure"]:
+                        raise PlywiseError(f"{probe.place.arm} failed: {line['failure']}.", see="error-bench")
+                    self._costs[experiment.name, probe.place.found()[0].method] = line["seconds"]
+        crew.patience = max(PATIENCE, MARGIN * max(self._costs.values(), default=0.0))
+        return self._left(crew.count)
+
+    def perform(self, crew: Workers) -> Generator[Progress, None, None]:
         """Run what the ledger does not hold yet; each run is kept when it ends."""
-        with self.ledger.writing():
-            yield from self._perform()
-
-    def _perform(self) -> Iterator[Progress]:
-        for experiment in self.experiments:
-            arms = experiment.arms_at(self.size)
-            for arm in arms:
-                if len(arm.rates) > 1:
-                    for number, rate in enumerate(arm.rates):
-                        yield from self._run(experiment, arm, TUNING, number, rate, TUNING_SEED)
-            for seed in range(self.seeds):
-                for arm in arms:
-                    number = self._chosen(experiment, arm)
-                    yield from self._run(experiment, arm, FINAL, number, arm.rates[number], seed)
-            self._data = None
+        with self.ledger.writing(), _scratch() as folder:
+            for experiment in self.experiments:
+                yield from self._perform(crew, folder, experiment, self._tuning_runs(experiment))
+                if all(key in self.ledger for key in self._tuning_runs(experiment)):
+                    yield from self._perform(crew, folder, experiment, self._final_runs(experiment))
 
     def finish(self) -> dict[str, Any]:
         """Sum up what there is; writes it as JSON and Markdown."""
         about = {
-            "paper": self.paper.title,
-            "name": self.paper.name,
+            "paper": self._found.title,
+            "name": self._found.name,
             "size": self.size,
             "seeds": self.seeds,
             "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
@@ -140,53 +138,50 @@ class Reproduction:
 
     # ---- runs --------------------------------------------------------------------------------------
 
-    def _run(
-        self, experiment: Experiment, arm: Arm, purpose: str, number: int, rate: float, seed: int
-    ) -> Iterator[Progress]:
-        key = self._key(experiment, arm, purpose, number, seed)
-        if key in self.ledger:
-            return
-        size, data = experiment.sizes[self.size], self._read(experiment)
-        start = time.perf_counter()
-        record = run_trial(
-            lambda: arm.begin(self._start(experiment, data, rate)),
-            data,
-            CLASSIFICATION,
-            seed=seed,
-            steps=size.steps,
-            batch_size=size.batch,
-            measure_every=max(1, size.steps // MEASUREMENTS),
-            test=purpose == FINAL,
-            look=size.images,
-        )
-        _refuse_mistakes(record, arm)
-        self._costs[experiment.name, arm.method] = time.perf_counter() - start
-        self.ledger.add({**key._asdict(), **self._told(experiment, rate), **_outcome(record)})
-        yield Progress(self.done, self.total, self.ledger.lines[key], self._left())
-
-    def _start(self, experiment: Experiment, data: Data, rate: float) -> Start:
-        size = experiment.sizes[self.size]
-        return Start(size, rate * size.faster, data.train.x[:2].cpu(), self.device)
-
-    def _told(self, experiment: Experiment, rate: float) -> dict[str, Any]:
-        """What a run was made with."""
-        size = experiment.sizes[self.size]
-        settings = {
-            name: getattr(size, name)
-            for name in ("widths", "batch", "epochs", "images", "validation", "test")
-        }
+    def _tuning_runs(self, experiment: Experiment) -> dict[Key, Arm]:
+        """One for each rate, of arms that have a choice."""
         return {
-            "rate": rounded(rate * size.faster),
-            "setting": json.loads(json.dumps(settings)),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            self._key(experiment, arm, TUNING, number, TUNING_SEED): arm
+            for arm in experiment.arms_at(self.size)
+            for number in range(len(arm.rates))
+            if len(arm.rates) > 1
         }
+
+    def _final_runs(self, experiment: Experiment) -> dict[Key, Arm]:
+        """All arms with a seed, then with the next, so that a part is fair, too."""
+        return {
+            self._key(experiment, arm, FINAL, self._chosen(experiment, arm), seed): arm
+            for seed in range(self.seeds)
+            for arm in experiment.arms_at(self.size)
+        }
+
+    def _perform(
+        self, crew: Workers, folder: str, experiment: Experiment, wanted: dict[Key, Arm]
+    ) -> Iterator[Progress]:
+        left = {key: arm for key, arm in wanted.items() if key not in self.ledger}
+        runs = (Run(self._place(folder, experiment, arm), key) for key, arm in left.items())
+        for run, line in crew.run(runs):
+            _refuse_mistakes(line)
+            if line["wall"]:
+                self._costs[experiment.name, left[run.key].method] = line["wall"][-1] + line["measuring"]
+            self.ledger.add(line)
+            yield Progress(self.done, self.total, self.ledger.lines[run.key], self._left(crew.count))
+
+    def _place(self, folder: str, experiment: Experiment, arm: Arm) -> Place:
+        """Where a run of an arm belongs; its experiment's data are in a file, until another one asks."""
+        file = Path(folder) / f"{experiment.name}.pt"
+        if not file.exists():
+            for other in file.parent.iterdir():
+                other.unlink()
+            experiment.sizes[self.size].data().save(file)
+        return Place(self.paper, experiment.name, arm.name, self.size, str(file), self.device)
 
     def _refuse_others(self) -> None:
         """Runs of the same names with other settings are no part of this."""
         for experiment in self.experiments:
             for arm in experiment.arms_at(self.size):
                 for number, rate in enumerate(arm.rates):
-                    expected = self._told(experiment, rate)
+                    expected = settings(experiment.sizes[self.size], rate)
                     for key, line in self._lines(experiment, arm):
                         if key.trial == number and any(line[k] != expected[k] for k in ("rate", "setting")):
                             raise StateError(
@@ -207,47 +202,25 @@ class Reproduction:
 
         return min(range(len(arm.rates)), key=loss)
 
-    def _cost(self, experiment: Experiment, arm: Arm) -> float:
-        """Seconds of a run, by its second step."""
-        size, data = experiment.sizes[self.size], self._read(experiment)
-        batches = endless_batches(data.train, size.batch, 0)
-        with torch.random.fork_rng(devices=[]):
-            start = time.perf_counter()
-            trainer = arm.begin(self._start(experiment, data, min(arm.rates)))
-            trainer.step(*next(batches))
-            first = time.perf_counter() - start
-            start = time.perf_counter()
-            trainer.step(*next(batches))
-            step = time.perf_counter() - start
-        # a measurement is a forward pass, a third of a step, over the training and the validation set
-        looked = (MEASUREMENTS + 1) * (size.images + size.validation) / size.batch / 3
-        return first + step * (size.steps + looked)
-
-    def _left(self) -> float:
+    def _left(self, workers: int) -> float:
         """Seconds of what is left; methods that are not measured yet count as the mean of the others."""
         usual = sum(self._costs.values()) / max(1, len(self._costs))
-        return sum(
+        seconds = sum(
             self._costs.get((experiment.name, arm.method), usual) * self._left_of(experiment, arm)
             for experiment in self.experiments
             for arm in experiment.arms_at(self.size)
         )
+        return seconds / workers
 
     def _left_of(self, experiment: Experiment, arm: Arm) -> int:
         """Runs of an arm that are left."""
         expected = self.seeds + (len(arm.rates) if len(arm.rates) > 1 else 0)
         return expected - sum(self._counts(key) for key, _ in self._lines(experiment, arm))
 
-    def _read(self, experiment: Experiment) -> Data:
-        """The experiment's data, kept until another one asks."""
-        if self._data is None or self._data[0] != experiment.name:
-            self._data = None  # gone before the next is read
-            self._data = experiment.name, on(self.device, experiment.sizes[self.size].data())
-        return self._data[1]
-
     # ---- what the ledger holds ---------------------------------------------------------------------
 
     def _workload(self, experiment: Experiment) -> str:
-        return f"{self.paper.name}/{experiment.name}/{self.size}"
+        return f"{self._found.name}/{experiment.name}/{self.size}"
 
     def _key(self, experiment: Experiment, arm: Arm, purpose: str, number: int, seed: int) -> Key:
         return Key(self._workload(experiment), arm.name, purpose, TUNED, number, seed)
@@ -257,8 +230,9 @@ class Reproduction:
         return key.purpose == TUNING or key.seed < self.seeds
 
     def _lines(self, experiment: Experiment, arm: Arm) -> list[tuple[Key, Line]]:
+        """Runs of an arm by rate and seed, in whatever order they ended."""
         which = self._workload(experiment), arm.name
-        return [(key, line) for key, line in self.ledger.lines.items() if key[:2] == which]
+        return sorted(((k, line) for k, line in self.ledger.lines.items() if k[:2] == which), key=_first)
 
     def _finals(self, experiment: Experiment, arm: Arm) -> dict[int, Line]:
         lines = self._lines(experiment, arm)
@@ -292,15 +266,20 @@ class Reproduction:
         return [line for arm in arms for _, line in self._lines(experiment, arm) if line["wall"]]
 
 
-def _outcome(record: Record) -> dict[str, Any]:
-    return {key: rounded(value) for key, value in record.as_dict().items() if key != "seed"}
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="plywise-reproduce-")
 
 
-def _refuse_mistakes(record: Record, arm: Arm) -> None:
+def _first(pair: tuple[Key, Line]) -> Key:
+    return pair[0]
+
+
+def _refuse_mistakes(line: Line) -> None:
     """Divergence is an outcome; anything else is a mistake, or a machine that is too small."""
-    if record.failure and not record.failure.startswith(("diverged", "NonFiniteError")):
+    why = line["failure"]
+    if why and not why.startswith(("diverged", "NonFiniteError")):
         raise PlywiseError(
-            f"{arm.name} failed: {record.failure}. Nothing of this run was kept.", see="error-bench"
+            f"{line['method']} failed: {why}. Nothing of this run was kept.", see="error-bench"
         )
 
 

@@ -1,0 +1,62 @@
+"""Papers of a user's own, in seconds: one that works, the same with another width, and ones that do not."""
+
+import os
+import signal
+
+import torch
+from torch import nn
+
+from plywise.arena.method import EndToEnd
+from plywise.arena.reproductions.experiment import (
+    DIVERGED,
+    FULL,
+    SMALL,
+    TRAINING_LOSS,
+    Arm,
+    Claim,
+    Experiment,
+    Paper,
+    Size,
+)
+from plywise.arena.task import CLASSIFICATION
+from plywise.arena.workload import Data
+from plywise.data.digits import Split, load_digits
+
+
+def digits(train, validation, test):
+    parts = load_digits()
+    counts = (train, validation, test)
+    return Data(*(Split(p.x[:n], p.y[:n]) for p, n in zip(parts, counts, strict=True)))
+
+
+def begin(start):
+    model = nn.Sequential(nn.Linear(64, start.size.widths[0]), nn.ReLU(), nn.Linear(start.size.widths[0], 10))
+    return EndToEnd(model, torch.optim.SGD(model.parameters(), lr=start.rate), CLASSIFICATION.loss)
+
+
+def broken(start):
+    raise ValueError("no such layer")
+
+
+def killed(start):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def paper(make=begin, widths=(8,)):
+    size = Size("digits", digits, widths, 50, 2, 500, 100, 100)
+    arms = (
+        Arm("slow", make, (1e-3,), 2.2),
+        Arm("tuned", make, (1e-3, 0.5), 0.3),
+        Arm("wild", make, (1e9,), DIVERGED),
+    )
+    experiment = Experiment(
+        *("digits", "a test", "Table 9", TRAINING_LOSS, arms, {FULL: size, SMALL: size}),
+        *((Claim("tuned", "slow"), Claim("slow", "tuned")), ("we know why",)),
+    )
+    return Paper("mine", "Me, Mine, 2026", (experiment,))
+
+
+MINE = paper()
+WIDER = paper(widths=(16,))
+BROKEN = paper(broken)
+KILLED = paper(killed)
