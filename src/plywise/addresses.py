@@ -6,11 +6,18 @@ import importlib
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
 from typing import Any
 
 from plywise.catalogue import suggestion
 from plywise.errors import PlywiseError
+
+INSTALLED = (
+    os.path.dirname(__file__),
+    *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+)
+"""Folders whose code is not the user's."""
 
 
 def load(address: str, what: str) -> Any:
@@ -94,6 +101,13 @@ def _imported(name: str) -> Any:
         ) from error
     except (Exception, SystemExit) as error:
         raise PlywiseError(f"Importing {name!r} failed: {_said(error)}.", see="error-address") from error
+
+
+def user_line(error: BaseException) -> str:
+    """Where in the user's code an exception was raised, as " (line 3 of mine.py)"; empty if it was not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, "<"))]
+    return f" (line {own[-1].lineno} of {os.path.basename(own[-1].filename)})" if own else ""
 
 
 def _said(error: BaseException) -> str:

@@ -22,6 +22,10 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             yield file
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write that fails does not say where
+            error.filename = str(path)
+        raise
     finally:
         Path(temporary).unlink(missing_ok=True)
 

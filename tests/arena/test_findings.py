@@ -169,7 +169,9 @@ def test_few_seeds_are_said_to_be_few():
 def test_without_a_tuned_baseline_there_is_no_target():
     bench = make_bench(["sgd"], ["digits"], tracks=["defaults"], trials=0)
     text = said(contest(bench, [one for one in make_lines(bench) if one["track"] == "defaults"]))
-    assert "No target, since no baseline was tuned: every run counts as a miss on digits." in text
+    assert (
+        "since no tuning trial of a baseline came to its end: every run counts as a miss on digits." in text
+    )
     bench = make_bench()
     assert "No target" not in said(contest(bench, make_lines(bench)))
 
@@ -225,3 +227,27 @@ def test_test_samples_that_were_trained_on_are_told():
         digits["repeated"] = repeated
         text = said(contest(bench, make_lines(bench)))
         assert told in text
+
+
+def test_where_no_baseline_arrives_times_are_not_compared():
+    lines = [run for name in ("sgd", "sgd-again", "proxprop") for run in finals(name, [200] * 3)]
+    assert "Nobody takes less CPU time" in said(small(lines))
+    for run in lines[:6]:
+        run["validation"] = [0.9 for _ in run["validation"]]
+    text = said(small(lines))
+    assert "No baseline reached the target in its median run on digits: times are not compared there" in text
+    assert "Nobody takes" not in text
+
+
+def test_what_never_arrives_is_not_called_level():
+    lines = [*finals("sgd", [200] * 3), *finals("sgd-again", [200] * 3), *finals("proxprop", [200] * 3)]
+    assert "Not to be told apart: proxprop" in said(small(lines))
+    for run in lines[6:]:
+        run["validation"] = [0.9 for _ in run["validation"]]
+    assert "told apart" not in said(small(lines))
+
+
+def test_before_tuned_runs_the_defaults_are_read():
+    bench = make_bench()
+    field = contest(bench, [one for one in make_lines(bench) if one["track"] == "defaults"])
+    assert field.tracks == ["defaults"]

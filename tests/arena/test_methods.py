@@ -10,6 +10,7 @@ from method_settings import STEPS, network, setting
 from torch import nn
 
 import plywise as pw
+from plywise.arena.method import Method
 from plywise.arena.methods import (
     LEARNER_OF,
     METHODS,
@@ -26,6 +27,7 @@ from plywise.arena.trial import endless_batches, run_trial
 from plywise.arena.workload import Data
 from plywise.catalogue import LEARNERS, RULES
 from plywise.data.digits import load_digits
+from plywise.errors import PlywiseError
 
 RANKING_ONLY = ("auc-margin", "coda")
 """Methods that need another task; see test_related_methods.py."""
@@ -264,3 +266,11 @@ def test_case_hyphens_and_aliases():
     assert find_method("FeatureWhitening").name == find_method("whitening").name == "feature-whitening"
     assert find_method("K-FAC+AdamW").name == "kfac+adamw"
     assert find_method("cafo").name == "cascaded-forward"
+
+
+@pytest.mark.parametrize("space", [["lr"], {"lr": (1e-4, 1e-1)}, "lr"])
+def test_a_search_space_holds_ranges(space):
+    with pytest.raises(
+        PlywiseError, match=r"Method mine: a search space is .*Range.*holds no (list|tuple|str)"
+    ):
+        Method("mine", "mine", space, lambda setting: None)

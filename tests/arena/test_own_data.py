@@ -1,6 +1,7 @@
 """A user's table with rows that repeat: the same inputs are never in two parts that plywise cuts."""
 
 import itertools
+import resource
 
 import numpy as np
 import pytest
@@ -8,8 +9,12 @@ import torch
 
 from plywise.arena.workload import Data
 from plywise.arena.workloads.own_data import own_data
+from plywise.data.arrays import load_arrays
+from plywise.errors import PlywiseError
+from plywise.files import write_whole
 
 MODULE = """
+import numpy as np
 import torch
 
 generator = torch.Generator().manual_seed(3)
@@ -25,6 +30,8 @@ def signs():
     zero = torch.zeros(300)
     return torch.stack([torch.cat([zero, -zero]), torch.arange(600.0) % 300], 1), y.repeat(2)
 def few(): return (torch.arange(300) % 9).float().view(-1, 1), y
+def drawn(): return torch.randn(40, 3), torch.randint(0, 3, (40,))
+def drawn_by_numpy(): return np.random.randn(40, 3), np.random.randint(0, 3, 40)
 def empty(): return torch.zeros(20, 0), torch.zeros(20)
 """
 
@@ -123,3 +130,30 @@ def test_too_few_different_inputs_are_said():
     found = own_data("twins:few")
     assert "with only 9 different inputs, the same ones in several parts: 240 to train" in found.cut
     assert own_data("twins:empty").cut.startswith("20 samples cut at random, by a fixed seed: ")
+
+
+@pytest.mark.parametrize("name", ["drawn", "drawn_by_numpy"])
+def test_random_data_are_the_same_each_time(name):
+    """So that a bench on them can go on; and nobody else's random numbers change."""
+    torch.manual_seed(5)
+    once = own_data(f"twins:{name}").data.fingerprint()
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), drawn)
+    assert own_data(f"twins:{name}").data.fingerprint() == once
+    assert load_arrays(f"twins:{name}").fingerprint() == load_arrays(f"twins:{name}").fingerprint()
+
+
+def test_data_for_which_there_is_no_room_are_named(tmp_path):
+    """A limit on the size of files stands for a disk that is full: torch has words of its own for that."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    data = own_data("twins:all_twins").data
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(PlywiseError, match=r"could not be written to .*a\.pt: .*TMPDIR"):
+            data.save(tmp_path / "a.pt")
+        with pytest.raises(OSError, match=r"File too large: '.*b\.txt'"):
+            write_whole(tmp_path / "b.txt", "x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [tmp_path / "twins.py"]

@@ -3,18 +3,21 @@
 import json
 import math
 import os
+from dataclasses import replace
 
+import own_papers
 import pytest
 
 from plywise.arena.ledger import FINAL, TUNING, read
 from plywise.arena.reproductions import tables
-from plywise.arena.reproductions.experiment import FULL, SMALL
+from plywise.arena.reproductions.experiment import FULL, SMALL, Claim
 from plywise.arena.reproductions.runner import Reproduction
 from plywise.arena.reproductions.summary import REPRODUCED, REVERSED
 from plywise.arena.workers import Workers
 from plywise.errors import PlywiseError, StateError
 
 MINE = "own_papers:MINE"
+MINE_ARMS = own_papers.MINE.experiments[0].arms
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +144,30 @@ def test_numbers_in_tables():
     assert tables.number(float("nan")) == "diverged"
     arm = {"mean": 0.5, "low": None, "high": None, "values": {0: 0.5}, "failures": {1: "diverged"}}
     assert tables.ours(arm) == "0.5; 1 of 2 diverged"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"name": "a/../b"}, "experiment has letters"),
+        ({"claims": (Claim("tuned", "slwo"),)}, r"about 'slwo', which is no arm\. Did you mean slow"),
+        ({"arms": MINE_ARMS + MINE_ARMS[:1]}, "two arms are called 'slow'"),
+        ({"arms": (replace(MINE_ARMS[0], rates=()), *MINE_ARMS[1:])}, "slow has no rate"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_refused(change, why):
+    with pytest.raises(PlywiseError, match=why):
+        replace(own_papers.MINE.experiments[0], **change)
+
+
+def test_a_paper_that_cannot_be_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(PlywiseError, match="has no experiment"):
+        replace(own_papers.MINE, experiments=())
+    with pytest.raises(PlywiseError, match="name of a paper has letters"):
+        replace(own_papers.MINE, name="../mine")
+    (experiment,) = own_papers.MINE.experiments
+    full = replace(experiment, sizes={FULL: experiment.sizes[FULL]})
+    monkeypatch.setattr(own_papers, "MINE", replace(own_papers.MINE, experiments=(full,)))
+    with pytest.raises(PlywiseError, match=r"digits has no small size; it has: full\."):
+        Reproduction(MINE, SMALL, 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -216,7 +217,7 @@ def test_an_exception_is_an_outcome(data):
             return super().forward(x)
 
     failure = trial(data, beginner(lambda: Breaks(*make_model()))).failure
-    assert failure == "RuntimeError at step 3: the third step"
+    assert re.fullmatch(r"RuntimeError at step 3: the third step \(line \d+ of test_trial\.py\)", failure)
     nothing_to_train = beginner(lambda: nn.Sequential(nn.Flatten()), rule=pw.NLMS())
     assert "before the first step" in trial(data, nothing_to_train).failure
 

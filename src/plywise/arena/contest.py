@@ -125,9 +125,7 @@ def contest(bench: dict[str, Any], lines: Iterable[Line], seed: int = 0) -> Cont
     keys = ((track, workload, name) for track in TRACKS for workload in workloads for name in methods)
     return Contest(
         bench=bench,
-        tracks=[
-            track for track in TRACKS if track in bench["tracks"] or any(key[0] == track for key in finals)
-        ],
+        tracks=[track for track in TRACKS if any(key[0] == track for key in finals)] or bench["tracks"],
         workloads=workloads,
         methods=methods,
         baselines=[name for name in methods if name in _baselines(bench)],

@@ -59,7 +59,10 @@ def _targets(field: Contest) -> list[str]:
     without = [name for name, target in field.targets.items() if target.strict is None]
     if not without:
         return []
-    return [f"No target, since no baseline was tuned: every run counts as a miss on {listed(without)}."]
+    return [
+        "No target, since no tuning trial of a baseline came to its end: every run counts as a miss on "
+        f"{listed(without)}."
+    ]
 
 
 def _control(field: Contest, track: str) -> list[str]:
@@ -107,7 +110,11 @@ def _race(field: Contest, track: str, standing: dict[str, list[Place]]) -> list[
         apart = _apart(field, found, limit)
         ahead = sorted((one for one in apart if one.ratio and one.ratio.value < 1), key=_by_ratio)
         behind = [one.method for one in apart if one.ratio and one.ratio.value > 1]
-        level = [one.method for one in compared if one not in apart and one.method not in field.baselines]
+        level = [
+            one.method
+            for one in compared
+            if one not in apart and one.reached and one.method not in field.baselines
+        ]
         better[clock] = [one.method for one in ahead]
         if not compared:
             continue
@@ -140,10 +147,14 @@ def _by_workload(field: Contest, track: str, rows: list[Row]) -> list[str]:
     limit = noise_alone(field, track, "cpu")
     sentences = []
     unbeaten: dict[str, list[str]] = {}
+    unreached = []
     for workload in field.workloads:
         peer = field.peer(workload, "cpu")
         here = [row for row in rows if row.track == track and row.workload == workload]
         if peer is None or not here:
+            continue
+        if math.isinf(peer.times["cpu"].value):
+            unreached.append(workload)
             continue
         name = peer.runs[0]["method"]
         found = [(row.ratios["cpu"], row.method) for row in here if row.method not in field.nulls]
@@ -158,7 +169,13 @@ def _by_workload(field: Contest, track: str, rows: list[Row]) -> list[str]:
             sentences.append(f"On {workload}, less CPU time to the target than {name}: {told}{more}.")
         else:
             unbeaten.setdefault(name, []).append(workload)
-    if unbeaten:
+    if unreached and any(field.targets[name].strict is not None for name in unreached):
+        sentences.append(
+            f"No baseline reached the target in its median run on {listed(unreached)}: times are not "
+            "compared there. The best of many measurements on few validation samples is hard to repeat; more "
+            "of them, or more seeds, help."
+        )
+    if unbeaten and not math.isinf(limit):
         told = ", than ".join(f"{name} on {listed(where)}" for name, where in unbeaten.items())
         sentences.append(f"Nobody takes less CPU time to the target, beyond noise, than {told}.")
     return sentences

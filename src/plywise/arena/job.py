@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from plywise.addresses import user_line
 from plywise.arena.ledger import FINAL, Key
 from plywise.arena.method import Setting
 from plywise.arena.methods import find_method
@@ -124,7 +125,7 @@ class Job:
             if method.count and record.failure is None:
                 gradients = method.count(setting(workload, data, self))
         except Exception as error:
-            why = f"{type(error).__name__} before the first step: {error}"
+            why = f"{type(error).__name__} before the first step: {error}{user_line(error)}"
             record = Record(self.key.seed, failure=why)
         return line(self, gradients, record, peak.mib)
 

@@ -104,6 +104,13 @@ class Method:
     needs: str = ""
 
     def __post_init__(self) -> None:
+        ranges = self.space.values() if isinstance(self.space, Mapping) else [self.space]
+        if wrong := [one for one in ranges if not isinstance(one, Range)]:
+            raise PlywiseError(
+                f"Method {self.name}: a search space is {{name: Range(low, high, default)}}, with Range from "
+                f"plywise.arena.space, and holds no {type(wrong[0]).__name__} as {wrong[0]!r}.",
+                see="error-bench",
+            )
         if len(self.space) > MOST_TUNED:
             raise PlywiseError(
                 f"Method {self.name} tunes {', '.join(self.space)}: {MOST_TUNED} numbers at most, so that "

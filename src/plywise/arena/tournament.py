@@ -69,6 +69,10 @@ class Plan:
                 f"Trials are 0 or more and seeds at least 1, not {self.trials} and {self.seeds}.",
                 see="error-bench",
             )
+        if self.patience is not None and self.patience <= 0:
+            raise PlywiseError(
+                f"Patience is in seconds, more than 0, not {self.patience:g}.", see="error-bench"
+            )
 
     @staticmethod
     def saved(fields: dict[str, Any]) -> Plan:
@@ -334,7 +338,7 @@ class Bench:
             if changed:
                 raise StateError(
                     f"{path.parent} holds trials on other data or another workload: {changed[0]} has changed "
-                    "since. Use another --out.",
+                    "since, or draws random numbers of its own. Use another --out.",
                     see="state-bench",
                 )
             self.about = {**before, "unfinished": []}

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from plywise.addresses import user_line
 from plywise.arena.method import Trainer
 from plywise.arena.task import Task, mean
 from plywise.arena.workload import Data
 from plywise.data.digits import Split
+from plywise.seeded import seeded
 
 HOPELESS = 1e3
 """A loss this many times above the first one (or above 1, if that is more) has diverged."""
@@ -106,7 +106,7 @@ def run_trial(
     """
     record = Record(seed)
     count = 0
-    with _seeded(seed):
+    with seeded(seed):
         try:
             trainer = begin()
             batches = endless_batches(data.train, batch_size, seed)
@@ -130,7 +130,7 @@ def run_trial(
             record.failure = f"diverged at step {count}: {error}"
         except Exception as error:
             where = f"at step {count}" if record.steps else "before the first step"
-            record.failure = f"{type(error).__name__} {where}: {str(error).split('. ')[0]}"
+            record.failure = f"{type(error).__name__} {where}: {str(error).split('. ')[0]}{user_line(error)}"
     return record
 
 
@@ -143,22 +143,6 @@ def endless_batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[
         for start in range(0, len(order) - size + 1, size):
             rows = order[start : start + size]
             yield split.x[rows], split.y[rows]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Torch's, NumPy's and Python's random numbers from one seed; as before afterwards."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _measure(

@@ -31,10 +31,22 @@ class Data:
     test: Split
 
     def save(self, path: Path) -> None:
-        """Write the tensors, for `load` in other processes."""
+        """Write the tensors, for `load` in other processes.
+
+        Raises:
+            PlywiseError: there is no room.
+        """
         parts = {name: (split.x, split.y) for name, split in vars(self).items()}
-        with written_whole(path) as file:
-            torch.save(parts, file)
+        size = sum(each.numel() * each.element_size() for part in parts.values() for each in part)
+        try:
+            with written_whole(path) as file:
+                torch.save(parts, file)
+        except (OSError, RuntimeError) as error:  # torch has words of its own for a disk that is full
+            raise PlywiseError(
+                f"The data could not be written to {path}: {error.__context__ or error}. They take "
+                f"{size / 2**20:.0f} MiB; TMPDIR may name a folder with more room.",
+                see="error-bench",
+            ) from error
 
     def repeated(self) -> dict[str, int]:
         """How many samples of the other two parts have the inputs of a training sample."""

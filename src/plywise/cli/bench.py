@@ -214,7 +214,8 @@ def _crew(ray: str | None, workers: int | None, plan: Plan) -> Workers | RayCrew
     if ray is None:
         from plywise.arena.workers import Workers
 
-        return Workers(workers or workers_for(plan.device, threads), threads, patience)
+        count = workers_for(plan.device, threads) if workers is None else workers
+        return Workers(count, threads, patience)
     if workers is not None:
         raise PlywiseError(
             "--workers belongs to this machine; with --ray, the cluster's CPUs say how many.",
@@ -302,6 +303,9 @@ def _run(plan: Plan, material: Material, crew: Crew, out: Path, end: float | Non
         with stop, closing(bench.perform(crew, lambda: stop.more(end))) as pieces:
             _announce(bench, screen)
             _follow(pieces, bench, screen)
+    except OSError as error:  # as of a disk that is full
+        error.add_note(f"{len(bench.ledger.lines)} of {bench.total} trials are kept. {goes_on}")
+        raise
     except KeyboardInterrupt:
         kept = f"{len(bench.ledger.lines)} of {bench.total} trials are kept"
         with suppress(KeyboardInterrupt):

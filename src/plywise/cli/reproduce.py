@@ -74,7 +74,7 @@ def reproduce(
     names = [word.strip() for word in only.split(",") if word.strip()]
     made = Reproduction(paper, size, seeds, out / find_paper(paper).name, names, device)
     require_device(device)
-    crew = Workers(workers or workers_for(device, threads), threads)
+    crew = Workers(workers_for(device, threads) if workers is None else workers, threads)
     _announce(made, crew, screen)
     if dry_run:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -207,6 +208,21 @@ class Experiment:
     claims: tuple[Claim, ...] = ()
     differences: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        _require_plain(self.name, "experiment")
+        names = [arm.name for arm in self.arms]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise PlywiseError(f"{self.name}: two arms are called {twice!r}.", see="error-bench")
+        if idle := next((arm.name for arm in self.arms if not arm.rates), None):
+            raise PlywiseError(f"{self.name}: {idle} has no rate.", see="error-bench")
+        claimed = [name for claim in self.claims for name in (claim.better, claim.worse)]
+        if unknown := next((name for name in claimed if name not in names), None):
+            raise PlywiseError(
+                f"{self.name}: a claim is about {unknown!r}, which is no arm. "
+                f"{suggestion(unknown, tuple(names))}There are: {', '.join(names)}.",
+                see="error-bench",
+            )
+
     def arms_at(self, size: str) -> list[Arm]:
         """The arms that are run at a size."""
         return [arm for arm in self.arms if size in arm.sizes]
@@ -215,6 +231,16 @@ class Experiment:
         """The claims about these arms."""
         names = {arm.name for arm in self.arms_at(size)}
         return [claim for claim in self.claims if {claim.better, claim.worse} <= names]
+
+
+def _require_plain(name: str, what: str) -> None:
+    """Names are part of a folder's name and of the ledger's keys."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise PlywiseError(
+            f"The name of a{'n' if what[0] in 'aeiou' else ''} {what} has letters, digits, '-', '_' and '.', "
+            f"unlike {name!r}.",
+            see="error-bench",
+        )
 
 
 @dataclass(frozen=True)
@@ -230,6 +256,11 @@ class Paper:
     name: str
     title: str
     experiments: tuple[Experiment, ...]
+
+    def __post_init__(self) -> None:
+        _require_plain(self.name, "paper")
+        if not self.experiments:
+            raise PlywiseError(f"Paper {self.name} has no experiment.", see="error-bench")
 
     def find(self, name: str) -> Experiment:
         """The experiment called ``name``.

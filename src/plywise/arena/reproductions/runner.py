@@ -73,6 +73,10 @@ class Reproduction:
         self.paper, self.size, self.seeds, self.folder, self.device = paper, size, seeds, folder, device
         self._found = find_paper(paper)
         self.experiments = [self._found.find(name) for name in only] or list(self._found.experiments)
+        if lacking := next((one for one in self.experiments if size not in one.sizes), None):
+            raise PlywiseError(
+                f"{lacking.name} has no {size} size; it has: {', '.join(lacking.sizes)}.", see="error-bench"
+            )
         self.ledger = Ledger(folder / "runs.jsonl")
         self._costs: dict[tuple[str, str], float] = {}
         self._refuse_others()
@@ -279,7 +283,9 @@ def _refuse_mistakes(line: Line) -> None:
     why = line["failure"]
     if why and not why.startswith(("diverged", "NonFiniteError")):
         raise PlywiseError(
-            f"{line['method']} failed: {why}. Nothing of this run was kept.", see="error-bench"
+            f"{line['method']} failed: {why}. This run is not counted; those that ended before are kept, and "
+            "the same command goes on.",
+            see="error-bench",
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from plywise.addresses import user_line
 from plywise.arena.job import on, rounded
 from plywise.arena.ledger import FINAL, Key
 from plywise.arena.reproductions import find_paper
@@ -111,7 +112,7 @@ class Probe:
         try:
             return {"seconds": self._seconds(), "failure": None}
         except Exception as error:
-            return self.failed(f"{type(error).__name__}: {error}")
+            return self.failed(f"{type(error).__name__}: {error}{user_line(error)}")
 
     def failed(self, why: str) -> dict[str, Any]:
         """The line if its process did not live to tell."""

@@ -14,12 +14,13 @@ from torch.utils.data import Dataset, TensorDataset
 from plywise.addresses import called
 from plywise.arena.workload import Data
 from plywise.arena.workloads import WORKLOADS, find_workload
-from plywise.arena.workloads.parts import drawn, tenths
+from plywise.arena.workloads.parts import SEED, drawn, tenths
 from plywise.catalogue import suggestion
 from plywise.data.arrays import inputs_of, tensor_of
 from plywise.data.digits import Split
 from plywise.data.readers import read_npz, read_table
 from plywise.errors import PlywiseError
+from plywise.seeded import seeded
 
 FEWEST = 10
 """Samples without which there are no parts to speak of."""
@@ -43,10 +44,11 @@ def own_data(address: str) -> OwnData:
     Whole-number targets are classes or tokens, others float32.
 
     Args:
-        address: ``module:name`` of a function that returns `RETURNS`; or a ``.npz`` file with ``x_train`` and
-            ``y_train``, perhaps ``x_validation`` and ``y_validation``, perhaps ``x_test`` and ``y_test``; or
-            a ``.csv`` file whose last column is the target (classes if it holds just the numbers 0, 1, ...,
-            k); or the name of a workload that ships with plywise.
+        address: ``module:name`` of a function that returns `RETURNS`, called with random numbers of a fixed
+            seed; or a ``.npz`` file with ``x_train`` and ``y_train``, perhaps ``x_validation`` and
+            ``y_validation``, perhaps ``x_test`` and ``y_test``; or a ``.csv`` file whose last column is the
+            target (classes if it holds just the numbers 0, 1, ..., k); or the name of a workload that ships
+            with plywise.
 
     Raises:
         PlywiseError: there are no such data, they hold NaN or infinity, their parts do not fit one another,
@@ -68,7 +70,8 @@ def _read(address: str) -> dict[str, Split]:
     if address.endswith((".csv", ".csv.gz")):
         return {"train": _of_table(Path(address))}
     if ":" in address:
-        return _of_function(address, called(address, "your data"))
+        with seeded(SEED):  # what it draws is the same each time
+            return _of_function(address, called(address, "your data"))
     raise PlywiseError(
         f"Data are module:name of a function that makes them, a .npz or .csv file, or a workload's name, not "
         f"{address!r}. {suggestion(address, WORKLOADS)}".rstrip(),
