@@ -13,9 +13,12 @@ from typing import Any
 from plywise.catalogue import suggestion
 from plywise.errors import PlywiseError
 
-INSTALLED = (
-    os.path.dirname(__file__),
-    *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+INSTALLED = tuple(
+    os.path.join(folder, "")
+    for folder in (
+        os.path.dirname(__file__),
+        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+    )
 )
 """Folders whose code is not the user's."""
 
@@ -112,6 +115,4 @@ def user_line(error: BaseException) -> str:
 
 def _said(error: BaseException) -> str:
     """An exception and the user's line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    line = f" (line {frames[-1].lineno} of {os.path.basename(frames[-1].filename)})" if frames else ""
-    return f"{type(error).__name__}: {error}{line}"
+    return f"{type(error).__name__}: {str(error).rstrip('.')}{user_line(error)}"
