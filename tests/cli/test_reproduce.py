@@ -23,7 +23,10 @@ SHORT = replace(
     PAPER,
     experiments=tuple(
         replace(
-            e, sizes={n: replace(s, images=128, epochs=EPOCHS) for n, s in e.sizes.items()}, arms=e.arms[:2]
+            e,
+            sizes={n: replace(s, images=128, epochs=EPOCHS) for n, s in e.sizes.items()},
+            arms=e.arms[:2],
+            claims=(),
         )
         for e in PAPER.experiments
     ),
