@@ -65,14 +65,20 @@ def command(*words):
     return app(list(words), exit_on_error=False, result_action="return_value")
 
 
-def test_from_estimate_to_table(mnist, tmp_path):
-    only = ("--only", "mnist-mlp", "--seeds", "2")
-    said = done(start(tmp_path, *only, "--dry-run"))
+def test_from_estimate_to_table(mnist, tmp_path, monkeypatch, capsys):
+    (tmp_path / "short.py").write_text(SHORT.replace("EPOCHS", "1"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    words = ("short:SHORT", "--only", "mnist-mlp", "--seeds", "2", "--out", "runs")
+    command(*words, "--dry-run")
+    said = capsys.readouterr().out
     assert "12 of 12 runs are left: about " in said
     assert "SGD" not in said
     assert not list(tmp_path.rglob("reproduce.*"))
 
-    said = done(start(tmp_path, *only))
+    command(*words)
+    said = capsys.readouterr().out
+    del sys.modules["short"]
     assert "[12/12] mnist-mlp: CWU on SGD, seed 1: " in said
     assert "left" in said
     assert "training loss at the end, nats (small size)" in said
