@@ -58,8 +58,8 @@ def main() -> None:
         print(f"{name:20} {one['runs']:4}  {span:27}  {one['loss_apart']:.1e}")
     print(f"geometric mean: {geometric_mean(one['cpu_ratio'] for one in found.values()):.2f}")
     if options.json:
-        environment = json.loads((options.again / "bench.json").read_text())
-        kept = {"command": environment["command"], "created": environment["created"], "workloads": found}
+        about = json.loads((options.again / "bench.json").read_text())
+        kept = {"command": about["command"], "created": about["created"], "workloads": found}
         options.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -104,7 +104,10 @@ class Workload:
 
 
 def _keys(x: Tensor) -> Iterator[int]:
-    """A number for each sample, the same for the same inputs and for no others, but by a chance of 2^-64."""
+    """A number for each sample, the same for the same inputs and for no others, but by a chance of 2^-64.
+
+    Images are too large to be sorted, as the rows of a table are where they are cut into parts.
+    """
     for some in x.split(4096):
         for row in some.add(0).reshape(len(some), -1).numpy():  # -0 becomes 0
             yield hash(row.tobytes())

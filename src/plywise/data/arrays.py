@@ -81,6 +81,16 @@ def load_arrays(address: str) -> Arrays:
     return Arrays(train, test, max(int(train.y.max()), int(test.y.max())) + 1)
 
 
+def made_by(address: str) -> Any:
+    """What the user's function at ``module:name`` returns; what it draws is the same each time.
+
+    Raises:
+        PlywiseError: see `plywise.addresses.called`.
+    """
+    with seeded(0):
+        return called(address, "your data")
+
+
 def digest_of(splits: Iterable[Split]) -> str:
     """A digest of every value of some sets."""
     digest = hashlib.blake2b(digest_size=16)
@@ -146,8 +156,7 @@ def _from_file(path: Path) -> tuple[Any, ...]:
 
 
 def _from_function(address: str) -> tuple[Any, ...]:
-    with seeded(0):  # what it draws is the same each time
-        made = called(address, "your data")
+    made = made_by(address)
     if not isinstance(made, tuple | list) or len(made) not in (2, 4):
         found = f"{len(made)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
         raise PlywiseError(

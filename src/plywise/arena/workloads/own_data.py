@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from plywise.addresses import called
 from plywise.arena.workload import Data
 from plywise.arena.workloads import WORKLOADS, find_workload
-from plywise.arena.workloads.parts import SEED, drawn, tenths
+from plywise.arena.workloads.parts import drawn, tenths
 from plywise.catalogue import suggestion
-from plywise.data.arrays import inputs_of, tensor_of
+from plywise.data.arrays import inputs_of, made_by, tensor_of
 from plywise.data.digits import Split
 from plywise.data.readers import read_npz, read_table
 from plywise.errors import PlywiseError
-from plywise.seeded import seeded
 
 FEWEST = 10
 """Samples without which there are no parts to speak of."""
@@ -70,8 +68,7 @@ def _read(address: str) -> dict[str, Split]:
     if address.endswith((".csv", ".csv.gz")):
         return {"train": _of_table(Path(address))}
     if ":" in address:
-        with seeded(SEED):  # what it draws is the same each time
-            return _of_function(address, called(address, "your data"))
+        return _of_function(address, made_by(address))
     raise PlywiseError(
         f"Data are module:name of a function that makes them, a .npz or .csv file, or a workload's name, not "
         f"{address!r}. {suggestion(address, WORKLOADS)}".rstrip(),
