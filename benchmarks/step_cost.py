@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import cycle_cost
 import plywise as pw
+import step_counts
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -55,6 +56,8 @@ def convnet() -> nn.Sequential:
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "8-64-64-2, batch 64": (lambda: mlp(8, 64, 64, 2), (64, 8)),
+    "64-128-128-128-10, batch 128": (lambda: mlp(64, 128, 128, 128, 10), (128, 64)),
     "3072-4000-1000-4000-10, batch 500": (lambda: mlp(3072, 4000, 1000, 4000, 10), (500, 3072)),
     "784-1024-1024-10, batch 256": (lambda: mlp(784, 1024, 1024, 10), (256, 784)),
     "ConvNet 16-20-20 of 5×5, batch 500": (convnet, (500, 3, 32, 32)),
@@ -72,6 +75,10 @@ RULES: dict[str, Callable[[], pw.Rule | None]] = {
 }
 
 
+QUICK = 10**6
+"""Networks with fewer weights are timed for several steps at once, after as many as the engine explores."""
+
+
 class Stepper:
     """One network, its data and its optimizer; rules come and go between steps."""
 
@@ -82,24 +89,33 @@ class Stepper:
         self.model = make().to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
         self.x = torch.rand(shape, device=device)
-        self.y = torch.randint(10, shape[:1], device=device)
+        classes = self.model(self.x).shape[1]
+        self.y = torch.randint(classes, shape[:1], device=device)
+        is_quick = sum(p.numel() for p in self.model.parameters()) < QUICK
+        self.warm_steps, self.timed_steps = (4, 10) if is_quick else (1, 1)
+
+    def loss(self) -> Tensor:
+        """The loss of the batch."""
+        return F.cross_entropy(self.model(self.x), self.y)
 
     def step(self) -> Tensor:
         """One training step."""
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(self.x), self.y)
+        loss = self.loss()
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
     def timed(self, rule: pw.Rule | None) -> tuple[float, float]:
-        """CPU and wall seconds of a step with ``rule`` attached, after one that is not timed."""
+        """CPU and wall seconds with ``rule`` attached, after some steps that are not timed."""
         if rule is not None:
             rule.attach(self.model, self.optimizer)
-        self.step()
+        for _ in range(self.warm_steps):
+            self.step()
         self._wait()
         cpu, wall = time.process_time(), time.perf_counter()
-        self.step()
+        for _ in range(self.timed_steps):
+            self.step()
         self._wait()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         if rule is not None:
@@ -197,6 +213,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--cycles", action="store_true", help="rules with memory, over whole cycles")
+    parser.add_argument("--count", action="store_true", help="Python calls and host synchronisations a step")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -211,6 +228,9 @@ def main() -> None:
             result["nets"][f"784-1024-1024-10, batch {batch}"] = table
             cycle_cost.show(batch, table)
             write_figures(options.json, result)
+        return
+    if options.count:
+        show_counts(nets, names)
         return
     if options.json and options.json.exists() and options.net:  # some nets again: the others' figures stay
         result["nets"] = json.loads(options.json.read_text())["nets"]
@@ -230,6 +250,18 @@ def main() -> None:
             print(f"{name:30} {row['cpu']:6.2f} {spread:>14} {row['wall']:6.2f} {memory:>12}")
         result["nets"][net] = table
     write_figures(options.json, result)
+
+
+def show_counts(nets: list[str], names: list[str]) -> None:
+    """Print what `step_counts` counts."""
+    for net in nets:
+        print(f"\n{net}: Python calls, and host synchronisations in forward, backward and step")
+        for name in names:
+            stepper, rule = Stepper(net, "cpu"), RULES[name]()
+            if rule is not None:
+                rule.attach(stepper.model, stepper.optimizer)
+            counts = step_counts.count_step(stepper.model, stepper.optimizer, stepper.loss)
+            print(f"{name:30} {' '.join(f'{count:6}' for count in counts.values())}")
 
 
 def write_figures(path: Path | None, result: dict[str, Any]) -> None:

@@ -11,11 +11,17 @@ Every layer solves its own local problem instead of taking backpropagation's one
 Names are loaded on first use, so that the command line answers ``--help`` without importing torch.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plywise import init, layers, losses, nn, optim
+    from plywise.engine.call import LinearCall, Update
+    from plywise.engine.contract import LayerShape
+    from plywise.engine.maps.base import LinearMap
+    from plywise.engine.maps.registered import LayerType, register_layer, register_map
+    from plywise.engine.rule import Rule, Size, StatefulRule
     from plywise.errors import (
         AttachError,
         BlockError,
@@ -24,7 +30,6 @@ if TYPE_CHECKING:
         StateError,
         UncapturedLayerError,
     )
-    from plywise.kept_layer import LayerShape
     from plywise.layers import LayerType, register_layer
     from plywise.local.activation_relaxation import ActivationRelaxation
     from plywise.local.associated_learning import AssociatedLearning
@@ -35,9 +40,6 @@ if TYPE_CHECKING:
     from plywise.local.learner import Learner
     from plywise.local.local_loss import LocalLoss
     from plywise.local.split import split
-    from plywise.memory import MemoryRule
-    from plywise.ply import Move, Ply
-    from plywise.rule import Rule, Size
     from plywise.rules.adabk import AdaBK
     from plywise.rules.back_matching import BackMatching
     from plywise.rules.backprop import Backprop
@@ -74,24 +76,26 @@ _HOMES = {
     "KFAC": "rules.kfac",
     "LayerFreezing": "schedules.layer_freezing",
     "Learner": "local.learner",
-    "LayerShape": "kept_layer",
-    "LayerType": "layers",
+    "LayerShape": "engine.contract",
+    "LayerType": "engine.maps.registered",
     "LocalForwardGradient": "local.forward_gradient",
     "LocalLoss": "local.local_loss",
-    "MemoryRule": "memory",
-    "Move": "ply",
+    "LinearCall": "engine.call",
+    "LinearMap": "engine.maps.base",
     "NLMS": "rules.nlms",
     "NonFiniteError": "errors",
-    "Ply": "ply",
     "PlywiseError": "errors",
     "Precondition": "rules.precondition",
     "ProxProp": "rules.proxprop",
     "RLS": "rules.rls",
-    "Rule": "rule",
-    "Size": "rule",
+    "Rule": "engine.rule",
+    "Size": "engine.rule",
     "StateError": "errors",
+    "StatefulRule": "engine.rule",
     "UncapturedLayerError": "errors",
-    "register_layer": "layers",
+    "Update": "engine.call",
+    "register_layer": "engine.maps.registered",
+    "register_map": "engine.maps.registered",
     "split": "local.split",
 }
 
@@ -117,19 +121,20 @@ __all__ = [
     "LayerShape",
     "LayerType",
     "Learner",
+    "LinearCall",
+    "LinearMap",
     "LocalForwardGradient",
     "LocalLoss",
-    "MemoryRule",
-    "Move",
     "NonFiniteError",
-    "Ply",
     "PlywiseError",
     "Precondition",
     "ProxProp",
     "Rule",
     "Size",
     "StateError",
+    "StatefulRule",
     "UncapturedLayerError",
+    "Update",
     "__version__",
     "init",
     "layers",
@@ -137,11 +142,23 @@ __all__ = [
     "nn",
     "optim",
     "register_layer",
+    "register_map",
     "split",
 ]
 
 
+_RENAMED = {"MemoryRule": "StatefulRule", "Move": "Update", "Ply": "LinearCall"}
+"""Names of plywise 0.1, and what they are called now."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(
+            f"plywise.{name} is called plywise.{_RENAMED[name]} since 0.2: rename it.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return __getattr__(_RENAMED[name])
     if name in _HOMES:
         value = getattr(import_module(f"plywise.{_HOMES[name]}"), name)
     elif name in _ROOMS:

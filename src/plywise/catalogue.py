@@ -11,8 +11,8 @@ import plywise
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
+    from plywise.engine.rule import Rule
     from plywise.local.learner import Learner
-    from plywise.rule import Rule
 
 RULES = (
     *("Backprop", "ProxProp", "BackMatching", "NLMS", "Consequentialism"),

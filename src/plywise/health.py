@@ -1,33 +1,5 @@
-"""Counters of everything that did not go the plain way: fallbacks of solvers, skipped steps."""
+"""Old address of `plywise.engine.health`."""
 
-from collections import Counter
-from dataclasses import dataclass, field
+from plywise.engine.health import EIGENVALUES, FLOAT64, IDENTITY, NON_FINITE, SKIPPED, Health
 
-FLOAT64 = "solved in float64"
-EIGENVALUES = "solved by clamped eigenvalues"
-IDENTITY = "fell back to backpropagation"
-NON_FINITE = "non-finite value"
-SKIPPED = "step skipped"
-
-
-@dataclass
-class Health:
-    """What happened to whom, how often.
-
-    Attributes:
-        counts: number of times for each (layer or parameter name, event).
-    """
-
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def note(self, name: str, event: str) -> None:
-        """Count one ``event`` of ``name``."""
-        self.counts[name, event] += 1
-
-    def total(self, event: str) -> int:
-        """How often ``event`` happened, over all names."""
-        return sum(count for (_, what), count in self.counts.items() if what == event)
-
-    def of(self, name: str) -> dict[str, int]:
-        """The events of one layer or parameter."""
-        return {event: count for (who, event), count in self.counts.items() if who == name}
+__all__ = ["EIGENVALUES", "FLOAT64", "IDENTITY", "NON_FINITE", "SKIPPED", "Health"]

@@ -33,7 +33,7 @@ def attach(
     rule with memory first learns for some steps, with weights, buffers, random numbers and the optimizer's
     own state as before.
     """
-    if not rule.remembers:
+    if not (rule.remembers or (rule.needs_backward_scale and optimizer is not None)):
         return rule.attach(model, optimizer, **options)
     if optimizer is None:
         optimizer = SGD(model.parameters(), lr=0.1)
@@ -53,7 +53,7 @@ def learn(
     """Steps that leave nothing but what the rule remembers of them."""
     loss = warm if callable(warm) else _loss_on(model, warm)
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    assert not optimizer.state
+    assert not any(own_state(state) for state in optimizer.state.values())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
         for _ in range(steps):
@@ -64,7 +64,16 @@ def learn(
                 for tensor, value in before:
                     tensor.copy_(value)
     optimizer.zero_grad()
-    optimizer.state.clear()
+    for parameter, state in list(optimizer.state.items()):
+        for key in own_state(state):
+            del state[key]
+        if not state:
+            del optimizer.state[parameter]
+
+
+def own_state(state: dict[Any, Any]) -> list[Any]:
+    """Keys of the optimizer's own state, beside a rule's."""
+    return [key for key in state if not str(key).startswith("plywise.")]
 
 
 def _loss_on(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plywise import Rule
-from plywise.health import SKIPPED
+from plywise.engine.health import SKIPPED
 
 from .models import batch, convnet, grads, loss_of, mlp, train, weights
 

@@ -1,6 +1,6 @@
-"""What a rule remembers, as its users see it: the part of ``optimizer.state_dict()`` that is its."""
+"""What a rule remembers, as its users see it: the part of ``optimizer.state`` that is its."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,33 +15,60 @@ from .models import batch, loss_of, mlp, weights
 from .registry import Case
 
 Data = tuple[Tensor, Tensor]
+PREFIX = "plywise."
 
 
-def memory(optimizer: Optimizer) -> dict[str, Tensor]:
-    """A copy of all memories: tensors by rule, layer and name, and the number of steps."""
-    return flat(optimizer.state_dict().get("plywise", []))
+def memory(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """A copy of all statistics, ``"Foof/2/input"``, and of the steps that each rule has counted."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return flat({names[p]: state for p, state in optimizer.state.items() if p in names})
 
 
-def flat(entries: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The entry of a state dict as tensors by name, copied."""
+def saved_memory(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The same of a state dict of this optimizer."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    return flat({parameters[index]: own for index, own in state["state"].items()})
+
+
+def flat(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The statistics in the states of parameters, given by name; a template (of step 0) is none."""
     found = {}
-    for number, entry in enumerate(entries):
-        start = f"{number}/{entry['rule']}"
-        found[f"{start}/step"] = torch.tensor(entry["step"])
-        for layer, tensors in entry["layers"].items():
-            for key, value in tensors.items():
-                found[f"{start}/{layer}/{key}"] = value.detach().clone()
+    for parameter, state in states.items():
+        for key, value in state.items():
+            if not str(key).startswith(PREFIX):
+                continue
+            owner, _, name = key.removeprefix(PREFIX).partition(".")
+            rule, _, part = owner.partition("[")
+            steps = state[f"{PREFIX}{rule}.step"]
+            if not steps:
+                continue
+            if name == "step":
+                found[f"{rule}/step"] = torch.tensor(max(steps, int(found.get(f"{rule}/step", 0))))
+            else:
+                layer = parameter.removesuffix(".weight") + (f"[{part}" if part else "")
+                found[f"{rule}/{layer}/{name}"] = torch.as_tensor(value).detach().clone()
     return found
 
 
 def of_layer(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
     """The part of one layer, e.g. ``"2"``."""
-    return {key: value for key, value in memories.items() if key.split("/")[2] == layer}
+    return {key: value for key, value in memories.items() if key.split("/")[1:2] == [layer]}
+
+
+def layers_of(memories: dict[str, Tensor]) -> set[str]:
+    """The layers that have statistics."""
+    return {key.split("/")[1] for key in memories if key.count("/") == 2}
+
+
+def tensors_of(memories: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rule's own tensors, without what says in which step they are due."""
+    return {key: value for key, value in memories.items() if value.is_floating_point()}
 
 
 def statistics(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
     """What a layer learned, without what is made of it (whose size follows the gradient)."""
-    made = (".root", ".vectors", ".weights", ".scale", "/scale")
+    made = (".root", ".vectors", ".weights", ".scale", "/scale", "/phase", "/in_backward")
     return {key: value for key, value in of_layer(memories, layer).items() if not key.endswith(made)}
 
 
@@ -93,9 +120,13 @@ class Run:
         self.backward(number)
         self.optimizer.step()
 
+    def memory(self) -> dict[str, Tensor]:
+        """A copy of all statistics."""
+        return memory(self.model, self.optimizer)
+
     def seen(self) -> dict[str, Tensor]:
         """Weights, buffers and memories."""
-        return {**weights(self.model), **memory(self.optimizer)}
+        return {**weights(self.model), **self.memory()}
 
 
 def start(

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
-from plywise import AttachError, Precondition, Rule
-from plywise.health import SKIPPED, Health
-from plywise.memory import Memory
+from plywise import Precondition, Rule
+from plywise.engine.contract import State as Memory
+from plywise.engine.health import SKIPPED, Health
 
 from .memories import KINDS, ROWS, Data, Run, memory
 from .models import batch, loss_of, weights
@@ -218,7 +217,7 @@ def branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x, rows), y).backward()
         optimizer.step()
-        found.append({**weights(model), **memory(optimizer)})
+        found.append({**weights(model), **memory(model, optimizer)})
     rule.detach()
     return stacked(found)
 
@@ -292,28 +291,6 @@ def shared_out(whole: bool = False) -> dict[str, Any]:
     return {"refreshed": refreshed, "seen": stacked(found)}
 
 
-def sharded() -> dict[str, str]:
-    """What is said of parameters that no process has whole."""
-    said = {}
-    for order in ("fully_shard, attach", "attach, fully_shard"):
-        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-        rule = Precondition()
-        try:
-            if order == "attach, fully_shard":
-                rule.attach(model, SGD(model.parameters(), lr=0.1))
-            fully_shard(model)
-            optimizer = SGD(model.parameters(), lr=0.1)
-            if order == "fully_shard, attach":
-                rule.attach(model, optimizer)
-            loss_of(model, batch()).backward()
-            optimizer.step()
-            said[order] = "nothing"
-        except AttachError as error:
-            said[order] = str(error)
-        rule.detach()
-    return said
-
-
 def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
     """Run all of it; leave what this process saw in ``folder/rank.pt``."""
     torch.set_num_threads(1)
@@ -331,6 +308,5 @@ def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
             "branched": branched(rule),
             "poisoned": poisoned(rule),
         }
-    found["sharded"] = sharded()
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -85,7 +85,10 @@ def train(
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Same names, same values, bit for bit (NaN equals NaN)."""
     return left.keys() == right.keys() and all(
-        torch.equal(value.nan_to_num(nan=12345.678), right[name].nan_to_num(nan=12345.678))
+        torch.equal(
+            torch.as_tensor(value).nan_to_num(nan=12345.678),
+            torch.as_tensor(right[name]).nan_to_num(nan=12345.678),
+        )
         for name, value in left.items()
     )
 

@@ -28,13 +28,13 @@ from plywise import (
     Consequentialism,
     FeatureWhitening,
     Foof,
-    Move,
-    Ply,
+    LinearCall,
     Precondition,
     ProxProp,
     Rule,
+    Update,
 )
-from plywise.rule import Size, require_positive
+from plywise.engine.rule import Size, require_positive
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,16 @@ class DiagonalNewton(Rule):
     def __post_init__(self) -> None:
         require_positive(self, eps=self.eps)
 
-    def move(self, ply: Ply) -> Move:
+    def update(self, ply: LinearCall) -> Update:
         squares = ply.rows(ply.dtype).square().mean(1)
         squares = squares + self.eps * squares.mean(1, keepdim=True)
         matrix = ply.matrix(ply.gradient()).to(ply.dtype)
-        return ply.move(matrix / torch.where(squares > 0, squares, 1.0).unsqueeze(1))
+        return ply.update(matrix / torch.where(squares > 0, squares, 1.0).unsqueeze(1))
 
-    def below(self, ply: Ply) -> torch.Tensor:
-        return ply.below() * 0.5
+    def input_gradient(self, ply: LinearCall) -> torch.Tensor:
+        return ply.input_gradient() * 0.5
 
-    def price(self, size: Size) -> tuple[float, float]:
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
         return 2.0 * size.g * (size.n + size.m) * size.d, float(size.g * size.n * size.d)
 
 

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from plywise import Rule
+from plywise.engine.selection import KINDS
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -21,7 +24,10 @@ class Structure:
         routed: name → words of the reason, for the others.
         unused: parameters that get no gradient.
         may_rest: parameters whose gradient may be zero.
-        shared: name → words of the reason, for handled layers that a rule with memory leaves be.
+        shared: name → words of the reason, for handled layers that a rule with running state leaves alone.
+        kinds: name → kind, for layers that only a rule handles which takes that kind.
+        harmless: left alone, but above every handled layer.
+        computed: weights that are computed from these parameters; a rule with running state leaves them.
     """
 
     name: str
@@ -33,6 +39,22 @@ class Structure:
     unused: tuple[str, ...] = ()
     may_rest: frozenset[str] = frozenset()
     shared: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    computed: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+
+    def handled_by(self, rule: Rule) -> set[str]:
+        """Names of the rows that this rule handles."""
+        taken = KINDS if rule.alters_backward else rule.kinds
+        names = {*self.handled, *(name for name, kind in self.kinds.items() if kind in taken)}
+        if rule.remembers and self.tokens:
+            names -= {*self.kinds}  # the embedding is tied
+        return names - {*self.shared, *self.computed} if rule.remembers else names | {*self.computed}
+
+    def refused_by(self, rule: Rule) -> bool:
+        """Whether something is left alone under a rule that sends other values down than gradients."""
+        left = {*self.routed} - self.handled_by(rule) | ({*self.computed} if rule.remembers else set())
+        return rule.alters_backward and bool(left - {*self.harmless})
 
     def build(self) -> nn.Module:
         torch.manual_seed(11)
@@ -164,45 +186,57 @@ STRUCTURES = [
         "tied",
         Tied,
         ("a", "b", "head"),
-        shared={"a": "its weight is shared with 'b'", "b": "its weight is shared with 'a'"},
+        shared={"a": "its weight is shared with 'b'", "b": "its weight is shared with 'b'"},
     ),
     Structure("shared", Shared, ("block", "head")),
     Structure("alias", Alias, ("one", "head")),
     Structure("unused", Unused, ("used", "spare"), unused=("spare.weight", "spare.bias")),
-    Structure(
-        "own forward",
-        lambda: nn.Sequential(Halved(6, 6), nn.Tanh(), Kept(6, 3)),
-        ("2",),
-        {"0": "Halved overrides the forward of Linear; register it"},
-    ),
-    Structure("own _conv_forward", Patches, ("conv", "head"), {"own": "overrides the forward of Conv1d"}),
+    Structure("own forward", lambda: nn.Sequential(Halved(6, 6), nn.Tanh(), Kept(6, 3)), ("0", "2")),
+    Structure("own _conv_forward", Patches, ("conv", "head"), computed=("own.weight",)),
     Structure(
         "tied embedding",
         TiedEmbedding,
         ("mid",),
-        {"head": "tied with 'embedding' (Embedding)", "embedding": "not a supported"},
+        {"head": "its kind, 'embedding'", "embedding": "its kind, 'embedding'"},
         (4, 7),
         tokens=True,
+        kinds={"head": "embedding", "embedding": "embedding"},
     ),
     Structure(
         "attention",
         Attention,
-        ("head",),
-        {"attention.out_proj": "without calling it", "attention": "MultiheadAttention is not a supported"},
-        (4, 5, 6),
+        ("attention.in_proj_weight", "attention.out_proj", "head"),
+        shape=(4, 5, 6),
     ),
     Structure(
         "transformer",
         lambda: nn.Sequential(
             nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True), nn.Linear(6, 3)
         ),
-        ("0.linear1", "0.linear2", "1"),
-        {"0.self_attn.out_proj": "without calling it", "0.norm1": "LayerNorm is not a supported"},
+        ("0.self_attn.in_proj_weight", "0.self_attn.out_proj", "0.linear1", "0.linear2", "1"),
+        {"0.norm1": "its kind, 'norm'", "0.norm2": "its kind, 'norm'"},
+        (4, 5, 6),
+        kinds={"0.norm1": "norm", "0.norm2": "norm"},
+    ),
+    Structure(
+        "lstm",
+        Recurrent,
+        ("head",),
+        {"lstm.weight_ih_l0": "the fused kernels of nn.LSTM hide their calls: plywise.nn.unroll(model)"},
         (4, 5, 6),
     ),
-    Structure("lstm", Recurrent, ("head",), {"lstm": "LSTM is not a supported layer type"}, (4, 5, 6)),
-    Structure("own parameter", OwnParameter, ("inner.deep.0.0",), {"": "OwnParameter is not a supported"}),
-    Structure("weight_norm", weight_normed, ("2",), {"0": "computed by a parametrization"}),
+    Structure(
+        "own parameter",
+        OwnParameter,
+        ("inner.deep.0.0",),
+        {"shift": "used by add, which is not read as a linear map"},
+    ),
+    Structure(
+        "weight_norm",
+        weight_normed,
+        ("2",),
+        computed=("0.parametrizations.weight.original0", "0.parametrizations.weight.original1"),
+    ),
     Structure(
         "lazy", lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(inplace=True), nn.LazyLinear(3)), ("0", "2")
     ),

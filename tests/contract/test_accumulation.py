@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from plywise import Rule
-from plywise.health import SKIPPED
+from plywise.engine.health import SKIPPED
 
 from .attaching import attach
 from .models import (

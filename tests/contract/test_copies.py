@@ -88,7 +88,10 @@ def test_an_attached_optimizer_copies_and_pickles(rule: Rule) -> None:
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert not [name for name, value in vars(copied).items() if "_hooks" in name and value]
         assert "plywise" not in copied.state_dict()
-    assert b"plywise" not in pickle.dumps((model, optimizer))
+    dumped = pickle.dumps((model, optimizer))
+    assert b"plywise." not in dumped.replace(b"plywise." + type(rule).__name__.encode(), b"").replace(
+        b"plywise.backward_scale", b""
+    )  # keys of the optimizer's state, but no classes
     together, stepper = copy.deepcopy((model, optimizer))
     assert stepper.param_groups[0]["params"][0] is together[0].weight
     train(together, stepper, data, 1)

@@ -1,6 +1,7 @@
 """Errors say what, where, why and what to do; layers can be chosen in every form."""
 
 import math
+import re
 import sys
 from types import ModuleType
 from typing import Any
@@ -98,7 +99,7 @@ def test_nothing_left_to_handle(case: Case, rule: Rule) -> None:
         ({"exclude": nn.Linear}, "'0': excluded"),
         ({"layers": nn.Bilinear}, "'0': not among the layers asked for"),
     ):
-        with pytest.raises(AttachError, match=f"{name} finds no layer.*Sequential.*{why}.*register_layer"):
+        with pytest.raises(AttachError, match=f"{name} finds no layer.*Sequential.*{why}.*register_map"):
             attach(rule, mlp(), **arguments)
 
 
@@ -119,12 +120,21 @@ SELECTIONS: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
+def takes_norms(rule: Rule) -> bool:
+    return rule.alters_backward or "norm" in rule.kinds
+
+
 def test_choosing_layers(rule: Rule) -> None:
     model = convnet()
     for arguments, expected in SELECTIONS:
-        attach(rule, model, **arguments)
+        attach(rule, model, kinds=("linear", "conv"), **arguments)
         handled = {row.name for row in rule.explain().rows if row.handled}
         assert handled == expected, arguments
+        # a rule that alters the backward value refuses what it leaves alone, unless that is frozen
+        model.requires_grad_(True)
+        for name, module in model.named_modules() if rule.alters_backward else ():
+            if name and name not in expected:
+                module.requires_grad_(False)
         seen: list[str] = []
         with rule.observing(lambda ply, move, below, seen=seen: seen.append(ply.name)):
             backward(model, batch((2, 6, 6)))
@@ -138,15 +148,12 @@ def test_explain_tells_every_layer(rule: Rule) -> None:
     model = convnet()
     attach(rule, model, exclude="7")
     before = str(rule.explain())
-    assert "2 of 4 layers handled" in before
-    for words in (
-        type(rule).__name__,
-        "Sequential",
-        "BatchNorm2d is not a supported",
-        "excluded",
-        "after 1st batch",
-    ):
+    norms = takes_norms(rule)
+    assert re.search(rf"\d+ % of {sum(p.numel() for p in model.parameters())} parameters handled", before)
+    assert "waits for its first batch" in before
+    for words in (type(rule).__name__, "Sequential", "excluded", "after 1st batch"):
         assert words in before
+    assert norms or "its kind, 'norm', is left to the optimizer unless attach(..., kinds=...)" in before
     backward(model, batch((2, 6, 6)))
     rows = {row.name: row for row in rule.explain().rows}
     assert "after 1st batch" not in str(rule.explain())
@@ -155,6 +162,14 @@ def test_explain_tells_every_layer(rule: Rule) -> None:
     assert rows["0"].cost >= 0
     assert not rows["7"].handled
     assert rows["7"].memory is None
+
+
+def test_explain_warns_below_half(rule: Rule) -> None:
+    model = mlp()
+    attach(rule, model, layers="4")
+    text = str(rule.explain())
+    assert "17 % of 155 parameters handled, 1 of 3 layers" in text
+    assert "more than half of the parameters are left to the optimizer, most of them in '2' (Linear)" in text
 
 
 def test_register_layer_refuses_nonsense() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import plywise as pw
-from plywise.health import SKIPPED
+from plywise.engine.health import SKIPPED
 
 from .learners import CASES, CLASSES, LearnerCase, data, everything
 from .models import same_bits

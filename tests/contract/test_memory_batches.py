@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.health import NON_FINITE
+from plywise.engine.health import NON_FINITE
 
-from .memories import Run, memory, of_layer, start, statistics
+from .memories import Run, memory, of_layer, start, statistics, tensors_of
 from .models import all_finite, assert_close, batch, loss_of, same_bits, weights
 from .registry import Case
 
@@ -78,7 +78,7 @@ def test_a_layer_used_several_times_is_one_layer(memory_case: Case) -> None:
             optimizer.zero_grad()
             loss_of(model, batch(dtype=torch.float64, seed=number)).backward()
             optimizer.step()
-        results.append({**weights(model), **memory(optimizer)})
+        results.append({**weights(model), **memory(model, optimizer)})
         rule.detach()
     assert_close(results[1], results[0], 1e-12)
 
@@ -87,7 +87,7 @@ def test_a_layer_used_several_times_is_one_layer(memory_case: Case) -> None:
 
 
 def dtypes(memories: dict[str, Tensor]) -> set[torch.dtype]:
-    return {value.dtype for key, value in memories.items() if not key.endswith("/step")}
+    return {value.dtype for value in tensors_of(memories).values()}
 
 
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
@@ -105,7 +105,7 @@ def test_statistics_are_float32_at_least(
     memory_case: Case, kind: str, dtype: torch.dtype, kept: torch.dtype
 ) -> None:
     run = start(memory_case, kind, dtype=dtype, steps=4)
-    found = memory(run.optimizer)
+    found = run.memory()
     assert dtypes(found) == {kept}
     assert all_finite(found)
     assert all(value.dtype == dtype for name, value in weights(run.model).items() if "num_" not in name)
@@ -127,7 +127,7 @@ def test_the_model_moves_between_steps(
     for number in range(at, at + 4):
         still.step(number)
         moved.step(number)
-    found = memory(moved.optimizer)
+    found = moved.memory()
     assert dtypes(found) == {kept}
     assert not moved.rule.health.counts
     for name, value in weights(still.model).items():
@@ -159,7 +159,7 @@ def test_autocast(memory_case: Case, kind: str, around: str) -> None:
     for number in range(4):
         autocast_step(run, number, around)
         plain.step(number)
-    found = memory(run.optimizer)
+    found = run.memory()
     assert dtypes(found) == {torch.float32}
     assert all_finite(found)
     assert not run.rule.health.counts
@@ -211,19 +211,19 @@ def test_squares_that_overflow_are_not_learned(memory_case: Case, warm: int) -> 
     run = start(memory_case, steps=warm)
     x, _ = run.data(9)
     x[0, 0] = 1e25
-    before = memory(run.optimizer)
+    before = run.memory()
     run.optimizer.zero_grad()
     # a function of layer 0 that such an output does not spoil
     torch.tanh(run.model[0](x) * 1e-25).sum().mul(1e-20).backward()
     assert all_finite({str(i): p.grad for i, p in enumerate(run.model[0].parameters())})
     run.optimizer.step()
-    assert same_bits(statistics(memory(run.optimizer), "0"), statistics(before, "0"))
+    assert same_bits(statistics(run.memory(), "0"), statistics(before, "0"))
     assert run.rule.health.of("0") == {NON_FINITE: 1}
     assert all_finite(weights(run.model))
     for number in range(2):  # and goes on
         run.step(number)
         assert all_finite(run.seen())
-    assert not same_bits(statistics(memory(run.optimizer), "0"), statistics(before, "0"))
+    assert not same_bits(statistics(run.memory(), "0"), statistics(before, "0"))
     run.rule.detach()
 
 
@@ -242,12 +242,12 @@ def test_a_layer_that_rests(memory_case: Case) -> None:
     rule = memory_case.make().attach(model, optimizer)
     used: set[str] = set()
     for number, which in enumerate(["a", "b", "ab", "b", "a", "a", "ab", "b", "b", "ab"]):
-        before = memory(optimizer)
+        before = memory(model, optimizer)
         optimizer.zero_grad(set_to_none=number % 3 > 0)
         x, y = batch(seed=number)
         F.cross_entropy(model(x, which), y).backward()
         optimizer.step()
-        after = memory(optimizer)
+        after = memory(model, optimizer)
         used |= {*which}
         for layer in "ab":
             if layer not in which:

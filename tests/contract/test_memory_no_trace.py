@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plywise.health import SKIPPED
+from plywise.engine.health import SKIPPED
 
 from . import test_no_trace as plain
 from .memories import Data, Run, buffers_kept, memory, of_layer, start
@@ -172,9 +172,9 @@ def test_every_step_that_happened_is_remembered(memory_case: Case, kind: str) ->
     run = start(memory_case, kind)
     handled = [row.name for row in run.rule.explain().rows if row.handled]
     for number in range(6):
-        before = memory(run.optimizer)
+        before = run.memory()
         run.step(number)
-        after = memory(run.optimizer)
+        after = run.memory()
         for layer in handled:
             assert of_layer(after, layer), layer
         assert all(torch.isfinite(value).all() for value in after.values())
@@ -194,7 +194,7 @@ def test_recomputation_counts_once(memory_case: Case, how: str | None) -> None:
             optimizer.zero_grad()
             loss_of(model, batch(seed=number)).backward()
             optimizer.step()
-        found = {**weights(model), **memory(optimizer)}
+        found = {**weights(model), **memory(model, optimizer)}
         rule.detach()
         return found
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from plywise import Rule, UncapturedLayerError
 
 from .attaching import attach
-from .models import MODELS, backward, batch, grads, loss_of, mlp, same_bits, weights
+from .models import MODELS, assert_close, backward, batch, grads, loss_of, mlp, same_bits, weights
 from .registry import Case
 
 Data = tuple[Tensor, Tensor]
@@ -192,14 +192,41 @@ def test_unfinished_backward_does_not_blind_the_watch(rule: Rule, before: Callab
         (model[2].weight.sum() * 2).backward()
 
 
-def test_differentiating_a_move_is_refused(rule: Rule) -> None:
-    # a rule's move is no derivative: a second derivative through it must not be silently wrong
-    model, data = mlp(), batch()
+def test_an_update_has_the_derivative_of_the_plain_gradient(case: Case, rule: Rule) -> None:
+    # create_graph=True: the rule's value, autograd's second derivative; never a silent None
+    plain, model = mlp(torch.float64), mlp(torch.float64)
+    data = batch(dtype=torch.float64)
     attach(rule, model, warm=(6,))
-    loss = loss_of(model, data)
-    (g,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        g.sum().backward()
+    expected = backward(model, data)["0.weight"]
+    seconds = []
+    for net in (plain, model):
+        net.zero_grad()
+        (g,) = torch.autograd.grad(loss_of(net, data), net[0].weight, create_graph=True)
+        if net is model and not rule.alters_backward:  # a differentiated backward sends plain values down
+            assert torch.allclose(g, expected, rtol=1e-10)
+        with rule.paused():
+            (second,) = torch.autograd.grad(g.sum(), net[0].weight, retain_graph=True)
+        seconds.append(second)
+    if case.is_backprop:
+        assert torch.allclose(*seconds, rtol=1e-10)
+    assert torch.isfinite(seconds[1]).all()
+
+
+def test_a_penalty_on_input_gradients_is_not_lost(case: Case, rule: Rule) -> None:
+    # the penalty's part of a weight's gradient is plain, the loss's part the rule's
+    plain, model = mlp(torch.float64), mlp(torch.float64)
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
+    found = []
+    for net in (plain, model):
+        x = batch(dtype=torch.float64)[0].requires_grad_()
+        out = net(x)
+        (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (0 * out.sum() + 10 * (g.norm(dim=1) - 1).square().mean()).backward()
+        found.append(grads(net))
+    assert found[0].keys() == found[1].keys()
+    if case.is_backprop:
+        assert_close(*found, 1e-10)
+    assert found[1]["4.weight"].any()
 
 
 def test_overwritten_tensors_are_noticed_as_in_torch(rule: Rule) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import plywise as pw
-from plywise.health import NON_FINITE, SKIPPED
+from plywise.engine.health import NON_FINITE, SKIPPED
 
 
 def sgd(groups):
@@ -45,9 +45,9 @@ def test_each_layer_moves_once_a_step(make):
     calls = Counter()
 
     class Counting(pw.ProxProp):
-        def move(self, ply):
+        def update(self, ply):
             calls[ply.weight.data_ptr()] += 1
-            return super().move(ply)
+            return super().update(ply)
 
     modules, (x, y) = tanh_blocks(), batch(9, 5)
     make(pw.Blocks(modules, x), optimizer=sgd, rule=Counting).step(x, y)
@@ -88,10 +88,12 @@ def test_explain_says_where_the_rule_is_and_why_not_elsewhere():
     ).explain()
     assert str(first).startswith("component 0: ProxProp(")
     assert [row.handled for table in (first, last) for row in table.rows] == [True, True]
-    assert str(second).startswith("component 1: plain gradients on LossComponent: 0 of 1 layers handled")
+    assert str(second).startswith(
+        "component 1: plain gradients on LossComponent: 0 % of 16 parameters handled, 0 of 1"
+    )
     (row,) = second.rows
     assert (row.name, row.type, row.treatment) == ("block.0", "BatchNorm1d", "left to the optimizer")
-    assert "BatchNorm1d" in row.reason
+    assert "its kind, 'norm', is left to the optimizer" in row.reason
     assert third.rows == []
     plain = pw.LocalLoss(pw.Blocks(tanh_blocks(), x), 3, optimizer=sgd).explain()
     assert {row.reason for table in plain for row in table.rows} == {"no rule is asked for"}
@@ -102,7 +104,7 @@ def test_a_rule_without_any_layer_is_refused(rule):
     x = torch.randn(9, 3)
     blocks = pw.Blocks([nn.BatchNorm1d(3), nn.LayerNorm(3), nn.Tanh()], x)
     with pytest.raises(
-        pw.AttachError, match=r"no layer .* any component .*'block' of component 0: .*BatchNorm1d"
+        pw.AttachError, match=r"no layer .* any component .*'block' of component 0: its kind, 'norm'"
     ):
         pw.ActivationRelaxation(blocks, optimizer=sgd, rule=rule)
 

@@ -1,4 +1,4 @@
-"""Back-matching against its definition (B1 to B16 of the method notes), in float64."""
+"""Back-matching's update of a layer against its definition (B1 to B13 of the method notes), in float64."""
 
 import math
 from itertools import pairwise
@@ -6,12 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 from algebra import relative
+from backward_scales import find_scales, find_trace
 from torch import Tensor, nn
 from torch.func import jacrev
 from torch.nn.functional import cross_entropy
 
 import plywise as pw
-from plywise.ply import Ply
+from plywise.engine.call import LinearCall
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -44,13 +45,13 @@ def backward(model: nn.Module, x: Tensor, y: Tensor, rule: pw.Rule | None = None
     return {name: p.grad.clone() for name, p in model.named_parameters()} | {"input": x.grad}
 
 
-def plies(model: nn.Module, x: Tensor, rule: pw.Rule) -> dict[str, Ply]:
-    seen = {}
+def collect_calls(model: nn.Module, x: Tensor, rule: pw.Rule) -> dict[str, LinearCall]:
+    calls = {}
     rule.attach(model)
-    with rule.observing(lambda ply, move, below: seen.update({ply.name: ply})):
+    with rule.observing(lambda call, update, below: calls.update({call.name: call})):
         model(x).square().sum().backward()
     rule.detach()
-    return seen
+    return calls
 
 
 def mlp() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -69,29 +70,29 @@ def test_b1_one_exact_step_of_rate_one_solves_the_layer(n, bias, reduction):
     layer, x, y = nn.Linear(6, 3, bias=bias), torch.randn(n, 6) + 1, torch.randn(n, 3)
     # fewer rows than columns, centred: the Gram has a null vector, so the damping must outweigh rounding
     eps, tolerance = (1e-8, 1e-5) if bias and n < 6 else (TINY, 1e-10)
-    move = backward(layer, x, y, exact(eps, reduction=reduction))
+    update = backward(layer, x, y, exact(eps, reduction=reduction))
     A = torch.cat([x, torch.ones(n, 1)], 1) if bias else x
-    fitted = x @ (layer.weight - move["weight"]).T + (layer.bias - move["bias"] if bias else 0)
+    fitted = x @ (layer.weight - update["weight"]).T + (layer.bias - update["bias"] if bias else 0)
     assert relative(fitted, A @ torch.linalg.lstsq(A, y, driver="gelsd").solution) < tolerance
     if not bias:  # B1b: from autograd's mean gradient; among many solutions the smallest change
         plain = backward(layer, x, y)["weight"]
-        assert relative(move["weight"], plain @ torch.linalg.pinv(x.T @ x / n)) < 1e-9
+        assert relative(update["weight"], plain @ torch.linalg.pinv(x.T @ x / n)) < 1e-9
 
 
 def test_b2_b11_every_layer_alone_realises_the_target():
     """Linear net with narrowing layers, B ≤ n: matched values reach down without loss."""
     model = nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in [(9, 8), (8, 7), (7, 6), (6, 3)]])
     x, y = torch.randn(5, 9), torch.randn(5, 3)
-    moves, before = backward(model, x, y, exact()), model(x).detach()
+    updates, before = backward(model, x, y, exact()), model(x).detach()
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            parameter.sub_(moves[name])
+            parameter.sub_(updates[name])
             assert relative(model(x), y) < 1e-8
-            parameter.add_(moves[name])
+            parameter.add_(updates[name])
     with torch.no_grad():  # all four together: four times the target, to first order
         step = 1e-7
         for name, parameter in model.named_parameters():
-            parameter.sub_(step * moves[name])
+            parameter.sub_(step * updates[name])
         assert relative((model(x) - before) / step, 4 * (y - before)) < 1e-4
 
 
@@ -108,7 +109,7 @@ def test_b3_backpropagation_is_a_gradient_step_on_the_back_matching_loss():
 
 @pytest.mark.parametrize("track", [True, False])
 def test_b8_batch_norm_exactly(track):
-    """Below hears the pseudo-inverse, (σ/γ)² of backpropagation's value; γ and β move by least squares."""
+    """The pseudo-inverse is sent down, (σ/γ)² of backpropagation's value; γ and β move by least squares."""
     norm, top = nn.BatchNorm1d(3, eps=1e-20, track_running_stats=track), nn.Linear(3, 5)
     norm.weight.data, norm.bias.data = torch.tensor([0.5, -2.0, 3.0]), torch.randn(3)
     model, x, y = nn.Sequential(norm, top), 3 * torch.randn(8, 3) + 1, torch.randn(8, 5)
@@ -147,17 +148,22 @@ def test_b9_pooling_relu_and_dropout_exactly():
 
 
 def test_b4_scalars_are_exact_for_orthogonal_factors():
-    W, X = 3 * torch.linalg.qr(torch.randn(8, 5)).Q.T, 2 * torch.linalg.qr(torch.randn(12, 6)).Q
-    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 5, bias=False))
-    model[1].weight.data = W
-    rule = rate("rank")
-    layers = plies(model, X, rule)
-    T = layers["1"].delta
-    assert relative(rule.heard(layers["0"]), T @ torch.linalg.pinv(W).T) < 1e-12
-    layer, y = nn.Linear(6, 8, bias=False), torch.randn(12, 8)
+    layer, X, y = nn.Linear(6, 8, bias=False), 2 * torch.linalg.qr(torch.randn(12, 6)).Q, torch.randn(12, 8)
     matched = backward(layer, X, y, exact())["weight"]
     for scalar in SCALARS:
         assert relative(backward(layer, X, y, rate(scalar))["weight"], matched) < 1e-10
+
+
+def test_b4_the_backward_value_is_exact_for_an_orthogonal_layer_above():
+    """``Δ/E`` is the matched value: ``E`` of an orthogonal W on narrower inputs is its one eigenvalue."""
+    above = 3 * torch.linalg.qr(torch.randn(8, 5)).Q
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 8, bias=False))
+    model[1].weight.data = above
+    rule = rate()
+    calls = collect_calls(model, torch.randn(2000, 6), rule)
+    T = calls["1"].delta @ torch.linalg.pinv(above).T
+    assert relative(rule.backward_value(calls["0"]), T) < 0.05
+    assert relative(rule.backward_value(calls["0"]) * calls["0"].energy / 9, T) < 1e-12
 
 
 def test_b4_one_sample():
@@ -171,19 +177,21 @@ def test_b4_one_sample():
 
 @pytest.mark.parametrize("scalar", ["mean", "cauchy"])
 def test_b4g_repeating_the_batch_changes_nothing(scalar):
-    model, x, y = mlp()
-    once, thrice = (backward(model, x.repeat(k, 1), y.repeat(k), rate(scalar)) for k in (1, 3))
-    for name in once:
-        if name != "input":
-            assert relative(thrice[name], once[name]) < 1e-12
+    layer, x, y = nn.Linear(6, 3), torch.randn(13, 6), torch.randint(3, (13,))
+    once, thrice = (backward(layer, x.repeat(k, 1), y.repeat(k), rate(scalar)) for k in (1, 3))
+    for name in ("weight", "bias"):
+        assert relative(thrice[name], once[name]) < 1e-12
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("scalar", SCALARS)
 def test_b5_recursion(scalar, reduction):
-    """The recursion of backward values, layer by layer, gives what the product of scalars does (eq. 7)."""
+    """The updates are plain gradients over ``m_W`` and ``E`` (eq. 7), with ``E`` as measured."""
     model, x, y = mlp()
     got = backward(model, x, y, rate(scalar, reduction=reduction))
+    E = {
+        name: call.energy for name, call in collect_calls(model, x, rate()).items()
+    }  # the same random vector
     linear = [layer for layer in model if isinstance(layer, nn.Linear)]
     inputs = [x]
     for layer in linear[:-1]:
@@ -192,36 +200,41 @@ def test_b5_recursion(scalar, reduction):
     T = (linear[-1](inputs[-1]).softmax(1) - nn.functional.one_hot(y, 4)).detach()
     for i in reversed(range(len(linear))):
         X, W = inputs[i], linear[i].weight.detach()
-        m, n = W.shape
-        p = (X != 0).double().mean(0)
         G = T.T @ X
-        m_W, m_z = {
-            "mean": (X.square().sum() / (B * n), W.square().sum() / n),
-            "rank": (
-                X.square().sum() / (B * min(B, n)),
-                (p * W.square().sum(0)).sum() / min(m, p.sum()),
-            ),
-            "cauchy": (
-                (X @ G.T).square().sum() / (B * G.square().sum()),
-                (T @ W @ W.T).square().sum() / (T @ W).square().sum(),
-            ),
+        m_W = {
+            "mean": X.square().sum() / (B * X.shape[1]),
+            "rank": X.square().sum() / (B * min(X.shape)),
+            "cauchy": (X @ G.T).square().sum() / (B * G.square().sum()),
         }[scalar]
-        assert relative(got[f"{2 * i}.weight"], G / B / m_W) < 1e-12
-        assert relative(got[f"{2 * i}.bias"], T.mean(0)) < 1e-12
-        T = (inputs[i] > 0) * (T @ W) / m_z
+        assert relative(got[f"{2 * i}.weight"], G / B / m_W / E[f"{2 * i}"]) < 1e-12
+        assert relative(got[f"{2 * i}.bias"], T.mean(0) / E[f"{2 * i}"]) < 1e-12
+        T = (inputs[i] > 0) * (T @ W)
+
+
+def test_b5_product_of_scalars():
+    """The scalars of the layers above, ``‖W‖²_F/d`` each, multiply to ``E`` where nothing is between them.
+
+    One hop is exact but for the one random vector; over several, the product is that of wide random layers.
+    """
+    widths = [6, 40, 60, 50, 30]
+    model = nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)])
+    scales, product = find_scales(model, torch.randn(1000, 6)), 1.0
+    for i in reversed(range(4)):
+        assert scales[f"{i}"][0] == pytest.approx(product, rel=0.03 if i > 1 else 0.15)
+        product *= find_trace(model[i])
 
 
 def test_b7_linear_in_the_loss():
     model, x, _ = mlp()
     for rule in (*map(rate, SCALARS), exact(0.1)):
         rule.attach(model)
-        moves = []
+        updates = []
         for factor in (1, 5):
             model.zero_grad()
             (factor * model(x).square().sum()).backward()
-            moves.append([p.grad.clone() for p in model.parameters()])
+            updates.append([p.grad.clone() for p in model.parameters()])
         rule.detach()
-        assert all(relative(five, 5 * one) < 1e-12 for one, five in zip(*moves, strict=True))
+        assert all(relative(five, 5 * one) < 1e-12 for one, five in zip(*updates, strict=True))
 
 
 def test_b13_cauchy_is_a_line_search():
@@ -234,7 +247,7 @@ def test_b13_cauchy_is_a_line_search():
 
 
 def test_cap():
-    """‖D‖ ≤ cap ‖W‖, the bias shrunk alike; on accumulated gradients if the optimizer is known."""
+    """‖D‖ ≤ cap ‖W‖, the bias made smaller alike; on accumulated gradients if the optimizer is known."""
     model, x, y = mlp()
     free, capped = backward(model, x, y, rate()), backward(model, x, y, rate(cap=0.01))
     for i in (0, 2, 4, 6):
@@ -260,11 +273,11 @@ def test_dead_layers_make_no_zero_division():
         model[2].weight.zero_()
         model[2].bias.fill_(-1.0)
     for scalar in SCALARS:
-        moves = backward(model, x, y, rate(scalar))
-        assert all(torch.isfinite(move).all() for move in moves.values())
+        updates = backward(model, x, y, rate(scalar))
+        assert all(torch.isfinite(update).all() for update in updates.values())
         for name in ("0.weight", "2.weight", "4.weight"):
-            assert moves[name].norm() == 0
-        assert moves["6.bias"].norm() > 0
+            assert updates[name].norm() == 0
+        assert updates["6.bias"].norm() > 0
 
 
 def test_samples_not_rows():

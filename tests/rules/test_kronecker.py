@@ -206,8 +206,7 @@ def run(model: nn.Module, rule: pw.Rule, steps: int) -> list[list[str]]:
         optimizer.zero_grad()
         model(torch.randn(4, model[0].in_features)).square().sum().backward()
         optimizer.step()
-        (saved,) = optimizer.state_dict()["plywise"]
-        now = {name: memory["input.root"].clone() for name, memory in saved["layers"].items()}
+        now = {name: memory["input.root"].clone() for name, memory in rule.statistics.items()}
         turns.append([name for name, root in now.items() if not torch.equal(root, roots.get(name, root[:0]))])
         roots = now
     return turns
@@ -256,7 +255,7 @@ def test_layers_with_turns_of_their_own_are_the_definition(schedule):
     model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
     how = dict(SETTINGS["both, max"], stats_every=schedule[0], refresh_every=schedule[1])
     slow = {name: Slow(**how, phase=phase) for phase, name in enumerate("024")}
-    plies: dict[str, pw.Ply] = {}
+    plies: dict[str, pw.LinearCall] = {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rule = pw.Precondition(**how).attach(model, optimizer)
     with rule.observing(lambda ply, move, below: plies.update({ply.name: ply})):

@@ -102,9 +102,9 @@ def test_p4_limits(n, d, m):
         v = move_of(pw.ProxProp(tau=tau), layer, x, delta)
         assert relative(v / tau, G) <= tau * largest
     v = move_of(pw.ProxProp(tau=1e10), layer, x, delta)
-    assert relative(v.T, torch.linalg.pinv(A) @ delta) < 1e-6
+    assert relative(v.T, torch.linalg.pinv(A) @ delta) < 1e-5
     if n <= d + 1:
-        assert relative(A @ v.T, delta) < 1e-6
+        assert relative(A @ v.T, delta) < 1e-5
 
 
 def test_p5_descent_bounds():

@@ -47,7 +47,7 @@ class Walk:
         return G, D
 
     def inverse(self) -> Tensor:
-        return self.optimizer.state_dict()["plywise"][0]["layers"][""]["inverse"]
+        return self.rule.statistics[""]["inverse"]
 
 
 LAYERS = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise import Rule
-from plywise.health import SKIPPED
+from plywise.engine.health import SKIPPED
 
 from .page import recipe
 from .rules import RULES

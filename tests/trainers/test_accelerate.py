@@ -37,6 +37,26 @@ def test_attached_to_what_is_inside_after_prepare(rule_name: str, tmp_path: Path
     assert same_bits(trained(names, NoRule()), early)
 
 
+@pytest.mark.parametrize("rule_name", RULES)
+def test_loaded_before_attach(rule_name: str, tmp_path: Path) -> None:
+    names = recipe("accelerate", folder=str(tmp_path))
+    unbroken = trained(names, RULES[rule_name]())
+    names["train"](RULES[rule_name](), 1)
+    rule, prepared = RULES[rule_name](), []
+
+    class Accelerator(accelerate.Accelerator):
+        def prepare(self, *parts: Any, **settings: Any) -> Any:
+            prepared.extend(super().prepare(*parts, **settings))
+            return tuple(prepared)
+
+        def load_state(self, *args: Any, **settings: Any) -> None:
+            super().load_state(*args, **settings)
+            rule.attach(self.unwrap_model(prepared[0]), prepared[1].optimizer)
+
+    names["Accelerator"] = Accelerator
+    assert same_bits(trained(names, NoRule(), done=1), unbroken)
+
+
 def test_the_wrapper_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     names = recipe("accelerate", folder=str(tmp_path))
     model = names["make_model"]()

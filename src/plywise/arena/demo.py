@@ -26,9 +26,9 @@ from plywise.arena.task import CLASSIFICATION
 from plywise.arena.trial import Record, endless_batches, run_trial
 from plywise.arena.workload import Data
 from plywise.data.digits import ATTRIBUTION, Split, load_digits
+from plywise.engine.rule import Rule
 from plywise.environment import environment
 from plywise.files import write_whole
-from plywise.rule import Rule
 
 BATCH_SIZE = 128
 

@@ -17,10 +17,9 @@ from plywise.arena.covariance import MOST_GROUPS, Covariance, Inputs
 from plywise.arena.task import Judge
 from plywise.arena.trial import endless_batches
 from plywise.arena.workload import Data, Workload
+from plywise.engine.call import LinearCall
+from plywise.engine.selection import collect_parameters
 from plywise.errors import PlywiseError
-from plywise.layers import LayerType
-from plywise.ply import Ply
-from plywise.routing import Route, route
 from plywise.rules.backprop import Backprop
 
 BATCHES = 8
@@ -138,8 +137,8 @@ def diagnose(
         4.0
     """
     network = _copied(getattr(model, "_orig_mod", model))
-    routes = route(network, None, None)
-    looks = {r.name: _Look(module, r.kind) for module, r in routes if r.kind is not None}
+    layers = _find_layers(network)
+    looks = {name: _Look(module) for name, module, reason in layers if not reason}
     kept = list(batches)
     if not kept:
         raise PlywiseError("A diagnosis needs one batch at least; there is none.", see="error-bench")
@@ -150,7 +149,7 @@ def diagnose(
             torch.manual_seed(seed)
             losses = _watch(network, loss, kept, looks)
     mean = statistics.fmean(losses) if losses else None
-    return _told(network, routes, looks, [len(x) for x, _ in kept], mean)
+    return _told(network, layers, looks, [len(x) for x, _ in kept], mean)
 
 
 def diagnose_workload(
@@ -212,6 +211,20 @@ def layers_before(workload: Workload, data: Data) -> dict[str, Any]:
 # ---- looking -------------------------------------------------------------------------------------
 
 
+def _find_layers(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Name, module and, for those that are not looked at, the reason, of each module with parameters."""
+    found: dict[str, tuple[str, nn.Module, str]] = {}
+    for entry in collect_parameters(model, frozenset(("linear", "conv"))):
+        for path, ref in entry.owners:
+            module = ref()
+            assert module is not None
+            looked_at = entry.attribute == "weight" and entry.expected and not entry.excluded
+            reason = "" if looked_at else entry.excluded or "it is no linear layer or convolution of torch"
+            if path not in found or not reason:
+                found[path] = path, module, reason
+    return list(found.values())
+
+
 def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)  # without hooks of plywise: a rule at work is not in the way
@@ -229,10 +242,12 @@ def _watch(
 ) -> list[float]:
     """Forward and backward for each batch, under the eyes of the looks; the losses."""
 
-    def look(ply: Ply, *_: Any) -> None:
-        if not looks[ply.name].calls:
-            looks[ply.name].place = -sum(one.calls > 0 for one in looks.values())
-        looks[ply.name].see(ply)
+    def look(call: LinearCall, *_: Any) -> None:
+        if call.name not in looks:
+            return
+        if not looks[call.name].calls:
+            looks[call.name].place = -sum(one.calls > 0 for one in looks.values())
+        looks[call.name].see(call)
 
     losses = []
     rule = Backprop().attach(model)
@@ -263,8 +278,9 @@ def _watch(
 class _Look:
     """What is gathered about one layer."""
 
-    def __init__(self, module: nn.Module, kind: LayerType) -> None:
-        self.module, self.kind = module, kind
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.width = 0
         self.calls, self.place = 0, 0
         self.rows = self.samples = self.entries = 0
         self.squares, self.reached = 0.0, False
@@ -277,29 +293,30 @@ class _Look:
     @property
     def weight(self) -> Tensor:
         """The layer's weight, which a lazy layer makes in its first forward."""
-        weight = self.module._parameters[self.kind.weight_name]
+        weight = self.module._parameters["weight"]
         assert weight is not None
         return weight
 
-    def see(self, ply: Ply) -> None:
+    def see(self, call: LinearCall) -> None:
         """One call's problem."""
-        delta = ply.delta.detach()
+        delta = call.delta.detach()
         self.calls += 1
-        self.rows, self.samples = self.rows + ply.row_count, self.samples + ply.samples
+        self.rows, self.samples = self.rows + call.row_count, self.samples + call.samples
         self.entries += delta.numel()
         self.squares += _norm(delta) ** 2
-        heard = self.kind.bias_gradient(self.module, delta.abs()) != 0
+        heard = call.map.bias_gradient(delta.abs()) != 0
+        self.width = call.width
         self.heard = heard if self.heard is None else self.heard | heard
-        self.covariance.add(self._sampled_rows(ply))
+        self.covariance.add(self._sampled_rows(call))
         if self.weight.requires_grad:
-            gradient = ply.weight_gradient(delta).detach().to(ply.dtype)
+            gradient = call.weight_gradient(delta).detach().to(call.dtype)
             self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
-    def _sampled_rows(self, ply: Ply) -> Tensor:
+    def _sampled_rows(self, call: LinearCall) -> Tensor:
         """Some of the rows, (g, n, d); never are those of all samples made if there are too many."""
-        positions = max(1, ply.row_count // max(1, ply.samples))
-        a = ply.a if ply.a.dim() > 1 else ply.a[None]
-        rows = self.kind.rows(self.module, a[: max(1, MOST_ROWS // positions)].detach())
+        positions = max(1, call.row_count // max(1, call.samples))
+        a = call.a if call.a.dim() > 1 else call.a[None]
+        rows = call.map.rows(a[: max(1, MOST_ROWS // positions)].detach())
         return rows[:MOST_GROUPS, :: math.ceil(rows.shape[1] / MOST_ROWS) or 1]
 
     def end_batch(self, reached: set[int]) -> None:
@@ -336,12 +353,12 @@ def _norm(tensor: Tensor) -> float:
 
 def _told(
     model: nn.Module,
-    routes: list[tuple[nn.Module, Route]],
+    layers_: list[tuple[str, nn.Module, str]],
     looks: dict[str, _Look],
     sizes: list[int],
     loss: float | None,
 ) -> Diagnosis:
-    reasons = {r.name: r.reason for _, r in routes if r.kind is None} | _apart(looks)
+    reasons = {name: reason for name, _, reason in layers_ if reason} | _apart(looks)
     seen = sorted((name for name in looks if looks[name].calls), key=lambda name: looks[name].place)
     names = [*seen, *(name for name in looks if name not in seen and name not in reasons)]
     last = looks[seen[-1]].norm() if seen else None
@@ -356,9 +373,9 @@ def _told(
         loss=loss,
         layers=layers,
         left=tuple(
-            Left(r.name, type(module).__name__, _count(module.parameters(recurse=False)), reasons[r.name])
-            for module, r in routes
-            if r.name in reasons
+            Left(name, type(module).__name__, _count(module.parameters(recurse=False)), reasons[name])
+            for name, module, _ in layers_
+            if name in reasons
         ),
         backward_ratio=last / first if first and last else None,
         rate_spread=max(rates) / min(rates) if rates else None,
@@ -373,7 +390,7 @@ def _apart(looks: dict[str, _Look]) -> dict[str, str]:
 
 
 def _layer(name: str, look: _Look, batches: int, last: float | None) -> Layer:
-    module, kind, weight = look.module, look.kind, look.weight
+    module, weight = look.module, look.weight
     own = look.norm()
     lazy = nn.parameter.is_lazy(weight)
     size = 0.0 if lazy else _norm(weight.detach())
@@ -381,7 +398,7 @@ def _layer(name: str, look: _Look, batches: int, last: float | None) -> Layer:
     return Layer(
         name=name,
         type=type(module).__name__,
-        inputs=0 if lazy else kind.width(module, weight),
+        inputs=0 if lazy else look.width or weight[0].numel(),
         outputs=0 if lazy else weight.shape[0],
         parameters=_count(module.parameters(recurse=False)),
         trains=weight.requires_grad,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plywise.ply import Ply
-from plywise.rule import Rule
+from plywise.engine.call import LinearCall
+from plywise.engine.rule import Rule
 from plywise.rules.backprop import Backprop
 
 BAD_SCALES = (10.0, 0.1)
@@ -79,8 +79,9 @@ def backward_sizes(rule: Rule, model: nn.Module, x: Tensor, y: Tensor) -> dict[s
     """Size of the backward value at each layer's output, relative to the output; bottom layer first."""
     sizes: dict[str, float] = {}
 
-    def look(ply: Ply, *_: Any) -> None:
-        sizes[ply.name] = _rms(rule.heard(ply)) / _rms(ply.module(ply.a))
+    def look(call: LinearCall, *_: Any) -> None:
+        assert call.module is not None
+        sizes[call.name] = _rms(rule.backward_value(call)) / _rms(call.module(call.a))
 
     rule.attach(model)
     with rule.observing(look):

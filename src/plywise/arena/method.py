@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.task import Task, predictor
+from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
-from plywise.rule import Rule
 
 if TYPE_CHECKING:
     from plywise.arena.workload import Workload

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from plywise.cli.console import console, table
+from plywise.engine.explain import format_bytes, format_cost, format_reason
 from plywise.errors import PlywiseError
-from plywise.explain import bytes_text, cost_text, why
 from plywise.local.plan import literal
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
@@ -17,7 +17,7 @@ HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
 if TYPE_CHECKING:
     from torch import nn
 
-    from plywise.rule import Rule
+    from plywise.engine.rule import Rule
 
 
 def explain(
@@ -50,9 +50,9 @@ def explain(
             row.type,
             row.shape,
             row.treatment,
-            why(row),
-            bytes_text(row),
-            cost_text(row),
+            format_reason(row),
+            format_bytes(row),
+            format_cost(row),
         )
     console().print(shown)
     console().print(

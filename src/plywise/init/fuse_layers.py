@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from plywise.convolution import ConvolutionType
+from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.convolution import read_convolution_module
+from plywise.engine.maps.matmul import MATRIX_PRODUCT
+from plywise.engine.selection import predict_kind
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.layers import LinearType, layer_type_of
 from plywise.local.blocks import evaluating
 
 Batches = Tensor | Iterable[Tensor | Sequence[Tensor]]
@@ -144,7 +146,10 @@ class _Sums:
     """Sums over batches: AᵀA, Aᵀ1, YᵀA, Yᵀ1 and the number of rows, in float64."""
 
     def __init__(self, layer: nn.Linear | _ConvNd) -> None:
-        self.kind = LinearType() if isinstance(layer, nn.Linear) else ConvolutionType()
+        self.map: LinearMap = MATRIX_PRODUCT
+        self.pad: Callable[[Tensor], Tensor] = lambda x: x
+        if not isinstance(layer, nn.Linear):
+            self.map, self.pad = read_convolution_module(layer)
         self.layer, self.rows = layer, 0
         self.cross = torch.zeros_like(layer.weight, dtype=torch.float64)
         outputs, inputs = self.cross.flatten(1).shape
@@ -155,11 +160,12 @@ class _Sums:
         """Take in a batch; the patches of a convolution are never unfolded where that costs more."""
         if not (x.sum().isfinite() and y.sum().isfinite()):
             raise NonFiniteError("fuse_layers: inputs or outputs of the run hold a NaN or an infinity.")
-        self.gram += self.kind.gram(self.layer, x)[0]
-        self.inputs += self.kind.sums(self.layer, x)[0]
-        self.cross += self.kind.weight_gradient(self.layer, x, y, self.cross)
-        self.outputs += self.kind.bias_gradient(self.layer, y)
-        self.rows += self.kind.row_count(self.layer, y)
+        x = self.pad(x)
+        self.gram += self.map.gram(x)[0]
+        self.inputs += self.map.sums(x)[0]
+        self.cross += self.map.weight_gradient(x, y, self.cross)
+        self.outputs += self.map.bias_gradient(y)
+        self.rows += self.map.row_count(y)
 
     def solution(self, damping: float) -> tuple[Tensor, Tensor]:
         """W as a matrix and b."""
@@ -232,7 +238,7 @@ def _chain(run: nn.Module) -> Iterator[nn.Module]:
             yield from _chain(part)
         return
     if isinstance(run, nn.Linear | _ConvNd):
-        plain = not isinstance(layer_type_of(run), str)
+        plain = predict_kind(run, "weight")[0] in ("linear", "conv") and not getattr(run, "transposed", False)
     else:  # a module of several may hold paths side by side
         plain = not (any(True for _ in run.children()) and any(True for _ in run.parameters()))
     if not plain:

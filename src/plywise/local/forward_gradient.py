@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
+from plywise.engine.rule import require_whole
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.local_loss import LossComponent, headed_components
-from plywise.rule import require_whole
 
 Draw = Callable[[Tensor], Tensor]
 """Draws directions like a layer's output: entries of mean 0 and variance 1, uncorrelated."""

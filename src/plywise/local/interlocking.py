@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise.engine.rule import require_whole
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
@@ -13,7 +14,6 @@ from plywise.local.learner import Learner, check_classes
 from plywise.local.local_loss import Loss, headed_components
 from plywise.local.passage import Passage
 from plywise.local.trainer import LocalTrainer
-from plywise.rule import require_whole
 
 
 class Interlocking(Learner):

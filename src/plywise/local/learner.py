@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plywise.engine.explain import Explanation
 from plywise.errors import AttachError, PlywiseError, StateError
-from plywise.explain import Explanation
 from plywise.local.blocks import evaluating
 from plywise.local.component import Component, Signal
 from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeScheduler
@@ -74,8 +74,8 @@ class Learner(ABC):
         rows = [(trainer.index, row) for trainer in stepped for row in trainer.explain().rows]
         reasons = "; ".join(f"{row.name!r} of component {index}: {row.reason}" for index, row in rows[:6])
         raise AttachError(
-            f"The rule finds no layer to handle in any component ({reasons}). Rules handle Linear and "
-            "Conv1d/2d/3d; teach them others with plywise.register_layer, or leave the rule out.",
+            f"The rule finds no layer to handle in any component ({reasons}). Rules handle calls of "
+            "linear maps; teach them others with plywise.register_map, or leave the rule out.",
             see="attach-no-layer",
         )
 

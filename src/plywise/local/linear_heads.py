@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise.engine.rule import require_positive
 from plywise.errors import BlockError
-from plywise.layers import BLOCK
-from plywise.rule import require_positive
-from plywise.solve import mirrored
+from plywise.numerics.products import BLOCK
+from plywise.numerics.products import mirror_lower as mirrored
 
 
 class LinearHead(nn.Module, ABC):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from plywise.engine.calls_below import train_by_inputs
+
 
 class Passage:
     """A block's forward on a batch, with its graph, cut off from the block before.
@@ -32,7 +34,8 @@ class Passage:
 
     def below(self, gradient: Tensor) -> Tensor:
         """What of a gradient at the output arrives at the input."""
-        self._send(gradient, self._entrance, again=True)
+        with train_by_inputs():
+            self._send(gradient, self._entrance, again=True)
         return self._arrived.pop() if self._arrived else self._nothing
 
     def learn(self, gradient: Tensor) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from plywise.data.arrays import Arrays
 from plywise.data.digits import Split
+from plywise.engine.health import SKIPPED
 from plywise.errors import NonFiniteError, PlywiseError, StateError
-from plywise.health import SKIPPED
 from plywise.local.alone import Alone
 from plywise.local.journal import Journal, Line, require_tensorboard
 from plywise.local.learner import Learner, Report

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from plywise.attachment import left_to_optimizer
+from plywise.engine.explain import Explanation
+from plywise.engine.guard import StepGuard
+from plywise.engine.health import Health
+from plywise.engine.rows import left_to_optimizer
+from plywise.engine.rule import Rule
+from plywise.engine.selection import collect_parameters
 from plywise.errors import StateError
-from plywise.explain import Explanation
-from plywise.guard import StepGuard
-from plywise.health import Health
 from plywise.local.component import Component, Signal
-from plywise.routing import route
-from plywise.rule import Rule
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -74,11 +74,11 @@ class LocalTrainer:
 
     def _attach(self, rule: Rule) -> None:
         """Put a rule to work, if there is anything for it to do here."""
-        routes = [one for _, one in route(self.component, None, None, alone=rule.remembers)]
-        if any(one.kind for one in routes):
+        entries = collect_parameters(self.component, frozenset(rule.kinds), unshared_only=rule.remembers)
+        if any(entry.is_candidate for entry in entries):
             self.rule = rule.attach(self.component, self.optimizer, on_nonfinite="propagate")
         else:
-            self._why_not = {one.name: one.reason for one in routes}
+            self._why_not = {entry.layer: entry.why_left for entry in entries if entry.why_left}
 
     @property
     def health(self) -> Health:

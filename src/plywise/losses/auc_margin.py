@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from plywise.rule import require_positive
+from plywise.engine.rule import require_positive
 
 
 class AUCMargin(nn.Module):

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plywise.engine.rule import require_positive, require_whole
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.local.blocks import evaluating
 from plywise.losses.auc_margin import AUCMargin, checked_batch
 from plywise.optim.anchor import ProximalAnchor
-from plywise.rule import require_positive, require_whole
 
 GROWTH = 3
 """From stage to stage: so many times the steps, the learning rate's share, the batches that settle α."""

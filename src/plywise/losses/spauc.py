@@ -8,8 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from plywise.engine.rule import require_positive, require_whole
 from plywise.errors import PlywiseError
-from plywise.rule import require_positive, require_whole
 
 Numbers = NDArray[np.float64]
 

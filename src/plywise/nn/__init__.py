@@ -5,6 +5,7 @@ from plywise.nn.conv_lstm import ConvLSTM
 from plywise.nn.decision_stage import DecisionStage
 from plywise.nn.threshold import Threshold, ThresholdNetwork
 from plywise.nn.unfolded_denoiser import UnfoldedDenoiser
+from plywise.nn.unroll import unroll
 from plywise.nn.vsml import VSML
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "ThresholdNetwork",
     "UnfoldedDenoiser",
     "adapt_activations",
+    "unroll",
 ]

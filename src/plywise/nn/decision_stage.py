@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plywise.engine.rule import require_whole
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.local.blocks import evaluating
-from plywise.rule import require_whole
 
 
 class Classifier(Protocol):

@@ -7,8 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from plywise.engine.rule import require_choice, require_positive, require_whole
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.rule import require_choice, require_positive, require_whole
 
 ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda x, slope: torch.ones_like(x),

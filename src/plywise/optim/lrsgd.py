@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from plywise.engine.rule import require_whole
 from plywise.optim.plain import Group, PlainOptimizer
-from plywise.rule import require_whole
 
 
 class _LRSGD(PlainOptimizer):

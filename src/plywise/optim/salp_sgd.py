@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from plywise.engine.rule import require_whole
 from plywise.errors import PlywiseError
 from plywise.optim.plain import CheckedOptimizer, Group
-from plywise.rule import require_whole
 
 Point = list[Tensor]
 """A value for every parameter that moves."""

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from plywise.kronecker import Kronecker, KroneckerRule
-from plywise.roots import Solver
+from plywise.numerics.inverse_roots import Solver
+from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,10 +16,10 @@ class AdaBK(KroneckerRule):
         largest eigenvalues; c keeps ‖D‖ = ‖G‖. The layer below hears ΔW.
     Use when: as FeatureWhitening, where outputs differ in scale too.
     Do not use when: steps are short: two sides cost twice.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights, forwards of one's own and shared weights keep their plain gradients; `explain` says why. A
-        side above 8192 stays as it is.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
+        pruning) keep their plain gradients; `explain` says why. A side above 8192 stays as it is.
     Cost: twice that of FeatureWhitening, and a statistic of the output gradients.
     Status: variant: the true root with a damping fit for it. The published ten Newton-Schulz steps are not
         the root they are written for: at ε = 1e-5 the smallest eigenvalues get 0.03 to 0.09 of their gain, so

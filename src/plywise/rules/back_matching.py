@@ -1,17 +1,16 @@
 """Back-matching propagation: backward values by matching, exactly or as a layer-wise adaptive rate."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from plywise import solve
-from plywise.capture import ModelHook
-from plywise.graph import EnergyMark, PseudoInverse
-from plywise.ply import Move, Ply
-from plywise.rule import Rule, Size, require_choice, require_positive
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.rule import Rule, Size, require_choice, require_positive, require_whole
+from plywise.engine.selection import MATRICES
+from plywise.rules import _least_squares as solve
+from plywise.rules._pseudo_inverse import PseudoInverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +53,8 @@ class BackMatching(Rule):
 
     Args:
         mode: ``"rate"``, the layer-wise adaptive rate, or ``"exact"``, damped least squares.
+        measure_every: steps from one measurement of E to the next, by the backward of a random vector. Default
+            10. Range 1 to 100.
         scalar: what replaces a Gram matrix in rate mode: ``"mean"`` eigenvalue (tr_n), ``"rank"``, the mean
             non-zero one (tr_rank; one sample then gives NLMS), or ``"cauchy"``, a line search for each
             layer (two more products; trained badly in our tests).
@@ -78,7 +79,10 @@ class BackMatching(Rule):
         >>> rule.detach()
     """
 
+    kinds = (*MATRICES, "norm")
+
     mode: Literal["rate", "exact"] = "rate"
+    measure_every: int = 10
     scalar: Literal["mean", "rank", "cauchy"] = "mean"
     cap: float | None = 1.0
     eps: float = 0.1
@@ -88,103 +92,100 @@ class BackMatching(Rule):
         require_choice(self, "mode", self.mode, ("rate", "exact"))
         require_choice(self, "scalar", self.scalar, ("mean", "rank", "cauchy"))
         require_choice(self, "reduction", self.reduction, ("mean", "sum"))
+        require_whole(self, measure_every=self.measure_every)
         require_positive(self, eps=self.eps, **({} if self.cap is None else {"cap": self.cap}))
 
     @property
-    def needs_energy(self) -> bool:  # type: ignore[override]
-        """Rate mode multiplies the scalars of all layers above."""
+    def needs_backward_scale(self) -> bool:  # type: ignore[override]
+        """Rate mode divides by the measured size of a random backward value."""
         return self.mode == "rate"
 
-    def marker(self) -> ModelHook:
-        """Batch norm, pooling and dropout: their scalar in rate mode, their pseudo-inverse in exact."""
-        return EnergyMark(self.reduction == "sum") if self.mode == "rate" else PseudoInverse()
+    @property
+    def alters_backward(self) -> bool:
+        """Rate mode sends plain gradients down."""
+        return self.mode == "exact"
 
-    def move(self, ply: Ply) -> Move:
+    def module_hook(self) -> PseudoInverse | None:
+        """In exact mode batch norm, pooling and dropout send their pseudo-inverse down."""
+        return PseudoInverse() if self.mode == "exact" else None
+
+    def update(self, call: LinearCall) -> Update:
         """``G / (m_W E)`` of the mean loss, or least squares on the summed loss."""
         if self.mode == "rate":
-            return rate_move(ply.times(1 if self.reduction == "mean" else 1 / ply.samples), self.scalar)
-        return exact_move(ply.times(1 if self.reduction == "sum" else ply.samples), self.eps)
+            of_mean = call.times(1 if self.reduction == "mean" else 1 / call.samples)
+            return make_rate_update(of_mean, self.scalar)
+        return solve_for_update(call.times(1 if self.reduction == "sum" else call.samples), self.eps)
 
-    def below(self, ply: Ply) -> Tensor:
+    def input_gradient(self, call: LinearCall) -> Tensor:
         """Plain ``ΔW`` in rate mode (``E`` carries the scalars), the matched value in exact mode."""
-        return ply.below() if self.mode == "rate" else solve.matched_below(ply, self.eps)
+        return call.input_gradient() if self.mode == "rate" else solve.matched_below(call, self.eps)
 
-    def heard(self, ply: Ply) -> Tensor:
+    def backward_value(self, call: LinearCall) -> Tensor:
         """``Δ/E``: the backward value that the recursion of the rate mode would carry."""
-        return ply.delta if ply.energy is None else _divided(ply.delta, ply.energy)
+        return call.delta if call.energy is None else call.delta * find_rate(call.energy)
 
-    def matching_scalar(self, ply: Ply) -> Tensor:
-        """``m_z``, what replaces ``WᵀW``."""
-        if self.scalar == "cauchy":
-            below = ply.below()
-            return _ratio(ply.kind.apply(ply.module, below, ply.weight.to(below.dtype)), below)
-        if self.scalar == "rank":
-            return rank_scalar(ply)
-        return ply.kind.weight_energy(ply.module, ply.a, ply.delta, ply.weight)
-
-    def shrink(self, weight: Tensor, move: Tensor) -> float:
-        """The cap: shrink a layer's move until ``‖D‖ ≤ cap ‖W‖``."""
+    def clip_update(self, weight: Tensor, update: Tensor) -> float:
+        """The cap: make a layer's update smaller until ``‖D‖ ≤ cap ‖W‖``; a weight of zeros has no cap."""
         if self.cap is None:
             return 1.0
-        size = float(torch.linalg.vector_norm(move))
-        return min(1.0, self.cap * float(torch.linalg.vector_norm(weight)) / size) if size > 0 else 1.0
+        size, limit = (
+            float(torch.linalg.vector_norm(update)),
+            self.cap * float(torch.linalg.vector_norm(weight)),
+        )
+        return min(1.0, limit / size) if size > 0 and limit > 0 else 1.0
 
-    def price(self, size: Size) -> tuple[float, float]:
-        """Rate: a pass over A and one over W. Exact: two solves."""
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
+        """Rate: a pass over A, and a backward of the activations now and then. Exact: two solves."""
         if self.mode == "rate":
-            return 2.0 * size.g * (size.n + size.m) * size.d, 0.0
+            return 2.0 * size.g * size.n * size.d * (1 + size.m / self.measure_every), 0.0
         k = min(size.d, size.m)
         match = k * k * max(size.d, size.m) + k**3 + 2.0 * size.n * k * k
         return size.exact_solve + size.g * match, 2.0 * size.g * (min(size.n, size.d) ** 2 + k * k)
 
 
-def rate_move(ply: Ply, scalar: str) -> Move:
+def make_rate_update(call: LinearCall, scalar: str) -> Update:
     """``G / (m_W E)`` and ``Δᵀ1 / (positions · E)``; nothing where the layer's input is zero."""
-    assert ply.energy is not None
-    energy = ply.energy.to(ply.delta.device)
-    if scalar == "cauchy":
-        curvature = cauchy_scalar(ply)
+    assert call.energy is not None
+    rate = find_rate(call.energy)
+    factor = _invert(find_curvature(call, scalar)) * rate
+    # the smaller of both is scaled; in half precision Δ times a large factor may be out of range
+    if call.delta.numel() < call.weight.numel() and call.delta.dtype == call.dtype:
+        weight = call.weight_gradient(call.delta * factor)
     else:
-        curvature = solve.mean_square(ply, by_rank=scalar == "rank")
-    positions = max(ply.row_count // ply.samples, 1)
-    one = torch.ones((), dtype=ply.dtype, device=energy.device)
-    # Δ is smaller than G: scale it before the product
-    weight = ply.weight_gradient((ply.delta * _divided(one, curvature * energy)).to(ply.delta.dtype))
-    bias = ply.bias_gradient(ply.delta)
-    return Move(weight, None if bias is None else bias * _divided(one, positions * energy))
+        weight = call.weight_gradient(call.delta).to(call.dtype) * factor
+    bias = call.bias_gradient(call.delta)
+    positions = max(call.row_count // call.samples, 1)
+    return Update(weight, None if bias is None else bias.to(call.dtype) * (rate / positions))
 
 
-def cauchy_scalar(ply: Ply) -> Tensor:
-    """``‖A Gᵀ‖² / (B ‖G‖²)``: the step along G that matches best, for G = ΔᵀA."""
-    gradient = ply.weight_gradient(ply.delta)
-    image = ply.kind.apply(ply.module, ply.a.to(gradient.dtype), gradient)
-    return _ratio(image, gradient) / ply.samples
+def find_rate(energy: Tensor) -> float:
+    """``1 / E``, and 0 where nothing arrives (the gradient is 0 there, too)."""
+    value = float(energy)  # it is on the CPU
+    return 1 / value if value else 0.0
 
 
-def exact_move(ply: Ply, eps: float) -> Move:
+def find_curvature(call: LinearCall, scalar: str) -> Tensor:
+    """``m_W``, the scalar in the place of ``AᵀA / samples``.
+
+    ``"cauchy"`` is ``‖A Gᵀ‖² / (samples ‖G‖²)``, with which the step along G matches best.
+    """
+    if scalar != "cauchy":
+        return solve.mean_square(call, by_rank=scalar == "rank")
+    gradient = call.weight_gradient(call.delta.to(call.dtype))
+    # only its direction counts, and squares have a range
+    gradient = gradient * _invert(gradient.abs().amax())
+    image = call.apply(call.cast_input(gradient.dtype), gradient)
+    return image.square().sum() * _invert(gradient.square().sum()) / call.samples
+
+
+def solve_for_update(call: LinearCall, eps: float) -> Update:
     """Damped least squares for the weights, on centred rows where there is a bias."""
-    if ply.has_bias:
-        return solve.ridge_centred(ply, eps)
-    return solve.ridge(ply, eps * ply.trace() / min(ply.row_count, ply.columns))
+    if call.has_bias:
+        return solve.ridge_centred(call, eps)
+    return solve.ridge(call, solve.relative_damping(call, eps))
 
 
-def rank_scalar(ply: Ply) -> Tensor:
-    """Mean non-zero eigenvalue of ``WᵀW`` behind a mask that passes input j with its firing rate p_j."""
-    if not ply.kind.rows_are_inputs:
-        energy = ply.kind.weight_energy(ply.module, ply.a, ply.delta, ply.weight)
-        inputs, outputs = math.prod(ply.a.shape[1:]), math.prod(ply.delta.shape[1:])
-        return energy * inputs / min(inputs, outputs)
-    fires = (ply.a.reshape(-1, ply.width) != 0).to(ply.dtype)
-    rates = fires.sum(0) / max(len(fires), 1)
-    energy = (rates * ply.weight.to(ply.dtype).square().sum(0)).sum()
-    return energy / rates.sum().clamp(min=1e-12, max=ply.outputs)
-
-
-def _ratio(image: Tensor, vector: Tensor) -> Tensor:
-    """``‖image‖² / ‖vector‖²``, 0 for a zero vector."""
-    return _divided(image.square().sum(), vector.square().sum())
-
-
-def _divided(value: Tensor, by: Tensor) -> Tensor:
-    """``value / by``, and 0 where there is nothing to divide by (a dead layer's gradient is 0 too)."""
-    return torch.where(by > 0, value / by, torch.zeros_like(value))
+def _invert(scalar: Tensor) -> Tensor:
+    """``1 / scalar``, and 0 where there is nothing to divide by (a dead layer's gradient is 0, too)."""
+    inverse = scalar.reciprocal()
+    return torch.where(inverse.isinf(), 0, inverse)

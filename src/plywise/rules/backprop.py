@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from plywise.ply import Move, Ply
-from plywise.rule import Rule, Size
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.rule import Rule, Size
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,9 +15,9 @@ class Backprop(Rule):
     Equation: D = G = ΔᵀA; the layer below hears ΔW.
     Use when: you compare rules, or look for the cost of attaching one.
     Do not use when: you just want to train: leave it out.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights and forwards of one's own keep their plain gradients; `explain` says why.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
     Cost: nothing but the hooks (benchmarks/step_cost.py, row "Backprop").
     Status: faithful: the gradient that autograd would make, by the road that every rule takes.
     Source: Rumelhart, Hinton, Williams, Nature 323 (1986); as a control in Frerix et al. (2018), whose
@@ -37,10 +37,10 @@ class Backprop(Rule):
         >>> rule.detach()
     """
 
-    def move(self, ply: Ply) -> Move:
+    def update(self, call: LinearCall) -> Update:
         """``G = ΔᵀA``."""
-        return ply.gradient()
+        return call.gradient()
 
-    def price(self, size: Size) -> tuple[float, float]:
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
         """Nothing extra."""
         return 0.0, 0.0

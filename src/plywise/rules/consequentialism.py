@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from plywise import solve
-from plywise.ply import Move, Ply
-from plywise.rule import Rule, Size, require_choice, require_positive
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.rule import Rule, Size, require_choice, require_positive
+from plywise.rules import _least_squares as solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +21,9 @@ class Consequentialism(Rule):
     Use when: inputs are correlated, layers badly scaled, or tuning the rate is a burden: rates of 0.1 to
         1 work at any batch size.
     Do not use when: gradients are mostly noise (tiny batches, noisy labels): it fits each batch closely.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights and forwards of one's own keep their plain gradients; `explain` says why.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
     Cost: as exact ProxProp, which it equals up to damping and the loss's averaging.
     Status: after the paper, whose body could not be read: the system above follows from its abstract and
         introduction; the damping and the treatment of the bias are a reconstruction.
@@ -70,14 +70,14 @@ class Consequentialism(Rule):
             object.__setattr__(self, "eps", 1.0 if self.bias == "centre" else 0.1)
         require_positive(self, eps=self.eps)  # type: ignore[arg-type]
 
-    def move(self, ply: Ply) -> Move:
+    def update(self, call: LinearCall) -> Update:
         """``Δ̃ᵀA``, of the summed loss."""
         assert self.eps is not None
-        ply = ply.times(1 if self.reduction == "sum" else ply.samples)
-        if self.bias == "centre" and ply.has_bias:
-            return solve.ridge_centred(ply, self.eps)
-        return solve.ridge(ply, self.eps * ply.trace() / min(ply.row_count, ply.columns))
+        call = call.times(1 if self.reduction == "sum" else call.samples)
+        if self.bias == "centre" and call.has_bias:
+            return solve.ridge_centred(call, self.eps)
+        return solve.ridge(call, solve.relative_damping(call, self.eps))
 
-    def price(self, size: Size) -> tuple[float, float]:
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
         """As an exact solve."""
         return size.exact_solve, 2.0 * size.g * min(size.n, size.d) ** 2

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from plywise.kronecker import Kronecker, KroneckerRule
-from plywise.roots import Solver
+from plywise.numerics.inverse_roots import Solver
+from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,10 +17,10 @@ class FeatureWhitening(KroneckerRule):
     Use when: a network without, or with few, normalisation layers learns slowly with SGD or Adam; it keeps
         the optimizer's learning rate, for moves keep the gradient's size.
     Do not use when: every layer's inputs are already nearly white, or layers are tens of thousands wide.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights, forwards of one's own and shared weights keep their plain gradients; `explain` says why. A
-        side above 8192 stays as it is.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
+        pruning) keep their plain gradients; `explain` says why. A side above 8192 stays as it is.
     Cost: products of rank 128 with the smaller of rows and gradient in each step, some of the same size with
         the statistic at each refresh. With ``rank=None`` a k×k product in each step, and all eigenvalues.
     Status: variant: the low rank is ours and costs no steps in our comparison (``rank=None`` is the paper's);

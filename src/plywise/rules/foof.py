@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from plywise.kronecker import Kronecker, KroneckerRule
+from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,10 +16,10 @@ class Foof(KroneckerRule):
         keeps ‖D‖ = ‖G‖. The layer below hears ΔW.
     Use when: wide layers or convolutions train slowly, and a step may cost 1.3 to 1.4 times as much.
     Do not use when: layers are tens of thousands wide, or steps are so short that the products show.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights, forwards of one's own and shared weights keep their plain gradients; `explain` says why. A
-        side above 8192 stays as it is.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
+        pruning) keep their plain gradients; `explain` says why. A side above 8192 stays as it is.
     Cost: products of rank 128 with the smaller of rows and gradient in each step, some of the same size with
         the statistic at each refresh. With ``rank=None`` a k×k product in each step and a Cholesky inverse.
     Status: after FOOF: the least-squares step is the paper's; the kept norm, the relative damping, the low

@@ -7,15 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plywise.explain import Size
-from plywise.kept_layer import LayerShape
-from plywise.memory import Evidence, Memory, MemoryRule, Shapes
-from plywise.ply import Move, Ply
-from plywise.rule import require_choice, require_positive, require_whole
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.contract import Evidence, LayerShape, Shapes, State
+from plywise.engine.explain import Size
+from plywise.engine.rule import StatefulRule, require_choice, require_positive, require_whole
 
 
 @dataclass(frozen=True, eq=False)
-class GradientAmplification(MemoryRule):
+class GradientAmplification(StatefulRule):
     """After gradient amplification and intelligent gradient amplification.
 
     Idea: multiply the gradients of a changing choice of layers by a factor, so that early layers of deep
@@ -26,9 +25,9 @@ class GradientAmplification(MemoryRule):
         Σᵢ|Σₜ Gₜᵢ| / Σᵢ Σₜ|Gₜᵢ|, over the steps t of the last period, is at least that.
     Use when: to reproduce the papers. As a principled version, take BackMatching.
     Do not use when: with Adam or RMSprop in mode "gradient": they divide the factor out again.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights, forwards of one's own and shared weights are never chosen; `explain` says why.
+    Layers: every call of a linear map, embeddings and norms included in mode "signal": what is left alone
+        would get an amplified gradient. Shared and computed weights (weight norm, pruning) are never
+        chosen; `explain` says why.
     Cost: a product of Δ with a number; with ``agreement``, a copy of the gradients.
     Status: after the papers, whose text does not settle which of both modes they use, nor the measure and the
         direction of the test by which "intelligent" amplification chooses: both are chosen here.
@@ -85,6 +84,11 @@ class GradientAmplification(MemoryRule):
             raise ValueError(f"GradientAmplification: share must be at most 1, not {self.share!r}.")
 
     @property
+    def alters_backward(self) -> bool:
+        """Mode "gradient" sends plain gradients down."""
+        return self.mode == "signal"
+
+    @property
     def stats_every(self) -> int:  # type: ignore[override]
         """A choice a period."""
         return self.every
@@ -94,26 +98,26 @@ class GradientAmplification(MemoryRule):
         """A choice a period."""
         return self.every
 
-    def move(self, ply: Ply) -> Move:
+    def update(self, call: LinearCall) -> Update:
         """``f G`` for a chosen layer."""
-        return ply.gradient(self._amplified(ply))
+        return call.gradient(self._amplified(call))
 
-    def below(self, ply: Ply) -> Tensor:
+    def input_gradient(self, call: LinearCall) -> Tensor:
         """``f ΔW`` for a chosen layer in mode "signal"."""
-        return ply.below(self._amplified(ply) if self.mode == "signal" else None)
+        return call.input_gradient(self._amplified(call) if self.mode == "signal" else None)
 
-    def _amplified(self, ply: Ply) -> Tensor:
-        factor = ply.memory.get("factor")
-        return ply.delta if factor is None else ply.delta * factor.to(ply.delta.dtype)
+    def _amplified(self, call: LinearCall) -> Tensor:
+        factor = call.memory.get("factor")
+        return call.delta if factor is None else call.delta * factor.to(call.delta.dtype)
 
-    def gather(self, ply: Ply, turn: int) -> Evidence:
+    def gather(self, call: LinearCall, turn: int) -> Evidence:
         """The period that begins, and the dice thrown for this layer in it."""
-        name = f"{self.seed} {turn} {ply.name}".encode()  # the same on every process and after a resume
+        name = f"{self.seed} {turn} {call.name}".encode()  # the same on every process and after a resume
         dice = int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
-        rows = torch.ones((), dtype=ply.dtype, device=ply.delta.device)
+        rows = torch.ones((), dtype=call.dtype, device=call.delta.device)
         return {"rows": rows, "dice": rows * dice, "period": rows * turn}
 
-    def learn(self, memory: Memory, evidence: Evidence) -> Memory:
+    def learn(self, memory: State, evidence: Evidence) -> State:
         """Choose, or not, for the next period."""
         rows = evidence["rows"]  # backward passes of this step, over all processes
         one = torch.ones_like(rows)
@@ -130,7 +134,7 @@ class GradientAmplification(MemoryRule):
             news |= {"sum": torch.zeros_like(memory["sum"]), "total": torch.zeros_like(one)}
         return news
 
-    def finish(self, memory: Memory, gradient: Move, groups: int) -> tuple[Move, Memory]:
+    def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
         """Sum up the gradients and their sizes where the choice depends on them."""
         if self.agreement is None:
             return gradient, {}
@@ -149,7 +153,7 @@ class GradientAmplification(MemoryRule):
         sums: Shapes = {"sum": (shape.groups, shape.outputs, shape.columns), "total": ()}
         return {"factor": (), **(sums if self.agreement is not None else {})}
 
-    def price(self, size: Size) -> tuple[float, float]:
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
         """A pass over Δ, and with ``agreement`` two over G."""
         weights = 0.0 if self.agreement is None else float(size.g * size.m * size.d)
         return size.g * float(size.n * size.m) + 3 * weights, weights

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from plywise.kronecker import Kronecker, KroneckerRule
+from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,10 +16,10 @@ class KFAC(KroneckerRule):
         below hears ΔW.
     Use when: to compare, or where curvature matters more than time (small networks, regression).
     Do not use when: gradients are noisy and a one-sided rule does as well at half the cost.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights, forwards of one's own and shared weights keep their plain gradients; `explain` says why. A
-        side above 8192 stays as it is.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
+        pruning) keep their plain gradients; `explain` says why. A side above 8192 stays as it is.
     Cost: two statistics, two inverses a refresh, two products a step.
     Status: variant: the Fisher of the labels at hand, not of sampled ones; no rescaling by the exact
         curvature, no momentum of its own, no adaptive damping; the gradient's size is kept in place of the KL

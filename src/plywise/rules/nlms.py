@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from plywise import solve
-from plywise.ply import Move, Ply
-from plywise.rule import Rule, Size, require_choice, require_positive
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.rule import Rule, Size, require_choice, require_positive
+from plywise.rules import _least_squares as solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,9 +19,9 @@ class NLMS(Rule):
     Use when: inputs of a layer differ much in size from sample to sample, and steps must stay cheap.
     Do not use when: samples of a batch resemble one another: only Consequentialism accounts for what
         they do to each other. In our runs plain NLMS is no better than SGD on well-scaled networks.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights and forwards of one's own keep their plain gradients; `explain` says why.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
     Cost: one pass over A and one over Δ.
     Status: variant: the filter of one sample, in every layer of a network; over a batch its steps are
         averaged, and ε is relative to the batch's mean squared norm.
@@ -62,10 +62,10 @@ class NLMS(Rule):
         require_positive(self, eps=self.eps)
         require_choice(self, "reduction", self.reduction, ("mean", "sum"))
 
-    def move(self, ply: Ply) -> Move:
+    def update(self, call: LinearCall) -> Update:
         """Δ with each row divided by its own norm, then backpropagation's product."""
-        return solve.normalised(ply.times(1 if self.reduction == "mean" else 1 / ply.samples), self.eps)
+        return solve.normalised(call.times(1 if self.reduction == "mean" else 1 / call.samples), self.eps)
 
-    def price(self, size: Size) -> tuple[float, float]:
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
         """A pass over A, a pass over Δ and the new Δ."""
         return size.g * size.n * (2.0 * size.d + size.m), float(size.g * size.n * size.m)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from plywise.kronecker import Kronecker, KroneckerRule
-from plywise.roots import Relative, Solver
-from plywise.rule import require_choice
+from plywise.engine.rule import require_choice
+from plywise.numerics.inverse_roots import Relative, Solver
+from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +19,10 @@ class Precondition(KroneckerRule):
     Use when: you want a member of the family that has no name here, or to see which part of one matters.
     Do not use when: a named rule will do: FeatureWhitening (right=½), AdaBK (both ½), KFAC (both 1), Foof
         (right=1).
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights, forwards of one's own and shared weights keep their plain gradients; `explain` says why. A
-        side above ``max_size`` stays as it is.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
+        pruning) keep their plain gradients; `explain` says why.
     Cost: per step 2nk² operations for the input side or 2mk² (n rows, m outputs, k inputs), whichever is
         less; statistics and roots once in ``stats_every`` and ``refresh_every`` steps. With ``rank`` r, 4nkr.
     Status: variant: no paper of its own. With a named member's settings it is that member, by the same code.

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from plywise import solve
-from plywise.ply import Move, Ply
-from plywise.rule import Rule, Size, require_choice, require_positive
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.rule import Rule, Size, require_choice, require_positive
+from plywise.rules import _least_squares as solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,9 +20,9 @@ class ProxProp(Rule):
     Use when: inputs are wide or strongly correlated and batches of a few hundred fit: it then takes many
         times fewer steps than SGD or Adam. Rates are large: try 1 to 10 with a mean loss.
     Do not use when: the batch is tiny (the Gram of a few rows says little), or time per step is all.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights and forwards of one's own keep their plain gradients; `explain` says why.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
     Cost: a Gram of the smaller of rows and inputs, its inverse, and one product: 1.18 to 1.29 of a plain step
         (benchmarks/README.md, by `python benchmarks/step_cost.py`).
     Status: faithful, given ``exclude`` for the last layer, which the paper leaves explicit and we do not
@@ -76,19 +76,19 @@ class ProxProp(Rule):
         if int(self.cg_steps) != self.cg_steps:
             raise ValueError(f"ProxProp: cg_steps must be a whole number, not {self.cg_steps!r}.")
 
-    def move(self, ply: Ply) -> Move:
+    def update(self, call: LinearCall) -> Update:
         """``G (AᵀA + I/τ)⁻¹``; with the mean Gram ``G (AᵀA/n + I/τ)⁻¹``."""
         # (AᵀA/n + I/τ)⁻¹ = n (AᵀA + n I/τ)⁻¹: the mean is the sum with another τ, scaled
-        rows = ply.row_count if self.gram == "mean" else 1
+        rows = call.row_count if self.gram == "mean" else 1
         damping = rows / self.tau
-        ply = ply.times(rows)
+        call = call.times(rows)
         if self.solver == "exact":
-            return solve.ridge(ply, damping)
+            return solve.ridge(call, damping)
         if self.solver == "cg":
-            return solve.conjugate_gradients(ply, damping, self.cg_steps)
-        return solve.official_conjugate_gradients(ply, damping, self.cg_steps)
+            return solve.conjugate_gradients(call, damping, self.cg_steps)
+        return solve.official_conjugate_gradients(call, damping, self.cg_steps)
 
-    def price(self, size: Size) -> tuple[float, float]:
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
         """Exact: Gram, inverse, product. CG: Gram and one product with it a step."""
         k = min(size.n, size.d)
         if self.solver == "exact":

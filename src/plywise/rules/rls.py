@@ -4,19 +4,18 @@ from dataclasses import dataclass
 
 import torch
 
-from plywise.explain import Size
-from plywise.kept_layer import LayerShape
-from plywise.kronecker import preconditioned
-from plywise.memory import Evidence, Memory, MemoryRule, Shapes
-from plywise.ply import Move, Ply
-from plywise.rule import require_positive
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.contract import Evidence, LayerShape, Shapes, State
+from plywise.engine.explain import Size
+from plywise.engine.rule import StatefulRule, require_positive
+from plywise.rules._kronecker import preconditioned
 
 LARGEST_ENERGY = 1e4
 """Of κ ū·Pū: a correction takes all but one part of this from P, and float32 has seven digits."""
 
 
 @dataclass(frozen=True, eq=False)
-class RLS(MemoryRule):
+class RLS(StatefulRule):
     """Recursive least squares with the average approximation.
 
     Idea: each layer as an adaptive filter with perfect memory: the inverse P of the inputs' discounted
@@ -26,9 +25,10 @@ class RLS(MemoryRule):
         [input, 1] over batch and positions. The layer below hears ΔW.
     Use when: a cubic cost is out of the question and inputs share a strong mean direction.
     Do not use when: correlations beyond the mean matter: Foof and FeatureWhitening see them.
-    Layers: Linear, Conv1d, Conv2d and Conv3d (any stride, padding, dilation, groups), and what
-        `register_layer` teaches. Norms, embeddings, recurrent layers, nn.MultiheadAttention, parametrized
-        weights, forwards of one's own and shared weights keep their plain gradients; `explain` says why.
+    Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
+        convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
+        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
+        pruning) keep their plain gradients; `explain` says why.
     Cost: no inverse: 2k² operations for P and a product with the smaller of rows and gradient, in each step.
     Status: after the paper, whose body could not be read: the recursion is classical, with the paper's
         average approximation; its momentum and overfitting control are left to the optimizer, and the
@@ -72,22 +72,22 @@ class RLS(MemoryRule):
         if self.forgetting > 1:
             raise ValueError(f"RLS: forgetting must be at most 1, not {self.forgetting!r}.")
 
-    def move(self, ply: Ply) -> Move:
+    def update(self, call: LinearCall) -> Update:
         """``G P``, by the inverse of the steps before."""
-        if not ply.memory:
-            return ply.gradient().scaled(1 / self.ridge, 1 / self.ridge)
-        return preconditioned(ply, None, ply.memory["inverse"])
+        if not call.memory:
+            return call.gradient().scaled(1 / self.ridge, 1 / self.ridge)
+        return preconditioned(call, None, call.memory["inverse"])
 
-    def gather(self, ply: Ply, turn: int) -> Evidence:
+    def gather(self, call: LinearCall, turn: int) -> Evidence:
         """The sum of the rows."""
-        a = ply.a.to(ply.dtype)
-        sums = ply.kind.sums(ply.module, a)
-        rows = sums.new_tensor(float(ply.row_count))
-        if ply.has_bias:
-            sums = torch.cat([sums, rows.expand(ply.groups, 1)], 1)
+        a = call.cast_input(call.dtype)
+        sums = call.map.sums(a).to(call.dtype)
+        rows = sums.new_tensor(float(call.row_count))
+        if call.has_bias:
+            sums = torch.cat([sums, rows.expand(call.groups, 1)], 1)
         return {"rows": rows, "sum": sums}
 
-    def learn(self, memory: Memory, evidence: Evidence) -> Memory:
+    def learn(self, memory: State, evidence: Evidence) -> State:
         """The rank-one correction of P."""
         mean = evidence["sum"] / evidence["rows"]  # ū, (g, k)
         groups, size = mean.shape
@@ -109,18 +109,18 @@ class RLS(MemoryRule):
             inverse = inverse * (size / self.ridge / trace).clamp(max=1).reshape(-1, 1, 1)
         return {"inverse": inverse, "h": h / fit}
 
-    def in_backward(self, memory: Memory, shape: LayerShape) -> bool:
+    def in_backward(self, memory: State, shape: LayerShape) -> bool:
         """Always: the step's own correction comes after its move."""
         return True
 
-    def finish(self, memory: Memory, gradient: Move, groups: int) -> tuple[Move, Memory]:
+    def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
         """Divide by ``h``."""
         factors = 1 / memory["h"]
         if groups == 1:
             return gradient.scaled(factors, factors), {}
         assert gradient.weight is not None
         matrix = gradient.matrix(groups) * factors.to(gradient.weight.dtype).reshape(-1, 1, 1)
-        return Move.of(matrix, gradient.weight.shape, gradient.bias is not None), {}
+        return Update.of(matrix, gradient.weight.shape, gradient.bias is not None), {}
 
     def evidence_shapes(self, shape: LayerShape) -> Shapes:
         """The sum of the rows and their number."""
@@ -130,6 +130,6 @@ class RLS(MemoryRule):
         """P, and what the last move was divided by."""
         return {"inverse": (shape.groups, shape.columns, shape.columns), "h": (shape.groups,)}
 
-    def price(self, size: Size) -> tuple[float, float]:
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
         """The correction of P, and the product with it."""
         return size.g * (6.0 * size.d**2 + 2.0 * size.d**2 * min(size.n, size.m)), float(size.g * size.d**2)

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from plywise.capture import ModelHook
+from plywise.engine.capture import ModelHook
+from plywise.engine.selection import strip_wrappers
 from plywise.errors import AttachError
-from plywise.routing import plain_name
 
 BLOCK = 2**20
 """Weights whose absolute values are in memory at a time."""
@@ -34,7 +34,7 @@ class FrontLayers:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # a module at two places is a layer at each, as one that shares its weight is
         self.parameters: dict[str, list[nn.Parameter]] = {
-            plain_name(name): own
+            strip_wrappers(name): own
             for name, module in model.named_modules(remove_duplicate=False)
             if (own := [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) in stepped])
         }
@@ -88,7 +88,7 @@ class FrontLayers:
         if model is None or count == 0:
             return
         first = self.names[count]
-        for _, norm in takewhile(lambda item: plain_name(item[0]) != first, model.named_modules()):
+        for _, norm in takewhile(lambda item: strip_wrappers(item[0]) != first, model.named_modules()):
             # one in eval mode within a model in training is so by its owner's will
             mine = isinstance(norm, _NormBase) and (norm.training or not model.training)
             if mine and norm not in self._held:

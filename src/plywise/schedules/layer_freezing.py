@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
+from plywise.engine.rule import check_optimizer, require_positive, require_whole
 from plywise.errors import AttachError, StateError
-from plywise.rule import check_optimizer, refuse_sharded, require_positive, require_whole
 from plywise.schedules.front_layers import FrontLayers
 
 KEY = "plywise.LayerFreezing"
@@ -96,7 +96,6 @@ class LayerFreezing:
             )
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        refuse_sharded(model)
         check_optimizer(model, optimizer)
         if isinstance(optimizer, LBFGS):
             raise AttachError(

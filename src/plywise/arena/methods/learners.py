@@ -22,8 +22,9 @@ from plywise.arena.methods.rules import TUNED
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.workload import Workload
 from plywise.catalogue import find_learner, find_rule
+from plywise.engine.health import SKIPPED
+from plywise.engine.rule import Rule
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.health import SKIPPED
 from plywise.local.associated_learning import pooled_bridge
 from plywise.local.blocks import Blocks, evaluating
 from plywise.local.catalogue import READERS
@@ -32,7 +33,6 @@ from plywise.local.learner import Learner
 from plywise.local.linear_heads import RidgeHead
 from plywise.local.split import balance, split
 from plywise.local.units import units_of
-from plywise.rule import Rule
 
 RATE: Space = {"lr": Range(1e-4, 1e-1, 3e-3)}
 """Adam's."""

@@ -1,0 +1,56 @@
+"""Python calls and host synchronisations of a training step, by its phase, with and without a rule.
+
+A host synchronisation reads a number off a tensor (``item()``, ``bool(tensor)``); each stalls a GPU. Counted
+on a CPU, where they cost nothing: the code is the same.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+SYNCHRONISATION = "aten::_local_scalar_dense"
+
+
+def count_python_calls(run: Callable[[], Any]) -> int:
+    """Calls of Python and built-in functions while ``run`` runs."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def count_synchronisations(run: Callable[[], Any]) -> int:
+    """How often ``run`` reads a number off a tensor."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        run()
+    return sum(event.count for event in found.key_averages() if event.key == SYNCHRONISATION)
+
+
+def count_step(model: torch.nn.Module, optimizer: Any, loss: Callable[[], Any]) -> dict[str, int]:
+    """Python calls of a whole step, and synchronisations of its forward, backward and step."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    for _ in range(4):
+        step()
+    counts = {"python_calls": count_python_calls(step)}
+    optimizer.zero_grad()
+    kept: list[Any] = []
+    counts["synchronisations_forward"] = count_synchronisations(lambda: kept.append(loss()))
+    counts["synchronisations_backward"] = count_synchronisations(lambda: kept[0].backward())
+    counts["synchronisations_step"] = count_synchronisations(optimizer.step)
+    return counts

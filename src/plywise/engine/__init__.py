@@ -1,0 +1,1 @@
+"""The engine: captures calls of linear maps and lets a rule answer in backward."""

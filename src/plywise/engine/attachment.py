@@ -1,0 +1,460 @@
+"""A rule at work on a model: hooks, counters, and the answers given in backward."""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from plywise.engine import health
+from plywise.engine.backward_scale import BackwardScale
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.calls_below import AlteredPasses, find_wanting
+from plywise.engine.capture import Capture
+from plywise.engine.contract import RuleContract, State, StatefulContract
+from plywise.engine.explain import Explanation, Size
+from plywise.engine.guard import StepGuard
+from plywise.engine.health import Health
+from plywise.engine.layouts import PLAIN
+from plywise.engine.liveness import Liveness
+from plywise.engine.pipelining import runs_in_pipeline
+from plywise.engine.readers import make_readers
+from plywise.engine.registered import install_registered
+from plywise.engine.rows import make_rows
+from plywise.engine.running_state import RunningState
+from plywise.engine.selection import Selector, collect_parameters, is_handled, refuse_handled
+from plywise.engine.shard_exchange import find_clips
+from plywise.engine.sharding import find_local, refuse_old_optimizer
+from plywise.engine.sites import ParameterEntry, Site
+from plywise.engine.table import ParameterTable
+from plywise.errors import AttachError, NonFiniteError, PlywiseError, UncapturedLayerError
+
+Observer = Callable[[LinearCall, Update, Tensor | None], None]
+
+
+class Attachment:
+    """A rule at work on a model: its hooks, its counters, and the answers given in backward.
+
+    The model's hooks own it; it knows the model weakly, so nothing keeps the model alive.
+
+    Args:
+        rule: the rule.
+        model: the model.
+        kinds: the kinds of maps that the rule takes.
+        layers: the rule may take only these; None for all.
+        exclude: leave these to the optimizer.
+        optimizer: the optimizer, if there is one.
+        on_nonfinite: ``"skip"``, ``"raise"`` or ``"propagate"``.
+        process_group: the processes that average gradients, if the user names them.
+
+    Raises:
+        AttachError: there is nothing for the rule to take.
+    """
+
+    def __init__(
+        self,
+        rule: RuleContract,
+        model: nn.Module,
+        kinds: frozenset[str],
+        layers: Selector | None,
+        exclude: Selector | None,
+        optimizer: Optimizer | None,
+        on_nonfinite: str,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        self.rule = rule
+        self.health = Health()
+        self.observers: list[Observer] = []
+        self.title = f"{rule} on {type(model).__name__}"
+        self.kinds = kinds
+        self.steps = 0 if optimizer is not None else None
+        self._model = weakref.ref(model)
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._raises = on_nonfinite == "raise"
+        self._clips_in_backward = rule.clips_updates() and optimizer is None
+        self._clips_at_step = rule.clips_updates() and optimizer is not None
+        self._alters = rule.alters_backward
+        self._altered = AlteredPasses(self, self._refuse_altered_leaf)
+        self._is_pipelined = False
+        self._liveness = Liveness(self.title, self.health)
+        self._handles: list[RemovableHandle] = []
+        self._guard: StepGuard | None = None
+        self._state: RunningState | None = None
+        self._scale: BackwardScale | None = None
+        self._watched: dict[int, weakref.ref[Tensor]] = {}
+        self._names: dict[int, str] = {}
+
+        def collect(network: nn.Module) -> list[ParameterEntry]:
+            return collect_parameters(network, kinds, layers, exclude, unshared_only=rule.remembers)
+
+        # a frozen layer passes altered values down, and random vectors begin at it or pass through it
+        frozen_too = self._alters or rule.needs_backward_scale
+        self.table = ParameterTable(
+            model, collect, kinds, not rule.remembers, frozen_too, self._add_site, self
+        )
+        self.table.on_refresh = self._mark_unstepped
+        self._mark_unstepped()
+        self.capture = Capture(make_readers(kinds), self.table, self.takes)
+        self._refuse_nothing(model)
+        refuse_handled(self.table.entries)
+        try:
+            self._install(model, optimizer, on_nonfinite, process_group)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _refuse_nothing(self, model: nn.Module) -> None:
+        if any(entry.is_candidate for entry in self.table.entries):
+            return
+        left = [entry for entry in self.table.entries if entry.why_left]
+        reasons = "; ".join(f"{entry.layer!r}: {entry.why_left}" for entry in left[:6])
+        raise AttachError(
+            f"{type(self.rule).__name__} finds no layer to handle in this {type(model).__name__} "
+            f"({reasons or 'it has no parameters'}). It handles calls of linear maps of the kinds "
+            f"{', '.join(sorted(self.kinds))}; teach it others with plywise.register_map.",
+            see="attach-no-layer",
+        )
+
+    def _install(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        on_nonfinite: str,
+        process_group: ProcessGroup | None,
+    ) -> None:
+        if self.rule.remembers:
+            assert optimizer is not None
+            rule = cast(StatefulContract, self.rule)
+            self._state = RunningState(
+                *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave)
+            )
+            self.table.on_begin = self._state.find_replicas
+        self.table.on_replaced = self._follow_parameters
+        if self.rule.needs_backward_scale:
+            every = self.rule.measure_every
+            self._scale = BackwardScale(self.table, optimizer, every, process_group)
+        if self._alters and self.table.on_begin is None:
+            self.table.on_begin = self._note_pipeline
+        owners = [m for m in model.modules() if any(True for _ in m.parameters())]
+        self.capture.install(owners)
+        self._handles += install_registered(model, self.capture)
+        for entry in self.table.entries:
+            if (entry.expected and not entry.why_left) or self._alters:
+                self._watch(entry)
+        hook: Any = self.rule.module_hook()
+        if hook is not None:
+            hook.alters = self._alters_pass
+            for module in model.modules():
+                if isinstance(module, hook.types):
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if optimizer is not None:
+            self._names.update({id(e.parameter()): e.name for e in self.table.entries})
+            self._guard = StepGuard(
+                *(optimizer, self._names, self.health, on_nonfinite),
+                *(self._before_step, self._skip_step, self._after_step),
+            )
+
+    def takes(self, parameter: Tensor | None) -> bool:
+        """Whether the rule may take this parameter."""
+        return any(e.parameter() is parameter and not e.why_left for e in self.table.entries)
+
+    def _add_site(self, site: Site) -> None:
+        if self._state is not None:
+            self._state.add_site(site)
+        self._watch(site.entry)
+
+    def _watch(self, entry: ParameterEntry) -> None:
+        """Watch gradients arrive in a parameter; one that is frozen or lazy is watched once it is not.
+
+        Under fully_shard they arrive in the whole parameter, and then, averaged, in this process's shard.
+        """
+        for parameter in (entry.parameter(), None if entry.sharding is None else entry.sharding.whole):
+            if parameter is None or nn.parameter.is_lazy(parameter) or not parameter.requires_grad:
+                continue
+            if parameter.is_leaf and not self._is_watched(parameter):
+                hook: Any = _Arrival(self, entry)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._watched[id(parameter)] = weakref.ref(parameter)
+
+    def _note_pipeline(self) -> None:
+        self._is_pipelined = runs_in_pipeline()
+
+    def _is_watched(self, parameter: Tensor | None) -> bool:
+        watched = self._watched.get(id(parameter))
+        return watched is not None and watched() is parameter
+
+    def _follow_parameters(self, replaced: list[ParameterEntry]) -> None:
+        """Parameters have been replaced by their shards, or spread by tensor parallelism."""
+        if self._optimizer is not None:
+            refuse_old_optimizer(self.title, replaced, self._optimizer())
+            self._mark_unstepped()
+        self._names.update({id(entry.parameter()): entry.name for entry in replaced})
+        for entry in replaced:
+            if (entry.expected and not entry.why_left) or self._alters:
+                self._watch(entry)
+
+    def remove(self) -> None:
+        """Remove every hook."""
+        self.capture.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._guard is not None:
+            self._guard.remove()
+        if self._state is not None:
+            self._state.remove()
+        if self._scale is not None:
+            self._scale.remove()
+
+    def reset(self) -> None:
+        """Forget running statistics and counters."""
+        if self._state is not None:
+            self._state.reset()
+        if self._scale is not None:
+            self._scale.reset()
+        self.health.counts.clear()
+
+    def states(self) -> dict[str, State]:
+        """Each layer's running statistics by name."""
+        return {} if self._state is None else self._state.states()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave all calls to autograd for a while."""
+        before, self.capture.paused = self.capture.paused, True
+        try:
+            yield
+        finally:
+            self.capture.paused = before
+
+    # ---- answers in backward -----------------------------------------------------------------
+
+    def respond(
+        self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
+    ) -> tuple[Update, Tensor | None]:
+        """The rule's two answers for a captured call."""
+        site: Site = ctx.site
+        if self._scale is not None and self._scale.is_probing(ctx):
+            return Update(None, None), self._scale.answer_probe(ctx, a, weight, delta)
+        call = self._make_call(site, ctx.has_bias, a, delta, weight)
+        if site.entry.leave_next or not call.a.numel() or not delta.numel():
+            update = call.gradient() if wants_update else Update(None, None)
+            if wants_update:
+                site.answer_pass(torch._C._current_graph_task_id())
+            return update, call.input_gradient() if wants_below else None
+        if self._scale is not None and (wants_update or find_wanting(ctx, self) is not None):
+            call.energy = self._scale.find(ctx, a, weight, delta)
+        update, below = Update(None, None), None
+        if wants_update:
+            update = self._make_update(site, call)
+        if wants_below:
+            below = self._make_input_gradient(ctx, call)
+        for observer in self.observers:
+            observer(call, update, below)
+        return update, below
+
+    def _make_call(self, site: Site, has_bias: bool, a: Tensor, delta: Tensor, weight: Tensor) -> LinearCall:
+        canonical = weight if site.layout is PLAIN else site.layout.to_canonical(weight)
+        if has_bias and self._state is not None:
+            has_bias = self._state.has_bias(site.name)
+        call = LinearCall(site.name, site.map, a, delta, canonical, has_bias, self.health, site.module)
+        if site.rows != delta.shape:
+            site.rows = delta.shape
+            site.size = Size(call.row_count, call.columns, call.outputs, call.groups)
+        if self._state is not None:
+            like = torch.empty(0, dtype=call.dtype, device=delta.device)
+            call.memory, call.waits = self._state.read_state(site.name, like, has_bias)
+        return call
+
+    def _make_update(self, site: Site, call: LinearCall) -> Update:
+        sharding = site.entry.sharding
+        if not self._is_watched(site.entry.parameter() if sharding is None else sharding.whole):
+            self._watch(site.entry)  # it was frozen, or lazy, so far
+        update = self.rule.update(call)
+        if self._clips_in_backward and update.weight is not None:
+            factor = self.rule.clip_update(call.weight, update.weight)
+            update = update if factor == 1 else update.scaled(factor, factor)
+        site.answer_pass(torch._C._current_graph_task_id())
+        self._liveness.answers += 1
+        if self._state is not None:
+            self._state.record(call)
+        if self._raises:
+            self._check_finite(call, update)
+        return update
+
+    def _make_input_gradient(self, ctx: Any, call: LinearCall) -> Tensor:
+        if not self._alters or not self._alters_pass(ctx):
+            return call.input_gradient()
+        # contiguous as autograd's own is: a pipeline sends it to another process
+        return self.rule.input_gradient(call).contiguous()
+
+    def _alters_pass(self, node: Any) -> bool:
+        """Whether altered values go down in the running backward, which has come to this node."""
+        return self._altered.enter(node) or (self._is_pipelined and self._altered.enter_apart(node))
+
+    def _check_finite(self, call: LinearCall, update: Update) -> None:
+        for part in (update.weight, update.bias):
+            if part is not None and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
+                self.health.note(call.name, health.NON_FINITE)
+                where = "rule's own answer"
+                for tensor, name in ((call.delta, "gradient at its output"), (call.a, "input")):
+                    where = where if bool(torch.isfinite(tensor).all()) else name
+                raise NonFiniteError(
+                    f"Layer {call.name!r}: the {where} is not finite (NaN or infinity), so its update would "
+                    "poison the weights. Look at the batch, the rate and the loss scale; attach(model, "
+                    "optimizer) skips such steps, on_nonfinite='propagate' lets them pass (for a GradScaler)."
+                )
+
+    def arrive_averaged(self, entry: ParameterEntry, shard: Tensor) -> None:
+        """A gradient that all processes have averaged has arrived in a shard's ``.grad``."""
+        assert entry.sharding is not None
+        entry.sharding.set_mark(shard)
+        if not self._is_watched(entry.sharding.whole):  # no call of it has been seen
+            self.arrive(entry)
+
+    def arrive(self, entry: ParameterEntry) -> None:
+        """A gradient has arrived in a parameter's ``.grad``: the rule must have answered in this pass."""
+        task = torch._C._current_graph_task_id()
+        answered = False
+        for site in list(entry.sites.values()):
+            if task in site.answered:
+                del site.answered[task]
+                answered = True
+                if self._state is not None and not entry.leave_next:
+                    self._state.on_grad_accumulated(site.name)
+        if answered and not (entry.leave_next and task in self._altered):
+            if self._guard is not None and not self._guard.stepping:
+                assert self.steps is not None
+                self._liveness.notice_other_optimizer(entry, self.steps)
+            return
+        if entry.computed_into is not None and not entry.leave_next:
+            return  # its gradient is that of a handled weight, carried on by autograd
+        if task in self._altered:
+            self._refuse_altered(entry)
+        known = entry.sites or (entry.expected and not entry.why_left)
+        if known and not entry.why_left and not entry.leave_next and not self.capture.paused:
+            if entry.used_by and not entry.sites and not entry.computed_into:
+                return  # by a function that is not read as a linear map, as the table says
+            raise UncapturedLayerError(_explain_uncaptured(entry))
+
+    def _refuse_altered(self, entry: ParameterEntry) -> None:
+        """Raise an error if a parameter is left to the optimizer: its gradient comes from altered values."""
+        if (entry.leave_next or not is_handled(entry, self.capture)) and not self._is_bias(entry):
+            raise PlywiseError(_explain_altered(self.rule, entry), see="altered-gradient")
+
+    def _refuse_altered_leaf(self, leaf: Tensor) -> None:
+        for entry in self.table.entries:
+            answers = entry.sites and not entry.why_left and not entry.leave_next
+            whole = None if entry.sharding is None else entry.sharding.whole
+            if not answers and (entry.parameter() is leaf or whole is leaf):
+                self._refuse_altered(entry)
+
+    def _mark_unstepped(self) -> None:
+        """Leave alone what the optimizer does not step; look again when its parameters change."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            self._liveness.mark_unstepped(optimizer, self.table.entries)
+
+    def _is_bias(self, entry: ParameterEntry) -> bool:
+        """Whether calls that the rule handles add this parameter."""
+        parameter = entry.parameter()
+        return any(
+            site.adds is not None and site.adds() is parameter
+            for other in self.table.entries
+            for site in other.sites.values()
+        )
+
+    # ---- at the step -------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if self._liveness.has_other_parameters(optimizer):
+            self._mark_unstepped()
+        self._liveness.check_part_taken(optimizer, self.table.entries, self.capture.paused)
+        if self._state is not None:
+            self._state.apply_at_step(optimizer)
+        if self._clips_at_step:
+            self._clip(optimizer)
+
+    def _skip_step(self) -> None:
+        if self._state is not None:
+            self._state.drop_pending()
+        self._liveness.name_spoilt_buffers(self._model())
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        assert self.steps is not None
+        self.steps += 1
+        if self._scale is not None:
+            self._scale.after_step()
+        if self._state is not None:
+            self._state.keep()
+
+    def _clip(self, optimizer: Optimizer) -> None:
+        loss_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales in its step
+        clipped: set[int] = set()
+        entries = [e for e in self.table.entries if _find_clipped(e) and not e.why_left and not e.leave_next]
+        for entry, factor in zip(
+            entries, find_clips(entries, self.rule.clip_update, loss_scale), strict=True
+        ):
+            for part in _find_clipped(entry):
+                if factor < 1 and part.grad is not None and id(part) not in clipped:
+                    clipped.add(id(part))
+                    find_local(part.grad).mul_(factor)
+
+    # ---- the table ---------------------------------------------------------------------------
+
+    def explain(self, batch_size: int) -> Explanation:
+        """See `plywise.Rule.explain`."""
+        model = self._model()
+        if model is None:
+            raise AttachError("The model that this rule was attached to is gone.")
+        self.table.refresh(model)
+        rows = make_rows(self.rule, self.table.entries, self.health, batch_size)
+        return Explanation(self.title, rows, self.steps)
+
+
+def _find_clipped(entry: ParameterEntry) -> list[Tensor]:
+    """The parameters whose gradients are clipped together: a weight that has one, and its biases."""
+    weight = entry.parameter()
+    sites = [site for site in entry.sites.values() if not site.computed]
+    if weight is None or weight.grad is None or not sites:
+        return []
+    biases = [site.bias() for site in sites if site.bias is not None]
+    return [weight, *(bias for bias in biases if bias is not None)]
+
+
+class _Arrival:
+    """Hook of a parameter: a gradient has arrived."""
+
+    def __init__(self, attachment: Attachment, entry: ParameterEntry) -> None:
+        self._attachment = attachment
+        self._entry = entry
+
+    def __call__(self, parameter: Tensor) -> None:
+        if self._entry.sharding is not None and parameter is self._entry.parameter():
+            self._attachment.arrive_averaged(self._entry, parameter)
+        else:
+            self._attachment.arrive(self._entry)
+
+
+def _explain_uncaptured(entry: ParameterEntry) -> str:
+    return (
+        f"The weight of layer {entry.layer!r} got a gradient that did not pass through the rule. "
+        "Likely causes: torch.compile ran the model before attach() (attach first, or call "
+        "torch.compiler.reset()), the forward ran before attach(), the layer's .forward() was called "
+        "directly, or its weight is used outside of the model's forward. If that is meant, "
+        f"leave the layer to the optimizer: attach(..., exclude={entry.layer!r})."
+    )
+
+
+def _explain_altered(rule: RuleContract, entry: ParameterEntry) -> str:
+    return (
+        f"{rule} sends other values down than gradients, so {entry.name!r}, which it leaves to the "
+        "optimizer, would get a wrong gradient. Freeze that parameter (requires_grad_(False)), let the rule "
+        "take it (attach(..., kinds='all')), or use a rule that leaves gradients as they are."
+    )

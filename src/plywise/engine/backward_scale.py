@@ -1,0 +1,332 @@
+"""How large a backward value arrives at each layer: measured with a random vector, for any network.
+
+Back-matching's layer-wise rate divides by ``E``, the mean factor by which the squared size of a random vector
+changes on its way down to a layer's output. It is measured by its definition. A random vector of signs goes
+backward from the output of each topmost layer through autograd's own graph, and ``E`` is the mean square of
+what arrives at a layer's output. So every operation counts as what it does to a vector, and no
+table of modules is needed.
+
+A measurement costs about as much as the backward of the activations. It is made in the first pass and then
+every so many steps. All backward passes of a step use the same values: those measured in an earlier step, or,
+where there are none, those measured in the step's first pass. The values count once the step has been taken.
+"""
+
+import math
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from plywise.engine.calls_below import find_calls
+from plywise.engine.pipelining import refuse_pipeline
+from plywise.engine.replicas import find_training_group, refuse_join
+from plywise.engine.sharding import is_any_nonzero
+from plywise.engine.sites import Site
+from plywise.engine.table import ParameterTable
+
+KEY = "plywise.backward_scale"
+"""Key of a parameter's values in the optimizer's state: for each of its sites a list of its calls' values."""
+
+CLOCK = f"{KEY}.step"
+"""Key of the number of steps that have been taken."""
+
+KEPT_PASSES = 16
+"""Backward passes that are remembered; several can run at the same time."""
+
+Values = dict[Site, list[float]]
+
+
+@dataclass
+class Pass:
+    """One backward pass.
+
+    Attributes:
+        measures: whether it measures.
+        sizes: the mean squares that have arrived at the calls of each site, in the order of the answers.
+        probing: whether a random vector is on its way down.
+        calls: how many calls of each site have been answered.
+        last: the value given last.
+    """
+
+    measures: bool
+    sizes: dict[Site, list[Tensor]] = field(default_factory=dict)
+    probing: bool = False
+    calls: Counter[Site] = field(default_factory=Counter)
+    last: float = 1.0
+
+
+class BackwardScale:
+    """Measures ``E`` for the layers of one attachment.
+
+    Args:
+        table: the parameters of the model.
+        optimizer: keeps the values in its state, so that a resumed run goes on with them. Without it, each
+            pass measures, unless it adds to gradients that are there already.
+        every: steps from one measurement to the next.
+        process_group: the processes that average gradients; by default those of DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        table: ParameterTable,
+        optimizer: Optimizer | None,
+        every: int,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        self._table = table
+        self._optimizer_ref = None if optimizer is None else weakref.ref(optimizer)
+        self._every = every
+        self._group = process_group
+        self._step = 0
+        self._is_missing = False  # whether the next pass must measure, for a value is missing
+        self._passes: dict[int, Pass] = {}
+        self._measured: Pass | None = None  # the pass that measured for the step to come
+        self._local: Values = {}
+        self._handles = []
+        if table.on_begin is None:
+            table.on_begin = self._find_group
+        if optimizer is not None:
+            self._handles.append(optimizer.register_load_state_dict_post_hook(self._after_load))
+            self._after_load(optimizer)
+
+    @property
+    def _optimizer(self) -> Optimizer | None:
+        return None if self._optimizer_ref is None else self._optimizer_ref()
+
+    def remove(self) -> None:
+        """Take the hook off the optimizer, and the values out of its state."""
+        for handle in self._handles:
+            handle.remove()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all values: the next pass measures."""
+        self._step = 0
+        self._is_missing = False
+        self._measured = None
+        self._local.clear()
+        optimizer = self._optimizer
+        for parameter, state in [] if optimizer is None else list(optimizer.state.items()):
+            if isinstance(state, dict) and KEY in state:
+                del state[KEY], state[CLOCK]
+                if not state:
+                    del optimizer.state[parameter]  # type: ignore[union-attr]
+
+    # ---- in backward -----------------------------------------------------------------------------
+
+    def find(self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+        """``E`` at a call's output, a scalar on the CPU; a measurement that is due is made first.
+
+        Args:
+            ctx: the call's node, which runs.
+            a: its input.
+            weight: its weight.
+            delta: the gradient at its output.
+        """
+        task, site = torch._C._current_graph_task_id(), ctx.site
+        current = self._passes.get(task) or self._begin_pass(task, site)
+        if current.measures:
+            current.sizes.setdefault(site, []).append(self._measure(ctx, current, task, a, weight, delta))
+        values = self._read(site)
+        if not values and self._measured is not None:
+            values = [_to_float(size) for size in self._measured.sizes.get(site, [])]
+        if values:
+            current.last = values[min(current.calls[site], len(values) - 1)]
+        else:  # a call that no measurement has met: for now it counts as the call above it
+            self._is_missing = True
+        current.calls[site] += 1
+        return torch.tensor(current.last, dtype=torch.float64)
+
+    def _begin_pass(self, task: int, site: Site) -> Pass:
+        if self._measured is not None and not self._may_have_gradients():
+            self._measured = None  # that pass led to no step
+        is_due = self._step % self._every == 0 or self._is_missing or not self._read(site)
+        current = Pass(is_due and self._measured is None)  # not again in the next micro-batch
+        if current.measures:
+            self._measured = current
+        while len(self._passes) >= KEPT_PASSES:
+            del self._passes[next(iter(self._passes))]
+        self._passes[task] = current
+        return current
+
+    def _measure(
+        self, ctx: Any, current: Pass, task: int, a: Tensor, weight: Tensor, delta: Tensor
+    ) -> Tensor:
+        """The mean square of what has arrived at a call; 1 at a call that is on top."""
+        size = torch.ones((), dtype=torch.float64, device=delta.device)
+        if getattr(ctx, "probed_in", -1) == task:
+            return size * 0 if ctx.probe_size is None else ctx.probe_size
+        site = ctx.site
+        calls, lowest = find_calls(ctx.next_functions[0][0], site.responder, site.name)
+        if calls:
+            for node in calls:
+                if getattr(node, "probed_in", -1) != task:
+                    node.probed_in, node.probe_size = task, None
+            probe = make_signs(delta, self._step * 4096 + sum(current.calls.values()))
+            below = self._send_through(ctx, a, weight, probe)
+            self._send_down(current, GradientEdge(*ctx.next_functions[0]), below, lowest)
+        return size
+
+    def _send_down(self, current: Pass, start: GradientEdge, probe: Tensor, lowest: list[Any]) -> None:
+        """Send a random vector down to the lowest calls; `answer_probe` measures on the way."""
+        targets = [GradientEdge(node, 0) for node in lowest]
+        current.probing = True
+        try:
+            with self._table.keep_whole():
+                arrived = torch.autograd.grad([start], targets, [probe], retain_graph=True, allow_unused=True)
+        finally:
+            current.probing = False
+        for node, value in zip(lowest, arrived, strict=True):
+            if value is not None:
+                _add_size(node, value)
+
+    def is_probing(self, ctx: Any) -> bool:
+        """Whether a random vector, and no gradient, has arrived at this call."""
+        current = self._passes.get(getattr(ctx, "probed_in", -1))
+        return current is not None and current.probing
+
+    def answer_probe(self, ctx: Any, a: Tensor, weight: Tensor, probe: Tensor) -> Tensor:
+        """Measure what has arrived at a call, and send it on."""
+        _add_size(ctx, probe)
+        return self._send_through(ctx, a, weight, probe)
+
+    def _send_through(self, ctx: Any, a: Tensor, weight: Tensor, probe: Tensor) -> Tensor:
+        site = ctx.site
+        if not site.map.sends_below:
+            return probe  # autograd's own graph goes on from it
+        canonical = site.layout.to_canonical(weight).to(probe.dtype)
+        below: Tensor = site.map.input_gradient(a.to(probe.dtype), probe, canonical)
+        return below if ctx.input_dtype is None else below.to(ctx.input_dtype)
+
+    # ---- at the step -----------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """A step has been taken: what was measured in it is used from now on."""
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        if not self._has_gradients():  # a checkpoint's template step, or one of other layers
+            self._measured = None
+            self._write(optimizer, {})
+            return
+        sizes = {} if self._measured is None else self._measured.sizes
+        measured = {site: [_to_float(size) for size in calls] for site, calls in sizes.items()}
+        self._measured = None
+        is_alone = self._group is None
+        if not is_alone and self._step % self._every == 0:
+            measured, is_alone = self._average(measured), True
+        found = {site: values for site, values in measured.items() if all(map(math.isfinite, values))}
+        if measured:
+            # zeros, of a branch that begins as zero, may not last
+            self._is_missing = len(found) < len(measured) or any(0.0 in values for values in found.values())
+        self._step += 1
+        self._write(optimizer, found if is_alone else {})
+        self._local.update(found)  # for frozen parameters, too, which have no state
+
+    def _average(self, measured: Values) -> Values:
+        """What was measured, averaged over the processes; they need not have met the same calls."""
+        sites = {
+            (entry.name, number): site
+            for entry in self._table.entries
+            for number, site in enumerate(entry.sites.values())
+        }
+        places = {site: place for place, site in sites.items()}
+        mine = {places[site]: values for site, values in measured.items() if site in places}
+        everyone: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, mine, group=self._group)
+        average: Values = {}
+        for place, site in sites.items():
+            found = [one[place] for one in everyone if place in one]
+            if found:
+                average[site] = [sum(numbers) / len(numbers) for numbers in zip(*found, strict=False)]
+        return average
+
+    def _may_have_gradients(self) -> bool:
+        """The same without asking other processes: sharded gradients that are there count."""
+        sharded = [e for e in self._table.entries if e.sharding is not None and e.sites and not e.why_left]
+        for entry in sharded:
+            parameter = entry.parameter()
+            assert entry.sharding is not None
+            if entry.sharding.is_accumulating or (parameter is not None and parameter.grad is not None):
+                return True
+        return not sharded and self._has_gradients()
+
+    def _has_gradients(self) -> bool:
+        """Whether a gradient of the rule's parameters is there, and is not zero."""
+        handled = [entry for entry in self._table.entries if entry.sites and not entry.why_left]
+        parameters = [entry.parameter() for entry in handled]
+        gradients = [p.grad for p in parameters if p is not None and p.grad is not None]
+        return is_any_nonzero(sorted(gradients, key=Tensor.numel))  # a small one answers soonest
+
+    # ---- in the optimizer's state ----------------------------------------------------------------
+
+    def _write(self, optimizer: Optimizer, found: Values) -> None:
+        """Put values beside the optimizer's own state, and empty lists for savers that ask what there is.
+
+        Only where the optimizer has stepped: many begin a parameter's state when there is none.
+        """
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        for entry in self._table.entries:
+            parameter = entry.parameter()
+            is_ours = (entry.sites or entry.expected) and not entry.why_left
+            if parameter is None or id(parameter) not in stepped or not is_ours:
+                continue
+            state = optimizer.state[parameter]
+            old = state.get(KEY, [])
+            sites = list(entry.sites.values())
+            state[KEY] = [
+                found.get(site, old[number] if number < len(old) else []) for number, site in enumerate(sites)
+            ]
+            state[CLOCK] = self._step
+
+    def _read(self, site: Site) -> list[float]:
+        """The values of a site's calls; an empty list if there are none."""
+        optimizer, parameter = self._optimizer, site.entry.parameter()
+        state = {} if optimizer is None or parameter is None else optimizer.state.get(parameter, {})
+        for other, values in zip(site.entry.sites.values(), state.get(KEY, []), strict=False):
+            if other is site and values:
+                return list(values)
+        return self._local.get(site, [])
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self._measured = None
+        self._local.clear()
+        self._is_missing = False
+        states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+        self._step = max((state.get(CLOCK, 0) for state in states), default=0)
+
+    def _find_group(self) -> None:
+        """If DistributedDataParallel runs this forward, its processes share the values."""
+        if dist.is_available() and dist.is_initialized():
+            refuse_join("Back-matching's rate")
+            refuse_pipeline("Back-matching's rate")
+            if self._group is None:
+                self._group = find_training_group(self._table.entries)
+
+
+def make_signs(like: Tensor, seed: int) -> Tensor:
+    """A random vector of 1 and -1: of all with unit variance, the one whose measurements vary least."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    bits = torch.randint(2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
+    return bits.to(like.dtype).mul_(2).sub_(1)
+
+
+def _add_size(node: Any, value: Tensor) -> None:
+    """Add the mean square of what has arrived at a call: one vector comes from each topmost call above it."""
+    if value.numel():
+        norm = torch.linalg.vector_norm(value.detach(), dtype=torch.float64)
+        size = norm.square() / value.numel()
+        node.probe_size = size if node.probe_size is None else node.probe_size + size
+
+
+def _to_float(size: Tensor) -> float:
+    """A size as a number; NaN, which no step takes, if it is infinite."""
+    value = float(size)
+    return value if math.isfinite(value) else math.nan

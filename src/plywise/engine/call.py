@@ -1,0 +1,227 @@
+"""What a rule sees of one captured call: the rows ``A``, the weights ``W``, the gradient ``Δ``.
+
+A rule receives a `LinearCall` and answers with an `Update`, how W moves, and with the gradient at the
+call's input.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from plywise.engine.health import Health
+from plywise.engine.maps.base import LinearMap
+from plywise.numerics.products import lower_product
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """How a layer's parameters move: what ``weight.grad`` and ``bias.grad`` hold afterwards.
+
+    Attributes:
+        weight: direction in the shape of the canonical weight, or None if the weight is frozen.
+        bias: direction in the shape of the bias, or None without a (trainable) bias.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def scaled(self, weight: Tensor | float, bias: Tensor | float) -> "Update":
+        """This update with the weight's and the bias's part multiplied by a scalar each."""
+        return Update(
+            None if self.weight is None else self.weight * weight,
+            None if self.bias is None else self.bias * bias,
+        )
+
+    def matrix(self, groups: int) -> Tensor:
+        """This update as one matrix (g, m, k): the weight's columns, then the bias's."""
+        assert self.weight is not None
+        weight = self.weight.reshape(groups, self.weight.shape[0] // groups, -1)
+        if self.bias is None:
+            return weight
+        return torch.cat([weight, self.bias.reshape(groups, -1, 1)], 2)
+
+    @classmethod
+    def of(cls, matrix: Tensor, shape: torch.Size, has_bias: bool) -> "Update":
+        """Inverse of `matrix`, for a weight of this shape."""
+        width = matrix.shape[2] - has_bias
+        return cls(matrix[:, :, :width].reshape(shape), matrix[:, :, -1].reshape(-1) if has_bias else None)
+
+
+@dataclass(slots=True)
+class LinearCall:
+    """What a rule sees of one call of a linear map in one backward pass.
+
+    Attributes:
+        name: name of the layer: the module's path, or that of the parameter.
+        map: how the call reads as a linear map.
+        a: input of the linear map.
+        delta: gradient of the loss at the call's output.
+        weight: the canonical weight (g · m, ...) that the forward used.
+        has_bias: whether a trainable bias is added.
+        health: where solvers count their fallbacks.
+        module: the module that owns the weight, or None for a weight that no module owns.
+        energy: how large a random backward value arrives at this output (`plywise.engine.backward_scale`);
+            None unless the rule asked for it.
+        memory: the layer's running state (`plywise.engine.contract.StatefulRule`); empty for most rules.
+        waits: whether the optimizer's step will make the update from the gradient, so that backward must
+            leave the plain one.
+    """
+
+    name: str
+    map: LinearMap
+    a: Tensor
+    delta: Tensor
+    weight: Tensor
+    has_bias: bool
+    health: Health
+    module: nn.Module | None = None
+    energy: Tensor | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    waits: bool = False
+
+    def times(self, scale: float) -> "LinearCall":
+        """The same problem with Δ multiplied by ``scale`` (cheaper than scaling an update: Δ is smaller)."""
+        return self if scale == 1 else replace(self, delta=self.delta * scale)
+
+    # ---- sizes -------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> int:
+        """Independent linear maps side by side, g."""
+        return self.map.groups
+
+    @property
+    def samples(self) -> int:
+        """Samples in the batch: the first dimension of the input (1 for an unbatched linear input)."""
+        return self.map.sample_count(self.a)
+
+    @property
+    def row_count(self) -> int:
+        """Rows of A, n: samples × positions."""
+        return self.map.row_count(self.delta)
+
+    @property
+    def width(self) -> int:
+        """Columns of A without the bias, d."""
+        return self.map.width(self.weight)
+
+    @property
+    def columns(self) -> int:
+        """Columns of A with the bias's column of ones."""
+        return self.width + self.has_bias
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of one group, m."""
+        return self.weight.shape[0] // self.groups
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of statistics and solves: the call's own, float32 at least."""
+        return torch.promote_types(self.delta.dtype, torch.float32)
+
+    # ---- the two answers of backpropagation --------------------------------------------------
+
+    def gradient(self, delta: Tensor | None = None) -> Update:
+        """``ΔᵀA`` and ``Δᵀ1``: backpropagation's update, with another Δ if given."""
+        delta = self.delta if delta is None else delta
+        return Update(self.weight_gradient(delta), self.bias_gradient(delta))
+
+    def weight_gradient(self, delta: Tensor) -> Tensor:
+        """``ΔᵀA`` in the shape of the weight, in the dtype of ``delta``."""
+        return self.map.weight_gradient(self.cast_input(delta.dtype), delta, self.weight)
+
+    def bias_gradient(self, delta: Tensor) -> Tensor | None:
+        """``Δᵀ1``, or None without a bias."""
+        return self.map.bias_gradient(delta) if self.has_bias else None
+
+    def input_gradient(self, delta: Tensor | None = None) -> Tensor:
+        """``ΔW``: what backpropagation sends down, with another Δ if given."""
+        delta = self.delta if delta is None else delta
+        if not self.map.sends_below:
+            return delta  # autograd's own graph goes on from it
+        a, weight, dtype = self.a, self.weight, delta.dtype
+        if a.dtype != dtype or weight.dtype != dtype:
+            a, weight = a.to(dtype), weight.to(dtype)
+        return self.map.input_gradient(a, delta, weight)
+
+    def apply(self, a: Tensor, weight: Tensor) -> Tensor:
+        """``A Wᵀ`` of another input or another weight."""
+        return self.map.apply(a, weight)
+
+    def cast_input(self, dtype: torch.dtype) -> Tensor:
+        """The input in this dtype; indices stay indices."""
+        return self.a if self.a.dtype == dtype else self.map.cast(self.a, dtype)
+
+    # ---- the call as matrices ----------------------------------------------------------------
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """``[A, 1]``, (g, n, k): the rows, with a trailing 1 where there is a bias."""
+        rows = self.map.rows(self.cast_input(dtype)).to(dtype)
+        if not self.has_bias:
+            return rows
+        return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+
+    def delta_rows(self, dtype: torch.dtype | None = None) -> Tensor:
+        """``Δ`` as rows, (g, n, m)."""
+        return self.map.delta_rows(self.delta.to(dtype or self.dtype))
+
+    def from_delta_rows(self, rows: Tensor) -> Tensor:
+        """Rows of another Δ in the shape of this call's output; their dtype is kept until they meet A."""
+        return self.map.from_delta_rows(rows, self.delta)
+
+    def scale_rows(self, factors: Tensor) -> Tensor:
+        """Δ with row i multiplied by ``factors[:, i]``, in the dtype of solves."""
+        return self.map.scale_rows(self.delta.to(self.dtype), factors)
+
+    def matrix(self, update: Update) -> Tensor:
+        """An update as one matrix (g, m, k): the weight's columns, then the bias's."""
+        return update.matrix(self.groups)
+
+    def update(self, matrix: Tensor) -> Update:
+        """Inverse of `matrix`."""
+        return Update.of(matrix, self.weight.shape, self.has_bias)
+
+    # ---- statistics of the rows --------------------------------------------------------------
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """``[A,1]ᵀ[A,1]``, (g, k, k); its lower triangle is promised."""
+        a = self.cast_input(dtype)
+        gram = self.map.gram(a).to(dtype)
+        return self._add_border(gram, self.map.sums(a), self.row_count) if self.has_bias else gram
+
+    def _add_border(self, gram: Tensor, sums: Tensor, rows: int) -> Tensor:
+        """The Gram with the row of the bias's column of ones below it."""
+        border = torch.cat([sums, sums.new_full((self.groups, 1), rows)], 1).unsqueeze(1)
+        return torch.cat([torch.nn.functional.pad(gram, (0, 1)), border.to(gram.dtype)], 1)
+
+    def sampled_gram(self, dtype: torch.dtype, every: int, turn: int) -> tuple[Tensor, int]:
+        """`gram` of a sample of the rows, and how many they are (see `LinearMap.sample_positions`)."""
+        gram, sums, rows = self.map.sample_positions(self.cast_input(dtype), every, turn)
+        gram = gram.to(dtype)
+        return (self._add_border(gram, sums, rows) if self.has_bias else gram), rows
+
+    def dual_gram(self, dtype: torch.dtype) -> Tensor:
+        """``[A,1][A,1]ᵀ``, (g, n, n); its lower triangle is promised."""
+        gram = lower_product(self.map.rows(self.cast_input(dtype)).to(dtype))
+        return gram.add_(1) if self.has_bias else gram
+
+    def mean_row(self, dtype: torch.dtype) -> Tensor:
+        """Mean of the rows of A, (g, d)."""
+        return self.map.sums(self.cast_input(dtype)).to(dtype) / self.row_count
+
+    def square_norms(self) -> Tensor:
+        """``‖[a_i, 1]‖²`` of each row, (g, n)."""
+        return self.map.square_norms(self.cast_input(self.dtype)).to(self.dtype) + int(self.has_bias)
+
+    def trace(self, with_bias: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+        """``‖[A,1]‖²_F``, (g,); without the column of ones if asked."""
+        dtype = dtype or self.dtype
+        trace = self.map.trace(self.cast_input(dtype)).to(dtype)
+        return trace + self.row_count if self.has_bias and with_bias else trace
+
+    def matching_trace(self) -> Tensor:
+        """``‖J‖²_F / dim(input)`` of this call's map, see `LinearMap.matching_trace`."""
+        return self.map.matching_trace(self.a, self.delta, self.weight)

@@ -1,0 +1,191 @@
+"""What lies below a node of autograd's graph: captured calls, and what the running backward wants of them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plywise.engine.captured_call import TappedCall, _find_wanted, _find_wanted_of_tap
+from plywise.errors import PlywiseError
+
+REENTRANT = "CheckpointFunctionBackward"
+"""Part of the name of a reentrant checkpoint's node, which hides the graph inside of it."""
+
+KEPT_PASSES = 64
+"""Backward passes that are remembered; several can run at the same time."""
+
+
+def is_call(node: Any, responder: Any = None) -> bool:
+    """Whether a node is a captured call (of this responder, if one is given)."""
+    site = getattr(node, "site", None)
+    return site is not None and (responder is None or site.responder is responder)
+
+
+def find_calls(start: Any, responder: Any, name: str) -> tuple[list[Any], list[Any]]:
+    """The responder's captured calls below a node, and those of them with no other call below.
+
+    Args:
+        start: a node of autograd's graph; None where nothing is below.
+        responder: whose calls.
+        name: name of the layer from which the search starts, for the error's text.
+
+    Raises:
+        PlywiseError: a reentrant checkpoint hides a part of the graph.
+    """
+    calls, lowest = [], []
+    reaches: dict[Any, bool] = {}  # for each node, whether there is a call at it or below
+    stack = [(start, False)]
+    while stack:
+        node, is_done = stack.pop()
+        if is_done:
+            below = any(reaches[source] for source, _ in node.next_functions if source is not None)
+            if is_call(node, responder):
+                calls.append(node)
+                if not below:
+                    lowest.append(node)
+                below = True
+            reaches[node] = below
+        elif node is not None and node not in reaches:
+            if REENTRANT in type(node).__name__:
+                raise PlywiseError(
+                    f"Back-matching's rate needs the whole graph, but below layer {name!r} a reentrant "
+                    "checkpoint hides a part of it. Use torch.utils.checkpoint with use_reentrant=False."
+                )
+            reaches[node] = False
+            stack.append((node, True))
+            stack.extend((source, False) for source, _ in node.next_functions)
+    return calls, lowest
+
+
+def find_wanting(start: Any, responder: Any) -> Any:
+    """A call at or below a node whose update the running backward wants; None if there is none.
+
+    There is none where only gradients at inputs are asked for (``torch.autograd.grad(output, x)``), or where
+    all weights below are frozen. Calls that were looked at in this backward are not looked at again.
+    """
+    task = torch._C._current_graph_task_id()
+    seen: set[Any] = set()
+    met: list[Any] = []
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if REENTRANT in type(node).__name__:
+            return node  # torch refuses it where only some gradients are asked for
+        if is_call(node, responder):
+            if getattr(node, "wants_none_in", -1) == task:
+                continue
+            if wants_update(node):
+                return node
+            met.append(node)
+        stack.extend(source for source, _ in node.next_functions)
+    for node in met:
+        node.wants_none_in = task
+    return None
+
+
+def wants_update(node: Any) -> bool:
+    """Whether the running backward wants the gradient of a captured call's weight or bias."""
+    if type(node)._forward_cls is TappedCall:
+        return any(_find_wanted_of_tap(node))
+    return any(_find_wanted(node, 3)[1:])
+
+
+def is_asked_for(source: Any) -> bool:
+    """Whether `torch.autograd.grad` has been asked for the gradient of this leaf, which skips its hooks."""
+    if not hasattr(source, "variable"):
+        return False
+    try:
+        torch._C._will_engine_execute_node(source)
+    except RuntimeError:  # just what the engine does not say
+        return True
+    return False
+
+
+def find_asked_leaves(start: Any) -> list[Tensor]:
+    """The leaves below a node whose gradients `torch.autograd.grad` has been asked for."""
+    return [node.variable for node in find_leaf_nodes(start) if is_asked_for(node)]
+
+
+def find_leaf_nodes(start: Any) -> list[Any]:
+    """The nodes below a node that accumulate a leaf's gradient."""
+    seen: set[Any] = set()
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(source for source, _ in node.next_functions)
+    return [node for node in seen if hasattr(node, "variable")]
+
+
+_training: set[object] = set()
+
+
+@contextmanager
+def train_by_inputs() -> Iterator[None]:
+    """Backward passes inside train, though they ask for gradients at inputs only: altered values go down.
+
+    Activation relaxation and interlocking carry a rule's values from block to block that way.
+    """
+    token = object()
+    _training.add(token)
+    try:
+        yield
+    finally:
+        _training.remove(token)
+
+
+class AlteredPasses:
+    """The backward passes in which a rule sends other values down than gradients.
+
+    Those are the passes that want updates of the rule: where only gradients at inputs are asked for, they are
+    the plain ones.
+
+    Args:
+        responder: whose calls.
+        refuse: called with a leaf that `torch.autograd.grad` asks for in such a pass; raises an error if its
+            gradient would be wrong. Leaves whose gradient arrives in ``.grad`` have hooks for that.
+    """
+
+    def __init__(self, responder: Any, refuse: Callable[[Tensor], None]) -> None:
+        self._responder = responder
+        self._refuse = refuse
+        self._tasks: dict[int, None] = {}
+
+    def __contains__(self, task: int) -> bool:
+        return task in self._tasks
+
+    def enter(self, node: Any) -> bool:
+        """Whether altered values go down in the running backward, which has come to this node."""
+        task = torch._C._current_graph_task_id()
+        if task in self._tasks:
+            return True
+        if torch.is_grad_enabled():  # a backward that is differentiated itself has autograd's own values
+            return False
+        wanting = find_wanting(node, self._responder)
+        if wanting is None and not _training:
+            return False
+        if wanting is not None and any(is_asked_for(source) for source, _ in wanting.next_functions):
+            for leaf in find_asked_leaves(node):
+                self._refuse(leaf)
+        self._add(task)
+        return True
+
+    def enter_apart(self, node: Any) -> bool:
+        """Altered values go down in a backward of inputs: that of the weights comes later (ZeroBubble)."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._tasks:
+            for leaf in find_leaf_nodes(node):
+                self._refuse(leaf.variable)
+            self._add(task)
+        return True
+
+    def _add(self, task: int) -> None:
+        if len(self._tasks) >= KEPT_PASSES:
+            del self._tasks[next(iter(self._tasks))]
+        self._tasks[task] = None

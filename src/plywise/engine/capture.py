@@ -1,0 +1,279 @@
+"""How A and Δ reach a rule on an unmodified model: calls of linear maps are captured while they happen.
+
+Hooks of the modules that own parameters enter and leave a `torch.overrides.TorchFunctionMode`. While it is
+entered, `plywise.engine.readers` looks at each call of a torch function that can be linear in a parameter.
+Such a call runs as the forward of a `torch.autograd.Function` (`plywise.engine.captured_call`), whose
+backward asks the rule for both of its answers. So
+
+- whatever else makes a module's output (an adapter, a patched forward) keeps its own graph;
+- nothing is computed twice and nothing is kept that autograd would not keep (the input, the weight);
+- gradients arrive through autograd: accumulation, clipping, GradScaler and DDP see the rule's update;
+- a forward leaves no trace unless a backward passes through it.
+"""
+
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from plywise.engine.layouts import Layout
+from plywise.engine.maps.base import LinearMap
+from plywise.engine.sites import Site
+from plywise.engine.table import ParameterTable
+
+EXPLORED = 3
+"""Forwards of the whole model in which uses of parameters are noted."""
+
+_push: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_function_stack
+_pop: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
+_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+class ModelHook:
+    """A hook of ours on a user's module, which copies of the module do not inherit.
+
+    A copied or unpickled model carries a do-nothing of the standard library in its place.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # deepcopy and pickle of the model go this way. The fresh handle makes the unpickling process
+        # number its own hooks after ours: hook ids are per process, and flags are kept by id.
+        return getattr, (nullcontext(RemovableHandle(OrderedDict())), "__exit__")
+
+
+class CaptureMode(TorchFunctionMode):
+    """Sees each call of a torch function while a module of the model runs."""
+
+    def __init__(self, readers: dict[Any, Callable[..., Any]], capture: "Capture") -> None:
+        super().__init__()
+        self._readers = readers
+        self._capture = capture
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Hand the call to its reader, if there is one."""
+        if _is_compiling():
+            return _call_eagerly(self, func, args, kwargs)
+        return self.call(func, args, kwargs)
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        """Make a call: captured, if its reader finds a parameter that the rule takes."""
+        reader = self._readers.get(func)
+        if reader is None or not _grad_enabled() or _functorch_active():
+            output = func(*args, **kwargs) if kwargs else func(*args)
+            if self._capture.exploring:
+                self._capture.note_use(func, args, output)
+            return output
+        if forward_ad._current_level >= 0:
+            return _read_dual(reader, self._capture, func, args, kwargs or {})
+        output = reader(self._capture, func, args, kwargs or {})
+        if self._capture.exploring:
+            self._capture.note_use(func, args, output)
+        return output
+
+
+def _read_dual(
+    reader: Callable[..., Any], capture: "Capture", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Forward differentiation is autograd's own: its tangents, beside the captured call of the primals."""
+
+    def primal(value: Any) -> Any:
+        return forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
+
+    tangent = forward_ad.unpack_dual(func(*args, **kwargs)).tangent
+    bare = reader(
+        capture, func, tuple(map(primal, args)), {name: primal(value) for name, value in kwargs.items()}
+    )
+    return bare if tangent is None else forward_ad.make_dual(bare, tangent)
+
+
+class _Running(threading.local):
+    """The modules that run in a thread."""
+
+    def __init__(self) -> None:
+        self.outermost: nn.Module | None = None
+        self.innermost: nn.Module | None = None
+
+
+class Capture:
+    """Enters and leaves the mode as modules of one model run; each thread for itself.
+
+    Args:
+        readers: a reader for each torch function (`plywise.engine.readers`).
+        table: finds the parameters behind tensors.
+        takes: whether the rule may take a parameter.
+
+    Attributes:
+        exploring: whether uses of parameters that no reader knows are noted, in the first forwards.
+        paused: whether calls are left to autograd for now.
+    """
+
+    def __init__(
+        self,
+        readers: dict[Any, Callable[..., Any]],
+        table: ParameterTable,
+        takes: Callable[[Tensor | None], bool],
+    ) -> None:
+        self.takes = takes
+        self._mode = CaptureMode(readers, self)
+        self._table = table
+        self._handles: list[RemovableHandle] = []
+        self._passes = 0
+        self.local = _Running()
+        self.exploring = True
+        self.paused = False
+
+    def note_use(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Remember which function has used a parameter, should its gradient come without a captured call."""
+        if isinstance(output, Tensor) and output.grad_fn is not None and output._base is None:
+            self._table.note_use(getattr(func, "__name__", str(func)), args)
+
+    # ---- for readers -----------------------------------------------------------------------------
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The mode on again while a reader runs a function that calls others."""
+        _push(self._mode)
+        try:
+            yield
+        finally:
+            self._pop_mode()
+
+    def find_site(
+        self,
+        weight: Tensor,
+        map_: LinearMap,
+        layout: Layout,
+        bias: Tensor | None,
+        x: Tensor,
+        by_role: bool = True,
+    ) -> Site | None:
+        """The site of a call, or None if autograd must do it alone (see `ParameterTable.find_site`)."""
+        return self._table.find_site(weight, map_, layout, bias, x, self.local.innermost, by_role)
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter of the model, or a view of one: no input, then."""
+        return self._table.is_parameter(tensor)
+
+    def leave_alone(self, site: Site, reason: str) -> None:
+        """Leave a site's parameter to the optimizer from the next forward on."""
+        self._table.leave(site.entry, reason)
+
+    def install(self, modules: list[nn.Module]) -> None:
+        """Register the hooks that enter the mode; those that leave it follow where they are needed."""
+        for module in modules:
+            self._handles.append(module.register_forward_pre_hook(EnterHook(self), prepend=True))
+
+    def enter(self, module: nn.Module) -> None:
+        """A module begins to run, and no other one runs; or the last time has been interrupted."""
+        local = self.local
+        if local.outermost is module:
+            if _runs_twice(module):
+                return
+            self._pop_mode()  # an interrupt (Ctrl-C) has skipped the hook that leaves
+        local.outermost = local.innermost = None
+        if self.paused:
+            return
+        self._table.begin_pass()
+        self._passes += 1
+        self.exploring = self._passes <= EXPLORED
+        if not any(isinstance(h, LeaveHook) and h.capture is self for h in module._forward_hooks.values()):
+            hook = LeaveHook(self)
+            self._handles.append(module.register_forward_hook(hook, always_call=True))
+        local.outermost = local.innermost = module
+        _push(self._mode)
+
+    def leave(self, module: nn.Module) -> None:
+        """A module has run, or failed."""
+        local = self.local
+        if local.outermost is module:
+            local.outermost = local.innermost = None
+            self._pop_mode()
+
+    def close(self) -> None:
+        """Remove the hooks; take the mode off this thread's stack, should an interrupt have left it there."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.local.outermost is not None:
+            self.local.outermost = self.local.innermost = None
+            self._pop_mode()
+
+    def _pop_mode(self) -> None:
+        others = []
+        while torch._C._len_torch_function_stack():
+            mode = _pop()
+            if mode is self._mode:
+                break
+            others.append(mode)  # another rule's, entered after ours
+        for mode in reversed(others):
+            _push(mode)
+
+
+def _runs_twice(module: nn.Module) -> bool:
+    """Whether ``module`` is really running already (a recursive model), by the frames of this thread."""
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        count += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return count > 1
+
+
+class EnterHook(ModelHook):
+    """Forward pre-hook of a module with parameters in it."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Enter the mode, if this module is the outermost."""
+        if _is_compiling():
+            _enter_eagerly(self.capture, module)
+            return
+        local = self.capture.local
+        if local.outermost is None or local.outermost is module:
+            self.capture.enter(module)
+        else:
+            local.innermost = module
+
+
+class LeaveHook(ModelHook):
+    """Forward hook of the same module; called after exceptions, too."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Leave the mode, if this module is the outermost."""
+        if _is_compiling():
+            _leave_eagerly(self.capture, module)
+        else:
+            self.capture.leave(module)
+
+
+# torch.compile cannot trace what enters a mode or looks at its data: it stops there and runs it as it is
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _call_eagerly(mode: CaptureMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    return mode.call(func, args, kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _enter_eagerly(capture: Capture, module: nn.Module) -> None:
+    if capture.local.outermost is None or capture.local.outermost is module:
+        capture.enter(module)
+    else:
+        capture.local.innermost = module
+
+
+_leave_eagerly = torch.compiler.disable(Capture.leave)

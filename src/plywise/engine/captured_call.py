@@ -1,0 +1,229 @@
+"""The two nodes that stand for a captured call in autograd's graph; their backward asks the rule.
+
+`CapturedCall` runs the call itself and makes the gradient at its input. `TappedCall` stands beside autograd's
+own graph, which makes it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from plywise.engine.call import Update
+from plywise.engine.layouts import PLAIN
+from plywise.engine.sites import Site
+
+Run = Callable[..., Tensor]
+"""The call itself: input (or inputs), weight and bias to the output."""
+
+_grad_enabled = torch.is_grad_enabled
+_autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
+
+
+class Responder(Protocol):
+    """Answers for a captured call in backward."""
+
+    def respond(
+        self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
+    ) -> tuple[Update, Tensor | None]:
+        """How the layer moves, and the gradient at the call's input."""
+
+
+class CapturedCall(torch.autograd.Function):
+    """A call of a linear map whose input gradient the map itself can make (linear layers, convolutions)."""
+
+    @staticmethod
+    def forward(ctx: Any, site: Site, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the call; keep what autograd would keep."""
+        output = run(x, weight, bias)
+        ctx.site, ctx.run = site, run
+        ctx.has_bias = bias is not None and bias.requires_grad  # a frozen bias is a constant
+        dtype, input_dtype = output.dtype, x.dtype
+        ctx.input_dtype = None if dtype is input_dtype else input_dtype
+        ctx.save_for_backward(x if dtype is input_dtype else x.to(dtype), weight)
+        # a view made here could not be changed in place afterwards
+        return output if output._base is None else output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Ask the rule for the update and for the gradient at the input."""
+        a, weight = ctx.saved_tensors
+        wants_below, wants_weight, wants_bias = _find_wanted(ctx, 3)
+        if _grad_enabled():
+            return _differentiate(ctx, a, weight, delta, (wants_below, wants_weight, wants_bias))
+        update, below = _ask(ctx, a, weight, delta, wants_weight or wants_bias, wants_below)
+        if below is not None and ctx.input_dtype is not None:
+            below = below.to(ctx.input_dtype)
+        return None, None, below, *_fit(ctx, update, weight, delta, wants_weight, wants_bias)
+
+
+class TappedCall(torch.autograd.Function):
+    """A call of a linear map beside autograd's own graph, which sends the gradient down.
+
+    ``output`` was made by autograd from the detached weight; this node adds the weight's and the bias's
+    edges. ``box`` holds the same numbers: a tensor argument handed back would count as a view.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        site: Site,
+        run: Run,
+        box: list[Any],
+        output: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *inputs: Tensor,
+    ) -> Tensor:
+        """Hand back the output in ``box``; keep what the map's input is prepared from."""
+        ctx.site, ctx.run = site, run
+        value, ctx.prepare, kept = box
+        ctx.has_bias = bias is not None and bias.requires_grad
+        ctx.input_count = len(inputs)
+        ctx.save_for_backward(weight, *inputs, *kept)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Ask the rule for the update, and send (its) Δ on to autograd's own graph."""
+        weight, *kept = ctx.saved_tensors
+        wants_weight, wants_bias = _find_wanted_of_tap(ctx)
+        if _grad_enabled():
+            return _differentiate_tap(ctx, weight, kept, delta, (wants_weight, wants_bias))
+        with torch.no_grad():
+            a = ctx.prepare(*kept)
+        update, below = _ask(ctx, a, weight, delta, wants_weight or wants_bias, True)
+        answers = _fit(ctx, update, weight, delta, wants_weight, wants_bias)
+        return None, None, None, below, *answers, *[None] * ctx.input_count
+
+
+apply_captured = super(torch.autograd.Function, CapturedCall).apply
+"""``CapturedCall.apply`` without the look for torch.func, which `CaptureMode` has done."""
+apply_tapped = super(torch.autograd.Function, TappedCall).apply
+
+
+def _ask(
+    ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
+) -> tuple[Update, Tensor | None]:
+    respond = ctx.site.responder.respond
+    if _autocasts() and torch.is_autocast_enabled(delta.device.type):  # that is meant for the network
+        with torch.autocast(delta.device.type, enabled=False):
+            return respond(ctx, a, weight, delta, wants_update, wants_below)
+    return respond(ctx, a, weight, delta, wants_update, wants_below)
+
+
+def _fit(
+    ctx: Any, update: Update, weight: Tensor, delta: Tensor, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """An update in the layout and dtype of the stored parameters."""
+    site, of_bias = ctx.site, None
+    of_weight = update.weight if wants_weight else None
+    if of_weight is not None:
+        if site.layout is not PLAIN or of_weight.dim() != weight.dim():
+            of_weight = site.layout.from_canonical(of_weight, weight.shape)
+        if of_weight.dtype is not weight.dtype:
+            of_weight = of_weight.to(weight.dtype)
+    if wants_bias:
+        of_bias = update.bias
+        if of_bias is None:  # it is no part of the local problem: its plain gradient
+            of_bias = site.map.bias_gradient(delta)
+        if site.bias_shape is not None:
+            of_bias = of_bias.reshape(site.bias_shape)
+        if of_bias.dtype is not weight.dtype:
+            of_bias = of_bias.to(weight.dtype)
+    return of_weight, of_bias
+
+
+def _find_wanted(node: Any, count: int) -> list[bool]:
+    """Whether this backward has a use for the gradients of the last ``count`` arguments.
+
+    Autograd says which inputs need a gradient at all. ``torch.autograd.grad`` and ``backward(inputs=...)``
+    want only some of them, and the engine knows which; it drops the others, so none of them is computed.
+    """
+    # a missing bias is needed by nobody, and no edge stands for it
+    edges = node.next_functions
+    return [
+        needed and _is_executed(edges[place][0])
+        for place, needed in enumerate(node.needs_input_grad[-count:])
+    ]
+
+
+def _find_wanted_of_tap(node: Any) -> tuple[bool, bool]:
+    needs, edges = node.needs_input_grad, node.next_functions
+    wants_weight = needs[4] and _is_executed(edges[1][0])
+    return wants_weight, needs[5] and _is_executed(edges[2][0])
+
+
+def _is_executed(source: Any) -> bool:
+    """Whether the running backward goes on to ``source``; true where the engine does not say."""
+    try:
+        return _will_execute(source)
+    except RuntimeError:  # the engine refuses leaves that torch.autograd.grad asks for: they are wanted
+        return True
+
+
+# ---- a backward that is differentiated itself -----------------------------------------------------
+
+
+def _differentiate(
+    ctx: Any, x: Tensor, weight: Tensor, delta: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Answers of a backward with ``create_graph=True``.
+
+    The gradient at the input is autograd's own, with its graph. The update has the rule's value and the
+    derivative of the plain gradient: a rule's update is not a derivative, so it has none of its own.
+    """
+    wants_below, wants_weight, wants_bias = wanted
+    sources = [t for t, wants in ((x, wants_below), (weight, wants_weight)) if wants]
+    below = of_weight = None
+    if sources:
+        output = ctx.run(x, weight, None)
+        found = list(torch.autograd.grad(output, sources, delta, create_graph=True, materialize_grads=True))
+        below = found.pop(0) if wants_below else None
+        of_weight = found.pop(0) if wants_weight else None
+    parts = _carry_rule(ctx, x, weight, delta, of_weight, wants_weight, wants_bias)
+    return None, None, below, *parts
+
+
+def _differentiate_tap(
+    ctx: Any, weight: Tensor, kept: list[Tensor], delta: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, ...]:
+    wants_weight, wants_bias = wanted
+    inputs = kept[: ctx.input_count]
+    needed = [x for x in inputs if x.requires_grad]
+    sources = [*needed, *([weight] if wants_weight else [])]
+    found: list[Tensor] = []
+    if sources:
+        output = ctx.run(*inputs, weight, None)
+        found = list(torch.autograd.grad(output, sources, delta, create_graph=True, materialize_grads=True))
+    of_weight = found.pop() if wants_weight else None
+    below = [found.pop(0) if x.requires_grad else None for x in inputs]
+    with torch.no_grad():
+        a = ctx.prepare(*kept)
+    parts = _carry_rule(ctx, a, weight, delta, of_weight, wants_weight, wants_bias)
+    return None, None, None, None, *parts, *below
+
+
+def _carry_rule(
+    ctx: Any,
+    a: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    of_weight: Tensor | None,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rule's values on the plain gradients' graphs."""
+    with torch.no_grad():
+        update, _ = _ask(ctx, a.detach(), weight.detach(), delta.detach(), wants_weight or wants_bias, False)
+        values = _fit(ctx, update, weight, delta, wants_weight, wants_bias)
+    of_bias = ctx.site.map.bias_gradient(delta) if wants_bias else None
+    if of_bias is not None and ctx.site.bias_shape is not None:
+        of_bias = of_bias.reshape(ctx.site.bias_shape)
+    first, second = (
+        plain if plain is None or value is None else plain + (value - plain.detach())
+        for plain, value in zip((of_weight, of_bias), values, strict=True)
+    )
+    return first, second

@@ -1,0 +1,182 @@
+"""The contract of a rule: pure mathematics. How rules are attached is in `plywise.engine.rule`."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.explain import Size
+from plywise.engine.health import Health
+from plywise.engine.selection import MATRICES
+
+State = Mapping[str, Tensor]
+"""What one layer's running state holds, tensors by name; empty at first. Part of the optimizer's state."""
+
+Evidence = dict[str, Tensor]
+"""What one backward pass says of a layer: sums, so that those of micro-batches and processes add.
+
+``"rows"`` counts what was summed (a 0-dimensional tensor); evidence of no rows is not learned.
+"""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensors by name: their shapes."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's sizes, and where its statistics live.
+
+    Attributes:
+        groups: independent linear maps side by side, g.
+        outputs: outputs of one group, m.
+        columns: inputs of one group with the bias's column, k.
+        dtype: dtype of statistics, float32 at least.
+        device: the weight's device.
+    """
+
+    groups: int
+    outputs: int
+    columns: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+RENAMED = {
+    "move": "update",
+    "below": "input_gradient",
+    "heard": "backward_value",
+    "needs_energy": "needs_backward_scale",
+    "shrink": "clip_update",
+    "shrinks": "clips_updates",
+    "price": "estimate_cost",
+    "treatment": "describe",
+}
+"""Methods of rules written for plywise 0.1, and what they are called now."""
+
+
+class RuleContract(ABC):
+    """What a rule computes; see `plywise.Rule`, which adds attaching."""
+
+    kinds: ClassVar[tuple[str, ...]] = MATRICES
+    """The kinds of linear maps that the rule takes unless ``attach(kinds=...)`` says otherwise."""
+
+    needs_backward_scale: ClassVar[bool] = False
+    """Whether `LinearCall.energy` is to be measured (see `plywise.engine.backward_scale`)."""
+
+    measure_every: int = 10
+    """Steps from one measurement of the backward scale to the next."""
+
+    remembers: ClassVar[bool] = False
+    """Whether layers keep a running state between steps (`StatefulContract`)."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for old, new in RENAMED.items():
+            if old in cls.__dict__ and new not in cls.__dict__:
+                warnings.warn(
+                    f"{cls.__name__}.{old} is called {new} since plywise 0.2: rename it.",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                setattr(cls, new, cls.__dict__[old])
+
+    @abstractmethod
+    def update(self, call: LinearCall) -> Update:
+        """How the layer's weight and bias move; takes the place of their gradients."""
+
+    def input_gradient(self, call: LinearCall) -> Tensor:
+        """What is sent to the layer below; takes the place of the gradient at the call's input."""
+        return call.input_gradient()
+
+    def backward_value(self, call: LinearCall) -> Tensor:
+        """The backward value at the layer's output in the rule's own units (for diagnostics)."""
+        return call.delta
+
+    @property
+    def alters_backward(self) -> bool:
+        """Whether `input_gradient` may differ from backpropagation's ``ΔW``."""
+        return type(self).input_gradient is not RuleContract.input_gradient
+
+    def module_hook(self) -> Any:
+        """A forward hook for modules between layers (its ``types``), or None."""
+        return None
+
+    def clip_update(self, weight: Tensor, update: Tensor) -> float:
+        """Factor in (0, 1] for a layer's accumulated update, e.g. a cap relative to ``weight``.
+
+        Not linear in Δ, so it acts once, on the accumulated ``.grad`` before the optimizer's step; on
+        each backward's update only if the rule was attached without the optimizer.
+        """
+        return 1.0
+
+    def clips_updates(self) -> bool:
+        """Whether `clip_update` does anything."""
+        return type(self).clip_update is not RuleContract.clip_update
+
+    @abstractmethod
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
+        """Extra floating-point operations and extra floats held while a layer's backward runs."""
+
+    def describe(self, size: Size | None) -> str:
+        """What `explain` says of a handled layer of this size; the rule's name by default."""
+        return type(self).__name__
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({settings})"
+
+
+class StatefulContract(RuleContract):
+    """What a rule with a running state computes besides; see `plywise.StatefulRule`."""
+
+    remembers: ClassVar[bool] = True
+
+    stats_every: int = 1
+    """Steps from one gathering of evidence to the next."""
+
+    refresh_every: int = 1
+    """Steps from one refresh to the next, a multiple of ``stats_every``."""
+
+    @abstractmethod
+    def gather(self, call: LinearCall, turn: int) -> Evidence:
+        """What this backward pass says of the layer; ``turn`` counts the gatherings so far."""
+
+    @abstractmethod
+    def evidence_shapes(self, shape: LayerShape) -> Shapes:
+        """Names and shapes of a layer's evidence."""
+
+    @abstractmethod
+    def learn(self, memory: State, evidence: Evidence) -> State:
+        """What changes in the state by this evidence; cheap, for every process does it."""
+
+    @abstractmethod
+    def learned_shapes(self, shape: LayerShape) -> Shapes:
+        """Names and shapes of what `learn` returns."""
+
+    def refresh(self, memory: State, name: str, health: Health) -> State:
+        """The expensive part of learning, done by one process for all: something of `refreshed_shapes`."""
+        return {}
+
+    def refreshed_shapes(self, shape: LayerShape) -> Shapes:
+        """Names and shapes of what `refresh` returns."""
+        return {}
+
+    def refresh_cost(self, shape: LayerShape) -> float:
+        """What `refresh` costs for a layer, in any unit: decides which process does it, and in which step."""
+        return 0.0
+
+    def in_backward(self, memory: State, shape: LayerShape) -> bool:
+        """Whether, between refreshes, backward itself makes the update."""
+        return False
+
+    def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
+        """At the step: the update made from the gradient at hand, and what changes in the state.
+
+        Called in every step that refreshes, and in the others unless the rule acts `in_backward`.
+        """
+        return gradient, {}

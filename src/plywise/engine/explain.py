@@ -1,0 +1,152 @@
+"""What a rule does to a model: the share of its parameters first, then one row for each map."""
+
+from dataclasses import dataclass
+
+HALF = 0.5
+"""Below this share of handled parameters an explanation warns."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of one layer's problem: ``n`` rows, ``d`` inputs (with bias), ``m`` outputs, ``g`` groups."""
+
+    n: int
+    d: int
+    m: int
+    g: int
+
+    @property
+    def plain(self) -> float:
+        """Floating-point operations of the layer's forward and backward."""
+        return 6.0 * self.g * self.n * self.d * self.m
+
+    @property
+    def exact_solve(self) -> float:
+        """Operations of a Gram's lower half, its inverse, and the product with it."""
+        k = min(self.n, self.d)
+        gram = k * k * max(self.n, self.d)
+        other = self.m if self.n > self.d else min(self.d, self.m)
+        return float(self.g * (gram + k**3 + 2 * k * k * other))
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One map's line in an explanation, or that of parameters that are left to the optimizer.
+
+    Attributes:
+        name: qualified name of the layer, or of the parameter.
+        type: class of the module.
+        shape: shape of its weight, e.g. ``"256×784"``.
+        handled: whether the rule handles it.
+        treatment: what happens to it.
+        reason: why.
+        memory: extra bytes while its backward runs, or None if not known before the first batch.
+        cost: extra floating-point operations over those of its plain step, or None likewise.
+        events: what did not go the plain way so far, e.g. ``{"solved in float64": 3}``.
+        parameters: number of parameters in this row.
+        passes: backward passes in which the rule has answered for it.
+        is_new: whether it was found after the rule was attached.
+    """
+
+    name: str
+    type: str
+    shape: str
+    handled: bool
+    treatment: str
+    reason: str
+    memory: float | None
+    cost: float | None
+    events: dict[str, int]
+    parameters: int = 0
+    passes: int = 0
+    is_new: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A table of `LayerRow`; ``print`` it.
+
+    Attributes:
+        title: the rule and the model.
+        rows: one for each map or group of parameters.
+        steps: optimizer steps that the rule has seen; None without an optimizer.
+    """
+
+    title: str
+    rows: list[LayerRow]
+    steps: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """Share of the parameters that the rule handles, 0 to 1."""
+        handled = sum(row.parameters for row in self.rows if row.handled)
+        return handled / self.parameters if self.parameters else 0.0
+
+    def __str__(self) -> str:
+        header = ["layer", "type", "weight", "treatment", "why", "seen", "memory", "cost"]
+        cells = [
+            [
+                *(row.name or "(model)", row.type, row.shape, row.treatment, format_reason(row)),
+                *(format_passes(row), format_bytes(row), format_cost(row)),
+            ]
+            for row in self.rows
+        ]
+        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in [header, *cells]
+        ]
+        note = "cost: extra floating-point operations, relative to the layer's forward and backward."
+        return "\n".join([*self.summary(), *lines, note])
+
+    def summary(self) -> list[str]:
+        """The sentences above the table."""
+        handled = sum(row.handled for row in self.rows)
+        steps = "" if self.steps is None else f", {self.steps} steps seen"
+        lines = [
+            f"{self.title}: {100 * self.share:.0f} % of {self.parameters:,} parameters handled, "
+            f"{handled} of {len(self.rows)} layers{steps}"
+        ]
+        if self.parameters and self.share < HALF:
+            largest = max((row for row in self.rows if not row.handled), key=lambda row: row.parameters)
+            lines.append(
+                f"Warning: more than half of the parameters are left to the optimizer, most of them in "
+                f"{largest.name or '(model)'!r} ({largest.type}): {largest.reason}."
+            )
+        return lines
+
+
+def format_reason(row: LayerRow) -> str:
+    """The reason, with what is new and what did not go the plain way so far."""
+    events = ", ".join(f"{count}× {event}" for event, count in row.events.items())
+    reason = f"{row.reason}; new since attach" if row.is_new else row.reason
+    return f"{reason}; {events}" if events else reason
+
+
+def format_passes(row: LayerRow) -> str:
+    """In how many backward passes the rule has answered."""
+    return f"{row.passes}×" if row.handled else ""
+
+
+def format_bytes(row: LayerRow) -> str:
+    """Extra memory for people."""
+    if not row.handled:
+        return "0"
+    if row.memory is None:
+        return "after 1st batch"
+    value, units = row.memory, ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}"
+
+
+def format_cost(row: LayerRow) -> str:
+    """Extra arithmetic for people."""
+    if not row.handled:
+        return "0"
+    return "after 1st batch" if row.cost is None else f"+{100 * row.cost:.0f} %"

@@ -1,0 +1,70 @@
+"""Evidence on its way from backward to the optimizer's step: staged, then pending."""
+
+from dataclasses import dataclass
+
+import torch
+
+from plywise.engine.contract import Evidence
+
+KEPT_PASSES = 64
+"""Backward passes whose evidence is kept until their gradient arrives."""
+
+
+@dataclass
+class Pending:
+    """Evidence whose gradient is in ``.grad``, waiting for the step.
+
+    Attributes:
+        waits: whether that gradient is the plain one, from which the step makes the update.
+        evidence: summed over the backward passes so far; empty in a step that gathers none.
+        mark: which tensor ``.grad`` was when the last one arrived, and how often written to.
+    """
+
+    waits: bool
+    evidence: Evidence
+    mark: tuple[int, int]
+
+
+class GatheredEvidence:
+    """The evidence of a step so far.
+
+    Attributes:
+        pending: by layer, what counts if the step is taken.
+    """
+
+    def __init__(self) -> None:
+        self.pending: dict[str, Pending] = {}
+        self._staged: dict[tuple[str, int], tuple[bool, Evidence]] = {}
+
+    def stage(self, name: str, waits: bool, evidence: Evidence) -> None:
+        """Keep what the running backward pass says of a layer; it does not count yet."""
+        key = name, torch._C._current_graph_task_id()
+        earlier = self._staged.get(key)
+        if earlier is not None:  # a layer called several times
+            evidence = add_evidence(earlier[1], evidence)
+        else:
+            for other in [k for k in self._staged if k[0] == name and k[1] < key[1] - KEPT_PASSES]:
+                del self._staged[other]  # passes that never arrived
+        self._staged[key] = waits, evidence
+
+    def has_staged(self, name: str) -> bool:
+        """Whether the running backward pass has said something of a layer."""
+        return (name, torch._C._current_graph_task_id()) in self._staged
+
+    def arrive(self, name: str, mark: tuple[int, int]) -> None:
+        """The gradient of a layer's weight has arrived in ``.grad``: its evidence counts."""
+        waits, evidence = self._staged.pop((name, torch._C._current_graph_task_id()))
+        pending = self.pending.get(name)
+        if pending is not None:
+            evidence = add_evidence(pending.evidence, evidence)
+        self.pending[name] = Pending(waits, evidence, mark)
+
+    def drop(self) -> None:
+        """The step does not happen, or has been taken."""
+        self._staged.clear()
+        self.pending.clear()
+
+
+def add_evidence(first: Evidence, second: Evidence) -> Evidence:
+    """The evidence of both; that of a step which gathers none is empty."""
+    return {key: first[key] + second[key] for key in second} if first and second else first or second

@@ -1,0 +1,35 @@
+"""Counters of everything that did not go the plain way: fallbacks of solvers, skipped steps."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from plywise.numerics.events import EIGENVALUES, FLOAT64, IDENTITY, NON_FINITE
+
+__all__ = ["BUFFERS", "EIGENVALUES", "FLOAT64", "IDENTITY", "NON_FINITE", "SKIPPED", "UNUSED", "Health"]
+
+SKIPPED = "step skipped"
+BUFFERS = "buffer is not finite"
+UNUSED = "the rule took no part in a step"
+
+
+@dataclass
+class Health:
+    """What happened, where, and how often.
+
+    Attributes:
+        counts: number of times for each (layer or parameter name, event).
+    """
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def note(self, name: str, event: str) -> None:
+        """Count one ``event`` of ``name``."""
+        self.counts[name, event] += 1
+
+    def total(self, event: str) -> int:
+        """How often ``event`` happened, over all names."""
+        return sum(count for (_, what), count in self.counts.items() if what == event)
+
+    def of(self, name: str) -> dict[str, int]:
+        """The events of one layer or parameter."""
+        return {event: count for (who, event), count in self.counts.items() if who == name}

@@ -1,0 +1,92 @@
+"""The layers whose running state is kept: those that torch's modules promise, and those that calls show."""
+
+from collections.abc import Iterable
+
+import torch
+
+from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.sites import ParameterEntry, Part, Site
+
+
+class KnownLayers:
+    """Layers by name, and in the model's order.
+
+    Args:
+        entries: the model's parameters, in its order.
+
+    Attributes:
+        by_name: the layers known so far.
+    """
+
+    def __init__(self, entries: Iterable[ParameterEntry]) -> None:
+        self.by_name: dict[str, LayerHandle] = {}
+        self._places: dict[ParameterEntry, int] = {}
+        self._sorted: list[LayerHandle] = []
+        for place, entry in enumerate(entries):
+            self._places[entry] = place
+            if not entry.why_left and entry.expected:
+                self._add(name_layer(entry), entry, None)
+
+    def add_site(self, site: Site) -> bool:
+        """Add a layer at its first call.
+
+        Returns:
+            Whether one running state will do: not so if calls use the same numbers in several ways.
+        """
+        known = self.by_name.get(site.name)
+        if known is not None and known.site is None:
+            known.site = site
+            return True
+        others = [layer.site for layer in self.of_weight(site.entry) if layer.site is not None]
+        if known is None:
+            expected = self.by_name.get(name_layer(site.entry))
+            if expected is not None and expected.site is None:  # its parts are used apart
+                del self.by_name[expected.name]
+            self._add(site.name, site.entry, site)
+        return all(_are_alike(other, site) for other in others if _do_overlap(other, site))
+
+    def _add(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
+        self.by_name[name] = LayerHandle(name, entry, site)
+        self._sorted.clear()
+
+    def of_weight(self, entry: ParameterEntry) -> list[LayerHandle]:
+        """The layers that one parameter makes: one, or several if its parts are used apart."""
+        return [layer for layer in self.by_name.values() if layer.entry is entry]
+
+    def in_order(self) -> list[LayerHandle]:
+        """The layers in the model's order, whatever the order of their first calls was."""
+        if not self._sorted:
+            self._sorted = sorted(self.by_name.values(), key=self._find_place)
+        return self._sorted
+
+    def _find_place(self, layer: LayerHandle) -> tuple[int, int]:
+        part = None if layer.site is None else layer.site.part
+        return self._places.get(layer.entry, len(self._places)), 0 if part is None else part[0]
+
+
+def name_layer(entry: ParameterEntry) -> str:
+    """What `Site.name` is if the whole parameter is used in one way."""
+    attribute = "" if entry.attribute == "weight" else entry.attribute
+    return ".".join(filter(None, (entry.layer, attribute)))
+
+
+def _do_overlap(first: Site, second: Site) -> bool:
+    """Whether two ways of using a parameter have numbers of it in common."""
+    if first.part is None or second.part is None:
+        return True
+    used = torch.zeros(max(_find_end(first.part), _find_end(second.part)), dtype=torch.bool)
+    offset, shape, strides = first.part
+    used.as_strided(shape, strides, offset).fill_(True)
+    offset, shape, strides = second.part
+    return bool(used.as_strided(shape, strides, offset).any())
+
+
+def _are_alike(first: Site, second: Site) -> bool:
+    """Whether two ways of using a parameter may share a state: they differ in strides and the like only."""
+    return (first.part, first.layout, first.map.groups) == (second.part, second.layout, second.map.groups)
+
+
+def _find_end(part: Part) -> int:
+    """The first place of the whole parameter behind a part."""
+    offset, shape, strides = part
+    return offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1

@@ -1,0 +1,184 @@
+"""A layer whose running state is kept: its parameters, looked up in each step, and its sizes."""
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from plywise.engine.call import Update
+from plywise.engine.contract import LayerShape
+from plywise.engine.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, transposed_convolution
+from plywise.engine.sharding import mark_gradient
+from plywise.engine.sites import ParameterEntry, Site
+from plywise.errors import AttachError
+
+COMING = -1
+"""Stands for a gradient that is not in its place yet."""
+
+
+class LayerHandle:
+    """A layer with a running state.
+
+    Args:
+        name: its name.
+        entry: the parameter that is its weight.
+        site: the calls that use it; None before the first of them.
+
+    Attributes:
+        wholes: whole gradients of sharded parameters by the parameter's id, while this process has them.
+    """
+
+    def __init__(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
+        self.name = name
+        self.entry = entry
+        self.site = site
+        self.wholes: dict[int, Tensor] = {}
+        self._module: weakref.ref[nn.Module] = entry.owners[0][1]
+
+    @property
+    def gone(self) -> bool:
+        """Whether the model is gone, while its optimizer lives on."""
+        return self._module() is None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that the rule was attached to."""
+        module, weight = self._module(), self.entry.parameter()
+        current = None if module is None else module._parameters.get(self.entry.attribute)
+        sharding = self.entry.sharding
+        stands_in = sharding is not None and current is sharding.whole
+        if weight is None or current is None or not (current is weight or stands_in):
+            raise AttachError(
+                f"The weight of layer {self.name!r} is not the parameter that the rule was attached to "
+                "(replaced by load_state_dict(assign=True) or a parametrization?). Attach the rule after "
+                "such changes, with an optimizer made from the new parameters.",
+                see="attach-optimizer",
+            )
+        return cast(nn.Parameter, weight)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The weight, and the bias if it trains."""
+        bias = self.bias
+        return [self.weight] if bias is None else [self.weight, bias]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight.device
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, if there is one and it trains; one that is computed (a parametrization) is a constant."""
+        if self.site is not None:
+            bias = None if self.site.bias is None else self.site.bias()
+        else:
+            module = self._module()
+            name = "in_proj_bias" if self.entry.attribute == "in_proj_weight" else "bias"
+            bias = None if module is None else module._parameters.get(name)
+        return bias if bias is not None and bias.requires_grad else None
+
+    @property
+    def groups(self) -> int:
+        """Groups of the layer."""
+        return self.site.map.groups if self.site is not None else predict_groups(self._module())
+
+    @property
+    def layout(self) -> Layout:
+        """How the weight becomes canonical."""
+        return self.site.layout if self.site is not None else predict_layout(self._module(), self.weight)
+
+    def _view_of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.site is None else self.site.view_of(tensor)
+
+    @property
+    def shape(self) -> LayerShape:
+        """Sizes of the layer."""
+        weight: Tensor = self.weight
+        groups, device = self.groups, weight.device
+        if self.entry.sharding is not None:  # reshaping shards would move data
+            weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        with torch.no_grad():
+            canonical = self.layout.to_canonical(self._view_of(weight)).shape
+        columns = canonical[1:].numel() + (self.bias is not None)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return LayerShape(groups, canonical[0] // groups, columns, dtype, device)
+
+    # ---- the gradient ----------------------------------------------------------------------------
+
+    @property
+    def has_sharded_gradient(self) -> bool:
+        """Whether there is a gradient of which this process has a shard."""
+        return self.entry.sharding is not None and self.weight.grad is not None
+
+    def mark_gradient(self) -> tuple[int, int]:
+        """Which tensor ``.grad`` is now, and how often it has been written to."""
+        gradient = self.weight.grad
+        if gradient is None or self.entry.sharding is not None:  # it comes once this backward pass is over
+            return COMING, torch._C._current_graph_task_id()
+        return mark_gradient(gradient)
+
+    def holds_gradient(self, mark: tuple[int, int]) -> bool:
+        """Whether what was accumulated in ``.grad`` is still in it (perhaps scaled or averaged since)."""
+        weight = self.weight
+        if mark == (COMING, torch._C._current_graph_task_id()):
+            return True
+        if self.entry.sharding is not None:
+            return self.entry.sharding.holds_gradient(weight)
+        return weight.grad is not None and (mark_gradient(weight.grad) == mark or bool(weight.grad.any()))
+
+    def read_gradient(self) -> Update:
+        """The gradient at hand, as an update of the canonical weight; a missing bias gradient is zero."""
+        weight, bias = self.weight, self.bias
+        grad = self._gradient(weight)
+        if self.site is not None and self.site.part is not None and grad.stride() != weight.stride():
+            weight.grad = grad = torch.empty_like(weight).copy_(grad)
+        if bias is not None and bias.grad is None:
+            bias.grad = torch.zeros_like(bias)
+        canonical = self.layout.to_canonical(self._view_of(grad))
+        return Update(canonical, None if bias is None else self._gradient(bias).reshape(-1))
+
+    def write_gradient(self, update: Update) -> None:
+        """Put an update of the canonical weight in the place of the gradient."""
+        assert update.weight is not None
+        target = self._view_of(self._gradient(self.weight))
+        target.copy_(self.layout.from_canonical(update.weight, target.shape))
+        bias = self.bias
+        if bias is not None and bias.grad is not None and update.bias is not None:
+            target = self._gradient(bias)
+            target.copy_(update.bias.reshape(target.shape))
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        """A parameter's gradient, whole."""
+        gradient = self.wholes.get(id(parameter), parameter.grad)
+        assert gradient is not None
+        return gradient
+
+
+def predict_groups(module: Any) -> int:
+    """Groups of the map that a module of torch will call."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return module.weight.numel()
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 1:
+        return weight.numel()  # batch, group and instance norm
+    groups = getattr(module, "groups", 1)
+    return groups if isinstance(groups, int) else 1
+
+
+def predict_layout(module: Any, weight: Tensor) -> Layout:
+    """Layout of the weight in the map that a module of torch will call."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return TRANSPOSED
+    if getattr(module, "transposed", False):
+        return transposed_convolution(predict_groups(module))
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) or weight.dim() == 1:
+        return ELEMENTWISE
+    return PLAIN
+
+
+def predict_canonical(module: Any, weight: Tensor) -> torch.Size:
+    """Shape of the canonical weight of the map that a module of torch will call."""
+    with torch.no_grad():
+        return predict_layout(module, weight).to_canonical(weight).shape

@@ -1,0 +1,122 @@
+"""Says once what would stay unseen: a rule that takes no part, weights that others change, spoilt buffers."""
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from plywise.engine import health
+from plywise.engine.health import Health
+from plywise.engine.selection import strip_wrappers
+from plywise.engine.sharding import find_local
+from plywise.engine.sites import ParameterEntry
+
+QUIET_STEPS = 3
+"""Steps in which the rule takes no part, or of an optimizer that it does not know, until that is said."""
+
+UNSTEPPED = "the optimizer given to attach() does not step it"
+
+
+class Liveness:
+    """Watches whether one attachment's rule has a part in what the optimizer does.
+
+    Args:
+        title: the rule and the model, for messages.
+        health_: where events are counted.
+
+    Attributes:
+        answers: how often the rule has answered since the last step.
+    """
+
+    def __init__(self, title: str, health_: Health) -> None:
+        self.answers = 0
+        self._title = title
+        self._health = health_
+        self._quiet_steps = 0
+        self._stepped = 0
+        self._entry: ParameterEntry | None = None  # the one weight whose version is followed
+        self._version = self._steps = self._changes = 0
+
+    def notice_other_optimizer(self, entry: ParameterEntry, steps: int) -> None:
+        """Say once if weights change while the optimizer that the rule was attached to does not step."""
+        parameter = entry.parameter()
+        if parameter is None or self._follow(entry, parameter._version, steps) != QUIET_STEPS:
+            return
+        self._health.note("optimizer", health.UNUSED)
+        warnings.warn(
+            f"{self._title}: the weights have changed {QUIET_STEPS} times, but the optimizer given to "
+            "attach() has not stepped. Does the trainer make an optimizer of its own? Attach the rule to "
+            "that one: what the rule does at a step (skipping non-finite gradients, running statistics, "
+            "caps) does not happen.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _follow(self, entry: ParameterEntry, version: int, steps: int) -> int:
+        """How often a weight has changed since the known optimizer's last step; 0 for all but one weight."""
+        if self._entry is None:
+            self._entry, self._version, self._steps = entry, version, steps
+        if entry is not self._entry:
+            return 0
+        if steps != self._steps:
+            self._changes = 0
+        elif version != self._version:
+            self._changes += 1
+        self._version, self._steps = version, steps
+        return self._changes
+
+    def mark_unstepped(self, optimizer: Optimizer, entries: Iterable[ParameterEntry]) -> None:
+        """Leave alone what the optimizer does not step."""
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._stepped = len(stepped)
+        for entry in entries:
+            known = id(entry.parameter()) in stepped
+            if known and entry.excluded == UNSTEPPED:
+                entry.excluded = ""
+            elif not known and not entry.excluded:
+                entry.excluded = UNSTEPPED
+
+    def has_other_parameters(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has got or lost parameters since."""
+        return sum(len(group["params"]) for group in optimizer.param_groups) != self._stepped
+
+    def check_part_taken(self, optimizer: Optimizer, entries: Iterable[ParameterEntry], paused: bool) -> None:
+        """Say once if the optimizer steps on gradients and the rule takes no part in making them."""
+        answers, self.answers = self.answers, 0
+        if answers or paused:
+            self._quiet_steps = 0
+            return
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        wanted = [entry.parameter() for entry in entries if entry.is_candidate]
+        gradients = [p.grad for p in wanted if p is not None and id(p) in stepped and p.grad is not None]
+        if not any(bool(find_local(gradient).any()) for gradient in gradients):
+            return  # a template step, or one of other layers
+        self._quiet_steps += 1
+        self._health.note("optimizer", health.UNUSED)
+        if self._quiet_steps == QUIET_STEPS:
+            warnings.warn(
+                f"{self._title} took no part in the last {QUIET_STEPS} optimizer steps: no call of its "
+                "layers was captured in their backward passes. Was the model compiled or traced before "
+                "attach(), is a copy of it trained, or are gradients assigned by hand? Later steps are only "
+                "counted (rule.health).",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+
+    def name_spoilt_buffers(self, model: nn.Module | None) -> None:
+        """Name buffers that the forward of a skipped step has spoilt: nothing mends them."""
+        buffers = {} if model is None else dict(model.named_buffers())
+        bad = [n for n, b in buffers.items() if b.is_floating_point() and not bool(torch.isfinite(b).all())]
+        known = self._health.total(health.BUFFERS)
+        for name in bad:
+            self._health.note(strip_wrappers(name), health.BUFFERS)
+        if bad and not known:
+            warnings.warn(
+                f"The forward of the skipped step has left NaN or infinity in {', '.join(bad[:4])}: no "
+                "later step mends these buffers. Restore them from a checkpoint, or reset them "
+                "(module.reset_running_stats() for batch norm).",
+                RuntimeWarning,
+                stacklevel=7,
+            )

@@ -1,0 +1,105 @@
+"""The elementwise affine map of a norm, and the bilinear map."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from plywise.engine.maps.base import LinearMap
+
+
+@dataclass(frozen=True)
+class ElementwiseAffine(LinearMap):
+    """``z_j = γ_j x̂_j + β_j``: for each feature a map of one input, whose Gram with the bias is 2 x 2.
+
+    ``a`` is the normalised input x̂. The canonical weight is (features, 1).
+
+    Attributes:
+        groups: number of features, g.
+        axis: where the features are: 1 for (B, C, ...), -1 for features in the last axes.
+    """
+
+    groups: int
+    axis: int
+    kind: ClassVar[str] = "norm"
+
+    def _features_first(self, x: Tensor) -> Tensor:
+        if self.axis == 1:
+            return x.transpose(0, 1).reshape(self.groups, -1) if x.dim() > 1 else x.reshape(self.groups, -1)
+        return x.reshape(-1, self.groups).t()
+
+    def rows(self, a: Tensor) -> Tensor:
+        """x̂ by feature, (features, n, 1)."""
+        return self._features_first(a).unsqueeze(2)
+
+    def delta_rows(self, delta: Tensor) -> Tensor:
+        """Δ by feature, (features, n, 1)."""
+        return self._features_first(delta).unsqueeze(2)
+
+    def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows in the shape of the output."""
+        flat = rows.squeeze(2)
+        if self.axis == 1 and like.dim() > 1:
+            batch, features, *rest = like.shape
+            return flat.reshape(features, batch, *rest).transpose(0, 1)
+        return flat.t().reshape(like.shape)
+
+    def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """``Σ δ x̂`` of each feature."""
+        return self._features_first(a * delta).sum(1).reshape(weight.shape)
+
+    def bias_gradient(self, delta: Tensor) -> Tensor:
+        """``Σ δ`` of each feature."""
+        return self._features_first(delta).sum(1)
+
+    def apply(self, a: Tensor, weight: Tensor) -> Tensor:
+        """``γ x̂``."""
+        if self.axis == 1 and a.dim() > 1:
+            return a * weight.reshape(1, -1, *[1] * (a.dim() - 2))
+        return (a.reshape(-1, self.groups) * weight.reshape(-1)).reshape(a.shape)
+
+    def row_count(self, delta: Tensor) -> int:
+        """Entries of one feature."""
+        return delta.numel() // max(self.groups, 1)
+
+    def gram(self, a: Tensor) -> Tensor:
+        """``Σ x̂²`` of each feature, (features, 1, 1)."""
+        return self.trace(a)[:, None, None]
+
+    def trace(self, a: Tensor) -> Tensor:
+        """``Σ x̂²`` of each feature."""
+        return self._features_first(a.square()).sum(1)
+
+    def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Mean γ², the norm's own part of the factor."""
+        return weight.square().mean()
+
+
+@dataclass(frozen=True)
+class Bilinear(LinearMap):
+    """``z_k = x₁ᵀ W_k x₂ + b_k``: rows are the products of both inputs' entries, d = d₁ d₂."""
+
+    kind: ClassVar[str] = "bilinear"
+    groups: ClassVar[int] = 1  # type: ignore[misc]
+
+    def rows(self, a: Tensor) -> Tensor:
+        """The products, (1, n, d₁ d₂)."""
+        return a.reshape(1, -1, a.shape[-1])
+
+    def delta_rows(self, delta: Tensor) -> Tensor:
+        """Δ, (1, n, m)."""
+        return delta.reshape(1, -1, delta.shape[-1])
+
+    def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows in the shape of the output."""
+        return rows.reshape(like.shape)
+
+    def apply(self, a: Tensor, weight: Tensor) -> Tensor:
+        """The products times the flattened weights."""
+        return a @ weight.reshape(len(weight), -1).mT
+
+    def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """``‖W‖²_F / d``, d of the products."""
+        return torch.linalg.vector_norm(weight).square() / max(math.prod(weight.shape[1:]), 1)

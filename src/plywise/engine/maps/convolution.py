@@ -1,0 +1,251 @@
+"""Convolutions as linear maps of their patches, in one to three spatial dimensions, plain and transposed.
+
+Rows are output positions, ``n = B · positions``; a row is the patch that the position reads,
+``d = C/groups · prod(kernel)``. Padding other than equal zeros on both sides is a call of its own before
+the convolution, so autograd sees it. The patch statistics come from `plywise.numerics.patch_gram`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plywise.engine.maps.base import LinearMap, thin_axes
+from plywise.numerics.patch_gram import (
+    centred_patch_gram,
+    patch_gram,
+    patch_rows,
+    patch_square_sums,
+    patch_sums,
+    patch_trace,
+)
+
+CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int]
+
+
+@dataclass(frozen=True)
+class Convolution(LinearMap):
+    """A convolution of an input (B, C, *spatial) with a weight (g · m, C/g, *kernel).
+
+    Attributes:
+        kernel: taps for each spatial axis.
+        stride: stride for each spatial axis.
+        padding: zeros on both sides of each spatial axis.
+        dilation: distance of two taps.
+        groups: groups of channels.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    kind: ClassVar[str] = "conv"
+    sends_below: ClassVar[bool] = True
+
+    @property
+    def geometry(self) -> Geometry:
+        """Kernel, stride, padding, dilation and groups, in the order of `patch_rows`."""
+        return self.kernel, self.stride, self.padding, self.dilation, self.groups
+
+    def rows(self, a: Tensor) -> Tensor:
+        """The patches, (g, n, d)."""
+        return patch_rows(a, *self.geometry)
+
+    def delta_rows(self, delta: Tensor) -> Tensor:
+        """Δ with a row for each position, (g, n, m)."""
+        batch, channels = delta.shape[:2]
+        split = delta.reshape(batch, self.groups, channels // self.groups, -1)  # (B, g, m, positions)
+        return split.permute(1, 0, 3, 2).reshape(self.groups, -1, channels // self.groups)
+
+    def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows in the shape of the output."""
+        batch, channels = like.shape[:2]
+        positions = math.prod(like.shape[2:])
+        split = rows.reshape(self.groups, batch, positions, channels // self.groups)
+        return split.permute(1, 0, 3, 2).reshape(like.shape)
+
+    def scale_rows(self, delta: Tensor, factors: Tensor) -> Tensor:
+        """Scaled in the layout of the output: making rows of Δ and undoing it would copy it twice."""
+        groups, batch = self.groups, delta.shape[0]
+        split = delta.reshape(batch, groups, -1, *delta.shape[2:])
+        by_position = factors.reshape(groups, batch, 1, *delta.shape[2:]).transpose(0, 1)
+        return (split * by_position).reshape(delta.shape)
+
+    def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """``ΔᵀA`` by the backward pass that autograd itself runs."""
+        return self._run_backward(a, delta, weight, (False, True, False))[1]
+
+    def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """``ΔW`` by the backward pass that autograd itself runs."""
+        return self._run_backward(a, delta, weight, (True, False, False))[0]
+
+    def _run_backward(
+        self, a: Tensor, delta: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        none = [0] * len(self.stride)
+        return torch.ops.aten.convolution_backward(
+            delta, a, weight, None, self.stride, self.padding, self.dilation, False, none, self.groups, mask
+        )
+
+    def bias_gradient(self, delta: Tensor) -> Tensor:
+        """``Δᵀ1``, (channels,)."""
+        return delta.sum([0, *range(2, delta.dim())])
+
+    def apply(self, a: Tensor, weight: Tensor) -> Tensor:
+        """The convolution without its bias."""
+        return CONVOLVE[a.dim()](a, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def row_count(self, delta: Tensor) -> int:
+        """Samples × positions."""
+        return delta.shape[0] * math.prod(delta.shape[2:])
+
+    def gram(self, a: Tensor) -> Tensor:
+        """The Gram of the patches, without unfolding them where that is cheaper."""
+        return patch_gram(a, *self.geometry)
+
+    def centred_gram(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gram of the centred patches, and the mean patch."""
+        return centred_patch_gram(a, *self.geometry)
+
+    def sums(self, a: Tensor) -> Tensor:
+        """Sums of the patches."""
+        return patch_sums(a, *self.geometry)
+
+    def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
+        """A convolution of wider stride over the padded image, from an offset on, has just these rows."""
+        x = F.pad(a, [p for p in reversed(self.padding) for _ in range(2)])
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        counts = [(size - r) // s + 1 for size, r, s in zip(x.shape[2:], reach, self.stride, strict=True)]
+        windows = thin_axes(counts, every, turn)
+        offsets = [slice(w.start * s, None) for w, s in zip(windows, self.stride, strict=True)]
+        x = x[(slice(None), slice(None), *offsets)]
+        wider = tuple(w.step * s for w, s in zip(windows, self.stride, strict=True))
+        geometry = self.kernel, wider, (0,) * len(self.kernel), self.dilation, self.groups
+        rows = a.shape[0] * math.prod(len(range(*w.indices(n))) for w, n in zip(windows, counts, strict=True))
+        return patch_gram(x, *geometry), patch_sums(x, *geometry), rows
+
+    def square_norms(self, a: Tensor) -> Tensor:
+        """``‖patch‖²`` of each position, (g, n)."""
+        return patch_square_sums(a, *self.geometry)
+
+    def trace(self, a: Tensor) -> Tensor:
+        """``‖patches‖²_F`` of each group."""
+        return patch_trace(a, *self.geometry)
+
+    def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """A tap counts as often as its window meets real pixels: border taps of a padded image less often."""
+        taps = weight.square().sum((0, 1))
+        axes = zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        for dim, (k, s, p, step) in enumerate(axes):
+            size, out = a.shape[2 + dim], delta.shape[2 + dim]
+            start = torch.arange(k, device=a.device)[:, None] * step - p
+            where = start + s * torch.arange(out, device=a.device)
+            counts = ((where >= 0) & (where < size)).sum(1).to(taps.dtype)
+            taps = taps * counts.reshape([-1 if i == dim else 1 for i in range(len(self.kernel))])
+        return taps.sum() / math.prod(a.shape[1:])
+
+
+@dataclass(frozen=True)
+class TransposedConvolution(Convolution):
+    """A transposed convolution, read as a plain one over its input spread out with zeros.
+
+    The canonical weight (g · m, C/g, *kernel) is the weight (C, m, *kernel) with its taps flipped. The
+    plain convolution has stride 1, dilation ``dilation`` and zeros ``dilation · (kernel - 1) - padding``
+    around the spread input, more at the end by ``output_padding``.
+
+    Attributes:
+        spread: the stride of the transposed convolution.
+        shrink: its padding.
+        extra: its output padding.
+    """
+
+    spread: tuple[int, ...] = ()
+    shrink: tuple[int, ...] = ()
+    extra: tuple[int, ...] = ()
+    kind: ClassVar[str] = "conv"
+    sends_below: ClassVar[bool] = False
+
+    @classmethod
+    def of(
+        cls,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        output_padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> "TransposedConvolution":
+        """The map of a transposed convolution with these settings."""
+        ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
+        return cls(kernel, ones, zeros, dilation, groups, stride, padding, output_padding)
+
+    def _spread(self, a: Tensor) -> Tensor:
+        """The input with zeros between its entries and around it."""
+        sizes = [(size - 1) * s + 1 for size, s in zip(a.shape[2:], self.spread, strict=True)]
+        wide = a.new_zeros(*a.shape[:2], *sizes)
+        wide[(slice(None), slice(None), *(slice(None, None, s) for s in self.spread))] = a
+        around = []
+        for k, d, p, e in zip(self.kernel, self.dilation, self.shrink, self.extra, strict=True):
+            before = d * (k - 1) - p
+            around.append((before, before + e))
+        return F.pad(wide, [side for pair in reversed(around) for side in pair])
+
+    def rows(self, a: Tensor) -> Tensor:
+        """Patches of the spread input."""
+        return super().rows(self._spread(a))
+
+    def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """``ΔᵀA`` over the spread input."""
+        return super().weight_gradient(self._spread(a), delta, weight)
+
+    def apply(self, a: Tensor, weight: Tensor) -> Tensor:
+        """The convolution of the spread input."""
+        return super().apply(self._spread(a), weight)
+
+    def gram(self, a: Tensor) -> Tensor:
+        """The Gram of the patches of the spread input."""
+        return super().gram(self._spread(a))
+
+    def centred_gram(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gram of the centred patches of the spread input."""
+        return super().centred_gram(self._spread(a))
+
+    def sums(self, a: Tensor) -> Tensor:
+        """Sums of the patches of the spread input."""
+        return super().sums(self._spread(a))
+
+    def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
+        """A sample of the patches of the spread input."""
+        return super().sample_positions(self._spread(a), every, turn)
+
+    def square_norms(self, a: Tensor) -> Tensor:
+        """``‖patch‖²`` of each position."""
+        return super().square_norms(self._spread(a))
+
+    def trace(self, a: Tensor) -> Tensor:
+        """``‖patches‖²_F`` of each group."""
+        return super().trace(self._spread(a))
+
+    def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Each input meets each tap, but for those that the padding cuts off, which are counted too."""
+        return weight.square().sum() * self.groups / (a.shape[1])
+
+
+def read_convolution_module(conv: Any) -> tuple[Convolution, Any]:
+    """The map of a plain convolution module, and what pads its input before."""
+    before_after = conv._reversed_padding_repeated_twice
+    outside = conv.padding_mode != "zeros" or before_after[::2] != before_after[1::2]
+    padding = (0,) * len(conv.kernel_size) if outside else tuple(reversed(before_after[::2]))
+    map_ = Convolution(conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x, before_after, mode=mode) if outside else x
+
+    return map_, pad

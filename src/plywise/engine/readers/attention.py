@@ -1,0 +1,32 @@
+"""Lets the projections inside `F.multi_head_attention_forward` be captured.
+
+With a mode on, torch hands this function to the mode first and runs its body with the mode off, so that the
+linear calls in it are not seen; called again with the mode on, it would hand itself over for ever. So its
+own code runs with the mode on, and with the look for overrides taken out.
+"""
+
+from types import FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+
+from plywise.engine.capture import Capture
+
+
+def rebind(function: Any, **replacements: Any) -> Any:
+    """A Python function with some of the names that it looks up replaced."""
+    names = {**function.__globals__, **replacements}
+    rebound = FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound
+
+
+_attend = rebind(F.multi_head_attention_forward, has_torch_function=lambda tensors: False)
+
+
+def read_attention(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.multi_head_attention_forward`` with the calls inside it captured."""
+    with capture.entered():
+        return _attend(*args, **kwargs)

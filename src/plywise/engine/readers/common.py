@@ -1,0 +1,54 @@
+"""What readers share: their arguments, and the capture of a call beside autograd's own graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from plywise.engine.capture import Capture
+from plywise.engine.captured_call import apply_tapped
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Reader = Callable[[Capture, Any, Args, Kwargs], Any]
+
+
+def pick_argument(args: Args, kwargs: Kwargs, place: int, name: str, default: Any = None) -> Any:
+    """An argument given by place or by name."""
+    return args[place] if len(args) > place else kwargs.get(name, default)
+
+
+def keep_input(x: Tensor) -> Tensor:
+    """The input itself is what the map reads."""
+    return x
+
+
+def tap(
+    capture: Capture,
+    site: Any,
+    run: Any,
+    prepare: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    is_product: bool = False,
+) -> Tensor:
+    """Capture a call whose input gradient is left to autograd.
+
+    Args:
+        capture: the capture.
+        site: where the call belongs.
+        run: the call itself.
+        prepare: makes the map's input from ``x``, in backward.
+        x: the call's input.
+        weight: its weight.
+        bias: its bias.
+        is_product: whether it is a matrix product, which torch makes in another way, with other rounding, for
+            a weight that requires no gradient.
+    """
+    bare = weight.detach()
+    if is_product and weight.requires_grad:
+        bare.requires_grad_()
+    output = run(x, bare, None if bias is None else bias.detach())
+    box = [output.detach(), prepare, ()]
+    return apply_tapped(site, run, box, output, weight, bias, x)

@@ -1,0 +1,116 @@
+"""Einsums of an input and a weight, and grouped products of tokens with experts."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plywise.engine.capture import Capture
+from plywise.engine.layouts import permuted
+from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.matmul import TAPPED_PRODUCT, BatchedProduct
+from plywise.engine.readers.common import Args, Kwargs, pick_argument, tap
+from plywise.engine.readers.products import read_product
+
+
+@lru_cache(maxsize=256)
+def parse_einsum(equation: str, weight_place: int) -> tuple[str, str, str, str] | None:
+    """The axes of a two-operand einsum that is a product with a weight.
+
+    Returns:
+        The letters of experts (in the weight, the input and the output), inputs (in the weight and the
+        input), outputs (in the weight and the output), and rows (in the input and the output); None if the
+        equation is no such product.
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or len(terms) != 2 or not (left + out).replace(",", "").isalpha():
+        return None
+    weight, x = terms[weight_place], terms[1 - weight_place]
+    if any(len(set(term)) != len(term) for term in (weight, x, out)):
+        return None
+    experts = "".join(c for c in out if c in weight and c in x)
+    inputs = "".join(c for c in weight if c in x and c not in out)
+    outputs = "".join(c for c in out if c in weight and c not in x)
+    rows = "".join(c for c in out if c in x and c not in weight)
+    named = (experts, inputs, outputs, rows)
+    if not inputs or not outputs or len(experts) > 1 or set(out) != set(experts + outputs + rows):
+        return None
+    if set(weight) != set(experts + inputs + outputs) or set(x) != set(experts + inputs + rows):
+        return None
+    return named
+
+
+def read_einsum(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``torch.einsum`` of an input and a weight, with or without experts."""
+    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    if isinstance(args[0], str) and len(operands) == 2 and not kwargs:
+        for place in (1, 0):
+            output = _capture_einsum(capture, args[0], operands, place)
+            if output is not None:
+                return output
+    return func(*args, **kwargs)
+
+
+def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) -> Tensor | None:
+    weight, x = operands[place], operands[1 - place]
+    axes = parse_einsum(equation, place)
+    if axes is None or capture.is_parameter(x):
+        return None
+    experts, inputs, outputs, rows = axes
+    equation = equation.replace(" ", "")
+    terms, out = equation.partition("->")[0].split(","), equation.partition("->")[2]
+    of_weight, of_x = terms[place], terms[1 - place]
+    order = tuple(of_weight.index(c) for c in experts + outputs + inputs)
+    map_: LinearMap = TAPPED_PRODUCT
+    layout = permuted(order, len(experts) + len(outputs))
+    if experts:
+        map_ = BatchedProduct(weight.shape[of_weight.index(experts)], sends_below=False)
+    site = capture.find_site(weight, map_, layout, None, x, by_role=False)
+    if site is None:
+        return None
+    made = experts + rows + outputs
+    sizes = {c: s for term, t in ((of_x, x), (of_weight, weight)) for c, s in zip(term, t.shape, strict=True)}
+    flat_shape = (*(sizes[c] for c in experts), -1)
+
+    def flatten(a: Tensor) -> Tensor:
+        rows_first = a.permute([of_x.index(c) for c in experts + rows + inputs])
+        return rows_first.reshape(*flat_shape, _count(sizes, inputs))
+
+    def run(a: Tensor, stored: Tensor, bias: None) -> Tensor:
+        output = torch.einsum(equation, stored, a) if place == 0 else torch.einsum(equation, a, stored)
+        turned = output.permute([out.index(c) for c in made])
+        return turned.reshape(*flat_shape, _count(sizes, outputs))
+
+    output = tap(capture, site, run, flatten, x, weight, None)
+    return output.reshape([sizes[c] for c in made]).permute([made.index(c) for c in out])
+
+
+def read_grouped_product(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``F.grouped_mm(x, weight, offs=ends)``: the rows of x up to ``ends[i]`` meet the i-th expert.
+
+    Each expert is a call of its own, with its own rows. Reading ``ends`` waits for the device once.
+    """
+    x, weight = args[0], args[1]
+    ends = pick_argument(args, kwargs, 2, "offs")
+    plain = pick_argument(args, kwargs, 3, "bias") is None and kwargs.get("out_dtype") is None
+    if not (plain and isinstance(ends, Tensor) and x.dim() == 2 and weight.dim() == 3):
+        return func(*args, **kwargs)
+    if not capture.is_parameter(weight):
+        return func(*args, **kwargs)
+    outputs, start = [], 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            outputs.append(read_product(capture, torch.mm, (x[start:end], weight[expert]), {}))
+            start = end
+    if start < len(x):  # rows of no expert
+        outputs.append(x.new_zeros(len(x) - start, weight.shape[2]))
+    return torch.cat(outputs) if outputs else x.new_zeros(0, weight.shape[2])
+
+
+def _count(sizes: dict[str, int], letters: str) -> int:
+    count = 1
+    for letter in letters:
+        count *= sizes[letter]
+    return count

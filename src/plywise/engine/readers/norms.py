@@ -1,0 +1,99 @@
+"""The affine part of norms, of torch's own and of those that are written by hand."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from plywise.engine.capture import Capture
+from plywise.engine.captured_call import apply_tapped
+from plywise.engine.layouts import ELEMENTWISE
+from plywise.engine.maps.affine import ElementwiseAffine
+from plywise.engine.readers.common import Args, Kwargs, keep_input, pick_argument, tap
+
+
+def _capture_norm(
+    capture: Capture,
+    axis: int,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalise: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    again: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None,
+) -> Tensor | None:
+    """Capture γ and β of a norm; ``again`` normalises without side effects, for the map's input."""
+    if weight is None:
+        return None
+    site = capture.find_site(weight, ElementwiseAffine(weight.numel(), axis), ELEMENTWISE, bias, x)
+    if site is None:
+        return None
+    if bias is not None and bias.dim() > 1:
+        site.bias_shape = bias.shape
+    quiet = again or normalise
+    output = normalise(x, weight.detach(), None if bias is None else bias.detach())
+    box = [output.detach(), lambda a: quiet(a, None, None), ()]
+    return apply_tapped(site, quiet, box, output, weight, bias, x)
+
+
+def read_layer_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``F.layer_norm(x, shape, weight, bias, eps)``."""
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    x, shape, weight, bias, eps = (
+        pick_argument(args, kwargs, i, n, d)
+        for i, (n, d) in enumerate(zip(names, (*[None] * 4, 1e-5), strict=True))
+    )
+    output = _capture_norm(capture, -1, x, weight, bias, lambda a, w, b: F.layer_norm(a, shape, w, b, eps))
+    return func(*args, **kwargs) if output is None else output
+
+
+def read_rms_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``F.rms_norm(x, shape, weight, eps)``."""
+    names = ("input", "normalized_shape", "weight", "eps")
+    x, shape, weight, eps = (pick_argument(args, kwargs, i, n) for i, n in enumerate(names))
+    output = _capture_norm(capture, -1, x, weight, None, lambda a, w, b: F.rms_norm(a, shape, w, eps))
+    return func(*args, **kwargs) if output is None else output
+
+
+def read_group_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``F.group_norm(x, groups, weight, bias, eps)``."""
+    names = ("input", "num_groups", "weight", "bias", "eps")
+    x, groups, weight, bias, eps = (
+        pick_argument(args, kwargs, i, n, d)
+        for i, (n, d) in enumerate(zip(names, (*[None] * 4, 1e-5), strict=True))
+    )
+    output = _capture_norm(capture, 1, x, weight, bias, lambda a, w, b: F.group_norm(a, groups, w, b, eps))
+    return func(*args, **kwargs) if output is None else output
+
+
+def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``F.batch_norm`` and ``F.instance_norm``; running statistics are updated once, as ever."""
+    last = "use_input_stats" if func is F.instance_norm else "training"
+    names = ("input", "running_mean", "running_var", "weight", "bias", last, "momentum", "eps")
+    defaults = (*[None] * 5, func is F.instance_norm, 0.1, 1e-5)
+    x, mean, var, weight, bias, training, momentum, eps = (
+        pick_argument(args, kwargs, i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True))
+    )
+    kept = (None, None) if training else (mean, var)
+
+    def normalise(a: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        return func(a, mean, var, w, b, training, momentum, eps)
+
+    def again(a: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        return func(a, *kept, w, b, training, momentum, eps)
+
+    output = _capture_norm(capture, 1, x, weight, bias, normalise, again)
+    return func(*args, **kwargs) if output is None else output
+
+
+def read_scale(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``weight * x`` with a weight for each feature in the last axis, as RMS norms are written by hand."""
+    if len(args) == 2 and not kwargs and all(isinstance(arg, Tensor) for arg in args):
+        for weight, x in (args, args[::-1]):
+            fits = weight.dim() == 1 and x.dim() >= 2 and x.shape[-1] == weight.shape[0]
+            if fits and weight.is_leaf and x.is_floating_point() and not capture.is_parameter(x):
+                map_ = ElementwiseAffine(weight.numel(), -1)
+                site = capture.find_site(weight, map_, ELEMENTWISE, None, x, by_role=False)
+                if site is not None:
+                    return tap(capture, site, lambda a, w, b: a * w, keep_input, x, weight, None)
+    return func(*args, **kwargs)

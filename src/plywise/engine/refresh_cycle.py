@@ -1,0 +1,31 @@
+"""In which step of a cycle a layer's expensive refresh is done: layers take turns."""
+
+from collections.abc import Mapping
+
+
+def choose_phases(
+    costs: Mapping[str, float], others: Mapping[str, tuple[int, float]], length: int
+) -> dict[str, int]:
+    """Phases for new layers, chosen so that every step of a cycle costs about the same.
+
+    The most expensive layers choose first; layers that cost the same, in the given order. A phase is chosen
+    once, when the layer learns for the first time, and saved with the layer's statistics: which layers are
+    found later does not change it.
+
+    Args:
+        costs: what the refresh of each new layer costs.
+        others: phase and cost of the layers that have chosen before.
+        length: steps of a cycle.
+
+    Example:
+        >>> choose_phases({"a": 1.0, "b": 4.0, "c": 2.0}, {}, 2)
+        {'b': 0, 'c': 1, 'a': 1}
+    """
+    load = [0.0] * length
+    for phase, cost in others.values():
+        load[phase % length] += cost
+    phases = {}
+    for name, cost in sorted(costs.items(), key=lambda item: -item[1]):
+        phases[name] = load.index(min(load))
+        load[phases[name]] += cost
+    return phases

@@ -1,0 +1,155 @@
+"""Processes that train replicas of one model: they add their evidence and share out the expensive work.
+
+Every wait is a collective of torch.distributed and ends with its group's timeout.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from plywise.errors import PlywiseError
+
+if TYPE_CHECKING:
+    from plywise.engine.sites import ParameterEntry
+
+Tensors = Mapping[str, Tensor]
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that one process does for all.
+
+    Attributes:
+        cost: what it costs, in any unit.
+        blank: tensors of the result's shapes.
+        run: makes the result.
+    """
+
+    cost: float
+    blank: Callable[[], Tensors]
+    run: Callable[[], Tensors]
+
+
+class Replicas:
+    """The processes that train replicas of this model; just this one where there is no group."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    @property
+    def ranks(self) -> list[int] | None:
+        """The processes, by their numbers among all; None where there is no group."""
+        return None if self._group is None else dist.get_process_group_ranks(self._group)
+
+    def total(self, parts: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
+        """The sum of ``parts`` over all processes, by one collective for each device and dtype."""
+        if self.size == 1:
+            return parts
+        sums = {layer: dict(tensors) for layer, tensors in parts.items()}
+        for places in _alike(sums).values():
+            flat = torch.cat([sums[layer][name].reshape(-1) for layer, name in places])
+            dist.all_reduce(flat, group=self._group)
+            _unpack(flat, places, sums)
+        return sums
+
+    def find_range(self, values: list[int], device: torch.device) -> tuple[list[int], list[int]]:
+        """The lowest and the highest of each value over all processes, by one collective."""
+        both = torch.tensor([*values, *(-value for value in values)], device=device)
+        if self.size > 1:
+            dist.all_reduce(both, dist.ReduceOp.MAX, group=self._group)
+        found = both.tolist()
+        return [-value for value in found[len(values) :]], found[: len(values)]
+
+    def share_out(self, jobs: Mapping[str, Job]) -> Mapping[str, Tensors]:
+        """Every job's result, each run by one process and sent to the others."""
+        if self.size == 1:
+            return {name: job.run() for name, job in jobs.items()}
+        owner = shares(jobs, self.size)
+        parts = {name: job.run() if owner[name] == self.rank else job.blank() for name, job in jobs.items()}
+        return self.send_from_owners(parts, owner)
+
+    def send_from_owners(
+        self, parts: Mapping[str, Tensors], owner: Mapping[str, int]
+    ) -> Mapping[str, Tensors]:
+        """Every layer's tensors as its owner has them; the others give tensors of their shapes."""
+        results = {name: dict(tensors) for name, tensors in parts.items()}
+        for rank in range(self.size):
+            its = {name: results[name] for name in parts if owner[name] == rank}
+            for places in _alike(its).values():
+                flat = torch.cat([results[layer][name].reshape(-1) for layer, name in places])
+                dist.broadcast(flat, group=self._group, group_src=rank)
+                _unpack(flat, places, results)
+        return results
+
+    def agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """Each flag: whether it is set on any process."""
+        if self.size == 1 or not flags:
+            return list(flags)
+        whole = torch.tensor(flags, dtype=torch.uint8, device=device)
+        dist.all_reduce(whole, dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in whole.tolist()]
+
+
+def shares(jobs: Mapping[str, Job], size: int) -> dict[str, int]:
+    """Which process runs which job."""
+    return deal_out({name: job.cost for name, job in jobs.items()}, size)
+
+
+def deal_out(costs: Mapping[K, float], size: int) -> dict[K, int]:
+    """Which process does which work: the most expensive first, each to the process with the least so far."""
+    load = [0.0] * size
+    owner = {}
+    for name, cost in sorted(costs.items(), key=lambda item: -item[1]):
+        rank = load.index(min(load))
+        owner[name] = rank
+        load[rank] += cost
+    return owner
+
+
+def data_parallel_group() -> dist.ProcessGroup | None:
+    """The process group of the DistributedDataParallel whose forward is running, if any."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return None if wrapper is None else wrapper.process_group
+
+
+def find_training_group(entries: "Iterable[ParameterEntry]") -> dist.ProcessGroup | None:
+    """The processes that average these parameters' gradients: those of fully_shard, or of a running DDP."""
+    for entry in entries:
+        if entry.sharding is not None:
+            return entry.sharding.group
+    return data_parallel_group()
+
+
+def refuse_join(rule: str) -> None:
+    """Raise PlywiseError inside ``with ddp.join()``: the rule's collectives would wait for who has left."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and wrapper._join_config.enable:
+        raise PlywiseError(
+            f"{rule} exchanges statistics between the processes at every step, so it cannot train inside "
+            "DistributedDataParallel.join(): a process without batches takes no more steps, and the others "
+            "would wait for it. Give all processes equally many batches (DistributedSampler does that), or "
+            "use a rule without running statistics."
+        )
+
+
+def _alike(tensors: Mapping[str, Tensors]) -> dict[tuple[torch.device, torch.dtype], list[tuple[str, str]]]:
+    """The places (layer, name) of the tensors by device and dtype, in order."""
+    places: dict[tuple[torch.device, torch.dtype], list[tuple[str, str]]] = {}
+    for layer, named in tensors.items():
+        for name, tensor in named.items():
+            places.setdefault((tensor.device, tensor.dtype), []).append((layer, name))
+    return places
+
+
+def _unpack(flat: Tensor, places: list[tuple[str, str]], into: dict[str, dict[str, Tensor]]) -> None:
+    pieces = flat.split([into[layer][name].numel() for layer, name in places])
+    for (layer, name), piece in zip(places, pieces, strict=True):
+        into[layer][name] = piece.reshape(into[layer][name].shape)

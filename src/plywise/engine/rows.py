@@ -1,0 +1,256 @@
+"""The rows of an explanation: one for each map that the rule handles, one for what else a module owns."""
+
+import weakref
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from plywise.engine.contract import RuleContract
+from plywise.engine.explain import LayerRow, Size
+from plywise.engine.health import Health
+from plywise.engine.layer_handle import predict_canonical, predict_groups
+from plywise.engine.sites import ParameterEntry, Site
+
+UNSEEN = "no call of a linear map has been seen with it yet"
+Owner = weakref.ref[nn.Module]
+
+LEFT = "left to the optimizer"
+COMPUTED = "the weight is computed from it; the update goes on through autograd"
+QUIET = {"linear", "matmul", "addmm", "bmm", "mm", "einsum", "embedding"}
+"""Functions whose uses need no word beside a handled map."""
+
+
+def make_rows(
+    rule: RuleContract, entries: list[ParameterEntry], health: Health, batch_size: int
+) -> list[LayerRow]:
+    """One row for each map, in the model's order.
+
+    Args:
+        rule: the rule.
+        entries: the model's parameters.
+        health: what did not go the plain way.
+        batch_size: rows assumed for linear layers that have not seen a batch.
+    """
+    counted: set[int] = set()
+    rows: list[tuple[int, LayerRow]] = []  # with the module's id
+    biases = _find_biases(entries)
+    for entry in entries:
+        for path, ref in _unique_owners(entry):
+            module = ref()
+            if module is not None and id(entry) not in biases:
+                found = _rows_of(rule, entry, path, module, health, batch_size, counted, biases)
+                rows += [(id(module), row) for row in found]
+    for entry in entries:
+        if id(entry) in biases and id(entry) not in counted:
+            module = entry.owners[0][1]()
+            row = _left_row(entry, module, entry.layer, _explain_rest(entry), health, counted)
+            rows.append((id(module), row))
+    return _merge_left(rows)
+
+
+def _merge_left(rows: list[tuple[int, LayerRow]]) -> list[LayerRow]:
+    """One row for the parameters of a module that are left for the same reason."""
+    merged: list[tuple[int, LayerRow]] = []
+    for module, row in rows:
+        last = merged[-1][1] if merged and merged[-1][0] == module else None
+        if last is None or row.handled or last.handled or row.reason != last.reason:
+            merged.append((module, row))
+            continue
+        joined = replace(
+            last,
+            shape=f"{last.shape}, {row.shape}",
+            parameters=last.parameters + row.parameters,
+            events={**last.events, **row.events},
+        )
+        merged[-1] = module, joined
+    return [row for _, row in merged]
+
+
+def _unique_owners(entry: ParameterEntry) -> list[tuple[str, Owner]]:
+    seen: dict[str, Owner] = {}
+    for path, ref in entry.owners:
+        seen.setdefault(path, ref)
+    return list(seen.items())
+
+
+def _find_biases(entries: list[ParameterEntry]) -> dict[int, ParameterEntry]:
+    """Entries that are the bias of a handled map, by id; they have no row of their own."""
+    by_place = {(path, e.attribute): e for e in entries for path, _ in e.owners}
+    found = {}
+    for entry in entries:
+        if entry.why_left or entry.leave_next:
+            continue
+        by_id = {id(e.parameter()): e for e in entries}
+        for site in entry.sites.values():
+            bias = None if site.adds is None else by_id.get(id(site.adds()))
+            if bias is not None:
+                found[id(bias)] = bias
+        if not entry.sites and entry.expected:
+            for path, _ in entry.owners:
+                name = "in_proj_bias" if entry.attribute == "in_proj_weight" else "bias"
+                bias = by_place.get((path, name))
+                if bias is not None and entry.attribute in ("weight", "in_proj_weight"):
+                    found[id(bias)] = bias
+    return found
+
+
+def _rows_of(
+    rule: RuleContract,
+    entry: ParameterEntry,
+    path: str,
+    module: nn.Module,
+    health: Health,
+    batch_size: int,
+    counted: set[int],
+    biases: dict[int, ParameterEntry],
+) -> list[LayerRow]:
+    name = path if entry.attribute == "weight" else ".".join(filter(None, (path, entry.attribute)))
+    if any(site.computed for site in entry.sites.values()):
+        name = entry.name
+    parameter = entry.parameter()
+    if entry.computed_into is not None and parameter is not None and not entry.why_left:
+        return [_computed_row(rule, entry, module, parameter, health, counted)]
+    left = entry.why_left or entry.leave_next or _explain_use(entry)
+    if left or not (entry.sites or entry.expected) or parameter is None:
+        return [_left_row(entry, module, path, _explain_rest(entry), health, counted)]
+    sites = [s for s in entry.sites.values() if s.module is module or len(entry.owners) == 1]
+    own_biases = [b for b in biases.values() if any(p == path for p, _ in b.owners)]
+    count = _count(entry, counted) + sum(_count(bias, counted) for bias in own_biases)
+    frozen = "" if parameter.requires_grad else " (frozen: it only passes the gradient down)"
+    if not sites:
+        return [_unseen_row(rule, entry, name, module, parameter, frozen, health, batch_size, count)]
+    rows = []
+    for number, site in enumerate(sites):
+        share = count if number == 0 else 0
+        rows.append(
+            _site_row(rule, site, name if len(sites) == 1 else site.name, module, frozen, health, share)
+        )
+    return rows
+
+
+def _site_row(
+    rule: RuleContract,
+    site: Site,
+    name: str,
+    module: nn.Module,
+    frozen: str,
+    health: Health,
+    count: int,
+) -> LayerRow:
+    weight, memory, cost = site.weight, None, None
+    assert weight is not None
+    if site.size is not None:
+        flops, floats = rule.estimate_cost(site.size)
+        memory, cost = floats * max(weight.element_size(), 4), flops / max(site.size.plain, 1.0)
+    reason = "linear in its weights"
+    if site.computed:
+        reason = "its weight is computed; the update goes on through autograd"
+    others = [name for name in site.entry.used_by if name not in QUIET]
+    notes = f"; also used by {', '.join(others)}, whose part stays a plain gradient" if others else ""
+    shape = "×".join(str(size) for size in (site.part[1] if site.part else weight.shape))
+    return LayerRow(
+        *(name, type(module).__name__, shape, True, rule.describe(site.size) + frozen, reason + notes),
+        *(memory, cost, health.of(site.name), count, site.passes, site.entry.is_new),
+    )
+
+
+def _unseen_row(
+    rule: RuleContract,
+    entry: ParameterEntry,
+    name: str,
+    module: nn.Module,
+    parameter: Tensor,
+    frozen: str,
+    health: Health,
+    batch_size: int,
+    count: int,
+) -> LayerRow:
+    events = health.of(name)
+    reason = "waits for its first batch"
+    if nn.parameter.is_lazy(parameter):
+        return LayerRow(
+            *(name, type(module).__name__, "lazy", True, rule.describe(None) + frozen, reason),
+            *(None, None, events, 0, 0, entry.is_new),
+        )
+    memory = cost = size = None
+    if entry.expected == "linear" and parameter.dim() == 2:
+        with torch.no_grad():
+            canonical = predict_canonical(module, parameter)
+        bias = getattr(module, "bias", None) is not None
+        groups = predict_groups(module)
+        size = Size(batch_size, canonical[1:].numel() + bias, canonical[0] // groups, groups)
+        flops, floats = rule.estimate_cost(size)
+        memory, cost = floats * max(parameter.element_size(), 4), flops / size.plain
+    shape = "×".join(str(s) for s in parameter.shape)
+    return LayerRow(
+        *(name, type(module).__name__, shape, True, rule.describe(size) + frozen, reason),
+        *(memory, cost, events, count, 0, entry.is_new),
+    )
+
+
+def _computed_row(
+    rule: RuleContract,
+    entry: ParameterEntry,
+    module: nn.Module,
+    parameter: Tensor,
+    health: Health,
+    counted: set[int],
+) -> LayerRow:
+    """A parameter from which, with others, a handled weight is computed."""
+    assert entry.computed_into is not None
+    site = next(iter(entry.computed_into.sites.values()))
+    shape = "×".join(str(size) for size in parameter.shape)
+    return LayerRow(
+        *(entry.name, type(module).__name__, shape, True, rule.describe(site.size), COMPUTED),
+        *(None, None, health.of(entry.name), _count(entry, counted), site.passes, entry.is_new),
+    )
+
+
+def _left_row(
+    entry: ParameterEntry,
+    module: nn.Module | None,
+    path: str,
+    reason: str,
+    health: Health,
+    counted: set[int],
+) -> LayerRow:
+    parameter = entry.parameter()
+    shape = "lazy"
+    if parameter is not None and not nn.parameter.is_lazy(parameter):
+        shape = "×".join(str(size) for size in parameter.shape)
+    name = path if entry.attribute == "weight" else ".".join(filter(None, (path, entry.attribute)))
+    if not entry.name.endswith(entry.attribute):  # an original of a parametrization
+        name = entry.name
+    events = {**health.of(path), **health.of(entry.name)}
+    return LayerRow(
+        *(name, type(module).__name__, shape, False, LEFT, reason, None, None, events),
+        *(_count(entry, counted), 0, entry.is_new),
+    )
+
+
+def _explain_rest(entry: ParameterEntry) -> str:
+    return entry.why_left or entry.leave_next or _explain_use(entry) or UNSEEN
+
+
+def _explain_use(entry: ParameterEntry) -> str:
+    """Which functions were seen to use a weight that no captured call has used; "" if there are none."""
+    if entry.sites or entry.computed_into is not None or not entry.used_by:
+        return ""
+    return f"its weight is used by {', '.join(entry.used_by)}, which is not read as a linear map"
+
+
+def _count(entry: ParameterEntry, counted: set[int]) -> int:
+    parameter = entry.parameter()
+    if id(entry) in counted or parameter is None or nn.parameter.is_lazy(parameter):
+        return 0
+    counted.add(id(entry))
+    return parameter.numel()
+
+
+def left_to_optimizer(module: nn.Module, name: str, reason: str, events: dict[str, int]) -> LayerRow:
+    """The line of a module that no rule handles."""
+    owned = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
+    shape = ", ".join("×".join(str(size) for size in p.shape) for p in owned[:2])
+    count = sum(p.numel() for p in owned)
+    return LayerRow(name, type(module).__name__, shape, False, LEFT, reason, None, None, events, count)

@@ -1,0 +1,287 @@
+"""Rules as users meet them: attach, explain, detach. What a rule computes is in `plywise.engine.contract`."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal, Self
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from plywise.engine.attachment import Attachment, Observer
+from plywise.engine.contract import RuleContract, State, StatefulContract
+from plywise.engine.explain import Explanation, Size
+from plywise.engine.health import Health
+from plywise.engine.selection import KINDS, Kinds, Selector, resolve_kinds
+from plywise.engine.sharding import find_shards
+from plywise.errors import AttachError
+
+__all__ = ["Observer", "Rule", "Size", "StatefulRule"]
+
+
+class Rule(RuleContract):
+    """A training rule: how each layer moves and what is sent to the layer below.
+
+    Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False)``) that implement `update`, and
+    `input_gradient` if the layer below must get something else than backpropagation's ``ΔW``. Both are pure
+    functions of a `LinearCall` and homogeneous in ``call.delta`` (twice the Δ, twice the answer), so that
+    loss scales keep their meaning. All are linear in it but those that search along it (conjugate
+    gradients, the scalar "cauchy"); ProxProp's ``solver="cg_official"`` is neither.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch, plywise as pw
+        >>> @dataclass(frozen=True, eq=False)
+        ... class HalfSpeed(pw.Rule):
+        ...     '''Backpropagation at half the rate.'''
+        ...     def update(self, call):
+        ...         return call.gradient().scaled(0.5, 0.5)
+        ...     def estimate_cost(self, size):
+        ...         return 0.0, 0.0
+        >>> model = torch.nn.Linear(3, 1)
+        >>> rule = HalfSpeed().attach(model)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> model.weight.grad
+        tensor([[0.5000, 0.5000, 0.5000]])
+        >>> rule.detach()
+    """
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        layers: Selector | None = None,
+        exclude: Selector | None = None,
+        kinds: Kinds = None,
+        on_nonfinite: Literal["skip", "raise", "propagate"] | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> Self:
+        """Put this rule to work on ``model``; from now on ``backward()`` leaves its updates in ``.grad``.
+
+        The model is not changed: no wrapper, no attribute, the same ``state_dict``. The rule lives as long
+        as the model (or until `detach`), whether or not the returned handle is kept.
+
+        Args:
+            model: any model; what the rule cannot handle is left to the optimizer (`explain`).
+            optimizer: the optimizer that steps the model. With it, steps with non-finite gradients are
+                skipped, and what a rule does to accumulated gradients is done once, before the step.
+            layers: handle only these: a name pattern (``"encoder.*"``), a module type, a
+                ``predicate(name, module)``, or a list of such. Default: all that the rule can handle.
+            exclude: leave these to the optimizer, in the same form.
+            kinds: kinds of linear maps to handle: ``"linear"``, ``"conv"``, ``"experts"``, ``"bilinear"``,
+                ``"embedding"``, ``"norm"``, several, or ``"all"``. Default: the rule's own, on its card.
+            on_nonfinite: what to do with NaN or infinity in a gradient: ``"skip"`` the step (the default
+                with an optimizer), ``"raise"`` (the default without), or ``"propagate"`` it as torch does.
+            process_group: for a rule with running state, the processes that average their gradients; by
+                default those of the `DistributedDataParallel` that the model runs in. Other rules need none.
+
+        Returns:
+            The rule itself.
+
+        Raises:
+            AttachError: the rule is attached already, the model has nothing for it, a pattern matches
+                nothing, another rule handles a layer, or the optimizer steps none of the model's parameters.
+            ValueError: an option is none of those above.
+        """
+        if self._attachment_or_none() is not None:
+            raise AttachError(
+                f"{self} is attached already. Call detach() first, or make a second rule.", see="attach-twice"
+            )
+        nonfinite = self._resolve_nonfinite(optimizer, on_nonfinite)
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # so that layers have the same names, and states fit, with and without it
+        # what is left to the optimizer would not get its gradient from altered values
+        chosen = resolve_kinds(kinds, KINDS if self.alters_backward else self.kinds)
+        if optimizer is not None and any(True for _ in model.parameters()):
+            check_optimizer(model, optimizer)
+        attachment = Attachment(self, model, chosen, layers, exclude, optimizer, nonfinite, process_group)
+        object.__setattr__(self, "_attachment", attachment)
+        object.__setattr__(self, "_health", attachment.health)
+        return self
+
+    def _resolve_nonfinite(self, optimizer: Optimizer | None, on_nonfinite: str | None) -> str:
+        if on_nonfinite is None:
+            on_nonfinite = "raise" if optimizer is None else "skip"
+        if on_nonfinite not in ("skip", "raise", "propagate"):
+            raise ValueError(f"on_nonfinite must be 'skip', 'raise' or 'propagate', not {on_nonfinite!r}.")
+        if on_nonfinite == "skip" and optimizer is None:
+            raise ValueError(
+                "on_nonfinite='skip' needs the optimizer whose steps it skips: attach(model, optimizer)."
+            )
+        if self.remembers and optimizer is None:
+            raise AttachError(
+                f"{type(self).__name__} keeps a running statistic and learns at the optimizer's step: "
+                "attach(model, optimizer).",
+                see="attach-optimizer",
+            )
+        return on_nonfinite
+
+    def detach(self) -> None:
+        """Take the rule off its model and optimizer; nothing of it is left. Harmless if not attached."""
+        attachment = self._attachment_or_none()
+        if attachment is not None:
+            attachment.remove()
+            object.__setattr__(self, "_attachment", None)
+
+    def explain(self, batch_size: int = 128) -> Explanation:
+        """What happens to which share of the parameters, then one row for each map: why, memory, cost.
+
+        Args:
+            batch_size: rows assumed for layers that have not seen a batch yet (linear layers only).
+
+        Raises:
+            AttachError: the rule is not attached.
+        """
+        return self._attached().explain(batch_size)
+
+    @property
+    def health(self) -> Health:
+        """Counts of fallbacks and skipped steps since the rule was attached; kept after `detach`."""
+        found: Health | None = getattr(self, "_health", None)
+        return self._attached().health if found is None else found
+
+    @property
+    def statistics(self) -> dict[str, State]:
+        """Each layer's running statistics by name, as they are in the optimizer's state."""
+        return self._attached().states()
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[None]:
+        """Call ``observer(call, update, below)`` for each call in each backward pass inside the block."""
+        observers = self._attached().observers
+        observers.append(observer)
+        try:
+            yield
+        finally:
+            observers.remove(observer)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Plain autograd inside the block: saliency maps, adversarial inputs, inner loops of MAML.
+
+        Forward passes that begin inside it are not captured. Statistics and counters stay as they are.
+        """
+        with self._attached().pause():
+            yield
+
+    def reset(self) -> None:
+        """Forget running statistics and counters, as if the rule had just been attached."""
+        self._attached().reset()
+
+    def _attachment_or_none(self) -> Attachment | None:
+        return getattr(self, "_attachment", None)
+
+    def _attached(self) -> Attachment:
+        attachment = self._attachment_or_none()
+        if attachment is None:
+            raise AttachError(f"{self} is not attached to a model. Call attach(model, optimizer) first.")
+        return attachment
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copied or pickled rule is its hyper-parameters
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+
+class StatefulRule(StatefulContract, Rule):
+    """A rule that keeps a running statistic of each layer; abstract.
+
+    In backward it gathers *evidence*, sums over rows that add over micro-batches and processes
+    (`gather`). At the optimizer's step, if that step happens, the evidence is learned: on every process
+    alike and cheaply (`learn`), and every so many steps expensively, on one process for all (`refresh`).
+    Then the step makes the update from the gradient (`finish`), which is plain, whole and averaged by then.
+    Where it is cheaper to act on the rows that only backward sees (`in_backward`), backward makes the
+    update from the state (`update`, ``call.memory``), except in the steps that refresh.
+
+    All methods are pure: state goes in, and what changes in it comes out.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch, plywise as pw
+        >>> @dataclass(frozen=True, eq=False)
+        ... class RunningNLMS(pw.StatefulRule):
+        ...     '''Divide G by a running mean of the rows' squared norm.'''
+        ...     decay: float = 0.9
+        ...     def update(self, call):
+        ...         return call.gradient()
+        ...     def gather(self, call, turn):
+        ...         norms = call.square_norms()
+        ...         return {"rows": norms.new_tensor(float(norms.numel())), "squares": norms.sum()}
+        ...     def evidence_shapes(self, shape):
+        ...         return {"rows": (), "squares": ()}
+        ...     def learned_shapes(self, shape):
+        ...         return {"mean": ()}
+        ...     def learn(self, memory, evidence):
+        ...         mean = evidence["squares"] / evidence["rows"]
+        ...         return {"mean": self.decay * memory.get("mean", mean) + (1 - self.decay) * mean}
+        ...     def finish(self, memory, gradient, groups):
+        ...         return gradient.scaled(1 / memory["mean"], 1 / memory["mean"]), {}
+        ...     def estimate_cost(self, size):
+        ...         return 2.0 * size.n * size.d, 1.0
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> rule = RunningNLMS().attach(model, optimizer)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight.grad
+        tensor([[0.2500, 0.2500, 0.2500]])
+        >>> rule.detach()
+    """
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise AttachError unless this is an optimizer that steps something of the model."""
+    if not isinstance(optimizer, Optimizer):
+        raise AttachError(
+            f"attach needs a torch.optim.Optimizer as second argument, not {type(optimizer).__name__}.",
+            see="attach-optimizer",
+        )
+    if not all(hasattr(optimizer, name) for name in ("_optimizer_step_pre_hooks", "param_groups", "state")):
+        raise AttachError(
+            f"{type(optimizer).__name__} is a torch.optim.Optimizer by name only (its __init__ does not call "
+            "that of Optimizer, as wrappers do): it has no hooks. Attach the rule to the optimizer that it "
+            "wraps.",
+            see="attach-optimizer",
+        )
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    shards = [source.sharded_param for source in find_shards(model).values()]
+    if not any(id(p) in stepped for p in [*model.parameters(), *shards]):
+        raise AttachError(
+            "The optimizer steps none of this model's parameters. Give attach() the optimizer that was made "
+            "from model.parameters(), and attach after moving or replacing parameters.",
+            see="attach-optimizer",
+        )
+
+
+def require_positive(owner: object, **values: float) -> None:
+    """Raise ValueError for any value that is not a finite number above zero."""
+    for name, value in values.items():
+        if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
+            raise ValueError(
+                f"{type(owner).__name__}: {name} must be a finite number above 0, not {value!r}."
+            )
+
+
+def require_whole(owner: object, **values: int) -> None:
+    """Raise ValueError for any value that is not a whole number above zero."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{type(owner).__name__}: {name} must be a whole number above 0, not {value!r}.")
+
+
+def require_choice(owner: object, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError for a value that is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(
+            f"{type(owner).__name__}: {name} must be one of {', '.join(map(repr, choices))}, not {value!r}."
+        )
+
+
+__all__ += ["Tensor", "check_optimizer", "require_choice", "require_positive", "require_whole"]

@@ -1,0 +1,382 @@
+"""Where running statistics are: in ``optimizer.state[weight]``, so that every saver carries them.
+
+Beside the optimizer's own keys, the state of a weight has
+
+- ``"plywise.Foof.step"``: how many steps the rule had counted when the statistics were last written; 0 in a
+  template, which only says what a checkpoint may put in its place;
+- ``"plywise.Foof.input"`` and so on: the rule's tensors, by the names that the rule gives them;
+- ``"plywise.Foof.phase"``, ``"plywise.Foof.in_backward"``: in which step of a cycle the layer is refreshed,
+  and whether backward makes its updates in between.
+
+A weight whose parts are used apart has one set for each part, ``"plywise.Foof[0:8].input"``: the part is
+named by its rows, so that it does not matter which one is called first. What is done when a state dict is
+saved or loaded is in `plywise.engine.state_dicts`.
+"""
+
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plywise.engine.contract import State, StatefulContract
+from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.sites import ParameterEntry, Part
+from plywise.errors import StateError
+
+PREFIX = "plywise."
+
+NAMES = ("step", "phase", "in_backward")
+"""What is kept beside a rule's own tensors."""
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer's running state.
+
+    Attributes:
+        tensors: the rule's statistics by name; empty if nothing has been learned.
+        phase: the step of a cycle in which the layer is refreshed.
+        in_backward: whether backward itself makes the updates between refreshes.
+    """
+
+    tensors: State = field(default_factory=dict)
+    phase: int = 0
+    in_backward: bool = False
+
+
+NOTHING = LayerState()
+
+
+class SavedState:
+    """Reads and writes the statistics of one rule in an optimizer's state.
+
+    Args:
+        rule: the rule.
+        optimizer: the optimizer.
+        layers: the layers by name; those found later are added by their owner.
+        entries: the parameters that the rule may take.
+
+    Attributes:
+        step: steps that the rule has counted.
+        rule_name: the name of the rule's class, which the keys have.
+    """
+
+    def __init__(
+        self,
+        rule: StatefulContract,
+        optimizer: Optimizer,
+        layers: Mapping[str, LayerHandle],
+        entries: list[ParameterEntry],
+    ) -> None:
+        self.rule = rule
+        self.rule_name = type(rule).__name__
+        self.step_key = f"{PREFIX}{self.rule_name}.step"
+        self.layers = layers
+        self._entries = entries
+        self._optimizer_ref = weakref.ref(optimizer)
+        self._prefixes: dict[str, str] = {}
+        self._columns: dict[str, int] = {}
+        self._cache: dict[str, tuple[str, Tensor, LayerState]] = {}
+        self._held: dict[str, LayerState] = {}
+        self._removed = False
+        self.step = self.find_step()
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, while it lives."""
+        return self._optimizer_ref()
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """The optimizer's state; empty once the optimizer is gone."""
+        optimizer = self._optimizer_ref()
+        return {} if optimizer is None else optimizer.state
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Keep the statistics with the optimizer whose hooks run: a wrapper's ``state`` may be an old one."""
+        if self._optimizer_ref() is not optimizer:
+            self._optimizer_ref = weakref.ref(optimizer)
+            self.forget()
+
+    def own_parameters(self) -> Iterator[tuple[Tensor, ParameterEntry]]:
+        """The weights that belong to the rule, whether or not a call of theirs has been seen."""
+        entries = dict.fromkeys([*self._entries, *(layer.entry for layer in self.layers.values())])
+        for entry in entries:
+            parameter = entry.parameter()
+            if parameter is not None and not entry.excluded and (entry.dimensions > 1 or entry.expected):
+                yield parameter, entry
+
+    def find_step(self) -> int:
+        """How many steps the rule had counted, by what is in the optimizer's state."""
+        found = 0
+        for parameter, _ in self.own_parameters():
+            own = self.state.get(parameter)
+            if isinstance(own, dict) and isinstance(own.get(self.step_key), int):
+                found = max(found, own[self.step_key])
+        return found
+
+    def prefix(self, name: str) -> str:
+        """The beginning of a layer's keys."""
+        prefix = self._prefixes.get(name)
+        if prefix is None:
+            layer = self.layers[name]
+            part = ""
+            if layer.site is not None and layer.site.part is not None:
+                part = format_part(layer.site.part, layer.weight)
+            prefix = f"{PREFIX}{self.rule_name}{part}."
+            if layer.site is not None:
+                self._prefixes[name] = prefix
+        return prefix
+
+    # ---- reading ---------------------------------------------------------------------------------
+
+    def read(self, name: str) -> LayerState:
+        """A layer's state; nothing if the optimizer's state has been cleared.
+
+        Once the optimizer is gone or the rule is detached, what it was last: a graph that was made before
+        answers to the end.
+        """
+        parameter, optimizer = self.layers[name].entry.parameter(), self._optimizer_ref()
+        own = None if parameter is None or optimizer is None else optimizer.state.get(parameter)
+        cached = self._cache.get(name)
+        if cached is not None:
+            if optimizer is None or self._removed:
+                return cached[2]
+            if own and own.get(cached[0]) is cached[1]:
+                return cached[2]
+            del self._cache[name]
+            self._columns.pop(name, None)
+            self.step = min(self.step, self.find_step())  # 0 if everything has been cleared
+        if not own or not own.get(self.step_key):
+            return self._held.get(name, NOTHING)
+        prefix = self.prefix(name)
+        tensors = find_tensors(own, prefix)
+        if not tensors:
+            return NOTHING
+        self.check_shapes(name, tensors)
+        found = LayerState(tensors, int(own.get(prefix + "phase", 0)), bool(own.get(prefix + "in_backward")))
+        self._remember(name, found)
+        return found
+
+    def peek(self, name: str) -> LayerState:
+        """A layer's state as it was last read; within a step, looking it up again would cost too much."""
+        cached = self._cache.get(name)
+        return self.read(name) if cached is None else cached[2]
+
+    def _remember(self, name: str, made: LayerState) -> None:
+        """Cache a state; it holds as long as its first tensor is in its place."""
+        prefix = self.prefix(name)
+        for key, value in made.tensors.items():
+            self._cache[name] = prefix + key, value, made
+            break
+
+    def follow_columns(self, name: str) -> None:
+        """Drop a layer's statistics if its bias has been frozen or thawed since they were made."""
+        columns = self.layers[name].shape.columns
+        if self._columns.setdefault(name, columns) != columns:
+            self._columns[name] = columns
+            self.drop(name)
+
+    def note_columns(self) -> None:
+        """Remember for which columns the statistics are that are there now."""
+        for name, layer in self.layers.items():
+            if not layer.gone and layer.entry.dimensions:
+                self._columns[name] = layer.shape.columns
+
+    def check_shapes(self, name: str, tensors: State) -> None:
+        """Raise StateError unless these tensors are the rule's statistics of this layer."""
+        layer = self.layers[name]
+        if layer.gone or not layer.entry.dimensions:
+            return
+        shape = layer.shape
+        wanted = {**self.rule.learned_shapes(shape), **self.rule.refreshed_shapes(shape)}
+        found = {key: tuple(value.shape) for key, value in tensors.items()}
+        for key in sorted(wanted.keys() | found.keys()):
+            mine, its = (shapes.get(key, "missing") for shapes in (wanted, found))
+            if mine != its:
+                raise StateError(
+                    f"The saved memory of layer {name!r} does not fit this model: its {key!r} is "
+                    f"{its}, and should be {mine}. It comes from another architecture, or from a rule with "
+                    "other settings.",
+                    see="state-memory",
+                )
+
+    # ---- writing ---------------------------------------------------------------------------------
+
+    def count_step(self, written: Collection[str]) -> None:
+        """One more step of the rule; what has been learned before belongs to it, too.
+
+        Args:
+            written: layers that will be written, and need no more.
+        """
+        self.step += 1
+        state = self.state
+        for name, layer in self.layers.items():
+            own = None if name in written else state.get(layer.entry.parameter())
+            if own and own.get(self.step_key):
+                own[self.step_key] = self.step
+        for name, held in list(self._held.items()):
+            del self._held[name]
+            self.write(name, held)
+
+    def write(self, name: str, made: LayerState) -> None:
+        """Put a layer's state in its place.
+
+        Many optimizers begin a parameter's state where there is none. So nothing is written for a parameter
+        that the optimizer has not stepped yet (another process may have had its gradient): it is held.
+        """
+        layer = self.layers[name]
+        if layer.gone:
+            return
+        # in one order of memory, or products would differ in their last bits after some ways of loading
+        tensors = {key: value.contiguous() for key, value in made.tensors.items()}
+        made = LayerState(tensors, made.phase, made.in_backward)
+        weight = layer.weight
+        own = self.state.get(weight)
+        if not own and weight.grad is None:
+            self._held[name] = made
+            return
+        if own is None:
+            own = self.state[weight] = {}
+        prefix = self.prefix(name)
+        remove_keys(own, prefix)
+        if prefix + "step" != self.step_key:  # a part: there may be a template of the whole weight
+            remove_keys(own, self.step_key.removesuffix("step"))
+        own.update(self._make_keys(name, made))
+        self._remember(name, made)
+
+    def _make_keys(self, name: str, made: LayerState) -> dict[str, Any]:
+        """A layer's state as it is kept in the optimizer's."""
+        prefix, reserved = self.prefix(name), set(NAMES) & made.tensors.keys()
+        if reserved:
+            raise ValueError(
+                f"{self.rule_name}: {min(reserved)!r} is plywise's own name, not one for a statistic."
+            )
+        keys: dict[str, Any] = {prefix + key: value for key, value in made.tensors.items()}
+        keys |= {prefix + "phase": made.phase, prefix + "in_backward": int(made.in_backward)}
+        return keys | {self.step_key: self.step}
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything waits for the optimizer's own state to begin."""
+        return bool(self._held)
+
+    def get_held(self, entry: ParameterEntry) -> dict[str, Any]:
+        """What waits for the optimizer's own state to begin, in the form that it will have there."""
+        keys: dict[str, Any] = {}
+        for name, made in self._held.items():
+            if self.layers[name].entry is entry:
+                keys |= self._make_keys(name, made)
+        return keys
+
+    def make_template(self, entry: ParameterEntry, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Zeros where ``own`` has no statistics of a parameter, in the shapes that they will have.
+
+        For savers that load into what they find. Of a parameter whose calls are not known yet it says no
+        more than that there may be some.
+        """
+        found: dict[str, Any] = {} if self.step_key in own else {self.step_key: 0}
+        for name, layer in self.layers.items():
+            prefix = self.prefix(name)
+            if layer.entry is not entry or layer.gone or prefix + "phase" in own:
+                continue
+            shape = layer.shape
+            wanted = {**self.rule.learned_shapes(shape), **self.rule.refreshed_shapes(shape)}
+            for key, size in wanted.items():
+                found[prefix + key] = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+            found |= {prefix + "phase": 0, prefix + "in_backward": 0}
+        return found
+
+    def write_templates(self) -> None:
+        """Put templates into the state of the parameters that have just been stepped.
+
+        torch's distributed checkpoints take a step with zero gradients, to see which tensors there will be.
+        """
+        for parameter, entry in self.own_parameters():
+            if parameter.grad is not None and not nn.parameter.is_lazy(parameter):
+                own = self.state.setdefault(parameter, {})
+                own.update(self.make_template(entry, own))
+
+    def drop(self, name: str) -> None:
+        """Remove a layer's statistics."""
+        parameter = self.layers[name].entry.parameter()
+        own = self.state.get(parameter)
+        self._cache.pop(name, None)
+        self._held.pop(name, None)
+        if own:
+            remove_keys(own, self.prefix(name))
+            if not any(is_of_rule(key, self.rule_name) for key in own if key != self.step_key):
+                own.pop(self.step_key, None)
+            if not own:
+                del self.state[parameter]
+
+    def remove(self) -> None:
+        """Remove all statistics of this rule's layers from the optimizer's state, for good."""
+        self._removed = True
+        self._remove_all()
+
+    def clear(self) -> None:
+        """Remove all statistics of this rule's layers, and begin again."""
+        self._remove_all()
+        self.forget()
+
+    def _remove_all(self) -> None:
+        state = self.state
+        for parameter, _ in list(self.own_parameters()):
+            own = state.get(parameter)
+            if isinstance(own, dict):
+                for key in [key for key in own if is_of_rule(key, self.rule_name)]:
+                    del own[key]
+                if not own:
+                    del state[parameter]
+
+    def forget(self) -> None:
+        """Forget what is known of the optimizer's state: it has changed, or been cleared."""
+        self._cache.clear()
+        self._held.clear()
+        self._columns.clear()
+        self.step = self.find_step()
+
+
+def find_tensors(own: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
+    """The tensors under keys that begin with ``prefix``, without it."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in own.items()
+        if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
+    }
+
+
+def remove_keys(own: dict[Any, Any], prefix: str) -> None:
+    """Remove a layer's keys; the parameter's step stays."""
+    step = own.get(prefix + "step")
+    for key in [key for key in own if isinstance(key, str) and key.startswith(prefix)]:
+        del own[key]
+    if step is not None:
+        own[prefix + "step"] = step
+
+
+def is_of_rule(key: Any, rule_name: str) -> bool:
+    """Whether a key of a parameter's state belongs to a rule of this name."""
+    return isinstance(key, str) and key.startswith((f"{PREFIX}{rule_name}.", f"{PREFIX}{rule_name}["))
+
+
+def find_rule(key: Any) -> str:
+    """The name of the rule that a key belongs to, or ""."""
+    if not isinstance(key, str) or not key.startswith(PREFIX):
+        return ""
+    return key.removeprefix(PREFIX).partition(".")[0].partition("[")[0]
+
+
+def format_part(part: Part, whole: Tensor) -> str:
+    """A part of a weight as text: ``"[0:8]"`` for rows 0 to 7."""
+    offset, shape, strides = part
+    row = whole.stride(0) if whole.dim() else 0
+    if strides == whole.stride() and shape[1:] == whole.shape[1:] and row and offset % row == 0:
+        return f"[{offset // row}:{offset // row + shape[0]}]"
+    sizes, steps = ("x".join(map(str, numbers)) for numbers in (shape, strides))
+    return f"[{offset}+{sizes}/{steps}]"

@@ -1,0 +1,231 @@
+"""Which parameters a rule may take, which it leaves to the optimizer, and why."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules import batchnorm, conv, instancenorm, rnn
+
+from plywise.engine.sites import ParameterEntry
+from plywise.errors import AttachError
+
+Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Iterable["Selector"]
+"""Layers by name pattern (``"encoder.*"``), by type, by ``predicate(name, module)``, or any of several."""
+
+KINDS = ("linear", "conv", "experts", "embedding", "norm", "bilinear")
+"""Kinds of linear maps; see `plywise.engine.maps`."""
+
+MATRICES = ("linear", "conv", "experts", "bilinear")
+"""The kinds that rules take by default: every weight that is a matrix of inputs and outputs."""
+
+Kinds = str | Iterable[str] | None
+
+KNOWN: list[tuple[tuple[type[nn.Module], ...], str, tuple[str, ...]]] = [
+    ((nn.Linear,), "linear", ("weight",)),
+    ((conv._ConvNd,), "conv", ("weight",)),
+    ((nn.Embedding, nn.EmbeddingBag), "embedding", ("weight",)),
+    ((nn.Bilinear,), "bilinear", ("weight",)),
+    ((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm), "norm", ("weight",)),
+    ((batchnorm._BatchNorm, instancenorm._InstanceNorm), "norm", ("weight",)),
+    (
+        (nn.MultiheadAttention,),
+        "linear",
+        ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    ),
+]
+"""Modules of torch whose forward is known: the kind of their calls, and the weights that these use."""
+
+FUSED = (rnn.RNNBase, rnn.RNNCellBase)
+"""Modules whose kernels hide their calls."""
+
+
+def resolve_kinds(kinds: Kinds, default: tuple[str, ...]) -> frozenset[str]:
+    """The kinds of maps that a rule takes.
+
+    Args:
+        kinds: ``"all"``, one kind, several, or None for the default.
+        default: the rule's own choice.
+
+    Raises:
+        ValueError: a kind is unknown.
+    """
+    if kinds is None:
+        return frozenset(default)
+    if kinds == "all":
+        return frozenset(KINDS)
+    chosen = frozenset([kinds] if isinstance(kinds, str) else kinds)
+    unknown = sorted(chosen - set(KINDS))
+    if unknown or not chosen:
+        raise ValueError(
+            f"kinds must be 'all' or some of {', '.join(map(repr, KINDS))}, not "
+            f"{', '.join(map(repr, unknown))}."
+        )
+    return chosen
+
+
+def collect_parameters(
+    model: nn.Module,
+    kinds: frozenset[str],
+    layers: Selector | None = None,
+    exclude: Selector | None = None,
+    unshared_only: bool = False,
+) -> list[ParameterEntry]:
+    """An entry for each parameter of ``model``, in the model's order.
+
+    Args:
+        model: the model.
+        kinds: the kinds of maps that the rule takes.
+        layers: the rule may take only these; None for all.
+        exclude: leave these to the optimizer.
+        unshared_only: leave weights that several layers share to the optimizer.
+
+    Raises:
+        AttachError: a name pattern matches no module.
+    """
+    modules = {strip_wrappers(name): module for name, module in model.named_modules()}
+    for selector in (layers, exclude):
+        _check_patterns(selector, modules)
+    entries: dict[int, ParameterEntry] = {}
+    for path, module in modules.items():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            entry = entries.get(id(parameter))
+            layer, name = _find_layer(path, attribute)
+            if entry is None:
+                entry = entries[id(parameter)] = ParameterEntry(
+                    f"{path}.{attribute}" if path else attribute,
+                    layer,
+                    name,
+                    weakref.ref(parameter),
+                    [],
+                )
+            entry.owners.append((layer, weakref.ref(module)))
+            _restrict(entry, layer, modules.get(layer, module), attribute, kinds, layers, exclude)
+    for entry in entries.values():
+        owners = sorted({path for path, _ in entry.owners}, key=[p for p, _ in entry.owners].index)
+        if unshared_only and len(owners) > 1 and not entry.excluded:
+            entry.excluded = f"its weight is shared with {owners[1]!r}: a statistic belongs to one layer"
+    return list(entries.values())
+
+
+def _find_layer(path: str, attribute: str) -> tuple[str, str]:
+    """The layer and the name of its weight; a parametrization's originals belong to the layer itself."""
+    marker = ".parametrizations."
+    if marker in f".{path}":
+        parent, _, rest = f".{path}".rpartition(marker)
+        return parent.removeprefix("."), rest.split(".")[0]
+    for suffix in ("_orig", "_g", "_v"):  # torch's hooks: pruning, spectral norm, weight norm
+        if attribute == f"weight{suffix}":
+            return path, "weight"
+    return path, attribute
+
+
+def _restrict(
+    entry: ParameterEntry,
+    path: str,
+    module: nn.Module,
+    attribute: str,
+    kinds: frozenset[str],
+    layers: Selector | None,
+    exclude: Selector | None,
+) -> None:
+    kind, why = predict_kind(module, attribute)
+    entry.expected = entry.expected or kind
+    if layers is not None and not selects(layers, path, module):
+        entry.excluded = entry.excluded or "not among the layers asked for"
+    elif exclude is not None and selects(exclude, path, module):
+        entry.excluded = "excluded"
+    elif why:
+        entry.excluded = entry.excluded or why
+    elif kind and kind not in kinds:
+        first, tied = entry.owners[0][0], f"its weight is tied with {path!r} ({type(module).__name__}), "
+        reason = explain_kind(kind)
+        entry.excluded = entry.excluded or (reason if first == path else tied + reason)
+
+
+def is_handled(entry: ParameterEntry, but: object = None) -> str | None:
+    """Path of a module through which an attached rule, another one than ``but``'s, handles this parameter."""
+    for path, ref in entry.owners:
+        module = ref()
+        for hook in () if module is None else module._forward_pre_hooks.values():
+            capture = getattr(hook, "capture", None)
+            if capture is not None and capture is not but and capture.takes(entry.parameter()):
+                return path
+    return None
+
+
+def refuse_handled(entries: list[ParameterEntry]) -> None:
+    """Raise AttachError if another rule handles one of these parameters."""
+    for entry in entries:
+        path = None if entry.why_left else is_handled(entry)
+        if path is not None:
+            raise AttachError(
+                f"Layer {path!r} is handled by a rule already. Detach that rule first (rule.detach()), or "
+                f"leave the layer to it: attach(..., exclude={path!r}).",
+                see="attach-twice",
+            )
+
+
+def explain_kind(kind: str) -> str:
+    """Why a kind that the rule does not take is left to the optimizer."""
+    return f"its kind, {kind!r}, is left to the optimizer unless attach(..., kinds=...) names it"
+
+
+def predict_kind(module: nn.Module, attribute: str) -> tuple[str, str]:
+    """The kind of map that a module's own code is known to call with a parameter, and why it cannot.
+
+    Returns:
+        The kind and "", or "" and a reason, or two empty strings where the first batch will show.
+    """
+    if isinstance(module, FUSED) and _keeps_forward(module, type(module)):
+        return "", (
+            f"the fused kernels of nn.{type(module).__name__} hide their calls: plywise.nn.unroll(model) "
+            "makes a twin that the rule can handle"
+        )
+    cls = getattr(module, "cls_to_become", None) or type(module)  # a lazy layer becomes its plain type
+    for types, kind, names in KNOWN:
+        if issubclass(cls, types) and attribute in names and _keeps_forward(module, cls):
+            return kind, ""
+    return "", ""
+
+
+def _keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether the forward is that of torch: another one need not use the weight in the same call."""
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
+        return False
+    return all(
+        getattr(cls, name, None) is None or getattr(cls, name).__module__.startswith("torch.")
+        for name in ("forward", "_conv_forward")
+    )
+
+
+def selects(selector: Selector, name: str, module: nn.Module) -> bool:
+    """Whether ``selector`` picks this module."""
+    if isinstance(selector, str):
+        return fnmatchcase(name, selector)
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if callable(selector):
+        return bool(selector(name, module))
+    return any(selects(part, name, module) for part in selector)
+
+
+def _check_patterns(selector: Selector | None, modules: dict[str, nn.Module]) -> None:
+    if isinstance(selector, str):
+        if not any(fnmatchcase(name, selector) for name in modules):
+            names = ", ".join(repr(name) for name in list(modules)[1:9])
+            raise AttachError(
+                f"The layer pattern {selector!r} matches nothing. The model has {names} ...",
+                see="attach-pattern",
+            )
+    elif selector is not None and not isinstance(selector, type) and not callable(selector):
+        for part in selector:
+            _check_patterns(part, modules)
+
+
+def strip_wrappers(name: str) -> str:
+    """A name without the wrappers of torch.compile, FSDP and activation checkpointing."""
+    wrappers = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)

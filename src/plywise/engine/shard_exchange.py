@@ -1,0 +1,284 @@
+"""Collectives for sharded parameters: who gets which whole gradient, and what all processes agree on.
+
+A whole gradient is on one process only, and for the time of a step: each process makes the updates of its
+share of the layers, the expensive ones dealt out first. So neither the work nor the memory is multiplied by
+the number of processes. All processes call these functions with the same layers in the same order.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plywise.engine.contract import State, StatefulContract
+from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.replicas import Replicas, deal_out
+from plywise.engine.sharding import find_local, is_spread
+from plywise.engine.sites import ParameterEntry
+from plywise.errors import AttachError
+
+Memories = dict[str, State]
+
+
+class Exchange:
+    """Makes sharded tensors whole, each on one process.
+
+    Args:
+        shards: DTensors, each cut along one dimension over all processes of the group.
+        owners: the process that gets each of them.
+        group: the processes.
+    """
+
+    def __init__(self, shards: Sequence[Tensor], owners: Sequence[int], group: dist.ProcessGroup) -> None:
+        self._shards = shards
+        self._owners = owners
+        self._group = group
+        self._size, self._rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def collect(self) -> list[Tensor | None]:
+        """The tensors of which this process is the owner, whole; None for the others."""
+        wholes: list[Tensor | None] = [None] * len(self._shards)
+        for places in self._group_alike():
+            sent = [find_local(self._shards[i]) for rank in range(self._size) for i in self._of(places, rank)]
+            mine = self._of(places, self._rank)
+            pieces = [(rank, i) for rank in range(self._size) for i in mine]
+            received = self._swap(sent, self._count_sent(places), self._count_received(mine))
+            parts = received.split([self._shape(i, rank).numel() for rank, i in pieces])
+            found: dict[int, list[Tensor]] = {i: [] for i in mine}
+            for (rank, i), part in zip(pieces, parts, strict=True):
+                found[i].append(part.view(self._shape(i, rank)))
+            for i in mine:
+                wholes[i] = torch.cat(found[i], self._dim(i))
+        return wholes
+
+    def give_back(self, wholes: Sequence[Tensor | None]) -> None:
+        """Put everybody's part of the whole tensors into the shards, in place."""
+        for places in self._group_alike():
+            mine = self._of(places, self._rank)
+            cut = {
+                i: cast(Tensor, wholes[i]).split(
+                    [self._shape(i, rank)[self._dim(i)] for rank in range(self._size)], self._dim(i)
+                )
+                for i in mine
+            }
+            sent = [cut[i][rank] for rank in range(self._size) for i in mine]
+            like = find_local(self._shards[places[0]])
+            received = self._swap(sent, self._count_received(mine), self._count_sent(places), like)
+            order = [i for rank in range(self._size) for i in self._of(places, rank)]
+            locals_ = [find_local(self._shards[i]) for i in order]
+            for local, part in zip(locals_, received.split([t.numel() for t in locals_]), strict=True):
+                local.copy_(part.view(local.shape))
+
+    def _swap(
+        self, sent: list[Tensor], send: list[int], receive: list[int], like: Tensor | None = None
+    ) -> Tensor:
+        like = sent[0] if like is None else like
+        flat = torch.cat([part.reshape(-1) for part in sent]) if sent else like.new_empty(0)
+        received = like.new_empty(sum(receive))
+        dist.all_to_all_single(received, flat, receive, send, group=self._group)
+        return received
+
+    def _group_alike(self) -> list[list[int]]:
+        """The places of tensors of one device and dtype: they travel together."""
+        found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, shard in enumerate(self._shards):
+            found.setdefault((shard.device, shard.dtype), []).append(i)
+        return list(found.values())
+
+    def _of(self, places: Sequence[int], rank: int) -> list[int]:
+        return [i for i in places if self._owners[i] == rank]
+
+    def _count_sent(self, places: Sequence[int]) -> list[int]:
+        """Numbers that this process has for each owner."""
+        return [
+            sum(find_local(self._shards[i]).numel() for i in self._of(places, rank))
+            for rank in range(self._size)
+        ]
+
+    def _count_received(self, mine: Sequence[int]) -> list[int]:
+        """Numbers that each process has of the tensors that this one owns."""
+        return [sum(self._shape(i, rank).numel() for i in mine) for rank in range(self._size)]
+
+    def _dim(self, i: int) -> int:
+        return cast(int, cast(Any, self._shards[i]).placements[0].dim)
+
+    def _shape(self, i: int, rank: int) -> torch.Size:
+        """Shape of a process's part, cut as `torch.chunk` cuts."""
+        shape, dim = list(self._shards[i].shape), self._dim(i)
+        chunk = -(-shape[dim] // self._size)
+        shape[dim] = max(0, min(chunk, shape[dim] - rank * chunk))
+        return torch.Size(shape)
+
+
+# ---- what the step does to whole gradients --------------------------------------------------------
+
+
+@contextmanager
+def share_out_gradients(
+    layers: list[LayerHandle],
+    memories: Memories,
+    replicas: Replicas,
+    rule: StatefulContract,
+) -> Iterator[list[LayerHandle]]:
+    """Give the whole gradients of sharded layers to one process each.
+
+    Args:
+        layers: the layers whose gradients wait for their update.
+        memories: each layer's state; what the block puts into it reaches all processes.
+        replicas: the processes.
+        rule: says what a layer's state may hold.
+
+    Yields:
+        The layers for which this process has to make the update: those that are not sharded, and its share.
+    """
+    plain = [layer for layer in layers if layer.entry.sharding is None]
+    sharded = [layer for layer in layers if layer.has_sharded_gradient and memories[layer.name]]
+    if not sharded:
+        yield plain
+        return
+    owner = _find_owners(sharded, replicas)
+    gradients = {id(p): p for layer in sharded for p in layer.trained}
+    owners = {id(p): owner[layer.name] for layer in sharded for p in layer.trained}
+    group = cast(Any, sharded[0].entry.sharding).group
+    shards = [layer_gradient(p) for p in gradients.values()]
+    exchange = Exchange(shards, [owners[key] for key in gradients], group)
+    wholes = exchange.collect()
+    mine = [layer for layer in sharded if owner[layer.name] == replicas.rank]
+    for layer in mine:
+        layer.wholes = {key: w for key, w in zip(gradients, wholes, strict=True) if w is not None}
+    before = dict(memories)
+    try:
+        yield plain + mine
+        exchange.give_back(wholes)
+    finally:
+        for layer in mine:
+            layer.wholes = {}
+    _share_news(sharded, owner, before, memories, replicas, rule)
+
+
+def layer_gradient(parameter: Tensor) -> Tensor:
+    """A sharded parameter's gradient; zeros where it has none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _find_owners(layers: list[LayerHandle], replicas: Replicas) -> dict[str, int]:
+    """Which process makes a layer's update: the same for all layers that share a parameter."""
+    bundles: dict[int, str] = {}
+    first = {}
+    costs: dict[str, float] = {}
+    for layer in layers:
+        known = [bundles[id(p)] for p in layer.trained if id(p) in bundles]
+        first[layer.name] = known[0] if known else layer.name
+        for parameter in layer.trained:
+            bundles.setdefault(id(parameter), first[layer.name])
+        shape = layer.shape
+        cost = float(shape.groups) * shape.outputs * shape.columns * (shape.outputs + shape.columns)
+        costs[first[layer.name]] = costs.get(first[layer.name], 0.0) + cost
+    rank = deal_out(costs, replicas.size)
+    return {layer.name: rank[first[layer.name]] for layer in layers}
+
+
+def _share_news(
+    layers: list[LayerHandle],
+    owner: dict[str, int],
+    before: Memories,
+    memories: Memories,
+    replicas: Replicas,
+    rule: StatefulContract,
+) -> None:
+    """Send what an update has changed in a layer's state to the processes that did not make it."""
+    shapes = {layer.name: layer.shape for layer in layers}
+    declared = {n: {**rule.learned_shapes(s), **rule.refreshed_shapes(s)} for n, s in shapes.items()}
+    keys = [(name, key) for name in declared for key in sorted(declared[name])]
+    changed = [
+        owner[name] == replicas.rank and memories[name].get(key) is not before[name].get(key)
+        for name, key in keys
+    ]
+    parts: dict[str, dict[str, Tensor]] = {}
+    for (name, key), flag in zip(keys, replicas.agree(changed, layers[0].device), strict=True):
+        if not flag:
+            continue
+        value = memories[name].get(key)
+        if owner[name] != replicas.rank or value is None:
+            value = torch.zeros(declared[name][key], dtype=shapes[name].dtype, device=shapes[name].device)
+        parts.setdefault(name, {})[key] = value
+    for name, news in replicas.send_from_owners(parts, owner).items():
+        memories[name] = {**memories[name], **news}
+
+
+def find_held(
+    layers: list[LayerHandle],
+    marks: Mapping[str, tuple[int, int]],
+    entries: Sequence[ParameterEntry],
+    replicas: Replicas,
+) -> set[str]:
+    """The layers whose accumulated gradient is still there; of sharded ones any process may say so.
+
+    Args:
+        layers: the layers that the optimizer steps.
+        marks: for each layer with evidence, which tensor its gradient was.
+        entries: the model's parameters, the same on all processes.
+        replicas: the processes.
+    """
+    marked = [layer for layer in layers if layer.name in marks]
+    held = {layer.name: layer.entry for layer in marked if layer.holds_gradient(marks[layer.name])}
+    sharded = [entry for entry in entries if entry.sharding is not None]
+    if not sharded:
+        return set(held)
+    _refuse_other_processes(sharded[0], replicas)
+    parameter = sharded[0].parameter()
+    device = torch.device("cpu") if parameter is None else parameter.device
+    here = set(held.values())
+    flags = replicas.agree([entry in here for entry in sharded], device)
+    everywhere = {entry for entry, flag in zip(sharded, flags, strict=True) if flag}
+    return {layer.name for layer in marked if layer.entry in everywhere or layer.name in held}
+
+
+def _refuse_other_processes(entry: ParameterEntry, replicas: Replicas) -> None:
+    """Raise AttachError if statistics and shards belong to different processes."""
+    assert entry.sharding is not None
+    ranks = dist.get_process_group_ranks(entry.sharding.group)
+    if replicas.ranks is not None and ranks != replicas.ranks:
+        raise AttachError(
+            f"fully_shard spreads {entry.name!r} over the processes {ranks}, and attach(process_group=...) "
+            f"names {replicas.ranks}. Leave process_group out: the rule finds the processes by itself."
+        )
+
+
+def find_clips(
+    entries: Sequence[ParameterEntry],
+    clip: Callable[[Tensor, Tensor], float],
+    loss_scale: Tensor | None,
+) -> list[float]:
+    """The factor (`RuleContract.clip_update`) for each weight's gradient, sharded or not.
+
+    Args:
+        entries: parameters with a gradient.
+        clip: the rule's factor for a weight and its update.
+        loss_scale: what the gradients are to be divided by.
+    """
+    pairs = [(e.parameter().detach(), e.parameter().grad) for e in entries]  # type: ignore[union-attr]
+    scaled = (lambda update: update) if loss_scale is None else (lambda update: update / loss_scale)
+    factors = [1.0 if is_spread(weight) else clip(weight, scaled(update)) for weight, update in pairs]
+    places = [i for i, (weight, _) in enumerate(pairs) if is_spread(weight)]
+    if not places:
+        return factors
+    sharding = entries[places[0]].sharding
+    assert sharding is not None
+    replicas = Replicas(sharding.group)
+    rank = deal_out({i: float(pairs[i][0].numel()) for i in places}, replicas.size)
+    shards = [tensor for i in places for tensor in pairs[i] if tensor is not None]
+    wholes = Exchange(shards, [rank[i] for i in places for _ in range(2)], sharding.group).collect()
+    found = torch.zeros(len(places), dtype=torch.float64, device=find_local(shards[0]).device)
+    for number, (weight, update) in enumerate(zip(wholes[::2], wholes[1::2], strict=True)):
+        if weight is not None and update is not None:
+            found[number] = clip(weight, scaled(update))
+    dist.all_reduce(found, group=sharding.group)
+    for i, factor in zip(places, found.tolist(), strict=True):
+        factors[i] = factor
+    return factors

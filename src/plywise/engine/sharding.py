@@ -1,0 +1,260 @@
+"""Parameters that are spread over processes: the engine follows those of fully_shard and leaves others alone.
+
+`torch.distributed.fsdp.fully_shard` replaces each parameter by a DTensor, of which every process has a shard
+and which the optimizer steps. While the module runs, forward and backward, a plain tensor stands in its
+place: the *whole* parameter. So a rule answers in backward as it always does, and torch averages over the
+processes what arrives in the whole parameter's gradient. What a rule does at the optimizer's step needs whole
+gradients, too: `plywise.engine.shard_exchange` makes them.
+"""
+
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plywise.engine.sites import ParameterEntry
+from plywise.errors import AttachError
+
+SPREAD = (
+    "its weight is spread over processes (a DTensor, by tensor parallelism or by fully_shard of a module "
+    "around this model): a rule needs the whole weight"
+)
+"""Why a DTensor is left to the optimizer."""
+
+Place = tuple[int, str]
+"""Where a parameter is: the identity of its module and its name there."""
+
+
+class Sharding:
+    """How fully_shard keeps one parameter.
+
+    Args:
+        source: what torch knows of it (``FSDPParam``).
+
+    Attributes:
+        mesh: the processes that have a shard.
+        dim: the dimension along which it is cut.
+        mark: which tensor the shard's gradient was when the last one arrived, and how often written to.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = weakref.ref(source)
+        self.mesh = source.sharded_param.device_mesh
+        self.dim: int = source.sharded_param.placements[0].dim
+        self.mark: tuple[int, int] | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The processes that have a shard."""
+        return self.mesh.get_group()
+
+    @property
+    def whole(self) -> Tensor | None:
+        """The tensor in the parameter's place while its module runs; None before the first time."""
+        return getattr(self._source(), "_unsharded_param", None)
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether a whole gradient waits to be averaged (``set_requires_gradient_sync(False)``)."""
+        whole = self.whole
+        waiting = getattr(self._source(), "unsharded_accumulated_grad", None)
+        return waiting is not None or (whole is not None and whole.grad is not None)
+
+    def set_mark(self, parameter: Tensor) -> None:
+        """The averaged gradient has arrived in the shard's ``.grad``."""
+        self.mark = None if parameter.grad is None else mark_gradient(parameter.grad)
+
+    def holds_gradient(self, parameter: Tensor) -> bool:
+        """Whether what was accumulated is still there, as far as this process sees."""
+        if self.is_accumulating:
+            return True
+        gradient = parameter.grad
+        if gradient is None:
+            return False
+        return mark_gradient(gradient) == self.mark or bool(find_local(gradient).any())
+
+
+# ---- what is spread ---------------------------------------------------------------------------------
+
+
+def is_spread(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor: a process has only its part of it."""
+    return hasattr(tensor, "device_mesh")
+
+
+def find_local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor: all of it, unless it is a DTensor."""
+    if not is_spread(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[attr-defined]
+
+
+def mark_gradient(gradient: Tensor) -> tuple[int, int]:
+    """Which tensor a gradient is, and how often it has been written to.
+
+    Shards of several gradients are views of one tensor, so that one counts what is written to the others: of
+    a DTensor counts what the user (``zero_grad``) has done to it as a whole.
+    """
+    return find_local(gradient).data_ptr(), gradient._version
+
+
+def find_groups(model: nn.Module) -> list[Any]:
+    """The groups of parameters (``FSDPParamGroup``) that fully_shard keeps for the modules of a model."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    found = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:  # an older torch has one
+                groups = [state._fsdp_param_group]
+            found.update({id(group): group for group in groups if group is not None})
+    return list(found.values())
+
+
+def find_shards(model: nn.Module) -> dict[Place, Any]:
+    """What torch knows of each parameter under fully_shard (``FSDPParam``), by its places."""
+    places = {}
+    for group in find_groups(model):
+        for source in group.fsdp_params:
+            info = source._module_info
+            places[id(info.module), info.param_name] = source
+            for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
+                places[id(module), name] = source
+    return places
+
+
+@contextmanager
+def keep_whole(model: nn.Module) -> Iterator[None]:
+    """Leave parameters whole for a while, where backward would reshard them."""
+    groups = find_groups(model)
+    before = [group.reshard_after_backward for group in groups]
+    for group in groups:
+        group.reshard_after_backward = False
+    try:
+        yield
+    finally:
+        for group, value in zip(groups, before, strict=True):
+            group.reshard_after_backward = value
+
+
+def agree_on_all(flag: bool, tensors: Sequence[Tensor]) -> bool:
+    """Whether the flag is set on every process that has a part of these tensors."""
+    return _reduce_flag(flag, tensors, dist.ReduceOp.MIN)
+
+
+def is_any_nonzero(tensors: Sequence[Tensor]) -> bool:
+    """Whether any number is not zero, in the parts of all processes."""
+    return _reduce_flag(any(bool(find_local(t).any()) for t in tensors), tensors, dist.ReduceOp.MAX)
+
+
+def _reduce_flag(flag: bool, tensors: Sequence[Tensor], how: Any) -> bool:
+    for mesh in dict.fromkeys(cast(Any, tensor).device_mesh for tensor in tensors if is_spread(tensor)):
+        whole = torch.tensor(float(flag), device=mesh.device_type)
+        for dim in range(mesh.ndim):
+            dist.all_reduce(whole, how, group=mesh.get_group(dim))
+        flag = bool(whole)
+    return flag
+
+
+# ---- entries ----------------------------------------------------------------------------------------
+
+
+def get_raw_name(entry: ParameterEntry) -> str:
+    """The parameter's name in the module that has it."""
+    return entry.name.rpartition(".")[2]
+
+
+def is_replaced(entry: ParameterEntry) -> bool:
+    """Whether another tensor is in the parameter's place now, and not just while its module runs."""
+    module = entry.owners[0][1]()
+    current = None if module is None else module._parameters.get(get_raw_name(entry))
+    if current is None or current is entry.parameter():
+        return False
+    return entry.sharding is None or current is not entry.sharding.whole
+
+
+def follow_parameters(
+    model: nn.Module, entries: list[ParameterEntry], remembers: bool
+) -> list[tuple[weakref.ref[Tensor], ParameterEntry]]:
+    """Let entries follow their parameters after fully_shard or parallelize_module.
+
+    What the rule cannot handle is marked as left to the optimizer, with the reason.
+
+    Args:
+        model: the model.
+        entries: its parameters.
+        remembers: whether the rule acts at the optimizer's step.
+
+    Returns:
+        The entries whose parameter has been replaced, each after the reference to the old one.
+    """
+    shards = find_shards(model)
+    replaced = []
+    mesh = None
+    for entry in entries:
+        module, name = entry.owners[0][1](), get_raw_name(entry)
+        source = shards.get((id(module), name))
+        parameter = source.sharded_param if source is not None else _find_spread(module, name)
+        if parameter is None:
+            continue
+        if parameter is not entry.parameter():
+            replaced.append((entry.parameter, entry))
+            entry.parameter = weakref.ref(parameter)
+            entry.sharding = None
+        why = _explain_spread(parameter, source, mesh, remembers)
+        entry.excluded = entry.excluded or why
+        if not why:
+            mesh = parameter.device_mesh
+            if entry.sharding is None:
+                entry.sharding = Sharding(source)
+    return replaced
+
+
+def refuse_old_optimizer(title: str, replaced: list[ParameterEntry], optimizer: Optimizer | None) -> None:
+    """Raise AttachError unless the optimizer given to attach() steps what has replaced the parameters.
+
+    Args:
+        title: the rule and the model.
+        replaced: the parameters that have been replaced.
+        optimizer: the optimizer; None if it is gone.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    stepped = {id(p) for group in groups for p in group["params"]}
+    if not any(id(entry.parameter()) in stepped for entry in replaced):
+        raise AttachError(
+            f"{title}: fully_shard or parallelize_module has replaced {replaced[0].name!r} and other "
+            "parameters after attach(), and the optimizer given to attach() does not step the new ones. "
+            "Spread the model first, then make the optimizer, then attach the rule to both.",
+            see="attach-optimizer",
+        )
+
+
+def _find_spread(module: nn.Module | None, name: str) -> Any:
+    parameter = None if module is None else module._parameters.get(name)
+    return parameter if is_spread(parameter) else None
+
+
+def _explain_spread(parameter: Any, source: Any, mesh: Any, remembers: bool) -> str:
+    """Why a parameter that is spread over processes is left to the optimizer, or ""."""
+    if source is None:
+        return SPREAD
+    if source.is_dtensor:
+        return "its weight is spread twice: by tensor parallelism and by fully_shard"
+    if parameter.device_mesh.ndim != 1 or not hasattr(parameter.placements[0], "dim"):
+        return "fully_shard keeps its weight on a mesh of several dimensions (HSDP), or replicates it"
+    if mesh is not None and parameter.device_mesh != mesh:
+        return "fully_shard keeps its weight on other processes than those of the layers before it"
+    if remembers and source.offload_to_cpu:
+        return "fully_shard offloads its gradient, away from the statistics (CPUOffloadPolicy)"
+    return ""

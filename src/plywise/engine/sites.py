@@ -1,0 +1,162 @@
+"""Parameters of a model, and the calls that use them.
+
+A `ParameterEntry` is one parameter with everything the engine knows of it before any call; a `Site` is one
+way in which calls use it: a layer's call of a linear map. Most parameters have one site. A weight whose
+parts are used apart (attention's stacked projections) has one site for each part.
+"""
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from plywise.engine.explain import Size
+from plywise.engine.layouts import Layout
+from plywise.engine.maps.base import LinearMap
+
+if TYPE_CHECKING:
+    from plywise.engine.captured_call import Responder
+    from plywise.engine.sharding import Sharding
+
+KEPT_PASSES = 64
+"""Backward passes whose answers are remembered until their gradient arrives."""
+
+Part = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""A view of a parameter: offset, shape and strides."""
+
+
+@dataclass(eq=False)
+class ParameterEntry:
+    """One parameter of the model.
+
+    Attributes:
+        name: its key in ``state_dict()``, without wrappers' prefixes.
+        layer: path of the module that owns it (the first one, if it is tied).
+        attribute: its name in that module.
+        parameter: weak reference to it.
+        owners: (path, weak reference to the module) of every module that owns it.
+        excluded: why the rule must not take it, or "".
+        expected: the kind of map that its module is known to call, or "".
+        left: why it is left to the optimizer, as found while calls were captured, or "".
+        leave_next: the same, from the next forward on.
+        used_by: functions that were seen to use it outside of captured calls.
+        computed_into: the parameter that stands for the weight which is computed from this one and others.
+        sites: the ways in which calls use it.
+        is_new: whether it was found after the rule was attached.
+        sharding: how fully_shard spreads it over processes, or None.
+    """
+
+    name: str
+    layer: str
+    attribute: str
+    parameter: weakref.ref[Tensor]
+    owners: list[tuple[str, weakref.ref[nn.Module]]]
+    excluded: str = ""
+    expected: str = ""
+    left: str = ""
+    leave_next: str = ""
+    used_by: dict[str, None] = field(default_factory=dict)
+    computed_into: "ParameterEntry | None" = None
+    sites: dict[Any, "Site"] = field(default_factory=dict)
+    is_new: bool = False
+    sharding: "Sharding | None" = None
+    last: "tuple[LinearMap, Layout, int, Site] | None" = None
+
+    @property
+    def dimensions(self) -> int:
+        """Number of the parameter's dimensions; 0 if it is gone or not made yet."""
+        parameter = self.parameter()
+        return 0 if parameter is None or nn.parameter.is_lazy(parameter) else parameter.dim()
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether the rule may find calls to take it in: a weight, and not a lone bias."""
+        return not self.why_left and (bool(self.expected) or self.dimensions != 1 or self.attribute != "bias")
+
+    @property
+    def why_left(self) -> str:
+        """Why it is left to the optimizer, or "" if the rule may take it."""
+        return self.excluded or self.left
+
+
+class Site:
+    """One way in which calls use a parameter.
+
+    Attributes:
+        name: name of the layer, as rules and users see it.
+        entry: the parameter.
+        map: how the calls read as linear maps.
+        layout: how the weight becomes canonical.
+        part: the view of the parameter that is the weight; None for the whole parameter.
+        computed: whether the weight is computed from the parameter (a parametrization).
+        responder: answers in backward.
+        bias: weak reference to the bias parameter that the calls add, or None.
+        adds: weak reference to the parameter that the added bias is, or is a view of, or None.
+        bias_shape: its shape where it is not (outputs,), else None.
+        size: sizes of the last call seen in backward.
+        rows: shape of its output.
+        passes: backward passes in which the rule has answered.
+        answered: the latest of those passes whose gradient has not arrived yet.
+        tested: whether the self-test has been made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        entry: ParameterEntry,
+        map_: LinearMap,
+        layout: Layout,
+        responder: "Responder",
+        module: nn.Module | None,
+    ) -> None:
+        self.name = name
+        self.entry = entry
+        self.map = map_
+        self.layout = layout
+        self.responder = responder
+        self.part: Part | None = None
+        self.computed = False
+        self.bias: weakref.ref[Tensor] | None = None
+        self.adds: weakref.ref[Tensor] | None = None
+        self.bias_shape: torch.Size | None = None
+        self.size: Size | None = None
+        self.rows: torch.Size | None = None
+        self.passes = 0
+        self.answered: dict[int, None] = {}
+        self.tested = False
+        self._module = None if module is None else weakref.ref(module)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that owns the weight, while it lives."""
+        return None if self._module is None else self._module()
+
+    def answer_pass(self, task: int) -> None:
+        """Remember that the rule has answered in this backward pass."""
+        if task not in self.answered:
+            self.passes += 1
+            self.answered[task] = None
+            if len(self.answered) > KEPT_PASSES:  # passes of torch.autograd.grad, which never arrive
+                del self.answered[next(iter(self.answered))]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The parameter, while it lives."""
+        return self.entry.parameter()
+
+    def view_of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor like the parameter that is this site's weight."""
+        if self.part is None:
+            return tensor
+        offset, shape, strides = self.part
+        return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+
+def part_of(tensor: Tensor, base: Tensor) -> Part | None:
+    """Which part of ``base`` a view of it is; None for the whole in its own layout."""
+    if tensor.shape == base.shape and tensor.stride() == base.stride():
+        return None
+    offset = int(tensor.storage_offset() - base.storage_offset())
+    return offset, tuple(tensor.shape), tensor.stride()

@@ -1,0 +1,363 @@
+"""Finds the parameter behind a tensor that a call uses as its weight."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import Buffer, Parameter, UninitializedParameter
+
+from plywise.engine.layouts import Layout
+from plywise.engine.maps.base import LinearMap
+from plywise.engine.selection import collect_parameters, explain_kind, strip_wrappers
+from plywise.engine.sharding import SPREAD, follow_parameters, is_replaced, keep_whole
+from plywise.engine.sites import ParameterEntry, Site, part_of
+
+PLAIN_TYPES = {Tensor, Parameter, Buffer, UninitializedParameter}
+"""Tensors without a ``__torch_function__`` or a ``__torch_dispatch__`` of their own."""
+
+MOST_NODES = 64
+"""Nodes of autograd's graph between a computed weight and its parameters, at most."""
+
+COMPUTED = "its weight is computed (weight norm, pruning ...), and a statistic belongs to a parameter"
+
+Collect = Callable[[nn.Module], list[ParameterEntry]]
+
+
+class ParameterTable:
+    """The parameters of one model that one rule may take, and the sites at which calls use them.
+
+    Args:
+        model: the model; known weakly.
+        collect: makes the entries (`plywise.engine.selection.collect_parameters` with the user's choice).
+        kinds: the kinds of maps that the rule takes.
+        computed_too: whether the rule can act on a weight that is computed from parameters.
+        frozen_too: whether calls of frozen weights concern the rule, since it alters the gradient at inputs.
+        add_site: called with each new site.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collect: Collect,
+        kinds: frozenset[str],
+        computed_too: bool,
+        frozen_too: bool,
+        add_site: Callable[[Site], None],
+        responder: Any,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._collect = collect
+        self._kinds = kinds
+        self._computed_too = computed_too
+        self._frozen_too = frozen_too
+        self._add_site = add_site
+        self._responder = responder
+        self.entries = collect(model)
+        self._by_id: dict[int, tuple[weakref.ref[Tensor], ParameterEntry]] = {}
+        self._strangers: dict[int, weakref.ref[Tensor]] = {}
+        self._sharded: list[ParameterEntry] = []
+        self.on_begin: Callable[[], None] | None = None
+        self.on_refresh: Callable[[], None] | None = None
+        self.on_replaced: Callable[[list[ParameterEntry]], None] | None = None
+        self._index(model)
+        self.follow(model)
+
+    def _index(self, model: nn.Module) -> None:
+        self._by_id = {id(e.parameter()): (e.parameter, e) for e in self.entries}
+        self._sharded = [e for e in self.entries if e.sharding is not None]
+        self._by_place = {(id(ref()), e.attribute): e for e in self.entries for _, ref in e.owners}
+        self.paths = {id(module): strip_wrappers(name) for name, module in model.named_modules()}
+        self.unsettled = False
+
+    def begin_pass(self) -> None:
+        """A forward begins: what was found during the last one holds from now on.
+
+        Not so where a backward runs a part of the forward again (checkpointing): that must do the same.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward and dist.is_available() and dist.is_initialized():
+            model = self._model()
+            if model is not None and any(map(is_replaced, self.entries)):
+                self.follow(model)
+        if self.on_begin is not None:
+            self.on_begin()
+        if self.unsettled and not in_backward:
+            self.unsettled = False
+            for entry in self.entries:
+                entry.left = entry.left or entry.leave_next
+
+    def follow(self, model: nn.Module) -> None:
+        """Follow parameters that fully_shard has sharded or parallelize_module has spread."""
+        replaced = follow_parameters(model, self.entries, not self._computed_too)
+        moved = {id(old): entry.parameter for old, entry in replaced}
+        for site in (site for entry in self.entries for site in entry.sites.values()):
+            site.bias, site.adds = (moved.get(id(ref), ref) for ref in (site.bias, site.adds))
+        aliases = {key: value for key, value in self._by_id.items() if value[0]() is not None}
+        self._index(model)
+        self._by_id = {**aliases, **self._by_id}
+        if replaced and self.on_replaced is not None:
+            self.on_replaced([entry for _, entry in replaced])
+
+    def keep_whole(self) -> AbstractContextManager[None]:
+        """Leave sharded parameters whole for a while, where backward would reshard them."""
+        model = self._model()
+        return keep_whole(model) if self._sharded and model is not None else nullcontext()
+
+    # ---- from a call to its site -----------------------------------------------------------------
+
+    def find_site(
+        self,
+        weight: Tensor,
+        map_: LinearMap,
+        layout: Layout,
+        bias: Tensor | None,
+        x: Tensor,
+        innermost: nn.Module | None,
+        by_role: bool = True,
+    ) -> Site | None:
+        """The site of a call, or None if autograd must do it alone.
+
+        Args:
+            weight: the tensor in the place of the weight.
+            map_: how the call reads.
+            layout: how its weight becomes canonical.
+            bias: the tensor in the place of the bias.
+            x: the call's input.
+            innermost: the module that was entered last.
+            by_role: whether only a weight can be in its place (not so in a product of two tensors).
+        """
+        known = self._by_id.get(id(weight))
+        entry = known[1] if known is not None and known[0]() is weight else None
+        is_whole, computed = entry is not None, False
+        if entry is None:
+            entry, computed = self._resolve(weight, innermost, by_role)
+            if entry is None:
+                return None
+        if entry.excluded or entry.left:
+            return None
+        if map_.kind not in self._kinds:
+            self.leave(entry, f"calls use it as {map_.kind!r}: {explain_kind(map_.kind)}")
+            return None
+        if not (weight.requires_grad or (bias is not None and bias.requires_grad) or self._frozen_too):
+            return None
+        owner = innermost if len(entry.owners) > 1 or computed else None
+        last = entry.last
+        if is_whole and last is not None and last[0] is map_ and last[1] is layout and last[2] == id(owner):
+            site = last[3]
+        else:
+            site = self._find_or_make(entry, weight, (map_, layout, owner), bias, computed)
+            entry.last = (map_, layout, id(owner), site) if is_whole else None
+        if type(x) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
+            self.leave(entry, _explain_type(x, weight))
+            return None
+        if x.layout is not torch.strided or weight.is_complex() or weight.is_quantized:
+            self.leave(entry, _explain_values(x, weight))
+            return None
+        return site
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter of the model, or a view of one."""
+        base = tensor if tensor._base is None else tensor._base
+        known = self._by_id.get(id(base))
+        return known is not None and known[0]() is base
+
+    def note_use(self, function: str, args: tuple[Any, ...]) -> None:
+        """Remember that a function has used parameters, or views of them."""
+        for value in args:
+            if isinstance(value, list | tuple):
+                self.note_use(function, tuple(value))
+            elif isinstance(value, Tensor):
+                base = value if value._base is None else value._base
+                known = self._by_id.get(id(base))
+                if known is not None and known[0]() is base and base.requires_grad:
+                    known[1].used_by.setdefault(function)
+
+    def leave(self, entry: ParameterEntry, reason: str) -> None:
+        """Leave a parameter to the optimizer from the next forward on; until then calls answer plainly."""
+        if not entry.leave_next:
+            entry.leave_next = reason
+            self.unsettled = True
+
+    def _find_or_make(
+        self,
+        entry: ParameterEntry,
+        weight: Tensor,
+        key: tuple[Any, ...],
+        bias: Tensor | None,
+        computed: bool,
+    ) -> Site:
+        parameter = entry.parameter()
+        base = weight._base
+        part = None if computed or base is None or parameter is None else part_of(weight, base)
+        whole = (*key[:2], None if key[2] is None else id(key[2]), part, computed)
+        site = entry.sites.get(whole)
+        if site is None:
+            site = self._make_site(entry, key, part, bias, computed)
+            entry.sites[whole] = site
+            self._add_site(site)
+        return site
+
+    def _make_site(
+        self,
+        entry: ParameterEntry,
+        key: tuple[Any, ...],
+        part: Any,
+        bias: Tensor | None,
+        computed: bool,
+    ) -> Site:
+        layer, module = entry.layer, entry.owners[0][1]()
+        if key[2] is not None and id(key[2]) in self.paths:
+            layer, module = self.paths[id(key[2])], key[2]
+        name = layer if entry.attribute == "weight" else ".".join(filter(None, (layer, entry.attribute)))
+        if part is not None:
+            parts = sum(site.part is not None for site in entry.sites.values())
+            name += f"[{parts}]"
+        site = Site(name, entry, key[0], key[1], self._responder, module)
+        site.part, site.computed = part, computed
+        if bias is not None:
+            base = bias if bias._base is None else bias._base
+            known = self._find_stand_in(base)
+            # an entry's own reference, by which `follow` knows it again
+            site.adds = weakref.ref(base) if known is None else known.parameter
+            site.bias = site.adds if isinstance(bias, Parameter) else None
+            site.bias_shape = None if bias.dim() == 1 else bias.shape
+        return site
+
+    # ---- tensors that are not parameters known so far -----------------------------------------------
+
+    def _resolve(
+        self, weight: Tensor, innermost: nn.Module | None, by_role: bool
+    ) -> tuple[ParameterEntry | None, bool]:
+        """The entry behind a view, a replaced parameter or a computed weight; whether it is computed."""
+        base = weight._base
+        if base is not None:
+            known = self._by_id.get(id(base))
+            if known is not None and known[0]() is base:
+                return known[1], False
+        if weight.is_leaf or (base is not None and base.is_leaf):
+            leaf = weight if base is None else base
+            entry = self._find_stand_in(leaf)
+            if entry is None and leaf.requires_grad:
+                entry = self._find_by_place(leaf, innermost)
+            return entry, False
+        if not by_role:
+            return None, False
+        entry, sources = self._find_by_place(weight, innermost), []
+        if entry is None:
+            sources = self._find_sources(weight)
+            entry = max(sources, key=_count_entries, default=None)
+        if entry is None:
+            return None, False
+        for source in sources if sources else [entry]:
+            if not self._computed_too:
+                self.leave(source, COMPUTED)
+            elif source is not entry:
+                source.computed_into = entry
+        return (entry, True) if self._computed_too else (None, False)
+
+    def _find_stand_in(self, tensor: Tensor) -> ParameterEntry | None:
+        """The entry of a parameter, or of a whole tensor that stands in its place under fully_shard."""
+        for entry in self._sharded:
+            whole = None if entry.sharding is None else entry.sharding.whole
+            if whole is not None and id(whole) not in self._by_id:
+                self._by_id[id(whole)] = (weakref.ref(whole), entry)
+        known = self._by_id.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
+    def _find_by_place(self, tensor: Tensor, innermost: nn.Module | None) -> ParameterEntry | None:
+        """The entry whose place in a module this tensor has now (FSDP, functional_call, a new layer)."""
+        stranger = self._strangers.get(id(tensor))
+        if stranger is not None and stranger() is tensor:
+            return None
+        model = self._model()
+        for module in chain([innermost] if innermost is not None else [], model.modules() if model else []):
+            for attribute, parameter in module._parameters.items():
+                if parameter is tensor:
+                    return self._adopt(module, attribute, tensor)
+        if tensor.is_leaf:
+            self._strangers[id(tensor)] = weakref.ref(tensor)
+        return None
+
+    def _adopt(self, module: nn.Module, attribute: str, tensor: Tensor) -> ParameterEntry | None:
+        entry = self._by_place.get((id(module), attribute))
+        model = self._model()
+        if entry is None and model is not None:
+            self.refresh(model)
+            entry = self._by_place.get((id(module), attribute))
+        if entry is not None and tensor.is_leaf:
+            self._by_id[id(tensor)] = (weakref.ref(tensor), entry)
+            if entry.parameter() is None:  # made on the meta device, and materialised
+                entry.parameter = weakref.ref(tensor)
+        return entry
+
+    def refresh(self, model: nn.Module) -> None:
+        """Look for parameters that were added since."""
+        self.follow(model)
+        known = {id(e.parameter()): e for e in self.entries if e.parameter() is not None}
+        found = []
+        for entry in self._collect(model):
+            parameter = entry.parameter()
+            old = None if parameter is None else known.get(id(parameter)) or self._find_stand_in(parameter)
+            if old is None:
+                replaced = self._by_place.get((id(entry.owners[0][1]()), entry.attribute))
+                entry.is_new = replaced is None
+                if replaced is not None and replaced.parameter() is None:  # made on meta, and materialised
+                    replaced.parameter, replaced.last = entry.parameter, None
+                    old = replaced
+            found.append(old or entry)
+        aliases = {key: value for key, value in self._by_id.items() if value[0]() is not None}
+        self.entries = found
+        self._index(model)
+        self._by_id = {**aliases, **self._by_id}
+        self.follow(model)
+        if self.on_refresh is not None:
+            self.on_refresh()
+
+    def _find_sources(self, weight: Tensor) -> list[ParameterEntry]:
+        """The parameters that a weight is computed from; none if anything but parameters is in it."""
+        seen: set[Any] = set()
+        sources: list[ParameterEntry] = []
+        stack: list[Any] = [weight.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if len(seen) > MOST_NODES or getattr(type(node), "_forward_cls", None) is not None:
+                return []  # computed by another layer: an activation, not a weight
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                known = self._find_stand_in(variable)
+                if known is None:
+                    return []
+                sources.append(known)
+            stack.extend(source for source, _ in node.next_functions)
+        return [] if any(entry.excluded for entry in sources) else sources
+
+
+def _count_entries(entry: ParameterEntry) -> int:
+    parameter = entry.parameter()
+    return 0 if parameter is None else parameter.numel()
+
+
+def _explain_type(x: Tensor, weight: Tensor) -> str:
+    name = type(weight if type(weight) not in PLAIN_TYPES else x).__name__
+    if name == "DTensor":
+        return SPREAD
+    return f"its call mixes in a tensor of another type ({name}), which the rule cannot read"
+
+
+def _explain_values(x: Tensor, weight: Tensor) -> str:
+    if weight.is_complex():
+        return "its weight is complex"
+    if weight.is_quantized:
+        return "its weight is quantised"
+    return f"its input is sparse or nested ({x.layout})"
+
+
+__all__ = ["ParameterTable", "collect_parameters"]

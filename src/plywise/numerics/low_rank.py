@@ -1,0 +1,152 @@
+"""Inverse roots from the leading eigenvectors of a matrix, at a cost that is quadratic in its size.
+
+`compute_low_rank_root` computes ``(S + λI)^-p`` with the mean of the other eigenvalues in their place.
+`multiply_by_root` and `multiply_rows_by_root` multiply rows by such a root, or by a matrix.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plywise.numerics.inverse_roots import LinAlgError, Relative, find_gram_scale
+from plywise.numerics.products import mirror_lower
+
+FIRST_SWEEPS = 4
+"""The least number of sweeps if there are no vectors to start from."""
+
+
+@dataclass(frozen=True)
+class LowRankRoot:
+    """The matrix ``scale · (I + V diag(w) Vᵀ)`` for each group.
+
+    Attributes:
+        vectors: V (g, k, r), with orthonormal columns.
+        weights: w (g, r).
+        scale: scale (g,).
+    """
+
+    vectors: Tensor
+    weights: Tensor
+    scale: Tensor
+
+
+def compute_low_rank_root(
+    gram: Tensor,
+    power: float,
+    damping: float,
+    relative: Relative,
+    rank: int,
+    start: Tensor | None = None,
+    sweeps: int = 1,
+) -> LowRankRoot | None:
+    """Compute ``(gram + λI)^-power`` with all but the ``rank`` largest eigenvalues replaced by their mean τ.
+
+    The eigenvectors come from a block subspace iteration with a Rayleigh-Ritz step. It takes ``sweeps + 1``
+    products ``gram V``, and nothing that is cubic in k. The root has the weights
+    ``wᵢ = ((λᵢ + λ)/(τ + λ))^-power - 1`` and the scale ``(τ + λ)^-power``. Values below the rounding of the
+    largest eigenvalue count as that rounding, and so does λ.
+
+    Args:
+        gram: matrices (g, k, k); only their lower triangle is read.
+        power: any positive number.
+        damping: λ, or its ratio to what ``relative`` names.
+        relative: as in `compute_inverse_root`; "max" is the largest Ritz value.
+        rank: the number of eigenvectors; k if that is less.
+        start: the ``vectors`` of the last root, of any dtype and device. Without them, or if their shape is
+            another one, the iteration starts from seeded noise and makes at least four sweeps.
+        sweeps: the number of iterations.
+
+    Returns:
+        The root, or None if ``gram`` is not finite.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if not power > 0 or rank < 1 or sweeps < 1:
+        raise ValueError(f"power, rank and sweeps must be positive, not {power}, {rank}, {sweeps}")
+    scale, dead = find_gram_scale(gram, damping, relative)
+    k, rank = gram.shape[1], min(rank, gram.shape[1])
+    column = scale.to(gram.dtype)[:, None, None]
+    pairs = _find_eigenpairs(gram, column, rank, start, sweeps)
+    if pairs is None:
+        return None
+    values, vectors = pairs
+    trace = (gram.diagonal(dim1=1, dim2=2) / column.squeeze(2)).sum(1)
+    if relative == "absolute":
+        shift = (damping / scale).to(gram.dtype)
+    else:
+        shift = damping * (values[:, -1] if relative == "max" else trace / k)
+    # If there are no other eigenvalues, τ may be anything. With the smallest value no weight cancels a scale.
+    tail = ((trace - values.sum(1)) / (k - rank)).clamp_min(0) if rank < k else values[:, 0]
+    # The floor of a dead group is 1, so that its root is the identity.
+    floor = torch.finfo(gram.dtype).eps * values[:, -1] + dead
+    tail = torch.maximum(tail + shift, floor)
+    values = torch.maximum(values + shift.unsqueeze(1), floor.unsqueeze(1))
+    weights = (values / tail.unsqueeze(1)).pow(-power) - 1
+    factor = (tail * column.flatten()).pow(-power)
+    return LowRankRoot(vectors, weights, factor)
+
+
+def _find_eigenpairs(
+    gram: Tensor, scale: Tensor, rank: int, start: Tensor | None, sweeps: int
+) -> tuple[Tensor, Tensor] | None:
+    """Find the largest eigenvalues (g, rank) of ``gram / scale``, and eigenvectors (g, k, rank).
+
+    Returns None if ``gram`` is not finite.
+    """
+    groups, k, _ = gram.shape
+    if start is None or start.shape != (groups, k, rank) or not bool(torch.isfinite(start).all()):
+        noise = torch.randn(k, rank, generator=torch.Generator().manual_seed(0))
+        start, sweeps = noise.expand(groups, k, rank), max(sweeps, FIRST_SWEEPS)
+    matrix = mirror_lower(gram)
+    image = matrix @ start.to(gram) / scale
+    for _ in range(sweeps):
+        if not bool(torch.isfinite(image.sum())):  # any bad entry of the matrix shows in a row
+            return None
+        basis = torch.linalg.qr(image).Q  # by Householder: orthonormal whatever the rank of the image is
+        image = matrix @ basis / scale
+    try:
+        values, rotation = torch.linalg.eigh(basis.mT @ image)
+    except LinAlgError:
+        return None
+    return values.clamp_min(0), basis @ rotation
+
+
+def multiply_rows_by_root(
+    rows: Tensor, root: Tensor | LowRankRoot, with_ones: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute ``[rows, 1] @ root`` for a single group.
+
+    Neither the column of ones nor a product of odd width is made: both would cost a tenth of the product.
+
+    Args:
+        rows: rows (n, k - 1), or (n, k) without ``with_ones``.
+        root: a root of one group, (1, k, k) or of low rank.
+        with_ones: whether a column of ones follows the rows.
+
+    Returns:
+        All columns of the product but the last one, and the last one; ``rows @ root`` and None without ones.
+    """
+    if isinstance(root, LowRankRoot):
+        vectors, scale = root.vectors[0], root.scale[0]
+        inputs = vectors[: rows.shape[1]]
+        inner = rows @ inputs + vectors[-1] if with_ones else rows @ inputs
+        inner *= root.weights[0] * scale
+        product = torch.addmm(rows * scale, inner, inputs.T)
+        return product, inner @ vectors[-1] + scale if with_ones else None
+    if not with_ones:
+        return rows @ root[0], None
+    corner = root[0, -1, -1]
+    product = torch.addmm(root[0, -1, :-1], rows, root[0, :-1, :-1])
+    return product, rows @ root[0, :-1, -1] + corner
+
+
+def multiply_by_root(x: Tensor, root: Tensor | LowRankRoot) -> Tensor:
+    """Compute ``x @ root`` for rows (g, n, k)."""
+    if isinstance(root, Tensor):
+        if len(root) > 1:
+            return x @ root
+        return (x[0] @ root[0]).unsqueeze(0)  # one product is quicker than a batch of one
+    inner = (x @ root.vectors) * root.weights.unsqueeze(1)
+    return torch.baddbmm(x, inner, root.vectors.mT) * root.scale[:, None, None]

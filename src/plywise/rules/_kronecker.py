@@ -1,0 +1,305 @@
+"""``D = c · L^-p G R^-q``: the mechanism of every rule that preconditions G by covariances of A and Δ.
+
+``R``, of the inputs' rows, and ``L``, of the output gradients' rows, are running statistics. Their inverse
+roots are made at a refresh, and used until the next. ``c`` keeps the size of G.
+
+The step makes the move from G, at 2mk² operations for the input side, with c measured exactly. With fewer
+rows than outputs, ``Δᵀ(A R^-q)`` costs 2nk² only: backward does that between refreshes, with the c of the
+last refresh, since G itself is not made then.
+"""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.contract import Evidence, LayerShape, Shapes, State
+from plywise.engine.explain import Size
+from plywise.engine.health import Health
+from plywise.engine.rule import StatefulRule, require_choice, require_positive, require_whole
+from plywise.numerics.inverse_roots import Relative, Solver, compute_inverse_root, get_solver
+from plywise.numerics.low_rank import (
+    LowRankRoot,
+    compute_low_rank_root,
+    multiply_by_root,
+    multiply_rows_by_root,
+)
+from plywise.numerics.products import lower_product
+
+Root = Tensor | LowRankRoot
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """Settings of a `KroneckerRule`; `plywise.Precondition` documents them.
+
+    Example:
+        >>> Kronecker(right=0.5, damping=1e-3, relative_to="max").sides(64, 785)
+        {'input': 0.5}
+    """
+
+    left: float = 0.0
+    right: float = 1.0
+    decay: float = 0.95
+    statistic: Literal["mean", "sum"] = "mean"
+    damping: float = 0.1
+    relative_to: Relative = "mean"
+    keep_norm: bool = True
+    solver: Solver = "auto"
+    rank: int | None = None
+    sample: int = 1
+    max_size: int = 8192
+
+    def sides(self, outputs: int, columns: int) -> dict[str, float]:
+        """The statistics that a layer of these sizes keeps, each with its power."""
+        powers = {"input": (self.right, columns), "output": (self.left, outputs)}
+        return {side: power for side, (power, size) in powers.items() if power and size <= self.max_size}
+
+    def rank_of(self, size: int) -> int | None:
+        """Rank of a root of this size, None for a dense one: half the size and more is no saving."""
+        return None if self.rank is None or 2 * self.rank >= size else self.rank
+
+
+class KroneckerRule(StatefulRule):
+    """A rule whose move is ``c · L^-p G R^-q``; abstract. Subclasses say with which settings."""
+
+    @property
+    @abstractmethod
+    def plan(self) -> Kronecker:
+        """Powers, statistics, damping and solver."""
+
+    def check(self) -> None:
+        """Refuse settings that are out of range; for the subclass's ``__post_init__``."""
+        plan = self.plan
+        require_positive(self, decay=plan.decay, damping=plan.damping)
+        require_whole(
+            self, sample=plan.sample, stats_every=self.stats_every, refresh_every=self.refresh_every
+        )
+        require_whole(self, max_size=plan.max_size, **({} if plan.rank is None else {"rank": plan.rank}))
+        require_choice(self, "relative_to", plan.relative_to, ("mean", "max", "absolute"))
+        if plan.decay > 1:
+            raise ValueError(f"{type(self).__name__}: decay must be at most 1, not {plan.decay!r}.")
+        powers = [power for power in (plan.left, plan.right) if power]
+        if not powers or not all(0 < power < math.inf for power in powers):
+            raise ValueError(
+                f"{type(self).__name__}: left and right must be 0 or above, finite, and not both 0, not "
+                f"{plan.left!r} and {plan.right!r}."
+            )
+        for power in powers:
+            try:
+                get_solver(plan.solver, power)
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: solver: {error}.") from None
+        if self.refresh_every % self.stats_every:
+            raise ValueError(
+                f"{type(self).__name__}: refresh_every must be a multiple of stats_every "
+                f"({self.stats_every}), not {self.refresh_every}: a root is made from its own batch too."
+            )
+
+    # ---- in backward -------------------------------------------------------------------------
+
+    def update(self, call: LinearCall) -> Update:
+        """``c · L^-p G R^-q`` by what is remembered, or the plain gradient if that waits for the step."""
+        if call.waits or not call.memory:
+            return call.gradient()
+        left, right = root_of(call.memory, "output"), root_of(call.memory, "input")
+        return preconditioned(call, left, right, call.memory["scale"])
+
+    def in_backward(self, memory: State, shape: LayerShape) -> bool:
+        """Where each product is smaller with the rows than with G, and c has been measured."""
+        sides = self.plan.sides(shape.outputs, shape.columns)
+        limits = {"input": shape.outputs, "output": shape.columns}
+        fewer = bool(sides) and bool(memory["rows"] < min(limits[side] for side in sides))
+        return fewer and bool(memory["scale"] > 0)
+
+    def gather(self, call: LinearCall, turn: int) -> Evidence:
+        """``AᵀA`` and ``ΔᵀΔ``, as far as they are needed; lower triangles."""
+        sides = self.plan.sides(call.outputs, call.columns)
+        evidence = {"rows": torch.tensor(float(call.row_count), dtype=call.dtype, device=call.delta.device)}
+        if "input" in sides:
+            evidence["input"], rows = call.sampled_gram(call.dtype, self.plan.sample, turn)
+            evidence["rows"].fill_(rows)
+        if "output" in sides:
+            evidence["output"] = lower_product(call.delta_rows().mT)
+        return evidence
+
+    # ---- at the step -------------------------------------------------------------------------
+
+    def learn(self, memory: State, evidence: Evidence) -> State:
+        """Add to the discounted sums, and to the discounted counts that make means of them."""
+        decay = self.plan.decay
+        counts = {"input": evidence["rows"], "output": torch.ones_like(evidence["rows"])}
+        news = {"rows": evidence["rows"]}
+        for side in ("input", "output"):
+            if side not in evidence:
+                continue
+            for key, value in ((side, evidence[side]), (f"{side}.count", counts[side])):
+                news[key] = torch.add(value, memory[key], alpha=decay) if key in memory else value
+        return news
+
+    def refresh(self, memory: State, name: str, health: Health) -> State:
+        """The roots of the statistics; the last good ones where that fails."""
+        plan = self.plan
+        unknown = torch.full_like(memory["rows"], 0.0 if plan.keep_norm else 1.0)  # c, until it is measured
+        news = {"scale": memory.get("scale", unknown)}
+        for side, power in (("input", plan.right), ("output", plan.left)):
+            if side not in memory:
+                continue
+            statistic = memory[side]
+            if plan.statistic == "mean":
+                statistic = statistic / memory[f"{side}.count"]
+            last, rank = root_of(memory, side), plan.rank_of(statistic.shape[1])
+            note = partial(health.note, name)
+            root: Root | None
+            if rank is None:
+                root = compute_inverse_root(
+                    statistic, power, plan.damping, plan.relative_to, plan.solver, note
+                )
+            else:
+                start = last.vectors if isinstance(last, LowRankRoot) else None
+                root = compute_low_rank_root(statistic, power, plan.damping, plan.relative_to, rank, start)
+            if root is None:
+                root = last if last is not None else _identity(statistic, rank)
+            news.update(_entries(side, root))
+        return news
+
+    def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
+        """``c · L^-p G R^-q`` of the gradient at hand, and its ``c``."""
+        left, right = root_of(memory, "output"), root_of(memory, "input")
+        assert gradient.weight is not None
+        if left is None and right is None:
+            return gradient, {}
+        matrix = gradient.matrix(groups).to(memory["rows"].dtype)
+        moved = _between(matrix, left, right)
+        news = {}
+        if self.plan.keep_norm:
+            size, own = torch.linalg.vector_norm(matrix), torch.linalg.vector_norm(moved)
+            news["scale"] = torch.where(own > 0, size / own, memory["scale"])  # zeros say nothing of c
+            moved = moved * news["scale"]
+        return Update.of(moved, gradient.weight.shape, gradient.bias is not None), news
+
+    # ---- sizes -------------------------------------------------------------------------------
+
+    def evidence_shapes(self, shape: LayerShape) -> Shapes:
+        """``AᵀA``, ``ΔᵀΔ`` and the number of rows."""
+        return {"rows": (), **{side: (shape.groups, n, n) for side, n in self._sizes(shape).items()}}
+
+    def learned_shapes(self, shape: LayerShape) -> Shapes:
+        """The discounted sums and counts."""
+        sums = {side: (shape.groups, n, n) for side, n in self._sizes(shape).items()}
+        return {"rows": (), **sums, **{f"{side}.count": () for side in sums}}
+
+    def refreshed_shapes(self, shape: LayerShape) -> Shapes:
+        """The roots, dense or of low rank, and c."""
+        shapes: dict[str, tuple[int, ...]] = {"scale": ()}
+        for side, n in self._sizes(shape).items():
+            rank, g = self.plan.rank_of(n), shape.groups
+            if rank is None:
+                shapes[f"{side}.root"] = (g, n, n)
+            else:
+                low = {"vectors": (g, n, rank), "weights": (g, rank), "scale": (g,)}
+                shapes.update({f"{side}.{part}": size for part, size in low.items()})
+        return shapes
+
+    def refresh_cost(self, shape: LayerShape) -> float:
+        """Operations of the roots, up to a factor."""
+        cost = 0.0
+        for n in self._sizes(shape).values():
+            rank = self.plan.rank_of(n)
+            cost += shape.groups * float(n * n * (n if rank is None else 2 * rank))
+        return cost
+
+    def _sizes(self, shape: LayerShape) -> dict[str, int]:
+        sizes = {"input": shape.columns, "output": shape.outputs}
+        return {side: sizes[side] for side in self.plan.sides(shape.outputs, shape.columns)}
+
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
+        """Statistics, roots (as n³ or 2n²r) and products, shared out over the steps of a cycle."""
+        plan = self.plan
+        sides = {
+            side: (own, other)
+            for side, own, other in (("input", size.d, size.m), ("output", size.m, size.d))
+            if side in plan.sides(size.m, size.d)
+        }
+        flops = floats = 0.0
+        for n, other in sides.values():
+            rank = plan.rank_of(n)
+            flops += size.n / plan.sample * n * n / self.stats_every
+            flops += float(n**3 if rank is None else 2 * n * n * rank) / self.refresh_every
+            flops += (2.0 * n if rank is None else 4.0 * rank) * n * min(size.n, other)
+            floats += n * n + (n * n if rank is None else n * rank)
+        return size.g * flops, size.g * floats
+
+    def describe(self, size: Size | None) -> str:
+        """The sides that are preconditioned, e.g. ``"L^-½ G R^-½"``."""
+        name, plan = type(self).__name__, self.plan
+        if size is None:
+            return name
+        sides = plan.sides(size.m, size.d)
+        left, right = (f"^-{power:g}" if power else "" for power in (plan.left, plan.right))
+        text = f"{f'L{left} ' if 'output' in sides else ''}G{f' R{right}' if 'input' in sides else ''}"
+        wanted = {side for side, power in (("input", plan.right), ("output", plan.left)) if power}
+        missing = [
+            f"{side} side larger than max_size={plan.max_size}" for side in sorted(wanted - sides.keys())
+        ]
+        return f"{name}: {text}, every {self.refresh_every} steps" + "".join(f" ({text})" for text in missing)
+
+
+def preconditioned(
+    call: LinearCall, left: Root | None, right: Root | None, scale: Tensor | None = None
+) -> Update:
+    """``scale · left · G · right``, each product made with the rows where they are fewer than G's."""
+    if scale is not None:
+        call = replace(call, delta=call.delta * scale.to(call.delta.dtype))
+    if left is not None and call.row_count < call.columns:
+        call, left = (
+            replace(call, delta=call.from_delta_rows(multiply_by_root(call.delta_rows(), left))),
+            None,
+        )
+    if right is not None and call.map.rows_are_inputs and call.row_count < call.outputs:
+        rows, last = multiply_rows_by_root(
+            call.a.reshape(-1, call.width).to(call.dtype), right, call.has_bias
+        )
+        delta = call.delta_rows()[0].T
+        weight = (delta @ rows).reshape(call.weight.shape)
+        move, right = Update(weight, None if last is None else delta @ last), None
+    else:
+        move = call.gradient()
+    if left is None and right is None:
+        return move
+    return call.update(_between(call.matrix(move).to(call.dtype), left, right))
+
+
+def _between(matrix: Tensor, left: Root | None, right: Root | None) -> Tensor:
+    """``left · matrix · right``."""
+    moved = matrix if right is None else multiply_by_root(matrix, right)
+    return moved if left is None else multiply_by_root(moved.mT, left).mT
+
+
+def root_of(memory: State, side: str) -> Root | None:
+    """The inverse root of a side's statistic that a layer remembers."""
+    if f"{side}.root" in memory:
+        return memory[f"{side}.root"]
+    if f"{side}.vectors" in memory:
+        return LowRankRoot(*(memory[f"{side}.{part}"] for part in ("vectors", "weights", "scale")))
+    return None
+
+
+def _entries(side: str, root: Root) -> dict[str, Tensor]:
+    if isinstance(root, LowRankRoot):
+        parts = {"vectors": root.vectors, "weights": root.weights, "scale": root.scale}
+        return {f"{side}.{part}": value for part, value in parts.items()}
+    return {f"{side}.root": root}
+
+
+def _identity(like: Tensor, rank: int | None) -> Root:
+    groups, size, _ = like.shape
+    eye = torch.eye(size, dtype=like.dtype, device=like.device).expand(groups, size, size)
+    if rank is None:
+        return eye.clone()
+    return LowRankRoot(eye[:, :, :rank].clone(), like.new_zeros(groups, rank), like.new_ones(groups))

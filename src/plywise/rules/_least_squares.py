@@ -1,0 +1,326 @@
+"""One local least-squares problem at several prices, for the rules that solve it.
+
+All answer ``argmin_D ½‖[A,1] Dᵀ - Δ‖² + λ/2 ‖D‖² = G (AᵀA + λI)⁻¹`` or an approximation of it:
+
+- `ridge`: exactly, by Cholesky, in the space of inputs (AᵀA) or of rows (AAᵀ), whichever is smaller;
+- `ridge_centred`: the same with the bias solved apart, by centring rows and targets;
+- `conjugate_gradients`: k steps from zero; `official_conjugate_gradients`: as ProxProp's published code;
+- `normalised`: AAᵀ replaced by its diagonal (NLMS);
+- `mean_square`: AᵀA replaced by its mean eigenvalue.
+
+The key to speed is ``(AᵀA + λI)⁻¹Aᵀ = Aᵀ(AAᵀ + λI)⁻¹``: with fewer rows than columns the whole solve
+is *another Δ*, and the product ``Δ'ᵀA`` is the one that backpropagation makes anyway.
+
+Every solve ends, see `plywise.numerics.least_squares`; each fallback is counted in the layer's `Health`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from plywise.engine import health
+from plywise.engine.call import LinearCall, Update
+from plywise.numerics.least_squares import (
+    CentredSystem,
+    find_power_of_two,
+    solve_damped,
+    solve_damped_with_bias,
+)
+from plywise.numerics.products import centre_rows, divide_or_zero, lower_product, mirror_lower
+
+Damping = float | Tensor | Callable[[Tensor], Tensor]
+"""λ: a number, a tensor (g,) with one number for each group, or a function that makes it of the Gram."""
+
+
+def relative_damping(call: LinearCall, eps: float) -> Damping:
+    """``eps`` times the mean non-zero eigenvalue of ``[A,1]ᵀ[A,1]``, in the dtype of the Gram at hand."""
+    size = max(min(call.row_count, call.columns), 1)
+    return lambda gram: eps * call.trace(dtype=gram.dtype) / size
+
+
+def ridge(call: LinearCall, damping: Damping) -> Update:
+    """``G (AᵀA + λI)⁻¹`` exactly, the bias being a column of ones in A."""
+    if call.map.diagonal:
+        return _divide_columns(call, damping)
+    dual, note = call.row_count <= call.columns, partial(call.health.note, call.name)
+    if call.has_bias:
+        build = partial(_build_dual_with_bias if dual else _build_with_bias, call)
+        solved = solve_damped_with_bias(build, damping, call.dtype, note, dual=dual)
+        if solved is None:
+            return call.gradient()
+        return _cast(call, (_expand_with_bias if dual else _join)(call, *solved))
+    answer = solve_damped(partial(_build, call, dual), damping, call.dtype, note, dual=dual)
+    if answer is None:
+        return call.gradient()
+    update = call.gradient(call.from_delta_rows(answer)) if dual else call.update(answer.mT)
+    return _cast(call, update)
+
+
+def _divide_columns(call: LinearCall, damping: Damping) -> Update:
+    """`ridge` where ``AᵀA`` is diagonal: an embedding's counts."""
+    gradient = call.weight_gradient(call.delta).to(call.dtype)
+    counts = call.map.gram_diagonal(call.a, gradient)
+    shift = damping(counts) if callable(damping) else damping
+    total = counts + torch.as_tensor(shift).to(gradient).reshape(-1, 1)
+    return _cast(call, Update(divide_or_zero(gradient, total.expand_as(gradient)), None))
+
+
+def _build(call: LinearCall, dual: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The system without a bias, in a dtype."""
+    if dual:
+        return call.dual_gram(dtype), call.delta_rows(dtype)
+    return call.gram(dtype), call.matrix(call.gradient(call.delta.to(dtype))).mT
+
+
+def _centre_delta(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of Δ without their mean, and the mean."""
+    return centre_rows(call.delta_rows(dtype))
+
+
+def _centre_rows(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of A without their mean, and the mean."""
+    return centre_rows(call.map.rows(call.cast_input(dtype)).to(dtype))
+
+
+def _build_centred(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``CᵀC``, ``CᵀΔ`` of centred rows C and gradients, and both means."""
+    delta, mean_delta = _centre_delta(call, dtype)
+    if call.map.rows_are_inputs:
+        rows, mean = _centre_rows(call, dtype)
+        return lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
+    gram, mean = call.map.centred_gram(call.cast_input(dtype))
+    # the columns of Δ sum to zero, so that the mean of the rows drops out of the product
+    gradient = call.weight_gradient(call.from_delta_rows(delta))
+    return gram.to(dtype), call.matrix(Update(gradient, None)).mT, mean.to(dtype), mean_delta
+
+
+def _build_with_bias(call: LinearCall, dtype: torch.dtype) -> CentredSystem:
+    gram, right, mean, mean_delta = _build_centred(call, dtype)
+    return CentredSystem(gram, right, mean, mean_delta, call.row_count)
+
+
+def _build_dual_with_bias(call: LinearCall, dtype: torch.dtype) -> CentredSystem:
+    delta, mean_delta = _centre_delta(call, dtype)
+    rows, mean = _centre_rows(call, dtype)
+    projected = (rows @ mean.unsqueeze(2)).squeeze(2)
+    return CentredSystem(lower_product(rows), delta, mean, mean_delta, call.row_count, projected)
+
+
+def _join(call: LinearCall, x: Tensor, bias: Tensor) -> Update:
+    return Update(x.mT.reshape(call.weight.shape), bias.reshape(-1))
+
+
+def _expand_with_bias(call: LinearCall, y: Tensor, bias: Tensor) -> Update:
+    """``X = CᵀY + mean bᵀ`` of a dual solution."""
+    x = _multiply_centred(call, y)
+    mean = _centre_rows(call, y.dtype)[1] if call.map.rows_are_inputs else call.mean_row(y.dtype)
+    return Update(x + (bias.unsqueeze(2) * mean.unsqueeze(1)).reshape(x.shape), bias.reshape(-1))
+
+
+def _multiply_centred(call: LinearCall, y: Tensor) -> Tensor:
+    """``YᵀC`` in the shape of the weight, C the centred rows."""
+    if call.map.rows_are_inputs:
+        return (y.mT @ _centre_rows(call, y.dtype)[0]).reshape(call.weight.shape)
+    return call.weight_gradient(call.from_delta_rows(y - y.mean(1, keepdim=True)))
+
+
+def ridge_centred(call: LinearCall, relative: float) -> Update:
+    """`ridge` on centred rows and targets, then the bias: ``b = mean(Δ) - D mean(A)``.
+
+    The damping is ``relative · ‖A - mean‖²_F / min(n, d)`` and never touches the bias, which keeps the update
+    covariant under rescaled inputs. What centring leaves of constant rows is rounding, of size ``eps · ‖A‖``;
+    a floor of its square keeps it from becoming a step.
+    """
+    dual, size = call.row_count <= call.width, max(min(call.row_count, call.width), 1)
+
+    def damping(gram: Tensor) -> Tensor:
+        energy = gram.diagonal(dim1=1, dim2=2).sum(1)
+        whole = call.trace(with_bias=False, dtype=gram.dtype)
+        return relative * energy / size + (16 * torch.finfo(call.dtype).eps) ** 2 * whole
+
+    def build(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dual:
+            return lower_product(_centre_rows(call, dtype)[0]), _centre_delta(call, dtype)[0]
+        return _build_centred(call, dtype)[:2]
+
+    note = partial(call.health.note, call.name)
+    answer = solve_damped(build, damping, call.dtype, note, dual=dual)
+    if answer is None:
+        return call.gradient()
+    matrix = call.matrix(Update(_multiply_centred(call, answer), None)) if dual else answer.mT
+    mean, mean_delta = call.mean_row(matrix.dtype), call.delta_rows(matrix.dtype).mean(1)
+    bias = mean_delta - (matrix @ mean.unsqueeze(2)).squeeze(2)
+    return _cast(call, Update(matrix.reshape(call.weight.shape), bias.reshape(-1)))
+
+
+def conjugate_gradients(call: LinearCall, damping: float, steps: int) -> Update:
+    """``steps`` of textbook conjugate gradients on ``M V = G``, ``M = AᵀA + λI``, from zero.
+
+    Each output has its own scalars (block CG). The iterates are those in the space of the weights; with
+    fewer rows than columns they are carried as ``V = AᵀY``, so that a step is one product with AAᵀ.
+    """
+    return _krylov(call, damping, steps, official=False)
+
+
+def official_conjugate_gradients(call: LinearCall, damping: float, steps: int) -> Update:
+    """The iteration of ProxProp's published code, kept so that the paper's tables can be reproduced.
+
+    It differs from the textbook (and from the paper): the first direction is aliased with the residual,
+    so that the second comes out too long by ``1 + β``; 1e-6 is added to both denominators, which is not
+    small against the squared gradients of a mean loss; it stops once the worst residual is 1 % of the
+    mean first one; and a convolution is one flat system, not one for each output.
+    """
+    return _krylov(call, damping, steps, official=True)
+
+
+def _krylov(call: LinearCall, damping: float, steps: int, official: bool) -> Update:
+    in_rows = call.row_count <= call.columns
+    matrix = mirror_lower((call.dual_gram if in_rows else call.gram)(call.dtype))
+    residual = call.delta_rows() if in_rows else call.matrix(call.gradient()).to(call.dtype).mT
+    shift = torch.as_tensor(damping).to(matrix).reshape(-1, 1, 1)
+    epsilon = 1e-6 if official else 0.0
+    flat = official and not call.map.rows_are_inputs
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        # In row space V = AᵀY, so that <V, V> = <Y, AAᵀY>: callers pass the product with AAᵀ as x.
+        product = (x * y).sum((0, 1, 2) if flat else 1, keepdim=True)
+        return product.clamp_min(0)
+
+    # in place from here on: each of these is as large as Δ
+    residual, solution = residual.clone(), torch.zeros_like(residual)
+    direction, direction_image = residual.clone(), matrix @ residual
+    square = inner(direction_image if in_rows else residual, residual)
+    enough = 1e-4 * square.mean()  # the published tolerance, 1e-2, squared
+    for step in range(steps):
+        curved = torch.addcmul(direction_image, direction, shift)
+        curvature = inner(direction_image if in_rows else direction, curved)
+        alpha = divide_or_zero(square, curvature + epsilon)
+        solution.addcmul_(direction, alpha)
+        if step == steps - 1:
+            break
+        residual.addcmul_(curved, -alpha)
+        del curved
+        image = matrix @ residual
+        previous, square = square, inner(image if in_rows else residual, residual)
+        if official and bool(square.max() < enough):
+            break
+        beta = divide_or_zero(square, previous + epsilon)
+        if official and step == 0:  # the alias: the old direction *is* the new residual
+            direction.copy_(residual)
+            direction_image.copy_(image)
+        direction.mul_(beta).add_(residual)
+        direction_image.mul_(beta).add_(image)
+        del image
+    if not bool(torch.isfinite(solution).all()):
+        call.health.note(call.name, health.IDENTITY)
+        return call.gradient()
+    if in_rows:
+        return call.gradient(call.from_delta_rows(solution))
+    return _cast(call, call.update(solution.mT))
+
+
+def normalised(call: LinearCall, relative: float) -> Update:
+    """Each row's δ divided by its own ``‖a_i‖² + ε``, ε relative to the mean squared norm (NLMS)."""
+    norms = call.square_norms()
+    total = float(norms.sum())
+    if norms.numel() and (not math.isfinite(total) or total < torch.finfo(norms.dtype).tiny):
+        return _normalise_scaled(call, relative)
+    norms = norms + relative * norms.mean(1, keepdim=True)
+    return call.gradient(call.scale_rows(divide_or_zero(torch.ones_like(norms), norms)))
+
+
+def _normalise_scaled(call: LinearCall, relative: float) -> Update:
+    """`normalised` where the squares leave the range of the dtype: with inputs divided by a power of two."""
+    a = call.cast_input(call.dtype)
+    scale = find_power_of_two(a.reshape(1, 1, -1)) if a.is_floating_point() else torch.ones(1)
+    scale = scale.to(call.dtype).clamp_min(1.0 if call.has_bias else 0.0)[0]
+    small = replace(call, a=a / scale, has_bias=False)
+    norms = small.square_norms() + (scale**-2 if call.has_bias else 0)
+    norms = norms + relative * norms.mean(1, keepdim=True)
+    factors = divide_or_zero(torch.ones_like(norms), norms)
+    scaled = small.scale_rows(factors)
+    weight = small.weight_gradient(scaled) / scale
+    bias = call.map.bias_gradient(scaled) / scale / scale if call.has_bias else None
+    if not all(bool(torch.isfinite(part).all()) for part in (weight, bias) if part is not None):
+        call.health.note(call.name, health.IDENTITY)  # no float32 is that large
+        return call.gradient()
+    return Update(weight, bias)
+
+
+def mean_square(call: LinearCall, by_rank: bool = False) -> Tensor:
+    """``AᵀA / samples`` as one scalar: its mean eigenvalue (mean non-zero one if ``by_rank``).
+
+    The trace is that of A without the bias, averaged over groups.
+    """
+    size = min(call.row_count, call.width) if by_rank else call.width
+    return call.trace(with_bias=False).mean() / (call.samples * size)
+
+
+def matched_below(call: LinearCall, relative: float, steps: int = 8) -> Tensor:
+    """``argmin_X ‖J X - Δ‖² + ε‖X‖²``, J the layer's map: the input's change that explains Δ.
+
+    Closed form ``Δ W (WᵀW + εI)⁻¹`` in the smaller of inputs and outputs where A is the input itself;
+    ``steps`` of conjugate gradients on the normal equations for a convolution. ε is relative to the mean
+    non-zero eigenvalue of ``JᵀJ``.
+    """
+    if not call.map.sends_below:
+        return call.delta  # autograd's own graph sends it down
+    if not call.map.rows_are_inputs:
+        return _matched_by_conjugate_gradients(call, relative, steps)
+    outputs, inputs = call.weight.shape
+    wide = inputs > outputs
+
+    def damping(gram: Tensor) -> Tensor:
+        return relative * call.weight.to(gram.dtype).square().sum().reshape(1) / min(outputs, inputs)
+
+    def build(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        weight, delta = call.weight.to(dtype), call.delta_rows(dtype)
+        if wide:
+            return lower_product(weight.unsqueeze(0)), delta.mT
+        return lower_product(weight.T.unsqueeze(0)), (delta[0] @ weight).T.unsqueeze(0)
+
+    note = partial(call.health.note, call.name)
+    answer = solve_damped(build, damping, call.dtype, note, dual=wide)
+    if answer is None:
+        return call.input_gradient()
+    matched = answer[0].T @ call.weight.to(answer.dtype) if wide else answer[0].T
+    return matched.reshape(call.a.shape).to(call.delta.dtype)
+
+
+def _matched_by_conjugate_gradients(call: LinearCall, relative: float, steps: int) -> Tensor:
+    a, delta, weight = (t.to(call.dtype) for t in (call.a, call.delta, call.weight))
+    mapped = call.map
+    inputs, outputs = math.prod(a.shape[1:]), math.prod(delta.shape[1:])
+    energy = mapped.matching_trace(a, delta, weight) * inputs / min(inputs, outputs)
+    shift = relative * energy
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum(list(range(1, x.dim())), keepdim=True)
+
+    residual = mapped.input_gradient(a, delta, weight)
+    solution, direction = torch.zeros_like(residual), residual
+    square = inner(residual, residual)
+    for _ in range(steps):
+        image = mapped.apply(direction, weight)
+        curved = mapped.input_gradient(a, image, weight) + shift * direction
+        alpha = divide_or_zero(square, inner(direction, curved))
+        solution = solution + alpha * direction
+        residual = residual - alpha * curved
+        previous, square = square, inner(residual, residual)
+        direction = residual + divide_or_zero(square, previous) * direction
+    return solution.to(call.delta.dtype)
+
+
+def _cast(call: LinearCall, update: Update) -> Update:
+    """An update in the dtype that autograd would have returned it in; G where that dtype cannot hold it."""
+    dtype = call.delta.dtype
+    parts = [None if part is None else part.to(dtype) for part in (update.weight, update.bias)]
+    wider = [part for part in (update.weight, update.bias) if part is not None and part.dtype != dtype]
+    if wider and not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
+        call.health.note(call.name, health.IDENTITY)
+        return call.gradient()
+    return Update(*parts)

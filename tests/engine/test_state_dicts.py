@@ -1,0 +1,298 @@
+"""Every way of saving an optimizer carries the statistics bit for bit, or says by name that it does not."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from state_runs import OPTIMIZERS, RULES, Run
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from contract.models import same_bits
+from plywise import Foof, StateError
+
+AFTER = range(4, 9)
+"""The steps after the load: layers of a cycle of two or three steps take their turns in each of them."""
+
+Road = Callable[[Run, Run, Path], None]
+
+
+# ---- the roads: from one run to another ----------------------------------------------------------------
+
+
+def through_plain_files(run: Run, other: Run, folder: Path) -> None:
+    torch.save([run.model.state_dict(), run.optimizer.state_dict()], folder / "state.pt")
+    model, optimizer = torch.load(folder / "state.pt", weights_only=True)
+    other.model.load_state_dict(model)
+    other.optimizer.load_state_dict(optimizer)
+
+
+def through_torchs_state_dicts(**settings: bool) -> Road:
+    options = StateDictOptions(**settings)
+
+    def road(run: Run, other: Run, folder: Path) -> None:
+        model, optimizer = copy.deepcopy(get_state_dict(run.model, run.optimizer, options=options))
+        put(other, {"model": model, "optimizer": optimizer}, options)
+
+    return road
+
+
+def through_distributed_checkpoints(**settings: bool) -> Road:
+    options = StateDictOptions(**settings)
+
+    def road(run: Run, other: Run, folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one process
+            dcp.save(take(run, options), checkpoint_id=folder / "distributed")
+            state = take(other, options)
+            dcp.load(state, checkpoint_id=folder / "distributed")
+        put(other, state, options)
+
+    return road
+
+
+def take(run: Run, options: StateDictOptions) -> dict[str, Any]:
+    model, optimizer = get_state_dict(run.model, run.optimizer, options=options)
+    return {"model": model, "optimizer": optimizer}
+
+
+def put(run: Run, state: dict[str, Any], options: StateDictOptions | None = None) -> None:
+    model, optimizer = state["model"], state["optimizer"]
+    set_state_dict(
+        run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options
+    )
+
+
+ROADS: dict[str, Road] = {
+    "files": through_plain_files,
+    "nested": through_torchs_state_dicts(),
+    "nested full": through_torchs_state_dicts(full_state_dict=True, cpu_offload=True),
+    "flattened": through_torchs_state_dicts(flatten_optimizer_state_dict=True),
+    "distributed": through_distributed_checkpoints(),
+    "distributed flattened": through_distributed_checkpoints(flatten_optimizer_state_dict=True),
+}
+IN_PLACE = ("nested full", "flattened", "distributed", "distributed flattened")
+"""Roads on which torch loads only what it finds in the optimizer."""
+
+PAIRS = [
+    *((rule, "momentum") for rule in RULES),
+    *(("foof", name) for name in OPTIMIZERS if name != "momentum"),
+]
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(("rule", "optimizer"), PAIRS)
+def test_a_new_run_goes_on_from_the_saved_one(rule: str, optimizer: str, road: str, tmp_path: Path) -> None:
+    run = Run(RULES[rule](), OPTIMIZERS[optimizer]).steps(0, 1, 2, 3)
+    other = Run(RULES[rule](), OPTIMIZERS[optimizer], seed=9)
+    if road in IN_PLACE:
+        other.loss(0)  # shows the calls that nothing says beforehand
+    ROADS[road](run, other, tmp_path)
+    assert same_bits(run.seen(), other.seen())
+    for number in AFTER:
+        run.step(number)
+        other.step(number)
+        assert same_bits(run.seen(), other.seen()), number
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+@pytest.mark.parametrize("road", ["files", "nested", "distributed"])
+def test_after_any_step(after: int, road: str, tmp_path: Path) -> None:
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(*range(after))
+    other = Run(RULES["foof"](), OPTIMIZERS["momentum"], seed=9).steps(7, 8, 9)
+    other.optimizer.zero_grad()
+    if road == "distributed" and after == 0:
+        run.loss(0)  # the layers' calls are known, as they are in the other run
+    ROADS[road](run, other, tmp_path)
+    for number in range(after, after + 5):
+        run.step(number)
+        other.step(number)
+        assert same_bits(run.seen(), other.seen()), number
+
+
+@pytest.mark.parametrize("road", IN_PLACE)
+def test_what_does_not_arrive_is_refused(road: str, tmp_path: Path) -> None:
+    # torch loads in place: a weight whose calls are not known yet has no place
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(0, 1)
+    other = Run(RULES["foof"](), OPTIMIZERS["momentum"], seed=9)
+    words = r"Run one forward pass|Missing key in checkpoint.*plywise\.Foof|late.weight.plywise\.Foof"
+    with pytest.raises(
+        (StateError, dcp.CheckpointException, KeyError), match=words
+    ):  # the last two are torch's
+        ROADS[road](run, other, tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_asking_for_a_checkpoint_changes_nothing(optimizer: str, flat: bool) -> None:
+    # torch takes a step with zero gradients, to see what the optimizer's state will be
+    ends = []
+    for asks in (False, True):
+        run = Run(RULES["foof"](), OPTIMIZERS[optimizer])
+        for number in range(7):
+            if asks:
+                get_state_dict(
+                    run.model, run.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat)
+                )
+                run.optimizer.state_dict()
+            run.step(number)
+        ends.append(run.seen())
+    assert same_bits(*ends)
+    assert int(ends[0]["Foof/step"]) == 7
+
+
+def test_a_step_without_evidence_changes_nothing() -> None:
+    run, plain = (Run(RULES["foof"](), OPTIMIZERS["sgd"]) for _ in range(2))
+    for number in range(6):
+        run.optimizer.zero_grad(set_to_none=False)
+        run.optimizer.step()
+        before = run.seen()
+        run.optimizer.step()
+        assert same_bits(run.seen(), before)
+        run.step(number)
+        plain.step(number)
+        assert same_bits(run.seen(), plain.seen())
+
+
+def test_one_rule_cannot_go_on_from_another() -> None:
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(0, 1)
+    states = [run.optimizer.state_dict(), take(run, StateDictOptions())["optimizer"]]
+    other = Run(RULES["rls"](), OPTIMIZERS["momentum"]).steps(0)
+    before = other.seen()
+    for state in copy.deepcopy(states[:1]):
+        with pytest.raises(StateError, match="saved with Foof, and the rule attached is RLS"):
+            other.optimizer.load_state_dict(state)
+    with pytest.raises(StateError, match="saved with Foof, and the rule attached is RLS"):
+        put(other, {"model": run.model.state_dict(), "optimizer": copy.deepcopy(states[1])})
+    assert same_bits(
+        {k: v for k, v in other.memory().items() if "/" in k}, {k: before[k] for k in other.memory()}
+    )
+
+
+def test_statistics_of_a_rule_that_is_not_attached_are_refused() -> None:
+    def attach(run: Run) -> Run:
+        Foof(stats_every=1, refresh_every=1).attach(run.model, run.optimizer, layers="first")
+        run.rule.attach(run.model, run.optimizer, exclude="first")
+        return run
+
+    run = attach(Run(RULES["rls"](), OPTIMIZERS["momentum"], attach=False)).steps(0, 1)
+    state = copy.deepcopy(run.optimizer.state_dict())
+    attach(Run(RULES["rls"](), OPTIMIZERS["momentum"], attach=False)).optimizer.load_state_dict(state)
+    alone = Run(RULES["rls"](), OPTIMIZERS["momentum"])
+    with pytest.raises(
+        StateError, match="statistics of Foof besides those of RLS, and no such rule is attached"
+    ):
+        alone.optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_state_saved_without_the_rule_is_refused(flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    plain = Run(RULES["foof"](), OPTIMIZERS["momentum"], attach=False).steps(0, 1)
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"])
+    with pytest.raises(StateError, match="holds no memory of Foof: it was saved without the rule"):
+        put(run, copy.deepcopy(take(plain, options)), options)
+
+
+def test_fewer_layers_than_were_saved_are_refused() -> None:
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(0, 1)
+    other = Run(RULES["foof"](), OPTIMIZERS["momentum"], attach=False)
+    other.rule.attach(other.model, other.optimizer, exclude=["late", "head"])
+    with pytest.raises(
+        StateError, match=r"statistics of Foof for 2 parameters \(of shapes \(8, 8\), \(3, 8\)\)"
+    ):
+        other.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
+# ---- load, then attach ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("road", ["files", "nested"])
+def test_loaded_before_attach(optimizer: str, road: str, tmp_path: Path) -> None:
+    run = Run(RULES["adabk"](), OPTIMIZERS[optimizer]).steps(0, 1, 2, 3)
+    other = Run(RULES["adabk"](), OPTIMIZERS[optimizer], seed=9, attach=False)
+    ROADS[road](run, other, tmp_path)
+    other.attach()
+    for number in AFTER:
+        run.step(number)
+        other.step(number)
+        assert same_bits(run.seen(), other.seen()), number
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_loaded_before_attach_and_before_the_first_step(optimizer: str, tmp_path: Path) -> None:
+    run = Run(RULES["foof"](), OPTIMIZERS[optimizer])
+    other = Run(RULES["foof"](), OPTIMIZERS[optimizer], seed=9, attach=False)
+    through_plain_files(run, other, tmp_path)
+    for one in (run, other.attach()):
+        one.steps(0, 1)
+    assert same_bits(run.seen(), other.seen())
+
+
+def test_loaded_before_attach_in_half_precision_is_refused(tmp_path: Path) -> None:
+    # torch casts what it loads to the parameter's dtype
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"])
+    run.model.bfloat16()
+    run.steps(0, 1)
+    other = Run(RULES["foof"](), OPTIMIZERS["momentum"], seed=9, attach=False)
+    other.model.bfloat16()
+    through_plain_files(run, other, tmp_path)
+    with pytest.raises(
+        StateError, match=r"layer 'first' were loaded before attach\(\), and torch has rounded them"
+    ):
+        other.attach()
+    other.optimizer.state.clear()
+    other.attach()  # and in this order they load
+    through_plain_files(run, other, tmp_path)
+    for one in (run, other):
+        one.steps(2, 3, 4)
+    assert same_bits(run.seen(), other.seen())
+
+
+@pytest.mark.parametrize("road", ["flattened", "distributed"])
+def test_loaded_in_place_before_attach_is_noticed(road: str, tmp_path: Path) -> None:
+    # torch has thrown the statistics away, since it found no place for them
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(0, 1)
+    other = Run(RULES["foof"](), OPTIMIZERS["momentum"], seed=9, attach=False)
+    ROADS[road](run, other, tmp_path)
+    with pytest.warns(
+        RuntimeWarning, match="no statistics of Foof: they begin from nothing.*attach the rule first"
+    ):
+        other.attach()
+    other.rule.detach()
+    other.attach()  # whoever has detached a rule knows
+
+
+def test_another_rules_statistics_are_refused_at_attach(tmp_path: Path) -> None:
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(0, 1)
+    other = Run(RULES["rls"](), OPTIMIZERS["momentum"], attach=False)
+    through_plain_files(run, other, tmp_path)
+    with pytest.raises(
+        StateError, match="holds statistics of Foof for layer 'first', and the rule attached is RLS"
+    ):
+        other.attach()
+    assert not other.model._forward_hooks
+    other.optimizer.state.clear()
+    other.attach().steps(0, 1)
+
+
+def test_other_settings_are_refused_at_attach(tmp_path: Path) -> None:
+    run = Run(Foof(rank=None), OPTIMIZERS["momentum"]).steps(0, 1)
+    other = Run(Foof(rank=2), OPTIMIZERS["momentum"], attach=False)
+    through_plain_files(run, other, tmp_path)
+    with pytest.raises(StateError, match=r"layer 'first' does not fit.*other settings"):
+        other.attach()
+
+
+def test_statistics_of_nobody_are_refused_at_the_first_step(tmp_path: Path) -> None:
+    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(0, 1)
+    other = Run(RULES["foof"](), OPTIMIZERS["momentum"], attach=False)
+    through_plain_files(run, other, tmp_path)
+    other.rule.attach(other.model, other.optimizer, layers="first")
+    with pytest.raises(StateError, match=r"statistics of Foof for .* that no attached Foof handles"):
+        other.step(2)

@@ -1,0 +1,136 @@
+"""A statistic belongs to one way of using a weight: others share it, or the weight is left alone."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from state_runs import OPTIMIZERS, RULES, Run
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from contract.memories import layers_of, of_layer
+from contract.models import same_bits
+
+
+class Used(nn.Module):
+    """Weights that are used in several ways.
+
+    Args:
+        use: what is done with the hidden layer, whose weight is 6×6, and its activations.
+        head: inputs of the last layer.
+    """
+
+    def __init__(self, use: Callable[[nn.Linear, Tensor], Tensor], head: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.hidden, self.head, self.use = nn.Linear(6, 6), nn.Linear(head, 3), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.use(self.hidden, x)))
+
+
+WAYS: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
+    "transposed too": (lambda w, x: F.linear(torch.tanh(w(x)), w.weight.t()), "in several ways"),
+    "from the other side": (lambda w, x: torch.addmm(w.bias, torch.tanh(w(x)), w.weight), "in several ways"),
+    "a part too": (
+        lambda w, x: w(x).index_add(1, torch.arange(4), F.linear(x, w.weight[2:])),
+        "in several ways",
+    ),
+    "parts that overlap": (
+        lambda w, x: torch.cat([F.linear(x, w.weight[:3]), F.linear(x, w.weight[2:5])], 1),
+        "in several ways",
+    ),
+    "with its bias and without": (
+        lambda w, x: F.linear(torch.tanh(w(x)), w.weight),
+        "some of its calls add its bias and others do not",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", ["foof", "rls"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_used_in_several_ways_is_left_to_the_optimizer(rule: str, way: str) -> None:
+    use, reason = WAYS[way]
+    run = Run(RULES[rule](), OPTIMIZERS["sgd"], model=Used(use))
+    plain = copy.deepcopy(run.model)
+    for number in range(4):
+        plain.load_state_dict(run.model.state_dict())
+        x, y = torch.randn(4, 6), torch.arange(4) % 3
+        F.cross_entropy(plain(x), y).backward()
+        run.optimizer.zero_grad()
+        F.cross_entropy(run.model(x), y).backward()
+        run.optimizer.step()
+        assert torch.allclose(run.model.hidden.weight.grad, plain.hidden.weight.grad, rtol=1e-5, atol=1e-7)
+        plain.zero_grad()
+        if number == 1:  # a resumed run does not know yet, and nothing says otherwise
+            other = Run(RULES[rule](), OPTIMIZERS["sgd"], model=Used(use))
+            other.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
+            other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    assert layers_of(run.memory()) == {"head"}
+    rows = [
+        row for row in run.rule.explain().rows if row.name.startswith("hidden") and "bias" not in row.name
+    ]
+    assert rows
+    for row in rows:
+        assert not row.handled
+        assert reason in row.reason
+    assert not run.rule.health.counts
+    other.step(2)
+    assert layers_of(other.memory()) == {"head"}
+
+
+class Strided(nn.Module):
+    """A convolution's weight used at two strides: the same map from patches to channels."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.head, self.apart = nn.Conv1d(1, 4, 2), nn.Linear(4, 3), apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.unsqueeze(1).split(3, 2)
+        if self.apart:
+            found = [self.conv(first)[..., ::2], F.conv1d(second, self.conv.weight, self.conv.bias, 2)]
+        else:
+            found = [self.conv(first), self.conv(second)]
+        return self.head(torch.tanh(torch.cat(found, 2)).mean(2))
+
+
+def test_calls_that_differ_in_their_stride_share_a_statistic() -> None:
+    rows = []
+    for apart in (True, False):
+        run = Run(RULES["adabk"](), OPTIMIZERS["momentum"], model=Strided(apart)).steps(0, 1, 2)
+        assert layers_of(run.memory()) == {"conv", "head"}
+        rows.append(int(of_layer(run.memory(), "conv")["AdaBK/conv/rows"]))
+    assert rows == [12, 16]  # patches of four samples: two and one of each, two and two
+
+
+class Wrapper(SGD):
+    """Shares everything with another optimizer, as trainers' wrappers do, but not what is replaced later."""
+
+    def __init__(self, inside: SGD) -> None:
+        self.__dict__ = dict(inside.__dict__)
+        self.inside = inside
+
+    def step(self, closure: None = None) -> None:
+        self.inside.step()
+
+
+def test_statistics_are_with_the_optimizer_that_steps() -> None:
+    def make(seed: int) -> tuple[Run, Wrapper]:
+        run = Run(RULES["foof"](), OPTIMIZERS["momentum"], seed, attach=False)
+        wrapper = Wrapper(run.optimizer)
+        run.rule.attach(run.model, wrapper)
+        return run, wrapper
+
+    run, _ = make(1)
+    run.steps(0, 1, 2)
+    other, wrapper = make(9)
+    other.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    assert wrapper.state is not other.optimizer.state
+    for one in (run, other):
+        one.steps(3, 4, 5)
+    assert same_bits(run.seen(), other.seen())
