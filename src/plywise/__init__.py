@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         StateError,
         UncapturedLayerError,
     )
-    from plywise.layers import LayerType, register_layer
     from plywise.local.activation_relaxation import ActivationRelaxation
     from plywise.local.associated_learning import AssociatedLearning
     from plywise.local.blocks import Blocks

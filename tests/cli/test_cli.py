@@ -199,10 +199,10 @@ def test_doctor_finds_all_well(plywise):
 def test_doctor_finds_a_rule_that_does_not_train(plywise, monkeypatch):
     from plywise.rules.nlms import NLMS
 
-    def refuse(self, ply):
+    def refuse(self, call):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(NLMS, "move", refuse)
+    monkeypatch.setattr(NLMS, "update", refuse)
     code, out, _ = plywise("doctor")
     assert code == 1
     assert "out of order" in out

@@ -193,6 +193,8 @@ def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
 
 
 def test_all_frozen_passes_the_gradient_down(case: Case, rule: Rule) -> None:
+    if rule.alters_backward:
+        pytest.skip("the backward values are altered for the sake of updates: nothing learns, they are plain")
     model, data = mlp(), batch()
     case_free = mlp()
     attach(case.make(), case_free, warm=(6,))
@@ -274,7 +276,8 @@ def test_weights_that_become_computed_while_attached(rule: Rule, kind: str) -> N
         assert all_finite(backward(model, data))
         rows = [row for row in rule.explain().rows if row.name[:1] == "2" and "bias" not in row.name]
         assert rows
-        assert all("weight is computed" in row.reason for row in rows), [row.reason for row in rows]
+        known = ("weight is computed", "no call of a linear map has been seen with it yet")
+        assert all(any(part in row.reason for part in known) for row in rows), [row.reason for row in rows]
     rule.detach()
     rule.attach(model, optimizer)  # the cure
     if not rule.alters_backward or not rule.remembers:

@@ -53,8 +53,8 @@ class BackMatching(Rule):
 
     Args:
         mode: ``"rate"``, the layer-wise adaptive rate, or ``"exact"``, damped least squares.
-        measure_every: steps from one measurement of E to the next, by the backward of a random vector. Default
-            10. Range 1 to 100.
+        measure_every: steps from one measurement of E to the next, by the backward of a random vector.
+            Default 10. Range 1 to 100.
         scalar: what replaces a Gram matrix in rate mode: ``"mean"`` eigenvalue (tr_n), ``"rank"``, the mean
             non-zero one (tr_rank; one sample then gives NLMS), or ``"cauchy"``, a line search for each
             layer (two more products; trained badly in our tests).
