@@ -269,7 +269,7 @@ def test_weights_that_become_computed_while_attached(rule: Rule, kind: str) -> N
     rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
     PARAMETRIZE[kind](model[2])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    if rule.remembers and rule.alters_backward:
+    if rule.alters_backward and (rule.remembers or kind == "weight_norm"):
         with pytest.raises(PlywiseError, match=r"'2"):
             backward(model, data)
     else:
@@ -285,6 +285,9 @@ def test_weights_that_become_computed_while_attached(rule: Rule, kind: str) -> N
 
 
 def test_a_computed_bias(case: Case, rule: Rule) -> None:
+    if rule.alters_backward:
+        pytest.skip("refused: a bias that is left to the optimizer would get a wrong gradient")
+
     class Positive(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.exp()
