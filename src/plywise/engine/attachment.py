@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -242,7 +243,7 @@ class Attachment:
         site: Site = ctx.site
         if self._scale is not None and self._scale.is_probing(ctx):
             return Update(None, None), self._scale.answer_probe(ctx, a, weight, delta)
-        call = self._make_call(site, ctx.has_bias, a, delta, weight)
+        call = self._make_call(site, ctx.has_bias, a, delta, weight, ctx.sends_below)
         if site.entry.leave_next or not call.a.numel() or not delta.numel():
             update = call.gradient() if wants_update else Update(None, None)
             if wants_update:
@@ -259,11 +260,16 @@ class Attachment:
             observer(call, update, below)
         return update, below
 
-    def _make_call(self, site: Site, has_bias: bool, a: Tensor, delta: Tensor, weight: Tensor) -> LinearCall:
+    def _make_call(
+        self, site: Site, has_bias: bool, a: Tensor, delta: Tensor, weight: Tensor, sends_below: bool
+    ) -> LinearCall:
         canonical = weight if site.layout is PLAIN else site.layout.to_canonical(weight)
         if has_bias and self._state is not None:
             has_bias = self._state.has_bias(site.name)
-        call = LinearCall(site.name, site.map, a, delta, canonical, has_bias, self.health, site.module)
+        map_ = site.map
+        if map_.sends_below is not sends_below:  # the site's first call had an input of other strides
+            map_ = replace(map_, sends_below=sends_below)  # type: ignore[type-var]
+        call = LinearCall(site.name, map_, a, delta, canonical, has_bias, self.health, site.module)
         if site.rows != delta.shape:
             site.rows = delta.shape
             site.size = Size(call.row_count, call.columns, call.outputs, call.groups)

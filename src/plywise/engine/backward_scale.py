@@ -199,7 +199,7 @@ class BackwardScale:
 
     def _send_through(self, ctx: Any, a: Tensor, weight: Tensor, probe: Tensor) -> Tensor:
         site = ctx.site
-        if not site.map.sends_below:
+        if not ctx.sends_below:
             return probe  # autograd's own graph goes on from it
         canonical = site.layout.to_canonical(weight).to(probe.dtype)
         below: Tensor = site.map.input_gradient(a.to(probe.dtype), probe, canonical)
@@ -281,8 +281,10 @@ class BackwardScale:
             state = optimizer.state[parameter]
             old = state.get(KEY, [])
             sites = list(entry.sites.values())
+            kept = [*old, *[[]] * (len(sites) - len(old))]  # more than sites: not all have been met again
             state[KEY] = [
-                found.get(site, old[number] if number < len(old) else []) for number, site in enumerate(sites)
+                found.get(sites[number], values) if number < len(sites) else values
+                for number, values in enumerate(kept)
             ]
             state[CLOCK] = self._step
 

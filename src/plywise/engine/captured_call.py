@@ -38,7 +38,7 @@ class CapturedCall(torch.autograd.Function):
     def forward(ctx: Any, site: Site, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the call; keep what autograd would keep."""
         output = run(x, weight, bias)
-        ctx.site, ctx.run = site, run
+        ctx.site, ctx.run, ctx.sends_below = site, run, True
         ctx.has_bias = bias is not None and bias.requires_grad  # a frozen bias is a constant
         dtype, input_dtype = output.dtype, x.dtype
         ctx.input_dtype = None if dtype is input_dtype else input_dtype
@@ -78,7 +78,7 @@ class TappedCall(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         """Hand back the output in ``box``; keep what the map's input is prepared from."""
-        ctx.site, ctx.run = site, run
+        ctx.site, ctx.run, ctx.sends_below = site, run, False
         value, ctx.prepare, kept = box
         ctx.has_bias = bias is not None and bias.requires_grad
         ctx.input_count = len(inputs)

@@ -1,6 +1,6 @@
 """Products of inputs with a weight matrix: linear layers, matmul, addmm, einsum, batched experts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,10 +14,11 @@ class MatrixProduct(LinearMap):
     """``z = a Wᵀ + b`` with inputs of any leading shape: (d), (B, d), (B, T, d), ...
 
     Attributes:
-        sends_below: whether the map makes the gradient at its input, or autograd's own graph does.
+        sends_below: whether the map makes the gradient at its input, or autograd's own graph does. It can
+            differ from call to call of one site, by the strides of the input, so it is not compared.
     """
 
-    sends_below: bool = True  # type: ignore[misc]
+    sends_below: bool = field(default=True, compare=False)  # type: ignore[misc]
     kind: ClassVar[str] = "linear"
     groups: ClassVar[int] = 1  # type: ignore[misc]
     rows_are_inputs: ClassVar[bool] = True
@@ -74,7 +75,7 @@ class BatchedProduct(LinearMap):
     """
 
     groups: int
-    sends_below: bool = True  # type: ignore[misc]
+    sends_below: bool = field(default=True, compare=False)  # type: ignore[misc]
     kind: ClassVar[str] = "experts"
 
     def rows(self, a: Tensor) -> Tensor:
