@@ -173,9 +173,10 @@ class ParameterTable:
                 self.note_use(function, tuple(value))
             elif isinstance(value, Tensor):
                 base = value if value._base is None else value._base
-                known = self._by_id.get(id(base))
-                if known is not None and known[0]() is base and base.requires_grad:
-                    known[1].used_by.setdefault(function)
+                if base.is_leaf and base.requires_grad:
+                    entry = self._find_stand_in(base) or self._find_by_place(base, None)
+                    if entry is not None:
+                        entry.used_by.setdefault(function)
 
     def leave(self, entry: ParameterEntry, reason: str) -> None:
         """Leave a parameter to the optimizer from the next forward on; until then calls answer plainly."""
