@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from plywise.rules.back_matching import BackMatching
     from plywise.rules.backprop import Backprop
     from plywise.rules.consequentialism import Consequentialism
+    from plywise.rules.coordinates import Coordinates
     from plywise.rules.feature_whitening import FeatureWhitening
     from plywise.rules.foof import Foof
     from plywise.rules.gradient_amplification import GradientAmplification
@@ -69,6 +70,7 @@ _HOMES = {
     "CascadedForward": "local.cascaded_forward",
     "Consequentialism": "rules.consequentialism",
     "FeatureWhitening": "rules.feature_whitening",
+    "Coordinates": "rules.coordinates",
     "Foof": "rules.foof",
     "GradientAmplification": "rules.gradient_amplification",
     "Interlocking": "local.interlocking",
@@ -112,6 +114,7 @@ __all__ = [
     "Blocks",
     "CascadedForward",
     "Consequentialism",
+    "Coordinates",
     "FeatureWhitening",
     "Foof",
     "GradientAmplification",

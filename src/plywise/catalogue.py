@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RULES = (
     *("Backprop", "ProxProp", "BackMatching", "NLMS", "Consequentialism"),
-    *("RLS", "FeatureWhitening", "AdaBK", "KFAC", "Foof", "Precondition"),
+    *("RLS", "FeatureWhitening", "AdaBK", "KFAC", "Foof", "Coordinates", "Precondition"),
     "GradientAmplification",
 )
 """Names of the rules, each an attribute of `plywise`; a name costs no import of torch."""

@@ -165,7 +165,7 @@ def test_autocast(memory_case: Case, kind: str, around: str) -> None:
     assert not run.rule.health.counts
     for name, value in weights(plain.model).items():
         if value.is_floating_point():
-            assert (weights(run.model)[name] - value).abs().max() <= 0.1 * value.abs().max(), name
+            assert (weights(run.model)[name] - value).abs().max() <= 0.15 * value.abs().max(), name
     for one in (run, plain):
         one.rule.detach()
 

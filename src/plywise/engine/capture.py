@@ -117,6 +117,7 @@ class Capture:
     Attributes:
         exploring: whether uses of parameters that no reader knows are noted, in the first forwards.
         paused: whether calls are left to autograd for now.
+        rests: asks whether they are left to autograd until the next step.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Capture:
         self.local = _Running()
         self.exploring = True
         self.paused = False
+        self.rests: Callable[[], bool] | None = None
 
     def note_use(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
         """Remember which function has used a parameter, should its gradient come without a captured call."""
@@ -243,7 +245,9 @@ class EnterHook(ModelHook):
             return
         local = self.capture.local
         if local.outermost is None or local.outermost is module:
-            self.capture.enter(module)
+            rests = self.capture.rests
+            if rests is None or not rests():
+                self.capture.enter(module)
         else:
             local.innermost = module
 
@@ -271,7 +275,8 @@ def _call_eagerly(mode: CaptureMode, func: Any, args: tuple[Any, ...], kwargs: d
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _enter_eagerly(capture: Capture, module: nn.Module) -> None:
     if capture.local.outermost is None or capture.local.outermost is module:
-        capture.enter(module)
+        if capture.rests is None or not capture.rests():
+            capture.enter(module)
     else:
         capture.local.innermost = module
 

@@ -142,6 +142,29 @@ class StatefulContract(RuleContract):
     refresh_every: int = 1
     """Steps from one refresh to the next, a multiple of ``stats_every``."""
 
+    acts_at_step: ClassVar[bool] = False
+    """Whether the step makes the updates of layers that do not act `in_backward`.
+
+    Forward and backward of such a layer are then left to autograd in steps that gather nothing, and its state
+    changes only in steps that gather or refresh.
+    """
+
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether updates made at the step get the norms of their gradients; ``"scale"`` is the factor."""
+        return False
+
+    turns_steps: ClassVar[bool] = False
+    """Whether the optimizer works in other coordinates: its steps have to be turned back."""
+
+    def turn_back_stacked(self, memory: State, steps: Tensor) -> Tensor:
+        """For a rule that `turns_steps`: the optimizer's steps (layers, g, m, k) as steps of the weights."""
+        raise NotImplementedError(f"{type(self).__name__} turns no steps")
+
+    def turn_momentum(self, before: State, after: State, momentum: Tensor) -> Tensor:
+        """For a rule that `turns_steps`: a momentum (g, m, k) from one state's coordinates to another's."""
+        raise NotImplementedError(f"{type(self).__name__} turns no steps")
+
     @abstractmethod
     def gather(self, call: LinearCall, turn: int) -> Evidence:
         """What this backward pass says of the layer; ``turn`` counts the gatherings so far."""
@@ -180,3 +203,27 @@ class StatefulContract(RuleContract):
         Called in every step that refreshes, and in the others unless the rule acts `in_backward`.
         """
         return gradient, {}
+
+    def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
+        """`finish` for layers of one shape at once; override it where one call can serve all of them.
+
+        Args:
+            memory: the layers' states, each tensor with a first dimension for the layers.
+            gradients: (layers, g, m, k), the bias's column last.
+
+        Returns:
+            The updates, and what changes in the states, shaped alike.
+        """
+        updates, news, is_same = [], [], True
+        for i, gradient in enumerate(gradients):
+            state = {key: value[i] for key, value in memory.items()}
+            groups, outputs, columns = gradient.shape
+            weight = gradient.reshape(groups * outputs, columns)
+            update, changed = self.finish(state, Update(weight, None), groups)
+            assert update.weight is not None
+            is_same = is_same and update.weight is weight
+            updates.append(update.matrix(groups))
+            news.append(changed)
+        return gradients if is_same else torch.stack(updates), {
+            key: torch.stack([new[key] for new in news]) for key in news[0]
+        }

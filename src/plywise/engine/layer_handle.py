@@ -26,14 +26,15 @@ class LayerHandle:
         site: the calls that use it; None before the first of them.
 
     Attributes:
-        wholes: whole gradients of sharded parameters by the parameter's id, while this process has them.
+        stand_ins: tensors that take the place of ``.grad`` for a while, by the parameter's id: the whole
+            gradients of sharded parameters, the optimizer's steps.
     """
 
     def __init__(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
         self.name = name
         self.entry = entry
         self.site = site
-        self.wholes: dict[int, Tensor] = {}
+        self.stand_ins: dict[int, Tensor] = {}
         self._module: weakref.ref[nn.Module] = entry.owners[0][1]
 
     @property
@@ -56,6 +57,12 @@ class LayerHandle:
                 see="attach-optimizer",
             )
         return cast(nn.Parameter, weight)
+
+    @property
+    def statistic_like(self) -> Tensor:
+        """An empty tensor with the dtype and on the device of the layer's statistics."""
+        weight = self.weight
+        return torch.empty(0, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -112,6 +119,12 @@ class LayerHandle:
         """Whether there is a gradient of which this process has a shard."""
         return self.entry.sharding is not None and self.weight.grad is not None
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is a gradient to make an update from."""
+        weight = self.weight
+        return weight.grad is not None or id(weight) in self.stand_ins
+
     def mark_gradient(self) -> tuple[int, int]:
         """Which tensor ``.grad`` is now, and how often it has been written to."""
         gradient = self.weight.grad
@@ -134,10 +147,16 @@ class LayerHandle:
         grad = self._gradient(weight)
         if self.site is not None and self.site.part is not None and grad.stride() != weight.stride():
             weight.grad = grad = torch.empty_like(weight).copy_(grad)
-        if bias is not None and bias.grad is None:
+        if bias is not None and bias.grad is None and id(bias) not in self.stand_ins:
             bias.grad = torch.zeros_like(bias)
         canonical = self.layout.to_canonical(self._view_of(grad))
         return Update(canonical, None if bias is None else self._gradient(bias).reshape(-1))
+
+    @property
+    def gradient_is_plain(self) -> bool:
+        """Whether what `read_gradient` gives is the gradient itself, so that it can be written to."""
+        bias = self.bias
+        return self.layout is PLAIN and (bias is None or bias.dim() == 1)
 
     def write_gradient(self, update: Update) -> None:
         """Put an update of the canonical weight in the place of the gradient."""
@@ -145,13 +164,13 @@ class LayerHandle:
         target = self._view_of(self._gradient(self.weight))
         target.copy_(self.layout.from_canonical(update.weight, target.shape))
         bias = self.bias
-        if bias is not None and bias.grad is not None and update.bias is not None:
+        if bias is not None and update.bias is not None:
             target = self._gradient(bias)
             target.copy_(update.bias.reshape(target.shape))
 
     def _gradient(self, parameter: Tensor) -> Tensor:
         """A parameter's gradient, whole."""
-        gradient = self.wholes.get(id(parameter), parameter.grad)
+        gradient = self.stand_ins.get(id(parameter), parameter.grad)
         assert gradient is not None
         return gradient
 

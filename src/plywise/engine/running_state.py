@@ -13,8 +13,9 @@ Expensive refreshes are spread over a cycle: layers take turns (`plywise.engine.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,12 +34,15 @@ from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.pipelining import runs_in_pipeline
 from plywise.engine.refresh_cycle import choose_phases
 from plywise.engine.replicas import Job, Replicas, find_training_group, refuse_join
+from plywise.engine.resting import Resting
 from plywise.engine.saved_state import LayerState, SavedState
 from plywise.engine.shard_exchange import find_held, share_out_gradients
 from plywise.engine.sharding import SPREAD, is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.state_dicts import StateDicts
-from plywise.errors import PlywiseError
+from plywise.engine.step_updates import StepUpdates, find_finite
+from plywise.engine.turned_steps import TurnedSteps
+from plywise.errors import AttachError, PlywiseError
 
 
 class RunningState:
@@ -72,14 +76,19 @@ class RunningState:
         self._entries = list(entries)
         self._known = KnownLayers(self._entries)
         self._layers = self._known.by_name
+        self._updates = StepUpdates(rule, health_)
+        self._turned = TurnedSteps(rule, optimizer, health_) if rule.turns_steps else None
         self._gathered = GatheredEvidence()
         self._pending = self._gathered.pending
         self._made: dict[str, LayerState] | None = None
+        self._planned: tuple[int, int, int] | None = None
+        self._resting: Resting | None = None
         self._saved = SavedState(rule, optimizer, self._layers, self._entries)
         self._state_dicts = StateDicts(self._saved, optimizer, self.drop_pending)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer, and the state out of it."""
+        self._turn_momenta_back()
         self._state_dicts.remove()
         self._saved.remove()
 
@@ -103,12 +112,62 @@ class RunningState:
 
     def reset(self) -> None:
         """Forget all statistics, as if the rule had just been attached."""
+        self._turn_momenta_back()
         self._saved.clear()
         self.drop_pending()
 
     def states(self) -> dict[str, State]:
         """Each layer's state by name."""
         return {name: self._saved.read(name).tensors for name in self._layers}
+
+    @property
+    def rests(self) -> bool:
+        """Whether forward and backward of all layers are left to autograd until the next step."""
+        if self._resting is not None and not self._resting.holds(self._saved):
+            self._planned = None  # somebody has changed the optimizer's state, or the layers
+        key = self._saved.version, len(self._layers), self._saved.step
+        if self._planned != key:
+            is_same = self._planned is not None and self._planned[:2] == key[:2]
+            self._planned = key
+            if not (is_same and self._resting is not None and not self._gathers):
+                self._plan()
+        return self._resting is not None
+
+    def _plan(self) -> None:
+        """Find the layers whose forward and backward are plain in this step: the step makes their updates."""
+        # the optimizer's state may have been cleared: that is a new start
+        learned = self._find_learned()
+        is_clear = not self._is_pipelined and (self._knows_replicas or count_processes() == 1)
+        may_rest = self._rule.acts_at_step and learned is not None and not self._gathers and is_clear
+        learned = learned or set()
+        layers = list(self._layers.values())
+        awake = {layer.entry for layer in layers if not may_rest or self._must_act(layer)}
+        # what calls do with others is not known yet: they may be new, or have statistics from before a resume
+        known = {layer.entry for layer in layers if layer.name in learned}
+        awake |= {e for e in self._entries if e not in known and (self._saved.has_state(e) or e.is_unknown)}
+        for entry in self._entries:
+            entry.rests = may_rest and entry not in awake
+        self._resting = None
+        if may_rest and not awake:
+            resting = [e for e in layers if e.name in learned and not e.gone and not e.entry.why_left]
+            self._resting = Resting(resting, [self._saved.read(layer.name) for layer in resting])
+
+    def _find_learned(self) -> set[str] | None:
+        """The layers that have statistics; None if parameters have been replaced (the next pass says so)."""
+        try:
+            for name, layer in self._layers.items():
+                if not layer.gone and layer.entry.dimensions:
+                    self._saved.follow_columns(name)
+        except AttachError:
+            return None
+        return {name for name in self._layers if self._saved.read(name).tensors}
+
+    def _must_act(self, layer: LayerHandle) -> bool:
+        """Whether a layer's calls have to be captured in a step that gathers nothing."""
+        if layer.entry.sharding is not None or not self._waits(layer.name):
+            return True
+        is_new = not self._saved.read(layer.name).tensors
+        return is_new and not layer.gone and not layer.entry.why_left and layer.weight.requires_grad
 
     # ---- in backward -------------------------------------------------------------------------
 
@@ -120,23 +179,28 @@ class RunningState:
         if has_bias != (layer.bias is not None):
             self._leave(layer.entry, "some of its calls add its bias and others do not")
             return {}, True
-        self._saved.follow_columns(name)
-        state = self._saved.read(name)
-        if any(value.dtype != like.dtype or value.device != like.device for value in state.tensors.values()):
-            moved = _convert(state.tensors, like)  # the model has moved
-            state = LayerState(moved, state.phase, state.in_backward)
-            self._saved.write(name, state)
+        state = self._read_moved(name, like)
         pending = self._pending.get(name)
         if pending is not None and not layer.holds_gradient(pending.mark):
             del self._pending[name]  # zero_grad since: that step will not happen
         return state.tensors, self._waits(name)
+
+    def _read_moved(self, name: str, like: Tensor) -> LayerState:
+        """A layer's state, as far as it fits: moved with the model, dropped if a bias has been frozen."""
+        self._saved.follow_columns(name)
+        state = self._saved.read(name)
+        if any(value.dtype != like.dtype or value.device != like.device for value in state.tensors.values()):
+            moved = _convert(state.tensors, like)
+            state = LayerState(moved, state.phase, state.in_backward)
+            self._saved.write(name, state)
+        return state
 
     def _waits(self, name: str) -> bool:
         """Whether a layer's gradient is the plain one in this step, from which the step makes the update."""
         pending = self._pending.get(name)
         if pending is not None:  # micro-batches of one step are treated alike
             return pending.waits
-        return self._is_due(name, self._rule.refresh_every) or not self._saved.peek(name).in_backward
+        return self._refreshes(name) or not self._saved.peek(name).in_backward
 
     def has_bias(self, name: str) -> bool:
         """Whether the bias belongs to a layer's local problem."""
@@ -147,7 +211,8 @@ class RunningState:
         if self._layers[call.name].entry.leave_next:
             return
         evidence: Evidence = {}
-        if self._is_due(call.name, self._rule.stats_every) and call.a.numel() and call.delta.numel():
+        is_new = not self._saved.peek(call.name).tensors  # it may be called in steps between gatherings only
+        if (self._gathers or is_new) and call.a.numel() and call.delta.numel():
             # data-parallel training averages gradients, so that each row counts 1/processes in the whole
             evidence = self._rule.gather(
                 call.times(1 / self._replicas.size), self._saved.step // self._rule.stats_every
@@ -177,7 +242,7 @@ class RunningState:
                     precision.enter_context(torch.autocast(device_type, enabled=False))
             self._apply(optimizer)
 
-    def keep(self) -> bool:
+    def keep(self, optimizer: Optimizer) -> bool:
         """The step has been taken: what it learned goes into the optimizer's state.
 
         Not before: many optimizers begin a parameter's state when there is none.
@@ -186,6 +251,8 @@ class RunningState:
             Whether the rule took part in the step.
         """
         made, self._made = self._made, None
+        if self._turned is not None and made is not None:
+            self._keep_turned(self._turned, made, optimizer)
         if made is None:
             if self._saved.step == 0:
                 self._saved.write_templates()
@@ -196,10 +263,26 @@ class RunningState:
             self._saved.write(name, state)
         return True
 
+    def _keep_turned(self, turned: TurnedSteps, made: Mapping[str, LayerState], optimizer: Optimizer) -> None:
+        """Turn the step back, and momenta into the coordinates that hold from now on."""
+        turned.end(optimizer)
+        before = {name: self._saved.read(name).tensors for name in made}
+        after = {name: state.tensors for name, state in made.items()}
+        turned.turn_momenta([self._layers[name] for name in made], before, after, optimizer)
+
+    def _turn_momenta_back(self) -> None:
+        """The coordinates end here: momenta are the weights' own again."""
+        optimizer = self._saved.optimizer
+        if self._turned is not None and optimizer is not None:
+            layers = [layer for layer in self._layers.values() if not layer.gone]
+            self._turned.turn_momenta(layers, self.states(), {}, optimizer)
+
     def _apply(self, optimizer: Optimizer) -> None:
         self._made = None
         self._saved.follow(optimizer)
         self._state_dicts.refuse_orphans(optimizer)
+        if self._apply_at_rest(optimizer):
+            return
         layers = self._find_layers(optimizer)
         marks = {name: pending.mark for name, pending in self._pending.items()}
         held = find_held(layers, marks, self._entries, self._replicas)
@@ -210,25 +293,70 @@ class RunningState:
             return
         self._warn_if_alone()
         active = {layer.name: layer for layer in self._find_active(layers)}
-        before = {name: self._saved.read(name) for name in active}
+        before = {name: self._read_moved(name, layer.statistic_like) for name, layer in active.items()}
         memories = {name: state.tensors for name, state in before.items()}
         learned = self._learn(active, memories)
-        self._refresh([name for name in learned if self._is_due(name, self._rule.refresh_every)], memories)
-        # a layer that rests here may have worked on another process: its gradient came by averaging
-        took_part = active if self._replicas.size > 1 else self._pending
-        waiting = [layer for name, layer in active.items() if name in took_part and self._waits(name)]
+        due = [name for name in active if memories[name] and self._refreshes(name)]
+        refreshed = self._find_parts_taken(due, active)
+        self._refresh(refreshed, memories)
+        # a layer that had no rows here may have worked on another process: its gradient came by averaging
+        took_part = active if self._replicas.size > 1 else self._find_parts_taken(list(active), active)
+        waiting = [active[name] for name in took_part if self._waits(name)]
+        for layer in active.values():
+            layer.entry.arrived = False
         with share_out_gradients(waiting, memories, self._replicas, self._rule) as mine:
-            for layer in mine:
-                self._finish(layer, memories)
+            self._make_updates(mine, before, memories, optimizer)
+        changed = {*learned, *refreshed}
         phases = self._choose_phases([name for name in learned if not before[name].tensors])
         self.drop_pending()
         self._made = {}
         for name, state in before.items():
-            if memories[name] is not state.tensors:
-                acts = state.in_backward
-                if name in learned:
-                    acts = self._rule.in_backward(memories[name], active[name].shape)
-                self._made[name] = LayerState(memories[name], phases.get(name, state.phase), acts)
+            if name in changed:
+                state = replace(state, phase=phases.get(name, state.phase))
+                self._made[name] = self._make_state(name, state, memories)
+            elif memories[name] is not state.tensors and not self._rule.acts_at_step:
+                self._made[name] = replace(state, tensors=memories[name])
+
+    def _apply_at_rest(self, optimizer: Optimizer) -> bool:
+        """The quick way through a step that neither gathers nor refreshes; whether it could be taken."""
+        resting = self._resting
+        if resting is None or self._pending or self._gathers or self._replicas.size > 1:
+            return False
+        if not resting.holds(self._saved):
+            return False
+        ready = resting.take_arrived()
+        if not ready:
+            return True  # no backward of ours leads to this step
+        before, memories = resting.states, resting.memories.copy()
+        refreshed = [layer.name for layer in ready if self._refreshes(layer.name)]
+        self._refresh(refreshed, memories)
+        self._make_updates(ready, before, memories, optimizer)
+        self._made = {name: self._make_state(name, before[name], memories) for name in refreshed}
+        return True
+
+    def _make_updates(
+        self,
+        layers: list[LayerHandle],
+        before: Mapping[str, LayerState],
+        memories: dict[str, State],
+        optimizer: Optimizer,
+    ) -> None:
+        """Make these layers' updates from their gradients."""
+        if self._turned is None:
+            self._updates.make(layers, memories)
+            return
+        # new coordinates hold from the next step on: the momenta are turned once this one has been taken
+        now = {layer.name: before[layer.name].tensors for layer in layers}
+        layers = [layer for layer in layers if now[layer.name]]
+        self._turned.add_decay(layers, optimizer)
+        turned = self._updates.make(layers, now)
+        self._turned.take_decay(layers, optimizer)
+        self._turned.begin(turned, now, optimizer)
+
+    def _make_state(self, name: str, before: LayerState, memories: dict[str, State]) -> LayerState:
+        """The state of a layer that has learned or been refreshed."""
+        acts = self._rule.in_backward(memories[name], self._layers[name].shape)
+        return LayerState(memories[name], before.phase, acts)
 
     def _find_layers(self, optimizer: Optimizer) -> list[LayerHandle]:
         """The layers that this optimizer steps, in the model's order."""
@@ -245,15 +373,24 @@ class RunningState:
     def _has_evidence(self, layers: list[LayerHandle]) -> bool:
         """Whether a backward pass leads to this step; the same on all processes."""
         if self._replicas.size == 1:
-            return bool(self._pending) and any(layer.weight.grad is not None for layer in layers)
+            part_taken = bool(self._pending) or any(layer.entry.arrived for layer in layers)
+            return part_taken and any(layer.has_gradient for layer in layers)
         # a process whose rows all went elsewhere has no evidence, but the averaged gradients
         parameters = [entry.parameter() for entry in self._find_weights()]
         return is_any_nonzero([p.grad for p in parameters if p is not None and p.grad is not None])
 
+    def _find_parts_taken(self, names: list[str], active: Mapping[str, LayerHandle]) -> list[str]:
+        """Which of these layers a backward pass has reached, on any process."""
+        flags = [name in self._pending or active[name].entry.arrived for name in names]
+        if names and self._replicas.size > 1:
+            flags = self._replicas.agree(flags, active[names[0]].device)
+        return [name for name, flag in zip(names, flags, strict=True) if flag]
+
     def _find_active(self, layers: list[LayerHandle]) -> list[LayerHandle]:
         """The layers that take part in this step; the same on all processes."""
         if self._replicas.size == 1:
-            return [layer for layer in layers if layer.site is not None and not layer.entry.left]
+            called = [layer for layer in layers if layer.site is not None or layer.entry.arrived]
+            return [layer for layer in called if not layer.entry.left]
         settled = self._agreement.settle(self._replicas, layers, self._find_weights())
         return [layer for layer in layers if layer.entry in settled]
 
@@ -264,23 +401,29 @@ class RunningState:
 
     def _learn(self, layers: dict[str, LayerHandle], memories: dict[str, State]) -> list[str]:
         """Learn the evidence of this step; the layers that learned something."""
-        due = [name for name in layers if self._is_due(name, self._rule.stats_every)]
         parts: dict[str, Evidence] = {}
-        for name in due:
+        for name in layers if self._gathers else [name for name in layers if not memories[name]]:
             pending = self._pending.get(name)
             if pending is not None and pending.evidence:
                 parts[name] = pending.evidence
             elif self._replicas.size > 1:
                 shape = layers[name].shape
                 parts[name] = _make_zeros(self._rule.evidence_shapes(shape), shape)
-        learned = []
-        for name, evidence in self._replicas.total(parts).items():
-            if not bool(evidence["rows"] > 0):
-                continue
+        totals = self._replicas.total(parts)
+        news: dict[str, State] = {}
+        for name, evidence in _find_nonempty(totals):
             memory = _convert(memories[name], evidence["rows"])
-            news = self._rule.learn(memory, dict(evidence))
-            if all(bool(torch.isfinite(value.sum())) for value in news.values()):
-                memories[name] = {**memory, **news}
+            news[name] = {**memory, **self._rule.learn(memory, dict(evidence))}
+        return self._keep_finite(news, memories)
+
+    def _keep_finite(self, news: dict[str, State], memories: dict[str, State]) -> list[str]:
+        """Keep what has been learned as far as it is finite; the layers that have learned something."""
+        flags = iter(find_finite([value for new in news.values() for value in new.values()]))
+        learned = []
+        for name, new in news.items():
+            are_finite = [next(flags) for _ in new]  # of all its tensors: the next layer's come after them
+            if all(are_finite):
+                memories[name] = new
                 learned.append(name)
             else:
                 self._health.note(name, health.NON_FINITE)
@@ -299,30 +442,22 @@ class RunningState:
         for name, news in self._replicas.share_out(jobs).items():
             memories[name] = {**memories[name], **news}
 
-    def _finish(self, layer: LayerHandle, memories: dict[str, State]) -> None:
-        """Precondition the gradient at hand."""
-        if not memories[layer.name] or layer.weight.grad is None:
-            return
-        gradient = layer.read_gradient()
-        update, news = self._rule.finish(memories[layer.name], gradient, layer.groups)
-        parts = [part for part in (update.weight, update.bias) if part is not None]
-        if not all(bool(torch.isfinite(part.sum())) for part in parts):
-            self._health.note(layer.name, health.IDENTITY)
-            return
-        if news:
-            memories[layer.name] = {**memories[layer.name], **news}
-        if update.weight is not gradient.weight:
-            layer.write_gradient(update)
+    @property
+    def _gathers(self) -> bool:
+        """Whether this step gathers evidence: all layers do so together, so that most steps can rest."""
+        return self._saved.step % self._rule.stats_every == 0
 
-    def _is_due(self, name: str, every: int) -> bool:
-        """Whether a layer's turn is in this step; always, while it has no state.
+    def _refreshes(self, name: str) -> bool:
+        """Whether a layer's turn is in this step.
 
         In the first cycle every gathering refreshes: roots of a single batch should not last for long.
         """
         state = self._saved.peek(name)
+        if not state.tensors:
+            return True
         if self._saved.step < self._rule.refresh_every:
-            every = self._rule.stats_every
-        return not state.tensors or (self._saved.step - state.phase) % every == 0
+            return self._gathers
+        return (self._saved.step - state.phase) % self._rule.refresh_every == 0
 
     def _choose_phases(self, new: list[str]) -> dict[str, int]:
         """The steps of a cycle in which layers that have just begun to learn take their turns."""
@@ -367,6 +502,15 @@ class RunningState:
 def count_processes() -> int:
     """Processes of torch.distributed; 1 without it."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _find_nonempty(totals: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, Mapping[str, Tensor]]]:
+    """The evidence of some rows at least."""
+    if not totals:
+        return []
+    device = next(iter(totals.values()))["rows"].device
+    rows = torch.stack([evidence["rows"].double().to(device) for evidence in totals.values()]).tolist()
+    return [item for item, count in zip(totals.items(), rows, strict=True) if count > 0]
 
 
 def _make_zeros(shapes: Shapes, layer: LayerShape) -> dict[str, Tensor]:

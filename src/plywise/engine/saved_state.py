@@ -62,6 +62,7 @@ class SavedState:
 
     Attributes:
         step: steps that the rule has counted.
+        version: changes with every change of the statistics.
         rule_name: the name of the rule's class, which the keys have.
     """
 
@@ -83,6 +84,7 @@ class SavedState:
         self._cache: dict[str, tuple[str, Tensor, LayerState]] = {}
         self._held: dict[str, LayerState] = {}
         self._removed = False
+        self.version = 0
         self.step = self.find_step()
 
     @property
@@ -162,6 +164,11 @@ class SavedState:
         self._remember(name, found)
         return found
 
+    def has_state(self, entry: ParameterEntry) -> bool:
+        """Whether there are statistics of a parameter, be its calls known or not."""
+        own = self.state.get(entry.parameter()) or {}
+        return bool(own.get(self.step_key))
+
     def peek(self, name: str) -> LayerState:
         """A layer's state as it was last read; within a step, looking it up again would cost too much."""
         cached = self._cache.get(name)
@@ -229,6 +236,7 @@ class SavedState:
         Many optimizers begin a parameter's state where there is none. So nothing is written for a parameter
         that the optimizer has not stepped yet (another process may have had its gradient): it is held.
         """
+        self.version += 1
         layer = self.layers[name]
         if layer.gone:
             return
@@ -303,6 +311,7 @@ class SavedState:
 
     def drop(self, name: str) -> None:
         """Remove a layer's statistics."""
+        self.version += 1
         parameter = self.layers[name].entry.parameter()
         own = self.state.get(parameter)
         self._cache.pop(name, None)
@@ -336,6 +345,7 @@ class SavedState:
 
     def forget(self) -> None:
         """Forget what is known of the optimizer's state: it has changed, or been cleared."""
+        self.version += 1
         self._cache.clear()
         self._held.clear()
         self._columns.clear()

@@ -148,14 +148,14 @@ def share_out_gradients(
     wholes = exchange.collect()
     mine = [layer for layer in sharded if owner[layer.name] == replicas.rank]
     for layer in mine:
-        layer.wholes = {key: w for key, w in zip(gradients, wholes, strict=True) if w is not None}
+        layer.stand_ins = {key: w for key, w in zip(gradients, wholes, strict=True) if w is not None}
     before = dict(memories)
     try:
         yield plain + mine
         exchange.give_back(wholes)
     finally:
         for layer in mine:
-            layer.wholes = {}
+            layer.stand_ins = {}
     _share_news(sharded, owner, before, memories, replicas, rule)
 
 

@@ -45,6 +45,8 @@ class ParameterEntry:
         computed_into: the parameter that stands for the weight which is computed from this one and others.
         sites: the ways in which calls use it.
         is_new: whether it was found after the rule was attached.
+        rests: whether its calls are left to autograd for now, since the step makes the update.
+        arrived: whether a gradient has arrived, while it rests, since the last step.
         sharding: how fully_shard spreads it over processes, or None.
     """
 
@@ -61,6 +63,8 @@ class ParameterEntry:
     computed_into: "ParameterEntry | None" = None
     sites: dict[Any, "Site"] = field(default_factory=dict)
     is_new: bool = False
+    rests: bool = False
+    arrived: bool = False
     sharding: "Sharding | None" = None
     last: "tuple[LinearMap, Layout, int, Site] | None" = None
 
@@ -74,6 +78,11 @@ class ParameterEntry:
     def is_candidate(self) -> bool:
         """Whether the rule may find calls to take it in: a weight, and not a lone bias."""
         return not self.why_left and (bool(self.expected) or self.dimensions != 1 or self.attribute != "bias")
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it may be a weight, and no function has been seen to use it so far."""
+        return self.is_candidate and self.dimensions > 1 and not self.sites and not self.used_by
 
     @property
     def why_left(self) -> str:

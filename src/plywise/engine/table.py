@@ -138,7 +138,7 @@ class ParameterTable:
             entry, computed = self._resolve(weight, innermost, by_role)
             if entry is None:
                 return None
-        if entry.excluded or entry.left:
+        if entry.excluded or entry.left or entry.rests:
             return None
         if map_.kind not in self._kinds:
             self.leave(entry, f"calls use it as {map_.kind!r}: {explain_kind(map_.kind)}")
@@ -175,7 +175,7 @@ class ParameterTable:
                 base = value if value._base is None else value._base
                 if base.is_leaf and base.requires_grad:
                     entry = self._find_stand_in(base) or self._find_by_place(base, None)
-                    if entry is not None:
+                    if entry is not None and not entry.rests:
                         entry.used_by.setdefault(function)
 
     def leave(self, entry: ParameterEntry, reason: str) -> None:

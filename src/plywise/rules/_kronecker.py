@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -101,6 +101,8 @@ class KroneckerRule(StatefulRule):
                 f"({self.stats_every}), not {self.refresh_every}: a root is made from its own batch too."
             )
 
+    acts_at_step: ClassVar[bool] = True
+
     # ---- in backward -------------------------------------------------------------------------
 
     def update(self, call: LinearCall) -> Update:
@@ -168,20 +170,18 @@ class KroneckerRule(StatefulRule):
             news.update(_entries(side, root))
         return news
 
-    def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
-        """``c · L^-p G R^-q`` of the gradient at hand, and its ``c``."""
+    def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
+        """``L^-p G R^-q`` of the gradients at hand."""
         left, right = root_of(memory, "output"), root_of(memory, "input")
-        assert gradient.weight is not None
         if left is None and right is None:
-            return gradient, {}
-        matrix = gradient.matrix(groups).to(memory["rows"].dtype)
-        moved = _between(matrix, left, right)
-        news = {}
-        if self.plan.keep_norm:
-            size, own = torch.linalg.vector_norm(matrix), torch.linalg.vector_norm(moved)
-            news["scale"] = torch.where(own > 0, size / own, memory["scale"])  # zeros say nothing of c
-            moved = moved * news["scale"]
-        return Update.of(moved, gradient.weight.shape, gradient.bias is not None), news
+            return gradients, {}
+        matrices = gradients.flatten(0, 1)
+        return _between(matrices, _flatten(left), _flatten(right)).reshape(gradients.shape), {}
+
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether c is measured."""
+        return self.plan.keep_norm
 
     # ---- sizes -------------------------------------------------------------------------------
 
@@ -279,6 +279,13 @@ def _between(matrix: Tensor, left: Root | None, right: Root | None) -> Tensor:
     """``left · matrix · right``."""
     moved = matrix if right is None else multiply_by_root(matrix, right)
     return moved if left is None else multiply_by_root(moved.mT, left).mT
+
+
+def _flatten(root: Root | None) -> Root | None:
+    """The roots of layers of one shape, (layers, g, ...), as one of many groups."""
+    if isinstance(root, LowRankRoot):
+        return LowRankRoot(*(part.flatten(0, 1) for part in (root.vectors, root.weights, root.scale)))
+    return None if root is None else root.flatten(0, 1)
 
 
 def root_of(memory: State, side: str) -> Root | None:

@@ -1,6 +1,7 @@
 """AdaBK: the gradient between the inverse roots of both covariances (SGDM_BK, AdamW_BK)."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from plywise.numerics.inverse_roots import Solver
 from plywise.rules._kronecker import Kronecker, KroneckerRule
@@ -73,7 +74,7 @@ class AdaBK(KroneckerRule):
     def __post_init__(self) -> None:
         self.check()
 
-    @property
+    @cached_property
     def plan(self) -> Kronecker:
         """Both powers ½."""
         return Kronecker(

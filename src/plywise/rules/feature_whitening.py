@@ -1,6 +1,7 @@
 """Feature whitening: the gradient as if the layer's inputs were white (W-SGDM, W-Adam)."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from plywise.numerics.inverse_roots import Solver
 from plywise.rules._kronecker import Kronecker, KroneckerRule
@@ -75,7 +76,7 @@ class FeatureWhitening(KroneckerRule):
     def __post_init__(self) -> None:
         self.check()
 
-    @property
+    @cached_property
     def plan(self) -> Kronecker:
         """Power ½ on the input side."""
         return Kronecker(

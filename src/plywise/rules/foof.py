@@ -1,6 +1,7 @@
 """Foof: least squares against a running covariance of the inputs."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from plywise.rules._kronecker import Kronecker, KroneckerRule
 
@@ -69,7 +70,7 @@ class Foof(KroneckerRule):
     def __post_init__(self) -> None:
         self.check()
 
-    @property
+    @cached_property
     def plan(self) -> Kronecker:
         """Power 1 on the input side."""
         return Kronecker(decay=self.decay, damping=self.damping, rank=self.rank, sample=self.sample)

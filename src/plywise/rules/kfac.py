@@ -1,6 +1,7 @@
 """K-FAC: the natural gradient with a Kronecker-factored curvature, as a yardstick."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from plywise.rules._kronecker import Kronecker, KroneckerRule
 
@@ -70,7 +71,7 @@ class KFAC(KroneckerRule):
     def __post_init__(self) -> None:
         self.check()
 
-    @property
+    @cached_property
     def plan(self) -> Kronecker:
         """Both powers 1."""
         return Kronecker(

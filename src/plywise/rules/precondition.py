@@ -1,6 +1,7 @@
 """Precondition: the gradient between inverse powers of its layer's own covariances, every choice open."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from plywise.engine.rule import require_choice
@@ -88,7 +89,7 @@ class Precondition(KroneckerRule):
         require_choice(self, "statistic", self.statistic, ("mean", "sum"))
         self.check()
 
-    @property
+    @cached_property
     def plan(self) -> Kronecker:
         """All of it."""
         return Kronecker(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.contract import Evidence, LayerShape, Shapes, State
@@ -113,14 +114,9 @@ class RLS(StatefulRule):
         """Always: the step's own correction comes after its move."""
         return True
 
-    def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
+    def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
         """Divide by ``h``."""
-        factors = 1 / memory["h"]
-        if groups == 1:
-            return gradient.scaled(factors, factors), {}
-        assert gradient.weight is not None
-        matrix = gradient.matrix(groups) * factors.to(gradient.weight.dtype).reshape(-1, 1, 1)
-        return Update.of(matrix, gradient.weight.shape, gradient.bias is not None), {}
+        return gradients / memory["h"][..., None, None], {}
 
     def evidence_shapes(self, shape: LayerShape) -> Shapes:
         """The sum of the rows and their number."""

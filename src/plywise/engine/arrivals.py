@@ -1,0 +1,168 @@
+"""Watches gradients arrive in parameters: the rule must have answered for them, or leave them alone."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from plywise.engine.calls_below import AlteredPasses
+from plywise.engine.capture import Capture
+from plywise.engine.contract import RuleContract
+from plywise.engine.selection import is_handled
+from plywise.engine.sites import ParameterEntry
+from plywise.engine.table import ParameterTable
+from plywise.errors import PlywiseError, UncapturedLayerError
+
+
+class Arrivals:
+    """Watches gradients arrive in the parameters of one attachment.
+
+    Args:
+        rule: the rule.
+        table: the model's parameters.
+        capture: the capture of the model's calls.
+        responder: answers for captured calls.
+        on_answered: called with each entry whose gradient the rule has made.
+        on_accumulated: called with the name of each layer whose gradient has arrived.
+
+    Attributes:
+        altered: the backward passes in which the rule sends other values down than gradients.
+    """
+
+    def __init__(
+        self,
+        rule: RuleContract,
+        table: ParameterTable,
+        capture: Capture,
+        responder: Any,
+        on_answered: Callable[[ParameterEntry], None],
+        on_accumulated: Callable[[str], None] | None,
+    ) -> None:
+        self.altered = AlteredPasses(responder, self._refuse_altered_leaf)
+        self._rule = rule
+        self._table = table
+        self._capture = capture
+        self._on_answered = on_answered
+        self._on_accumulated = on_accumulated
+        self._handles: list[RemovableHandle] = []
+        self._watched: dict[int, weakref.ref[Tensor]] = {}
+
+    def remove(self) -> None:
+        """Remove the parameters' hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def watch_expected(self, entries: list[ParameterEntry]) -> None:
+        """Watch the parameters whose gradients the rule must have made, or must not spoil."""
+        for entry in entries:
+            if (entry.expected and not entry.why_left) or self._rule.alters_backward:
+                self.watch(entry)
+
+    def watch(self, entry: ParameterEntry) -> None:
+        """Watch gradients arrive in a parameter; one that is frozen or lazy is watched once it is not.
+
+        Under fully_shard they arrive in the whole parameter, and then, averaged, in this process's shard.
+        """
+        for parameter in (entry.parameter(), None if entry.sharding is None else entry.sharding.whole):
+            if parameter is None or nn.parameter.is_lazy(parameter) or not parameter.requires_grad:
+                continue
+            if parameter.is_leaf and not self.is_watched(parameter):
+                hook: Any = _Arrival(self, entry)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._watched[id(parameter)] = weakref.ref(parameter)
+
+    def is_watched(self, parameter: Tensor | None) -> bool:
+        """Whether gradients are seen when they arrive in this parameter."""
+        watched = self._watched.get(id(parameter))
+        return watched is not None and watched() is parameter
+
+    def arrive_averaged(self, entry: ParameterEntry, shard: Tensor) -> None:
+        """A gradient that all processes have averaged has arrived in a shard's ``.grad``."""
+        assert entry.sharding is not None
+        entry.sharding.set_mark(shard)
+        if not self.is_watched(entry.sharding.whole):  # no call of it has been seen
+            self.arrive(entry)
+
+    def arrive(self, entry: ParameterEntry) -> None:
+        """A gradient has arrived in a parameter's ``.grad``: the rule must have answered in this pass."""
+        task = torch._C._current_graph_task_id()
+        answered = False
+        for site in list(entry.sites.values()):
+            if task in site.answered:
+                del site.answered[task]
+                answered = True
+                if self._on_accumulated is not None and not entry.leave_next:
+                    self._on_accumulated(site.name)
+        if answered and not (entry.leave_next and task in self.altered):
+            self._on_answered(entry)
+            return
+        if entry.rests:
+            entry.arrived = entry.arrived or not self._capture.paused
+            self._on_answered(entry)
+            return
+        if entry.computed_into is not None and not entry.leave_next:
+            return  # its gradient is that of a handled weight, carried on by autograd
+        if task in self.altered:
+            self._refuse_altered(entry)
+        known = entry.sites or (entry.expected and not entry.why_left)
+        if known and not entry.why_left and not entry.leave_next and not self._capture.paused:
+            if entry.used_by and not entry.sites and not entry.computed_into:
+                return  # by a function that is not read as a linear map, as the table says
+            raise UncapturedLayerError(_explain_uncaptured(entry))
+
+    def _refuse_altered(self, entry: ParameterEntry) -> None:
+        """Raise an error if a parameter is left to the optimizer: its gradient comes from altered values."""
+        if (entry.leave_next or not is_handled(entry, self._capture)) and not self._is_bias(entry):
+            raise PlywiseError(_explain_altered(self._rule, entry), see="altered-gradient")
+
+    def _refuse_altered_leaf(self, leaf: Tensor) -> None:
+        for entry in self._table.entries:
+            answers = entry.sites and not entry.why_left and not entry.leave_next
+            whole = None if entry.sharding is None else entry.sharding.whole
+            if not answers and (entry.parameter() is leaf or whole is leaf):
+                self._refuse_altered(entry)
+
+    def _is_bias(self, entry: ParameterEntry) -> bool:
+        """Whether calls that the rule handles add this parameter."""
+        parameter = entry.parameter()
+        return any(
+            site.adds is not None and site.adds() is parameter
+            for other in self._table.entries
+            for site in other.sites.values()
+        )
+
+
+class _Arrival:
+    """Hook of a parameter: a gradient has arrived."""
+
+    def __init__(self, arrivals: Arrivals, entry: ParameterEntry) -> None:
+        self._arrivals = arrivals
+        self._entry = entry
+
+    def __call__(self, parameter: Tensor) -> None:
+        if self._entry.sharding is not None and parameter is self._entry.parameter():
+            self._arrivals.arrive_averaged(self._entry, parameter)
+        else:
+            self._arrivals.arrive(self._entry)
+
+
+def _explain_uncaptured(entry: ParameterEntry) -> str:
+    return (
+        f"The weight of layer {entry.layer!r} got a gradient that did not pass through the rule. "
+        "Likely causes: torch.compile ran the model before attach() (attach first, or call "
+        "torch.compiler.reset()), the forward ran before attach(), the layer's .forward() was called "
+        "directly, or its weight is used outside of the model's forward. If that is meant, "
+        f"leave the layer to the optimizer: attach(..., exclude={entry.layer!r})."
+    )
+
+
+def _explain_altered(rule: RuleContract, entry: ParameterEntry) -> str:
+    return (
+        f"{rule} sends other values down than gradients, so {entry.name!r}, which it leaves to the "
+        "optimizer, would get a wrong gradient. Freeze that parameter (requires_grad_(False)), let the rule "
+        "take it (attach(..., kinds='all')), or use a rule that leaves gradients as they are."
+    )

@@ -1,0 +1,115 @@
+"""Layers of one shape, stacked: their matrices (gradients, or steps) and their states."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from plywise.engine.call import Update
+from plywise.engine.contract import State
+
+LARGEST_STACKED = 2**17
+"""Entries of a layer's weight or statistic, above which a copy of it costs more than another call."""
+
+
+class Stack:
+    """Matrices of layers of one shape.
+
+    Args:
+        places: where the layers are in the list from which the stack was made.
+        like: one of these layers' updates.
+        groups: g.
+
+    Attributes:
+        places: as given.
+        state: the layers' states.
+        matrices: (layers, g, m, k): the weight's columns, then the bias's; float32 at least.
+        views: each layer's part of `matrices`, in the shapes of its weight and bias.
+    """
+
+    def __init__(self, places: list[int], like: Update, groups: int) -> None:
+        assert like.weight is not None
+        self.places = places
+        self.state = StackedState()
+        rows, width = like.weight.shape[0], like.weight[0].numel()
+        dtype = torch.promote_types(like.weight.dtype, torch.float32)
+        shape = len(places), groups, rows // groups, width + (like.bias is not None)
+        self.matrices = like.weight.new_empty(shape, dtype=dtype)
+        weights = [part[..., :width].view(like.weight.shape) for part in self.matrices]
+        biases: list[Tensor | None] = [None] * len(places)
+        if like.bias is not None:
+            biases = [part[..., -1].view(-1) for part in self.matrices]
+        self.views = [Update(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+class StackedState(Mapping[str, Tensor]):
+    """The states of layers of one shape, each tensor stacked when it is first asked for.
+
+    States change at a refresh only, so a stack is kept, and mended where a tensor has been replaced.
+    """
+
+    def __init__(self) -> None:
+        self._states: Sequence[State] = []
+        self._stacked: dict[str, tuple[list[Tensor], Tensor]] = {}
+
+    def follow(self, states: Sequence[State]) -> "StackedState":
+        """These are the states now."""
+        self._states = states
+        return self
+
+    def __getitem__(self, key: str) -> Tensor:
+        sources = [state[key] for state in self._states]
+        if len(sources) == 1:
+            return sources[0].unsqueeze(0)
+        before, stacked = self._stacked.get(key, ([], None))
+        if stacked is None or (stacked.dtype, stacked.device) != (sources[0].dtype, sources[0].device):
+            stacked = torch.stack(sources)
+        else:
+            for i, (old, new) in enumerate(zip(before, sources, strict=True)):
+                if old is not new:
+                    stacked[i].copy_(new)
+        self._stacked[key] = sources, stacked
+        return stacked
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._states[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states[0])
+
+    def __len__(self) -> int:
+        return len(self._states[0])
+
+
+def arrange(
+    updates: Sequence[Update], groups: Sequence[int], states: Sequence[State]
+) -> tuple[list[list[Stack]], list[int]]:
+    """Stacks of small layers of one shape, those on one device together; and the places of large layers."""
+    small: dict[object, list[int]] = {}
+    large: list[int] = []
+    for place, (update, state) in enumerate(zip(updates, states, strict=True)):
+        assert update.weight is not None
+        sizes = {key: value.shape for key, value in state.items()}
+        if max(update.weight.numel(), *(size.numel() for size in sizes.values())) > LARGEST_STACKED:
+            large.append(place)
+        else:
+            key = sign(update), groups[place], tuple(sizes.items())
+            small.setdefault(key, []).append(place)
+    by_device: dict[torch.device, list[Stack]] = {}
+    for places in small.values():
+        stack = Stack(places, updates[places[0]], groups[places[0]])
+        by_device.setdefault(stack.matrices.device, []).append(stack)
+    return list(by_device.values()), large
+
+
+def sign(update: Update) -> tuple[object, ...]:
+    """What must be equal for two updates to be stacked."""
+    weight = update.weight
+    assert weight is not None
+    return weight.shape, weight.dtype, weight.device, update.bias is not None
+
+
+def list_parts(update: Update) -> list[Tensor]:
+    """The weight's part of an update, and the bias's if there is one."""
+    assert update.weight is not None
+    return [update.weight] if update.bias is None else [update.weight, update.bias]

@@ -1,0 +1,192 @@
+"""At the optimizer's step: plain gradients become updates, all layers of one shape in one call.
+
+A rule of many small layers would cost mostly Python otherwise. Small layers of one shape are stacked, and
+what all stacks need (copies, norms, the look for NaN) is done for all of them in one call.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from plywise.engine import health
+from plywise.engine.call import Update
+from plywise.engine.contract import State, StatefulContract
+from plywise.engine.health import Health
+from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.stacks import Stack, arrange, list_parts, sign
+
+
+class StepUpdates:
+    """Turns the plain gradients of layers into updates.
+
+    Args:
+        rule: the rule.
+        health_: where updates that are not finite are counted.
+    """
+
+    def __init__(self, rule: StatefulContract, health_: Health) -> None:
+        self._rule = rule
+        self._health = health_
+        self._layers: list[LayerHandle] = []
+        self._parameters: list[tuple[Tensor, Tensor | None, object]] = []
+        self._small: list[list[Stack]] = []
+        self._large: list[int] = []
+
+    def make(self, layers: Sequence[LayerHandle], memories: dict[str, State]) -> list[LayerHandle]:
+        """Put updates in the place of these layers' gradients, and news into their states.
+
+        A gradient whose update is not finite stays as it is.
+
+        Returns:
+            The layers of which that has been done.
+        """
+        layers = [layer for layer in layers if memories[layer.name] and layer.has_gradient]
+        if not layers:
+            return []
+        gradients = self._read_again(layers)
+        if gradients is None:
+            gradients = [layer.read_gradient() for layer in layers]
+            self._arrange(layers, gradients, memories)
+        made: list[LayerHandle] = []
+        for stacks in self._small:
+            made += self._make_at_once(stacks, layers, gradients, memories)
+        for place in self._large:  # a stack that is not kept: its matrices would double the model
+            stack = Stack([place], gradients[place], layers[place].groups)
+            made += self._make_at_once([stack], layers, gradients, memories)
+        return made
+
+    def _read_again(self, layers: Sequence[LayerHandle]) -> list[Update] | None:
+        """The gradients of the layers of the last step, whose parameters are known; None for others."""
+        if layers != self._layers:
+            return None
+        gradients = []
+        for layer, (weight, bias, signature) in zip(layers, self._parameters, strict=True):
+            parts = [
+                None if part is None else layer.stand_ins.get(id(part), part.grad) for part in (weight, bias)
+            ]
+            if parts[0] is None or (bias is not None and parts[1] is None):
+                return None
+            gradient = Update(*parts)
+            if sign(gradient) != signature:
+                return None
+            gradients.append(gradient)
+        return gradients
+
+    def _arrange(
+        self, layers: list[LayerHandle], gradients: list[Update], memories: dict[str, State]
+    ) -> None:
+        groups, states = [layer.groups for layer in layers], [memories[layer.name] for layer in layers]
+        self._small, self._large = arrange(gradients, groups, states)
+        are_plain = all(layer.gradient_is_plain for layer in layers)
+        self._layers = layers if are_plain else []
+        self._parameters = [
+            (layer.weight, layer.bias, sign(gradient))
+            for layer, gradient in zip(layers, gradients, strict=True)
+        ]
+
+    def _make_at_once(
+        self,
+        stacks: list[Stack],
+        layers: Sequence[LayerHandle],
+        gradients: Sequence[Update],
+        memories: dict[str, State],
+    ) -> list[LayerHandle]:
+        places = [place for stack in stacks for place in stack.places]
+        views = [view for stack in stacks for view in stack.views]
+        torch._foreach_copy_(
+            [part for view in views for part in list_parts(view)],
+            [part for place in places for part in list_parts(gradients[place])],
+        )
+        moved, news = [], []
+        for stack in stacks:
+            states = [memories[layers[place].name] for place in stack.places]
+            update, changed = self._compute(stack.state.follow(states), stack.matrices)
+            moved.append(update)
+            news += [{key: value[i] for key, value in changed.items()} for i in range(len(update))]
+        norms, scales = self._put_back(stacks, moved)
+        if scales is not None and not self._rule.turns_steps:
+            news = [new | {"scale": scale} for new, scale in zip(news, scales, strict=True)]
+        made, targets, sources = [], [], []
+        for place, view, new, norm in zip(places, views, news, norms, strict=True):
+            layer = layers[place]
+            if not math.isfinite(norm) and not all(bool(torch.isfinite(p).all()) for p in list_parts(view)):
+                self._health.note(layer.name, health.IDENTITY)
+                continue
+            made.append(layer)
+            if new:
+                memories[layer.name] = {**memories[layer.name], **new}
+            if layer.gradient_is_plain:
+                targets += list_parts(gradients[place])
+                sources += list_parts(view)
+            else:
+                layer.write_gradient(view)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return made
+
+    def _put_back(
+        self, stacks: list[Stack], moved: list[Tensor]
+    ) -> tuple[list[float], Sequence[Tensor] | None]:
+        """Put the updates into the stacks, with the norms of the gradients if the rule keeps them.
+
+        Returns:
+            The norms of the updates before, and what they were multiplied by.
+        """
+        parts = [part for update in moved for part in update.unbind()]
+        if not self._keeps_norm:
+            norms = torch.stack(torch._foreach_norm(parts))
+            for stack, update in zip(stacks, moved, strict=True):
+                if update is not stack.matrices:
+                    stack.matrices.copy_(update)
+            return norms.tolist(), None
+        before = [part for stack in stacks for part in stack.matrices.unbind()]
+        sizes, norms = torch.stack(torch._foreach_norm([*before, *parts])).split(len(parts))
+        unknown = self._get_scales(stacks, sizes)
+        scales = torch.where(norms > 0, sizes / norms, unknown)  # zeros say nothing of c
+        for stack, update, scale in zip(stacks, moved, scales.split([len(m) for m in moved]), strict=True):
+            torch.mul(update, scale[:, None, None, None], out=stack.matrices)
+        return norms.tolist(), scales.unbind()
+
+    # ---- what differs where the optimizer's steps are turned back ------------------------------------
+
+    @property
+    def _keeps_norm(self) -> bool:
+        return self._rule.keeps_norm and not self._rule.turns_steps
+
+    def _compute(self, state: State, matrices: Tensor) -> tuple[Tensor, State]:
+        return self._rule.finish_stacked(state, matrices)
+
+    def _get_scales(self, stacks: list[Stack], like: Tensor) -> Tensor:
+        return torch.cat([stack.state["scale"] for stack in stacks])
+
+
+class StepsBack(StepUpdates):
+    """Turns the steps of an optimizer that works in other coordinates into steps of the weights."""
+
+    @property
+    def _keeps_norm(self) -> bool:
+        return self._rule.keeps_norm
+
+    def _compute(self, state: State, matrices: Tensor) -> tuple[Tensor, State]:
+        return self._rule.turn_back_stacked(state, matrices), {}
+
+    def _get_scales(self, stacks: list[Stack], like: Tensor) -> Tensor:
+        return torch.ones_like(like)
+
+
+def find_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which of these tensors are finite, with one look by the host for each device.
+
+    A norm with a NaN or an infinity in it is not finite; one that has only overflowed is looked into.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(place)
+    found = [True] * len(tensors)
+    for places in by_device.values():
+        norms = torch.stack([n.double() for n in torch._foreach_norm([tensors[place] for place in places])])
+        for place, norm in zip(places, norms.tolist(), strict=True):
+            found[place] = math.isfinite(norm) or bool(torch.isfinite(tensors[place]).all())
+    return found

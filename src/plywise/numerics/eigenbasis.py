@@ -1,0 +1,59 @@
+"""Eigenvalues and eigenvectors of a matrix that changes slowly.
+
+A whole decomposition costs about ten times as much as one step of orthogonal iteration. That step starts from
+the last eigenvectors and is enough while the matrix changes by a few per cent from one refresh to the next.
+"""
+
+import torch
+from torch import Tensor
+
+from plywise.numerics.events import EIGENVALUES, Note, ignore_event
+from plywise.numerics.inverse_roots import LinAlgError, find_gram_scale
+from plywise.numerics.products import mirror_lower
+
+
+def compute_eigenbasis(
+    gram: Tensor, start: Tensor | None = None, note: Note = ignore_event
+) -> tuple[Tensor, Tensor] | None:
+    """Compute eigenvalues, relative to their mean, and eigenvectors of each group.
+
+    Without ``start``, by a whole decomposition, in descending order. With it, by one step of orthogonal
+    iteration: ``Q = qr(gram @ start)`` and the Rayleigh quotients ``diag(Qᵀ gram Q)``, in the order of
+    ``start``. Values below the rounding of the largest are 0; a group of zeros has values of 1.
+
+    Args:
+        gram: matrices (g, k, k), symmetric and positive semidefinite; only their lower triangle is read.
+        start: orthonormal columns (g, k, k), of any dtype and device.
+        note: is called with an event of `plywise.numerics.events` where a wider dtype was needed.
+
+    Returns:
+        Values (g, k) and vectors (g, k, k); None if ``gram`` is not finite or has no decomposition.
+    """
+    scale, dead = find_gram_scale(gram, 0.0, "mean")
+    matrix = mirror_lower(gram / scale.to(gram.dtype)[:, None, None])
+    matrix.diagonal(dim1=1, dim2=2).add_(dead.unsqueeze(1))
+    if not bool(torch.isfinite(matrix.sum())):
+        return None
+    if start is None:
+        pair = _decompose(matrix, note)
+        if pair is None:
+            return None
+        values, vectors = pair
+    else:
+        vectors = torch.linalg.qr(matrix @ start.to(matrix)).Q
+        values = (vectors * (matrix @ vectors)).sum(1)
+    floor = torch.finfo(matrix.dtype).eps * values.amax(1, keepdim=True)
+    values = torch.where(values > floor, values, 0.0)
+    return values / values.mean(1, keepdim=True), vectors
+
+
+def _decompose(matrix: Tensor, note: Note) -> tuple[Tensor, Tensor] | None:
+    """Decompose in the matrix's own dtype, or in float64: dead pixels can keep float32 from converging."""
+    for dtype in (matrix.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(dtype))
+        except LinAlgError:
+            note(EIGENVALUES)
+            continue
+        return values.to(matrix).flip(1), vectors.to(matrix).flip(2)
+    return None

@@ -1,0 +1,203 @@
+"""Coordinates: any optimizer works in the eigenbasis of a layer's inputs, whitened as far as one likes."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.contract import LayerShape, Shapes, State
+from plywise.engine.explain import Size
+from plywise.engine.health import Health
+from plywise.engine.rule import require_choice
+from plywise.numerics.eigenbasis import compute_eigenbasis
+from plywise.rules._kronecker import Kronecker, KroneckerRule
+
+Sides = Literal["input", "output", "both"]
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates(KroneckerRule):
+    """Let any optimizer work in better coordinates of each layer.
+
+    Idea: an optimizer such as Adam treats each weight by itself, which is right if weights act independently.
+        They do where the inputs are uncorrelated. So give it the gradient in coordinates in which they are,
+        and bring its step back.
+    Equation: W = V Tᵀ with a fixed T, so that the gradient of V is G T, and a step δV moves W by δV Tᵀ.
+        T = Q (Λ + εI)^-power, with R = Q Λ Qᵀ the running mean of aaᵀ, a the inputs with a trailing 1, and Λ
+        relative to its mean. With ``basis="root"`` T = Q (Λ + εI)^-power Qᵀ. On the output side the same
+        with the output gradients' δδᵀ: G becomes Sᵀ G T. With ``keep_norm``, a layer's step is as long as
+        the optimizer's own.
+    Reduces to: with SGD, no momentum and no kept norm, power ½ is Foof (c = 1) and power ¼ feature whitening;
+        power 0 with Adam is the right side of SOAP, from activations in place of gradients; power 0 with SGD
+        and basis "root" is SGD.
+    Use when: AdamW or Muon trains too slowly. Adam with power ¼ needs the fewest steps of all on most of our
+        workloads (see Results).
+    Do not use when: inputs are tens of thousands wide, or the optimizer's steps depend on the weights
+        themselves (Adafactor, LAMB): attach refuses those by name.
+    Layers: as for `plywise.Foof`.
+    Cost: two products with T in each step (2mk² operations each, for both), one m×k×k a refresh, and a step
+        of orthogonal iteration. Forward and backward are plain between gatherings.
+    Status: the mechanism is ours; its relatives are SOAP, FOOF, natural neural networks and K-FAC.
+    Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025 (Adam in an
+        eigenbasis); Benzing 2022 (inputs alone); Desjardins et al., "Natural Neural Networks", NeurIPS 2015
+        (the whitened coordinates).
+    Code: ours.
+    Limits: the first step is the optimizer's own; a basis acts from the step after its refresh. Momenta are
+        turned at a refresh, second moments are kept, as SOAP keeps them. A momentum of normalised steps
+        (RMSprop's) is kept, too. Sides above ``max_size`` stay as they are. No fully_shard.
+
+    Args:
+        power: how far the inputs are whitened, 0 (turned only) to ½ (fully). Default ¼.
+        damping: ε, relative to the mean eigenvalue. Default 0.1. Range 1e-4 to 10.
+        basis: "eigen" turns into the eigenbasis; "root" whitens in the original axes. Default "eigen".
+        sides: "input", "output" or "both". Default "input".
+        output_power: as ``power``, for the output side. Default 0.
+        keep_norm: give a layer's step the length of the optimizer's own. Default True.
+        decay: how much of the statistics stays at each gathering. Default 0.95. Range 0.5 to 0.999.
+        sample: take every so many-th position along each axis of a convolution or sequence. Default 2.
+        max_size: a side wider than this stays as it is. Default 2048.
+        stats_every: steps from one batch that enters the statistics to the next. Default 10. Range 1 to 100.
+        refresh_every: steps from one basis to the next, a multiple of ``stats_every``. Default 10.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+        AttachError: (by ``attach``) the optimizer cannot work in turned coordinates.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> rule = pw.Coordinates(power=0.25).attach(model, optimizer)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.arange(32) % 2)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> rule.detach()
+    """
+
+    turns_steps: ClassVar[bool] = True
+
+    power: float = 0.25
+    damping: float = 0.1
+    basis: Literal["eigen", "root"] = "eigen"
+    sides: Sides = "input"
+    output_power: float = 0.0
+    keep_norm: bool = True
+    decay: float = 0.95
+    sample: int = 2
+    max_size: int = 2048
+    stats_every: int = 10
+    refresh_every: int = 10
+
+    def __post_init__(self) -> None:
+        require_choice(self, "basis", self.basis, ("eigen", "root"))
+        require_choice(self, "sides", self.sides, ("input", "output", "both"))
+        for name in ("power", "output_power"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"Coordinates: {name} must be between 0 and 1, not {value!r}.")
+        self.check()
+
+    @cached_property
+    def plan(self) -> Kronecker:
+        """The statistics of the sides that are turned."""
+        return Kronecker(
+            left=float(self.sides != "input"),
+            right=float(self.sides != "output"),
+            decay=self.decay,
+            damping=self.damping,
+            keep_norm=self.keep_norm,
+            sample=self.sample,
+            max_size=self.max_size,
+        )
+
+    def update(self, call: LinearCall) -> Update:
+        """The plain gradient: the step turns it."""
+        return call.gradient()
+
+    def in_backward(self, memory: State, shape: LayerShape) -> bool:
+        """Never: the optimizer's step has to be turned back."""
+        return False
+
+    # ---- at the step -------------------------------------------------------------------------
+
+    def refresh(self, memory: State, name: str, health: Health) -> State:
+        """The bases of the statistics; the last good ones where that fails."""
+        news: dict[str, Tensor] = {}
+        for side, power in (("input", self.power), ("output", self.output_power)):
+            if side not in memory:
+                continue
+            last = memory.get(f"{side}.vectors")
+            note = partial(health.note, name)
+            found = compute_eigenbasis(memory[side] / memory[f"{side}.count"], last, note)
+            if found is None:
+                size = memory[side].shape[1]
+                eye = torch.eye(size).to(memory[side]).expand_as(memory[side])
+                found = torch.ones_like(memory[side][:, 0]), eye if last is None else last
+            values, vectors = found
+            basis = vectors * (values + self.damping).pow(-power).unsqueeze(1)
+            if self.basis == "root":
+                basis = basis @ vectors.mT
+            news |= {f"{side}.vectors": vectors, f"{side}.basis": basis}
+        return news
+
+    def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
+        """``Sᵀ G T``: the gradients in the layers' coordinates."""
+        moved = gradients.flatten(0, 1)
+        if "input.basis" in memory:
+            moved = moved @ memory["input.basis"].flatten(0, 1)
+        if "output.basis" in memory:
+            moved = memory["output.basis"].flatten(0, 1).mT @ moved
+        return moved.reshape(gradients.shape), {}
+
+    def turn_back_stacked(self, memory: State, steps: Tensor) -> Tensor:
+        """``S δV Tᵀ``: the optimizer's steps as steps of the weights."""
+        moved = steps.flatten(0, 1)
+        if "input.basis" in memory:
+            moved = moved @ memory["input.basis"].flatten(0, 1).mT
+        if "output.basis" in memory:
+            moved = memory["output.basis"].flatten(0, 1) @ moved
+        return moved.reshape(steps.shape)
+
+    def turn_momentum(self, before: State, after: State, momentum: Tensor) -> Tensor:
+        """A sum of gradients, from the coordinates of one state to those of another; (g, m, k)."""
+        old, new = before.get("input.basis"), after.get("input.basis")
+        if old is not None:
+            momentum = torch.linalg.solve(old, momentum, left=False)
+        if new is not None:
+            momentum = momentum @ new
+        old, new = before.get("output.basis"), after.get("output.basis")
+        if old is not None:
+            momentum = torch.linalg.solve(old.mT, momentum)
+        return momentum if new is None else new.mT @ momentum
+
+    # ---- sizes -------------------------------------------------------------------------------
+
+    def refreshed_shapes(self, shape: LayerShape) -> Shapes:
+        """Eigenvectors and bases."""
+        return {
+            f"{side}.{part}": (shape.groups, n, n)
+            for side, n in self._sizes(shape).items()
+            for part in ("vectors", "basis")
+        }
+
+    def estimate_cost(self, size: Size) -> tuple[float, float]:
+        """Statistics, orthogonal iteration and the two products."""
+        flops = floats = 0.0
+        for side, own, other in (("input", size.d, size.m), ("output", size.m, size.d)):
+            if side in self.plan.sides(size.m, size.d):
+                flops += size.n / self.sample * own * own / self.stats_every
+                flops += 8.0 * own**3 / self.refresh_every + 4.0 * other * own * own
+                floats += 3.0 * own * own
+        return size.g * flops, size.g * floats
+
+    def describe(self, size: Size | None) -> str:
+        """The sides that are turned, e.g. ``"input side, power 0.25"``."""
+        if size is None:
+            return type(self).__name__
+        turned = self.plan.sides(size.m, size.d)
+        powers = {"input": self.power, "output": self.output_power}
+        text = ", ".join(f"{side} side, power {powers[side]:g}" for side in turned)
+        return f"Coordinates: {text or f'sides larger than max_size={self.max_size}'}"
