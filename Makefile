@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`; and `make docs`. All make .venv first, with locked versions.
+# `make demo` and `make test`; of the latter, `make check` is the linters and `make quick` a minute of tests;
+# `make sweep` tries all of torch's modules; `make docs`. All make .venv first, with locked versions.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,16 +11,39 @@ TORCH_VERSION := 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)$(shell \
 	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo +cpu; fi)
 
-.PHONY: demo test docs clean
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 5 --dist loadfile --no-loadscope-reorder
+
+# Some tests of every room, and the promises that touch every rule
+QUICK := contract/test_unmodified.py engine/test_calls.py \
+	engine/test_maps.py engine/test_state_uses.py rules/test_one_problem.py rules/test_proxprop.py \
+	rules/test_nlms.py rules/test_rls.py rules/test_whitening_family.py rules/test_back_matching.py \
+	rules/test_consequentialism.py rules/test_gradient_amplification.py numerics/test_least_squares.py \
+	numerics/test_patch_gram.py schedules/test_layer_freezing.py optim/test_conventions.py \
+	nn/test_unroll_models.py losses/test_slope_recovery.py init local/test_split_refusals.py \
+	local/test_rules_inside.py pipeline/test_wire.py pipeline/test_forecast.py \
+	arena/test_score.py data cli/test_workloads_command.py cli/test_reproduce.py docs/test_reference.py \
+	sweep/test_sensitivity.py test_attachment.py test_card.py test_environment.py test_errors.py \
+	test_replicas.py trainers/test_plain_loop.py
+
+.PHONY: demo test check quick sweep docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plywise demo
 
-test: $(VENV)/.installed
+test: check
+	$(PYTEST)
+
+check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+quick: $(VENV)/.installed
+	$(PYTEST) $(addprefix tests/,$(QUICK))
+
+# Ctrl-C stops it, the same command goes on.
+sweep: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sweep.run
 
 # Runs the gallery's examples; any warning is an error.
 docs: $(VENV)/.installed

@@ -1,6 +1,7 @@
-"""One thread, one seed, and the option that runs the contract on a user's own rule."""
+"""One thread, one seed, who begins first, and the option that runs the contract on a user's own rule."""
 
 import gc
+import os
 import signal
 import sys
 
@@ -12,6 +13,19 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+BEGIN_WITH = (
+    "cli/test_pipeline_command.py",
+    "pipeline/test_faults.py",
+    "docs/test_pages.py",
+    "arena/test_ray_crew.py",
+    "engine/test_sharded.py",
+    "contract/test_scales.py",
+    "contract/test_compile.py",
+    "sweep/test_quick.py",
+)
+"""The files that take longest. A file runs in one process: at the end, all others would wait for it."""
+
+
 def seed_cpu(seed: int) -> torch.Generator:
     """What `torch.manual_seed` does where the CPU is the only device."""
     return torch.default_generator.manual_seed(int(seed))
@@ -20,6 +34,15 @@ def seed_cpu(seed: int) -> torch.Generator:
 if not torch.accelerator.is_available():
     # it keeps the whole stack for each kind of device that might come: longer than many a test takes
     torch.manual_seed = seed_cpu
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are processors: at any time some test waits for processes of its own."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(BEGIN_WITH))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,6 +18,7 @@ from plywise.local.plan import Plan
 from plywise.local.session import open_session
 from plywise.pipeline import checkpoint
 from plywise.pipeline.cuts import component_costs
+from processes import ForkedCommand
 from sameness import same
 
 MODULE = """
@@ -83,20 +84,9 @@ def free_port():
 
 
 @contextmanager
-def running(*commands):
-    """Processes, each a command and what is added to its environment; killed at the end, should they live."""
-    processes = []
+def ending(processes):
+    """Kills processes at the end, should they live."""
     try:
-        for number, (command, environment) in enumerate(commands):
-            with Path(f"out{number}").open("w") as out, Path(f"err{number}").open("w") as err:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdout=out,
-                        stderr=err,
-                        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-                    )
-                )
         yield processes
     finally:
         for process in processes:
@@ -105,16 +95,32 @@ def running(*commands):
 
 
 def by_hand(world, *words, port=None):
-    """The processes of a pipeline, as torchrun would start them."""
+    """The processes of a pipeline, with the environment that torchrun would give them."""
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
-    command = [sys.executable, "-m", "plywise", "pipeline", *words]
-    return running(*((command, {**place, "RANK": str(rank)}) for rank in range(world)))
+    return ending(
+        [
+            ForkedCommand(
+                ["pipeline", *words], {**place, "RANK": str(rank)}, Path(f"out{rank}"), Path(f"err{rank}")
+            )
+            for rank in range(world)
+        ]
+    )
 
 
 def torchrun(world, *words):
     """torchrun and its processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    return running(([*command, "-m", "plywise", "pipeline", *words], {}))
+    with Path("out0").open("w") as out, Path("err0").open("w") as err:
+        return ending(
+            [
+                subprocess.Popen(
+                    [*command, "-m", "plywise", "pipeline", *words],
+                    stdout=out,
+                    stderr=err,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
+            ]
+        )
 
 
 def ended(processes):

@@ -51,6 +51,7 @@ class Case:
         is_backprop: whether its gradients are autograd's own.
         refuses_reentrant: whether it raises PlywiseError under a reentrant checkpoint, which hides the graph.
         remembers_scales: why a loss scale that changes between steps changes the moves; "" if it does not.
+        family: rules of one family answer by the same code, with other settings; "" if there is no other.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     is_backprop: bool = False
     refuses_reentrant: bool = False
     remembers_scales: str = ""
+    family: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,47 +94,74 @@ SQUARES = "its running ΔᵀΔ counts steps by the square of their loss scale: d
 
 CASES = [
     Case("backprop", Backprop, rates=(0.5,), is_backprop=True),
-    Case("proxprop", ProxProp, rates=(5.0,)),
-    Case("proxprop-cg", lambda: ProxProp(solver="cg"), rates=(5.0,), not_linear=CURVES),
+    Case("proxprop", ProxProp, rates=(5.0,), family="proxprop"),
+    Case("proxprop-cg", lambda: ProxProp(solver="cg"), rates=(5.0,), not_linear=CURVES, family="proxprop"),
     Case(
         "proxprop-cg_official",
         lambda: ProxProp(solver="cg_official"),
         rates=(5.0,),
         not_homogeneous=EPSILON,
         not_linear=CURVES,
+        family="proxprop",
     ),
-    Case("proxprop-mean", lambda: ProxProp(gram="mean", tau=2.0), rates=(0.5,)),
-    Case("back_matching-mean", BackMatching, rates=(0.03,), refuses_reentrant=True),
-    Case("back_matching-rank", lambda: BackMatching(scalar="rank"), rates=(0.03,), refuses_reentrant=True),
+    Case("proxprop-mean", lambda: ProxProp(gram="mean", tau=2.0), rates=(0.5,), family="proxprop"),
+    Case("back_matching-mean", BackMatching, rates=(0.03,), refuses_reentrant=True, family="measured"),
+    Case(
+        "back_matching-rank",
+        lambda: BackMatching(scalar="rank"),
+        rates=(0.03,),
+        refuses_reentrant=True,
+        family="measured",
+    ),
     Case(
         "back_matching-cauchy",
         lambda: BackMatching(scalar="cauchy"),
         rates=(0.1,),
         not_linear=CURVES,
         refuses_reentrant=True,
+        family="measured",
     ),
     Case("back_matching-exact", lambda: BackMatching(mode="exact"), rates=(0.1,)),
     Case("nlms", NLMS, rates=(1.0,)),
-    Case("cwu-append", Consequentialism, rates=(0.3,)),
-    Case("cwu-centre", lambda: Consequentialism(bias="centre"), rates=(0.3,)),
+    Case("cwu-append", Consequentialism, rates=(0.3,), family="cwu"),
+    Case("cwu-centre", lambda: Consequentialism(bias="centre"), rates=(0.3,), family="cwu"),
     Case("users-own", DiagonalNewton, rates=(0.2,)),
     # Rules with memory refresh often here, so that a few steps see both kinds of step. A layer of a model
     # with several has its turn in another step than its neighbour.
     Case("rls", RLS, rates=(0.5,)),
-    Case("feature_whitening", lambda: FeatureWhitening(stats_every=1, refresh_every=2), rates=(0.5,)),
-    Case("adabk", lambda: AdaBK(stats_every=1, refresh_every=2), rates=(0.1,), remembers_scales=SQUARES),
-    Case("kfac", lambda: KFAC(stats_every=1, refresh_every=2), rates=(0.5,), remembers_scales=SQUARES),
-    Case("foof", lambda: Foof(stats_every=2, refresh_every=2), rates=(0.5,)),
+    Case(
+        "feature_whitening",
+        lambda: FeatureWhitening(stats_every=1, refresh_every=2),
+        rates=(0.5,),
+        family="one-sided",
+    ),
+    Case(
+        "adabk",
+        lambda: AdaBK(stats_every=1, refresh_every=2),
+        rates=(0.1,),
+        remembers_scales=SQUARES,
+        family="two-sided",
+    ),
+    Case(
+        "kfac",
+        lambda: KFAC(stats_every=1, refresh_every=2),
+        rates=(0.5,),
+        remembers_scales=SQUARES,
+        family="two-sided",
+    ),
+    Case("foof", lambda: Foof(stats_every=2, refresh_every=2), rates=(0.5,), family="one-sided"),
     Case(
         "precondition-two-sided-low-rank",
         lambda: Precondition(left=0.25, right=0.5, rank=2, stats_every=1, refresh_every=3),
         rates=(0.5,),
         remembers_scales=SQUARES,
+        family="two-sided",
     ),
     Case(
         "precondition-newton",
         lambda: Precondition(right=0.5, solver="newton", keep_norm=False, stats_every=1, refresh_every=2),
         rates=(0.3,),
+        family="one-sided",
     ),
 ]
 
@@ -140,6 +169,12 @@ CASES = [
 def selected(specifications: Sequence[str]) -> list[Case]:
     """The cases of the registry, or those of the given ``module:factory`` specifications."""
     return [case_of(text) for text in specifications] if specifications else CASES
+
+
+def stands_for_family(case: Case, cases: Sequence[Case], turn: int) -> bool:
+    """Whether this is the turn of ``case`` among those of its family."""
+    family = [other.name for other in cases if case.family and other.family == case.family]
+    return not family or family[turn % len(family)] == case.name
 
 
 def case_of(specification: str) -> Case:

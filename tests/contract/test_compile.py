@@ -34,6 +34,7 @@ def small(dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).to(dtype)
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize(("backend", "attach_to"), [("eager", "model"), ("aot_eager", "compiled")])
 def test_compiled_then_attached(case: Case, rule: Rule, backend: str, attach_to: str) -> None:
     data = batch(dtype=torch.float64)
@@ -50,6 +51,7 @@ def test_compiled_then_attached(case: Case, rule: Rule, backend: str, attach_to:
     assert [(row.name, row.handled) for row in rule.explain().rows] == [("0", True), ("2", True)]
 
 
+@pytest.mark.one_of_family
 def test_compiling_says_nothing(rule: Rule) -> None:
     torch._dynamo.utils.warn_once_cache.clear()
     model = small()
@@ -60,6 +62,7 @@ def test_compiling_says_nothing(rule: Rule) -> None:
     assert [str(warning.message) for warning in caught] == []
 
 
+@pytest.mark.one_of_family
 def test_attached_after_the_first_compiled_call_is_an_error(rule: Rule) -> None:
     model, data = small(), batch(dtype=torch.float64)
     compiled = torch.compile(model, backend="eager")

@@ -48,6 +48,7 @@ def from_plywise(model: nn.Module) -> list[object]:
     return [item for item in found if type(item).__module__.partition(".")[0] == "plywise"]
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("how", list(COPIES))
 def test_a_copy_of_an_attached_model_is_plain(rule: Rule, how: str) -> None:
     data, model = batch((2, 6, 6)), convnet()
@@ -66,6 +67,7 @@ def test_a_copy_of_an_attached_model_is_plain(rule: Rule, how: str) -> None:
     assert same_bits(weights(copied), weights(plain))
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("how", list(COPIES))
 def test_the_original_and_an_attached_copy_go_on(case: Case, rule: Rule, how: str) -> None:
     data, model = batch(), mlp()

@@ -155,6 +155,7 @@ class Ordered(nn.Module):
         return x
 
 
+@pytest.mark.one_of_family
 @settings(BRIEF, max_examples=25)
 @given(
     calls=st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6),

@@ -35,6 +35,7 @@ def in_parts(run: Run, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 1, 1, 1), (3, 1)], ids=str)
 def test_micro_batches_are_one_batch(memory_case: Case, kind: str, sizes: tuple[int, ...]) -> None:
@@ -152,6 +153,7 @@ def autocast_step(run: Run, number: int, around: str) -> None:
         run.optimizer.step()
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
 @pytest.mark.parametrize("around", ["forward", "backward", "all"])
 def test_autocast(memory_case: Case, kind: str, around: str) -> None:

@@ -15,6 +15,7 @@ from .registry import Case
 from .structures import STRUCTURES
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("first", [0, 3, 4])
 @pytest.mark.parametrize("with_pending", [False, True])
 def test_a_bias_frozen_and_thawed(memory_case: Case, first: int, with_pending: bool) -> None:

@@ -154,11 +154,13 @@ def check(case: Case, undisturbed: dict[str, list[dict]], found: list[dict]) -> 
         assert same_bits(one, other), step
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("disturb", BETWEEN_STEPS, ids=lambda f: f.__name__)
 def test_between_steps(memory_case: Case, undisturbed: dict[str, list[dict]], disturb: Disturbance) -> None:
     check(memory_case, undisturbed, history(memory_case, disturb, None))
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("disturb", BEFORE_THE_STEP, ids=lambda f: f.__name__)
 def test_between_backward_and_step(
     memory_case: Case, undisturbed: dict[str, list[dict]], disturb: Disturbance

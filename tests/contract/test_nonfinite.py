@@ -45,6 +45,7 @@ def state_of(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
@@ -160,6 +161,7 @@ def test_propagate_does_as_torch(rule: Rule, value: float) -> None:
     attach(rule, mlp(), on_nonfinite="propagate")
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("kind", ["sgd", "adam", "lbfgs", "lbfgs-wolfe"])
 @pytest.mark.parametrize("by_keyword", [False, True])
 def test_closures_are_guarded(rule: Rule, kind: str, by_keyword: bool) -> None:

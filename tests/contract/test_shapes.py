@@ -218,6 +218,7 @@ IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
 }
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("what", list(IN_PLACE))
 @pytest.mark.parametrize("kind", ["linear", "linear 3d", "conv", "conv unbatched"])
 def test_in_place_after_a_layer(case: Case, what: str, kind: str) -> None:
