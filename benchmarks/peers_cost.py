@@ -30,7 +30,7 @@ from peers import split_hidden, torch_muon
 from plywise.optim import KLSOAP, SOAP, Muon, NorMuon
 from step_cost import mlp
 
-CYCLE, WARM, RATE = 10, 21, 1e-4
+CYCLE, WARM, RATE = 10, 11, 1e-4
 
 
 class Transformer(nn.Module):
@@ -143,12 +143,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="networks whose name holds this text")
+    parser.add_argument("--json", type=Path, help="written after each network; others in it stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="pytorch_optimizer")
-    tables = {}
-    for net in NETS:
+    about = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "threads": 1}
+    about |= {"processor": platform.processor() or platform.machine(), "device": options.device}
+    kept = options.json and options.json.exists() and json.loads(options.json.read_text())["tables"]
+    tables = dict(kept or {})
+    for net in [net for net in NETS if options.only in net]:
         wide = "1024" in net and options.device == "cpu"
         tables[net] = measure(net, max(3, options.rounds // 4) if wide else options.rounds, options.device)
         print(
@@ -160,10 +164,8 @@ def main() -> None:
             print(
                 f"{arm:38} {row['ms']:8.2f} {row['cost']:6.2f} {spread:>14} {row['dearest']:8.2f} {over:>13}"
             )
-    if options.json:
-        about = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "threads": 1}
-        machine = {"processor": platform.processor() or platform.machine(), "device": options.device}
-        options.json.write_text(json.dumps({**about, **machine, "tables": tables}, indent=1) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps({**about, "tables": tables}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
