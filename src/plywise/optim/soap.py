@@ -37,8 +37,8 @@ class SOAP(StackedOptimizer):
         bases and turned when they are, which is the same. With ``stagger`` a variant, see there.
     Source: Vyas et al., "SOAP: improving and stabilizing Shampoo using Adam", 2024 (arXiv 2409.11321).
     Code: nikhilvyas/SOAP.
-    Results: the paper's language models are not reproduced here. A step costs about nine tenths of that of
-        the package pytorch_optimizer on small networks: benchmarks/peers_cost.py.
+    Results: the paper's language models are not reproduced here. On small networks a step costs what that
+        of the package pytorch_optimizer costs, within noise: benchmarks/peers_cost.py.
     Limits: a refresh of all sides falls into one step unless ``stagger`` is on; the first step has an eigh of
         every side. State has the dtype of the weights. DTensors are not handled.
 
