@@ -31,7 +31,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "rules": RULES,
     "local": LEARNERS,
     "schedules": ("LayerFreezing",),
-    "optim": ("LRSGDR", "LRSGDC", "YamAdam", "SalpSGD", "ASkewSGD", "ProximalAnchor"),
+    "optim": (
+        *("Muon", "NorMuon", "SOAP", "KLSOAP"),
+        *("LRSGDR", "LRSGDC", "YamAdam", "SalpSGD", "ASkewSGD", "ProximalAnchor"),
+    ),
     "nn": (
         *("AdaptiveActivation", "UnfoldedDenoiser", "Threshold", "ThresholdNetwork", "VSML"),
         *("DecisionStage", "ConvLSTM"),

@@ -197,7 +197,7 @@ def test_rule_on_sgd_is_the_rule_alone_and_has_no_decay_where_rates_are_large():
     assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0.0)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "soap", "shampoo", "torch.optim:RAdam"])
+@pytest.mark.parametrize("optimizer", ["muon", "soap", "schedule-free", "shampoo", "torch.optim:RAdam"])
 def test_rules_compose_with_any_optimizer(optimizer):
     method = find_method(f"foof+{optimizer}")
     assert method.name == f"foof+{optimizer}"

@@ -1,4 +1,4 @@
-"""Peers on awkward models, Muon against torch's own, and what a missing package is called."""
+"""Peers on unusual models, Muon against torch's own, and what a missing package is called."""
 
 import sys
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import plywise as pw
 from plywise.arena.methods import PEERS, find_method
-from plywise.arena.methods.peers import MuonAdamW, hidden_weights
+from plywise.arena.methods.peers import hidden_weights
 from plywise.arena.task import SEQUENCES
 
 
@@ -65,59 +65,44 @@ def test_muon_gets_hidden_weights_whatever_their_order():
     assert model.training
 
 
-def test_muon_is_torchs_muon_and_adamw():
-    first, second = nn.Linear(8, 8), nn.Linear(8, 4)
-    models = [nn.Sequential(first, second)]
-    models.append(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
+def test_muon_is_torchs_muon_on_hidden_weights_and_adamw_on_the_rest():
+    method, x, y = find_method("muon"), torch.rand(16, 128), torch.arange(16) % 10
+    models = [nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     numbers = {"lr": 0.01, "weight_decay": 0.1}
-    ours = MuonAdamW([first.weight], [first.bias, *second.parameters()], **numbers)
+    trainer = method.make(setting(method, models[0], numbers=numbers, example=x))
     muon = torch.optim.Muon([models[1][0].weight], adjust_lr_fn="match_rms_adamw", **numbers)
-    adamw = torch.optim.AdamW([models[1][0].bias, *models[1][1].parameters()], **numbers)
-    x = torch.rand(16, 8)
-    for rate in (0.01, 0.005, 0.001):
-        for optimizer in (ours, muon, adamw):
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        for model in models:
-            model(x).square().mean().backward()
-        for optimizer in (ours, muon, adamw):
-            optimizer.step()
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(one, other)
+    adamw = torch.optim.AdamW([models[1][0].bias, *models[1][2].parameters()], **numbers)
+    nn.functional.cross_entropy(models[1](x), y).backward()
+    muon.step()
+    adamw.step()
+    trainer.step(x, y)
+    # of this width both iterate in bfloat16
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight, rtol=0, atol=1e-5)
+    for layer in (0, 2):
+        torch.testing.assert_close(models[0][layer].bias, models[1][layer].bias, rtol=0, atol=1e-6)
+    torch.testing.assert_close(models[0][2].weight, models[1][2].weight, rtol=0, atol=1e-6)
 
 
-def test_muon_flattens_convolutions_and_resumes():
-    def run(stop):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
-        flat = nn.Parameter(model[0].weight.detach().flatten(1).clone())
-        model.to(memory_format=torch.channels_last)
-        made = lambda: MuonAdamW([model[0].weight], [model[0].bias, *model[2].parameters()], lr=0.02)  # noqa: E731
-        optimizer, muon = (
-            made(),
-            torch.optim.Muon([flat], lr=0.02, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-        )
-        x = torch.rand(8, 2, 4, 4)
-        for step in range(6):
-            if step == stop:
-                state = optimizer.state_dict()
-                optimizer = made()
-                optimizer.load_state_dict(state)
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            flat.grad = model[0].weight.grad.flatten(1).clone()
-            optimizer.step()
-            muon.step()
-        return model[0].weight.detach().flatten(1), flat.detach(), model[2].weight.detach()
-
-    straight, resumed = run(None), run(3)
-    assert torch.equal(straight[0], straight[1])
-    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+def test_schedule_free_is_judged_by_its_mean_and_trains_on():
+    method, x, y = find_method("schedule-free"), torch.rand(16, 64), torch.arange(16) % 10
+    trainer = method.make(setting(method))
+    for _ in range(12):
+        trainer.step(x, y)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with torch.no_grad():
+        of_iterates = trainer.model(x)
+    assert not torch.allclose(trainer.predict(x), of_iterates, atol=1e-4)
+    for one, other in zip(trainer.model.parameters(), before, strict=True):
+        torch.testing.assert_close(one.detach(), other, rtol=1e-4, atol=1e-6)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {method.space["lr"].default}
 
 
-@pytest.mark.parametrize("name", ["soap", "shampoo", "foof+soap"])
+def test_every_peer_has_two_numbers_tuned():
+    assert {len(find_method(name).space) for name in PEERS} == {2}
+
+
+@pytest.mark.parametrize("name", ["schedule-free", "shampoo", "foof+shampoo"])
 def test_missing_package_names_the_extra(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     method = find_method(name)
@@ -125,7 +110,7 @@ def test_missing_package_names_the_extra(name, monkeypatch):
         method.make(setting(method))
 
 
-@pytest.mark.parametrize("name", ["soap", "shampoo"])
+@pytest.mark.parametrize("name", ["schedule-free", "shampoo"])
 def test_missing_package_is_said_before_anything_runs(name, monkeypatch):
     find_method(name).require()
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)

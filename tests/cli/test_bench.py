@@ -118,9 +118,9 @@ def test_what_cannot_be_done_is_said_in_a_sentence(words, message, plywise):
 
 def test_a_method_without_its_package_is_no_miss(tmp_path, plywise, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    done = plywise(*OWN, *SMALL, "--methods", "sgd,soap")
+    done = plywise(*OWN, *SMALL, "--methods", "sgd,shampoo")
     assert done.code == 1
-    assert "Method soap needs the package pytorch_optimizer" in done.err
+    assert "Method shampoo needs the package pytorch_optimizer" in done.err
     assert not (tmp_path / "runs").exists()
 
 

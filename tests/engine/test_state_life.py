@@ -15,6 +15,7 @@ from contract.memories import layers_of, of_layer, tensors_of
 from contract.models import same_bits
 from plywise import RLS, Foof
 from plywise.engine.refresh_cycle import choose_phases
+from plywise.optim import SOAP, Muon
 
 
 def resume(run: Run, other: Run) -> Run:
@@ -169,6 +170,8 @@ BEGINNERS: dict[str, Callable[[Any], Optimizer]] = {
     "adam": lambda parameters: Adam(parameters, lr=0.01),
     "rmsprop": OPTIMIZERS["rmsprop"],
     "soap": make_soap,
+    "our soap": lambda parameters: SOAP(parameters, lr=0.01, precondition_frequency=2),
+    "our muon": lambda parameters: Muon(parameters, lr=0.01),
 }
 """Optimizers that begin a parameter's state where it is empty."""
 

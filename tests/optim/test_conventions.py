@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plywise.errors import PlywiseError
-from plywise.optim import LRSGDC, LRSGDR, ASkewSGD, SalpSGD, YamAdam
+from plywise.optim import KLSOAP, LRSGDC, LRSGDR, SOAP, ASkewSGD, Muon, NorMuon, SalpSGD, YamAdam
 from sameness import same
 
 MAKERS = {
@@ -16,6 +16,10 @@ MAKERS = {
     "ASkewSGD": lambda params, **more: ASkewSGD(
         params, **{"lr": 0.05, "steps_per_epoch": 2, "hold": 2, "decay": 0.8, **more}
     ),
+    "Muon": lambda params, **more: Muon(params, **{"lr": 0.05, **more}),
+    "NorMuon": lambda params, **more: NorMuon(params, **{"lr": 0.05, **more}),
+    "SOAP": lambda params, **more: SOAP(params, **{"lr": 0.05, "precondition_frequency": 2, **more}),
+    "KLSOAP": lambda params, **more: KLSOAP(params, **{"lr": 0.05, "precondition_frequency": 2, **more}),
     "SalpSGD": lambda params, **more: SalpSGD(params, **{"lr": 0.05, "total_steps": 20, **more}),
 }
 WITHOUT_CLOSURE = [name for name in MAKERS if name != "SalpSGD"]
@@ -161,7 +165,7 @@ def test_a_step_without_any_gradient_changes_nothing(make):
     after = optimizer.state_dict()
     assert after["param_groups"] == state["param_groups"]
     for name, value in state["state"].get(0, {}).items():
-        assert torch.equal(after["state"][0][name], value)
+        assert torch.equal(torch.as_tensor(after["state"][0][name]), torch.as_tensor(value))
 
 
 @every
@@ -294,6 +298,22 @@ WRONG = [
     (LRSGDC, {"inner_steps": 2.5}, "inner_steps"),
     (YamAdam, {"eps": 0.0}, "eps"),
     (YamAdam, {"eps": "small"}, "eps"),
+    (Muon, {"lr": -1.0}, "lr"),
+    (Muon, {"momentum": 1.5}, "momentum"),
+    (Muon, {"weight_decay": -0.1}, "weight_decay"),
+    (Muon, {"ns_steps": 0}, "ns_steps"),
+    (Muon, {"ns_coefficients": (1.0, 2.0)}, "ns_coefficients"),
+    (Muon, {"adjust_lr_fn": "mine"}, "adjust_lr_fn"),
+    (Muon, {"betas": (0.9, 1.0)}, "betas"),
+    (NorMuon, {"beta2": -0.1}, "beta2"),
+    (SOAP, {"lr": float("inf")}, "lr"),
+    (SOAP, {"betas": 0.9}, "betas"),
+    (SOAP, {"shampoo_beta": 1.5}, "shampoo_beta"),
+    (SOAP, {"eps": -1.0}, "eps"),
+    (SOAP, {"weight_decay": float("nan")}, "weight_decay"),
+    (SOAP, {"precondition_frequency": 0}, "precondition_frequency"),
+    (SOAP, {"max_precondition_dim": 1.5}, "max_precondition_dim"),
+    (KLSOAP, {"betas": (0.9, 2.0)}, "betas"),
     (ASkewSGD, {"steps_per_epoch": 0}, "steps_per_epoch"),
     (ASkewSGD, {"steps_per_epoch": 5, "levels": (1.0,)}, "levels"),
     (ASkewSGD, {"steps_per_epoch": 5, "levels": (1.0, -1.0)}, "levels"),

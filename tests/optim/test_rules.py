@@ -5,12 +5,16 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.optim import LRSGDC, LRSGDR, ASkewSGD, SalpSGD, YamAdam
+from plywise.optim import KLSOAP, LRSGDC, LRSGDR, SOAP, ASkewSGD, Muon, NorMuon, SalpSGD, YamAdam
 
 OPTIMIZERS = {
     "LRSGDR": LRSGDR,
     "LRSGDC": LRSGDC,
     "YamAdam": YamAdam,
+    "Muon": lambda params: Muon(params, lr=0.02),
+    "NorMuon": lambda params: NorMuon(params, lr=0.02),
+    "SOAP": SOAP,
+    "KLSOAP": KLSOAP,
     "SalpSGD": lambda params: SalpSGD(params, total_steps=20),
     "ASkewSGD": lambda params: ASkewSGD(params, steps_per_epoch=10),
 }

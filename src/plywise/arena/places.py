@@ -5,8 +5,13 @@ from __future__ import annotations
 from plywise.arena.methods import LEARNER_OF, RELATED, RULE_OF
 from plywise.errors import PlywiseError
 
+PEER_OF = {"muon": "Muon", "normuon": "NorMuon", "soap": "SOAP", "kl-soap": "KLSOAP"}
+"""The optimizer of each peer that is ours."""
+
 METHOD_OF = {
-    thing: name for names in (RULE_OF, LEARNER_OF, *RELATED.values()) for name, thing in names.items()
+    thing: name
+    for names in (RULE_OF, LEARNER_OF, PEER_OF, *RELATED.values())
+    for name, thing in names.items()
 }
 """The arena's method, by the name of what it is made of."""
 

@@ -50,6 +50,14 @@ class CheckedOptimizer(Optimizer):
             least = f"a finite number of at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"{type(self).__name__}: {name} must be {least}, not {value!r}.")
 
+    def require_pair(self, name: str, value: Any) -> None:
+        """Raise ValueError unless ``value`` is two numbers of at least 0 and below 1."""
+        pair = isinstance(value, tuple | list) and len(value) == 2
+        if not (pair and all(isinstance(one, int | float) and 0 <= one < 1 for one in value)):
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be two numbers of at least 0 and below 1, not {value!r}."
+            )
+
 
 class PlainOptimizer(CheckedOptimizer):
     """An optimizer that moves a group at a time; subclasses say how."""

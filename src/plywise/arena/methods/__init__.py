@@ -11,7 +11,7 @@ from plywise.errors import PlywiseError
 if TYPE_CHECKING:
     from plywise.arena.method import Method
 
-PEERS = ("sgd", "adamw", "muon", "soap", "shampoo")
+PEERS = ("sgd", "adamw", "muon", "normuon", "soap", "kl-soap", "schedule-free", "shampoo")
 """Established optimizers; targets are taken from these, and rules compose with them."""
 
 NULL_CONTROL = "sgd-again"

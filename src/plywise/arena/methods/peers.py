@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +11,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise.addresses import load
-from plywise.arena.method import Method, Numbers, Setting, Trainer, end_to_end, of_class
+from plywise.arena.method import (
+    EndToEnd,
+    Method,
+    Numbers,
+    Setting,
+    Trainer,
+    end_to_end,
+    of_class,
+    with_rule,
+)
 from plywise.arena.methods import NULL_CONTROL, PEERS
 from plywise.arena.space import Range, Space
+from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
 from plywise.local.blocks import evaluating
+from plywise.optim import KLSOAP, SOAP, Muon, NorMuon
 
 GRADIENT_SIZED: Space = {"lr": Range(1e-3, 1.0, 0.07), "weight_decay": Range(1e-6, 1e-2, 1e-4)}
 """Of optimizers whose steps are as large as the gradient, the decay added to it."""
@@ -37,6 +47,7 @@ class Peer:
         space: its tuned numbers; its rate is ``lr``.
         make: makes it from a setting and its numbers.
         needs: a package that it comes from and plywise does not bring, or nothing.
+        train: how it trains, from a setting, the optimizer and perhaps a rule.
     """
 
     name: str
@@ -44,6 +55,7 @@ class Peer:
     space: Space
     make: Callable[[Setting, Numbers], Optimizer]
     needs: str = ""
+    train: Callable[[Setting, Optimizer, Rule | None], Trainer] = end_to_end
 
 
 # ---- the optimizers --------------------------------------------------------------------------------
@@ -52,73 +64,6 @@ class Peer:
 def nesterov(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> Optimizer:
     """SGD with Nesterov momentum 0.9."""
     return torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
-
-
-class MuonAdamW(Optimizer):
-    """torch's Muon for hidden weights and AdamW for the rest, as one optimizer.
-
-    torch's Muon takes matrices only: the weight of a convolution is flattened to one row a channel. Its rate
-    is scaled so that its steps are as large as AdamW's (``adjust_lr_fn="match_rms_adamw"``), and one rate
-    does for both.
-
-    Args:
-        hidden: weights for Muon, of two dimensions or more; see `hidden_weights`.
-        rest: parameters for AdamW.
-        lr: rate of both.
-        weight_decay: of both, apart from the gradient.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-        >>> optimizer = MuonAdamW([model[0].weight], [model[0].bias, *model[2].parameters()], lr=1e-3)
-        >>> model(torch.ones(2, 1, 3, 3)).sum().backward()
-        >>> optimizer.step()
-    """
-
-    def __init__(
-        self,
-        hidden: Iterable[nn.Parameter],
-        rest: Iterable[nn.Parameter],
-        lr: float,
-        weight_decay: float = 0.0,
-    ) -> None:
-        muon: Callable[..., Optimizer] = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-        parts = [(muon, list(hidden)), (torch.optim.AdamW, list(rest))]
-        parts = [(make, parameters) for make, parameters in parts if parameters]
-        defaults = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__([{"params": parameters} for _, parameters in parts], defaults)
-        self._parts = [make([_matrix(p) for p in parameters], **defaults) for make, parameters in parts]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """A step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group, part in zip(self.param_groups, self._parts, strict=True):
-            (inner,) = part.param_groups
-            inner.update(lr=group["lr"], weight_decay=group["weight_decay"])
-            pairs = [
-                pair
-                for pair in zip(group["params"], inner["params"], strict=True)
-                if pair[0].grad is not None
-            ]
-            for outer, matrix in pairs:
-                part.state[matrix] = self.state[outer]  # the same dict: state_dict() is that of any optimizer
-                if matrix is not outer:
-                    matrix.copy_(outer.flatten(1))
-                    matrix.grad = outer.grad.flatten(1)
-            part.step()
-            for outer, matrix in pairs:
-                if matrix is not outer:
-                    matrix.grad = None
-                    outer.copy_(matrix.view_as(outer))
-        return loss
-
-
-def _matrix(parameter: nn.Parameter) -> nn.Parameter:
-    """What stands for a parameter in Muon or AdamW: itself, or where it has too many dimensions a copy."""
-    return parameter if parameter.dim() <= 2 else nn.Parameter(parameter.detach().flatten(1).clone())
 
 
 _LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.RNNBase)
@@ -154,12 +99,6 @@ def hidden_weights(model: nn.Module, example: Tensor) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def soap(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> Optimizer:
-    """SOAP with its defaults: a new eigenbasis every 10 steps."""
-    made: Optimizer = _package("soap").SOAP(parameters, lr=lr, weight_decay=weight_decay)
-    return made
-
-
 def shampoo(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, every: int = 25
 ) -> Optimizer:
@@ -173,6 +112,35 @@ def shampoo(
         preconditioning_compute_steps=every,
     )
     return made
+
+
+def schedule_free(
+    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, warmup_steps: int = 0
+) -> Optimizer:
+    """Schedule-free AdamW: its rate stays, and what is evaluated is a mean of the iterates."""
+    made: Optimizer = _package("schedule-free").ScheduleFreeAdamW(
+        parameters, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps
+    )
+    return made
+
+
+class Averaged(EndToEnd):
+    """Training whose outputs are those of the mean of the iterates, which the optimizer keeps."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The averaged network's outputs in eval mode; training goes on from where it was."""
+        optimizer: Any = self.optimizer
+        optimizer.eval()
+        try:
+            return super().predict(x)
+        finally:
+            optimizer.train()
+
+
+def averaged(setting: Setting, optimizer: Optimizer, rule: Rule | None = None) -> EndToEnd:
+    """Train with a schedule-free optimizer, without the cosine, and perhaps a rule."""
+    made = with_rule(setting.model, optimizer, rule, setting.task.loss)
+    return Averaged(made.model, made.optimizer, made.loss)
 
 
 def _package(method: str) -> Any:
@@ -214,7 +182,7 @@ def of_peer(name: str) -> Method:
     peer = _PEERS[name]
 
     def make(setting: Setting) -> Trainer:
-        return end_to_end(setting, peer.make(setting, setting.numbers))
+        return peer.train(setting, peer.make(setting, setting.numbers), None)
 
     return Method(name, peer.about, peer.space, make, baseline=True, needs=peer.needs)
 
@@ -229,9 +197,26 @@ def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[Setting, Numbers], 
 
 
 def _muon(setting: Setting, numbers: Numbers) -> Optimizer:
+    settings: dict[str, Any] = dict(numbers)
+    return Muon(_groups(setting), adjust_lr_fn="match_rms_adamw", **settings)
+
+
+def _normuon(setting: Setting, numbers: Numbers) -> Optimizer:
+    settings: dict[str, Any] = dict(numbers)
+    return NorMuon(_groups(setting), **settings)
+
+
+def _groups(setting: Setting) -> list[dict[str, Any]]:
+    """Hidden weights for Muon, the rest for AdamW at the same rate: steps of both are of one size."""
     hidden = hidden_weights(setting.model, setting.example)
     known = {id(p) for p in hidden}
-    return MuonAdamW(hidden, [p for p in learning(setting.model) if id(p) not in known], **numbers)
+    rest = [p for p in learning(setting.model) if id(p) not in known]
+    groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
+    return [group for group in groups if group["params"]]
+
+
+def _schedule_free(setting: Setting, numbers: Numbers) -> Optimizer:
+    return schedule_free(learning(setting.model), warmup_steps=setting.steps // WARMUP, **numbers)
 
 
 def learning(model: nn.Module) -> list[nn.Parameter]:
@@ -240,14 +225,26 @@ def learning(model: nn.Module) -> list[nn.Parameter]:
 
 
 _PACKAGE = "pytorch_optimizer"
+WARMUP = 20
+"""Schedule-free AdamW's rate rises in the first of so many parts of a run."""
 
 _PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _plain(nesterov)),
         Peer("adamw", "AdamW", unit_sized(3e-3), _plain(torch.optim.AdamW)),
-        Peer("muon", "torch's Muon for hidden weights, AdamW for the rest", unit_sized(5e-3), _muon),
-        Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(5e-3), _plain(soap), _PACKAGE),
+        Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(5e-3), _muon),
+        Peer("normuon", "NorMuon for hidden weights, AdamW for the rest", unit_sized(5e-3), _normuon),
+        Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(5e-3), _plain(SOAP)),
+        Peer("kl-soap", "SOAP with statistics by the KL divergence", unit_sized(5e-3), _plain(KLSOAP)),
+        Peer(
+            "schedule-free",
+            "schedule-free AdamW, warmed up in a twentieth of the steps",
+            unit_sized(5e-3),
+            _schedule_free,
+            _PACKAGE,
+            averaged,
+        ),
         Peer(
             "shampoo",
             "Shampoo, grafted onto SGD with Nesterov momentum",

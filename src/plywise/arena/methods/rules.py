@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from plywise.arena.method import Method, Setting, Trainer, end_to_end
+from plywise.arena.method import Method, Setting, Trainer
 from plywise.arena.methods import PEERS, RULE_OF
 from plywise.arena.methods.peers import Peer, find_peer
 from plywise.arena.space import MOST_TUNED, Range, Space, defaults
@@ -77,7 +77,7 @@ def of_rule(name: str, optimizer: str) -> Method:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
         theirs = {key: value for key, value in setting.numbers.items() if key not in tuned.numbers}
         made = peer.make(setting, fixed | theirs)
-        return end_to_end(setting, made, rule(**tuned.fixed, **own))
+        return peer.train(setting, made, rule(**tuned.fixed, **own))
 
     about = f"{card_of(rule).tagline} On {peer.about}."
     return Method(name if on_sgd else f"{name}+{peer.name}", about, space, make, needs=peer.needs)
