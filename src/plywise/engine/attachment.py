@@ -32,7 +32,7 @@ from plywise.engine.running_state import RunningState
 from plywise.engine.selection import Selector, collect_parameters, is_handled, refuse_handled
 from plywise.engine.shard_exchange import find_clips
 from plywise.engine.sharding import find_local, refuse_old_optimizer
-from plywise.engine.sites import ParameterEntry, Site
+from plywise.engine.sites import TRANSFORM, ParameterEntry, Site
 from plywise.engine.table import ParameterTable
 from plywise.errors import AttachError, NonFiniteError, PlywiseError, UncapturedLayerError
 
@@ -345,6 +345,8 @@ class Attachment:
             self._refuse_altered(entry)
         known = entry.sites or (entry.expected and not entry.why_left)
         if known and not entry.why_left and not entry.leave_next and not self.capture.paused:
+            if TRANSFORM in entry.used_by:
+                return
             if entry.used_by and not entry.sites and not entry.computed_into:
                 return  # by a function that is not read as a linear map, as the table says
             raise UncapturedLayerError(_explain_uncaptured(entry))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from plywise.engine.call import Update
 from plywise.engine.contract import LayerShape
 from plywise.engine.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, transposed_convolution
+from plywise.engine.selection import is_in_out
 from plywise.engine.sharding import mark_gradient
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.errors import AttachError
@@ -26,6 +27,7 @@ class LayerHandle:
         site: the calls that use it; None before the first of them.
 
     Attributes:
+        expects_bias: whether the first call is expected to add the module's bias, if it has one.
         wholes: whole gradients of sharded parameters by the parameter's id, while this process has them.
     """
 
@@ -33,6 +35,7 @@ class LayerHandle:
         self.name = name
         self.entry = entry
         self.site = site
+        self.expects_bias = True
         self.wholes: dict[int, Tensor] = {}
         self._module: weakref.ref[nn.Module] = entry.owners[0][1]
 
@@ -71,9 +74,10 @@ class LayerHandle:
     @property
     def bias(self) -> Tensor | None:
         """The bias, if there is one and it trains; one that is computed (a parametrization) is a constant."""
+        bias = None
         if self.site is not None:
             bias = None if self.site.bias is None else self.site.bias()
-        else:
+        elif self.expects_bias:
             module = self._module()
             name = "in_proj_bias" if self.entry.attribute == "in_proj_weight" else "bias"
             bias = None if module is None else module._parameters.get(name)
@@ -170,6 +174,8 @@ def predict_groups(module: Any) -> int:
 def predict_layout(module: Any, weight: Tensor) -> Layout:
     """Layout of the weight in the map that a module of torch will call."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return TRANSPOSED
+    if is_in_out(type(module)):
         return TRANSPOSED
     if getattr(module, "transposed", False):
         return transposed_convolution(predict_groups(module))
