@@ -320,7 +320,7 @@ class BackwardScale:
 
 
 def is_trained(site: Site) -> bool:
-    """Whether a site's weight trains; one that does not has no state, so that a resumed run lacks its value."""
+    """Whether a site's weight trains; one that does not has no state, and a resumed run lacks its value."""
     weight = site.weight
     return weight is not None and weight.requires_grad
 
