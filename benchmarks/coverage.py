@@ -289,7 +289,11 @@ def write_json(
 
 def trim(result: Result, first_rule: str) -> dict[str, Any]:
     """Return the fields of a result that say something; what is left alone only for the first rule."""
-    kept = {key: value for key, value in asdict(result).items() if value not in ("", [], {}, 0.0)}
+    kept = {
+        key: value
+        for key, value in asdict(result).items()
+        if value is False or value not in ("", [], {}, 0.0)
+    }
     kept |= {key: kept[key][:200] for key in ("refused", "failed") if key in kept}
     if result.rule != first_rule:
         kept.pop("left", None)

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -170,38 +169,21 @@ def take_step(family: Family, model: nn.Module, optimizer: torch.optim.Optimizer
 def read_explanation(model: nn.Module, rule: Any, result: Result) -> None:
     """Read the share of the parameters that a rule handles, and why the others are left alone."""
     explanation = rule.explain()
-    handled = find_handled(model, explanation.rows)
+    handled = find_handled(explanation.rows)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     share = sum(sizes[name] for name in handled) / max(1, sum(sizes.values()))
-    result.share = getattr(explanation, "share", share)
+    result.share = explanation.share
     if abs(result.share - share) > 1e-6:
         result.notes.append(f"explain: its share is {result.share:.3f}, that of its rows {share:.3f}")
-    reasons = {row.name: row.reason for row in explanation.rows if not row.handled}
+    reasons = {key: row.reason for row in explanation.rows for key in row.keys}
     for name in sizes.keys() - handled:
-        reason = reasons.get(name_row(name)) or reasons.get(name) or "no row"
+        reason = reasons.get(name, "no row")
         result.left[reason] = result.left.get(reason, 0) + sizes[name]
 
 
-def find_handled(model: nn.Module, rows: list[Any]) -> set[str]:
-    """Return the names of the parameters that are handled according to these rows.
-
-    A handled row is named by its layer and stands for the layer's weight and bias; what is left alone has
-    a row of its own. A parameter with several names is handled if one of them is.
-    """
-    left = {row.name for row in rows if not row.handled}
-    taken = {row.name for row in rows if row.handled}
-    handled = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if {name, name_row(name)} & taken or not {name, name_row(name)} & left:
-            handled.add(id(parameter))
-    return {name for name, parameter in model.named_parameters() if id(parameter) in handled}
-
-
-def name_row(parameter: str) -> str:
-    """Return the name of the row of a parameter: a weight's is that of its layer, parametrized or not."""
-    plain = re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", parameter)
-    owner, _, attribute = plain.rpartition(".")
-    return owner if attribute == "weight" else plain
+def find_handled(rows: list[Any]) -> set[str]:
+    """Return the names of the parameters that are handled according to these rows."""
+    return {key for row in rows if row.handled for key in row.keys}
 
 
 def count_events(rule: Any) -> dict[str, int]:
@@ -226,7 +208,7 @@ def compare_gradients(model: nn.Module, rule: Any, plain: Plain, result: Result)
     Those are the gradients of parameters that the rule leaves alone. Under Backprop those of handled
     parameters should be plain but for rounding.
     """
-    handled = find_handled(model, rule.explain().rows)
+    handled = find_handled(rule.explain().rows)
     largest = max((float(g.abs().max()) for g in plain.gradients.values() if g is not None), default=0.0)
     result.gradients, worst = EQUAL, 0.0
     for name, gradient in copy_gradients(model).items():

@@ -12,7 +12,7 @@ from plywise.engine.calls_below import AlteredPasses
 from plywise.engine.capture import Capture
 from plywise.engine.contract import RuleContract
 from plywise.engine.selection import is_handled
-from plywise.engine.sites import ParameterEntry
+from plywise.engine.sites import TRANSFORM, ParameterEntry
 from plywise.engine.table import ParameterTable
 from plywise.errors import PlywiseError, UncapturedLayerError
 
@@ -110,6 +110,8 @@ class Arrivals:
             self._refuse_altered(entry)
         known = entry.sites or (entry.expected and not entry.why_left)
         if known and not entry.why_left and not entry.leave_next and not self._capture.paused:
+            if TRANSFORM in entry.used_by:
+                return
             if entry.used_by and not entry.sites and not entry.computed_into:
                 return  # by a function that is not read as a linear map, as the table says
             raise UncapturedLayerError(_explain_uncaptured(entry))

@@ -37,6 +37,9 @@ KEY = "plywise.backward_scale"
 CLOCK = f"{KEY}.step"
 """Key of the number of steps that have been taken."""
 
+MISSING = f"{KEY}.missing"
+"""Key of whether the next pass must measure, for a value is missing."""
+
 KEPT_PASSES = 16
 """Backward passes that are remembered; several can run at the same time."""
 
@@ -85,7 +88,7 @@ class BackwardScale:
         self._every = every
         self._group = process_group
         self._step = 0
-        self._is_missing = False  # whether the next pass must measure, for a value is missing
+        self._is_missing = False  # saved as `MISSING`
         self._passes: dict[int, Pass] = {}
         self._measured: Pass | None = None  # the pass that measured for the step to come
         self._local: Values = {}
@@ -115,7 +118,8 @@ class BackwardScale:
         optimizer = self._optimizer
         for parameter, state in [] if optimizer is None else list(optimizer.state.items()):
             if isinstance(state, dict) and KEY in state:
-                del state[KEY], state[CLOCK]
+                for key in (KEY, CLOCK, MISSING):
+                    state.pop(key, None)
                 if not state:
                     del optimizer.state[parameter]  # type: ignore[union-attr]
 
@@ -140,14 +144,16 @@ class BackwardScale:
         if values:
             current.last = values[min(current.calls[site], len(values) - 1)]
         else:  # a call that no measurement has met: for now it counts as the call above it
-            self._is_missing = True
+            self._is_missing |= is_trained(site)
         current.calls[site] += 1
         return torch.tensor(current.last, dtype=torch.float64)
 
     def _begin_pass(self, task: int, site: Site) -> Pass:
         if self._measured is not None and not self._may_have_gradients():
             self._measured = None  # that pass led to no step
-        is_due = self._step % self._every == 0 or self._is_missing or not self._read(site)
+        is_due = (
+            self._step % self._every == 0 or self._is_missing or (is_trained(site) and not self._read(site))
+        )
         current = Pass(is_due and self._measured is None)  # not again in the next micro-batch
         if current.measures:
             self._measured = current
@@ -286,7 +292,7 @@ class BackwardScale:
                 found.get(sites[number], values) if number < len(sites) else values
                 for number, values in enumerate(kept)
             ]
-            state[CLOCK] = self._step
+            state[CLOCK], state[MISSING] = self._step, int(self._is_missing)
 
     def _read(self, site: Site) -> list[float]:
         """The values of a site's calls; an empty list if there are none."""
@@ -300,8 +306,8 @@ class BackwardScale:
     def _after_load(self, optimizer: Optimizer) -> None:
         self._measured = None
         self._local.clear()
-        self._is_missing = False
         states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+        self._is_missing = any(state.get(MISSING, 0) for state in states)
         self._step = max((state.get(CLOCK, 0) for state in states), default=0)
 
     def _find_group(self) -> None:
@@ -311,6 +317,12 @@ class BackwardScale:
             refuse_pipeline("Back-matching's rate")
             if self._group is None:
                 self._group = find_training_group(self._table.entries)
+
+
+def is_trained(site: Site) -> bool:
+    """Whether a site's weight trains; one that does not has no state, and a resumed run lacks its value."""
+    weight = site.weight
+    return weight is not None and weight.requires_grad
 
 
 def make_signs(like: Tensor, seed: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
-from plywise.engine.sites import Site
+from plywise.engine.sites import TRANSFORM, Site
 from plywise.engine.table import ParameterTable
 
 EXPLORED = 3
@@ -71,6 +71,8 @@ class CaptureMode(TorchFunctionMode):
         """Make a call: captured, if its reader finds a parameter that the rule takes."""
         reader = self._readers.get(func)
         if reader is None or not _grad_enabled() or _functorch_active():
+            if reader is not None and _functorch_active():
+                self._capture.note_transform(args)
             output = func(*args, **kwargs) if kwargs else func(*args)
             if self._capture.exploring:
                 self._capture.note_use(func, args, output)
@@ -141,6 +143,10 @@ class Capture:
         if isinstance(output, Tensor) and output.grad_fn is not None and output._base is None:
             self._table.note_use(getattr(func, "__name__", str(func)), args)
 
+    def note_transform(self, args: tuple[Any, ...]) -> None:
+        """Remember the parameters that a call under a torch.func transform uses: it is left to autograd."""
+        self._table.note_use(TRANSFORM, args)
+
     # ---- for readers -----------------------------------------------------------------------------
 
     @contextmanager
@@ -185,7 +191,7 @@ class Capture:
                 return
             self._pop_mode()  # an interrupt (Ctrl-C) has skipped the hook that leaves
         local.outermost = local.innermost = None
-        if self.paused:
+        if self.paused or torch._C._is_tracing():  # a traced copy is a plain one
             return
         self._table.begin_pass()
         self._passes += 1

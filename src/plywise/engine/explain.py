@@ -46,6 +46,7 @@ class LayerRow:
         parameters: number of parameters in this row.
         passes: backward passes in which the rule has answered for it.
         is_new: whether it was found after the rule was attached.
+        keys: the `state_dict` keys of the parameters in this row; a parameter is in one row only.
     """
 
     name: str
@@ -60,6 +61,7 @@ class LayerRow:
     parameters: int = 0
     passes: int = 0
     is_new: bool = False
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from plywise.engine.call import Update
 from plywise.engine.contract import LayerShape
 from plywise.engine.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, transposed_convolution
+from plywise.engine.selection import is_in_out
 from plywise.engine.sharding import mark_gradient
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.errors import AttachError
@@ -28,6 +29,7 @@ class LayerHandle:
     Attributes:
         stand_ins: tensors that take the place of ``.grad`` for a while, by the parameter's id: the whole
             gradients of sharded parameters, the optimizer's steps.
+        expects_bias: whether the first call is expected to add the module's bias, if it has one.
     """
 
     def __init__(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
@@ -35,6 +37,7 @@ class LayerHandle:
         self.entry = entry
         self.site = site
         self.stand_ins: dict[int, Tensor] = {}
+        self.expects_bias = True
         self._module: weakref.ref[nn.Module] = entry.owners[0][1]
 
     @property
@@ -78,9 +81,10 @@ class LayerHandle:
     @property
     def bias(self) -> Tensor | None:
         """The bias, if there is one and it trains; one that is computed (a parametrization) is a constant."""
+        bias = None
         if self.site is not None:
             bias = None if self.site.bias is None else self.site.bias()
-        else:
+        elif self.expects_bias:
             module = self._module()
             name = "in_proj_bias" if self.entry.attribute == "in_proj_weight" else "bias"
             bias = None if module is None else module._parameters.get(name)
@@ -189,6 +193,8 @@ def predict_groups(module: Any) -> int:
 def predict_layout(module: Any, weight: Tensor) -> Layout:
     """Layout of the weight in the map that a module of torch will call."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return TRANSPOSED
+    if is_in_out(type(module)):
         return TRANSPOSED
     if getattr(module, "transposed", False):
         return transposed_convolution(predict_groups(module))

@@ -15,6 +15,10 @@ from plywise.engine.sites import ParameterEntry, Site
 UNSEEN = "no call of a linear map has been seen with it yet"
 Owner = weakref.ref[nn.Module]
 
+Claim = tuple[int, tuple[str, ...]]
+"""How many parameters a row counts, and the keys of them."""
+NONE: Claim = (0, ())
+
 LEFT = "left to the optimizer"
 COMPUTED = "the weight is computed from it; the update goes on through autograd"
 QUIET = {"linear", "matmul", "addmm", "bmm", "mm", "einsum", "embedding"}
@@ -35,14 +39,16 @@ def make_rows(
     counted: set[int] = set()
     rows: list[tuple[int, LayerRow]] = []  # with the module's id
     biases = _find_biases(entries)
+    lone = {id(bias) for added in biases.values() for bias in added}
     for entry in entries:
         for path, ref in _unique_owners(entry):
             module = ref()
-            if module is not None and id(entry) not in biases:
-                found = _rows_of(rule, entry, path, module, health, batch_size, counted, biases)
+            if module is not None and id(entry) not in lone:
+                added = biases.get(id(entry), [])
+                found = _rows_of(rule, entry, path, module, health, batch_size, counted, added)
                 rows += [(id(module), row) for row in found]
     for entry in entries:
-        if id(entry) in biases and id(entry) not in counted:
+        if id(entry) in lone and id(entry) not in counted:
             module = entry.owners[0][1]()
             row = _left_row(entry, module, entry.layer, _explain_rest(entry), health, counted)
             rows.append((id(module), row))
@@ -62,6 +68,7 @@ def _merge_left(rows: list[tuple[int, LayerRow]]) -> list[LayerRow]:
             shape=f"{last.shape}, {row.shape}",
             parameters=last.parameters + row.parameters,
             events={**last.events, **row.events},
+            keys=last.keys + row.keys,
         )
         merged[-1] = module, joined
     return [row for _, row in merged]
@@ -74,24 +81,19 @@ def _unique_owners(entry: ParameterEntry) -> list[tuple[str, Owner]]:
     return list(seen.items())
 
 
-def _find_biases(entries: list[ParameterEntry]) -> dict[int, ParameterEntry]:
-    """Entries that are the bias of a handled map, by id; they have no row of their own."""
+def _find_biases(entries: list[ParameterEntry]) -> dict[int, list[ParameterEntry]]:
+    """The biases that a handled map adds, by the id of its weight's entry; they have no row of their own."""
     by_place = {(path, e.attribute): e for e in entries for path, _ in e.owners}
-    found = {}
+    by_id = {id(e.parameter()): e for e in entries}
+    found: dict[int, list[ParameterEntry]] = {}
     for entry in entries:
         if entry.why_left or entry.leave_next:
             continue
-        by_id = {id(e.parameter()): e for e in entries}
-        for site in entry.sites.values():
-            bias = None if site.adds is None else by_id.get(id(site.adds()))
-            if bias is not None:
-                found[id(bias)] = bias
-        if not entry.sites and entry.expected:
-            for path, _ in entry.owners:
-                name = "in_proj_bias" if entry.attribute == "in_proj_weight" else "bias"
-                bias = by_place.get((path, name))
-                if bias is not None and entry.attribute in ("weight", "in_proj_weight"):
-                    found[id(bias)] = bias
+        added = [by_id.get(id(site.adds())) for site in entry.sites.values() if site.adds is not None]
+        if not entry.sites and entry.expected and entry.attribute in ("weight", "in_proj_weight"):
+            name = "in_proj_bias" if entry.attribute == "in_proj_weight" else "bias"
+            added = [by_place.get((path, name)) for path, _ in entry.owners]
+        found[id(entry)] = [bias for bias in dict.fromkeys(added) if bias is not None]
     return found
 
 
@@ -103,7 +105,7 @@ def _rows_of(
     health: Health,
     batch_size: int,
     counted: set[int],
-    biases: dict[int, ParameterEntry],
+    biases: list[ParameterEntry],
 ) -> list[LayerRow]:
     name = path if entry.attribute == "weight" else ".".join(filter(None, (path, entry.attribute)))
     if any(site.computed for site in entry.sites.values()):
@@ -115,17 +117,14 @@ def _rows_of(
     if left or not (entry.sites or entry.expected) or parameter is None:
         return [_left_row(entry, module, path, _explain_rest(entry), health, counted)]
     sites = [s for s in entry.sites.values() if s.module is module or len(entry.owners) == 1]
-    own_biases = [b for b in biases.values() if any(p == path for p, _ in b.owners)]
-    count = _count(entry, counted) + sum(_count(bias, counted) for bias in own_biases)
+    claimed = _claim([entry, *biases], counted)
     frozen = "" if parameter.requires_grad else " (frozen: it only passes the gradient down)"
     if not sites:
-        return [_unseen_row(rule, entry, name, module, parameter, frozen, health, batch_size, count)]
+        return [_unseen_row(rule, entry, name, module, parameter, frozen, health, batch_size, claimed)]
     rows = []
     for number, site in enumerate(sites):
-        share = count if number == 0 else 0
-        rows.append(
-            _site_row(rule, site, name if len(sites) == 1 else site.name, module, frozen, health, share)
-        )
+        label = name if len(sites) == 1 else site.name
+        rows.append(_site_row(rule, site, label, module, frozen, health, claimed if number == 0 else NONE))
     return rows
 
 
@@ -136,7 +135,7 @@ def _site_row(
     module: nn.Module,
     frozen: str,
     health: Health,
-    count: int,
+    claimed: Claim,
 ) -> LayerRow:
     weight, memory, cost = site.weight, None, None
     assert weight is not None
@@ -151,7 +150,8 @@ def _site_row(
     shape = "×".join(str(size) for size in (site.part[1] if site.part else weight.shape))
     return LayerRow(
         *(name, type(module).__name__, shape, True, rule.describe(site.size) + frozen, reason + notes),
-        *(memory, cost, health.of(site.name), count, site.passes, site.entry.is_new),
+        *(memory, cost, health.of(site.name), claimed[0], site.passes, site.entry.is_new),
+        keys=claimed[1],
     )
 
 
@@ -164,7 +164,7 @@ def _unseen_row(
     frozen: str,
     health: Health,
     batch_size: int,
-    count: int,
+    claimed: Claim,
 ) -> LayerRow:
     events = health.of(name)
     reason = "waits for its first batch"
@@ -172,6 +172,7 @@ def _unseen_row(
         return LayerRow(
             *(name, type(module).__name__, "lazy", True, rule.describe(None) + frozen, reason),
             *(None, None, events, 0, 0, entry.is_new),
+            keys=(entry.name,),
         )
     memory = cost = size = None
     if entry.expected == "linear" and parameter.dim() == 2:
@@ -185,7 +186,8 @@ def _unseen_row(
     shape = "×".join(str(s) for s in parameter.shape)
     return LayerRow(
         *(name, type(module).__name__, shape, True, rule.describe(size) + frozen, reason),
-        *(memory, cost, events, count, 0, entry.is_new),
+        *(memory, cost, events, claimed[0], 0, entry.is_new),
+        keys=claimed[1],
     )
 
 
@@ -201,9 +203,11 @@ def _computed_row(
     assert entry.computed_into is not None
     site = next(iter(entry.computed_into.sites.values()))
     shape = "×".join(str(size) for size in parameter.shape)
+    count, keys = _claim([entry], counted)
     return LayerRow(
         *(entry.name, type(module).__name__, shape, True, rule.describe(site.size), COMPUTED),
-        *(None, None, health.of(entry.name), _count(entry, counted), site.passes, entry.is_new),
+        *(None, None, health.of(entry.name), count, site.passes, entry.is_new),
+        keys=keys,
     )
 
 
@@ -223,9 +227,11 @@ def _left_row(
     if not entry.name.endswith(entry.attribute):  # an original of a parametrization
         name = entry.name
     events = {**health.of(path), **health.of(entry.name)}
+    count, keys = _claim([entry], counted)
     return LayerRow(
         *(name, type(module).__name__, shape, False, LEFT, reason, None, None, events),
-        *(_count(entry, counted), 0, entry.is_new),
+        *(count, 0, entry.is_new),
+        keys=keys,
     )
 
 
@@ -240,12 +246,16 @@ def _explain_use(entry: ParameterEntry) -> str:
     return f"its weight is used by {', '.join(entry.used_by)}, which is not read as a linear map"
 
 
-def _count(entry: ParameterEntry, counted: set[int]) -> int:
-    parameter = entry.parameter()
-    if id(entry) in counted or parameter is None or nn.parameter.is_lazy(parameter):
-        return 0
-    counted.add(id(entry))
-    return parameter.numel()
+def _claim(entries: list[ParameterEntry], counted: set[int]) -> Claim:
+    """What of these parameters no row has counted yet: their number of entries, and their names."""
+    count, keys = 0, []
+    for entry in entries:
+        parameter = entry.parameter()
+        if id(entry) not in counted and parameter is not None:
+            counted.add(id(entry))
+            count += 0 if nn.parameter.is_lazy(parameter) else parameter.numel()
+            keys.append(entry.name)
+    return count, tuple(keys)
 
 
 def left_to_optimizer(module: nn.Module, name: str, reason: str, events: dict[str, int]) -> LayerRow:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
@@ -83,15 +84,23 @@ class Rule(RuleContract):
             The rule itself.
 
         Raises:
-            AttachError: the rule is attached already, the model has nothing for it, a pattern matches
-                nothing, another rule handles a layer, or the optimizer steps none of the model's parameters.
+            AttachError: the model is no module or was scripted, the rule is attached already, the model has
+                nothing for it, a pattern matches nothing, another rule handles a layer, or the optimizer
+                steps none of the model's parameters.
             ValueError: an option is none of those above.
         """
         if self._attachment_or_none() is not None:
             raise AttachError(
                 f"{self} is attached already. Call detach() first, or make a second rule.", see="attach-twice"
             )
+        check_model(model)
         nonfinite = self._resolve_nonfinite(optimizer, on_nonfinite)
+        if process_group is not None and not isinstance(process_group, ProcessGroup):
+            raise AttachError(
+                "process_group must be a torch.distributed.ProcessGroup, not "
+                f"{type(process_group).__name__}.",
+                see="attach-optimizer",
+            )
         if isinstance(model, DistributedDataParallel):
             model = model.module  # so that layers have the same names, and states fit, with and without it
         # what is left to the optimizer would not get its gradient from altered values
@@ -135,7 +144,9 @@ class Rule(RuleContract):
 
         Raises:
             AttachError: the rule is not attached.
+            ValueError: ``batch_size`` is not a whole number above zero.
         """
+        require_whole(self, batch_size=batch_size)
         return self._attached().explain(batch_size)
 
     @property
@@ -234,6 +245,21 @@ class StatefulRule(StatefulContract, Rule):
         tensor([[0.2500, 0.2500, 0.2500]])
         >>> rule.detach()
     """
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise AttachError unless this is a module whose calls can be seen."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(
+            f"attach needs a torch.nn.Module as first argument, not {type(model).__name__}.",
+            see="attach-no-layer",
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise AttachError(
+            f"This {type(model).__name__} was scripted or traced (torch.jit): its calls do not pass through "
+            "Python, where a rule sees them. Attach the rule to the model that it was made from.",
+            see="attach-no-layer",
+        )
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

@@ -396,7 +396,7 @@ class RunningState:
 
     def _find_weights(self) -> list[ParameterEntry]:
         """The weights that may be learned, called here or not: the same on all processes, in one order."""
-        entries = [e for e in self._entries if not e.excluded and (e.expected or e.dimensions > 1)]
+        entries = [e for e in self._entries if not e.excluded and e.is_weight]
         return [e for e in entries if (p := e.parameter()) is not None and p.requires_grad]
 
     def _learn(self, layers: dict[str, LayerHandle], memories: dict[str, State]) -> list[str]:

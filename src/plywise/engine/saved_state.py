@@ -109,7 +109,7 @@ class SavedState:
         entries = dict.fromkeys([*self._entries, *(layer.entry for layer in self.layers.values())])
         for entry in entries:
             parameter = entry.parameter()
-            if parameter is not None and not entry.excluded and (entry.dimensions > 1 or entry.expected):
+            if parameter is not None and not entry.excluded and entry.is_weight:
                 yield parameter, entry
 
     def find_step(self) -> int:
@@ -199,9 +199,12 @@ class SavedState:
         layer = self.layers[name]
         if layer.gone or not layer.entry.dimensions:
             return
-        shape = layer.shape
-        wanted = {**self.rule.learned_shapes(shape), **self.rule.refreshed_shapes(shape)}
         found = {key: tuple(value.shape) for key, value in tensors.items()}
+        wanted = self._find_shapes(layer)
+        if layer.site is None and wanted != found:  # its calls may use the weight without the bias
+            layer.expects_bias = False
+            layer.expects_bias = self._find_shapes(layer) != found
+            wanted = self._find_shapes(layer)
         for key in sorted(wanted.keys() | found.keys()):
             mine, its = (shapes.get(key, "missing") for shapes in (wanted, found))
             if mine != its:
@@ -211,6 +214,12 @@ class SavedState:
                     "other settings.",
                     see="state-memory",
                 )
+
+    def _find_shapes(self, layer: LayerHandle) -> dict[str, tuple[int, ...]]:
+        """Shapes of the rule's statistics of a layer."""
+        shape = layer.shape
+        wanted = {**self.rule.learned_shapes(shape), **self.rule.refreshed_shapes(shape)}
+        return {key: tuple(size) for key, size in wanted.items()}
 
     # ---- writing ---------------------------------------------------------------------------------
 

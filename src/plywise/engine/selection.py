@@ -36,6 +36,9 @@ KNOWN: list[tuple[tuple[type[nn.Module], ...], str, tuple[str, ...]]] = [
 ]
 """Modules of torch whose forward is known: the kind of their calls, and the weights that these use."""
 
+IN_OUT = ("transformers.pytorch_utils", "Conv1D")
+"""Module and name of a class, known without its import, that is linear with a weight (inputs, outputs)."""
+
 FUSED = (rnn.RNNBase, rnn.RNNCellBase)
 """Modules whose kernels hide their calls."""
 
@@ -100,6 +103,7 @@ def collect_parameters(
                     name,
                     weakref.ref(parameter),
                     [],
+                    may_scale="norm" in kinds,
                 )
             entry.owners.append((layer, weakref.ref(module)))
             _restrict(entry, layer, modules.get(layer, module), attribute, kinds, layers, exclude)
@@ -188,7 +192,14 @@ def predict_kind(module: nn.Module, attribute: str) -> tuple[str, str]:
     for types, kind, names in KNOWN:
         if issubclass(cls, types) and attribute in names and _keeps_forward(module, cls):
             return kind, ""
-    return "", ""
+    return ("linear" if is_in_out(cls) and attribute == "weight" else ""), ""
+
+
+def is_in_out(cls: type[nn.Module]) -> bool:
+    """Whether this is transformers' ``Conv1D``, or a subclass that keeps its forward."""
+    forward = getattr(cls, "forward", None)
+    named = [base for base in cls.__mro__ if (base.__module__, base.__name__) == IN_OUT]
+    return any(base.__dict__.get("forward") is forward for base in named)
 
 
 def _keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from plywise.engine.captured_call import Responder
     from plywise.engine.sharding import Sharding
 
+TRANSFORM = "a torch.func transform"
+"""Stands among the functions that use a parameter for calls that are left to autograd, whatever they are."""
+
 KEPT_PASSES = 64
 """Backward passes whose answers are remembered until their gradient arrives."""
 
@@ -39,6 +42,7 @@ class ParameterEntry:
         owners: (path, weak reference to the module) of every module that owns it.
         excluded: why the rule must not take it, or "".
         expected: the kind of map that its module is known to call, or "".
+        may_scale: whether the rule takes it as the elementwise weight of a norm, should calls use it so.
         left: why it is left to the optimizer, as found while calls were captured, or "".
         leave_next: the same, from the next forward on.
         used_by: functions that were seen to use it outside of captured calls.
@@ -57,6 +61,7 @@ class ParameterEntry:
     owners: list[tuple[str, weakref.ref[nn.Module]]]
     excluded: str = ""
     expected: str = ""
+    may_scale: bool = False
     left: str = ""
     leave_next: str = ""
     used_by: dict[str, None] = field(default_factory=dict)
@@ -75,9 +80,15 @@ class ParameterEntry:
         return 0 if parameter is None or nn.parameter.is_lazy(parameter) else parameter.dim()
 
     @property
+    def is_weight(self) -> bool:
+        """Whether calls may use it as a weight, as far as is known before them: it is no lone bias."""
+        is_scale = self.dimensions == 1 and self.may_scale and not self.attribute.endswith("bias")
+        return bool(self.expected) or self.dimensions > 1 or is_scale
+
+    @property
     def is_candidate(self) -> bool:
-        """Whether the rule may find calls to take it in: a weight, and not a lone bias."""
-        return not self.why_left and (bool(self.expected) or self.dimensions != 1 or self.attribute != "bias")
+        """Whether the rule may find calls to take it in; one that is not made yet may show any."""
+        return not self.why_left and (self.is_weight or not self.dimensions)
 
     @property
     def is_unknown(self) -> bool:

@@ -140,6 +140,9 @@ class ParameterTable:
                 return None
         if entry.excluded or entry.left or entry.rests:
             return None
+        if weight._base is not None and is_expanded(weight):
+            self.leave(entry, "calls use an expanded view of it, which has each number several times")
+            return None
         if map_.kind not in self._kinds:
             self.leave(entry, f"calls use it as {map_.kind!r}: {explain_kind(map_.kind)}")
             return None
@@ -226,6 +229,10 @@ class ParameterTable:
             # an entry's own reference, by which `follow` knows it again
             site.adds = weakref.ref(base) if known is None else known.parameter
             site.bias = site.adds if isinstance(bias, Parameter) else None
+            if known is None and self._computed_too:
+                for source in self._find_sources(bias):
+                    if not source.sites and not source.expected:
+                        source.computed_into = entry
             site.bias_shape = None if bias.dim() == 1 else bias.shape
         return site
 
@@ -339,6 +346,11 @@ class ParameterTable:
                 sources.append(known)
             stack.extend(source for source, _ in node.next_functions)
         return [] if any(entry.excluded for entry in sources) else sources
+
+
+def is_expanded(weight: Tensor) -> bool:
+    """Whether a view shows the same numbers several times."""
+    return any(size > 1 and not stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
 
 
 def _count_entries(entry: ParameterEntry) -> int:

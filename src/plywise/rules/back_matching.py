@@ -12,6 +12,12 @@ from plywise.engine.selection import MATRICES
 from plywise.rules import _least_squares as solve
 from plywise.rules._pseudo_inverse import PseudoInverse
 
+FAINT = 1e12
+"""Above this ``1 / E`` an update is made in float64: it may be out of float32's range."""
+
+LARGEST = 1e15
+"""Largest entry of such an update."""
+
 
 @dataclass(frozen=True, eq=False)
 class BackMatching(Rule):
@@ -153,6 +159,8 @@ def make_rate_update(call: LinearCall, scalar: str) -> Update:
     """``G / (m_W E)`` and ``Δᵀ1 / (positions · E)``; nothing where the layer's input is zero."""
     assert call.energy is not None
     rate = find_rate(call.energy)
+    if rate > FAINT:
+        return _make_faint_update(call, scalar, rate)
     factor = _invert(find_curvature(call, scalar)) * rate
     # the smaller of both is scaled; in half precision Δ times a large factor may be out of range
     if call.delta.numel() < call.weight.numel() and call.delta.dtype == call.dtype:
@@ -162,6 +170,23 @@ def make_rate_update(call: LinearCall, scalar: str) -> Update:
     bias = call.bias_gradient(call.delta)
     positions = max(call.row_count // call.samples, 1)
     return Update(weight, None if bias is None else bias.to(call.dtype) * (rate / positions))
+
+
+def _make_faint_update(call: LinearCall, scalar: str, rate: float) -> Update:
+    """The same where next to nothing arrives: in float64, and no larger than its squares can be summed.
+
+    The cap makes it smaller in any case, so that its direction counts.
+    """
+    weight = call.weight_gradient(call.delta).double() * _invert(find_curvature(call, scalar).double()) * rate
+    bias = call.bias_gradient(call.delta)
+    positions = max(call.row_count // call.samples, 1)
+    of_bias = None if bias is None else bias.double() * (rate / positions)
+    parts = [weight] if of_bias is None else [weight, of_bias]
+    largest = torch.stack([part.abs().amax() for part in parts]).amax()
+    factor = (LARGEST * _invert(largest)).clamp(max=1)
+    return Update(
+        (weight * factor).to(call.dtype), None if of_bias is None else (of_bias * factor).to(call.dtype)
+    )
 
 
 def find_rate(energy: Tensor) -> float:

@@ -1,5 +1,6 @@
 """Einsums of an input and a weight, and grouped products of tokens with experts."""
 
+import string
 from functools import lru_cache
 from typing import Any
 
@@ -23,9 +24,9 @@ def parse_einsum(equation: str, weight_place: int) -> tuple[str, str, str, str] 
         input), outputs (in the weight and the output), and rows (in the input and the output); None if the
         equation is no such product.
     """
-    left, arrow, out = equation.replace(" ", "").partition("->")
+    left, _, out = equation.partition("->")
     terms = left.split(",")
-    if not arrow or len(terms) != 2 or not (left + out).replace(",", "").isalpha():
+    if len(terms) != 2 or not (left + out).replace(",", "").isalpha():
         return None
     weight, x = terms[weight_place], terms[1 - weight_place]
     if any(len(set(term)) != len(term) for term in (weight, x, out)):
@@ -42,6 +43,28 @@ def parse_einsum(equation: str, weight_place: int) -> tuple[str, str, str, str] 
     return named
 
 
+@lru_cache(maxsize=256)
+def spell_out(equation: str, dims: int, place: int) -> str:
+    """An einsum of two operands with its output named, and letters for the input's ellipsis.
+
+    Args:
+        equation: as the user has written it.
+        dims: dimensions of the input.
+        place: the input's place among the operands.
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:  # then torch's order: the ellipsis, and the letters that occur once, sorted
+        letters = left.replace(",", "").replace(".", "")
+        out = "..." * ("..." in left) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    if len(terms) == 2 and "..." in terms[place] and "..." not in terms[1 - place]:
+        count = dims - len(terms[place].replace("...", ""))
+        free = [c for c in string.ascii_letters if c not in left + out][: max(count, 0)]
+        terms[place] = terms[place].replace("...", "".join(free))
+        out = out.replace("...", "".join(free))
+    return f"{','.join(terms)}->{out}"
+
+
 def read_einsum(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """``torch.einsum`` of an input and a weight, with or without experts."""
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
@@ -55,11 +78,11 @@ def read_einsum(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) -> Tensor | None:
     weight, x = operands[place], operands[1 - place]
+    equation = spell_out(equation, x.dim(), 1 - place)
     axes = parse_einsum(equation, place)
     if axes is None or capture.is_parameter(x):
         return None
     experts, inputs, outputs, rows = axes
-    equation = equation.replace(" ", "")
     terms, out = equation.partition("->")[0].split(","), equation.partition("->")[2]
     of_weight, of_x = terms[place], terms[1 - place]
     order = tuple(of_weight.index(c) for c in experts + outputs + inputs)

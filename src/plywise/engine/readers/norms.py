@@ -23,8 +23,8 @@ def _capture_norm(
     again: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None,
 ) -> Tensor | None:
     """Capture γ and β of a norm; ``again`` normalises without side effects, for the map's input."""
-    if weight is None:
-        return None
+    if weight is None or (not weight.is_leaf and capture.is_parameter(x)):
+        return None  # in the second case it normalises another layer's weight (a scaled, standardised one)
     site = capture.find_site(weight, ElementwiseAffine(weight.numel(), axis), ELEMENTWISE, bias, x)
     if site is None:
         return None
@@ -87,13 +87,30 @@ def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
 
 
 def read_scale(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``weight * x`` with a weight for each feature in the last axis, as RMS norms are written by hand."""
+    """``weight * x`` with a weight for each feature, as norms and layer scales are written by hand."""
     if len(args) == 2 and not kwargs and all(isinstance(arg, Tensor) for arg in args):
         for weight, x in (args, args[::-1]):
-            fits = weight.dim() == 1 and x.dim() >= 2 and x.shape[-1] == weight.shape[0]
-            if fits and weight.is_leaf and x.is_floating_point() and not capture.is_parameter(x):
-                map_ = ElementwiseAffine(weight.numel(), -1)
+            axis = _find_axis(capture, weight, x)
+            if axis is not None and not capture.is_parameter(x):
+                map_ = ElementwiseAffine(weight.numel(), axis)
                 site = capture.find_site(weight, map_, ELEMENTWISE, None, x, by_role=False)
                 if site is not None:
                     return tap(capture, site, lambda a, w, b: a * w, keep_input, x, weight, None)
     return func(*args, **kwargs)
+
+
+def _find_axis(capture: Capture, weight: Tensor, x: Tensor) -> int | None:
+    """Where the features of a scale are: 1, or -1 for the last axes; None if it is no scale of x."""
+    count, dims = weight.dim(), x.dim()
+    if not 1 <= count <= dims >= 2 or weight.numel() < 2 or not x.is_floating_point():
+        return None
+    if not (weight.is_leaf or capture.is_parameter(weight)):
+        return None
+    wide = [axis for axis in range(-count, 0) if weight.shape[axis] > 1]
+    if any(weight.shape[axis] != x.shape[axis] or not weight.stride(axis) for axis in wide):
+        return None
+    if wide[0] == -dims:
+        return None
+    if wide == list(range(wide[0], 0)):
+        return -1
+    return 1 if wide == [1 - dims] else None

@@ -39,6 +39,8 @@ def _capture_product(capture: Capture, func: Any, x: Any, weight: Any, run: Any)
     """``x @ weight`` for a weight (d, m) or (experts, d, m); None if it is no weight of the model."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or capture.is_parameter(x):
         return None
+    if weight.dim() == 3 == x.dim() and weight.shape[0] > 1 and not weight.stride(0):
+        weight = weight[0]  # one matrix, expanded over the batch
     dense = _is_dense(x)
     if weight.dim() == 2 and x.dim() >= 1:
         map_: LinearMap = MATRIX_PRODUCT if dense else TAPPED_PRODUCT
@@ -62,6 +64,9 @@ def _is_dense(x: Tensor) -> bool:
 
 def read_product(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """``x @ weight``, ``weight @ x``, `torch.mm`, `torch.bmm`, `torch.matmul` and their methods."""
+    if kwargs and kwargs.keys() <= {"input", "other", "mat2"}:
+        names = ("input", "mat2" if "mat2" in kwargs else "other")
+        args, kwargs = tuple(pick_argument(args, kwargs, i, n) for i, n in enumerate(names)), {}
     if not kwargs and len(args) == 2:
         first, second = args
         output = _capture_product(capture, func, first, second, _multiply)
