@@ -36,6 +36,10 @@ KNOWN: list[tuple[tuple[type[nn.Module], ...], str, tuple[str, ...]]] = [
 ]
 """Modules of torch whose forward is known: the kind of their calls, and the weights that these use."""
 
+NOT_ASKED_FOR, EXCLUDED = "not among the layers asked for", "excluded"
+BY_NAME = (NOT_ASKED_FOR, EXCLUDED)
+"""Why layers are left alone that ``attach(layers=..., exclude=...)`` leaves out."""
+
 FUSED = (rnn.RNNBase, rnn.RNNCellBase)
 """Modules whose kernels hide their calls."""
 
@@ -134,9 +138,9 @@ def _restrict(
     kind, why = predict_kind(module, attribute)
     entry.expected = entry.expected or kind
     if layers is not None and not selects(layers, path, module):
-        entry.excluded = entry.excluded or "not among the layers asked for"
+        entry.excluded = entry.excluded or NOT_ASKED_FOR
     elif exclude is not None and selects(exclude, path, module):
-        entry.excluded = "excluded"
+        entry.excluded = EXCLUDED
     elif why:
         entry.excluded = entry.excluded or why
     elif kind and kind not in kinds:
