@@ -100,7 +100,8 @@ class Clipping:
 
     def _find_factors(self, entries: Sequence[ParameterEntry], loss_scale: Tensor | None) -> Tensor:
         weights = [find_local(entry.parameter().detach()) for entry in entries]  # type: ignore[union-attr]
-        norms = measure_norms(weights + [_find_gradient(entry) for entry in entries])  # type: ignore[operator]
+        updates = [gradient for entry in entries if (gradient := _find_gradient(entry)) is not None]
+        norms = measure_norms([*weights, *updates])
         for group, places in _group_sharded(entries).items():
             both = torch.tensor([*places, *(place + len(entries) for place in places)], device=norms.device)
             squares = norms[both].square()
