@@ -1,7 +1,7 @@
 """Python calls and host synchronisations of a training step, by its phase, with and without a rule.
 
-A host synchronisation reads a number off a tensor (``item()``, ``bool(tensor)``); each stalls a GPU. Counted
-on a CPU, where they cost nothing: the code is the same.
+A host synchronisation reads numbers off a tensor (``item()``, ``bool(tensor)``, ``tolist()``); each stalls a
+GPU. Counted on a CPU, where they cost nothing: the code is the same.
 """
 
 import sys
@@ -31,10 +31,21 @@ def count_python_calls(run: Callable[[], Any]) -> int:
 
 
 def count_synchronisations(run: Callable[[], Any]) -> int:
-    """How often ``run`` reads a number off a tensor."""
+    """How often ``run`` reads numbers off a tensor."""
+    lists = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal lists
+        is_tensor = isinstance(getattr(argument, "__self__", None), torch.Tensor)
+        lists += event == "c_call" and is_tensor and argument.__name__ == "tolist"
+
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        run()
-    return sum(event.count for event in found.key_averages() if event.key == SYNCHRONISATION)
+        sys.setprofile(note)  # a list is read without an operation that the profiler sees
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+    return lists + sum(event.count for event in found.key_averages() if event.key == SYNCHRONISATION)
 
 
 def count_step(model: torch.nn.Module, optimizer: Any, loss: Callable[[], Any]) -> dict[str, int]:

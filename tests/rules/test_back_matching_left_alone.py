@@ -252,3 +252,27 @@ def test_in_rate_mode_all_that_is_left_alone_is_plain(name):
         assert torch.equal(ours.grad, theirs.grad)
         for n in LEFT[name]:
             assert torch.equal(model.get_parameter(n).grad, plain.get_parameter(n).grad), n
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "advice"),
+    [
+        ({}, "token", "no option of attach"),
+        ({"exclude": "norm2"}, "norm2.weight", "layers= or exclude="),
+        ({"kinds": ("linear", "conv")}, "norm2.weight", "kinds='all'"),
+    ],
+)
+def test_the_refusal_says_what_helps(options, name, advice):
+    """No kind of map helps a class token: it is added, not multiplied with an input."""
+    model = Transformer()
+    if name != "token":
+        model.token.requires_grad_(False)
+        model.places.requires_grad_(False)
+    make_exact(model, **options)
+    with pytest.raises(PlywiseError, match=f"'{name}'") as caught:
+        torch.autograd.grad(compute_loss(model), [model.head.weight, model.get_parameter(name)])
+    said = str(caught.value)
+    assert "freeze that parameter" in said
+    assert "use a rule that leaves gradients as they are" in said
+    for words in ("no option of attach", "layers= or exclude=", "kinds='all'"):
+        assert (words in said) == (words == advice)

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from plywise.engine.calls_below import AlteredPasses
 from plywise.engine.capture import Capture
 from plywise.engine.contract import RuleContract
-from plywise.engine.selection import is_handled
+from plywise.engine.selection import BY_NAME, is_handled
 from plywise.engine.sites import TRANSFORM, ParameterEntry
 from plywise.engine.table import ParameterTable
 from plywise.errors import PlywiseError, UncapturedLayerError
@@ -163,8 +163,15 @@ def _explain_uncaptured(entry: ParameterEntry) -> str:
 
 
 def _explain_altered(rule: RuleContract, entry: ParameterEntry) -> str:
+    """Say which parameter is refused, why the rule leaves it alone, and what helps."""
+    why = entry.why_left or entry.leave_next
+    helps = ["freeze that parameter (requires_grad_(False))", "use a rule that leaves gradients as they are"]
+    if why in BY_NAME:
+        helps.append("let the rule take it (attach() with other layers= or exclude=)")
+    elif "kinds=" in why:
+        helps.append("let the rule take it (attach(..., kinds='all'))")
+    reason = why or "no call uses it as the weight of a linear map, so no option of attach() helps"
     return (
         f"{rule} sends other values down than gradients, so {entry.name!r}, which it leaves to the "
-        "optimizer, would get a wrong gradient. Freeze that parameter (requires_grad_(False)), let the rule "
-        "take it (attach(..., kinds='all')), or use a rule that leaves gradients as they are."
+        f"optimizer, would get a wrong gradient. The reason: {reason}. You can {', or '.join(helps)}."
     )

@@ -17,8 +17,9 @@ from plywise.engine import health
 from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
 from plywise.engine.call import LinearCall, Update
-from plywise.engine.calls_below import find_wanting
+from plywise.engine.calls_below import KEPT_PASSES, find_wanting
 from plywise.engine.capture import Capture
+from plywise.engine.clipping import Clipping, measure_norms
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation, Size
 from plywise.engine.guard import StepGuard
@@ -31,8 +32,7 @@ from plywise.engine.registered import install_registered
 from plywise.engine.rows import make_rows
 from plywise.engine.running_state import RunningState
 from plywise.engine.selection import Selector, collect_parameters, refuse_handled
-from plywise.engine.shard_exchange import find_clips
-from plywise.engine.sharding import find_local, refuse_old_optimizer
+from plywise.engine.sharding import refuse_old_optimizer
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.table import ParameterTable
 from plywise.errors import AttachError, NonFiniteError
@@ -81,8 +81,9 @@ class Attachment:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._raises = on_nonfinite == "raise"
         self._clips_in_backward = rule.clips_updates() and optimizer is None
-        self._clips_at_step = rule.clips_updates() and optimizer is not None
+        self._clipping: Clipping | None = None
         self._alters = rule.alters_backward
+        self._samples: dict[int, int] = {}  # of backward passes
         self._is_pipelined = False
         self._liveness = Liveness(self.title, self.health)
         self._handles: list[RemovableHandle] = []
@@ -101,7 +102,7 @@ class Attachment:
         )
         self.table.on_refresh = self._mark_unstepped
         self._mark_unstepped()
-        self.capture = Capture(make_readers(kinds), self.table, self.takes)
+        self.capture = Capture(make_readers(kinds), self.table, self.takes, self._alters)
         self.arrivals = Arrivals(
             *(rule, self.table, self.capture, self),
             *(self._note_answer, self._count_evidence if rule.remembers else None),
@@ -139,14 +140,17 @@ class Attachment:
             self._state = RunningState(
                 *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave)
             )
-            self.table.on_begin = self._state.find_replicas
+            self.table.on_begin.append(self._state.find_replicas)
             self.capture.rests = self._rests
         self.table.on_replaced = self._follow_parameters
         if self.rule.needs_backward_scale:
             every = self.rule.measure_every
             self._scale = BackwardScale(self.table, optimizer, every, process_group)
-        if self._alters and self.table.on_begin is None:
-            self.table.on_begin = self._note_pipeline
+        if self._alters:
+            self.table.on_begin.append(self._note_pipeline)
+        if self.rule.clips_updates() and optimizer is not None:
+            self._clipping = Clipping(self.rule.clip_update, lambda: self.table.entries, process_group)
+            self.table.on_begin.append(self._clipping.find_group)
         owners = [m for m in model.modules() if any(True for _ in m.parameters())]
         self.capture.install(owners)
         self._handles += install_registered(model, self.capture)
@@ -233,7 +237,7 @@ class Attachment:
             update = call.gradient() if wants_update else Update(None, None)
             if wants_update:
                 site.answer_pass(torch._C._current_graph_task_id())
-            return update, call.input_gradient() if wants_below else None
+            return update, self._send_plain(ctx, call) if wants_below else None
         if self._scale is not None and (wants_update or find_wanting(ctx, self) is not None):
             call.energy = self._scale.find(ctx, a, weight, delta)
         update, below = Update(None, None), None
@@ -258,10 +262,22 @@ class Attachment:
         if site.rows != delta.shape:
             site.rows = delta.shape
             site.size = Size(call.row_count, call.columns, call.outputs, call.groups)
+        call.samples = self._count_samples(call.samples)
         if self._state is not None:
             like = torch.empty(0, dtype=call.dtype, device=delta.device)
             call.memory, call.waits = self._state.read_state(site.name, like, has_bias)
         return call
+
+    def _count_samples(self, samples: int) -> int:
+        """The samples of the running backward: those of the call that it met first, on top."""
+        task = torch._C._current_graph_task_id()
+        known = self._samples.get(task)
+        if known is not None:
+            return known
+        if len(self._samples) >= KEPT_PASSES:
+            del self._samples[next(iter(self._samples))]
+        self._samples[task] = samples
+        return samples
 
     def _make_update(self, site: Site, call: LinearCall) -> Update:
         sharding = site.entry.sharding
@@ -269,8 +285,8 @@ class Attachment:
             self.arrivals.watch(site.entry)  # it was frozen, or lazy, so far
         update = self.rule.update(call)
         if self._clips_in_backward and update.weight is not None:
-            factor = self.rule.clip_update(call.weight, update.weight)
-            update = update if factor == 1 else update.scaled(factor, factor)
+            factor = self.rule.clip_update(*measure_norms([call.weight, update.weight]))
+            update = update.scaled(factor, factor)
         site.answer_pass(torch._C._current_graph_task_id())
         self._liveness.answers += 1
         if self._state is not None:
@@ -279,11 +295,15 @@ class Attachment:
             self._check_finite(call, update)
         return update
 
-    def _make_input_gradient(self, ctx: Any, call: LinearCall) -> Tensor:
+    def _make_input_gradient(self, ctx: Any, call: LinearCall) -> Tensor | None:
         if not self._alters or not self._alters_pass(ctx):
-            return call.input_gradient()
+            return self._send_plain(ctx, call)
         # contiguous as autograd's own is: a pipeline sends it to another process
         return self.rule.input_gradient(call).contiguous()
+
+    def _send_plain(self, ctx: Any, call: LinearCall) -> Tensor | None:
+        """The plain gradient at a call's input; None where torch has to make it (`RearrangedCall`)."""
+        return None if self._alters and hasattr(ctx, "restore") else call.input_gradient()
 
     def _alters_pass(self, node: Any) -> bool:
         """Whether altered values go down in the running backward, which has come to this node."""
@@ -332,8 +352,8 @@ class Attachment:
         self._liveness.check_part_taken(optimizer, self.table.entries, self.capture.paused)
         if self._state is not None:
             self._state.apply_at_step(optimizer)
-        if self._clips_at_step:
-            self._clip(optimizer)
+        if self._clipping is not None:  # a fused optimizer unscales in its step
+            self._clipping.apply(getattr(optimizer, "grad_scale", None))
 
     def _skip_step(self) -> None:
         if self._state is not None:
@@ -347,19 +367,7 @@ class Attachment:
             return  # a saver's template step, or one of other layers
         self.steps += 1
         if self._scale is not None:
-            self._scale.after_step()
-
-    def _clip(self, optimizer: Optimizer) -> None:
-        loss_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales in its step
-        clipped: set[int] = set()
-        entries = [e for e in self.table.entries if _find_clipped(e) and not e.why_left and not e.leave_next]
-        for entry, factor in zip(
-            entries, find_clips(entries, self.rule.clip_update, loss_scale), strict=True
-        ):
-            for part in _find_clipped(entry):
-                if factor < 1 and part.grad is not None and id(part) not in clipped:
-                    clipped.add(id(part))
-                    find_local(part.grad).mul_(factor)
+            self._scale.after_step(set() if self._guard is None else self._guard.nonzero)
 
     # ---- the table ---------------------------------------------------------------------------
 
@@ -371,13 +379,3 @@ class Attachment:
         self.table.refresh(model)
         rows = make_rows(self.rule, self.table.entries, self.health, batch_size)
         return Explanation(self.title, rows, self.steps)
-
-
-def _find_clipped(entry: ParameterEntry) -> list[Tensor]:
-    """The parameters whose gradients are clipped together: a weight that has one, and its biases."""
-    weight = entry.parameter()
-    sites = [site for site in entry.sites.values() if not site.computed]
-    if weight is None or weight.grad is None or not sites:
-        return []
-    biases = [site.bias() for site in sites if site.bias is not None]
-    return [weight, *(bias for bias in biases if bias is not None)]

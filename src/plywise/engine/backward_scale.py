@@ -14,7 +14,9 @@ where there are none, those measured in the step's first pass. The values count 
 import math
 import weakref
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from torch.optim import Optimizer
 from plywise.engine.calls_below import find_calls
 from plywise.engine.pipelining import refuse_pipeline
 from plywise.engine.replicas import find_training_group, refuse_join
-from plywise.engine.sharding import is_any_nonzero
+from plywise.engine.sharding import is_any_nonzero, is_spread
 from plywise.engine.sites import Site
 from plywise.engine.table import ParameterTable
 
@@ -93,8 +95,7 @@ class BackwardScale:
         self._measured: Pass | None = None  # the pass that measured for the step to come
         self._local: Values = {}
         self._handles = []
-        if table.on_begin is None:
-            table.on_begin = self._find_group
+        table.on_begin.append(self._find_group)
         if optimizer is not None:
             self._handles.append(optimizer.register_load_state_dict_post_hook(self._after_load))
             self._after_load(optimizer)
@@ -140,7 +141,7 @@ class BackwardScale:
             current.sizes.setdefault(site, []).append(self._measure(ctx, current, task, a, weight, delta))
         values = self._read(site)
         if not values and self._measured is not None:
-            values = [_to_float(size) for size in self._measured.sizes.get(site, [])]
+            values = _read_sizes({site: self._measured.sizes.get(site, [])})[site]
         if values:
             current.last = values[min(current.calls[site], len(values) - 1)]
         else:  # a call that no measurement has met: for now it counts as the call above it
@@ -177,6 +178,7 @@ class BackwardScale:
                     node.probed_in, node.probe_size = task, None
             probe = make_signs(delta, self._step * 4096 + sum(current.calls.values()))
             below = self._send_through(ctx, a, weight, probe)
+            below = ctx.restore(below) if hasattr(ctx, "restore") else below
             self._send_down(current, GradientEdge(*ctx.next_functions[0]), below, lowest)
         return size
 
@@ -213,17 +215,21 @@ class BackwardScale:
 
     # ---- at the step -----------------------------------------------------------------------------
 
-    def after_step(self) -> None:
-        """A step has been taken: what was measured in it is used from now on."""
+    def after_step(self, nonzero: Collection[int]) -> None:
+        """A step has been taken: what was measured in it is used from now on.
+
+        Args:
+            nonzero: ids of parameters whose gradients are known not to be zero.
+        """
         optimizer = self._optimizer
         if optimizer is None:
             return
-        if not self._has_gradients():  # a checkpoint's template step, or one of other layers
+        if not self._has_gradients(nonzero):  # a checkpoint's template step, or one of other layers
             self._measured = None
             self._write(optimizer, {})
             return
         sizes = {} if self._measured is None else self._measured.sizes
-        measured = {site: [_to_float(size) for size in calls] for site, calls in sizes.items()}
+        measured = _read_sizes(sizes)
         self._measured = None
         is_alone = self._group is None
         if not is_alone and self._step % self._every == 0:
@@ -264,11 +270,14 @@ class BackwardScale:
                 return True
         return not sharded and self._has_gradients()
 
-    def _has_gradients(self) -> bool:
+    def _has_gradients(self, nonzero: Collection[int] = ()) -> bool:
         """Whether a gradient of the rule's parameters is there, and is not zero."""
         handled = [entry for entry in self._table.entries if entry.sites and not entry.why_left]
         parameters = [entry.parameter() for entry in handled]
-        gradients = [p.grad for p in parameters if p is not None and p.grad is not None]
+        held = [p for p in parameters if p is not None and p.grad is not None]
+        if any(id(p) in nonzero for p in held) and not any(map(is_spread, held)):
+            return True
+        gradients = [p.grad for p in held if p.grad is not None]
         return is_any_nonzero(sorted(gradients, key=Tensor.numel))  # a small one answers soonest
 
     # ---- in the optimizer's state ----------------------------------------------------------------
@@ -340,7 +349,12 @@ def _add_size(node: Any, value: Tensor) -> None:
         node.probe_size = size if node.probe_size is None else node.probe_size + size
 
 
-def _to_float(size: Tensor) -> float:
-    """A size as a number; NaN, which no step takes, if it is infinite."""
-    value = float(size)
-    return value if math.isfinite(value) else math.nan
+def _read_sizes(sizes: dict[Site, list[Tensor]]) -> Values:
+    """Sizes as numbers, read from the device at once; NaN, which no step takes, if one is infinite."""
+    flat = [size for calls in sizes.values() for size in calls]
+    device = flat[0].device if flat else None
+    numbers = iter(torch.stack([size.to(device) for size in flat]).tolist() if flat else [])
+    return {
+        site: [value if math.isfinite(value) else math.nan for value in islice(numbers, len(calls))]
+        for site, calls in sizes.items()
+    }

@@ -67,6 +67,9 @@ class LinearCall:
         memory: the layer's running state (`plywise.engine.contract.StatefulRule`); empty for most rules.
         waits: whether the optimizer's step will make the update from the gradient, so that backward must
             leave the plain one.
+        samples: samples in the batch, one number for all calls of a backward pass: the first dimension of
+            the topmost call's input (1 for an unbatched linear input). A call below may have flattened
+            tokens, which are no samples. Where it is not given, the first dimension of this call's input.
     """
 
     name: str
@@ -80,6 +83,11 @@ class LinearCall:
     energy: Tensor | None = None
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     waits: bool = False
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            self.samples = self.map.sample_count(self.a)
 
     def times(self, scale: float) -> "LinearCall":
         """The same problem with Δ multiplied by ``scale`` (cheaper than scaling an update: Δ is smaller)."""
@@ -91,11 +99,6 @@ class LinearCall:
     def groups(self) -> int:
         """Independent linear maps side by side, g."""
         return self.map.groups
-
-    @property
-    def samples(self) -> int:
-        """Samples in the batch: the first dimension of the input (1 for an unbatched linear input)."""
-        return self.map.sample_count(self.a)
 
     @property
     def row_count(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plywise.engine.captured_call import TappedCall, _find_wanted, _find_wanted_of_tap
+from plywise.engine.captured_call import TappedCall, find_wanted, find_wanted_of_tap
 from plywise.errors import PlywiseError
 
 REENTRANT = "CheckpointFunctionBackward"
@@ -91,8 +91,8 @@ def find_wanting(start: Any, responder: Any) -> Any:
 def wants_update(node: Any) -> bool:
     """Whether the running backward wants the gradient of a captured call's weight or bias."""
     if type(node)._forward_cls is TappedCall:
-        return any(_find_wanted_of_tap(node))
-    return any(_find_wanted(node, 3)[1:])
+        return any(find_wanted_of_tap(node))
+    return any(find_wanted(node, 3)[1:])
 
 
 def is_asked_for(source: Any) -> bool:

@@ -115,6 +115,8 @@ class Capture:
         readers: a reader for each torch function (`plywise.engine.readers`).
         table: finds the parameters behind tensors.
         takes: whether the rule may take a parameter.
+        alters: whether the rule replaces gradients at the inputs of calls, so that a captured call must send
+            them down itself.
 
     Attributes:
         exploring: whether uses of parameters that no reader knows are noted, in the first forwards.
@@ -127,8 +129,10 @@ class Capture:
         readers: dict[Any, Callable[..., Any]],
         table: ParameterTable,
         takes: Callable[[Tensor | None], bool],
+        alters: bool,
     ) -> None:
         self.takes = takes
+        self.alters = alters
         self._mode = CaptureMode(readers, self)
         self._table = table
         self._handles: list[RemovableHandle] = []

@@ -1,7 +1,7 @@
-"""The two nodes that stand for a captured call in autograd's graph; their backward asks the rule.
+"""The nodes that stand for a captured call in autograd's graph; their backward asks the rule.
 
 `CapturedCall` runs the call itself and makes the gradient at its input. `TappedCall` stands beside autograd's
-own graph, which makes it.
+own graph, which makes it. A rule that replaces that gradient gets a `RearrangedCall` in the place of a tap.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,9 @@ from plywise.engine.sites import Site
 Run = Callable[..., Tensor]
 """The call itself: input (or inputs), weight and bias to the output."""
 
+Arrange = Callable[[Tensor], Tensor]
+"""One tensor as another."""
+
 _grad_enabled = torch.is_grad_enabled
 _autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
@@ -28,7 +31,10 @@ class Responder(Protocol):
     def respond(
         self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
     ) -> tuple[Update, Tensor | None]:
-        """How the layer moves, and the gradient at the call's input."""
+        """How the layer moves, and the gradient at the input of the call's map.
+
+        It is None where it is not wanted, and where a `RearrangedCall` has to make the plain one.
+        """
 
 
 class CapturedCall(torch.autograd.Function):
@@ -50,7 +56,7 @@ class CapturedCall(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Ask the rule for the update and for the gradient at the input."""
         a, weight = ctx.saved_tensors
-        wants_below, wants_weight, wants_bias = _find_wanted(ctx, 3)
+        wants_below, wants_weight, wants_bias = find_wanted(ctx, 3)
         if _grad_enabled():
             return _differentiate(ctx, a, weight, delta, (wants_below, wants_weight, wants_bias))
         update, below = _ask(ctx, a, weight, delta, wants_weight or wants_bias, wants_below)
@@ -89,7 +95,7 @@ class TappedCall(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Ask the rule for the update, and send (its) Δ on to autograd's own graph."""
         weight, *kept = ctx.saved_tensors
-        wants_weight, wants_bias = _find_wanted_of_tap(ctx)
+        wants_weight, wants_bias = find_wanted_of_tap(ctx)
         if _grad_enabled():
             return _differentiate_tap(ctx, weight, kept, delta, (wants_weight, wants_bias))
         with torch.no_grad():
@@ -99,9 +105,60 @@ class TappedCall(torch.autograd.Function):
         return None, None, None, below, *answers, *[None] * ctx.input_count
 
 
+class RearrangedCall(torch.autograd.Function):
+    """A captured call whose plain input gradient only torch makes to the bit, under a rule that replaces it.
+
+    Such are products with strided inputs, einsums and transposed convolutions. Where the plain gradient is
+    wanted, the call is run again, and autograd differentiates it.
+
+    ``arrange`` makes the map's input of the call's, ``restore`` a gradient at the call's input of one at the
+    map's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        site: Site,
+        run: Run,
+        arrange: Arrange,
+        restore: Arrange,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Run the call; keep what autograd would keep."""
+        ctx.prepare, ctx.restore = arrange, restore
+        return CapturedCall.forward(ctx, site, run, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Ask the rule for the update and for the gradient at the input."""
+        x, weight = ctx.saved_tensors
+        wants_below, wants_weight, wants_bias = find_wanted(ctx, 3)
+        if _grad_enabled():
+            return None, None, *_differentiate(ctx, x, weight, delta, (wants_below, wants_weight, wants_bias))
+        a = ctx.prepare(x)
+        update, below = _ask(ctx, a, weight, delta, wants_weight or wants_bias, wants_below)
+        if wants_below:
+            below = _run_again(ctx, x, weight, delta) if below is None else ctx.restore(below)
+            if ctx.input_dtype is not None:
+                below = below.to(ctx.input_dtype)
+        return None, None, None, None, below, *_fit(ctx, update, weight, delta, wants_weight, wants_bias)
+
+
+def _run_again(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+    """The plain gradient at the input of a call."""
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        # torch multiplies in another way, with other rounding, by a weight that requires no gradient
+        output = ctx.run(point, weight.detach().to(x.dtype).requires_grad_(), None)
+    return torch.autograd.grad(output, point, delta)[0]
+
+
 apply_captured = super(torch.autograd.Function, CapturedCall).apply
 """``CapturedCall.apply`` without the look for torch.func, which `CaptureMode` has done."""
 apply_tapped = super(torch.autograd.Function, TappedCall).apply
+apply_rearranged = super(torch.autograd.Function, RearrangedCall).apply
 
 
 def _ask(
@@ -136,7 +193,7 @@ def _fit(
     return of_weight, of_bias
 
 
-def _find_wanted(node: Any, count: int) -> list[bool]:
+def find_wanted(node: Any, count: int) -> list[bool]:
     """Whether this backward has a use for the gradients of the last ``count`` arguments.
 
     Autograd says which inputs need a gradient at all. ``torch.autograd.grad`` and ``backward(inputs=...)``
@@ -150,7 +207,8 @@ def _find_wanted(node: Any, count: int) -> list[bool]:
     ]
 
 
-def _find_wanted_of_tap(node: Any) -> tuple[bool, bool]:
+def find_wanted_of_tap(node: Any) -> tuple[bool, bool]:
+    """`find_wanted` of the weight and the bias of a `TappedCall`."""
     needs, edges = node.needs_input_grad, node.next_functions
     wants_weight = needs[4] and _is_executed(edges[1][0])
     return wants_weight, needs[5] and _is_executed(edges[2][0])
@@ -183,7 +241,9 @@ def _differentiate(
         found = list(torch.autograd.grad(output, sources, delta, create_graph=True, materialize_grads=True))
         below = found.pop(0) if wants_below else None
         of_weight = found.pop(0) if wants_weight else None
-    parts = _carry_rule(ctx, x, weight, delta, of_weight, wants_weight, wants_bias)
+    with torch.no_grad():
+        a = ctx.prepare(x) if hasattr(ctx, "prepare") else x
+    parts = _carry_rule(ctx, a, weight, delta, of_weight, wants_weight, wants_bias)
     return None, None, below, *parts
 
 

@@ -51,7 +51,6 @@ RENAMED = {
     "below": "input_gradient",
     "heard": "backward_value",
     "needs_energy": "needs_backward_scale",
-    "shrink": "clip_update",
     "shrinks": "clips_updates",
     "price": "estimate_cost",
     "treatment": "describe",
@@ -76,6 +75,11 @@ class RuleContract(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "shrink" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__}.shrink(weight, update) is clip_update(weight_norm, update_norm) since "
+                "plywise 0.2: it gets the norms of all layers at once and returns a tensor of factors."
+            )
         for old, new in RENAMED.items():
             if old in cls.__dict__ and new not in cls.__dict__:
                 warnings.warn(
@@ -106,13 +110,18 @@ class RuleContract(ABC):
         """A forward hook for modules between layers (its ``types``), or None."""
         return None
 
-    def clip_update(self, weight: Tensor, update: Tensor) -> float:
-        """Factor in (0, 1] for a layer's accumulated update, e.g. a cap relative to ``weight``.
+    def clip_update(self, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """Factors in (0, 1] for layers' accumulated updates, e.g. a cap relative to their weights.
 
         Not linear in Δ, so it acts once, on the accumulated ``.grad`` before the optimizer's step; on
-        each backward's update only if the rule was attached without the optimizer.
+        each backward's update only if the rule was attached without the optimizer. Compute elementwise, and
+        read no number off the tensors: that would wait for the device.
+
+        Args:
+            weight_norm: the Frobenius norms of weights, (layers,) or ().
+            update_norm: those of their updates.
         """
-        return 1.0
+        return torch.ones_like(update_norm)
 
     def clips_updates(self) -> bool:
         """Whether `clip_update` does anything."""

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class StepGuard:
 
     Attributes:
         stepping: whether the optimizer's step is running.
+        nonzero: ids of parameters whose gradients, or this process's parts of them, were seen not to be zero
+            as this step began.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class StepGuard:
         self._skipped = skipped
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self.stepping = False
+        self.nonzero: set[int] = set()
         self._nested = 0
         self._handles = [
             optimizer.register_step_pre_hook(self._pre_step),
@@ -105,10 +108,11 @@ class StepGuard:
 
     def _judge(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self._on_nonfinite == "propagate" or are_finite([p.grad for p in parameters]):
+        self.nonzero.clear()
+        if self._on_nonfinite == "propagate" or self._are_finite(parameters):
             self._before_step(optimizer)
             return
-        bad = [p for p in parameters if not are_finite([p.grad])]
+        bad = [p for p in parameters if p.grad is not None and not are_finite([p.grad])]
         names = [self._names.get(id(p), f"parameter of shape {tuple(p.shape)}") for p in bad]
         for name in names:
             self._health.note(name, health.NON_FINITE)
@@ -129,6 +133,13 @@ class StepGuard:
             self._hidden.append((p, p.grad))
             p.grad = None
 
+    def _are_finite(self, parameters: list[Tensor]) -> bool:
+        """Whether every gradient is finite; notes which are not zero, for one wait answers both."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sums = find_sums(gradients)
+        self.nonzero = {id(p) for p, total in zip(parameters, sums, strict=True) if total != 0}
+        return confirm_finite(gradients, sums)
+
     def _restore(self) -> None:
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
@@ -144,18 +155,38 @@ def _is_nested(optimizer: Optimizer) -> bool:
     return count > 1
 
 
-def are_finite(gradients: list[Tensor | None]) -> bool:
-    """Whether every gradient is finite, in one pass over the memory.
+def find_sums(gradients: Sequence[Tensor]) -> list[float]:
+    """The sum of each gradient (of this process's part), read from each device at once."""
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for place, gradient in enumerate(map(_find_numbers, gradients)):
+        by_device.setdefault(gradient.device, []).append((place, gradient.sum()))
+    sums = [0.0] * len(gradients)
+    for found in by_device.values():
+        values = torch.stack([total for _, total in found]).tolist()
+        for (place, _), value in zip(found, values, strict=True):
+            sums[place] = value
+    return sums
+
+
+def are_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether every gradient is finite, in one pass over the memory, on all processes."""
+    return confirm_finite(gradients, find_sums(gradients))
+
+
+def confirm_finite(gradients: Sequence[Tensor], sums: Sequence[float]) -> bool:
+    """`are_finite` of gradients with these sums.
 
     A sum with a NaN or an infinity in it is not finite, and sums run at full memory speed (an infinity
     norm takes fifty times as long). A sum of finite numbers may overflow, so a bad sum is looked into.
     """
-    there = [g for g in gradients if g is not None]
-    dense = [g.coalesce().values() if g.is_sparse else find_local(g) for g in there]
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for gradient in dense:
-        local = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        by_device.setdefault(gradient.device, []).append(local.sum())
-    finite = all(math.isfinite(torch.stack(sums).sum()) for sums in by_device.values())
-    finite = finite or all(bool(torch.isfinite(gradient).all()) for gradient in dense)
-    return agree_on_all(finite, there)  # of DTensors each process sees its own part
+    finite = all(
+        math.isfinite(total) or bool(torch.isfinite(_find_numbers(gradient)).all())
+        for gradient, total in zip(gradients, sums, strict=True)
+    )
+    return agree_on_all(finite, gradients)  # of DTensors each process sees its own part
+
+
+def _find_numbers(gradient: Tensor) -> Tensor:
+    """The real numbers of which (this process's part of) a gradient is made."""
+    dense = gradient.coalesce().values() if gradient.is_sparse else find_local(gradient)
+    return torch.view_as_real(dense) if dense.is_complex() else dense

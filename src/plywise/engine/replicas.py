@@ -128,10 +128,15 @@ def find_training_group(entries: "Iterable[ParameterEntry]") -> dist.ProcessGrou
     return data_parallel_group()
 
 
+def is_joining() -> bool:
+    """Whether the DistributedDataParallel whose forward is running does so inside ``with ddp.join()``."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return wrapper is not None and wrapper._join_config.enable
+
+
 def refuse_join(rule: str) -> None:
     """Raise PlywiseError inside ``with ddp.join()``: the rule's collectives would wait for who has left."""
-    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
-    if wrapper is not None and wrapper._join_config.enable:
+    if is_joining():
         raise PlywiseError(
             f"{rule} exchanges statistics between the processes at every step, so it cannot train inside "
             "DistributedDataParallel.join(): a process without batches takes no more steps, and the others "

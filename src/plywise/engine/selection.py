@@ -39,6 +39,10 @@ KNOWN: list[tuple[tuple[type[nn.Module], ...], str, tuple[str, ...]]] = [
 IN_OUT = ("transformers.pytorch_utils", "Conv1D")
 """Module and name of a class, known without its import, that is linear with a weight (inputs, outputs)."""
 
+NOT_ASKED_FOR, EXCLUDED = "not among the layers asked for", "excluded"
+BY_NAME = (NOT_ASKED_FOR, EXCLUDED)
+"""Why layers are left alone that ``attach(layers=..., exclude=...)`` leaves out."""
+
 FUSED = (rnn.RNNBase, rnn.RNNCellBase)
 """Modules whose kernels hide their calls."""
 
@@ -138,9 +142,9 @@ def _restrict(
     kind, why = predict_kind(module, attribute)
     entry.expected = entry.expected or kind
     if layers is not None and not selects(layers, path, module):
-        entry.excluded = entry.excluded or "not among the layers asked for"
+        entry.excluded = entry.excluded or NOT_ASKED_FOR
     elif exclude is not None and selects(exclude, path, module):
-        entry.excluded = "excluded"
+        entry.excluded = EXCLUDED
     elif why:
         entry.excluded = entry.excluded or why
     elif kind and kind not in kinds:

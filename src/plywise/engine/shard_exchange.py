@@ -5,7 +5,7 @@ share of the layers, the expensive ones dealt out first. So neither the work nor
 the number of processes. All processes call these functions with the same layers in the same order.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.replicas import Replicas, deal_out
-from plywise.engine.sharding import find_local, is_spread
+from plywise.engine.sharding import find_local
 from plywise.engine.sites import ParameterEntry
 from plywise.errors import AttachError
 
@@ -248,37 +248,3 @@ def _refuse_other_processes(entry: ParameterEntry, replicas: Replicas) -> None:
             f"fully_shard spreads {entry.name!r} over the processes {ranks}, and attach(process_group=...) "
             f"names {replicas.ranks}. Leave process_group out: the rule finds the processes by itself."
         )
-
-
-def find_clips(
-    entries: Sequence[ParameterEntry],
-    clip: Callable[[Tensor, Tensor], float],
-    loss_scale: Tensor | None,
-) -> list[float]:
-    """The factor (`RuleContract.clip_update`) for each weight's gradient, sharded or not.
-
-    Args:
-        entries: parameters with a gradient.
-        clip: the rule's factor for a weight and its update.
-        loss_scale: what the gradients are to be divided by.
-    """
-    pairs = [(e.parameter().detach(), e.parameter().grad) for e in entries]  # type: ignore[union-attr]
-    scaled = (lambda update: update) if loss_scale is None else (lambda update: update / loss_scale)
-    factors = [1.0 if is_spread(weight) else clip(weight, scaled(update)) for weight, update in pairs]
-    places = [i for i, (weight, _) in enumerate(pairs) if is_spread(weight)]
-    if not places:
-        return factors
-    sharding = entries[places[0]].sharding
-    assert sharding is not None
-    replicas = Replicas(sharding.group)
-    rank = deal_out({i: float(pairs[i][0].numel()) for i in places}, replicas.size)
-    shards = [tensor for i in places for tensor in pairs[i] if tensor is not None]
-    wholes = Exchange(shards, [rank[i] for i in places for _ in range(2)], sharding.group).collect()
-    found = torch.zeros(len(places), dtype=torch.float64, device=find_local(shards[0]).device)
-    for number, (weight, update) in enumerate(zip(wholes[::2], wholes[1::2], strict=True)):
-        if weight is not None and update is not None:
-            found[number] = clip(weight, scaled(update))
-    dist.all_reduce(found, group=sharding.group)
-    for i, factor in zip(places, found.tolist(), strict=True):
-        factors[i] = factor
-    return factors

@@ -61,7 +61,7 @@ class ParameterTable:
         self._by_id: dict[int, tuple[weakref.ref[Tensor], ParameterEntry]] = {}
         self._strangers: dict[int, weakref.ref[Tensor]] = {}
         self._sharded: list[ParameterEntry] = []
-        self.on_begin: Callable[[], None] | None = None
+        self.on_begin: list[Callable[[], None]] = []
         self.on_refresh: Callable[[], None] | None = None
         self.on_replaced: Callable[[list[ParameterEntry]], None] | None = None
         self._index(model)
@@ -84,8 +84,8 @@ class ParameterTable:
             model = self._model()
             if model is not None and any(map(is_replaced, self.entries)):
                 self.follow(model)
-        if self.on_begin is not None:
-            self.on_begin()
+        for prepare in self.on_begin:
+            prepare()
         if self.unsettled and not in_backward:
             self.unsettled = False
             for entry in self.entries:

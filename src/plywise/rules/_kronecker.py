@@ -261,7 +261,8 @@ def preconditioned(
             replace(call, delta=call.from_delta_rows(multiply_by_root(call.delta_rows(), left))),
             None,
         )
-    if right is not None and call.map.rows_are_inputs and call.row_count < call.outputs:
+    is_product = call.map.rows_are_inputs and call.groups == 1
+    if right is not None and is_product and call.row_count < call.outputs:
         rows, last = multiply_rows_by_root(
             call.a.reshape(-1, call.width).to(call.dtype), right, call.has_bias
         )

@@ -183,7 +183,7 @@ def _krylov(call: LinearCall, damping: float, steps: int, official: bool) -> Upd
     residual = call.delta_rows() if in_rows else call.matrix(call.gradient()).to(call.dtype).mT
     shift = torch.as_tensor(damping).to(matrix).reshape(-1, 1, 1)
     epsilon = 1e-6 if official else 0.0
-    flat = official and not call.map.rows_are_inputs
+    flat = official and not (call.map.rows_are_inputs and call.groups == 1)
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
         # In row space V = AᵀY, so that <V, V> = <Y, AAᵀY>: callers pass the product with AAᵀ as x.
@@ -271,23 +271,24 @@ def matched_below(call: LinearCall, relative: float, steps: int = 8) -> Tensor:
         return call.delta  # autograd's own graph sends it down
     if not call.map.rows_are_inputs:
         return _matched_by_conjugate_gradients(call, relative, steps)
-    outputs, inputs = call.weight.shape
-    wide = inputs > outputs
+    weights = call.weight.reshape(call.groups, call.outputs, call.width)
+    wide = call.width > call.outputs
 
     def damping(gram: Tensor) -> Tensor:
-        return relative * call.weight.to(gram.dtype).square().sum().reshape(1) / min(outputs, inputs)
+        energy = weights.to(gram.dtype).square().sum((1, 2))
+        return relative * energy / min(call.outputs, call.width)
 
     def build(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        weight, delta = call.weight.to(dtype), call.delta_rows(dtype)
+        weight, delta = weights.to(dtype), call.delta_rows(dtype)
         if wide:
-            return lower_product(weight.unsqueeze(0)), delta.mT
-        return lower_product(weight.T.unsqueeze(0)), (delta[0] @ weight).T.unsqueeze(0)
+            return lower_product(weight), delta.mT
+        return lower_product(weight.mT), (delta @ weight).mT
 
     note = partial(call.health.note, call.name)
     answer = solve_damped(build, damping, call.dtype, note, dual=wide)
     if answer is None:
         return call.input_gradient()
-    matched = answer[0].T @ call.weight.to(answer.dtype) if wide else answer[0].T
+    matched = answer.mT @ weights.to(answer.dtype) if wide else answer.mT
     return matched.reshape(call.a.shape).to(call.delta.dtype)
 
 

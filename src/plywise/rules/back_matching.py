@@ -138,13 +138,16 @@ class BackMatching(Rule):
         """``Δ/E``: the backward value that the recursion of the rate mode would carry."""
         return call.delta if call.energy is None else call.delta * find_rate(call.energy)
 
-    def clip_update(self, weight: Tensor, update: Tensor) -> float:
-        """The cap: make a layer's update smaller until ``‖D‖ ≤ cap ‖W‖``; a weight of zeros has no cap."""
+    def clips_updates(self) -> bool:
+        """Unless there is no cap."""
+        return self.cap is not None
+
+    def clip_update(self, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """The cap: make layers' updates smaller until ``‖D‖ ≤ cap ‖W‖``; a weight of zeros has no cap."""
         if self.cap is None:
-            return 1.0
-        size = float(torch.linalg.vector_norm(update))
-        limit = self.cap * float(torch.linalg.vector_norm(weight))
-        return min(1.0, limit / size) if size > 0 and limit > 0 else 1.0
+            return torch.ones_like(update_norm)
+        limit = self.cap * weight_norm
+        return torch.where((update_norm > 0) & (limit > 0), (limit / update_norm).clamp(max=1), 1)
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
         """Rate: a pass over A, and a backward of the activations now and then. Exact: two solves."""

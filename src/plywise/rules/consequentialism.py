@@ -32,7 +32,7 @@ class Consequentialism(Rule):
     Code: none found.
     Results: the paper's abstract says "usually fewer iterations"; no number is known. Ours on MNIST (MLP, 234
         steps): training loss 0.0081 against 0.196 of SGD and 0.101 of SGD with Nesterov momentum
-        (benchmarks/reproduce/consequentialism.json). Lowest on four of five badly scaled networks
+        (benchmarks/reproduce/consequentialism.json). Lowest on three of five badly scaled networks
         (benchmarks/README.md).
     Limits: not equivariant to rescaled layers. L layers that move together over-shoot up to L-fold, hence
         rates below 1. k accumulated micro-batches average k moves.

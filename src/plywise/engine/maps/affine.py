@@ -25,6 +25,12 @@ class ElementwiseAffine(LinearMap):
     axis: int
     kind: ClassVar[str] = "norm"
 
+    def _sum_by_feature(self, x: Tensor) -> Tensor:
+        """The sum of each feature's entries, (features,), without a copy in another order."""
+        if self.axis == 1:
+            return x.sum([0, *range(2, x.dim())]) if x.dim() > 1 else x
+        return x.reshape(-1, self.groups).sum(0)
+
     def _features_first(self, x: Tensor) -> Tensor:
         if self.axis == 1:
             return x.transpose(0, 1).reshape(self.groups, -1) if x.dim() > 1 else x.reshape(self.groups, -1)
@@ -48,11 +54,11 @@ class ElementwiseAffine(LinearMap):
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """``Σ δ x̂`` of each feature."""
-        return self._features_first(a * delta).sum(1).reshape(weight.shape)
+        return self._sum_by_feature(a * delta).reshape(weight.shape)
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
         """``Σ δ`` of each feature."""
-        return self._features_first(delta).sum(1)
+        return self._sum_by_feature(delta)
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
         """``γ x̂``."""
@@ -70,7 +76,7 @@ class ElementwiseAffine(LinearMap):
 
     def trace(self, a: Tensor) -> Tensor:
         """``Σ x̂²`` of each feature."""
-        return self._features_first(a.square()).sum(1)
+        return self._sum_by_feature(a.square())
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Mean γ², the norm's own part of the factor."""

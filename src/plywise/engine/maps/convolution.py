@@ -7,7 +7,7 @@ the convolution, so autograd sees it. The patch statistics come from `plywise.nu
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -168,8 +168,9 @@ class TransposedConvolution(Convolution):
     spread: tuple[int, ...] = ()
     shrink: tuple[int, ...] = ()
     extra: tuple[int, ...] = ()
+    # by keyword: the pseudo-field of the base class would give it its place
+    sends_below: bool = field(default=False, compare=False, kw_only=True)  # type: ignore[misc]
     kind: ClassVar[str] = "conv"
-    sends_below: ClassVar[bool] = False
 
     @classmethod
     def of(
@@ -190,11 +191,15 @@ class TransposedConvolution(Convolution):
         sizes = [(size - 1) * s + 1 for size, s in zip(a.shape[2:], self.spread, strict=True)]
         wide = a.new_zeros(*a.shape[:2], *sizes)
         wide[(slice(None), slice(None), *(slice(None, None, s) for s in self.spread))] = a
+        return F.pad(wide, self._find_sides())
+
+    def _find_sides(self) -> list[int]:
+        """The zeros around the spread input, as `F.pad` takes them."""
         around = []
         for k, d, p, e in zip(self.kernel, self.dilation, self.shrink, self.extra, strict=True):
             before = d * (k - 1) - p
             around.append((before, before + e))
-        return F.pad(wide, [side for pair in reversed(around) for side in pair])
+        return [side for pair in reversed(around) for side in pair]
 
     def rows(self, a: Tensor) -> Tensor:
         """Patches of the spread input."""
@@ -203,6 +208,12 @@ class TransposedConvolution(Convolution):
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """``ΔᵀA`` over the spread input."""
         return super().weight_gradient(self._spread(a), delta, weight)
+
+    def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """``ΔW`` at the entries of the spread input that are the input's."""
+        wide = super().input_gradient(self._spread(a), delta, weight)
+        inner = F.pad(wide, [-side for side in self._find_sides()])
+        return inner[(slice(None), slice(None), *(slice(None, None, s) for s in self.spread))]
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
         """The convolution of the spread input."""

@@ -77,6 +77,7 @@ class BatchedProduct(LinearMap):
     groups: int
     sends_below: bool = field(default=True, compare=False)  # type: ignore[misc]
     kind: ClassVar[str] = "experts"
+    rows_are_inputs: ClassVar[bool] = True
 
     def rows(self, a: Tensor) -> Tensor:
         """The input itself, (g, n, d)."""

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from plywise.engine.capture import Capture
-from plywise.engine.captured_call import apply_tapped
+from plywise.engine.captured_call import apply_rearranged, apply_tapped
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -32,8 +32,9 @@ def tap(
     weight: Tensor,
     bias: Tensor | None,
     is_product: bool = False,
+    restore: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Capture a call whose input gradient is left to autograd.
+    """Capture a call whose input gradient is left to autograd, unless the rule replaces it.
 
     Args:
         capture: the capture.
@@ -45,7 +46,11 @@ def tap(
         bias: its bias.
         is_product: whether it is a matrix product, which torch makes in another way, with other rounding, for
             a weight that requires no gradient.
+        restore: makes a gradient at ``x`` of one at the map's input, which a rule has altered. None for maps
+            that cannot make one: there autograd sends on what the rule has made of Δ above.
     """
+    if restore is not None and capture.alters:
+        return apply_rearranged(site, run, prepare, restore, x, weight, bias)
     bare = weight.detach()
     if is_product and weight.requires_grad:
         bare.requires_grad_()

@@ -101,5 +101,6 @@ def read_transposed_convolution(capture: Capture, func: Any, args: Args, kwargs:
         return func(a, w, b, *geometry)
 
     if x.dim() == weight.dim() - 1:
-        return tap(capture, site, run, keep_input, x.unsqueeze(0), weight, bias).squeeze(0)
-    return tap(capture, site, run, keep_input, x, weight, bias)
+        one = x.unsqueeze(0)
+        return tap(capture, site, run, keep_input, one, weight, bias, restore=keep_input).squeeze(0)
+    return tap(capture, site, run, keep_input, x, weight, bias, restore=keep_input)

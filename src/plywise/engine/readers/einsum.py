@@ -101,12 +101,16 @@ def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) 
         rows_first = a.permute([of_x.index(c) for c in experts + rows + inputs])
         return rows_first.reshape(*flat_shape, _count(sizes, inputs))
 
+    def restore(below: Tensor) -> Tensor:
+        named = experts + rows + inputs
+        return below.reshape([sizes[c] for c in named]).permute([named.index(c) for c in of_x])
+
     def run(a: Tensor, stored: Tensor, bias: None) -> Tensor:
         output = torch.einsum(equation, stored, a) if place == 0 else torch.einsum(equation, a, stored)
         turned = output.permute([out.index(c) for c in made])
         return turned.reshape(*flat_shape, _count(sizes, outputs))
 
-    output = tap(capture, site, run, flatten, x, weight, None)
+    output = tap(capture, site, run, flatten, x, weight, None, restore=restore)
     return output.reshape([sizes[c] for c in made]).permute([made.index(c) for c in out])
 
 

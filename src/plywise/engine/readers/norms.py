@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from plywise.engine.layouts import ELEMENTWISE
 from plywise.engine.maps.affine import ElementwiseAffine
 from plywise.engine.readers.common import Args, Kwargs, keep_input, pick_argument, tap
 
+Normalise = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+KeepMoments = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
 
 def _capture_norm(
     capture: Capture,
@@ -19,10 +23,23 @@ def _capture_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    normalise: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
-    again: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None,
+    normalise: Normalise,
+    again: Normalise | None = None,
+    keep_moments: KeepMoments | None = None,
 ) -> Tensor | None:
-    """Capture γ and β of a norm; ``again`` normalises without side effects, for the map's input."""
+    """Capture γ and β of a norm.
+
+    Args:
+        capture: the capture.
+        axis: where the features are, see `ElementwiseAffine`.
+        x: the call's input.
+        weight: γ.
+        bias: β.
+        normalise: the call itself.
+        again: the same without side effects, for the map's input.
+        keep_moments: makes the call, and returns the mean and the inverse deviation of each feature beside
+            its output, so that the map's input need not be normalised once more; None where torch gives none.
+    """
     if weight is None or (not weight.is_leaf and capture.is_parameter(x)):
         return None  # in the second case it normalises another layer's weight (a scaled, standardised one)
     site = capture.find_site(weight, ElementwiseAffine(weight.numel(), axis), ELEMENTWISE, bias, x)
@@ -31,9 +48,20 @@ def _capture_norm(
     if bias is not None and bias.dim() > 1:
         site.bias_shape = bias.shape
     quiet = again or normalise
-    output = normalise(x, weight.detach(), None if bias is None else bias.detach())
-    box = [output.detach(), lambda a: quiet(a, None, None), ()]
+    bare = weight.detach(), None if bias is None else bias.detach()
+    if keep_moments is not None:
+        output, *moments = keep_moments(x, *bare)
+        box = [output.detach(), _standardise, moments]
+    else:
+        output = normalise(x, *bare)
+        box = [output.detach(), lambda a: quiet(a, None, None), ()]
     return apply_tapped(site, quiet, box, output, weight, bias, x)
+
+
+def _standardise(x: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
+    """``(x - mean) / deviation`` of each feature in axis 1."""
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return (x - mean.reshape(shape)).mul_(inverse_deviation.reshape(shape)).to(x.dtype)
 
 
 def read_layer_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -82,8 +110,22 @@ def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
     def again(a: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         return func(a, *kept, w, b, training, momentum, eps)
 
-    output = _capture_norm(capture, 1, x, weight, bias, normalise, again)
+    def keep_moments(a: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        uses_cudnn = torch.backends.cudnn.enabled
+        found = torch._batch_norm_impl_index(a, w, b, mean, var, training, momentum, eps, uses_cudnn)
+        return found[0], found[1], found[2]
+
+    # torch's checks of the arguments, and autocast, are in the function itself
+    is_plain = func is F.batch_norm and training and x.dim() > 1 and _count_rows(x) > 1
+    is_plain = is_plain and not torch.is_autocast_enabled(x.device.type)
+    moments = keep_moments if is_plain else None
+    output = _capture_norm(capture, 1, x, weight, bias, normalise, again, moments)
     return func(*args, **kwargs) if output is None else output
+
+
+def _count_rows(x: Tensor) -> int:
+    """Entries of one feature in axis 1."""
+    return x.numel() // max(x.shape[1], 1)
 
 
 def read_scale(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -27,7 +27,7 @@ def read_linear(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
     if site is None:
         return func(x, weight, bias)
     if not map_.sends_below:  # torch takes other products for such an input: its own graph sends it down
-        return tap(capture, site, func, keep_input, x, weight, bias, is_product=True)
+        return tap(capture, site, func, keep_input, x, weight, bias, is_product=True, restore=keep_input)
     return apply_captured(site, func, x, weight, bias)
 
 
@@ -53,7 +53,7 @@ def _capture_product(capture: Capture, func: Any, x: Any, weight: Any, run: Any)
     if site is None:
         return None
     if not dense:
-        return tap(capture, site, run, keep_input, x, weight, None, is_product=True)
+        return tap(capture, site, run, keep_input, x, weight, None, is_product=True, restore=keep_input)
     return apply_captured(site, run, x, weight, None)
 
 
