@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from plywise.arena.demo import BATCH_SIZE, Plan, Setup
+from plywise._util.environment import environment
+from plywise.arena.demo.study import BATCH_SIZE, Plan, Setup
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import Task
-from plywise.arena.trial import run_trial
-from plywise.arena.workload import Data
 from plywise.data.digits import load_digits
-from plywise.environment import environment
+from plywise.data.parts import Data
 
 TRIALS = 32
 SEEDS = (100, 101)

@@ -15,10 +15,10 @@ from torch import nn
 
 import plywise as pw
 from plywise.arena.method import with_rule
+from plywise.arena.run.trial import Record, run_trial
 from plywise.arena.task import CLASSIFICATION, Task
-from plywise.arena.trial import Record, run_trial
-from plywise.arena.workload import Data
 from plywise.data.digits import Split, load_digits
+from plywise.data.parts import Data
 
 CROSS_ENTROPY = Task(nn.functional.cross_entropy, nn.functional.cross_entropy, "cross entropy")
 HERE = Path(__file__).parent

@@ -6,9 +6,9 @@ python benchmarks/arena/table.py benchmarks/arena/standard
 import argparse
 from pathlib import Path
 
-from plywise.arena.bench_page import judge, read_bench
-from plywise.arena.findings import span
-from plywise.arena.standing import places
+from plywise.arena.reports.bench_page import judge, read_bench
+from plywise.arena.scoring.conclusions import span
+from plywise.arena.scoring.ranking import places
 
 HEAD = (
     "| method | rank by CPU time | steps to target over the best baseline's | CPU time alike | reached the "

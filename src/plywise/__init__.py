@@ -15,6 +15,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from plywise._util.version import __version__
+
 if TYPE_CHECKING:
     from plywise import init, layers, losses, nn, optim
     from plywise.engine.call import LinearCall, Update
@@ -52,8 +54,6 @@ if TYPE_CHECKING:
     from plywise.rules.proxprop import ProxProp
     from plywise.rules.rls import RLS
     from plywise.schedules.layer_freezing import LayerFreezing
-
-__version__ = "0.1.0"
 
 _ROOMS = ("init", "layers", "losses", "nn", "optim")
 

@@ -19,8 +19,8 @@ from plywise.arena.reproductions.experiment import (
     Size,
 )
 from plywise.arena.task import CLASSIFICATION
-from plywise.arena.workload import Data
 from plywise.data.digits import Split, load_digits
+from plywise.data.parts import Data
 
 
 def digits(train, validation, test):

@@ -13,10 +13,10 @@ import pytest
 from browsing import ATTACK, coloured, contrast, inked, wait_for
 from fake_bench import SPEEDS, WORKLOADS, line, make_bench, make_lines, write_bench
 
-from plywise.arena.bench_page import write_page
-from plywise.arena.contest import contest
-from plywise.arena.score import CLOCKS
-from plywise.arena.standing import places
+from plywise.arena.reports.bench_page import write_page
+from plywise.arena.scoring.ranking import places
+from plywise.arena.scoring.results import contest
+from plywise.arena.scoring.score import CLOCKS
 
 CHARTS = ["profile", "validation", "loss", "rates", "tuning", "pareto", "layers"]
 NAMES = list(SPEEDS)

@@ -4,10 +4,20 @@ from dataclasses import replace
 
 import pytest
 
-from plywise.arena.budget import SLACK, TRIALS, Cost, estimate, fitted, patient, seconds_of, steps_for, told
-from plywise.arena.job import Entry
-from plywise.arena.tournament import Plan
-from plywise.arena.workers import PATIENCE
+from plywise.arena.run.bench import Plan
+from plywise.arena.run.budget import (
+    SLACK,
+    TRIALS,
+    Cost,
+    estimate,
+    fitted,
+    patient,
+    seconds_of,
+    steps_for,
+    told,
+)
+from plywise.arena.run.executor import PATIENCE
+from plywise.arena.run.job import Entry
 from plywise.errors import PlywiseError
 
 PLAN = Plan((Entry("a"), Entry("own", "m:f", "m:d")), ("sgd", "adamw"), seeds=3)

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.arena import demo
-from plywise.arena.demo import SETUPS, Plan, Setup, new_study, perform, save
-from plywise.arena.layer_picture import WELL_SCALED, backward_sizes, bad_scales, layer_picture, rescale
-from plywise.arena.reading import reading
-from plywise.catalogue import RULES, find_rule
+from plywise.arena.demo.conclusions import reading
+from plywise.arena.demo.layer_picture import WELL_SCALED, backward_sizes, bad_scales, layer_picture, rescale
+from plywise.arena.demo.study import SETUPS, Plan, Setup, demo, new_study, perform, save
 from plywise.data.digits import load_digits
+from plywise.registry.find import RULES, find_rule
 
 AT_ONCE = [name for name in RULES if not find_rule(name).remembers]
 TINY = Plan(seeds=2, steps=12, sensitivity_steps=3, rates=3, cost_rounds=2, cost_block=1, hidden=(12, 12, 12))

@@ -8,10 +8,10 @@ import pytest
 from fake_bench import make_bench, make_lines
 from test_standing import finals, small
 
-from plywise.arena.contest import contest
-from plywise.arena.findings import _listed_of, findings, span
-from plywise.arena.intervals import Interval
-from plywise.arena.standing import noise, noise_alone, rows
+from plywise.arena.scoring.conclusions import _listed_of, findings, span
+from plywise.arena.scoring.intervals import Interval
+from plywise.arena.scoring.ranking import noise, noise_alone, rows
+from plywise.arena.scoring.results import contest
 
 
 def said(field) -> str:

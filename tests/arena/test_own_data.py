@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from plywise.arena.workload import Data
-from plywise.arena.workloads.own_data import own_data
+from plywise._util.files import write_whole
 from plywise.data.arrays import load_arrays
+from plywise.data.own_data import own_data
+from plywise.data.parts import Data
 from plywise.errors import PlywiseError
-from plywise.files import write_whole
 
 MODULE = """
 import numpy as np

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from plywise.arena.method import Setting, end_to_end
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import CLASSIFICATION, REGRESSION, SEQUENCES
-from plywise.arena.trial import run_trial
 from plywise.arena.workloads.own import own_workload
-from plywise.arena.workloads.own_data import own_data
+from plywise.data.own_data import own_data
 from plywise.errors import BlockError, PlywiseError
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from plywise.arena.job import Entry, Job
-from plywise.arena.ledger import FINAL, TUNED, Key, read
-from plywise.arena.material import Material
-from plywise.arena.ray_crew import RayCrew
-from plywise.arena.workers import Workers
+from plywise.arena.run.bench_data import Material
+from plywise.arena.run.executor import Workers
+from plywise.arena.run.job import Entry, Job
+from plywise.arena.run.ledger import read
+from plywise.arena.run.ray_executor import RayCrew
+from plywise.arena.scoring.records import FINAL, TUNED, Key
 from plywise.cli import main
 from plywise.errors import PlywiseError
 

@@ -10,19 +10,20 @@ from method_settings import network, setting
 from torch import nn
 
 import plywise as pw
-from plywise.arena.job import Entry
-from plywise.arena.material import Material
 from plywise.arena.method import Method
 from plywise.arena.methods import LEARNER_OF, RELATED, RELATIVES, RULE_OF, find_method
+from plywise.arena.methods.listing import ELSEWHERE, METHOD_OF, WORKLOAD_OF, place_of
 from plywise.arena.methods.related_losses import INNER
 from plywise.arena.methods.related_modules import REMEMBERED, Memory, deepened
-from plywise.arena.places import ELSEWHERE, METHOD_OF, WORKLOAD_OF, place_of
+from plywise.arena.run.bench import Bench, Plan
+from plywise.arena.run.bench_data import Material
+from plywise.arena.run.job import Entry
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import RANKING, REGRESSION, wrong_order
-from plywise.arena.tournament import Bench, Plan
-from plywise.arena.trial import endless_batches, run_trial
 from plywise.arena.workloads import find_workload
-from plywise.catalogue import ROOMS
+from plywise.data.batches import endless_batches
 from plywise.nn import Threshold
+from plywise.registry.find import ROOMS
 
 
 def batch(count=64, seed=0):

@@ -8,12 +8,13 @@ from dataclasses import replace
 import own_papers
 import pytest
 
-from plywise.arena.ledger import FINAL, TUNING, read
 from plywise.arena.reproductions import tables
 from plywise.arena.reproductions.experiment import FULL, SMALL, Claim
 from plywise.arena.reproductions.runner import Reproduction
 from plywise.arena.reproductions.summary import REPRODUCED, REVERSED
-from plywise.arena.workers import Workers
+from plywise.arena.run.executor import Workers
+from plywise.arena.run.ledger import read
+from plywise.arena.scoring.records import FINAL, TUNING
 from plywise.errors import PlywiseError, StateError
 
 MINE = "own_papers:MINE"

@@ -10,7 +10,7 @@ from fake_bench import line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plywise.arena.score import (
+from plywise.arena.scoring.score import (
     CLOCKS,
     best_validation,
     chosen,

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from plywise.arena.job import Entry
-from plywise.arena.ledger import TUNING
-from plywise.arena.material import Material
-from plywise.arena.score import best_validation
-from plywise.arena.search import Sobol, find_search
+from plywise.arena.run.bench import Bench, Plan
+from plywise.arena.run.bench_data import Material
+from plywise.arena.run.executor import Workers
+from plywise.arena.run.job import Entry
+from plywise.arena.run.search import Sobol, find_search
+from plywise.arena.scoring.records import TUNING
+from plywise.arena.scoring.score import best_validation
 from plywise.arena.space import Range, points
-from plywise.arena.tournament import Bench, Plan
-from plywise.arena.workers import Workers
 from plywise.errors import PlywiseError, StateError
 
 HERE = "competitors"

@@ -11,11 +11,11 @@ import random
 import pytest
 from fake_bench import line, make_bench, make_lines
 
-from plywise.arena.bench_charts import after_trials, curves, front, thin
-from plywise.arena.contest import contest
-from plywise.arena.score import CLOCKS
-from plywise.arena.spreadsheets import runs_csv, standing_csv
-from plywise.arena.standing import area, noise, null_ratio, places, rows
+from plywise.arena.reports.bench_charts import after_trials, curves, front, thin
+from plywise.arena.reports.spreadsheets import runs_csv, standing_csv
+from plywise.arena.scoring.ranking import area, noise, null_ratio, places, rows
+from plywise.arena.scoring.results import contest
+from plywise.arena.scoring.score import CLOCKS
 
 FOUR = ["sgd", "sgd-again", "proxprop", "local"]
 

@@ -10,16 +10,17 @@ from dataclasses import replace
 
 import pytest
 
-from plywise.arena.budget import measure
-from plywise.arena.job import Entry
-from plywise.arena.ledger import FINAL, TUNING, read
-from plywise.arena.material import Material
 from plywise.arena.methods import find_method
-from plywise.arena.score import chosen
+from plywise.arena.run.bench import TUNING_SEED, Bench, Plan
+from plywise.arena.run.bench_data import Material
+from plywise.arena.run.budget import measure
+from plywise.arena.run.executor import Workers
+from plywise.arena.run.job import Entry
+from plywise.arena.run.ledger import read
+from plywise.arena.scoring.records import FINAL, TUNING
+from plywise.arena.scoring.score import chosen
 from plywise.arena.space import points
-from plywise.arena.tournament import TUNING_SEED, Bench, Plan
-from plywise.arena.workers import Workers
-from plywise.arena.workload import Data
+from plywise.data.parts import Data
 from plywise.errors import PlywiseError, StateError
 
 HERE = "competitors"

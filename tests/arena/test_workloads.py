@@ -9,8 +9,8 @@ import torch
 
 import plywise as pw
 from plywise.arena.method import Setting, end_to_end
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import mean, predictor
-from plywise.arena.trial import endless_batches, run_trial
 from plywise.arena.workloads import (
     QUICK,
     RELATED,
@@ -22,6 +22,7 @@ from plywise.arena.workloads import (
     targets,
 )
 from plywise.arena.workloads.networks import CharTransformer
+from plywise.data.batches import endless_batches
 from plywise.data.digits import Split
 from plywise.data.store import find
 from plywise.errors import PlywiseError

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from plywise.card import STATUSES
-from plywise.catalogue import ROOMS, RULES
 from plywise.cli import demo as demo_command
 from plywise.errors import PAGE
+from plywise.registry.card import STATUSES
+from plywise.registry.find import ROOMS, RULES
 
 NAMES = [name for names in ROOMS.values() for name in names]
 # in the demo: not the open form of four that are, nor a schedule
@@ -213,7 +213,7 @@ def test_doctor_finds_a_rule_that_does_not_train(plywise, monkeypatch):
 
 
 def test_demo_prints_and_writes(tmp_path, capsys):
-    from plywise.arena.demo import Plan
+    from plywise.arena.demo.study import Plan
 
     plan = Plan(seeds=2, steps=4, sensitivity_steps=2, rates=3, cost_rounds=1, cost_block=1, hidden=(8, 8))
     demo_command.run(plan, tmp_path, "plywise demo")

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from plywise.local.making import make_blocks, make_data, make_learner
-from plywise.local.plan import Plan
-from plywise.local.session import open_session
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
 from plywise.pipeline.cuts import component_costs
+from plywise.training.build import make_blocks, make_data, make_learner
+from plywise.training.config import Plan
+from plywise.training.session import open_session
 from sameness import same
 
 MODULE = """

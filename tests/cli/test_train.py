@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from plywise.cli.training import Flags
-from plywise.local.plan import Plan, read_plan
-from plywise.local.session import open_session, trained
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
+from plywise.training.config import Plan, read_plan
+from plywise.training.session import open_session, trained
 
 MODULE = """
 import time

@@ -34,7 +34,8 @@ from plywise import (
     Rule,
     Update,
 )
-from plywise.engine.rule import Size, require_positive
+from plywise._util.checks import require_positive
+from plywise.engine.rule import Size
 
 
 @dataclass(frozen=True)

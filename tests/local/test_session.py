@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from plywise.errors import NonFiniteError, PlywiseError, StateError
-from plywise.local.making import make_blocks
-from plywise.local.plan import Plan
-from plywise.local.run_folder import RunFolder, cut_back
-from plywise.local.session import accuracy, open_session, permutation, share, trained
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
+from plywise.training.build import make_blocks
+from plywise.training.config import Plan
+from plywise.training.run_folder import RunFolder, cut_back
+from plywise.training.session import accuracy, open_session, permutation, share, trained
 from sameness import same
 
 MODULE = """

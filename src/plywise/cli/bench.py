@@ -13,19 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plywise._util.environment import workers_for
 from plywise.cli.console import console
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
-from plywise.environment import workers_for
 from plywise.errors import PlywiseError, StateError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from plywise.arena.material import Material
-    from plywise.arena.ray_crew import RayCrew
-    from plywise.arena.tournament import Bench, Plan, Progress
-    from plywise.arena.workers import Crew, Workers
+    from plywise.arena.run.bench import Bench, Plan, Progress
+    from plywise.arena.run.bench_data import Material
+    from plywise.arena.run.executor import Crew, Workers
+    from plywise.arena.run.ray_executor import RayCrew
 
 OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run")
 """Flags that are no part of the plan: a bench may be gone on with by others."""
@@ -108,7 +108,7 @@ def bench(
     given = dict(locals())
     seconds = None
     if budget is not None:
-        from plywise.arena.budget import seconds_of
+        from plywise.arena.run.budget import seconds_of
 
         seconds = seconds_of(budget)
     end = None if seconds is None else time.monotonic() + seconds
@@ -123,7 +123,7 @@ def bench(
                 f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out.",
                 see="error-bench",
             )
-        from plywise.arena.search import find_search
+        from plywise.arena.run.search import find_search
 
         own = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
         plan = _asked(model, data, workloads, methods, loss, metric, own)
@@ -138,12 +138,12 @@ def bench(
             patience=patience,
         )
     if ray is None:  # a cluster's machines have devices of their own
-        from plywise.arena.job import require_device
+        from plywise.arena.run.job import require_device
 
         require_device(plan.device)
     crew = _crew(ray, workers, plan)
     screen = console()
-    from plywise.arena.material import Material
+    from plywise.arena.run.bench_data import Material
 
     material = Material(plan.entries)
     try:
@@ -181,9 +181,9 @@ def _asked(
     own: dict[str, Any],
 ) -> Plan:
     """What is compared, as the flags say."""
-    from plywise.arena.job import Entry
     from plywise.arena.methods import find_method
-    from plywise.arena.tournament import Plan
+    from plywise.arena.run.bench import Plan
+    from plywise.arena.run.job import Entry
     from plywise.arena.workloads import QUICK, RELATED, STANDARD
 
     if (model is None) == (workloads is None):
@@ -212,7 +212,7 @@ def _crew(ray: str | None, workers: int | None, plan: Plan) -> Workers | RayCrew
     """Who runs the trials."""
     threads, patience = plan.threads, _patience(plan)
     if ray is None:
-        from plywise.arena.workers import Workers
+        from plywise.arena.run.executor import Workers
 
         count = workers_for(plan.device, threads) if workers is None else workers
         return Workers(count, threads, patience)
@@ -221,14 +221,14 @@ def _crew(ray: str | None, workers: int | None, plan: Plan) -> Workers | RayCrew
             "--workers belongs to this machine; with --ray, the cluster's CPUs say how many.",
             see="error-command",
         )
-    from plywise.arena.ray_crew import RayCrew
+    from plywise.arena.run.ray_executor import RayCrew
 
     return RayCrew(ray, threads, patience)
 
 
 def _patience(plan: Plan) -> float:
     """Seconds that a trial may take."""
-    from plywise.arena.workers import PATIENCE
+    from plywise.arena.run.executor import PATIENCE
 
     return PATIENCE if plan.patience is None else plan.patience
 
@@ -237,7 +237,7 @@ def _saved(out: Path) -> Plan:
     """The plan of a folder."""
     import json
 
-    from plywise.arena.tournament import Plan
+    from plywise.arena.run.bench import Plan
 
     path = out / "bench.json"
     if not path.exists():
@@ -250,7 +250,7 @@ def _saved(out: Path) -> Plan:
 
 def _done(out: Path) -> Counter[tuple[str, str]]:
     """Trials in a folder's ledger, by workload and method."""
-    from plywise.arena.ledger import read
+    from plywise.arena.run.ledger import read
 
     return Counter((line["workload"], line["method"]) for line in read(out / "trials.jsonl"))
 
@@ -264,7 +264,7 @@ def _planned(
     screen: Console,
 ) -> Plan:
     """The plan with steps, trials and patience that fit; says what it, or the rest of it, comes to."""
-    from plywise.arena.budget import estimate, fitted, measure, patient, steps_for, told
+    from plywise.arena.run.budget import estimate, fitted, measure, patient, steps_for, told
 
     screen.print("Measuring a few steps of each method.", style="dim")
     costs, failures = measure(plan, material, crew)
@@ -292,7 +292,7 @@ def _planned(
 
 
 def _run(plan: Plan, material: Material, crew: Crew, out: Path, end: float | None, screen: Console) -> None:
-    from plywise.arena.tournament import Bench
+    from plywise.arena.run.bench import Bench
     from plywise.cli.report import conclude
 
     bench = Bench(plan, material, out, shlex.join(["plywise", *sys.argv[1:]]))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from plywise.arena.demo import Plan, Progress
+    from plywise.arena.demo.study import Plan, Progress
 
 
 def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) -> None:
@@ -37,7 +37,7 @@ def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) ->
 
     import torch
 
-    from plywise.arena.demo import Plan
+    from plywise.arena.demo.study import Plan
 
     torch.set_num_threads(1)  # matrices this small only wait for one another on several threads
     run(Plan(seeds=seeds), out, shlex.join(["plywise", *sys.argv[1:]]))
@@ -51,8 +51,8 @@ def run(plan: Plan, out: Path, command: str) -> None:
     Raises:
         KeyboardInterrupt: it was interrupted; says what was kept.
     """
-    from plywise.arena.demo import new_study, perform, save
-    from plywise.arena.reading import reading
+    from plywise.arena.demo.conclusions import reading
+    from plywise.arena.demo.study import new_study, perform, save
 
     start = time.monotonic()
     study = new_study(plan, command)
@@ -79,7 +79,7 @@ def run(plan: Plan, out: Path, command: str) -> None:
 
 def results(study: dict[str, Any]) -> Table:
     """The summary of a study as a table for the terminal."""
-    from plywise.arena.report import table_rows
+    from plywise.arena.demo.report import table_rows
 
     numbers = ("test accuracy, %", "training loss", "CPU s", "step cost", "failed")
     shown = table("method", *numbers, numbers=numbers)

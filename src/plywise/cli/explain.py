@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from plywise.cli.console import console, table
 from plywise.engine.explain import format_bytes, format_cost, format_reason
 from plywise.errors import PlywiseError
-from plywise.local.plan import literal
+from plywise.training.config import literal
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
 
@@ -62,7 +62,8 @@ def explain(
 
 def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
     """The rule called ``name`` with ``settings`` of the form name=value."""
-    from plywise.catalogue import find_rule, suggestion
+    from plywise._util.suggest import suggestion
+    from plywise.registry.find import find_rule
 
     rule_class: Any = find_rule(name)
     known = tuple(field.name for field in fields(rule_class))
@@ -90,7 +91,7 @@ def load_model(address: str) -> nn.Module:
     """The model that ``module:name`` makes, or is."""
     from torch import nn
 
-    from plywise.addresses import called, load
+    from plywise._util.import_path import called, load
 
     found = load(address, "your model")
     if not isinstance(found, nn.Module):

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from plywise.arena.workers import Crew
+    from plywise.arena.run.executor import Crew
 
 STOPPING = "Stopping: what has ended is kept. The report is drawn next; Ctrl-C again leaves it out."
 

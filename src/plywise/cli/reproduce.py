@@ -8,17 +8,17 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from plywise._util.environment import workers_for
 from plywise.cli.console import console, table
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
-from plywise.environment import workers_for
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from plywise.arena.reproductions.runner import Progress, Reproduction
-    from plywise.arena.workers import Workers
+    from plywise.arena.run.executor import Workers
 
 
 def reproduce(
@@ -66,10 +66,10 @@ def reproduce(
             raise PlywiseError("--only names experiments of a paper: say which paper.", see="error-command")
         _list(screen)
         return
-    from plywise.arena.job import require_device
     from plywise.arena.reproductions import find_paper
     from plywise.arena.reproductions.runner import Reproduction
-    from plywise.arena.workers import Workers
+    from plywise.arena.run.executor import Workers
+    from plywise.arena.run.job import require_device
 
     names = [word.strip() for word in only.split(",") if word.strip()]
     made = Reproduction(paper, size, seeds, out / find_paper(paper).name, names, device)
@@ -116,7 +116,7 @@ def _list(screen: Console) -> None:
 
 def _announce(made: Reproduction, crew: Workers, screen: Console) -> None:
     """Say what is run, and how long it may take."""
-    from plywise.arena.budget import told
+    from plywise.arena.run.budget import told
 
     for experiment in made.experiments:
         screen.print(f"{experiment.name}: {experiment.sizes[made.size].about}.", soft_wrap=True)
@@ -144,8 +144,8 @@ def _follow(pieces: Iterator[Progress], made: Reproduction, screen: Console) -> 
 
 def _said(piece: Progress) -> str:
     """A run in one line."""
-    from plywise.arena.budget import told
-    from plywise.arena.ledger import TUNING
+    from plywise.arena.run.budget import told
+    from plywise.arena.scoring.records import TUNING
 
     line = piece.line
     which = f"rate {line['rate']:g}" if line["purpose"] == TUNING else f"seed {line['seed']}"

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from plywise.local.plan import Plan, read_plan
+from plywise.training.config import Plan, read_plan
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from plywise.local.journal import Line
-    from plywise.local.session import Session
+    from plywise.training.metrics_log import Line
+    from plywise.training.session import Session
 
 Words = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
@@ -132,7 +132,7 @@ def conclude(session: Session, screen: Console) -> None:
     screen.print(
         f"\nTrained {session.step} steps in {line.get('seconds', 0.0):.1f} s{known}.\n"
         f"Log and checkpoints: {plan.out}. In Python the network is "
-        f"plywise.local.session.trained({str(plan.out)!r}).",
+        f"plywise.training.session.trained({str(plan.out)!r}).",
         soft_wrap=True,
     )
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plywise.addresses import called
+from plywise._util.import_path import called
+from plywise._util.seeded import seeded
 from plywise.data.digits import Split, load_digits
 from plywise.data.readers import read_npz
 from plywise.errors import PlywiseError
-from plywise.seeded import seeded
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def made_by(address: str) -> Any:
     """What the user's function at ``module:name`` returns; what it draws is the same each time.
 
     Raises:
-        PlywiseError: see `plywise.addresses.called`.
+        PlywiseError: see `plywise._util.import_path.called`.
     """
     with seeded(0):
         return called(address, "your data")

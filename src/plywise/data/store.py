@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from plywise.catalogue import suggestion
+from plywise._util.files import written_whole
+from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
-from plywise.files import written_whole
 
 DEADLINE = 600.0
 """Seconds that one mirror has to deliver one file."""

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_positive, require_whole
+from plywise._util.checks import require_positive, require_whole
 from plywise.errors import BlockError
+from plywise.local.block_backward import Passage
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.learner import Learner, check_classes
 from plywise.local.local_loss import Loss, LossComponent
-from plywise.local.passage import Passage
 
 
 class ActivationRelaxation(Learner):

@@ -6,13 +6,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_whole
+from plywise._util.checks import require_whole
+from plywise.local.block_backward import Passage
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import Learner, check_classes
 from plywise.local.local_loss import Loss, headed_components
-from plywise.local.passage import Passage
 from plywise.local.trainer import LocalTrainer
 
 

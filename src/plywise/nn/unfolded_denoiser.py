@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
-from plywise.engine.rule import require_choice, require_whole
+from plywise._util.checks import require_choice, require_whole
 
 
 class Layer(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from plywise.catalogue import suggestion
+from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def find_method(name: str) -> Method:
     if plus:
         return _composed(name, first, second)
     if ":" in name:
-        from plywise.addresses import load
+        from plywise._util.import_path import load
         from plywise.arena.method import of_class
 
         return of_class(name, load(name, "your method"))

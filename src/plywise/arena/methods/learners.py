@@ -16,23 +16,24 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.flop_counter import FlopCounterMode
 
+from plywise._util.modes import evaluating
 from plywise.arena.method import Method, Setting, cosine
 from plywise.arena.methods import LEARNER_OF, RULE_OF
 from plywise.arena.methods.rules import TUNED
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.workload import Workload
-from plywise.catalogue import find_learner, find_rule
 from plywise.engine.health import SKIPPED
 from plywise.engine.rule import Rule
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.local.associated_learning import pooled_bridge
-from plywise.local.blocks import Blocks, evaluating
-from plywise.local.catalogue import READERS
+from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join
 from plywise.local.learner import Learner
 from plywise.local.linear_heads import RidgeHead
+from plywise.local.settings import READERS
 from plywise.local.split import balance, split
 from plywise.local.units import units_of
+from plywise.registry.find import find_learner, find_rule
 
 RATE: Space = {"lr": Range(1e-4, 1e-1, 3e-3)}
 """Adam's."""

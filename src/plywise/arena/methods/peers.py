@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plywise.addresses import load
+from plywise._util.import_path import load
+from plywise._util.modes import evaluating
 from plywise.arena.method import Method, Numbers, Setting, Trainer, end_to_end, of_class
 from plywise.arena.methods import NULL_CONTROL, PEERS
 from plywise.arena.space import Range, Space
 from plywise.errors import PlywiseError
-from plywise.local.blocks import evaluating
 
 GRADIENT_SIZED: Space = {"lr": Range(1e-3, 1.0, 0.07), "weight_decay": Range(1e-6, 1e-2, 1e-4)}
 """Of optimizers whose steps are as large as the gradient, the decay added to it."""

@@ -11,8 +11,8 @@ from plywise.arena.method import Method, Setting, Trainer, end_to_end
 from plywise.arena.methods import PEERS, RULE_OF
 from plywise.arena.methods.peers import Peer, find_peer
 from plywise.arena.space import MOST_TUNED, Range, Space, defaults
-from plywise.card import card_of
-from plywise.catalogue import find_rule
+from plywise.registry.card import card_of
+from plywise.registry.find import find_rule
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from plywise.arena.reproductions.experiment import (
 )
 from plywise.arena.reproductions.sources import cifar100_channels, cifar_channels
 from plywise.arena.task import CLASSIFICATION
-from plywise.arena.workload import Data
+from plywise.data.parts import Data
 from plywise.rules.back_matching import BackMatching
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from plywise._util.suggest import suggestion
 from plywise.arena.method import Trainer
-from plywise.arena.workload import Data
-from plywise.catalogue import suggestion
+from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
 FULL, SMALL = "full", "small"

@@ -11,17 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plywise.arena.job import rounded
-from plywise.arena.ledger import FINAL, TUNED, TUNING, Key, Ledger
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.arena.reproductions import find_paper, tables
 from plywise.arena.reproductions.experiment import FULL, SMALL, Arm, Experiment, Line
 from plywise.arena.reproductions.runs import Place, Probe, Run, settings
 from plywise.arena.reproductions.summary import outcome, ruling
-from plywise.arena.tournament import TUNING_SEED
-from plywise.arena.workers import PATIENCE, Workers
-from plywise.environment import environment
+from plywise.arena.run.bench import TUNING_SEED
+from plywise.arena.run.executor import PATIENCE, Workers
+from plywise.arena.run.job import rounded
+from plywise.arena.run.ledger import Ledger
+from plywise.arena.scoring.records import FINAL, TUNED, TUNING, Key
 from plywise.errors import PlywiseError, StateError
-from plywise.files import write_whole
 
 MARGIN = 10
 """A run may take so many times what a few of its steps promise, before it is given up."""

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from plywise.addresses import user_line
-from plywise.arena.job import on, rounded
-from plywise.arena.ledger import FINAL, Key
+from plywise._util.import_path import user_line
 from plywise.arena.reproductions import find_paper
 from plywise.arena.reproductions.experiment import Arm, Size, Start
+from plywise.arena.run.job import on, rounded
+from plywise.arena.run.trial import Record, run_trial
+from plywise.arena.scoring.records import FINAL, Key
 from plywise.arena.task import CLASSIFICATION
-from plywise.arena.trial import Record, endless_batches, run_trial
-from plywise.arena.workload import Data
+from plywise.data.batches import endless_batches
+from plywise.data.parts import Data
 
 MEASUREMENTS = 2
 """Measurements in a run, besides the one before its first step."""

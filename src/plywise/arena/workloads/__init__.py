@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from plywise.catalogue import suggestion
+from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from functools import partial
 from torch import nn
 
 from plywise.arena.task import CLASSIFICATION, REGRESSION
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import autoencoder, conv_net, mlp
 from plywise.data.digits import Split, load_digits
+from plywise.data.parts import Data
 
 TEN_CLASSES = replace(CLASSIFICATION, chance=0.9)
 

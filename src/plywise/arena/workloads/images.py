@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from plywise.arena.task import REGRESSION
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.arena.workloads.digits import TEN_CLASSES
 from plywise.arena.workloads.networks import autoencoder, conv_net, mlp, resnet
-from plywise.arena.workloads.parts import drawn
 from plywise.data.digits import Split
+from plywise.data.parts import Data, drawn
 from plywise.data.readers import Bytes
 from plywise.data.sets import cifar10, grey_images
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plywise.addresses import called, load
+from plywise._util.import_path import called, load
 from plywise.arena.task import REGRESSION, WHOLE_SET, Judge, Task, WholeSetTask, error_rate, task_of
-from plywise.arena.workload import Data, Workload
-from plywise.arena.workloads.own_data import OwnData, own_data
+from plywise.arena.workload import Workload
 from plywise.data.digits import Split
+from plywise.data.own_data import OwnData, own_data
+from plywise.data.parts import Data
 from plywise.errors import BlockError, PlywiseError
 from plywise.local.split import split
 

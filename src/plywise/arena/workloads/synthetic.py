@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from plywise.arena.task import REGRESSION
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.data.digits import Split
+from plywise.data.parts import Data
 
 DIMENSIONS = 100
 NOISE = 0.5

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from plywise.arena.task import SEQUENCES, Task
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import CharTransformer
 from plywise.data.digits import Split
+from plywise.data.parts import Data
 from plywise.data.sets import tiny_shakespeare
 from plywise.errors import PlywiseError
 
