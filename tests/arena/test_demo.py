@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import plywise as pw
+from plywise.arena.demo import study as demo
 from plywise.arena.demo.conclusions import reading
 from plywise.arena.demo.layer_picture import WELL_SCALED, backward_sizes, bad_scales, layer_picture, rescale
-from plywise.arena.demo.study import SETUPS, Plan, Setup, demo, new_study, perform, save
+from plywise.arena.demo.study import SETUPS, Plan, Setup, new_study, perform, save
 from plywise.data.digits import load_digits
 from plywise.registry.find import RULES, find_rule
 

@@ -36,6 +36,7 @@ from plywise import (
 )
 from plywise._util.checks import require_positive
 from plywise.engine.rule import Size
+from plywise.registry.names import NAMES, RULE
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,12 @@ CASES = [
         rates=(0.3,),
     ),
 ]
+CASES += [
+    Case(entry.method, getattr(import_module(f"plywise.{entry.module}"), entry.name))
+    for entry in NAMES
+    if entry.kind == RULE and not any(type(case.make()).__name__ == entry.name for case in CASES)
+]
+"""Every rule of the table is checked: those without a case of their own as they are by default."""
 
 
 def selected(specifications: Sequence[str]) -> list[Case]:

@@ -6,47 +6,19 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import plywise
 from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
+from plywise.registry.names import LEARNER, NAMES, PART, RULE, names_of
 
 if TYPE_CHECKING:
     from plywise.engine.rule import Rule
     from plywise.local.learner import Learner
 
-RULES = (
-    *("Backprop", "ProxProp", "BackMatching", "NLMS", "Consequentialism"),
-    *("RLS", "FeatureWhitening", "AdaBK", "KFAC", "Foof", "Precondition"),
-    "GradientAmplification",
-)
+RULES = names_of(RULE)
 """Names of the rules, each an attribute of `plywise`; a name costs no import of torch."""
 
-LEARNERS = (
-    *("AssociatedLearning", "LocalLoss", "Interlocking", "CascadedForward"),
-    *("LocalForwardGradient", "ActivationRelaxation"),
-)
+LEARNERS = names_of(LEARNER)
 """Names of the local learners, each an attribute of `plywise`."""
-
-ROOMS: dict[str, tuple[str, ...]] = {
-    "rules": RULES,
-    "local": LEARNERS,
-    "schedules": ("LayerFreezing",),
-    "optim": ("LRSGDR", "LRSGDC", "YamAdam", "SalpSGD", "ASkewSGD", "ProximalAnchor"),
-    "nn": (
-        *("AdaptiveActivation", "UnfoldedDenoiser", "Threshold", "ThresholdNetwork", "VSML"),
-        *("DecisionStage", "ConvLSTM"),
-    ),
-    "losses": (
-        *("AUCMargin", "CoDA", "SPAUC", "slope_recovery", "input_gradient_penalty"),
-        "wasserstein_proximal",
-    ),
-    "init": ("fuse_layers",),
-}
-"""Names of all methods, by the room that they are in."""
-
-OUTSIDE = ("rules", "local", "schedules")
-"""Rooms whose methods are attributes of `plywise` itself; the others keep theirs, as `plywise.optim` does."""
-
 
 TITLES = {
     "rules": "Rules: attach one to your model and your optimizer",
@@ -59,6 +31,14 @@ TITLES = {
 }
 """What each room is called where its methods are listed."""
 
+ROOMS: dict[str, tuple[str, ...]] = {
+    room: tuple(entry.name for entry in NAMES if entry.room == room and entry.kind != PART) for room in TITLES
+}
+"""Names of all methods, by the room that they are in."""
+
+
+_MODULES = {entry.name: entry.module for entry in NAMES if entry.kind != PART}
+
 
 def find(name: str) -> Callable[..., Any]:
     """The class or function of the method called ``name``, whatever its letters' case.
@@ -70,10 +50,7 @@ def find(name: str) -> Callable[..., Any]:
         >>> find("associatedlearning").__name__
         'AssociatedLearning'
     """
-    rooms = {method: room for room, methods in ROOMS.items() for method in methods}
-    method = named(name, tuple(rooms), "method")
-    home = plywise if rooms[method] in OUTSIDE else import_module(f"plywise.{rooms[method]}")
-    found: Callable[..., Any] = getattr(home, method)
+    found: Callable[..., Any] = _load(named(name, tuple(_MODULES), "method"))
     return found
 
 
@@ -87,7 +64,7 @@ def find_rule(name: str) -> type[Rule]:
         >>> find_rule("proxprop").__name__
         'ProxProp'
     """
-    rule: type[Rule] = getattr(plywise, named(name, RULES, "rule"))
+    rule: type[Rule] = _load(named(name, RULES, "rule"))
     return rule
 
 
@@ -101,7 +78,7 @@ def find_learner(name: str) -> type[Learner]:
         >>> find_learner("localloss").__name__
         'LocalLoss'
     """
-    learner: type[Learner] = getattr(plywise, named(name, LEARNERS, "learner"))
+    learner: type[Learner] = _load(named(name, LEARNERS, "learner"))
     return learner
 
 
@@ -118,3 +95,7 @@ def named(name: str, names: tuple[str, ...], kind: str) -> str:
             see="error-command",
         )
     return known[name.lower()]
+
+
+def _load(name: str) -> Any:
+    return getattr(import_module(f"plywise.{_MODULES[name]}"), name)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import plywise
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.demo.layer_picture import layer_picture
@@ -30,6 +29,7 @@ from plywise.data.batches import endless_batches
 from plywise.data.digits import ATTRIBUTION, Split, load_digits
 from plywise.data.parts import Data
 from plywise.engine.rule import Rule
+from plywise.registry.find import find_rule
 
 BATCH_SIZE = 128
 
@@ -56,7 +56,7 @@ class Setup:
 
     def make_rule(self) -> Rule | None:
         """A fresh rule, or None."""
-        return None if self.rule is None else getattr(plywise, self.rule)(**self.rule_settings)
+        return None if self.rule is None else find_rule(self.rule)(**self.rule_settings)
 
     def train(self, model: nn.Module, rate: float | None = None) -> EndToEnd:
         """Begin to train a model, at another rate if given."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
+from plywise.registry.names import LEARNER, NAMES, RULE
 
 if TYPE_CHECKING:
     from plywise.arena.method import Method
@@ -17,56 +18,18 @@ PEERS = ("sgd", "adamw", "muon", "soap", "shampoo")
 NULL_CONTROL = "sgd-again"
 """The first peer a second time: what differs between these two is noise."""
 
-RULE_OF = {
-    "backprop": "Backprop",
-    "proxprop": "ProxProp",
-    "back-matching": "BackMatching",
-    "nlms": "NLMS",
-    "consequentialism": "Consequentialism",
-    "rls": "RLS",
-    "feature-whitening": "FeatureWhitening",
-    "adabk": "AdaBK",
-    "kfac": "KFAC",
-    "foof": "Foof",
-    "precondition": "Precondition",
-    "gradient-amplification": "GradientAmplification",
-}
+RULE_OF = {entry.method: entry.name for entry in NAMES if entry.kind == RULE}
 """The rule of each method that is one, on SGD with Nesterov momentum."""
 
-LEARNER_OF = {
-    "associated-learning": "AssociatedLearning",
-    "local-loss": "LocalLoss",
-    "interlocking": "Interlocking",
-    "cascaded-forward": "CascadedForward",
-    "local-forward-gradient": "LocalForwardGradient",
-    "activation-relaxation": "ActivationRelaxation",
-}
+LEARNER_OF = {entry.method: entry.name for entry in NAMES if entry.kind == LEARNER}
 """The local learner of each method that is one."""
 
 ON_ADAMW = ("foof+adamw", "feature-whitening+adamw", "adabk+adamw")
 """Rules that do better on AdamW than on SGD in our benchmarks."""
 
 RELATED = {
-    "related_optimizers": {
-        "lrsgd-r": "LRSGDR",
-        "lrsgd-c": "LRSGDC",
-        "yam-adam": "YamAdam",
-        "salp-sgd": "SalpSGD",
-        "askew-sgd": "ASkewSGD",
-    },
-    "related_losses": {
-        "auc-margin": "AUCMargin",
-        "coda": "CoDA",
-        "input-gradient-penalty": "input_gradient_penalty",
-        "wasserstein-proximal": "wasserstein_proximal",
-    },
-    "related_modules": {
-        "adaptive-activations": "AdaptiveActivation",
-        "slope-recovery": "slope_recovery",
-        "threshold": "Threshold",
-        "fuse-layers": "fuse_layers",
-        "decision-stage": "DecisionStage",
-    },
+    maker: {entry.method: entry.name for entry in NAMES if entry.maker == maker}
+    for maker in ("related_optimizers", "related_losses", "related_modules")
 }
 """What is made of the related papers' optimizers, losses and modules, by the module that makes it."""
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from plywise.arena.methods import LEARNER_OF, RELATED, RULE_OF
 from plywise.errors import PlywiseError
+from plywise.registry.names import NAMES
 
-METHOD_OF = {
-    thing: name for names in (RULE_OF, LEARNER_OF, *RELATED.values()) for name, thing in names.items()
-}
+METHOD_OF = {entry.name: entry.method for entry in NAMES if entry.method}
 """The arena's method, by the name of what it is made of."""
 
-WORKLOAD_OF = {"UnfoldedDenoiser": "digits-denoiser", "VSML": "vsml-episodes"}
+WORKLOAD_OF = {entry.name: entry.workload for entry in NAMES if entry.workload}
 """The workload whose network it is."""
 
-ELSEWHERE = {
-    "LayerFreezing": "It is a schedule for long runs, and these are short.",
-    "ProximalAnchor": "It is in the methods lrsgd-r, lrsgd-c and coda.",
-    "ThresholdNetwork": "It is fitted in closed form, without steps. Its neurons are the method threshold.",
-    "SPAUC": "It is an estimator of its own that trains no network.",
-    "ConvLSTM": "It is a layer; make a workload of a network of yours that has it.",
-}
+ELSEWHERE = {entry.name: entry.absence for entry in NAMES if entry.absence}
 """Why there is neither."""
 
 
 def place_of(name: str) -> str:
-    """Where something of the catalogue is met in the arena, in a sentence.
+    """Where something of the registry is met in the arena, in a sentence.
 
     Raises:
         PlywiseError: nothing is known of it.
@@ -43,4 +35,4 @@ def place_of(name: str) -> str:
         return f"The network of a workload: plywise bench --workloads {WORKLOAD_OF[name]}"
     if name in ELSEWHERE:
         return ELSEWHERE[name]
-    raise PlywiseError(f"Of {name} it is not known where it stands in the arena: say so in {__name__}.")
+    raise PlywiseError(f"The table plywise.registry.names does not say where {name} is in the arena.")

@@ -13,6 +13,7 @@ from plywise.arena.methods.peers import Peer, find_peer
 from plywise.arena.space import MOST_TUNED, Range, Space, defaults
 from plywise.registry.card import card_of
 from plywise.registry.find import find_rule
+from plywise.registry.names import NAMES, RULE
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,13 @@ class Tuned:
 
 
 TUNED = {
-    "Backprop": Tuned(),
-    "ProxProp": Tuned({"tau": Range(0.01, 100.0, 1.0)}, Range(0.03, 30.0, 2.0)),
-    "BackMatching": Tuned({"cap": Range(0.01, 10.0, 1.0)}, Range(3e-4, 0.3, 0.02)),
-    "NLMS": Tuned({"eps": Range(1e-3, 1.0, 0.1)}, Range(0.03, 30.0, 2.0)),
-    "Consequentialism": Tuned({"eps": Range(1e-3, 10.0, 0.1)}, Range(1e-3, 1.0, 0.02)),
-    "RLS": Tuned({"gain": Range(0.01, 10.0, 0.1)}),
-    "FeatureWhitening": Tuned({"damping": Range(1e-5, 0.1, 1e-3)}),
-    "AdaBK": Tuned({"damping": Range(1e-4, 1.0, 1e-2)}),
-    "KFAC": Tuned({"damping": Range(0.01, 100.0, 1.0)}),
-    "Foof": Tuned({"damping": Range(0.01, 100.0, 1.0)}),
-    "Precondition": Tuned(
-        {"damping": Range(1e-3, 10.0, 0.1), "right": Range(0.1, 1.0, 0.5, log=False)},
-        fixed={"rank": 128, "stats_every": 10, "refresh_every": 10},
-    ),
-    "GradientAmplification": Tuned({"factor": Range(1.0, 10.0, 2.0)}),
+    entry.name: Tuned(
+        {name: Range(*interval) for name, interval in entry.tuned.items()},
+        Range(*entry.rate) if entry.rate else None,
+        entry.fixed,
+    )
+    for entry in NAMES
+    if entry.kind == RULE
 }
 """By the rules' names."""
 
