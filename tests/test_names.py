@@ -1,4 +1,4 @@
-"""One table holds all names: adding a rule is its file and one line, and everything that lists rules has it."""
+"""One table holds all names: with a file and one line of it a rule is everywhere that rules are listed."""
 
 import json
 import os

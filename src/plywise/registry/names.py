@@ -1,8 +1,8 @@
 """The one table of what plywise ships: `plywise`, the command line, the documentation and the arena read it.
 
 To add a rule, write its file and its test, and add one line here. Then run
-``python -m plywise.registry.stub``, which tells type checkers what `plywise` holds. This module imports no other
-of plywise, and not torch.
+``python -m plywise.registry.stub``, which tells type checkers what `plywise` holds. This module imports
+nothing of plywise, and not torch.
 """
 
 from __future__ import annotations
