@@ -13,8 +13,8 @@ from plywise.arena.method import Setting, end_to_end
 from plywise.arena.run.trial import run_trial
 from plywise.arena.task import CLASSIFICATION, REGRESSION, SEQUENCES
 from plywise.arena.workloads.own import own_workload
-from plywise.data.own_data import own_data
 from plywise.errors import BlockError, PlywiseError
+from plywise.registry.resolve import own_data
 
 
 @pytest.fixture(autouse=True)

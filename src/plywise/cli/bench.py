@@ -80,7 +80,8 @@ def bench(
             .csv file whose last column is the target.
         workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships.
         methods: what competes: names (`plywise methods` lists the rules), rule+optimizer, learners, or
-            module:name of a torch.optim.Optimizer.
+            module:name of a torch.optim.Optimizer or of a rule
+            of yours.
         budget: time for all of it, as in 90s, 45m, 2h: sets the number of trials, and the steps of your model
             if you do not.
         trials: tuning trials of each method, without a budget; 0: defaults only, with a budget, too.

@@ -35,18 +35,20 @@ class Flags:
     Attributes:
         model: function that makes your network, as module:name: an nn.Module, which is cut into blocks of
             equal cost, or a list of blocks. Default: a linear layer of 128 and ReLU for each block.
-        data: digits (they come with plywise), a .npz file with x_train, y_train and perhaps x_test, y_test,
-            or module:name of a function that returns (x, y) or (x, y, x_test, y_test). Default digits.
+        data: digits (they come with plywise), or what `plywise bench` takes: module:name of a function that
+            returns (x, y), (x, y, x_test, y_test) or three pairs; a .npz file with x_train, y_train and
+            perhaps x_test, y_test; a .csv file whose last column is the target. Default digits.
         learner: AssociatedLearning, LocalLoss, Interlocking, CascadedForward, LocalForwardGradient or
-            ActivationRelaxation. Default LocalLoss.
+            ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
         set: a hyper-parameter of the learner, as name=value; may be repeated.
         blocks: number of blocks. Default 4.
         split: where the model is cut, as in 0,2,5: the first unit of each block. Default: by measured cost;
             the first lines say where.
-        optimizer: a class of torch.optim; each block gets one of its own. Default Adam.
+        optimizer: a class of torch.optim, or module:name of one; each block gets its own. Default Adam.
         optimizer_set: an argument of the optimizer, as name=value; may be repeated.
         rate: learning rate. Default 0.003.
-        rule: a rule inside each block (see `plywise methods`). Default none: plain gradients.
+        rule: a rule inside each block (see `plywise methods`), or module:name of a class of yours. Default
+            none: plain gradients.
         rule_set: a hyper-parameter of the rule, as name=value; may be repeated.
         epochs: passes over the training data; a finished run goes on with more of them. Default 10.
         batch_size: samples a batch. Default 64.
@@ -103,6 +105,8 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
         f"{plan.data}: {session.samples:,} samples of {session.classes} classes, {test}; "
         f"{session.per_epoch} steps of {plan.batch_size} an epoch.",
     ]
+    if session.note:
+        lines.append(session.note)
     if record is not None and record.starts:
         cut = ",".join(map(str, record.starts))
         lines.append(f"{plan.model} is cut at units {cut}; --split {cut} cuts it there again.")

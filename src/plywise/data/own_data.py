@@ -1,4 +1,4 @@
-"""A user's own data: read from wherever they are, checked, and cut into three parts."""
+"""The one reader of a user's data: from wherever they are, checked, and cut into three parts if need be."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from plywise._util.suggest import suggestion
-from plywise.arena.workloads import WORKLOADS, find_workload
 from plywise.data.arrays import inputs_of, made_by, tensor_of
-from plywise.data.digits import Split
+from plywise.data.digits import Split, load_digits
 from plywise.data.parts import Data, drawn, tenths
 from plywise.data.readers import read_npz, read_table
 from plywise.errors import PlywiseError
+from plywise.registry.names import WORKLOAD_MODULES
 
 FEWEST = 10
 """Samples without which there are no parts to speak of."""
@@ -27,6 +27,10 @@ RETURNS = (
 )
 
 
+Parts = dict[str, Split]
+"""The parts that a user has, by name: ``train``, and perhaps ``validation`` and ``test``."""
+
+
 class OwnData(NamedTuple):
     """Data, and how they were cut."""
 
@@ -34,8 +38,8 @@ class OwnData(NamedTuple):
     cut: str
 
 
-def own_data(address: str) -> OwnData:
-    """Read data and cut them into training, validation and test parts.
+def read_parts(address: str) -> Parts:
+    """Read the data of a user: the one reader of all commands.
 
     Inputs become float32: bytes (images) are divided by 255; other integers stay as they are, for embeddings.
     Whole-number targets are classes or tokens, others float32.
@@ -44,35 +48,33 @@ def own_data(address: str) -> OwnData:
         address: ``module:name`` of a function that returns `RETURNS`, called with random numbers of a fixed
             seed; or a ``.npz`` file with ``x_train`` and ``y_train``, perhaps ``x_validation`` and
             ``y_validation``, perhaps ``x_test`` and ``y_test``; or a ``.csv`` file whose last column is the
-            target (classes if it holds just the numbers 0, 1, ..., k); or the name of a workload that ships
-            with plywise.
+            target (classes if it holds just the numbers 0, 1, ..., k); or ``digits``.
 
     Raises:
-        PlywiseError: there are no such data, they hold NaN or infinity, their parts do not fit one another,
-            or there are fewer than 10 samples.
+        PlywiseError: there are no such data, they hold NaN or infinity, or parts do not fit one another.
 
     Example:
-        >>> own_data("digits-mlp").data.test.x.shape
-        torch.Size([400, 64])
+        >>> {name: len(part.y) for name, part in read_parts("digits").items()}
+        {'train': 1100, 'validation': 297, 'test': 400}
     """
-    if address in WORKLOADS:
-        return OwnData(find_workload(address).make_data(), f"the data of {address}")
-    return _cut(address, _read(address))
-
-
-def _read(address: str) -> dict[str, Split]:
-    """The parts that the user has, by name."""
+    if address == "digits":
+        return dict(zip(("train", "validation", "test"), load_digits(), strict=True))
     if address.endswith(".npz"):
-        return _of_npz(Path(address))
-    if address.endswith((".csv", ".csv.gz")):
-        return {"train": _of_table(Path(address))}
-    if ":" in address:
-        return _of_function(address, made_by(address))
-    raise PlywiseError(
-        f"Data are module:name of a function that makes them, a .npz or .csv file, or a workload's name, not "
-        f"{address!r}. {suggestion(address, WORKLOADS)}".rstrip(),
-        see="error-data",
-    )
+        parts = _of_npz(Path(address))
+    elif address.endswith((".csv", ".csv.gz")):
+        parts = {"train": _of_table(Path(address))}
+    elif ":" in address:
+        parts = _of_function(address, made_by(address))
+    else:
+        choices = ("digits", *WORKLOAD_MODULES)
+        raise PlywiseError(
+            "Data are module:name of a function that makes them, a .npz or .csv file, digits, or the name of "
+            f"a workload, not {address!r}. {suggestion(address, choices)}".rstrip(),
+            see="error-data",
+        )
+    for name, part in parts.items():
+        _check_alike(address, name, part, parts["train"])
+    return parts
 
 
 def _of_npz(path: Path) -> dict[str, Split]:
@@ -141,10 +143,17 @@ def _stacked(dataset: Dataset[Any], what: str) -> tuple[Any, Any]:
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _cut(address: str, parts: dict[str, Split]) -> OwnData:
+def cut_parts(address: str, parts: Parts) -> OwnData:
+    """Cut data into training, validation and test parts, where they are not cut already.
+
+    Args:
+        address: what they are called in errors.
+        parts: what `read_parts` has read.
+
+    Raises:
+        PlywiseError: there are fewer than 10 training samples.
+    """
     train = parts["train"]
-    for name, part in parts.items():
-        _check_alike(address, name, part, train)
     count = len(train.y)
     if count < FEWEST:
         raise PlywiseError(

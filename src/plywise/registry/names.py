@@ -142,6 +142,28 @@ NAMES = (
 )
 """Everything that is public, methods in the order in which they are listed."""
 
+WORKLOAD_MODULES = {
+    "quadratic": "arena.workloads.synthetic",
+    "digits-mlp": "arena.workloads.digits",
+    "digits-conv": "arena.workloads.digits",
+    "digits-autoencoder": "arena.workloads.digits",
+    "fashion-mlp": "arena.workloads.images",
+    "fashion-2c2d": "arena.workloads.images",
+    "mnist-autoencoder": "arena.workloads.images",
+    "cifar-3c3d": "arena.workloads.images",
+    "cifar-resnet": "arena.workloads.images",
+    "char-transformer": "arena.workloads.text",
+    "concrete": "arena.workloads.tables",
+    "energy": "arena.workloads.tables",
+    "california": "arena.workloads.tables",
+    "boiling-points": "arena.workloads.tables",
+    "digits-rare": "arena.workloads.related",
+    "digits-generator": "arena.workloads.related",
+    "digits-denoiser": "arena.workloads.related",
+    "vsml-episodes": "arena.workloads.related",
+}
+"""The module of each workload that ships with the arena."""
+
 ROOMS = ("init", "layers", "losses", "nn", "optim")
 """Folders that are attributes of `plywise`; what is in the others is an attribute itself."""
 

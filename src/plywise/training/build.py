@@ -1,20 +1,15 @@
 """What a plan makes: blocks and a learner, the same from the same seed."""
 
 import inspect
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plywise._util.import_path import called, load
-from plywise._util.suggest import suggestion
-from plywise.data.arrays import Arrays, load_arrays
+from plywise._util.seeded import seeded
+from plywise.data.classes import ClassData, take_classes
 from plywise.errors import PlywiseError
 from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join, tensors_of
@@ -23,21 +18,26 @@ from plywise.local.settings import READERS, check_settings, learner_settings
 from plywise.local.split import split
 from plywise.local.trainer import MakeOptimizer, MakeRule
 from plywise.local.units import units_of
-from plywise.registry.find import find_learner, find_rule
+from plywise.registry.resolve import (
+    make_model,
+    resolve_learner,
+    resolve_optimizer,
+    resolve_parts,
+    resolve_rule,
+)
 from plywise.training.config import Plan
 
 WIDTH = 128  # of the default network
 BLOCKS = 4  # unless the plan says how many
 
 
-def make_data(plan: Plan) -> Arrays:
+def make_data(plan: Plan) -> ClassData:
     """The plan's data.
 
     Raises:
         PlywiseError: there are no such data, or they are none for classification.
     """
-    with seeded(plan.seed):
-        return load_arrays(plan.data)
+    return take_classes(plan.data, resolve_parts(plan.data))
 
 
 def make_blocks(
@@ -64,13 +64,7 @@ def make_blocks(
     with seeded(plan.seed):
         if plan.model is None:
             return Blocks(_default_network(plan, x[0].numel(), classes), example), ()
-        if isinstance(load(plan.model, "your model"), nn.Module):
-            raise PlywiseError(
-                f"{plan.model} is a network. Training needs a function that makes it: its weights must "
-                "follow from the seed.",
-                see="error-address",
-            )
-        made = called(plan.model, "your model")
+        made = make_model(plan.model)
         if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
             starts = starts or plan.split or ()
             return _cut(made, len(starts) or plan.blocks or BLOCKS, example, starts)
@@ -98,7 +92,7 @@ def make_learner(plan: Plan, blocks: Blocks, classes: int) -> Learner:
     Raises:
         PlywiseError: there is no such learner, optimizer or rule, or its settings are refused.
     """
-    learner: Any = find_learner(plan.learner)
+    learner: Any = resolve_learner(plan.learner)
     settings = learner_settings(learner, plan.set)
     if "num_classes" in inspect.signature(learner).parameters:
         settings["num_classes"] = classes
@@ -111,26 +105,11 @@ def make_learner(plan: Plan, blocks: Blocks, classes: int) -> Learner:
     return made
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """All global random numbers follow from a seed for a while; afterwards they go on as before."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
 def _default_network(plan: Plan, features: int, classes: int) -> list[nn.Module]:
     """One linear layer a block; the last one makes the prediction, where the learner takes it from there."""
     widths = [features] + [WIDTH] * (plan.blocks or BLOCKS)
     blocks: list[nn.Module] = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
-    if find_learner(plan.learner).__name__ not in READERS:
+    if resolve_learner(plan.learner).__name__ not in READERS:
         blocks[-1] = nn.Linear(widths[-2], classes)
     blocks[0] = nn.Sequential(nn.Flatten(), blocks[0])
     return blocks
@@ -161,25 +140,15 @@ def _starts(model: nn.Module, blocks: Blocks, example: Tensor) -> tuple[int, ...
 
 
 def _optimizer(plan: Plan) -> MakeOptimizer:
-    known = {
-        name: thing
-        for name, thing in vars(torch.optim).items()
-        if isinstance(thing, type) and issubclass(thing, Optimizer) and thing is not Optimizer
-    }
-    if plan.optimizer not in known:
-        hint = suggestion(plan.optimizer, tuple(known)) or f"There are: {', '.join(sorted(known))}."
-        raise PlywiseError(
-            f"torch.optim has no optimizer {plan.optimizer!r}. {hint}".rstrip(), see="error-command"
-        )
-    make: Callable[..., Optimizer] = known[plan.optimizer]
+    make: Callable[..., Optimizer] = resolve_optimizer(plan.optimizer)
     settings = [name for name in inspect.signature(make).parameters if name not in ("params", "lr")]
-    check_settings(plan.optimizer, plan.optimizer_set, settings)
+    check_settings(make.__name__, plan.optimizer_set, settings)
     return lambda groups: make(groups, lr=plan.rate, **plan.optimizer_set)
 
 
 def _rule(plan: Plan) -> MakeRule | None:
     if plan.rule is None:
         return None
-    rule: Any = find_rule(plan.rule)
+    rule: Any = resolve_rule(plan.rule)
     check_settings(rule.__name__, plan.rule_set, inspect.signature(rule).parameters)
     return lambda: rule(**plan.rule_set)

@@ -32,16 +32,16 @@ class Plan:
     Attributes:
         model: ``module:function`` that makes the network, an ``nn.Module`` or a list of blocks; None for
             linear layers of 128 with ReLU between them.
-        data: see `plywise.data.arrays.load_arrays`.
-        learner: name of the learner.
+        data: see `plywise.registry.resolve.resolve_parts`; the targets are classes.
+        learner: name of the learner, or ``module:name`` of a class.
         set: its hyper-parameters.
         blocks: number of blocks; None for 4, or for as many as a list has.
         split: where a model is cut: the first unit of each block. None for blocks of equal cost, as measured
             when the run begins: two runs may be cut differently then.
-        optimizer: name of a class in `torch.optim`; each component gets one of its own.
+        optimizer: name of a class in `torch.optim`, or ``module:name`` of one; each component has its own.
         optimizer_set: its arguments besides the rate.
         rate: learning rate.
-        rule: name of the rule inside each component, or None.
+        rule: name of the rule inside each component, or ``module:name`` of a class; None for none.
         rule_set: its hyper-parameters.
         batch_size: samples a batch; the last one of an epoch may have fewer.
         seed: of weights, of the order of the samples, and of dropout and the like.

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from plywise._util.tensorboard import require_tensorboard
-from plywise.data.arrays import Arrays
+from plywise.data.classes import ClassData
 from plywise.errors import PipelineError
 from plywise.local.learner import OneWayLearner
 from plywise.pipeline.cuts import from_first, measured_cuts
@@ -63,7 +63,7 @@ def open_pipeline(plan: Plan, *, fresh: bool = False) -> Iterator[Session]:
 
 
 def _learner(
-    plan: Plan, data: Arrays, folder: RunFolder, fresh: bool
+    plan: Plan, data: ClassData, folder: RunFolder, fresh: bool
 ) -> tuple[OneWayLearner, tuple[int, ...]]:
     """The learner, cut as the first process has measured it, or as it was when the run began."""
     x, classes = data.train.x, data.classes

@@ -11,7 +11,7 @@ from typing import Any
 
 from plywise._util.files import write_whole
 from plywise._util.version import __version__
-from plywise.data.arrays import Arrays
+from plywise.data.classes import ClassData
 from plywise.errors import StateError
 from plywise.local import checkpoint
 from plywise.training.config import Plan, plan_of
@@ -72,7 +72,7 @@ class RunFolder:
                 f"{self._plan} is no plan of plywise: {error!r}. {_ANEW}", see="state-run"
             ) from error
 
-    def check(self, plan: Plan, data: Arrays) -> Record | None:
+    def check(self, plan: Plan, data: ClassData) -> Record | None:
         """The record of the run to go on with; None if there is none.
 
         Raises:
@@ -102,7 +102,7 @@ class RunFolder:
             )
         return record
 
-    def begin(self, plan: Plan, data: Arrays, starts: tuple[int, ...], *, fresh: bool) -> int | None:
+    def begin(self, plan: Plan, data: ClassData, starts: tuple[int, ...], *, fresh: bool) -> int | None:
         """Make everything ready: the plan written, the logs cut back to the last checkpoint.
 
         Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise._util.tensorboard import require_tensorboard
-from plywise.data.arrays import Arrays
+from plywise.data.classes import ClassData
 from plywise.data.digits import Split
 from plywise.engine.health import SKIPPED
 from plywise.errors import NonFiniteError, PlywiseError, StateError
@@ -82,16 +82,24 @@ class Session:
 
     Attributes:
         began: number of steps done before this session.
+        note: what was chosen about the data, in a sentence; empty if nothing was.
         per_epoch: steps in an epoch.
         total: steps in the whole training.
     """
 
     def __init__(
-        self, plan: Plan, data: Arrays, engine: Engine, folder: RunFolder, step: int | None, log: str | None
+        self,
+        plan: Plan,
+        data: ClassData,
+        engine: Engine,
+        folder: RunFolder,
+        step: int | None,
+        log: str | None,
     ) -> None:
         self.plan, self.engine, self.folder = plan, engine, folder
         self.samples, self.classes = len(data.train.x), data.classes
         self.test_samples = 0 if data.test is None else len(data.test.x)
+        self.note = data.note
         self.per_epoch = math.ceil(self.samples / plan.batch_size)
         self.total = plan.epochs * self.per_epoch
         self._reads = engine.stage == 0

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from plywise._util.modes import evaluating
 from plywise.arena.method import Method, Setting, cosine
 from plywise.arena.methods import LEARNER_OF, RULE_OF
-from plywise.arena.methods.rules import TUNED
+from plywise.arena.methods.rules import tuned_of
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.workload import Workload
 from plywise.engine.health import SKIPPED
@@ -33,7 +33,8 @@ from plywise.local.linear_heads import RidgeHead
 from plywise.local.settings import READERS
 from plywise.local.split import balance, split
 from plywise.local.units import units_of
-from plywise.registry.find import find_learner, find_rule
+from plywise.registry.find import find_learner
+from plywise.registry.resolve import resolve_rule
 
 RATE: Space = {"lr": Range(1e-4, 1e-1, 3e-3)}
 """Adam's."""
@@ -124,7 +125,8 @@ def of_learner(name: str, rule: str | None = None) -> Method:
 
     Args:
         name: a key of ``LEARNER_OF``.
-        rule: a key of ``RULE_OF``: the rule that acts inside every component. None for plain gradients.
+        rule: a key of ``RULE_OF``, or the address of a rule's class: it acts inside every component. None for
+            plain gradients.
 
     Raises:
         PlywiseError: a rule is asked for, and the learner has no gradients for it.
@@ -143,8 +145,8 @@ def of_learner(name: str, rule: str | None = None) -> Method:
             raise PlywiseError(
                 f"Method {name} learns in closed form: there is no gradient for {rule}.", see="error-bench"
             )
-        about = f"{about[:-1]} with {RULE_OF[rule]} inside."
-        name, recipe = f"{name}+{rule}", _with_rule(recipe, find_rule(RULE_OF[rule]))
+        about = f"{about[:-1]} with {RULE_OF.get(rule, rule)} inside."
+        name, recipe = f"{name}+{rule}", _with_rule(recipe, resolve_rule(RULE_OF.get(rule, rule)))
     make = partial(begin, name, learner, recipe)
     return Method(name, about, recipe.space, make, count=partial(passes, make), refuses=uncut, local=True)
 
@@ -172,7 +174,7 @@ def passes(make: Callable[[Setting], Local], setting: Setting) -> float:
 
 
 def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
-    tuned = TUNED[rule.__name__]
+    tuned = tuned_of(rule)
 
     def settings(setting: Setting) -> dict[str, Any]:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plywise._util.import_path import load
 from plywise._util.modes import evaluating
 from plywise.arena.method import Method, Numbers, Setting, Trainer, end_to_end, of_class
 from plywise.arena.methods import NULL_CONTROL, PEERS
 from plywise.arena.space import Range, Space
 from plywise.errors import PlywiseError
+from plywise.registry.resolve import resolve_optimizer
 
 GRADIENT_SIZED: Space = {"lr": Range(1e-3, 1.0, 0.07), "weight_decay": Range(1e-6, 1e-2, 1e-4)}
 """Of optimizers whose steps are as large as the gradient, the decay added to it."""
@@ -197,11 +197,7 @@ def find_peer(name: str) -> Peer:
     """
     if name in PEERS:
         return _PEERS[name]
-    optimizer = load(name, "your optimizer")
-    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
-        raise PlywiseError(
-            f"{name} is no subclass of torch.optim.Optimizer, and a rule needs one.", see="error-bench"
-        )
+    optimizer = resolve_optimizer(name)
     method = of_class(name, optimizer)
     return Peer(name, method.about, method.space, _plain(optimizer))
 

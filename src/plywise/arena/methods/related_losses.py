@@ -147,7 +147,7 @@ def _proximal(setting: Setting) -> Trainer:
     return NearItself(setting.model, optimizer, setting.task.loss, scheduler, reach=reach)
 
 
-HERE = {
+METHODS = {
     method.name: method
     for method in (
         Method(

@@ -206,7 +206,7 @@ def without_classes(workload: Workload) -> str:
     return "" if workload.classes else "a decision stage needs classes, and the targets are none"
 
 
-HERE = {
+METHODS = {
     method.name: method
     for method in (
         Method(

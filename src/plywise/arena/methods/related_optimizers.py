@@ -96,7 +96,7 @@ def _binary(setting: Setting) -> Trainer:
 
 
 _LRSGD = {**GRADIENT_SIZED, "strength": Range(1e-3, 0.1, 0.01)}
-HERE = {
+METHODS = {
     method.name: method
     for method in (
         Method(

@@ -11,9 +11,10 @@ from plywise.arena.method import Method, Setting, Trainer, end_to_end
 from plywise.arena.methods import PEERS, RULE_OF
 from plywise.arena.methods.peers import Peer, find_peer
 from plywise.arena.space import MOST_TUNED, Range, Space, defaults
+from plywise.engine.rule import Rule
 from plywise.registry.card import card_of
-from plywise.registry.find import find_rule
 from plywise.registry.names import NAMES, RULE
+from plywise.registry.resolve import resolve_rule
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,27 @@ TUNED = {
 """By the rules' names."""
 
 
+def tuned_of(rule: type[Rule]) -> Tuned:
+    """What may be tuned about a rule; of a user's own, nothing."""
+    return TUNED[rule.__name__] if rule.__module__.startswith("plywise.rules.") else Tuned()
+
+
 def of_rule(name: str, optimizer: str) -> Method:
     """A rule on an optimizer as a method; on SGD it has the rule's name alone.
 
     Args:
-        name: a key of ``RULE_OF``.
+        name: a key of ``RULE_OF``, or the address of a rule's class.
         optimizer: one of ``PEERS``, or the address of an optimizer's class.
 
     Raises:
-        PlywiseError: there is no optimizer at the address.
+        PlywiseError: there is no optimizer, or no rule, at the address.
 
     Example:
         >>> list(of_rule("proxprop", "adamw").space)
         ['lr', 'tau', 'weight_decay']
     """
-    rule, peer = find_rule(RULE_OF[name]), find_peer(optimizer)
-    tuned = TUNED[rule.__name__]
+    rule, peer = resolve_rule(RULE_OF.get(name, name)), find_peer(optimizer)
+    tuned = tuned_of(rule)
     on_sgd = peer.name == PEERS[0]
     fixed = defaults(peer.space)
     if on_sgd and tuned.rate is not None:
@@ -72,8 +78,14 @@ def of_rule(name: str, optimizer: str) -> Method:
         made = peer.make(setting, fixed | theirs)
         return end_to_end(setting, made, rule(**tuned.fixed, **own))
 
-    about = f"{card_of(rule).tagline} On {peer.about}."
+    about = f"{_describe(rule, name)} On {peer.about}."
     return Method(name if on_sgd else f"{name}+{peer.name}", about, space, make, needs=peer.needs)
+
+
+def _describe(rule: type[Rule], name: str) -> str:
+    if name in RULE_OF:
+        return card_of(rule).tagline
+    return (rule.__doc__ or rule.__name__).strip().split("\n")[0].rstrip(".") + "."
 
 
 def _space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:

@@ -35,7 +35,7 @@ def _conv_net() -> nn.Module:
     return conv_net((1, 8, 8), (16, 32), (64, 10))
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(

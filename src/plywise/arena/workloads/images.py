@@ -87,7 +87,7 @@ def _cifar_3c3d() -> nn.Module:
     return conv_net((3, 32, 32), (8, 16, 32), (128, 64, 10))
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(

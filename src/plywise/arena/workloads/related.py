@@ -132,7 +132,7 @@ class InEpisodes(nn.Module):
         return outputs.squeeze(2).movedim(0, 1)
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(

@@ -65,7 +65,7 @@ def make_model() -> nn.Module:
     return nn.Linear(DIMENSIONS, 1, bias=False)
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(

@@ -73,7 +73,7 @@ def _workload(
     )
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         _workload(

@@ -50,7 +50,7 @@ def _pairs(windows: Tensor) -> Split:
     return Split(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
 
-HERE = {
+WORKLOADS = {
     "char-transformer": Workload(
         "char-transformer",
         "A transformer of 2 blocks, 64 wide, 4 heads, on 64 characters of tiny Shakespeare: attention, layer "
