@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from plywise.arena.method import Setting, end_to_end
+from plywise.arena.method import TrialContext, end_to_end
 from plywise.arena.run.trial import run_trial
 from plywise.arena.task import CLASSIFICATION, REGRESSION, SEQUENCES
 from plywise.arena.workloads.own import own_workload
@@ -188,7 +188,7 @@ def test_it_trains_and_the_callers_random_numbers_are_left_alone():
     def begin():
         model = workload.make_model()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        return end_to_end(Setting(model, workload.task, {}, 40, torch.ones(1)), optimizer)
+        return end_to_end(TrialContext(model, workload.task, {}, 40, torch.ones(1)), optimizer)
 
     data = workload.make_data()
     size = workload.batch_size

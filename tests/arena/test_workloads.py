@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import plywise as pw
-from plywise.arena.method import Setting, end_to_end
+from plywise.arena.method import TrialContext, end_to_end
 from plywise.arena.run.trial import run_trial
 from plywise.arena.task import mean, predictor
 from plywise.arena.workloads import (
@@ -75,7 +75,7 @@ def trained(workload, data, steps, rate=0.01):
     torch.manual_seed(3)
     model = workload.make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    trainer = end_to_end(Setting(model, workload.task, {}, steps, data.train.x[:8]), optimizer)
+    trainer = end_to_end(TrialContext(model, workload.task, {}, steps, data.train.x[:8]), optimizer)
     seen = Split(data.train.x[:200], data.train.y[:200])
     before = mean(workload.task.loss, trainer.predict, seen)
     batches = endless_batches(data.train, workload.batch_size, seed=3)
@@ -186,7 +186,7 @@ def test_what_needs_no_file_runs_as_trials(name):
     def begin():
         model = workload.make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        return end_to_end(Setting(model, workload.task, {}, 3, torch.ones(1)), optimizer)
+        return end_to_end(TrialContext(model, workload.task, {}, 3, torch.ones(1)), optimizer)
 
     data = workload.make_data()
     record = run_trial(begin, data, workload.task, seed=0, steps=3, batch_size=workload.batch_size, test=True)

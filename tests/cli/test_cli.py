@@ -213,9 +213,11 @@ def test_doctor_finds_a_rule_that_does_not_train(plywise, monkeypatch):
 
 
 def test_demo_prints_and_writes(tmp_path, capsys):
-    from plywise.arena.demo.study import Plan
+    from plywise.arena.demo.study import DemoConfig
 
-    plan = Plan(seeds=2, steps=4, sensitivity_steps=2, rates=3, cost_rounds=1, cost_block=1, hidden=(8, 8))
+    plan = DemoConfig(
+        seeds=2, steps=4, sensitivity_steps=2, rates=3, cost_rounds=1, cost_block=1, hidden=(8, 8)
+    )
     demo_command.run(plan, tmp_path, "plywise demo")
     out = capsys.readouterr().out
     assert f"[{plan.pieces}/{plan.pieces}]" in out

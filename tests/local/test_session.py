@@ -11,9 +11,9 @@ import torch
 from plywise.errors import NonFiniteError, PlywiseError, StateError
 from plywise.local import checkpoint
 from plywise.training.build import make_blocks
-from plywise.training.config import Plan
+from plywise.training.config import TrainConfig
 from plywise.training.run_folder import RunFolder, cut_back
-from plywise.training.session import accuracy, open_session, permutation, share, trained
+from plywise.training.session import accuracy, load_trained, open_session, permutation, share
 from sameness import same
 
 MODULE = """
@@ -55,7 +55,7 @@ def _project(user_module):
 
 
 def plan(out, **settings):
-    return Plan(
+    return TrainConfig(
         **{"data": "things:data", "batch_size": 5, "epochs": EPOCHS, "every": 3, "out": out, **settings}
     )
 
@@ -97,7 +97,7 @@ def test_three_interruptions_change_no_bit(tmp_path, name):
     assert same(whole.engine.learner.state_dict(), last.engine.learner.state_dict())
     assert log(tmp_path / "whole") == log(tmp_path / "pieces")
     x = torch.randn(4, 6)
-    assert torch.equal(trained(tmp_path / "pieces")(x), whole.engine.learner.predict(x))
+    assert torch.equal(load_trained(tmp_path / "pieces")(x), whole.engine.learner.predict(x))
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):

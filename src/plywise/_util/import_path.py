@@ -58,14 +58,14 @@ def load(address: str, what: str) -> Any:
     return getattr(module, name)
 
 
-def called(address: str, what: str) -> Any:
+def call_factory(address: str, what: str) -> Any:
     """What the function at ``module:name`` makes.
 
     Raises:
         PlywiseError: see `load`; or it is no function without arguments, or it raises.
 
     Example:
-        >>> called("builtins:dict", "the dictionary")
+        >>> call_factory("builtins:dict", "the dictionary")
         {}
     """
     factory = load(address, what)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from plywise.arena.diagnose.advice import Advice
-    from plywise.arena.diagnose.diagnosis import Diagnosis, Layer
+    from plywise.arena.diagnose.diagnosis import Diagnosis, LayerDiagnosis
     from plywise.arena.workload import Workload
     from plywise.data.parts import Data
 
@@ -153,7 +153,7 @@ def _table(title: str, diagnosis: Diagnosis) -> Table:
     return shown
 
 
-def _cells(layer: Layer, diagnosis: Diagnosis) -> list[Text | str]:
+def _cells(layer: LayerDiagnosis, diagnosis: Diagnosis) -> list[Text | str]:
     """The numbers of a layer; what stands out is marked."""
     from rich.text import Text
 

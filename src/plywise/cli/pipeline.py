@@ -76,9 +76,9 @@ def pipeline(
         error.args = (f"rank {rank}: {error}",)
         raise
     except Exception as error:
-        from plywise.training.session import said
+        from plywise.training.session import format_error
 
-        raise PlywiseError(f"rank {rank}: {said(error)}") from error
+        raise PlywiseError(f"rank {rank}: {format_error(error)}") from error
     if not finished and rank == "0":
         raise KeyboardInterrupt(
             f"The checkpoint of step {step} is in {plan.out}: the same command goes on from there, and so "

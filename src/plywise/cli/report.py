@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from plywise.arena.reports.trackers import Exported
-    from plywise.arena.scoring.results import Contest
+    from plywise.arena.scoring.results import BenchResults
 
 
 def report(
@@ -66,15 +66,15 @@ def conclude(folder: Path, screen: Console) -> Path:
     return path
 
 
-def _standing(field: Contest) -> Table:
+def _standing(field: BenchResults) -> Table:
     """Who is where, on the first track, by processor time."""
     from plywise.arena.scoring.conclusions import span
-    from plywise.arena.scoring.ranking import places
+    from plywise.arena.scoring.ranking import rank_methods
 
     track = field.tracks[0]
     headings = ("rank", "time to the target over the best baseline's", "reached")
     shown = table("method", *headings, title=f"{track}, by CPU time", numbers=headings)
-    for one in places(field, track, "cpu"):
+    for one in rank_methods(field, track, "cpu"):
         rank = "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}"
         ratio = "–" if one.ratio is None else span(one.ratio)
         shown.add_row(one.method, rank, ratio, f"{one.reached} of {one.runs}")

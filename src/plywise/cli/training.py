@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from plywise.training.config import Plan, read_plan
+from plywise.training.config import TrainConfig, read_config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from plywise.training.metrics_log import Line
+    from plywise.training.metrics_log import StepMetrics
     from plywise.training.session import Session
 
 Words = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
@@ -81,9 +81,9 @@ class Flags:
     tensorboard: Annotated[bool | None, Parameter(negative=())] = None
 
 
-def plan_from(config: Path | None, flags: Flags | None, **more: Any) -> Plan:
+def plan_from(config: Path | None, flags: Flags | None, **more: Any) -> TrainConfig:
     """The plan of a file and flags."""
-    return read_plan(config, {**vars(flags or Flags()), **more})
+    return read_config(config, {**vars(flags or Flags()), **more})
 
 
 def again() -> str:
@@ -136,13 +136,13 @@ def conclude(session: Session, screen: Console) -> None:
     screen.print(
         f"\nTrained {session.step} steps in {line.get('seconds', 0.0):.1f} s{known}.\n"
         f"Log and checkpoints: {plan.out}. In Python the network is "
-        f"plywise.training.session.trained({str(plan.out)!r}).",
+        f"plywise.training.session.load_trained({str(plan.out)!r}).",
         soft_wrap=True,
     )
 
 
 @contextmanager
-def following(session: Session, screen: Console) -> Iterator[Callable[[Line], None]]:
+def following(session: Session, screen: Console) -> Iterator[Callable[[StepMetrics], None]]:
     """Shows each epoch by a line, and in a terminal the steps by a bar."""
     epochs = _Epochs(session, screen)
     if not screen.is_terminal:
@@ -156,7 +156,7 @@ def following(session: Session, screen: Console) -> Iterator[Callable[[Line], No
         task = bar.add_task("", total=session.total, completed=session.step)
         painted = 0.0
 
-        def hear(line: Line) -> None:
+        def hear(line: StepMetrics) -> None:
             nonlocal painted
             epochs.hear(line)
             bar.update(task, completed=line.step)
@@ -175,7 +175,7 @@ class _Epochs:
         self._sums: dict[int, float] = defaultdict(float)
         self._steps = 0
 
-    def hear(self, line: Line) -> None:
+    def hear(self, line: StepMetrics) -> None:
         for component, loss in line.losses.items():
             self._sums[component] += loss
         self._steps += 1

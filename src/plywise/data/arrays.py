@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plywise._util.import_path import called
+from plywise._util.import_path import call_factory
 from plywise._util.seeded import seeded
 from plywise.data.digits import Split
 from plywise.errors import PlywiseError
@@ -20,10 +20,10 @@ def made_by(address: str) -> Any:
     """What the user's function at ``module:name`` returns; what it draws is the same each time.
 
     Raises:
-        PlywiseError: see `plywise._util.import_path.called`.
+        PlywiseError: see `plywise._util.import_path.call_factory`.
     """
     with seeded(0):
-        return called(address, "your data")
+        return call_factory(address, "your data")
 
 
 def digest_of(splits: Iterable[Split]) -> str:

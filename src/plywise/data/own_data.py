@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from plywise._util.suggest import suggestion
 from plywise.data.arrays import inputs_of, made_by, tensor_of
 from plywise.data.digits import Split, load_digits
-from plywise.data.parts import Data, drawn, tenths
+from plywise.data.parts import Data, draw_parts, tenths
 from plywise.data.readers import read_npz, read_table
 from plywise.errors import PlywiseError
 from plywise.registry.names import WORKLOAD_MODULES
@@ -185,7 +185,7 @@ def _in_tenths(x: Tensor, y: Tensor) -> list[Split]:
 
 def _less_a_ninth(x: Tensor, y: Tensor) -> list[Split]:
     held = max(1, len(y) // 9)
-    return drawn(x, y, [len(y) - held, held])
+    return draw_parts(x, y, [len(y) - held, held])
 
 
 def _apart(whole: Split, cut: Callable[[Tensor, Tensor], Sequence[Split]]) -> tuple[Sequence[Split], str]:

@@ -68,11 +68,11 @@ SEED = 0
 """What all cuts are drawn by: a workload's samples are the same for every trial."""
 
 
-def drawn(x: Tensor, y: Tensor, sizes: Sequence[int]) -> list[Split]:
+def draw_parts(x: Tensor, y: Tensor, sizes: Sequence[int]) -> list[Split]:
     """Disjoint parts of given sizes, drawn by the fixed seed; what is left over is not used.
 
     Example:
-        >>> parts = drawn(torch.arange(10.0), torch.arange(10), [6, 2])
+        >>> parts = draw_parts(torch.arange(10.0), torch.arange(10), [6, 2])
         >>> [len(part.y) for part in parts], bool(torch.isin(parts[0].y, parts[1].y).any())
         ([6, 2], False)
     """
@@ -89,7 +89,7 @@ def tenths(x: Tensor, y: Tensor) -> Data:
         (80, 10, 10)
     """
     held = max(1, len(y) // 10)
-    return Data(*drawn(x, y, [len(y) - 2 * held, held, held]))
+    return Data(*draw_parts(x, y, [len(y) - 2 * held, held, held]))
 
 
 def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:

@@ -181,7 +181,9 @@ def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
     return [_fetched(remote, cache_folder() / remote.file, deadline) for remote in SETS[name]]
 
 
-def decoded(key: str, decode: Callable[[], dict[str, NDArray[np.uint8]]]) -> dict[str, NDArray[np.uint8]]:
+def cache_decoded(
+    key: str, decode: Callable[[], dict[str, NDArray[np.uint8]]]
+) -> dict[str, NDArray[np.uint8]]:
     """Arrays that are slow to make, kept in the cache under a key: ``.npy`` files, read by memory map.
 
     Args:

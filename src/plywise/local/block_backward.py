@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from plywise.engine.calls_below import train_by_inputs
 
 
-class Passage:
+class BlockBackward:
     """A block's forward on a batch, with its graph, cut off from the block before.
 
     Args:

@@ -1,5 +1,7 @@
 """Old address of `plywise.training.session`."""
 
-from plywise.training.session import Session, open_session, trained
+from plywise._util.renamed import serve_old_names
+from plywise.training.session import Session, load_trained, open_session
 
-__all__ = ["Session", "open_session", "trained"]
+__all__ = ["Session", "load_trained", "open_session"]
+__getattr__ = serve_old_names(__name__, {"trained": "load_trained"})

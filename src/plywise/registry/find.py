@@ -50,7 +50,7 @@ def find(name: str) -> Callable[..., Any]:
         >>> find("associatedlearning").__name__
         'AssociatedLearning'
     """
-    found: Callable[..., Any] = _load(named(name, tuple(_MODULES), "method"))
+    found: Callable[..., Any] = _load(find_name(name, tuple(_MODULES), "method"))
     return found
 
 
@@ -64,7 +64,7 @@ def find_rule(name: str) -> type[Rule]:
         >>> find_rule("proxprop").__name__
         'ProxProp'
     """
-    rule: type[Rule] = _load(named(name, RULES, "rule"))
+    rule: type[Rule] = _load(find_name(name, RULES, "rule"))
     return rule
 
 
@@ -78,11 +78,11 @@ def find_learner(name: str) -> type[Learner]:
         >>> find_learner("localloss").__name__
         'LocalLoss'
     """
-    learner: type[Learner] = _load(named(name, LEARNERS, "learner"))
+    learner: type[Learner] = _load(find_name(name, LEARNERS, "learner"))
     return learner
 
 
-def named(name: str, names: tuple[str, ...], kind: str) -> str:
+def find_name(name: str, names: tuple[str, ...], kind: str) -> str:
     """``name`` as it is written in ``names``, whatever its letters' case.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plywise._util.import_path import called, load
+from plywise._util.import_path import call_factory, load
 from plywise._util.suggest import suggestion
 from plywise.data.own_data import OwnData, Parts, cut_parts, read_parts
 from plywise.data.parts import Data
@@ -110,7 +110,7 @@ def make_model(address: str) -> Any:
             "the seed.",
             see="error-address",
         )
-    return called(address, "your model")
+    return call_factory(address, "your model")
 
 
 def resolve_parts(address: str) -> Parts:

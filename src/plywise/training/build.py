@@ -25,13 +25,13 @@ from plywise.registry.resolve import (
     resolve_parts,
     resolve_rule,
 )
-from plywise.training.config import Plan
+from plywise.training.config import TrainConfig
 
 WIDTH = 128  # of the default network
 BLOCKS = 4  # unless the plan says how many
 
 
-def make_data(plan: Plan) -> ClassData:
+def make_data(plan: TrainConfig) -> ClassData:
     """The plan's data.
 
     Raises:
@@ -41,7 +41,7 @@ def make_data(plan: Plan) -> ClassData:
 
 
 def make_blocks(
-    plan: Plan, x: Tensor, classes: int, starts: Sequence[int] = ()
+    plan: TrainConfig, x: Tensor, classes: int, starts: Sequence[int] = ()
 ) -> tuple[Blocks, tuple[int, ...]]:
     """The plan's network in blocks, and where it was cut.
 
@@ -86,7 +86,7 @@ def make_blocks(
     return Blocks(modules, example), ()
 
 
-def make_learner(plan: Plan, blocks: Blocks, classes: int) -> Learner:
+def make_learner(plan: TrainConfig, blocks: Blocks, classes: int) -> Learner:
     """The plan's learner.
 
     Raises:
@@ -105,7 +105,7 @@ def make_learner(plan: Plan, blocks: Blocks, classes: int) -> Learner:
     return made
 
 
-def _default_network(plan: Plan, features: int, classes: int) -> list[nn.Module]:
+def _default_network(plan: TrainConfig, features: int, classes: int) -> list[nn.Module]:
     """One linear layer a block; the last one makes the prediction, where the learner takes it from there."""
     widths = [features] + [WIDTH] * (plan.blocks or BLOCKS)
     blocks: list[nn.Module] = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
@@ -139,14 +139,14 @@ def _starts(model: nn.Module, blocks: Blocks, example: Tensor) -> tuple[int, ...
     return tuple(min(unit_of[name] for name, _ in block.named_parameters()) for block in blocks)
 
 
-def _optimizer(plan: Plan) -> MakeOptimizer:
+def _optimizer(plan: TrainConfig) -> MakeOptimizer:
     make: Callable[..., Optimizer] = resolve_optimizer(plan.optimizer)
     settings = [name for name in inspect.signature(make).parameters if name not in ("params", "lr")]
     check_settings(make.__name__, plan.optimizer_set, settings)
     return lambda groups: make(groups, lr=plan.rate, **plan.optimizer_set)
 
 
-def _rule(plan: Plan) -> MakeRule | None:
+def _rule(plan: TrainConfig) -> MakeRule | None:
     if plan.rule is None:
         return None
     rule: Any = resolve_rule(plan.rule)

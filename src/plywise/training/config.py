@@ -26,7 +26,7 @@ _SETTINGS = ("set", "optimizer_set", "rule_set")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainConfig:
     """A training. The fields are the flags of `plywise train` and `plywise pipeline`.
 
     Attributes:
@@ -58,7 +58,7 @@ class Plan:
         PlywiseError: a value is out of range; the message has the flag's name.
 
     Example:
-        >>> Plan(epochs=0)
+        >>> TrainConfig(epochs=0)
         Traceback (most recent call last):
         plywise.errors.PlywiseError: epochs must be a whole number of at least 1, not 0.
         More: docs/reference/errors.md#error-command
@@ -119,7 +119,7 @@ class Plan:
         """In what another plan, as JSON, would train something else, data and split apart.
 
         Example:
-            >>> Plan(rate=0.01).differences(Plan(epochs=20).as_json())
+            >>> TrainConfig(rate=0.01).differences(TrainConfig(epochs=20).as_json())
             ['rate is 0.003 there and 0.01 here']
         """
         mine = self.as_json()
@@ -130,7 +130,7 @@ class Plan:
         ]
 
 
-def read_plan(file: Path | None, flags: Mapping[str, Any]) -> Plan:
+def read_config(file: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
     """A plan from a TOML file and flags; flags win, and hyper-parameters of both are joined.
 
     Args:
@@ -145,16 +145,16 @@ def read_plan(file: Path | None, flags: Mapping[str, Any]) -> Plan:
         if value is not None:
             read = _read(name, value)
             given[name] = {**given.get(name, {}), **read} if name in _SETTINGS else read
-    return Plan(**given)
+    return TrainConfig(**given)
 
 
-def plan_of(values: Mapping[str, Any], source: str) -> Plan:
+def make_config(values: Mapping[str, Any], source: str) -> TrainConfig:
     """The plan of values by the flags' names.
 
     Raises:
         PlywiseError: a key is unknown, or a value is out of range; the message names the source.
     """
-    return Plan(**_named(values, source))
+    return TrainConfig(**_named(values, source))
 
 
 def _from_toml(file: Path) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _from_toml(file: Path) -> dict[str, Any]:
 
 def _named(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Values by the names of the plan's fields."""
-    names = {_flag(entry.name): entry.name for entry in fields(Plan)}
+    names = {_flag(entry.name): entry.name for entry in fields(TrainConfig)}
     for key in values:
         if key not in names:
             hint = suggestion(key, tuple(names)) or f"Known are: {', '.join(names)}."

@@ -10,7 +10,7 @@ from plywise._util.tensorboard import require_tensorboard
 
 
 @dataclass(frozen=True)
-class Line:
+class StepMetrics:
     """What is logged of a step.
 
     Attributes:
@@ -35,7 +35,7 @@ class Line:
         return {**place, "losses": losses, **judged, "seconds": round(self.seconds, 3)}
 
 
-class Journal:
+class MetricsLog:
     """Writes lines as they come; a killed process loses none. Use as a context manager.
 
     Args:
@@ -51,7 +51,7 @@ class Journal:
         self._board = _board(path.parent / "tensorboard" / path.stem, step) if tensorboard else None
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, line: Line) -> None:
+    def write(self, line: StepMetrics) -> None:
         """Log a step."""
         self._file.write(json.dumps(line.as_json(), allow_nan=False) + "\n")
         if self._board is not None:
@@ -66,7 +66,7 @@ class Journal:
         if self._board is not None:
             self._board.close()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:

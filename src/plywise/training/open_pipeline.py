@@ -15,13 +15,13 @@ from plywise.pipeline.cuts import from_first, measured_cuts
 from plywise.pipeline.groups import join
 from plywise.pipeline.pipeline import Pipeline
 from plywise.training.build import make_blocks, make_data, make_learner
-from plywise.training.config import Plan
+from plywise.training.config import TrainConfig
 from plywise.training.run_folder import RunFolder
-from plywise.training.session import Session, said
+from plywise.training.session import Session, format_error
 
 
 @contextmanager
-def open_pipeline(plan: Plan, *, fresh: bool = False) -> Iterator[Session]:
+def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session]:
     """This process's part of a training; it goes on from the last checkpoint in the plan's folder, if any.
 
     All processes call this alike and see the same folder. An error in one of them ends all.
@@ -58,12 +58,12 @@ def open_pipeline(plan: Plan, *, fresh: bool = False) -> Iterator[Session]:
             del data, batch  # the session keeps what it needs: of most stages, nothing
             yield session
         except BaseException as error:
-            pipeline.watch.tell(said(error))
+            pipeline.watch.tell(format_error(error))
             raise
 
 
 def _learner(
-    plan: Plan, data: ClassData, folder: RunFolder, fresh: bool
+    plan: TrainConfig, data: ClassData, folder: RunFolder, fresh: bool
 ) -> tuple[OneWayLearner, tuple[int, ...]]:
     """The learner, cut as the first process has measured it, or as it was when the run began."""
     x, classes = data.train.x, data.classes

@@ -14,14 +14,14 @@ from plywise._util.version import __version__
 from plywise.data.classes import ClassData
 from plywise.errors import StateError
 from plywise.local import checkpoint
-from plywise.training.config import Plan, plan_of
+from plywise.training.config import TrainConfig, make_config
 
 _LOGS = "log*.jsonl"
 _ANEW = "--fresh starts anew in its place, another --out beside it."
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """What a run was begun with.
 
     Attributes:
@@ -52,7 +52,7 @@ class RunFolder:
         self._lock: Callable[[], object] | None = None
         path.mkdir(parents=True, exist_ok=True)
 
-    def record(self) -> Record | None:
+    def record(self) -> RunRecord | None:
         """What the run in this folder was begun with; None if there is no run.
 
         Raises:
@@ -66,13 +66,13 @@ class RunFolder:
             return None
         try:
             saved = json.loads(self._plan.read_text(encoding="utf-8"))
-            return Record(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
+            return RunRecord(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(
                 f"{self._plan} is no plan of plywise: {error!r}. {_ANEW}", see="state-run"
             ) from error
 
-    def check(self, plan: Plan, data: ClassData) -> Record | None:
+    def check(self, plan: TrainConfig, data: ClassData) -> RunRecord | None:
         """The record of the run to go on with; None if there is none.
 
         Raises:
@@ -102,7 +102,9 @@ class RunFolder:
             )
         return record
 
-    def begin(self, plan: Plan, data: ClassData, starts: tuple[int, ...], *, fresh: bool) -> int | None:
+    def begin(
+        self, plan: TrainConfig, data: ClassData, starts: tuple[int, ...], *, fresh: bool
+    ) -> int | None:
         """Make everything ready: the plan written, the logs cut back to the last checkpoint.
 
         Args:
@@ -159,7 +161,7 @@ class RunFolder:
         steps = checkpoint.steps(self.checkpoints)
         return steps[-1] if steps else None
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The plan of the run in this folder.
 
         Raises:
@@ -169,7 +171,7 @@ class RunFolder:
         record = self.record()
         if record is None:
             raise StateError(f"{self.path} holds no run.", see="state-run")
-        return plan_of(record.plan, str(self._plan))
+        return make_config(record.plan, str(self._plan))
 
     def last_line(self) -> dict[str, Any]:
         """The last line of all logs; empty if there is none."""

@@ -24,16 +24,16 @@ from plywise.errors import NonFiniteError, PlywiseError, StateError
 from plywise.local.learner import Learner, Report
 from plywise.local.trainer import LocalTrainer
 from plywise.training.build import make_blocks, make_data, make_learner
-from plywise.training.config import Plan
-from plywise.training.metrics_log import Journal, Line
+from plywise.training.config import TrainConfig
+from plywise.training.metrics_log import MetricsLog, StepMetrics
 from plywise.training.run_folder import RunFolder
-from plywise.training.single_process import Alone
+from plywise.training.single_process import SingleProcessEngine
 
 _CHUNK = 1000  # samples that are predicted at a time
 
 
 class Engine(Protocol):
-    """What takes the steps: one process (`Alone`), or a `plywise.pipeline.pipeline.Pipeline`."""
+    """What takes the steps: a `SingleProcessEngine`, or a `plywise.pipeline.pipeline.Pipeline`."""
 
     @property
     def learner(self) -> Learner:
@@ -89,7 +89,7 @@ class Session:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: TrainConfig,
         data: ClassData,
         engine: Engine,
         folder: RunFolder,
@@ -107,7 +107,7 @@ class Session:
         self._data = data if self._reads else None  # the other stages need not keep it
         self._log = None if log is None else folder.path / log
         self._saved = step
-        self._held: Line | None = None  # an epoch's last line waits for the accuracy
+        self._held: StepMetrics | None = None  # an epoch's last line waits for the accuracy
         self.began = 0 if step is None else self._restore(step)
         self._clock = time.monotonic() - float(folder.last_line().get("seconds", 0.0))
 
@@ -126,7 +126,7 @@ class Session:
         """Steps of this process's components that were not taken: gradients were not finite, the loss was."""
         return sum(trainer.health.total(SKIPPED) for trainer in self.engine.trainers)
 
-    def run(self, show: Callable[[Line], None] = lambda line: None) -> bool:
+    def run(self, show: Callable[[StepMetrics], None] = lambda line: None) -> bool:
         """Train to the end. Ctrl-C (or SIGTERM) lets the step finish; a second one interrupts it.
 
         Args:
@@ -141,11 +141,11 @@ class Session:
             PlywiseError: a step fails; a process of the pipeline is lost; a checkpoint cannot be written.
         """
         log = self._log
-        journal = nullcontext() if log is None else Journal(log, self.step, self.plan.tensorboard)
+        journal = nullcontext() if log is None else MetricsLog(log, self.step, self.plan.tensorboard)
         with journal as written, signals_to(self.engine.ask_to_stop), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*so this step was not taken", RuntimeWarning)  # see `skipped`
 
-            def tell(line: Line) -> None:
+            def tell(line: StepMetrics) -> None:
                 if written is not None:
                     written.write(line)
                 show(line)
@@ -158,7 +158,7 @@ class Session:
                 self.engine.learner.callbacks.remove(hear)
                 self.folder.release()
 
-    def _run(self, tell: Callable[[Line], None]) -> bool:
+    def _run(self, tell: Callable[[StepMetrics], None]) -> bool:
         if self._saved is None:
             self._save()  # there is always something to go on from
         while not self.finished:
@@ -182,7 +182,9 @@ class Session:
         except Exception as error:
             rows = self.samples % self.plan.batch_size if self.step == end - 1 else 0
             hint = f" It is the odd end of an epoch, of {rows}: --batch-size changes that." if rows else ""
-            raise PlywiseError(f"Step {self.step + 1} fails: {said(error)}.{hint}{self._kept}") from error
+            raise PlywiseError(
+                f"Step {self.step + 1} fails: {format_error(error)}.{hint}{self._kept}"
+            ) from error
 
     def _batches(self, step: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the rest of an epoch, until somebody asks to stop."""
@@ -195,13 +197,13 @@ class Session:
             rows = share(batch, self.engine.replica, self.engine.replicas)
             yield train.x[rows], train.y[rows]
 
-    def _hearing(self, tell: Callable[[Line], None]) -> Callable[[Report], None]:
+    def _hearing(self, tell: Callable[[StepMetrics], None]) -> Callable[[Report], None]:
         def hear(report: Report) -> None:
             first = self.engine.trainers[0].index
             losses = dict(enumerate(report.losses.tolist(), first))
             self._check(report.step, losses)
             epoch = (report.step - 1) // self.per_epoch + 1
-            line = Line(report.step, epoch, losses, self._seconds)
+            line = StepMetrics(report.step, epoch, losses, self._seconds)
             if report.step % self.per_epoch:
                 tell(line)
             else:
@@ -230,7 +232,7 @@ class Session:
             raise
         except Exception as error:
             raise StateError(
-                f"No checkpoint of step {self.step}: {said(error)}.{self._kept}", see="state-run"
+                f"No checkpoint of step {self.step}: {format_error(error)}.{self._kept}", see="state-run"
             ) from error
         self._saved = self.step
 
@@ -241,8 +243,8 @@ class Session:
             raise
         except Exception as error:
             raise StateError(
-                f"The checkpoint of step {step} in {self.folder.checkpoints} cannot be read: {said(error)}. "
-                "Move it away to go on from the one before.",
+                f"The checkpoint of step {step} in {self.folder.checkpoints} cannot be read: "
+                f"{format_error(error)}. Move it away to go on from the one before.",
                 see="state-run",
             ) from error
 
@@ -274,7 +276,7 @@ class Session:
         return sum(p.numel() for t in self.engine.learner.trainers for p in t.component.parameters())
 
 
-def open_session(plan: Plan, *, fresh: bool = False) -> Session:
+def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
     """A training in this process; it goes on from the last checkpoint in the plan's folder, if there is one.
 
     Args:
@@ -291,12 +293,12 @@ def open_session(plan: Plan, *, fresh: bool = False) -> Session:
     data, folder = make_data(plan), RunFolder(plan.out)
     record = None if fresh else folder.check(plan, data)
     blocks, starts = make_blocks(plan, data.train.x, data.classes, record.starts if record else ())
-    engine = Alone(make_learner(plan, blocks, data.classes))
+    engine = SingleProcessEngine(make_learner(plan, blocks, data.classes))
     step = folder.begin(plan, data, starts, fresh=fresh)
     return Session(plan, data, engine, folder, step, "log.jsonl")
 
 
-def trained(out: Path | str) -> nn.Module:
+def load_trained(out: Path | str) -> nn.Module:
     """The network that a run has trained so far, from its last checkpoint.
 
     Args:
@@ -310,7 +312,7 @@ def trained(out: Path | str) -> nn.Module:
     assert record is not None
     data = make_data(plan)
     blocks, _ = make_blocks(plan, data.train.x, data.classes, record.starts)
-    engine = Alone(make_learner(plan, blocks, data.classes))
+    engine = SingleProcessEngine(make_learner(plan, blocks, data.classes))
     engine.restore(folder.checkpoints, None)
     return engine.learner.as_module().eval()
 
@@ -351,11 +353,11 @@ def accuracy(learner: Learner, split: Split) -> float:
     return right / len(split.y)
 
 
-def said(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An exception in a line."""
     failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint: {rank: (error, traceback)}
     if failures:
-        return said(next(iter(failures.values()))[0])
+        return format_error(next(iter(failures.values()))[0])
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
 
 

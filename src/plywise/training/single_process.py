@@ -9,7 +9,7 @@ from plywise.local import checkpoint
 from plywise.local.learner import Learner
 
 
-class Alone:
+class SingleProcessEngine:
     """Trains a learner in this process. Its checkpoints and a `Pipeline`'s are the same.
 
     Args:

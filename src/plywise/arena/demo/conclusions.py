@@ -17,7 +17,7 @@ CLEARLY = 0.9
 """Share of another's steps or seconds that counts as fewer."""
 
 
-def reading(study: dict[str, Any]) -> list[str]:
+def draw_demo_conclusions(study: dict[str, Any]) -> list[str]:
     """Sentences on a study of the demo, complete or interrupted.
 
     A difference at the end counts only beyond the noise: for losses, every seed of one method below every

@@ -23,7 +23,7 @@ from plywise._util.files import write_whole
 from plywise.arena.demo.layer_picture import layer_picture
 from plywise.arena.demo.report import write_report
 from plywise.arena.method import EndToEnd, with_rule
-from plywise.arena.run.trial import Record, run_trial
+from plywise.arena.run.trial import TrialResult, run_trial
 from plywise.arena.task import CLASSIFICATION
 from plywise.data.batches import endless_batches
 from plywise.data.digits import ATTRIBUTION, Split, load_digits
@@ -92,7 +92,7 @@ control, so it has the settings of SGD."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoConfig:
     """How much the demo does; the defaults take about a minute on one core."""
 
     seeds: int = 3
@@ -119,7 +119,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Progress:
+class DemoProgress:
     """One piece of work is done: which, of how many, and what came of it."""
 
     done: int
@@ -127,7 +127,7 @@ class Progress:
     text: str
 
 
-def new_study(plan: Plan, command: str) -> dict[str, Any]:
+def new_study(plan: DemoConfig, command: str) -> dict[str, Any]:
     """A study in which nothing has been measured yet."""
     shape = "-".join(map(str, (64, *plan.hidden, 10)))
     return {
@@ -151,7 +151,7 @@ def new_study(plan: Plan, command: str) -> dict[str, Any]:
     }
 
 
-def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
+def perform(plan: DemoConfig, study: dict[str, Any]) -> Iterator[DemoProgress]:
     """Run the demo, filling ``study``; yields after each piece of work.
 
     Seeds go round all methods, so that what an interrupted demo has is complete as far as it goes.
@@ -159,10 +159,10 @@ def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
     data = Data(*load_digits())
     done = 0
 
-    def progress(text: str) -> Progress:
+    def progress(text: str) -> DemoProgress:
         nonlocal done
         done += 1
-        return Progress(done, plan.pieces, text)
+        return DemoProgress(done, plan.pieces, text)
 
     for setup in plan.setups:  # the first step of a rule imports and warms up; keep that off every clock
         demo_trial(plan, setup, data, seed=0, steps=2)
@@ -174,7 +174,7 @@ def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
     for seed in range(plan.seeds):
         for setup, method in zip(plan.setups, study["methods"], strict=True):
             record = demo_trial(plan, setup, data, seed=seed, steps=plan.steps, measure_every=5)
-            run = told(record)
+            run = summarize_trial(record)
             method["runs"].append(run)
             outcome = run["failure"] or f"loss {run['final_loss']:.2g}, accuracy {run['test_accuracy']:.1%}"
             yield progress(f"{setup.name}, seed {seed}: {outcome}")
@@ -186,8 +186,8 @@ def perform(plan: Plan, study: dict[str, Any]) -> Iterator[Progress]:
 
 
 def _sensitivity(
-    plan: Plan, setup: Setup, data: Data, study: dict[str, Any], progress: Any
-) -> Iterator[Progress]:
+    plan: DemoConfig, setup: Setup, data: Data, study: dict[str, Any], progress: Any
+) -> Iterator[DemoProgress]:
     """Final training loss at rates over four decades around the tuned one."""
     line: dict[str, Any] = {"name": setup.name, "default_rate": setup.rate, "rates": [], "final_loss": []}
     study["sensitivity"].append(line)
@@ -201,7 +201,9 @@ def _sensitivity(
         yield progress(f"{setup.name} at rate {rate:.3g}: {outcome}")
 
 
-def demo_trial(plan: Plan, setup: Setup, data: Data, rate: float | None = None, **how: Any) -> Record:
+def demo_trial(
+    plan: DemoConfig, setup: Setup, data: Data, rate: float | None = None, **how: Any
+) -> TrialResult:
     """One training, at another rate if given; see `run_trial`."""
     return run_trial(
         lambda: setup.train(plan.make_model(), rate),
@@ -214,7 +216,7 @@ def demo_trial(plan: Plan, setup: Setup, data: Data, rate: float | None = None, 
     )
 
 
-def told(record: Record) -> dict[str, Any]:
+def summarize_trial(record: TrialResult) -> dict[str, Any]:
     """A record as the study keeps it."""
     run = record.as_dict()
     return {
@@ -234,7 +236,7 @@ def save(study: dict[str, Any], folder: Path) -> Path:
 # ---- the cost of a step ------------------------------------------------------------------------
 
 
-def step_costs(plan: Plan, train: Split) -> list[float]:
+def step_costs(plan: DemoConfig, train: Split) -> list[float]:
     """Processor time of a step of each method relative to plain SGD.
 
     Blocks of steps of all methods take turns with blocks of SGD, and each block is compared with the

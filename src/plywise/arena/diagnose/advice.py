@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass
 
 from plywise.arena.diagnose.covariance import Inputs
-from plywise.arena.diagnose.diagnosis import Diagnosis, Layer
+from plywise.arena.diagnose.diagnosis import Diagnosis, LayerDiagnosis
 
 RATE_SPREAD = 100.0
 """Effective rates that differ by this factor are bad scaling. At initialisation the workloads that ship with
@@ -84,7 +84,7 @@ def advice(diagnosis: Diagnosis, subject: str = "MODULE:FACTORY --data DATA") ->
     return [*mending, *methods] or [_plain(diagnosis, subject)]
 
 
-def outlying(layer: Layer, diagnosis: Diagnosis) -> set[str]:
+def outlying(layer: LayerDiagnosis, diagnosis: Diagnosis) -> set[str]:
     """The fields of a layer that stand out: of ``backward_to_last``, ``silent``, ``rate``, ``condition``.
 
     Example:
@@ -292,7 +292,7 @@ def _is_uneven(read: Inputs) -> bool:
     return is_ill and min(directions, read.rows) >= UNEVEN * read.effective_rank
 
 
-def _is_too_wide(layer: Layer, read: Inputs) -> bool:
+def _is_too_wide(layer: LayerDiagnosis, read: Inputs) -> bool:
     return read.rows >= ROWS_TO_TELL * read.features and read.rank < NARROW * read.features
 
 
@@ -320,14 +320,14 @@ def _bench(subject: str, methods: str) -> str:
     return f"plywise bench {subject} --methods {methods}"
 
 
-def _seen(diagnosis: Diagnosis) -> list[Layer]:
+def _seen(diagnosis: Diagnosis) -> list[LayerDiagnosis]:
     return [layer for layer in diagnosis.layers if layer.uses]
 
 
-def _called(layer: Layer) -> str:
+def _called(layer: LayerDiagnosis) -> str:
     return f"layer {layer.name!r}" if layer.name else f"the {layer.type}"
 
 
-def _list(layers: list[Layer]) -> str:
+def _list(layers: list[LayerDiagnosis]) -> str:
     names = ", ".join(_called(layer) for layer in layers[:3])
     return f"{names} and {len(layers) - 3} more" if len(layers) > 3 else names

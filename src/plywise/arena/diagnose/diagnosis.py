@@ -30,7 +30,7 @@ MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerDiagnosis:
     """What was seen of one layer that a rule could handle.
 
     What was not seen is None: a layer that no loss reaches, or a frozen one below which nothing trains.
@@ -105,7 +105,7 @@ class Diagnosis:
     batches: int
     batch_size: int
     loss: float | None
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerDiagnosis, ...]
     left: tuple[Left, ...]
     backward_ratio: float | None
     rate_spread: float | None
@@ -390,13 +390,13 @@ def _apart(looks: dict[str, _Look]) -> dict[str, str]:
     return {name: why for name, look in looks.items() if look.reached and id(look.weight) not in called}
 
 
-def _layer(name: str, look: _Look, batches: int, last: float | None) -> Layer:
+def _layer(name: str, look: _Look, batches: int, last: float | None) -> LayerDiagnosis:
     module, weight = look.module, look.weight
     own = look.norm()
     lazy = nn.parameter.is_lazy(weight)
     size = 0.0 if lazy else _norm(weight.detach())
     norm = math.sqrt(statistics.fmean(n**2 for n in look.norms)) if look.norms else None
-    return Layer(
+    return LayerDiagnosis(
         name=name,
         type=type(module).__name__,
         inputs=0 if lazy else look.width or weight[0].numel(),

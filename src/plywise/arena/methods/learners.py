@@ -17,7 +17,7 @@ from torch.optim import Adam
 from torch.utils.flop_counter import FlopCounterMode
 
 from plywise._util.modes import evaluating
-from plywise.arena.method import Method, Setting, cosine
+from plywise.arena.method import Method, TrialContext, cosine
 from plywise.arena.methods import LEARNER_OF, RULE_OF
 from plywise.arena.methods.rules import tuned_of
 from plywise.arena.space import MOST_TUNED, Range, Space
@@ -47,7 +47,7 @@ MOST_FEATURES = 2048
 
 
 @dataclass
-class Local:
+class LocalTraining:
     """A local learner in the arena.
 
     Attributes:
@@ -88,15 +88,15 @@ class Recipe:
     """
 
     space: Space = field(default_factory=lambda: RATE)
-    settings: Callable[[Setting], dict[str, Any]] = lambda _: {}
+    settings: Callable[[TrialContext], dict[str, Any]] = lambda _: {}
     loss: bool = False
 
 
-def _codes(setting: Setting) -> dict[str, Any]:
+def _codes(setting: TrialContext) -> dict[str, Any]:
     return {"code": round(setting.numbers["code"]), "bridge": pooled_bridge}
 
 
-def _ridge(setting: Setting) -> dict[str, Any]:
+def _ridge(setting: TrialContext) -> dict[str, Any]:
     ridge = setting.numbers["ridge"]
 
     def head(shape: torch.Size, classes: int) -> RidgeHead:
@@ -158,7 +158,7 @@ def uncut(workload: Workload) -> str:
     return "" if workload.blocks else "a local learner needs a network that comes apart into blocks"
 
 
-def passes(make: Callable[[Setting], Local], setting: Setting) -> float:
+def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext) -> float:
     """What a step of a learner takes, in forward and backward passes of the plain model: products counted.
 
     Heads, bridges and codes are in it; solving a ridge head's system is no product, and is not.
@@ -176,7 +176,7 @@ def passes(make: Callable[[Setting], Local], setting: Setting) -> float:
 def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
     tuned = tuned_of(rule)
 
-    def settings(setting: Setting) -> dict[str, Any]:
+    def settings(setting: TrialContext) -> dict[str, Any]:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
         return {**recipe.settings(setting), "rule": lambda: rule(**tuned.fixed, **own)}
 
@@ -184,7 +184,7 @@ def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
     return replace(recipe, space=space, settings=settings)
 
 
-def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: Setting) -> Local:
+def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: TrialContext) -> LocalTraining:
     """A learner at work on a model.
 
     Raises:
@@ -215,7 +215,7 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: S
         seed=int(torch.randint(2**31, ())),
         **settings,
     )
-    return Local(made, plain=type(made).__name__ not in READERS)
+    return LocalTraining(made, plain=type(made).__name__ not in READERS)
 
 
 def cut(model: nn.Module, k: int, example: Tensor) -> Blocks:

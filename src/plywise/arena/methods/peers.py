@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.modes import evaluating
-from plywise.arena.method import Method, Numbers, Setting, Trainer, end_to_end, of_class
+from plywise.arena.method import Method, Numbers, Trainer, TrialContext, end_to_end, of_class
 from plywise.arena.methods import NULL_CONTROL, PEERS
 from plywise.arena.space import Range, Space
 from plywise.errors import PlywiseError
@@ -42,7 +42,7 @@ class Peer:
     name: str
     about: str
     space: Space
-    make: Callable[[Setting, Numbers], Optimizer]
+    make: Callable[[TrialContext, Numbers], Optimizer]
     needs: str = ""
 
 
@@ -209,22 +209,22 @@ def of_peer(name: str) -> Method:
         return replace(of_peer(PEERS[0]), name=name, about=about, baseline=False, null=PEERS[0])
     peer = _PEERS[name]
 
-    def make(setting: Setting) -> Trainer:
+    def make(setting: TrialContext) -> Trainer:
         return end_to_end(setting, peer.make(setting, setting.numbers))
 
     return Method(name, peer.about, peer.space, make, baseline=True, needs=peer.needs)
 
 
-def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[Setting, Numbers], Optimizer]:
+def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext, Numbers], Optimizer]:
     """An optimizer that treats all parameters alike."""
 
-    def make(setting: Setting, numbers: Numbers) -> Optimizer:
+    def make(setting: TrialContext, numbers: Numbers) -> Optimizer:
         return optimizer(learning(setting.model), **numbers)
 
     return make
 
 
-def _muon(setting: Setting, numbers: Numbers) -> Optimizer:
+def _muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     hidden = hidden_weights(setting.model, setting.example)
     known = {id(p) for p in hidden}
     return MuonAdamW(hidden, [p for p in learning(setting.model) if id(p) not in known], **numbers)

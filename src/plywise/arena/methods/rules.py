@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from plywise.arena.method import Method, Setting, Trainer, end_to_end
+from plywise.arena.method import Method, Trainer, TrialContext, end_to_end
 from plywise.arena.methods import PEERS, RULE_OF
 from plywise.arena.methods.peers import Peer, find_peer
 from plywise.arena.space import MOST_TUNED, Range, Space, defaults
@@ -72,7 +72,7 @@ def of_rule(name: str, optimizer: str) -> Method:
         fixed |= {"weight_decay": 0.0}
     space = _space(tuned, peer, on_sgd)
 
-    def make(setting: Setting) -> Trainer:
+    def make(setting: TrialContext) -> Trainer:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
         theirs = {key: value for key, value in setting.numbers.items() if key not in tuned.numbers}
         made = peer.make(setting, fixed | theirs)

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from plywise.arena.scoring.ranking import Row
-from plywise.arena.scoring.records import Line
-from plywise.arena.scoring.results import Contest
+from plywise.arena.scoring.ranking import MethodOnWorkload
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.score import best_validation, last_validation
 
 DIGITS = 3
@@ -43,7 +43,7 @@ def thin(value: Any, digits: int = DIGITS) -> Any:
     return value
 
 
-def curves(field: Contest, track: str, workload: str) -> list[dict[str, Any]]:
+def curves(field: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
     """Loss and validation metric of every method while it trains: median, least and greatest of the seeds.
 
     A run that failed counts as infinity after its last measurement, and what is infinite is None.
@@ -62,7 +62,7 @@ def curves(field: Contest, track: str, workload: str) -> list[dict[str, Any]]:
     return found
 
 
-def rates(field: Contest, workload: str) -> list[dict[str, Any]]:
+def rates(field: BenchResults, workload: str) -> list[dict[str, Any]]:
     """The validation metric at the end of each tuning trial, by the first of the tuned numbers.
 
     Returns:
@@ -91,7 +91,7 @@ def rates(field: Contest, workload: str) -> list[dict[str, Any]]:
     return found
 
 
-def tuning_cost(field: Contest, workload: str) -> list[dict[str, Any]]:
+def tuning_cost(field: BenchResults, workload: str) -> list[dict[str, Any]]:
     """The best result that a method has after each number of tuning trials, see `after_trials`."""
     found = []
     for method in field.methods:
@@ -124,7 +124,7 @@ def after_trials(values: Sequence[float]) -> list[tuple[float, float, float]]:
     return [(quantile(k, 0.25), quantile(k, 0.5), quantile(k, 0.75)) for k in range(1, n + 1)]
 
 
-def layers(field: Contest, track: str, workload: str) -> list[dict[str, Any]]:
+def layers(field: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
     """What is known about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
 
     From the final runs, of several seeds the first one that said anything; and from the bench's description
@@ -142,7 +142,7 @@ def layers(field: Contest, track: str, workload: str) -> list[dict[str, Any]]:
     ]
 
 
-def front(rows: Iterable[Row]) -> set[str]:
+def front(rows: Iterable[MethodOnWorkload]) -> set[str]:
     """The methods of one workload and track that no other beats in time, memory and metric at once.
 
     A method is beaten if another is as good in all three (processor seconds of a run, peak memory, and test
@@ -159,7 +159,7 @@ def front(rows: Iterable[Row]) -> set[str]:
     }
 
 
-def _objectives(row: Row) -> tuple[float | None, ...]:
+def _objectives(row: MethodOnWorkload) -> tuple[float | None, ...]:
     return row.seconds, row.peak_mib, (row.test or row.validation).median
 
 
@@ -168,7 +168,7 @@ def _beats(one: tuple[float | None, ...], other: tuple[float | None, ...]) -> bo
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
-def _curve(runs: list[Line], points: int) -> dict[str, Any]:
+def _curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
     steps = sorted({step for run in runs for step in run["steps"]})
     at = [{step: i for i, step in enumerate(run["steps"])} for run in runs]
     every = math.ceil(len(steps) / points)
@@ -220,6 +220,6 @@ def _drawn(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _has(run: Line, name: str, where: dict[int, int], step: int) -> bool:
+def _has(run: TrialRecord, name: str, where: dict[int, int], step: int) -> bool:
     # a run that failed while it was measured has a step without the values that came after
     return step in where and where[step] < len(run[name])

@@ -15,21 +15,27 @@ from typing import Any
 from plywise._util.files import write_whole
 from plywise.arena.reports import bench_charts as charts
 from plywise.arena.reports.page import fill
-from plywise.arena.reports.spreadsheets import runs_csv, standing_csv
+from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
 from plywise.arena.run.ledger import read
-from plywise.arena.scoring.conclusions import TOLD, findings, span
+from plywise.arena.scoring.conclusions import TOLD, draw_conclusions, span
 from plywise.arena.scoring.intervals import COUNT, LEVEL
-from plywise.arena.scoring.ranking import FURTHEST, Row, null_ratio, places, rows
-from plywise.arena.scoring.records import Line
-from plywise.arena.scoring.results import Contest, contest
-from plywise.arena.scoring.score import CLOCKS, STRICT_PLACE, chosen
+from plywise.arena.scoring.ranking import (
+    FURTHEST,
+    MethodOnWorkload,
+    compare_methods,
+    null_ratio,
+    rank_methods,
+)
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.results import BenchResults, gather_results
+from plywise.arena.scoring.score import CLOCKS, STRICT_PLACE, choose_best
 from plywise.errors import PlywiseError
 
 LARGEST = 1_900_000
 """Bytes that a page may have with the raw trials in it."""
 
 
-def read_bench(folder: Path) -> tuple[dict[str, Any], list[Line]]:
+def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
     """What a bench, finished or not, has in its folder.
 
     Args:
@@ -65,13 +71,13 @@ class Judged:
         findings: what is to be read from that, in sentences.
     """
 
-    field: Contest
-    lines: list[Line]
-    rows: list[Row]
+    field: BenchResults
+    lines: list[TrialRecord]
+    rows: list[MethodOnWorkload]
     findings: list[str]
 
 
-def judge(bench: dict[str, Any], lines: Iterable[Line]) -> Judged:
+def judge(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Judged:
     """Judge a bench, whole or interrupted.
 
     Args:
@@ -79,9 +85,9 @@ def judge(bench: dict[str, Any], lines: Iterable[Line]) -> Judged:
         lines: the trials of the ledger; not all need be there.
     """
     lines = list(lines)
-    field = contest(bench, lines)
-    found = rows(field)
-    return Judged(field, lines, found, findings(field, found))
+    field = gather_results(bench, lines)
+    found = compare_methods(field)
+    return Judged(field, lines, found, draw_conclusions(field, found))
 
 
 def write_page(folder: Path) -> tuple[Path, Judged]:
@@ -114,7 +120,7 @@ def page(judged: Judged) -> str:
         "rules": {"place": STRICT_PLACE, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
     }
     tables = [
-        _download("standing.csv", "Standing (CSV)", "text/csv", standing_csv(found)),
+        _download("standing.csv", "Standing (CSV)", "text/csv", ranking_csv(found)),
         _download("trials.csv", "All trials, one a line (CSV)", "text/csv", runs_csv(field)),
     ]
 
@@ -147,7 +153,7 @@ def page(judged: Judged) -> str:
     return filled(tables, "The curves are too large for this page: trials.jsonl of the bench has them.")
 
 
-def _data(field: Contest, found: list[Row]) -> dict[str, Any]:
+def _data(field: BenchResults, found: list[MethodOnWorkload]) -> dict[str, Any]:
     """What the page's script draws; infinite and missing numbers alike become null."""
     fronts = {
         (track, workload): charts.front(
@@ -160,7 +166,7 @@ def _data(field: Contest, found: list[Row]) -> dict[str, Any]:
     def by(make: Any) -> dict[str, Any]:
         return {track: {name: make(field, track, name) for name in field.workloads} for track in field.tracks}
 
-    def table(_: Contest, track: str, workload: str) -> list[dict[str, Any]]:
+    def table(_: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
         return [
             {**charts.thin(_plain(row), 4), "front": row.method in fronts[track, workload]}
             for row in found
@@ -186,7 +192,7 @@ def _data(field: Contest, found: list[Row]) -> dict[str, Any]:
         },
         "ranking": {
             track: {
-                clock: [charts.thin(asdict(one), 4) for one in places(field, track, clock)]
+                clock: [charts.thin(asdict(one), 4) for one in rank_methods(field, track, clock)]
                 for clock in CLOCKS
             }
             for track in field.tracks
@@ -199,11 +205,11 @@ def _data(field: Contest, found: list[Row]) -> dict[str, Any]:
     }
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: MethodOnWorkload) -> dict[str, Any]:
     return {name: value for name, value in asdict(row).items() if name not in ("track", "workload")}
 
 
-def _lead(field: Contest) -> str:
+def _lead(field: BenchResults) -> str:
     bench = field.bench
     methods = len(field.methods) - len(field.nulls)
     return (
@@ -217,7 +223,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _missing(field: Contest) -> list[str]:
+def _missing(field: BenchResults) -> list[str]:
     """What a whole bench would have and this one has not."""
     bench, sentences = field.bench, []
     if bench.get("unfinished"):
@@ -239,14 +245,14 @@ def _missing(field: Contest) -> list[str]:
     return sentences
 
 
-def _targets(field: Contest) -> list[dict[str, Any]]:
+def _targets(field: BenchResults) -> list[dict[str, Any]]:
     return [
         {"name": name, **field.bench["workloads"].get(name, {}), **field.targets[name]._asdict()}
         for name in field.workloads
     ]
 
 
-def _controls(field: Contest) -> list[dict[str, Any]]:
+def _controls(field: BenchResults) -> list[dict[str, Any]]:
     """A line a track and null control: its ratios by clock, as text."""
     return [
         {
@@ -262,10 +268,10 @@ def _controls(field: Contest) -> list[dict[str, Any]]:
     ]
 
 
-def _failures(lines: list[Line]) -> list[dict[str, Any]]:
+def _failures(lines: list[TrialRecord]) -> list[dict[str, Any]]:
     """Failed trials, those with the same reason but for its numbers together; the most frequent first."""
     groups: Counter[tuple[str, ...]] = Counter()
-    examples: dict[tuple[str, ...], Line] = {}
+    examples: dict[tuple[str, ...], TrialRecord] = {}
     for line in lines:
         if line["failure"] is not None:
             reason = re.sub(r"\d[\d.e+-]*", "#", line["failure"])
@@ -275,20 +281,20 @@ def _failures(lines: list[Line]) -> list[dict[str, Any]]:
     return [{**examples[key], "count": count} for key, count in groups.most_common()]
 
 
-def _methods(field: Contest) -> list[dict[str, Any]]:
+def _methods(field: BenchResults) -> list[dict[str, Any]]:
     """What each method is, what of it may be tuned, and what was chosen on each workload."""
     found = []
     for name in field.methods:
         picks = {
             workload: best["numbers"]
             for workload in field.workloads
-            if (best := chosen(field.tuning.get((workload, name), []), field.targets[workload].strict))
+            if (best := choose_best(field.tuning.get((workload, name), []), field.targets[workload].strict))
         }
         found.append({"name": name, **field.bench["methods"].get(name, {}), "chosen": picks})
     return found
 
 
-def _raw(line: Line, digits: int | None) -> str:
+def _raw(line: TrialRecord, digits: int | None) -> str:
     short = line if digits is None else charts.thin(line, digits)
     return json.dumps(short, ensure_ascii=False, separators=(",", ":")) + "\n"
 

@@ -6,12 +6,12 @@ import csv
 import io
 from collections.abc import Iterable
 
-from plywise.arena.scoring.ranking import Row, Spread
-from plywise.arena.scoring.results import Contest
-from plywise.arena.scoring.score import CLOCKS, best_validation, last_validation, to_target, trained
+from plywise.arena.scoring.ranking import MethodOnWorkload, Spread
+from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.score import CLOCKS, best_validation, is_trained, last_validation, to_target
 
 
-def standing_csv(found: Iterable[Row]) -> str:
+def ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
     """The rows as a table for spreadsheets; a miss is "inf", what was not measured is empty."""
     header = ["track", "workload", "method", "runs", "reached", "reached_loose", "failed"]
     spans = [f"{what}_{end}" for what in ("validation", "test") for end in Spread._fields]
@@ -31,7 +31,7 @@ def standing_csv(found: Iterable[Row]) -> str:
     return _csv([*header, *spans, *timing, "step_cost", "cpu_seconds_of_a_run", "peak_mib", "numbers"], lines)
 
 
-def runs_csv(field: Contest) -> str:
+def runs_csv(field: BenchResults) -> str:
     """Every trial of the bench, one a line: what it reached, when, and how it ended."""
     header = [
         "workload",
@@ -59,7 +59,7 @@ def runs_csv(field: Contest) -> str:
                         line.get("test"),
                         *(to_target(line, target.strict, clock) for clock in CLOCKS),
                         to_target(line, target.loose),
-                        line.get("peak_mib") if trained(line) else None,
+                        line.get("peak_mib") if is_trained(line) else None,
                         line["failure"],
                     ]
                 )

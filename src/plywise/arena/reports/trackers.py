@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from plywise._util.tensorboard import require_tensorboard
 from plywise.arena.run.ledger import read
-from plywise.arena.scoring.records import FINAL, TUNING, Line
+from plywise.arena.scoring.records import FINAL, TUNING, TrialRecord
 from plywise.arena.scoring.score import best_validation
 from plywise.errors import PlywiseError
 
@@ -27,7 +27,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackedRun:
     """A trial as a tracker has it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Exported(NamedTuple):
     before: int
 
 
-def runs_of(folder: Path) -> list[Run]:
+def runs_of(folder: Path) -> list[TrackedRun]:
     """The trials of a bench, finished or not.
 
     Args:
@@ -70,14 +70,14 @@ def runs_of(folder: Path) -> list[Run]:
     return [run_of(line, metrics[line["workload"]]) for line in read(folder / "trials.jsonl")]
 
 
-def run_of(line: Line, metric: str) -> Run:
+def run_of(line: TrialRecord, metric: str) -> TrackedRun:
     """A line of the ledger as a run; ``metric`` is what the workload calls its own."""
     tuning = line["purpose"] == TUNING
     last = f"trial {line['trial']}" if tuning else f"seed {line['seed']}"
     which = [line["workload"], line["method"], *([TUNING] if tuning else [FINAL, line["track"]]), last]
     settings = {name: line[name] for name in ("workload", "method", "purpose", "track", "trial", "seed")}
     results = {f"best validation {metric}": best_validation(line), f"test {metric}": line["test"]}
-    return Run(
+    return TrackedRun(
         name="/".join(part.replace("/", "_").replace(":", ".") for part in which),
         settings={**settings, **line["numbers"], "failure": line["failure"] or ""},
         points=_points(line, metric),
@@ -141,7 +141,7 @@ def to_trackio(folder: Path, project: str) -> Exported:
     return Exported(len(new), len(runs) - len(new))
 
 
-def _track(trackio: Any, project: str, run: Run) -> None:
+def _track(trackio: Any, project: str, run: TrackedRun) -> None:
     trackio.init(
         project, name=run.name, config=run.settings, embed=False, auto_log_gpu=False, auto_log_cpu=False
     )
@@ -152,7 +152,7 @@ def _track(trackio: Any, project: str, run: Run) -> None:
     trackio.finish()
 
 
-def _points(line: Line, metric: str) -> list[Point]:
+def _points(line: TrialRecord, metric: str) -> list[Point]:
     names = {"training loss": "loss", f"validation {metric}": "validation", "cpu seconds": "cpu"}
     ended = datetime.fromisoformat(line["finished"]).timestamp()
     began = ended - (line["wall"][-1] if line["wall"] else 0.0)

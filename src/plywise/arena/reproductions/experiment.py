@@ -82,7 +82,7 @@ TEST_ACCURACY = Measure(
 
 
 @dataclass(frozen=True)
-class Size:
+class ExperimentSize:
     """How large an experiment is run.
 
     Attributes:
@@ -132,7 +132,7 @@ class Start:
         device: where the network shall be.
     """
 
-    size: Size
+    size: ExperimentSize
     rate: float
     example: Tensor
     device: str = "cpu"
@@ -204,7 +204,7 @@ class Experiment:
     where: str
     measure: Measure
     arms: tuple[Arm, ...]
-    sizes: Mapping[str, Size]
+    sizes: Mapping[str, ExperimentSize]
     claims: tuple[Claim, ...] = ()
     differences: tuple[str, ...] = ()
 

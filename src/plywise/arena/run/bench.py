@@ -14,13 +14,13 @@ from plywise._util.files import write_whole
 from plywise.arena.diagnose.diagnosis import layers_before
 from plywise.arena.method import Method
 from plywise.arena.methods import find_method
-from plywise.arena.run.bench_data import Material
-from plywise.arena.run.executor import Crew
-from plywise.arena.run.job import EVALUATIONS, Entry, Job
+from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.executor import Executor
+from plywise.arena.run.job import EVALUATIONS, TrialJob, WorkloadSpec
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.run.search import SEARCHES, find_search
 from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, Key
-from plywise.arena.scoring.score import chosen, target_of
+from plywise.arena.scoring.score import choose_best, target_of
 from plywise.arena.space import defaults
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError, StateError
@@ -36,7 +36,7 @@ MATTERING = ("plywise", "torch", "cpu")
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchConfig:
     """What is compared, and how much of it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Plan:
         patience: seconds that a trial may take; None: what the one who runs them thinks right.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[WorkloadSpec, ...]
     methods: tuple[str, ...]
     trials: int = 8
     seeds: int = 3
@@ -76,18 +76,18 @@ class Plan:
             )
 
     @staticmethod
-    def saved(fields: dict[str, Any]) -> Plan:
+    def saved(fields: dict[str, Any]) -> BenchConfig:
         """The plan whose ``asdict`` was kept as JSON.
 
         Raises:
             TypeError, ValueError, KeyError: it is none.
         """
-        entries = tuple(Entry(**entry) for entry in fields["entries"])
-        return Plan(**{**fields, "entries": entries, "methods": tuple(fields["methods"])})
+        entries = tuple(WorkloadSpec(**entry) for entry in fields["entries"])
+        return BenchConfig(**{**fields, "entries": entries, "methods": tuple(fields["methods"])})
 
 
 @dataclass(frozen=True)
-class Progress:
+class BenchProgress:
     """A trial has ended: how many have, of how many, and its line."""
 
     done: int
@@ -112,7 +112,7 @@ class Bench:
         StateError: the folder holds another bench.
     """
 
-    def __init__(self, plan: Plan, material: Material, folder: Path, command: str = "") -> None:
+    def __init__(self, plan: BenchConfig, material: BenchData, folder: Path, command: str = "") -> None:
         self.plan, self.folder, self._material = plan, folder, material
         self._search = find_search(plan.search)
         self.methods: dict[str, Method] = {name: find_method(name) for name in plan.methods}
@@ -135,7 +135,9 @@ class Bench:
             for _, m in pairs
         )
 
-    def perform(self, crew: Crew, more: Callable[[], bool] = lambda: True) -> Generator[Progress, None, None]:
+    def perform(
+        self, crew: Executor, more: Callable[[], bool] = lambda: True
+    ) -> Generator[BenchProgress, None, None]:
         """Run what the ledger does not hold yet.
 
         Args:
@@ -160,13 +162,13 @@ class Bench:
         if self.unfinished() and any(known[-1].get(name) != now[name] for name in MATTERING):
             self.about["resumed"] = [*known[1:], now]
 
-    def _perform(self, crew: Crew, more: Callable[[], bool]) -> Iterator[Progress]:
+    def _perform(self, crew: Executor, more: Callable[[], bool]) -> Iterator[BenchProgress]:
         for name in self.workloads:
             for keys in self._stages(name):
                 jobs = [self._job(key) for key in keys if key not in self.ledger]
                 for _, line in crew.run(job for job in jobs if more()):
                     self.ledger.add(line)
-                    yield Progress(len(self.ledger.lines), self.total, line)
+                    yield BenchProgress(len(self.ledger.lines), self.total, line)
                 if any(key not in self.ledger for key in keys):
                     break  # what comes next depends on these
 
@@ -215,7 +217,7 @@ class Bench:
         if not self._tuned(name):
             return []
         target = self.target(name)
-        best = [(method, chosen(self._tunings(name, method), target)) for method in self._of(name)]
+        best = [(method, choose_best(self._tunings(name, method), target)) for method in self._of(name)]
         return [
             Key(name, method.name, FINAL, TUNED, line["trial"], seed + _offset(method))
             for seed in range(self.plan.seeds)
@@ -223,10 +225,10 @@ class Bench:
             if line
         ]
 
-    def _job(self, key: Key) -> Job:
+    def _job(self, key: Key) -> TrialJob:
         """A trial with its numbers, which may depend on the trials that have been run."""
         file = str(self._material.files[key.workload])
-        return Job(key, self._entries[key.workload], self._numbers(key), file, self.plan.device)
+        return TrialJob(key, self._entries[key.workload], self._numbers(key), file, self.plan.device)
 
     def _numbers(self, key: Key) -> dict[str, float]:
         method = self.methods[key.method]
@@ -319,7 +321,7 @@ class Bench:
         if path.exists():
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
-                planned = json.loads(json.dumps(asdict(Plan.saved(before["plan"]))))
+                planned = json.loads(json.dumps(asdict(BenchConfig.saved(before["plan"]))))
                 changed = [
                     name
                     for name, told in self.about["workloads"].items()

@@ -6,12 +6,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from plywise.arena.run.job import Entry
+from plywise.arena.run.job import WorkloadSpec
 from plywise.arena.workload import Workload
 from plywise.errors import PlywiseError
 
 
-class Material:
+class BenchData:
     """Workloads by name, their data in files that other processes map into memory.
 
     Args:
@@ -27,7 +27,7 @@ class Material:
         PlywiseError: a workload cannot be made: a file is missing, a factory raises, shapes do not fit.
     """
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[WorkloadSpec]) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="plywise-bench-")
         self.workloads: dict[str, Workload] = {}
         self.files: dict[str, Path] = {}
@@ -40,7 +40,7 @@ class Material:
             self.close()
             raise
 
-    def _make(self, entry: Entry, file: Path) -> None:
+    def _make(self, entry: WorkloadSpec, file: Path) -> None:
         self.workloads[entry.name] = entry.workload()
         data = self.workloads[entry.name].make_data()
         size, found = self.workloads[entry.name].batch_size, len(data.train.y)

@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from plywise.arena.methods import find_method
-from plywise.arena.run.bench import Plan
-from plywise.arena.run.bench_data import Material
-from plywise.arena.run.executor import PATIENCE, Crew
-from plywise.arena.run.job import EVALUATIONS, Entry, Job
+from plywise.arena.run.bench import BenchConfig
+from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.executor import PATIENCE, Executor
+from plywise.arena.run.job import EVALUATIONS, TrialJob, WorkloadSpec
 from plywise.arena.scoring.records import DEFAULTS, FINAL, Key
 from plywise.arena.space import defaults
 from plywise.errors import PlywiseError
@@ -51,11 +51,11 @@ def seconds_of(text: str) -> float:
     return total
 
 
-def told(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration in words.
 
     Example:
-        >>> told(5400), told(42)
+        >>> format_duration(5400), format_duration(42)
         ('1 h 30 min', '42 s')
     """
     if seconds < 100:
@@ -85,7 +85,7 @@ Costs = Mapping[tuple[str, str], Cost]
 
 
 def measure(
-    plan: Plan, material: Material, crew: Crew
+    plan: BenchConfig, material: BenchData, crew: Executor
 ) -> tuple[dict[tuple[str, str], Cost], dict[tuple[str, str], str]]:
     """A few steps of every method on every workload, with its defaults: what they cost, and which failed.
 
@@ -98,14 +98,16 @@ def measure(
             method = find_method(name)
             key = Key(entry.name, method.name, FINAL, DEFAULTS, -1, 0)
             short = replace(entry, steps=PROBE_STEPS)
-            jobs.append(Job(key, short, defaults(method.space), str(material.files[entry.name]), plan.device))
+            jobs.append(
+                TrialJob(key, short, defaults(method.space), str(material.files[entry.name]), plan.device)
+            )
     lines = {(job.key.workload, job.key.method): line for job, line in crew.run(jobs)}
     failures = {pair: line["failure"] for pair, line in lines.items() if line["failure"]}
     return {pair: _cost(line) for pair, line in lines.items()}, failures
 
 
 def estimate(
-    plan: Plan,
+    plan: BenchConfig,
     costs: Costs,
     steps: Mapping[str, int],
     workers: int,
@@ -125,7 +127,7 @@ def estimate(
     return sum(left[pair] * cost.run(steps[pair[0]]) for pair, cost in costs.items()) / workers
 
 
-def patient(plan: Plan, costs: Costs, steps: Mapping[str, int]) -> Plan:
+def patient(plan: BenchConfig, costs: Costs, steps: Mapping[str, int]) -> BenchConfig:
     """The plan with a patience that its dearest trial keeps within, if it has none of its own."""
     if plan.patience is not None:
         return plan
@@ -133,7 +135,9 @@ def patient(plan: Plan, costs: Costs, steps: Mapping[str, int]) -> Plan:
     return replace(plan, patience=max(PATIENCE, round(MARGIN * dearest)))
 
 
-def fitted(plan: Plan, costs: Costs, steps: Mapping[str, int], workers: int, budget: float) -> Plan:
+def fit_budget(
+    plan: BenchConfig, costs: Costs, steps: Mapping[str, int], workers: int, budget: float
+) -> BenchConfig:
     """The plan with as many tuning trials as fit, the same for every method; without any, if it has none.
 
     Raises:
@@ -146,16 +150,21 @@ def fitted(plan: Plan, costs: Costs, steps: Mapping[str, int], workers: int, bud
             return tried
     dearest = max(costs, key=lambda pair: costs[pair].step)
     raise PlywiseError(
-        f"{told(budget)} are not enough: {trials} tuning trials and {plan.seeds} seeds take about "
-        f"{told(needed / SLACK)} with {workers} worker{'s' if workers > 1 else ''}. Take fewer methods (the "
-        f"dearest step is that of {dearest[1]} on {dearest[0]}), fewer --steps or --seeds, or a larger "
-        "--budget.",
+        f"{format_duration(budget)} are not enough: {trials} tuning trials and {plan.seeds} seeds take about "
+        f"{format_duration(needed / SLACK)} with {workers} worker{'s' if workers > 1 else ''}. Take fewer "
+        f"methods (the dearest step is that of {dearest[1]} on {dearest[0]}), fewer --steps or --seeds, or a "
+        "larger --budget.",
         see="error-bench",
     )
 
 
 def steps_for(
-    plan: Plan, costs: Costs, entries: Iterable[Entry], known: Mapping[str, int], workers: int, budget: float
+    plan: BenchConfig,
+    costs: Costs,
+    entries: Iterable[WorkloadSpec],
+    known: Mapping[str, int],
+    workers: int,
+    budget: float,
 ) -> dict[str, int]:
     """Steps of each workload; where nobody has said how many, as many as fit with 8 tuning trials.
 

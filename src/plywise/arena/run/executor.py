@@ -15,7 +15,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeVar
 
-from plywise.arena.run.job import Job
+from plywise.arena.run.job import TrialJob
 from plywise.errors import PlywiseError
 
 PATIENCE = 600.0
@@ -44,7 +44,7 @@ class Work(Protocol):
 AnyWork = TypeVar("AnyWork", bound=Work)
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Who runs trials.
 
     Attributes:
@@ -57,7 +57,7 @@ class Crew(Protocol):
     threads: int
     patience: float
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end."""
         ...
 
@@ -69,7 +69,7 @@ class Crew(Protocol):
         ...
 
 
-class Workers:
+class ProcessExecutor:
     """This machine's cores, a process for each trial.
 
     A process that is killed, or takes longer than ``patience``, is an outcome of its trial. When the caller

@@ -11,9 +11,9 @@ import torch
 
 from plywise._util.environment import environment
 from plywise._util.import_path import user_line
-from plywise.arena.method import Setting
+from plywise.arena.method import TrialContext
 from plywise.arena.methods import find_method
-from plywise.arena.run.trial import Record, run_trial
+from plywise.arena.run.trial import TrialResult, run_trial
 from plywise.arena.scoring.records import FINAL, Key
 from plywise.arena.workload import Workload
 from plywise.arena.workloads import find_workload
@@ -26,7 +26,7 @@ EVALUATIONS = 25
 
 
 @dataclass(frozen=True)
-class Entry:
+class WorkloadSpec:
     """A workload as it was asked for.
 
     Attributes:
@@ -69,7 +69,7 @@ class Entry:
             return self.applied(made)
         return self.applied(find_workload(self.name))
 
-    def settled(self, workload: Workload) -> Entry:
+    def settled(self, workload: Workload) -> WorkloadSpec:
         """The entry with nothing left to be found out."""
         if not self.model:
             return self
@@ -85,7 +85,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """A trial to run.
 
     Attributes:
@@ -97,7 +97,7 @@ class Job:
     """
 
     key: Key
-    entry: Entry
+    entry: WorkloadSpec
     numbers: dict[str, float]
     data: str
     device: str = "cpu"
@@ -127,17 +127,17 @@ class Job:
                 gradients = method.count(setting(workload, data, self))
         except Exception as error:
             why = f"{type(error).__name__} before the first step: {error}{user_line(error)}"
-            record = Record(self.key.seed, failure=why)
+            record = TrialResult(self.key.seed, failure=why)
         return line(self, gradients, record, peak.mib)
 
     def failed(self, why: str) -> dict[str, Any]:
         """The line if its process did not live to tell."""
-        return line(self, find_method(self.key.method).gradients, Record(self.key.seed, failure=why))
+        return line(self, find_method(self.key.method).gradients, TrialResult(self.key.seed, failure=why))
 
 
-def setting(workload: Workload, data: Data, job: Job) -> Setting:
+def setting(workload: Workload, data: Data, job: TrialJob) -> TrialContext:
     """What the method gets; called with the seed set, so that the weights depend on it alone."""
-    return Setting(
+    return TrialContext(
         model=workload.make_model().to(job.device),
         task=workload.task,
         numbers=job.numbers,
@@ -148,7 +148,7 @@ def setting(workload: Workload, data: Data, job: Job) -> Setting:
     )
 
 
-def line(job: Job, gradients: float, record: Record, peak: float | None = None) -> dict[str, Any]:
+def line(job: TrialJob, gradients: float, record: TrialResult, peak: float | None = None) -> dict[str, Any]:
     """A trial as the ledger keeps it."""
     outcome = {key: rounded(value) for key, value in record.as_dict().items()}
     finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())

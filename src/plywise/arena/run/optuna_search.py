@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plywise.arena.run.search import Sobol
-from plywise.arena.scoring.records import Line
+from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.score import best_validation
 from plywise.arena.space import Range, Space
 from plywise.errors import PlywiseError
@@ -43,7 +43,7 @@ class OptunaSearch:
         design = min(trials, DESIGN)
         return [range(design), *(range(trial, trial + 1) for trial in range(design, trials))]
 
-    def numbers(self, space: Space, trial: int, past: Sequence[Line]) -> dict[str, float]:
+    def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
         """The point that Optuna suggests after the trials before this one."""
         if trial < DESIGN:
             return Sobol().numbers(space, trial, past)
@@ -60,7 +60,7 @@ class OptunaSearch:
         suggested = study.ask(ranges).params
         return {name: _three_digits(suggested[name], one) for name, one in space.items()}
 
-    def _told(self, line: Line, ranges: Mapping[str, Any], space: Space) -> Any:
+    def _told(self, line: TrialRecord, ranges: Mapping[str, Any], space: Space) -> Any:
         """A trial of the ledger as one of Optuna's."""
         trial = self._optuna.trial
         best = best_validation(line)

@@ -15,22 +15,22 @@ from typing import Any
 
 from plywise._util.import_path import load
 from plywise.arena.methods import find_method
-from plywise.arena.run.executor import PATIENCE, Workers
-from plywise.arena.run.job import Job
+from plywise.arena.run.executor import PATIENCE, ProcessExecutor
+from plywise.arena.run.job import TrialJob
 from plywise.data.parts import Data
 from plywise.errors import MORE, PlywiseError
 
 GRACE = 10.0
 """Seconds that trials get to end when they are cancelled, and a cluster to answer."""
 LOOK = 0.5
-"""Seconds between two looks whether `RayCrew.stop` has been called."""
+"""Seconds between two looks whether `RayExecutor.stop` has been called."""
 
 
-class RayCrew:
+class RayExecutor:
     """The CPUs of a Ray cluster, a process for each trial.
 
-    On whatever machine, a trial runs just as one of `Workers` does: its process is forked from one that has
-    imported torch, and that it is killed or takes longer than ``patience`` is an outcome. So is the loss of
+    A trial runs just as one of `ProcessExecutor` does: its process is forked from one that has imported
+    torch, and that it is killed or takes longer than ``patience`` is an outcome. So is the loss of
     the machine. Each workload's data are sent once. When the caller stops early, or calls `stop`, running
     trials are ended.
 
@@ -53,7 +53,7 @@ class RayCrew:
         PlywiseError: Ray is not installed, there is no cluster, or no machine of it has that many CPUs.
 
     Example:
-        >>> RayCrew("local", threads=0)
+        >>> RayExecutor("local", threads=0)
         Traceback (most recent call last):
         plywise.errors.PlywiseError: Threads are at least 1, not 0.
         More: docs/reference/errors.md#error-bench
@@ -81,7 +81,7 @@ class RayCrew:
         """
         self._stopped = True
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end.
 
         Raises:
@@ -90,7 +90,7 @@ class RayCrew:
         """
         queue = iter(jobs)
         sent: dict[str, Any] = {}
-        running: dict[Any, Job] = {}
+        running: dict[Any, TrialJob] = {}
         try:
             while not self._stopped:
                 while len(running) < self.count and (job := next(queue, None)) is not None:
@@ -106,7 +106,9 @@ class RayCrew:
             if running:  # this process may end next, and Ray's would not live to end the trials
                 self._ray.wait(list(running), num_returns=len(running), timeout=GRACE)
 
-    def _ended(self, running: dict[Any, Job], patience: float) -> Iterator[tuple[Job, dict[str, Any]]]:
+    def _ended(
+        self, running: dict[Any, TrialJob], patience: float
+    ) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Wait for a trial to end, so many seconds: all that have, and their lines, leave those that run."""
         self._ray.wait(list(running), timeout=patience)
         ready, _ = self._ray.wait(list(running), num_returns=len(running), timeout=0)
@@ -114,7 +116,7 @@ class RayCrew:
             job = running.pop(answer)
             yield job, self._outcome(job, answer)
 
-    def _begun(self, job: Job, sent: dict[str, Any]) -> Any:
+    def _begun(self, job: TrialJob, sent: dict[str, Any]) -> Any:
         """A trial on its way; its data are sent with the first that needs them."""
         if job.data not in sent:
             sent[job.data] = self._ray.put(Data.load(Path(job.data)))
@@ -123,7 +125,7 @@ class RayCrew:
         place = (os.getcwd(), tuple(sys.path))
         return task.remote(job, sent[job.data], self.threads, self.patience, place)
 
-    def _outcome(self, job: Job, answer: Any) -> dict[str, Any]:
+    def _outcome(self, job: TrialJob, answer: Any) -> dict[str, Any]:
         """The line that was sent, or that it was not."""
         errors = self._ray.exceptions
         try:
@@ -140,7 +142,7 @@ class RayCrew:
 
 
 def _work(
-    job: Job, data: Data, threads: int, patience: float, place: tuple[str, tuple[str, ...]]
+    job: TrialJob, data: Data, threads: int, patience: float, place: tuple[str, tuple[str, ...]]
 ) -> dict[str, Any]:
     """What a process of Ray's does: it has the trial run in a process of its own, and waits."""
     folder, path = place
@@ -157,7 +159,7 @@ def _work(
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
     with tempfile.TemporaryDirectory(prefix="plywise-ray-") as scratch:
         data.save(file := Path(scratch) / "data.pt")
-        crew = Workers(1, threads, patience)
+        crew = ProcessExecutor(1, threads, patience)
         return next(line for _, line in crew.run([replace(job, data=str(file))]))
 
 

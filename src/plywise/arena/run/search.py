@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from plywise.arena.scoring.records import Line
+from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.space import Space, points
 from plywise.errors import PlywiseError
 
@@ -20,7 +20,7 @@ class Search(Protocol):
         """Numbers of the trials that may run at once; a round begins when the one before has ended."""
         ...
 
-    def numbers(self, space: Space, trial: int, past: Sequence[Line]) -> dict[str, float]:
+    def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
         """The numbers of a trial.
 
         Args:
@@ -44,7 +44,7 @@ class Sobol:
         """All at once: no point depends on another."""
         return [range(trials)]
 
-    def numbers(self, space: Space, trial: int, past: Sequence[Line]) -> dict[str, float]:
+    def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
         """The point, whatever has been."""
         return points(space, trial + 1)[trial]
 

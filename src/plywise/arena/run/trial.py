@@ -28,7 +28,7 @@ MOST_ROWS = 250
 
 
 @dataclass
-class Record:
+class TrialResult:
     """What one trial measured.
 
     Attributes:
@@ -83,7 +83,7 @@ def run_trial(
     test: bool = False,
     look: int = LOOK,
     meter: AbstractContextManager[Any] | None = None,
-) -> Record:
+) -> TrialResult:
     """Train once. The same seed gives every method the same initial weights and the same batches.
 
     A failure is an outcome: a loss that is not finite or a thousand times the first one, or any exception,
@@ -102,7 +102,7 @@ def run_trial(
         look: training samples that the training loss is measured on.
         meter: entered after the measurement before the first step, left before the test set is read.
     """
-    record = Record(seed)
+    record = TrialResult(seed)
     count = 0
     with seeded(seed):
         try:
@@ -133,7 +133,7 @@ def run_trial(
 
 
 def _measure(
-    record: Record,
+    record: TrialResult,
     trainer: Trainer,
     data: Data,
     task: Task,
@@ -157,7 +157,7 @@ def _measure(
         raise DivergedError(f"the validation {task.metric_name} is {record.validation[-1]:.3g}")
 
 
-def _check(loss: float, record: Record, what: str) -> None:
+def _check(loss: float, record: TrialResult, what: str) -> None:
     first = record.loss[0]
     if not math.isfinite(loss) or (first is not None and loss > HOPELESS * max(1.0, first)):
         raise DivergedError(f"the {what} loss is {loss:.3g}")

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from plywise.arena.scoring.intervals import surest
-from plywise.arena.scoring.results import Contest
-from plywise.arena.scoring.score import chosen
+from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.score import choose_best
 
 EDGE = 0.05
 """Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
 
 
-def cautions(field: Contest) -> list[str]:
+def list_caveats(field: BenchResults) -> list[str]:
     """Sentences on a bench that has at least one final run."""
     return [
         *_search(field),
@@ -28,7 +28,7 @@ def cautions(field: Contest) -> list[str]:
     ]
 
 
-def _search(field: Contest) -> list[str]:
+def _search(field: BenchResults) -> list[str]:
     search = (field.bench.get("plan") or {}).get("search", "sobol")
     if search == "sobol":
         return []
@@ -38,7 +38,7 @@ def _search(field: Contest) -> list[str]:
     ]
 
 
-def _resumed(field: Contest) -> list[str]:
+def _resumed(field: BenchResults) -> list[str]:
     count = len(field.bench.get("resumed") or [])
     if not count:
         return []
@@ -48,7 +48,7 @@ def _resumed(field: Contest) -> list[str]:
     ]
 
 
-def _repeated(field: Contest) -> list[str]:
+def _repeated(field: BenchResults) -> list[str]:
     sentences = []
     for name, one in field.bench["workloads"].items():
         found = {part: count for part, count in one.get("repeated", {}).items() if count}
@@ -61,7 +61,7 @@ def _repeated(field: Contest) -> list[str]:
     return sentences
 
 
-def _unseen(field: Contest) -> list[str]:
+def _unseen(field: BenchResults) -> list[str]:
     return [
         f"The layers of {name} could not be looked at before training: {one['unseen']}."
         for name, one in field.bench["workloads"].items()
@@ -69,7 +69,7 @@ def _unseen(field: Contest) -> list[str]:
     ]
 
 
-def _failures(field: Contest) -> list[str]:
+def _failures(field: BenchResults) -> list[str]:
     trials = [
         line
         for workload in field.workloads
@@ -91,11 +91,11 @@ def _failures(field: Contest) -> list[str]:
     return sentences
 
 
-def _edges(field: Contest) -> list[str]:
+def _edges(field: BenchResults) -> list[str]:
     """Whose best numbers lie at the edge of what was searched."""
     found: Counter[str] = Counter()
     for (workload, method), trials in field.tuning.items():
-        best = chosen(trials, field.targets[workload].strict)
+        best = choose_best(trials, field.targets[workload].strict)
         space = field.bench["methods"].get(method, {}).get("space") or {}
         for name, one in space.items():
             if best is not None and name in best["numbers"] and at_edge(best["numbers"][name], one):
@@ -120,7 +120,7 @@ def at_edge(value: float, one: Mapping[str, Any]) -> bool:
     return not EDGE <= (value - low) / (high - low) <= 1 - EDGE
 
 
-def _seeds(field: Contest) -> list[str]:
+def _seeds(field: BenchResults) -> list[str]:
     least = min(len(cell.runs) for cell in field.cells.values())
     if least == 1:
         return [

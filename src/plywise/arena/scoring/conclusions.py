@@ -11,11 +11,18 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 
-from plywise.arena.scoring.caveats import cautions
+from plywise.arena.scoring.caveats import list_caveats
 from plywise.arena.scoring.intervals import Interval
-from plywise.arena.scoring.ranking import Place, Row, noise, noise_alone, null_ratio, places
+from plywise.arena.scoring.ranking import (
+    MethodOnWorkload,
+    MethodRanking,
+    noise,
+    noise_alone,
+    null_ratio,
+    rank_methods,
+)
 from plywise.arena.scoring.records import DEFAULTS
-from plywise.arena.scoring.results import Contest
+from plywise.arena.scoring.results import BenchResults
 
 SPARING = 0.9
 """Share of the reference's memory below which a method counts as sparing."""
@@ -27,20 +34,20 @@ FEWEST = 3
 """Final runs of a method below which no difference is told."""
 
 
-def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
+def draw_conclusions(field: BenchResults, rows: Iterable[MethodOnWorkload]) -> list[str]:
     """Sentences on a bench, whole or interrupted.
 
     Args:
         field: the sorted trials.
-        rows: their `plywise.arena.scoring.ranking.rows`.
+        rows: their `plywise.arena.scoring.ranking.compare_methods`.
     """
     rows = list(rows)
     if not rows:
         return ["No final run has ended yet, so that there is nothing to compare."]
     track = field.tracks[0]
-    standing = {clock: places(field, track, clock) for clock in ("steps", "cpu")}
+    standing = {clock: rank_methods(field, track, clock) for clock in ("steps", "cpu")}
     told = [*_targets(field), *_misses(track, rows), *_untuned(field)]
-    last = [*_memory(field, track, rows), *cautions(field)]
+    last = [*_memory(field, track, rows), *list_caveats(field)]
     if statistics.median(len(cell.runs) for cell in field.cells.values()) < FEWEST:
         few = f"Fewer than {FEWEST} seeds tell too little about noise to name anybody: run more of them."
         return [few, *told, *last]
@@ -55,7 +62,7 @@ def findings(field: Contest, rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def _targets(field: Contest) -> list[str]:
+def _targets(field: BenchResults) -> list[str]:
     without = [name for name, target in field.targets.items() if target.strict is None]
     if not without:
         return []
@@ -65,7 +72,7 @@ def _targets(field: Contest) -> list[str]:
     ]
 
 
-def _control(field: Contest, track: str) -> list[str]:
+def _control(field: BenchResults, track: str) -> list[str]:
     """What the null control says about noise."""
     if not field.nulls:
         return [
@@ -100,7 +107,7 @@ def _control(field: Contest, track: str) -> list[str]:
     ]
 
 
-def _race(field: Contest, track: str, standing: dict[str, list[Place]]) -> list[str]:
+def _race(field: BenchResults, track: str, standing: dict[str, list[MethodRanking]]) -> list[str]:
     """Who needs fewer steps, or less time, than the best baseline over all workloads."""
     sentences = []
     better: dict[str, list[str]] = {}
@@ -133,7 +140,7 @@ def _race(field: Contest, track: str, standing: dict[str, list[Place]]) -> list[
     return sentences
 
 
-def _apart(field: Contest, found: list[Place], limit: float) -> list[Place]:
+def _apart(field: BenchResults, found: list[MethodRanking], limit: float) -> list[MethodRanking]:
     """Who differs from the best baseline; a method that has null controls only if they all differ alike."""
     sides = {
         one.method: one.ratio.value > 1 for one in found if one.ratio is not None and one.ratio.apart(limit)
@@ -142,7 +149,7 @@ def _apart(field: Contest, found: list[Place], limit: float) -> list[Place]:
     return [one for one in found if one.method in sides and one.method not in {*field.nulls, *doubtful}]
 
 
-def _by_workload(field: Contest, track: str, rows: list[Row]) -> list[str]:
+def _by_workload(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Who won on each workload in processor time; where nobody did, in one sentence."""
     limit = noise_alone(field, track, "cpu")
     sentences = []
@@ -182,7 +189,7 @@ def _by_workload(field: Contest, track: str, rows: list[Row]) -> list[str]:
     return sentences
 
 
-def _misses(track: str, rows: list[Row]) -> list[str]:
+def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Who did not arrive, and whether they came near."""
     shown = [row for row in rows if row.track == track]
     missed = [row for row in shown if 2 * row.reached < row.runs]
@@ -195,7 +202,7 @@ def _misses(track: str, rows: list[Row]) -> list[str]:
     ]
 
 
-def _ends(field: Contest, track: str, rows: list[Row]) -> list[str]:
+def _ends(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Whose test metric, in every seed, is below that of every seed of the baseline that ended best."""
     sentences = []
     for workload in field.workloads:
@@ -219,7 +226,7 @@ def _ends(field: Contest, track: str, rows: list[Row]) -> list[str]:
     return sentences
 
 
-def _memory(field: Contest, track: str, rows: list[Row]) -> list[str]:
+def _memory(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Who needs less memory at the peak than the reference, on every workload where both were measured."""
     peaks: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -234,11 +241,13 @@ def _memory(field: Contest, track: str, rows: list[Row]) -> list[str]:
     return [f"Peak memory, as a multiple of {field.reference}'s: {', '.join(told)}."] if told else []
 
 
-def _untuned(field: Contest) -> list[str]:
+def _untuned(field: BenchResults) -> list[str]:
     """Which methods need no tuning to arrive."""
     if DEFAULTS not in field.tracks:
         return []
-    counts = {one.method: (one.reached, one.runs) for one in places(field, DEFAULTS, "steps") if one.runs}
+    counts = {
+        one.method: (one.reached, one.runs) for one in rank_methods(field, DEFAULTS, "steps") if one.runs
+    }
     told = [
         f"{name} {reached} of {runs}"
         for name, (reached, runs) in sorted(counts.items(), key=lambda item: -item[1][0] / item[1][1])
@@ -249,7 +258,9 @@ def _untuned(field: Contest) -> list[str]:
     return [f"Runs at the defaults that reached the target: {', '.join(told) or 'none of any method'}."]
 
 
-def _advice(field: Contest, track: str, standing: dict[str, list[Place]], rows: list[Row]) -> list[str]:
+def _advice(
+    field: BenchResults, track: str, standing: dict[str, list[MethodRanking]], rows: list[MethodOnWorkload]
+) -> list[str]:
     """What to use when, as far as the intervals bear it."""
     sentences = []
     for clock, when in (
@@ -280,7 +291,7 @@ def _advice(field: Contest, track: str, standing: dict[str, list[Place]], rows: 
     if DEFAULTS in field.tracks and track != DEFAULTS:
         able = [
             one.method
-            for one in places(field, DEFAULTS, "cpu")
+            for one in rank_methods(field, DEFAULTS, "cpu")
             if one.rank and one.runs and one.reached == one.runs and len(one.profile) == len(field.workloads)
         ]
         sentences.append(
@@ -321,7 +332,7 @@ def _listed_of(names: list[str], whole: list[str]) -> str:
     return f"all {len(whole)} but {listed(others)}" if others else f"all {len(whole)}"
 
 
-def _who(some: list[Row], whole: list[Row]) -> str:
+def _who(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
     """Methods of some rows: by name where all are of one workload, else with the number of workloads."""
     if len({row.workload for row in whole}) == 1:
         return _listed_of([row.method for row in some], [row.method for row in whole])
@@ -329,10 +340,10 @@ def _who(some: list[Row], whole: list[Row]) -> str:
     return ", ".join(f"{name} on {count} of {of[name]}" for name, count in counts.most_common())
 
 
-def _of(field: Contest, one: Place) -> str:
+def _of(field: BenchResults, one: MethodRanking) -> str:
     whole = len(field.workloads)
     return "" if one.compared == whole else f" on {one.compared} of {whole} workloads"
 
 
-def _by_ratio(one: Place) -> float:
+def _by_ratio(one: MethodRanking) -> float:
     return one.ratio.value if one.ratio else math.inf

@@ -1,4 +1,4 @@
-"""Who stands where: `rows` judges each method on each workload, `places` over all workloads.
+"""Who stands where: `compare_methods` judges each method on each workload, `rank_methods` over all workloads.
 
 How a miss counts. It is infinity in medians, profiles and ranks. In a quotient it enters as the whole budget
 of the run, the least that it took, and the figure is marked as a bound (see `intervals`).
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from plywise.arena.scoring.intervals import Draws, Interval, Timed, geometric_interval, limits, ratio_interval
-from plywise.arena.scoring.records import Line
-from plywise.arena.scoring.results import Cell, Contest, step_seconds
-from plywise.arena.scoring.score import CLOCKS, last_validation, to_target, trained
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.results import BenchResults, Cell, step_seconds
+from plywise.arena.scoring.score import CLOCKS, is_trained, last_validation, to_target
 
 FURTHEST = 4.0
 """Performance profiles end here: who takes four times as long as the quickest gets nothing."""
@@ -32,7 +32,7 @@ class Spread(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodOnWorkload:
     """One method on one workload in one track.
 
     Attributes:
@@ -72,7 +72,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Place:
+class MethodRanking:
     """One method over all workloads, in one track and on one clock.
 
     Attributes:
@@ -103,20 +103,20 @@ class Place:
     end: float
 
 
-def rows(field: Contest) -> list[Row]:
+def compare_methods(field: BenchResults) -> list[MethodOnWorkload]:
     """Every method on every workload in every track, where it was run."""
     return [_row(field, key, cell) for key, cell in field.cells.items()]
 
 
-def places(field: Contest, track: str, clock: str) -> list[Place]:
+def rank_methods(field: BenchResults, track: str, clock: str) -> list[MethodRanking]:
     """All methods of a track on a clock by the areas under their profiles, the best first.
 
     A method is judged on the workloads that it was run on and, as a miss, on those that it does not fit.
     Null controls set no best time and take no rank.
 
     Equals, such as all that never reach a target, share a rank. They are told in the order of the share of
-    runs that reached the target, and then of where they ended, see `Place.end`: their times have no say,
-    since the time of a miss is a bound that a cheap step lowers.
+    runs that reached the target, and then of where they ended, see `MethodRanking.end`: their times do not
+    count, since the time of a miss is a bound that a cheap step lowers.
     """
     behind: dict[str, dict[str, tuple[float, Draws]]] = {}
     for workload in field.workloads:
@@ -131,7 +131,7 @@ def places(field: Contest, track: str, clock: str) -> list[Place]:
         pairs = _pairs(field, track, clock, name)
         runs = [run for workload in own for run in _runs(field, (track, workload, name))]
         found.append(
-            Place(
+            MethodRanking(
                 method=name,
                 rank=_rank(name, ranked, values, draws) if name in ranked else None,
                 level=name in ranked and sum(values[other] == values[name] for other in ranked) > 1,
@@ -147,12 +147,12 @@ def places(field: Contest, track: str, clock: str) -> list[Place]:
     return sorted(found, key=lambda one: (-one.area.value, -one.reached / max(one.runs, 1), one.end))
 
 
-def null_ratio(field: Contest, track: str, clock: str, null: str) -> Interval | None:
+def null_ratio(field: BenchResults, track: str, clock: str, null: str) -> Interval | None:
     """A null control's times over those of the method it repeats, over all workloads: 1 but for noise."""
     return geometric_interval(_null_pairs(field, track, clock, null))
 
 
-def noise(field: Contest, track: str, clock: str) -> float:
+def noise(field: BenchResults, track: str, clock: str) -> float:
     """How far from 1 the intervals of the null controls reach: nothing nearer is told apart.
 
     Taken over the workloads where a null control and its original reached the target in all resamples, later
@@ -166,7 +166,7 @@ def noise(field: Contest, track: str, clock: str) -> float:
     return max([1.0, *(_reach(geometric_interval(pairs)) for pairs in known)])
 
 
-def noise_alone(field: Contest, track: str, clock: str) -> float:
+def noise_alone(field: BenchResults, track: str, clock: str) -> float:
     """How far from 1 a null control reaches on any single workload: the noise of verdicts on one of them.
 
     Infinite or 1 where `noise` is, for the same reasons.
@@ -187,16 +187,16 @@ def area(behind: float) -> float:
     return max(0.0, FURTHEST - max(behind, 1.0)) / (FURTHEST - 1)
 
 
-def _row(field: Contest, key: tuple[str, str, str], cell: Cell) -> Row:
+def _row(field: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOnWorkload:
     track, workload, method = key
     target = field.targets[workload]
     peers = {clock: field.peer(workload, clock) for clock in CLOCKS}
     mine = field.trials(workload, method)
     cost = step_seconds(mine)
     plain = step_seconds(field.trials(workload, field.reference)) if field.reference else None
-    peaks = [run["peak_mib"] for run in cell.runs if run.get("peak_mib") is not None and trained(run)]
+    peaks = [run["peak_mib"] for run in cell.runs if run.get("peak_mib") is not None and is_trained(run)]
     tests = [line["test"] for line in cell.runs if line.get("test") is not None]
-    return Row(
+    return MethodOnWorkload(
         track=track,
         workload=workload,
         method=method,
@@ -220,7 +220,7 @@ def _row(field: Contest, key: tuple[str, str, str], cell: Cell) -> Row:
     )
 
 
-def _behind(field: Contest, track: str, workload: str, clock: str) -> dict[str, tuple[float, Draws]]:
+def _behind(field: BenchResults, track: str, workload: str, clock: str) -> dict[str, tuple[float, Draws]]:
     """By method the time over the quickest's on one workload, as measured and as resampled."""
     times = {
         name: field.cells[track, workload, name].times[clock]
@@ -252,7 +252,7 @@ def _areas(behind: Draws) -> Draws:
     return np.clip(FURTHEST - np.maximum(behind, 1.0), 0.0, None) / (FURTHEST - 1)
 
 
-def _ends(field: Contest, track: str) -> dict[str, float]:
+def _ends(field: BenchResults, track: str) -> dict[str, float]:
     """By method the mean, over its workloads, of its place by the validation metric at the end."""
     ends: dict[str, list[int]] = {}
     for workload in field.workloads:
@@ -262,7 +262,7 @@ def _ends(field: Contest, track: str) -> dict[str, float]:
                 values[name] = statistics.median(last_validation(run) for run in runs)
         for name, value in values.items():
             ends.setdefault(name, []).append(1 + sum(other < value for other in values.values()))
-    return {name: statistics.fmean(places) for name, places in ends.items()}
+    return {name: statistics.fmean(ranks) for name, ranks in ends.items()}
 
 
 def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[str, Draws]) -> Interval:
@@ -277,7 +277,7 @@ def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[st
     return Interval(1 + limits(ahead)[0], rank, 1 + limits(level)[1])
 
 
-def _pairs(field: Contest, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
+def _pairs(field: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
     """A method's times and its peers', workload by workload."""
     pairs = []
     for workload in field.workloads:
@@ -287,7 +287,7 @@ def _pairs(field: Contest, track: str, clock: str, method: str) -> list[tuple[Ti
     return pairs
 
 
-def _null_pairs(field: Contest, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+def _null_pairs(field: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
     pairs = []
     for workload in field.workloads:
         one = field.cells.get((track, workload, null))
@@ -297,7 +297,7 @@ def _null_pairs(field: Contest, track: str, clock: str, null: str) -> list[tuple
     return pairs
 
 
-def _known_pairs(field: Contest, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+def _known_pairs(field: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
     """Those of the pairs that reached the target in all resamples, later than at the first measurement."""
     # half a step of the grid is left for seconds, of which a step does not always take the same
     return [
@@ -312,12 +312,12 @@ def _reach(ratio: Interval | None) -> float:
     return max(ratio.high, 1 / ratio.low) if ratio and ratio.low else math.inf
 
 
-def _runs(field: Contest, key: tuple[str, str, str]) -> list[Line]:
+def _runs(field: BenchResults, key: tuple[str, str, str]) -> list[TrialRecord]:
     cell = field.cells.get(key)
     return cell.runs if cell else []
 
 
-def _reaches(line: Line, target: float | None) -> bool:
+def _reaches(line: TrialRecord, target: float | None) -> bool:
     return math.isfinite(to_target(line, target))
 
 

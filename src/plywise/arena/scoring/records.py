@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-Line = dict[str, Any]
+TrialRecord = dict[str, Any]
 """A trial, as the ledger has it."""
 
 TUNING, FINAL = "tuning", "final"

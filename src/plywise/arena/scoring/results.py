@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plywise.arena.scoring.intervals import Timed, timed
-from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, Line, key_of
+from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, TrialRecord, key_of
 from plywise.arena.scoring.score import CLOCKS, clock_values, loose_target_of, target_of, to_target
 
 TRACKS = (TUNED, DEFAULTS)
@@ -35,12 +35,12 @@ class Target(NamedTuple):
 class Cell:
     """The final runs of one method on one workload in one track, and their times to the strict target."""
 
-    runs: list[Line]
+    runs: list[TrialRecord]
     times: dict[str, Timed]
 
 
 @dataclass(frozen=True)
-class Contest:
+class BenchResults:
     """A bench's trials in order.
 
     Attributes:
@@ -65,7 +65,7 @@ class Contest:
     refused: dict[tuple[str, str], str]
     targets: dict[str, Target]
     cells: dict[tuple[str, str, str], Cell]
-    tuning: dict[tuple[str, str], list[Line]]
+    tuning: dict[tuple[str, str], list[TrialRecord]]
 
     @property
     def reference(self) -> str | None:
@@ -88,14 +88,14 @@ class Contest:
                 return min(there, key=lambda cell: cell.times[clock].value)
         return None
 
-    def trials(self, workload: str, method: str) -> list[Line]:
+    def trials(self, workload: str, method: str) -> list[TrialRecord]:
         """All trials of a method on a workload, of whatever purpose."""
         cells = [self.cells.get((track, workload, method)) for track in TRACKS]
         finals = {key_of(run): run for cell in cells if cell for run in cell.runs}
         return [*self.tuning.get((workload, method), []), *finals.values()]
 
 
-def contest(bench: dict[str, Any], lines: Iterable[Line], seed: int = 0) -> Contest:
+def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: int = 0) -> BenchResults:
     """Sort the trials of a bench, whole or interrupted.
 
     A method with nothing to tune stands in the tuned track with its runs at the defaults.
@@ -108,9 +108,9 @@ def contest(bench: dict[str, Any], lines: Iterable[Line], seed: int = 0) -> Cont
     lines = list(lines)
     workloads = list(dict.fromkeys([*bench["workloads"], *(line["workload"] for line in lines)]))
     methods = list(dict.fromkeys([*bench["methods"], *(line["method"] for line in lines)]))
-    on: dict[str, list[Line]] = {name: [] for name in workloads}
-    finals: dict[tuple[str, str, str], list[Line]] = {}
-    tuning: dict[tuple[str, str], list[Line]] = {}
+    on: dict[str, list[TrialRecord]] = {name: [] for name in workloads}
+    finals: dict[tuple[str, str, str], list[TrialRecord]] = {}
+    tuning: dict[tuple[str, str], list[TrialRecord]] = {}
     for line in sorted(lines, key=lambda line: (line["trial"], line["seed"])):
         on[line["workload"]].append(line)
         if line["purpose"] == FINAL:
@@ -123,7 +123,7 @@ def contest(bench: dict[str, Any], lines: Iterable[Line], seed: int = 0) -> Cont
     targets = {name: _target(bench, name, on[name]) for name in workloads}
     generator = np.random.default_rng(seed)
     keys = ((track, workload, name) for track in TRACKS for workload in workloads for name in methods)
-    return Contest(
+    return BenchResults(
         bench=bench,
         tracks=[track for track in TRACKS if any(key[0] == track for key in finals)] or bench["tracks"],
         workloads=workloads,
@@ -141,7 +141,7 @@ def contest(bench: dict[str, Any], lines: Iterable[Line], seed: int = 0) -> Cont
     )
 
 
-def step_seconds(lines: Iterable[Line]) -> float | None:
+def step_seconds(lines: Iterable[TrialRecord]) -> float | None:
     """Processor seconds of a step: the median of some trials; None if none was timed.
 
     Example:
@@ -161,7 +161,7 @@ def _space(bench: dict[str, Any], method: str) -> dict[str, Any]:
     return space
 
 
-def _target(bench: dict[str, Any], workload: str, lines: list[Line]) -> Target:
+def _target(bench: dict[str, Any], workload: str, lines: list[TrialRecord]) -> Target:
     loose = loose_target_of(lines, _baselines(bench))
     stored = bench["workloads"].get(workload, {}).get("target")
     if stored is None:
@@ -170,9 +170,9 @@ def _target(bench: dict[str, Any], workload: str, lines: list[Line]) -> Target:
 
 
 def _cell(
-    runs: list[Line],
+    runs: list[TrialRecord],
     target: float | None,
-    others: list[Line],
+    others: list[TrialRecord],
     bench: dict[str, Any],
     generator: np.random.Generator,
 ) -> Cell:
@@ -190,7 +190,7 @@ def _cell(
     return Cell(runs, times)
 
 
-def _per_step(lines: Iterable[Line], clock: str) -> float | None:
+def _per_step(lines: Iterable[TrialRecord], clock: str) -> float | None:
     each = []
     for line in lines:
         values = clock_values(line, clock)

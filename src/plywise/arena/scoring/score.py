@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterable
 
-from plywise.arena.scoring.records import TUNING, Line
+from plywise.arena.scoring.records import TUNING, TrialRecord
 
 CLOCKS = ("steps", "gradients", "cpu", "wall")
 """What time to target is told in: steps, passes forward and backward, processor seconds, seconds."""
@@ -22,7 +22,7 @@ EARLY = 0.8
 1 / 0.8 times slower still has a chance to reach it, and a lucky last measurement sets no target."""
 
 
-def best_validation(line: Line) -> float:
+def best_validation(line: TrialRecord) -> float:
     """The lowest validation metric that a trial ever measured; infinity if it measured none.
 
     Example:
@@ -32,7 +32,7 @@ def best_validation(line: Line) -> float:
     return min((value for value in line["validation"] if value is not None), default=math.inf)
 
 
-def early_validation(line: Line, until: float) -> float:
+def early_validation(line: TrialRecord, until: float) -> float:
     """The lowest validation metric that a trial measured within its first ``until`` steps, or infinity.
 
     Example:
@@ -43,24 +43,24 @@ def early_validation(line: Line, until: float) -> float:
     return min((value for step, value in pairs if value is not None and step <= until), default=math.inf)
 
 
-def last_validation(line: Line) -> float:
+def last_validation(line: TrialRecord) -> float:
     """The validation metric that a trial ended with; infinity if it failed, since it did not get there."""
     if line["failure"] is not None or not line["validation"] or line["validation"][-1] is None:
         return math.inf
     return float(line["validation"][-1])
 
 
-def trained(line: Line) -> bool:
+def is_trained(line: TrialRecord) -> bool:
     """Whether a trial was measured after a step; what it took before says nothing of its method.
 
     Example:
-        >>> trained({"steps": [0, 20]}), trained({"steps": [0]}), trained({"steps": []})
+        >>> is_trained({"steps": [0, 20]}), is_trained({"steps": [0]}), is_trained({"steps": []})
         (True, False, False)
     """
     return any(line["steps"])
 
 
-def clock_values(line: Line, clock: str) -> list[float]:
+def clock_values(line: TrialRecord, clock: str) -> list[float]:
     """What a clock showed at each measurement of a trial.
 
     Args:
@@ -76,12 +76,12 @@ def clock_values(line: Line, clock: str) -> list[float]:
     return list(map(float, line[clock]))
 
 
-def to_target(line: Line, target: float | None, clock: str = "steps") -> float:
+def to_target(line: TrialRecord, target: float | None, clock: str = "steps") -> float:
     """When a trial first measured a validation metric at or below the target.
 
     A trial that never did, because it was slow or because it failed, took infinitely long. One that failed
     after it had reached the target did reach it: a user who trains until the target would have stopped there.
-    Its failure is reported beside, and `chosen` avoids it.
+    Its failure is reported beside, and `choose_best` avoids it.
 
     Args:
         line: the trial.
@@ -106,7 +106,7 @@ def to_target(line: Line, target: float | None, clock: str = "steps") -> float:
     return math.inf
 
 
-def target_of(lines: Iterable[Line], baselines: Collection[str]) -> float | None:
+def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
     """The target of a workload that has none stored: the third best of the baselines' tuning trials.
 
     A trial counts by its best validation metric within the first 80 % of the steps. The best trial of all
@@ -121,7 +121,7 @@ def target_of(lines: Iterable[Line], baselines: Collection[str]) -> float | None
         The target; with fewer than three trials that measured anything the worst of them; None without any.
 
     Example:
-        >>> def trial(early: float, late: float) -> Line:
+        >>> def trial(early: float, late: float) -> TrialRecord:
         ...     values = {"steps": [0, 50, 100], "validation": [0.9, early, late]}
         ...     return {"method": "sgd", "purpose": "tuning", **values}
         >>> target_of([trial(0.4, 0.1), trial(0.3, 0.2), trial(0.2, 0.2), trial(0.5, 0.4)], {"sgd"})
@@ -131,7 +131,7 @@ def target_of(lines: Iterable[Line], baselines: Collection[str]) -> float | None
     return ordered[:STRICT_PLACE][-1] if ordered else None
 
 
-def loose_target_of(lines: Iterable[Line], baselines: Collection[str]) -> float | None:
+def loose_target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
     """A target that a middling setting reaches: the median of the baselines' tuning trials.
 
     Beside the strict target it tells a method that is fast but ends too high from one that is slow.
@@ -144,7 +144,7 @@ def loose_target_of(lines: Iterable[Line], baselines: Collection[str]) -> float 
         The target, never below the strict one; None without any trial that measured something.
 
     Example:
-        >>> def trial(value: float) -> Line:
+        >>> def trial(value: float) -> TrialRecord:
         ...     return {"method": "sgd", "purpose": "tuning", "steps": [0, 100], "validation": [value, 0.0]}
         >>> loose_target_of([trial(0.1), trial(0.3), trial(0.2), trial(0.5), trial(0.9)], {"sgd"})
         0.3
@@ -155,7 +155,7 @@ def loose_target_of(lines: Iterable[Line], baselines: Collection[str]) -> float 
     return max(statistics.median_high(ordered), ordered[:STRICT_PLACE][-1])
 
 
-def chosen(lines: Iterable[Line], target: float | None) -> Line | None:
+def choose_best(lines: Iterable[TrialRecord], target: float | None) -> TrialRecord | None:
     """The tuning trial whose numbers a method goes into the final runs with.
 
     Among the trials that ended, the one that reached the target in the fewest steps; if none did, the one
@@ -173,11 +173,11 @@ def chosen(lines: Iterable[Line], target: float | None) -> Line | None:
     return min(tuning, key=lambda line: _merit(line, target), default=None)
 
 
-def _merit(line: Line, target: float | None) -> tuple[bool, float, float, int]:
+def _merit(line: TrialRecord, target: float | None) -> tuple[bool, float, float, int]:
     return line["failure"] is not None, to_target(line, target), best_validation(line), line["trial"]
 
 
-def _baseline_trials(lines: Iterable[Line], baselines: Collection[str]) -> list[float]:
+def _baseline_trials(lines: Iterable[TrialRecord], baselines: Collection[str]) -> list[float]:
     """The best early validation metrics of the baselines' tuning trials that measured any, ascending."""
     trials = [line for line in lines if line["purpose"] == TUNING and line["method"] in baselines]
     until = EARLY * max((line["steps"][-1] for line in trials if line["steps"]), default=0)
