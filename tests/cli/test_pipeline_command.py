@@ -15,7 +15,7 @@ import torch
 
 from plywise.local import checkpoint
 from plywise.pipeline.cuts import component_costs
-from plywise.training.build import make_blocks, make_data, make_learner
+from plywise.training.build import resolve_training
 from plywise.training.config import TrainConfig
 from plywise.training.session import open_session
 from sameness import same
@@ -215,11 +215,11 @@ def test_lost_checkpoints_are_missed(plywise, one_process):
 )
 def test_measuring_leaves_the_learner_as_it_is(settings):
     plan = TrainConfig(model="mine:net", split=(0, 2, 4), data="mine:data", **settings)
-    data = make_data(plan)
-    x, y = data.train.x[:16], data.train.y[:16]
+    training = resolve_training(plan)
+    x, y = training.data.train.x[:16], training.data.train.y[:16]
 
     def learner():
-        return make_learner(plan, make_blocks(plan, x, data.classes)[0], data.classes)
+        return training.make_learner(training.make_blocks()[0])
 
     plain, measured = learner(), learner()
     for step in range(4):

@@ -1,7 +1,8 @@
-"""What a plan makes: blocks and a learner, the same from the same seed."""
+"""From a configuration to a learner: what it names is resolved once, and the same seed makes the same."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,91 +29,120 @@ from plywise.registry.resolve import (
 from plywise.training.config import TrainConfig
 
 WIDTH = 128  # of the default network
-BLOCKS = 4  # unless the plan says how many
+BLOCKS = 4  # unless the configuration says how many
 
 
-def make_data(plan: TrainConfig) -> ClassData:
-    """The plan's data.
+@dataclass(frozen=True)
+class ResolvedTraining:
+    """What a `TrainConfig` names, found, read and checked once; everything that follows reads it from here.
+
+    Attributes:
+        config: the configuration.
+        data: the data.
+        learner: the learner's class.
+        settings: its hyper-parameters; addresses of functions are loaded.
+        optimizer: makes a component's optimizer of its parameters.
+        rule: makes a component's rule; None for plain gradients.
+    """
+
+    config: TrainConfig
+    data: ClassData
+    learner: type[Learner]
+    settings: Mapping[str, Any]
+    optimizer: MakeOptimizer
+    rule: MakeRule | None
+
+    def make_blocks(self, starts: Sequence[int] = ()) -> tuple[Blocks, tuple[int, ...]]:
+        """The network in blocks, and where it was cut.
+
+        A model is cut by measured cost, which differs each time. To get the same blocks again, in another
+        process or to go on, say where the cuts were.
+
+        Args:
+            starts: the first unit of each block, as returned before; empty for those of the configuration, or
+                else to measure.
+
+        Returns:
+            The blocks, and the first unit of each; empty where there was nothing to cut.
+
+        Raises:
+            PlywiseError: the factory does not make a network, or that does not come apart.
+        """
+        config, x = self.config, self.data.train.x
+        example = x[: config.batch_size]
+        with seeded(config.seed):
+            if config.model is None:
+                return Blocks(self._default_network(x[0].numel()), example), ()
+            made = make_model(config.model)
+            if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
+                starts = starts or config.split or ()
+                return _cut(made, len(starts) or config.blocks or BLOCKS, example, starts)
+        return Blocks(_list_blocks(config, made), example), ()
+
+    def make_learner(self, blocks: Blocks) -> Learner:
+        """The learner of some blocks.
+
+        Raises:
+            PlywiseError: its settings, the optimizer's or the rule's are refused.
+        """
+        learner: Any = self.learner
+        settings = dict(self.settings)
+        if "num_classes" in inspect.signature(learner).parameters:
+            settings["num_classes"] = self.data.classes
+        training = {"optimizer": self.optimizer, "rule": self.rule, "seed": self.config.seed}
+        with seeded(self.config.seed):
+            try:
+                made: Learner = learner(blocks, **settings, **training)
+            except (ValueError, TypeError) as error:
+                raise PlywiseError(str(error), see="error-command") from error
+        return made
+
+    def _default_network(self, features: int) -> list[nn.Module]:
+        """A linear layer a block; the last one predicts, where the learner takes the prediction from there."""
+        widths = [features] + [WIDTH] * (self.config.blocks or BLOCKS)
+        blocks: list[nn.Module] = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
+        if self.learner.__name__ not in READERS:
+            blocks[-1] = nn.Linear(widths[-2], self.data.classes)
+        blocks[0] = nn.Sequential(nn.Flatten(), blocks[0])
+        return blocks
+
+
+def resolve_training(config: TrainConfig) -> ResolvedTraining:
+    """Find and read what a configuration names.
 
     Raises:
-        PlywiseError: there are no such data, or they are none for classification.
+        PlywiseError: there are no such data, they are none for classification, or there is no such learner,
+            optimizer, rule or hyper-parameter.
     """
-    return take_classes(plan.data, resolve_parts(plan.data))
+    learner = resolve_learner(config.learner)
+    return ResolvedTraining(
+        config,
+        take_classes(config.data, resolve_parts(config.data)),
+        learner,
+        learner_settings(learner, config.set),
+        _resolve_optimizer(config),
+        _resolve_rule(config),
+    )
 
 
-def make_blocks(
-    plan: TrainConfig, x: Tensor, classes: int, starts: Sequence[int] = ()
-) -> tuple[Blocks, tuple[int, ...]]:
-    """The plan's network in blocks, and where it was cut.
-
-    A model is cut by measured cost, which is another one each time. Whoever wants the same blocks again, in
-    another process or to go on, says where the cuts were.
-
-    Args:
-        plan: the plan.
-        x: all training inputs; the first batch is the example.
-        classes: number of classes.
-        starts: the first unit of each block, as returned before; empty for the plan's, or else to measure.
-
-    Returns:
-        The blocks, and the first unit of each; empty where there was nothing to cut.
-
-    Raises:
-        PlywiseError: the factory does not make a network, or that does not come apart.
-    """
-    example = x[: plan.batch_size]
-    with seeded(plan.seed):
-        if plan.model is None:
-            return Blocks(_default_network(plan, x[0].numel(), classes), example), ()
-        made = make_model(plan.model)
-        if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
-            starts = starts or plan.split or ()
-            return _cut(made, len(starts) or plan.blocks or BLOCKS, example, starts)
+def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
+    """The blocks that the user's function has made."""
     modules = list(made) if isinstance(made, nn.ModuleList | list | tuple) else [made]
     if wrong := [type(module).__name__ for module in modules if not isinstance(module, nn.Module)]:
         raise PlywiseError(
-            f"{plan.model} must make an nn.Module, or a list of them, one a block; it made a "
+            f"{config.model} must make an nn.Module, or a list of them, one a block; it made a "
             f"{type(made).__name__}" + ("." if modules == [made] else f" with a {wrong[0]} in it."),
             see="error-address",
         )
-    if plan.split is not None:
+    if config.split is not None:
         raise PlywiseError(
-            f"split says where a model is cut, and {plan.model} makes blocks.", see="error-command"
+            f"split says where a model is cut, and {config.model} makes blocks.", see="error-command"
         )
-    if plan.blocks not in (None, len(modules)):
+    if config.blocks not in (None, len(modules)):
         raise PlywiseError(
-            f"{plan.model} makes {len(modules)} blocks, and blocks is {plan.blocks}.", see="error-command"
+            f"{config.model} makes {len(modules)} blocks, and blocks is {config.blocks}.", see="error-command"
         )
-    return Blocks(modules, example), ()
-
-
-def make_learner(plan: TrainConfig, blocks: Blocks, classes: int) -> Learner:
-    """The plan's learner.
-
-    Raises:
-        PlywiseError: there is no such learner, optimizer or rule, or its settings are refused.
-    """
-    learner: Any = resolve_learner(plan.learner)
-    settings = learner_settings(learner, plan.set)
-    if "num_classes" in inspect.signature(learner).parameters:
-        settings["num_classes"] = classes
-    training = {"optimizer": _optimizer(plan), "rule": _rule(plan), "seed": plan.seed}
-    with seeded(plan.seed):
-        try:
-            made: Learner = learner(blocks, **settings, **training)
-        except (ValueError, TypeError) as error:
-            raise PlywiseError(str(error), see="error-command") from error
-    return made
-
-
-def _default_network(plan: TrainConfig, features: int, classes: int) -> list[nn.Module]:
-    """One linear layer a block; the last one makes the prediction, where the learner takes it from there."""
-    widths = [features] + [WIDTH] * (plan.blocks or BLOCKS)
-    blocks: list[nn.Module] = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
-    if resolve_learner(plan.learner).__name__ not in READERS:
-        blocks[-1] = nn.Linear(widths[-2], classes)
-    blocks[0] = nn.Sequential(nn.Flatten(), blocks[0])
-    return blocks
+    return modules
 
 
 def _cut(model: nn.Module, k: int, example: Tensor, starts: Sequence[int]) -> tuple[Blocks, tuple[int, ...]]:
@@ -139,16 +169,16 @@ def _starts(model: nn.Module, blocks: Blocks, example: Tensor) -> tuple[int, ...
     return tuple(min(unit_of[name] for name, _ in block.named_parameters()) for block in blocks)
 
 
-def _optimizer(plan: TrainConfig) -> MakeOptimizer:
-    make: Callable[..., Optimizer] = resolve_optimizer(plan.optimizer)
+def _resolve_optimizer(config: TrainConfig) -> MakeOptimizer:
+    make: Callable[..., Optimizer] = resolve_optimizer(config.optimizer)
     settings = [name for name in inspect.signature(make).parameters if name not in ("params", "lr")]
-    check_settings(make.__name__, plan.optimizer_set, settings)
-    return lambda groups: make(groups, lr=plan.rate, **plan.optimizer_set)
+    check_settings(make.__name__, config.optimizer_set, settings)
+    return lambda groups: make(groups, lr=config.rate, **config.optimizer_set)
 
 
-def _rule(plan: TrainConfig) -> MakeRule | None:
-    if plan.rule is None:
+def _resolve_rule(config: TrainConfig) -> MakeRule | None:
+    if config.rule is None:
         return None
-    rule: Any = resolve_rule(plan.rule)
-    check_settings(rule.__name__, plan.rule_set, inspect.signature(rule).parameters)
-    return lambda: rule(**plan.rule_set)
+    rule: Any = resolve_rule(config.rule)
+    check_settings(rule.__name__, config.rule_set, inspect.signature(rule).parameters)
+    return lambda: rule(**config.rule_set)

@@ -8,13 +8,12 @@ import torch
 import torch.distributed as dist
 
 from plywise._util.tensorboard import require_tensorboard
-from plywise.data.classes import ClassData
 from plywise.errors import PipelineError
 from plywise.local.learner import OneWayLearner
 from plywise.pipeline.cuts import from_first, measured_cuts
 from plywise.pipeline.groups import join
 from plywise.pipeline.pipeline import Pipeline
-from plywise.training.build import make_blocks, make_data, make_learner
+from plywise.training.build import ResolvedTraining, resolve_training
 from plywise.training.config import TrainConfig
 from plywise.training.run_folder import RunFolder
 from plywise.training.session import Session, format_error
@@ -37,14 +36,15 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
     if plan.tensorboard:
         require_tensorboard()
     torch.set_num_threads(plan.threads)
-    data, folder = make_data(plan), RunFolder(plan.out)
+    training, folder = resolve_training(plan), RunFolder(plan.out)
+    data = training.data
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # a rule with memory minds processes that share nothing; stages hold different components
         warnings.filterwarnings("ignore", r"\d+ processes run, but no Distrib", RuntimeWarning)
         join()
         stack.callback(dist.destroy_process_group)
-        learner, starts = _learner(plan, data, folder, fresh)
+        learner, starts = _learner(training, folder, fresh)
         batch = data.train.x[: plan.batch_size], data.train.y[: plan.batch_size]
         cuts = plan.cuts or measured_cuts(learner, *batch, replicas=plan.replicas)
         pipeline = stack.enter_context(Pipeline(learner, cuts=cuts, replicas=plan.replicas))
@@ -55,7 +55,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
             log = f"log.stage{pipeline.stage}.jsonl" if pipeline.replica == 0 else None
             session = Session(plan, data, pipeline, folder, folder.last_step(), log)
             pipeline.agree(True)  # nobody writes before all have read
-            del data, batch  # the session keeps what it needs: of most stages, nothing
+            del training, data, batch  # the session keeps what it needs: of most stages, nothing
             yield session
         except BaseException as error:
             pipeline.watch.tell(format_error(error))
@@ -63,17 +63,16 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
 
 
 def _learner(
-    plan: TrainConfig, data: ClassData, folder: RunFolder, fresh: bool
+    training: ResolvedTraining, folder: RunFolder, fresh: bool
 ) -> tuple[OneWayLearner, tuple[int, ...]]:
     """The learner, cut as the first process has measured it, or as it was when the run began."""
-    x, classes = data.train.x, data.classes
     if dist.get_rank() == 0:
-        record = None if fresh else folder.check(plan, data)
-        blocks, starts = make_blocks(plan, x, classes, record.starts if record else ())
+        record = None if fresh else folder.check(training.config, training.data)
+        blocks, starts = training.make_blocks(record.starts if record else ())
         from_first(starts)
     else:
-        blocks, starts = make_blocks(plan, x, classes, from_first(()))
-    learner = make_learner(plan, blocks, classes)
+        blocks, starts = training.make_blocks(from_first(()))
+    learner = training.make_learner(blocks)
     if not isinstance(learner, OneWayLearner):
         raise PipelineError(
             f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way. "

@@ -27,7 +27,7 @@ class RunRecord:
     Attributes:
         plan: by the flags' names.
         data: the data's fingerprint.
-        starts: where the model was cut (see `plywise.training.build.make_blocks`).
+        starts: where the model was cut (see `plywise.training.build.ResolvedTraining.make_blocks`).
     """
 
     plan: Mapping[str, Any]

@@ -23,7 +23,7 @@ from plywise.engine.health import SKIPPED
 from plywise.errors import NonFiniteError, PlywiseError, StateError
 from plywise.local.learner import Learner, Report
 from plywise.local.trainer import LocalTrainer
-from plywise.training.build import make_blocks, make_data, make_learner
+from plywise.training.build import resolve_training
 from plywise.training.config import TrainConfig
 from plywise.training.metrics_log import MetricsLog, StepMetrics
 from plywise.training.run_folder import RunFolder
@@ -290,10 +290,11 @@ def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
     if plan.tensorboard:
         require_tensorboard()
     torch.set_num_threads(plan.threads)
-    data, folder = make_data(plan), RunFolder(plan.out)
+    training, folder = resolve_training(plan), RunFolder(plan.out)
+    data = training.data
     record = None if fresh else folder.check(plan, data)
-    blocks, starts = make_blocks(plan, data.train.x, data.classes, record.starts if record else ())
-    engine = SingleProcessEngine(make_learner(plan, blocks, data.classes))
+    blocks, starts = training.make_blocks(record.starts if record else ())
+    engine = SingleProcessEngine(training.make_learner(blocks))
     step = folder.begin(plan, data, starts, fresh=fresh)
     return Session(plan, data, engine, folder, step, "log.jsonl")
 
@@ -310,9 +311,9 @@ def load_trained(out: Path | str) -> nn.Module:
     folder = RunFolder(Path(out))
     plan, record = folder.plan(), folder.record()
     assert record is not None
-    data = make_data(plan)
-    blocks, _ = make_blocks(plan, data.train.x, data.classes, record.starts)
-    engine = SingleProcessEngine(make_learner(plan, blocks, data.classes))
+    training = resolve_training(plan)
+    blocks, _ = training.make_blocks(record.starts)
+    engine = SingleProcessEngine(training.make_learner(blocks))
     engine.restore(folder.checkpoints, None)
     return engine.learner.as_module().eval()
 
