@@ -14,7 +14,7 @@ from plywise.arena.run.trial import run_trial
 from plywise.arena.task import CLASSIFICATION, REGRESSION, SEQUENCES
 from plywise.arena.workloads.own import own_workload
 from plywise.errors import BlockError, PlywiseError
-from plywise.registry.resolve import own_data
+from plywise.registry.resolve import resolve_data
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_csv_of_numbers_and_of_classes(user):
 
 
 def test_the_data_of_a_shipped_workload_and_data_read_before():
-    data = own_data("digits-mlp").data
+    data = resolve_data("digits-mlp").data
     assert sizes(data) == [1100, 297, 400]
     with pytest.raises(PlywiseError, match=r"fails on two inputs of torch\.float32 and shape"):
         own(data="digits-mlp")

@@ -311,5 +311,5 @@ def test_every_method_of_the_catalogue_has_its_place():
     assert {*METHOD_OF.values()} == {*RULE_OF, *LEARNER_OF, *RELATIVES}
     for workload in WORKLOAD_OF.values():
         find_workload(workload)
-    with pytest.raises(pw.PlywiseError, match="not known where"):
+    with pytest.raises(pw.PlywiseError, match="does not say where"):
         place_of("Nothing")

@@ -98,7 +98,7 @@ class ResolvedTraining:
         return made
 
     def _default_network(self, features: int) -> list[nn.Module]:
-        """A linear layer a block; the last one predicts, where the learner takes the prediction from there."""
+        """A linear layer a block; the last one predicts, unless the learner itself does."""
         widths = [features] + [WIDTH] * (self.config.blocks or BLOCKS)
         blocks: list[nn.Module] = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         if self.learner.__name__ not in READERS:
