@@ -160,7 +160,7 @@ def test_explain_ones_own_model(plywise, project):
         (["mine:leave"], "mine:leave raised SystemExit"),
         (["mine:three"], "returned an object of type int, not a torch.nn.Module"),
         (["mine:wants"], "without arguments (missing a required argument: 'size')"),
-        (["mine:number"], "neither a function nor a torch.nn.Module"),
+        (["mine:number"], "not a function that makes one"),
         (["mine:mak"], "has no 'mak'. Did you mean make?"),
         (["nowhere:make"], "no module 'nowhere'"),
         (["nowhere.inside:make"], "no module 'nowhere'"),

@@ -34,8 +34,7 @@ from plywise import (
     Rule,
     Update,
 )
-from plywise._util.checks import require_positive
-from plywise.engine.rule import Size
+from plywise.engine.rule import Size, require_positive
 from plywise.registry.names import NAMES, RULE
 
 

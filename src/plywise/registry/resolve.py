@@ -36,7 +36,7 @@ def resolve_rule(name: str) -> type[Rule]:
         >>> resolve_rule("proxprop") is resolve_rule("plywise:ProxProp")
         True
     """
-    return _resolve_class(name, "your rule", Rule) if ":" in name else find_rule(name)
+    return _resolve_class(name, "your rule", Rule, "plywise.Rule") if ":" in name else find_rule(name)
 
 
 def resolve_learner(name: str) -> type[Learner]:
@@ -49,7 +49,11 @@ def resolve_learner(name: str) -> type[Learner]:
         >>> resolve_learner("LocalLoss").__name__
         'LocalLoss'
     """
-    return _resolve_class(name, "your learner", Learner) if ":" in name else find_learner(name)
+    return (
+        _resolve_class(name, "your learner", Learner, "plywise.Learner")
+        if ":" in name
+        else find_learner(name)
+    )
 
 
 def resolve_optimizer(name: str) -> type[Optimizer]:
@@ -63,7 +67,7 @@ def resolve_optimizer(name: str) -> type[Optimizer]:
         (<class 'torch.optim.sgd.SGD'>, 'YamAdam')
     """
     if ":" in name:
-        return _resolve_class(name, "your optimizer", Optimizer)
+        return _resolve_class(name, "your optimizer", Optimizer, "torch.optim.Optimizer")
     known: dict[str, type[Optimizer]] = {
         key: value
         for key, value in vars(torch.optim).items()
@@ -142,9 +146,8 @@ def resolve_data(address: str) -> OwnData:
     return cut_parts(address, parts)
 
 
-def _resolve_class(address: str, what: str, base: type[Any]) -> Any:
+def _resolve_class(address: str, what: str, base: type[Any], public: str) -> Any:
     found = load(address, what)
     if not (isinstance(found, type) and issubclass(found, base)):
-        public = f"{base.__module__}.{base.__name__}"
         raise PlywiseError(f"{address} is no subclass of {public}.", see="error-address")
     return found
