@@ -252,7 +252,7 @@ def test_data_that_do_not_fit(data, words):
         ("one", "data", "1 output, and targets go up to 2: it needs 3"),
         ("flat", "data", r"it must be \(classes,\) scores"),
         ("net", "one_hot", r"one-hot: of 3 numbers .* y.argmax\(1\)"),
-        ("instance", "data", "of type Linear, not a function that makes one"),
+        ("instance", "data", "is a network. Training needs a function that makes it"),
         ("absent", "data", "has no 'absent'"),
     ],
 )
