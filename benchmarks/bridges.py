@@ -17,8 +17,8 @@ from torch import nn
 import plywise as pw
 from local_learning import METHODS, MakeTrained, Trained, Workload, adam, end_to_end, load, spread, tuned
 from pipeline import BRIDGES, INPUT, LAYERS, WIDTH
-from plywise.environment import environment
-from plywise.files import write_whole
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 
 OUT = Path(__file__).with_suffix(".json")
 RATES, EPOCHS = (1e-3, 3e-3), 5

@@ -26,11 +26,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.data.digits import Split, load_digits
 from plywise.data.sets import grey_images
-from plywise.environment import environment
 from plywise.errors import PlywiseError
-from plywise.files import write_whole
 from plywise.nn import DecisionStage
 
 SEEDS, LOOKS, BATCH, STAGE_SAMPLES = range(3), 12, 64, 1000

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.data.sets import cifar10, grey_images
-from plywise.environment import environment
 from plywise.errors import PlywiseError
-from plywise.files import write_whole
 from plywise.nn import UnfoldedDenoiser
 from plywise.nn.unfolded_denoiser import SCHEMES
 

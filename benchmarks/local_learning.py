@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
-from plywise.environment import environment
-from plywise.files import write_whole
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.local.associated_learning import pooled_bridge
 from plywise.local.linear_heads import GradientHead, RidgeHead
 from tuning import DATA

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 import plywise as pw
-from plywise.environment import environment
-from plywise.files import write_whole
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 
 WIDTH, BLOCKS, BATCH, CLASSES = 512, 16, 8192, 10
 REPEATS, STEPS = 5, 3

@@ -32,12 +32,13 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import plywise as pw
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.arena.method import with_rule
+from plywise.arena.run.trial import DivergedError
 from plywise.arena.task import mean, predictor
-from plywise.arena.trial import DivergedError, endless_batches
+from plywise.data.batches import endless_batches
 from plywise.data.digits import Split
-from plywise.environment import environment
-from plywise.files import write_whole
 from tuning import DATA, HERE, median, mlp
 
 BATCH, TRIALS = 128, 6

@@ -33,8 +33,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from plywise.environment import environment
-from plywise.files import write_whole
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.losses import slope_recovery
 from plywise.nn import adapt_activations
 

@@ -37,8 +37,8 @@ from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 
 import plywise as pw
-from plywise.environment import environment
-from plywise.files import write_whole
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.local.associated_learning import MakeBridge, wide_bridge
 from plywise.pipeline.forecast import Link, StageCost, forecast
 from plywise.pipeline.pipeline import Pipeline

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from plywise.arena.demo import BATCH_SIZE, Plan, Setup
+from plywise._util.environment import environment
+from plywise.arena.demo.study import BATCH_SIZE, DemoConfig, Setup
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import Task
-from plywise.arena.trial import run_trial
-from plywise.arena.workload import Data
 from plywise.data.digits import load_digits
-from plywise.environment import environment
+from plywise.data.parts import Data
 
 TRIALS = 32
 SEEDS = (100, 101)
@@ -81,7 +81,7 @@ def setup_of(method: str, point: dict) -> Setup:
     )
 
 
-def score(plan: Plan, setup: Setup, splits) -> dict:
+def score(plan: DemoConfig, setup: Setup, splits) -> dict:
     train, validation, _ = splits
     records = [
         run_trial(
@@ -109,7 +109,7 @@ def _mean_log(losses: list[float]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    plan, splits = Plan(), load_digits()
+    plan, splits = DemoConfig(), load_digits()
     results = {}
     for method, space in SPACES.items():
         start, trials = time.process_time(), []

@@ -15,10 +15,10 @@ from torch import nn
 
 import plywise as pw
 from plywise.arena.method import with_rule
+from plywise.arena.run.trial import TrialResult, run_trial
 from plywise.arena.task import CLASSIFICATION, Task
-from plywise.arena.trial import Record, run_trial
-from plywise.arena.workload import Data
 from plywise.data.digits import Split, load_digits
+from plywise.data.parts import Data
 
 CROSS_ENTROPY = Task(nn.functional.cross_entropy, nn.functional.cross_entropy, "cross entropy")
 HERE = Path(__file__).parent
@@ -96,14 +96,14 @@ def tune(
 
 def repeat(
     candidate: Candidate, model: Callable[[], nn.Module], data: Any, seeds: Iterable[int], **how: Any
-) -> list[Record]:
+) -> list[TrialResult]:
     """Fresh seeds of the chosen candidate, accuracy on the test set."""
     return [trial(candidate, model, data, CLASSIFICATION, seed, test=True, **how) for seed in seeds]
 
 
 def trial(
     candidate: Candidate, model: Callable[[], nn.Module], data: Any, task: Task, seed: int, **how: Any
-) -> Record:
+) -> TrialResult:
     """One training; its loss is measured on the whole training set."""
 
     def begin() -> Any:
@@ -114,12 +114,12 @@ def trial(
     return run_trial(begin, Data(*data), task, seed=seed, look=len(data[0].y), **how)
 
 
-def first_step_below(record: Record, target: float) -> int | None:
+def first_step_below(record: TrialResult, target: float) -> int | None:
     """Steps until the training loss is at or below ``target``; None if never."""
     return next((s for s, loss in zip(record.steps, record.loss, strict=True) if loss <= target), None)
 
 
-def accuracy(record: Record) -> float | None:
+def accuracy(record: TrialResult) -> float | None:
     """Share of the test set that was right."""
     return None if record.test is None else round(1 - record.test, 5)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import plywise as pw
-from plywise.card import SECTIONS, STATUSES, TAGLINE_WIDTH, HyperParameter, card_of
-from plywise.catalogue import LEARNERS, ROOMS, RULES, find, find_rule, suggestion
+from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
+from plywise.registry.card import SECTIONS, STATUSES, TAGLINE_WIDTH, HyperParameter, card_of
+from plywise.registry.find import LEARNERS, ROOMS, RULES, find, find_rule
 
 HELPERS = {"unroll", "adapt_activations", "fuse_slice", "input_gradient_difference"}
 """Public, but part of a method and none of its own."""

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from plywise.environment import cores, workers_for
+from plywise._util.environment import cores, workers_for
 
 
 def test_cores_are_shared_among_threads_and_a_gpu_is_not_shared():

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from plywise import Backprop, ProxProp, addresses, errors
-from plywise.arena.search import find_search
-from plywise.local.plan import Plan
-from plywise.local.run_folder import RunFolder
+from plywise import Backprop, ProxProp, errors
+from plywise._util import import_path as addresses
+from plywise.arena.run.search import find_search
+from plywise.training.config import TrainConfig
+from plywise.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
@@ -94,7 +95,7 @@ FAILURES = {
     "state-run": lambda folder: RunFolder(folder).plan(),
     "error-address": lambda _: addresses.load("model.py:make", "your model"),
     "error-bench": lambda _: find_search("randon"),
-    "error-command": lambda _: Plan(blocks=-1),
+    "error-command": lambda _: TrainConfig(blocks=-1),
 }
 
 

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from statistics import geometric_mean, median
 
-from plywise.arena.ledger import DEFAULTS, FINAL, read
+from plywise.arena.run.ledger import read
+from plywise.arena.scoring.records import DEFAULTS, FINAL
 
 
 def runs(folder: Path) -> dict[tuple[str, str, int], dict]:

@@ -6,9 +6,9 @@ python benchmarks/arena/table.py benchmarks/arena/standard
 import argparse
 from pathlib import Path
 
-from plywise.arena.bench_page import judge, read_bench
-from plywise.arena.findings import span
-from plywise.arena.standing import places
+from plywise.arena.reports.bench_page import judge, read_bench
+from plywise.arena.scoring.conclusions import span
+from plywise.arena.scoring.ranking import rank_methods
 
 HEAD = (
     "| method | rank by CPU time | steps to target over the best baseline's | CPU time alike | reached the "
@@ -22,9 +22,9 @@ def main() -> None:
     parser.add_argument("--track", default="tuned", choices=("tuned", "defaults"))
     options = parser.parse_args()
     judged = judge(*read_bench(options.folder))
-    steps = {one.method: one for one in places(judged.field, options.track, "steps")}
+    steps = {one.method: one for one in rank_methods(judged.field, options.track, "steps")}
     print(HEAD)
-    for one in places(judged.field, options.track, "cpu"):
+    for one in rank_methods(judged.field, options.track, "cpu"):
         ratios = [span(other.ratio) if other.ratio else "–" for other in (steps[one.method], one)]
         rank = "–" if one.rank is None else f"{one.rank.value:.0f}"
         areas = f"{one.area.value:.2f} / {steps[one.method].area.value:.2f}"

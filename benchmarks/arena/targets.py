@@ -11,10 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
-from plywise.arena.bench_page import read_bench
-from plywise.arena.score import loose_target_of, target_of
+from plywise._util.files import write_whole
+from plywise.arena.reports.bench_page import read_bench
+from plywise.arena.scoring.score import loose_target_of, target_of
 from plywise.arena.workloads import WORKLOADS, targets
-from plywise.files import write_whole
 
 STORED = Path(__file__).parents[2] / "src" / "plywise" / "arena" / "workloads" / "targets.json"
 

@@ -85,7 +85,7 @@ class Result:
 
 def list_rules() -> tuple[str, ...]:
     """Return the names of plywise's rules."""
-    from plywise.catalogue import RULES
+    from plywise.registry.find import RULES
 
     return RULES
 

@@ -10,9 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from plywise.arena.places import place_of
-from plywise.card import Card, card_of
-from plywise.catalogue import ROOMS, TITLES, find
+from plywise.arena.methods.listing import place_of
+from plywise.registry.card import Card, card_of
+from plywise.registry.find import ROOMS, TITLES, find
 
 Rooms = Mapping[str, Sequence[Card]]
 """Cards by the room that their methods are in."""

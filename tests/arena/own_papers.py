@@ -15,12 +15,12 @@ from plywise.arena.reproductions.experiment import (
     Arm,
     Claim,
     Experiment,
+    ExperimentSize,
     Paper,
-    Size,
 )
 from plywise.arena.task import CLASSIFICATION
-from plywise.arena.workload import Data
 from plywise.data.digits import Split, load_digits
+from plywise.data.parts import Data
 
 
 def digits(train, validation, test):
@@ -43,7 +43,7 @@ def killed(start):
 
 
 def paper(make=begin, widths=(8,)):
-    size = Size("digits", digits, widths, 50, 2, 500, 100, 100)
+    size = ExperimentSize("digits", digits, widths, 50, 2, 500, 100, 100)
     arms = (
         Arm("slow", make, (1e-3,), 2.2),
         Arm("tuned", make, (1e-3, 0.5), 0.3),

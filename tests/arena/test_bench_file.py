@@ -9,8 +9,8 @@ import re
 import pytest
 from fake_bench import SPEEDS, make_bench, make_lines, write_bench
 
-from plywise.arena import bench_page
-from plywise.arena.bench_page import judge, page, write_page
+from plywise.arena.reports import bench_page
+from plywise.arena.reports.bench_page import judge, page, write_page
 from plywise.errors import PlywiseError
 
 

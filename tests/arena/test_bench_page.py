@@ -13,10 +13,10 @@ import pytest
 from browsing import ATTACK, coloured, contrast, inked, wait_for
 from fake_bench import SPEEDS, WORKLOADS, line, make_bench, make_lines, write_bench
 
-from plywise.arena.bench_page import write_page
-from plywise.arena.contest import contest
-from plywise.arena.score import CLOCKS
-from plywise.arena.standing import places
+from plywise.arena.reports.bench_page import write_page
+from plywise.arena.scoring.ranking import rank_methods
+from plywise.arena.scoring.results import gather_results
+from plywise.arena.scoring.score import CLOCKS
 
 CHARTS = ["profile", "validation", "loss", "rates", "tuning", "pareto", "layers"]
 NAMES = list(SPEEDS)
@@ -48,18 +48,18 @@ def test_every_chart_and_table_shows_every_method(visit):
             assert coloured(page, chart, INDEX[name]) > 20, (chart, name)
     assert coloured(page, "layers", INDEX["local"]) == 0, "it told nothing about layers"
     assert sorted(names_in(page, "results")) == sorted(NAMES)
-    field = contest(make_bench(), make_lines(make_bench()))
-    assert names_in(page, "standing") == [place.method for place in places(field, "tuned", "cpu")]
+    field = gather_results(make_bench(), make_lines(make_bench()))
+    assert names_in(page, "standing") == [place.method for place in rank_methods(field, "tuned", "cpu")]
     assert "1 of 3 failed" in page.locator("#curves-legend button", has_text="nlms").inner_text()
 
 
 def test_track_clock_and_workload_are_chosen(visit):
     page = visit()
-    field = contest(make_bench(), make_lines(make_bench()))
+    field = gather_results(make_bench(), make_lines(make_bench()))
     for track, clock in itertools.product(("defaults", "tuned"), CLOCKS):
         page.select_option("#track", track)
         page.select_option("#clock", clock)
-        assert names_in(page, "standing") == [place.method for place in places(field, track, clock)]
+        assert names_in(page, "standing") == [place.method for place in rank_methods(field, track, clock)]
     assert "target" in page.locator("#results thead").inner_text().lower()
     for workload in WORKLOADS:
         page.select_option("#workload", workload)

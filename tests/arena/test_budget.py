@@ -4,13 +4,23 @@ from dataclasses import replace
 
 import pytest
 
-from plywise.arena.budget import SLACK, TRIALS, Cost, estimate, fitted, patient, seconds_of, steps_for, told
-from plywise.arena.job import Entry
-from plywise.arena.tournament import Plan
-from plywise.arena.workers import PATIENCE
+from plywise.arena.run.bench import BenchConfig
+from plywise.arena.run.budget import (
+    SLACK,
+    TRIALS,
+    Cost,
+    estimate,
+    fit_budget,
+    format_duration,
+    patient,
+    seconds_of,
+    steps_for,
+)
+from plywise.arena.run.executor import PATIENCE
+from plywise.arena.run.job import WorkloadSpec
 from plywise.errors import PlywiseError
 
-PLAN = Plan((Entry("a"), Entry("own", "m:f", "m:d")), ("sgd", "adamw"), seeds=3)
+PLAN = BenchConfig((WorkloadSpec("a"), WorkloadSpec("own", "m:f", "m:d")), ("sgd", "adamw"), seeds=3)
 COSTS = {
     ("a", "sgd"): Cost(0.01, 1.0),
     ("a", "adamw"): Cost(0.02, 1.0),
@@ -41,7 +51,7 @@ def test_estimate_by_hand():
 
 @pytest.mark.parametrize("budget", [300, 500, 1000])
 def test_as_many_trials_as_fit_and_no_more(budget):
-    plan = fitted(PLAN, COSTS, STEPS, 1, budget)
+    plan = fit_budget(PLAN, COSTS, STEPS, 1, budget)
     assert estimate(plan, COSTS, STEPS, 1) <= SLACK * budget
     more = [trials for trials in TRIALS if trials > plan.trials]
     assert all((trials + 6) * 19 > SLACK * budget for trials in more)
@@ -49,7 +59,7 @@ def test_as_many_trials_as_fit_and_no_more(budget):
 
 def test_too_little_is_said_with_what_would_do():
     with pytest.raises(PlywiseError, match=r"1 min are not enough|60 s are not enough") as raised:
-        fitted(PLAN, COSTS, STEPS, 1, 60)
+        fit_budget(PLAN, COSTS, STEPS, 1, 60)
     assert "about 4 min" in str(raised.value)  # (4 + 6) * 19 / 0.9
     assert "adamw on own" in str(raised.value) or "sgd on own" in str(raised.value)
 
@@ -58,8 +68,8 @@ def test_steps_of_ones_own_model_follow_from_the_budget():
     few, many = (steps_for(PLAN, COSTS, PLAN.entries, STEPS, 1, budget) for budget in (3600, 7200))
     assert few["a"] == many["a"] == 100, "a workload of ours keeps its length"
     assert 200 < few["own"] < many["own"]
-    assert fitted(PLAN, COSTS, few, 1, 3600).trials >= 8
-    chosen = Plan((Entry("own", "m:f", "m:d", steps=70),), ("sgd",))
+    assert fit_budget(PLAN, COSTS, few, 1, 3600).trials >= 8
+    chosen = BenchConfig((WorkloadSpec("own", "m:f", "m:d", steps=70),), ("sgd",))
     own = {pair: cost for pair, cost in COSTS.items() if pair[0] == "own"}
     assert steps_for(chosen, own, chosen.entries, {"own": 70}, 1, 9e9) == {"own": 70}
 
@@ -77,15 +87,15 @@ def test_a_trial_that_is_planned_is_not_killed():
 
 def test_no_tuning_stays_no_tuning():
     plan = replace(PLAN, trials=0)
-    assert fitted(plan, COSTS, STEPS, 1, 1000).trials == 0
+    assert fit_budget(plan, COSTS, STEPS, 1, 1000).trials == 0
     with pytest.raises(PlywiseError, match="0 tuning trials and 3 seeds take about 63 s"):
-        fitted(plan, COSTS, STEPS, 1, 60)  # 3 * 19 / 0.9
+        fit_budget(plan, COSTS, STEPS, 1, 60)  # 3 * 19 / 0.9
     with_tuning, without = (steps_for(one, COSTS, PLAN.entries, STEPS, 1, 3600) for one in (PLAN, plan))
     assert without["own"] > with_tuning["own"]
 
 
 def test_durations_in_words():
-    assert [told(seconds) for seconds in (5, 60, 150, 3600, 9000)] == [
+    assert [format_duration(seconds) for seconds in (5, 60, 150, 3600, 9000)] == [
         "5 s",
         "60 s",
         "2 min",

@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.arena import demo
-from plywise.arena.demo import SETUPS, Plan, Setup, new_study, perform, save
-from plywise.arena.layer_picture import WELL_SCALED, backward_sizes, bad_scales, layer_picture, rescale
-from plywise.arena.reading import reading
-from plywise.catalogue import RULES, find_rule
+from plywise.arena.demo import study as demo
+from plywise.arena.demo.conclusions import draw_demo_conclusions
+from plywise.arena.demo.layer_picture import WELL_SCALED, backward_sizes, bad_scales, layer_picture, rescale
+from plywise.arena.demo.study import SETUPS, DemoConfig, Setup, new_study, perform, save
 from plywise.data.digits import load_digits
+from plywise.registry.find import RULES, find_rule
 
 AT_ONCE = [name for name in RULES if not find_rule(name).remembers]
-TINY = Plan(seeds=2, steps=12, sensitivity_steps=3, rates=3, cost_rounds=2, cost_block=1, hidden=(12, 12, 12))
+TINY = DemoConfig(
+    seeds=2, steps=12, sensitivity_steps=3, rates=3, cost_rounds=2, cost_block=1, hidden=(12, 12, 12)
+)
 TUNED = Path(__file__).parents[2] / "benchmarks" / "tune_demo.json"
 
 
@@ -26,7 +28,7 @@ def finished():
     plan = replace(TINY, setups=(*SETUPS, Setup("Doomed", 1e9)))
     study = new_study(plan, "plywise demo --seeds 2")
     pieces = list(perform(plan, study))
-    study["reading"] = reading(study)
+    study["reading"] = draw_demo_conclusions(study)
     return plan, study, pieces
 
 
@@ -75,9 +77,9 @@ def test_an_interrupted_demo_keeps_what_it_has(tmp_path):
     plan = replace(TINY, setups=SETUPS[:3])
     study = new_study(plan, "plywise demo")
     work = perform(plan, study)
-    assert reading(study) == []
+    assert draw_demo_conclusions(study) == []
     for wanted in range(9):
-        study["reading"] = reading(study)
+        study["reading"] = draw_demo_conclusions(study)
         assert save(study, tmp_path).exists()
         assert sum(len(method["runs"]) for method in study["methods"]) == min(6, max(0, wanted - 1))
         next(work)
@@ -159,7 +161,7 @@ def method(name, finals, accuracies=None, cost=1.0, seconds=1.0, steps=(0, 10, 2
 
 
 def read(*methods, sensitivity=()):
-    return " ".join(reading({"methods": list(methods), "sensitivity": list(sensitivity)}))
+    return " ".join(draw_demo_conclusions({"methods": list(methods), "sensitivity": list(sensitivity)}))
 
 
 BASE = method("AdamW", [0.1, 0.11, 0.12])

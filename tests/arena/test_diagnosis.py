@@ -10,8 +10,14 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.arena.covariance import MOST_FEATURES
-from plywise.arena.diagnosis import MOST_ROWS, diagnose, diagnose_workload, layer_series, layers_before
+from plywise.arena.diagnose.covariance import MOST_FEATURES
+from plywise.arena.diagnose.diagnosis import (
+    MOST_ROWS,
+    diagnose,
+    diagnose_workload,
+    layer_series,
+    layers_before,
+)
 from plywise.arena.workloads import find_workload
 from plywise.errors import NonFiniteError, PlywiseError
 

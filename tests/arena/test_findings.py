@@ -8,14 +8,14 @@ import pytest
 from fake_bench import make_bench, make_lines
 from test_standing import finals, small
 
-from plywise.arena.contest import contest
-from plywise.arena.findings import _listed_of, findings, span
-from plywise.arena.intervals import Interval
-from plywise.arena.standing import noise, noise_alone, rows
+from plywise.arena.scoring.conclusions import _listed_of, draw_conclusions, span
+from plywise.arena.scoring.intervals import Interval
+from plywise.arena.scoring.ranking import compare_methods, noise, noise_alone
+from plywise.arena.scoring.results import gather_results
 
 
 def said(field) -> str:
-    return "\n".join(findings(field, rows(field)))
+    return "\n".join(draw_conclusions(field, compare_methods(field)))
 
 
 def sentence(text: str, start: str) -> str:
@@ -25,7 +25,7 @@ def sentence(text: str, start: str) -> str:
 
 def test_a_clear_winner_is_named_with_its_ratio():
     bench = make_bench()
-    text = said(contest(bench, make_lines(bench)))
+    text = said(gather_results(bench, make_lines(bench)))
     ahead = sentence(text, "Ahead of the best baseline in steps")
     assert "noise: proxprop 0.4" in ahead
     assert "Behind: " in ahead
@@ -111,7 +111,7 @@ def test_without_a_null_control_the_reading_says_so():
 
 def test_misses_near_misses_failures_and_misfits_are_named():
     bench = make_bench()
-    text = said(contest(bench, make_lines(bench)))
+    text = said(gather_results(bench, make_lines(bench)))
     assert "missed the target: bad on 3 of 3, local on 2 of 2. The loose target was in reach of local" in text
     assert "nlms 6" in text
     assert "do not fit" in text or "does not fit" in text
@@ -120,7 +120,7 @@ def test_misses_near_misses_failures_and_misfits_are_named():
 
 def test_of_a_single_workload_misses_are_names():
     bench = make_bench(workloads=["convs"])
-    text = said(contest(bench, make_lines(bench)))
+    text = said(gather_results(bench, make_lines(bench)))
     assert "missed the target: local and bad. The loose target was in reach of local." in text
 
 
@@ -154,9 +154,9 @@ def test_less_memory_is_told():
 def test_a_number_at_the_edge_of_its_range_is_named():
     bench = make_bench(["sgd"], ["digits"])
     lines = make_lines(bench)
-    assert "edge of its range" not in said(contest(bench, lines))
+    assert "edge of its range" not in said(gather_results(bench, lines))
     bench["methods"]["sgd"]["space"]["lr"]["high"] = 0.1
-    assert "too narrow: lr of sgd on 1 of 1" in said(contest(bench, lines))
+    assert "too narrow: lr of sgd on 1 of 1" in said(gather_results(bench, lines))
 
 
 def test_few_seeds_are_said_to_be_few():
@@ -168,26 +168,26 @@ def test_few_seeds_are_said_to_be_few():
 
 def test_without_a_tuned_baseline_there_is_no_target():
     bench = make_bench(["sgd"], ["digits"], tracks=["defaults"], trials=0)
-    text = said(contest(bench, [one for one in make_lines(bench) if one["track"] == "defaults"]))
+    text = said(gather_results(bench, [one for one in make_lines(bench) if one["track"] == "defaults"]))
     assert (
         "since no tuning trial of a baseline came to its end: every run counts as a miss on digits." in text
     )
     bench = make_bench()
-    assert "No target" not in said(contest(bench, make_lines(bench)))
+    assert "No target" not in said(gather_results(bench, make_lines(bench)))
 
 
 def test_nothing_to_read_is_said():
     bench = make_bench()
-    assert findings(contest(bench, []), []) == [
+    assert draw_conclusions(gather_results(bench, []), []) == [
         "No final run has ended yet, so that there is nothing to compare."
     ]
 
 
 def test_an_adaptive_search_is_said_to_be_one():
     bench = make_bench()
-    assert "same luck" not in said(contest(bench, make_lines(bench)))
+    assert "same luck" not in said(gather_results(bench, make_lines(bench)))
     adaptive = {**bench, "plan": {"search": "optuna"}}
-    assert "searched by optuna" in said(contest(adaptive, make_lines(bench)))
+    assert "searched by optuna" in said(gather_results(adaptive, make_lines(bench)))
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -197,7 +197,7 @@ def test_with_fewer_than_three_seeds_nobody_is_named(seeds):
     first = {(one["method"], one["seed"]) for one in lines if one["purpose"] == "final"}
     kept = {name: sorted(seed for method, seed in first if method == name)[:seeds] for name, _ in first}
     few = [one for one in lines if one["purpose"] == "tuning" or one["seed"] in kept[one["method"]]]
-    text = said(contest(bench, few))
+    text = said(gather_results(bench, few))
     assert "too little about noise to name anybody" in text
     for verdict in ("beyond noise", "what counts", "every seed ends"):
         assert verdict not in text
@@ -215,7 +215,7 @@ def test_test_samples_that_were_trained_on_are_told():
     bench = make_bench()
     digits = bench["workloads"]["digits"]
     digits["repeated"] = {"validation": 0, "test": 0}
-    text = said(contest(bench, make_lines(bench)))
+    text = said(gather_results(bench, make_lines(bench)))
     assert "inputs of a training sample" not in text
     for repeated, told in (
         ({"validation": 0, "test": 31}, "31 of 400 test samples of digits have"),
@@ -225,7 +225,7 @@ def test_test_samples_that_were_trained_on_are_told():
         ),
     ):
         digits["repeated"] = repeated
-        text = said(contest(bench, make_lines(bench)))
+        text = said(gather_results(bench, make_lines(bench)))
         assert told in text
 
 
@@ -249,5 +249,5 @@ def test_what_never_arrives_is_not_called_level():
 
 def test_before_tuned_runs_the_defaults_are_read():
     bench = make_bench()
-    field = contest(bench, [one for one in make_lines(bench) if one["track"] == "defaults"])
+    field = gather_results(bench, [one for one in make_lines(bench) if one["track"] == "defaults"])
     assert field.tracks == ["defaults"]

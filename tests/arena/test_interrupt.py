@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from plywise.arena.job import Entry, Job
-from plywise.arena.ledger import FINAL, TUNED, Key, read
-from plywise.arena.material import Material
-from plywise.arena.workers import Workers
+from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.executor import ProcessExecutor
+from plywise.arena.run.job import TrialJob, WorkloadSpec
+from plywise.arena.run.ledger import read
+from plywise.arena.scoring.records import FINAL, TUNED, Key
 from plywise.cli.interrupt import STOPPING
 
 HERE = "competitors"
-OWN = Entry("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
+OWN = WorkloadSpec("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
 BENCH = ("bench", f"{HERE}:model", "--data", f"{HERE}:data", "--steps", "12", "--batch-size", "32")
 
 
@@ -147,15 +148,15 @@ def test_an_interrupt_before_the_first_trial(start):
 
 
 def jobs(folder, *methods):
-    material = Material([OWN])
+    material = BenchData([OWN])
     entry, data = material.workloads["own"], str(material.files["own"])
     settled = OWN.settled(entry)
-    return material, [Job(Key("own", name, FINAL, TUNED, 0, 0), settled, {}, data) for name in methods]
+    return material, [TrialJob(Key("own", name, FINAL, TUNED, 0, 0), settled, {}, data) for name in methods]
 
 
 def test_a_crew_that_is_stopped_gives_what_has_ended_and_ends_the_rest(tmp_path):
     material, three = jobs(tmp_path, "sgd", "adamw", f"{HERE}:Hanging")
-    crew = Workers(3)
+    crew = ProcessExecutor(3)
     try:
         pieces = crew.run([*three, three[0]])
         told = [next(pieces)[1]["method"]]

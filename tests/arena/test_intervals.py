@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plywise.arena.intervals import (
+from plywise.arena.scoring.intervals import (
     Interval,
     Timed,
     geometric_interval,

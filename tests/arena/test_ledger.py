@@ -6,7 +6,8 @@ import resource
 
 import pytest
 
-from plywise.arena.ledger import Key, Ledger, key_of, read
+from plywise.arena.run.ledger import Ledger, read
+from plywise.arena.scoring.records import Key, key_of
 from plywise.errors import PlywiseError
 
 

@@ -21,13 +21,14 @@ from plywise.arena.methods import (
 )
 from plywise.arena.methods.learners import RELAXATION
 from plywise.arena.methods.rules import TUNED
+from plywise.arena.run.trial import run_trial
 from plywise.arena.space import MOST_TUNED, defaults, points
 from plywise.arena.task import CLASSIFICATION
-from plywise.arena.trial import endless_batches, run_trial
-from plywise.arena.workload import Data
-from plywise.catalogue import LEARNERS, RULES
+from plywise.data.batches import endless_batches
 from plywise.data.digits import load_digits
+from plywise.data.parts import Data
 from plywise.errors import PlywiseError
+from plywise.registry.find import LEARNERS, RULES
 
 RANKING_ONLY = ("auc-margin", "coda")
 """Methods that need another task; see test_related_methods.py."""

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from plywise.arena.workload import Data
-from plywise.arena.workloads.own_data import own_data
-from plywise.data.arrays import load_arrays
+from plywise._util.files import write_whole
+from plywise.data.classes import take_classes
+from plywise.data.parts import Data
 from plywise.errors import PlywiseError
-from plywise.files import write_whole
+from plywise.registry.resolve import resolve_data, resolve_parts
 
 MODULE = """
 import numpy as np
@@ -65,10 +65,10 @@ ALL = ("train", "validation", "test")
 
 @pytest.mark.parametrize("name", ["all_twins", "whole_numbers"])
 def test_rows_that_repeat_stay_in_one_part(name):
-    found = own_data(f"twins:{name}")
+    found = resolve_data(f"twins:{name}")
     whole = samples(found.data, *ALL)
     assert len(whole) == 300, "each once, and none lost"
-    images = own_data("twins:images").data
+    images = resolve_data("twins:images").data
     assert whole == samples(images, *ALL)
     assert shared(images, *ALL), "so it is without care, as with what is no table"
     assert not shared(found.data, *ALL)
@@ -77,21 +77,21 @@ def test_rows_that_repeat_stay_in_one_part(name):
     sizes = [len(getattr(found.data, part).y) for part in ALL]
     assert min(sizes) > 0
     assert f": {sizes[0]} to train, {sizes[1]} to validate, {sizes[2]} to test" in found.cut
-    again = own_data(f"twins:{name}").data
+    again = resolve_data(f"twins:{name}").data
     assert again.fingerprint() == found.data.fingerprint()
 
 
 def test_what_is_drawn_from_training_samples_shares_none_with_them():
-    found = own_data("twins:tested")
+    found = resolve_data("twins:tested")
     assert not shared(found.data, "train", "validation")
-    assert samples(found.data, "train", "validation") == samples(own_data("twins:all_twins").data, *ALL)
+    assert samples(found.data, "train", "validation") == samples(resolve_data("twins:all_twins").data, *ALL)
     assert len(found.data.test.y) == 5, "the user's own part is as it was"
     assert "with the inputs of another kept beside it" in found.cut
 
 
 @pytest.mark.parametrize("name", ["all_twins", "whole_numbers", "tested", "images", "signs", "few"])
 def test_samples_that_the_training_part_has_too_are_counted(name):
-    data = own_data(f"twins:{name}").data
+    data = resolve_data(f"twins:{name}").data
     known = data.train.x.flatten(1)
     slow = {
         part: sum(bool((known == row).all(1).any()) for row in getattr(data, part).x.flatten(1))
@@ -106,7 +106,7 @@ def test_training_samples_are_not_in_the_order_of_the_table(tmp_path):
     table = np.repeat(np.arange(400) / 400, 2)
     path = tmp_path / "sorted.csv"
     path.write_text("x,y\n" + "".join(f"{value},{int(2 * value)}\n" for value in table))
-    found = own_data(str(path))
+    found = resolve_data(str(path))
     assert "400 with the inputs of another kept beside it" in found.cut
     assert 20 < int(found.data.train.y[:100].sum()) < 80
 
@@ -114,40 +114,41 @@ def test_training_samples_are_not_in_the_order_of_the_table(tmp_path):
 def test_without_a_row_twice_the_cut_is_as_ever(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("x,y\n" + "".join(f"{number},{number % 7}.5\n" for number in range(50)))
-    found = own_data(str(path))
+    found = resolve_data(str(path))
     assert found.cut == "50 samples cut at random, by a fixed seed: 40 to train, 5 to validate, 5 to test"
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found.data.train.x[:, 0], order[:40].float())
 
 
 def test_a_zero_has_no_sign():
-    found = own_data("twins:signs")
+    found = resolve_data("twins:signs")
     assert "300 with the inputs of another" in found.cut
     assert not shared(Data(*(type(p)(p.x + 0, p.y) for p in vars(found.data).values())), *ALL)
 
 
 def test_too_few_different_inputs_are_said():
-    found = own_data("twins:few")
+    found = resolve_data("twins:few")
     assert "with only 9 different inputs, the same ones in several parts: 240 to train" in found.cut
-    assert own_data("twins:empty").cut.startswith("20 samples cut at random, by a fixed seed: ")
+    assert resolve_data("twins:empty").cut.startswith("20 samples cut at random, by a fixed seed: ")
 
 
 @pytest.mark.parametrize("name", ["drawn", "drawn_by_numpy"])
 def test_random_data_are_the_same_each_time(name):
     """So that a bench on them can go on; and nobody else's random numbers change."""
     torch.manual_seed(5)
-    once = own_data(f"twins:{name}").data.fingerprint()
+    once = resolve_data(f"twins:{name}").data.fingerprint()
     drawn = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), drawn)
-    assert own_data(f"twins:{name}").data.fingerprint() == once
-    assert load_arrays(f"twins:{name}").fingerprint() == load_arrays(f"twins:{name}").fingerprint()
+    assert resolve_data(f"twins:{name}").data.fingerprint() == once
+    first, second = (take_classes("twins", resolve_parts(f"twins:{name}")) for _ in range(2))
+    assert first.fingerprint() == second.fingerprint()
 
 
 def test_data_for_which_there_is_no_room_are_named(tmp_path):
     """A limit on the size of files stands for a disk that is full: torch has words of its own for that."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    data = own_data("twins:all_twins").data
+    data = resolve_data("twins:all_twins").data
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(PlywiseError, match=r"could not be written to .*a\.pt: .*TMPDIR"):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from plywise.arena.method import Setting, end_to_end
+from plywise.arena.method import TrialContext, end_to_end
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import CLASSIFICATION, REGRESSION, SEQUENCES
-from plywise.arena.trial import run_trial
 from plywise.arena.workloads.own import own_workload
-from plywise.arena.workloads.own_data import own_data
 from plywise.errors import BlockError, PlywiseError
+from plywise.registry.resolve import resolve_data
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_csv_of_numbers_and_of_classes(user):
 
 
 def test_the_data_of_a_shipped_workload_and_data_read_before():
-    data = own_data("digits-mlp").data
+    data = resolve_data("digits-mlp").data
     assert sizes(data) == [1100, 297, 400]
     with pytest.raises(PlywiseError, match=r"fails on two inputs of torch\.float32 and shape"):
         own(data="digits-mlp")
@@ -188,7 +188,7 @@ def test_it_trains_and_the_callers_random_numbers_are_left_alone():
     def begin():
         model = workload.make_model()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        return end_to_end(Setting(model, workload.task, {}, 40, torch.ones(1)), optimizer)
+        return end_to_end(TrialContext(model, workload.task, {}, 40, torch.ones(1)), optimizer)
 
     data = workload.make_data()
     size = workload.batch_size
@@ -252,7 +252,7 @@ def test_data_that_do_not_fit(data, words):
         ("one", "data", "1 output, and targets go up to 2: it needs 3"),
         ("flat", "data", r"it must be \(classes,\) scores"),
         ("net", "one_hot", r"one-hot: of 3 numbers .* y.argmax\(1\)"),
-        ("instance", "data", "of type Linear, not a function that makes one"),
+        ("instance", "data", "is a network. Training needs a function that makes it"),
         ("absent", "data", "has no 'absent'"),
     ],
 )

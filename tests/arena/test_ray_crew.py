@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from plywise.arena.job import Entry, Job
-from plywise.arena.ledger import FINAL, TUNED, Key, read
-from plywise.arena.material import Material
-from plywise.arena.ray_crew import RayCrew
-from plywise.arena.workers import Workers
+from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.executor import ProcessExecutor
+from plywise.arena.run.job import TrialJob, WorkloadSpec
+from plywise.arena.run.ledger import read
+from plywise.arena.run.ray_executor import RayExecutor
+from plywise.arena.scoring.records import FINAL, TUNED, Key
 from plywise.cli import main
 from plywise.errors import PlywiseError
 
 HERE = "competitors"
-OWN = Entry("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
+OWN = WorkloadSpec("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
 CLOCKS = ("cpu", "wall", "measuring", "peak_mib", "finished")
 
 
@@ -26,7 +27,7 @@ def crew():
     ray = pytest.importorskip("ray", reason="ray is not installed")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield RayCrew(patience=60.0)
+    yield RayExecutor(patience=60.0)
     ray.shutdown()
 
 
@@ -39,14 +40,14 @@ def _findable(monkeypatch):
 def material():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(os.path.dirname(__file__))
-        made = Material([OWN])
+        made = BenchData([OWN])
     yield made
     made.close()
 
 
 def job(material, method, seed=0):
     key = Key("own", method, FINAL, TUNED, 0, seed)
-    return Job(key, OWN.settled(material.workloads["own"]), {"lr": 0.1}, str(material.files["own"]))
+    return TrialJob(key, OWN.settled(material.workloads["own"]), {"lr": 0.1}, str(material.files["own"]))
 
 
 def without_clocks(lines):
@@ -61,7 +62,7 @@ def without_clocks(lines):
 def test_nobody_at_the_address():
     pytest.importorskip("ray", reason="ray is not installed")  # and not yet connected
     with pytest.raises(PlywiseError, match=r"no Ray cluster at '127.0.0.1:1' \(.*refused.*`ray start"):
-        RayCrew("127.0.0.1:1")
+        RayExecutor("127.0.0.1:1")
 
 
 def test_the_same_lines_as_in_processes_and_a_killed_trial_harms_no_other(crew, material):
@@ -73,7 +74,7 @@ def test_the_same_lines_as_in_processes_and_a_killed_trial_harms_no_other(crew, 
     assert all(given.pop(one.key) is one for one, _ in ended)
     assert not given, "each job once, with its own line"
     on_ray = without_clocks(line for _, line in ended)
-    here = without_clocks(line for _, line in Workers(2).run(jobs))
+    here = without_clocks(line for _, line in ProcessExecutor(2).run(jobs))
     assert on_ray == here
     assert on_ray[f"{HERE}:Killed", 0, TUNED]["failure"] == "its process was lost (killed by SIGKILL)"
     assert "diverged" in on_ray[f"{HERE}:Exploding", 0, TUNED]["failure"]
@@ -141,7 +142,7 @@ def test_stopping_early_ends_what_runs(crew, material, tmp_path, own_methods):
 def test_a_crew_that_is_stopped_gives_what_has_ended_and_begins_no_more(crew, material):
     import ray
 
-    stopped = RayCrew(patience=60.0)
+    stopped = RayExecutor(patience=60.0)
     three = [job(material, "sgd", seed) for seed in range(3)]
     running = stopped.run(three)
     told = [next(running)[1]["seed"]]
@@ -156,7 +157,7 @@ def test_a_crew_that_is_stopped_gives_what_has_ended_and_begins_no_more(crew, ma
 
 
 def test_a_crew_that_is_stopped_ends_what_runs(crew, material, tmp_path, own_methods):
-    stopped = RayCrew(patience=60.0)
+    stopped = RayExecutor(patience=60.0)
     running = stopped.run(job(material, method) for method in ("methods_here:Noted", "sgd"))
     assert next(running)[0].key.method == "sgd"
     process = begun(tmp_path)
@@ -190,7 +191,7 @@ def test_a_module_that_the_machines_do_not_have_is_not_a_lost_trial(crew, materi
 
 def test_more_threads_than_any_machine_has(crew):
     with pytest.raises(PlywiseError, match=r"has 3 CPUs: they have 2\. Take fewer --threads"):
-        RayCrew(threads=3)
+        RayExecutor(threads=3)
 
 
 def test_a_process_of_rays_own_that_is_killed_is_an_outcome(crew, material, own_methods):
@@ -204,4 +205,4 @@ def test_a_process_of_rays_own_that_is_killed_is_an_outcome(crew, material, own_
 def test_ray_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
     with pytest.raises(PlywiseError, match=r"pip install 'plywise\[ray\]'"):
-        RayCrew()
+        RayExecutor()

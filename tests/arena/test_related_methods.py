@@ -10,19 +10,20 @@ from method_settings import network, setting
 from torch import nn
 
 import plywise as pw
-from plywise.arena.job import Entry
-from plywise.arena.material import Material
 from plywise.arena.method import Method
 from plywise.arena.methods import LEARNER_OF, RELATED, RELATIVES, RULE_OF, find_method
+from plywise.arena.methods.listing import ELSEWHERE, METHOD_OF, WORKLOAD_OF, place_of
 from plywise.arena.methods.related_losses import INNER
-from plywise.arena.methods.related_modules import REMEMBERED, Memory, deepened
-from plywise.arena.places import ELSEWHERE, METHOD_OF, WORKLOAD_OF, place_of
+from plywise.arena.methods.related_modules import REMEMBERED, SampleMemory, deepened
+from plywise.arena.run.bench import Bench, BenchConfig
+from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.job import WorkloadSpec
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import RANKING, REGRESSION, wrong_order
-from plywise.arena.tournament import Bench, Plan
-from plywise.arena.trial import endless_batches, run_trial
 from plywise.arena.workloads import find_workload
-from plywise.catalogue import ROOMS
+from plywise.data.batches import endless_batches
 from plywise.nn import Threshold
+from plywise.registry.find import ROOMS
 
 
 def batch(count=64, seed=0):
@@ -152,7 +153,7 @@ def test_a_users_own_auc_is_read_from_the_whole_set(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     metric, loss = "plywise.arena.task:wrong_order", "torch.nn.functional:binary_cross_entropy_with_logits"
-    workload = Entry("mine", "mine_ranked:model", "mine_ranked:data", loss, metric).workload()
+    workload = WorkloadSpec("mine", "mine_ranked:model", "mine_ranked:data", loss, metric).workload()
     data = workload.make_data()
     measured = workload.task.measure(lambda x: x[:, :1], data.validation, 3)
     assert measured == 0.0, "batches of three often lack a class, the whole set does not"
@@ -264,7 +265,7 @@ def test_fused_network_is_of_the_size_asked_for_and_answers_as_before():
 
 
 def test_memory_keeps_the_last_thousand_and_no_more_batches_than_needed():
-    memory = Memory()
+    memory = SampleMemory()
     for number in range(40):
         memory.add(torch.full((64, 1), float(number)), torch.zeros(64))
     kept = [int(x[0]) for x, _ in memory.batches]
@@ -292,8 +293,8 @@ def test_the_decision_stage_decides_from_half_way_on_and_trains_no_more():
 
 
 def test_a_bench_tells_who_refused_and_runs_the_others(tmp_path):
-    plan = Plan((Entry("digits-rare"),), ("sgd", "decision-stage"), trials=0, seeds=1)
-    with closing(Material(plan.entries)) as material:
+    plan = BenchConfig((WorkloadSpec("digits-rare"),), ("sgd", "decision-stage"), trials=0, seeds=1)
+    with closing(BenchData(plan.entries)) as material:
         bench = Bench(plan, material, tmp_path)
     reason = "a decision stage needs classes, and the targets are none"
     assert bench.refused == [{"workload": "digits-rare", "method": "decision-stage", "reason": reason}]
@@ -310,5 +311,5 @@ def test_every_method_of_the_catalogue_has_its_place():
     assert {*METHOD_OF.values()} == {*RULE_OF, *LEARNER_OF, *RELATIVES}
     for workload in WORKLOAD_OF.values():
         find_workload(workload)
-    with pytest.raises(pw.PlywiseError, match="not known where"):
+    with pytest.raises(pw.PlywiseError, match="does not say where"):
         place_of("Nothing")

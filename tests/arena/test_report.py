@@ -11,8 +11,8 @@ import sys
 import pytest
 from fake_study import make_study
 
-from plywise.arena import report
-from plywise.arena.report import render, table_rows, write_report
+from plywise.arena.demo import report
+from plywise.arena.demo.report import render, table_rows, write_report
 
 
 def test_table_rows_by_hand():

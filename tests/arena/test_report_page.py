@@ -13,8 +13,8 @@ import pytest
 from browsing import ATTACK, coloured, contrast, inked, measure, wait_for
 from fake_study import NAMES, make_study
 
-from plywise.arena.page import PALETTE_SIZE
-from plywise.arena.report import render, table_rows, write_report
+from plywise.arena.demo.report import render, table_rows, write_report
+from plywise.arena.reports.page import PALETTE_SIZE
 
 CHARTS = ["steps", "seconds", "sensitivity", "layers"]
 

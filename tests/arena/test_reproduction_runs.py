@@ -8,12 +8,13 @@ from dataclasses import replace
 import own_papers
 import pytest
 
-from plywise.arena.ledger import FINAL, TUNING, read
 from plywise.arena.reproductions import tables
 from plywise.arena.reproductions.experiment import FULL, SMALL, Claim
 from plywise.arena.reproductions.runner import Reproduction
 from plywise.arena.reproductions.summary import REPRODUCED, REVERSED
-from plywise.arena.workers import Workers
+from plywise.arena.run.executor import ProcessExecutor
+from plywise.arena.run.ledger import read
+from plywise.arena.scoring.records import FINAL, TUNING
 from plywise.errors import PlywiseError, StateError
 
 MINE = "own_papers:MINE"
@@ -27,7 +28,7 @@ def _findable(monkeypatch):
 
 def run(paper, seeds, folder, crew=None):
     made = Reproduction(paper, SMALL, seeds, folder)
-    return made, list(made.perform(crew or Workers(2)))
+    return made, list(made.perform(crew or ProcessExecutor(2)))
 
 
 def finals(folder):
@@ -41,7 +42,7 @@ def by_run(lines):
 
 
 def test_a_reproduction_from_beginning_to_table(tmp_path):
-    made, crew = Reproduction(MINE, FULL, 3, tmp_path), Workers(2)
+    made, crew = Reproduction(MINE, FULL, 3, tmp_path), ProcessExecutor(2)
     assert made.total == 11
     assert made.measure(crew) > 0
     pieces = list(made.perform(crew))
@@ -75,15 +76,15 @@ def test_a_reproduction_from_beginning_to_table(tmp_path):
 
 
 def test_one_worker_or_two_give_the_same_numbers(tmp_path):
-    run(MINE, 2, tmp_path / "one", Workers(1))
-    run(MINE, 2, tmp_path / "two", Workers(2))
+    run(MINE, 2, tmp_path / "one", ProcessExecutor(1))
+    run(MINE, 2, tmp_path / "two", ProcessExecutor(2))
     assert by_run(finals(tmp_path / "one")) == by_run(finals(tmp_path / "two"))
 
 
 def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
     run(MINE, 2, tmp_path / "whole")
     cut = Reproduction(MINE, SMALL, 2, tmp_path / "cut")
-    pieces = cut.perform(Workers(1))
+    pieces = cut.perform(ProcessExecutor(1))
     for _ in range(3):
         next(pieces)
     pieces.close()
@@ -97,7 +98,7 @@ def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
 
 
 def test_a_crew_that_is_stopped_begins_no_more(tmp_path):
-    made, crew = Reproduction(MINE, SMALL, 2, tmp_path), Workers(1)
+    made, crew = Reproduction(MINE, SMALL, 2, tmp_path), ProcessExecutor(1)
     pieces = made.perform(crew)
     next(pieces)
     crew.stop()
@@ -109,7 +110,7 @@ def test_more_seeds_add_runs_and_fewer_leave_them_out(tmp_path):
     run(MINE, 1, tmp_path)
     more = Reproduction(MINE, SMALL, 2, tmp_path)
     assert more.total - more.done == 3
-    list(more.perform(Workers(2)))
+    list(more.perform(ProcessExecutor(2)))
     fewer = Reproduction(MINE, SMALL, 1, tmp_path)
     assert fewer.done == fewer.total
     (experiment,) = fewer.finish()["experiments"]
@@ -134,10 +135,10 @@ def test_other_settings_are_refused(tmp_path):
 def test_a_mistake_is_no_outcome(tmp_path, paper, why):
     made = Reproduction(f"own_papers:{paper}", SMALL, 1, tmp_path)
     with pytest.raises(PlywiseError, match=f"tuned failed: {why}"):
-        list(made.perform(Workers(1)))
+        list(made.perform(ProcessExecutor(1)))
     assert list(read(tmp_path / "runs.jsonl")) == []
     with pytest.raises(PlywiseError, match=r"failed: .*(no such layer|SIGKILL)"):
-        made.measure(Workers(1))
+        made.measure(ProcessExecutor(1))
 
 
 def test_numbers_in_tables():

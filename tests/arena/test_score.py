@@ -10,10 +10,10 @@ from fake_bench import line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plywise.arena.score import (
+from plywise.arena.scoring.score import (
     CLOCKS,
     best_validation,
-    chosen,
+    choose_best,
     last_validation,
     loose_target_of,
     target_of,
@@ -97,27 +97,27 @@ def test_the_loose_target_is_never_the_harder_one(best):
 def test_the_trial_with_the_fewest_steps_is_chosen():
     quick = line(trial=1, validation=[0.9, 0.3, 0.2])
     deep = line(trial=2, validation=[0.9, 0.4, 0.01])
-    assert chosen([deep, quick], 0.3) is quick
-    assert chosen([quick, deep], 0.001) is deep, "nobody reached it: the lowest metric"
-    assert chosen([quick, deep], None) is deep
+    assert choose_best([deep, quick], 0.3) is quick
+    assert choose_best([quick, deep], 0.001) is deep, "nobody reached it: the lowest metric"
+    assert choose_best([quick, deep], None) is deep
 
 
 def test_a_failed_trial_is_chosen_last_even_if_it_was_first_there():
     failed = line(trial=0, validation=[0.9, 0.01], failure="diverged")
     slow = line(trial=1, validation=[0.9, 0.8, 0.7])
-    assert chosen([failed, slow], 0.3) is slow
-    assert chosen([failed], 0.3) is failed
+    assert choose_best([failed, slow], 0.3) is slow
+    assert choose_best([failed], 0.3) is failed
 
 
 def test_only_tuning_trials_are_chosen_and_equals_go_to_the_first():
-    assert chosen([line(purpose="final", validation=[0.0])], 0.3) is None
-    assert chosen([], 0.3) is None
-    assert chosen([line(trial=2), line(trial=1)], 0.4)["trial"] == 1
+    assert choose_best([line(purpose="final", validation=[0.0])], 0.3) is None
+    assert choose_best([], 0.3) is None
+    assert choose_best([line(trial=2), line(trial=1)], 0.4)["trial"] == 1
 
 
 def test_the_test_set_has_no_say():
     one, other = line(trial=0, test=0.9), line(trial=1, test=0.0)
-    assert chosen([one, other], 0.4) is one
+    assert choose_best([one, other], 0.4) is one
 
 
 def test_what_a_baseline_reaches_at_the_very_end_sets_no_target():

@@ -6,18 +6,18 @@ import sys
 
 import pytest
 
-from plywise.arena.job import Entry
-from plywise.arena.ledger import TUNING
-from plywise.arena.material import Material
-from plywise.arena.score import best_validation
-from plywise.arena.search import Sobol, find_search
+from plywise.arena.run.bench import Bench, BenchConfig
+from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.executor import ProcessExecutor
+from plywise.arena.run.job import WorkloadSpec
+from plywise.arena.run.search import Sobol, find_search
+from plywise.arena.scoring.records import TUNING
+from plywise.arena.scoring.score import best_validation
 from plywise.arena.space import Range, points
-from plywise.arena.tournament import Bench, Plan
-from plywise.arena.workers import Workers
 from plywise.errors import PlywiseError, StateError
 
 HERE = "competitors"
-OWN = Entry("own", f"{HERE}:model", f"{HERE}:data", steps=6, batch_size=32)
+OWN = WorkloadSpec("own", f"{HERE}:model", f"{HERE}:data", steps=6, batch_size=32)
 SPACE = {"lr": Range(1e-4, 1.0, 1e-2), "width": Range(0.0, 10.0, 5.0, log=False)}
 METHODS = ("sgd", f"{HERE}:Adamlike", f"{HERE}:fixed")
 TRIALS = 6
@@ -32,13 +32,13 @@ def optuna():
 @pytest.fixture
 def material(monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
-    made = Material([OWN])
+    made = BenchData([OWN])
     yield made
     made.close()
 
 
 def bench(folder, material, search="optuna"):
-    return Bench(Plan((OWN,), METHODS, TRIALS, 1, search=search), material, folder)
+    return Bench(BenchConfig((OWN,), METHODS, TRIALS, 1, search=search), material, folder)
 
 
 def line(trial, numbers, value, failure=None):
@@ -89,7 +89,7 @@ def test_the_order_of_the_past_is_of_no_account_and_failures_are_told_as_failed(
     assert set(optuna.numbers(SPACE, 8, nothing)) == set(SPACE), "all failed: somewhere else, at random"
 
 
-class OneByOne(Workers):
+class OneByOne(ProcessExecutor):
     """Workers that write down which trials they were given together."""
 
     def __init__(self):
@@ -120,10 +120,10 @@ def test_a_bench_by_optuna_in_rounds_broken_off_and_unbroken(tmp_path, material,
     for stop in (3, 9):  # in the design, and in the round of trial 4
         left = iter([True] * stop)
         broken = bench(tmp_path / f"broken {stop}", material)
-        assert len(list(broken.perform(Workers(2), lambda left=left: next(left, False)))) == stop
+        assert len(list(broken.perform(ProcessExecutor(2), lambda left=left: next(left, False)))) == stop
         assert broken.unfinished() != []
         resumed = bench(tmp_path / f"broken {stop}", material)
-        assert len(list(resumed.perform(Workers(1)))) == whole.total - stop
+        assert len(list(resumed.perform(ProcessExecutor(1)))) == whole.total - stop
         for name in METHODS:
             assert without_clocks(tunings(resumed, name)) == without_clocks(tunings(whole, name))
 

@@ -11,11 +11,11 @@ import random
 import pytest
 from fake_bench import line, make_bench, make_lines
 
-from plywise.arena.bench_charts import after_trials, curves, front, thin
-from plywise.arena.contest import contest
-from plywise.arena.score import CLOCKS
-from plywise.arena.spreadsheets import runs_csv, standing_csv
-from plywise.arena.standing import area, noise, null_ratio, places, rows
+from plywise.arena.reports.bench_charts import after_trials, curves, front, thin
+from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
+from plywise.arena.scoring.ranking import area, compare_methods, noise, null_ratio, rank_methods
+from plywise.arena.scoring.results import gather_results
+from plywise.arena.scoring.score import CLOCKS
 
 FOUR = ["sgd", "sgd-again", "proxprop", "local"]
 
@@ -46,12 +46,12 @@ def small(lines, methods=("sgd", "sgd-again", "proxprop"), workloads=("digits",)
     for one in bench["workloads"].values():
         one.update(target=0.1, measure_every=grid)
     bench["refused"] = []
-    return contest(bench, lines)
+    return gather_results(bench, lines)
 
 
 def whole():
     bench = make_bench()
-    return contest(bench, make_lines(bench))
+    return gather_results(bench, make_lines(bench))
 
 
 def by_method(found):
@@ -60,7 +60,7 @@ def by_method(found):
 
 def test_a_place_by_hand():
     field = small([*finals("sgd", [100, 200, 300]), *finals("proxprop", [100, 100, 100])])
-    best, peer = places(field, "tuned", "steps")
+    best, peer = rank_methods(field, "tuned", "steps")
     assert (best.method, best.rank.value, best.area[:3]) == ("proxprop", 1, (1, 1, 1))
     assert best.ratio[:3] == (1 / 3, 0.5, 1.0)
     assert (peer.method, peer.rank.value, peer.profile) == ("sgd", 2, {"digits": 2.0})
@@ -75,14 +75,15 @@ def test_every_clock_has_its_own_standing():
         run["cpu"] = [10 * value for value in run["cpu"]]
     field = small([*finals("sgd", [200, 200, 200]), *quick])
     first = {
-        clock: places(field, "tuned", clock)[0].method for clock in ("steps", "gradients", "cpu", "wall")
+        clock: rank_methods(field, "tuned", clock)[0].method
+        for clock in ("steps", "gradients", "cpu", "wall")
     }
     assert first == {"steps": "proxprop", "gradients": "sgd", "cpu": "sgd", "wall": "proxprop"}
 
 
 def test_misses_are_infinite_in_medians_and_bounds_in_ratios():
     field = small([*finals("sgd", [100, 100, 100]), *finals("proxprop", [50, math.inf, math.inf])])
-    row = by_method(rows(field))["proxprop"]
+    row = by_method(compare_methods(field))["proxprop"]
     assert (row.reached, row.runs, row.times["steps"].value) == (1, 3, math.inf)
     assert (row.ratios["steps"].value, row.ratios["steps"].high, row.ratios["steps"].mark) == (
         4.0,
@@ -90,7 +91,7 @@ def test_misses_are_infinite_in_medians_and_bounds_in_ratios():
         "≥",
     )
     assert row.ratios["steps"].low == 0.5, "in some resamples two of three seeds are the one that was quick"
-    place = by_method(places(field, "tuned", "steps"))["proxprop"]
+    place = by_method(rank_methods(field, "tuned", "steps"))["proxprop"]
     assert (place.area.value, place.profile["digits"]) == (0.0, math.inf)
 
 
@@ -98,7 +99,7 @@ def test_a_crash_before_the_first_step_is_a_miss_with_the_pace_of_others():
     nothing = {"steps": [], "loss": [], "validation": [], "cpu": [], "wall": []}
     crashed = [line("digits", "proxprop", "final", seed=s, failure="OSError", **nothing) for s in range(3)]
     field = small([*finals("sgd", [100, 100, 100]), *crashed])
-    row = by_method(rows(field))["proxprop"]
+    row = by_method(compare_methods(field))["proxprop"]
     assert (row.failed, row.reached, row.step_cost, row.seconds) == (3, 0, None, None)
     assert row.validation.median == math.inf
     assert row.ratios["cpu"].value == pytest.approx(4.0)
@@ -108,9 +109,11 @@ def test_a_crash_before_the_first_step_is_a_miss_with_the_pace_of_others():
 def test_a_workload_that_does_not_fit_counts_as_a_miss_and_one_not_yet_run_does_not():
     bench = make_bench(["sgd", "local"], ["digits", "words"])
     lines = [one for one in make_lines(bench) if one["method"] == "sgd" or one["workload"] == "digits"]
-    refused = by_method(places(contest(bench, lines), "tuned", "steps"))["local"]
+    refused = by_method(rank_methods(gather_results(bench, lines), "tuned", "steps"))["local"]
     assert refused.profile["words"] == math.inf
-    pending = by_method(places(contest({**bench, "refused": []}, lines), "tuned", "steps"))["local"]
+    pending = by_method(rank_methods(gather_results({**bench, "refused": []}, lines), "tuned", "steps"))[
+        "local"
+    ]
     assert list(pending.profile) == ["digits"]
 
 
@@ -118,16 +121,16 @@ def test_the_peer_is_the_best_tuned_baseline():
     field = whole()
     assert field.peer("digits", "steps").runs[0]["method"] == "adamw"
     assert field.peer("digits", "steps").runs[0]["track"] == "tuned"
-    for row in rows(field):
+    for row in compare_methods(field):
         if (row.method, row.track) == ("adamw", "tuned"):
             assert row.ratios["steps"][:3] == (1, 1, 1), "against itself, seed by seed"
-    only = contest(field.bench, [one for one in make_lines(field.bench) if one["track"] == "defaults"])
+    only = gather_results(field.bench, [one for one in make_lines(field.bench) if one["track"] == "defaults"])
     assert only.peer("words", "steps").runs[0]["track"] == "defaults"
 
 
 def test_a_null_control_takes_no_rank_and_sets_no_time():
     field = small([*finals("sgd", [100] * 3), *finals("sgd-again", [50] * 3), *finals("proxprop", [80] * 3)])
-    found = by_method(places(field, "tuned", "steps"))
+    found = by_method(rank_methods(field, "tuned", "steps"))
     assert found["sgd-again"].rank is None
     assert (found["proxprop"].rank.value, found["proxprop"].profile["digits"]) == (1, 1.0)
     assert null_ratio(field, "tuned", "steps", "sgd-again").value == 0.5
@@ -145,7 +148,7 @@ def test_a_null_control_without_its_original_is_no_reference():
     runs = [*finals("adamw", [100] * 3), *finals("sgd-again", [100] * 3)]
     field = small(runs, methods=("adamw", "sgd-again"))
     assert field.reference == "adamw"
-    assert {row.method: row.step_cost for row in rows(field)} == {"adamw": 1, "sgd-again": 1}
+    assert {row.method: row.step_cost for row in compare_methods(field)} == {"adamw": 1, "sgd-again": 1}
     assert small(finals("sgd-again", [100]), methods=("sgd-again",)).reference is None
 
 
@@ -153,12 +156,12 @@ def test_what_lies_between_two_measurements_is_in_the_intervals():
     """All seeds agree on a point of the grid, and nobody knows where between two points they were there."""
     runs = [*finals("sgd", [200] * 3), *finals("sgd-again", [200] * 3), *finals("proxprop", [180] * 3)]
     for clock in CLOCKS:
-        exact = by_method(rows(small(runs)))["proxprop"].ratios[clock]
+        exact = by_method(compare_methods(small(runs)))["proxprop"].ratios[clock]
         assert exact[:3] == pytest.approx((0.9, 0.9, 0.9))
-        row = by_method(rows(small(runs, grid=20)))["proxprop"]
+        row = by_method(compare_methods(small(runs, grid=20)))["proxprop"]
         assert row.ratios[clock][:3] == pytest.approx((160 / 200, 0.9, 180 / 180))
         assert noise(small(runs, grid=20), "tuned", clock) == pytest.approx(200 / 180)
-    itself = by_method(rows(small(runs, grid=20)))["sgd"].ratios["steps"]
+    itself = by_method(compare_methods(small(runs, grid=20)))["sgd"].ratios["steps"]
     assert itself[:3] == (1, 1, 1)
     assert noise(small(runs, grid=200), "tuned", "steps") == math.inf, "there from the first measurement on"
 
@@ -167,15 +170,15 @@ def test_a_method_with_nothing_to_tune_is_in_both_tracks():
     bench = make_bench(["sgd", "proxprop"], ["digits"])
     bench["methods"]["proxprop"]["space"] = {}
     lines = [one for one in make_lines(bench) if one["method"] == "sgd" or one["trial"] == -1]
-    field = contest(bench, lines)
+    field = gather_results(bench, lines)
     for track in ("tuned", "defaults"):
-        assert by_method(places(field, track, "steps"))["proxprop"].runs == 3
+        assert by_method(rank_methods(field, track, "steps"))["proxprop"].runs == 3
     assert len(list(csv.DictReader(io.StringIO(runs_csv(field))))) == len(lines), "and still told once"
 
 
 def test_equals_share_a_rank():
     field = small([*finals("sgd", [100] * 3), *finals("proxprop", [100] * 3)])
-    assert [place.rank[:3] for place in places(field, "tuned", "steps")] == [(1, 1, 2), (1, 1, 2)]
+    assert [place.rank[:3] for place in rank_methods(field, "tuned", "steps")] == [(1, 1, 2), (1, 1, 2)]
 
 
 def test_equals_that_never_arrive_are_told_by_where_they_end():
@@ -191,7 +194,7 @@ def test_equals_that_never_arrive_are_told_by_where_they_end():
         lines += runs
     field = small(lines, methods=("bad", "adamw", "nlms", "proxprop", "sgd"))
     for clock in CLOCKS:
-        found = places(field, "tuned", clock)
+        found = rank_methods(field, "tuned", clock)
         assert [one.method for one in found] == ["sgd", "proxprop", "nlms", "adamw", "bad"]
         assert [one.rank.value for one in found] == [1, 2, 2, 2, 2]
         assert [one.level for one in found] == [False, True, True, True, True]
@@ -200,7 +203,7 @@ def test_equals_that_never_arrive_are_told_by_where_they_end():
 
 def test_where_a_method_does_not_fit_it_ends_last():
     bench = make_bench(["sgd", "local"], ["digits", "words"])
-    found = by_method(places(contest(bench, make_lines(bench)), "tuned", "steps"))
+    found = by_method(rank_methods(gather_results(bench, make_lines(bench)), "tuned", "steps"))
     assert bench["refused"][0]["workload"] == "words"
     assert found["local"].end == 2
     assert found["sgd"].end == 1
@@ -208,7 +211,7 @@ def test_where_a_method_does_not_fit_it_ends_last():
 
 def test_the_area_is_that_under_the_profile():
     """Against the profile summed up on a fine grid."""
-    for place in places(whole(), "tuned", "cpu"):
+    for place in rank_methods(whole(), "tuned", "cpu"):
         grid = [1 + 3 * (i + 0.5) / 20_000 for i in range(20_000)]
         shares = [sum(r <= tau for r in place.profile.values()) / len(place.profile) for tau in grid]
         assert place.area.value == pytest.approx(sum(shares) / len(grid), abs=1e-3)
@@ -218,9 +221,9 @@ def test_the_area_is_that_under_the_profile():
 def test_the_order_of_lines_does_not_matter():
     bench = make_bench()
     lines = make_lines(bench)
-    one = places(contest(bench, lines), "tuned", "cpu")
+    one = rank_methods(gather_results(bench, lines), "tuned", "cpu")
     random.Random(0).shuffle(lines)
-    assert places(contest(bench, lines), "tuned", "cpu") == one
+    assert rank_methods(gather_results(bench, lines), "tuned", "cpu") == one
 
 
 def test_slower_seeds_never_improve_a_place():
@@ -230,15 +233,15 @@ def test_slower_seeds_never_improve_a_place():
     for one in slowed:
         if one["method"] == "proxprop" and one["purpose"] == "final":
             one["cpu"] = [2 * value for value in one["cpu"]]
-    before = by_method(places(contest(bench, lines), "tuned", "cpu"))
-    after = by_method(places(contest(bench, slowed), "tuned", "cpu"))
+    before = by_method(rank_methods(gather_results(bench, lines), "tuned", "cpu"))
+    after = by_method(rank_methods(gather_results(bench, slowed), "tuned", "cpu"))
     assert after["proxprop"].area.value < before["proxprop"].area.value
     assert after["proxprop"].ratio.value == pytest.approx(2 * before["proxprop"].ratio.value)
     assert all(after[name].area.value >= before[name].area.value for name in after if name != "proxprop")
 
 
 def test_step_cost_memory_and_test_metric():
-    found = {(row.workload, row.method, row.track): row for row in rows(whole())}
+    found = {(row.workload, row.method, row.track): row for row in compare_methods(whole())}
     row = found["digits", "proxprop", "tuned"]
     assert row.step_cost == pytest.approx(1.3, rel=0.02)
     assert row.peak_mib == 20 + len("proxprop")
@@ -253,10 +256,10 @@ def test_memory_is_that_of_the_final_runs():
     runs = finals("sgd", [100] * 3)
     for run, peak in zip(runs, (40.0, 60.0, None), strict=True):
         run["peak_mib"] = peak
-    assert by_method(rows(small([*trials, *runs])))["sgd"].peak_mib == 50
+    assert by_method(compare_methods(small([*trials, *runs])))["sgd"].peak_mib == 50
     for run in runs:
         run["peak_mib"] = None
-    assert by_method(rows(small([*trials, *runs])))["sgd"].peak_mib is None
+    assert by_method(compare_methods(small([*trials, *runs])))["sgd"].peak_mib is None
 
 
 def test_memory_is_unknown_where_no_step_was_measured():
@@ -266,17 +269,17 @@ def test_memory_is_unknown_where_no_step_was_measured():
         line("digits", "proxprop", "final", seed=s, failure="nan", peak_mib=9.0, **early) for s in range(3)
     ]
     field = small([*runs, *failed])
-    assert {row.method: row.peak_mib for row in rows(field)} == {"sgd": 40, "proxprop": None}
+    assert {row.method: row.peak_mib for row in compare_methods(field)} == {"sgd": 40, "proxprop": None}
     told = {one["method"]: one["peak_mib"] for one in csv.DictReader(io.StringIO(runs_csv(field)))}
     assert told == {"sgd": "40.0", "proxprop": ""}
-    (one,) = rows(small([*runs[:2], {**failed[0], "method": "sgd"}]))
+    (one,) = compare_methods(small([*runs[:2], {**failed[0], "method": "sgd"}]))
     assert one.peak_mib == 40, "of those that trained"
 
 
 def test_tables_come_back_as_they_were():
     field = whole()
-    found = rows(field)
-    table = list(csv.DictReader(io.StringIO(standing_csv(found))))
+    found = compare_methods(field)
+    table = list(csv.DictReader(io.StringIO(ranking_csv(found))))
     assert len(table) == len(found)
     for text, row in zip(table, found, strict=True):
         assert (text["workload"], text["method"], int(text["reached"])) == (
@@ -292,8 +295,8 @@ def test_tables_come_back_as_they_were():
 
 def test_a_bench_with_nothing_in_it():
     for bench in (make_bench(), make_bench([], [])):
-        field = contest(bench, [])
-        assert rows(field) == places(field, "tuned", "cpu") == []
+        field = gather_results(bench, [])
+        assert compare_methods(field) == rank_methods(field, "tuned", "cpu") == []
         assert field.peer("digits", "cpu") is None
 
 
@@ -355,11 +358,13 @@ def test_the_front_is_who_nobody_beats():
         )  # fmt: skip
 
     lines = [run("sgd", 1, 10, 0.5), run("sgd-again", 2, 10, 0.5), run("proxprop", 3, 30, 0.1)]
-    assert front(rows(small(lines))) == {"sgd", "proxprop"}
+    assert front(compare_methods(small(lines))) == {"sgd", "proxprop"}
     lines[0]["peak_mib"] = None
-    assert front(rows(small(lines))) == {"sgd", "proxprop"}, "what was not measured is no advantage"
+    assert front(compare_methods(small(lines))) == {"sgd", "proxprop"}, (
+        "what was not measured is no advantage"
+    )
     lines[2].update(failure="nan", test=None)
-    assert front(rows(small(lines))) == {"sgd"}
+    assert front(compare_methods(small(lines))) == {"sgd"}
 
 
 def test_thinning_keeps_three_digits():

@@ -8,7 +8,7 @@ import pytest
 from fake_bench import line, make_bench, write_bench
 from test_standing import finals
 
-from plywise.arena.bench_page import write_page
+from plywise.arena.reports.bench_page import write_page
 
 METHODS = ["sgd", "proxprop", "nlms", "bad", "local"]
 

@@ -10,20 +10,21 @@ from dataclasses import replace
 
 import pytest
 
-from plywise.arena.budget import measure
-from plywise.arena.job import Entry
-from plywise.arena.ledger import FINAL, TUNING, read
-from plywise.arena.material import Material
 from plywise.arena.methods import find_method
-from plywise.arena.score import chosen
+from plywise.arena.run.bench import TUNING_SEED, Bench, BenchConfig
+from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.budget import measure
+from plywise.arena.run.executor import ProcessExecutor
+from plywise.arena.run.job import WorkloadSpec
+from plywise.arena.run.ledger import read
+from plywise.arena.scoring.records import FINAL, TUNING
+from plywise.arena.scoring.score import choose_best
 from plywise.arena.space import points
-from plywise.arena.tournament import TUNING_SEED, Bench, Plan
-from plywise.arena.workers import Workers
-from plywise.arena.workload import Data
+from plywise.data.parts import Data
 from plywise.errors import PlywiseError, StateError
 
 HERE = "competitors"
-OWN = Entry("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
+OWN = WorkloadSpec("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +34,19 @@ def _findable(monkeypatch):
 
 @pytest.fixture
 def material():
-    made = Material([OWN])
+    made = BenchData([OWN])
     yield made
     made.close()
 
 
 def bench(folder, material, methods, **more):
     settings = {"trials": 2, "seeds": 2, **more}
-    return Bench(Plan((OWN,), tuple(methods), **settings), material, folder)
+    return Bench(BenchConfig((OWN,), tuple(methods), **settings), material, folder)
 
 
 def run(folder, material, methods, crew=None, **more):
     made = bench(folder, material, methods, **more)
-    return made, [piece.line for piece in made.perform(crew or Workers(2))]
+    return made, [piece.line for piece in made.perform(crew or ProcessExecutor(2))]
 
 
 def without_clocks(lines):
@@ -69,7 +70,7 @@ def test_every_method_gets_the_same_trials_and_fresh_seeds(tmp_path, material):
         assert all(line["test"] is None for line in tuning), "the test set is for final runs"
         for track, numbers in (
             ("defaults", {n: r.default for n, r in find_method(name).space.items()}),
-            ("tuned", chosen(tuning, made.target("own"))["numbers"]),
+            ("tuned", choose_best(tuning, made.target("own"))["numbers"]),
         ):
             final = [line for line in own if line["purpose"] == FINAL and line["track"] == track]
             assert sorted(line["seed"] for line in final) == [0, 1]
@@ -77,8 +78,8 @@ def test_every_method_gets_the_same_trials_and_fresh_seeds(tmp_path, material):
 
 
 def test_one_worker_or_three_give_the_same_numbers(tmp_path, material):
-    _, one = run(tmp_path / "one", material, ["sgd", "proxprop", "local-loss"], Workers(1))
-    _, three = run(tmp_path / "three", material, ["sgd", "proxprop", "local-loss"], Workers(3))
+    _, one = run(tmp_path / "one", material, ["sgd", "proxprop", "local-loss"], ProcessExecutor(1))
+    _, three = run(tmp_path / "three", material, ["sgd", "proxprop", "local-loss"], ProcessExecutor(3))
     assert without_clocks(one) == without_clocks(three)
 
 
@@ -92,7 +93,7 @@ def test_the_null_control_repeats_its_original_with_other_seeds(tmp_path, materi
 
 def test_what_is_in_the_ledger_is_not_run_again(tmp_path, material):
     first = bench(tmp_path, material, ["sgd", "adamw"])
-    pieces = first.perform(Workers(2))
+    pieces = first.perform(ProcessExecutor(2))
     kept = [next(pieces).line for _ in range(5)]
     pieces.close()
     assert list(read(tmp_path / "trials.jsonl")) == kept
@@ -100,11 +101,11 @@ def test_what_is_in_the_ledger_is_not_run_again(tmp_path, material):
     assert len(rest) == second.total - 5
     _, unbroken = run(tmp_path / "other", material, ["sgd", "adamw"])
     assert without_clocks(kept + rest) == without_clocks(unbroken)
-    assert list(second.perform(Workers(1))) == [], "a finished bench has nothing to do"
+    assert list(second.perform(ProcessExecutor(1))) == [], "a finished bench has nothing to do"
 
 
 def test_a_test_part_that_was_trained_on_is_noted(tmp_path, material):
-    with closing(Material([replace(OWN, data=f"{HERE}:leaking_data")])) as leaking:
+    with closing(BenchData([replace(OWN, data=f"{HERE}:leaking_data")])) as leaking:
         made = bench(tmp_path / "leaking", leaking, ["sgd"])
     noted = json.loads((tmp_path / "leaking" / "bench.json").read_text())["workloads"]["own"]["repeated"]
     assert noted == {"validation": 0, "test": 20} == made.about["workloads"]["own"]["repeated"]
@@ -112,7 +113,7 @@ def test_a_test_part_that_was_trained_on_is_noted(tmp_path, material):
 
 
 def test_a_bench_that_runs_is_left_alone_by_another(tmp_path, material):
-    pieces = bench(tmp_path, material, ["sgd"]).perform(Workers(1))
+    pieces = bench(tmp_path, material, ["sgd"]).perform(ProcessExecutor(1))
     next(pieces)
     before = (tmp_path / "bench.json").read_bytes()
     with pytest.raises(PlywiseError, match="Another process is adding trials"):
@@ -156,7 +157,7 @@ def test_a_trial_makes_the_users_network_once(material, monkeypatch):
 
 
 def test_local_learners_are_measured_like_the_others(material):
-    costs, failures = measure(Plan((OWN,), ("sgd", "local-loss")), material, Workers(2))
+    costs, failures = measure(BenchConfig((OWN,), ("sgd", "local-loss")), material, ProcessExecutor(2))
     assert failures == {}
     assert all(cost.step > 0 for cost in costs.values())
 
@@ -164,7 +165,7 @@ def test_local_learners_are_measured_like_the_others(material):
 def test_a_spent_budget_leaves_a_bench_that_can_go_on(tmp_path, material):
     made = bench(tmp_path, material, ["sgd", "adamw"])
     left = iter([True] * 3)
-    assert len(list(made.perform(Workers(1), lambda: next(left, False)))) == 3
+    assert len(list(made.perform(ProcessExecutor(1), lambda: next(left, False)))) == 3
     assert "own" in json.loads((tmp_path / "bench.json").read_text())["unfinished"][0]
     _, rest = run(tmp_path, material, ["sgd", "adamw"])
     assert len(rest) == made.total - 3
@@ -181,7 +182,7 @@ def test_a_spent_budget_leaves_a_bench_that_can_go_on(tmp_path, material):
     ],
 )
 def test_a_method_that_fails_is_an_outcome_and_harms_no_other(tmp_path, material, method, why):
-    crew = Workers(3, patience=8.0 if method == "Hanging" else 120.0)
+    crew = ProcessExecutor(3, patience=8.0 if method == "Hanging" else 120.0)
     made, lines = run(tmp_path, material, [f"{HERE}:{method}", "sgd"], crew, trials=1, seeds=1)
     bad = [line for line in lines if line["method"] != "sgd"]
     assert [why in line["failure"] for line in bad] == [True] * 3
@@ -218,15 +219,15 @@ def test_an_optimizer_and_a_method_of_ones_own(tmp_path, material):
 
 
 def test_a_local_learner_needs_classes(tmp_path):
-    entry = Entry("concrete-like", f"{HERE}:model", f"{HERE}:data", blocks=0, steps=12)
-    made = Material([entry])
+    entry = WorkloadSpec("concrete-like", f"{HERE}:model", f"{HERE}:data", blocks=0, steps=12)
+    made = BenchData([entry])
     try:
-        mixed = Bench(Plan((entry,), ("sgd", "local-loss"), 1, 1), made, tmp_path / "mixed")
+        mixed = Bench(BenchConfig((entry,), ("sgd", "local-loss"), 1, 1), made, tmp_path / "mixed")
         assert [one["method"] for one in mixed.refused] == ["local-loss"]
-        lines = [piece.line for piece in mixed.perform(Workers(2))]
+        lines = [piece.line for piece in mixed.perform(ProcessExecutor(2))]
         assert {line["method"] for line in lines} == {"sgd"}
         with pytest.raises(PlywiseError, match="No method can run: local-loss"):
-            Bench(Plan((entry,), ("local-loss",), 1, 1), made, tmp_path / "none")
+            Bench(BenchConfig((entry,), ("local-loss",), 1, 1), made, tmp_path / "none")
     finally:
         made.close()
 
@@ -262,15 +263,15 @@ def test_another_bench_in_the_folder_is_refused(tmp_path, material):
 )
 def test_plans_that_make_no_sense(plan, message):
     with pytest.raises(PlywiseError, match=message):
-        Plan(*plan)
+        BenchConfig(*plan)
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"threads": 0}])
 def test_no_workers(wrong):
     with pytest.raises(PlywiseError, match="at least 1"):
-        Workers(**wrong)
+        ProcessExecutor(**wrong)
 
 
 def test_a_model_that_cannot_be_made_is_said_before_anything_runs():
     with pytest.raises(PlywiseError, match="no such layer"):
-        Material([Entry("own", f"{HERE}:broken_model", f"{HERE}:data")])
+        BenchData([WorkloadSpec("own", f"{HERE}:broken_model", f"{HERE}:data")])

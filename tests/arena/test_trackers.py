@@ -8,7 +8,7 @@ import sys
 import pytest
 from fake_bench import line
 
-from plywise.arena.trackers import runs_of, to_tensorboard, to_trackio
+from plywise.arena.reports.trackers import runs_of, to_tensorboard, to_trackio
 from plywise.errors import PlywiseError
 
 FINISHED = "2026-01-02T03:04:05+00:00"
@@ -104,7 +104,7 @@ import json, sys
 from pathlib import Path
 import trackio
 from trackio.sqlite_storage import SQLiteStorage
-from plywise.arena.trackers import to_trackio
+from plywise.arena.reports.trackers import to_trackio
 
 said = [list(to_trackio(Path(sys.argv[1]), "a bench")) for _ in range(2)]
 runs = {run.name: run.config for run in trackio.Api().runs("a bench")}

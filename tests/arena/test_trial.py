@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.arena.job import Peak
 from plywise.arena.method import with_rule
+from plywise.arena.run.job import Peak
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import CLASSIFICATION, REGRESSION, mean, predictor
-from plywise.arena.trial import endless_batches, run_trial
-from plywise.arena.workload import Data
+from plywise.data.batches import endless_batches
 from plywise.data.digits import Split, load_digits
+from plywise.data.parts import Data
 
 
 def make_model():

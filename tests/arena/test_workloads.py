@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import plywise as pw
-from plywise.arena.method import Setting, end_to_end
+from plywise.arena.method import TrialContext, end_to_end
+from plywise.arena.run.trial import run_trial
 from plywise.arena.task import mean, predictor
-from plywise.arena.trial import endless_batches, run_trial
 from plywise.arena.workloads import (
     QUICK,
     RELATED,
@@ -22,6 +22,7 @@ from plywise.arena.workloads import (
     targets,
 )
 from plywise.arena.workloads.networks import CharTransformer
+from plywise.data.batches import endless_batches
 from plywise.data.digits import Split
 from plywise.data.store import find
 from plywise.errors import PlywiseError
@@ -74,7 +75,7 @@ def trained(workload, data, steps, rate=0.01):
     torch.manual_seed(3)
     model = workload.make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    trainer = end_to_end(Setting(model, workload.task, {}, steps, data.train.x[:8]), optimizer)
+    trainer = end_to_end(TrialContext(model, workload.task, {}, steps, data.train.x[:8]), optimizer)
     seen = Split(data.train.x[:200], data.train.y[:200])
     before = mean(workload.task.loss, trainer.predict, seen)
     batches = endless_batches(data.train, workload.batch_size, seed=3)
@@ -185,7 +186,7 @@ def test_what_needs_no_file_runs_as_trials(name):
     def begin():
         model = workload.make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        return end_to_end(Setting(model, workload.task, {}, 3, torch.ones(1)), optimizer)
+        return end_to_end(TrialContext(model, workload.task, {}, 3, torch.ones(1)), optimizer)
 
     data = workload.make_data()
     record = run_trial(begin, data, workload.task, seed=0, steps=3, batch_size=workload.batch_size, test=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from plywise.arena.ledger import read
+from plywise.arena.run.ledger import read
 
 COMPETITORS = (Path(__file__).parent.parent / "arena" / "competitors.py").read_text()
 OWN = ["bench", "mine:model", "--data", "mine:data", "--steps", "12", "--batch-size", "32"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from plywise.card import STATUSES
-from plywise.catalogue import ROOMS, RULES
 from plywise.cli import demo as demo_command
 from plywise.errors import PAGE
+from plywise.registry.card import STATUSES
+from plywise.registry.find import ROOMS, RULES
 
 NAMES = [name for names in ROOMS.values() for name in names]
 # in the demo: not the open form of four that are, nor a schedule
@@ -160,7 +160,7 @@ def test_explain_ones_own_model(plywise, project):
         (["mine:leave"], "mine:leave raised SystemExit"),
         (["mine:three"], "returned an object of type int, not a torch.nn.Module"),
         (["mine:wants"], "without arguments (missing a required argument: 'size')"),
-        (["mine:number"], "neither a function nor a torch.nn.Module"),
+        (["mine:number"], "not a function that makes one"),
         (["mine:mak"], "has no 'mak'. Did you mean make?"),
         (["nowhere:make"], "no module 'nowhere'"),
         (["nowhere.inside:make"], "no module 'nowhere'"),
@@ -213,9 +213,11 @@ def test_doctor_finds_a_rule_that_does_not_train(plywise, monkeypatch):
 
 
 def test_demo_prints_and_writes(tmp_path, capsys):
-    from plywise.arena.demo import Plan
+    from plywise.arena.demo.study import DemoConfig
 
-    plan = Plan(seeds=2, steps=4, sensitivity_steps=2, rates=3, cost_rounds=1, cost_block=1, hidden=(8, 8))
+    plan = DemoConfig(
+        seeds=2, steps=4, sensitivity_steps=2, rates=3, cost_rounds=1, cost_block=1, hidden=(8, 8)
+    )
     demo_command.run(plan, tmp_path, "plywise demo")
     out = capsys.readouterr().out
     assert f"[{plan.pieces}/{plan.pieces}]" in out

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from plywise.local.making import make_blocks, make_data, make_learner
-from plywise.local.plan import Plan
-from plywise.local.session import open_session
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
 from plywise.pipeline.cuts import component_costs
+from plywise.training.build import resolve_training
+from plywise.training.config import TrainConfig
+from plywise.training.session import open_session
 from processes import ForkedCommand
 from sameness import same
 
@@ -220,12 +220,12 @@ def test_lost_checkpoints_are_missed(plywise, one_process):
     ],
 )
 def test_measuring_leaves_the_learner_as_it_is(settings):
-    plan = Plan(model="mine:net", split=(0, 2, 4), data="mine:data", **settings)
-    data = make_data(plan)
-    x, y = data.train.x[:16], data.train.y[:16]
+    plan = TrainConfig(model="mine:net", split=(0, 2, 4), data="mine:data", **settings)
+    training = resolve_training(plan)
+    x, y = training.data.train.x[:16], training.data.train.y[:16]
 
     def learner():
-        return make_learner(plan, make_blocks(plan, x, data.classes)[0], data.classes)
+        return training.make_learner(training.make_blocks()[0])
 
     plain, measured = learner(), learner()
     for step in range(4):
@@ -268,7 +268,7 @@ def test_a_run_through_all_hands(tmp_path):
         assert steps_logged(name) == list(range(1, step + 1))
 
     settings = {"model": "mine:net", "split": (0, 2, 3, 4), "data": "mine:data", "batch_size": 16}
-    session = open_session(Plan(**settings, epochs=100000, out=tmp_path / "run"))
+    session = open_session(TrainConfig(**settings, epochs=100000, out=tmp_path / "run"))
     stop = step + PER_EPOCH + 3
     session.run(lambda line: session.engine.ask_to_stop() if line.step == stop else None)
     assert steps_logged("log.jsonl") == list(range(step + 1, stop + 1))
@@ -279,7 +279,7 @@ def test_a_run_through_all_hands(tmp_path):
     assert f"Trained {epochs * PER_EPOCH} steps" in Path("out0").read_text()
     assert steps_logged("log.stage1.jsonl")[step:] == list(range(stop + 1, epochs * PER_EPOCH + 1))
 
-    open_session(Plan(**settings, epochs=epochs, out=tmp_path / "whole")).run()
+    open_session(TrainConfig(**settings, epochs=epochs, out=tmp_path / "whole")).run()
     assert same(state("run"), state("whole"))
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from cyclopts import App
 
-from plywise.arena.ledger import read
+from plywise.arena.run.ledger import read
 from plywise.cli.reproduce import reproduce
 from plywise.data.store import find
 from plywise.errors import PlywiseError

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from plywise.cli.training import Flags
-from plywise.local.plan import Plan, read_plan
-from plywise.local.session import open_session, trained
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
+from plywise.training.config import TrainConfig, read_config
+from plywise.training.session import load_trained, open_session
 
 MODULE = """
 import time
@@ -114,7 +114,7 @@ assert not {"torch", "numpy"} & set(sys.modules)
 
 
 def test_flags_are_the_plan():
-    plan = {entry.name: entry.default for entry in fields(Plan)}
+    plan = {entry.name: entry.default for entry in fields(TrainConfig)}
     assert {entry.name for entry in fields(Flags)} | {"replicas", "cuts"} == plan.keys()
     for name in ("learner", "rate", "epochs", "batch_size", "seed", "threads", "out", "every", "keep"):
         told = re.split(rf"\n +{name}: ", Flags.__doc__)[1]
@@ -133,7 +133,7 @@ def test_train_alone_trains_and_says_what_it_did(plywise, tmp_path):
     assert final > 90
     assert "Trained 180 steps" in out
     assert f"test accuracy {final}%" in out
-    assert trained(tmp_path / "runs" / "train")(torch.rand(2, 64)).shape == (2, 10)
+    assert load_trained(tmp_path / "runs" / "train")(torch.rand(2, 64)).shape == (2, 10)
     code, out, _ = plywise("train")
     assert code == 0
     assert out.startswith(f"The run in runs/train is finished: 180 steps, test accuracy {final}%.")
@@ -152,7 +152,7 @@ def test_a_file_and_flags(plywise, tmp_path):
     assert "mine:data: 30 samples of 3 classes, 3 to test on; 5 steps of 7 an epoch." in out
     assert out.count("\nepoch") == 1
     saved = json.loads((tmp_path / "there" / "plan.json").read_text())["plan"]
-    again = read_plan(tmp_path / "plan.toml", {"epochs": 1, "set": (f"bridge={saved['set']['bridge']}",)})
+    again = read_config(tmp_path / "plan.toml", {"epochs": 1, "set": (f"bridge={saved['set']['bridge']}",)})
     assert saved == again.as_json()
 
 
@@ -166,7 +166,9 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
     assert "accuracy" not in out
     assert "mine:net is cut at units 0,1,2; --split 0,1,2 cuts it there again." in out
     assert (
-        open_session(Plan(data="d.npz", model="mine:net", blocks=3, out=tmp_path / "a"))._data.train.x.max()
+        open_session(
+            TrainConfig(data="d.npz", model="mine:net", blocks=3, out=tmp_path / "a")
+        )._data.train.x.max()
         <= 1
     )
 
@@ -190,6 +192,9 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--optimizer-set", "beta=1"], "Adam has no hyper-parameter 'beta'. Did you mean betas?"),
         (["--optimizer-set", "weight_decay=-1"], "Invalid weight_decay value"),
         (["--rule", "Prox"], "Did you mean ProxProp"),
+        (["--rule", "mine:net"], "mine:net is no subclass of plywise.Rule."),
+        (["--learner", "mine:net"], "mine:net is no subclass of plywise.Learner."),
+        (["--optimizer", "mine:net"], "mine:net is no subclass of torch.optim.Optimizer."),
         (["--rule", "ProxProp", "--rule-set", "ta=1"], "ProxProp has no hyper-parameter 'ta'"),
         (["--rule", "ProxProp", "--rule-set", "tau=-1"], "above 0, not -1"),
         (["--rule-set", "tau=1"], "rule-set is given (tau=1), and no rule."),
@@ -207,10 +212,16 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--data", "nowhere.npz"], "There is no file nowhere.npz."),
         (["--data", "empty.npz"], "empty.npz cannot be read"),
         (["--data", "half.npz"], "half.npz has no y_train; it has: x_train."),
-        (["--data", "mnist"], "Data are 'digits', a .npz file, or module:function"),
-        (["--data", "mine:holes"], "mine:holes: training data hold NaN or infinity in 1 of 30"),
+        (
+            ["--data", "mnist"],
+            "Data are module:name of a function that makes them, a .npz or .csv file, digits",
+        ),
+        (["--data", "mine:holes"], "mine:holes, train: the inputs hold NaN or infinity in 1 of 30"),
         (["--data", "mine:real"], "targets must be class indices"),
-        (["--data", "mine:three"], "must return (x, y) or (x, y, x_test, y_test); it returned 3 things"),
+        (
+            ["--data", "mine:three"],
+            "mine:three returned 3 things; it must return (x, y), (x, y, x_test, y_test) or three",
+        ),
         (["--data", "mine:boom"], "mine:boom raised ValueError"),
         (["--data", "nowhere:data"], "There is no module 'nowhere'"),
     ],
@@ -348,10 +359,10 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
     )
     lines = (tmp_path / "here" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
-    session = open_session(Plan(epochs=100000, every=100000, out=tmp_path / "whole"))
+    session = open_session(TrainConfig(epochs=100000, every=100000, out=tmp_path / "whole"))
     session.run(lambda line: session.engine.ask_to_stop() if line.step == step else None)
     x = torch.rand(5, 64)
-    assert torch.equal(trained(tmp_path / "here")(x), session.engine.learner.predict(x))
+    assert torch.equal(load_trained(tmp_path / "here")(x), session.engine.learner.predict(x))
 
 
 @pytest.mark.slow

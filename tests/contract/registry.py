@@ -35,6 +35,7 @@ from plywise import (
     Update,
 )
 from plywise.engine.rule import Size, require_positive
+from plywise.registry.names import NAMES, RULE
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,20 @@ CASES = [
         family="one-sided",
     ),
 ]
+ELSEWHERE = {
+    "GradientAmplification": "25 of 447 tests fail at its defaults, 17 of them since it refuses models whose "
+    "plain gradients it would change; see tests/rules/test_gradient_amplification.py"
+}
+"""Rules of the table that the contract is not checked for, and why."""
+
+CASES += [
+    Case(entry.method, getattr(import_module(f"plywise.{entry.module}"), entry.name))
+    for entry in NAMES
+    if entry.kind == RULE
+    and entry.name not in ELSEWHERE
+    and not any(type(case.make()).__name__ == entry.name for case in CASES)
+]
+"""Every rule of the table is checked: those without a case of their own as they are by default."""
 
 
 def selected(specifications: Sequence[str]) -> list[Case]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plywise.data import store
-from plywise.data.store import Remote, decoded, fetch, find, folders
+from plywise.data.store import Remote, cache_decoded, fetch, find, folders
 from plywise.errors import PlywiseError
 
 CONTENT = b"a data set" * 1000
@@ -151,17 +151,17 @@ def test_decoded_arrays_are_made_once(cache):
         made.append(1)
         return {"x": np.arange(6, dtype=np.uint8).reshape(2, 3), "y": np.zeros(2, np.uint8)}
 
-    first, second = decoded("key", decode), decoded("key", decode)
+    first, second = cache_decoded("key", decode), cache_decoded("key", decode)
     assert len(made) == 1
     assert second.keys() == first.keys() == {"x", "y"}
     assert np.array_equal(second["x"], first["x"])
-    decoded("another", decode)
+    cache_decoded("another", decode)
     assert len(made) == 2
     del second
     (cache / "decoded" / "key" / "x.npy").write_bytes(b"damaged")
-    assert decoded("key", decode)["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert cache_decoded("key", decode)["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert len(made) == 3
-    assert decoded("key", decode)["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert cache_decoded("key", decode)["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert len(made) == 3
 
 
@@ -169,4 +169,4 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "plywise").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.warns(UserWarning, match="cannot be kept"):
-        assert decoded("key", lambda: {"x": np.ones(1, np.uint8)})["x"].tolist() == [1]
+        assert cache_decoded("key", lambda: {"x": np.ones(1, np.uint8)})["x"].tolist() == [1]

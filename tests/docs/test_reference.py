@@ -8,7 +8,7 @@ import sys
 import pytest
 from markdown_it import MarkdownIt
 
-from plywise.catalogue import ROOMS
+from plywise.registry.find import ROOMS
 
 from .pages import DOCS, ROOT, pages
 
@@ -44,8 +44,8 @@ def plain(markdown):
 
 @pytest.mark.parametrize(("room", "name"), METHODS)
 def test_the_page_of_a_method_says_what_its_docstring_says(generated, extensions, room, name):
-    from plywise.card import SECTIONS, card_of
-    from plywise.catalogue import find
+    from plywise.registry.card import SECTIONS, card_of
+    from plywise.registry.find import find
 
     card = card_of(find(name))
     page = (generated / "methods" / room / f"{name}.md").read_text()

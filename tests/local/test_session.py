@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from plywise.errors import NonFiniteError, PlywiseError, StateError
-from plywise.local.making import make_blocks
-from plywise.local.plan import Plan
-from plywise.local.run_folder import RunFolder, cut_back
-from plywise.local.session import accuracy, open_session, permutation, share, trained
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
+from plywise.training.build import resolve_training
+from plywise.training.config import TrainConfig
+from plywise.training.run_folder import RunFolder, cut_back
+from plywise.training.session import accuracy, load_trained, open_session, permutation, share
 from sameness import same
 
 MODULE = """
@@ -55,7 +55,7 @@ def _project(user_module):
 
 
 def plan(out, **settings):
-    return Plan(
+    return TrainConfig(
         **{"data": "things:data", "batch_size": 5, "epochs": EPOCHS, "every": 3, "out": out, **settings}
     )
 
@@ -97,7 +97,7 @@ def test_three_interruptions_change_no_bit(tmp_path, name):
     assert same(whole.engine.learner.state_dict(), last.engine.learner.state_dict())
     assert log(tmp_path / "whole") == log(tmp_path / "pieces")
     x = torch.randn(4, 6)
-    assert torch.equal(trained(tmp_path / "pieces")(x), whole.engine.learner.predict(x))
+    assert torch.equal(load_trained(tmp_path / "pieces")(x), whole.engine.learner.predict(x))
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
@@ -163,18 +163,19 @@ def test_only_so_many_checkpoints_stay(tmp_path):
 def test_blocks_are_cut_where_they_were(tmp_path):
     """Costs are measured anew each time; a run keeps its cuts."""
     made = plan(tmp_path / "a", model="things:net", blocks=3)
-    x = torch.randn(5, 6)
+    training = resolve_training(made)
     for starts in ((0, 1, 2), (0, 2, 4)):
-        blocks, found = make_blocks(made, x, 3, starts)
+        blocks, found = training.make_blocks(starts)
         assert found == starts
         names = [name for block in blocks for name, _ in block.named_parameters()]
         assert names == [name for name, _ in made_net().named_parameters()]
-    assert make_blocks(plan(tmp_path / "a", model="things:net", split=(0, 3)), x, 3)[1] == (0, 3)
+    told = resolve_training(plan(tmp_path / "a", model="things:net", split=(0, 3)))
+    assert told.make_blocks()[1] == (0, 3)
     for wrong in ((1, 2), (0, 2, 2), (0, 9)):
         with pytest.raises(PlywiseError, match="5 units, numbered from 0, and is not to be cut at"):
-            make_blocks(made, x, 3, wrong)
-    first, starts = make_blocks(made, x, 3)
-    again, _ = make_blocks(made, x, 3, starts)
+            training.make_blocks(wrong)
+    first, starts = training.make_blocks()
+    again, _ = training.make_blocks(starts)
     assert [str(block) for block in first] == [str(block) for block in again]
     assert same([block.state_dict() for block in first], [block.state_dict() for block in again])
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plywise.files import write_whole
-from plywise.pipeline import checkpoint
+from plywise._util.files import write_whole
+from plywise.local import checkpoint
 from plywise.pipeline.pipeline import Pipeline
 
 from .learners import batches, make, states

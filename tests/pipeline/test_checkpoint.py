@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from plywise.errors import StateError
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
 from processes import CONTEXT
 
 from .learners import batches, difference, make, states

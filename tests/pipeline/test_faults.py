@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
 
 from . import jobs
 from .crew import Crew

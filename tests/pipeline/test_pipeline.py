@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from plywise.pipeline import checkpoint
+from plywise.local import checkpoint
 from plywise.pipeline.pipeline import Pipeline
 
 from . import jobs

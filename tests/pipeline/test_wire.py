@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plywise.errors import PipelineError
 from plywise.local.component import Signal
-from plywise.pipeline.wire import ALIGNED, DIMENSIONS, DTYPES, END, MAGIC, SLOTS, packed, size_of, unpacked
+from plywise.pipeline.wire import ALIGNED, DIMENSIONS, DTYPES, END, MAGIC, SLOTS, pack, size_of, unpack
 
 HEADER = 8 * SLOTS
 SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=DIMENSIONS)
@@ -51,9 +51,9 @@ def test_round_trip(s: Tensor, y: Tensor, codes: Tensor | None, step: int, spare
     """Bit for bit; in a message that has room for more."""
     s, y = (part if part.dim() else part.reshape(1) for part in (s, y))
     signal = Signal(s, y, codes)
-    message = packed(signal, step, size_of(signal) + spare)
+    message = pack(signal, step, size_of(signal) + spare)
     assert len(message) == size_of(signal) + spare
-    number, found = unpacked(message.clone())
+    number, found = unpack(message.clone())
     assert number == step
     assert found is not None
     assert same(found.s, s)
@@ -65,7 +65,7 @@ def test_round_trip(s: Tensor, y: Tensor, codes: Tensor | None, step: int, spare
 def test_the_order_of_memory_is_kept(order: tuple[int, ...]) -> None:
     """Channels last, a transposed matrix ...: another order would be summed in another order."""
     dense = torch.randn(2, 3, 4, 5).permute(order)
-    _, found = unpacked(packed(Signal(dense, torch.zeros(2)), 0, 10_000))
+    _, found = unpack(pack(Signal(dense, torch.zeros(2)), 0, 10_000))
     assert found is not None
     assert found.s.stride() == dense.stride()
     assert torch.equal(found.s, dense)
@@ -74,14 +74,14 @@ def test_the_order_of_memory_is_kept(order: tuple[int, ...]) -> None:
 def test_gaps_do_not_travel() -> None:
     wide = torch.randn(10, 1000)[:, ::100]
     assert size_of(Signal(wide, torch.zeros(10))) == HEADER + 448 + ALIGNED  # 400 and 40 bytes
-    _, found = unpacked(packed(Signal(wide, torch.zeros(10)), 0, 1000))
+    _, found = unpack(pack(Signal(wide, torch.zeros(10)), 0, 1000))
     assert found is not None
     assert torch.equal(found.s, wide)
 
 
 def test_gradients_stay_behind() -> None:
     s = torch.randn(3, 2, requires_grad=True) * 2
-    _, found = unpacked(packed(Signal(s, torch.zeros(3)), 0, 1000))
+    _, found = unpack(pack(Signal(s, torch.zeros(3)), 0, 1000))
     assert found is not None
     assert not found.s.requires_grad
     assert torch.equal(found.s, s)
@@ -90,31 +90,31 @@ def test_gradients_stay_behind() -> None:
 def test_a_message_is_a_copy() -> None:
     """The next layer may write into what it gets, and the stage before into what it has sent."""
     s = torch.ones(4, 4)
-    message = packed(Signal(s, torch.zeros(4)), 0, 1000)
+    message = pack(Signal(s, torch.zeros(4)), 0, 1000)
     s.zero_()
-    _, found = unpacked(message)
+    _, found = unpack(message)
     assert found is not None
     assert found.s.sum() == 16
 
 
 def test_tensors_are_aligned() -> None:
     signal = Signal(torch.randn(3, 1), torch.zeros(3, dtype=torch.int64), torch.randn(5))
-    _, found = unpacked(packed(signal, 0, size_of(signal)))
+    _, found = unpack(pack(signal, 0, size_of(signal)))
     assert found is not None
     assert found.codes is not None
     assert all(part.data_ptr() % ALIGNED == 0 for part in (found.s, found.y, found.codes))
 
 
 def test_the_end() -> None:
-    assert unpacked(packed(None, END, HEADER)) == (END, None)
-    assert unpacked(packed(None, END, 5000)) == (END, None)
+    assert unpack(pack(None, END, HEADER)) == (END, None)
+    assert unpack(pack(None, END, 5000)) == (END, None)
 
 
 def test_a_batch_that_is_too_large() -> None:
     small = Signal(torch.zeros(4, 100), torch.zeros(4))
     with pytest.raises(PipelineError, match=r"A batch of 5 takes \d+ bytes.*begin with the largest batch"):
-        packed(Signal(torch.zeros(5, 100), torch.zeros(5)), 0, size_of(small))
-    packed(small, 0, size_of(small))
+        pack(Signal(torch.zeros(5, 100), torch.zeros(5)), 0, size_of(small))
+    pack(small, 0, size_of(small))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_batch_that_is_too_large() -> None:
 )
 def test_what_the_wire_does_not_carry(odd: Tensor) -> None:
     with pytest.raises(PipelineError, match="does not go between stages"):
-        packed(Signal(odd, torch.zeros(2)), 0, 1000)
+        pack(Signal(odd, torch.zeros(2)), 0, 1000)
 
 
 # ---- broken messages -----------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_what_the_wire_does_not_carry(odd: Tensor) -> None:
 def message_with(changes: dict[int, int], rows: int = 4) -> Tensor:
     """A good message with some integers of its header changed."""
     signal = Signal(torch.ones(rows, 3), torch.ones(rows, dtype=torch.int64), torch.ones(2, 2))
-    message = packed(signal, 7, size_of(signal))
+    message = pack(signal, 7, size_of(signal))
     header = message[:HEADER].view(torch.int64)
     for slot, value in changes.items():
         header[slot] = value
@@ -163,7 +163,7 @@ def message_with(changes: dict[int, int], rows: int = 4) -> Tensor:
 )
 def test_broken_headers(changes: dict[int, int], message: str) -> None:
     with pytest.raises(PipelineError, match=message):
-        unpacked(message_with(changes))
+        unpack(message_with(changes))
 
 
 def test_the_header_is_where_these_tests_think() -> None:
@@ -182,7 +182,7 @@ def test_no_header_reads_beyond_its_message(changes: dict[int, int], length: int
     """Whatever integers come, the answer is an error, or tensors within the message."""
     message = message_with(changes)[:length].clone()
     try:
-        _, found = unpacked(message)
+        _, found = unpack(message)
     except PipelineError:
         return
     if found is None:
@@ -199,7 +199,7 @@ def test_no_header_reads_beyond_its_message(changes: dict[int, int], length: int
 @given(st.binary(max_size=1000))
 def test_other_bytes_are_no_message(noise: bytes) -> None:
     with pytest.raises(PipelineError, match="is no message"):
-        unpacked(torch.frombuffer(bytearray(b"\0" + noise), dtype=torch.uint8))
+        unpack(torch.frombuffer(bytearray(b"\0" + noise), dtype=torch.uint8))
 
 
 class Trap:
@@ -216,12 +216,12 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "trap"
     trap = pickle.dumps(Trap(path))
     with pytest.raises(PipelineError):
-        unpacked(torch.frombuffer(bytearray(trap.ljust(HEADER, b"\0")), dtype=torch.uint8))
+        unpack(torch.frombuffer(bytearray(trap.ljust(HEADER, b"\0")), dtype=torch.uint8))
     body = message_with({})
     body[HEADER : HEADER + len(trap)] = torch.frombuffer(bytearray(trap), dtype=torch.uint8)[
         : len(body) - HEADER
     ]
-    unpacked(body)
+    unpack(body)
     assert not path.exists()
     pickle.loads(trap)
     assert path.exists()

@@ -7,7 +7,7 @@ import pkgutil
 import pytest
 
 import plywise as pw
-from plywise.catalogue import RULES
+from plywise.registry.find import RULES
 
 MODULES = [
     "plywise",

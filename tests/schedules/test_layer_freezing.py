@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.card import card_of
+from plywise.registry.card import card_of
 
 from .runs import Run, run, same_bits
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import plywise as pw
-from plywise.catalogue import RULES
+from plywise.registry.find import RULES
 
 from .runs import Run, run, same_bits
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from plywise._util.renamed import serve_old_names
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.task import Task, predictor
 from plywise.engine.rule import Rule
@@ -50,7 +51,7 @@ class Trainer(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrialContext:
     """What a method gets to start from.
 
     Attributes:
@@ -94,10 +95,10 @@ class Method:
     name: str
     about: str
     space: Space
-    make: Callable[[Setting], Trainer]
+    make: Callable[[TrialContext], Trainer]
     baseline: bool = False
     gradients: float = 1.0
-    count: Callable[[Setting], float] | None = None
+    count: Callable[[TrialContext], float] | None = None
     refuses: Callable[[Workload], str] = runs_on_all
     local: bool = False
     null: str | None = None
@@ -160,7 +161,7 @@ class EndToEnd:
         return predictor(self.model)(x)
 
 
-def end_to_end(setting: Setting, optimizer: Optimizer, rule: Rule | None = None) -> EndToEnd:
+def end_to_end(setting: TrialContext, optimizer: Optimizer, rule: Rule | None = None) -> EndToEnd:
     """Train with an optimizer, its rate on a cosine to zero, and perhaps a rule."""
     trainer = with_rule(setting.model, optimizer, rule, setting.task.loss)
     trainer.scheduler = cosine(setting.steps)(optimizer)
@@ -194,7 +195,7 @@ def of_optimizer(name: str, about: str, optimizer: type[Optimizer], space: Space
     """
     fixed = more.pop("fixed", {})
 
-    def make(setting: Setting) -> Trainer:
+    def make(setting: TrialContext) -> Trainer:
         parameters: Iterable[nn.Parameter] = [p for p in setting.model.parameters() if p.requires_grad]
         return end_to_end(setting, optimizer(parameters, **setting.numbers, **fixed))  # type: ignore[arg-type]
 
@@ -224,3 +225,6 @@ def of_class(address: str, thing: Any) -> Method:
         "torch.optim.Optimizer.",
         see="error-address",
     )
+
+
+__getattr__ = serve_old_names(__name__, {"Setting": "TrialContext"})

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 
-import plywise
+from plywise._util.version import __version__
 from plywise.cli import (
     bench,
     demo,
@@ -29,7 +29,7 @@ from plywise.errors import PlywiseError
 app = App(
     name="plywise",
     help="Train PyTorch networks layer by layer: every layer solves its own local problem.",
-    version=plywise.__version__,
+    version=__version__,
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # ours says what was kept
 )

@@ -13,19 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plywise._util.environment import workers_for
 from plywise.cli.console import console
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
-from plywise.environment import workers_for
 from plywise.errors import PlywiseError, StateError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from plywise.arena.material import Material
-    from plywise.arena.ray_crew import RayCrew
-    from plywise.arena.tournament import Bench, Plan, Progress
-    from plywise.arena.workers import Crew, Workers
+    from plywise.arena.run.bench import Bench, BenchConfig, BenchProgress
+    from plywise.arena.run.bench_data import BenchData
+    from plywise.arena.run.executor import Executor, ProcessExecutor
+    from plywise.arena.run.ray_executor import RayExecutor
 
 OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run")
 """Flags that are no part of the plan: a bench may be gone on with by others."""
@@ -80,7 +80,8 @@ def bench(
             .csv file whose last column is the target.
         workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships.
         methods: what competes: names (`plywise methods` lists the rules), rule+optimizer, learners, or
-            module:name of a torch.optim.Optimizer.
+            module:name of a torch.optim.Optimizer or of a rule
+            of yours.
         budget: time for all of it, as in 90s, 45m, 2h: sets the number of trials, and the steps of your model
             if you do not.
         trials: tuning trials of each method, without a budget; 0: defaults only, with a budget, too.
@@ -108,7 +109,7 @@ def bench(
     given = dict(locals())
     seconds = None
     if budget is not None:
-        from plywise.arena.budget import seconds_of
+        from plywise.arena.run.budget import seconds_of
 
         seconds = seconds_of(budget)
     end = None if seconds is None else time.monotonic() + seconds
@@ -123,7 +124,7 @@ def bench(
                 f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out.",
                 see="error-bench",
             )
-        from plywise.arena.search import find_search
+        from plywise.arena.run.search import find_search
 
         own = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
         plan = _asked(model, data, workloads, methods, loss, metric, own)
@@ -138,14 +139,14 @@ def bench(
             patience=patience,
         )
     if ray is None:  # a cluster's machines have devices of their own
-        from plywise.arena.job import require_device
+        from plywise.arena.run.job import require_device
 
         require_device(plan.device)
     crew = _crew(ray, workers, plan)
     screen = console()
-    from plywise.arena.material import Material
+    from plywise.arena.run.bench_data import BenchData
 
-    material = Material(plan.entries)
+    material = BenchData(plan.entries)
     try:
         if resume and dry_run:
             _planned(plan, material, crew, None, _done(out), screen)
@@ -179,11 +180,11 @@ def _asked(
     loss: str,
     metric: str,
     own: dict[str, Any],
-) -> Plan:
+) -> BenchConfig:
     """What is compared, as the flags say."""
-    from plywise.arena.job import Entry
     from plywise.arena.methods import find_method
-    from plywise.arena.tournament import Plan
+    from plywise.arena.run.bench import BenchConfig
+    from plywise.arena.run.job import WorkloadSpec
     from plywise.arena.workloads import QUICK, RELATED, STANDARD
 
     if (model is None) == (workloads is None):
@@ -195,76 +196,76 @@ def _asked(
     if model is not None:
         if data is None:
             raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
-        entries = [Entry(model, model, data, loss, metric, **own)]
+        entries = [WorkloadSpec(model, model, data, loss, metric, **own)]
     elif data is not None or loss or metric:
         raise PlywiseError("--data, --loss and --metric belong to a model of your own.", see="error-command")
     else:
         sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
         names = sets.get(str(workloads)) or _words(str(workloads))
-        entries = [Entry(name, **own) for name in names]
+        entries = [WorkloadSpec(name, **own) for name in names]
     found = [find_method(name) for name in _words(methods)]
     for method in found:
         method.require()
-    return Plan(tuple(entries), tuple(method.name for method in found))
+    return BenchConfig(tuple(entries), tuple(method.name for method in found))
 
 
-def _crew(ray: str | None, workers: int | None, plan: Plan) -> Workers | RayCrew:
+def _crew(ray: str | None, workers: int | None, plan: BenchConfig) -> ProcessExecutor | RayExecutor:
     """Who runs the trials."""
     threads, patience = plan.threads, _patience(plan)
     if ray is None:
-        from plywise.arena.workers import Workers
+        from plywise.arena.run.executor import ProcessExecutor
 
         count = workers_for(plan.device, threads) if workers is None else workers
-        return Workers(count, threads, patience)
+        return ProcessExecutor(count, threads, patience)
     if workers is not None:
         raise PlywiseError(
             "--workers belongs to this machine; with --ray, the cluster's CPUs say how many.",
             see="error-command",
         )
-    from plywise.arena.ray_crew import RayCrew
+    from plywise.arena.run.ray_executor import RayExecutor
 
-    return RayCrew(ray, threads, patience)
+    return RayExecutor(ray, threads, patience)
 
 
-def _patience(plan: Plan) -> float:
+def _patience(plan: BenchConfig) -> float:
     """Seconds that a trial may take."""
-    from plywise.arena.workers import PATIENCE
+    from plywise.arena.run.executor import PATIENCE
 
     return PATIENCE if plan.patience is None else plan.patience
 
 
-def _saved(out: Path) -> Plan:
+def _saved(out: Path) -> BenchConfig:
     """The plan of a folder."""
     import json
 
-    from plywise.arena.tournament import Plan
+    from plywise.arena.run.bench import BenchConfig
 
     path = out / "bench.json"
     if not path.exists():
         raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.", see="error-bench")
     try:
-        return Plan.saved(json.loads(path.read_text(encoding="utf-8"))["plan"])
+        return BenchConfig.saved(json.loads(path.read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
         raise StateError(f"{path} is no description of a bench ({error!r}).", see="state-bench") from error
 
 
 def _done(out: Path) -> Counter[tuple[str, str]]:
     """Trials in a folder's ledger, by workload and method."""
-    from plywise.arena.ledger import read
+    from plywise.arena.run.ledger import read
 
     return Counter((line["workload"], line["method"]) for line in read(out / "trials.jsonl"))
 
 
 def _planned(
-    plan: Plan,
-    material: Material,
-    crew: Crew,
+    plan: BenchConfig,
+    material: BenchData,
+    crew: Executor,
     budget: float | None,
     done: Counter[tuple[str, str]],
     screen: Console,
-) -> Plan:
+) -> BenchConfig:
     """The plan with steps, trials and patience that fit; says what it, or the rest of it, comes to."""
-    from plywise.arena.budget import estimate, fitted, measure, patient, steps_for, told
+    from plywise.arena.run.budget import estimate, fit_budget, format_duration, measure, patient, steps_for
 
     screen.print("Measuring a few steps of each method.", style="dim")
     costs, failures = measure(plan, material, crew)
@@ -278,21 +279,23 @@ def _planned(
         entries = tuple(
             replace(entry, steps=known[entry.name]) if entry.model else entry for entry in plan.entries
         )
-        plan = fitted(replace(plan, entries=entries), costs, known, crew.count, budget)
+        plan = fit_budget(replace(plan, entries=entries), costs, known, crew.count, budget)
     plan = patient(plan, costs, known)
     needed = estimate(plan, costs, known, crew.count, done)
     steps = ", ".join(f"{name} {count}" for name, count in known.items())
     screen.print(
         f"With {plan.trials} tuning trials and {plan.seeds} seeds for each method, and these steps: {steps}; "
-        f"{crew.count} at once: about {told(needed)}"
+        f"{crew.count} at once: about {format_duration(needed)}"
         + (f" for what is left; {done.total()} trials are done." if done else "."),
         soft_wrap=True,
     )
     return plan
 
 
-def _run(plan: Plan, material: Material, crew: Crew, out: Path, end: float | None, screen: Console) -> None:
-    from plywise.arena.tournament import Bench
+def _run(
+    plan: BenchConfig, material: BenchData, crew: Executor, out: Path, end: float | None, screen: Console
+) -> None:
+    from plywise.arena.run.bench import Bench
     from plywise.cli.report import conclude
 
     bench = Bench(plan, material, out, shlex.join(["plywise", *sys.argv[1:]]))
@@ -331,7 +334,7 @@ def _announce(bench: Bench, screen: Console) -> None:
         screen.print(f"{one['method']} does not run on {one['workload']}: {one['reason']}.", soft_wrap=True)
 
 
-def _follow(pieces: Iterator[Progress], bench: Bench, screen: Console) -> None:
+def _follow(pieces: Iterator[BenchProgress], bench: Bench, screen: Console) -> None:
     """Show the work: a bar in a terminal, a line for each trial elsewhere."""
     if not screen.is_terminal:
         for piece in pieces:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from plywise.arena.demo import Plan, Progress
+    from plywise.arena.demo.study import DemoConfig, DemoProgress
 
 
 def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) -> None:
@@ -37,22 +37,22 @@ def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) ->
 
     import torch
 
-    from plywise.arena.demo import Plan
+    from plywise.arena.demo.study import DemoConfig
 
     torch.set_num_threads(1)  # matrices this small only wait for one another on several threads
-    run(Plan(seeds=seeds), out, shlex.join(["plywise", *sys.argv[1:]]))
+    run(DemoConfig(seeds=seeds), out, shlex.join(["plywise", *sys.argv[1:]]))
     if open and _has_screen():
         webbrowser.open((out / "report.html").resolve().as_uri())
 
 
-def run(plan: Plan, out: Path, command: str) -> None:
+def run(plan: DemoConfig, out: Path, command: str) -> None:
     """Perform ``plan`` before the user's eyes and write report and study to ``out``.
 
     Raises:
         KeyboardInterrupt: it was interrupted; says what was kept.
     """
-    from plywise.arena.demo import new_study, perform, save
-    from plywise.arena.reading import reading
+    from plywise.arena.demo.conclusions import draw_demo_conclusions
+    from plywise.arena.demo.study import new_study, perform, save
 
     start = time.monotonic()
     study = new_study(plan, command)
@@ -63,7 +63,7 @@ def run(plan: Plan, out: Path, command: str) -> None:
     except KeyboardInterrupt:
         interrupted = True
     study["elapsed_seconds"] = time.monotonic() - start
-    study["reading"] = reading(study)
+    study["reading"] = draw_demo_conclusions(study)
     runs = sum(len(method["runs"]) for method in study["methods"])
     if interrupted:
         kept = f"{runs} of {len(plan.setups) * plan.seeds} runs had finished"
@@ -79,7 +79,7 @@ def run(plan: Plan, out: Path, command: str) -> None:
 
 def results(study: dict[str, Any]) -> Table:
     """The summary of a study as a table for the terminal."""
-    from plywise.arena.report import table_rows
+    from plywise.arena.demo.report import table_rows
 
     numbers = ("test accuracy, %", "training loss", "CPU s", "step cost", "failed")
     shown = table("method", *numbers, numbers=numbers)
@@ -96,7 +96,7 @@ def results(study: dict[str, Any]) -> Table:
     return shown
 
 
-def _follow(pieces: Iterator[Progress], study: dict[str, Any], screen: Console) -> None:
+def _follow(pieces: Iterator[DemoProgress], study: dict[str, Any], screen: Console) -> None:
     """Show the work: a bar and a growing table in a terminal, a line for each piece elsewhere."""
     if not screen.is_terminal:
         for piece in pieces:

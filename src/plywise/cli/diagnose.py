@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from plywise.arena.advice import Advice
-    from plywise.arena.diagnosis import Diagnosis, Layer
-    from plywise.arena.workload import Data, Workload
+    from plywise.arena.diagnose.advice import Advice
+    from plywise.arena.diagnose.diagnosis import Diagnosis, LayerDiagnosis
+    from plywise.arena.workload import Workload
+    from plywise.data.parts import Data
 
 NUMBERS = ("weights", "rows", "backward", "to last", "silent", "rate", "noise", "condition", "rank")
 STRIKING = "bold yellow"
@@ -69,8 +70,8 @@ def diagnose(
             f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.", see="error-command"
         )
     asked, found, subject = _asked(model, data, workload, loss)
-    from plywise.arena.advice import advice
-    from plywise.arena.diagnosis import diagnose_workload
+    from plywise.arena.diagnose.advice import advice
+    from plywise.arena.diagnose.diagnosis import diagnose_workload
 
     try:
         diagnosis = diagnose_workload(asked, found, batches=batches, batch_size=batch_size, seed=seed)
@@ -152,11 +153,11 @@ def _table(title: str, diagnosis: Diagnosis) -> Table:
     return shown
 
 
-def _cells(layer: Layer, diagnosis: Diagnosis) -> list[Text | str]:
+def _cells(layer: LayerDiagnosis, diagnosis: Diagnosis) -> list[Text | str]:
     """The numbers of a layer; what stands out is marked."""
     from rich.text import Text
 
-    from plywise.arena.advice import outlying
+    from plywise.arena.diagnose.advice import outlying
 
     if not layer.uses:
         why = "not used" if layer.trains else "frozen"

@@ -14,7 +14,7 @@ def doctor() -> int:
     """
     import torch
 
-    from plywise.environment import environment
+    from plywise._util.environment import environment
 
     screen = console()
     facts = table("what", "here")
@@ -34,16 +34,16 @@ def doctor() -> int:
 
 def self_check() -> dict[str, str]:
     """Train each rule for a moment on the bundled digits; "OK …" for each that lowers the loss."""
-    from plywise.arena.demo import SETUPS, Plan, demo_trial
-    from plywise.arena.workload import Data
+    from plywise.arena.demo.study import SETUPS, DemoConfig, demo_trial
     from plywise.data.digits import load_digits
+    from plywise.data.parts import Data
 
     data = Data(*load_digits())
     verdicts = {}
     for setup in SETUPS:
         if setup.rule is None:
             continue
-        record = demo_trial(Plan(), setup, data, seed=0, steps=STEPS)
+        record = demo_trial(DemoConfig(), setup, data, seed=0, steps=STEPS)
         first, last = record.loss[0], record.final_loss
         if first is None or last is None:
             verdicts[setup.name] = record.failure or "it measured nothing"

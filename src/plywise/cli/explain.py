@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from plywise.cli.console import console, table
 from plywise.engine.explain import format_bytes, format_cost, format_reason
 from plywise.errors import PlywiseError
-from plywise.local.plan import literal
+from plywise.training.config import literal
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
 
@@ -33,7 +33,7 @@ def explain(
     Args:
         factory: where your model is, as module:name; a function that makes it, or the model itself.
             Modules in the current directory are found.
-        rule: name of the rule (see `plywise methods`).
+        rule: name of the rule (see `plywise methods`), or module:name of a class of yours.
         set: a hyper-parameter of the rule, as name=value; may be repeated.
         layers: handle only layers whose name matches this pattern; may be repeated.
         batch_size: samples a batch, for the cost.
@@ -62,9 +62,10 @@ def explain(
 
 def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
     """The rule called ``name`` with ``settings`` of the form name=value."""
-    from plywise.catalogue import find_rule, suggestion
+    from plywise._util.suggest import suggestion
+    from plywise.registry.resolve import resolve_rule
 
-    rule_class: Any = find_rule(name)
+    rule_class: Any = resolve_rule(name)
     known = tuple(field.name for field in fields(rule_class))
     values: dict[str, Any] = {}
     for setting in settings:
@@ -90,16 +91,12 @@ def load_model(address: str) -> nn.Module:
     """The model that ``module:name`` makes, or is."""
     from torch import nn
 
-    from plywise.addresses import called, load
+    from plywise._util.import_path import load
+    from plywise.registry.resolve import make_model
 
     found = load(address, "your model")
     if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise PlywiseError(
-                f"{address} is of type {type(found).__name__}, neither a function nor a torch.nn.Module.",
-                see="error-address",
-            )
-        found = called(address, "your model")
+        found = make_model(address)
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
         raise PlywiseError(

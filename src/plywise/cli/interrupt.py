@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from plywise.arena.workers import Crew
+    from plywise.arena.run.executor import Executor
 
 STOPPING = "Stopping: what has ended is kept. The report is drawn next; Ctrl-C again leaves it out."
 
@@ -20,7 +20,7 @@ class Stop:
         presses: how often it was pressed.
     """
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: Executor) -> None:
         self._crew = crew
         self.presses = 0
 

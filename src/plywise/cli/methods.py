@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from plywise.cli.console import console, table
 
 if TYPE_CHECKING:
-    from plywise.card import Card
+    from plywise.registry.card import Card
 
 app = App(name="methods", help="List the methods; `plywise methods info NAME` shows one in full.")
 
@@ -24,8 +24,8 @@ def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
         json: print all cards as JSON.
     """
     from plywise.arena.methods import METHODS
-    from plywise.card import card_of
-    from plywise.catalogue import ROOMS, TITLES, find
+    from plywise.registry.card import card_of
+    from plywise.registry.find import ROOMS, TITLES, find
 
     cards = {room: [card_of(find(name)) for name in names] for room, names in ROOMS.items()}
     if json:
@@ -53,8 +53,8 @@ def info(name: str, *, json: Annotated[bool, Parameter(negative=())] = False) ->
         name: name of the method.
         json: print it as JSON.
     """
-    from plywise.card import card_of
-    from plywise.catalogue import find
+    from plywise.registry.card import card_of
+    from plywise.registry.find import find
 
     card = card_of(find(name))
     if json:
@@ -67,7 +67,7 @@ def _print_card(card: Card) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from plywise.arena.places import place_of
+    from plywise.arena.methods.listing import place_of
 
     sections = {
         "idea": card.idea,

@@ -11,7 +11,7 @@ from plywise.cli.training import Flags, Switch, again, conclude, following, intr
 from plywise.errors import PipelineError, PlywiseError
 
 if TYPE_CHECKING:
-    from plywise.local.session import Session
+    from plywise.training.session import Session
 
 
 def pipeline(
@@ -57,7 +57,7 @@ def pipeline(
     rank = os.environ["RANK"]
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # a restart goes on
     try:
-        from plywise.pipeline.start import open_pipeline
+        from plywise.training.open_pipeline import open_pipeline
 
         with open_pipeline(plan, fresh=fresh) as session:
             if rank == "0":
@@ -76,9 +76,9 @@ def pipeline(
         error.args = (f"rank {rank}: {error}",)
         raise
     except Exception as error:
-        from plywise.local.session import said
+        from plywise.training.session import format_error
 
-        raise PlywiseError(f"rank {rank}: {said(error)}") from error
+        raise PlywiseError(f"rank {rank}: {format_error(error)}") from error
     if not finished and rank == "0":
         raise KeyboardInterrupt(
             f"The checkpoint of step {step} is in {plan.out}: the same command goes on from there, and so "

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from plywise.arena.contest import Contest
-    from plywise.arena.trackers import Exported
+    from plywise.arena.reports.trackers import Exported
+    from plywise.arena.scoring.results import BenchResults
 
 
 def report(
@@ -37,11 +37,11 @@ def report(
     screen = console()
     conclude(runs, screen)
     if tensorboard is not None:
-        from plywise.arena.trackers import to_tensorboard
+        from plywise.arena.reports.trackers import to_tensorboard
 
         _told(screen, to_tensorboard(runs, tensorboard), f"in {tensorboard} for TensorBoard")
     if trackio is not None:
-        from plywise.arena.trackers import to_trackio
+        from plywise.arena.reports.trackers import to_trackio
 
         _told(screen, to_trackio(runs, trackio), f"in the Trackio project {trackio}")
 
@@ -56,7 +56,7 @@ def _told(screen: Console, exported: Exported, where: str) -> None:
 
 def conclude(folder: Path, screen: Console) -> Path:
     """Write the page of a bench; print its standing and what it finds."""
-    from plywise.arena.bench_page import write_page
+    from plywise.arena.reports.bench_page import write_page
 
     path, judged = write_page(folder)
     screen.print(_standing(judged.field))
@@ -66,15 +66,15 @@ def conclude(folder: Path, screen: Console) -> Path:
     return path
 
 
-def _standing(field: Contest) -> Table:
+def _standing(field: BenchResults) -> Table:
     """Who is where, on the first track, by processor time."""
-    from plywise.arena.findings import span
-    from plywise.arena.standing import places
+    from plywise.arena.scoring.conclusions import span
+    from plywise.arena.scoring.ranking import rank_methods
 
     track = field.tracks[0]
     headings = ("rank", "time to the target over the best baseline's", "reached")
     shown = table("method", *headings, title=f"{track}, by CPU time", numbers=headings)
-    for one in places(field, track, "cpu"):
+    for one in rank_methods(field, track, "cpu"):
         rank = "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}"
         ratio = "–" if one.ratio is None else span(one.ratio)
         shown.add_row(one.method, rank, ratio, f"{one.reached} of {one.runs}")

@@ -8,17 +8,17 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from plywise._util.environment import workers_for
 from plywise.cli.console import console, table
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
-from plywise.environment import workers_for
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from plywise.arena.reproductions.runner import Progress, Reproduction
-    from plywise.arena.workers import Workers
+    from plywise.arena.reproductions.runner import Reproduction, ReproductionProgress
+    from plywise.arena.run.executor import ProcessExecutor
 
 
 def reproduce(
@@ -66,15 +66,15 @@ def reproduce(
             raise PlywiseError("--only names experiments of a paper: say which paper.", see="error-command")
         _list(screen)
         return
-    from plywise.arena.job import require_device
     from plywise.arena.reproductions import find_paper
     from plywise.arena.reproductions.runner import Reproduction
-    from plywise.arena.workers import Workers
+    from plywise.arena.run.executor import ProcessExecutor
+    from plywise.arena.run.job import require_device
 
     names = [word.strip() for word in only.split(",") if word.strip()]
     made = Reproduction(paper, size, seeds, out / find_paper(paper).name, names, device)
     require_device(device)
-    crew = Workers(workers_for(device, threads) if workers is None else workers, threads)
+    crew = ProcessExecutor(workers_for(device, threads) if workers is None else workers, threads)
     _announce(made, crew, screen)
     if dry_run:
         return
@@ -114,19 +114,19 @@ def _list(screen: Console) -> None:
         screen.print(listed)
 
 
-def _announce(made: Reproduction, crew: Workers, screen: Console) -> None:
+def _announce(made: Reproduction, crew: ProcessExecutor, screen: Console) -> None:
     """Say what is run, and how long it may take."""
-    from plywise.arena.budget import told
+    from plywise.arena.run.budget import format_duration
 
     for experiment in made.experiments:
         screen.print(f"{experiment.name}: {experiment.sizes[made.size].about}.", soft_wrap=True)
     if made.done < made.total:
         screen.print("Measuring a few steps of each method.", style="dim")
-        left = told(made.measure(crew))
+        left = format_duration(made.measure(crew))
         screen.print(f"{made.total - made.done} of {made.total} runs are left: about {left}.")
 
 
-def _follow(pieces: Iterator[Progress], made: Reproduction, screen: Console) -> None:
+def _follow(pieces: Iterator[ReproductionProgress], made: Reproduction, screen: Console) -> None:
     """Show the work: a bar in a terminal, a line for each run elsewhere."""
     if not screen.is_terminal:
         for piece in pieces:
@@ -142,10 +142,10 @@ def _follow(pieces: Iterator[Progress], made: Reproduction, screen: Console) -> 
             bar.update(task, completed=piece.done, description=_said(piece).replace("[", "\\["))
 
 
-def _said(piece: Progress) -> str:
+def _said(piece: ReproductionProgress) -> str:
     """A run in one line."""
-    from plywise.arena.budget import told
-    from plywise.arena.ledger import TUNING
+    from plywise.arena.run.budget import format_duration
+    from plywise.arena.scoring.records import TUNING
 
     line = piece.line
     which = f"rate {line['rate']:g}" if line["purpose"] == TUNING else f"seed {line['seed']}"
@@ -154,7 +154,7 @@ def _said(piece: Progress) -> str:
     name = line["workload"].split("/")[1]
     return (
         f"[{piece.done:{len(str(piece.total))}}/{piece.total}] {name}: {line['method']}, {which}: {result}; "
-        f"about {told(piece.left)} left"
+        f"about {format_duration(piece.left)} left"
     )
 
 

@@ -38,7 +38,7 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
     plan = plan_from(config, flags)
     step = None
     try:
-        from plywise.local.session import open_session
+        from plywise.training.session import open_session
 
         session = open_session(plan, fresh=fresh)
         step, screen = session.began, console()

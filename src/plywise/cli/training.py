@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from plywise.local.plan import Plan, read_plan
+from plywise.training.config import TrainConfig, read_config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from plywise.local.journal import Line
-    from plywise.local.session import Session
+    from plywise.training.metrics_log import StepMetrics
+    from plywise.training.session import Session
 
 Words = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
@@ -35,18 +35,20 @@ class Flags:
     Attributes:
         model: function that makes your network, as module:name: an nn.Module, which is cut into blocks of
             equal cost, or a list of blocks. Default: a linear layer of 128 and ReLU for each block.
-        data: digits (they come with plywise), a .npz file with x_train, y_train and perhaps x_test, y_test,
-            or module:name of a function that returns (x, y) or (x, y, x_test, y_test). Default digits.
+        data: digits (they come with plywise), or what `plywise bench` takes: module:name of a function that
+            returns (x, y), (x, y, x_test, y_test) or three pairs; a .npz file with x_train, y_train and
+            perhaps x_test, y_test; a .csv file whose last column is the target. Default digits.
         learner: AssociatedLearning, LocalLoss, Interlocking, CascadedForward, LocalForwardGradient or
-            ActivationRelaxation. Default LocalLoss.
+            ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
         set: a hyper-parameter of the learner, as name=value; may be repeated.
         blocks: number of blocks. Default 4.
         split: where the model is cut, as in 0,2,5: the first unit of each block. Default: by measured cost;
             the first lines say where.
-        optimizer: a class of torch.optim; each block gets one of its own. Default Adam.
+        optimizer: a class of torch.optim, or module:name of one; each block gets its own. Default Adam.
         optimizer_set: an argument of the optimizer, as name=value; may be repeated.
         rate: learning rate. Default 0.003.
-        rule: a rule inside each block (see `plywise methods`). Default none: plain gradients.
+        rule: a rule inside each block (see `plywise methods`), or module:name of a class of yours. Default
+            none: plain gradients.
         rule_set: a hyper-parameter of the rule, as name=value; may be repeated.
         epochs: passes over the training data; a finished run goes on with more of them. Default 10.
         batch_size: samples a batch. Default 64.
@@ -79,9 +81,9 @@ class Flags:
     tensorboard: Annotated[bool | None, Parameter(negative=())] = None
 
 
-def plan_from(config: Path | None, flags: Flags | None, **more: Any) -> Plan:
+def plan_from(config: Path | None, flags: Flags | None, **more: Any) -> TrainConfig:
     """The plan of a file and flags."""
-    return read_plan(config, {**vars(flags or Flags()), **more})
+    return read_config(config, {**vars(flags or Flags()), **more})
 
 
 def again() -> str:
@@ -103,6 +105,8 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
         f"{plan.data}: {session.samples:,} samples of {session.classes} classes, {test}; "
         f"{session.per_epoch} steps of {plan.batch_size} an epoch.",
     ]
+    if session.note:
+        lines.append(session.note)
     if record is not None and record.starts:
         cut = ",".join(map(str, record.starts))
         lines.append(f"{plan.model} is cut at units {cut}; --split {cut} cuts it there again.")
@@ -132,13 +136,13 @@ def conclude(session: Session, screen: Console) -> None:
     screen.print(
         f"\nTrained {session.step} steps in {line.get('seconds', 0.0):.1f} s{known}.\n"
         f"Log and checkpoints: {plan.out}. In Python the network is "
-        f"plywise.local.session.trained({str(plan.out)!r}).",
+        f"plywise.training.session.load_trained({str(plan.out)!r}).",
         soft_wrap=True,
     )
 
 
 @contextmanager
-def following(session: Session, screen: Console) -> Iterator[Callable[[Line], None]]:
+def following(session: Session, screen: Console) -> Iterator[Callable[[StepMetrics], None]]:
     """Shows each epoch by a line, and in a terminal the steps by a bar."""
     epochs = _Epochs(session, screen)
     if not screen.is_terminal:
@@ -152,7 +156,7 @@ def following(session: Session, screen: Console) -> Iterator[Callable[[Line], No
         task = bar.add_task("", total=session.total, completed=session.step)
         painted = 0.0
 
-        def hear(line: Line) -> None:
+        def hear(line: StepMetrics) -> None:
             nonlocal painted
             epochs.hear(line)
             bar.update(task, completed=line.step)
@@ -171,7 +175,7 @@ class _Epochs:
         self._sums: dict[int, float] = defaultdict(float)
         self._steps = 0
 
-    def hear(self, line: Line) -> None:
+    def hear(self, line: StepMetrics) -> None:
         for component, loss in line.losses.items():
             self._sums[component] += loss
         self._steps += 1

@@ -22,7 +22,7 @@ from plywise.data.readers import (
     read_table,
     read_text,
 )
-from plywise.data.store import IDX_FILES, decoded, find, folders, missing
+from plywise.data.store import IDX_FILES, cache_decoded, find, folders, missing
 from plywise.errors import PlywiseError
 
 Images = tuple[Bytes, Bytes, Bytes, Bytes]
@@ -157,6 +157,8 @@ def _kept(name: str, read: Callable[..., Images], *sources: Path) -> Images:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 4096))
             digest.update(f"{size};".encode() + file.read())
-    arrays = decoded(f"{name}-{digest.hexdigest()}", lambda: dict(zip(names, read(*sources), strict=True)))
+    arrays = cache_decoded(
+        f"{name}-{digest.hexdigest()}", lambda: dict(zip(names, read(*sources), strict=True))
+    )
     x, y, x_test, y_test = (arrays[name] for name in names)
     return x, y, x_test, y_test

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from plywise.catalogue import suggestion
+from plywise._util.files import written_whole
+from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
-from plywise.files import written_whole
 
 DEADLINE = 600.0
 """Seconds that one mirror has to deliver one file."""
@@ -181,7 +181,9 @@ def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
     return [_fetched(remote, cache_folder() / remote.file, deadline) for remote in SETS[name]]
 
 
-def decoded(key: str, decode: Callable[[], dict[str, NDArray[np.uint8]]]) -> dict[str, NDArray[np.uint8]]:
+def cache_decoded(
+    key: str, decode: Callable[[], dict[str, NDArray[np.uint8]]]
+) -> dict[str, NDArray[np.uint8]]:
     """Arrays that are slow to make, kept in the cache under a key: ``.npy`` files, read by memory map.
 
     Args:

@@ -1,6 +1,5 @@
 """Rules as users meet them: attach, explain, detach. What a rule computes is in `plywise.engine.contract`."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -12,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from plywise._util.checks import require_choice, require_positive, require_whole
 from plywise.engine.attachment import Attachment, Observer
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation, Size
@@ -283,30 +283,6 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             "The optimizer steps none of this model's parameters. Give attach() the optimizer that was made "
             "from model.parameters(), and attach after moving or replacing parameters.",
             see="attach-optimizer",
-        )
-
-
-def require_positive(owner: object, **values: float) -> None:
-    """Raise ValueError for any value that is not a finite number above zero."""
-    for name, value in values.items():
-        if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
-            raise ValueError(
-                f"{type(owner).__name__}: {name} must be a finite number above 0, not {value!r}."
-            )
-
-
-def require_whole(owner: object, **values: int) -> None:
-    """Raise ValueError for any value that is not a whole number above zero."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{type(owner).__name__}: {name} must be a whole number above 0, not {value!r}.")
-
-
-def require_choice(owner: object, name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError for a value that is not one of ``choices``."""
-    if value not in choices:
-        raise ValueError(
-            f"{type(owner).__name__}: {name} must be one of {', '.join(map(repr, choices))}, not {value!r}."
         )
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
+from plywise._util.modes import evaluating
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.convolution import read_convolution_module
 from plywise.engine.maps.matmul import MATRIX_PRODUCT
 from plywise.engine.selection import predict_kind
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.local.blocks import evaluating
 
 Batches = Tensor | Iterable[Tensor | Sequence[Tensor]]
 """One batch of inputs, or batches: tensors, or (x, y) as a DataLoader gives them, of which y is ignored."""

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_positive, require_whole
+from plywise._util.checks import require_positive, require_whole
 from plywise.errors import BlockError
+from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.learner import Learner, check_classes
 from plywise.local.local_loss import Loss, LossComponent
-from plywise.local.passage import Passage
 
 
 class ActivationRelaxation(Learner):
@@ -101,12 +101,12 @@ class ActivationRelaxation(Learner):
         return Signal(x, y)
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
-        passages: list[Passage] = []
+        passages: list[BlockBackward] = []
         s = signal.s
         with self.trainers[-1].randomness(self.steps):  # the loss's and the backward's, should they draw any
             for trainer, block in zip(self.trainers, self._blocks, strict=True):
                 with trainer.randomness(self.steps):
-                    passages.append(Passage(block, s, open_below=bool(passages)))
+                    passages.append(BlockBackward(block, s, open_below=bool(passages)))
                 s = passages[-1].output.detach()
             loss = self._loss(s.requires_grad_(), signal.y)
             (top,) = torch.autograd.grad(loss, s)
@@ -117,7 +117,7 @@ class ActivationRelaxation(Learner):
             trainer.apply()
         return [loss.detach()] * len(passages)
 
-    def _relax(self, passages: list[Passage], top: Tensor) -> list[Tensor]:
+    def _relax(self, passages: list[BlockBackward], top: Tensor) -> list[Tensor]:
         """The x that each block follows."""
         x = [*(passage.output.detach() for passage in passages[:-1]), top]
         for _ in range(self.iterations):

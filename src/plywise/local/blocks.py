@@ -1,12 +1,12 @@
 """A network as a chain of blocks, each handing one tensor to the next."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 import torch
 from torch import Tensor, nn
 
+from plywise._util.modes import evaluating
 from plywise.errors import BlockError
 
 
@@ -86,15 +86,3 @@ def _output(module: nn.Module, number: int, value: Tensor, samples: int) -> Tens
             f"{name} hands on {found} for {samples} samples; blocks hand on one tensor with a row a sample."
         )
     return output
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every part is in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

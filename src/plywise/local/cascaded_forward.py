@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plywise._util.modes import evaluating
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.local.blocks import Blocks, evaluating
+from plywise.local.blocks import Blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.linear_heads import GradientHead, LinearHead, RidgeHead

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
-from plywise.engine.rule import require_whole
+from plywise._util.checks import require_whole
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal

@@ -6,13 +6,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_whole
+from plywise._util.checks import require_whole
+from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import Learner, check_classes
 from plywise.local.local_loss import Loss, headed_components
-from plywise.local.passage import Passage
 from plywise.local.trainer import LocalTrainer
 
 
@@ -105,12 +105,12 @@ class Interlocking(Learner):
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
         losses = []
-        waiting: deque[tuple[LocalTrainer, Passage]] = deque()  # blocks whose loss is still to come
+        waiting: deque[tuple[LocalTrainer, BlockBackward]] = deque()  # blocks whose loss is still to come
         s = signal.s
         with self.trainers[-1].randomness(self.steps):  # the backward's, should it draw any
             for trainer, component in zip(self.trainers, self._components, strict=True):
                 with trainer.randomness(self.steps):
-                    passage = Passage(component.block, s, open_below=bool(waiting) and self.horizon > 1)
+                    passage = BlockBackward(component.block, s, open_below=bool(waiting) and self.horizon > 1)
                     s = passage.output.detach().requires_grad_()
                     loss = component.judge(s, signal.y)
                     loss.backward()
@@ -128,7 +128,7 @@ class Interlocking(Learner):
         return nn.Sequential(*self._blocks)
 
 
-def _teach_first(waiting: deque[tuple[LocalTrainer, Passage]], gradient: Tensor) -> None:
+def _teach_first(waiting: deque[tuple[LocalTrainer, BlockBackward]], gradient: Tensor) -> None:
     """Send a gradient from the last block's output to the first one, which learns from it and is done."""
     trainer, first = waiting.popleft()
     for _, passage in reversed(waiting):
@@ -137,7 +137,7 @@ def _teach_first(waiting: deque[tuple[LocalTrainer, Passage]], gradient: Tensor)
     trainer.apply()
 
 
-def _teach_all(waiting: deque[tuple[LocalTrainer, Passage]], gradient: Tensor) -> None:
+def _teach_all(waiting: deque[tuple[LocalTrainer, BlockBackward]], gradient: Tensor) -> None:
     """Send a gradient down from the last block's output; every block learns from it and is done."""
     while waiting:
         trainer, passage = waiting.pop()

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plywise._util.modes import evaluating
 from plywise.engine.explain import Explanation
 from plywise.errors import AttachError, PlywiseError, StateError
-from plywise.local.blocks import evaluating
 from plywise.local.component import Component, Signal
 from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeScheduler
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_positive
+from plywise._util.checks import require_positive
 from plywise.errors import BlockError
 from plywise.numerics.products import BLOCK
 from plywise.numerics.products import mirror_lower as mirrored

@@ -86,7 +86,7 @@ class LocalTrainer:
         return self._steps if self.rule is None else Health(self._steps.counts + self.rule.health.counts)
 
     def explain(self, batch_size: int = 128) -> Explanation:
-        """One row for each layer: what happens to it, and why (see `plywise.rule.Rule.explain`)."""
+        """One row for each layer: what happens to it, and why (see `plywise.engine.rule.Rule.explain`)."""
         if self.rule is not None:
             table = self.rule.explain(batch_size)
         else:

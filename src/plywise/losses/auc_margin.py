@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_positive
+from plywise._util.checks import require_positive
 
 
 class AUCMargin(nn.Module):

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_positive, require_whole
+from plywise._util.checks import require_positive, require_whole
+from plywise._util.modes import evaluating
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.local.blocks import evaluating
 from plywise.losses.auc_margin import AUCMargin, checked_batch
 from plywise.optim.anchor import ProximalAnchor
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from plywise.engine.rule import require_positive, require_whole
+from plywise._util.checks import require_positive, require_whole
 from plywise.errors import PlywiseError
 
 Numbers = NDArray[np.float64]

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from plywise._util.modes import evaluating
 from plywise.errors import PlywiseError
-from plywise.local.blocks import evaluating
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.CELU,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_whole
+from plywise._util.checks import require_whole
 
 State = tuple[Tensor, Tensor]
 """Hidden images and cells, both (N, features, H, W)."""

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_whole
+from plywise._util.checks import require_whole
+from plywise._util.modes import evaluating
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.local.blocks import evaluating
 
 
 class Classifier(Protocol):

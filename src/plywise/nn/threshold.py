@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from plywise.engine.rule import require_choice, require_positive, require_whole
+from plywise._util.checks import require_choice, require_positive, require_whole
 from plywise.errors import NonFiniteError, PlywiseError
 
 ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
-from plywise.engine.rule import require_choice, require_whole
+from plywise._util.checks import require_choice, require_whole
 
 
-class Layer(NamedTuple):
+class DenoiserLayer(NamedTuple):
     """One step's operators: filters ``D_k`` (F, C, k, k), those that are transposed, and its step size."""
 
     down: Tensor
@@ -52,12 +52,12 @@ class NormalisedOperators(nn.Module):
         for filters in self.weight:
             nn.init.kaiming_normal_(filters, nonlinearity="relu")
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[DenoiserLayer]:
         """The operators of all steps."""
         norms = squared_norms(self.weight)
         zero = norms == 0  # filters that see nothing need no step
         steps = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, norms))
-        return [Layer(*layer) for layer in zip(self.weight, self.weight, steps, strict=True)]
+        return [DenoiserLayer(*layer) for layer in zip(self.weight, self.weight, steps, strict=True)]
 
 
 class FreeOperators(NormalisedOperators):
@@ -69,10 +69,10 @@ class FreeOperators(NormalisedOperators):
             self.weight.div_(squared_norms(self.weight).sqrt().reshape(-1, 1, 1, 1, 1))
         self.weight_back = nn.Parameter(self.weight.detach().clone())
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[DenoiserLayer]:
         """The operators of all steps."""
         ones = self.weight.new_ones(len(self.weight))
-        return [Layer(*layer) for layer in zip(self.weight, self.weight_back, ones, strict=True)]
+        return [DenoiserLayer(*layer) for layer in zip(self.weight, self.weight_back, ones, strict=True)]
 
 
 class DDFB(nn.Module):
@@ -81,7 +81,7 @@ class DDFB(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()
 
-    def forward(self, z: Tensor, bound: Tensor, layers: Sequence[Layer]) -> Tensor:
+    def forward(self, z: Tensor, bound: Tensor, layers: Sequence[DenoiserLayer]) -> Tensor:
         """Denoise ``z``; the dual variables stay within ± ``bound``."""
         u = layers[0].analysis(z)
         for layer in layers:
@@ -92,7 +92,7 @@ class DDFB(nn.Module):
 class DDiFB(DDFB):
     """Dual forward-backward with inertia: steps start from where FISTA's momentum carries ``u``."""
 
-    def forward(self, z: Tensor, bound: Tensor, layers: Sequence[Layer]) -> Tensor:
+    def forward(self, z: Tensor, bound: Tensor, layers: Sequence[DenoiserLayer]) -> Tensor:
         """Denoise ``z``; the dual variables stay within ± ``bound``."""
         u = ahead = layers[0].analysis(z)
         t = 1.0
@@ -115,7 +115,7 @@ class DCP(nn.Module):
         """α, how far the dual step looks ahead."""
         return torch.ones_like(mu)
 
-    def forward(self, z: Tensor, bound: Tensor, layers: Sequence[Layer]) -> Tensor:
+    def forward(self, z: Tensor, bound: Tensor, layers: Sequence[DenoiserLayer]) -> Tensor:
         """Denoise ``z``; the dual variables stay within ± ``bound``."""
         mu = self.log_mu.exp()
         x = before = z
@@ -140,7 +140,7 @@ def _clip(u: Tensor, bound: Tensor) -> Tensor:
     return torch.clamp(u, -bound, bound)
 
 
-def _primal(layer: Layer, z: Tensor, u: Tensor) -> Tensor:
+def _primal(layer: DenoiserLayer, z: Tensor, u: Tensor) -> Tensor:
     """The image that belongs to dual variables."""
     return (z - layer.synthesis(u)).clamp(0, 1)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.optim import Optimizer
 
-from plywise.engine.rule import require_positive, require_whole
+from plywise._util.checks import require_positive, require_whole
 
 
 class LayerState(NamedTuple):

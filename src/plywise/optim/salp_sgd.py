@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from plywise.engine.rule import require_whole
+from plywise._util.checks import require_whole
 from plywise.errors import PlywiseError
 from plywise.optim.plain import CheckedOptimizer, Group
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from plywise.errors import PipelineError
 from plywise.local.component import Signal
 from plywise.pipeline.watch import EVERY, Watch
-from plywise.pipeline.wire import END, packed, size_of, unpacked
+from plywise.pipeline.wire import END, pack, size_of, unpack
 
 DEPTH = 2
 """Batches that may wait at either end: enough to overlap, few enough to bound memory."""
@@ -37,11 +37,11 @@ class Outbox:
         if self._capacity == 0:
             self._capacity = size_of(signal)
             self._put(torch.tensor([self._capacity]))
-        self._put(packed(signal, step, self._capacity))
+        self._put(pack(signal, step, self._capacity))
 
     def end(self) -> None:
         """Send that nothing follows, and wait until the next stage has got everything."""
-        self._put(packed(None, END, self._capacity) if self._capacity else torch.tensor([0]))
+        self._put(pack(None, END, self._capacity) if self._capacity else torch.tensor([0]))
         self._put(None)
         while not self._thread.done(LOOK):
             self._watch.check()
@@ -106,7 +106,7 @@ class Inbox:
         while capacity:
             message = torch.empty(int(capacity), dtype=torch.uint8)  # its own: signals share its memory
             dist.recv(message, self._source, group=self._group)
-            step, signal = unpacked(message)
+            step, signal = unpack(message)
             if signal is None:
                 break
             self._queue.put((step, signal))

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from plywise.errors import PipelineError, PlywiseError, StateError
+from plywise.local import checkpoint
 from plywise.local.component import Signal
 from plywise.local.learner import OneWayLearner, Report
 from plywise.local.trainer import LocalTrainer
-from plywise.pipeline import checkpoint
 from plywise.pipeline.groups import Groups, join, own_store
 from plywise.pipeline.links import Inbox, Outbox, within
 from plywise.pipeline.watch import EVERY, Watch

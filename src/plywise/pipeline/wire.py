@@ -32,7 +32,7 @@ def size_of(signal: Signal) -> int:
     return _HEADER + sum(_padded(part.nbytes) for part in _parts(signal) if part is not None)
 
 
-def packed(signal: Signal | None, step: int, capacity: int) -> Tensor:
+def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
     """A signal, or None for the end, in a buffer of ``capacity`` bytes.
 
     Raises:
@@ -62,7 +62,7 @@ def packed(signal: Signal | None, step: int, capacity: int) -> Tensor:
     return buffer
 
 
-def unpacked(buffer: Tensor) -> tuple[int, Signal | None]:
+def unpack(buffer: Tensor) -> tuple[int, Signal | None]:
     """The step, and its signal or None at the end. The tensors share the buffer's memory.
 
     Raises:

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from plywise.engine.rule import check_optimizer, require_positive, require_whole
+from plywise._util.checks import require_positive, require_whole
+from plywise.engine.rule import check_optimizer
 from plywise.errors import AttachError, StateError
 from plywise.schedules.front_layers import FrontLayers
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from plywise.catalogue import suggestion
+from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
+from plywise.registry.names import LEARNER, NAMES, RULE
 
 if TYPE_CHECKING:
     from plywise.arena.method import Method
@@ -17,56 +18,18 @@ PEERS = ("sgd", "adamw", "muon", "normuon", "soap", "kl-soap", "schedule-free", 
 NULL_CONTROL = "sgd-again"
 """The first peer a second time: what differs between these two is noise."""
 
-RULE_OF = {
-    "backprop": "Backprop",
-    "proxprop": "ProxProp",
-    "back-matching": "BackMatching",
-    "nlms": "NLMS",
-    "consequentialism": "Consequentialism",
-    "rls": "RLS",
-    "feature-whitening": "FeatureWhitening",
-    "adabk": "AdaBK",
-    "kfac": "KFAC",
-    "foof": "Foof",
-    "precondition": "Precondition",
-    "gradient-amplification": "GradientAmplification",
-}
+RULE_OF = {entry.method: entry.name for entry in NAMES if entry.kind == RULE}
 """The rule of each method that is one, on SGD with Nesterov momentum."""
 
-LEARNER_OF = {
-    "associated-learning": "AssociatedLearning",
-    "local-loss": "LocalLoss",
-    "interlocking": "Interlocking",
-    "cascaded-forward": "CascadedForward",
-    "local-forward-gradient": "LocalForwardGradient",
-    "activation-relaxation": "ActivationRelaxation",
-}
+LEARNER_OF = {entry.method: entry.name for entry in NAMES if entry.kind == LEARNER}
 """The local learner of each method that is one."""
 
 ON_ADAMW = ("foof+adamw", "feature-whitening+adamw", "adabk+adamw")
 """Rules that do better on AdamW than on SGD in our benchmarks."""
 
 RELATED = {
-    "related_optimizers": {
-        "lrsgd-r": "LRSGDR",
-        "lrsgd-c": "LRSGDC",
-        "yam-adam": "YamAdam",
-        "salp-sgd": "SalpSGD",
-        "askew-sgd": "ASkewSGD",
-    },
-    "related_losses": {
-        "auc-margin": "AUCMargin",
-        "coda": "CoDA",
-        "input-gradient-penalty": "input_gradient_penalty",
-        "wasserstein-proximal": "wasserstein_proximal",
-    },
-    "related_modules": {
-        "adaptive-activations": "AdaptiveActivation",
-        "slope-recovery": "slope_recovery",
-        "threshold": "Threshold",
-        "fuse-layers": "fuse_layers",
-        "decision-stage": "DecisionStage",
-    },
+    maker: {entry.method: entry.name for entry in NAMES if entry.maker == maker}
+    for maker in ("related_optimizers", "related_losses", "related_modules")
 }
 """What is made of the related papers' optimizers, losses and modules, by the module that makes it."""
 
@@ -90,7 +53,8 @@ def find_method(name: str) -> Method:
     - ``METHODS``, or ``whitening``, ``cwu``, ``cafo``;
     - ``rule+optimizer``: a rule, and a peer or the address of an optimizer's class;
     - ``learner+rule``: a local learner, and the rule that acts inside its components;
-    - ``module:name``: the address of a `torch.optim.Optimizer` class or of a `Method`.
+    - ``module:name``: the address of a `torch.optim.Optimizer` class, of a `Method`, or of a rule's class,
+      which may stand for a rule in the other forms, too.
 
     Raises:
         PlywiseError: there is none; the message suggests the nearest.
@@ -105,10 +69,7 @@ def find_method(name: str) -> Method:
     if plus:
         return _composed(name, first, second)
     if ":" in name:
-        from plywise.addresses import load
-        from plywise.arena.method import of_class
-
-        return of_class(name, load(name, "your method"))
+        return _at_address(name)
     found = _canonical(name)
     if found in RULE_OF:
         return _composed(name, name, PEERS[0])
@@ -118,7 +79,7 @@ def find_method(name: str) -> Method:
         return of_learner(found)
     if found in _HOMES:
         home = importlib.import_module(f"{__name__}.{_HOMES[found]}")
-        method: Method = home.HERE[found]
+        method: Method = home.METHODS[found]
         return method
     if found:
         from plywise.arena.methods.peers import of_peer
@@ -127,26 +88,41 @@ def find_method(name: str) -> Method:
     choices = (*METHODS, *_ALIASES)
     raise PlywiseError(
         f"No method is called {name!r}. {suggestion(name, choices)}There are: {', '.join(METHODS)}; any "
-        "rule+optimizer or learner+rule; and module:name of an optimizer's class or a Method of your own.",
+        "rule+optimizer or learner+rule; and module:name of an optimizer's or rule's class or a Method.",
         see="error-bench",
     )
+
+
+def _at_address(address: str) -> Method:
+    """What a user points at as a method."""
+    from plywise._util.import_path import load
+    from plywise.arena.method import of_class
+    from plywise.arena.methods.rules import of_rule
+    from plywise.engine.rule import Rule
+
+    thing = load(address, "your method")
+    if isinstance(thing, type) and issubclass(thing, Rule):
+        return of_rule(address, PEERS[0])
+    return of_class(address, thing)
 
 
 def _composed(name: str, first: str, second: str) -> Method:
     """A rule on an optimizer, or inside a learner."""
     one, other = _canonical(first), _canonical(second)
     if one in LEARNER_OF:
-        _require(other in RULE_OF, name, second, "rule", tuple(RULE_OF), "local-loss+foof")
+        known = other in RULE_OF or ":" in second
+        _require(known, name, second, "rule", tuple(RULE_OF), "local-loss+foof")
         from plywise.arena.methods.learners import of_learner
 
-        return of_learner(one, other)
+        return of_learner(one, other or second)
     both = (*RULE_OF, *LEARNER_OF)
-    _require(one in RULE_OF, name, first, "rule or learner", both, "proxprop+adamw or local-loss+foof")
+    known = one in RULE_OF or ":" in first
+    _require(known, name, first, "rule or learner", both, "proxprop+adamw or local-loss+foof")
     known = other in PEERS or ":" in second
     _require(known, name, second, "optimizer", PEERS, f"{first}+adamw or {first}+torch.optim:RAdam")
     from plywise.arena.methods.rules import of_rule
 
-    return of_rule(one, other or second)
+    return of_rule(one or first, other or second)
 
 
 def _require(right: bool, name: str, part: str, what: str, choices: tuple[str, ...], example: str) -> None:

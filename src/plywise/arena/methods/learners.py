@@ -16,23 +16,25 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.flop_counter import FlopCounterMode
 
-from plywise.arena.method import Method, Setting, cosine
+from plywise._util.modes import evaluating
+from plywise.arena.method import Method, TrialContext, cosine
 from plywise.arena.methods import LEARNER_OF, RULE_OF
-from plywise.arena.methods.rules import TUNED
+from plywise.arena.methods.rules import tuned_of
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.workload import Workload
-from plywise.catalogue import find_learner, find_rule
 from plywise.engine.health import SKIPPED
 from plywise.engine.rule import Rule
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.local.associated_learning import pooled_bridge
-from plywise.local.blocks import Blocks, evaluating
-from plywise.local.catalogue import READERS
+from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join
 from plywise.local.learner import Learner
 from plywise.local.linear_heads import RidgeHead
+from plywise.local.settings import READERS
 from plywise.local.split import balance, split
 from plywise.local.units import units_of
+from plywise.registry.find import find_learner
+from plywise.registry.resolve import resolve_rule
 
 RATE: Space = {"lr": Range(1e-4, 1e-1, 3e-3)}
 """Adam's."""
@@ -45,7 +47,7 @@ MOST_FEATURES = 2048
 
 
 @dataclass
-class Local:
+class LocalTraining:
     """A local learner in the arena.
 
     Attributes:
@@ -86,15 +88,15 @@ class Recipe:
     """
 
     space: Space = field(default_factory=lambda: RATE)
-    settings: Callable[[Setting], dict[str, Any]] = lambda _: {}
+    settings: Callable[[TrialContext], dict[str, Any]] = lambda _: {}
     loss: bool = False
 
 
-def _codes(setting: Setting) -> dict[str, Any]:
+def _codes(setting: TrialContext) -> dict[str, Any]:
     return {"code": round(setting.numbers["code"]), "bridge": pooled_bridge}
 
 
-def _ridge(setting: Setting) -> dict[str, Any]:
+def _ridge(setting: TrialContext) -> dict[str, Any]:
     ridge = setting.numbers["ridge"]
 
     def head(shape: torch.Size, classes: int) -> RidgeHead:
@@ -123,7 +125,8 @@ def of_learner(name: str, rule: str | None = None) -> Method:
 
     Args:
         name: a key of ``LEARNER_OF``.
-        rule: a key of ``RULE_OF``: the rule that acts inside every component. None for plain gradients.
+        rule: a key of ``RULE_OF``, or the address of a rule's class: it acts inside every component. None for
+            plain gradients.
 
     Raises:
         PlywiseError: a rule is asked for, and the learner has no gradients for it.
@@ -142,8 +145,8 @@ def of_learner(name: str, rule: str | None = None) -> Method:
             raise PlywiseError(
                 f"Method {name} learns in closed form: there is no gradient for {rule}.", see="error-bench"
             )
-        about = f"{about[:-1]} with {RULE_OF[rule]} inside."
-        name, recipe = f"{name}+{rule}", _with_rule(recipe, find_rule(RULE_OF[rule]))
+        about = f"{about[:-1]} with {RULE_OF.get(rule, rule)} inside."
+        name, recipe = f"{name}+{rule}", _with_rule(recipe, resolve_rule(RULE_OF.get(rule, rule)))
     make = partial(begin, name, learner, recipe)
     return Method(name, about, recipe.space, make, count=partial(passes, make), refuses=uncut, local=True)
 
@@ -155,7 +158,7 @@ def uncut(workload: Workload) -> str:
     return "" if workload.blocks else "a local learner needs a network that comes apart into blocks"
 
 
-def passes(make: Callable[[Setting], Local], setting: Setting) -> float:
+def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext) -> float:
     """What a step of a learner takes, in forward and backward passes of the plain model: products counted.
 
     Heads, bridges and codes are in it; solving a ridge head's system is no product, and is not.
@@ -171,9 +174,9 @@ def passes(make: Callable[[Setting], Local], setting: Setting) -> float:
 
 
 def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
-    tuned = TUNED[rule.__name__]
+    tuned = tuned_of(rule)
 
-    def settings(setting: Setting) -> dict[str, Any]:
+    def settings(setting: TrialContext) -> dict[str, Any]:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
         return {**recipe.settings(setting), "rule": lambda: rule(**tuned.fixed, **own)}
 
@@ -181,7 +184,7 @@ def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
     return replace(recipe, space=space, settings=settings)
 
 
-def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: Setting) -> Local:
+def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: TrialContext) -> LocalTraining:
     """A learner at work on a model.
 
     Raises:
@@ -212,7 +215,7 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: S
         seed=int(torch.randint(2**31, ())),
         **settings,
     )
-    return Local(made, plain=type(made).__name__ not in READERS)
+    return LocalTraining(made, plain=type(made).__name__ not in READERS)
 
 
 def cut(model: nn.Module, k: int, example: Tensor) -> Blocks:

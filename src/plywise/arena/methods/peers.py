@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plywise.addresses import load
+from plywise._util.modes import evaluating
 from plywise.arena.method import (
     EndToEnd,
     Method,
     Numbers,
-    Setting,
     Trainer,
+    TrialContext,
     end_to_end,
     of_class,
     with_rule,
@@ -25,8 +25,8 @@ from plywise.arena.methods import NULL_CONTROL, PEERS
 from plywise.arena.space import Range, Space
 from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
-from plywise.local.blocks import evaluating
 from plywise.optim import KLSOAP, SOAP, Muon, NorMuon
+from plywise.registry.resolve import resolve_optimizer
 
 GRADIENT_SIZED: Space = {"lr": Range(1e-3, 1.0, 0.07), "weight_decay": Range(1e-6, 1e-2, 1e-4)}
 """Of optimizers whose steps are as large as the gradient, the decay added to it."""
@@ -53,9 +53,9 @@ class Peer:
     name: str
     about: str
     space: Space
-    make: Callable[[Setting, Numbers], Optimizer]
+    make: Callable[[TrialContext, Numbers], Optimizer]
     needs: str = ""
-    train: Callable[[Setting, Optimizer, Rule | None], Trainer] = end_to_end
+    train: Callable[[TrialContext, Optimizer, Rule | None], Trainer] = end_to_end
 
 
 # ---- the optimizers --------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Averaged(EndToEnd):
             optimizer.train()
 
 
-def averaged(setting: Setting, optimizer: Optimizer, rule: Rule | None = None) -> EndToEnd:
+def averaged(setting: TrialContext, optimizer: Optimizer, rule: Rule | None = None) -> EndToEnd:
     """Train with a schedule-free optimizer, without the cosine, and perhaps a rule."""
     made = with_rule(setting.model, optimizer, rule, setting.task.loss)
     return Averaged(made.model, made.optimizer, made.loss)
@@ -165,11 +165,7 @@ def find_peer(name: str) -> Peer:
     """
     if name in PEERS:
         return _PEERS[name]
-    optimizer = load(name, "your optimizer")
-    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
-        raise PlywiseError(
-            f"{name} is no subclass of torch.optim.Optimizer, and a rule needs one.", see="error-bench"
-        )
+    optimizer = resolve_optimizer(name)
     method = of_class(name, optimizer)
     return Peer(name, method.about, method.space, _plain(optimizer))
 
@@ -181,32 +177,32 @@ def of_peer(name: str) -> Method:
         return replace(of_peer(PEERS[0]), name=name, about=about, baseline=False, null=PEERS[0])
     peer = _PEERS[name]
 
-    def make(setting: Setting) -> Trainer:
+    def make(setting: TrialContext) -> Trainer:
         return peer.train(setting, peer.make(setting, setting.numbers), None)
 
     return Method(name, peer.about, peer.space, make, baseline=True, needs=peer.needs)
 
 
-def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[Setting, Numbers], Optimizer]:
+def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext, Numbers], Optimizer]:
     """An optimizer that treats all parameters alike."""
 
-    def make(setting: Setting, numbers: Numbers) -> Optimizer:
+    def make(setting: TrialContext, numbers: Numbers) -> Optimizer:
         return optimizer(learning(setting.model), **numbers)
 
     return make
 
 
-def _muon(setting: Setting, numbers: Numbers) -> Optimizer:
+def _muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
     return Muon(_groups(setting), adjust_lr_fn="match_rms_adamw", **settings)
 
 
-def _normuon(setting: Setting, numbers: Numbers) -> Optimizer:
+def _normuon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
     return NorMuon(_groups(setting), **settings)
 
 
-def _groups(setting: Setting) -> list[dict[str, Any]]:
+def _groups(setting: TrialContext) -> list[dict[str, Any]]:
     """Hidden weights for Muon, the rest for AdamW at the same rate: steps of both are of one size."""
     hidden = hidden_weights(setting.model, setting.example)
     known = {id(p) for p in hidden}
@@ -215,7 +211,7 @@ def _groups(setting: Setting) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _schedule_free(setting: Setting, numbers: Numbers) -> Optimizer:
+def _schedule_free(setting: TrialContext, numbers: Numbers) -> Optimizer:
     return schedule_free(learning(setting.model), warmup_steps=setting.steps // WARMUP, **numbers)
 
 

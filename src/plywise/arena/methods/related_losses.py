@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plywise.arena.method import EndToEnd, Method, Setting, Trainer, cosine
+from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine
 from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov, unit_sized
 from plywise.arena.space import Range
 from plywise.arena.task import Judge, predictor, wrong_order
@@ -60,7 +60,7 @@ class Ranked:
         return predictor(self.model)(x)
 
 
-def _auc_margin(setting: Setting) -> Trainer:
+def _auc_margin(setting: TrialContext) -> Trainer:
     loss = AUCMargin().to(setting.example.device)
     groups: Any = [
         {"params": learning(setting.model)},
@@ -71,7 +71,7 @@ def _auc_margin(setting: Setting) -> Trainer:
     return Ranked(setting.model, loss, trainer.step)
 
 
-def _coda(setting: Setting) -> Trainer:
+def _coda(setting: TrialContext) -> Trainer:
     """One worker, two stages: the first settles α on 3 batches and the second, three times as long, on 9."""
     numbers, loss = setting.numbers, AUCMargin(floor=-math.inf).to(setting.example.device)
     stage = max(1, (setting.steps - 12) // 4)
@@ -101,7 +101,7 @@ class FlatInInputs(EndToEnd):
         return self.descend(losses.mean() + self.strength * input_gradient_penalty(losses, x))
 
 
-def _flat(setting: Setting) -> Trainer:
+def _flat(setting: TrialContext) -> Trainer:
     assert setting.task.losses is not None, "refused where the task has none"
     numbers = dict(setting.numbers)
     strength = numbers.pop("strength")
@@ -139,7 +139,7 @@ class NearItself(EndToEnd):
         return first
 
 
-def _proximal(setting: Setting) -> Trainer:
+def _proximal(setting: TrialContext) -> Trainer:
     numbers = dict(setting.numbers)
     reach = numbers.pop("reach")
     optimizer = torch.optim.AdamW(learning(setting.model), **numbers)  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ def _proximal(setting: Setting) -> Trainer:
     return NearItself(setting.model, optimizer, setting.task.loss, scheduler, reach=reach)
 
 
-HERE = {
+METHODS = {
     method.name: method
     for method in (
         Method(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.arena.method import EndToEnd, Method, Setting, Trainer, cosine
+from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine
 from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov
 from plywise.arena.space import Range
 from plywise.arena.workload import Workload
@@ -51,7 +51,7 @@ def _with_slopes(model: nn.Module) -> list[AdaptiveActivation]:
     return adapt_activations(model, "layer", SLOPE_FACTOR)
 
 
-def _adaptive(setting: Setting) -> EndToEnd:
+def _adaptive(setting: TrialContext) -> EndToEnd:
     slopes = [module.slope for module in _with_slopes(setting.model)]
     known = {id(slope) for slope in slopes}
     weights = [parameter for parameter in learning(setting.model) if id(parameter) not in known]
@@ -61,7 +61,7 @@ def _adaptive(setting: Setting) -> EndToEnd:
     return EndToEnd(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer))
 
 
-def _recovering(setting: Setting) -> Trainer:
+def _recovering(setting: TrialContext) -> Trainer:
     """Adaptive activations with slope recovery in the loss that is descended."""
     trainer, loss = _adaptive(setting), setting.task.loss
     weight = setting.numbers["recovery"]
@@ -84,7 +84,7 @@ def _is_activation(module: nn.Module) -> bool:
     return isinstance(module, ACTIVATIONS)
 
 
-def _threshold(setting: Setting) -> Trainer:
+def _threshold(setting: TrialContext) -> Trainer:
     _with_thresholds(setting.model)
     return _plain(setting, setting.model, setting.steps)
 
@@ -92,13 +92,13 @@ def _threshold(setting: Setting) -> Trainer:
 # ---- before and after training ---------------------------------------------------------------------
 
 
-def _plain(setting: Setting, model: nn.Module, steps: int) -> EndToEnd:
+def _plain(setting: TrialContext, model: nn.Module, steps: int) -> EndToEnd:
     optimizer = nesterov(learning(model), **setting.numbers)
     return EndToEnd(model, optimizer, setting.task.loss, cosine(steps)(optimizer))
 
 
 @dataclass
-class Memory:
+class SampleMemory:
     """The last samples, at least `REMEMBERED` of them if there were as many."""
 
     batches: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
@@ -132,7 +132,7 @@ def deepened(model: nn.Module) -> tuple[nn.Sequential, int]:
     )
 
 
-class Fused:
+class FusedTraining:
     """Trains a network that is one layer deeper, fuses it half-way to the size asked for, and trains on.
 
     Attributes:
@@ -141,11 +141,11 @@ class Fused:
 
     plain = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: TrialContext) -> None:
         deep, self._at = deepened(setting.model)
         self._setting, self._half = setting, max(1, setting.steps // 2)
         self._trainer = _plain(setting, deep, self._half)
-        self._memory, self._taken = Memory(), 0
+        self._memory, self._taken = SampleMemory(), 0
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """Train on a batch; its loss before the step."""
@@ -167,7 +167,7 @@ class Fused:
         self._trainer = _plain(self._setting, fused, self._setting.steps - self._half)
 
 
-class Decided:
+class DecidedTraining:
     """Trains for half of the steps; then a support vector machine decides, and nothing trains any more.
 
     Attributes:
@@ -176,13 +176,13 @@ class Decided:
 
     plain = False
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: TrialContext) -> None:
         from sklearn.svm import SVC
 
         self._classes, self._half = setting.classes, max(1, setting.steps // 2)
         self._trainer = _plain(setting, setting.model, self._half)
         self._stage = DecisionStage(setting.model, SVC())
-        self._memory, self._taken, self._loss = Memory(), 0, 0.0
+        self._memory, self._taken, self._loss = SampleMemory(), 0, 0.0
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """Train on a batch; the loss before the last step that was one."""
@@ -206,7 +206,7 @@ def without_classes(workload: Workload) -> str:
     return "" if workload.classes else "a decision stage needs classes, and the targets are none"
 
 
-HERE = {
+METHODS = {
     method.name: method
     for method in (
         Method(
@@ -234,14 +234,14 @@ HERE = {
             "fuse-layers",
             "SGD with Nesterov momentum on a network one layer deeper, which is fused half-way",
             GRADIENT_SIZED,
-            Fused,
+            FusedTraining,
             refuses=unless(deepened),
         ),
         Method(
             "decision-stage",
             "SGD with Nesterov momentum for half of the steps; then a support vector machine decides",
             GRADIENT_SIZED,
-            Decided,
+            DecidedTraining,
             refuses=without_classes,
             needs="sklearn",
         ),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plywise.arena.method import EndToEnd, Method, Setting, Trainer, cosine, end_to_end
+from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine, end_to_end
 from plywise.arena.methods.peers import GRADIENT_SIZED, hidden_weights, learning
 from plywise.arena.space import Range
 from plywise.optim import LRSGDC, LRSGDR, ASkewSGD, SalpSGD, YamAdam
@@ -61,22 +61,22 @@ class Quantized(EndToEnd):
                 param.copy_(value)
 
 
-def _local_regularizer(optimizer: Callable[..., Optimizer], setting: Setting) -> Trainer:
+def _local_regularizer(optimizer: Callable[..., Optimizer], setting: TrialContext) -> Trainer:
     return end_to_end(setting, optimizer(learning(setting.model), **setting.numbers))
 
 
-def _untuned(setting: Setting) -> Trainer:
+def _untuned(setting: TrialContext) -> Trainer:
     """Without the cosine: there is no rate."""
     return EndToEnd(setting.model, YamAdam(learning(setting.model)), setting.task.loss)
 
 
-def _swarm(setting: Setting) -> Trainer:
+def _swarm(setting: TrialContext) -> Trainer:
     lr, radius = setting.numbers["lr"], setting.numbers["radius"]
     chain = SalpSGD(learning(setting.model), lr, total_steps=setting.steps, salps=SALPS, radius=radius)
     return WithClosure(setting.model, chain, setting.task.loss, cosine(setting.steps)(chain))
 
 
-def _binary(setting: Setting) -> Trainer:
+def _binary(setting: TrialContext) -> Trainer:
     """Hidden weights become ± the deviation of He's start, which keeps the size of signals."""
     hidden = hidden_weights(setting.model, setting.example)
     sizes = [(2 / weight[0].numel()) ** 0.5 for weight in hidden]
@@ -96,7 +96,7 @@ def _binary(setting: Setting) -> Trainer:
 
 
 _LRSGD = {**GRADIENT_SIZED, "strength": Range(1e-3, 0.1, 0.01)}
-HERE = {
+METHODS = {
     method.name: method
     for method in (
         Method(

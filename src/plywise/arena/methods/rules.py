@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from plywise.arena.method import Method, Setting, Trainer
+from plywise.arena.method import Method, Trainer, TrialContext
 from plywise.arena.methods import PEERS, RULE_OF
 from plywise.arena.methods.peers import Peer, find_peer
 from plywise.arena.space import MOST_TUNED, Range, Space, defaults
-from plywise.card import card_of
-from plywise.catalogue import find_rule
+from plywise.engine.rule import Rule
+from plywise.registry.card import card_of
+from plywise.registry.names import NAMES, RULE
+from plywise.registry.resolve import resolve_rule
 
 
 @dataclass(frozen=True)
@@ -32,55 +34,58 @@ class Tuned:
 
 
 TUNED = {
-    "Backprop": Tuned(),
-    "ProxProp": Tuned({"tau": Range(0.01, 100.0, 1.0)}, Range(0.03, 30.0, 2.0)),
-    "BackMatching": Tuned({"cap": Range(0.01, 10.0, 1.0)}, Range(3e-4, 0.3, 0.02)),
-    "NLMS": Tuned({"eps": Range(1e-3, 1.0, 0.1)}, Range(0.03, 30.0, 2.0)),
-    "Consequentialism": Tuned({"eps": Range(1e-3, 10.0, 0.1)}, Range(1e-3, 1.0, 0.02)),
-    "RLS": Tuned({"gain": Range(0.01, 10.0, 0.1)}),
-    "FeatureWhitening": Tuned({"damping": Range(1e-5, 0.1, 1e-3)}),
-    "AdaBK": Tuned({"damping": Range(1e-4, 1.0, 1e-2)}),
-    "KFAC": Tuned({"damping": Range(0.01, 100.0, 1.0)}),
-    "Foof": Tuned({"damping": Range(0.01, 100.0, 1.0)}),
-    "Precondition": Tuned(
-        {"damping": Range(1e-3, 10.0, 0.1), "right": Range(0.1, 1.0, 0.5, log=False)},
-        fixed={"rank": 128, "stats_every": 10, "refresh_every": 10},
-    ),
-    "GradientAmplification": Tuned({"factor": Range(1.0, 10.0, 2.0)}),
+    entry.name: Tuned(
+        {name: Range(*interval) for name, interval in entry.tuned.items()},
+        Range(*entry.rate) if entry.rate else None,
+        entry.fixed,
+    )
+    for entry in NAMES
+    if entry.kind == RULE
 }
 """By the rules' names."""
+
+
+def tuned_of(rule: type[Rule]) -> Tuned:
+    """What may be tuned about a rule; of a user's own, nothing."""
+    return TUNED[rule.__name__] if rule.__module__.startswith("plywise.rules.") else Tuned()
 
 
 def of_rule(name: str, optimizer: str) -> Method:
     """A rule on an optimizer as a method; on SGD it has the rule's name alone.
 
     Args:
-        name: a key of ``RULE_OF``.
+        name: a key of ``RULE_OF``, or the address of a rule's class.
         optimizer: one of ``PEERS``, or the address of an optimizer's class.
 
     Raises:
-        PlywiseError: there is no optimizer at the address.
+        PlywiseError: there is no optimizer, or no rule, at the address.
 
     Example:
         >>> list(of_rule("proxprop", "adamw").space)
         ['lr', 'tau', 'weight_decay']
     """
-    rule, peer = find_rule(RULE_OF[name]), find_peer(optimizer)
-    tuned = TUNED[rule.__name__]
+    rule, peer = resolve_rule(RULE_OF.get(name, name)), find_peer(optimizer)
+    tuned = tuned_of(rule)
     on_sgd = peer.name == PEERS[0]
     fixed = defaults(peer.space)
     if on_sgd and tuned.rate is not None:
         fixed |= {"weight_decay": 0.0}
     space = _space(tuned, peer, on_sgd)
 
-    def make(setting: Setting) -> Trainer:
+    def make(setting: TrialContext) -> Trainer:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
         theirs = {key: value for key, value in setting.numbers.items() if key not in tuned.numbers}
         made = peer.make(setting, fixed | theirs)
         return peer.train(setting, made, rule(**tuned.fixed, **own))
 
-    about = f"{card_of(rule).tagline} On {peer.about}."
+    about = f"{_describe(rule, name)} On {peer.about}."
     return Method(name if on_sgd else f"{name}+{peer.name}", about, space, make, needs=peer.needs)
+
+
+def _describe(rule: type[Rule], name: str) -> str:
+    if name in RULE_OF:
+        return card_of(rule).tagline
+    return (rule.__doc__ or rule.__name__).strip().split("\n")[0].rstrip(".") + "."
 
 
 def _space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from plywise.addresses import load
-from plywise.catalogue import suggestion
+from plywise._util.import_path import load
+from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:

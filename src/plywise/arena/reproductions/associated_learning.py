@@ -13,7 +13,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from plywise.arena.method import EndToEnd, Trainer
-from plywise.arena.methods.learners import Local
+from plywise.arena.methods.learners import LocalTraining
 from plywise.arena.reproductions.experiment import (
     FULL,
     SMALL,
@@ -21,8 +21,8 @@ from plywise.arena.reproductions.experiment import (
     Arm,
     Claim,
     Experiment,
+    ExperimentSize,
     Paper,
-    Size,
     Start,
 )
 from plywise.arena.reproductions.sources import cifar_centred, mnist_centred
@@ -181,7 +181,7 @@ def shifted(x: Tensor, pad: int = 4) -> Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
 
 
-def associated(body: MakeBody, encoder: MakeEncoder, start: Start) -> Local:
+def associated(body: MakeBody, encoder: MakeEncoder, start: Start) -> LocalTraining:
     """Associated Learning with the paper's bridges; its last width is the codes'."""
     modules = [he_normal_(block).to(start.device) for block in body(start.size.widths)]
     learner = AssociatedLearning(
@@ -192,10 +192,10 @@ def associated(body: MakeBody, encoder: MakeEncoder, start: Start) -> Local:
         optimizer=lambda groups: tensorflow_adam(groups, start.rate),
         scheduler=schedule(start.size.steps),
     )
-    return Local(learner, plain=False)
+    return LocalTraining(learner, plain=False)
 
 
-def frozen(body: MakeBody, encoder: MakeEncoder, start: Start) -> Local:
+def frozen(body: MakeBody, encoder: MakeEncoder, start: Start) -> LocalTraining:
     """The control: all forward maps f stay as they begin."""
     local = associated(body, encoder, start)
     for trainer in local.learner.trainers:
@@ -270,11 +270,11 @@ PAPER = Paper(
             *("the abstract; the paper's table could not be read", TEST_ACCURACY),
             _arms(mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), _plain, (None, None)),
             {
-                FULL: Size(
+                FULL: ExperimentSize(
                     "784-1024-1024(-5120-1024)-1024-10, n = 1024, batches of 32, 200 epochs, as in the code",
                     *(mnist_centred, (1024,), 32, 200, 55_000),
                 ),
-                SMALL: Size(  # shorter runs end while the codes still form, where all is chance
+                SMALL: ExperimentSize(  # shorter runs end while the codes still form, where all is chance
                     "n = 128 in place of 1024 (784-128-128(-640-128)-128-10), 4,000 training images (1,000 "
                     "for validation, 2,000 for the test), 12 epochs: 1,500 steps where full size takes "
                     "343,600; ten times its rates",
@@ -288,11 +288,11 @@ PAPER = Paper(
             *("cifar10-cnn", "CNN of eight convolutions on CIFAR-10", WHERE, TEST_ACCURACY),
             _arms(cnn_body, partial(backprop, cnn_body, relu_dense, 0.0), _augment, (83.45, 86.30)),
             {
-                FULL: Size(
+                FULL: ExperimentSize(
                     "32-32-32-32-64-64-64-64 channels, n = 256, batches of 32, 200 epochs, as in the code",
                     *(cifar_centred, (32, 256), 32, 200, 45_000),
                 ),
-                SMALL: Size(
+                SMALL: ExperimentSize(
                     "a quarter of the channels, n = 64, 6,000 training images (500 for validation, 2,000 for "
                     "the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times its rates",
                     *(cifar_centred, (8, 64), 32, 8, 6_000, 500, 2_000, 10.0),
@@ -305,12 +305,12 @@ PAPER = Paper(
             *("cifar10-vgg", "VGG on CIFAR-10", WHERE, TEST_ACCURACY),
             _arms(VGG, VGG_BASELINE, _augment, (91.59, 92.75))[:3],
             {
-                FULL: Size(
+                FULL: ExperimentSize(
                     "six convolutions of 128 to 512 channels, two layers of 1024, n = 300, batches of 32, "
                     "200 epochs, as in the code",
                     *(cifar_centred, (128, 300), 32, 200, 45_000),
                 ),
-                SMALL: Size(
+                SMALL: ExperimentSize(
                     "a sixteenth of the channels, n = 64, 6,000 training images (500 for validation, 2,000 "
                     "for the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times its rates",
                     *(cifar_centred, (8, 64), 32, 8, 6_000, 500, 2_000, 10.0),

@@ -16,13 +16,13 @@ from plywise.arena.reproductions.experiment import (
     Arm,
     Claim,
     Experiment,
+    ExperimentSize,
     Paper,
-    Size,
     Start,
 )
 from plywise.arena.reproductions.sources import cifar100_channels, cifar_channels
 from plywise.arena.task import CLASSIFICATION
-from plywise.arena.workload import Data
+from plywise.data.parts import Data
 from plywise.rules.back_matching import BackMatching
 
 
@@ -73,12 +73,12 @@ def experiment(classes: int, source: Callable[[int, int, int], Data], *more: str
             Arm(UNCAPPED, partial(momentum, classes, BackMatching(cap=None)), RATES),
         ),
         {
-            FULL: Size(
+            FULL: ExperimentSize(
                 "64 to 512 channels, 45,000 training images, batches of 128, 60 epochs; these settings are "
                 "ours",
                 *(source, (64,), 128, 60, 45_000),
             ),
-            SMALL: Size(
+            SMALL: ExperimentSize(
                 "an eighth of the channels, 1,500 training images (500 for validation), batches of 32, 3 "
                 "epochs: 138 steps where full size takes 21,060",
                 *(source, (8,), 32, 3, 1_500, 500, 1_000),

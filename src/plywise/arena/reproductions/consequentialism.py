@@ -18,8 +18,8 @@ from plywise.arena.reproductions.experiment import (
     Arm,
     Claim,
     Experiment,
+    ExperimentSize,
     Paper,
-    Size,
     Start,
 )
 from plywise.arena.reproductions.sources import mnist
@@ -104,11 +104,11 @@ PAPER = Paper(
             *("mnist-mlp", "MLP on MNIST: fewer steps with every optimizer", WHERE, TRAINING_LOSS),
             _arms(dense),
             {
-                FULL: Size(
+                FULL: ExperimentSize(
                     "784-1024-1024-10, 55,000 training images, batches of 128, 20 epochs; ours",
                     *(mnist, (784, 1024, 1024, 10), 128, 20, 55_000),
                 ),
-                SMALL: Size(
+                SMALL: ExperimentSize(
                     "784-128-128-10, 5,000 training images (1,000 for validation), batches of 64, 3 epochs: "
                     "234 steps where full size takes 8,580",
                     *(mnist, (784, 128, 128, 10), 64, 3, 5_000, 1_000, 2_000),
@@ -120,12 +120,12 @@ PAPER = Paper(
             *("mnist-conv", "ConvNet on MNIST: the same with convolutions", WHERE, TRAINING_LOSS),
             _arms(convolutions),
             {
-                FULL: Size(
+                FULL: ExperimentSize(
                     "32 and 64 channels of 3×3, 128 units, 55,000 training images, batches of 128, 20 "
                     "epochs; ours",
                     *(mnist, (32, 64, 128), 128, 20, 55_000),
                 ),
-                SMALL: Size(
+                SMALL: ExperimentSize(
                     "8 and 16 channels, 64 units, 2,000 training images (1,000 for validation), batches of "
                     "64, 3 epochs: 93 steps where full size takes 8,580",
                     *(mnist, (8, 16, 64), 64, 3, 2_000, 1_000, 2_000),

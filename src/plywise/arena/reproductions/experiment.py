@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from plywise._util.suggest import suggestion
 from plywise.arena.method import Trainer
-from plywise.arena.workload import Data
-from plywise.catalogue import suggestion
+from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
 FULL, SMALL = "full", "small"
@@ -82,7 +82,7 @@ TEST_ACCURACY = Measure(
 
 
 @dataclass(frozen=True)
-class Size:
+class ExperimentSize:
     """How large an experiment is run.
 
     Attributes:
@@ -132,7 +132,7 @@ class Start:
         device: where the network shall be.
     """
 
-    size: Size
+    size: ExperimentSize
     rate: float
     example: Tensor
     device: str = "cpu"
@@ -204,7 +204,7 @@ class Experiment:
     where: str
     measure: Measure
     arms: tuple[Arm, ...]
-    sizes: Mapping[str, Size]
+    sizes: Mapping[str, ExperimentSize]
     claims: tuple[Claim, ...] = ()
     differences: tuple[str, ...] = ()
 

@@ -19,8 +19,8 @@ from plywise.arena.reproductions.experiment import (
     Arm,
     Claim,
     Experiment,
+    ExperimentSize,
     Paper,
-    Size,
     Start,
 )
 from plywise.arena.reproductions.sources import cifar
@@ -112,12 +112,12 @@ DIFFERENCES = (
     "one run.",
     "The images are in the order of our file, so the 5,000 validation images are not the paper's.",
 )
-CUT_MLP = Size(
+CUT_MLP = ExperimentSize(
     "3072-400-100-400-10, a tenth of the widths; 1,500 training images (500 for validation, 2,000 for the "
     "test), 30 epochs: 90 steps where the paper takes 4,500. Batch and momentum are the paper's",
     *(cifar, (3072, 400, 100, 400, 10), 500, 30, 1_500, 500, 2_000),
 )
-FULL_MLP = Size(
+FULL_MLP = ExperimentSize(
     "3072-4000-1000-4000-10, 45,000 training images, as in the paper", cifar, MLP, 500, 50, 45_000
 )
 ARMS = _table_1()
@@ -160,11 +160,11 @@ PAPER = Paper(
                 Arm("cg10", partial(adam, cg(10, 1.0)), (1e-3,), 70.7),
             ),
             {
-                FULL: Size(
+                FULL: ExperimentSize(
                     "22,466 parameters, 45,000 training images, as in the paper",
                     *(cifar, (16, 20, 20), 500, 50, 45_000),
                 ),
-                SMALL: Size(
+                SMALL: ExperimentSize(
                     "the paper's network; 2,000 training images (1,000 for validation, 2,000 for the test), "
                     "batches of 100 with τ_θ = 5, which is the same damping, 8 epochs: 160 steps where the "
                     "paper takes 4,500",

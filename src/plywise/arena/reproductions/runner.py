@@ -11,24 +11,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plywise.arena.job import rounded
-from plywise.arena.ledger import FINAL, TUNED, TUNING, Key, Ledger
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.arena.reproductions import find_paper, tables
 from plywise.arena.reproductions.experiment import FULL, SMALL, Arm, Experiment, Line
-from plywise.arena.reproductions.runs import Place, Probe, Run, settings
+from plywise.arena.reproductions.runs import ExperimentKey, Probe, ReproductionRun, settings
 from plywise.arena.reproductions.summary import outcome, ruling
-from plywise.arena.tournament import TUNING_SEED
-from plywise.arena.workers import PATIENCE, Workers
-from plywise.environment import environment
+from plywise.arena.run.bench import TUNING_SEED
+from plywise.arena.run.executor import PATIENCE, ProcessExecutor
+from plywise.arena.run.job import rounded
+from plywise.arena.run.ledger import Ledger
+from plywise.arena.scoring.records import FINAL, TUNED, TUNING, Key
 from plywise.errors import PlywiseError, StateError
-from plywise.files import write_whole
 
 MARGIN = 10
 """A run may take so many times what a few of its steps promise, before it is given up."""
 
 
 @dataclass(frozen=True)
-class Progress:
+class ReproductionProgress:
     """A run has ended: how many have, of how many, its line, and the seconds that the rest may take."""
 
     done: int
@@ -96,7 +97,7 @@ class Reproduction:
         wanted = {self._workload(experiment) for experiment in self.experiments}
         return sum(key.workload in wanted and self._counts(key) for key in self.ledger.lines)
 
-    def measure(self, crew: Workers) -> float:
+    def measure(self, crew: ProcessExecutor) -> float:
         """Seconds that what is left may take, by a few steps of each method that has runs left.
 
         Sets the crew's patience by the dearest.
@@ -114,7 +115,7 @@ class Reproduction:
         crew.patience = max(PATIENCE, MARGIN * max(self._costs.values(), default=0.0))
         return self._left(crew.count)
 
-    def perform(self, crew: Workers) -> Generator[Progress, None, None]:
+    def perform(self, crew: ProcessExecutor) -> Generator[ReproductionProgress, None, None]:
         """Run what the ledger does not hold yet; each run is kept when it ends."""
         with self.ledger.writing(), _scratch() as folder:
             for experiment in self.experiments:
@@ -160,25 +161,27 @@ class Reproduction:
         }
 
     def _perform(
-        self, crew: Workers, folder: str, experiment: Experiment, wanted: dict[Key, Arm]
-    ) -> Iterator[Progress]:
+        self, crew: ProcessExecutor, folder: str, experiment: Experiment, wanted: dict[Key, Arm]
+    ) -> Iterator[ReproductionProgress]:
         left = {key: arm for key, arm in wanted.items() if key not in self.ledger}
-        runs = (Run(self._place(folder, experiment, arm), key) for key, arm in left.items())
+        runs = (ReproductionRun(self._place(folder, experiment, arm), key) for key, arm in left.items())
         for run, line in crew.run(runs):
             _refuse_mistakes(line)
             if line["wall"]:
                 self._costs[experiment.name, left[run.key].method] = line["wall"][-1] + line["measuring"]
             self.ledger.add(line)
-            yield Progress(self.done, self.total, self.ledger.lines[run.key], self._left(crew.count))
+            yield ReproductionProgress(
+                self.done, self.total, self.ledger.lines[run.key], self._left(crew.count)
+            )
 
-    def _place(self, folder: str, experiment: Experiment, arm: Arm) -> Place:
+    def _place(self, folder: str, experiment: Experiment, arm: Arm) -> ExperimentKey:
         """Where a run of an arm belongs; its experiment's data are in a file, until another one asks."""
         file = Path(folder) / f"{experiment.name}.pt"
         if not file.exists():
             for other in file.parent.iterdir():
                 other.unlink()
             experiment.sizes[self.size].data().save(file)
-        return Place(self.paper, experiment.name, arm.name, self.size, str(file), self.device)
+        return ExperimentKey(self.paper, experiment.name, arm.name, self.size, str(file), self.device)
 
     def _refuse_others(self) -> None:
         """Runs of the same names with other settings are no part of this."""

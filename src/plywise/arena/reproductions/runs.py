@@ -9,21 +9,22 @@ from typing import Any
 
 import torch
 
-from plywise.addresses import user_line
-from plywise.arena.job import on, rounded
-from plywise.arena.ledger import FINAL, Key
+from plywise._util.import_path import user_line
 from plywise.arena.reproductions import find_paper
-from plywise.arena.reproductions.experiment import Arm, Size, Start
+from plywise.arena.reproductions.experiment import Arm, ExperimentSize, Start
+from plywise.arena.run.job import on, rounded
+from plywise.arena.run.trial import TrialResult, run_trial
+from plywise.arena.scoring.records import FINAL, Key
 from plywise.arena.task import CLASSIFICATION
-from plywise.arena.trial import Record, endless_batches, run_trial
-from plywise.arena.workload import Data
+from plywise.data.batches import endless_batches
+from plywise.data.parts import Data
 
 MEASUREMENTS = 2
 """Measurements in a run, besides the one before its first step."""
 
 
 @dataclass(frozen=True)
-class Place:
+class ExperimentKey:
     """Where a run belongs.
 
     Attributes:
@@ -42,7 +43,7 @@ class Place:
     data: str
     device: str
 
-    def found(self) -> tuple[Arm, Size]:
+    def found(self) -> tuple[Arm, ExperimentSize]:
         """The arm and the size that are meant."""
         experiment = find_paper(self.paper).find(self.experiment)
         return next(arm for arm in experiment.arms if arm.name == self.arm), experiment.sizes[self.size]
@@ -51,13 +52,13 @@ class Place:
         """The data, on the device."""
         return on(self.device, Data.load(Path(self.data)))
 
-    def start(self, size: Size, data: Data, rate: float) -> Start:
+    def start(self, size: ExperimentSize, data: Data, rate: float) -> Start:
         """What an arm begins with."""
         return Start(size, rate * size.faster, data.train.x[:2].cpu(), self.device)
 
 
 @dataclass(frozen=True)
-class Run:
+class ReproductionRun:
     """A run.
 
     Attributes:
@@ -65,7 +66,7 @@ class Run:
         key: which one it is; its trial is the number of the rate.
     """
 
-    place: Place
+    place: ExperimentKey
     key: Key
 
     def perform(self) -> dict[str, Any]:
@@ -87,9 +88,9 @@ class Run:
 
     def failed(self, why: str) -> dict[str, Any]:
         """The line if its process did not live to tell."""
-        return self._line(Record(self.key.seed, failure=why))
+        return self._line(TrialResult(self.key.seed, failure=why))
 
-    def _line(self, record: Record) -> dict[str, Any]:
+    def _line(self, record: TrialResult) -> dict[str, Any]:
         arm, size = self.place.found()
         outcome = {key: rounded(value) for key, value in record.as_dict().items() if key != "seed"}
         finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
@@ -105,7 +106,7 @@ class Probe:
         place: where it belongs.
     """
 
-    place: Place
+    place: ExperimentKey
 
     def perform(self) -> dict[str, Any]:
         """``seconds`` of a run, or ``failure``."""
@@ -134,7 +135,7 @@ class Probe:
         return again - begun + step * (size.steps + looked)
 
 
-def settings(size: Size, rate: float) -> dict[str, Any]:
+def settings(size: ExperimentSize, rate: float) -> dict[str, Any]:
     """What a run is made with, as the ledger keeps it."""
     names = ("widths", "batch", "epochs", "images", "validation", "test")
     setting = {name: getattr(size, name) for name in names}

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plywise.arena.workload import Data
 from plywise.data.digits import Split
+from plywise.data.parts import Data
 from plywise.data.readers import Bytes
 from plywise.data.sets import cifar10, cifar100, grey_images
 

@@ -12,38 +12,18 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from plywise.catalogue import suggestion
+from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
+from plywise.registry.names import WORKLOAD_MODULES
 
 if TYPE_CHECKING:
     from plywise.arena.workload import Workload
 
-_HOMES = {
-    "quadratic": "synthetic",
-    "digits-mlp": "digits",
-    "digits-conv": "digits",
-    "digits-autoencoder": "digits",
-    "fashion-mlp": "images",
-    "fashion-2c2d": "images",
-    "mnist-autoencoder": "images",
-    "cifar-3c3d": "images",
-    "cifar-resnet": "images",
-    "char-transformer": "text",
-    "concrete": "tables",
-    "energy": "tables",
-    "california": "tables",
-    "boiling-points": "tables",
-    "digits-rare": "related",
-    "digits-generator": "related",
-    "digits-denoiser": "related",
-    "vsml-episodes": "related",
-}
-
-WORKLOADS = tuple(_HOMES)
+WORKLOADS = tuple(WORKLOAD_MODULES)
 """Names of all workloads."""
 QUICK = ("quadratic", "digits-mlp", "digits-conv", "digits-autoencoder")
 """Those that need no file and take a second or two a run."""
-RELATED = tuple(name for name, home in _HOMES.items() if home == "related")
+RELATED = tuple(name for name, home in WORKLOAD_MODULES.items() if home == "arena.workloads.related")
 """What losses and modules of the related papers are for; they need no file either."""
 STANDARD = tuple(name for name in WORKLOADS if name not in RELATED)
 """All others; most need files (see `plywise.data.store`)."""
@@ -60,13 +40,13 @@ def find_workload(name: str) -> Workload:
         'error rate'
     """
     key = name.lower()
-    if key not in _HOMES:
+    if key not in WORKLOAD_MODULES:
         raise PlywiseError(
             f"No workload is called {name!r}. {suggestion(name, WORKLOADS)}There are: "
             f"{', '.join(WORKLOADS)}; or point at your own model and data by module:name.",
             see="error-bench",
         )
-    found: Workload = importlib.import_module(f"{__name__}.{_HOMES[key]}").HERE[key]
+    found: Workload = importlib.import_module(f"plywise.{WORKLOAD_MODULES[key]}").WORKLOADS[key]
     return replace(found, target=targets().get(key, {}).get("target"))
 
 

@@ -8,9 +8,10 @@ from functools import partial
 from torch import nn
 
 from plywise.arena.task import CLASSIFICATION, REGRESSION
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import autoencoder, conv_net, mlp
 from plywise.data.digits import Split, load_digits
+from plywise.data.parts import Data
 
 TEN_CLASSES = replace(CLASSIFICATION, chance=0.9)
 
@@ -34,7 +35,7 @@ def _conv_net() -> nn.Module:
     return conv_net((1, 8, 8), (16, 32), (64, 10))
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(

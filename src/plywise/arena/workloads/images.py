@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from plywise.arena.task import REGRESSION
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.arena.workloads.digits import TEN_CLASSES
 from plywise.arena.workloads.networks import autoencoder, conv_net, mlp, resnet
-from plywise.arena.workloads.parts import drawn
 from plywise.data.digits import Split
+from plywise.data.parts import Data, draw_parts
 from plywise.data.readers import Bytes
 from plywise.data.sets import cifar10, grey_images
 
@@ -28,7 +28,10 @@ def fashion() -> Data:
     Pixels have mean 0 and variance 1 over the training part.
     """
     x, y, x_test, y_test = grey_images("fashion_mnist")
-    parts = [*drawn(_pixels(x), _labels(y), (TRAIN, VALIDATION)), Split(_pixels(x_test), _labels(y_test))]
+    parts = [
+        *draw_parts(_pixels(x), _labels(y), (TRAIN, VALIDATION)),
+        Split(_pixels(x_test), _labels(y_test)),
+    ]
     return _standardised(*(Split(part.x.unsqueeze(1), part.y) for part in parts))
 
 
@@ -40,7 +43,7 @@ def fashion_rows() -> Data:
 def mnist_themselves() -> Data:
     """MNIST, to be given back: 784 pixels in [0, 1]; parts of the sizes of `fashion`."""
     x, y, x_test, _ = grey_images("mnist")
-    rows = [part.x.flatten(1) for part in drawn(_pixels(x), _labels(y), (TRAIN, VALIDATION))]
+    rows = [part.x.flatten(1) for part in draw_parts(_pixels(x), _labels(y), (TRAIN, VALIDATION))]
     return Data(*(Split(part, part) for part in (*rows, _pixels(x_test).flatten(1))))
 
 
@@ -87,7 +90,7 @@ def _cifar_3c3d() -> nn.Module:
     return conv_net((3, 32, 32), (8, 16, 32), (128, 64, 10))
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(

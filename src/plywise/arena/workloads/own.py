@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plywise.addresses import called, load
 from plywise.arena.task import REGRESSION, WHOLE_SET, Judge, Task, WholeSetTask, error_rate, task_of
-from plywise.arena.workload import Data, Workload
-from plywise.arena.workloads.own_data import OwnData, own_data
+from plywise.arena.workload import Workload
 from plywise.data.digits import Split
+from plywise.data.own_data import OwnData
+from plywise.data.parts import Data
 from plywise.errors import BlockError, PlywiseError
 from plywise.local.split import split
+from plywise.registry.resolve import make_model, resolve_data, resolve_function
 
 BATCH_SIZE, STEPS = 128, 1000
 """Defaults; a smaller training part is one batch."""
@@ -44,7 +45,7 @@ def own_workload(
     Args:
         name: what to call it.
         model: ``module:name`` of a function that makes the network, a new one each time.
-        data: where the data are (see `own_data`), or data that have been read already.
+        data: where the data are (see `plywise.registry.resolve.resolve_data`), or data that have been read.
         loss: ``module:name`` of a function (output, y) to a mean loss, a scalar; empty: the usual one.
         metric: alike, what is judged by, lower is better; empty: the error rate for classes, else the loss.
         batch_size: samples a batch. Default 128, or all if there are fewer.
@@ -63,7 +64,7 @@ def own_workload(
     """
     with torch.random.fork_rng(devices=[]):
         network = _made(model)  # before the data, which may take long
-    found = own_data(data) if isinstance(data, str) else OwnData(data, "read before")
+    found = resolve_data(data) if isinstance(data, str) else OwnData(data, "read before")
     train = found.data.train
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         output = _output(network, model, train.x[:2].clone())
@@ -101,14 +102,15 @@ def checked_workload(
         >>> checked_workload("mine", "module:model", make_data()).task.metric_name
         'mean squared error'
     """
-    make_model = partial(called, model, "your model")
     task = _task(data, loss, metric)
-    return Workload(name, f"{model}, checked before.", make_model, lambda: data, task, classes=classes)
+    return Workload(
+        name, f"{model}, checked before.", partial(make_model, model), lambda: data, task, classes=classes
+    )
 
 
 def _made(address: str) -> nn.Module:
     """A network of the user's, after a look whether the next one would be another."""
-    first, second = (called(address, "your model") for _ in range(2))
+    first, second = (make_model(address) for _ in range(2))
     if not isinstance(second, nn.Module):
         raise PlywiseError(
             f"{address} returned a {type(second).__name__}, not a torch.nn.Module.", see="error-address"
@@ -168,11 +170,11 @@ def _task(data: Data, loss: str, metric: str) -> Task:
     if not loss:
         task = task_of(y)
     else:
-        descended: Judge = load(loss, "your loss")
+        descended: Judge = resolve_function(loss, "your loss")
         judged = (error_rate, "error rate") if _are_labels(y) else (descended, loss)
         task = Task(descended, *judged)
     if metric:
-        judge = load(metric, "your metric")
+        judge = resolve_function(metric, "your metric")
         kind = WholeSetTask if judge in WHOLE_SET else Task
         return kind(task.loss, judge, metric, losses=task.losses)
     if task.metric is error_rate:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from plywise.arena.task import RANKING, REGRESSION, SEQUENCES, WholeSetTask
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import mlp
-from plywise.arena.workloads.parts import tenths
 from plywise.data.digits import Split, load_digits
+from plywise.data.parts import Data, tenths
 from plywise.nn import VSML, UnfoldedDenoiser
 
 SEED = 0
@@ -132,7 +132,7 @@ class InEpisodes(nn.Module):
         return outputs.squeeze(2).movedim(0, 1)
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from plywise.arena.task import REGRESSION
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.data.digits import Split
+from plywise.data.parts import Data
 
 DIMENSIONS = 100
 NOISE = 0.5
@@ -64,7 +65,7 @@ def make_model() -> nn.Module:
     return nn.Linear(DIMENSIONS, 1, bias=False)
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(

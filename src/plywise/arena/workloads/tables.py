@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plywise.arena.task import REGRESSION
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import mlp
-from plywise.arena.workloads.parts import tenths_of_kinds
 from plywise.data.digits import Split
+from plywise.data.parts import Data, tenths_of_kinds
 from plywise.data.sets import boiling_points, numeric_table
 
 Numbers = NDArray[np.float64]
@@ -73,7 +73,7 @@ def _workload(
     )
 
 
-HERE = {
+WORKLOADS = {
     workload.name: workload
     for workload in (
         _workload(

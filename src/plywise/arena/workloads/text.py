@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from plywise.arena.task import SEQUENCES, Task
-from plywise.arena.workload import Data, Workload
+from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import CharTransformer
 from plywise.data.digits import Split
+from plywise.data.parts import Data
 from plywise.data.sets import tiny_shakespeare
 from plywise.errors import PlywiseError
 
@@ -49,7 +50,7 @@ def _pairs(windows: Tensor) -> Split:
     return Split(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
 
-HERE = {
+WORKLOADS = {
     "char-transformer": Workload(
         "char-transformer",
         "A transformer of 2 blocks, 64 wide, 4 heads, on 64 characters of tiny Shakespeare: attention, layer "

@@ -1,0 +1,118 @@
+"""What users point at by ``module:name``: loading it, and saying what went wrong there."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import sysconfig
+import traceback
+from typing import Any
+
+from plywise._util.suggest import suggestion
+from plywise.errors import PlywiseError
+
+INSTALLED = tuple(
+    os.path.join(folder, "")
+    for folder in (
+        os.path.dirname(__file__),
+        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+    )
+)
+"""Folders whose code is not the user's."""
+
+
+def load(address: str, what: str) -> Any:
+    """What ``module:name`` names. Modules in the current directory are found.
+
+    Args:
+        address: the module, a colon, the name.
+        what: what it is for, for the error: "your model".
+
+    Raises:
+        PlywiseError: it is no address, or there is nothing there, or importing it fails.
+
+    Example:
+        >>> load("math:tau", "the circle")
+        6.283185307179586
+    """
+    module_name, colon, name = address.partition(":")
+    if not (colon and module_name and name):
+        raise PlywiseError(
+            f"Say where {what} is as module:name, as in my_project.things:make, not {address!r}.",
+            see="error-address",
+        )
+    if module_name.endswith(".py") or os.sep in module_name:
+        dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
+        raise PlywiseError(f"Write a module, not a file: {dotted}:{name}.", see="error-address")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module = _imported(module_name)
+    if not hasattr(module, name):
+        public = tuple(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
+        raise PlywiseError(
+            f"Module {module_name!r} has no {name!r}. {suggestion(name, public)}".rstrip(),
+            see="error-address",
+        )
+    return getattr(module, name)
+
+
+def call_factory(address: str, what: str) -> Any:
+    """What the function at ``module:name`` makes.
+
+    Raises:
+        PlywiseError: see `load`; or it is no function without arguments, or it raises.
+
+    Example:
+        >>> call_factory("builtins:dict", "the dictionary")
+        {}
+    """
+    factory = load(address, what)
+    is_network = hasattr(factory, "parameters") and not isinstance(factory, type)  # callable, too
+    if is_network or not callable(factory):
+        kind = type(factory).__name__
+        raise PlywiseError(
+            f"{address} is of type {kind}, not a function that makes one.", see="error-address"
+        )
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise PlywiseError(
+            f"{address} must be callable without arguments ({error}). Wrap it in a function.",
+            see="error-address",
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature: calling it will tell
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise PlywiseError(f"{address} raised {_said(error)}.", see="error-address") from error
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise PlywiseError(
+                f"There is no module {error.name!r}, neither installed nor in the current directory.",
+                see="error-address",
+            ) from error
+        raise PlywiseError(
+            f"Module {name!r} needs {error.name!r}, which is not installed.", see="error-address"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise PlywiseError(f"Importing {name!r} failed: {_said(error)}.", see="error-address") from error
+
+
+def user_line(error: BaseException) -> str:
+    """Where in the user's code an exception was raised, as " (line 3 of mine.py)"; empty if it was not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, "<"))]
+    return f" (line {own[-1].lineno} of {os.path.basename(own[-1].filename)})" if own else ""
+
+
+def _said(error: BaseException) -> str:
+    """An exception and the user's line that raised it."""
+    return f"{type(error).__name__}: {str(error).rstrip('.')}{user_line(error)}"

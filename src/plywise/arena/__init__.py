@@ -1,0 +1,1 @@
+"""Comparisons: methods, workloads, and what trains, scores and tells."""

@@ -1,0 +1,1 @@
+"""What `plywise demo` is."""

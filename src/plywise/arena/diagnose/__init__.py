@@ -1,0 +1,1 @@
+"""What `plywise diagnose` is: layers before training, and advice."""

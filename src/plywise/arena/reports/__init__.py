@@ -1,0 +1,1 @@
+"""Pages, spreadsheets and logs that are made of results."""

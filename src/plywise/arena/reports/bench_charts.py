@@ -1,0 +1,225 @@
+"""What the charts of a bench's report show, thinned to the digits that a picture can show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from plywise.arena.scoring.ranking import MethodOnWorkload
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.score import best_validation, last_validation
+
+DIGITS = 3
+"""Significant digits in a picture."""
+
+POINTS = 12_000
+"""Points of all curves of a page together, unless that is fewer than `FEWEST` each."""
+
+FEWEST, MOST = 8, 60
+"""Points of one curve."""
+
+
+BEFORE = "before training"
+"""Whose layers those are that the bench's description of a workload tells about."""
+
+
+def thin(value: Any, digits: int = DIGITS) -> Any:
+    """Numbers with fewer digits, all the way down; whole numbers as they are.
+
+    Example:
+        >>> thin([0.123456, {"a": 2000, "b": None}])
+        [0.123, {'a': 2000, 'b': None}]
+    """
+    if isinstance(value, dict):
+        return {key: thin(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [thin(item, digits) for item in value]
+    if isinstance(value, float) and math.isfinite(value):
+        short = float(f"{value:.{digits}g}")
+        return int(short) if short.is_integer() and abs(short) < 1e15 else short
+    return value
+
+
+def curves(field: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
+    """Loss and validation metric of every method while it trains: median, least and greatest of the seeds.
+
+    A run that failed counts as infinity after its last measurement, and what is infinite is None.
+
+    Returns:
+        For each method its ``name``, ``steps``, ``cpu`` and ``wall`` (medians at those steps), ``gradients``
+        a step, ``loss`` and ``validation`` (three lists each), ``failed`` (pairs of the place in
+        ``steps`` where a run was last measured and why it failed) and ``runs``.
+    """
+    points = min(max(POINTS // max(len(field.cells), 1), FEWEST), MOST)
+    found = []
+    for method in field.methods:
+        cell = field.cells.get((track, workload, method))
+        if cell is not None:
+            found.append({"name": method, **_curve(cell.runs, points)})
+    return found
+
+
+def rates(field: BenchResults, workload: str) -> list[dict[str, Any]]:
+    """The validation metric at the end of each tuning trial, by the first of the tuned numbers.
+
+    Returns:
+        For each method its ``name``, the ``number`` (lr, if there is one), its ``default``, and ``points``:
+        value, metric (None where it failed) and why it failed.
+    """
+    found = []
+    for method in field.methods:
+        space = field.bench["methods"].get(method, {}).get("space") or {}
+        trials = field.tuning.get((workload, method), [])
+        if space and trials:
+            number = "lr" if "lr" in space else next(iter(space))
+            points = [
+                (line["numbers"][number], last_validation(line), line["failure"])
+                for line in trials
+                if number in line["numbers"]
+            ]
+            found.append(
+                {
+                    "name": method,
+                    "number": number,
+                    "default": space[number]["default"],
+                    "points": thin(sorted(points, key=lambda point: point[0])),
+                }
+            )
+    return found
+
+
+def tuning_cost(field: BenchResults, workload: str) -> list[dict[str, Any]]:
+    """The best result that a method has after each number of tuning trials, see `after_trials`."""
+    found = []
+    for method in field.methods:
+        trials = field.tuning.get((workload, method), [])
+        if trials:
+            values = [math.inf if line["failure"] is not None else best_validation(line) for line in trials]
+            low, middle, high = zip(*after_trials(values), strict=True)
+            found.append({"name": method, "low": thin(low), "middle": thin(middle), "high": thin(high)})
+    return found
+
+
+def after_trials(values: Sequence[float]) -> list[tuple[float, float, float]]:
+    """The best of the first k trials, if they had come in any order: quartiles over all orders, for each k.
+
+    The order in which trials happened to be made then has no say. Exact: of n values in ascending order, the
+    best of k lies at or before the i-th in all but C(n-i, k) of C(n, k) choices.
+
+    Example:
+        >>> after_trials([3.0, 1.0, 2.0])
+        [(1.0, 2.0, 3.0), (1.0, 1.0, 2.0), (1.0, 1.0, 1.0)]
+    """
+    ordered, n = sorted(values), len(values)
+
+    def quantile(k: int, share: float) -> float:
+        for place in range(1, n + 1):
+            if 1 - math.comb(n - place, k) / math.comb(n, k) >= share - 1e-12:
+                return ordered[place - 1]
+        return ordered[-1]
+
+    return [(quantile(k, 0.25), quantile(k, 0.5), quantile(k, 0.75)) for k in range(1, n + 1)]
+
+
+def layers(field: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
+    """What is known about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
+
+    From the final runs, of several seeds the first one that said anything; and from the bench's description
+    of the workload, under the name `BEFORE`.
+    """
+    told = {BEFORE: field.bench["workloads"].get(workload, {}).get("layers")}
+    for method in field.methods:
+        cell = field.cells.get((track, workload, method))
+        if cell:
+            told[method] = next((run["layers"] for run in cell.runs if run.get("layers")), None)
+    return [
+        {"name": name, "layers": one["names"], "kinds": {k: thin(v) for k, v in one.items() if k != "names"}}
+        for name, one in told.items()
+        if one
+    ]
+
+
+def front(rows: Iterable[MethodOnWorkload]) -> set[str]:
+    """The methods of one workload and track that no other beats in time, memory and metric at once.
+
+    A method is beaten if another is as good in all three (processor seconds of a run, peak memory, and test
+    metric or else validation metric at the end) and better in one. What was not measured does not count, on
+    either side. A method without any metric is not in the front.
+    """
+    known = {
+        row.method: _objectives(row) for row in rows if math.isfinite((row.test or row.validation).median)
+    }
+    return {
+        name
+        for name, own in known.items()
+        if not any(_beats(other, own) for rival, other in known.items() if rival != name)
+    }
+
+
+def _objectives(row: MethodOnWorkload) -> tuple[float | None, ...]:
+    return row.seconds, row.peak_mib, (row.test or row.validation).median
+
+
+def _beats(one: tuple[float | None, ...], other: tuple[float | None, ...]) -> bool:
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
+    steps = sorted({step for run in runs for step in run["steps"]})
+    at = [{step: i for i, step in enumerate(run["steps"])} for run in runs]
+    every = math.ceil(len(steps) / points)
+    last = {max(run["steps"]) for run in runs if run["steps"]}  # where a run ends is never thinned out
+    steps = [step for i, step in enumerate(steps) if i % every == 0 or step in last]
+
+    def values(name: str, step: int) -> list[float]:
+        found = [
+            run[name][where[step]]
+            for run, where in zip(runs, at, strict=True)
+            if _has(run, name, where, step)
+        ]
+        return [value for value in found if value is not None]
+
+    def gone(name: str, step: int) -> int:
+        return sum(
+            run["failure"] is not None
+            and step >= max(run["steps"], default=0)
+            and not _has(run, name, where, step)
+            for run, where in zip(runs, at, strict=True)
+        )
+
+    def middle(name: str) -> list[float | None]:
+        return [statistics.median(found) if (found := values(name, step)) else None for step in steps]
+
+    def spread(name: str) -> list[list[float | None]]:
+        # a run that failed counts as infinity from there on: the median must not recover by its absence
+        each = [[*values(name, step), *[math.inf] * gone(name, step)] for step in steps]
+        figures = (statistics.median, min, max) if len(runs) > 1 else (statistics.median,)
+        return [[_drawn(figure(found)) if found else None for found in each] for figure in figures]
+
+    return {
+        "steps": steps,
+        "cpu": thin(middle("cpu")),
+        "wall": thin(middle("wall")),
+        "gradients": runs[0]["gradients"],
+        "loss": thin(spread("loss")),
+        "validation": thin(spread("validation")),
+        "failed": [
+            (steps.index(max(run["steps"])) if run["steps"] else 0, f"seed {run['seed']}: {run['failure']}")
+            for run in runs
+            if run["failure"] is not None
+        ],
+        "runs": len(runs),
+    }
+
+
+def _drawn(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _has(run: TrialRecord, name: str, where: dict[int, int], step: int) -> bool:
+    # a run that failed while it was measured has a step without the values that came after
+    return step in where and where[step] < len(run[name])

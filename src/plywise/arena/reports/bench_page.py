@@ -1,0 +1,305 @@
+"""The report of a bench: its folder's bench.json and trials.jsonl as one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from plywise._util.files import write_whole
+from plywise.arena.reports import bench_charts as charts
+from plywise.arena.reports.page import fill
+from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
+from plywise.arena.run.ledger import read
+from plywise.arena.scoring.conclusions import TOLD, draw_conclusions, span
+from plywise.arena.scoring.intervals import COUNT, LEVEL
+from plywise.arena.scoring.ranking import (
+    FURTHEST,
+    MethodOnWorkload,
+    compare_methods,
+    null_ratio,
+    rank_methods,
+)
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.results import BenchResults, gather_results
+from plywise.arena.scoring.score import CLOCKS, STRICT_PLACE, choose_best
+from plywise.errors import PlywiseError
+
+LARGEST = 1_900_000
+"""Bytes that a page may have with the raw trials in it."""
+
+
+def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
+    """What a bench, finished or not, has in its folder.
+
+    Args:
+        folder: where bench.json and trials.jsonl are.
+
+    Returns:
+        What bench.json holds, and the trials.
+
+    Raises:
+        PlywiseError: a file is missing or is not what a bench writes.
+    """
+    try:
+        bench = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PlywiseError(
+            f"{folder} is no bench: it has no bench.json. Name the folder of a bench.", see="error-bench"
+        ) from error
+    except ValueError as error:
+        raise PlywiseError(
+            f"{folder / 'bench.json'} is not the JSON that a bench writes: {error}.", see="error-bench"
+        ) from error
+    return bench, list(read(folder / "trials.jsonl"))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A bench with everything that is said about it, computed once.
+
+    Attributes:
+        field: its trials, sorted.
+        lines: the same as they were read, in the order of the ledger.
+        rows: every method on every workload.
+        findings: what is to be read from that, in sentences.
+    """
+
+    field: BenchResults
+    lines: list[TrialRecord]
+    rows: list[MethodOnWorkload]
+    findings: list[str]
+
+
+def judge(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Judged:
+    """Judge a bench, whole or interrupted.
+
+    Args:
+        bench: what bench.json holds.
+        lines: the trials of the ledger; not all need be there.
+    """
+    lines = list(lines)
+    field = gather_results(bench, lines)
+    found = compare_methods(field)
+    return Judged(field, lines, found, draw_conclusions(field, found))
+
+
+def write_page(folder: Path) -> tuple[Path, Judged]:
+    """Write the report of a bench, whole or not at all; see `read_bench`.
+
+    Returns:
+        The path of the page, report.html in the folder, and what it is about.
+    """
+    judged = judge(*read_bench(folder))
+    return write_whole(folder / "report.html", page(judged)), judged
+
+
+def page(judged: Judged) -> str:
+    """The report as text: an HTML page that loads nothing."""
+    field, lines, found = judged.field, judged.lines, judged.rows
+    bench = field.bench
+    context = {
+        "title": bench["title"],
+        "bench": bench,
+        "lead": _lead(field),
+        "missing": _missing(field),
+        "findings": judged.findings,
+        "targets": _targets(field),
+        "controls": _controls(field),
+        "failures": _failures(lines),
+        "failed": sum(line["failure"] is not None for line in lines),
+        "trials": len(lines),
+        "methods": _methods(field),
+        "told": TOLD,
+        "rules": {"place": STRICT_PLACE, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
+    }
+    tables = [
+        _download("standing.csv", "Standing (CSV)", "text/csv", ranking_csv(found)),
+        _download("trials.csv", "All trials, one a line (CSV)", "text/csv", runs_csv(field)),
+    ]
+
+    data = _data(field, found)
+
+    def filled(downloads: list[dict[str, str]], note: str) -> str:
+        return fill(
+            "bench.html",
+            styles=["bench.css"],
+            scripts=["bench.js"],
+            data=data,
+            downloads=downloads,
+            download_note=note,
+            **context,
+        )
+
+    room = LARGEST - len(filled(tables, "").encode("utf-8"))
+    for digits in (None, 6, 4, 3):
+        whole = "".join(_raw(line, digits) for line in lines)
+        raw = _download(
+            "trials.jsonl", "All trials with their curves (JSON lines)", "application/x-ndjson", whole
+        )
+        if len(raw["href"]) < room:
+            note = (
+                f"The curves are cut to {digits} digits; trials.jsonl of the bench has them all."
+                if digits
+                else ""
+            )
+            return filled([*tables, raw], note)
+    return filled(tables, "The curves are too large for this page: trials.jsonl of the bench has them.")
+
+
+def _data(field: BenchResults, found: list[MethodOnWorkload]) -> dict[str, Any]:
+    """What the page's script draws; infinite and missing numbers alike become null."""
+    fronts = {
+        (track, workload): charts.front(
+            row for row in found if (row.track, row.workload) == (track, workload)
+        )
+        for track in field.tracks
+        for workload in field.workloads
+    }
+
+    def by(make: Any) -> dict[str, Any]:
+        return {track: {name: make(field, track, name) for name in field.workloads} for track in field.tracks}
+
+    def table(_: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
+        return [
+            {**charts.thin(_plain(row), 4), "front": row.method in fronts[track, workload]}
+            for row in found
+            if (row.track, row.workload) == (track, workload)
+        ]
+
+    return {
+        "methods": field.methods,
+        "before": charts.BEFORE,
+        "nulls": field.nulls,
+        "baselines": field.baselines,
+        "tracks": field.tracks,
+        "clocks": {clock: TOLD[clock] for clock in CLOCKS},
+        "furthest": FURTHEST,
+        "workloads": {
+            name: {
+                **field.bench["workloads"].get(name, {}),
+                "target": charts.thin(field.targets[name].strict, 4),
+                "loose": charts.thin(field.targets[name].loose, 4),
+                "refused": {m: reason for (w, m), reason in field.refused.items() if w == name},
+            }
+            for name in field.workloads
+        },
+        "ranking": {
+            track: {
+                clock: [charts.thin(asdict(one), 4) for one in rank_methods(field, track, clock)]
+                for clock in CLOCKS
+            }
+            for track in field.tracks
+        },
+        "rows": by(table),
+        "curves": by(charts.curves),
+        "layers": by(charts.layers),
+        "rates": {name: charts.rates(field, name) for name in field.workloads},
+        "tuning": {name: charts.tuning_cost(field, name) for name in field.workloads},
+    }
+
+
+def _plain(row: MethodOnWorkload) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name not in ("track", "workload")}
+
+
+def _lead(field: BenchResults) -> str:
+    bench = field.bench
+    methods = len(field.methods) - len(field.nulls)
+    return (
+        f"{_count(methods, 'method')} on {_count(len(field.workloads), 'workload')}: "
+        f"{_count(bench['trials'], 'tuning trial')} each where tuned, then "
+        f"{_count(len(bench['seeds']), 'fresh seed')}."
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _missing(field: BenchResults) -> list[str]:
+    """What a whole bench would have and this one has not."""
+    bench, sentences = field.bench, []
+    if bench.get("unfinished"):
+        sentences.append(" ".join(["Not finished.", *bench["unfinished"]]))
+    absent = [
+        f"{method} on {workload} ({track}, {len(cell.runs) if cell else 0} of {len(bench['seeds'])} runs)"
+        for track in bench["tracks"]
+        for workload in field.workloads
+        for method in field.methods
+        if (workload, method) not in field.refused
+        and (
+            (cell := field.cells.get((track, workload, method))) is None
+            or len(cell.runs) < len(bench["seeds"])
+        )
+    ]
+    if absent:
+        more = f", and {len(absent) - 12} more" if len(absent) > 12 else ""
+        sentences.append(f"Final runs that are missing: {', '.join(absent[:12])}{more}.")
+    return sentences
+
+
+def _targets(field: BenchResults) -> list[dict[str, Any]]:
+    return [
+        {"name": name, **field.bench["workloads"].get(name, {}), **field.targets[name]._asdict()}
+        for name in field.workloads
+    ]
+
+
+def _controls(field: BenchResults) -> list[dict[str, Any]]:
+    """A line a track and null control: its ratios by clock, as text."""
+    return [
+        {
+            "track": track,
+            "null": null,
+            "original": original,
+            "ratios": [
+                span(ratio) if (ratio := null_ratio(field, track, clock, null)) else "–" for clock in CLOCKS
+            ],
+        }
+        for track in field.tracks
+        for null, original in field.nulls.items()
+    ]
+
+
+def _failures(lines: list[TrialRecord]) -> list[dict[str, Any]]:
+    """Failed trials, those with the same reason but for its numbers together; the most frequent first."""
+    groups: Counter[tuple[str, ...]] = Counter()
+    examples: dict[tuple[str, ...], TrialRecord] = {}
+    for line in lines:
+        if line["failure"] is not None:
+            reason = re.sub(r"\d[\d.e+-]*", "#", line["failure"])
+            key = (line["method"], line["workload"], line["purpose"], line["track"], reason)
+            groups[key] += 1
+            examples.setdefault(key, line)
+    return [{**examples[key], "count": count} for key, count in groups.most_common()]
+
+
+def _methods(field: BenchResults) -> list[dict[str, Any]]:
+    """What each method is, what of it may be tuned, and what was chosen on each workload."""
+    found = []
+    for name in field.methods:
+        picks = {
+            workload: best["numbers"]
+            for workload in field.workloads
+            if (best := choose_best(field.tuning.get((workload, name), []), field.targets[workload].strict))
+        }
+        found.append({"name": name, **field.bench["methods"].get(name, {}), "chosen": picks})
+    return found
+
+
+def _raw(line: TrialRecord, digits: int | None) -> str:
+    short = line if digits is None else charts.thin(line, digits)
+    return json.dumps(short, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _download(name: str, label: str, kind: str, text: str) -> dict[str, str]:
+    """A file inside the page: a link to its compressed form, which the page's script unpacks."""
+    packed = base64.b64encode(gzip.compress(text.encode("utf-8"), mtime=0)).decode("ascii")
+    return {"name": name, "label": label, "kind": kind, "href": f"data:application/gzip;base64,{packed}"}

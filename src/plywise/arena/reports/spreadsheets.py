@@ -1,0 +1,87 @@
+"""A bench's standing and its trials as tables for spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+
+from plywise.arena.scoring.ranking import MethodOnWorkload, Spread
+from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.score import CLOCKS, best_validation, is_trained, last_validation, to_target
+
+
+def ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
+    """The rows as a table for spreadsheets; a miss is "inf", what was not measured is empty."""
+    header = ["track", "workload", "method", "runs", "reached", "reached_loose", "failed"]
+    spans = [f"{what}_{end}" for what in ("validation", "test") for end in Spread._fields]
+    timing = [
+        f"{clock}_{what}"
+        for clock in CLOCKS
+        for what in ("low", "median", "high", "ratio_low", "ratio", "ratio_high", "ratio_mark")
+    ]
+    lines: list[list[object]] = []
+    for row in found:
+        line: list[object] = [getattr(row, name) for name in header]
+        for spread in (row.validation, row.test):
+            line += spread or [None] * 3
+        for clock in CLOCKS:
+            line += [*row.times[clock][:3], *(row.ratios[clock] or [None] * 4)]
+        lines.append([*line, row.step_cost, row.seconds, row.peak_mib, _told(row.numbers)])
+    return _csv([*header, *spans, *timing, "step_cost", "cpu_seconds_of_a_run", "peak_mib", "numbers"], lines)
+
+
+def runs_csv(field: BenchResults) -> str:
+    """Every trial of the bench, one a line: what it reached, when, and how it ended."""
+    header = [
+        "workload",
+        "method",
+        "purpose",
+        "track",
+        "trial",
+        "seed",
+        "numbers",
+        "best_validation",
+        "last_validation",
+        "test",
+    ]
+    lines = []
+    for workload in field.workloads:
+        target = field.targets[workload]
+        for method in field.methods:
+            for line in field.trials(workload, method):
+                lines.append(
+                    [
+                        *(line[name] for name in header[:6]),
+                        _told(line["numbers"]),
+                        best_validation(line),
+                        last_validation(line),
+                        line.get("test"),
+                        *(to_target(line, target.strict, clock) for clock in CLOCKS),
+                        to_target(line, target.loose),
+                        line.get("peak_mib") if is_trained(line) else None,
+                        line["failure"],
+                    ]
+                )
+    return _csv(
+        [
+            *header,
+            *(f"{clock}_to_target" for clock in CLOCKS),
+            "steps_to_loose_target",
+            "peak_mib",
+            "failure",
+        ],
+        lines,
+    )
+
+
+def _told(numbers: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in numbers.items())
+
+
+def _csv(header: list[str], lines: Iterable[Iterable[object]]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return file.getvalue()

@@ -1,0 +1,176 @@
+"""A bench's trials for the trackers that people look at curves with: TensorBoard and Trackio."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plywise._util.tensorboard import require_tensorboard
+from plywise.arena.run.ledger import read
+from plywise.arena.scoring.records import FINAL, TUNING, TrialRecord
+from plywise.arena.scoring.score import best_validation
+from plywise.errors import PlywiseError
+
+
+class Point(NamedTuple):
+    """What was measured at a step, by name, and when, in seconds since 1970."""
+
+    step: int
+    values: dict[str, float]
+    when: float
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A trial as a tracker has it.
+
+    Attributes:
+        name: the same for the same trial, whenever it is exported; a path of folders.
+        settings: which trial it is, its numbers, and why it failed, if it did.
+        points: its measurements in order.
+        results: what the trial came to.
+    """
+
+    name: str
+    settings: dict[str, str | float]
+    points: list[Point]
+    results: dict[str, float]
+
+
+class Exported(NamedTuple):
+    """How many trials were written, and how many were there before."""
+
+    written: int
+    before: int
+
+
+def runs_of(folder: Path) -> list[TrackedRun]:
+    """The trials of a bench, finished or not.
+
+    Args:
+        folder: where bench.json and trials.jsonl are.
+
+    Raises:
+        PlywiseError: it holds no bench, or a line is no trial.
+    """
+    path = folder / "bench.json"
+    try:
+        workloads = json.loads(path.read_text(encoding="utf-8"))["workloads"]
+        metrics = {name: workload["metric"] for name, workload in workloads.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlywiseError(
+            f"{folder} is no bench: {path} cannot be read ({error!r}).", see="error-bench"
+        ) from error
+    return [run_of(line, metrics[line["workload"]]) for line in read(folder / "trials.jsonl")]
+
+
+def run_of(line: TrialRecord, metric: str) -> TrackedRun:
+    """A line of the ledger as a run; ``metric`` is what the workload calls its own."""
+    tuning = line["purpose"] == TUNING
+    last = f"trial {line['trial']}" if tuning else f"seed {line['seed']}"
+    which = [line["workload"], line["method"], *([TUNING] if tuning else [FINAL, line["track"]]), last]
+    settings = {name: line[name] for name in ("workload", "method", "purpose", "track", "trial", "seed")}
+    results = {f"best validation {metric}": best_validation(line), f"test {metric}": line["test"]}
+    return TrackedRun(
+        name="/".join(part.replace("/", "_").replace(":", ".") for part in which),
+        settings={**settings, **line["numbers"], "failure": line["failure"] or ""},
+        points=_points(line, metric),
+        results={name: value for name, value in results.items() if value is not None and line["steps"]},
+    )
+
+
+def to_tensorboard(folder: Path, to: Path) -> Exported:
+    """Write event files, a folder for each trial that has none yet.
+
+    A trial's folder is there whole or not at all, so that a bench that is running can be exported again.
+
+    Args:
+        folder: where bench.json and trials.jsonl are.
+        to: what TensorBoard is told as ``--logdir``.
+
+    Raises:
+        PlywiseError: TensorBoard is not installed, or there is no bench.
+    """
+    writer = require_tensorboard()
+    runs = runs_of(folder)
+    new = [run for run in runs if not (to / run.name).exists()]
+    partial = to / ".partial"
+    for run in new:
+        shutil.rmtree(partial, ignore_errors=True)
+        with writer(partial) as board:
+            for point in run.points:
+                for name, value in point.values.items():
+                    board.add_scalar(name, value, point.step, walltime=point.when)
+            board.add_hparams(run.settings, run.results, run_name=".")
+        (to / run.name).parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(to / run.name)
+    return Exported(len(new), len(runs) - len(new))
+
+
+def to_trackio(folder: Path, project: str) -> Exported:
+    """Write runs into a local Trackio project, where it has none of a trial yet; `trackio show` shows them.
+
+    Args:
+        folder: where bench.json and trials.jsonl are.
+        project: its name. Trackio keeps it where its own settings say (``TRACKIO_DIR``).
+
+    Raises:
+        PlywiseError: Trackio is not installed, it refuses the name, or there is no bench.
+    """
+    trackio = _trackio()
+    runs = runs_of(folder)
+    try:
+        before = {run.name for run in trackio.Api().runs(project)}
+    except ValueError:
+        before = set()  # there is no such project yet
+    new = [run for run in runs if run.name not in before]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it says several lines of each run
+            for run in new:
+                _track(trackio, project, run)
+    except ValueError as error:
+        raise PlywiseError(
+            f"Trackio does not take the project {project!r}: {error}", see="error-bench"
+        ) from error
+    return Exported(len(new), len(runs) - len(new))
+
+
+def _track(trackio: Any, project: str, run: TrackedRun) -> None:
+    trackio.init(
+        project, name=run.name, config=run.settings, embed=False, auto_log_gpu=False, auto_log_cpu=False
+    )
+    for point in run.points[:-1]:
+        trackio.log(point.values, step=point.step)
+    last = run.points[-1] if run.points else Point(0, {}, 0.0)
+    trackio.log({**last.values, **run.results}, step=last.step)
+    trackio.finish()
+
+
+def _points(line: TrialRecord, metric: str) -> list[Point]:
+    names = {"training loss": "loss", f"validation {metric}": "validation", "cpu seconds": "cpu"}
+    ended = datetime.fromisoformat(line["finished"]).timestamp()
+    began = ended - (line["wall"][-1] if line["wall"] else 0.0)
+    found = []
+    for index, step in enumerate(line["steps"]):
+        # a trial that failed while it was measured has a step without a metric
+        known = {name: line[key][index] for name, key in names.items() if index < len(line[key])}
+        values = {name: value for name, value in known.items() if value is not None}
+        when = began + (line["wall"][index] if index < len(line["wall"]) else line["wall"][-1])
+        found.append(Point(step, values, when))
+    return found
+
+
+def _trackio() -> Any:
+    try:
+        import trackio
+    except ImportError as error:
+        raise PlywiseError(
+            "--trackio needs Trackio: pip install 'plywise[tracking]'.", see="error-extra"
+        ) from error
+    return trackio

@@ -1,0 +1,78 @@
+"""Optuna's tree-structured Parzen estimator as a bench's search: each trial learns from those before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plywise.arena.run.search import Sobol
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.score import best_validation
+from plywise.arena.space import Range, Space
+from plywise.errors import PlywiseError
+
+DESIGN = 4
+"""First trials, whose points are quasi-random and the same for every method."""
+
+SEED = 0
+"""Seed of trial 0; each has one of its own, so that nothing need be remembered but the ledger."""
+
+
+class OptunaSearch:
+    """Adaptive search, the lowest validation metric being the aim; failures are told as failed.
+
+    A method then profits from the shape of its space, and from luck early on: where methods should have equal
+    luck, take `Sobol`.
+
+    Raises:
+        PlywiseError: Optuna is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise PlywiseError(
+                f"--search optuna needs Optuna ({error}): pip install 'plywise[optuna]'.", see="error-extra"
+            ) from error
+        self._optuna: Any = optuna
+
+    def rounds(self, trials: int) -> list[range]:
+        """The design at once, and then one trial of every method after the other."""
+        design = min(trials, DESIGN)
+        return [range(design), *(range(trial, trial + 1) for trial in range(design, trials))]
+
+    def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
+        """The point that Optuna suggests after the trials before this one."""
+        if trial < DESIGN:
+            return Sobol().numbers(space, trial, past)
+        optuna = self._optuna
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=SEED + trial, n_startup_trials=1)
+        study = optuna.create_study(sampler=sampler)
+        ranges = {
+            name: optuna.distributions.FloatDistribution(one.low, one.high, log=one.log)
+            for name, one in space.items()
+        }
+        for line in sorted(past, key=lambda one: one["trial"]):
+            study.add_trial(self._told(line, ranges, space))
+        suggested = study.ask(ranges).params
+        return {name: _three_digits(suggested[name], one) for name, one in space.items()}
+
+    def _told(self, line: TrialRecord, ranges: Mapping[str, Any], space: Space) -> Any:
+        """A trial of the ledger as one of Optuna's."""
+        trial = self._optuna.trial
+        best = best_validation(line)
+        ended = line["failure"] is None and math.isfinite(best)
+        return trial.create_trial(
+            params={name: line["numbers"][name] for name in space},
+            distributions=dict(ranges),
+            value=best if ended else None,
+            state=trial.TrialState.COMPLETE if ended else trial.TrialState.FAIL,
+        )
+
+
+def _three_digits(value: float, one: Range) -> float:
+    """As points have them, and never outside."""
+    return min(max(float(f"{value:.3g}"), one.low), one.high)

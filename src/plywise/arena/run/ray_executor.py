@@ -1,0 +1,194 @@
+"""Trials on a Ray cluster: the machines of a lab in place of the cores of one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plywise._util.import_path import load
+from plywise.arena.methods import find_method
+from plywise.arena.run.executor import PATIENCE, ProcessExecutor
+from plywise.arena.run.job import TrialJob
+from plywise.data.parts import Data
+from plywise.errors import MORE, PlywiseError
+
+GRACE = 10.0
+"""Seconds that trials get to end when they are cancelled, and a cluster to answer."""
+LOOK = 0.5
+"""Seconds between two looks whether `RayExecutor.stop` has been called."""
+
+
+class RayExecutor:
+    """The CPUs of a Ray cluster, a process for each trial.
+
+    A trial runs just as one of `ProcessExecutor` does: its process is forked from one that has imported
+    torch, and that it is killed or takes longer than ``patience`` is an outcome. So is the loss of
+    the machine. Each workload's data are sent once. When the caller stops early, or calls `stop`, running
+    trials are ended.
+
+    The machines need the same Python, torch and plywise. A model, data or method of your own, as module:name,
+    must be importable there: from the same folder, where the machines share their disks, or installed.
+
+    This process connects to the cluster, or starts one, and leaves it when it ends. Where Ray is in use
+    already, what it is connected to is taken, whatever the address.
+
+    Args:
+        address: ``host:port`` of a cluster that this machine is part of; "auto" finds it; "local" starts one
+            on this machine's cores.
+        threads: torch's threads in each trial, and CPUs that each one takes.
+        patience: seconds that a trial may take.
+
+    Attributes:
+        count: trials at once.
+
+    Raises:
+        PlywiseError: Ray is not installed, there is no cluster, or no machine of it has that many CPUs.
+
+    Example:
+        >>> RayExecutor("local", threads=0)
+        Traceback (most recent call last):
+        plywise.errors.PlywiseError: Threads are at least 1, not 0.
+        More: docs/reference/errors.md#error-bench
+    """
+
+    def __init__(self, address: str = "auto", threads: int = 1, patience: float = PATIENCE) -> None:
+        if threads < 1:
+            raise PlywiseError(f"Threads are at least 1, not {threads}.", see="error-bench")
+        self.threads, self.patience = threads, patience
+        self._ray = _connected(address)
+        cpus = [node["Resources"].get("CPU", 0.0) for node in self._ray.nodes() if node["Alive"]]
+        self.count = sum(int(own // threads) for own in cpus)
+        if not self.count:
+            raise PlywiseError(
+                f"No machine of the Ray cluster {address} has {threads} CPUs: they have "
+                f"{', '.join(f'{own:g}' for own in cpus)}. Take fewer --threads.",
+                see="error-bench",
+            )
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End the running trials, for good: `run` gives those that have ended, and no more.
+
+        May be called from a signal's handler while `run` waits.
+        """
+        self._stopped = True
+
+    def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
+        """Each job with its ledger line, in the order in which they end.
+
+        Raises:
+            PlywiseError: the cluster cannot run trials at all: it is gone, or plywise or your module is not
+                on its machines.
+        """
+        queue = iter(jobs)
+        sent: dict[str, Any] = {}
+        running: dict[Any, TrialJob] = {}
+        try:
+            while not self._stopped:
+                while len(running) < self.count and (job := next(queue, None)) is not None:
+                    running[self._begun(job, sent)] = job
+                if not running:
+                    return
+                yield from self._ended(running, LOOK)
+            if running:
+                yield from self._ended(running, 0.0)
+        finally:
+            for answer in running:
+                self._ray.cancel(answer)
+            if running:  # this process may end next, and Ray's would not live to end the trials
+                self._ray.wait(list(running), num_returns=len(running), timeout=GRACE)
+
+    def _ended(
+        self, running: dict[Any, TrialJob], patience: float
+    ) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
+        """Wait for a trial to end, so many seconds: all that have, and their lines, leave those that run."""
+        self._ray.wait(list(running), timeout=patience)
+        ready, _ = self._ray.wait(list(running), num_returns=len(running), timeout=0)
+        for answer in ready:
+            job = running.pop(answer)
+            yield job, self._outcome(job, answer)
+
+    def _begun(self, job: TrialJob, sent: dict[str, Any]) -> Any:
+        """A trial on its way; its data are sent with the first that needs them."""
+        if job.data not in sent:
+            sent[job.data] = self._ray.put(Data.load(Path(job.data)))
+        gpus = float(job.device.startswith("cuda"))
+        task = self._ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=0)(_work)
+        place = (os.getcwd(), tuple(sys.path))
+        return task.remote(job, sent[job.data], self.threads, self.patience, place)
+
+    def _outcome(self, job: TrialJob, answer: Any) -> dict[str, Any]:
+        """The line that was sent, or that it was not."""
+        errors = self._ray.exceptions
+        try:
+            line: dict[str, Any] = self._ray.get(answer)
+            return line
+        except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError) as error:
+            return job.failed(f"its process was lost ({type(error).__name__} on Ray)")
+        except errors.RayError as error:
+            raise PlywiseError(
+                f"The Ray cluster cannot run {job.key.method}: {_last(error)}. Its machines need the same "
+                "Python, torch and plywise as this one, and your own modules at the same place or installed.",
+                see="error-bench",
+            ) from error
+
+
+def _work(
+    job: TrialJob, data: Data, threads: int, patience: float, place: tuple[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """What a process of Ray's does: it has the trial run in a process of its own, and waits."""
+    folder, path = place
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    sys.path[:] = [*path, *(one for one in sys.path if one not in path)]
+    find_method(job.key.method)  # what is not on this machine is no outcome of the trial
+    if job.entry.model:
+        load(job.entry.model, "your model")
+    # the trial's process would run Ray's main module again
+    vars(sys.modules["__main__"]).pop("__file__", None)
+    # what Ray cancels by does not end a wait: a signal each second does, and then the interrupt is seen
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    with tempfile.TemporaryDirectory(prefix="plywise-ray-") as scratch:
+        data.save(file := Path(scratch) / "data.pt")
+        crew = ProcessExecutor(1, threads, patience)
+        return next(line for _, line in crew.run([replace(job, data=str(file))]))
+
+
+def _connected(address: str) -> Any:
+    """The module `ray`, connected."""
+    try:
+        import ray
+    except ImportError as error:
+        raise PlywiseError(
+            f"--ray needs Ray ({error}): pip install 'plywise[ray]'.", see="error-extra"
+        ) from error
+    if ray.is_initialized():
+        return ray
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdigit():  # Ray would try for minutes where nobody listens
+            socket.create_connection((host, int(port)), timeout=GRACE).close()
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PlywiseError(
+            f"There is no Ray cluster at {address!r} ({_last(error)}). Start one with `ray start --head` on "
+            "one machine and `ray start --address=HOST:PORT` on the others, or take --ray local.",
+            see="error-bench",
+        ) from error
+    return ray
+
+
+def _last(error: BaseException) -> str:
+    """The last line of an error, without a full stop: Ray's first ones are a traceback, its last our note."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith(MORE)]
+    return lines[-1].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,64 @@
+"""How the numbers of tuning trials are found: the same number of trials for every method, however."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.space import Space, points
+from plywise.errors import PlywiseError
+
+SEARCHES = ("sobol", "optuna")
+"""Names of the searches; the first is what a bench does unless told otherwise."""
+
+
+class Search(Protocol):
+    """Where to look next. It keeps nothing: the same past gives the same numbers, after a resume, too."""
+
+    def rounds(self, trials: int) -> list[range]:
+        """Numbers of the trials that may run at once; a round begins when the one before has ended."""
+        ...
+
+    def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
+        """The numbers of a trial.
+
+        Args:
+            space: what is tuned of the method.
+            trial: which trial, from 0.
+            past: the lines of the same method on the same workload, of all rounds before.
+        """
+        ...
+
+
+class Sobol:
+    """Quasi-random points, the same shares of the ranges for every method: equal luck; see `points`.
+
+    Example:
+        >>> from plywise.arena.space import Range
+        >>> Sobol().numbers({"lr": Range(0.001, 1, 0.1)}, 1, []), Sobol().rounds(8)
+        ({'lr': 0.0806}, [range(0, 8)])
+    """
+
+    def rounds(self, trials: int) -> list[range]:
+        """All at once: no point depends on another."""
+        return [range(trials)]
+
+    def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
+        """The point, whatever has been."""
+        return points(space, trial + 1)[trial]
+
+
+def find_search(name: str) -> Search:
+    """The search called ``name``.
+
+    Raises:
+        PlywiseError: there is none, or it needs what is not installed.
+    """
+    if name == "sobol":
+        return Sobol()
+    if name == "optuna":
+        from plywise.arena.run.optuna_search import OptunaSearch
+
+        return OptunaSearch()
+    raise PlywiseError(f"No search is called {name!r}. There are: {', '.join(SEARCHES)}.", see="error-bench")

@@ -1,0 +1,167 @@
+"""One trial: train one configuration once and say what happened, failures included."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from plywise._util.import_path import user_line
+from plywise._util.seeded import seeded
+from plywise.arena.method import Trainer
+from plywise.arena.task import Task, mean
+from plywise.data.batches import endless_batches
+from plywise.data.digits import Split
+from plywise.data.parts import Data
+
+HOPELESS = 1e3
+"""A loss this many times above the first one (or above 1, if that is more) has diverged."""
+
+LOOK = 500
+"""Training samples that the training loss is measured on."""
+
+MOST_ROWS = 250
+"""Samples that are measured on at once, or a batch if that is fewer: measuring takes no more memory."""
+
+
+@dataclass
+class TrialResult:
+    """What one trial measured.
+
+    Attributes:
+        seed: seed of the initial weights and of the order of the batches.
+        steps: steps after which was measured, from 0.
+        loss: loss on training samples, the first 500 unless told otherwise, after each of ``steps``; None
+            where the method's outputs are not what the task's loss takes.
+        validation: metric on the validation set after each of ``steps``.
+        cpu: processor seconds that training (and nothing else) had taken after each of ``steps``.
+        wall: seconds of the clock on the wall, alike.
+        test: metric on the test set at the end, if it was asked for.
+        measuring: seconds that all the measuring took, off these clocks.
+        failure: why training stopped early, or None.
+    """
+
+    seed: int
+    steps: list[int] = field(default_factory=list)
+    loss: list[float | None] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    test: float | None = None
+    measuring: float = 0.0
+    failure: str | None = None
+
+    @property
+    def final_loss(self) -> float | None:
+        """The last of ``loss``; None if the trial failed."""
+        return self.loss[-1] if self.loss and self.failure is None else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON can say it: what is not finite is None, and ``failure`` says why."""
+        return {
+            key: [_finite(item) for item in value] if isinstance(value, list) else _finite(value)
+            for key, value in asdict(self).items()
+        }
+
+
+class DivergedError(ArithmeticError):
+    """The loss is not finite, or hopeless."""
+
+
+def run_trial(
+    begin: Callable[[], Trainer],
+    data: Data,
+    task: Task,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int = 128,
+    measure_every: int = 10,
+    test: bool = False,
+    look: int = LOOK,
+    meter: AbstractContextManager[Any] | None = None,
+) -> TrialResult:
+    """Train once. The same seed gives every method the same initial weights and the same batches.
+
+    A failure is an outcome: a loss that is not finite or a thousand times the first one, or any exception,
+    ends the training and is written into the record. The caller's random states are left alone: torch's, on
+    every GPU in use, too, NumPy's and Python's.
+
+    Args:
+        begin: makes model and trainer; called with the seed set.
+        data: trained on, measured on, and read once at the end if ``test``.
+        task: loss and metric.
+        seed: seed of weights and batches.
+        steps: how many steps to take.
+        batch_size: samples a batch; an incomplete batch at the end of an epoch is left out.
+        measure_every: measure after every so many steps, and after the last; never on the clock.
+        test: measure on the test set at the end.
+        look: training samples that the training loss is measured on.
+        meter: entered after the measurement before the first step, left before the test set is read.
+    """
+    record = TrialResult(seed)
+    count = 0
+    with seeded(seed):
+        try:
+            trainer = begin()
+            batches = endless_batches(data.train, batch_size, seed)
+            seen = replace(data, train=Split(data.train.x[:look], data.train.y[:look]))
+            rows = min(MOST_ROWS, batch_size)
+            _measure(record, trainer, seen, task, 0, (0.0, 0.0), rows)
+            cpu = wall = 0.0
+            with meter or nullcontext():
+                for count in range(1, steps + 1):
+                    x, y = next(batches)
+                    cpu_start, start = time.process_time(), time.perf_counter()
+                    loss = trainer.step(x, y)
+                    cpu += time.process_time() - cpu_start
+                    wall += time.perf_counter() - start
+                    _check(loss, record, "batch")
+                    if count % measure_every == 0 or count == steps:
+                        _measure(record, trainer, seen, task, count, (cpu, wall), rows)
+            if test:
+                record.test = task.measure(trainer.predict, data.test, rows)
+        except DivergedError as error:
+            record.failure = f"diverged at step {count}: {error}"
+        except Exception as error:
+            where = f"at step {count}" if record.steps else "before the first step"
+            record.failure = f"{type(error).__name__} {where}: {str(error).split('. ')[0]}{user_line(error)}"
+    return record
+
+
+def _measure(
+    record: TrialResult,
+    trainer: Trainer,
+    data: Data,
+    task: Task,
+    step: int,
+    clocks: tuple[float, float],
+    rows: int,
+) -> None:
+    start = time.perf_counter()
+    loss = None
+    if trainer.plain:
+        loss = mean(task.loss, trainer.predict, data.train, rows)
+    record.steps.append(step)
+    record.loss.append(loss)
+    record.validation.append(task.measure(trainer.predict, data.validation, rows))
+    record.cpu.append(clocks[0])
+    record.wall.append(clocks[1])
+    record.measuring += time.perf_counter() - start
+    if loss is not None:
+        _check(loss, record, "training")
+    if not math.isfinite(record.validation[-1]):
+        raise DivergedError(f"the validation {task.metric_name} is {record.validation[-1]:.3g}")
+
+
+def _check(loss: float, record: TrialResult, what: str) -> None:
+    first = record.loss[0]
+    if not math.isfinite(loss) or (first is not None and loss > HOPELESS * max(1.0, first)):
+        raise DivergedError(f"the {what} loss is {loss:.3g}")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

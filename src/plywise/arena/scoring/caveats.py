@@ -1,0 +1,136 @@
+"""What is to be kept in mind when a bench is read: its search, what failed, how few seeds there are."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from plywise.arena.scoring.intervals import surest
+from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.score import choose_best
+
+EDGE = 0.05
+"""Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
+
+
+def list_caveats(field: BenchResults) -> list[str]:
+    """Sentences on a bench that has at least one final run."""
+    return [
+        *_search(field),
+        *_resumed(field),
+        *_repeated(field),
+        *_unseen(field),
+        *_failures(field),
+        *_edges(field),
+        *_seeds(field),
+    ]
+
+
+def _search(field: BenchResults) -> list[str]:
+    search = (field.bench.get("plan") or {}).get("search", "sobol")
+    if search == "sobol":
+        return []
+    return [
+        f"The numbers were searched by {search}, which learns from a method's own trials: all methods had "
+        "the same number of trials, but not the same luck with them."
+    ]
+
+
+def _resumed(field: BenchResults) -> list[str]:
+    count = len(field.bench.get("resumed") or [])
+    if not count:
+        return []
+    return [
+        f"The bench was gone on with {count} time{'s' if count > 1 else ''} on another machine or with other "
+        "versions: steps can be compared, times only with care."
+    ]
+
+
+def _repeated(field: BenchResults) -> list[str]:
+    sentences = []
+    for name, one in field.bench["workloads"].items():
+        found = {part: count for part, count in one.get("repeated", {}).items() if count}
+        if found:
+            told = " and ".join(f"{count:,} of {one[part]:,} {part} samples" for part, count in found.items())
+            sentences.append(
+                f"{told} of {name} have the inputs of a training sample: what remembers those looks better "
+                "than it is on new ones."
+            )
+    return sentences
+
+
+def _unseen(field: BenchResults) -> list[str]:
+    return [
+        f"The layers of {name} could not be looked at before training: {one['unseen']}."
+        for name, one in field.bench["workloads"].items()
+        if one.get("unseen")
+    ]
+
+
+def _failures(field: BenchResults) -> list[str]:
+    trials = [
+        line
+        for workload in field.workloads
+        for method in field.methods
+        for line in field.trials(workload, method)
+    ]
+    failed = Counter(line["method"] for line in trials if line["failure"] is not None)
+    told = ", ".join(f"{name} {count}" for name, count in failed.most_common())
+    sentences = [
+        f"{failed.total()} of {len(trials)} trials failed{f' ({told})' if told else ''}; failures are "
+        "counted, not dropped."
+    ]
+    if field.refused:
+        names = Counter(method for _, method in field.refused)
+        told = ", ".join(f"{name} on {count}" for name, count in names.items())
+        sentences.append(
+            f"Workloads that a method does not fit count as misses in profiles and ranks: {told}."
+        )
+    return sentences
+
+
+def _edges(field: BenchResults) -> list[str]:
+    """Whose best numbers lie at the edge of what was searched."""
+    found: Counter[str] = Counter()
+    for (workload, method), trials in field.tuning.items():
+        best = choose_best(trials, field.targets[workload].strict)
+        space = field.bench["methods"].get(method, {}).get("space") or {}
+        for name, one in space.items():
+            if best is not None and name in best["numbers"] and at_edge(best["numbers"][name], one):
+                found[f"{name} of {method}"] += 1
+    if not found:
+        return []
+    told = ", ".join(f"{what} on {count} of {len(field.workloads)}" for what, count in found.most_common())
+    return [f"The chosen number lies at the edge of its range, which may be too narrow: {told}."]
+
+
+def at_edge(value: float, one: Mapping[str, Any]) -> bool:
+    """Whether a number lies in the outer twentieth of its range, as bench.json has it.
+
+    Example:
+        >>> one = {"low": 1e-3, "high": 1.0, "log": True}
+        >>> at_edge(0.9, one), at_edge(0.03, one)
+        (True, False)
+    """
+    low, high = one["low"], one["high"]
+    if one["log"]:
+        value, low, high = math.log(value), math.log(low), math.log(high)
+    return not EDGE <= (value - low) / (high - low) <= 1 - EDGE
+
+
+def _seeds(field: BenchResults) -> list[str]:
+    least = min(len(cell.runs) for cell in field.cells.values())
+    if least == 1:
+        return [
+            "One seed tells nothing about noise: intervals of a single run hold no more than the time "
+            "between two measurements. Run more seeds."
+        ]
+    if surest(least) >= 0.95:
+        return []
+    return [
+        f"An interval of {least} seeds is their range at most, which on one workload holds the true median "
+        f"with a probability of {100 * surest(least):.0f} %: take single workloads with caution. Six seeds "
+        "reach 95 %."
+    ]

@@ -1,0 +1,349 @@
+"""The plain-language reading of a bench, computed from its standing: who won where, who did not, what failed.
+
+A difference is told only if its interval leaves 1 out and its value lies beyond what the null control shows
+(see `plywise.arena.scoring.intervals.Interval.apart`). What cannot be told apart is said to be so.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+
+from plywise.arena.scoring.caveats import list_caveats
+from plywise.arena.scoring.intervals import Interval
+from plywise.arena.scoring.ranking import (
+    MethodOnWorkload,
+    MethodRanking,
+    noise,
+    noise_alone,
+    null_ratio,
+    rank_methods,
+)
+from plywise.arena.scoring.records import DEFAULTS
+from plywise.arena.scoring.results import BenchResults
+
+SPARING = 0.9
+"""Share of the reference's memory below which a method counts as sparing."""
+
+TOLD = {"steps": "steps", "gradients": "gradient passes", "cpu": "CPU time", "wall": "time on the wall"}
+"""What clocks are called in a sentence."""
+
+FEWEST = 3
+"""Final runs of a method below which no difference is told."""
+
+
+def draw_conclusions(field: BenchResults, rows: Iterable[MethodOnWorkload]) -> list[str]:
+    """Sentences on a bench, whole or interrupted.
+
+    Args:
+        field: the sorted trials.
+        rows: their `plywise.arena.scoring.ranking.compare_methods`.
+    """
+    rows = list(rows)
+    if not rows:
+        return ["No final run has ended yet, so that there is nothing to compare."]
+    track = field.tracks[0]
+    standing = {clock: rank_methods(field, track, clock) for clock in ("steps", "cpu")}
+    told = [*_targets(field), *_misses(track, rows), *_untuned(field)]
+    last = [*_memory(field, track, rows), *list_caveats(field)]
+    if statistics.median(len(cell.runs) for cell in field.cells.values()) < FEWEST:
+        few = f"Fewer than {FEWEST} seeds tell too little about noise to name anybody: run more of them."
+        return [few, *told, *last]
+    return [
+        *_advice(field, track, standing, rows),
+        *_control(field, track),
+        *_race(field, track, standing),
+        *_by_workload(field, track, rows),
+        *_ends(field, track, rows),
+        *told,
+        *last,
+    ]
+
+
+def _targets(field: BenchResults) -> list[str]:
+    without = [name for name, target in field.targets.items() if target.strict is None]
+    if not without:
+        return []
+    return [
+        "No target, since no tuning trial of a baseline came to its end: every run counts as a miss on "
+        f"{listed(without)}."
+    ]
+
+
+def _control(field: BenchResults, track: str) -> list[str]:
+    """What the null control says about noise."""
+    if not field.nulls:
+        return [
+            "There is no null control in this bench: how large the noise of the machine is, nobody knows."
+        ]
+    sentences = []
+    for null, original in field.nulls.items():
+        told = [
+            f"{span(ratio)} in {TOLD[clock]}"
+            for clock in ("steps", "cpu", "wall")
+            if (ratio := null_ratio(field, track, clock, null)) is not None
+        ]
+        if told:
+            sentences.append(
+                f"{null} is {original} once more, the null control: its times over those of {original} are "
+                f"{', '.join(told)}."
+            )
+        else:
+            sentences.append(f"{null}, the null control, cannot be compared with {original} in this track.")
+    limits = {clock: noise(field, track, clock) for clock in ("steps", "cpu")}
+    if any(map(math.isinf, limits.values())):
+        return [
+            *sentences,
+            "A null control has no times to learn the noise from: no difference is told below.",
+        ]
+    told = [f"{limit:.2f}× in {TOLD[clock]}" for clock, limit in limits.items()]
+    alone = f"; on a single workload within {noise_alone(field, track, 'cpu'):.2f}× in {TOLD['cpu']}"
+    return [
+        *sentences,
+        f"Where the null control always reached the target it is within {' and '.join(told)}"
+        f"{alone if len(field.workloads) > 1 else ''}: that is noise.",
+    ]
+
+
+def _race(field: BenchResults, track: str, standing: dict[str, list[MethodRanking]]) -> list[str]:
+    """Who needs fewer steps, or less time, than the best baseline over all workloads."""
+    sentences = []
+    better: dict[str, list[str]] = {}
+    for clock, found in standing.items():
+        limit = noise(field, track, clock)
+        compared = [one for one in found if one.ratio and one.method not in field.nulls]
+        apart = _apart(field, found, limit)
+        ahead = sorted((one for one in apart if one.ratio and one.ratio.value < 1), key=_by_ratio)
+        behind = [one.method for one in apart if one.ratio and one.ratio.value > 1]
+        level = [
+            one.method
+            for one in compared
+            if one not in apart and one.reached and one.method not in field.baselines
+        ]
+        better[clock] = [one.method for one in ahead]
+        if not compared:
+            continue
+        told = ", ".join(f"{one.method} {span(one.ratio)}{_of(field, one)}" for one in ahead if one.ratio)
+        sentences.append(
+            f"Ahead of the best baseline in {TOLD[clock]} to the target, beyond noise: {told or 'nobody'}."
+            + (f" Behind: {listed(behind)}." if behind else "")
+            + (f" Not to be told apart: {listed(level)}." if level else "")
+        )
+    eaten = [name for name in better.get("steps", []) if name not in better.get("cpu", [])]
+    if eaten:
+        sentences.append(
+            f"Fewer steps, but not less CPU time beyond noise: {listed(eaten)}. Dearer steps ate "
+            "the gain, or noise hides it."
+        )
+    return sentences
+
+
+def _apart(field: BenchResults, found: list[MethodRanking], limit: float) -> list[MethodRanking]:
+    """Who differs from the best baseline; a method that has null controls only if they all differ alike."""
+    sides = {
+        one.method: one.ratio.value > 1 for one in found if one.ratio is not None and one.ratio.apart(limit)
+    }
+    doubtful = {original for null, original in field.nulls.items() if sides.get(null) != sides.get(original)}
+    return [one for one in found if one.method in sides and one.method not in {*field.nulls, *doubtful}]
+
+
+def _by_workload(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+    """Who won on each workload in processor time; where nobody did, in one sentence."""
+    limit = noise_alone(field, track, "cpu")
+    sentences = []
+    unbeaten: dict[str, list[str]] = {}
+    unreached = []
+    for workload in field.workloads:
+        peer = field.peer(workload, "cpu")
+        here = [row for row in rows if row.track == track and row.workload == workload]
+        if peer is None or not here:
+            continue
+        if math.isinf(peer.times["cpu"].value):
+            if field.targets[workload].strict is not None:
+                unreached.append(workload)
+            continue
+        name = peer.runs[0]["method"]
+        found = [(row.ratios["cpu"], row.method) for row in here if row.method not in field.nulls]
+        ahead = sorted(
+            (ratio.value, method, ratio)
+            for ratio, method in found
+            if ratio is not None and ratio.value < 1 and ratio.apart(limit)
+        )
+        if ahead:
+            told = ", ".join(f"{method} {span(ratio)}" for _, method, ratio in ahead[:3])
+            more = f", and {len(ahead) - 3} more" if len(ahead) > 3 else ""
+            sentences.append(f"On {workload}, less CPU time to the target than {name}: {told}{more}.")
+        else:
+            unbeaten.setdefault(name, []).append(workload)
+    if unreached:
+        sentences.append(
+            f"No baseline reached the target in its median run on {listed(unreached)}: times are not "
+            "compared there. The best of many measurements on few validation samples is hard to repeat; more "
+            "of them, or more seeds, help."
+        )
+    if unbeaten and not math.isinf(limit):
+        told = ", than ".join(f"{name} on {listed(where)}" for name, where in unbeaten.items())
+        sentences.append(f"Nobody takes less CPU time to the target, beyond noise, than {told}.")
+    return sentences
+
+
+def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
+    """Who did not arrive, and whether they came near."""
+    shown = [row for row in rows if row.track == track]
+    missed = [row for row in shown if 2 * row.reached < row.runs]
+    near = [row for row in missed if 2 * row.reached_loose > row.runs]
+    if not missed:
+        return []
+    return [
+        f"More than half of the runs missed the target: {_who(missed, shown)}."
+        + (f" The loose target was in reach of {_who(near, missed)}." if near else "")
+    ]
+
+
+def _ends(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+    """Whose test metric, in every seed, is below that of every seed of the baseline that ended best."""
+    sentences = []
+    for workload in field.workloads:
+        here = {row.method: row.test for row in rows if (row.track, row.workload) == (track, workload)}
+        tests = {method: test for method, test in here.items() if test is not None}
+        peer = min(
+            (name for name in field.baselines if name in tests), key=lambda name: tests[name], default=None
+        )
+        if peer is None:
+            continue
+        below = [
+            method
+            for method, test in tests.items()
+            if test.greatest < tests[peer].least and method not in field.nulls
+        ]
+        if below:
+            sentences.append(
+                f"On {workload}, every seed ends with a lower test metric than every seed of {peer}: "
+                f"{listed(below)}."
+            )
+    return sentences
+
+
+def _memory(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+    """Who needs less memory at the peak than the reference, on every workload where both were measured."""
+    peaks: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.track == track and row.peak_mib is not None:
+            peaks.setdefault(row.method, {})[row.workload] = row.peak_mib
+    plain = peaks.get(field.reference or "", {})
+    told = []
+    for method, own in peaks.items():
+        shares = [own[workload] / plain[workload] for workload in own if plain.get(workload)]
+        if shares and max(shares) < SPARING:
+            told.append(f"{method} {min(shares):.2f} to {max(shares):.2f}×")
+    return [f"Peak memory, as a multiple of {field.reference}'s: {', '.join(told)}."] if told else []
+
+
+def _untuned(field: BenchResults) -> list[str]:
+    """Which methods need no tuning to arrive."""
+    if DEFAULTS not in field.tracks:
+        return []
+    counts = {
+        one.method: (one.reached, one.runs) for one in rank_methods(field, DEFAULTS, "steps") if one.runs
+    }
+    told = [
+        f"{name} {reached} of {runs}"
+        for name, (reached, runs) in sorted(counts.items(), key=lambda item: -item[1][0] / item[1][1])
+        if reached and name not in field.nulls
+    ]
+    if not counts:
+        return []
+    return [f"Runs at the defaults that reached the target: {', '.join(told) or 'none of any method'}."]
+
+
+def _advice(
+    field: BenchResults, track: str, standing: dict[str, list[MethodRanking]], rows: list[MethodOnWorkload]
+) -> list[str]:
+    """What to use when, as far as the intervals bear it."""
+    sentences = []
+    for clock, when in (
+        ("cpu", "If CPU time is what counts"),
+        ("steps", "If the number of steps is what counts"),
+    ):
+        limit = noise(field, track, clock)
+        sure = [
+            one.method
+            for one in standing[clock]
+            if one.ratio
+            and one.ratio.value < 1
+            and one.ratio.apart(limit)
+            and one.compared == len(field.workloads)
+        ]
+        first = [
+            one.method for one in standing[clock] if one.rank and one.rank.low <= 1 and one.area.value > 0
+        ]
+        use = [name for name in first if name in sure]
+        if use:
+            sentences.append(f"{when}: use {' or '.join(use)}.")
+        elif first:
+            baselines = [name for name in first if name in field.baselines]
+            keep = f"keep to {' or '.join(baselines)}" if baselines else "no choice is safe"
+            sentences.append(
+                f"{when}: {keep}; nothing beats the best baseline beyond noise over all workloads."
+            )
+    if DEFAULTS in field.tracks and track != DEFAULTS:
+        able = [
+            one.method
+            for one in rank_methods(field, DEFAULTS, "cpu")
+            if one.rank and one.runs and one.reached == one.runs and len(one.profile) == len(field.workloads)
+        ]
+        sentences.append(
+            f"If there is no time to tune: {listed(able)} reached every target in every run at the defaults."
+            if able
+            else "If there is no time to tune: no method reached every target in every run at its defaults."
+        )
+    return sentences
+
+
+def span(ratio: Interval) -> str:
+    """A ratio with its limits.
+
+    Example:
+        >>> span(Interval(0.412, 0.5, float("inf"), "≥"))
+        '≥0.50× (0.41 to ∞)'
+    """
+    limits = f"{_short(ratio.low)} to {_short(ratio.high)}"
+    if ratio.low == 0 and math.isinf(ratio.high):
+        limits = "without limits"
+    return f"{ratio.mark}{_short(ratio.value)}× ({limits})"
+
+
+def _short(value: float) -> str:
+    return "∞" if math.isinf(value) else f"{value:.2f}" if value < 10 else f"{value:.3g}"
+
+
+def listed(names: list[str]) -> str:
+    """Names with commas and an "and"."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def _listed_of(names: list[str], whole: list[str]) -> str:
+    """The same, of a longer list: where only a few are not meant, these are told."""
+    others = [name for name in whole if name not in names]
+    if len(names) < 2 or 2 * len(others) >= len(names):
+        return listed(names)
+    return f"all {len(whole)} but {listed(others)}" if others else f"all {len(whole)}"
+
+
+def _who(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
+    """Methods of some rows: by name where all are of one workload, else with the number of workloads."""
+    if len({row.workload for row in whole}) == 1:
+        return _listed_of([row.method for row in some], [row.method for row in whole])
+    counts, of = (Counter(row.method for row in group) for group in (some, whole))
+    return ", ".join(f"{name} on {count} of {of[name]}" for name, count in counts.most_common())
+
+
+def _of(field: BenchResults, one: MethodRanking) -> str:
+    whole = len(field.workloads)
+    return "" if one.compared == whole else f" on {one.compared} of {whole} workloads"
+
+
+def _by_ratio(one: MethodRanking) -> float:
+    return one.ratio.value if one.ratio else math.inf

@@ -1,0 +1,330 @@
+"""Who stands where: `compare_methods` judges each method on each workload, `rank_methods` over all workloads.
+
+How a miss counts. It is infinity in medians, profiles and ranks. In a quotient it enters as the whole budget
+of the run, the least that it took, and the figure is marked as a bound (see `intervals`).
+No mean is ever taken of times that were cut off.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from plywise.arena.scoring.intervals import Draws, Interval, Timed, geometric_interval, limits, ratio_interval
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.results import BenchResults, Cell, step_seconds
+from plywise.arena.scoring.score import CLOCKS, is_trained, last_validation, to_target
+
+FURTHEST = 4.0
+"""Performance profiles end here: who takes four times as long as the quickest gets nothing."""
+
+
+class Spread(NamedTuple):
+    """Median, least and greatest of the seeds; a failed run counts as infinity."""
+
+    median: float
+    least: float
+    greatest: float
+
+
+@dataclass(frozen=True)
+class MethodOnWorkload:
+    """One method on one workload in one track.
+
+    Attributes:
+        track: "tuned" or "defaults".
+        workload: name of the workload.
+        method: name of the method.
+        runs: how many final runs there are.
+        reached: how many of them reached the target.
+        reached_loose: how many reached the loose target.
+        failed: how many failed.
+        times: the median time to the target by clock.
+        ratios: that over the peer's; None where there is no peer, or both missed.
+        validation: validation metric at the end.
+        test: test metric at the end; None where it was not read.
+        step_cost: processor seconds of a step over the reference's; None where either was not timed.
+        seconds: processor seconds of a whole run; None where no step was timed.
+        peak_mib: memory at its peak, the median of the final runs that measured it: other numbers, such as a
+            memory that is tuned, need other amounts. None where no run got as far as a measured step.
+        numbers: the tuned numbers of the runs.
+    """
+
+    track: str
+    workload: str
+    method: str
+    runs: int
+    reached: int
+    reached_loose: int
+    failed: int
+    times: dict[str, Interval]
+    ratios: dict[str, Interval | None]
+    validation: Spread
+    test: Spread | None
+    step_cost: float | None
+    seconds: float | None
+    peak_mib: float | None
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class MethodRanking:
+    """One method over all workloads, in one track and on one clock.
+
+    Attributes:
+        method: name of the method.
+        rank: by the area under the profile; equals share a rank. None for a null control, which is shown
+            and not ranked.
+        level: whether another method shares the rank.
+        area: area under the performance profile up to `FURTHEST`; 1 for the quickest everywhere.
+        profile: time over the quickest method's, by workload; infinite for a miss, and on a workload that the
+            method does not fit. A workload that it has not been run on yet is not there.
+        ratio: geometric mean over workloads of the time over the peer's; None with nothing to compare.
+        compared: number of workloads in ``ratio``.
+        reached: number of final runs that reached the target.
+        runs: number of final runs.
+        end: mean over workloads of the place by the validation metric at the end, 1 the lowest; a workload
+            that the method does not fit counts as a failed run.
+    """
+
+    method: str
+    rank: Interval | None
+    level: bool
+    area: Interval
+    profile: dict[str, float]
+    ratio: Interval | None
+    compared: int
+    reached: int
+    runs: int
+    end: float
+
+
+def compare_methods(field: BenchResults) -> list[MethodOnWorkload]:
+    """Every method on every workload in every track, where it was run."""
+    return [_row(field, key, cell) for key, cell in field.cells.items()]
+
+
+def rank_methods(field: BenchResults, track: str, clock: str) -> list[MethodRanking]:
+    """All methods of a track on a clock by the areas under their profiles, the best first.
+
+    A method is judged on the workloads that it was run on and, as a miss, on those that it does not fit.
+    Null controls set no best time and take no rank.
+
+    Equals, such as all that never reach a target, share a rank. They are told in the order of the share of
+    runs that reached the target, and then of where they ended, see `MethodRanking.end`: their times do not
+    count, since the time of a miss is a bound that a cheap step lowers.
+    """
+    behind: dict[str, dict[str, tuple[float, Draws]]] = {}
+    for workload in field.workloads:
+        for method, one in _behind(field, track, workload, clock).items():
+            behind.setdefault(method, {})[workload] = one
+    values = {name: statistics.fmean(area(r) for r, _ in own.values()) for name, own in behind.items()}
+    draws = {name: np.mean([_areas(d) for _, d in own.values()], axis=0) for name, own in behind.items()}
+    ranked = [name for name in behind if name not in field.nulls]
+    ends = _ends(field, track)
+    found = []
+    for name, own in behind.items():
+        pairs = _pairs(field, track, clock, name)
+        runs = [run for workload in own for run in _runs(field, (track, workload, name))]
+        found.append(
+            MethodRanking(
+                method=name,
+                rank=_rank(name, ranked, values, draws) if name in ranked else None,
+                level=name in ranked and sum(values[other] == values[name] for other in ranked) > 1,
+                area=_interval(values[name], draws[name]),
+                profile={workload: r for workload, (r, _) in own.items()},
+                ratio=geometric_interval(pairs),
+                compared=sum(ratio_interval(*pair) is not None for pair in pairs),
+                reached=sum(_reaches(run, field.targets[run["workload"]].strict) for run in runs),
+                runs=len(runs),
+                end=ends[name],
+            )
+        )
+    return sorted(found, key=lambda one: (-one.area.value, -one.reached / max(one.runs, 1), one.end))
+
+
+def null_ratio(field: BenchResults, track: str, clock: str, null: str) -> Interval | None:
+    """A null control's times over those of the method it repeats, over all workloads: 1 but for noise."""
+    return geometric_interval(_null_pairs(field, track, clock, null))
+
+
+def noise(field: BenchResults, track: str, clock: str) -> float:
+    """How far from 1 the intervals of the null controls reach: nothing nearer is told apart.
+
+    Taken over the workloads where a null control and its original reached the target in all resamples, later
+    than at the first measurement, since elsewhere their times have no limits to learn from. Infinite where
+    there is no such workload, so that nothing is told apart; 1 where there is no null control.
+
+    This is the noise of a mean over all workloads, in which that of single ones cancels in part. For verdicts
+    on a single workload there is `noise_alone`.
+    """
+    known = (_known_pairs(field, track, clock, null) for null in field.nulls)
+    return max([1.0, *(_reach(geometric_interval(pairs)) for pairs in known)])
+
+
+def noise_alone(field: BenchResults, track: str, clock: str) -> float:
+    """How far from 1 a null control reaches on any single workload: the noise of verdicts on one of them.
+
+    Infinite or 1 where `noise` is, for the same reasons.
+    """
+    known = (_known_pairs(field, track, clock, null) for null in field.nulls)
+    return max(
+        [1.0, *(max((_reach(ratio_interval(*pair)) for pair in pairs), default=math.inf) for pairs in known)]
+    )
+
+
+def area(behind: float) -> float:
+    """Area under one workload's step of a performance profile: 1 for the quickest, 0 from `FURTHEST` on.
+
+    Example:
+        >>> area(1.0), area(2.5), area(7.0), area(float("inf"))
+        (1.0, 0.5, 0.0, 0.0)
+    """
+    return max(0.0, FURTHEST - max(behind, 1.0)) / (FURTHEST - 1)
+
+
+def _row(field: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOnWorkload:
+    track, workload, method = key
+    target = field.targets[workload]
+    peers = {clock: field.peer(workload, clock) for clock in CLOCKS}
+    mine = field.trials(workload, method)
+    cost = step_seconds(mine)
+    plain = step_seconds(field.trials(workload, field.reference)) if field.reference else None
+    peaks = [run["peak_mib"] for run in cell.runs if run.get("peak_mib") is not None and is_trained(run)]
+    tests = [line["test"] for line in cell.runs if line.get("test") is not None]
+    return MethodOnWorkload(
+        track=track,
+        workload=workload,
+        method=method,
+        runs=len(cell.runs),
+        reached=sum(_reaches(run, target.strict) for run in cell.runs),
+        reached_loose=sum(_reaches(run, target.loose) for run in cell.runs),
+        failed=sum(run["failure"] is not None for run in cell.runs),
+        times={clock: _interval(one.value, one.draws) for clock, one in cell.times.items()},
+        ratios={
+            clock: ratio_interval(cell.times[clock], peer.times[clock]) if peer else None
+            for clock, peer in peers.items()
+        },
+        validation=_spread([last_validation(run) for run in cell.runs]),
+        test=_spread(tests + [math.inf] * sum(run["failure"] is not None for run in cell.runs))
+        if tests
+        else None,
+        step_cost=cost / plain if cost is not None and plain else None,
+        seconds=None if cost is None else cell.times["cpu"].budget,
+        peak_mib=statistics.median(peaks) if peaks else None,
+        numbers=cell.runs[0]["numbers"],
+    )
+
+
+def _behind(field: BenchResults, track: str, workload: str, clock: str) -> dict[str, tuple[float, Draws]]:
+    """By method the time over the quickest's on one workload, as measured and as resampled."""
+    times = {
+        name: field.cells[track, workload, name].times[clock]
+        for name in field.methods
+        if (track, workload, name) in field.cells
+    }
+    setters = [time for name, time in times.items() if name not in field.nulls] or list(times.values())
+    if not setters:
+        return {}
+    best = min(time.value for time in setters)
+    best_draws = np.min([time.draws for time in setters], axis=0)
+    found = {
+        name: (float(_over(np.array(time.value), best)), _over(time.draws, best_draws))
+        for name, time in times.items()
+    }
+    for name in field.methods:
+        if (workload, name) in field.refused and name not in found:
+            found[name] = math.inf, np.full_like(best_draws, math.inf)
+    return found
+
+
+def _over(times: Draws, best: Draws | float) -> Draws:
+    """Times over the best; a miss is infinite whatever the best did, and 0 over 0 is 1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.isinf(times), math.inf, np.where(times == best, 1.0, times / best))
+
+
+def _areas(behind: Draws) -> Draws:
+    return np.clip(FURTHEST - np.maximum(behind, 1.0), 0.0, None) / (FURTHEST - 1)
+
+
+def _ends(field: BenchResults, track: str) -> dict[str, float]:
+    """By method the mean, over its workloads, of its place by the validation metric at the end."""
+    ends: dict[str, list[int]] = {}
+    for workload in field.workloads:
+        values = {name: math.inf for name in field.methods if (workload, name) in field.refused}
+        for name in field.methods:
+            if runs := _runs(field, (track, workload, name)):
+                values[name] = statistics.median(last_validation(run) for run in runs)
+        for name, value in values.items():
+            ends.setdefault(name, []).append(1 + sum(other < value for other in values.values()))
+    return {name: statistics.fmean(ranks) for name, ranks in ends.items()}
+
+
+def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[str, Draws]) -> Interval:
+    """One more than the number of methods with more area; limits count those with as much both ways."""
+    others = [other for other in ranked if other != name]
+    own = draws[name]
+    ahead, level = np.zeros_like(own), np.zeros_like(own)
+    for other in others:
+        ahead += draws[other] > own
+        level += draws[other] >= own
+    rank = 1 + sum(values[other] > values[name] for other in others)
+    return Interval(1 + limits(ahead)[0], rank, 1 + limits(level)[1])
+
+
+def _pairs(field: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
+    """A method's times and its peers', workload by workload."""
+    pairs = []
+    for workload in field.workloads:
+        cell, peer = field.cells.get((track, workload, method)), field.peer(workload, clock)
+        if cell and peer:
+            pairs.append((cell.times[clock], peer.times[clock]))
+    return pairs
+
+
+def _null_pairs(field: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+    pairs = []
+    for workload in field.workloads:
+        one = field.cells.get((track, workload, null))
+        other = field.cells.get((track, workload, field.nulls[null]))
+        if one and other:
+            pairs.append((one.times[clock], other.times[clock]))
+    return pairs
+
+
+def _known_pairs(field: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+    """Those of the pairs that reached the target in all resamples, later than at the first measurement."""
+    # half a step of the grid is left for seconds, of which a step does not always take the same
+    return [
+        pair
+        for pair in _null_pairs(field, track, clock, null)
+        if all(np.isfinite(one.draws).all() and (one.draws > 1.5 * one.grid).all() for one in pair)
+    ]
+
+
+def _reach(ratio: Interval | None) -> float:
+    """How far from 1 an interval reaches, to either side."""
+    return max(ratio.high, 1 / ratio.low) if ratio and ratio.low else math.inf
+
+
+def _runs(field: BenchResults, key: tuple[str, str, str]) -> list[TrialRecord]:
+    cell = field.cells.get(key)
+    return cell.runs if cell else []
+
+
+def _reaches(line: TrialRecord, target: float | None) -> bool:
+    return math.isfinite(to_target(line, target))
+
+
+def _interval(value: float, draws: Draws) -> Interval:
+    low, high = limits(draws)
+    return Interval(low, value, high)
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))

@@ -1,0 +1,199 @@
+"""A bench's trials, sorted: final runs by track, workload and method, with their times to the targets."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from plywise.arena.scoring.intervals import Timed, timed
+from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, TrialRecord, key_of
+from plywise.arena.scoring.score import CLOCKS, clock_values, loose_target_of, target_of, to_target
+
+TRACKS = (TUNED, DEFAULTS)
+"""The tracks, as reports order them."""
+
+
+class Target(NamedTuple):
+    """Validation metrics that count as done; None where nothing sets one yet.
+
+    Attributes:
+        strict: what the standing is about.
+        loose: what a middling setting of the baselines reaches.
+        stored: whether ``strict`` was there before the bench, and not taken from its own baselines.
+    """
+
+    strict: float | None
+    loose: float | None
+    stored: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The final runs of one method on one workload in one track, and their times to the strict target."""
+
+    runs: list[TrialRecord]
+    times: dict[str, Timed]
+
+
+@dataclass(frozen=True)
+class BenchResults:
+    """A bench's trials in order.
+
+    Attributes:
+        bench: the bench's own description, as bench.json holds it.
+        tracks: the tracks of the bench, tuned first.
+        workloads: names of the workloads.
+        methods: names of the methods.
+        baselines: the established ones among them, null controls aside.
+        nulls: null controls, and the method that each repeats.
+        refused: pairs of workload and method that do not fit, and why.
+        targets: by workload.
+        cells: final runs by track, workload and method; only those with a run.
+        tuning: tuning trials by workload and method, in their order; only those with a trial.
+    """
+
+    bench: dict[str, Any]
+    tracks: list[str]
+    workloads: list[str]
+    methods: list[str]
+    baselines: list[str]
+    nulls: dict[str, str]
+    refused: dict[tuple[str, str], str]
+    targets: dict[str, Target]
+    cells: dict[tuple[str, str, str], Cell]
+    tuning: dict[tuple[str, str], list[TrialRecord]]
+
+    @property
+    def reference(self) -> str | None:
+        """What costs of steps are told against: what a null control repeats, or the first baseline.
+
+        A null control may stand in a bench without the method that it repeats, which then is no reference.
+        """
+        return next((name for name in [*self.nulls.values(), *self.baselines] if name in self.methods), None)
+
+    def peer(self, workload: str, clock: str) -> Cell | None:
+        """What all are measured against: the quickest baseline, tuned, on this workload and clock.
+
+        Where no baseline has been run tuned, it is the quickest at its defaults; None without any. Nobody
+        has to beat a baseline that was left untuned when there is a tuned one.
+        """
+        for track in TRACKS:
+            found = [self.cells.get((track, workload, name)) for name in self.baselines]
+            there = [cell for cell in found if cell is not None]
+            if there:
+                return min(there, key=lambda cell: cell.times[clock].value)
+        return None
+
+    def trials(self, workload: str, method: str) -> list[TrialRecord]:
+        """All trials of a method on a workload, of whatever purpose."""
+        cells = [self.cells.get((track, workload, method)) for track in TRACKS]
+        finals = {key_of(run): run for cell in cells if cell for run in cell.runs}
+        return [*self.tuning.get((workload, method), []), *finals.values()]
+
+
+def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: int = 0) -> BenchResults:
+    """Sort the trials of a bench, whole or interrupted.
+
+    A method with nothing to tune stands in the tuned track with its runs at the defaults.
+
+    Args:
+        bench: what bench.json holds.
+        lines: trials, in any order.
+        seed: of the resampling.
+    """
+    lines = list(lines)
+    workloads = list(dict.fromkeys([*bench["workloads"], *(line["workload"] for line in lines)]))
+    methods = list(dict.fromkeys([*bench["methods"], *(line["method"] for line in lines)]))
+    on: dict[str, list[TrialRecord]] = {name: [] for name in workloads}
+    finals: dict[tuple[str, str, str], list[TrialRecord]] = {}
+    tuning: dict[tuple[str, str], list[TrialRecord]] = {}
+    for line in sorted(lines, key=lambda line: (line["trial"], line["seed"])):
+        on[line["workload"]].append(line)
+        if line["purpose"] == FINAL:
+            finals.setdefault((line["track"], line["workload"], line["method"]), []).append(line)
+        elif line["purpose"] == TUNING:
+            tuning.setdefault((line["workload"], line["method"]), []).append(line)
+    for (track, workload, method), runs in list(finals.items()):
+        if track == DEFAULTS and TUNED in bench["tracks"] and not _space(bench, method):
+            finals.setdefault((TUNED, workload, method), runs)
+    targets = {name: _target(bench, name, on[name]) for name in workloads}
+    generator = np.random.default_rng(seed)
+    keys = ((track, workload, name) for track in TRACKS for workload in workloads for name in methods)
+    return BenchResults(
+        bench=bench,
+        tracks=[track for track in TRACKS if any(key[0] == track for key in finals)] or bench["tracks"],
+        workloads=workloads,
+        methods=methods,
+        baselines=[name for name in methods if name in _baselines(bench)],
+        nulls={name: one["null"] for name, one in bench["methods"].items() if one.get("null")},
+        refused={(one["workload"], one["method"]): one["reason"] for one in bench.get("refused") or []},
+        targets=targets,
+        cells={
+            key: _cell(finals[key], targets[key[1]].strict, on[key[1]], bench, generator)
+            for key in keys
+            if key in finals
+        },
+        tuning=tuning,
+    )
+
+
+def step_seconds(lines: Iterable[TrialRecord]) -> float | None:
+    """Processor seconds of a step: the median of some trials; None if none was timed.
+
+    Example:
+        >>> step_seconds([{"steps": [0, 10], "cpu": [0.0, 0.5]}, {"steps": [0], "cpu": [0.0]}])
+        0.05
+    """
+    return _per_step(lines, "cpu")
+
+
+def _baselines(bench: dict[str, Any]) -> set[str]:
+    return {name for name, one in bench["methods"].items() if one.get("baseline") and not one.get("null")}
+
+
+def _space(bench: dict[str, Any], method: str) -> dict[str, Any]:
+    # a method that bench.json does not know of counts as one with something to tune
+    space: dict[str, Any] = bench["methods"].get(method, {"space": {"?": None}}).get("space") or {}
+    return space
+
+
+def _target(bench: dict[str, Any], workload: str, lines: list[TrialRecord]) -> Target:
+    loose = loose_target_of(lines, _baselines(bench))
+    stored = bench["workloads"].get(workload, {}).get("target")
+    if stored is None:
+        return Target(target_of(lines, _baselines(bench)), loose, False)
+    return Target(stored, None if loose is None else max(loose, stored), True)
+
+
+def _cell(
+    runs: list[TrialRecord],
+    target: float | None,
+    others: list[TrialRecord],
+    bench: dict[str, Any],
+    generator: np.random.Generator,
+) -> Cell:
+    longest = max((step for line in others for step in line["steps"]), default=0)
+    about = bench["workloads"].get(runs[0]["workload"], {})
+    steps, between = about.get("steps") or longest, about.get("measure_every") or 0
+    same = [line for line in others if line["method"] == runs[0]["method"]]
+    times = {}
+    for clock in CLOCKS:
+        # a method whose every run failed before its first measured step is given the others' pace
+        paces = (_per_step(lines, clock) for lines in (runs, same, others))
+        pace = next((pace for pace in paces if pace is not None), 0.0)
+        values = [to_target(run, target, clock) for run in runs]
+        times[clock] = timed(values, steps * pace, generator, between * pace)
+    return Cell(runs, times)
+
+
+def _per_step(lines: Iterable[TrialRecord], clock: str) -> float | None:
+    each = []
+    for line in lines:
+        values = clock_values(line, clock)
+        if values and line["steps"][len(values) - 1]:
+            each.append(values[-1] / line["steps"][len(values) - 1])
+    return statistics.median(each) if each else None

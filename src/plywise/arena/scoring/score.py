@@ -1,0 +1,185 @@
+"""What one trial is worth: its best metric, its time to a target; and which trial of a method is the best.
+
+All functions are pure, and take lines of the ledger (see `plywise.arena.scoring.records`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Iterable
+
+from plywise.arena.scoring.records import TUNING, TrialRecord
+
+CLOCKS = ("steps", "gradients", "cpu", "wall")
+"""What time to target is told in: steps, passes forward and backward, processor seconds, seconds."""
+
+STRICT_PLACE = 3
+"""Which place among the baselines' trials sets the target."""
+
+EARLY = 0.8
+"""Share of a run within which a baseline must have got to what becomes the target: a method that is up to
+1 / 0.8 times slower still has a chance to reach it, and a lucky last measurement sets no target."""
+
+
+def best_validation(line: TrialRecord) -> float:
+    """The lowest validation metric that a trial ever measured; infinity if it measured none.
+
+    Example:
+        >>> best_validation({"validation": [0.9, None, 0.2, 0.3]})
+        0.2
+    """
+    return min((value for value in line["validation"] if value is not None), default=math.inf)
+
+
+def early_validation(line: TrialRecord, until: float) -> float:
+    """The lowest validation metric that a trial measured within its first ``until`` steps, or infinity.
+
+    Example:
+        >>> early_validation({"steps": [0, 10, 20], "validation": [0.9, 0.3, 0.1]}, 16)
+        0.3
+    """
+    pairs = zip(line["steps"], line["validation"], strict=False)
+    return min((value for step, value in pairs if value is not None and step <= until), default=math.inf)
+
+
+def last_validation(line: TrialRecord) -> float:
+    """The validation metric that a trial ended with; infinity if it failed, since it did not get there."""
+    if line["failure"] is not None or not line["validation"] or line["validation"][-1] is None:
+        return math.inf
+    return float(line["validation"][-1])
+
+
+def is_trained(line: TrialRecord) -> bool:
+    """Whether a trial was measured after a step; what it took before says nothing of its method.
+
+    Example:
+        >>> is_trained({"steps": [0, 20]}), is_trained({"steps": [0]}), is_trained({"steps": []})
+        (True, False, False)
+    """
+    return any(line["steps"])
+
+
+def clock_values(line: TrialRecord, clock: str) -> list[float]:
+    """What a clock showed at each measurement of a trial.
+
+    Args:
+        line: the trial.
+        clock: one of `CLOCKS`; "gradients" is the steps times what a step of the method takes.
+
+    Example:
+        >>> clock_values({"steps": [0, 20], "gradients": 2.0}, "gradients")
+        [0.0, 40.0]
+    """
+    if clock == "gradients":
+        return [step * line["gradients"] for step in line["steps"]]
+    return list(map(float, line[clock]))
+
+
+def to_target(line: TrialRecord, target: float | None, clock: str = "steps") -> float:
+    """When a trial first measured a validation metric at or below the target.
+
+    A trial that never did, because it was slow or because it failed, took infinitely long. One that failed
+    after it had reached the target did reach it: a user who trains until the target would have stopped there.
+    Its failure is reported beside, and `choose_best` avoids it.
+
+    Args:
+        line: the trial.
+        target: the metric that counts as done; None counts as out of reach.
+        clock: one of `CLOCKS`.
+
+    Returns:
+        The clock at that measurement, or infinity. Between two measurements nothing is guessed: intervals
+        take the grid into account, see `plywise.arena.scoring.intervals.Timed`.
+
+    Example:
+        >>> line = {"steps": [0, 20, 40], "validation": [0.9, 0.4, 0.1], "cpu": [0.0, 1.5, 3.0]}
+        >>> to_target(line, 0.4), to_target(line, 0.4, "cpu"), to_target(line, 0.05)
+        (20.0, 1.5, inf)
+    """
+    if target is None:
+        return math.inf
+    # not strict: a trial that failed while it was measured has a step without a metric
+    for when, value in zip(clock_values(line, clock), line["validation"], strict=False):
+        if value is not None and value <= target:
+            return when
+    return math.inf
+
+
+def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
+    """The target of a workload that has none stored: the third best of the baselines' tuning trials.
+
+    A trial counts by its best validation metric within the first 80 % of the steps. The best trial of all
+    might be a lucky draw that nobody repeats; the third best was beaten twice. Only established methods set
+    targets, so that no method of ours can set one which suits it.
+
+    Args:
+        lines: trials on one workload, of any method and purpose.
+        baselines: names of the established methods.
+
+    Returns:
+        The target; with fewer than three trials that measured anything the worst of them; None without any.
+
+    Example:
+        >>> def trial(early: float, late: float) -> TrialRecord:
+        ...     values = {"steps": [0, 50, 100], "validation": [0.9, early, late]}
+        ...     return {"method": "sgd", "purpose": "tuning", **values}
+        >>> target_of([trial(0.4, 0.1), trial(0.3, 0.2), trial(0.2, 0.2), trial(0.5, 0.4)], {"sgd"})
+        0.4
+    """
+    ordered = _baseline_trials(lines, baselines)
+    return ordered[:STRICT_PLACE][-1] if ordered else None
+
+
+def loose_target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
+    """A target that a middling setting reaches: the median of the baselines' tuning trials.
+
+    Beside the strict target it tells a method that is fast but ends too high from one that is slow.
+
+    Args:
+        lines: trials on one workload, of any method and purpose.
+        baselines: names of the established methods.
+
+    Returns:
+        The target, never below the strict one; None without any trial that measured something.
+
+    Example:
+        >>> def trial(value: float) -> TrialRecord:
+        ...     return {"method": "sgd", "purpose": "tuning", "steps": [0, 100], "validation": [value, 0.0]}
+        >>> loose_target_of([trial(0.1), trial(0.3), trial(0.2), trial(0.5), trial(0.9)], {"sgd"})
+        0.3
+    """
+    ordered = _baseline_trials(lines, baselines)
+    if not ordered:
+        return None
+    return max(statistics.median_high(ordered), ordered[:STRICT_PLACE][-1])
+
+
+def choose_best(lines: Iterable[TrialRecord], target: float | None) -> TrialRecord | None:
+    """The tuning trial whose numbers a method goes into the final runs with.
+
+    Among the trials that ended, the one that reached the target in the fewest steps; if none did, the one
+    with the lowest best validation metric, which also decides between equals. Trials that failed come after
+    all others. The test set has no say.
+
+    Args:
+        lines: trials of one method on one workload; other than tuning trials are passed over.
+        target: the metric that counts as done; None: the best validation metric decides alone.
+
+    Returns:
+        The trial, or None if there is no tuning trial.
+    """
+    tuning = [line for line in lines if line["purpose"] == TUNING]
+    return min(tuning, key=lambda line: _merit(line, target), default=None)
+
+
+def _merit(line: TrialRecord, target: float | None) -> tuple[bool, float, float, int]:
+    return line["failure"] is not None, to_target(line, target), best_validation(line), line["trial"]
+
+
+def _baseline_trials(lines: Iterable[TrialRecord], baselines: Collection[str]) -> list[float]:
+    """The best early validation metrics of the baselines' tuning trials that measured any, ascending."""
+    trials = [line for line in lines if line["purpose"] == TUNING and line["method"] in baselines]
+    until = EARLY * max((line["steps"][-1] for line in trials if line["steps"]), default=0)
+    best = [early_validation(line, until) for line in trials]
+    return sorted(value for value in best if math.isfinite(value))

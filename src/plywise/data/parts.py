@@ -1,0 +1,121 @@
+"""Cutting samples into training, validation and test parts that share none; the same ones every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plywise._util.files import written_whole
+from plywise.data.arrays import digest_of
+from plywise.data.digits import Split
+from plywise.errors import PlywiseError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three sets that should share no sample.
+
+    Attributes:
+        train: what is trained on.
+        validation: what settings are chosen by, and time to target is measured on.
+        test: read once, at the end of final runs.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+
+    def save(self, path: Path) -> None:
+        """Write the tensors, for `load` in other processes.
+
+        Raises:
+            PlywiseError: there is no room.
+        """
+        parts = {name: (split.x, split.y) for name, split in vars(self).items()}
+        size = sum(each.numel() * each.element_size() for part in parts.values() for each in part)
+        try:
+            with written_whole(path) as file:
+                torch.save(parts, file)
+        except (OSError, RuntimeError) as error:  # torch has words of its own for a disk that is full
+            raise PlywiseError(
+                f"The data could not be written to {path}: {error.__context__ or error}. They take "
+                f"{size / 2**20:.0f} MiB; TMPDIR may name a folder with more room.",
+                see="error-bench",
+            ) from error
+
+    def repeated(self) -> dict[str, int]:
+        """How many samples of the other two parts have the inputs of a training sample."""
+        seen = set(_keys(self.train.x))
+        others = {"validation": self.validation, "test": self.test}
+        return {name: sum(key in seen for key in _keys(part.x)) for name, part in others.items()}
+
+    def fingerprint(self) -> str:
+        """A digest of every value: other data have another one."""
+        return digest_of((self.train, self.validation, self.test))
+
+    @staticmethod
+    def load(path: Path) -> Data:
+        """What `save` wrote; the pages of the file are shared by all processes that read it."""
+        parts = torch.load(path, weights_only=True, mmap=True)
+        return Data(**{name: Split(*parts[name]) for name in ("train", "validation", "test")})
+
+
+SEED = 0
+"""What all cuts are drawn by: a workload's samples are the same for every trial."""
+
+
+def draw_parts(x: Tensor, y: Tensor, sizes: Sequence[int]) -> list[Split]:
+    """Disjoint parts of given sizes, drawn by the fixed seed; what is left over is not used.
+
+    Example:
+        >>> parts = draw_parts(torch.arange(10.0), torch.arange(10), [6, 2])
+        >>> [len(part.y) for part in parts], bool(torch.isin(parts[0].y, parts[1].y).any())
+        ([6, 2], False)
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SEED))[: sum(sizes)]
+    return [Split(x[rows], y[rows]) for rows in order.split(list(sizes))]
+
+
+def tenths(x: Tensor, y: Tensor) -> Data:
+    """8, 1 and 1 tenth of the samples, drawn by the fixed seed; at least one sample in each.
+
+    Example:
+        >>> data = tenths(torch.arange(100.0), torch.arange(100))
+        >>> len(data.train.y), len(data.validation.y), len(data.test.y)
+        (80, 10, 10)
+    """
+    held = max(1, len(y) // 10)
+    return Data(*draw_parts(x, y, [len(y) - 2 * held, held, held]))
+
+
+def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
+    """Like `tenths`, of kinds of samples: those with the same inputs stay in one part.
+
+    A model that has seen a sample's inputs knows much of its target, so that twins in two parts would make
+    the test easier than new samples are.
+
+    Example:
+        >>> twins = torch.arange(50.0).repeat(2).unsqueeze(1)
+        >>> data = tenths_of_kinds(twins, torch.zeros(100))
+        >>> len(data.train.y), bool(torch.isin(data.test.x, data.train.x).any())
+        (80, False)
+    """
+    kinds, kind = torch.unique(x.nan_to_num(torch.finfo(x.dtype).max), dim=0, return_inverse=True)
+    numbers = torch.arange(len(kinds))
+    parts = vars(tenths(numbers, numbers)).values()
+    chosen = [torch.isin(kind, part.y) for part in parts]
+    return Data(*(Split(x[rows], y[rows]) for rows in chosen))
+
+
+def _keys(x: Tensor) -> Iterator[int]:
+    """A number for each sample, the same for the same inputs and for no others, but by a chance of 2^-64.
+
+    Images are too large to be sorted, as the rows of a table are where they are cut into parts.
+    """
+    for some in x.split(4096):
+        for row in some.add(0).reshape(len(some), -1).numpy():  # -0 becomes 0
+            yield hash(row.tobytes())

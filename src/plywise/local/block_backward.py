@@ -1,0 +1,70 @@
+"""One forward through a block, and any number of gradients back through it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from plywise.engine.calls_below import train_by_inputs
+
+
+class BlockBackward:
+    """A block's forward on a batch, with its graph, cut off from the block before.
+
+    Args:
+        block: the block; it runs once.
+        s: what it gets.
+        open_below: whether gradients at ``s`` will be asked for.
+
+    Attributes:
+        output: what the block hands on, with the graph.
+    """
+
+    def __init__(self, block: nn.Module, s: Tensor, open_below: bool) -> None:
+        self._learning: list[Tensor] = [p for p in block.parameters() if p.requires_grad]
+        self._arrived: list[Tensor] = []
+        self._entrance: list[Tensor] = []
+        s = s.detach()
+        if open_below:
+            self._nothing = s.new_zeros(()).expand(s.shape)
+            self._entrance.append(torch.zeros((), device=s.device, requires_grad=True))
+            s = _Entrance.apply([s], self._entrance[0], self._arrived)
+        self.output: Tensor = block(s)
+
+    def below(self, gradient: Tensor) -> Tensor:
+        """What of a gradient at the output arrives at the input."""
+        with train_by_inputs():
+            self._send(gradient, self._entrance, again=True)
+        return self._arrived.pop() if self._arrived else self._nothing
+
+    def learn(self, gradient: Tensor) -> None:
+        """Add the gradients of the block's parameters, and let go of the graph."""
+        self._send(gradient, self._learning, again=False)
+
+    def learn_and_below(self, gradient: Tensor) -> Tensor:
+        """Both in one backward."""
+        self._send(gradient, [*self._learning, *self._entrance], again=False)
+        return self._arrived.pop() if self._arrived else self._nothing
+
+    def _send(self, gradient: Tensor, to: list[Tensor], again: bool) -> None:
+        if to and self.output.requires_grad:
+            self.output.backward(gradient, inputs=to, retain_graph=again)
+
+
+class _Entrance(torch.autograd.Function):
+    """Hands on a tensor, and lays down the gradient that comes back.
+
+    A leaf would not do: a block may begin with an operation in place (``nn.ReLU(inplace=True)``).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, box: list[Tensor], entrance: Tensor, arrived: list[Tensor]) -> Tensor:
+        ctx.arrived = arrived
+        return box.pop()  # through a container: a tensor argument handed back would count as a view
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.arrived.append(gradient)
+        return None, None, None

@@ -1,0 +1,1 @@
+"""The names of all that ships, and how they are found."""

@@ -1,0 +1,101 @@
+"""Everything that plywise ships, by name: the one list for command line, documentation and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from plywise._util.suggest import suggestion
+from plywise.errors import PlywiseError
+from plywise.registry.names import LEARNER, NAMES, PART, RULE, names_of
+
+if TYPE_CHECKING:
+    from plywise.engine.rule import Rule
+    from plywise.local.learner import Learner
+
+RULES = names_of(RULE)
+"""Names of the rules, each an attribute of `plywise`; a name costs no import of torch."""
+
+LEARNERS = names_of(LEARNER)
+"""Names of the local learners, each an attribute of `plywise`."""
+
+TITLES = {
+    "rules": "Rules: attach one to your model and your optimizer",
+    "local": "Local learners: blocks with losses of their own",
+    "schedules": "Schedules",
+    "optim": "Optimizers, in plywise.optim",
+    "nn": "Modules, in plywise.nn",
+    "losses": "Losses and penalties, in plywise.losses",
+    "init": "Initial weights, in plywise.init",
+}
+"""What each room is called where its methods are listed."""
+
+ROOMS: dict[str, tuple[str, ...]] = {
+    room: tuple(entry.name for entry in NAMES if entry.room == room and entry.kind != PART) for room in TITLES
+}
+"""Names of all methods, by the room that they are in."""
+
+
+_MODULES = {entry.name: entry.module for entry in NAMES if entry.kind != PART}
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The class or function of the method called ``name``, whatever its letters' case.
+
+    Raises:
+        PlywiseError: there is none; the message suggests the nearest.
+
+    Example:
+        >>> find("associatedlearning").__name__
+        'AssociatedLearning'
+    """
+    found: Callable[..., Any] = _load(find_name(name, tuple(_MODULES), "method"))
+    return found
+
+
+def find_rule(name: str) -> type[Rule]:
+    """The rule called ``name``, as `find`.
+
+    Raises:
+        PlywiseError: there is none; the message suggests the nearest.
+
+    Example:
+        >>> find_rule("proxprop").__name__
+        'ProxProp'
+    """
+    rule: type[Rule] = _load(find_name(name, RULES, "rule"))
+    return rule
+
+
+def find_learner(name: str) -> type[Learner]:
+    """The local learner called ``name``, as `find`.
+
+    Raises:
+        PlywiseError: there is none; the message suggests the nearest.
+
+    Example:
+        >>> find_learner("localloss").__name__
+        'LocalLoss'
+    """
+    learner: type[Learner] = _load(find_name(name, LEARNERS, "learner"))
+    return learner
+
+
+def find_name(name: str, names: tuple[str, ...], kind: str) -> str:
+    """``name`` as it is written in ``names``, whatever its letters' case.
+
+    Raises:
+        PlywiseError: it is none of them; the message suggests the nearest.
+    """
+    known = {one.lower(): one for one in names}
+    if name.lower() not in known:
+        raise PlywiseError(
+            f"No {kind} is called {name!r}. {suggestion(name, names)}`plywise methods` lists all of them.",
+            see="error-command",
+        )
+    return known[name.lower()]
+
+
+def _load(name: str) -> Any:
+    return getattr(import_module(f"plywise.{_MODULES[name]}"), name)

@@ -1,0 +1,196 @@
+"""The one table of what plywise ships: `plywise`, the command line, the documentation and the arena read it.
+
+To add a rule, write its file and its test, and add one line here. Then run
+``python -m plywise.registry.stub``, which tells type checkers what `plywise` holds. This module imports
+nothing of plywise, and not torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+RULE, LEARNER, SCHEDULE = "rule", "learner", "schedule"
+OPTIMIZER, MODULE, LOSS, INIT = "optimizer", "module", "loss", "init"
+PART = "part"
+
+Interval = tuple[float, float, float] | tuple[float, float, float, bool]
+"""Arguments of `plywise.arena.space.Range`: lowest, highest, default, and whether it is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A public name.
+
+    Attributes:
+        name: the class or function.
+        module: where it is defined, below ``plywise``.
+        kind: what it is. A `PART` is public, but no method: it has no card.
+        method: name of the arena's method that is made of it; empty if there is none.
+        tuned: ranges of the hyper-parameters that the arena tunes, for rules.
+        rate: range of the rate on SGD, where a rule's updates are not of the gradient's size. The decay is
+            then 0, since SGD multiplies it by the rate. None: SGD's own range.
+        fixed: hyper-parameters that are not the rule's defaults in the arena.
+        maker: the module of `plywise.arena.methods` that makes the method, for what is no rule or learner.
+        workload: the arena's workload whose network it is.
+        absence: why the arena has neither a method nor a workload of it.
+    """
+
+    name: str
+    module: str
+    kind: str
+    method: str = ""
+    tuned: Mapping[str, Interval] = field(default_factory=dict)
+    rate: Interval | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    maker: str = ""
+    workload: str = ""
+    absence: str = ""
+
+    @property
+    def room(self) -> str:
+        """The folder that it is in."""
+        return self.module.partition(".")[0]
+
+
+_LOW_RANK = {"rank": 128, "stats_every": 10, "refresh_every": 10}
+_SHORT = "It is a schedule for long runs, and these are short."
+_INSIDE = "It is in the methods lrsgd-r, lrsgd-c and coda."
+_CLOSED_FORM = "It is fitted in closed form, without steps. Its neurons are the method threshold."
+_OWN_FIT = "It is an estimator of its own that trains no network."
+_LAYER = "It is a layer; make a workload of a network of yours that has it."
+
+
+def _rule(name: str, stem: str, tuned: Mapping[str, Interval] | None = None, **more: Any) -> Name:
+    """A rule in ``rules/<stem>.py``; the arena's method is called as the file, with hyphens."""
+    return Name(name, f"rules.{stem}", RULE, stem.replace("_", "-"), tuned or {}, **more)
+
+
+def _related(name: str, module: str, kind: str, method: str, maker: str = "") -> Name:
+    """An optimizer, module or loss that is a method of the arena."""
+    return Name(name, module, kind, method, maker=f"related_{maker or 'losses'}")
+
+
+def _peer(name: str, stem: str, method: str) -> Name:
+    """An optimizer that is one of the arena's peers."""
+    return Name(name, f"optim.{stem}", OPTIMIZER, method)
+
+
+def _part(name: str, module: str) -> Name:
+    return Name(name, module, PART)
+
+
+NAMES = (
+    _rule("Backprop", "backprop"),
+    _rule("ProxProp", "proxprop", {"tau": (0.01, 100.0, 1.0)}, rate=(0.03, 30.0, 2.0)),
+    _rule("BackMatching", "back_matching", {"cap": (0.01, 10.0, 1.0)}, rate=(3e-4, 0.3, 0.02)),
+    _rule("NLMS", "nlms", {"eps": (1e-3, 1.0, 0.1)}, rate=(0.03, 30.0, 2.0)),
+    _rule("Consequentialism", "consequentialism", {"eps": (1e-3, 10.0, 0.1)}, rate=(1e-3, 1.0, 0.02)),
+    _rule("RLS", "rls", {"gain": (0.01, 10.0, 0.1)}),
+    _rule("FeatureWhitening", "feature_whitening", {"damping": (1e-5, 0.1, 1e-3)}),
+    _rule("AdaBK", "adabk", {"damping": (1e-4, 1.0, 1e-2)}),
+    _rule("KFAC", "kfac", {"damping": (0.01, 100.0, 1.0)}),
+    _rule("Foof", "foof", {"damping": (0.01, 100.0, 1.0)}),
+    _rule("Coordinates", "coordinates", {"damping": (1e-3, 10.0, 0.1)}),
+    _rule(
+        *("Precondition", "precondition"),
+        {"damping": (1e-3, 10.0, 0.1), "right": (0.1, 1.0, 0.5, False)},
+        fixed=_LOW_RANK,
+    ),
+    _rule("GradientAmplification", "gradient_amplification", {"factor": (1.0, 10.0, 2.0)}),
+    Name("AssociatedLearning", "local.associated_learning", LEARNER, "associated-learning"),
+    Name("LocalLoss", "local.local_loss", LEARNER, "local-loss"),
+    Name("Interlocking", "local.interlocking", LEARNER, "interlocking"),
+    Name("CascadedForward", "local.cascaded_forward", LEARNER, "cascaded-forward"),
+    Name("LocalForwardGradient", "local.forward_gradient", LEARNER, "local-forward-gradient"),
+    Name("ActivationRelaxation", "local.activation_relaxation", LEARNER, "activation-relaxation"),
+    Name("LayerFreezing", "schedules.layer_freezing", SCHEDULE, absence=_SHORT),
+    _peer("Muon", "muon", "muon"),
+    _peer("NorMuon", "nor_muon", "normuon"),
+    _peer("SOAP", "soap", "soap"),
+    _peer("KLSOAP", "kl_soap", "kl-soap"),
+    _related("LRSGDR", "optim.lrsgd", OPTIMIZER, "lrsgd-r", "optimizers"),
+    _related("LRSGDC", "optim.lrsgd", OPTIMIZER, "lrsgd-c", "optimizers"),
+    _related("YamAdam", "optim.yam_adam", OPTIMIZER, "yam-adam", "optimizers"),
+    _related("SalpSGD", "optim.salp_sgd", OPTIMIZER, "salp-sgd", "optimizers"),
+    _related("ASkewSGD", "optim.askew_sgd", OPTIMIZER, "askew-sgd", "optimizers"),
+    Name("ProximalAnchor", "optim.anchor", OPTIMIZER, absence=_INSIDE),
+    _related("AdaptiveActivation", "nn.adaptive_activation", MODULE, "adaptive-activations", "modules"),
+    Name("UnfoldedDenoiser", "nn.unfolded_denoiser", MODULE, workload="digits-denoiser"),
+    _related("Threshold", "nn.threshold", MODULE, "threshold", "modules"),
+    Name("ThresholdNetwork", "nn.threshold", MODULE, absence=_CLOSED_FORM),
+    Name("VSML", "nn.vsml", MODULE, workload="vsml-episodes"),
+    _related("DecisionStage", "nn.decision_stage", MODULE, "decision-stage", "modules"),
+    Name("ConvLSTM", "nn.conv_lstm", MODULE, absence=_LAYER),
+    _related("AUCMargin", "losses.auc_margin", LOSS, "auc-margin"),
+    _related("CoDA", "losses.coda", LOSS, "coda"),
+    Name("SPAUC", "losses.spauc", LOSS, absence=_OWN_FIT),
+    _related("slope_recovery", "losses.slope_recovery", LOSS, "slope-recovery", "modules"),
+    _related("input_gradient_penalty", "losses.input_gradient_penalty", LOSS, "input-gradient-penalty"),
+    _related("wasserstein_proximal", "losses.wasserstein_proximal", LOSS, "wasserstein-proximal"),
+    _related("fuse_layers", "init.fuse_layers", INIT, "fuse-layers", "modules"),
+    _part("AttachError", "errors"),
+    _part("BlockError", "errors"),
+    _part("NonFiniteError", "errors"),
+    _part("PlywiseError", "errors"),
+    _part("StateError", "errors"),
+    _part("UncapturedLayerError", "errors"),
+    _part("LinearCall", "engine.call"),
+    _part("Update", "engine.call"),
+    _part("LayerShape", "engine.contract"),
+    _part("LinearMap", "engine.maps.base"),
+    _part("LayerType", "engine.maps.registered"),
+    _part("register_layer", "engine.maps.registered"),
+    _part("register_map", "engine.maps.registered"),
+    _part("Rule", "engine.rule"),
+    _part("Size", "engine.rule"),
+    _part("StatefulRule", "engine.rule"),
+    _part("Blocks", "local.blocks"),
+    _part("Learner", "local.learner"),
+    _part("split", "local.split"),
+)
+"""Everything that is public, methods in the order in which they are listed."""
+
+WORKLOAD_MODULES = {
+    "quadratic": "arena.workloads.synthetic",
+    "digits-mlp": "arena.workloads.digits",
+    "digits-conv": "arena.workloads.digits",
+    "digits-autoencoder": "arena.workloads.digits",
+    "fashion-mlp": "arena.workloads.images",
+    "fashion-2c2d": "arena.workloads.images",
+    "mnist-autoencoder": "arena.workloads.images",
+    "cifar-3c3d": "arena.workloads.images",
+    "cifar-resnet": "arena.workloads.images",
+    "char-transformer": "arena.workloads.text",
+    "concrete": "arena.workloads.tables",
+    "energy": "arena.workloads.tables",
+    "california": "arena.workloads.tables",
+    "boiling-points": "arena.workloads.tables",
+    "digits-rare": "arena.workloads.related",
+    "digits-generator": "arena.workloads.related",
+    "digits-denoiser": "arena.workloads.related",
+    "vsml-episodes": "arena.workloads.related",
+}
+"""The module of each workload that ships with the arena."""
+
+ROOMS = ("init", "layers", "losses", "nn", "optim")
+"""Folders that are attributes of `plywise`; what is in the others is an attribute itself."""
+
+RENAMED = {"MemoryRule": "StatefulRule", "Move": "Update", "Ply": "LinearCall"}
+"""Names of plywise 0.1, and what they are called now."""
+
+
+def names_of(*kinds: str) -> tuple[str, ...]:
+    """Names of one kind or several, in the table's order.
+
+    Example:
+        >>> names_of(INIT)
+        ('fuse_layers',)
+    """
+    return tuple(entry.name for entry in NAMES if entry.kind in kinds)
+
+
+def top_names() -> dict[str, str]:
+    """The module of each name that is an attribute of `plywise` itself."""
+    return {entry.name: entry.module for entry in NAMES if entry.room not in ROOMS}

@@ -1,0 +1,1 @@
+"""What `plywise train` and `plywise pipeline` are."""

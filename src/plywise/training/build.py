@@ -1,0 +1,184 @@
+"""From a configuration to a learner: what it names is resolved once, and the same seed makes the same."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plywise._util.seeded import seeded
+from plywise.data.classes import ClassData, take_classes
+from plywise.errors import PlywiseError
+from plywise.local.blocks import Blocks
+from plywise.local.chain import assemble, join, tensors_of
+from plywise.local.learner import Learner
+from plywise.local.settings import READERS, check_settings, learner_settings
+from plywise.local.split import split
+from plywise.local.trainer import MakeOptimizer, MakeRule
+from plywise.local.units import units_of
+from plywise.registry.resolve import (
+    make_model,
+    resolve_learner,
+    resolve_optimizer,
+    resolve_parts,
+    resolve_rule,
+)
+from plywise.training.config import TrainConfig
+
+WIDTH = 128  # of the default network
+BLOCKS = 4  # unless the configuration says how many
+
+
+@dataclass(frozen=True)
+class ResolvedTraining:
+    """What a `TrainConfig` names, found, read and checked once; everything that follows reads it from here.
+
+    Attributes:
+        config: the configuration.
+        data: the data.
+        learner: the learner's class.
+        settings: its hyper-parameters; addresses of functions are loaded.
+        optimizer: makes a component's optimizer of its parameters.
+        rule: makes a component's rule; None for plain gradients.
+    """
+
+    config: TrainConfig
+    data: ClassData
+    learner: type[Learner]
+    settings: Mapping[str, Any]
+    optimizer: MakeOptimizer
+    rule: MakeRule | None
+
+    def make_blocks(self, starts: Sequence[int] = ()) -> tuple[Blocks, tuple[int, ...]]:
+        """The network in blocks, and where it was cut.
+
+        A model is cut by measured cost, which differs each time. To get the same blocks again, in another
+        process or to go on, say where the cuts were.
+
+        Args:
+            starts: the first unit of each block, as returned before; empty for those of the configuration, or
+                else to measure.
+
+        Returns:
+            The blocks, and the first unit of each; empty where there was nothing to cut.
+
+        Raises:
+            PlywiseError: the factory does not make a network, or that does not come apart.
+        """
+        config, x = self.config, self.data.train.x
+        example = x[: config.batch_size]
+        with seeded(config.seed):
+            if config.model is None:
+                return Blocks(self._default_network(x[0].numel()), example), ()
+            made = make_model(config.model)
+            if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
+                starts = starts or config.split or ()
+                return _cut(made, len(starts) or config.blocks or BLOCKS, example, starts)
+        return Blocks(_list_blocks(config, made), example), ()
+
+    def make_learner(self, blocks: Blocks) -> Learner:
+        """The learner of some blocks.
+
+        Raises:
+            PlywiseError: its settings, the optimizer's or the rule's are refused.
+        """
+        learner: Any = self.learner
+        settings = dict(self.settings)
+        if "num_classes" in inspect.signature(learner).parameters:
+            settings["num_classes"] = self.data.classes
+        training = {"optimizer": self.optimizer, "rule": self.rule, "seed": self.config.seed}
+        with seeded(self.config.seed):
+            try:
+                made: Learner = learner(blocks, **settings, **training)
+            except (ValueError, TypeError) as error:
+                raise PlywiseError(str(error), see="error-command") from error
+        return made
+
+    def _default_network(self, features: int) -> list[nn.Module]:
+        """A linear layer a block; the last one predicts, unless the learner itself does."""
+        widths = [features] + [WIDTH] * (self.config.blocks or BLOCKS)
+        blocks: list[nn.Module] = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
+        if self.learner.__name__ not in READERS:
+            blocks[-1] = nn.Linear(widths[-2], self.data.classes)
+        blocks[0] = nn.Sequential(nn.Flatten(), blocks[0])
+        return blocks
+
+
+def resolve_training(config: TrainConfig) -> ResolvedTraining:
+    """Find and read what a configuration names.
+
+    Raises:
+        PlywiseError: there are no such data, they are none for classification, or there is no such learner,
+            optimizer, rule or hyper-parameter.
+    """
+    learner = resolve_learner(config.learner)
+    return ResolvedTraining(
+        config,
+        take_classes(config.data, resolve_parts(config.data)),
+        learner,
+        learner_settings(learner, config.set),
+        _resolve_optimizer(config),
+        _resolve_rule(config),
+    )
+
+
+def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
+    """The blocks that the user's function has made."""
+    modules = list(made) if isinstance(made, nn.ModuleList | list | tuple) else [made]
+    if wrong := [type(module).__name__ for module in modules if not isinstance(module, nn.Module)]:
+        raise PlywiseError(
+            f"{config.model} must make an nn.Module, or a list of them, one a block; it made a "
+            f"{type(made).__name__}" + ("." if modules == [made] else f" with a {wrong[0]} in it."),
+            see="error-address",
+        )
+    if config.split is not None:
+        raise PlywiseError(
+            f"split says where a model is cut, and {config.model} makes blocks.", see="error-command"
+        )
+    if config.blocks not in (None, len(modules)):
+        raise PlywiseError(
+            f"{config.model} makes {len(modules)} blocks, and blocks is {config.blocks}.", see="error-command"
+        )
+    return modules
+
+
+def _cut(model: nn.Module, k: int, example: Tensor, starts: Sequence[int]) -> tuple[Blocks, tuple[int, ...]]:
+    if k == 1 or not starts:  # one block is the whole model, whatever it is made of
+        blocks = split(model, k, example)
+        return blocks, () if k == 1 else _starts(model, blocks, example)
+    Blocks([model], example.clone())  # materialises lazy layers, as split does
+    units, _ = units_of(model, example)
+    if list(starts) != sorted(set(starts)) or starts[0] != 0 or starts[-1] >= len(units):
+        raise PlywiseError(
+            f"{type(model).__name__} has {len(units)} units, numbered from 0, and is not to be cut at "
+            f"{', '.join(map(str, starts))}. Has its code changed?",
+            see="error-command",
+        )
+    parts = [join(units[start:stop]) for start, stop in pairwise([*starts, len(units)])]
+    return Blocks([assemble(model, part) for part in parts], example.clone()), tuple(starts)
+
+
+def _starts(model: nn.Module, blocks: Blocks, example: Tensor) -> tuple[int, ...]:
+    """The first unit of each block: every unit has a parameter, under the name that it has in the model."""
+    unit_of: dict[str, int] = {}
+    for number, unit in enumerate(units_of(model, example)[0]):
+        unit_of |= dict.fromkeys((name for name, _ in tensors_of(model, unit.nodes)), number)
+    return tuple(min(unit_of[name] for name, _ in block.named_parameters()) for block in blocks)
+
+
+def _resolve_optimizer(config: TrainConfig) -> MakeOptimizer:
+    make: Callable[..., Optimizer] = resolve_optimizer(config.optimizer)
+    settings = [name for name in inspect.signature(make).parameters if name not in ("params", "lr")]
+    check_settings(make.__name__, config.optimizer_set, settings)
+    return lambda groups: make(groups, lr=config.rate, **config.optimizer_set)
+
+
+def _resolve_rule(config: TrainConfig) -> MakeRule | None:
+    if config.rule is None:
+        return None
+    rule: Any = resolve_rule(config.rule)
+    check_settings(rule.__name__, config.rule_set, inspect.signature(rule).parameters)
+    return lambda: rule(**config.rule_set)

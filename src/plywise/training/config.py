@@ -1,0 +1,238 @@
+"""What is trained, on what, how, and how far: from a TOML file, from flags, from a run's own folder."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from plywise._util.suggest import suggestion
+from plywise.errors import PlywiseError
+
+HOW = ("epochs", "threads", "out", "every", "keep", "tensorboard", "replicas", "cuts")
+"""What may change when a run goes on; the rest decides what is trained."""
+
+_LEAST = {
+    **{"blocks": 1, "batch_size": 1, "seed": 0, "epochs": 1},
+    **{"threads": 1, "every": 1, "keep": 1, "replicas": 1},
+}
+_TEXTS = ("model", "data", "learner", "optimizer", "rule")
+_SETTINGS = ("set", "optimizer_set", "rule_set")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training. The fields are the flags of `plywise train` and `plywise pipeline`.
+
+    Attributes:
+        model: ``module:function`` that makes the network, an ``nn.Module`` or a list of blocks; None for
+            linear layers of 128 with ReLU between them.
+        data: see `plywise.registry.resolve.resolve_parts`; the targets are classes.
+        learner: name of the learner, or ``module:name`` of a class.
+        set: its hyper-parameters.
+        blocks: number of blocks; None for 4, or for as many as a list has.
+        split: where a model is cut: the first unit of each block. None for blocks of equal cost, as measured
+            when the run begins: two runs may be cut differently then.
+        optimizer: name of a class in `torch.optim`, or ``module:name`` of one; each component has its own.
+        optimizer_set: its arguments besides the rate.
+        rate: learning rate.
+        rule: name of the rule inside each component, or ``module:name`` of a class; None for none.
+        rule_set: its hyper-parameters.
+        batch_size: samples a batch; the last one of an epoch may have fewer.
+        seed: of weights, of the order of the samples, and of dropout and the like.
+        epochs: passes over the training data.
+        threads: of torch's operators in each process. Rounding depends on it.
+        out: folder of checkpoints and logs.
+        every: steps between checkpoints.
+        keep: how many checkpoints stay, the newest.
+        tensorboard: whether to log for TensorBoard, too.
+        replicas: in a pipeline, processes that share each stage's batches.
+        cuts: in a pipeline, the first component of each stage; None for balanced ones.
+
+    Raises:
+        PlywiseError: a value is out of range; the message has the flag's name.
+
+    Example:
+        >>> TrainConfig(epochs=0)
+        Traceback (most recent call last):
+        plywise.errors.PlywiseError: epochs must be a whole number of at least 1, not 0.
+        More: docs/reference/errors.md#error-command
+    """
+
+    model: str | None = None
+    data: str = "digits"
+    learner: str = "LocalLoss"
+    set: Mapping[str, Any] = field(default_factory=dict)
+    blocks: int | None = None
+    split: tuple[int, ...] | None = None
+    optimizer: str = "Adam"
+    optimizer_set: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 3e-3
+    rule: str | None = None
+    rule_set: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    seed: int = 0
+    epochs: int = 10
+    threads: int = 1
+    out: Path = Path("runs/train")
+    every: int = 500
+    keep: int = 3
+    tensorboard: bool = False
+    replicas: int = 1
+    cuts: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        optional = [entry.name for entry in fields(self) if entry.default is None]
+        for name, value in vars(self).items():
+            if value is None and name in optional:
+                continue
+            if name in _LEAST and (type(value) is not int or value < _LEAST[name]):
+                _refuse(name, f"a whole number of at least {_LEAST[name]}", value)
+            if name in _TEXTS and not (isinstance(value, str) and value):
+                _refuse(name, "a name", value)
+        if type(self.rate) not in (int, float) or not 0 < self.rate < math.inf:
+            _refuse("rate", "a number above 0", self.rate)
+        if type(self.tensorboard) is not bool:
+            _refuse("tensorboard", "true or false", self.tensorboard)
+        if self.split is not None and self.model is None:
+            raise PlywiseError("split says where a model is cut, and there is no model.", see="error-command")
+        if self.split is not None and self.blocks not in (None, len(self.split)):
+            raise PlywiseError(
+                f"split is of {len(self.split)} blocks, and blocks is {self.blocks}.", see="error-command"
+            )
+        if self.rule is None and self.rule_set:
+            raise PlywiseError(
+                f"rule-set is given ({_word(self.rule_set)}), and no rule.", see="error-command"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan by the flags' names, of what JSON has."""
+        values: dict[str, Any] = json.loads(json.dumps(vars(self), default=str))
+        return {_flag(name): value for name, value in values.items()}
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """In what another plan, as JSON, would train something else, data and split apart.
+
+        Example:
+            >>> TrainConfig(rate=0.01).differences(TrainConfig(epochs=20).as_json())
+            ['rate is 0.003 there and 0.01 here']
+        """
+        mine = self.as_json()
+        return [
+            f"{flag} is {_word(other.get(flag))} there and {_word(value)} here"
+            for flag, value in mine.items()
+            if flag not in (*map(_flag, HOW), "data", "split") and other.get(flag) != value
+        ]
+
+
+def read_config(file: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
+    """A plan from a TOML file and flags; flags win, and hyper-parameters of both are joined.
+
+    Args:
+        file: its keys are the flags' names; hyper-parameters are a table or a list of "name=value".
+        flags: values by the names of the plan's fields; None where a flag is not given.
+
+    Raises:
+        PlywiseError: the file cannot be read, holds an unknown key, or a value is out of range.
+    """
+    given = {} if file is None else _from_toml(file)
+    for name, value in flags.items():
+        if value is not None:
+            read = _read(name, value)
+            given[name] = {**given.get(name, {}), **read} if name in _SETTINGS else read
+    return TrainConfig(**given)
+
+
+def make_config(values: Mapping[str, Any], source: str) -> TrainConfig:
+    """The plan of values by the flags' names.
+
+    Raises:
+        PlywiseError: a key is unknown, or a value is out of range; the message names the source.
+    """
+    return TrainConfig(**_named(values, source))
+
+
+def _from_toml(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:
+            values = tomllib.load(opened)
+    except FileNotFoundError as error:
+        raise PlywiseError(f"There is no file {file}.", see="error-command") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise PlywiseError(f"{file} is not TOML: {error}.", see="error-command") from error
+    return _named(values, str(file))
+
+
+def _named(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Values by the names of the plan's fields."""
+    names = {_flag(entry.name): entry.name for entry in fields(TrainConfig)}
+    for key in values:
+        if key not in names:
+            hint = suggestion(key, tuple(names)) or f"Known are: {', '.join(names)}."
+            raise PlywiseError(
+                f"{source} has a key {key!r}, which is unknown. {hint}".rstrip(), see="error-command"
+            )
+    return {names[key]: _read(names[key], value) for key, value in values.items()}
+
+
+def _read(name: str, value: Any) -> Any:
+    """A value as the plan has it, from what a flag, TOML or JSON have."""
+    if name in _SETTINGS:
+        return _settings(name, value)
+    if name == "out":
+        return Path(value) if isinstance(value, str | Path) and str(value) else _refuse(name, "a path", value)
+    if name in ("cuts", "split") and value is not None:
+        return _whole_numbers(name, value)
+    return value
+
+
+def _settings(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        _refuse(name, "a table, or a list of name=value", value)
+    read = {}
+    for word in value:
+        key, equals, text = str(word).partition("=")
+        if not equals:
+            flag = _flag(name)
+            raise PlywiseError(
+                f"{flag} needs name=value, as in --{flag} code=64, not {word!r}.", see="error-command"
+            )
+        read[key] = literal(text)
+    return read
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    words = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(int(word) for word in words)
+    except (TypeError, ValueError):
+        return _refuse(name, "whole numbers, as in 0,2", value)
+
+
+def _refuse(name: str, wanted: str, value: Any) -> Any:
+    raise PlywiseError(f"{_flag(name)} must be {wanted}, not {value!r}.", see="error-command")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={setting!r}" for key, setting in value.items()) or "nothing"
+    return "not given" if value is None else str(value)

@@ -1,0 +1,77 @@
+"""The log of a run: a line of JSON for each step, and the same for TensorBoard."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plywise._util.tensorboard import require_tensorboard
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is logged of a step.
+
+    Attributes:
+        step: number of steps done.
+        epoch: the epoch of this step, from 1.
+        losses: the losses before the step, by component.
+        seconds: that the run has taken so far, checkpoints and evaluations included.
+        accuracy: share of the test data that is predicted right; None but after an epoch's last step.
+    """
+
+    step: int
+    epoch: int
+    losses: Mapping[int, float]
+    seconds: float
+    accuracy: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The line as the log has it."""
+        losses = {str(component): loss for component, loss in self.losses.items()}
+        judged = {} if self.accuracy is None else {"accuracy": self.accuracy}
+        place = {"step": self.step, "epoch": self.epoch}
+        return {**place, "losses": losses, **judged, "seconds": round(self.seconds, 3)}
+
+
+class MetricsLog:
+    """Writes lines as they come; a killed process loses none. Use as a context manager.
+
+    Args:
+        path: the log, to be gone on with.
+        step: number of steps done so far.
+        tensorboard: whether to write for TensorBoard, too, into a folder beside the log.
+
+    Raises:
+        PlywiseError: TensorBoard is not installed.
+    """
+
+    def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
+        self._board = _board(path.parent / "tensorboard" / path.stem, step) if tensorboard else None
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, line: StepMetrics) -> None:
+        """Log a step."""
+        self._file.write(json.dumps(line.as_json(), allow_nan=False) + "\n")
+        if self._board is not None:
+            for component, loss in line.losses.items():
+                self._board.add_scalar(f"loss/component {component}", loss, line.step)
+            if line.accuracy is not None:
+                self._board.add_scalar("accuracy/test", line.accuracy, line.step)
+
+    def close(self) -> None:
+        """Finish."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _board(folder: Path, step: int) -> Any:
+    return require_tensorboard()(folder, purge_step=step + 1)

@@ -1,0 +1,82 @@
+"""A training by a plan in the processes that torchrun started."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+
+from plywise._util.tensorboard import require_tensorboard
+from plywise.errors import PipelineError
+from plywise.local.learner import OneWayLearner
+from plywise.pipeline.cuts import from_first, measured_cuts
+from plywise.pipeline.groups import join
+from plywise.pipeline.pipeline import Pipeline
+from plywise.training.build import ResolvedTraining, resolve_training
+from plywise.training.config import TrainConfig
+from plywise.training.run_folder import RunFolder
+from plywise.training.session import Session, format_error
+
+
+@contextmanager
+def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session]:
+    """This process's part of a training; it goes on from the last checkpoint in the plan's folder, if any.
+
+    All processes call this alike and see the same folder. An error in one of them ends all.
+
+    Args:
+        plan: the plan.
+        fresh: start anew; what the folder holds of another run is thrown away.
+
+    Raises:
+        PlywiseError: see `plywise.training.session.open_session`; or the processes do not fit the plan, or
+            one of them is lost.
+    """
+    if plan.tensorboard:
+        require_tensorboard()
+    torch.set_num_threads(plan.threads)
+    training, folder = resolve_training(plan), RunFolder(plan.out)
+    data = training.data
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # a rule with memory minds processes that share nothing; stages hold different components
+        warnings.filterwarnings("ignore", r"\d+ processes run, but no Distrib", RuntimeWarning)
+        join()
+        stack.callback(dist.destroy_process_group)
+        learner, starts = _learner(training, folder, fresh)
+        batch = data.train.x[: plan.batch_size], data.train.y[: plan.batch_size]
+        cuts = plan.cuts or measured_cuts(learner, *batch, replicas=plan.replicas)
+        pipeline = stack.enter_context(Pipeline(learner, cuts=cuts, replicas=plan.replicas))
+        try:
+            if dist.get_rank() == 0:
+                folder.begin(plan, data, starts, fresh=fresh)
+            pipeline.agree(True)  # the folder is ready
+            log = f"log.stage{pipeline.stage}.jsonl" if pipeline.replica == 0 else None
+            session = Session(plan, data, pipeline, folder, folder.last_step(), log)
+            pipeline.agree(True)  # nobody writes before all have read
+            del training, data, batch  # the session keeps what it needs: of most stages, nothing
+            yield session
+        except BaseException as error:
+            pipeline.watch.tell(format_error(error))
+            raise
+
+
+def _learner(
+    training: ResolvedTraining, folder: RunFolder, fresh: bool
+) -> tuple[OneWayLearner, tuple[int, ...]]:
+    """The learner, cut as the first process has measured it, or as it was when the run began."""
+    if dist.get_rank() == 0:
+        record = None if fresh else folder.check(training.config, training.data)
+        blocks, starts = training.make_blocks(record.starts if record else ())
+        from_first(starts)
+    else:
+        blocks, starts = training.make_blocks(from_first(()))
+    learner = training.make_learner(blocks)
+    if not isinstance(learner, OneWayLearner):
+        raise PipelineError(
+            f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way. "
+            "`plywise train` takes it.",
+            see="pipeline-start",
+        )
+    return learner, starts

@@ -1,0 +1,213 @@
+"""The folder of a run: its plan, its checkpoints, its logs. It holds one run, and says what is in it."""
+
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plywise._util.files import write_whole
+from plywise._util.version import __version__
+from plywise.data.classes import ClassData
+from plywise.errors import StateError
+from plywise.local import checkpoint
+from plywise.training.config import TrainConfig, make_config
+
+_LOGS = "log*.jsonl"
+_ANEW = "--fresh starts anew in its place, another --out beside it."
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run was begun with.
+
+    Attributes:
+        plan: by the flags' names.
+        data: the data's fingerprint.
+        starts: where the model was cut (see `plywise.training.build.ResolvedTraining.make_blocks`).
+    """
+
+    plan: Mapping[str, Any]
+    data: str
+    starts: tuple[int, ...]
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: the folder; it is made where it is missing.
+
+    Attributes:
+        checkpoints: the folder of the checkpoints in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._plan = path / "plan.json"
+        self._lock: Callable[[], object] | None = None
+        path.mkdir(parents=True, exist_ok=True)
+
+    def record(self) -> RunRecord | None:
+        """What the run in this folder was begun with; None if there is no run.
+
+        Raises:
+            StateError: it cannot be read.
+        """
+        if not self._plan.exists():
+            if checkpoint.steps(self.checkpoints):
+                raise StateError(
+                    f"{self.path} has checkpoints, but no plan.json to say of what. {_ANEW}", see="state-run"
+                )
+            return None
+        try:
+            saved = json.loads(self._plan.read_text(encoding="utf-8"))
+            return RunRecord(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{self._plan} is no plan of plywise: {error!r}. {_ANEW}", see="state-run"
+            ) from error
+
+    def check(self, plan: TrainConfig, data: ClassData) -> RunRecord | None:
+        """The record of the run to go on with; None if there is none.
+
+        Raises:
+            StateError: what is in the folder is another plan's, or the checkpoints are gone.
+        """
+        record = self.record()
+        if record is None:
+            return None
+        differences = plan.differences(record.plan)
+        if record.data != data.fingerprint():
+            theirs = record.plan.get("data")
+            if theirs == plan.data:
+                differences.append(f"what {plan.data} holds has changed since")
+            else:
+                differences.append(f"data is {theirs} there and {plan.data} here")
+        if plan.split is not None and plan.split != record.starts:
+            differences.append(f"split is {_joined(record.starts)} there and {_joined(plan.split)} here")
+        if differences:
+            raise StateError(
+                f"{self.path} holds a run of another plan: {'; '.join(differences)}. {_ANEW}", see="state-run"
+            )
+        if not checkpoint.steps(self.checkpoints) and any(path.stat().st_size for path in self._logs()):
+            raise StateError(
+                f"{self.path} has the log of a run, and no checkpoint in {self.checkpoints}: bring them "
+                f"back to go on. {_ANEW}",
+                see="state-run",
+            )
+        return record
+
+    def begin(
+        self, plan: TrainConfig, data: ClassData, starts: tuple[int, ...], *, fresh: bool
+    ) -> int | None:
+        """Make everything ready: the plan written, the logs cut back to the last checkpoint.
+
+        Args:
+            plan: the plan, which has passed `check`.
+            data: the data.
+            starts: where the model was cut.
+            fresh: throw away what is there.
+
+        Returns:
+            The step of the checkpoint to go on from; None if there is none.
+
+        Raises:
+            StateError: another process is at work in the folder.
+        """
+        self._hold()
+        if fresh:
+            self._clear()
+        record = {"plan": plan.as_json(), "data": data.fingerprint(), "starts": starts}
+        text = json.dumps({"plywise": __version__, **record}, ensure_ascii=False, indent=1)
+        write_whole(self._plan, text + "\n")
+        step = self.last_step()
+        for path in self._logs():
+            cut_back(path, step or 0)
+        return step
+
+    def release(self) -> None:
+        """Let others work in this folder."""
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
+
+    def _hold(self) -> None:
+        """Let nobody else begin here until this process releases the folder, or dies."""
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return
+        self.release()
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        self._lock = weakref.finalize(self, os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise StateError(
+                f"Another process is at work in {self.path}: wait for its end, or give another --out.",
+                see="state-run",
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def last_step(self) -> int | None:
+        """The step of the last checkpoint; None if there is none."""
+        steps = checkpoint.steps(self.checkpoints)
+        return steps[-1] if steps else None
+
+    def plan(self) -> TrainConfig:
+        """The plan of the run in this folder.
+
+        Raises:
+            StateError: there is no run.
+            PlywiseError: the plan is of another version of plywise.
+        """
+        record = self.record()
+        if record is None:
+            raise StateError(f"{self.path} holds no run.", see="state-run")
+        return make_config(record.plan, str(self._plan))
+
+    def last_line(self) -> dict[str, Any]:
+        """The last line of all logs; empty if there is none."""
+        lines = [line for path in self._logs() for line, _ in _lines(path)]
+        return max(lines, key=lambda line: (line["step"], line.get("accuracy") is not None), default={})
+
+    def _logs(self) -> list[Path]:
+        return sorted(self.path.glob(_LOGS))
+
+    def _clear(self) -> None:
+        """Remove what runs leave behind, and nothing else: the plan last, so that it is never missed."""
+        for path in self._logs():
+            path.unlink()
+        for folder in (self.path / "tensorboard", self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._plan.unlink(missing_ok=True)
+
+
+def _joined(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers)) or "none"
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop a log's lines after ``step``, and what a killed process has left of a line."""
+    kept = "".join(text for line, text in _lines(path) if line["step"] <= step)
+    if kept != path.read_text(encoding="utf-8", errors="replace"):
+        write_whole(path, kept)
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The lines of a log that are whole, read and as they are."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                return
+            if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line, text

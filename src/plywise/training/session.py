@@ -1,0 +1,387 @@
+"""A training from its plan to its end, through any number of interruptions, in one process or many."""
+
+import hashlib
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from plywise._util.tensorboard import require_tensorboard
+from plywise.data.classes import ClassData
+from plywise.data.digits import Split
+from plywise.engine.health import SKIPPED
+from plywise.errors import NonFiniteError, PlywiseError, StateError
+from plywise.local.learner import Learner, Report
+from plywise.local.trainer import LocalTrainer
+from plywise.training.build import resolve_training
+from plywise.training.config import TrainConfig
+from plywise.training.metrics_log import MetricsLog, StepMetrics
+from plywise.training.run_folder import RunFolder
+from plywise.training.single_process import SingleProcessEngine
+
+_CHUNK = 1000  # samples that are predicted at a time
+
+
+class Engine(Protocol):
+    """What takes the steps: a `SingleProcessEngine`, or a `plywise.pipeline.pipeline.Pipeline`."""
+
+    @property
+    def learner(self) -> Learner:
+        """The whole learner; in a pipeline, only this process's components are up to date."""
+
+    @property
+    def trainers(self) -> Sequence[LocalTrainer]:
+        """Those of this process."""
+
+    stage: int
+    replica: int
+    replicas: int
+
+    def ask_to_stop(self) -> None:
+        """Ask whoever reads the batches to read no more; a signal handler may call this."""
+
+    def stopping(self) -> bool:
+        """Whether somebody has asked; called by whoever reads the batches, before each."""
+
+    def run(self, batches: Iterator[tuple[Tensor, Tensor]], after: Callable[[int], None]) -> int:
+        """Train on batches; ``after`` hears the number of steps done after each."""
+
+    def save(self, folder: Path, keep: int) -> None:
+        """Write a checkpoint."""
+
+    def restore(self, folder: Path, step: int) -> int:
+        """Go on from one."""
+
+    def gather(self) -> Learner:
+        """Make the learner whole."""
+
+
+class Session:
+    """One training by a plan; made by `open_session` or `plywise.training.open_pipeline.open_pipeline`.
+
+    Args:
+        plan: the plan.
+        data: the data.
+        engine: who takes the steps.
+        folder: where checkpoints and logs are.
+        step: the step of the checkpoint to go on from; None to begin.
+        log: name of this process's log; None for none.
+
+    Raises:
+        StateError: the checkpoint cannot be read, or is another learner's.
+
+    Attributes:
+        began: number of steps done before this session.
+        note: what was chosen about the data, in a sentence; empty if nothing was.
+        per_epoch: steps in an epoch.
+        total: steps in the whole training.
+    """
+
+    def __init__(
+        self,
+        plan: TrainConfig,
+        data: ClassData,
+        engine: Engine,
+        folder: RunFolder,
+        step: int | None,
+        log: str | None,
+    ) -> None:
+        self.plan, self.engine, self.folder = plan, engine, folder
+        self.samples, self.classes = len(data.train.x), data.classes
+        self.test_samples = 0 if data.test is None else len(data.test.x)
+        self.note = data.note
+        self.per_epoch = math.ceil(self.samples / plan.batch_size)
+        self.total = plan.epochs * self.per_epoch
+        self._reads = engine.stage == 0
+        self._judges = engine.stage == 0 and engine.replica == 0
+        self._data = data if self._reads else None  # the other stages need not keep it
+        self._log = None if log is None else folder.path / log
+        self._saved = step
+        self._held: StepMetrics | None = None  # an epoch's last line waits for the accuracy
+        self.began = 0 if step is None else self._restore(step)
+        self._clock = time.monotonic() - float(folder.last_line().get("seconds", 0.0))
+
+    @property
+    def step(self) -> int:
+        """Number of steps done."""
+        return self.engine.learner.steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.step >= self.total
+
+    @property
+    def skipped(self) -> int:
+        """Steps of this process's components that were not taken: gradients were not finite, the loss was."""
+        return sum(trainer.health.total(SKIPPED) for trainer in self.engine.trainers)
+
+    def run(self, show: Callable[[StepMetrics], None] = lambda line: None) -> bool:
+        """Train to the end. Ctrl-C (or SIGTERM) lets the step finish; a second one interrupts it.
+
+        Args:
+            show: hears of each step.
+
+        Returns:
+            Whether the training is finished; if not, somebody has asked to stop. Either way there is a
+            checkpoint of the last step.
+
+        Raises:
+            NonFiniteError: a loss is not finite. The last checkpoint stays.
+            PlywiseError: a step fails; a process of the pipeline is lost; a checkpoint cannot be written.
+        """
+        log = self._log
+        journal = nullcontext() if log is None else MetricsLog(log, self.step, self.plan.tensorboard)
+        with journal as written, signals_to(self.engine.ask_to_stop), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*so this step was not taken", RuntimeWarning)  # see `skipped`
+
+            def tell(line: StepMetrics) -> None:
+                if written is not None:
+                    written.write(line)
+                show(line)
+
+            hear = self._hearing(tell)
+            self.engine.learner.callbacks.append(hear)
+            try:
+                return self._run(tell)
+            finally:
+                self.engine.learner.callbacks.remove(hear)
+                self.folder.release()
+
+    def _run(self, tell: Callable[[StepMetrics], None]) -> bool:
+        if self._saved is None:
+            self._save()  # there is always something to go on from
+        while not self.finished:
+            end = (self.step // self.per_epoch + 1) * self.per_epoch
+            self._train(end)
+            if self.step < end:
+                self._save()
+                return False
+            assert self._held is not None
+            tell(replace(self._held, accuracy=self._accuracy(), seconds=self._seconds))
+            if self.step % self.plan.every == 0:
+                self._save()
+        self._save()
+        return True
+
+    def _train(self, end: int) -> None:
+        try:
+            self.engine.run(self._batches(self.step, end), self._after)
+        except PlywiseError:
+            raise
+        except Exception as error:
+            rows = self.samples % self.plan.batch_size if self.step == end - 1 else 0
+            hint = f" It is the odd end of an epoch, of {rows}: --batch-size changes that." if rows else ""
+            raise PlywiseError(
+                f"Step {self.step + 1} fails: {format_error(error)}.{hint}{self._kept}"
+            ) from error
+
+    def _batches(self, step: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the rest of an epoch, until somebody asks to stop."""
+        assert self._data is not None
+        train, size = self._data.train, self.plan.batch_size
+        order = permutation(self.plan.seed, step // self.per_epoch, self.samples)
+        for batch in order.split(size)[step % self.per_epoch :]:
+            if self.engine.stopping():
+                return
+            rows = share(batch, self.engine.replica, self.engine.replicas)
+            yield train.x[rows], train.y[rows]
+
+    def _hearing(self, tell: Callable[[StepMetrics], None]) -> Callable[[Report], None]:
+        def hear(report: Report) -> None:
+            first = self.engine.trainers[0].index
+            losses = dict(enumerate(report.losses.tolist(), first))
+            self._check(report.step, losses)
+            epoch = (report.step - 1) // self.per_epoch + 1
+            line = StepMetrics(report.step, epoch, losses, self._seconds)
+            if report.step % self.per_epoch:
+                tell(line)
+            else:
+                self._held = line
+
+        return hear
+
+    def _check(self, step: int, losses: dict[int, float]) -> None:
+        for component, loss in losses.items():
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"The loss of component {component} is {loss} at step {step}.{self._kept} Try a lower "
+                    "rate (in another --out, or with --fresh)."
+                )
+
+    def _after(self, step: int) -> None:
+        if step % self.plan.every == 0 and step % self.per_epoch:  # after an epoch: once that is judged
+            self._save()
+
+    def _save(self) -> None:
+        if self._saved == self.step:
+            return
+        try:
+            self.engine.save(self.folder.checkpoints, self.plan.keep)
+        except PlywiseError:
+            raise
+        except Exception as error:
+            raise StateError(
+                f"No checkpoint of step {self.step}: {format_error(error)}.{self._kept}", see="state-run"
+            ) from error
+        self._saved = self.step
+
+    def _restore(self, step: int) -> int:
+        try:
+            return self.engine.restore(self.folder.checkpoints, step)
+        except PlywiseError:
+            raise
+        except Exception as error:
+            raise StateError(
+                f"The checkpoint of step {step} in {self.folder.checkpoints} cannot be read: "
+                f"{format_error(error)}. Move it away to go on from the one before.",
+                see="state-run",
+            ) from error
+
+    def _accuracy(self) -> float | None:
+        """Share of the test data that is predicted right; None without any, and in all processes but one."""
+        if not self.test_samples:
+            return None
+        learner = self.engine.gather()
+        if not self._judges:
+            return None
+        assert self._data is not None
+        assert self._data.test is not None
+        return accuracy(learner, self._data.test)
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._clock
+
+    @property
+    def _kept(self) -> str:
+        """What is still there, for an error."""
+        if self._saved is None:
+            return ""
+        return f" The checkpoint of step {self._saved} in {self.folder.checkpoints} stays."
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters of all components."""
+        return sum(p.numel() for t in self.engine.learner.trainers for p in t.component.parameters())
+
+
+def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
+    """A training in this process; it goes on from the last checkpoint in the plan's folder, if there is one.
+
+    Args:
+        plan: the plan.
+        fresh: start anew; what the folder holds of another run is thrown away.
+
+    Raises:
+        PlywiseError: something in the plan does not exist, does not fit or fails; the folder holds a run of
+            another plan. Nothing has been written or thrown away then.
+    """
+    if plan.tensorboard:
+        require_tensorboard()
+    torch.set_num_threads(plan.threads)
+    training, folder = resolve_training(plan), RunFolder(plan.out)
+    data = training.data
+    record = None if fresh else folder.check(plan, data)
+    blocks, starts = training.make_blocks(record.starts if record else ())
+    engine = SingleProcessEngine(training.make_learner(blocks))
+    step = folder.begin(plan, data, starts, fresh=fresh)
+    return Session(plan, data, engine, folder, step, "log.jsonl")
+
+
+def load_trained(out: Path | str) -> nn.Module:
+    """The network that a run has trained so far, from its last checkpoint.
+
+    Args:
+        out: the folder of the run.
+
+    Raises:
+        PlywiseError: there is no run, or what its plan names is not what it was.
+    """
+    folder = RunFolder(Path(out))
+    plan, record = folder.plan(), folder.record()
+    assert record is not None
+    training = resolve_training(plan)
+    blocks, _ = training.make_blocks(record.starts)
+    engine = SingleProcessEngine(training.make_learner(blocks))
+    engine.restore(folder.checkpoints, None)
+    return engine.learner.as_module().eval()
+
+
+def permutation(seed: int, epoch: int, samples: int) -> Tensor:
+    """The order of the samples in an epoch; it depends on nothing else.
+
+    Example:
+        >>> permutation(0, 0, 5).sort().values
+        tensor([0, 1, 2, 3, 4])
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.randperm(samples, generator=generator)
+
+
+def share(rows: Tensor, replica: int, replicas: int) -> Tensor:
+    """A replica's share of a batch, as large as the others': gradients are averaged with equal weights.
+
+    Where that does not come out even, the last shares are filled up with samples of the first.
+
+    Example:
+        >>> [share(torch.arange(5), replica, 2).tolist() for replica in (0, 1)]
+        [[0, 1, 2], [3, 4, 0]]
+    """
+    if replicas == 1:
+        return rows
+    size = -(-len(rows) // replicas)
+    return rows[torch.arange(replica * size, (replica + 1) * size) % len(rows)]
+
+
+def accuracy(learner: Learner, split: Split) -> float:
+    """Share of a set that a learner predicts right."""
+    right = sum(
+        int((learner.predict(x).argmax(1) == y).sum())
+        for x, y in zip(split.x.split(_CHUNK), split.y.split(_CHUNK), strict=True)
+    )
+    return right / len(split.y)
+
+
+def format_error(error: BaseException) -> str:
+    """An exception in a line."""
+    failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint: {rank: (error, traceback)}
+    if failures:
+        return format_error(next(iter(failures.values()))[0])
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
+
+
+@contextmanager
+def signals_to(ask: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM calls ``ask``; afterwards, and after the block, they do what they did."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def heard(*_: Any) -> None:
+        give_back()
+        ask()
+
+    for number in numbers:
+        signal.signal(number, heard)
+    try:
+        yield
+    finally:
+        give_back()

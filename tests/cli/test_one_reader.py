@@ -1,0 +1,106 @@
+"""What one command takes for data, models, rules and optimizers, the others take, and refuse alike."""
+
+import numpy as np
+import pytest
+
+MODULE = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import plywise as pw
+
+generator = torch.Generator().manual_seed(0)
+x, y = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
+
+def net(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+def dataset(): return TensorDataset(x, y)
+def three(): return (x[:40], y[:40]), (x[40:50], y[40:50]), TensorDataset(x[50:], y[50:])
+def unlike(): return x[:40], y[:40], x[40:, :3], y[40:]
+def nothing(): return 3
+def ended(): return x / 0, y
+
+class Half(torch.optim.SGD):
+    '''SGD.'''
+
+@dataclass(frozen=True, eq=False)
+class Mine(pw.Backprop):
+    '''A rule of a user.'''
+
+module = net()
+"""
+
+GOOD = ["mine:dataset", "mine:three", "table.csv", "parts.npz", "digits-mlp", "digits"]
+BAD = [
+    "mine:unlike",
+    "mine:nothing",
+    "mine:ended",
+    "mine:nowhere",
+    "nowhere.npz",
+    "nowhere.csv",
+    "digit-mlp",
+    "mnist",
+]
+
+
+@pytest.fixture(autouse=True)
+def _project(user_module, tmp_path):
+    user_module("mine", MODULE)
+    rows = np.column_stack([np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) % 3])
+    np.savetxt(tmp_path / "table.csv", rows, delimiter=",", header="a,b,c,d,class", comments="")
+    x, y = rows[:, :4], rows[:, 4].astype(int)
+    parts = {"x_train": x[:40], "y_train": y[:40], "x_validation": x[40:], "y_validation": y[40:]}
+    np.savez(tmp_path / "parts.npz", **parts)
+
+
+def words(command, data, methods="sgd"):
+    if command == "train":
+        return ["train", "--data", data, "--epochs", "1", "--out", "trained", "--batch-size", "30"]
+    if command == "diagnose":
+        return ["diagnose", "mine:net", "--data", data, "--batches", "1"]
+    small = ["--methods", methods, "--trials", "0", "--seeds", "1", "--steps", "2", "--out", "bench"]
+    return ["bench", "mine:net", "--data", data, *small]
+
+
+@pytest.mark.parametrize("data", GOOD)
+def test_training_takes_what_a_comparison_takes(plywise, data):
+    code, out, err = plywise(*words("train", data))
+    assert (code, err) == (0, "")
+    assert f"{data}: " in out
+
+
+def test_what_is_chosen_about_parts_is_said(plywise):
+    assert "The validation part is not used" in plywise(*words("train", "mine:three"))[1]
+    assert "measured on the validation part" in plywise(*words("train", "parts.npz"), "--fresh")[1]
+
+
+@pytest.mark.parametrize("data", BAD)
+def test_all_commands_refuse_data_in_the_same_words(plywise, data):
+    said = [plywise(*words(command, data)) for command in ("train", "diagnose", "bench")]
+    assert [code for code, _, _ in said] == [1, 1, 1]
+    assert len({err for _, _, err in said}) == 1, said
+
+
+def test_all_commands_refuse_a_network_in_place_of_a_function(plywise):
+    said = [
+        plywise("train", "--model", "mine:module", "--data", "mine:dataset"),
+        plywise("diagnose", "mine:module", "--data", "mine:dataset"),
+        plywise("bench", "mine:module", "--data", "mine:dataset"),
+    ]
+    assert {code for code, _, _ in said} == {1}
+    assert len({err for _, _, err in said}) == 1, said
+
+
+def test_a_rule_and_an_optimizer_of_ones_own_go_everywhere(plywise):
+    train = words("train", "mine:dataset")
+    code, out, err = plywise(*train, "--rule", "mine:Mine", "--optimizer", "mine:Half", "--rate", "0.1")
+    assert (code, err) == (0, "")
+    assert "mine:Mine, mine:Half at rate 0.1" in out
+    code, out, err = plywise("explain", "mine:net", "--rule", "mine:Mine")
+    assert (code, err) == (0, "")
+    methods = "mine:Mine,mine:Mine+mine:Half,foof+mine:Half,local-loss+mine:Mine"
+    code, out, err = plywise(*words("bench", "mine:dataset", methods))
+    assert (code, err) == (0, "")
+    assert "fails" not in out
