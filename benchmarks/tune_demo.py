@@ -1,6 +1,7 @@
 """Tune the methods of `plywise demo`: the same number of trials for each, judged on the validation split.
 
     python benchmarks/tune_demo.py            # writes benchmarks/tune_demo.json, a few minutes on one core
+    python benchmarks/tune_demo.py Foof       # this method alone; the others stay as they are in that file
 
 Each method gets the same number of settings (Sobol points of its own ranges), each trained with the same
 two seeds, which are not the demo's. The score is the mean over the training of the logarithm of the
@@ -27,6 +28,7 @@ from plywise.data.parts import Data
 
 TRIALS = 32
 SEEDS = (100, 101)
+ON_ADAMW = ("AdamW", "Coordinates")
 # (low, high) is a range on a logarithmic scale, a list is a choice
 SPACES = {
     "SGD": {"rate": (0.01, 1.0)},
@@ -43,6 +45,7 @@ SPACES = {
     "FeatureWhitening": {"rate": (0.01, 1.0), "rule.damping": (1e-5, 0.1), "opt.momentum": [0.0, 0.9]},
     "AdaBK": {"rate": (0.01, 1.0), "rule.damping": (1e-5, 0.1), "opt.momentum": [0.0, 0.9]},
     "KFAC": {"rate": (0.003, 0.3), "rule.damping": (0.01, 10.0), "opt.momentum": [0.0, 0.9]},
+    "Coordinates": {"rate": (1e-3, 1e-1), "rule.damping": (1e-3, 10.0), "opt.weight_decay": (1e-4, 1e-1)},
     "Foof": {"rate": (0.003, 0.3), "rule.damping": (0.01, 10.0), "opt.momentum": [0.0, 0.9]},
 }
 
@@ -76,7 +79,7 @@ def setup_of(method: str, point: dict) -> Setup:
         point["rate"],
         None if plain else method,
         pick("rule."),
-        "AdamW" if method == "AdamW" else "SGD",
+        "AdamW" if method in ON_ADAMW else "SGD",
         optimizer_settings,
     )
 
@@ -110,8 +113,9 @@ def _mean_log(losses: list[float]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     plan, splits = DemoConfig(), load_digits()
-    results = {}
-    for method, space in SPACES.items():
+    out = Path(__file__).with_suffix(".json")
+    results = json.loads(out.read_text(encoding="utf-8"))["methods"] if sys.argv[1:] else {}
+    for method, space in ((name, SPACES[name]) for name in sys.argv[1:] or SPACES):
         start, trials = time.process_time(), []
         for point in points(space, TRIALS):
             trials.append({**point, **score(plan, setup_of(method, point), splits)})
@@ -137,7 +141,7 @@ def main() -> None:
         "methods": results,
     }
     text = json.dumps(study, indent=1, ensure_ascii=False)
-    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def tensors_of(memories: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def statistics(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
     """What a layer learned, without what is made of it (whose size follows the gradient)."""
-    made = (".root", ".vectors", ".weights", ".scale", "/scale", "/phase", "/in_backward")
+    made = (".root", ".basis", ".vectors", ".weights", ".scale", "/scale", "/phase", "/in_backward")
     return {key: value for key, value in of_layer(memories, layer).items() if not key.endswith(made)}
 
 

@@ -26,6 +26,7 @@ from plywise import (
     BackMatching,
     Backprop,
     Consequentialism,
+    Coordinates,
     FeatureWhitening,
     Foof,
     LinearCall,
@@ -150,6 +151,7 @@ CASES = [
         remembers_scales=SQUARES,
         family="two-sided",
     ),
+    Case("coordinates", lambda: Coordinates(stats_every=2, refresh_every=2), rates=(0.5,), family="turned"),
     Case("foof", lambda: Foof(stats_every=2, refresh_every=2), rates=(0.5,), family="one-sided"),
     Case(
         "precondition-two-sided-low-rank",

@@ -141,7 +141,7 @@ class Attachment:
                 *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave)
             )
             self.table.on_begin.append(self._state.find_replicas)
-            self.capture.rests = self._rests
+            self.capture.rests = weakref.WeakMethod(self._rests)
         self.table.on_replaced = self._follow_parameters
         if self.rule.needs_backward_scale:
             every = self.rule.measure_every
@@ -324,8 +324,11 @@ class Attachment:
                 )
 
     def _rests(self) -> bool:
-        """Whether forward and backward are left to autograd until the next step."""
-        return self._state is not None and not self.observers and self._state.rests
+        """Whether forward and backward are left to autograd until the next step.
+
+        Not so if somebody wants to see each call, or the error of a bad one.
+        """
+        return self._state is not None and self._state.rests(not self.observers and not self._raises)
 
     def _count_evidence(self, name: str) -> None:
         """The gradient of a layer's weight has arrived in ``.grad``."""

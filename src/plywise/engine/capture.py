@@ -121,7 +121,7 @@ class Capture:
     Attributes:
         exploring: whether uses of parameters that no reader knows are noted, in the first forwards.
         paused: whether calls are left to autograd for now.
-        rests: asks whether they are left to autograd until the next step.
+        rests: weak reference to a function that says whether they are left to autograd until the next step.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Capture:
         self.local = _Running()
         self.exploring = True
         self.paused = False
-        self.rests: Callable[[], bool] | None = None
+        self.rests: Callable[[], Callable[[], bool] | None] | None = None
 
     def note_use(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
         """Remember which function has used a parameter, should its gradient come without a captured call."""
@@ -186,6 +186,15 @@ class Capture:
         """Register the hooks that enter the mode; those that leave it follow where they are needed."""
         for module in modules:
             self._handles.append(module.register_forward_pre_hook(EnterHook(self), prepend=True))
+
+    def is_resting(self) -> bool:
+        """Whether calls are left to autograd until the next step."""
+        if (
+            self.rests is None or torch._C._get_tracing_state() is not None
+        ):  # what is traced is always the same
+            return False
+        rests = self.rests()
+        return rests is not None and rests()
 
     def enter(self, module: nn.Module) -> None:
         """A module begins to run, and no other one runs; or the last time has been interrupted."""
@@ -255,8 +264,7 @@ class EnterHook(ModelHook):
             return
         local = self.capture.local
         if local.outermost is None or local.outermost is module:
-            rests = self.capture.rests
-            if rests is None or not rests():
+            if not self.capture.is_resting():
                 self.capture.enter(module)
         else:
             local.innermost = module
@@ -285,7 +293,7 @@ def _call_eagerly(mode: CaptureMode, func: Any, args: tuple[Any, ...], kwargs: d
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _enter_eagerly(capture: Capture, module: nn.Module) -> None:
     if capture.local.outermost is None or capture.local.outermost is module:
-        if capture.rests is None or not capture.rests():
+        if not capture.is_resting():
             capture.enter(module)
     else:
         capture.local.innermost = module

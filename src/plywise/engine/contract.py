@@ -174,6 +174,10 @@ class StatefulContract(RuleContract):
         """For a rule that `turns_steps`: a momentum (g, m, k) from one state's coordinates to another's."""
         raise NotImplementedError(f"{type(self).__name__} turns no steps")
 
+    def turn_squares_back(self, state: State, squares: Tensor) -> Tensor:
+        """For a rule that `turns_steps`: means of squares (g, m, k), from its coordinates to the weights'."""
+        raise NotImplementedError(f"{type(self).__name__} turns no steps")
+
     @abstractmethod
     def gather(self, call: LinearCall, turn: int) -> Evidence:
         """What this backward pass says of the layer; ``turn`` counts the gatherings so far."""

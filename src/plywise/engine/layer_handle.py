@@ -46,6 +46,14 @@ class LayerHandle:
         return self._module() is None
 
     @property
+    def is_in_place(self) -> bool:
+        """Whether the model is there, and has the parameter that the rule was attached to."""
+        try:
+            return not self.gone and self.weight is not None
+        except AttachError:
+            return False
+
+    @property
     def weight(self) -> nn.Parameter:
         """The parameter that the rule was attached to."""
         module, weight = self._module(), self.entry.parameter()
@@ -172,9 +180,13 @@ class LayerHandle:
             target = self._gradient(bias)
             target.copy_(update.bias.reshape(target.shape))
 
+    def find_gradient(self, parameter: Tensor) -> Tensor | None:
+        """What stands for a parameter's gradient now."""
+        return self.stand_ins.get(id(parameter), parameter.grad)
+
     def _gradient(self, parameter: Tensor) -> Tensor:
         """A parameter's gradient, whole."""
-        gradient = self.stand_ins.get(id(parameter), parameter.grad)
+        gradient = self.find_gradient(parameter)
         assert gradient is not None
         return gradient
 

@@ -25,10 +25,12 @@ class OptimizerTraits:
         decay: "decoupled" if weight decay multiplies weights by ``1 - lr · weight_decay``; "coupled" if it
             adds ``weight_decay · W`` to the gradient; "none" if the optimizer has none.
         linear: names of the entries in its state that are linear in the gradients: momenta.
+        quadratic: names of those that are quadratic in them: second moments.
     """
 
     decay: Literal["decoupled", "coupled", "none"]
     linear: tuple[str, ...]
+    quadratic: tuple[str, ...]
 
 
 def probe_optimizer(optimizer: Optimizer) -> OptimizerTraits:
@@ -64,25 +66,26 @@ def _probe(optimizer: Optimizer) -> OptimizerTraits:
         )
     doubled = _run(optimizer, START, _scale(GRADIENTS, 2.0), 0.0)
     negated = _run(optimizer, START, _scale(GRADIENTS, -1.0), 0.0)
-    linear = tuple(
-        name
-        for name, value in plain.state.items()
-        if value.shape == plain.move.shape
-        and bool(value.any())
-        and _are_close(doubled.state[name], 2 * value)
-        and _are_close(negated.state[name], -value)
-    )
-    return OptimizerTraits(_find_decay(optimizer) if has_decay else "none", linear)
+    linear, quadratic = [], []
+    for name, value in plain.state.items():
+        if value.shape == plain.move.shape and bool(value.any()):
+            twice, opposite = doubled.state[name], negated.state[name]
+            if _are_close(twice, 2 * value) and _are_close(opposite, -value):
+                linear.append(name)
+            if _are_close(twice, 4 * value) and _are_close(opposite, value):
+                quadratic.append(name)
+    decay = _find_decay(optimizer) if has_decay else "none"
+    return OptimizerTraits(decay, tuple(linear), tuple(quadratic))
 
 
 def _find_decay(optimizer: Optimizer) -> Literal["decoupled", "coupled"]:
     start = torch.tensor(START, dtype=torch.float64)
     with_decay = _run(optimizer, START, _scale(GRADIENTS, 0.0), DECAY).move + start
+    added = _run(optimizer, START, _scale(GRADIENTS, 0.0), 0.0, add=DECAY)
+    if _are_close(with_decay, added.move + start):  # SGD without momentum is both, with it this
+        return "coupled"
     if _are_close(with_decay, start * (1 - RATE * DECAY) ** len(GRADIENTS)):
         return "decoupled"
-    added = _run(optimizer, START, _scale(GRADIENTS, 0.0), 0.0, add=DECAY)
-    if _are_close(with_decay, added.move + start):
-        return "coupled"
     raise AttachError(
         f"Coordinates: the weight decay of {type(optimizer).__name__} neither multiplies weights by "
         "1 - lr · weight_decay nor adds weight_decay · W to the gradient. Use another optimizer.",

@@ -83,6 +83,7 @@ class RunningState:
         self._made: dict[str, LayerState] | None = None
         self._planned: tuple[int, int, int] | None = None
         self._resting: Resting | None = None
+        self._may_rest = True
         self._saved = SavedState(rule, optimizer, self._layers, self._entries)
         self._state_dicts = StateDicts(self._saved, optimizer, self.drop_pending)
 
@@ -120,9 +121,10 @@ class RunningState:
         """Each layer's state by name."""
         return {name: self._saved.read(name).tensors for name in self._layers}
 
-    @property
-    def rests(self) -> bool:
+    def rests(self, may_rest: bool) -> bool:
         """Whether forward and backward of all layers are left to autograd until the next step."""
+        if may_rest != self._may_rest:
+            self._may_rest, self._planned = may_rest, None
         if self._resting is not None and not self._resting.holds(self._saved):
             self._planned = None  # somebody has changed the optimizer's state, or the layers
         key = self._saved.version, len(self._layers), self._saved.step
@@ -137,37 +139,41 @@ class RunningState:
         """Find the layers whose forward and backward are plain in this step: the step makes their updates."""
         # the optimizer's state may have been cleared: that is a new start
         learned = self._find_learned()
-        is_clear = not self._is_pipelined and (self._knows_replicas or count_processes() == 1)
-        may_rest = self._rule.acts_at_step and learned is not None and not self._gathers and is_clear
+        knows_all = learned is not None and (self._knows_replicas or count_processes() == 1)
+        may_rest = self._may_rest and knows_all and not self._is_pipelined and not self._gathers
+        may_rest = may_rest and self._rule.acts_at_step
         learned = learned or set()
-        layers = list(self._layers.values())
+        layers = [layer for layer in self._layers.values() if layer.entry.trains]
+        entries = [entry for entry in self._entries if entry.trains]
         awake = {layer.entry for layer in layers if not may_rest or self._must_act(layer)}
         # what calls do with others is not known yet: they may be new, or have statistics from before a resume
         known = {layer.entry for layer in layers if layer.name in learned}
-        awake |= {e for e in self._entries if e not in known and (self._saved.has_state(e) or e.is_unknown)}
-        for entry in self._entries:
+        awake |= {e for e in entries if e not in known and (self._saved.has_state(e) or e.is_unknown)}
+        for entry in entries:
             entry.rests = may_rest and entry not in awake
         self._resting = None
         if may_rest and not awake:
             resting = [e for e in layers if e.name in learned and not e.gone and not e.entry.why_left]
-            self._resting = Resting(resting, [self._saved.read(layer.name) for layer in resting])
+            states = [self._read_moved(layer.name, layer.statistic_like) for layer in resting]
+            self._resting = Resting(resting, states, list(self._layers.values()))
 
     def _find_learned(self) -> set[str] | None:
         """The layers that have statistics; None if parameters have been replaced (the next pass says so)."""
+        layers = {name: layer for name, layer in self._layers.items() if layer.entry.trains}
         try:
-            for name, layer in self._layers.items():
+            for name, layer in layers.items():
                 if not layer.gone and layer.entry.dimensions:
                     self._saved.follow_columns(name)
         except AttachError:
             return None
-        return {name for name in self._layers if self._saved.read(name).tensors}
+        return {name for name in layers if self._saved.read(name).tensors}
 
     def _must_act(self, layer: LayerHandle) -> bool:
         """Whether a layer's calls have to be captured in a step that gathers nothing."""
         if layer.entry.sharding is not None or not self._waits(layer.name):
             return True
         is_new = not self._saved.read(layer.name).tensors
-        return is_new and not layer.gone and not layer.entry.why_left and layer.weight.requires_grad
+        return is_new and not layer.gone and not layer.entry.why_left
 
     # ---- in backward -------------------------------------------------------------------------
 
@@ -235,12 +241,17 @@ class RunningState:
 
     def apply_at_step(self, optimizer: Optimizer) -> None:
         """Turn pending evidence into state, and plain gradients into updates; called before the step."""
-        with ExitStack() as precision:
-            devices = {layer.weight.device.type for layer in self._layers.values() if not layer.gone}
-            for device_type in devices:
-                if torch.is_autocast_enabled(device_type):
-                    precision.enter_context(torch.autocast(device_type, enabled=False))
+        with self._in_full_precision():
             self._apply(optimizer)
+
+    def _in_full_precision(self) -> ExitStack:
+        """Autocast is meant for the network: the rule's own work is done without it."""
+        precision = ExitStack()
+        devices = {layer.weight.device.type for layer in self._layers.values() if not layer.gone}
+        for device_type in devices:
+            if torch.is_autocast_enabled(device_type):
+                precision.enter_context(torch.autocast(device_type, enabled=False))
+        return precision
 
     def keep(self, optimizer: Optimizer) -> bool:
         """The step has been taken: what it learned goes into the optimizer's state.
@@ -252,7 +263,8 @@ class RunningState:
         """
         made, self._made = self._made, None
         if self._turned is not None and made is not None:
-            self._keep_turned(self._turned, made, optimizer)
+            with self._in_full_precision():
+                self._keep_turned(self._turned, made, optimizer)
         if made is None:
             if self._saved.step == 0:
                 self._saved.write_templates()
@@ -266,16 +278,21 @@ class RunningState:
     def _keep_turned(self, turned: TurnedSteps, made: Mapping[str, LayerState], optimizer: Optimizer) -> None:
         """Turn the step back, and momenta into the coordinates that hold from now on."""
         turned.end(optimizer)
-        before = {name: self._saved.read(name).tensors for name in made}
         after = {name: state.tensors for name, state in made.items()}
-        turned.turn_momenta([self._layers[name] for name in made], before, after, optimizer)
+        for name in made:
+            layer, old = self._layers[name], self._saved.read(name).tensors
+            if old:
+                turned.turn_momenta(layer, old, after[name], optimizer)
+            elif not turned.has_turned(layer):
+                turned.restart(layer, optimizer)  # second moments of other coordinates are none of these
 
     def _turn_momenta_back(self) -> None:
         """The coordinates end here: momenta are the weights' own again."""
         optimizer = self._saved.optimizer
         if self._turned is not None and optimizer is not None:
-            layers = [layer for layer in self._layers.values() if not layer.gone]
-            self._turned.turn_momenta(layers, self.states(), {}, optimizer)
+            for name, state in self.states().items():
+                if state and self._layers[name].is_in_place:
+                    self._turned.turn_back_state(self._layers[name], state, optimizer)
 
     def _apply(self, optimizer: Optimizer) -> None:
         self._made = None
@@ -345,8 +362,12 @@ class RunningState:
         if self._turned is None:
             self._updates.make(layers, memories)
             return
-        # new coordinates hold from the next step on: the momenta are turned once this one has been taken
+        # New coordinates hold from the next step on: momenta are turned once this one has been taken. The
+        # first hold at once where the optimizer has no state yet: its second moments are of these then.
         now = {layer.name: before[layer.name].tensors for layer in layers}
+        for layer in layers:
+            if not now[layer.name] and not self._turned.has_state(layer, optimizer):
+                now[layer.name] = memories[layer.name]
         layers = [layer for layer in layers if now[layer.name]]
         self._turned.add_decay(layers, optimizer)
         turned = self._updates.make(layers, now)

@@ -91,6 +91,12 @@ class ParameterEntry:
         return not self.why_left and (self.is_weight or not self.dimensions)
 
     @property
+    def trains(self) -> bool:
+        """Whether the parameter is there and not frozen."""
+        parameter = self.parameter()
+        return parameter is not None and parameter.requires_grad
+
+    @property
     def is_unknown(self) -> bool:
         """Whether it may be a weight, and no function has been seen to use it so far."""
         return self.is_candidate and self.dimensions > 1 and not self.sites and not self.used_by

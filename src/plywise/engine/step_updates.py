@@ -5,6 +5,7 @@ what all stacks need (copies, norms, the look for NaN) is done for all of them i
 """
 
 import math
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,8 @@ class StepUpdates:
         self._rule = rule
         self._health = health_
         self._layers: list[LayerHandle] = []
-        self._parameters: list[tuple[Tensor, Tensor | None, object]] = []
+        # weakly: a parameter's hooks own the attachment, and torch hides that from the garbage collector
+        self._parameters: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor] | None, object]] = []
         self._small: list[list[Stack]] = []
         self._large: list[int] = []
 
@@ -63,9 +65,8 @@ class StepUpdates:
             return None
         gradients = []
         for layer, (weight, bias, signature) in zip(layers, self._parameters, strict=True):
-            parts = [
-                None if part is None else layer.stand_ins.get(id(part), part.grad) for part in (weight, bias)
-            ]
+            tensors = [None if ref is None else ref() for ref in (weight, bias)]
+            parts = [None if tensor is None else layer.find_gradient(tensor) for tensor in tensors]
             if parts[0] is None or (bias is not None and parts[1] is None):
                 return None
             gradient = Update(*parts)
@@ -82,7 +83,11 @@ class StepUpdates:
         are_plain = all(layer.gradient_is_plain for layer in layers)
         self._layers = layers if are_plain else []
         self._parameters = [
-            (layer.weight, layer.bias, sign(gradient))
+            (
+                weakref.ref(layer.weight),
+                None if layer.bias is None else weakref.ref(layer.bias),
+                sign(gradient),
+            )
             for layer, gradient in zip(layers, gradients, strict=True)
         ]
 

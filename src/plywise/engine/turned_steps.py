@@ -4,16 +4,18 @@ The gradient that the optimizer sees is that of turned weights, the weights them
 what it adds to them, beside a weight decay, is a step in the other coordinates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.optimizer_probe import OptimizerTraits, probe_optimizer
+from plywise.engine.saved_state import PREFIX
 from plywise.engine.step_updates import StepsBack
 from plywise.errors import PlywiseError
 
@@ -35,6 +37,7 @@ class TurnedSteps:
         self._traits: OptimizerTraits = probe_optimizer(optimizer)
         self._back = StepsBack(rule, health_)
         self._layers: list[LayerHandle] = []
+        self._last: list[LayerHandle] = []
         self._memories: dict[str, State] = {}
         self._parameters: list[Tensor] = []
         self._bases: list[Tensor] = []
@@ -87,6 +90,7 @@ class TurnedSteps:
     def end(self, optimizer: Optimizer) -> None:
         """The optimizer has stepped: turn its steps back."""
         layers, self._layers = self._layers, []
+        self._last = layers
         parameters, self._parameters = self._parameters, []
         bases, self._bases = self._bases, []
         found_inf = getattr(optimizer, "found_inf", None)
@@ -105,35 +109,82 @@ class TurnedSteps:
             torch._foreach_add_(bases, steps)
             torch._foreach_copy_(parameters, bases)
 
-    # ---- momenta ---------------------------------------------------------------------------------------
+    # ---- the optimizer's state -------------------------------------------------------------------------
 
-    def turn_momenta(
+    def has_state(self, layer: LayerHandle, optimizer: Optimizer) -> bool:
+        """Whether the optimizer keeps anything of its own for a layer."""
+        return any(_find_own(optimizer, parameter) for parameter in layer.trained)
+
+    def has_turned(self, layer: LayerHandle) -> bool:
+        """Whether the last step was made in a layer's coordinates."""
+        return layer in self._last
+
+    def restart(self, layer: LayerHandle, optimizer: Optimizer) -> None:
+        """Let the optimizer begin anew with a layer: momenta, second moments and its count of steps."""
+        for parameter in layer.trained:
+            state = optimizer.state.get(parameter, {})
+            for name in (*self._traits.linear, *self._traits.quadratic, "step"):
+                if isinstance(state.get(name), Tensor):
+                    state[name] = torch.zeros_like(state[name])
+                elif name in state:
+                    state[name] = 0
+
+    def turn_momenta(self, layer: LayerHandle, old: State, new: State, optimizer: Optimizer) -> None:
+        """Bring momenta into new coordinates; without a state, into the weights' own."""
+
+        def turn(matrix: Tensor) -> Tensor:
+            return self._rule.turn_momentum(_convert(old, matrix), _convert(new, matrix), matrix)
+
+        self._turn(layer, self._traits.linear, turn, optimizer)
+
+    def turn_back_state(self, layer: LayerHandle, state: State, optimizer: Optimizer) -> None:
+        """Bring momenta and second moments back into the weights' own coordinates."""
+        self.turn_momenta(layer, state, {}, optimizer)
+
+        def turn(matrix: Tensor) -> Tensor:
+            return self._rule.turn_squares_back(_convert(state, matrix), matrix)
+
+        self._turn(layer, self._traits.quadratic, turn, optimizer)
+
+    def _turn(
         self,
-        layers: Sequence[LayerHandle],
-        before: Mapping[str, State],
-        after: Mapping[str, State],
+        layer: LayerHandle,
+        names: Sequence[str],
+        turn: Callable[[Tensor], Tensor],
         optimizer: Optimizer,
     ) -> None:
-        """Bring momenta of these layers into new coordinates; without a state, the weights' own."""
-        for layer in layers:
-            old, new = before.get(layer.name, {}), after.get(layer.name, {})
-            for name in self._traits.linear if old or new else ():
-                momenta = {id(p): optimizer.state.get(p, {}).get(name) for p in layer.trained}
-                if not all(isinstance(value, Tensor) for value in momenta.values()):
-                    continue
-                layer.stand_ins = momenta
+        for name in names:
+            states = {id(p): optimizer.state.get(p, {}) for p in layer.trained}
+            if all(isinstance(state.get(name), Tensor) for state in states.values()):
+                # new tensors: somebody may have saved the old ones
+                layer.stand_ins = {key: state[name].clone() for key, state in states.items()}
                 try:
-                    update = layer.read_gradient()
-                    matrix = update.matrix(layer.groups)
-                    dtype = next(iter((new or old).values())).dtype
-                    turned = self._rule.turn_momentum(old, new, matrix.to(dtype)).to(matrix.dtype)
-                    if bool(torch.isfinite(turned.sum())):
-                        assert update.weight is not None
-                        layer.write_gradient(
-                            type(update).of(turned, update.weight.shape, update.bias is not None)
-                        )
+                    if _turn_stand_ins(layer, turn):
+                        for key, state in states.items():
+                            state[name] = layer.stand_ins[key]
                 finally:
                     layer.stand_ins = {}
+
+
+def _turn_stand_ins(layer: LayerHandle, turn: Callable[[Tensor], Tensor]) -> bool:
+    """Turn what stands in for a layer's gradient; whether that is finite."""
+    update = layer.read_gradient()
+    matrix = update.matrix(layer.groups)
+    turned = turn(matrix.to(torch.promote_types(matrix.dtype, torch.float32))).to(matrix.dtype)
+    if not bool(torch.isfinite(turned.sum())):
+        return False
+    assert update.weight is not None
+    layer.write_gradient(Update.of(turned, update.weight.shape, update.bias is not None))
+    return True
+
+
+def _convert(state: State, like: Tensor) -> State:
+    return {key: value.to(like) for key, value in state.items()}
+
+
+def _find_own(optimizer: Optimizer, parameter: Tensor) -> list[str]:
+    """What the optimizer itself keeps for a parameter."""
+    return [name for name in optimizer.state.get(parameter, {}) if not str(name).startswith(PREFIX)]
 
 
 def _list_parameters(layers: Sequence[LayerHandle]) -> list[Tensor]:

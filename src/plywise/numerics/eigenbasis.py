@@ -11,6 +11,9 @@ from plywise.numerics.events import EIGENVALUES, Note, ignore_event
 from plywise.numerics.inverse_roots import LinAlgError, find_gram_scale
 from plywise.numerics.products import mirror_lower
 
+RAMP = 1e-3
+"""The largest of the small numbers that are added to the diagonal, relative to its mean."""
+
 
 def compute_eigenbasis(
     gram: Tensor, start: Tensor | None = None, note: Note = ignore_event
@@ -19,7 +22,9 @@ def compute_eigenbasis(
 
     Without ``start``, by a whole decomposition, in descending order. With it, by one step of orthogonal
     iteration: ``Q = qr(gram @ start)`` and the Rayleigh quotients ``diag(Qᵀ gram Q)``, in the order of
-    ``start``. Values below the rounding of the largest are 0; a group of zeros has values of 1.
+    ``start``. Values below the rounding of the largest are 0. A group of zeros has values near 1. Numbers
+    from 0 to a thousandth are added to the diagonal, so that vectors of equal eigenvalues are distinct. The
+    signs are those of ``start``; without it, the largest entry of a vector is positive.
 
     Args:
         gram: matrices (g, k, k), symmetric and positive semidefinite; only their lower triangle is read.
@@ -31,7 +36,11 @@ def compute_eigenbasis(
     """
     scale, dead = find_gram_scale(gram, 0.0, "mean")
     matrix = mirror_lower(gram / scale.to(gram.dtype)[:, None, None])
-    matrix.diagonal(dim1=1, dim2=2).add_(dead.unsqueeze(1))
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    diagonal.add_(dead.unsqueeze(1))
+    # equal eigenvalues (of dead inputs, of few rows) would leave the choice of their vectors to rounding
+    size = matrix.shape[1]
+    diagonal.add_(torch.linspace(RAMP, 0, size, dtype=matrix.dtype, device=matrix.device))
     if not bool(torch.isfinite(matrix.sum())):
         return None
     if start is None:
@@ -40,7 +49,9 @@ def compute_eigenbasis(
             return None
         values, vectors = pair
     else:
-        vectors = torch.linalg.qr(matrix @ start.to(matrix)).Q
+        vectors, upper = torch.linalg.qr(matrix @ start.to(matrix))
+        signs = torch.where(upper.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).to(matrix)
+        vectors = vectors * signs.unsqueeze(1)
         values = (vectors * (matrix @ vectors)).sum(1)
     floor = torch.finfo(matrix.dtype).eps * values.amax(1, keepdim=True)
     values = torch.where(values > floor, values, 0.0)
@@ -55,5 +66,7 @@ def _decompose(matrix: Tensor, note: Note) -> tuple[Tensor, Tensor] | None:
         except LinAlgError:
             note(EIGENVALUES)
             continue
-        return values.to(matrix).flip(1), vectors.to(matrix).flip(2)
+        values, vectors = values.to(matrix).flip(1), vectors.to(matrix).flip(2)
+        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        return values, vectors * torch.where(largest < 0, -1.0, 1.0).to(matrix)
     return None

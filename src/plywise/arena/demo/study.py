@@ -86,6 +86,7 @@ SETUPS = (
     Setup("AdaBK", 0.81, "AdaBK", {"damping": 0.0052}),
     Setup("KFAC", 0.12, "KFAC", {"damping": 0.45}, optimizer_settings=MOMENTUM),
     Setup("Foof", 0.13, "Foof", {"damping": 4.7}, optimizer_settings=MOMENTUM),
+    Setup("Coordinates", 0.0071, "Coordinates", {"damping": 0.016}, "AdamW", {"weight_decay": 0.022}),
 )
 """Tuned on the validation split, the same budget for each (benchmarks/tune_demo.py); Backprop is the null
 control, so it has the settings of SGD."""

@@ -1,0 +1,273 @@
+"""Coordinates against slow definitions, in float64."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
+
+import plywise as pw
+from plywise.errors import AttachError
+
+RATE, STEPS = 0.05, 9
+Make = Callable[[Any], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda p: SGD(p, RATE, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adam": lambda p: Adam(p, RATE, weight_decay=0.1),
+    "adamw": lambda p: AdamW(p, RATE, weight_decay=0.1),
+    "nadam": lambda p: NAdam(p, RATE),
+    "rmsprop": lambda p: RMSprop(p, RATE, weight_decay=0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def make_data(number: int, columns: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(12, columns, generator=generator) * torch.arange(1.0, columns + 1) + 0.3
+    return x, torch.randn(12, 4, generator=generator)
+
+
+def train(
+    layer: nn.Module, optimizer: torch.optim.Optimizer, steps: range = range(STEPS), scale: float = 1.0
+) -> None:
+    for number in steps:
+        optimizer.zero_grad()
+        x, delta = make_data(number)
+        ((layer(x) * delta).sum() * scale).backward()
+        optimizer.step()
+
+
+def matrix_of(layer: nn.Linear) -> Tensor:
+    return torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
+
+
+def gradient(number: int) -> tuple[Tensor, Tensor]:
+    """``G`` and the covariance of the inputs with a trailing 1."""
+    x, delta = make_data(number)
+    a = torch.cat([x, torch.ones(len(x), 1)], 1)
+    return delta.T @ a, a.T @ a / len(x)
+
+
+def add_ramp(covariance: Tensor) -> Tensor:
+    """What is added so that no two eigenvalues are equal, relative to a power of two near the mean."""
+    size = torch.exp2(torch.log2(covariance.diagonal().mean()).floor())
+    return covariance + size * torch.diag(torch.linspace(1e-3, 0, len(covariance)))
+
+
+def find_basis(covariance: Tensor, power: float, damping: float) -> Tensor:
+    covariance = add_ramp(covariance)
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * (values.clamp_min(0) / values.mean() + damping) ** -power
+
+
+def new_layer() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(5, 4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_identity_is_the_optimizer(optimizer: str) -> None:
+    plain, turned = new_layer(), new_layer()
+    train(plain, OPTIMIZERS[optimizer](plain.parameters()))
+    made = OPTIMIZERS[optimizer](turned.parameters())
+    rule = pw.Coordinates(power=0, basis="root", stats_every=2, refresh_every=2).attach(turned, made)
+    train(turned, made)
+    assert torch.allclose(matrix_of(turned), matrix_of(plain), rtol=1e-9, atol=1e-11)
+    assert not rule.health.counts
+
+
+@pytest.mark.parametrize("basis", ["eigen", "root"])
+@pytest.mark.parametrize("power", [0.25, 0.5])
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+def test_sgd_moves_by_the_gradient_in_the_metric(basis: Any, power: float, decay: float) -> None:
+    """With power ½ that is Foof's step with c = 1, with ¼ that of feature whitening."""
+    layer = new_layer()
+    optimizer = SGD(layer.parameters(), RATE, weight_decay=decay)
+    pw.Coordinates(power=power, damping=0.3, basis=basis, keep_norm=False).attach(layer, optimizer)
+    W, metric = matrix_of(layer), torch.eye(6)
+    for number in range(STEPS):
+        G, covariance = gradient(number)
+        if number == 0:
+            T = find_basis(covariance, power, 0.3)
+            metric = T @ T.T
+        W = W - RATE * (G + decay * W) @ metric
+    train(layer, optimizer)
+    assert torch.allclose(matrix_of(layer), W, rtol=1e-9, atol=1e-11)
+
+
+def test_power_one_half_is_foof() -> None:
+    turned, other = new_layer(), new_layer()
+    made = SGD(turned.parameters(), RATE)
+    pw.Coordinates(power=0.5, damping=1.0, keep_norm=False).attach(turned, made)
+    theirs = SGD(other.parameters(), RATE)
+    train(turned, made, range(1))
+    other.load_state_dict(turned.state_dict())
+    foof = pw.Precondition(right=1.0, damping=1.0, keep_norm=False, stats_every=10, refresh_every=10)
+    foof.attach(other, theirs)
+    with torch.no_grad():
+        before = {k: v.clone() for k, v in other.state_dict().items()}
+    train(other, theirs, range(1))  # learns the same batch, and moves: only the statistic is wanted
+    other.load_state_dict(before)
+    # Foof's statistic is absolute, and the coordinates' relative to the mean eigenvalue
+    mean = add_ramp(gradient(0)[1]).diagonal().mean()
+    theirs.param_groups[0]["lr"] = float(RATE * mean)
+    train(turned, made, range(1, 5))
+    train(other, theirs, range(1, 5))
+    assert torch.allclose(matrix_of(turned), matrix_of(other), rtol=1e-2, atol=1e-2)  # but for that ramp
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25])
+def test_adamw_works_in_the_eigenbasis(power: float) -> None:
+    """As SOAP's right side: momentum in the weights' coordinates, second moments in the turned ones."""
+    layer, every, wd, b1, b2 = new_layer(), 3, 0.1, 0.9, 0.99
+    optimizer = AdamW(layer.parameters(), RATE, betas=(b1, b2), weight_decay=wd)
+    rule = pw.Coordinates(power=power, damping=0.2, stats_every=every, refresh_every=every)
+    rule.attach(layer, optimizer)
+    W, T, M, V = matrix_of(layer), torch.eye(6), torch.zeros(4, 6), torch.zeros(4, 6)
+    for number in range(STEPS):
+        G, covariance = gradient(number)
+        T = find_basis(covariance, power, 0.2).flip(1) if number == 0 else T
+        M, V = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * (G @ T).square()
+        t = number + 1
+        step = (M @ T) / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + 1e-8)
+        moved = step @ T.T
+        W = W * (1 - RATE * wd) - RATE * moved * step.norm() / moved.norm()
+        train(layer, optimizer, range(number, number + 1))
+        assert torch.allclose(matrix_of(layer), W, rtol=1e-8, atol=1e-10), number
+        if number % every == 0 and number:
+            T = rule.statistics[""]["input.basis"][0].clone()
+            assert torch.allclose(T.T @ T, torch.diag((T.T @ T).diagonal()), atol=1e-9)  # orthogonal columns
+    rule.detach()
+    momentum = torch.cat(
+        [optimizer.state[layer.weight]["exp_avg"], optimizer.state[layer.bias]["exp_avg"][:, None]], 1
+    )
+    assert torch.allclose(momentum, M, rtol=1e-8, atol=1e-10)  # the weights' own again
+    squares = torch.cat(
+        [optimizer.state[layer.weight]["exp_avg_sq"], optimizer.state[layer.bias]["exp_avg_sq"][:, None]], 1
+    )
+    assert torch.allclose(squares, V @ torch.linalg.inv(T).square(), rtol=1e-8)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_second_moments_of_other_axes_are_not_used(begun: bool) -> None:
+    """Or Adam's steps along the leading directions would be as large as their gradients."""
+    layer = new_layer()
+    optimizer = AdamW(layer.parameters(), 0.01, weight_decay=0.0)
+    train(layer, optimizer, range(3 * begun))
+    pw.Coordinates(damping=1e-4).attach(layer, optimizer)
+    for number in range(3, 9):
+        before = matrix_of(layer)
+        warns = begun and number == 3
+        with pytest.warns(RuntimeWarning, match="no statistics") if warns else nullcontext():
+            train(layer, optimizer, range(number, number + 1))
+        assert (matrix_of(layer) - before).norm() <= 0.01 * 24**0.5 * 1.5  # 24 entries, each about the rate
+
+
+def test_later_bases_follow_the_running_covariance() -> None:
+    layer = new_layer()
+    optimizer = SGD(layer.parameters(), RATE)
+    rule = pw.Coordinates(stats_every=1, refresh_every=1, decay=0.5).attach(layer, optimizer)
+    total, count = torch.zeros(6, 6), 0.0
+    for number in range(40):
+        train(layer, optimizer, range(number % 3, number % 3 + 1))
+        total, count = 0.5 * total + gradient(number % 3)[1] * 12, 0.5 * count + 12
+    state = rule.statistics[""]
+    assert torch.allclose(state["input"][0].tril(), total.tril(), rtol=1e-9)
+    Q = state["input.vectors"][0]
+    inside = Q.T @ (total / count) @ Q
+    off = inside - torch.diag(inside.diagonal())
+    assert off.norm() < 0.1 * inside.norm()
+
+
+def test_muon_steps_in_the_coordinates() -> None:
+    layer, twin = (nn.Linear(5, 4, bias=False) for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    layer, twin = layer.float(), twin.float()
+    optimizer = torch.optim.Muon(layer.parameters(), RATE, weight_decay=0.0, momentum=0.0, nesterov=False)
+    other = torch.optim.Muon(twin.parameters(), RATE, weight_decay=0.0, momentum=0.0, nesterov=False)
+    rule = pw.Coordinates(keep_norm=False).attach(layer, optimizer)
+
+    def step(number: int) -> Tensor:
+        optimizer.zero_grad()
+        x, delta = (value.float() for value in make_data(number))
+        (layer(x) * delta).sum().backward()
+        G = layer.weight.grad.clone()
+        optimizer.step()
+        return G
+
+    step(0)
+    T = rule.statistics[""]["input.basis"][0].clone()
+    before = layer.weight.detach().clone()
+    G = step(1)
+    twin.weight.data.zero_()
+    twin.weight.grad = G @ T
+    other.step()
+    assert torch.allclose(layer.weight - before, twin.weight @ T.T, rtol=1e-3, atol=1e-5)
+
+
+def test_both_sides_turn_the_gradient() -> None:
+    layer = new_layer()
+    optimizer = SGD(layer.parameters(), RATE)
+    rule = pw.Coordinates(sides="both", output_power=0.25, keep_norm=False).attach(layer, optimizer)
+    train(layer, optimizer, range(1))
+    _, delta = make_data(0)
+    T = find_basis(gradient(0)[1], 0.25, 0.1)
+    S = find_basis(delta.T @ delta, 0.25, 0.1)
+    before, (G, _) = matrix_of(layer), gradient(1)
+    train(layer, optimizer, range(1, 2))
+    assert torch.allclose(matrix_of(layer), before - RATE * S @ S.T @ G @ T @ T.T, rtol=1e-9)
+    assert rule.explain().rows[0].treatment == "Coordinates: input side, power 0.25, output side, power 0.25"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_skipped_step_leaves_no_trace(optimizer: str) -> None:
+    ends = []
+    for spoil in (False, True):
+        layer = new_layer()
+        made = OPTIMIZERS[optimizer](layer.parameters())
+        pw.Coordinates(stats_every=2, refresh_every=2).attach(layer, made)
+        for number in range(STEPS):
+            if spoil and number in (0, 3, 4):
+                with pytest.warns(RuntimeWarning) if number == 0 else nullcontext():
+                    train(layer, made, range(number, number + 1), float("nan"))
+            train(layer, made, range(number, number + 1))
+        ends.append(matrix_of(layer))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "ASGD", "LBFGS"])
+def test_what_cannot_be_turned_is_refused_by_name(name: str) -> None:
+    layer = new_layer()
+    optimizer = getattr(torch.optim, name)(layer.parameters())
+    with pytest.raises(AttachError, match=name):
+        pw.Coordinates().attach(layer, optimizer)
+    pw.Foof().attach(layer, SGD(layer.parameters(), RATE)).detach()
+
+
+def test_a_wide_side_stays_as_it_is() -> None:
+    plain, turned = new_layer(), new_layer()
+    train(plain, OPTIMIZERS["adamw"](plain.parameters()))
+    made = OPTIMIZERS["adamw"](turned.parameters())
+    pw.Coordinates(max_size=5).attach(turned, made)
+    train(turned, made)
+    assert torch.allclose(matrix_of(turned), matrix_of(plain), rtol=1e-12)
+
+
+BAD: list[dict[str, Any]] = [{"power": -0.1}, {"power": 2}, {"basis": "qr"}, {"sides": "left"}]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Coordinates"):
+        pw.Coordinates(**bad)
