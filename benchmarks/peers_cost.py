@@ -2,7 +2,7 @@
 
 All arms keep a model of their own and take turns in shuffled order, a cycle of ten steps each, in one
 process. Figures are CPU times of a mean step of a cycle over that of fused AdamW in the same round, medians
-and quartiles over the rounds; a second fused AdamW is the null control. "dearest" is the most expensive step
+and quartiles over the rounds; a second fused AdamW is the null control. "slowest" is the slowest step
 of a cycle over its median step. "over package" is ours over the package's in the same round.
 
     OMP_NUM_THREADS=1 python benchmarks/peers_cost.py --json benchmarks/peers_cost.json
@@ -118,18 +118,18 @@ def measure(net: str, rounds: int, device: str) -> dict[str, dict[str, float]]:
     for runner in runners.values():
         runner.cycle(WARM)
     means: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    dearest: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    slowest: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order = random.Random(0)
     for _ in range(rounds):
         for arm in order.sample(list(runners), len(runners)):
             clocks = runners[arm].cycle(CYCLE)
             means[arm].append(statistics.fmean(clocks))
-            dearest[arm].append(max(clocks) / statistics.median(clocks))
+            slowest[arm].append(max(clocks) / statistics.median(clocks))
     table = {}
     for arm, seconds in means.items():
         low, middle, high = statistics.quantiles(ratios(seconds, means["AdamW, fused"]), n=4)
         table[arm] = {"cost": middle, "low": low, "high": high, "ms": 1e3 * statistics.median(seconds)}
-        table[arm]["dearest"] = statistics.median(dearest[arm])
+        table[arm]["slowest"] = statistics.median(slowest[arm])
         if arm in PACKAGE_OF:
             table[arm]["over_package"] = statistics.median(ratios(seconds, means[PACKAGE_OF[arm]]))
     return table
@@ -156,13 +156,13 @@ def main() -> None:
         wide = "1024" in net and options.device == "cpu"
         tables[net] = measure(net, max(3, options.rounds // 4) if wide else options.rounds, options.device)
         print(
-            f"\n{net}\n{'arm':38} {'ms':>8} {'cost':>6} {'quartiles':>14} {'dearest':>8} {'over package':>13}"
+            f"\n{net}\n{'arm':38} {'ms':>8} {'cost':>6} {'quartiles':>14} {'slowest':>8} {'over package':>13}"
         )
         for arm, row in tables[net].items():
             spread = f"{row['low']:.2f} - {row['high']:.2f}"
             over = f"{row['over_package']:.2f}" if "over_package" in row else ""
             print(
-                f"{arm:38} {row['ms']:8.2f} {row['cost']:6.2f} {spread:>14} {row['dearest']:8.2f} {over:>13}"
+                f"{arm:38} {row['ms']:8.2f} {row['cost']:6.2f} {spread:>14} {row['slowest']:8.2f} {over:>13}"
             )
         if options.json:
             options.json.write_text(json.dumps({**about, "tables": tables}, indent=1) + "\n")

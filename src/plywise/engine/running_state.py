@@ -39,6 +39,7 @@ from plywise.engine.saved_state import LayerState, SavedState
 from plywise.engine.shard_exchange import find_held, share_out_gradients
 from plywise.engine.sharding import SPREAD, is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
+from plywise.engine.stacks import convert_state
 from plywise.engine.state_dicts import StateDicts
 from plywise.engine.step_updates import StepUpdates, find_finite
 from plywise.engine.turned_steps import TurnedSteps
@@ -196,7 +197,7 @@ class RunningState:
         self._saved.follow_columns(name)
         state = self._saved.read(name)
         if any(value.dtype != like.dtype or value.device != like.device for value in state.tensors.values()):
-            moved = _convert(state.tensors, like)
+            moved = convert_state(state.tensors, like)
             state = LayerState(moved, state.phase, state.in_backward)
             self._saved.write(name, state)
         return state
@@ -433,7 +434,7 @@ class RunningState:
         totals = self._replicas.total(parts)
         news: dict[str, State] = {}
         for name, evidence in _find_nonempty(totals):
-            memory = _convert(memories[name], evidence["rows"])
+            memory = convert_state(memories[name], evidence["rows"])
             news[name] = {**memory, **self._rule.learn(memory, dict(evidence))}
         return self._keep_finite(news, memories)
 
@@ -536,8 +537,3 @@ def _find_nonempty(totals: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str
 
 def _make_zeros(shapes: Shapes, layer: LayerShape) -> dict[str, Tensor]:
     return {key: torch.zeros(shape, dtype=layer.dtype, device=layer.device) for key, shape in shapes.items()}
-
-
-def _convert(memory: State, like: Tensor) -> State:
-    """The state on the device and in the dtype of the evidence: models move between steps."""
-    return {key: value.to(like) for key, value in memory.items()}

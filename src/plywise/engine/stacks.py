@@ -113,3 +113,8 @@ def list_parts(update: Update) -> list[Tensor]:
     """The weight's part of an update, and the bias's if there is one."""
     assert update.weight is not None
     return [update.weight] if update.bias is None else [update.weight, update.bias]
+
+
+def convert_state(state: State, like: Tensor) -> State:
+    """A state on the device and in the dtype of a tensor: models move between steps."""
+    return {key: value.to(like) for key, value in state.items()}

@@ -16,6 +16,7 @@ from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.optimizer_probe import OptimizerTraits, probe_optimizer
 from plywise.engine.saved_state import PREFIX
+from plywise.engine.stacks import convert_state
 from plywise.engine.step_updates import StepsBack
 from plywise.errors import PlywiseError
 
@@ -133,7 +134,7 @@ class TurnedSteps:
         """Bring momenta into new coordinates; without a state, into the weights' own."""
 
         def turn(matrix: Tensor) -> Tensor:
-            return self._rule.turn_momentum(_convert(old, matrix), _convert(new, matrix), matrix)
+            return self._rule.turn_momentum(convert_state(old, matrix), convert_state(new, matrix), matrix)
 
         self._turn(layer, self._traits.linear, turn, optimizer)
 
@@ -142,7 +143,7 @@ class TurnedSteps:
         self.turn_momenta(layer, state, {}, optimizer)
 
         def turn(matrix: Tensor) -> Tensor:
-            return self._rule.turn_squares_back(_convert(state, matrix), matrix)
+            return self._rule.turn_squares_back(convert_state(state, matrix), matrix)
 
         self._turn(layer, self._traits.quadratic, turn, optimizer)
 
@@ -176,10 +177,6 @@ def _turn_stand_ins(layer: LayerHandle, turn: Callable[[Tensor], Tensor]) -> boo
     assert update.weight is not None
     layer.write_gradient(Update.of(turned, update.weight.shape, update.bias is not None))
     return True
-
-
-def _convert(state: State, like: Tensor) -> State:
-    return {key: value.to(like) for key, value in state.items()}
 
 
 def _find_own(optimizer: Optimizer, parameter: Tensor) -> list[str]:

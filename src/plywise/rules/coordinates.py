@@ -1,4 +1,4 @@
-"""Coordinates: any optimizer works in the eigenbasis of a layer's inputs, whitened as far as one likes."""
+"""Coordinates: any optimizer works in the eigenbasis of a layer's inputs, whitened."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial

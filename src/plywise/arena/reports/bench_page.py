@@ -17,7 +17,7 @@ from plywise.arena.reports import bench_charts as charts
 from plywise.arena.reports.page import fill
 from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
 from plywise.arena.run.ledger import read
-from plywise.arena.scoring.conclusions import TOLD, draw_conclusions, span
+from plywise.arena.scoring.conclusions import WORDS, draw_conclusions, span
 from plywise.arena.scoring.intervals import COUNT, LEVEL
 from plywise.arena.scoring.ranking import (
     FURTHEST,
@@ -116,7 +116,7 @@ def page(judged: Judged) -> str:
         "failed": sum(line["failure"] is not None for line in lines),
         "trials": len(lines),
         "methods": _methods(field),
-        "told": TOLD,
+        "told": WORDS,
         "rules": {"place": STRICT_PLACE, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
     }
     tables = [
@@ -179,7 +179,7 @@ def _data(field: BenchResults, found: list[MethodOnWorkload]) -> dict[str, Any]:
         "nulls": field.nulls,
         "baselines": field.baselines,
         "tracks": field.tracks,
-        "clocks": {clock: TOLD[clock] for clock in CLOCKS},
+        "clocks": {clock: WORDS[clock] for clock in CLOCKS},
         "furthest": FURTHEST,
         "workloads": {
             name: {

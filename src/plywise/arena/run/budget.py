@@ -128,11 +128,11 @@ def estimate(
 
 
 def patient(plan: BenchConfig, costs: Costs, steps: Mapping[str, int]) -> BenchConfig:
-    """The plan with a patience that its dearest trial keeps within, if it has none of its own."""
+    """The plan with a patience that its most expensive trial keeps within, if it has none of its own."""
     if plan.patience is not None:
         return plan
-    dearest = max(cost.run(steps[workload]) for (workload, _), cost in costs.items())
-    return replace(plan, patience=max(PATIENCE, round(MARGIN * dearest)))
+    slowest = max(cost.run(steps[workload]) for (workload, _), cost in costs.items())
+    return replace(plan, patience=max(PATIENCE, round(MARGIN * slowest)))
 
 
 def fit_budget(
@@ -148,11 +148,11 @@ def fit_budget(
         needed = estimate(tried, costs, steps, workers)
         if needed <= SLACK * budget:
             return tried
-    dearest = max(costs, key=lambda pair: costs[pair].step)
+    slowest = max(costs, key=lambda pair: costs[pair].step)
     raise PlywiseError(
         f"{format_duration(budget)} are not enough: {trials} tuning trials and {plan.seeds} seeds take about "
         f"{format_duration(needed / SLACK)} with {workers} worker{'s' if workers > 1 else ''}. Take fewer "
-        f"methods (the dearest step is that of {dearest[1]} on {dearest[0]}), fewer --steps or --seeds, or a "
+        f"methods (the slowest step is that of {slowest[1]} on {slowest[0]}), fewer --steps or --seeds, or a "
         "larger --budget.",
         see="error-bench",
     )

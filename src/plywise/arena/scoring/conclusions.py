@@ -27,7 +27,12 @@ from plywise.arena.scoring.results import BenchResults
 SPARING = 0.9
 """Share of the reference's memory below which a method counts as sparing."""
 
-TOLD = {"steps": "steps", "gradients": "gradient passes", "cpu": "CPU time", "wall": "time on the wall"}
+WORDS = {
+    "steps": "steps",
+    "gradients": "gradient passes",
+    "cpu": "CPU time",
+    "wall": "time on the wall",
+}
 """What clocks are called in a sentence."""
 
 FEWEST = 3
@@ -81,7 +86,7 @@ def _control(field: BenchResults, track: str) -> list[str]:
     sentences = []
     for null, original in field.nulls.items():
         told = [
-            f"{span(ratio)} in {TOLD[clock]}"
+            f"{span(ratio)} in {WORDS[clock]}"
             for clock in ("steps", "cpu", "wall")
             if (ratio := null_ratio(field, track, clock, null)) is not None
         ]
@@ -98,8 +103,8 @@ def _control(field: BenchResults, track: str) -> list[str]:
             *sentences,
             "A null control has no times to learn the noise from: no difference is told below.",
         ]
-    told = [f"{limit:.2f}× in {TOLD[clock]}" for clock, limit in limits.items()]
-    alone = f"; on a single workload within {noise_alone(field, track, 'cpu'):.2f}× in {TOLD['cpu']}"
+    told = [f"{limit:.2f}× in {WORDS[clock]}" for clock, limit in limits.items()]
+    alone = f"; on a single workload within {noise_alone(field, track, 'cpu'):.2f}× in {WORDS['cpu']}"
     return [
         *sentences,
         f"Where the null control always reached the target it is within {' and '.join(told)}"
@@ -127,7 +132,7 @@ def _race(field: BenchResults, track: str, standing: dict[str, list[MethodRankin
             continue
         told = ", ".join(f"{one.method} {span(one.ratio)}{_of(field, one)}" for one in ahead if one.ratio)
         sentences.append(
-            f"Ahead of the best baseline in {TOLD[clock]} to the target, beyond noise: {told or 'nobody'}."
+            f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: {told or 'nobody'}."
             + (f" Behind: {listed(behind)}." if behind else "")
             + (f" Not to be told apart: {listed(level)}." if level else "")
         )
