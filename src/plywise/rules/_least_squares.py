@@ -31,6 +31,7 @@ from plywise.numerics.least_squares import (
     solve_damped_with_bias,
 )
 from plywise.numerics.products import centre_rows, divide_or_zero, lower_product, mirror_lower
+from plywise.numerics.small_solve import is_small, solve_small
 
 Damping = float | Tensor | Callable[[Tensor], Tensor]
 """λ: a number, a tensor (g,) with one number for each group, or a function that makes it of the Gram."""
@@ -46,6 +47,9 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
     """``G (AᵀA + λI)⁻¹`` exactly, the bias being a column of ones in A."""
     if call.map.diagonal:
         return _divide_columns(call, damping)
+    small = _solve_small(call, damping)
+    if small is not None:
+        return small
     dual, note = call.row_count <= call.columns, partial(call.health.note, call.name)
     if call.has_bias:
         build = partial(_build_dual_with_bias if dual else _build_with_bias, call)
@@ -58,6 +62,17 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
         return call.gradient()
     update = call.gradient(call.from_delta_rows(answer)) if dual else call.update(answer.mT)
     return _cast(call, update)
+
+
+def _solve_small(call: LinearCall, damping: Damping) -> Update | None:
+    """`ridge` of a small call whose rows are its inputs, if float32 is enough for them as they are."""
+    is_plain = call.map.rows_are_inputs and call.groups == 1
+    if not is_plain or not is_small(call.row_count, call.columns, call.outputs):
+        return None
+    rows = call.rows(call.dtype)
+    shift = damping(rows) if callable(damping) else damping
+    answer = solve_small(rows[0], call.delta_rows()[0], shift)
+    return None if answer is None else _cast(call, call.update(answer.unsqueeze(0)))
 
 
 def _divide_columns(call: LinearCall, damping: Damping) -> Update:
