@@ -38,8 +38,10 @@ def draw(kind, shape, seed=0):
 def test_an_answer_is_the_definition(shape, damping, dtype):
     rows, target = (part.to(dtype) for part in draw("normal", shape))
     answer = solve_small(rows, target, damping)
-    assert answer is not None and answer.dtype == dtype
-    assert measure_error(answer, solve_slowly(rows, target, damping)) < (2e-6 if dtype == torch.float32 else 1e-12)
+    assert answer is not None
+    assert answer.dtype == dtype
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    assert measure_error(answer, solve_slowly(rows, target, damping)) < tolerance
 
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "pixels", "3", "100", "10000"])

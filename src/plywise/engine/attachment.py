@@ -19,9 +19,10 @@ from plywise.engine.backward_scale import BackwardScale
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.calls_below import KEPT_PASSES, find_wanting
 from plywise.engine.capture import Capture
-from plywise.engine.clipping import Clipping, measure_norms
+from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation, Size
+from plywise.engine.finite import measure_norms
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
 from plywise.engine.layouts import PLAIN
@@ -140,7 +141,7 @@ class Attachment:
             self._state = RunningState(
                 *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave)
             )
-            self.table.on_begin.append(self._state.find_replicas)
+            self.table.on_begin.append(self._state.processes.find)
             self.capture.rests = weakref.WeakMethod(self._rests)
         self.table.on_replaced = self._follow_parameters
         if self.rule.needs_backward_scale:

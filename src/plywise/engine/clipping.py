@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from plywise.engine.finite import measure_norms
 from plywise.engine.replicas import data_parallel_group, is_joining
 from plywise.engine.sharding import find_local, is_spread
 from plywise.engine.sites import ParameterEntry
@@ -111,20 +112,6 @@ class Clipping:
         if loss_scale is not None:
             of_update = of_update / loss_scale.to(of_update.device)
         return self._clip(of_weight, of_update)
-
-
-def measure_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Frobenius norms of tensors, in one vector on the first one's device; float32 at least."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        by_kind.setdefault((tensor.device, tensor.dtype), []).append(place)
-    norms: dict[int, Tensor] = {}
-    for (_, dtype), places in by_kind.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        found = torch._foreach_norm([tensors[place] for place in places], 2, dtype=wide)
-        norms.update(zip(places, found, strict=True))
-    dtype = max((norm.dtype for norm in norms.values()), key=lambda kind: kind.itemsize)
-    return torch.stack([norms[place].to(tensors[0].device, dtype) for place in range(len(tensors))])
 
 
 def _find_gradient(entry: ParameterEntry) -> Tensor | None:

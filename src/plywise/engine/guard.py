@@ -1,25 +1,20 @@
 """Between backward and the optimizer's step: non-finite gradients never enter weights."""
 
-import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from plywise.engine import health
+from plywise.engine.finite import are_finite, find_numbers, read_norms
 from plywise.engine.health import Health
-from plywise.engine.sharding import agree_on_all, find_local
 from plywise.errors import NonFiniteError
 
 STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__
 """Code of the function that runs an optimizer's hooks around its step."""
-
-SMALL = 2**14
-"""Entries of a gradient below which copying it costs less than another call."""
 
 
 class StepGuard:
@@ -136,9 +131,9 @@ class StepGuard:
     def _are_finite(self, parameters: list[Tensor]) -> bool:
         """Whether every gradient is finite; notes which are not zero, for one wait answers both."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        sums = find_sums(gradients)
-        self.nonzero = {id(p) for p, total in zip(parameters, sums, strict=True) if total != 0}
-        return confirm_finite(gradients, sums)
+        norms = read_norms(list(map(find_numbers, gradients)))
+        self.nonzero = {id(p) for p, norm in zip(parameters, norms, strict=True) if norm != 0}
+        return are_finite(gradients, norms)
 
     def _restore(self) -> None:
         for parameter, gradient in self._hidden:
@@ -153,40 +148,3 @@ def _is_nested(optimizer: Optimizer) -> bool:
         count += frame.f_code is STEP_CODE and frame.f_locals.get("self") is optimizer
         frame = frame.f_back  # type: ignore[assignment]
     return count > 1
-
-
-def find_sums(gradients: Sequence[Tensor]) -> list[float]:
-    """The sum of each gradient (of this process's part), read from each device at once."""
-    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for place, gradient in enumerate(map(_find_numbers, gradients)):
-        by_device.setdefault(gradient.device, []).append((place, gradient.sum()))
-    sums = [0.0] * len(gradients)
-    for found in by_device.values():
-        values = torch.stack([total for _, total in found]).tolist()
-        for (place, _), value in zip(found, values, strict=True):
-            sums[place] = value
-    return sums
-
-
-def are_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether every gradient is finite, in one pass over the memory, on all processes."""
-    return confirm_finite(gradients, find_sums(gradients))
-
-
-def confirm_finite(gradients: Sequence[Tensor], sums: Sequence[float]) -> bool:
-    """`are_finite` of gradients with these sums.
-
-    A sum with a NaN or an infinity in it is not finite, and sums run at full memory speed (an infinity
-    norm takes fifty times as long). A sum of finite numbers may overflow, so a bad sum is looked into.
-    """
-    finite = all(
-        math.isfinite(total) or bool(torch.isfinite(_find_numbers(gradient)).all())
-        for gradient, total in zip(gradients, sums, strict=True)
-    )
-    return agree_on_all(finite, gradients)  # of DTensors each process sees its own part
-
-
-def _find_numbers(gradient: Tensor) -> Tensor:
-    """The real numbers of which (this process's part of) a gradient is made."""
-    dense = gradient.coalesce().values() if gradient.is_sparse else find_local(gradient)
-    return torch.view_as_real(dense) if dense.is_complex() else dense

@@ -1,10 +1,22 @@
-"""Layers at rest: autograd alone makes their gradients, and the optimizer's step makes the updates."""
+"""Layers at rest: autograd alone makes their gradients, and the optimizer's step makes the updates.
 
+Between two steps that gather evidence, a rule with memory changes gradients and nothing else. So forward and
+backward are left as they are then: no call is captured.
+"""
+
+from collections.abc import Callable
+
+from plywise.engine.contract import StatefulContract
+from plywise.engine.known_layers import KnownLayers
 from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.learning import Learning
 from plywise.engine.saved_state import LayerState, SavedState
+from plywise.engine.sites import ParameterEntry
+from plywise.engine.training_processes import TrainingProcesses
+from plywise.errors import AttachError
 
 
-class Resting:
+class RestingLayers:
     """All layers of one attachment between two steps that gather.
 
     Args:
@@ -36,6 +48,113 @@ class Resting:
         for layer in arrived:
             layer.entry.arrived = False
         return arrived
+
+
+class Resting:
+    """Finds out for each step whether the layers rest in it.
+
+    Args:
+        rule: the rule.
+        saved: the states.
+        known: the layers.
+        entries: the model's parameters.
+        learning: says which steps gather.
+        processes: the processes that share the states.
+        waits: whether a layer's gradient waits for the step.
+    """
+
+    def __init__(
+        self,
+        rule: StatefulContract,
+        saved: SavedState,
+        known: KnownLayers,
+        entries: list[ParameterEntry],
+        learning: Learning,
+        processes: TrainingProcesses,
+        waits: Callable[[str], bool],
+    ) -> None:
+        self._rule = rule
+        self._saved = saved
+        self._layers = known.by_name
+        self._entries = entries
+        self._learning = learning
+        self._processes = processes
+        self._waits = waits
+        self._may_rest = True
+        self._is_checked = False
+        self._planned: tuple[int, int, int] | None = None
+        self._resting: RestingLayers | None = None
+
+    def find(self) -> RestingLayers | None:
+        """The layers as they rest in this step, if they do and nothing has changed since that was found."""
+        resting = self._resting
+        if resting is None or self._learning.gathers or not resting.holds(self._saved):
+            return None
+        return resting
+
+    def begin_step(self) -> None:
+        """A step is over: look again in the next forward."""
+        self._is_checked = False
+
+    def check(self, may_rest: bool) -> bool:
+        """Whether forward and backward of all layers are left to autograd until the next step.
+
+        All modules ask. One look a step is enough: at the step itself, `find` looks again.
+
+        Args:
+            may_rest: whether nobody wants to see each call.
+        """
+        key = self._saved.version, len(self._layers), self._saved.step
+        if self._is_checked and may_rest == self._may_rest and key == self._planned:
+            return self._resting is not None
+        is_same = self._planned is not None and self._planned[:2] == key[:2] and may_rest == self._may_rest
+        rests_on = is_same and self.find() is not None
+        self._may_rest, self._is_checked = may_rest, True
+        if not rests_on:
+            self._plan()
+            key = self._saved.version, len(self._layers), self._saved.step
+        self._planned = key
+        return self._resting is not None
+
+    def _plan(self) -> None:
+        """Find the layers whose forward and backward are plain in this step: the step makes their updates."""
+        # the optimizer's state may have been cleared: that is a new start
+        learned = self._find_learned()
+        may_rest = self._may_rest and learned is not None and self._processes.are_known
+        may_rest = may_rest and not self._processes.is_pipelined and not self._learning.gathers
+        may_rest = may_rest and self._rule.acts_at_step
+        learned = learned or set()
+        layers = [layer for layer in self._layers.values() if layer.entry.trains]
+        entries = [entry for entry in self._entries if entry.trains]
+        awake = {layer.entry for layer in layers if not may_rest or self._must_act(layer)}
+        # what calls do with others is not known yet: they may be new, or have statistics from before a resume
+        known = {layer.entry for layer in layers if layer.name in learned}
+        awake |= {e for e in entries if e not in known and (self._saved.has_state(e) or e.is_unknown)}
+        for entry in entries:
+            entry.rests = may_rest and entry not in awake
+        self._resting = None
+        if may_rest and not awake:
+            resting = [e for e in layers if e.name in learned and not e.gone and not e.entry.why_left]
+            states = [self._saved.read_moved(layer.name, layer.statistic_like) for layer in resting]
+            self._resting = RestingLayers(resting, states, list(self._layers.values()))
+
+    def _find_learned(self) -> set[str] | None:
+        """The layers that have statistics; None if parameters have been replaced (the next pass says so)."""
+        layers = {name: layer for name, layer in self._layers.items() if layer.entry.trains}
+        try:
+            for name, layer in layers.items():
+                if not layer.gone and layer.entry.dimensions:
+                    self._saved.follow_columns(name)
+        except AttachError:
+            return None
+        return {name for name in layers if self._saved.read(name).tensors}
+
+    def _must_act(self, layer: LayerHandle) -> bool:
+        """Whether a layer's calls have to be captured in a step that gathers nothing."""
+        if layer.entry.sharding is not None or not self._waits(layer.name):
+            return True
+        is_new = not self._saved.read(layer.name).tensors
+        return is_new and not layer.gone and not layer.entry.why_left
 
 
 def _sign(layer: LayerHandle) -> tuple[object, ...]:

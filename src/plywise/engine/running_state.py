@@ -9,41 +9,37 @@
   gathering: of a closure that is evaluated several times, the last evaluation counts.
 - The state is in ``optimizer.state[weight]`` (`plywise.engine.saved_state`).
 
-Expensive refreshes are spread over a cycle: layers take turns (`plywise.engine.refresh_cycle`).
+When it learns and refreshes is in `plywise.engine.learning`, which steps leave forward and backward alone in
+`plywise.engine.resting`.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plywise.engine import health
 from plywise.engine.agreement import Agreement
 from plywise.engine.call import LinearCall
-from plywise.engine.contract import Evidence, LayerShape, Shapes, State, StatefulContract
+from plywise.engine.contract import Evidence, State, StatefulContract
 from plywise.engine.gathered import GatheredEvidence
 from plywise.engine.health import Health
 from plywise.engine.known_layers import KnownLayers
 from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.pipelining import runs_in_pipeline
-from plywise.engine.refresh_cycle import choose_phases
-from plywise.engine.replicas import Job, Replicas, find_training_group, refuse_join
+from plywise.engine.learning import Learning
 from plywise.engine.resting import Resting
 from plywise.engine.saved_state import LayerState, SavedState
 from plywise.engine.shard_exchange import find_held, share_out_gradients
-from plywise.engine.sharding import SPREAD, is_any_nonzero
+from plywise.engine.sharding import is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
-from plywise.engine.stacks import convert_state
 from plywise.engine.state_dicts import StateDicts
-from plywise.engine.step_updates import StepUpdates, find_finite
+from plywise.engine.step_updates import StepUpdates
+from plywise.engine.training_processes import TrainingProcesses
 from plywise.engine.turned_steps import TurnedSteps
-from plywise.errors import AttachError, PlywiseError
+from plywise.errors import PlywiseError
 
 
 class RunningState:
@@ -56,6 +52,9 @@ class RunningState:
         process_group: the processes that average gradients, if the user names them.
         health_: where fallbacks are counted.
         leave: leaves a parameter to the optimizer, for the reason given.
+
+    Attributes:
+        processes: the processes that share the state.
     """
 
     def __init__(
@@ -68,13 +67,10 @@ class RunningState:
         leave: Callable[[ParameterEntry, str], None],
     ) -> None:
         self._rule = rule
-        self._health = health_
         self._leave_to_optimizer = leave
-        self._replicas = Replicas(process_group)
-        self._knows_replicas = process_group is not None
-        self._is_pipelined = False
-        self._agreement = Agreement()
         self._entries = list(entries)
+        self.processes = TrainingProcesses(type(rule).__name__, self._entries, process_group)
+        self._agreement = Agreement()
         self._known = KnownLayers(self._entries)
         self._layers = self._known.by_name
         self._updates = StepUpdates(rule, health_)
@@ -82,10 +78,12 @@ class RunningState:
         self._gathered = GatheredEvidence()
         self._pending = self._gathered.pending
         self._made: dict[str, LayerState] | None = None
-        self._planned: tuple[int, int, int] | None = None
-        self._resting: Resting | None = None
-        self._may_rest = True
         self._saved = SavedState(rule, optimizer, self._layers, self._entries)
+        self._learning = Learning(rule, self._saved, self._known, health_)
+        self._resting = Resting(
+            *(rule, self._saved, self._known, self._entries),
+            *(self._learning, self.processes, self._waits),
+        )
         self._state_dicts = StateDicts(self._saved, optimizer, self.drop_pending)
 
     def remove(self) -> None:
@@ -124,57 +122,7 @@ class RunningState:
 
     def rests(self, may_rest: bool) -> bool:
         """Whether forward and backward of all layers are left to autograd until the next step."""
-        if may_rest != self._may_rest:
-            self._may_rest, self._planned = may_rest, None
-        if self._resting is not None and not self._resting.holds(self._saved):
-            self._planned = None  # somebody has changed the optimizer's state, or the layers
-        key = self._saved.version, len(self._layers), self._saved.step
-        if self._planned != key:
-            is_same = self._planned is not None and self._planned[:2] == key[:2]
-            self._planned = key
-            if not (is_same and self._resting is not None and not self._gathers):
-                self._plan()
-        return self._resting is not None
-
-    def _plan(self) -> None:
-        """Find the layers whose forward and backward are plain in this step: the step makes their updates."""
-        # the optimizer's state may have been cleared: that is a new start
-        learned = self._find_learned()
-        knows_all = learned is not None and (self._knows_replicas or count_processes() == 1)
-        may_rest = self._may_rest and knows_all and not self._is_pipelined and not self._gathers
-        may_rest = may_rest and self._rule.acts_at_step
-        learned = learned or set()
-        layers = [layer for layer in self._layers.values() if layer.entry.trains]
-        entries = [entry for entry in self._entries if entry.trains]
-        awake = {layer.entry for layer in layers if not may_rest or self._must_act(layer)}
-        # what calls do with others is not known yet: they may be new, or have statistics from before a resume
-        known = {layer.entry for layer in layers if layer.name in learned}
-        awake |= {e for e in entries if e not in known and (self._saved.has_state(e) or e.is_unknown)}
-        for entry in entries:
-            entry.rests = may_rest and entry not in awake
-        self._resting = None
-        if may_rest and not awake:
-            resting = [e for e in layers if e.name in learned and not e.gone and not e.entry.why_left]
-            states = [self._read_moved(layer.name, layer.statistic_like) for layer in resting]
-            self._resting = Resting(resting, states, list(self._layers.values()))
-
-    def _find_learned(self) -> set[str] | None:
-        """The layers that have statistics; None if parameters have been replaced (the next pass says so)."""
-        layers = {name: layer for name, layer in self._layers.items() if layer.entry.trains}
-        try:
-            for name, layer in layers.items():
-                if not layer.gone and layer.entry.dimensions:
-                    self._saved.follow_columns(name)
-        except AttachError:
-            return None
-        return {name for name in layers if self._saved.read(name).tensors}
-
-    def _must_act(self, layer: LayerHandle) -> bool:
-        """Whether a layer's calls have to be captured in a step that gathers nothing."""
-        if layer.entry.sharding is not None or not self._waits(layer.name):
-            return True
-        is_new = not self._saved.read(layer.name).tensors
-        return is_new and not layer.gone and not layer.entry.why_left
+        return self._resting.check(may_rest)
 
     # ---- in backward -------------------------------------------------------------------------
 
@@ -186,28 +134,18 @@ class RunningState:
         if has_bias != (layer.bias is not None):
             self._leave(layer.entry, "some of its calls add its bias and others do not")
             return {}, True
-        state = self._read_moved(name, like)
+        state = self._saved.read_moved(name, like)
         pending = self._pending.get(name)
         if pending is not None and not layer.holds_gradient(pending.mark):
             del self._pending[name]  # zero_grad since: that step will not happen
         return state.tensors, self._waits(name)
-
-    def _read_moved(self, name: str, like: Tensor) -> LayerState:
-        """A layer's state, as far as it fits: moved with the model, dropped if a bias has been frozen."""
-        self._saved.follow_columns(name)
-        state = self._saved.read(name)
-        if any(value.dtype != like.dtype or value.device != like.device for value in state.tensors.values()):
-            moved = convert_state(state.tensors, like)
-            state = LayerState(moved, state.phase, state.in_backward)
-            self._saved.write(name, state)
-        return state
 
     def _waits(self, name: str) -> bool:
         """Whether a layer's gradient is the plain one in this step, from which the step makes the update."""
         pending = self._pending.get(name)
         if pending is not None:  # micro-batches of one step are treated alike
             return pending.waits
-        return self._refreshes(name) or not self._saved.peek(name).in_backward
+        return self._learning.refreshes(name) or not self._saved.peek(name).in_backward
 
     def has_bias(self, name: str) -> bool:
         """Whether the bias belongs to a layer's local problem."""
@@ -219,13 +157,13 @@ class RunningState:
             return
         evidence: Evidence = {}
         is_new = not self._saved.peek(call.name).tensors  # it may be called in steps between gatherings only
-        if (self._gathers or is_new) and call.a.numel() and call.delta.numel():
+        if (self._learning.gathers or is_new) and call.a.numel() and call.delta.numel():
             # data-parallel training averages gradients, so that each row counts 1/processes in the whole
             evidence = self._rule.gather(
-                call.times(1 / self._replicas.size), self._saved.step // self._rule.stats_every
+                call.times(1 / self.processes.size), self._saved.step // self._rule.stats_every
             )
         self._gathered.stage(call.name, call.waits, evidence)
-        if self._is_pipelined:  # its gradient may be assigned by hand, and then it never arrives
+        if self.processes.is_pipelined:  # its gradient may be assigned by hand, and then it never arrives
             self.on_grad_accumulated(call.name)
 
     def on_grad_accumulated(self, name: str) -> None:
@@ -263,9 +201,11 @@ class RunningState:
             Whether the rule took part in the step.
         """
         made, self._made = self._made, None
+        self._resting.begin_step()
         if self._turned is not None and made is not None:
+            before = {name: self._saved.read(name).tensors for name in made}
             with self._in_full_precision():
-                self._keep_turned(self._turned, made, optimizer)
+                self._turned.keep([self._layers[name] for name in made], before, made, optimizer)
         if made is None:
             if self._saved.step == 0:
                 self._saved.write_templates()
@@ -275,17 +215,6 @@ class RunningState:
         for name, state in made.items():
             self._saved.write(name, state)
         return True
-
-    def _keep_turned(self, turned: TurnedSteps, made: Mapping[str, LayerState], optimizer: Optimizer) -> None:
-        """Turn the step back, and momenta into the coordinates that hold from now on."""
-        turned.end(optimizer)
-        after = {name: state.tensors for name, state in made.items()}
-        for name in made:
-            layer, old = self._layers[name], self._saved.read(name).tensors
-            if old:
-                turned.turn_momenta(layer, old, after[name], optimizer)
-            elif not turned.has_turned(layer):
-                turned.restart(layer, optimizer)  # second moments of other coordinates are none of these
 
     def _turn_momenta_back(self) -> None:
         """The coordinates end here: momenta are the weights' own again."""
@@ -302,30 +231,21 @@ class RunningState:
         if self._apply_at_rest(optimizer):
             return
         layers = self._find_layers(optimizer)
-        marks = {name: pending.mark for name, pending in self._pending.items()}
-        held = find_held(layers, marks, self._entries, self._replicas)
-        for name in [name for name in self._pending if name not in held]:
-            del self._pending[name]
+        self._drop_lost(layers)
         if not self._has_evidence(layers):
             self.drop_pending()  # no backward of ours leads to this step
             return
-        self._warn_if_alone()
+        self.processes.warn_if_alone()
         active = {layer.name: layer for layer in self._find_active(layers)}
-        before = {name: self._read_moved(name, layer.statistic_like) for name, layer in active.items()}
+        before = {name: self._saved.read_moved(name, layer.statistic_like) for name, layer in active.items()}
         memories = {name: state.tensors for name, state in before.items()}
-        learned = self._learn(active, memories)
-        due = [name for name in active if memories[name] and self._refreshes(name)]
-        refreshed = self._find_parts_taken(due, active)
-        self._refresh(refreshed, memories)
-        # a layer that had no rows here may have worked on another process: its gradient came by averaging
-        took_part = active if self._replicas.size > 1 else self._find_parts_taken(list(active), active)
-        waiting = [active[name] for name in took_part if self._waits(name)]
+        changed = self._learn(active, memories)
+        waiting = self._find_waiting(active)
         for layer in active.values():
             layer.entry.arrived = False
-        with share_out_gradients(waiting, memories, self._replicas, self._rule) as mine:
+        with share_out_gradients(waiting, memories, self.processes.replicas, self._rule) as mine:
             self._make_updates(mine, before, memories, optimizer)
-        changed = {*learned, *refreshed}
-        phases = self._choose_phases([name for name in learned if not before[name].tensors])
+        phases = self._learning.choose_phases([name for name in changed if not before[name].tensors])
         self.drop_pending()
         self._made = {}
         for name, state in before.items():
@@ -335,19 +255,40 @@ class RunningState:
             elif memories[name] is not state.tensors and not self._rule.acts_at_step:
                 self._made[name] = replace(state, tensors=memories[name])
 
+    def _drop_lost(self, layers: list[LayerHandle]) -> None:
+        """Drop the evidence of gradients that are not there any more."""
+        marks = {name: pending.mark for name, pending in self._pending.items()}
+        held = find_held(layers, marks, self._entries, self.processes.replicas)
+        for name in [name for name in self._pending if name not in held]:
+            del self._pending[name]
+
+    def _learn(self, active: dict[str, LayerHandle], memories: dict[str, State]) -> set[str]:
+        """Learn and refresh what this step has to; the layers whose states have changed."""
+        replicas = self.processes.replicas
+        learned = self._learning.learn(active, self._pending, memories, replicas)
+        due = [name for name in active if memories[name] and self._learning.refreshes(name)]
+        refreshed = self._find_parts_taken(due, active)
+        self._learning.refresh(refreshed, memories, replicas)
+        return {*learned, *refreshed}
+
+    def _find_waiting(self, active: dict[str, LayerHandle]) -> list[LayerHandle]:
+        """The layers whose updates are made now."""
+        # a layer that had no rows here may have worked on another process: its gradient came by averaging
+        shared = self.processes.size > 1
+        took_part = list(active) if shared else self._find_parts_taken(list(active), active)
+        return [active[name] for name in took_part if self._waits(name)]
+
     def _apply_at_rest(self, optimizer: Optimizer) -> bool:
-        """The quick way through a step that neither gathers nor refreshes; whether it could be taken."""
-        resting = self._resting
-        if resting is None or self._pending or self._gathers or self._replicas.size > 1:
-            return False
-        if not resting.holds(self._saved):
+        """The quick way through a step that gathers nothing; whether it could be taken."""
+        resting = None if self._pending or self.processes.size > 1 else self._resting.find()
+        if resting is None:
             return False
         ready = resting.take_arrived()
         if not ready:
             return True  # no backward of ours leads to this step
         before, memories = resting.states, resting.memories.copy()
-        refreshed = [layer.name for layer in ready if self._refreshes(layer.name)]
-        self._refresh(refreshed, memories)
+        refreshed = [layer.name for layer in ready if self._learning.refreshes(layer.name)]
+        self._learning.refresh(refreshed, memories, self.processes.replicas)
         self._make_updates(ready, before, memories, optimizer)
         self._made = {name: self._make_state(name, before[name], memories) for name in refreshed}
         return True
@@ -362,18 +303,8 @@ class RunningState:
         """Make these layers' updates from their gradients."""
         if self._turned is None:
             self._updates.make(layers, memories)
-            return
-        # New coordinates hold from the next step on: momenta are turned once this one has been taken. The
-        # first hold at once where the optimizer has no state yet: its second moments are of these then.
-        now = {layer.name: before[layer.name].tensors for layer in layers}
-        for layer in layers:
-            if not now[layer.name] and not self._turned.has_state(layer, optimizer):
-                now[layer.name] = memories[layer.name]
-        layers = [layer for layer in layers if now[layer.name]]
-        self._turned.add_decay(layers, optimizer)
-        turned = self._updates.make(layers, now)
-        self._turned.take_decay(layers, optimizer)
-        self._turned.begin(turned, now, optimizer)
+        else:
+            self._turned.make(self._updates, layers, before, memories, optimizer)
 
     def _make_state(self, name: str, before: LayerState, memories: dict[str, State]) -> LayerState:
         """The state of a layer that has learned or been refreshed."""
@@ -394,7 +325,7 @@ class RunningState:
 
     def _has_evidence(self, layers: list[LayerHandle]) -> bool:
         """Whether a backward pass leads to this step; the same on all processes."""
-        if self._replicas.size == 1:
+        if self.processes.size == 1:
             part_taken = bool(self._pending) or any(layer.entry.arrived for layer in layers)
             return part_taken and any(layer.has_gradient for layer in layers)
         # a process whose rows all went elsewhere has no evidence, but the averaged gradients
@@ -404,136 +335,19 @@ class RunningState:
     def _find_parts_taken(self, names: list[str], active: Mapping[str, LayerHandle]) -> list[str]:
         """Which of these layers a backward pass has reached, on any process."""
         flags = [name in self._pending or active[name].entry.arrived for name in names]
-        if names and self._replicas.size > 1:
-            flags = self._replicas.agree(flags, active[names[0]].device)
+        if names and self.processes.size > 1:
+            flags = self.processes.replicas.agree(flags, active[names[0]].device)
         return [name for name, flag in zip(names, flags, strict=True) if flag]
 
     def _find_active(self, layers: list[LayerHandle]) -> list[LayerHandle]:
         """The layers that take part in this step; the same on all processes."""
-        if self._replicas.size == 1:
+        if self.processes.size == 1:
             called = [layer for layer in layers if layer.site is not None or layer.entry.arrived]
             return [layer for layer in called if not layer.entry.left]
-        settled = self._agreement.settle(self._replicas, layers, self._find_weights())
+        settled = self._agreement.settle(self.processes.replicas, layers, self._find_weights())
         return [layer for layer in layers if layer.entry in settled]
 
     def _find_weights(self) -> list[ParameterEntry]:
         """The weights that may be learned, called here or not: the same on all processes, in one order."""
         entries = [e for e in self._entries if not e.excluded and e.is_weight]
         return [e for e in entries if (p := e.parameter()) is not None and p.requires_grad]
-
-    def _learn(self, layers: dict[str, LayerHandle], memories: dict[str, State]) -> list[str]:
-        """Learn the evidence of this step; the layers that learned something."""
-        parts: dict[str, Evidence] = {}
-        for name in layers if self._gathers else [name for name in layers if not memories[name]]:
-            pending = self._pending.get(name)
-            if pending is not None and pending.evidence:
-                parts[name] = pending.evidence
-            elif self._replicas.size > 1:
-                shape = layers[name].shape
-                parts[name] = _make_zeros(self._rule.evidence_shapes(shape), shape)
-        totals = self._replicas.total(parts)
-        news: dict[str, State] = {}
-        for name, evidence in _find_nonempty(totals):
-            memory = convert_state(memories[name], evidence["rows"])
-            news[name] = {**memory, **self._rule.learn(memory, dict(evidence))}
-        return self._keep_finite(news, memories)
-
-    def _keep_finite(self, news: dict[str, State], memories: dict[str, State]) -> list[str]:
-        """Keep what has been learned as far as it is finite; the layers that have learned something."""
-        flags = iter(find_finite([value for new in news.values() for value in new.values()]))
-        learned = []
-        for name, new in news.items():
-            are_finite = [next(flags) for _ in new]  # of all its tensors: the next layer's come after them
-            if all(are_finite):
-                memories[name] = new
-                learned.append(name)
-            else:
-                self._health.note(name, health.NON_FINITE)
-        return learned
-
-    def _refresh(self, names: list[str], memories: dict[str, State]) -> None:
-        """Refresh these layers' states, the work shared out over the processes."""
-        jobs = {}
-        for name in names:
-            shape = self._layers[name].shape
-            jobs[name] = Job(
-                self._rule.refresh_cost(shape),
-                partial(_make_zeros, self._rule.refreshed_shapes(shape), shape),
-                partial(self._rule.refresh, memories[name], name, self._health),
-            )
-        for name, news in self._replicas.share_out(jobs).items():
-            memories[name] = {**memories[name], **news}
-
-    @property
-    def _gathers(self) -> bool:
-        """Whether this step gathers evidence: all layers do so together, so that most steps can rest."""
-        return self._saved.step % self._rule.stats_every == 0
-
-    def _refreshes(self, name: str) -> bool:
-        """Whether a layer's turn is in this step.
-
-        In the first cycle every gathering refreshes: roots of a single batch should not last for long.
-        """
-        state = self._saved.peek(name)
-        if not state.tensors:
-            return True
-        if self._saved.step < self._rule.refresh_every:
-            return self._gathers
-        return (self._saved.step - state.phase) % self._rule.refresh_every == 0
-
-    def _choose_phases(self, new: list[str]) -> dict[str, int]:
-        """The steps of a cycle in which layers that have just begun to learn take their turns."""
-        if not new:
-            return {}
-        layers = [layer for layer in self._known.in_order() if not layer.gone]
-        costs = {layer.name: self._rule.refresh_cost(layer.shape) for layer in layers}
-        states = {name: self._saved.read(name) for name in costs}
-        others = {name: (state.phase, costs[name]) for name, state in states.items() if state.tensors}
-        wanted = {name: cost for name, cost in costs.items() if name in new}
-        return choose_phases(wanted, others, self._rule.refresh_every)
-
-    # ---- processes ---------------------------------------------------------------------------
-
-    def find_replicas(self) -> None:
-        """If DistributedDataParallel runs this forward, or fully_shard, its processes share the state."""
-        if count_processes() == 1:
-            return
-        refuse_join(type(self._rule).__name__)
-        self._is_pipelined = runs_in_pipeline()
-        if self._knows_replicas:
-            return
-        group = find_training_group(self._entries)
-        if group is not None:
-            self._replicas = Replicas(group)
-            self._knows_replicas = True
-
-    def _warn_if_alone(self) -> None:
-        # stages of a pipeline have other layers, and tensor parallelism gives all processes the same rows
-        apart = self._is_pipelined or any(entry.excluded == SPREAD for entry in self._entries)
-        if not self._knows_replicas and not apart and count_processes() > 1:
-            warnings.warn(
-                f"{count_processes()} processes run, but no DistributedDataParallel was seen in this model's "
-                f"forward: {type(self._rule).__name__} keeps statistics of this process alone. If gradients "
-                "are averaged by other means, say over which processes: attach(..., process_group=...).",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            self._knows_replicas = True
-
-
-def count_processes() -> int:
-    """Processes of torch.distributed; 1 without it."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _find_nonempty(totals: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, Mapping[str, Tensor]]]:
-    """The evidence of some rows at least."""
-    if not totals:
-        return []
-    device = next(iter(totals.values()))["rows"].device
-    rows = torch.stack([evidence["rows"].double().to(device) for evidence in totals.values()]).tolist()
-    return [item for item, count in zip(totals.items(), rows, strict=True) if count > 0]
-
-
-def _make_zeros(shapes: Shapes, layer: LayerShape) -> dict[str, Tensor]:
-    return {key: torch.zeros(shape, dtype=layer.dtype, device=layer.device) for key, shape in shapes.items()}

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.sites import ParameterEntry, Part
-from plywise.errors import StateError
+from plywise.engine.stacks import convert_state
+from plywise.engine.state_shapes import check_shapes, find_shapes
 
 PREFIX = "plywise."
 
@@ -159,10 +160,19 @@ class SavedState:
         tensors = find_tensors(own, prefix)
         if not tensors:
             return NOTHING
-        self.check_shapes(name, tensors)
+        check_shapes(self.rule, self.layers[name], tensors)
         found = LayerState(tensors, int(own.get(prefix + "phase", 0)), bool(own.get(prefix + "in_backward")))
         self._remember(name, found)
         return found
+
+    def read_moved(self, name: str, like: Tensor) -> LayerState:
+        """A layer's state, as far as it fits: moved with the model, dropped if a bias has been frozen."""
+        self.follow_columns(name)
+        state = self.read(name)
+        if any(value.dtype != like.dtype or value.device != like.device for value in state.tensors.values()):
+            state = LayerState(convert_state(state.tensors, like), state.phase, state.in_backward)
+            self.write(name, state)
+        return state
 
     def has_state(self, entry: ParameterEntry) -> bool:
         """Whether there are statistics of a parameter, be its calls known or not."""
@@ -193,33 +203,6 @@ class SavedState:
         for name, layer in self.layers.items():
             if not layer.gone and layer.entry.dimensions:
                 self._columns[name] = layer.shape.columns
-
-    def check_shapes(self, name: str, tensors: State) -> None:
-        """Raise StateError unless these tensors are the rule's statistics of this layer."""
-        layer = self.layers[name]
-        if layer.gone or not layer.entry.dimensions:
-            return
-        found = {key: tuple(value.shape) for key, value in tensors.items()}
-        wanted = self._find_shapes(layer)
-        if layer.site is None and wanted != found:  # its calls may use the weight without the bias
-            layer.expects_bias = False
-            layer.expects_bias = self._find_shapes(layer) != found
-            wanted = self._find_shapes(layer)
-        for key in sorted(wanted.keys() | found.keys()):
-            mine, its = (shapes.get(key, "missing") for shapes in (wanted, found))
-            if mine != its:
-                raise StateError(
-                    f"The saved memory of layer {name!r} does not fit this model: its {key!r} is "
-                    f"{its}, and should be {mine}. It comes from another architecture, or from a rule with "
-                    "other settings.",
-                    see="state-memory",
-                )
-
-    def _find_shapes(self, layer: LayerHandle) -> dict[str, tuple[int, ...]]:
-        """Shapes of the rule's statistics of a layer."""
-        shape = layer.shape
-        wanted = {**self.rule.learned_shapes(shape), **self.rule.refreshed_shapes(shape)}
-        return {key: tuple(size) for key, size in wanted.items()}
 
     # ---- writing ---------------------------------------------------------------------------------
 
@@ -302,8 +285,7 @@ class SavedState:
             if layer.entry is not entry or layer.gone or prefix + "phase" in own:
                 continue
             shape = layer.shape
-            wanted = {**self.rule.learned_shapes(shape), **self.rule.refreshed_shapes(shape)}
-            for key, size in wanted.items():
+            for key, size in find_shapes(self.rule, layer).items():
                 found[prefix + key] = torch.zeros(size, dtype=shape.dtype, device=shape.device)
             found |= {prefix + "phase": 0, prefix + "in_backward": 0}
         return found

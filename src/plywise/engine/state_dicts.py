@@ -28,6 +28,7 @@ from plywise.engine.refresh_cycle import choose_phases
 from plywise.engine.saved_state import SavedState, find_rule, find_tensors, is_of_rule
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sites import ParameterEntry
+from plywise.engine.state_shapes import check_shapes
 from plywise.errors import AttachError, StateError
 
 MARK = "plywise"
@@ -242,7 +243,7 @@ class StateDicts:
             if layer.entry is entry:
                 tensors = find_tensors(keys, self._saved.prefix(name))
                 if tensors:
-                    self._saved.check_shapes(name, tensors)
+                    check_shapes(self._saved.rule, layer, tensors)
 
     def _put_in_place(self, optimizer: Optimizer) -> None:
         """Put the saved tensors beside the optimizer's own."""
@@ -286,7 +287,7 @@ class StateDicts:
                 parameter = saved.layers[name].entry.parameter()
                 assert parameter is not None
                 if tensors:
-                    saved.check_shapes(name, tensors)
+                    check_shapes(saved.rule, saved.layers[name], tensors)
                     made = self._convert_layer(name, tensors, entry["step"], phases[name])
                     states[indices[parameter]] = {**(states.get(indices[parameter]) or {}), **made}
         return {**state, "state": states}

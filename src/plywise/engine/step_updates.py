@@ -179,19 +179,3 @@ class StepsBack(StepUpdates):
 
     def _get_scales(self, stacks: list[Stack], like: Tensor) -> Tensor:
         return torch.ones_like(like)
-
-
-def find_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Which of these tensors are finite, with one look by the host for each device.
-
-    A norm with a NaN or an infinity in it is not finite; one that has only overflowed is looked into.
-    """
-    by_device: dict[torch.device, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(place)
-    found = [True] * len(tensors)
-    for places in by_device.values():
-        norms = torch.stack([n.double() for n in torch._foreach_norm([tensors[place] for place in places])])
-        for place, norm in zip(places, norms.tolist(), strict=True):
-            found[place] = math.isfinite(norm) or bool(torch.isfinite(tensors[place]).all())
-    return found

@@ -4,7 +4,7 @@ The gradient that the optimizer sees is that of turned weights, the weights them
 what it adds to them, beside a weight decay, is a step in the other coordinates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from plywise.engine.contract import State, StatefulContract
 from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.optimizer_probe import OptimizerTraits, probe_optimizer
-from plywise.engine.saved_state import PREFIX
+from plywise.engine.saved_state import PREFIX, LayerState
 from plywise.engine.stacks import convert_state
-from plywise.engine.step_updates import StepsBack
+from plywise.engine.step_updates import StepsBack, StepUpdates
 from plywise.errors import PlywiseError
 
 
@@ -43,13 +43,58 @@ class TurnedSteps:
         self._parameters: list[Tensor] = []
         self._bases: list[Tensor] = []
 
+    def make(
+        self,
+        updates: StepUpdates,
+        layers: list[LayerHandle],
+        before: Mapping[str, LayerState],
+        memories: dict[str, State],
+        optimizer: Optimizer,
+    ) -> None:
+        """Turn the gradients of these layers, for the step that the optimizer is about to take.
+
+        New coordinates hold from the next step on: momenta are turned once this one has been taken. The first
+        hold at once where the optimizer has no state yet: its second moments are of these then.
+        """
+        now = {layer.name: before[layer.name].tensors for layer in layers}
+        for layer in layers:
+            if not now[layer.name] and not self._has_state(layer, optimizer):
+                now[layer.name] = memories[layer.name]
+        layers = [layer for layer in layers if now[layer.name]]
+        self._give_decay(layers, optimizer)
+        turned = updates.make(layers, now)
+        self._take_decay(layers, optimizer)
+        self._begin(turned, now, optimizer)
+
+    def keep(
+        self,
+        layers: Sequence[LayerHandle],
+        before: Mapping[str, State],
+        made: Mapping[str, LayerState],
+        optimizer: Optimizer,
+    ) -> None:
+        """The optimizer has stepped: turn its steps back, and momenta into the coordinates that hold now.
+
+        Args:
+            layers: the layers with new coordinates.
+            before: their states before this step.
+            made: their states from now on.
+            optimizer: the optimizer.
+        """
+        self._end(optimizer)
+        for layer in layers:
+            if before[layer.name]:
+                self._turn_momenta(layer, before[layer.name], made[layer.name].tensors, optimizer)
+            elif layer not in self._last:
+                self._restart(layer, optimizer)  # second moments of other coordinates are none of these
+
     # ---- weight decay ------------------------------------------------------------------------------
 
-    def add_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
+    def _give_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
         """Add what a coupled weight decay adds, before gradients are turned: it belongs to the weights."""
         self._add_decay(layers, optimizer, 1.0)
 
-    def take_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
+    def _take_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
         """Take from the turned gradients what the optimizer will add to them."""
         self._add_decay(layers, optimizer, -1.0)
 
@@ -66,7 +111,7 @@ class TurnedSteps:
 
     # ---- the step ------------------------------------------------------------------------------------
 
-    def begin(self, layers: list[LayerHandle], memories: dict[str, State], optimizer: Optimizer) -> None:
+    def _begin(self, layers: list[LayerHandle], memories: dict[str, State], optimizer: Optimizer) -> None:
         """The optimizer is about to step: keep what its weight decay alone would make of the weights."""
         for layer in layers:
             if layer.entry.sharding is not None:
@@ -88,7 +133,7 @@ class TurnedSteps:
         with torch.no_grad():
             self._bases = list(torch._foreach_mul(self._parameters, factors)) if layers else []
 
-    def end(self, optimizer: Optimizer) -> None:
+    def _end(self, optimizer: Optimizer) -> None:
         """The optimizer has stepped: turn its steps back."""
         layers, self._layers = self._layers, []
         self._last = layers
@@ -112,15 +157,11 @@ class TurnedSteps:
 
     # ---- the optimizer's state -------------------------------------------------------------------------
 
-    def has_state(self, layer: LayerHandle, optimizer: Optimizer) -> bool:
+    def _has_state(self, layer: LayerHandle, optimizer: Optimizer) -> bool:
         """Whether the optimizer keeps anything of its own for a layer."""
         return any(_find_own(optimizer, parameter) for parameter in layer.trained)
 
-    def has_turned(self, layer: LayerHandle) -> bool:
-        """Whether the last step was made in a layer's coordinates."""
-        return layer in self._last
-
-    def restart(self, layer: LayerHandle, optimizer: Optimizer) -> None:
+    def _restart(self, layer: LayerHandle, optimizer: Optimizer) -> None:
         """Let the optimizer begin anew with a layer: momenta, second moments and its count of steps."""
         for parameter in layer.trained:
             state = optimizer.state.get(parameter, {})
@@ -130,7 +171,7 @@ class TurnedSteps:
                 elif name in state:
                     state[name] = 0
 
-    def turn_momenta(self, layer: LayerHandle, old: State, new: State, optimizer: Optimizer) -> None:
+    def _turn_momenta(self, layer: LayerHandle, old: State, new: State, optimizer: Optimizer) -> None:
         """Bring momenta into new coordinates; without a state, into the weights' own."""
 
         def turn(matrix: Tensor) -> Tensor:
@@ -140,7 +181,7 @@ class TurnedSteps:
 
     def turn_back_state(self, layer: LayerHandle, state: State, optimizer: Optimizer) -> None:
         """Bring momenta and second moments back into the weights' own coordinates."""
-        self.turn_momenta(layer, state, {}, optimizer)
+        self._turn_momenta(layer, state, {}, optimizer)
 
         def turn(matrix: Tensor) -> Tensor:
             return self._rule.turn_squares_back(convert_state(state, matrix), matrix)

@@ -68,7 +68,7 @@ def compute_low_rank_root(
     scale, dead = find_gram_scale(gram, damping, relative)
     k, rank = gram.shape[1], min(rank, gram.shape[1])
     column = scale.to(gram.dtype)[:, None, None]
-    pairs = _find_eigenpairs(gram, column, rank, start, sweeps)
+    pairs = find_eigenpairs(gram, column, rank, start, sweeps)
     if pairs is None:
         return None
     values, vectors = pairs
@@ -88,12 +88,13 @@ def compute_low_rank_root(
     return LowRankRoot(vectors, weights, factor)
 
 
-def _find_eigenpairs(
+def find_eigenpairs(
     gram: Tensor, scale: Tensor, rank: int, start: Tensor | None, sweeps: int
 ) -> tuple[Tensor, Tensor] | None:
     """Find the largest eigenvalues (g, rank) of ``gram / scale``, and eigenvectors (g, k, rank).
 
-    Returns None if ``gram`` is not finite.
+    They are in ascending order. Returns None if ``gram`` is not finite. Arguments as for
+    `compute_low_rank_root`.
     """
     groups, k, _ = gram.shape
     if start is None or start.shape != (groups, k, rank) or not bool(torch.isfinite(start).all()):

@@ -36,8 +36,8 @@ def solve_small(rows: Tensor, target: Tensor, damping: float | Tensor) -> Tensor
     - ``(RRᵀ + λI) Y = Δ`` with ``X = RᵀY``; it leaves ``Δ - R X - λY``.
     - ``(RᵀR + λI) X = RᵀΔ``; it leaves ``Rᵀ(Δ - R X) - λX``.
 
-    What is left has been rounded, by about ``u ‖R‖ ‖X‖``, and no singular value of ``(RᵀR + λI)⁻¹Rᵀ`` is above
-    ``1 / (2√λ)``: so the error of the corrected answer is about ``u ‖R‖ / (2√λ)``, relative to X.
+    What is left has been rounded, by about ``u ‖R‖ ‖X‖``, and no singular value of ``(RᵀR + λI)⁻¹Rᵀ`` is
+    above ``1 / (2√λ)``: so the error of the corrected answer is about ``u ‖R‖ / (2√λ)``, relative to X.
 
     Args:
         rows: R (n, k).

@@ -12,6 +12,7 @@ from plywise.engine.contract import LayerShape, Shapes, State
 from plywise.engine.explain import Size
 from plywise.engine.health import Health
 from plywise.engine.rule import require_choice
+from plywise.numerics.bases import find_basis, list_tensors, make_basis
 from plywise.numerics.eigenbasis import compute_eigenbasis
 from plywise.rules._kronecker import Kronecker, KroneckerRule
 
@@ -91,6 +92,7 @@ class Coordinates(KroneckerRule):
     output_power: float = 0.0
     keep_norm: bool = True
     decay: float = 0.95
+    rank: int | None = 64
     sample: int = 2
     max_size: int = 2048
     stats_every: int = 10
@@ -114,6 +116,7 @@ class Coordinates(KroneckerRule):
             decay=self.decay,
             damping=self.damping,
             keep_norm=self.keep_norm,
+            rank=self.rank,
             sample=self.sample,
             max_size=self.max_size,
         )
@@ -134,76 +137,72 @@ class Coordinates(KroneckerRule):
         for side, power in (("input", self.power), ("output", self.output_power)):
             if side not in memory:
                 continue
-            last = memory.get(f"{side}.vectors")
+            size = memory[side].shape[1]
+            rank, last = self.plan.rank_of(size), memory.get(f"{side}.vectors")
             note = partial(health.note, name)
-            found = compute_eigenbasis(memory[side] / memory[f"{side}.count"], last, note)
+            found = compute_eigenbasis(memory[side] / memory[f"{side}.count"], last, note, rank)
             if found is None:
-                size = memory[side].shape[1]
-                eye = torch.eye(size).to(memory[side]).expand_as(memory[side])
+                eye = torch.eye(size, rank or size).to(memory[side]).expand(len(memory[side]), -1, -1)
                 found = torch.ones_like(memory[side][:, 0]), eye if last is None else last
             values, vectors = found
-            basis = vectors * (values + self.damping).pow(-power).unsqueeze(1)
-            if self.basis == "root":
-                basis = basis @ vectors.mT
-            news |= {f"{side}.vectors": vectors, f"{side}.basis": basis}
+            basis = make_basis(vectors, (values + self.damping).pow(-power), self.basis == "eigen")
+            news |= {f"{side}.vectors": vectors, **list_tensors(basis, side)}
         return news
 
     def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
         """``Sᵀ G T``: the gradients in the layers' coordinates."""
-        moved = gradients.flatten(0, 1)
-        if "input.basis" in memory:
-            moved = moved @ memory["input.basis"].flatten(0, 1)
-        if "output.basis" in memory:
-            moved = memory["output.basis"].flatten(0, 1).mT @ moved
-        return moved.reshape(gradients.shape), {}
+        return _turn(memory, gradients.flatten(0, 1)).reshape(gradients.shape), {}
 
     def turn_back_stacked(self, memory: State, steps: Tensor) -> Tensor:
         """``S δV Tᵀ``: the optimizer's steps as steps of the weights."""
         moved = steps.flatten(0, 1)
-        if "input.basis" in memory:
-            moved = moved @ memory["input.basis"].flatten(0, 1).mT
-        if "output.basis" in memory:
-            moved = memory["output.basis"].flatten(0, 1) @ moved
+        right, left = find_basis(memory, "input"), find_basis(memory, "output")
+        moved = moved if right is None else right.turn_back(moved)
+        moved = moved if left is None else left.turn_back(moved.mT).mT
         return moved.reshape(steps.shape)
 
     def turn_momentum(self, before: State, after: State, momentum: Tensor) -> Tensor:
         """A sum of gradients, from the coordinates of one state to those of another; (g, m, k)."""
-        old, new = before.get("input.basis"), after.get("input.basis")
-        if old is not None:
-            momentum = torch.linalg.solve(old, momentum, left=False)
-        if new is not None:
-            momentum = momentum @ new
-        old, new = before.get("output.basis"), after.get("output.basis")
-        if old is not None:
-            momentum = torch.linalg.solve(old.mT, momentum)
-        return momentum if new is None else new.mT @ momentum
+        right, left = find_basis(before, "input"), find_basis(before, "output")
+        momentum = momentum if right is None else right.solve(momentum)
+        momentum = momentum if left is None else left.solve(momentum.mT).mT
+        return _turn(after, momentum)
 
     def turn_squares_back(self, state: State, squares: Tensor) -> Tensor:
         """As if entries were independent in the coordinates: ``E[G²] = (S⁻ᵀ)² E[X²] (T⁻¹)²``, entrywise."""
-        if "input.basis" in state:
-            squares = squares @ torch.linalg.inv(state["input.basis"]).square()
-        if "output.basis" in state:
-            squares = torch.linalg.inv(state["output.basis"]).mT.square() @ squares
+        right, left = find_basis(state, "input"), find_basis(state, "output")
+        if right is not None:
+            squares = squares @ torch.linalg.inv(right.as_matrix()).square()
+        if left is not None:
+            squares = torch.linalg.inv(left.as_matrix()).mT.square() @ squares
         return squares
 
     # ---- sizes -------------------------------------------------------------------------------
 
     def refreshed_shapes(self, shape: LayerShape) -> Shapes:
-        """Eigenvectors and bases."""
-        return {
-            f"{side}.{part}": (shape.groups, n, n)
-            for side, n in self._sizes(shape).items()
-            for part in ("vectors", "basis")
-        }
+        """Eigenvectors and bases, dense or of some directions."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for side, n in self._sizes(shape).items():
+            g, r = shape.groups, self.plan.rank_of(n)
+            if r is None:
+                parts: dict[str, tuple[int, ...]] = {"vectors": (g, n, n), "basis": (g, n, n)}
+            elif self.basis == "eigen":
+                parts = {"vectors": (g, n, r), "reflectors": (g, n, r), "factor": (g, r, r), "scales": (g, n)}
+            else:
+                parts = {"vectors": (g, n, r), "weights": (g, r), "tail": (g,)}
+            shapes |= {f"{side}.{part}": size for part, size in parts.items()}
+        return shapes
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
         """Statistics, orthogonal iteration and the two products."""
         flops = floats = 0.0
         for side, own, other in (("input", size.d, size.m), ("output", size.m, size.d)):
             if side in self.plan.sides(size.m, size.d):
+                rank = self.plan.rank_of(own) or own
                 flops += size.n / self.sample * own * own / self.stats_every
-                flops += 8.0 * own**3 / self.refresh_every + 4.0 * other * own * own
-                floats += 3.0 * own * own
+                flops += 8.0 * own * own * rank / self.refresh_every
+                flops += (4.0 if rank == own else 8.0) * other * own * rank
+                floats += own * own + 2.0 * own * rank
         return size.g * flops, size.g * floats
 
     def describe(self, size: Size | None) -> str:
@@ -214,3 +213,10 @@ class Coordinates(KroneckerRule):
         powers = {"input": self.power, "output": self.output_power}
         text = ", ".join(f"{side} side, power {powers[side]:g}" for side in turned)
         return f"Coordinates: {text or f'sides larger than max_size={self.max_size}'}"
+
+
+def _turn(state: State, matrices: Tensor) -> Tensor:
+    """``Sᵀ G T``, as far as a state has bases."""
+    right, left = find_basis(state, "input"), find_basis(state, "output")
+    matrices = matrices if right is None else right.turn(matrices)
+    return matrices if left is None else left.turn(matrices.mT).mT

@@ -1,0 +1,135 @@
+"""When a rule learns from evidence, when it refreshes what it has learned, and both for all layers.
+
+All layers gather in the same steps, so that the others are plain ones. Expensive refreshes are spread over a
+cycle: layers take turns (`plywise.engine.refresh_cycle`), and processes share out the work.
+"""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from plywise.engine import health
+from plywise.engine.contract import Evidence, LayerShape, Shapes, State, StatefulContract
+from plywise.engine.finite import find_finite
+from plywise.engine.gathered import Pending
+from plywise.engine.health import Health
+from plywise.engine.known_layers import KnownLayers
+from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.refresh_cycle import choose_phases
+from plywise.engine.replicas import Job, Replicas
+from plywise.engine.saved_state import SavedState
+from plywise.engine.stacks import convert_state
+
+
+class Learning:
+    """Turns the evidence of a step into states.
+
+    Args:
+        rule: the rule.
+        saved: the states.
+        known: the layers.
+        health_: where evidence that is not finite is counted.
+    """
+
+    def __init__(
+        self, rule: StatefulContract, saved: SavedState, known: KnownLayers, health_: Health
+    ) -> None:
+        self._rule = rule
+        self._saved = saved
+        self._known = known
+        self._health = health_
+
+    # ---- when ------------------------------------------------------------------------------------
+
+    @property
+    def gathers(self) -> bool:
+        """Whether this step gathers evidence."""
+        return self._saved.step % self._rule.stats_every == 0
+
+    def refreshes(self, name: str) -> bool:
+        """Whether a layer's turn is in this step.
+
+        In the first cycle every gathering refreshes: roots of a single batch should not last for long.
+        """
+        state = self._saved.peek(name)
+        if not state.tensors:
+            return True
+        if self._saved.step < self._rule.refresh_every:
+            return self.gathers
+        return (self._saved.step - state.phase) % self._rule.refresh_every == 0
+
+    def choose_phases(self, new: Collection[str]) -> dict[str, int]:
+        """The steps of a cycle in which layers that have just begun to learn take their turns."""
+        if not new:
+            return {}
+        layers = [layer for layer in self._known.in_order() if not layer.gone]
+        costs = {layer.name: self._rule.refresh_cost(layer.shape) for layer in layers}
+        states = {name: self._saved.read(name) for name in costs}
+        others = {name: (state.phase, costs[name]) for name, state in states.items() if state.tensors}
+        wanted = {name: cost for name, cost in costs.items() if name in new}
+        return choose_phases(wanted, others, self._rule.refresh_every)
+
+    # ---- what ------------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        layers: Mapping[str, LayerHandle],
+        pending: Mapping[str, Pending],
+        memories: dict[str, State],
+        replicas: Replicas,
+    ) -> list[str]:
+        """Learn the evidence of this step, of all processes; the layers that learned something."""
+        parts: dict[str, Evidence] = {}
+        for name in layers if self.gathers else [name for name in layers if not memories[name]]:
+            own = pending.get(name)
+            if own is not None and own.evidence:
+                parts[name] = own.evidence
+            elif replicas.size > 1:
+                shape = layers[name].shape
+                parts[name] = _make_zeros(self._rule.evidence_shapes(shape), shape)
+        news: dict[str, State] = {}
+        for name, evidence in _find_nonempty(replicas.total(parts)):
+            memory = convert_state(memories[name], evidence["rows"])
+            news[name] = {**memory, **self._rule.learn(memory, dict(evidence))}
+        return self._keep_finite(news, memories)
+
+    def _keep_finite(self, news: dict[str, State], memories: dict[str, State]) -> list[str]:
+        """Keep what has been learned as far as it is finite; the layers that have learned something."""
+        flags = iter(find_finite([value for new in news.values() for value in new.values()]))
+        learned = []
+        for name, new in news.items():
+            are_finite = [next(flags) for _ in new]  # of all its tensors: the next layer's come after them
+            if all(are_finite):
+                memories[name] = new
+                learned.append(name)
+            else:
+                self._health.note(name, health.NON_FINITE)
+        return learned
+
+    def refresh(self, names: Collection[str], memories: dict[str, State], replicas: Replicas) -> None:
+        """Refresh these layers' states, the work shared out over the processes."""
+        jobs = {}
+        for name in names:
+            shape = self._known.by_name[name].shape
+            jobs[name] = Job(
+                self._rule.refresh_cost(shape),
+                partial(_make_zeros, self._rule.refreshed_shapes(shape), shape),
+                partial(self._rule.refresh, memories[name], name, self._health),
+            )
+        for name, news in replicas.share_out(jobs).items():
+            memories[name] = {**memories[name], **news}
+
+
+def _find_nonempty(totals: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, Mapping[str, Tensor]]]:
+    """The evidence of some rows at least."""
+    if not totals:
+        return []
+    device = next(iter(totals.values()))["rows"].device
+    rows = torch.stack([evidence["rows"].double().to(device) for evidence in totals.values()]).tolist()
+    return [item for item, count in zip(totals.items(), rows, strict=True) if count > 0]
+
+
+def _make_zeros(shapes: Shapes, layer: LayerShape) -> dict[str, Tensor]:
+    return {key: torch.zeros(shape, dtype=layer.dtype, device=layer.device) for key, shape in shapes.items()}

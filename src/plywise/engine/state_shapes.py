@@ -1,0 +1,33 @@
+"""Whether tensors that were saved are a rule's statistics of a layer, by their shapes."""
+
+from plywise.engine.contract import State, StatefulContract
+from plywise.engine.layer_handle import LayerHandle
+from plywise.errors import StateError
+
+
+def check_shapes(rule: StatefulContract, layer: LayerHandle, tensors: State) -> None:
+    """Raise StateError unless these tensors are the rule's statistics of this layer."""
+    if layer.gone or not layer.entry.dimensions:
+        return
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    wanted = find_shapes(rule, layer)
+    if layer.site is None and wanted != found:  # its calls may use the weight without the bias
+        layer.expects_bias = False
+        layer.expects_bias = find_shapes(rule, layer) != found
+        wanted = find_shapes(rule, layer)
+    for key in sorted(wanted.keys() | found.keys()):
+        mine, its = (shapes.get(key, "missing") for shapes in (wanted, found))
+        if mine != its:
+            raise StateError(
+                f"The saved memory of layer {layer.name!r} does not fit this model: its {key!r} is "
+                f"{its}, and should be {mine}. It comes from another architecture, or from a rule with "
+                "other settings.",
+                see="state-memory",
+            )
+
+
+def find_shapes(rule: StatefulContract, layer: LayerHandle) -> dict[str, tuple[int, ...]]:
+    """Shapes of a rule's statistics of a layer."""
+    shape = layer.shape
+    wanted = {**rule.learned_shapes(shape), **rule.refreshed_shapes(shape)}
+    return {key: tuple(size) for key, size in wanted.items()}

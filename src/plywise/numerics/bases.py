@@ -1,0 +1,219 @@
+"""Changes of basis ``T`` of a layer's columns: whole matrices, and those that only some directions need.
+
+A `Basis` turns a gradient, ``G T``, a step back, ``S Tᵀ``, and a momentum out of its coordinates, ``M T⁻¹``.
+A whole matrix costs 2mk² operations for each of them. Where only the r leading eigenvectors V matter, an
+orthogonal Q whose first columns are V (up to their signs) costs 4mkr: ``Q = I - Y F Yᵀ`` with the Householder
+vectors Y of V (compact WY form: Schreiber, Van Loan 1989). Its other columns are no eigenvectors, but a basis
+of what is orthogonal to V; where all eigenvalues are replaced by their mean, one basis is as good as another.
+
+Shapes: ``g`` groups, ``k`` columns, ``r`` directions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from plywise.numerics.low_rank import LowRankRoot, multiply_by_root
+
+NO_REFLECTION = 1e-30
+"""Stands for a coefficient of 0, of a reflection that does nothing: it is divided by."""
+
+
+class Basis(Protocol):
+    """A change of basis T, (g, k, k)."""
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Compute ``x T`` for rows (g, m, k)."""
+
+    def turn_back(self, x: Tensor) -> Tensor:
+        """Compute ``x Tᵀ``."""
+
+    def solve(self, x: Tensor) -> Tensor:
+        """Compute ``x T⁻¹``."""
+
+    def as_matrix(self) -> Tensor:
+        """Make T, (g, k, k)."""
+
+    def to(self, like: Tensor) -> "Basis":
+        """Return T in the dtype and on the device of a tensor."""
+
+
+@dataclass(frozen=True)
+class DenseBasis:
+    """T as a matrix.
+
+    Attributes:
+        matrix: T, (g, k, k).
+    """
+
+    matrix: Tensor
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Compute ``x T``."""
+        return multiply_by_root(x, self.matrix)
+
+    def turn_back(self, x: Tensor) -> Tensor:
+        """Compute ``x Tᵀ``."""
+        return multiply_by_root(x, self.matrix.mT)
+
+    def solve(self, x: Tensor) -> Tensor:
+        """Compute ``x T⁻¹``."""
+        return torch.linalg.solve(self.matrix, x, left=False)
+
+    def as_matrix(self) -> Tensor:
+        """Return T."""
+        return self.matrix
+
+    def to(self, like: Tensor) -> Self:
+        """Return T in the dtype and on the device of a tensor."""
+        return type(self)(self.matrix.to(like))
+
+
+@dataclass(frozen=True)
+class ThinBasis:
+    """``T = Q diag(scales)`` with ``Q = I - Y F Yᵀ`` orthogonal.
+
+    Attributes:
+        reflectors: Y, (g, k, r).
+        factor: F, (g, r, r), upper triangular.
+        scales: what the columns of Q are multiplied by, (g, k), positive.
+    """
+
+    reflectors: Tensor
+    factor: Tensor
+    scales: Tensor
+
+    @classmethod
+    def complete(cls, vectors: Tensor, scales: Tensor) -> Self:
+        """Complete orthonormal columns V (g, k, r), r < k, by any others that are orthogonal to them."""
+        packed, coefficients = torch.geqrf(vectors)
+        rank = vectors.shape[2]
+        eye = torch.eye(*vectors.shape[1:], dtype=vectors.dtype, device=vectors.device)
+        reflectors = packed.tril(-1) + eye
+        coefficients = torch.where(coefficients.abs() > 0, coefficients, NO_REFLECTION)
+        inverse = (reflectors.mT @ reflectors).triu(1) + torch.diag_embed(1 / coefficients)
+        factor = torch.linalg.solve_triangular(inverse, eye[:rank].expand_as(inverse), upper=True)
+        return cls(reflectors, factor, scales)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Compute ``x Q diag(scales)``."""
+        return self._reflect(x, self.factor).mul_(self.scales.unsqueeze(1))
+
+    def turn_back(self, x: Tensor) -> Tensor:
+        """Compute ``x diag(scales) Qᵀ``."""
+        return self._reflect(x * self.scales.unsqueeze(1), self.factor.mT)
+
+    def solve(self, x: Tensor) -> Tensor:
+        """Compute ``x diag(scales)⁻¹ Qᵀ``."""
+        return self._reflect(x / self.scales.unsqueeze(1), self.factor.mT)
+
+    def as_matrix(self) -> Tensor:
+        """Make T."""
+        size = self.reflectors.shape[1]
+        eye = torch.eye(size, dtype=self.scales.dtype, device=self.scales.device)
+        return self.turn(eye.expand(len(self.scales), size, size))
+
+    def to(self, like: Tensor) -> Self:
+        """Return T in the dtype and on the device of a tensor."""
+        return type(self)(self.reflectors.to(like), self.factor.to(like), self.scales.to(like))
+
+    def _reflect(self, x: Tensor, factor: Tensor) -> Tensor:
+        if len(x) == 1:  # one product is quicker than a batch of one
+            inner = x[0] @ self.reflectors[0] @ factor[0]
+            return torch.addmm(x[0], inner, self.reflectors[0].T, alpha=-1).unsqueeze(0)
+        inner = x @ self.reflectors @ factor
+        return torch.baddbmm(x, inner, self.reflectors.mT, alpha=-1)
+
+
+@dataclass(frozen=True)
+class ScaledBasis:
+    """``T = scale · (I + V diag(w) Vᵀ)``, symmetric: scaled along V, and all else alike.
+
+    Attributes:
+        vectors: V, (g, k, r), with orthonormal columns.
+        weights: w, (g, r), above -1.
+        scale: (g,), positive.
+    """
+
+    vectors: Tensor
+    weights: Tensor
+    scale: Tensor
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Compute ``x T``."""
+        return self._multiply(x, self.weights, self.scale)
+
+    def turn_back(self, x: Tensor) -> Tensor:
+        """Compute ``x T``: T is symmetric."""
+        return self.turn(x)
+
+    def solve(self, x: Tensor) -> Tensor:
+        """Compute ``x T⁻¹``."""
+        return self._multiply(x, 1 / (1 + self.weights) - 1, 1 / self.scale)
+
+    def as_matrix(self) -> Tensor:
+        """Make T."""
+        size = self.vectors.shape[1]
+        eye = torch.eye(size, dtype=self.scale.dtype, device=self.scale.device)
+        return self.turn(eye.expand(len(self.scale), size, size))
+
+    def to(self, like: Tensor) -> Self:
+        """Return T in the dtype and on the device of a tensor."""
+        return type(self)(self.vectors.to(like), self.weights.to(like), self.scale.to(like))
+
+    def _multiply(self, x: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        return multiply_by_root(x, LowRankRoot(self.vectors, weights, scale))
+
+
+def make_basis(vectors: Tensor, scales: Tensor, turned: bool) -> Basis:
+    """A basis of eigenvectors V (g, k, r), all of them or the leading ones, and what to multiply columns by.
+
+    Args:
+        vectors: V.
+        scales: (g, k), for the columns of V, and for the others all alike.
+        turned: ``T = Q diag(scales)``, or ``Q diag(scales) Qᵀ``, which leaves the axes as they are.
+    """
+    rank = vectors.shape[2]
+    if rank == vectors.shape[1]:
+        matrix = vectors * scales.unsqueeze(1)
+        return DenseBasis(matrix if turned else matrix @ vectors.mT)
+    if turned:
+        return ThinBasis.complete(vectors, scales)
+    return ScaledBasis(vectors, scales[:, :rank] / scales[:, -1:] - 1, scales[:, -1])
+
+
+KINDS: dict[type, dict[str, tuple[str, int]]] = {
+    DenseBasis: {"matrix": ("basis", 3)},
+    ThinBasis: {"reflectors": ("reflectors", 3), "factor": ("factor", 3), "scales": ("scales", 2)},
+    ScaledBasis: {"vectors": ("vectors", 3), "weights": ("weights", 2), "scale": ("tail", 1)},
+}
+"""The tensors of each kind: what they are called where they are kept, and how many dimensions they have."""
+
+
+def list_tensors(basis: Basis, side: str) -> dict[str, Tensor]:
+    """The tensors of a basis under the names of a side, such as ``"input.basis"``."""
+    parts = KINDS[type(basis)]
+    return {f"{side}.{name}": getattr(basis, attribute) for attribute, (name, _) in parts.items()}
+
+
+def find_basis(tensors: Mapping[str, Tensor], side: str) -> Basis | None:
+    """The basis that `list_tensors` gave, or None if there is none.
+
+    Layers of one shape may be stacked, (layers, g, ...): they are taken as so many groups.
+    """
+    for kind, parts in KINDS.items():
+        if all(f"{side}.{name}" in tensors for name, _ in parts.values()):
+            found = {
+                attribute: _flatten(tensors[f"{side}.{name}"], dims)
+                for attribute, (name, dims) in parts.items()
+            }
+            basis: Basis = kind(**found)
+            return basis
+    return None
+
+
+def _flatten(tensor: Tensor, dims: int) -> Tensor:
+    return tensor.flatten(0, 1) if tensor.dim() > dims else tensor
