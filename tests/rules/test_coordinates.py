@@ -106,6 +106,40 @@ def test_sgd_moves_by_the_gradient_in_the_metric(basis: Any, power: float, decay
     assert torch.allclose(matrix_of(layer), W, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("basis", ["eigen", "root"])
+def test_of_a_wide_side_only_the_leading_directions_are_whitened(basis: Any) -> None:
+    layer, rank = new_layer(), 2
+    optimizer = SGD(layer.parameters(), RATE)
+    pw.Coordinates(rank=rank, power=0.5, damping=0.3, basis=basis, keep_norm=False).attach(layer, optimizer)
+    W, covariance = matrix_of(layer), add_ramp(gradient(0)[1])
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(0) / values.mean(), vectors.flip(1)
+    leading, rest = vectors[:, :rank], values[rank:].mean()
+    inner = leading * (values[:rank] + 0.3) ** -1
+    metric = inner @ leading.T + (torch.eye(6) - leading @ leading.T) / (rest + 0.3)
+    for number in range(STEPS):
+        W = W - RATE * gradient(number)[0] @ metric
+    train(layer, optimizer)
+    assert (matrix_of(layer) - W).norm() < 0.01 * W.norm()  # the vectors come from subspace iteration
+
+
+def test_momenta_of_leading_directions_are_turned() -> None:
+    """As AdamW's momentum would be without the rule, at the end."""
+    layer = new_layer()
+    optimizer = AdamW(layer.parameters(), RATE, betas=(0.9, 0.99))
+    rule = pw.Coordinates(rank=2, stats_every=2, refresh_every=2).attach(layer, optimizer)
+    M = torch.zeros(4, 6)
+    for number in range(STEPS):
+        M = 0.9 * M + 0.1 * gradient(number)[0]
+        train(layer, optimizer, range(number, number + 1))
+    rule.detach()
+    momentum = torch.cat(
+        [optimizer.state[layer.weight]["exp_avg"], optimizer.state[layer.bias]["exp_avg"][:, None]], 1
+    )
+    assert torch.allclose(momentum, M, rtol=1e-8, atol=1e-10)
+    assert not rule.health.counts
+
+
 def test_power_one_half_is_foof() -> None:
     turned, other = new_layer(), new_layer()
     made = SGD(turned.parameters(), RATE)

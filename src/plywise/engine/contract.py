@@ -167,7 +167,10 @@ class StatefulContract(RuleContract):
     """Whether the optimizer works in other coordinates: its steps have to be turned back."""
 
     def turn_back_stacked(self, memory: State, steps: Tensor) -> Tensor:
-        """For a rule that `turns_steps`: the optimizer's steps (layers, g, m, k) as steps of the weights."""
+        """For a rule that `turns_steps`: the optimizer's steps (layers, g, m, k) as steps of the weights.
+
+        The tensor of steps may be overwritten.
+        """
         raise NotImplementedError(f"{type(self).__name__} turns no steps")
 
     def turn_momentum(self, before: State, after: State, momentum: Tensor) -> Tensor:
@@ -222,7 +225,7 @@ class StatefulContract(RuleContract):
 
         Args:
             memory: the layers' states, each tensor with a first dimension for the layers.
-            gradients: (layers, g, m, k), the bias's column last.
+            gradients: (layers, g, m, k), the bias's column last; it may be overwritten.
 
         Returns:
             The updates, and what changes in the states, shaped alike.

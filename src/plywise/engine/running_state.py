@@ -35,6 +35,7 @@ from plywise.engine.saved_state import LayerState, SavedState
 from plywise.engine.shard_exchange import find_held, share_out_gradients
 from plywise.engine.sharding import is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
+from plywise.engine.stacks import Scratch
 from plywise.engine.state_dicts import StateDicts
 from plywise.engine.step_updates import StepUpdates
 from plywise.engine.training_processes import TrainingProcesses
@@ -73,8 +74,9 @@ class RunningState:
         self._agreement = Agreement()
         self._known = KnownLayers(self._entries)
         self._layers = self._known.by_name
-        self._updates = StepUpdates(rule, health_)
-        self._turned = TurnedSteps(rule, optimizer, health_) if rule.turns_steps else None
+        scratch = Scratch()
+        self._updates = StepUpdates(rule, health_, scratch)
+        self._turned = TurnedSteps(rule, optimizer, health_, scratch) if rule.turns_steps else None
         self._gathered = GatheredEvidence()
         self._pending = self._gathered.pending
         self._made: dict[str, LayerState] | None = None

@@ -1,5 +1,6 @@
 """Layers of one shape, stacked: their matrices (gradients, or steps) and their states."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -12,6 +13,21 @@ LARGEST_STACKED = 2**17
 """Entries of a layer's weight or statistic, above which a copy of it costs more than another call."""
 
 
+class Scratch:
+    """Memory for the matrices of one large layer at a time: to allocate it in each step would cost a pass."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of any numbers, until the next call."""
+        size = math.prod(shape)
+        kept = self._kept.get((dtype, device))
+        if kept is None or kept.numel() < size:
+            kept = self._kept[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+        return kept[:size].view(shape)
+
+
 class Stack:
     """Matrices of layers of one shape.
 
@@ -19,6 +35,7 @@ class Stack:
         places: where the layers are in the list from which the stack was made.
         like: one of these layers' updates.
         groups: g.
+        scratch: gives the memory of a stack that is not kept.
 
     Attributes:
         places: as given.
@@ -27,14 +44,17 @@ class Stack:
         views: each layer's part of `matrices`, in the shapes of its weight and bias.
     """
 
-    def __init__(self, places: list[int], like: Update, groups: int) -> None:
+    def __init__(self, places: list[int], like: Update, groups: int, scratch: Scratch | None = None) -> None:
         assert like.weight is not None
         self.places = places
         self.state = StackedState()
         rows, width = like.weight.shape[0], like.weight[0].numel()
         dtype = torch.promote_types(like.weight.dtype, torch.float32)
         shape = len(places), groups, rows // groups, width + (like.bias is not None)
-        self.matrices = like.weight.new_empty(shape, dtype=dtype)
+        if scratch is None:
+            self.matrices = like.weight.new_empty(shape, dtype=dtype)
+        else:
+            self.matrices = scratch.get(shape, dtype, like.weight.device)
         weights = [part[..., :width].view(like.weight.shape) for part in self.matrices]
         biases: list[Tensor | None] = [None] * len(places)
         if like.bias is not None:

@@ -16,7 +16,7 @@ from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.stacks import Stack, arrange, list_parts, sign
+from plywise.engine.stacks import Scratch, Stack, arrange, list_parts, sign
 
 
 class StepUpdates:
@@ -25,10 +25,12 @@ class StepUpdates:
     Args:
         rule: the rule.
         health_: where updates that are not finite are counted.
+        scratch: memory for large layers.
     """
 
-    def __init__(self, rule: StatefulContract, health_: Health) -> None:
+    def __init__(self, rule: StatefulContract, health_: Health, scratch: Scratch) -> None:
         self._rule = rule
+        self._scratch = scratch
         self._health = health_
         self._layers: list[LayerHandle] = []
         # weakly: a parameter's hooks own the attachment, and torch hides that from the garbage collector
@@ -55,7 +57,7 @@ class StepUpdates:
         for stacks in self._small:
             made += self._make_at_once(stacks, layers, gradients, memories)
         for place in self._large:  # a stack that is not kept: its matrices would double the model
-            stack = Stack([place], gradients[place], layers[place].groups)
+            stack = Stack([place], gradients[place], layers[place].groups, self._scratch)
             made += self._make_at_once([stack], layers, gradients, memories)
         return made
 
@@ -104,13 +106,16 @@ class StepUpdates:
             [part for view in views for part in list_parts(view)],
             [part for place in places for part in list_parts(gradients[place])],
         )
+        before = None
+        if self._keeps_norm:
+            before = torch.stack(torch._foreach_norm([p for s in stacks for p in s.matrices.unbind()]))
         moved, news = [], []
         for stack in stacks:
             states = [memories[layers[place].name] for place in stack.places]
             update, changed = self._compute(stack.state.follow(states), stack.matrices)
             moved.append(update)
             news += [{key: value[i] for key, value in changed.items()} for i in range(len(update))]
-        norms, scales = self._put_back(stacks, moved)
+        norms, scales = self._put_back(stacks, moved, before)
         if scales is not None and not self._rule.turns_steps:
             news = [new | {"scale": scale} for new, scale in zip(news, scales, strict=True)]
         made, targets, sources = [], [], []
@@ -132,24 +137,21 @@ class StepUpdates:
         return made
 
     def _put_back(
-        self, stacks: list[Stack], moved: list[Tensor]
+        self, stacks: list[Stack], moved: list[Tensor], before: Tensor | None
     ) -> tuple[list[float], Sequence[Tensor] | None]:
         """Put the updates into the stacks, with the norms of the gradients if the rule keeps them.
 
         Returns:
             The norms of the updates before, and what they were multiplied by.
         """
-        parts = [part for update in moved for part in update.unbind()]
-        if not self._keeps_norm:
-            norms = torch.stack(torch._foreach_norm(parts))
+        norms = torch.stack(torch._foreach_norm([part for update in moved for part in update.unbind()]))
+        if before is None:
             for stack, update in zip(stacks, moved, strict=True):
-                if update is not stack.matrices:
+                if update.data_ptr() != stack.matrices.data_ptr():
                     stack.matrices.copy_(update)
             return norms.tolist(), None
-        before = [part for stack in stacks for part in stack.matrices.unbind()]
-        sizes, norms = torch.stack(torch._foreach_norm([*before, *parts])).split(len(parts))
-        unknown = self._get_scales(stacks, sizes)
-        scales = torch.where(norms > 0, sizes / norms, unknown)  # zeros say nothing of c
+        unknown = self._get_scales(stacks, before)
+        scales = torch.where(norms > 0, before / norms, unknown)  # zeros say nothing of c
         for stack, update, scale in zip(stacks, moved, scales.split([len(m) for m in moved]), strict=True):
             torch.mul(update, scale[:, None, None, None], out=stack.matrices)
         return norms.tolist(), scales.unbind()

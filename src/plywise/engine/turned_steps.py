@@ -16,7 +16,7 @@ from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.optimizer_probe import OptimizerTraits, probe_optimizer
 from plywise.engine.saved_state import PREFIX, LayerState
-from plywise.engine.stacks import convert_state
+from plywise.engine.stacks import Scratch, convert_state
 from plywise.engine.step_updates import StepsBack, StepUpdates
 from plywise.errors import PlywiseError
 
@@ -28,15 +28,18 @@ class TurnedSteps:
         rule: the rule.
         optimizer: the optimizer.
         health_: where steps that are not finite are counted.
+        scratch: memory for large layers.
 
     Raises:
         AttachError: the optimizer's steps cannot be turned.
     """
 
-    def __init__(self, rule: StatefulContract, optimizer: Optimizer, health_: Health) -> None:
+    def __init__(
+        self, rule: StatefulContract, optimizer: Optimizer, health_: Health, scratch: Scratch
+    ) -> None:
         self._rule = rule
         self._traits: OptimizerTraits = probe_optimizer(optimizer)
-        self._back = StepsBack(rule, health_)
+        self._back = StepsBack(rule, health_, scratch)
         self._layers: list[LayerHandle] = []
         self._last: list[LayerHandle] = []
         self._memories: dict[str, State] = {}

@@ -23,7 +23,10 @@ NO_REFLECTION = 1e-30
 
 
 class Basis(Protocol):
-    """A change of basis T, (g, k, k)."""
+    """A change of basis T, (g, k, k).
+
+    The first two of its methods may overwrite their argument, which saves a pass over the memory.
+    """
 
     def turn(self, x: Tensor) -> Tensor:
         """Compute ``x T`` for rows (g, m, k)."""
@@ -104,7 +107,7 @@ class ThinBasis:
 
     def turn_back(self, x: Tensor) -> Tensor:
         """Compute ``x diag(scales) Qᵀ``."""
-        return self._reflect(x * self.scales.unsqueeze(1), self.factor.mT)
+        return self._reflect(x.mul_(self.scales.unsqueeze(1)), self.factor.mT)
 
     def solve(self, x: Tensor) -> Tensor:
         """Compute ``x diag(scales)⁻¹ Qᵀ``."""
@@ -114,7 +117,7 @@ class ThinBasis:
         """Make T."""
         size = self.reflectors.shape[1]
         eye = torch.eye(size, dtype=self.scales.dtype, device=self.scales.device)
-        return self.turn(eye.expand(len(self.scales), size, size))
+        return self.turn(eye.repeat(len(self.scales), 1, 1))
 
     def to(self, like: Tensor) -> Self:
         """Return T in the dtype and on the device of a tensor."""
@@ -122,10 +125,9 @@ class ThinBasis:
 
     def _reflect(self, x: Tensor, factor: Tensor) -> Tensor:
         if len(x) == 1:  # one product is quicker than a batch of one
-            inner = x[0] @ self.reflectors[0] @ factor[0]
-            return torch.addmm(x[0], inner, self.reflectors[0].T, alpha=-1).unsqueeze(0)
-        inner = x @ self.reflectors @ factor
-        return torch.baddbmm(x, inner, self.reflectors.mT, alpha=-1)
+            x[0].addmm_(x[0] @ self.reflectors[0] @ factor[0], self.reflectors[0].T, alpha=-1)
+            return x
+        return x.baddbmm_(x @ self.reflectors @ factor, self.reflectors.mT, alpha=-1)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,10 @@ class Coordinates(KroneckerRule):
     Do not use when: inputs are tens of thousands wide, or the optimizer's steps depend on the weights
         themselves (Adafactor, LAMB): attach refuses those by name.
     Layers: as for `plywise.Foof`.
-    Cost: two products with T in each step (2mk² operations each, for both), one m×k×k a refresh, and a step
-        of orthogonal iteration. Forward and backward are plain between gatherings.
-    Status: after SOAP: its right side, from activations in place of gradients, whitened, for any optimizer.
+    Cost: two products with T in each step (2mk² operations each, 4mkr in r directions), and a step of
+        orthogonal iteration at a refresh. Forward and backward are plain between gatherings.
+    Status: after SOAP: its right side, from activations in place of gradients, whitened, for any optimizer;
+        on wide sides of the leading directions alone.
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025 (Adam in an
         eigenbasis); Benzing 2022 (inputs alone); Desjardins et al., "Natural Neural Networks", NeurIPS 2015
         (the whitened coordinates).
@@ -61,6 +62,8 @@ class Coordinates(KroneckerRule):
         output_power: as ``power``, for the output side. Default 0. Range 0 to 0.5.
         keep_norm: give a layer's step the length of the optimizer's own. Default True.
         decay: how much of the statistics stays at each gathering. Default 0.95. Range 0.5 to 0.999.
+        rank: of sides at least twice as wide, turn so many directions only, and treat the others alike; None
+            for all. Default 32. Range 8 to 512.
         sample: take every so many-th position along each axis of a convolution or sequence. Default 2.
             Range 1 to 4.
         max_size: a side wider than this stays as it is. Default 2048. Range 256 to 8192.
@@ -92,7 +95,7 @@ class Coordinates(KroneckerRule):
     output_power: float = 0.0
     keep_norm: bool = True
     decay: float = 0.95
-    rank: int | None = 64
+    rank: int | None = 32
     sample: int = 2
     max_size: int = 2048
     stats_every: int = 10
