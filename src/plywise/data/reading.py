@@ -153,7 +153,8 @@ class Reader:
         if self.options.targets == "classes":
             if not whole or (y.numel() and float(y.min()) < 0):
                 raise PlywiseError(
-                    f"{what}: --read targets=classes needs whole numbers from 0, one a sample.",
+                    f"{what}: targets must be class indices, one whole number from 0 a sample; these are "
+                    f"{y.dtype} of shape {tuple(y.shape)}.",
                     see="error-data",
                 )
             return y.long()
