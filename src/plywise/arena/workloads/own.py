@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plywise._util.modes import evaluating
 from plywise.arena.task import REGRESSION, WHOLE_SET, Judge, Task, WholeSetTask, error_rate, task_of
 from plywise.arena.workload import Workload
 from plywise.data.digits import Split
@@ -134,18 +135,16 @@ def _made(address: str) -> nn.Module:
 
 
 def _output(network: nn.Module, address: str, x: Tensor) -> Tensor:
-    """What the network says to two samples, in eval mode; its mode is as before afterwards."""
-    training = network.training
+    """What the network says to two samples, in eval mode; every part of it is in its own mode afterwards."""
     try:
-        output = network.eval()(x)
+        with evaluating(network):
+            output = network(x)
     except Exception as error:
         raise PlywiseError(
             f"{address} fails on two inputs of {x.dtype} and shape {tuple(x.shape)}: {type(error).__name__}: "
             f"{error}.",
             see="error-address",
         ) from error
-    finally:
-        network.train(training)
     if not isinstance(output, Tensor):
         raise PlywiseError(
             f"{address} gives a {type(output).__name__}, not one tensor with a row a sample.",
