@@ -139,7 +139,7 @@ def page(judged: Judged) -> str:
     room = LARGEST - len(filled(tables, "").encode("utf-8"))
     table = _download("trials.csv", "All trials, one a line (CSV)", "text/csv", runs_csv(field), room)
     if table is None:
-        return filled(tables, "The trials are too many for this page: trials.jsonl of the bench has them.")
+        return filled(tables, "The trials are too large for this page: trials.jsonl of the bench has them.")
     tables, room = [*tables, table], room - len(table["href"])
     for digits in (None, 6, 4, 3):
         raw = _download(
