@@ -173,7 +173,7 @@ def test_a_method_with_nothing_to_tune_is_in_both_tracks():
     field = gather_results(bench, lines)
     for track in ("tuned", "defaults"):
         assert by_method(rank_methods(field, track, "steps"))["proxprop"].runs == 3
-    assert len(list(csv.DictReader(io.StringIO(runs_csv(field))))) == len(lines), "and still told once"
+    assert len(list(csv.DictReader(runs_csv(field)))) == len(lines), "and still told once"
 
 
 def test_equals_share_a_rank():
@@ -270,7 +270,7 @@ def test_memory_is_unknown_where_no_step_was_measured():
     ]
     field = small([*runs, *failed])
     assert {row.method: row.peak_mib for row in compare_methods(field)} == {"sgd": 40, "proxprop": None}
-    told = {one["method"]: one["peak_mib"] for one in csv.DictReader(io.StringIO(runs_csv(field)))}
+    told = {one["method"]: one["peak_mib"] for one in csv.DictReader(runs_csv(field))}
     assert told == {"sgd": "40.0", "proxprop": ""}
     (one,) = compare_methods(small([*runs[:2], {**failed[0], "method": "sgd"}]))
     assert one.peak_mib == 40, "of those that trained"
@@ -288,7 +288,7 @@ def test_tables_come_back_as_they_were():
             row.reached,
         )
         assert float(text["cpu_median"]) == row.times["cpu"].value
-    trials = list(csv.DictReader(io.StringIO(runs_csv(field))))
+    trials = list(csv.DictReader(runs_csv(field)))
     assert len(trials) == len(make_lines(field.bench))
     assert {one["failure"] for one in trials if one["method"] == "sgd"} == {""}
 

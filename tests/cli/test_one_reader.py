@@ -76,6 +76,21 @@ def test_what_is_chosen_about_parts_is_said(plywise):
     assert "measured on the validation part" in plywise(*words("train", "parts.npz"), "--fresh")[1]
 
 
+def test_guesses_about_data_are_said_with_the_flag_that_overrules_them(plywise, tmp_path):
+    rows = "".join(f"{i / 7:.3f},{i / 3:.3f},{i % 5},{i % 2},{1 + i % 3}\n" for i in range(60))
+    (tmp_path / "bare.csv").write_text(rows)
+    for command in ("train", "diagnose", "bench"):
+        code, out, err = plywise(*words(command, "bare.csv"))
+        assert (code, err) == (0, "")
+        assert "taken as a sample; --read header=yes" in out
+        if command != "train":  # which takes classes alone
+            assert "as 3 classes, numbered from 0; --read targets=numbers" in out
+    said = plywise(*words("bench", "bare.csv"), "--read", "header=no,targets=classes", "--out", "other")[1]
+    assert "--read" not in said
+    code, _, err = plywise(*words("diagnose", "bare.csv"), "--read", "target=nothing")
+    assert (code, "has no columns 'nothing'" in err) == (1, True)
+
+
 @pytest.mark.parametrize("data", BAD)
 def test_all_commands_refuse_data_in_the_same_words(plywise, data):
     said = [plywise(*words(command, data)) for command in ("train", "diagnose", "bench")]

@@ -14,8 +14,6 @@ from plywise.data.readers import (
     read_colour_images,
     read_idx,
     read_npz,
-    read_rows,
-    read_table,
     read_text,
 )
 from plywise.data.sets import (
@@ -27,6 +25,7 @@ from plywise.data.sets import (
     tiny_shakespeare,
 )
 from plywise.data.store import find
+from plywise.data.tables import read_rows, read_table
 from plywise.errors import PlywiseError
 
 GREY = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
@@ -254,10 +253,13 @@ def test_npz(tmp_path):
 def test_tables(tmp_path):
     path = tmp_path / "a.csv.gz"
     path.write_bytes(gzip.compress(b'name,"a, b",c\r\n1,2.5,3\n-1e3,nan,\n', mtime=0))
-    table, names = read_table(path)
-    assert names == ["name", "a, b", "c"]
+    table, names, guess = read_table(path)
+    assert (names, guess) == (["name", "a, b", "c"], "")
     assert np.array_equal(table, [[1, 2.5, 3], [-1e3, np.nan, np.nan]], equal_nan=True)
     assert read_rows(path)[1]["c"] == ""
+    path.write_bytes(b"a,b,a\n1,2,3\n")
+    with pytest.raises(PlywiseError, match="has two columns 'a'"):
+        read_rows(path)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +268,7 @@ def test_tables(tmp_path):
         ("a,b\n1,2\n3,red\n", "row 2, column 'b': 'red' is no number"),
         ("a,b\n1\n", "line 2: there are 2 columns, not here"),
         ("a,b\n1,2,3\n", "line 2: there are 2 columns, not here"),
+        ("a,b\n1,2\n\n3,4,5\n", "line 4: there are 2 columns, not here"),
         ("a,b\n", "has no rows"),
         ("", "has no rows"),
     ],

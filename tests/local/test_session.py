@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -82,7 +83,7 @@ def killed(made, step):
 def log(folder):
     """The lines of a log, without the clock."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "check")} for line in lines]
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -248,12 +249,41 @@ def test_lost_checkpoints_are_missed(tmp_path):
     assert len(log(tmp_path / "a")) == 2
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    run(plan(tmp_path / "a"), stop=4)
-    for path in (tmp_path / "a" / "checkpoints" / "step_000000004").rglob("*.distcp"):
-        path.write_bytes(b"")
-    with pytest.raises(StateError, match=r"step_000000004.* cannot be read"):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path):
+    whole = run(plan(tmp_path / "whole"))
+    run(plan(tmp_path / "a"), stop=8)
+    folder = tmp_path / "a" / "checkpoints"
+    last = folder / "step_000000008" / "component 1.pt"
+    last.write_bytes(last.read_bytes()[:-9])
+    with pytest.warns(RuntimeWarning, match=r"step 8 is damaged .* That of step 6 is taken"):
+        load_trained(tmp_path / "a")
+    again = run(plan(tmp_path / "a"))
+    assert again.began == 6
+    said = r"step 8 is damaged \(component 1\.pt does not fit .* It goes on from step 6; renamed: step_0+8\.d"
+    assert re.search(said, again.note)
+    assert (folder / "step_000000008.damaged").is_dir()
+    assert same(whole.engine.learner.state_dict(), again.engine.learner.state_dict())
+    assert log(tmp_path / "whole") == log(tmp_path / "a")
+    for path in folder.rglob("learner.pt"):
+        path.unlink()
+    with pytest.raises(StateError, match=r"There is no other\. --fresh"):
         open_session(plan(tmp_path / "a"))
+
+
+def test_a_damaged_plan_or_log_is_said(tmp_path):
+    run(plan(tmp_path / "a"), stop=8)
+    saved, text = tmp_path / "a" / "log.jsonl", (tmp_path / "a" / "plan.json").read_text()
+    lines = saved.read_text().splitlines(keepends=True)
+    digit = next(i for i in range(40, 99) if lines[2][i].isdigit())
+    lines[2] = f"{lines[2][:digit]}{(int(lines[2][digit]) + 1) % 10}{lines[2][digit + 1 :]}"
+    saved.write_text("".join(lines))
+    again = run(plan(tmp_path / "a"), stop=9)
+    assert "log.jsonl is damaged: 1 of its lines are lost." in again.note
+    assert "lacks 1 of 8 steps" in again.note
+    assert [line["step"] for line in log(tmp_path / "a")] == [1, 2, 4, 5, 6, 7, 8, 9]
+    (tmp_path / "a" / "plan.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(StateError, match=r"plan\.json is no plan of plywise, or damaged: it does not fit"):
+        open_session(plan(tmp_path / "a", seed=1))
 
 
 def test_what_fails_to_start_leaves_the_old_run_alone(tmp_path):

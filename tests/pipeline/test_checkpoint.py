@@ -1,11 +1,14 @@
 """Checkpoints: whole or not at all, whoever is killed when; read without running what is in them."""
 
+import hashlib
 import os
+import pickle
 import shutil
 import signal
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +124,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     """And does not count as a checkpoint before."""
     checkpoint.save(tmp_path, 1, some(1))
     for left in ("step_000000002.partial", "step_000000001.old.partial"):
-        shutil.copytree(tmp_path / "step_000000001" / "a", tmp_path / left / "a")
+        shutil.copytree(tmp_path / "step_000000001", tmp_path / left)
     assert checkpoint.steps(tmp_path) == [1]
     assert checkpoint.load(tmp_path, None, NAMES)["learner"]["steps"] == 1
     checkpoint.save(tmp_path, 3, some(3))
@@ -142,18 +145,98 @@ def test_missing_folders_steps_and_names(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, 4, ["a", "b"])
 
 
-@pytest.mark.parametrize("damage", ["cut", "index", "data", "noise"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
-    path = checkpoint.save(tmp_path, 1, some(1)) / "b"
-    data = next(file for file in path.iterdir() if file.suffix == ".distcp")
-    if damage == "cut":
-        data.write_bytes(data.read_bytes()[:-500])
-    elif damage == "noise":
-        data.write_bytes(bytes(len(data.read_bytes())))
-    else:
-        (path / ".metadata" if damage == "index" else data).unlink()
-    with pytest.raises(StateError, match=r"step_000000001 cannot be read"):
-        checkpoint.load(tmp_path, 1, NAMES)
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: (path / "b.pt").write_bytes((path / "b.pt").read_bytes()[:-500]),
+    "empty": lambda path: (path / "b.pt").write_bytes(b""),
+    "zeros": lambda path: zero(path / "b.pt", 64),
+    "bit": lambda path: flip(path / "b.pt", 300),
+    "lost": lambda path: (path / "b.pt").unlink(),
+    "digest": lambda path: flip(path / "SHA256SUMS", 5),
+    "name": lambda path: flip(path / "SHA256SUMS", 66),
+    "digests": lambda path: (path / "SHA256SUMS").unlink(),
+    "no digests": lambda path: (path / "SHA256SUMS").write_bytes(b""),
+    "both": lambda path: [file.unlink() for file in (path / "b.pt", path / "SHA256SUMS")],
+    "another file": lambda path: (path / "c.pt").write_bytes(b"x"),
+}
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def zero(path: Path, count: int) -> None:
+    """A hole in the numbers, as a power cut leaves it."""
+    content = path.read_bytes()
+    start = content.index(b"/data/0") + 8
+    assert any(content[start : start + count])
+    path.write_bytes(content[:start] + bytes(count) + content[start + count :])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
+    checkpoint.save(tmp_path, 1, some(1))
+    DAMAGES[damage](checkpoint.save(tmp_path, 2, some(2)))
+    with pytest.raises(StateError, match=r"step_000000002 cannot be read: it is damaged: "):
+        checkpoint.load(tmp_path, 2, NAMES)
+    with pytest.warns(RuntimeWarning, match=r"that of step 2 is damaged \(.*\)\. That of step 1 is taken"):
+        found = checkpoint.load(tmp_path, None, ["a"], NAMES)
+    assert difference(found, {"a": some(1)["a"]}) == ""
+    DAMAGES[damage](tmp_path / "step_000000001")
+    with pytest.raises(StateError, match=r"that of step 1 is damaged .* There is no other"):
+        checkpoint.load(tmp_path, None, NAMES)
+
+
+def test_digests_are_those_of_the_tool_that_everybody_has(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, some(1))
+    for line in (path / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
+    assert written(path) == ["SHA256SUMS", "a.pt", "b.pt", "learner.pt"]
+
+
+def test_files_and_folders_are_on_the_disk_before_they_count(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of every file its bytes and its name are synced before the rename that makes it a checkpoint."""
+    events: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def note_sync(handle: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        sync(handle)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        events.append(f"rename {path.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    checkpoint.save(tmp_path, 1, some(1))
+    place = events.index("rename step_000000001.partial")
+    for name in ("a.pt", "b.pt", "learner.pt", "SHA256SUMS"):
+        files = [event for event in events[:place] if event.startswith(f"sync .{name}.")]
+        assert len(files) == 1, events
+    assert events[place - 1] == "sync step_000000001.partial"
+    assert f"sync {tmp_path.name}" in events[place + 1 :]
+
+
+# ---- checkpoints of plywise 0.1 ------------------------------------------------------------------------
+
+OLD = Path(__file__).with_name("saved_by_0_1_0")
+
+
+def test_checkpoints_of_the_first_version_are_read_but_not_their_pickles(tmp_path: Path) -> None:
+    folder = shutil.copytree(OLD, tmp_path / "old")
+    trap = tmp_path / "trap"
+    for index in folder.rglob(".metadata"):
+        index.write_bytes(pickle.dumps(Trap(trap)))
+    found = checkpoint.load(folder, None, NAMES)
+    assert difference(found, some(7)) == ""
+    assert not trap.exists()
+    data = folder / "step_000000007" / "b" / "__0_0.distcp"
+    flip(data, len(data.read_bytes()) // 2)
+    with pytest.raises(StateError, match=r"step 7 is damaged \(b/__0_0.distcp"):
+        checkpoint.load(folder, None, NAMES)
 
 
 def test_states_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, also after a power cut."""
 
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes to, which appears at ``path`` at the end, whole, or not at all.
+    """A file to write bytes to, which appears at ``path`` at the end, whole and on the disk, or not at all.
 
     Its folder is made where missing.
     """
@@ -20,8 +20,11 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may keep the new name without what is in it
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno and not error.filename:  # a write that fails does not say where
             error.filename = str(path)
@@ -35,3 +38,13 @@ def write_whole(path: Path, text: str) -> Path:
     with written_whole(path) as file:
         file.write(text.encode("utf-8"))
     return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    with suppress(OSError):  # not on Windows, and not on every network's disk
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,4 +1,4 @@
-"""Train and eval mode of modules."""
+"""Train and eval mode of modules. Nothing else in plywise switches a model for a while: a test forbids it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,3 +16,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def frozen_parts(module: nn.Module) -> list[nn.Module]:
+    """Parts that their owner holds in eval mode within something in train mode, as batch norms often are.
+
+    What stands directly in ``module`` is none: a model as a whole is in eval mode where it was just loaded.
+
+    Example:
+        >>> body = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+        >>> frozen_parts(nn.Sequential(body))
+        [BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)]
+    """
+    owners = [part for part in module.modules() if part.training and part is not module]
+    roots = [child for owner in owners for child in owner.children() if not child.training]
+    return list(dict.fromkeys(part for root in roots for part in root.modules() if not part.training))

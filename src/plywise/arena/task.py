@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise._util.modes import evaluating
 from plywise.data.digits import Split
 from plywise.errors import PlywiseError
 
@@ -137,15 +138,11 @@ def mean(judge: Judge, predict: Callable[[Tensor], Tensor], split: Split, batch:
 
 
 def predictor(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A model's outputs in eval mode; its mode is as before afterwards."""
+    """A model's outputs in eval mode; every part of it is in its own mode again afterwards."""
 
     def predict(x: Tensor) -> Tensor:
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             output: Tensor = model(x)
-        finally:
-            model.train(training)
         return output
 
     return predict

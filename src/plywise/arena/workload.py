@@ -30,6 +30,7 @@ class Workload:
             same bench.
         blocks: how many blocks local learners cut the network into; 0: it cannot be cut.
         classes: number of classes, for local learners; 0 for other tasks.
+        guesses: what was guessed about the user's data, a sentence each.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Workload:
     target: float | None = None
     blocks: int = 0
     classes: int = 0
+    guesses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.steps < 1:

@@ -38,6 +38,7 @@ def bench(
     /,
     *,
     data: str | None = None,
+    read: str = "",
     workloads: str | None = None,
     methods: str = METHODS,
     budget: str | None = None,
@@ -78,6 +79,8 @@ def bench(
         data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs for
             training, validation and test; a .npz file with x_train, y_train and perhaps x_test, y_test; or a
             .csv file whose last column is the target.
+        read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
+            for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
         workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships.
         methods: what competes: names (`plywise methods` lists the rules), rule+optimizer, learners, or
             module:name of a torch.optim.Optimizer or of a rule
@@ -126,7 +129,7 @@ def bench(
             )
         from plywise.arena.run.search import find_search
 
-        own = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
+        own = {"read": read, "batch_size": batch_size, "steps": steps, "blocks": blocks}
         plan = _asked(model, data, workloads, methods, loss, metric, own)
         find_search(search)  # what is not installed is said before anything is read
         plan = replace(
@@ -147,6 +150,9 @@ def bench(
     from plywise.arena.run.bench_data import BenchData
 
     material = BenchData(plan.entries)
+    for workload in material.workloads.values():
+        for guess in workload.guesses:
+            screen.print(guess, soft_wrap=True, highlight=False)
     try:
         if resume and dry_run:
             _planned(plan, material, crew, None, _done(out), screen)
@@ -197,8 +203,10 @@ def _asked(
         if data is None:
             raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
         entries = [WorkloadSpec(model, model, data, loss, metric, **own)]
-    elif data is not None or loss or metric:
-        raise PlywiseError("--data, --loss and --metric belong to a model of your own.", see="error-command")
+    elif data is not None or own["read"] or loss or metric:
+        raise PlywiseError(
+            "--data, --read, --loss and --metric belong to a model of your own.", see="error-command"
+        )
     else:
         sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
         names = sets.get(str(workloads)) or _words(str(workloads))

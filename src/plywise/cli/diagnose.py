@@ -35,6 +35,7 @@ def diagnose(
     /,
     *,
     data: str | None = None,
+    read: str = "",
     workload: str | None = None,
     batches: int = 8,
     batch_size: int | None = None,
@@ -57,6 +58,8 @@ def diagnose(
         model: function that makes your network, as module:name.
         data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs; a .npz
             file with x_train and y_train; or a .csv file whose last column is the target.
+        read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
+            for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
         workload: instead of a model: name of a workload that plywise ships.
         batches: how many batches of the training part are looked at.
         batch_size: samples a batch. Default: the workload's; 128 for your model.
@@ -69,7 +72,7 @@ def diagnose(
         raise PlywiseError(
             f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.", see="error-command"
         )
-    asked, found, subject = _asked(model, data, workload, loss)
+    asked, found, subject = _asked(model, data, read, workload, loss)
     from plywise.arena.diagnose.advice import advice
     from plywise.arena.diagnose.diagnosis import diagnose_workload
 
@@ -83,15 +86,17 @@ def diagnose(
         ) from error
     recommended = advice(diagnosis, subject)
     if json:
-        _print_json(diagnosis, recommended)
+        _print_json(diagnosis, recommended, asked.guesses)
     else:
         screen = console()
+        for guess in asked.guesses:
+            screen.print(guess, soft_wrap=True, highlight=False)
         _print_layers(screen, diagnosis)
         _print_advice(screen, recommended)
 
 
 def _asked(
-    model: str | None, data: str | None, workload: str | None, loss: str
+    model: str | None, data: str | None, read: str, workload: str | None, loss: str
 ) -> tuple[Workload, Data, str]:
     """The workload, its data, and what `plywise bench` calls it."""
     from plywise.arena.workloads import find_workload
@@ -104,14 +109,15 @@ def _asked(
             see="error-command",
         )
     if workload is not None:
-        if data is not None or loss:
-            raise PlywiseError("--data and --loss belong to a model of your own.", see="error-command")
+        if data is not None or read or loss:
+            raise PlywiseError("--data, --read and --loss belong to your own model.", see="error-command")
         shipped = find_workload(workload)
         return shipped, shipped.make_data(), f"--workloads {shipped.name}"
     if data is None:
         raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
-    own = own_workload(str(model), str(model), data, loss=loss, blocks=0)
-    words = [str(model), "--data", data, *(["--loss", loss] if loss else [])]
+    own = own_workload(str(model), str(model), data, read=read, loss=loss, blocks=0)
+    words = [str(model), "--data", data]
+    words += [word for flag, value in (("--read", read), ("--loss", loss)) if value for word in (flag, value)]
     return own, own.make_data(), shlex.join(words)
 
 
@@ -205,9 +211,13 @@ def _print_advice(screen: Console, recommended: list[Advice]) -> None:
             screen.print(f"   Check it: {one.check}", soft_wrap=True)
 
 
-def _print_json(diagnosis: Diagnosis, recommended: list[Advice]) -> None:
+def _print_json(diagnosis: Diagnosis, recommended: list[Advice], guesses: tuple[str, ...]) -> None:
     import json
     from dataclasses import asdict
 
-    told: dict[str, Any] = {"diagnosis": asdict(diagnosis), "advice": [asdict(one) for one in recommended]}
+    told: dict[str, Any] = {
+        "diagnosis": asdict(diagnosis),
+        "advice": [asdict(one) for one in recommended],
+        "guesses": list(guesses),
+    }
     print(json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False))

@@ -38,6 +38,8 @@ class Flags:
         data: digits (they come with plywise), or what `plywise bench` takes: module:name of a function that
             returns (x, y), (x, y, x_test, y_test) or three pairs; a .npz file with x_train, y_train and
             perhaps x_test, y_test; a .csv file whose last column is the target. Default digits.
+        read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
+            for a .csv file, inputs=numbers, images or tokens; with commas between.
         learner: AssociatedLearning, LocalLoss, Interlocking, CascadedForward, LocalForwardGradient or
             ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
         set: a hyper-parameter of the learner, as name=value; may be repeated.
@@ -62,6 +64,7 @@ class Flags:
 
     model: str | None = None
     data: str | None = None
+    read: str | None = None
     learner: str | None = None
     set: Words = ()
     blocks: int | None = None

@@ -15,6 +15,8 @@ from plywise._util.seeded import seeded
 from plywise.data.digits import Split
 from plywise.errors import PlywiseError
 
+_AT_ONCE = 1 << 18  # numbers
+
 
 def made_by(address: str) -> Any:
     """What the user's function at ``module:name`` returns; what it draws is the same each time.
@@ -56,7 +58,7 @@ def tensor_of(values: Any, what: str) -> Tensor:
         raise PlywiseError(f"{what} are a single number, not a row for each sample.", see="error-data")
     if tensor.is_complex():
         raise PlywiseError(f"{what} are complex numbers, which no loss here takes.", see="error-data")
-    bad = ~torch.isfinite(tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)).all(1)
+    bad = _not_finite(tensor)
     if bool(bad.any()):
         raise PlywiseError(
             f"{what} hold NaN or infinity in {int(bad.sum())} of {len(bad)} samples, first in number "
@@ -66,13 +68,10 @@ def tensor_of(values: Any, what: str) -> Tensor:
     return tensor
 
 
-def inputs_of(values: Any, what: str) -> Tensor:
-    """Inputs as networks take them: float32, bytes (images) divided by 255; other integers for embeddings.
-
-    Raises:
-        PlywiseError: see `tensor_of`.
-    """
-    x = tensor_of(values, what)
-    if x.dtype == torch.uint8:
-        return x.float() / 255
-    return x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()
+def _not_finite(tensor: Tensor) -> Tensor:
+    """Which samples hold NaN or infinity, (N,); some at a time, as the check takes more memory than they."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return torch.zeros(len(tensor), dtype=torch.bool)
+    at_once = max(1, _AT_ONCE * len(tensor) // tensor.numel())
+    parts = [~torch.isfinite(part.reshape(len(part), -1)).all(1) for part in tensor.split(at_once)]
+    return torch.cat(parts)

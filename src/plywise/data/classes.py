@@ -20,7 +20,7 @@ class ClassData:
         train: what is trained on.
         test: what the accuracy is measured on, if there is any.
         classes: number of classes: one more than the largest label.
-        note: what was chosen for the user, in a sentence; empty if nothing was.
+        note: what was chosen or guessed for the user, in sentences; empty if nothing was.
     """
 
     train: Split
@@ -53,11 +53,12 @@ def take_classes(address: str, parts: Parts) -> ClassData:
 
 
 def _note(parts: Parts) -> str:
-    if "validation" not in parts:
-        return ""
-    if "test" in parts:
-        return "The validation part is not used: training has nothing to choose by it."
-    return "The accuracy is measured on the validation part, since there is no test part."
+    notes = list(parts.guesses)
+    if "validation" in parts and "test" in parts:
+        notes.append("The validation part is not used: training has nothing to choose by it.")
+    elif "validation" in parts:
+        notes.append("The accuracy is measured on the validation part, since there is no test part.")
+    return "\n".join(notes)
 
 
 def _with_classes(part: Split, what: str) -> Split:

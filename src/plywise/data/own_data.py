@@ -12,43 +12,55 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from plywise._util.suggest import suggestion
-from plywise.data.arrays import inputs_of, made_by, tensor_of
+from plywise.data.arrays import made_by
 from plywise.data.digits import Split, load_digits
 from plywise.data.parts import Data, draw_parts, tenths
-from plywise.data.readers import read_npz, read_table
+from plywise.data.readers import read_npz
+from plywise.data.reading import Reader, ReadOptions
+from plywise.data.tables import read_table, take_column
 from plywise.errors import PlywiseError
 from plywise.registry.names import WORKLOAD_MODULES
 
 FEWEST = 10
 """Samples without which there are no parts to speak of."""
+_GUESS = ReadOptions()
+_ROWS = 4096  # compared at once
 RETURNS = (
     "(x, y), (x, y, x_test, y_test) or three pairs (x, y) for training, validation and test; a torch Dataset "
     "may stand for each (x, y)"
 )
 
 
-Parts = dict[str, Split]
-"""The parts that a user has, by name: ``train``, and perhaps ``validation`` and ``test``."""
+class Parts(dict[str, Split]):
+    """The parts that a user has, by name: ``train``, and perhaps ``validation`` and ``test``.
+
+    Attributes:
+        guesses: what was guessed about them, a sentence each, with the flag that overrules it.
+    """
+
+    guesses: tuple[str, ...] = ()
 
 
 class OwnData(NamedTuple):
-    """Data, and how they were cut."""
+    """Data, how they were cut, and what was guessed about them."""
 
     data: Data
     cut: str
+    guesses: tuple[str, ...] = ()
 
 
-def read_parts(address: str) -> Parts:
+def read_parts(address: str, options: ReadOptions = _GUESS) -> Parts:
     """Read the data of a user: the one reader of all commands.
 
     Inputs become float32: bytes (images) are divided by 255; other integers stay as they are, for embeddings.
-    Whole-number targets are classes or tokens, others float32.
+    Whole-number targets are classes or tokens, others float32; see `plywise.data.reading`.
 
     Args:
         address: ``module:name`` of a function that returns `RETURNS`, called with random numbers of a fixed
             seed; or a ``.npz`` file with ``x_train`` and ``y_train``, perhaps ``x_validation`` and
             ``y_validation``, perhaps ``x_test`` and ``y_test``; or a ``.csv`` file whose last column is the
-            target (classes if it holds just the numbers 0, 1, ..., k); or ``digits``.
+            target; or ``digits``.
+        options: what is not to be guessed.
 
     Raises:
         PlywiseError: there are no such data, they hold NaN or infinity, or parts do not fit one another.
@@ -58,13 +70,14 @@ def read_parts(address: str) -> Parts:
         {'train': 1100, 'validation': 297, 'test': 400}
     """
     if address == "digits":
-        return dict(zip(("train", "validation", "test"), load_digits(), strict=True))
+        return Parts(zip(("train", "validation", "test"), load_digits(), strict=True))
+    reader = Reader(options)
     if address.endswith(".npz"):
-        parts = _of_npz(Path(address))
+        parts = _of_npz(Path(address), reader)
     elif address.endswith((".csv", ".csv.gz")):
-        parts = {"train": _of_table(Path(address))}
+        parts = Parts(train=_of_table(Path(address), reader))
     elif ":" in address:
-        parts = _of_function(address, made_by(address))
+        parts = _of_function(address, made_by(address), reader)
     else:
         choices = ("digits", *WORKLOAD_MODULES)
         raise PlywiseError(
@@ -74,10 +87,11 @@ def read_parts(address: str) -> Parts:
         )
     for name, part in parts.items():
         _check_alike(address, name, part, parts["train"])
+    parts.guesses = tuple(reader.guesses)
     return parts
 
 
-def _of_npz(path: Path) -> dict[str, Split]:
+def _of_npz(path: Path, reader: Reader) -> Parts:
     arrays = read_npz(path)
     parts = [part for part in ("train", "validation", "test") if {f"x_{part}", f"y_{part}"} & arrays.keys()]
     wanted = [f"{what}_{part}" for part in parts or ["train"] for what in "xy"]
@@ -87,22 +101,30 @@ def _of_npz(path: Path) -> dict[str, Split]:
         raise PlywiseError(
             f"{path} has no {names}; it has: {', '.join(arrays) or 'nothing'}.", see="error-data"
         )
-    return {part: _split(arrays[f"x_{part}"], arrays[f"y_{part}"], f"{path}, {part}") for part in parts}
+    pairs = ((part, arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in parts)
+    return Parts((part, _read_split(reader, x, y, f"{path}, {part}")) for part, x, y in pairs)
 
 
-def _of_table(path: Path) -> Split:
-    table, names = read_table(path)
+def _of_table(path: Path, reader: Reader) -> Split:
+    header, wanted = reader.options.header, reader.options.target
+    table = read_table(path, header == "yes" if header else None, np.float32)
+    names = table.names
     if len(names) < 2:
         raise PlywiseError(
             f"{path} has one column: the target is the last one, and inputs come before it.", see="error-data"
         )
-    target = torch.from_numpy(table[:, -1])
-    found = target.unique()
-    classes = torch.equal(found, torch.arange(len(found), dtype=found.dtype))
-    return _split(table[:, :-1], target.long() if classes else target, str(path))
+    reader.say(table.guess)
+    if wanted and names.count(wanted) != 1:
+        count = names.count(wanted) or "no"
+        hint = suggestion(wanted, tuple(names)) or f"It has: {', '.join(names[:10])}."
+        raise PlywiseError(f"{path} has {count} columns {wanted!r}. {hint}".rstrip(), see="error-data")
+    place = names.index(wanted) if wanted else len(names) - 1
+    inputs, target = map(torch.from_numpy, take_column(table.numbers, place))
+    x, y = reader.inputs(inputs, str(path)), reader.column(target, names[place], str(path))
+    return _checked_split(x, y, str(path))
 
 
-def _of_function(address: str, made: Any) -> dict[str, Split]:
+def _of_function(address: str, made: Any, reader: Reader) -> Parts:
     if isinstance(made, Dataset):
         made = (made,)
     things = list(made) if isinstance(made, tuple | list) else []
@@ -119,7 +141,10 @@ def _of_function(address: str, made: Any) -> dict[str, Split]:
         found = f"{len(things)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
         raise PlywiseError(f"{address} returned {found}; it must return {RETURNS}.", see="error-data")
     names = {1: ("train",), 2: ("train", "test"), 3: ("train", "validation", "test")}[len(pairs)]
-    return {name: _split(x, y, f"{address}, {name}") for name, (x, y) in zip(names, pairs, strict=True)}
+    read = (
+        _read_split(reader, x, y, f"{address}, {name}") for name, (x, y) in zip(names, pairs, strict=True)
+    )
+    return Parts(zip(names, read, strict=True))
 
 
 def _is_pair(thing: Any) -> bool:
@@ -174,9 +199,8 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
     else:
         data, how = Data(train, parts["validation"], parts["test"]), "your own three parts"
     sizes = [len(part.y) for part in (data.train, data.validation, data.test)]
-    return OwnData(
-        data, f"{how}{twins}: {sizes[0]:,} to train, {sizes[1]:,} to validate, {sizes[2]:,} to test"
-    )
+    cut = f"{how}{twins}: {sizes[0]:,} to train, {sizes[1]:,} to validate, {sizes[2]:,} to test"
+    return OwnData(data, cut, parts.guesses)
 
 
 def _in_tenths(x: Tensor, y: Tensor) -> list[Split]:
@@ -218,10 +242,18 @@ def _kinds(x: Tensor) -> tuple[Tensor, int]:
     """
     if x.dim() != 2 or not x.numel():
         return torch.arange(len(x)), len(x)
-    rows = np.ascontiguousarray(x.add(0).numpy())  # -0 becomes 0
+    if x.is_floating_point() and bool((x.signbit() & (x == 0)).any()):
+        x = x.add(0)  # -0 becomes 0
+    rows = np.ascontiguousarray(x.numpy())
     whole = rows.view(np.dtype((np.void, rows.strides[0])))[:, 0]
-    kinds, kind = np.unique(whole, return_inverse=True)
-    return torch.from_numpy(kind.reshape(-1)), len(kinds)
+    order = whole.argsort(kind="stable")  # no row is moved: of a large table there are no copies
+    new = np.ones(len(order), bool)
+    for start in range(1, len(order), _ROWS):
+        here = order[start : start + _ROWS]
+        new[start : start + _ROWS] = whole[here] != whole[order[start - 1 : start - 1 + len(here)]]
+    kind = np.empty(len(order), np.int64)
+    kind[order] = new.cumsum() - 1
+    return torch.from_numpy(kind), int(new.sum())
 
 
 def _check_alike(address: str, name: str, part: Split, train: Split) -> None:
@@ -237,8 +269,11 @@ def _kind(values: Tensor) -> str:
     return f"{str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape[1:])}"
 
 
-def _split(x: Any, y: Any, what: str) -> Split:
-    inputs, targets = inputs_of(x, f"{what}: the inputs"), _targets(y, what)
+def _read_split(reader: Reader, x: Any, y: Any, what: str) -> Split:
+    return _checked_split(reader.inputs(x, what), reader.targets(y, what), what)
+
+
+def _checked_split(inputs: Tensor, targets: Tensor, what: str) -> Split:
     if len(inputs) != len(targets):
         raise PlywiseError(
             f"{what}: there are {len(inputs)} inputs and {len(targets)} targets.", see="error-data"
@@ -246,21 +281,3 @@ def _split(x: Any, y: Any, what: str) -> Split:
     if len(inputs) == 0:
         raise PlywiseError(f"{what}: there is no sample.", see="error-data")
     return Split(inputs, targets)
-
-
-def _targets(values: Any, what: str) -> Tensor:
-    y = tensor_of(values, f"{what}: the targets")
-    if y.is_floating_point():
-        return y.float()
-    if y.dim() == 2 and y.shape[1] == 1:
-        raise PlywiseError(
-            f"{what}: the targets are whole numbers of shape {tuple(y.shape)}. Classes are of shape (N,), as "
-            "of y[:, 0]; numbers to predict are floating-point.",
-            see="error-data",
-        )
-    y = y.long()
-    if y.numel() and int(y.min()) < 0:
-        raise PlywiseError(
-            f"{what}: the targets hold {int(y.min())}; classes and tokens count from 0.", see="error-data"
-        )
-    return y

@@ -6,13 +6,10 @@ Files may be compressed by gzip, whatever their names.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import lzma
 import math
 import tarfile
-import zlib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from plywise._util.memory import free_memory
+from plywise.data.unpacking import check_size, open_unpacked, read_bytes
 from plywise.errors import PlywiseError
 
 Bytes = NDArray[np.uint8]
 
+_IDX_DIMENSIONS = 32
 _IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
@@ -41,25 +41,6 @@ _CIFAR10 = _Cifar(
     "CIFAR-10", (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"), 1, 10
 )
 _CIFAR100 = _Cifar("CIFAR-100", ("train.bin", "test.bin"), 2, 100)
-
-
-def read_bytes(path: Path) -> bytes:
-    """What a file holds, unpacked if it is compressed by gzip.
-
-    Raises:
-        PlywiseError: there is no such file, it cannot be read, or its compressed data are damaged.
-    """
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except FileNotFoundError as error:
-        raise PlywiseError(f"There is no file {path}.", see="error-data") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise PlywiseError(
-            f"{path} is cut short or damaged: {error}. Get it again.", see="error-data"
-        ) from error
-    except OSError as error:
-        raise PlywiseError(f"{path} cannot be read: {error}.", see="error-data") from error
 
 
 def read_text(path: Path) -> str:
@@ -91,12 +72,19 @@ def read_idx(path: Path) -> NDArray[np.generic]:
             see="error-data",
         )
     kind, dimensions = np.dtype(_IDX_TYPES[content[2]]), content[3]
+    if dimensions > _IDX_DIMENSIONS:
+        raise PlywiseError(
+            f"{path} says that its array has {dimensions} dimensions; the most are {_IDX_DIMENSIONS}. It is "
+            "damaged: get it again.",
+            see="error-data",
+        )
     start = 4 + 4 * dimensions
     if len(content) < start:
         raise PlywiseError(f"{path} is cut short: it ends inside its header. Get it again.", see="error-data")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
     _check_length(path, len(content), start + math.prod(shape) * kind.itemsize)
-    return np.frombuffer(content, kind, offset=start).reshape(shape).astype(kind.newbyteorder("="))
+    array = np.frombuffer(content, kind, offset=start).reshape(shape)
+    return array.astype(kind.newbyteorder("="), copy=False)
 
 
 def read_cifar10_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
@@ -127,10 +115,14 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
     """The arrays of a ``.npz`` file, by name. Pickled objects are refused: reading them would run code.
 
     Raises:
-        PlywiseError: there is no such file, it is damaged, or it holds objects.
+        PlywiseError: there is no such file, it is damaged, it holds objects, or more than the memory.
     """
     try:
         with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    check_size(path, sum(info.file_size for info in archive.infolist()), free_memory())
+            file.seek(0)
             arrays = np.load(file, allow_pickle=False)
             if isinstance(arrays, np.ndarray):
                 raise PlywiseError(
@@ -146,53 +138,6 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
         raise PlywiseError(
             f"{path} cannot be read as a .npz file of arrays: {error}.", see="error-data"
         ) from error
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``.csv`` file, each by the names in the first line; a cell may hold anything.
-
-    Raises:
-        PlywiseError: it cannot be read, or a row has more or fewer cells than the first line.
-    """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    rows = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                count = len(reader.fieldnames or ())
-                raise PlywiseError(
-                    f"{path}, line {reader.line_num}: there are {count} columns, not here.", see="error-data"
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise PlywiseError(f"{path}, line {reader.line_num}: {error}.", see="error-data") from error
-    if not rows:
-        raise PlywiseError(f"{path} has no rows under its first line.", see="error-data")
-    return rows
-
-
-def read_table(path: Path) -> tuple[NDArray[np.float64], list[str]]:
-    """A ``.csv`` file of numbers under one line of names.
-
-    Returns:
-        The numbers (rows, columns), NaN where a cell is empty or says ``nan``; and the names of the columns.
-
-    Raises:
-        PlywiseError: it cannot be read, its rows differ in length, or a cell is no number.
-    """
-    rows = read_rows(path)
-    table = np.empty((len(rows), len(rows[0])))
-    for number, row in enumerate(rows):
-        for column, (name, cell) in enumerate(row.items()):
-            try:
-                table[number, column] = float(cell) if cell.strip() else math.nan
-            except ValueError:
-                raise PlywiseError(
-                    f"{path}, row {number + 1}, column {name!r}: {cell!r} is no number. Write classes as "
-                    "numbers, or as columns of 0 and 1.",
-                    see="error-data",
-                ) from None
-    return table, list(rows[0])
 
 
 def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
@@ -217,9 +162,13 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
             f"{path} has no {', '.join(missing)}: it is no file of colour images.", see="error-data"
         )
     height, width = (int(size) for size in arrays["hw"])
+    most = 3 * height * width * len(arrays["labels"])
 
     def decode(stream: NDArray[np.generic]) -> Bytes:
-        codes = np.frombuffer(lzma.decompress(stream.tobytes()), np.uint8)
+        # what is packed must not say how much memory it takes
+        codes = np.frombuffer(lzma.LZMADecompressor().decompress(stream.tobytes(), most + 1), np.uint8)
+        if len(codes) > most:
+            raise ValueError(f"a part of it unpacks to more than {most} bytes")
         planes = codes.reshape(3, -1, height, width)  # G, R, B
         return _predicted(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), int(arrays["step"]))
 
@@ -271,10 +220,13 @@ def _guess(values: NDArray[np.int16], y: int, x: int, first: int) -> NDArray[np.
 def _cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     found: dict[str, tuple[Bytes, Bytes]] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(read_bytes(path))) as archive:
-            for member in archive:
+        with open_unpacked(path) as packed, tarfile.open(fileobj=packed, mode="r|") as archive:
+            for member in archive:  # file by file: the archive is never whole in memory
                 name = Path(member.name).name
-                if name in kind.files and (file := archive.extractfile(member)) is not None:
+                if name not in kind.files or not member.isreg():
+                    continue
+                check_size(path, member.size, free_memory())
+                if (file := archive.extractfile(member)) is not None:
                     found[name] = _cifar_batch(path / name, file.read(), kind)
     except tarfile.TarError as error:
         raise PlywiseError(

@@ -18,11 +18,10 @@ from plywise.data.readers import (
     read_colour_images,
     read_idx,
     read_npz,
-    read_rows,
-    read_table,
     read_text,
 )
 from plywise.data.store import IDX_FILES, cache_decoded, find, folders, missing
+from plywise.data.tables import read_rows, read_table
 from plywise.errors import PlywiseError
 
 Images = tuple[Bytes, Bytes, Bytes, Bytes]
@@ -99,7 +98,7 @@ def numeric_table(name: str) -> tuple[Numbers, Numbers]:
     Raises:
         PlywiseError: there is no such file, or it is no such table.
     """
-    table, _ = read_table(_found(name, f"{name}.csv.gz", f"{name}.csv"))
+    table = read_table(_found(name, f"{name}.csv.gz", f"{name}.csv")).numbers
     return table[:, :-1], table[:, -1]
 
 

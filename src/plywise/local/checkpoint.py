@@ -1,34 +1,38 @@
 """Checkpoints of a learner, by any number of processes for any number of processes.
 
-Every state is a `torch.distributed.checkpoint` of its own, whoever holds it: the bytes of ``torch.save``,
-read back with ``weights_only=True``. The states of a step are written beside their place, and their folder is
-renamed: it is there whole or not at all. Processes write alone and only agree on when: torch's own way of
-saving together would unpickle what they send to each other. (Its index, ``.metadata``, is a pickle in any
-case: restore checkpoints that you trust.)
+Every state is a file of its own, whoever holds it: ``NAME.pt``, what ``torch.save`` writes, read back with
+``weights_only=True``, so that nothing in it is run. ``SHA256SUMS`` lists the digests of all files
+(``sha256sum -c SHA256SUMS`` checks them, too), and no file is read without a look at its digest. The files of
+a step are written beside their place and brought to the disk; then their folder is renamed: it is there whole
+or not at all. Processes write alone and only agree on when.
 """
 
+import hashlib
 import io
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from plywise._util.files import sync_folder, written_whole
 from plywise.errors import StateError
 
+SUMS = "SHA256SUMS"
 _NAME = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
+_SUM = ".sha256"
 
 Agree = Callable[[bool], bool]
 """Waits until every process has called it, and tells each whether all of them said yes."""
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not what was written."""
 
 
 def save(
@@ -69,25 +73,46 @@ def save(
 
     def write() -> None:
         for name, state in states.items():
-            with _quietly():
-                save_distributed({name: _blob(state)}, checkpoint_id=partial / name, no_dist=True)
+            _write(partial / f"{name}.pt", state)
 
     def move() -> None:
         if first:
+            _write_sums(partial)
             _put_in_place(partial, path, keep)
 
     for work in (prepare, write, move):
         error = None
         try:
             work()
-        except (Exception, CheckpointException) as found:
-            error = _cause(found)
+        except Exception as found:
+            error = found
         if not agree(error is None):
             why = error or "another process says why"
             raise StateError(
                 f"The checkpoint {path} could not be written: {why}.", see="state-run"
             ) from error
     return path
+
+
+def _write(path: Path, state: Any) -> None:
+    """A state, and its digest beside it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    with written_whole(path) as file:
+        file.write(content)
+    line = f"{hashlib.sha256(content).hexdigest()}  {path.name}\n"
+    path.with_name(path.name + _SUM).write_text(line, encoding="ascii")
+
+
+def _write_sums(partial: Path) -> None:
+    """The digests of all states in one file, in place of one beside each."""
+    parts = sorted(partial.glob(f"*{_SUM}"))
+    with written_whole(partial / SUMS) as file:
+        file.write(b"".join(part.read_bytes() for part in parts))
+    for part in parts:
+        part.unlink()
+    sync_folder(partial)
 
 
 def _put_in_place(partial: Path, path: Path, keep: int) -> None:
@@ -100,7 +125,8 @@ def _put_in_place(partial: Path, path: Path, keep: int) -> None:
         )
     going = [_aside(path)] if path.exists() else []
     partial.rename(path)
-    before = [path.with_name(f"step_{other:09d}") for other in known if other < step]
+    before = [_path(path.parent, other) for other in known if other < step]
+    sync_folder(path.parent)  # before others go: one is always there
     going += [_aside(old) for old in before[: -(keep - 1) or None]]
     for old in going:
         shutil.rmtree(old, ignore_errors=True)
@@ -118,6 +144,34 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name)))
 
 
+def find_whole(folder: Path) -> tuple[int | None, dict[int, str]]:
+    """The step of the last checkpoint that is as it was written; None if there is none.
+
+    Every file of it is read and compared with its digest.
+
+    Returns:
+        The step; and for each later one, what is wrong with it.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(steps(folder)):
+        try:
+            for name in _names(path := _path(folder, step)):
+                _content(path, name)
+        except (_DamagedError, OSError) as error:
+            damaged[step] = str(error)
+        else:
+            return step, damaged
+    return None, damaged
+
+
+def set_aside(folder: Path, step: int) -> Path:
+    """Rename a damaged checkpoint to ``step_….damaged``, so that no run goes on from it; returns its path."""
+    path = _path(folder, step)
+    aside = path.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
 def load(
     folder: Path, step: int | None, names: Sequence[str], every: Sequence[str] | None = None
 ) -> dict[str, Any]:
@@ -125,57 +179,123 @@ def load(
 
     Args:
         folder: where checkpoints are kept.
-        step: which one; the last if None.
+        step: which one. None: the last that is not damaged; a warning says which ones are.
         names: the states to read.
         every: the names of all states that it must hold; just these if None.
 
     Raises:
-        StateError: there is no such checkpoint, it holds states of other names, or it cannot be read.
+        StateError: there is no such checkpoint, it holds states of other names, or it is damaged.
     """
     known = steps(folder)
     if not known or (step is not None and step not in known):
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         found = f"it has those of steps {', '.join(map(str, known))}" if known else "it has none"
         raise StateError(f"{folder} does not hold {which}: {found}.", see="state-run")
-    path = folder / f"step_{known[-1] if step is None else step:09d}"
-    held, wanted = {part.name for part in path.iterdir()}, set(every or names)
-    if held != wanted:
-        raise StateError(
-            f"{path} is another learner's: it holds {', '.join(sorted(held))}, not "
-            f"{', '.join(sorted(wanted))}.",
-            see="state-run",
-        )
+    path = _path(folder, _last_whole(folder) if step is None else step)
     try:
+        held, wanted = _names(path), set(every or names)
+        if held != wanted:
+            raise StateError(
+                f"{path} is another learner's: it holds {', '.join(sorted(held))}, not "
+                f"{', '.join(sorted(wanted))}.",
+                see="state-run",
+            )
         return {name: _read(path, name) for name in names}
-    except (Exception, CheckpointException) as error:
-        raise StateError(f"{path} cannot be read: {_cause(error)}", see="state-run") from error
+    except (_DamagedError, OSError) as error:
+        raise StateError(f"{path} cannot be read: it is damaged: {error}.", see="state-run") from error
+
+
+def _last_whole(folder: Path) -> int:
+    """The step of the last checkpoint that is not damaged; says which ones are."""
+    step, damaged = find_whole(folder)
+    if step is None:
+        raise StateError(f"{format_damaged(folder, damaged)} There is no other.", see="state-run")
+    if damaged:
+        warnings.warn(
+            f"{format_damaged(folder, damaged)} That of step {step} is taken.", RuntimeWarning, stacklevel=4
+        )
+    return step
+
+
+def format_damaged(folder: Path, damaged: Mapping[int, str]) -> str:
+    """What is wrong with which checkpoints, as a sentence.
+
+    Example:
+        >>> format_damaged(Path("runs"), {7: "learner.pt is missing"})
+        'Of the checkpoints in runs, that of step 7 is damaged (learner.pt is missing).'
+    """
+    which = ", ".join(f"that of step {step} is damaged ({why})" for step, why in damaged.items())
+    return f"Of the checkpoints in {folder}, {which}."
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:09d}"
 
 
 def _read(path: Path, name: str) -> Any:
-    reader = FileSystemReader(path / name)
-    size = reader.read_metadata().state_dict_metadata[name].size  # type: ignore[union-attr]
-    blob = torch.zeros(size, dtype=torch.uint8)
-    with _quietly():
-        load_distributed({name: blob}, storage_reader=reader, no_dist=True)
-    return torch.load(io.BytesIO(blob.numpy().tobytes()), weights_only=True)
+    try:
+        return torch.load(io.BytesIO(_content(path, name)), weights_only=True)
+    except _DamagedError:
+        raise
+    except Exception as error:  # it is as it was written: then it holds what must not be run
+        raise StateError(f"{path / name}.pt cannot be read: {error}", see="state-run") from error
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What torch wraps in an exception that is no `Exception`."""
-    if not isinstance(error, CheckpointException):
-        return error
-    return next((cause for cause, _ in error.failures.values()), error)
+def _sums(path: Path) -> dict[str, str]:
+    """The digests of a checkpoint's files, by their names."""
+    try:
+        lines = (path / SUMS).read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:
+        raise _DamagedError(f"{SUMS} is missing") from None
+    except ValueError:
+        raise _DamagedError(f"{SUMS} is no text") from None
+    parts = [line.split("  ", 1) for line in lines]
+    if not parts or any(len(part) != 2 for part in parts):
+        raise _DamagedError(f"{SUMS} is no list of digests")
+    return {name: digest for digest, name in parts}
 
 
-def _blob(state: Any) -> Tensor:
-    file = io.BytesIO()
-    torch.save(state, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+def _names(path: Path) -> set[str]:
+    """The states in a checkpoint: what is listed is there, and what is there is listed."""
+    if _is_old(path):
+        return {part.name for part in path.iterdir()}
+    listed, there = set(_sums(path)), {part.name for part in path.iterdir()} - {SUMS}
+    if listed != there:
+        raise _DamagedError(f"{SUMS} and the files differ in {', '.join(sorted(listed ^ there))}")
+    return {name.removesuffix(".pt") for name in listed}
 
 
-class _quietly(warnings.catch_warnings):  # noqa: N801  (reads as a statement)
-    """Without torch's remarks on its own use of itself."""
+def _content(path: Path, name: str) -> bytes:
+    """The bytes of a state, as they were written."""
+    if _is_old(path):
+        return _old_content(path, name)
+    content = (path / f"{name}.pt").read_bytes()
+    if hashlib.sha256(content).hexdigest() != _sums(path)[f"{name}.pt"]:
+        raise _DamagedError(f"{name}.pt does not fit its digest")
+    return content
 
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
+
+# ---- checkpoints of plywise 0.1 ------------------------------------------------------------------------
+
+
+def _is_old(path: Path) -> bool:
+    """Whether a checkpoint holds a folder of `torch.distributed.checkpoint` for each state."""
+    return not (path / SUMS).exists() and (path / "learner").is_dir()
+
+
+def _old_content(path: Path, name: str) -> bytes:
+    """The bytes of a state of plywise 0.1, a tensor of bytes in the one file of its folder.
+
+    The index beside it, ``.metadata``, is a pickle, which could run anything: it is not read. The file is a
+    zip archive, whose own checksums are compared.
+    """
+    file = path / name / "__0_0.distcp"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
+        if wrong is not None:
+            raise _DamagedError(f"{name}/{file.name} does not fit its checksum")
+        blob: bytes = torch.load(file, weights_only=True).numpy().tobytes()
+        return blob
+    except (FileNotFoundError, zipfile.BadZipFile, EOFError, RuntimeError, AttributeError) as error:
+        raise _DamagedError(f"{name}/{file.name}: {error}") from error

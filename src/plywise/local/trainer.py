@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from plywise._util.modes import frozen_parts
 from plywise.engine.explain import Explanation
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
@@ -57,6 +58,7 @@ class LocalTrainer:
         self._why_not: dict[str, str] = {}  # layers, where the rule asked for handles none
         self._steps = Health()
         self._seed = seed
+        self._frozen = frozen_parts(component)
         groups = [group for group in component.parameter_groups() if group["params"]]
         self.optimizer = optimizer(groups) if groups else None  # a component may learn in closed form
         self.scheduler: LRScheduler | None = None
@@ -116,8 +118,13 @@ class LocalTrainer:
         return following, loss.detach()
 
     def begin(self) -> None:
-        """Training mode, and no gradients at hand: a failed step, or somebody else, may have left some."""
+        """Training mode, and no gradients at hand: a failed step, or somebody else, may have left some.
+
+        Parts that were in eval mode when the trainer was made are frozen, and stay so.
+        """
         self.component.train()
+        for part in self._frozen:
+            part.training = False
         if self.optimizer is not None:
             self.optimizer.zero_grad()
 

@@ -19,6 +19,7 @@ from plywise._util.import_path import call_factory, load
 from plywise._util.suggest import suggestion
 from plywise.data.own_data import OwnData, Parts, cut_parts, read_parts
 from plywise.data.parts import Data
+from plywise.data.reading import ReadOptions
 from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
 from plywise.local.learner import Learner
@@ -117,21 +118,28 @@ def make_model(address: str) -> Any:
     return call_factory(address, "your model")
 
 
-def resolve_parts(address: str) -> Parts:
+def resolve_parts(address: str, options: ReadOptions | None = None) -> Parts:
     """The data at an address (see `plywise.data.own_data.read_parts`), or of a workload of plywise.
+
+    Args:
+        address: where they are.
+        options: how they are read. Default: what they do not say is guessed.
 
     Raises:
         PlywiseError: there are no such data, they hold NaN or infinity, or parts do not fit one another.
     """
     if address not in WORKLOAD_MODULES:
-        return read_parts(address)
+        return read_parts(address, options or ReadOptions())
     module = import_module(f"plywise.{WORKLOAD_MODULES[address]}")
-    parts: Parts = vars(module.WORKLOADS[address].make_data())
-    return parts
+    return Parts(vars(module.WORKLOADS[address].make_data()))
 
 
-def resolve_data(address: str) -> OwnData:
+def resolve_data(address: str, options: ReadOptions | None = None) -> OwnData:
     """The data at an address, in three parts: as they are, or cut at random by a fixed seed.
+
+    Args:
+        address: see `resolve_parts`.
+        options: see `resolve_parts`.
 
     Raises:
         PlywiseError: see `resolve_parts`; or there are fewer than 10 samples to cut.
@@ -140,7 +148,7 @@ def resolve_data(address: str) -> OwnData:
         >>> resolve_data("digits-mlp").data.test.x.shape
         torch.Size([400, 64])
     """
-    parts = resolve_parts(address)
+    parts = resolve_parts(address, options)
     if address == "digits" or address in WORKLOAD_MODULES:
         return OwnData(Data(**parts), f"the data of {address}")
     return cut_parts(address, parts)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from plywise._util.seeded import seeded
 from plywise.data.classes import ClassData, take_classes
+from plywise.data.reading import ReadOptions
 from plywise.errors import PlywiseError
 from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join, tensors_of
@@ -115,9 +116,12 @@ def resolve_training(config: TrainConfig) -> ResolvedTraining:
             optimizer, rule or hyper-parameter.
     """
     learner = resolve_learner(config.learner)
+    options = ReadOptions.parse(config.read)
+    if not options.targets:  # nothing else can be trained on here
+        options = replace(options, targets="classes")
     return ResolvedTraining(
         config,
-        take_classes(config.data, resolve_parts(config.data)),
+        take_classes(config.data, resolve_parts(config.data, options)),
         learner,
         learner_settings(learner, config.set),
         _resolve_optimizer(config),

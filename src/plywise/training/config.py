@@ -33,6 +33,7 @@ class TrainConfig:
         model: ``module:function`` that makes the network, an ``nn.Module`` or a list of blocks; None for
             linear layers of 128 with ReLU between them.
         data: see `plywise.registry.resolve.resolve_parts`; the targets are classes.
+        read: how they are read, see `plywise.data.reading.ReadOptions.parse`.
         learner: name of the learner, or ``module:name`` of a class.
         set: its hyper-parameters.
         blocks: number of blocks; None for 4, or for as many as a list has.
@@ -66,6 +67,7 @@ class TrainConfig:
 
     model: str | None = None
     data: str = "digits"
+    read: str = ""
     learner: str = "LocalLoss"
     set: Mapping[str, Any] = field(default_factory=dict)
     blocks: int | None = None
@@ -116,7 +118,7 @@ class TrainConfig:
         return {_flag(name): value for name, value in values.items()}
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """In what another plan, as JSON, would train something else, data and split apart.
+        """In what another plan, as JSON, would train something else; data, read and split apart.
 
         Example:
             >>> TrainConfig(rate=0.01).differences(TrainConfig(epochs=20).as_json())
@@ -126,7 +128,7 @@ class TrainConfig:
         return [
             f"{flag} is {_word(other.get(flag))} there and {_word(value)} here"
             for flag, value in mine.items()
-            if flag not in (*map(_flag, HOW), "data", "split") and other.get(flag) != value
+            if flag not in (*map(_flag, HOW), "data", "read", "split") and other.get(flag) != value
         ]
 
 

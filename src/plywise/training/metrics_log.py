@@ -1,11 +1,13 @@
 """The log of a run: a line of JSON for each step, and the same for TensorBoard."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plywise._util.sealed import seal
 from plywise._util.tensorboard import require_tensorboard
 
 
@@ -36,7 +38,9 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """Writes lines as they come; a killed process loses none. Use as a context manager.
+    """Writes lines as they come; a killed process loses none, a power cut none before the last `sync`.
+
+    Each line has a check at its end (`plywise._util.sealed`). Use as a context manager.
 
     Args:
         path: the log, to be gone on with.
@@ -53,12 +57,16 @@ class MetricsLog:
 
     def write(self, line: StepMetrics) -> None:
         """Log a step."""
-        self._file.write(json.dumps(line.as_json(), allow_nan=False) + "\n")
+        self._file.write(seal(json.dumps(line.as_json(), allow_nan=False)) + "\n")
         if self._board is not None:
             for component, loss in line.losses.items():
                 self._board.add_scalar(f"loss/component {component}", loss, line.step)
             if line.accuracy is not None:
                 self._board.add_scalar("accuracy/test", line.accuracy, line.step)
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Finish."""

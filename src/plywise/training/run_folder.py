@@ -1,4 +1,7 @@
-"""The folder of a run: its plan, its checkpoints, its logs. It holds one run, and says what is in it."""
+"""The folder of a run: its plan, its checkpoints, its logs. It holds one run, and says what is in it.
+
+What it holds is checked when it is read: a power cut, or a disk that fails, changes no run in silence.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.files import write_whole
+from plywise._util.sealed import DamagedError, is_sealed, seal, unseal
 from plywise._util.version import __version__
 from plywise.data.classes import ClassData
 from plywise.errors import StateError
@@ -43,11 +47,13 @@ class RunFolder:
 
     Attributes:
         checkpoints: the folder of the checkpoints in it.
+        notes: what was found damaged when the run began, and what was done about it, a sentence each.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.notes: list[str] = []
         self._plan = path / "plan.json"
         self._lock: Callable[[], object] | None = None
         path.mkdir(parents=True, exist_ok=True)
@@ -65,11 +71,11 @@ class RunFolder:
                 )
             return None
         try:
-            saved = json.loads(self._plan.read_text(encoding="utf-8"))
+            saved = unseal(self._plan.read_text(encoding="utf-8"))
             return RunRecord(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(
-                f"{self._plan} is no plan of plywise: {error!r}. {_ANEW}", see="state-run"
+                f"{self._plan} is no plan of plywise, or damaged: {error}. {_ANEW}", see="state-run"
             ) from error
 
     def check(self, plan: TrainConfig, data: ClassData) -> RunRecord | None:
@@ -114,20 +120,43 @@ class RunFolder:
             fresh: throw away what is there.
 
         Returns:
-            The step of the checkpoint to go on from; None if there is none.
+            The step of the checkpoint to go on from; None if there is none. A damaged one is set aside, and
+            the one before it taken; ``notes`` say so.
 
         Raises:
-            StateError: another process is at work in the folder.
+            StateError: another process is at work in the folder; or all checkpoints are damaged.
         """
         self._hold()
         if fresh:
             self._clear()
+        step = self._last_whole()
         record = {"plan": plan.as_json(), "data": data.fingerprint(), "starts": starts}
         text = json.dumps({"plywise": __version__, **record}, ensure_ascii=False, indent=1)
-        write_whole(self._plan, text + "\n")
-        step = self.last_step()
+        write_whole(self._plan, seal(text) + "\n")
+        logged: set[int] = set()
         for path in self._logs():
-            cut_back(path, step or 0)
+            kept, lost = cut_back(path, step or 0)
+            logged |= kept
+            if lost:
+                self.notes.append(f"{path} is damaged: {lost} of its lines are lost.")
+        if lacking := (step or 0) - len(logged):
+            self.notes.append(f"The log in {self.path} lacks {lacking} of {step} steps.")
+        return step
+
+    def _last_whole(self) -> int | None:
+        """The step of the last checkpoint that is not damaged; later ones are set aside."""
+        step, damaged = checkpoint.find_whole(self.checkpoints)
+        if step is None and damaged:
+            raise StateError(
+                f"{checkpoint.format_damaged(self.checkpoints, damaged)} There is no other. {_ANEW}",
+                see="state-run",
+            )
+        if damaged:
+            aside = ", ".join(checkpoint.set_aside(self.checkpoints, other).name for other in damaged)
+            self.notes.append(
+                f"{checkpoint.format_damaged(self.checkpoints, damaged)} It goes on from step {step}; "
+                f"renamed: {aside}."
+            )
         return step
 
     def release(self) -> None:
@@ -175,7 +204,7 @@ class RunFolder:
 
     def last_line(self) -> dict[str, Any]:
         """The last line of all logs; empty if there is none."""
-        lines = [line for path in self._logs() for line, _ in _lines(path)]
+        lines = [line for path in self._logs() for line, _ in read_lines(path)]
         return max(lines, key=lambda line: (line["step"], line.get("accuracy") is not None), default={})
 
     def _logs(self) -> list[Path]:
@@ -194,20 +223,34 @@ def _joined(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers)) or "none"
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop a log's lines after ``step``, and what a killed process has left of a line."""
-    kept = "".join(text for line, text in _lines(path) if line["step"] <= step)
-    if kept != path.read_text(encoding="utf-8", errors="replace"):
-        write_whole(path, kept)
+def cut_back(path: Path, step: int) -> tuple[set[int], int]:
+    """Drop a log's lines after ``step``, and what is damaged, or what a killed process has left of a line.
+
+    Returns:
+        The steps that have a line, and how many damaged lines there were.
+    """
+    content = path.read_bytes()
+    lines = list(read_lines(path))
+    kept = {line["step"]: text for line, text in lines if line["step"] <= step}
+    whole = "".join(kept.values())
+    if whole.encode() != content:
+        write_whole(path, whole)
+    return set(kept), content.count(b"\n") - len(lines)
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The lines of a log that are whole, read and as they are."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The lines of a log that are whole, read and as they are.
+
+    Lines without a check are older than all that have one; a later one has lost it.
+    """
+    sealed = False
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for text in file:
             try:
-                line = json.loads(text)
-            except ValueError:
-                return
-            if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
+                line = unseal(text)
+            except DamagedError:
+                continue
+            whole = text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int)
+            if whole and (is_sealed(text) or not sealed):
+                sealed = is_sealed(text)
                 yield line, text

@@ -82,7 +82,7 @@ class Session:
 
     Attributes:
         began: number of steps done before this session.
-        note: what was chosen about the data, in a sentence; empty if nothing was.
+        note: what was chosen about the data, and what was found damaged, a sentence a line.
         per_epoch: steps in an epoch.
         total: steps in the whole training.
     """
@@ -99,7 +99,7 @@ class Session:
         self.plan, self.engine, self.folder = plan, engine, folder
         self.samples, self.classes = len(data.train.x), data.classes
         self.test_samples = 0 if data.test is None else len(data.test.x)
-        self.note = data.note
+        self.note = "\n".join(filter(None, [data.note, *folder.notes]))
         self.per_epoch = math.ceil(self.samples / plan.batch_size)
         self.total = plan.epochs * self.per_epoch
         self._reads = engine.stage == 0
@@ -107,6 +107,7 @@ class Session:
         self._data = data if self._reads else None  # the other stages need not keep it
         self._log = None if log is None else folder.path / log
         self._saved = step
+        self._written: MetricsLog | None = None
         self._held: StepMetrics | None = None  # an epoch's last line waits for the accuracy
         self.began = 0 if step is None else self._restore(step)
         self._clock = time.monotonic() - float(folder.last_line().get("seconds", 0.0))
@@ -142,12 +143,12 @@ class Session:
         """
         log = self._log
         journal = nullcontext() if log is None else MetricsLog(log, self.step, self.plan.tensorboard)
-        with journal as written, signals_to(self.engine.ask_to_stop), warnings.catch_warnings():
+        with journal as self._written, signals_to(self.engine.ask_to_stop), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*so this step was not taken", RuntimeWarning)  # see `skipped`
 
             def tell(line: StepMetrics) -> None:
-                if written is not None:
-                    written.write(line)
+                if self._written is not None:
+                    self._written.write(line)
                 show(line)
 
             hear = self._hearing(tell)
@@ -227,6 +228,8 @@ class Session:
         if self._saved == self.step:
             return
         try:
+            if self._written is not None:
+                self._written.sync()  # the log reaches as far as the checkpoint, whatever happens
             self.engine.save(self.folder.checkpoints, self.plan.keep)
         except PlywiseError:
             raise
@@ -244,7 +247,7 @@ class Session:
         except Exception as error:
             raise StateError(
                 f"The checkpoint of step {step} in {self.folder.checkpoints} cannot be read: "
-                f"{format_error(error)}. Move it away to go on from the one before.",
+                f"{format_error(error)}.",
                 see="state-run",
             ) from error
 
@@ -356,9 +359,6 @@ def accuracy(learner: Learner, split: Split) -> float:
 
 def format_error(error: BaseException) -> str:
     """An exception in a line."""
-    failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint: {rank: (error, traceback)}
-    if failures:
-        return format_error(next(iter(failures.values()))[0])
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from plywise.arena.scoring.ranking import MethodOnWorkload
@@ -21,6 +21,8 @@ POINTS = 12_000
 FEWEST, MOST = 8, 60
 """Points of one curve."""
 
+TRIALS = 500
+"""Tuning trials of a method that are drawn, spread evenly where there are more."""
 
 BEFORE = "before training"
 """Whose layers those are that the bench's description of a workload tells about."""
@@ -80,12 +82,14 @@ def rates(field: BenchResults, workload: str) -> list[dict[str, Any]]:
                 for line in trials
                 if number in line["numbers"]
             ]
+            points.sort(key=lambda point: point[0])
+            every = math.ceil(len(points) / TRIALS) or 1
             found.append(
                 {
                     "name": method,
                     "number": number,
                     "default": space[number]["default"],
-                    "points": thin(sorted(points, key=lambda point: point[0])),
+                    "points": thin(points[::every]),
                 }
             )
     return found
@@ -99,7 +103,8 @@ def tuning_cost(field: BenchResults, workload: str) -> list[dict[str, Any]]:
         if trials:
             values = [math.inf if line["failure"] is not None else best_validation(line) for line in trials]
             low, middle, high = zip(*after_trials(values), strict=True)
-            found.append({"name": method, "low": thin(low), "middle": thin(middle), "high": thin(high)})
+            each = {"low": low[:TRIALS], "middle": middle[:TRIALS], "high": high[:TRIALS]}
+            found.append({"name": method, **thin(each)})
     return found
 
 
@@ -113,15 +118,29 @@ def after_trials(values: Sequence[float]) -> list[tuple[float, float, float]]:
         >>> after_trials([3.0, 1.0, 2.0])
         [(1.0, 2.0, 3.0), (1.0, 1.0, 2.0), (1.0, 1.0, 1.0)]
     """
-    ordered, n = sorted(values), len(values)
+    ordered = sorted(values)
+    low, middle, high = (
+        [ordered[place - 1] for place in _places(len(values), share)] for share in (0.25, 0.5, 0.75)
+    )
+    return list(zip(low, middle, high, strict=True))
 
-    def quantile(k: int, share: float) -> float:
-        for place in range(1, n + 1):
-            if 1 - math.comb(n - place, k) / math.comb(n, k) >= share - 1e-12:
-                return ordered[place - 1]
-        return ordered[-1]
 
-    return [(quantile(k, 0.25), quantile(k, 0.5), quantile(k, 0.75)) for k in range(1, n + 1)]
+def _places(n: int, share: float) -> Iterator[int]:
+    """For k from 1 to n, the first place at or before which the best of k lies in that share of the choices.
+
+    It only moves forward, so that all of them take about n log n multiplications.
+    """
+    place = n
+    for k in range(1, n + 1):
+        while place > 1 and 1 - _later(n, place - 1, k) >= share - 1e-12:
+            place -= 1
+        yield place
+
+
+def _later(n: int, place: int, k: int) -> float:
+    """C(n - place, k) / C(n, k), of whichever product has fewer factors."""
+    few, many = sorted((place, k))
+    return math.prod(max(n - many - j, 0) / (n - j) for j in range(few))
 
 
 def layers(field: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
@@ -183,13 +202,14 @@ def _curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
         ]
         return [value for value in found if value is not None]
 
+    lost = [
+        (max(run["steps"], default=0), run, where)
+        for run, where in zip(runs, at, strict=True)
+        if run["failure"] is not None
+    ]
+
     def gone(name: str, step: int) -> int:
-        return sum(
-            run["failure"] is not None
-            and step >= max(run["steps"], default=0)
-            and not _has(run, name, where, step)
-            for run, where in zip(runs, at, strict=True)
-        )
+        return sum(step >= end and not _has(run, name, where, step) for end, run, where in lost)
 
     def middle(name: str) -> list[float | None]:
         return [statistics.median(found) if (found := values(name, step)) else None for step in steps]
@@ -208,9 +228,8 @@ def _curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
         "loss": thin(spread("loss")),
         "validation": thin(spread("validation")),
         "failed": [
-            (steps.index(max(run["steps"])) if run["steps"] else 0, f"seed {run['seed']}: {run['failure']}")
-            for run in runs
-            if run["failure"] is not None
+            (steps.index(end) if run["steps"] else 0, f"seed {run['seed']}: {run['failure']}")
+            for end, run, _ in lost
         ],
         "runs": len(runs),
     }

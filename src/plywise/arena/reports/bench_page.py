@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import json
+import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -119,12 +120,10 @@ def page(judged: Judged) -> str:
         "told": WORDS,
         "rules": {"place": STRICT_PLACE, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
     }
-    tables = [
-        _download("standing.csv", "Standing (CSV)", "text/csv", ranking_csv(found)),
-        _download("trials.csv", "All trials, one a line (CSV)", "text/csv", runs_csv(field)),
-    ]
-
     data = _data(field, found)
+    tables = list(
+        filter(None, [_download("standing.csv", "Standing (CSV)", "text/csv", [ranking_csv(found)])])
+    )
 
     def filled(downloads: list[dict[str, str]], note: str) -> str:
         return fill(
@@ -138,12 +137,19 @@ def page(judged: Judged) -> str:
         )
 
     room = LARGEST - len(filled(tables, "").encode("utf-8"))
+    table = _download("trials.csv", "All trials, one a line (CSV)", "text/csv", runs_csv(field), room)
+    if table is None:
+        return filled(tables, "The trials are too large for this page: trials.jsonl of the bench has them.")
+    tables, room = [*tables, table], room - len(table["href"])
     for digits in (None, 6, 4, 3):
-        whole = "".join(_raw(line, digits) for line in lines)
         raw = _download(
-            "trials.jsonl", "All trials with their curves (JSON lines)", "application/x-ndjson", whole
+            "trials.jsonl",
+            "All trials with their curves (JSON lines)",
+            "application/x-ndjson",
+            (_raw(line, digits) for line in lines),
+            room,
         )
-        if len(raw["href"]) < room:
+        if raw is not None:
             note = (
                 f"The curves are cut to {digits} digits; trials.jsonl of the bench has them all."
                 if digits
@@ -299,7 +305,20 @@ def _raw(line: TrialRecord, digits: int | None) -> str:
     return json.dumps(short, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def _download(name: str, label: str, kind: str, text: str) -> dict[str, str]:
-    """A file inside the page: a link to its compressed form, which the page's script unpacks."""
-    packed = base64.b64encode(gzip.compress(text.encode("utf-8"), mtime=0)).decode("ascii")
-    return {"name": name, "label": label, "kind": kind, "href": f"data:application/gzip;base64,{packed}"}
+def _download(
+    name: str, label: str, kind: str, pieces: Iterable[str], room: float = math.inf
+) -> dict[str, str] | None:
+    """A file inside the page: a link to its compressed form, which the page's script unpacks.
+
+    Returns:
+        The link; None as soon as it is seen to take ``room`` bytes or more: what does not fit takes no time.
+    """
+    packer = zlib.compressobj(wbits=31)  # as gzip
+    packed = bytearray()
+    for piece in pieces:
+        packed += packer.compress(piece.encode("utf-8"))
+        if 4 * len(packed) / 3 >= room:
+            return None
+    packed += packer.flush()
+    href = f"data:application/gzip;base64,{base64.b64encode(packed).decode('ascii')}"
+    return None if len(href) >= room else {"name": name, "label": label, "kind": kind, "href": href}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from plywise.arena.scoring.ranking import MethodOnWorkload, Spread
 from plywise.arena.scoring.results import BenchResults
@@ -31,8 +31,8 @@ def ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
     return _csv([*header, *spans, *timing, "step_cost", "cpu_seconds_of_a_run", "peak_mib", "numbers"], lines)
 
 
-def runs_csv(field: BenchResults) -> str:
-    """Every trial of the bench, one a line: what it reached, when, and how it ended."""
+def runs_csv(field: BenchResults) -> Iterator[str]:
+    """Every trial of the bench, one a line: what it reached, when, and how it ended; line by line."""
     header = [
         "workload",
         "method",
@@ -45,12 +45,13 @@ def runs_csv(field: BenchResults) -> str:
         "last_validation",
         "test",
     ]
-    lines = []
+    clocks = [f"{clock}_to_target" for clock in CLOCKS]
+    yield _row([*header, *clocks, "steps_to_loose_target", "peak_mib", "failure"])
     for workload in field.workloads:
         target = field.targets[workload]
         for method in field.methods:
             for line in field.trials(workload, method):
-                lines.append(
+                yield _row(
                     [
                         *(line[name] for name in header[:6]),
                         _told(line["numbers"]),
@@ -63,16 +64,6 @@ def runs_csv(field: BenchResults) -> str:
                         line["failure"],
                     ]
                 )
-    return _csv(
-        [
-            *header,
-            *(f"{clock}_to_target" for clock in CLOCKS),
-            "steps_to_loose_target",
-            "peak_mib",
-            "failure",
-        ],
-        lines,
-    )
 
 
 def _told(numbers: dict[str, float]) -> str:
@@ -80,8 +71,18 @@ def _told(numbers: dict[str, float]) -> str:
 
 
 def _csv(header: list[str], lines: Iterable[Iterable[object]]) -> str:
+    return "".join(_row(line) for line in (header, *lines))
+
+
+def _row(cells: Iterable[object]) -> str:
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
+    csv.writer(file, lineterminator="\n").writerow(map(_inert, cells))
     return file.getvalue()
+
+
+def _inert(cell: object) -> object:
+    """A cell that no spreadsheet takes for a formula: words from a user's code may begin like one."""
+    if not isinstance(cell, str):
+        return cell
+    text = cell.replace("\r", "\n")  # which is quoted
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) else text

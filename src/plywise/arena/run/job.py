@@ -33,6 +33,7 @@ class WorkloadSpec:
         name: of a shipped workload, or what the user's own is called.
         model: ``module:function`` of the user's model; empty for a shipped workload.
         data: where the user's data are.
+        read: how they are read, see `plywise.data.reading.ReadOptions.parse`.
         loss: ``module:function`` of the user's loss, or empty.
         metric: ``module:function`` of the user's metric, or empty.
         batch_size: samples a batch; None: the workload's.
@@ -50,12 +51,19 @@ class WorkloadSpec:
     steps: int | None = None
     blocks: int | None = None
     classes: int = 0
+    read: str = ""
 
     def workload(self) -> Workload:
         """The workload, as the entry wants it."""
         if self.model:
             made = own_workload(
-                self.name, self.model, self.data, loss=self.loss, metric=self.metric, blocks=self.blocks
+                self.name,
+                self.model,
+                self.data,
+                read=self.read,
+                loss=self.loss,
+                metric=self.metric,
+                blocks=self.blocks,
             )
             return self.applied(made)
         return self.applied(find_workload(self.name))

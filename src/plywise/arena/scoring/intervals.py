@@ -109,8 +109,9 @@ def medians(values: Sequence[float], generator: np.random.Generator, count: int 
         [1.0, 2.0, inf]
     """
     data = np.asarray(values, dtype=np.float64)
-    drawn = np.sort(data[generator.integers(len(data), size=(count, len(data)))], axis=1)
-    upper, lower = drawn[:, len(data) // 2], drawn[:, (len(data) - 1) // 2]
+    places = len(data) // 2, (len(data) - 1) // 2
+    drawn = np.partition(data[generator.integers(len(data), size=(count, len(data)))], places, axis=1)
+    upper, lower = drawn[:, places[0]], drawn[:, places[1]]
     return np.where(upper == lower, upper, lower / 2 + upper / 2)
 
 

@@ -121,6 +121,10 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
         if track == DEFAULTS and TUNED in bench["tracks"] and not _space(bench, method):
             finals.setdefault((TUNED, workload, method), runs)
     targets = {name: _target(bench, name, on[name]) for name in workloads}
+    longest = {name: max((max(x["steps"], default=0) for x in on[name]), default=0) for name in workloads}
+    by_method: dict[tuple[str, str], list[TrialRecord]] = {}
+    for line in lines:
+        by_method.setdefault((line["workload"], line["method"]), []).append(line)
     generator = np.random.default_rng(seed)
     keys = ((track, workload, name) for track in TRACKS for workload in workloads for name in methods)
     return BenchResults(
@@ -133,7 +137,14 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
         refused={(one["workload"], one["method"]): one["reason"] for one in bench.get("refused") or []},
         targets=targets,
         cells={
-            key: _cell(finals[key], targets[key[1]].strict, on[key[1]], bench, generator)
+            key: _cell(
+                finals[key],
+                targets[key[1]].strict,
+                (by_method[key[1:]], on[key[1]]),
+                longest[key[1]],
+                bench,
+                generator,
+            )
             for key in keys
             if key in finals
         },
@@ -172,18 +183,18 @@ def _target(bench: dict[str, Any], workload: str, lines: list[TrialRecord]) -> T
 def _cell(
     runs: list[TrialRecord],
     target: float | None,
-    others: list[TrialRecord],
+    others: tuple[list[TrialRecord], ...],
+    longest: int,
     bench: dict[str, Any],
     generator: np.random.Generator,
 ) -> Cell:
-    longest = max((step for line in others for step in line["steps"]), default=0)
+    """A cell; ``others`` are the trials of its method, and all on its workload."""
     about = bench["workloads"].get(runs[0]["workload"], {})
     steps, between = about.get("steps") or longest, about.get("measure_every") or 0
-    same = [line for line in others if line["method"] == runs[0]["method"]]
     times = {}
     for clock in CLOCKS:
         # a method whose every run failed before its first measured step is given the others' pace
-        paces = (_per_step(lines, clock) for lines in (runs, same, others))
+        paces = (_per_step(lines, clock) for lines in (runs, *others))
         pace = next((pace for pace in paces if pace is not None), 0.0)
         values = [to_target(run, target, clock) for run in runs]
         times[clock] = timed(values, steps * pace, generator, between * pace)

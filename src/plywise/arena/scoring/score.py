@@ -99,10 +99,10 @@ def to_target(line: TrialRecord, target: float | None, clock: str = "steps") -> 
     """
     if target is None:
         return math.inf
-    # not strict: a trial that failed while it was measured has a step without a metric
-    for when, value in zip(clock_values(line, clock), line["validation"], strict=False):
+    values = line["steps" if clock == "gradients" else clock]
+    for place, value in enumerate(line["validation"][: len(values)]):
         if value is not None and value <= target:
-            return when
+            return float(values[place]) * (line["gradients"] if clock == "gradients" else 1.0)
     return math.inf
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plywise._util.modes import evaluating
 from plywise.arena.task import REGRESSION, WHOLE_SET, Judge, Task, WholeSetTask, error_rate, task_of
 from plywise.arena.workload import Workload
 from plywise.data.digits import Split
 from plywise.data.own_data import OwnData
 from plywise.data.parts import Data
+from plywise.data.reading import ReadOptions
 from plywise.errors import BlockError, PlywiseError
 from plywise.local.split import split
 from plywise.registry.resolve import make_model, resolve_data, resolve_function
@@ -30,6 +32,7 @@ def own_workload(
     model: str,
     data: str | Data,
     *,
+    read: str = "",
     loss: str = "",
     metric: str = "",
     batch_size: int | None = None,
@@ -46,6 +49,7 @@ def own_workload(
         name: what to call it.
         model: ``module:name`` of a function that makes the network, a new one each time.
         data: where the data are (see `plywise.registry.resolve.resolve_data`), or data that have been read.
+        read: how they are read, see `plywise.data.reading.ReadOptions.parse`; the rest is guessed.
         loss: ``module:name`` of a function (output, y) to a mean loss, a scalar; empty: the usual one.
         metric: alike, what is judged by, lower is better; empty: the error rate for classes, else the loss.
         batch_size: samples a batch. Default 128, or all if there are fewer.
@@ -62,9 +66,10 @@ def own_workload(
         >>> own_workload("mine", made_by, "quadratic").task.metric_name
         'mean squared error'
     """
+    options = ReadOptions.parse(read)
     with torch.random.fork_rng(devices=[]):
         network = _made(model)  # before the data, which may take long
-    found = resolve_data(data) if isinstance(data, str) else OwnData(data, "read before")
+    found = resolve_data(data, options) if isinstance(data, str) else OwnData(data, "read before")
     train = found.data.train
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         output = _output(network, model, train.x[:2].clone())
@@ -78,6 +83,7 @@ def own_workload(
         batch_size=min(BATCH_SIZE, len(train.y)) if batch_size is None else batch_size,
         steps=STEPS if steps is None else steps,
         blocks=_blocks(network, train.x[:_EXAMPLE].clone(), classes, blocks),
+        guesses=found.guesses,
     )
 
 
@@ -129,18 +135,16 @@ def _made(address: str) -> nn.Module:
 
 
 def _output(network: nn.Module, address: str, x: Tensor) -> Tensor:
-    """What the network says to two samples, in eval mode; its mode is as before afterwards."""
-    training = network.training
+    """What the network says to two samples, in eval mode; every part of it is in its own mode afterwards."""
     try:
-        output = network.eval()(x)
+        with evaluating(network):
+            output = network(x)
     except Exception as error:
         raise PlywiseError(
             f"{address} fails on two inputs of {x.dtype} and shape {tuple(x.shape)}: {type(error).__name__}: "
             f"{error}.",
             see="error-address",
         ) from error
-    finally:
-        network.train(training)
     if not isinstance(output, Tensor):
         raise PlywiseError(
             f"{address} gives a {type(output).__name__}, not one tensor with a row a sample.",

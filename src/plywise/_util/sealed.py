@@ -1,0 +1,61 @@
+"""JSON that says whether it is still what was written: at its end stands a digest of it, ``check``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+_CHECK = re.compile(r',\s*"check": "([0-9a-f]{16})"\s*\}\s*$')
+
+
+class DamagedError(ValueError):
+    """A text is not what was written."""
+
+
+def seal(text: str) -> str:
+    """The text of a JSON object, with its check.
+
+    Example:
+        >>> seal('{"a": 1}')
+        '{"a": 1, "check": "2445ef814befe2c2"}'
+    """
+    body = text.rstrip().removesuffix("}").rstrip()
+    space = "\n " if "\n" in body else " "
+    return f'{body},{space}"check": "{_digest(body)}"{space.rstrip(" ")}}}'
+
+
+def is_sealed(text: str) -> bool:
+    """Whether a text has a check."""
+    return _CHECK.search(text[-64:]) is not None
+
+
+def unseal(text: str) -> Any:
+    """What a text says, its check apart. One without a check, as older versions wrote it, is taken as it is.
+
+    Raises:
+        DamagedError: it is no JSON, or does not fit its check.
+
+    Example:
+        >>> unseal('{"a": 1, "check": "2445ef814befe2c2"}')
+        {'a': 1}
+        >>> unseal('{"a": 2, "check": "2445ef814befe2c2"}')
+        Traceback (most recent call last):
+        plywise._util.sealed.DamagedError: it does not fit its check
+    """
+    start = max(0, len(text) - 64)
+    found = _CHECK.search(text[start:])
+    if found is not None:
+        body = text[: start + found.start()]
+        if _digest(body) != found[1]:
+            raise DamagedError("it does not fit its check")
+        text = body + "}"
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+
+
+def _digest(body: str) -> str:
+    return hashlib.blake2b(body.encode(), digest_size=8).hexdigest()

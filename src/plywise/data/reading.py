@@ -1,0 +1,205 @@
+"""What data are read as: what their user says; else a guess, with the flag that overrules it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plywise._util.suggest import suggestion
+from plywise.data.arrays import tensor_of
+from plywise.errors import PlywiseError
+
+MOST_CLASSES = 20
+"""Whole numbers in a table that go up to more are taken for counts, which are to be predicted as numbers."""
+_CHOICES = {
+    "header": ("yes", "no"),
+    "targets": ("classes", "numbers"),
+    "inputs": ("numbers", "images", "tokens"),
+}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How data are read; what is empty is guessed, and the guess is said.
+
+    Attributes:
+        header: whether the first line of a .csv file holds names: yes or no.
+        target: name of the column of a .csv file that holds the targets. Default: the last one.
+        targets: classes or numbers.
+        inputs: numbers (float32), images (bytes, divided by 255) or tokens (whole numbers, for embeddings).
+    """
+
+    header: str = ""
+    target: str = ""
+    targets: str = ""
+    inputs: str = ""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) and value not in choices:
+                raise PlywiseError(
+                    f"--read {name}= takes {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}.",
+                    see="error-command",
+                )
+
+    @staticmethod
+    def parse(text: str) -> ReadOptions:
+        """The options of a flag such as ``header=no,targets=numbers``.
+
+        Raises:
+            PlywiseError: there is no such option, or it does not take that value.
+
+        Example:
+            >>> ReadOptions.parse("header=no,targets=numbers").targets
+            'numbers'
+        """
+        known = [entry.name for entry in fields(ReadOptions)]
+        values = {}
+        for word in filter(None, text.split(",")):
+            name, equals, value = (part.strip() for part in word.partition("="))
+            if not (equals and value) or name not in known:
+                hint = suggestion(name, tuple(known)) or f"Known are: {', '.join(known)}."
+                raise PlywiseError(
+                    f"--read takes name=value, as in header=no,targets=numbers, not {word!r}. {hint}",
+                    see="error-command",
+                )
+            values[name] = value
+        return ReadOptions(**values)
+
+
+@dataclass
+class Reader:
+    """Turns what a user's data hold into tensors.
+
+    Args:
+        options: what the user says of them.
+
+    Attributes:
+        guesses: what was guessed, a sentence each, with the flag that overrules it.
+    """
+
+    options: ReadOptions
+    guesses: list[str] = field(default_factory=list)
+
+    def say(self, guess: str) -> None:
+        """Note a guess, once."""
+        if guess and guess not in self.guesses:
+            self.guesses.append(guess)
+
+    def inputs(self, values: Any, what: str) -> Tensor:
+        """Inputs as networks take them, a row for each sample.
+
+        Bytes become float32 and are divided by 255, since they are images as a rule; other whole numbers
+        become int64, for embeddings; all else float32.
+
+        Raises:
+            PlywiseError: see `plywise.data.arrays.tensor_of`.
+        """
+        x = tensor_of(values, f"{what}: the inputs")
+        kind = self.options.inputs or self._guess_inputs(x)
+        if kind == "tokens":
+            return x.long()
+        return x.float() / 255 if kind == "images" else x.float()
+
+    def _guess_inputs(self, x: Tensor) -> str:
+        if x.is_floating_point() or x.dtype == torch.bool:
+            return "numbers"
+        if x.dtype == torch.uint8:
+            self.say(
+                "The inputs are bytes and were taken as images, divided by 255; --read inputs=numbers takes "
+                "them as they are."
+            )
+            return "images"
+        self.say(
+            "The inputs are whole numbers and were left so, as tokens for embeddings; --read inputs=numbers "
+            "makes them floating-point."
+        )
+        return "tokens"
+
+    def targets(self, values: Any, what: str) -> Tensor:
+        """Targets: whole numbers are classes or tokens, int64; others are to be predicted, float32.
+
+        Raises:
+            PlywiseError: see `plywise.data.arrays.tensor_of`; or they are neither.
+        """
+        y = tensor_of(values, f"{what}: the targets")
+        if self.options.targets == "numbers":
+            return y.float()
+        if y.is_floating_point():
+            return self._floating_targets(y, what)
+        if y.dim() == 2 and y.shape[1] == 1:
+            raise PlywiseError(
+                f"{what}: the targets are whole numbers of shape {tuple(y.shape)}. Classes are of shape (N,) "
+                "as y[:, 0]; numbers to predict are floating-point, or --read targets=numbers.",
+                see="error-data",
+            )
+        y = y.long()
+        if y.numel() and int(y.min()) < 0:
+            raise PlywiseError(
+                f"{what}: the targets hold {int(y.min())}; classes and tokens count from 0.", see="error-data"
+            )
+        if y.dim() == 1 and y.numel() and int(y.min()) > 0:
+            self.say(
+                f"The targets are whole numbers from {int(y.min())} to {int(y.max())}, taken as classes, "
+                "so that class 0 has no sample; --read targets=numbers takes them as numbers to predict."
+            )
+        return y
+
+    def _floating_targets(self, y: Tensor, what: str) -> Tensor:
+        whole = y.dim() == 1 and bool((y == y.round()).all())
+        if self.options.targets == "classes":
+            if not whole or (y.numel() and float(y.min()) < 0):
+                raise PlywiseError(
+                    f"{what}: targets must be class indices, one whole number from 0 a sample; these are "
+                    f"{y.dtype} of shape {tuple(y.shape)}.",
+                    see="error-data",
+                )
+            return y.long()
+        if whole and y.numel() and _may_be_classes(y.unique()):
+            self.say(
+                f"The targets are floating-point, though just whole numbers from {float(y.min()):g} to "
+                f"{float(y.max()):g}, and were taken as numbers to predict; --read targets=classes takes "
+                "them as classes."
+            )
+        return y.float()
+
+    def column(self, y: Tensor, name: str, what: str) -> Tensor:
+        """The targets of a table, whose cells do not say what they are: classes, int64, or float32.
+
+        Classes are numbered from 0 in the order of their values.
+
+        Raises:
+            PlywiseError: they cannot be what they should.
+        """
+        y = tensor_of(y, f"{what}: the targets")
+        if self.options.targets == "numbers" or not bool((y == y.round()).all()):
+            if self.options.targets == "classes":
+                raise PlywiseError(
+                    f"{what}: column {name!r} holds other than whole numbers: these are no classes.",
+                    see="error-data",
+                )
+            return y.float()
+        values, index = y.unique(return_inverse=True)
+        span = f"are the whole numbers {float(values[0]):g} to {float(values[-1]):g}"
+        if not self.options.targets and not _may_be_classes(values):
+            self.say(
+                f"The targets (column {name!r}) {span} and were taken as numbers to predict; --read "
+                "targets=classes takes them as classes."
+            )
+            return y.float()
+        if not self.options.targets:
+            first = "" if float(values[0]) == 0 else ", numbered from 0"
+            self.say(
+                f"The targets (column {name!r}) {span} and were taken as {len(values)} classes{first}; "
+                "--read targets=numbers takes them as numbers to predict."
+            )
+        return index
+
+
+def _may_be_classes(values: Tensor) -> bool:
+    """Whether different whole numbers look like classes: two of them, or 0 or 1 and those that follow."""
+    first, last, count = float(values[0]), float(values[-1]), len(values)
+    return count == 2 or (first in (0, 1) and count <= MOST_CLASSES and last == first + count - 1)

@@ -1,0 +1,170 @@
+"""Readers of ``.csv`` files: line by line, so that a table takes no more memory than its numbers do."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plywise.data.unpacking import open_unpacked
+from plywise.errors import PlywiseError
+
+_ROWS = 1024  # moved at once
+
+
+class Table(NamedTuple):
+    """A table of numbers.
+
+    Attributes:
+        numbers: (rows, columns), NaN where a cell is empty or says ``nan``.
+        names: of the columns; ``column 1``, ``column 2``, ... where the file does not name them.
+        guess: what was guessed about the first line, in a sentence; empty if it left no doubt.
+    """
+
+    numbers: NDArray[Any]
+    names: list[str]
+    guess: str = ""
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a ``.csv`` file, each by the names in the first line; a cell may hold anything.
+
+    Raises:
+        PlywiseError: it cannot be read, two columns have one name, or a row has more or fewer cells than the
+            first line.
+    """
+    lines = _cells(path)
+    names = next(lines, [])
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise PlywiseError(f"{path} has two columns {twice!r}: name each otherwise.", see="error-data")
+    rows = [dict(zip(names, row, strict=True)) for row in lines]
+    if not rows:
+        raise PlywiseError(f"{path} has no rows under its first line.", see="error-data")
+    return rows
+
+
+def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.float64) -> Table:
+    r"""A ``.csv`` file of numbers, usually under one line of names.
+
+    It is read line by line; in memory is nothing but the numbers.
+
+    Args:
+        path: the file; it may be compressed by gzip.
+        header: whether the first line holds names. None: it does, unless all its cells are numbers; numbers
+            that count 0, 1, 2, ... are taken for names, too, which pandas writes where there are none.
+        dtype: of the numbers, ``np.float64`` or ``np.float32``.
+
+    Raises:
+        PlywiseError: it cannot be read, its rows differ in length, or a cell is no number.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.csv"
+        >>> _ = path.write_text("size,price\n1,2.5\n3,\n")
+        >>> read_table(path).numbers
+        array([[1. , 2.5],
+               [3. , nan]])
+    """
+    rows = _cells(path)
+    first = next(rows, None)
+    if first is None:
+        raise PlywiseError(f"{path} has no rows.", see="error-data")
+    has_names, guess = (header, "") if header is not None else _guess_header(path, first)
+    names = first if has_names else [f"column {number}" for number in range(1, len(first) + 1)]
+    # grows in place: where memory is mapped anew, nothing is copied
+    values = array("f" if dtype is np.float32 else "d")
+    count = 0
+    for count, row in enumerate(rows if has_names else _with_first(first, rows), 1):
+        try:
+            values.extend([float(cell) for cell in row])
+        except ValueError:
+            values.extend(_numbers(path, count, names, row))
+    if not count:
+        raise PlywiseError(f"{path} has no rows under its first line.", see="error-data")
+    return Table(np.frombuffer(values, dtype).reshape(count, len(names)), names, guess)
+
+
+def take_column(numbers: NDArray[Any], place: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A table without one of its columns, and that column. The table is overwritten: nothing is copied.
+
+    Example:
+        >>> rest, column = take_column(np.arange(6.0).reshape(2, 3), 1)
+        >>> rest.tolist(), column.tolist()
+        ([[0.0, 2.0], [3.0, 5.0]], [1.0, 4.0])
+    """
+    rows, columns = numbers.shape
+    column = numbers[:, place].copy()
+    rest = numbers.reshape(-1)[: rows * (columns - 1)].reshape(rows, columns - 1)
+    keep = [number for number in range(columns) if number != place]
+    for start in range(0, rows, _ROWS):  # rows move to the front: none is overwritten before it was read
+        rest[start : start + _ROWS] = numbers[start : start + _ROWS][:, keep]
+    return rest, column
+
+
+def _cells(path: Path) -> Iterator[list[str]]:
+    """The lines of a file, each as its cells; empty lines are left out, and all others are equally long."""
+    with open_unpacked(path) as file:
+        # utf-8-sig: spreadsheets begin their files with a byte order mark
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+        columns = 0
+        try:
+            for row in reader:
+                columns = columns or len(row)
+                if row and len(row) != columns:
+                    raise PlywiseError(
+                        f"{path}, line {reader.line_num}: there are {columns} columns, not here.",
+                        see="error-data",
+                    )
+                if row:
+                    yield row
+        except csv.Error as error:
+            raise PlywiseError(f"{path}, line {reader.line_num}: {error}.", see="error-data") from error
+        except UnicodeDecodeError as error:
+            raise PlywiseError(f"{path} is not text in UTF-8: {error}.", see="error-data") from error
+
+
+def _with_first(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
+    yield first
+    yield from rest
+
+
+def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
+    """Whether the first line holds names, and a sentence if that is not certain."""
+    if not all(_is_number(cell) for cell in first):
+        return True, ""
+    if first == [str(number) for number in range(len(first))]:
+        return True, (
+            f"The first line of {path} counts 0, 1, 2, ... and was taken as the names of the columns; "
+            "--read header=no takes it as a sample."
+        )
+    return False, (
+        f"The first line of {path} holds numbers and was taken as a sample; --read header=yes takes it as "
+        "the names of the columns."
+    )
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return not math.isnan(float(cell))
+    except ValueError:
+        return False
+
+
+def _numbers(path: Path, row: int, names: list[str], cells: list[str]) -> Iterator[float]:
+    """The numbers of a row in which not every cell is one."""
+    for name, cell in zip(names, cells, strict=True):
+        try:
+            yield float(cell) if cell.strip() else math.nan
+        except ValueError:
+            raise PlywiseError(
+                f"{path}, row {row}, column {name!r}: {cell!r} is no number. Write classes as numbers, or as "
+                "columns of 0 and 1.",
+                see="error-data",
+            ) from None

@@ -1,0 +1,75 @@
+"""Files that may be compressed by gzip: unpacked while they are read, and never into more than the memory."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from plywise._util.memory import free_memory
+from plywise.errors import PlywiseError
+
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read bytes from, unpacked on the way if it is compressed by gzip, whatever its name.
+
+    Raises:
+        PlywiseError: there is no such file, it cannot be read, or its compressed data are damaged; also while
+            it is read.
+    """
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            if packed:
+                with gzip.open(file) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            else:
+                yield file
+    except FileNotFoundError as error:
+        raise PlywiseError(f"There is no file {path}.", see="error-data") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise PlywiseError(
+            f"{path} is cut short or damaged: {error}. Get it again.", see="error-data"
+        ) from error
+    except OSError as error:
+        raise PlywiseError(f"{path} cannot be read: {error}.", see="error-data") from error
+
+
+def read_bytes(path: Path, most: int | None = None) -> bytearray:
+    """What a file holds, unpacked if it is compressed by gzip.
+
+    Args:
+        path: the file.
+        most: bytes that it may hold. Default: the memory that is free.
+
+    Raises:
+        PlywiseError: see `open_unpacked`; or it holds more.
+    """
+    most = free_memory() if most is None else most
+    content = bytearray()
+    with open_unpacked(path) as file:
+        while chunk := file.read(_CHUNK):
+            content += chunk
+            check_size(path, len(content), most)
+    return content
+
+
+def check_size(path: Path, size: int, most: int | None) -> None:
+    """Refuse what does not fit: a few kilobytes may be packed from terabytes of zeros.
+
+    Raises:
+        PlywiseError: there is no memory for so many bytes.
+    """
+    if most is not None and size > most:
+        raise PlywiseError(
+            f"{path} holds more than {most / 2**20:,.0f} MiB once it is unpacked, and no more memory is "
+            "free.",
+            see="error-data",
+        )

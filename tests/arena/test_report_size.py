@@ -1,0 +1,78 @@
+"""The report of a long bench: work and page grow no faster than the ledger."""
+
+import csv
+import io
+import math
+import random
+import sys
+
+import pytest
+from fake_bench import line, make_bench, make_lines, write_bench
+
+from plywise.arena.reports.bench_charts import after_trials
+from plywise.arena.reports.bench_page import LARGEST, judge, page, write_page
+from plywise.arena.reports.spreadsheets import runs_csv
+
+
+def work(trials: int, seeds: int) -> tuple[int, int]:
+    """Lines of a bench, and how many calls of functions its page takes: the same on any machine."""
+    names = {"methods": ("sgd", "adamw", "proxprop"), "workloads": ("digits",)}
+    bench = make_bench(**names, trials=trials, seeds=list(range(seeds)))
+    lines = make_lines(bench)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        page(judge(bench, lines))
+    finally:
+        sys.setprofile(None)
+    return len(lines), calls
+
+
+@pytest.mark.parametrize(("trials", "seeds"), [(150, 3), (8, 60)])
+def test_work_grows_with_the_lines(trials, seeds):
+    work(4, 2)  # templates are compiled once
+    (lines, calls), (more_lines, more_calls) = work(trials, seeds), work(4 * trials, 4 * seeds)
+    assert more_calls / calls <= 1.1 * more_lines / lines
+
+
+@pytest.mark.slow
+def test_the_page_of_a_long_bench_stays_small(tmp_path):
+    names = {"methods": ("sgd", "adamw", "proxprop"), "workloads": ("digits",)}
+    bench = make_bench(**names, trials=4000, seeds=list(range(40)))
+    path, judged = write_page(write_bench(tmp_path, bench, make_lines(bench)))
+    assert len(judged.lines) > 12_000
+    assert path.stat().st_size <= LARGEST
+
+
+def slow_definition(values):
+    ordered, n = sorted(values), len(values)
+
+    def quantile(k, share):
+        for place in range(1, n + 1):
+            if 1 - math.comb(n - place, k) / math.comb(n, k) >= share - 1e-12:
+                return ordered[place - 1]
+        return ordered[-1]
+
+    return [tuple(quantile(k, share) for share in (0.25, 0.5, 0.75)) for k in range(1, n + 1)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 13, 16, 64, 150])
+def test_the_best_of_k_is_as_defined(count):
+    values = [random.Random(count).choice([1.0, 2.5, 3.0, math.inf, chance]) for chance in range(count)]
+    assert after_trials(values) == slow_definition(values)
+    assert after_trials(list(range(count))) == slow_definition(list(range(count)))
+
+
+@pytest.mark.parametrize("words", ['=HYPERLINK("http://x","y")', "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_no_cell_of_a_table_is_a_formula(words):
+    """Spreadsheets run what begins like one, and an error's message is whatever a user's code says."""
+    bench = make_bench(methods=("sgd",), workloads=("digits",))
+    text = "".join(runs_csv(judge(bench, [line(failure=words), line(trial=1)]).field))
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["failure"] for row in rows] == [f"'{words}".replace("\r", "\n"), ""]
+    assert rows[1]["best_validation"] == "0.1", "numbers stay numbers"

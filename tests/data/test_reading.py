@@ -1,0 +1,154 @@
+"""What plywise guesses about a user's data: the right thing, said, and overruled by one flag."""
+
+import numpy as np
+import pytest
+import torch
+
+from plywise.data.own_data import read_parts
+from plywise.data.reading import ReadOptions
+from plywise.errors import PlywiseError
+from plywise.registry.resolve import resolve_data
+
+
+def table(folder, target, header="a,b,y"):
+    path = folder / "t.csv"
+    lines = [f"{number / 7:.3f},{number % 5},{value}" for number, value in enumerate(target)]
+    path.write_text("\n".join([*([header] if header else []), *lines]) + "\n")
+    return str(path)
+
+
+def read(address, options=""):
+    parts = read_parts(address, ReadOptions.parse(options))
+    return parts["train"], " ".join(parts.guesses)
+
+
+def test_columns_of_one_name_are_all_inputs(tmp_path):
+    train, guesses = read(table(tmp_path, [0.5] * 12, "a,a,y"))
+    assert train.x.shape == (12, 2)
+    assert torch.equal(train.x[:, 1], torch.arange(12) % 5.0)
+    assert guesses == ""
+
+
+def test_a_table_without_names_keeps_its_first_sample(tmp_path):
+    path = table(tmp_path, [2.5, 1.5, 0.5], header="")
+    train, guesses = read(path)
+    assert train.y.tolist() == [2.5, 1.5, 0.5]
+    assert f"The first line of {path} holds numbers and was taken as a sample; --read header=yes" in guesses
+    train, guesses = read(path, "header=yes")
+    assert (train.y.tolist(), guesses) == ([1.5, 0.5], "")
+
+
+def test_names_that_count_are_those_of_pandas(tmp_path):
+    path = table(tmp_path, [2.5, 1.5], header="0,1,2")
+    train, guesses = read(path)
+    assert train.y.tolist() == [2.5, 1.5]
+    assert "counts 0, 1, 2, ... and was taken as the names of the columns; --read header=no" in guesses
+    assert len(read(path, "header=no")[0].y) == 3
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"\xef\xbb\xbf1,2\n3,4.5\n")
+    assert len(read(str(path))[0].y) == 2, "else the first line would not be numbers"
+
+
+@pytest.mark.parametrize(
+    ("target", "classes", "words"),
+    [
+        ([0, 1, 2, 1, 0, 2], [0, 1, 2, 1, 0, 2], "whole numbers 0 to 2 and were taken as 3 classes;"),
+        ([1, 2, 3, 1, 3, 2], [0, 1, 2, 0, 2, 1], "1 to 3 and were taken as 3 classes, numbered from 0;"),
+        ([-1, 1, 1, -1], [0, 1, 1, 0], "-1 to 1 and were taken as 2 classes, numbered from 0;"),
+        (list(range(40)), None, "0 to 39 and were taken as numbers to predict; --read targets=classes"),
+        ([0, 2, 5, 2], None, "0 to 5 and were taken as numbers to predict;"),
+    ],
+)
+def test_what_a_column_of_whole_numbers_is_taken_for_is_said(tmp_path, target, classes, words):
+    path = table(tmp_path, target)
+    train, guesses = read(path)
+    assert words in guesses
+    assert "(column 'y')" in guesses
+    if classes is None:
+        assert train.y.dtype == torch.float32
+        assert train.y.tolist() == target
+    else:
+        assert train.y.dtype == torch.int64
+        assert train.y.tolist() == classes
+    numbers, guesses = read(path, "targets=numbers")
+    assert (numbers.y.dtype, numbers.y.tolist(), guesses) == (torch.float32, target, "")
+    ranked, guesses = read(path, "targets=classes")
+    order = sorted(set(target))
+    assert (ranked.y.tolist(), guesses) == ([order.index(value) for value in target], "")
+
+
+def test_fractions_leave_nothing_to_guess(tmp_path):
+    train, guesses = read(table(tmp_path, [0.5, 1, 2]))
+    assert (train.y.dtype, guesses) == (torch.float32, "")
+    with pytest.raises(PlywiseError, match="column 'y' holds other than whole numbers"):
+        read(table(tmp_path, [0.5, 1, 2]), "targets=classes")
+
+
+def test_any_column_may_be_the_target(tmp_path):
+    path = table(tmp_path, [7.5, 8.5, 9.5, 7.5, 8.5, 9.5])
+    train, _ = read(path, "target=b")
+    assert train.y.tolist() == [0, 1, 2, 3, 4, 0]
+    assert train.x[:, 1].tolist() == [7.5, 8.5, 9.5, 7.5, 8.5, 9.5]
+    with pytest.raises(PlywiseError, match=r"has no columns 'bb'\. Did you mean b"):
+        read(path, "target=bb")
+    with pytest.raises(PlywiseError, match="has 2 columns 'a'"):
+        read(table(tmp_path, [1, 2], "a,a,y"), "target=a")
+
+
+def arrays(folder, x, y):
+    np.savez(folder / "a.npz", x_train=x, y_train=y)
+    return str(folder / "a.npz")
+
+
+def test_bytes_are_images_unless_they_are_numbers(tmp_path):
+    path = arrays(tmp_path, np.full((12, 2), 51, np.uint8), np.zeros(12))
+    train, guesses = read(path)
+    assert float(train.x[0, 0]) == pytest.approx(0.2)
+    assert "bytes and were taken as images, divided by 255; --read inputs=numbers" in guesses
+    train, guesses = read(path, "inputs=numbers,targets=numbers")
+    assert (train.x.dtype, float(train.x[0, 0]), guesses) == (torch.float32, 51, "")
+
+
+def test_whole_numbers_are_tokens_unless_they_are_numbers(tmp_path):
+    path = arrays(tmp_path, np.full((12, 2), 5), np.zeros(12))
+    train, guesses = read(path)
+    assert train.x.dtype == torch.int64
+    assert "as tokens for embeddings; --read inputs=numbers" in guesses
+    assert read(path, "inputs=numbers")[0].x.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("y", "dtype", "words", "flag", "other"),
+    [
+        (
+            [1, 2, 3],
+            int,
+            "from 1 to 3, taken as classes, so that class 0 has",
+            "numbers",
+            "float32",
+        ),
+        ([0, 1, 2], float, "just whole numbers from 0 to 2, and were taken as numbers", "classes", "int64"),
+    ],
+)
+def test_targets_whose_type_may_not_be_meant_are_said(tmp_path, y, dtype, words, flag, other):
+    path = arrays(tmp_path, np.zeros((12, 2)), np.array(y * 4, dtype))
+    train, guesses = read(path)
+    assert words in guesses
+    assert f"--read targets={flag}" in guesses
+    assert str(train.y.dtype) != f"torch.{other}"
+    train, guesses = read(path, f"targets={flag}")
+    assert (str(train.y.dtype), train.y.tolist(), guesses) == (f"torch.{other}", y * 4, "")
+
+
+@pytest.mark.parametrize("text", ["header", "heder=no", "header=maybe", "targets=", "=no"])
+def test_an_option_that_there_is_none_of_is_refused(text):
+    with pytest.raises(PlywiseError, match="--read"):
+        ReadOptions.parse(text)
+
+
+def test_guesses_come_along_with_data_that_are_cut(tmp_path):
+    found = resolve_data(table(tmp_path, list(range(3)) * 10))
+    assert "taken as 3 classes" in " ".join(found.guesses)
