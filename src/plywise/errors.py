@@ -57,6 +57,20 @@ class BlockError(PlywiseError):
     page = f"{PAGE}#block-error"
 
 
+class ContractError(PlywiseError, AssertionError):
+    """A rule or a learner does not keep what plywise promises of it.
+
+    Attributes:
+        result: what came of the check, a `plywise.testing.ContractResult`.
+    """
+
+    page = f"{PAGE}#contract-error"
+
+    def __init__(self, message: str, result: object) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class PipelineError(PlywiseError):
     """A pipeline cannot start or go on: a stage is lost, or something between stages does not fit."""
 
