@@ -152,7 +152,9 @@ def _check(
         raise PlywiseError(f"pytest ended with {code!r} before the end.", see="error-testing")
     result = ContractResult(name, plugin.passed, plugin.skipped, plugin.failed)
     if result.failed:
-        raise ContractError(_tell(result), result)
+        error = ContractError(_tell(result))
+        error.result = result
+        raise error
     return result
 
 
