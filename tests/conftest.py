@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+pytest.register_assert_rewrite("plywise.testing.contract")
 torch.set_num_threads(1)
 # background jobs of a shell ignore Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)

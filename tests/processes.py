@@ -1,21 +1,13 @@
-"""Processes of the tests' own: forked from one that has imported torch, waited for, and never left behind."""
+"""Processes of the tests' own: forked from one that has imported torch."""
 
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import multiprocessing
+from plywise.testing.processes import CONTEXT, DEADLINE, two_ranks
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["plywise.pipeline.pipeline", "plywise.local.local_loss", "plywise.rules.foof", "torch._dynamo"]
-)  # the last is what the first step of an optimizer imports
-DEADLINE = 120.0
+__all__ = ["CONTEXT", "DEADLINE", "ForkedCommand", "two_ranks"]
 
 
 class ForkedCommand:
@@ -60,26 +52,3 @@ def _run_command(words: list[str], environment: dict[str, str], out: str, err: s
     from plywise.cli import main
 
     main(words)
-
-
-def two_ranks(
-    main: Callable[..., None], folder: Path, *args: Any, codes: tuple[int, int] = (0, 0)
-) -> list[dict[str, Any]]:
-    """What two processes of ``main(rank, folder, *args)`` left in ``folder/rank.pt``.
-
-    They have to end with ``codes``.
-    """
-    processes = [CONTEXT.Process(target=main, args=(rank, folder, *args)) for rank in range(2)]
-    end = time.monotonic() + DEADLINE
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0.0))
-        found = tuple(process.exitcode for process in processes)
-        assert found == codes, "a rank failed or missed the deadline"
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -24,7 +24,8 @@ KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and is
 def test_an_error_shows_its_place_on_the_page(kind):
     error = pickle.loads(pickle.dumps(kind("What is wrong.")))
     assert str(error) == "What is wrong."
-    assert "".join(traceback.format_exception(error)).endswith(f"What is wrong.\nMore: {error.page}\n")
+    anchor = error.page.split("#")[1]
+    assert "".join(traceback.format_exception(error)).endswith(f"What is wrong.\n{errors.MORE}{anchor}\n")
     path, anchor = error.page.split("#")
     assert f"({anchor})=\n## {kind.__name__}" in (ROOT / path).read_text(encoding="utf-8")
 
@@ -39,7 +40,7 @@ def test_an_error_shows_the_section_that_it_names(kind):
     error = pickle.loads(pickle.dumps(kind("What is wrong.", see="this-one")))
     assert error.page == f"{errors.PAGE}#this-one" != kind.page
     assert error.args == ("What is wrong.",)
-    assert "".join(traceback.format_exception(error)).endswith(f"What is wrong.\nMore: {error.page}\n")
+    assert "".join(traceback.format_exception(error)).endswith(f"What is wrong.\n{errors.MORE}this-one\n")
 
 
 # ---- all sections, and all places that raise ----------------------------------------------------------
@@ -103,4 +104,4 @@ FAILURES = {
 def test_what_goes_wrong_leads_to_its_section(anchor, tmp_path):
     with pytest.raises(errors.PlywiseError) as caught:
         FAILURES[anchor](tmp_path)
-    assert caught.value.__notes__ == [f"More: {errors.PAGE}#{anchor}"]
+    assert caught.value.__notes__ == [f"{errors.MORE}{anchor}"]

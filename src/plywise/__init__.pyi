@@ -5,6 +5,7 @@ from plywise import layers as layers
 from plywise import losses as losses
 from plywise import nn as nn
 from plywise import optim as optim
+from plywise import testing as testing
 from plywise._util.version import __version__ as __version__
 from plywise.engine.call import LinearCall as LinearCall
 from plywise.engine.call import Update as Update
@@ -18,6 +19,7 @@ from plywise.engine.rule import Size as Size
 from plywise.engine.rule import StatefulRule as StatefulRule
 from plywise.errors import AttachError as AttachError
 from plywise.errors import BlockError as BlockError
+from plywise.errors import ContractError as ContractError
 from plywise.errors import NonFiniteError as NonFiniteError
 from plywise.errors import PlywiseError as PlywiseError
 from plywise.errors import StateError as StateError
@@ -26,9 +28,12 @@ from plywise.local.activation_relaxation import ActivationRelaxation as Activati
 from plywise.local.associated_learning import AssociatedLearning as AssociatedLearning
 from plywise.local.blocks import Blocks as Blocks
 from plywise.local.cascaded_forward import CascadedForward as CascadedForward
+from plywise.local.component import Component as Component
+from plywise.local.component import Signal as Signal
 from plywise.local.forward_gradient import LocalForwardGradient as LocalForwardGradient
 from plywise.local.interlocking import Interlocking as Interlocking
 from plywise.local.learner import Learner as Learner
+from plywise.local.learner import OneWayLearner as OneWayLearner
 from plywise.local.local_loss import LocalLoss as LocalLoss
 from plywise.local.split import split as split
 from plywise.rules.adabk import AdaBK as AdaBK

@@ -1,10 +1,12 @@
 """The errors plywise raises: each says what, in which layer, why, and how to mend it."""
 
+from typing import Any
+
 PAGE = "docs/reference/errors.md"
 """Where the documentation says more of errors."""
 
-MORE = "More: "
-"""What the note of every error of ours begins with."""
+MORE = "More: plywise help "
+"""What the note of every error of ours begins with; the name of a section follows."""
 
 
 class PlywiseError(RuntimeError):
@@ -15,7 +17,7 @@ class PlywiseError(RuntimeError):
         see: the anchor of the section about just this, on the page of errors. Default: that of the class.
 
     Attributes:
-        page: where the documentation says more; tracebacks and commands show it.
+        page: where the documentation says more. Tracebacks and commands show how to print it.
     """
 
     page: str = f"{PAGE}#plywise-error"
@@ -24,7 +26,7 @@ class PlywiseError(RuntimeError):
         super().__init__(*args)
         if see is not None:
             self.page = f"{PAGE}#{see}"
-        self.add_note(f"{MORE}{self.page}")
+        self.add_note(f"{MORE}{self.page.partition('#')[2]}")
 
 
 class AttachError(PlywiseError):
@@ -55,6 +57,17 @@ class BlockError(PlywiseError):
     """A network does not come apart into blocks, or blocks do not fit together."""
 
     page = f"{PAGE}#block-error"
+
+
+class ContractError(PlywiseError, AssertionError):
+    """A rule or a learner does not keep what plywise promises of it.
+
+    Attributes:
+        result: what came of the check, a `plywise.testing.ContractResult`.
+    """
+
+    page = f"{PAGE}#contract-error"
+    result: Any = None
 
 
 class PipelineError(PlywiseError):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from plywise._util.progress import format_duration
 from plywise.arena.run.bench import BenchConfig
 from plywise.arena.run.budget import (
     SLACK,
@@ -11,7 +12,6 @@ from plywise.arena.run.budget import (
     Cost,
     estimate,
     fit_budget,
-    format_duration,
     patient,
     seconds_of,
     steps_for,

@@ -15,6 +15,7 @@ from plywise.arena.reproductions.associated_learning import (
     tensorflow_adam,
 )
 from plywise.arena.reproductions.experiment import (
+    DIGITS,
     DIVERGED,
     FULL,
     SMALL,
@@ -129,6 +130,26 @@ def test_a_step_at_small_size(paper, name):
         assert torch.isfinite(scores).all()
 
 
+def test_the_claim_of_proxprop_shows_on_the_digits():
+    experiment = find_paper("proxprop").find("table-1")
+    size = experiment.sizes[DIGITS]
+    assert f"{size.steps} steps" in size.about
+    data = size.data()
+    assert [len(part.y) for part in vars(data).values()] == [1100, 297, 400]
+    arms = {arm.name: arm for arm in experiment.arms_at(DIGITS)}
+    assert len(arms) == 16
+
+    def losses(name):
+        torch.manual_seed(0)
+        trainer = arms[name].begin(Start(size, arms[name].rates[0], data.train.x[:8]))
+        batches = list(zip(data.train.x.split(100), data.train.y.split(100), strict=True))
+        return [trainer.step(x, y) for _ in range(3) for x, y in batches]
+
+    assert losses("cg3, τ = 1")[-1] < 1
+    exploded = losses("BackProp, τ = 10")
+    assert max(exploded, key=lambda loss: math.inf if math.isnan(loss) else loss) > 1000
+
+
 def test_frozen_maps_stay_and_the_others_move():
     experiment = find_paper("associated-learning").find("mnist-mlp")
     size = experiment.sizes[SMALL]
@@ -149,7 +170,7 @@ def test_every_experiment_says_where_what_and_why(paper):
     found = find_paper(paper)
     assert found.name == paper
     for experiment in found.experiments:
-        assert experiment.sizes.keys() == {FULL, SMALL}
+        assert experiment.sizes.keys() - {DIGITS} == {FULL, SMALL}
         assert experiment.sizes[SMALL].steps < experiment.sizes[FULL].steps / 20
         assert f"{experiment.sizes[SMALL].steps:,} steps" in experiment.sizes[SMALL].about
         assert experiment.differences

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from plywise.cli import demo as demo_command
-from plywise.errors import PAGE
+from plywise.errors import MORE
 from plywise.registry.card import STATUSES
 from plywise.registry.find import ROOMS, RULES
 
@@ -20,6 +20,20 @@ SHOWN = [name for name in RULES if name not in ("Precondition", "GradientAmplifi
 
 MODULE = """
 from torch import nn
+
+def conv():
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+def several():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return {"mask": x > 0, "logits": self.layer(x)}
+
+    return Two()
 
 def make():
     return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 2))
@@ -131,7 +145,7 @@ def test_unknown_rule(plywise):
     assert (code, out) == (1, "")
     assert "Did you mean BackMatching" in err
     assert err.count("\n") == 2
-    assert "\nMore: docs/" in err
+    assert "\nMore: plywise help error-" in err
 
 
 # ---- explain -------------------------------------------------------------------------------------
@@ -153,10 +167,32 @@ def test_explain_ones_own_model(plywise, project):
     assert "4×8" in out
 
 
+@pytest.mark.parametrize("rule", ["ProxProp", "Foof"])
+def test_explain_a_convnet_with_a_batch(plywise, project, rule):
+    words = ("explain", "mine:conv", "--rule", rule, "--batch-size", "16")
+    assert "after 1st batch" in plywise(*words).out
+    out = plywise(*words, "--shape", "2,6,6").out
+    assert "after 1st batch" not in out
+    assert "stays a plain gradient" not in out
+    found = json.loads(plywise(*words, "--shape", "2x6x6", "--json").out)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["0"]["cost"] > 0
+    assert rows["0"]["passes"] == rows["4"]["passes"] == 1
+    assert found["share"] == pytest.approx(1 - 8 / found["parameters"])
+
+
+def test_explain_takes_a_batch_of_data_and_the_first_output_with_a_gradient(plywise, project):
+    out = plywise("explain", "mine:several", "--shape", "8", "--json").out
+    assert json.loads(out)["rows"][0]["passes"] == 1
+    code, _, err = plywise("explain", "mine:conv", "--data", "digits")
+    assert code == 1
+    assert "mine:conv failed on a batch of shape (128, 64)" in err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["mine:boom"], r"mine:boom raised ValueError: no weights [bold]today (line 10 of mine.py)."),
+        (["mine:boom"], r"mine:boom raised ValueError: no weights [bold]today (line 24 of mine.py)."),
         (["mine:leave"], "mine:leave raised SystemExit"),
         (["mine:three"], "returned an object of type int, not a torch.nn.Module"),
         (["mine:wants"], "without arguments (missing a required argument: 'size')"),
@@ -176,6 +212,9 @@ def test_explain_ones_own_model(plywise, project):
         (["mine:make", "--set", "solver=magic"], "'exact', 'cg', 'cg_official', not 'magic'"),
         (["mine:make", "--layers", "encoder.*"], "matches nothing"),
         (["mine:make", "--batch-size", "0"], "at least 1"),
+        (["mine:conv", "--shape", "2,7,6"], "mine:conv failed on a batch of shape (128, 2, 7, 6): "),
+        (["mine:conv", "--shape", "2,x"], "--shape is the shape of one sample"),
+        (["mine:conv", "--shape", "2,6,6", "--data", "digits"], "give one of them"),
     ],
 )
 def test_explain_says_what_is_wrong(plywise, project, words, said):
@@ -234,7 +273,7 @@ def test_demo_refuses_before_it_works(plywise, tmp_path):
     (tmp_path / "taken").write_text("")
     assert plywise("demo", "--out", str(tmp_path / "taken"))[0] == 1
     code, _, err = plywise("demo", "--seeds", "0", "--out", str(tmp_path))
-    assert (code, err) == (1, f"plywise: --seeds must be at least 1, not 0.\nMore: {PAGE}#error-command\n")
+    assert (code, err) == (1, f"plywise: --seeds must be at least 1, not 0.\n{MORE}error-command\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")

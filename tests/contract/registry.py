@@ -1,18 +1,11 @@
-"""The rules that the contract is checked for, and the door for a user's own rule.
+"""The rules that ship, as the contract in `plywise.testing` checks them, and a rule that a user might write.
 
-Every test of this directory runs for every `Case` below. To check a rule of your own, write in a module
-that Python can import (the current directory is on the path)::
-
-    # my_rules.py
-    def make():                 # a factory: no arguments, a new unattached rule each time
-        return MyRule(strength=0.5)
-
-and run ``python -m pytest tests/contract --plywise-rule=my_rules:make`` (once for each rule; the class
-itself will do if its hyper-parameters have defaults). Where the promises leave a choice, hand over a
-`Case` instead of the factory, with the rates at which the rule trains and the reasons for exemptions.
+Each test of this directory runs for each `Case` below. With ``--plywise-rule=my_rules:make`` it runs for a
+rule of yours instead, as `plywise.testing.check_rule` does outside of this repository: ``make`` is a
+factory without arguments, the rule's class, or a `plywise.testing.Case`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -37,35 +30,7 @@ from plywise import (
 )
 from plywise.engine.rule import Size, require_positive
 from plywise.registry.names import NAMES, RULE
-
-
-@dataclass(frozen=True)
-class Case:
-    """A ready-made rule and what the contract must know of it.
-
-    Attributes:
-        name: test id.
-        make: factory of new, unattached rules.
-        rates: learning rates of which plain SGD trains a small, well-scaled network with at least one.
-        adaptive_rates: the same for RMSprop and Adam.
-        not_homogeneous: why a loss times c does not give moves times c; "" if it does.
-        not_linear: why the move of a sum of losses is not the sum of the moves; "" if it is.
-        is_backprop: whether its gradients are autograd's own.
-        refuses_reentrant: whether it raises PlywiseError under a reentrant checkpoint, which hides the graph.
-        remembers_scales: why a loss scale that changes between steps changes the moves; "" if it does not.
-        family: rules of one family answer by the same code, with other settings; "" if there is no other.
-    """
-
-    name: str
-    make: Callable[[], Rule]
-    rates: tuple[float, ...] = (0.1, 1.0, 0.01)
-    adaptive_rates: tuple[float, ...] = (0.01, 0.001)
-    not_homogeneous: str = ""
-    not_linear: str = ""
-    is_backprop: bool = False
-    refuses_reentrant: bool = False
-    remembers_scales: str = ""
-    family: str = ""
+from plywise.testing.cases import Case, case_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,22 +151,3 @@ CASES += [
 def selected(specifications: Sequence[str]) -> list[Case]:
     """The cases of the registry, or those of the given ``module:factory`` specifications."""
     return [case_of(text) for text in specifications] if specifications else CASES
-
-
-def stands_for_family(case: Case, cases: Sequence[Case], turn: int) -> bool:
-    """Whether this is the turn of ``case`` among those of its family."""
-    family = [other.name for other in cases if case.family and other.family == case.family]
-    return not family or family[turn % len(family)] == case.name
-
-
-def case_of(specification: str) -> Case:
-    """The case behind ``module:name``: a `Case`, or a factory of rules."""
-    module, _, name = specification.partition(":")
-    if not name:
-        raise ValueError(f"--plywise-rule wants MODULE:FACTORY, not {specification!r}.")
-    made = getattr(import_module(module), name)
-    if isinstance(made, Case):
-        return made
-    if not (callable(made) and isinstance(made(), Rule)):
-        raise TypeError(f"{specification} must be a Case, or make a plywise.Rule when called.")
-    return Case(specification, made)

@@ -1,42 +1,36 @@
-"""The rule of the tutorial keeps the promises it is put to, and breaks the one that the page names."""
-
-import os
-import subprocess
-import sys
+"""The rule and the learner of the tutorials break the promise that the page names, without what keeps it."""
 
 import pytest
 
-from .pages import DOCS, ROOT, blocks
+import plywise as pw
+from plywise._util.import_path import load
+from plywise.testing import check_learner, check_rule
 
-FILES = ("test_scales.py", "test_no_trace.py")
+from .pages import DOCS, blocks
 
 
-@pytest.mark.timeout(300)
-def test_the_rule_passes_and_without_its_damping_fails_where_the_page_says(tmp_path):
-    codes = [block.code for block in blocks(DOCS / "tutorials" / "your-rule.md")]
-    whole, case = (
-        next(code for code in codes if code.startswith(f"# {name}.py\n"))
-        for name in ("layer_rate", "layer_rate_case")
-    )
-    broken = whole.replace(" + self.eps", "")
+def write_without(user_module, page, name, line):
+    """A copy of a page's module that lacks a line or a part of one."""
+    codes = [block.code for block in blocks(DOCS / "tutorials" / page)]
+    whole = next(code for code in codes if code.startswith(f"# {name}.py\n"))
+    broken = whole.replace(line, "")
     assert broken != whole
+    user_module(f"broken_{name}", broken)
+    return whole
+
+
+def test_the_rule_without_its_damping(user_module):
+    whole = write_without(user_module, "your-rule.md", "layer_rate", " + self.eps")
     assert len(whole.splitlines()) <= 40
-    (tmp_path / "layer_rate.py").write_text(whole)
-    (tmp_path / "layer_rate_case.py").write_text(case)
-    (tmp_path / "broken_rate.py").write_text(broken)
-    command = [sys.executable, "-m", "pytest", "-q", *(f"tests/contract/{name}" for name in FILES)]
-    rules = ["--plywise-rule=layer_rate_case:case", "--plywise-rule=broken_rate:make"]
-    own = {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *rules],
-        cwd=ROOT,
-        env={**os.environ, **own},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
+    with pytest.raises(pw.ContractError) as caught:
+        check_rule(load("broken_layer_rate:LayerRate", "the rule"), only=["scales"])
+    assert any(
+        "test_every_solve_ends[LayerRate-zeros-convnet]" in name for name in caught.value.result.failed
     )
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]
-    assert all("broken_rate:make" in line for line in failed), failed
-    assert any("test_every_solve_ends[broken_rate:make-zeros-convnet]" in line for line in failed), failed
+
+
+def test_the_learner_without_its_check(user_module):
+    write_without(user_module, "your-learner.md", "random_readout", "check_classes(y, self.classes)")
+    with pytest.raises(pw.ContractError) as caught:
+        check_learner(load("broken_random_readout:RandomReadout", "the learner"))
+    assert all("test_a_bad_batch_is_named" in name for name in caught.value.result.failed)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from contract.memories import memory
-from contract.models import batch, weights
 from contract.registry import CASES
 from plywise import Rule
+from plywise.testing.contract.memories import memory
+from plywise.testing.contract.models import batch, weights
 
 RULES: dict[str, Callable[[], Rule]] = {
     case.name: case.make

@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from state_runs import OPTIMIZERS, RULES, Run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from contract.models import same_bits
 from plywise import Foof, StateError
+from plywise.testing.contract.models import same_bits
 
 AFTER = range(4, 9)
 """The steps after the load: layers of a cycle of two or three steps take their turns in each of them."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.optim import LBFGS, Adam, Optimizer
 
-from contract.memories import layers_of, of_layer, tensors_of
-from contract.models import same_bits
 from plywise import RLS, Foof
 from plywise.engine.refresh_cycle import choose_phases
 from plywise.optim import SOAP, Muon
+from plywise.testing.contract.memories import layers_of, of_layer, tensors_of
+from plywise.testing.contract.models import same_bits
 
 
 def resume(run: Run, other: Run) -> Run:

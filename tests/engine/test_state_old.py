@@ -14,10 +14,10 @@ from state_runs import RULES, Run
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from contract.memories import layers_of
-from contract.models import assert_close, same_bits
-from contract.models import batch as make_batch
 from plywise import Foof, StateError
+from plywise.testing.contract.memories import layers_of
+from plywise.testing.contract.models import assert_close, same_bits
+from plywise.testing.contract.models import batch as make_batch
 
 SAVED = Path(__file__).with_name("saved_by_0_1_0.pt")
 NAMES = ("rls", "foof", "adabk")

@@ -10,8 +10,8 @@ from state_runs import OPTIMIZERS, RULES, Run, Stacked
 from state_worker import FLAT, SAVED, STEPS, USED, ZERO, Experts, load_distributed, main, save_distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-from contract.memories import layers_of
-from contract.models import assert_close, same_bits
+from plywise.testing.contract.memories import layers_of
+from plywise.testing.contract.models import assert_close, same_bits
 from processes import two_ranks
 
 pytestmark = pytest.mark.slow

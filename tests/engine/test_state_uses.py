@@ -10,8 +10,8 @@ from state_runs import OPTIMIZERS, RULES, Run
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from contract.memories import layers_of, of_layer
-from contract.models import same_bits
+from plywise.testing.contract.memories import layers_of, of_layer
+from plywise.testing.contract.models import same_bits
 
 
 class Used(nn.Module):

@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import nn
 
-from contract.registry import Case
 from plywise import Backprop, Rule
+from plywise.testing.cases import Case
 
 from .attaching import HalfSpeed, attach_rule, find_handled, is_altering, warm_up
 from .database import Sample, copy_arguments, find_reason_to_skip

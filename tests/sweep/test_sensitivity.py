@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from contract.registry import Case
 from plywise import AttachError, Backprop, Rule
+from plywise.testing.cases import Case
 
 from . import attaching, promises
 from .attaching import HalfSpeed

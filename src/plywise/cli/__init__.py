@@ -6,17 +6,22 @@ Nothing here imports torch: commands import what is heavy when they run, so that
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
+from plywise._util.suggest import suggestion
 from plywise._util.version import __version__
 from plywise.cli import (
     bench,
+    completion,
     demo,
     diagnose,
     doctor,
     explain,
+    help,
     methods,
     pipeline,
     report,
@@ -24,6 +29,7 @@ from plywise.cli import (
     train,
     workloads,
 )
+from plywise.cli.console import VOLUME
 from plywise.errors import PlywiseError
 
 app = App(
@@ -36,8 +42,32 @@ app = App(
 for _command in (
     *(demo.demo, bench.bench, report.report, reproduce.reproduce, train.train, pipeline.pipeline),
     *(methods.app, workloads.app, explain.explain, diagnose.diagnose, doctor.doctor),
+    *(help.help, completion.completion),
 ):
     app.command(_command)
+app.meta.suppress_keyboard_interrupt = False
+
+
+@app.meta.default
+def _launch(
+    *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    quiet: Annotated[
+        bool, Parameter(("--quiet", "-q"), negative=(), show_default=False, group="Any command")
+    ] = False,
+    verbose: Annotated[
+        bool, Parameter(("--verbose", "-v"), negative=(), show_default=False, group="Any command")
+    ] = False,
+) -> Any:
+    """Run a command.
+
+    Args:
+        words: the command and what it is given.
+        quiet: print results and errors only: no plans, no progress.
+        verbose: leave a line for each piece of work, and show where an error comes from.
+    """
+    VOLUME.quiet, VOLUME.verbose = quiet, verbose
+    # cyclopts prints what is wrong with the words itself
+    return app(words, exit_on_error=False, result_action="return_value")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,14 +81,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        # cyclopts prints what is wrong with the words itself
-        status = app(arguments, exit_on_error=False, result_action="return_value")
-    except CycloptsError:
+        status = app.meta(arguments, exit_on_error=False, result_action="return_value")
+    except CycloptsError as error:
+        _suggest_command(error)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {str(interrupt) or 'Nothing new was kept.'}", file=sys.stderr)
         return 130
     except (PlywiseError, OSError) as error:
+        if VOLUME.verbose:
+            traceback.print_exception(error)
+            return 1
         print(f"plywise: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
+    finally:
+        VOLUME.quiet = VOLUME.verbose = False
     return status if isinstance(status, int) else 0
+
+
+def _suggest_command(error: CycloptsError) -> None:
+    """Name the commands below `plywise methods` and `plywise workloads` that are near to a wrong word."""
+    if not isinstance(error, UnusedCliTokensError) or not error.unused_tokens:
+        return
+    for group in (methods.app, workloads.app):
+        if error.command_chain and error.command_chain[0] == group.name[0]:
+            names = tuple(name for name in group if not name.startswith("-"))
+            hint = suggestion(error.unused_tokens[0], names)
+            print(f"{hint}Below `plywise {group.name[0]}` there are: {', '.join(names)}.", file=sys.stderr)

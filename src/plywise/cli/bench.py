@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plywise._util.environment import workers_for
-from plywise.cli.console import console
+from plywise._util.progress import Step, follow, format_duration
+from plywise.cli.console import VOLUME, notes
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
 from plywise.errors import PlywiseError, StateError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from plywise.arena.run.executor import Executor, ProcessExecutor
     from plywise.arena.run.ray_executor import RayExecutor
 
-OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run")
+OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run", "json")
 """Flags that are no part of the plan: a bench may be gone on with by others."""
 
 METHODS = "sgd,sgd-again,adamw,muon,proxprop,feature-whitening+adamw,foof+adamw"
@@ -58,6 +59,7 @@ def bench(
     out: Path = Path("runs/bench"),
     resume: Switch = False,
     dry_run: Switch = False,
+    json: Switch = False,
 ) -> None:
     """Compare training methods on your model, with equal tuning for all, and write a report.
 
@@ -68,11 +70,13 @@ def bench(
     For example:
 
         plywise bench my.module:make_model --data my.module:make_data --budget 2h
-        plywise bench my.module:make_model --data table.csv --methods adamw,muon,proxprop
-        plywise bench my.module:make_model --data my.npz --methods adamw,my.module:MyOptimizer --trials 12
-        plywise bench --workloads quick                  # four small workloads of ours, in minutes
-        plywise bench --workloads fashion-mlp,char-transformer --methods adamw,foof+adamw
-        plywise bench --resume                           # go on with what was interrupted
+        plywise bench mine:model --data table.csv --methods adamw,muon,proxprop
+        plywise bench mine:model --data my.npz --methods adamw,mine:MyOptimizer
+
+        # four small workloads of ours, in minutes
+        plywise bench --workloads quick
+        # go on with what was interrupted
+        plywise bench --resume
 
     Args:
         model: function that makes your network, as module:name.
@@ -108,6 +112,7 @@ def bench(
         out: folder of bench.json, trials.jsonl and report.html.
         resume: go on with the bench in that folder; what is compared, and how, is as it was there.
         dry_run: say how long it, or with --resume the rest of it, will take, and stop.
+        json: print ranking and findings as JSON; progress goes to standard error.
     """
     given = dict(locals())
     seconds = None
@@ -146,7 +151,7 @@ def bench(
 
         require_device(plan.device)
     crew = _crew(ray, workers, plan)
-    screen = console()
+    screen = notes(apart=json)
     from plywise.arena.run.bench_data import BenchData
 
     material = BenchData(plan.entries)
@@ -160,7 +165,7 @@ def bench(
             plan = _planned(plan, material, crew, seconds, Counter(), screen)
             crew.patience = _patience(plan)
         if not dry_run:
-            _run(plan, material, crew, out, end, screen)
+            _run(plan, material, crew, out, end, screen, json)
     finally:
         material.close()
 
@@ -273,7 +278,7 @@ def _planned(
     screen: Console,
 ) -> BenchConfig:
     """The plan with steps, trials and patience that fit; says what it, or the rest of it, comes to."""
-    from plywise.arena.run.budget import estimate, fit_budget, format_duration, measure, patient, steps_for
+    from plywise.arena.run.budget import estimate, fit_budget, measure, patient, steps_for
 
     screen.print("Measuring a few steps of each method.", style="dim")
     costs, failures = measure(plan, material, crew)
@@ -301,7 +306,13 @@ def _planned(
 
 
 def _run(
-    plan: BenchConfig, material: BenchData, crew: Executor, out: Path, end: float | None, screen: Console
+    plan: BenchConfig,
+    material: BenchData,
+    crew: Executor,
+    out: Path,
+    end: float | None,
+    screen: Console,
+    json: bool,
 ) -> None:
     from plywise.arena.run.bench import Bench
     from plywise.cli.report import conclude
@@ -321,9 +332,9 @@ def _run(
         kept = f"{len(bench.ledger.lines)} of {bench.total} trials are kept"
         with suppress(KeyboardInterrupt):
             if stop.presses < 2:
-                kept += f"; {conclude(out, screen)} shows them"
+                kept += f"; {conclude(out, json)} shows them"
         raise KeyboardInterrupt(f"{kept}. {goes_on}") from None
-    conclude(out, screen)
+    conclude(out, json)
     if bench.about["unfinished"]:
         screen.print(
             f"The budget is spent: {len(bench.ledger.lines)} of {bench.total} trials have been run. {goes_on}"
@@ -343,22 +354,13 @@ def _announce(bench: Bench, screen: Console) -> None:
 
 
 def _follow(pieces: Iterator[BenchProgress], bench: Bench, screen: Console) -> None:
-    """Show the work: a bar in a terminal, a line for each trial elsewhere."""
-    if not screen.is_terminal:
-        for piece in pieces:
-            screen.print(f"[{piece.done:{len(str(piece.total))}}/{piece.total}] {_said(piece.line)}")
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Bar(*columns, console=screen, transient=True) as bar:
-        task = bar.add_task("starting", total=bench.total, completed=len(bench.ledger.lines))
-        for piece in pieces:
-            text = _said(piece.line)
-            bar.update(task, completed=piece.done, description=text.replace("[", "\\["))
-            if piece.line["failure"]:
-                screen.print(text)
+    """Show each trial as it ends; failures stay on the screen."""
+    steps = (
+        Step(piece.done, piece.total, _said(piece.line), stays=bool(piece.line["failure"]))
+        for piece in pieces
+    )
+    done = len(bench.ledger.lines)
+    follow(steps, screen, done=done, total=bench.total, verbose=VOLUME.verbose)
 
 
 def _said(line: dict[str, Any]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,14 +15,60 @@ PIPE_WIDTH = 200
 """Columns when nobody looks: wide enough that no table wraps on its way into a file or to grep."""
 
 
+@dataclass
+class Volume:
+    """How much commands say besides their results.
+
+    Attributes:
+        quiet: nothing.
+        verbose: a line for each piece of work in terminals, too, and where errors come from.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+VOLUME = Volume()
+"""What ``--quiet`` and ``--verbose`` have set for the command that runs."""
+
+
 def console() -> Console:
-    """Standard output."""
+    """Standard output, for results."""
+    return _console()
+
+
+def notes(apart: bool = False) -> Console:
+    """For what is said beside results: plans, progress, notes. Nothing is shown with ``--quiet``.
+
+    Args:
+        apart: on standard error, since standard output is for a machine.
+    """
+    return _console(stderr=apart, quiet=VOLUME.quiet)
+
+
+def _console(**how: Any) -> Console:
     from rich.console import Console
 
-    plain = Console(highlight=False, emoji=False, markup=False)
-    return (
-        plain if plain.is_terminal else Console(highlight=False, emoji=False, markup=False, width=PIPE_WIDTH)
-    )
+    plain: dict[str, Any] = {"highlight": False, "emoji": False, "markup": False, **how}
+    screen = Console(**plain)
+    return screen if screen.is_terminal else Console(width=PIPE_WIDTH, **plain)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON: dataclasses as objects, what is not finite as null."""
+    print(json.dumps(_jsonable(value), ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def _jsonable(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _jsonable(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
 def table(*headings: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:

@@ -7,18 +7,17 @@ import shlex
 import sys
 import time
 import webbrowser
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plywise.cli.console import console, number, table
+from plywise._util.progress import Step, follow
+from plywise.cli.console import VOLUME, console, notes, number, table
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
-    from plywise.arena.demo.study import DemoConfig, DemoProgress
+    from plywise.arena.demo.study import DemoConfig
 
 
 def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) -> None:
@@ -56,10 +55,10 @@ def run(plan: DemoConfig, out: Path, command: str) -> None:
 
     start = time.monotonic()
     study = new_study(plan, command)
-    screen = console()
     interrupted = False
+    steps = (Step(piece.done, piece.total, piece.text) for piece in perform(plan, study))
     try:
-        _follow(perform(plan, study), study, screen)
+        follow(steps, notes(), above=lambda: results(study), verbose=VOLUME.verbose)
     except KeyboardInterrupt:
         interrupted = True
     study["elapsed_seconds"] = time.monotonic() - start
@@ -71,6 +70,7 @@ def run(plan: DemoConfig, out: Path, command: str) -> None:
     page = save(study, out)
     if interrupted:
         raise KeyboardInterrupt(f"{kept} and are kept in {page} and {page.with_name('study.json')}.")
+    screen = console()
     screen.print(results(study))
     for sentence in study["reading"]:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
@@ -94,27 +94,6 @@ def results(study: dict[str, Any]) -> Table:
             f"{row['failures']} of {row['runs']}",
         )
     return shown
-
-
-def _follow(pieces: Iterator[DemoProgress], study: dict[str, Any], screen: Console) -> None:
-    """Show the work: a bar and a growing table in a terminal, a line for each piece elsewhere."""
-    if not screen.is_terminal:
-        for piece in pieces:
-            screen.print(f"[{piece.done:{len(str(piece.total))}}/{piece.total}] {piece.text}")
-        return
-    from rich.console import Group
-    from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    bar = Progress(
-        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-    )
-    task = bar.add_task("warming up", total=None)
-    # refreshed by hand: a thread that paints would run on the clocks that are being read
-    with Live(Group(results(study), bar), console=screen, auto_refresh=False, transient=True) as live:
-        for piece in pieces:
-            bar.update(task, completed=piece.done, total=piece.total, description=piece.text)
-            live.update(Group(results(study), bar), refresh=True)
 
 
 def _has_screen() -> bool:

@@ -50,9 +50,10 @@ def diagnose(
     For example:
 
         plywise diagnose my.module:make_model --data my.module:make_data
-        plywise diagnose my.module:make_model --data table.csv --batches 16 --batch-size 64
-        plywise diagnose my.module:make_model --data my.npz --loss my.module:my_loss --json
-        plywise diagnose --workload digits-conv          # one of ours
+        plywise diagnose mine:model --data table.csv --batches 16 --batch-size 64
+        plywise diagnose mine:model --data my.npz --loss mine:my_loss --json
+        # one of ours
+        plywise diagnose --workload digits-conv
 
     Args:
         model: function that makes your network, as module:name.

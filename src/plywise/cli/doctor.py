@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from plywise.cli.console import console, table
+from plywise.cli.console import console, notes, print_json, table
+from plywise.cli.training import Switch
 
 STEPS = 20
 
 
-def doctor() -> int:
+def doctor(*, json: Switch = False) -> int:
     """Show versions, processor and devices, and train 20 steps with each rule.
 
     The exit code is 1 if a rule does not train.
+
+    Args:
+        json: print it as JSON.
     """
     import torch
 
     from plywise._util.environment import environment
 
-    screen = console()
-    facts = table("what", "here")
+    screen, facts = notes(json) if json else console(), table("what", "here")
     for key, value in environment().items():
         facts.add_row(key, str(value))
     screen.print(facts)
     torch.set_num_threads(1)
     verdicts = self_check()
+    well = all(verdict.startswith("OK") for verdict in verdicts.values())
+    if json:
+        print_json({"environment": environment(), "rules": verdicts, "well": well})
+        return 0 if well else 1
     checks = table("rule", f"{STEPS} steps")
     for name, verdict in verdicts.items():
         checks.add_row(name, verdict)
     screen.print(checks)
-    well = all(verdict.startswith("OK") for verdict in verdicts.values())
     screen.print("All rules train." if well else "Something is wrong: see the rules above that are not OK.")
     return 0 if well else 1
 

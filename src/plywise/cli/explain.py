@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from plywise.cli.console import console, table
+from plywise.cli.console import console, print_json, table
+from plywise.cli.training import Switch
 from plywise.engine.explain import format_bytes, format_cost, format_reason
 from plywise.errors import PlywiseError
 from plywise.training.config import literal
@@ -15,7 +16,8 @@ from plywise.training.config import literal
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from plywise.engine.rule import Rule
 
@@ -26,9 +28,21 @@ def explain(
     rule: str = "ProxProp",
     set: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     layers: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    data: str | None = None,
+    shape: str | None = None,
     batch_size: int = 128,
+    json: Switch = False,
 ) -> None:
     """Show what a rule does to each layer of your model, why, and what it costs.
+
+    With data, or the shape of a sample, a batch goes through the model, forward and backward: it shows
+    memory and cost of every layer, and which calls use it. Without, those of linear layers alone are known.
+
+    For example:
+
+        plywise explain mine:make_model
+        plywise explain mine:make_convnet --rule Foof --shape 3,32,32
+        plywise explain mine:make_convnet --data mine.npz --batch-size 64
 
     Args:
         factory: where your model is, as module:name; a function that makes it, or the model itself.
@@ -36,14 +50,24 @@ def explain(
         rule: name of the rule (see `plywise methods`), or module:name of a class of yours.
         set: a hyper-parameter of the rule, as name=value; may be repeated.
         layers: handle only layers whose name matches this pattern; may be repeated.
+        data: where a batch comes from, as `plywise bench` takes it: module:name, a .npz or a .csv file.
+        shape: instead of data: the shape of one sample, as in 3,32,32; the batch is of random numbers.
         batch_size: samples a batch, for the cost.
+        json: print it as JSON.
     """
     made = make_rule(rule, set)
     if batch_size < 1:
         raise PlywiseError(f"--batch-size must be at least 1, not {batch_size}.", see="error-command")
     model = load_model(factory)
-    explanation = made.attach(model, layers=list(layers) or None).explain(batch_size)
-    shown = table(*HEADINGS, title=explanation.title, numbers=("memory", "cost"))
+    batch = _make_batch(data, shape, batch_size)
+    attached = made.attach(model, _optimizer_for(made, model), layers=list(layers) or None)
+    if batch is not None:
+        _run_batch(factory, model, batch)
+    explanation = attached.explain(batch_size)
+    if json:
+        print_json({**vars(explanation), "share": explanation.share, "parameters": explanation.parameters})
+        return
+    shown = table(*HEADINGS, numbers=("memory", "cost"))
     for row in explanation.rows:
         shown.add_row(
             row.name or "(model)",
@@ -54,10 +78,66 @@ def explain(
             format_bytes(row),
             format_cost(row),
         )
+    for sentence in explanation.summary():
+        console().print(sentence, soft_wrap=True)
     console().print(shown)
     console().print(
         "memory, cost: extra, while the layer's backward runs, and over its forward and backward."
     )
+
+
+def _make_batch(data: str | None, shape: str | None, batch_size: int) -> Tensor | None:
+    """The inputs that go through the model; None for none."""
+    if data is not None and shape is not None:
+        raise PlywiseError("--shape is instead of --data: give one of them.", see="error-command")
+    if data is not None:
+        from plywise.registry.resolve import resolve_data
+
+        return resolve_data(data).data.train.x[:batch_size]
+    if shape is None:
+        return None
+    import torch
+
+    sizes = [word.strip() for word in shape.replace("x", ",").split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in sizes):
+        raise PlywiseError(
+            f"--shape is the shape of one sample without the batch, as in 3,32,32, not {shape!r}.",
+            see="error-command",
+        )
+    return torch.randn(batch_size, *map(int, sizes))
+
+
+def _optimizer_for(rule: Rule, model: nn.Module) -> Optimizer | None:
+    """An optimizer that never steps, for rules that cannot do without."""
+    from torch.optim import SGD
+
+    return SGD(model.parameters(), lr=0.0) if rule.remembers else None
+
+
+def _run_batch(factory: str, model: nn.Module, batch: Tensor) -> None:
+    """One forward and backward pass, from the sum of what the model returns."""
+    try:
+        output = model(batch)
+        _find_tensor(output).sum().backward()
+    except PlywiseError:
+        raise
+    except Exception as error:  # the user's own code runs in there
+        raise PlywiseError(
+            f"{factory} failed on a batch of shape {tuple(batch.shape)}: {type(error).__name__}: {error}",
+            see="error-data",
+        ) from error
+
+
+def _find_tensor(output: Any) -> Tensor:
+    """The first tensor that a model returns and that has a gradient."""
+    if hasattr(output, "values") and not hasattr(output, "grad_fn"):
+        output = tuple(output.values())
+    parts = output if isinstance(output, list | tuple) else [output]
+    for part in parts:
+        if getattr(part, "requires_grad", False):
+            found: Tensor = part
+            return found
+    raise TypeError(f"it returned {type(output).__name__}, with no tensor that has a gradient")
 
 
 def make_rule(name: str, settings: tuple[str, ...]) -> Rule:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plywise.cli.console import console
+from plywise.cli.console import console, notes
 from plywise.cli.training import Flags, Switch, again, conclude, following, introduce, plan_from
 from plywise.errors import PipelineError, PlywiseError
 
@@ -37,8 +37,9 @@ def pipeline(
         torchrun --nproc-per-node 2 -m plywise pipeline
         torchrun --nproc-per-node 2 -m plywise pipeline plan.toml --cuts 0,1
         torchrun --nproc-per-node 4 -m plywise pipeline --replicas 2
-        torchrun --nnodes 2 --node-rank 0 --master-addr HOST --master-port 29400 \
-            -m plywise pipeline plan.toml                   # on HOST; on the other, --node-rank 1
+        # on HOST; on the other host, --node-rank 1
+        torchrun --nnodes 2 --node-rank 0 --master-addr HOST \
+            --master-port 29400 -m plywise pipeline plan.toml
 
     Args:
         config: a TOML file; see `plywise train --help`.
@@ -61,7 +62,7 @@ def pipeline(
 
         with open_pipeline(plan, fresh=fresh) as session:
             if rank == "0":
-                screen = console()
+                screen = notes()
                 introduce(session, screen, _layout(session))
                 with following(session, screen) as hear:
                     finished = session.run(hear)
@@ -69,7 +70,7 @@ def pipeline(
                 finished = session.run()
             step = session.step
         if rank == "0" and finished:
-            conclude(session, screen)
+            conclude(session, console())
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"What {plan.out} holds is the last checkpoint.") from None
     except PlywiseError as error:  # it keeps its kind and its page

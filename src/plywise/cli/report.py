@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from plywise.cli.console import console, table
+from plywise.cli.console import console, notes, print_json, table
+from plywise.cli.training import Switch
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from plywise.arena.reports.bench_page import Judged
     from plywise.arena.reports.trackers import Exported
     from plywise.arena.scoring.results import BenchResults
 
 
 def report(
-    runs: Path = Path("runs/bench"), /, *, tensorboard: Path | None = None, trackio: str | None = None
+    runs: Path = Path("runs/bench"),
+    /,
+    *,
+    tensorboard: Path | None = None,
+    trackio: str | None = None,
+    json: Switch = False,
 ) -> None:
     """Score the trials of a bench again and draw its report; nothing is trained.
 
@@ -26,16 +33,19 @@ def report(
     For example:
 
         plywise report runs/bench
-        plywise report --tensorboard boards              # then: tensorboard --logdir boards
-        plywise report --trackio my-bench                # then: trackio show --project my-bench
+        # then: tensorboard --logdir boards
+        plywise report --tensorboard boards
+        # then: trackio show --project my-bench
+        plywise report --trackio my-bench
 
     Args:
         runs: folder of bench.json and trials.jsonl.
         tensorboard: folder for TensorBoard's event files (pip install 'plywise[tensorboard]').
         trackio: name of a local Trackio project (pip install 'plywise[tracking]').
+        json: print ranking and findings as JSON.
     """
-    screen = console()
-    conclude(runs, screen)
+    conclude(runs, json)
+    screen = notes(apart=json)
     if tensorboard is not None:
         from plywise.arena.reports.trackers import to_tensorboard
 
@@ -54,16 +64,38 @@ def _told(screen: Console, exported: Exported, where: str) -> None:
     )
 
 
-def conclude(folder: Path, screen: Console) -> Path:
-    """Write the page of a bench; print its standing and what it finds."""
+def conclude(folder: Path, json: bool = False) -> Path:
+    """Write the page of a bench; print its ranking and what it finds."""
     from plywise.arena.reports.bench_page import write_page
 
     path, judged = write_page(folder)
+    if json:
+        print_json(_for_machines(path, judged))
+        return path
+    screen = console()
     screen.print(_standing(judged.field))
     for sentence in judged.findings:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
     screen.print(f"\nThe report: {path}", soft_wrap=True)
     return path
+
+
+def _for_machines(path: Path, judged: Judged) -> dict[str, Any]:
+    """The ranking of each track by each clock, and the findings."""
+    from plywise.arena.scoring.ranking import rank_methods
+    from plywise.arena.scoring.score import CLOCKS
+
+    field = judged.field
+    return {
+        "report": str(path),
+        "title": field.bench["title"],
+        "unfinished": field.bench.get("unfinished"),
+        "targets": {name: target._asdict() for name, target in field.targets.items()},
+        "ranking": {
+            track: {clock: rank_methods(field, track, clock) for clock in CLOCKS} for track in field.tracks
+        },
+        "findings": judged.findings,
+    }
 
 
 def _standing(field: BenchResults) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from plywise._util.environment import workers_for
-from plywise.cli.console import console, table
+from plywise._util.progress import Step, follow, format_duration
+from plywise.cli.console import VOLUME, console, notes, print_json, table
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
 from plywise.errors import PlywiseError
@@ -17,6 +19,7 @@ from plywise.errors import PlywiseError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from plywise.arena.reproductions.experiment import Paper
     from plywise.arena.reproductions.runner import Reproduction, ReproductionProgress
     from plywise.arena.run.executor import ProcessExecutor
 
@@ -26,6 +29,7 @@ def reproduce(
     /,
     *,
     size: Literal["small", "full"] = "small",
+    data: Literal["paper", "digits"] = "paper",
     seeds: int = 3,
     only: str = "",
     out: Path = Path("runs/reproduce"),
@@ -33,6 +37,7 @@ def reproduce(
     workers: int | None = None,
     threads: int = 1,
     dry_run: Switch = False,
+    json: Switch = False,
 ) -> None:
     """Run a paper's experiments again, and put its numbers beside ours.
 
@@ -42,16 +47,21 @@ def reproduce(
 
     For example:
 
-        plywise reproduce                                # papers, experiments, numbers
-        plywise reproduce proxprop                       # small size, three seeds
-        plywise reproduce proxprop --only convnet
-        plywise reproduce associated-learning --dry-run  # how long would it take?
-        plywise reproduce proxprop --size full --device cuda
+        # papers, experiments, numbers
+        plywise reproduce
+        # a claim of a paper on the digits that come with plywise, in a minute
+        plywise reproduce proxprop --data digits
+        # the small size on the paper's data, three seeds; how long would it take?
+        plywise reproduce proxprop
+        plywise reproduce associated-learning --dry-run
+        plywise reproduce proxprop --only convnet --size full --device cuda
 
     Args:
         paper: proxprop, associated-learning, back-matching or consequentialism; or module:name of a
             plywise.arena.reproductions.experiment.Paper of your own.
         size: small, or full: the paper's network, data and epochs.
+        data: the paper's, which are to be fetched, or digits: those that come with plywise, with a network to
+            match, in about a minute. Papers with a claim that shows on these: proxprop.
         seeds: runs of each method.
         only: experiments of the paper, if not all.
         out: folder; what is run goes into a folder of the paper's name in it.
@@ -59,20 +69,24 @@ def reproduce(
         workers: runs at once. Default: the cores over the threads; 1 on a GPU.
         threads: torch's threads in each run.
         dry_run: say how long it will take, and stop.
+        json: print papers or results as JSON; progress goes to standard error.
     """
-    screen = console()
     if paper is None:
         if only:
             raise PlywiseError("--only names experiments of a paper: say which paper.", see="error-command")
-        _list(screen)
+        _list(json)
         return
+    screen = notes(apart=json)
     from plywise.arena.reproductions import find_paper
     from plywise.arena.reproductions.runner import Reproduction
     from plywise.arena.run.executor import ProcessExecutor
     from plywise.arena.run.job import require_device
 
     names = [word.strip() for word in only.split(",") if word.strip()]
-    made = Reproduction(paper, size, seeds, out / find_paper(paper).name, names, device)
+    if data == "digits" and size != "small":
+        raise PlywiseError("--data digits has a size of its own: leave out --size.", see="error-command")
+    size_name = data if data == "digits" else size
+    made = Reproduction(paper, size_name, seeds, out / find_paper(paper).name, names, device)
     require_device(device)
     crew = ProcessExecutor(workers_for(device, threads) if workers is None else workers, threads)
     _announce(made, crew, screen)
@@ -91,17 +105,25 @@ def reproduce(
             f"{made.done} of {made.total} runs are kept in {shlex.quote(str(made.folder))}; the same command "
             "goes on."
         ) from None
-    _show(made.finish(), screen)
+    about = made.finish()
+    if json:
+        print_json(about)
+        return
+    _show(about, console())
     screen.print(
         f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}", soft_wrap=True
     )
 
 
-def _list(screen: Console) -> None:
+def _list(json: bool) -> None:
     """All papers: experiments, and the numbers that are known."""
     from plywise.arena.reproductions import PAPERS, find_paper
     from plywise.arena.reproductions.tables import number
 
+    if json:
+        print_json([_describe(find_paper(name)) for name in PAPERS])
+        return
+    screen = console()
     for name in PAPERS:
         paper = find_paper(name)
         listed = table("experiment", "method", "the paper's number", title=f"{name}: {paper.title}")
@@ -114,10 +136,34 @@ def _list(screen: Console) -> None:
         screen.print(listed)
 
 
+def _describe(paper: Paper) -> dict[str, Any]:
+    """A paper for machines; a number of the paper's that diverged is the word."""
+    return {
+        "name": paper.name,
+        "title": paper.title,
+        "experiments": [
+            {
+                **{key: getattr(one, key) for key in ("name", "about", "where")},
+                **{"measure": one.measure.name, "unit": one.measure.unit, "sizes": list(one.sizes)},
+                "arms": [
+                    {
+                        "name": arm.name,
+                        "sizes": arm.sizes,
+                        "paper": "diverged"
+                        if arm.number is not None and math.isnan(arm.number)
+                        else arm.number,
+                    }
+                    for arm in one.arms
+                ],
+                "claims": [str(claim) for claim in one.claims],
+            }
+            for one in paper.experiments
+        ],
+    }
+
+
 def _announce(made: Reproduction, crew: ProcessExecutor, screen: Console) -> None:
     """Say what is run, and how long it may take."""
-    from plywise.arena.run.budget import format_duration
-
     for experiment in made.experiments:
         screen.print(f"{experiment.name}: {experiment.sizes[made.size].about}.", soft_wrap=True)
     if made.done < made.total:
@@ -127,24 +173,13 @@ def _announce(made: Reproduction, crew: ProcessExecutor, screen: Console) -> Non
 
 
 def _follow(pieces: Iterator[ReproductionProgress], made: Reproduction, screen: Console) -> None:
-    """Show the work: a bar in a terminal, a line for each run elsewhere."""
-    if not screen.is_terminal:
-        for piece in pieces:
-            screen.print(_said(piece), soft_wrap=True)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Bar(*columns, console=screen, transient=True) as bar:
-        task = bar.add_task("starting", total=made.total, completed=made.done)
-        for piece in pieces:
-            bar.update(task, completed=piece.done, description=_said(piece).replace("[", "\\["))
+    """Show each run as it ends."""
+    steps = (Step(piece.done, piece.total, _said(piece), piece.left) for piece in pieces)
+    follow(steps, screen, done=made.done, total=made.total, verbose=VOLUME.verbose)
 
 
 def _said(piece: ReproductionProgress) -> str:
     """A run in one line."""
-    from plywise.arena.run.budget import format_duration
     from plywise.arena.scoring.records import TUNING
 
     line = piece.line
@@ -152,18 +187,17 @@ def _said(piece: ReproductionProgress) -> str:
     measured = line["test"] if line["loss"] and line["loss"][-1] is None else (line["loss"] or [None])[-1]
     result = line["failure"] or (f"{measured:.4g}" if measured is not None else "done")
     name = line["workload"].split("/")[1]
-    return (
-        f"[{piece.done:{len(str(piece.total))}}/{piece.total}] {name}: {line['method']}, {which}: {result}; "
-        f"about {format_duration(piece.left)} left"
-    )
+    return f"{name}: {line['method']}, {which}: {result}"
 
 
 def _show(about: dict[str, Any], screen: Console) -> None:
     """The tables."""
+    from plywise.arena.reproductions.experiment import SIZE_WORDS
     from plywise.arena.reproductions.tables import HEADINGS, order, rows
 
     for experiment in about["experiments"]:
-        title = f"{experiment['name']}: {experiment['measure']}, {experiment['unit']} ({about['size']} size)"
+        size = SIZE_WORDS[about["size"]]
+        title = f"{experiment['name']}: {experiment['measure']}, {experiment['unit']} ({size})"
         shown = table(*HEADINGS, title=title)
         for row in rows(experiment):
             shown.add_row(*row)

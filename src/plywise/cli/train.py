@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plywise.cli.console import console
+from plywise.cli.console import console, notes
 from plywise.cli.training import Flags, Switch, again, conclude, following, introduce, plan_from
 
 
@@ -18,11 +18,14 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
 
     For example:
 
-        plywise train                           # digits, in seconds
-        plywise train --learner Interlocking --set horizon=4 --out runs/backprop   # blocks as one
+        # digits, in seconds
+        plywise train
         plywise train --model mine:make_model --data mine.npz --blocks 6
         plywise train --rule ProxProp --rule-set tau=3 --optimizer SGD --rate 5
-        plywise train plan.toml --epochs 20     # flags win over the file
+        # all blocks as one: backpropagation
+        plywise train --learner Interlocking --set horizon=4 --out runs/backprop
+        # flags win over the file
+        plywise train plan.toml --epochs 20
 
     The keys of the file are the flags' names:
 
@@ -41,7 +44,7 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
         from plywise.training.session import open_session
 
         session = open_session(plan, fresh=fresh)
-        step, screen = session.began, console()
+        step, screen = session.began, notes()
         introduce(session, screen)
         with following(session, screen) as hear:
             finished = session.run(hear)
@@ -54,4 +57,4 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
         raise KeyboardInterrupt(
             f"The checkpoint of step {step} is in {plan.out}: `{again()}` goes on from there."
         )
-    conclude(session, screen)
+    conclude(session, console())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cyclopts import App
 
-from plywise.cli.console import console, number, table
+from plywise.cli.console import console, number, print_json, table
+from plywise.cli.training import Switch
 
 app = App(
     name="workloads",
@@ -13,10 +14,26 @@ app = App(
 
 
 @app.default
-def workloads() -> None:
-    """List the workloads that ship with plywise: what each is, its length, its target."""
+def workloads(*, json: Switch = False) -> None:
+    """List the workloads that ship with plywise: what each is, its length, its target.
+
+    Args:
+        json: print them as JSON.
+    """
     from plywise.arena.workloads import QUICK, WORKLOADS, find_workload
 
+    if json:
+        found = [find_workload(name) for name in WORKLOADS]
+        print_json(
+            [
+                {
+                    **{key: getattr(one, key) for key in ("name", "about", "steps", "batch_size", "target")},
+                    **{"metric": one.task.metric_name, "classes": one.classes, "quick": one.name in QUICK},
+                }
+                for one in found
+            ]
+        )
+        return
     rows = table("workload", "what it is", "metric", "steps", "target", numbers=("steps", "target"))
     for name in WORKLOADS:
         one = find_workload(name)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from plywise.engine import health
+from plywise.engine.answers import check_input_gradient, check_update
 from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
 from plywise.engine.call import LinearCall, Update
@@ -285,6 +286,7 @@ class Attachment:
         if not self.arrivals.is_watched(site.entry.parameter() if sharding is None else sharding.whole):
             self.arrivals.watch(site.entry)  # it was frozen, or lazy, so far
         update = self.rule.update(call)
+        check_update(self.rule, call, update)
         if self._clips_in_backward and update.weight is not None:
             factor = self.rule.clip_update(*measure_norms([call.weight, update.weight]))
             update = update.scaled(factor, factor)
@@ -299,8 +301,9 @@ class Attachment:
     def _make_input_gradient(self, ctx: Any, call: LinearCall) -> Tensor | None:
         if not self._alters or not self._alters_pass(ctx):
             return self._send_plain(ctx, call)
-        # contiguous as autograd's own is: a pipeline sends it to another process
-        return self.rule.input_gradient(call).contiguous()
+        below = self.rule.input_gradient(call)
+        check_input_gradient(self.rule, call, below)
+        return below.contiguous()  # as autograd's own is: a pipeline sends it to another process
 
     def _send_plain(self, ctx: Any, call: LinearCall) -> Tensor | None:
         """The plain gradient at a call's input; None where torch has to make it (`RearrangedCall`)."""

@@ -1,14 +1,16 @@
 """The contract of a rule: pure mathematics. How rules are attached is in `plywise.engine.rule`."""
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from plywise.engine.answers import read_settings
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.explain import Size
 from plywise.engine.health import Health
@@ -127,16 +129,19 @@ class RuleContract(ABC):
         """Whether `clip_update` does anything."""
         return type(self).clip_update is not RuleContract.clip_update
 
-    @abstractmethod
     def estimate_cost(self, size: Size) -> tuple[float, float]:
-        """Extra floating-point operations and extra floats held while a layer's backward runs."""
+        """Extra floating-point operations and extra floats held while a layer's backward runs.
+
+        Only `explain` reads them. By default both are NaN, and `explain` says that they are unknown.
+        """
+        return math.nan, math.nan
 
     def describe(self, size: Size | None) -> str:
         """What `explain` says of a handled layer of this size; the rule's name by default."""
         return type(self).__name__
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
+        settings = ", ".join(f"{name}={value!r}" for name, value in read_settings(self).items())
         return f"{type(self).__name__}({settings})"
 
 

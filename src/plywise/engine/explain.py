@@ -1,5 +1,6 @@
 """What a rule does to a model: the share of its parameters first, then one row for each map."""
 
+import math
 from dataclasses import dataclass
 
 HALF = 0.5
@@ -40,7 +41,8 @@ class LayerRow:
         handled: whether the rule handles it.
         treatment: what happens to it.
         reason: why.
-        memory: extra bytes while its backward runs, or None if not known before the first batch.
+        memory: extra bytes while its backward runs; None if not known before the first batch, NaN if the rule
+            does not say.
         cost: extra floating-point operations over those of its plain step, or None likewise.
         events: what did not go the plain way so far, e.g. ``{"solved in float64": 3}``.
         parameters: number of parameters in this row.
@@ -141,6 +143,8 @@ def format_bytes(row: LayerRow) -> str:
         return "0"
     if row.memory is None:
         return "after 1st batch"
+    if math.isnan(row.memory):
+        return "unknown"
     value, units = row.memory, ["B", "KiB", "MiB", "GiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
@@ -151,4 +155,6 @@ def format_cost(row: LayerRow) -> str:
     """Extra arithmetic for people."""
     if not row.handled:
         return "0"
-    return "after 1st batch" if row.cost is None else f"+{100 * row.cost:.0f} %"
+    if row.cost is None:
+        return "after 1st batch"
+    return "unknown" if math.isnan(row.cost) else f"+{100 * row.cost:.0f} %"

@@ -21,7 +21,21 @@ NONE: Claim = (0, ())
 
 LEFT = "left to the optimizer"
 COMPUTED = "the weight is computed from it; the update goes on through autograd"
-QUIET = {"linear", "matmul", "addmm", "bmm", "mm", "einsum", "embedding"}
+QUIET = {
+    *(
+        "linear",
+        "bilinear",
+        "matmul",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "mm",
+        "einsum",
+        "embedding",
+        "embedding_bag",
+    ),
+    *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)),
+}
 """Functions whose uses need no word beside a handled map."""
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any, Literal, Self
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from plywise._util.checks import require_choice, require_positive, require_whole
+from plywise.engine.answers import read_settings
 from plywise.engine.attachment import Attachment, Observer
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation, Size
@@ -40,8 +40,6 @@ class Rule(RuleContract):
         ...     '''Backpropagation at half the rate.'''
         ...     def update(self, call):
         ...         return call.gradient().scaled(0.5, 0.5)
-        ...     def estimate_cost(self, size):
-        ...         return 0.0, 0.0
         >>> model = torch.nn.Linear(3, 1)
         >>> rule = HalfSpeed().attach(model)
         >>> model(torch.ones(1, 3)).sum().backward()
@@ -84,11 +82,12 @@ class Rule(RuleContract):
             The rule itself.
 
         Raises:
-            AttachError: the model is no module or was scripted, the rule is attached already, the model has
-                nothing for it, a pattern matches nothing, another rule handles a layer, or the optimizer
-                steps none of the model's parameters.
+            AttachError: the rule's class is no dataclass, the model is no module or was scripted, the rule is
+                attached already, the model has nothing for it, a pattern matches nothing, another rule
+                handles a layer, or the optimizer steps none of the model's parameters.
             ValueError: an option is none of those above.
         """
+        read_settings(self)  # a class that is no dataclass is refused before anything else
         if self._attachment_or_none() is not None:
             raise AttachError(
                 f"{self} is attached already. Call detach() first, or make a second rule.", see="attach-twice"
@@ -194,7 +193,7 @@ class Rule(RuleContract):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled rule is its hyper-parameters
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return read_settings(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

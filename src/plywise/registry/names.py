@@ -132,6 +132,7 @@ NAMES = (
     _related("fuse_layers", "init.fuse_layers", INIT, "fuse-layers", "modules"),
     _part("AttachError", "errors"),
     _part("BlockError", "errors"),
+    _part("ContractError", "errors"),
     _part("NonFiniteError", "errors"),
     _part("PlywiseError", "errors"),
     _part("StateError", "errors"),
@@ -147,7 +148,10 @@ NAMES = (
     _part("Size", "engine.rule"),
     _part("StatefulRule", "engine.rule"),
     _part("Blocks", "local.blocks"),
+    _part("Component", "local.component"),
     _part("Learner", "local.learner"),
+    _part("OneWayLearner", "local.learner"),
+    _part("Signal", "local.component"),
     _part("split", "local.split"),
 )
 """Everything that is public, methods in the order in which they are listed."""
@@ -174,7 +178,7 @@ WORKLOAD_MODULES = {
 }
 """The module of each workload that ships with the arena."""
 
-ROOMS = ("init", "layers", "losses", "nn", "optim")
+ROOMS = ("init", "layers", "losses", "nn", "optim", "testing")
 """Folders that are attributes of `plywise`; what is in the others is an attribute itself."""
 
 RENAMED = {"MemoryRule": "StatefulRule", "Move": "Update", "Ply": "LinearCall"}

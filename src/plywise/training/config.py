@@ -62,7 +62,7 @@ class TrainConfig:
         >>> TrainConfig(epochs=0)
         Traceback (most recent call last):
         plywise.errors.PlywiseError: epochs must be a whole number of at least 1, not 0.
-        More: docs/reference/errors.md#error-command
+        More: plywise help error-command
     """
 
     model: str | None = None

@@ -15,8 +15,9 @@ from plywise.arena.method import Trainer
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
-FULL, SMALL = "full", "small"
-"""The sizes: as in the paper, and what two cores can do in minutes."""
+FULL, SMALL, DIGITS = "full", "small", "digits"
+"""The sizes: as in the paper; what two cores can do in minutes; a minute on the digits of plywise."""
+SIZE_WORDS = {FULL: "full size", SMALL: "small size", DIGITS: "the size of the bundled digits"}
 
 DIVERGED = math.nan
 """The paper's number where its run diverged."""
@@ -194,7 +195,7 @@ class Experiment:
         where: where in the paper it is, and how we know its numbers.
         measure: what it is judged by.
         arms: what is compared.
-        sizes: `FULL` and `SMALL`.
+        sizes: `FULL` and `SMALL`; and `DIGITS` where a claim shows on 1,100 digits of 8×8 pixels.
         claims: what the paper says of its arms, beyond single numbers.
         differences: why our numbers may differ from the paper's.
     """

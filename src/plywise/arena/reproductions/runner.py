@@ -14,7 +14,7 @@ from typing import Any
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.reproductions import find_paper, tables
-from plywise.arena.reproductions.experiment import FULL, SMALL, Arm, Experiment, Line
+from plywise.arena.reproductions.experiment import DIGITS, SIZE_WORDS, Arm, Experiment, Line
 from plywise.arena.reproductions.runs import ExperimentKey, Probe, ReproductionRun, settings
 from plywise.arena.reproductions.summary import outcome, ruling
 from plywise.arena.run.bench import TUNING_SEED
@@ -46,10 +46,10 @@ class Reproduction:
 
     Args:
         paper: its name, or ``module:name`` of a `Paper` of your own.
-        size: `FULL` or `SMALL`.
+        size: `FULL`, `SMALL` or `DIGITS`.
         seeds: final runs of each arm, with seeds from 0.
         folder: where it is kept.
-        only: names of experiments; all of them if empty.
+        only: names of experiments; all that have the size if empty.
         device: where training runs.
 
     Raises:
@@ -66,14 +66,20 @@ class Reproduction:
         only: Sequence[str] = (),
         device: str = "cpu",
     ) -> None:
-        if size not in (FULL, SMALL) or seeds < 1:
+        if size not in SIZE_WORDS or seeds < 1:
             raise PlywiseError(
-                f"A size is full or small and seeds are at least 1, not {size!r} and {seeds}.",
+                f"A size is full, small or digits and seeds are at least 1, not {size!r} and {seeds}.",
                 see="error-bench",
             )
         self.paper, self.size, self.seeds, self.folder, self.device = paper, size, seeds, folder, device
         self._found = find_paper(paper)
-        self.experiments = [self._found.find(name) for name in only] or list(self._found.experiments)
+        whole = [one for one in self._found.experiments if size in one.sizes or size != DIGITS]
+        self.experiments = [self._found.find(name) for name in only] or whole
+        if not self.experiments:
+            raise PlywiseError(
+                f"No experiment of {self._found.name} is made for the digits; proxprop has one.",
+                see="error-bench",
+            )
         if lacking := next((one for one in self.experiments if size not in one.sizes), None):
             raise PlywiseError(
                 f"{lacking.name} has no {size} size; it has: {', '.join(lacking.sizes)}.", see="error-bench"

@@ -1,4 +1,4 @@
-"""The papers' data: images of MNIST and CIFAR in the order of their files, pixels in [0, 1] or centred."""
+"""The papers' data: images of MNIST and CIFAR in the order of their files, and digits in their place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plywise.data.digits import Split
+from plywise.data.digits import Split, load_digits
 from plywise.data.parts import Data
 from plywise.data.readers import Bytes
 from plywise.data.sets import cifar10, cifar100, grey_images
@@ -21,6 +21,13 @@ def mnist(images: int, validation: int, test: int) -> Data:
 def cifar(images: int, validation: int, test: int) -> Data:
     """CIFAR-10, images (3, 32, 32) in [0, 1]: the first of the training file, its last as validation."""
     return _parts(*cifar10(), (images, validation, test))
+
+
+def digits(images: int, validation: int, test: int) -> Data:
+    """The digits that come with plywise, 64 pixels in [0, 1]: the first of each part."""
+    sizes = (images, validation, test)
+    parts = zip(load_digits(), sizes, strict=True)
+    return Data(*(Split(part.x[:size], part.y[:size]) for part, size in parts))
 
 
 def mnist_centred(images: int, validation: int, test: int) -> Data:

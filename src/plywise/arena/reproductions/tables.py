@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from plywise.arena.reproductions.experiment import FULL
+from plywise.arena.reproductions.experiment import SIZE_WORDS
 from plywise.arena.reproductions.summary import REPRODUCED, REVERSED, UNDECIDED
 
 HEADINGS = ("method", "paper", "ours (95 % interval)", "verdict")
@@ -71,7 +71,7 @@ def markdown(about: Mapping[str, Any]) -> str:
 
 
 def _section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> list[str]:
-    size = "full size" if about["size"] == FULL else "small size"
+    size = SIZE_WORDS[about["size"]]
     lines = [
         *(f"### {experiment['name']}: {experiment['about']}", ""),
         f"In the paper: {experiment['where']}. Measured: {experiment['measure']}, {experiment['unit']}. "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from plywise._util.progress import format_duration
 from plywise.arena.methods import find_method
 from plywise.arena.run.bench import BenchConfig
 from plywise.arena.run.bench_data import BenchData
@@ -49,19 +50,6 @@ def seconds_of(text: str) -> float:
             f"A budget is a duration such as 90s, 45m, 2h or 1h30m, not {text!r}.", see="error-bench"
         )
     return total
-
-
-def format_duration(seconds: float) -> str:
-    """A duration in words.
-
-    Example:
-        >>> format_duration(5400), format_duration(42)
-        ('1 h 30 min', '42 s')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class RayExecutor:
         >>> RayExecutor("local", threads=0)
         Traceback (most recent call last):
         plywise.errors.PlywiseError: Threads are at least 1, not 0.
-        More: docs/reference/errors.md#error-bench
+        More: plywise help error-bench
     """
 
     def __init__(self, address: str = "auto", threads: int = 1, patience: float = PATIENCE) -> None:

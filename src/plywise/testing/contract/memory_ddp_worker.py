@@ -17,9 +17,8 @@ from torch.optim import SGD, Optimizer
 from plywise import Precondition, Rule
 from plywise.engine.contract import State as Memory
 from plywise.engine.health import SKIPPED, Health
-
-from .memories import KINDS, ROWS, Data, Run, memory
-from .models import batch, loss_of, weights
+from plywise.testing.contract.memories import KINDS, ROWS, Data, Run, memory
+from plywise.testing.contract.models import batch, loss_of, weights
 
 HALF = ROWS // 2
 STEPS = 8

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from plywise import Rule
-
-from .models import batch, loss_of
+from plywise.testing.contract.models import batch, loss_of
 
 WARM_STEPS = 5
 """Then a lone layer acts by its memory, and of several some do while others take their turn to refresh."""

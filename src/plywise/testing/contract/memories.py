@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from plywise import Rule
-
-from .models import batch, loss_of, mlp, weights
-from .registry import Case
+from plywise.testing.cases import Case
+from plywise.testing.contract.models import batch, loss_of, mlp, weights
 
 Data = tuple[Tensor, Tensor]
 PREFIX = "plywise."

@@ -12,8 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plywise import Rule
 from plywise.engine.health import SKIPPED
-
-from .models import batch, convnet, grads, loss_of, mlp, train, weights
+from plywise.testing.contract.models import batch, convnet, grads, loss_of, mlp, train, weights
 
 SHAPES = {"mlp": (6,), "convnet": (2, 6, 6)}
 PLANS = [("mlp", "attach"), ("convnet", "wrap")]

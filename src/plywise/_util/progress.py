@@ -1,0 +1,120 @@
+"""Shows how far a piece of work is: a bar in terminals and notebooks, a line for each step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of work that is done.
+
+    Attributes:
+        done: how many are.
+        total: of how many.
+        text: what came of it, in a line.
+        left: seconds that the rest may take, if the work itself knows; else they follow from the pace so far.
+        stays: whether the line is to stay on the screen, as a failure's does.
+    """
+
+    done: int
+    total: int
+    text: str
+    left: float | None = None
+    stays: bool = False
+
+
+def follow(
+    steps: Iterable[Step],
+    screen: Console,
+    *,
+    done: int = 0,
+    total: int | None = None,
+    above: Callable[[], RenderableType] | None = None,
+    verbose: bool = False,
+) -> None:
+    """Do the work that ``steps`` does between its steps, and show each.
+
+    Args:
+        steps: the work.
+        screen: where to show it. A quiet one shows nothing.
+        done: pieces that were done before.
+        total: pieces in all, if known before the first step.
+        above: makes what stands above the bar, anew for each step.
+        verbose: leave a line of each step on the screen.
+    """
+    pace = _Pace(done)
+    if screen.quiet or not (screen.is_terminal or screen.is_jupyter):
+        for step in steps:
+            screen.print(format_step(step, pace.find_left(step)), soft_wrap=True)
+        return
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+    task = bar.add_task("starting", total=total, completed=done)
+
+    def draw() -> RenderableType:
+        return bar if above is None else Group(above(), bar)
+
+    # refreshed by hand: a thread that paints would run on the clocks that are being read
+    with Live(draw(), console=screen, auto_refresh=False, transient=True) as live:
+        for step in steps:
+            text = f"{step.text}; {format_left(pace.find_left(step))}"
+            bar.update(task, completed=step.done, total=step.total, description=text)
+            if step.stays or verbose:
+                screen.print(step.text)
+            live.update(draw(), refresh=True)
+
+
+class _Pace:
+    """Tells from the steps so far what the rest may take."""
+
+    def __init__(self, done: int) -> None:
+        self._start, self._before = time.monotonic(), done
+
+    def find_left(self, step: Step) -> float:
+        if step.left is not None:
+            return step.left
+        each = (time.monotonic() - self._start) / max(step.done - self._before, 1)
+        return each * (step.total - step.done)
+
+
+def format_step(step: Step, left: float) -> str:
+    """A step in one line.
+
+    Example:
+        >>> format_step(Step(3, 12, "sgd: 0.1"), 95.0)
+        '[ 3/12] sgd: 0.1; about 95 s left'
+    """
+    return f"[{step.done:{len(str(step.total))}}/{step.total}] {step.text}; {format_left(left)}"
+
+
+def format_left(seconds: float) -> str:
+    """Seconds that are left, in words.
+
+    Example:
+        >>> format_left(7.6)
+        'about 8 s left'
+    """
+    return f"about {format_duration(seconds)} left"
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in words.
+
+    Example:
+        >>> format_duration(5400), format_duration(42)
+        ('1 h 30 min', '42 s')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,12 @@
+"""The contract of rules and learners, for those that you write yourself.
+
+plywise promises a lot of its rules and its local learners: a NaN never enters the weights, a step that did
+not happen leaves no trace, checkpoints resume to the bit. Each promise is a test. `check_rule` and
+`check_learner` put these tests to a rule or a learner of yours. They need pytest and hypothesis:
+``pip install 'plywise[testing]'``.
+"""
+
+from plywise.testing.cases import Case, LearnerCase
+from plywise.testing.check import ContractResult, check_learner, check_rule, list_promises
+
+__all__ = ["Case", "ContractResult", "LearnerCase", "check_learner", "check_rule", "list_promises"]

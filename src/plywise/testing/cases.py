@@ -1,0 +1,122 @@
+"""What a contract has to know of a rule or a learner that it checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from plywise._util.import_path import load
+from plywise.engine.rule import Rule
+from plywise.errors import PlywiseError
+from plywise.local.blocks import Blocks
+from plywise.local.learner import Learner
+from plywise.testing.contract.learners import CLASSES, adam, halving, modules
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ready-made rule, and what the contract has to know of it.
+
+    Attributes:
+        name: test id.
+        make: factory of new, unattached rules.
+        rates: learning rates of which plain SGD trains a small, well-scaled network with at least one.
+        adaptive_rates: the same for RMSprop and Adam.
+        not_homogeneous: why a loss times c does not give moves times c; "" if it does.
+        not_linear: why the move of a sum of losses is not the sum of the moves; "" if it is.
+        is_backprop: whether its gradients are autograd's own.
+        refuses_reentrant: whether it raises PlywiseError under a reentrant checkpoint, which hides the graph.
+        remembers_scales: why a loss scale that changes between steps changes the moves; "" if it does not.
+        family: rules of one family answer by the same code, with other settings; "" if there is no other.
+    """
+
+    name: str
+    make: Callable[[], Rule]
+    rates: tuple[float, ...] = (0.1, 1.0, 0.01)
+    adaptive_rates: tuple[float, ...] = (0.01, 0.001)
+    not_homogeneous: str = ""
+    not_linear: str = ""
+    is_backprop: bool = False
+    refuses_reentrant: bool = False
+    remembers_scales: str = ""
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class LearnerCase:
+    """A learner, and what the contract has to know of it.
+
+    Attributes:
+        name: test id.
+        kind: makes the learner: ``kind(blocks, num_classes, **training)``, as the learners of plywise do.
+            ``training`` holds ``optimizer``, ``scheduler``, ``callbacks`` and ``seed``.
+        raises: whether it refuses a batch that is not finite, where others skip the step.
+        optimizes: whether it takes an ``optimizer`` and a ``scheduler``; not so if it learns in closed form.
+        draws_nothing: why other seeds give the same numbers, though a block has dropout; "" if they do not.
+        takes_any_targets: why it checks no targets (its loss does); "" if it checks them.
+        keeps_activations: why a block's activations may still be there when the next one runs; "" if not.
+    """
+
+    name: str
+    kind: Callable[..., Learner]
+    raises: bool = False
+    optimizes: bool = True
+    draws_nothing: str = ""
+    takes_any_targets: str = ""
+    keeps_activations: str = ""
+
+    def make(self, seed: int = 1, **training: Any) -> Learner:
+        """The learner on three blocks, their parameters drawn by ``seed``."""
+        if self.optimizes:
+            training = {"optimizer": adam, "scheduler": halving, **training}
+        return self.kind(Blocks(modules(seed), torch.zeros(4, 6)), CLASSES, **training)
+
+
+def case_of(factory: Callable[[], Rule] | Case | str) -> Case:
+    """The case of a factory (a rule's class will do), of ``module:name``, or the case itself.
+
+    Raises:
+        PlywiseError: it makes no rule.
+
+    Example:
+        >>> import plywise as pw
+        >>> case_of(pw.NLMS).name, case_of("plywise:NLMS").make()
+        ('NLMS', NLMS(eps=1.0, reduction='mean'))
+    """
+    name = getattr(factory, "__name__", str(factory))
+    if isinstance(factory, str):
+        factory = load(factory, "your rule")
+    if isinstance(factory, Case):
+        return factory
+    assert not isinstance(factory, str)
+    try:
+        makes_rule = callable(factory) and isinstance(factory(), Rule)
+        why = ""
+    except TypeError as error:  # it wants arguments
+        makes_rule, why = False, f" ({error})"
+    if not makes_rule:
+        raise PlywiseError(
+            f"{name} must be a plywise.testing.Case, or make a plywise.Rule when it is called without "
+            f"arguments{why}.",
+            see="error-testing",
+        )
+    return Case(name, factory)
+
+
+def select_family(case: Case, cases: Sequence[Case], turn: int) -> bool:
+    """Whether this is the turn of ``case`` among those of its family."""
+    family = [other.name for other in cases if case.family and other.family == case.family]
+    return not family or family[turn % len(family)] == case.name
+
+
+def find_why_stuck(made: object) -> str:
+    """Why other processes cannot import the class of an object; "" if they can."""
+    kind = type(made)
+    if kind.__module__ == "__main__":
+        return f"{kind.__name__} is in __main__, where no other process finds it: put it in a module"
+    if "<locals>" in kind.__qualname__:
+        return f"{kind.__name__} is defined in a function, where no other process finds it"
+    return ""

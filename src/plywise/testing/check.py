@@ -1,0 +1,192 @@
+"""Puts the contract to a rule or a learner of the user's own."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from plywise._util.suggest import suggestion
+from plywise.engine.rule import Rule
+from plywise.errors import ContractError, PlywiseError
+from plywise.local.learner import Learner
+from plywise.testing.cases import Case, LearnerCase, case_of
+
+FOLDER = Path(__file__).parent / "contract"
+LEARNERS = "learners"
+"""The one file of tests that is about learners."""
+SHOWN = 20
+"""Broken promises that an error names."""
+
+
+@dataclass(frozen=True)
+class ContractResult:
+    """What came of a check; ``print`` it.
+
+    Attributes:
+        name: the rule or learner.
+        passed: number of tests that passed.
+        skipped: tests that were left out, with the reason.
+        failed: tests that failed, with pytest's account.
+    """
+
+    name: str
+    passed: int
+    skipped: Mapping[str, str]
+    failed: Mapping[str, str]
+
+    def __str__(self) -> str:
+        counts = f"{self.passed} passed, {len(self.failed)} failed, {len(self.skipped)} left out"
+        reasons = sorted({reason for reason in self.skipped.values() if reason})
+        return "\n".join([f"{self.name}: {counts}.", *(f"left out: {reason}" for reason in reasons)])
+
+
+def list_promises() -> dict[str, str]:
+    """The names that ``only`` of `check_rule` takes, and what each of them is.
+
+    Example:
+        >>> list_promises()["no_trace"]
+        'A step that did not happen leaves no trace.'
+    """
+    paths = sorted(FOLDER.glob("test_*.py"))
+    return {
+        path.stem.removeprefix("test_"): (
+            ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        ).split("\n")[0]
+        for path in paths
+        if path.stem != f"test_{LEARNERS}"
+    }
+
+
+def check_rule(factory: Callable[[], Rule] | Case | str, *, only: Sequence[str] = ()) -> ContractResult:
+    """Put the tests that every rule of plywise must pass to a rule of yours.
+
+    It takes a few minutes; ``only`` picks some of the tests. They run in this process, small models on the
+    CPU, and some start two processes of their own: in a script, call this below
+    ``if __name__ == "__main__":``, and define the rule in a module that can be imported.
+
+    Args:
+        factory: the rule's class, a function without arguments that makes it, ``"module:name"`` of either, or
+            a `Case`, which also says at which rates the rule trains and which promises it cannot keep.
+        only: names of promises, see `list_promises`. Default: all.
+
+    Returns:
+        How many tests passed, and what was left out and why.
+
+    Raises:
+        ContractError: a promise is broken; the message names each, and ``error.result.failed`` has pytest's
+            account of it.
+        PlywiseError: the factory makes no rule, ``only`` has an unknown name, or pytest or hypothesis is
+            missing.
+
+    Example:
+        >>> import plywise as pw
+        >>> check_rule(pw.NLMS, only=["ddp"])  # doctest: +SKIP
+        ContractResult(name='NLMS', passed=2, skipped={}, failed={})
+    """
+    promises = list_promises()
+    for name in only:
+        if name not in promises:
+            hint = suggestion(name, tuple(promises)) or f"There are: {', '.join(promises)}."
+            raise PlywiseError(f"No promise is called {name!r}. {hint}".rstrip(), see="error-testing")
+    case = case_of(factory)
+    return _check(case.name, only or tuple(promises), [case], [])
+
+
+def check_learner(factory: Callable[..., Learner] | LearnerCase) -> ContractResult:
+    """Put the tests that every local learner of plywise must pass to a learner of yours; takes seconds.
+
+    Args:
+        factory: called as ``factory(blocks, num_classes, **training)``, where ``training`` holds
+            ``optimizer``, ``scheduler``, ``callbacks`` and ``seed``: the learner's class, if it takes these.
+            Or a `LearnerCase`, which also says which promises it cannot keep.
+
+    Returns:
+        How many tests passed, and what was left out and why.
+
+    Raises:
+        ContractError: a promise is broken, as in `check_rule`.
+        PlywiseError: the factory cannot be called, or pytest is missing.
+    """
+    if not isinstance(factory, LearnerCase):
+        if not callable(factory):
+            raise PlywiseError(
+                "check_learner needs a function of blocks and the number of classes that makes a learner, "
+                f"not {type(factory).__name__}.",
+                see="error-testing",
+            )
+        factory = LearnerCase(getattr(factory, "__name__", "learner"), factory)
+    return _check(factory.name, (LEARNERS,), [], [factory])
+
+
+def _check(
+    name: str, promises: Sequence[str], cases: Sequence[Case], learner_cases: Sequence[LearnerCase]
+) -> ContractResult:
+    for package in ("pytest", "hypothesis"):
+        if importlib.util.find_spec(package) is None:
+            raise PlywiseError(
+                f"The contract's tests need {package}: pip install 'plywise[testing]'.", see="error-extra"
+            )
+    if multiprocessing.parent_process() is not None:
+        raise PlywiseError(
+            "This process was started by a test of the contract, or by another process. In a script, call "
+            'check_rule and check_learner below `if __name__ == "__main__":`.',
+            see="error-testing",
+        )
+    import pytest
+
+    from plywise.testing import plugin as fixtures
+
+    plugin = fixtures.ContractPlugin(cases, learner_cases)
+    paths = [str(FOLDER / f"test_{promise}.py") for promise in promises]
+    options = ["-c", str(FOLDER / "pytest.ini"), "--rootdir", str(FOLDER), "-q", "--tb=short", "-rN"]
+    with _settled():
+        code = pytest.main([*options, "--no-header", "--no-summary", *paths], plugins=[fixtures, plugin])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not plugin.failed:
+        raise PlywiseError(f"pytest ended with {code!r} before the end.", see="error-testing")
+    result = ContractResult(name, plugin.passed, plugin.skipped, plugin.failed)
+    if result.failed:
+        error = ContractError(_tell(result))
+        error.result = result
+        raise error
+    return result
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """No plugins but ours, one thread of torch, and nothing written beside the package."""
+    import torch
+
+    before = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    threads, writes = torch.get_num_threads(), sys.dont_write_bytecode
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode = True
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        sys.dont_write_bytecode = writes
+        if before is None:
+            del os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"]
+        else:
+            os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = before
+
+
+def _tell(result: ContractResult) -> str:
+    """The broken promises, each with the last line of pytest's account."""
+    lines = [f"{result.name} breaks {len(result.failed)} of the contract's tests ({result.passed} pass):"]
+    for test, account in list(result.failed.items())[:SHOWN]:
+        errors = [line[1:].strip() for line in account.splitlines() if line.startswith("E ")]
+        last = errors[0] if errors else (account.strip().splitlines() or [""])[-1]
+        lines.append(f"- {test}: {last}")
+    if len(result.failed) > SHOWN:
+        lines.append(f"- … and {len(result.failed) - SHOWN} more")
+    return "\n".join(lines)

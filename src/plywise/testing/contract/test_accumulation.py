@@ -1,0 +1,139 @@
+"""Micro-batches add up; the loss's scale goes through; GradScaler."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from plywise import Rule
+from plywise.engine.health import SKIPPED
+from plywise.testing.cases import Case
+from plywise.testing.contract.attaching import attach
+from plywise.testing.contract.models import (
+    MODELS,
+    all_finite,
+    assert_close,
+    backward,
+    batch,
+    grads,
+    loss_of,
+    mlp,
+    same_bits,
+    train,
+    weights,
+)
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.03, momentum=0.9),
+    "sgd-fused": lambda parameters: torch.optim.SGD(parameters, lr=0.03, momentum=0.9, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.003),
+    "adamw-fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.003, fused=True),
+}
+
+
+def attached(case: Case, model: nn.Module, shape: tuple[int, ...]) -> Rule:
+    # with the optimizer a cap waits for the step: .grad is what backward made
+    return attach(case.make(), model, torch.optim.SGD(model.parameters(), lr=0.1), warm=shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_micro_batches_add_up(case: Case, kind: str, dtype: torch.dtype) -> None:
+    build, shape = MODELS[kind]
+    parts = [batch(shape, n, dtype, seed) for n, seed in ((12, 2), (5, 3), (1 if kind == "mlp" else 2, 4))]
+    model = build(dtype)
+    rule = attached(case, model, shape)
+    apart = [backward(model, part) for part in parts]
+    model.zero_grad()
+    for part in parts:
+        loss_of(model, part).backward()
+    expected = {name: apart[0][name] + apart[1][name] + apart[2][name] for name in apart[0]}
+    assert same_bits(grads(model), expected)
+    rule.detach()
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("scale", [1024.0, 2.0**-10, -1.0, 0.0])
+def test_moves_are_proportional_to_the_loss(case: Case, kind: str, scale: float) -> None:
+    if case.not_homogeneous:
+        pytest.skip(case.not_homogeneous)
+    build, shape = MODELS[kind]
+    model = build(torch.float64)
+    rule = attached(case, model, shape)
+    once = backward(model, batch(shape, dtype=torch.float64))
+    scaled = backward(model, batch(shape, dtype=torch.float64), scale)
+    assert same_bits(scaled, {name: g * scale for name, g in once.items()})
+    rule.detach()
+
+
+@pytest.mark.parametrize("optimizer_name", list(OPTIMIZERS))
+def test_grad_scaler_changes_nothing(case: Case, optimizer_name: str, request: pytest.FixtureRequest) -> None:
+    if case.not_homogeneous:
+        pytest.skip(case.not_homogeneous)
+    data, results = batch(), []
+    for scaled in (False, True):
+        model = mlp()
+        optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+        rule = case.make().attach(model, optimizer)
+        if scaled:
+            growth = 100 if case.remembers_scales else 2
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=growth)
+            for _ in range(4):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, data)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            assert case.remembers_scales or scaler.get_scale() > 2.0**16
+        else:
+            train(model, optimizer, data, 4)
+        results.append(weights(model))
+        rule.detach()
+    assert_close(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("optimizer_name", list(OPTIMIZERS))
+def test_grad_scaler_skips_an_overflow(case: Case, optimizer_name: str) -> None:
+    data, model = batch(), mlp()
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    rule = case.make().attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(factor: float) -> None:
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, data) * factor).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # fused optimizers are skipped by the guard
+            scaler.step(optimizer)
+        scaler.update()
+
+    step(1.0)
+    before = weights(model)
+    step(float("inf"))
+    assert same_bits(weights(model), before)
+    assert scaler.get_scale() == 512.0
+    step(1.0)
+    assert all_finite(weights(model))
+    assert not same_bits(weights(model), before)
+    rule.detach()
+
+
+def test_unscale_then_clip(case: Case) -> None:
+    if case.not_homogeneous:
+        pytest.skip(case.not_homogeneous)
+    model, data = mlp(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = attach(case.make(), model, optimizer, warm=(6,))
+    plain = backward(model, data)
+    norm = torch.nn.utils.get_total_norm(plain.values())
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    scaler.scale(loss_of(model, data)).backward()
+    scaler.unscale_(optimizer)
+    assert_close(grads(model), plain, 1e-6)
+    found = torch.nn.utils.clip_grad_norm_(model.parameters(), float(norm) / 4)
+    assert torch.allclose(found, norm, rtol=1e-5)
+    assert_close(grads(model), {name: g / 4 for name, g in plain.items()}, 1e-4)
+    scaler.step(optimizer)
+    assert rule.health.total(SKIPPED) == 0
+    rule.detach()

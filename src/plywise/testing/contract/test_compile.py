@@ -1,0 +1,99 @@
+"""torch.compile before attaching is fine; after the first compiled call it is noticed."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from plywise import Rule, UncapturedLayerError
+from plywise.testing.cases import Case
+from plywise.testing.contract.attaching import attach
+from plywise.testing.contract.models import assert_close, backward, batch, grads, loss_of, mlp
+
+pytestmark = [
+    # see test_compiling_says_nothing
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+    # torch's own look at the tensors between two compiled graphs; hidden unless warnings are errors
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # after each compilation torch flushes the cache, to time the guards once for its own log
+    monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0, raising=False)
+    yield
+    torch._dynamo.reset()
+
+
+def small(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).to(dtype)
+
+
+@pytest.mark.one_of_family
+@pytest.mark.parametrize(("backend", "attach_to"), [("eager", "model"), ("aot_eager", "compiled")])
+def test_compiled_then_attached(case: Case, rule: Rule, backend: str, attach_to: str) -> None:
+    data = batch(dtype=torch.float64)
+    eager = small()
+    other = attach(case.make(), eager, torch.optim.SGD(eager.parameters(), lr=0.1), warm=(6,))
+    expected = backward(eager, data)
+    other.detach()
+    model = small()
+    compiled = torch.compile(model, backend=backend)
+    target = model if attach_to == "model" else compiled
+    attach(rule, target, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
+    loss_of(compiled, data).backward()
+    assert_close(grads(model), expected)
+    assert [(row.name, row.handled) for row in rule.explain().rows] == [("0", True), ("2", True)]
+
+
+@pytest.mark.one_of_family
+def test_compiling_says_nothing(rule: Rule) -> None:
+    torch._dynamo.utils.warn_once_cache.clear()
+    model = small()
+    attach(rule, model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss_of(torch.compile(model, backend="eager"), batch(dtype=torch.float64)).backward()
+    assert [str(warning.message) for warning in caught] == []
+
+
+@pytest.mark.one_of_family
+def test_attached_after_the_first_compiled_call_is_an_error(rule: Rule) -> None:
+    model, data = small(), batch(dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager")
+    loss_of(compiled, data).backward()
+    attach(rule, model)
+    with pytest.raises(
+        UncapturedLayerError, match=r"layer '2'.*torch\.compile ran.*before attach.*exclude='2'"
+    ):
+        loss_of(compiled, data).backward()
+    torch._dynamo.reset()  # the cure that the message names
+    model.zero_grad()
+    loss_of(compiled, data).backward()
+    assert len(grads(model)) == 4
+
+
+@pytest.mark.parametrize(
+    "road", ["forward before attach", "forward called directly", "weight used outside its layer"]
+)
+def test_other_roads_past_the_rule_are_errors(rule: Rule, road: str) -> None:
+    model, (x, _) = mlp(), batch()
+    if road == "forward before attach":
+        out = model(x)
+        attach(rule, model)
+    else:
+        attach(rule, model)
+        h = model[:4](x)
+        if road == "forward called directly":
+            out = model[4].forward(h)
+        else:
+            out = nn.functional.linear(h, model[4].weight)
+    with pytest.raises(UncapturedLayerError, match=r"layer '4'.*exclude='4'"):
+        out.sum().backward()
+    rule.detach()
+    attach(rule, model, exclude="4")  # the cure that the message names
+    nn.functional.linear(model[:4](x), model[4].weight).sum().backward()

@@ -1,0 +1,210 @@
+"""Frozen, thawed, replaced, lazy and shared layers: the memory follows, or the rule says why not."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from plywise import AttachError
+from plywise.testing.cases import Case
+from plywise.testing.contract.memories import ROWS, Run, layers_of, memory, of_layer, start, statistics
+from plywise.testing.contract.models import all_finite, backward, batch, loss_of, mlp, same_bits, weights
+from plywise.testing.contract.structures import STRUCTURES
+
+
+@pytest.mark.one_of_family
+@pytest.mark.parametrize("first", [0, 3, 4])
+@pytest.mark.parametrize("with_pending", [False, True])
+def test_a_bias_frozen_and_thawed(memory_case: Case, first: int, with_pending: bool) -> None:
+    # its column leaves the statistics: they start anew, in that layer only
+    run = start(memory_case, steps=first)
+    other = start(memory_case, steps=first)
+    for number in range(first, first + 6):
+        run.optimizer.zero_grad()
+        if with_pending and number in (first, first + 3):
+            run.backward(90)
+            run.optimizer.zero_grad()
+        if number in (first, first + 3):
+            run.model[2].bias.requires_grad_(number != first)
+            run.model[2].bias.grad = None
+        bias = run.model[2].bias.detach().clone()
+        run.backward(number)
+        run.optimizer.step()
+        other.step(number)
+        assert all_finite(run.seen())
+        assert torch.equal(run.model[2].bias, bias) == (number < first + 3)
+        if number == first and first:
+            for layer in "04":
+                mine, its = (statistics(one.memory(), layer) for one in (run, other))
+                assert same_bits(mine, its), layer
+            assert not same_bits(*(statistics(one.memory(), "2") for one in (run, other)))
+    width = {value.shape[-1] for key, value in run.memory().items() if key.endswith("/2/input")}
+    assert width <= {9}
+    assert not run.rule.health.counts
+
+
+def test_a_frozen_bias_is_a_layer_without_one(memory_case: Case) -> None:
+    run = start(memory_case)
+    run.rule.detach()
+    run.model[2].bias.requires_grad_(False)
+    run.rule.attach(run.model, run.optimizer)
+    bare = start(memory_case)
+    bare.rule.detach()
+    bias, bare.model[2].bias = bare.model[2].bias.detach(), None
+    bare.model[2].register_forward_hook(lambda module, args, output: output + bias)
+    bare.optimizer = SGD(bare.model.parameters(), lr=0.05, momentum=0.9)
+    bare.rule.attach(bare.model, bare.optimizer)
+    for number in range(6):
+        run.step(number)
+        bare.step(number)
+    assert same_bits(run.memory(), bare.memory())
+    for name, value in weights(bare.model).items():
+        assert torch.equal(run.model.get_parameter(name), value), name
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_a_layer_frozen_and_thawed(memory_case: Case, attached: str) -> None:
+    run = start(memory_case)
+    if attached == "after":
+        run.rule.detach()
+        run.model[2].requires_grad_(False)
+        run.rule.attach(run.model, run.optimizer)
+    for number in range(9):
+        run.model[2].requires_grad_(number >= 3)
+        if number < 3:
+            for parameter in run.model[2].parameters():
+                parameter.grad = None
+        before = weights(run.model)
+        run.step(number)
+        moved = not torch.equal(weights(run.model)["2.weight"], before["2.weight"])
+        assert moved == (number >= 3)
+        assert bool(of_layer(run.memory(), "2")) == (number >= 3), number
+        assert all_finite(run.seen())
+    assert not run.rule.health.counts
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3])
+def test_a_weight_frozen_beside_a_bias_that_trains(memory_case: Case, steps: int) -> None:
+    # one column is no problem to solve: its gradient stays as it is, in every step
+    run = start(memory_case, steps=steps)
+    run.model[2].weight.requires_grad_(False)
+    run.model[2].weight.grad = None
+    kept = of_layer(run.memory(), "2")
+    plain = mlp()
+    for number in range(steps, steps + 4):
+        plain.load_state_dict(run.model.state_dict())
+        expected = backward(plain, run.data(number))["2.bias"]
+        run.step(number)
+        assert torch.allclose(run.model[2].bias.grad, expected, rtol=1e-5, atol=1e-6), number
+        assert same_bits(of_layer(run.memory(), "2"), kept)
+        assert all_finite(run.seen())
+
+
+def test_a_replaced_weight_is_named(memory_case: Case) -> None:
+    run = start(memory_case, steps=2)
+    run.model.load_state_dict(copy.deepcopy(run.model.state_dict()), assign=True)
+    with pytest.raises(AttachError, match=r"weight of layer '\d' is not the parameter.*assign=True.*Attach"):
+        run.step(2)
+    run.rule.detach()  # the cure that the message names
+    run.optimizer = SGD(run.model.parameters(), lr=0.05)
+    run.rule.attach(run.model, run.optimizer)
+    for number in range(3):
+        run.step(number)
+    assert all_finite(run.seen())
+
+
+def test_one_replaced_weight_is_named(memory_case: Case) -> None:
+    run = start(memory_case, steps=2)
+    run.model[2].weight = nn.Parameter(run.model[2].weight.detach().clone())
+    with pytest.raises(AttachError, match="weight of layer '2' is not the parameter"):
+        run.step(2)
+
+
+def test_a_replaced_weight_between_backward_and_step(memory_case: Case) -> None:
+    run = start(memory_case, steps=2)
+    before = run.memory()
+    run.backward(2)
+    weight = run.model[2].weight
+    run.model[2].weight = nn.Parameter(weight.detach().clone())
+    with pytest.raises(AttachError, match="weight of layer '2' is not the parameter"):
+        run.optimizer.step()
+    run.model[2].weight = weight
+    assert same_bits(run.memory(), before)
+
+
+def test_tied_weights_are_left_to_the_optimizer(memory_case: Case) -> None:
+    structure = next(one for one in STRUCTURES if one.name == "tied")
+    model, plain = structure.build(), structure.build()
+    optimizer = SGD(model.parameters(), lr=0.05)
+    rule = memory_case.make().attach(model, optimizer)
+    rows = [row for row in rule.explain().rows if row.name in "ab"]
+    assert rows
+    for row in rows:
+        assert not row.handled
+        assert "shared with" in row.reason
+        assert "a statistic belongs to one layer" in row.reason
+    for _ in range(4):
+        plain.load_state_dict(model.state_dict())
+        plain.zero_grad()
+        structure.loss(plain).backward()
+        optimizer.zero_grad()
+        structure.loss(model).backward()
+        optimizer.step()
+        assert torch.allclose(model.a.weight.grad, plain.a.weight.grad, rtol=1e-5, atol=1e-7)
+    assert layers_of(memory(model, optimizer)) == {"head"}
+
+
+def test_weights_tied_while_attached_are_named(memory_case: Case) -> None:
+    run = start(memory_case, steps=2)
+    run.model[2].weight = nn.Parameter(torch.zeros(8, 8))
+    with pytest.raises(AttachError, match="'2'"):
+        run.step(2)
+
+
+class Lazy(nn.Module):
+    """6 → 8 → 3, sizes found at the first forward; or known."""
+
+    def __init__(self, lazy: bool) -> None:
+        super().__init__()
+        if lazy:
+            self.one, self.two = nn.LazyLinear(8), nn.LazyLinear(3)
+        else:
+            self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(x)))
+
+
+def test_lazy_layers_learn_from_the_first_step(memory_case: Case) -> None:
+    ready, lazy = Lazy(False), Lazy(True)
+    runs = []
+    for model in (ready, lazy):
+        optimizer = SGD(model.parameters(), lr=0.05)
+        runs.append(Run(model, optimizer, memory_case.make().attach(model, optimizer), (6,)))
+    lazy(torch.zeros(1, 6))
+    lazy.load_state_dict(ready.state_dict())
+    for number in range(5):
+        for run in runs:
+            run.optimizer.zero_grad()
+            loss_of(run.model, batch((6,), ROWS, seed=number)).backward()
+            run.optimizer.step()
+    assert same_bits(runs[1].seen(), runs[0].seen())
+    assert of_layer(runs[1].memory(), "one")
+
+
+def test_a_computed_bias_is_learned_without_its_column(memory_case: Case) -> None:
+    class Positive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.exp()
+
+    run = start(memory_case)
+    run.rule.detach()
+    nn.utils.parametrize.register_parametrization(run.model[2], "bias", Positive())
+    run.optimizer = SGD(run.model.parameters(), lr=0.05)
+    run.rule.attach(run.model, run.optimizer)
+    for number in range(5):
+        run.step(number)
+        assert all_finite(run.seen())
+    assert not run.rule.health.counts

@@ -1,0 +1,343 @@
+"""Closures, hooks, groups and optimizers of all kinds; detached or dropped, nothing is left."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+
+from plywise import AttachError, Rule
+from plywise.engine.health import SKIPPED
+from plywise.testing.cases import Case
+from plywise.testing.contract.memories import ROWS, Run, layers_of, memory, of_layer, start
+from plywise.testing.contract.models import (
+    all_finite,
+    backward,
+    batch,
+    grads,
+    loss_of,
+    mlp,
+    same_bits,
+    weights,
+)
+from plywise.testing.contract.test_unmodified import hooks
+
+
+def test_memory_needs_the_optimizer(memory_case: Case) -> None:
+    model, rule = mlp(), memory_case.make()
+    name = type(rule).__name__
+    with pytest.raises(AttachError, match=rf"{name} keeps a running statistic.*attach\(model, optimizer\)"):
+        rule.attach(model)
+    assert hooks(model) == []
+    rule.attach(model, SGD(model.parameters(), lr=0.1))
+
+
+def test_the_first_backward_is_backpropagation(memory_case: Case) -> None:
+    run = start(memory_case, "mixed")
+    plain = start(Case("plain", _Nothing), "mixed")
+    found, expected = (backward(one.model, one.data(0)) for one in (run, plain))
+    for name, value in found.items():
+        assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
+
+
+class _Nothing:
+    """Stands for a rule where there is none."""
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> "_Nothing":
+        return self
+
+
+def with_closure(run: Run, number: int, by_keyword: bool) -> None:
+    def closure() -> Tensor:
+        run.optimizer.zero_grad()
+        loss = loss_of(run.model, run.data(number))
+        loss.backward()
+        return loss
+
+    if by_keyword:
+        run.optimizer.step(closure=closure)
+    else:
+        run.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("make", [SGD, Adam])
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_closure_is_backward_and_step(memory_case: Case, make: type[Optimizer], by_keyword: bool) -> None:
+    ends = []
+    for closed in (False, True):
+        run = other_optimizer(start(memory_case), lambda p: make(p, lr=0.02))
+        for number in range(4):
+            if closed:
+                with_closure(run, number, by_keyword)
+            else:
+                run.step(number)
+        ends.append(run.seen())
+    assert same_bits(*ends)
+
+
+def other_optimizer(run: Run, make: Callable[[Any], Optimizer]) -> Run:
+    """The same run under another optimizer, from the start."""
+    run.rule.detach()
+    run.optimizer = make(run.model.parameters())
+    run.rule.attach(run.model, run.optimizer)
+    return run
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs(memory_case: Case, search: str | None) -> None:
+    # it evaluates its closure many times a step: the last evaluation is what the step learns
+    if memory_case.make().turns_steps:
+        pytest.skip("refused by name: see tests/rules/test_coordinates.py")
+    run = other_optimizer(start(memory_case), lambda p: LBFGS(p, lr=0.1, max_iter=3, line_search_fn=search))
+    before = loss_of(run.model, run.data(0)).item()
+    for _ in range(4):
+        with_closure(run, 0, by_keyword=False)
+        assert all_finite(run.seen())
+    assert loss_of(run.model, run.data(0)).item() < before
+    assert not run.rule.health.counts
+
+
+def test_a_users_hook_before_ours_changes_what_we_get(memory_case: Case) -> None:
+    # as a clipping by hand, between backward and step
+    def halve(*_: Any) -> None:
+        for parameter in run.model.parameters():
+            parameter.grad.mul_(0.5)
+
+    ends = []
+    for hooked in (False, True):
+        run = start(memory_case)
+        if hooked:
+            handle = run.optimizer.register_step_pre_hook(halve)
+            run.optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)
+        for number in range(4):
+            run.optimizer.zero_grad()
+            run.backward(number)
+            if not hooked:
+                halve()
+            run.optimizer.step()
+        ends.append(run.seen())
+    assert same_bits(*ends)
+
+
+def test_a_users_hook_after_ours_sees_the_move(memory_case: Case) -> None:
+    run, seen = start(memory_case), {}
+    if run.rule.turns_steps:
+        pytest.skip("the gradient is one in other coordinates, and so is the optimizer's own step")
+    run = other_optimizer(run, lambda p: SGD(p, lr=0.5))
+    run.optimizer.register_step_pre_hook(lambda *_: seen.update(grads(run.model)))
+    for number in range(4):
+        before = weights(run.model)
+        run.step(number)
+        for name, value in weights(run.model).items():
+            assert torch.allclose(value, before[name] - 0.5 * seen[name], rtol=1e-6, atol=1e-7), name
+
+
+@pytest.mark.parametrize("kind", ["foreach", "fused", "adamw-fused"])
+def test_every_implementation_of_an_optimizer(memory_case: Case, kind: str) -> None:
+    plain: dict[str, Callable[[Any], Optimizer]] = {
+        "foreach": lambda p: SGD(p, lr=0.05, momentum=0.9, foreach=True),
+        "fused": lambda p: SGD(p, lr=0.05, momentum=0.9, fused=True),
+        "adamw-fused": lambda p: AdamW(p, lr=0.01, fused=True),
+    }
+    make = {"adamw-fused": lambda p: AdamW(p, lr=0.01)}.get(kind, lambda p: SGD(p, lr=0.05, momentum=0.9))
+    ends = []
+    for one in (plain[kind], make):
+        run = other_optimizer(start(memory_case), one)
+        for number in range(4):
+            run.step(number)
+        ends.append(weights(run.model))
+    for name, value in ends[0].items():
+        assert torch.allclose(value, ends[1][name], rtol=1e-3, atol=1e-4), name
+
+
+def test_groups_and_a_scheduler(memory_case: Case) -> None:
+    # two groups with one rate are one group; a schedule changes no statistic of the step it comes after
+    ends = []
+    for split in (False, True):
+        run = start(memory_case)
+        run.rule.detach()
+        parameters = list(run.model.parameters())
+        groups = [{"params": parameters[:3]}, {"params": parameters[3:]}] if split else parameters
+        run.optimizer = SGD(groups, lr=0.1, momentum=0.9)
+        run.rule.attach(run.model, run.optimizer)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, 0.1, total_steps=6)
+        for number in range(5):
+            run.step(number)
+            scheduler.step()
+        ends.append(run.seen())
+    assert same_bits(*ends)
+
+
+def test_an_optimizer_of_some_layers(memory_case: Case) -> None:
+    # the others keep their gradient, for whoever steps them; once they join, they are learned too
+    run = start(memory_case)
+    run.rule.detach()
+    run.optimizer = SGD(run.model[2:].parameters(), lr=0.05)
+    run.rule.attach(run.model, run.optimizer)
+    plain = mlp()
+    for number in range(4):
+        plain.load_state_dict(run.model.state_dict())
+        run.optimizer.zero_grad()
+        run.model.zero_grad()
+        run.backward(number)
+        expected = backward(plain, run.data(number))["0.weight"]
+        run.optimizer.step()
+        assert torch.allclose(run.model[0].weight.grad, expected, rtol=1e-5, atol=1e-6)
+        assert not of_layer(run.memory(), "0")
+        assert of_layer(run.memory(), "2")
+        assert all_finite(run.seen())
+    before = weights(run.model)
+    run.optimizer.add_param_group({"params": run.model[0].parameters(), "lr": 0.01})
+    for number in range(4, 8):
+        run.step(number)
+        assert all_finite(run.seen())
+    assert of_layer(run.memory(), "0")
+    assert not torch.equal(run.model[0].weight, before["0.weight"])
+    assert not run.rule.health.counts
+
+
+def test_two_optimizers_with_a_rule_each(memory_case: Case) -> None:
+    # as one optimizer with a rule on all
+    together = start(memory_case)
+    apart = start(memory_case)
+    apart.rule.detach()
+    lower = SGD(apart.model[:2].parameters(), lr=0.05, momentum=0.9)
+    upper = SGD(apart.model[2:].parameters(), lr=0.05, momentum=0.9)
+    rules = [memory_case.make(), memory_case.make()]
+    rules[0].attach(apart.model, lower, layers="0")
+    rules[1].attach(apart.model, upper, exclude="0")
+    for number in range(3):
+        together.step(number)
+        apart.model.zero_grad()
+        apart.backward(number)
+        lower.step()
+        upper.step()
+        assert all_finite(
+            {**weights(apart.model), **memory(apart.model, lower), **memory(apart.model, upper)}
+        )
+    if together.rule.refresh_every == 1:  # else layers take turns, and the turn depends on the others
+        assert same_bits(weights(apart.model), weights(together.model))
+    assert layers_of(memory(apart.model, lower)) == {"0"}
+    assert layers_of(memory(apart.model, upper)) == {"2", "4"}
+
+
+def test_a_layer_may_be_stepped_without_the_rules_others(memory_case: Case) -> None:
+    # gradients of some layers are thrown away by hand: they do not learn in that step
+    run = start(memory_case, steps=3)
+    for number in range(3, 7):
+        before = run.memory()
+        run.optimizer.zero_grad()
+        run.backward(number)
+        for parameter in run.model[2].parameters():
+            parameter.grad = None
+        held = weights(run.model)["2.weight"]
+        run.optimizer.step()
+        assert same_bits(of_layer(run.memory(), "2"), of_layer(before, "2"))
+        assert torch.equal(run.model[2].weight, held)
+
+
+# ---- nothing is left --------------------------------------------------------------------------------
+
+
+def test_detach_leaves_nothing_on_the_optimizer(memory_case: Case) -> None:
+    run = start(memory_case, steps=3)
+    assert "plywise" in run.optimizer.state_dict()
+    assert len(hooks(run.model, run.optimizer)) > 4
+    kept = [StorageWeakRef(value.untyped_storage()) for value in raw(run.optimizer)]
+    assert kept
+    run.rule.detach()
+    assert hooks(run.model, run.optimizer) == []
+    assert "plywise" not in run.optimizer.state_dict()
+    gc.collect()
+    assert all(ref.expired() for ref in kept)
+    # and the state of an optimizer without us loads
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    run.step(3)
+    # attached again, it starts anew
+    run.rule.attach(run.model, run.optimizer)
+    assert not run.memory()
+
+
+def raw(optimizer: Optimizer) -> list[Tensor]:
+    """The tensors themselves."""
+    values = [
+        value for state in optimizer.state.values() for key, value in state.items() if key in ours(state)
+    ]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def ours(state: dict[Any, Any]) -> list[str]:
+    """The keys of a parameter's state that are not the optimizer's own."""
+    return [key for key in state if str(key).startswith("plywise.")]
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_dropping_model_and_optimizer_frees_the_memory(memory_case: Case, pending: bool) -> None:
+    run = start(memory_case, "mixed", steps=3)
+    if pending:
+        run.backward(3)
+    kept = [StorageWeakRef(value.untyped_storage()) for value in raw(run.optimizer)]
+    gone = [weakref.ref(module) for module in run.model.modules()]
+    rule: Rule = run.rule
+    del run
+    gc.collect()
+    assert all(ref() is None for ref in gone)
+    with pytest.raises(AttachError, match="gone"):
+        rule.explain()
+    rule.detach()
+    gc.collect()
+    assert all(ref.expired() for ref in kept)
+
+
+def test_evidence_holds_no_activations(memory_case: Case) -> None:
+    run = start(memory_case, steps=3)
+    run.optimizer.zero_grad()
+    x = torch.randn(ROWS, 6)
+    storage = StorageWeakRef(x.untyped_storage())
+    gc.collect()
+    gc.disable()
+    try:
+        run.model(x).sum().backward()
+        del x
+        assert storage.expired()
+    finally:
+        gc.enable()
+
+
+def test_a_step_that_raises_keeps_the_old_memory(memory_case: Case) -> None:
+    # non-finite gradients under on_nonfinite="raise"
+    run = start(memory_case, steps=3)
+    state = run.optimizer.state_dict()
+    run.rule.detach()
+    run.rule.attach(run.model, run.optimizer, on_nonfinite="raise")
+    run.optimizer.load_state_dict(state)
+    before = run.seen()
+    run.optimizer.zero_grad()
+    run.backward(3)
+    run.model[2].weight.grad[0, 0] = float("inf")
+    with pytest.raises(RuntimeError, match=r"2\.weight"):
+        run.optimizer.step()
+    assert same_bits(run.seen(), before)
+    assert run.rule.health.total(SKIPPED) == 0
+    run.step(3)
+    other = start(memory_case, steps=4)
+    assert same_bits(run.seen(), other.seen())
+
+
+def test_propagated_gradients_never_enter_the_memory(memory_case: Case) -> None:
+    run = start(memory_case, steps=3)
+    state = run.optimizer.state_dict()
+    run.rule.detach()
+    run.rule.attach(run.model, run.optimizer, on_nonfinite="propagate")
+    run.optimizer.load_state_dict(state)
+    x, y = batch((6,), ROWS)
+    run.optimizer.zero_grad()
+    loss_of(run.model, (x * float("nan"), y)).backward()
+    run.optimizer.step()
+    assert all_finite(run.memory())
+    assert not all_finite(weights(run.model))

@@ -1,0 +1,359 @@
+"""Tied, shared, unused, frozen, lazy, parametrized, attention, LSTM: right, or routed with a reason."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from plywise import AttachError, LinearCall, PlywiseError, Rule, Update
+from plywise.testing.cases import Case
+from plywise.testing.contract.attaching import attach
+from plywise.testing.contract.models import (
+    all_finite,
+    assert_close,
+    backward,
+    batch,
+    grads,
+    loss_of,
+    mlp,
+    same_bits,
+    train,
+    weights,
+)
+from plywise.testing.contract.structures import STRUCTURES, Structure
+
+STRUCTURE = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.name)
+
+
+def attached(
+    rule: Rule, model: nn.Module, optimizer: torch.optim.Optimizer | None, structure: Structure
+) -> Rule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return attach(rule, model, optimizer, warm=lambda: structure.loss(model, 2))
+
+
+@pytest.mark.one_of_family
+@STRUCTURE
+def test_right_or_routed_with_a_reason(rule: Rule, structure: Structure) -> None:
+    model = structure.build()
+    structure.loss(model).backward()  # lazy layers take their shapes
+    if structure.refused_by(rule):
+        attached(rule, model, None, structure)
+        with pytest.raises(PlywiseError, match=r"would get a wrong gradient.*requires_grad_\(False\)"):
+            structure.loss(model).backward()
+        return
+    attached(rule, model, None, structure)
+    structure.loss(model).backward()
+    table = rule.explain()
+    rows = {row.name: row for row in table.rows}
+    handled = structure.handled_by(rule)
+    named = {name for name in rows if rows[name].handled}
+    assert named == handled
+    routed = {**structure.routed, **(structure.shared if rule.remembers else {})}
+    for name in routed.keys() - handled:
+        assert routed[name] in rows[name].reason, rows[name].reason
+        assert rows[name].treatment == "left to the optimizer"
+    assert table.parameters == sum(p.numel() for p in model.parameters())  # nothing is passed over
+    for name in handled - {name for name in handled if "spare" in name}:
+        assert rows[name].passes >= 1, name
+
+
+@pytest.mark.one_of_family
+@STRUCTURE
+def test_gradients_are_the_sum_of_the_moves(case: Case, rule: Rule, structure: Structure) -> None:
+    # each use of a weight is one local problem; whatever is not handled keeps autograd's gradient
+    if structure.refused_by(rule):
+        pytest.skip("refused: see above")
+    model = structure.build()
+    structure.loss(model)  # lazy layers take their shapes
+    model.double()
+    attached(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), structure)
+    sums: dict[int, Tensor] = {}
+
+    def add(ply: LinearCall, move: Update, below: Tensor | None) -> None:
+        for name in ("weight", "bias"):
+            part, parameter = getattr(move, name), ply.module._parameters.get(name)
+            if part is not None and parameter is not None and parameter.requires_grad:
+                part = part.t() if ply.map.kind == "embedding" else part.reshape(parameter.shape)
+                if ply.map.kind != "computed" and parameter.shape == part.shape:
+                    sums[id(parameter)] = sums.get(id(parameter), 0) + part
+
+    model.zero_grad()
+    with rule.observing(add):
+        structure.loss(model).backward()
+    computed = {*structure.computed}
+    expected = {n: sums[id(p)] for n, p in model.named_parameters() if id(p) in sums and n not in computed}
+    assert expected
+    assert_close({name: grads(model)[name] for name in expected}, expected)
+    if case.is_backprop:
+        plain = structure.build()
+        structure.loss(plain)
+        plain.double()
+        structure.loss(plain).backward()
+        assert_close(grads(model), grads(plain))
+
+
+@pytest.mark.one_of_family
+@STRUCTURE
+def test_three_steps_move_all_that_can_move(case: Case, rule: Rule, structure: Structure) -> None:
+    if structure.refused_by(rule):
+        pytest.skip("refused: see above")
+    model = structure.build()
+    structure.loss(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attached(rule, model, optimizer, structure)
+    before = weights(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        structure.loss(model).backward()
+        reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    after = weights(model)
+    assert all_finite(after)
+    assert not rule.health.counts
+    moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad} - set(structure.unused)
+    assert trainable <= moved | structure.may_rest
+    assert reached <= moved
+
+
+@pytest.mark.one_of_family
+def test_sometimes_used(case: Case, rule: Rule) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, which: str) -> Tensor:
+            return self.head(torch.tanh(getattr(self, which)(x)))
+
+    def both(net: nn.Module) -> Tensor:
+        return F.cross_entropy(net(x, "a") + net(x, "b"), y)
+
+    model = Gated()
+    x, y = batch()
+    attach(rule, model, warm=lambda: both(model))
+    for which, other in ("ab", "ba", "aa", "bb"):
+        model.zero_grad()
+        F.cross_entropy(model(x, which), y).backward()
+        found = grads(model)
+        assert {f"{which}.weight", "head.weight"} <= found.keys()
+        if other != which:
+            assert f"{other}.weight" not in found
+        fresh = Gated()
+        fresh.load_state_dict(model.state_dict())
+        second = attach(case.make(), fresh, warm=lambda fresh=fresh: both(fresh))
+        F.cross_entropy(fresh(x, which), y).backward()
+        assert same_bits(found, grads(fresh))
+        second.detach()
+
+
+class ConstantBias:
+    """Takes the bias off a layer; as its forward hook, adds it back as a constant."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.bias = layer.bias.detach()
+        layer.bias = None
+
+    def __call__(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output + self.bias
+
+
+@pytest.mark.one_of_family
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", ["layer", "weight", "bias"])
+def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
+    data, model = batch(), mlp(torch.float64)
+    frozen = {f"2.{n}" for n in ("weight", "bias") if what in ("layer", n)}
+    free, expected = mlp(torch.float64), mlp(torch.float64)
+    if what == "bias":  # it is a constant: the layer's own problem has no bias
+        add = ConstantBias(expected[2])
+        case.make().attach(expected, torch.optim.SGD(expected.parameters(), lr=0.1))
+        expected[2].register_forward_hook(add)
+    else:
+        case.make().attach(expected, torch.optim.SGD(expected.parameters(), lr=0.1))
+    case.make().attach(free, torch.optim.SGD(free.parameters(), lr=0.1))
+    data = batch(dtype=torch.float64)
+    loss_of(free, data).backward()
+    loss_of(expected, data).backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    if when == "after":
+        rule.attach(model, optimizer)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    if when == "before":
+        rule.attach(model, optimizer)
+    loss_of(model, data).backward()
+    # the layers below hear the same, and what moves moves the same
+    assert same_bits(grads(model), {n: g for n, g in grads(expected).items() if n not in frozen})
+    before = weights(model)
+    optimizer.step()
+    for name, value in weights(model).items():
+        assert torch.equal(value, before[name]) == (name in frozen), name
+    if what != "bias":
+        assert "frozen" in str(rule.explain())
+    if rule.remembers:
+        return  # the step taken is in its memory; see test_memory_layers.py
+    for name in frozen:  # thawed again
+        model.get_parameter(name).requires_grad_(True)
+    model.load_state_dict(free.state_dict())
+    model.zero_grad()
+    loss_of(model, data).backward()
+    assert same_bits(grads(model), grads(free))
+
+
+def test_all_frozen_passes_the_gradient_down(case: Case, rule: Rule) -> None:
+    if rule.alters_backward:
+        pytest.skip("the backward values are altered for the sake of updates: nothing learns, they are plain")
+    model, data = mlp(), batch()
+    case_free = mlp()
+    attach(case.make(), case_free, warm=(6,))
+    results = []
+    for net in (case_free, model):
+        if net is model:
+            attach(rule, model, warm=(6,))
+            model.requires_grad_(False)
+        x = data[0].clone().requires_grad_()
+        loss_of(net, (x, data[1])).backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
+    assert not grads(model)
+
+
+def test_lazy_layers(case: Case, rule: Rule) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+
+    data, model, ready = batch((2, 6, 6)), build(), build()
+    attach(rule, model)
+    assert "lazy" in str(rule.explain())
+    torch.manual_seed(2)
+    loss_of(model, data).backward()
+    torch.manual_seed(2)
+    ready(data[0])
+    attach(case.make(), ready)
+    loss_of(ready, data).backward()
+    assert same_bits(grads(model), grads(ready))
+    assert "3×64" in str(rule.explain())
+
+
+def old_spectral_norm(layer: nn.Module) -> None:
+    nn.utils.spectral_norm(layer)
+
+
+PARAMETRIZE = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old spectral_norm": old_spectral_norm,
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+}
+
+
+@pytest.mark.one_of_family
+@pytest.mark.parametrize("kind", list(PARAMETRIZE))
+def test_computed_weights(case: Case, rule: Rule, kind: str) -> None:
+    model, data = mlp(torch.float64), batch(dtype=torch.float64)
+    PARAMETRIZE[kind](model[2])
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.01), warm=(6,))
+    loss_of(model, data).backward()
+    found = grads(model)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert all_finite(found)
+    if case.is_backprop and kind in ("weight_norm", "pruned"):  # the others draw or iterate
+        plain = mlp(torch.float64)
+        PARAMETRIZE[kind](plain[2])
+        plain.load_state_dict(model.state_dict())
+        loss_of(plain, data).backward()
+        assert_close(found, grads(plain))
+    rows = [row for row in rule.explain().rows if row.name.startswith("2.") and "bias" not in row.name]
+    reasons = [row.reason for row in rows]
+    assert reasons
+    assert all("weight is computed" in reason for reason in reasons), reasons
+
+
+@pytest.mark.one_of_family
+@pytest.mark.parametrize("kind", list(PARAMETRIZE))
+def test_weights_that_become_computed_while_attached(case: Case, rule: Rule, kind: str) -> None:
+    # captured as they are computed, left to the optimizer, or refused by name; never a wrong gradient
+    model, data = mlp(), batch()
+    rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    PARAMETRIZE[kind](model[2])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    if rule.alters_backward and rule.remembers:
+        with pytest.raises(PlywiseError, match=r"'2"):
+            backward(model, data)
+    else:
+        found = backward(model, data)
+        assert all_finite(found)
+        if kind == "weight_norm" and not rule.remembers:  # others draw, iterate, or remember no step
+            other = mlp()
+            PARAMETRIZE[kind](other[2])
+            attach(case.make(), other, torch.optim.SGD(other.parameters(), lr=0.01))
+            assert same_bits(found, backward(other, data))
+        rows = [row for row in rule.explain().rows if row.name[:1] == "2" and "bias" not in row.name]
+        assert rows
+        known = ("weight is computed", "no call of a linear map has been seen with it yet")
+        assert all(any(part in row.reason for part in known) for row in rows), [row.reason for row in rows]
+    rule.detach()
+    rule.attach(model, optimizer)  # the cure
+    if not rule.alters_backward or not rule.remembers:
+        train(model, optimizer, data, 2)
+
+
+def test_a_computed_bias(case: Case, rule: Rule) -> None:
+    if rule.alters_backward:
+        pytest.skip("refused: a bias that is left to the optimizer would get a wrong gradient")
+
+    class Positive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.exp()
+
+    results = []
+    for attaching in (False, True):
+        model = mlp(torch.float64)
+        nn.utils.parametrize.register_parametrization(model[2], "bias", Positive())
+        if attaching:
+            attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.01), warm=(6,))
+        loss_of(model, batch(dtype=torch.float64)).backward()
+        results.append(grads(model))
+    assert results[0].keys() == results[1].keys()
+    if case.is_backprop:
+        assert_close(results[1], results[0])
+
+
+def test_a_model_of_nothing_supported_is_refused(rule: Rule) -> None:
+    with pytest.raises(AttachError, match=r"finds no layer.*LSTM.*nn\.LSTM hide.*nn\.unroll.*register_map"):
+        attach(rule, nn.LSTM(3, 4))
+    with pytest.raises(AttachError, match="it has no parameters"):
+        rule.attach(nn.Sequential(nn.ReLU()), torch.optim.SGD(mlp().parameters(), lr=0.1))
+
+
+def test_a_forward_set_on_the_module_itself_is_captured(case: Case, rule: Rule) -> None:
+    # the rule acts on the linear call inside; what is done with its output is autograd's
+    model, data = mlp(torch.float64), batch(dtype=torch.float64)
+    layer = model[2]
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias).square()
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
+    found = backward(model, data)
+    assert next(row for row in rule.explain().rows if row.name == "2").handled
+    if case.is_backprop:
+        rule.detach()
+        assert_close(found, backward(model, data))
+
+
+def test_functions_of_a_weight_outside_its_layer(rule: Rule) -> None:
+    # a penalty reaches the weight by another road, in the same backward: both add up
+    model, data = mlp(), batch()
+    attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
+    loss_of(model, data).backward()
+    bare = grads(model)["2.weight"]
+    model.zero_grad()
+    (loss_of(model, data) + 0.5 * model[2].weight.square().sum()).backward()
+    assert torch.allclose(model[2].weight.grad, bare + model[2].weight, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,124 @@
+"""How pytest runs the contract: which test is put to which rule or learner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from plywise.engine.rule import Rule
+from plywise.testing.cases import Case, LearnerCase, find_why_stuck, select_family
+
+MARKERS = (
+    "slow: takes more than a few seconds",
+    "one_of_family: for each value of the other parameters, one rule of each family",
+    "sends_rule: other processes have to import the rule's class",
+)
+CASES = pytest.StashKey[list[Case]]()
+"""Where a run of the contract keeps its rules."""
+
+SUBJECTS = ("case", "memory_case", "learner_case")
+"""Arguments of tests that stand for a rule, a rule with memory, a learner."""
+
+
+def parametrize(
+    metafunc: pytest.Metafunc, cases: Sequence[Case], learner_cases: Sequence[LearnerCase]
+) -> None:
+    """Run a test that asks for a ``case``, a ``memory_case`` or a ``learner_case`` once for each."""
+    remembering = [case for case in cases if case.make().remembers]
+    for name, found in zip(SUBJECTS, (cases, remembering, learner_cases), strict=True):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, found, ids=lambda case: case.name)
+
+
+def select(config: pytest.Config, items: list[pytest.Item], cases: Sequence[Case]) -> None:
+    """Keep, of tests that are marked ``one_of_family``, the turn of one rule of each family.
+
+    Such a test is about the engine more than about a rule.
+    """
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        (kept if _has_turn(item, cases) else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
+def _has_turn(item: Any, cases: Sequence[Case]) -> bool:
+    if item.get_closest_marker("one_of_family") is None:
+        return True
+    called = item.callspec
+    name = "memory_case" if "memory_case" in called.params else "case"
+    remembering = [case for case in cases if case.make().remembers] if name == "memory_case" else cases
+    turn = sum(index for other, index in called.indices.items() if other != name)
+    return select_family(called.params[name], remembering, turn)
+
+
+def _has_subject(item: Any) -> bool:
+    """Whether a test is about a rule or a learner that is there."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(isinstance(value, Case | LearnerCase) for value in values)
+
+
+@pytest.fixture
+def rule(case: Case) -> Iterator[Rule]:
+    """A new rule of the case, detached at the end."""
+    made = case.make()
+    yield made
+    made.detach()
+
+
+@pytest.fixture(scope="session")
+def cases(request: pytest.FixtureRequest) -> list[Case]:
+    """All rules that are checked."""
+    return request.config.stash[CASES]
+
+
+class ContractPlugin:
+    """Puts the contract to some rules and learners, and keeps what came of it.
+
+    Args:
+        cases: the rules.
+        learner_cases: the learners.
+    """
+
+    def __init__(self, cases: Sequence[Case], learner_cases: Sequence[LearnerCase]) -> None:
+        self._cases, self._learner_cases = list(cases), list(learner_cases)
+        self._stuck = next(filter(None, (find_why_stuck(case.make()) for case in cases)), "")
+        self.passed = 0
+        self.skipped: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Make the markers known, and the rules to the fixture `cases`."""
+        config.stash[CASES] = self._cases
+        for marker in MARKERS:
+            config.addinivalue_line("markers", marker)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """See `parametrize`."""
+        parametrize(metafunc, self._cases, self._learner_cases)
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out tests that are about no rule and no learner, or that find none of their kind."""
+        items[:] = [item for item in items if _has_subject(item)]
+        select(config, items, self._cases)
+        for item in items:
+            if self._stuck and item.get_closest_marker("sends_rule"):
+                item.add_marker(pytest.mark.skip(reason=self._stuck))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Note a file that cannot be read."""
+        if report.failed:
+            self.failed[report.nodeid] = report.longreprtext
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note how a test went."""
+        if report.failed:
+            self.failed[report.nodeid] = report.longreprtext
+        elif report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            self.skipped[report.nodeid] = reason.removeprefix("Skipped: ")
+        elif report.when == "call":
+            self.passed += 1

@@ -1,0 +1,92 @@
+"""The contract as users call it: `check_rule` and `check_learner`, on what keeps it and on what breaks it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import plywise as pw
+from plywise.testing import Case, LearnerCase, check_learner, check_rule, list_promises
+
+from .registry import DiagonalNewton
+
+
+@dataclass(frozen=True, eq=False)
+class Undamped(pw.Rule):
+    """Divides by zero where a layer without bias sees zeros alone."""
+
+    def update(self, call: pw.LinearCall) -> pw.Update:
+        rate = 1 / call.trace().sum()
+        return call.gradient().scaled(rate, rate)
+
+
+class Forgetful(pw.LocalLoss):
+    """Goes on from somewhere else than what was saved."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        steps = self.steps
+        super().load_state_dict(state)
+        self.steps = steps
+
+
+def test_a_rule_that_keeps_its_promises(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_rng_state()
+    result = check_rule(DiagonalNewton, only=["scales"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert result.passed > 30
+    assert not result.failed
+    assert str(result).startswith(f"DiagonalNewton: {result.passed} passed, 0 failed, 0 left out")
+
+
+def test_a_rule_that_breaks_one() -> None:
+    with pytest.raises(pw.ContractError, match=r"Undamped breaks \d+ of the contract's tests") as caught:
+        check_rule(Undamped, only=["scales"])
+    failed = caught.value.result.failed
+    broken = [name for name in failed if "test_every_solve_ends[Undamped-zeros-convnet]" in name]
+    assert len(broken) == 1
+    assert "is not finite" in failed[broken[0]]
+    assert broken[0] in str(caught.value)
+
+
+def test_an_exemption_is_told_with_its_reason() -> None:
+    case = Case("mine", DiagonalNewton, rates=(0.2,), not_homogeneous="for the sake of this test")
+    result = check_rule(case, only=["accumulation"])
+    assert "for the sake of this test" in str(result)
+    assert result.skipped
+
+
+def test_a_class_that_other_processes_cannot_import() -> None:
+    @dataclass(frozen=True, eq=False)
+    class Inner(DiagonalNewton):
+        pass
+
+    result = check_rule(Inner, only=["ddp"])
+    assert result.passed == 0
+    assert set(result.skipped.values()) == {"Inner is defined in a function, where no other process finds it"}
+
+
+def test_learners() -> None:
+    assert check_learner(pw.LocalLoss).passed > 15
+    with pytest.raises(pw.ContractError, match="test_three_chained_resumes"):
+        check_learner(Forgetful)
+    result = check_learner(LearnerCase("deep", pw.LocalLoss, keeps_activations="for the sake of this test"))
+    assert list(result.skipped.values()) == ["for the sake of this test"]
+
+
+def test_what_cannot_be_checked() -> None:
+    for factory in (3, nn.Linear(2, 2), lambda: 3):
+        with pytest.raises(pw.PlywiseError, match=r"make a plywise\.Rule when it is called"):
+            check_rule(factory)
+    with pytest.raises(pw.PlywiseError, match=r"No promise is called 'scale'\. Did you mean scales"):
+        check_rule(DiagonalNewton, only=["scale"])
+    with pytest.raises(pw.PlywiseError, match="not int"):
+        check_learner(3)
+
+
+def test_every_promise_says_what_it_is() -> None:
+    promises = list_promises()
+    assert "learners" not in promises
+    assert {"scales", "no_trace", "ddp", "memory_resume"} <= set(promises)
+    assert all(text.endswith((".", "…")) for text in promises.values())

@@ -1,0 +1,154 @@
+"""A rule that somebody writes: what it may leave out, and what is said of what is wrong in it."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import plywise as pw
+
+
+@dataclass(frozen=True, eq=False)
+class Plain(pw.Rule):
+    """Nothing but an update."""
+
+    def update(self, call):
+        return call.gradient()
+
+
+def run(rule, model=None):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)) if model is None else model
+    rule.attach(model)
+    model(torch.ones(5, 4)).sum().backward()
+    return model
+
+
+def answering(update):
+    @dataclass(frozen=True, eq=False)
+    class Mine(pw.Rule):
+        def update(self, call):
+            return update(call)
+
+    return Mine()
+
+
+def sending(below):
+    @dataclass(frozen=True, eq=False)
+    class Mine(Plain):
+        def input_gradient(self, call):
+            return below(call)
+
+    return Mine()
+
+
+def test_a_rule_need_not_estimate_its_cost():
+    rule = Plain()
+    model = run(rule)
+    row = rule.explain().rows[0]
+    assert math.isnan(row.cost)
+    assert math.isnan(row.memory)
+    assert "unknown" in str(rule.explain())
+    expected = copy.deepcopy(model)
+    rule.detach()
+    expected.zero_grad()
+    expected(torch.ones(5, 4)).sum().backward()
+    assert all(
+        torch.equal(one.grad, two.grad)
+        for one, two in zip(model.parameters(), expected.parameters(), strict=True)
+    )
+
+
+UPDATES = {
+    "a tensor": (lambda call: call.weight, r"must return a plywise\.Update, not Parameter|not Tensor"),
+    "nothing": (lambda call: None, r"must return a plywise\.Update, not NoneType"),
+    "a pair": (lambda call: (call.weight, None), r"must return a plywise\.Update, not tuple"),
+    "transposed": (
+        lambda call: pw.Update(call.gradient().weight.t(), call.gradient().bias),
+        r"moves the weight of layer '2' by a tensor of shape \(3, 2\), where \(2, 3\) is wanted.*\(1, 2, 4\)",
+    ),
+    "one row": (
+        lambda call: pw.Update(call.gradient().weight[:1], call.gradient().bias),
+        r"moves the weight of layer '2' by a tensor of shape \(1, 3\), where \(2, 3\)",
+    ),
+    "a matrix": (
+        lambda call: pw.Update(call.matrix(call.gradient()), None),
+        r"moves the weight of layer '2' by a tensor of shape \(1, 2, 4\), where \(2, 3\)",
+    ),
+    "a bias's column": (
+        lambda call: pw.Update(call.gradient().weight, call.gradient().bias.unsqueeze(1)),
+        r"moves the bias of layer '2' by a tensor of shape \(2, 1\), where \(2,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(UPDATES))
+def test_a_wrong_update_is_named(what):
+    update, words = UPDATES[what]
+    with pytest.raises(pw.AttachError, match=words):
+        run(answering(update))
+
+
+BELOW = {
+    "nothing": (lambda call: None, "must return a tensor, not NoneType"),
+    "the outputs'": (lambda call: call.delta, r"layer '2' by a tensor of shape \(5, 2\), where \(5, 3\)"),
+    "a sum": (lambda call: call.input_gradient().sum(0), r"layer '2' by a tensor of shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("what", list(BELOW))
+def test_a_wrong_value_for_the_layer_below_is_named(what):
+    below, words = BELOW[what]
+    with pytest.raises(pw.AttachError, match=words):
+        run(sending(below))
+
+
+class NoDataclass(pw.Rule):
+    def __init__(self, strength):
+        self.strength = strength
+
+    def update(self, call):
+        return call.gradient()
+
+
+class Bare(pw.Rule):
+    def update(self, call):
+        return call.gradient()
+
+
+class MoreFields(Plain):
+    strength: float = 2.0
+
+
+class NoMoreFields(Plain):
+    """A subclass that only acts otherwise needs no decorator."""
+
+    def update(self, call):
+        return call.gradient().scaled(2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [(lambda: NoDataclass(2.0), " with strength as fields"), (Bare, ""), (MoreFields, " with strength")],
+    ids=["own __init__", "bare", "fields in a subclass"],
+)
+def test_a_rule_that_is_no_dataclass(make, fields):
+    rule = make()
+    name = type(rule).__name__
+    words = rf"{name} is no dataclass.*@dataclass\(frozen=True, eq=False\) above the class,?{fields}"
+    for use in (lambda: run(rule), lambda: str(rule), lambda: copy.copy(rule)):
+        with pytest.raises(pw.AttachError, match=words):
+            use()
+
+
+def test_a_subclass_without_hyper_parameters_of_its_own():
+    rule = NoMoreFields()
+    model = run(rule)
+    doubled = model[2].weight.grad.clone()
+    rule.detach()
+    model.zero_grad()
+    model(torch.ones(5, 4)).sum().backward()
+    assert torch.equal(doubled, 2 * model[2].weight.grad)
+    assert str(rule) == "NoMoreFields()"
