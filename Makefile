@@ -26,7 +26,7 @@ QUICK := contract/test_unmodified.py engine/test_calls.py \
 	sweep/test_sensitivity.py test_attachment.py test_card.py test_environment.py test_errors.py \
 	test_replicas.py trainers/test_plain_loop.py
 
-.PHONY: demo test check quick sweep docs results clean
+.PHONY: demo test check quick sweep docs results package clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plywise demo
@@ -49,6 +49,10 @@ sweep: $(VENV)/.installed
 # Runs the gallery's examples; any warning is an error.
 docs: $(VENV)/.installed
 	MPLBACKEND=Agg $(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build/html
+
+# Builds wheel and sdist, and uses them in a fresh environment: needs a network.
+package:
+	$(PYTHON) .ci/package.py --torch "$(TORCH)"
 
 # Runs the quick bench on this machine, compares it with the published one, and packs the ledgers and reports of
 # all published benches into dist/results. The other benches take hours: their commands are in benchmarks/.
