@@ -84,6 +84,10 @@ def test_metadata_say_what_the_files_say(metadata):
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == pw.__version__
     assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    for name in ("CONTRIBUTING.md", "conda/meta.yaml"):
+        addresses = re.findall(r"https://\S+/plywise\b", (REPOSITORY / name).read_text(encoding="utf-8"))
+        assert addresses
+        assert all(one.startswith(PROJECT["urls"]["Repository"]) for one in addresses)
 
 
 def test_the_extra_all_holds_all_that_users_may_want():
