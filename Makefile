@@ -1,5 +1,6 @@
 # `make demo` and `make test`; of the latter, `make check` is the linters and `make quick` a minute of tests;
-# `make sweep` tries all of torch's modules; `make docs`. All make .venv first, with locked versions.
+# `make sweep` tries all of torch's modules; `make docs`; `make results` and `make package` make the files of a
+# release. All make .venv first, with locked versions.
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +26,7 @@ QUICK := contract/test_unmodified.py engine/test_calls.py \
 	sweep/test_sensitivity.py test_attachment.py test_card.py test_environment.py test_errors.py \
 	test_replicas.py trainers/test_plain_loop.py
 
-.PHONY: demo test check quick sweep docs clean
+.PHONY: demo test check quick sweep docs results package clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plywise demo
@@ -48,6 +49,21 @@ sweep: $(VENV)/.installed
 # Runs the gallery's examples; any warning is an error.
 docs: $(VENV)/.installed
 	MPLBACKEND=Agg $(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build/html
+
+# Builds wheel and sdist, and uses them in a fresh environment: needs a network.
+package:
+	$(PYTHON) .ci/package.py --torch "$(TORCH)"
+
+# Runs the quick bench on this machine, compares it with the published one, and packs the ledgers and reports of
+# all published benches into dist/results. The other benches take hours: their commands are in benchmarks/.
+AGAIN := runs/results/quick
+results: $(VENV)/.installed
+	if [ -e $(AGAIN)/bench.json ]; then set -- --resume; else set -- --workloads quick --trials 2 --seeds 2; fi; \
+		$(BIN)/plywise bench "$$@" --out $(AGAIN)
+	$(BIN)/python benchmarks/archives.py pack
+	$(BIN)/python benchmarks/archives.py unpack quick
+	$(BIN)/python benchmarks/arena/again.py runs/arena/quick $(AGAIN)
+	$(BIN)/python benchmarks/tables.py
 
 $(VENV)/.installed: Makefile pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plywise needs Python 3.11 or newer")'

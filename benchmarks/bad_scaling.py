@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import plywise as pw
+from pictures import save_picture
 from step_cost import environment
 from tuning import Candidate, accuracy, adamw, digits, median, mlp, repeat, sgd, tune, write_json
 
@@ -79,7 +80,7 @@ def picture(result: dict[str, Any], path: str) -> None:
     axis.grid(axis="y", alpha=0.25)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save_picture(figure, path)
 
 
 def run_method(trials: list[Candidate], make: Callable[[], torch.nn.Module], data: Any) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def list_families(families: list[Family]) -> None:
 def write_json(
     path: Path, summary: list[dict[str, Any]], plains: dict[str, Plain], results: list[Result], skipped: Any
 ) -> None:
-    """Write everything that was found, a line for each family and rule."""
+    """Write everything that was found; rules of which the same was found in a family share a line."""
     record = {
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"plywise": plywise.__version__, "torch": torch.__version__},
@@ -279,9 +279,10 @@ def write_json(
         "skipped": skipped,
         "summary": summary,
         "families": [
-            {"family": n, "parameters": p.parameters, "seconds": p.seconds} for n, p in plains.items()
+            {"family": n, "parameters": p.parameters, "seconds": round(p.seconds, 4)}
+            for n, p in plains.items()
         ],
-        "results": [trim(result, results[0].rule) for result in results],
+        "results": group([trim(result, results[0].rule) for result in results]),
     }
     lines = [f'"{key}": {format_value(value)}' for key, value in record.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -294,10 +295,22 @@ def trim(result: Result, first_rule: str) -> dict[str, Any]:
         for key, value in asdict(result).items()
         if value is False or value not in ("", [], {}, 0.0)
     }
+    for key in ("unmoved", "seconds", *(("worst", "left") if result.rule != first_rule else ())):
+        kept.pop(key, None)
     kept |= {key: kept[key][:200] for key in ("refused", "failed") if key in kept}
-    if result.rule != first_rule:
-        kept.pop("left", None)
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in kept.items()}
+
+
+def group(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the results of a family that differ in the rule alone."""
+    rules: dict[str, list[str]] = {}
+    for result in results:
+        others = {key: value for key, value in result.items() if key not in ("family", "rule")}
+        rules.setdefault(json.dumps([result["family"], others], ensure_ascii=False), []).append(
+            result["rule"]
+        )
+    joined = [(*json.loads(found), names) for found, names in rules.items()]
+    return [{"family": family, "rules": names, **others} for family, others, names in joined]
 
 
 def format_value(value: Any) -> str:

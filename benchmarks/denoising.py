@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.data.sets import cifar10, grey_images
@@ -124,7 +125,7 @@ def picture(table: dict[str, dict[str, float]], dataset: str) -> None:
     axis.legend(fontsize=8, ncols=4, loc="upper right")
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)
-    figure.savefig(Path(__file__).with_suffix(".svg"), bbox_inches="tight")
+    save_picture(figure, Path(__file__).with_suffix(".svg"))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import plywise as pw
+from pictures import save_picture
 from plywise.data.digits import Split
 from step_cost import environment
 from tuning import (
@@ -122,7 +123,7 @@ def picture(result: dict[str, Any], path: str) -> None:
             axis.grid(alpha=0.25)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save_picture(figure, path)
 
 
 def main() -> None:

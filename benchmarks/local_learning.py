@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
+from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.local.associated_learning import pooled_bridge
@@ -315,7 +316,6 @@ def draw(result: dict[str, Any]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "plywise"
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(result), figsize=(15, 4.2), sharey=True)
@@ -331,7 +331,7 @@ def draw(result: dict[str, Any]) -> None:
         axis.grid(alpha=0.3)
     axes[len(axes) // 2].set_xlabel("test accuracy, %, three seeds")
     figure.tight_layout()
-    figure.savefig(OUT.with_suffix(".svg"), metadata={"Date": None})
+    save_picture(figure, OUT.with_suffix(".svg"))
 
 
 def main() -> None:

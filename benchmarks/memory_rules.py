@@ -32,6 +32,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import plywise as pw
+from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.method import with_rule
@@ -288,7 +289,6 @@ def draw(summary: dict[str, Any], clock: dict[str, Any]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "plywise"
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), sharex=True)
@@ -321,7 +321,7 @@ def draw(summary: dict[str, Any], clock: dict[str, Any]) -> None:
     axes[1].scatter([], [], marker="s", color="#c0392b", label="CPU seconds")
     axes[1].legend(loc="center right", fontsize=8)
     figure.tight_layout()
-    figure.savefig(OUT.with_suffix(".svg"), metadata={"Date": None})
+    save_picture(figure, OUT.with_suffix(".svg"))
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.losses import slope_recovery
@@ -311,7 +312,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel(f"median of {result['seeds']} seeds, and their range")
     axes[-1].legend()
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save_picture(figure, path)
 
 
 def main() -> None:

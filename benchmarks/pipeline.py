@@ -37,6 +37,7 @@ from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 
 import plywise as pw
+from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.local.associated_learning import MakeBridge, wide_bridge
@@ -320,7 +321,6 @@ def draw(result: dict[str, Any]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "plywise"
     import matplotlib.pyplot as plt
 
     figure, (bars, gantt) = plt.subplots(2, 1, figsize=(11, 8), height_ratios=(3, 1))
@@ -343,7 +343,7 @@ def draw(result: dict[str, Any]) -> None:
     gantt.set_yticks([1, 0], ["stage 0", "stage 1"])
     gantt.set_xlabel(f"milliseconds; {BATCHES} batches, {bridge}, bubble {100 * part['bubble']:.0f} %")
     figure.tight_layout()
-    figure.savefig(OUT.with_suffix(".svg"), metadata={"Date": None})
+    save_picture(figure, OUT.with_suffix(".svg"))
 
 
 def main() -> None:

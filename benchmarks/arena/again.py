@@ -1,7 +1,7 @@
 """Runs at the defaults of one bench against the same runs of another: are they the same, and as dear?
 
 plywise bench --workloads quadratic,digits-mlp --methods sgd,muon --trials 0 --seeds 3 --out runs/again
-python benchmarks/arena/again.py benchmarks/arena/standard runs/again
+python benchmarks/arena/again.py runs/arena/standard runs/again
 """
 
 import argparse

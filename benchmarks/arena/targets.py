@@ -1,6 +1,6 @@
 """Targets of the shipped workloads, from the baselines that a bench has tuned.
 
-    python benchmarks/arena/targets.py benchmarks/arena/standard --commit 136fd13
+    python benchmarks/arena/targets.py runs/arena/standard --commit 136fd13
 
 Writes src/plywise/arena/workloads/targets.json: for each workload of the bench whose baselines have all been
 tuned the target and the loose one, the commit whose code made them, and the command. Targets that are stored

@@ -1,11 +1,8 @@
 """Adaptive activations: what they compute, whose place they take, and the benchmark's problems."""
 
 import copy
-import importlib.util
 import io
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +10,10 @@ import torch
 from torch import nn
 
 import plywise as pw
+from benchmark_scripts import import_script
 from plywise.errors import PlywiseError
 from plywise.nn import AdaptiveActivation, adapt_activations
 from plywise.nn.adaptive_activation import ACTIVATIONS
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "physics_informed.py"
 
 
 def mlp(activation=nn.Tanh, depth=3, width=7):
@@ -217,12 +213,7 @@ def test_wrong_shapes_and_kinds():
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("physics_informed", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["physics_informed"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["physics_informed"]
+    return import_script("physics_informed")
 
 
 def spectral_burgers(nu, points, end, step):
