@@ -154,7 +154,7 @@ def bench(
     screen = notes(apart=json)
     from plywise.arena.run.bench_data import BenchData
 
-    material = BenchData(plan.entries)
+    material = BenchData(plan.entries, out)
     for workload in material.workloads.values():
         for guess in workload.guesses:
             screen.print(guess, soft_wrap=True, highlight=False)

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,11 +14,15 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeVar
 
+from plywise._util.process_groups import begin_group, end_group
 from plywise.arena.run.job import TrialJob
 from plywise.errors import PlywiseError
 
 PATIENCE = 600.0
 """Seconds that a trial may take, all in all, unless told otherwise or planned to take long."""
+
+STARTING = 600.0
+"""Seconds that the process of a trial may take to begin: the first one waits for the imports of torch."""
 
 PRELOADED = (
     *("plywise.arena.run.executor", "plywise.arena.methods.peers", "plywise.arena.methods.rules"),
@@ -72,8 +75,9 @@ class Executor(Protocol):
 class ProcessExecutor:
     """This machine's cores, a process for each trial.
 
-    A process that is killed, or takes longer than ``patience``, is an outcome of its trial. When the caller
-    stops early, or calls `stop`, the running trials are ended.
+    A process that is killed, or takes longer than ``patience``, is an outcome of its trial. The time counts
+    from where the trial begins in its process. When the caller stops early, or calls `stop`, the running
+    trials are ended. With a trial ends what it has started.
 
     Args:
         count: trials at once.
@@ -122,9 +126,14 @@ class ProcessExecutor:
         self, running: dict[Connection, _Worker[AnyWork]], patience: float
     ) -> Iterator[tuple[AnyWork, dict[str, Any]]]:
         """Wait until trials have ended, or `stop` is called: they, and their lines, leave those that run."""
-        ready = wait([*running, self._stopped], timeout=patience)
+        # of a process that is killed the connection may stay open: what it has started holds it, too
+        gone = [worker.sentinel for worker in running.values()]
+        ready = wait([*running, *gone, self._stopped], timeout=patience)
         now = time.monotonic()
-        for connection in [own for own, one in running.items() if own in ready or one.end <= now]:
+        over = [own for own, one in running.items() if {own, one.sentinel} & {*ready} or one.end <= now]
+        for connection in over:
+            if connection in ready and running[connection].begins():
+                continue
             worker = running.pop(connection)
             yield worker.job, worker.outcome()
 
@@ -153,11 +162,24 @@ class _Worker(Generic[AnyWork]):
 
     def __init__(self, context: Any, job: AnyWork, threads: int, patience: float) -> None:
         self.job, self.patience = job, patience
-        self.end = time.monotonic() + patience
+        self._begun = False
+        self.end = time.monotonic() + STARTING
         self.connection, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_work, args=(job, threads, theirs), daemon=True)
         self._process.start()
+        self.sentinel: int = self._process.sentinel
         theirs.close()
+
+    def begins(self) -> bool:
+        """Whether what was sent says that the trial begins; its time counts from then on."""
+        if self._begun:
+            return False
+        try:
+            self.end = float(self.connection.recv_bytes()) + self.patience
+        except (EOFError, OSError):
+            return False
+        self._begun = True
+        return True
 
     def outcome(self) -> dict[str, Any]:
         """The line that it sent, or that it did not."""
@@ -165,6 +187,10 @@ class _Worker(Generic[AnyWork]):
             if self.connection.poll():
                 line: dict[str, Any] = json.loads(self.connection.recv_bytes())
                 return line
+            if self._process.exitcode is not None:
+                raise EOFError
+            if not self._begun:
+                return self.job.failed(f"its process had not begun after {STARTING:g} s")
             return self.job.failed(f"took longer than {self.patience:g} s")
         except (EOFError, OSError):
             self._process.join(10)
@@ -173,7 +199,8 @@ class _Worker(Generic[AnyWork]):
             self.stop()
 
     def stop(self) -> None:
-        """End it, whatever it does."""
+        """End it, whatever it does, and what it has started."""
+        end_group(self._process.pid)
         self._process.kill()
         self._process.join(10)
         self.connection.close()  # last: the process would complain that nobody hears it
@@ -184,20 +211,15 @@ def _work(job: Work, threads: int, connection: Connection) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends this process
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    begin_group()
     torch.set_num_threads(threads)
+    with suppress(BrokenPipeError):
+        connection.send_bytes(str(time.monotonic()).encode())  # one clock for all processes of a machine
     line = job.perform()
     with suppress(BrokenPipeError):  # the caller may have been interrupted, and gone
         connection.send_bytes(json.dumps(line, allow_nan=False).encode())
         connection.close()
     os._exit(0)  # torch's and a user's atexit handlers have nothing to do here
-
-
-def _leave_with(parent: int) -> None:
-    """End this process when the one that forks trials has gone: nobody waits for its line any more."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _exit(code: int | None) -> str:
