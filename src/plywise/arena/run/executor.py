@@ -24,6 +24,7 @@ PATIENCE = 600.0
 STARTING = 600.0
 """Seconds that the process of a trial may take to begin: the first one waits for the imports of torch."""
 
+_SAFE_PATH = "PYTHONSAFEPATH"
 PRELOADED = (
     *("plywise.arena.run.executor", "plywise.arena.methods.peers", "plywise.arena.methods.rules"),
     *("plywise.arena.methods.learners", "torch._dynamo"),  # torch.optim imports it with the first optimizer
@@ -145,6 +146,8 @@ def _start_forking() -> None:
     """
     resource_tracker.ensure_running()  # else the next line starts it, and leaves Ctrl-C to be heard
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    safe = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"  # else it would import a jinja2.py of the current directory
     try:
         forkserver.ensure_running()
     except OSError as error:  # a socket's name holds 107 bytes
@@ -154,7 +157,16 @@ def _start_forking() -> None:
             see="error-bench",
         ) from error
     finally:
+        _set_safe_path(safe)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _set_safe_path(value: str | None) -> None:
+    """Set the variable that keeps Python from importing from the current directory as it was."""
+    if value is None:
+        os.environ.pop(_SAFE_PATH, None)
+    else:
+        os.environ[_SAFE_PATH] = value
 
 
 class _Worker(Generic[AnyWork]):
@@ -165,7 +177,8 @@ class _Worker(Generic[AnyWork]):
         self._begun = False
         self.end = time.monotonic() + STARTING
         self.connection, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(job, threads, theirs), daemon=True)
+        safe = os.environ.get(_SAFE_PATH)
+        self._process = context.Process(target=_work, args=(job, threads, theirs, safe), daemon=True)
         self._process.start()
         self.sentinel: int = self._process.sentinel
         theirs.close()
@@ -206,9 +219,11 @@ class _Worker(Generic[AnyWork]):
         self.connection.close()  # last: the process would complain that nobody hears it
 
 
-def _work(job: Work, threads: int, connection: Connection) -> None:
+def _work(job: Work, threads: int, connection: Connection, safe_path: str | None) -> None:
     """What the process of a trial does."""
     import torch
+
+    _set_safe_path(safe_path)  # as in the caller's process, not in the one that this was forked from
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends this process
     begin_group()
