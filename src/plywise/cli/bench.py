@@ -154,7 +154,7 @@ def bench(
     screen = notes(apart=json)
     from plywise.arena.run.bench_data import BenchData
 
-    material = BenchData(plan.entries)
+    material = BenchData(plan.entries, out)
     for workload in material.workloads.values():
         for guess in workload.guesses:
             screen.print(guess, soft_wrap=True, highlight=False)
@@ -249,24 +249,25 @@ def _patience(plan: BenchConfig) -> float:
 
 def _saved(out: Path) -> BenchConfig:
     """The plan of a folder."""
-    import json
-
+    from plywise._util.sealed import unseal
     from plywise.arena.run.bench import BenchConfig
 
     path = out / "bench.json"
     if not path.exists():
         raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.", see="error-bench")
     try:
-        return BenchConfig.saved(json.loads(path.read_text(encoding="utf-8"))["plan"])
+        return BenchConfig.saved(unseal(path.read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{path} is no description of a bench ({error!r}).", see="state-bench") from error
+        raise StateError(
+            f"{path} is no description of a bench, or damaged ({error!r}).", see="state-bench"
+        ) from error
 
 
 def _done(out: Path) -> Counter[tuple[str, str]]:
     """Trials in a folder's ledger, by workload and method."""
-    from plywise.arena.run.ledger import read
+    from plywise.arena.run.ledger import Ledger
 
-    return Counter((line["workload"], line["method"]) for line in read(out / "trials.jsonl"))
+    return Counter((key.workload, key.method) for key in Ledger(out / "trials.jsonl").lines)
 
 
 def _planned(

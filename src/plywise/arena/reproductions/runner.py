@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
+from plywise._util.scratch import Scratch
 from plywise.arena.reproductions import find_paper, tables
 from plywise.arena.reproductions.experiment import DIGITS, SIZE_WORDS, Arm, Experiment, Line
 from plywise.arena.reproductions.runs import ExperimentKey, Probe, ReproductionRun, settings
@@ -108,7 +108,8 @@ class Reproduction:
 
         Sets the crew's patience by the dearest.
         """
-        with _scratch() as folder:
+        with Scratch(self.folder) as scratch:
+            folder = str(scratch.path)
             for experiment in self.experiments:
                 arms = [arm for arm in experiment.arms_at(self.size) if self._left_of(experiment, arm)]
                 places = [
@@ -123,7 +124,8 @@ class Reproduction:
 
     def perform(self, crew: ProcessExecutor) -> Generator[ReproductionProgress, None, None]:
         """Run what the ledger does not hold yet; each run is kept when it ends."""
-        with self.ledger.writing(), _scratch() as folder:
+        with self.ledger.writing(), Scratch(self.folder) as scratch:
+            folder = str(scratch.path)
             for experiment in self.experiments:
                 yield from self._perform(crew, folder, experiment, self._tuning_runs(experiment))
                 if all(key in self.ledger for key in self._tuning_runs(experiment)):
@@ -277,10 +279,6 @@ class Reproduction:
     def _all(self, experiment: Experiment) -> list[Line]:
         arms = experiment.arms_at(self.size)
         return [line for arm in arms for _, line in self._lines(experiment, arm) if line["wall"]]
-
-
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="plywise-reproduce-")
 
 
 def _first(pair: tuple[Key, Line]) -> Key:

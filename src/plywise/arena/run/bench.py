@@ -11,6 +11,7 @@ from typing import Any
 
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
+from plywise._util.sealed import seal, unseal
 from plywise.arena.diagnose.diagnosis import layers_before
 from plywise.arena.method import Method
 from plywise.arena.methods import find_method
@@ -320,7 +321,7 @@ class Bench:
         """Begin a bench, or go on with the one that is there."""
         if path.exists():
             try:
-                before = json.loads(path.read_text(encoding="utf-8"))
+                before = unseal(path.read_text(encoding="utf-8"))
                 planned = json.loads(json.dumps(asdict(BenchConfig.saved(before["plan"]))))
                 changed = [
                     name
@@ -329,7 +330,7 @@ class Bench:
                 ]
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise StateError(
-                    f"{path} is no description of a bench ({error!r}).", see="state-bench"
+                    f"{path} is no description of a bench, or damaged ({error!r}).", see="state-bench"
                 ) from error
             if planned != self.about["plan"]:
                 difference = _difference(planned, self.about["plan"])
@@ -352,7 +353,8 @@ class Bench:
         self._write(path)
 
     def _write(self, path: Path) -> None:
-        write_whole(path, json.dumps(self.about, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(self.about, indent=1, ensure_ascii=False, allow_nan=False)
+        write_whole(path, seal(text) + "\n")
 
 
 def _offset(method: Method) -> int:

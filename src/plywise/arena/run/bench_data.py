@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from plywise._util.scratch import Scratch
 from plywise.arena.run.job import WorkloadSpec
 from plywise.arena.workload import Workload
 from plywise.errors import PlywiseError
@@ -16,6 +16,8 @@ class BenchData:
 
     Args:
         entries: the workloads.
+        folder: where the files are made, in a folder of their own that is swept by the next one if this
+            process is killed. Default: the folder for temporary files.
 
     Attributes:
         workloads: by name.
@@ -27,15 +29,15 @@ class BenchData:
         PlywiseError: a workload cannot be made: a file is missing, a factory raises, shapes do not fit.
     """
 
-    def __init__(self, entries: Iterable[WorkloadSpec]) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="plywise-bench-")
+    def __init__(self, entries: Iterable[WorkloadSpec], folder: Path | None = None) -> None:
+        self._scratch = Scratch(folder)
         self.workloads: dict[str, Workload] = {}
         self.files: dict[str, Path] = {}
         self.sizes: dict[str, dict[str, int]] = {}
         self.prints: dict[str, str] = {}
         try:
             for number, entry in enumerate(entries):
-                self._make(entry, Path(self._scratch.name) / f"{number}.pt")
+                self._make(entry, self._scratch.path / f"{number}.pt")
         except BaseException:
             self.close()
             raise
@@ -55,4 +57,4 @@ class BenchData:
 
     def close(self) -> None:
         """Remove the files."""
-        self._scratch.cleanup()
+        self._scratch.close()

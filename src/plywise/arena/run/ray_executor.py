@@ -7,13 +7,13 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from plywise._util.import_path import load
+from plywise._util.scratch import Scratch
 from plywise.arena.methods import find_method
 from plywise.arena.run.executor import PATIENCE, ProcessExecutor
 from plywise.arena.run.job import TrialJob
@@ -157,8 +157,8 @@ def _work(
     # what Ray cancels by does not end a wait: a signal each second does, and then the interrupt is seen
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
-    with tempfile.TemporaryDirectory(prefix="plywise-ray-") as scratch:
-        data.save(file := Path(scratch) / "data.pt")
+    with Scratch() as scratch:
+        data.save(file := scratch.path / "data.pt")
         crew = ProcessExecutor(1, threads, patience)
         return next(line for _, line in crew.run([replace(job, data=str(file))]))
 
