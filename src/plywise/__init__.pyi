@@ -56,3 +56,5 @@ from plywise.rules.precondition import Precondition as Precondition
 from plywise.rules.proxprop import ProxProp as ProxProp
 from plywise.rules.rls import RLS as RLS
 from plywise.schedules.layer_freezing import LayerFreezing as LayerFreezing
+from plywise.training.recommended import Recommendation as Recommendation
+from plywise.training.recommended import recommend as recommend

@@ -49,6 +49,7 @@ class LayerRow:
         passes: backward passes in which the rule has answered for it.
         is_new: whether it was found after the rule was attached.
         keys: the `state_dict` keys of the parameters in this row; a parameter is in one row only.
+        size: sizes of its problem; None if they are not known before the first batch.
     """
 
     name: str
@@ -64,6 +65,7 @@ class LayerRow:
     passes: int = 0
     is_new: bool = False
     keys: tuple[str, ...] = ()
+    size: Size | None = None
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ def _site_row(
         *(name, type(module).__name__, shape, True, rule.describe(site.size) + frozen, reason + notes),
         *(memory, cost, health.of(site.name), claimed[0], site.passes, site.entry.is_new),
         keys=claimed[1],
+        size=site.size,
     )
 
 
@@ -202,6 +203,7 @@ def _unseen_row(
         *(name, type(module).__name__, shape, True, rule.describe(size) + frozen, reason),
         *(memory, cost, events, claimed[0], 0, entry.is_new),
         keys=claimed[1],
+        size=size,
     )
 
 

@@ -1,0 +1,186 @@
+"""One line for those who do not want to choose: an optimizer and a rule for this model and batch.
+
+The method is always the same: AdamW in `plywise.Coordinates`. What is chosen is where it works, and in how
+many directions, so that the price of a step stays within a budget.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from plywise._util.modes import evaluating
+from plywise.engine.explain import Explanation, LayerRow
+from plywise.engine.rule import Rule
+from plywise.errors import AttachError
+from plywise.rules.coordinates import Coordinates
+
+RANKS = (64, 32, 16)
+"""Directions of wide sides that are turned, the best first."""
+
+REFRESHES = (10, 20, 50)
+"""Steps between two bases, the best first."""
+
+CALLS = 2.0**21
+"""Operations that one core makes in the time that the calls of a small layer's plain step take (60 µs)."""
+
+BETAS = (0.9, 0.99)
+"""Second moments that forget in 100 steps: bases turn slowly, and old squares are of older axes."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What `recommend` has chosen; ``optimizer, rule = recommendation`` takes it apart.
+
+    Attributes:
+        optimizer: the optimizer, to be used as any other.
+        rule: the rule, attached to the model.
+        price: extra operations of a step, relative to the model's forward and backward; small layers are
+            counted by the time of their calls.
+        memory: extra bytes that the rule keeps.
+        left: layers that the rule could take and does not, since they would cost too much.
+    """
+
+    optimizer: Optimizer
+    rule: Rule
+    price: float
+    memory: float
+    left: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.optimizer
+        yield self.rule
+
+    def explain(self) -> str:
+        """The choice, its price, and what happens to each layer."""
+        group = self.optimizer.param_groups[0]
+        lines = [
+            f"{self.rule} on {type(self.optimizer).__name__}(lr={group['lr']:g}, betas={group['betas']}, "
+            f"weight_decay={group['weight_decay']:g})",
+            f"A step takes {100 * self.price:.0f} % more operations than plain AdamW's and the state "
+            f"{self.memory / 2**20:.1f} MiB more memory; small layers take longer than that, by calls.",
+        ]
+        if self.left:
+            lines.append(f"Too expensive for the budget, left to AdamW: {', '.join(self.left)}.")
+        return "\n".join([*lines, str(self.rule.explain())])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Settings that fit the budget, the layers that they are for, and the price."""
+
+    rule: Coordinates
+    taken: list[LayerRow]
+    left: list[LayerRow]
+    price: float
+
+
+def recommend(
+    model: nn.Module,
+    lr: float = 0.01,
+    *,
+    batch: Any = None,
+    batch_size: int = 128,
+    budget: float = 0.5,
+    weight_decay: float = 0.01,
+) -> Recommendation:
+    """Make an optimizer for a model, with a rule attached that fits its layers.
+
+    AdamW works in the quarter-whitened eigenbasis of each layer's inputs (`plywise.Coordinates`). Of wide
+    layers only the leading directions are turned, as many as the budget allows; layers that would not fit at
+    all are left to AdamW.
+
+    Args:
+        model: the model.
+        lr: the rate. Default 0.01, which suits AdamW in these coordinates where plain AdamW wants less.
+        batch: an input, or a tuple or dict of inputs, for one forward in evaluation mode, which tells the
+            sizes of convolutions; without it, layers of unknown sizes are taken.
+        batch_size: rows of a batch, for linear layers. Default 128; with ``batch``, its own.
+        budget: extra operations of a step, relative to forward and backward. Default 0.5.
+        weight_decay: AdamW's decoupled decay. Default 0.01.
+
+    Returns:
+        Optimizer and rule; `Recommendation.explain` says what was chosen, and why.
+
+    Raises:
+        AttachError: the model has no layer that a rule could take.
+        ValueError: the budget or the rate is not positive.
+
+    Source: the method's card, `plywise.Coordinates`; the choice is ours.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> optimizer, rule = pw.recommend(model, batch_size=32)
+        >>> rule.rank
+        64
+        >>> rule.detach()
+    """
+    if not budget > 0 or not lr > 0:
+        raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
+    parameters = list(model.parameters())
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    optimizer = AdamW(parameters, lr, betas=BETAS, weight_decay=weight_decay, fused=fused or None)
+    rows = _look(model, optimizer, batch, batch_size).rows
+    plan = _choose([row for row in rows if row.handled], budget)
+    if not plan.taken:
+        raise AttachError(
+            f"recommend finds no layer of this {type(model).__name__} that fits a budget of {budget:g}: each "
+            f"would take more. Allow more, recommend(..., budget={2 * budget:g}), or use AdamW as it is.",
+            see="attach-no-layer",
+        )
+    exclude = [row.name for row in plan.left]
+    rule = plan.rule.attach(model, optimizer, exclude=exclude or None)
+    memory = sum(plan.rule.estimate_cost(row.size)[1] for row in plan.taken if row.size is not None)
+    return Recommendation(optimizer, rule, plan.price, 4 * memory, tuple(exclude))
+
+
+def _look(model: nn.Module, optimizer: Optimizer, batch: Any, batch_size: int) -> Explanation:
+    """The layers of a model that the rule can take, with their sizes."""
+    rule = Coordinates().attach(model, optimizer)
+    try:
+        if batch is not None:
+            with evaluating(model), torch.enable_grad():
+                _run(model, batch)
+            batch_size = _count_rows(batch) or batch_size
+        return rule.explain(batch_size)
+    finally:
+        rule.detach()
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _count_rows(batch: Any) -> int:
+    """The first dimension of the first tensor of a batch; 0 without one."""
+    values = list(batch.values()) if isinstance(batch, dict) else batch
+    values = values if isinstance(values, tuple | list) else [values]
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def _choose(rows: list[LayerRow], budget: float) -> _Plan:
+    """The best settings whose price is within the budget; with the cheapest, only the layers that fit."""
+    plans = [_price(Coordinates(rank=r, refresh_every=e), rows) for r in RANKS for e in REFRESHES]
+    fitting = [plan for plan in plans if plan.price <= budget]
+    if fitting:
+        return fitting[0]
+    rule = plans[-1].rule
+    taken, left = sorted(rows, key=lambda row: _price(rule, [row]).price), []
+    while taken and _price(rule, rows, taken).price > budget:
+        left.append(taken.pop())
+    plan = _price(rule, rows, taken)
+    return _Plan(rule, plan.taken, left, plan.price)
+
+
+def _price(rule: Coordinates, rows: list[LayerRow], taken: list[LayerRow] | None = None) -> _Plan:
+    """What a rule costs on some of these layers, relative to the plain steps of all of them."""
+    taken = rows if taken is None else taken
+    plain = sum(row.size.plain + CALLS for row in rows if row.size is not None)
+    extra = sum(rule.estimate_cost(row.size)[0] for row in taken if row.size is not None)
+    return _Plan(rule, taken, [], extra / plain if plain else 0.0)

@@ -1,0 +1,108 @@
+"""One line for those who do not want to choose."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import plywise as pw
+from plywise.errors import AttachError
+
+
+def make_mlp(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def make_convnet() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(16, 4)),
+    )
+
+
+def test_it_trains() -> None:
+    model = make_mlp(8, 32, 32, 2)
+    optimizer, rule = pw.recommend(model, batch_size=64)
+    x = torch.randn(64, 8)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 * losses[0]
+    assert rule.explain().share == 1.0
+    assert not rule.health.counts
+
+
+def test_wide_layers_get_as_many_directions_as_the_budget_allows() -> None:
+    model = make_mlp(784, 256, 10)
+    ranks, prices = [], []
+    for budget in (5.0, 0.7, 0.35, 0.2):
+        found = pw.recommend(model, batch_size=128, budget=budget)
+        assert found.price <= budget
+        ranks.append(found.rule.rank)
+        prices.append(found.price)
+        found.rule.detach()
+    assert ranks == sorted(ranks, reverse=True)
+    assert ranks[0] == 64
+    assert ranks[-1] < 64
+    assert prices == sorted(prices, reverse=True)
+
+
+def test_what_does_not_fit_is_left_and_named() -> None:
+    model = make_mlp(20, 2000, 2000, 4)
+    found = pw.recommend(model, batch_size=2, budget=1.0)
+    assert "2" in found.left  # 2000 x 2000: of two rows its own step costs little
+    assert found.price <= 1.0
+    assert "Too expensive for the budget, left to AdamW: " in found.explain()
+    assert {row.name for row in found.rule.explain().rows if not row.handled} == set(found.left)
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(AttachError, match="budget"):
+        pw.recommend(make_mlp(2000, 2000), batch_size=1, budget=1e-6)
+    with pytest.raises(ValueError, match="budget"):
+        pw.recommend(make_mlp(2, 2), budget=0)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"input": x}], ids=["x", "()", "{}"])
+def test_a_batch_tells_the_sizes_of_convolutions_and_leaves_no_trace(wrap) -> None:
+    model = make_convnet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = pw.recommend(model, batch=wrap(torch.randn(16, 3, 12, 12)))
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(part.training for part in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert found.price > 0
+    assert "0.25" in found.explain()
+
+
+def test_a_saved_optimizer_resumes() -> None:
+    runs = []
+    for stop in (False, True):
+        model = make_mlp(8, 16, 2)
+        optimizer, rule = pw.recommend(model)
+        x, y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
+        for step in range(24):
+            if stop and step == 13:
+                weights, state = model.state_dict(), optimizer.state_dict()
+                rule.detach()
+                model = make_mlp(8, 16, 2)
+                optimizer, rule = pw.recommend(model)
+                model.load_state_dict(weights)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        runs.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
