@@ -188,10 +188,11 @@ class RunningState:
     def _in_full_precision(self) -> ExitStack:
         """Autocast is meant for the network: the rule's own work is done without it."""
         precision = ExitStack()
+        if not torch._C._is_any_autocast_enabled():
+            return precision
         devices = {layer.weight.device.type for layer in self._layers.values() if not layer.gone}
-        for device_type in devices:
-            if torch.is_autocast_enabled(device_type):
-                precision.enter_context(torch.autocast(device_type, enabled=False))
+        for device_type in filter(torch.is_autocast_enabled, devices):
+            precision.enter_context(torch.autocast(device_type, enabled=False))
         return precision
 
     def keep(self, optimizer: Optimizer) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import is_not
 
 import torch
 from torch import Tensor
@@ -71,14 +72,22 @@ class StackedState(Mapping[str, Tensor]):
     def __init__(self) -> None:
         self._states: Sequence[State] = []
         self._stacked: dict[str, tuple[list[Tensor], Tensor]] = {}
+        self._current: dict[str, Tensor] = {}
 
     def follow(self, states: Sequence[State]) -> "StackedState":
         """These are the states now."""
-        self._states = states
+        if len(states) != len(self._states) or any(map(is_not, states, self._states)):
+            self._states = states
+            self._current = {}
         return self
 
     def __getitem__(self, key: str) -> Tensor:
-        sources = [state[key] for state in self._states]
+        found = self._current.get(key)
+        if found is None:
+            found = self._current[key] = self._stack([state[key] for state in self._states], key)
+        return found
+
+    def _stack(self, sources: list[Tensor], key: str) -> Tensor:
         if len(sources) == 1:
             return sources[0].unsqueeze(0)
         before, stacked = self._stacked.get(key, ([], None))

@@ -195,6 +195,15 @@ KINDS: dict[type, dict[str, tuple[str, int]]] = {
 """The tensors of each kind: what they are called where they are kept, and how many dimensions they have."""
 
 
+NAMES = {
+    side: [
+        (kind, [(f"{side}.{name}", dims) for name, dims in parts.values()]) for kind, parts in KINDS.items()
+    ]
+    for side in ("input", "output")
+}
+"""The same for each side, written out: bases are looked up in each step."""
+
+
 def list_tensors(basis: Basis, side: str) -> dict[str, Tensor]:
     """The tensors of a basis under the names of a side, such as ``"input.basis"``."""
     parts = KINDS[type(basis)]
@@ -206,13 +215,9 @@ def find_basis(tensors: Mapping[str, Tensor], side: str) -> Basis | None:
 
     Layers of one shape may be stacked, (layers, g, ...): they are taken as so many groups.
     """
-    for kind, parts in KINDS.items():
-        names = [f"{side}.{name}" for name, _ in parts.values()]
-        if names[0] in tensors and names[-1] in tensors:
-            found = [
-                _flatten(tensors[key], dims) for key, (_, dims) in zip(names, parts.values(), strict=True)
-            ]
-            basis: Basis = kind(*found)
+    for kind, names in NAMES[side]:
+        if names[0][0] in tensors and names[-1][0] in tensors:
+            basis: Basis = kind(*(_flatten(tensors[name], dims) for name, dims in names))
             return basis
     return None
 
