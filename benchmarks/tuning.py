@@ -111,7 +111,7 @@ def trial(
         rule = candidate.rule() if candidate.rule else None
         return with_rule(network, candidate.optimizer(network.parameters()), rule, task.loss)
 
-    return run_trial(begin, Data(*data), task, seed=seed, look=len(data[0].y), **how)
+    return run_trial(begin, Data(*data), task, seed=seed, train_eval_size=len(data[0].y), **how)
 
 
 def first_step_below(record: TrialResult, target: float) -> int | None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import ProcessExecutor
-from plywise.arena.run.job import TrialJob, WorkloadSpec
+from plywise.arena.run.job import TrialJob
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import FINAL, TUNED, Key
 from plywise.cli.interrupt import STOPPING
@@ -147,30 +147,30 @@ def test_an_interrupt_before_the_first_trial(start):
     assert f"Interrupted. {len(command.lines())} of 14 trials are kept" in said
 
 
-def jobs(folder, *methods):
-    material = BenchData([OWN])
-    entry, data = material.workloads["own"], str(material.files["own"])
-    settled = OWN.settled(entry)
-    return material, [TrialJob(Key("own", name, FINAL, TUNED, 0, 0), settled, {}, data) for name in methods]
+def jobs(*methods):
+    resolved = resolve_bench(BenchConfig((OWN,), ("sgd",)))
+    own = resolved.workloads["own"]
+    keys = [Key("own", name, FINAL, TUNED, 0, 0) for name in methods]
+    return resolved, [TrialJob(key, own.source, {}, str(own.file)) for key in keys]
 
 
-def test_a_crew_that_is_stopped_gives_what_has_ended_and_ends_the_rest(tmp_path):
-    material, three = jobs(tmp_path, "sgd", "adamw", f"{HERE}:Hanging")
-    crew = ProcessExecutor(3)
+def test_an_executor_that_is_stopped_gives_what_has_ended_and_ends_the_rest():
+    resolved, three = jobs("sgd", "adamw", f"{HERE}:Hanging")
+    executor = ProcessExecutor(3)
     try:
-        pieces = crew.run([*three, three[0]])
+        pieces = executor.run([*three, three[0]])
         told = [next(pieces)[1]["method"]]
         end = time.monotonic() + 60
         while len(multiprocessing.active_children()) > 1:  # the second has ended, and nobody has looked
             assert time.monotonic() < end
             time.sleep(0.01)
-        crew.stop()
+        executor.stop()
         told += [line["method"] for _, line in pieces]
         assert sorted(told) == ["adamw", "sgd"]
         assert multiprocessing.active_children() == []
-        assert list(crew.run(three)) == [], "for good"
+        assert list(executor.run(three)) == [], "for good"
     finally:
-        material.close()
+        resolved.close()
 
 
 def test_a_folder_for_temporary_files_with_a_long_path_is_named(tmp_path):

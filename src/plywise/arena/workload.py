@@ -31,6 +31,8 @@ class Workload:
         blocks: how many blocks local learners cut the network into; 0: it cannot be cut.
         classes: number of classes, for local learners; 0 for other tasks.
         guesses: what was guessed about the user's data, a sentence each.
+        measurements: how often a run is measured, besides the measurement before its first step.
+        train_eval_size: training samples that the training loss is measured on.
     """
 
     name: str
@@ -44,6 +46,13 @@ class Workload:
     blocks: int = 0
     classes: int = 0
     guesses: tuple[str, ...] = ()
+    measurements: int = 25
+    train_eval_size: int = 500
+
+    @property
+    def measure_every(self) -> int:
+        """Steps between two measurements."""
+        return max(1, self.steps // self.measurements)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.steps < 1:

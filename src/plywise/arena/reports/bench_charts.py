@@ -146,14 +146,14 @@ def _later(n: int, place: int, k: int) -> float:
 def layers(field: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
     """What is known about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
 
-    From the final runs, of several seeds the first one that said anything; and from the bench's description
-    of the workload, under the name `BEFORE`.
+    From the final runs, of several seeds the first one that said anything; or from the bench's description of
+    the method; and from that of the workload, under the name `BEFORE`.
     """
     told = {BEFORE: field.bench["workloads"].get(workload, {}).get("layers")}
     for method in field.methods:
         cell = field.cells.get((track, workload, method))
-        if cell:
-            told[method] = next((run["layers"] for run in cell.runs if run.get("layers")), None)
+        seeds = [run["layers"] for run in cell.runs if run.get("layers")] if cell else []
+        told[method] = next(iter(seeds), field.bench["methods"].get(method, {}).get("layers"))
     return [
         {"name": name, "layers": one["names"], "kinds": {k: thin(v) for k, v in one.items() if k != "names"}}
         for name, one in told.items()

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from plywise.arena.reproductions.experiment import SIZE_WORDS
-from plywise.arena.reproductions.summary import REPRODUCED, REVERSED, UNDECIDED
+from plywise.arena.reproductions.summary import REPRODUCED, REVERSED
+from plywise.arena.scoring.verdicts import UNDECIDED
 
 HEADINGS = ("method", "paper", "ours (95 % interval)", "verdict")
 

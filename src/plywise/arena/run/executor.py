@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -13,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from plywise.arena.run.job import TrialJob
 from plywise.errors import PlywiseError
 
-PATIENCE = 600.0
+TIMEOUT_S = 600.0
 """Seconds that a trial may take, all in all, unless told otherwise or planned to take long."""
 
 PRELOADED = (
@@ -29,33 +30,18 @@ PRELOADED = (
 """What the process has imported that trials are forked from."""
 
 
-class Work(Protocol):
-    """What a process is asked to do, in words that travel to it."""
-
-    def perform(self) -> dict[str, Any]:
-        """Do it; a line of JSON, failures included."""
-        ...
-
-    def failed(self, why: str) -> dict[str, Any]:
-        """The line if its process did not live to tell."""
-        ...
-
-
-AnyWork = TypeVar("AnyWork", bound=Work)
-
-
 class Executor(Protocol):
-    """Who runs trials.
+    """Runs trials.
 
     Attributes:
         count: trials at once.
         threads: torch's threads in each.
-        patience: seconds that each may take.
+        timeout_s: seconds that each may take.
     """
 
     count: int
     threads: int
-    patience: float
+    timeout_s: float
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end."""
@@ -69,24 +55,58 @@ class Executor(Protocol):
         ...
 
 
+class InlineExecutor:
+    """This very process, one trial after the other: nothing to start, and no trial can be ended from outside.
+
+    Args:
+        threads: torch's threads in each trial; None: as they are.
+    """
+
+    count = 1
+
+    def __init__(self, threads: int | None = None) -> None:
+        import torch
+
+        self.threads, self.timeout_s = threads or torch.get_num_threads(), math.inf
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Begin no other trial."""
+        self._stopped = True
+
+    def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
+        """Each job with its ledger line, in the order in which they come."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            for job in jobs:
+                if self._stopped:
+                    return
+                yield job, json.loads(json.dumps(job.run(), allow_nan=False))
+        finally:
+            torch.set_num_threads(before)
+
+
 class ProcessExecutor:
     """This machine's cores, a process for each trial.
 
-    A process that is killed, or takes longer than ``patience``, is an outcome of its trial. When the caller
+    A process that is killed, or takes longer than ``timeout_s``, is an outcome of its trial. When the caller
     stops early, or calls `stop`, the running trials are ended.
 
     Args:
         count: trials at once.
         threads: torch's threads in each.
-        patience: seconds that a trial may take.
+        timeout_s: seconds that a trial may take.
     """
 
-    def __init__(self, count: int = 1, threads: int = 1, patience: float = PATIENCE) -> None:
+    def __init__(self, count: int = 1, threads: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         if count < 1 or threads < 1:
             raise PlywiseError(
                 f"Workers and threads are at least 1, not {count} and {threads}.", see="error-bench"
             )
-        self.count, self.threads, self.patience = count, threads, patience
+        self.count, self.threads, self.timeout_s = count, threads, timeout_s
         # forked from a process that has imported torch and has no threads: a start takes milliseconds
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
@@ -99,30 +119,30 @@ class ProcessExecutor:
         """
         self._bell.send_bytes(b"stop")
 
-    def run(self, jobs: Iterable[AnyWork]) -> Iterator[tuple[AnyWork, dict[str, Any]]]:
+    def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Each job with its line, in the order in which they end."""
         queue = iter(jobs)
-        running: dict[Connection, _Worker[AnyWork]] = {}
+        running: dict[Connection, _Worker] = {}
         try:
             while not self._stopped.poll():
                 while len(running) < self.count and (job := next(queue, None)) is not None:
                     _start_forking()
-                    worker = _Worker(self._context, job, self.threads, self.patience)
+                    worker = _Worker(self._context, job, self.threads, self.timeout_s)
                     running[worker.connection] = worker
                 if not running:
                     return
-                patience = min(worker.end for worker in running.values()) - time.monotonic()
-                yield from self._ended(running, max(0.0, patience))
+                wait_s = min(worker.end for worker in running.values()) - time.monotonic()
+                yield from self._ended(running, max(0.0, wait_s))
             yield from self._ended(running, 0.0)
         finally:
             for worker in running.values():
                 worker.stop()
 
     def _ended(
-        self, running: dict[Connection, _Worker[AnyWork]], patience: float
-    ) -> Iterator[tuple[AnyWork, dict[str, Any]]]:
+        self, running: dict[Connection, _Worker], wait_s: float
+    ) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Wait until trials have ended, or `stop` is called: they, and their lines, leave those that run."""
-        ready = wait([*running, self._stopped], timeout=patience)
+        ready = wait([*running, self._stopped], timeout=wait_s)
         now = time.monotonic()
         for connection in [own for own, one in running.items() if own in ready or one.end <= now]:
             worker = running.pop(connection)
@@ -148,12 +168,12 @@ def _start_forking() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Worker(Generic[AnyWork]):
+class _Worker:
     """The process of one trial."""
 
-    def __init__(self, context: Any, job: AnyWork, threads: int, patience: float) -> None:
-        self.job, self.patience = job, patience
-        self.end = time.monotonic() + patience
+    def __init__(self, context: Any, job: TrialJob, threads: int, timeout_s: float) -> None:
+        self.job, self.timeout_s = job, timeout_s
+        self.end = time.monotonic() + timeout_s
         self.connection, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_work, args=(job, threads, theirs), daemon=True)
         self._process.start()
@@ -165,7 +185,7 @@ class _Worker(Generic[AnyWork]):
             if self.connection.poll():
                 line: dict[str, Any] = json.loads(self.connection.recv_bytes())
                 return line
-            return self.job.failed(f"took longer than {self.patience:g} s")
+            return self.job.failed(f"took longer than {self.timeout_s:g} s")
         except (EOFError, OSError):
             self._process.join(10)
             return self.job.failed(f"its process was lost ({_exit(self._process.exitcode)})")
@@ -176,24 +196,24 @@ class _Worker(Generic[AnyWork]):
         """End it, whatever it does."""
         self._process.kill()
         self._process.join(10)
-        self.connection.close()  # last: the process would complain that nobody hears it
+        self.connection.close()  # last: the process would complain that nobody reads it
 
 
-def _work(job: Work, threads: int, connection: Connection) -> None:
+def _work(job: TrialJob, threads: int, connection: Connection) -> None:
     """What the process of a trial does."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends this process
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
-    line = job.perform()
+    line = job.run()
     with suppress(BrokenPipeError):  # the caller may have been interrupted, and gone
         connection.send_bytes(json.dumps(line, allow_nan=False).encode())
         connection.close()
     os._exit(0)  # torch's and a user's atexit handlers have nothing to do here
 
 
-def _leave_with(parent: int) -> None:
+def _exit_with(parent: int) -> None:
     """End this process when the one that forks trials has gone: nobody waits for its line any more."""
     while os.getppid() == parent:
         time.sleep(1.0)

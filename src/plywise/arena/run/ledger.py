@@ -16,23 +16,26 @@ from plywise.errors import PlywiseError
 
 
 class Ledger:
-    """The trials of a bench, appended to a file as they end.
+    """The trials of an experiment, appended to a file as they end.
 
     A line that a crash cut off is taken away before the next is written. What could not be written, on a full
     disk, leaves the lines before as they were.
 
     Args:
-        path: the file; made where missing.
+        path: the file; made where missing. None: trials are kept in memory alone.
 
     Raises:
         PlywiseError: a line before the last is no JSON: somebody else has written there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
+        self.lines: dict[Key, dict[str, Any]] = {}
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        self.lines: dict[Key, dict[str, Any]] = {key_of(line): line for line in read(path)}
+        self.lines = {key_of(line): line for line in read(path)}
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -41,6 +44,9 @@ class Ledger:
         Raises:
             PlywiseError: another process is adding trials.
         """
+        if self.path is None:
+            yield
+            return
         lock = FileLock(self.path.with_suffix(".lock"))
         try:
             lock.acquire(blocking=False)
@@ -63,6 +69,9 @@ class Ledger:
         Raises:
             PlywiseError: it could not be written; the file is as it was before.
         """
+        if self.path is None:
+            self.lines[key_of(line)] = line
+            return
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
         before = self.path.stat().st_size
         try:

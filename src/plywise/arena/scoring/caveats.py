@@ -94,6 +94,8 @@ def _failures(field: BenchResults) -> list[str]:
 def _edges(field: BenchResults) -> list[str]:
     """Whose best numbers lie at the edge of what was searched."""
     found: Counter[str] = Counter()
+    if field.bench.get("chosen"):
+        return []
     for (workload, method), trials in field.tuning.items():
         best = choose_best(trials, field.targets[workload].strict)
         space = field.bench["methods"].get(method, {}).get("space") or {}

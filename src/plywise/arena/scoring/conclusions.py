@@ -23,6 +23,7 @@ from plywise.arena.scoring.ranking import (
 )
 from plywise.arena.scoring.records import DEFAULTS
 from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.verdicts import BETTER, compare_runs, find_noise
 
 SPARING = 0.9
 """Share of the reference's memory below which a method counts as sparing."""
@@ -208,27 +209,40 @@ def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
 
 
 def _ends(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
-    """Whose test metric, in every seed, is below that of every seed of the baseline that ended best."""
+    """Whose test metric ends below that of the baseline that ended best, beyond what a null control shows."""
     sentences = []
     for workload in field.workloads:
-        here = {row.method: row.test for row in rows if (row.track, row.workload) == (track, workload)}
-        tests = {method: test for method, test in here.items() if test is not None}
-        peer = min(
-            (name for name in field.baselines if name in tests), key=lambda name: tests[name], default=None
-        )
-        if peer is None:
-            continue
+        medians = {
+            row.method: row.test.median
+            for row in rows
+            if (row.track, row.workload) == (track, workload) and row.test
+        }
+        peer = min((name for name in field.baselines if name in medians), key=medians.__getitem__, default="")
+        tests = {name: _tests(field, track, workload, name) for name in (*medians, *field.nulls.values())}
+        noise = max((find_noise(tests[n], tests[o]) for n, o in field.nulls.items() if n in tests), default=0)
         below = [
-            method
-            for method, test in tests.items()
-            if test.greatest < tests[peer].least and method not in field.nulls
+            name
+            for name in medians
+            if peer
+            and name not in field.nulls
+            and compare_runs(tests[name], tests[peer], noise=noise) == BETTER
         ]
         if below:
             sentences.append(
-                f"On {workload}, every seed ends with a lower test metric than every seed of {peer}: "
+                f"On {workload}, the test metric at the end is lower than that of {peer}, beyond noise: "
                 f"{listed(below)}."
             )
     return sentences
+
+
+def _tests(field: BenchResults, track: str, workload: str, method: str) -> dict[int, float | None]:
+    """What each run ended with, the higher the better, numbered by seed: a null control has other seeds."""
+    cell = field.cells.get((track, workload, method))
+    runs = cell.runs if cell else []
+    return {
+        place: None if run["failure"] is not None or run["test"] is None else -run["test"]
+        for place, run in enumerate(runs)
+    }
 
 
 def _memory(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
