@@ -73,7 +73,7 @@ def test_the_best_of_k_is_as_defined(count):
 def test_no_cell_of_a_table_is_a_formula(words):
     """Spreadsheets run what begins like one, and an error's message is whatever a user's code says."""
     bench = make_bench(methods=("sgd",), workloads=("digits",))
-    text = "".join(runs_csv(summarize_bench(bench, [line(failure=words), line(trial=1)]).field))
+    text = "".join(runs_csv(summarize_bench(bench, [line(failure=words), line(trial=1)]).results))
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert [row["failure"] for row in rows] == [f"'{words}".replace("\r", "\n"), ""]
     assert rows[1]["best_validation"] == "0.1", "numbers stay numbers"
