@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +11,8 @@ from typing import Any
 
 from plywise.arena.demo.layer_picture import layer_picture
 from plywise.arena.demo.setups import SETUPS, Setup
-from plywise.arena.method import Method
 from plywise.arena.run.bench import Bench
-from plywise.arena.run.config import BenchConfig, ResolvedBench, ResolvedWorkload, WorkloadSpec
+from plywise.arena.run.config import BenchConfig, ObjectSource, ResolvedBench, ResolvedWorkload, WorkloadSpec
 from plywise.arena.run.experiment import Design
 from plywise.arena.scoring.records import TUNED
 from plywise.arena.workload import Workload
@@ -48,29 +47,10 @@ class DemoConfig:
     setups: tuple[Setup, ...] = SETUPS
 
 
-@dataclass(frozen=True)
-class DemoSource:
-    """Gives the demo's trials their workload and their methods."""
-
-    config: DemoConfig
-    name: str = "digits-mlp"
-
-    def load(self, data: Data | None = None) -> Workload:
-        """The digits, measured more often than in a bench, and on all training images."""
-        workload = WorkloadSpec(self.name, steps=self.config.steps).make()
-        often = max(1, workload.steps // MEASURE_EVERY)
-        return replace(workload, measurements=often, train_eval_size=TRAINING_IMAGES)
-
-    def find_method(self, name: str) -> Method:
-        """The setup of that name."""
-        return next(s for s in self.config.setups if s.name == name).as_method(self.config.rates)
-
-    def require(self) -> None:
-        """Nothing of it is the user's."""
-
-    def describe(self, numbers: Mapping[str, float]) -> dict[str, Any]:
-        """Nothing: the line has the numbers."""
-        return {}
+def make_workload(config: DemoConfig) -> Workload:
+    """The digits, measured more often than in a bench, and on all training images."""
+    workload = WorkloadSpec("digits-mlp", steps=config.steps).make()
+    return replace(workload, measure_every=MEASURE_EVERY, train_eval_size=TRAINING_IMAGES)
 
 
 @contextmanager
@@ -80,8 +60,8 @@ def open_demo(config: DemoConfig, folder: Path, command: str = "") -> Generator[
     Raises:
         PlywiseError: the folder holds another bench.
     """
-    source = DemoSource(config)
-    methods = {setup.name: source.find_method(setup.name) for setup in config.setups}
+    methods = {setup.name: setup.as_method(config.rates) for setup in config.setups}
+    source = ObjectSource(make_workload(config), methods)
     asked = BenchConfig((WorkloadSpec(source.name),), tuple(methods), config.rates, config.seeds)
     design = Design(
         config.seeds,
@@ -89,11 +69,12 @@ def open_demo(config: DemoConfig, folder: Path, command: str = "") -> Generator[
         chosen=True,
         tuning_seed=0,
         tuning_steps=config.sweep_steps,
+        tuning_every=config.sweep_steps,
         null_offset=0,
     )
     _clear(folder)
     with tempfile.TemporaryDirectory(prefix="plywise-demo-") as scratch:
-        workload = ResolvedWorkload.write(source, source.load(), Path(scratch) / "digits.pt")
+        workload = ResolvedWorkload.write(source, source.workload, Path(scratch) / "digits.pt")
         about = {
             "title": TITLE,
             "lead": _lead(config),

@@ -51,7 +51,7 @@ class ExperimentSource:
             CLASSIFICATION,
             size.batch,
             size.steps,
-            measurements=MEASUREMENTS,
+            measure_every=max(1, size.steps // MEASUREMENTS),
             train_eval_size=size.images,
         )
 

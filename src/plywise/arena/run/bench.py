@@ -231,7 +231,7 @@ def _describe_workload(resolved: ResolvedWorkload) -> dict[str, Any]:
         "chance": workload.task.chance,
         "batch_size": workload.batch_size,
         "steps": workload.steps,
-        "measure_every": workload.measure_every,
+        "measure_every": workload.interval,
         "target": workload.target,
         "data": resolved.digest,
         **resolved.sizes,

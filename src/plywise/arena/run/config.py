@@ -52,6 +52,39 @@ class TrialSource(Protocol):
 
 
 @dataclass(frozen=True)
+class ObjectSource:
+    """Gives trials in this process a workload and methods that are objects, not addresses.
+
+    Attributes:
+        workload: the workload.
+        methods: by name.
+    """
+
+    workload: Workload
+    methods: Mapping[str, Method]
+
+    @property
+    def name(self) -> str:
+        """The workload's name."""
+        return self.workload.name
+
+    def load(self, data: Data) -> Workload:
+        """The workload."""
+        return self.workload
+
+    def find_method(self, name: str) -> Method:
+        """The method of that name."""
+        return self.methods[name]
+
+    def require(self) -> None:
+        """Nothing of it is to be imported."""
+
+    def describe(self, numbers: Mapping[str, float]) -> dict[str, Any]:
+        """Nothing: the line has the numbers."""
+        return {}
+
+
+@dataclass(frozen=True)
 class WorkloadSpec:
     """A workload as the user names it.
 

@@ -75,7 +75,7 @@ def _cost(line: TrialRecord, workload: ResolvedWorkload) -> Cost:
     step = line["wall"][-1] / max(1, line["steps"][-1]) if line["steps"] else 0.0
     measured = max(1, len(line["steps"]))
     all_samples, probed = (_measured_samples(workload, limit) for limit in (math.inf, _probe_size(workload)))
-    measurements = workload.workload.measurements + 1
+    measurements = workload.workload.steps // workload.workload.interval + 1
     return Cost(step, START + line["measuring"] / measured * all_samples / probed * measurements)
 
 

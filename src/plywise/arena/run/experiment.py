@@ -7,20 +7,23 @@ experiments with different arms and a different `Design`; so are the scripts in 
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from plywise.arena.method import Method
-from plywise.arena.run.config import ResolvedWorkload
+from plywise.arena.run.config import ObjectSource, ResolvedWorkload
 from plywise.arena.run.costs import START, Cost, Pair, estimate_seconds, measure_costs
-from plywise.arena.run.executor import Executor
+from plywise.arena.run.executor import Executor, InlineExecutor
 from plywise.arena.run.job import TrialJob
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.run.search import Search, Sobol
 from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, Key, TrialRecord
 from plywise.arena.scoring.score import choose_best, target_of
 from plywise.arena.space import defaults
+from plywise.arena.workload import Workload
 
 TUNING_SEED = 1000
 """Seed of all tuning trials; final runs count theirs from 0, so that none is a run that was chosen by."""
@@ -49,7 +52,8 @@ class Design:
         chosen: whether each method's default numbers have been tuned before. They are run first, as tuned;
             the tuning trials then only show how much depends on the numbers.
         tuning_seed: seed of all tuning trials.
-        tuning_steps: steps of a tuning trial, measured once, at the end; None: as a final run's.
+        tuning_steps: steps of a tuning trial; None: as many as a final run's.
+        tuning_every: steps between two measurements of a tuning trial; None: as in a final run.
         null_offset: added to the seeds of null controls.
         check: raises for an outcome that must not be kept.
     """
@@ -62,6 +66,7 @@ class Design:
     chosen: bool = False
     tuning_seed: int = TUNING_SEED
     tuning_steps: int | None = None
+    tuning_every: int | None = None
     null_offset: int = NULL_OFFSET
     check: Callable[[TrialRecord], None] = accept
 
@@ -186,15 +191,15 @@ class Experiment:
     def job(self, key: Key, *, probe: bool = False) -> TrialJob:
         """A trial with its numbers, which may depend on the trials that have been run."""
         workload = self.workloads[key.workload]
-        short = key.purpose == TUNING and self.design.tuning_steps is not None
+        tuning = key.purpose == TUNING
         return TrialJob(
             key,
             workload.source,
             dict(self._numbers(key)),
             str(workload.file),
             self.device,
-            steps=self.design.tuning_steps if short else None,
-            measurements=1 if short else None,
+            steps=self.design.tuning_steps if tuning else None,
+            measure_every=self.design.tuning_every if tuning else None,
             probe=probe,
         )
 
@@ -297,3 +302,25 @@ class Experiment:
 
     def _count_kept(self) -> Counter[Pair]:
         return Counter((key.workload, key.method) for key in self._kept_keys())
+
+
+def run_arms(
+    workload: Workload, methods: Sequence[Method], design: Design, ledger: Ledger | None = None
+) -> Experiment:
+    """Run methods that are objects, not addresses, on a workload, in this process.
+
+    Args:
+        workload: what they are compared on.
+        methods: what is compared.
+        design: how often each is run, and with which numbers.
+        ledger: where trials are kept; what it holds is not run again. None: in memory.
+    """
+    source = ObjectSource(workload, {method.name: method for method in methods})
+    with tempfile.TemporaryDirectory(prefix="plywise-arms-") as folder:
+        resolved = ResolvedWorkload.write(source, workload, Path(folder) / "data.pt")
+        arms = {source.name: resolved}, {source.name: methods}
+        experiment = Experiment(*arms, design, ledger or Ledger())
+        with experiment.ledger.writing():
+            for _ in experiment.run(InlineExecutor()):
+                pass
+    return experiment

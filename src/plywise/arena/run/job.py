@@ -34,7 +34,7 @@ class TrialJob:
         data: file that `Data.save` wrote.
         device: where it runs.
         steps: steps of the run; None: the workload's.
-        measurements: measurements in the run, besides the one before it; None: the workload's.
+        measure_every: steps between two measurements; None: the workload's.
         probe: whether a few steps on a few samples are enough, to see what they cost.
     """
 
@@ -44,7 +44,7 @@ class TrialJob:
     data: str
     device: str = "cpu"
     steps: int | None = None
-    measurements: int | None = None
+    measure_every: int | None = None
     probe: bool = False
 
     def run(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class TrialJob:
                 seed=self.key.seed,
                 steps=workload.steps,
                 batch_size=workload.batch_size,
-                measure_every=workload.measure_every,
+                measure_every=workload.interval,
                 test=self.key.purpose == FINAL and not self.probe,
                 train_eval_size=workload.train_eval_size,
                 meter=peak,
@@ -84,9 +84,9 @@ class TrialJob:
         return self._record(method.gradients, TrialResult(self.key.seed, failure=why), None)
 
     def _shorten(self, workload: Workload) -> Workload:
-        changes: dict[str, Any] = {"steps": self.steps, "measurements": self.measurements}
+        changes: dict[str, Any] = {"steps": self.steps, "measure_every": self.measure_every}
         if self.probe:
-            changes = {"steps": PROBE_STEPS, "measurements": 1}
+            changes = {"steps": PROBE_STEPS, "measure_every": PROBE_STEPS}
         return replace(workload, **{name: value for name, value in changes.items() if value is not None})
 
     def _record(self, gradients: float, result: TrialResult, peak: float | None) -> dict[str, Any]:
