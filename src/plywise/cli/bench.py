@@ -6,7 +6,6 @@ import inspect
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from plywise.arena.run.config import BenchConfig, ResolvedBench, WorkloadSpec
     from plywise.arena.run.executor import Executor
     from plywise.arena.run.experiment import Progress
+    from plywise.arena.run.ledger import Ledger
 
 OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run", "json")
 """Flags that are no part of the plan: a bench may be gone on with by others."""
@@ -116,6 +116,7 @@ def bench(
     given = dict(locals())
     from plywise.arena.run.budget import parse_duration
     from plywise.arena.run.config import resolve_bench
+    from plywise.arena.run.ledger import Ledger
 
     seconds = None if budget is None else parse_duration(budget)
     end = None if seconds is None else time.monotonic() + seconds
@@ -127,9 +128,9 @@ def bench(
         for guess in resolved.guesses:
             screen.print(guess, soft_wrap=True, highlight=False)
         if resume and dry_run:
-            _plan(resolved, executor, None, _count_done(out), screen)
+            _plan(resolved, executor, None, Ledger(out / "trials.jsonl"), screen)
         elif not resume and (dry_run or seconds is not None):
-            resolved = resolved.with_config(_plan(resolved, executor, seconds, Counter(), screen))
+            resolved = resolved.with_config(_plan(resolved, executor, seconds, Ledger(), screen))
             executor.timeout_s = _timeout(resolved.config)
         if not dry_run:
             _run(resolved, executor, out, end, screen, json)
@@ -241,40 +242,33 @@ def _read_config(out: Path) -> BenchConfig:
         raise StateError(f"{path} is no description of a bench ({error!r}).", see="state-bench") from error
 
 
-def _count_done(out: Path) -> Counter[tuple[str, str]]:
-    """Trials in a folder's ledger, by workload and method."""
-    from plywise.arena.run.ledger import read
-
-    return Counter((line["workload"], line["method"]) for line in read(out / "trials.jsonl"))
-
-
 def _plan(
     resolved: ResolvedBench,
     executor: Executor,
     budget: float | None,
-    done: Counter[tuple[str, str]],
+    ledger: Ledger,
     screen: Console,
 ) -> BenchConfig:
     """The config with steps, trials and patience that fit; says what it, or the rest of it, will take."""
     from plywise.arena.run.bench import make_experiment
-    from plywise.arena.run.budget import estimate, fit_config
-    from plywise.arena.run.ledger import Ledger
+    from plywise.arena.run.budget import fit_config
 
     screen.print("Measuring a few steps of each method.", style="dim")
-    experiment = make_experiment(resolved, Ledger())
+    experiment = make_experiment(resolved, ledger)
     failures = experiment.probe(executor)
     for (workload, method), why in failures.items():
         screen.print(f"{method} fails on {workload}: {why}", style="red", soft_wrap=True)
     if len(failures) == len(experiment.costs):
         raise PlywiseError("Every method fails in its first steps; nothing has been run.", see="error-bench")
     config = fit_config(resolved, experiment.costs, executor.count, budget)
-    known = resolved.with_config(config).steps
-    needed = estimate(config, experiment.costs, known, executor.count, done)
-    steps = ", ".join(f"{name} {count}" for name, count in known.items())
+    planned = make_experiment(resolved.with_config(config), ledger)
+    planned.costs = experiment.costs
+    needed, done = planned.seconds_left(executor.count), planned.done
+    steps = ", ".join(f"{name} {w.workload.steps}" for name, w in planned.workloads.items())
     screen.print(
         f"With {config.trials} tuning trials and {config.seeds} seeds for each method, and these steps: "
         f"{steps}; {executor.count} at once: about {format_duration(needed)}"
-        + (f" for what is left; {done.total()} trials are done." if done else "."),
+        + (f" for what is left; {done} trials are done." if done else "."),
         soft_wrap=True,
     )
     return config

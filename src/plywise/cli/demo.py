@@ -56,8 +56,8 @@ def run(config: DemoConfig, out: Path, command: str) -> None:
     start = time.monotonic()
     executor = InlineExecutor(threads=1)  # matrices this small only wait for one another on several threads
     with open_demo(config, out, command) as bench:
-        bench.experiment.probe(executor)  # the first step of a rule imports and warms up: off every clock
         try:
+            bench.experiment.probe(executor)  # the first step of a rule imports and warms up: off every clock
             with closing(bench.run(executor)) as pieces:
                 show(pieces, bench, notes())
         except KeyboardInterrupt:

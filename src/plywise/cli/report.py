@@ -49,14 +49,14 @@ def report(
     if tensorboard is not None:
         from plywise.arena.reports.trackers import to_tensorboard
 
-        _told(screen, to_tensorboard(runs, tensorboard), f"in {tensorboard} for TensorBoard")
+        _print_exported(screen, to_tensorboard(runs, tensorboard), f"in {tensorboard} for TensorBoard")
     if trackio is not None:
         from plywise.arena.reports.trackers import to_trackio
 
-        _told(screen, to_trackio(runs, trackio), f"in the Trackio project {trackio}")
+        _print_exported(screen, to_trackio(runs, trackio), f"in the Trackio project {trackio}")
 
 
-def _told(screen: Console, exported: Exported, where: str) -> None:
+def _print_exported(screen: Console, exported: Exported, where: str) -> None:
     screen.print(
         f"{exported.written} trials are new {where}, {exported.before} were there.",
         soft_wrap=True,

@@ -82,8 +82,8 @@ def _section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> list[st
         *(f"| {' | '.join(row)} |" for row in rows(experiment)),
         "",
     ]
-    if said := order(experiment):
-        lines += ["The paper's order of methods:", "", *(f"- {one}" for one in said), ""]
+    if sentences := order(experiment):
+        lines += ["The paper's order of methods:", "", *(f"- {one}" for one in sentences), ""]
     lines += ["Why our numbers may differ:", "", *(f"- {one}" for one in experiment["differences"]), ""]
     return lines
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
 from plywise._util.progress import format_duration
 from plywise.arena.run.config import BenchConfig, ResolvedBench
-from plywise.arena.run.costs import MOST_STEPS, Costs, Pair, estimate_seconds
+from plywise.arena.run.costs import MOST_STEPS, Costs, estimate_seconds
 from plywise.arena.run.executor import TIMEOUT_S
 from plywise.errors import PlywiseError
 
@@ -44,13 +43,7 @@ def parse_duration(text: str) -> float:
     return total
 
 
-def estimate(
-    config: BenchConfig,
-    costs: Costs,
-    steps: Mapping[str, int],
-    workers: int,
-    done: Mapping[Pair, int] = MappingProxyType({}),
-) -> float:
+def estimate(config: BenchConfig, costs: Costs, steps: Mapping[str, int], workers: int) -> float:
     """Seconds that a bench takes: every method is tuned ``trials`` times, then run on both tracks.
 
     Args:
@@ -58,11 +51,9 @@ def estimate(
         costs: what `plywise.arena.run.costs.measure_costs` found.
         steps: of each workload.
         workers: trials at once.
-        done: trials that have been run, by workload and method.
     """
     runs = config.trials + (2 if config.trials else 1) * config.seeds
-    left = {pair: max(0, runs - done.get(pair, 0)) for pair in costs}
-    return estimate_seconds(left, costs, steps, workers)
+    return estimate_seconds(dict.fromkeys(costs, runs), costs, steps, workers)
 
 
 def fit_config(

@@ -21,7 +21,7 @@ class Target(NamedTuple):
     """Validation metrics that count as done; None where nothing sets one yet.
 
     Attributes:
-        strict: what the standing is about.
+        strict: what rankings are about.
         loose: what a middling setting of the baselines reaches.
         stored: whether ``strict`` was there before the bench, and not taken from its own baselines.
     """
