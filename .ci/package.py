@@ -126,7 +126,7 @@ def use(python: Path, work: Path) -> None:
     """Check what pip has installed, and run it."""
     run([python, "-m", "pip", "check"])
     run([python, "-c", SMOKE], work)
-    for words in (["--version"], ["methods"], ["doctor"], ["demo", "--seeds", "1", "--no-open"]):
+    for words in (["--version"], ["help"], ["methods"], ["doctor"], ["demo", "--seeds", "1", "--no-open"]):
         run([python, "-m", "plywise", *words], work)
 
 

@@ -11,17 +11,18 @@ A table stands in a page between two comments, and this script writes it there a
 """
 
 import argparse
-import json
 import math
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import arena_tables
+import figure_tables
+from figure_tables import read
 from plywise._util.files import write_whole
+from plywise.arena.reproductions import tables as reproduction_tables
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
@@ -29,10 +30,11 @@ PAGES = (
     REPOSITORY / "README.md",
     HERE / "README.md",
     HERE / "arena" / "README.md",
+    HERE / "reproduce" / "README.md",
     REPOSITORY / "docs" / "how-to" / "low-memory.md",
 )
 MARKED = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<table>.*?)<!-- end of table -->\n", re.DOTALL)
-NEVER = "never"
+PAPERS = ("proxprop", "associated-learning", "back-matching", "consequentialism")
 
 
 def main() -> None:
@@ -54,28 +56,6 @@ def fill(text: str) -> str:
     return MARKED.sub(
         lambda found: found[0].replace(found["table"], TABLES[found["name"]](found["table"])), text
     )
-
-
-def read(name: str) -> Any:
-    """The figures of a benchmark."""
-    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    head = list(head)
-    lines = [f"| {' | '.join(cells)} |\n" for cells in (head, *rows)]
-    return "".join([lines[0], f"|{'---|' * len(head)}\n", *lines[1:]])
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
-def loss(value: float) -> str:
-    """A training loss with two or three digits."""
-    return f"{value:.2f}" if value >= 1 else f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
 
 
 # README.md: the last column of a table whose other columns are written by hand
@@ -131,254 +111,29 @@ def peaks() -> dict[str, str]:
     return found | {re.sub(r"^(\w+L\w+)", r"`\1`", way): peak for way, peak in found.items()}
 
 
-# benchmarks/README.md
-
-
-def step_cost(figures: str, extra: str, show: str = "{:.2f}") -> Callable[[str], str]:
-    """The cost of a step on each network, and another figure in brackets."""
+def reproduction(name: str) -> Callable[[str], str]:
+    """All experiments of a paper, as `plywise reproduce` writes them."""
 
     def write(_: str) -> str:
-        nets = read(figures)["nets"]
-        heads = [
-            name.removeprefix("784-1024-1024-10, ") if extra == "dearest_step" else name for name in nets
-        ]
-        rows = []
-        for name in next(iter(nets.values())):
-            cells = []
-            for net in nets.values():
-                row = net.get(name)
-                more = f" ({show.format(row[extra])})" if row and extra in row else ""
-                cells.append(f"{row['cpu']:.2f}{more}" if row else "–")
-            rows.append([name, *cells])
-        return table(["rule", *heads], rows)
+        return reproduction_tables.markdown(_read_divergence(read(f"reproduce/{name}")))
 
     return write
 
 
-def coverage(_: str) -> str:
-    """Rules with the same figures share a row."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for one in read("coverage")["summary"]:
-        figures = (
-            str(one["covered"]),
-            f"{100 * one['mean_share']:.0f} %",
-            str(one["refused"]),
-            str(one["wrong"]),
-        )
-        groups.setdefault(figures, []).append(one["rule"])
-    head = ["rules", "families with 95 % of the parameters handled", "mean share", "refused", "wrong"]
-    rows = [
-        [", ".join(rules).replace("Amplification", 'Amplification, mode "signal"'), *figures]
-        for figures, rules in groups.items()
-    ]
-    return table(head, rows)
-
-
-def memory_rules(_: str) -> str:
-    """Steps and CPU seconds to AdamW's best validation loss, the least CPU time first."""
-    fashion, cifar = (read("memory_rules")[name]["methods"] for name in ("fashion", "cifar"))
-
-    def cells(row: dict[str, Any]) -> list[str]:
-        steps, seconds = row["steps_to_target"], row["cpu_seconds_to_target"]
-        reached = f"{steps:g} / {seconds:.2f}" if steps is not None else f"{NEVER} / {NEVER}"
-        return [reached, f"{row['best_validation_loss']:.3f}", f"{row['rate']:.3g}"]
-
-    def order(name: str) -> float:
-        both = [part[name]["cpu_seconds_to_target"] for part in (fashion, cifar)]
-        return math.prod(1e3 if seconds is None else seconds for seconds in both)
-
-    head = ["method", "Fashion-MNIST: steps / CPU s", "best loss", "rate"]
-    head += ["CIFAR-10: steps / CPU s", "best loss", "rate"]
-    return table(
-        head, [[name, *cells(fashion[name]), *cells(cifar[name])] for name in sorted(fashion, key=order)]
-    )
-
-
-def fewer_steps(name: str) -> Callable[[str], str]:
-    """Steps to AdamW's final training loss on one data set."""
-
-    def write(_: str) -> str:
-        rows = []
-        for method, row in read("fewer_steps")["sets"][name]["methods"].items():
-            steps, seconds = row["median_steps_to_target"], row["median_cpu_seconds_to_target"]
-            reached = ["not reached", "–"] if steps is None else [f"{steps:g}", f"{seconds:.3g}"]
-            final = f"{statistics.median(row['final_loss']):.2g}"
-            accuracy = f"{100 * statistics.median(row['test_accuracy']):.1f}"
-            rows.append([method, f"`{row['settings']}`", *reached, final, accuracy])
-        head = [
-            "method",
-            "settings",
-            "steps to target",
-            "CPU s to target",
-            "final training loss",
-            "test accuracy, %",
-        ]
-        return table(head, rows)
-
-    return write
-
-
-def bad_scaling(_: str) -> str:
-    """Final training loss and test accuracy of each method on each network."""
-    networks = read("bad_scaling")["networks"]
-
-    def cell(row: dict[str, Any]) -> str:
-        return f"{loss(row['median_final_loss'])} ({100 * statistics.median(row['test_accuracy']):.0f})"
-
-    methods = next(iter(networks.values()))
-    return table(
-        ["method", *networks], [[name, *(cell(net[name]) for net in networks.values())] for name in methods]
-    )
-
-
-def local_learning(name: str) -> Callable[[str], str]:
-    """Accuracies of all methods on one workload."""
-
-    def write(_: str) -> str:
-        rows = []
-        for method, entry in sorted(
-            read("local_learning")["workloads"][name].items(), key=lambda one: one[0].casefold()
-        ):
-            final, depths = entry["final"], ""
-            if "depths" in final[0]:
-                columns = zip(*(one["depths"] for one in final), strict=True)
-                depths = " / ".join(f"{statistics.fmean(column):.1f}" for column in columns)
-            test, training = (spread([one[key] for one in final]) for key in ("test", "train"))
-            seconds = statistics.median(one["cpu"] for one in final)
-            rows.append([method, f"{final[0]['rate']:g}", test, training, depths, f"{seconds:.0f}"])
-        return table(
-            ["method", "rate", "test accuracy, %", "training accuracy, %", "by depth", "CPU s"], rows
-        )
-
-    return write
-
-
-def local_memory(_: str) -> str:
-    """Peak memory and time of ways to train 16 blocks."""
-    ways = read("local_memory")["ways"]
-    plain = ways["backpropagation"]["peak_mib"]
-    rows = [
-        [way, f"{row['peak_mib']:.1f}", f"{row['peak_mib'] / plain:.2f}", f"{row['cpu_us_per_sample']:.0f}"]
-        for way, row in ways.items()
-    ]
-    return table(["way", "peak, MiB", "of backprop", "CPU µs a sample"], rows)
-
-
-def pipeline(_: str) -> str:
-    """What a pipeline of two processes reaches, by kind of bridge."""
-    bridges = read("pipeline")["bridges"]
-    over = "pipeline_over"
-    lines: dict[str, Callable[[dict[str, Any]], str]] = {
-        "κ: AL's time over backprop's, one process each": lambda one: f"{one['kappa']:.2f}",
-        "null control (backprop twice)": lambda one: f"{one['null_control']:.2f}",
-        "pipeline over AL in one process": lambda one: f"{one[over]['AL, one process']:.2f}",
-        "… of the ideal 2": lambda one: f"{one[over]['AL, one process'] / 2:.2f}",
-        "… of two learners apart, what the machine gives two processes": lambda one: (
-            f"{one['of_ceiling']:.2f}"
-        ),
-        "pipeline over torch's 1F1B": lambda one: f"{one[over]['backprop, 1F1B']:.2f}",
-        "pipeline over torch's GPipe": lambda one: f"{one[over]['backprop, GPipe']:.2f}",
-        "pipeline over backprop in one process": lambda one: f"{one[over]['backprop, one process']:.2f}",
-        "pipeline over DDP (its own batch of 256 in each process)": lambda one: (
-            f"{one[over]['backprop, DDP']:.2f}"
-        ),
-        "bubble, measured / forecast": lambda one: (
-            f"{one['bubble']:.2f} / {one['forecast']['bubble_of_two_stages']:.2f}"
-        ),
-        "speed-up, measured / forecast": lambda one: (
-            f"{one[over]['AL, one process']:.2f} / {one['forecast']['speed_up_of_two_stages']:.2f}"
-        ),
-    }
-    return table(
-        ["", *bridges], [[name, *(show(one) for one in bridges.values())] for name, show in lines.items()]
-    )
-
-
-def bridges(_: str) -> str:
-    """Accuracy with the bridges of the pipeline."""
-    data = [read("bridges")["data"][name] for name in ("mnist", "fashion_mnist")]
-    arms = data[0]
-    rows = [[arm, *(spread([one["test"] for one in part[arm]["final"]]) for part in data)] for arm in arms]
-    return table(["", "MNIST, %", "Fashion-MNIST, %"], rows)
-
-
-def denoising(_: str) -> str:
-    """PSNR of each denoiser at each level of noise."""
-    names = {"noisy": "the noisy image", "blur": "Gaussian blur", "TV": "total variation"}
-    figures = read("denoising")["psnr_db"]
-    levels = [f"noise {level}" if place == 0 else level for place, level in enumerate(figures["noisy"])]
-    rows = [
-        [names.get(name, name), *(f"{value:.2f}" for value in row.values())] for name, row in figures.items()
-    ]
-    return table(["", *levels], rows)
-
-
-def decision_stage(_: str) -> str:
-    """CPU time until a classifier decides as well over that of the network: median, least and most."""
-    ways = ("support vector machine", "logistic regression")
-    rows = []
-    for name, one in read("decision_stage")["workloads"].items():
-        cells = []
-        for way in ways:
-            seeds = one["ways"][way]["of_network_by_seed"]
-            cells.append(f"{one['ways'][way]['of_network']:.2f} ({min(seeds):.2f} to {max(seeds):.2f})")
-        rows.append([f"{name.split(',')[0]}, {one['settings']}", *cells])
-    return table(["", *ways], rows)
-
-
-def physics_informed(_: str) -> str:
-    """Errors of physics-informed networks: the median of the seeds, the least and the most; the paper's."""
-    problems = read("physics_informed")["problems"]
-    rows = []
-    for kind, poisson in problems["poisson"]["kinds"].items():
-        burgers = problems["burgers"]["kinds"][kind]
-        cells = [
-            f"{one['median']:.3f} [{min(one['final_error']):.3f}, {max(one['final_error']):.3f}]"
-            for one in (poisson, burgers)
-        ]
-        papers = ["" if one["paper"] is None else f"{one['paper']:,}" for one in (poisson, burgers)]
-        first = [NEVER if one is None else str(one) for one in burgers["iterations_to_level"]]
-        rows.append([KINDS[kind], cells[0], papers[0], cells[1], ", ".join(first), papers[1]])
-    head = ["", "Poisson, error of the coefficient, 4,000 iterations", "the paper's"]
-    head += [
-        "Burgers, error of the solution, 8,000 iterations",
-        "first below 0.2 after, by seed",
-        "the paper's iterations",
-    ]
-    return table(head, rows)
-
-
-KINDS = {
-    "fixed": "fixed tanh",
-    "global": "GAAF",
-    "layer": "L-LAAF, slope recovery",
-    "neuron": "N-LAAF, slope recovery",
-    "layer-alone": "L-LAAF without it",
-}
-"""Kinds of adaptive activations by the names of the page."""
+def _read_divergence(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _read_divergence(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_divergence(item) for item in value]
+    return math.nan if value == "diverged" else value
 
 
 TABLES: dict[str, Callable[[str], str]] = {
     "cost-of-rules": last_column(costs(STEP_ROWS, "step_cost_1_thread")),
     "cost-of-rules-with-memory": last_column(costs(CYCLE_ROWS, "cycle_cost")),
-    "coverage": coverage,
-    "step-cost-1-thread": step_cost("step_cost_1_thread", "memory"),
-    "step-cost-2-threads": step_cost("step_cost_2_threads", "memory"),
-    "cycle-cost": step_cost("cycle_cost", "dearest_step", "{:.1f}"),
-    "memory-rules": memory_rules,
-    **{f"fewer-steps-{name}": fewer_steps(name) for name in ("digits", "mnist")},
-    "bad-scaling": bad_scaling,
-    **{
-        f"local-learning-{name}": local_learning(name)
-        for name in ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "cifar-vgg")
-    },
-    "local-memory": local_memory,
     "local-memory-peaks": last_column(peaks),
-    "pipeline": pipeline,
-    "bridges": bridges,
-    "denoising": denoising,
-    "decision-stage": decision_stage,
-    "physics-informed": physics_informed,
+    **figure_tables.TABLES,
+    **{f"reproduce-{name}": reproduction(name) for name in PAPERS},
     **arena_tables.TABLES,
 }
 """A function for each marked table: it gets the table as it stands, and returns it as it must be."""

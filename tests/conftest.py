@@ -54,6 +54,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MODULE:FACTORY",
         help="run tests/contract on this rule instead of the built-in ones (see tests/contract/registry.py)",
     )
+    parser.addoption(
+        "--power-cuts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="how many damages of each command's folder tests/test_power_cuts.py tries; 100 are all",
+    )
 
 
 @pytest.fixture

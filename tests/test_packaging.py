@@ -15,7 +15,8 @@ from trove_classifiers import classifiers
 import plywise as pw
 from benchmark_scripts import REPOSITORY
 
-PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETTINGS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = SETTINGS["project"]
 WORKFLOWS = REPOSITORY / ".github" / "workflows"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -40,7 +41,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives):
     with zipfile.ZipFile(archives[0]) as wheel:
         names = set(wheel.namelist())
     info = {name for name in names if name.startswith(f"plywise-{pw.__version__}.dist-info/")}
-    assert names - info == {name for name in files if "__pycache__" not in name}
+    more = SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].values()
+    assert names - info == {name for name in files if "__pycache__" not in name} | set(more)
     assert {"plywise/py.typed", "plywise/__init__.pyi", "plywise/data/digits.npz"} <= names
 
 

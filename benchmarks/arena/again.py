@@ -29,9 +29,9 @@ def compared(first: dict, second: dict) -> dict[str, dict]:
     for key in first.keys() & second.keys():
         one, other = first[key], second[key]
         apart = max(abs(b / a - 1) for a, b in zip(one["loss"], other["loss"], strict=True))
-        own = found.setdefault(key[0], {"ratios": [], "apart": 0.0, "methods": set()})
+        own = found.setdefault(key[0], {"ratios": [], "apart": (0.0, ""), "methods": set()})
         own["ratios"].append(other["cpu"][-1] / one["cpu"][-1])
-        own["apart"] = max(own["apart"], apart)
+        own["apart"] = max(own["apart"], (apart, key[1]))
         own["methods"].add(key[1])
     return {
         name: {
@@ -40,7 +40,8 @@ def compared(first: dict, second: dict) -> dict[str, dict]:
             "cpu_ratio": median(found[name]["ratios"]),
             "cpu_ratio_least": min(found[name]["ratios"]),
             "cpu_ratio_most": max(found[name]["ratios"]),
-            "loss_apart": found[name]["apart"],
+            "loss_apart": found[name]["apart"][0],
+            "furthest": found[name]["apart"][1],
         }
         for name in sorted(found)
     }
@@ -53,10 +54,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to keep the figures")
     options = parser.parse_args()
     found = compared(runs(options.folder), runs(options.again))
-    print("workload             runs  CPU time, again over before  training loss apart by")
+    print("workload             runs  CPU time, again over before  training loss apart by, at most")
     for name, one in found.items():
         span = f"{one['cpu_ratio']:.2f} ({one['cpu_ratio_least']:.2f} to {one['cpu_ratio_most']:.2f})"
-        print(f"{name:20} {one['runs']:4}  {span:27}  {one['loss_apart']:.1e}")
+        print(f"{name:20} {one['runs']:4}  {span:27}  {one['loss_apart']:.1e}  {one['furthest']}")
     print(f"geometric mean: {geometric_mean(one['cpu_ratio'] for one in found.values()):.2f}")
     if options.json:
         about = json.loads((options.again / "bench.json").read_text())

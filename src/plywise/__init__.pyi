@@ -30,11 +30,17 @@ from plywise.local.blocks import Blocks as Blocks
 from plywise.local.cascaded_forward import CascadedForward as CascadedForward
 from plywise.local.component import Component as Component
 from plywise.local.component import Signal as Signal
+from plywise.local.direct_feedback import DirectFeedback as DirectFeedback
+from plywise.local.forward_forward import ForwardForward as ForwardForward
 from plywise.local.forward_gradient import LocalForwardGradient as LocalForwardGradient
 from plywise.local.interlocking import Interlocking as Interlocking
 from plywise.local.learner import Learner as Learner
 from plywise.local.learner import OneWayLearner as OneWayLearner
 from plywise.local.local_loss import LocalLoss as LocalLoss
+from plywise.local.momentum_auxiliary import MomentumAuxiliary as MomentumAuxiliary
+from plywise.local.mono_forward import MonoForward as MonoForward
+from plywise.local.next_token import LocalNextToken as LocalNextToken
+from plywise.local.scpl import SCPL as SCPL
 from plywise.local.split import split as split
 from plywise.rules.adabk import AdaBK as AdaBK
 from plywise.rules.back_matching import BackMatching as BackMatching

@@ -1,5 +1,13 @@
 """``python -m plywise``: the command line, for whoever starts modules, such as torchrun."""
 
+import os
+import sys
+
+# Python puts the current directory first: a file of the user's called like a package would be imported in
+# its place. It comes last, as for the command plywise; `plywise._util.import_path.load` finds modules there.
+if sys.path and sys.path[0] in ("", os.getcwd()):
+    sys.path.append(sys.path.pop(0))
+
 from plywise.cli import main
 
 if __name__ == "__main__":

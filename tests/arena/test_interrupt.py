@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from odd_jobs import Starts
 
 from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import ProcessExecutor
@@ -20,7 +21,8 @@ from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import FINAL, TUNED, Key
 from plywise.cli.interrupt import STOPPING
 
-HERE = "competitors"
+PATH = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+HERE, STARTS = "competitors", "odd_jobs"
 OWN = WorkloadSpec("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
 BENCH = ("bench", f"{HERE}:model", "--data", f"{HERE}:data", "--steps", "12", "--batch-size", "32")
 
@@ -36,7 +38,7 @@ class Command:
     def __init__(self, folder, scratch, methods, *words):
         self.scratch, self.out = scratch, folder / "out"
         self.ledger = self.out / "trials.jsonl"
-        place = {"TMPDIR": str(self.scratch), "PYTHONPATH": os.path.dirname(__file__)}
+        place = {"TMPDIR": str(self.scratch), "PYTHONPATH": PATH}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "plywise", *BENCH, "--methods", methods, "--out", str(self.out), *words],
             stdout=subprocess.PIPE,
@@ -83,7 +85,7 @@ class Command:
         out, err = self.process.communicate(timeout=60)
         assert self.process.returncode == 130, err
         assert "Traceback" not in out + err
-        assert list(self.scratch.glob("plywise-bench-*")) == []
+        assert list(self.out.glob(".plywise*")) == []
         end = time.monotonic() + 60
         while left := self.left():
             assert time.monotonic() < end, left
@@ -112,7 +114,7 @@ def test_an_interrupt_is_answered_and_loses_nothing_that_has_ended(start):
     command = start(f"sgd,{HERE}:Hanging", "--trials", "4", "--seeds", "1", "--workers", "2")
     # the methods' trials take turns, and those of the second never end: two of the first one's do
     command.wait_until(lambda: command.ledger.exists() and len(command.lines()) == 2)
-    assert len(list(command.scratch.glob("plywise-bench-*"))) == 1
+    assert len(list(command.out.glob(".plywise-scratch-*"))) == 1
     before = command.lines()
     command.press()
     _, said = command.ended()
@@ -124,6 +126,27 @@ def test_an_interrupt_is_answered_and_loses_nothing_that_has_ended(start):
     assert f"`plywise bench --resume --out {command.out}` goes on." in said
     assert "Not finished." in (command.out / "report.html").read_text()
     assert json.loads((command.out / "bench.json").read_text())["unfinished"] != []
+
+
+def test_what_a_killed_bench_has_left_is_swept_by_the_next(start):
+    """And its trials end: nobody waits for their lines any more."""
+    command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
+    command.wait_until(lambda: command.ledger.exists() and command.lines())
+    scratch = list(command.out.glob(".plywise-scratch-*"))
+    command.process.kill()
+    command.process.wait()
+    end = time.monotonic() + 60
+    while left := command.left():
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+    assert scratch
+    assert scratch == list(command.out.glob(".plywise-scratch-*"))
+    config = BenchConfig((OWN,), ("sgd",))
+    with resolve_bench(config, command.out) as resolved:
+        assert len(list(command.out.glob(".plywise-scratch-*"))) == 1
+        with resolve_bench(config, command.out):
+            assert resolved.workloads["own"].file.exists(), "of one that lives nothing is swept"
+    assert list(command.out.glob(".plywise*")) == []
 
 
 def test_pressed_again_it_draws_no_report(start):
@@ -173,12 +196,54 @@ def test_an_executor_that_is_stopped_gives_what_has_ended_and_ends_the_rest():
         resolved.close()
 
 
+def alive(pid):
+    """Whether a process is there, and no mere entry of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("ends", ["itself", "killed", "late"])
+def test_what_a_trial_has_started_ends_with_it(ends, tmp_path):
+    note = tmp_path / "pid"
+    ((_, line),) = ProcessExecutor(1, timeout_s=5.0 if ends == "late" else 600.0).run(
+        [Starts(str(note), ends)]
+    )
+    assert (line["failure"] is None) == (ends == "itself")
+    end = time.monotonic() + 30
+    while alive(note.read_text()):
+        assert time.monotonic() < end, "what it started lives on"
+        time.sleep(0.05)
+
+
+def test_the_time_of_a_trial_counts_from_where_it_begins():
+    """In a fresh process the imports of torch alone take longer than this trial may."""
+    code = f"""
+from {STARTS} import Sleeps
+from plywise.arena.run.executor import ProcessExecutor
+if __name__ == "__main__":
+    ((_, line),) = ProcessExecutor(1, timeout_s=0.5).run([Sleeps(0.0)])
+    print(line["failure"])
+    ((_, line),) = ProcessExecutor(1, timeout_s=0.5).run([Sleeps(60.0)])
+    print(line["failure"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": PATH},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.stdout.splitlines() == ["None", "took longer than 0.5 s"], done.stderr
+
+
 def test_a_folder_for_temporary_files_with_a_long_path_is_named(tmp_path):
     far = tmp_path / ("long-" * 20)
     far.mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "plywise", *BENCH, "--methods", "sgd", "--out", str(tmp_path / "out")],
-        env={**os.environ, "TMPDIR": str(far), "PYTHONPATH": os.path.dirname(__file__)},
+        env={**os.environ, "TMPDIR": str(far), "PYTHONPATH": PATH},
         cwd=tmp_path,
         capture_output=True,
         text=True,

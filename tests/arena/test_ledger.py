@@ -6,6 +6,7 @@ import resource
 
 import pytest
 
+from plywise._util.sealed import unseal
 from plywise.arena.run.ledger import Ledger, read
 from plywise.arena.scoring.records import Key, key_of
 from plywise.errors import PlywiseError
@@ -43,14 +44,47 @@ def test_a_line_that_a_crash_cut_off_is_taken_away(tmp_path, cut):
     assert [one["trial"] for one in read(path)] == [0, 1]
 
 
-@pytest.mark.parametrize("text", ["hello\n", "{}\n", "[1]\n", '{"workload": "w"}\n'])
-def test_a_line_of_somebody_else_is_an_error_that_names_it(tmp_path, text):
+@pytest.mark.parametrize("text", ["hello\n", "{}\n", "[1]\n", '{"workload": "w"}\n', "\0\0\0\n", "\n"])
+def test_a_line_of_somebody_else_is_named_and_set_aside(tmp_path, text):
     path = tmp_path / "trials.jsonl"
     Ledger(path).add(line(0))
     with path.open("a") as file:
         file.write(text)
-    with pytest.raises(PlywiseError, match=r"Line 2 of .*trials.jsonl is no trial"):
-        Ledger(path)
+    Ledger(path).add(line(1))
+    with pytest.raises(PlywiseError, match=r"Line 2 of .*trials.jsonl is no trial .* --resume"):
+        list(read(path))
+    again = Ledger(path)
+    assert [key.trial for key in again.lines] == [0, 1]
+    with (
+        pytest.warns(RuntimeWarning, match=r"damaged in line 2 .* trials\.damaged now, .* run again"),
+        again.writing(),
+    ):
+        pass
+    assert [one["trial"] for one in read(path)] == [0, 1]
+    assert path.with_suffix(".damaged").read_text() == text
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    """Of a ledger's bits all those of one line, one after the other, and those of the line's end, too."""
+    path = tmp_path / "trials.jsonl"
+    for trial in range(3):
+        Ledger(path).add(line(trial))
+    content = path.read_bytes()
+    first, last = content.index(b"\n") + 1, content.index(b"\n", content.index(b"\n") + 1) + 1
+    for bit in range(8 * first, 8 * last):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(PlywiseError, match=r"Line \d of .*trials.jsonl is no trial"):
+            list(read(path))
+
+
+def test_ledgers_of_older_versions_are_gone_on_with(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    path.write_text(json.dumps(line(0)) + "\n")
+    with (ledger := Ledger(path)).writing():
+        ledger.add(line(1))
+    assert list(read(path)) == [line(0), line(1)]
 
 
 def test_nothing_that_json_does_not_know(tmp_path):
@@ -90,4 +124,4 @@ def test_a_full_disk_loses_nothing_and_says_so(tmp_path):
     assert process.exitcode == 0
     assert "The 1 trials before are kept" in answer.get()
     assert [one["trial"] for one in read(path)] == [0]
-    assert json.loads(path.read_text()) == line(0)
+    assert unseal(path.read_text()) == line(0)

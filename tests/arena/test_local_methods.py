@@ -20,7 +20,7 @@ def test_learners_refuse_what_they_cannot_train(name):
         method.make(setting(method, blocks=0))
     with pytest.raises(pw.PlywiseError, match=r"2 at most.*3 blocks"):
         method.make(setting(method, blocks=3))
-    if name == "activation-relaxation":  # it follows the task's loss, whatever that is
+    if name in ("activation-relaxation", "direct-feedback"):  # they follow the task's loss, whatever that is
         trainer = method.make(setting(method, classes=0, task=REGRESSION))
         assert trainer.step(torch.rand(8, 64), torch.rand(8, 10)) < 10
     else:
@@ -29,10 +29,11 @@ def test_learners_refuse_what_they_cannot_train(name):
 
 
 def test_which_learners_have_scores_of_their_own():
+    readers = ("associated-learning", "cascaded-forward", "forward-forward", "mono-forward")
     for name in LEARNER_OF:
         method = find_method(name)
         plain = method.make(setting(method)).plain
-        assert plain is (name not in ("associated-learning", "cascaded-forward"))
+        assert plain is (name not in readers)
 
 
 @pytest.mark.parametrize("name", ["local-loss", "activation-relaxation", "associated-learning"])

@@ -39,6 +39,9 @@ ERROR = 0.25
 SLOWER = {
     "associated-learning": 0.6,  # codes form first
     "local-forward-gradient": 0.45,  # gradients are noisy
+    "forward-forward": 0.4,  # a wrong label at a time
+    "momentum-auxiliary": 0.45,  # three layers between a block and its loss
+    "scpl": 0.3,
     "lrsgd-r": 0.35,  # rates fall in every inner loop
     "lrsgd-c": 0.4,
     "askew-sgd": 0.5,  # weights have two values

@@ -141,7 +141,7 @@ def test_another_machine_that_goes_on_is_noted(tmp_path, resolve):
     about = json.loads(path.read_text())
     assert "resumed" not in about
     about["environment"]["cpu"] = "another one"
-    del about["plan"]["threads"], about["plan"]["patience"]  # as before they were kept
+    del about["plan"]["threads"], about["plan"]["patience"], about["check"]  # as before they were kept
     path.write_text(json.dumps(about))
     run(tmp_path, resolve, ["sgd"])
     assert "resumed" not in json.loads(path.read_text()), "there was nothing left to run"
@@ -252,6 +252,10 @@ def test_another_bench_in_the_folder_is_refused(tmp_path, resolve):
         bench(tmp_path, resolve, ["sgd"], patience=5.0)
     about = json.loads((tmp_path / "bench.json").read_text())
     about["workloads"]["own"]["data"] = "others"
+    (tmp_path / "bench.json").write_text(json.dumps(about))
+    with pytest.raises(StateError, match=r"or damaged .*it does not fit its check"):
+        bench(tmp_path, resolve, ["sgd"])
+    del about["check"]
     (tmp_path / "bench.json").write_text(json.dumps(about))
     with pytest.raises(StateError, match="own has changed since"):
         bench(tmp_path, resolve, ["sgd"])

@@ -7,6 +7,7 @@ import sharded_cases
 import torch
 from sharded_worker import FEW, FOLLOWED, MODELS, RULES, main
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from processes import two_ranks
 
@@ -14,6 +15,9 @@ pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-9
 """Everything is float64; the processes add up in the same order."""
+
+CLIPPED = TOLERANCE if torch.__version__ >= TorchVersion("2.13") else 1e-6
+"""The same after clip_grad_norm_: torch 2.9 multiplies sharded gradients by a float32 coefficient."""
 
 Seen = dict[str, Tensor]
 
@@ -76,7 +80,7 @@ def test_rules_differ(ranks: list[dict[str, Any]], kind: str) -> None:
 def test_micro_batches(cases: list[dict[str, Any]], name: str, way: str) -> None:
     """Gradients are averaged after each backward pass or after the last one, and then clipped."""
     for rank in cases:
-        assert_same(rank[f"{name} micro-batches {way}"], rank[f"{name} micro-batches ddp"])
+        assert_same(rank[f"{name} micro-batches {way}"], rank[f"{name} micro-batches ddp"], CLIPPED)
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
-from plywise.local.associated_learning import (
-    AssociatedComponent,
+from plywise.local.associated_learning import AssociatedComponent
+from plywise.local.associated_maps import (
     apart_encoder,
     paper_encoder,
     pooled_bridge,
+    sigmoid_decoder,
     wide_bridge,
 )
 from plywise.local.associated_networks import (
@@ -314,7 +315,8 @@ def test_wide_bridge_is_the_papers() -> None:
 
 def test_a_component_takes_its_blocks_dtype() -> None:
     bridge, encoder = wide_bridge(torch.Size((4,)), 3), paper_encoder(torch.eye(CLASSES), 3)
-    component = AssociatedComponent(nn.Linear(6, 4).half(), bridge, encoder, CLASSES, 3)
+    decoder = sigmoid_decoder(3, CLASSES)
+    component = AssociatedComponent(nn.Linear(6, 4).half(), bridge, encoder, decoder)
     assert {p.dtype for p in component.parameters()} == {torch.float16}
     x, y = data()
     component.float()

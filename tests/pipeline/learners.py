@@ -11,7 +11,7 @@ import plywise as pw
 from plywise.local.cascaded_forward import GradientHead
 from plywise.local.learner import OneWayLearner
 
-CLASSES, FEATURES, IMAGE = 3, 6, (2, 8, 8)
+CLASSES, FEATURES, IMAGE, TOKENS = 3, 6, (2, 8, 8), 11
 
 
 def adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -55,6 +55,13 @@ def convnet(memory: torch.memory_format = torch.contiguous_format) -> pw.Blocks:
     return pw.Blocks([block.to(memory_format=memory) for block in blocks], torch.zeros(2, *IMAGE))
 
 
+def token_blocks() -> tuple[pw.Blocks, nn.Embedding]:
+    """An embedding and four blocks of features with dropout; heads may be tied to the embedding."""
+    table = nn.Embedding(TOKENS, 8)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2)) for _ in range(4)]
+    return pw.Blocks([table, *blocks], torch.zeros(2, 6, dtype=torch.long)), table
+
+
 def make(kind: str) -> OneWayLearner:
     """A learner of five components; the same one in every process."""
     torch.manual_seed(1)
@@ -71,6 +78,11 @@ def make(kind: str) -> OneWayLearner:
         return pw.LocalLoss(convnet(torch.channels_last), CLASSES, optimizer=adam, seed=3)
     if kind == "cascaded":
         return pw.CascadedForward(mlp(), CLASSES, seed=3)
+    if kind == "next token, tied":
+        blocks, table = token_blocks()
+        return pw.LocalNextToken(blocks, TOKENS, tied=table, optimizer=adam, seed=3)
+    if kind == "forward-forward":
+        return pw.ForwardForward(mlp(), CLASSES, optimizer=adam, seed=3)
     if kind == "associated, plain":  # nothing in it depends on who shares a batch
         return pw.AssociatedLearning(mlp(plain), CLASSES, code=8, optimizer=sgd)
     if kind == "local, plain":
@@ -83,6 +95,10 @@ def make(kind: str) -> OneWayLearner:
 def batches(kind: str, count: int, rows: int = 16, last: int = 5) -> list[tuple[Tensor, Tensor]]:
     """Batches whose classes can be learned; the last one is odd."""
     generator = torch.Generator().manual_seed(5)
+    if kind.startswith("next token"):
+        sizes = [last if number == count - 1 else rows for number in range(count)]
+        texts = [torch.randint(TOKENS, (size, 7), generator=generator) for size in sizes]
+        return [(text[:, :-1], text[:, 1:]) for text in texts]
     shape = IMAGE if kind == "local, images" else (FEATURES,)
     made = []
     for number in range(count):

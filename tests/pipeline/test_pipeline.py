@@ -20,7 +20,16 @@ from .starting import environment
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("associated", "associated, Foof", "local", "local, ProxProp", "local, images", "cascaded")
+KINDS = (
+    "associated",
+    "associated, Foof",
+    "local",
+    "local, ProxProp",
+    "local, images",
+    "cascaded",
+    "next token, tied",
+    "forward-forward",
+)
 CUTS = ([0, 3], [0, 1, 4], [0, 1, 2, 4])
 COUNT = 7
 

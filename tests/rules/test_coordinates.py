@@ -123,21 +123,41 @@ def test_of_a_wide_side_only_the_leading_directions_are_whitened(basis: Any) -> 
     assert (matrix_of(layer) - W).norm() < 0.01 * W.norm()  # the vectors come from subspace iteration
 
 
-def test_momenta_of_leading_directions_are_turned() -> None:
-    """As AdamW's momentum would be without the rule, at the end."""
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_momentum_without_second_moments_is_turned(rank: int | None) -> None:
+    """As SGD's momentum would be without the rule, at the end."""
     layer = new_layer()
-    optimizer = AdamW(layer.parameters(), RATE, betas=(0.9, 0.99))
-    rule = pw.Coordinates(rank=2, stats_every=2, refresh_every=2).attach(layer, optimizer)
+    optimizer = SGD(layer.parameters(), RATE, momentum=0.9)
+    rule = pw.Coordinates(rank=rank, stats_every=2, refresh_every=2).attach(layer, optimizer)
     M = torch.zeros(4, 6)
     for number in range(STEPS):
-        M = 0.9 * M + 0.1 * gradient(number)[0]
+        M = 0.9 * M + gradient(number)[0]
         train(layer, optimizer, range(number, number + 1))
     rule.detach()
-    momentum = torch.cat(
-        [optimizer.state[layer.weight]["exp_avg"], optimizer.state[layer.bias]["exp_avg"][:, None]], 1
-    )
-    assert torch.allclose(momentum, M, rtol=1e-8, atol=1e-10)
+    states = [optimizer.state[layer.weight], optimizer.state[layer.bias]]
+    buffers = [states[0]["momentum_buffer"], states[1]["momentum_buffer"][:, None]]
+    assert torch.allclose(torch.cat(buffers, 1), M, rtol=1e-8, atol=1e-10)
     assert not rule.health.counts
+
+
+def test_outliers_do_not_meet_second_moments_of_other_axes() -> None:
+    """A momentum that is turned while second moments are not makes steps of any size."""
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 8)
+    optimizer = AdamW(layer.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.0)
+    pw.Coordinates(stats_every=1, refresh_every=1, decay=0.5, damping=1e-4, keep_norm=False).attach(
+        layer, optimizer
+    )
+    for number in range(60):
+        optimizer.zero_grad()
+        x = torch.randn(16, 30) * (100.0 if number % 7 == 3 else 1.0)
+        (layer(x) * torch.randn(16, 8)).sum().backward()
+        optimizer.step()
+        for parameter in layer.parameters():
+            state = optimizer.state[parameter]
+            corrected = state["exp_avg"] / (1 - 0.9 ** (number + 1))
+            root = (state["exp_avg_sq"] / (1 - 0.99 ** (number + 1))).sqrt()
+            assert (corrected.abs() <= 10 * root + 1e-12).all()  # as for any sequence of gradients
 
 
 def test_power_one_half_is_foof() -> None:
@@ -163,7 +183,7 @@ def test_power_one_half_is_foof() -> None:
 
 @pytest.mark.parametrize("power", [0.0, 0.25])
 def test_adamw_works_in_the_eigenbasis(power: float) -> None:
-    """As SOAP's right side: momentum in the weights' coordinates, second moments in the turned ones."""
+    """As SOAP's right side, but for the momentum, which stays in the coordinates of its second moments."""
     layer, every, wd, b1, b2 = new_layer(), 3, 0.1, 0.9, 0.99
     optimizer = AdamW(layer.parameters(), RATE, betas=(b1, b2), weight_decay=wd)
     rule = pw.Coordinates(power=power, damping=0.2, stats_every=every, refresh_every=every)
@@ -172,21 +192,22 @@ def test_adamw_works_in_the_eigenbasis(power: float) -> None:
     for number in range(STEPS):
         G, covariance = gradient(number)
         T = find_basis(covariance, power, 0.2).flip(1) if number == 0 else T
-        M, V = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * (G @ T).square()
+        M, V = b1 * M + (1 - b1) * G @ T, b2 * V + (1 - b2) * (G @ T).square()
         t = number + 1
-        step = (M @ T) / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + 1e-8)
+        step = M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + 1e-8)
         moved = step @ T.T
         W = W * (1 - RATE * wd) - RATE * moved * step.norm() / moved.norm()
         train(layer, optimizer, range(number, number + 1))
         assert torch.allclose(matrix_of(layer), W, rtol=1e-8, atol=1e-10), number
-        if number % every == 0 and number:
-            T = rule.statistics[""]["input.basis"][0].clone()
+        if number % every == 0:
+            before, T = T, rule.statistics[""]["input.basis"][0].clone()
+            M = M * (before * T).sum(0).sign() if number == 0 else M  # vectors have no sign of their own
             assert torch.allclose(T.T @ T, torch.diag((T.T @ T).diagonal()), atol=1e-9)  # orthogonal columns
     rule.detach()
     momentum = torch.cat(
         [optimizer.state[layer.weight]["exp_avg"], optimizer.state[layer.bias]["exp_avg"][:, None]], 1
     )
-    assert torch.allclose(momentum, M, rtol=1e-8, atol=1e-10)  # the weights' own again
+    assert torch.allclose(momentum, M @ torch.linalg.inv(T), rtol=1e-8, atol=1e-10)  # the weights' own again
     squares = torch.cat(
         [optimizer.state[layer.weight]["exp_avg_sq"], optimizer.state[layer.bias]["exp_avg_sq"][:, None]], 1
     )

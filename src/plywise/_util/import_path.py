@@ -24,7 +24,9 @@ INSTALLED = tuple(
 
 
 def load(address: str, what: str) -> Any:
-    """What ``module:name`` names. Modules in the current directory are found.
+    """What ``module:name`` names. Modules in the current directory are found, after all that are installed.
+
+    A file of the user's that is called like a package of plywise's, ``jinja2.py``, is not taken for it.
 
     Args:
         address: the module, a colon, the name.
@@ -47,8 +49,9 @@ def load(address: str, what: str) -> Any:
         dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
         raise PlywiseError(f"Write a module, not a file: {dotted}:{name}.", see="error-address")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     module = _imported(module_name)
+    _refuse_hidden(module_name.partition(".")[0])
     if not hasattr(module, name):
         public = tuple(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
         raise PlywiseError(
@@ -88,6 +91,20 @@ def call_factory(address: str, what: str) -> Any:
         return factory()
     except (Exception, SystemExit) as error:
         raise PlywiseError(f"{address} raised {_said(error)}.", see="error-address") from error
+
+
+def _refuse_hidden(package: str) -> None:
+    """Raise PlywiseError if what was imported hides a module of the same name in the current directory."""
+    beside = (os.path.join(package, "__init__.py"), f"{package}.py")
+    hidden = [file for file in beside if os.path.isfile(file)]
+    taken = getattr(sys.modules[package], "__file__", None) or ""
+    if not hidden or (taken and any(os.path.samefile(taken, file) for file in hidden)):
+        return
+    raise PlywiseError(
+        f"{hidden[0]} has the name of an installed module, {taken or 'which is built in'}, and that one is "
+        "imported: give yours another name.",
+        see="error-address",
+    )
 
 
 def _imported(name: str) -> Any:

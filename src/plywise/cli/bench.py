@@ -124,7 +124,7 @@ def bench(
     config = _read_config(out) if resume else _make_config(given)
     executor = _make_executor(ray, workers, config)
     screen = notes(apart=json)
-    with resolve_bench(config) as resolved:
+    with resolve_bench(config, out) as resolved:
         for guess in resolved.guesses:
             screen.print(guess, soft_wrap=True, highlight=False)
         if resume and dry_run:
@@ -229,17 +229,18 @@ def _timeout(config: BenchConfig) -> float:
 
 def _read_config(out: Path) -> BenchConfig:
     """The config of the bench in a folder."""
-    import json
-
+    from plywise._util.sealed import unseal
     from plywise.arena.run.config import BenchConfig
 
     path = out / "bench.json"
     if not path.exists():
         raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.", see="error-bench")
     try:
-        return BenchConfig.from_json(json.loads(path.read_text(encoding="utf-8"))["plan"])
+        return BenchConfig.from_json(unseal(path.read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{path} is no description of a bench ({error!r}).", see="state-bench") from error
+        raise StateError(
+            f"{path} is no description of a bench, or damaged ({error!r}).", see="state-bench"
+        ) from error
 
 
 def _plan(

@@ -40,7 +40,8 @@ class Flags:
             perhaps x_test, y_test; a .csv file whose last column is the target. Default digits.
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
             for a .csv file, inputs=numbers, images or tokens; with commas between.
-        learner: AssociatedLearning, LocalLoss, Interlocking, CascadedForward, LocalForwardGradient or
+        learner: AssociatedLearning, SCPL, LocalLoss, LocalNextToken, Interlocking, CascadedForward,
+            LocalForwardGradient, ForwardForward, MonoForward, DirectFeedback, MomentumAuxiliary or
             ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
         set: a hyper-parameter of the learner, as name=value; may be repeated.
         blocks: number of blocks. Default 4.

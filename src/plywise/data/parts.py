@@ -43,7 +43,7 @@ class Data:
         except (OSError, RuntimeError) as error:  # torch has words of its own for a disk that is full
             raise PlywiseError(
                 f"The data could not be written to {path}: {error.__context__ or error}. They take "
-                f"{size / 2**20:.0f} MiB; TMPDIR may name a folder with more room.",
+                f"{size / 2**20:.0f} MiB: make room there, or name another --out.",
                 see="error-bench",
             ) from error
 

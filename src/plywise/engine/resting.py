@@ -144,7 +144,7 @@ class Resting:
         try:
             for name, layer in layers.items():
                 if not layer.gone and layer.entry.dimensions:
-                    self._saved.follow_columns(name)
+                    self._saved.follow_bias(name)
         except AttachError:
             return None
         return {name for name in layers if self._saved.read(name).tensors}

@@ -81,7 +81,7 @@ class SavedState:
         self._entries = entries
         self._optimizer_ref = weakref.ref(optimizer)
         self._prefixes: dict[str, str] = {}
-        self._columns: dict[str, int] = {}
+        self._had_bias: dict[str, bool] = {}
         self._cache: dict[str, tuple[str, Tensor, LayerState]] = {}
         self._held: dict[str, LayerState] = {}
         self._removed = False
@@ -152,7 +152,7 @@ class SavedState:
             if own and own.get(cached[0]) is cached[1]:
                 return cached[2]
             del self._cache[name]
-            self._columns.pop(name, None)
+            self._had_bias.pop(name, None)
             self.step = min(self.step, self.find_step())  # 0 if everything has been cleared
         if not own or not own.get(self.step_key):
             return self._held.get(name, NOTHING)
@@ -167,7 +167,7 @@ class SavedState:
 
     def read_moved(self, name: str, like: Tensor) -> LayerState:
         """A layer's state, as far as it fits: moved with the model, dropped if a bias has been frozen."""
-        self.follow_columns(name)
+        self.follow_bias(name)
         state = self.read(name)
         if any(value.dtype != like.dtype or value.device != like.device for value in state.tensors.values()):
             state = LayerState(convert_state(state.tensors, like), state.phase, state.in_backward)
@@ -191,18 +191,18 @@ class SavedState:
             self._cache[name] = prefix + key, value, made
             break
 
-    def follow_columns(self, name: str) -> None:
+    def follow_bias(self, name: str) -> None:
         """Drop a layer's statistics if its bias has been frozen or thawed since they were made."""
-        columns = self.layers[name].shape.columns
-        if self._columns.setdefault(name, columns) != columns:
-            self._columns[name] = columns
+        has_bias = self.layers[name].bias is not None
+        if self._had_bias.setdefault(name, has_bias) != has_bias:
+            self._had_bias[name] = has_bias
             self.drop(name)
 
-    def note_columns(self) -> None:
-        """Remember for which columns the statistics are that are there now."""
+    def note_biases(self) -> None:
+        """Remember whether the statistics that are there now have a column for the bias."""
         for name, layer in self.layers.items():
             if not layer.gone and layer.entry.dimensions:
-                self._columns[name] = layer.shape.columns
+                self._had_bias[name] = layer.bias is not None
 
     # ---- writing ---------------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ class SavedState:
         self.version += 1
         self._cache.clear()
         self._held.clear()
-        self._columns.clear()
+        self._had_bias.clear()
         self.step = self.find_step()
 
 

@@ -70,7 +70,7 @@ class StateDicts:
             )
         self._check_found(optimizer)
         self._warn_if_lost(optimizer)
-        saved.note_columns()
+        saved.note_biases()
         self._handles = [
             optimizer.register_state_dict_post_hook(self._add_to_saved),
             optimizer.register_load_state_dict_pre_hook(self._take_from_loaded),
@@ -256,7 +256,7 @@ class StateDicts:
                 optimizer.state.setdefault(parameter, {}).update(moved)
         self._raw = {}
         self._saved.forget()
-        self._saved.note_columns()
+        self._saved.note_biases()
         self._loaded()
 
     def _clean_shard(self, optimizer: Any) -> None:

@@ -78,6 +78,9 @@ class TurnedSteps:
     ) -> None:
         """The optimizer has stepped: turn its steps back, and momenta into the coordinates that hold now.
 
+        An optimizer that divides by second moments keeps its momenta as they are. Second moments cannot be
+        turned, and a momentum that is turned alone meets second moments of other axes: steps of any size.
+
         Args:
             layers: the layers with new coordinates.
             before: their states before this step.
@@ -87,7 +90,8 @@ class TurnedSteps:
         self._end(optimizer)
         for layer in layers:
             if before[layer.name]:
-                self._turn_momenta(layer, before[layer.name], made[layer.name].tensors, optimizer)
+                if not self._traits.quadratic:
+                    self._turn_momenta(layer, before[layer.name], made[layer.name].tensors, optimizer)
             elif layer not in self._last:
                 self._restart(layer, optimizer)  # second moments of other coordinates are none of these
 

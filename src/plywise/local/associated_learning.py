@@ -1,83 +1,73 @@
 """Associated Learning: inputs and targets are encoded towards each other, and meet in every component."""
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.local.associated_networks import he_normal_
+from plywise.errors import PlywiseError
+from plywise.local.associated_maps import (
+    MakeBridge,
+    MakeDecoder,
+    MakeEncoder,
+    Range,
+    apart_encoder,
+    check_ranges,
+    linear_decoder,
+    paper_encoder,
+    pooled_bridge,
+    range_of,
+    sigmoid_decoder,
+    wide_bridge,
+)
 from plywise.local.blocks import Blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
+from plywise.local.local_loss import Loss
 
-MakeBridge = Callable[[torch.Size, int], nn.Module]
-MakeEncoder = Callable[[Tensor, int], nn.Module]
+__all__ = [
+    "AssociatedLearning",
+    "MakeBridge",
+    "MakeEncoder",
+    "apart_encoder",
+    "paper_encoder",
+    "pooled_bridge",
+    "wide_bridge",
+]
 
-
-def wide_bridge(shape: torch.Size, code: int) -> nn.Module:
-    """The paper's bridge: two sigmoid layers, the first five times as wide as the code; `he_normal_`."""
-    layers = (nn.Linear(shape.numel(), 5 * code), nn.Sigmoid(), nn.Linear(5 * code, code), nn.Sigmoid())
-    return he_normal_(nn.Sequential(nn.Flatten(), *layers))
-
-
-def pooled_bridge(shape: torch.Size, code: int) -> nn.Module:
-    """`wide_bridge` behind pooling to at most 4×4 positions, for images: a fraction of its cost.
-
-    The two layers stay, since one alone costs accuracy.
-    """
-    if len(shape) != 3:
-        return wide_bridge(shape, code)
-    size = (min(shape[1], 4), min(shape[2], 4))
-    return nn.Sequential(nn.AdaptiveAvgPool2d(size), wide_bridge(torch.Size((shape[0], *size)), code))
-
-
-def paper_encoder(codes: Tensor, width: int) -> nn.Module:
-    """The paper's target encoder: a sigmoid layer, `he_normal_`.
-
-    Args:
-        codes: what it gets to begin with, a row for each class, (C, below).
-        width: of its own codes.
-    """
-    return he_normal_(nn.Sequential(nn.Linear(codes.shape[1], width), nn.Sigmoid()))
-
-
-def apart_encoder(codes: Tensor, width: int) -> nn.Module:
-    """`paper_encoder`, shifted and scaled so that classes begin apart, however deep it stands.
-
-    The paper's sigmoid layers begin with a third of the differences between classes that they get, so that
-    a deep component needs hundreds of steps until its codes tell the classes apart. Here what the sigmoid
-    gets has mean 0 and mean square 1 over classes.
-
-    Example:
-        >>> encoder = apart_encoder(torch.eye(10), 64)
-        >>> round(encoder[0](torch.eye(10)).square().mean().item(), 4)
-        1.0
-    """
-    encoder = paper_encoder(codes, width)
-    layer: Any = encoder.get_submodule("0")
-    with torch.no_grad():
-        middle = codes.mean(0)
-        square = (layer(codes) - layer(middle)).square().mean()
-        if square > 0:  # there are several classes
-            layer.weight /= square.sqrt()
-            layer.bias.copy_(-layer.weight @ middle)
-    return encoder
+MAPS = ("block", "bridge", "encoder", "decoder")
+TARGETS = ("classes", "labels", "numbers")
 
 
 class AssociatedComponent(Component):
-    """One component: forward f, bridge b, target encoder h, decoder g."""
+    """One component: forward f, bridge b, target encoder h, decoder g.
+
+    Args:
+        block: f; ``enc.f`` in the authors' code.
+        bridge: b.
+        encoder: h; ``ae.g`` in the authors' code.
+        decoder: g; ``ae.h`` in the authors' code.
+        loss: of the decoder's output and the targets, in the first component; None for mean squared error.
+        detach: whether b learns towards codes that do not learn from that.
+        decay: weight decay of each map, by its name above.
+    """
 
     def __init__(
-        self, block: nn.Module, bridge: nn.Module, encoder: nn.Module, target: int, code: int
+        self,
+        block: nn.Module,
+        bridge: nn.Module,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        *,
+        loss: Loss | None = None,
+        detach: bool = True,
+        decay: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        self.block = block  # f; enc.f in the authors' code
-        self.bridge = bridge  # b
-        self.encoder = encoder  # h; ae.g in the authors' code
-        self.decoder = nn.Sequential(nn.Linear(code, target), nn.Sigmoid())  # g; ae.h in the authors' code
-        he_normal_(self.decoder)
+        self.block, self.bridge, self.encoder, self.decoder = block, bridge, encoder, decoder
+        self._loss, self._detach, self._decay = loss, detach, dict(decay or {})
         like = next((p for p in block.parameters() if p.is_floating_point()), None)
         if like is not None:
             self.to(like)
@@ -86,22 +76,42 @@ class AssociatedComponent(Component):
         """``mse(b(s), t)`` for f and b, plus ``mse(g(t), t of before)`` for h and g."""
         assert signal.codes is not None
         s, codes = self.block(signal.s), self.encoder(signal.codes)
-        associated = F.mse_loss(self.bridge(s), codes.detach()[signal.y])
+        target = codes.detach() if self._detach else codes
+        if not signal.y.is_floating_point():
+            target = target[signal.y]
+        associated = F.mse_loss(self.bridge(s), target)
+        return Signal(s, signal.y, codes), associated + self._rebuilt(codes, signal.codes, signal.y)
+
+    def _rebuilt(self, codes: Tensor, below: Tensor, y: Tensor) -> Tensor:
+        """How far the decoder is from what the encoder got."""
+        found = self.decoder(codes)
+        if self._loss is not None:
+            return self._loss(found if y.is_floating_point() else found[y], y)
+        if y.is_floating_point():
+            return F.mse_loss(found, below)
         # all samples of a class have one code: encoded once, weighted by their number
-        share = torch.bincount(signal.y, minlength=len(codes)).to(codes) / len(signal.y)
-        errors = F.mse_loss(self.decoder(codes), signal.codes, reduction="none").mean(1)
-        return Signal(s, signal.y, codes), associated + share @ errors
+        share = torch.bincount(y, minlength=len(codes)).to(codes) / len(y)
+        return share @ F.mse_loss(found, below, reduction="none").mean(1)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The target's side learns at twice the rate."""
+        if not self._decay:
+            return [
+                {"params": [*self.block.parameters(), *self.bridge.parameters()]},
+                {"params": [*self.encoder.parameters(), *self.decoder.parameters()], "rate": 2.0},
+            ]
         return [
-            {"params": [*self.block.parameters(), *self.bridge.parameters()]},
-            {"params": [*self.encoder.parameters(), *self.decoder.parameters()], "rate": 2.0},
+            {
+                "params": list(self.get_submodule(name).parameters()),
+                "rate": 2.0 if name in ("encoder", "decoder") else 1.0,
+                "weight_decay": self._decay.get(name, 0.0),
+            }
+            for name in MAPS
         ]
 
 
 class AssociatedLearning(OneWayLearner):
-    """Associated Learning for classification.
+    """Associated Learning, for classes, several labels at once, or numbers.
 
     Idea: the target is encoded step by step as the input is, and every component learns to lead from its
         activations to its own code of the target: no gradient crosses from one component to another.
@@ -115,8 +125,10 @@ class AssociatedLearning(OneWayLearner):
     Cost: a bridge and a small autoencoder for each component; with the paper's bridges a step takes up to
         twice backpropagation's operations. The activations of one component at a time.
     Status: variant: encoders begin apart, since the paper's, whose deep codes look alike at first, need long
-        trainings (``encoder=paper_encoder`` is the paper's). Codes are made once for each class, which
-        changes no number. The published code's TensorFlow 1 Adam adds its eps elsewhere than torch's.
+        trainings (``encoder=paper_encoder`` is the paper's). The authors' later code for text is
+        `plywise.local.associated_text`, with tanh maps, ``loss`` and ``detach_target=False``. Codes are made
+        once for each class, which changes no number. The published code's TensorFlow 1 Adam adds its eps
+        elsewhere than torch's.
     Source: Kao, Chen, "Associated Learning: Decomposing End-to-end Backpropagation based on Auto-encoders and
         Target Propagation", Neural Computation 33(1), 2021, arXiv 1906.05560.
     Code: SamYWK/Associated_Learning (TensorFlow 1); Hibb-bb/AL, of a later paper on text.
@@ -125,18 +137,30 @@ class AssociatedLearning(OneWayLearner):
         (benchmarks/README.md); the paper's networks, made small, after 1,500 steps: 89.8 against 91.4 %
         (MLP), 35.6 against 39.0 % (CNN), 36.6 against 36.2 % (VGG), with encoders begun apart 89.5, 43.7 and
         48.8 % (benchmarks/reproduce/associated-learning.json).
-    Limits: classification by class index. Codes hold nothing of the input: they are one row a class, so deep
-        components see no more of the target than shallow ones. Sigmoids saturate at rates that other networks
+    Limits: codes hold nothing of the input: with classes they are one row a class, so that deep components
+        see no more of the target than shallow ones. Sigmoids saturate at rates that other networks
         bear: on the digits Adam at 0.01 fails where 0.003 trains.
 
     Args:
         blocks: the forward maps f.
-        num_classes: number of classes, C.
+        num_classes: number of classes, C; with other ``targets``, of labels or numbers a sample.
         code: width of every code, n (``neuron_num`` in the authors' code). Default 128. Range 16 to 256.
         bridge: makes b from the shape of a sample's activations and ``code``. Default `wide_bridge`,
-            the paper's; `pooled_bridge` is cheaper on images.
+            the paper's; `pooled_bridge` is cheaper on images. A list holds one for each block.
         encoder: makes h from the codes that it gets to begin with, (C, below), and ``code``. Default
             `apart_encoder`; `paper_encoder` is the paper's.
+        decoder: makes g from ``code`` and the width of what it rebuilds. Default `sigmoid_decoder`, the
+            paper's. Bridge, encoder and decoder must be of a kind: `plywise.local.associated_maps` has those
+            of tanh too, which are the authors' for text.
+        targets: "classes": a class index a sample; "labels": (N, C) of 0 and 1, several may be 1; "numbers":
+            (N, C) of any numbers, best standardised. With numbers, the first decoder is linear.
+        loss: of the first decoder's output and the targets, such as ``F.cross_entropy``, which the authors
+            have for text. Default mean squared error, the paper's.
+        detach_target: whether codes are constants where b learns to meet them. Default True, the paper's;
+            the authors' code for text has it False.
+        decay: weight decay for each map, of "block", "bridge", "encoder" and "decoder": the optimizer's
+            ``weight_decay``, which it must know. The paper has 1e-4 on the blocks of its ResNets. Default
+            none.
         **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
             parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
             step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
@@ -145,7 +169,9 @@ class AssociatedLearning(OneWayLearner):
             and g learn at twice the rate, as in the paper.
 
     Raises:
-        BlockError: see `Blocks`.
+        BlockError: a bridge or decoder cannot make the numbers that it shall meet.
+        PlywiseError: at a step, targets are not what ``targets`` says.
+        ValueError: ``targets`` or a name in ``decay`` is unknown.
 
     Example:
         >>> import torch, plywise as pw
@@ -168,25 +194,55 @@ class AssociatedLearning(OneWayLearner):
         num_classes: int,
         *,
         code: int = 128,
-        bridge: MakeBridge = wide_bridge,
+        bridge: MakeBridge | Sequence[MakeBridge] = wide_bridge,
         encoder: MakeEncoder = apart_encoder,
+        decoder: MakeDecoder = sigmoid_decoder,
+        targets: str = "classes",
+        loss: Loss | None = None,
+        detach_target: bool = True,
+        decay: Mapping[str, float] | None = None,
         **training: Any,
     ) -> None:
-        self._classes = num_classes
-        components, codes = [], torch.eye(num_classes)
-        for block, shape in zip(blocks, blocks.shapes[1:], strict=True):
-            made, target = encoder(codes, code), codes.shape[1]
+        _check_names("targets", [targets], TARGETS)
+        _check_names("decay", decay or {}, MAPS)
+        self._classes, self._targets = num_classes, targets
+        bridges = [bridge] * len(blocks) if callable(bridge) else list(bridge)
+        self._components = []
+        codes = _first_codes(num_classes, targets)
+        below: Range | None = (-torch.inf, torch.inf) if targets == "numbers" else (0.0, 1.0)
+        if loss is not None:
+            below = None  # the loss decides what the first decoder's output means
+        for number, (block, shape) in enumerate(zip(blocks, blocks.shapes[1:], strict=True)):
+            first = number == 0
+            make_decoder = linear_decoder if first and targets == "numbers" else decoder
+            made, width = encoder(codes, code), codes.shape[1]
+            maps = bridges[number](shape, code), made, make_decoder(code, width)
+            check_ranges(number, *maps, below)
             with torch.no_grad():
-                codes = made(codes)
-            components.append(AssociatedComponent(block, bridge(shape, code), made, target, code))
-        self._components = components
-        super().__init__(components, **training)
+                codes, below = made(codes), range_of(made)
+            settings: dict[str, Any] = {
+                "detach": detach_target,
+                "decay": decay,
+                "loss": loss if first else None,
+            }
+            self._components.append(AssociatedComponent(block, *maps, **settings))
+        super().__init__(self._components, **training)
 
     def signal(self, x: Tensor, y: Tensor) -> Signal:
-        """The input, and one row for each class: t₀ is the one-hot target."""
-        check_classes(y, self._classes)
+        """The input, and t₀: one row for each class, or each sample's labels or numbers."""
         first = next(self._components[0].encoder.parameters())
-        return Signal(x, y, torch.eye(self._classes, dtype=first.dtype, device=first.device))
+        if self._targets == "classes":
+            check_classes(y, self._classes)
+            return Signal(x, y, torch.eye(self._classes, dtype=first.dtype, device=first.device))
+        if y.shape[1:] != (self._classes,):
+            raise PlywiseError(
+                f"Targets must be {self._classes} {self._targets} a sample, not of shape {tuple(y.shape)}.",
+                see="error-data",
+            )
+        y = y.to(first)
+        if self._targets == "labels" and bool(((y != 0) & (y != 1)).any()):
+            raise PlywiseError("Labels must be 0 or 1, and this batch holds others.", see="error-data")
+        return Signal(x, y, y)
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The path of inference; with ``depth``, the shortcut through the first ``depth`` components."""
@@ -194,7 +250,7 @@ class AssociatedLearning(OneWayLearner):
 
 
 class AssociatedPath(nn.Module):
-    """``g₁ … g_d b_d f_d … f₁``: scores of the classes."""
+    """``g₁ … g_d b_d f_d … f₁``: scores of the classes, or the targets' numbers."""
 
     def __init__(self, components: list[AssociatedComponent]) -> None:
         super().__init__()
@@ -203,6 +259,20 @@ class AssociatedPath(nn.Module):
         self.decoders = nn.Sequential(*(component.decoder for component in reversed(components)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, C), each in (0, 1)."""
+        """Scores (N, C), in the first decoder's range."""
         scores: Tensor = self.decoders(self.bridge(self.blocks(x)))
         return scores
+
+
+def _first_codes(classes: int, targets: str) -> Tensor:
+    """What encoders may expect to get: every class, or a sample of likely targets."""
+    if targets == "classes":
+        return torch.eye(classes)
+    sample = torch.randn(64, classes)
+    return sample if targets == "numbers" else (sample > 0).to(sample)
+
+
+def _check_names(argument: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"AssociatedLearning: {argument} knows {', '.join(known)}, not {name!r}.")

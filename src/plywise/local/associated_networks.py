@@ -6,6 +6,8 @@ for blocks and for the rest of the learner alike. Bridges, encoders and decoders
 MLP on MNIST / CIFAR-10 / CIFAR-100, 256 / 256 / 500 for the CNN, and 300 / 500 on CIFAR-10 / 100 for ResNet
 and VGG.
 
+Convolutions of stride 2 pad on all sides, where TensorFlow's "same" pads below and to the right.
+
 Source: the authors' TensorFlow code of Kao, Chen 2021 (see `plywise.AssociatedLearning`).
 """
 
@@ -116,13 +118,17 @@ def resnet_blocks(channels: int = 3, depth: int = 20) -> Modules:
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm and ELU, and a skip (a 1×1 convolution where sizes change)."""
+    """``elu(r(x) + skip(x))``, r two 3×3 convolutions, each with batch norm and ELU.
+
+    The skip is a 1×1 convolution where sizes change. As in the authors' code there is an ELU before the
+    addition, and one after it.
+    """
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             *(nn.Conv2d(before, after, 3, stride, padding=1), _norm(after), nn.ELU()),
-            *(nn.Conv2d(after, after, 3, padding=1), _norm(after)),
+            *(nn.Conv2d(after, after, 3, padding=1), _norm(after), nn.ELU()),
         )
         self.skip = nn.Identity() if stride == 1 and before == after else nn.Conv2d(before, after, 1, stride)
         self.activation = nn.ELU()

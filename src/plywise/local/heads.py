@@ -26,10 +26,15 @@ def pooled_linear(shape: torch.Size, num_classes: int) -> nn.Module:
           (2): Linear(in_features=64, out_features=10, bias=True)
         )
     """
+    layers, features = pooled(shape)
+    return nn.Sequential(*layers, nn.Linear(features, num_classes))
+
+
+def pooled(shape: torch.Size) -> tuple[list[nn.Module], int]:
+    """Layers that average positions into at most two along each axis and flatten; a sample's features."""
     positions = tuple(shape[1:])
     layers: list[nn.Module] = []
     if len(positions) in _POOLS and max(positions) > 2:
         positions = tuple(min(2, size) for size in positions)
         layers.append(_POOLS[len(positions)](positions))
-    features = math.prod([*shape[:1], *positions])
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, num_classes))
+    return [*layers, nn.Flatten()], math.prod([*shape[:1], *positions])

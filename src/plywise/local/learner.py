@@ -167,11 +167,16 @@ class OneWayLearner(Learner):
     """
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
-        losses = []
-        for trainer in self.trainers:
-            signal, loss = trainer.learn(signal, self.steps)
-            losses.append(loss)
-        return losses
+        return learn_in_turn(self.trainers, signal, self.steps)
+
+
+def learn_in_turn(trainers: Iterable[LocalTrainer], signal: Signal, step: int) -> list[Tensor]:
+    """Each component learns from what the one before hands on; their detached losses."""
+    losses = []
+    for trainer in trainers:
+        signal, loss = trainer.learn(signal, step)
+        losses.append(loss)
+    return losses
 
 
 def check_classes(y: Tensor, num_classes: int) -> None:

@@ -30,20 +30,24 @@ class LossComponent(Component):
         return self._loss(s if self.head is None else self.head(s), y)
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
-        """The block's output, and its loss.
+        """The block's output, and its loss."""
+        s = self.block(signal.s)
+        return Signal(s, signal.y), self.checked(s, signal.y)
+
+    def checked(self, s: Tensor, y: Tensor) -> Tensor:
+        """The loss of the block's output ``s``, which goes on to the next block.
 
         Raises:
-            BlockError: the head changed the activations that go on to the next block.
+            BlockError: the head changed it.
         """
-        s = self.block(signal.s)
         version = s._version
-        loss = self.judge(s, signal.y)
+        loss = self.judge(s, y)
         if s._version != version:
             raise BlockError(
                 f"The head of a {type(self.block).__name__} changes the block's activations in place, and "
                 "the next block would get them so. Make the head's first operation out of place."
             )
-        return Signal(s, signal.y), loss
+        return loss
 
 
 def headed_components(

@@ -13,7 +13,7 @@ from plywise.errors import PlywiseError
 if TYPE_CHECKING:
     from plywise.local.learner import Learner
 
-READERS = ("AssociatedLearning", "CascadedForward")
+READERS = ("AssociatedLearning", "CascadedForward", "ForwardForward", "MonoForward")
 """Learners that read the classes off what the blocks hand on; for the others the last block's output is
 the prediction."""
 

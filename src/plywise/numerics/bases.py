@@ -207,12 +207,12 @@ def find_basis(tensors: Mapping[str, Tensor], side: str) -> Basis | None:
     Layers of one shape may be stacked, (layers, g, ...): they are taken as so many groups.
     """
     for kind, parts in KINDS.items():
-        if all(f"{side}.{name}" in tensors for name, _ in parts.values()):
-            found = {
-                attribute: _flatten(tensors[f"{side}.{name}"], dims)
-                for attribute, (name, dims) in parts.items()
-            }
-            basis: Basis = kind(**found)
+        names = [f"{side}.{name}" for name, _ in parts.values()]
+        if names[0] in tensors and names[-1] in tensors:
+            found = [
+                _flatten(tensors[key], dims) for key, (_, dims) in zip(names, parts.values(), strict=True)
+            ]
+            basis: Basis = kind(*found)
             return basis
     return None
 

@@ -63,7 +63,7 @@ class Coordinates(KroneckerRule):
         keep_norm: give a layer's step the length of the optimizer's own. Default True.
         decay: how much of the statistics stays at each gathering. Default 0.95. Range 0.5 to 0.999.
         rank: of sides at least twice as wide, turn so many directions only, and treat the others alike; None
-            for all. Default 32. Range 8 to 512.
+            for all. Default 64. Range 8 to 512.
         sample: take every so many-th position along each axis of a convolution or sequence. Default 2.
             Range 1 to 4.
         max_size: a side wider than this stays as it is. Default 2048. Range 256 to 8192.
@@ -95,7 +95,7 @@ class Coordinates(KroneckerRule):
     output_power: float = 0.0
     keep_norm: bool = True
     decay: float = 0.95
-    rank: int | None = 32
+    rank: int | None = 64
     sample: int = 2
     max_size: int = 2048
     stats_every: int = 10

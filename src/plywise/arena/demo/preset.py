@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from plywise._util.scratch import Scratch
 from plywise.arena.demo.layer_picture import layer_picture
 from plywise.arena.demo.setups import SETUPS, Setup
 from plywise.arena.run.bench import Bench
@@ -73,8 +73,8 @@ def open_demo(config: DemoConfig, folder: Path, command: str = "") -> Generator[
         null_offset=0,
     )
     _clear(folder)
-    with tempfile.TemporaryDirectory(prefix="plywise-demo-") as scratch:
-        workload = ResolvedWorkload.write(source, source.workload, Path(scratch) / "digits.pt")
+    with Scratch(folder) as scratch:
+        workload = ResolvedWorkload.write(source, source.workload, scratch.path / "digits.pt")
         about = {
             "title": TITLE,
             "lead": _lead(config),

@@ -106,12 +106,22 @@ def _ridge(setting: TrialContext) -> dict[str, Any]:
     return {"head": head}
 
 
+def _threshold(setting: TrialContext) -> dict[str, Any]:
+    return {"threshold": setting.numbers["threshold"], "skip": 0}  # the last block may be the classifier
+
+
 RECIPES = {
     "AssociatedLearning": Recipe({"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
     "LocalLoss": Recipe(loss=True),
+    "LocalNextToken": Recipe(),
     "Interlocking": Recipe(loss=True),
     "CascadedForward": Recipe({"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
     "LocalForwardGradient": Recipe(),
+    "ForwardForward": Recipe({"lr": Range(1e-4, 1e-1, 1e-2), "threshold": Range(0.3, 10.0, 1.0)}, _threshold),
+    "MonoForward": Recipe(),
+    "DirectFeedback": Recipe(loss=True),
+    "MomentumAuxiliary": Recipe(loss=True),
+    "SCPL": Recipe(),
     "ActivationRelaxation": Recipe(settings=lambda _: RELAXATION, loss=True),
 }
 """By the learners' names."""

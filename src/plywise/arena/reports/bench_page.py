@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.files import write_whole
+from plywise._util.sealed import unseal
 from plywise.arena.reports import bench_charts as charts
 from plywise.arena.reports.page import fill
 from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
@@ -49,14 +50,15 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
         PlywiseError: a file is missing or is not what a bench writes.
     """
     try:
-        bench = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+        bench = unseal((folder / "bench.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PlywiseError(
             f"{folder} is no bench: it has no bench.json. Name the folder of a bench.", see="error-bench"
         ) from error
     except ValueError as error:
         raise PlywiseError(
-            f"{folder / 'bench.json'} is not the JSON that a bench writes: {error}.", see="error-bench"
+            f"{folder / 'bench.json'} is not the JSON that a bench writes, or damaged: {error}.",
+            see="error-bench",
         ) from error
     return bench, list(read(folder / "trials.jsonl"))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plywise._util.sealed import unseal
 from plywise._util.tensorboard import require_tensorboard
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import FINAL, TUNING, TrialRecord
@@ -61,7 +61,7 @@ def runs_of(folder: Path) -> list[TrackedRun]:
     """
     path = folder / "bench.json"
     try:
-        workloads = json.loads(path.read_text(encoding="utf-8"))["workloads"]
+        workloads = unseal(path.read_text(encoding="utf-8"))["workloads"]
         metrics = {name: workload["metric"] for name, workload in workloads.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlywiseError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
+from plywise._util.scratch import Scratch
 from plywise.arena.reproductions import find_paper, tables
 from plywise.arena.reproductions.experiment import DIGITS, SIZE_WORDS, Experiment, Line
 from plywise.arena.reproductions.source import ExperimentSource
@@ -99,7 +99,7 @@ class Reproduction:
         slowest = 0.0
         for experiment, runs in self._runs:
             if runs.done < runs.total:
-                with _data_of(experiment, self.size, runs):
+                with self._data_of(experiment, runs):
                     self._probe(experiment, runs, executor)
                 steps = experiment.sizes[self.size].steps
                 slowest = max(slowest, *(cost.run(steps) for cost in runs.costs.values()))
@@ -111,7 +111,7 @@ class Reproduction:
         with self.ledger.writing():
             for experiment, runs in self._runs:
                 if runs.done < runs.total:
-                    with _data_of(experiment, self.size, runs):
+                    with self._data_of(experiment, runs):
                         for piece in runs.run(executor):
                             left = self._seconds_left(executor.count)
                             yield Progress(self.done, self.total, piece.line, left)
@@ -160,6 +160,16 @@ class Reproduction:
         for arm in experiment.arms_at(self.size):
             runs.costs[workload, arm.name] = runs.costs[workload, alike[arm.method]]
 
+    @contextmanager
+    def _data_of(self, experiment: Experiment, runs: Runs) -> Iterator[None]:
+        """An experiment's data in a file, while it runs: all experiments' data together may be large."""
+        ((workload, resolved),) = runs.workloads.items()
+        with Scratch(self.folder) as scratch:
+            file = scratch.path / "data.pt"
+            experiment.sizes[self.size].data().save(file)
+            runs.workloads[workload] = replace(resolved, file=file)
+            yield
+
     def _refuse_others(self) -> None:
         """Runs of the same names with other settings are no part of this."""
         for experiment, runs in self._runs:
@@ -204,17 +214,6 @@ class Reproduction:
             **{"size": size.about, "steps": size.steps, "arms": arms, "claims": claims},
             "seconds": sum(line["measuring"] + line["wall"][-1] for line in timed),
         }
-
-
-@contextmanager
-def _data_of(experiment: Experiment, size: str, runs: Runs) -> Iterator[None]:
-    """An experiment's data in a file, while it runs: all experiments' data together may be large."""
-    ((workload, resolved),) = runs.workloads.items()
-    with tempfile.TemporaryDirectory(prefix="plywise-reproduce-") as folder:
-        file = Path(folder) / "data.pt"
-        experiment.sizes[size].data().save(file)
-        runs.workloads[workload] = replace(resolved, file=file)
-        yield
 
 
 def _is_outcome(why: str) -> bool:

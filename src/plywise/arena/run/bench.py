@@ -11,6 +11,7 @@ from typing import Any
 
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
+from plywise._util.sealed import seal, unseal
 from plywise.arena.diagnose.diagnosis import layers_before
 from plywise.arena.method import Method
 from plywise.arena.run.config import BenchConfig, ResolvedBench, ResolvedWorkload
@@ -155,7 +156,7 @@ class Bench:
     def _read_same(self, path: Path) -> dict[str, Any]:
         """What bench.json holds, if it is of this bench."""
         try:
-            before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            before: dict[str, Any] = unseal(path.read_text(encoding="utf-8"))
             config = _as_json(BenchConfig.from_json(before["plan"]))
             changed = [
                 name
@@ -164,7 +165,7 @@ class Bench:
             ]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise StateError(
-                f"{path} is no description of a bench ({error!r}).", see="state-bench"
+                f"{path} is no description of a bench, or damaged ({error!r}).", see="state-bench"
             ) from error
         if config != self.about["plan"]:
             raise StateError(
@@ -182,7 +183,7 @@ class Bench:
 
     def _write(self) -> None:
         text = json.dumps(self.about, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(self.folder / "bench.json", text + "\n")
+        write_whole(self.folder / "bench.json", seal(text) + "\n")
 
 
 def run_bench(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from plywise._util.import_path import load
+from plywise._util.scratch import Scratch
 from plywise.arena.method import Method
 from plywise.arena.methods import find_method
 from plywise.arena.run.search import SEARCHES, find_search
@@ -273,7 +273,7 @@ class ResolvedBench:
     methods: dict[str, Method]
     workloads: dict[str, ResolvedWorkload]
     refused: dict[tuple[str, str], str]
-    _scratch: tempfile.TemporaryDirectory[str] | None = None
+    _scratch: Scratch | None = None
 
     def with_config(self, config: BenchConfig) -> ResolvedBench:
         """The same methods and data with other numbers of trials, seeds or steps."""
@@ -301,7 +301,7 @@ class ResolvedBench:
     def close(self) -> None:
         """Remove the files of the data."""
         if self._scratch:
-            self._scratch.cleanup()
+            self._scratch.close()
 
     def __enter__(self) -> Self:
         return self
@@ -310,8 +310,13 @@ class ResolvedBench:
         self.close()
 
 
-def resolve_bench(config: BenchConfig) -> ResolvedBench:
+def resolve_bench(config: BenchConfig, folder: Path | None = None) -> ResolvedBench:
     """Look up every name of a config, make the workloads and read their data: the only time that it is done.
+
+    Args:
+        config: what is asked for.
+        folder: where the files of the data are made, in a folder of their own that the next one removes if
+            this process is killed. Default: the folder for temporary files.
 
     Raises:
         PlywiseError: there is no such method, workload or search; one lacks a package; or a workload cannot
@@ -322,16 +327,16 @@ def resolve_bench(config: BenchConfig) -> ResolvedBench:
         method.require()
     config = replace(config, methods=tuple(method.name for method in methods))
     find_search(config.search)
-    scratch = tempfile.TemporaryDirectory(prefix="plywise-bench-")
+    scratch = Scratch(folder)
     try:
         workloads = {}
         for number, spec in enumerate(config.workloads):
             workload = spec.make()
-            file = Path(scratch.name) / f"{number}.pt"
+            file = scratch.path / f"{number}.pt"
             workloads[spec.name] = ResolvedWorkload.write(spec.settle(workload), workload, file)
         refused = _refuse(workloads, methods)
     except BaseException:
-        scratch.cleanup()
+        scratch.close()
         raise
     return ResolvedBench(config, {method.name: method for method in methods}, workloads, refused, scratch)
 

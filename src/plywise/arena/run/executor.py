@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -16,12 +15,17 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from plywise._util.process_groups import begin_group, end_group
 from plywise.arena.run.job import TrialJob
 from plywise.errors import PlywiseError
 
 TIMEOUT_S = 600.0
-"""Seconds that a trial may take, all in all, unless told otherwise or planned to take long."""
+"""Seconds that a trial may take, all in all, unless asked otherwise or planned to take long."""
 
+STARTING = 600.0
+"""Seconds that the process of a trial may take to begin: the first one waits for the imports of torch."""
+
+_SAFE_PATH = "PYTHONSAFEPATH"
 PRELOADED = (
     *("plywise.arena.run.executor", "plywise.arena.methods.peers", "plywise.arena.methods.rules"),
     *("plywise.arena.methods.learners", "torch._dynamo"),  # torch.optim imports it with the first optimizer
@@ -92,8 +96,9 @@ class InlineExecutor:
 class ProcessExecutor:
     """This machine's cores, a process for each trial.
 
-    A process that is killed, or takes longer than ``timeout_s``, is an outcome of its trial. When the caller
-    stops early, or calls `stop`, the running trials are ended.
+    A process that is killed, or takes longer than ``timeout_s``, is an outcome of its trial. The time counts
+    from where the trial begins in its process. When the caller stops early, or calls `stop`, the running
+    trials are ended. With a trial ends what it has started.
 
     Args:
         count: trials at once.
@@ -142,9 +147,14 @@ class ProcessExecutor:
         self, running: dict[Connection, _Worker], wait_s: float
     ) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Wait until trials have ended, or `stop` is called: they, and their lines, leave those that run."""
-        ready = wait([*running, self._stopped], timeout=wait_s)
+        # of a process that is killed the connection may stay open: what it has started holds it, too
+        gone = [worker.sentinel for worker in running.values()]
+        ready = wait([*running, *gone, self._stopped], timeout=wait_s)
         now = time.monotonic()
-        for connection in [own for own, one in running.items() if own in ready or one.end <= now]:
+        over = [own for own, one in running.items() if {own, one.sentinel} & {*ready} or one.end <= now]
+        for connection in over:
+            if connection in ready and running[connection].begins():
+                continue
             worker = running.pop(connection)
             yield worker.job, worker.outcome()
 
@@ -156,6 +166,8 @@ def _start_forking() -> None:
     """
     resource_tracker.ensure_running()  # else the next line starts it, and leaves Ctrl-C to be heard
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    safe = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"  # else it would import a jinja2.py of the current directory
     try:
         forkserver.ensure_running()
     except OSError as error:  # a socket's name holds 107 bytes
@@ -165,7 +177,16 @@ def _start_forking() -> None:
             see="error-bench",
         ) from error
     finally:
+        _set_safe_path(safe)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _set_safe_path(value: str | None) -> None:
+    """Set the variable that keeps Python from importing from the current directory as it was."""
+    if value is None:
+        os.environ.pop(_SAFE_PATH, None)
+    else:
+        os.environ[_SAFE_PATH] = value
 
 
 class _Worker:
@@ -173,11 +194,25 @@ class _Worker:
 
     def __init__(self, context: Any, job: TrialJob, threads: int, timeout_s: float) -> None:
         self.job, self.timeout_s = job, timeout_s
-        self.end = time.monotonic() + timeout_s
+        self._begun = False
+        self.end = time.monotonic() + STARTING
         self.connection, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(job, threads, theirs), daemon=True)
+        safe = os.environ.get(_SAFE_PATH)
+        self._process = context.Process(target=_work, args=(job, threads, theirs, safe), daemon=True)
         self._process.start()
+        self.sentinel: int = self._process.sentinel
         theirs.close()
+
+    def begins(self) -> bool:
+        """Whether what was sent says that the trial begins; its time counts from then on."""
+        if self._begun:
+            return False
+        try:
+            self.end = float(self.connection.recv_bytes()) + self.timeout_s
+        except (EOFError, OSError):
+            return False
+        self._begun = True
+        return True
 
     def outcome(self) -> dict[str, Any]:
         """The line that it sent, or that it did not."""
@@ -185,6 +220,10 @@ class _Worker:
             if self.connection.poll():
                 line: dict[str, Any] = json.loads(self.connection.recv_bytes())
                 return line
+            if self._process.exitcode is not None:
+                raise EOFError
+            if not self._begun:
+                return self.job.failed(f"its process had not begun after {STARTING:g} s")
             return self.job.failed(f"took longer than {self.timeout_s:g} s")
         except (EOFError, OSError):
             self._process.join(10)
@@ -193,31 +232,29 @@ class _Worker:
             self.stop()
 
     def stop(self) -> None:
-        """End it, whatever it does."""
+        """End it, whatever it does, and what it has started."""
+        end_group(self._process.pid)
         self._process.kill()
         self._process.join(10)
         self.connection.close()  # last: the process would complain that nobody reads it
 
 
-def _work(job: TrialJob, threads: int, connection: Connection) -> None:
+def _work(job: TrialJob, threads: int, connection: Connection, safe_path: str | None) -> None:
     """What the process of a trial does."""
     import torch
 
+    _set_safe_path(safe_path)  # as in the caller's process, not in the one that this was forked from
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends this process
-    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    begin_group()
     torch.set_num_threads(threads)
+    with suppress(BrokenPipeError):
+        connection.send_bytes(str(time.monotonic()).encode())  # one clock for all processes of a machine
     line = job.run()
     with suppress(BrokenPipeError):  # the caller may have been interrupted, and gone
         connection.send_bytes(json.dumps(line, allow_nan=False).encode())
         connection.close()
     os._exit(0)  # torch's and a user's atexit handlers have nothing to do here
-
-
-def _exit_with(parent: int) -> None:
-    """End this process when the one that forks trials has gone: nobody waits for its line any more."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _exit(code: int | None) -> str:

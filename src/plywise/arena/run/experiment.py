@@ -7,12 +7,11 @@ experiments with different arms and a different `Design`; so are the scripts in 
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from plywise._util.scratch import Scratch
 from plywise.arena.method import Method
 from plywise.arena.run.config import ObjectSource, ResolvedWorkload
 from plywise.arena.run.costs import START, Cost, Pair, estimate_seconds, measure_costs
@@ -316,8 +315,8 @@ def run_arms(
         ledger: where trials are kept; what it holds is not run again. None: in memory.
     """
     source = ObjectSource(workload, {method.name: method for method in methods})
-    with tempfile.TemporaryDirectory(prefix="plywise-arms-") as folder:
-        resolved = ResolvedWorkload.write(source, workload, Path(folder) / "data.pt")
+    with Scratch() as scratch:
+        resolved = ResolvedWorkload.write(source, workload, scratch.path / "data.pt")
         arms = {source.name: resolved}, {source.name: methods}
         experiment = Experiment(*arms, design, ledger or Ledger())
         with experiment.ledger.writing():

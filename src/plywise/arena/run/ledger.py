@@ -1,9 +1,10 @@
-"""Where trials are kept: one JSON line each, written whole or not at all."""
+"""Where trials are kept: one JSON line each, written whole or not at all, with a check at its end."""
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from plywise._util.files import written_whole
+from plywise._util.sealed import DamagedError, is_sealed, seal, unseal
 from plywise.arena.scoring.records import Key, key_of
 from plywise.errors import PlywiseError
 
@@ -19,13 +22,10 @@ class Ledger:
     """The trials of an experiment, appended to a file as they end.
 
     A line that a crash cut off is taken away before the next is written. What could not be written, on a full
-    disk, leaves the lines before as they were.
+    disk, leaves the lines before as they were. Damaged lines, as a power cut leaves them, are no trials.
 
     Args:
         path: the file; made where missing. None: trials are kept in memory alone.
-
-    Raises:
-        PlywiseError: a line before the last is no JSON: somebody else has written there.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -35,11 +35,13 @@ class Ledger:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        self.lines = {key_of(line): line for line in read(path)}
+        self.lines = {key_of(line): line for line, _ in _split(path)[0]}
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Be the only one who adds trials, from what the file holds now.
+
+        Damaged lines go to a file beside it, and a warning says so: their trials are not there any more.
 
         Raises:
             PlywiseError: another process is adding trials.
@@ -58,6 +60,7 @@ class Ledger:
             ) from error
         try:
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+            _set_damaged_aside(self.path)
             self.lines = {key_of(line): line for line in read(self.path)}
             yield
         finally:
@@ -72,7 +75,7 @@ class Ledger:
         if self.path is None:
             self.lines[key_of(line)] = line
             return
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+        text = seal(json.dumps(line, ensure_ascii=False, allow_nan=False)) + "\n"
         before = self.path.stat().st_size
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -99,15 +102,56 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     A last line without its end is just being written, or was cut off by a crash: it is no trial.
 
     Raises:
-        PlywiseError: a line is no trial.
+        PlywiseError: a line is no trial, or not what was written.
     """
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    for number, text in enumerate(whole.split(b"\n") if whole else (), 1):
+    whole, damaged = _split(path)
+    if damaged:
+        number, _, why = damaged[0]
+        raise PlywiseError(
+            f"Line {number} of {path} is no trial of a bench, or damaged ({why}). To go on with the bench "
+            "(`plywise bench --resume`) sets such lines aside and runs their trials again.",
+            see="error-bench",
+        )
+    return (line for line, _ in whole)
+
+
+def _set_damaged_aside(path: Path) -> None:
+    whole, damaged = _split(path)
+    if not damaged:
+        return
+    aside = path.with_suffix(".damaged")
+    with aside.open("ab") as file:
+        file.write(b"".join(text + b"\n" for _, text, _ in damaged))
+    with written_whole(path) as file:
+        file.write(b"".join(text + b"\n" for _, text in whole))
+    numbers = ", ".join(str(number) for number, _, _ in damaged)
+    warnings.warn(
+        f"{path} is damaged in line {numbers} ({damaged[0][2]}). What was there is in {aside.name} "
+        "now, and those trials will be run again.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _split(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[tuple[int, bytes, str]]]:
+    """A file's trials with their text, and what is none: its number, its text, and why.
+
+    Lines without a check are older than all that have one; a later one has lost it.
+    """
+    whole: list[tuple[dict[str, Any], bytes]] = []
+    damaged: list[tuple[int, bytes, str]] = []
+    content = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    sealed = False
+    for number, text in enumerate(content.split(b"\n") if content else (), 1):
         try:
-            line = json.loads(text)
+            words = text.decode()
+            line = unseal(words)
             key_of(line)
-        except (ValueError, KeyError, TypeError) as error:
-            raise PlywiseError(
-                f"Line {number} of {path} is no trial of a bench ({error!r}).", see="error-bench"
-            ) from error
-        yield line
+            if sealed and not is_sealed(words):
+                raise DamagedError("its check is lost")
+        except (DamagedError, UnicodeDecodeError, KeyError, TypeError) as error:
+            damaged.append((number, text, str(error) if isinstance(error, DamagedError) else repr(error)))
+        else:
+            sealed = is_sealed(words)
+            whole.append((line, text))
+    return whole, damaged

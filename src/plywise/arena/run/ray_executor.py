@@ -7,12 +7,12 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from plywise._util.scratch import Scratch
 from plywise.arena.run.executor import TIMEOUT_S, ProcessExecutor
 from plywise.arena.run.job import TrialJob
 from plywise.data.parts import Data
@@ -154,8 +154,8 @@ def _work(
     # what Ray cancels by does not end a wait: a signal each second does, and then the interrupt is seen
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
-    with tempfile.TemporaryDirectory(prefix="plywise-ray-") as scratch:
-        data.save(file := Path(scratch) / "data.pt")
+    with Scratch() as scratch:
+        data.save(file := scratch.path / "data.pt")
         executor = ProcessExecutor(1, threads, timeout_s)
         return next(line for _, line in executor.run([replace(job, data=str(file))]))
 

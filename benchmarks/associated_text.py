@@ -1,0 +1,153 @@
+"""Associated Learning on text, as its authors' later code has it, beside backpropagation of the same network.
+
+    python benchmarks/associated_text.py run              # writes benchmarks/associated_text.json
+    python benchmarks/associated_text.py run --small      # one seed, a few steps: does it run?
+    python benchmarks/associated_text.py report           # the table
+
+2,500 reviews of films (IMDB) to train and 2,500 to test, good or bad; the 10,000 commonest words, the first
+150 of each review. An embedding of 100, then two LSTMs (64 units in each direction, the state handed on) or
+two layers of a transformer; codes of 64, batches of 64, Adam. "Associated Learning": tanh maps, cross-
+entropy at the first decoder, codes that learn from the bridges. "backprop": the network that Associated
+Learning predicts with, end to end by cross-entropy. Each way's rate is the best of two on 500 training
+reviews that are held out. Beside it the accuracy of each depth's shortcut.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import plywise as pw
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
+from plywise._util.modes import evaluating
+from plywise.local.associated_maps import tanh_decoder, tanh_encoder
+from plywise.local.associated_text import lstm_text, transformer_text
+from tuning import DATA
+
+OUT = Path(__file__).with_suffix(".json")
+WORDS, LENGTH, WIDTH, CODE, BATCH, HELD = 10_000, 150, 100, 64, 64, 500
+RATES, SEEDS, EPOCHS = (1e-3, 3e-3), (0, 1, 2), 8
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "LSTM": lambda: lstm_text(WORDS, WIDTH, 64),
+    "Transformer": lambda: transformer_text(WORDS, WIDTH, 4, dim_feedforward=128),
+}
+WAYS = ("Associated Learning", "backprop")
+
+
+def load() -> dict[str, tuple[Tensor, Tensor]]:
+    """Reviews as numbers of words, 0 behind their end, and whether they are good."""
+    sys.path.insert(0, str(DATA))
+    from load_data import text_set
+
+    parts = {part: text_set("imdb_subset", part) for part in ("train", "test")}
+    split = {
+        part: [re.findall(r"[a-z']+", text.lower()) for text in texts] for part, (texts, _) in parts.items()
+    }
+    common = Counter(word for words in split["train"] for word in words).most_common(WORDS - 2)
+    numbers = {word: number for number, (word, _) in enumerate(common, start=2)}
+    loaded = {}
+    for part, reviews in split.items():
+        x = torch.zeros(len(reviews), LENGTH, dtype=torch.long)
+        for row, words in zip(x, reviews, strict=True):
+            found = [numbers.get(word, 1) for word in words[:LENGTH]]
+            row[: len(found)] = torch.tensor(found)
+        labels = parts[part][1]
+        loaded[part] = x, torch.tensor([int(label == "pos") for label in labels])
+    order = torch.randperm(len(loaded["train"][1]), generator=torch.Generator().manual_seed(0))
+    x, y = (tensor[order] for tensor in loaded["train"])
+    return {"held": (x[:HELD], y[:HELD]), "train": (x[HELD:], y[HELD:]), "test": loaded["test"]}
+
+
+def accuracy(module: nn.Module, part: tuple[Tensor, Tensor]) -> float:
+    with evaluating(module), torch.no_grad():
+        pairs = zip(part[0].split(250), part[1].split(250), strict=True)
+        right = sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs)
+    return round(100 * right / len(part[1]), 2)
+
+
+def train(network: str, way: str, rate: float, seed: int, data: Any, steps: int) -> list[float]:
+    """Accuracy on ``data["judge"]``, of each depth for Associated Learning."""
+    torch.manual_seed(seed)
+    modules, bridges = NETWORKS[network]()
+    x, y = data["train"]
+    learner = pw.AssociatedLearning(
+        *(pw.Blocks(modules, x[:2]), 2),
+        **{"code": CODE, "bridge": bridges, "encoder": tanh_encoder, "decoder": tanh_decoder},
+        **{"loss": F.cross_entropy, "detach_target": False, "seed": seed},
+        optimizer=lambda groups: torch.optim.Adam(groups, lr=rate),
+    )
+    path = learner.as_module()
+    path.decoders[-1] = path.decoders[-1] if way == WAYS[0] else path.decoders[-1][0]  # logits need no tanh
+    optimizer = torch.optim.Adam(path.parameters(), lr=rate)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(y), (BATCH,), generator=generator)
+        if way == WAYS[0]:
+            learner.step(x[rows], y[rows])
+        else:
+            path.train()
+            optimizer.zero_grad()
+            F.cross_entropy(path(x[rows]), y[rows]).backward()
+            optimizer.step()
+    depths = range(1, len(modules) + 1) if way == WAYS[0] else ()
+    return [accuracy(learner.as_module(depth), data["judge"]) for depth in depths] or [
+        accuracy(path, data["judge"])
+    ]
+
+
+def run(small: bool) -> None:
+    data = load()
+    steps = 5 if small else EPOCHS * len(data["train"][1]) // BATCH
+    result: dict[str, Any] = {"environment": environment(), "steps": steps, "networks": {}}
+    for network in NETWORKS:
+        for way in WAYS:
+            held = {**data, "judge": data["held"]}
+            tuning = {
+                rate: train(network, way, rate, 100, held, steps)[-1] for rate in RATES[: 1 if small else 2]
+            }
+            rate = max(tuning, key=lambda rate: tuning[rate])
+            judge = {**data, "judge": data["test"]}
+            final = [train(network, way, rate, seed, judge, steps) for seed in SEEDS[: 1 if small else None]]
+            result["networks"].setdefault(network, {})[way] = {"rate": rate, "tuning": tuning, "test": final}
+            print(f"{network:12} {way:20} rate {rate:g}: {final}", flush=True)
+    if not small:
+        write_whole(OUT, json.dumps(result, indent=1) + "\n")
+
+
+def report() -> None:
+    print("| network | way | rate | test accuracy, % | by depth |\n|---|---|---|---|---|")
+    for network, ways in json.loads(OUT.read_text())["networks"].items():
+        for way, entry in ways.items():
+            last = [depths[-1] for depths in entry["test"]]
+            means = [statistics.fmean(column) for column in zip(*entry["test"], strict=True)]
+            depths = " / ".join(f"{mean:.1f}" for mean in means)
+            told = f"{statistics.fmean(last):.1f} ± {statistics.stdev(last):.1f}"
+            print(f"| {network} | {way} | {entry['rate']:g} | {told} | {depths if len(means) > 1 else ''} |")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="tune and train")
+    running.add_argument("--small", action="store_true", help="a few steps, nothing is written")
+    commands.add_parser("report", help="the table")
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options.small)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()

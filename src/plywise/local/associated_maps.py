@@ -1,0 +1,148 @@
+"""Maps of Associated Learning's components, as factories: bridges, target encoders, decoders.
+
+The three of a component must be of a kind: a bridge that ends in a sigmoid cannot meet codes that a tanh
+makes, nor can a decoder rebuild them. `check_ranges` says so when the learner is made.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from plywise.errors import BlockError
+from plywise.local.associated_networks import he_normal_
+
+MakeBridge = Callable[[torch.Size, int], nn.Module]
+"""Makes a bridge from the shape of a sample's activations and the code's width."""
+MakeEncoder = Callable[[Tensor, int], nn.Module]
+"""Makes a target encoder from the codes that it gets to begin with, (C, below), and its own codes' width."""
+MakeDecoder = Callable[[int, int], nn.Module]
+"""Makes a decoder from the code's width and the width of what it rebuilds."""
+Range = tuple[float, float]
+
+
+def wide_bridge(shape: torch.Size, code: int) -> nn.Module:
+    """The paper's bridge: two sigmoid layers, the first five times as wide as the code; `he_normal_`."""
+    layers = (nn.Linear(shape.numel(), 5 * code), nn.Sigmoid(), nn.Linear(5 * code, code), nn.Sigmoid())
+    return he_normal_(nn.Sequential(nn.Flatten(), *layers))
+
+
+def pooled_bridge(shape: torch.Size, code: int) -> nn.Module:
+    """`wide_bridge` behind pooling to at most 4×4 positions, for images: a fraction of its cost.
+
+    The two layers stay, since one alone costs accuracy.
+    """
+    if len(shape) != 3:
+        return wide_bridge(shape, code)
+    size = (min(shape[1], 4), min(shape[2], 4))
+    return nn.Sequential(nn.AdaptiveAvgPool2d(size), wide_bridge(torch.Size((shape[0], *size)), code))
+
+
+def paper_encoder(codes: Tensor, width: int) -> nn.Module:
+    """The paper's target encoder: a sigmoid layer, `he_normal_`.
+
+    Args:
+        codes: what it gets to begin with, a row for each class, (C, below).
+        width: of its own codes.
+    """
+    return he_normal_(nn.Sequential(nn.Linear(codes.shape[1], width), nn.Sigmoid()))
+
+
+def apart_encoder(codes: Tensor, width: int) -> nn.Module:
+    """`paper_encoder`, shifted and scaled so that classes begin apart, however deep it stands.
+
+    The paper's sigmoid layers begin with a third of the differences between classes that they get, so that
+    a deep component needs hundreds of steps until its codes tell the classes apart. Here what the sigmoid
+    gets has mean 0 and mean square 1 over classes.
+
+    Example:
+        >>> encoder = apart_encoder(torch.eye(10), 64)
+        >>> round(encoder[0](torch.eye(10)).square().mean().item(), 4)
+        1.0
+    """
+    encoder = paper_encoder(codes, width)
+    layer = encoder.get_submodule("0")
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        middle = codes.mean(0)
+        square = (layer(codes) - layer(middle)).square().mean()
+        if square > 0:  # there are several classes
+            layer.weight /= square.sqrt()
+            layer.bias.copy_(-layer.weight @ middle)
+    return encoder
+
+
+def sigmoid_decoder(code: int, target: int) -> nn.Module:
+    """The paper's decoder: a sigmoid layer, `he_normal_`."""
+    return he_normal_(nn.Sequential(nn.Linear(code, target), nn.Sigmoid()))
+
+
+def linear_decoder(code: int, target: int) -> nn.Module:
+    """A linear layer: for targets that are any numbers."""
+    return nn.Linear(code, target)
+
+
+def tanh_bridge(shape: torch.Size, code: int) -> nn.Module:
+    """A linear layer without bias and tanh, as in the authors' code for text."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), code, bias=False), nn.Tanh())
+
+
+def tanh_encoder(codes: Tensor, width: int) -> nn.Module:
+    """A linear layer without bias and tanh, as in the authors' code for text."""
+    return nn.Sequential(nn.Linear(codes.shape[1], width, bias=False), nn.Tanh())
+
+
+def tanh_decoder(code: int, target: int) -> nn.Module:
+    """A linear layer without bias and tanh, as in the authors' code for text."""
+    return nn.Sequential(nn.Linear(code, target, bias=False), nn.Tanh())
+
+
+def range_of(module: nn.Module) -> Range | None:
+    """Between which numbers a map's outputs lie, read off what it ends in; None if that cannot be seen.
+
+    Example:
+        >>> range_of(tanh_decoder(4, 2)), range_of(nn.Linear(4, 2))
+        ((-1.0, 1.0), (-inf, inf))
+    """
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1]
+    if isinstance(module, nn.Linear):
+        return -torch.inf, torch.inf
+    if any(True for _ in module.parameters()):
+        return None
+    far = torch.linspace(-1e4, 1e4, 2001).view(1, -1)
+    try:
+        found = module(far)
+    except Exception:  # what it ends in wants another input
+        return None
+    if found.shape != far.shape:  # it does more than look at each number
+        return None
+    low, high = (float(end) for end in found.aminmax())
+    return (low if low > -1e3 else -torch.inf), (high if high < 1e3 else torch.inf)
+
+
+def check_ranges(
+    number: int, bridge: nn.Module, encoder: nn.Module, decoder: nn.Module, below: Range | None
+) -> None:
+    """Raise BlockError if a component's bridge cannot meet its codes, or its decoder what it shall rebuild.
+
+    Args:
+        number: of the component.
+        bridge: its bridge.
+        encoder: its target encoder.
+        decoder: its decoder.
+        below: the range of what the encoder gets.
+    """
+    codes = range_of(encoder)
+    for name, maker, wanted in (("bridge", bridge, codes), ("decoder", decoder, below)):
+        found = range_of(maker)
+        if found is None or wanted is None or (found[0] <= wanted[0] + 1e-3 and wanted[1] - 1e-3 <= found[1]):
+            continue
+        raise BlockError(
+            f"The {name} of component {number} makes numbers in {_told(found)}, but what it shall meet lies "
+            f"in {_told(wanted)}. Give a {name} of the encoder's kind: sigmoid, tanh or linear, all three."
+        )
+
+
+def _told(ends: Range) -> str:
+    return " … ".join(f"{end:.3g}" for end in ends)

@@ -1,0 +1,142 @@
+"""Direct feedback alignment: the error at the output reaches every block through a fixed random matrix."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise.errors import BlockError
+from plywise.local.block_backward import BlockBackward
+from plywise.local.blocks import Blocks
+from plywise.local.component import Component, Signal
+from plywise.local.learner import Learner, check_classes
+from plywise.local.local_loss import Loss
+
+
+class FeedbackComponent(Component):
+    """A block, and the fixed matrix that brings it the error at the network's output; none for the last.
+
+    Args:
+        block: the block.
+        errors: numbers in the error of one sample.
+        shape: of what the block hands on for one sample; None for the last block.
+    """
+
+    feedback: Tensor | None
+
+    def __init__(self, block: nn.Module, errors: int, shape: torch.Size | None) -> None:
+        super().__init__()
+        self.block = block
+        matrix = None
+        if shape is not None:
+            bound = 1 / math.sqrt(shape.numel())
+            matrix = torch.empty(errors, shape.numel()).uniform_(-bound, bound)
+            like = next((p for p in block.parameters() if p.is_floating_point()), None)
+            matrix = matrix if like is None else matrix.to(like)
+        self.register_buffer("feedback", matrix)
+
+    def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
+        """The block's output; its loss comes from the last block alone, and is 0 here."""
+        s = self.block(signal.s)
+        return Signal(s, signal.y), s.new_zeros(())
+
+    def taught(self, error: Tensor, s: Tensor) -> Tensor:
+        """What stands for the gradient at the block's output ``s``: the error through the matrix."""
+        if self.feedback is None:
+            return error
+        return (error.flatten(1).to(self.feedback) @ self.feedback).view_as(s).to(s)
+
+
+class DirectFeedback(Learner):
+    """Direct feedback alignment (DFA).
+
+    Idea: backpropagation sends the error back through the transposed weights of all layers above. Send it to
+        each block at once, through a fixed random matrix: the weights come to agree with it by themselves.
+    Equation: e = ∂ℓ/∂s_K at the output; block i gets e B_i in place of ∂ℓ/∂s_i, B_i fixed and uniform in
+        ±1/√|s_i|. Within a block gradients are exact: for a block φ(W s), ∇W = ((e B_i) ⊙ φ'(W s)) sᵀ. The
+        last block follows its own gradient. One block is backpropagation.
+    Use when: you study learning without the transport of weights; as the baseline of local methods whose
+        blocks all hear of the same error.
+    Do not use when: a convolutional network shall be trained: DFA falls far behind there; or when memory is
+        short: all blocks' activations wait for the error.
+    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
+        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d. In the
+        paper a block is one layer and its activation.
+    Cost: that of backpropagation, less the gradients between blocks: one product of the error and B_i each.
+        The activations of all blocks at a time, as in backpropagation.
+    Status: faithful for blocks of one layer and its activation. Different: blocks of more layers follow exact
+        gradients inside; the paper's choice of the matrices' scale is not fixed, this one is common.
+    Source: Nøkland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016,
+        arXiv 1609.01596.
+    Code: anokland/dfa-torch (Lua).
+    Results: not reproduced here at the paper's size; ours is in benchmarks/README.md.
+    Limits: blocks run in one process. A matrix has as many rows as the output has numbers for one sample:
+        outputs of many numbers (sequences) make large matrices.
+
+    Args:
+        blocks: the network. The last block's output is the prediction.
+        loss: of the prediction and targets, a scalar. Default cross-entropy.
+        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
+            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
+            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
+            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
+            components' random numbers (dropout, noise); default 0.
+
+    Raises:
+        BlockError: with the default loss, the last block does not hand on a score for each class.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(32, 8), torch.arange(32) % 3
+        >>> body, top = nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Linear(16, 3)
+        >>> sgd = lambda groups: torch.optim.SGD(groups, lr=0.5)
+        >>> learner = pw.DirectFeedback(pw.Blocks([body, top], x), optimizer=sgd)
+        >>> losses = [learner.step(x, y)[-1] for _ in range(100)]
+        >>> bool(losses[-1] < losses[0] / 2)
+        True
+    """
+
+    def __init__(self, blocks: Blocks, *, loss: Loss = F.cross_entropy, **training: Any) -> None:
+        if loss is F.cross_entropy and len(blocks.shapes[-1]) != 1:
+            raise BlockError(
+                f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the "
+                "prediction: one score for each class. Put the classifier into the last block."
+            )
+        self._blocks, self._loss = blocks, loss
+        errors = blocks.shapes[-1].numel()
+        shapes: list[torch.Size | None] = [*blocks.shapes[1:-1], None]
+        self._components = [
+            FeedbackComponent(block, errors, shape) for block, shape in zip(blocks, shapes, strict=True)
+        ]
+        super().__init__(self._components, **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The batch as it is."""
+        if self._loss is F.cross_entropy:
+            check_classes(y, self._blocks.shapes[-1][0])
+        return Signal(x, y)
+
+    def _sweep(self, signal: Signal) -> list[Tensor]:
+        s, passages = signal.s, []
+        for trainer, component in zip(self.trainers, self._components, strict=True):
+            with trainer.randomness(self.steps):
+                passages.append(BlockBackward(component.block, s, open_below=False))
+            s = passages[-1].output.detach()
+        with self.trainers[-1].randomness(self.steps):  # the backward's, should it draw any
+            output = s.requires_grad_()
+            loss = self._loss(output, signal.y)
+            loss.backward()
+            assert output.grad is not None
+            parts = zip(self.trainers, self._components, passages, strict=True)
+            for trainer, component, passage in parts:
+                passage.learn(component.taught(output.grad, passage.output))
+                trainer.apply()
+        return [loss.detach()] * len(self.trainers)
+
+    def as_module(self) -> nn.Module:
+        """The blocks, one after another."""
+        return nn.Sequential(*self._blocks)

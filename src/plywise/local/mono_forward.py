@@ -1,0 +1,106 @@
+"""Mono-Forward: every block learns by the cross-entropy of one projection of its own; all vote."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise.local.blocks import Blocks
+from plywise.local.component import Signal
+from plywise.local.learner import OneWayLearner, check_classes
+from plywise.local.local_loss import LossComponent
+
+VOTES = ("all", "last")
+
+
+class MonoForward(OneWayLearner):
+    """The Mono-Forward algorithm.
+
+    Idea: each layer has a matrix that projects its activations to one "goodness" a class, and learns,
+        together with the matrix, by the cross-entropy of these. At prediction the layers' goodness adds up.
+    Equation: a_i = f_i(a_{i-1}) with a_{i-1} detached, G_i = a_i M_iᵀ; f_i and M_i follow
+        ∇ CE(softmax(G_i), y). Prediction: argmax of Σ_i G_i, or of G_L alone (``votes="last"``).
+    Use when: a small baseline of local learning is wanted that needs no negative data (`ForwardForward`) and
+        no choice of a head.
+    Do not use when: blocks hand on large feature maps: M_i has a row of all features for each class. See
+        `LocalLoss`, whose default head pools.
+    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
+        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, and
+        the projections. Blocks end before the classifier.
+    Cost: a projection for each block, C times its features. The activations of one block at a time.
+    Status: faithful in equations and in both ways to predict, as far as the paper's summary tells them;
+        variant in that blocks may be larger than the paper's single layers.
+    Source: Gong, Li, Abdulla, "Mono-Forward: Backpropagation-Free Algorithm for Efficient Neural Network
+        Training Harnessing Local Errors", 2025, arXiv 2501.09238.
+    Code: none that is public was found.
+    Results: the paper's abstract: as accurate as backpropagation or more on MNIST to CIFAR-100. Not
+        reproduced here at that size; ours is in benchmarks/README.md.
+    Limits: classification by class index. The sum of all votes need not be better than the best of them.
+
+    Args:
+        blocks: the layers f_i.
+        num_classes: number of classes, C.
+        votes: "all", the sum over blocks, or "last". Default "all".
+        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
+            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
+            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
+            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
+            components' random numbers (dropout, noise); default 0.
+
+    Raises:
+        ValueError: ``votes`` is neither "all" nor "last".
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(32, 8), torch.arange(32) % 3
+        >>> layers = [nn.Sequential(nn.Linear(n, 16), nn.ReLU()) for n in (8, 16)]
+        >>> sgd = lambda groups: torch.optim.SGD(groups, lr=0.5)
+        >>> learner = pw.MonoForward(pw.Blocks(layers, x), num_classes=3, optimizer=sgd)
+        >>> losses = [learner.step(x, y) for _ in range(100)]
+        >>> (losses[-1] < losses[0] / 2).tolist()
+        [True, True]
+    """
+
+    def __init__(self, blocks: Blocks, num_classes: int, *, votes: str = "all", **training: Any) -> None:
+        if votes not in VOTES:
+            raise ValueError(f"MonoForward: votes must be one of {', '.join(VOTES)}, not {votes!r}.")
+        self._classes, self._votes = num_classes, votes
+        self._components, like = [], None
+        for block, shape in zip(blocks, blocks.shapes[1:], strict=True):
+            like = next((p for p in block.parameters() if p.is_floating_point()), like)
+            projection = nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), num_classes, bias=False))
+            projection = projection if like is None else projection.to(like)
+            self._components.append(LossComponent(block, F.cross_entropy, projection))
+        super().__init__(self._components, **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The batch as it is."""
+        check_classes(y, self._classes)
+        return Signal(x, y)
+
+    def as_module(self, depth: int | None = None) -> nn.Module:
+        """The network that predicts; with ``depth``, from the first ``depth`` blocks."""
+        components = self._components[: len(self._components) if depth is None else depth]
+        return VotingPath(components, self._votes == "all")
+
+
+class VotingPath(nn.Module):
+    """The sum of what all projections say, or what the last one says."""
+
+    def __init__(self, components: list[LossComponent], everyone: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(component.block for component in components)
+        heads = [component.head for component in components if component.head is not None]
+        self.heads = nn.ModuleList(heads if everyone else heads[-1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (N, C)."""
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        votes = [head(s) for head, s in zip(self.heads, features[-len(self.heads) :], strict=True)]
+        return torch.stack(votes).sum(0)

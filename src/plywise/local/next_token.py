@@ -1,0 +1,241 @@
+"""Local next-token learning: every block of a language model predicts the next token by itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from plywise._util.checks import require_whole
+from plywise.errors import BlockError, PlywiseError
+from plywise.local.blocks import Blocks
+from plywise.local.component import Component, Signal
+from plywise.local.learner import OneWayLearner, check_classes
+
+MakeTokenHead = Callable[[int, int], nn.Module]
+"""Makes a head from the width of a token and the number of scores."""
+
+
+def linear_head(width: int, scores: int) -> nn.Module:
+    """A layer norm and one linear map of each token, which begins small.
+
+    Example:
+        >>> linear_head(8, 65)(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 65])
+    """
+    layer = nn.Linear(width, scores, bias=False)
+    nn.init.normal_(layer.weight, std=0.02)
+    return nn.Sequential(nn.LayerNorm(width), layer)
+
+
+def mlp_head(width: int, scores: int) -> nn.Module:
+    """A layer norm and a network of one hidden layer, twice as wide, of each token."""
+    hidden = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU())
+    return nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(2 * width, scores))
+
+
+class Readout(nn.Module):
+    """Scores of each token, by a head, or by the head's products with a table of the vocabulary.
+
+    Args:
+        head: from a token's features to scores, or with a table, to features.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, s: Tensor, table: Tensor | None) -> Tensor:
+        """Features (..., width) to scores (..., vocabulary)."""
+        found: Tensor = self.head(s)
+        return found if table is None else found @ table.T
+
+
+class TokenComponent(Component):
+    """A block, and the mean cross-entropy of what its readout says of each token.
+
+    Args:
+        block: the block.
+        readout: its readout; None where the block's output is the scores.
+        pieces: how many parts of the batch have their scores made one after another.
+        table: the vocabulary's embedding, in the first component of a model with tied heads. The following
+            components get its weight, detached, as the signal's codes.
+    """
+
+    def __init__(
+        self, block: nn.Module, readout: Readout | None, pieces: int, table: nn.Embedding | None = None
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.readout = readout
+        self._pieces = pieces
+        self.table = [] if table is None else [table]  # in a list: it is a part of the block already
+
+    def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
+        """The block's output, and the mean over all tokens of the cross-entropy.
+
+        Raises:
+            PlywiseError: there is not one target for each place of the output.
+        """
+        s, y = self.block(signal.s), signal.y
+        if s.shape[:-1] != y.shape:
+            raise PlywiseError(
+                f"Targets of shape {tuple(y.shape)} are no token for each place of the features "
+                f"{tuple(s.shape)}.",
+                see="error-data",
+            )
+        codes = self.table[0].weight if self.table else signal.codes
+        count = min(self._pieces, len(s))
+        loss = s.new_zeros(())
+        for features, tokens in zip(s.tensor_split(count), y.tensor_split(count), strict=True):
+            loss = loss + checkpoint(self._total, features, tokens, codes, use_reentrant=False)
+        codes = None if codes is None else codes.clone()  # as it is before this component's step
+        return Signal(s, y, codes), loss / y.numel()
+
+    def _total(self, s: Tensor, y: Tensor, table: Tensor | None) -> Tensor:
+        scores = s if self.readout is None else self.readout(s, table)
+        return F.cross_entropy(scores.flatten(0, -2), y.flatten(), reduction="sum")
+
+
+class LocalNextToken(OneWayLearner):
+    """Block-local learning of sequences: each block predicts the next token by a private head.
+
+    Idea: every block of a language model has a small head of its own and learns to predict the next token
+        from its features. No gradient crosses blocks, so that only one block's graph exists at a time; and
+        scores of the vocabulary are made for a part of the batch at a time.
+    Equation: s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and its head h_i follow the gradient of
+        mean_t -log softmax(h_i(s_i[t]))[y_t]. With tied heads, h_i(s) = E norm_i(s), E the embedding of the
+        first block, which learns there and is detached in all other blocks. Prediction: h_K ∘ f_K ∘ … ∘ f_1.
+        One block is backpropagation.
+    Use when: a language model's activations do not fit, or its blocks shall train in a pipeline of processes
+        or at places of their own.
+    Do not use when: backpropagation fits and the last percent of the nats counts.
+    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
+        model into such). Features come last: tokens (B, T) or features (B, ..., width) in, (B, ..., width)
+        out. Inside a block anything goes. If the last block hands on as many features as there are scores,
+        they are the scores; otherwise it has a head, too.
+    Cost: a head for each block, its forward twice (its scores are made again in backward). The activations of
+        one block and the scores of one piece of the batch at a time.
+    Status: after the idea as it is in use; the head, the pieces and the tied variant are ours. Private heads
+        of whole decoder layers, as in the source, are a ``head`` of your own.
+    Source: block-wise next-token losses with private heads are described in Green, 2026 (a web article; its
+        text was not at hand); local losses are those of Belilovsky, Eickenberg, Oyallon, ICML 2019,
+        arXiv 1812.11446.
+    Code: none that is public.
+    Results: see benchmarks/README.md for the character transformer, beside backpropagation.
+    Limits: every target counts: there is no index to ignore, pad targets are learned. With tied heads the
+        vocabulary's embedding learns from the first block alone.
+
+    Args:
+        blocks: the network.
+        num_classes: number of tokens, V.
+        head: makes a head from the width of a token and V, or with ``tied``, from the width and the
+            embedding's width. Default `linear_head`; `mlp_head` is larger. With ``tied``, the default is a
+            layer norm.
+        tied: the embedding of the first block whose weight (V, width) all heads read with. Default none.
+        pieces: parts of the batch whose scores are made one after another. More of them save memory where V
+            is large. Default 4. Range 1 to 16.
+        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
+            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
+            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
+            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
+            components' random numbers (dropout, noise); default 0.
+
+    Raises:
+        BlockError: ``tied`` is no embedding of the first block, or its width is not that of the features.
+        PlywiseError: at a step, targets are not one token for each place.
+        ValueError: ``pieces`` is no whole number above 0.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.arange(7).repeat(8, 1) + torch.arange(8)[:, None]
+        >>> x, y = x[:, :-1] % 5, x[:, 1:] % 5  # the next token is one more
+        >>> layers = [nn.Embedding(5, 16), nn.Sequential(nn.Linear(16, 16), nn.Tanh())]
+        >>> adam = lambda groups: torch.optim.Adam(groups, lr=0.02)
+        >>> learner = pw.LocalNextToken(pw.Blocks(layers, x), num_classes=5, optimizer=adam)
+        >>> losses = [learner.step(x, y) for _ in range(100)]
+        >>> bool((losses[-1] < 0.1).all())
+        True
+        >>> learner.predict(x).shape
+        torch.Size([8, 6, 5])
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        num_classes: int,
+        *,
+        head: MakeTokenHead = linear_head,
+        tied: nn.Embedding | None = None,
+        pieces: int = 4,
+        **training: Any,
+    ) -> None:
+        require_whole(self, pieces=pieces)
+        self._classes, self._dimensions = num_classes, len(blocks.shapes[-1])
+        if tied is not None:
+            _check_tied(blocks, tied, num_classes)
+        components, like = [], None
+        for number, (block, shape) in enumerate(zip(blocks, blocks.shapes[1:], strict=True)):
+            like = next((p for p in block.parameters() if p.is_floating_point()), like)
+            readout = None
+            if tied is not None or number < len(blocks) - 1 or shape[-1:] != (num_classes,):
+                readout = _make_readout(head, shape, num_classes, tied)
+                readout = readout if like is None else readout.to(like)
+            table = tied if number == 0 else None
+            components.append(TokenComponent(block, readout, pieces, table))
+        self._components = components
+        super().__init__(components, **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The batch as it is, if there is a token for each place."""
+        if y.dim() != self._dimensions:
+            raise PlywiseError(
+                f"Targets must be class indices, one torch.long for each token, of {self._dimensions} "
+                f"dimensions, not {y.dtype} of shape {tuple(y.shape)}.",
+                see="error-data",
+            )
+        check_classes(y.flatten(), self._classes)
+        return Signal(x, y)
+
+    def as_module(self, depth: int | None = None) -> nn.Module:
+        """The network that predicts; with ``depth``, from the first ``depth`` blocks and the head behind."""
+        return TokenPath(self._components[: len(self._components) if depth is None else depth])
+
+
+class TokenPath(nn.Module):
+    """The blocks, one after another, and the last one's readout."""
+
+    def __init__(self, components: list[TokenComponent]) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(component.block for component in components))
+        self.readout = components[-1].readout
+        self.table = next(iter(components[0].table), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T) to scores (B, T, V)."""
+        s: Tensor = self.blocks(x)
+        if self.readout is None:
+            return s
+        scores: Tensor = self.readout(s, None if self.table is None else self.table.weight)
+        return scores
+
+
+def _make_readout(head: MakeTokenHead, shape: torch.Size, scores: int, tied: nn.Embedding | None) -> Readout:
+    if not shape:
+        raise BlockError("A block hands on one number a sample; a head needs features, which come last.")
+    if tied is None:
+        return Readout(head(shape[-1], scores))
+    return Readout(nn.LayerNorm(shape[-1]) if head is linear_head else head(shape[-1], tied.embedding_dim))
+
+
+def _check_tied(blocks: Blocks, tied: nn.Embedding, num_classes: int) -> None:
+    if all(parameter is not tied.weight for parameter in blocks[0].parameters()):
+        raise BlockError(
+            "The embedding that heads are tied to is no part of the first block: it would not be trained."
+        )
+    if tied.num_embeddings < num_classes:
+        raise BlockError(f"The tied embedding has {tied.num_embeddings} rows for {num_classes} tokens.")

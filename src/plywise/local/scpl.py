@@ -1,0 +1,129 @@
+"""SCPL: every block draws samples of one class together and keeps the other classes away."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plywise._util.checks import require_positive
+from plywise.local.blocks import Blocks
+from plywise.local.component import Signal
+from plywise.local.heads import MakeHead, pooled
+from plywise.local.learner import OneWayLearner, check_classes
+from plywise.local.local_loss import LossComponent, headed_components
+
+WIDTH = 128
+
+
+def mlp_projection(shape: torch.Size, num_classes: int) -> nn.Module:
+    """Positions averaged into at most two along each axis, then two layers of 128 (the paper: 512, 1024)."""
+    del num_classes  # a projection knows of no class
+    layers, features = pooled(shape)
+    return nn.Sequential(*layers, nn.Linear(features, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+
+def contrastive_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
+    """How much nearer a batch's samples are to their own class than to the others.
+
+    ``-mean_i (1 / n_i) Σ_j log softmax_{j ≠ i}(ẑ_i · ẑ_j / temperature)``, j over the other samples of i's
+    class, n_i the number of the class's samples with i itself, ẑ of norm 1. A sample alone in its
+    class counts as 0.
+
+    Args:
+        z: projections, (N, d).
+        y: classes, (N,).
+        temperature: of the softmax.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> near, far = (contrastive_loss(z, torch.tensor(y)) for y in ([0, 0, 1, 1], [0, 1, 0, 1]))
+        >>> bool(near < far)
+        True
+    """
+    z = F.normalize(z.flatten(1), dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
+    same = y[:, None] == y
+    chances = logits.log_softmax(1).masked_fill(~same | itself, 0.0)
+    return -(chances.sum(1) / same.sum(1)).mean()
+
+
+class SCPL(OneWayLearner):
+    """Supervised contrastive parallel learning, the successor of Associated Learning.
+
+    Idea: a block needs no target code to learn by itself: let it draw the samples of a class together and
+        push those of other classes away. Only the last block learns to tell which class is which.
+    Equation: z = p_i(s_i) of norm 1, s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and its projection p_i
+        follow the gradient of `contrastive_loss`(z, y); the last block follows cross-entropy. Prediction:
+        f_K ∘ … ∘ f_1.
+    Use when: blocks shall train in a pipeline of processes, batches are large and classes few: each sample
+        needs others of its class in the batch.
+    Do not use when: batches are small against the number of classes: most samples then stand alone. See
+        `LocalLoss`.
+    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
+        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
+        of projections too. The last block's output is one score for each class.
+    Cost: a projection for each block, and N² products of projections. The activations of one block at a time.
+    Status: variant: the default projection is smaller than the authors' and pools positions; the loss is as
+        in their code, which counts a sample itself among those of its class.
+    Source: Wang, Chen, "Supervised Contrastive Parallel Learning", 2026, arXiv 2602.00062, after the
+        Supervised Contrastive loss of Khosla et al., NeurIPS 2020, arXiv 2004.11362.
+    Code: minyaho/scpl and the Associated Learning authors' later repositories.
+    Results: third parties list for the paper: Tiny-ImageNet 48.95, AG News 92.12, IMDB 89.84 %. Not
+        reproduced here at that size; ours is in benchmarks/README.md.
+    Limits: classification by class index. In a pipeline with replicas, each process contrasts its own
+        samples.
+
+    Args:
+        blocks: the network. The last block's output is the prediction, a score for each class.
+        num_classes: number of classes, C.
+        projection: makes p_i from the shape of a sample's activations and C. Default `mlp_projection`.
+        temperature: of the softmax over samples. Default 0.1. Range 0.03 to 1.
+        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
+            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
+            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
+            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
+            components' random numbers (dropout, noise); default 0.
+
+    Raises:
+        BlockError: the last block does not hand on a score for each class.
+        ValueError: ``temperature`` is not a positive number.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(32, 8), torch.arange(32) % 3
+        >>> body, top = nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Linear(16, 3)
+        >>> sgd = lambda groups: torch.optim.SGD(groups, lr=0.5)
+        >>> learner = pw.SCPL(pw.Blocks([body, top], x), num_classes=3, optimizer=sgd)
+        >>> losses = [learner.step(x, y) for _ in range(100)]
+        >>> (losses[-1] < losses[0] / 1.2).tolist()  # the first has a lower bound above 0
+        [True, True]
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        num_classes: int,
+        *,
+        projection: MakeHead = mlp_projection,
+        temperature: float = 0.1,
+        **training: Any,
+    ) -> None:
+        require_positive(self, temperature=temperature)
+        self._blocks, self._classes = blocks, num_classes
+        loss = partial(contrastive_loss, temperature=temperature)
+        hidden = headed_components(blocks, num_classes, projection, loss)[:-1]
+        super().__init__([*hidden, LossComponent(blocks[-1], F.cross_entropy)], **training)
+
+    def signal(self, x: Tensor, y: Tensor) -> Signal:
+        """The batch as it is."""
+        check_classes(y, self._classes)
+        return Signal(x, y)
+
+    def as_module(self) -> nn.Module:
+        """The blocks, one after another."""
+        return nn.Sequential(*self._blocks)
