@@ -87,7 +87,7 @@ def run_method(trials: list[Candidate], make: Callable[[], torch.nn.Module], dat
     """Choose a rate, and train with it from three fresh seeds."""
     how: dict[str, Any] = {"steps": 255, "batch_size": 64}
     best, log = tune(trials, make, data, 100, measure_every=255, **how)
-    records = repeat(best, make, data, (0, 1, 2), measure_every=51, **how)
+    records = repeat(best, make, data, 3, measure_every=51, **how)
     row = {
         "settings": best.settings,
         "median_final_loss": median(r.final_loss for r in records),

@@ -33,6 +33,8 @@ FEATURES, DEPTH, STEPS, BATCH, PATCH, RATE = 16, 10, 1600, 16, 16, 0.03
 BLURS = [0.1 * k for k in range(2, 16)]
 WEIGHTS = [0.015 * 1.5**k for k in range(8)]
 Denoiser = Callable[[Tensor, float], Tensor]
+Table = dict[str, dict[str, float]]
+About = dict[str, dict[str, object]]
 
 
 def grey() -> tuple[str, Tensor, Tensor]:
@@ -107,7 +109,7 @@ def trained(scheme: str, clean: Tensor) -> UnfoldedDenoiser:
     return denoiser
 
 
-def picture(table: dict[str, dict[str, float]], dataset: str) -> None:
+def picture(table: Table, dataset: str) -> None:
     """PSNR over the noise's level, above that of the blur."""
     import matplotlib
 
@@ -128,13 +130,9 @@ def picture(table: dict[str, dict[str, float]], dataset: str) -> None:
     save_picture(figure, Path(__file__).with_suffix(".svg"))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dataset, train, test = grey()
-    train, validation = train[:TRAIN], train[TRAIN:]
-    noise = {f"{255 * level:.0f}/255": noisy(test, level, 2) for level in LEVELS}
-    table = {"noisy": {name: psnr(x, test) for name, x in noise.items()}}
-    about: dict[str, dict[str, object]] = {}
+def compare_filters(validation: Tensor, test: Tensor, noise: dict[str, Tensor]) -> tuple[Table, About]:
+    """PSNR of the filters, each tuned for each level, and the numbers chosen."""
+    table, about = {}, {}
     with torch.no_grad():
         for name, denoise, grid in (("blur", blur, BLURS), ("TV", total_variation(), WEIGHTS)):
             best = [tuned(denoise, grid, validation, level) for level in LEVELS]
@@ -143,6 +141,12 @@ def main() -> None:
                 level: psnr(denoise(x, number), test)
                 for (level, x), number in zip(noise.items(), best, strict=True)
             }
+    return table, about
+
+
+def compare_networks(train: Tensor, test: Tensor, noise: dict[str, Tensor]) -> tuple[Table, About]:
+    """PSNR of the unfolded schemes, each trained once, and what that took."""
+    table, about = {}, {}
     for scheme in SCHEMES:
         start = time.process_time()
         denoiser = trained(scheme, train)
@@ -155,22 +159,38 @@ def main() -> None:
                 name: psnr(denoiser(x, level), test)
                 for (name, x), level in zip(noise.items(), LEVELS, strict=True)
             }
+    return table, about
+
+
+def describe_settings(dataset: str) -> dict[str, object]:
+    return {
+        "data": dataset,
+        "images": {"train": TRAIN, "validation": VALIDATION, "test": TEST},
+        "features": FEATURES,
+        "depth": DEPTH,
+        "steps": STEPS,
+        "batch": BATCH,
+        "patch": PATCH,
+        "rate": RATE,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dataset, train, test = grey()
+    train, validation = train[:TRAIN], train[TRAIN:]
+    noise = {f"{255 * level:.0f}/255": noisy(test, level, 2) for level in LEVELS}
+    table: Table = {"noisy": {name: psnr(x, test) for name, x in noise.items()}}
+    about: About = {}
+    for rows, facts in (compare_filters(validation, test, noise), compare_networks(train, test, noise)):
+        table |= rows
+        about |= facts
     for name, row in table.items():
-        print(
-            f"{name:8}", *(f"{level}: {value:6.2f} dB  " for level, value in row.items()), about.get(name, "")
-        )
+        levels = (f"{level}: {value:6.2f} dB  " for level, value in row.items())
+        print(f"{name:8}", *levels, about.get(name, ""))
     result = {
         "environment": {"date": datetime.now(UTC).date().isoformat(), **environment()},
-        "settings": {
-            "data": dataset,
-            "images": {"train": TRAIN, "validation": VALIDATION, "test": TEST},
-            "features": FEATURES,
-            "depth": DEPTH,
-            "steps": STEPS,
-            "batch": BATCH,
-            "patch": PATCH,
-            "rate": RATE,
-        },
+        "settings": describe_settings(dataset),
         "psnr_db": table,
         "about": about,
     }

@@ -72,7 +72,7 @@ def compare(name: str, data: Data, width: int, steps: int, every: int) -> dict[s
     for method, trials in candidates().items():
         print(f"  {name}: {method}", flush=True)
         best, log = tune(trials, make, data, 100, steps=steps, measure_every=steps)
-        records = repeat(best, make, data, (0, 1, 2), steps=steps, measure_every=every)
+        records = repeat(best, make, data, 3, steps=steps, measure_every=every)
         if method == "AdamW":
             target = {record.seed: record.final_loss for record in records}
         reached = [first_step_below(record, target[record.seed]) for record in records]

@@ -16,12 +16,11 @@ taking turns, as a mean over whole cycles of refreshing.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +34,16 @@ import plywise as pw
 from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
-from plywise.arena.method import with_rule
-from plywise.arena.run.trial import DivergedError
-from plywise.arena.task import mean, predictor
+from plywise.arena.method import Method as ArenaMethod
+from plywise.arena.method import Trainer, TrialContext, with_rule
+from plywise.arena.run.experiment import Design, run_arms
+from plywise.arena.run.ledger import Ledger
+from plywise.arena.scoring.records import FINAL, TUNED, TUNING, TrialRecord
+from plywise.arena.task import Task
+from plywise.arena.workload import Workload
 from plywise.data.batches import endless_batches
 from plywise.data.digits import Split
+from plywise.data.parts import Data
 from tuning import DATA, HERE, median, mlp
 
 BATCH, TRIALS = 128, 6
@@ -137,37 +141,64 @@ EPOCHS = {"fashion": 3, "cifar": 2}
 TUNING_EVERY = {"fashion": 10, "cifar": 40}  # fewer looks where they take as long as the training
 
 
-def train(
-    workload: str, data: tuple[Split, Split], method: Method, rate: float, seed: int, every: int = EVERY
-) -> dict[str, Any]:
-    """Validation loss along one training; a failure is an outcome."""
-    training, validation = data
+def tune(workload: str, names: list[str]) -> None:
+    """Six rates for each method, then three fresh seeds of the best; what is done already stays."""
+    result = load(workload)
+    training, validation = images(*WORKLOADS[workload][1])
     steps = EPOCHS[workload] * (len(training.y) // BATCH)
-    curve, failure, clock = [], None, 0.0
-    torch.manual_seed(seed)
-    try:
-        model = WORKLOADS[workload][0]()
-        batches = endless_batches(training, BATCH, seed)
+    task = Task(F.cross_entropy, F.cross_entropy, "cross entropy")
+    whole = Data(training, validation, validation)
+    make = WORKLOADS[workload][0]
+    problem = Workload(workload, "", make, lambda: whole, task, BATCH, steps, measure_every=EVERY)
+    design = Design(
+        len(SEEDS),
+        tracks=(TUNED,),
+        choose=choose_best,
+        tuning_seed=TUNING_SEED,
+        tuning_every=TUNING_EVERY[workload],
+    )
+    ledger = Ledger(HERE.parent / "runs" / f"memory_rules_{workload}.jsonl")
+    for name in names:
+        if result["methods"].get(name, {}).get("final"):
+            continue
+        arm = make_arm(name, METHODS[name])
+        trials = run_arms(problem, [arm], design, ledger).lines(workload, name)
+        tuning = [summarise(line) for line in trials if line["purpose"] == TUNING]
+        final = [summarise(line) for line in trials if line["purpose"] == FINAL]
+        for run in tuning:
+            del run["seed"], run["curve"]
+        result["methods"][name] = {"tuning": tuning, "final": final}
+        print(f"{workload} {name}: {[run['best'] for run in final]}", flush=True)
+        save(workload, result)
+
+
+def make_arm(name: str, method: Method) -> ArenaMethod:
+    """A method of this script as the experiment engine runs it."""
+
+    def begin(context: TrialContext) -> Trainer:
         rule = method.rule() if method.rule else None
-        step = with_rule(model, method.optimizer(model.parameters(), rate), rule, F.cross_entropy).step
-        for count in range(1, steps + 1):
-            x, y = next(batches)
-            start = time.process_time()
-            loss = step(x, y)
-            clock += time.process_time() - start
-            if not math.isfinite(loss) or loss > 1e3:
-                raise DivergedError(f"the loss is {loss:.3g} at step {count}")
-            if count % every == 0 or count == steps:
-                curve.append([count, round(mean(F.cross_entropy, predictor(model), validation), 5)])
-    except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
-    best = min((loss for _, loss in curve), default=None) if failure is None else None
+        optimizer = method.optimizer(context.model.parameters(), context.numbers["rate"])
+        return with_rule(context.model, optimizer, rule, F.cross_entropy)
+
+    return ArenaMethod(name, "", {}, begin, grid=tuple({"rate": rate} for rate in method.rates()))
+
+
+def choose_best(lines: Sequence[TrialRecord], _: float | None) -> TrialRecord | None:
+    """The rate with the lowest validation loss at any measurement."""
+    finished = [line for line in lines if line["failure"] is None]
+    return min(finished, key=lambda line: min(line["validation"][1:]), default=None)
+
+
+def summarise(line: TrialRecord) -> dict[str, Any]:
+    """A trial as this script's JSON has it; a failure is an outcome."""
+    pairs = zip(line["steps"][1:], line["validation"][1:], strict=True) if line["failure"] is None else ()
+    curve = [[step, round(loss, 5)] for step, loss in pairs]
     return {
-        "rate": rate,
-        "seed": seed,
-        "best": best,
-        "failure": failure,
-        "cpu": round(clock, 2),
+        "rate": line["numbers"]["rate"],
+        "seed": line["seed"],
+        "best": min((loss for _, loss in curve), default=None),
+        "failure": line["failure"],
+        "cpu": round(line["cpu"][-1], 2) if line["cpu"] else 0.0,
         "curve": curve,
     }
 
@@ -180,27 +211,6 @@ def load(workload: str) -> dict[str, Any]:
 def save(workload: str, result: dict[str, Any]) -> None:
     path = OUT.with_name(f"memory_rules_{workload}.json")
     write_whole(path, json.dumps(result, ensure_ascii=False).replace('"tuning"', '\n"tuning"') + "\n")
-
-
-def tune(workload: str, names: list[str]) -> None:
-    """Six rates for each method, then three fresh seeds of the best; what is done already stays."""
-    result, data = load(workload), images(*WORKLOADS[workload][1])
-    for name in names:
-        method = METHODS[name]
-        entry = result["methods"].setdefault(name, {"tuning": [], "final": []})
-        for rate in method.rates():
-            if rate not in [run["rate"] for run in entry["tuning"]]:
-                run = train(workload, data, method, rate, TUNING_SEED, TUNING_EVERY[workload])
-                entry["tuning"].append({key: run[key] for key in ("rate", "best", "failure", "cpu")})
-                print(f"{workload} {name} rate {rate:g}: {run['best']} {run['failure'] or ''}", flush=True)
-        finished = [run for run in entry["tuning"] if run["best"] is not None]
-        if finished and not entry["final"]:
-            chosen = min(finished, key=lambda run: run["best"])["rate"]
-            entry["final"] = [train(workload, data, method, chosen, seed) for seed in SEEDS]
-            print(
-                f"{workload} {name} chosen {chosen:g}: {[run['best'] for run in entry['final']]}", flush=True
-            )
-        save(workload, result)
 
 
 def time_steps(rounds: int = 4, cycle: int = 50) -> None:

@@ -203,7 +203,7 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=25)
@@ -215,41 +215,57 @@ def main() -> None:
     parser.add_argument("--cycles", action="store_true", help="rules with memory, over whole cycles")
     parser.add_argument("--count", action="store_true", help="Python calls and host synchronisations a step")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
     torch.set_num_threads(options.threads)
     nets, names = options.net or list(NETS), options.rule or list(RULES)
     if options.peak_of:
         print(own_peak(nets[0], options.peak_of, options.device))
         return
-    result: dict[str, Any] = {"environment": environment(options.device, options.threads), "nets": {}}
-    if options.cycles:
-        for batch in cycle_cost.BATCHES:
-            table = cycle_cost.measure(mlp, batch, options.rounds, options.device)
-            result["nets"][f"784-1024-1024-10, batch {batch}"] = table
-            cycle_cost.show(batch, table)
-            write_figures(options.json, result)
-        return
     if options.count:
         show_counts(nets, names)
+        return
+    result: dict[str, Any] = {"environment": environment(options.device, options.threads), "nets": {}}
+    if options.cycles:
+        measure_cycles(options, result)
         return
     if options.json and options.json.exists() and options.net:  # some nets again: the others' figures stay
         result["nets"] = json.loads(options.json.read_text())["nets"]
     for net in nets:
         table = measure(net, names, options.rounds, options.device)
-        print(f"\n{net}, {options.device}, {options.threads} thread(s): a step relative to a plain step")
-        print(f"{'rule':30} {'CPU':>6} {'quartiles':>14} {'wall':>6} {'peak memory':>12}")
-        null = names[0] if options.no_memory else next(iter(RULES))
-        base = None if options.no_memory else peak_memory(net, null, options.device, options.threads)
-        for name, row in table.items():
-            memory = ""
-            if base is not None:
-                peak = peak_memory(net, name, options.device, options.threads)
-                row["memory"] = peak / base
-                memory = f"{row['memory']:.2f}"
-            spread = f"{row['cpu_low']:.2f} - {row['cpu_high']:.2f}"
-            print(f"{name:30} {row['cpu']:6.2f} {spread:>14} {row['wall']:6.2f} {memory:>12}")
+        if not options.no_memory:
+            add_memory(table, net, options)
+        show_table(table, f"{net}, {options.device}, {options.threads} thread(s)")
         result["nets"][net] = table
     write_figures(options.json, result)
+
+
+def measure_cycles(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Steps of rules with running statistics, over whole cycles of refreshing."""
+    for batch in cycle_cost.BATCHES:
+        table = cycle_cost.measure(mlp, batch, options.rounds, options.device)
+        result["nets"][f"784-1024-1024-10, batch {batch}"] = table
+        cycle_cost.show(batch, table)
+        write_figures(options.json, result)
+
+
+def add_memory(table: dict[str, Any], net: str, options: argparse.Namespace) -> None:
+    """Peak memory of each rule over that of plain training."""
+    base = peak_memory(net, next(iter(RULES)), options.device, options.threads)
+    for name, row in table.items():
+        row["memory"] = peak_memory(net, name, options.device, options.threads) / base
+
+
+def show_table(table: dict[str, Any], title: str) -> None:
+    print(f"\n{title}: a step relative to a plain step")
+    print(f"{'rule':30} {'CPU':>6} {'quartiles':>14} {'wall':>6} {'peak memory':>12}")
+    for name, row in table.items():
+        memory = f"{row['memory']:.2f}" if "memory" in row else ""
+        spread = f"{row['cpu_low']:.2f} - {row['cpu_high']:.2f}"
+        print(f"{name:30} {row['cpu']:6.2f} {spread:>14} {row['wall']:6.2f} {memory:>12}")
 
 
 def show_counts(nets: list[str], names: list[str]) -> None:

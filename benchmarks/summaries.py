@@ -16,9 +16,10 @@ from typing import Any
 
 from plywise._util.files import write_whole
 from plywise.arena.reports.bench_charts import thin
-from plywise.arena.reports.bench_page import judge, read_bench
+from plywise.arena.reports.bench_page import read_bench
 from plywise.arena.scoring.intervals import Interval
 from plywise.arena.scoring.ranking import MethodOnWorkload, MethodRanking, rank_methods
+from plywise.arena.scoring.summary import summarize_bench
 
 ARENA = Path(__file__).parent / "arena"
 
@@ -50,20 +51,20 @@ def summarise(folder: Path) -> dict[str, Any]:
         folder: where bench.json and trials.jsonl are.
     """
     bench, lines = read_bench(folder)
-    judged = judge(bench, lines)
+    summary = summarize_bench(bench, lines)
     return {
         "ledger": describe_ledger((folder / "trials.jsonl").read_bytes()),
         "bench": bench,
-        "findings": judged.findings,
+        "findings": summary.conclusions,
         "failed": sum(line["failure"] is not None for line in lines),
         "rankings": {
             track: {
-                clock: [summarise_rank(r) for r in rank_methods(judged.field, track, clock)]
+                clock: [summarise_rank(r) for r in rank_methods(summary.results, track, clock)]
                 for clock in CLOCKS
             }
-            for track in judged.field.tracks
+            for track in summary.results.tracks
         },
-        "rows": [summarise_row(row) for row in judged.rows],
+        "rows": [summarise_row(row) for row in summary.rows],
     }
 
 

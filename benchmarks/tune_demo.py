@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from plywise._util.environment import environment
-from plywise.arena.demo.study import BATCH_SIZE, DemoConfig, Setup
+from plywise.arena.demo.setups import Setup
 from plywise.arena.run.trial import run_trial
 from plywise.arena.task import Task
+from plywise.arena.workload import Workload
+from plywise.arena.workloads import find_workload
 from plywise.data.digits import load_digits
 from plywise.data.parts import Data
 
@@ -84,16 +86,16 @@ def setup_of(method: str, point: dict) -> Setup:
     )
 
 
-def score(plan: DemoConfig, setup: Setup, splits) -> dict:
+def score(workload: Workload, setup: Setup, splits) -> dict:
     train, validation, _ = splits
     records = [
         run_trial(
-            lambda: setup.train(plan.make_model()),
+            lambda: setup.train(workload.make_model),
             Data(train, validation, validation),  # the accuracy is told of the validation set, too
             Task(F.cross_entropy, F.cross_entropy, "cross entropy"),
             seed=seed,
-            steps=plan.steps,
-            batch_size=BATCH_SIZE,
+            steps=workload.steps,
+            batch_size=workload.batch_size,
         )
         for seed in SEEDS
     ]
@@ -112,13 +114,13 @@ def _mean_log(losses: list[float]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    plan, splits = DemoConfig(), load_digits()
+    workload, splits = find_workload("digits-mlp"), load_digits()
     out = Path(__file__).with_suffix(".json")
     results = json.loads(out.read_text(encoding="utf-8"))["methods"] if sys.argv[1:] else {}
     for method, space in ((name, SPACES[name]) for name in sys.argv[1:] or SPACES):
         start, trials = time.process_time(), []
         for point in points(space, TRIALS):
-            trials.append({**point, **score(plan, setup_of(method, point), splits)})
+            trials.append({**point, **score(workload, setup_of(method, point), splits)})
         finished = sorted((t for t in trials if t["score"] is not None), key=lambda t: t["score"])
         if not finished:
             raise SystemExit(f"{method}: every trial failed, the first with {trials[0]['failure']!r}")
@@ -133,8 +135,8 @@ def main() -> None:
         print(f"{results[method]['setup']}  {finished[0]}  ({failed} of {TRIALS} failed)", file=sys.stderr)
     study = {
         "protocol": __doc__.split("\n\n")[2].replace("\n", " ").strip(),
-        "steps": plan.steps,
-        "batch_size": BATCH_SIZE,
+        "steps": workload.steps,
+        "batch_size": workload.batch_size,
         "trials_per_method": TRIALS,
         "seeds": SEEDS,
         "environment": environment(),

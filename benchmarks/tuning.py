@@ -2,10 +2,11 @@
 
 import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.arena.method import with_rule
-from plywise.arena.run.trial import TrialResult, run_trial
+from plywise.arena.method import Method, Trainer, TrialContext, with_rule
+from plywise.arena.run.experiment import Design, run_arms
+from plywise.arena.run.trial import TrialResult
+from plywise.arena.scoring.records import TUNED, TrialRecord
 from plywise.arena.task import CLASSIFICATION, Task
+from plywise.arena.workload import Workload
 from plywise.data.digits import Split, load_digits
 from plywise.data.parts import Data
 
@@ -77,41 +81,48 @@ def tune(
     candidates: list[Candidate], model: Callable[[], nn.Module], data: Any, seed: int, **how: Any
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     """The candidate with the lowest final validation loss, and the log of all."""
-    log, best, lowest = [], candidates[0], float("inf")
-    for candidate in candidates:
-        record = trial(candidate, model, data, CROSS_ENTROPY, seed, **how)
-        loss = record.validation[-1] if record.failure is None else float("inf")
-        log.append(
-            {
-                "settings": candidate.settings,
-                "validation_loss": round(loss, 5) if loss < float("inf") else None,
-                "failure": record.failure,
-            }
-        )
-        print(f"    {candidate.settings:75} {loss:.4f} {record.failure or ''}", flush=True)
-        if loss < lowest:
-            best, lowest = candidate, loss
-    return best, log
+    design = Design(0, tracks=(), tuning_seed=seed)
+    log, losses = [], []
+    for index, line in enumerate(run_candidates(candidates, model, data, CROSS_ENTROPY, design, **how)):
+        loss = line["validation"][-1] if line["failure"] is None else math.inf
+        settings = candidates[index].settings
+        losses.append(loss)
+        shown = round(loss, 5) if loss < math.inf else None
+        log.append({"settings": settings, "validation_loss": shown, "failure": line["failure"]})
+        print(f"    {settings:75} {loss:.4f} {line['failure'] or ''}", flush=True)
+    return candidates[losses.index(min(losses))], log
 
 
 def repeat(
-    candidate: Candidate, model: Callable[[], nn.Module], data: Any, seeds: Iterable[int], **how: Any
+    candidate: Candidate, model: Callable[[], nn.Module], data: Any, seeds: int, **how: Any
 ) -> list[TrialResult]:
-    """Fresh seeds of the chosen candidate, accuracy on the test set."""
-    return [trial(candidate, model, data, CLASSIFICATION, seed, test=True, **how) for seed in seeds]
+    """Fresh seeds of the chosen candidate, from 0, accuracy on the test set."""
+    design = Design(seeds, tracks=(TUNED,))
+    lines = run_candidates([candidate], model, data, CLASSIFICATION, design, **how)
+    names = [field.name for field in fields(TrialResult)]
+    return [TrialResult(**{name: line[name] for name in names}) for line in lines]
 
 
-def trial(
-    candidate: Candidate, model: Callable[[], nn.Module], data: Any, task: Task, seed: int, **how: Any
-) -> TrialResult:
-    """One training; its loss is measured on the whole training set."""
+def run_candidates(
+    candidates: list[Candidate],
+    model: Callable[[], nn.Module],
+    data: Any,
+    task: Task,
+    design: Design,
+    **how: Any,
+) -> list[TrialRecord]:
+    """Trials of one method's candidates; the loss is measured on the whole training set."""
+    whole = Data(*data)
+    workload = Workload("own", "", model, lambda: whole, task, train_eval_size=len(whole.train.y), **how)
 
-    def begin() -> Any:
-        network = model()
+    def begin(context: TrialContext) -> Trainer:
+        candidate = candidates[int(context.numbers["candidate"])]
         rule = candidate.rule() if candidate.rule else None
-        return with_rule(network, candidate.optimizer(network.parameters()), rule, task.loss)
+        return with_rule(context.model, candidate.optimizer(context.model.parameters()), rule, task.loss)
 
-    return run_trial(begin, Data(*data), task, seed=seed, look=len(data[0].y), **how)
+    grid = tuple({"candidate": float(index)} for index in range(len(candidates)))
+    method = Method(candidates[0].method, "", {}, begin, grid=grid)
+    return run_arms(workload, [method], design).lines("own", method.name)
 
 
 def first_step_below(record: TrialResult, target: float) -> int | None:

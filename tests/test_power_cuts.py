@@ -9,16 +9,15 @@ import random
 import shutil
 import socket
 import warnings
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from plywise.arena.run.bench import Bench, BenchConfig
-from plywise.arena.run.bench_data import BenchData
-from plywise.arena.run.job import WorkloadSpec
+from plywise.arena.run.bench import Bench
+from plywise.arena.run.config import BenchConfig, ResolvedBench, WorkloadSpec, resolve_bench
+from plywise.arena.run.executor import InlineExecutor
 from plywise.arena.run.ledger import read
 from plywise.errors import PlywiseError
 from plywise.training.config import TrainConfig
@@ -154,22 +153,10 @@ def test_a_network_is_that_of_a_whole_checkpoint_or_refused(undisturbed, tmp_pat
     assert torch.equal(found, expected) != any("is damaged" in str(one.message) for one in said), done
 
 
-class Inline:
-    """Runs trials in this process."""
-
-    count = threads = 1
-    patience = 600.0
-
-    def run(self, jobs):
-        for job in jobs:
-            yield job, json.loads(json.dumps(job.perform()))
-
-
-def compare(folder: Path, material: BenchData, limit: int | None = None) -> list[dict[str, object]]:
+def compare(folder: Path, resolved: ResolvedBench, limit: int | None = None) -> list[dict[str, object]]:
     """Run a bench; its trials, without the clocks."""
-    entry = WorkloadSpec("own", f"{MODULE}:net", f"{MODULE}:data", steps=6, batch_size=5)
-    made = Bench(BenchConfig((entry,), ("sgd", "adamw"), trials=3, seeds=2), material, folder)
-    for number, _ in enumerate(made.perform(Inline()), 1):
+    made = Bench(resolved, folder)
+    for number, _ in enumerate(made.run(InlineExecutor(1)), 1):
         if number == limit:
             break
     kept = [{n: v for n, v in line.items() if n not in CLOCKS} for line in read(folder / "trials.jsonl")]
@@ -178,21 +165,21 @@ def compare(folder: Path, material: BenchData, limit: int | None = None) -> list
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """Material, the folder of a bench that was stopped, and the trials of a whole one."""
+    """What is compared, the folder of a bench that was stopped, and the trials of a whole one."""
     folder = tmp_path_factory.mktemp("bench")
-    entry = WorkloadSpec("own", f"{MODULE}:net", f"{MODULE}:data", steps=6, batch_size=5)
-    with closing(BenchData([entry])) as material:
-        compare(folder / "stopped", material, 9)
-        yield material, folder / "stopped", compare(folder / "whole", material)
+    spec = WorkloadSpec("own", f"{MODULE}:net", f"{MODULE}:data", steps=6, batch_size=5)
+    with resolve_bench(BenchConfig((spec,), ("sgd", "adamw"), trials=3, seeds=2)) as resolved:
+        compare(folder / "stopped", resolved, 9)
+        yield resolved, folder / "stopped", compare(folder / "whole", resolved)
 
 
 def test_a_bench_goes_on_to_the_same_trials_or_says_why_not(bench, tmp_path, cut):
-    material, stopped, whole = bench
+    resolved, stopped, whole = bench
     out = Path(shutil.copytree(stopped, tmp_path / "bench"))
     done = damage(out, cut)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is damaged in line", RuntimeWarning)
-        found, refused = attempt(lambda: compare(out, material))
+        found, refused = attempt(lambda: compare(out, resolved))
     if refused:
         assert str(out) in refused, f"{done}: {refused}"
         return

@@ -17,7 +17,7 @@ class Starts:
     note: str
     ends: str
 
-    def perform(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         pid = os.fork()
         if not pid:
             time.sleep(3600)
@@ -39,7 +39,7 @@ class Sleeps:
 
     seconds: float
 
-    def perform(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         time.sleep(self.seconds)
         return {"failure": None}
 

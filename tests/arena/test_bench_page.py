@@ -242,6 +242,25 @@ def test_hostile_text_does_nothing(visit):
     assert all(inked(page, chart) > 1000 for chart in CHARTS)
 
 
+def test_browser_refuses_scripts_that_are_not_ours(browser, tmp_path):
+    """The second wall: a script that got into the page all the same is not run."""
+    bench, path = make_bench(), tmp_path / "bad.html"
+    text = write_page(write_bench(tmp_path, bench, make_lines(bench)))[0].read_text("utf-8")
+    path.write_text(text.replace("<main>", "<main><script>document.title = 'taken'</script>"))
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    wait_for(page, "document.documentElement.dataset.ready === 'true'")
+    assert page.title() == bench["title"]
+    page.close()
+
+
+def test_charts_follow_the_window(visit):
+    page = visit()
+    page.set_viewport_size({"width": 360, "height": 740})
+    wait_for(page, "[...document.querySelectorAll('canvas')].every(canvas => canvas.width < 360)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 def test_bad_numbers_do_not_break_the_page(visit):
     bench, lines = make_bench(), make_lines(make_bench())
     for one in lines:

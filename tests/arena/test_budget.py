@@ -5,19 +5,18 @@ from dataclasses import replace
 import pytest
 
 from plywise._util.progress import format_duration
-from plywise.arena.run.bench import BenchConfig
 from plywise.arena.run.budget import (
     SLACK,
     TRIALS,
-    Cost,
+    choose_steps,
     estimate,
     fit_budget,
-    patient,
-    seconds_of,
-    steps_for,
+    parse_duration,
+    set_patience,
 )
-from plywise.arena.run.executor import PATIENCE
-from plywise.arena.run.job import WorkloadSpec
+from plywise.arena.run.config import BenchConfig, WorkloadSpec
+from plywise.arena.run.costs import Cost
+from plywise.arena.run.executor import TIMEOUT_S
 from plywise.errors import PlywiseError
 
 PLAN = BenchConfig((WorkloadSpec("a"), WorkloadSpec("own", "m:f", "m:d")), ("sgd", "adamw"), seeds=3)
@@ -34,13 +33,13 @@ STEPS = {"a": 100, "own": 50}
     ("text", "seconds"), [("90s", 90), ("45m", 2700), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400)]
 )
 def test_durations(text, seconds):
-    assert seconds_of(text) == seconds
+    assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "2", "h", "two hours", "1h x", "-1h", "0s"])
 def test_what_is_no_duration(text):
     with pytest.raises(PlywiseError, match="duration"):
-        seconds_of(text)
+        parse_duration(text)
 
 
 def test_estimate_by_hand():
@@ -65,24 +64,24 @@ def test_too_little_is_said_with_what_would_do():
 
 
 def test_steps_of_ones_own_model_follow_from_the_budget():
-    few, many = (steps_for(PLAN, COSTS, PLAN.entries, STEPS, 1, budget) for budget in (3600, 7200))
+    few, many = (choose_steps(PLAN, COSTS, STEPS, 1, budget) for budget in (3600, 7200))
     assert few["a"] == many["a"] == 100, "a workload of ours keeps its length"
     assert 200 < few["own"] < many["own"]
     assert fit_budget(PLAN, COSTS, few, 1, 3600).trials >= 8
     chosen = BenchConfig((WorkloadSpec("own", "m:f", "m:d", steps=70),), ("sgd",))
     own = {pair: cost for pair, cost in COSTS.items() if pair[0] == "own"}
-    assert steps_for(chosen, own, chosen.entries, {"own": 70}, 1, 9e9) == {"own": 70}
+    assert choose_steps(chosen, own, {"own": 70}, 1, 9e9) == {"own": 70}
 
 
 def test_a_trial_that_is_planned_is_not_killed():
-    steps = steps_for(PLAN, COSTS, PLAN.entries, STEPS, 1, 86_400)
+    steps = choose_steps(PLAN, COSTS, STEPS, 1, 86_400)
     dearest = max(cost.run(steps[workload]) for (workload, _), cost in COSTS.items())
-    assert dearest > PATIENCE / 3, "what used to be killed"
-    assert patient(PLAN, COSTS, steps).patience == pytest.approx(3 * dearest, rel=0.01)
-    assert patient(PLAN, COSTS, STEPS).patience == PATIENCE
+    assert dearest > TIMEOUT_S / 3, "what used to be killed"
+    assert set_patience(PLAN, COSTS, steps).patience == pytest.approx(3 * dearest, rel=0.01)
+    assert set_patience(PLAN, COSTS, STEPS).patience == TIMEOUT_S
     given = replace(PLAN, patience=90.0)
-    assert patient(given, COSTS, steps).patience == 90
-    assert steps_for(given, COSTS, given.entries, STEPS, 1, 86_400)["own"] == 280  # 2 s + 280 * 0.1 s
+    assert set_patience(given, COSTS, steps).patience == 90
+    assert choose_steps(given, COSTS, STEPS, 1, 86_400)["own"] == 280  # 2 s + 280 * 0.1 s
 
 
 def test_no_tuning_stays_no_tuning():
@@ -90,7 +89,7 @@ def test_no_tuning_stays_no_tuning():
     assert fit_budget(plan, COSTS, STEPS, 1, 1000).trials == 0
     with pytest.raises(PlywiseError, match="0 tuning trials and 3 seeds take about 63 s"):
         fit_budget(plan, COSTS, STEPS, 1, 60)  # 3 * 19 / 0.9
-    with_tuning, without = (steps_for(one, COSTS, PLAN.entries, STEPS, 1, 3600) for one in (PLAN, plan))
+    with_tuning, without = (choose_steps(one, COSTS, STEPS, 1, 3600) for one in (PLAN, plan))
     assert without["own"] > with_tuning["own"]
 
 

@@ -13,7 +13,7 @@ def read(*batches):
     covariance = Covariance()
     for rows in batches:
         covariance.add(rows[None])
-    return covariance.told()
+    return covariance.summarize()
 
 
 def cross(*scales):
@@ -84,5 +84,5 @@ def test_non_finite_rows_are_refused():
 def test_the_worst_group_is_told():
     covariance = Covariance()
     covariance.add(torch.stack([cross(1, 2), cross(1, 9), cross(1, 3)]))
-    assert covariance.told().condition == pytest.approx(81.0)
+    assert covariance.summarize().condition == pytest.approx(81.0)
     assert MOST_GROUPS >= 3

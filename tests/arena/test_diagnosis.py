@@ -12,12 +12,12 @@ from torch import nn
 import plywise as pw
 from plywise.arena.diagnose.covariance import MOST_FEATURES
 from plywise.arena.diagnose.diagnosis import (
-    MOST_ROWS,
     diagnose,
     diagnose_workload,
     layer_series,
     layers_before,
 )
+from plywise.arena.diagnose.layer_record import MOST_ROWS
 from plywise.arena.workloads import find_workload
 from plywise.errors import NonFiniteError, PlywiseError
 

@@ -129,19 +129,21 @@ def test_an_interval_that_ends_nowhere_has_no_limits():
     assert span(Interval(0.5, 1.3, math.inf, "≥")) == "≥1.30× (0.50 to ∞)"
 
 
-def test_lower_ends_are_told_only_where_seeds_do_not_overlap():
-    def field(*tests):
-        runs = [*finals("sgd", [200] * 3, test=0.2), *finals("proxprop", [200] * 3)]
-        for run, value in zip(runs[3:], tests, strict=True):
+def test_lower_ends_are_told_only_beyond_noise():
+    def field(*tests, control=(0.2, 0.21, 0.22)):
+        plain = (0.2, 0.21, 0.22)
+        runs = [run for name in ("sgd", "sgd-again", "proxprop") for run in finals(name, [200] * 3)]
+        for run, value in zip(runs, (*plain, *control, *tests), strict=True):
             run["test"] = value
         return small(runs)
 
-    told = "On digits, every seed ends with a lower test metric than every seed of sgd: proxprop."
-    assert told in said(field(0.1, 0.15, 0.19))
-    assert "lower test metric" not in said(field(0.1, 0.15, 0.2))
-    failed = field(0.1, 0.15, None)
+    lower = "On digits, the test metric at the end is lower than that of sgd, beyond noise: proxprop."
+    assert lower in said(field(0.1, 0.11, 0.13))
+    assert "lower than that" not in said(field(0.1, 0.2, 0.22)), "its seeds differ as much"
+    assert "lower than that" not in said(field(0.1, 0.11, 0.13, control=(0.1, 0.1, 0.1))), "the control does"
+    failed = field(0.1, 0.11, 0.13)
     failed.cells["tuned", "digits", "proxprop"].runs[2]["failure"] = "nan"
-    assert "lower test metric" not in said(failed), "a failed seed is the worst of all"
+    assert "lower than that" not in said(failed), "a failed seed is the worst of all"
 
 
 def test_less_memory_is_told():
@@ -199,7 +201,7 @@ def test_with_fewer_than_three_seeds_nobody_is_named(seeds):
     few = [one for one in lines if one["purpose"] == "tuning" or one["seed"] in kept[one["method"]]]
     text = said(gather_results(bench, few))
     assert "too little about noise to name anybody" in text
-    for verdict in ("beyond noise", "what counts", "every seed ends"):
+    for verdict in ("beyond noise", "what counts", "lower than that of"):
         assert verdict not in text
 
 

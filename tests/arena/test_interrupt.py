@@ -9,15 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from odd_jobs import Starts
 
-from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import ProcessExecutor
-from plywise.arena.run.job import TrialJob, WorkloadSpec
+from plywise.arena.run.job import TrialJob
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import FINAL, TUNED, Key
 from plywise.cli.interrupt import STOPPING
@@ -142,10 +141,11 @@ def test_what_a_killed_bench_has_left_is_swept_by_the_next(start):
         time.sleep(0.05)
     assert scratch
     assert scratch == list(command.out.glob(".plywise-scratch-*"))
-    with closing(BenchData([OWN], command.out)) as material:
+    config = BenchConfig((OWN,), ("sgd",))
+    with resolve_bench(config, command.out) as resolved:
         assert len(list(command.out.glob(".plywise-scratch-*"))) == 1
-        with closing(BenchData([OWN], command.out)):
-            assert material.files["own"].exists(), "of one that lives nothing is swept"
+        with resolve_bench(config, command.out):
+            assert resolved.workloads["own"].file.exists(), "of one that lives nothing is swept"
     assert list(command.out.glob(".plywise*")) == []
 
 
@@ -170,30 +170,30 @@ def test_an_interrupt_before_the_first_trial(start):
     assert f"Interrupted. {len(command.lines())} of 14 trials are kept" in said
 
 
-def jobs(folder, *methods):
-    material = BenchData([OWN])
-    entry, data = material.workloads["own"], str(material.files["own"])
-    settled = OWN.settled(entry)
-    return material, [TrialJob(Key("own", name, FINAL, TUNED, 0, 0), settled, {}, data) for name in methods]
+def jobs(*methods):
+    resolved = resolve_bench(BenchConfig((OWN,), ("sgd",)))
+    own = resolved.workloads["own"]
+    keys = [Key("own", name, FINAL, TUNED, 0, 0) for name in methods]
+    return resolved, [TrialJob(key, own.source, {}, str(own.file)) for key in keys]
 
 
-def test_a_crew_that_is_stopped_gives_what_has_ended_and_ends_the_rest(tmp_path):
-    material, three = jobs(tmp_path, "sgd", "adamw", f"{HERE}:Hanging")
-    crew = ProcessExecutor(3)
+def test_an_executor_that_is_stopped_gives_what_has_ended_and_ends_the_rest():
+    resolved, three = jobs("sgd", "adamw", f"{HERE}:Hanging")
+    executor = ProcessExecutor(3)
     try:
-        pieces = crew.run([*three, three[0]])
+        pieces = executor.run([*three, three[0]])
         told = [next(pieces)[1]["method"]]
         end = time.monotonic() + 60
         while len(multiprocessing.active_children()) > 1:  # the second has ended, and nobody has looked
             assert time.monotonic() < end
             time.sleep(0.01)
-        crew.stop()
+        executor.stop()
         told += [line["method"] for _, line in pieces]
         assert sorted(told) == ["adamw", "sgd"]
         assert multiprocessing.active_children() == []
-        assert list(crew.run(three)) == [], "for good"
+        assert list(executor.run(three)) == [], "for good"
     finally:
-        material.close()
+        resolved.close()
 
 
 def alive(pid):
@@ -207,7 +207,7 @@ def alive(pid):
 @pytest.mark.parametrize("ends", ["itself", "killed", "late"])
 def test_what_a_trial_has_started_ends_with_it(ends, tmp_path):
     note = tmp_path / "pid"
-    ((_, line),) = ProcessExecutor(1, patience=5.0 if ends == "late" else 600.0).run(
+    ((_, line),) = ProcessExecutor(1, timeout_s=5.0 if ends == "late" else 600.0).run(
         [Starts(str(note), ends)]
     )
     assert (line["failure"] is None) == (ends == "itself")
@@ -223,9 +223,9 @@ def test_the_time_of_a_trial_counts_from_where_it_begins():
 from {STARTS} import Sleeps
 from plywise.arena.run.executor import ProcessExecutor
 if __name__ == "__main__":
-    ((_, line),) = ProcessExecutor(1, patience=0.5).run([Sleeps(0.0)])
+    ((_, line),) = ProcessExecutor(1, timeout_s=0.5).run([Sleeps(0.0)])
     print(line["failure"])
-    ((_, line),) = ProcessExecutor(1, patience=0.5).run([Sleeps(60.0)])
+    ((_, line),) = ProcessExecutor(1, timeout_s=0.5).run([Sleeps(60.0)])
     print(line["failure"])
 """
     done = subprocess.run(

@@ -1,7 +1,6 @@
 """Methods of the related papers: what each does to a model, and where it refuses to run."""
 
 import re
-from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -15,9 +14,8 @@ from plywise.arena.methods import LEARNER_OF, PEERS, RELATED, RELATIVES, RULE_OF
 from plywise.arena.methods.listing import ELSEWHERE, METHOD_OF, WORKLOAD_OF, place_of
 from plywise.arena.methods.related_losses import INNER
 from plywise.arena.methods.related_modules import REMEMBERED, SampleMemory, deepened
-from plywise.arena.run.bench import Bench, BenchConfig
-from plywise.arena.run.bench_data import BenchData
-from plywise.arena.run.job import WorkloadSpec
+from plywise.arena.run.bench import Bench
+from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.trial import run_trial
 from plywise.arena.task import RANKING, REGRESSION, wrong_order
 from plywise.arena.workloads import find_workload
@@ -153,7 +151,7 @@ def test_a_users_own_auc_is_read_from_the_whole_set(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     metric, loss = "plywise.arena.task:wrong_order", "torch.nn.functional:binary_cross_entropy_with_logits"
-    workload = WorkloadSpec("mine", "mine_ranked:model", "mine_ranked:data", loss, metric).workload()
+    workload = WorkloadSpec("mine", "mine_ranked:model", "mine_ranked:data", loss, metric).make()
     data = workload.make_data()
     measured = workload.task.measure(lambda x: x[:, :1], data.validation, 3)
     assert measured == 0.0, "batches of three often lack a class, the whole set does not"
@@ -293,11 +291,13 @@ def test_the_decision_stage_decides_from_half_way_on_and_trains_no_more():
 
 
 def test_a_bench_tells_who_refused_and_runs_the_others(tmp_path):
-    plan = BenchConfig((WorkloadSpec("digits-rare"),), ("sgd", "decision-stage"), trials=0, seeds=1)
-    with closing(BenchData(plan.entries)) as material:
-        bench = Bench(plan, material, tmp_path)
+    config = BenchConfig((WorkloadSpec("digits-rare"),), ("sgd", "decision-stage"), trials=0, seeds=1)
+    with resolve_bench(config) as resolved:
+        bench = Bench(resolved, tmp_path)
     reason = "a decision stage needs classes, and the targets are none"
-    assert bench.refused == [{"workload": "digits-rare", "method": "decision-stage", "reason": reason}]
+    assert bench.about["refused"] == [
+        {"workload": "digits-rare", "method": "decision-stage", "reason": reason}
+    ]
     assert bench.total == 1
 
 

@@ -10,8 +10,9 @@ import pytest
 from fake_bench import line, make_bench, make_lines, write_bench
 
 from plywise.arena.reports.bench_charts import after_trials
-from plywise.arena.reports.bench_page import LARGEST, judge, page, write_page
+from plywise.arena.reports.bench_page import LARGEST, page, write_page
 from plywise.arena.reports.spreadsheets import runs_csv
+from plywise.arena.scoring.summary import summarize_bench
 
 
 def work(trials: int, seeds: int) -> tuple[int, int]:
@@ -27,7 +28,7 @@ def work(trials: int, seeds: int) -> tuple[int, int]:
 
     sys.setprofile(count)
     try:
-        page(judge(bench, lines))
+        page(summarize_bench(bench, lines))
     finally:
         sys.setprofile(None)
     return len(lines), calls
@@ -44,8 +45,8 @@ def test_work_grows_with_the_lines(trials, seeds):
 def test_the_page_of_a_long_bench_stays_small(tmp_path):
     names = {"methods": ("sgd", "adamw", "proxprop"), "workloads": ("digits",)}
     bench = make_bench(**names, trials=4000, seeds=list(range(40)))
-    path, judged = write_page(write_bench(tmp_path, bench, make_lines(bench)))
-    assert len(judged.lines) > 12_000
+    path, summary = write_page(write_bench(tmp_path, bench, make_lines(bench)))
+    assert len(summary.lines) > 12_000
     assert path.stat().st_size <= LARGEST
 
 
@@ -72,7 +73,7 @@ def test_the_best_of_k_is_as_defined(count):
 def test_no_cell_of_a_table_is_a_formula(words):
     """Spreadsheets run what begins like one, and an error's message is whatever a user's code says."""
     bench = make_bench(methods=("sgd",), workloads=("digits",))
-    text = "".join(runs_csv(judge(bench, [line(failure=words), line(trial=1)]).field))
+    text = "".join(runs_csv(summarize_bench(bench, [line(failure=words), line(trial=1)]).results))
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert [row["failure"] for row in rows] == [f"'{words}".replace("\r", "\n"), ""]
     assert rows[1]["best_validation"] == "0.1", "numbers stay numbers"

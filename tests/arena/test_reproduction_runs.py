@@ -26,14 +26,14 @@ def _findable(monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
 
 
-def run(paper, seeds, folder, crew=None):
+def run(paper, seeds, folder, executor=None):
     made = Reproduction(paper, SMALL, seeds, folder)
-    return made, list(made.perform(crew or ProcessExecutor(2)))
+    return made, list(made.run(executor or ProcessExecutor(2)))
 
 
 def finals(folder):
     """What was measured, without clocks and dates."""
-    clocks = ("cpu", "wall", "measuring", "finished")
+    clocks = ("cpu", "wall", "measuring", "peak_mib", "finished")
     return [{k: v for k, v in one.items() if k not in clocks} for one in read(folder / "runs.jsonl")]
 
 
@@ -42,12 +42,12 @@ def by_run(lines):
 
 
 def test_a_reproduction_from_beginning_to_table(tmp_path):
-    made, crew = Reproduction(MINE, FULL, 3, tmp_path), ProcessExecutor(2)
+    made, executor = Reproduction(MINE, FULL, 3, tmp_path), ProcessExecutor(2)
     assert made.total == 11
-    assert made.measure(crew) > 0
-    pieces = list(made.perform(crew))
+    assert made.measure(executor) > 0
+    pieces = list(made.run(executor))
     assert [piece.done for piece in pieces] == list(range(1, 12))
-    assert pieces[-1].left == 0
+    assert pieces[-1].seconds_left == 0
     lines = list(read(tmp_path / "runs.jsonl"))
     assert [one["seed"] for one in lines if one["purpose"] == TUNING] == [1000, 1000]
     assert {one["rate"] for one in lines if (one["method"], one["purpose"]) == ("tuned", FINAL)} == {0.5}
@@ -84,7 +84,7 @@ def test_one_worker_or_two_give_the_same_numbers(tmp_path):
 def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
     run(MINE, 2, tmp_path / "whole")
     cut = Reproduction(MINE, SMALL, 2, tmp_path / "cut")
-    pieces = cut.perform(ProcessExecutor(1))
+    pieces = cut.run(ProcessExecutor(1))
     for _ in range(3):
         next(pieces)
     pieces.close()
@@ -97,11 +97,11 @@ def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
     assert run(MINE, 2, tmp_path / "cut")[1] == []
 
 
-def test_a_crew_that_is_stopped_begins_no_more(tmp_path):
-    made, crew = Reproduction(MINE, SMALL, 2, tmp_path), ProcessExecutor(1)
-    pieces = made.perform(crew)
+def test_a_executor_that_is_stopped_begins_no_more(tmp_path):
+    made, executor = Reproduction(MINE, SMALL, 2, tmp_path), ProcessExecutor(1)
+    pieces = made.run(executor)
     next(pieces)
-    crew.stop()
+    executor.stop()
     assert len(list(pieces)) <= 1
     assert made.done == len(finals(tmp_path)) < made.total
 
@@ -110,7 +110,7 @@ def test_more_seeds_add_runs_and_fewer_leave_them_out(tmp_path):
     run(MINE, 1, tmp_path)
     more = Reproduction(MINE, SMALL, 2, tmp_path)
     assert more.total - more.done == 3
-    list(more.perform(ProcessExecutor(2)))
+    list(more.run(ProcessExecutor(2)))
     fewer = Reproduction(MINE, SMALL, 1, tmp_path)
     assert fewer.done == fewer.total
     (experiment,) = fewer.finish()["experiments"]
@@ -135,7 +135,7 @@ def test_other_settings_are_refused(tmp_path):
 def test_a_mistake_is_no_outcome(tmp_path, paper, why):
     made = Reproduction(f"own_papers:{paper}", SMALL, 1, tmp_path)
     with pytest.raises(PlywiseError, match=f"tuned failed: {why}"):
-        list(made.perform(ProcessExecutor(1)))
+        list(made.run(ProcessExecutor(1)))
     assert list(read(tmp_path / "runs.jsonl")) == []
     with pytest.raises(PlywiseError, match=r"failed: .*(no such layer|SIGKILL)"):
         made.measure(ProcessExecutor(1))

@@ -29,12 +29,10 @@ from plywise.arena.reproductions.experiment import (
 from plywise.arena.reproductions.summary import (
     REPRODUCED,
     REVERSED,
-    UNDECIDED,
-    interval,
     outcome,
     ruling,
-    student,
 )
+from plywise.arena.scoring.verdicts import UNDECIDED, mean_interval, student
 from plywise.data.store import find
 from plywise.errors import PlywiseError
 
@@ -270,11 +268,11 @@ def line(value, failure=None):
 def test_intervals_hold_what_they_promise():
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(4000, 4, generator=generator).tolist()
-    one_more = sum(low <= x <= high for *known, x in draws for low, high in [interval(known, 1)])
-    means = sum(low <= 0 <= high for *known, _ in draws for low, high in [interval(known, 0)])
+    one_more = sum(low <= x <= high for *known, x in draws for low, high in [mean_interval(known, 1)])
+    means = sum(low <= 0 <= high for *known, _ in draws for low, high in [mean_interval(known)])
     assert 0.94 < one_more / 4000 < 0.96
     assert 0.94 < means / 4000 < 0.96
-    assert interval([1.0], 1) is None
+    assert mean_interval([1.0], 1) is None
     assert student(1) > student(30) == student(1000)
 
 

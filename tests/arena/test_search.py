@@ -3,13 +3,13 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
-from plywise.arena.run.bench import Bench, BenchConfig
-from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.bench import Bench
+from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import ProcessExecutor
-from plywise.arena.run.job import WorkloadSpec
 from plywise.arena.run.search import Sobol, find_search
 from plywise.arena.scoring.records import TUNING
 from plywise.arena.scoring.score import best_validation
@@ -30,15 +30,14 @@ def optuna():
 
 
 @pytest.fixture
-def material(monkeypatch):
+def resolved(monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
-    made = BenchData([OWN])
-    yield made
-    made.close()
+    with resolve_bench(BenchConfig((OWN,), METHODS, TRIALS, 1)) as resolved:
+        yield resolved
 
 
-def bench(folder, material, search="optuna"):
-    return Bench(BenchConfig((OWN,), METHODS, TRIALS, 1, search=search), material, folder)
+def bench(folder, resolved, search="optuna"):
+    return Bench(resolved.with_config(replace(resolved.config, search=search)), folder)
 
 
 def line(trial, numbers, value, failure=None):
@@ -102,28 +101,30 @@ class OneByOne(ProcessExecutor):
         return super().run(jobs)
 
 
-def test_a_bench_by_optuna_in_rounds_broken_off_and_unbroken(tmp_path, material, optuna):
-    crew = OneByOne()
-    whole = bench(tmp_path / "whole", material)
-    lines = [piece.line for piece in whole.perform(crew)]
+def test_a_bench_by_optuna_in_rounds_broken_off_and_unbroken(tmp_path, resolved, optuna):
+    executor = OneByOne()
+    whole = bench(tmp_path / "whole", resolved)
+    lines = [piece.line for piece in whole.run(executor)]
     assert whole.unfinished() == []
     assert len(lines) == whole.total
-    rounds = [[trial for purpose, trial in given if purpose == TUNING] for given in crew.given]
+    rounds = [[trial for purpose, trial in given if purpose == TUNING] for given in executor.given]
     tuning = [set(trials) for trials in rounds if trials]
     assert tuning == [{0, 1, 2, 3}, {4}, {5}], "trial k of all methods before any trial k + 1"
     counts = {
         name: sum(one["method"] == name and one["purpose"] == TUNING for one in lines) for name in METHODS
     }
     assert counts == {"sgd": TRIALS, f"{HERE}:Adamlike": TRIALS, f"{HERE}:fixed": 0}
-    assert [one["numbers"] for one in tunings(whole, "sgd")] != points(whole.methods["sgd"].space, TRIALS)
+    assert [one["numbers"] for one in tunings(whole, "sgd")] != points(
+        whole.resolved.methods["sgd"].space, TRIALS
+    )
 
     for stop in (3, 9):  # in the design, and in the round of trial 4
         left = iter([True] * stop)
-        broken = bench(tmp_path / f"broken {stop}", material)
-        assert len(list(broken.perform(ProcessExecutor(2), lambda left=left: next(left, False)))) == stop
+        broken = bench(tmp_path / f"broken {stop}", resolved)
+        assert len(list(broken.run(ProcessExecutor(2), lambda left=left: next(left, False)))) == stop
         assert broken.unfinished() != []
-        resumed = bench(tmp_path / f"broken {stop}", material)
-        assert len(list(resumed.perform(ProcessExecutor(1)))) == whole.total - stop
+        resumed = bench(tmp_path / f"broken {stop}", resolved)
+        assert len(list(resumed.run(ProcessExecutor(1)))) == whole.total - stop
         for name in METHODS:
             assert without_clocks(tunings(resumed, name)) == without_clocks(tunings(whole, name))
 
@@ -138,20 +139,20 @@ def without_clocks(lines):
     return [{key: one[key] for key in ("trial", "numbers", "validation", "failure")} for one in lines]
 
 
-def test_the_search_belongs_to_the_bench(tmp_path, material):
-    bench(tmp_path, material, "sobol")
+def test_the_search_belongs_to_the_bench(tmp_path, resolved):
+    bench(tmp_path, resolved, "sobol")
     pytest.importorskip("optuna", reason="optuna is not installed")
     with pytest.raises(StateError, match=r"search (is|are) sobol, not optuna"):
-        bench(tmp_path, material, "optuna")
+        bench(tmp_path, resolved, "optuna")
 
 
-def test_a_description_from_before_there_were_searches_is_of_sobol(tmp_path, material):
-    made = bench(tmp_path, material, "sobol")
+def test_a_description_from_before_there_were_searches_is_of_sobol(tmp_path, resolved):
+    bench(tmp_path, resolved, "sobol")
     path = tmp_path / "bench.json"
     about = json.loads(path.read_text())
     del about["plan"]["search"], about["check"]
     path.write_text(json.dumps(about))
-    assert bench(tmp_path, material, "sobol").plan == made.plan
+    assert bench(tmp_path, resolved, "sobol").resolved.config.search == "sobol"
 
 
 def test_what_is_no_search_and_what_is_not_installed(monkeypatch):

@@ -5,18 +5,17 @@ import os
 import signal
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
 from plywise.arena.methods import find_method
-from plywise.arena.run.bench import TUNING_SEED, Bench, BenchConfig
-from plywise.arena.run.bench_data import BenchData
-from plywise.arena.run.budget import measure
-from plywise.arena.run.executor import ProcessExecutor
-from plywise.arena.run.job import WorkloadSpec
-from plywise.arena.run.ledger import read
+from plywise.arena.run.bench import Bench, make_experiment, run_bench
+from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
+from plywise.arena.run.executor import InlineExecutor, ProcessExecutor
+from plywise.arena.run.experiment import TUNING_SEED
+from plywise.arena.run.ledger import Ledger, read
 from plywise.arena.scoring.records import FINAL, TUNING
 from plywise.arena.scoring.score import choose_best
 from plywise.arena.space import points
@@ -33,20 +32,23 @@ def _findable(monkeypatch):
 
 
 @pytest.fixture
-def material():
-    made = BenchData([OWN])
-    yield made
-    made.close()
+def resolve():
+    with ExitStack() as stack:
+
+        def _resolve(methods, spec=OWN, **more):
+            config = BenchConfig((spec,), tuple(methods), **{"trials": 2, "seeds": 2, **more})
+            return stack.enter_context(resolve_bench(config))
+
+        yield _resolve
 
 
-def bench(folder, material, methods, **more):
-    settings = {"trials": 2, "seeds": 2, **more}
-    return Bench(BenchConfig((OWN,), tuple(methods), **settings), material, folder)
+def bench(folder, resolve, methods, **more):
+    return Bench(resolve(methods, **more), folder)
 
 
-def run(folder, material, methods, crew=None, **more):
-    made = bench(folder, material, methods, **more)
-    return made, [piece.line for piece in made.perform(crew or ProcessExecutor(2))]
+def run(folder, resolve, methods, executor=None, **more):
+    made = bench(folder, resolve, methods, **more)
+    return made, [piece.line for piece in made.run(executor or ProcessExecutor(2))]
 
 
 def without_clocks(lines):
@@ -56,8 +58,8 @@ def without_clocks(lines):
     return sorted(kept, key=lambda line: json.dumps(line, sort_keys=True))
 
 
-def test_every_method_gets_the_same_trials_and_fresh_seeds(tmp_path, material):
-    made, lines = run(tmp_path, material, ["sgd", "adamw"])
+def test_every_method_gets_the_same_trials_and_fresh_seeds(tmp_path, resolve):
+    made, lines = run(tmp_path, resolve, ["sgd", "adamw"])
     assert made.unfinished() == []
     assert len(lines) == made.total == 2 * (2 + 2 + 2)
     for name in ("sgd", "adamw"):
@@ -70,85 +72,97 @@ def test_every_method_gets_the_same_trials_and_fresh_seeds(tmp_path, material):
         assert all(line["test"] is None for line in tuning), "the test set is for final runs"
         for track, numbers in (
             ("defaults", {n: r.default for n, r in find_method(name).space.items()}),
-            ("tuned", choose_best(tuning, made.target("own"))["numbers"]),
+            ("tuned", choose_best(tuning, made.experiment.target("own"))["numbers"]),
         ):
             final = [line for line in own if line["purpose"] == FINAL and line["track"] == track]
             assert sorted(line["seed"] for line in final) == [0, 1]
             assert all(line["numbers"] == numbers and line["test"] is not None for line in final)
 
 
-def test_one_worker_or_three_give_the_same_numbers(tmp_path, material):
-    _, one = run(tmp_path / "one", material, ["sgd", "proxprop", "local-loss"], ProcessExecutor(1))
-    _, three = run(tmp_path / "three", material, ["sgd", "proxprop", "local-loss"], ProcessExecutor(3))
+def test_one_worker_or_three_give_the_same_numbers(tmp_path, resolve):
+    _, one = run(tmp_path / "one", resolve, ["sgd", "proxprop", "local-loss"], ProcessExecutor(1))
+    _, three = run(tmp_path / "three", resolve, ["sgd", "proxprop", "local-loss"], ProcessExecutor(3))
     assert without_clocks(one) == without_clocks(three)
 
 
-def test_the_null_control_repeats_its_original_with_other_seeds(tmp_path, material):
-    made, lines = run(tmp_path, material, ["sgd", "sgd-again"])
+def test_in_this_process_as_in_others(tmp_path, resolve):
+    methods = ["sgd", "proxprop", f"{HERE}:Exploding"]
+    _, apart = run(tmp_path / "apart", resolve, methods)
+    summary = run_bench(resolve(methods), tmp_path / "here", InlineExecutor())
+    assert without_clocks(summary.lines) == without_clocks(apart)
+    assert {row.method for row in summary.rows} == set(methods)
+    assert any("trials failed" in sentence for sentence in summary.conclusions)
+    assert run_bench(resolve(methods), tmp_path / "here", InlineExecutor()).lines == summary.lines
+
+
+def test_the_null_control_repeats_its_original_with_other_seeds(tmp_path, resolve):
+    made, lines = run(tmp_path, resolve, ["sgd", "sgd-again"])
     assert made.about["methods"]["sgd-again"]["null"] == "sgd"
-    seeds = {name: {line["seed"] for line in lines if line["method"] == name} for name in made.methods}
+    seeds = {
+        name: {line["seed"] for line in lines if line["method"] == name} for name in made.resolved.methods
+    }
     assert not seeds["sgd"] & seeds["sgd-again"]
     assert len(lines) == made.total
 
 
-def test_what_is_in_the_ledger_is_not_run_again(tmp_path, material):
-    first = bench(tmp_path, material, ["sgd", "adamw"])
-    pieces = first.perform(ProcessExecutor(2))
+def test_what_is_in_the_ledger_is_not_run_again(tmp_path, resolve):
+    first = bench(tmp_path, resolve, ["sgd", "adamw"])
+    pieces = first.run(ProcessExecutor(2))
     kept = [next(pieces).line for _ in range(5)]
     pieces.close()
     assert list(read(tmp_path / "trials.jsonl")) == kept
-    second, rest = run(tmp_path, material, ["sgd", "adamw"])
+    second, rest = run(tmp_path, resolve, ["sgd", "adamw"])
     assert len(rest) == second.total - 5
-    _, unbroken = run(tmp_path / "other", material, ["sgd", "adamw"])
+    _, unbroken = run(tmp_path / "other", resolve, ["sgd", "adamw"])
     assert without_clocks(kept + rest) == without_clocks(unbroken)
-    assert list(second.perform(ProcessExecutor(1))) == [], "a finished bench has nothing to do"
+    assert list(second.run(ProcessExecutor(1))) == [], "a finished bench has nothing to do"
 
 
-def test_a_test_part_that_was_trained_on_is_noted(tmp_path, material):
-    with closing(BenchData([replace(OWN, data=f"{HERE}:leaking_data")])) as leaking:
-        made = bench(tmp_path / "leaking", leaking, ["sgd"])
+def test_a_test_part_that_was_trained_on_is_noted(tmp_path, resolve):
+    made = bench(tmp_path / "leaking", resolve, ["sgd"], spec=replace(OWN, data=f"{HERE}:leaking_data"))
     noted = json.loads((tmp_path / "leaking" / "bench.json").read_text())["workloads"]["own"]["repeated"]
     assert noted == {"validation": 0, "test": 20} == made.about["workloads"]["own"]["repeated"]
-    assert bench(tmp_path / "own", material, ["sgd"]).about["workloads"]["own"]["repeated"]["test"] == 0
+    assert bench(tmp_path / "own", resolve, ["sgd"]).about["workloads"]["own"]["repeated"]["test"] == 0
 
 
-def test_a_bench_that_runs_is_left_alone_by_another(tmp_path, material):
-    pieces = bench(tmp_path, material, ["sgd"]).perform(ProcessExecutor(1))
+def test_a_bench_that_runs_is_left_alone_by_another(tmp_path, resolve):
+    pieces = bench(tmp_path, resolve, ["sgd"]).run(ProcessExecutor(1))
     next(pieces)
     before = (tmp_path / "bench.json").read_bytes()
     with pytest.raises(PlywiseError, match="Another process is adding trials"):
-        bench(tmp_path, material, ["sgd"])
+        bench(tmp_path, resolve, ["sgd"])
     assert (tmp_path / "bench.json").read_bytes() == before
     pieces.close()
 
 
-def test_another_machine_that_goes_on_is_noted(tmp_path, material):
-    made, _ = run(tmp_path, material, ["sgd"])
+def test_another_machine_that_goes_on_is_noted(tmp_path, resolve):
+    made, _ = run(tmp_path, resolve, ["sgd"])
     path = tmp_path / "bench.json"
     about = json.loads(path.read_text())
     assert "resumed" not in about
     about["environment"]["cpu"] = "another one"
     del about["plan"]["threads"], about["plan"]["patience"], about["check"]  # as before they were kept
     path.write_text(json.dumps(about))
-    run(tmp_path, material, ["sgd"])
+    run(tmp_path, resolve, ["sgd"])
     assert "resumed" not in json.loads(path.read_text()), "there was nothing left to run"
     kept = made.ledger.path.read_text().splitlines(keepends=True)
     for left in (1, 2):
         made.ledger.path.write_text("".join(kept[:-left]))
-        run(tmp_path, material, ["sgd"])
+        run(tmp_path, resolve, ["sgd"])
         after = json.loads(path.read_text())
         assert [one["cpu"] for one in after["resumed"]] == [made.about["environment"]["cpu"]]
 
 
-def test_a_trial_makes_the_users_network_once(material, monkeypatch):
+def test_a_trial_makes_the_users_network_once(resolve, monkeypatch):
     import competitors
 
+    resolved = resolve(["sgd"]).workloads["own"]
+    first = resolved.workload
     made = []
     monkeypatch.setattr(
         competitors, "model", lambda model=competitors.model: made.append(model()) or made[-1]
     )
-    first = OWN.applied(material.workloads["own"])
-    again = OWN.settled(first).again(Data.load(material.files["own"]))
+    again = resolved.source.load(Data.load(resolved.file))
     assert made == []
     for name in ("name", "task", "batch_size", "steps", "blocks", "classes"):
         assert getattr(again, name) == getattr(first, name), name
@@ -156,18 +170,19 @@ def test_a_trial_makes_the_users_network_once(material, monkeypatch):
     assert again.make_model() is made[0]
 
 
-def test_local_learners_are_measured_like_the_others(material):
-    costs, failures = measure(BenchConfig((OWN,), ("sgd", "local-loss")), material, ProcessExecutor(2))
-    assert failures == {}
-    assert all(cost.step > 0 for cost in costs.values())
+def test_local_learners_are_measured_like_the_others(resolve):
+    experiment = make_experiment(resolve(["sgd", "local-loss"]), Ledger())
+    assert experiment.probe(ProcessExecutor(2)) == {}
+    assert all(cost.step > 0 for cost in experiment.costs.values())
+    assert experiment.done == 0
 
 
-def test_a_spent_budget_leaves_a_bench_that_can_go_on(tmp_path, material):
-    made = bench(tmp_path, material, ["sgd", "adamw"])
+def test_a_spent_budget_leaves_a_bench_that_can_go_on(tmp_path, resolve):
+    made = bench(tmp_path, resolve, ["sgd", "adamw"])
     left = iter([True] * 3)
-    assert len(list(made.perform(ProcessExecutor(1), lambda: next(left, False)))) == 3
+    assert len(list(made.run(ProcessExecutor(1), lambda: next(left, False)))) == 3
     assert "own" in json.loads((tmp_path / "bench.json").read_text())["unfinished"][0]
-    _, rest = run(tmp_path, material, ["sgd", "adamw"])
+    _, rest = run(tmp_path, resolve, ["sgd", "adamw"])
     assert len(rest) == made.total - 3
     assert json.loads((tmp_path / "bench.json").read_text())["unfinished"] == []
 
@@ -181,16 +196,16 @@ def test_a_spent_budget_leaves_a_bench_that_can_go_on(tmp_path, material):
         ("Hanging", "took longer than 8 s"),
     ],
 )
-def test_a_method_that_fails_is_an_outcome_and_harms_no_other(tmp_path, material, method, why):
-    crew = ProcessExecutor(3, patience=8.0 if method == "Hanging" else 120.0)
-    made, lines = run(tmp_path, material, [f"{HERE}:{method}", "sgd"], crew, trials=1, seeds=1)
+def test_a_method_that_fails_is_an_outcome_and_harms_no_other(tmp_path, resolve, method, why):
+    executor = ProcessExecutor(3, timeout_s=8.0 if method == "Hanging" else 120.0)
+    made, lines = run(tmp_path, resolve, [f"{HERE}:{method}", "sgd"], executor, trials=1, seeds=1)
     bad = [line for line in lines if line["method"] != "sgd"]
     assert [why in line["failure"] for line in bad] == [True] * 3
     assert all(line["failure"] is None for line in lines if line["method"] == "sgd")
     assert len(lines) == made.total
 
 
-def test_a_worker_killed_from_outside_is_named(tmp_path, material):
+def test_a_worker_killed_from_outside_is_named(tmp_path, resolve):
     def kill():
         import multiprocessing
 
@@ -203,7 +218,7 @@ def test_a_worker_killed_from_outside_is_named(tmp_path, material):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    _, lines = run(tmp_path, material, [f"{HERE}:Slow"], trials=1, seeds=2)
+    _, lines = run(tmp_path, resolve, [f"{HERE}:Slow"], trials=1, seeds=2)
     killer.join()
     assert [line["failure"] for line in lines if line["failure"]] == [
         "its process was lost (killed by SIGKILL)"
@@ -211,47 +226,42 @@ def test_a_worker_killed_from_outside_is_named(tmp_path, material):
     assert len(lines) == 5
 
 
-def test_an_optimizer_and_a_method_of_ones_own(tmp_path, material):
-    made, lines = run(tmp_path, material, [f"{HERE}:Adamlike", f"{HERE}:fixed"])
+def test_an_optimizer_and_a_method_of_ones_own(tmp_path, resolve):
+    made, lines = run(tmp_path, resolve, [f"{HERE}:Adamlike", f"{HERE}:fixed"])
     assert all(line["failure"] is None for line in lines)
     assert sum(line["method"] == f"{HERE}:fixed" for line in lines) == 2, "nothing to tune: the defaults only"
     assert len(lines) == made.total == 8
 
 
-def test_a_local_learner_needs_classes(tmp_path):
-    entry = WorkloadSpec("concrete-like", f"{HERE}:model", f"{HERE}:data", blocks=0, steps=12)
-    made = BenchData([entry])
-    try:
-        mixed = Bench(BenchConfig((entry,), ("sgd", "local-loss"), 1, 1), made, tmp_path / "mixed")
-        assert [one["method"] for one in mixed.refused] == ["local-loss"]
-        lines = [piece.line for piece in mixed.perform(ProcessExecutor(2))]
-        assert {line["method"] for line in lines} == {"sgd"}
-        with pytest.raises(PlywiseError, match="No method can run: local-loss"):
-            Bench(BenchConfig((entry,), ("local-loss",), 1, 1), made, tmp_path / "none")
-    finally:
-        made.close()
+def test_a_local_learner_needs_classes(tmp_path, resolve):
+    spec = WorkloadSpec("concrete-like", f"{HERE}:model", f"{HERE}:data", blocks=0, steps=12)
+    mixed, lines = run(tmp_path, resolve, ["sgd", "local-loss"], spec=spec, trials=1, seeds=1)
+    assert [one["method"] for one in mixed.about["refused"]] == ["local-loss"]
+    assert {line["method"] for line in lines} == {"sgd"}
+    with pytest.raises(PlywiseError, match="No method can run: local-loss"):
+        resolve(["local-loss"], spec=spec)
 
 
-def test_another_bench_in_the_folder_is_refused(tmp_path, material):
-    bench(tmp_path, material, ["sgd"])
+def test_another_bench_in_the_folder_is_refused(tmp_path, resolve):
+    bench(tmp_path, resolve, ["sgd"])
     with pytest.raises(StateError, match="methods are sgd, not adamw"):
-        bench(tmp_path, material, ["adamw"])
+        bench(tmp_path, resolve, ["adamw"])
     with pytest.raises(StateError, match="trials are 2, not 3"):
-        bench(tmp_path, material, ["sgd"], trials=3)
+        bench(tmp_path, resolve, ["sgd"], trials=3)
     with pytest.raises(StateError, match="patience are None, not 5"):
-        bench(tmp_path, material, ["sgd"], patience=5.0)
+        bench(tmp_path, resolve, ["sgd"], patience=5.0)
     about = json.loads((tmp_path / "bench.json").read_text())
     about["workloads"]["own"]["data"] = "others"
     (tmp_path / "bench.json").write_text(json.dumps(about))
     with pytest.raises(StateError, match=r"or damaged .*it does not fit its check"):
-        bench(tmp_path, material, ["sgd"])
+        bench(tmp_path, resolve, ["sgd"])
     del about["check"]
     (tmp_path / "bench.json").write_text(json.dumps(about))
     with pytest.raises(StateError, match="own has changed since"):
-        bench(tmp_path, material, ["sgd"])
+        bench(tmp_path, resolve, ["sgd"])
     (tmp_path / "bench.json").write_text("[]")
     with pytest.raises(StateError, match="no description of a bench"):
-        bench(tmp_path, material, ["sgd"])
+        bench(tmp_path, resolve, ["sgd"])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +286,6 @@ def test_no_workers(wrong):
         ProcessExecutor(**wrong)
 
 
-def test_a_model_that_cannot_be_made_is_said_before_anything_runs():
+def test_a_model_that_cannot_be_made_is_said_before_anything_runs(resolve):
     with pytest.raises(PlywiseError, match="no such layer"):
-        BenchData([WorkloadSpec("own", f"{HERE}:broken_model", f"{HERE}:data")])
+        resolve(["sgd"], spec=WorkloadSpec("own", f"{HERE}:broken_model", f"{HERE}:data"))

@@ -40,7 +40,7 @@ def data():
 
 
 def trial(data, begin=None, **options):
-    options = {"seed": 0, "steps": 25, "measure_every": 10, "look": 1100, **options}
+    options = {"seed": 0, "steps": 25, "measure_every": 10, "train_eval_size": 1100, **options}
     return run_trial(begin or beginner(), data, CLASSIFICATION, **options)
 
 
@@ -157,7 +157,7 @@ def test_measuring_is_off_the_clocks(data):
 def test_the_training_loss_is_of_as_many_samples_as_asked_for(data):
     few = Data(Split(data.train.x[:50], data.train.y[:50]), data.validation, data.test)
     trainer = predictor_of_seed(0)
-    assert trial(data, steps=1, look=50).loss[0] == mean(CLASSIFICATION.loss, trainer, few.train)
+    assert trial(data, steps=1, train_eval_size=50).loss[0] == mean(CLASSIFICATION.loss, trainer, few.train)
 
 
 def predictor_of_seed(seed):

@@ -252,21 +252,18 @@ def test_doctor_finds_a_rule_that_does_not_train(plywise, monkeypatch):
 
 
 def test_demo_prints_and_writes(tmp_path, capsys):
-    from plywise.arena.demo.study import DemoConfig
+    from plywise.arena.demo.preset import DemoConfig
 
-    plan = DemoConfig(
-        seeds=2, steps=4, sensitivity_steps=2, rates=3, cost_rounds=1, cost_block=1, hidden=(8, 8)
-    )
-    demo_command.run(plan, tmp_path, "plywise demo")
+    config = DemoConfig(seeds=2, steps=4, sweep_steps=2, rates=3)
+    demo_command.run(config, tmp_path, "plywise demo")
     out = capsys.readouterr().out
-    assert f"[{plan.pieces}/{plan.pieces}]" in out
-    table = out[out.index("test accuracy, %") :]
+    runs = len(config.setups) * (2 + 3)
+    assert f"[{runs}/{runs}]" in out
+    table = out[out.index("test error, %") :]
     for name in ("SGD", "AdamW", *SHOWN):
         assert f"\n {name} " in table
     assert str(tmp_path / "report.html") in table
-    study = json.loads((tmp_path / "study.json").read_text())
-    assert study["elapsed_seconds"] > 0
-    assert study["reading"]
+    assert json.loads((tmp_path / "bench.json").read_text())["unfinished"] == []
 
 
 def test_demo_refuses_before_it_works(plywise, tmp_path):
@@ -290,9 +287,8 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "are kept in here/report.html" in err
-    study = json.loads((tmp_path / "here" / "study.json").read_text())
-    assert study["reading"][0].startswith("The demo was interrupted: ")
-    assert study["methods"][0]["runs"]
+    assert "Not finished." in (tmp_path / "here" / "report.html").read_text("utf-8")
+    assert (tmp_path / "here" / "trials.jsonl").read_text("utf-8")
 
 
 def test_ctrl_c_before_anything(plywise, monkeypatch, tmp_path):

@@ -62,6 +62,7 @@ class TrialContext:
         example: a few training inputs, to cut the model by.
         blocks: how many blocks local learners cut the model into.
         classes: number of classes, for local learners.
+        device: where the model is.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class TrialContext:
     example: Tensor
     blocks: int = 0
     classes: int = 0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Method:
         local: whether it trains the model block by block.
         null: the method that this one is under another name and with other seeds: a null control.
         needs: a package that it imports and plywise does not bring, or nothing.
+        grid: the numbers of its tuning trials, where they are given and not searched for; if it is one
+            only, there is nothing to tune.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Method:
     local: bool = False
     null: str | None = None
     needs: str = ""
+    grid: tuple[Numbers, ...] = ()
 
     def __post_init__(self) -> None:
         ranges = self.space.values() if isinstance(self.space, Mapping) else [self.space]

@@ -13,6 +13,9 @@ from plywise.errors import PlywiseError
 
 __all__ = ["Data", "Workload"]
 
+MEASUREMENTS = 25
+"""How often a run is measured, unless its workload says it."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -31,6 +34,8 @@ class Workload:
         blocks: how many blocks local learners cut the network into; 0: it cannot be cut.
         classes: number of classes, for local learners; 0 for other tasks.
         guesses: what was guessed about the user's data, a sentence each.
+        measure_every: steps between two measurements; None: a 25th of the steps.
+        train_eval_size: training samples that the training loss is measured on.
     """
 
     name: str
@@ -44,6 +49,13 @@ class Workload:
     blocks: int = 0
     classes: int = 0
     guesses: tuple[str, ...] = ()
+    measure_every: int | None = None
+    train_eval_size: int = 500
+
+    @property
+    def interval(self) -> int:
+        """Steps between two measurements; there is one before the first step, too."""
+        return self.measure_every or max(1, self.steps // MEASUREMENTS)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.steps < 1:

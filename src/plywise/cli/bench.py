@@ -6,10 +6,8 @@ import inspect
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +21,11 @@ from plywise.errors import PlywiseError, StateError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from plywise.arena.run.bench import Bench, BenchConfig, BenchProgress
-    from plywise.arena.run.bench_data import BenchData
-    from plywise.arena.run.executor import Executor, ProcessExecutor
-    from plywise.arena.run.ray_executor import RayExecutor
+    from plywise.arena.run.bench import Bench
+    from plywise.arena.run.config import BenchConfig, ResolvedBench, WorkloadSpec
+    from plywise.arena.run.executor import Executor
+    from plywise.arena.run.experiment import Progress
+    from plywise.arena.run.ledger import Ledger
 
 OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run", "json")
 """Flags that are no part of the plan: a bench may be gone on with by others."""
@@ -86,7 +85,7 @@ def bench(
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
             for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
         workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships.
-        methods: what competes: names (`plywise methods` lists the rules), rule+optimizer, learners, or
+        methods: what is compared: names (`plywise methods` lists the rules), rule+optimizer, learners, or
             module:name of a torch.optim.Optimizer or of a rule
             of yours.
         budget: time for all of it, as in 90s, 45m, 2h: sets the number of trials, and the steps of your model
@@ -107,7 +106,7 @@ def bench(
         ray: run the trials on a Ray cluster: its address as host:port, auto for the one that this machine is
             part of, or local to start one here (pip install 'plywise[ray]').
         device: where it trains, as in cuda.
-        patience: seconds that one trial may take. Default: 600; with a budget, three times what the dearest
+        patience: seconds that one trial may take. Default: 600; with a budget, three times what the slowest
             trial is planned to take, if that is more.
         out: folder of bench.json, trials.jsonl and report.html.
         resume: go on with the bench in that folder; what is compared, and how, is as it was there.
@@ -115,67 +114,50 @@ def bench(
         json: print ranking and findings as JSON; progress goes to standard error.
     """
     given = dict(locals())
-    seconds = None
-    if budget is not None:
-        from plywise.arena.run.budget import seconds_of
+    from plywise.arena.run.budget import parse_duration
+    from plywise.arena.run.config import resolve_bench
+    from plywise.arena.run.ledger import Ledger
 
-        seconds = seconds_of(budget)
+    seconds = None if budget is None else parse_duration(budget)
     end = None if seconds is None else time.monotonic() + seconds
+    _check_folder(given)
+    config = _read_config(out) if resume else _make_config(given)
+    executor = _make_executor(ray, workers, config)
+    screen = notes(apart=json)
+    with resolve_bench(config, out) as resolved:
+        for guess in resolved.guesses:
+            screen.print(guess, soft_wrap=True, highlight=False)
+        if resume and dry_run:
+            _plan(resolved, executor, None, Ledger(out / "trials.jsonl"), screen)
+        elif not resume and (dry_run or seconds is not None):
+            resolved = resolved.with_config(_plan(resolved, executor, seconds, Ledger(), screen))
+            executor.timeout_s = _timeout(resolved.config)
+        if not dry_run:
+            _run(resolved, executor, out, end, screen, json)
+
+
+def _check_folder(given: dict[str, Any]) -> None:
+    """Whether there is a bench in the folder must be what --resume says."""
+    out = given["out"]
     if out.exists() and not out.is_dir():
         raise PlywiseError(f"{out} is a file; --out names a folder.", see="error-command")
-    if resume:
-        _refuse_what_the_plan_says(given)
-        plan = _saved(out)
-    else:
-        if (out / "bench.json").exists():
-            raise PlywiseError(
-                f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out.",
-                see="error-bench",
-            )
-        from plywise.arena.run.search import find_search
-
-        own = {"read": read, "batch_size": batch_size, "steps": steps, "blocks": blocks}
-        plan = _asked(model, data, workloads, methods, loss, metric, own)
-        find_search(search)  # what is not installed is said before anything is read
-        plan = replace(
-            plan,
-            trials=trials,
-            seeds=seeds,
-            device=device,
-            search=search,
-            threads=threads,
-            patience=patience,
+    if given["resume"]:
+        _refuse_settings(given)
+    elif (out / "bench.json").exists():
+        raise PlywiseError(
+            f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out.",
+            see="error-bench",
         )
-    if ray is None:  # a cluster's machines have devices of their own
-        from plywise.arena.run.job import require_device
-
-        require_device(plan.device)
-    crew = _crew(ray, workers, plan)
-    screen = notes(apart=json)
-    from plywise.arena.run.bench_data import BenchData
-
-    material = BenchData(plan.entries, out)
-    for workload in material.workloads.values():
-        for guess in workload.guesses:
-            screen.print(guess, soft_wrap=True, highlight=False)
-    try:
-        if resume and dry_run:
-            _planned(plan, material, crew, None, _done(out), screen)
-        elif not resume and (dry_run or seconds is not None):
-            plan = _planned(plan, material, crew, seconds, Counter(), screen)
-            crew.patience = _patience(plan)
-        if not dry_run:
-            _run(plan, material, crew, out, end, screen, json)
-    finally:
-        material.close()
 
 
-def _refuse_what_the_plan_says(given: dict[str, Any]) -> None:
+def _refuse_settings(given: dict[str, Any]) -> None:
     """With --resume, only what is no part of the plan may be given."""
     flags = inspect.signature(bench).parameters.items()
-    own = [name for name, flag in flags if name not in OF_A_RUN and given[name] != flag.default]
-    if own:
-        names = ", ".join("the model" if name == "model" else f"--{name.replace('_', '-')}" for name in own)
+    changed = [name for name, flag in flags if name not in OF_A_RUN and given[name] != flag.default]
+    if changed:
+        names = ", ".join(
+            "the model" if name == "model" else f"--{name.replace('_', '-')}" for name in changed
+        )
         raise PlywiseError(
             f"--resume goes on with the bench in {given['out']} as it was planned: leave out {names}, or "
             "name another folder with --out and begin a bench of its own.",
@@ -183,53 +165,51 @@ def _refuse_what_the_plan_says(given: dict[str, Any]) -> None:
         )
 
 
-def _asked(
-    model: str | None,
-    data: str | None,
-    workloads: str | None,
-    methods: str,
-    loss: str,
-    metric: str,
-    own: dict[str, Any],
-) -> BenchConfig:
+def _make_config(given: dict[str, Any]) -> BenchConfig:
     """What is compared, as the flags say."""
-    from plywise.arena.methods import find_method
-    from plywise.arena.run.bench import BenchConfig
-    from plywise.arena.run.job import WorkloadSpec
+    from plywise.arena.run.config import BenchConfig
+
+    same = ("trials", "seeds", "device", "search", "threads", "patience")
+    return BenchConfig(
+        tuple(_make_specs(given)), tuple(_words(given["methods"])), **{name: given[name] for name in same}
+    )
+
+
+def _make_specs(given: dict[str, Any]) -> list[WorkloadSpec]:
+    """The workloads, as the flags say."""
+    from plywise.arena.run.config import WorkloadSpec
     from plywise.arena.workloads import QUICK, RELATED, STANDARD
 
+    model, data, workloads = (given[name] for name in ("model", "data", "workloads"))
     if (model is None) == (workloads is None):
         raise PlywiseError(
             "Say what to train: your model as module:name with --data, or --workloads with quick, standard, "
             "related or names.",
             see="error-command",
         )
+    changes = {name: given[name] for name in ("read", "batch_size", "steps", "blocks")}
     if model is not None:
         if data is None:
             raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
-        entries = [WorkloadSpec(model, model, data, loss, metric, **own)]
-    elif data is not None or own["read"] or loss or metric:
+        return [WorkloadSpec(model, model, data, given["loss"], given["metric"], **changes)]
+    if data is not None or given["read"] or given["loss"] or given["metric"]:
         raise PlywiseError(
             "--data, --read, --loss and --metric belong to a model of your own.", see="error-command"
         )
-    else:
-        sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
-        names = sets.get(str(workloads)) or _words(str(workloads))
-        entries = [WorkloadSpec(name, **own) for name in names]
-    found = [find_method(name) for name in _words(methods)]
-    for method in found:
-        method.require()
-    return BenchConfig(tuple(entries), tuple(method.name for method in found))
+    sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
+    return [WorkloadSpec(name, **changes) for name in sets.get(workloads) or _words(workloads)]
 
 
-def _crew(ray: str | None, workers: int | None, plan: BenchConfig) -> ProcessExecutor | RayExecutor:
-    """Who runs the trials."""
-    threads, patience = plan.threads, _patience(plan)
+def _make_executor(ray: str | None, workers: int | None, config: BenchConfig) -> Executor:
+    """Runs the trials: on this machine, or on a cluster, whose machines have devices of their own."""
+    threads, timeout_s = config.threads, _timeout(config)
     if ray is None:
         from plywise.arena.run.executor import ProcessExecutor
+        from plywise.arena.run.job import require_device
 
-        count = workers_for(plan.device, threads) if workers is None else workers
-        return ProcessExecutor(count, threads, patience)
+        require_device(config.device)
+        count = workers_for(config.device, threads) if workers is None else workers
+        return ProcessExecutor(count, threads, timeout_s)
     if workers is not None:
         raise PlywiseError(
             "--workers belongs to this machine; with --ray, the cluster's CPUs say how many.",
@@ -237,79 +217,67 @@ def _crew(ray: str | None, workers: int | None, plan: BenchConfig) -> ProcessExe
         )
     from plywise.arena.run.ray_executor import RayExecutor
 
-    return RayExecutor(ray, threads, patience)
+    return RayExecutor(ray, threads, timeout_s)
 
 
-def _patience(plan: BenchConfig) -> float:
+def _timeout(config: BenchConfig) -> float:
     """Seconds that a trial may take."""
-    from plywise.arena.run.executor import PATIENCE
+    from plywise.arena.run.executor import TIMEOUT_S
 
-    return PATIENCE if plan.patience is None else plan.patience
+    return TIMEOUT_S if config.patience is None else config.patience
 
 
-def _saved(out: Path) -> BenchConfig:
-    """The plan of a folder."""
+def _read_config(out: Path) -> BenchConfig:
+    """The config of the bench in a folder."""
     from plywise._util.sealed import unseal
-    from plywise.arena.run.bench import BenchConfig
+    from plywise.arena.run.config import BenchConfig
 
     path = out / "bench.json"
     if not path.exists():
         raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.", see="error-bench")
     try:
-        return BenchConfig.saved(unseal(path.read_text(encoding="utf-8"))["plan"])
+        return BenchConfig.from_json(unseal(path.read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
         raise StateError(
             f"{path} is no description of a bench, or damaged ({error!r}).", see="state-bench"
         ) from error
 
 
-def _done(out: Path) -> Counter[tuple[str, str]]:
-    """Trials in a folder's ledger, by workload and method."""
-    from plywise.arena.run.ledger import Ledger
-
-    return Counter((key.workload, key.method) for key in Ledger(out / "trials.jsonl").lines)
-
-
-def _planned(
-    plan: BenchConfig,
-    material: BenchData,
-    crew: Executor,
+def _plan(
+    resolved: ResolvedBench,
+    executor: Executor,
     budget: float | None,
-    done: Counter[tuple[str, str]],
+    ledger: Ledger,
     screen: Console,
 ) -> BenchConfig:
-    """The plan with steps, trials and patience that fit; says what it, or the rest of it, comes to."""
-    from plywise.arena.run.budget import estimate, fit_budget, measure, patient, steps_for
+    """The config with steps, trials and patience that fit; says what it, or the rest of it, will take."""
+    from plywise.arena.run.bench import make_experiment
+    from plywise.arena.run.budget import fit_config
 
     screen.print("Measuring a few steps of each method.", style="dim")
-    costs, failures = measure(plan, material, crew)
+    experiment = make_experiment(resolved, ledger)
+    failures = experiment.probe(executor)
     for (workload, method), why in failures.items():
         screen.print(f"{method} fails on {workload}: {why}", style="red", soft_wrap=True)
-    if len(failures) == len(costs):
+    if len(failures) == len(experiment.costs):
         raise PlywiseError("Every method fails in its first steps; nothing has been run.", see="error-bench")
-    known = {entry.name: entry.applied(material.workloads[entry.name]).steps for entry in plan.entries}
-    if budget is not None:
-        known = steps_for(plan, costs, plan.entries, known, crew.count, budget)
-        entries = tuple(
-            replace(entry, steps=known[entry.name]) if entry.model else entry for entry in plan.entries
-        )
-        plan = fit_budget(replace(plan, entries=entries), costs, known, crew.count, budget)
-    plan = patient(plan, costs, known)
-    needed = estimate(plan, costs, known, crew.count, done)
-    steps = ", ".join(f"{name} {count}" for name, count in known.items())
+    config = fit_config(resolved, experiment.costs, executor.count, budget)
+    planned = make_experiment(resolved.with_config(config), ledger)
+    planned.costs = experiment.costs
+    needed, done = planned.seconds_left(executor.count), planned.done
+    steps = ", ".join(f"{name} {w.workload.steps}" for name, w in planned.workloads.items())
     screen.print(
-        f"With {plan.trials} tuning trials and {plan.seeds} seeds for each method, and these steps: {steps}; "
-        f"{crew.count} at once: about {format_duration(needed)}"
-        + (f" for what is left; {done.total()} trials are done." if done else "."),
+        f"With {config.trials} tuning trials and {config.seeds} seeds for each method, and these steps: "
+        f"{steps}; {executor.count} at once: about {format_duration(needed)}"
+        + (f" for what is left; {done} trials are done." if done else "."),
         soft_wrap=True,
     )
-    return plan
+    return config
 
 
 def _run(
-    plan: BenchConfig,
-    material: BenchData,
-    crew: Executor,
+    resolved: ResolvedBench,
+    executor: Executor,
     out: Path,
     end: float | None,
     screen: Console,
@@ -318,14 +286,14 @@ def _run(
     from plywise.arena.run.bench import Bench
     from plywise.cli.report import conclude
 
-    bench = Bench(plan, material, out, shlex.join(["plywise", *sys.argv[1:]]))
+    bench = Bench(resolved, out, shlex.join(["plywise", *sys.argv[1:]]))
     goes_on = f"`plywise bench --resume --out {shlex.quote(str(out))}` goes on."
-    stop = Stop(crew)
+    stop = Stop(executor)
     try:
         # closed at once if interrupted here, so that the bench ends before it is reported
-        with stop, closing(bench.perform(crew, lambda: stop.more(end))) as pieces:
+        with stop, closing(bench.run(executor, lambda: stop.more(end))) as pieces:
             _announce(bench, screen)
-            _follow(pieces, bench, screen)
+            show(pieces, bench, screen)
     except OSError as error:  # as of a disk that is full
         error.add_note(f"{len(bench.ledger.lines)} of {bench.total} trials are kept. {goes_on}")
         raise
@@ -344,27 +312,28 @@ def _run(
 
 def _announce(bench: Bench, screen: Console) -> None:
     """Say what is run, and what is not."""
+    config = bench.resolved.config
     screen.print(
-        f"Methods: {len(bench.methods)}; workloads: {len(bench.workloads)}; tuning trials of each: "
-        f"{bench.plan.trials}; seeds: {bench.plan.seeds}; trials in all: {bench.total}, "
+        f"Methods: {len(config.methods)}; workloads: {len(config.workloads)}; tuning trials of each: "
+        f"{config.trials}; seeds: {config.seeds}; trials in all: {bench.total}, "
         f"{len(bench.ledger.lines)} done.",
         soft_wrap=True,
     )
-    for one in bench.refused:
-        screen.print(f"{one['method']} does not run on {one['workload']}: {one['reason']}.", soft_wrap=True)
+    for (workload, method), reason in bench.resolved.refused.items():
+        screen.print(f"{method} does not run on {workload}: {reason}.", soft_wrap=True)
 
 
-def _follow(pieces: Iterator[BenchProgress], bench: Bench, screen: Console) -> None:
+def show(pieces: Iterator[Progress], bench: Bench, screen: Console) -> None:
     """Show each trial as it ends; failures stay on the screen."""
     steps = (
-        Step(piece.done, piece.total, _said(piece.line), stays=bool(piece.line["failure"]))
+        Step(piece.done, piece.total, _describe(piece.line), stays=bool(piece.line["failure"]))
         for piece in pieces
     )
-    done = len(bench.ledger.lines)
+    done = bench.experiment.done
     follow(steps, screen, done=done, total=bench.total, verbose=VOLUME.verbose)
 
 
-def _said(line: dict[str, Any]) -> str:
+def _describe(line: dict[str, Any]) -> str:
     """A trial in one line."""
     which = (
         f"trial {line['trial']}" if line["purpose"] == "tuning" else f"{line['track']}, seed {line['seed']}"

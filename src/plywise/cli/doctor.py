@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from plywise.cli.console import console, notes, print_json, table
 from plywise.cli.training import Switch
 
@@ -40,16 +42,18 @@ def doctor(*, json: Switch = False) -> int:
 
 def self_check() -> dict[str, str]:
     """Train each rule for a moment on the bundled digits; "OK …" for each that lowers the loss."""
-    from plywise.arena.demo.study import SETUPS, DemoConfig, demo_trial
-    from plywise.data.digits import load_digits
-    from plywise.data.parts import Data
+    from plywise.arena.demo.setups import SETUPS
+    from plywise.arena.run.trial import run_trial
+    from plywise.arena.workloads import find_workload
 
-    data = Data(*load_digits())
+    workload = find_workload("digits-mlp")
+    data = workload.make_data()
     verdicts = {}
     for setup in SETUPS:
         if setup.rule is None:
             continue
-        record = demo_trial(DemoConfig(), setup, data, seed=0, steps=STEPS)
+        train = partial(setup.train, workload.make_model)
+        record = run_trial(train, data, workload.task, seed=0, steps=STEPS, batch_size=workload.batch_size)
         first, last = record.loss[0], record.final_loss
         if first is None or last is None:
             verdicts[setup.name] = record.failure or "it measured nothing"

@@ -20,14 +20,14 @@ class Stop:
         presses: how often it was pressed.
     """
 
-    def __init__(self, crew: Executor) -> None:
-        self._crew = crew
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
         self.presses = 0
 
     def __enter__(self) -> Self:
         self._before = signal.getsignal(signal.SIGINT)
         if self._before is not signal.SIG_IGN:  # as a shell's background jobs have it
-            signal.signal(signal.SIGINT, self._hear)
+            signal.signal(signal.SIGINT, self._stop)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -39,9 +39,9 @@ class Stop:
         """Whether another trial may begin, on a clock that may have an end."""
         return not self.presses and (end is None or time.monotonic() < end)
 
-    def _hear(self, *_: object) -> None:
+    def _stop(self, *_: object) -> None:
         self.presses += 1
         if self.presses > 1:
             raise KeyboardInterrupt
         os.write(2, f"\n{STOPPING}\n".encode())  # standard error itself: a print may have been interrupted
-        self._crew.stop()
+        self._executor.stop()

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from plywise.arena.reports.bench_page import Judged
     from plywise.arena.reports.trackers import Exported
     from plywise.arena.scoring.results import BenchResults
+    from plywise.arena.scoring.summary import BenchSummary
 
 
 def report(
@@ -49,14 +49,14 @@ def report(
     if tensorboard is not None:
         from plywise.arena.reports.trackers import to_tensorboard
 
-        _told(screen, to_tensorboard(runs, tensorboard), f"in {tensorboard} for TensorBoard")
+        _print_exported(screen, to_tensorboard(runs, tensorboard), f"in {tensorboard} for TensorBoard")
     if trackio is not None:
         from plywise.arena.reports.trackers import to_trackio
 
-        _told(screen, to_trackio(runs, trackio), f"in the Trackio project {trackio}")
+        _print_exported(screen, to_trackio(runs, trackio), f"in the Trackio project {trackio}")
 
 
-def _told(screen: Console, exported: Exported, where: str) -> None:
+def _print_exported(screen: Console, exported: Exported, where: str) -> None:
     screen.print(
         f"{exported.written} trials are new {where}, {exported.before} were there.",
         soft_wrap=True,
@@ -68,24 +68,24 @@ def conclude(folder: Path, json: bool = False) -> Path:
     """Write the page of a bench; print its ranking and what it finds."""
     from plywise.arena.reports.bench_page import write_page
 
-    path, judged = write_page(folder)
+    path, summary = write_page(folder)
     if json:
-        print_json(_for_machines(path, judged))
+        print_json(_for_machines(path, summary))
         return path
     screen = console()
-    screen.print(_standing(judged.field))
-    for sentence in judged.findings:
+    screen.print(_standing(summary.results))
+    for sentence in summary.conclusions:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
     screen.print(f"\nThe report: {path}", soft_wrap=True)
     return path
 
 
-def _for_machines(path: Path, judged: Judged) -> dict[str, Any]:
+def _for_machines(path: Path, summary: BenchSummary) -> dict[str, Any]:
     """The ranking of each track by each clock, and the findings."""
     from plywise.arena.scoring.ranking import rank_methods
     from plywise.arena.scoring.score import CLOCKS
 
-    field = judged.field
+    field = summary.results
     return {
         "report": str(path),
         "title": field.bench["title"],
@@ -94,7 +94,7 @@ def _for_machines(path: Path, judged: Judged) -> dict[str, Any]:
         "ranking": {
             track: {clock: rank_methods(field, track, clock) for clock in CLOCKS} for track in field.tracks
         },
-        "findings": judged.findings,
+        "findings": summary.conclusions,
     }
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from plywise.arena.reproductions.experiment import Paper
-    from plywise.arena.reproductions.runner import Reproduction, ReproductionProgress
+    from plywise.arena.reproductions.runner import Reproduction
     from plywise.arena.run.executor import ProcessExecutor
+    from plywise.arena.run.experiment import Progress
 
 
 def reproduce(
@@ -88,14 +89,14 @@ def reproduce(
     size_name = data if data == "digits" else size
     made = Reproduction(paper, size_name, seeds, out / find_paper(paper).name, names, device)
     require_device(device)
-    crew = ProcessExecutor(workers_for(device, threads) if workers is None else workers, threads)
-    _announce(made, crew, screen)
+    executor = ProcessExecutor(workers_for(device, threads) if workers is None else workers, threads)
+    _announce(made, executor, screen)
     if dry_run:
         return
-    stop = Stop(crew)
+    stop = Stop(executor)
     try:
         # closed at once if interrupted here, so that no run is left behind
-        with stop, closing(made.perform(crew)) as pieces:
+        with stop, closing(made.run(executor)) as pieces:
             _follow(pieces, made, screen)
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):
@@ -162,27 +163,26 @@ def _describe(paper: Paper) -> dict[str, Any]:
     }
 
 
-def _announce(made: Reproduction, crew: ProcessExecutor, screen: Console) -> None:
+def _announce(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None:
     """Say what is run, and how long it may take."""
     for experiment in made.experiments:
         screen.print(f"{experiment.name}: {experiment.sizes[made.size].about}.", soft_wrap=True)
     if made.done < made.total:
         screen.print("Measuring a few steps of each method.", style="dim")
-        left = format_duration(made.measure(crew))
+        left = format_duration(made.measure(executor))
         screen.print(f"{made.total - made.done} of {made.total} runs are left: about {left}.")
 
 
-def _follow(pieces: Iterator[ReproductionProgress], made: Reproduction, screen: Console) -> None:
+def _follow(pieces: Iterator[Progress], made: Reproduction, screen: Console) -> None:
     """Show each run as it ends."""
-    steps = (Step(piece.done, piece.total, _said(piece), piece.left) for piece in pieces)
+    steps = (Step(piece.done, piece.total, _describe_run(piece.line), piece.seconds_left) for piece in pieces)
     follow(steps, screen, done=made.done, total=made.total, verbose=VOLUME.verbose)
 
 
-def _said(piece: ReproductionProgress) -> str:
+def _describe_run(line: dict[str, Any]) -> str:
     """A run in one line."""
     from plywise.arena.scoring.records import TUNING
 
-    line = piece.line
     which = f"rate {line['rate']:g}" if line["purpose"] == TUNING else f"seed {line['seed']}"
     measured = line["test"] if line["loss"] and line["loss"][-1] is None else (line["loss"] or [None])[-1]
     result = line["failure"] or (f"{measured:.4g}" if measured is not None else "done")

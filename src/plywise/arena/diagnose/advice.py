@@ -32,7 +32,7 @@ SPREAD = 30.0
 """A feature of a network's inputs with a standard deviation this many times the middle one has another unit.
 The shipped workloads stay below 2."""
 SILENT = 0.6
-"""Share of a layer's outputs that hear nothing from which something is wrong. At initialisation the shipped
+"""Share of a layer's outputs without a gradient from which something is wrong. At initialisation the shipped
 workloads stay below 0.45."""
 NARROW = 0.5
 """Share of a layer's inputs that vary below which it is wider than what it reads."""
@@ -149,7 +149,7 @@ def _about_silence(diagnosis: Diagnosis) -> list[Advice]:
             f"In {_list(silent)} {SILENT:.0%} of the outputs or more get a gradient of exactly 0 from every "
             f"sample ({_called(worst)}: {worst.silent:.0%}), so that what feeds them does not learn: another "
             "initialisation or bias, or an activation that is not flat below 0.",
-            f"{PLAIN}. No rule can move a weight that hears nothing.",
+            f"{PLAIN}. No rule can move a weight without a gradient.",
         )
     ]
 

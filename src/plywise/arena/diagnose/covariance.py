@@ -57,7 +57,7 @@ class Covariance:
     Example:
         >>> covariance = Covariance()
         >>> covariance.add(torch.tensor([[[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]]]))
-        >>> covariance.told().condition
+        >>> covariance.summarize().condition
         9.0
     """
 
@@ -83,7 +83,7 @@ class Covariance:
         self.gram = self.gram + shifted.mT @ shifted
         self.count += rows.shape[1]
 
-    def told(self) -> Inputs | None:
+    def summarize(self) -> Inputs | None:
         """What they look like, in the worst group; None if there are none.
 
         Raises:

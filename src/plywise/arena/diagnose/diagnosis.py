@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plywise.arena.diagnose.covariance import MOST_GROUPS, Covariance, Inputs
+from plywise.arena.diagnose.covariance import Inputs
+from plywise.arena.diagnose.layer_record import LayerRecord, euclidean_norm
 from plywise.arena.task import Judge
 from plywise.arena.workload import Workload
 from plywise.data.batches import endless_batches
@@ -25,8 +26,6 @@ from plywise.rules.backprop import Backprop
 
 BATCHES = 8
 """Batches looked at, by default."""
-MOST_ROWS = 1024
-"""Rows of a layer's inputs that one batch adds to the covariance; a convolution has thousands of them."""
 
 
 @dataclass(frozen=True)
@@ -137,20 +136,20 @@ def diagnose(
         >>> found.layers[0].read.condition
         4.0
     """
-    network = _copied(getattr(model, "_orig_mod", model))
+    network = _copy(getattr(model, "_orig_mod", model))
     layers = _find_layers(network)
-    looks = {name: _Look(module) for name, module, reason in layers if not reason}
+    records = {name: LayerRecord(module) for name, module, reason in layers if not reason}
     kept = list(batches)
     if not kept:
         raise PlywiseError("A diagnosis needs one batch at least; there is none.", see="error-bench")
     devices = sorted({p.device.index or 0 for p in network.parameters() if p.device.type == "cuda"})
     losses: list[float] = []
-    if looks:
+    if records:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             torch.manual_seed(seed)
-            losses = _watch(network, loss, kept, looks)
+            losses = _watch(network, loss, kept, records)
     mean = statistics.fmean(losses) if losses else None
-    return _told(network, layers, looks, [len(x) for x, _ in kept], mean)
+    return _summarize(network, layers, records, [len(x) for x, _ in kept], mean)
 
 
 def diagnose_workload(
@@ -209,7 +208,7 @@ def layers_before(workload: Workload, data: Data) -> dict[str, Any]:
         return {"layers": None, "unseen": f"{type(error).__name__}: {str(error).split('. ')[0].rstrip('.')}"}
 
 
-# ---- looking -------------------------------------------------------------------------------------
+# ---- measuring -------------------------------------------------------------------------------------
 
 
 def _find_layers(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -226,7 +225,7 @@ def _find_layers(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     return list(found.values())
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)  # without hooks of plywise: a rule at work is not in the way
     except Exception as error:
@@ -239,20 +238,23 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _watch(
-    model: nn.Module, loss: Judge, batches: Sequence[tuple[Tensor, Tensor]], looks: dict[str, _Look]
+    model: nn.Module,
+    loss: Judge,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    records: dict[str, LayerRecord],
 ) -> list[float]:
-    """Forward and backward for each batch, under the eyes of the looks; the losses."""
+    """Forward and backward for each batch, recorded layer by layer; the losses."""
 
-    def look(call: LinearCall, *_: Any) -> None:
-        if call.name not in looks:
+    def record(call: LinearCall, *_: Any) -> None:
+        if call.name not in records:
             return
-        if not looks[call.name].calls:
-            looks[call.name].place = -sum(one.calls > 0 for one in looks.values())
-        looks[call.name].see(call)
+        if not records[call.name].calls:
+            records[call.name].place = -sum(one.calls > 0 for one in records.values())
+        records[call.name].add(call)
 
     losses = []
     rule = Backprop().attach(model)
-    with rule.observing(look):
+    with rule.observing(record):
         for number, (x, y) in enumerate(batches, 1):
             value = loss(model(x), y)
             losses.append(value.item())
@@ -271,111 +273,43 @@ def _watch(
             # nothing arrives in .grad
             gradients = torch.autograd.grad(value, trained, allow_unused=True)
             reached = {id(p) for p, gradient in zip(trained, gradients, strict=True) if gradient is not None}
-            for one in looks.values():
+            for one in records.values():
                 one.end_batch(reached)
     return losses
 
 
-class _Look:
-    """What is gathered about one layer."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.width = 0
-        self.calls, self.place = 0, 0
-        self.rows = self.samples = self.entries = 0
-        self.squares, self.reached = 0.0, False
-        self.heard: Tensor | None = None
-        self.covariance = Covariance()
-        self.gradient: Tensor | None = None  # of this batch: one layer may be called several times
-        self.gradients: Tensor | None = None  # their sum over the batches
-        self.norms: list[float] = []
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight, which a lazy layer makes in its first forward."""
-        weight = self.module._parameters["weight"]
-        assert weight is not None
-        return weight
-
-    def see(self, call: LinearCall) -> None:
-        """One call's problem."""
-        delta = call.delta.detach()
-        self.calls += 1
-        self.rows, self.samples = self.rows + call.row_count, self.samples + call.samples
-        self.entries += delta.numel()
-        self.squares += _norm(delta) ** 2
-        heard = call.map.bias_gradient(delta.abs()) != 0
-        self.width = call.width
-        self.heard = heard if self.heard is None else self.heard | heard
-        self.covariance.add(self._sampled_rows(call))
-        if self.weight.requires_grad:
-            gradient = call.weight_gradient(delta).detach().to(call.dtype)
-            self.gradient = gradient if self.gradient is None else self.gradient + gradient
-
-    def _sampled_rows(self, call: LinearCall) -> Tensor:
-        """Some of the rows, (g, n, d); never are those of all samples made if there are too many."""
-        positions = max(1, call.row_count // max(1, call.samples))
-        a = call.a if call.a.dim() > 1 else call.a[None]
-        rows = call.map.rows(a[: max(1, MOST_ROWS // positions)].detach())
-        return rows[:MOST_GROUPS, :: math.ceil(rows.shape[1] / MOST_ROWS) or 1]
-
-    def end_batch(self, reached: set[int]) -> None:
-        """The batch's gradient is complete; ``reached`` are the parameters that have one."""
-        self.reached |= id(self.weight) in reached
-        if self.gradient is not None:
-            self.norms.append(_norm(self.gradient))
-            self.gradients = self.gradient if self.gradients is None else self.gradients + self.gradient
-            self.gradient = None
-
-    def norm(self) -> float | None:
-        """Norm of a sample's backward value."""
-        return math.sqrt(self.squares / self.samples) if self.samples else None
-
-    def noise(self) -> float | None:
-        """Share of a gradient's mean square norm that is its variance, estimated without bias."""
-        count = len(self.norms)
-        if count < 2 or self.gradients is None or not any(self.norms):
-            return None
-        whole = statistics.fmean(norm**2 for norm in self.norms)
-        mean = (_norm(self.gradients) / count) ** 2
-        return min(1.0, max(0.0, whole - mean) * count / (count - 1) / whole)
+# ---- summary -------------------------------------------------------------------------------------
 
 
-def _norm(tensor: Tensor) -> float:
-    """Euclidean norm; tiny gradients do not underflow on the way."""
-    tensor = tensor.float()
-    largest = tensor.abs().max() if tensor.numel() else tensor.new_zeros(())
-    return float(largest) * float(torch.linalg.vector_norm(tensor / largest)) if float(largest) else 0.0
-
-
-# ---- telling -------------------------------------------------------------------------------------
-
-
-def _told(
+def _summarize(
     model: nn.Module,
-    layers_: list[tuple[str, nn.Module, str]],
-    looks: dict[str, _Look],
+    found: list[tuple[str, nn.Module, str]],
+    records: dict[str, LayerRecord],
     sizes: list[int],
     loss: float | None,
 ) -> Diagnosis:
-    reasons = {name: reason for name, _, reason in layers_ if reason} | _apart(looks)
-    seen = sorted((name for name in looks if looks[name].calls), key=lambda name: looks[name].place)
-    names = [*seen, *(name for name in looks if name not in seen and name not in reasons)]
-    last = looks[seen[-1]].norm() if seen else None
-    layers = tuple(_layer(name, looks[name], len(sizes), last) for name in names)
-    first = looks[seen[0]].norm() if seen else None
+    reasons = {name: reason for name, _, reason in found if reason} | _find_uses_without_calls(records)
+    seen = sorted((name for name in records if records[name].calls), key=lambda name: records[name].place)
+    names = [*seen, *(name for name in records if name not in seen and name not in reasons)]
+    last = records[seen[-1]].norm() if seen else None
+    layers = tuple(_summarize_layer(name, records[name], len(sizes), last) for name in names)
+    first = records[seen[0]].norm() if seen else None
     rates = [layer.rate for layer in layers if layer.rate]
     return Diagnosis(
         model=type(model).__name__,
-        parameters=_count(model.parameters()),
+        parameters=_count_parameters(model.parameters()),
         batches=len(sizes),
         batch_size=max(sizes),
         loss=loss,
         layers=layers,
         left=tuple(
-            Left(name, type(module).__name__, _count(module.parameters(recurse=False)), reasons[name])
-            for name, module, _ in layers_
+            Left(
+                name,
+                type(module).__name__,
+                _count_parameters(module.parameters(recurse=False)),
+                reasons[name],
+            )
+            for name, module, _ in found
             if name in reasons
         ),
         backward_ratio=last / first if first and last else None,
@@ -383,36 +317,38 @@ def _told(
     )
 
 
-def _apart(looks: dict[str, _Look]) -> dict[str, str]:
+def _find_uses_without_calls(records: dict[str, LayerRecord]) -> dict[str, str]:
     """Layers whose weight got a gradient though nobody called them, nor a layer that shares it; and why."""
-    called = {id(look.weight) for look in looks.values() if look.calls}
+    called = {id(record.weight) for record in records.values() if record.calls}
     why = "its weight is used without calling the layer"
-    return {name: why for name, look in looks.items() if look.reached and id(look.weight) not in called}
+    return {
+        name: why for name, record in records.items() if record.reached and id(record.weight) not in called
+    }
 
 
-def _layer(name: str, look: _Look, batches: int, last: float | None) -> LayerDiagnosis:
-    module, weight = look.module, look.weight
-    own = look.norm()
+def _summarize_layer(name: str, record: LayerRecord, batches: int, last: float | None) -> LayerDiagnosis:
+    module, weight = record.module, record.weight
+    own = record.norm()
     lazy = nn.parameter.is_lazy(weight)
-    size = 0.0 if lazy else _norm(weight.detach())
-    norm = math.sqrt(statistics.fmean(n**2 for n in look.norms)) if look.norms else None
+    size = 0.0 if lazy else euclidean_norm(weight.detach())
+    norm = math.sqrt(statistics.fmean(n**2 for n in record.norms)) if record.norms else None
     return LayerDiagnosis(
         name=name,
         type=type(module).__name__,
-        inputs=0 if lazy else look.width or weight[0].numel(),
+        inputs=0 if lazy else record.width or weight[0].numel(),
         outputs=0 if lazy else weight.shape[0],
-        parameters=_count(module.parameters(recurse=False)),
+        parameters=_count_parameters(module.parameters(recurse=False)),
         trains=weight.requires_grad,
-        uses=look.calls / batches,
-        rows=look.rows / look.samples if look.samples else None,
-        backward=math.sqrt(look.squares / look.entries) if look.entries else None,
+        uses=record.calls / batches,
+        rows=record.rows / record.samples if record.samples else None,
+        backward=math.sqrt(record.squares / record.entries) if record.entries else None,
         backward_to_last=own / last if own is not None and last else None,
-        silent=None if look.heard is None else 1 - float(look.heard.float().mean()),
+        silent=None if record.has_gradient is None else 1 - float(record.has_gradient.float().mean()),
         rate=norm / size if norm is not None and size else None,
-        noise=look.noise(),
-        read=look.covariance.told(),
+        noise=record.noise(),
+        read=record.covariance.summarize(),
     )
 
 
-def _count(parameters: Iterable[Any]) -> int:
+def _count_parameters(parameters: Iterable[Any]) -> int:
     return sum(p.numel() for p in parameters if not nn.parameter.is_lazy(p))

@@ -45,7 +45,7 @@ def thin(value: Any, digits: int = DIGITS) -> Any:
     return value
 
 
-def curves(field: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
+def curves(results: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
     """Loss and validation metric of every method while it trains: median, least and greatest of the seeds.
 
     A run that failed counts as infinity after its last measurement, and what is infinite is None.
@@ -55,16 +55,16 @@ def curves(field: BenchResults, track: str, workload: str) -> list[dict[str, Any
         a step, ``loss`` and ``validation`` (three lists each), ``failed`` (pairs of the place in
         ``steps`` where a run was last measured and why it failed) and ``runs``.
     """
-    points = min(max(POINTS // max(len(field.cells), 1), FEWEST), MOST)
+    points = min(max(POINTS // max(len(results.cells), 1), FEWEST), MOST)
     found = []
-    for method in field.methods:
-        cell = field.cells.get((track, workload, method))
+    for method in results.methods:
+        cell = results.cells.get((track, workload, method))
         if cell is not None:
             found.append({"name": method, **_curve(cell.runs, points)})
     return found
 
 
-def rates(field: BenchResults, workload: str) -> list[dict[str, Any]]:
+def rates(results: BenchResults, workload: str) -> list[dict[str, Any]]:
     """The validation metric at the end of each tuning trial, by the first of the tuned numbers.
 
     Returns:
@@ -72,9 +72,9 @@ def rates(field: BenchResults, workload: str) -> list[dict[str, Any]]:
         value, metric (None where it failed) and why it failed.
     """
     found = []
-    for method in field.methods:
-        space = field.bench["methods"].get(method, {}).get("space") or {}
-        trials = field.tuning.get((workload, method), [])
+    for method in results.methods:
+        space = results.bench["methods"].get(method, {}).get("space") or {}
+        trials = results.tuning.get((workload, method), [])
         if space and trials:
             number = "lr" if "lr" in space else next(iter(space))
             points = [
@@ -95,11 +95,11 @@ def rates(field: BenchResults, workload: str) -> list[dict[str, Any]]:
     return found
 
 
-def tuning_cost(field: BenchResults, workload: str) -> list[dict[str, Any]]:
+def tuning_cost(results: BenchResults, workload: str) -> list[dict[str, Any]]:
     """The best result that a method has after each number of tuning trials, see `after_trials`."""
     found = []
-    for method in field.methods:
-        trials = field.tuning.get((workload, method), [])
+    for method in results.methods:
+        trials = results.tuning.get((workload, method), [])
         if trials:
             values = [math.inf if line["failure"] is not None else best_validation(line) for line in trials]
             low, middle, high = zip(*after_trials(values), strict=True)
@@ -143,20 +143,20 @@ def _later(n: int, place: int, k: int) -> float:
     return math.prod(max(n - many - j, 0) / (n - j) for j in range(few))
 
 
-def layers(field: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
+def layers(results: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
     """What is known about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
 
-    From the final runs, of several seeds the first one that said anything; and from the bench's description
-    of the workload, under the name `BEFORE`.
+    From the final runs, of several seeds the first one that said anything; or from the bench's description of
+    the method; and from that of the workload, under the name `BEFORE`.
     """
-    told = {BEFORE: field.bench["workloads"].get(workload, {}).get("layers")}
-    for method in field.methods:
-        cell = field.cells.get((track, workload, method))
-        if cell:
-            told[method] = next((run["layers"] for run in cell.runs if run.get("layers")), None)
+    known = {BEFORE: results.bench["workloads"].get(workload, {}).get("layers")}
+    for method in results.methods:
+        cell = results.cells.get((track, workload, method))
+        seeds = [run["layers"] for run in cell.runs if run.get("layers")] if cell else []
+        known[method] = next(iter(seeds), results.bench["methods"].get(method, {}).get("layers"))
     return [
         {"name": name, "layers": one["names"], "kinds": {k: thin(v) for k, v in one.items() if k != "names"}}
-        for name, one in told.items()
+        for name, one in known.items()
         if one
     ]
 

@@ -9,7 +9,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,18 @@ from plywise.arena.reports import bench_charts as charts
 from plywise.arena.reports.page import fill
 from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
 from plywise.arena.run.ledger import read
-from plywise.arena.scoring.conclusions import WORDS, draw_conclusions, span
+from plywise.arena.scoring.conclusions import WORDS, span
 from plywise.arena.scoring.intervals import COUNT, LEVEL
 from plywise.arena.scoring.ranking import (
     FURTHEST,
     MethodOnWorkload,
-    compare_methods,
     null_ratio,
     rank_methods,
 )
 from plywise.arena.scoring.records import TrialRecord
-from plywise.arena.scoring.results import BenchResults, gather_results
+from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.score import CLOCKS, STRICT_PLACE, choose_best
+from plywise.arena.scoring.summary import BenchSummary, summarize_bench
 from plywise.errors import PlywiseError
 
 LARGEST = 1_900_000
@@ -63,153 +63,111 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
     return bench, list(read(folder / "trials.jsonl"))
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A bench with everything that is said about it, computed once.
-
-    Attributes:
-        field: its trials, sorted.
-        lines: the same as they were read, in the order of the ledger.
-        rows: every method on every workload.
-        findings: what is to be read from that, in sentences.
-    """
-
-    field: BenchResults
-    lines: list[TrialRecord]
-    rows: list[MethodOnWorkload]
-    findings: list[str]
-
-
-def judge(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Judged:
-    """Judge a bench, whole or interrupted.
-
-    Args:
-        bench: what bench.json holds.
-        lines: the trials of the ledger; not all need be there.
-    """
-    lines = list(lines)
-    field = gather_results(bench, lines)
-    found = compare_methods(field)
-    return Judged(field, lines, found, draw_conclusions(field, found))
-
-
-def write_page(folder: Path) -> tuple[Path, Judged]:
+def write_page(folder: Path) -> tuple[Path, BenchSummary]:
     """Write the report of a bench, whole or not at all; see `read_bench`.
 
     Returns:
         The path of the page, report.html in the folder, and what it is about.
     """
-    judged = judge(*read_bench(folder))
-    return write_whole(folder / "report.html", page(judged)), judged
+    summary = summarize_bench(*read_bench(folder))
+    return write_whole(folder / "report.html", page(summary)), summary
 
 
-def page(judged: Judged) -> str:
-    """The report as text: an HTML page that loads nothing."""
-    field, lines, found = judged.field, judged.lines, judged.rows
-    bench = field.bench
-    context = {
-        "title": bench["title"],
-        "bench": bench,
-        "lead": _lead(field),
-        "missing": _missing(field),
-        "findings": judged.findings,
-        "targets": _targets(field),
-        "controls": _controls(field),
-        "failures": _failures(lines),
-        "failed": sum(line["failure"] is not None for line in lines),
-        "trials": len(lines),
-        "methods": _methods(field),
-        "told": WORDS,
-        "rules": {"place": STRICT_PLACE, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
-    }
-    data = _data(field, found)
-    tables = list(
-        filter(None, [_download("standing.csv", "Standing (CSV)", "text/csv", [ranking_csv(found)])])
-    )
+def page(summary: BenchSummary) -> str:
+    """The report as text: an HTML page that loads nothing.
+
+    It holds the raw trials if they fit into `LARGEST` bytes, with as many digits as do.
+    """
+    context, data = _context(summary), _data(summary.results, summary.rows)
 
     def filled(downloads: list[dict[str, str]], note: str) -> str:
-        return fill(
-            "bench.html",
-            styles=["bench.css"],
-            scripts=["bench.js"],
-            data=data,
-            downloads=downloads,
-            download_note=note,
-            **context,
-        )
+        context.update(downloads=downloads, download_note=note)
+        return fill("bench.html", styles=["bench.css"], scripts=["bench.js"], data=data, **context)
 
+    ranking = _download("standing.csv", "Standing (CSV)", "text/csv", [ranking_csv(summary.rows)])
+    tables = [ranking] if ranking else []
     room = LARGEST - len(filled(tables, "").encode("utf-8"))
-    table = _download("trials.csv", "All trials, one a line (CSV)", "text/csv", runs_csv(field), room)
+    label, lines = "All trials, one a line (CSV)", runs_csv(summary.results)
+    table = _download("trials.csv", label, "text/csv", lines, room)
     if table is None:
         return filled(tables, "The trials are too large for this page: trials.jsonl of the bench has them.")
     tables, room = [*tables, table], room - len(table["href"])
     for digits in (None, 6, 4, 3):
-        raw = _download(
-            "trials.jsonl",
+        label, texts = (
             "All trials with their curves (JSON lines)",
-            "application/x-ndjson",
-            (_raw(line, digits) for line in lines),
-            room,
+            (_raw(line, digits) for line in summary.lines),
         )
+        raw = _download("trials.jsonl", label, "application/x-ndjson", texts, room)
         if raw is not None:
-            note = (
-                f"The curves are cut to {digits} digits; trials.jsonl of the bench has them all."
-                if digits
-                else ""
-            )
-            return filled([*tables, raw], note)
+            cut = f"The curves are cut to {digits} digits; trials.jsonl of the bench has them all."
+            return filled([*tables, raw], cut if digits else "")
     return filled(tables, "The curves are too large for this page: trials.jsonl of the bench has them.")
 
 
-def _data(field: BenchResults, found: list[MethodOnWorkload]) -> dict[str, Any]:
-    """What the page's script draws; infinite and missing numbers alike become null."""
-    fronts = {
-        (track, workload): charts.front(
-            row for row in found if (row.track, row.workload) == (track, workload)
-        )
-        for track in field.tracks
-        for workload in field.workloads
+def _context(summary: BenchSummary) -> dict[str, Any]:
+    """What the page's template is filled with."""
+    results, lines = summary.results, summary.lines
+    return {
+        "title": results.bench["title"],
+        "bench": results.bench,
+        "lead": _lead(results),
+        "missing": _missing(results),
+        "findings": summary.conclusions,
+        "targets": _targets(results),
+        "controls": _controls(results),
+        "failures": _failures(lines),
+        "failed": sum(line["failure"] is not None for line in lines),
+        "trials": len(lines),
+        "methods": _methods(results),
+        "told": WORDS,
+        "rules": {"place": STRICT_PLACE, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
     }
 
+
+def _data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]:
+    """What the page's script draws; infinite and missing numbers alike become null."""
+
     def by(make: Any) -> dict[str, Any]:
-        return {track: {name: make(field, track, name) for name in field.workloads} for track in field.tracks}
+        return {
+            track: {name: make(results, track, name) for name in results.workloads}
+            for track in results.tracks
+        }
 
     def table(_: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
-        return [
-            {**charts.thin(_plain(row), 4), "front": row.method in fronts[track, workload]}
-            for row in found
-            if (row.track, row.workload) == (track, workload)
-        ]
+        shown = [row for row in rows if (row.track, row.workload) == (track, workload)]
+        front = charts.front(shown)
+        return [{**charts.thin(_plain(row), 4), "front": row.method in front} for row in shown]
 
     return {
-        "methods": field.methods,
+        "methods": results.methods,
         "before": charts.BEFORE,
-        "nulls": field.nulls,
-        "baselines": field.baselines,
-        "tracks": field.tracks,
+        "nulls": results.nulls,
+        "baselines": results.baselines,
+        "tracks": results.tracks,
         "clocks": {clock: WORDS[clock] for clock in CLOCKS},
         "furthest": FURTHEST,
-        "workloads": {
-            name: {
-                **field.bench["workloads"].get(name, {}),
-                "target": charts.thin(field.targets[name].strict, 4),
-                "loose": charts.thin(field.targets[name].loose, 4),
-                "refused": {m: reason for (w, m), reason in field.refused.items() if w == name},
-            }
-            for name in field.workloads
-        },
+        "workloads": {name: _workload(results, name) for name in results.workloads},
         "ranking": {
             track: {
-                clock: [charts.thin(asdict(one), 4) for one in rank_methods(field, track, clock)]
+                clock: [charts.thin(asdict(one), 4) for one in rank_methods(results, track, clock)]
                 for clock in CLOCKS
             }
-            for track in field.tracks
+            for track in results.tracks
         },
         "rows": by(table),
         "curves": by(charts.curves),
         "layers": by(charts.layers),
-        "rates": {name: charts.rates(field, name) for name in field.workloads},
-        "tuning": {name: charts.tuning_cost(field, name) for name in field.workloads},
+        "rates": {name: charts.rates(results, name) for name in results.workloads},
+        "tuning": {name: charts.tuning_cost(results, name) for name in results.workloads},
+    }
+
+
+def _workload(results: BenchResults, name: str) -> dict[str, Any]:
+    return {
+        **results.bench["workloads"].get(name, {}),
+        "target": charts.thin(results.targets[name].strict, 4),
+        "loose": charts.thin(results.targets[name].loose, 4),
+        "refused": {m: reason for (w, m), reason in results.refused.items() if w == name},
     }
 
 
@@ -219,6 +177,8 @@ def _plain(row: MethodOnWorkload) -> dict[str, Any]:
 
 def _lead(field: BenchResults) -> str:
     bench = field.bench
+    if "lead" in bench:
+        return str(bench["lead"])
     methods = len(field.methods) - len(field.nulls)
     return (
         f"{_count(methods, 'method')} on {_count(len(field.workloads), 'workload')}: "

@@ -1,4 +1,4 @@
-"""A bench's standing and its trials as tables for spreadsheets."""
+"""A bench's ranking and its trials as tables for spreadsheets."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
             line += spread or [None] * 3
         for clock in CLOCKS:
             line += [*row.times[clock][:3], *(row.ratios[clock] or [None] * 4)]
-        lines.append([*line, row.step_cost, row.seconds, row.peak_mib, _told(row.numbers)])
+        lines.append([*line, row.step_cost, row.seconds, row.peak_mib, _format_numbers(row.numbers)])
     return _csv([*header, *spans, *timing, "step_cost", "cpu_seconds_of_a_run", "peak_mib", "numbers"], lines)
 
 
-def runs_csv(field: BenchResults) -> Iterator[str]:
+def runs_csv(results: BenchResults) -> Iterator[str]:
     """Every trial of the bench, one a line: what it reached, when, and how it ended; line by line."""
     header = [
         "workload",
@@ -47,14 +47,14 @@ def runs_csv(field: BenchResults) -> Iterator[str]:
     ]
     clocks = [f"{clock}_to_target" for clock in CLOCKS]
     yield _row([*header, *clocks, "steps_to_loose_target", "peak_mib", "failure"])
-    for workload in field.workloads:
-        target = field.targets[workload]
-        for method in field.methods:
-            for line in field.trials(workload, method):
+    for workload in results.workloads:
+        target = results.targets[workload]
+        for method in results.methods:
+            for line in results.trials(workload, method):
                 yield _row(
                     [
                         *(line[name] for name in header[:6]),
-                        _told(line["numbers"]),
+                        _format_numbers(line["numbers"]),
                         best_validation(line),
                         last_validation(line),
                         line.get("test"),
@@ -66,7 +66,7 @@ def runs_csv(field: BenchResults) -> Iterator[str]:
                 )
 
 
-def _told(numbers: dict[str, float]) -> str:
+def _format_numbers(numbers: dict[str, float]) -> str:
     return " ".join(f"{name}={value:g}" for name, value in numbers.items())
 
 

@@ -48,10 +48,6 @@ class Measure:
     better: int
     tuned_by: Callable[[Line], float]
 
-    def advantage(self, one: float, other: float) -> float:
-        """By how much the one is better than the other, on the scale."""
-        return self.better * (self.scale(one) - self.scale(other))
-
 
 def _logarithm(loss: float) -> float:
     return math.log(max(loss, 1e-12))

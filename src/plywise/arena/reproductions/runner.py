@@ -6,7 +6,8 @@ import json
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,19 @@ from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise._util.scratch import Scratch
 from plywise.arena.reproductions import find_paper, tables
-from plywise.arena.reproductions.experiment import DIGITS, SIZE_WORDS, Arm, Experiment, Line
-from plywise.arena.reproductions.runs import ExperimentKey, Probe, ReproductionRun, settings
+from plywise.arena.reproductions.experiment import DIGITS, SIZE_WORDS, Experiment, Line
+from plywise.arena.reproductions.source import ExperimentSource
 from plywise.arena.reproductions.summary import outcome, ruling
-from plywise.arena.run.bench import TUNING_SEED
-from plywise.arena.run.executor import PATIENCE, ProcessExecutor
+from plywise.arena.run.executor import TIMEOUT_S, Executor
+from plywise.arena.run.experiment import Design, Progress
+from plywise.arena.run.experiment import Experiment as Runs
 from plywise.arena.run.job import rounded
 from plywise.arena.run.ledger import Ledger
-from plywise.arena.scoring.records import FINAL, TUNED, TUNING, Key
+from plywise.arena.scoring.records import FINAL, TUNED, TUNING, TrialRecord
 from plywise.errors import PlywiseError, StateError
 
 MARGIN = 10
 """A run may take so many times what a few of its steps promise, before it is given up."""
-
-
-@dataclass(frozen=True)
-class ReproductionProgress:
-    """A run has ended: how many have, of how many, its line, and the seconds that the rest may take."""
-
-    done: int
-    total: int
-    line: Line
-    left: float
 
 
 class Reproduction:
@@ -85,51 +77,44 @@ class Reproduction:
                 f"{lacking.name} has no {size} size; it has: {', '.join(lacking.sizes)}.", see="error-bench"
             )
         self.ledger = Ledger(folder / "runs.jsonl")
-        self._costs: dict[tuple[str, str], float] = {}
+        self._runs = [(experiment, self._arrange(experiment)) for experiment in self.experiments]
         self._refuse_others()
 
     @property
     def total(self) -> int:
         """Runs of the whole plan."""
-        return sum(
-            self.seeds + (len(arm.rates) if len(arm.rates) > 1 else 0)
-            for experiment in self.experiments
-            for arm in experiment.arms_at(self.size)
-        )
+        return sum(runs.total for _, runs in self._runs)
 
     @property
     def done(self) -> int:
-        """Those that have been run."""
-        wanted = {self._workload(experiment) for experiment in self.experiments}
-        return sum(key.workload in wanted and self._counts(key) for key in self.ledger.lines)
+        """Those that the ledger holds."""
+        return sum(runs.done for _, runs in self._runs)
 
-    def measure(self, crew: ProcessExecutor) -> float:
-        """Seconds that what is left may take, by a few steps of each method that has runs left.
+    def measure(self, executor: Executor) -> float:
+        """Seconds that the runs which are left may take, by a few steps of each method; sets the time limit.
 
-        Sets the crew's patience by the dearest.
+        Raises:
+            PlywiseError: a method fails in its first steps.
         """
-        with Scratch(self.folder) as scratch:
-            folder = str(scratch.path)
-            for experiment in self.experiments:
-                arms = [arm for arm in experiment.arms_at(self.size) if self._left_of(experiment, arm)]
-                places = [
-                    self._place(folder, experiment, arm) for arm in {a.method: a for a in arms}.values()
-                ]
-                for probe, line in crew.run(Probe(place) for place in places):
-                    if line["failure"]:
-                        raise PlywiseError(f"{probe.place.arm} failed: {line['failure']}.", see="error-bench")
-                    self._costs[experiment.name, probe.place.found()[0].method] = line["seconds"]
-        crew.patience = max(PATIENCE, MARGIN * max(self._costs.values(), default=0.0))
-        return self._left(crew.count)
+        slowest = 0.0
+        for experiment, runs in self._runs:
+            if runs.done < runs.total:
+                with self._data_of(experiment, runs):
+                    self._probe(experiment, runs, executor)
+                steps = experiment.sizes[self.size].steps
+                slowest = max(slowest, *(cost.run(steps) for cost in runs.costs.values()))
+        executor.timeout_s = max(TIMEOUT_S, MARGIN * slowest)
+        return self._seconds_left(executor.count)
 
-    def perform(self, crew: ProcessExecutor) -> Generator[ReproductionProgress, None, None]:
+    def run(self, executor: Executor) -> Generator[Progress, None, None]:
         """Run what the ledger does not hold yet; each run is kept when it ends."""
-        with self.ledger.writing(), Scratch(self.folder) as scratch:
-            folder = str(scratch.path)
-            for experiment in self.experiments:
-                yield from self._perform(crew, folder, experiment, self._tuning_runs(experiment))
-                if all(key in self.ledger for key in self._tuning_runs(experiment)):
-                    yield from self._perform(crew, folder, experiment, self._final_runs(experiment))
+        with self.ledger.writing():
+            for experiment, runs in self._runs:
+                if runs.done < runs.total:
+                    with self._data_of(experiment, runs):
+                        for piece in runs.run(executor):
+                            left = self._seconds_left(executor.count)
+                            yield Progress(self.done, self.total, piece.line, left)
 
     def finish(self) -> dict[str, Any]:
         """Sum up what there is; writes it as JSON and Markdown."""
@@ -142,7 +127,7 @@ class Reproduction:
             "environment": environment(),
             "device": self.device,
             "unfinished": self.total - self.done,
-            "experiments": [self._summed(experiment) for experiment in self.experiments],
+            "experiments": [self._summarize(*pair) for pair in self._runs],
         }
         text = json.dumps(rounded_deep(about), indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.folder / "reproduce.json", text + "\n")
@@ -151,112 +136,68 @@ class Reproduction:
 
     # ---- runs --------------------------------------------------------------------------------------
 
-    def _tuning_runs(self, experiment: Experiment) -> dict[Key, Arm]:
-        """One for each rate, of arms that have a choice."""
-        return {
-            self._key(experiment, arm, TUNING, number, TUNING_SEED): arm
-            for arm in experiment.arms_at(self.size)
-            for number in range(len(arm.rates))
-            if len(arm.rates) > 1
-        }
+    def _arrange(self, experiment: Experiment) -> Runs:
+        """An experiment's runs: an arm with a choice of rates is tuned, and all are run with each seed."""
+        source = ExperimentSource(self.paper, experiment.name, self.size)
+        methods = [source.find_method(arm.name) for arm in experiment.arms_at(self.size)]
 
-    def _final_runs(self, experiment: Experiment) -> dict[Key, Arm]:
-        """All arms with a seed, then with the next, so that a part is fair, too."""
-        return {
-            self._key(experiment, arm, FINAL, self._chosen(experiment, arm), seed): arm
-            for seed in range(self.seeds)
-            for arm in experiment.arms_at(self.size)
-        }
+        def choose(lines: Sequence[TrialRecord], _: float | None) -> TrialRecord | None:
+            tuned_by = experiment.measure.tuned_by
+            return min(lines, key=lambda line: math.inf if line["failure"] else tuned_by(line), default=None)
 
-    def _perform(
-        self, crew: ProcessExecutor, folder: str, experiment: Experiment, wanted: dict[Key, Arm]
-    ) -> Iterator[ReproductionProgress]:
-        left = {key: arm for key, arm in wanted.items() if key not in self.ledger}
-        runs = (ReproductionRun(self._place(folder, experiment, arm), key) for key, arm in left.items())
-        for run, line in crew.run(runs):
-            _refuse_mistakes(line)
-            if line["wall"]:
-                self._costs[experiment.name, left[run.key].method] = line["wall"][-1] + line["measuring"]
-            self.ledger.add(line)
-            yield ReproductionProgress(
-                self.done, self.total, self.ledger.lines[run.key], self._left(crew.count)
-            )
+        design = Design(self.seeds, tracks=(TUNED,), choose=choose, check=_refuse_mistakes)
+        resolved = {source.name: source.resolve()}
+        return Runs(resolved, {source.name: methods}, design, self.ledger, self.device)
 
-    def _place(self, folder: str, experiment: Experiment, arm: Arm) -> ExperimentKey:
-        """Where a run of an arm belongs; its experiment's data are in a file, until another one asks."""
-        file = Path(folder) / f"{experiment.name}.pt"
-        if not file.exists():
-            for other in file.parent.iterdir():
-                other.unlink()
+    def _probe(self, experiment: Experiment, runs: Runs, executor: Executor) -> None:
+        """Measure one arm of each method: the others cost the same."""
+        (workload,) = runs.workloads
+        alike = {arm.method: arm.name for arm in experiment.arms_at(self.size)}
+        failures = runs.probe(executor, [(workload, arm) for arm in alike.values()])
+        for (_, failed), why in failures.items():
+            if not _is_outcome(why):
+                raise PlywiseError(f"{failed} failed: {why}.", see="error-bench")
+        for arm in experiment.arms_at(self.size):
+            runs.costs[workload, arm.name] = runs.costs[workload, alike[arm.method]]
+
+    @contextmanager
+    def _data_of(self, experiment: Experiment, runs: Runs) -> Iterator[None]:
+        """An experiment's data in a file, while it runs: all experiments' data together may be large."""
+        ((workload, resolved),) = runs.workloads.items()
+        with Scratch(self.folder) as scratch:
+            file = scratch.path / "data.pt"
             experiment.sizes[self.size].data().save(file)
-        return ExperimentKey(self.paper, experiment.name, arm.name, self.size, str(file), self.device)
+            runs.workloads[workload] = replace(resolved, file=file)
+            yield
 
     def _refuse_others(self) -> None:
         """Runs of the same names with other settings are no part of this."""
-        for experiment in self.experiments:
-            for arm in experiment.arms_at(self.size):
-                for number, rate in enumerate(arm.rates):
-                    expected = settings(experiment.sizes[self.size], rate)
-                    for key, line in self._lines(experiment, arm):
-                        if key.trial == number and any(line[k] != expected[k] for k in ("rate", "setting")):
-                            raise StateError(
-                                f"{self.folder} holds runs of {experiment.name}, {arm.name}, with other "
-                                f"settings: rate {line['rate']:g} and {line['setting']}, not "
-                                f"{expected['rate']:g} and {expected['setting']}. Use another --out.",
-                                see="state-bench",
-                            )
+        for experiment, runs in self._runs:
+            ((workload, methods),) = runs.methods.items()
+            for method in methods:
+                for line in runs.lines(workload, method.name):
+                    expected = runs.workloads[workload].source.describe(method.grid[line["trial"]])
+                    if any(line[name] != value for name, value in expected.items()):
+                        raise StateError(
+                            f"{self.folder} holds runs of {experiment.name}, {method.name}, with other "
+                            f"settings: rate {line['rate']:g} and {line['setting']}, not "
+                            f"{expected['rate']:g} and {expected['setting']}. Use another --out.",
+                            see="state-bench",
+                        )
 
-    def _chosen(self, experiment: Experiment, arm: Arm) -> int:
-        """Which of an arm's rates was best in tuning; the only one if there is one."""
-        if len(arm.rates) == 1:
-            return 0
+    def _seconds_left(self, workers: int) -> float:
+        return sum(runs.seconds_left(workers) for _, runs in self._runs)
 
-        def loss(number: int) -> float:
-            line = self.ledger.lines[self._key(experiment, arm, TUNING, number, TUNING_SEED)]
-            return math.inf if line["failure"] else experiment.measure.tuned_by(line)
-
-        return min(range(len(arm.rates)), key=loss)
-
-    def _left(self, workers: int) -> float:
-        """Seconds of what is left; methods that are not measured yet count as the mean of the others."""
-        usual = sum(self._costs.values()) / max(1, len(self._costs))
-        seconds = sum(
-            self._costs.get((experiment.name, arm.method), usual) * self._left_of(experiment, arm)
-            for experiment in self.experiments
-            for arm in experiment.arms_at(self.size)
-        )
-        return seconds / workers
-
-    def _left_of(self, experiment: Experiment, arm: Arm) -> int:
-        """Runs of an arm that are left."""
-        expected = self.seeds + (len(arm.rates) if len(arm.rates) > 1 else 0)
-        return expected - sum(self._counts(key) for key, _ in self._lines(experiment, arm))
-
-    # ---- what the ledger holds ---------------------------------------------------------------------
-
-    def _workload(self, experiment: Experiment) -> str:
-        return f"{self._found.name}/{experiment.name}/{self.size}"
-
-    def _key(self, experiment: Experiment, arm: Arm, purpose: str, number: int, seed: int) -> Key:
-        return Key(self._workload(experiment), arm.name, purpose, TUNED, number, seed)
-
-    def _counts(self, key: Key) -> bool:
-        """Whether a run is one of this plan's: another may have had more seeds."""
-        return key.purpose == TUNING or key.seed < self.seeds
-
-    def _lines(self, experiment: Experiment, arm: Arm) -> list[tuple[Key, Line]]:
-        """Runs of an arm by rate and seed, in whatever order they ended."""
-        which = self._workload(experiment), arm.name
-        return sorted(((k, line) for k, line in self.ledger.lines.items() if k[:2] == which), key=_first)
-
-    def _finals(self, experiment: Experiment, arm: Arm) -> dict[int, Line]:
-        lines = self._lines(experiment, arm)
-        return {key.seed: line for key, line in lines if key.purpose == FINAL and self._counts(key)}
-
-    def _summed(self, experiment: Experiment) -> dict[str, Any]:
-        finals = {arm.name: self._finals(experiment, arm) for arm in experiment.arms_at(self.size)}
+    def _summarize(self, experiment: Experiment, runs: Runs) -> dict[str, Any]:
+        (workload,) = runs.workloads
+        lines = {arm.name: runs.lines(workload, arm.name) for arm in experiment.arms_at(self.size)}
+        tuning = {name: [line for line in own if line["purpose"] == TUNING] for name, own in lines.items()}
+        finals = {
+            name: {line["seed"]: line for line in own if line["purpose"] == FINAL}
+            for name, own in lines.items()
+        }
         arms = [
-            asdict(outcome(experiment, self.size, arm, finals[arm.name], self._tuning(experiment, arm)))
+            asdict(outcome(experiment, self.size, arm, finals[arm.name], tuning[arm.name]))
             for arm in experiment.arms_at(self.size)
             if finals[arm.name]
         ]
@@ -266,29 +207,23 @@ class Reproduction:
             if finals[claim.better] and finals[claim.worse]
         ]
         size = experiment.sizes[self.size]
+        timed = [line for own in lines.values() for line in own if line["wall"]]
         return {
             **{name: getattr(experiment, name) for name in ("name", "about", "where", "differences")},
             **{"measure": experiment.measure.name, "unit": experiment.measure.unit},
             **{"size": size.about, "steps": size.steps, "arms": arms, "claims": claims},
-            "seconds": sum(line["measuring"] + line["wall"][-1] for line in self._all(experiment)),
+            "seconds": sum(line["measuring"] + line["wall"][-1] for line in timed),
         }
 
-    def _tuning(self, experiment: Experiment, arm: Arm) -> list[Line]:
-        return [line for key, line in self._lines(experiment, arm) if key.purpose == TUNING]
 
-    def _all(self, experiment: Experiment) -> list[Line]:
-        arms = experiment.arms_at(self.size)
-        return [line for arm in arms for _, line in self._lines(experiment, arm) if line["wall"]]
-
-
-def _first(pair: tuple[Key, Line]) -> Key:
-    return pair[0]
+def _is_outcome(why: str) -> bool:
+    """Divergence is an outcome; any other failure is a mistake, or a machine that is too small."""
+    return why.startswith(("diverged", "NonFiniteError"))
 
 
 def _refuse_mistakes(line: Line) -> None:
-    """Divergence is an outcome; anything else is a mistake, or a machine that is too small."""
     why = line["failure"]
-    if why and not why.startswith(("diverged", "NonFiniteError")):
+    if why and not _is_outcome(why):
         raise PlywiseError(
             f"{line['method']} failed: {why}. This run is not counted; those that ended before are kept, and "
             "the same command goes on.",

@@ -1,10 +1,9 @@
 """The paper's numbers beside ours: means, intervals, verdicts, and whether methods are in the paper's order.
 
-An interval is where one more run is expected with a probability of 95 %, by Student's t:
-``mean ± t · s · √(1 + 1/n)`` of n seeds, losses as logarithms: their mean is the geometric one, and no
-interval reaches below 0. Papers report one run, so that is what their number is held against. Claims that one
-method beats another are judged by the differences of runs with the same seed: the interval of their mean,
-``± t · s / √n``, leaves 0 out, or the claim is undecided.
+An interval is where one more run is expected with a probability of 95 %, by Student's t; losses as
+logarithms: their mean is the geometric one, and no interval reaches below 0. Papers report one run, so their
+number is compared with that. Claims that one method beats another are judged by the differences of runs with
+the same seed (see `plywise.arena.scoring.verdicts`).
 """
 
 from __future__ import annotations
@@ -15,15 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from plywise.arena.reproductions.experiment import FULL, Arm, Claim, Experiment, Line, Measure
+from plywise.arena.scoring.verdicts import ALIKE, BETTER, UNDECIDED, compare_runs, mean_interval
 
-STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond 30 the last is a little wide."""
-
-REPRODUCED, UNDECIDED, REVERSED = "as in the paper", "undecided", "not as in the paper"
+REPRODUCED, REVERSED = "as in the paper", "not as in the paper"
 
 
 @dataclass(frozen=True)
@@ -67,35 +60,6 @@ class Ruling:
     outcome: str
 
 
-def student(freedom: int) -> float:
-    """The factor of a 95 % interval.
-
-    Example:
-        >>> student(2)
-        4.303
-    """
-    return STUDENT[min(freedom, len(STUDENT)) - 1]
-
-
-def interval(values: Sequence[float], more: float) -> tuple[float, float] | None:
-    """Limits around the mean: ``t · s · √(more + 1/n)``; None with fewer than two values.
-
-    Args:
-        values: independent measurements.
-        more: 1 for where one more is expected, 0 for where their mean is.
-
-    Example:
-        >>> [round(limit, 2) for limit in interval([1.0, 2.0, 3.0], 0)]
-        [-0.48, 4.48]
-    """
-    n = len(values)
-    if n < 2:
-        return None
-    half = student(n - 1) * statistics.stdev(values) * math.sqrt(more + 1 / n)
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
-
-
 def outcome(
     experiment: Experiment, size: str, arm: Arm, lines: Mapping[int, Line], tuning: Sequence[Line]
 ) -> Outcome:
@@ -111,7 +75,7 @@ def outcome(
     values = read(experiment.measure, lines)
     failures = {seed: line["failure"] for seed, line in lines.items() if line["failure"]}
     scaled, back = [experiment.measure.scale(value) for value in values.values()], experiment.measure.back
-    around = interval(scaled, 1)
+    around = mean_interval(scaled, more=1)
     limits = (back(around[0]), back(around[1])) if around else None
     return Outcome(
         arm.name,
@@ -160,25 +124,16 @@ def verdict(
 
 def ruling(measure: Measure, claim: Claim, one: Mapping[int, Line], other: Mapping[int, Line]) -> Ruling:
     """A claim held against the runs of its two arms with the same seeds."""
-    ours, theirs = read(measure, one), read(measure, other)
-    both = sorted(ours.keys() & theirs.keys())
-    if len(both) < max(len(one), len(other)):
-        return Ruling(str(claim), _of_failures(claim, len(ours) == len(one), len(theirs) == len(other), both))
-    limits = interval([measure.advantage(ours[seed], theirs[seed]) for seed in both], 0)
-    if limits is None:
+    found = compare_runs(_merits(measure, one), _merits(measure, other), within=claim.within)
+    if found == UNDECIDED:
         return Ruling(str(claim), UNDECIDED)
-    low, high = limits
-    if claim.within is None:
-        found = REPRODUCED if low > 0 else REVERSED if high < 0 else UNDECIDED
-    elif max(abs(low), abs(high)) <= claim.within:
-        found = REPRODUCED
-    else:
-        found = REVERSED if low > claim.within or high < -claim.within else UNDECIDED
-    return Ruling(str(claim), found)
+    wanted = BETTER if claim.within is None else ALIKE
+    return Ruling(str(claim), REPRODUCED if found == wanted else REVERSED)
 
 
-def _of_failures(claim: Claim, one_whole: bool, other_whole: bool, both: Sequence[int]) -> str:
-    """A failure is worse than any number, where every run of one arm failed and none of the other."""
-    if both or one_whole == other_whole:
-        return UNDECIDED
-    return REPRODUCED if one_whole and claim.within is None else REVERSED
+def _merits(measure: Measure, lines: Mapping[int, Line]) -> dict[int, float | None]:
+    """What each run ended with, the higher the better; None for one that failed."""
+    return {
+        seed: None if line["failure"] else measure.better * measure.scale(measure.read(line))
+        for seed, line in lines.items()
+    }

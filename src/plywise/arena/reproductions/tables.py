@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from plywise.arena.reproductions.experiment import SIZE_WORDS
-from plywise.arena.reproductions.summary import REPRODUCED, REVERSED, UNDECIDED
+from plywise.arena.reproductions.summary import REPRODUCED, REVERSED
+from plywise.arena.scoring.verdicts import UNDECIDED
 
 HEADINGS = ("method", "paper", "ours (95 % interval)", "verdict")
 
@@ -81,8 +82,8 @@ def _section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> list[st
         *(f"| {' | '.join(row)} |" for row in rows(experiment)),
         "",
     ]
-    if said := order(experiment):
-        lines += ["The paper's order of methods:", "", *(f"- {one}" for one in said), ""]
+    if sentences := order(experiment):
+        lines += ["The paper's order of methods:", "", *(f"- {one}" for one in sentences), ""]
     lines += ["Why our numbers may differ:", "", *(f"- {one}" for one in experiment["differences"]), ""]
     return lines
 

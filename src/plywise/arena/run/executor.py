@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -12,14 +13,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from plywise._util.process_groups import begin_group, end_group
 from plywise.arena.run.job import TrialJob
 from plywise.errors import PlywiseError
 
-PATIENCE = 600.0
-"""Seconds that a trial may take, all in all, unless told otherwise or planned to take long."""
+TIMEOUT_S = 600.0
+"""Seconds that a trial may take, all in all, unless asked otherwise or planned to take long."""
 
 STARTING = 600.0
 """Seconds that the process of a trial may take to begin: the first one waits for the imports of torch."""
@@ -33,33 +34,18 @@ PRELOADED = (
 """What the process has imported that trials are forked from."""
 
 
-class Work(Protocol):
-    """What a process is asked to do, in words that travel to it."""
-
-    def perform(self) -> dict[str, Any]:
-        """Do it; a line of JSON, failures included."""
-        ...
-
-    def failed(self, why: str) -> dict[str, Any]:
-        """The line if its process did not live to tell."""
-        ...
-
-
-AnyWork = TypeVar("AnyWork", bound=Work)
-
-
 class Executor(Protocol):
-    """Who runs trials.
+    """Runs trials.
 
     Attributes:
         count: trials at once.
         threads: torch's threads in each.
-        patience: seconds that each may take.
+        timeout_s: seconds that each may take.
     """
 
     count: int
     threads: int
-    patience: float
+    timeout_s: float
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end."""
@@ -73,25 +59,59 @@ class Executor(Protocol):
         ...
 
 
+class InlineExecutor:
+    """This very process, one trial after the other: nothing to start, and no trial can be ended from outside.
+
+    Args:
+        threads: torch's threads in each trial; None: as they are.
+    """
+
+    count = 1
+
+    def __init__(self, threads: int | None = None) -> None:
+        import torch
+
+        self.threads, self.timeout_s = threads or torch.get_num_threads(), math.inf
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Begin no other trial."""
+        self._stopped = True
+
+    def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
+        """Each job with its ledger line, in the order in which they come."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            for job in jobs:
+                if self._stopped:
+                    return
+                yield job, json.loads(json.dumps(job.run(), allow_nan=False))
+        finally:
+            torch.set_num_threads(before)
+
+
 class ProcessExecutor:
     """This machine's cores, a process for each trial.
 
-    A process that is killed, or takes longer than ``patience``, is an outcome of its trial. The time counts
+    A process that is killed, or takes longer than ``timeout_s``, is an outcome of its trial. The time counts
     from where the trial begins in its process. When the caller stops early, or calls `stop`, the running
     trials are ended. With a trial ends what it has started.
 
     Args:
         count: trials at once.
         threads: torch's threads in each.
-        patience: seconds that a trial may take.
+        timeout_s: seconds that a trial may take.
     """
 
-    def __init__(self, count: int = 1, threads: int = 1, patience: float = PATIENCE) -> None:
+    def __init__(self, count: int = 1, threads: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         if count < 1 or threads < 1:
             raise PlywiseError(
                 f"Workers and threads are at least 1, not {count} and {threads}.", see="error-bench"
             )
-        self.count, self.threads, self.patience = count, threads, patience
+        self.count, self.threads, self.timeout_s = count, threads, timeout_s
         # forked from a process that has imported torch and has no threads: a start takes milliseconds
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
@@ -104,32 +124,32 @@ class ProcessExecutor:
         """
         self._bell.send_bytes(b"stop")
 
-    def run(self, jobs: Iterable[AnyWork]) -> Iterator[tuple[AnyWork, dict[str, Any]]]:
+    def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Each job with its line, in the order in which they end."""
         queue = iter(jobs)
-        running: dict[Connection, _Worker[AnyWork]] = {}
+        running: dict[Connection, _Worker] = {}
         try:
             while not self._stopped.poll():
                 while len(running) < self.count and (job := next(queue, None)) is not None:
                     _start_forking()
-                    worker = _Worker(self._context, job, self.threads, self.patience)
+                    worker = _Worker(self._context, job, self.threads, self.timeout_s)
                     running[worker.connection] = worker
                 if not running:
                     return
-                patience = min(worker.end for worker in running.values()) - time.monotonic()
-                yield from self._ended(running, max(0.0, patience))
+                wait_s = min(worker.end for worker in running.values()) - time.monotonic()
+                yield from self._ended(running, max(0.0, wait_s))
             yield from self._ended(running, 0.0)
         finally:
             for worker in running.values():
                 worker.stop()
 
     def _ended(
-        self, running: dict[Connection, _Worker[AnyWork]], patience: float
-    ) -> Iterator[tuple[AnyWork, dict[str, Any]]]:
+        self, running: dict[Connection, _Worker], wait_s: float
+    ) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Wait until trials have ended, or `stop` is called: they, and their lines, leave those that run."""
         # of a process that is killed the connection may stay open: what it has started holds it, too
         gone = [worker.sentinel for worker in running.values()]
-        ready = wait([*running, *gone, self._stopped], timeout=patience)
+        ready = wait([*running, *gone, self._stopped], timeout=wait_s)
         now = time.monotonic()
         over = [own for own, one in running.items() if {own, one.sentinel} & {*ready} or one.end <= now]
         for connection in over:
@@ -169,11 +189,11 @@ def _set_safe_path(value: str | None) -> None:
         os.environ[_SAFE_PATH] = value
 
 
-class _Worker(Generic[AnyWork]):
+class _Worker:
     """The process of one trial."""
 
-    def __init__(self, context: Any, job: AnyWork, threads: int, patience: float) -> None:
-        self.job, self.patience = job, patience
+    def __init__(self, context: Any, job: TrialJob, threads: int, timeout_s: float) -> None:
+        self.job, self.timeout_s = job, timeout_s
         self._begun = False
         self.end = time.monotonic() + STARTING
         self.connection, theirs = context.Pipe(duplex=False)
@@ -188,7 +208,7 @@ class _Worker(Generic[AnyWork]):
         if self._begun:
             return False
         try:
-            self.end = float(self.connection.recv_bytes()) + self.patience
+            self.end = float(self.connection.recv_bytes()) + self.timeout_s
         except (EOFError, OSError):
             return False
         self._begun = True
@@ -204,7 +224,7 @@ class _Worker(Generic[AnyWork]):
                 raise EOFError
             if not self._begun:
                 return self.job.failed(f"its process had not begun after {STARTING:g} s")
-            return self.job.failed(f"took longer than {self.patience:g} s")
+            return self.job.failed(f"took longer than {self.timeout_s:g} s")
         except (EOFError, OSError):
             self._process.join(10)
             return self.job.failed(f"its process was lost ({_exit(self._process.exitcode)})")
@@ -216,10 +236,10 @@ class _Worker(Generic[AnyWork]):
         end_group(self._process.pid)
         self._process.kill()
         self._process.join(10)
-        self.connection.close()  # last: the process would complain that nobody hears it
+        self.connection.close()  # last: the process would complain that nobody reads it
 
 
-def _work(job: Work, threads: int, connection: Connection, safe_path: str | None) -> None:
+def _work(job: TrialJob, threads: int, connection: Connection, safe_path: str | None) -> None:
     """What the process of a trial does."""
     import torch
 
@@ -230,7 +250,7 @@ def _work(job: Work, threads: int, connection: Connection, safe_path: str | None
     torch.set_num_threads(threads)
     with suppress(BrokenPipeError):
         connection.send_bytes(str(time.monotonic()).encode())  # one clock for all processes of a machine
-    line = job.perform()
+    line = job.run()
     with suppress(BrokenPipeError):  # the caller may have been interrupted, and gone
         connection.send_bytes(json.dumps(line, allow_nan=False).encode())
         connection.close()

@@ -1,4 +1,4 @@
-"""One trial of a bench, in words that travel to another process, and what comes of it there."""
+"""One trial: a picklable description of it, and how it is run in the process that gets it."""
 
 from __future__ import annotations
 
@@ -12,138 +12,92 @@ import torch
 from plywise._util.environment import environment
 from plywise._util.import_path import user_line
 from plywise.arena.method import TrialContext
-from plywise.arena.methods import find_method
+from plywise.arena.run.config import TrialSource
 from plywise.arena.run.trial import TrialResult, run_trial
 from plywise.arena.scoring.records import FINAL, Key
 from plywise.arena.workload import Workload
-from plywise.arena.workloads import find_workload
-from plywise.arena.workloads.own import checked_workload, own_workload
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
-EVALUATIONS = 25
-"""Measurements in a run, besides the one before its first step."""
-
-
-@dataclass(frozen=True)
-class WorkloadSpec:
-    """A workload as it was asked for.
-
-    Attributes:
-        name: of a shipped workload, or what the user's own is called.
-        model: ``module:function`` of the user's model; empty for a shipped workload.
-        data: where the user's data are.
-        read: how they are read, see `plywise.data.reading.ReadOptions.parse`.
-        loss: ``module:function`` of the user's loss, or empty.
-        metric: ``module:function`` of the user's metric, or empty.
-        batch_size: samples a batch; None: the workload's.
-        steps: steps of a run; None: the workload's.
-        blocks: blocks for local learners; None: the workload's.
-        classes: number of classes of the user's, once it is known.
-    """
-
-    name: str
-    model: str = ""
-    data: str = ""
-    loss: str = ""
-    metric: str = ""
-    batch_size: int | None = None
-    steps: int | None = None
-    blocks: int | None = None
-    classes: int = 0
-    read: str = ""
-
-    def workload(self) -> Workload:
-        """The workload, as the entry wants it."""
-        if self.model:
-            made = own_workload(
-                self.name,
-                self.model,
-                self.data,
-                read=self.read,
-                loss=self.loss,
-                metric=self.metric,
-                blocks=self.blocks,
-            )
-            return self.applied(made)
-        return self.applied(find_workload(self.name))
-
-    def again(self, data: Data) -> Workload:
-        """A settled entry's workload, in another process: nothing is read, made or checked again."""
-        if self.model:
-            made = checked_workload(
-                self.name, self.model, data, loss=self.loss, metric=self.metric, classes=self.classes
-            )
-            return self.applied(made)
-        return self.applied(find_workload(self.name))
-
-    def settled(self, workload: Workload) -> WorkloadSpec:
-        """The entry with nothing left to be found out."""
-        if not self.model:
-            return self
-        known = {name: getattr(workload, name) for name in ("batch_size", "steps", "blocks", "classes")}
-        return replace(self, **known)
-
-    def applied(self, workload: Workload) -> Workload:
-        """A workload with the entry's settings; its target is one of its own length and batch size."""
-        wanted = {"batch_size": self.batch_size, "steps": self.steps, "blocks": self.blocks}
-        changed: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
-        kept = all(getattr(workload, key) == value for key, value in changed.items())
-        return workload if kept else replace(workload, **changed, target=None)
+PROBE_STEPS, PROBE_SAMPLES = 10, 500
+"""How long a probe is, and how many samples of each set it looks at, unless a batch holds more."""
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A trial to run.
+    """A trial to run: a picklable description of it.
 
     Attributes:
         key: which one it is.
-        entry: the workload.
+        source: gives its workload and its method.
         numbers: the method's tuned numbers.
         data: file that `Data.save` wrote.
         device: where it runs.
+        steps: steps of the run; None: the workload's.
+        measure_every: steps between two measurements; None: the workload's.
+        probe: whether a few steps on a few samples are enough, to see what they cost.
     """
 
     key: Key
-    entry: WorkloadSpec
+    source: TrialSource
     numbers: dict[str, float]
     data: str
     device: str = "cpu"
+    steps: int | None = None
+    measure_every: int | None = None
+    probe: bool = False
 
-    def perform(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Run the trial; the line for the ledger, failures included."""
         peak = Peak(self.device)
-        method = find_method(self.key.method)
+        method = self.source.find_method(self.key.method)
         gradients = method.gradients
         try:
             data = Data.load(Path(self.data))
-            workload = self.entry.again(data)
+            workload = self._shorten(self.source.load(data))
+            if self.probe:
+                data = take(data, max(PROBE_SAMPLES, workload.batch_size))
             data = on(self.device, data)
             peak.begin(data)
-            record = run_trial(
-                lambda: method.make(setting(workload, data, self)),
+            result = run_trial(
+                lambda: method.make(make_context(workload, data, self)),
                 data,
                 workload.task,
                 seed=self.key.seed,
                 steps=workload.steps,
                 batch_size=workload.batch_size,
-                measure_every=max(1, workload.steps // EVALUATIONS),
-                test=self.key.purpose == FINAL,
+                measure_every=workload.interval,
+                test=self.key.purpose == FINAL and not self.probe,
+                train_eval_size=workload.train_eval_size,
                 meter=peak,
             )
-            if method.count and record.failure is None:
-                gradients = method.count(setting(workload, data, self))
+            if method.count and result.failure is None:
+                gradients = method.count(make_context(workload, data, self))
         except Exception as error:
             why = f"{type(error).__name__} before the first step: {error}{user_line(error)}"
-            record = TrialResult(self.key.seed, failure=why)
-        return line(self, gradients, record, peak.mib)
+            result = TrialResult(self.key.seed, failure=why)
+        return self._record(gradients, result, peak.mib)
 
     def failed(self, why: str) -> dict[str, Any]:
-        """The line if its process did not live to tell."""
-        return line(self, find_method(self.key.method).gradients, TrialResult(self.key.seed, failure=why))
+        """The line if its process did not live to report one."""
+        method = self.source.find_method(self.key.method)
+        return self._record(method.gradients, TrialResult(self.key.seed, failure=why), None)
+
+    def _shorten(self, workload: Workload) -> Workload:
+        changes: dict[str, Any] = {"steps": self.steps, "measure_every": self.measure_every}
+        if self.probe:
+            changes = {"steps": PROBE_STEPS, "measure_every": PROBE_STEPS}
+        return replace(workload, **{name: value for name, value in changes.items() if value is not None})
+
+    def _record(self, gradients: float, result: TrialResult, peak: float | None) -> dict[str, Any]:
+        """A trial as the ledger keeps it."""
+        outcome = {key: rounded(value) for key, value in result.as_dict().items()}
+        finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        more = {"numbers": self.numbers, "gradients": gradients, "peak_mib": peak, "finished": finished}
+        return {**self.key._asdict(), **self.source.describe(self.numbers), **outcome, **more}
 
 
-def setting(workload: Workload, data: Data, job: TrialJob) -> TrialContext:
+def make_context(workload: Workload, data: Data, job: TrialJob) -> TrialContext:
     """What the method gets; called with the seed set, so that the weights depend on it alone."""
     return TrialContext(
         model=workload.make_model().to(job.device),
@@ -153,15 +107,8 @@ def setting(workload: Workload, data: Data, job: TrialJob) -> TrialContext:
         example=data.train.x[: min(workload.batch_size, 32)].clone(),
         blocks=workload.blocks,
         classes=workload.classes,
+        device=job.device,
     )
-
-
-def line(job: TrialJob, gradients: float, record: TrialResult, peak: float | None = None) -> dict[str, Any]:
-    """A trial as the ledger keeps it."""
-    outcome = {key: rounded(value) for key, value in record.as_dict().items()}
-    finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    more = {"numbers": job.numbers, "gradients": gradients, "peak_mib": peak, "finished": finished}
-    return {**job.key._asdict(), **outcome, **more}
 
 
 def rounded(value: Any) -> Any:
@@ -177,6 +124,11 @@ def on(device: str, data: Data) -> Data:
         return data
     moved = {name: type(split)(split.x.to(device), split.y.to(device)) for name, split in vars(data).items()}
     return Data(**moved)
+
+
+def take(data: Data, count: int) -> Data:
+    """The first samples of each set."""
+    return Data(*(type(split)(split.x[:count], split.y[:count]) for split in vars(data).values()))
 
 
 def require_device(device: str) -> None:

@@ -19,20 +19,23 @@ from plywise.errors import PlywiseError
 
 
 class Ledger:
-    """The trials of a bench, appended to a file as they end.
+    """The trials of an experiment, appended to a file as they end.
 
     A line that a crash cut off is taken away before the next is written. What could not be written, on a full
     disk, leaves the lines before as they were. Damaged lines, as a power cut leaves them, are no trials.
 
     Args:
-        path: the file; made where missing.
+        path: the file; made where missing. None: trials are kept in memory alone.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
+        self.lines: dict[Key, dict[str, Any]] = {}
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        self.lines: dict[Key, dict[str, Any]] = {key_of(line): line for line, _ in _split(path)[0]}
+        self.lines = {key_of(line): line for line, _ in _split(path)[0]}
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -43,6 +46,9 @@ class Ledger:
         Raises:
             PlywiseError: another process is adding trials.
         """
+        if self.path is None:
+            yield
+            return
         lock = FileLock(self.path.with_suffix(".lock"))
         try:
             lock.acquire(blocking=False)
@@ -54,28 +60,11 @@ class Ledger:
             ) from error
         try:
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
-            self._set_damaged_aside()
+            _set_damaged_aside(self.path)
             self.lines = {key_of(line): line for line in read(self.path)}
             yield
         finally:
             lock.release()
-
-    def _set_damaged_aside(self) -> None:
-        whole, damaged = _split(self.path)
-        if not damaged:
-            return
-        aside = self.path.with_suffix(".damaged")
-        with aside.open("ab") as file:
-            file.write(b"".join(text + b"\n" for _, text, _ in damaged))
-        with written_whole(self.path) as file:
-            file.write(b"".join(text + b"\n" for _, text in whole))
-        numbers = ", ".join(str(number) for number, _, _ in damaged)
-        warnings.warn(
-            f"{self.path} is damaged in line {numbers} ({damaged[0][2]}). What was there is in {aside.name} "
-            "now, and those trials will be run again.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a trial, within `writing`.
@@ -83,6 +72,9 @@ class Ledger:
         Raises:
             PlywiseError: it could not be written; the file is as it was before.
         """
+        if self.path is None:
+            self.lines[key_of(line)] = line
+            return
         text = seal(json.dumps(line, ensure_ascii=False, allow_nan=False)) + "\n"
         before = self.path.stat().st_size
         try:
@@ -121,6 +113,24 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             see="error-bench",
         )
     return (line for line, _ in whole)
+
+
+def _set_damaged_aside(path: Path) -> None:
+    whole, damaged = _split(path)
+    if not damaged:
+        return
+    aside = path.with_suffix(".damaged")
+    with aside.open("ab") as file:
+        file.write(b"".join(text + b"\n" for _, text, _ in damaged))
+    with written_whole(path) as file:
+        file.write(b"".join(text + b"\n" for _, text in whole))
+    numbers = ", ".join(str(number) for number, _, _ in damaged)
+    warnings.warn(
+        f"{path} is damaged in line {numbers} ({damaged[0][2]}). What was there is in {aside.name} "
+        "now, and those trials will be run again.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _split(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[tuple[int, bytes, str]]]:

@@ -20,7 +20,7 @@ SEED = 0
 
 
 class OptunaSearch:
-    """Adaptive search, the lowest validation metric being the aim; failures are told as failed.
+    """Adaptive search, the lowest validation metric being the aim; failures count as failed.
 
     A method then profits from the shape of its space, and from luck early on: where methods should have equal
     luck, take `Sobol`.
@@ -56,11 +56,11 @@ class OptunaSearch:
             for name, one in space.items()
         }
         for line in sorted(past, key=lambda one: one["trial"]):
-            study.add_trial(self._told(line, ranges, space))
+            study.add_trial(self._convert(line, ranges, space))
         suggested = study.ask(ranges).params
         return {name: _three_digits(suggested[name], one) for name, one in space.items()}
 
-    def _told(self, line: TrialRecord, ranges: Mapping[str, Any], space: Space) -> Any:
+    def _convert(self, line: TrialRecord, ranges: Mapping[str, Any], space: Space) -> Any:
         """A trial of the ledger as one of Optuna's."""
         trial = self._optuna.trial
         best = best_validation(line)

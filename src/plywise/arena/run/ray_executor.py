@@ -12,17 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plywise._util.import_path import load
 from plywise._util.scratch import Scratch
-from plywise.arena.methods import find_method
-from plywise.arena.run.executor import PATIENCE, ProcessExecutor
+from plywise.arena.run.executor import TIMEOUT_S, ProcessExecutor
 from plywise.arena.run.job import TrialJob
 from plywise.data.parts import Data
 from plywise.errors import MORE, PlywiseError
 
 GRACE = 10.0
 """Seconds that trials get to end when they are cancelled, and a cluster to answer."""
-LOOK = 0.5
+POLL_S = 0.5
 """Seconds between two looks whether `RayExecutor.stop` has been called."""
 
 
@@ -30,7 +28,7 @@ class RayExecutor:
     """The CPUs of a Ray cluster, a process for each trial.
 
     A trial runs just as one of `ProcessExecutor` does: its process is forked from one that has imported
-    torch, and that it is killed or takes longer than ``patience`` is an outcome. So is the loss of
+    torch, and that it is killed or takes longer than ``timeout_s`` is an outcome. So is the loss of
     the machine. Each workload's data are sent once. When the caller stops early, or calls `stop`, running
     trials are ended.
 
@@ -44,7 +42,7 @@ class RayExecutor:
         address: ``host:port`` of a cluster that this machine is part of; "auto" finds it; "local" starts one
             on this machine's cores.
         threads: torch's threads in each trial, and CPUs that each one takes.
-        patience: seconds that a trial may take.
+        timeout_s: seconds that a trial may take.
 
     Attributes:
         count: trials at once.
@@ -59,10 +57,10 @@ class RayExecutor:
         More: plywise help error-bench
     """
 
-    def __init__(self, address: str = "auto", threads: int = 1, patience: float = PATIENCE) -> None:
+    def __init__(self, address: str = "auto", threads: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         if threads < 1:
             raise PlywiseError(f"Threads are at least 1, not {threads}.", see="error-bench")
-        self.threads, self.patience = threads, patience
+        self.threads, self.timeout_s = threads, timeout_s
         self._ray = _connected(address)
         cpus = [node["Resources"].get("CPU", 0.0) for node in self._ray.nodes() if node["Alive"]]
         self.count = sum(int(own // threads) for own in cpus)
@@ -94,10 +92,10 @@ class RayExecutor:
         try:
             while not self._stopped:
                 while len(running) < self.count and (job := next(queue, None)) is not None:
-                    running[self._begun(job, sent)] = job
+                    running[self._start(job, sent)] = job
                 if not running:
                     return
-                yield from self._ended(running, LOOK)
+                yield from self._ended(running, POLL_S)
             if running:
                 yield from self._ended(running, 0.0)
         finally:
@@ -107,23 +105,23 @@ class RayExecutor:
                 self._ray.wait(list(running), num_returns=len(running), timeout=GRACE)
 
     def _ended(
-        self, running: dict[Any, TrialJob], patience: float
+        self, running: dict[Any, TrialJob], wait_s: float
     ) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Wait for a trial to end, so many seconds: all that have, and their lines, leave those that run."""
-        self._ray.wait(list(running), timeout=patience)
+        self._ray.wait(list(running), timeout=wait_s)
         ready, _ = self._ray.wait(list(running), num_returns=len(running), timeout=0)
         for answer in ready:
             job = running.pop(answer)
             yield job, self._outcome(job, answer)
 
-    def _begun(self, job: TrialJob, sent: dict[str, Any]) -> Any:
+    def _start(self, job: TrialJob, sent: dict[str, Any]) -> Any:
         """A trial on its way; its data are sent with the first that needs them."""
         if job.data not in sent:
             sent[job.data] = self._ray.put(Data.load(Path(job.data)))
         gpus = float(job.device.startswith("cuda"))
         task = self._ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=0)(_work)
         place = (os.getcwd(), tuple(sys.path))
-        return task.remote(job, sent[job.data], self.threads, self.patience, place)
+        return task.remote(job, sent[job.data], self.threads, self.timeout_s, place)
 
     def _outcome(self, job: TrialJob, answer: Any) -> dict[str, Any]:
         """The line that was sent, or that it was not."""
@@ -142,16 +140,15 @@ class RayExecutor:
 
 
 def _work(
-    job: TrialJob, data: Data, threads: int, patience: float, place: tuple[str, tuple[str, ...]]
+    job: TrialJob, data: Data, threads: int, timeout_s: float, place: tuple[str, tuple[str, ...]]
 ) -> dict[str, Any]:
     """What a process of Ray's does: it has the trial run in a process of its own, and waits."""
     folder, path = place
     if Path(folder).is_dir():
         os.chdir(folder)
     sys.path[:] = [*path, *(one for one in sys.path if one not in path)]
-    find_method(job.key.method)  # what is not on this machine is no outcome of the trial
-    if job.entry.model:
-        load(job.entry.model, "your model")
+    job.source.find_method(job.key.method)  # what is not on this machine is no outcome of the trial
+    job.source.require()
     # the trial's process would run Ray's main module again
     vars(sys.modules["__main__"]).pop("__file__", None)
     # what Ray cancels by does not end a wait: a signal each second does, and then the interrupt is seen
@@ -159,8 +156,8 @@ def _work(
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
     with Scratch() as scratch:
         data.save(file := scratch.path / "data.pt")
-        crew = ProcessExecutor(1, threads, patience)
-        return next(line for _, line in crew.run([replace(job, data=str(file))]))
+        executor = ProcessExecutor(1, threads, timeout_s)
+        return next(line for _, line in executor.run([replace(job, data=str(file))]))
 
 
 def _connected(address: str) -> Any:

@@ -17,10 +17,10 @@ from plywise.data.batches import endless_batches
 from plywise.data.digits import Split
 from plywise.data.parts import Data
 
-HOPELESS = 1e3
+DIVERGED_FACTOR = 1e3
 """A loss this many times above the first one (or above 1, if that is more) has diverged."""
 
-LOOK = 500
+TRAIN_EVAL_SIZE = 500
 """Training samples that the training loss is measured on."""
 
 MOST_ROWS = 250
@@ -68,7 +68,7 @@ class TrialResult:
 
 
 class DivergedError(ArithmeticError):
-    """The loss is not finite, or hopeless."""
+    """The loss is not finite, or far above the first one."""
 
 
 def run_trial(
@@ -81,7 +81,7 @@ def run_trial(
     batch_size: int = 128,
     measure_every: int = 10,
     test: bool = False,
-    look: int = LOOK,
+    train_eval_size: int = TRAIN_EVAL_SIZE,
     meter: AbstractContextManager[Any] | None = None,
 ) -> TrialResult:
     """Train once. The same seed gives every method the same initial weights and the same batches.
@@ -99,7 +99,7 @@ def run_trial(
         batch_size: samples a batch; an incomplete batch at the end of an epoch is left out.
         measure_every: measure after every so many steps, and after the last; never on the clock.
         test: measure on the test set at the end.
-        look: training samples that the training loss is measured on.
+        train_eval_size: training samples that the training loss is measured on.
         meter: entered after the measurement before the first step, left before the test set is read.
     """
     record = TrialResult(seed)
@@ -108,7 +108,9 @@ def run_trial(
         try:
             trainer = begin()
             batches = endless_batches(data.train, batch_size, seed)
-            seen = replace(data, train=Split(data.train.x[:look], data.train.y[:look]))
+            seen = replace(
+                data, train=Split(*(part[:train_eval_size] for part in (data.train.x, data.train.y)))
+            )
             rows = min(MOST_ROWS, batch_size)
             _measure(record, trainer, seen, task, 0, (0.0, 0.0), rows)
             cpu = wall = 0.0
@@ -159,7 +161,7 @@ def _measure(
 
 def _check(loss: float, record: TrialResult, what: str) -> None:
     first = record.loss[0]
-    if not math.isfinite(loss) or (first is not None and loss > HOPELESS * max(1.0, first)):
+    if not math.isfinite(loss) or (first is not None and loss > DIVERGED_FACTOR * max(1.0, first)):
         raise DivergedError(f"the {what} loss is {loss:.3g}")
 
 

@@ -15,21 +15,21 @@ EDGE = 0.05
 """Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
 
 
-def list_caveats(field: BenchResults) -> list[str]:
+def list_caveats(results: BenchResults) -> list[str]:
     """Sentences on a bench that has at least one final run."""
     return [
-        *_search(field),
-        *_resumed(field),
-        *_repeated(field),
-        *_unseen(field),
-        *_failures(field),
-        *_edges(field),
-        *_seeds(field),
+        *_search(results),
+        *_resumed(results),
+        *_repeated(results),
+        *_unseen(results),
+        *_failures(results),
+        *_edges(results),
+        *_seeds(results),
     ]
 
 
-def _search(field: BenchResults) -> list[str]:
-    search = (field.bench.get("plan") or {}).get("search", "sobol")
+def _search(results: BenchResults) -> list[str]:
+    search = (results.bench.get("plan") or {}).get("search", "sobol")
     if search == "sobol":
         return []
     return [
@@ -38,8 +38,8 @@ def _search(field: BenchResults) -> list[str]:
     ]
 
 
-def _resumed(field: BenchResults) -> list[str]:
-    count = len(field.bench.get("resumed") or [])
+def _resumed(results: BenchResults) -> list[str]:
+    count = len(results.bench.get("resumed") or [])
     if not count:
         return []
     return [
@@ -48,62 +48,66 @@ def _resumed(field: BenchResults) -> list[str]:
     ]
 
 
-def _repeated(field: BenchResults) -> list[str]:
+def _repeated(results: BenchResults) -> list[str]:
     sentences = []
-    for name, one in field.bench["workloads"].items():
+    for name, one in results.bench["workloads"].items():
         found = {part: count for part, count in one.get("repeated", {}).items() if count}
         if found:
-            told = " and ".join(f"{count:,} of {one[part]:,} {part} samples" for part, count in found.items())
+            parts = " and ".join(
+                f"{count:,} of {one[part]:,} {part} samples" for part, count in found.items()
+            )
             sentences.append(
-                f"{told} of {name} have the inputs of a training sample: what remembers those looks better "
+                f"{parts} of {name} have the inputs of a training sample: what remembers those looks better "
                 "than it is on new ones."
             )
     return sentences
 
 
-def _unseen(field: BenchResults) -> list[str]:
+def _unseen(results: BenchResults) -> list[str]:
     return [
         f"The layers of {name} could not be looked at before training: {one['unseen']}."
-        for name, one in field.bench["workloads"].items()
+        for name, one in results.bench["workloads"].items()
         if one.get("unseen")
     ]
 
 
-def _failures(field: BenchResults) -> list[str]:
+def _failures(results: BenchResults) -> list[str]:
     trials = [
         line
-        for workload in field.workloads
-        for method in field.methods
-        for line in field.trials(workload, method)
+        for workload in results.workloads
+        for method in results.methods
+        for line in results.trials(workload, method)
     ]
     failed = Counter(line["method"] for line in trials if line["failure"] is not None)
-    told = ", ".join(f"{name} {count}" for name, count in failed.most_common())
+    parts = ", ".join(f"{name} {count}" for name, count in failed.most_common())
     sentences = [
-        f"{failed.total()} of {len(trials)} trials failed{f' ({told})' if told else ''}; failures are "
+        f"{failed.total()} of {len(trials)} trials failed{f' ({parts})' if parts else ''}; failures are "
         "counted, not dropped."
     ]
-    if field.refused:
-        names = Counter(method for _, method in field.refused)
-        told = ", ".join(f"{name} on {count}" for name, count in names.items())
+    if results.refused:
+        names = Counter(method for _, method in results.refused)
+        parts = ", ".join(f"{name} on {count}" for name, count in names.items())
         sentences.append(
-            f"Workloads that a method does not fit count as misses in profiles and ranks: {told}."
+            f"Workloads that a method does not fit count as misses in profiles and ranks: {parts}."
         )
     return sentences
 
 
-def _edges(field: BenchResults) -> list[str]:
+def _edges(results: BenchResults) -> list[str]:
     """Whose best numbers lie at the edge of what was searched."""
     found: Counter[str] = Counter()
-    for (workload, method), trials in field.tuning.items():
-        best = choose_best(trials, field.targets[workload].strict)
-        space = field.bench["methods"].get(method, {}).get("space") or {}
+    if results.bench.get("chosen"):
+        return []
+    for (workload, method), trials in results.tuning.items():
+        best = choose_best(trials, results.targets[workload].strict)
+        space = results.bench["methods"].get(method, {}).get("space") or {}
         for name, one in space.items():
             if best is not None and name in best["numbers"] and at_edge(best["numbers"][name], one):
                 found[f"{name} of {method}"] += 1
     if not found:
         return []
-    told = ", ".join(f"{what} on {count} of {len(field.workloads)}" for what, count in found.most_common())
-    return [f"The chosen number lies at the edge of its range, which may be too narrow: {told}."]
+    parts = ", ".join(f"{what} on {count} of {len(results.workloads)}" for what, count in found.most_common())
+    return [f"The chosen number lies at the edge of its range, which may be too narrow: {parts}."]
 
 
 def at_edge(value: float, one: Mapping[str, Any]) -> bool:
@@ -120,8 +124,8 @@ def at_edge(value: float, one: Mapping[str, Any]) -> bool:
     return not EDGE <= (value - low) / (high - low) <= 1 - EDGE
 
 
-def _seeds(field: BenchResults) -> list[str]:
-    least = min(len(cell.runs) for cell in field.cells.values())
+def _seeds(results: BenchResults) -> list[str]:
+    least = min(len(cell.runs) for cell in results.cells.values())
     if least == 1:
         return [
             "One seed tells nothing about noise: intervals of a single run hold no more than the time "

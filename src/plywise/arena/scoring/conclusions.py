@@ -1,7 +1,7 @@
-"""The plain-language reading of a bench, computed from its standing: who won where, who did not, what failed.
+"""What follows from a bench, in sentences computed from its ranking: which methods won where, what failed.
 
-A difference is told only if its interval leaves 1 out and its value lies beyond what the null control shows
-(see `plywise.arena.scoring.intervals.Interval.apart`). What cannot be told apart is said to be so.
+A difference is named only if its interval leaves 1 out and its value lies beyond what the null control shows
+(see `plywise.arena.scoring.intervals.Interval.apart`). What cannot be distinguished is named as such.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from plywise.arena.scoring.ranking import (
 )
 from plywise.arena.scoring.records import DEFAULTS
 from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.verdicts import BETTER, compare_runs, find_noise
 
 SPARING = 0.9
 """Share of the reference's memory below which a method counts as sparing."""
@@ -36,39 +37,39 @@ WORDS = {
 """What clocks are called in a sentence."""
 
 FEWEST = 3
-"""Final runs of a method below which no difference is told."""
+"""With fewer final runs of a method no difference is named."""
 
 
-def draw_conclusions(field: BenchResults, rows: Iterable[MethodOnWorkload]) -> list[str]:
+def draw_conclusions(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> list[str]:
     """Sentences on a bench, whole or interrupted.
 
     Args:
-        field: the sorted trials.
+        results: the sorted trials.
         rows: their `plywise.arena.scoring.ranking.compare_methods`.
     """
     rows = list(rows)
     if not rows:
         return ["No final run has ended yet, so that there is nothing to compare."]
-    track = field.tracks[0]
-    standing = {clock: rank_methods(field, track, clock) for clock in ("steps", "cpu")}
-    told = [*_targets(field), *_misses(track, rows), *_untuned(field)]
-    last = [*_memory(field, track, rows), *list_caveats(field)]
-    if statistics.median(len(cell.runs) for cell in field.cells.values()) < FEWEST:
+    track = results.tracks[0]
+    rankings = {clock: rank_methods(results, track, clock) for clock in ("steps", "cpu")}
+    reached = [*_targets(results), *_misses(track, rows), *_untuned(results)]
+    last = [*_memory(results, track, rows), *list_caveats(results)]
+    if statistics.median(len(cell.runs) for cell in results.cells.values()) < FEWEST:
         few = f"Fewer than {FEWEST} seeds tell too little about noise to name anybody: run more of them."
-        return [few, *told, *last]
+        return [few, *reached, *last]
     return [
-        *_advice(field, track, standing, rows),
-        *_control(field, track),
-        *_race(field, track, standing),
-        *_by_workload(field, track, rows),
-        *_ends(field, track, rows),
-        *told,
+        *_advice(results, track, rankings, rows),
+        *_control(results, track),
+        *_race(results, track, rankings),
+        *_by_workload(results, track, rows),
+        *_ends(results, track, rows),
+        *reached,
         *last,
     ]
 
 
-def _targets(field: BenchResults) -> list[str]:
-    without = [name for name, target in field.targets.items() if target.strict is None]
+def _targets(results: BenchResults) -> list[str]:
+    without = [name for name, target in results.targets.items() if target.strict is None]
     if not without:
         return []
     return [
@@ -77,109 +78,109 @@ def _targets(field: BenchResults) -> list[str]:
     ]
 
 
-def _control(field: BenchResults, track: str) -> list[str]:
+def _control(results: BenchResults, track: str) -> list[str]:
     """What the null control says about noise."""
-    if not field.nulls:
-        return [
-            "There is no null control in this bench: how large the noise of the machine is, nobody knows."
-        ]
+    if not results.nulls:
+        return ["There is no null control in this bench, so its timing noise is unknown."]
     sentences = []
-    for null, original in field.nulls.items():
-        told = [
+    for null, original in results.nulls.items():
+        parts = [
             f"{span(ratio)} in {WORDS[clock]}"
             for clock in ("steps", "cpu", "wall")
-            if (ratio := null_ratio(field, track, clock, null)) is not None
+            if (ratio := null_ratio(results, track, clock, null)) is not None
         ]
-        if told:
+        if parts:
             sentences.append(
                 f"{null} is {original} once more, the null control: its times over those of {original} are "
-                f"{', '.join(told)}."
+                f"{', '.join(parts)}."
             )
         else:
             sentences.append(f"{null}, the null control, cannot be compared with {original} in this track.")
-    limits = {clock: noise(field, track, clock) for clock in ("steps", "cpu")}
+    limits = {clock: noise(results, track, clock) for clock in ("steps", "cpu")}
     if any(map(math.isinf, limits.values())):
         return [
             *sentences,
-            "A null control has no times to learn the noise from: no difference is told below.",
+            "A null control has no times to learn the noise from: no difference is named below.",
         ]
-    told = [f"{limit:.2f}× in {WORDS[clock]}" for clock, limit in limits.items()]
-    alone = f"; on a single workload within {noise_alone(field, track, 'cpu'):.2f}× in {WORDS['cpu']}"
+    parts = [f"{limit:.2f}× in {WORDS[clock]}" for clock, limit in limits.items()]
+    alone = f"; on a single workload within {noise_alone(results, track, 'cpu'):.2f}× in {WORDS['cpu']}"
     return [
         *sentences,
-        f"Where the null control always reached the target it is within {' and '.join(told)}"
-        f"{alone if len(field.workloads) > 1 else ''}: that is noise.",
+        f"Where the null control always reached the target it is within {' and '.join(parts)}"
+        f"{alone if len(results.workloads) > 1 else ''}: that is noise.",
     ]
 
 
-def _race(field: BenchResults, track: str, standing: dict[str, list[MethodRanking]]) -> list[str]:
+def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]]) -> list[str]:
     """Who needs fewer steps, or less time, than the best baseline over all workloads."""
     sentences = []
     better: dict[str, list[str]] = {}
-    for clock, found in standing.items():
-        limit = noise(field, track, clock)
-        compared = [one for one in found if one.ratio and one.method not in field.nulls]
-        apart = _apart(field, found, limit)
+    for clock, found in rankings.items():
+        limit = noise(results, track, clock)
+        compared = [one for one in found if one.ratio and one.method not in results.nulls]
+        apart = _apart(results, found, limit)
         ahead = sorted((one for one in apart if one.ratio and one.ratio.value < 1), key=_by_ratio)
         behind = [one.method for one in apart if one.ratio and one.ratio.value > 1]
         level = [
             one.method
             for one in compared
-            if one not in apart and one.reached and one.method not in field.baselines
+            if one not in apart and one.reached and one.method not in results.baselines
         ]
         better[clock] = [one.method for one in ahead]
         if not compared:
             continue
-        told = ", ".join(f"{one.method} {span(one.ratio)}{_of(field, one)}" for one in ahead if one.ratio)
+        parts = ", ".join(f"{one.method} {span(one.ratio)}{_of(results, one)}" for one in ahead if one.ratio)
         sentences.append(
-            f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: {told or 'nobody'}."
+            f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: {parts or 'nobody'}."
             + (f" Behind: {listed(behind)}." if behind else "")
             + (f" Not to be told apart: {listed(level)}." if level else "")
         )
     eaten = [name for name in better.get("steps", []) if name not in better.get("cpu", [])]
     if eaten:
         sentences.append(
-            f"Fewer steps, but not less CPU time beyond noise: {listed(eaten)}. Dearer steps ate "
-            "the gain, or noise hides it."
+            f"Fewer steps, but not less CPU time beyond noise: {listed(eaten)}. More expensive "
+            "steps cancel the gain, or noise hides it."
         )
     return sentences
 
 
-def _apart(field: BenchResults, found: list[MethodRanking], limit: float) -> list[MethodRanking]:
+def _apart(results: BenchResults, found: list[MethodRanking], limit: float) -> list[MethodRanking]:
     """Who differs from the best baseline; a method that has null controls only if they all differ alike."""
     sides = {
         one.method: one.ratio.value > 1 for one in found if one.ratio is not None and one.ratio.apart(limit)
     }
-    doubtful = {original for null, original in field.nulls.items() if sides.get(null) != sides.get(original)}
-    return [one for one in found if one.method in sides and one.method not in {*field.nulls, *doubtful}]
+    doubtful = {
+        original for null, original in results.nulls.items() if sides.get(null) != sides.get(original)
+    }
+    return [one for one in found if one.method in sides and one.method not in {*results.nulls, *doubtful}]
 
 
-def _by_workload(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+def _by_workload(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Who won on each workload in processor time; where nobody did, in one sentence."""
-    limit = noise_alone(field, track, "cpu")
+    limit = noise_alone(results, track, "cpu")
     sentences = []
     unbeaten: dict[str, list[str]] = {}
     unreached = []
-    for workload in field.workloads:
-        peer = field.peer(workload, "cpu")
+    for workload in results.workloads:
+        peer = results.peer(workload, "cpu")
         here = [row for row in rows if row.track == track and row.workload == workload]
         if peer is None or not here:
             continue
         if math.isinf(peer.times["cpu"].value):
-            if field.targets[workload].strict is not None:
+            if results.targets[workload].strict is not None:
                 unreached.append(workload)
             continue
         name = peer.runs[0]["method"]
-        found = [(row.ratios["cpu"], row.method) for row in here if row.method not in field.nulls]
+        found = [(row.ratios["cpu"], row.method) for row in here if row.method not in results.nulls]
         ahead = sorted(
             (ratio.value, method, ratio)
             for ratio, method in found
             if ratio is not None and ratio.value < 1 and ratio.apart(limit)
         )
         if ahead:
-            told = ", ".join(f"{method} {span(ratio)}" for _, method, ratio in ahead[:3])
+            parts = ", ".join(f"{method} {span(ratio)}" for _, method, ratio in ahead[:3])
             more = f", and {len(ahead) - 3} more" if len(ahead) > 3 else ""
-            sentences.append(f"On {workload}, less CPU time to the target than {name}: {told}{more}.")
+            sentences.append(f"On {workload}, less CPU time to the target than {name}: {parts}{more}.")
         else:
             unbeaten.setdefault(name, []).append(workload)
     if unreached:
@@ -189,8 +190,8 @@ def _by_workload(field: BenchResults, track: str, rows: list[MethodOnWorkload]) 
             "of them, or more seeds, help."
         )
     if unbeaten and not math.isinf(limit):
-        told = ", than ".join(f"{name} on {listed(where)}" for name, where in unbeaten.items())
-        sentences.append(f"Nobody takes less CPU time to the target, beyond noise, than {told}.")
+        parts = ", than ".join(f"{name} on {listed(where)}" for name, where in unbeaten.items())
+        sentences.append(f"Nobody takes less CPU time to the target, beyond noise, than {parts}.")
     return sentences
 
 
@@ -207,64 +208,81 @@ def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
     ]
 
 
-def _ends(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
-    """Whose test metric, in every seed, is below that of every seed of the baseline that ended best."""
+def _ends(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+    """Whose test metric ends below that of the baseline that ended best, beyond what a null control shows."""
     sentences = []
-    for workload in field.workloads:
-        here = {row.method: row.test for row in rows if (row.track, row.workload) == (track, workload)}
-        tests = {method: test for method, test in here.items() if test is not None}
+    for workload in results.workloads:
+        medians = {
+            row.method: row.test.median
+            for row in rows
+            if (row.track, row.workload) == (track, workload) and row.test
+        }
         peer = min(
-            (name for name in field.baselines if name in tests), key=lambda name: tests[name], default=None
+            (name for name in results.baselines if name in medians), key=medians.__getitem__, default=""
         )
-        if peer is None:
-            continue
+        tests = {name: _tests(results, track, workload, name) for name in (*medians, *results.nulls.values())}
+        noise = max(
+            (find_noise(tests[n], tests[o]) for n, o in results.nulls.items() if n in tests), default=0
+        )
         below = [
-            method
-            for method, test in tests.items()
-            if test.greatest < tests[peer].least and method not in field.nulls
+            name
+            for name in medians
+            if peer
+            and name not in results.nulls
+            and compare_runs(tests[name], tests[peer], noise=noise) == BETTER
         ]
         if below:
             sentences.append(
-                f"On {workload}, every seed ends with a lower test metric than every seed of {peer}: "
+                f"On {workload}, the test metric at the end is lower than that of {peer}, beyond noise: "
                 f"{listed(below)}."
             )
     return sentences
 
 
-def _memory(field: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+def _tests(results: BenchResults, track: str, workload: str, method: str) -> dict[int, float | None]:
+    """What each run ended with, the higher the better, numbered by seed: a null control has other seeds."""
+    cell = results.cells.get((track, workload, method))
+    runs = cell.runs if cell else []
+    return {
+        place: None if run["failure"] is not None or run["test"] is None else -run["test"]
+        for place, run in enumerate(runs)
+    }
+
+
+def _memory(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Who needs less memory at the peak than the reference, on every workload where both were measured."""
     peaks: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.track == track and row.peak_mib is not None:
             peaks.setdefault(row.method, {})[row.workload] = row.peak_mib
-    plain = peaks.get(field.reference or "", {})
-    told = []
+    plain = peaks.get(results.reference or "", {})
+    parts = []
     for method, own in peaks.items():
         shares = [own[workload] / plain[workload] for workload in own if plain.get(workload)]
         if shares and max(shares) < SPARING:
-            told.append(f"{method} {min(shares):.2f} to {max(shares):.2f}×")
-    return [f"Peak memory, as a multiple of {field.reference}'s: {', '.join(told)}."] if told else []
+            parts.append(f"{method} {min(shares):.2f} to {max(shares):.2f}×")
+    return [f"Peak memory, as a multiple of {results.reference}'s: {', '.join(parts)}."] if parts else []
 
 
-def _untuned(field: BenchResults) -> list[str]:
+def _untuned(results: BenchResults) -> list[str]:
     """Which methods need no tuning to arrive."""
-    if DEFAULTS not in field.tracks:
+    if DEFAULTS not in results.tracks:
         return []
     counts = {
-        one.method: (one.reached, one.runs) for one in rank_methods(field, DEFAULTS, "steps") if one.runs
+        one.method: (one.reached, one.runs) for one in rank_methods(results, DEFAULTS, "steps") if one.runs
     }
-    told = [
+    parts = [
         f"{name} {reached} of {runs}"
         for name, (reached, runs) in sorted(counts.items(), key=lambda item: -item[1][0] / item[1][1])
-        if reached and name not in field.nulls
+        if reached and name not in results.nulls
     ]
     if not counts:
         return []
-    return [f"Runs at the defaults that reached the target: {', '.join(told) or 'none of any method'}."]
+    return [f"Runs at the defaults that reached the target: {', '.join(parts) or 'none of any method'}."]
 
 
 def _advice(
-    field: BenchResults, track: str, standing: dict[str, list[MethodRanking]], rows: list[MethodOnWorkload]
+    results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]], rows: list[MethodOnWorkload]
 ) -> list[str]:
     """What to use when, as far as the intervals bear it."""
     sentences = []
@@ -272,32 +290,35 @@ def _advice(
         ("cpu", "If CPU time is what counts"),
         ("steps", "If the number of steps is what counts"),
     ):
-        limit = noise(field, track, clock)
+        limit = noise(results, track, clock)
         sure = [
             one.method
-            for one in standing[clock]
+            for one in rankings[clock]
             if one.ratio
             and one.ratio.value < 1
             and one.ratio.apart(limit)
-            and one.compared == len(field.workloads)
+            and one.compared == len(results.workloads)
         ]
         first = [
-            one.method for one in standing[clock] if one.rank and one.rank.low <= 1 and one.area.value > 0
+            one.method for one in rankings[clock] if one.rank and one.rank.low <= 1 and one.area.value > 0
         ]
         use = [name for name in first if name in sure]
         if use:
             sentences.append(f"{when}: use {' or '.join(use)}.")
         elif first:
-            baselines = [name for name in first if name in field.baselines]
+            baselines = [name for name in first if name in results.baselines]
             keep = f"keep to {' or '.join(baselines)}" if baselines else "no choice is safe"
             sentences.append(
                 f"{when}: {keep}; nothing beats the best baseline beyond noise over all workloads."
             )
-    if DEFAULTS in field.tracks and track != DEFAULTS:
+    if DEFAULTS in results.tracks and track != DEFAULTS:
         able = [
             one.method
-            for one in rank_methods(field, DEFAULTS, "cpu")
-            if one.rank and one.runs and one.reached == one.runs and len(one.profile) == len(field.workloads)
+            for one in rank_methods(results, DEFAULTS, "cpu")
+            if one.rank
+            and one.runs
+            and one.reached == one.runs
+            and len(one.profile) == len(results.workloads)
         ]
         sentences.append(
             f"If there is no time to tune: {listed(able)} reached every target in every run at the defaults."
@@ -330,7 +351,7 @@ def listed(names: list[str]) -> str:
 
 
 def _listed_of(names: list[str], whole: list[str]) -> str:
-    """The same, of a longer list: where only a few are not meant, these are told."""
+    """The same, of a longer list: where only a few are missing, those are named."""
     others = [name for name in whole if name not in names]
     if len(names) < 2 or 2 * len(others) >= len(names):
         return listed(names)
@@ -345,8 +366,8 @@ def _who(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
     return ", ".join(f"{name} on {count} of {of[name]}" for name, count in counts.most_common())
 
 
-def _of(field: BenchResults, one: MethodRanking) -> str:
-    whole = len(field.workloads)
+def _of(results: BenchResults, one: MethodRanking) -> str:
+    whole = len(results.workloads)
     return "" if one.compared == whole else f" on {one.compared} of {whole} workloads"
 
 

@@ -103,12 +103,12 @@ class MethodRanking:
     end: float
 
 
-def compare_methods(field: BenchResults) -> list[MethodOnWorkload]:
+def compare_methods(results: BenchResults) -> list[MethodOnWorkload]:
     """Every method on every workload in every track, where it was run."""
-    return [_row(field, key, cell) for key, cell in field.cells.items()]
+    return [_row(results, key, cell) for key, cell in results.cells.items()]
 
 
-def rank_methods(field: BenchResults, track: str, clock: str) -> list[MethodRanking]:
+def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRanking]:
     """All methods of a track on a clock by the areas under their profiles, the best first.
 
     A method is judged on the workloads that it was run on and, as a miss, on those that it does not fit.
@@ -119,17 +119,17 @@ def rank_methods(field: BenchResults, track: str, clock: str) -> list[MethodRank
     count, since the time of a miss is a bound that a cheap step lowers.
     """
     behind: dict[str, dict[str, tuple[float, Draws]]] = {}
-    for workload in field.workloads:
-        for method, one in _behind(field, track, workload, clock).items():
+    for workload in results.workloads:
+        for method, one in _behind(results, track, workload, clock).items():
             behind.setdefault(method, {})[workload] = one
     values = {name: statistics.fmean(area(r) for r, _ in own.values()) for name, own in behind.items()}
     draws = {name: np.mean([_areas(d) for _, d in own.values()], axis=0) for name, own in behind.items()}
-    ranked = [name for name in behind if name not in field.nulls]
-    ends = _ends(field, track)
+    ranked = [name for name in behind if name not in results.nulls]
+    ends = _ends(results, track)
     found = []
     for name, own in behind.items():
-        pairs = _pairs(field, track, clock, name)
-        runs = [run for workload in own for run in _runs(field, (track, workload, name))]
+        pairs = _pairs(results, track, clock, name)
+        runs = [run for workload in own for run in _runs(results, (track, workload, name))]
         found.append(
             MethodRanking(
                 method=name,
@@ -139,7 +139,7 @@ def rank_methods(field: BenchResults, track: str, clock: str) -> list[MethodRank
                 profile={workload: r for workload, (r, _) in own.items()},
                 ratio=geometric_interval(pairs),
                 compared=sum(ratio_interval(*pair) is not None for pair in pairs),
-                reached=sum(_reaches(run, field.targets[run["workload"]].strict) for run in runs),
+                reached=sum(_reaches(run, results.targets[run["workload"]].strict) for run in runs),
                 runs=len(runs),
                 end=ends[name],
             )
@@ -147,12 +147,12 @@ def rank_methods(field: BenchResults, track: str, clock: str) -> list[MethodRank
     return sorted(found, key=lambda one: (-one.area.value, -one.reached / max(one.runs, 1), one.end))
 
 
-def null_ratio(field: BenchResults, track: str, clock: str, null: str) -> Interval | None:
+def null_ratio(results: BenchResults, track: str, clock: str, null: str) -> Interval | None:
     """A null control's times over those of the method it repeats, over all workloads: 1 but for noise."""
-    return geometric_interval(_null_pairs(field, track, clock, null))
+    return geometric_interval(_null_pairs(results, track, clock, null))
 
 
-def noise(field: BenchResults, track: str, clock: str) -> float:
+def noise(results: BenchResults, track: str, clock: str) -> float:
     """How far from 1 the intervals of the null controls reach: nothing nearer is told apart.
 
     Taken over the workloads where a null control and its original reached the target in all resamples, later
@@ -162,16 +162,16 @@ def noise(field: BenchResults, track: str, clock: str) -> float:
     This is the noise of a mean over all workloads, in which that of single ones cancels in part. For verdicts
     on a single workload there is `noise_alone`.
     """
-    known = (_known_pairs(field, track, clock, null) for null in field.nulls)
+    known = (_known_pairs(results, track, clock, null) for null in results.nulls)
     return max([1.0, *(_reach(geometric_interval(pairs)) for pairs in known)])
 
 
-def noise_alone(field: BenchResults, track: str, clock: str) -> float:
+def noise_alone(results: BenchResults, track: str, clock: str) -> float:
     """How far from 1 a null control reaches on any single workload: the noise of verdicts on one of them.
 
     Infinite or 1 where `noise` is, for the same reasons.
     """
-    known = (_known_pairs(field, track, clock, null) for null in field.nulls)
+    known = (_known_pairs(results, track, clock, null) for null in results.nulls)
     return max(
         [1.0, *(max((_reach(ratio_interval(*pair)) for pair in pairs), default=math.inf) for pairs in known)]
     )
@@ -187,13 +187,13 @@ def area(behind: float) -> float:
     return max(0.0, FURTHEST - max(behind, 1.0)) / (FURTHEST - 1)
 
 
-def _row(field: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOnWorkload:
+def _row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOnWorkload:
     track, workload, method = key
-    target = field.targets[workload]
-    peers = {clock: field.peer(workload, clock) for clock in CLOCKS}
-    mine = field.trials(workload, method)
+    target = results.targets[workload]
+    peers = {clock: results.peer(workload, clock) for clock in CLOCKS}
+    mine = results.trials(workload, method)
     cost = step_seconds(mine)
-    plain = step_seconds(field.trials(workload, field.reference)) if field.reference else None
+    plain = step_seconds(results.trials(workload, results.reference)) if results.reference else None
     peaks = [run["peak_mib"] for run in cell.runs if run.get("peak_mib") is not None and is_trained(run)]
     tests = [line["test"] for line in cell.runs if line.get("test") is not None]
     return MethodOnWorkload(
@@ -220,14 +220,14 @@ def _row(field: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOn
     )
 
 
-def _behind(field: BenchResults, track: str, workload: str, clock: str) -> dict[str, tuple[float, Draws]]:
+def _behind(results: BenchResults, track: str, workload: str, clock: str) -> dict[str, tuple[float, Draws]]:
     """By method the time over the quickest's on one workload, as measured and as resampled."""
     times = {
-        name: field.cells[track, workload, name].times[clock]
-        for name in field.methods
-        if (track, workload, name) in field.cells
+        name: results.cells[track, workload, name].times[clock]
+        for name in results.methods
+        if (track, workload, name) in results.cells
     }
-    setters = [time for name, time in times.items() if name not in field.nulls] or list(times.values())
+    setters = [time for name, time in times.items() if name not in results.nulls] or list(times.values())
     if not setters:
         return {}
     best = min(time.value for time in setters)
@@ -236,8 +236,8 @@ def _behind(field: BenchResults, track: str, workload: str, clock: str) -> dict[
         name: (float(_over(np.array(time.value), best)), _over(time.draws, best_draws))
         for name, time in times.items()
     }
-    for name in field.methods:
-        if (workload, name) in field.refused and name not in found:
+    for name in results.methods:
+        if (workload, name) in results.refused and name not in found:
             found[name] = math.inf, np.full_like(best_draws, math.inf)
     return found
 
@@ -252,13 +252,13 @@ def _areas(behind: Draws) -> Draws:
     return np.clip(FURTHEST - np.maximum(behind, 1.0), 0.0, None) / (FURTHEST - 1)
 
 
-def _ends(field: BenchResults, track: str) -> dict[str, float]:
+def _ends(results: BenchResults, track: str) -> dict[str, float]:
     """By method the mean, over its workloads, of its place by the validation metric at the end."""
     ends: dict[str, list[int]] = {}
-    for workload in field.workloads:
-        values = {name: math.inf for name in field.methods if (workload, name) in field.refused}
-        for name in field.methods:
-            if runs := _runs(field, (track, workload, name)):
+    for workload in results.workloads:
+        values = {name: math.inf for name in results.methods if (workload, name) in results.refused}
+        for name in results.methods:
+            if runs := _runs(results, (track, workload, name)):
                 values[name] = statistics.median(last_validation(run) for run in runs)
         for name, value in values.items():
             ends.setdefault(name, []).append(1 + sum(other < value for other in values.values()))
@@ -277,32 +277,32 @@ def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[st
     return Interval(1 + limits(ahead)[0], rank, 1 + limits(level)[1])
 
 
-def _pairs(field: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
+def _pairs(results: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
     """A method's times and its peers', workload by workload."""
     pairs = []
-    for workload in field.workloads:
-        cell, peer = field.cells.get((track, workload, method)), field.peer(workload, clock)
+    for workload in results.workloads:
+        cell, peer = results.cells.get((track, workload, method)), results.peer(workload, clock)
         if cell and peer:
             pairs.append((cell.times[clock], peer.times[clock]))
     return pairs
 
 
-def _null_pairs(field: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+def _null_pairs(results: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
     pairs = []
-    for workload in field.workloads:
-        one = field.cells.get((track, workload, null))
-        other = field.cells.get((track, workload, field.nulls[null]))
+    for workload in results.workloads:
+        one = results.cells.get((track, workload, null))
+        other = results.cells.get((track, workload, results.nulls[null]))
         if one and other:
             pairs.append((one.times[clock], other.times[clock]))
     return pairs
 
 
-def _known_pairs(field: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+def _known_pairs(results: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
     """Those of the pairs that reached the target in all resamples, later than at the first measurement."""
     # half a step of the grid is left for seconds, of which a step does not always take the same
     return [
         pair
-        for pair in _null_pairs(field, track, clock, null)
+        for pair in _null_pairs(results, track, clock, null)
         if all(np.isfinite(one.draws).all() and (one.draws > 1.5 * one.grid).all() for one in pair)
     ]
 
@@ -312,8 +312,8 @@ def _reach(ratio: Interval | None) -> float:
     return max(ratio.high, 1 / ratio.low) if ratio and ratio.low else math.inf
 
 
-def _runs(field: BenchResults, key: tuple[str, str, str]) -> list[TrialRecord]:
-    cell = field.cells.get(key)
+def _runs(results: BenchResults, key: tuple[str, str, str]) -> list[TrialRecord]:
+    cell = results.cells.get(key)
     return cell.runs if cell else []
 
 

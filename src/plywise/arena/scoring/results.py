@@ -21,7 +21,7 @@ class Target(NamedTuple):
     """Validation metrics that count as done; None where nothing sets one yet.
 
     Attributes:
-        strict: what the standing is about.
+        strict: what rankings are about.
         loose: what a middling setting of the baselines reaches.
         stored: whether ``strict`` was there before the bench, and not taken from its own baselines.
     """
@@ -173,7 +173,8 @@ def _space(bench: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def _target(bench: dict[str, Any], workload: str, lines: list[TrialRecord]) -> Target:
-    loose = loose_target_of(lines, _baselines(bench))
+    # a sweep over rates says nothing of what a middling setting reaches
+    loose = None if bench.get("chosen") else loose_target_of(lines, _baselines(bench))
     stored = bench["workloads"].get(workload, {}).get("target")
     if stored is None:
         return Target(target_of(lines, _baselines(bench)), loose, False)

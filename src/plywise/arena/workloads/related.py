@@ -107,7 +107,7 @@ SAMPLES = 8
 def episodes() -> Data:
     """All episodes of 8 samples: which of two inputs is on is the label, or in half of them the other one.
 
-    A row holds the sample (2) and its label (2), which the network hears only after its answer.
+    A row holds the sample (2) and its label (2), which the network gets only after its answer.
     """
     every = torch.arange(2 ** (SAMPLES + 1)).unsqueeze(1) >> torch.arange(SAMPLES + 1) & 1
     on, swapped = every[:, 1:], every[:, :1]

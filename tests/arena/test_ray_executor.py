@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from plywise.arena.run.bench_data import BenchData
+from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import ProcessExecutor
-from plywise.arena.run.job import TrialJob, WorkloadSpec
+from plywise.arena.run.job import TrialJob
 from plywise.arena.run.ledger import read
 from plywise.arena.run.ray_executor import RayExecutor
 from plywise.arena.scoring.records import FINAL, TUNED, Key
@@ -22,12 +22,12 @@ CLOCKS = ("cpu", "wall", "measuring", "peak_mib", "finished")
 
 
 @pytest.fixture(scope="module")
-def crew():
+def executor():
     """Two CPUs, started once: it takes seconds."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield RayExecutor(patience=60.0)
+    yield RayExecutor(timeout_s=60.0)
     ray.shutdown()
 
 
@@ -37,17 +37,17 @@ def _findable(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def material():
+def own():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(os.path.dirname(__file__))
-        made = BenchData([OWN])
-    yield made
-    made.close()
+        made = resolve_bench(BenchConfig((OWN,), ("sgd",)))
+    with made:
+        yield made.workloads["own"]
 
 
-def job(material, method, seed=0):
+def job(own, method, seed=0):
     key = Key("own", method, FINAL, TUNED, 0, seed)
-    return TrialJob(key, OWN.settled(material.workloads["own"]), {"lr": 0.1}, str(material.files["own"]))
+    return TrialJob(key, own.source, {"lr": 0.1}, str(own.file))
 
 
 def without_clocks(lines):
@@ -65,12 +65,12 @@ def test_nobody_at_the_address():
         RayExecutor("127.0.0.1:1")
 
 
-def test_the_same_lines_as_in_processes_and_a_killed_trial_harms_no_other(crew, material):
-    jobs = [job(material, method) for method in ("sgd", f"{HERE}:Killed", "local-loss", f"{HERE}:Exploding")]
-    jobs.append(job(material, "sgd", seed=7))
+def test_the_same_lines_as_in_processes_and_a_killed_trial_harms_no_other(executor, own):
+    jobs = [job(own, method) for method in ("sgd", f"{HERE}:Killed", "local-loss", f"{HERE}:Exploding")]
+    jobs.append(job(own, "sgd", seed=7))
     given = {one.key: one for one in jobs}
-    ended = list(crew.run(iter(jobs)))
-    assert crew.count == 2
+    ended = list(executor.run(iter(jobs)))
+    assert executor.count == 2
     assert all(given.pop(one.key) is one for one, _ in ended)
     assert not given, "each job once, with its own line"
     on_ray = without_clocks(line for _, line in ended)
@@ -80,19 +80,19 @@ def test_the_same_lines_as_in_processes_and_a_killed_trial_harms_no_other(crew, 
     assert "diverged" in on_ray[f"{HERE}:Exploding", 0, TUNED]["failure"]
 
 
-def test_a_trial_that_hangs_is_ended_and_jobs_are_taken_as_there_is_room(crew, material, monkeypatch):
-    monkeypatch.setattr(crew, "patience", 3.0)
+def test_a_trial_that_hangs_is_ended_and_jobs_are_taken_as_there_is_room(executor, own, monkeypatch):
+    monkeypatch.setattr(executor, "timeout_s", 3.0)
     taken = []
 
     def jobs():
         for seed, method in enumerate((f"{HERE}:Hanging", "sgd", "sgd", "sgd")):
             taken.append(seed)
-            yield job(material, method, seed)
+            yield job(own, method, seed)
 
     ended = []
-    for _, line in crew.run(jobs()):
+    for _, line in executor.run(jobs()):
         ended.append(line)
-        assert len(taken) <= len(ended) + crew.count, "a budget that is spent stops the next trial"
+        assert len(taken) <= len(ended) + executor.count, "a budget that is spent stops the next trial"
     failures = {line["seed"]: line["failure"] for line in ended}
     assert failures == {0: "took longer than 3 s", 1: None, 2: None, 3: None}
 
@@ -130,8 +130,8 @@ def begun(folder):
     return process
 
 
-def test_stopping_early_ends_what_runs(crew, material, tmp_path, own_methods):
-    running = crew.run(job(material, method) for method in ("methods_here:Noted", "sgd"))
+def test_stopping_early_ends_what_runs(executor, own, tmp_path, own_methods):
+    running = executor.run(job(own, method) for method in ("methods_here:Noted", "sgd"))
     done, _ = next(running)
     assert done.key.method == "sgd"
     process = begun(tmp_path)
@@ -139,15 +139,17 @@ def test_stopping_early_ends_what_runs(crew, material, tmp_path, own_methods):
     assert not process.exists(), "the trial that hangs is not left behind"
 
 
-def test_a_crew_that_is_stopped_gives_what_has_ended_and_begins_no_more(crew, material):
+def test_a_executor_that_is_stopped_gives_what_has_ended_and_begins_no_more(executor, own):
     import ray
 
-    stopped = RayExecutor(patience=60.0)
-    three = [job(material, "sgd", seed) for seed in range(3)]
+    stopped = RayExecutor(timeout_s=60.0)
+    three = [job(own, "sgd", seed) for seed in range(3)]
     running = stopped.run(three)
     told = [next(running)[1]["seed"]]
     end = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != crew.count:  # the second has ended, and nobody has looked
+    while (
+        ray.available_resources().get("CPU") != executor.count
+    ):  # the second has ended, and nobody has looked
         assert time.monotonic() < end
         time.sleep(0.05)
     stopped.stop()
@@ -156,9 +158,9 @@ def test_a_crew_that_is_stopped_gives_what_has_ended_and_begins_no_more(crew, ma
     assert list(stopped.run(three)) == [], "for good"
 
 
-def test_a_crew_that_is_stopped_ends_what_runs(crew, material, tmp_path, own_methods):
-    stopped = RayExecutor(patience=60.0)
-    running = stopped.run(job(material, method) for method in ("methods_here:Noted", "sgd"))
+def test_a_executor_that_is_stopped_ends_what_runs(executor, own, tmp_path, own_methods):
+    stopped = RayExecutor(timeout_s=60.0)
+    running = stopped.run(job(own, method) for method in ("methods_here:Noted", "sgd"))
     assert next(running)[0].key.method == "sgd"
     process = begun(tmp_path)
     stopped.stop()
@@ -166,7 +168,7 @@ def test_a_crew_that_is_stopped_ends_what_runs(crew, material, tmp_path, own_met
     assert not process.exists()
 
 
-def test_a_bench_on_ray_from_the_command_line(crew, tmp_path, monkeypatch, capsys):
+def test_a_bench_on_ray_from_the_command_line(executor, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["bench", f"{HERE}:model", "--data", f"{HERE}:data", "--steps", "12", "--batch-size", "32"]
     words += ["--methods", f"sgd,{HERE}:Leaving", "--trials", "1", "--seeds", "1"]
@@ -180,23 +182,23 @@ def test_a_bench_on_ray_from_the_command_line(crew, tmp_path, monkeypatch, capsy
     assert ledgers[0] == ledgers[1]
 
 
-def test_a_module_that_the_machines_do_not_have_is_not_a_lost_trial(crew, material, monkeypatch, tmp_path):
+def test_a_module_that_the_machines_do_not_have_is_not_a_lost_trial(executor, own, monkeypatch, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "only_here.py").write_text("from torch.optim import SGD as Mine\n")
-    one = job(material, "only_here:Mine")
+    one = job(own, "only_here:Mine")
     with pytest.raises(PlywiseError, match=r"cannot run only_here:Mine: .*no module 'only_here'.*installed"):
-        list(crew.run([one]))
+        list(executor.run([one]))
 
 
-def test_more_threads_than_any_machine_has(crew):
+def test_more_threads_than_any_machine_has(executor):
     with pytest.raises(PlywiseError, match=r"has 3 CPUs: they have 2\. Take fewer --threads"):
         RayExecutor(threads=3)
 
 
-def test_a_process_of_rays_own_that_is_killed_is_an_outcome(crew, material, own_methods):
-    jobs = [job(material, method) for method in ("methods_here:Regicide", "sgd")]
-    ended = {one.key.method: line for one, line in crew.run(jobs)}
+def test_a_process_of_rays_own_that_is_killed_is_an_outcome(executor, own, own_methods):
+    jobs = [job(own, method) for method in ("methods_here:Regicide", "sgd")]
+    ended = {one.key.method: line for one, line in executor.run(jobs)}
     why = "its process was lost (WorkerCrashedError on Ray)"
     assert ended["methods_here:Regicide"]["failure"] == why
     assert ended["sgd"]["failure"] is None

@@ -1,0 +1,42 @@
+"""Everything that is concluded from a bench's trials, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from plywise.arena.scoring.conclusions import draw_conclusions
+from plywise.arena.scoring.ranking import MethodOnWorkload, compare_methods
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.results import BenchResults, gather_results
+
+
+@dataclass(frozen=True)
+class BenchSummary:
+    """A bench, whole or interrupted, with everything that follows from its trials.
+
+    Attributes:
+        results: its trials, sorted.
+        lines: the same as they were read, in the order of the ledger.
+        rows: every method on every workload.
+        conclusions: what follows, in sentences.
+    """
+
+    results: BenchResults
+    lines: list[TrialRecord]
+    rows: list[MethodOnWorkload]
+    conclusions: list[str]
+
+
+def summarize_bench(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> BenchSummary:
+    """Score the trials of a bench.
+
+    Args:
+        bench: what bench.json holds.
+        lines: the trials of the ledger; not all need be there.
+    """
+    lines = list(lines)
+    results = gather_results(bench, lines)
+    rows = compare_methods(results)
+    return BenchSummary(results, lines, rows, draw_conclusions(results, rows))
