@@ -8,6 +8,11 @@ import sys
 if sys.path and sys.path[0] in ("", os.getcwd()):
     sys.path.append(sys.path.pop(0))
 
+from plywise._util.process_groups import end_with_torchrun
+
+if __name__ == "__main__":
+    end_with_torchrun()  # before the imports, which take seconds
+
 from plywise.cli import main
 
 if __name__ == "__main__":

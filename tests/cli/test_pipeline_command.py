@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -330,3 +330,44 @@ def test_a_loss_that_is_not_finite_ends_all(tmp_path):
         in second
     )
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [0, 5, 10]
+
+
+def stages_of(launcher):
+    """The processes that torchrun has started, by its entries in /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError, IndexError):
+            words = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(words[1]) == launcher.pid and b"plywise" in (entry / "cmdline").read_bytes():
+                found.append(entry)
+    return found
+
+
+def lives(entry):
+    with suppress(OSError):
+        return (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["at once", "when it trains"])
+def test_stages_end_with_a_torchrun_that_is_killed(moment):
+    """At once: before a stage has seen another, when no watch is kept yet. They used to live for minutes."""
+    with torchrun(2, *PLAN, "--epochs", "100000") as processes:
+        end = time.monotonic() + DEADLINE
+        while len(stages := stages_of(processes[0])) < 2:
+            assert time.monotonic() < end, Path("err0").read_text()
+            time.sleep(0.01)
+        if moment == "at once":
+            while any(len(list((entry / "task").iterdir())) < 2 for entry in stages):  # they follow torchrun
+                assert time.monotonic() < end, Path("err0").read_text()
+                time.sleep(0.01)
+            assert not any("libtorch_cpu" in (entry / "maps").read_text() for entry in stages)
+        else:
+            wait_for(processes, "epoch")
+        processes[0].kill()
+        processes[0].wait(DEADLINE)
+        end = time.monotonic() + 30
+        while left := [entry for entry in stages if lives(entry)]:
+            assert time.monotonic() < end, left
+            time.sleep(0.05)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from contextlib import suppress
+
+_following = threading.Lock()  # held for good by the one thread that follows torchrun
 
 
 def begin_group() -> None:
@@ -14,6 +18,16 @@ def begin_group() -> None:
     with suppress(OSError, AttributeError):  # not on Windows
         os.setpgid(0, 0)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def end_with_torchrun() -> None:
+    """End this process when the torchrun that started it is gone: the others of its run may never come.
+
+    To be called as early as can be: what torchrun starts in its own last moment is not seen to be left
+    alone. Without torchrun nothing happens.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and _following.acquire(blocking=False):
+        threading.Thread(target=_leave_with_torchrun, args=(os.getppid(),), daemon=True).start()
 
 
 def end_group(leader: int | None) -> None:
@@ -33,4 +47,13 @@ def _leave_with_parent() -> None:
         return
     parent.join()
     end_group(os.getpid())
+    os._exit(1)
+
+
+def _leave_with_torchrun(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    with suppress(OSError):  # it may be that nobody reads it
+        sys.stderr.write("plywise: torchrun has gone, and this process ends with it.\n")
+        sys.stderr.flush()
     os._exit(1)

@@ -132,8 +132,8 @@ class Reader:
             return self._floating_targets(y, what)
         if y.dim() == 2 and y.shape[1] == 1:
             raise PlywiseError(
-                f"{what}: the targets are whole numbers of shape {tuple(y.shape)}. Classes are of shape (N,) "
-                "as y[:, 0]; numbers to predict are floating-point, or --read targets=numbers.",
+                f"{what}: the targets are whole numbers of shape {tuple(y.shape)}. Classes are of shape "
+                "(N,), as of y[:, 0]; numbers to predict are floating-point, or --read targets=numbers.",
                 see="error-data",
             )
         y = y.long()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 
+from plywise._util.process_groups import end_with_torchrun
 from plywise.errors import PipelineError
 from plywise.pipeline.watch import decline, prepare
 
@@ -97,6 +98,7 @@ def join() -> None:
             "pipeline ..., or call torch.distributed.init_process_group yourself.",
             see="pipeline-start",
         )
+    end_with_torchrun()
     if _on_one_host():
         loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
