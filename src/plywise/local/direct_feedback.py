@@ -71,7 +71,8 @@ class DirectFeedback(Learner):
     Source: Nøkland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016,
         arXiv 1609.01596.
     Code: anokland/dfa-torch (Lua).
-    Results: not reproduced here at the paper's size; ours is in benchmarks/README.md.
+    Results: not reproduced here at the paper's size; ours, untuned: 93.3 % of the test digits after 150
+        steps, backpropagation 95.7 % (examples/plot_local_learners.py).
     Limits: blocks run in one process. A matrix has as many rows as the output has numbers for one sample:
         outputs of many numbers (sequences) make large matrices.
 

@@ -101,7 +101,8 @@ class MomentumAuxiliary(Learner):
     Code: JunhaoSu0/MAN.
     Results: third parties list for the paper: test errors on CIFAR-10, ResNet-32 in 16 blocks, 14.08 %
         (decoupled greedy learning), 9.11 % with MAN, 6.37 % end to end. Not reproduced here at that size;
-        ours is in benchmarks/README.md.
+        ours, untuned: 95.7 % of the test digits after 150 steps, `LocalLoss` 94.5 %, backpropagation 95.7 %
+        (examples/plot_local_learners.py).
     Limits: batch norm's running statistics in the copies are their own. A beginning that changes its input in
         place is refused.
 

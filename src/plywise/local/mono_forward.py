@@ -35,7 +35,8 @@ class MonoForward(OneWayLearner):
         Training Harnessing Local Errors", 2025, arXiv 2501.09238.
     Code: none that is public was found.
     Results: the paper's abstract: as accurate as backpropagation or more on MNIST to CIFAR-100. Not
-        reproduced here at that size; ours is in benchmarks/README.md.
+        reproduced here at that size; ours, untuned: 96.0 % of the test digits after 150 steps,
+        backpropagation 95.7 % (examples/plot_local_learners.py).
     Limits: classification by class index. The sum of all votes need not be better than the best of them.
 
     Args:

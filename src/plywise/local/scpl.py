@@ -72,7 +72,8 @@ class SCPL(OneWayLearner):
         Supervised Contrastive loss of Khosla et al., NeurIPS 2020, arXiv 2004.11362.
     Code: minyaho/scpl and the Associated Learning authors' later repositories.
     Results: third parties list for the paper: Tiny-ImageNet 48.95, AG News 92.12, IMDB 89.84 %. Not
-        reproduced here at that size; ours is in benchmarks/README.md.
+        reproduced here at that size; ours, untuned: 97.3 % of the test digits after 150 steps,
+        backpropagation 95.7 % (examples/plot_local_learners.py).
     Limits: classification by class index. In a pipeline with replicas, each process contrasts its own
         samples.
 
