@@ -206,6 +206,13 @@ class StatefulContract(RuleContract):
         """The expensive part of learning, done by one process for all: something of `refreshed_shapes`."""
         return {}
 
+    def measure_residual(self, memory: State) -> Tensor | None:
+        """How far what the last refresh made is from the statistics of now, 0 for exact; None if unknown.
+
+        For telemetry (`plywise.Rule.record`): it should cost little beside a refresh.
+        """
+        return None
+
     def refreshed_shapes(self, shape: LayerShape) -> Shapes:
         """Names and shapes of what `refresh` returns."""
         return {}
