@@ -13,6 +13,7 @@ ORDER = (
     ("_util",),
     ("numerics",),
     ("engine",),
+    ("loggers",),
     ("rules", "optim", "nn", "schedules"),
     ("losses", "init"),
     ("data",),

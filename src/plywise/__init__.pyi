@@ -2,6 +2,7 @@
 
 from plywise import init as init
 from plywise import layers as layers
+from plywise import loggers as loggers
 from plywise import losses as losses
 from plywise import nn as nn
 from plywise import optim as optim

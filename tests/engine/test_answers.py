@@ -152,3 +152,78 @@ def test_a_subclass_without_hyper_parameters_of_its_own():
     model(torch.ones(5, 4)).sum().backward()
     assert torch.equal(doubled, 2 * model[2].weight.grad)
     assert str(rule) == "NoMoreFields()"
+
+
+def remembering(**answers):
+    """A rule with running state, some of whose methods answer otherwise."""
+
+    @dataclass(frozen=True, eq=False)
+    class Mine(pw.StatefulRule):
+        def update(self, call):
+            return call.gradient()
+
+        def gather(self, call, turn):
+            norms = call.square_norms()
+            right = {"rows": norms.new_tensor(float(norms.numel())), "squares": norms.sum()}
+            return answers.get("gather", lambda right: right)(right)
+
+        def evidence_shapes(self, shape):
+            return {"rows": (), "squares": ()}
+
+        def learned_shapes(self, shape):
+            return {"mean": ()}
+
+        def learn(self, memory, evidence):
+            right = {"mean": evidence["squares"] / evidence["rows"]}
+            return answers.get("learn", lambda right: right)(right)
+
+        def finish(self, memory, gradient, groups):
+            right = gradient.scaled(1 / memory["mean"], 1 / memory["mean"]), {}
+            return answers.get("finish", lambda right: right)(right)
+
+    return Mine()
+
+
+ANSWERS = {
+    "no rows": ("gather", lambda right: {"squares": right["squares"]}, "its 'rows' is missing"),
+    "evidence of another shape": (
+        "gather",
+        lambda right: right | {"squares": torch.ones(2)},
+        r"Mine\.gather returns for layer '' is not what evidence_shapes says: its 'squares' is \(2,\)",
+    ),
+    "unknown evidence": ("gather", lambda right: right | {"x": torch.ones(2)}, "should be missing"),
+    "no dict": ("gather", lambda right: right["rows"], "it is a Tensor, and should be a dict of tensors"),
+    "a state of another shape": (
+        "learn",
+        lambda right: {"mean": torch.ones(2)},
+        r"Mine\.learn returns for layer '' is not what learned_shapes says: its 'mean' is \(2,\)",
+    ),
+    "a number": ("learn", lambda right: {"mean": 2.0}, r"its 'mean' is \('no tensor',\)"),
+    "an update alone": ("finish", lambda right: right[0], r"must return a plywise\.Update and a dict"),
+    "no update": ("finish", lambda right: (right[0].weight, {}), r"must return a plywise\.Update and a dict"),
+    "no state": ("finish", lambda right: (right[0], None), r"must return a plywise\.Update and a dict"),
+    "transposed": (
+        "finish",
+        lambda right: (pw.Update(right[0].weight.t(), None), {}),
+        r"got a gradient of shape \(2, 5\).*not of shape \(5, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", [None, *ANSWERS])
+def test_a_wrong_answer_of_a_rule_with_running_state(what):
+    method, answer, words = ANSWERS[what] if what else ("learn", lambda right: right, "")
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    remembering(**{method: answer}).attach(model, optimizer)
+
+    def step():
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+
+    if what is None:
+        step()
+        assert torch.allclose(model.weight.grad, torch.full((2, 4), 3 / 5))
+    else:
+        with pytest.raises(pw.AttachError, match=words):
+            step()

@@ -1,7 +1,7 @@
 """Checks of what a rule is and of what it answers, with errors for people who write rules."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -63,5 +63,58 @@ def _check_shape(what: str, call: LinearCall, value: Tensor, shape: Sequence[int
             f"{what} of layer {call.name!r} by a tensor of shape {tuple(value.shape)}, where "
             f"{tuple(shape)} is wanted. call.update(matrix) makes an update of a matrix "
             f"{(call.groups, call.outputs, call.columns)} (groups, outputs, inputs with the bias's column).",
+            see="attach-rule",
+        )
+
+
+def check_tensors(
+    rule: object, method: str, layer: str, found: object, wanted: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise AttachError unless a method of a rule with running state returned the tensors that it names.
+
+    Not all that are learned need be there yet: `finish` may add some.
+
+    Args:
+        rule: the rule.
+        method: the method: ``"gather"`` or ``"learn"``.
+        layer: name of the layer.
+        found: what it returned.
+        wanted: the shapes by name, as `evidence_shapes` or `learned_shapes` says.
+    """
+    shapes = {key: tuple(size) for key, size in wanted.items()}
+    named = f"{'evidence' if method == 'gather' else 'learned'}_shapes"
+    if isinstance(found, Mapping):
+        values = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in found.items()}
+        names = values.keys() | (shapes.keys() if method == "gather" else set())
+        wrong = sorted(key for key in names if values.get(key) != shapes.get(key))
+        if not wrong:
+            return
+        key = wrong[0]
+        is_ = values.get(key, "missing")
+        what = f"its {key!r} is {is_}, and should be {shapes.get(key, 'missing')}"
+    else:
+        what = f"it is a {type(found).__name__}, and should be a dict of tensors by name"
+    raise AttachError(
+        f"What {type(rule).__name__}.{method} returns for layer {layer!r} is not what {named} says: {what}.",
+        see="attach-rule",
+    )
+
+
+def check_finish(rule: object, answer: object, gradient: Tensor) -> None:
+    """Raise AttachError unless a rule's `finish` returned an update of the gradient's shape and a dict."""
+    who = f"{type(rule).__name__}.finish"
+    parts = answer if isinstance(answer, tuple) and len(answer) == 2 else (None, None)
+    update, state = parts
+    if not isinstance(update, Update) or not isinstance(state, Mapping):
+        raise AttachError(
+            f"{who} must return a plywise.Update and a dict of what changes in the state (perhaps empty), as "
+            "in `return update, {}`.",
+            see="attach-rule",
+        )
+    if update.weight is None or update.weight.shape != gradient.shape or update.bias is not None:
+        found = None if update.weight is None else tuple(update.weight.shape)
+        raise AttachError(
+            f"{who} got a gradient of shape {tuple(gradient.shape)} (outputs, inputs with the bias's column) "
+            f"and no bias; its update must be alike, not of shape {found}.",
             see="attach-rule",
         )

@@ -37,6 +37,7 @@ from plywise.engine.selection import Selector, collect_parameters, refuse_handle
 from plywise.engine.sharding import refuse_old_optimizer
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.table import ParameterTable
+from plywise.engine.telemetry import Telemetry
 from plywise.errors import AttachError, NonFiniteError
 
 Observer = Callable[[LinearCall, Update, Tensor | None], None]
@@ -75,6 +76,7 @@ class Attachment:
         self.rule = rule
         self.health = Health()
         self.observers: list[Observer] = []
+        self.telemetry: Telemetry | None = None
         self.title = f"{rule} on {type(model).__name__}"
         self.kinds = kinds
         self.steps = 0 if optimizer is not None else None  # those in which the rule took part
@@ -249,6 +251,8 @@ class Attachment:
             below = self._make_input_gradient(ctx, call)
         for observer in self.observers:
             observer(call, update, below)
+        if self.telemetry is not None and wants_update:
+            self.telemetry.see(site, call, update)
         return update, below
 
     def _make_call(
@@ -357,12 +361,18 @@ class Attachment:
         if self._liveness.has_other_parameters(optimizer):
             self._mark_unstepped()
         self._liveness.check_part_taken(optimizer, self.table.entries, self.capture.paused)
+        if self.telemetry is not None:
+            self.telemetry.begin_step(self.table.entries)
         if self._state is not None:
             self._state.apply_at_step(optimizer)
         if self._clipping is not None:  # a fused optimizer unscales in its step
             self._clipping.apply(getattr(optimizer, "grad_scale", None))
+        if self.telemetry is not None:
+            self.telemetry.note_updates()
 
     def _skip_step(self) -> None:
+        if self.telemetry is not None:
+            self.telemetry.drop_step()
         if self._state is not None:
             self._state.drop_pending()
         self._liveness.name_spoilt_buffers(self._model())
@@ -375,6 +385,8 @@ class Attachment:
         self.steps += 1
         if self._scale is not None:
             self._scale.after_step(set() if self._guard is None else self._guard.nonzero)
+        if self.telemetry is not None:
+            self.telemetry.end_step(self.steps)
 
     # ---- the table ---------------------------------------------------------------------------
 

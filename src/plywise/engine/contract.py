@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from plywise.engine.answers import read_settings
+from plywise.engine.answers import check_finish, read_settings
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.explain import Size
 from plywise.engine.health import Health
@@ -206,6 +206,13 @@ class StatefulContract(RuleContract):
         """The expensive part of learning, done by one process for all: something of `refreshed_shapes`."""
         return {}
 
+    def measure_residual(self, memory: State) -> Tensor | None:
+        """How far what the last refresh made is from the statistics of now, 0 for exact; None if unknown.
+
+        For telemetry (`plywise.Rule.record`): it should cost little beside a refresh.
+        """
+        return None
+
     def refreshed_shapes(self, shape: LayerShape) -> Shapes:
         """Names and shapes of what `refresh` returns."""
         return {}
@@ -240,8 +247,9 @@ class StatefulContract(RuleContract):
             state = {key: value[i] for key, value in memory.items()}
             groups, outputs, columns = gradient.shape
             weight = gradient.reshape(groups * outputs, columns)
-            update, changed = self.finish(state, Update(weight, None), groups)
-            assert update.weight is not None
+            answer = self.finish(state, Update(weight, None), groups)
+            check_finish(self, answer, weight)
+            update, changed = answer
             is_same = is_same and update.weight is weight
             updates.append(update.matrix(groups))
             news.append(changed)

@@ -3,6 +3,10 @@
 import math
 from dataclasses import dataclass
 
+from plywise._util.html import make_table
+
+HEADINGS = ("layer", "type", "weight", "treatment", "why", "seen", "memory", "cost")
+NOTE = "cost: extra floating-point operations, relative to the layer's forward and backward."
 HALF = 0.5
 """Below this share of handled parameters an explanation warns."""
 
@@ -93,22 +97,27 @@ class Explanation:
         handled = sum(row.parameters for row in self.rows if row.handled)
         return handled / self.parameters if self.parameters else 0.0
 
-    def __str__(self) -> str:
-        header = ["layer", "type", "weight", "treatment", "why", "seen", "memory", "cost"]
-        cells = [
+    def _cells(self) -> list[list[str]]:
+        return [
             [
                 *(row.name or "(model)", row.type, row.shape, row.treatment, format_reason(row)),
                 *(format_passes(row), format_bytes(row), format_cost(row)),
             ]
             for row in self.rows
         ]
-        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in [header, *cells]
+
+    def __str__(self) -> str:
+        lines = [list(HEADINGS), *self._cells()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+        shown = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
         ]
-        note = "cost: extra floating-point operations, relative to the layer's forward and backward."
-        return "\n".join([*self.summary(), *lines, note])
+        return "\n".join([*self.summary(), *shown, NOTE])
+
+    def _repr_html_(self) -> str:
+        title, *warnings = self.summary()
+        return make_table(HEADINGS, self._cells(), title=title, notes=[*warnings, NOTE])
 
     def summary(self) -> list[str]:
         """The sentences above the table."""
@@ -160,3 +169,13 @@ def format_cost(row: LayerRow) -> str:
     if row.cost is None:
         return "after 1st batch"
     return "unknown" if math.isnan(row.cost) else f"+{100 * row.cost:.0f} %"
+
+
+class Explanations(list[Explanation]):
+    """Several tables, such as one for each component of a learner; ``print`` them."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
+
+    def _repr_html_(self) -> str:
+        return "".join(table._repr_html_() for table in self)

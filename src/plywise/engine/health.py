@@ -3,12 +3,14 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from plywise._util.html import make_table
 from plywise.numerics.events import EIGENVALUES, FLOAT64, IDENTITY, NON_FINITE
 
 __all__ = ["BUFFERS", "EIGENVALUES", "FLOAT64", "IDENTITY", "NON_FINITE", "SKIPPED", "UNUSED", "Health"]
 
 SKIPPED = "step skipped"
 BUFFERS = "buffer is not finite"
+ALL_WELL = "Everything went the plain way."
 UNUSED = "the rule took no part in a step"
 
 
@@ -29,6 +31,14 @@ class Health:
     def total(self, event: str) -> int:
         """How often ``event`` happened, over all names."""
         return sum(count for (_, what), count in self.counts.items() if what == event)
+
+    def __str__(self) -> str:
+        lines = [f"{count}× {event}: {name}" for (name, event), count in self.counts.most_common()]
+        return "\n".join(lines) or ALL_WELL
+
+    def _repr_html_(self) -> str:
+        rows = [[name, event, str(count)] for (name, event), count in self.counts.most_common()]
+        return make_table(("where", "what", "times"), rows) if rows else f"<p>{ALL_WELL}</p>"
 
     def of(self, name: str) -> dict[str, int]:
         """The events of one layer or parameter."""

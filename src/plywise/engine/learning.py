@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plywise.engine import health
+from plywise.engine.answers import check_tensors
 from plywise.engine.contract import Evidence, LayerShape, Shapes, State, StatefulContract
 from plywise.engine.finite import find_finite
 from plywise.engine.gathered import Pending
@@ -92,7 +93,11 @@ class Learning:
         news: dict[str, State] = {}
         for name, evidence in _find_nonempty(replicas.total(parts)):
             memory = convert_state(memories[name], evidence["rows"])
-            news[name] = {**memory, **self._rule.learn(memory, dict(evidence))}
+            learned = self._rule.learn(memory, dict(evidence))
+            if not memory:
+                wanted = self._rule.learned_shapes(layers[name].shape)
+                check_tensors(self._rule, "learn", name, learned, wanted)
+            news[name] = {**memory, **learned}
         return self._keep_finite(news, memories)
 
     def _keep_finite(self, news: dict[str, State], memories: dict[str, State]) -> list[str]:

@@ -1,6 +1,6 @@
 """Rules as users meet them: attach, explain, detach. What a rule computes is in `plywise.engine.contract`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -16,8 +16,10 @@ from plywise.engine.attachment import Attachment, Observer
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation, Size
 from plywise.engine.health import Health
+from plywise.engine.history import History
 from plywise.engine.selection import KINDS, Kinds, Selector, resolve_kinds
 from plywise.engine.sharding import find_shards
+from plywise.engine.telemetry import Callback, Telemetry
 from plywise.errors import AttachError
 
 __all__ = ["Observer", "Rule", "Size", "StatefulRule"]
@@ -158,6 +160,44 @@ class Rule(RuleContract):
     def statistics(self) -> dict[str, State]:
         """Each layer's running statistics by name, as they are in the optimizer's state."""
         return self._attached().states()
+
+    def record(self, *, every: int = 50, callbacks: Iterable[Callback] = (), keep: int = 1000) -> History:
+        """Measure each layer in every so many steps: rates, angles, residuals, fallbacks.
+
+        The steps between cost nothing. A step that is measured costs about one plain step more. A second call
+        takes the place of the first.
+
+        Args:
+            every: steps from one that is measured to the next; the first step is measured.
+            callbacks: called with a `StepTelemetry` after each such step; `plywise.loggers` makes some for
+                TensorBoard, Weights & Biases, MLflow, Trackio, Lightning and the Hugging Face Trainer.
+            keep: how many steps stay in the history.
+
+        Returns:
+            The history, which `history` returns as well; its ``stop()`` ends the measuring.
+
+        Raises:
+            AttachError: the rule is not attached, or was attached without an optimizer.
+            ValueError: ``every`` or ``keep`` is not a whole number above zero.
+        """
+        require_whole(self, every=every, keep=keep)
+        attachment = self._attached()
+        if attachment.steps is None:
+            raise AttachError(
+                f"{type(self).__name__} was attached without an optimizer, whose steps are what is recorded: "
+                "attach(model, optimizer).",
+                see="attach-optimizer",
+            )
+        history = History(list(callbacks), keep, lambda: setattr(attachment, "telemetry", None))
+        attachment.telemetry = Telemetry(self, self.health, every, history.hear, attachment.states)
+        object.__setattr__(self, "_history", history)
+        return history
+
+    @property
+    def history(self) -> History:
+        """What `record` has measured so far; empty if it has not been called. Kept after `detach`."""
+        found: History | None = getattr(self, "_history", None)
+        return History() if found is None else found
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from plywise.engine.agreement import Agreement
+from plywise.engine.answers import check_tensors
 from plywise.engine.call import LinearCall
 from plywise.engine.contract import Evidence, State, StatefulContract
 from plywise.engine.gathered import GatheredEvidence
@@ -164,6 +165,9 @@ class RunningState:
             evidence = self._rule.gather(
                 call.times(1 / self.processes.size), self._saved.step // self._rule.stats_every
             )
+            if is_new:
+                wanted = self._rule.evidence_shapes(self._layers[call.name].shape)
+                check_tensors(self._rule, "gather", call.name, evidence, wanted)
         self._gathered.stage(call.name, call.waits, evidence)
         if self.processes.is_pipelined:  # its gradient may be assigned by hand, and then it never arrives
             self.on_grad_accumulated(call.name)

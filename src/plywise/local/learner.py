@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
-from plywise.engine.explain import Explanation
+from plywise.engine.explain import Explanations
 from plywise.errors import AttachError, PlywiseError, StateError
 from plywise.local.component import Component, Signal
 from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeScheduler
@@ -79,13 +79,13 @@ class Learner(ABC):
             see="attach-no-layer",
         )
 
-    def explain(self, batch_size: int = 128) -> list[Explanation]:
+    def explain(self, batch_size: int = 128) -> Explanations:
         """What happens to each component's layers, and why: a table for each; ``print`` them.
 
         Args:
             batch_size: rows assumed for layers that have not seen a batch yet (linear layers only).
         """
-        return [trainer.explain(batch_size) for trainer in self.trainers]
+        return Explanations(trainer.explain(batch_size) for trainer in self.trainers)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Train every component on a batch.

@@ -22,7 +22,7 @@ from plywise.engine.contract import Evidence, LayerShape, Shapes, State
 from plywise.engine.explain import Size
 from plywise.engine.health import Health
 from plywise.engine.rule import StatefulRule, require_choice, require_positive, require_whole
-from plywise.numerics.inverse_roots import Relative, Solver, compute_inverse_root, get_solver
+from plywise.numerics.inverse_roots import Relative, ScaledGram, Solver, compute_inverse_root, get_solver
 from plywise.numerics.low_rank import (
     LowRankRoot,
     compute_low_rank_root,
@@ -169,6 +169,30 @@ class KroneckerRule(StatefulRule):
                 root = last if last is not None else _identity(statistic, rank)
             news.update(_entries(side, root))
         return news
+
+    def measure_residual(self, memory: State) -> Tensor | None:
+        """``‖X^(1/p) (S + λI) v - v‖ / ‖v‖``, of the roots X in use and one vector v; the larger side's."""
+        powers = {} if self.turns_steps else {"input": self.plan.right, "output": self.plan.left}
+        found = [self._measure_side(memory, side, power) for side, power in powers.items() if power]
+        known = [residual for residual in found if residual is not None]
+        return torch.stack(known).max() if known else None
+
+    def _measure_side(self, memory: State, side: str, power: float) -> Tensor | None:
+        plan, root, times = self.plan, root_of(memory, side), round(1 / power)
+        if root is None or plan.relative_to == "max" or abs(times * power - 1) > 1e-9:
+            return None  # the largest eigenvalue would cost more than all of this
+        statistic = memory[side] / memory[f"{side}.count"] if plan.statistic == "mean" else memory[side]
+        problem = ScaledGram.make(statistic, power, plan.damping, plan.relative_to)
+        if problem is None:
+            return None
+        scale = problem.scale.to(statistic.dtype).reshape(-1, 1, 1)
+        lower = problem.add_shift(problem.compute_shift(torch.ones_like)) * scale
+        probe = torch.arange(lower.shape[1], device=lower.device, dtype=lower.dtype).cos()
+        probe = probe.expand(lower.shape[0], 1, -1)
+        row = probe @ lower.mT + probe @ lower.tril(-1)  # (S + λI) v: the statistic is a lower triangle
+        for _ in range(times):
+            row = multiply_by_root(row, root)
+        return ((row - probe).norm(dim=(1, 2)) / probe.norm(dim=(1, 2))).max()
 
     def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
         """``L^-p G R^-q`` of the gradients at hand."""

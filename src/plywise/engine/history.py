@@ -1,0 +1,182 @@
+"""What was measured of a rule's layers, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, overload
+
+from plywise._util.html import make_table
+from plywise.errors import PlywiseError
+
+
+@dataclass(frozen=True)
+class LayerTelemetry:
+    """One layer's weight in one step; None where a number is not known.
+
+    Attributes:
+        effective_rate: the weight's step over its plain gradient, in norm: the rate at which plain gradient
+            descent would take a step of this size.
+        update_over_weight: the weight's step over the weight, in norm.
+        angle: degrees between what the rule hands to the optimizer and the plain gradient.
+        step_angle: degrees between the way that the weight went, turned round, and the plain gradient. It has
+            the optimizer's momentum and preconditioning in it.
+        refresh_residual: how far what the last refresh made is from inverting the statistics of now: 0 is
+            exact. For rules with roots of covariances.
+        fallbacks: what did not go the plain way since the last step that was measured, and how often.
+    """
+
+    effective_rate: float | None
+    update_over_weight: float | None
+    angle: float | None
+    step_angle: float | None
+    refresh_residual: float | None = None
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+
+    def complete(self, refresh_residual: float | None, fallbacks: Mapping[str, int]) -> LayerTelemetry:
+        """The same with what is measured apart."""
+        return replace(self, refresh_residual=refresh_residual, fallbacks=fallbacks)
+
+
+NUMBERS = ("effective_rate", "update_over_weight", "angle", "step_angle", "refresh_residual")
+"""The numbers of a layer, in the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class StepTelemetry:
+    """What was measured in a step.
+
+    Attributes:
+        step: the step's number, from 1.
+        layers: by name.
+    """
+
+    step: int
+    layers: Mapping[str, LayerTelemetry]
+
+    def scalars(self, prefix: str = "plywise/") -> dict[str, float]:
+        """Everything as numbers by name, ``"plywise/0/angle"``, as loggers want it, without what is unknown.
+
+        Args:
+            prefix: what each name begins with.
+        """
+        found: dict[str, float] = {}
+        for name, layer in self.layers.items():
+            values = {one: getattr(layer, one) for one in NUMBERS}
+            values["fallbacks"] = float(sum(layer.fallbacks.values()))
+            for one, value in values.items():
+                if value is not None and math.isfinite(value):
+                    found[f"{prefix}{name}/{one}"] = value
+        return found
+
+
+class History(Sequence[StepTelemetry]):
+    """The steps of a rule that were measured, the last ``keep`` of them.
+
+    Args:
+        callbacks: called with each step.
+        keep: how many steps stay.
+        stop: ends the measuring.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[Callable[[StepTelemetry], None]] = (),
+        keep: int = 1000,
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.callbacks = list(callbacks)
+        self._steps: deque[StepTelemetry] = deque(maxlen=keep)
+        self.stop = stop
+
+    def hear(self, step: StepTelemetry) -> None:
+        """Keep a step, and tell those who listen."""
+        self._steps.append(step)
+        for callback in self.callbacks:
+            callback(step)
+
+    @overload
+    def __getitem__(self, index: int) -> StepTelemetry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StepTelemetry]: ...
+
+    def __getitem__(self, index: int | slice) -> StepTelemetry | list[StepTelemetry]:
+        return list(self._steps)[index] if isinstance(index, slice) else self._steps[index]
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[StepTelemetry]:
+        return iter(self._steps)
+
+    def read(self, layer: str, number: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one number of one layer, where it is known.
+
+        Args:
+            layer: the layer's name.
+            number: an attribute of `LayerTelemetry`.
+
+        Raises:
+            PlywiseError: there is no such number.
+        """
+        if number not in NUMBERS:
+            raise PlywiseError(f"A layer has no number {number!r}; it has: {', '.join(NUMBERS)}.")
+        pairs = [
+            (step.step, getattr(step.layers[layer], number)) for step in self._steps if layer in step.layers
+        ]
+        known = [(step, value) for step, value in pairs if value is not None]
+        return [step for step, _ in known], [value for _, value in known]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict for each layer in each step: for a table, a file or pandas."""
+        return [
+            {"step": step.step, "layer": name, **asdict(layer)}
+            for step in self._steps
+            for name, layer in step.layers.items()
+        ]
+
+    def to_dataframe(self) -> Any:
+        """`rows` as a pandas DataFrame.
+
+        Raises:
+            PlywiseError: pandas is not installed.
+        """
+        from plywise._util.pandas import make_dataframe
+
+        return make_dataframe(self.rows())
+
+    def _last_rows(self) -> list[list[str]]:
+        layers = self._steps[-1].layers if self._steps else {}
+        return [
+            [name, *(_format(getattr(layer, one)) for one in NUMBERS), _format_events(layer.fallbacks)]
+            for name, layer in layers.items()
+        ]
+
+    def _headings(self) -> list[str]:
+        return ["layer", *(name.replace("_", " ") for name in NUMBERS), "fallbacks"]
+
+    def _title(self) -> str:
+        if not self._steps:
+            return "No step has been measured yet."
+        return f"Step {self._steps[-1].step}, the last of {len(self._steps)} that were measured"
+
+    def __str__(self) -> str:
+        rows = [self._headings(), *self._last_rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        return "\n".join([self._title(), *(lines if self._steps else [])])
+
+    def _repr_html_(self) -> str:
+        return make_table(self._headings(), self._last_rows(), title=self._title())
+
+
+def _format(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _format_events(events: Mapping[str, int]) -> str:
+    return ", ".join(f"{count}× {event}" for event, count in events.items())

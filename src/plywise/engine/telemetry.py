@@ -1,0 +1,204 @@
+"""What a rule does to each layer, measured in some steps and handed to whoever listens.
+
+In a step that is measured, the plain gradients and the weights of before are kept beside the updates; norms
+and products of these are read at the end, with one wait for the device. In all other steps, and where nobody
+listens, nothing is done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from plywise.engine.call import LinearCall, Update
+from plywise.engine.contract import RuleContract, State, StatefulContract
+from plywise.engine.finite import measure_norms
+from plywise.engine.health import Health
+from plywise.engine.history import LayerTelemetry, StepTelemetry
+from plywise.engine.layouts import PLAIN
+from plywise.engine.sites import ParameterEntry, Site
+
+Callback = Callable[[StepTelemetry], None]
+
+
+class Telemetry:
+    """Measures the layers of one attachment.
+
+    Args:
+        rule: the rule.
+        health: its counters.
+        every: steps from one that is measured to the next.
+        hear: gets what was measured.
+        read_states: the layers' running states by name.
+    """
+
+    def __init__(
+        self,
+        rule: RuleContract,
+        health: Health,
+        every: int,
+        hear: Callback,
+        read_states: Callable[[], Mapping[str, State]],
+    ) -> None:
+        self._rule, self._health, self._every, self._hear = rule, health, every, hear
+        self._read_states = read_states
+        self._is_due = True
+        self._known_events = Counter(health.counts)
+        self._plain: dict[int, Tensor | None] = {}  # gradients in whose place backward put updates
+        self._step: _MeasuredStep | None = None
+
+    def see(self, site: Site, call: LinearCall, update: Update) -> None:
+        """A call's update has been made in backward."""
+        parameter = site.weight
+        if not self._is_due or call.waits or parameter is None or update.weight is None:
+            return
+        if site.part is not None or site.computed:
+            self._plain[id(parameter)] = None  # the gradient of a part, or of what is computed from it
+            return
+        gradient = call.weight_gradient(call.delta)
+        if site.layout is not PLAIN or gradient.dim() != parameter.dim():
+            gradient = site.layout.from_canonical(gradient, parameter.shape)
+        before = None if parameter.grad is None else self._plain.get(id(parameter))
+        self._plain[id(parameter)] = gradient if before is None else before + gradient
+
+    def begin_step(self, entries: Iterable[ParameterEntry]) -> None:
+        """The optimizer's step begins; updates that it makes itself are not made yet."""
+        if self._is_due:
+            self._step = _MeasuredStep(entries, self._plain)
+
+    def note_updates(self) -> None:
+        """The updates are made: the optimizer is next."""
+        if self._step is not None:
+            self._step.note_updates()
+
+    def drop_step(self) -> None:
+        """The step was not taken."""
+        self._step = None
+        self._plain.clear()
+
+    def end_step(self, step: int) -> None:
+        """The optimizer has moved the weights in its step number ``step``."""
+        measured, self._step = self._step, None
+        self._plain.clear()
+        self._is_due = step % self._every == 0
+        if measured is not None and measured.entries:
+            layers = measured.read(self._rule)
+            if layers:
+                self._hear(StepTelemetry(step, self._complete(measured.entries, layers)))
+
+    def _complete(
+        self, entries: list[ParameterEntry], layers: dict[str, LayerTelemetry]
+    ) -> dict[str, LayerTelemetry]:
+        """The layers with residuals and fallbacks."""
+        events = Counter(self._health.counts)
+        new, self._known_events = events - self._known_events, events
+        residuals = self._measure_residuals()
+        found = {}
+        for entry in entries:
+            name = name_of(entry)
+            names = {entry.name, entry.layer, *(site.name for site in entry.sites.values())}
+            own = Counter({event: n for (who, event), n in new.items() if who in names})
+            of_sites = [residuals[one] for one in names if one in residuals]
+            found[name] = layers[name].complete(max(of_sites, default=None), dict(own))
+        return found
+
+    def _measure_residuals(self) -> dict[str, float]:
+        rule = self._rule
+        if not isinstance(rule, StatefulContract):
+            return {}
+        states = self._read_states()
+        found = {name: rule.measure_residual(state) for name, state in states.items() if state}
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+
+class _MeasuredStep:
+    """A step while it is measured: the weights and the plain gradients of before."""
+
+    def __init__(self, entries: Iterable[ParameterEntry], plain: Mapping[int, Tensor | None]) -> None:
+        self.entries = [entry for entry in entries if _is_measurable(entry)]
+        self._parameters = [entry.parameter() for entry in self.entries]
+        self._weights = [p.detach().clone() for p in self._parameters if p is not None]
+        self._gradients = [
+            plain[id(p)] if id(p) in plain else p.grad.clone()
+            for p in self._parameters
+            if p is not None and p.grad is not None
+        ]
+        self._angles: list[Tensor] = []
+        self._sizes: list[Tensor] = []
+
+    def note_updates(self) -> None:
+        updates = [p.grad for p in self._parameters if p is not None and p.grad is not None]
+        if len(updates) != len(self.entries):  # a closure has dropped them
+            self.entries = []
+            return
+        self._angles = [_cosine(g, d) for g, d in zip(self._gradients, updates, strict=True)]
+        self._sizes = [_norm(g) for g in self._gradients]
+
+    def read(self, rule: RuleContract) -> dict[str, LayerTelemetry]:
+        """The numbers of each layer, with one wait for the device; none where nothing had a gradient."""
+        now = [p.detach() for p in self._parameters if p is not None]
+        steps = [before - after for before, after in zip(self._weights, now, strict=True)]
+        cosines = [_cosine(g, step) for g, step in zip(self._gradients, steps, strict=True)]
+        weights, moved = measure_norms(self._weights), measure_norms(steps)
+        like = weights
+        columns = [weights, moved, *(_stack(c, like) for c in (self._sizes, self._angles, cosines))]
+        rows = torch.stack([column.to(like.dtype) for column in columns], 1).tolist()
+        if not any(row[2] for row in rows):
+            return {}
+        turns = isinstance(rule, StatefulContract) and rule.turns_steps
+        return {
+            name_of(entry): LayerTelemetry(
+                effective_rate=_divide(moved, gradient),
+                update_over_weight=_divide(moved, weight),
+                angle=None if turns else _degrees(update_cosine),
+                step_angle=_degrees(step_cosine),
+            )
+            for entry, (weight, moved, gradient, update_cosine, step_cosine) in zip(
+                self.entries, rows, strict=True
+            )
+        }
+
+
+def name_of(entry: ParameterEntry) -> str:
+    """What a layer is called here: its parameter's key, without ``.weight``."""
+    return entry.name.removesuffix(".weight")
+
+
+def _is_measurable(entry: ParameterEntry) -> bool:
+    parameter = entry.parameter()
+    if parameter is None or entry.why_left or entry.leave_next or not entry.sites or entry.sharding:
+        return False
+    gradient = parameter.grad
+    return gradient is not None and gradient.layout is torch.strided and not gradient.is_complex()
+
+
+def _norm(tensor: Tensor | None) -> Tensor:
+    return torch.tensor(math.nan) if tensor is None else torch.linalg.vector_norm(_wide(tensor))
+
+
+def _cosine(one: Tensor | None, other: Tensor) -> Tensor:
+    """The cosine of the angle between two tensors; NaN where one is unknown or zero."""
+    if one is None:
+        return torch.tensor(math.nan)
+    a, b = _wide(one).flatten(), _wide(other).flatten()
+    return torch.dot(a, b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _stack(values: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack([value.to(like.device, like.dtype, non_blocking=True) for value in values])
+
+
+def _divide(one: float, other: float) -> float | None:
+    return one / other if other and math.isfinite(other) else None
+
+
+def _degrees(cosine: float) -> float | None:
+    return None if math.isnan(cosine) else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
