@@ -96,8 +96,8 @@ def recommend(
     Args:
         model: the model.
         lr: the rate. Default 0.01, which suits AdamW in these coordinates where plain AdamW wants less.
-        batch: an input, or a tuple or dict of inputs, for one forward in evaluation mode, which tells the
-            sizes of convolutions; without it, layers of unknown sizes are taken.
+        batch: an input, or a tuple or dict of inputs, for one pass in evaluation mode, which tells the sizes
+            of convolutions and leaves no gradient; without it, layers of unknown sizes are taken.
         batch_size: rows of a batch, for linear layers. Default 128; with ``batch``, its own.
         budget: extra operations of a step, relative to forward and backward. Default 0.5.
         weight_decay: AdamW's decoupled decay. Default 0.01.
@@ -144,7 +144,7 @@ def _look(model: nn.Module, optimizer: Optimizer, batch: Any, batch_size: int) -
     try:
         if batch is not None:
             with evaluating(model), torch.enable_grad():
-                _run(model, batch)
+                _differentiate(model, _run(model, batch))
             batch_size = _count_rows(batch) or batch_size
         return rule.explain(batch_size)
     finally:
@@ -155,6 +155,16 @@ def _run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, dict):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _differentiate(model: nn.Module, output: Any) -> None:
+    """Let a backward pass show the calls' sizes; no gradient is kept."""
+    values = output.values() if isinstance(output, dict) else output
+    values = values if isinstance(output, dict | tuple | list) else [output]
+    sums = [value.sum() for value in values if isinstance(value, Tensor) and value.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if sums:
+        torch.autograd.grad(sums, parameters, allow_unused=True)
 
 
 def _count_rows(batch: Any) -> int:
