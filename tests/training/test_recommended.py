@@ -87,6 +87,22 @@ def test_a_batch_tells_the_sizes_of_convolutions_and_leaves_no_trace(wrap) -> No
     assert "0.25" in found.explain()
 
 
+def test_larger_batches_make_a_step_relatively_cheaper() -> None:
+    few = pw.recommend(make_convnet(), batch=torch.randn(4, 3, 12, 12), budget=10.0)
+    many = pw.recommend(make_convnet(), batch=torch.randn(4, 3, 12, 12), batch_size=256, budget=10.0)
+    same = pw.recommend(make_convnet(), batch=torch.randn(256, 3, 12, 12), budget=10.0)
+    assert many.price == same.price < few.price
+
+
+def test_the_arena_has_it() -> None:
+    from plywise.arena.methods import METHODS, find_method
+
+    assert "recommended" in METHODS
+    method = find_method("recommended")
+    assert method.space["lr"].default == 0.01
+    assert not method.baseline
+
+
 def test_a_saved_optimizer_resumes() -> None:
     runs = []
     for stop in (False, True):

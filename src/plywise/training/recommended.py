@@ -5,7 +5,7 @@ many directions, so that the price of a step stays within a budget.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from plywise._util.modes import evaluating
-from plywise.engine.explain import Explanation, LayerRow
+from plywise.engine.explain import LayerRow, Size
 from plywise.engine.rule import Rule
 from plywise.errors import AttachError
 from plywise.rules.coordinates import Coordinates
@@ -83,7 +83,7 @@ def recommend(
     lr: float = 0.01,
     *,
     batch: Any = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     budget: float = 0.5,
     weight_decay: float = 0.01,
 ) -> Recommendation:
@@ -98,7 +98,7 @@ def recommend(
         lr: the rate. Default 0.01, which suits AdamW in these coordinates where plain AdamW wants less.
         batch: an input, or a tuple or dict of inputs, for one pass in evaluation mode, which tells the sizes
             of convolutions and leaves no gradient; without it, layers of unknown sizes are taken.
-        batch_size: rows of a batch, for linear layers. Default 128; with ``batch``, its own.
+        batch_size: samples of the batches that it will be trained with. Default: those of ``batch``, or 128.
         budget: extra operations of a step, relative to forward and backward. Default 0.5.
         weight_decay: AdamW's decoupled decay. Default 0.01.
 
@@ -124,8 +124,8 @@ def recommend(
     parameters = list(model.parameters())
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     optimizer = AdamW(parameters, lr, betas=BETAS, weight_decay=weight_decay, fused=fused or None)
-    rows = _look(model, optimizer, batch, batch_size).rows
-    plan = _choose([row for row in rows if row.handled], budget)
+    rows = [row for row in _look(model, optimizer, batch, batch_size) if row.handled]
+    plan = _choose(rows, budget)
     if not plan.taken:
         raise AttachError(
             f"recommend finds no layer of this {type(model).__name__} that fits a budget of {budget:g}: each "
@@ -138,17 +138,25 @@ def recommend(
     return Recommendation(optimizer, rule, plan.price, 4 * memory, tuple(exclude))
 
 
-def _look(model: nn.Module, optimizer: Optimizer, batch: Any, batch_size: int) -> Explanation:
-    """The layers of a model that the rule can take, with their sizes."""
+def _look(model: nn.Module, optimizer: Optimizer, batch: Any, batch_size: int | None) -> list[LayerRow]:
+    """The layers of a model, with the sizes of the problems that the rule would have there."""
     rule = Coordinates().attach(model, optimizer)
     try:
-        if batch is not None:
-            with evaluating(model), torch.enable_grad():
-                _differentiate(model, _run(model, batch))
-            batch_size = _count_rows(batch) or batch_size
-        return rule.explain(batch_size)
+        if batch is None:
+            return rule.explain(batch_size or 128).rows
+        with evaluating(model), torch.enable_grad():
+            _differentiate(model, _run(model, batch))
+        seen = _count_rows(batch)
+        more = (batch_size or seen) / seen
+        rows = rule.explain(batch_size or seen).rows
+        return [replace(row, size=_scale(row.size, more)) if row.passes else row for row in rows]
     finally:
         rule.detach()
+
+
+def _scale(size: Size | None, more: float) -> Size | None:
+    """The size of a layer's problem in batches so many times as large."""
+    return None if size is None else replace(size, n=max(1, round(size.n * more)))
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
@@ -168,10 +176,10 @@ def _differentiate(model: nn.Module, output: Any) -> None:
 
 
 def _count_rows(batch: Any) -> int:
-    """The first dimension of the first tensor of a batch; 0 without one."""
+    """The first dimension of the first tensor of a batch; 1 without one."""
     values = list(batch.values()) if isinstance(batch, dict) else batch
     values = values if isinstance(values, tuple | list) else [values]
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 0)
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.numel()), 1)
 
 
 def _choose(rows: list[LayerRow], budget: float) -> _Plan:

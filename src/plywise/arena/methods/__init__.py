@@ -27,6 +27,9 @@ LEARNER_OF = {entry.method: entry.name for entry in NAMES if entry.kind == LEARN
 ON_ADAMW = ("foof+adamw", "feature-whitening+adamw", "adabk+adamw")
 """Rules that do better on AdamW than on SGD in our benchmarks."""
 
+RECOMMENDED = "recommended"
+"""What `plywise.recommend` makes: AdamW in coordinates chosen for the model."""
+
 RELATED = {
     maker: {entry.method: entry.name for entry in NAMES if entry.maker == maker}
     for maker in ("related_optimizers", "related_losses", "related_modules")
@@ -37,11 +40,12 @@ _HOMES = {name: home for home, made in RELATED.items() for name in made}
 RELATIVES = tuple(_HOMES)
 """Names of all of these."""
 
-METHODS = (*PEERS, NULL_CONTROL, *RULE_OF, *ON_ADAMW, *LEARNER_OF, *RELATIVES)
+METHODS = (*PEERS, NULL_CONTROL, RECOMMENDED, *RULE_OF, *ON_ADAMW, *LEARNER_OF, *RELATIVES)
 """Names of the methods that are ready; any ``rule+optimizer`` or ``learner+rule`` is one more."""
 
 _ALIASES = {"whitening": "feature-whitening", "cwu": "consequentialism", "cafo": "cascaded-forward"}
-_KNOWN = {name.replace("-", ""): name for name in (*PEERS, NULL_CONTROL, *RULE_OF, *LEARNER_OF, *RELATIVES)}
+_LISTED = (*PEERS, NULL_CONTROL, RECOMMENDED, *RULE_OF, *LEARNER_OF, *RELATIVES)
+_KNOWN = {name.replace("-", ""): name for name in _LISTED}
 _KNOWN |= _ALIASES
 
 
@@ -77,6 +81,10 @@ def find_method(name: str) -> Method:
         from plywise.arena.methods.learners import of_learner
 
         return of_learner(found)
+    if found == RECOMMENDED:
+        from plywise.arena.methods.rules import make_recommended
+
+        return make_recommended()
     if found in _HOMES:
         home = importlib.import_module(f"{__name__}.{_HOMES[found]}")
         method: Method = home.METHODS[found]

@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from plywise.arena.method import Method, Trainer, TrialContext
-from plywise.arena.methods import PEERS, RULE_OF
-from plywise.arena.methods.peers import Peer, find_peer
+from plywise.arena.method import Method, Trainer, TrialContext, end_to_end
+from plywise.arena.methods import PEERS, RECOMMENDED, RULE_OF
+from plywise.arena.methods.peers import Peer, find_peer, unit_sized
 from plywise.arena.space import MOST_TUNED, Range, Space, defaults
 from plywise.engine.rule import Rule
 from plywise.registry.card import card_of
 from plywise.registry.names import NAMES, RULE
 from plywise.registry.resolve import resolve_rule
+from plywise.training.recommended import recommend
+
+BATCH = 128
+"""Samples of a batch that `plywise.recommend` counts with: a trial is not given its workload's."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,14 @@ def _space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:
 
 def _others(peer: Peer) -> list[tuple[str, Range]]:
     return [(name, one) for name, one in peer.space.items() if name != "lr"]
+
+
+def make_recommended() -> Method:
+    """What `plywise.recommend` makes, as a method."""
+
+    def make(setting: TrialContext) -> Trainer:
+        chosen = recommend(setting.model, batch=setting.example, batch_size=BATCH, **dict(setting.numbers))
+        return end_to_end(setting, chosen.optimizer)
+
+    about = "AdamW in coordinates chosen for the model (plywise.recommend)"
+    return Method(RECOMMENDED, about, unit_sized(1e-2), make)
