@@ -330,3 +330,12 @@ def test_traced_and_scripted_models(kind: type[Any]) -> None:
     assert torch.equal(traced(x), model(x))
     with pytest.raises(pw.UncapturedLayerError):
         traced(x).sum().backward()
+
+
+def test_what_computes_a_weight_is_no_other_use_of_it() -> None:
+    """weight_norm before attach: the update goes on through its own function."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Linear(4, 2))
+    rule = pw.ProxProp().attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    for _ in range(2):
+        model(torch.randn(3, 8)).sum().backward()
+    assert "_weight_norm" not in str(rule.explain())

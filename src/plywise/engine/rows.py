@@ -159,7 +159,8 @@ def _site_row(
     reason = "linear in its weights"
     if site.computed:
         reason = "its weight is computed; the update goes on through autograd"
-    others = [name for name in site.entry.used_by if name not in QUIET]
+    # a weight is computed by just such uses
+    others = [] if site.computed else [name for name in site.entry.used_by if name not in QUIET]
     notes = f"; also used by {', '.join(others)}, whose part stays a plain gradient" if others else ""
     shape = "×".join(str(size) for size in (site.part[1] if site.part else weight.shape))
     return LayerRow(
