@@ -10,10 +10,6 @@ from typing import Any
 _CHECK = re.compile(r',\s*"check": "([0-9a-f]{16})"\s*\}\s*$')
 
 
-class DamagedError(ValueError):
-    """A text is not what was written."""
-
-
 def seal(text: str) -> str:
     """The text of a JSON object, with its check.
 
@@ -35,26 +31,23 @@ def unseal(text: str) -> Any:
     """What a text says, its check apart. One without a check, as older versions wrote it, is taken as it is.
 
     Raises:
-        DamagedError: it is no JSON, or does not fit its check.
+        ValueError: it is no JSON, or does not fit its check.
 
     Example:
         >>> unseal('{"a": 1, "check": "2445ef814befe2c2"}')
         {'a': 1}
         >>> unseal('{"a": 2, "check": "2445ef814befe2c2"}')
         Traceback (most recent call last):
-        plywise._util.sealed.DamagedError: it does not fit its check
+        ValueError: it does not fit its check
     """
     start = max(0, len(text) - 64)
     found = _CHECK.search(text[start:])
     if found is not None:
         body = text[: start + found.start()]
         if _digest(body) != found[1]:
-            raise DamagedError("it does not fit its check")
+            raise ValueError("it does not fit its check")
         text = body + "}"
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DamagedError(str(error)) from error
+    return json.loads(text)
 
 
 def _digest(body: str) -> str:

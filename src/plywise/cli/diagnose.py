@@ -111,7 +111,9 @@ def _asked(
         )
     if workload is not None:
         if data is not None or read or loss:
-            raise PlywiseError("--data, --read and --loss belong to your own model.", see="error-command")
+            raise PlywiseError(
+                "--data, --read and --loss belong to a model of your own.", see="error-command"
+            )
         shipped = find_workload(workload)
         return shipped, shipped.make_data(), f"--workloads {shipped.name}"
     if data is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.files import write_whole
-from plywise._util.sealed import DamagedError, is_sealed, seal, unseal
+from plywise._util.sealed import is_sealed, seal, unseal
 from plywise._util.version import __version__
 from plywise.data.classes import ClassData
 from plywise.errors import StateError
@@ -248,7 +248,7 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         for text in file:
             try:
                 line = unseal(text)
-            except DamagedError:
+            except ValueError:
                 continue
             whole = text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int)
             if whole and (is_sealed(text) or not sealed):

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from plywise._util.files import written_whole
-from plywise._util.sealed import DamagedError, is_sealed, seal, unseal
+from plywise._util.sealed import is_sealed, seal, unseal
 from plywise.arena.scoring.records import Key, key_of
 from plywise.errors import PlywiseError
 
@@ -148,9 +148,9 @@ def _split(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[tuple[i
             line = unseal(words)
             key_of(line)
             if sealed and not is_sealed(words):
-                raise DamagedError("its check is lost")
-        except (DamagedError, UnicodeDecodeError, KeyError, TypeError) as error:
-            damaged.append((number, text, str(error) if isinstance(error, DamagedError) else repr(error)))
+                raise ValueError("its check is lost")
+        except (ValueError, KeyError, TypeError) as error:
+            damaged.append((number, text, str(error) if isinstance(error, ValueError) else repr(error)))
         else:
             sealed = is_sealed(words)
             whole.append((line, text))

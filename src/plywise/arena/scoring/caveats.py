@@ -9,10 +9,14 @@ from typing import Any
 
 from plywise.arena.scoring.intervals import surest
 from plywise.arena.scoring.results import BenchResults
-from plywise.arena.scoring.score import choose_best
+from plywise.arena.scoring.score import STRICT_PLACE, choose_best
 
 EDGE = 0.05
 """Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
+
+ENOUGH = 4 * STRICT_PLACE
+"""Tuning trials of the baselines from which a target lies in their best quarter."""
+ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 
 
 def list_caveats(results: BenchResults) -> list[str]:
@@ -23,6 +27,7 @@ def list_caveats(results: BenchResults) -> list[str]:
         *_repeated(results),
         *_unseen(results),
         *_failures(results),
+        *_soft_targets(results),
         *_edges(results),
         *_seeds(results),
     ]
@@ -91,6 +96,23 @@ def _failures(results: BenchResults) -> list[str]:
             f"Workloads that a method does not fit count as misses in profiles and ranks: {parts}."
         )
     return sentences
+
+
+def _soft_targets(results: BenchResults) -> list[str]:
+    """Which targets were taken from so few trials that they are no high bar."""
+    soft = []
+    for workload in results.workloads:
+        target = results.targets[workload]
+        count = sum(len(results.tuning.get((workload, name), [])) for name in results.baselines)
+        if target.strict is not None and not target.stored and count < ENOUGH:
+            place = min(STRICT_PLACE, count)
+            soft.append(f"{workload}: {target.strict:.3g}, the {ORDINALS[place]} best of {count}")
+    if not soft:
+        return []
+    return [
+        f"Targets from few tuning trials of the baselines are a matter of chance, and may be easy: "
+        f"{'; '.join(soft)}. With {ENOUGH} trials of the baselines together they lie in the best quarter."
+    ]
 
 
 def _edges(results: BenchResults) -> list[str]:
