@@ -10,9 +10,9 @@ Workloads: an MLP on 10,000 images of MNIST and of Fashion-MNIST, a VGG-like net
 Shakespeare. Rivals: backpropagation with deep supervision, with checkpointing, with accumulation in as many
 parts as there are blocks, and with a delay of one step (`local_baselines.py`). Each method's rate is the
 best of three on validation data with one seed, in trainings a third as long; then three fresh seeds on test
-data. "memory" is the most that is kept for backward at once in a step, of what backpropagation keeps,
-parameters apart; "samples a second" are those of the final runs' process time on one thread. Everything is
-on Adam at a constant rate.
+data. "memory" is the most that the tensors which a step makes take at once, gradients and temporary ones
+included, of backpropagation's; "samples a second" are those of the final runs' process time on one thread.
+Everything is on Adam at a constant rate.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from plywise.local.linear_heads import GradientHead, RidgeHead
 from plywise.local.next_token import linear_head
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "local"))
-from saved import most_saved
+from alive import most_alive
 
 OUT = Path(__file__).with_suffix(".json")
 RATES, TUNING_SEED, SEEDS = (3e-4, 1e-3, 3e-3), 100, (0, 1, 2)
@@ -202,7 +202,7 @@ def train(
     seconds = time.process_time() - start
     result = {"rate": rate, "seed": seed, "samples_a_second": problem.batch * steps / seconds}
     x, y = next(batches(data["train"], problem.batch, 1, seed))
-    result["kept_bytes"] = most_saved(lambda: trained.step(x, y)) if judge == "test" else 0
+    result["alive_bytes"] = most_alive(lambda: trained.step(x, y)) if judge == "test" else 0
     return {**result, judge: problem.quality(trained.predict, data[judge])}
 
 
@@ -246,8 +246,8 @@ def report() -> None:
             tests = [one["test"] for one in entry["final"]]
             digits = 3 if PROBLEMS[name].tokens else 1
             told = f"{statistics.fmean(tests):.{digits}f} ± {statistics.stdev(tests):.{digits}f}"
-            kept = entry["final"][0]["kept_bytes"]
-            share = f"{kept / plain['final'][0]['kept_bytes']:.2f}" if plain else ""
+            alive = entry["final"][0]["alive_bytes"]
+            share = f"{alive / plain['final'][0]['alive_bytes']:.2f}" if plain else ""
             speed = statistics.median(one["samples_a_second"] for one in entry["final"])
             print(f"| {label} | {entry['final'][0]['rate']:g} | {told} | {share} | {speed:.0f} |")
 
