@@ -22,14 +22,14 @@ ORDER = (
     ("registry",),
     ("training", "testing"),
     ("arena.space", "arena.task"),
-    ("arena.workload",),
+    ("arena.workload", "arena.given"),
     ("arena.method",),
     ("arena.methods", "arena.workloads"),
     ("arena.scoring",),
-    ("arena.diagnose",),
+    ("arena.diagnostics",),
     ("arena.run",),
     ("arena.reports",),
-    ("arena.demo", "arena.reproductions"),
+    ("arena.demo", "arena.reproductions", "arena.public"),
     ("cli",),
 )
 """Rooms from the lowest to the highest: a room may import itself and those of the lines before its own."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise._util.html import make_table
+from plywise._util.tables import make_table
 from plywise.engine.health import Health
 
 

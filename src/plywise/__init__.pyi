@@ -1,5 +1,6 @@
 """Written by `python -m plywise.registry.stub` from `plywise.registry.names`."""
 
+from plywise import arena as arena
 from plywise import init as init
 from plywise import layers as layers
 from plywise import loggers as loggers

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from plywise.arena.diagnose.advice import ELSEWHERE, MEASURED, PLAIN, RATE_SPREAD, advice, outlying
-from plywise.arena.diagnose.diagnosis import diagnose
+from plywise.arena.diagnostics.advice import ELSEWHERE, MEASURED, PLAIN, RATE_SPREAD, advice, outlying
+from plywise.arena.diagnostics.diagnosis import diagnose
 from plywise.arena.methods import find_method
 from plywise.arena.workloads import QUICK, find_workload
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from plywise.arena.diagnose.covariance import FLOOR, MOST_GROUPS, Covariance
+from plywise.arena.diagnostics.covariance import FLOOR, MOST_GROUPS, Covariance
 from plywise.errors import PlywiseError
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.arena.diagnose.covariance import MOST_FEATURES
-from plywise.arena.diagnose.diagnosis import (
+from plywise.arena.diagnostics.covariance import MOST_FEATURES
+from plywise.arena.diagnostics.diagnosis import (
     diagnose,
     diagnose_workload,
     layer_series,
     layers_before,
 )
-from plywise.arena.diagnose.layer_record import MOST_ROWS
+from plywise.arena.diagnostics.layer_record import MOST_ROWS
 from plywise.arena.workloads import find_workload
 from plywise.errors import NonFiniteError, PlywiseError
 

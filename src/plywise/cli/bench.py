@@ -6,13 +6,13 @@ import inspect
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plywise._util.environment import workers_for
-from plywise._util.progress import Step, follow, format_duration
+from plywise._util.progress import format_duration
+from plywise.arena.methods import USUAL
 from plywise.cli.console import VOLUME, notes
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from plywise.arena.run.bench import Bench
     from plywise.arena.run.config import BenchConfig, ResolvedBench, WorkloadSpec
     from plywise.arena.run.executor import Executor
-    from plywise.arena.run.experiment import Progress
     from plywise.arena.run.ledger import Ledger
 
 OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run", "json")
 """Flags that are no part of the plan: a bench may be gone on with by others."""
 
-METHODS = "sgd,sgd-again,adamw,muon,proxprop,feature-whitening+adamw,foof+adamw"
+METHODS = ",".join(USUAL)
 
 
 def bench(
@@ -283,6 +282,7 @@ def _run(
     screen: Console,
     json: bool,
 ) -> None:
+    from plywise.arena.reports.progress import show_trials
     from plywise.arena.run.bench import Bench
     from plywise.cli.report import conclude
 
@@ -293,7 +293,7 @@ def _run(
         # closed at once if interrupted here, so that the bench ends before it is reported
         with stop, closing(bench.run(executor, lambda: stop.more(end))) as pieces:
             _announce(bench, screen)
-            show(pieces, bench, screen)
+            show_trials(pieces, bench, screen, VOLUME.verbose)
     except OSError as error:  # as of a disk that is full
         error.add_note(f"{len(bench.ledger.lines)} of {bench.total} trials are kept. {goes_on}")
         raise
@@ -321,26 +321,6 @@ def _announce(bench: Bench, screen: Console) -> None:
     )
     for (workload, method), reason in bench.resolved.refused.items():
         screen.print(f"{method} does not run on {workload}: {reason}.", soft_wrap=True)
-
-
-def show(pieces: Iterator[Progress], bench: Bench, screen: Console) -> None:
-    """Show each trial as it ends; failures stay on the screen."""
-    steps = (
-        Step(piece.done, piece.total, _describe(piece.line), stays=bool(piece.line["failure"]))
-        for piece in pieces
-    )
-    done = bench.experiment.done
-    follow(steps, screen, done=done, total=bench.total, verbose=VOLUME.verbose)
-
-
-def _describe(line: dict[str, Any]) -> str:
-    """A trial in one line."""
-    which = (
-        f"trial {line['trial']}" if line["purpose"] == "tuning" else f"{line['track']}, seed {line['seed']}"
-    )
-    last = next((value for value in reversed(line["validation"]) if value is not None), None)
-    outcome = line["failure"] or ("nothing measured" if last is None else f"validation {last:.4g}")
-    return f"{line['workload']}: {line['method']}, {which}: {outcome}"
 
 
 def _words(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plywise.cli.console import console, notes, number, table
+from plywise.cli.console import VOLUME, console, notes, number, table
 from plywise.errors import PlywiseError
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def run(config: DemoConfig, out: Path, command: str) -> None:
     """
     from plywise.arena.demo.preset import open_demo
     from plywise.arena.reports.bench_page import write_page
+    from plywise.arena.reports.progress import show_trials
     from plywise.arena.run.executor import InlineExecutor
-    from plywise.cli.bench import show
 
     start = time.monotonic()
     executor = InlineExecutor(threads=1)  # matrices this small only wait for one another on several threads
@@ -59,7 +59,7 @@ def run(config: DemoConfig, out: Path, command: str) -> None:
         try:
             bench.experiment.probe(executor)  # the first step of a rule imports and warms up: off every clock
             with closing(bench.run(executor)) as pieces:
-                show(pieces, bench, notes())
+                show_trials(pieces, bench, notes(), VOLUME.verbose)
         except KeyboardInterrupt:
             page, _ = write_page(out)
             raise KeyboardInterrupt(

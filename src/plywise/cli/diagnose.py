@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from plywise.arena.diagnose.advice import Advice
-    from plywise.arena.diagnose.diagnosis import Diagnosis, LayerDiagnosis
+    from plywise.arena.diagnostics.advice import Advice
+    from plywise.arena.diagnostics.diagnosis import Diagnosis, LayerDiagnosis
     from plywise.arena.workload import Workload
     from plywise.data.parts import Data
 
@@ -74,8 +74,8 @@ def diagnose(
             f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.", see="error-command"
         )
     asked, found, subject = _asked(model, data, read, workload, loss)
-    from plywise.arena.diagnose.advice import advice
-    from plywise.arena.diagnose.diagnosis import diagnose_workload
+    from plywise.arena.diagnostics.advice import advice
+    from plywise.arena.diagnostics.diagnosis import diagnose_workload
 
     try:
         diagnosis = diagnose_workload(asked, found, batches=batches, batch_size=batch_size, seed=seed)
@@ -166,7 +166,7 @@ def _cells(layer: LayerDiagnosis, diagnosis: Diagnosis) -> list[Text | str]:
     """The numbers of a layer; what stands out is marked."""
     from rich.text import Text
 
-    from plywise.arena.diagnose.advice import outlying
+    from plywise.arena.diagnostics.advice import outlying
 
     if not layer.uses:
         why = "not used" if layer.trains else "frozen"

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from plywise._util.html import make_table
+from plywise._util.tables import format_table, make_table
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "seen", "memory", "cost")
 NOTE = "cost: extra floating-point operations, relative to the layer's forward and backward."
@@ -107,13 +107,7 @@ class Explanation:
         ]
 
     def __str__(self) -> str:
-        lines = [list(HEADINGS), *self._cells()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-        shown = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        return "\n".join([*self.summary(), *shown, NOTE])
+        return "\n".join([*self.summary(), format_table(HEADINGS, self._cells()), NOTE])
 
     def _repr_html_(self) -> str:
         title, *warnings = self.summary()

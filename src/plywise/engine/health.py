@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from plywise._util.html import make_table
+from plywise._util.tables import make_table
 from plywise.numerics.events import EIGENVALUES, FLOAT64, IDENTITY, NON_FINITE
 
 __all__ = ["BUFFERS", "EIGENVALUES", "FLOAT64", "IDENTITY", "NON_FINITE", "SKIPPED", "UNUSED", "Health"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, overload
 
-from plywise._util.html import make_table
+from plywise._util.tables import format_table, make_table
 from plywise.errors import PlywiseError
 
 
@@ -163,12 +163,8 @@ class History(Sequence[StepTelemetry]):
         return f"Step {self._steps[-1].step}, the last of {len(self._steps)} that were measured"
 
     def __str__(self) -> str:
-        rows = [self._headings(), *self._last_rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([self._title(), *(lines if self._steps else [])])
+        table = format_table(self._headings(), self._last_rows())
+        return f"{self._title()}\n{table}" if self._steps else self._title()
 
     def _repr_html_(self) -> str:
         return make_table(self._headings(), self._last_rows(), title=self._title())

@@ -186,7 +186,7 @@ WORKLOAD_MODULES = {
 }
 """The module of each workload that ships with the arena."""
 
-ROOMS = ("init", "layers", "loggers", "losses", "nn", "optim", "testing")
+ROOMS = ("arena", "init", "layers", "loggers", "losses", "nn", "optim", "testing")
 """Folders that are attributes of `plywise`; what is in the others is an attribute itself."""
 
 RENAMED = {"MemoryRule": "StatefulRule", "Move": "Update", "Ply": "LinearCall"}

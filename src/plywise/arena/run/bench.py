@@ -12,7 +12,7 @@ from typing import Any
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise._util.sealed import seal, unseal
-from plywise.arena.diagnose.diagnosis import layers_before
+from plywise.arena.diagnostics.diagnosis import layers_before
 from plywise.arena.method import Method
 from plywise.arena.run.config import BenchConfig, ResolvedBench, ResolvedWorkload
 from plywise.arena.run.executor import Executor

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plywise.arena.diagnose.covariance import Inputs
-from plywise.arena.diagnose.layer_record import LayerRecord, euclidean_norm
+from plywise.arena.diagnostics.covariance import Inputs
+from plywise.arena.diagnostics.layer_record import LayerRecord, euclidean_norm
 from plywise.arena.task import Judge
 from plywise.arena.workload import Workload
 from plywise.data.batches import endless_batches

@@ -10,8 +10,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from plywise.arena.diagnose.covariance import Inputs
-from plywise.arena.diagnose.diagnosis import Diagnosis, LayerDiagnosis
+from plywise.arena.diagnostics.covariance import Inputs
+from plywise.arena.diagnostics.diagnosis import Diagnosis, LayerDiagnosis
 
 RATE_SPREAD = 100.0
 """Effective rates that differ by this factor are bad scaling. At initialisation the workloads that ship with
@@ -73,7 +73,7 @@ def advice(diagnosis: Diagnosis, subject: str = "MODULE:FACTORY --data DATA") ->
         subject: what `plywise bench` is told to train, for the commands.
 
     Example:
-        >>> from plywise.arena.diagnose.diagnosis import diagnose_workload
+        >>> from plywise.arena.diagnostics.diagnosis import diagnose_workload
         >>> from plywise.arena.workloads import find_workload
         >>> digits = find_workload("digits-conv")
         >>> advice(diagnose_workload(digits, digits.make_data()), "--workloads digits-conv")[0].method
@@ -88,7 +88,7 @@ def outlying(layer: LayerDiagnosis, diagnosis: Diagnosis) -> set[str]:
     """The fields of a layer that stand out: of ``backward_to_last``, ``silent``, ``rate``, ``condition``.
 
     Example:
-        >>> from plywise.arena.diagnose.diagnosis import diagnose_workload
+        >>> from plywise.arena.diagnostics.diagnosis import diagnose_workload
         >>> from plywise.arena.workloads import find_workload
         >>> digits = find_workload("digits-mlp")
         >>> found = diagnose_workload(digits, digits.make_data())

@@ -8,7 +8,7 @@ import statistics
 import torch
 from torch import Tensor, nn
 
-from plywise.arena.diagnose.covariance import MOST_GROUPS, Covariance
+from plywise.arena.diagnostics.covariance import MOST_GROUPS, Covariance
 from plywise.engine.call import LinearCall
 
 MOST_ROWS = 1024

@@ -1,4 +1,4 @@
-"""Tables as HTML for notebooks."""
+"""Tables as text and, for notebooks, as HTML."""
 
 from __future__ import annotations
 
@@ -6,10 +6,26 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 
+def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as lines of text, columns padded to their widest cell.
+
+    Example:
+        >>> print(format_table(["layer", "n"], [["0", "12"]]))
+        layer  n
+        0      12
+    """
+    lines = [list(headings), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
 def make_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", notes: Sequence[str] = ()
 ) -> str:
-    """A table with its title above and sentences below, all text escaped.
+    """A table of HTML with its title above and sentences below, all text escaped.
 
     Example:
         >>> make_table(["a"], [["<1>"]])

@@ -1,0 +1,69 @@
+"""Objects that a user gives in Python, under addresses that the arena takes from the command line, too.
+
+A bench names everything by address, so that its folder can say what it compared and other processes can
+find it. What is given as an object gets an address in a module that exists in this process alone.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+MODULE = "given_objects"
+"""Name of the module that holds what was given."""
+
+
+def is_given(address: str) -> bool:
+    """Whether an address is of an object that only this process has."""
+    return any(part.startswith(f"{MODULE}:") for part in address.split("+"))
+
+
+def shorten(text: str) -> str:
+    """A text without the module's name before those of objects.
+
+    Example:
+        >>> shorten("given_objects:MyRule beats sgd")
+        'MyRule beats sgd'
+    """
+    return text.replace(f"{MODULE}:", "")
+
+
+def name_object(value: Any, role: str) -> str:
+    """The address of an object; what is an address already stays as it is.
+
+    Args:
+        value: the object, or an address.
+        role: what it is called if it has no name of its own.
+
+    Example:
+        >>> name_object("my.module:make", "model"), name_object(len, "loss")
+        ('my.module:make', 'given_objects:len')
+    """
+    if isinstance(value, str):
+        return value
+    name = str(getattr(value, "__name__", "")) or str(getattr(value, "name", ""))
+    name = re.sub(r"\W+", "_", name).strip("_")
+    name = role if not name or name == "lambda" else name
+    module = sys.modules.setdefault(MODULE, ModuleType(MODULE, __doc__))
+    setattr(module, name, value)
+    return f"{MODULE}:{name}"
+
+
+def name_data(value: Any) -> str:
+    """The address of data: of a function that makes them, or of what such a function may return.
+
+    Example:
+        >>> name_data("digits"), name_data(([[0.0]], [1]))
+        ('digits', 'given_objects:data')
+    """
+    if isinstance(value, str) or callable(value):
+        return name_object(value, "data")
+
+    def data() -> Any:
+        return value
+
+    made: Callable[[], Any] = data
+    return name_object(made, "data")

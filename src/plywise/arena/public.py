@@ -1,0 +1,214 @@
+"""The arena from Python: `bench`, `diagnose` and `load`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plywise._util.environment import workers_for
+from plywise.arena.diagnostics.advice import advice
+from plywise.arena.diagnostics.diagnosis import diagnose_workload
+from plywise.arena.given import is_given, name_data, name_object
+from plywise.arena.method import Method
+from plywise.arena.methods import USUAL
+from plywise.arena.reports.bench_page import read_bench
+from plywise.arena.reports.notebook import BenchReport, DiagnosisReport
+from plywise.arena.reports.progress import show_trials
+from plywise.arena.run.bench import Bench
+from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
+from plywise.arena.run.executor import TIMEOUT_S, Executor, InlineExecutor, ProcessExecutor
+from plywise.arena.run.job import require_device
+from plywise.arena.scoring.summary import summarize_bench
+from plywise.arena.workloads import QUICK, RELATED, STANDARD, find_workload
+from plywise.arena.workloads.own import own_workload
+from plywise.engine.rule import Rule
+from plywise.errors import PlywiseError
+
+Factory = Callable[[], nn.Module] | str
+"""A function that makes a new network each time, or ``module:name`` of one."""
+Judge = Callable[[Tensor, Tensor], Tensor] | str
+"""A function of outputs and targets, or ``module:name`` of one."""
+Entry = str | type[Optimizer] | type[Rule] | Method
+"""A method: its name or address, or the class itself."""
+
+
+def bench(
+    model: Factory | None = None,
+    data: Any = None,
+    *,
+    workloads: str | Sequence[str] = (),
+    methods: Sequence[Entry] = USUAL,
+    trials: int = 8,
+    seeds: int = 3,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    loss: Judge = "",
+    metric: Judge = "",
+    blocks: int | None = None,
+    read: str = "",
+    search: str = "sobol",
+    device: str = "cpu",
+    threads: int = 1,
+    workers: int | None = None,
+    patience: float | None = None,
+    folder: str | Path = "runs/bench",
+    progress: bool = True,
+) -> BenchReport:
+    """Compare training methods on your model, with equal tuning for all: `plywise bench` from Python.
+
+    The folder keeps every trial as it ends. The same call again goes on with what is missing, and
+    ``plywise report`` draws the page of it.
+
+    What is given as objects (functions, classes, tensors) is run in this process, one trial after the other.
+    What is given by addresses is run in processes of their own, several at once.
+
+    Args:
+        model: function that makes your network, a new one each time; or its address.
+        data: ``(x, y)``, ``(x, y, x_test, y_test)`` or three pairs for training, validation and test; a
+            function that returns these; or what ``plywise bench --data`` takes.
+        workloads: instead of a model: ``"quick"``, ``"standard"``, ``"related"``, or names of workloads that
+            plywise ships.
+        methods: what is compared: names, addresses, classes of `torch.optim.Optimizer` or of `plywise.Rule`,
+            and `plywise.arena.method.Method` objects.
+        trials: tuning trials of each method; 0: defaults only.
+        seeds: final runs of each method on each track.
+        steps: steps of a run. Default: the workload's; 1000 for your model.
+        batch_size: samples a batch. Default: the workload's; 128 for your model.
+        loss: function of outputs and targets. Default: cross entropy for classes, squared error for numbers.
+        metric: what it is judged by, the lower the better. Default: error rate, or the loss.
+        blocks: blocks that local learners cut your model into.
+        read: how the data are read, where plywise would guess; see ``plywise bench --help``.
+        search: how the numbers of the tuning trials are found: ``"sobol"`` or ``"optuna"``.
+        device: where it trains.
+        threads: torch's threads in each trial.
+        workers: trials at once, for what is given by addresses. Default: the cores over the threads.
+        patience: seconds that a trial may take, in a process of its own. Default 600.
+        folder: where bench.json and trials.jsonl are kept.
+        progress: show each trial as it ends.
+
+    Returns:
+        What came of it: print it, show it in a notebook, `BenchReport.plot`, `BenchReport.to_dataframe`.
+
+    Raises:
+        PlywiseError: there is no such method or workload, or model, data and loss do not fit one another.
+        StateError: the folder holds another bench.
+    """
+    given = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
+    judges = name_object(loss, "loss"), name_object(metric, "metric")
+    specs = _make_specs(model, data, workloads, judges, read, given)
+    names = [name_object(method, "method") for method in methods]
+    config = BenchConfig(
+        tuple(specs),
+        tuple(names),
+        trials=trials,
+        seeds=seeds,
+        device=device,
+        search=search,
+        threads=threads,
+        patience=patience,
+    )
+    executor = _make_executor(config, workers)
+    with resolve_bench(config) as resolved:
+        made = Bench(resolved, Path(folder), "plywise.arena.bench(...)")
+        screen = _screen(progress)
+        for guess in resolved.guesses:
+            screen.print(guess, soft_wrap=True)
+        with closing(made.run(executor)) as pieces:
+            show_trials(pieces, made, screen)
+        return BenchReport(made.folder, made.summarize())
+
+
+def load(folder: str | Path) -> BenchReport:
+    """What a bench has kept in its folder, finished or not, by `bench` or by ``plywise bench``.
+
+    Raises:
+        PlywiseError: the folder holds no bench.
+    """
+    return BenchReport(Path(folder), summarize_bench(*read_bench(Path(folder))))
+
+
+def diagnose(
+    model: Factory | None = None,
+    data: Any = None,
+    *,
+    workload: str | None = None,
+    batches: int = 8,
+    batch_size: int | None = None,
+    loss: Judge = "",
+    read: str = "",
+    seed: int = 0,
+) -> DiagnosisReport:
+    """Look at a model's layers for a few batches, and say which rule to try, why, and how sure that is.
+
+    Nothing is trained: the model is looked at as it is made. It is `plywise diagnose` from Python.
+
+    Args:
+        model: as for `bench`.
+        data: as for `bench`.
+        workload: instead of a model: name of a workload that plywise ships.
+        batches: how many batches of the training part are looked at.
+        batch_size: samples a batch. Default: the workload's; 128 for your model.
+        loss: as for `bench`.
+        read: as for `bench`.
+        seed: of the weights and of which samples are looked at.
+
+    Raises:
+        PlywiseError: model, data and loss do not fit one another, or are not given.
+    """
+    if (model is None) == (workload is None) or (model is not None and data is None):
+        raise PlywiseError("Give a model with data, or the name of a workload.", see="error-bench")
+    if workload is not None:
+        found, subject = find_workload(workload), f"--workloads {workload}"
+    else:
+        address, source = name_object(model, "model"), name_data(data)
+        found = own_workload(address, address, source, read=read, loss=name_object(loss, "loss"), blocks=0)
+        subject = shlex.join([address, "--data", source])
+    seen = diagnose_workload(found, found.make_data(), batches=batches, batch_size=batch_size, seed=seed)
+    return DiagnosisReport(seen, advice(seen, subject))
+
+
+def _make_specs(
+    model: Factory | None,
+    data: Any,
+    workloads: str | Sequence[str],
+    judges: tuple[str, str],
+    read: str,
+    given: dict[str, Any],
+) -> list[WorkloadSpec]:
+    if (model is None) == (not workloads) or (model is not None and data is None):
+        raise PlywiseError("Give a model with data, or workloads.", see="error-bench")
+    if model is not None:
+        address = name_object(model, "model")
+        return [WorkloadSpec(address, address, name_data(data), *judges, **given, read=read)]
+    sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
+    names = sets.get(workloads, (workloads,)) if isinstance(workloads, str) else tuple(workloads)
+    return [WorkloadSpec(name, **given) for name in names]
+
+
+def _make_executor(config: BenchConfig, workers: int | None) -> Executor:
+    specs = [(spec.model, spec.data, spec.loss, spec.metric) for spec in config.workloads]
+    inline = any(map(is_given, [*config.methods, *(word for words in specs for word in words)]))
+    require_device(config.device)
+    if not inline:
+        count = workers_for(config.device, config.threads) if workers is None else workers
+        timeout = TIMEOUT_S if config.patience is None else config.patience
+        return ProcessExecutor(count, config.threads, timeout)
+    if workers not in (None, 1):
+        raise PlywiseError(
+            "Only what can be imported goes to other processes: for several workers, give models, data and "
+            "methods by address, as in 'my_module:make_model'.",
+            see="error-address",
+        )
+    return InlineExecutor(config.threads)
+
+
+def _screen(progress: bool) -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, emoji=False, markup=False, quiet=not progress)

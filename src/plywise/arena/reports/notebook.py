@@ -1,0 +1,227 @@
+"""A bench and a diagnosis as Python sees them: text, HTML, rows, pictures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from plywise._util.pandas import make_dataframe
+from plywise._util.tables import format_table, make_table
+from plywise.arena.diagnostics.advice import Advice
+from plywise.arena.diagnostics.diagnosis import Diagnosis
+from plywise.arena.given import shorten
+from plywise.arena.reports.bench_page import write_page
+from plywise.arena.scoring.conclusions import span
+from plywise.arena.scoring.ranking import MethodRanking, rank_methods
+from plywise.arena.scoring.records import TrialRecord
+from plywise.arena.scoring.score import CLOCKS, best_validation, last_validation
+from plywise.arena.scoring.summary import BenchSummary
+from plywise.errors import PlywiseError
+
+RANKING_HEADINGS = ("method", "rank", "time to the target over the best baseline's", "reached")
+LAYER_NUMBERS = ("rows", "backward", "backward_to_last", "silent", "rate", "noise")
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What came of a bench, finished or not; ``print`` it, or show it in a notebook.
+
+    Attributes:
+        folder: where the bench is kept.
+        summary: its trials, each method on each workload, and conclusions.
+    """
+
+    folder: Path
+    summary: BenchSummary
+
+    @property
+    def conclusions(self) -> list[str]:
+        """What follows from the trials, in sentences."""
+        return [shorten(sentence) for sentence in self.summary.conclusions]
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """The trials as the ledger has them."""
+        return self.summary.lines
+
+    def ranking(self, track: str | None = None, clock: str = "cpu") -> list[MethodRanking]:
+        """The methods from the best on.
+
+        Args:
+            track: ``"tuned"`` or ``"defaults"``. Default: tuned, if there is anything tuned.
+            clock: ``"cpu"``, ``"wall"``, ``"gradients"`` or ``"steps"``.
+
+        Raises:
+            PlywiseError: there is no such track or clock.
+        """
+        results = self.summary.results
+        track = results.tracks[0] if track is None else track
+        if track not in results.tracks or clock not in CLOCKS:
+            raise PlywiseError(
+                f"There is no ranking of track {track!r} by {clock!r}: tracks are "
+                f"{', '.join(results.tracks)}; clocks are {', '.join(CLOCKS)}.",
+                see="error-bench",
+            )
+        return rank_methods(results, track, clock)
+
+    def rows(self, what: Literal["methods", "ranking", "trials"] = "methods") -> list[dict[str, Any]]:
+        """Dicts for a table: each method on each workload, the ranking, or every trial.
+
+        Raises:
+            PlywiseError: ``what`` is none of these.
+        """
+        if what == "methods":
+            return [_flatten(asdict(row)) for row in self.summary.rows]
+        if what == "ranking":
+            return [_flatten(asdict(one)) for one in self.ranking()]
+        if what == "trials":
+            return [_describe(line) for line in self.trials]
+        raise PlywiseError(f"Rows are methods, ranking or trials, not {what!r}.", see="error-bench")
+
+    def to_dataframe(self, what: Literal["methods", "ranking", "trials"] = "methods") -> Any:
+        """`rows` as a pandas DataFrame.
+
+        Raises:
+            PlywiseError: pandas is not installed.
+        """
+        return make_dataframe(self.rows(what))
+
+    def plot(self, what: Literal["curves", "ranking", "rates", "pareto"] = "curves") -> Any:
+        """A matplotlib Figure.
+
+        Args:
+            what: ``"curves"``: the validation metric while each method trains; ``"ranking"``: times to the
+                target over the best baseline's; ``"rates"``: how much the end depends on the rate, over the
+                tuning trials; ``"pareto"``: where methods end against the seconds they take.
+
+        Raises:
+            PlywiseError: ``what`` is none of these, or matplotlib is not installed.
+        """
+        from plywise.arena.reports.plots import draw
+
+        return draw(self.summary, what)
+
+    def write_page(self) -> Path:
+        """Draw the report as an HTML page in the folder; returns its path."""
+        return write_page(self.folder)[0]
+
+    def _table(self) -> list[list[str]]:
+        return [
+            [
+                shorten(one.method),
+                "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}",
+                "–" if one.ratio is None else span(one.ratio),
+                f"{one.reached} of {one.runs}",
+            ]
+            for one in self.ranking()
+        ]
+
+    def _title(self) -> str:
+        results = self.summary.results
+        return shorten(f"{', '.join(results.workloads)}: {results.tracks[0]}, by CPU time")
+
+    def __str__(self) -> str:
+        if not self.summary.rows:
+            return f"{self.folder}: no method has finished a run yet."
+        lines = [f"- {sentence}" for sentence in self.conclusions]
+        return "\n".join([self._title(), format_table(RANKING_HEADINGS, self._table()), *lines])
+
+    def _repr_html_(self) -> str:
+        if not self.summary.rows:
+            return f"<p>{self}</p>"
+        return make_table(RANKING_HEADINGS, self._table(), title=self._title(), notes=self.conclusions)
+
+
+@dataclass(frozen=True)
+class DiagnosisReport:
+    """A look at a model before training, and what it speaks for; ``print`` it, or show it in a notebook.
+
+    Attributes:
+        diagnosis: what was seen of each layer.
+        advice: what to try, the most pressing first.
+    """
+
+    diagnosis: Diagnosis
+    advice: list[Advice]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict for each layer."""
+        return [_flatten(asdict(layer)) for layer in self.diagnosis.layers]
+
+    def to_dataframe(self) -> Any:
+        """`rows` as a pandas DataFrame.
+
+        Raises:
+            PlywiseError: pandas is not installed.
+        """
+        return make_dataframe(self.rows())
+
+    def plot(self) -> Any:
+        """A matplotlib Figure: backward values and effective rates, layer by layer.
+
+        Raises:
+            PlywiseError: matplotlib is not installed.
+        """
+        from plywise.arena.reports.plots import draw_layers
+
+        return draw_layers(self.diagnosis)
+
+    def _headings(self) -> list[str]:
+        return ["layer", "type", "weights", *(name.replace("_", " ") for name in LAYER_NUMBERS)]
+
+    def _table(self) -> list[list[str]]:
+        return [
+            [
+                *(layer.name or "(model)", layer.type, f"{layer.inputs}→{layer.outputs}"),
+                *(_short(getattr(layer, name)) for name in LAYER_NUMBERS),
+            ]
+            for layer in self.diagnosis.layers
+        ]
+
+    def _title(self) -> str:
+        return f"{self.diagnosis.model}: {self.diagnosis.parameters:,} parameters"
+
+    def _sentences(self) -> list[str]:
+        return [
+            f"{place}. {one.title}: {one.reason} How sure: {one.sure}"
+            for place, one in enumerate(self.advice, 1)
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join([self._title(), format_table(self._headings(), self._table()), *self._sentences()])
+
+    def _repr_html_(self) -> str:
+        return make_table(self._headings(), self._table(), title=self._title(), notes=self._sentences())
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _describe(line: TrialRecord) -> dict[str, Any]:
+    """A trial without its curves."""
+    names = ("workload", "method", "purpose", "track", "trial", "seed", "failure", "test", "peak_mib")
+    last = {clock: (line[clock] or [None])[-1] for clock in ("steps", "cpu", "wall")}
+    numbers = {f"numbers.{name}": value for name, value in line["numbers"].items()}
+    ends = {"best_validation": best_validation(line), "last_validation": last_validation(line)}
+    return {**{name: line.get(name) for name in names}, **ends, **last, **numbers}
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dicts and tuples of numbers within as columns of their own; what is not finite as infinity.
+
+    Example:
+        >>> _flatten({"a": {"b": 1}, "c": 2})
+        {'a.b': 1, 'c': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        if hasattr(item, "_asdict"):
+            item = item._asdict()
+        if isinstance(item, dict):
+            found |= _flatten(item, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = math.inf if item == math.inf else item
+    return found

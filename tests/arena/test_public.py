@@ -1,0 +1,248 @@
+"""The arena from Python: objects in place of addresses, and what comes back as text, HTML, rows, pictures."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import plywise as pw
+from plywise.arena import bench, diagnose, load
+from plywise.arena.given import MODULE, name_data, name_object
+from plywise.arena.method import Method, end_to_end
+from plywise.arena.run.ledger import read
+from plywise.arena.space import Range
+
+METHODS = ["sgd", "adamw", "proxprop"]
+
+
+def make_model():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def make_data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 6, generator=generator)
+    return x, x[:, :3].argmax(1)
+
+
+class Slow(torch.optim.SGD):
+    """SGD under another name."""
+
+    search_space = {"lr": Range(1e-3, 1.0, 0.1)}  # noqa: RUF012
+
+
+def begin(context):
+    optimizer = torch.optim.SGD(context.model.parameters(), lr=context.numbers["lr"])
+    return end_to_end(context, optimizer, pw.NLMS())
+
+
+OWN = Method("own-nlms", "NLMS on plain SGD", {"lr": Range(0.1, 10.0, 1.0)}, begin)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    methods = [*METHODS, Slow, OWN, pw.Foof]
+    return bench(
+        make_model,
+        make_data(),
+        methods=methods,
+        trials=2,
+        seeds=2,
+        steps=20,
+        batch_size=32,
+        folder=folder,
+        progress=False,
+    )
+
+
+def test_objects_are_compared_in_this_process(report):
+    names = [*METHODS, f"{MODULE}:Slow", f"{MODULE}:own_nlms", f"{MODULE}:Foof"]
+    assert {row.method for row in report.summary.rows} == set(names)
+    assert all(line["failure"] is None for line in report.trials)
+    assert len(report.trials) == len(names) * (2 + 2 * 2)
+    assert {row.track for row in report.summary.rows} == {"tuned", "defaults"}
+
+
+def test_the_same_call_again_runs_nothing_and_says_the_same(report):
+    before = list(read(report.folder / "trials.jsonl"))
+    how = {"trials": 2, "seeds": 2, "steps": 20, "batch_size": 32, "progress": False}
+    methods = [*METHODS, Slow, OWN, pw.Foof]
+    again = bench(make_model, make_data(), methods=methods, folder=report.folder, **how)
+    assert str(load(report.folder)) == str(again)
+    assert list(read(report.folder / "trials.jsonl")) == before
+    assert again.conclusions == report.conclusions
+    assert str(again) == str(report)
+
+
+def test_other_methods_in_the_same_folder_are_refused(report):
+    with pytest.raises(pw.StateError, match="holds another bench"):
+        bench(make_model, make_data(), methods=["sgd"], folder=report.folder, progress=False)
+
+
+def test_it_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
+    made = []
+
+    def count():
+        made.append(1)
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        return make_model()
+
+    how = {"methods": ["sgd", "adamw"], "trials": 1, "seeds": 2, "steps": 5, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        bench(count, make_data(), folder=tmp_path, **how)
+    kept = list(read(tmp_path / "trials.jsonl"))
+    assert kept
+    assert load(tmp_path).trials == kept
+    whole = bench(count, make_data(), folder=tmp_path, **how)
+    assert whole.trials[: len(kept)] == kept
+    assert len(whole.trials) == 10
+
+
+def test_addresses_run_in_processes_of_their_own(tmp_path, user_module):
+    code = """
+import os, torch
+from torch import nn
+
+def make():
+    open(f"pid{os.getpid()}", "w").close()
+    return nn.Linear(6, 3)
+
+def data():
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    return x, x[:, :3].argmax(1)
+"""
+    user_module("own_things_here", code)
+    how = {"methods": ["sgd"], "trials": 0, "seeds": 2, "steps": 5, "workers": 1, "progress": False}
+    found = bench("own_things_here:make", "own_things_here:data", folder=tmp_path / "runs", **how)
+    assert [line["failure"] for line in found.trials] == [None, None]
+    assert len(list(tmp_path.glob("pid*"))) == 3  # here, and in each trial's process
+    with pytest.raises(pw.PlywiseError, match="Only what can be imported goes to other processes"):
+        bench(make_model, make_data(), folder=tmp_path / "more", **{**how, "workers": 2})
+
+
+def test_text_and_html_have_the_ranking_and_the_conclusions(report):
+    ranking = report.ranking()
+    text, html = str(report), report._repr_html_()
+    for one in ranking:
+        name = one.method.removeprefix(f"{MODULE}:")
+        assert name in text
+        assert f"<td>{name}</td>" in html
+    assert MODULE not in text + html
+    assert all(f"- {sentence}" in text for sentence in report.conclusions)
+    assert html.count("<p>") == 1 + len(report.conclusions)
+    with pytest.raises(pw.PlywiseError, match="clocks are"):
+        report.ranking(clock="sundial")
+
+
+@pytest.mark.parametrize(("what", "count"), [("methods", 12), ("ranking", 6), ("trials", 36)])
+def test_rows_are_flat(report, what, count):
+    rows = report.rows(what)
+    assert len(rows) == count
+    assert not any(isinstance(value, dict | tuple) for row in rows for value in row.values())
+    assert "method" in rows[0]
+    with pytest.raises(pw.PlywiseError, match="Rows are"):
+        report.rows("columns")
+
+
+def test_a_dataframe_or_the_name_of_the_package(report, monkeypatch):
+    try:
+        import pandas
+    except ImportError:
+        with pytest.raises(pw.PlywiseError, match="pip install pandas"):
+            report.to_dataframe()
+    else:
+        frame = report.to_dataframe("trials")
+        assert isinstance(frame, pandas.DataFrame)
+        assert len(frame) == 36
+
+
+@pytest.mark.parametrize("what", ["curves", "ranking", "rates", "pareto"])
+def test_pictures(report, what, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = report.plot(what)
+    (axis,) = figure.axes
+    drawn = [*axis.lines, *axis.collections]
+    assert len(drawn) >= len(METHODS)
+    assert axis.get_xlabel()
+    figure.savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_the_curves_are_those_of_the_trials(report):
+    pytest.importorskip("matplotlib")
+    (axis,) = report.plot("curves").axes
+    lines = {line.get_label(): line for line in axis.lines}
+    which = ("final", "tuned", "sgd")
+    finals = [line for line in report.trials if (line["purpose"], line["track"], line["method"]) == which]
+    last = sorted(line["validation"][-1] for line in finals)
+    assert lines["sgd"].get_ydata()[-1] == pytest.approx(sum(last) / 2, rel=1e-2)
+
+
+def test_an_unknown_picture(report):
+    with pytest.raises(pw.PlywiseError, match="Pictures are"):
+        report.plot("pie")
+
+
+def test_the_page_is_drawn_from_the_same_folder(report):
+    page = report.write_page()
+    assert page == report.folder / "report.html"
+    assert "own_nlms" in page.read_text("utf-8")
+
+
+def test_diagnose(tmp_path):
+    seen = diagnose(make_model, make_data(), batches=2)
+    assert [layer.name for layer in seen.diagnosis.layers] == ["0", "2"]
+    assert seen.advice
+    assert all(one.title in str(seen) for one in seen.advice)
+    assert seen._repr_html_().count("<tr>") == 3
+    assert [row["name"] for row in seen.rows()] == ["0", "2"]
+    pytest.importorskip("matplotlib")
+    seen.plot().savefig(tmp_path / "layers.png")
+    shipped = diagnose(workload="digits-mlp", batches=1)
+    assert len(shipped.diagnosis.layers) == 4
+
+
+def test_what_is_missing_is_said(tmp_path):
+    for call in (
+        lambda: bench(folder=tmp_path),
+        lambda: bench(make_model, folder=tmp_path),
+        lambda: bench(make_model, make_data(), workloads="quick", folder=tmp_path),
+        lambda: diagnose(make_model),
+        lambda: diagnose(),
+    ):
+        with pytest.raises(pw.PlywiseError, match="Give a model with data"):
+            call()
+    with pytest.raises(pw.PlywiseError, match="Did you mean digits-mlp"):
+        bench(workloads="digits-mpl", folder=tmp_path)
+    with pytest.raises(pw.PlywiseError, match="is no bench"):
+        load(tmp_path)
+    network = make_model()
+    with pytest.raises(pw.PlywiseError, match="returned the same network twice"):
+        bench(lambda: network, make_data(), folder=tmp_path, progress=False)
+
+
+def test_names_of_objects():
+    assert name_object("a:b", "model") == "a:b"
+    assert name_object(make_model, "model") == f"{MODULE}:make_model"
+    assert name_object(lambda: 1, "model") == f"{MODULE}:model"
+    assert sys.modules[MODULE].make_model is make_model
+    pair = make_data()
+    address = name_data(pair)
+    assert getattr(sys.modules[MODULE], address.partition(":")[2])() is pair
+
+
+def test_a_bench_in_progress_is_shown(tmp_path, capsys):
+    how = {"methods": ["sgd"], "trials": 0, "seeds": 2, "steps": 5}
+    bench(make_model, make_data(), folder=tmp_path, **how)
+    out = capsys.readouterr().out
+    assert "[1/2] " in out
+    assert "[2/2] " in out
+    assert "left" in out
+    about = json.loads((tmp_path / "bench.json").read_text())
+    assert about["unfinished"] == []
+    assert math.isfinite(load(tmp_path).trials[0]["validation"][-1])
