@@ -123,6 +123,7 @@ class Site:
         bias_shape: its shape where it is not (outputs,), else None.
         size: sizes of the last call seen in backward.
         rows: shape of its output.
+        kept: of how many rows of the last call how many counted, if a mask left some out, else None.
         passes: backward passes in which the rule has answered.
         answered: the latest of those passes whose gradient has not arrived yet.
         tested: whether the self-test has been made.
@@ -149,6 +150,7 @@ class Site:
         self.bias_shape: torch.Size | None = None
         self.size: Size | None = None
         self.rows: torch.Size | None = None
+        self.kept: tuple[int, int] | None = None
         self.passes = 0
         self.answered: dict[int, None] = {}
         self.tested = False
