@@ -22,7 +22,7 @@ from plywise.engine.calls_below import PassSamples, find_wanting
 from plywise.engine.capture import Capture
 from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
-from plywise.engine.explain import Explanation, Size
+from plywise.engine.explain import Explanation
 from plywise.engine.finite import measure_norms
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
@@ -242,8 +242,7 @@ class Attachment:
         kept = find_kept(ctx, delta, a) if ctx.masks else None
         counted = call if kept is None else kept.keep(call)
         counted.samples = call.samples = self._samples.count(counted.samples)
-        self._note_size(site, counted)
-        site.kept = None if kept is None else (len(kept.places), kept.mask.mask.numel())
+        site.note_call(counted, None if kept is None else (len(kept.places), kept.mask.mask.numel()))
         if site.entry.leave_next or not counted.a.numel() or not counted.delta.numel():
             update = call.gradient() if wants_update else Update(None, None)
             if wants_update:
@@ -278,11 +277,6 @@ class Attachment:
             like = torch.empty(0, dtype=call.dtype, device=delta.device)
             call.memory, call.waits = self._state.read_state(site.name, like, has_bias)
         return call
-
-    def _note_size(self, site: Site, call: LinearCall) -> None:
-        if site.rows != call.delta.shape:
-            site.rows = call.delta.shape
-            site.size = Size(call.row_count, call.columns, call.outputs, call.groups)
 
     def _make_update(self, site: Site, call: LinearCall, counted: LinearCall) -> Update:
         """The update of a call; ``counted`` is the call without the rows that do not count."""

@@ -17,6 +17,7 @@ from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
 
 if TYPE_CHECKING:
+    from plywise.engine.call import LinearCall
     from plywise.engine.captured_call import Responder
     from plywise.engine.sharding import Sharding
 
@@ -155,6 +156,13 @@ class Site:
         self.answered: dict[int, None] = {}
         self.tested = False
         self._module = None if module is None else weakref.ref(module)
+
+    def note_call(self, call: "LinearCall", kept: tuple[int, int] | None) -> None:
+        """Remember the sizes of a call seen in backward, and how many rows of it a mask has kept."""
+        self.kept = kept
+        if self.rows != call.delta.shape:
+            self.rows = call.delta.shape
+            self.size = Size(call.row_count, call.columns, call.outputs, call.groups)
 
     @property
     def module(self) -> nn.Module | None:
