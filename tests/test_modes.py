@@ -18,6 +18,7 @@ ALLOWED = {
     "_util/modes.py": "the one place",
     "arena/methods/peers.py": "a schedule-free optimizer has modes, too",
     "local/chain.py": "new modules get the mode of the model that they are made of",
+    "local/spine.py": "what is around a block is in the block's mode while that runs",
     "local/split.py": "measures a copy",
     "local/tracing.py": "traces a copy",
     "local/trainer.py": "begins to train; frozen parts stay",

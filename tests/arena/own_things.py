@@ -44,6 +44,19 @@ def pair():
     return nn.LSTM(4, 3)
 
 
+class Wordy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return ["a word"] * len(x)
+
+
+def wordy():
+    return Wordy()
+
+
 def boom():
     raise ValueError("not today")
 

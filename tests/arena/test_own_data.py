@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from plywise._util.files import write_whole
-from plywise.data.classes import take_classes
 from plywise.data.parts import Data
+from plywise.data.training_data import take_training_data
 from plywise.errors import PlywiseError
 from plywise.registry.resolve import resolve_data, resolve_parts
 
@@ -141,7 +141,7 @@ def test_random_data_are_the_same_each_time(name):
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), drawn)
     assert resolve_data(f"twins:{name}").data.fingerprint() == once
-    first, second = (take_classes("twins", resolve_parts(f"twins:{name}")) for _ in range(2))
+    first, second = (take_training_data("twins", resolve_parts(f"twins:{name}")) for _ in range(2))
     assert first.fingerprint() == second.fingerprint()
 
 

@@ -186,7 +186,7 @@ def test_explain_takes_a_batch_of_data_and_the_first_output_with_a_gradient(plyw
     assert json.loads(out)["rows"][0]["passes"] == 1
     code, _, err = plywise("explain", "mine:conv", "--data", "digits")
     assert code == 1
-    assert "mine:conv failed on a batch of shape (128, 64)" in err
+    assert "mine:conv failed on a batch of float32 (128, 64)" in err
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_explain_takes_a_batch_of_data_and_the_first_output_with_a_gradient(plyw
         (["mine:make", "--set", "solver=magic"], "'exact', 'cg', 'cg_official', not 'magic'"),
         (["mine:make", "--layers", "encoder.*"], "matches nothing"),
         (["mine:make", "--batch-size", "0"], "at least 1"),
-        (["mine:conv", "--shape", "2,7,6"], "mine:conv failed on a batch of shape (128, 2, 7, 6): "),
+        (["mine:conv", "--shape", "2,7,6"], "mine:conv failed on a batch of float32 (128, 2, 7, 6): "),
         (["mine:conv", "--shape", "2,x"], "--shape is the shape of one sample"),
         (["mine:conv", "--shape", "2,6,6", "--data", "digits"], "give one of them"),
     ],

@@ -73,7 +73,7 @@ def test_training_takes_what_a_comparison_takes(plywise, data):
 
 def test_what_is_chosen_about_parts_is_said(plywise):
     assert "The validation part is not used" in plywise(*words("train", "mine:three"))[1]
-    assert "measured on the validation part" in plywise(*words("train", "parts.npz"), "--fresh")[1]
+    assert "judged on the validation part" in plywise(*words("train", "parts.npz"), "--fresh")[1]
 
 
 def test_guesses_about_data_are_said_with_the_flag_that_overrules_them(plywise, tmp_path):

@@ -214,10 +214,14 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--data", "half.npz"], "half.npz has no y_train; it has: x_train."),
         (
             ["--data", "mnist"],
-            "Data are module:name of a function that makes them, a .npz or .csv file, digits",
+            "Data are module:name of a function that makes them, a .npz, .csv or .parquet file, a folder of "
+            "images, digits",
         ),
         (["--data", "mine:holes"], "mine:holes, train: the inputs hold NaN or infinity in 1 of 30"),
-        (["--data", "mine:real"], "targets must be class indices"),
+        (
+            ["--data", "mine:real", "--learner", "AssociatedLearning"],
+            "AssociatedLearning learns classes, one a sample, and the targets are numbers",
+        ),
         (
             ["--data", "mine:three"],
             "mine:three returned 3 things; it must return (x, y), (x, y, x_test, y_test) or three",

@@ -6,6 +6,7 @@ import torch
 
 from plywise.data.own_data import read_parts
 from plywise.data.reading import ReadOptions
+from plywise.data.sources import Reading
 from plywise.errors import PlywiseError
 from plywise.registry.resolve import resolve_data
 
@@ -18,7 +19,7 @@ def table(folder, target, header="a,b,y"):
 
 
 def read(address, options=""):
-    parts = read_parts(address, ReadOptions.parse(options))
+    parts = read_parts(address, Reading(ReadOptions.parse(options)))
     return parts["train"], " ".join(parts.guesses)
 
 

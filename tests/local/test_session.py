@@ -13,8 +13,9 @@ from plywise.errors import NonFiniteError, PlywiseError, StateError
 from plywise.local import checkpoint
 from plywise.training.build import resolve_training
 from plywise.training.config import TrainConfig
+from plywise.training.judge import judge
 from plywise.training.run_folder import RunFolder, cut_back
-from plywise.training.session import accuracy, load_trained, open_session, permutation, share
+from plywise.training.session import load_trained, open_session, permutation, share
 from sameness import same
 
 MODULE = """
@@ -122,7 +123,7 @@ def test_the_log_says_it_all(tmp_path):
     assert all(line["losses"].keys() == {"0", "1"} for line in lines)
     judged = {line["step"]: line["accuracy"] for line in lines if "accuracy" in line}
     assert list(judged) == [STEPS * (i + 1) for i in range(EPOCHS)]
-    assert judged[STEPS * EPOCHS] == accuracy(session.engine.learner, session._data.test)
+    assert judged[STEPS * EPOCHS] == judge(session.engine.learner, session._data.test, "classes")
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
-from plywise.data.digits import Split
+from plywise.data.batches import Batch, Part, clone_batch, count_samples
 from plywise.errors import PlywiseError
 
 Judge = Callable[[Tensor, Tensor], Tensor]
@@ -36,19 +36,20 @@ class Task:
     chance: float | None = None
     losses: Judge | None = None
 
-    def measure(self, predict: Callable[[Tensor], Tensor], split: Split, batch: int) -> float:
+    def measure(self, predict: Callable[[Batch], Tensor], part: Part, batch: int) -> float:
         """The metric over a set, which the network sees batch by batch."""
-        return mean(self.metric, predict, split, batch)
+        return mean(self.metric, predict, part, batch)
 
 
 class WholeSetTask(Task):
     """A task whose metric is no mean over samples: it is read from the outputs of the whole set at once."""
 
-    def measure(self, predict: Callable[[Tensor], Tensor], split: Split, batch: int) -> float:
+    def measure(self, predict: Callable[[Batch], Tensor], part: Part, batch: int) -> float:
         """The metric over a set, which the network sees batch by batch."""
         with torch.no_grad():
-            outputs = [predict(x.clone()) for x in split.x.split(batch)]
-        return float(self.metric(torch.cat(outputs), split.y.to(outputs[0].device)))
+            pairs = [(predict(clone_batch(x)), y) for x, y in part.chunks(batch)]
+        outputs, targets = (torch.cat(values) for values in zip(*pairs, strict=True))
+        return float(self.metric(outputs, targets.to(outputs.device)))
 
 
 def error_rate(output: Tensor, y: Tensor) -> Tensor:
@@ -106,6 +107,16 @@ WHOLE_SET = (wrong_order,)
 """Metrics that are no means over samples."""
 
 
+def step_loss(output: Tensor, y: Batch) -> Tensor:
+    """The loss that a `plywise.data.models.StepModel` gives."""
+    return output.reshape(-1)[0]
+
+
+def step_metric(output: Tensor, y: Batch) -> Tensor:
+    """The metric that a `plywise.data.models.StepModel` gives in eval mode."""
+    return output.reshape(-1)[-1]
+
+
 def task_of(y: Tensor) -> Task:
     """The usual task for targets: class indices, tokens, or numbers.
 
@@ -128,19 +139,16 @@ def task_of(y: Tensor) -> Task:
 
 
 @torch.no_grad()
-def mean(judge: Judge, predict: Callable[[Tensor], Tensor], split: Split, batch: int = 250) -> float:
+def mean(judge: Judge, predict: Callable[[Batch], Tensor], part: Part, batch: int = 250) -> float:
     """Mean of a loss or metric over a set, batch by batch, whatever the network does to its input."""
-    total = sum(
-        float(judge(predict(x.clone()), y)) * len(x)
-        for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True)
-    )
-    return total / len(split.x)
+    total = sum(float(judge(predict(clone_batch(x)), y)) * count_samples(x) for x, y in part.chunks(batch))
+    return total / len(part)
 
 
-def predictor(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def predictor(model: nn.Module) -> Callable[[Batch], Tensor]:
     """A model's outputs in eval mode; every part of it is in its own mode again afterwards."""
 
-    def predict(x: Tensor) -> Tensor:
+    def predict(x: Batch) -> Tensor:
         with evaluating(model):
             output: Tensor = model(x)
         return output

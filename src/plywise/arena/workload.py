@@ -36,6 +36,7 @@ class Workload:
         guesses: what was guessed about the user's data, a sentence each.
         measure_every: steps between two measurements; None: a 25th of the steps.
         train_eval_size: training samples that the training loss is measured on.
+        calls: how a user's model is called (`plywise.arena.workloads.own_calls`); empty for a plain call.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Workload:
     blocks: int = 0
     classes: int = 0
     guesses: tuple[str, ...] = ()
+    calls: str = ""
     measure_every: int | None = None
     train_eval_size: int = 500
 

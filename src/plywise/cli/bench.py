@@ -48,6 +48,8 @@ def bench(
     batch_size: int | None = None,
     loss: str = "",
     metric: str = "",
+    step: str = "",
+    keep_batches: int | None = None,
     blocks: int | None = None,
     workers: int | None = None,
     threads: int = 1,
@@ -79,8 +81,10 @@ def bench(
     Args:
         model: function that makes your network, as module:name.
         data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs for
-            training, validation and test; a .npz file with x_train, y_train and perhaps x_test, y_test; or a
-            .csv file whose last column is the target.
+            training, validation and test, where a Dataset, a DataLoader or an iterable of batches may stand
+            for a pair, or a dict with the keys train, validation and test; a .npz file with x_train, y_train
+            and perhaps x_test, y_test; a .csv or .parquet file whose last column is the target; or a folder
+            of images, a folder for each class.
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
             for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
         workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships.
@@ -99,6 +103,11 @@ def bench(
         loss: function of outputs and targets, as module:name. Default: cross entropy for classes, squared
             error for numbers.
         metric: what it is judged by, the lower the better, as module:name. Default: error rate, or the loss.
+            With --step a function of a model and a batch.
+        step: function of a model and a batch of your data to the loss, as module:name, for models and batches
+            of any kind. Default: a dict is given by name and a tuple by place, and a loss that the model
+            returns is taken.
+        keep_batches: batches that are kept of a stream (a DataLoader, an iterable). Default: 1000.
         blocks: blocks that local learners cut your model into. Default: 4, or as many as it has.
         workers: trials at once. Default: the cores over the threads; 1 on a GPU.
         threads: torch's threads in each trial.
@@ -186,14 +195,16 @@ def _make_specs(given: dict[str, Any]) -> list[WorkloadSpec]:
             "related or names.",
             see="error-command",
         )
-    changes = {name: given[name] for name in ("read", "batch_size", "steps", "blocks")}
+    changes = {name: given[name] for name in ("batch_size", "steps", "blocks")}
+    own = {name: given[name] for name in ("read", "loss", "metric", "step", "keep_batches")}
     if model is not None:
         if data is None:
             raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
-        return [WorkloadSpec(model, model, data, given["loss"], given["metric"], **changes)]
-    if data is not None or given["read"] or given["loss"] or given["metric"]:
+        return [WorkloadSpec(model, model, data, **own, **changes)]
+    if data is not None or any(own.values()):
         raise PlywiseError(
-            "--data, --read, --loss and --metric belong to a model of your own.", see="error-command"
+            "--data, --read, --loss, --metric, --step and --keep-batches belong to a model of your own.",
+            see="error-command",
         )
     sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
     return [WorkloadSpec(name, **changes) for name in sets.get(workloads) or _words(workloads)]

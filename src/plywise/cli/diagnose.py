@@ -40,6 +40,7 @@ def diagnose(
     batches: int = 8,
     batch_size: int | None = None,
     loss: str = "",
+    step: str = "",
     seed: int = 0,
     json: Switch = False,
 ) -> None:
@@ -52,13 +53,15 @@ def diagnose(
         plywise diagnose my.module:make_model --data my.module:make_data
         plywise diagnose mine:model --data table.csv --batches 16 --batch-size 64
         plywise diagnose mine:model --data my.npz --loss mine:my_loss --json
+        plywise diagnose mine:bert --data mine:loaders --step mine:step
         # one of ours
         plywise diagnose --workload digits-conv
 
     Args:
         model: function that makes your network, as module:name.
-        data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs; a .npz
-            file with x_train and y_train; or a .csv file whose last column is the target.
+        data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs, where a
+            Dataset, a DataLoader or an iterable of batches may stand for a pair; a .npz file with x_train and
+            y_train; a .csv or .parquet file whose last column is the target; or a folder of images.
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
             for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
         workload: instead of a model: name of a workload that plywise ships.
@@ -66,6 +69,8 @@ def diagnose(
         batch_size: samples a batch. Default: the workload's; 128 for your model.
         loss: function of outputs and targets, as module:name. Default: cross entropy for classes, squared
             error for numbers.
+        step: function of a model and a batch of your data to the loss, as module:name, for models and batches
+            of any kind.
         seed: of the weights and of which samples are looked at.
         json: print diagnosis and advice as JSON.
     """
@@ -73,7 +78,7 @@ def diagnose(
         raise PlywiseError(
             f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.", see="error-command"
         )
-    asked, found, subject = _asked(model, data, read, workload, loss)
+    asked, found, subject = _asked(model, data, read, workload, loss, step)
     from plywise.arena.diagnostics.advice import advice
     from plywise.arena.diagnostics.diagnosis import diagnose_workload
 
@@ -97,7 +102,7 @@ def diagnose(
 
 
 def _asked(
-    model: str | None, data: str | None, read: str, workload: str | None, loss: str
+    model: str | None, data: str | None, read: str, workload: str | None, loss: str, step: str
 ) -> tuple[Workload, Data, str]:
     """The workload, its data, and what `plywise bench` calls it."""
     from plywise.arena.workloads import find_workload
@@ -110,17 +115,18 @@ def _asked(
             see="error-command",
         )
     if workload is not None:
-        if data is not None or read or loss:
+        if data is not None or read or loss or step:
             raise PlywiseError(
-                "--data, --read and --loss belong to a model of your own.", see="error-command"
+                "--data, --read, --loss and --step belong to your own model.", see="error-command"
             )
         shipped = find_workload(workload)
         return shipped, shipped.make_data(), f"--workloads {shipped.name}"
     if data is None:
         raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
-    own = own_workload(str(model), str(model), data, read=read, loss=loss, blocks=0)
+    own = own_workload(str(model), str(model), data, read=read, loss=loss, step=step, blocks=0)
     words = [str(model), "--data", data]
-    words += [word for flag, value in (("--read", read), ("--loss", loss)) if value for word in (flag, value)]
+    for flag, value in (("--read", read), ("--loss", loss), ("--step", step)):
+        words += [flag, value] if value else []
     return own, own.make_data(), shlex.join(words)
 
 

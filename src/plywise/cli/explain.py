@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from plywise.data.batches import Batch
     from plywise.engine.rule import Rule
 
 
@@ -86,14 +87,14 @@ def explain(
     )
 
 
-def _make_batch(data: str | None, shape: str | None, batch_size: int) -> Tensor | None:
+def _make_batch(data: str | None, shape: str | None, batch_size: int) -> Batch | None:
     """The inputs that go through the model; None for none."""
     if data is not None and shape is not None:
         raise PlywiseError("--shape is instead of --data: give one of them.", see="error-command")
     if data is not None:
         from plywise.registry.resolve import resolve_data
 
-        return resolve_data(data).data.train.x[:batch_size]
+        return next(iter(resolve_data(data).data.train.chunks(batch_size)))[0]
     if shape is None:
         return None
     import torch
@@ -114,16 +115,20 @@ def _optimizer_for(rule: Rule, model: nn.Module) -> Optimizer | None:
     return SGD(model.parameters(), lr=0.0) if rule.remembers else None
 
 
-def _run_batch(factory: str, model: nn.Module, batch: Tensor) -> None:
+def _run_batch(factory: str, model: nn.Module, batch: Batch) -> None:
     """One forward and backward pass, from the sum of what the model returns."""
+    from plywise.arena.workloads.own_calls import describe_batch
+    from plywise.data.batches import TARGETS
+    from plywise.data.models import call_model
+
     try:
-        output = model(batch)
+        output = call_model(model, batch, TARGETS)
         _find_tensor(output).sum().backward()
     except PlywiseError:
         raise
     except Exception as error:  # the user's own code runs in there
         raise PlywiseError(
-            f"{factory} failed on a batch of shape {tuple(batch.shape)}: {type(error).__name__}: {error}",
+            f"{factory} failed on a batch of {describe_batch(batch)}: {type(error).__name__}: {error}",
             see="error-data",
         ) from error
 

@@ -36,10 +36,16 @@ class Flags:
         model: function that makes your network, as module:name: an nn.Module, which is cut into blocks of
             equal cost, or a list of blocks. Default: a linear layer of 128 and ReLU for each block.
         data: digits (they come with plywise), or what `plywise bench` takes: module:name of a function that
-            returns (x, y), (x, y, x_test, y_test) or three pairs; a .npz file with x_train, y_train and
-            perhaps x_test, y_test; a .csv file whose last column is the target. Default digits.
+            returns (x, y), (x, y, x_test, y_test) or three pairs, where a Dataset, a DataLoader or an
+            iterable of batches may stand for a pair; a .npz file with x_train, y_train and perhaps x_test,
+            y_test; a .csv or .parquet file whose last column is the target; a folder of images. Default
+            digits.
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
-            for a .csv file, inputs=numbers, images or tokens; with commas between.
+            for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
+        step: function of your model and a batch of your data to the loss, as module:name: the model trains as
+            a whole by it, without a learner.
+        metric: with --step, function of your model and a batch to a number, the lower the better, as
+            module:name: what the test data are judged by. Default: the loss.
         learner: AssociatedLearning, SCPL, LocalLoss, LocalNextToken, Interlocking, CascadedForward,
             LocalForwardGradient, ForwardForward, MonoForward, DirectFeedback, MomentumAuxiliary or
             ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
@@ -66,6 +72,8 @@ class Flags:
     model: str | None = None
     data: str | None = None
     read: str | None = None
+    step: str | None = None
+    metric: str | None = None
     learner: str | None = None
     set: Words = ()
     blocks: int | None = None
@@ -103,10 +111,9 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
     rule = f"{plan.rule}{_settings(plan.rule_set)}, " if plan.rule else ""
     test = f"{session.test_samples:,} to test on" if session.test_samples else "none to test on"
     lines = [
-        f"{plan.learner}{_settings(plan.set)} of {len(session.engine.learner.trainers)} components, "
-        f"{session.parameters:,} parameters; {rule}{plan.optimizer}{_settings(plan.optimizer_set)} at rate "
-        f"{plan.rate:g}; seed {plan.seed}.",
-        f"{plan.data}: {session.samples:,} samples of {session.classes} classes, {test}; "
+        f"{_what(session)}, {session.parameters:,} parameters; {rule}{plan.optimizer}"
+        f"{_settings(plan.optimizer_set)} at rate {plan.rate:g}; seed {plan.seed}.",
+        f"{plan.data}: {session.samples:,} samples of {_kind(session)}, {test}; "
         f"{session.per_epoch} steps of {plan.batch_size} an epoch.",
     ]
     if session.note:
@@ -127,7 +134,8 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
 def conclude(session: Session, screen: Console) -> None:
     """Say what has been done, where it is, and what to do next."""
     plan, line = session.plan, session.folder.last_line()
-    known = "" if line.get("accuracy") is None else f", test accuracy {line['accuracy']:.1%}"
+    judged = _judged(session, line.get("accuracy"), line.get("error"))
+    known = f", {judged}" if judged else ""
     if session.step == session.began:
         screen.print(
             f"The run in {plan.out} is finished: {session.step} steps{known}. More --epochs go on with it, "
@@ -189,7 +197,8 @@ class _Epochs:
         first, last = min(self._sums), max(self._sums)
         which = f"component {first}" if first == last else f"components {first}–{last}"
         count = self._session.plan.epochs
-        known = "" if line.accuracy is None else f"   test accuracy {line.accuracy:6.1%}"
+        judged = _judged(self._session, line.accuracy, line.error, 6)
+        known = f"   {judged}" if judged else ""
         self._screen.print(
             f"epoch {line.epoch:{len(str(count))}}/{count}   losses of {which}  {means}{known}   "
             f"{line.seconds:.1f} s",
@@ -197,6 +206,33 @@ class _Epochs:
         )
         self._sums.clear()
         self._steps = 0
+
+
+def _what(session: Session) -> str:
+    """What is trained, in words."""
+    plan = session.plan
+    if plan.step is not None:
+        return f"{plan.model} as a whole by {plan.step}"
+    return f"{plan.learner}{_settings(plan.set)} of {len(session.engine.learner.trainers)} components"
+
+
+def _kind(session: Session) -> str:
+    counted = {
+        "classes": f"{session.outputs} classes",
+        "tokens": f"{session.outputs} tokens",
+        "labels": f"{session.outputs} labels",
+        "numbers": f"{session.outputs} number" + "s" * (session.outputs > 1),
+    }
+    return counted.get(session.kind, "your own")
+
+
+def _judged(session: Session, accuracy: float | None, error: float | None, width: int = 0) -> str:
+    if accuracy is not None:
+        return f"test accuracy {accuracy:{width}.1%}"
+    if error is None:
+        return ""
+    name = session.plan.metric or ("loss" if session.plan.step else "squared error")
+    return f"test {name} {error:.4g}"
 
 
 def _settings(values: Any) -> str:

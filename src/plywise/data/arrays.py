@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from plywise._util.import_path import call_factory
 from plywise._util.seeded import seeded
-from plywise.data.digits import Split
 from plywise.errors import PlywiseError
 
 _AT_ONCE = 1 << 18  # numbers
@@ -26,16 +25,6 @@ def made_by(address: str) -> Any:
     """
     with seeded(0):
         return call_factory(address, "your data")
-
-
-def digest_of(splits: Iterable[Split]) -> str:
-    """A digest of every value of some sets."""
-    digest = hashlib.blake2b(digest_size=16)
-    for split in splits:
-        for tensor in (split.x, split.y):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
-    return digest.hexdigest()
 
 
 def tensor_of(values: Any, what: str) -> Tensor:
@@ -75,3 +64,29 @@ def _not_finite(tensor: Tensor) -> Tensor:
     at_once = max(1, _AT_ONCE * len(tensor) // tensor.numel())
     parts = [~torch.isfinite(part.reshape(len(part), -1)).all(1) for part in tensor.split(at_once)]
     return torch.cat(parts)
+
+
+def read_nested(values: Any, what: str, read: Callable[[Any, str], Tensor] | None) -> Any:
+    """Arrays in any nesting of mappings, tuples and dataclasses, each as ``read`` reads it.
+
+    A list is an array, or samples to be stacked.
+
+    Args:
+        values: the arrays.
+        what: what they are, for the error.
+        read: makes a tensor of an array. None: values of any kind stay as they are, arrays as tensors.
+    """
+    if isinstance(values, Mapping):
+        return {key: read_nested(value, f"{what}, {key!r}", read) for key, value in values.items()}
+    if isinstance(values, tuple) and (read is None or any(hasattr(value, "shape") for value in values)):
+        parts = [read_nested(value, what, read) for value in values]
+        return type(values)(*parts) if hasattr(values, "_fields") else tuple(parts)
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        names = [field.name for field in dataclasses.fields(values)]
+        made = {name: read_nested(getattr(values, name), f"{what}, {name!r}", read) for name in names}
+        return type(values)(**made)
+    if read is not None:
+        return read(values, what)
+    if isinstance(values, list):
+        return [read_nested(value, what, read) for value in values]
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values

@@ -1,21 +1,368 @@
-"""Batches of a set."""
+"""What a batch is: tensors in any nesting, counted, cut and moved; and the parts that batches come from.
+
+Bench, diagnose, train, pipeline and the learners all read their batches from here. A batch is a pair of
+inputs and targets. Either is a tensor, or tensors in tuples, lists, dicts and dataclasses, nested in any way;
+the first dimension of each tensor counts samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import hashlib
+import importlib
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from plywise.data.digits import Split
+Batch = Any
+"""Tensors in any nesting of tuples, lists, mappings and dataclasses."""
+
+TARGETS = ("labels", "label", "targets", "target", "y")
+"""Names of entries of a batch that are its targets."""
+
+_TYPE = "plywise type"
+"""The key under which a packed batch names a dataclass or a named tuple."""
 
 
-def endless_batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches, epoch after epoch, each in an order of its own."""
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """The same nesting, each tensor replaced by what ``function`` makes of it; other values stay.
+
+    Example:
+        >>> map_tensors(len, {"x": torch.zeros(3, 2), "more": (torch.zeros(3), "name")})
+        {'x': 3, 'more': (3, 'name')}
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [map_tensors(function, value) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if _is_dataclass(batch):
+        made = {f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+        return type(batch)(**made)
+    return batch
+
+
+def list_tensors(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch, in its order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return found
+
+
+def count_samples(batch: Batch) -> int:
+    """The samples of a batch: the first dimension of its first tensor; 1 if that has none.
+
+    Example:
+        >>> count_samples({"ids": torch.zeros(5, 7), "mask": torch.ones(5, 7)})
+        5
+    """
+    tensors = list_tensors(batch)
+    return tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+
+
+def take_samples(batch: Batch, rows: Tensor | slice) -> Batch:
+    """Some samples of a batch: rows of each tensor that has as many as the first; others stay whole."""
+    samples = count_samples(batch)
+    return map_tensors(lambda t: t[rows] if t.dim() and len(t) == samples else t, batch)
+
+
+def clone_batch(batch: Batch) -> Batch:
+    """A copy that a model may write into."""
+    return map_tensors(torch.clone, batch)
+
+
+def move_batch(batch: Batch, device: str | torch.device) -> Batch:
+    """The batch on a device."""
+    return map_tensors(lambda t: t.to(device), batch)
+
+
+def split_target(batch: Batch) -> tuple[Batch, Batch | None]:
+    """Inputs and targets of what a user's loader gives; None where a target cannot be told.
+
+    The last entry of a tuple or list is the target. In a mapping or a dataclass the entry called labels,
+    label, targets, target or y is; the inputs are then the whole batch, of which `call_model` takes what the
+    model wants.
+
+    Example:
+        >>> split_target((1, 2, 3)), split_target({"ids": 1, "labels": 2})
+        (((1, 2), 3), ({'ids': 1, 'labels': 2}, 2))
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch), next((batch[name] for name in TARGETS if name in batch), None)
+    if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
+        if len(batch) < 2:
+            return (batch[0] if batch else batch), None
+        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
+    return batch, next((getattr(batch, name) for name in TARGETS if hasattr(batch, name)), None)
+
+
+def join_target(x: Batch, y: Batch) -> Batch:
+    """The batch that `split_target` has split."""
+    if isinstance(x, Mapping) or _is_dataclass(x) or hasattr(x, "_fields"):
+        return x
+    return (*x, y) if isinstance(x, tuple) else (x, y)
+
+
+def _is_dataclass(value: object) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+# ---- writing and reading -------------------------------------------------------------------------
+
+
+def pack(batch: Batch) -> Any:
+    """A batch of dicts, tuples, lists and tensors only, which `torch.load` reads without running code."""
+    if isinstance(batch, Mapping):
+        return {key: pack(value) for key, value in batch.items()}
+    if _is_dataclass(batch) or hasattr(batch, "_fields"):
+        names = batch._fields if hasattr(batch, "_fields") else [f.name for f in dataclasses.fields(batch)]
+        home = f"{type(batch).__module__}:{type(batch).__qualname__}"
+        return {_TYPE: home, **{name: pack(getattr(batch, name)) for name in names}}
+    return type(batch)(map(pack, batch)) if isinstance(batch, tuple | list) else batch
+
+
+def unpack(packed: Any) -> Batch:
+    """Inverse of `pack`."""
+    if isinstance(packed, Mapping):
+        values = {key: unpack(value) for key, value in packed.items() if key != _TYPE}
+        if _TYPE not in packed:
+            return values
+        module, _, name = packed[_TYPE].partition(":")
+        return operator.attrgetter(name)(importlib.import_module(module))(**values)
+    return type(packed)(map(unpack, packed)) if isinstance(packed, tuple | list) else packed
+
+
+def update_digest(digest: Any, *batches: Batch) -> None:
+    """Feed all values of some batches to a digest of `hashlib`."""
+    for tensor in list_tensors(batches):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+class Part(Protocol):
+    """A set that batches are drawn from: for training, validation or test."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def count_batches(self, size: int) -> int:
+        """Batches in an epoch, the last one perhaps smaller."""
+
+    def batch(self, place: int, size: int, order: Tensor | None = None) -> tuple[Batch, Batch]:
+        """A batch of an epoch, in an order of samples (or of batches, where these are kept as they came)."""
+
+    def count_places(self) -> int:
+        """How many things an ``order`` puts in order."""
+
+    def epoch(self, size: int, order: Tensor) -> Iterator[tuple[Batch, Batch]]:
+        """Whole batches in an order."""
+
+    def chunks(self, size: int) -> Iterator[tuple[Batch, Batch]]:
+        """All samples once, at most ``size`` at a time (or a batch, where these are kept as they came)."""
+
+    def head(self, count: int) -> Part:
+        """About the first ``count`` samples."""
+
+    def to(self, device: str) -> Part:
+        """The part on a device."""
+
+    def update_digest(self, digest: Any) -> None:
+        """Feed every value to a digest of `hashlib`: other data have another one."""
+
+    def packed(self) -> dict[str, Any]:
+        """What `unpack_part` makes the part of again, for `torch.save`."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples in memory: inputs and targets, a row for each sample.
+
+    Attributes:
+        x: inputs, a tensor (N, ...) or such tensors in any nesting.
+        y: targets, alike.
+    """
+
+    x: Batch
+    y: Batch
+
+    def __len__(self) -> int:
+        return count_samples(self.x)
+
+    def take(self, rows: Tensor | slice) -> Split:
+        """Some of the samples."""
+        return Split(take_samples(self.x, rows), take_samples(self.y, rows))
+
+    def count_places(self) -> int:
+        """Samples."""
+        return len(self)
+
+    def count_batches(self, size: int) -> int:
+        """Batches in an epoch, the last one perhaps smaller."""
+        return -(-len(self) // size)
+
+    def batch(self, place: int, size: int, order: Tensor | None = None) -> tuple[Batch, Batch]:
+        """A batch of an epoch."""
+        rows: Any = slice(place * size, (place + 1) * size)
+        part = self.take(rows if order is None else order[rows])
+        return part.x, part.y
+
+    def epoch(self, size: int, order: Tensor) -> Iterator[tuple[Batch, Batch]]:
+        """Whole batches in an order of samples; fewer samples than ``size`` are one batch."""
+        size = min(size, len(order))
+        for place in range(len(order) // size):
+            yield self.batch(place, size, order)
+
+    def chunks(self, size: int) -> Iterator[tuple[Batch, Batch]]:
+        """All samples once, at most ``size`` at a time."""
+        for place in range(self.count_batches(size)):
+            yield self.batch(place, size)
+
+    def head(self, count: int) -> Split:
+        """The first samples."""
+        return self.take(slice(count))
+
+    def to(self, device: str) -> Split:
+        """The samples on a device."""
+        return Split(move_batch(self.x, device), move_batch(self.y, device))
+
+    def update_digest(self, digest: Any) -> None:
+        """Feed every value to a digest of `hashlib`."""
+        update_digest(digest, self.x, self.y)
+
+    def packed(self) -> dict[str, Any]:
+        """Inputs and targets."""
+        return {"x": pack(self.x), "y": pack(self.y)}
+
+
+@dataclass(frozen=True)
+class StoredBatches:
+    """Batches as a user's loader gave them, a file for each: of a stream, or larger than memory.
+
+    Attributes:
+        files: one for each batch.
+        sizes: samples of each.
+        values: a digest of the values of each.
+        note: what of the stream they are, in words; empty where they are all of it.
+        device: where batches go as they are read.
+        folder: keeps the files alive; None where somebody else does.
+    """
+
+    files: Sequence[str]
+    sizes: Sequence[int]
+    values: Sequence[str]
+    note: str = ""
+    device: str = "cpu"
+    folder: Any = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def pick(self, places: Sequence[int]) -> StoredBatches:
+        """Some of the batches."""
+        return dataclasses.replace(
+            self,
+            files=[self.files[i] for i in places],
+            sizes=[self.sizes[i] for i in places],
+            values=[self.values[i] for i in places],
+        )
+
+    def count_places(self) -> int:
+        """Batches."""
+        return len(self.files)
+
+    def count_batches(self, size: int) -> int:
+        """Batches, as they came."""
+        return len(self.files)
+
+    def batch(self, place: int, size: int, order: Tensor | None = None) -> tuple[Batch, Batch]:
+        """A batch as it came."""
+        file = self.files[place if order is None else int(order[place])]
+        x, y = torch.load(file, weights_only=True, mmap=True)
+        return move_batch(unpack(x), self.device), move_batch(unpack(y), self.device)
+
+    def epoch(self, size: int, order: Tensor) -> Iterator[tuple[Batch, Batch]]:
+        """The batches in an order."""
+        for place in range(len(order)):
+            yield self.batch(place, size, order)
+
+    def chunks(self, size: int) -> Iterator[tuple[Batch, Batch]]:
+        """The batches, one after another."""
+        for place in range(len(self.files)):
+            yield self.batch(place, size)
+
+    def head(self, count: int) -> StoredBatches:
+        """As many batches as hold ``count`` samples."""
+        places, samples = 0, 0
+        while samples < count and places < len(self.files):
+            samples, places = samples + self.sizes[places], places + 1
+        return self.pick(range(places))
+
+    def to(self, device: str) -> StoredBatches:
+        """The same, read to a device."""
+        return dataclasses.replace(self, device=device)
+
+    def update_digest(self, digest: Any) -> None:
+        """Feed the batches' digests to a digest of `hashlib`."""
+        digest.update(" ".join(self.values).encode())
+
+    def packed(self) -> dict[str, Any]:
+        """Where the batches are."""
+        return {"files": list(self.files), "sizes": list(self.sizes), "values": list(self.values)}
+
+
+def unpack_part(packed: Mapping[str, Any]) -> Split | StoredBatches:
+    """Inverse of ``packed`` of `Split` and `StoredBatches`."""
+    if "files" in packed:
+        return StoredBatches(packed["files"], packed["sizes"], packed["values"])
+    return Split(unpack(packed["x"]), unpack(packed["y"]))
+
+
+class BatchWriter:
+    """Writes batches to files as they come, so that no more than one is in memory.
+
+    Args:
+        folder: where the files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: list[str] = []
+        self._sizes: list[int] = []
+        self._values: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def write(self, x: Batch, y: Batch) -> None:
+        """Write a batch."""
+        file = str(self._folder / f"{len(self._files)}.pt")
+        # a view of a larger tensor would be written with all of it
+        x, y = (map_tensors(lambda t: t.detach().cpu().contiguous().clone(), part) for part in (x, y))
+        torch.save((pack(x), pack(y)), file)
+        digest = hashlib.blake2b(digest_size=16)
+        update_digest(digest, x, y)
+        self._files.append(file)
+        self._sizes.append(count_samples(x))
+        self._values.append(digest.hexdigest())
+
+    def finish(self, folder: Any = None, note: str = "") -> StoredBatches:
+        """The batches; ``folder`` is kept as long as they are."""
+        return StoredBatches(self._files, self._sizes, self._values, note, folder=folder)
+
+
+def endless_batches(part: Part, batch_size: int, seed: int) -> Iterator[tuple[Batch, Batch]]:
+    """Batches, epoch after epoch, each epoch in an order of its own."""
     generator = torch.Generator().manual_seed(seed)
-    size = min(batch_size, len(split.y))
     while True:
-        order = torch.randperm(len(split.y), generator=generator)
-        for start in range(0, len(order) - size + 1, size):
-            rows = order[start : start + size]
-            yield split.x[rows], split.y[rows]
+        yield from part.epoch(batch_size, torch.randperm(part.count_places(), generator=generator))

@@ -1,24 +1,18 @@
 """The handwritten digits that ship with the package: 1,797 images of 8×8 pixels."""
 
-from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
 import torch
-from torch import Tensor
+
+from plywise.data.batches import Split
+
+__all__ = ["ATTRIBUTION", "Split", "load_digits"]
 
 ATTRIBUTION = (
     "Optical Recognition of Handwritten Digits (test part), E. Alpaydin and C. Kaynak, UCI Machine Learning "
     "Repository, 1998, doi:10.24432/C50P49, CC BY 4.0; as shipped by scikit-learn."
 )
-
-
-@dataclass(frozen=True)
-class Split:
-    """Inputs (N, d) and class labels (N,)."""
-
-    x: Tensor
-    y: Tensor
 
 
 def load_digits(seed: int = 0) -> tuple[Split, Split, Split]:

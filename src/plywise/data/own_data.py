@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
 
 from plywise._util.suggest import suggestion
 from plywise.data.arrays import made_by
-from plywise.data.digits import Split, load_digits
+from plywise.data.batches import Batch, Part, Split, StoredBatches, count_samples, join_target, list_tensors
+from plywise.data.digits import load_digits
+from plywise.data.image_folders import read_image_folder
+from plywise.data.parquet import read_parquet
 from plywise.data.parts import Data, draw_parts, tenths
 from plywise.data.readers import read_npz
-from plywise.data.reading import Reader, ReadOptions
-from plywise.data.tables import read_table, take_column
+from plywise.data.reading import Reader
+from plywise.data.sources import Reading, read_made
+from plywise.data.tables import Table, read_table, take_column
 from plywise.errors import PlywiseError
 from plywise.registry.names import WORKLOAD_MODULES
 
+AS_EVER = Reading()
 FEWEST = 10
-"""Samples without which there are no parts to speak of."""
-_GUESS = ReadOptions()
+"""Samples, or batches, without which there are no parts to speak of."""
 _ROWS = 4096  # compared at once
-RETURNS = (
-    "(x, y), (x, y, x_test, y_test) or three pairs (x, y) for training, validation and test; a torch Dataset "
-    "may stand for each (x, y)"
-)
 
 
-class Parts(dict[str, Split]):
+class Parts(dict[str, Any]):
     """The parts that a user has, by name: ``train``, and perhaps ``validation`` and ``test``.
 
     Attributes:
@@ -49,46 +48,63 @@ class OwnData(NamedTuple):
     guesses: tuple[str, ...] = ()
 
 
-def read_parts(address: str, options: ReadOptions = _GUESS) -> Parts:
+def read_parts(address: str, reading: Reading = AS_EVER) -> Parts:
     """Read the data of a user: the one reader of all commands.
 
     Inputs become float32: bytes (images) are divided by 255; other integers stay as they are, for embeddings.
-    Whole-number targets are classes or tokens, others float32; see `plywise.data.reading`.
+    Whole-number targets are classes or tokens, others float32. Batches for a step function stay as they are.
 
     Args:
-        address: ``module:name`` of a function that returns `RETURNS`, called with random numbers of a fixed
-            seed; or a ``.npz`` file with ``x_train`` and ``y_train``, perhaps ``x_validation`` and
-            ``y_validation``, perhaps ``x_test`` and ``y_test``; or a ``.csv`` file whose last column is the
-            target; or ``digits``.
-        options: what is not to be guessed.
+        address: ``module:name`` of a function that returns `plywise.data.sources.RETURNS`, called with random
+            numbers of a fixed seed; or a ``.npz`` file with ``x_train`` and ``y_train``, perhaps
+            ``x_validation`` and ``y_validation``, perhaps ``x_test`` and ``y_test``; or a ``.csv`` or
+            ``.parquet`` file whose last column is the target (classes if it holds just the numbers 0, 1, ...,
+            k); or a folder of images, a folder for each class; or ``digits``.
+        reading: how they are read.
 
     Raises:
         PlywiseError: there are no such data, they hold NaN or infinity, or parts do not fit one another.
 
     Example:
-        >>> {name: len(part.y) for name, part in read_parts("digits").items()}
+        >>> {name: len(part) for name, part in read_parts("digits").items()}
         {'train': 1100, 'validation': 297, 'test': 400}
     """
-    if address == "digits":
-        return Parts(zip(("train", "validation", "test"), load_digits(), strict=True))
-    reader = Reader(options)
-    if address.endswith(".npz"):
-        parts = _of_npz(Path(address), reader)
-    elif address.endswith((".csv", ".csv.gz")):
-        parts = Parts(train=_of_table(Path(address), reader))
-    elif ":" in address:
-        parts = _of_function(address, made_by(address), reader)
+    reader = Reader(reading.options)
+    if ":" in address and not Path(address).exists():
+        parts = Parts(read_made(address, made_by(address), reading, reader))
     else:
-        choices = ("digits", *WORKLOAD_MODULES)
-        raise PlywiseError(
-            "Data are module:name of a function that makes them, a .npz or .csv file, digits, or the name of "
-            f"a workload, not {address!r}. {suggestion(address, choices)}".rstrip(),
-            see="error-data",
-        )
+        parts = _read_files(address, reader)
+        if reading.whole:
+            parts = Parts({name: Split(join_target(one.x, one.y), one.y) for name, one in parts.items()})
+    if "train" not in parts:
+        raise PlywiseError(f"{address} has no part called train.", see="error-data")
     for name, part in parts.items():
         _check_alike(address, name, part, parts["train"])
     parts.guesses = tuple(reader.guesses)
     return parts
+
+
+def _read_files(address: str, reader: Reader) -> Parts:
+    if address == "digits":
+        return Parts(zip(("train", "validation", "test"), load_digits(), strict=True))
+    path = Path(address)
+    if address.endswith(".npz"):
+        return _of_npz(path, reader)
+    if address.endswith((".csv", ".csv.gz")):
+        header = reader.options.header
+        table = read_table(path, header == "yes" if header else None, np.float32)
+        return Parts(train=_of_table(path, table, reader))
+    if address.endswith(".parquet"):
+        return Parts(train=_of_table(path, read_parquet(path), reader))
+    if path.is_dir():
+        return Parts(read_image_folder(path))
+    choices = ("digits", *WORKLOAD_MODULES)
+    raise PlywiseError(
+        "Data are module:name of a function that makes them, a .npz, .csv or .parquet file, a folder of "
+        f"images, digits, or the name of a workload, not {address!r}. "
+        f"{suggestion(address, choices)}".rstrip(),
+        see="error-data",
+    )
 
 
 def _of_npz(path: Path, reader: Reader) -> Parts:
@@ -105,10 +121,8 @@ def _of_npz(path: Path, reader: Reader) -> Parts:
     return Parts((part, _read_split(reader, x, y, f"{path}, {part}")) for part, x, y in pairs)
 
 
-def _of_table(path: Path, reader: Reader) -> Split:
-    header, wanted = reader.options.header, reader.options.target
-    table = read_table(path, header == "yes" if header else None, np.float32)
-    names = table.names
+def _of_table(path: Path, table: Table, reader: Reader) -> Split:
+    wanted, names = reader.options.target, table.names
     if len(names) < 2:
         raise PlywiseError(
             f"{path} has one column: the target is the last one, and inputs come before it.", see="error-data"
@@ -124,50 +138,6 @@ def _of_table(path: Path, reader: Reader) -> Split:
     return _checked_split(x, y, str(path))
 
 
-def _of_function(address: str, made: Any, reader: Reader) -> Parts:
-    if isinstance(made, Dataset):
-        made = (made,)
-    things = list(made) if isinstance(made, tuple | list) else []
-    if things and all(isinstance(thing, Dataset) for thing in things) and len(things) <= 3:
-        pairs = [_stacked(thing, address) for thing in things]
-    elif len(things) in (2, 4) and not any(isinstance(thing, Dataset) for thing in things):
-        pairs = [(things[i], things[i + 1]) for i in range(0, len(things), 2)]
-    elif len(things) == 3 and all(_is_pair(thing) for thing in things):
-        pairs = [
-            _stacked(thing, address) if isinstance(thing, Dataset) else (thing[0], thing[1])
-            for thing in things
-        ]
-    else:
-        found = f"{len(things)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
-        raise PlywiseError(f"{address} returned {found}; it must return {RETURNS}.", see="error-data")
-    names = {1: ("train",), 2: ("train", "test"), 3: ("train", "validation", "test")}[len(pairs)]
-    read = (
-        _read_split(reader, x, y, f"{address}, {name}") for name, (x, y) in zip(names, pairs, strict=True)
-    )
-    return Parts(zip(names, read, strict=True))
-
-
-def _is_pair(thing: Any) -> bool:
-    return isinstance(thing, Dataset) or (isinstance(thing, tuple | list) and len(thing) == 2)
-
-
-def _stacked(dataset: Dataset[Any], what: str) -> tuple[Any, Any]:
-    """All samples of a dataset, as two arrays."""
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return dataset.tensors[0], dataset.tensors[1]
-    if not isinstance(dataset, Sized):
-        raise PlywiseError(
-            f"{what}: a {type(dataset).__name__} has no length; give a Dataset that has one.",
-            see="error-data",
-        )
-    pairs = [dataset[index] for index in range(len(dataset))]
-    if not pairs or any(not _is_pair(pair) for pair in pairs):
-        raise PlywiseError(
-            f"{what}: a {type(dataset).__name__} must hold samples, each a pair (x, y).", see="error-data"
-        )
-    return [x for x, _ in pairs], [y for _, y in pairs]
-
-
 def cut_parts(address: str, parts: Parts) -> OwnData:
     """Cut data into training, validation and test parts, where they are not cut already.
 
@@ -179,45 +149,60 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
         PlywiseError: there are fewer than 10 training samples.
     """
     train = parts["train"]
-    count = len(train.y)
+    count, what = train.count_places(), "batches" if isinstance(train, StoredBatches) else "samples"
     if count < FEWEST:
         raise PlywiseError(
-            f"{address} has {count} training samples; a comparison needs {FEWEST} at least.", see="error-data"
+            f"{address} has {count} training {what}; a comparison needs {FEWEST} at least.", see="error-data"
         )
     twins = ""
     if "test" not in parts and "validation" not in parts:
         own, twins = _apart(train, _in_tenths)
-        data, how = Data(*own), f"{count:,} samples cut at random, by a fixed seed"
+        data, how = Data(*own), f"{count:,} {what} cut at random, by a fixed seed"
     elif "validation" not in parts:
         (rest, validation), twins = _apart(train, _less_a_ninth)
         data = Data(rest, validation, parts["test"])
-        how = "your test samples, validation a ninth of your training samples, drawn by a fixed seed"
+        how = f"your test samples, validation a ninth of your training {what}, drawn by a fixed seed"
     elif "test" not in parts:
         (rest, test), twins = _apart(train, _less_a_ninth)
         data = Data(rest, parts["validation"], test)
-        how = "your validation samples, test a ninth of your training samples, drawn by a fixed seed"
+        how = f"your validation samples, test a ninth of your training {what}, drawn by a fixed seed"
     else:
         data, how = Data(train, parts["validation"], parts["test"]), "your own three parts"
-    sizes = [len(part.y) for part in (data.train, data.validation, data.test)]
-    cut = f"{how}{twins}: {sizes[0]:,} to train, {sizes[1]:,} to validate, {sizes[2]:,} to test"
-    return OwnData(data, cut, parts.guesses)
+    sizes = [len(part) for part in vars(data).values()]
+    how = f"{how}{twins}: {sizes[0]:,} to train, {sizes[1]:,} to validate, {sizes[2]:,} to test"
+    return OwnData(data, "; ".join([how, *_notes(parts)]), parts.guesses)
 
 
-def _in_tenths(x: Tensor, y: Tensor) -> list[Split]:
+def _notes(parts: Parts) -> list[str]:
+    """What was chosen for the user about streams."""
+    stored = {name: part for name, part in parts.items() if isinstance(part, StoredBatches)}
+    if not stored:
+        return []
+    counts = ", ".join(f"{part.count_places():,} ({name})" for name, part in stored.items())
+    notes = [f"batches are kept as they came in one pass, augmented once: {counts}"]
+    return [*notes, *dict.fromkeys(part.note for part in stored.values() if part.note)]
+
+
+def _in_tenths(x: Batch, y: Batch) -> list[Split]:
     return list(vars(tenths(x, y)).values())
 
 
-def _less_a_ninth(x: Tensor, y: Tensor) -> list[Split]:
-    held = max(1, len(y) // 9)
-    return draw_parts(x, y, [len(y) - held, held])
+def _less_a_ninth(x: Batch, y: Batch) -> list[Split]:
+    count = count_samples(x)
+    held = max(1, count // 9)
+    return draw_parts(x, y, [count - held, held])
 
 
-def _apart(whole: Split, cut: Callable[[Tensor, Tensor], Sequence[Split]]) -> tuple[Sequence[Split], str]:
+def _apart(whole: Part, cut: Callable[[Batch, Batch], Sequence[Split]]) -> tuple[Sequence[Part], str]:
     """Samples as ``cut`` cuts them, but those of a table with the same inputs in one part; and how many are.
 
     A model that has seen a sample's inputs knows much of its target, so that twins in two parts would make
     the test easier than new samples are.
     """
+    if isinstance(whole, StoredBatches):
+        numbers = torch.arange(whole.count_places())
+        return [whole.pick(part.y.tolist()) for part in cut(numbers, numbers)], ""
+    assert isinstance(whole, Split)
     kind, kinds = _kinds(whole.x)
     twins = len(kind) - kinds
     if not twins:
@@ -234,14 +219,14 @@ def _apart(whole: Split, cut: Callable[[Tensor, Tensor], Sequence[Split]]) -> tu
     return [Split(whole.x[own], whole.y[own]) for own in samples], told
 
 
-def _kinds(x: Tensor) -> tuple[Tensor, int]:
+def _kinds(x: Batch) -> tuple[Tensor, int]:
     """Numbers for the rows of a table, the same for the same inputs, and how many there are.
 
     Rows are compared by their bytes: of a million rows of 20 numbers that takes 2 s, and `torch.unique` 8 s.
     What is no table has a number for each sample.
     """
-    if x.dim() != 2 or not x.numel():
-        return torch.arange(len(x)), len(x)
+    if not isinstance(x, Tensor) or x.dim() != 2 or not x.numel():
+        return torch.arange(count_samples(x)), count_samples(x)
     if x.is_floating_point() and bool((x.signbit() & (x == 0)).any()):
         x = x.add(0)  # -0 becomes 0
     rows = np.ascontiguousarray(x.numpy())
@@ -256,17 +241,22 @@ def _kinds(x: Tensor) -> tuple[Tensor, int]:
     return torch.from_numpy(kind), int(new.sum())
 
 
-def _check_alike(address: str, name: str, part: Split, train: Split) -> None:
-    for what, one, other in (("input", train.x, part.x), ("target", train.y, part.y)):
-        if (one.shape[1:], one.dtype) != (other.shape[1:], other.dtype):
+def _check_alike(address: str, name: str, part: Part, train: Part) -> None:
+    first, second = (next(iter(one.chunks(2))) for one in (train, part))
+    are_stored = isinstance(part, StoredBatches) or isinstance(train, StoredBatches)
+    for what, one, other in zip(("input", "target"), first, second, strict=True):
+        kinds = [[_kind(t, are_stored) for t in list_tensors(batch)] for batch in (one, other)]
+        if kinds[0] != kinds[1]:
+            mine, theirs = (", ".join(kind) for kind in kinds)
             raise PlywiseError(
-                f"{address}: a training {what} is {_kind(one)}, and a {name} {what} {_kind(other)}.",
-                see="error-data",
+                f"{address}: a training {what} is {mine}, and a {name} {what} {theirs}.", see="error-data"
             )
 
 
-def _kind(values: Tensor) -> str:
-    return f"{str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape[1:])}"
+def _kind(values: Tensor, is_stored: bool) -> str:
+    """What a sample of a tensor is; samples of stored batches may have any length."""
+    shape = f"{values.dim() - 1} dimensions" if is_stored else f"shape {tuple(values.shape[1:])}"
+    return f"{str(values.dtype).removeprefix('torch.')} of {shape}"
 
 
 def _read_split(reader: Reader, x: Any, y: Any, what: str) -> Split:

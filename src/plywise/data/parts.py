@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from plywise._util.files import written_whole
-from plywise.data.arrays import digest_of
-from plywise.data.digits import Split
+from plywise.data.batches import (
+    Batch,
+    Part,
+    Split,
+    count_samples,
+    list_tensors,
+    take_samples,
+    unpack_part,
+)
 from plywise.errors import PlywiseError
 
 
 @dataclass(frozen=True)
 class Data:
-    """Three sets that should share no sample.
+    """Three sets that should share no sample, each a `plywise.data.batches.Part`.
 
     Attributes:
         train: what is trained on.
@@ -25,18 +34,22 @@ class Data:
         test: read once, at the end of final runs.
     """
 
-    train: Split
-    validation: Split
-    test: Split
+    train: Any
+    validation: Any
+    test: Any
+
+    def to(self, device: str) -> Data:
+        """The data on a device."""
+        return Data(*(part.to(device) for part in vars(self).values()))
 
     def save(self, path: Path) -> None:
-        """Write the tensors, for `load` in other processes.
+        """Write the tensors, or where stored batches are, for `load` in other processes.
 
         Raises:
             PlywiseError: there is no room.
         """
-        parts = {name: (split.x, split.y) for name, split in vars(self).items()}
-        size = sum(each.numel() * each.element_size() for part in parts.values() for each in part)
+        parts = {name: part.packed() for name, part in vars(self).items()}
+        size = sum(each.numel() * each.element_size() for each in list_tensors(parts))
         try:
             with written_whole(path) as file:
                 torch.save(parts, file)
@@ -49,26 +62,34 @@ class Data:
 
     def repeated(self) -> dict[str, int]:
         """How many samples of the other two parts have the inputs of a training sample."""
-        seen = set(_keys(self.train.x))
+        seen = set(_keys(self.train))
         others = {"validation": self.validation, "test": self.test}
-        return {name: sum(key in seen for key in _keys(part.x)) for name, part in others.items()}
+        return {name: sum(key in seen for key in _keys(part)) for name, part in others.items()}
 
     def fingerprint(self) -> str:
         """A digest of every value: other data have another one."""
-        return digest_of((self.train, self.validation, self.test))
+        return digest_of(vars(self).values())
 
     @staticmethod
     def load(path: Path) -> Data:
         """What `save` wrote; the pages of the file are shared by all processes that read it."""
         parts = torch.load(path, weights_only=True, mmap=True)
-        return Data(**{name: Split(*parts[name]) for name in ("train", "validation", "test")})
+        return Data(**{name: unpack_part(parts[name]) for name in ("train", "validation", "test")})
+
+
+def digest_of(parts: Iterable[Part]) -> str:
+    """A digest of every value of some parts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        part.update_digest(digest)
+    return digest.hexdigest()
 
 
 SEED = 0
 """What all cuts are drawn by: a workload's samples are the same for every trial."""
 
 
-def draw_parts(x: Tensor, y: Tensor, sizes: Sequence[int]) -> list[Split]:
+def draw_parts(x: Batch, y: Batch, sizes: Sequence[int]) -> list[Split]:
     """Disjoint parts of given sizes, drawn by the fixed seed; what is left over is not used.
 
     Example:
@@ -76,11 +97,16 @@ def draw_parts(x: Tensor, y: Tensor, sizes: Sequence[int]) -> list[Split]:
         >>> [len(part.y) for part in parts], bool(torch.isin(parts[0].y, parts[1].y).any())
         ([6, 2], False)
     """
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SEED))[: sum(sizes)]
-    return [Split(x[rows], y[rows]) for rows in order.split(list(sizes))]
+    order = draw_order(count_samples(x), sizes)
+    return [Split(take_samples(x, rows), take_samples(y, rows)) for rows in order.split(list(sizes))]
 
 
-def tenths(x: Tensor, y: Tensor) -> Data:
+def draw_order(count: int, sizes: Sequence[int]) -> Tensor:
+    """As many of ``count`` places as ``sizes`` sum up to, drawn by the fixed seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))[: sum(sizes)]
+
+
+def tenths(x: Batch, y: Batch) -> Data:
     """8, 1 and 1 tenth of the samples, drawn by the fixed seed; at least one sample in each.
 
     Example:
@@ -88,8 +114,9 @@ def tenths(x: Tensor, y: Tensor) -> Data:
         >>> len(data.train.y), len(data.validation.y), len(data.test.y)
         (80, 10, 10)
     """
-    held = max(1, len(y) // 10)
-    return Data(*draw_parts(x, y, [len(y) - 2 * held, held, held]))
+    count = count_samples(x)
+    held = max(1, count // 10)
+    return Data(*draw_parts(x, y, [count - 2 * held, held, held]))
 
 
 def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
@@ -111,11 +138,13 @@ def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
     return Data(*(Split(x[rows], y[rows]) for rows in chosen))
 
 
-def _keys(x: Tensor) -> Iterator[int]:
+def _keys(part: Any) -> Iterator[int]:
     """A number for each sample, the same for the same inputs and for no others, but by a chance of 2^-64.
 
     Images are too large to be sorted, as the rows of a table are where they are cut into parts.
     """
-    for some in x.split(4096):
-        for row in some.add(0).reshape(len(some), -1).numpy():  # -0 becomes 0
-            yield hash(row.tobytes())
+    for x, _ in part.chunks(4096):
+        tensors = [t for t in list_tensors(x) if t.dim() and len(t) == count_samples(x)]
+        rows = [t.add(0).reshape(len(t), -1).numpy() for t in tensors]  # -0 becomes 0
+        for row in zip(*rows, strict=True):
+            yield hash(row[0].tobytes() if len(row) == 1 else tuple(one.tobytes() for one in row))

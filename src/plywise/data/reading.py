@@ -14,6 +14,8 @@ from plywise.errors import PlywiseError
 
 MOST_CLASSES = 20
 """Whole numbers in a table that go up to more are taken for counts, which are to be predicted as numbers."""
+IGNORED = -100
+"""A target that torch's losses ignore."""
 _CHOICES = {
     "header": ("yes", "no"),
     "targets": ("classes", "numbers"),
@@ -137,9 +139,12 @@ class Reader:
                 see="error-data",
             )
         y = y.long()
-        if y.numel() and int(y.min()) < 0:
+        least = int(y.min()) if y.numel() else 0
+        if least < 0 and (y.dim() < 2 or bool(((y < 0) & (y != IGNORED)).any())):
             raise PlywiseError(
-                f"{what}: the targets hold {int(y.min())}; classes and tokens count from 0.", see="error-data"
+                f"{what}: the targets hold {least}; classes and tokens count from 0 ({IGNORED} is a token "
+                "that the loss ignores).",
+                see="error-data",
             )
         if y.dim() == 1 and y.numel() and int(y.min()) > 0:
             self.say(

@@ -18,16 +18,17 @@ from plywise.engine.answers import check_input_gradient, check_update
 from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
 from plywise.engine.call import LinearCall, Update
-from plywise.engine.calls_below import KEPT_PASSES, find_wanting
+from plywise.engine.calls_below import PassSamples, find_wanting
 from plywise.engine.capture import Capture
 from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
-from plywise.engine.explain import Explanation, Size
+from plywise.engine.explain import Explanation
 from plywise.engine.finite import measure_norms
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
 from plywise.engine.layouts import PLAIN
 from plywise.engine.liveness import Liveness
+from plywise.engine.masked_rows import KeptRows, LeftOutRows, find_kept
 from plywise.engine.pipelining import runs_in_pipeline
 from plywise.engine.readers import make_readers
 from plywise.engine.registered import install_registered
@@ -87,9 +88,10 @@ class Attachment:
         self._clips_in_backward = rule.clips_updates() and optimizer is None
         self._clipping: Clipping | None = None
         self._alters = rule.alters_backward
-        self._samples: dict[int, int] = {}  # of backward passes
+        self._samples = PassSamples()
         self._is_pipelined = False
         self._liveness = Liveness(self.title, self.health)
+        self._left_out = LeftOutRows(self.health.note)
         self._handles: list[RemovableHandle] = []
         self._guard: StepGuard | None = None
         self._state: RunningState | None = None
@@ -237,22 +239,28 @@ class Attachment:
         if self._scale is not None and self._scale.is_probing(ctx):
             return Update(None, None), self._scale.answer_probe(ctx, a, weight, delta)
         call = self._make_call(site, ctx.has_bias, a, delta, weight, ctx.sends_below)
-        if site.entry.leave_next or not call.a.numel() or not delta.numel():
+        kept = find_kept(ctx, delta, a) if ctx.masks else None
+        counted = call if kept is None else kept.keep(call)
+        counted.samples = call.samples = self._samples.count(counted.samples)
+        site.note_call(counted, None if kept is None else (len(kept.places), kept.mask.mask.numel()))
+        if site.entry.leave_next or not counted.a.numel() or not counted.delta.numel():
             update = call.gradient() if wants_update else Update(None, None)
             if wants_update:
                 site.answer_pass(torch._C._current_graph_task_id())
             return update, self._send_plain(ctx, call) if wants_below else None
         if self._scale is not None and (wants_update or find_wanting(ctx, self) is not None):
-            call.energy = self._scale.find(ctx, a, weight, delta)
+            counted.energy = self._scale.find(ctx, a, weight, delta)
         update, below = Update(None, None), None
         if wants_update:
-            update = self._make_update(site, call)
+            if kept is not None and not self.rule.remembers:
+                self._left_out.check(site.name, kept, delta)
+            update = self._make_update(site, call if self.rule.remembers else counted, counted)
         if wants_below:
-            below = self._make_input_gradient(ctx, call)
+            below = self._make_input_gradient(ctx, call, counted, kept)
         for observer in self.observers:
-            observer(call, update, below)
+            observer(counted, update, below)
         if self.telemetry is not None and wants_update:
-            self.telemetry.see(site, call, update)
+            self.telemetry.see(site, counted, update)
         return update, below
 
     def _make_call(
@@ -265,27 +273,13 @@ class Attachment:
         if map_.sends_below is not sends_below:  # the site's first call had an input of other strides
             map_ = replace(map_, sends_below=sends_below)  # type: ignore[type-var]
         call = LinearCall(site.name, map_, a, delta, canonical, has_bias, self.health, site.module)
-        if site.rows != delta.shape:
-            site.rows = delta.shape
-            site.size = Size(call.row_count, call.columns, call.outputs, call.groups)
-        call.samples = self._count_samples(call.samples)
         if self._state is not None:
             like = torch.empty(0, dtype=call.dtype, device=delta.device)
             call.memory, call.waits = self._state.read_state(site.name, like, has_bias)
         return call
 
-    def _count_samples(self, samples: int) -> int:
-        """The samples of the running backward: those of the call that it met first, on top."""
-        task = torch._C._current_graph_task_id()
-        known = self._samples.get(task)
-        if known is not None:
-            return known
-        if len(self._samples) >= KEPT_PASSES:
-            del self._samples[next(iter(self._samples))]
-        self._samples[task] = samples
-        return samples
-
-    def _make_update(self, site: Site, call: LinearCall) -> Update:
+    def _make_update(self, site: Site, call: LinearCall, counted: LinearCall) -> Update:
+        """The update of a call; ``counted`` is the call without the rows that do not count."""
         sharding = site.entry.sharding
         if not self.arrivals.is_watched(site.entry.parameter() if sharding is None else sharding.whole):
             self.arrivals.watch(site.entry)  # it was frozen, or lazy, so far
@@ -297,16 +291,20 @@ class Attachment:
         site.answer_pass(torch._C._current_graph_task_id())
         self._liveness.answers += 1
         if self._state is not None:
-            self._state.record(call)
+            self._state.record(counted)
         if self._raises:
             self._check_finite(call, update)
         return update
 
-    def _make_input_gradient(self, ctx: Any, call: LinearCall) -> Tensor | None:
+    def _make_input_gradient(
+        self, ctx: Any, call: LinearCall, counted: LinearCall, kept: KeptRows | None
+    ) -> Tensor | None:
         if not self._alters or not self._alters_pass(ctx):
             return self._send_plain(ctx, call)
-        below = self.rule.input_gradient(call)
-        check_input_gradient(self.rule, call, below)
+        below = self.rule.input_gradient(counted)
+        check_input_gradient(self.rule, counted, below)
+        if kept is not None:
+            return kept.put(call.input_gradient(), below)
         return below.contiguous()  # as autograd's own is: a pipeline sends it to another process
 
     def _send_plain(self, ctx: Any, call: LinearCall) -> Tensor | None:

@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from plywise.engine.calls_below import find_calls
+from plywise.engine.masked_rows import find_kept
 from plywise.engine.pipelining import refuse_pipeline
 from plywise.engine.replicas import find_training_group, refuse_join
 from plywise.engine.sharding import is_any_nonzero, is_spread
@@ -176,7 +177,7 @@ class BackwardScale:
             for node in calls:
                 if getattr(node, "probed_in", -1) != task:
                     node.probed_in, node.probe_size = task, None
-            probe = make_signs(delta, self._step * 4096 + sum(current.calls.values()))
+            probe = make_probe(ctx, delta, self._step * 4096 + sum(current.calls.values()))
             below = self._send_through(ctx, a, weight, probe)
             below = ctx.restore(below) if hasattr(ctx, "restore") else below
             self._send_down(current, GradientEdge(*ctx.next_functions[0]), below, lowest)
@@ -341,8 +342,19 @@ def make_signs(like: Tensor, seed: int) -> Tensor:
     return bits.to(like.dtype).mul_(2).sub_(1)
 
 
+def make_probe(node: Any, delta: Tensor, seed: int) -> Tensor:
+    """A random vector of 1 and -1 in the rows of a call that count (`plywise.rows`)."""
+    kept = find_kept(node, delta) if node.masks else None
+    if kept is None:
+        return make_signs(delta, seed)
+    return kept.put(torch.zeros_like(delta), make_signs(kept.take(delta), seed))
+
+
 def _add_size(node: Any, value: Tensor) -> None:
     """Add the mean square of what has arrived at a call: one vector comes from each topmost call above it."""
+    kept = find_kept(node, value) if node.masks else None
+    if kept is not None:
+        value = kept.take(value)
     if value.numel():
         norm = torch.linalg.vector_norm(value.detach(), dtype=torch.float64)
         size = norm.square() / value.numel()

@@ -4,7 +4,7 @@ A rule receives a `LinearCall` and answers with an `Update`, how W moves, and wi
 call's input.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,6 +70,8 @@ class LinearCall:
         samples: samples in the batch, one number for all calls of a backward pass: the first dimension of
             the topmost call's input (1 for an unbatched linear input). A call below may have flattened
             tokens, which are no samples. Where it is not given, the first dimension of this call's input.
+        thin: gives a sample of the inputs by positions (see `LinearMap.sample_positions`), where rows that do
+            not count have been taken out of ``a``, so that positions cannot be told any more.
     """
 
     name: str
@@ -84,6 +86,7 @@ class LinearCall:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     waits: bool = False
     samples: int = 0
+    thin: Callable[[int, int], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -202,7 +205,11 @@ class LinearCall:
 
     def sampled_gram(self, dtype: torch.dtype, every: int, turn: int) -> tuple[Tensor, int]:
         """`gram` of a sample of the rows, and how many they are (see `LinearMap.sample_positions`)."""
-        gram, sums, rows = self.map.sample_positions(self.cast_input(dtype), every, turn)
+        if self.thin is None:
+            gram, sums, rows = self.map.sample_positions(self.cast_input(dtype), every, turn)
+        else:
+            a = self.map.cast(self.thin(every, turn), dtype)
+            gram, sums, rows = self.map.gram(a), self.map.sums(a), len(a)
         gram = gram.to(dtype)
         return (self._add_border(gram, sums, rows) if self.has_bias else gram), rows
 

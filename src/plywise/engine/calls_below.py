@@ -123,6 +123,24 @@ def find_leaf_nodes(start: Any) -> list[Any]:
     return [node for node in seen if hasattr(node, "variable")]
 
 
+class PassSamples:
+    """The samples of backward passes: those of the call that a pass met first, on top."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+
+    def count(self, samples: int) -> int:
+        """The samples of the running backward; ``samples`` are those of the call that it has come to."""
+        task = torch._C._current_graph_task_id()
+        known = self._known.get(task)
+        if known is not None:
+            return known
+        if len(self._known) >= KEPT_PASSES:
+            del self._known[next(iter(self._known))]
+        self._known[task] = samples
+        return samples
+
+
 _training: set[object] = set()
 
 

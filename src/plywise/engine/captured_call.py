@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plywise.engine.call import Update
 from plywise.engine.layouts import PLAIN
+from plywise.engine.masked_rows import active_masks
 from plywise.engine.sites import Site
 
 Run = Callable[..., Tensor]
@@ -44,7 +45,7 @@ class CapturedCall(torch.autograd.Function):
     def forward(ctx: Any, site: Site, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the call; keep what autograd would keep."""
         output = run(x, weight, bias)
-        ctx.site, ctx.run, ctx.sends_below = site, run, True
+        ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, True, active_masks()
         ctx.has_bias = bias is not None and bias.requires_grad  # a frozen bias is a constant
         dtype, input_dtype = output.dtype, x.dtype
         ctx.input_dtype = None if dtype is input_dtype else input_dtype
@@ -84,7 +85,7 @@ class TappedCall(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         """Hand back the output in ``box``; keep what the map's input is prepared from."""
-        ctx.site, ctx.run, ctx.sends_below = site, run, False
+        ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, False, active_masks()
         value, ctx.prepare, kept = box
         ctx.has_bias = bias is not None and bias.requires_grad
         ctx.input_count = len(inputs)

@@ -162,6 +162,8 @@ def _site_row(
     # a weight is computed by just such uses
     others = [] if site.computed else [name for name in site.entry.used_by if name not in QUIET]
     notes = f"; also used by {', '.join(others)}, whose part stays a plain gradient" if others else ""
+    if site.kept is not None:
+        notes += f"; {site.kept[0]} of {site.kept[1]} rows counted in its last call"
     shape = "×".join(str(size) for size in (site.part[1] if site.part else weight.shape))
     return LayerRow(
         *(name, type(module).__name__, shape, True, rule.describe(site.size) + frozen, reason + notes),

@@ -17,6 +17,7 @@ from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
 
 if TYPE_CHECKING:
+    from plywise.engine.call import LinearCall
     from plywise.engine.captured_call import Responder
     from plywise.engine.sharding import Sharding
 
@@ -123,6 +124,7 @@ class Site:
         bias_shape: its shape where it is not (outputs,), else None.
         size: sizes of the last call seen in backward.
         rows: shape of its output.
+        kept: of how many rows of the last call how many counted, if a mask left some out, else None.
         passes: backward passes in which the rule has answered.
         answered: the latest of those passes whose gradient has not arrived yet.
         tested: whether the self-test has been made.
@@ -149,10 +151,18 @@ class Site:
         self.bias_shape: torch.Size | None = None
         self.size: Size | None = None
         self.rows: torch.Size | None = None
+        self.kept: tuple[int, int] | None = None
         self.passes = 0
         self.answered: dict[int, None] = {}
         self.tested = False
         self._module = None if module is None else weakref.ref(module)
+
+    def note_call(self, call: "LinearCall", kept: tuple[int, int] | None) -> None:
+        """Remember the sizes of a call seen in backward, and how many rows of it a mask has kept."""
+        self.kept = kept
+        if self.rows != call.delta.shape:
+            self.rows = call.delta.shape
+            self.size = Size(call.row_count, call.columns, call.outputs, call.groups)
 
     @property
     def module(self) -> nn.Module | None:

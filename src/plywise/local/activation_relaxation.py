@@ -1,5 +1,6 @@
 """Activation Relaxation: activations settle at backpropagation's gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise._util.checks import require_positive, require_whole
+from plywise.data.batches import Batch
 from plywise.errors import BlockError
 from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
-from plywise.local.learner import Learner, check_classes
-from plywise.local.local_loss import Loss, LossComponent
+from plywise.local.learner import Learner
+from plywise.local.local_loss import Loss, LossComponent, check_targets, choose_loss
 
 
 class ActivationRelaxation(Learner):
@@ -85,7 +87,10 @@ class ActivationRelaxation(Learner):
         require_whole(self, iterations=iterations)
         if rate >= 2:
             raise ValueError(f"ActivationRelaxation: rate must be below 2, or x diverges; it is {rate!r}.")
-        if loss is F.cross_entropy and len(blocks.shapes[-1]) != 1:
+        shape = blocks.shapes[-1]
+        if blocks.carries and shape:
+            loss = choose_loss(loss, shape, shape[-1])
+        if loss is F.cross_entropy and len(shape) != 1:
             raise BlockError(
                 f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the "
                 "prediction: one score for each class. Put the classifier into the last block."
@@ -94,11 +99,11 @@ class ActivationRelaxation(Learner):
         self.rate, self.iterations = rate, iterations
         super().__init__((LossComponent(block, loss) for block in blocks), **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is."""
-        if self._loss is F.cross_entropy:
-            check_classes(y, self._blocks.shapes[-1][0])
-        return Signal(x, y)
+        shape = self._blocks.shapes[-1]
+        check_targets(y, shape[-1] if shape else 1, self._loss)
+        return self._blocks.begin(x, y)
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
         passages: list[BlockBackward] = []
@@ -106,7 +111,7 @@ class ActivationRelaxation(Learner):
         with self.trainers[-1].randomness(self.steps):  # the loss's and the backward's, should they draw any
             for trainer, block in zip(self.trainers, self._blocks, strict=True):
                 with trainer.randomness(self.steps):
-                    passages.append(BlockBackward(block, s, open_below=bool(passages)))
+                    passages.append(BlockBackward(block, replace(signal, s=s), open_below=bool(passages)))
                 s = passages[-1].output.detach()
             loss = self._loss(s.requires_grad_(), signal.y)
             (top,) = torch.autograd.grad(loss, s)
@@ -127,4 +132,4 @@ class ActivationRelaxation(Learner):
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another."""
-        return nn.Sequential(*self._blocks)
+        return self._blocks.as_module()

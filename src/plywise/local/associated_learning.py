@@ -1,6 +1,7 @@
 """Associated Learning: inputs and targets are encoded towards each other, and meet in every component."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,12 +76,12 @@ class AssociatedComponent(Component):
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
         """``mse(b(s), t)`` for f and b, plus ``mse(g(t), t of before)`` for h and g."""
         assert signal.codes is not None
-        s, codes = self.block(signal.s), self.encoder(signal.codes)
+        s, codes = signal.through(self.block), self.encoder(signal.codes)
         target = codes.detach() if self._detach else codes
         if not signal.y.is_floating_point():
             target = target[signal.y]
         associated = F.mse_loss(self.bridge(s), target)
-        return Signal(s, signal.y, codes), associated + self._rebuilt(codes, signal.codes, signal.y)
+        return replace(signal, s=s, codes=codes), associated + self._rebuilt(codes, signal.codes, signal.y)
 
     def _rebuilt(self, codes: Tensor, below: Tensor, y: Tensor) -> Tensor:
         """How far the decoder is from what the encoder got."""
@@ -203,6 +204,7 @@ class AssociatedLearning(OneWayLearner):
         decay: Mapping[str, float] | None = None,
         **training: Any,
     ) -> None:
+        blocks.refuse_carrying(type(self).__name__)
         _check_names("targets", [targets], TARGETS)
         _check_names("decay", decay or {}, MAPS)
         self._classes, self._targets = num_classes, targets

@@ -1,5 +1,6 @@
 """One forward through a block, and any number of gradients back through it."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from plywise.engine.calls_below import train_by_inputs
+from plywise.local.component import Signal
 
 
 class BlockBackward:
@@ -14,23 +16,23 @@ class BlockBackward:
 
     Args:
         block: the block; it runs once.
-        s: what it gets.
+        signal: what it gets.
         open_below: whether gradients at ``s`` will be asked for.
 
     Attributes:
         output: what the block hands on, with the graph.
     """
 
-    def __init__(self, block: nn.Module, s: Tensor, open_below: bool) -> None:
+    def __init__(self, block: nn.Module, signal: Signal, open_below: bool) -> None:
         self._learning: list[Tensor] = [p for p in block.parameters() if p.requires_grad]
         self._arrived: list[Tensor] = []
         self._entrance: list[Tensor] = []
-        s = s.detach()
+        s = signal.s.detach()
         if open_below:
             self._nothing = s.new_zeros(()).expand(s.shape)
             self._entrance.append(torch.zeros((), device=s.device, requires_grad=True))
             s = _Entrance.apply([s], self._entrance[0], self._arrived)
-        self.output: Tensor = block(s)
+        self.output = replace(signal, s=s).through(block)
 
     def below(self, gradient: Tensor) -> Tensor:
         """What of a gradient at the output arrives at the input."""

@@ -1,13 +1,16 @@
 """A network as a chain of blocks, each handing one tensor to the next."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
+from plywise.data.batches import Batch, count_samples, list_tensors
 from plywise.errors import BlockError
+from plywise.local.component import Signal
 
 
 class Blocks(Sequence[nn.Module]):
@@ -20,6 +23,8 @@ class Blocks(Sequence[nn.Module]):
 
     Attributes:
         shapes: of one sample: the input's, then each block's output.
+        carries: whether the blocks take the model's inputs beside the signal, as `split` makes them of a
+            model whose forward calls its layers in a loop. The inputs may then be tensors in any nesting.
 
     Raises:
         BlockError: there is no block, or one fails on what it gets, hands on something else than one tensor
@@ -33,19 +38,36 @@ class Blocks(Sequence[nn.Module]):
         (torch.Size([8]), torch.Size([16]), torch.Size([3]))
     """
 
-    def __init__(self, modules: Iterable[nn.Module], example: Tensor) -> None:
+    def __init__(self, modules: Iterable[nn.Module], example: Batch) -> None:
         self._modules = tuple(modules)
         if not self._modules:
             raise BlockError("There is no block: give at least one module.")
         _refuse_sharing(self._modules)
-        shapes = [example.shape[1:]]
-        value = example
+        self.carries = any(getattr(module, "carries", False) for module in self._modules)
+        signal = self.begin(example, torch.empty(0))
+        shapes, value = [signal.s.shape[1:]], signal.s
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for number, module in enumerate(self._modules):
                 with evaluating(module):
-                    value = _output(module, number, value, len(example))
+                    value = _output(module, number, replace(signal, s=value), count_samples(example))
                 shapes.append(value.shape[1:])
         self.shapes = tuple(shapes)
+
+    def begin(self, x: Batch, y: Tensor) -> Signal:
+        """What the first block gets: the inputs; where they are carried, their first tensor beside them."""
+        return Signal(list_tensors(x)[0], y, carried=x) if self.carries else Signal(x, y)
+
+    def refuse_carrying(self, learner: str) -> None:
+        """Raise BlockError if these blocks carry a model's inputs, and the learner takes no such."""
+        if self.carries:
+            raise BlockError(
+                f"{learner} takes blocks of one tensor, and these carry the model's inputs along. Take "
+                "LocalLoss, Interlocking or ActivationRelaxation."
+            )
+
+    def as_module(self) -> nn.Module:
+        """The blocks, one after another, as a module that takes the model's inputs."""
+        return Chain(self) if self.carries else nn.Sequential(*self)
 
     @overload
     def __getitem__(self, index: int) -> nn.Module: ...
@@ -57,6 +79,21 @@ class Blocks(Sequence[nn.Module]):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+class Chain(nn.Module):
+    """Blocks that carry the model's inputs along, one after another."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Batch) -> Tensor:
+        """What the last block hands on."""
+        s = list_tensors(x)[0]
+        for block in self.blocks:
+            s = block(s, x)
+        return s
 
 
 def _refuse_sharing(modules: tuple[nn.Module, ...]) -> None:
@@ -71,10 +108,10 @@ def _refuse_sharing(modules: tuple[nn.Module, ...]) -> None:
                 )
 
 
-def _output(module: nn.Module, number: int, value: Tensor, samples: int) -> Tensor:
-    name = f"Block {number} ({type(module).__name__})"
+def _output(module: nn.Module, number: int, signal: Signal, samples: int) -> Tensor:
+    name, value = f"Block {number} ({type(module).__name__})", signal.s
     try:
-        output = module(value)
+        output = signal.through(module)
     except Exception as error:
         raise BlockError(
             f"{name} fails on the {tuple(value.shape)} that it gets: {error}. Look at the example's shape, "

@@ -156,6 +156,7 @@ class CascadedForward(OneWayLearner):
         optimizer: MakeOptimizer = no_optimizer,
         **training: Any,
     ) -> None:
+        blocks.refuse_carrying(type(self).__name__)
         self._classes = num_classes
         self._components = []
         anywhere = [p for block in blocks for p in block.parameters()]

@@ -7,9 +7,11 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from torch import Tensor, fx, nn
 
+from plywise.local.spine import SpineBlock, SpineUnit
 from plywise.local.tracing import FLAG, ChainTracer, StaysWholeError, TrainingFlag, trace
 
 
@@ -78,9 +80,23 @@ def pieces_of(graph: fx.Graph) -> list[Piece]:
     return pieces
 
 
-def join(pieces: Sequence[Piece]) -> Piece:
-    """Some pieces in a row as one."""
+def join(pieces: Sequence[Any]) -> Any:
+    """Some pieces, or units of a spine, in a row as one."""
+    if isinstance(pieces[0], SpineUnit):
+        return SpineUnit(pieces[0].spine, pieces[0].start, pieces[-1].stop)
     return Piece(tuple(node for p in pieces for node in p.nodes), pieces[0].source, pieces[-1].result)
+
+
+def label_unit(unit: Piece | SpineUnit) -> str:
+    """How a user knows the beginning of a unit."""
+    return unit.label if isinstance(unit, SpineUnit) else label(unit.nodes[0])
+
+
+def name_parameters(model: nn.Module, unit: Piece | SpineUnit) -> set[str]:
+    """The parameters and buffers that a unit uses, by the names that they have in the model."""
+    if isinstance(unit, SpineUnit):
+        return unit.parameter_names(model)
+    return {name for name, _ in tensors_of(model, unit.nodes)}
 
 
 def label(node: fx.Node) -> str:
@@ -108,12 +124,16 @@ def learns(model: nn.Module, nodes: Iterable[fx.Node]) -> bool:
     return any(isinstance(tensor, nn.Parameter) for _, tensor in tensors_of(model, nodes))
 
 
-def assemble(model: nn.Module, piece: Piece) -> nn.Module:
-    """A module that does what a piece does, on the model's own modules, parameters and buffers.
+def assemble(model: nn.Module, piece: Piece | SpineUnit) -> nn.Module:
+    """A module that does what a piece, or a unit of a spine, does, on the model's own modules.
 
     Its parameters have the names that they have in the model. Where modules follow one another it is an
     `nn.Sequential`, of more of them where they are nested; else a `torch.fx.GraphModule`.
     """
+    if isinstance(piece, SpineUnit):
+        block: nn.Module = SpineBlock(model, piece)
+        block.training = model.training
+        return block
     block = _sequential(model, piece) or _graph_module(model, piece)
     theirs = set(model.modules())
     for part in block.modules():

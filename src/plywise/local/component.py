@@ -1,10 +1,13 @@
 """What a block of local learning is: it turns a signal into the next one, and has a loss of its own."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from plywise.data.batches import map_tensors
 
 
 @dataclass(frozen=True)
@@ -12,18 +15,27 @@ class Signal:
     """What one component hands to the next, and in one direction only.
 
     Attributes:
-        s: activations of the batch.
+        s: activations of the batch; of the first component the inputs, which may be any nesting of tensors.
         y: the batch's targets, as the loss takes them.
         codes: codes of the targets, a row for each class; None for methods without them.
+        carried: the model's inputs, which go along unchanged where blocks need them (`Blocks.carries`): masks
+            and positions are made of them.
     """
 
-    s: Tensor
+    s: Any
     y: Tensor
     codes: Tensor | None = None
+    carried: Any = None
+
+    def through(self, block: nn.Module) -> Tensor:
+        """What a block makes of the activations."""
+        output: Tensor = block(self.s) if self.carried is None else block(self.s, self.carried)
+        return output
 
     def detached(self) -> "Signal":
         """This signal without a graph: no gradient crosses from one component to the one before."""
-        return Signal(self.s.detach(), self.y, None if self.codes is None else self.codes.detach())
+        codes = None if self.codes is None else self.codes.detach()
+        return replace(self, s=map_tensors(torch.Tensor.detach, self.s), codes=codes)
 
 
 class Component(nn.Module, ABC):

@@ -262,6 +262,7 @@ class LocalForwardGradient(OneWayLearner):
         **training: Any,
     ) -> None:
         require_whole(self, passes=passes, groups=groups)
+        blocks.refuse_carrying(type(self).__name__)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         parts = headed_components(blocks, num_classes, head, local_loss or loss)
         parts[-1] = LossComponent(blocks[-1], loss)

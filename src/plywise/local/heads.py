@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MakeHead = Callable[[torch.Size, int], nn.Module]
 """Makes a head from the shape of a sample's activations and the number of classes."""
@@ -12,11 +12,44 @@ MakeHead = Callable[[torch.Size, int], nn.Module]
 _POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
 
+def position_linear(shape: torch.Size, num_classes: int) -> nn.Module:
+    """A linear layer at every position, for a target at each: activations (T, d), features last.
+
+    Example:
+        >>> position_linear(torch.Size([12, 16]), 50)
+        Linear(in_features=16, out_features=50, bias=True)
+    """
+    return nn.Linear(shape[-1], num_classes)
+
+
+class MeanLinear(nn.Linear):
+    """A linear layer of the mean over positions, features last."""
+
+    def forward(self, s: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scores (N, C) of activations (N, ..., d); of the positions in ``mask`` (N, T), if it is given."""
+        if s.dim() == 2:
+            return super().forward(s)
+        if mask is None or mask.shape != s.shape[:2]:
+            return super().forward(s.flatten(1, -2).mean(1))
+        share = mask.to(s) / mask.sum(1, keepdim=True).clamp_min(1)
+        return super().forward((s * share.unsqueeze(2)).sum(1))
+
+
+def mean_linear(shape: torch.Size, num_classes: int) -> nn.Module:
+    """Average over all positions and one linear layer: for blocks of a transformer, features last.
+
+    Example:
+        >>> mean_linear(torch.Size([12, 16]), 3)
+        MeanLinear(in_features=16, out_features=3, bias=True)
+    """
+    return MeanLinear(shape[-1], num_classes)
+
+
 def pooled_linear(shape: torch.Size, num_classes: int) -> nn.Module:
     """Average positions into at most two along each axis, flatten, and one linear layer.
 
     Channels come first, as convolutions hand them on; flat features go to the linear layer as they are.
-    Blocks of a transformer, with features last, want a head of their own.
+    Blocks of a transformer have features last: see `mean_linear` and `position_linear`.
 
     Example:
         >>> pooled_linear(torch.Size([16, 8, 8]), 10)

@@ -1,18 +1,20 @@
 """Interlocking backpropagation: every block follows the loss of the head a few blocks further on."""
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise._util.checks import require_whole
+from plywise.data.batches import Batch
 from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
-from plywise.local.learner import Learner, check_classes
-from plywise.local.local_loss import Loss, headed_components
+from plywise.local.learner import Learner
+from plywise.local.local_loss import Loss, check_targets, choose_loss, headed_components
 from plywise.local.trainer import LocalTrainer
 
 
@@ -92,16 +94,16 @@ class Interlocking(Learner):
         **training: Any,
     ) -> None:
         require_whole(self, horizon=horizon)
+        loss = choose_loss(loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         self.horizon = horizon
         self._components = headed_components(blocks, num_classes, head, loss)
         super().__init__(self._components, **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is."""
-        if self._loss is F.cross_entropy:
-            check_classes(y, self._classes)
-        return Signal(x, y)
+        check_targets(y, self._classes, self._loss)
+        return self._blocks.begin(x, y)
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
         losses = []
@@ -110,9 +112,11 @@ class Interlocking(Learner):
         with self.trainers[-1].randomness(self.steps):  # the backward's, should it draw any
             for trainer, component in zip(self.trainers, self._components, strict=True):
                 with trainer.randomness(self.steps):
-                    passage = BlockBackward(component.block, s, open_below=bool(waiting) and self.horizon > 1)
+                    passage = BlockBackward(
+                        component.block, replace(signal, s=s), open_below=bool(waiting) and self.horizon > 1
+                    )
                     s = passage.output.detach().requires_grad_()
-                    loss = component.judge(s, signal.y)
+                    loss = component.judge(s, signal.y, signal.carried)
                     loss.backward()
                 losses.append(loss.detach())
                 waiting.append((trainer, passage))
@@ -125,7 +129,7 @@ class Interlocking(Learner):
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another."""
-        return nn.Sequential(*self._blocks)
+        return self._blocks.as_module()
 
 
 def _teach_first(waiting: deque[tuple[LocalTrainer, BlockBackward]], gradient: Tensor) -> None:

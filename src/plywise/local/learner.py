@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
+from plywise.data.batches import Batch, count_samples
 from plywise.engine.explain import Explanations
 from plywise.errors import AttachError, PlywiseError, StateError
 from plywise.local.component import Component, Signal
@@ -87,11 +88,11 @@ class Learner(ABC):
         """
         return Explanations(trainer.explain(batch_size) for trainer in self.trainers)
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
+    def step(self, x: Batch, y: Tensor) -> Tensor:
         """Train every component on a batch.
 
         Args:
-            x: inputs, a row a sample.
+            x: inputs, a row a sample: a tensor, or tensors in any nesting where the learner takes such.
             y: targets.
 
         Returns:
@@ -100,9 +101,10 @@ class Learner(ABC):
         Raises:
             PlywiseError: the batch is empty, or inputs and targets differ in number.
         """
-        if len(x) != len(y) or len(x) == 0:
+        inputs = count_samples(x)
+        if inputs != len(y) or inputs == 0:
             raise PlywiseError(
-                f"A batch needs as many targets as inputs, and at least one: {len(x)} inputs, {len(y)} "
+                f"A batch needs as many targets as inputs, and at least one: {inputs} inputs, {len(y)} "
                 "targets.",
                 see="error-data",
             )
@@ -115,7 +117,7 @@ class Learner(ABC):
             callback(report)
         return losses
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """What the first component gets."""
         return Signal(x, y)
 

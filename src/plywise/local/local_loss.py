@@ -1,15 +1,23 @@
 """Local losses: every block learns to classify by a small head of its own."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise.data.batches import Batch
+from plywise.data.models import find_mask
+from plywise.data.reading import IGNORED
+from plywise.data.training_data import cross_entropy as token_cross_entropy
+from plywise.engine.masked_rows import rows
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks
 from plywise.local.component import Component, Signal
-from plywise.local.heads import MakeHead, pooled_linear
+from plywise.local.heads import MakeHead, MeanLinear, mean_linear, pooled_linear, position_linear
 from plywise.local.learner import OneWayLearner, check_classes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -25,23 +33,28 @@ class LossComponent(Component):
         self.head = head
         self._loss = loss
 
-    def judge(self, s: Tensor, y: Tensor) -> Tensor:
-        """The loss of the block's output ``s``."""
-        return self._loss(s if self.head is None else self.head(s), y)
+    def judge(self, s: Tensor, y: Tensor, carried: Batch = None) -> Tensor:
+        """The loss of the block's output ``s``; padded positions count neither for heads nor for rules."""
+        if self.head is None:
+            return self._loss(s, y)
+        mask = find_mask(carried)
+        with nullcontext() if mask is None else rows(mask):
+            scores = self.head(s, mask) if isinstance(self.head, MeanLinear) else self.head(s)
+        return self._loss(scores, y)
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
         """The block's output, and its loss."""
-        s = self.block(signal.s)
-        return Signal(s, signal.y), self.checked(s, signal.y)
+        s = signal.through(self.block)
+        return replace(signal, s=s), self.checked(s, signal.y, signal.carried)
 
-    def checked(self, s: Tensor, y: Tensor) -> Tensor:
+    def checked(self, s: Tensor, y: Tensor, carried: Batch = None) -> Tensor:
         """The loss of the block's output ``s``, which goes on to the next block.
 
         Raises:
             BlockError: the head changed it.
         """
         version = s._version
-        loss = self.judge(s, y)
+        loss = self.judge(s, y, carried)
         if s._version != version:
             raise BlockError(
                 f"The head of a {type(self.block).__name__} changes the block's activations in place, and "
@@ -55,20 +68,47 @@ def headed_components(
 ) -> list[LossComponent]:
     """A component for each block: all but the last have a head, with the block's dtype, where the block is.
 
+    The default head becomes one at every position where the last block gives scores (T, C), and one of the
+    mean over positions for other models that carry their inputs: they are transformers.
+
     Raises:
         BlockError: the last block's output is no score for each class.
     """
-    if blocks.shapes[-1][:1] != (num_classes,):
+    shape = blocks.shapes[-1]
+    if shape[:1] != (num_classes,) and not has_positions(shape, num_classes) and (shape or num_classes != 1):
         raise BlockError(
-            f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the prediction: "
+            f"The last block hands on {tuple(shape)} a sample, but its output is the prediction: "
             f"one score for each of {num_classes} classes. Put the classifier into the last block."
         )
+    if make_head is pooled_linear and (blocks.carries or has_positions(shape, num_classes)):
+        make_head = position_linear if has_positions(shape, num_classes) else mean_linear
     components, like = [], None
     for block, shape in zip(blocks[:-1], blocks.shapes[1:-1], strict=True):
         like = next((p for p in block.parameters() if p.is_floating_point()), like)
         head = make_head(shape, num_classes)
         components.append(LossComponent(block, loss, head if like is None else head.to(like)))
     return [*components, LossComponent(blocks[-1], loss)]
+
+
+def has_positions(shape: torch.Size, num_classes: int) -> bool:
+    """Whether an output has scores for each position, (T, C)."""
+    return len(shape) == 2 and shape[-1] == num_classes != shape[0]
+
+
+def choose_loss(loss: Loss, shape: torch.Size, num_classes: int) -> Loss:
+    """The loss of the last block's output: the default one over all positions where it has some."""
+    is_default = loss is F.cross_entropy and has_positions(shape, num_classes)
+    return token_cross_entropy if is_default else loss
+
+
+def check_targets(y: Tensor, num_classes: int, loss: Loss) -> None:
+    """Raise PlywiseError unless ``y`` holds classes, or tokens, where the loss takes such."""
+    if loss is F.cross_entropy:
+        check_classes(y, num_classes)
+    elif loss is token_cross_entropy:
+        known = y[y != IGNORED].flatten()
+        if known.numel():
+            check_classes(known, num_classes)
 
 
 class LocalLoss(OneWayLearner):
@@ -102,9 +142,12 @@ class LocalLoss(OneWayLearner):
     Args:
         blocks: the network. The last block's output is the prediction, a score for each class.
         num_classes: number of classes, C.
-        head: makes a head from the shape of a sample's activations and C. Default `pooled_linear`.
-        loss: of scores and targets, a scalar. With the default, cross-entropy, targets are class indices
-            and are checked; another loss gets them as they are.
+        head: makes a head from the shape of a sample's activations and C. Default `pooled_linear`; for scores
+            (T, C) of positions `position_linear`, for other transformers that were cut by `split`
+            `mean_linear`.
+        loss: of scores and targets, a scalar. With the default, cross-entropy, targets are class indices, or
+            tokens (N, T) for scores (N, T, C), -100 ignored, and are checked; another loss gets them as they
+            are: squared errors of numbers, or binary cross-entropy of several labels.
         **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
             parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
             step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
@@ -139,15 +182,15 @@ class LocalLoss(OneWayLearner):
         loss: Loss = F.cross_entropy,
         **training: Any,
     ) -> None:
+        loss = choose_loss(loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         super().__init__(headed_components(blocks, num_classes, head, loss), **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is."""
-        if self._loss is F.cross_entropy:
-            check_classes(y, self._classes)
-        return Signal(x, y)
+        check_targets(y, self._classes, self._loss)
+        return self._blocks.begin(x, y)
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another."""
-        return nn.Sequential(*self._blocks)
+        return self._blocks.as_module()

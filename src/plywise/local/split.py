@@ -11,27 +11,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from plywise._util.modes import evaluating
+from plywise.data.batches import TARGETS, Batch, clone_batch, list_tensors
+from plywise.data.models import call_model
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks
-from plywise.local.chain import assemble, join, label
+from plywise.local.chain import assemble, join, label_unit
 from plywise.local.units import ADVICE, copy_of, own_randomness, units_of
 
 _REPEATS = 5
 
 
-def split(model: nn.Module, k: int, example: Tensor) -> Blocks:
+def split(model: nn.Module, k: int, example: Batch) -> Blocks:
     """Cut a model into blocks of about equal cost that follow one another.
 
     Cuts are made where a single tensor crosses, in nested Sequentials and in forwards that torch.fx can
-    trace; what has no parameters stays with the layer before. The costs of these units, forward and backward,
-    are measured on a copy of the model in train mode; the most expensive block is as cheap as it can be. The
-    blocks hold the model's own modules, parameters and buffers, under the names that they have in the model.
-    While it measures there are two copies of the model beside it.
+    trace; what has no parameters stays with the layer before. Where a forward calls the layers of an
+    `nn.ModuleList` (or a Sequential) in a loop, as transformers of Hugging Face and timm do, cuts are made
+    between these layers, whatever else it does: its inputs (ids, masks) are carried along with the signal,
+    and each block runs the model's own forward with the other layers left out. The costs of these units,
+    forward and backward, are measured on a copy of the model in train mode; the most expensive block is as
+    cheap as it can be. The blocks hold the model's own modules, parameters and buffers, under the names that
+    they have in the model. While it measures there are two copies of the model beside it.
 
     Args:
-        model: the model, of one tensor to one tensor. It stays as it is (lazy layers are materialised).
+        model: the model. It gives one tensor, or an output that holds one (``.logits``, the first of a
+            tuple). It stays as it is (lazy layers are materialised).
         k: number of blocks.
-        example: a batch of inputs such as the blocks will get in training; batch norm needs two samples.
+        example: a batch of inputs such as the blocks will get in training, a tensor, or a dict or tuple of
+            them, which the model gets by name or by place; batch norm needs two samples.
 
     Returns:
         The blocks. One that is more than modules in a row is a `torch.fx.GraphModule`: numbers that forward
@@ -39,8 +47,8 @@ def split(model: nn.Module, k: int, example: Tensor) -> Blocks:
 
     Raises:
         BlockError: there are fewer than ``k`` units (the error says where several tensors cross, a parameter
-            is shared, …), the model cannot be traced, takes or returns something else than one tensor with a
-            row for each sample, or cannot be copied.
+            is shared, …), the model can neither be traced nor has a row of layers, returns something else
+            than one tensor with a row for each sample, or cannot be copied.
 
     Example:
         >>> import torch, plywise as pw
@@ -54,14 +62,15 @@ def split(model: nn.Module, k: int, example: Tensor) -> Blocks:
     """
     if k < 1:
         raise BlockError(f"A model is cut into 1 block or more, not {k}.")
-    if k == 1:
+    if k == 1 and isinstance(example, Tensor):
         return _blocks([model], model, example)
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        Blocks([model], example.clone())  # one forward materialises them; copies cannot be made before
+        with torch.no_grad(), evaluating(model):  # materialises them; copies cannot be made before
+            call_model(model, clone_batch(example), TARGETS)
     with torch.inference_mode(False), own_randomness(model, example):
         units, reasons = units_of(model, example)
         if len(units) < k:
-            names = ", ".join(label(unit.nodes[0]) for unit in units)
+            names = ", ".join(label_unit(unit) for unit in units)
             more = [f"and {len(reasons) - 4} more"] if len(reasons) > 4 else []
             why = f"Not cut further: {'; '.join([*reasons[:4], *more])}. " if reasons else ""
             raise BlockError(
@@ -124,10 +133,10 @@ def _cheapest(
 
 
 @torch.enable_grad()
-def measure(units: Sequence[nn.Module], example: Tensor) -> list[float]:
+def measure(units: Sequence[nn.Module], example: Batch) -> list[float]:
     """Median seconds of forward and backward of each unit in train mode; their gradients are set to None."""
-    costs = []
-    value = example.detach()
+    costs, carried = [], any(getattr(unit, "carries", False) for unit in units)
+    value = list_tensors(example)[0].detach()
     for number, unit in enumerate(units):
         unit.train()
         value.requires_grad_(number > 0 and (value.is_floating_point() or value.is_complex()))
@@ -135,7 +144,7 @@ def measure(units: Sequence[nn.Module], example: Tensor) -> list[float]:
         for _ in range(_REPEATS + 1):
             x = value.clone()  # for units that write into what they get
             start = _now(x)
-            output = unit(x)
+            output = unit(x, example) if carried else unit(x)
             if output.requires_grad:
                 output.backward(torch.ones_like(output))
             seconds.append(_now(x) - start)
@@ -151,10 +160,10 @@ def _now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-def _blocks(modules: list[nn.Module], model: nn.Module, example: Tensor) -> Blocks:
+def _blocks(modules: list[nn.Module], model: nn.Module, example: Batch) -> Blocks:
     """The blocks; what their one forward does to the example and to the model's buffers is undone."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
-    blocks = Blocks(modules, example.clone())
+    blocks = Blocks(modules, clone_batch(example))
     for buffer, value in before:
         if not torch.equal(buffer, value):
             buffer.copy_(value)

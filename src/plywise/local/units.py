@@ -3,22 +3,30 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from plywise._util.modes import evaluating
+from plywise.data.batches import TARGETS, Batch, clone_batch, list_tensors
+from plywise.data.models import call_model, find_scores
 from plywise.errors import BlockError
 from plywise.local.chain import Piece, assemble, join, label, learns, read_chain, tensors_of
+from plywise.local.spine import find_spine, list_units
 from plywise.local.tracing import StaysWholeError
 
 ADVICE = "pass blocks of your own: Blocks([...], example)"
 
 
-def units_of(model: nn.Module, example: Tensor) -> tuple[list[Piece], list[str]]:
+def units_of(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
     """The units of a model, each with a parameter. The model stays as it is.
 
+    They are what a trace shows where there is one, or the layers that its forward calls in a loop: those
+    that are more.
+
     Args:
-        model: the model, of one tensor to one tensor.
+        model: the model.
         example: a small batch of inputs.
 
     Returns:
@@ -27,12 +35,66 @@ def units_of(model: nn.Module, example: Tensor) -> tuple[list[Piece], list[str]]
     Raises:
         BlockError: see `plywise.split`.
     """
+    traced: tuple[list[Any], list[str]] = [], []
+    untraced = ""
+    if isinstance(example, Tensor):
+        try:
+            traced = _trace_units(model, example)
+        except StaysWholeError as error:
+            untraced = f"{error}; "
+    if len(traced[0]) > 1 and not _has_longer_row(model, len(traced[0])):
+        return traced
     try:
-        pieces, reasons = read_chain(model)
+        looped = _loop_units(model, example)
     except StaysWholeError as error:
+        if isinstance(example, Tensor) and not untraced:
+            return traced
+        why = f"{untraced}and as to a loop over its layers, {error}" if untraced else str(error)
         raise BlockError(
-            f"{type(model).__name__} does not come apart: {error}. Mend that, or {ADVICE}."
+            f"{type(model).__name__} does not come apart: {why}. Mend that, or {ADVICE}."
         ) from error
+    return looped if len(looped[0]) > len(traced[0]) else traced
+
+
+def _has_longer_row(model: nn.Module, count: int) -> bool:
+    return any(isinstance(m, nn.ModuleList) and len(m) >= count for m in model.modules())
+
+
+def _loop_units(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
+    """The layers that a model's forward calls in a loop, tried on an example.
+
+    Raises:
+        StaysWholeError: there are none, or blocks of them do not do what the model does.
+    """
+    try:
+        with own_randomness(model, example):
+            units = list_units(model, find_spine(model, example))
+    except StaysWholeError:
+        raise
+    except Exception as error:
+        raise StaysWholeError(f"it fails on the example: {type(error).__name__}: {error}") from error
+    if len(units) < 2:
+        raise StaysWholeError("its layers have no parameters of their own")
+    with torch.no_grad(), evaluating(model), own_randomness(model, example):
+        expected = find_scores(call_model(model, clone_batch(example), TARGETS))
+        s = list_tensors(example)[0]
+        for unit in units:
+            s = assemble(model, unit)(s, clone_batch(example))
+    if not isinstance(expected, Tensor) or s.shape != expected.shape:
+        raise StaysWholeError("it returns no scores, one tensor")
+    if not torch.allclose(s, expected, 1e-3, 1e-5, equal_nan=True):
+        raise StaysWholeError("its layers, one block after another, do not do what it does")
+    return units, []
+
+
+def _trace_units(model: nn.Module, example: Tensor) -> tuple[list[Any], list[str]]:
+    """What a trace by torch.fx shows.
+
+    Raises:
+        StaysWholeError: there is none.
+        BlockError: the model fails, or does not do what was traced.
+    """
+    pieces, reasons = read_chain(model)
     kept = {**_unsound(model, pieces, example), **_tied(model, pieces)}
     together: list[list[Piece]] = []
     for number, piece in enumerate(pieces):
@@ -68,9 +130,9 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def own_randomness(model: nn.Module, example: Tensor) -> Iterator[None]:
+def own_randomness(model: nn.Module, example: Batch) -> Iterator[None]:
     """Random numbers of its own; the caller's stream goes on untouched."""
-    tensors = (example, *model.parameters(), *model.buffers())
+    tensors = (*list_tensors(example), *model.parameters(), *model.buffers())
     devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device for device in devices if device is not None]):
         yield
@@ -122,7 +184,8 @@ def _unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dict[int
                         cuts.setdefault(cut, f"{label(piece.nodes[0])} writes into what it gets")
                 versions.append(_version(values[-1]))
         found = values[-1]
-        if found.shape != expected.shape or not torch.allclose(found, expected, 1e-3, 1e-5, equal_nan=True):
+        is_alike = isinstance(found, Tensor) and found.shape == expected.shape
+        if not is_alike or not torch.allclose(found, expected, 1e-3, 1e-5, equal_nan=True):
             raise BlockError(
                 f"{type(model).__name__} does not do what torch.fx traced: its forward depends on more "
                 f"than its input's values (a type, a clock, Python's random numbers). Mend that, or {ADVICE}."

@@ -22,6 +22,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 END = -1
 """In place of the step: no batch follows."""
 
+CARRIED = (
+    "These blocks carry the model's inputs along (masks and positions are made of them), and a message "
+    "between stages does not. `plywise train` takes them."
+)
 _HEADER = 8 * SLOTS
 _DESCRIPTION = 2 + 2 * DIMENSIONS  # dtype, dimensions, shape, strides
 _BROKEN = "The header of a message from the stage before is broken."
@@ -41,6 +45,8 @@ def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
     buffer = torch.zeros(capacity, dtype=torch.uint8)
     header = [MAGIC, step]
     if signal is not None:
+        if signal.carried is not None:
+            raise PipelineError(CARRIED, see="pipeline-batch")
         if size_of(signal) > capacity:
             raise PipelineError(
                 f"A batch of {len(signal.y)} takes {size_of(signal)} bytes between stages, and the first one "

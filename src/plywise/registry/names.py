@@ -149,6 +149,7 @@ NAMES = (
     _part("Update", "engine.call"),
     _part("LayerShape", "engine.contract"),
     _part("LinearMap", "engine.maps.base"),
+    _part("rows", "engine.masked_rows"),
     _part("LayerType", "engine.maps.registered"),
     _part("register_layer", "engine.maps.registered"),
     _part("register_map", "engine.maps.registered"),

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from plywise._util.import_path import call_factory, load
 from plywise._util.suggest import suggestion
-from plywise.data.own_data import OwnData, Parts, cut_parts, read_parts
+from plywise.data.own_data import AS_EVER, OwnData, Parts, cut_parts, read_parts
 from plywise.data.parts import Data
-from plywise.data.reading import ReadOptions
+from plywise.data.sources import Reading
 from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
 from plywise.local.learner import Learner
@@ -80,8 +80,8 @@ def resolve_optimizer(name: str) -> type[Optimizer]:
     return known[name]
 
 
-def resolve_function(address: str, what: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The user's loss or metric: a function of outputs and targets.
+def resolve_function(address: str, what: str) -> Callable[[Any, Any], Tensor]:
+    """The user's loss or metric, a function of outputs and targets; or step, of a model and a batch.
 
     Args:
         address: ``module:name``.
@@ -94,12 +94,10 @@ def resolve_function(address: str, what: str) -> Callable[[Tensor, Tensor], Tens
         >>> resolve_function("torch.nn.functional:cross_entropy", "your loss").__name__
         'cross_entropy'
     """
-    function: Callable[[Tensor, Tensor], Tensor] = load(address, what)
+    function: Callable[[Any, Any], Tensor] = load(address, what)
     if not callable(function) or isinstance(function, type):
         kind = "a class" if isinstance(function, type) else f"of type {type(function).__name__}"
-        raise PlywiseError(
-            f"{address} is {kind}, not a function of outputs and targets.", see="error-address"
-        )
+        raise PlywiseError(f"{address} is {kind}, not a function of two arguments.", see="error-address")
     return function
 
 
@@ -118,28 +116,28 @@ def make_model(address: str) -> Any:
     return call_factory(address, "your model")
 
 
-def resolve_parts(address: str, options: ReadOptions | None = None) -> Parts:
+def resolve_parts(address: str, reading: Reading = AS_EVER) -> Parts:
     """The data at an address (see `plywise.data.own_data.read_parts`), or of a workload of plywise.
 
     Args:
         address: where they are.
-        options: how they are read. Default: what they do not say is guessed.
+        reading: how they are read. Default: what is not said is guessed.
 
     Raises:
         PlywiseError: there are no such data, they hold NaN or infinity, or parts do not fit one another.
     """
     if address not in WORKLOAD_MODULES:
-        return read_parts(address, options or ReadOptions())
+        return read_parts(address, reading)
     module = import_module(f"plywise.{WORKLOAD_MODULES[address]}")
     return Parts(vars(module.WORKLOADS[address].make_data()))
 
 
-def resolve_data(address: str, options: ReadOptions | None = None) -> OwnData:
+def resolve_data(address: str, reading: Reading = AS_EVER) -> OwnData:
     """The data at an address, in three parts: as they are, or cut at random by a fixed seed.
 
     Args:
         address: see `resolve_parts`.
-        options: see `resolve_parts`.
+        reading: see `resolve_parts`.
 
     Raises:
         PlywiseError: see `resolve_parts`; or there are fewer than 10 samples to cut.
@@ -148,7 +146,7 @@ def resolve_data(address: str, options: ReadOptions | None = None) -> OwnData:
         >>> resolve_data("digits-mlp").data.test.x.shape
         torch.Size([400, 64])
     """
-    parts = resolve_parts(address, options)
+    parts = resolve_parts(address, reading)
     if address == "digits" or address in WORKLOAD_MODULES:
         return OwnData(Data(**parts), f"the data of {address}")
     return cut_parts(address, parts)

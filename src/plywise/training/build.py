@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -10,18 +10,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.seeded import seeded
-from plywise.data.classes import ClassData, take_classes
+from plywise.data.batches import Batch, clone_batch
+from plywise.data.models import StepModel
 from plywise.data.reading import ReadOptions
+from plywise.data.sources import Reading
+from plywise.data.training_data import CLASSES, LOSSES, TrainingData, take_training_data
 from plywise.errors import PlywiseError
 from plywise.local.blocks import Blocks
-from plywise.local.chain import assemble, join, tensors_of
+from plywise.local.chain import assemble, join, name_parameters
 from plywise.local.learner import Learner
 from plywise.local.settings import READERS, check_settings, learner_settings
 from plywise.local.split import split
 from plywise.local.trainer import MakeOptimizer, MakeRule
 from plywise.local.units import units_of
+from plywise.local.whole_model import WholeModel
 from plywise.registry.resolve import (
     make_model,
+    resolve_function,
     resolve_learner,
     resolve_optimizer,
     resolve_parts,
@@ -47,7 +52,7 @@ class ResolvedTraining:
     """
 
     config: TrainConfig
-    data: ClassData
+    data: TrainingData
     learner: type[Learner]
     settings: Mapping[str, Any]
     optimizer: MakeOptimizer
@@ -69,16 +74,37 @@ class ResolvedTraining:
         Raises:
             PlywiseError: the factory does not make a network, or that does not come apart.
         """
-        config, x = self.config, self.data.train.x
-        example = x[: config.batch_size]
+        config = self.config
+        example = self.example
         with seeded(config.seed):
             if config.model is None:
-                return Blocks(self._default_network(x[0].numel()), example), ()
+                return Blocks(self._default_network(example[0].numel()), example), ()
             made = make_model(config.model)
             if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
                 starts = starts or config.split or ()
                 return _cut(made, len(starts) or config.blocks or BLOCKS, example, starts)
         return Blocks(_list_blocks(config, made), example), ()
+
+    @property
+    def example(self) -> Batch:
+        """A batch of inputs."""
+        return next(iter(self.data.train.chunks(self.config.batch_size)))[0]
+
+    def make_whole(self) -> Learner:
+        """The learner of a whole model and a step function.
+
+        Raises:
+            PlywiseError: one of them cannot be had, or the optimizer's or the rule's settings are refused.
+        """
+        config = self.config
+        with seeded(config.seed):
+            network = make_model(str(config.model))
+            metric = resolve_function(config.metric, "your metric") if config.metric else None
+            model = StepModel(network, resolve_function(str(config.step), "your step"), metric)
+            try:
+                return WholeModel(model, optimizer=self.optimizer, rule=self.rule, seed=config.seed)
+            except (ValueError, TypeError) as error:
+                raise PlywiseError(str(error), see="error-command") from error
 
     def make_learner(self, blocks: Blocks) -> Learner:
         """The learner of some blocks.
@@ -88,8 +114,17 @@ class ResolvedTraining:
         """
         learner: Any = self.learner
         settings = dict(self.settings)
-        if "num_classes" in inspect.signature(learner).parameters:
-            settings["num_classes"] = self.data.classes
+        known = inspect.signature(learner).parameters
+        if "num_classes" in known:
+            settings["num_classes"] = self.data.outputs
+        if self.data.kind != CLASSES:
+            if "loss" not in known:
+                raise PlywiseError(
+                    f"{self.config.learner} learns classes, one a sample, and the targets are "
+                    f"{self.data.kind}: take LocalLoss, Interlocking or ActivationRelaxation.",
+                    see="error-data",
+                )
+            settings.setdefault("loss", LOSSES[self.data.kind])
         training = {"optimizer": self.optimizer, "rule": self.rule, "seed": self.config.seed}
         with seeded(self.config.seed):
             try:
@@ -103,7 +138,7 @@ class ResolvedTraining:
         widths = [features] + [WIDTH] * (self.config.blocks or BLOCKS)
         blocks: list[nn.Module] = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         if self.learner.__name__ not in READERS:
-            blocks[-1] = nn.Linear(widths[-2], self.data.classes)
+            blocks[-1] = nn.Linear(widths[-2], self.data.outputs)
         blocks[0] = nn.Sequential(nn.Flatten(), blocks[0])
         return blocks
 
@@ -116,17 +151,21 @@ def resolve_training(config: TrainConfig) -> ResolvedTraining:
             optimizer, rule or hyper-parameter.
     """
     learner = resolve_learner(config.learner)
-    options = ReadOptions.parse(config.read)
-    if not options.targets:  # nothing else can be trained on here
-        options = replace(options, targets="classes")
     return ResolvedTraining(
         config,
-        take_classes(config.data, resolve_parts(config.data, options)),
+        _resolve_data(config),
         learner,
         learner_settings(learner, config.set),
         _resolve_optimizer(config),
         _resolve_rule(config),
     )
+
+
+def _resolve_data(config: TrainConfig) -> TrainingData:
+    is_whole = config.step is not None
+    reading = Reading(ReadOptions.parse(config.read), is_whole, config.batch_size)
+    parts = resolve_parts(config.data, reading)
+    return take_training_data(config.data, parts, is_whole)
 
 
 def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
@@ -149,11 +188,12 @@ def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
     return modules
 
 
-def _cut(model: nn.Module, k: int, example: Tensor, starts: Sequence[int]) -> tuple[Blocks, tuple[int, ...]]:
+def _cut(model: nn.Module, k: int, example: Batch, starts: Sequence[int]) -> tuple[Blocks, tuple[int, ...]]:
     if k == 1 or not starts:  # one block is the whole model, whatever it is made of
         blocks = split(model, k, example)
         return blocks, () if k == 1 else _starts(model, blocks, example)
-    Blocks([model], example.clone())  # materialises lazy layers, as split does
+    if isinstance(example, Tensor):
+        Blocks([model], example.clone())  # materialises lazy layers, as split does
     units, _ = units_of(model, example)
     if list(starts) != sorted(set(starts)) or starts[0] != 0 or starts[-1] >= len(units):
         raise PlywiseError(
@@ -162,14 +202,14 @@ def _cut(model: nn.Module, k: int, example: Tensor, starts: Sequence[int]) -> tu
             see="error-command",
         )
     parts = [join(units[start:stop]) for start, stop in pairwise([*starts, len(units)])]
-    return Blocks([assemble(model, part) for part in parts], example.clone()), tuple(starts)
+    return Blocks([assemble(model, part) for part in parts], clone_batch(example)), tuple(starts)
 
 
-def _starts(model: nn.Module, blocks: Blocks, example: Tensor) -> tuple[int, ...]:
+def _starts(model: nn.Module, blocks: Blocks, example: Batch) -> tuple[int, ...]:
     """The first unit of each block: every unit has a parameter, under the name that it has in the model."""
     unit_of: dict[str, int] = {}
     for number, unit in enumerate(units_of(model, example)[0]):
-        unit_of |= dict.fromkeys((name for name, _ in tensors_of(model, unit.nodes)), number)
+        unit_of |= dict.fromkeys(name_parameters(model, unit), number)
     return tuple(min(unit_of[name] for name, _ in block.named_parameters()) for block in blocks)
 
 

@@ -21,7 +21,7 @@ _LEAST = {
     **{"blocks": 1, "batch_size": 1, "seed": 0, "epochs": 1},
     **{"threads": 1, "every": 1, "keep": 1, "replicas": 1},
 }
-_TEXTS = ("model", "data", "learner", "optimizer", "rule")
+_TEXTS = ("model", "data", "step", "metric", "learner", "optimizer", "rule")
 _SETTINGS = ("set", "optimizer_set", "rule_set")
 
 
@@ -34,6 +34,9 @@ class TrainConfig:
             linear layers of 128 with ReLU between them.
         data: see `plywise.registry.resolve.resolve_parts`; the targets are classes.
         read: how they are read, see `plywise.data.reading.ReadOptions.parse`.
+        step: ``module:function`` of a step function, (model, batch) to a loss: the model trains as a whole by
+            it, and no learner is asked for.
+        metric: ``module:function`` of a metric, (model, batch) to a number, for ``step``; None for the loss.
         learner: name of the learner, or ``module:name`` of a class.
         set: its hyper-parameters.
         blocks: number of blocks; None for 4, or for as many as a list has.
@@ -68,6 +71,8 @@ class TrainConfig:
     model: str | None = None
     data: str = "digits"
     read: str = ""
+    step: str | None = None
+    metric: str | None = None
     learner: str = "LocalLoss"
     set: Mapping[str, Any] = field(default_factory=dict)
     blocks: int | None = None
@@ -107,9 +112,22 @@ class TrainConfig:
             raise PlywiseError(
                 f"split is of {len(self.split)} blocks, and blocks is {self.blocks}.", see="error-command"
             )
+        self._check_step()
         if self.rule is None and self.rule_set:
             raise PlywiseError(
                 f"rule-set is given ({_word(self.rule_set)}), and no rule.", see="error-command"
+            )
+
+    def _check_step(self) -> None:
+        if self.step is None:
+            if self.metric is not None:
+                raise PlywiseError("metric belongs to step, and no step is given.", see="error-command")
+            return
+        if self.model is None:
+            raise PlywiseError("step says how a model trains, and there is no model.", see="error-command")
+        if self.split is not None or self.blocks not in (None, 1) or self.set:
+            raise PlywiseError(
+                "step trains the model as a whole: leave blocks, split and set out.", see="error-command"
             )
 
     def as_json(self) -> dict[str, Any]:

@@ -21,6 +21,8 @@ class StepMetrics:
         losses: the losses before the step, by component.
         seconds: that the run has taken so far, checkpoints and evaluations included.
         accuracy: share of the test data that is predicted right; None but after an epoch's last step.
+        error: what is judged by instead, the lower the better: the mean squared error of numbers, or the
+            metric of a step function.
     """
 
     step: int
@@ -28,11 +30,13 @@ class StepMetrics:
     losses: Mapping[int, float]
     seconds: float
     accuracy: float | None = None
+    error: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The line as the log has it."""
         losses = {str(component): loss for component, loss in self.losses.items()}
-        judged = {} if self.accuracy is None else {"accuracy": self.accuracy}
+        found = {"accuracy": self.accuracy, "error": self.error}
+        judged = {name: value for name, value in found.items() if value is not None}
         place = {"step": self.step, "epoch": self.epoch}
         return {**place, "losses": losses, **judged, "seconds": round(self.seconds, 3)}
 
@@ -61,8 +65,9 @@ class MetricsLog:
         if self._board is not None:
             for component, loss in line.losses.items():
                 self._board.add_scalar(f"loss/component {component}", loss, line.step)
-            if line.accuracy is not None:
-                self._board.add_scalar("accuracy/test", line.accuracy, line.step)
+            for name, value in (("accuracy", line.accuracy), ("error", line.error)):
+                if value is not None:
+                    self._board.add_scalar(f"{name}/test", value, line.step)
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""

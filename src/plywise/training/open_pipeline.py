@@ -13,6 +13,7 @@ from plywise.local.learner import OneWayLearner
 from plywise.pipeline.cuts import from_first, measured_cuts
 from plywise.pipeline.groups import join
 from plywise.pipeline.pipeline import Pipeline
+from plywise.pipeline.wire import CARRIED
 from plywise.training.build import ResolvedTraining, resolve_training
 from plywise.training.config import TrainConfig
 from plywise.training.run_folder import RunFolder
@@ -36,6 +37,11 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
     if plan.tensorboard:
         require_tensorboard()
     torch.set_num_threads(plan.threads)
+    if plan.step is not None:
+        raise PipelineError(
+            "A step function trains a model as a whole, in one process: `plywise train` takes it.",
+            see="pipeline-start",
+        )
     training, folder = resolve_training(plan), RunFolder(plan.out)
     data = training.data
     with ExitStack() as stack:
@@ -45,7 +51,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
         join()
         stack.callback(dist.destroy_process_group)
         learner, starts = _learner(training, folder, fresh)
-        batch = data.train.x[: plan.batch_size], data.train.y[: plan.batch_size]
+        batch = next(iter(data.train.chunks(plan.batch_size)))
         cuts = plan.cuts or measured_cuts(learner, *batch, replicas=plan.replicas)
         pipeline = stack.enter_context(Pipeline(learner, cuts=cuts, replicas=plan.replicas))
         try:
@@ -72,6 +78,8 @@ def _learner(
         from_first(starts)
     else:
         blocks, starts = training.make_blocks(from_first(()))
+    if blocks.carries:
+        raise PipelineError(CARRIED, see="pipeline-start")
     learner = training.make_learner(blocks)
     if not isinstance(learner, OneWayLearner):
         raise PipelineError(

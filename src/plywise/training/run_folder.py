@@ -15,11 +15,13 @@ from typing import Any
 from plywise._util.files import write_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise._util.version import __version__
-from plywise.data.classes import ClassData
+from plywise.data.training_data import TrainingData
 from plywise.errors import StateError
 from plywise.local import checkpoint
 from plywise.training.config import TrainConfig, make_config
 
+JUDGED = {"accuracy", "error"}
+"""What the last line of an epoch has besides."""
 _LOGS = "log*.jsonl"
 _ANEW = "--fresh starts anew in its place, another --out beside it."
 
@@ -78,7 +80,7 @@ class RunFolder:
                 f"{self._plan} is no plan of plywise, or damaged: {error}. {_ANEW}", see="state-run"
             ) from error
 
-    def check(self, plan: TrainConfig, data: ClassData) -> RunRecord | None:
+    def check(self, plan: TrainConfig, data: TrainingData) -> RunRecord | None:
         """The record of the run to go on with; None if there is none.
 
         Raises:
@@ -109,7 +111,7 @@ class RunFolder:
         return record
 
     def begin(
-        self, plan: TrainConfig, data: ClassData, starts: tuple[int, ...], *, fresh: bool
+        self, plan: TrainConfig, data: TrainingData, starts: tuple[int, ...], *, fresh: bool
     ) -> int | None:
         """Make everything ready: the plan written, the logs cut back to the last checkpoint.
 
@@ -205,7 +207,7 @@ class RunFolder:
     def last_line(self) -> dict[str, Any]:
         """The last line of all logs; empty if there is none."""
         lines = [line for path in self._logs() for line, _ in read_lines(path)]
-        return max(lines, key=lambda line: (line["step"], line.get("accuracy") is not None), default={})
+        return max(lines, key=lambda line: (line["step"], bool(JUDGED & line.keys())), default={})
 
     def _logs(self) -> list[Path]:
         return sorted(self.path.glob(_LOGS))

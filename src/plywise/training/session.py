@@ -17,19 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from plywise._util.tensorboard import require_tensorboard
-from plywise.data.classes import ClassData
-from plywise.data.digits import Split
+from plywise.data.batches import Batch, count_samples, take_samples
+from plywise.data.training_data import NUMBERS, WHOLE, TrainingData
 from plywise.engine.health import SKIPPED
 from plywise.errors import NonFiniteError, PlywiseError, StateError
 from plywise.local.learner import Learner, Report
 from plywise.local.trainer import LocalTrainer
-from plywise.training.build import resolve_training
+from plywise.training.build import ResolvedTraining, resolve_training
 from plywise.training.config import TrainConfig
+from plywise.training.judge import judge
 from plywise.training.metrics_log import MetricsLog, StepMetrics
 from plywise.training.run_folder import RunFolder
 from plywise.training.single_process import SingleProcessEngine
-
-_CHUNK = 1000  # samples that are predicted at a time
 
 
 class Engine(Protocol):
@@ -82,6 +81,7 @@ class Session:
 
     Attributes:
         began: number of steps done before this session.
+        kind: what the targets are (`plywise.data.training_data`).
         note: what was chosen about the data, and what was found damaged, a sentence a line.
         per_epoch: steps in an epoch.
         total: steps in the whole training.
@@ -90,17 +90,17 @@ class Session:
     def __init__(
         self,
         plan: TrainConfig,
-        data: ClassData,
+        data: TrainingData,
         engine: Engine,
         folder: RunFolder,
         step: int | None,
         log: str | None,
     ) -> None:
         self.plan, self.engine, self.folder = plan, engine, folder
-        self.samples, self.classes = len(data.train.x), data.classes
-        self.test_samples = 0 if data.test is None else len(data.test.x)
+        self.samples, self.kind, self.outputs = len(data.train), data.kind, data.outputs
+        self.test_samples = 0 if data.test is None else len(data.test)
         self.note = "\n".join(filter(None, [data.note, *folder.notes]))
-        self.per_epoch = math.ceil(self.samples / plan.batch_size)
+        self.per_epoch = data.train.count_batches(plan.batch_size)
         self.total = plan.epochs * self.per_epoch
         self._reads = engine.stage == 0
         self._judges = engine.stage == 0 and engine.replica == 0
@@ -169,7 +169,8 @@ class Session:
                 self._save()
                 return False
             assert self._held is not None
-            tell(replace(self._held, accuracy=self._accuracy(), seconds=self._seconds))
+            accuracy, error = self._judge()
+            tell(replace(self._held, accuracy=accuracy, error=error, seconds=self._seconds))
             if self.step % self.plan.every == 0:
                 self._save()
         self._save()
@@ -181,22 +182,25 @@ class Session:
         except PlywiseError:
             raise
         except Exception as error:
-            rows = self.samples % self.plan.batch_size if self.step == end - 1 else 0
+            rows = self.samples % self.plan.batch_size if self.step == end - 1 and self.kind != WHOLE else 0
             hint = f" It is the odd end of an epoch, of {rows}: --batch-size changes that." if rows else ""
             raise PlywiseError(
                 f"Step {self.step + 1} fails: {format_error(error)}.{hint}{self._kept}"
             ) from error
 
-    def _batches(self, step: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, step: int, end: int) -> Iterator[tuple[Batch, Tensor]]:
         """The batches of the rest of an epoch, until somebody asks to stop."""
         assert self._data is not None
         train, size = self._data.train, self.plan.batch_size
-        order = permutation(self.plan.seed, step // self.per_epoch, self.samples)
-        for batch in order.split(size)[step % self.per_epoch :]:
+        order = permutation(self.plan.seed, step // self.per_epoch, train.count_places())
+        for place in range(step % self.per_epoch, self.per_epoch):
             if self.engine.stopping():
                 return
-            rows = share(batch, self.engine.replica, self.engine.replicas)
-            yield train.x[rows], train.y[rows]
+            x, y = train.batch(place, size, order)
+            if self.engine.replicas > 1:
+                rows = share(torch.arange(count_samples(x)), self.engine.replica, self.engine.replicas)
+                x, y = take_samples(x, rows), y[rows]
+            yield x, y
 
     def _hearing(self, tell: Callable[[StepMetrics], None]) -> Callable[[Report], None]:
         def hear(report: Report) -> None:
@@ -251,16 +255,17 @@ class Session:
                 see="state-run",
             ) from error
 
-    def _accuracy(self) -> float | None:
-        """Share of the test data that is predicted right; None without any, and in all processes but one."""
+    def _judge(self) -> tuple[float | None, float | None]:
+        """Accuracy or error on the test data; None without any, and in all processes but one."""
         if not self.test_samples:
-            return None
+            return None, None
         learner = self.engine.gather()
         if not self._judges:
-            return None
+            return None, None
         assert self._data is not None
         assert self._data.test is not None
-        return accuracy(learner, self._data.test)
+        value = judge(learner, self._data.test, self.kind)
+        return (None, value) if self.kind in (NUMBERS, WHOLE) else (value, None)
 
     @property
     def _seconds(self) -> float:
@@ -296,10 +301,18 @@ def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
     training, folder = resolve_training(plan), RunFolder(plan.out)
     data = training.data
     record = None if fresh else folder.check(plan, data)
-    blocks, starts = training.make_blocks(record.starts if record else ())
-    engine = SingleProcessEngine(training.make_learner(blocks))
+    learner, starts = _make_learner(training, record.starts if record else ())
+    engine = SingleProcessEngine(learner)
     step = folder.begin(plan, data, starts, fresh=fresh)
     return Session(plan, data, engine, folder, step, "log.jsonl")
+
+
+def _make_learner(training: ResolvedTraining, starts: Sequence[int]) -> tuple[Learner, tuple[int, ...]]:
+    """The learner of a training, and where its model was cut."""
+    if training.config.step is not None:
+        return training.make_whole(), ()
+    blocks, starts = training.make_blocks(starts)
+    return training.make_learner(blocks), starts
 
 
 def load_trained(out: Path | str) -> nn.Module:
@@ -315,8 +328,7 @@ def load_trained(out: Path | str) -> nn.Module:
     plan, record = folder.plan(), folder.record()
     assert record is not None
     training = resolve_training(plan)
-    blocks, _ = training.make_blocks(record.starts)
-    engine = SingleProcessEngine(training.make_learner(blocks))
+    engine = SingleProcessEngine(_make_learner(training, record.starts)[0])
     engine.restore(folder.checkpoints, None)
     return engine.learner.as_module().eval()
 
@@ -346,15 +358,6 @@ def share(rows: Tensor, replica: int, replicas: int) -> Tensor:
         return rows
     size = -(-len(rows) // replicas)
     return rows[torch.arange(replica * size, (replica + 1) * size) % len(rows)]
-
-
-def accuracy(learner: Learner, split: Split) -> float:
-    """Share of a set that a learner predicts right."""
-    right = sum(
-        int((learner.predict(x).argmax(1) == y).sum())
-        for x, y in zip(split.x.split(_CHUNK), split.y.split(_CHUNK), strict=True)
-    )
-    return right / len(split.y)
 
 
 def format_error(error: BaseException) -> str:

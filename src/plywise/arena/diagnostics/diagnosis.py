@@ -11,13 +11,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from plywise.arena.diagnostics.covariance import Inputs
 from plywise.arena.diagnostics.layer_record import LayerRecord, euclidean_norm
 from plywise.arena.task import Judge
 from plywise.arena.workload import Workload
-from plywise.data.batches import endless_batches
+from plywise.data.batches import Batch, count_samples, endless_batches
+from plywise.data.models import unwrap_model
 from plywise.data.parts import Data
 from plywise.engine.call import LinearCall
 from plywise.engine.selection import collect_parameters
@@ -111,7 +112,7 @@ class Diagnosis:
 
 
 def diagnose(
-    model: nn.Module, loss: Judge, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int = 0
+    model: nn.Module, loss: Judge, batches: Iterable[tuple[Batch, Batch]], *, seed: int = 0
 ) -> Diagnosis:
     """Look at a model's layers for a few batches. Nothing is trained.
 
@@ -122,7 +123,7 @@ def diagnose(
     Args:
         model: any model; it takes a batch's x.
         loss: outputs and targets to the mean loss, a scalar.
-        batches: pairs (x, y), x (B, ...), on the model's device.
+        batches: pairs (x, y) on the model's device, each a tensor (B, ...) or such in any nesting.
         seed: of what is random in the forward pass.
 
     Raises:
@@ -137,7 +138,8 @@ def diagnose(
         4.0
     """
     network = _copy(getattr(model, "_orig_mod", model))
-    layers = _find_layers(network)
+    own = unwrap_model(network)
+    layers = _find_layers(own)
     records = {name: LayerRecord(module) for name, module, reason in layers if not reason}
     kept = list(batches)
     if not kept:
@@ -147,9 +149,9 @@ def diagnose(
     if records:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             torch.manual_seed(seed)
-            losses = _watch(network, loss, kept, records)
+            losses = _watch(network, own, loss, kept, records)
     mean = statistics.fmean(losses) if losses else None
-    return _summarize(network, layers, records, [len(x) for x, _ in kept], mean)
+    return _summarize(own, layers, records, [count_samples(x) for x, _ in kept], mean)
 
 
 def diagnose_workload(
@@ -239,8 +241,9 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _watch(
     model: nn.Module,
+    own: nn.Module,
     loss: Judge,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Batch, Batch]],
     records: dict[str, LayerRecord],
 ) -> list[float]:
     """Forward and backward for each batch, recorded layer by layer; the losses."""
@@ -253,7 +256,7 @@ def _watch(
         records[call.name].add(call)
 
     losses = []
-    rule = Backprop().attach(model)
+    rule = Backprop().attach(own)
     with rule.observing(record):
         for number, (x, y) in enumerate(batches, 1):
             value = loss(model(x), y)

@@ -22,6 +22,8 @@ from plywise.arena.methods import LEARNER_OF, RULE_OF
 from plywise.arena.methods.rules import tuned_of
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.workload import Workload
+from plywise.data.batches import TARGETS, Batch, clone_batch, count_samples
+from plywise.data.models import call_model, unwrap_model
 from plywise.engine.health import SKIPPED
 from plywise.engine.rule import Rule
 from plywise.errors import NonFiniteError, PlywiseError
@@ -173,7 +175,8 @@ def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext)
 
     Heads, bridges and codes are in it; solving a ridge head's system is no product, and is not.
     """
-    x, y = setting.example, torch.arange(len(setting.example), device=setting.example.device)
+    x, device = setting.example, next(setting.model.parameters()).device
+    y = torch.arange(count_samples(x), device=device)
     plain = copy.deepcopy(setting.model)
     with FlopCounterMode(display=False) as once:
         setting.task.loss(plain(x), y % setting.classes).backward()
@@ -228,22 +231,25 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: T
     return LocalTraining(made, plain=type(made).__name__ not in READERS)
 
 
-def cut(model: nn.Module, k: int, example: Tensor) -> Blocks:
+def cut(model: nn.Module, k: int, example: Batch) -> Blocks:
     """As `plywise.split`, but by counted work in place of measured time: the same cuts every time.
 
     Raises:
         BlockError: see `plywise.split`.
     """
-    Blocks([model], example.clone())  # materialises lazy layers
+    model = unwrap_model(model)
+    with torch.no_grad(), evaluating(model):
+        call_model(model, clone_batch(example), TARGETS)  # materialises lazy layers
     units = units_of(model, example)[0] if k > 1 else []
     if len(units) < k:
         return split(model, k, example)  # one block, or its error, which says why there are not more units
-    work, value = [], example
+    whole = Blocks([assemble(model, unit) for unit in units], clone_batch(example))
+    work, signal = [], whole.begin(example, torch.empty(0))
     with torch.no_grad(), evaluating(model):
-        for unit in units:
+        for block in whole:
             with FlopCounterMode(display=False) as counter:
-                value = assemble(model, unit)(value.clone())
+                signal = replace(signal, s=replace(signal, s=signal.s.clone()).through(block))
             work.append(1 + counter.get_total_flops())
     ranges = balance(work, k)
     starts = [part.start for part in ranges] + [len(units)]
-    return Blocks([assemble(model, join(units[a:b])) for a, b in pairwise(starts)], example.clone())
+    return Blocks([assemble(model, join(units[a:b])) for a, b in pairwise(starts)], clone_batch(example))

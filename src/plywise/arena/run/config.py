@@ -15,6 +15,7 @@ from plywise.arena.run.search import SEARCHES, find_search
 from plywise.arena.workload import Workload
 from plywise.arena.workloads import find_workload
 from plywise.arena.workloads.own import checked_workload, own_workload
+from plywise.data.batches import Split
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
@@ -95,6 +96,9 @@ class WorkloadSpec:
         read: how they are read, see `plywise.data.reading.ReadOptions.parse`.
         loss: ``module:function`` of the user's loss, or empty.
         metric: ``module:function`` of the user's metric, or empty.
+        step: ``module:function`` of the user's step function, or empty.
+        keep_batches: batches that are kept of a stream; None: the reader's.
+        calls: how the model is called (`plywise.arena.workloads.own_calls`), once it is known.
         batch_size: samples a batch; None: the workload's.
         steps: steps of a run; None: the workload's.
         blocks: blocks for local learners; None: the workload's.
@@ -111,17 +115,21 @@ class WorkloadSpec:
     blocks: int | None = None
     classes: int = 0
     read: str = ""
+    step: str = ""
+    keep_batches: int | None = None
+    calls: str = ""
 
     def make(self) -> Workload:
         """The workload; the user's own is made, its data are read, and both are checked."""
         if self.model:
             made = own_workload(
-                self.name,
-                self.model,
-                self.data,
+                *(self.name, self.model, self.data),
                 read=self.read,
                 loss=self.loss,
                 metric=self.metric,
+                step=self.step,
+                batch_size=self.batch_size,
+                keep_batches=self.keep_batches,
                 blocks=self.blocks,
             )
             return self.apply(made)
@@ -131,7 +139,12 @@ class WorkloadSpec:
         """The workload of a settled spec, in another process: nothing is read, made or checked again."""
         if self.model:
             made = checked_workload(
-                self.name, self.model, data, loss=self.loss, metric=self.metric, classes=self.classes
+                *(self.name, self.model, data),
+                loss=self.loss,
+                metric=self.metric,
+                step=self.step,
+                calls=self.calls,
+                classes=self.classes,
             )
             return self.apply(made)
         return self.apply(find_workload(self.name))
@@ -153,8 +166,8 @@ class WorkloadSpec:
         """The spec with nothing left to be found out."""
         if not self.model:
             return self
-        known = {name: getattr(workload, name) for name in ("batch_size", "steps", "blocks", "classes")}
-        return replace(self, **known)
+        names = ("batch_size", "steps", "blocks", "classes", "calls")
+        return replace(self, **{name: getattr(workload, name) for name in names})
 
     def apply(self, workload: Workload) -> Workload:
         """A workload with the spec's settings; the target holds only for its own length and batch size."""
@@ -242,14 +255,14 @@ class ResolvedWorkload:
             PlywiseError: the data cannot be read, or are fewer than a batch.
         """
         data = workload.make_data()
-        size, found = workload.batch_size, len(data.train.y)
-        if size > found:
+        size, found = workload.batch_size, len(data.train)
+        if isinstance(data.train, Split) and size > found:
             raise PlywiseError(
                 f"{workload.name} has {found} training samples, less than a batch of {size}.",
                 see="error-data",
             )
         data.save(file)
-        sizes = {part: len(split.x) for part, split in vars(data).items()}
+        sizes = {name: len(part) for name, part in vars(data).items()}
         return ResolvedWorkload(source, workload, file, sizes, data.fingerprint())
 
     def apply(self, spec: WorkloadSpec) -> ResolvedWorkload:

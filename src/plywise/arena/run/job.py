@@ -16,6 +16,7 @@ from plywise.arena.run.config import TrialSource
 from plywise.arena.run.trial import TrialResult, run_trial
 from plywise.arena.scoring.records import FINAL, Key
 from plywise.arena.workload import Workload
+from plywise.data.batches import Split, clone_batch, list_tensors
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
@@ -56,8 +57,9 @@ class TrialJob:
             data = Data.load(Path(self.data))
             workload = self._shorten(self.source.load(data))
             if self.probe:
-                data = take(data, max(PROBE_SAMPLES, workload.batch_size))
-            data = on(self.device, data)
+                count = max(PROBE_SAMPLES, workload.batch_size)
+                data = Data(*(part.head(count) for part in vars(data).values()))
+            data = data.to(self.device)
             peak.begin(data)
             result = run_trial(
                 lambda: method.make(make_context(workload, data, self)),
@@ -104,7 +106,7 @@ def make_context(workload: Workload, data: Data, job: TrialJob) -> TrialContext:
         task=workload.task,
         numbers=job.numbers,
         steps=workload.steps,
-        example=data.train.x[: min(workload.batch_size, 32)].clone(),
+        example=clone_batch(next(iter(data.train.chunks(min(workload.batch_size, 32))))[0]),
         blocks=workload.blocks,
         classes=workload.classes,
         device=job.device,
@@ -116,19 +118,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def on(device: str, data: Data) -> Data:
-    """The data on a device."""
-    if device == "cpu":
-        return data
-    moved = {name: type(split)(split.x.to(device), split.y.to(device)) for name, split in vars(data).items()}
-    return Data(**moved)
-
-
-def take(data: Data, count: int) -> Data:
-    """The first samples of each set."""
-    return Data(*(type(split)(split.x[:count], split.y[:count]) for split in vars(data).values()))
 
 
 def require_device(device: str) -> None:
@@ -168,8 +157,9 @@ class Peak:
 
     def begin(self, data: Data) -> None:
         """Look at what is there before model and method are made."""
-        for split in vars(data).values():  # pages of a mapped file count once they have been read
-            split.x.sum(), split.y.sum()
+        parts = [part for part in vars(data).values() if isinstance(part, Split)]
+        for tensor in list_tensors([(part.x, part.y) for part in parts]):
+            tensor.sum()  # pages of a mapped file count once they have been read
         self._before = self._forgotten()
 
     def __enter__(self) -> None:

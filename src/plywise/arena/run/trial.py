@@ -14,7 +14,6 @@ from plywise._util.seeded import seeded
 from plywise.arena.method import Trainer
 from plywise.arena.task import Task, mean
 from plywise.data.batches import endless_batches
-from plywise.data.digits import Split
 from plywise.data.parts import Data
 
 DIVERGED_FACTOR = 1e3
@@ -108,9 +107,7 @@ def run_trial(
         try:
             trainer = begin()
             batches = endless_batches(data.train, batch_size, seed)
-            seen = replace(
-                data, train=Split(*(part[:train_eval_size] for part in (data.train.x, data.train.y)))
-            )
+            seen = replace(data, train=data.train.head(train_eval_size))
             rows = min(MOST_ROWS, batch_size)
             _measure(record, trainer, seen, task, 0, (0.0, 0.0), rows)
             cpu = wall = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,10 +13,25 @@ from torch import Tensor, nn
 from plywise._util.modes import evaluating
 from plywise.arena.task import REGRESSION, WHOLE_SET, Judge, Task, WholeSetTask, error_rate, task_of
 from plywise.arena.workload import Workload
-from plywise.data.digits import Split
+from plywise.arena.workloads.own_calls import (
+    GIVE_LOSS,
+    OWN_ERROR,
+    OWN_LOSS,
+    SCORES,
+    STEP,
+    check_step,
+    describe_batch,
+    find_calls,
+    make_called,
+    step_task,
+    wrap_model,
+)
+from plywise.data.batches import Batch, Part, Split, clone_batch, count_samples
+from plywise.data.models import unwrap_model
 from plywise.data.own_data import OwnData
 from plywise.data.parts import Data
 from plywise.data.reading import ReadOptions
+from plywise.data.sources import Reading
 from plywise.errors import BlockError, PlywiseError
 from plywise.local.split import split
 from plywise.registry.resolve import make_model, resolve_data, resolve_function
@@ -35,15 +50,18 @@ def own_workload(
     read: str = "",
     loss: str = "",
     metric: str = "",
+    step: str = "",
     batch_size: int | None = None,
+    keep_batches: int | None = None,
     steps: int | None = None,
     blocks: int | None = None,
 ) -> Workload:
     """A workload of a user's model and data.
 
     The task follows from the targets: classes (N,), tokens (N, T), or floating-point numbers. Numbers (N,)
-    and (N, 1) are taken for the same, as the model's output has them. The model is made and tried on two
-    samples, in eval mode.
+    and (N, 1) are taken for the same, as the model's output has them. A model that takes the targets with a
+    dict of inputs and returns a loss trains by that. The model is made and tried on two samples (or on a
+    batch of a stream), in eval mode.
 
     Args:
         name: what to call it.
@@ -52,7 +70,11 @@ def own_workload(
         read: how they are read, see `plywise.data.reading.ReadOptions.parse`; the rest is guessed.
         loss: ``module:name`` of a function (output, y) to a mean loss, a scalar; empty: the usual one.
         metric: alike, what is judged by, lower is better; empty: the error rate for classes, else the loss.
-        batch_size: samples a batch. Default 128, or all if there are fewer.
+            With ``step`` a function (model, batch).
+        step: ``module:name`` of a function (model, batch) to a mean loss, for models and batches that are
+            called in another way; empty: as the batch shows.
+        batch_size: samples a batch. Default 128, or all if there are fewer. A stream of batches has its own.
+        keep_batches: batches that are kept of a stream. Default 1000.
         steps: steps of a run. Default 1000.
         blocks: blocks for local learners. Default: for classes 4, or as many as the model comes apart into;
             else 0.
@@ -69,26 +91,73 @@ def own_workload(
     options = ReadOptions.parse(read)
     with torch.random.fork_rng(devices=[]):
         network = _made(model)  # before the data, which may take long
-    found = resolve_data(data, options) if isinstance(data, str) else OwnData(data, "read before")
+    if step and loss:
+        raise PlywiseError("A step function gives the loss: leave --loss out.", see="error-command")
+    reading = Reading(options, bool(step), batch_size, keep_batches)
+    found = resolve_data(data, reading) if isinstance(data, str) else OwnData(data, "read before")
     train = found.data.train
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        output = _output(network, model, train.x[:2].clone())
-    fitting = _fitting(found.data, output)
-    task = _task(fitting, loss, metric)
-    _check_outputs(model, output, fitting, task, bool(loss))
-    classes = output.shape[1] if _are_labels(train.y) and output.dim() == 2 else 0
+    calls = find_calls(network, train, step, loss)
+    called = wrap_model(network, calls, step, metric)
+    fitting, classes = found.data, 0
+    if calls in GIVE_LOSS:
+        check_step(step or model, called, train)
+    else:
+        fitting, classes = _check_scores(called, model, found.data, loss, metric)
+    example = clone_batch(next(iter(train.chunks(_EXAMPLE)))[0])
+    how = f"; {HOW[calls]}" if calls else ""
     return replace(
-        checked_workload(name, model, fitting, loss=loss, metric=metric, classes=classes),
-        about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}.",
-        batch_size=min(BATCH_SIZE, len(train.y)) if batch_size is None else batch_size,
+        checked_workload(
+            *(name, model, fitting), loss=loss, metric=metric, step=step, calls=calls, classes=classes
+        ),
+        about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}{how}.",
+        batch_size=min(BATCH_SIZE, len(train)) if batch_size is None else batch_size,
         steps=STEPS if steps is None else steps,
-        blocks=_blocks(network, train.x[:_EXAMPLE].clone(), classes, blocks),
+        blocks=_blocks(called, example, classes, blocks),
         guesses=found.guesses,
     )
 
 
+HOW = {
+    SCORES: "the loss is made of the scores in the model's output",
+    **dict.fromkeys(
+        (OWN_LOSS, OWN_ERROR), "the loss is the one that the model returns (--loss names another)"
+    ),
+    STEP: "the loss is what the step function returns",
+}
+"""What is said of the ways to call a model."""
+
+
+def _check_scores(network: nn.Module, model: str, data: Data, loss: str, metric: str) -> tuple[Data, int]:
+    """Data that fit a model's scores, and the number of classes (0 for other tasks)."""
+    x, _ = next(iter(data.train.chunks(2)))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        output = _output(network, model, clone_batch(x))
+    fitting = _fitting(data, output)
+    task = _task(fitting, loss, metric)
+    _check_outputs(model, output, fitting, task, bool(loss))
+    is_labelled = _are_labels(_targets(fitting.train)) and output.dim() == 2
+    return fitting, output.shape[1] if is_labelled else 0
+
+
+def _targets(part: Part) -> Tensor:
+    """The targets of a part, or of its first batches, where those of a stream are not of one shape."""
+    if isinstance(part, Split):
+        targets: Tensor = part.y
+        return targets
+    targets = next(iter(part.chunks(2)))[1]
+    return targets if targets.dim() > 1 else torch.cat([y for _, y in part.chunks(2)])
+
+
 def checked_workload(
-    name: str, model: str, data: Data, *, loss: str = "", metric: str = "", classes: int = 0
+    name: str,
+    model: str,
+    data: Data,
+    *,
+    loss: str = "",
+    metric: str = "",
+    step: str = "",
+    calls: str = "",
+    classes: int = 0,
 ) -> Workload:
     """A workload that `own_workload` has checked: the model is not made, and the data are taken as they are.
 
@@ -98,6 +167,8 @@ def checked_workload(
         data: what the checked workload's ``make_data`` gave.
         loss: as for `own_workload`.
         metric: alike.
+        step: alike.
+        calls: of the checked workload.
         classes: of the checked workload.
 
     Raises:
@@ -108,9 +179,13 @@ def checked_workload(
         >>> checked_workload("mine", "module:model", make_data()).task.metric_name
         'mean squared error'
     """
-    task = _task(data, loss, metric)
+    is_step = calls in GIVE_LOSS
+    task = step_task(calls, metric) if is_step else _task(data, loss, metric)
+    make = partial(make_called, model, calls, step, metric if is_step else "") if calls else None
     return Workload(
-        name, f"{model}, checked before.", partial(make_model, model), lambda: data, task, classes=classes
+        *(name, f"{model}, checked before.", make or partial(make_model, model), lambda: data, task),
+        classes=classes,
+        calls=calls,
     )
 
 
@@ -134,15 +209,20 @@ def _made(address: str) -> nn.Module:
     return second
 
 
-def _output(network: nn.Module, address: str, x: Tensor) -> Tensor:
+def _output(network: nn.Module, address: str, x: Batch) -> Tensor:
     """What the network says to two samples, in eval mode; every part of it is in its own mode afterwards."""
+    samples = count_samples(x)
     try:
         with evaluating(network):
             output = network(x)
+    except PlywiseError:
+        raise
     except Exception as error:
+        is_plain = isinstance(x, Tensor)
+        what = f"{x.dtype} and shape {tuple(x.shape)}" if is_plain else describe_batch(x)
+        count = "two" if samples == 2 else samples
         raise PlywiseError(
-            f"{address} fails on two inputs of {x.dtype} and shape {tuple(x.shape)}: {type(error).__name__}: "
-            f"{error}.",
+            f"{address} fails on {count} inputs of {what}: {type(error).__name__}: {error}.",
             see="error-address",
         ) from error
     if not isinstance(output, Tensor):
@@ -150,9 +230,9 @@ def _output(network: nn.Module, address: str, x: Tensor) -> Tensor:
             f"{address} gives a {type(output).__name__}, not one tensor with a row a sample.",
             see="error-address",
         )
-    if output.dim() == 0 or len(output) != len(x):
+    if output.dim() == 0 or len(output) != samples:
         raise PlywiseError(
-            f"{address} gives an output of shape {tuple(output.shape)} for {len(x)} samples.",
+            f"{address} gives an output of shape {tuple(output.shape)} for {samples} samples.",
             see="error-address",
         )
     if not bool(torch.isfinite(output).all()):
@@ -162,15 +242,24 @@ def _output(network: nn.Module, address: str, x: Tensor) -> Tensor:
 
 def _fitting(data: Data, output: Tensor) -> Data:
     """The data, numbers in a row or a column as the output has them: (N,) against (N, 1) would broadcast."""
-    y = data.train.y
-    shape = output.shape[1:]
-    if not y.is_floating_point() or y.shape[1:] == shape or {y.shape[1:], shape} != {(), (1,)}:
+    y, shape = _targets(data.train), output.shape[1:]
+    if (
+        not isinstance(data.train, Split)
+        or not y.is_floating_point()
+        or y.shape[1:] == shape
+        or {y.shape[1:], shape} != {(), (1,)}
+    ):
         return data
     return Data(*(Split(part.x, part.y.reshape(-1, *shape)) for part in vars(data).values()))
 
 
 def _task(data: Data, loss: str, metric: str) -> Task:
-    y = data.train.y
+    task = _task_of_targets(_targets(data.train), loss, metric)
+    is_tensor = isinstance(next(iter(data.train.chunks(2)))[0], Tensor)
+    return task if is_tensor else replace(task, losses=None)  # those are differentiated by the input
+
+
+def _task_of_targets(y: Tensor, loss: str, metric: str) -> Task:
     if not loss:
         task = task_of(y)
     else:
@@ -197,7 +286,7 @@ def _are_one_hot(y: Tensor) -> bool:
 
 
 def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss: bool) -> None:
-    y = data.train.y
+    y = _targets(data.train)
     if not own_loss and _are_one_hot(y):
         raise PlywiseError(
             f"The targets are one-hot: of {y.shape[1]} numbers a sample, one is 1. Give classes as whole "
@@ -214,12 +303,13 @@ def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss:
         _check_classes(model, output, data)
     _check_judge(task.loss, "loss", output, y[: len(output)])
     if isinstance(task, WholeSetTask):  # two samples are no set
-        output, y = output[:1].expand(len(data.validation.y), *output.shape[1:]), data.validation.y
+        y = _targets(data.validation)
+        output = output[:1].expand(len(y), *output.shape[1:])
     _check_judge(task.metric, "metric", output, y[: len(output)])
 
 
 def _check_classes(model: str, output: Tensor, data: Data) -> None:
-    y = data.train.y
+    y = _targets(data.train)
     if output.shape[1:-1] != y.shape[1:] or output.dim() == 1:
         wanted = ", ".join(map(str, (*y.shape[1:], "classes")))
         raise PlywiseError(
@@ -228,13 +318,17 @@ def _check_classes(model: str, output: Tensor, data: Data) -> None:
             see="error-data",
         )
     outputs = output.shape[-1]
-    largest = max(int(part.y.max()) for part in vars(data).values())
+    largest = max(int(y.max()) for part in vars(data).values() for y in _all_targets(part))
     if largest >= outputs:
         raise PlywiseError(
             f"{model} has {outputs} output{'s' if outputs > 1 else ''}, and targets go up to {largest}: "
             f"it needs {largest + 1}. If these are numbers to predict, make them floating-point.",
             see="error-data",
         )
+
+
+def _all_targets(part: Part) -> Iterator[Tensor]:
+    return iter([part.y]) if isinstance(part, Split) else (y for _, y in part.chunks(2))
 
 
 def _check_judge(judge: Callable[..., Any], what: str, output: Tensor, y: Tensor) -> None:
@@ -257,8 +351,9 @@ def _check_judge(judge: Callable[..., Any], what: str, output: Tensor, y: Tensor
         )
 
 
-def _blocks(network: nn.Module, example: Tensor, classes: int, wanted: int | None) -> int:
+def _blocks(network: nn.Module, example: Batch, classes: int, wanted: int | None) -> int:
     """How many blocks the network is cut into; what was asked for must be possible."""
+    network = unwrap_model(network)
     if wanted is not None:
         if wanted > 0:
             split(network, wanted, example)

@@ -66,6 +66,16 @@ class ElementwiseAffine(LinearMap):
             return a * weight.reshape(1, -1, *[1] * (a.dim() - 2))
         return (a.reshape(-1, self.groups) * weight.reshape(-1)).reshape(a.shape)
 
+    def row_axes(self, delta: Tensor) -> int:
+        """All before the features."""
+        if self.axis == 1:
+            return 1
+        axes, features = delta.dim(), 1
+        while axes and features < self.groups:
+            axes -= 1
+            features *= delta.shape[axes]
+        return axes
+
     def row_count(self, delta: Tensor) -> int:
         """Entries of one feature."""
         return delta.numel() // max(self.groups, 1)
@@ -101,6 +111,10 @@ class Bilinear(LinearMap):
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         """Rows in the shape of the output."""
         return rows.reshape(like.shape)
+
+    def row_axes(self, delta: Tensor) -> int:
+        """All but the outputs."""
+        return delta.dim() - 1
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
         """The products times the flattened weights."""

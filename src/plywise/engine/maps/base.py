@@ -85,6 +85,10 @@ class LinearMap(ABC):
         """``d``, the number of inputs that one output of a group reads."""
         return weight[0].numel()
 
+    def row_axes(self, delta: Tensor) -> int:
+        """How many leading dimensions of input and output may count rows that a mask can leave out."""
+        return 1
+
     def row_count(self, delta: Tensor) -> int:
         """``n``, the number of rows in this batch, from the gradient at the output."""
         return delta.numel() // max(delta.shape[-1], 1)

@@ -26,6 +26,10 @@ class Embedding(LinearMap):
     groups: ClassVar[int] = 1  # type: ignore[misc]
     diagonal: ClassVar[bool] = True
 
+    def row_axes(self, delta: Tensor) -> int:
+        """All of the indices'."""
+        return delta.dim() - 1
+
     def cast(self, a: Tensor, dtype: torch.dtype) -> Tensor:
         """Indices stay indices."""
         return a

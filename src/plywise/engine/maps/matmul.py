@@ -35,6 +35,10 @@ class MatrixProduct(LinearMap):
         """Rows in the shape of the output."""
         return rows.reshape(like.shape)
 
+    def row_axes(self, delta: Tensor) -> int:
+        """All but the features."""
+        return delta.dim() - 1
+
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """``ΔᵀA``."""
         if delta.dim() != 2:
@@ -98,6 +102,10 @@ class BatchedProduct(LinearMap):
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
         """``a Wᵀ`` of each expert."""
         return a.bmm(weight.reshape(self.groups, -1, a.shape[2]).mT)
+
+    def row_axes(self, delta: Tensor) -> int:
+        """None: which token is where is not known."""
+        return 0
 
     def row_count(self, delta: Tensor) -> int:
         """Rows of one expert."""

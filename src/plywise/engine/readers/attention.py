@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from plywise.engine.capture import Capture
+from plywise.engine.masked_rows import inside_attention
 
 
 def rebind(function: Any, **replacements: Any) -> Any:
@@ -28,5 +29,6 @@ _attend = rebind(F.multi_head_attention_forward, has_torch_function=lambda tenso
 
 def read_attention(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.multi_head_attention_forward`` with the calls inside it captured."""
-    with capture.entered():
+    query = args[0] if args else kwargs["query"]
+    with capture.entered(), inside_attention(query, capture.local.innermost):
         return _attend(*args, **kwargs)

@@ -1,0 +1,172 @@
+"""How a model is called with a batch, and what of its output counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plywise.data.batches import TARGETS, Batch
+from plywise.engine.masked_rows import rows
+from plywise.errors import PlywiseError
+
+Step = Callable[[nn.Module, Batch], Any]
+"""A model and a batch to a number: the loss to descend, or a metric."""
+
+OUTPUTS = ("logits", "prediction_logits", "last_hidden_state", "sample", "out")
+"""Attributes or keys of a model's output that are its scores, the first that is there."""
+
+
+def call_model(model: nn.Module, x: Batch, without: tuple[str, ...] = ()) -> Any:
+    """A model's output for a batch's inputs: a mapping by name, a tuple by place, all else as one argument.
+
+    Of a mapping, entries that the forward does not take are left out, and so are those called ``without``. A
+    mapping with one entry left is given alone where the forward knows no such name. Where the mapping has an
+    ``attention_mask`` (N, T), positions where it is 0 are left out of rules' statistics (`plywise.rows`).
+
+    Raises:
+        PlywiseError: the forward takes none of the entries.
+    """
+    if isinstance(x, tuple) and not hasattr(x, "_fields"):
+        return model(*x)
+    if not isinstance(x, Mapping):
+        return model(x)
+    given = {name: value for name, value in x.items() if name not in without}
+    mask = find_mask(x)
+    with nullcontext() if mask is None else rows(mask):
+        taken = _find_taken(model, given)
+        if taken:
+            return model(**taken)
+        if len(given) == 1:
+            return model(next(iter(given.values())))
+    raise PlywiseError(
+        f"{type(model).__name__} takes none of the entries {', '.join(map(str, x))} by name. Call them as "
+        "its forward does, or give --step with a function step(model, batch) that calls it.",
+        see="error-address",
+    )
+
+
+def find_mask(x: Batch) -> Tensor | None:
+    """The mask of the positions that count, (N, T), where a batch's inputs have one."""
+    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _find_taken(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return dict(given)
+    names = {one.name for one in parameters if one.kind is not one.VAR_POSITIONAL}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def find_scores(output: Any) -> Any:
+    """The scores in a model's output: ``.logits`` or another of `OUTPUTS`, the first of a tuple, or itself.
+
+    A first entry without dimensions is a loss, which models put before their scores.
+    """
+    if isinstance(output, Tensor):
+        return output
+    entries = _entries(output)
+    for name in OUTPUTS:
+        if isinstance(entries.get(name), Tensor):
+            return entries[name]
+    tensors = [value for value in entries.values() if isinstance(value, Tensor) and value.dim()]
+    return tensors[0] if tensors else output
+
+
+def find_loss(output: Any) -> Tensor | None:
+    """The loss that a model has made itself: ``.loss``, a first number of a tuple, or a number alone."""
+    if isinstance(output, Tensor):
+        return output if output.dim() == 0 else None
+    entries = _entries(output)
+    loss = entries.get("loss", entries.get("0"))
+    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
+
+
+def _entries(output: Any) -> dict[str, Any]:
+    if isinstance(output, Mapping):
+        return {str(key): value for key, value in output.items()}
+    if isinstance(output, tuple | list):
+        names = getattr(output, "_fields", map(str, range(len(output))))
+        return dict(zip(names, output, strict=True))
+    if dataclasses.is_dataclass(output):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return dict(getattr(output, "__dict__", {}))
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """A step function for models that return their own loss, given the targets with the rest.
+
+    Raises:
+        PlywiseError: the model returned none.
+    """
+    loss = find_loss(call_model(model, batch))
+    if loss is None:
+        raise PlywiseError(f"{type(model).__name__} returned no loss.", see="error-address")
+    return loss
+
+
+def own_error(model: nn.Module, batch: Batch) -> Tensor:
+    """The error rate of a model of classes that takes the targets (N,) with the rest."""
+    y: Tensor = next(batch[name] for name in TARGETS if name in batch)
+    scores: Tensor = find_scores(call_model(model, batch))
+    return scores.argmax(1).ne(y).float().mean()
+
+
+class ScoresModel(nn.Module):
+    """A model whose inputs may be any batch, and whose output is its scores, one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Batch) -> Any:
+        """Scores of the inputs."""
+        return find_scores(call_model(self.model, x, TARGETS))
+
+
+class StepModel(nn.Module):
+    """A model whose forward is a step function: the loss of a batch; in eval mode loss and metric, (2,).
+
+    So whatever trains a model by a loss of its output trains by a step function, too.
+    """
+
+    def __init__(self, model: nn.Module, step: Step, metric: Step | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._step, self._metric = step, metric
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of a batch, and in eval mode the metric."""
+        loss = _as_number(self._step(self.model, batch), self._step)
+        if self.model.training:
+            return loss
+        metric = loss if self._metric is None else _as_number(self._metric(self.model, batch), self._metric)
+        return torch.stack([loss, metric.to(loss)])
+
+
+def _as_number(value: Any, function: Step) -> Tensor:
+    value = torch.as_tensor(value) if isinstance(value, int | float) else value
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value
+    found = (
+        f"a tensor of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )
+    raise PlywiseError(
+        f"{getattr(function, '__name__', 'The step function')} returned {found}; it must return one number, "
+        "the mean over the batch.",
+        see="error-address",
+    )
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The user's own model."""
+    return model.model if isinstance(model, ScoresModel | StepModel) else model

@@ -1,0 +1,247 @@
+"""What a user's function gives as data: arrays, Datasets, loaders, streams; each becomes a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from plywise._util.files import ScratchFolder
+from plywise.data.arrays import read_nested
+from plywise.data.batches import (
+    Batch,
+    BatchWriter,
+    Part,
+    Split,
+    StoredBatches,
+    count_samples,
+    join_target,
+    list_tensors,
+    split_target,
+)
+from plywise.data.reading import Reader, ReadOptions
+from plywise.errors import PlywiseError
+
+MOST_BATCHES = 1000
+"""Batches that are kept of a stream, unless more are asked for."""
+BATCH_SIZE = 128
+"""Samples in a batch of a stream of samples, unless told."""
+NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+"""Keys of a dict of parts."""
+RETURNS = (
+    "(x, y), (x, y, x_test, y_test) or three pairs (x, y) for training, validation and test; a torch or "
+    "Hugging Face Dataset, a DataLoader, or an iterable of batches may stand for each (x, y), and a dict may "
+    "name the parts train, validation and test"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data are read.
+
+    Attributes:
+        options: what is not to be guessed.
+        whole: whether a step function takes whole batches, as they come.
+        batch_size: samples in a batch of a stream of samples; None for 128.
+        most: batches that are kept of a stream; None for 1000.
+    """
+
+    options: ReadOptions = field(default_factory=ReadOptions)
+    whole: bool = False
+    batch_size: int | None = None
+    most: int | None = None
+
+
+def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict[str, Part]:
+    """The parts in what a user's function returned.
+
+    Raises:
+        PlywiseError: they are in none of the forms of `RETURNS`, or their values are no numbers.
+    """
+    if isinstance(made, Mapping):
+        if made and set(made) <= set(NAMES):
+            return {
+                NAMES[key]: _read_one(f"{address}, {key}", thing, reading, reader)
+                for key, thing in made.items()
+            }
+        return {"train": _read_one(address, made, reading, reader)}
+    if is_source(made):
+        return {"train": _read_one(f"{address}, train", made, reading, reader)}
+    things = list(made) if isinstance(made, tuple | list) else []
+    sources = [is_source(thing) for thing in things]
+    if things and all(sources) and len(things) <= 3:
+        pairs = things
+    elif len(things) in (2, 4) and not any(sources):
+        pairs = [(things[i], things[i + 1]) for i in range(0, len(things), 2)]
+    elif len(things) == 3 and all(is_source(thing) or _is_pair(thing) for thing in things):
+        pairs = things
+    else:
+        found = f"{len(things)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
+        raise PlywiseError(f"{address} returned {found}; it must return {RETURNS}.", see="error-data")
+    names = {1: ("train",), 2: ("train", "test"), 3: ("train", "validation", "test")}[len(pairs)]
+    return {
+        name: _read_one(f"{address}, {name}", pair, reading, reader)
+        for name, pair in zip(names, pairs, strict=True)
+    }
+
+
+def is_source(thing: Any) -> bool:
+    """Whether something holds samples or gives batches, and is no array or nesting of such."""
+    if isinstance(thing, Dataset | DataLoader):
+        return True
+    arrays = isinstance(thing, Tensor | list | tuple | Mapping | str | bytes) or hasattr(thing, "__array__")
+    return isinstance(thing, Iterable) and not arrays
+
+
+def _is_pair(thing: Any) -> bool:
+    return isinstance(thing, tuple | list) and len(thing) == 2
+
+
+def _read_one(what: str, thing: Any, reading: Reading, reader: Reader) -> Part:
+    """One part."""
+    if isinstance(thing, Mapping):
+        return _make_split(*split_target(thing), what, reading, reader)
+    if not is_source(thing):
+        return _make_split(thing[0], thing[1], what, reading, reader)
+    if hasattr(thing, "with_format") and hasattr(thing, "features"):  # of Hugging Face's datasets
+        thing = thing.with_format("torch")
+        if hasattr(thing, "column_names") and hasattr(thing, "__len__"):
+            return _make_split(*split_target(_columns(thing, what)), what, reading, reader)
+    if isinstance(thing, DataLoader) or not isinstance(thing, Dataset):
+        return _store(thing, what, reading, reader)
+    if isinstance(thing, IterableDataset):
+        return _store(DataLoader(thing, reading.batch_size or BATCH_SIZE), what, reading, reader)
+    if isinstance(thing, TensorDataset) and len(thing.tensors) == 2:
+        return _make_split(*thing.tensors, what, reading, reader)
+    return _make_split(*split_target(_stack(thing, what)), what, reading, reader)
+
+
+def _columns(dataset: Any, what: str) -> dict[str, Any]:
+    """The columns of a Hugging Face Dataset that hold numbers."""
+    kept: dict[str, Any] = {}
+    for name, values in dataset[:].items():
+        if isinstance(values, Tensor):
+            kept[name] = values
+        elif isinstance(values, list) and values and isinstance(values[0], Tensor):
+            raise PlywiseError(
+                f"{what}: the samples of column {name!r} have different lengths. Pad them, or give a "
+                "DataLoader with a collate_fn that does.",
+                see="error-data",
+            )
+    return kept
+
+
+def _stack(dataset: Any, what: str) -> Batch:
+    """All samples of a Dataset as one batch."""
+    if not hasattr(dataset, "__len__"):
+        raise PlywiseError(
+            f"{what}: a {type(dataset).__name__} has no length; give a Dataset that has one.",
+            see="error-data",
+        )
+    samples = [dataset[index] for index in range(len(dataset))]
+    if not samples or isinstance(samples[0], Tensor) or split_target(samples[0])[1] is None:
+        raise PlywiseError(
+            f"{what}: a {type(dataset).__name__} must hold samples, each a pair (x, y), or a dict with "
+            "labels.",
+            see="error-data",
+        )
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        raise PlywiseError(
+            f"{what}: the samples of a {type(dataset).__name__} cannot be stacked ({error}). If they differ "
+            "in length, give a DataLoader with a collate_fn that pads them.",
+            see="error-data",
+        ) from error
+
+
+# ---- streams -------------------------------------------------------------------------------------
+
+
+def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) -> StoredBatches:
+    """The batches of a stream, written to files as they come."""
+    folder = ScratchFolder("plywise-batches-")
+    writer, most = BatchWriter(folder.path), reading.most or MOST_BATCHES
+    stream = iter(batches)
+    left_out: set[str] = set()
+    try:
+        for number, batch in enumerate(islice(stream, most), 1):
+            writer.write(*_read_batch(batch, f"{what}, batch {number}", reading, reader, left_out))
+    except OSError as error:
+        raise PlywiseError(
+            f"{what}: after {len(writer)} batches there is no room in {folder.path} ({error}); TMPDIR may "
+            "name a folder with more.",
+            see="error-data",
+        ) from error
+    kind = type(getattr(batches, "dataset", batches)).__name__
+    if not len(writer):
+        raise PlywiseError(f"{what}: a {kind} gave no batch.", see="error-data")
+    more = len(writer) == most and next(iter(stream), None) is not None
+    notes = [f"the first {most:,} batches of a longer stream (--keep-batches says how many)"] if more else []
+    notes += [f"without {', '.join(sorted(left_out))}, which is no number"] if left_out else []
+    return writer.finish(folder, "; ".join(notes))
+
+
+def _read_batch(
+    batch: Any, what: str, reading: Reading, reader: Reader, left_out: set[str]
+) -> tuple[Batch, Batch]:
+    """Inputs and targets of a batch as it came."""
+    if isinstance(batch, Mapping) and not reading.whole:
+        left_out |= {key for key, value in batch.items() if _is_text(value)}
+        batch = {key: value for key, value in batch.items() if key not in left_out}
+    x, y = (batch, None) if isinstance(batch, Tensor) else split_target(batch)
+    part = _make_split(x, y, what, reading, reader)
+    return part.x, part.y
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and any(isinstance(v, str) for v in value)
+    )
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def _make_split(x: Any, y: Any, what: str, reading: Reading, reader: Reader) -> Split:
+    """Inputs and targets of one part or one batch, checked."""
+    if reading.whole:
+        return _make_whole(join_target(x, y) if y is not None else x, what)
+    if y is None:
+        raise PlywiseError(
+            f"{what}: there is no target. A batch is (x, y), or a dict with labels; for anything else give "
+            "--step.",
+            see="error-data",
+        )
+    inputs, targets = read_nested(x, what, reader.inputs), reader.targets(y, what)
+    if isinstance(x, Mapping):  # the model may want them with the rest
+        inputs |= {key: targets for key, value in x.items() if value is y}
+    if count_samples(inputs) != count_samples(targets):
+        raise PlywiseError(
+            f"{what}: there are {count_samples(inputs)} inputs and {count_samples(targets)} targets.",
+            see="error-data",
+        )
+    if count_samples(inputs) == 0:
+        raise PlywiseError(f"{what}: there is no sample.", see="error-data")
+    return Split(inputs, targets)
+
+
+def _make_whole(batch: Any, what: str) -> Split:
+    """A batch for a step function: as it came, arrays as tensors."""
+    whole = read_nested(batch, what, None)
+    tensors = list_tensors(whole)
+    if not tensors:
+        raise PlywiseError(f"{what}: a {type(batch).__name__} holds no tensor.", see="error-data")
+    return Split(whole, torch.zeros(count_samples(whole)))

@@ -1,0 +1,134 @@
+"""Data for `plywise train` and `plywise pipeline`, and what kind of targets they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from plywise.data.batches import Part, Split
+from plywise.data.own_data import Parts
+from plywise.data.parts import digest_of
+from plywise.data.reading import IGNORED
+from plywise.errors import PlywiseError
+
+CLASSES, TOKENS, LABELS, NUMBERS, WHOLE = "classes", "tokens", "labels", "numbers", "whole batches"
+"""Kinds of targets: classes (N,), tokens (N, T), zeros and ones (N, C), numbers, or a step function's."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Data to train on, and perhaps to judge by.
+
+    Attributes:
+        train: what is trained on.
+        test: what the result is judged on, if there is any.
+        kind: what the targets are.
+        outputs: scores of a sample (of a position, for tokens): one more than the largest class, labels, or
+            numbers; 0 for whole batches.
+        note: what was chosen for the user, in sentences; empty if nothing was.
+    """
+
+    train: Part
+    test: Part | None
+    kind: str
+    outputs: int
+    note: str = ""
+
+    def fingerprint(self) -> str:
+        """A digest of every value: other data have another one."""
+        return digest_of(part for part in (self.train, self.test) if part is not None)
+
+
+def take_training_data(address: str, parts: Parts, is_whole: bool = False) -> TrainingData:
+    """Data for training, of the parts that were read.
+
+    The result is judged on the test part; on the validation part if there is no other.
+
+    Args:
+        address: what they are called in errors.
+        parts: what `plywise.data.own_data.read_parts` has read.
+        is_whole: whether they are whole batches, for a step function.
+
+    Raises:
+        PlywiseError: the targets are of no kind that is known.
+    """
+    name = next((name for name in ("test", "validation") if name in parts), "")
+    train, test = parts["train"], parts.get(name)
+    notes = [*parts.guesses, *_note_parts(parts)]
+    if is_whole:
+        return TrainingData(train, test, WHOLE, 0, "\n".join(notes))
+    kind = _find_kind(address, train)
+    if kind == LABELS:
+        notes.append("Targets of zeros and ones are labels, several of which a sample may have.")
+    both = [part for part in (train, test) if part is not None]
+    return TrainingData(train, test, kind, _count_outputs(kind, both), "\n".join(notes))
+
+
+def _note_parts(parts: Parts) -> list[str]:
+    if "validation" not in parts:
+        return []
+    if "test" in parts:
+        return ["The validation part is not used: training has nothing to choose by it."]
+    return ["The result is judged on the validation part, since there is no test part."]
+
+
+def _targets(part: Part) -> Iterator[Tensor]:
+    return iter([part.y]) if isinstance(part, Split) else (y for _, y in part.chunks(1))
+
+
+def _find_kind(address: str, train: Part) -> str:
+    y = next(_targets(train))
+    if not y.is_floating_point():
+        if y.dim() in (1, 2):
+            return CLASSES if y.dim() == 1 else TOKENS
+    elif y.dim() == 2 and y.shape[1] > 1 and all(bool(((t == 0) | (t == 1)).all()) for t in _targets(train)):
+        return LABELS
+    elif y.dim() in (1, 2):
+        return NUMBERS
+    raise PlywiseError(
+        f"{address}, train: targets are classes (N,), tokens (N, T), labels (N, C) of zeros and ones, or "
+        f"numbers (N,) or (N, d); these are {y.dtype} of shape {tuple(y.shape)}.",
+        see="error-data",
+    )
+
+
+def _count_outputs(kind: str, parts: list[Part]) -> int:
+    if kind in (CLASSES, TOKENS):
+        return 1 + max(int(y.max()) for part in parts for y in _targets(part))
+    y = next(_targets(parts[0]))
+    return 1 if y.dim() == 1 else y.shape[1]
+
+
+# ---- losses and judgements ------------------------------------------------------------------------
+
+
+def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """Cross entropy of scores (N, C) with classes (N,), or (N, T, C) with tokens (N, T), -100 ignored."""
+    return F.cross_entropy(output.flatten(0, -2), y.flatten(), ignore_index=IGNORED)
+
+
+def squared_error(output: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error; numbers (N,) and (N, 1) are the same."""
+    return F.mse_loss(output.reshape(y.shape), y)
+
+
+LOSSES = {
+    CLASSES: F.cross_entropy,
+    TOKENS: cross_entropy,
+    LABELS: F.binary_cross_entropy_with_logits,
+    NUMBERS: squared_error,
+}
+"""The usual loss of each kind of targets."""
+
+
+def count_right(kind: str, output: Tensor, y: Tensor) -> tuple[float, float]:
+    """What a judgement sums up over a set, and over how many: right answers, or squared errors."""
+    if kind == NUMBERS:
+        return float((output.reshape(y.shape) - y).square().sum()), float(y.numel())
+    if kind == LABELS:
+        return float(((output > 0) == (y > 0.5)).sum()), float(y.numel())
+    known = y != IGNORED
+    return float(((output.argmax(-1) == y) & known).sum()), float(known.sum())

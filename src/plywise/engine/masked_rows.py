@@ -1,0 +1,233 @@
+"""Rows that do not count: padded positions and ignored targets stay out of a rule's statistics.
+
+`rows(mask)` surrounds a forward. Each call that is captured in it remembers the masks (a node of autograd's
+graph is made in the forward, while its backward may run anywhere), and in backward the rule sees the call
+without the rows that its mask leaves out.
+"""
+
+import fnmatch
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plywise.engine.call import LinearCall
+from plywise.engine.maps.base import thin_axes
+from plywise.errors import PlywiseError
+
+LEFT_OUT = "rows that the mask leaves out have a gradient"
+"""Event of a layer whose masked rows are reached by the loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowMask:
+    """Which rows count.
+
+    Attributes:
+        mask: true where a row counts, (N,), (N, T), ...
+        layers: patterns of the names of layers that it is for; empty for all.
+    """
+
+    mask: Tensor
+    layers: tuple[str, ...] = ()
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """Places of the rows that count among all, in order."""
+        return self.mask.reshape(-1).nonzero().squeeze(1)
+
+    @cached_property
+    def samples(self) -> int:
+        """Samples, along the first dimension, with a row that counts."""
+        return int(self.mask.reshape(len(self.mask), -1).any(1).sum())
+
+    @cached_property
+    def transposed(self) -> "RowMask":
+        """The mask for calls inside of which batch and positions are exchanged."""
+        return RowMask(self.mask.transpose(0, 1), self.layers) if self.mask.dim() > 1 else self
+
+    def fits(self, name: str) -> bool:
+        """Whether it is for a layer of this name."""
+        return not self.layers or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.layers)
+
+
+class _Active(threading.local):
+    masks: tuple[RowMask, ...] = ()
+
+
+_active = _Active()
+
+
+@contextmanager
+def rows(mask: Tensor, *, layers: str | Sequence[str] | None = None) -> Iterator[None]:
+    """Keep rows out of the statistics of every rule in this forward: padded positions, ignored targets.
+
+    A rule then moves a layer as if these rows were not in the batch. Rows count where a layer's input is of
+    shape (*mask.shape, ...), or has the same rows flattened into one dimension; inputs of other shapes (a
+    pooled token) keep all their rows, and `explain` says of each layer how many have counted. Inside
+    attention with ``batch_first``, which exchanges batch and positions, so does the mask. Convolutions take
+    masks of samples, (N,), only; experts take none.
+
+    The plain gradient of a masked row should be zero: the loss does not reach padding. Where it is not, a
+    rule of one batch leaves it out of the update, and says so once; a rule with memory keeps it, since only
+    its statistics come from rows. Masks of ignored targets are therefore for the layers after which
+    positions do not mix any more: name them by ``layers``.
+
+    Masks may be nested: a call takes the innermost one that is for its layer and of its shape. The backward
+    may run outside. A checkpoint with ``use_reentrant=True`` runs calls again in backward: surround it, too.
+
+    Args:
+        mask: true (or not 0) where a row counts: (N,) for samples, (N, T) for positions, in the order of the
+            model's own dimensions.
+        layers: names of the layers that it is for, with wildcards as in ``"decoder.*"``. Default all.
+
+    Raises:
+        PlywiseError: the mask has no dimension.
+
+    Example:
+        >>> import torch, plywise as pw
+        >>> model = torch.nn.Linear(3, 2)
+        >>> rule = pw.ProxProp().attach(model)
+        >>> x = torch.randn(4, 5, 3)
+        >>> mask = torch.arange(5) < torch.tensor([[5], [3], [2], [5]])
+        >>> with pw.rows(mask):
+        ...     loss = model(x)[mask].square().mean()
+        >>> loss.backward()
+        >>> rule.detach()
+    """
+    if not isinstance(mask, Tensor) or mask.dim() == 0:
+        raise PlywiseError("A mask of rows is a tensor of shape (N,), (N, T), ..., true where a row counts.")
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers or ())
+    before = _active.masks
+    _active.masks = (*before, RowMask(mask.detach() != 0, patterns))
+    try:
+        yield
+    finally:
+        _active.masks = before
+
+
+def active_masks() -> tuple[RowMask, ...]:
+    """The masks around the forward that runs in this thread, the innermost last."""
+    return _active.masks
+
+
+@contextmanager
+def inside_attention(query: Any, module: nn.Module | None) -> Iterator[None]:
+    """Masks as attention's own calls see them, (T, N): `nn.MultiheadAttention` exchanges batch first."""
+    before = _active.masks
+    if not before or not isinstance(query, Tensor) or query.dim() != 3:
+        yield
+        return
+    batch_first = getattr(module, "batch_first", None)
+
+    def turn(one: RowMask) -> RowMask:
+        exchanged = query.shape[:2] != one.mask.shape[:2] if batch_first is None else batch_first
+        return one.transposed if exchanged else one
+
+    _active.masks = tuple(map(turn, before))
+    try:
+        yield
+    finally:
+        _active.masks = before
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of one call that count.
+
+    Attributes:
+        mask: which.
+        axes: how many leading dimensions of the call's input and output they lie in.
+    """
+
+    mask: RowMask
+    axes: int
+
+    @property
+    def places(self) -> Tensor:
+        """Places of the rows that count."""
+        return self.mask.kept
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The rows that count, (n, ...)."""
+        return self._flatten(tensor).index_select(0, self.places.to(tensor.device))
+
+    def put(self, whole: Tensor, kept: Tensor) -> Tensor:
+        """A copy of ``whole`` with these rows in it."""
+        flat = self._flatten(whole).clone(memory_format=torch.contiguous_format)
+        return flat.index_copy_(0, self.places.to(whole.device), kept.to(whole)).reshape(whole.shape)
+
+    def _flatten(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, *tensor.shape[self.axes :])
+
+    def keep(self, call: LinearCall) -> LinearCall:
+        """The call without the rows that do not count."""
+        is_whole = self.axes == self.mask.mask.dim()
+        return replace(
+            call,
+            a=self.take(call.a),
+            delta=self.take(call.delta),
+            samples=self.mask.samples if is_whole else len(self.places),
+            thin=partial(self.thin, call.a) if is_whole and self.axes > 1 else None,
+        )
+
+    def thin(self, a: Tensor, every: int, turn: int) -> Tensor:
+        """About every ``every``-th position along each axis, and of those the rows that count."""
+        slices = (slice(None), *thin_axes(a.shape[1:-1], every, turn))
+        mask = self.mask.mask[slices[: self.axes]].to(a.device)
+        return self._flatten(a[slices])[mask.reshape(-1)]
+
+    def has_left_out(self, delta: Tensor) -> bool:
+        """Whether a row that does not count has a gradient."""
+        return bool(self.put(delta, torch.zeros_like(self.take(delta))).any())
+
+
+def find_kept(node: Any, delta: Tensor, a: Tensor | None = None) -> KeptRows | None:
+    """The rows of a call that count by the innermost mask that is for it; None if there is no such mask.
+
+    Args:
+        node: the captured call's node of autograd's graph.
+        delta: the gradient at its output.
+        a: its map's input, if it is at hand.
+    """
+    site = node.site
+    for mask in reversed(node.masks):
+        if mask.fits(site.name):
+            for axes, shape in ((mask.mask.dim(), mask.mask.shape), (1, (mask.mask.numel(),))):
+                is_like = delta.shape[:axes] == shape and (a is None or a.shape[:axes] == shape)
+                if is_like and axes <= site.map.row_axes(delta):
+                    return KeptRows(mask, axes)
+    return None
+
+
+class LeftOutRows:
+    """Says once if a mask keeps rows with a gradient out of updates."""
+
+    def __init__(self, note: Callable[[str, str], None]) -> None:
+        self._note = note
+        self._checked: set[str] = set()
+        self._is_said = False
+
+    def check(self, name: str, kept: KeptRows, delta: Tensor) -> None:
+        """Look at a layer's first masked backward."""
+        if name in self._checked:
+            return
+        self._checked.add(name)
+        if not kept.has_left_out(delta):
+            return
+        self._note(name, LEFT_OUT)
+        if not self._is_said:
+            self._is_said = True
+            warnings.warn(
+                f"Layer {name!r}: the loss reaches rows that plywise.rows leaves out, and their gradient is "
+                "not in its update. Mask only what the loss does not reach, or say by rows(mask, layers=...) "
+                "which layers a mask is for.",
+                RuntimeWarning,
+                stacklevel=2,
+            )

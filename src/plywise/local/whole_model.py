@@ -1,0 +1,46 @@
+"""A model that trains as a whole, by a step function: what `plywise train --step` is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plywise._util.modes import evaluating
+from plywise.data.models import StepModel, unwrap_model
+from plywise.local.component import Component, Signal
+from plywise.local.learner import OneWayLearner
+
+
+class WholeComponent(Component):
+    """The whole model; its loss is the step function's."""
+
+    def __init__(self, model: StepModel) -> None:
+        super().__init__()
+        self.model = model.model
+        self._call = [model]  # no part of the state: its parameters are the model's
+
+    def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
+        """The batch as it is, and the loss of it."""
+        return signal, self._call[0](signal.s).reshape(-1)[0]
+
+
+class WholeModel(OneWayLearner):
+    """Backpropagation through a whole model, as a learner of one component.
+
+    Args:
+        model: the model and its step function.
+        **training: what every `Learner` takes, by name.
+    """
+
+    def __init__(self, model: StepModel, **training: Any) -> None:
+        self._model = model
+        super().__init__([WholeComponent(model)], **training)
+
+    def as_module(self) -> nn.Module:
+        """The user's own model."""
+        return unwrap_model(self._model)
+
+    def measure(self, batch: Any) -> float:
+        """The metric of a batch in eval mode; the loss where there is no metric."""
+        with torch.no_grad(), evaluating(self._model):
+            return float(self._model(batch)[-1])

@@ -1,0 +1,21 @@
+"""What the test data say of a learner."""
+
+from plywise.data.batches import Part, count_samples
+from plywise.data.training_data import count_right
+from plywise.local.learner import Learner
+from plywise.local.whole_model import WholeModel
+
+_CHUNK = 1000  # samples that are predicted at a time
+
+
+def judge(learner: Learner, part: Part, kind: str) -> float:
+    """Share of a set that a learner predicts right, the mean squared error of numbers, or a mean metric."""
+    total = count = 0.0
+    for x, y in part.chunks(_CHUNK):
+        if isinstance(learner, WholeModel):
+            samples = float(count_samples(x))
+            found = learner.measure(x) * samples, samples
+        else:
+            found = count_right(kind, learner.predict(x), y)
+        total, count = total + found[0], count + found[1]
+    return total / max(count, 1.0)
