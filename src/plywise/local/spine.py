@@ -147,8 +147,8 @@ class SpineBlock(nn.Module):
         """The activations after the last layer of the block, or the model's scores."""
         if carried is None:
             raise BlockError(
-                "This block takes the model's inputs beside the signal, and this learner hands on one tensor. "
-                "Take LocalLoss, Interlocking or ActivationRelaxation."
+                "This block takes the model's inputs beside the signal, and this learner hands on one tensor "
+                "only. Take LocalLoss, Interlocking or ActivationRelaxation."
             )
         model: nn.Module = self.__dict__["_model"]
         with self._standing(model, s), torch.set_grad_enabled(torch.is_grad_enabled()):
