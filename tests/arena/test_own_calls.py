@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from plywise.arena.diagnostics.diagnosis import diagnose_workload
 
+from plywise.arena.diagnostics.diagnosis import diagnose_workload
 from plywise.arena.methods import find_method
 from plywise.arena.run.config import ResolvedWorkload, WorkloadSpec
 from plywise.arena.run.job import TrialJob

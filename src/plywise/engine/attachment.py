@@ -1,6 +1,5 @@
 """A rule at work on a model: hooks, counters, and the answers given in backward."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from plywise.engine import health
 from plywise.engine.answers import check_input_gradient, check_update
 from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
@@ -24,7 +22,7 @@ from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation
 from plywise.engine.finite import measure_norms
-from plywise.engine.guard import StepGuard
+from plywise.engine.guard import StepGuard, refuse_nonfinite
 from plywise.engine.health import Health
 from plywise.engine.layouts import PLAIN
 from plywise.engine.liveness import Liveness
@@ -39,7 +37,7 @@ from plywise.engine.sharding import refuse_old_optimizer
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.table import ParameterTable
 from plywise.engine.telemetry import Telemetry
-from plywise.errors import AttachError, NonFiniteError
+from plywise.errors import AttachError
 
 Observer = Callable[[LinearCall, Update, Tensor | None], None]
 
@@ -98,15 +96,7 @@ class Attachment:
         self._scale: BackwardScale | None = None
         self._names: dict[int, str] = {}
 
-        def collect(network: nn.Module) -> list[ParameterEntry]:
-            return collect_parameters(network, kinds, layers, exclude, unshared_only=rule.remembers)
-
-        # a frozen layer passes altered values down, and random vectors begin at it or pass through it
-        frozen_too = self._alters or rule.needs_backward_scale
-        self.table = ParameterTable(
-            model, collect, kinds, not rule.remembers, frozen_too, self._add_site, self
-        )
-        self.table.on_refresh = self._mark_unstepped
+        self.table = self._make_table(model, layers, exclude)
         self._mark_unstepped()
         self.capture = Capture(make_readers(kinds), self.table, self.takes, self._alters)
         self.arrivals = Arrivals(
@@ -120,6 +110,20 @@ class Attachment:
         except BaseException:
             self.remove()
             raise
+
+    def _make_table(
+        self, model: nn.Module, layers: Selector | None, exclude: Selector | None
+    ) -> ParameterTable:
+        rule, kinds = self.rule, self.kinds
+
+        def collect(network: nn.Module) -> list[ParameterEntry]:
+            return collect_parameters(network, kinds, layers, exclude, unshared_only=rule.remembers)
+
+        # a frozen layer passes altered values down, and random vectors begin at it or pass through it
+        frozen_too = self._alters or rule.needs_backward_scale
+        table = ParameterTable(model, collect, kinds, not rule.remembers, frozen_too, self._add_site, self)
+        table.on_refresh = self._mark_unstepped
+        return table
 
     def _refuse_nothing(self, model: nn.Module) -> None:
         if any(entry.is_candidate for entry in self.table.entries):
@@ -293,7 +297,7 @@ class Attachment:
         if self._state is not None:
             self._state.record(counted)
         if self._raises:
-            self._check_finite(call, update)
+            refuse_nonfinite(call, update)
         return update
 
     def _make_input_gradient(
@@ -315,19 +319,6 @@ class Attachment:
         """Whether altered values go down in the running backward, which has come to this node."""
         altered = self.arrivals.altered
         return altered.enter(node) or (self._is_pipelined and altered.enter_apart(node))
-
-    def _check_finite(self, call: LinearCall, update: Update) -> None:
-        for part in (update.weight, update.bias):
-            if part is not None and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
-                self.health.note(call.name, health.NON_FINITE)
-                where = "rule's own answer"
-                for tensor, name in ((call.delta, "gradient at its output"), (call.a, "input")):
-                    where = where if bool(torch.isfinite(tensor).all()) else name
-                raise NonFiniteError(
-                    f"Layer {call.name!r}: the {where} is not finite (NaN or infinity), so its update would "
-                    "poison the weights. Look at the batch, the rate and the loss scale; attach(model, "
-                    "optimizer) skips such steps, on_nonfinite='propagate' lets them pass (for a GradScaler)."
-                )
 
     def _rests(self) -> bool:
         """Whether forward and backward are left to autograd until the next step.

@@ -1,14 +1,17 @@
 """Between backward and the optimizer's step: non-finite gradients never enter weights."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from plywise.engine import health
+from plywise.engine.call import LinearCall, Update
 from plywise.engine.finite import are_finite, find_numbers, read_norms
 from plywise.engine.health import Health
 from plywise.errors import NonFiniteError
@@ -148,3 +151,18 @@ def _is_nested(optimizer: Optimizer) -> bool:
         count += frame.f_code is STEP_CODE and frame.f_locals.get("self") is optimizer
         frame = frame.f_back  # type: ignore[assignment]
     return count > 1
+
+
+def refuse_nonfinite(call: LinearCall, update: Update) -> None:
+    """Raise NonFiniteError, and count it, if an answer of the rule has NaN or infinity in it."""
+    for part in (update.weight, update.bias):
+        if part is not None and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
+            call.health.note(call.name, health.NON_FINITE)
+            where = "rule's own answer"
+            for tensor, name in ((call.delta, "gradient at its output"), (call.a, "input")):
+                where = where if bool(torch.isfinite(tensor).all()) else name
+            raise NonFiniteError(
+                f"Layer {call.name!r}: the {where} is not finite (NaN or infinity), so its update would "
+                "poison the weights. Look at the batch, the rate and the loss scale; attach(model, "
+                "optimizer) skips such steps, on_nonfinite='propagate' lets them pass (for a GradScaler)."
+            )
