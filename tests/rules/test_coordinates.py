@@ -270,6 +270,21 @@ def test_muon_steps_in_the_coordinates() -> None:
     assert torch.allclose(layer.weight - before, twin.weight @ T.T, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["Muon", "NorMuon"])
+def test_muon_does_not_mind_a_rotation(name: str) -> None:
+    """With power 0 it is Muon: the polar factor turns with its argument."""
+    ends = []
+    for turned in (False, True):
+        torch.manual_seed(3)
+        layer = nn.Linear(5, 4, bias=False)
+        optimizer = getattr(pw.optim, name)(layer.parameters(), lr=RATE, weight_decay=0.1)
+        if turned:
+            pw.Coordinates(power=0, rank=2, stats_every=2, refresh_every=2).attach(layer, optimizer)
+        train(layer, optimizer)
+        ends.append(layer.weight.detach().clone())
+    assert torch.allclose(*ends, rtol=1e-6, atol=1e-8)
+
+
 def test_both_sides_turn_the_gradient() -> None:
     layer = new_layer()
     optimizer = SGD(layer.parameters(), RATE)
