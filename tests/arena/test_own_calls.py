@@ -40,7 +40,7 @@ def train(model, data, method="proxprop", steps=20, **more):
         settled = spec.settle(workload)
         file = ResolvedWorkload.write(settled, workload, Path(folder) / "data.pt").file
         key = Key("mine", method, "final", "defaults", 0, 0)
-        line = TrialJob(key, settled, defaults(find_method(method).space), str(file)).perform()
+        line = TrialJob(key, settled, defaults(find_method(method).space), str(file)).run()
     assert line["failure"] is None, line["failure"]
     return line
 

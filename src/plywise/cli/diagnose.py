@@ -117,7 +117,7 @@ def _asked(
     if workload is not None:
         if data is not None or read or loss or step:
             raise PlywiseError(
-                "--data, --read, --loss and --step belong to your own model.", see="error-command"
+                "--data, --read, --loss and --step belong to a model of your own.", see="error-command"
             )
         shipped = find_workload(workload)
         return shipped, shipped.make_data(), f"--workloads {shipped.name}"

@@ -34,6 +34,8 @@ from plywise.registry.resolve import (
 )
 from plywise.training.config import TrainConfig
 
+ANY_LOSS = ("LocalLoss", "Interlocking", "ActivationRelaxation")
+"""Our learners whose blocks all follow the loss that fits the targets."""
 WIDTH = 128  # of the default network
 BLOCKS = 4  # unless the configuration says how many
 
@@ -118,10 +120,11 @@ class ResolvedTraining:
         if "num_classes" in known:
             settings["num_classes"] = self.data.outputs
         if self.data.kind != CLASSES:
-            if "loss" not in known:
+            is_ours = learner.__module__.startswith("plywise.")
+            if "loss" not in known or (is_ours and learner.__name__ not in ANY_LOSS):
                 raise PlywiseError(
                     f"{self.config.learner} learns classes, one a sample, and the targets are "
-                    f"{self.data.kind}: take LocalLoss, Interlocking or ActivationRelaxation.",
+                    f"{self.data.kind}: take {', '.join(ANY_LOSS[:-1])} or {ANY_LOSS[-1]}.",
                     see="error-data",
                 )
             settings.setdefault("loss", LOSSES[self.data.kind])
