@@ -246,3 +246,17 @@ def test_a_bench_in_progress_is_shown(tmp_path, capsys):
     about = json.loads((tmp_path / "bench.json").read_text())
     assert about["unfinished"] == []
     assert math.isfinite(load(tmp_path).trials[0]["validation"][-1])
+
+
+def test_a_loader_and_a_step_function(tmp_path):
+    x, y = make_data()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=32)
+
+    def step(model, batch):
+        inputs, targets = batch
+        return nn.functional.cross_entropy(model(inputs), targets)
+
+    how = {"methods": ["sgd"], "trials": 0, "seeds": 1, "steps": 5, "progress": False}
+    found = bench(make_model, loader, step=step, folder=tmp_path, **how)
+    assert [line["failure"] for line in found.trials] == [None]
+    assert found.trials[0]["validation"][-1] < found.trials[0]["validation"][0]

@@ -50,8 +50,10 @@ def bench(
     batch_size: int | None = None,
     loss: Judge = "",
     metric: Judge = "",
+    step: Callable[..., Tensor] | str = "",
     blocks: int | None = None,
     read: str = "",
+    keep_batches: int | None = None,
     search: str = "sobol",
     device: str = "cpu",
     threads: int = 1,
@@ -82,8 +84,11 @@ def bench(
         batch_size: samples a batch. Default: the workload's; 128 for your model.
         loss: function of outputs and targets. Default: cross entropy for classes, squared error for numbers.
         metric: what it is judged by, the lower the better. Default: error rate, or the loss.
+        step: a function of the model and a batch that returns the loss, for models that are called in another
+            way; as ``plywise bench --step``.
         blocks: blocks that local learners cut your model into.
         read: how the data are read, where plywise would guess; see ``plywise bench --help``.
+        keep_batches: batches that are kept of a stream; see ``plywise bench --help``.
         search: how the numbers of the tuning trials are found: ``"sobol"`` or ``"optuna"``.
         device: where it trains.
         threads: torch's threads in each trial.
@@ -100,8 +105,10 @@ def bench(
         StateError: the folder holds another bench.
     """
     given = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
-    judges = name_object(loss, "loss"), name_object(metric, "metric")
-    specs = _make_specs(model, data, workloads, judges, read, given)
+    functions = {"loss": loss, "metric": metric, "step": step}
+    own: dict[str, Any] = {role: name_object(function, role) for role, function in functions.items()}
+    own |= {"read": read, "keep_batches": keep_batches}
+    specs = _make_specs(model, data, workloads, own, given)
     names = [name_object(method, "method") for method in methods]
     config = BenchConfig(
         tuple(specs),
@@ -141,6 +148,7 @@ def diagnose(
     batches: int = 8,
     batch_size: int | None = None,
     loss: Judge = "",
+    step: Callable[..., Tensor] | str = "",
     read: str = "",
     seed: int = 0,
 ) -> DiagnosisReport:
@@ -155,6 +163,7 @@ def diagnose(
         batches: how many batches of the training part are looked at.
         batch_size: samples a batch. Default: the workload's; 128 for your model.
         loss: as for `bench`.
+        step: as for `bench`.
         read: as for `bench`.
         seed: of the weights and of which samples are looked at.
 
@@ -167,7 +176,8 @@ def diagnose(
         found, subject = find_workload(workload), f"--workloads {workload}"
     else:
         address, source = name_object(model, "model"), name_data(data)
-        found = own_workload(address, address, source, read=read, loss=name_object(loss, "loss"), blocks=0)
+        judge, called = name_object(loss, "loss"), name_object(step, "step")
+        found = own_workload(address, address, source, read=read, loss=judge, step=called, blocks=0)
         subject = shlex.join([address, "--data", source])
     seen = diagnose_workload(found, found.make_data(), batches=batches, batch_size=batch_size, seed=seed)
     return DiagnosisReport(seen, advice(seen, subject))
@@ -177,22 +187,21 @@ def _make_specs(
     model: Factory | None,
     data: Any,
     workloads: str | Sequence[str],
-    judges: tuple[str, str],
-    read: str,
+    own: dict[str, Any],
     given: dict[str, Any],
 ) -> list[WorkloadSpec]:
     if (model is None) == (not workloads) or (model is not None and data is None):
         raise PlywiseError("Give a model with data, or workloads.", see="error-bench")
     if model is not None:
         address = name_object(model, "model")
-        return [WorkloadSpec(address, address, name_data(data), *judges, **given, read=read)]
+        return [WorkloadSpec(address, address, name_data(data), **own, **given)]
     sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
     names = sets.get(workloads, (workloads,)) if isinstance(workloads, str) else tuple(workloads)
     return [WorkloadSpec(name, **given) for name in names]
 
 
 def _make_executor(config: BenchConfig, workers: int | None) -> Executor:
-    specs = [(spec.model, spec.data, spec.loss, spec.metric) for spec in config.workloads]
+    specs = [(spec.model, spec.data, spec.loss, spec.metric, spec.step) for spec in config.workloads]
     inline = any(map(is_given, [*config.methods, *(word for words in specs for word in words)]))
     require_device(config.device)
     if not inline:
