@@ -3,7 +3,7 @@
 The network is 784-1024-1024-10 at batches of 256, 1024 and 4096, rules refresh every 10 steps. All arms keep
 their own model and optimizer and are warmed past every first preconditioner; then blocks of a cycle take
 turns in shuffled order, each between two blocks of plain SGD with momentum; the ratio is a block's time over
-the mean of those two. Median CPU and wall ratio over the rounds, and the dearest single step over the
+the mean of those two. Median CPU and wall ratio over the rounds, and the slowest single step over the
 arm's median step.
 
     python benchmarks/step_cost.py --cycles --json benchmarks/cycle_cost.json
@@ -126,9 +126,9 @@ def measure(make: Callable[..., torch.nn.Module], batch: int, rounds: int, devic
         cpu, wall = ([pair[i] for pair in pairs] for i in (0, 1))
         low, middle, high = statistics.quantiles(cpu, n=4)
         middle_step = statistics.median(steps[name])
-        # the dearest step of a cycle, not of the whole run: the machine is shared
+        # the slowest step of a cycle, not of the whole run: the machine is shared
         per_cycle = length[name]
-        dearest = statistics.median(
+        slowest = statistics.median(
             max(steps[name][i : i + per_cycle]) for i in range(0, len(steps[name]), per_cycle)
         )
         table[name] = {
@@ -136,7 +136,7 @@ def measure(make: Callable[..., torch.nn.Module], batch: int, rounds: int, devic
             "cpu_low": low,
             "cpu_high": high,
             "wall": statistics.median(wall),
-            "dearest_step": dearest / middle_step,
+            "slowest_step": slowest / middle_step,
         }
     return table
 
@@ -149,7 +149,7 @@ def _mean(clocks: list[tuple[float, float]]) -> tuple[float, float]:
 def show(batch: int, table: dict[str, Any]) -> None:
     """Print a table."""
     print(f"\n784-1024-1024-10, batch {batch}: the mean step of a cycle relative to plain SGD")
-    print(f"{'arm':40} {'CPU':>6} {'quartiles':>14} {'wall':>6} {'dearest/median step':>20}")
+    print(f"{'arm':40} {'CPU':>6} {'quartiles':>14} {'wall':>6} {'slowest/median step':>20}")
     for name, row in table.items():
         spread = f"{row['cpu_low']:.2f} - {row['cpu_high']:.2f}"
         print(f"{name:40} {row['cpu']:6.2f} {spread:>14} {row['wall']:6.2f} {row['dearest_step']:20.2f}")

@@ -39,7 +39,7 @@ def step_cost(figures: str, extra: str, show: str = "{:.2f}") -> Callable[[str],
     def write(_: str) -> str:
         nets = read(figures)["nets"]
         heads = [
-            name.removeprefix("784-1024-1024-10, ") if extra == "dearest_step" else name for name in nets
+            name.removeprefix("784-1024-1024-10, ") if extra == "slowest_step" else name for name in nets
         ]
         rows = []
         for name in next(iter(nets.values())):
@@ -260,7 +260,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "coverage": coverage,
     "step-cost-1-thread": step_cost("step_cost_1_thread", "memory"),
     "step-cost-2-threads": step_cost("step_cost_2_threads", "memory"),
-    "cycle-cost": step_cost("cycle_cost", "dearest_step", "{:.1f}"),
+    "cycle-cost": step_cost("cycle_cost", "slowest_step", "{:.1f}"),
     "memory-rules": memory_rules,
     **{f"fewer-steps-{name}": fewer_steps(name) for name in ("digits", "mnist")},
     "bad-scaling": bad_scaling,

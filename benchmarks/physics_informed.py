@@ -9,7 +9,7 @@ points.
 From the paper: tanh, n, the learning rates of Adam, the weights of the loss, 3 layers of 30 (Poisson).
 Ours, since the paper's are not in what we could read, or do not fit into minutes of one core: the domain and
 coefficient of the Poisson problem, the network of Burgers, Xavier initialisation, numbers of points and
-iterations, residual points drawn anew in each iteration. So the paper's figures and ours compare in their
+iterations, residual points drawn again in each iteration. So the paper's figures and ours compare in their
 order only.
 
 The seeds of one network train side by side (``torch.vmap`` over their weights): the same arithmetic as one
@@ -63,7 +63,7 @@ class Problem:
         rate: Adam's learning rate.
         weights: of the residual, of the data, of slope recovery.
         data: inputs (M, 2) and targets (M, outputs), NaN where a target is not known.
-        points: residual points (shape, 2), drawn anew in each iteration.
+        points: residual points (shape, 2), drawn again in each iteration.
         residual: of the equation, from points and outputs.
         truth: points and what output ``judged`` should be there.
         judged: which output.

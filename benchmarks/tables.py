@@ -1,6 +1,6 @@
 """The tables of README.md and the documentation, printed from the figures that the repository keeps.
 
-A table stands in a page between two comments, and this script writes it there anew:
+A table stands in a page between two comments, and this script writes it there again:
 
     <!-- table: bad-scaling -->
     | method | good | ...

@@ -4,7 +4,7 @@ VSML: a learning rule that was itself learned
 
 No weight of this network is trained on the digits that it tells apart at the end. Each of its connections
 is a tiny LSTM; all share the same 2,384 numbers, and these are trained by backpropagation through short
-episodes, so that the network learns while it runs: it sees a sample, answers, and then hears how wrong it
+episodes, so that the network learns while it runs: it sees a sample, answers, and then receives how wrong it
 was. First the episodes are of two inputs and two classes, then of two digits from 0 to 5 with shuffled
 pixels. The picture shows new episodes with digits from 6 to 9 of the test part: how often the n-th sample
 is told right. This is a small demonstration on small tasks, seconds of training, and no claim beyond it.

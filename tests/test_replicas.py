@@ -38,7 +38,7 @@ def test_no_process_has_much_more_than_another(costs, size):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(2, 3))
 def test_the_dearest_share_is_at_most_four_thirds_of_the_best(costs, size):
-    """Graham's bound for the dearest first, 4/3 - 1/(3·processes), against every way to share out."""
+    """Graham's bound for the most expensive first, 4/3 - 1/(3·processes), against every way to share out."""
     best = min(
         max(sum(c for c, r in zip(costs, owners, strict=True) if r == rank) for rank in range(size))
         for owners in itertools.product(range(size), repeat=len(costs))

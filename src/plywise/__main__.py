@@ -1,4 +1,4 @@
-"""``python -m plywise``: the command line, for whoever starts modules, such as torchrun."""
+"""``python -m plywise``: the command line, for programs that start modules, such as torchrun."""
 
 import os
 import sys

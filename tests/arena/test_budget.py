@@ -75,9 +75,9 @@ def test_steps_of_ones_own_model_follow_from_the_budget():
 
 def test_a_trial_that_is_planned_is_not_killed():
     steps = choose_steps(PLAN, COSTS, STEPS, 1, 86_400)
-    dearest = max(cost.run(steps[workload]) for (workload, _), cost in COSTS.items())
-    assert dearest > TIMEOUT_S / 3, "what used to be killed"
-    assert set_patience(PLAN, COSTS, steps).patience == pytest.approx(3 * dearest, rel=0.01)
+    longest = max(cost.run(steps[workload]) for (workload, _), cost in COSTS.items())
+    assert longest > TIMEOUT_S / 3, "what used to be killed"
+    assert set_patience(PLAN, COSTS, steps).patience == pytest.approx(3 * longest, rel=0.01)
     assert set_patience(PLAN, COSTS, STEPS).patience == TIMEOUT_S
     given = replace(PLAN, patience=90.0)
     assert set_patience(given, COSTS, steps).patience == 90

@@ -120,7 +120,7 @@ def test_of_a_grouped_convolution_the_worst_group_is_told():
 
 
 def test_backward_values_and_effective_rates_of_a_linear_net_scaled_by_1000():
-    """Scaling W of one layer by c: what is below hears c times as much, its own rate falls by c²."""
+    """Scaling W of one layer by c: what is below receives c times as much, its own rate falls by c²."""
     model = nn.Sequential(
         *(nn.Linear(5, 5, bias=False) for _ in range(3)), nn.Linear(5, 1, bias=False)
     ).double()

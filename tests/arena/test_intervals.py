@@ -170,7 +170,7 @@ def test_the_geometric_mean_by_hand():
 
 
 def test_the_geometric_mean_against_the_plain_definition():
-    """Seeds drawn anew within each workload and method, one number at a time."""
+    """Seeds drawn again within each workload and method, one number at a time."""
     chance = random.Random(0)
     data = [
         ([chance.uniform(1, 3) for _ in range(7)], [chance.uniform(2, 4) for _ in range(7)]) for _ in range(3)

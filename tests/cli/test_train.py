@@ -252,7 +252,7 @@ def test_another_plan_is_named(plywise):
     code, _, err = plywise(*words, "--rate", "0.5", "--batch-size", "3")
     assert code == 1
     assert "rate is 0.003 there and 0.5 here; batch-size is 64 there and 3 here" in err
-    assert "--fresh starts anew" in err
+    assert "--fresh starts again" in err
     code, out, _ = plywise(*words, "--rate", "0.5", "--fresh")
     assert code == 0
     assert "Trained 1 steps" in out

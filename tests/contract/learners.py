@@ -34,7 +34,7 @@ CASES = [
     LearnerCase(
         "interlocking",
         partial(pw.Interlocking, horizon=2),
-        keeps_activations="a block hears of the loss of the next",
+        keeps_activations="a block receives the loss of the next",
     ),
     LearnerCase(
         "cafo_gradient",

@@ -2,7 +2,7 @@
 
 What a page may say in an HTML comment right above a block:
 
-- ``<!-- skip: why -->``: the block is not run, for a reason that whoever reads the source sees;
+- ``<!-- skip: why -->``: the block is not run, for a reason that readers of the source see;
 - ``<!-- run -->``: the commands of this console block are run, too, after the blocks above it.
 
 A block whose first line is a comment with a file's name (``# mine.py``) is written to that file as well, so

@@ -265,7 +265,7 @@ def test_loaded_in_place_before_attach_is_noticed(road: str, tmp_path: Path) -> 
     ):
         other.attach()
     other.rule.detach()
-    other.attach()  # whoever has detached a rule knows
+    other.attach()  # a user who has detached a rule knows
 
 
 def test_another_rules_statistics_are_refused_at_attach(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_the_rule_backprop_changes_no_bit(rate):
 
 
 def test_relaxation_settles_at_what_the_rule_hands_down():
-    """Under ProxProp, and under exact back-matching, whose blocks hear something else than gradients."""
+    """Under ProxProp, and under exact back-matching, whose blocks receive something else than gradients."""
     modules, (x, y) = tanh_blocks(), batch(32, 5)
     plain = backprop(modules, cross_entropy, x, y)
     for make_rule in (lambda: pw.ProxProp(tau=1.0), lambda: pw.BackMatching(mode="exact", cap=None)):

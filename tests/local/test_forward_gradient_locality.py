@@ -1,4 +1,4 @@
-"""Forward gradients with losses of patches and groups: who hears which, exact in a sweep, and less noise."""
+"""Forward gradients with losses of patches and groups: who gets which, exact in a sweep, and less noise."""
 
 from collections.abc import Iterator
 

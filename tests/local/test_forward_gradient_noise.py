@@ -64,7 +64,7 @@ def test_variance_law_of_one_layer(draw, passes):
 
 
 def test_variance_law_of_two_layers():
-    """A layer of q units hears the noise of both: ``E‖ĝ-g‖² = q ‖(g, g')‖² + ‖g‖²``."""
+    """A layer of q units receives the noise of both: ``E‖ĝ-g‖² = q ‖(g, g')‖² + ‖g‖²``."""
     found, g, gradients_ = draws_of_one_sample([nn.Tanh(), nn.Linear(6, 5), nn.Tanh()], 6)
     g_ = gradients_[2]  # of the second layer's bias, which is that of its outputs
     noise = (found - g).square().sum(1).mean()

@@ -133,7 +133,7 @@ def test_the_rule_backprop_changes_no_bit(horizon):
 
 
 def test_proxprop_end_to_end():
-    """Blocks hear ΔW from above under ProxProp, so that K-wise is ProxProp on the whole network."""
+    """Blocks receive ΔW from above under ProxProp, so that K-wise is ProxProp on the whole network."""
     modules, (x, y) = tanh_blocks(), batch(9, 5)
     whole = nn.Sequential(*copy.deepcopy(modules))
     rule = pw.ProxProp(tau=1.0).attach(whole)

@@ -163,7 +163,7 @@ def test_only_so_many_checkpoints_stay(tmp_path):
 
 
 def test_blocks_are_cut_where_they_were(tmp_path):
-    """Costs are measured anew each time; a run keeps its cuts."""
+    """Costs are measured again each time; a run keeps its cuts."""
     made = plan(tmp_path / "a", model="things:net", blocks=3)
     training = resolve_training(made)
     for starts in ((0, 1, 2), (0, 2, 4)):

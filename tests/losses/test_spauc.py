@@ -180,7 +180,7 @@ def test_same_seed_same_bits_and_copies_go_on():
     assert not np.array_equal(model.coef_, SPAUC(seed=4).fit(x, y).coef_)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert np.array_equal(other.partial_fit(x, y).coef_, SPAUC(seed=3).fit(x, y).partial_fit(x, y).coef_)
-    assert np.array_equal(model.fit(x, y).coef_, SPAUC(seed=3).fit(x, y).coef_)  # anew, not on
+    assert np.array_equal(model.fit(x, y).coef_, SPAUC(seed=3).fit(x, y).coef_)  # again, not on
 
 
 def test_any_two_labels_will_do():

@@ -95,7 +95,7 @@ def test_inputs_have_no_order():
 
 
 def test_without_an_error_the_state_still_changes():
-    """So it is in the authors' code: an LSTM that hears nothing goes on."""
+    """So it is in the authors' code: an LSTM that receives nothing goes on."""
     vsml = VSML()
     states = vsml.initial_state([3, 2])
     _, after = vsml.tick(torch.zeros(1, 1, 3), torch.zeros(1, 1, 2), states)

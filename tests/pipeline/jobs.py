@@ -76,7 +76,7 @@ def save_every_step(kind: str, folder: str, count: int, keep: int) -> dict[str, 
 
 
 def save_where_one_cannot(kind: str, folders: list[str]) -> str:
-    """The last process's folder is none; the others hear of it."""
+    """The last process's folder is none; the others learn of it."""
     with Pipeline(make(kind)) as pipeline:
         pipeline.run(batches(kind, 3))
         with PipelineRaises(pw.StateError) as raised:
@@ -181,7 +181,7 @@ def note(event: str, args: Any) -> None:
 
 
 def unpickle_after_all() -> list[str]:
-    """The audit hears what it is there for."""
+    """The audit finds what it is there for."""
     AUDIT[:] = AUDIT or ["listening"]
     sys.addaudithook(lambda event, args: note(event, args))
     LISTENING.append(True)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, whoever is killed when; read without running what is in them."""
+"""Checkpoints: whole or not at all, whatever is killed when; read without running what is in them."""
 
 import hashlib
 import os
@@ -107,7 +107,7 @@ def test_a_step_written_again(tmp_path: Path) -> None:
 
 
 def test_a_step_before_others_is_written_and_said_to_be_hidden(tmp_path: Path) -> None:
-    """Who goes back to an earlier checkpoint loses nothing, and hears what restore would take."""
+    """Who goes back to an earlier checkpoint loses nothing, and is shown what restore would take."""
     checkpoint.save(tmp_path, 8, some(8))
     with pytest.warns(UserWarning, match=r"later steps \(8\)"):
         checkpoint.save(tmp_path, 6, some(6), keep=1)
@@ -296,7 +296,7 @@ def test_several_write_one_checkpoint(tmp_path: Path) -> None:
 
 
 def test_if_one_cannot_write_there_is_no_checkpoint(tmp_path: Path) -> None:
-    """And the former one stays; all hear of it, the one that failed knows why."""
+    """And the former one stays; all learn of it, the one that failed knows why."""
     checkpoint.save(tmp_path, 2, some(2))
     whole = some(3)
     bad = {"b": {"cannot be pickled": threading.Lock()}}

@@ -280,7 +280,7 @@ def test_mean_square(problem):
         close(solve.mean_square(ply, by_rank=True), torch.stack(nonzero).mean())
 
 
-# ---- what the layer below hears --------------------------------------------------------------------
+# ---- what the layer below receives --------------------------------------------------------------------
 
 
 def slow_matched(layer: nn.Module, x: Tensor, delta: Tensor, relative: float) -> Tensor:

@@ -50,7 +50,7 @@ def test_cwu_is_proxprop_with_a_relative_damping(make, n, bias):
 @pytest.mark.parametrize(("make", "n"), CASES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_c16_exact_back_matching_is_cwu(make, n, bias):
-    """The same step for the weights; they differ in what the layer below hears."""
+    """The same step for the weights; they differ in what the layer below receives."""
     layer, x, delta, _ = problem(make, n, bias)
     for reduction in ("mean", "sum"):
         cwu = pw.Consequentialism(0.3, bias="centre", reduction=reduction)

@@ -46,7 +46,7 @@ def follow(
         screen: where to show it. A quiet one shows nothing.
         done: pieces that were done before.
         total: pieces in all, if known before the first step.
-        above: makes what stands above the bar, anew for each step.
+        above: makes what stands above the bar, again for each step.
         verbose: leave a line of each step on the screen.
     """
     pace = _Pace(done)

@@ -46,7 +46,7 @@ def pipeline(
         flags: what is trained.
         replicas: processes that share each stage's batches. Default 1.
         cuts: the first component of each stage, as in 0,2. Default: balanced by measured costs.
-        fresh: start anew, and throw away what the folder holds of a run.
+        fresh: start again, and throw away what the folder holds of a run.
     """
     plan = plan_from(config, flags, replicas=replicas, cuts=cuts)
     if "RANK" not in os.environ:
@@ -64,8 +64,8 @@ def pipeline(
             if rank == "0":
                 screen = notes()
                 introduce(session, screen, _layout(session))
-                with following(session, screen) as hear:
-                    finished = session.run(hear)
+                with following(session, screen) as show:
+                    finished = session.run(show)
             else:
                 finished = session.run()
             step = session.step

@@ -1,4 +1,4 @@
-"""`plywise report`: a bench's page and table, drawn anew from what was measured; curves for other viewers."""
+"""`plywise report`: a bench's page and table, drawn from what was measured; curves for other viewers."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
     Args:
         config: a TOML file.
         flags: what is trained.
-        fresh: start anew, and throw away what the folder holds of a run.
+        fresh: start again, and throw away what the folder holds of a run.
     """
     plan = plan_from(config, flags)
     step = None
@@ -46,8 +46,8 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
         session = open_session(plan, fresh=fresh)
         step, screen = session.began, notes()
         introduce(session, screen)
-        with following(session, screen) as hear:
-            finished = session.run(hear)
+        with following(session, screen) as show:
+            finished = session.run(show)
         step = session.step
     except KeyboardInterrupt:
         if step is None:

@@ -139,7 +139,7 @@ def conclude(session: Session, screen: Console) -> None:
     if session.step == session.began:
         screen.print(
             f"The run in {plan.out} is finished: {session.step} steps{known}. More --epochs go on with it, "
-            "--fresh starts anew.",
+            "--fresh starts again.",
             soft_wrap=True,
         )
         return
@@ -158,7 +158,7 @@ def following(session: Session, screen: Console) -> Iterator[Callable[[StepMetri
     """Shows each epoch by a line, and in a terminal the steps by a bar."""
     epochs = _Epochs(session, screen)
     if not screen.is_terminal:
-        yield epochs.hear
+        yield epochs.show
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -168,15 +168,15 @@ def following(session: Session, screen: Console) -> Iterator[Callable[[StepMetri
         task = bar.add_task("", total=session.total, completed=session.step)
         painted = 0.0
 
-        def hear(line: StepMetrics) -> None:
+        def show(line: StepMetrics) -> None:
             nonlocal painted
-            epochs.hear(line)
+            epochs.show(line)
             bar.update(task, completed=line.step)
             if time.monotonic() - painted > PAINT:
                 bar.refresh()
                 painted = time.monotonic()
 
-        yield hear
+        yield show
 
 
 class _Epochs:
@@ -187,7 +187,7 @@ class _Epochs:
         self._sums: dict[int, float] = defaultdict(float)
         self._steps = 0
 
-    def hear(self, line: StepMetrics) -> None:
+    def show(self, line: StepMetrics) -> None:
         for component, loss in line.losses.items():
             self._sums[component] += loss
         self._steps += 1

@@ -196,7 +196,7 @@ def cache_decoded(
         names = index.read_text(encoding="utf-8").split()
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     except (OSError, ValueError):
-        pass  # not made yet, or damaged: made anew
+        pass  # not made yet, or damaged: made again
     arrays = decode()
     try:
         for name, array in arrays.items():
@@ -205,7 +205,7 @@ def cache_decoded(
         with written_whole(index) as file:
             file.write("\n".join(arrays).encode())
     except OSError as error:
-        warnings.warn(f"Decoded data cannot be kept in {folder}: {error}. They are made anew.", stacklevel=2)
+        warnings.warn(f"Decoded data cannot be kept in {folder}: {error}. They are made again.", stacklevel=2)
     return arrays
 
 

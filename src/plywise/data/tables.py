@@ -78,7 +78,7 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
         raise PlywiseError(f"{path} has no rows.", see="error-data")
     has_names, guess = (header, "") if header is not None else _guess_header(path, first)
     names = first if has_names else [f"column {number}" for number in range(1, len(first) + 1)]
-    # grows in place: where memory is mapped anew, nothing is copied
+    # grows in place: where memory is mapped again, nothing is copied
     values = array("f" if dtype is np.float32 else "d")
     count = 0
     for count, row in enumerate(rows if has_names else _with_first(first, rows), 1):

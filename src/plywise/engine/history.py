@@ -91,7 +91,7 @@ class History(Sequence[StepTelemetry]):
         self._steps: deque[StepTelemetry] = deque(maxlen=keep)
         self.stop = stop
 
-    def hear(self, step: StepTelemetry) -> None:
+    def add(self, step: StepTelemetry) -> None:
         """Keep a step, and tell those who listen."""
         self._steps.append(step)
         for callback in self.callbacks:

@@ -189,7 +189,7 @@ class Rule(RuleContract):
                 see="attach-optimizer",
             )
         history = History(list(callbacks), keep, lambda: setattr(attachment, "telemetry", None))
-        attachment.telemetry = Telemetry(self, self.health, every, history.hear, attachment.states)
+        attachment.telemetry = Telemetry(self, self.health, every, history.add, attachment.states)
         object.__setattr__(self, "_history", history)
         return history
 

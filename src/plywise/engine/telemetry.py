@@ -1,4 +1,4 @@
-"""What a rule does to each layer, measured in some steps and handed to whoever listens.
+"""What a rule does to each layer, measured in some steps and handed to callbacks.
 
 In a step that is measured, the plain gradients and the weights of before are kept beside the updates; norms
 and products of these are read at the end, with one wait for the device. In all other steps, and where nobody
@@ -32,7 +32,7 @@ class Telemetry:
         rule: the rule.
         health: its counters.
         every: steps from one that is measured to the next.
-        hear: gets what was measured.
+        callback: gets what was measured.
         read_states: the layers' running states by name.
     """
 
@@ -41,10 +41,10 @@ class Telemetry:
         rule: RuleContract,
         health: Health,
         every: int,
-        hear: Callback,
+        callback: Callback,
         read_states: Callable[[], Mapping[str, State]],
     ) -> None:
-        self._rule, self._health, self._every, self._hear = rule, health, every, hear
+        self._rule, self._health, self._every, self._callback = rule, health, every, callback
         self._read_states = read_states
         self._is_due = True
         self._known_events = Counter(health.counts)
@@ -88,7 +88,7 @@ class Telemetry:
         if measured is not None and measured.entries:
             layers = measured.read(self._rule)
             if layers:
-                self._hear(StepTelemetry(step, self._complete(measured.entries, layers)))
+                self._callback(StepTelemetry(step, self._complete(measured.entries, layers)))
 
     def _complete(
         self, entries: list[ParameterEntry], layers: dict[str, LayerTelemetry]

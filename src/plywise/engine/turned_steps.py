@@ -169,7 +169,7 @@ class TurnedSteps:
         return any(_find_own(optimizer, parameter) for parameter in layer.trained)
 
     def _restart(self, layer: LayerHandle, optimizer: Optimizer) -> None:
-        """Let the optimizer begin anew with a layer: momenta, second moments and its count of steps."""
+        """Let the optimizer begin again with a layer: momenta, second moments and its count of steps."""
         for parameter in layer.trained:
             state = optimizer.state.get(parameter, {})
             for name in (*self._traits.linear, *self._traits.quadratic, "step"):

@@ -1,6 +1,6 @@
 """Checkpoints of a learner, by any number of processes for any number of processes.
 
-Every state is a file of its own, whoever holds it: ``NAME.pt``, what ``torch.save`` writes, read back with
+Every state is a file of its own, whatever holds it: ``NAME.pt``, what ``torch.save`` writes, read back with
 ``weights_only=True``, so that nothing in it is run. ``SHA256SUMS`` lists the digests of all files
 (``sha256sum -c SHA256SUMS`` checks them, too), and no file is read without a look at its digest. The files of
 a step are written beside their place and brought to the disk; then their folder is renamed: it is there whole

@@ -58,7 +58,7 @@ class DirectFeedback(Learner):
         ±1/√|s_i|. Within a block gradients are exact: for a block φ(W s), ∇W = ((e B_i) ⊙ φ'(W s)) sᵀ. The
         last block follows its own gradient. One block is backpropagation.
     Use when: you study learning without the transport of weights; as the baseline of local methods whose
-        blocks all hear of the same error.
+        blocks all receive the same error.
     Do not use when: a convolutional network shall be trained: DFA falls far behind there; or when memory is
         short: all blocks' activations wait for the error.
     Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a

@@ -90,7 +90,7 @@ class ForwardGradientComponent(LossComponent):
         return self._groups if self.head is not None else 1
 
     def _locality(self, layer: nn.Module, s: Tensor) -> Locality:
-        """Which of the block's losses a layer hears; found once."""
+        """Which of the block's losses a layer receives; found once."""
         if self._localities is None:
             split = self.head is not None and (self._patches or self._groups > 1)
             found = find_localities(self.block, self._layers, s, self._patches, self._groups) if split else {}

@@ -12,7 +12,7 @@ from plywise._util.modes import evaluating
 
 @dataclass(frozen=True)
 class Locality:
-    """Where the loss is that a unit of a layer hears.
+    """Where the loss is that a unit of a layer receives.
 
     Attributes:
         patch: its own position's alone.
@@ -23,7 +23,7 @@ class Locality:
     group: bool = False
 
     def estimates(self, u: Tensor, slopes: Tensor) -> Tensor:
-        """Directions times the slopes that their units hear.
+        """Directions times the slopes that their units receive.
 
         Args:
             u: directions, like the layer's output, (N, channels, ...).

@@ -48,7 +48,7 @@ class Interlocking(Learner):
         backpropagation 94.1), 50.9 % on 3,000 of CIFAR-10 (48.5, 50.0) (benchmarks/README.md).
     Limits: no parallel run: what the paper gains in time is not to be had here. Gradients cross blocks as the
         rule hands them down, but what else a rule learns from the layers above (back-matching's energies)
-        starts anew in every block. Reentrant checkpoints inside a block are refused by torch.
+        starts again in every block. Reentrant checkpoints inside a block are refused by torch.
 
     Args:
         blocks: the network. The last block's output is the prediction, a score for each class.

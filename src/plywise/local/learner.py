@@ -18,7 +18,7 @@ from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeSch
 
 @dataclass(frozen=True)
 class Report:
-    """What callbacks hear after each step.
+    """What callbacks get after each step.
 
     Attributes:
         step: number of steps done.

@@ -66,11 +66,13 @@ class SCPL(OneWayLearner):
         model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
         of projections too. The last block's output is one score for each class.
     Cost: a projection for each block, and N² products of projections. The activations of one block at a time.
-    Status: variant: the default projection is smaller than the authors' and pools positions; the loss is as
-        in their code, which counts a sample itself among those of its class.
-    Source: Wang, Chen, "Supervised Contrastive Parallel Learning", 2026, arXiv 2602.00062, after the
-        Supervised Contrastive loss of Khosla et al., NeurIPS 2020, arXiv 2004.11362.
-    Code: minyaho/scpl and the Associated Learning authors' later repositories.
+    Status: variant: a reconstruction from descriptions: the default projection is small and pools positions;
+        the loss counts a sample itself among those of its class.
+    Source: SCPL, arXiv 2602.00062, 2026, whose text was not at hand; an earlier public text is "Cutting Long
+        Gradient Flows: Decoupling End-to-End Backpropagation Based on Supervised Contrastive Learning",
+        submitted to ICLR 2023. The loss is that of Khosla et al., "Supervised Contrastive Learning", NeurIPS
+        2020, arXiv 2004.11362.
+    Code: none that we could check.
     Results: third parties list for the paper: Tiny-ImageNet 48.95, AG News 92.12, IMDB 89.84 %. Not
         reproduced here at that size; ours, untuned: 97.3 % of the test digits after 150 steps,
         backpropagation 95.7 % (examples/plot_local_learners.py).

@@ -278,7 +278,7 @@ class _Calls:
             self._handles.append(layer.register_forward_hook(self._hear(number), with_kwargs=True))
 
     def _hear(self, number: int) -> Any:
-        def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self._called.append(number)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if not tensors or not isinstance(find_first(output), Tensor):
@@ -289,7 +289,7 @@ class _Calls:
             self._last = find_output(output)
             self.widths.append(0 if isinstance(output, Tensor) else len(output))
 
-        return hear
+        return record
 
     def why_not(self, samples: int) -> str:
         """Why the row is not one of layers on top of each other; "" if it is."""

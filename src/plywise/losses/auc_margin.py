@@ -43,7 +43,7 @@ class AUCMargin(nn.Module):
     Args:
         margin: how far apart the class means shall be, in units of the scores. Default 1. Range 0.1 to 10.
         positive_share: the share p of positives among the data. A class's mean is then its sum over n·p or
-            n·(1−p), and F's mean over random batches is F of the data, whoever is in each. With None each
+            n·(1−p), and F's mean over random batches is F of the data, whatever is in each. With None each
             batch has its own class means, and needs both classes. Default None. Range 0.001 to 0.999.
         floor: the smallest α. −inf gives the pairwise square loss in place of the hinge. Default 0. Range -1
             to 0.

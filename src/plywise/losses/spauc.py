@@ -87,7 +87,7 @@ class SPAUC:
         self._check_settings()
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Learn anew, from ``passes`` passes in random orders.
+        """Learn from the beginning, from ``passes`` passes in random orders.
 
         Args:
             X: inputs, (n, d).
@@ -206,7 +206,7 @@ class SPAUC:
         if not np.isfinite(self._average).all():
             raise PlywiseError(
                 f"SPAUC: after {self._count} samples the weights are not finite. Take a rate of at most 0.8 "
-                f"(it is {self.rate!r}), or smaller inputs. Call fit to begin anew."
+                f"(it is {self.rate!r}), or smaller inputs. Call fit to begin again."
             )
         self.coef_ = self._average[None].copy()
         self.intercept_ = -self.coef_ @ self._means.mean(axis=0)

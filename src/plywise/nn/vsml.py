@@ -31,7 +31,7 @@ class VSML(nn.Module):
     """Variable shared meta learning: every weight of a network is a tiny LSTM, all with the same weights.
 
     Idea: a network's weights and its learning rule are both something that runs. So put an LSTM where a
-        weight would be, let it hear what comes from below and from above, and let all of them share their
+        weight would be, let it receive what comes from below and from above, and let all of them share their
         weights: what is learned slowly is a learning rule, what was a weight is their state. A few thousand
         numbers then serve a network of any size and any order of its inputs.
     Equation: [i, g, f, o] = W [forward_j, backward_k, h_jk] + b; c ← σ(f + 5) c + σ(i - 5) tanh(g); h ←
@@ -119,7 +119,7 @@ class VSML(nn.Module):
         return states
 
     def tick(self, x: Tensor, error: Tensor, states: Sequence[LayerState]) -> tuple[Tensor, list[LayerState]]:
-        """One sample, inputs (E, B, in), through all layers, which hear the last error (E, B, out)."""
+        """One sample, inputs (E, B, in), through all layers, which receive the last error (E, B, out)."""
         states = [_averaged(state) for state in states]
         states[0] = states[0]._replace(forward_message=self._padded(x))
         states[-1] = states[-1]._replace(backward_message=self._padded(error))

@@ -69,7 +69,7 @@ class LRSGDR(_LRSGD):
     Layers: any dense, real parameters.
     Cost: SGD with momentum, plus a copy of the weights and two passes over them. One gradient a step.
     Status: faithful to the official code's rule. Here a step is an inner step and takes the next batch of the
-        one loader; there each batch of an outer loader starts an inner loop on a loader shuffled anew.
+        one loader; there each batch of an outer loader starts an inner loop on a loader shuffled again.
         Anchors begin at the weights, there at zero for a weight without gradient in a loop's first step.
     Source: Zhang, Qu, Metaxas and Chen, "Local Regularizer Improves Generalization", AAAI 2020.
     Code: huiqu18/LRSGD.

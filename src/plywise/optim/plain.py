@@ -72,7 +72,7 @@ class PlainOptimizer(CheckedOptimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step; ``closure`` computes loss and gradients anew, and its loss is returned.
+        """Make one step; ``closure`` computes loss and gradients again, and its loss is returned.
 
         Raises:
             PlywiseError: a gradient is sparse or complex.

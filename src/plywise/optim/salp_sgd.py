@@ -29,7 +29,7 @@ class SalpSGD(CheckedOptimizer):
     Cost: salps + 1 forward and backward passes a step (1 if ``salps`` is 1), since a closure makes both, and
         up to 1.5 · salps + 2 copies of the weights.
     Status: after the paper, which integrates the two, but how is not public. Chosen here: the food is one
-        salp of the chain and takes the gradient step; all are evaluated anew on each batch, since the loss is
+        salp of the chain and takes the gradient step; all are evaluated on each batch, since the loss is
         stochastic; leaders are the first half, as in common code of salp swarms; their radius is symmetric
         and the same for all weights, and the search space has no bounds.
     Source: after Oswalt Manoj and Ananth, "MapReduce and optimized deep network for rainfall prediction in

@@ -142,7 +142,7 @@ class Pipeline:
     def stopping(self) -> bool:
         """Whether some process has asked to stop; the first stage's replicas call this before each batch."""
         asked = torch.tensor([int(self.watch.stop_asked)])
-        if self._groups.replicas is not None:  # one replica may hear of it before the others
+        if self._groups.replicas is not None:  # one replica may learn of it before the others
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._groups.replicas)
         return bool(asked)
 
@@ -223,7 +223,7 @@ class Pipeline:
         checkpoint.save(folder, self.learner.steps, states, keep, first=first, agree=self.agree)
 
     def restore(self, folder: Path, step: int | None = None) -> int:
-        """Go on from a checkpoint, the last by default, whoever wrote it; the number of steps done.
+        """Go on from a checkpoint, the last by default, whatever process wrote it; the number of steps done.
 
         Raises:
             StateError: there is none, or it is another learner's.

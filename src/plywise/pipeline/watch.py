@@ -2,7 +2,7 @@
 
 Each process counts up a key of its own in a store and looks at everyone's. A count that stands still for
 ``patience`` seconds belongs to a stage that is gone; so does the store itself, which lives in the first one.
-Who fails, or notices that another is gone, writes so into the store: the first cause is what all hear.
+Who fails, or notices that another is gone, writes so into the store: all report the first cause.
 """
 
 import math
@@ -46,7 +46,7 @@ class Watch:
         rank: this process.
         names: what each process is called, by rank.
         patience: seconds without a sign of life until a process counts as lost.
-        alarm: called once, when there is trouble and the others had time to hear of it.
+        alarm: called once, when there is trouble and the others had time to learn of it.
 
     Attributes:
         stop_asked: whether some process has asked to stop.

@@ -1,6 +1,6 @@
 """The card of a method: what its docstring says, section by section.
 
-The docstring is the single source of truth. Whoever shows a method (the command line, the
+The docstring is the single source of truth. All that show a method (the command line, the
 documentation, the tests) reads this card, so that nothing is said twice or goes stale.
 """
 

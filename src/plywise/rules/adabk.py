@@ -14,7 +14,7 @@ class AdaBK(KroneckerRule):
     Idea: full-matrix Adagrad in its cheapest Kronecker form: the square roots of the covariances of a layer's
         inputs and output gradients, each layer's move keeping its gradient's size.
     Equation: D = c · (L + ε λ_L I)^-½ G (R + ε λ_R I)^-½, R the running mean of aaᵀ, L of ΔᵀΔ, λ their
-        largest eigenvalues; c keeps ‖D‖ = ‖G‖. The layer below hears ΔW.
+        largest eigenvalues; c keeps ‖D‖ = ‖G‖. The layer below receives ΔW.
     Use when: as FeatureWhitening, where outputs differ in scale too.
     Do not use when: steps are short: two sides cost twice.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,

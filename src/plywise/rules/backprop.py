@@ -12,7 +12,7 @@ class Backprop(Rule):
 
     Idea: one explicit gradient step for every layer. Attached, it changes nothing but the road that the
         gradients take; a comparison with it pays the same overhead as any other rule.
-    Equation: D = G = ΔᵀA; the layer below hears ΔW.
+    Equation: D = G = ΔᵀA; the layer below receives ΔW.
     Use when: you compare rules, or look for the cost of attaching one.
     Do not use when: you just want to train: leave it out.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,

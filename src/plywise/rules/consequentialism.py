@@ -17,7 +17,7 @@ class Consequentialism(Rule):
         that consequence and emend the errors before the step, so that the consequence is the intention.
     Equation: (AAᵀ + εI) Δ̃ = Δ, D = Δ̃ᵀA, Δ of the summed loss: backpropagation's product with the
         transpose of A replaced by its damped pseudo-inverse (the affine projection filter in each layer).
-        The layer below hears the plain ΔW.
+        The layer below receives the plain ΔW.
     Use when: inputs are correlated, layers badly scaled, or tuning the rate is a burden: rates of 0.1 to
         1 work at any batch size.
     Do not use when: gradients are mostly noise (tiny batches, noisy labels): it fits each batch closely.

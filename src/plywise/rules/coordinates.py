@@ -50,7 +50,7 @@ class Coordinates(KroneckerRule):
         in a bench of six small workloads; this rule has not been judged there.
     Limits: the first basis acts at once, a later one from the step after its refresh. Momenta are turned at a
         refresh, second moments are kept, as SOAP keeps them, and so is a momentum of normalised steps
-        (RMSprop's). Attached to an optimizer that has stepped before, it lets it begin anew: second moments
+        (RMSprop's). Attached to an optimizer that has stepped before, it lets it begin again: second moments
         of other axes would make steps of any size. Sides above ``max_size`` stay as they are. No
         fully_shard.
 

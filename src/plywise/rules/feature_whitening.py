@@ -14,7 +14,7 @@ class FeatureWhitening(KroneckerRule):
     Idea: correlated inputs make some directions of a layer's weights learn much faster than others. Whitening
         the inputs themselves would change the network; whitening the gradient does not.
     Equation: D = c · G (R + ε λ_max I)^-½, R the running mean of aaᵀ, a the inputs with a trailing 1, λ_max
-        its largest eigenvalue; c keeps ‖D‖ = ‖G‖. The layer below hears ΔW.
+        its largest eigenvalue; c keeps ‖D‖ = ‖G‖. The layer below receives ΔW.
     Use when: a network without, or with few, normalisation layers learns slowly with SGD or Adam; it keeps
         the optimizer's learning rate, for moves keep the gradient's size.
     Do not use when: every layer's inputs are already nearly white, or layers are tens of thousands wide.

@@ -20,7 +20,7 @@ class GradientAmplification(StatefulRule):
     Idea: multiply the gradients of a changing choice of layers by a factor, so that early layers of deep
         networks, whose gradients are small, learn at high rates too.
     Equation: mode "signal": Δ ← f Δ at the output of each chosen layer, for its own move and for what the
-        layer below hears (f to the power of the chosen layers above); mode "gradient": D = f G alone. A
+        layer below receives (f to the power of the chosen layers above); mode "gradient": D = f G alone. A
         layer is chosen at random with probability ``share``, or, with ``agreement``, where
         Σᵢ|Σₜ Gₜᵢ| / Σᵢ Σₜ|Gₜᵢ|, over the steps t of the last period, is at least that.
     Use when: to reproduce the papers. As a principled version, take BackMatching.

@@ -14,7 +14,7 @@ class KFAC(KroneckerRule):
         its inputs and output gradients, and take the natural gradient step.
     Equation: D = c · (L + ε tr(L)/m I)⁻¹ G (R + ε tr(R)/k I)⁻¹, R the running mean of aaᵀ, L of ΔᵀΔ: factored
         Tikhonov damping with the paper's π. c keeps ‖D‖ = ‖G‖ in place of the KL clip, or is 1. The layer
-        below hears ΔW.
+        below receives ΔW.
     Use when: to compare, or where curvature matters more than time (small networks, regression).
     Do not use when: gradients are noisy and a one-sided rule does as well at half the cost.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,

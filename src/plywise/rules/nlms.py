@@ -15,7 +15,7 @@ class NLMS(Rule):
     Idea: a step -ηδaᵀ, meant to change the layer's output by -ηδ, changes it by -η‖a‖²δ. Divide by ‖a‖²
         and the consequence is the intention, whatever the size of the input.
     Equation: D = mean over samples of δ_i [a_i,1] / (‖[a_i,1]‖² + ε), δ of the summed loss and ε = eps
-        times the mean of ‖[a,1]‖². The layer below hears ΔW.
+        times the mean of ‖[a,1]‖². The layer below receives ΔW.
     Use when: inputs of a layer differ much in size from sample to sample, and steps must stay cheap.
     Do not use when: samples of a batch resemble one another: only Consequentialism accounts for what
         they do to each other. In our runs plain NLMS is no better than SGD on well-scaled networks.

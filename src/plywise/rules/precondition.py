@@ -16,7 +16,7 @@ class Precondition(KroneckerRule):
     Idea: a layer's gradient G = ΔᵀA is large where its inputs or its output gradients vary much, whatever
         the loss wants. Take that out by powers of both covariances, kept as running means.
     Equation: D = c · L^-left G R^-right, R = mean of aaᵀ + λI, L = mean of ΔᵀΔ + λI over batches (discounted
-        by ``decay``), a with a trailing 1 for the bias; c keeps ‖D‖ = ‖G‖. The layer below hears ΔW.
+        by ``decay``), a with a trailing 1 for the bias; c keeps ‖D‖ = ‖G‖. The layer below receives ΔW.
     Use when: you want a member of the family that has no name here, or to see which part of one matters.
     Do not use when: a named rule will do: FeatureWhitening (right=½), AdaBK (both ½), KFAC (both 1), Foof
         (right=1).

@@ -16,7 +16,7 @@ class ProxProp(Rule):
         has its own least-squares problem. Replace the step on the weights by the implicit (proximal) one,
         which is stable at any step size: θ⁺ = argmin ½‖A θᵀ - z⁺‖² + ‖θ - θ_old‖²/(2τ).
     Equation: D = G (AᵀA + I/τ)⁻¹ with A the rows [input, 1] of the batch, G = ΔᵀA. The layer below
-        hears ΔW. A convolution's rows are its patches.
+        receives ΔW. A convolution's rows are its patches.
     Use when: inputs are wide or strongly correlated and batches of a few hundred fit: it then takes many
         times fewer steps than SGD or Adam. Rates are large: try 1 to 10 with a mean loss.
     Do not use when: the batch is tiny (the Gram of a few rows says little), or time per step is all.

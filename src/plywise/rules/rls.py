@@ -23,7 +23,7 @@ class RLS(StatefulRule):
         autocorrelation is kept by a rank-one correction a step, with the batch's mean input in place of its
         rows, and multiplies the gradient.
     Equation: D = G P / h, h = λ + κ ū·Pū; then P ← (P - (κ/h) Pū (Pū)ᵀ) / λ, ū the mean of the rows
-        [input, 1] over batch and positions. The layer below hears ΔW.
+        [input, 1] over batch and positions. The layer below receives ΔW.
     Use when: a cubic cost is out of the question and inputs share a strong mean direction.
     Do not use when: correlations beyond the mean matter: Foof and FeatureWhitening see them.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,

@@ -1,4 +1,4 @@
-"""A model's layers from the front, some of them frozen: what freezing does, whoever decides on it."""
+"""A model's layers from the front, some of them frozen: what freezing does, whatever decides on it."""
 
 import math
 import weakref

@@ -194,7 +194,7 @@ class _Watch:
     def _check(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         if KEY not in state:
             raise StateError(
-                "The optimizer state to load was saved without LayerFreezing. To start the schedule anew, "
+                "The optimizer state to load was saved without LayerFreezing. To start the schedule again, "
                 "load it before attach().",
                 see="state-memory",
             )

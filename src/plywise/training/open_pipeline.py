@@ -28,7 +28,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
 
     Args:
         plan: the plan.
-        fresh: start anew; what the folder holds of another run is thrown away.
+        fresh: start again; what the folder holds of another run is thrown away.
 
     Raises:
         PlywiseError: see `plywise.training.session.open_session`; or the processes do not fit the plan, or

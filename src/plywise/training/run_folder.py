@@ -23,7 +23,7 @@ from plywise.training.config import TrainConfig, make_config
 JUDGED = {"accuracy", "error"}
 """What the last line of an epoch has besides."""
 _LOGS = "log*.jsonl"
-_ANEW = "--fresh starts anew in its place, another --out beside it."
+_START = "--fresh starts again in its place, another --out beside it."
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RunFolder:
         if not self._plan.exists():
             if checkpoint.steps(self.checkpoints):
                 raise StateError(
-                    f"{self.path} has checkpoints, but no plan.json to say of what. {_ANEW}", see="state-run"
+                    f"{self.path} has checkpoints, but no plan.json to say of what. {_START}", see="state-run"
                 )
             return None
         try:
@@ -77,7 +77,7 @@ class RunFolder:
             return RunRecord(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(
-                f"{self._plan} is no plan of plywise, or damaged: {error}. {_ANEW}", see="state-run"
+                f"{self._plan} is no plan of plywise, or damaged: {error}. {_START}", see="state-run"
             ) from error
 
     def check(self, plan: TrainConfig, data: TrainingData) -> RunRecord | None:
@@ -100,12 +100,13 @@ class RunFolder:
             differences.append(f"split is {_joined(record.starts)} there and {_joined(plan.split)} here")
         if differences:
             raise StateError(
-                f"{self.path} holds a run of another plan: {'; '.join(differences)}. {_ANEW}", see="state-run"
+                f"{self.path} holds a run of another plan: {'; '.join(differences)}. {_START}",
+                see="state-run",
             )
         if not checkpoint.steps(self.checkpoints) and any(path.stat().st_size for path in self._logs()):
             raise StateError(
                 f"{self.path} has the log of a run, and no checkpoint in {self.checkpoints}: bring them "
-                f"back to go on. {_ANEW}",
+                f"back to go on. {_START}",
                 see="state-run",
             )
         return record
@@ -150,7 +151,7 @@ class RunFolder:
         step, damaged = checkpoint.find_whole(self.checkpoints)
         if step is None and damaged:
             raise StateError(
-                f"{checkpoint.format_damaged(self.checkpoints, damaged)} There is no other. {_ANEW}",
+                f"{checkpoint.format_damaged(self.checkpoints, damaged)} There is no other. {_START}",
                 see="state-run",
             )
         if damaged:

@@ -47,13 +47,13 @@ class Engine(Protocol):
     replicas: int
 
     def ask_to_stop(self) -> None:
-        """Ask whoever reads the batches to read no more; a signal handler may call this."""
+        """Ask for no more batches to be read; a signal handler may call this."""
 
     def stopping(self) -> bool:
-        """Whether somebody has asked; called by whoever reads the batches, before each."""
+        """Whether somebody has asked; called before each batch is read."""
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], after: Callable[[int], None]) -> int:
-        """Train on batches; ``after`` hears the number of steps done after each."""
+        """Train on batches; ``after`` is called with the number of steps done after each."""
 
     def save(self, folder: Path, keep: int) -> None:
         """Write a checkpoint."""
@@ -131,7 +131,7 @@ class Session:
         """Train to the end. Ctrl-C (or SIGTERM) lets the step finish; a second one interrupts it.
 
         Args:
-            show: hears of each step.
+            show: is called after each step.
 
         Returns:
             Whether the training is finished; if not, somebody has asked to stop. Either way there is a
@@ -151,12 +151,12 @@ class Session:
                     self._written.write(line)
                 show(line)
 
-            hear = self._hearing(tell)
-            self.engine.learner.callbacks.append(hear)
+            on_step = self._make_callback(tell)
+            self.engine.learner.callbacks.append(on_step)
             try:
                 return self._run(tell)
             finally:
-                self.engine.learner.callbacks.remove(hear)
+                self.engine.learner.callbacks.remove(on_step)
                 self.folder.release()
 
     def _run(self, tell: Callable[[StepMetrics], None]) -> bool:
@@ -202,8 +202,8 @@ class Session:
                 x, y = take_samples(x, rows), y[rows]
             yield x, y
 
-    def _hearing(self, tell: Callable[[StepMetrics], None]) -> Callable[[Report], None]:
-        def hear(report: Report) -> None:
+    def _make_callback(self, tell: Callable[[StepMetrics], None]) -> Callable[[Report], None]:
+        def on_step(report: Report) -> None:
             first = self.engine.trainers[0].index
             losses = dict(enumerate(report.losses.tolist(), first))
             self._check(report.step, losses)
@@ -214,7 +214,7 @@ class Session:
             else:
                 self._held = line
 
-        return hear
+        return on_step
 
     def _check(self, step: int, losses: dict[int, float]) -> None:
         for component, loss in losses.items():
@@ -289,7 +289,7 @@ def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
 
     Args:
         plan: the plan.
-        fresh: start anew; what the folder holds of another run is thrown away.
+        fresh: start again; what the folder holds of another run is thrown away.
 
     Raises:
         PlywiseError: something in the plan does not exist, does not fit or fails; the folder holds a run of

@@ -33,7 +33,7 @@ class SingleProcessEngine:
         return self._asked
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], after: Callable[[int], None]) -> int:
-        """Train on batches; ``after`` hears the number of steps done after each."""
+        """Train on batches; ``after`` is called with the number of steps done after each."""
         for x, y in batches:
             self.learner.step(x, y)
             after(self.learner.steps)
@@ -46,7 +46,7 @@ class SingleProcessEngine:
         checkpoint.save(folder, self.learner.steps, {**states, "learner": state}, keep)
 
     def restore(self, folder: Path, step: int | None = None) -> int:
-        """Go on from a checkpoint, the last by default, whoever wrote it; the number of steps done.
+        """Go on from a checkpoint, the last by default, whatever process wrote it; the number of steps done.
 
         Raises:
             StateError: there is none, or it is another learner's.

@@ -55,7 +55,7 @@ def make_workload(config: DemoConfig) -> Workload:
 
 @contextmanager
 def open_demo(config: DemoConfig, folder: Path, command: str = "") -> Generator[Bench, None, None]:
-    """The demo as a bench in ``folder``, where it begins anew.
+    """The demo as a bench in ``folder``, where it begins again.
 
     Raises:
         PlywiseError: the folder holds another bench.

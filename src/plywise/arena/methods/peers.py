@@ -102,7 +102,7 @@ def hidden_weights(model: nn.Module, example: Tensor) -> list[nn.Parameter]:
 def shampoo(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, every: int = 25
 ) -> Optimizer:
-    """Shampoo grafted onto SGD, its roots anew every 25 steps (its default, 1000, is more than a run)."""
+    """Shampoo grafted onto SGD, its roots from every 25th step (its default, 1000, is more than a run)."""
     made: Optimizer = _package("shampoo").ScalableShampoo(
         parameters,
         lr=lr,

@@ -81,7 +81,7 @@ class Ledger:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                self.lines[key_of(line)] = line  # from here on it is kept, whoever interrupts
+                self.lines[key_of(line)] = line  # from here on it is kept, whatever interrupts
                 os.fsync(file.fileno())
         except OSError as error:
             os.truncate(self.path, before)

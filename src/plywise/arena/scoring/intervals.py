@@ -1,7 +1,7 @@
 """How sure a figure is: intervals by resampling seeds, where a miss is infinity and stays one.
 
 The stratified bootstrap: the seeds of each method on each workload are drawn again, with replacement and
-among themselves, the figure is computed anew, a thousand times over; the interval holds the middle 95 %
+among themselves, the figure is computed again, a thousand times over; the interval holds the middle 95 %
 of what came out. Infinite times need no exception: medians and ordered values know what to do with them.
 
 Times are read off a grid: a run is measured every so many steps, and what one measurement sees happened after
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Draws = NDArray[np.float64]
-"""One figure, computed anew for each resample: (draws,)."""
+"""One figure, computed again for each resample: (draws,)."""
 
 COUNT = 1000
 """Resamples."""
@@ -170,7 +170,7 @@ def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
 def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
     """The geometric mean of quotients over workloads; misses enter as in `ratio_interval`.
 
-    Pairs where both missed say nothing and are left out: whoever shows the figure says how many those are.
+    Pairs where both missed say nothing and are left out: who shows the figure says how many those are.
 
     Returns:
         The interval, marked ≥ or ≤ where a miss is in it, and ? where misses of both kinds are; None

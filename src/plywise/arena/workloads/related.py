@@ -116,7 +116,7 @@ def episodes() -> Data:
 
 
 class InEpisodes(nn.Module):
-    """A VSML network of 2-2 that begins each episode anew, and learns by running over it."""
+    """A VSML network of 2-2 that begins again in each episode, and learns by running over it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from plywise.testing.contract.structures import STRUCTURES
 @pytest.mark.parametrize("first", [0, 3, 4])
 @pytest.mark.parametrize("with_pending", [False, True])
 def test_a_bias_frozen_and_thawed(memory_case: Case, first: int, with_pending: bool) -> None:
-    # its column leaves the statistics: they start anew, in that layer only
+    # its column leaves the statistics: they start again, in that layer only
     run = start(memory_case, steps=first)
     other = start(memory_case, steps=first)
     for number in range(first, first + 6):

@@ -174,7 +174,7 @@ def test_groups_and_a_scheduler(memory_case: Case) -> None:
 
 
 def test_an_optimizer_of_some_layers(memory_case: Case) -> None:
-    # the others keep their gradient, for whoever steps them; once they join, they are learned too
+    # the others keep their gradient, for the optimizer that steps them; once they join, they are learned too
     run = start(memory_case)
     run.rule.detach()
     run.optimizer = SGD(run.model[2:].parameters(), lr=0.05)
@@ -258,7 +258,7 @@ def test_detach_leaves_nothing_on_the_optimizer(memory_case: Case) -> None:
     # and the state of an optimizer without us loads
     run.optimizer.load_state_dict(run.optimizer.state_dict())
     run.step(3)
-    # attached again, it starts anew
+    # attached again, it starts again
     run.rule.attach(run.model, run.optimizer)
     assert not run.memory()
 

@@ -189,7 +189,7 @@ def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
     if when == "before":
         rule.attach(model, optimizer)
     loss_of(model, data).backward()
-    # the layers below hear the same, and what moves moves the same
+    # the layers below receive the same, and what moves moves the same
     assert same_bits(grads(model), {n: g for n, g in grads(expected).items() if n not in frozen})
     before = weights(model)
     optimizer.step()
