@@ -1,6 +1,7 @@
 """Direct feedback alignment: the error at the output reaches every block through a fixed random matrix."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,13 +120,13 @@ class DirectFeedback(Learner):
         """The batch as it is."""
         if self._loss is F.cross_entropy:
             check_classes(y, self._blocks.shapes[-1][0])
-        return Signal(x, y)
+        return self._blocks.begin(x, y)
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
         s, passages = signal.s, []
         for trainer, component in zip(self.trainers, self._components, strict=True):
             with trainer.randomness(self.steps):
-                passages.append(BlockBackward(component.block, s, open_below=False))
+                passages.append(BlockBackward(component.block, replace(signal, s=s), open_below=False))
             s = passages[-1].output.detach()
         with self.trainers[-1].randomness(self.steps):  # the backward's, should it draw any
             output = s.requires_grad_()
@@ -140,4 +141,4 @@ class DirectFeedback(Learner):
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another."""
-        return nn.Sequential(*self._blocks)
+        return self._blocks.as_module()
