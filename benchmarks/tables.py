@@ -27,7 +27,7 @@ from plywise.arena.reproductions import tables as reproduction_tables
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 PAGES = (
-    REPOSITORY / "README.md",
+    REPOSITORY / "docs" / "explanation" / "results.md",
     HERE / "README.md",
     HERE / "arena" / "README.md",
     HERE / "reproduce" / "README.md",
@@ -58,7 +58,7 @@ def fill(text: str) -> str:
     )
 
 
-# README.md: the last column of a table whose other columns are written by hand
+# docs/explanation/results.md: the last column of a table whose other columns are written by hand
 
 STEP_ROWS = {
     "`ProxProp`": "ProxProp exact",
