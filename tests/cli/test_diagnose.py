@@ -137,7 +137,7 @@ def test_data_from_files(tmp_path, capsys):
         (["mine:model", "--workload", "digits-mlp"], "Say what to look at"),
         (["mine:model"], "Say with --data"),
         (["--workload", "digits-mpl"], "digits-mlp"),
-        (["--workload", "digits-mlp", "--loss", "mine:loss"], "belong to your own model"),
+        (["--workload", "digits-mlp", "--loss", "mine:loss"], "belong to a model of your own"),
         (["mine:model", "--data", "mine:data", "--batches", "0"], "1 at least"),
         (["mine:modle", "--data", "mine:data"], "modle"),
         (["mine:model", "--data", "nowhere.npz"], "nowhere.npz"),

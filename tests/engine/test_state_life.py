@@ -280,6 +280,9 @@ def test_a_statistic_of_a_reserved_name_is_refused() -> None:
         def learn(self, memory: Any, evidence: Any) -> Any:
             return {**super().learn(memory, evidence), "step": evidence["rows"]}
 
+        def learned_shapes(self, shape: Any) -> Any:
+            return {**super().learned_shapes(shape), "step": ()}
+
     run = Run(Stepping(), OPTIMIZERS["momentum"], model=Varied())
     with pytest.raises(ValueError, match="'step' is plywise's own name"):
         run.step(0)

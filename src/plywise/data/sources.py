@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from plywise._util.files import ScratchFolder
@@ -98,7 +98,9 @@ def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict
 
 
 def is_source(thing: Any) -> bool:
-    """Whether something holds samples or gives batches, and is no array or nesting of such."""
+    """Whether something holds samples or gives batches, and is no array, nesting of such, or model."""
+    if isinstance(thing, nn.Module):
+        return False
     if isinstance(thing, Dataset | DataLoader):
         return True
     arrays = isinstance(thing, Tensor | list | tuple | Mapping | str | bytes) or hasattr(thing, "__array__")

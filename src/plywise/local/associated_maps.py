@@ -110,7 +110,7 @@ def range_of(module: nn.Module) -> Range | None:
         return -torch.inf, torch.inf
     if any(True for _ in module.parameters()):
         return None
-    far = torch.linspace(-1e4, 1e4, 2001).view(1, -1)
+    far = torch.linspace(-1e4, 1e4, 2001, device="cpu").view(1, -1)
     try:
         found = module(far)
     except Exception:  # what it ends in wants another input

@@ -135,15 +135,15 @@ class ForwardGradientComponent(LossComponent):
 @contextmanager
 def _differentiable_forward(block: nn.Module) -> Iterator[None]:
     """Plain attention and recurrent layers, not torch's fused ones, which know no forward derivative."""
-    backend: Any = torch.backends.mkldnn
-    fused = backend.enabled
+    # torch.backends.mkldnn.enabled cannot be set once torch's own test tools have been imported
+    fused = torch._C._get_mkldnn_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in block.modules())
     with sdpa_kernel(SDPBackend.MATH):
         try:
-            backend.enabled = fused and not recurrent
+            torch._C._set_mkldnn_enabled(fused and not recurrent)
             yield
         finally:
-            backend.enabled = fused
+            torch._C._set_mkldnn_enabled(fused)
 
 
 def _layers(module: nn.Module, name: str = "block") -> Iterator[tuple[nn.Module, str]]:

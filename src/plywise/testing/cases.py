@@ -84,7 +84,7 @@ def case_of(factory: Callable[[], Rule] | Case | str) -> Case:
     Example:
         >>> import plywise as pw
         >>> case_of(pw.NLMS).name, case_of("plywise:NLMS").make()
-        ('NLMS', NLMS(eps=1.0, reduction='mean'))
+        ('NLMS', NLMS(eps=0.1, reduction='mean'))
     """
     name = getattr(factory, "__name__", str(factory))
     if isinstance(factory, str):
