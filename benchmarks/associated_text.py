@@ -131,8 +131,8 @@ def report() -> None:
             last = [depths[-1] for depths in entry["test"]]
             means = [statistics.fmean(column) for column in zip(*entry["test"], strict=True)]
             depths = " / ".join(f"{mean:.1f}" for mean in means)
-            told = f"{statistics.fmean(last):.1f} ± {statistics.stdev(last):.1f}"
-            print(f"| {network} | {way} | {entry['rate']:g} | {told} | {depths if len(means) > 1 else ''} |")
+            score = f"{statistics.fmean(last):.1f} ± {statistics.stdev(last):.1f}"
+            print(f"| {network} | {way} | {entry['rate']:g} | {score} | {depths if len(means) > 1 else ''} |")
 
 
 def main() -> None:

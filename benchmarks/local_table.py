@@ -245,11 +245,11 @@ def report() -> None:
         for label, entry in methods.items():
             tests = [one["test"] for one in entry["final"]]
             digits = 3 if PROBLEMS[name].tokens else 1
-            told = f"{statistics.fmean(tests):.{digits}f} ± {statistics.stdev(tests):.{digits}f}"
+            measured = f"{statistics.fmean(tests):.{digits}f} ± {statistics.stdev(tests):.{digits}f}"
             alive = entry["final"][0]["alive_bytes"]
             share = f"{alive / plain['final'][0]['alive_bytes']:.2f}" if plain else ""
             speed = statistics.median(one["samples_a_second"] for one in entry["final"])
-            print(f"| {label} | {entry['final'][0]['rate']:g} | {told} | {share} | {speed:.0f} |")
+            print(f"| {label} | {entry['final'][0]['rate']:g} | {measured} | {share} | {speed:.0f} |")
 
 
 def main() -> None:

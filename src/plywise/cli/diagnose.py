@@ -131,10 +131,10 @@ def _asked(
 
 
 def _print_layers(screen: Console, diagnosis: Diagnosis) -> None:
-    told = "" if diagnosis.loss is None else f", loss {diagnosis.loss:.4g}"
+    loss = "" if diagnosis.loss is None else f", loss {diagnosis.loss:.4g}"
     title = (
         f"{diagnosis.model}: {diagnosis.parameters:,} parameters, {diagnosis.batches} batches of up to "
-        f"{diagnosis.batch_size}{told}"
+        f"{diagnosis.batch_size}{loss}"
     )
     if diagnosis.layers:
         screen.print(_table(title, diagnosis))
@@ -224,9 +224,9 @@ def _print_json(diagnosis: Diagnosis, recommended: list[Advice], guesses: tuple[
     import json
     from dataclasses import asdict
 
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "diagnosis": asdict(diagnosis),
         "advice": [asdict(one) for one in recommended],
         "guesses": list(guesses),
     }
-    print(json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))

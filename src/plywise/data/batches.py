@@ -85,7 +85,7 @@ def move_batch(batch: Batch, device: str | torch.device) -> Batch:
 
 
 def split_target(batch: Batch) -> tuple[Batch, Batch | None]:
-    """Inputs and targets of what a user's loader gives; None where a target cannot be told.
+    """Inputs and targets of what a user's loader gives; None where there is no way to find a target.
 
     The last entry of a tuple or list is the target. In a mapping or a dataclass the entry called labels,
     label, targets, target or y is; the inputs are then the whole batch, of which `call_model` takes what the

@@ -215,8 +215,8 @@ def _apart(whole: Part, cut: Callable[[Batch, Batch], Sequence[Split]]) -> tuple
     rows = place[kind].argsort(stable=True)  # kind by kind, as these were drawn
     counts = kind.bincount()
     samples = rows.split([int(counts[part].sum()) for part in parts])
-    told = f", {twins:,} with the inputs of another kept beside it"
-    return [Split(whole.x[own], whole.y[own]) for own in samples], told
+    note = f", {twins:,} with the inputs of another kept beside it"
+    return [Split(whole.x[own], whole.y[own]) for own in samples], note
 
 
 def _kinds(x: Batch) -> tuple[Tensor, int]:

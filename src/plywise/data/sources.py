@@ -30,7 +30,7 @@ from plywise.errors import PlywiseError
 MOST_BATCHES = 1000
 """Batches that are kept of a stream, unless more are asked for."""
 BATCH_SIZE = 128
-"""Samples in a batch of a stream of samples, unless told."""
+"""Samples in a batch of a stream of samples, unless another number is given."""
 NAMES = {
     "train": "train",
     "validation": "validation",

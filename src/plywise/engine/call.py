@@ -71,7 +71,7 @@ class LinearCall:
             the topmost call's input (1 for an unbatched linear input). A call below may have flattened
             tokens, which are no samples. Where it is not given, the first dimension of this call's input.
         thin: gives a sample of the inputs by positions (see `LinearMap.sample_positions`), where rows that do
-            not count have been taken out of ``a``, so that positions cannot be told any more.
+            not count have been taken out of ``a``, so that positions are not known any more.
     """
 
     name: str

@@ -69,13 +69,13 @@ def from_first(values: Sequence[int]) -> list[int]:
     try:
         size = torch.tensor([len(values)])
         dist.broadcast(size, 0)
-        told = torch.zeros(int(size), dtype=torch.int64)
+        received = torch.zeros(int(size), dtype=torch.int64)
         if dist.get_rank() == 0:
-            told = torch.tensor(list(values), dtype=torch.int64)
-        if len(told):
-            dist.broadcast(told, 0)
+            received = torch.tensor(list(values), dtype=torch.int64)
+        if len(received):
+            dist.broadcast(received, 0)
     except RuntimeError as error:
         raise PipelineError(
             "Another process has stopped before all were ready; it says why.", see="pipeline-start"
         ) from error
-    return told.tolist()
+    return received.tolist()

@@ -1,4 +1,4 @@
-"""Consequentialism weight updates (CWU): emend each sample's error for what all samples do to it."""
+"""Consequentialism weight updates (CWU): correct each sample's error for what all samples do to it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,7 @@ class Consequentialism(Rule):
 
     Idea: the network is a stack of adaptive filters. The steps of all samples of a batch, taken together,
         change the outputs not by the intended -ηΔ but by -η(AAᵀ)Δ: samples disturb each other. Predict
-        that consequence and emend the errors before the step, so that the consequence is the intention.
+        that consequence and correct the errors before the step, so that the consequence is the intention.
     Equation: (AAᵀ + εI) Δ̃ = Δ, D = Δ̃ᵀA, Δ of the summed loss: backpropagation's product with the
         transpose of A replaced by its damped pseudo-inverse (the affine projection filter in each layer).
         The layer below receives the plain ΔW.

@@ -16,7 +16,7 @@ PEERS = ("sgd", "adamw", "muon", "normuon", "soap", "kl-soap", "schedule-free", 
 """Established optimizers; targets are taken from these, and rules compose with them."""
 
 USUAL = ("sgd", "sgd-again", "adamw", "muon", "proxprop", "feature-whitening+adamw", "foof+adamw")
-"""What a bench compares unless it is told otherwise."""
+"""What a bench compares by default."""
 
 NULL_CONTROL = "sgd-again"
 """The first peer a second time: what differs between these two is noise."""

@@ -119,7 +119,7 @@ def _context(summary: BenchSummary) -> dict[str, Any]:
         "failed": sum(line["failure"] is not None for line in lines),
         "trials": len(lines),
         "methods": _methods(results),
-        "told": WORDS,
+        "clock_words": WORDS,
         "rules": {"place": STRICT_PLACE, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
     }
 

@@ -77,10 +77,10 @@ def with_it(name: str) -> str:
 
 def _arms(model: MakeModel) -> tuple[Arm, ...]:
     arms = []
-    for name, (optimizer, settings, plain, emended) in OPTIMIZERS.items():
+    for name, (optimizer, settings, plain, corrected) in OPTIMIZERS.items():
         arms.append(Arm(name, partial(trained, model, optimizer, settings, None), plain))
         rule = Consequentialism()
-        arms.append(Arm(with_it(name), partial(trained, model, optimizer, settings, rule), emended))
+        arms.append(Arm(with_it(name), partial(trained, model, optimizer, settings, rule), corrected))
     return tuple(arms)
 
 

@@ -10,7 +10,7 @@ from plywise.arena.space import Space, points
 from plywise.errors import PlywiseError
 
 SEARCHES = ("sobol", "optuna")
-"""Names of the searches; the first is what a bench does unless told otherwise."""
+"""Names of the searches; the first is the default."""
 
 
 class Search(Protocol):
