@@ -15,11 +15,11 @@ from plywise.engine.sharding import agree_on_all, find_local
 
 def measure_norms(tensors: Sequence[Tensor]) -> Tensor:
     """The Frobenius norms of tensors, in one vector on the first one's device; float32 at least."""
+    if len({(t.device, t.dtype) for t in tensors}) == 1 and tensors[0].dtype.itemsize >= 4:
+        return torch.stack(torch._foreach_norm(list(tensors)))
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(place)
-    if len(by_kind) == 1 and tensors[0].dtype.itemsize >= 4:
-        return torch.stack(torch._foreach_norm(list(tensors)))
     norms: dict[int, Tensor] = {}
     for (_, dtype), places in by_kind.items():
         wide = torch.promote_types(dtype, torch.float32)
@@ -31,13 +31,12 @@ def measure_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 def read_norms(tensors: Sequence[Tensor]) -> list[float]:
     """`measure_norms` as numbers, read from each device at once."""
-    by_device: dict[torch.device, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(place)
-    if len(by_device) == 1:
+    devices = dict.fromkeys(tensor.device for tensor in tensors)
+    if len(devices) == 1:
         return measure_norms(tensors).tolist()
     norms = [0.0] * len(tensors)
-    for places in by_device.values():
+    for device in devices:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
         for place, norm in zip(places, measure_norms([tensors[p] for p in places]).tolist(), strict=True):
             norms[place] = norm
     return norms
@@ -52,13 +51,17 @@ def find_finite(tensors: Sequence[Tensor], norms: Sequence[float] | None = None)
     ]
 
 
-def are_finite(gradients: Sequence[Tensor], norms: Sequence[float] | None = None) -> bool:
-    """Whether every gradient is finite, on all processes; the norms of their `find_numbers` may be known."""
-    finite = all(find_finite(list(map(find_numbers, gradients)), norms))
-    return agree_on_all(finite, gradients)  # of DTensors each process sees its own part
+def judge_gradients(gradients: Sequence[Tensor]) -> tuple[bool, list[float]]:
+    """Whether every gradient is finite, on all processes, and the norms of this process's parts."""
+    numbers = list(map(find_numbers, gradients))
+    norms = read_norms(numbers)
+    finite = all(find_finite(numbers, norms))
+    return agree_on_all(finite, gradients), norms  # of DTensors each process sees its own part
 
 
 def find_numbers(gradient: Tensor) -> Tensor:
     """The real numbers of which (this process's part of) a gradient is made."""
+    if type(gradient) is Tensor and gradient.layout is torch.strided and not gradient.dtype.is_complex:
+        return gradient
     dense = gradient.coalesce().values() if gradient.is_sparse else find_local(gradient)
     return torch.view_as_real(dense) if dense.is_complex() else dense

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
-from plywise.engine.finite import are_finite, find_numbers, read_norms
+from plywise.engine.finite import judge_gradients
 from plywise.engine.health import Health
 from plywise.errors import NonFiniteError
 
@@ -110,7 +110,7 @@ class StepGuard:
         if self._on_nonfinite == "propagate" or self._are_finite(parameters):
             self._before_step(optimizer)
             return
-        bad = [p for p in parameters if p.grad is not None and not are_finite([p.grad])]
+        bad = [p for p in parameters if p.grad is not None and not judge_gradients([p.grad])[0]]
         names = [self._names.get(id(p), f"parameter of shape {tuple(p.shape)}") for p in bad]
         for name in names:
             self._health.note(name, health.NON_FINITE)
@@ -133,10 +133,9 @@ class StepGuard:
 
     def _are_finite(self, parameters: list[Tensor]) -> bool:
         """Whether every gradient is finite; notes which are not zero, for one wait answers both."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norms = read_norms(list(map(find_numbers, gradients)))
+        are_finite, norms = judge_gradients([p.grad for p in parameters if p.grad is not None])
         self.nonzero = {id(p) for p, norm in zip(parameters, norms, strict=True) if norm != 0}
-        return are_finite(gradients, norms)
+        return are_finite
 
     def _restore(self) -> None:
         for parameter, gradient in self._hidden:

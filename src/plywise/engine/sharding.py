@@ -85,7 +85,7 @@ class Sharding:
 
 def is_spread(tensor: Tensor | None) -> bool:
     """Whether a tensor is a DTensor: a process has only its part of it."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
 
 
 def find_local(tensor: Tensor) -> Tensor:
