@@ -98,9 +98,21 @@ def find_wrong_lines(source):
 
 
 def find_circle(source):
-    """Modules that import one another in a ring, when they are loaded; empty if there are none."""
+    """Modules that import one another in a ring, later and for type checks, too; empty if there are none.
+
+    A package may load its own parts.
+    """
     modules = dict(find_modules(source))
-    graph = {name: set(find_top_imports(path, modules)) - {name} for name, path in modules.items()}
+    graph = {
+        name: {
+            imported
+            for _, imported in find_imports(path, modules)
+            if imported in modules and imported not in TOP and not imported.startswith(f"{name}.")
+        }
+        - {name}
+        for name, path in modules.items()
+        if name not in TOP and not name.startswith(USERS)
+    }
     done = set()
 
     def walk(name, path):
@@ -108,26 +120,11 @@ def find_circle(source):
             return [*path[path.index(name) :], name]
         if name in done:
             return []
-        ring = next(filter(None, (walk(other, [*path, name]) for other in sorted(graph[name]))), [])
+        ring = next(filter(None, (walk(other, [*path, name]) for other in sorted(graph.get(name, ())))), [])
         done.add(name)
         return ring
 
     return next(filter(None, (walk(name, []) for name in sorted(graph))), [])
-
-
-def find_top_imports(path, modules):
-    """Imports at the top of a file, without those for type checks."""
-    tree = ast.parse(path.read_text("utf-8"))
-    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    for node in tree.body:
-        names = [alias.name for alias in node.names]
-        full = [f"{node.module}.{name}" for name in names] if isinstance(node, ast.ImportFrom) else names
-        for name in full:
-            short = name.removeprefix("plywise.")
-            if short in modules:
-                yield short
-            elif isinstance(node, ast.ImportFrom) and node.module.removeprefix("plywise.") in modules:
-                yield node.module.removeprefix("plywise.")
 
 
 def test_imports_go_one_way():

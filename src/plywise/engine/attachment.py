@@ -22,6 +22,7 @@ from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation
 from plywise.engine.finite import measure_norms
+from plywise.engine.followed_parameters import refuse_old_optimizer
 from plywise.engine.guard import StepGuard, refuse_nonfinite
 from plywise.engine.health import Health
 from plywise.engine.layouts import PLAIN
@@ -33,7 +34,6 @@ from plywise.engine.registered import install_registered
 from plywise.engine.rows import make_rows
 from plywise.engine.running_state import RunningState
 from plywise.engine.selection import Selector, collect_parameters, refuse_handled
-from plywise.engine.sharding import refuse_old_optimizer
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.table import ParameterTable
 from plywise.engine.telemetry import Telemetry

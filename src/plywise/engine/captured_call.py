@@ -5,7 +5,7 @@ own graph, which makes it. A rule that replaces that gradient gets a `Rearranged
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,6 @@ Arrange = Callable[[Tensor], Tensor]
 _grad_enabled = torch.is_grad_enabled
 _autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
-
-
-class Responder(Protocol):
-    """Answers for a captured call in backward."""
-
-    def respond(
-        self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
-    ) -> tuple[Update, Tensor | None]:
-        """How the layer moves, and the gradient at the input of the call's map.
-
-        It is None where it is not wanted, and where a `RearrangedCall` has to make the plain one.
-        """
 
 
 class CapturedCall(torch.autograd.Function):

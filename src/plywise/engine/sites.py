@@ -7,19 +7,16 @@ parts are used apart (attention's stacked projections) has one site for each par
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from plywise.engine.call import LinearCall, Update
 from plywise.engine.explain import Size
 from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
-
-if TYPE_CHECKING:
-    from plywise.engine.call import LinearCall
-    from plywise.engine.captured_call import Responder
-    from plywise.engine.sharding import Sharding
+from plywise.engine.sharding import Sharding
 
 TRANSFORM = "a torch.func transform"
 """Stands among the functions that use a parameter for calls that are left to autograd, whatever they are."""
@@ -71,7 +68,7 @@ class ParameterEntry:
     is_new: bool = False
     rests: bool = False
     arrived: bool = False
-    sharding: "Sharding | None" = None
+    sharding: Sharding | None = None
     last: "tuple[LinearMap, Layout, int, Site] | None" = None
 
     @property
@@ -108,6 +105,18 @@ class ParameterEntry:
         return self.excluded or self.left
 
 
+class Responder(Protocol):
+    """Answers for a captured call in backward."""
+
+    def respond(
+        self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
+    ) -> tuple[Update, Tensor | None]:
+        """How the layer moves, and the gradient at the input of the call's map.
+
+        It is None where it is not wanted, and where a `RearrangedCall` has to make the plain one.
+        """
+
+
 class Site:
     """One way in which calls use a parameter.
 
@@ -136,7 +145,7 @@ class Site:
         entry: ParameterEntry,
         map_: LinearMap,
         layout: Layout,
-        responder: "Responder",
+        responder: Responder,
         module: nn.Module | None,
     ) -> None:
         self.name = name
@@ -157,7 +166,7 @@ class Site:
         self.tested = False
         self._module = None if module is None else weakref.ref(module)
 
-    def note_call(self, call: "LinearCall", kept: tuple[int, int] | None) -> None:
+    def note_call(self, call: LinearCall, kept: tuple[int, int] | None) -> None:
         """Remember the sizes of a call seen in backward, and how many rows of it a mask has kept."""
         self.kept = kept
         if self.rows != call.delta.shape:

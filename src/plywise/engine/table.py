@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import Buffer, Parameter, UninitializedParameter
 
+from plywise.engine.followed_parameters import SPREAD, follow_parameters, is_replaced
 from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.selection import collect_parameters, explain_kind, strip_wrappers
-from plywise.engine.sharding import SPREAD, follow_parameters, is_replaced, keep_whole
+from plywise.engine.sharding import keep_whole
 from plywise.engine.sites import ParameterEntry, Site, part_of
 
 PLAIN_TYPES = {Tensor, Parameter, Buffer, UninitializedParameter}

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plywise.arena.run.search import Sobol
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.score import best_validation
-from plywise.arena.space import Range, Space
+from plywise.arena.space import Range, Space, points
 from plywise.errors import PlywiseError
 
 DESIGN = 4
@@ -23,7 +22,7 @@ class OptunaSearch:
     """Adaptive search, the lowest validation metric being the aim; failures count as failed.
 
     A method then profits from the shape of its space, and from luck early on: where methods should have equal
-    luck, take `Sobol`.
+    luck, take `plywise.arena.run.search.Sobol`.
 
     Raises:
         PlywiseError: Optuna is not installed.
@@ -46,7 +45,7 @@ class OptunaSearch:
     def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
         """The point that Optuna suggests after the trials before this one."""
         if trial < DESIGN:
-            return Sobol().numbers(space, trial, past)
+            return points(space, trial + 1)[trial]
         optuna = self._optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=SEED + trial, n_startup_trials=1)

@@ -1,0 +1,107 @@
+"""Entries follow the parameters that `fully_shard` or `parallelize_module` has put in the place of theirs."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plywise.engine.sharding import Sharding, find_shards, is_spread
+from plywise.engine.sites import ParameterEntry
+from plywise.errors import AttachError
+
+SPREAD = (
+    "its weight is spread over processes (a DTensor, by tensor parallelism or by fully_shard of a module "
+    "around this model): a rule needs the whole weight"
+)
+"""Why a DTensor is left to the optimizer."""
+
+
+def get_raw_name(entry: ParameterEntry) -> str:
+    """The parameter's name in the module that has it."""
+    return entry.name.rpartition(".")[2]
+
+
+def is_replaced(entry: ParameterEntry) -> bool:
+    """Whether another tensor is in the parameter's place now, and not just while its module runs."""
+    module = entry.owners[0][1]()
+    current = None if module is None else module._parameters.get(get_raw_name(entry))
+    if current is None or current is entry.parameter():
+        return False
+    return entry.sharding is None or current is not entry.sharding.whole
+
+
+def follow_parameters(
+    model: nn.Module, entries: list[ParameterEntry], remembers: bool
+) -> list[tuple[weakref.ref[Tensor], ParameterEntry]]:
+    """Let entries follow their parameters after fully_shard or parallelize_module.
+
+    What the rule cannot handle is marked as left to the optimizer, with the reason.
+
+    Args:
+        model: the model.
+        entries: its parameters.
+        remembers: whether the rule acts at the optimizer's step.
+
+    Returns:
+        The entries whose parameter has been replaced, each after the reference to the old one.
+    """
+    shards = find_shards(model)
+    replaced = []
+    mesh = None
+    for entry in entries:
+        module, name = entry.owners[0][1](), get_raw_name(entry)
+        source = shards.get((id(module), name))
+        parameter = source.sharded_param if source is not None else _find_spread(module, name)
+        if parameter is None:
+            continue
+        if parameter is not entry.parameter():
+            replaced.append((entry.parameter, entry))
+            entry.parameter = weakref.ref(parameter)
+            entry.sharding = None
+        why = _explain_spread(parameter, source, mesh, remembers)
+        entry.excluded = entry.excluded or why
+        if not why:
+            mesh = parameter.device_mesh
+            if entry.sharding is None:
+                entry.sharding = Sharding(source)
+    return replaced
+
+
+def refuse_old_optimizer(title: str, replaced: list[ParameterEntry], optimizer: Optimizer | None) -> None:
+    """Raise AttachError unless the optimizer given to attach() steps what has replaced the parameters.
+
+    Args:
+        title: the rule and the model.
+        replaced: the parameters that have been replaced.
+        optimizer: the optimizer; None if it is gone.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    stepped = {id(p) for group in groups for p in group["params"]}
+    if not any(id(entry.parameter()) in stepped for entry in replaced):
+        raise AttachError(
+            f"{title}: fully_shard or parallelize_module has replaced {replaced[0].name!r} and other "
+            "parameters after attach(), and the optimizer given to attach() does not step the new ones. "
+            "Spread the model first, then make the optimizer, then attach the rule to both.",
+            see="attach-optimizer",
+        )
+
+
+def _find_spread(module: nn.Module | None, name: str) -> Any:
+    parameter = None if module is None else module._parameters.get(name)
+    return parameter if is_spread(parameter) else None
+
+
+def _explain_spread(parameter: Any, source: Any, mesh: Any, remembers: bool) -> str:
+    """Why a parameter that is spread over processes is left to the optimizer, or ""."""
+    if source is None:
+        return SPREAD
+    if source.is_dtensor:
+        return "its weight is spread twice: by tensor parallelism and by fully_shard"
+    if parameter.device_mesh.ndim != 1 or not hasattr(parameter.placements[0], "dim"):
+        return "fully_shard keeps its weight on a mesh of several dimensions (HSDP), or replicates it"
+    if mesh is not None and parameter.device_mesh != mesh:
+        return "fully_shard keeps its weight on other processes than those of the layers before it"
+    if remembers and source.offload_to_cpu:
+        return "fully_shard offloads its gradient, away from the statistics (CPUOffloadPolicy)"
+    return ""
