@@ -153,4 +153,4 @@ def show(batch: int, table: dict[str, Any]) -> None:
     print(f"{'arm':40} {'CPU':>6} {'quartiles':>14} {'wall':>6} {'slowest/median step':>20}")
     for name, row in table.items():
         spread = f"{row['cpu_low']:.2f} - {row['cpu_high']:.2f}"
-        print(f"{name:40} {row['cpu']:6.2f} {spread:>14} {row['wall']:6.2f} {row['dearest_step']:20.2f}")
+        print(f"{name:40} {row['cpu']:6.2f} {spread:>14} {row['wall']:6.2f} {row['slowest_step']:20.2f}")

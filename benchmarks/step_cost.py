@@ -167,16 +167,17 @@ def peak_memory(net: str, name: str, device: str, threads: int) -> float:
 def own_peak(net: str, name: str, device: str) -> float:
     """The measurement of `peak_memory`, inside its process."""
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
-    base = _peak(device)
+    base = read_peak(device)
     stepper, rule = Stepper(net, device), RULES[name]()
     if rule is not None:
         rule.attach(stepper.model, stepper.optimizer)
     for _ in range(3):
         stepper.step()
-    return _peak(device) - base
+    return read_peak(device) - base
 
 
-def _peak(device: str) -> float:
+def read_peak(device: str) -> float:
+    """MiB at the peak of this process so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     # not getrusage: its maximum is inherited from the process that started this one

@@ -1,0 +1,184 @@
+"""How the cost of a whole training step grows with the width of a network, and what a transformer costs.
+
+Networks are 784-w-w-10 at batch 256, and a transformer of 10.7 million parameters on 8 × 64 tokens. All arms
+keep a model of their own and take turns in shuffled order, a cycle of ten steps each, in one process. Figures
+are CPU times of a mean step of a cycle over that of fused AdamW in the same round, medians over the rounds; a
+second fused AdamW is the null control. "slowest" is the slowest step of a cycle over its median step. Peak
+memory is that of a process of its own over AdamW's. Muon and SOAP multiply w × w matrices, which takes
+minutes a step from 4096 on: they are left out there.
+
+    OMP_NUM_THREADS=1 python benchmarks/width_cost.py --json benchmarks/width_cost.json
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import plywise as pw
+from peers_cost import CYCLE, RATE, WARM, grouped, ratios
+from plywise.optim import SOAP, Muon
+from step_cost import environment, mlp, read_peak
+
+WIDTHS = (512, 1024, 2048, 4096, 8192)
+BATCH, WIDEST_SQUARE, NULL = 256, 2048, "AdamW, fused, again (null control)"
+
+
+class Transformer(nn.Module):
+    """Six encoder layers of width 384 on 64 tokens, scores of the mean token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.head = nn.Linear(384, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        return self.head(self.body(x).mean(1))
+
+
+def attached(make_rule: Callable[[], pw.Rule]) -> Callable[[nn.Module, int], Any]:
+    """AdamW under a rule."""
+
+    def make(model: nn.Module, batch: int) -> Any:
+        optimizer = AdamW(model.parameters(), RATE, fused=True)
+        make_rule().attach(model, optimizer)
+        return optimizer
+
+    return make
+
+
+def plain(model: nn.Module, batch: int) -> Any:
+    """AdamW alone."""
+    return AdamW(model.parameters(), RATE, fused=True)
+
+
+EVERY = {"stats_every": CYCLE, "refresh_every": CYCLE}
+ARMS: dict[str, Callable[[nn.Module, int], Any]] = {
+    "AdamW, fused": plain,
+    NULL: plain,
+    "recommended": lambda model, batch: pw.recommend(model, RATE, batch_size=batch).optimizer,
+    "Foof on AdamW": attached(lambda: pw.Foof(**EVERY)),
+    "FeatureWhitening on AdamW": attached(lambda: pw.FeatureWhitening(**EVERY)),
+    "ProxProp on AdamW": attached(pw.ProxProp),
+    "Muon": lambda model, batch: grouped(Muon, adjust_lr_fn="match_rms_adamw")(model.parameters()),
+    "SOAP": lambda model, batch: SOAP(model.parameters(), RATE),
+}
+SQUARE = ("Muon", "SOAP")
+"""Arms whose steps multiply matrices as wide as the layers."""
+
+
+def make_net(net: str) -> tuple[nn.Module, Tensor]:
+    """A network by its name, and a batch of inputs."""
+    torch.manual_seed(0)
+    if net == "transformer":
+        return Transformer(), torch.rand(8, 64, 384)
+    return mlp(784, int(net), int(net), 10), torch.rand(BATCH, 784)
+
+
+def list_arms(net: str) -> list[str]:
+    """The arms that a network is timed with."""
+    wide = net != "transformer" and int(net) > WIDEST_SQUARE
+    return [arm for arm in ARMS if not (wide and arm in SQUARE)]
+
+
+class Runner:
+    """One arm at work."""
+
+    def __init__(self, net: str, arm: str) -> None:
+        self.model, self.x = make_net(net)
+        self.y = torch.arange(len(self.x)) % 10
+        self.optimizer = ARMS[arm](self.model, len(self.x))
+
+    def run(self, steps: int) -> list[float]:
+        """CPU seconds of each step."""
+        clocks = []
+        for _ in range(steps):
+            begun = time.process_time()
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(self.x), self.y).backward()
+            self.optimizer.step()
+            clocks.append(time.process_time() - begun)
+        return clocks
+
+
+def measure(net: str, rounds: int) -> dict[str, dict[str, float]]:
+    """The table of one network."""
+    runners = {arm: Runner(net, arm) for arm in list_arms(net)}
+    for runner in runners.values():
+        runner.run(WARM)
+    means: dict[str, list[float]] = {arm: [] for arm in runners}
+    slowest: dict[str, list[float]] = {arm: [] for arm in runners}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for arm in order.sample(list(runners), len(runners)):
+            clocks = runners[arm].run(CYCLE)
+            means[arm].append(statistics.fmean(clocks))
+            slowest[arm].append(max(clocks) / statistics.median(clocks))
+    return {
+        arm: {
+            "cost": statistics.median(ratios(seconds, means["AdamW, fused"])),
+            "ms": 1e3 * statistics.median(seconds),
+            "slowest": statistics.median(slowest[arm]),
+        }
+        for arm, seconds in means.items()
+    }
+
+
+def read_peaks(net: str) -> dict[str, float]:
+    """MiB above an idle process at the peak of two steps, for each arm in a process of its own."""
+    peaks = {}
+    for arm in list_arms(net):
+        command = [sys.executable, __file__, "--peak-of", arm, "--only", net]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
+        peaks[arm] = float(run.stdout)
+    return peaks
+
+
+def print_peak(net: str, arm: str) -> None:
+    """The measurement of `read_peaks`, inside its process."""
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
+    base = read_peak("cpu")
+    Runner(net, arm).run(2)
+    print(read_peak("cpu") - base)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="one network: a width, or transformer")
+    parser.add_argument("--json", type=Path, help="written after each network; others in it stay")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak_of:
+        print_peak(options.only, options.peak_of)
+        return
+    kept = options.json and options.json.exists() and json.loads(options.json.read_text())["nets"]
+    nets: dict[str, Any] = dict(kept or {})
+    for net in [options.only] if options.only else [*map(str, WIDTHS), "transformer"]:
+        nets[net] = measure(net, options.rounds)
+        peaks = read_peaks(net)
+        print(f"\n{net}\n{'arm':38} {'ms':>9} {'cost':>6} {'slowest':>8} {'peak memory':>12}")
+        for arm, row in nets[net].items():
+            row["memory"] = peaks[arm] / peaks["AdamW, fused"]
+            print(f"{arm:38} {row['ms']:9.2f} {row['cost']:6.2f} {row['slowest']:8.2f} {row['memory']:12.2f}")
+        if options.json:
+            result = {"environment": environment("cpu", 1), "nets": nets}
+            options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
