@@ -39,10 +39,11 @@ def check_update(rule: object, call: LinearCall, update: object) -> None:
             "call.gradient() is one; call.update(matrix) makes one of a matrix (groups, outputs, columns).",
             see="attach-rule",
         )
-    if update.weight is not None:
-        _check_shape(f"{who} moves the weight", call, update.weight, call.weight.shape)
-    if update.bias is not None:
-        _check_shape(f"{who} moves the bias", call, update.bias, call.weight.shape[:1])
+    weight, bias, shape = update.weight, update.bias, call.weight.shape
+    if weight is not None and weight.shape != shape:
+        raise _name_shape(f"{who} moves the weight", call, weight, shape)
+    if bias is not None and bias.shape != shape[:1]:
+        raise _name_shape(f"{who} moves the bias", call, bias, shape[:1])
 
 
 def check_input_gradient(rule: object, call: LinearCall, value: object) -> None:
@@ -54,17 +55,17 @@ def check_input_gradient(rule: object, call: LinearCall, value: object) -> None:
             see="attach-rule",
         )
     like = call.a if call.map.sends_below else call.delta
-    _check_shape(f"{who} answers", call, value, like.shape)
+    if value.shape != like.shape:
+        raise _name_shape(f"{who} answers", call, value, like.shape)
 
 
-def _check_shape(what: str, call: LinearCall, value: Tensor, shape: Sequence[int]) -> None:
-    if value.shape != shape:
-        raise AttachError(
-            f"{what} of layer {call.name!r} by a tensor of shape {tuple(value.shape)}, where "
-            f"{tuple(shape)} is wanted. call.update(matrix) makes an update of a matrix "
-            f"{(call.groups, call.outputs, call.columns)} (groups, outputs, inputs with the bias's column).",
-            see="attach-rule",
-        )
+def _name_shape(what: str, call: LinearCall, value: Tensor, shape: Sequence[int]) -> AttachError:
+    return AttachError(
+        f"{what} of layer {call.name!r} by a tensor of shape {tuple(value.shape)}, where "
+        f"{tuple(shape)} is wanted. call.update(matrix) makes an update of a matrix "
+        f"{(call.groups, call.outputs, call.columns)} (groups, outputs, inputs with the bias's column).",
+        see="attach-rule",
+    )
 
 
 def check_tensors(

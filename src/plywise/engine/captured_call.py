@@ -189,11 +189,11 @@ def find_wanted(node: Any, count: int) -> list[bool]:
     want only some of them, and the engine knows which; it drops the others, so none of them is computed.
     """
     # a missing bias is needed by nobody, and no edge stands for it
-    edges = node.next_functions
-    return [
-        needed and _is_executed(edges[place][0])
-        for place, needed in enumerate(node.needs_input_grad[-count:])
-    ]
+    needs, edges = node.needs_input_grad[-count:], node.next_functions
+    try:
+        return [needed and _will_execute(edges[place][0]) for place, needed in enumerate(needs)]
+    except RuntimeError:  # of some the engine does not say it
+        return [needed and _is_executed(edges[place][0]) for place, needed in enumerate(needs)]
 
 
 def find_wanted_of_tap(node: Any) -> tuple[bool, bool]:

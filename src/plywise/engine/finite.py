@@ -31,7 +31,7 @@ def measure_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 def read_norms(tensors: Sequence[Tensor]) -> list[float]:
     """`measure_norms` as numbers, read from each device at once."""
-    devices = dict.fromkeys(tensor.device for tensor in tensors)
+    devices = {tensor.device for tensor in tensors}
     if len(devices) == 1:
         return measure_norms(tensors).tolist()
     norms = [0.0] * len(tensors)
@@ -55,8 +55,10 @@ def judge_gradients(gradients: Sequence[Tensor]) -> tuple[bool, list[float]]:
     """Whether every gradient is finite, on all processes, and the norms of this process's parts."""
     numbers = list(map(find_numbers, gradients))
     norms = read_norms(numbers)
-    finite = all(find_finite(numbers, norms))
-    return agree_on_all(finite, gradients), norms  # of DTensors each process sees its own part
+    finite = math.isfinite(sum(norms)) or all(find_finite(numbers, norms))
+    # of DTensors each process sees its own part
+    parts = [gradient for gradient, own in zip(gradients, numbers, strict=True) if own is not gradient]
+    return agree_on_all(finite, parts), norms
 
 
 def find_numbers(gradient: Tensor) -> Tensor:

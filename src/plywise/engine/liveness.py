@@ -41,8 +41,10 @@ class Liveness:
 
     def notice_other_optimizer(self, entry: ParameterEntry, steps: int) -> None:
         """Say once if weights change while the optimizer that the rule was attached to does not step."""
+        if entry is not self._entry and self._entry is not None:  # one weight is enough to see it
+            return
         parameter = entry.parameter()
-        if parameter is None or self._follow(entry, parameter._version, steps) != QUIET_STEPS:
+        if parameter is None or self._count_changes(entry, parameter._version, steps) != QUIET_STEPS:
             return
         self._health.note("optimizer", health.UNUSED)
         warnings.warn(
@@ -54,17 +56,13 @@ class Liveness:
             stacklevel=3,
         )
 
-    def _follow(self, entry: ParameterEntry, version: int, steps: int) -> int:
-        """How often a weight has changed since the known optimizer's last step; 0 for all but one weight."""
-        if self._entry is None:
-            self._entry, self._version, self._steps = entry, version, steps
-        if entry is not self._entry:
-            return 0
-        if steps != self._steps:
+    def _count_changes(self, entry: ParameterEntry, version: int, steps: int) -> int:
+        """How often the weight that is followed has changed since the known optimizer's last step."""
+        if self._entry is None or steps != self._steps:
             self._changes = 0
         elif version != self._version:
             self._changes += 1
-        self._version, self._steps = version, steps
+        self._entry, self._version, self._steps = entry, version, steps
         return self._changes
 
     def mark_unstepped(self, optimizer: Optimizer, entries: Iterable[ParameterEntry]) -> None:
