@@ -12,6 +12,9 @@ TORCH_VERSION := 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)$(shell \
 	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo +cpu; fi)
 
+# Tests start many processes: each would compile the sources again, and each of pytest's rewrite all assertions.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 5 --dist loadfile --no-loadscope-reorder
 
 # Some tests of every room, and the promises that touch every rule

@@ -18,7 +18,7 @@ BEGIN_WITH = (
     "cli/test_pipeline_command.py",
     "pipeline/test_faults.py",
     "docs/test_pages.py",
-    "arena/test_ray_crew.py",
+    "arena/test_ray_executor.py",
     "engine/test_sharded.py",
     "contract/test_scales.py",
     "contract/test_compile.py",
@@ -79,6 +79,12 @@ def user_module(tmp_path, monkeypatch):
     yield write
     for name in names:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _bytecode_of_the_project_alone() -> None:
+    """Processes that tests start read the bytecode that is there, and write none in users' folders."""
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="module")
