@@ -1,8 +1,10 @@
 """What every recipe of docs/how-to/trainers.md must do, whatever the trainer."""
 
 from collections.abc import Callable
+from functools import cache
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import pytest
@@ -43,6 +45,14 @@ class NoRule:
 def trained(names: dict[str, Any], rule: Rule | NoRule, epochs: int = EPOCHS, done: int = 0) -> list[Tensor]:
     """The final weights of a recipe."""
     return weights(names["train"](rule, epochs, done))
+
+
+@cache
+def train_plainly(variant: str, rule_name: str = "") -> list[Tensor]:
+    """The final weights of the plain loop, with or without a rule: trained once for all tests."""
+    with TemporaryDirectory() as folder:
+        names = recipe("Plain loop", folder=folder, **VARIANTS[variant])
+        return trained(names, RULES[rule_name]() if rule_name else NoRule())
 
 
 def weights(model: nn.Module) -> list[Tensor]:
@@ -89,20 +99,19 @@ class Promises:
     def test_same_weights_as_the_plain_loop(self, rule_name: str, variant: str, make: Make) -> None:
         rule = RULES[rule_name]()
         result = trained(make(self.section, **VARIANTS[variant]), rule)
-        plain = make("Plain loop", **VARIANTS[variant])
-        assert same_bits(result, trained(plain, RULES[rule_name]()))
-        assert not any(map(torch.equal, result, trained(plain, NoRule())))
+        assert same_bits(result, train_plainly(variant, rule_name))
+        assert not any(map(torch.equal, result, train_plainly(variant)))
         assert rule.health.total(SKIPPED) == 0
 
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_same_weights_without_a_rule(self, variant: str, make: Make) -> None:
         result = trained(make(self.section, **VARIANTS[variant]), NoRule())
-        assert same_bits(result, trained(make("Plain loop", **VARIANTS[variant]), NoRule()))
+        assert same_bits(result, train_plainly(variant))
 
     @pytest.mark.parametrize("variant", VARIANTS)
     @pytest.mark.parametrize("rule_name", RULES)
     def test_resumed_is_unbroken(self, rule_name: str, variant: str, make: Make) -> None:
-        unbroken = trained(make("Plain loop", **VARIANTS[variant]), RULES[rule_name]())
+        unbroken = train_plainly(variant, rule_name)
         names = make(self.section, **VARIANTS[variant])
         before = trained(names, RULES[rule_name](), epochs=1)
         rule = RULES[rule_name]()

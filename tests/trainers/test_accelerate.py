@@ -8,13 +8,15 @@ import torch
 
 from plywise import AttachError, ProxProp
 
-pytest.importorskip("accelerate")
-
-import accelerate
-
 from .page import recipe
 from .promises import NoRule, Promises, same_bits, trained
 from .rules import RULES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _accelerate() -> None:
+    """Only where its tests run: it takes seconds to import."""
+    pytest.importorskip("accelerate")
 
 
 class TestAccelerate(Promises):
@@ -25,13 +27,14 @@ class TestAccelerate(Promises):
 def test_attached_to_what_is_inside_after_prepare(rule_name: str, tmp_path: Path) -> None:
     rule = RULES[rule_name]()
 
-    class Accelerator(accelerate.Accelerator):
+    names = recipe("accelerate", folder=str(tmp_path / "late"))
+
+    class Accelerator(names["Accelerator"]):
         def prepare(self, *parts: Any, **settings: Any) -> Any:
             model, optimizer, *others = super().prepare(*parts, **settings)
             rule.attach(self.unwrap_model(model), optimizer.optimizer)
             return model, optimizer, *others
 
-    names = recipe("accelerate", folder=str(tmp_path / "late"))
     names["Accelerator"] = Accelerator
     early = trained(recipe("accelerate", folder=str(tmp_path / "early")), RULES[rule_name]())
     assert same_bits(trained(names, NoRule()), early)
@@ -44,7 +47,7 @@ def test_loaded_before_attach(rule_name: str, tmp_path: Path) -> None:
     names["train"](RULES[rule_name](), 1)
     rule, prepared = RULES[rule_name](), []
 
-    class Accelerator(accelerate.Accelerator):
+    class Accelerator(names["Accelerator"]):
         def prepare(self, *parts: Any, **settings: Any) -> Any:
             prepared.extend(super().prepare(*parts, **settings))
             return tuple(prepared)
@@ -61,7 +64,7 @@ def test_the_wrapper_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     names = recipe("accelerate", folder=str(tmp_path))
     model = names["make_model"]()
     inside = names["make_optimizer"](model.parameters())
-    optimizer = accelerate.Accelerator(cpu=True).prepare(inside)
+    optimizer = names["Accelerator"](cpu=True).prepare(inside)
     assert isinstance(optimizer, torch.optim.Optimizer)
     rule = ProxProp()
     with pytest.raises((AttachError, AttributeError)):

@@ -8,13 +8,15 @@ import pytest
 
 from plywise import ProxProp
 
-pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
-
-from transformers import TrainingArguments, get_linear_schedule_with_warmup
-
 from .page import recipe
 from .promises import EPOCHS, Promises, resumed, same_bits, trained
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _transformers() -> None:
+    """Only where its tests run: it takes seconds to import."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
 
 
 class TestHuggingFaceTrainer(Promises):
@@ -22,6 +24,8 @@ class TestHuggingFaceTrainer(Promises):
 
 
 def test_its_own_schedule(tmp_path: Path) -> None:
+    from transformers import get_linear_schedule_with_warmup
+
     steps = 2 * EPOCHS
     names = recipe("Hugging Face Trainer", folder=str(tmp_path), make_scheduler=lambda optimizer: None)
     plain = recipe(
@@ -36,9 +40,11 @@ def test_its_own_schedule(tmp_path: Path) -> None:
 def test_resume_within_an_epoch(accumulate: int, tmp_path: Path) -> None:
     names = recipe("Hugging Face Trainer", folder=str(tmp_path), accumulate=accumulate)
 
-    def every_third_step(*args: Any, **settings: Any) -> TrainingArguments:
+    arguments = names["TrainingArguments"]
+
+    def every_third_step(*args: Any, **settings: Any) -> Any:
         settings |= {"save_strategy": "steps", "save_steps": 3}
-        return TrainingArguments(*args, **settings)
+        return arguments(*args, **settings)
 
     names["TrainingArguments"] = every_third_step
     unbroken = trained(names, ProxProp())

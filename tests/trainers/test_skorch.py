@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from plywise import AttachError
-
-pytest.importorskip("skorch")
-
-import torch
-from sklearn.base import clone
-from skorch import NeuralNetClassifier
-from skorch.callbacks import GradientNormClipping, LRScheduler
 
 from .page import recipe
 from .promises import EPOCHS, Promises, same_bits, trained, weights
 from .rules import RULES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _skorch() -> None:
+    """Only where its tests run: it takes seconds to import."""
+    pytest.importorskip("skorch")
 
 
 class TestSkorch(Promises):
@@ -40,6 +40,9 @@ def fitted(net: Any, names: dict[str, Any], epochs: int = EPOCHS) -> list[torch.
 
 
 def test_without_accumulation_skorchs_own_step_and_scheduler(rule_name: str, tmp_path: Path) -> None:
+    from skorch import NeuralNetClassifier
+    from skorch.callbacks import GradientNormClipping, LRScheduler
+
     names = recipe("skorch", folder=str(tmp_path), accumulate=1)
     names["Net"].get_loss = NeuralNetClassifier.get_loss
     names["Net"].train_step = NeuralNetClassifier.train_step  # steps with a closure
@@ -64,6 +67,8 @@ def test_a_second_fit_and_set_params_attach_again(rule_name: str, names: dict[st
 
 
 def test_a_clone_has_the_same_rule(rule_name: str, names: dict[str, Any]) -> None:
+    from sklearn.base import clone
+
     net = names["make_net"](RULES[rule_name]())
     copied = clone(net)
     assert copied.rule is not net.rule
