@@ -92,6 +92,7 @@ def test_grad_scaler_changes_nothing(case: Case, optimizer_name: str, request: p
     assert_close(results[1], results[0], 1e-5)
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("optimizer_name", list(OPTIMIZERS))
 def test_grad_scaler_skips_an_overflow(case: Case, optimizer_name: str) -> None:
     data, model = batch(), mlp()

@@ -54,6 +54,7 @@ def gradients(model: nn.Module, rule: Rule) -> dict[str, Tensor]:
     return grads(model)
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("how", list(CALLS))
 def test_gradients_are_the_same(case: Case, how: str) -> None:
     expected = gradients(Deep(None), case.make())
@@ -64,6 +65,7 @@ def test_gradients_are_the_same(case: Case, how: str) -> None:
         assert same_bits(gradients(Deep(CALLS[how]), case.make()), expected)
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint_sequential(case: Case, use_reentrant: bool) -> None:
     x, y = batch()

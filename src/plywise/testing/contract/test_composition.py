@@ -91,6 +91,7 @@ def test_schedulers_and_parameter_groups(case: Case, rule: Rule) -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
+@pytest.mark.one_of_family
 @pytest.mark.parametrize(("optimizer_name", "kind"), [("momentum", "convnet"), ("adamw-foreach", "mlp")])
 def test_resuming_is_bit_exact(case: Case, tmp_path: Path, optimizer_name: str, kind: str) -> None:
     build, shape = {"mlp": (mlp, (6,)), "convnet": (convnet, (2, 6, 6))}[kind]
