@@ -11,7 +11,7 @@ included, medians of the rounds. An arm of one process runs in the first while t
 - "backprop": the network that AL predicts with (blocks, last bridge, decoders), in one process, by DDP with
   a batch of 256 for each process, and by torch's own GPipe and 1F1B with 4 micro-batches.
 
-κ is AL's time over backprop's, both in one process. The discrete-event model (`plywise.pipeline.forecast`) is
+κ is AL's time over backprop's, both in one process. The discrete-event model (`benchmarks/forecast.py`) is
 fed with the stages' measured times; its points for two stages stand beside the measured ones, and it is asked
 for 2 to 64 stages of one component each over several links.
 """
@@ -37,11 +37,11 @@ from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 
 import plywise as pw
+from forecast import Link, StageCost, forecast
 from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.local.associated_learning import MakeBridge, wide_bridge
-from plywise.pipeline.forecast import Link, StageCost, forecast
 from plywise.pipeline.pipeline import Pipeline
 
 INPUT, WIDTH, LAYERS, CLASSES, BATCH, MICRO = 784, 1024, 4, 10, 256, 4

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plywise.pipeline.forecast import Link, StageCost, forecast
+from benchmark_scripts import import_script
 
+model = import_script("forecast")
+Link, StageCost, forecast = model.Link, model.StageCost, model.forecast
 WHOLE = st.integers(0, 9)
 
 
@@ -25,7 +27,7 @@ def test_only_the_forward_delays_the_next_stage():
     assert result.seconds == 10 * 4 + 3 * 1
 
 
-def test_the_dearest_stage_sets_the_pace():
+def test_the_most_expensive_stage_sets_the_pace():
     costs = [StageCost(1.0, 1.0), StageCost(2.0, 3.0), StageCost(1.0, 0.0)]
     assert forecast(costs, 101).seconds - forecast(costs, 1).seconds == 100 * 5
 

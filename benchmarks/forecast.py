@@ -62,7 +62,7 @@ def forecast(stages: Sequence[StageCost], batches: int, link: Link | None = None
     take ``(n - 1 + l) c`` less what ``rest`` overlaps.
 
     Example:
-        >>> from plywise.pipeline.forecast import StageCost, forecast
+        >>> from forecast import StageCost, forecast
         >>> forecast([StageCost(forward=1.0, rest=0.0)] * 3, batches=10).seconds
         12.0
     """
