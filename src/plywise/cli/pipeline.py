@@ -11,6 +11,7 @@ from plywise.cli.training import Flags, Switch, again, conclude, following, intr
 from plywise.errors import PipelineError, PlywiseError
 
 if TYPE_CHECKING:
+    from plywise.training.config import TrainConfig
     from plywise.training.session import Session
 
 
@@ -58,19 +59,7 @@ def pipeline(
     rank = os.environ["RANK"]
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # a restart goes on
     try:
-        from plywise.training.open_pipeline import open_pipeline
-
-        with open_pipeline(plan, fresh=fresh) as session:
-            if rank == "0":
-                screen = notes()
-                introduce(session, screen, _layout(session))
-                with following(session, screen) as show:
-                    finished = session.run(show)
-            else:
-                finished = session.run()
-            step = session.step
-        if rank == "0" and finished:
-            conclude(session, console())
+        finished, step = _train(plan, fresh, is_first=rank == "0")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"What {plan.out} holds is the last checkpoint.") from None
     except PlywiseError as error:  # it keeps its kind and its page
@@ -86,6 +75,24 @@ def pipeline(
             "does `plywise train` with the same flags."
         )
     return 0 if finished else 130
+
+
+def _train(plan: TrainConfig, fresh: bool, is_first: bool) -> tuple[bool, int]:
+    """Whether the run is finished, and its last step; the first process shows how it goes."""
+    from plywise.training.open_pipeline import open_pipeline
+
+    with open_pipeline(plan, fresh=fresh) as session:
+        if is_first:
+            screen = notes()
+            introduce(session, screen, _layout(session))
+            with following(session, screen) as show:
+                finished = session.run(show)
+        else:
+            finished = session.run()
+        step = session.step
+    if is_first and finished:
+        conclude(session, console())
+    return finished, step
 
 
 def _layout(session: Session) -> str:

@@ -93,6 +93,18 @@ def reproduce(
     _announce(made, executor, screen)
     if dry_run:
         return
+    _run(made, executor, screen)
+    about = made.finish()
+    if json:
+        print_json(about)
+        return
+    _show(about, console())
+    screen.print(
+        f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}", soft_wrap=True
+    )
+
+
+def _run(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None:
     stop = Stop(executor)
     try:
         # closed at once if interrupted here, so that no run is left behind
@@ -106,14 +118,6 @@ def reproduce(
             f"{made.done} of {made.total} runs are kept in {shlex.quote(str(made.folder))}; the same command "
             "goes on."
         ) from None
-    about = made.finish()
-    if json:
-        print_json(about)
-        return
-    _show(about, console())
-    screen.print(
-        f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}", soft_wrap=True
-    )
 
 
 def _list(json: bool) -> None:

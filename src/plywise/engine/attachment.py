@@ -96,20 +96,24 @@ class Attachment:
         self._scale: BackwardScale | None = None
         self._names: dict[int, str] = {}
 
-        self.table = self._make_table(model, layers, exclude)
-        self._mark_unstepped()
-        self.capture = Capture(make_readers(kinds), self.table, self.takes, self._alters)
-        self.arrivals = Arrivals(
-            *(rule, self.table, self.capture, self),
-            *(self._note_answer, self._count_evidence if rule.remembers else None),
-        )
-        self._refuse_nothing(model)
-        refuse_handled(self.table.entries)
+        self._find_layers(model, layers, exclude)
         try:
             self._install(model, optimizer, on_nonfinite, process_group)
         except BaseException:
             self.remove()
             raise
+
+    def _find_layers(self, model: nn.Module, layers: Selector | None, exclude: Selector | None) -> None:
+        """Find the parameters that the rule takes; make what sees their calls and their gradients."""
+        self.table = self._make_table(model, layers, exclude)
+        self._mark_unstepped()
+        self.capture = Capture(make_readers(self.kinds), self.table, self.takes, self._alters)
+        self.arrivals = Arrivals(
+            *(self.rule, self.table, self.capture, self),
+            *(self._note_answer, self._count_evidence if self.rule.remembers else None),
+        )
+        self._refuse_nothing(model)
+        refuse_handled(self.table.entries)
 
     def _make_table(
         self, model: nn.Module, layers: Selector | None, exclude: Selector | None

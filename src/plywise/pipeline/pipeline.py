@@ -55,16 +55,7 @@ class Pipeline:
         replicas: int = 1,
         patience: float = 10.0,
     ) -> None:
-        if not isinstance(learner, OneWayLearner):
-            raise PipelineError(
-                f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way.",
-                see="pipeline-start",
-            )
-        if patience < 4 * EVERY:
-            raise PipelineError(
-                f"Signs of life come every {EVERY} s: patience must be {4 * EVERY} s or more.",
-                see="pipeline-start",
-            )
+        _check(learner, patience)
         with ExitStack() as stack:  # undone in reverse order, should something fail
             if not dist.is_initialized():
                 join()
@@ -123,15 +114,17 @@ class Pipeline:
             outbox = Outbox(following, self._groups.links[following], self.watch)
         self._boxes = [box for box in (inbox, outbox) if box is not None]
         try:
-            for signal in self._signals(batches) if inbox is None else _received(inbox, self.learner.steps):
+            for signal in (
+                self._signals(batches) if inbox is None else _receive_signals(inbox, self.learner.steps)
+            ):
                 self._learn(signal, outbox, after)
             if outbox is not None:
                 outbox.end()
         except BaseException as error:
             if self.replicas > 1 and isinstance(error, RuntimeError) and not isinstance(error, PlywiseError):
-                self.watch.listen()  # was it an exchange between replicas that broke?
+                self.watch.wait_for_failure()  # was it an exchange between replicas that broke?
                 self.watch.check(error)
-            self.watch.tell(f"{type(error).__name__}: {error}")
+            self.watch.report_failure(f"{type(error).__name__}: {error}")
             raise
         return self.learner.steps
 
@@ -271,7 +264,20 @@ class Pipeline:
         self.close()
 
 
-def _received(inbox: Inbox, step: int) -> Iterator[Signal]:
+def _check(learner: object, patience: float) -> None:
+    if not isinstance(learner, OneWayLearner):
+        raise PipelineError(
+            f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way.",
+            see="pipeline-start",
+        )
+    if patience < 4 * EVERY:
+        raise PipelineError(
+            f"Signs of life come every {EVERY} s: patience must be {4 * EVERY} s or more.",
+            see="pipeline-start",
+        )
+
+
+def _receive_signals(inbox: Inbox, step: int) -> Iterator[Signal]:
     for expected in count(step):
         number, signal = inbox.get()
         if signal is None:

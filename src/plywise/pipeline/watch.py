@@ -87,7 +87,7 @@ class Watch:
                 see="pipeline-lost",
             ) from because
 
-    def listen(self, looks: int | None = None) -> None:
+    def wait_for_failure(self, looks: int | None = None) -> None:
         """After a connection broke: wait until there is trouble, or nobody can know of any.
 
         Args:
@@ -110,13 +110,13 @@ class Watch:
             suspect: the rank at the other end, if it was one.
         """
         # who stops for a reason has said so before; the second look began after the connection broke
-        self.listen(None if suspect is None else 2)
+        self.wait_for_failure(None if suspect is None else 2)
         who = "" if suspect is None else f"{self._called(suspect)} is gone: "
         self._sound(f"{who}{meaning} ({str(error).partition(chr(10))[0][:160]})")
         self.check(error)
         raise AssertionError
 
-    def tell(self, what: str) -> None:
+    def report_failure(self, what: str) -> None:
         """Let the others know why this process fails, unless they know of something earlier; best effort."""
         with self._first:
             self._news = self._news or f"{self._called(self._rank)} failed: {what}"

@@ -194,6 +194,17 @@ def official_conjugate_gradients(call: LinearCall, damping: float, steps: int) -
 
 def _krylov(call: LinearCall, damping: float, steps: int, official: bool) -> Update:
     in_rows = call.row_count <= call.columns
+    solution = _iterate(call, in_rows, damping, steps, official)
+    if not bool(torch.isfinite(solution).all()):
+        call.health.note(call.name, health.IDENTITY)
+        return call.gradient()
+    if in_rows:
+        return call.gradient(call.from_delta_rows(solution))
+    return _cast(call, call.update(solution.mT))
+
+
+def _iterate(call: LinearCall, in_rows: bool, damping: float, steps: int, official: bool) -> Tensor:
+    """Conjugate gradients: the rows of Δ in another measure if ``in_rows``, else the update, transposed."""
     matrix = mirror_lower((call.dual_gram if in_rows else call.gram)(call.dtype))
     residual = call.delta_rows() if in_rows else call.matrix(call.gradient()).to(call.dtype).mT
     shift = torch.as_tensor(damping).to(matrix).reshape(-1, 1, 1)
@@ -230,12 +241,7 @@ def _krylov(call: LinearCall, damping: float, steps: int, official: bool) -> Upd
         direction.mul_(beta).add_(residual)
         direction_image.mul_(beta).add_(image)
         del image
-    if not bool(torch.isfinite(solution).all()):
-        call.health.note(call.name, health.IDENTITY)
-        return call.gradient()
-    if in_rows:
-        return call.gradient(call.from_delta_rows(solution))
-    return _cast(call, call.update(solution.mT))
+    return solution
 
 
 def normalised(call: LinearCall, relative: float) -> Update:

@@ -64,7 +64,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
             del training, data, batch  # the session keeps what it needs: of most stages, nothing
             yield session
         except BaseException as error:
-            pipeline.watch.tell(format_error(error))
+            pipeline.watch.report_failure(format_error(error))
             raise
 
 

@@ -70,7 +70,7 @@ def advice(diagnosis: Diagnosis, subject: str = "MODULE:FACTORY --data DATA") ->
 
     Args:
         diagnosis: of a model as it is before training.
-        subject: what `plywise bench` is told to train, for the commands.
+        subject: what `plywise bench` shall train, as its command line names it.
 
     Example:
         >>> from plywise.arena.diagnostics.diagnosis import diagnose_workload
@@ -222,14 +222,9 @@ def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
     share = sum(layer.parameters for layer in uneven) / max(1, diagnosis.parameters)
     if not uneven or share < MOSTLY:
         return []
-    worst = max(uneven, key=lambda layer: layer.read.condition or 0.0 if layer.read else 0.0)
-    read = worst.read
-    assert read is not None
-    least = "at least " if read.at_least else ""
     why = (
         f"{len(uneven)} of {len(layers)} layers, with {share:.0%} of the parameters, read inputs that are "
-        f"far from white ({_called(worst)}: condition number {least}{read.condition:.2g}, effective rank "
-        f"{read.effective_rank:.3g} of {read.features}): plain gradients are slow in their weak directions. "
+        f"far from white ({_describe_worst(uneven)}): plain gradients are slow in their weak directions. "
     )
     if _kind(diagnosis) == "convnet":
         return [
@@ -260,6 +255,18 @@ def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
             _bench(subject, "adamw,muon,feature-whitening+adamw"),
         )
     ]
+
+
+def _describe_worst(layers: list[LayerDiagnosis]) -> str:
+    """The layer whose inputs are farthest from white."""
+    worst = max(layers, key=lambda layer: layer.read.condition or 0.0 if layer.read else 0.0)
+    read = worst.read
+    assert read is not None
+    least = "at least " if read.at_least else ""
+    return (
+        f"{_called(worst)}: condition number {least}{read.condition:.2g}, effective rank "
+        f"{read.effective_rank:.3g} of {read.features}"
+    )
 
 
 def _plain(diagnosis: Diagnosis, subject: str) -> Advice:

@@ -188,11 +188,8 @@ def _beats(one: tuple[float | None, ...], other: tuple[float | None, ...]) -> bo
 
 
 def _curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
-    steps = sorted({step for run in runs for step in run["steps"]})
+    steps = _thinned_steps(runs, points)
     at = [{step: i for i, step in enumerate(run["steps"])} for run in runs]
-    every = math.ceil(len(steps) / points)
-    last = {max(run["steps"]) for run in runs if run["steps"]}  # where a run ends is never thinned out
-    steps = [step for i, step in enumerate(steps) if i % every == 0 or step in last]
 
     def values(name: str, step: int) -> list[float]:
         found = [
@@ -233,6 +230,14 @@ def _curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
         ],
         "runs": len(runs),
     }
+
+
+def _thinned_steps(runs: list[TrialRecord], points: int) -> list[int]:
+    """About so many of the steps in which some run was measured."""
+    steps = sorted({step for run in runs for step in run["steps"]})
+    every = math.ceil(len(steps) / points)
+    last = {max(run["steps"]) for run in runs if run["steps"]}  # where a run ends is never thinned out
+    return [step for i, step in enumerate(steps) if i % every == 0 or step in last]
 
 
 def _drawn(value: float) -> float | None:

@@ -108,23 +108,14 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
     lines = list(lines)
     workloads = list(dict.fromkeys([*bench["workloads"], *(line["workload"] for line in lines)]))
     methods = list(dict.fromkeys([*bench["methods"], *(line["method"] for line in lines)]))
+    in_order = sorted(lines, key=lambda line: (line["trial"], line["seed"]))
     on: dict[str, list[TrialRecord]] = {name: [] for name in workloads}
-    finals: dict[tuple[str, str, str], list[TrialRecord]] = {}
-    tuning: dict[tuple[str, str], list[TrialRecord]] = {}
-    for line in sorted(lines, key=lambda line: (line["trial"], line["seed"])):
+    for line in in_order:
         on[line["workload"]].append(line)
-        if line["purpose"] == FINAL:
-            finals.setdefault((line["track"], line["workload"], line["method"]), []).append(line)
-        elif line["purpose"] == TUNING:
-            tuning.setdefault((line["workload"], line["method"]), []).append(line)
-    for (track, workload, method), runs in list(finals.items()):
-        if track == DEFAULTS and TUNED in bench["tracks"] and not _space(bench, method):
-            finals.setdefault((TUNED, workload, method), runs)
+    by_method = _by_workload_and_method(lines)
+    finals = _finals(bench, in_order)
     targets = {name: _target(bench, name, on[name]) for name in workloads}
     longest = {name: max((max(x["steps"], default=0) for x in on[name]), default=0) for name in workloads}
-    by_method: dict[tuple[str, str], list[TrialRecord]] = {}
-    for line in lines:
-        by_method.setdefault((line["workload"], line["method"]), []).append(line)
     generator = np.random.default_rng(seed)
     keys = ((track, workload, name) for track in TRACKS for workload in workloads for name in methods)
     return BenchResults(
@@ -148,7 +139,7 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
             for key in keys
             if key in finals
         },
-        tuning=tuning,
+        tuning=_by_workload_and_method(line for line in in_order if line["purpose"] == TUNING),
     )
 
 
@@ -160,6 +151,27 @@ def step_seconds(lines: Iterable[TrialRecord]) -> float | None:
         0.05
     """
     return _per_step(lines, "cpu")
+
+
+def _by_workload_and_method(lines: Iterable[TrialRecord]) -> dict[tuple[str, str], list[TrialRecord]]:
+    found: dict[tuple[str, str], list[TrialRecord]] = {}
+    for line in lines:
+        found.setdefault((line["workload"], line["method"]), []).append(line)
+    return found
+
+
+def _finals(
+    bench: dict[str, Any], lines: Iterable[TrialRecord]
+) -> dict[tuple[str, str, str], list[TrialRecord]]:
+    """Final runs by track, workload and method."""
+    finals: dict[tuple[str, str, str], list[TrialRecord]] = {}
+    for line in lines:
+        if line["purpose"] == FINAL:
+            finals.setdefault((line["track"], line["workload"], line["method"]), []).append(line)
+    for (track, workload, method), runs in list(finals.items()):
+        if track == DEFAULTS and TUNED in bench["tracks"] and not _space(bench, method):
+            finals.setdefault((TUNED, workload, method), runs)
+    return finals
 
 
 def _baselines(bench: dict[str, Any]) -> set[str]:
