@@ -51,11 +51,8 @@ class ActivationRelaxation(Learner):
             indices and are checked; another loss gets them as they are.
         rate: η_x, below 2, where the relaxation diverges. Default 0.1. Range 0.05 to 1.
         iterations: T. Default 100. Range 1 to 200.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``.
 
     Raises:
         BlockError: the loss is cross-entropy, and the last block's output is no row of scores.
@@ -115,8 +112,8 @@ class ActivationRelaxation(Learner):
                 s = passages[-1].output.detach()
             loss = self._loss(s.requires_grad_(), signal.y)
             (top,) = torch.autograd.grad(loss, s)
-            heard = self._relax(passages, top)
-            for passage, gradient in zip(passages, heard, strict=True):
+            backward_values = self._relax(passages, top)
+            for passage, gradient in zip(passages, backward_values, strict=True):
                 passage.learn(gradient)
         for trainer in self.trainers:
             trainer.apply()

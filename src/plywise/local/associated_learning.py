@@ -162,12 +162,9 @@ class AssociatedLearning(OneWayLearner):
         decay: weight decay for each map, of "block", "bridge", "encoder" and "decoder": the optimizer's
             ``weight_decay``, which it must know. The paper has 1e-4 on the blocks of its ResNets. Default
             none.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0. The optimizer's rate is that of f and b; h
-            and g learn at twice the rate, as in the paper.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``. The optimizer's rate is that of f and b; h and g learn at twice the
+            rate, as in the paper.
 
     Raises:
         BlockError: a bridge or decoder cannot make the numbers that it shall meet.

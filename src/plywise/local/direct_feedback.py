@@ -80,11 +80,8 @@ class DirectFeedback(Learner):
     Args:
         blocks: the network. The last block's output is the prediction.
         loss: of the prediction and targets, a scalar. Default cross-entropy.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``.
 
     Raises:
         BlockError: with the default loss, the last block does not hand on a score for each class.

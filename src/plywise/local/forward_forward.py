@@ -127,11 +127,8 @@ class ForwardForward(OneWayLearner):
             does. Default 1, as in the paper. Range 0 to 1.
         put: puts labels into inputs, from inputs, classes and C. Default `write_label`: over the first C
             numbers, as in the paper.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, wrong labels); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``, which draws the wrong labels, too.
 
     Raises:
         PlywiseError: there are fewer than two classes.

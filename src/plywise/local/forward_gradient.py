@@ -221,11 +221,8 @@ class LocalForwardGradient(OneWayLearner):
         local_loss: of what the heads make of all blocks but the last, and targets; default ``loss``. With
             ``plywise.local.scpl.contrastive_loss`` and ``head=plywise.local.scpl.mlp_projection`` blocks
             contrast samples.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``.
 
     Raises:
         BlockError: the last block does not hand on a score for each class; at a step: a layer hands on

@@ -58,11 +58,8 @@ class Interlocking(Learner):
         head: makes a head from the shape of a sample's activations and C. Default `pooled_linear`.
         loss: of scores and targets, a scalar. With the default, cross-entropy, targets are class indices
             and are checked; another loss gets them as they are.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``.
 
     Raises:
         BlockError: the last block does not hand on a score for each class.

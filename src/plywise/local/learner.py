@@ -39,7 +39,7 @@ class Learner(ABC):
         components: the components, first to last.
         optimizer: makes one optimizer for each component from its parameter groups.
         scheduler: makes a scheduler for each optimizer; it steps after each step. Default none.
-        rule: makes a rule to act inside each component. Default none: plain gradients.
+        rule: makes a rule, such as ``pw.Foof``, to act inside each component. Default none: plain gradients.
         callbacks: called with a `Report` after each step.
         seed: of the components' random numbers (dropout, noise). Default 0.
 

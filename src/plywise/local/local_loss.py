@@ -148,11 +148,8 @@ class LocalLoss(OneWayLearner):
         loss: of scores and targets, a scalar. With the default, cross-entropy, targets are class indices, or
             tokens (N, T) for scores (N, T, C), -100 ignored, and are checked; another loss gets them as they
             are: squared errors of numbers, or binary cross-entropy of several labels.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``.
 
     Raises:
         BlockError: the last block does not hand on a score for each class, or a head changes activations

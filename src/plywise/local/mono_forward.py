@@ -29,7 +29,7 @@ class MonoForward(OneWayLearner):
         model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, and
         the projections. Blocks end before the classifier.
     Cost: a projection for each block, C times its features. The activations of one block at a time.
-    Status: faithful in equations and in both ways to predict, as far as the paper's summary tells them;
+    Status: faithful in equations and in both ways to predict, as the paper's summary gives them;
         variant in that blocks may be larger than the paper's single layers.
     Source: Gong, Li, Abdulla, "Mono-Forward: Backpropagation-Free Algorithm for Efficient Neural Network
         Training Harnessing Local Errors", 2025, arXiv 2501.09238.
@@ -43,11 +43,8 @@ class MonoForward(OneWayLearner):
         blocks: the layers f_i.
         num_classes: number of classes, C.
         votes: "all", the sum over blocks, or "last". Default "all".
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``.
 
     Raises:
         ValueError: ``votes`` is neither "all" nor "last".

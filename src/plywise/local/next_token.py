@@ -139,11 +139,8 @@ class LocalNextToken(OneWayLearner):
         tied: the embedding of the first block whose weight (V, width) all heads read with. Default none.
         pieces: parts of the batch whose scores are made one after another. More of them save memory where V
             is large. Default 4. Range 1 to 16.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``.
 
     Raises:
         BlockError: ``tied`` is no embedding of the first block, or its width is not that of the features.

@@ -84,11 +84,8 @@ class SCPL(OneWayLearner):
         num_classes: number of classes, C.
         projection: makes p_i from the shape of a sample's activations and C. Default `mlp_projection`.
         temperature: of the softmax over samples. Default 0.1. Range 0.03 to 1.
-        **training: what every `Learner` takes, by name. ``optimizer`` makes one for each component from its
-            parameter groups and is required. ``scheduler`` makes one for each optimizer, to step after each
-            step. ``rule`` makes one to act inside each component, such as ``pw.Foof``; default none, plain
-            gradients. ``callbacks`` are called with a `Report` after each step. ``seed`` is of the
-            components' random numbers (dropout, noise); default 0.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+            ``callbacks`` and ``seed``.
 
     Raises:
         BlockError: the last block does not hand on a score for each class.
