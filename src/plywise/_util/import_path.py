@@ -90,7 +90,7 @@ def call_factory(address: str, what: str) -> Any:
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise PlywiseError(f"{address} raised {_said(error)}.", see="error-address") from error
+        raise PlywiseError(f"{address} raised {_format_raised(error)}.", see="error-address") from error
 
 
 def _refuse_hidden(package: str) -> None:
@@ -120,7 +120,9 @@ def _imported(name: str) -> Any:
             f"Module {name!r} needs {error.name!r}, which is not installed.", see="error-address"
         ) from error
     except (Exception, SystemExit) as error:
-        raise PlywiseError(f"Importing {name!r} failed: {_said(error)}.", see="error-address") from error
+        raise PlywiseError(
+            f"Importing {name!r} failed: {_format_raised(error)}.", see="error-address"
+        ) from error
 
 
 def user_line(error: BaseException) -> str:
@@ -130,6 +132,6 @@ def user_line(error: BaseException) -> str:
     return f" (line {own[-1].lineno} of {os.path.basename(own[-1].filename)})" if own else ""
 
 
-def _said(error: BaseException) -> str:
+def _format_raised(error: BaseException) -> str:
     """An exception and the user's line that raised it."""
     return f"{type(error).__name__}: {str(error).rstrip('.')}{user_line(error)}"

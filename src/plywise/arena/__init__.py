@@ -1,4 +1,4 @@
-"""Comparisons: methods, workloads, and what trains, scores and tells.
+"""Comparisons: methods, workloads, and what trains, scores and reports.
 
 From Python there are three functions::
 

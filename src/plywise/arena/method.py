@@ -87,7 +87,7 @@ class Method:
         baseline: whether targets are taken from it: an established method, not one of ours.
         gradients: forward and backward passes that a step takes.
         count: counts them on the model at hand, for a method where they depend on it.
-        refuses: why it cannot run on a workload; "" if it can. What cannot run is left out and told, which
+        refuses: why it cannot run on a workload; "" if it can. What cannot run is left out and listed, which
             is no failure.
         local: whether it trains the model block by block.
         null: the method that this one is under another name and with other seeds: a null control.

@@ -38,7 +38,7 @@ def console() -> Console:
 
 
 def notes(apart: bool = False) -> Console:
-    """For what is said beside results: plans, progress, notes. Nothing is shown with ``--quiet``.
+    """For output beside results: plans, progress, notes. Nothing is shown with ``--quiet``.
 
     Args:
         apart: on standard error, since standard output is for a machine.

@@ -78,7 +78,7 @@ def diagnose(
         raise PlywiseError(
             f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.", see="error-command"
         )
-    asked, found, subject = _asked(model, data, read, workload, loss, step)
+    asked, found, subject = _resolve_subject(model, data, read, workload, loss, step)
     from plywise.arena.diagnostics.advice import advice
     from plywise.arena.diagnostics.diagnosis import diagnose_workload
 
@@ -101,7 +101,7 @@ def diagnose(
         _print_advice(screen, recommended)
 
 
-def _asked(
+def _resolve_subject(
     model: str | None, data: str | None, read: str, workload: str | None, loss: str, step: str
 ) -> tuple[Workload, Data, str]:
     """The workload, its data, and what `plywise bench` calls it."""
@@ -142,7 +142,7 @@ def _print_layers(screen: Console, diagnosis: Diagnosis) -> None:
     else:
         screen.print(title, style="bold")
     if diagnosis.left:
-        screen.print(f"No rule handles: {_left(diagnosis)}.", style="dim")
+        screen.print(f"No rule handles: {_format_left(diagnosis)}.", style="dim")
     spans = [
         f"{what} {value:.3g}"
         for what, value in (
@@ -197,7 +197,7 @@ def _short(value: float | None) -> str:
     return text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
-def _left(diagnosis: Diagnosis) -> str:
+def _format_left(diagnosis: Diagnosis) -> str:
     """Modules that no rule handles, those of one reason together."""
     groups: dict[str, list[str]] = {}
     for one in diagnosis.left:

@@ -1,4 +1,4 @@
-"""What `plywise train` and `plywise pipeline` share: their flags, and how they tell what goes on."""
+"""What `plywise train` and `plywise pipeline` share: their flags, and how they show progress."""
 
 from __future__ import annotations
 

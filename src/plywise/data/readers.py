@@ -1,6 +1,6 @@
 """Readers of the formats that data sets come in: numpy and the standard library, nothing else.
 
-Each takes a path and returns arrays or text; what is wrong with a file is said in one sentence that names it.
+Each takes a path and returns arrays or text; a faulty file raises an error that names it.
 Files may be compressed by gzip, whatever their names.
 """
 

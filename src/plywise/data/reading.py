@@ -25,7 +25,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How data are read; what is empty is guessed, and the guess is said.
+    """How data are read; what is empty is guessed, and the guess is printed.
 
     Attributes:
         header: whether the first line of a .csv file holds names: yes or no.

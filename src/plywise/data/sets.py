@@ -86,7 +86,7 @@ def tiny_shakespeare() -> str:
     Raises:
         PlywiseError: neither ``tinyshakespeare.txt`` nor ``tinyshakespeare.txt.gz`` is there.
     """
-    return read_text(_found("tinyshakespeare", "tinyshakespeare.txt", "tinyshakespeare.txt.gz"))
+    return read_text(_require_file("tinyshakespeare", "tinyshakespeare.txt", "tinyshakespeare.txt.gz"))
 
 
 def numeric_table(name: str) -> tuple[Numbers, Numbers]:
@@ -98,7 +98,7 @@ def numeric_table(name: str) -> tuple[Numbers, Numbers]:
     Raises:
         PlywiseError: there is no such file, or it is no such table.
     """
-    table = read_table(_found(name, f"{name}.csv.gz", f"{name}.csv")).numbers
+    table = read_table(_require_file(name, f"{name}.csv.gz", f"{name}.csv")).numbers
     return table[:, :-1], table[:, -1]
 
 
@@ -112,7 +112,7 @@ def boiling_points() -> tuple[Numbers, Numbers]:
     Raises:
         PlywiseError: there is no such file, or it lacks a column.
     """
-    path = _found("compounds", "compounds.csv.gz", "compounds.csv")
+    path = _require_file("compounds", "compounds.csv.gz", "compounds.csv")
     rows = read_rows(path)
     if lacking := [name for name in ("smiles", "molar_mass", "tb_K") if name not in rows[0]]:
         raise PlywiseError(f"{path} has no column {', '.join(lacking)}.", see="error-data")
@@ -127,7 +127,7 @@ def _formula(smiles: str, mass: str) -> list[float]:
     return [*(float(tokens.count(token)) for token in _TOKENS), rings, float(mass)]
 
 
-def _found(name: str, *files: str) -> Path:
+def _require_file(name: str, *files: str) -> Path:
     path = find(*files)
     if path is None:
         raise missing(name, *files)
@@ -138,9 +138,9 @@ def _colour_images(name: str, archive: str, read: Callable[[Path], Images]) -> I
     for folder in folders():
         parts = [folder / f"{name}_{part}.npz" for part in ("train", "test")]
         if all(part.is_file() for part in parts):
-            return _kept(name, _from_residuals, *parts)
+            return _read_cached(name, _from_residuals, *parts)
         if (folder / archive).is_file():
-            return _kept(name, read, folder / archive)
+            return _read_cached(name, read, folder / archive)
     raise missing(name, archive, f"{name}_train.npz (with {name}_test.npz)")
 
 
@@ -148,7 +148,7 @@ def _from_residuals(train: Path, test: Path) -> Images:
     return (*read_colour_images(train), *read_colour_images(test))
 
 
-def _kept(name: str, read: Callable[..., Images], *sources: Path) -> Images:
+def _read_cached(name: str, read: Callable[..., Images], *sources: Path) -> Images:
     names = ("x", "y", "x_test", "y_test")
     digest = hashlib.blake2b(digest_size=8)
     for path in sources:

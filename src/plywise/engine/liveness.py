@@ -14,7 +14,7 @@ from plywise.engine.sharding import find_local
 from plywise.engine.sites import ParameterEntry
 
 QUIET_STEPS = 3
-"""Steps in which the rule takes no part, or of an optimizer that it does not know, until that is said."""
+"""After so many steps without the rule, or of an optimizer that it does not know, a warning says so."""
 
 UNSTEPPED = "the optimizer given to attach() does not step it"
 

@@ -139,10 +139,11 @@ def check_ranges(
         if found is None or wanted is None or (found[0] <= wanted[0] + 1e-3 and wanted[1] - 1e-3 <= found[1]):
             continue
         raise BlockError(
-            f"The {name} of component {number} makes numbers in {_told(found)}, but what it shall meet lies "
-            f"in {_told(wanted)}. Give a {name} of the encoder's kind: sigmoid, tanh or linear, all three."
+            f"The {name} of component {number} makes numbers in {_format_range(found)}, but what it "
+            f"shall meet lies in {_format_range(wanted)}. Give a {name} of the encoder's kind: sigmoid, tanh "
+            "or linear, all three."
         )
 
 
-def _told(ends: Range) -> str:
+def _format_range(ends: Range) -> str:
     return " … ".join(f"{end:.3g}" for end in ends)

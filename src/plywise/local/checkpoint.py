@@ -28,7 +28,7 @@ _PARTIAL = ".partial"
 _SUM = ".sha256"
 
 Agree = Callable[[bool], bool]
-"""Waits until every process has called it, and tells each whether all of them said yes."""
+"""Waits until every process has called it; returns, in each, whether all of them have passed True."""
 
 
 class _DamagedError(Exception):

@@ -29,11 +29,11 @@ class Locality:
             u: directions, like the layer's output, (N, channels, ...).
             slopes: of the losses, (N, groups, positions).
         """
-        heard = slopes if self.group else slopes.sum(1, keepdim=True)
-        heard = heard if self.patch else heard.sum(2, keepdim=True)
-        groups, positions = heard.shape[1:]
+        feedback = slopes if self.group else slopes.sum(1, keepdim=True)
+        feedback = feedback if self.patch else feedback.sum(2, keepdim=True)
+        groups, positions = feedback.shape[1:]
         # channels come before positions: (N, groups, channels of a group, positions)
-        return (u.reshape(len(u), groups, -1, positions) * heard.unsqueeze(2)).view_as(u)
+        return (u.reshape(len(u), groups, -1, positions) * feedback.unsqueeze(2)).view_as(u)
 
 
 def slopes_of(gradient: Tensor, tangent: Tensor, groups: int) -> Tensor:

@@ -18,8 +18,8 @@ def input_gradient_penalty(losses: Tensor, x: Tensor, order: float = 1.0) -> Ten
         ε‖∂loss/∂x‖₁. Add that to the loss, and the decision is flat around the data.
     Equation: penalty = mean_n ‖∂loss_n/∂x_n‖_order; train on loss + λ · penalty. For order 1 the natural λ is
         ε, the largest change of any number of an input; order 2 is classic double backpropagation.
-    Use when: small changes of the input must not change the answer, and adversarial training is too dear; it
-        also goes together with it.
+    Use when: small changes of the input must not change the answer, and adversarial training is too
+        expensive; it also goes together with it.
     Do not use when: a strong adversary is at work and accuracy under attack is what counts: adversarial
         training gives more. With ReLU the penalty sees the slopes of the pieces, not where they join: take
         softplus, GELU or SiLU.

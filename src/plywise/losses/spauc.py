@@ -98,7 +98,7 @@ class SPAUC:
             PlywiseError: the weights are no longer finite.
         """
         self._check_settings()
-        X, y = _checked(X, y)
+        X, y = _check_samples(X, y)
         self._begin(np.unique(y), X.shape[1])
         orders = np.random.default_rng(self.seed)
         for _ in range(self.passes):
@@ -119,7 +119,7 @@ class SPAUC:
             PlywiseError: the weights are no longer finite.
         """
         self._check_settings()
-        X, y = _checked(X, y)
+        X, y = _check_samples(X, y)
         if not hasattr(self, "classes_"):
             self._begin(np.unique(y if classes is None else np.asarray(classes)), X.shape[1])
         self._learn(X, y)
@@ -293,7 +293,7 @@ def _inputs(X: ArrayLike) -> Numbers:
     return rows
 
 
-def _checked(X: ArrayLike, y: ArrayLike) -> tuple[Numbers, NDArray[Any]]:
+def _check_samples(X: ArrayLike, y: ArrayLike) -> tuple[Numbers, NDArray[Any]]:
     rows, labels = _inputs(X), np.asarray(y)
     if labels.shape != (len(rows),) or not len(rows):
         raise ValueError(f"SPAUC needs a label for each of {len(rows)} samples, not {labels.shape}.")

@@ -16,7 +16,7 @@ class ConvLSTM(nn.Module):
         convolutions, and its state has a place for each pixel.
     Equation: [i, f, g, o] = W * [x, h] + b; c ← σ(f) c + σ(i) tanh(g); h ← σ(o) tanh(c), * a convolution
         with zeros around.
-    Use when: the next image of a sequence is to be told from those before: rain, traffic, video.
+    Use when: the next image of a sequence is to be predicted from those before: rain, traffic, video.
     Do not use when: places are not alike, or a sequence has no neighbours in space: take `torch.nn.LSTM`.
     Layers: a layer of its own; several stack by feeding one's outputs to the next.
     Cost: per image one convolution C + F → 4F of k×k. Training keeps 4F + 2F images a step.

@@ -30,7 +30,7 @@ class DecisionStage:
         the largest one.
     Equation: p(x) = softmax(model(x)); fit(x, y) = classifier.fit(p(x), y); predict(x) =
         classifier.predict(p(x)).
-    Use when: training is dear and has to stop early, and the classifier is cheap beside it.
+    Use when: training is expensive and has to stop early, and the classifier is cheap beside it.
     Do not use when: the network has converged, and decides as its largest probability does; or a higher
         learning rate would do: there nothing was saved.
     Layers: none; any model with one row of C ≥ 2 scores for each sample. It is not trained or changed.

@@ -129,7 +129,7 @@ class VSML(nn.Module):
             states[index] = state._replace(hidden=hidden, cell=cell, forward_message=message)
             # a mean of linear maps is the linear map of the mean, (E, B, outputs or inputs, message)
             message = self.up(hidden.mean(-3))
-            if index > 0:  # heard by the layer below when the next sample comes
+            if index > 0:  # the layer below uses it when the next sample comes
                 states[index - 1] = states[index - 1]._replace(backward_message=self.down(hidden.mean(-2)))
         return self.bound * (message[..., 1] / self.bound).tanh(), states
 
@@ -166,10 +166,10 @@ class VSML(nn.Module):
     def _run(self, state: LayerState) -> tuple[Tensor, Tensor]:
         parts = self.gates.weight.split([self.message, self.message, self.hidden], 1)
         from_below = linear(state.forward_message, parts[0], self.gates.bias).unsqueeze(-2)
-        heard = from_below + linear(state.backward_message, parts[1]).unsqueeze(-3)
+        messages = from_below + linear(state.backward_message, parts[1]).unsqueeze(-3)
         hidden, cell = state.hidden, state.cell
         for _ in range(self.ticks):
-            i, g, f, o = (heard + linear(hidden, parts[2])).chunk(4, -1)
+            i, g, f, o = (messages + linear(hidden, parts[2])).chunk(4, -1)
             cell = (f + 5).sigmoid() * cell + (i - 5).sigmoid() * g.tanh()
             hidden = o.sigmoid() * cell.tanh()
         return hidden, cell

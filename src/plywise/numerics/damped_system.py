@@ -123,7 +123,7 @@ class DampedSystem:
         return (self.energy + self.shift == 0).all(1)
 
     def replace_dead_groups(self) -> bool:
-        """Replace the matrices of dead groups by the identity, in place; tell whether there are any."""
+        """Replace the matrices of dead groups by the identity, in place; return whether there are any."""
         dead = self.find_dead_groups()
         self.matrix.diagonal(dim1=1, dim2=2).add_(dead.unsqueeze(1))
         return bool(dead.any())

@@ -62,7 +62,7 @@ class ProximalAnchor:
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        self.params = _checked(params)
+        self.params = _check_parameters(params)
         self.anchors = [param.detach().clone() for param in self.params]
         self.count = 0
         self._means: list[Tensor] = []
@@ -163,7 +163,7 @@ class ProximalAnchor:
             )
 
 
-def _checked(params: Iterable[Tensor]) -> list[Tensor]:
+def _check_parameters(params: Iterable[Tensor]) -> list[Tensor]:
     checked = list(params)
     for position, param in enumerate(checked):
         if not isinstance(param, Tensor):

@@ -1,7 +1,7 @@
 """The card of a method: what its docstring says, section by section.
 
 The docstring is the single source of truth. All that show a method (the command line, the
-documentation, the tests) reads this card, so that nothing is said twice or goes stale.
+documentation, the tests) reads this card, so that nothing is written twice or goes stale.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def resolve_parts(address: str, reading: Reading = AS_EVER) -> Parts:
 
     Args:
         address: where they are.
-        reading: how they are read. Default: what is not said is guessed.
+        reading: how they are read. Default: what is not given is guessed.
 
     Raises:
         PlywiseError: there are no such data, they hold NaN or infinity, or parts do not fit one another.

@@ -84,7 +84,7 @@ class ResolvedTraining:
             made = make_model(config.model)
             if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
                 starts = starts or config.split or ()
-                return _cut(made, len(starts) or config.blocks or BLOCKS, example, starts)
+                return _cut_model(made, len(starts) or config.blocks or BLOCKS, example, starts)
         return Blocks(_list_blocks(config, made), example), ()
 
     @property
@@ -191,7 +191,9 @@ def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
     return modules
 
 
-def _cut(model: nn.Module, k: int, example: Batch, starts: Sequence[int]) -> tuple[Blocks, tuple[int, ...]]:
+def _cut_model(
+    model: nn.Module, k: int, example: Batch, starts: Sequence[int]
+) -> tuple[Blocks, tuple[int, ...]]:
     if k == 1 or not starts:  # one block is the whole model, whatever it is made of
         blocks = split(model, k, example)
         return blocks, () if k == 1 else _starts(model, blocks, example)

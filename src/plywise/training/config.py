@@ -163,7 +163,7 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
     given = {} if file is None else _from_toml(file)
     for name, value in flags.items():
         if value is not None:
-            read = _read(name, value)
+            read = _convert_value(name, value)
             given[name] = {**given.get(name, {}), **read} if name in _SETTINGS else read
     return TrainConfig(**given)
 
@@ -174,7 +174,7 @@ def make_config(values: Mapping[str, Any], source: str) -> TrainConfig:
     Raises:
         PlywiseError: a key is unknown, or a value is out of range; the message names the source.
     """
-    return TrainConfig(**_named(values, source))
+    return TrainConfig(**_name_fields(values, source))
 
 
 def _from_toml(file: Path) -> dict[str, Any]:
@@ -185,10 +185,10 @@ def _from_toml(file: Path) -> dict[str, Any]:
         raise PlywiseError(f"There is no file {file}.", see="error-command") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise PlywiseError(f"{file} is not TOML: {error}.", see="error-command") from error
-    return _named(values, str(file))
+    return _name_fields(values, str(file))
 
 
-def _named(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _name_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Values by the names of the plan's fields."""
     names = {_flag(entry.name): entry.name for entry in fields(TrainConfig)}
     for key in values:
@@ -197,10 +197,10 @@ def _named(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise PlywiseError(
                 f"{source} has a key {key!r}, which is unknown. {hint}".rstrip(), see="error-command"
             )
-    return {names[key]: _read(names[key], value) for key, value in values.items()}
+    return {names[key]: _convert_value(names[key], value) for key, value in values.items()}
 
 
-def _read(name: str, value: Any) -> Any:
+def _convert_value(name: str, value: Any) -> Any:
     """A value as the plan has it, from what a flag, TOML or JSON have."""
     if name in _SETTINGS:
         return _settings(name, value)

@@ -378,12 +378,12 @@ def signals_to(ask: Callable[[], None]) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def heard(*_: Any) -> None:
+    def on_signal(*_: Any) -> None:
         give_back()
         ask()
 
     for number in numbers:
-        signal.signal(number, heard)
+        signal.signal(number, on_signal)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ FLOOR = 1e-10
 class Inputs:
     """What a layer's inputs look like over all batches: the covariance of the rows of A, without the bias.
 
-    Of a grouped convolution the worst group is told.
+    Of a grouped convolution the worst group is reported.
 
     Attributes:
         rows: rows that were looked at.

@@ -19,7 +19,7 @@ MakeMap = Callable[[nn.Module], LinearMap]
 
 @dataclass(frozen=True)
 class Registration:
-    """What a user has said of a module type.
+    """What a user has registered for a module type.
 
     Attributes:
         make_map: the map of one module.
@@ -218,7 +218,7 @@ def register_layer(module_type: type[nn.Module], layer_type: LayerType) -> None:
 
 
 def find_registration(module: nn.Module) -> Registration | None:
-    """What was said of a module's type; None for subclasses with a forward of their own."""
+    """What is registered for a module's type; None for subclasses with a forward of their own."""
     cls = type(module)
     if "forward" in module.__dict__:
         return None
