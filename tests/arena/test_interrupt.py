@@ -20,6 +20,7 @@ from plywise.arena.run.job import TrialJob
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import FINAL, TUNED, Key
 from plywise.cli.interrupt import STOPPING
+from processes import ForkedCommand
 
 PATH = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
 HERE, STARTS = "competitors", "odd_jobs"
@@ -28,8 +29,9 @@ BENCH = ("bench", f"{HERE}:model", "--data", f"{HERE}:data", "--steps", "12", "-
 
 
 @pytest.fixture(autouse=True)
-def _findable(monkeypatch):
+def _findable(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    monkeypatch.chdir(tmp_path)
 
 
 class Command:
@@ -38,15 +40,12 @@ class Command:
     def __init__(self, folder, scratch, methods, *words):
         self.scratch, self.out = scratch, folder / "out"
         self.ledger = self.out / "trials.jsonl"
-        place = {"TMPDIR": str(self.scratch), "PYTHONPATH": PATH}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "plywise", *BENCH, "--methods", methods, "--out", str(self.out), *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **place},
-            cwd=folder,
-            start_new_session=True,
+        self.process = ForkedCommand(
+            ["plywise", *BENCH, "--methods", methods, "--out", str(self.out), *words],
+            {"TMPDIR": str(self.scratch), "PYTHONPATH": PATH},
+            folder / "stdout",
+            folder / "stderr",
+            session=True,
         )
 
     def wait_until(self, happened):
@@ -75,9 +74,10 @@ class Command:
     def imports_torch(self):
         """Whether the process that trials are forked from has got as far as torch."""
         with contextlib.suppress(OSError):
-            for one in self.left():
-                if "forkserver" in (one / "cmdline").read_text():
-                    return "libtorch_cpu" in (one / "maps").read_text()
+            for entry in self.left():
+                of_the_command = int(entry.name) == self.process.pid  # it is such a fork itself
+                if not of_the_command and "forkserver" in (entry / "cmdline").read_text():
+                    return "libtorch_cpu" in (entry / "maps").read_text()
         return False
 
     def ended(self):
@@ -149,12 +149,11 @@ def test_what_a_killed_bench_has_left_is_swept_by_the_next(start):
     assert list(command.out.glob(".plywise*")) == []
 
 
-def test_pressed_again_it_draws_no_report(start):
+def test_pressed_again_it_draws_no_report(start, tmp_path):
     command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
     command.wait_until(lambda: command.ledger.exists() and command.lines())
     command.press()
-    while STOPPING not in command.process.stderr.readline():
-        pass
+    command.wait_until(lambda: STOPPING in (tmp_path / "stderr").read_text())
     command.press()
     _, said = command.ended()
     assert "are kept. `plywise bench --resume" in said

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from plywise.arena.run.ledger import read
+from processes import ForkedCommand
 
 COMPETITORS = (Path(__file__).parent.parent / "arena" / "competitors.py").read_text()
 OWN = ["bench", "mine:model", "--data", "mine:data", "--steps", "12", "--batch-size", "32"]
@@ -25,9 +26,8 @@ def _user(user_module):
 
 
 def start(*words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "plywise", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    folder = Path.cwd()
+    return ForkedCommand(["plywise", *words], {}, Path(f"{folder}.out"), Path(f"{folder}.err"))
 
 
 def test_ones_own_model_from_beginning_to_report(tmp_path, plywise):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from plywise.cli import demo as demo_command
 from plywise.errors import MORE
 from plywise.registry.card import STATUSES
 from plywise.registry.find import ROOMS, RULES
+from processes import DEADLINE, ForkedCommand
 
 NAMES = [name for names in ROOMS.values() for name in names]
 # in the demo: not the open form of four that are, nor a schedule
@@ -274,14 +276,14 @@ def test_demo_refuses_before_it_works(plywise, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
-def test_ctrl_c_keeps_what_there_is(tmp_path):
-    command = [sys.executable, "-c", "from plywise.cli import main; main()", "demo", "--out", "here"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if "seed 0" in line:
-            break
+def test_ctrl_c_keeps_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = ForkedCommand(["plywise", "demo", "--out", "here"])
+    end = time.monotonic() + DEADLINE
+    while "seed 0" not in (tmp_path / "out").read_text():
+        alive = time.monotonic() < end and process.poll() is None
+        assert alive, (tmp_path / "err").read_text()
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -1,10 +1,8 @@
 """`plywise pipeline`: real processes, interrupted, lost and gone on with; the weights of one process."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -100,7 +98,10 @@ def by_hand(world, *words, port=None):
     return ending(
         [
             ForkedCommand(
-                ["pipeline", *words], {**place, "RANK": str(rank)}, Path(f"out{rank}"), Path(f"err{rank}")
+                ["plywise", "pipeline", *words],
+                {**place, "RANK": str(rank)},
+                Path(f"out{rank}"),
+                Path(f"err{rank}"),
             )
             for rank in range(world)
         ]
@@ -109,18 +110,8 @@ def by_hand(world, *words, port=None):
 
 def torchrun(world, *words):
     """torchrun and its processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    with Path("out0").open("w") as out, Path("err0").open("w") as err:
-        return ending(
-            [
-                subprocess.Popen(
-                    [*command, "-m", "plywise", "pipeline", *words],
-                    stdout=out,
-                    stderr=err,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                )
-            ]
-        )
+    command = ["torchrun", "--nproc-per-node", str(world), "-m", "plywise", "pipeline", *words]
+    return ending([ForkedCommand(command, {"OMP_NUM_THREADS": "1"}, Path("out0"), Path("err0"))])
 
 
 def ended(processes):

@@ -17,6 +17,7 @@ from plywise.cli.training import Flags
 from plywise.local import checkpoint
 from plywise.training.config import TrainConfig, read_config
 from plywise.training.session import load_trained, open_session
+from processes import ForkedCommand
 
 MODULE = """
 import time
@@ -342,13 +343,7 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
     """The weights at the interruption are those of a run that was asked for so many steps."""
     words = ["train", "--epochs", "100000", "--every", "100000", "--out", "here"]
     out = tmp_path / "out"
-    with out.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "plywise", *words, "--fresh"],
-            stdout=file,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    process = ForkedCommand(["plywise", *words, "--fresh"], out=out)
     try:
         wait_for(out, "\nepoch      3/")
         process.send_signal(signal.SIGINT)
@@ -372,13 +367,7 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once(tmp_path):
     out = tmp_path / "out"
-    with out.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "plywise", "train", "--model", "mine:sleepy", "--data", "mine:data"],
-            stdout=file,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    process = ForkedCommand(["plywise", "train", "--model", "mine:sleepy", "--data", "mine:data"], out=out)
     try:
         wait_for(out, "asleep")
         process.send_signal(signal.SIGINT)

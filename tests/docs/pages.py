@@ -6,7 +6,8 @@ What a page may say in an HTML comment right above a block:
 - ``<!-- run -->``: the commands of this console block are run, too, after the blocks above it.
 
 A block whose first line is a comment with a file's name (``# mine.py``) is written to that file as well, so
-that commands and later blocks find it. `TORCHRUN` stands for the launcher of this very Python.
+that commands and later blocks find it. Commands run in that folder, in forks of this Python; a script in a
+Python of its own.
 """
 
 import os
@@ -18,17 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from processes import ForkedCommand
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 _FENCE = re.compile(
     r"^(?:<!-- (?P<note>[^\n]*?) -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+SETTINGS = {"OMP_NUM_THREADS": "1"}
+SECONDS = 500.0
 _FILE = re.compile(r"# (\w+\.\w+)\n")
-_WORDS = {
-    "plywise": [sys.executable, "-m", "plywise"],
-    "python": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-}
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,22 @@ def commands(text: str) -> list[list[str]]:
 
 
 def _run(words: list[str], folder: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    whole = [*_WORDS[words[0]], *words[1:]]
+    code, out, err = _run_script(words[1:], folder) if words[0] == "python" else _run_command(words, folder)
+    assert code == 0, f"{shlex.join(words)}\n{out[-2000:]}\n{err[-4000:]}"
+
+
+def _run_script(words: list[str], folder: Path) -> tuple[int, str, str]:
+    """A script of the page's, in a Python of its own: `check_rule` wants to be in the first process."""
+    command = [sys.executable, *words]
     done = subprocess.run(
-        whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, env={**os.environ, **SETTINGS}, cwd=folder, capture_output=True, text=True, timeout=SECONDS
     )
-    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.returncode, done.stdout, done.stderr
+
+
+def _run_command(words: list[str], folder: Path) -> tuple[int, str, str]:
+    command = ForkedCommand(words, SETTINGS, Path(f"{folder}.out"), Path(f"{folder}.err"))
+    try:
+        return command.wait(SECONDS), *command.communicate()
+    finally:
+        command.kill()

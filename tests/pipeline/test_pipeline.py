@@ -2,8 +2,6 @@
 
 import copy
 import inspect
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,12 @@ import pytest
 
 from plywise.local import checkpoint
 from plywise.pipeline.pipeline import Pipeline
+from processes import CONTEXT, DEADLINE
 
 from . import jobs
 from .crew import Crew
 from .learners import alone, batches, difference, make, states
-from .starting import environment
+from .starting import enter
 
 pytestmark = pytest.mark.slow
 
@@ -283,12 +282,13 @@ def test_a_batch_that_does_not_fit_is_named_by_every_stage(
     assert third.value.startswith("stage 2 stops: stage 0 (rank 0) failed: ")
 
 
-def test_without_torchrun() -> None:
-    script = "from pipeline import jobs; jobs.refuse({})"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "PipelineError: This process was not started by torchrun" in done.stderr
+def test_without_torchrun(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = CONTEXT.Process(target=enter, args=({}, str(log), None, jobs.refuse, {}))
+    process.start()
+    process.join(DEADLINE)
+    assert process.exitcode == 1
+    assert "PipelineError: This process was not started by torchrun" in log.read_text()
 
 
 def test_patience_leaves_time_before_the_promised_fifteen_seconds() -> None:
