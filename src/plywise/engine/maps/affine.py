@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.base import LastAxisMap, LinearMap
 
 
 @dataclass(frozen=True)
@@ -94,27 +94,11 @@ class ElementwiseAffine(LinearMap):
 
 
 @dataclass(frozen=True)
-class Bilinear(LinearMap):
+class Bilinear(LastAxisMap):
     """``z_k = x₁ᵀ W_k x₂ + b_k``: rows are the products of both inputs' entries, d = d₁ d₂."""
 
     kind: ClassVar[str] = "bilinear"
     groups: ClassVar[int] = 1  # type: ignore[misc]
-
-    def rows(self, a: Tensor) -> Tensor:
-        """The products, (1, n, d₁ d₂)."""
-        return a.reshape(1, -1, a.shape[-1])
-
-    def delta_rows(self, delta: Tensor) -> Tensor:
-        """Δ, (1, n, m)."""
-        return delta.reshape(1, -1, delta.shape[-1])
-
-    def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows in the shape of the output."""
-        return rows.reshape(like.shape)
-
-    def row_axes(self, delta: Tensor) -> int:
-        """All but the outputs."""
-        return delta.dim() - 1
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
         """The products times the flattened weights."""

@@ -144,6 +144,26 @@ class LinearMap(ABC):
         return torch.linalg.vector_norm(weight).square() / self.width(weight)
 
 
+class LastAxisMap(LinearMap):
+    """A map of the last axis; all other axes, of any number, are rows."""
+
+    def rows(self, a: Tensor) -> Tensor:
+        """The input, (1, n, d)."""
+        return a.reshape(1, -1, a.shape[-1])
+
+    def delta_rows(self, delta: Tensor) -> Tensor:
+        """Δ, (1, n, m)."""
+        return delta.reshape(1, -1, delta.shape[-1])
+
+    def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows in the shape of the output."""
+        return rows.reshape(like.shape)
+
+    def row_axes(self, delta: Tensor) -> int:
+        """All but the last."""
+        return delta.dim() - 1
+
+
 def thin_axes(sizes: Sequence[int], every: int, turn: int) -> list[slice]:
     """For each axis, every ``every``-th place from an offset; ``turn`` counts through the offsets.
 

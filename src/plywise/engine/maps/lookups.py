@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.base import LastAxisMap, LinearMap
 
 
 @dataclass(frozen=True)
-class Embedding(LinearMap):
+class Embedding(LastAxisMap):
     """A table lookup: ``a`` holds indices of any shape, the canonical weight is (m, entries).
 
     ``AᵀA`` is the diagonal of counts, so that every exact solve is a division.
@@ -26,10 +26,6 @@ class Embedding(LinearMap):
     groups: ClassVar[int] = 1  # type: ignore[misc]
     diagonal: ClassVar[bool] = True
 
-    def row_axes(self, delta: Tensor) -> int:
-        """All of the indices'."""
-        return delta.dim() - 1
-
     def cast(self, a: Tensor, dtype: torch.dtype) -> Tensor:
         """Indices stay indices."""
         return a
@@ -44,14 +40,6 @@ class Embedding(LinearMap):
     def rows(self, a: Tensor) -> Tensor:
         """One-hot rows, (1, n, entries), in float32."""
         return self._one_hot(a, torch.float32).unsqueeze(0)
-
-    def delta_rows(self, delta: Tensor) -> Tensor:
-        """Δ, (1, n, m)."""
-        return delta.reshape(1, -1, delta.shape[-1])
-
-    def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows in the shape of the output."""
-        return rows.reshape(like.shape)
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """``ΔᵀA``: Δ summed by index."""

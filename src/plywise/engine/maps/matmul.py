@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from plywise.engine.maps.base import LinearMap, thin_axes
+from plywise.engine.maps.base import LastAxisMap, LinearMap, thin_axes
 
 
 @dataclass(frozen=True)
-class MatrixProduct(LinearMap):
+class MatrixProduct(LastAxisMap):
     """``z = a Wᵀ + b`` with inputs of any leading shape: (d), (B, d), (B, T, d), ...
 
     Attributes:
@@ -22,22 +22,6 @@ class MatrixProduct(LinearMap):
     kind: ClassVar[str] = "linear"
     groups: ClassVar[int] = 1  # type: ignore[misc]
     rows_are_inputs: ClassVar[bool] = True
-
-    def rows(self, a: Tensor) -> Tensor:
-        """The input, (1, n, d)."""
-        return a.reshape(1, -1, a.shape[-1])
-
-    def delta_rows(self, delta: Tensor) -> Tensor:
-        """Δ, (1, n, m)."""
-        return delta.reshape(1, -1, delta.shape[-1])
-
-    def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows in the shape of the output."""
-        return rows.reshape(like.shape)
-
-    def row_axes(self, delta: Tensor) -> int:
-        """All but the features."""
-        return delta.dim() - 1
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """``ΔᵀA``."""
