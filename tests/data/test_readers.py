@@ -269,6 +269,9 @@ def test_tables(tmp_path):
         ("a,b\n1\n", "line 2: there are 2 columns, not here"),
         ("a,b\n1,2,3\n", "line 2: there are 2 columns, not here"),
         ("a,b\n1,2\n\n3,4,5\n", "line 4: there are 2 columns, not here"),
+        ("a,b\n1,2_0\n", "row 1, column 'b': '2_0' is no number"),  # Python takes it for 20
+        ("a;b\n1;2\n", "has one column, with ';' in it"),
+        ("1\t2\n3\t4\n", "has one column, with '.t' in it"),
         ("a,b\n", "has no rows"),
         ("", "has no rows"),
     ],

@@ -47,6 +47,33 @@ def test_names_that_count_are_those_of_pandas(tmp_path):
     assert len(read(path, "header=no")[0].y) == 3
 
 
+@pytest.mark.parametrize("first", ["5.1,,1", "5.1,nan,1", " 5.1, ,1", "5.1,NA,1"])
+def test_a_first_sample_that_lacks_a_number_is_no_line_of_names(tmp_path, first):
+    path = tmp_path / "t.csv"
+    path.write_text(f"{first}\n1,2,0\n")
+    with pytest.raises(PlywiseError, match=r"NaN or infinity in 1 of 2 samples|'NA' is no number"):
+        read(str(path))
+    train, guesses = read(str(path), "header=yes")
+    assert len(train.y) == 1
+    assert "first line" not in guesses
+
+
+def test_names_beside_an_index_without_a_name_are_those_of_pandas(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(",0,1\n0,0.5,2.5\n1,0.25,1.5\n")
+    train, guesses = read(str(path))
+    assert train.y.tolist() == [2.5, 1.5]
+    assert "counts 0, 1, 2, ..." in guesses
+
+
+def test_a_first_line_of_text_and_numbers_is_said(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("2019,2020,price\n1,2,0.5\n3,4,1.5\n")
+    train, guesses = read(str(path))
+    assert train.y.tolist() == [0.5, 1.5]
+    assert "holds text and numbers and was taken as the names of the columns; --read header=no" in guesses
+
+
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b"\xef\xbb\xbf1,2\n3,4.5\n")
@@ -153,3 +180,28 @@ def test_an_option_that_there_is_none_of_is_refused(text):
 def test_guesses_come_along_with_data_that_are_cut(tmp_path):
     found = resolve_data(table(tmp_path, list(range(3)) * 10))
     assert "taken as 3 classes" in " ".join(found.guesses)
+
+
+@pytest.mark.parametrize("what", ["inputs", "targets"])
+def test_numbers_that_float32_does_not_hold_are_refused(tmp_path, what):
+    x, y = np.ones((3, 2)), np.array([0.5, 1.5, 2.5])
+    (x if what == "inputs" else y)[1] = 1e300
+    with pytest.raises(PlywiseError, match=rf"{what} hold NaN or infinity in 1 of 3.*number 1\..*float32"):
+        read(arrays(tmp_path, x, y))
+
+
+def test_classes_that_float32_does_not_tell_apart_are_refused(tmp_path):
+    path = table(tmp_path, [100000001, 100000002] * 3)
+    with pytest.raises(PlywiseError, match=r"above 16,777,216.*Number the classes from 0"):
+        read(path, "targets=classes")
+
+
+def test_inputs_without_a_number_are_refused(tmp_path):
+    with pytest.raises(PlywiseError, match=r"hold no number: their shape is \(3, 0\)"):
+        read(arrays(tmp_path, np.ones((3, 0)), np.arange(3)))
+
+
+def test_arrays_of_another_byte_order(tmp_path):
+    train, _ = read(arrays(tmp_path, np.arange(6.0).reshape(3, 2).astype(">f4"), np.arange(3).astype(">i8")))
+    assert train.x.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert train.y.tolist() == [0, 1, 2]

@@ -35,8 +35,10 @@ def tensor_of(values: Any, what: str) -> Tensor:
         what: what they are, for the error.
 
     Raises:
-        PlywiseError: they are no array of real, finite numbers with rows.
+        PlywiseError: they are no array of real numbers with rows, or some are not finite in float32.
     """
+    if isinstance(values, np.ndarray) and not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))  # torch knows this machine's order alone
     try:
         if isinstance(values, list) and values and hasattr(values[0], "shape"):
             values = torch.stack([torch.as_tensor(value) for value in values])
@@ -47,22 +49,29 @@ def tensor_of(values: Any, what: str) -> Tensor:
         raise PlywiseError(f"{what} are a single number, not a row for each sample.", see="error-data")
     if tensor.is_complex():
         raise PlywiseError(f"{what} are complex numbers, which no loss here takes.", see="error-data")
+    if len(tensor) and not tensor.numel():
+        raise PlywiseError(f"{what} hold no number: their shape is {tuple(tensor.shape)}.", see="error-data")
     bad = _not_finite(tensor)
     if bool(bad.any()):
+        large = " What float32 does not hold is infinite." if tensor.dtype == torch.float64 else ""
         raise PlywiseError(
             f"{what} hold NaN or infinity in {int(bad.sum())} of {len(bad)} samples, first in number "
-            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess.",
+            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess.{large}",
             see="error-data",
         )
     return tensor
 
 
 def _not_finite(tensor: Tensor) -> Tensor:
-    """Which samples hold NaN or infinity, (N,); some at a time, as the check takes more memory than they."""
+    """Which samples hold NaN or infinity, (N,), also once they are float32.
+
+    Some at a time, as the check takes more memory than they.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.zeros(len(tensor), dtype=torch.bool)
     at_once = max(1, _AT_ONCE * len(tensor) // tensor.numel())
-    parts = [~torch.isfinite(part.reshape(len(part), -1)).all(1) for part in tensor.split(at_once)]
+    narrow = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+    parts = [~torch.isfinite(part.reshape(len(part), -1).to(narrow)).all(1) for part in tensor.split(at_once)]
     return torch.cat(parts)
 
 

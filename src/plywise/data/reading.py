@@ -14,6 +14,8 @@ from plywise.errors import PlywiseError
 
 MOST_CLASSES = 20
 """Whole numbers in a table that go up to more are taken for counts, which are to be predicted as numbers."""
+WHOLE = 2**24
+"""Up to here float32 holds each whole number."""
 IGNORED = -100
 """A target that torch's losses ignore."""
 _CHOICES = {
@@ -200,6 +202,12 @@ class Reader:
             self.say(
                 f"The targets (column {name!r}) {span} and were taken as {len(values)} classes{first}; "
                 "--read targets=numbers takes them as numbers to predict."
+            )
+        if float(values.abs().max()) > WHOLE:
+            raise PlywiseError(
+                f"{what}: column {name!r} holds classes as numbers above {WHOLE:,}, of which float32 takes "
+                "neighbours for one. Number the classes from 0.",
+                see="error-data",
             )
         return index
 

@@ -57,12 +57,14 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
 
     Args:
         path: the file; it may be compressed by gzip.
-        header: whether the first line holds names. None: it does, unless all its cells are numbers; numbers
-            that count 0, 1, 2, ... are taken for names, too, which pandas writes where there are none.
+        header: whether the first line holds names. None: it does, unless its cells are numbers, or empty
+            beside numbers; numbers that count 0, 1, 2, ... are taken for names, too, which pandas writes
+            where there are none.
         dtype: of the numbers, ``np.float64`` or ``np.float32``.
 
     Raises:
-        PlywiseError: it cannot be read, its rows differ in length, or a cell is no number.
+        PlywiseError: it cannot be read, its rows differ in length, its cells are not separated by commas, or
+            a cell is no number.
 
     Example:
         >>> import pathlib, tempfile
@@ -76,6 +78,11 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
     first = next(rows, None)
     if first is None:
         raise PlywiseError(f"{path} has no rows.", see="error-data")
+    if len(first) == 1 and (mark := next((mark for mark in ";\t|" if mark in first[0]), None)):
+        raise PlywiseError(
+            f"{path} has one column, with {mark!r} in it: a .csv file has commas between its cells.",
+            see="error-data",
+        )
     has_names, guess = (header, "") if header is not None else _guess_header(path, first)
     names = first if has_names else [f"column {number}" for number in range(1, len(first) + 1)]
     # grows in place: where memory is mapped again, nothing is copied
@@ -83,6 +90,8 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
     count = 0
     for count, row in enumerate(rows if has_names else _with_first(first, rows), 1):
         try:
+            if "_" in "".join(row):  # Python reads 1_2 as 12
+                raise ValueError
             values.extend([float(cell) for cell in row])
         except ValueError:
             values.extend(_numbers(path, count, names, row))
@@ -137,9 +146,17 @@ def _with_first(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[st
 
 def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
     """Whether the first line holds names, and a sentence if that is not certain."""
-    if not all(_is_number(cell) for cell in first):
+    numbers = [cell for cell in first if _is_number(cell)]
+    blank = [cell for cell in first if _is_blank(cell)]
+    if not numbers:
         return True, ""
-    if first == [str(number) for number in range(len(first))]:
+    if len(numbers) + len(blank) < len(first):
+        return True, (
+            f"The first line of {path} holds text and numbers and was taken as the names of the columns; "
+            "--read header=no takes it as a sample."
+        )
+    counted = first[1:] if _is_blank(first[0]) else first  # pandas leaves the name of its index empty
+    if counted == [str(number) for number in range(len(counted))]:
         return True, (
             f"The first line of {path} counts 0, 1, 2, ... and was taken as the names of the columns; "
             "--read header=no takes it as a sample."
@@ -150,9 +167,14 @@ def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
     )
 
 
+def _is_blank(cell: str) -> bool:
+    """Whether a cell says that there is no number."""
+    return not cell.strip() or cell.strip().lower() in ("nan", "na", "null")
+
+
 def _is_number(cell: str) -> bool:
     try:
-        return not math.isnan(float(cell))
+        return not math.isnan(float(cell)) and "_" not in cell
     except ValueError:
         return False
 
@@ -161,6 +183,8 @@ def _numbers(path: Path, row: int, names: list[str], cells: list[str]) -> Iterat
     """The numbers of a row in which not every cell is one."""
     for name, cell in zip(names, cells, strict=True):
         try:
+            if "_" in cell:
+                raise ValueError
             yield float(cell) if cell.strip() else math.nan
         except ValueError:
             raise PlywiseError(
