@@ -1,7 +1,7 @@
 """The contract of a local learner: step, predict, export, state. A method says what its components are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,11 +148,13 @@ class Learner(ABC):
         """Go on from there, bit for bit.
 
         Raises:
-            StateError: it was saved by another learner, or with other components.
+            StateError: it was saved by another learner, or with other components, or it is damaged.
         """
         name = type(self).__name__
-        if state.get("learner") != name or len(state["trainers"]) != len(self.trainers):
-            saved = f"{state.get('learner')} of {len(state.get('trainers', ()))} components"
+        if not isinstance(state, Mapping) or not state.keys() >= {"learner", "steps", "trainers"}:
+            raise StateError("This is no state of a learner, or a part of it is missing.", see="state-memory")
+        if state["learner"] != name or len(state["trainers"]) != len(self.trainers):
+            saved = f"{state['learner']} of {len(state['trainers'])} components"
             raise StateError(
                 f"The state is one of {saved}; this is {name} of {len(self.trainers)}.", see="state-memory"
             )

@@ -1,7 +1,7 @@
 """One component in training: its optimizer, its scheduler, its rule, its random numbers."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -162,8 +162,12 @@ class LocalTrainer:
         """Go on from there.
 
         Raises:
-            StateError: it is the state of another component or optimizer.
+            StateError: it is the state of another component or optimizer, or it is damaged.
         """
+        if not isinstance(state, Mapping) or not state.keys() >= {"component", "optimizer", "scheduler"}:
+            raise StateError(
+                f"This is no state of component {self.index}, or a part of it is missing.", see="state-memory"
+            )
         for name in ("optimizer", "scheduler"):
             if (state[name] is None) != (getattr(self, name) is None):
                 has, wants = ("no ", "a ") if state[name] is None else ("a ", "no ")
@@ -176,9 +180,10 @@ class LocalTrainer:
             self.component.load_state_dict(state["component"])
             if self.optimizer is not None:
                 self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+        except Exception as error:  # of something missing torch's own differs from release to release
+            why = error if isinstance(error, RuntimeError | ValueError) else repr(error)
             raise StateError(
-                f"The saved state does not fit component {self.index}: {error}", see="state-memory"
+                f"The saved state does not fit component {self.index}: {why}", see="state-memory"
             ) from error
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])

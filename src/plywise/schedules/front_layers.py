@@ -124,6 +124,8 @@ class FrontLayers:
             )
         if self._thawed:
             self.freeze(self.count)
+        for norm in self._held:  # torch.compile does not look for hooks that came after its first call
+            norm.eval()
 
 
 class _BeforeForward(ModelHook):

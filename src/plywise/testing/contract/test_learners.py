@@ -91,6 +91,23 @@ def test_another_learners_state_is_refused(learner_case: LearnerCase) -> None:
     assert same_bits(everything(learner), before)
 
 
+@pytest.mark.parametrize("damaged", [{}, [], None, {"learner": "LocalLoss"}])
+def test_a_damaged_state_is_refused(learner_case: LearnerCase, damaged: Any) -> None:
+    learner = learner_case.make()
+    with pytest.raises(pw.StateError, match="no state of a learner"):
+        learner.load_state_dict(damaged)
+    state = learner.state_dict()
+    first, *rest = state["trainers"]
+    for key in first:
+        part = {name: value for name, value in first.items() if name != key}
+        with pytest.raises(pw.StateError, match="no state of component 0"):
+            learner.load_state_dict({**state, "trainers": [part, *rest]})
+    if first["optimizer"] is not None:
+        part = {**first, "optimizer": {"state": first["optimizer"]["state"]}}
+        with pytest.raises(pw.StateError, match="does not fit component 0"):
+            learner.load_state_dict({**state, "trainers": [part, *rest]})
+
+
 BAD = {
     "empty": (torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), "at least one"),
     "fewer targets": (torch.zeros(4, 6), torch.zeros(3, dtype=torch.long), "4 inputs, 3 targets"),
