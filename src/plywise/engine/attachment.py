@@ -251,7 +251,7 @@ class Attachment:
         counted = call if kept is None else kept.keep(call)
         counted.samples = call.samples = self._samples.count(counted.samples)
         site.note_call(counted, None if kept is None else (len(kept.places), kept.mask.mask.numel()))
-        if site.entry.leave_next or not counted.a.numel() or not counted.delta.numel():
+        if site.entry.leave_next or not counted.a.numel() or not counted.delta.numel() or delta.is_meta:
             update = call.gradient() if wants_update else Update(None, None)
             if wants_update:
                 site.answer_pass(torch._C._current_graph_task_id())
@@ -359,7 +359,8 @@ class Attachment:
         if self._state is not None:
             self._state.apply_at_step(optimizer)
         if self._clipping is not None:  # a fused optimizer unscales in its step
-            self._clipping.apply(getattr(optimizer, "grad_scale", None))
+            overflows = self._guard is not None and self._guard.overflows
+            self._clipping.apply(getattr(optimizer, "grad_scale", None), overflows)
         if self.telemetry is not None:
             self.telemetry.note_updates()
 

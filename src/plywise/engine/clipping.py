@@ -47,11 +47,12 @@ class Clipping:
         if group is not None:
             self._group = None if is_joining() else self._named or group
 
-    def apply(self, loss_scale: Tensor | None) -> None:
+    def apply(self, loss_scale: Tensor | None, overflows: bool = False) -> None:
         """Multiply the gradients by their factors; nothing is read from the device.
 
         Args:
             loss_scale: what the optimizer will divide the gradients by; None if it has been done.
+            overflows: whether squares of gradients are known to leave the range of float32.
         """
         entries = self._entries()
         leaders = self._find_leaders(entries)
@@ -63,7 +64,8 @@ class Clipping:
         chosen = self._agree(leaders, entries)
         if not held:
             return
-        factors = self._find_factors([entries[place] for place in held], loss_scale)
+        dtype = torch.float64 if overflows else None
+        factors = self._find_factors([entries[place] for place in held], loss_scale, dtype)
         of_entry = factors.new_ones(len(entries))
         of_entry[torch.tensor(held, device=factors.device)] = factors
         chosen = chosen.to(factors.device)
@@ -99,10 +101,12 @@ class Clipping:
         dist.all_reduce(whole, dist.ReduceOp.MAX, group=self._group)
         return torch.where(whole > 0, count - whole, -1)
 
-    def _find_factors(self, entries: Sequence[ParameterEntry], loss_scale: Tensor | None) -> Tensor:
+    def _find_factors(
+        self, entries: Sequence[ParameterEntry], loss_scale: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
         weights = [find_local(entry.parameter().detach()) for entry in entries]  # type: ignore[union-attr]
         updates = [gradient for entry in entries if (gradient := _find_gradient(entry)) is not None]
-        norms = measure_norms([*weights, *updates])
+        norms = measure_norms([*weights, *updates], dtype)
         for group, places in _group_sharded(entries).items():
             both = torch.tensor([*places, *(place + len(entries) for place in places)], device=norms.device)
             squares = norms[both].square()

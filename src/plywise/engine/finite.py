@@ -13,29 +13,36 @@ from torch import Tensor
 from plywise.engine.sharding import agree_on_all, find_local
 
 
-def measure_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Frobenius norms of tensors, in one vector on the first one's device; float32 at least."""
-    if len({(t.device, t.dtype) for t in tensors}) == 1 and tensors[0].dtype.itemsize >= 4:
+def measure_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The Frobenius norms of tensors, in one vector on the first one's device; float32 at least.
+
+    Args:
+        tensors: the tensors.
+        dtype: in which squares are added up. Default: each tensor's own, float32 at least.
+    """
+    if dtype is None and len({(t.device, t.dtype) for t in tensors}) == 1 and tensors[0].dtype.itemsize >= 4:
         return torch.stack(torch._foreach_norm(list(tensors)))
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(place)
     norms: dict[int, Tensor] = {}
-    for (_, dtype), places in by_kind.items():
-        wide = torch.promote_types(dtype, torch.float32)
+    for (_, kind), places in by_kind.items():
+        wide = dtype or torch.promote_types(kind, torch.float32)
         found = torch._foreach_norm([tensors[place] for place in places], 2, dtype=wide)
         norms.update(zip(places, found, strict=True))
-    dtype = max((norm.dtype for norm in norms.values()), key=lambda kind: kind.itemsize)
-    return torch.stack([norms[place].to(tensors[0].device, dtype) for place in range(len(tensors))])
+    widest = max((norm.dtype for norm in norms.values()), key=lambda kind: kind.itemsize)
+    return torch.stack([norms[place].to(tensors[0].device, widest) for place in range(len(tensors))])
 
 
 def read_norms(tensors: Sequence[Tensor]) -> list[float]:
     """`measure_norms` as numbers, read from each device at once."""
     devices = {tensor.device for tensor in tensors}
-    if len(devices) == 1:
+    if len(devices) == 1 and not tensors[0].is_meta:
         return measure_norms(tensors).tolist()
     norms = [0.0] * len(tensors)
     for device in devices:
+        if device.type == "meta":  # it holds no numbers
+            continue
         places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
         for place, norm in zip(places, measure_norms([tensors[p] for p in places]).tolist(), strict=True):
             norms[place] = norm

@@ -40,6 +40,7 @@ class StepGuard:
         stepping: whether the optimizer's step is running.
         nonzero: ids of parameters whose gradients, or this process's parts of them, were seen not to be zero
             as this step began.
+        overflows: whether their gradients are finite then, and their squares are not.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class StepGuard:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self.stepping = False
         self.nonzero: set[int] = set()
+        self.overflows = False
         self._nested = 0
         self._handles = [
             optimizer.register_step_pre_hook(self._pre_step),
@@ -107,6 +109,7 @@ class StepGuard:
     def _judge(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.nonzero.clear()
+        self.overflows = False
         if self._on_nonfinite == "propagate" or self._are_finite(parameters):
             self._before_step(optimizer)
             return
@@ -135,6 +138,7 @@ class StepGuard:
         """Whether every gradient is finite; notes which are not zero, for one wait answers both."""
         are_finite, norms = judge_gradients([p.grad for p in parameters if p.grad is not None])
         self.nonzero = {id(p) for p, norm in zip(parameters, norms, strict=True) if norm != 0}
+        self.overflows = are_finite and not math.isfinite(sum(norms))
         return are_finite
 
     def _restore(self) -> None:

@@ -18,6 +18,9 @@ from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.stacks import Scratch, Stack, arrange, list_parts, sign
 
+SMALLEST, LARGEST = 1e-18, 1e18
+"""Norms between which float32 squares what they are made of without a loss."""
+
 
 class StepUpdates:
     """Turns the plain gradients of layers into updates.
@@ -99,6 +102,7 @@ class StepUpdates:
         layers: Sequence[LayerHandle],
         gradients: Sequence[Update],
         memories: dict[str, State],
+        dtype: torch.dtype | None = None,
     ) -> list[LayerHandle]:
         places = [place for stack in stacks for place in stack.places]
         views = [view for stack in stacks for view in stack.views]
@@ -108,14 +112,16 @@ class StepUpdates:
         )
         before = None
         if self._keeps_norm:
-            before = torch.stack(torch._foreach_norm([p for s in stacks for p in s.matrices.unbind()]))
+            before = _measure([part for stack in stacks for part in stack.matrices.unbind()], dtype)
         moved, news = [], []
         for stack in stacks:
             states = [memories[layers[place].name] for place in stack.places]
             update, changed = self._compute(stack.state.follow(states), stack.matrices)
             moved.append(update)
             news += [{key: value[i] for key, value in changed.items()} for i in range(len(update))]
-        norms, scales = self._put_back(stacks, moved, before)
+        norms, sizes, scales = self._put_back(stacks, moved, before, dtype)
+        if dtype is None and not _can_divide(sizes, norms, [gradients[place] for place in places]):
+            return self._make_at_once(stacks, layers, gradients, memories, torch.float64)
         if scales is not None and not self._rule.turns_steps:
             news = [new | {"scale": scale} for new, scale in zip(news, scales, strict=True)]
         made, targets, sources = [], [], []
@@ -137,24 +143,26 @@ class StepUpdates:
         return made
 
     def _put_back(
-        self, stacks: list[Stack], moved: list[Tensor], before: Tensor | None
-    ) -> tuple[list[float], Sequence[Tensor] | None]:
+        self, stacks: list[Stack], moved: list[Tensor], before: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[list[float], list[float], Sequence[Tensor] | None]:
         """Put the updates into the stacks, with the norms of the gradients if the rule keeps them.
 
         Returns:
-            The norms of the updates before, and what they were multiplied by.
+            The norms of the updates before that, those of the gradients, and what the updates were multiplied
+            by; the last two are empty and None if the rule does not keep norms.
         """
-        norms = torch.stack(torch._foreach_norm([part for update in moved for part in update.unbind()]))
+        norms = _measure([part for update in moved for part in update.unbind()], dtype)
         if before is None:
             for stack, update in zip(stacks, moved, strict=True):
                 if update.data_ptr() != stack.matrices.data_ptr():
                     stack.matrices.copy_(update)
-            return norms.tolist(), None
+            return norms.tolist(), [], None
         unknown = self._get_scales(stacks, before)
-        scales = torch.where(norms > 0, before / norms, unknown)  # zeros say nothing of c
+        scales = torch.where(norms > 0, (before / norms).to(unknown.dtype), unknown)  # zeros say nothing of c
         for stack, update, scale in zip(stacks, moved, scales.split([len(m) for m in moved]), strict=True):
             torch.mul(update, scale[:, None, None, None], out=stack.matrices)
-        return norms.tolist(), scales.unbind()
+        found, count = torch.cat([norms, before]).tolist(), len(norms)  # read from the device at once
+        return found[:count], found[count:], scales.unbind()
 
     # ---- what differs where the optimizer's steps are turned back ------------------------------------
 
@@ -167,6 +175,28 @@ class StepUpdates:
 
     def _get_scales(self, stacks: list[Stack], like: Tensor) -> Tensor:
         return torch.cat([stack.state["scale"] for stack in stacks])
+
+
+def _measure(matrices: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
+    """Frobenius norms, added up in ``dtype``."""
+    return torch.stack(torch._foreach_norm(list(matrices), 2, dtype=dtype))
+
+
+def _can_divide(sizes: list[float], norms: list[float], gradients: list[Update]) -> bool:
+    """Whether norms that squares were added up for in float32 are as large as they seem.
+
+    Args:
+        sizes: norms of gradients.
+        norms: norms of what these became.
+        gradients: the gradients.
+    """
+    for size, norm, gradient in zip(sizes, norms, gradients, strict=False):  # there may be no sizes
+        if size == norm == 0:
+            if any(bool(part.any()) for part in list_parts(gradient)):
+                return False
+        elif not (SMALLEST < size < LARGEST and SMALLEST < norm < LARGEST):
+            return False
+    return True
 
 
 class StepsBack(StepUpdates):

@@ -194,7 +194,12 @@ def official_conjugate_gradients(call: LinearCall, damping: float, steps: int) -
 
 def _krylov(call: LinearCall, damping: float, steps: int, official: bool) -> Update:
     in_rows = call.row_count <= call.columns
-    solution = _iterate(call, in_rows, damping, steps, official)
+    if official:  # its constants see the size of Δ
+        solution = _iterate(call, in_rows, damping, steps, official)
+    else:  # squares of what is small or large leave the range of float32
+        unit = find_power_of_two(call.delta.to(call.dtype).reshape(1, 1, -1))
+        scaled = replace(call, delta=call.delta / unit.to(call.delta.dtype))
+        solution = _iterate(scaled, in_rows, damping, steps, official).mul_(unit)
     if not bool(torch.isfinite(solution).all()):
         call.health.note(call.name, health.IDENTITY)
         return call.gradient()
