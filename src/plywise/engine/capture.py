@@ -75,13 +75,15 @@ class CaptureMode(TorchFunctionMode):
                 self._capture.note_transform(args)
             output = func(*args, **kwargs) if kwargs else func(*args)
             if self._capture.exploring:
-                self._capture.note_use(func, args, output)
+                self._capture.note_use(func, args, kwargs, output, captured=False)
             return output
         if forward_ad._current_level >= 0:
             return _read_dual(reader, self._capture, func, args, kwargs or {})
+        if not self._capture.exploring:
+            return reader(self._capture, func, args, kwargs or {})
+        before = self._capture.local.captured
         output = reader(self._capture, func, args, kwargs or {})
-        if self._capture.exploring:
-            self._capture.note_use(func, args, output)
+        self._capture.note_use(func, args, kwargs, output, self._capture.local.captured > before)
         return output
 
 
@@ -101,11 +103,12 @@ def _read_dual(
 
 
 class _Running(threading.local):
-    """The modules that run in a thread."""
+    """The modules that run in a thread, and how many of its calls have had a site, in the first forwards."""
 
     def __init__(self) -> None:
         self.outermost: nn.Module | None = None
         self.innermost: nn.Module | None = None
+        self.captured = 0
 
 
 class Capture:
@@ -142,10 +145,18 @@ class Capture:
         self.paused = False
         self.rests: Callable[[], Callable[[], bool] | None] | None = None
 
-    def note_use(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Remember which function has used a parameter, should its gradient come without a captured call."""
-        if isinstance(output, Tensor) and output.grad_fn is not None and output._base is None:
-            self._table.note_use(getattr(func, "__name__", str(func)), args)
+    def note_use(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, output: Any, captured: bool
+    ) -> None:
+        """Remember which function has used a parameter, should its gradient come without a captured call.
+
+        Of a call that has been captured, the other parameters in it are meant.
+        """
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        if output._base is None or output._base.grad_fn is not None:  # a view of a parameter is no use of it
+            values = (*args, *kwargs.values()) if kwargs else args
+            self._table.note_use(getattr(func, "__name__", str(func)), values, captured)
 
     def note_transform(self, args: tuple[Any, ...]) -> None:
         """Remember the parameters that a call under a torch.func transform uses: it is left to autograd."""
@@ -172,7 +183,10 @@ class Capture:
         by_role: bool = True,
     ) -> Site | None:
         """The site of a call, or None if autograd must do it alone (see `ParameterTable.find_site`)."""
-        return self._table.find_site(weight, map_, layout, bias, x, self.local.innermost, by_role)
+        site = self._table.find_site(weight, map_, layout, bias, x, self.local.innermost, by_role)
+        if self.exploring and site is not None:
+            self.local.captured += 1
+        return site
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter of the model, or a view of one: no input, then."""

@@ -22,6 +22,8 @@ Arrange = Callable[[Tensor], Tensor]
 """One tensor as another."""
 
 _grad_enabled = torch.is_grad_enabled
+_is_mapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor holds several Δ at once, as ``torch.autograd.grad(is_grads_batched=True)`` makes it."""
 _autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
@@ -46,7 +48,7 @@ class CapturedCall(torch.autograd.Function):
         """Ask the rule for the update and for the gradient at the input."""
         a, weight = ctx.saved_tensors
         wants_below, wants_weight, wants_bias = find_wanted(ctx, 3)
-        if _grad_enabled():
+        if _grad_enabled() or _is_mapped(delta):
             return _differentiate(ctx, a, weight, delta, (wants_below, wants_weight, wants_bias))
         update, below = _ask(ctx, a, weight, delta, wants_weight or wants_bias, wants_below)
         if below is not None and ctx.input_dtype is not None:
@@ -85,7 +87,7 @@ class TappedCall(torch.autograd.Function):
         """Ask the rule for the update, and send (its) Δ on to autograd's own graph."""
         weight, *kept = ctx.saved_tensors
         wants_weight, wants_bias = find_wanted_of_tap(ctx)
-        if _grad_enabled():
+        if _grad_enabled() or _is_mapped(delta):
             return _differentiate_tap(ctx, weight, kept, delta, (wants_weight, wants_bias))
         with torch.no_grad():
             a = ctx.prepare(*kept)
@@ -124,7 +126,7 @@ class RearrangedCall(torch.autograd.Function):
         """Ask the rule for the update and for the gradient at the input."""
         x, weight = ctx.saved_tensors
         wants_below, wants_weight, wants_bias = find_wanted(ctx, 3)
-        if _grad_enabled():
+        if _grad_enabled() or _is_mapped(delta):
             return None, None, *_differentiate(ctx, x, weight, delta, (wants_below, wants_weight, wants_bias))
         a = ctx.prepare(x)
         update, below = _ask(ctx, a, weight, delta, wants_weight or wants_bias, wants_below)
@@ -154,7 +156,9 @@ def _ask(
     ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
 ) -> tuple[Update, Tensor | None]:
     respond = ctx.site.responder.respond
-    if _autocasts() and torch.is_autocast_enabled(delta.device.type):  # that is meant for the network
+    if (
+        _autocasts() and not delta.is_meta and torch.is_autocast_enabled(delta.device.type)
+    ):  # that is meant for the network
         with torch.autocast(delta.device.type, enabled=False):
             return respond(ctx, a, weight, delta, wants_update, wants_below)
     return respond(ctx, a, weight, delta, wants_update, wants_below)
@@ -211,23 +215,23 @@ def _is_executed(source: Any) -> bool:
         return True
 
 
-# ---- a backward that is differentiated itself -----------------------------------------------------
+# ---- a backward that is differentiated itself, or mapped over several Δ ------------------------------
 
 
 def _differentiate(
     ctx: Any, x: Tensor, weight: Tensor, delta: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Answers of a backward with ``create_graph=True``.
+    """Answers of a backward with ``create_graph=True``, or of several Δ at once (``is_grads_batched=True``).
 
     The gradient at the input is autograd's own, with its graph. The update has the rule's value and the
-    derivative of the plain gradient: a rule's update is not a derivative, so it has none of its own.
+    derivative of the plain gradient: a rule's update is not a derivative, so it has none of its own. Several
+    Δ at once make rows of a Jacobian, which no step follows: there it is the plain gradient.
     """
     wants_below, wants_weight, wants_bias = wanted
     sources = [t for t, wants in ((x, wants_below), (weight, wants_weight)) if wants]
     below = of_weight = None
     if sources:
-        output = ctx.run(x, weight, None)
-        found = list(torch.autograd.grad(output, sources, delta, create_graph=True, materialize_grads=True))
+        found = _differentiate_run(ctx, (x, weight), sources, delta)
         below = found.pop(0) if wants_below else None
         of_weight = found.pop(0) if wants_weight else None
     with torch.no_grad():
@@ -245,14 +249,24 @@ def _differentiate_tap(
     sources = [*needed, *([weight] if wants_weight else [])]
     found: list[Tensor] = []
     if sources:
-        output = ctx.run(*inputs, weight, None)
-        found = list(torch.autograd.grad(output, sources, delta, create_graph=True, materialize_grads=True))
+        found = _differentiate_run(ctx, (*inputs, weight), sources, delta)
     of_weight = found.pop() if wants_weight else None
     below = [found.pop(0) if x.requires_grad else None for x in inputs]
     with torch.no_grad():
         a = ctx.prepare(*kept)
     parts = _carry_rule(ctx, a, weight, delta, of_weight, wants_weight, wants_bias)
     return None, None, None, None, *parts, *below
+
+
+def _differentiate_run(
+    ctx: Any, inputs: tuple[Tensor, ...], sources: list[Tensor], delta: Tensor
+) -> list[Tensor]:
+    """Autograd's gradients of the call, made again; they have a graph where the backward makes one."""
+    makes_graph = _grad_enabled()
+    with torch.enable_grad():
+        output = ctx.run(*inputs, None)
+    found = torch.autograd.grad(output, sources, delta, create_graph=makes_graph, materialize_grads=True)
+    return list(found)
 
 
 def _carry_rule(
@@ -264,13 +278,15 @@ def _carry_rule(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The rule's values on the plain gradients' graphs."""
-    with torch.no_grad():
-        update, _ = _ask(ctx, a.detach(), weight.detach(), delta.detach(), wants_weight or wants_bias, False)
-        values = _fit(ctx, update, weight, delta, wants_weight, wants_bias)
+    """The rule's values on the plain gradients' graphs; of several Δ at once the plain gradients."""
     of_bias = ctx.site.map.bias_gradient(delta) if wants_bias else None
     if of_bias is not None and ctx.site.bias_shape is not None:
         of_bias = of_bias.reshape(ctx.site.bias_shape)
+    if _is_mapped(delta):
+        return of_weight, of_bias
+    with torch.no_grad():
+        update, _ = _ask(ctx, a.detach(), weight.detach(), delta.detach(), wants_weight or wants_bias, False)
+        values = _fit(ctx, update, weight, delta, wants_weight, wants_bias)
     first, second = (
         plain if plain is None or value is None else plain + (value - plain.detach())
         for plain, value in zip((of_weight, of_bias), values, strict=True)

@@ -89,7 +89,7 @@ class Liveness:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         wanted = [entry.parameter() for entry in entries if entry.is_candidate]
         gradients = [p.grad for p in wanted if p is not None and id(p) in stepped and p.grad is not None]
-        if not any(bool(find_local(gradient).any()) for gradient in gradients):
+        if not any(bool(find_local(gradient).any()) for gradient in gradients if not gradient.is_meta):
             return  # a template step, or one of other layers
         self._quiet_steps += 1
         self._health.note("optimizer", health.UNUSED)

@@ -194,7 +194,7 @@ class RunningState:
         precision = ExitStack()
         if not torch._C._is_any_autocast_enabled():
             return precision
-        devices = {layer.weight.device.type for layer in self._layers.values() if not layer.gone}
+        devices = {layer.weight.device.type for layer in self._layers.values() if not layer.gone} - {"meta"}
         for device_type in filter(torch.is_autocast_enabled, devices):
             precision.enter_context(torch.autocast(device_type, enabled=False))
         return precision

@@ -82,7 +82,7 @@ class SavedState:
         self._optimizer_ref = weakref.ref(optimizer)
         self._prefixes: dict[str, str] = {}
         self._had_bias: dict[str, bool] = {}
-        self._cache: dict[str, tuple[str, Tensor, LayerState]] = {}
+        self._cache: dict[str, tuple[str, Tensor, LayerState, torch.Size]] = {}
         self._held: dict[str, LayerState] = {}
         self._removed = False
         self.version = 0
@@ -149,7 +149,13 @@ class SavedState:
         if cached is not None:
             if optimizer is None or self._removed:
                 return cached[2]
-            if own and own.get(cached[0]) is cached[1]:
+            # a weight that has been cut (pruning by .data) has statistics of another shape
+            if (
+                own
+                and own.get(cached[0]) is cached[1]
+                and parameter is not None
+                and parameter.shape == cached[3]
+            ):
                 return cached[2]
             del self._cache[name]
             self._had_bias.pop(name, None)
@@ -188,7 +194,9 @@ class SavedState:
         """Cache a state; it holds as long as its first tensor is in its place."""
         prefix = self.prefix(name)
         for key, value in made.tensors.items():
-            self._cache[name] = prefix + key, value, made
+            parameter = self.layers[name].entry.parameter()
+            shape = torch.Size() if parameter is None else parameter.shape
+            self._cache[name] = prefix + key, value, made, shape
             break
 
     def follow_bias(self, name: str) -> None:

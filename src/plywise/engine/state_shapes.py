@@ -21,7 +21,8 @@ def check_shapes(rule: StatefulContract, layer: LayerHandle, tensors: State) -> 
             raise StateError(
                 f"The saved memory of layer {layer.name!r} does not fit this model: its {key!r} is "
                 f"{its}, and should be {mine}. It comes from another architecture, or from a rule with "
-                "other settings.",
+                "other settings; or the weight has got another shape while the rule was attached: then "
+                "rule.reset() begins a new memory.",
                 see="state-memory",
             )
 

@@ -139,7 +139,7 @@ class ParameterTable:
             entry, computed = self._resolve(weight, innermost, by_role)
             if entry is None:
                 return None
-        if entry.excluded or entry.left or entry.rests:
+        if entry.excluded or entry.left or entry.rests or not weight.numel():
             return None
         if weight._base is not None and is_expanded(weight):
             self.leave(entry, "calls use an expanded view of it, which has each number several times")
@@ -170,16 +170,16 @@ class ParameterTable:
         known = self._by_id.get(id(base))
         return known is not None and known[0]() is base
 
-    def note_use(self, function: str, args: tuple[Any, ...]) -> None:
-        """Remember that a function has used parameters, or views of them."""
+    def note_use(self, function: str, args: tuple[Any, ...], but_sites: bool = False) -> None:
+        """Remember that a function has used parameters, or views of them; without those that have sites."""
         for value in args:
             if isinstance(value, list | tuple):
-                self.note_use(function, tuple(value))
+                self.note_use(function, tuple(value), but_sites)
             elif isinstance(value, Tensor):
                 base = value if value._base is None else value._base
                 if base.is_leaf and base.requires_grad:
                     entry = self._find_stand_in(base) or self._find_by_place(base, None)
-                    if entry is not None and not entry.rests:
+                    if entry is not None and not entry.rests and not (but_sites and entry.sites):
                         entry.used_by.setdefault(function)
 
     def leave(self, entry: ParameterEntry, reason: str) -> None:
@@ -256,13 +256,12 @@ class ParameterTable:
             return entry, False
         if not by_role:
             return None, False
-        entry, sources = self._find_by_place(weight, innermost), []
-        if entry is None:
-            sources = self._find_sources(weight)
-            entry = max(sources, key=_count_entries, default=None)
+        sources = self._find_sources(weight)
+        entry = self._find_by_place(weight, innermost) if sources else None
+        entry = entry or max(sources, key=_count_entries, default=None)
         if entry is None:
             return None, False
-        for source in sources if sources else [entry]:
+        for source in sources:
             if not self._computed_too:
                 self.leave(source, COMPUTED)
             elif source is not entry:

@@ -85,6 +85,10 @@ def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) 
     experts, inputs, outputs, rows = axes
     terms, out = equation.partition("->")[0].split(","), equation.partition("->")[2]
     of_weight, of_x = terms[place], terms[1 - place]
+    named = [*zip(of_x, x.shape, strict=True), *zip(of_weight, weight.shape, strict=True)]
+    sizes = dict(named)
+    if any(sizes[letter] != size for letter, size in named):
+        return None  # einsum repeats an axis of size 1: no product with the weight as it is
     order = tuple(of_weight.index(c) for c in experts + outputs + inputs)
     map_: LinearMap = TAPPED_PRODUCT
     layout = permuted(order, len(experts) + len(outputs))
@@ -94,7 +98,6 @@ def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) 
     if site is None:
         return None
     made = experts + rows + outputs
-    sizes = {c: s for term, t in ((of_x, x), (of_weight, weight)) for c, s in zip(term, t.shape, strict=True)}
     flat_shape = (*(sizes[c] for c in experts), -1)
 
     def flatten(a: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
 
     # torch's checks of the arguments, and autocast, are in the function itself
     is_plain = func is F.batch_norm and training and x.dim() > 1 and _count_rows(x) > 1
-    is_plain = is_plain and eps > 0 and not torch.is_autocast_enabled(x.device.type)
+    is_plain = is_plain and eps > 0 and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
     moments = keep_moments if is_plain else None
     output = _capture_norm(capture, 1, x, weight, bias, normalise, again, moments)
     return func(*args, **kwargs) if output is None else output
