@@ -94,14 +94,7 @@ def reproduce(
     if dry_run:
         return
     _run(made, executor, screen)
-    about = made.finish()
-    if json:
-        print_json(about)
-        return
-    _show(about, console())
-    screen.print(
-        f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}", soft_wrap=True
-    )
+    _conclude(made, screen, json)
 
 
 def _run(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None:
@@ -118,6 +111,17 @@ def _run(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None
             f"{made.done} of {made.total} runs are kept in {shlex.quote(str(made.folder))}; the same command "
             "goes on."
         ) from None
+
+
+def _conclude(made: Reproduction, screen: Console, json: bool) -> None:
+    about = made.finish()
+    if json:
+        print_json(about)
+        return
+    _show(about, console())
+    screen.print(
+        f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}", soft_wrap=True
+    )
 
 
 def _list(json: bool) -> None:
