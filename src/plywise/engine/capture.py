@@ -298,13 +298,14 @@ class LeaveHook(ModelHook):
             self.capture.leave(module)
 
 
-# torch.compile cannot trace what enters a mode or looks at its data: it stops there and runs it as it is
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# torch.compile cannot trace what enters a mode or looks at its data: it stops there and runs it as it is.
+# torch.compiler.disable would import torch._dynamo here, which takes as long as torch itself; this does so later
+@torch._disable_dynamo  # type: ignore[untyped-decorator]
 def _call_eagerly(mode: CaptureMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     return mode.call(func, args, kwargs)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch._disable_dynamo  # type: ignore[untyped-decorator]
 def _enter_eagerly(capture: Capture, module: nn.Module) -> None:
     if capture.local.outermost is None or capture.local.outermost is module:
         if not capture.is_resting():
@@ -313,4 +314,4 @@ def _enter_eagerly(capture: Capture, module: nn.Module) -> None:
         capture.local.innermost = module
 
 
-_leave_eagerly = torch.compiler.disable(Capture.leave)
+_leave_eagerly = torch._disable_dynamo(Capture.leave)
