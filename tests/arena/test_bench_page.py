@@ -53,6 +53,39 @@ def test_every_chart_and_table_shows_every_method(visit):
     assert "1 of 3 failed" in page.locator("#curves-legend button", has_text="nlms").inner_text()
 
 
+def test_a_page_opens_with_its_verdict_the_ranking_and_four_lines(visit):
+    page = visit(viewport={"width": 360, "height": 740})
+    assert "proxprop needs 0." in page.locator("#verdict").inner_text()
+    tops = [
+        page.locator(part).bounding_box()["y"]
+        for part in ("#verdict", "#ranking", "#profile", ".bar", "#standing")
+    ]
+    assert tops == sorted(tops)
+    assert names_in(page, "ranking") == names_in(page, "standing")
+    assert page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.querySelector('#ranking'))") == 0
+    shown = page.locator("#standing-legend button[aria-pressed='true']")
+    assert sorted(shown.all_inner_texts()) == ["adamw", "nlms", "proxprop", "sgd"]
+    assert coloured(page, "validation", INDEX["bad"]) == 0
+    page.locator("#standing-legend").get_by_role("button", name="All").click()
+    assert coloured(page, "validation", INDEX["bad"]) > 20
+    page.locator("#standing-legend").get_by_role("button", name="First 4").click()
+    assert shown.count() == 4
+
+
+def test_the_axis_of_a_curve_ends_after_the_target_is_reached(visit):
+    page = visit()
+    page.select_option("#clock", "steps")
+    page.locator("#curves-legend").get_by_role("button", name="None").click()
+    page.locator("#curves-legend button[data-name='proxprop']").click()
+    over = page.locator("#validation .u-over")
+    over.scroll_into_view_if_needed()
+    over.hover(position={"x": over.bounding_box()["width"] - 2, "y": 80})
+    tip = page.locator("#validation .tip b")
+    tip.wait_for(state="visible")
+    reached = page.locator("#results tbody tr", has_text="proxprop").locator("td").nth(1).inner_text()
+    assert float(reached.split()[0]) <= float(tip.inner_text().split()[1]) < 400
+
+
 def test_track_clock_and_workload_are_chosen(visit):
     page = visit()
     field = gather_results(make_bench(), make_lines(make_bench()))

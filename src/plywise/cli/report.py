@@ -74,6 +74,7 @@ def conclude(folder: Path, json: bool = False) -> Path:
         return path
     screen = console()
     screen.print(_standing(summary.results))
+    screen.print(f"{summary.verdict}\n", soft_wrap=not screen.is_terminal)
     for sentence in summary.conclusions:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
     screen.print(f"\nThe report: {path}", soft_wrap=True)
@@ -94,6 +95,7 @@ def _for_machines(path: Path, summary: BenchSummary) -> dict[str, Any]:
         "ranking": {
             track: {clock: rank_methods(field, track, clock) for clock in CLOCKS} for track in field.tracks
         },
+        "verdict": summary.verdict,
         "findings": summary.conclusions,
     }
 

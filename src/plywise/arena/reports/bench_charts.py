@@ -25,7 +25,7 @@ TRIALS = 500
 """Tuning trials of a method that are drawn, spread evenly where there are more."""
 
 BEFORE = "before training"
-"""Whose layers those are that the bench's description of a workload tells about."""
+"""Whose layers those are that the bench's description of a workload has."""
 
 
 def thin(value: Any, digits: int = DIGITS) -> Any:

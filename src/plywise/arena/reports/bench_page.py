@@ -20,6 +20,7 @@ from plywise.arena.reports.page import fill
 from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.conclusions import WORDS, span
+from plywise.arena.scoring.headline import find_shown
 from plywise.arena.scoring.intervals import COUNT, LEVEL
 from plywise.arena.scoring.ranking import (
     FURTHEST,
@@ -110,7 +111,9 @@ def _context(summary: BenchSummary) -> dict[str, Any]:
     return {
         "title": results.bench["title"],
         "bench": results.bench,
+        "verdict": summary.verdict,
         "lead": _lead(results),
+        "several": len(results.workloads) > 1,
         "missing": _missing(results),
         "findings": summary.conclusions,
         "targets": _targets(results),
@@ -142,6 +145,7 @@ def _data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]
         "methods": results.methods,
         "before": charts.BEFORE,
         "nulls": results.nulls,
+        "shown": find_shown(results),
         "baselines": results.baselines,
         "tracks": results.tracks,
         "clocks": {clock: WORDS[clock] for clock in CLOCKS},

@@ -10,6 +10,7 @@ from typing import Any
 from plywise.arena.scoring.intervals import surest
 from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.score import STRICT_PLACE, choose_best
+from plywise.arena.scoring.sentences import listed
 
 EDGE = 0.05
 """Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
@@ -84,14 +85,14 @@ def _failures(results: BenchResults) -> list[str]:
         for line in results.trials(workload, method)
     ]
     failed = Counter(line["method"] for line in trials if line["failure"] is not None)
-    parts = ", ".join(f"{name} {count}" for name, count in failed.most_common())
+    parts = listed([f"{name} {count}" for name, count in failed.most_common()])
     sentences = [
         f"{failed.total()} of {len(trials)} trials failed{f' ({parts})' if parts else ''}; failures are "
         "counted, not dropped."
     ]
     if results.refused:
         names = Counter(method for _, method in results.refused)
-        parts = ", ".join(f"{name} on {count}" for name, count in names.items())
+        parts = listed([f"{name} on {count}" for name, count in names.items()])
         sentences.append(
             f"Workloads that a method does not fit count as misses in profiles and ranks: {parts}."
         )

@@ -23,6 +23,7 @@ from plywise.arena.scoring.ranking import (
 )
 from plywise.arena.scoring.records import DEFAULTS
 from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.sentences import listed
 from plywise.arena.scoring.verdicts import BETTER, compare_runs, find_noise
 
 SPARING = 0.9
@@ -118,7 +119,7 @@ def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRank
     for clock, found in rankings.items():
         limit = noise(results, track, clock)
         compared = [one for one in found if one.ratio and one.method not in results.nulls]
-        apart = _apart(results, found, limit)
+        apart = find_different(results, found, limit)
         ahead = sorted((one for one in apart if one.ratio and one.ratio.value < 1), key=_by_ratio)
         behind = [one.method for one in apart if one.ratio and one.ratio.value > 1]
         level = [
@@ -129,7 +130,7 @@ def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRank
         better[clock] = [one.method for one in ahead]
         if not compared:
             continue
-        parts = ", ".join(f"{one.method} {span(one.ratio)}{_of(results, one)}" for one in ahead if one.ratio)
+        parts = listed([f"{one.method} {span(one.ratio)}{_of(results, one)}" for one in ahead if one.ratio])
         sentences.append(
             f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: {parts or 'nobody'}."
             + (f" Behind: {listed(behind)}." if behind else "")
@@ -144,7 +145,7 @@ def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRank
     return sentences
 
 
-def _apart(results: BenchResults, found: list[MethodRanking], limit: float) -> list[MethodRanking]:
+def find_different(results: BenchResults, found: list[MethodRanking], limit: float) -> list[MethodRanking]:
     """Who differs from the best baseline; a method that has null controls only if they all differ alike."""
     sides = {
         one.method: one.ratio.value > 1 for one in found if one.ratio is not None and one.ratio.apart(limit)
@@ -261,7 +262,7 @@ def _memory(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> 
         shares = [own[workload] / plain[workload] for workload in own if plain.get(workload)]
         if shares and max(shares) < SPARING:
             parts.append(f"{method} {min(shares):.2f} to {max(shares):.2f}×")
-    return [f"Peak memory, as a multiple of {results.reference}'s: {', '.join(parts)}."] if parts else []
+    return [f"Peak memory, as a multiple of {results.reference}'s: {listed(parts)}."] if parts else []
 
 
 def _untuned(results: BenchResults) -> list[str]:
@@ -278,7 +279,7 @@ def _untuned(results: BenchResults) -> list[str]:
     ]
     if not counts:
         return []
-    return [f"Runs at the defaults that reached the target: {', '.join(parts) or 'none of any method'}."]
+    return [f"Runs at the defaults that reached the target: {listed(parts) or 'none of any method'}."]
 
 
 def _advice(
@@ -345,11 +346,6 @@ def _short(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
-def listed(names: list[str]) -> str:
-    """Names with commas and an "and"."""
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
-
-
 def _listed_of(names: list[str], whole: list[str]) -> str:
     """The same, of a longer list: where only a few are missing, those are named."""
     others = [name for name in whole if name not in names]
@@ -363,7 +359,7 @@ def _who(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
     if len({row.workload for row in whole}) == 1:
         return _listed_of([row.method for row in some], [row.method for row in whole])
     counts, of = (Counter(row.method for row in group) for group in (some, whole))
-    return ", ".join(f"{name} on {count} of {of[name]}" for name, count in counts.most_common())
+    return listed([f"{name} on {count} of {of[name]}" for name, count in counts.most_common()])
 
 
 def _of(results: BenchResults, one: MethodRanking) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plywise.arena.scoring.conclusions import draw_conclusions
+from plywise.arena.scoring.headline import state_verdict
 from plywise.arena.scoring.ranking import MethodOnWorkload, compare_methods
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.results import BenchResults, gather_results
@@ -21,12 +22,14 @@ class BenchSummary:
         lines: the same as they were read, in the order of the ledger.
         rows: every method on every workload.
         conclusions: what follows, in sentences.
+        verdict: the one that matters most.
     """
 
     results: BenchResults
     lines: list[TrialRecord]
     rows: list[MethodOnWorkload]
     conclusions: list[str]
+    verdict: str
 
 
 def summarize_bench(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> BenchSummary:
@@ -39,4 +42,4 @@ def summarize_bench(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Benc
     lines = list(lines)
     results = gather_results(bench, lines)
     rows = compare_methods(results)
-    return BenchSummary(results, lines, rows, draw_conclusions(results, rows))
+    return BenchSummary(results, lines, rows, draw_conclusions(results, rows), state_verdict(results, rows))

@@ -4,7 +4,8 @@
   const { element, finite, inside, log, pretty, variable } = Charts;
   const data = JSON.parse(document.getElementById("data").textContent);
   const find = (id) => document.getElementById(id);
-  const board = Charts.board([...data.methods, data.before]);
+  const others = data.methods.filter((name) => !data.shown.includes(name));
+  const board = Charts.board([...data.methods, data.before], others);
   const isNull = (name) => Object.hasOwn(data.nulls, name);
   const axes = { steps: "steps", gradients: "passes forward and backward", cpu: "CPU seconds", wall: "seconds" };
   const units = { steps: "steps", gradients: "passes", cpu: "CPU\u00a0s", wall: "s" };
@@ -39,7 +40,7 @@
     body.replaceChildren(...rows.map((row) => {
       const line = element("tr");
       if (isNull(row.method)) line.className = "null";
-      line.append(...columns.map(([, tell], column) => cellOf(column, row, ...tell(row))));
+      line.append(...columns.map(([, write], column) => cellOf(column, row, ...write(row))));
       return line;
     }));
     Charts.sortable(host);
@@ -94,7 +95,7 @@
       Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
       return made;
     };
-    const made = svg("svg", { width: 120, height: 18, class: "whisker", "aria-hidden": "true" });
+    const made = svg("svg", { width: 120, height: 18, viewBox: "0 0 120 18", class: "whisker", "aria-hidden": "true" });
     made.style.setProperty("--colour", `var(${colour})`);
     const x = (value) => 60 + 54 * Math.max(-1, Math.min(1, finite(value) ? Math.log(Math.max(value, 1e-9)) / Math.log(4) : 1));
     made.append(svg("path", { d: "M60 0V18" }));
@@ -104,8 +105,26 @@
     return made;
   }
 
+  const FIRST = 9; // rows of the picture; the table below has all
+
+  function ranking(rows, clock) {
+    find("ranking-title").textContent = `${data.clocks[clock].replace(/^./, (c) => c.toUpperCase())} to the target, over the best baseline's`;
+    const body = element("tbody");
+    body.append(...rows.slice(0, FIRST).map((row) => {
+      const line = element("tr", undefined, ...(isNull(row.method) ? ["null"] : []));
+      const [value, text, below] = row.ratio ? ratio(row.ratio) : [null, "–", ""];
+      const picture = element("td");
+      picture.append(whisker(row.ratio, board.paint(row.method)));
+      line.append(cellOf(0, row, row.method, row.method), picture, cellOf(1, row, value, text, below));
+      return line;
+    }));
+    find("ranking").replaceChildren(Object.assign(element("table"), { className: "ranking" }));
+    find("ranking").firstChild.append(body);
+  }
+
   function standing(track, clock) {
     const rows = data.ranking[track]?.[clock] ?? [];
+    ranking(rows, clock);
     find("standing-of").textContent = `${track}, by ${data.clocks[clock]}`;
     table("standing", [
       ["Method", name],
@@ -150,7 +169,7 @@
       name: row.method, note: "",
       points: grid.map((tau) => {
         const within = every[i].filter((one) => one <= tau).length;
-        return { x: log(tau), value: within / every[i].length, told: `${within} of ${every[i].length}` };
+        return { x: log(tau), value: within / every[i].length, text: `${within} of ${every[i].length}` };
       }),
     }));
     return {
@@ -180,7 +199,8 @@
   function curves(id, what, title, { track, clock, workload }, target) {
     const series = (data.curves[track]?.[workload] ?? []).map((one) => curve(one, what, clock));
     const head = clock === "steps" ? (x) => `step ${Math.round(x)}` : (x) => `${pretty(x)} ${units[clock]}`;
-    return { id, title, series, head, label: axes[clock], include: target, over: (u) => goal(u, target) };
+    const until = Object.fromEntries((data.rows[track]?.[workload] ?? []).map((row) => [row.method, row.times[clock][1]]));
+    return { id, title, series, head, label: axes[clock], include: what === "validation" ? target : undefined, until, over: (u) => goal(u, target) };
   }
 
   function goal(u, target) {
@@ -202,7 +222,7 @@
       name: one.name, note: "",
       points: one.points.map(([value, metric, why]) => ({
         x: log(value / one.default), value: metric, ...(why === null ? {} : { mark: "top", why: `${one.number} ${pretty(value)} failed` }),
-        ...(finite(metric) ? { told: `${one.number} ${pretty(value)}: ${pretty(metric)}` } : {}),
+        ...(finite(metric) ? { text: `${one.number} ${pretty(value)}: ${pretty(metric)}` } : {}),
       })).filter((point) => finite(point.x)),
     }));
     return {
@@ -223,16 +243,16 @@
   const costOf = (row, cost) => (cost === "target" ? row.times.cpu[1] : row[cost]);
 
   function pareto(rows, cost) {
-    const told = (COSTS.find(([key]) => key === cost) ?? COSTS[0])[1];
+    const label = (COSTS.find(([key]) => key === cost) ?? COSTS[0])[1];
     const tests = rows.some((row) => row.test && finite(row.test[0]));
     const placed = rows.filter((row) => log(costOf(row, cost)) !== null);
     const series = placed.map((row) => {
       const value = (tests ? row.test : row.validation)?.[0];
-      return { name: row.method, note: "", front: row.front, points: [{ x: log(costOf(row, cost)), value, told: `${pretty(costOf(row, cost))}, ${pretty(value)}` }] };
+      return { name: row.method, note: "", front: row.front, points: [{ x: log(costOf(row, cost)), value, text: `${pretty(costOf(row, cost))}, ${pretty(value)}` }] };
     });
     return {
       id: "pareto", title: "Time, memory and metric", series, dots: true, size: 9, ticks: "decades", least: 0.15, room: 0.12,
-      label: told, head: () => `${told}, final ${tests ? "test" : "validation"} metric`, over: labels,
+      label, head: () => `${label}, final ${tests ? "test" : "validation"} metric`, over: labels,
     };
   }
 
@@ -270,13 +290,13 @@
   }
 
   function layers(track, workload, kind) {
-    const told = (data.layers[track]?.[workload] ?? []).filter((one) => one.kinds[kind]);
-    const names = [...new Set(told.flatMap((one) => one.layers))];
-    const series = told.map((one) => ({
+    const known = (data.layers[track]?.[workload] ?? []).filter((one) => one.kinds[kind]);
+    const names = [...new Set(known.flatMap((one) => one.layers))];
+    const series = known.map((one) => ({
       name: one.name, note: "",
       points: one.kinds[kind].map((value, i) => ({ x: names.indexOf(one.layers[i]), value })).filter((point) => point.x >= 0),
     }));
-    const label = `Layers, input to output${told.length === 1 ? `: ${told[0].name}` : ""}`;
+    const label = `Layers, input to output${known.length === 1 ? `: ${known[0].name}` : ""}`;
     return { id: "layers", title: `Layer by layer: ${kind}`, label, series, ticks: names, dots: true, unbounded: true, head: (x) => names[x] ?? "" };
   }
 
@@ -286,7 +306,8 @@
     const failed = new Map(found.map((row) => [row.method, row.failed ? `${row.failed} of ${row.runs} failed` : ""]));
     board.legend(place, data.methods.map((one) => ({ name: one, note: failed.get(one) ?? "", points: [0] })));
     if (data.methods.length < 3) return;
-    for (const [text, hidden] of [["All", []], ["None", data.methods]]) {
+    const sets = [["All", []], ["None", data.methods], ...(others.length ? [[`First ${data.shown.length}`, others]] : [])];
+    for (const [text, hidden] of sets) {
       const button = element("button", text, "all");
       button.type = "button";
       button.addEventListener("click", () => board.hideOnly(hidden));
@@ -323,8 +344,8 @@
     Charts.offer(link, link.dataset.name, await new Response(stream).text(), link.dataset.kind);
   }
 
-  const told = Object.values(data.layers).flatMap((each) => Object.values(each).flat());
-  find("layers").closest("figure").hidden = !told.length;
+  const all = Object.values(data.layers).flatMap((each) => Object.values(each).flat());
+  find("layers").closest("figure").hidden = !all.length;
   options("track", data.tracks.map((track) => [track, track]));
   options("clock", Object.entries(data.clocks), "cpu");
   options("workload", Object.keys(data.workloads).map((one) => [one, one]));

@@ -4,10 +4,11 @@
 //
 // A chart is {id, title, series, head}, and perhaps: label (of the axis across), ticks ("decades": x is a
 // logarithm; an array: x is an index of these names), home (what the tick at 0 is called), unit (after ticks),
-// divisions, least, room and whole (of that axis), include (a value that must be seen), up ("share": 0 to 1, not a logarithm), dots, size, paths, unbounded,
-// over (draws above all). A series is {name, points, note}; a point is {x, value, low, high, mark, why, told}. A
+// divisions, least, room and whole (of that axis), include (a value that must be seen), until (by name, where
+// that axis may end, unless all are shown), up ("share": 0 to 1, not a logarithm), dots, size, paths, unbounded,
+// over (draws above all). A series is {name, points, note}; a point is {x, value, low, high, mark, why, text}. A
 // point whose value has no logarithm leaves a gap; `mark` says why, at the top edge ("top") or at the
-// bottom ("zero"); `told` is what hovering says.
+// bottom ("zero"); `text` is what hovering says.
 const Charts = (() => {
   const root = document.documentElement;
 
@@ -81,6 +82,24 @@ const Charts = (() => {
     return [low - extra, high + extra];
   }
 
+  // The range of an axis up: nothing above half as much again as the highest start, and four decades at most.
+  function heights({ include, unbounded }, shown) {
+    const points = shown.flatMap((one) => one.points);
+    const seen = [...points.flatMap((point) => [point.y, point.bottom, point.top]), log(include)].filter(finite);
+    const starts = shown.map((one) => one.points.find((point) => finite(point.y))?.y).filter(finite);
+    if (unbounded || !starts.length) return padded(seen, 0.05, 0.5);
+    const top = Math.min(Math.max(...seen), Math.max(...starts, log(include) ?? -Infinity) + log(1.5));
+    const bottom = Math.max(Math.min(...seen), top - 4);
+    return padded([bottom, top], 0.05, 0.5);
+  }
+
+  // Where an axis of steps or time ends: a little after the last of the methods shown is at the target.
+  function end({ until }, shown, xs) {
+    const last = xs.at(-1) > xs[0] ? xs.at(-1) : xs[0] + 1;
+    const known = shown.map((one) => until?.[one.name]).filter(finite);
+    return known.length && Math.max(...known) > 0 ? Math.min(last, 1.5 * Math.max(...known)) : last;
+  }
+
   function draw(chart, { hidden, paint, dash }) {
     const host = document.getElementById(chart.id);
     host.replaceChildren();
@@ -108,9 +127,9 @@ const Charts = (() => {
     const long = named && Math.max(...named.map((name) => name.length)) * 6.5 > (width - 70) / named.length;
     const below = (long ? 94 : 34) + (chart.label ? 16 : 0);
     const share = chart.up === "share";
-    const [low, high] = share ? [0, 1.04] : padded([...all.flatMap((point) => [point.y, point.bottom, point.top]), log(chart.include)].filter(finite), 0.05, 0.5);
+    const [low, high] = share ? [0, 1.04] : heights(chart, shown);
     const ceiling = high + ((high - low) * strip) / (height - below - strip - 10);
-    const [left, right] = chart.ticks ? padded(xs, named ? 0.06 : chart.room ?? 0.03, chart.least ?? 1) : [Math.min(0, xs[0]), xs.at(-1) > xs[0] ? xs.at(-1) : xs[0] + 1];
+    const [left, right] = chart.ticks ? padded(xs, named ? 0.06 : chart.room ?? 0.03, chart.least ?? 1) : [Math.min(0, xs[0]), end(chart, shown, xs)];
     const [muted, grid] = ["--muted", "--grid"].map(variable);
     const axis = { stroke: muted, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif", grid: { stroke: grid, width: 1 }, ticks: { show: false } };
     const every = named && Math.ceil(named.length / Math.max(2, Math.floor((width - 70) / 22)));
@@ -233,7 +252,7 @@ const Charts = (() => {
       const dot = element("span", "", "dot");
       dot.style.setProperty("--colour", `var(${paint(one.name)})`);
       name.append(dot, one.name);
-      row.append(name, element("span", point.told ?? (finite(point.value) ? `${pretty(point.value)}${point.why ? " ✕" : ""}` : point.why ?? "no value")));
+      row.append(name, element("span", point.text ?? (finite(point.value) ? `${pretty(point.value)}${point.why ? " ✕" : ""}` : point.why ?? "no value")));
       return row;
     }));
     const room = u.over.clientWidth;
@@ -264,8 +283,8 @@ const Charts = (() => {
 
   // A board: charts that share their methods --------------------------------------------------------
 
-  function board(names) {
-    const hidden = new Set();
+  function board(names, hiddenFirst) {
+    const hidden = new Set(hiddenFirst);
     const paint = (name) => `--c${names.indexOf(name) % 8}`;
     const dash = (name) => [[], [7, 4], [2, 3]][Math.floor(names.indexOf(name) / 4) % 3];
     let charts = [];

@@ -1,0 +1,70 @@
+"""What a bench has shown in one sentence, and the few methods that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from plywise.arena.scoring.conclusions import FEWEST, WORDS, find_different, span
+from plywise.arena.scoring.ranking import MethodOnWorkload, MethodRanking, noise, rank_methods
+from plywise.arena.scoring.results import BenchResults
+
+SHOWN = 4
+"""Methods that pictures begin with; the others are a click away."""
+
+
+def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> str:
+    """Whether a method is ahead of the best baseline in CPU time, or else in steps, beyond noise.
+
+    Args:
+        results: the sorted trials.
+        rows: their `plywise.arena.scoring.ranking.compare_methods`.
+
+    Returns:
+        A sentence, with the number of seeds and workloads that it rests on.
+    """
+    seeds = min((row.runs for row in rows if row.track == results.tracks[0]), default=0)
+    if not seeds:
+        return "There is no verdict: no final run has ended yet."
+    basis = f"{_count(seeds, 'seed')}, {_count(len(results.workloads), 'workload')}"
+    if seeds < FEWEST:
+        return (
+            f"There is no verdict: {basis}, and at least {FEWEST} seeds are needed to tell a gain from noise."
+        )
+    if not results.baselines:
+        return f"There is no verdict: no baseline to compare with ({basis})."
+    for clock, before in (("cpu", ""), ("steps", "No method is ahead in CPU time beyond noise, but ")):
+        ahead = _ahead(results, clock)
+        if ahead and ahead[0].ratio:
+            more = f", and {len(ahead) - 1} more are ahead" if len(ahead) > 1 else ""
+            return (
+                f"{before}{ahead[0].method} needs {span(ahead[0].ratio)} the {WORDS[clock]} of the best "
+                f"baseline to the target, beyond noise{more} ({basis})."
+            )
+    return (
+        f"No method is ahead of the best baseline in CPU time or steps to the target, beyond noise ({basis})."
+    )
+
+
+def find_shown(results: BenchResults) -> list[str]:
+    """The methods that pictures begin with: the two best baselines and the best others, by CPU time."""
+    ranked = [one.method for one in rank_methods(results, results.tracks[0], "cpu")]
+    ranked = [name for name in ranked if name not in results.nulls]
+    peers = [name for name in ranked if name in results.baselines][: SHOWN // 2]
+    others = [name for name in ranked if name not in results.baselines][: SHOWN - len(peers)]
+    rest = [name for name in ranked if name not in (*peers, *others)]
+    chosen = [*peers, *others, *rest][:SHOWN]
+    return [name for name in ranked if name in chosen]
+
+
+def _ahead(results: BenchResults, clock: str) -> list[MethodRanking]:
+    """Who is quicker than the best baseline on every workload's mean, beyond noise; the quickest first."""
+    track = results.tracks[0]
+    found = rank_methods(results, track, clock)
+    different = find_different(results, found, noise(results, track, clock))
+    whole = [one for one in different if one.compared == len(results.workloads)]
+    quicker = [(one.ratio.value, one.method, one) for one in whole if one.ratio and one.ratio.value < 1]
+    return [one for *_, one in sorted(quicker, key=lambda item: item[:2])]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,16 @@
+"""Lists of names in sentences."""
+
+NAMED = 4
+"""Names that a sentence lists at most, unless it lists all: tables have the others."""
+
+
+def listed(names: list[str]) -> str:
+    """The first of some names with commas and an "and", and how many others there are.
+
+    Example:
+        >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e", "f"])
+        ('a and b', 'a, b, c, d and 2 more')
+    """
+    if len(names) > NAMED + 1:
+        names = [*names[:NAMED], f"{len(names) - NAMED} more"]
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)

@@ -1,0 +1,66 @@
+"""The verdict that a report opens with, and the methods that its pictures begin with."""
+
+from __future__ import annotations
+
+import pytest
+from fake_bench import SPEEDS, make_bench, make_lines
+from test_standing import finals
+
+from plywise.arena.scoring.headline import SHOWN, find_shown
+from plywise.arena.scoring.summary import summarize_bench
+
+
+def judge(lines, methods=("sgd", "sgd-again", "proxprop"), **other):
+    bench = make_bench(methods, ["digits"], tracks=["tuned"], **other)
+    bench["workloads"]["digits"]["target"] = 0.1
+    return summarize_bench(bench, lines).verdict
+
+
+def noisy(name, steps):
+    return finals(name, [steps - 2, steps, steps + 2])
+
+
+def test_a_clear_lead_is_named_with_its_interval_and_what_it_rests_on():
+    verdict = judge([*noisy("sgd", 100), *noisy("sgd-again", 100), *noisy("proxprop", 20)])
+    assert verdict.startswith("proxprop needs 0.2")
+    assert "CPU time of the best baseline" in verdict
+    assert "(3 seeds, 1 workload)" in verdict
+
+
+def test_fewer_but_dearer_steps_are_a_lead_in_steps_alone():
+    ours = noisy("proxprop", 20)
+    for line in ours:
+        line["cpu"] = [6 * value for value in line["cpu"]]
+    verdict = judge([*noisy("sgd", 100), *noisy("sgd-again", 100), *ours])
+    assert verdict.startswith("No method is ahead in CPU time beyond noise, but proxprop needs 0.2")
+    assert "the steps of the best baseline" in verdict
+
+
+@pytest.mark.parametrize("steps", [100, 140])
+def test_no_lead_is_said_to_be_none(steps):
+    verdict = judge([*noisy("sgd", 100), *noisy("sgd-again", 101), *noisy("proxprop", steps)])
+    assert verdict.startswith("No method is ahead of the best baseline in CPU time or steps")
+
+
+def test_what_the_null_control_shows_as_well_is_no_lead():
+    verdict = judge([*noisy("sgd", 100), *noisy("sgd-again", 18), *noisy("proxprop", 20)])
+    assert verdict.startswith("No method is ahead")
+
+
+def test_too_little_gives_no_verdict():
+    three = [*noisy("sgd", 100), *noisy("sgd-again", 100), *noisy("proxprop", 20)]
+    two = [line for line in three if line["seed"] != three[0]["seed"]]
+    assert judge([]).startswith("There is no verdict: no final run")
+    assert judge(two).startswith("There is no verdict: 2 seeds")
+    assert judge(three[-3:], methods=("proxprop",)).startswith("There is no verdict: no baseline")
+
+
+def test_pictures_begin_with_the_best_baselines_and_the_best_others():
+    bench = make_bench()
+    results = summarize_bench(bench, make_lines(bench)).results
+    assert find_shown(results) == ["proxprop", "adamw", "sgd", "nlms"]
+    assert len(find_shown(results)) == SHOWN < len(SPEEDS)
+    few = make_bench(["sgd", "sgd-again", "nlms"])
+    assert find_shown(summarize_bench(few, make_lines(few)).results) == ["sgd", "nlms"]
+    none = make_bench(["proxprop", "nlms", "local", "bad"], ["digits"])
+    assert len(find_shown(summarize_bench(none, make_lines(none)).results)) == SHOWN
