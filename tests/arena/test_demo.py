@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
 
 import plywise as pw
 from plywise.arena.demo.layer_picture import (
@@ -19,10 +19,12 @@ from plywise.arena.demo.layer_picture import (
     rescale,
 )
 from plywise.arena.demo.preset import DemoConfig, open_demo
-from plywise.arena.demo.setups import SETUPS, Setup
+from plywise.arena.demo.setups import SETUPS
 from plywise.arena.reports.bench_page import write_page
+from plywise.arena.run.costs import Cost
 from plywise.arena.run.executor import InlineExecutor
 from plywise.arena.scoring.records import FINAL, TUNING
+from plywise.arena.space import Range
 from plywise.arena.workloads.networks import mlp
 from plywise.data.digits import load_digits
 from plywise.errors import PlywiseError
@@ -30,13 +32,21 @@ from plywise.registry.find import RULES, find_rule
 
 AT_ONCE = [name for name in RULES if not find_rule(name).remembers]
 TINY = DemoConfig(seeds=2, steps=12, sweep_steps=3, rates=3)
+PAPERS = {"back-matching", "consequentialism", "associated-learning", "proxprop"}
+DOOMED = "test_demo:Doomed"
 TUNED = Path(__file__).parents[2] / "benchmarks" / "tune_demo.json"
 make_model = partial(mlp, 64, 12, 12, 12, 10)
 
 
+class Doomed(torch.optim.SGD):
+    """SGD that may be given any rate."""
+
+    search_space: ClassVar = {"lr": Range(1e-3, 1e12, 1.0)}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    config = replace(TINY, setups=(*SETUPS, Setup("Doomed", 1e9)))
+    config = replace(TINY, setups={**SETUPS, DOOMED: {"lr": 1e9}})
     with open_demo(config, tmp_path_factory.mktemp("demo"), "plywise demo --seeds 2") as bench:
         pieces = list(bench.run(InlineExecutor()))
     return config, bench, pieces
@@ -47,33 +57,43 @@ def of(bench, name, purpose):
     return sorted(lines, key=lambda line: (line["trial"], line["seed"]))
 
 
-def test_every_setup_is_run_with_every_seed_and_swept_over_rates(finished):
+def test_every_method_is_run_with_every_seed_and_swept_over_rates(finished):
     config, bench, pieces = finished
     assert [piece.done for piece in pieces] == list(range(1, len(pieces) + 1))
-    assert len(pieces) == bench.total == len(config.setups) * (2 + 3)
-    assert set(RULES) - {"Precondition", "GradientAmplification"} | {"SGD", "AdamW"} <= set(
-        bench.about["methods"]
-    )
-    for setup in config.setups:
-        runs, sweep = of(bench, setup.name, FINAL), of(bench, setup.name, TUNING)
-        assert [(run["seed"], run["numbers"]["lr"]) for run in runs] == [(0, setup.rate), (1, setup.rate)]
+    assert len(pieces) == bench.total == len(config.setups) * (2 + 3) + 2
+    assert PAPERS | {"sgd", "adamw", "muon", "recommended"} == set(SETUPS)
+    for name, numbers in config.setups.items():
+        runs, sweep = of(bench, name, FINAL), of(bench, name, TUNING)
+        assert [(run["seed"], run["numbers"]) for run in runs] == [(0, numbers), (1, numbers)]
         rates = [run["numbers"]["lr"] for run in sweep]
-        assert rates[1] == pytest.approx(setup.rate)
-        assert rates[2] / rates[0] == pytest.approx(1e4)
+        assert rates[1] == pytest.approx(numbers["lr"])
+        assert rates[2] / rates[0] == pytest.approx(100)
+        assert all(run["seed"] not in (0, 1) for run in sweep)
         assert all(run["steps"][-1] <= 3 and len(run["steps"]) <= 2 for run in sweep)
 
 
-def test_the_control_trains_as_sgd_does_bit_for_bit(finished):
+def test_the_null_control_is_adamw_with_other_seeds(finished):
     _, bench, _ = finished
-    sgd, control = (of(bench, name, FINAL) for name in ("SGD", "Backprop"))
-    assert [run["loss"] for run in sgd] == [run["loss"] for run in control]
-    assert bench.about["methods"]["Backprop"]["null"] == "SGD"
+    control, original = (of(bench, name, FINAL) for name in ("adamw-again", "adamw"))
+    assert bench.about["methods"]["adamw-again"]["null"] == "adamw"
+    assert bench.summarize().results.baselines == ["sgd", "adamw", "muon"]
+    assert [run["numbers"] for run in control] == [run["numbers"] for run in original]
+    assert not {run["seed"] for run in control} & {run["seed"] for run in original}
+    assert not of(bench, "adamw-again", TUNING)
 
 
 def test_failures_are_kept(finished):
     _, bench, _ = finished
-    assert all("diverged" in run["failure"] for run in of(bench, "Doomed", FINAL))
-    assert any("Doomed 5" in sentence for sentence in bench.summarize().conclusions)
+    assert all("diverged" in run["failure"] for run in of(bench, DOOMED, FINAL))
+    assert any(f"{DOOMED} 5" in sentence for sentence in bench.summarize().conclusions)
+
+
+def test_time_left_counts_the_short_runs_of_the_sweep(finished, tmp_path):
+    """Three runs of 3 steps at other rates, after two of 12."""
+    config = replace(TINY, setups={"sgd": SETUPS["sgd"]})
+    with open_demo(config, tmp_path) as bench:
+        bench.experiment.costs = {("digits-mlp", "sgd"): Cost(step=2.0, rest=0.0)}
+        assert bench.experiment.seconds_left(1) == 2 * 12 * 2.0 + 3 * 3 * 2.0
 
 
 def test_report_is_one_small_file_with_every_method_and_the_picture(finished):
@@ -81,16 +101,16 @@ def test_report_is_one_small_file_with_every_method_and_the_picture(finished):
     page, summary = write_page(bench.folder)
     text = page.read_text(encoding="utf-8")
     assert page.stat().st_size < 2_000_000
-    assert all(setup.name in text for setup in config.setups)
+    assert all(name in text for name in config.setups)
     assert "plywise demo --seeds 2" in text
     assert "Alpaydin" in text, "whose data these are"
     assert SCALED_BADLY in text
-    assert f"{len(config.setups)} ways to train one network" in text
+    assert f"{len(config.setups)} methods train one network" in text
     assert not any("edge of its range" in sentence for sentence in summary.conclusions), "nothing was chosen"
 
 
 def test_an_interrupted_demo_keeps_what_it_has_and_the_next_one_begins_anew(tmp_path):
-    config = replace(TINY, setups=SETUPS[:3])
+    config = replace(TINY, setups=dict(list(SETUPS.items())[:3]))
     with open_demo(config, tmp_path) as bench:
         pieces = bench.run(InlineExecutor())
         for _ in range(2):
@@ -153,19 +173,9 @@ def test_picture_shows_what_bad_scales_do():
     torch.testing.assert_close(relative(matching, odd), relative(matching, even), rtol=1e-3, atol=0)
 
 
-def test_setups_are_the_tuned_ones():
+def test_numbers_are_the_tuned_ones():
     if not TUNED.exists():
         pytest.skip("not a checkout")
-    tuned = {name: m["setup"] for name, m in json.loads(TUNED.read_text(encoding="utf-8"))["methods"].items()}
-    ours = {setup.name: setup for setup in SETUPS}
-    assert {name: str(ours[name]) for name in tuned} == tuned
-    control = replace(ours["SGD"], name="Backprop", rule="Backprop")
-    assert ours["Backprop"] == control
-
-
-def test_setup_says_how_to_write_it():
-    setup = Setup("X", 0.5, "ProxProp", {"tau": 0.1}, optimizer_settings={"momentum": 0.9})
-    assert str(setup) == "ProxProp(tau=0.1) + SGD(lr=0.5, momentum=0.9)"
-    assert str(setup.make_rule()).startswith("ProxProp(tau=0.1")
-    optimizer = setup.train(partial(nn.Linear, 1, 1), 2.0).optimizer
-    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (2.0, 0.9)
+    study = json.loads(TUNED.read_text(encoding="utf-8"))
+    assert {name: one["numbers"] for name, one in study["methods"].items()} == SETUPS
+    assert {len(one["trials"]) for one in study["methods"].values()} == {study["trials_per_method"]}

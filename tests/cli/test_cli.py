@@ -17,8 +17,6 @@ from plywise.registry.find import ROOMS, RULES
 from processes import DEADLINE, ForkedCommand
 
 NAMES = [name for names in ROOMS.values() for name in names]
-# in the demo: not the open form of four that are, nor a schedule
-SHOWN = [name for name in RULES if name not in ("Precondition", "GradientAmplification")]
 
 MODULE = """
 from torch import nn
@@ -232,9 +230,9 @@ def test_explain_says_what_is_wrong(plywise, project, words, said):
 def test_doctor_finds_all_well(plywise):
     code, out, _ = plywise("doctor")
     assert code == 0
-    for word in ("torch", "numpy", "blas", "threads", "devices", "All rules train", *SHOWN):
+    for word in ("torch", "numpy", "blas", "threads", "devices", "All rules train", *RULES):
         assert word in out
-    assert out.count("OK") == len(SHOWN)
+    assert out.count("OK") == len(RULES)
 
 
 def test_doctor_finds_a_rule_that_does_not_train(plywise, monkeypatch):
@@ -247,7 +245,7 @@ def test_doctor_finds_a_rule_that_does_not_train(plywise, monkeypatch):
     code, out, _ = plywise("doctor")
     assert code == 1
     assert "out of order" in out
-    assert out.count("OK,") == len(SHOWN) - 1
+    assert out.count("OK,") == len(RULES) - 1
 
 
 # ---- demo ----------------------------------------------------------------------------------------
@@ -259,10 +257,10 @@ def test_demo_prints_and_writes(tmp_path, capsys):
     config = DemoConfig(seeds=2, steps=4, sweep_steps=2, rates=3)
     demo_command.run(config, tmp_path, "plywise demo")
     out = capsys.readouterr().out
-    runs = len(config.setups) * (2 + 3)
+    runs = len(config.setups) * (2 + 3) + 2  # and the null control, without a sweep
     assert f"[{runs}/{runs}]" in out
     table = out[out.index("test error, %") :]
-    for name in ("SGD", "AdamW", *SHOWN):
+    for name in (*config.setups, "adamw-again"):
         assert f"\n {name} " in table
     assert str(tmp_path / "report.html") in table
     assert json.loads((tmp_path / "bench.json").read_text())["unfinished"] == []

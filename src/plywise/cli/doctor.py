@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from plywise.cli.console import console, notes, print_json, table
 from plywise.cli.training import Switch
+
+if TYPE_CHECKING:
+    from plywise.arena.method import Method, Trainer
+    from plywise.arena.run.trial import TrialResult
+    from plywise.arena.workload import Workload
+    from plywise.data.parts import Data
 
 STEPS = 20
 
@@ -42,23 +49,32 @@ def doctor(*, json: Switch = False) -> int:
 
 def self_check() -> dict[str, str]:
     """Train each rule for a moment on the bundled digits; "OK …" for each that lowers the loss."""
-    from plywise.arena.demo.setups import SETUPS
+    from plywise.arena.methods import RULE_OF, find_method
     from plywise.arena.run.trial import run_trial
     from plywise.arena.workloads import find_workload
 
     workload = find_workload("digits-mlp")
     data = workload.make_data()
     verdicts = {}
-    for setup in SETUPS:
-        if setup.rule is None:
-            continue
-        train = partial(setup.train, workload.make_model)
-        record = run_trial(train, data, workload.task, seed=0, steps=STEPS, batch_size=workload.batch_size)
-        first, last = record.loss[0], record.final_loss
-        if first is None or last is None:
-            verdicts[setup.name] = record.failure or "it measured nothing"
-        else:
-            falls = last < first
-            change = f"loss {first:.2f} → {last:.2g}"
-            verdicts[setup.name] = f"OK, {change}" if falls else f"the loss does not fall: {change}"
+    for name, rule in RULE_OF.items():
+        begin = partial(_begin, find_method(name), workload, data)
+        record = run_trial(begin, data, workload.task, seed=0, steps=STEPS, batch_size=workload.batch_size)
+        verdicts[rule] = _judge(record)
     return verdicts
+
+
+def _begin(method: Method, workload: Workload, data: Data) -> Trainer:
+    """A method at its defaults, about to train."""
+    from plywise.arena.method import TrialContext
+    from plywise.arena.space import defaults
+
+    model, example = workload.make_model(), data.train.head(1).x
+    return method.make(TrialContext(model, workload.task, defaults(method.space), STEPS, example))
+
+
+def _judge(record: TrialResult) -> str:
+    first, last = record.loss[0] if record.loss else None, record.final_loss
+    if first is None or last is None:
+        return record.failure or "it measured nothing"
+    change = f"loss {first:.3f} → {last:.3f}"
+    return f"OK, {change}" if last < first else f"the loss does not fall: {change}"

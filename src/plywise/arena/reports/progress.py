@@ -25,7 +25,13 @@ def show_trials(pieces: Iterator[Progress], bench: Bench, screen: Console, verbo
         verbose: let the lines of all trials stay.
     """
     steps = (
-        Step(piece.done, piece.total, describe_trial(piece.line), stays=bool(piece.line["failure"]))
+        Step(
+            piece.done,
+            piece.total,
+            describe_trial(piece.line),
+            left=piece.seconds_left if bench.experiment.costs else None,
+            stays=bool(piece.line["failure"]),
+        )
         for piece in pieces
     )
     follow(steps, screen, done=bench.experiment.done, total=bench.total, verbose=verbose)

@@ -11,8 +11,6 @@ from plywise.arena.run.executor import Executor
 from plywise.arena.run.job import PROBE_SAMPLES, TrialJob
 from plywise.arena.scoring.records import TrialRecord
 
-START = 0.3
-"""Seconds to start a process and to make a model, roughly."""
 MOST_STEPS = 20_000
 """Steps of a run whose step costs nothing."""
 
@@ -53,7 +51,8 @@ def measure_costs(
     """
     lines = {job.key[:2]: line for job, line in executor.run(jobs)}
     failures = {pair: line["failure"] for pair, line in lines.items() if line["failure"]}
-    return {pair: _cost(line, workloads[pair[0]]) for pair, line in lines.items()}, failures
+    costs = {pair: _cost(line, workloads[pair[0]], executor.start_s) for pair, line in lines.items()}
+    return costs, failures
 
 
 def estimate_seconds(left: Mapping[Pair, int], costs: Costs, steps: Mapping[str, int], workers: int) -> float:
@@ -70,13 +69,13 @@ def estimate_seconds(left: Mapping[Pair, int], costs: Costs, steps: Mapping[str,
     return sum(count * seconds.get(pair, mean) for pair, count in left.items()) / workers
 
 
-def _cost(line: TrialRecord, workload: ResolvedWorkload) -> Cost:
+def _cost(line: TrialRecord, workload: ResolvedWorkload, start_s: float) -> Cost:
     """A probe's seconds, scaled to whole sets: it was measured before its first step and after its last."""
     step = line["wall"][-1] / max(1, line["steps"][-1]) if line["steps"] else 0.0
     measured = max(1, len(line["steps"]))
     all_samples, probed = (_measured_samples(workload, limit) for limit in (math.inf, _probe_size(workload)))
     measurements = workload.workload.steps // workload.workload.interval + 1
-    return Cost(step, START + line["measuring"] / measured * all_samples / probed * measurements)
+    return Cost(step, start_s + line["measuring"] / measured * all_samples / probed * measurements)
 
 
 def _probe_size(workload: ResolvedWorkload) -> int:

@@ -41,11 +41,13 @@ class Executor(Protocol):
         count: trials at once.
         threads: torch's threads in each.
         timeout_s: seconds that each may take.
+        start_s: seconds until a trial begins, roughly.
     """
 
     count: int
     threads: int
     timeout_s: float
+    start_s: float
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they end."""
@@ -67,6 +69,7 @@ class InlineExecutor:
     """
 
     count = 1
+    start_s = 0.0
 
     def __init__(self, threads: int | None = None) -> None:
         import torch
@@ -105,6 +108,8 @@ class ProcessExecutor:
         threads: torch's threads in each.
         timeout_s: seconds that a trial may take.
     """
+
+    start_s = 0.3
 
     def __init__(self, count: int = 1, threads: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         if count < 1 or threads < 1:

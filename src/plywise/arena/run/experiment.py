@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from plywise._util.scratch import Scratch
 from plywise.arena.method import Method
 from plywise.arena.run.config import ObjectSource, ResolvedWorkload
-from plywise.arena.run.costs import START, Cost, Pair, estimate_seconds, measure_costs
+from plywise.arena.run.costs import Cost, Pair, estimate_seconds, measure_costs
 from plywise.arena.run.executor import Executor, InlineExecutor
 from plywise.arena.run.job import TrialJob
 from plywise.arena.run.ledger import Ledger
@@ -135,7 +135,7 @@ class Experiment:
     @property
     def done(self) -> int:
         """Those that the ledger holds."""
-        return sum(self._count_kept().values())
+        return self._count_kept().total()
 
     def run(
         self, executor: Executor, more: Callable[[], bool] = lambda: True
@@ -152,7 +152,7 @@ class Experiment:
                 for _, line in executor.run(job for job in jobs if more()):
                     self.design.check(line)
                     self.ledger.add(line)
-                    self._note_cost(line)
+                    self._note_cost(line, executor.start_s)
                     left = self.seconds_left(executor.count)
                     yield Progress(self.done, self.total, line, left)
                 if any(key not in self.ledger for key in keys):
@@ -173,10 +173,14 @@ class Experiment:
 
     def seconds_left(self, workers: int) -> float:
         """Seconds that the trials which are left may take, by the arms' costs; 0 if none is known."""
-        kept = self._count_kept()
-        left = {pair: self._planned(method) - kept[pair] for pair, method in self._pairs.items()}
+        design, kept = self.design, self._count_kept()
         steps = {name: resolved.workload.steps for name, resolved in self.workloads.items()}
-        return estimate_seconds(left, self.costs, steps, workers)
+        short = {name: design.tuning_steps or count for name, count in steps.items()}
+        final = {pair: design.count_final(m) - kept[*pair, FINAL] for pair, m in self._pairs.items()}
+        tuning = {pair: design.count_tuning(m) - kept[*pair, TUNING] for pair, m in self._pairs.items()}
+        return estimate_seconds(final, self.costs, steps, workers) + estimate_seconds(
+            tuning, self.costs, short, workers
+        )
 
     def unfinished(self) -> dict[str, int | None]:
         """How many trials of each workload have not been run; None where that is not known yet."""
@@ -279,11 +283,12 @@ class Experiment:
         """An arm's tuning trials that the ledger holds."""
         return [line for line in self.lines(workload, method) if line["purpose"] == TUNING]
 
-    def _note_cost(self, line: TrialRecord) -> None:
-        """What a trial has cost is known better than from its first steps."""
+    def _note_cost(self, line: TrialRecord, start_s: float) -> None:
+        """What a trial of full length has cost is known better than from its first steps."""
         pair = line["workload"], line["method"]
-        if pair in self.costs and line["steps"] and line["steps"][-1]:
-            self.costs[pair] = Cost(line["wall"][-1] / line["steps"][-1], START + line["measuring"])
+        whole = line["purpose"] == FINAL or self.design.tuning_steps is None
+        if whole and pair in self.costs and line["steps"] and line["steps"][-1]:
+            self.costs[pair] = Cost(line["wall"][-1] / line["steps"][-1], start_s + line["measuring"])
 
     def _is_tuned(self, name: str) -> bool:
         """Whether every tuning trial of a workload has been run."""
@@ -299,8 +304,9 @@ class Experiment:
             if method and (key.purpose == TUNING or key.seed < self.design.seed(method, self.design.seeds)):
                 yield key
 
-    def _count_kept(self) -> Counter[Pair]:
-        return Counter((key.workload, key.method) for key in self._kept_keys())
+    def _count_kept(self) -> Counter[tuple[str, str, str]]:
+        """How many trials of each workload, method and purpose the ledger holds."""
+        return Counter((key.workload, key.method, key.purpose) for key in self._kept_keys())
 
 
 def run_arms(

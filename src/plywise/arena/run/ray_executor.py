@@ -57,6 +57,8 @@ class RayExecutor:
         More: plywise help error-bench
     """
 
+    start_s = ProcessExecutor.start_s
+
     def __init__(self, address: str = "auto", threads: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         if threads < 1:
             raise PlywiseError(f"Threads are at least 1, not {threads}.", see="error-bench")
