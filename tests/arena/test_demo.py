@@ -18,7 +18,7 @@ from plywise.arena.demo.layer_picture import (
     layer_picture,
     rescale,
 )
-from plywise.arena.demo.preset import DemoConfig, open_demo
+from plywise.arena.demo.preset import DemoConfig, make_workload, open_demo
 from plywise.arena.demo.setups import SETUPS
 from plywise.arena.reports.bench_page import write_page
 from plywise.arena.run.costs import Cost
@@ -179,3 +179,5 @@ def test_numbers_are_the_tuned_ones():
     study = json.loads(TUNED.read_text(encoding="utf-8"))
     assert {name: one["numbers"] for name, one in study["methods"].items()} == SETUPS
     assert {len(one["trials"]) for one in study["methods"].values()} == {study["trials_per_method"]}
+    workload = make_workload(DemoConfig())
+    assert (study["target"], study["steps"]) == (workload.target, workload.steps)

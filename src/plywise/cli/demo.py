@@ -1,4 +1,4 @@
-"""`plywise demo`: the main methods on one page, in less than half a minute."""
+"""`plywise demo`: the main methods on one page, in about half a minute."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) ->
     """Compare eight methods on handwritten digits and write a report.
 
     AdamW, Muon and SGD, what `plywise.recommend` makes, and the methods of the four papers that plywise began
-    with. Takes less than half a minute on one core and needs no network. Interrupted, it writes what it has.
+    with. Takes about half a minute on one core and needs no network. Interrupted, it writes what it has.
 
     Args:
         seeds: seeds for each method.

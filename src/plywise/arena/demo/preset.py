@@ -34,7 +34,7 @@ that times are compared and not misses, and the null control has times to learn 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How much the demo does; the defaults take less than half a minute on one core.
+    """How much the demo does; the defaults take about half a minute on one core.
 
     Attributes:
         seeds: runs of each method.
