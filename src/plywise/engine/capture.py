@@ -298,15 +298,7 @@ class LeaveHook(ModelHook):
             self.capture.leave(module)
 
 
-# torch.compile cannot trace what enters a mode or looks at its data: it stops there and runs it as it is.
-# torch.compiler.disable would import torch._dynamo here, which takes as long as torch itself; this does so later
-@torch._disable_dynamo  # type: ignore[untyped-decorator]
-def _call_eagerly(mode: CaptureMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    return mode.call(func, args, kwargs)
-
-
-@torch._disable_dynamo  # type: ignore[untyped-decorator]
-def _enter_eagerly(capture: Capture, module: nn.Module) -> None:
+def _enter(capture: Capture, module: nn.Module) -> None:
     if capture.local.outermost is None or capture.local.outermost is module:
         if not capture.is_resting():
             capture.enter(module)
@@ -314,4 +306,8 @@ def _enter_eagerly(capture: Capture, module: nn.Module) -> None:
         capture.local.innermost = module
 
 
-_leave_eagerly = torch._disable_dynamo(Capture.leave)
+# torch.compile cannot trace what enters a mode or looks at its data: it stops there and runs it as it is.
+# torch.compiler.disable would import torch._dynamo, which takes as long as torch; this imports it later.
+_run_eagerly: Any = torch._compile._disable_dynamo
+_call_eagerly, _enter_eagerly = _run_eagerly(CaptureMode.call), _run_eagerly(_enter)
+_leave_eagerly = _run_eagerly(Capture.leave)
