@@ -3,8 +3,9 @@
     python benchmarks/arena/targets.py runs/arena/standard --commit 136fd13
 
 Writes src/plywise/arena/workloads/targets.json: for each workload of the bench whose baselines have all been
-tuned the target and the loose one, the commit whose code made them, and the command. Targets that are stored
-are not moved: delete them by hand to have them made again, and say so in the changelog.
+tuned by enough trials the target and the loose one, the number of these trials, the commit whose code made
+them, and the command. Targets that are stored are not moved: delete them by hand to have them made again, and
+say so in the changelog.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from plywise._util.files import write_whole
 from plywise.arena.reports.bench_page import read_bench
-from plywise.arena.scoring.score import loose_target_of, target_of
+from plywise.arena.scoring.targets import ENOUGH, loose_target_of, target_of
 from plywise.arena.workloads import WORKLOADS, targets
 
 STORED = Path(__file__).parents[2] / "src" / "plywise" / "arena" / "workloads" / "targets.json"
@@ -30,11 +31,15 @@ def main() -> None:
     for name in bench["workloads"]:
         on = [line for line in lines if line["workload"] == name]
         tuning = [line for line in on if line["purpose"] == "tuning" and line["method"] in baselines]
-        if name in found or name not in WORKLOADS or len(tuning) < bench["trials"] * len(baselines):
+        if name in found or name not in WORKLOADS:
+            continue
+        if len(tuning) < max(ENOUGH, bench["trials"] * len(baselines)):
+            print(f"{name:20} none: {len(tuning)} tuning trials of the baselines are too few, or not all")
             continue
         found[name] = {
             "target": target_of(on, baselines),
             "loose": loose_target_of(on, baselines),
+            "trials": len(tuning),
             "commit": options.commit,
             "made_by": bench["command"],
         }

@@ -254,18 +254,3 @@ def test_before_tuned_runs_the_defaults_are_read():
     bench = make_bench()
     field = gather_results(bench, [one for one in make_lines(bench) if one["track"] == "defaults"])
     assert field.tracks == ["defaults"]
-
-
-@pytest.mark.parametrize(("trials", "words"), [(1, "the 2nd best of 2"), (2, "the 3rd best of 4")])
-def test_a_target_of_few_trials_is_said_to_be_soft(trials, words):
-    """The third best of four is reached by three: where SGD ends at 0.09, it may be 0.5."""
-    bench = make_bench(["sgd", "adamw", "proxprop"], ["digits", "words"], trials=trials)
-    field = gather_results(bench, make_lines(bench))
-    soft = sentence(said(field), "Targets from few tuning trials of the baselines are a matter of chance")
-    assert f"digits: {field.targets['digits'].strict:.3g}, {words}. With 12 trials" in soft
-    assert "words" not in soft, "its target was there before"
-
-
-def test_a_target_of_enough_trials_needs_no_word():
-    bench = make_bench(["sgd", "adamw"], ["digits"], trials=6)
-    assert "matter of chance" not in said(gather_results(bench, make_lines(bench)))

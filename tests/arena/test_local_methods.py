@@ -1,5 +1,6 @@
 """Local learners in the arena: what they refuse, how they are cut, what they draw."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,15 @@ from method_settings import STEPS, network, setting
 from torch import nn
 
 import plywise as pw
+from plywise.arena.method import TrialContext
 from plywise.arena.methods import LEARNER_OF, find_method
 from plywise.arena.methods.learners import cut
-from plywise.arena.task import REGRESSION
+from plywise.arena.run.experiment import Design, run_arms
+from plywise.arena.task import REGRESSION, SEQUENCES
+from plywise.arena.workload import Data
+from plywise.arena.workloads import find_workload
+from plywise.arena.workloads.networks import CharTransformer
+from plywise.data.batches import Split
 
 
 @pytest.mark.parametrize("name", LEARNER_OF)
@@ -83,3 +90,59 @@ def test_learners_draw_from_the_trials_seed():
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+# ---- tokens ------------------------------------------------------------------------------------------
+
+TOKENS = (torch.arange(9) + torch.arange(16)[:, None]) % 11
+X, Y = TOKENS[:, :-1], TOKENS[:, 1:]
+
+
+def characters(depth=2):
+    torch.manual_seed(0)
+    return CharTransformer(11, 8, width=16, depth=depth, heads=2)
+
+
+def of_tokens(model, blocks):
+    numbers = {"lr": 0.01, "weight_decay": 1e-3}
+    more = {"blocks": blocks, "classes": 11}
+    return find_method("local-next-token").make(TrialContext(model, SEQUENCES, numbers, STEPS, X[:4], **more))
+
+
+def test_a_tied_transformer_as_one_block_is_trained_by_backpropagation():
+    model, twin = characters(), characters()
+    trainer, optimizer = of_tokens(model, 1), torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=1e-3)
+    for _ in range(3):
+        loss = SEQUENCES.loss(twin(X), Y)
+        optimizer.zero_grad()
+        loss.backward()
+        assert trainer.step(X, Y) == pytest.approx(loss.item(), rel=1e-4)
+        optimizer.step()
+        for group in (optimizer, *(one.optimizer for one in trainer.learner.trainers)):
+            group.param_groups[0]["lr"] = 0.01  # the arena's falls along a cosine
+    torch.testing.assert_close(trainer.predict(X), twin.eval()(X), rtol=1e-3, atol=1e-3)
+
+
+def test_every_block_of_a_tied_transformer_learns_tokens_by_itself():
+    model = characters()
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    trainer = of_tokens(model, 2)
+    losses = [trainer.step(X, Y) for _ in range(STEPS)]
+    assert losses[-1] < losses[0] / 4
+    assert trainer.predict(X).shape == (16, 8, 11)
+    unmoved = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
+    assert unmoved == ["norm.weight", "norm.bias"], "each block has a norm of its own"
+
+
+def test_learners_of_next_tokens_run_on_the_transformer_and_others_say_why_not():
+    workload = find_workload("char-transformer")
+    names = [name for name in LEARNER_OF if not find_method(name).refuses(workload)]
+    assert sorted(names) == ["interlocking", "local-loss", "local-next-token"]
+    tokens = (torch.arange(65) + torch.arange(32)[:, None]) % 65
+    part = Split(tokens[:, :-1], tokens[:, 1:])
+    small = replace(workload, make_data=lambda: Data(part, part, part), steps=8, target=None)
+    for line in run_arms(small, [*map(find_method, names)], Design(seeds=1)).ledger.lines.values():
+        assert line["failure"] is None
+        assert line["validation"][0] == pytest.approx(4.17, abs=0.1), "they begin as the network, ln 65"
+        assert line["validation"][-1] < line["validation"][0] - 0.3
+        assert 0.9 < line["gradients"] < 2, "readouts are the products besides"

@@ -22,7 +22,7 @@ from plywise.arena.methods import (
 from plywise.arena.methods.learners import RELAXATION
 from plywise.arena.methods.rules import TUNED
 from plywise.arena.run.trial import run_trial
-from plywise.arena.space import MOST_TUNED, defaults, points
+from plywise.arena.space import MOST_TUNED, Range, defaults, points
 from plywise.arena.task import CLASSIFICATION
 from plywise.data.batches import endless_batches
 from plywise.data.digits import load_digits
@@ -33,6 +33,9 @@ from plywise.registry.find import LEARNERS, RULES
 RANKING_ONLY = ("auc-margin", "coda")
 """Methods that need another task; see test_related_methods.py."""
 CLASSIFYING = [name for name in METHODS if name not in RANKING_ONLY]
+
+FEWER = {"yam-adam": 0, "cascaded-forward": 1}
+"""Methods that are defined by having nothing, or nothing else, to tune."""
 
 ERROR = 0.25
 """What the defaults must reach on the validation digits in 80 steps; chance is 0.9."""
@@ -89,13 +92,35 @@ def test_same_seed_same_bits(name, data):
 @pytest.mark.parametrize("name", [*CLASSIFYING, *(f"{rule}+adamw" for rule in RULE_OF)])
 def test_every_point_of_the_space_takes_a_step(name):
     method = find_method(name)
-    assert (0 if name == "yam-adam" else 1) <= len(method.space) <= MOST_TUNED
     corners = [{key: getattr(one, end) for key, one in method.space.items()} for end in ("low", "high")]
     x, y = torch.rand(16, 64), torch.arange(16) % 10
     for numbers in [*points(method.space, 4), *corners]:
         trainer = method.make(setting(method, numbers=numbers))
         assert trainer.step(x, y) > 0
         assert trainer.predict(x).shape == (16, 10)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *(f"{rule}+{peer}" for rule in RULE_OF for peer in PEERS)])
+def test_every_method_has_equally_many_numbers_tuned(name):
+    """Equal numbers of trials are equal chances only in spaces of one dimension."""
+    assert len(find_method(name).space) == FEWER.get(name, MOST_TUNED)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_are_tuned_with_care(name):
+    """Rate and decay, their defaults a factor of ten and more from both ends of wide ranges."""
+    space = find_method(name).space
+    assert list(space) == ["lr", "weight_decay"]
+    for one in space.values():
+        assert one.log
+        assert one.high / one.low >= 1000
+        assert 10 * one.low <= one.default <= one.high / 10
+
+
+def test_a_method_of_more_numbers_is_refused():
+    space = {name: Range(0.1, 10.0, 1.0) for name in ("lr", "damping", "weight_decay")}
+    with pytest.raises(PlywiseError, match=r"tunes lr, damping, weight_decay: 2 numbers at most"):
+        Method("mine", "mine", space, lambda setting: None)
 
 
 @pytest.mark.parametrize("name", CLASSIFYING)
@@ -176,13 +201,13 @@ def test_the_passes_of_a_learner_are_counted_on_the_model_at_hand():
 
 def test_composition_has_that_optimizer_and_that_rule():
     method = find_method("proxprop+adamw")
-    assert list(method.space) == ["lr", "tau", "weight_decay"]
+    assert list(method.space) == ["lr", "tau"]
     assert method.space["lr"] == find_method("adamw").space["lr"]
     model, x, y = network(), torch.rand(32, 64), torch.arange(32) % 10
-    numbers = {"lr": 1e-3, "tau": 3.0, "weight_decay": 0.5}
+    numbers = {"lr": 1e-3, "tau": 3.0}
     trainer = method.make(setting(method, model, numbers))
     assert type(trainer.optimizer) is torch.optim.AdamW
-    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.5}
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {1e-2}, "AdamW's default"
     twin = network()
     twin.load_state_dict(model.state_dict())
     pw.ProxProp(tau=3.0).attach(twin)
@@ -194,7 +219,9 @@ def test_composition_has_that_optimizer_and_that_rule():
 
 def test_rule_on_sgd_is_the_rule_alone_and_has_no_decay_where_rates_are_large():
     assert find_method("foof+sgd").name == "foof"
-    assert list(find_method("foof").space) == ["lr", "damping", "weight_decay"]
+    assert list(find_method("foof").space) == ["lr", "damping"]
+    (group,) = find_method("foof").make(setting(find_method("foof"))).optimizer.param_groups
+    assert group["weight_decay"] == find_method("sgd").space["weight_decay"].default
     method = find_method("proxprop")
     assert list(method.space) == ["lr", "tau"]
     (group,) = method.make(setting(method)).optimizer.param_groups
@@ -239,7 +266,8 @@ def test_optimizer_and_method_by_address(tmp_path, monkeypatch):
     assert (slow.name, slow.about) == ("mine_of_methods:Slow", "Slow descent.")
     trainer = slow.make(setting(slow, numbers={"lr": 0.2, "momentum": 0.25}))
     assert trainer.optimizer.param_groups[0]["momentum"] == 0.25
-    assert list(find_method("proxprop+mine_of_methods:Slow").space) == ["lr", "tau", "momentum"]
+    assert list(find_method("proxprop+mine_of_methods:Slow").space) == ["lr", "tau"]
+    assert list(find_method("backprop+mine_of_methods:Slow").space) == ["lr", "momentum"]
     assert find_method("mine_of_methods:method").about == "my own"
     assert find_method("torch.optim:Adam").space["lr"].low == 1e-4
     with pytest.raises(pw.PlywiseError, match="int"):

@@ -79,7 +79,8 @@ def test_bytes_are_images_and_whole_numbers_stay():
     workload = own("words", "tokens")
     assert workload.make_data().train.x.dtype == torch.long
     assert workload.task is SEQUENCES
-    assert (workload.classes, workload.blocks) == (0, 0)
+    assert (workload.classes, workload.blocks) == (9, 2), "for local learners of tokens"
+    assert workload.labels_tokens
 
 
 def test_npz(user):

@@ -50,7 +50,7 @@ def report(tmp_path_factory):
         make_model,
         make_data(),
         methods=methods,
-        trials=2,
+        trials=5,
         seeds=2,
         steps=20,
         batch_size=32,
@@ -63,7 +63,7 @@ def test_objects_are_compared_in_this_process(report):
     names = [*METHODS, f"{MODULE}:Slow", f"{MODULE}:own_nlms", f"{MODULE}:Foof"]
     assert {row.method for row in report.summary.rows} == set(names)
     assert all(line["failure"] is None for line in report.trials)
-    assert len(report.trials) == len(names) * (2 + 2 * 2)
+    assert len(report.trials) == len(names) * (5 + 2 * 2)
     assert {row.track for row in report.summary.rows} == {"tuned", "defaults"}
 
 
@@ -139,7 +139,7 @@ def test_text_and_html_have_the_ranking_and_the_conclusions(report):
         report.ranking(clock="sundial")
 
 
-@pytest.mark.parametrize(("what", "count"), [("methods", 12), ("ranking", 6), ("trials", 36)])
+@pytest.mark.parametrize(("what", "count"), [("methods", 12), ("ranking", 6), ("trials", 54)])
 def test_rows_are_flat(report, what, count):
     rows = report.rows(what)
     assert len(rows) == count

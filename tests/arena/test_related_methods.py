@@ -74,7 +74,8 @@ def test_every_relative_has_one_home_and_no_name_twice():
         ("fuse-layers", "cifar-resnet", "only a chain"),
         ("decision-stage", "energy", "needs classes"),
         ("local-loss", "energy", "needs classes"),
-        ("local-loss", "char-transformer", "needs classes"),
+        ("scpl", "char-transformer", "each token has one"),
+        ("decision-stage", "char-transformer", "each token has a class"),
     ],
 )
 def test_what_cannot_run_says_why_and_leaves_random_numbers_alone(name, workload, reason):

@@ -61,7 +61,7 @@ class TrialContext:
         steps: steps of the whole run, for schedules.
         example: a few training inputs, to cut the model by.
         blocks: how many blocks local learners cut the model into.
-        classes: number of classes, for local learners.
+        classes: number of classes of a sample, or of each token, for local learners.
         device: where the model is.
     """
 
@@ -82,7 +82,7 @@ class Method:
     Attributes:
         name: its name on the command line and in reports.
         about: one line.
-        space: the numbers that may be tuned, at most three, the same for every workload.
+        space: the numbers that may be tuned, at most two, the same for every workload.
         make: begins to train a model.
         baseline: whether targets are taken from it: an established method, not one of ours.
         gradients: forward and backward passes that a step takes.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from plywise.arena.task import Task
+from plywise.arena.task import Task, token_cross_entropy
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
@@ -32,7 +32,7 @@ class Workload:
         target: the metric on the validation set that counts as done; None: taken from the baselines of the
             same bench.
         blocks: how many blocks local learners cut the network into; 0: it cannot be cut.
-        classes: number of classes, for local learners; 0 for other tasks.
+        classes: number of classes of a sample, or of each token, for local learners; 0 for other tasks.
         guesses: what was guessed about the user's data, a sentence each.
         measure_every: steps between two measurements; None: a 25th of the steps.
         train_eval_size: training samples that the training loss is measured on.
@@ -58,6 +58,11 @@ class Workload:
     def interval(self) -> int:
         """Steps between two measurements; there is one before the first step, too."""
         return self.measure_every or max(1, self.steps // MEASUREMENTS)
+
+    @property
+    def labels_tokens(self) -> bool:
+        """Whether each token of a sample has a class, and not the sample."""
+        return bool(self.classes) and self.task.loss is token_cross_entropy
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.steps < 1:

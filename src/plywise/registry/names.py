@@ -95,8 +95,8 @@ NAMES = (
     _rule("Coordinates", "coordinates", {"damping": (1e-3, 10.0, 0.1)}),
     _rule(
         *("Precondition", "precondition"),
-        {"damping": (1e-3, 10.0, 0.1), "right": (0.1, 1.0, 0.5, False)},
-        fixed=_LOW_RANK,
+        {"damping": (1e-3, 10.0, 0.1)},
+        fixed={**_LOW_RANK, "right": 0.5},
     ),
     _rule("GradientAmplification", "gradient_amplification", {"factor": (1.0, 10.0, 2.0)}),
     Name("AssociatedLearning", "local.associated_learning", LEARNER, "associated-learning"),

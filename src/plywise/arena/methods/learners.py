@@ -9,20 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice, pairwise
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from plywise._util.modes import evaluating
 from plywise.arena.method import Method, TrialContext, cosine
 from plywise.arena.methods import LEARNER_OF, RULE_OF
+from plywise.arena.methods.peers import unit_sized
 from plywise.arena.methods.rules import tuned_of
-from plywise.arena.space import MOST_TUNED, Range, Space
+from plywise.arena.space import MOST_TUNED, Range, Space, defaults
 from plywise.arena.workload import Workload
-from plywise.data.batches import TARGETS, Batch, clone_batch, count_samples
+from plywise.data.batches import TARGETS, Batch, clone_batch
 from plywise.data.models import call_model, unwrap_model
 from plywise.engine.health import SKIPPED
 from plywise.engine.rule import Rule
@@ -38,8 +39,8 @@ from plywise.local.units import units_of
 from plywise.registry.find import find_learner
 from plywise.registry.resolve import resolve_rule
 
-RATE: Space = {"lr": Range(1e-4, 1e-1, 3e-3)}
-"""Adam's."""
+ADAMW = unit_sized(3e-3)
+"""What is tuned of a learner without a number of its own: rate and decay of AdamW."""
 
 RELAXATION = {"rate": 0.5, "iterations": 30}
 """Activations are then within 1 % of backpropagation's gradients in four blocks."""
@@ -79,6 +80,27 @@ class LocalTraining:
         return self.learner.predict(x)
 
 
+@runtime_checkable
+class TiedModel(Protocol):
+    """A language model whose head has the weight of its embedding, so that it does not come apart as it is.
+
+    A model of yours that has these three can be trained by local learners, too.
+    """
+
+    @property
+    def table(self) -> nn.Embedding:
+        """The embedding."""
+        ...
+
+    def trunk(self) -> nn.Module:
+        """All before the last norm and the head, with the model's own layers."""
+        ...
+
+    def untied(self) -> nn.Module:
+        """The whole, its head a copy."""
+        ...
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a learner competes.
@@ -87,11 +109,18 @@ class Recipe:
         space: the numbers that may be tuned.
         settings: the learner's arguments, from the tuned numbers.
         loss: whether it takes the task's loss.
+        tokens: whether it can learn a class for each token.
     """
 
-    space: Space = field(default_factory=lambda: RATE)
+    space: Space = field(default_factory=lambda: ADAMW)
     settings: Callable[[TrialContext], dict[str, Any]] = lambda _: {}
     loss: bool = False
+    tokens: bool = False
+
+
+def _tied(setting: TrialContext) -> dict[str, Any]:
+    """Where a model's output is tied to its embedding, the readouts of its blocks are."""
+    return {"tied": setting.model.table} if isinstance(setting.model, TiedModel) else {}
 
 
 def _codes(setting: TrialContext) -> dict[str, Any]:
@@ -114,9 +143,9 @@ def _threshold(setting: TrialContext) -> dict[str, Any]:
 
 RECIPES = {
     "AssociatedLearning": Recipe({"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
-    "LocalLoss": Recipe(loss=True),
-    "LocalNextToken": Recipe(),
-    "Interlocking": Recipe(loss=True),
+    "LocalLoss": Recipe(loss=True, tokens=True),
+    "LocalNextToken": Recipe(settings=_tied, tokens=True),
+    "Interlocking": Recipe(loss=True, tokens=True),
     "CascadedForward": Recipe({"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
     "LocalForwardGradient": Recipe(),
     "ForwardForward": Recipe({"lr": Range(1e-4, 1e-1, 1e-2), "threshold": Range(0.3, 10.0, 1.0)}, _threshold),
@@ -130,7 +159,7 @@ RECIPES = {
 
 
 def of_learner(name: str, rule: str | None = None) -> Method:
-    """A local learner as a method: Adam for every component, its rate on the cosine that all methods get.
+    """A local learner as a method: AdamW for every component, its rate on the cosine that all methods get.
 
     The learner's blocks are the model's, cut into pieces of about equal work. Random numbers follow from the
     trial's seed.
@@ -151,7 +180,7 @@ def of_learner(name: str, rule: str | None = None) -> Method:
     """
     learner = find_learner(LEARNER_OF[name])
     recipe = RECIPES[learner.__name__]
-    about = f"{(learner.__doc__ or '').split('.')[0]}, on Adam."
+    about = f"{(learner.__doc__ or '').split('.')[0]}, on AdamW."
     if rule is not None:
         if "lr" not in recipe.space:
             raise PlywiseError(
@@ -160,13 +189,21 @@ def of_learner(name: str, rule: str | None = None) -> Method:
         about = f"{about[:-1]} with {RULE_OF.get(rule, rule)} inside."
         name, recipe = f"{name}+{rule}", _with_rule(recipe, resolve_rule(RULE_OF.get(rule, rule)))
     make = partial(begin, name, learner, recipe)
-    return Method(name, about, recipe.space, make, count=partial(passes, make), refuses=uncut, local=True)
+    refuses = partial(uncut, tokens=recipe.tokens)
+    return Method(name, about, recipe.space, make, count=partial(passes, make), refuses=refuses, local=True)
 
 
-def uncut(workload: Workload) -> str:
-    """Why local learners cannot run on a workload; "" if they can."""
+def uncut(workload: Workload, tokens: bool = False) -> str:
+    """Why local learners cannot run on a workload; "" if they can.
+
+    Args:
+        workload: the workload.
+        tokens: whether the learner can learn a class for each token.
+    """
     if not workload.classes:
         return "a local learner needs classes, and the targets are none"
+    if workload.labels_tokens and not tokens:
+        return "it learns a class for each sample, and here each token has one"
     return "" if workload.blocks else "a local learner needs a network that comes apart into blocks"
 
 
@@ -175,25 +212,28 @@ def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext)
 
     Heads, bridges and codes are in it; solving a ridge head's system is no product, and is not.
     """
-    x, device = setting.example, next(setting.model.parameters()).device
-    y = torch.arange(count_samples(x), device=device)
-    plain = copy.deepcopy(setting.model)
+    x, plain = setting.example, copy.deepcopy(setting.model)
     with FlopCounterMode(display=False) as once:
-        setting.task.loss(plain(x), y % setting.classes).backward()
+        scores = plain(x)
+        places = scores.shape[:-1]  # samples, or tokens of samples
+        y = torch.arange(places.numel(), device=scores.device).view(places) % setting.classes
+        setting.task.loss(scores, y).backward()
     learner = make(setting)
     with FlopCounterMode(display=False) as local:
-        learner.step(x, y % setting.classes)
+        learner.step(x, y)
     return round(local.get_total_flops() / once.get_total_flops(), 2)
 
 
 def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
-    tuned = tuned_of(rule)
+    tuned, untuned = tuned_of(rule), defaults(recipe.space)
 
     def settings(setting: TrialContext) -> dict[str, Any]:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
-        return {**recipe.settings(setting), "rule": lambda: rule(**tuned.fixed, **own)}
+        whole = replace(setting, numbers={**untuned, **setting.numbers})
+        return {**recipe.settings(whole), "rule": lambda: rule(**tuned.fixed, **own)}
 
-    space = dict(islice(chain(recipe.space.items(), tuned.numbers.items()), MOST_TUNED))
+    rate, *others = recipe.space.items()
+    space = dict(islice(chain([rate], tuned.numbers.items(), others), MOST_TUNED))
     return replace(recipe, space=space, settings=settings)
 
 
@@ -221,9 +261,14 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: T
         settings = {"num_classes": setting.classes, **settings}
     if recipe.loss:
         settings = {"loss": setting.task.loss, **settings}
+    adamw: dict[str, Any] = defaults(ADAMW)
+    adamw |= {key: value for key, value in setting.numbers.items() if key in ADAMW}
+    model = setting.model
+    if isinstance(model, TiedModel):
+        model = model.trunk() if "tied" in settings else model.untied()
     made = learner(
-        cut(setting.model, setting.blocks, setting.example),
-        optimizer=lambda groups: Adam(groups, lr=setting.numbers["lr"]),
+        cut(model, setting.blocks, setting.example),
+        optimizer=lambda groups: AdamW(groups, **adamw),
         scheduler=cosine(setting.steps),
         seed=int(torch.randint(2**31, ())),
         **settings,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine
 from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov, unit_sized
-from plywise.arena.space import Range
+from plywise.arena.space import Range, defaults
 from plywise.arena.task import Judge, predictor, wrong_order
 from plywise.arena.workload import Workload
 from plywise.losses import AUCMargin, CoDA, input_gradient_penalty, wasserstein_proximal
@@ -103,7 +103,7 @@ class FlatInInputs(EndToEnd):
 
 def _flat(setting: TrialContext) -> Trainer:
     assert setting.task.losses is not None, "refused where the task has none"
-    numbers = dict(setting.numbers)
+    numbers = {**defaults(GRADIENT_SIZED), **setting.numbers}
     strength = numbers.pop("strength")
     optimizer = nesterov(learning(setting.model), **numbers)
     return FlatInInputs(
@@ -140,7 +140,7 @@ class NearItself(EndToEnd):
 
 
 def _proximal(setting: TrialContext) -> Trainer:
-    numbers = dict(setting.numbers)
+    numbers = {**defaults(unit_sized(1e-3)), **setting.numbers}
     reach = numbers.pop("reach")
     optimizer = torch.optim.AdamW(learning(setting.model), **numbers)  # type: ignore[arg-type]
     scheduler = cosine(INNER * setting.steps)(optimizer)
@@ -167,7 +167,7 @@ METHODS = {
         Method(
             "input-gradient-penalty",
             "SGD with Nesterov momentum on the loss and the 1-norm of its gradient by the inputs",
-            {**GRADIENT_SIZED, "strength": Range(1e-4, 1.0, 0.01)},
+            {"lr": GRADIENT_SIZED["lr"], "strength": Range(1e-4, 1.0, 0.01)},
             _flat,
             gradients=2.0,
             refuses=not_by_sample,
@@ -175,7 +175,7 @@ METHODS = {
         Method(
             "wasserstein-proximal",
             "Three steps of AdamW on each batch, near in what the network computes to what it was",
-            {**unit_sized(1e-3), "reach": Range(0.1, 1e3, 10.0)},
+            {"lr": unit_sized(1e-3)["lr"], "reach": Range(0.1, 1e3, 10.0)},
             _proximal,
             gradients=INNER,
         ),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine
 from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov
-from plywise.arena.space import Range
+from plywise.arena.space import Range, defaults
 from plywise.arena.workload import Workload
 from plywise.errors import PlywiseError
 from plywise.init import fuse_slice
@@ -57,7 +57,8 @@ def _adaptive(setting: TrialContext) -> EndToEnd:
     weights = [parameter for parameter in learning(setting.model) if id(parameter) not in known]
     # decay would pull a slope to 0, where the layer hands nothing on
     groups: Any = [{"params": weights}, {"params": slopes, "weight_decay": 0.0}]
-    optimizer = nesterov(groups, setting.numbers["lr"], setting.numbers["weight_decay"])
+    numbers = {**defaults(GRADIENT_SIZED), **setting.numbers}
+    optimizer = nesterov(groups, numbers["lr"], numbers["weight_decay"])
     return EndToEnd(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer))
 
 
@@ -203,7 +204,9 @@ class DecidedTraining:
 
 def without_classes(workload: Workload) -> str:
     """Why there is nothing to decide; "" if there is."""
-    return "" if workload.classes else "a decision stage needs classes, and the targets are none"
+    if not workload.classes:
+        return "a decision stage needs classes, and the targets are none"
+    return "a decision stage decides on samples, and here each token has a class" * workload.labels_tokens
 
 
 METHODS = {
@@ -219,7 +222,7 @@ METHODS = {
         Method(
             "slope-recovery",
             "Adaptive activations, and a term in the loss that pushes slopes up",
-            {**GRADIENT_SIZED, "lr": Range(1e-3, 1.0, 0.01), "recovery": Range(1e-3, 10.0, 0.1)},
+            {"lr": Range(1e-3, 1.0, 0.01), "recovery": Range(1e-3, 10.0, 0.1)},
             _recovering,
             refuses=unless(_with_slopes),
         ),

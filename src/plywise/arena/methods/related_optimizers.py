@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine, end_to_end
 from plywise.arena.methods.peers import GRADIENT_SIZED, hidden_weights, learning
-from plywise.arena.space import Range
+from plywise.arena.space import Range, defaults
 from plywise.optim import LRSGDC, LRSGDR, ASkewSGD, SalpSGD, YamAdam
 
 SALPS = 4
@@ -62,7 +62,8 @@ class Quantized(EndToEnd):
 
 
 def _local_regularizer(optimizer: Callable[..., Optimizer], setting: TrialContext) -> Trainer:
-    return end_to_end(setting, optimizer(learning(setting.model), **setting.numbers))
+    numbers = {**defaults(GRADIENT_SIZED), **setting.numbers}
+    return end_to_end(setting, optimizer(learning(setting.model), **numbers))
 
 
 def _untuned(setting: TrialContext) -> Trainer:
@@ -77,9 +78,10 @@ def _swarm(setting: TrialContext) -> Trainer:
 
 
 def _binary(setting: TrialContext) -> Trainer:
-    """Hidden weights become ± the deviation of He's start, which keeps the size of signals."""
+    """Hidden weights become ± the deviation of He's start, times a number that is tuned."""
     hidden = hidden_weights(setting.model, setting.example)
-    sizes = [(2 / weight[0].numel()) ** 0.5 for weight in hidden]
+    scale = setting.numbers["scale"]
+    sizes = [scale * (2 / weight[0].numel()) ** 0.5 for weight in hidden]
     groups: list[dict[str, Any]] = [
         {"params": [weight], "levels": (-size, size)} for weight, size in zip(hidden, sizes, strict=True)
     ]
@@ -95,7 +97,7 @@ def _binary(setting: TrialContext) -> Trainer:
     return Quantized(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer))
 
 
-_LRSGD = {**GRADIENT_SIZED, "strength": Range(1e-3, 0.1, 0.01)}
+_LRSGD = {"lr": GRADIENT_SIZED["lr"], "strength": Range(1e-3, 0.1, 0.01)}
 METHODS = {
     method.name: method
     for method in (
@@ -122,7 +124,7 @@ METHODS = {
         Method(
             "askew-sgd",
             "ASkewSGD: hidden weights of two levels; it is judged by the quantized network",
-            {"lr": Range(1e-2, 3.0, 0.3)},
+            {"lr": Range(1e-2, 3.0, 0.3), "scale": Range(0.3, 3.0, 1.0)},
             _binary,
         ),
     )

@@ -66,7 +66,7 @@ def of_rule(name: str, optimizer: str) -> Method:
 
     Example:
         >>> list(of_rule("proxprop", "adamw").space)
-        ['lr', 'tau', 'weight_decay']
+        ['lr', 'tau']
     """
     rule, peer = resolve_rule(RULE_OF.get(name, name)), find_peer(optimizer)
     tuned = tuned_of(rule)
@@ -93,7 +93,7 @@ def _describe(rule: type[Rule], name: str) -> str:
 
 
 def _space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:
-    """The rate, the rule's numbers, and as many of the optimizer's others as there is room for."""
+    """The rate and the rule's number; for a rule without one, the optimizer's second."""
     if on_sgd and tuned.rate is not None:
         return {"lr": tuned.rate, **tuned.numbers}
     rate = {"lr": peer.space["lr"]} if "lr" in peer.space else {}

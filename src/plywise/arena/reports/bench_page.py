@@ -30,8 +30,9 @@ from plywise.arena.scoring.ranking import (
 )
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.results import BenchResults
-from plywise.arena.scoring.score import CLOCKS, STRICT_PLACE, choose_best
+from plywise.arena.scoring.score import CLOCKS, choose_best
 from plywise.arena.scoring.summary import BenchSummary, summarize_bench
+from plywise.arena.scoring.targets import ENOUGH, SHARE
 from plywise.errors import PlywiseError
 
 LARGEST = 1_900_000
@@ -123,7 +124,7 @@ def _context(summary: BenchSummary) -> dict[str, Any]:
         "trials": len(lines),
         "methods": _methods(results),
         "clock_words": WORDS,
-        "rules": {"place": STRICT_PLACE, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
+        "rules": {"share": SHARE, "enough": ENOUGH, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
     }
 
 
@@ -219,7 +220,7 @@ def _missing(field: BenchResults) -> list[str]:
 
 def _targets(field: BenchResults) -> list[dict[str, Any]]:
     return [
-        {"name": name, **field.bench["workloads"].get(name, {}), **field.targets[name]._asdict()}
+        {"name": name, **field.targets[name]._asdict(), **field.bench["workloads"].get(name, {})}
         for name in field.workloads
     ]
 

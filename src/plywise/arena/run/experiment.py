@@ -20,7 +20,8 @@ from plywise.arena.run.job import TrialJob
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.run.search import Search, Sobol
 from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, Key, TrialRecord
-from plywise.arena.scoring.score import choose_best, target_of
+from plywise.arena.scoring.score import choose_best
+from plywise.arena.scoring.targets import target_of
 from plywise.arena.space import defaults
 from plywise.arena.workload import Workload
 

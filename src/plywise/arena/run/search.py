@@ -37,7 +37,7 @@ class Sobol:
     Example:
         >>> from plywise.arena.space import Range
         >>> Sobol().numbers({"lr": Range(0.001, 1, 0.1)}, 1, []), Sobol().rounds(8)
-        ({'lr': 0.0806}, [range(0, 8)])
+        ({'lr': 0.0545}, [range(0, 8)])
     """
 
     def rounds(self, trials: int) -> list[range]:

@@ -8,22 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from plywise.arena.scoring.intervals import surest
+from plywise.arena.scoring.records import TUNED
 from plywise.arena.scoring.results import BenchResults
-from plywise.arena.scoring.score import STRICT_PLACE, choose_best
+from plywise.arena.scoring.score import choose_best
 from plywise.arena.scoring.sentences import listed
+from plywise.arena.scoring.targets import ENOUGH, SHARE
 
 EDGE = 0.05
 """Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
-
-ENOUGH = 4 * STRICT_PLACE
-"""Tuning trials of the baselines from which a target lies in their best quarter."""
-ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 
 
 def list_caveats(results: BenchResults) -> list[str]:
     """Sentences on a bench that has at least one final run."""
     return [
         *_search(results),
+        *_spaces(results),
         *_resumed(results),
         *_repeated(results),
         *_unseen(results),
@@ -41,6 +40,23 @@ def _search(results: BenchResults) -> list[str]:
     return [
         f"The numbers were searched by {search}, which learns from a method's own trials: all methods had "
         "the same number of trials, but not the same luck with them."
+    ]
+
+
+def _spaces(results: BenchResults) -> list[str]:
+    """Which methods have fewer numbers to tune than others, and so a closer search by the same trials."""
+    counts = {
+        name: len(one.get("space") or {})
+        for name, one in results.bench["methods"].items()
+        if not one.get("null")
+    }
+    most = max(counts.values(), default=0)
+    fewer = ", ".join(f"{name} {count or 'none'}" for name, count in counts.items() if count < most)
+    if not fewer or results.bench.get("chosen") or TUNED not in results.tracks:
+        return []
+    return [
+        f"Others have {most} numbers to tune, fewer have {fewer}: the same number of trials searches one "
+        "number more closely than two."
     ]
 
 
@@ -100,19 +116,17 @@ def _failures(results: BenchResults) -> list[str]:
 
 
 def _soft_targets(results: BenchResults) -> list[str]:
-    """Which targets were taken from so few trials that they are no high bar."""
-    soft = []
-    for workload in results.workloads:
-        target = results.targets[workload]
-        count = sum(len(results.tuning.get((workload, name), [])) for name in results.baselines)
-        if target.strict is not None and not target.stored and count < ENOUGH:
-            place = min(STRICT_PLACE, count)
-            soft.append(f"{workload}: {target.strict:.3g}, the {ORDINALS[place]} best of {count}")
+    """Which targets are no high bar, and why."""
+    soft = [
+        f"{name} {target.strict:.3g} ({'; '.join(target.softness)})"
+        for name, target in results.targets.items()
+        if target.softness
+    ]
     if not soft:
         return []
     return [
-        f"Targets from few tuning trials of the baselines are a matter of chance, and may be easy: "
-        f"{'; '.join(soft)}. With {ENOUGH} trials of the baselines together they lie in the best quarter."
+        f"Soft targets, which say less: {', '.join(soft)}. From {ENOUGH} tuning trials of the baselines on "
+        f"a target is what {100 * SHARE:.0f} % of these reach; one of fewer is a matter of chance."
     ]
 
 

@@ -57,8 +57,11 @@ def draw_conclusions(results: BenchResults, rows: Iterable[MethodOnWorkload]) ->
     last = [*_memory(results, track, rows), *list_caveats(results)]
     if statistics.median(len(cell.runs) for cell in results.cells.values()) < FEWEST:
         few = f"Fewer than {FEWEST} seeds tell too little about noise to name anybody: run more of them."
-        return [few, *reached, *last]
+        return [few, *_unranked(results), *reached, *last]
+    if not results.ranked:
+        return [*_unranked(results), *_ends(results, track, rows), *reached, *last]
     return [
+        *_unranked(results),
         *_advice(results, track, rankings, rows),
         *_control(results, track),
         *_race(results, track, rankings),
@@ -76,6 +79,23 @@ def _targets(results: BenchResults) -> list[str]:
     return [
         "No target, since no tuning trial of a baseline came to its end: every run counts as a miss on "
         f"{listed(without)}."
+    ]
+
+
+def _unranked(results: BenchResults) -> list[str]:
+    """On which workloads no method is ranked, since their targets are nearer to nothing than to the best."""
+    parts = [
+        f"{name} ({target.strict:.3g}, where knowing nothing gives {target.naive:.3g} and the best run "
+        f"{target.best:.3g})"
+        for name, target in results.targets.items()
+        if not target.ranks
+    ]
+    if not parts:
+        return []
+    whole = "" if results.ranked else " No workload is left to rank methods on."
+    return [
+        "Nobody is ranked where the target is nearer to knowing nothing than to the best that was reached: "
+        f"{', '.join(parts)}.{whole}"
     ]
 
 
@@ -108,7 +128,7 @@ def _control(results: BenchResults, track: str) -> list[str]:
     return [
         *sentences,
         f"Where the null control always reached the target it is within {' and '.join(parts)}"
-        f"{alone if len(results.workloads) > 1 else ''}: that is noise.",
+        f"{alone if len(results.ranked) > 1 else ''}: that is noise.",
     ]
 
 
@@ -162,7 +182,7 @@ def _by_workload(results: BenchResults, track: str, rows: list[MethodOnWorkload]
     sentences = []
     unbeaten: dict[str, list[str]] = {}
     unreached = []
-    for workload in results.workloads:
+    for workload in results.ranked:
         peer = results.peer(workload, "cpu")
         here = [row for row in rows if row.track == track and row.workload == workload]
         if peer is None or not here:
@@ -298,7 +318,7 @@ def _advice(
             if one.ratio
             and one.ratio.value < 1
             and one.ratio.apart(limit)
-            and one.compared == len(results.workloads)
+            and one.compared == len(results.ranked)
         ]
         first = [
             one.method for one in rankings[clock] if one.rank and one.rank.low <= 1 and one.area.value > 0
@@ -316,10 +336,7 @@ def _advice(
         able = [
             one.method
             for one in rank_methods(results, DEFAULTS, "cpu")
-            if one.rank
-            and one.runs
-            and one.reached == one.runs
-            and len(one.profile) == len(results.workloads)
+            if one.rank and one.runs and one.reached == one.runs and len(one.profile) == len(results.ranked)
         ]
         sentences.append(
             f"If there is no time to tune: {listed(able)} reached every target in every run at the defaults."
@@ -363,7 +380,7 @@ def _who(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
 
 
 def _of(results: BenchResults, one: MethodRanking) -> str:
-    whole = len(results.workloads)
+    whole = len(results.ranked)
     return "" if one.compared == whole else f" on {one.compared} of {whole} workloads"
 
 

@@ -44,7 +44,7 @@ class MethodOnWorkload:
         reached_loose: how many reached the loose target.
         failed: how many failed.
         times: the median time to the target by clock.
-        ratios: that over the peer's; None where there is no peer, or both missed.
+        ratios: that over the peer's; None where there is no peer, both missed, or the target is too soft.
         validation: validation metric at the end.
         test: test metric at the end; None where it was not read.
         step_cost: processor seconds of a step over the reference's; None where either was not timed.
@@ -112,6 +112,7 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
     """All methods of a track on a clock by the areas under their profiles, the best first.
 
     A method is judged on the workloads that it was run on and, as a miss, on those that it does not fit.
+    Workloads whose targets are too soft have no say (see `plywise.arena.scoring.targets.Target.ranks`).
     Null controls set no best time and take no rank.
 
     Equals, such as all that never reach a target, share a rank. They are told in the order of the share of
@@ -119,7 +120,7 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
     count, since the time of a miss is a bound that a cheap step lowers.
     """
     behind: dict[str, dict[str, tuple[float, Draws]]] = {}
-    for workload in results.workloads:
+    for workload in results.ranked:
         for method, one in _behind(results, track, workload, clock).items():
             behind.setdefault(method, {})[workload] = one
     values = {name: statistics.fmean(area(r) for r, _ in own.values()) for name, own in behind.items()}
@@ -190,7 +191,7 @@ def area(behind: float) -> float:
 def _row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOnWorkload:
     track, workload, method = key
     target = results.targets[workload]
-    peers = {clock: results.peer(workload, clock) for clock in CLOCKS}
+    peers = {clock: results.peer(workload, clock) if target.ranks else None for clock in CLOCKS}
     mine = results.trials(workload, method)
     cost = step_seconds(mine)
     plain = step_seconds(results.trials(workload, results.reference)) if results.reference else None
@@ -255,7 +256,7 @@ def _areas(behind: Draws) -> Draws:
 def _ends(results: BenchResults, track: str) -> dict[str, float]:
     """By method the mean, over its workloads, of its place by the validation metric at the end."""
     ends: dict[str, list[int]] = {}
-    for workload in results.workloads:
+    for workload in results.ranked:
         values = {name: math.inf for name in results.methods if (workload, name) in results.refused}
         for name in results.methods:
             if runs := _runs(results, (track, workload, name)):
@@ -280,7 +281,7 @@ def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[st
 def _pairs(results: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
     """A method's times and its peers', workload by workload."""
     pairs = []
-    for workload in results.workloads:
+    for workload in results.ranked:
         cell, peer = results.cells.get((track, workload, method)), results.peer(workload, clock)
         if cell and peer:
             pairs.append((cell.times[clock], peer.times[clock]))
@@ -289,7 +290,7 @@ def _pairs(results: BenchResults, track: str, clock: str, method: str) -> list[t
 
 def _null_pairs(results: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
     pairs = []
-    for workload in results.workloads:
+    for workload in results.ranked:
         one = results.cells.get((track, workload, null))
         other = results.cells.get((track, workload, results.nulls[null]))
         if one and other:

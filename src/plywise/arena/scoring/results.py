@@ -5,30 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from plywise.arena.scoring.intervals import Timed, timed
 from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, TrialRecord, key_of
-from plywise.arena.scoring.score import CLOCKS, clock_values, loose_target_of, target_of, to_target
+from plywise.arena.scoring.score import CLOCKS, clock_values, to_target
+from plywise.arena.scoring.targets import Target, baselines_of, make_target
 
 TRACKS = (TUNED, DEFAULTS)
 """The tracks, as reports order them."""
-
-
-class Target(NamedTuple):
-    """Validation metrics that count as done; None where nothing sets one yet.
-
-    Attributes:
-        strict: what rankings are about.
-        loose: what a middling setting of the baselines reaches.
-        stored: whether ``strict`` was there before the bench, and not taken from its own baselines.
-    """
-
-    strict: float | None
-    loose: float | None
-    stored: bool
 
 
 @dataclass(frozen=True)
@@ -66,6 +53,11 @@ class BenchResults:
     targets: dict[str, Target]
     cells: dict[tuple[str, str, str], Cell]
     tuning: dict[tuple[str, str], list[TrialRecord]]
+
+    @property
+    def ranked(self) -> list[str]:
+        """The workloads whose targets methods may be ranked by."""
+        return [name for name in self.workloads if self.targets[name].ranks]
 
     @property
     def reference(self) -> str | None:
@@ -114,16 +106,16 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
         on[line["workload"]].append(line)
     by_method = _by_workload_and_method(lines)
     finals = _finals(bench, in_order)
-    targets = {name: _target(bench, name, on[name]) for name in workloads}
+    targets = {name: make_target(bench, name, on[name]) for name in workloads}
     longest = {name: max((max(x["steps"], default=0) for x in on[name]), default=0) for name in workloads}
-    generator = np.random.default_rng(seed)
+    generator, established = np.random.default_rng(seed), baselines_of(bench)
     keys = ((track, workload, name) for track in TRACKS for workload in workloads for name in methods)
     return BenchResults(
         bench=bench,
         tracks=[track for track in TRACKS if any(key[0] == track for key in finals)] or bench["tracks"],
         workloads=workloads,
         methods=methods,
-        baselines=[name for name in methods if name in _baselines(bench)],
+        baselines=[name for name in methods if name in established],
         nulls={name: one["null"] for name, one in bench["methods"].items() if one.get("null")},
         refused={(one["workload"], one["method"]): one["reason"] for one in bench.get("refused") or []},
         targets=targets,
@@ -174,23 +166,10 @@ def _finals(
     return finals
 
 
-def _baselines(bench: dict[str, Any]) -> set[str]:
-    return {name for name, one in bench["methods"].items() if one.get("baseline") and not one.get("null")}
-
-
 def _space(bench: dict[str, Any], method: str) -> dict[str, Any]:
     # a method that bench.json does not know of counts as one with something to tune
     space: dict[str, Any] = bench["methods"].get(method, {"space": {"?": None}}).get("space") or {}
     return space
-
-
-def _target(bench: dict[str, Any], workload: str, lines: list[TrialRecord]) -> Target:
-    # a sweep over rates says nothing of what a middling setting reaches
-    loose = None if bench.get("chosen") else loose_target_of(lines, _baselines(bench))
-    stored = bench["workloads"].get(workload, {}).get("target")
-    if stored is None:
-        return Target(target_of(lines, _baselines(bench)), loose, False)
-    return Target(stored, None if loose is None else max(loose, stored), True)
 
 
 def _cell(

@@ -6,20 +6,12 @@ All functions are pure, and take lines of the ledger (see `plywise.arena.scoring
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from plywise.arena.scoring.records import TUNING, TrialRecord
 
 CLOCKS = ("steps", "gradients", "cpu", "wall")
 """What time to target is told in: steps, passes forward and backward, processor seconds, seconds."""
-
-STRICT_PLACE = 3
-"""Which place among the baselines' trials sets the target."""
-
-EARLY = 0.8
-"""Share of a run within which a baseline must have got to what becomes the target: a method that is up to
-1 / 0.8 times slower still has a chance to reach it, and a lucky last measurement sets no target."""
 
 
 def best_validation(line: TrialRecord) -> float:
@@ -106,55 +98,6 @@ def to_target(line: TrialRecord, target: float | None, clock: str = "steps") -> 
     return math.inf
 
 
-def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
-    """The target of a workload that has none stored: the third best of the baselines' tuning trials.
-
-    A trial counts by its best validation metric within the first 80 % of the steps. The best trial of all
-    might be a lucky draw that nobody repeats; the third best was beaten twice. Only established methods set
-    targets, so that no method of ours can set one which suits it.
-
-    Args:
-        lines: trials on one workload, of any method and purpose.
-        baselines: names of the established methods.
-
-    Returns:
-        The target; with fewer than three trials that measured anything the worst of them; None without any.
-
-    Example:
-        >>> def trial(early: float, late: float) -> TrialRecord:
-        ...     values = {"steps": [0, 50, 100], "validation": [0.9, early, late]}
-        ...     return {"method": "sgd", "purpose": "tuning", **values}
-        >>> target_of([trial(0.4, 0.1), trial(0.3, 0.2), trial(0.2, 0.2), trial(0.5, 0.4)], {"sgd"})
-        0.4
-    """
-    ordered = _baseline_trials(lines, baselines)
-    return ordered[:STRICT_PLACE][-1] if ordered else None
-
-
-def loose_target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
-    """A target that a middling setting reaches: the median of the baselines' tuning trials.
-
-    Beside the strict target it tells a method that is fast but ends too high from one that is slow.
-
-    Args:
-        lines: trials on one workload, of any method and purpose.
-        baselines: names of the established methods.
-
-    Returns:
-        The target, never below the strict one; None without any trial that measured something.
-
-    Example:
-        >>> def trial(value: float) -> TrialRecord:
-        ...     return {"method": "sgd", "purpose": "tuning", "steps": [0, 100], "validation": [value, 0.0]}
-        >>> loose_target_of([trial(0.1), trial(0.3), trial(0.2), trial(0.5), trial(0.9)], {"sgd"})
-        0.3
-    """
-    ordered = _baseline_trials(lines, baselines)
-    if not ordered:
-        return None
-    return max(statistics.median_high(ordered), ordered[:STRICT_PLACE][-1])
-
-
 def choose_best(lines: Iterable[TrialRecord], target: float | None) -> TrialRecord | None:
     """The tuning trial whose numbers a method goes into the final runs with.
 
@@ -175,11 +118,3 @@ def choose_best(lines: Iterable[TrialRecord], target: float | None) -> TrialReco
 
 def _merit(line: TrialRecord, target: float | None) -> tuple[bool, float, float, int]:
     return line["failure"] is not None, to_target(line, target), best_validation(line), line["trial"]
-
-
-def _baseline_trials(lines: Iterable[TrialRecord], baselines: Collection[str]) -> list[float]:
-    """The best early validation metrics of the baselines' tuning trials that measured any, ascending."""
-    trials = [line for line in lines if line["purpose"] == TUNING and line["method"] in baselines]
-    until = EARLY * max((line["steps"][-1] for line in trials if line["steps"]), default=0)
-    best = [early_validation(line, until) for line in trials]
-    return sorted(value for value in best if math.isfinite(value))

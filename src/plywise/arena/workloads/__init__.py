@@ -1,7 +1,8 @@
 """The workloads that ship with the arena, by name; a name costs no import of torch.
 
 What a run should reach is not in the code: ``targets.json`` has it, made from tuned baselines, each entry
-``{"target": ..., "loose": ..., "commit": ..., "made_by": ...}`` with the commit and the command that made it.
+``{"target": ..., "loose": ..., "trials": ..., "commit": ..., "made_by": ...}`` with the number of tuning
+trials that it is made of, and the commit and the command that made it.
 """
 
 from __future__ import annotations

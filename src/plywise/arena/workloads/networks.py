@@ -115,6 +115,25 @@ class TransformerBlock(nn.Module):
         return x + self.think(x)
 
 
+class TokenEmbedding(nn.Module):
+    """What a transformer begins with: an embedding of each token, and one of its place.
+
+    Args:
+        tokens: the vocabulary's embedding.
+        places: the embedding of places, (longest context, width).
+    """
+
+    def __init__(self, tokens: nn.Embedding, places: nn.Embedding) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.places = places
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T), long, to features (B, T, width)."""
+        embedded: Tensor = self.tokens(tokens)
+        return embedded + self.places.weight[: tokens.shape[1]]
+
+
 class CharTransformer(nn.Module):
     """Scores of the next character at each place; the embedding is the last layer's weight, too.
 
@@ -141,3 +160,21 @@ class CharTransformer(nn.Module):
         """Characters (B, T), long, to scores (B, T, vocabulary)."""
         x = self.characters(tokens) + self.places.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x)))
+
+    @property
+    def table(self) -> nn.Embedding:
+        """The embedding of the characters, whose weight is the head's, too."""
+        return self.characters
+
+    def trunk(self) -> nn.Sequential:
+        """The layers before the norm and the head, as a chain that can be cut: it holds these very layers.
+
+        The head cannot be in it, since it shares its weight with the first layer.
+        """
+        return nn.Sequential(TokenEmbedding(self.characters, self.places), *self.blocks)
+
+    def untied(self) -> nn.Sequential:
+        """The network as a chain that can be cut: its head has a weight of its own, which begins as it is."""
+        head = nn.Linear(self.head.in_features, self.head.out_features, bias=False).to(self.head.weight)
+        head.weight.data.copy_(self.head.weight)
+        return nn.Sequential(*self.trunk(), self.norm, head)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
-from plywise.arena.task import REGRESSION, WHOLE_SET, Judge, Task, WholeSetTask, error_rate, task_of
+from plywise.arena.task import (
+    REGRESSION,
+    WHOLE_SET,
+    Judge,
+    Task,
+    WholeSetTask,
+    error_rate,
+    task_of,
+    token_cross_entropy,
+)
 from plywise.arena.workload import Workload
 from plywise.arena.workloads.own_calls import (
     GIVE_LOSS,
@@ -128,15 +137,16 @@ HOW = {
 
 
 def _check_scores(network: nn.Module, model: str, data: Data, loss: str, metric: str) -> tuple[Data, int]:
-    """Data that fit a model's scores, and the number of classes (0 for other tasks)."""
+    """Data that fit a model's scores, and the number of classes of samples or tokens (0 for other tasks)."""
     x, _ = next(iter(data.train.chunks(2)))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         output = _output(network, model, clone_batch(x))
     fitting = _fitting(data, output)
     task = _task(fitting, loss, metric)
     _check_outputs(model, output, fitting, task, bool(loss))
-    is_labelled = _are_labels(_targets(fitting.train)) and output.dim() == 2
-    return fitting, output.shape[1] if is_labelled else 0
+    labels = _are_labels(_targets(fitting.train)) and output.dim() == 2
+    labelled = labels or (task.loss is token_cross_entropy and output.dim() == 3)
+    return fitting, output.shape[-1] if labelled else 0
 
 
 def _targets(part: Part) -> Tensor:

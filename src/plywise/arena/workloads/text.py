@@ -60,5 +60,7 @@ WORKLOADS = {
         Task(SEQUENCES.loss, SEQUENCES.metric, SEQUENCES.metric_name, chance=math.log(VOCABULARY)),
         batch_size=16,
         steps=250,
+        blocks=2,
+        classes=VOCABULARY,
     )
 }

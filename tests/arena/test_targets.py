@@ -1,0 +1,216 @@
+"""Targets: a quantile of the baselines' trials, soft where there are few, and no ranking near to chance."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from fake_bench import line, make_bench, make_lines, write_bench
+from hypothesis import given
+from hypothesis import strategies as st
+from test_standing import by_method, finals, small
+
+from plywise.arena.reports.bench_page import write_page
+from plywise.arena.scoring.conclusions import draw_conclusions
+from plywise.arena.scoring.ranking import compare_methods, rank_methods
+from plywise.arena.scoring.results import gather_results
+from plywise.arena.scoring.targets import (
+    ENOUGH,
+    SHARE,
+    STRICT_PLACE,
+    Target,
+    loose_target_of,
+    make_target,
+    target_of,
+)
+
+
+def trials(*best: float | None, method: str = "sgd", purpose: str = "tuning"):
+    return [line(method=method, purpose=purpose, trial=i, validation=[0.9, b]) for i, b in enumerate(best)]
+
+
+def said(field) -> str:
+    return "\n".join(draw_conclusions(field, compare_methods(field)))
+
+
+# ---- how a target is made ----------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 0.8), min_size=ENOUGH, max_size=60, unique=True))
+def test_a_share_of_the_baselines_trials_reaches_the_target(best):
+    """However many there are, from `ENOUGH` on: at least the share, and not one more than it takes."""
+    target = target_of(trials(*best), {"sgd"})
+    there = sum(value <= target for value in best)
+    assert SHARE * len(best) <= there < SHARE * len(best) + 1
+
+
+def test_enough_trials_are_those_whose_share_is_the_third_best():
+    values = [place / 100 for place in range(ENOUGH)]
+    random.Random(0).shuffle(values)
+    assert target_of(trials(*values), {"sgd"}) == sorted(values)[STRICT_PLACE - 1]
+
+
+def test_trials_that_measured_nothing_count_as_the_worst():
+    """A third that crash before the first step make the share of all trials no smaller."""
+    nothing = {"steps": [], "loss": [], "validation": [], "cpu": [], "wall": [], "failure": "OSError"}
+    crashed = [line(trial=100 + i, **nothing) for i in range(20)]
+    values = [place / 100 for place in range(40)]
+    assert target_of(trials(*values), {"sgd"}) == 0.05
+    assert target_of([*trials(*values), *crashed], {"sgd"}) == 0.08
+    assert target_of([*crashed, *trials(0.3)], {"sgd"}) == 0.3
+    assert target_of(crashed, {"sgd"}) is None
+
+
+def test_of_few_trials_the_third_best_sets_the_target():
+    lines = trials(0.5, 0.01, 0.2, 0.3, 0.4)
+    assert target_of(lines, {"sgd"}) == 0.3
+    lucky = trials(0.0001)
+    assert target_of([*lines, *lucky], {"sgd"}) == 0.2, "one lucky run moves it by one place, not to itself"
+    random.Random(0).shuffle(lines)
+    assert target_of(lines, {"sgd"}) == 0.3
+
+
+@pytest.mark.parametrize(("best", "target"), [((), None), ((0.5,), 0.5), ((0.5, 0.2), 0.5), ((None,), 0.9)])
+def test_few_trials_set_the_worst_of_them(best, target):
+    assert target_of(trials(*best), {"sgd"}) == target
+
+
+def test_only_tuning_of_baselines_sets_targets():
+    ours = trials(0.01, 0.01, 0.01, method="proxprop")
+    finals = trials(0.02, 0.02, 0.02, purpose="final")
+    assert target_of([*ours, *finals], {"sgd"}) is None
+    assert target_of([*ours, *finals, *trials(0.3)], {"sgd"}) == 0.3
+    assert loose_target_of([*ours, *finals, *trials(0.3)], {"sgd"}) == 0.3
+
+
+@given(st.lists(st.floats(0, 2), max_size=9))
+def test_the_loose_target_is_never_the_harder_one(best):
+    strict, loose = target_of(trials(*best), {"sgd"}), loose_target_of(trials(*best), {"sgd"})
+    assert (strict is None) == (loose is None) == (not best)
+    assert not best or loose >= strict
+
+
+def test_what_a_baseline_reaches_at_the_very_end_sets_no_target():
+    late = [line(trial=i, steps=[0, 50, 100], validation=[0.9, 0.5, 0.4 - i / 100]) for i in range(4)]
+    assert target_of(late, {"sgd"}) == loose_target_of(late, {"sgd"}) == 0.5
+    failed = [line(trial=i, steps=[0, 40, 80], validation=[0.9, 0.5, 0.4 - i / 100]) for i in range(4)]
+    assert target_of([*late, *failed], {"sgd"}) == pytest.approx(0.39), (
+        "80 % of the whole run, not of their own"
+    )
+
+
+# ---- how soft it is ----------------------------------------------------------------------------------
+
+
+def contest(stored=None, chance=0.9, sgd=(0.5,) * 30, **other):
+    """A bench of SGD and ProxProp on one workload: SGD's tuning trials end at the values given."""
+    bench = make_bench(["sgd", "proxprop"], ["digits"], **other)
+    bench["workloads"]["digits"] |= {"target": stored, "chance": chance}
+    lines = [*trials(*sgd), *trials(0.05, method="proxprop")]
+    lines = [one | {"workload": "digits"} for one in lines]
+    return bench, [*lines, *finals("sgd", [200] * 3), *finals("proxprop", [100] * 3)]
+
+
+def target_in(*args, **more) -> Target:
+    bench, lines = contest(*args, **more)
+    return make_target(bench, "digits", lines)
+
+
+def test_a_target_of_enough_trials_that_few_reach_is_not_soft():
+    values = [0.1 + place / 100 for place in range(ENOUGH)]
+    assert target_in(sgd=values).softness == []
+    assert target_in(sgd=values[:-1]).softness == [f"the 3rd best of {ENOUGH - 1} trials"]
+    assert target_in(0.3, sgd=[0.5, 0.4]).softness == [], "it was there before, whoever made it"
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "best of 1"), (2, "2nd best of 2"), (4, "3rd best of 4")])
+def test_a_target_of_few_trials_says_which_place_it_is(count, words):
+    made = target_in(sgd=[0.1 * (1 + place) for place in range(count)])
+    assert made.softness[0] == f"the {words} trials"
+
+
+def test_a_target_that_chance_or_most_trials_reach_is_soft():
+    assert target_in(0.6, sgd=(0.5,) * 15 + (0.7,) * 15).softness == []
+    assert target_in(0.6, sgd=(0.5,) * 16 + (0.7,) * 14).softness == ["reached by 16 of 30 trials"]
+    assert target_in(0.6, chance=0.5).softness == ["reached by knowing nothing"]
+    untrained = target_in(0.95, chance=None)
+    assert untrained.naive == 0.9, "where chance is unknown, an untrained network stands for it"
+    assert untrained.softness == ["reached by knowing nothing"]
+
+
+def test_soft_targets_are_named_in_the_findings_and_others_are_not():
+    few = make_bench(["sgd", "adamw", "proxprop"], ["digits", "words"], trials=2)
+    field = gather_results(few, make_lines(few))
+    (soft,) = [one for one in said(field).split("\n") if one.startswith("Soft targets")]
+    assert f"digits {field.targets['digits'].strict:.3g} (the 3rd best of 4 trials; " in soft
+    assert "words" not in soft, "its target was there before"
+    enough = make_bench(["sgd", "adamw", "proxprop"], ["digits"], trials=ENOUGH // 2)
+    assert "Soft targets" not in said(gather_results(enough, make_lines(enough)))
+
+
+# ---- no ranking near to chance -----------------------------------------------------------------------
+
+
+@given(*(st.floats(0, 1) for _ in range(3)))
+def test_nobody_is_ranked_by_what_is_nearer_to_nothing_than_to_the_best(strict, naive, best):
+    nearer = abs(strict - naive) <= abs(strict - best)
+    assert Target(strict, None, True, naive=naive, best=best).ranks is not nearer
+
+
+@pytest.mark.parametrize("unknown", [{"naive": None}, {"best": None}, {"strict": None}])
+def test_where_one_of_the_three_is_unknown_nothing_is_left_out(unknown):
+    assert Target(
+        **{"strict": 0.8, "loose": None, "stored": True, "naive": 0.9, "best": 0.1, **unknown}
+    ).ranks
+
+
+def two_workloads(target):
+    """ProxProp is twice as quick on digits, SGD on words, whose target is given."""
+    lines = [
+        *(run for name, when in (("sgd", 200), ("proxprop", 100)) for run in finals(name, [when] * 3)),
+        *(
+            run
+            for name, when in (("sgd", 100), ("proxprop", 300))
+            for run in finals(name, [when] * 3, "words")
+        ),
+    ]
+    field = small(lines, ["sgd", "proxprop"], ["digits", "words"])
+    field.bench["workloads"]["words"]["target"] = target
+    return gather_results(field.bench, lines)
+
+
+def test_a_workload_with_a_soft_target_has_no_say_in_the_ranking():
+    both, one = two_workloads(0.1), two_workloads(0.6)
+    assert (both.ranked, one.ranked) == (["digits", "words"], ["digits"])
+    for field, profile in ((both, {"digits": 1.0, "words": 3.0}), (one, {"digits": 1.0})):
+        found = by_method(rank_methods(field, "tuned", "steps"))["proxprop"]
+        assert found.profile == profile
+        assert (found.compared, found.runs) == (len(profile), 3 * len(profile))
+    rows = {(row.workload, row.method): row for row in compare_methods(one)}
+    assert rows["digits", "proxprop"].ratios["steps"].value == 0.5
+    assert set(rows["words", "proxprop"].ratios.values()) == {None}
+    assert rows["words", "proxprop"].times["steps"].value == 300, "what was measured stays"
+
+
+def test_the_findings_say_where_nobody_is_ranked_and_why(tmp_path):
+    assert "Nobody is ranked" not in said(two_workloads(0.1))
+    text = said(two_workloads(0.6))
+    assert "Nobody is ranked where the target is nearer" in text
+    assert "words (0.6, where knowing nothing gives 0.9 and the best run 0.05)." in text
+    assert "On words" not in text
+    field = two_workloads(0.6)
+    lines = [run for cell in field.cells.values() for run in cell.runs]
+    path, _ = write_page(write_bench(tmp_path, field.bench, lines))
+    assert "words (0.6, where knowing nothing gives 0.9 and the best run 0.05)" in path.read_text("utf-8")
+
+
+def test_where_no_workload_is_left_nothing_is_advised():
+    lines = [run for name, when in (("sgd", 200), ("proxprop", 100)) for run in finals(name, [when] * 3)]
+    field = small(lines, ["sgd", "proxprop"])
+    field.bench["workloads"]["digits"]["target"] = 0.6
+    field = gather_results(field.bench, lines)
+    assert rank_methods(field, "tuned", "cpu") == []
+    text = said(field)
+    assert "No workload is left to rank methods on." in text
+    for claim in ("If CPU time", "Ahead of", "Nobody takes less", "no method reached every target"):
+        assert claim not in text
