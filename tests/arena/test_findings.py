@@ -254,3 +254,21 @@ def test_before_tuned_runs_the_defaults_are_read():
     bench = make_bench()
     field = gather_results(bench, [one for one in make_lines(bench) if one["track"] == "defaults"])
     assert field.tracks == ["defaults"]
+
+
+def test_a_workload_that_waits_is_not_said_to_lack_a_target():
+    bench = make_bench(["sgd", "adamw"], ["digits", "convs"])
+    lines = [one for one in make_lines(bench) if one["workload"] == "digits"]
+    text = said(gather_results(bench, lines))
+    assert "Nothing has been run yet on convs." in text
+    assert "No target" not in text
+
+
+def test_an_edge_is_told_only_of_a_search_that_could_show_it():
+    """The best of two points is at an edge wherever the two happen to be."""
+    for trials, told in ((8, True), (7, False)):
+        bench = make_bench(["sgd", "adamw"], ["digits"], trials=trials)
+        lines = make_lines(bench)
+        for one in lines:
+            one["numbers"] = {"lr": 0.99}
+        assert ("edge of its range" in said(gather_results(bench, lines))) is told

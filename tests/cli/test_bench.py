@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from plywise.arena.run.ledger import read
+from plywise.arena.workloads import HIDDEN
 from processes import ForkedCommand
 
 COMPETITORS = (Path(__file__).parent.parent / "arena" / "competitors.py").read_text()
@@ -84,6 +85,18 @@ def test_a_budget_sets_trials_and_steps(tmp_path, plywise):
     assert not (tmp_path / "runs").exists(), "a dry run leaves nothing"
 
 
+def test_hidden_workloads_say_their_seed(plywise, tmp_path):
+    words = ["--methods", "sgd", "--trials", "0", "--seeds", "1", "--steps", "3", "--workers", "1"]
+    drawn = plywise("bench", "--workloads", "hidden", *words, "--out", str(tmp_path / "drawn"))
+    seed = re.search(r"Hidden workloads of seed (\d+): --hidden-seed", drawn.out)[1]
+    again = ["--hidden-seed", seed, "--out", str(tmp_path / "again")]
+    assert plywise("bench", "--workloads", "hidden", *words, *again).code == 0
+    found = [json.loads((tmp_path / folder / "bench.json").read_text()) for folder in ("drawn", "again")]
+    names = [f"hidden-{kind}-{seed}" for kind in HIDDEN]
+    assert [list(one["workloads"]) for one in found] == [names, names]
+    assert found[0]["workloads"] == found[1]["workloads"], "the digests of the data are in it"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -91,6 +104,11 @@ def test_a_budget_sets_trials_and_steps(tmp_path, plywise):
         (["bench", "mine:model"], "Say with --data where"),
         (["bench", "mine:model", "--data", "mine:data", "--workloads", "quick"], "Say what to train"),
         (["bench", "--workloads", "digits-mpl"], "Did you mean digits-mlp"),
+        (
+            [*OWN, "--hidden-seed", "3"],
+            "belongs to --workloads hidden",
+        ),
+        (["bench", "--workloads", "quick", "--hidden-seed", "3"], "belongs to the workloads called hidden"),
         (["bench", "--workloads", "quick", "--data", "mine:data"], "belong to a model of your own"),
         ([*OWN, "--methods", "sgd,adamm"], "No method is called 'adamm'. Did you mean adamw"),
         ([*OWN, "--methods", "sgd,SGD"], "'sgd' is given twice"),

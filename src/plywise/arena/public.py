@@ -25,7 +25,7 @@ from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import TIMEOUT_S, Executor, InlineExecutor, ProcessExecutor
 from plywise.arena.run.job import require_device
 from plywise.arena.scoring.summary import summarize_bench
-from plywise.arena.workloads import QUICK, RELATED, STANDARD, find_workload
+from plywise.arena.workloads import find_workload, list_workloads
 from plywise.arena.workloads.own import own_workload
 from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
@@ -43,6 +43,7 @@ def bench(
     data: Any = None,
     *,
     workloads: str | Sequence[str] = (),
+    hidden_seed: int | None = None,
     methods: Sequence[Entry] = USUAL,
     trials: int = 8,
     seeds: int = 3,
@@ -75,7 +76,8 @@ def bench(
         data: ``(x, y)``, ``(x, y, x_test, y_test)`` or three pairs for training, validation and test; a
             function that returns these; or what ``plywise bench --data`` takes.
         workloads: instead of a model: ``"quick"``, ``"standard"``, ``"related"``, or names of workloads that
-            plywise ships.
+            plywise ships; or ``"hidden"``: workloads made by a seed, on which no default was tuned.
+        hidden_seed: seed of the hidden workloads. Default: a new one.
         methods: what is compared: names, addresses, classes of `torch.optim.Optimizer` or of `plywise.Rule`,
             and `plywise.arena.method.Method` objects.
         trials: tuning trials of each method; 0: defaults only.
@@ -108,6 +110,8 @@ def bench(
     functions = {"loss": loss, "metric": metric, "step": step}
     own: dict[str, Any] = {role: name_object(function, role) for role, function in functions.items()}
     own |= {"read": read, "keep_batches": keep_batches}
+    if model is None and workloads:
+        workloads = list_workloads(workloads, hidden_seed)
     specs = _make_specs(model, data, workloads, own, given)
     names = [name_object(method, "method") for method in methods]
     config = BenchConfig(
@@ -195,9 +199,7 @@ def _make_specs(
     if model is not None:
         address = name_object(model, "model")
         return [WorkloadSpec(address, address, name_data(data), **own, **given)]
-    sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
-    names = sets.get(workloads, (workloads,)) if isinstance(workloads, str) else tuple(workloads)
-    return [WorkloadSpec(name, **given) for name in names]
+    return [WorkloadSpec(name, **given) for name in workloads]
 
 
 def _make_executor(config: BenchConfig, workers: int | None) -> Executor:

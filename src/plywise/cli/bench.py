@@ -39,6 +39,7 @@ def bench(
     data: str | None = None,
     read: str = "",
     workloads: str | None = None,
+    hidden_seed: int | None = None,
     methods: str = METHODS,
     budget: str | None = None,
     trials: int = 8,
@@ -87,7 +88,9 @@ def bench(
             of images, a folder for each class.
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
             for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
-        workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships.
+        workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships; or
+            hidden: five small workloads made by a seed, on which no default was tuned.
+        hidden_seed: seed of the hidden workloads. Default: a new one.
         methods: what is compared: names (`plywise methods` lists the rules), rule+optimizer, learners, or
             module:name of a torch.optim.Optimizer or of a rule
             of yours.
@@ -186,18 +189,20 @@ def _make_config(given: dict[str, Any]) -> BenchConfig:
 def _make_specs(given: dict[str, Any]) -> list[WorkloadSpec]:
     """The workloads, as the flags say."""
     from plywise.arena.run.config import WorkloadSpec
-    from plywise.arena.workloads import QUICK, RELATED, STANDARD
+    from plywise.arena.workloads import list_workloads
 
     model, data, workloads = (given[name] for name in ("model", "data", "workloads"))
     if (model is None) == (workloads is None):
         raise PlywiseError(
             "Say what to train: your model as module:name with --data, or --workloads with quick, standard, "
-            "related or names.",
+            "related, hidden or names.",
             see="error-command",
         )
     changes = {name: given[name] for name in ("batch_size", "steps", "blocks")}
     own = {name: given[name] for name in ("read", "loss", "metric", "step", "keep_batches")}
     if model is not None:
+        if given["hidden_seed"] is not None:
+            raise PlywiseError("--hidden-seed belongs to --workloads hidden.", see="error-command")
         if data is None:
             raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
         return [WorkloadSpec(model, model, data, **own, **changes)]
@@ -206,8 +211,7 @@ def _make_specs(given: dict[str, Any]) -> list[WorkloadSpec]:
             "--data, --read, --loss, --metric, --step and --keep-batches belong to a model of your own.",
             see="error-command",
         )
-    sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
-    return [WorkloadSpec(name, **changes) for name in sets.get(workloads) or _words(workloads)]
+    return [WorkloadSpec(name, **changes) for name in list_workloads(workloads, given["hidden_seed"])]
 
 
 def _make_executor(ray: str | None, workers: int | None, config: BenchConfig) -> Executor:
@@ -330,6 +334,10 @@ def _announce(bench: Bench, screen: Console) -> None:
         f"{len(bench.ledger.lines)} done.",
         soft_wrap=True,
     )
+    hidden = [name for name in bench.resolved.workloads if name.startswith("hidden-")]
+    if hidden:
+        seed = hidden[0].rpartition("-")[2]
+        screen.print(f"Hidden workloads of seed {seed}: --hidden-seed {seed} makes the same again.")
     for (workload, method), reason in bench.resolved.refused.items():
         screen.print(f"{method} does not run on {workload}: {reason}.", soft_wrap=True)
 

@@ -73,8 +73,10 @@ def conclude(folder: Path, json: bool = False) -> Path:
         print_json(_for_machines(path, summary))
         return path
     screen = console()
-    screen.print(_standing(summary.results))
-    screen.print(f"{summary.verdict}\n", soft_wrap=not screen.is_terminal)
+    if summary.results.ranked:
+        screen.print(_standing(summary.results))
+    screen.print(f"{summary.verdict}
+", soft_wrap=not screen.is_terminal)
     for sentence in summary.conclusions:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
     screen.print(f"\nThe report: {path}", soft_wrap=True)

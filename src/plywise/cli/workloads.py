@@ -20,7 +20,7 @@ def workloads(*, json: Switch = False) -> None:
     Args:
         json: print them as JSON.
     """
-    from plywise.arena.workloads import QUICK, WORKLOADS, find_workload
+    from plywise.arena.workloads import HIDDEN, QUICK, WORKLOADS, find_workload
 
     if json:
         found = [find_workload(name) for name in WORKLOADS]
@@ -42,6 +42,12 @@ def workloads(*, json: Switch = False) -> None:
     screen = console()
     screen.print(rows)
     screen.print("* quick: needs no file and takes a second or two a run.")
+    kinds = ", ".join(f"hidden-{kind}-N" for kind in HIDDEN)
+    screen.print(
+        f"A seed N makes more: {kinds}. `plywise bench --workloads hidden` takes a new seed. No default was "
+        "tuned on these.",
+        soft_wrap=True,
+    )
 
 
 @app.command

@@ -17,6 +17,9 @@ from plywise.arena.scoring.targets import ENOUGH, SHARE
 EDGE = 0.05
 """Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
 
+SEARCHED = 8
+"""Tuning trials from which the place of the best says something about the range."""
+
 
 def list_caveats(results: BenchResults) -> list[str]:
     """Sentences on a bench that has at least one final run."""
@@ -136,6 +139,8 @@ def _edges(results: BenchResults) -> list[str]:
     if results.bench.get("chosen"):
         return []
     for (workload, method), trials in results.tuning.items():
+        if len(trials) < SEARCHED:
+            continue  # the best of few points is where a point happens to be
         best = choose_best(trials, results.targets[workload].strict)
         space = results.bench["methods"].get(method, {}).get("space") or {}
         for name, one in space.items():
@@ -143,7 +148,8 @@ def _edges(results: BenchResults) -> list[str]:
                 found[f"{name} of {method}"] += 1
     if not found:
         return []
-    parts = ", ".join(f"{what} on {count} of {len(results.workloads)}" for what, count in found.most_common())
+    whole = len({workload for workload, _ in results.tuning})
+    parts = ", ".join(f"{what} on {count} of {whole}" for what, count in found.most_common())
     return [f"The chosen number lies at the edge of its range, which may be too narrow: {parts}."]
 
 

@@ -73,13 +73,16 @@ def draw_conclusions(results: BenchResults, rows: Iterable[MethodOnWorkload]) ->
 
 
 def _targets(results: BenchResults) -> list[str]:
-    without = [name for name, target in results.targets.items() if target.strict is None]
-    if not without:
-        return []
-    return [
-        "No target, since no tuning trial of a baseline came to its end: every run counts as a miss on "
-        f"{listed(without)}."
-    ]
+    begun = {workload for _, workload, _ in results.cells} | {workload for workload, _ in results.tuning}
+    waiting = [name for name in results.workloads if name not in begun]
+    without = [name for name, one in results.targets.items() if one.strict is None and name in begun]
+    sentences = [f"Nothing has been run yet on {listed(waiting)}."] if waiting else []
+    if without:
+        sentences.append(
+            "No target, since no tuning trial of a baseline came to its end: every run counts as a miss on "
+            f"{listed(without)}."
+        )
+    return sentences
 
 
 def _unranked(results: BenchResults) -> list[str]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -26,8 +29,38 @@ QUICK = ("quadratic", "digits-mlp", "digits-conv", "digits-autoencoder")
 """Those that need no file and take a second or two a run."""
 RELATED = tuple(name for name, home in WORKLOAD_MODULES.items() if home == "arena.workloads.related")
 """What losses and modules of the related papers are for; they need no file either."""
+HIDDEN = ("teacher", "regression", "classes", "groups", "pairs")
+"""Kinds of workloads that are made by a seed, as ``hidden-teacher-7``. No default may be tuned on them."""
 STANDARD = tuple(name for name in WORKLOADS if name not in RELATED)
 """All others; most need files (see `plywise.data.store`)."""
+
+
+def list_workloads(words: str | Sequence[str], hidden_seed: int | None = None) -> list[str]:
+    """The names of workloads that a user asks for.
+
+    Args:
+        words: ``quick``, ``standard``, ``related`` or ``hidden``; or names, or one text of names with commas.
+        hidden_seed: of the hidden workloads. None: drawn, so that nobody has seen these.
+
+    Raises:
+        PlywiseError: the seed is below 0, or belongs to nothing.
+
+    Example:
+        >>> list_workloads("hidden", 7)[:2], list_workloads("quadratic, digits-mlp")
+        (['hidden-teacher-7', 'hidden-regression-7'], ['quadratic', 'digits-mlp'])
+    """
+    if words == "hidden":
+        seed = secrets.randbelow(1_000_000) if hidden_seed is None else hidden_seed
+        if seed < 0:
+            raise PlywiseError(f"A seed of hidden workloads is 0 or more, not {seed}.", see="error-bench")
+        return [f"hidden-{kind}-{seed}" for kind in HIDDEN]
+    if hidden_seed is not None:
+        raise PlywiseError("A hidden seed belongs to the workloads called hidden.", see="error-command")
+    if not isinstance(words, str):
+        return list(words)
+    sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
+    names = (word.strip() for word in words.split(","))
+    return list(sets.get(words) or [name for name in names if name])
 
 
 def find_workload(name: str) -> Workload:
@@ -41,10 +74,15 @@ def find_workload(name: str) -> Workload:
         'error rate'
     """
     key = name.lower()
+    if made := re.fullmatch(rf"hidden-({'|'.join(HIDDEN)})-(\d+)", key):
+        from plywise.arena.workloads.hidden import make_workload
+
+        return make_workload(made[1], int(made[2]))
     if key not in WORKLOAD_MODULES:
         raise PlywiseError(
             f"No workload is called {name!r}. {suggestion(name, WORKLOADS)}There are: "
-            f"{', '.join(WORKLOADS)}; or point at your own model and data by module:name.",
+            f"{', '.join(WORKLOADS)}; hidden-{HIDDEN[0]}-7 and others that a seed makes; or point at your "
+            "own model and data by module:name.",
             see="error-bench",
         )
     found: Workload = importlib.import_module(f"plywise.{WORKLOAD_MODULES[key]}").WORKLOADS[key]
