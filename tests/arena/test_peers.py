@@ -1,6 +1,7 @@
 """Peers on unusual models, Muon against torch's own, and what a missing package is called."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,43 @@ def test_muon_gets_hidden_weights_whatever_their_order():
     assert len(hidden_weights(model, TOKENS[:2])) == 3
     assert hidden_weights(nn.Linear(4, 2), torch.ones(2, 4)) == [], "the only layer gives the output"
     assert model.training
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_each_peer_has_its_line_in_the_manual(name):
+    manual = Path(__file__).parents[2] / "docs" / "how-to" / "arena.md"
+    lines = [line for line in manual.read_text("utf-8").split("\n") if line.startswith("| `")]
+    assert sum(f"`{name}`" in line.split(" | ")[0] for line in lines) == 1
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_torchs_muon_and_ours_train_alike(width):
+    """Two implementations of one method; convolutions apart, which torch's does not take."""
+    x, y, trained = torch.rand(64, width), torch.arange(64) % 10, []
+    for name in ("muon", "torch-muon"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+        method = find_method(name)
+        trainer = method.make(setting(method, model, example=x))
+        for _ in range(10):
+            trainer.step(x, y)
+        trained.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)  # theirs iterates in bfloat16
+
+
+def test_torchs_muon_has_the_cosine_in_both_of_its_parts():
+    method = find_method("torch-muon")
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(248, 16), nn.ReLU(), nn.Linear(16, 10))
+    x, y = torch.rand(8, 1, 64), torch.arange(8)
+    trainer = method.make(setting(method, model, example=x))
+    before = [p.detach().clone() for p in model.parameters()]
+    muon, adamw = trainer.optimizer.parts
+    assert [p.shape for p in muon.param_groups[0]["params"]] == [(16, 248)]
+    for _ in range(STEPS):
+        trainer.step(x, y)
+    assert [group["lr"] for part in (muon, adamw) for group in part.param_groups] == [0.0, 0.0]
+    assert not any(torch.equal(one, p) for one, p in zip(before, model.parameters(), strict=True))
 
 
 def test_muon_is_torchs_muon_on_hidden_weights_and_adamw_on_the_rest():

@@ -12,7 +12,7 @@ from plywise.registry.names import LEARNER, NAMES, RULE
 if TYPE_CHECKING:
     from plywise.arena.method import Method
 
-PEERS = ("sgd", "adamw", "muon", "normuon", "soap", "kl-soap", "schedule-free", "shampoo")
+PEERS = ("sgd", "adamw", "muon", "torch-muon", "normuon", "soap", "kl-soap", "schedule-free", "shampoo")
 """Established optimizers; targets are taken from these, and rules compose with them."""
 
 USUAL = ("sgd", "sgd-again", "adamw", "muon", "proxprop", "feature-whitening+adamw", "foof+adamw")

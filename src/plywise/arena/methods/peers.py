@@ -99,6 +99,33 @@ def hidden_weights(model: nn.Module, example: Tensor) -> list[nn.Parameter]:
     return list(found.values())
 
 
+class TorchMuon(Optimizer):
+    """torch's own Muon for matrices and AdamW for all else, stepped and scheduled as one optimizer.
+
+    Args:
+        hidden: weights that Muon is made for. torch's takes matrices only: the others move by AdamW.
+        rest: all other parameters.
+        numbers: rate and decay of both: their steps are of one size.
+    """
+
+    def __init__(self, hidden: list[nn.Parameter], rest: list[nn.Parameter], **numbers: Any) -> None:
+        matrices = [weight for weight in hidden if weight.dim() == 2]
+        others = [*(weight for weight in hidden if weight.dim() != 2), *rest]
+        super().__init__([*matrices, *others], dict(numbers))
+        self.parts: list[Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **numbers))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, **numbers))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """A step of both; closures are not for them."""
+        for part in self.parts:
+            part.step()
+
+
 def shampoo(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, every: int = 25
 ) -> Optimizer:
@@ -197,6 +224,12 @@ def _muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     return Muon(_groups(setting), adjust_lr_fn="match_rms_adamw", **settings)
 
 
+def _torch_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
+    hidden = hidden_weights(setting.model, setting.example)
+    known = {id(weight) for weight in hidden}
+    return TorchMuon(hidden, [p for p in learning(setting.model) if id(p) not in known], **numbers)
+
+
 def _normuon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
     return NorMuon(_groups(setting), **settings)
@@ -230,6 +263,12 @@ _PEERS: Mapping[str, Peer] = {
         Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _plain(nesterov)),
         Peer("adamw", "AdamW", unit_sized(3e-3), _plain(torch.optim.AdamW)),
         Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(5e-3), _muon),
+        Peer(
+            "torch-muon",
+            "torch.optim.Muon for hidden matrices, AdamW for the rest and for convolutions",
+            unit_sized(5e-3),
+            _torch_muon,
+        ),
         Peer("normuon", "NorMuon for hidden weights, AdamW for the rest", unit_sized(5e-3), _normuon),
         Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(5e-3), _plain(SOAP)),
         Peer("kl-soap", "SOAP with statistics by the KL divergence", unit_sized(5e-3), _plain(KLSOAP)),
