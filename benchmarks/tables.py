@@ -20,6 +20,7 @@ from typing import Any
 
 import arena_tables
 import figure_tables
+import records
 from figure_tables import read
 from plywise._util.files import write_whole
 from plywise.arena.reproductions import tables as reproduction_tables
@@ -28,6 +29,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 PAGES = (
     REPOSITORY / "docs" / "explanation" / "results.md",
+    REPOSITORY / "docs" / "explanation" / "records.md",
     HERE / "README.md",
     HERE / "arena" / "README.md",
     HERE / "reproduce" / "README.md",
@@ -135,6 +137,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     **figure_tables.TABLES,
     **{f"reproduce-{name}": reproduction(name) for name in PAPERS},
     **arena_tables.TABLES,
+    **records.TABLES,
 }
 """A function for each marked table: it gets the table as it stands, and returns it as it must be."""
 
