@@ -272,3 +272,14 @@ def test_an_edge_is_told_only_of_a_search_that_could_show_it():
         for one in lines:
             one["numbers"] = {"lr": 0.99}
         assert ("edge of its range" in said(gather_results(bench, lines))) is told
+
+
+def test_methods_with_fewer_numbers_to_tune_are_named():
+    bench = make_bench(["sgd", "adamw", "proxprop"], ["digits"])
+    assert "numbers to tune" not in said(gather_results(bench, make_lines(bench)))
+    space = bench["methods"]["adamw"]["space"]
+    bench["methods"]["adamw"]["space"] = {**space, "weight_decay": space["lr"]}
+    text = said(gather_results(bench, make_lines(bench)))
+    assert "Not all methods have 2 numbers to tune (sgd 1, proxprop 1): the same number" in text
+    bench["methods"]["proxprop"]["space"] = {}
+    assert "(sgd 1, proxprop none)" in said(gather_results(bench, make_lines(bench)))

@@ -58,8 +58,8 @@ def _spaces(results: BenchResults) -> list[str]:
     if not fewer or results.bench.get("chosen") or TUNED not in results.tracks:
         return []
     return [
-        f"Others have {most} numbers to tune, fewer have {fewer}: the same number of trials searches one "
-        "number more closely than two."
+        f"Not all methods have {most} numbers to tune ({fewer}): the same number of trials searches fewer "
+        "numbers more closely."
     ]
 
 
