@@ -75,8 +75,7 @@ def conclude(folder: Path, json: bool = False) -> Path:
     screen = console()
     if summary.results.ranked:
         screen.print(_standing(summary.results))
-    screen.print(f"{summary.verdict}
-", soft_wrap=not screen.is_terminal)
+    screen.print(f"{summary.verdict}\n", soft_wrap=not screen.is_terminal)
     for sentence in summary.conclusions:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
     screen.print(f"\nThe report: {path}", soft_wrap=True)

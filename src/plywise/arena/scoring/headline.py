@@ -25,7 +25,9 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
     seeds = min((row.runs for row in rows if row.track == results.tracks[0]), default=0)
     if not seeds:
         return "There is no verdict: no final run has ended yet."
-    basis = f"{_count(seeds, 'seed')}, {_count(len(results.workloads), 'workload')}"
+    if not results.ranked:
+        return "There is no verdict: no target is near enough to the best that was reached to rank methods by."
+    basis = f"{_count(seeds, 'seed')}, {_count(len(results.ranked), 'workload')}"
     if seeds < FEWEST:
         return (
             f"There is no verdict: {basis}, and at least {FEWEST} seeds are needed to tell a gain from noise."
@@ -61,7 +63,7 @@ def _ahead(results: BenchResults, clock: str) -> list[MethodRanking]:
     track = results.tracks[0]
     found = rank_methods(results, track, clock)
     different = find_different(results, found, noise(results, track, clock))
-    whole = [one for one in different if one.compared == len(results.workloads)]
+    whole = [one for one in different if one.compared == len(results.ranked)]
     quicker = [(one.ratio.value, one.method, one) for one in whole if one.ratio and one.ratio.value < 1]
     return [one for *_, one in sorted(quicker, key=lambda item: item[:2])]
 
