@@ -26,7 +26,7 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
     if not seeds:
         return "There is no verdict: no final run has ended yet."
     if not results.ranked:
-        return "There is no verdict: no target is near enough to the best that was reached to rank methods by."
+        return "There is no verdict: no target is near enough to the best run to rank methods by."
     basis = f"{_count(seeds, 'seed')}, {_count(len(results.ranked), 'workload')}"
     if seeds < FEWEST:
         return (
