@@ -50,7 +50,7 @@ def own(model, data, **more):
     return own_workload("mine", f"calls:{model}", f"calls:{data}", **functions)
 
 
-@pytest.mark.parametrize("method", ["adamw", "proxprop", "foof+adamw", "schedule-free"])
+@pytest.mark.parametrize("method", ["adamw", "proxprop", "foof+adamw", "recommended", "schedule-free"])
 def test_a_model_trains_alike_however_it_is_called(method):
     """By its scores, by its own loss, by a step function: the same numbers of the same samples."""
     if method == "schedule-free":

@@ -133,6 +133,7 @@ def test_text_and_html_have_the_ranking_and_the_conclusions(report):
         assert name in text
         assert f"<td>{name}</td>" in html
     assert MODULE not in text + html
+    assert repr(report) == text
     assert all(f"- {sentence}" in text for sentence in report.conclusions)
     assert html.count("<p>") == 1 + len(report.conclusions)
     with pytest.raises(pw.PlywiseError, match="clocks are"):
@@ -169,6 +170,7 @@ def test_pictures(report, what, tmp_path):
     drawn = [*axis.lines, *axis.collections]
     assert len(drawn) >= len(METHODS)
     assert axis.get_xlabel()
+    assert figure._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"
     figure.savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
 

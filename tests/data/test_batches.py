@@ -179,6 +179,18 @@ def test_nested_samples_are_cut_into_parts_and_repeated_ones_counted():
     assert sum(slow.values()) > 5
 
 
+def test_nodes_of_graphs_are_no_samples(tmp_path):
+    """Pixels of two graphs are alike, but a batch of graphs is the same only as a whole."""
+    nodes, edges = torch.zeros(6, 3), torch.arange(8).view(2, 4)
+    parts = []
+    for name, more in (("train", 0), ("validation", 1), ("test", 0)):
+        (tmp_path / name).mkdir()
+        writer = BatchWriter(tmp_path / name)
+        writer.write({"x": nodes, "edges": edges + more}, torch.zeros(2))
+        parts.append(writer.finish())
+    assert Data(*parts).repeated() == {"validation": 0, "test": 6}
+
+
 def test_a_part_moves_to_a_device(tmp_path):
     stored, _ = store(tmp_path)
     for part in (Split(make_nested(4), torch.arange(4)), stored):

@@ -16,6 +16,7 @@ from plywise.data.batches import (
     Batch,
     Part,
     Split,
+    StoredBatches,
     count_samples,
     list_tensors,
     take_samples,
@@ -141,10 +142,16 @@ def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
 def _keys(part: Any) -> Iterator[int]:
     """A number for each sample, the same for the same inputs and for no others, but by a chance of 2^-64.
 
-    Images are too large to be sorted, as the rows of a table are where they are cut into parts.
+    Images are too large to be sorted, as the rows of a table are where they are cut into parts. A stored
+    batch whose tensors differ in length, as the nodes and edges of graphs do, is the same only as a whole:
+    its rows are no samples.
     """
     for x, _ in part.chunks(4096):
-        tensors = [t for t in list_tensors(x) if t.dim() and len(t) == count_samples(x)]
-        rows = [t.add(0).reshape(len(t), -1).numpy() for t in tensors]  # -0 becomes 0
+        count, tensors = count_samples(x), [t.add(0) for t in list_tensors(x) if t.dim()]  # -0 becomes 0
+        if isinstance(part, StoredBatches) and any(len(t) != count for t in tensors):
+            whole = hash(tuple(t.numpy().tobytes() for t in tensors))
+            yield from [whole] * count
+            continue
+        rows = [t.reshape(count, -1).numpy() for t in tensors if len(t) == count]
         for row in zip(*rows, strict=True):
             yield hash(row[0].tobytes() if len(row) == 1 else tuple(one.tobytes() for one in row))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from plywise._util.modes import evaluating
+from plywise.data.batches import count_samples
 from plywise.engine.explain import LayerRow, Size
 from plywise.engine.rule import Rule
 from plywise.errors import AttachError
@@ -146,7 +147,7 @@ def _look(model: nn.Module, optimizer: Optimizer, batch: Any, batch_size: int | 
             return rule.explain(batch_size or 128).rows
         with evaluating(model), torch.enable_grad():
             _differentiate(model, _run(model, batch))
-        seen = _count_rows(batch)
+        seen = max(1, count_samples(batch))
         more = (batch_size or seen) / seen
         rows = rule.explain(batch_size or seen).rows
         return [replace(row, size=_scale(row.size, more)) if row.passes else row for row in rows]
@@ -173,13 +174,6 @@ def _differentiate(model: nn.Module, output: Any) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if sums:
         torch.autograd.grad(sums, parameters, allow_unused=True)
-
-
-def _count_rows(batch: Any) -> int:
-    """The first dimension of the first tensor of a batch; 1 without one."""
-    values = list(batch.values()) if isinstance(batch, dict) else batch
-    values = values if isinstance(values, tuple | list) else [values]
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.numel()), 1)
 
 
 def _choose(rows: list[LayerRow], budget: float) -> _Plan:

@@ -108,7 +108,9 @@ def make_recommended() -> Method:
     """What `plywise.recommend` makes, as a method."""
 
     def make(setting: TrialContext) -> Trainer:
-        chosen = recommend(setting.model, batch=setting.example, batch_size=BATCH, **dict(setting.numbers))
+        # in a tuple: a user's model takes its whole batch, whatever that is, as one argument
+        batch = (setting.example,)
+        chosen = recommend(setting.model, batch=batch, batch_size=BATCH, **dict(setting.numbers))
         return end_to_end(setting, chosen.optimizer)
 
     about = "AdamW in coordinates chosen for the model (plywise.recommend)"

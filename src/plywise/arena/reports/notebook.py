@@ -24,7 +24,7 @@ RANKING_HEADINGS = ("method", "rank", "time to the target over the best baseline
 LAYER_NUMBERS = ("rows", "backward", "backward_to_last", "silent", "rate", "noise")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BenchReport:
     """What came of a bench, finished or not; ``print`` it, or show it in a notebook.
 
@@ -128,13 +128,15 @@ class BenchReport:
         lines = [f"- {sentence}" for sentence in self.conclusions]
         return "\n".join([self._title(), format_table(RANKING_HEADINGS, self._table()), *lines])
 
+    __repr__ = __str__  # a notebook's file keeps it beside the table
+
     def _repr_html_(self) -> str:
         if not self.summary.rows:
             return f"<p>{self}</p>"
         return make_table(RANKING_HEADINGS, self._table(), title=self._title(), notes=self.conclusions)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiagnosisReport:
     """A look at a model before training, and what it speaks for; ``print`` it, or show it in a notebook.
 
@@ -191,6 +193,8 @@ class DiagnosisReport:
 
     def __str__(self) -> str:
         return "\n".join([self._title(), format_table(self._headings(), self._table()), *self._sentences()])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return make_table(self._headings(), self._table(), title=self._title(), notes=self._sentences())

@@ -69,14 +69,14 @@ def draw_layers(diagnosis: Diagnosis) -> Any:
 
 def _make_axes(count: int) -> tuple[Any, Sequence[Any]]:
     try:
-        from matplotlib.figure import Figure
+        from plywise.arena.reports.figures import ShownFigure
     except ImportError as error:
         raise PlywiseError(
             "plot needs matplotlib: pip install 'plywise[bench]'.", see="error-extra"
         ) from error
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
+    figure = ShownFigure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
     return figure, axes
 
