@@ -1,6 +1,6 @@
 # `make demo` and `make test`; of the latter, `make check` is the linters and `make quick` a minute of tests;
-# `make sweep` tries all of torch's modules; `make docs`; `make results` and `make package` make the files of a
-# release. All make .venv first, with locked versions.
+# `make sweep` tries all of torch's modules; `make docs` and `make notebooks`; `make results` and `make package`
+# make the files of a release. All make .venv first, with locked versions.
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,7 +29,7 @@ QUICK := contract/test_unmodified.py engine/test_calls.py \
 	sweep/test_sensitivity.py test_attachment.py test_card.py test_environment.py test_errors.py \
 	test_replicas.py trainers/test_plain_loop.py
 
-.PHONY: demo test check quick sweep docs results package clean
+.PHONY: demo test check quick sweep docs notebooks results package clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plywise demo
@@ -52,6 +52,10 @@ sweep: $(VENV)/.installed
 # Runs the gallery's examples; any warning is an error.
 docs: $(VENV)/.installed
 	MPLBACKEND=Agg $(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build/html
+
+# Runs the notebooks whose code has changed since they were made; all of them take a quarter of an hour.
+notebooks: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python docs/notebooks/make.py
 
 # Builds wheel and sdist, and uses them in a fresh environment: needs a network.
 package:

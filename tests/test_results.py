@@ -15,7 +15,7 @@ from fake_bench import make_bench, make_lines, write_bench
 
 archives, summaries, tables = (import_script(name) for name in ("archives", "summaries", "tables"))
 
-GENERATED = (".json", ".jsonl", ".svg", ".html", ".csv", ".png", ".gz", ".xz")
+GENERATED = (".json", ".jsonl", ".svg", ".html", ".csv", ".png", ".gz", ".xz", ".ipynb")
 LIMIT = 2_000_000
 """Bytes of generated results that the repository may hold."""
 

@@ -20,6 +20,8 @@ Rooms = Mapping[str, Sequence[Card]]
 _CODE = re.compile(r"(``.+?``|`[^`]+`)")
 _MARKS = re.compile(r"([\\*_\[\]<>|#~$])")
 _ELSEWHERE = ("name", "tagline", "example")
+_PAPER = re.compile(r"arXiv[ :](\d{4}\.\d{4,5})")
+_REPOSITORY = re.compile(r"\b\w[\w-]*/(?:[\w.-]|\\_)*[\w-]")
 
 
 def methods_by_room() -> Rooms:
@@ -39,6 +41,14 @@ def sentence(text: str) -> str:
     return text[0].upper() + text[1:] if re.match(r"[a-z]{2,}\b", text) else text
 
 
+def link(markdown: str, field: str) -> str:
+    """The same with links: to papers on arXiv, and in the field of code to repositories on GitHub."""
+    if field == "code":
+        address = "https://github.com/"
+        return _REPOSITORY.sub(lambda it: f"[{it[0]}]({address}{it[0].replace(chr(92), '')})", markdown)
+    return _PAPER.sub(r"[\g<0>](https://arxiv.org/abs/\1)", markdown)
+
+
 def cell(text: str) -> str:
     """Plain text as a cell of a Markdown table, where even code must not hold a bare pipe."""
     return prose(text).replace("\\|", "|").replace("|", "\\|")
@@ -51,7 +61,7 @@ def card_page(card: Card, room: str) -> str:
         value = getattr(card, field.name)
         if field.name not in _ELSEWHERE and isinstance(value, str) and value:
             heading = field.name.replace("_", " ").capitalize()
-            parts.append(f"## {heading}\n\n{sentence(prose(value))}")
+            parts.append(f"## {heading}\n\n{sentence(link(prose(value), field.name))}")
     if card.hyper_parameters:
         parts.append(f"## Hyper-parameters\n\n{_table(card.hyper_parameters)}")
     parts.append(f"## In the arena\n\n{_in_the_arena(card.name)}")

@@ -10,7 +10,15 @@ from .pages import DOCS, ROOT, blocks, pages, run
 ELSEWHERE = {DOCS / "how-to" / "trainers.md": "tests/trainers"}
 """Pages whose code other tests run, with more than the page shows."""
 
-NEEDS = {DOCS / "how-to" / "hugging-face.md": "transformers"}
+NEEDS = {
+    DOCS / "how-to" / name: package
+    for name, package in (
+        ("hugging-face.md", "transformers"),
+        ("timm.md", "timm"),
+        ("pyg.md", "torch_geometric"),
+        ("lora.md", "peft"),
+    )
+}
 """Packages that plywise does not bring and a page is about."""
 
 PAGES = pages()
@@ -20,6 +28,8 @@ def name_of(page):
     return str(page.relative_to(ROOT))
 
 
+# of peft, which still asks transformers by an older name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.timeout(600)  # processes with torch in them start slowly on a busy machine
 @pytest.mark.parametrize("page", [one for one in PAGES if one not in ELSEWHERE], ids=name_of)
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch):

@@ -3,8 +3,10 @@
 import html
 import re
 import sys
+import tomllib
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 
 from plywise.registry.find import ROOMS
@@ -64,6 +66,30 @@ def test_signs_have_no_meaning_but_backquotes(extensions):
     cards, _ = extensions
     text = "a*b* _c_ <d> [e](f) | g~h # `i*j*` and ``k|l``"
     assert plain(cards.prose(text)) == text.replace("`", "")
+
+
+def test_papers_and_code_have_links(generated):
+    (path,) = (generated / "methods").rglob("AssociatedLearning.md")
+    page = path.read_text()
+    assert "[arXiv 1906.05560](https://arxiv.org/abs/1906.05560)" in page
+    assert (
+        "[SamYWK/Associated\\_Learning](https://github.com/SamYWK/Associated_Learning) (TensorFlow 1)" in page
+    )
+    assert "[Hibb-bb/AL](https://github.com/Hibb-bb/AL), of" in page
+
+
+def test_the_page_on_installing_has_the_matrix_of_ci():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    matrix, wheels = (jobs[name]["strategy"]["matrix"] for name in ("test", "package"))
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    head = " | ".join(["", *(f"torch {version}" for version in matrix["torch"]), ""]).strip()
+    assert f"| {head}" in page
+    assert f"| Python {', '.join(matrix['python'])} |" in page
+    python_of = {one["torch"]: one["python"] for one in wheels["include"]}
+    cells = " | ".join(f"Python {python_of[version]}" for version in matrix["torch"])
+    assert f"in a fresh environment | {cells} |" in page
+    for extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]:
+        assert extra in ("docs", "dev") or f"`{extra}`" in page
 
 
 def test_a_method_that_is_gone_leaves_no_page(extensions, tmp_path):

@@ -69,8 +69,8 @@ def rows(mask: Tensor, *, layers: str | Sequence[str] | None = None) -> Iterator
     """Keep rows out of the statistics of every rule in this forward: padded positions, ignored targets.
 
     A rule then moves a layer as if these rows were not in the batch. Rows count where a layer's input is of
-    shape (*mask.shape, ...), or has the same rows flattened into one dimension; inputs of other shapes (a
-    pooled token) keep all their rows, and `explain` says of each layer how many have counted. Inside
+    shape ``(*mask.shape, ...)``, or has the same rows flattened into one dimension; inputs of other shapes
+    (a pooled token) keep all their rows, and `explain` says of each layer how many have counted. Inside
     attention with ``batch_first``, which exchanges batch and positions, so does the mask. Convolutions take
     masks of samples, (N,), only; experts take none.
 
