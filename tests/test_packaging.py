@@ -18,6 +18,7 @@ from benchmark_scripts import REPOSITORY
 SETTINGS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = SETTINGS["project"]
 WORKFLOWS = REPOSITORY / ".github" / "workflows"
+LEFT_OUT = ("runs/", "dist/", ".venv/", "docs/_build/", "docs/generated/")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -48,7 +49,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives):
 
 def test_every_licence_file_is_in_the_wheel(archives):
     sources = REPOSITORY.rglob("*LICEN[SC]E*")
-    kept = {path.relative_to(REPOSITORY).as_posix() for path in sources if ".venv" not in path.parts}
+    kept = {
+        path.relative_to(REPOSITORY).as_posix() for path in sources if not {".venv", "_build"} & {*path.parts}
+    }
     assert "src/plywise/arena/reports/templates/vendor/uplot/LICENSE" in kept
     with zipfile.ZipFile(archives[0]) as wheel:
         names = wheel.namelist()
@@ -59,7 +62,7 @@ def test_the_sdist_can_be_tested_and_holds_no_results_of_a_run(archives):
     with tarfile.open(archives[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"README.md", "CHANGELOG.md", "hatch_build.py", "tests/conftest.py", "docs/conf.py"} <= names
-    assert not [name for name in names if name.startswith(("runs/", "dist/", ".venv/"))]
+    assert not [name for name in names if name.startswith(LEFT_OUT)]
 
 
 def test_the_long_description_has_only_absolute_links(metadata):
