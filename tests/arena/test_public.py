@@ -42,6 +42,10 @@ def begin(context):
 OWN = Method("own-nlms", "NLMS on plain SGD", {"lr": Range(0.1, 10.0, 1.0)}, begin)
 
 
+def error(outputs, targets):
+    return (outputs.argmax(1) != targets).double().mean()
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
@@ -54,6 +58,7 @@ def report(tmp_path_factory):
         seeds=2,
         steps=20,
         batch_size=32,
+        metric=error,
         folder=folder,
         progress=False,
     )
@@ -69,7 +74,7 @@ def test_objects_are_compared_in_this_process(report):
 
 def test_the_same_call_again_runs_nothing_and_says_the_same(report):
     before = list(read(report.folder / "trials.jsonl"))
-    how = {"trials": 5, "seeds": 2, "steps": 20, "batch_size": 32, "progress": False}
+    how = {"trials": 5, "seeds": 2, "steps": 20, "batch_size": 32, "metric": error, "progress": False}
     methods = [*METHODS, Slow, OWN, pw.Foof]
     again = bench(make_model, make_data(), methods=methods, folder=report.folder, **how)
     assert str(load(report.folder)) == str(again)
@@ -178,6 +183,7 @@ def test_pictures(report, what, tmp_path):
 def test_the_curves_are_those_of_the_trials(report):
     pytest.importorskip("matplotlib")
     (axis,) = report.plot("curves").axes
+    assert axis.get_ylabel() == "error"
     lines = {line.get_label(): line for line in axis.lines}
     which = ("final", "tuned", "sgd")
     finals = [line for line in report.trials if (line["purpose"], line["track"], line["method"]) == which]

@@ -82,7 +82,8 @@ def _make_axes(count: int) -> tuple[Any, Sequence[Any]]:
 
 
 def _metric(summary: BenchSummary, workload: str) -> str:
-    return str(summary.results.bench["workloads"].get(workload, {}).get("metric", "validation metric"))
+    named = summary.results.bench["workloads"].get(workload, {}).get("metric", "validation metric")
+    return shorten(str(named))
 
 
 def _draw_curves(axis: Any, summary: BenchSummary, workload: str) -> None:
@@ -107,6 +108,7 @@ def _draw_rates(axis: Any, summary: BenchSummary, workload: str) -> None:
                 numbers, values, marker="o", markersize=3, label=shorten(f"{one['name']} ({one['number']})")
             )
     axis.set(xscale="log", xlabel="tuned number", ylabel=f"{_metric(summary, workload)} at the end")
+    axis.tick_params(axis="x", which="both", labelsize="small", rotation=30)  # within a decade they are many
 
 
 def _draw_pareto(axis: Any, summary: BenchSummary, workload: str) -> None:
