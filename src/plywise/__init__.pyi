@@ -55,6 +55,7 @@ from plywise.rules.foof import Foof as Foof
 from plywise.rules.gradient_amplification import GradientAmplification as GradientAmplification
 from plywise.rules.kfac import KFAC as KFAC
 from plywise.rules.nlms import NLMS as NLMS
+from plywise.rules.penalty_view import PenaltyView as PenaltyView
 from plywise.rules.precondition import Precondition as Precondition
 from plywise.rules.proxprop import ProxProp as ProxProp
 from plywise.rules.rls import RLS as RLS

@@ -71,6 +71,13 @@ CASES = [
         not_linear=CURVES,
         family="proxprop",
     ),
+    Case(
+        "proxprop-cg_flat",
+        lambda: ProxProp(solver="cg_flat"),
+        rates=(5.0,),
+        not_linear=CURVES,
+        family="proxprop",
+    ),
     Case("proxprop-mean", lambda: ProxProp(gram="mean", tau=2.0), rates=(0.5,), family="proxprop"),
     Case("back_matching-mean", BackMatching, rates=(0.03,), refuses_reentrant=True, family="measured"),
     Case(

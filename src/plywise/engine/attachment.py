@@ -249,7 +249,8 @@ class Attachment:
         call = self._make_call(site, ctx.has_bias, a, delta, weight, ctx.sends_below)
         kept = find_kept(ctx, delta, a) if ctx.masks else None
         counted = call if kept is None else kept.keep(call)
-        counted.samples = call.samples = self._samples.count(counted.samples)
+        counted.samples, counted.is_topmost = self._samples.count(site, counted.samples)
+        call.samples, call.is_topmost = counted.samples, counted.is_topmost
         site.note_call(counted, None if kept is None else (len(kept.places), kept.mask.mask.numel()))
         if site.entry.leave_next or not counted.a.numel() or not counted.delta.numel() or delta.is_meta:
             update = call.gradient() if wants_update else Update(None, None)

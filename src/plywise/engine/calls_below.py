@@ -127,18 +127,22 @@ class PassSamples:
     """The samples of backward passes: those of the call that a pass met first, on top."""
 
     def __init__(self) -> None:
-        self._known: dict[int, int] = {}
+        self._known: dict[int, tuple[int, int]] = {}
 
-    def count(self, samples: int) -> int:
-        """The samples of the running backward; ``samples`` are those of the call that it has come to."""
+    def count(self, site: Any, samples: int) -> tuple[int, bool]:
+        """The samples of the running backward, and whether it began at this site.
+
+        Args:
+            site: the layer whose call the backward has come to.
+            samples: the samples of that call.
+        """
         task = torch._C._current_graph_task_id()
-        known = self._known.get(task)
-        if known is not None:
-            return known
-        if len(self._known) >= KEPT_PASSES:
-            del self._known[next(iter(self._known))]
-        self._known[task] = samples
-        return samples
+        if task not in self._known:
+            if len(self._known) >= KEPT_PASSES:
+                del self._known[next(iter(self._known))]
+            self._known[task] = samples, id(site)
+        samples, topmost = self._known[task]
+        return samples, topmost == id(site)
 
 
 _training: set[object] = set()

@@ -13,12 +13,16 @@ HALF = 0.5
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of one layer's problem: ``n`` rows, ``d`` inputs (with bias), ``m`` outputs, ``g`` groups."""
+    """Sizes of one layer's problem: ``n`` rows, ``d`` inputs (with bias), ``m`` outputs, ``g`` groups.
+
+    ``is_topmost`` says whether the last backward pass began at this layer.
+    """
 
     n: int
     d: int
     m: int
     g: int
+    is_topmost: bool = False
 
     @property
     def plain(self) -> float:

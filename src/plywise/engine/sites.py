@@ -169,9 +169,9 @@ class Site:
     def note_call(self, call: LinearCall, kept: tuple[int, int] | None) -> None:
         """Remember the sizes of a call seen in backward, and how many rows of it a mask has kept."""
         self.kept = kept
-        if self.rows != call.delta.shape:
+        if self.size is None or (self.rows, self.size.is_topmost) != (call.delta.shape, call.is_topmost):
             self.rows = call.delta.shape
-            self.size = Size(call.row_count, call.columns, call.outputs, call.groups)
+            self.size = Size(call.row_count, call.columns, call.outputs, call.groups, call.is_topmost)
 
     @property
     def module(self) -> nn.Module | None:

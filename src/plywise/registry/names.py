@@ -136,6 +136,7 @@ NAMES = (
     _related("input_gradient_penalty", "losses.input_gradient_penalty", LOSS, "input-gradient-penalty"),
     _related("wasserstein_proximal", "losses.wasserstein_proximal", LOSS, "wasserstein-proximal"),
     _related("fuse_layers", "init.fuse_layers", INIT, "fuse-layers", "modules"),
+    _part("PenaltyView", "rules.penalty_view"),
     _part("recommend", "training.recommended"),
     _part("Recommendation", "training.recommended"),
     _part("AttachError", "errors"),

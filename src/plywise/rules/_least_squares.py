@@ -4,7 +4,8 @@ All answer ``argmin_D ½‖[A,1] Dᵀ - Δ‖² + λ/2 ‖D‖² = G (AᵀA + λ
 
 - `ridge`: exactly, by Cholesky, in the space of inputs (AᵀA) or of rows (AAᵀ), whichever is smaller;
 - `ridge_centred`: the same with the bias solved apart, by centring rows and targets;
-- `conjugate_gradients`: k steps from zero; `official_conjugate_gradients`: as ProxProp's published code;
+- `conjugate_gradients`: k steps from zero, for each output or for the layer as one vector;
+  `official_conjugate_gradients`: as ProxProp's published code;
 - `normalised`: AAᵀ replaced by its diagonal (NLMS);
 - `mean_square`: AᵀA replaced by its mean eigenvalue.
 
@@ -172,13 +173,14 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     return _cast(call, Update(matrix.reshape(call.weight.shape), bias.reshape(-1)))
 
 
-def conjugate_gradients(call: LinearCall, damping: float, steps: int) -> Update:
+def conjugate_gradients(call: LinearCall, damping: float, steps: int, flat: bool = False) -> Update:
     """``steps`` of textbook conjugate gradients on ``M V = G``, ``M = AᵀA + λI``, from zero.
 
-    Each output has its own scalars (block CG). The iterates are those in the space of the weights; with
-    fewer rows than columns they are carried as ``V = AᵀY``, so that a step is one product with AAᵀ.
+    Each output has its own scalars, or all of the layer's parameters are one vector (``flat``). The iterates
+    are those in the space of the weights; with fewer rows than columns they are carried as ``V = AᵀY``, so
+    that a step is one product with AAᵀ.
     """
-    return _krylov(call, damping, steps, official=False)
+    return _krylov(call, damping, steps, flat, official=False)
 
 
 def official_conjugate_gradients(call: LinearCall, damping: float, steps: int) -> Update:
@@ -189,17 +191,18 @@ def official_conjugate_gradients(call: LinearCall, damping: float, steps: int) -
     small against the squared gradients of a mean loss; it stops once the worst residual is 1 % of the
     mean first one; and a convolution is one flat system, not one for each output.
     """
-    return _krylov(call, damping, steps, official=True)
+    flat = not (call.map.rows_are_inputs and call.groups == 1)
+    return _krylov(call, damping, steps, flat, official=True)
 
 
-def _krylov(call: LinearCall, damping: float, steps: int, official: bool) -> Update:
+def _krylov(call: LinearCall, damping: float, steps: int, flat: bool, official: bool) -> Update:
     in_rows = call.row_count <= call.columns
     if official:  # its constants see the size of Δ
-        solution = _iterate(call, in_rows, damping, steps, official)
+        solution = _iterate(call, in_rows, damping, steps, flat, official)
     else:  # squares of what is small or large leave the range of float32
         unit = find_power_of_two(call.delta.to(call.dtype).reshape(1, 1, -1))
         scaled = replace(call, delta=call.delta / unit.to(call.delta.dtype))
-        solution = _iterate(scaled, in_rows, damping, steps, official).mul_(unit)
+        solution = _iterate(scaled, in_rows, damping, steps, flat, official).mul_(unit)
     if not bool(torch.isfinite(solution).all()):
         call.health.note(call.name, health.IDENTITY)
         return call.gradient()
@@ -208,13 +211,14 @@ def _krylov(call: LinearCall, damping: float, steps: int, official: bool) -> Upd
     return _cast(call, call.update(solution.mT))
 
 
-def _iterate(call: LinearCall, in_rows: bool, damping: float, steps: int, official: bool) -> Tensor:
+def _iterate(
+    call: LinearCall, in_rows: bool, damping: float, steps: int, flat: bool, official: bool
+) -> Tensor:
     """Conjugate gradients: the rows of Δ in another measure if ``in_rows``, else the update, transposed."""
     matrix = mirror_lower((call.dual_gram if in_rows else call.gram)(call.dtype))
     residual = call.delta_rows() if in_rows else call.matrix(call.gradient()).to(call.dtype).mT
     shift = torch.as_tensor(damping).to(matrix).reshape(-1, 1, 1)
     epsilon = 1e-6 if official else 0.0
-    flat = official and not (call.map.rows_are_inputs and call.groups == 1)
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
         # In row space V = AᵀY, so that <V, V> = <Y, AAᵀY>: callers pass the product with AAᵀ as x.
@@ -226,6 +230,8 @@ def _iterate(call: LinearCall, in_rows: bool, damping: float, steps: int, offici
     direction, direction_image = residual.clone(), matrix @ residual
     square = inner(direction_image if in_rows else residual, residual)
     enough = 1e-4 * square.mean()  # the published tolerance, 1e-2, squared
+    # a smaller residual is rounding: divided by a small curvature it would become a step of any size
+    floor = 0 * square if official else (32 * torch.finfo(square.dtype).eps) ** 2 * square
     for step in range(steps):
         curved = torch.addcmul(direction_image, direction, shift)
         curvature = inner(direction_image if in_rows else direction, curved)
@@ -237,6 +243,7 @@ def _iterate(call: LinearCall, in_rows: bool, damping: float, steps: int, offici
         del curved
         image = matrix @ residual
         previous, square = square, inner(image if in_rows else residual, residual)
+        square = torch.where(square <= floor, 0, square)
         if official and bool(square.max() < enough):
             break
         beta = divide_or_zero(square, previous + epsilon)

@@ -25,10 +25,10 @@ class ProxProp(Rule):
         and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
     Cost: a Gram of the smaller of rows and inputs, its inverse, and one product: 1.18 to 1.29 of a plain step
         (benchmarks/README.md, by `python benchmarks/step_cost.py`).
-    Status: faithful, given ``exclude`` for the last layer, which the paper leaves explicit and we do not
-        unless told. ``solver="exact"`` solves for the move itself: the published code subtracts weights in
-        float32, which drowns it in rounding. Its conjugate gradients are not the textbook's either:
-        "cg_official".
+    Status: faithful with ``last_layer="explicit"``, as in the paper; our default solves the last layer, too.
+        ``solver="exact"`` solves for the move itself: the published code subtracts weights in float32, which
+        drowns it in rounding. Its conjugate gradients are not the textbook's either: "cg_official". The
+        penalty function E with its ρ and γ, and sweeps over it: `plywise.PenaltyView`.
     Source: Frerix, Möllenhoff, Moeller, Cremers, "Proximal Backpropagation", ICLR 2018, eqs. 7-12 and
         Proposition 2.
     Code: tfrerix/proxprop.
@@ -37,18 +37,22 @@ class ProxProp(Rule):
         stable at rates 1 and 10, where backpropagation diverges, as in the paper (benchmarks/reproduce);
         AdamW's final training loss in 0.34 (digits) and 0.47 (MNIST) of its steps (benchmarks/README.md).
     Limits: AᵀA is the sum over the batch as in the paper, so the method changes with the batch size (k copies
-        of a batch act as kτ); ``gram="mean"`` does not. The last layer is left explicit by attach(...,
-        exclude="name-of-the-last-layer"). k accumulated micro-batches average k moves, which is not the move
-        of the joined batch.
+        of a batch act as kτ); ``gram="mean"`` does not. k accumulated micro-batches average k moves, which is
+        not the move of the joined batch. The last layer is the one that backward meets first: where the model
+        has several heads, in stages of a pipeline and with a reentrant checkpoint, name those that take
+        explicit steps by ``attach(..., exclude=...)``.
 
     Args:
         tau: proximal step size τ (τ_θ in the paper); larger trusts the local problem more. τ → 0 is
             backpropagation scaled by τ. Default 1. Range 0.01 to 100.
-        solver: ``"exact"``; ``"cg"``, textbook conjugate gradients; ``"cg_official"``, the iteration of
-            the published code, whose differences are listed in `plywise.solve`.
+        solver: ``"exact"``; ``"cg"``, conjugate gradients for each output; ``"cg_flat"``, conjugate gradients
+            on all parameters of a layer as one vector, as the paper's matrix-free method reads;
+            ``"cg_official"``, the iteration of the published code: its second direction is too long, 1e-6 is
+            added to both denominators, and convolutions are flat, linear layers not.
         cg_steps: number of conjugate gradient steps. Default 3. Range 1 to 10.
         gram: ``"sum"`` over the rows as in the paper, or ``"mean"``, which divides AᵀA by their number
             (then G of a mean loss and the Gram scale alike, and τ means the same at any batch size).
+        last_layer: ``"implicit"``, or ``"explicit"`` for the paper's rule: the last layer moves by G.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -65,33 +69,48 @@ class ProxProp(Rule):
     """
 
     tau: float = 1.0  # τ_θ
-    solver: Literal["exact", "cg", "cg_official"] = "exact"
+    solver: Literal["exact", "cg", "cg_flat", "cg_official"] = "exact"
     cg_steps: int = 3
     gram: Literal["sum", "mean"] = "sum"
+    last_layer: Literal["implicit", "explicit"] = "implicit"
 
     def __post_init__(self) -> None:
         require_positive(self, tau=self.tau, cg_steps=self.cg_steps)
-        require_choice(self, "solver", self.solver, ("exact", "cg", "cg_official"))
+        require_choice(self, "solver", self.solver, ("exact", "cg", "cg_flat", "cg_official"))
         require_choice(self, "gram", self.gram, ("sum", "mean"))
+        require_choice(self, "last_layer", self.last_layer, ("implicit", "explicit"))
         if int(self.cg_steps) != self.cg_steps:
             raise ValueError(f"ProxProp: cg_steps must be a whole number, not {self.cg_steps!r}.")
 
     def update(self, call: LinearCall) -> Update:
-        """``G (AᵀA + I/τ)⁻¹``; with the mean Gram ``G (AᵀA/n + I/τ)⁻¹``."""
+        """``G (AᵀA + I/τ)⁻¹``; with the mean Gram ``G (AᵀA/n + I/τ)⁻¹``; G where the step is explicit."""
+        if self._is_explicit(call.is_topmost):
+            return call.gradient()
         # (AᵀA/n + I/τ)⁻¹ = n (AᵀA + n I/τ)⁻¹: the mean is the sum with another τ, scaled
         rows = call.row_count if self.gram == "mean" else 1
         damping = rows / self.tau
         call = call.times(rows)
         if self.solver == "exact":
             return solve.ridge(call, damping)
-        if self.solver == "cg":
-            return solve.conjugate_gradients(call, damping, self.cg_steps)
+        if self.solver in ("cg", "cg_flat"):
+            return solve.conjugate_gradients(call, damping, self.cg_steps, flat=self.solver == "cg_flat")
         return solve.official_conjugate_gradients(call, damping, self.cg_steps)
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
         """Exact: Gram, inverse, product. CG: Gram and one product with it a step."""
+        if self._is_explicit(size.is_topmost):
+            return 0.0, 0.0
         k = min(size.n, size.d)
         if self.solver == "exact":
             return size.exact_solve, 2.0 * size.g * k * k
         products = 2.0 * k * k * size.m * (self.cg_steps + 1)
         return size.g * (k * k * max(size.n, size.d) + products), size.g * (k * k + 6.0 * k * size.m)
+
+    def describe(self, size: Size | None) -> str:
+        """The rule's name, and where its step is explicit."""
+        is_explicit = size is not None and self._is_explicit(size.is_topmost)
+        return "ProxProp: explicit step" if is_explicit else "ProxProp"
+
+    def _is_explicit(self, is_topmost: bool) -> bool:
+        """Whether a layer takes the plain step: the last one, if the rule is told so."""
+        return is_topmost and self.last_layer == "explicit"

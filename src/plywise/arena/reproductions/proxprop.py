@@ -71,9 +71,9 @@ def adam(rule: ProxProp | None, start: Start) -> Trainer:
 
 
 def _trained(model: nn.Sequential, optimizer: torch.optim.Optimizer, rule: ProxProp | None) -> Trainer:
-    if rule is not None:  # a copy for each run; the paper's last layer takes explicit steps
-        own, last = ProxProp(rule.tau, rule.solver, rule.cg_steps), str(len(model) - 1)
-        own.attach(model, optimizer, exclude=last, on_nonfinite="raise")
+    if rule is not None:  # a copy for each run
+        own = ProxProp(rule.tau, rule.solver, rule.cg_steps, last_layer="explicit")
+        own.attach(model, optimizer, on_nonfinite="raise")
     return EndToEnd(model, optimizer, CLASSIFICATION.loss)
 
 
@@ -108,7 +108,8 @@ def _beats(one: float | None, other: float | None) -> bool:
 
 DIFFERENCES = (
     "The conjugate gradients are those of the published code (solver='cg_official'), which are not the "
-    "textbook's: see plywise.solve. Whether the paper's numbers were made with that very code is not known.",
+    "textbook's: see the card of ProxProp. Whether the paper's numbers were made with that very code is not "
+    "known.",
     "The paper's framework is PyTorch of 2017 on a GPU; its seeds are not published, and its numbers are of "
     "one run.",
     "The images are in the order of our file, so the 5,000 validation images are not the paper's.",
