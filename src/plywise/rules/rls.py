@@ -28,12 +28,14 @@ class RLS(StatefulRule):
     Do not use when: correlations beyond the mean matter: Foof and FeatureWhitening see them.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
-        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
-        pruning) keep their plain gradients; `explain` says why.
+        and norms where ``attach(kinds=...)`` names them. Recurrent layers after ``plywise.nn.unroll(model)``:
+        each weight has one P, and ū is the mean over batch and time. Shared and computed weights (weight
+        norm, pruning) keep their plain gradients; `explain` says why.
     Cost: no inverse: 2k² operations for P and a product with the smaller of rows and gradient, in each step.
     Status: after the paper, whose body could not be read: the recursion is classical, with the paper's
-        average approximation; its momentum and overfitting control are left to the optimizer, and the
-        defaults and the bounds on P are ours.
+        average approximation. Its abstract names two improved methods, which are not public: momentum and
+        weight decay are left to the optimizer. The mean over time in recurrent layers, the defaults and the
+        bounds on P are ours.
     Source: Zhang, Song, Zhou, Ou, Deng, Yang, "Revisiting Recursive Least Squares for Training Deep Neural
         Networks", arXiv 2109.03220 (2021).
     Code: none found.
