@@ -179,7 +179,7 @@ def test_one_stage_is_train(plywise, one_process):
         (["--cuts", "0,2"], "makes 2 stages, and 1 processes were started for 1"),
         (["--cuts", "1"], "rising from 0 and below 4"),
         (["--cuts", "a"], "cuts must be whole numbers, as in 0,2, not 'a'."),
-        (["--learner", "Interlocking"], "a pipeline flows one way. `plywise train` takes it."),
+        (["--learner", "DirectFeedback"], "it runs in one process. `plywise train` takes it."),
         (["--rule", "Prox"], "No rule is called 'Prox'. Did you mean ProxProp"),
         (["nowhere.toml"], "There is no file nowhere.toml."),
     ],

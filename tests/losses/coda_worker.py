@@ -18,6 +18,9 @@ from plywise.losses.coda import CoDA
 
 SHARE = 0.25
 PLAN = {"lr": 0.05, "gamma": 20.0, "first_stage": 6}
+GROWING = (3 + 2, 3 + 6 + 9 + 2, 3 + 6 + 9 + 5)
+"""Steps after which workers with ``every=2`` and then 5 are looked at; after the second they differ."""
+
 STEPS = 3 + 6 + 9 + 18 + 27 + 2  # two whole stages, and the beginning of a third
 
 
@@ -63,6 +66,7 @@ def main(rank: int, folder: Path) -> None:
     seen: dict[str, Any] = {
         "every 1": values(trained((rank,), every=1)),
         "every 3": values(trained((rank,), every=3)),
+        "every grows": [values(trained((rank,), steps, every=2, every_growth=2.5)) for steps in GROWING],
         "same data": values(trained((0,), every=3)),
         "averaged": values(trained((rank,), 3 + 6, every=3, norm=True, first_stage=30)),
         "between": values(trained((rank,), 3 + 7, every=3, norm=True, first_stage=30)),

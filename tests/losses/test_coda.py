@@ -221,7 +221,10 @@ def test_what_does_not_train_stays():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": 0.0}, {"gamma": -1.0}, {"patience": math.inf}, {"first_stage": 0}, {"every": 2.5}],
+    [
+        *({"lr": 0.0}, {"gamma": -1.0}, {"patience": math.inf}, {"first_stage": 0}, {"every": 2.5}),
+        *({"every_growth": 0.5}, {"every_growth": math.inf}),
+    ],
 )
 def test_wrong_settings_are_refused(wrong):
     (name,) = wrong
@@ -265,6 +268,23 @@ def test_two_workers_with_the_same_batches_are_one_with_these(workers):
 def test_workers_are_equal_after_an_averaging_only(workers):
     assert difference(workers[0]["averaged"], workers[1]["averaged"]) == 0  # running statistics too
     assert difference(workers[0]["between"], workers[1]["between"]) > 1e-6
+
+
+def test_the_period_grows_from_stage_to_stage():
+    coda, periods = trained((0,), 0, every=2, every_growth=3**0.5), {}
+    for step in range(STEPS):
+        coda.step(*share_of((0,), step))
+        periods[coda.stage] = coda.period
+    assert periods == {1: 2, 2: 3, 3: 6}
+
+
+@SLOW
+def test_workers_average_by_the_period_of_the_stage(workers):
+    one, two = (seen["every grows"] for seen in workers)
+    apart = [difference(first, second) for first, second in zip(one, two, strict=True)]
+    assert apart[0] == 0  # after 2 steps of the first stage
+    assert apart[1] > 1e-6  # after 2 of the second, where the period is 5
+    assert apart[2] == 0
 
 
 @SLOW

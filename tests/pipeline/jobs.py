@@ -112,8 +112,12 @@ def refuse_stages() -> None:
 
 
 def refuse_two_ways() -> None:
-    learner = pw.Interlocking(mlp(last=3), 3, optimizer=sgd)
+    learner = pw.ActivationRelaxation(mlp(last=3), optimizer=sgd)
     Pipeline(learner).close()  # type: ignore[arg-type]
+
+
+def refuse_replicas() -> None:
+    Pipeline(make("interlocking 2"), replicas=2).close()
 
 
 def refuse_different_cuts() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import plywise as pw
 from plywise.local.cascaded_forward import GradientHead
-from plywise.local.learner import OneWayLearner
+from plywise.local.learner import StagedLearner
 
 CLASSES, FEATURES, IMAGE, TOKENS = 3, 6, (2, 8, 8), 11
 
@@ -44,11 +44,15 @@ def mlp(make: Callable[[int, int], nn.Module] = dense, last: int = 16) -> pw.Blo
     return pw.Blocks([*blocks, nn.Linear(widths[-1], last)], torch.zeros(2, FEATURES))
 
 
-def convnet(memory: torch.memory_format = torch.contiguous_format) -> pw.Blocks:
+def convnet(
+    memory: torch.memory_format = torch.contiguous_format, *, begin_in_place: bool = True
+) -> pw.Blocks:
     blocks = [
         nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU()),
         nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(inplace=True)),
-        nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(12, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12)),
+        nn.Sequential(
+            nn.ReLU(inplace=begin_in_place), nn.Conv2d(12, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12)
+        ),
         nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2)),
         nn.Linear(48, CLASSES),
     ]
@@ -62,7 +66,7 @@ def token_blocks() -> tuple[pw.Blocks, nn.Embedding]:
     return pw.Blocks([table, *blocks], torch.zeros(2, 6, dtype=torch.long)), table
 
 
-def make(kind: str) -> OneWayLearner:
+def make(kind: str) -> StagedLearner:
     """A learner of five components; the same one in every process."""
     torch.manual_seed(1)
     if kind == "associated":
@@ -76,6 +80,15 @@ def make(kind: str) -> OneWayLearner:
         return pw.LocalLoss(blocks, CLASSES, optimizer=sgd, rule=lambda: pw.ProxProp(tau=1.0), seed=3)
     if kind == "local, images":
         return pw.LocalLoss(convnet(torch.channels_last), CLASSES, optimizer=adam, seed=3)
+    if kind.startswith("interlocking"):
+        horizon = int(kind.split()[1])
+        how = {"horizon": horizon, "optimizer": sgd, "scheduler": decay, "seed": 3}
+        if kind.endswith("images"):
+            # what a block has saved of its output must stay until the gradient comes back
+            return pw.Interlocking(convnet(torch.channels_last, begin_in_place=False), CLASSES, **how)
+        return pw.Interlocking(
+            mlp(last=CLASSES), CLASSES, **how, rule=foof if kind.endswith("Foof") else None
+        )
     if kind == "cascaded":
         return pw.CascadedForward(mlp(), CLASSES, seed=3)
     if kind == "next token, tied":
@@ -99,7 +112,7 @@ def batches(kind: str, count: int, rows: int = 16, last: int = 5) -> list[tuple[
         sizes = [last if number == count - 1 else rows for number in range(count)]
         texts = [torch.randint(TOKENS, (size, 7), generator=generator) for size in sizes]
         return [(text[:, :-1], text[:, 1:]) for text in texts]
-    shape = IMAGE if kind == "local, images" else (FEATURES,)
+    shape = IMAGE if kind.endswith("images") else (FEATURES,)
     made = []
     for number in range(count):
         x = torch.randn(last if number == count - 1 else rows, *shape, generator=generator)
@@ -137,7 +150,7 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
     return "" if same else f"{where}: {found} instead of {wanted}"
 
 
-def alone(kind: str, data: list[tuple[Tensor, Tensor]]) -> OneWayLearner:
+def alone(kind: str, data: list[tuple[Tensor, Tensor]]) -> StagedLearner:
     """The learner after these batches in one process."""
     learner = make(kind)
     for x, y in data:

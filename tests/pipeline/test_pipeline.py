@@ -59,6 +59,29 @@ def test_any_number_of_stages_ends_in_the_states_of_one_process(
         assert part["heard"] == list(range(1, COUNT + 1))
 
 
+@pytest.mark.parametrize("horizon", [1, 2, 3, 5])
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_interlocking_stages_end_in_the_states_of_one_process(
+    crew: Crew, horizon: int, cuts: list[int]
+) -> None:
+    """Gradients cross one cut or several; a horizon of all five blocks is backpropagation."""
+    kind = f"interlocking {horizon}"
+    seen = crew.run(len(cuts), jobs.train, kind, cuts, [3, 0, COUNT - 3])
+    assert difference(joined(seen), reference(kind)) == ""
+
+
+@pytest.mark.parametrize("kind", ["interlocking 2 images", "interlocking 3 Foof"])
+def test_interlocking_images_and_rules(crew: Crew, kind: str) -> None:
+    seen = crew.run(3, jobs.train, kind, [0, 1, 4], [COUNT])
+    assert difference(joined(seen), reference(kind)) == ""
+
+
+def test_interlocking_horizons_differ() -> None:
+    """Were no gradient to cross a cut, the test above would see it."""
+    assert difference(reference("interlocking 2"), reference("interlocking 1")) != ""
+    assert difference(reference("interlocking 3"), reference("interlocking 2")) != ""
+
+
 def test_the_reference_depends_on_the_last_batch() -> None:
     """Were a batch lost at the end of a run, the test above would see it."""
     shorter = states(alone("local", batches("local", COUNT)[:-1]).trainers)
@@ -249,10 +272,16 @@ def test_more_stages_than_components(crew: Crew) -> None:
         assert "4 stages are more than the 3 components" in outcome.value
 
 
-def test_a_learner_that_flows_two_ways(crew: Crew) -> None:
+def test_a_learner_whose_components_train_together(crew: Crew) -> None:
     for outcome in crew.outcomes(2, jobs.refuse_two_ways):
         assert outcome.raised == "PipelineError"
-        assert "Interlocking needs gradients from later components" in outcome.value
+        assert "ActivationRelaxation trains its components together, not in stages" in outcome.error
+
+
+def test_replicas_where_gradients_go_back(crew: Crew) -> None:
+    for outcome in crew.outcomes(2, jobs.refuse_replicas):
+        assert outcome.raised == "PipelineError"
+        assert "Interlocking sends gradients from stage to stage" in outcome.error
 
 
 def test_processes_with_different_cuts(crew: Crew) -> None:

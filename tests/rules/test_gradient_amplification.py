@@ -57,6 +57,15 @@ def test_until():
     assert [round(row[0]) for row in rows] == [1, *[2] * 6, *[1] * 5]
 
 
+@pytest.mark.parametrize(("rest", "wanted"), [(1, [2, 2, 1, 1, 2, 2, 1, 1]), (2, [2, 2, 1, 1, 1, 1, 2, 2])])
+def test_periods_alternate(rest, wanted):
+    """After a period with amplification come so many without; `until` ends both."""
+    rule = pw.GradientAmplification(share=1.0, mode="gradient", every=2, rest=rest)
+    assert [round(row[0]) for row in ratios(rule, 9)] == [1, *wanted]
+    ended = pw.GradientAmplification(share=1.0, mode="gradient", every=2, rest=rest, until=4)
+    assert [round(row[0]) for row in ratios(ended, 9)] == [1, 2, 2, *[1] * 6]
+
+
 def test_agreement_chooses_layers_whose_gradients_agree():
     """A layer fed the same batch agrees with itself; one whose gradient changes sign does not."""
     torch.manual_seed(0)
@@ -104,6 +113,8 @@ def test_adam_divides_the_factor_out():
         ({"mode": "both"}, "mode"),
         ({"agreement": -1.0}, "agreement"),
         ({"every": 0}, "every"),
+        ({"rest": -1}, "rest"),
+        ({"rest": 0.5}, "rest"),
         ({"until": 1.5}, "until"),
     ],
 )

@@ -156,6 +156,12 @@ class StatefulContract(RuleContract):
     refresh_every: int = 1
     """Steps from one refresh to the next, a multiple of ``stats_every``."""
 
+    refreshes_together: bool = False
+    """Whether all layers refresh in the steps 0, ``refresh_every``, ..., and in no others.
+
+    By default they take turns in a cycle, and in the first cycle each gathering refreshes.
+    """
+
     acts_at_step: ClassVar[bool] = False
     """Whether the step makes the updates of layers that do not act `in_backward`.
 

@@ -57,6 +57,8 @@ class Learning:
         state = self._saved.peek(name)
         if not state.tensors:
             return True
+        if self._rule.refreshes_together:
+            return self._saved.step % self._rule.refresh_every == 0
         if self._saved.step < self._rule.refresh_every:
             return self.gathers
         return (self._saved.step - state.phase) % self._rule.refresh_every == 0

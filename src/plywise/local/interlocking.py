@@ -13,12 +13,12 @@ from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
-from plywise.local.learner import Learner
+from plywise.local.learner import Neighbours, StagedLearner
 from plywise.local.local_loss import Loss, check_targets, choose_loss, headed_components
 from plywise.local.trainer import LocalTrainer
 
 
-class Interlocking(Learner):
+class Interlocking(StagedLearner):
     """n-wise interlocking backpropagation.
 
     Idea: a block judged by its own head alone keeps nothing for the blocks after it. Let it follow the head
@@ -29,26 +29,28 @@ class Interlocking(Learner):
         1-wise is `LocalLoss`, K-wise backpropagation of ℓ_K.
     Use when: blocks with losses of their own lose too much accuracy, and backpropagation through the whole
         network is too deep for the memory.
-    Do not use when: backpropagation fits: it follows the true loss everywhere, for no more work. The blocks
-        run in one process.
+    Do not use when: backpropagation fits in one process: it follows the true loss everywhere, for no more
+        work.
     Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
         model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
         of heads too. The last block's output is one score for each class.
     Cost: a head for each block; one backward through all blocks, and for each loss but the last ones
         n - 1 blocks backward to their inputs only: (K - n)(n - 1) in all, half a block's backward each. The
         activations of n blocks at a time.
-    Status: faithful in what every block and head follows. Different in how it runs: the paper's blocks work
-        side by side on their own accelerators, here they take turns; the default head is one linear layer
-        behind pooling, theirs a small ConvNet.
+    Status: faithful in what every block and head follows, in one process and in a pipeline of several, which
+        ends in the same weights. Different: the default head is one linear layer behind pooling, theirs a
+        small ConvNet.
     Source: Gomez, Key, Perlin, Gou, Frosst, Dean, Gal, "Interlocking Backpropagation: Improving depthwise
         model-parallelism", JMLR 23, 2022, arXiv 2010.04116.
     Code: oscarkey/interlocking-backprop (its ResNets; the Transformers' code is not public).
     Results: the paper's abstract: more accurate than local learning, more efficient than global; its tables
         were not at hand. Ours, with horizon 2: 94.1 % on 10,000 images of MNIST (MLP; local 93.3,
         backpropagation 94.1), 50.9 % on 3,000 of CIFAR-10 (48.5, 50.0) (benchmarks/README.md).
-    Limits: no parallel run: what the paper gains in time is not to be had here. Gradients cross blocks as the
-        rule hands them down, but what else a rule learns from the layers above (back-matching's energies)
-        starts again in every block. Reentrant checkpoints inside a block are refused by torch.
+    Limits: in a pipeline (`plywise.pipeline`) gradients of the n - 1 blocks below a cut come from the stage
+        after it, so that a stage begins the next batch when its neighbour has run its first n - 1 blocks on
+        this one; a stage has one replica. Gradients cross blocks as the rule hands them down, but what else
+        a rule learns from the layers above (back-matching's energies) starts again in every block. Reentrant
+        checkpoints inside a block are refused by torch.
 
     Args:
         blocks: the network. The last block's output is the prediction, a score for each class.
@@ -80,6 +82,8 @@ class Interlocking(Learner):
         torch.Size([32, 3])
     """
 
+    sends_back = True
+
     def __init__(
         self,
         blocks: Blocks,
@@ -102,48 +106,86 @@ class Interlocking(Learner):
         check_targets(y, self._classes, self._loss)
         return self._blocks.begin(x, y)
 
-    def _sweep(self, signal: Signal) -> list[Tensor]:
-        losses = []
-        waiting: deque[tuple[LocalTrainer, BlockBackward]] = deque()  # blocks whose loss is still to come
-        s = signal.s
-        with self.trainers[-1].randomness(self.steps):  # the backward's, should it draw any
-            for trainer, component in zip(self.trainers, self._components, strict=True):
+    def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:
+        """Run the blocks; send each head's gradient to the block that follows it, in whatever stage it is."""
+        last, losses, s = len(self.trainers) - 1, [], signal.s
+        stage = _Stage(first, neighbours)
+        with self.trainers[last].randomness(self.steps):  # the backward's, should it draw any
+            for index in range(first, stop):
+                trainer, component = self.trainers[index], self._components[index]
                 with trainer.randomness(self.steps):
-                    passage = BlockBackward(
-                        component.block, replace(signal, s=s), open_below=bool(waiting) and self.horizon > 1
-                    )
+                    is_open = index > 0 and self.horizon > 1
+                    passage = BlockBackward(component.block, replace(signal, s=s), open_below=is_open)
                     s = passage.output.detach().requires_grad_()
+                    if index == stop - 1 < last:
+                        neighbours.emit(replace(signal, s=s.detach()))
                     loss = component.judge(s, signal.y, signal.carried)
                     loss.backward()
                 losses.append(loss.detach())
-                waiting.append((trainer, passage))
+                stage.waiting.append((trainer, passage))
                 assert s.grad is not None
-                if trainer is self.trainers[-1]:
-                    _teach_all(waiting, s.grad)
-                elif len(waiting) == self.horizon:
-                    _teach_first(waiting, s.grad)
+                self._teach(stage, index, s.grad)
+            for index in range(stop, last + 1):  # the heads of the stages after
+                if self._reaches(index, stop - 1):
+                    self._teach(stage, index, neighbours.receive_back())
         return losses
+
+    def _reaches(self, head: int, block: int) -> bool:
+        """Whether a head's gradient travels down to a block's output."""
+        lowest = head - self.horizon + 1
+        return block >= max(lowest, 0) and (lowest >= 0 or head == len(self.trainers) - 1)
+
+    def _teach(self, stage: "_Stage", head: int, gradient: Tensor) -> None:
+        """Send a head's gradient down through the waiting blocks of a stage, to who follows it.
+
+        The last head is followed by all that still wait, every other one by the block n - 1 before it.
+        """
+        is_last, target = head == len(self.trainers) - 1, head - self.horizon + 1
+        if is_last:
+            gradient = stage.teach_all(gradient, self._reaches(head, stage.first - 1))
+        elif target >= stage.first:
+            stage.teach_first(gradient)
+        elif target >= 0:
+            gradient = stage.send_through(gradient)
+        if stage.first > 0 and self._reaches(head, stage.first - 1):
+            stage.neighbours.send_back(gradient)
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another."""
         return self._blocks.as_module()
 
 
-def _teach_first(waiting: deque[tuple[LocalTrainer, BlockBackward]], gradient: Tensor) -> None:
-    """Send a gradient from the last block's output to the first one, which learns from it and is done."""
-    trainer, first = waiting.popleft()
-    for _, passage in reversed(waiting):
-        gradient = passage.below(gradient)
-    first.learn(gradient)
-    trainer.apply()
+class _Stage:
+    """Blocks of one process whose loss is still to come."""
 
+    def __init__(self, first: int, neighbours: Neighbours) -> None:
+        self.first = first
+        self.neighbours = neighbours
+        self.waiting: deque[tuple[LocalTrainer, BlockBackward]] = deque()
 
-def _teach_all(waiting: deque[tuple[LocalTrainer, BlockBackward]], gradient: Tensor) -> None:
-    """Send a gradient down from the last block's output; every block learns from it and is done."""
-    while waiting:
-        trainer, passage = waiting.pop()
-        if waiting:
-            gradient = passage.learn_and_below(gradient)
-        else:
-            passage.learn(gradient)
+    def send_through(self, gradient: Tensor) -> Tensor:
+        """What of a gradient at the last block's output arrives at the first one's input."""
+        for _, passage in reversed(self.waiting):
+            gradient = passage.below(gradient)
+        return gradient
+
+    def teach_first(self, gradient: Tensor) -> None:
+        """Send a gradient from the last block's output to the first one, which learns from it and is done."""
+        trainer, first = self.waiting.popleft()
+        first.learn(self.send_through(gradient))
         trainer.apply()
+
+    def teach_all(self, gradient: Tensor, goes_on: bool) -> Tensor:
+        """Send a gradient down from the last block's output; every block learns from it and is done.
+
+        Returns:
+            What arrives at the first block's input, if it ``goes_on`` to the stage before.
+        """
+        while self.waiting:
+            trainer, passage = self.waiting.pop()
+            if self.waiting or goes_on:
+                gradient = passage.learn_and_below(gradient)
+            else:
+                passage.learn(gradient)
+            trainer.apply()
+        return gradient

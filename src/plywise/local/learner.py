@@ -1,9 +1,9 @@
 """The contract of a local learner: step, predict, export, state. A method says what its components are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -163,24 +163,73 @@ class Learner(ABC):
         self.steps = state["steps"]
 
 
-class OneWayLearner(Learner):
+def _refuse_call(*_: Any) -> Any:
+    raise RuntimeError("There is no stage on this side.")
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """How the components of a stage reach those of the stages before and after it.
+
+    Attributes:
+        emit: hands the last component's signal to the stage after.
+        send_back: hands a gradient at the first component's input to the stage before.
+        receive_back: waits for the next gradient at the last component's output, from the stage after.
+    """
+
+    emit: Callable[[Signal], None] = lambda _: None
+    send_back: Callable[[Tensor], None] = _refuse_call
+    receive_back: Callable[[], Tensor] = _refuse_call
+
+
+class StagedLearner(Learner):
+    """A learner whose components may run in processes of their own (`plywise.pipeline`); abstract."""
+
+    sends_back: ClassVar[bool] = False
+    """Whether a stage gets gradients from the one after it."""
+
+    def _sweep(self, signal: Signal) -> list[Tensor]:
+        return self.learn_stage(0, len(self.trainers), signal, Neighbours())
+
+    @abstractmethod
+    def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:
+        """One step of the components from ``first`` to before ``stop``; their detached losses.
+
+        Args:
+            first: the stage's first component.
+            stop: the first component of the stage after.
+            signal: what the first component gets.
+            neighbours: the stages before and after.
+        """
+
+
+class OneWayLearner(StagedLearner):
     """A learner whose components need nothing from those after them; abstract.
 
     Each is done with a batch, backward and step, before the next one runs, so that the activations of one
-    component are all that is ever kept; and they may run in processes of their own (`plywise.pipeline`).
+    component are all that is ever kept.
     """
 
-    def _sweep(self, signal: Signal) -> list[Tensor]:
-        return learn_in_turn(self.trainers, signal, self.steps)
+    def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:
+        """Each component learns from what the one before hands on."""
+        return learn_in_turn(self.trainers[first:stop], signal, self.steps, neighbours.emit)
 
 
-def learn_in_turn(trainers: Iterable[LocalTrainer], signal: Signal, step: int) -> list[Tensor]:
-    """Each component learns from what the one before hands on; their detached losses."""
+def learn_in_turn(
+    trainers: Sequence[LocalTrainer],
+    signal: Signal,
+    step: int,
+    emit: Callable[[Signal], None] = lambda _: None,
+) -> list[Tensor]:
+    """Each component learns from what the one before hands on; their detached losses.
+
+    ``emit`` gets what the last one hands on, before its backward.
+    """
     losses = []
-    for trainer in trainers:
+    for trainer in trainers[:-1]:
         signal, loss = trainer.learn(signal, step)
         losses.append(loss)
-    return losses
+    return [*losses, trainers[-1].learn(signal, step, emit)[1]]
 
 
 def check_classes(y: Tensor, num_classes: int) -> None:

@@ -27,8 +27,8 @@ class CoDA:
         the loss is weakly so; stages grow longer and steps shorter.
     Equation: in stage s, T_s = first_stage · 3^(s−1) steps with η_s = lr / 3^(s−1), on each worker
         v ← v − η_s (∂F/∂v + (v − v₀)/gamma) for v = (weights, a, b), and α ← α + η_s ∂F/∂α; all four are
-        averaged over the workers every ``every`` steps. After it v and v₀ are the average over steps and
-        workers, and 3^s batches a worker settle α at margin + E₋h − E₊h.
+        averaged over the workers every ``every`` steps (times ``every_growth^(s−1)``). After it v and v₀ are
+        the average over steps and workers, and 3^s batches a worker settle α at margin + E₋h − E₊h.
     Use when: the AUC is what counts, data are spread over workers, and averaging at each step is too slow.
     Do not use when: there is one worker: `AUCMargin` with any optimizer is simpler.
     Layers: any network with one score a sample; parameters that do not train stay as they are.
@@ -59,6 +59,9 @@ class CoDA:
             400. Range 1 to 1e4.
         first_stage: steps of the first stage, T₀. Default 5000. Range 10 to 1e5.
         every: steps from one averaging to the next, I. Default 64. Range 1 to 1024.
+        every_growth: by what ``every`` grows from stage to stage. √3 keeps it in proportion to 1/√η_s, as the
+            paper's analysis does (recalled: its text could not be read); 3 keeps the number of averagings in
+            a stage. Default 1. Range 1 to 3.
         group: the workers; None for all processes, or one process if torch.distributed is not in use.
         patience: seconds to wait for the other workers at an averaging. Default 300. Range 10 to 3600.
 
@@ -95,13 +98,17 @@ class CoDA:
         gamma: float = 400.0,
         first_stage: int = 5000,
         every: int = 64,
+        every_growth: float = 1.0,
         group: dist.ProcessGroup | None = None,
         patience: float = 300.0,
     ) -> None:
-        require_positive(self, lr=lr, gamma=gamma, patience=patience)
+        require_positive(self, lr=lr, gamma=gamma, patience=patience, every_growth=every_growth)
         require_whole(self, first_stage=first_stage, every=every)
+        if every_growth < 1:
+            raise ValueError(f"CoDA: every_growth must be 1 or more, not {every_growth!r}.")
         self.model, self.loss = model, loss
         self.lr, self.gamma, self.first_stage, self.every = lr, gamma, first_stage, every
+        self.every_growth = every_growth
         self.stage, self.taken = 1, 0
         self._workers = _Workers(group, patience, loss.a.device)
         primal = [*(p for p in model.parameters() if p.requires_grad), loss.a, loss.b]
@@ -117,6 +124,11 @@ class CoDA:
     def settling(self) -> bool:
         """Whether the next batch is one of the 3^s that settle α, and moves nothing else."""
         return self._looks < GROWTH**self.stage
+
+    @property
+    def period(self) -> int:
+        """Steps from one averaging to the next in this stage."""
+        return round(self.every * self.every_growth ** (self.stage - 1))
 
     def step(self, x: Any, y: Tensor) -> Tensor:
         """One batch of this worker's: a step, or as a stage begins one of the 3^s batches that settle α.
@@ -138,7 +150,7 @@ class CoDA:
         loss = self._descend(x, y)
         self.taken += 1
         self._anchor.accumulate()
-        if self.taken % self.every == 0:
+        if self.taken % self.period == 0:
             self._average(self._shared)
         if self.taken == self.first_stage * GROWTH ** (self.stage - 1):
             self._next_stage()
@@ -229,7 +241,8 @@ class CoDA:
         """Give all workers what the first one has, if they have the same plan; if not, all of them raise."""
         if self._workers.size == 1:
             return
-        plan = {name: getattr(self, name) for name in ("lr", "gamma", "first_stage", "every")}
+        settings = ("lr", "gamma", "first_stage", "every", "every_growth")
+        plan = {name: getattr(self, name) for name in settings}
         plan["numbers to share"] = sum(tensor.numel() for tensor in self._shared)
         for name, (least, most) in zip(plan, self._workers.ranges(list(plan.values())), strict=True):
             if least != most:

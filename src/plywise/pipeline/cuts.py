@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plywise.errors import PipelineError
-from plywise.local.learner import OneWayLearner
+from plywise.local.learner import StagedLearner
 from plywise.local.split import balance
 from plywise.pipeline.pipeline import checked_cuts
 
 _REPEATS = 5
 
 
-def measured_cuts(learner: OneWayLearner, x: Tensor, y: Tensor, *, replicas: int = 1) -> list[int]:
+def measured_cuts(learner: StagedLearner, x: Tensor, y: Tensor, *, replicas: int = 1) -> list[int]:
     """The first component of each stage, so that the slowest stage is as fast as it can be.
 
     Rank 0 measures and tells the others; all call this alike, before they make the pipeline. The processes
@@ -43,7 +43,7 @@ def measured_cuts(learner: OneWayLearner, x: Tensor, y: Tensor, *, replicas: int
     return from_first(cuts)
 
 
-def component_costs(learner: OneWayLearner, x: Tensor, y: Tensor) -> list[float]:
+def component_costs(learner: StagedLearner, x: Tensor, y: Tensor) -> list[float]:
     """Median seconds of a step of each component on a batch. The learner stays as it is."""
     before = copy.deepcopy([trainer.state_dict() for trainer in learner.trainers])
     seconds: list[list[float]] = [[] for _ in learner.trainers]

@@ -32,6 +32,7 @@ class Groups:
     Attributes:
         everyone: all processes.
         links: the groups shared with the process before and the one after, by its rank.
+        back: the same for what goes from a stage to the one before, where a learner sends gradients back.
         replicas: the processes of this stage; None if there is just this one.
     """
 
@@ -39,17 +40,19 @@ class Groups:
         self._made: list[dist.ProcessGroup] = []
         self._ending = threading.Lock()
         self.links: dict[int, dist.ProcessGroup] = {}
+        self.back: dict[int, dist.ProcessGroup] = {}
         self.replicas: dist.ProcessGroup | None = None
 
-    def make(self, stages: int, replicas: int) -> None:
+    def make(self, stages: int, replicas: int, both_ways: bool) -> None:
         """Connect; every process makes every group, in the same order."""
         rank, world = dist.get_rank(), stages * replicas
         self.everyone = self._keep(dist.new_group(timeout=FOREVER, backend="gloo"))
-        for here in range(world - replicas):
-            ends = [here, here + replicas]
-            group = dist.new_group(ends, timeout=FOREVER, backend="gloo")
-            if rank in ends:
-                self.links[ends[1 - ends.index(rank)]] = self._keep(group)
+        for links in (self.links, self.back) if both_ways else (self.links,):
+            for here in range(world - replicas):
+                ends = [here, here + replicas]
+                group = dist.new_group(ends, timeout=FOREVER, backend="gloo")
+                if rank in ends:
+                    links[ends[1 - ends.index(rank)]] = self._keep(group)
         if replicas > 1:
             options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout = FOREVER

@@ -1,8 +1,9 @@
-"""A one-way learner spread over processes: each trains its components and hands signals on.
+"""A learner spread over processes: each trains its components and hands signals on.
 
 Stage i of s holds a run of components; all stages have replicas in as many columns. Data enters at the first
 stage and flows one way, so that every stage computes at the same time on different batches, and with the same
-weights as in one process: a component has made k updates when batch k arrives, here as there.
+weights as in one process: a component has made k updates when batch k arrives, here as there. Interlocking
+backpropagation sends gradients back as well, from the first blocks of a stage to the last ones before it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,13 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from plywise.errors import PipelineError, PlywiseError, StateError
 from plywise.local import checkpoint
 from plywise.local.component import Signal
-from plywise.local.learner import OneWayLearner, Report
+from plywise.local.learner import Report, StagedLearner
 from plywise.local.trainer import LocalTrainer
+from plywise.pipeline.connections import Connections
 from plywise.pipeline.groups import Groups, join, own_store
-from plywise.pipeline.links import Inbox, Outbox, within
+from plywise.pipeline.links import Inbox, within
 from plywise.pipeline.watch import EVERY, Watch
 
 Batch = tuple[Tensor, Tensor]
+
+NO_STAGES = "{} trains its components together, not in stages: it runs in one process."
+"""What a pipeline says of a learner that is no `StagedLearner`."""
 
 
 class Pipeline:
@@ -49,13 +54,13 @@ class Pipeline:
 
     def __init__(
         self,
-        learner: OneWayLearner,
+        learner: StagedLearner,
         *,
         cuts: Sequence[int] | None = None,
         replicas: int = 1,
         patience: float = 10.0,
     ) -> None:
-        _check(learner, patience)
+        _check(learner, replicas, patience)
         with ExitStack() as stack:  # undone in reverse order, should something fail
             if not dist.is_initialized():
                 join()
@@ -72,7 +77,7 @@ class Pipeline:
             self._rank_before = rank - replicas if self.stage > 0 else None
             self._rank_after = rank + replicas if self.stage < self.stages - 1 else None
             self._device = _device_of(learner)
-            self._boxes: list[Inbox | Outbox] = []
+            self._connections: Connections | None = None
             self._groups = Groups()
             store = own_store(
                 f"{type(learner).__name__} of {len(learner.trainers)} components in stages that begin at "
@@ -89,7 +94,7 @@ class Pipeline:
         return f"stage {stage}" + (f", replica {replica}" if self.replicas > 1 else "")
 
     def _meet(self) -> None:
-        self._groups.make(self.stages, self.replicas)
+        self._groups.make(self.stages, self.replicas, self.learner.sends_back)
         if self._groups.replicas is not None:
             for trainer in self.trainers:
                 _replicate(trainer, self._groups.replicas)
@@ -107,19 +112,15 @@ class Pipeline:
             PipelineError: a process is lost, or has failed.
             PlywiseError: a batch is empty, or inputs and targets differ in number.
         """
-        inbox = outbox = None
-        if (before := self._rank_before) is not None:
-            inbox = Inbox(before, self._groups.links[before], self.watch, self._device)
-        if (following := self._rank_after) is not None:
-            outbox = Outbox(following, self._groups.links[following], self.watch)
-        self._boxes = [box for box in (inbox, outbox) if box is not None]
+        before, following = self._rank_before, self._rank_after
+        self._connections = links = Connections(self._groups, before, following, self.watch, self._device)
+        inbox = links.inbox
         try:
             for signal in (
                 self._signals(batches) if inbox is None else _receive_signals(inbox, self.learner.steps)
             ):
-                self._learn(signal, outbox, after)
-            if outbox is not None:
-                outbox.end()
+                self._learn(signal, links, after)
+            links.end()
         except BaseException as error:
             if self.replicas > 1 and isinstance(error, RuntimeError) and not isinstance(error, PlywiseError):
                 self.watch.wait_for_failure()  # was it an exchange between replicas that broke?
@@ -168,16 +169,13 @@ class Pipeline:
                 return
             yield batch
 
-    def _learn(self, signal: Signal, outbox: Outbox | None, after: Callable[[int], None]) -> None:
+    def _learn(self, signal: Signal, links: Connections, after: Callable[[int], None]) -> None:
         self.watch.check()
-        losses, step = [], self.learner.steps
         for trainer in self.trainers:
             trainer.begin()
-            emit: Callable[[Signal], None] = lambda _: None  # noqa: E731
-            if outbox is not None and trainer is self.trainers[-1]:
-                emit = partial(outbox.put, step=step)
-            signal, loss = trainer.learn(signal, step, emit)
-            losses.append(loss)
+        first = self.cuts[self.stage]
+        stop = first + len(self.trainers)
+        losses = self.learner.learn_stage(first, stop, signal, links.make_neighbours(self.learner.steps))
         self.learner.steps += 1
         report = Report(self.learner.steps, torch.stack(losses))
         for callback in self.learner.callbacks:
@@ -186,7 +184,7 @@ class Pipeline:
 
     # ---- state -------------------------------------------------------------------------------
 
-    def gather(self) -> OneWayLearner:
+    def gather(self) -> StagedLearner:
         """Give every process every component's parameters and buffers: then any of them may predict."""
         for index, trainer in enumerate(self.learner.trainers):
             owner = max(i for i, cut in enumerate(self.cuts) if cut <= index) * self.replicas
@@ -251,8 +249,8 @@ class Pipeline:
 
     def _part(self) -> None:
         self._groups.abort()
-        for box in self._boxes:
-            box.close()
+        if self._connections is not None:
+            self._connections.close()
         for trainer in self.trainers:
             trainer.module = trainer.component
         self._groups.destroy()
@@ -264,10 +262,13 @@ class Pipeline:
         self.close()
 
 
-def _check(learner: object, patience: float) -> None:
-    if not isinstance(learner, OneWayLearner):
+def _check(learner: object, replicas: int, patience: float) -> None:
+    if not isinstance(learner, StagedLearner):
+        raise PipelineError(NO_STAGES.format(type(learner).__name__), see="pipeline-start")
+    if learner.sends_back and replicas > 1:
         raise PipelineError(
-            f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way.",
+            f"{type(learner).__name__} sends gradients from stage to stage, and its stages have no "
+            "replicas: use more stages.",
             see="pipeline-start",
         )
     if patience < 4 * EVERY:
@@ -323,7 +324,7 @@ def checked_cuts(cuts: Sequence[int] | None, components: int, world: int, replic
     return list(cuts)
 
 
-def _device_of(learner: OneWayLearner) -> torch.device:
+def _device_of(learner: StagedLearner) -> torch.device:
     for trainer in learner.trainers:
         for tensor in trainer.component.state_dict().values():
             return torch.device(tensor.device)

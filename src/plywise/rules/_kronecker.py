@@ -10,7 +10,7 @@ last refresh, since G itself is not made then.
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -103,6 +103,24 @@ class KroneckerRule(StatefulRule):
 
     acts_at_step: ClassVar[bool] = True
 
+    cadence: str = "spread"
+
+    def set_cadence(self, stats_every: int, refresh_every: int) -> None:
+        """Take a paper's cadence if ``cadence="paper"`` asks for it; for the subclass's ``__post_init__``."""
+        require_choice(self, "cadence", self.cadence, ("spread", "paper"))
+        if self.cadence == "spread":
+            return
+        defaults = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
+        for name, value in (("stats_every", stats_every), ("refresh_every", refresh_every)):
+            if getattr(self, name) not in (defaults[name], value):
+                raise ValueError(f'{type(self).__name__}: cadence="paper" is {name}={value}: leave it out.')
+            object.__setattr__(self, name, value)
+
+    @property
+    def refreshes_together(self) -> bool:  # type: ignore[override]
+        """With the paper's cadence layers take no turns."""
+        return self.cadence == "paper"
+
     # ---- in backward -------------------------------------------------------------------------
 
     def update(self, call: LinearCall) -> Update:
@@ -116,6 +134,8 @@ class KroneckerRule(StatefulRule):
         """Where each product is smaller with the rows than with G, and c has been measured."""
         sides = self.plan.sides(shape.outputs, shape.columns)
         limits = {"input": shape.outputs, "output": shape.columns}
+        if self.cadence == "paper":
+            return False  # c is measured in each step
         fewer = bool(sides) and bool(memory["rows"] < min(limits[side] for side in sides))
         return fewer and bool(memory["scale"] > 0)
 

@@ -48,6 +48,8 @@ class GradientAmplification(StatefulRule):
         agreement: choose by this threshold in (0, 1] instead of at random; None for random. Default None.
             Range 0.1 to 1.
         every: steps from one choice to the next. Default 100. Range 1 to 1000.
+        rest: periods without amplification after each period with it: the papers amplify for some epochs, and
+            not for others. Default 0. Range 0 to 10.
         until: no new choice after so many steps (the last one ends with its period); None for always. Default
             None. Range 100 to 100000.
         seed: seed of the random choice. Default 0.
@@ -71,6 +73,7 @@ class GradientAmplification(StatefulRule):
     mode: Literal["signal", "gradient"] = "signal"
     agreement: float | None = None
     every: int = 100
+    rest: int = 0
     until: int | None = None
     seed: int = 0
 
@@ -78,6 +81,8 @@ class GradientAmplification(StatefulRule):
         require_choice(self, "mode", self.mode, ("signal", "gradient"))
         require_positive(self, factor=self.factor, share=self.share)
         require_whole(self, every=self.every, **({} if self.until is None else {"until": self.until}))
+        if self.rest < 0 or int(self.rest) != self.rest:
+            raise ValueError(f"GradientAmplification: rest must be a whole number, 0 or more: {self.rest!r}.")
         if self.agreement is not None:
             require_positive(self, agreement=self.agreement)
         if self.share > 1:
@@ -127,8 +132,11 @@ class GradientAmplification(StatefulRule):
             chosen = memory["sum"].abs().sum() >= self.agreement * memory["total"]
         else:
             chosen = one < 0
+        period = evidence["period"] / rows
+        if self.rest:
+            chosen &= period.round() % (self.rest + 1) == 0
         if self.until is not None:
-            chosen &= evidence["period"] / rows * self.every + 1 < self.until
+            chosen &= period * self.every + 1 < self.until
         news = {"factor": torch.where(chosen, one * self.factor, one)}
         if "sum" in memory:
             news |= {"sum": torch.zeros_like(memory["sum"]), "total": torch.zeros_like(one)}

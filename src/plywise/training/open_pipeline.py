@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from plywise._util.tensorboard import require_tensorboard
 from plywise.errors import PipelineError
-from plywise.local.learner import OneWayLearner
+from plywise.local.learner import StagedLearner
 from plywise.pipeline.cuts import from_first, measured_cuts
 from plywise.pipeline.groups import join
-from plywise.pipeline.pipeline import Pipeline
+from plywise.pipeline.pipeline import NO_STAGES, Pipeline
 from plywise.pipeline.wire import CARRIED
 from plywise.training.build import ResolvedTraining, resolve_training
 from plywise.training.config import TrainConfig
@@ -70,7 +70,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
 
 def _learner(
     training: ResolvedTraining, folder: RunFolder, fresh: bool
-) -> tuple[OneWayLearner, tuple[int, ...]]:
+) -> tuple[StagedLearner, tuple[int, ...]]:
     """The learner, cut as the first process has measured it, or as it was when the run began."""
     if dist.get_rank() == 0:
         record = None if fresh else folder.check(training.config, training.data)
@@ -81,10 +81,8 @@ def _learner(
     if blocks.carries:
         raise PipelineError(CARRIED, see="pipeline-start")
     learner = training.make_learner(blocks)
-    if not isinstance(learner, OneWayLearner):
+    if not isinstance(learner, StagedLearner):
         raise PipelineError(
-            f"{type(learner).__name__} needs gradients from later components; a pipeline flows one way. "
-            "`plywise train` takes it.",
-            see="pipeline-start",
+            f"{NO_STAGES.format(type(learner).__name__)} `plywise train` takes it.", see="pipeline-start"
         )
     return learner, starts
