@@ -97,7 +97,26 @@ def test_a_block_runs_in_its_own_mode_and_sends_gradients_to_its_own_input():
     }
 
 
-def test_all_blocks_together_learn_as_backpropagation():
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("pair", [False, True])
+def test_every_block_but_the_first_depends_on_its_signal_alone(number, pair):
+    """One for the embedding, three layers, one for the rest: none makes what another block hands on again."""
+    model = make(pair=pair)
+    block = pw.split(model, 5, BATCH)[number].eval()
+    s = torch.randn(4, 6, 8, requires_grad=True)
+    out = block(s, BATCH)
+    (slope,) = torch.autograd.grad(out.square().sum(), s, retain_graph=True)
+    assert slope.norm() > 0
+    out.sum().backward()
+    held = {name for name, _ in block.named_parameters()}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == held
+    with torch.no_grad():
+        model.words.weight.add_(1)
+        assert torch.equal(block(s, BATCH), out)
+
+
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_all_blocks_together_learn_as_backpropagation(k):
     """Interlocking over all blocks is backpropagation: the same weights after a step."""
     model = make(layers=4)
     for module in model.modules():
@@ -107,8 +126,8 @@ def test_all_blocks_together_learn_as_backpropagation():
     sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
     F.cross_entropy(call_model(plain, BATCH).logits, Y).backward()
     sgd.step()
-    blocks = pw.split(model, 4, BATCH)
-    learner = pw.Interlocking(blocks, 3, horizon=4, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    blocks = pw.split(model, k, BATCH)
+    learner = pw.Interlocking(blocks, 3, horizon=k, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
     learner.step(BATCH, Y)
     wanted = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
@@ -160,14 +179,6 @@ def test_a_mean_over_positions_leaves_padding_out():
     )
     assert torch.allclose(head(s, MASK), slow, atol=1e-6)
     assert torch.allclose(head(s), head(s.mean(1)), atol=1e-6)
-
-
-def test_learners_of_one_tensor_refuse():
-    blocks = pw.split(make(), 2, BATCH)
-    adam = lambda groups: torch.optim.Adam(groups)  # noqa: E731
-    for learner in (pw.AssociatedLearning, pw.CascadedForward, pw.LocalForwardGradient):
-        with pytest.raises(pw.BlockError, match=f"{learner.__name__} takes blocks of one tensor"):
-            learner(blocks, 3, optimizer=adam)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise.data.batches import Batch
 from plywise.errors import PlywiseError
 from plywise.local.associated_maps import (
     MakeBridge,
@@ -23,7 +24,7 @@ from plywise.local.associated_maps import (
     sigmoid_decoder,
     wide_bridge,
 )
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, chain_blocks, hide_padding
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.local_loss import Loss
@@ -80,7 +81,7 @@ class AssociatedComponent(Component):
         target = codes.detach() if self._detach else codes
         if not signal.y.is_floating_point():
             target = target[signal.y]
-        associated = F.mse_loss(self.bridge(s), target)
+        associated = F.mse_loss(self.bridge(hide_padding(s, signal.carried)), target)
         return replace(signal, s=s, codes=codes), associated + self._rebuilt(codes, signal.codes, signal.y)
 
     def _rebuilt(self, codes: Tensor, below: Tensor, y: Tensor) -> Tensor:
@@ -201,10 +202,9 @@ class AssociatedLearning(OneWayLearner):
         decay: Mapping[str, float] | None = None,
         **training: Any,
     ) -> None:
-        blocks.refuse_carrying(type(self).__name__)
         _check_names("targets", [targets], TARGETS)
         _check_names("decay", decay or {}, MAPS)
-        self._classes, self._targets = num_classes, targets
+        self._blocks, self._classes, self._targets = blocks, num_classes, targets
         bridges = [bridge] * len(blocks) if callable(bridge) else list(bridge)
         self._components = []
         codes = _first_codes(num_classes, targets)
@@ -227,12 +227,13 @@ class AssociatedLearning(OneWayLearner):
             self._components.append(AssociatedComponent(block, *maps, **settings))
         super().__init__(self._components, **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The input, and t₀: one row for each class, or each sample's labels or numbers."""
         first = next(self._components[0].encoder.parameters())
         if self._targets == "classes":
             check_classes(y, self._classes)
-            return Signal(x, y, torch.eye(self._classes, dtype=first.dtype, device=first.device))
+            codes = torch.eye(self._classes, dtype=first.dtype, device=first.device)
+            return replace(self._blocks.begin(x, y), codes=codes)
         if y.shape[1:] != (self._classes,):
             raise PlywiseError(
                 f"Targets must be {self._classes} {self._targets} a sample, not of shape {tuple(y.shape)}.",
@@ -241,7 +242,7 @@ class AssociatedLearning(OneWayLearner):
         y = y.to(first)
         if self._targets == "labels" and bool(((y != 0) & (y != 1)).any()):
             raise PlywiseError("Labels must be 0 or 1, and this batch holds others.", see="error-data")
-        return Signal(x, y, y)
+        return replace(self._blocks.begin(x, y), codes=y)
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The path of inference; with ``depth``, the shortcut through the first ``depth`` components."""
@@ -253,13 +254,13 @@ class AssociatedPath(nn.Module):
 
     def __init__(self, components: list[AssociatedComponent]) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(component.block for component in components))
+        self.blocks = chain_blocks(component.block for component in components)
         self.bridge = components[-1].bridge
         self.decoders = nn.Sequential(*(component.decoder for component in reversed(components)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Batch) -> Tensor:
         """Scores (N, C), in the first decoder's range."""
-        scores: Tensor = self.decoders(self.bridge(self.blocks(x)))
+        scores: Tensor = self.decoders(self.bridge(hide_padding(self.blocks(x), x)))
         return scores
 
 

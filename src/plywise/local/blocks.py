@@ -1,6 +1,6 @@
 """A network as a chain of blocks, each handing one tensor to the next."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
 from plywise.data.batches import Batch, count_samples, list_tensors
+from plywise.data.models import find_mask
 from plywise.errors import BlockError
 from plywise.local.component import Signal
 
@@ -57,17 +58,17 @@ class Blocks(Sequence[nn.Module]):
         """What the first block gets: the inputs; where they are carried, their first tensor beside them."""
         return Signal(list_tensors(x)[0], y, carried=x) if self.carries else Signal(x, y)
 
-    def refuse_carrying(self, learner: str) -> None:
-        """Raise BlockError if these blocks carry a model's inputs, and the learner takes no such."""
+    def refuse_carrying(self, learner: str, why: str) -> None:
+        """Raise BlockError if these blocks carry a model's inputs, and the learner takes no such: ``why``."""
         if self.carries:
             raise BlockError(
-                f"{learner} takes blocks of one tensor, and these carry the model's inputs along. Take "
-                "LocalLoss, Interlocking or ActivationRelaxation."
+                f"{learner} takes blocks of one tensor, and these carry the model's inputs along: {why}. "
+                "Take LocalLoss, LocalNextToken or Interlocking."
             )
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another, as a module that takes the model's inputs."""
-        return Chain(self) if self.carries else nn.Sequential(*self)
+        return chain_blocks(self)
 
     @overload
     def __getitem__(self, index: int) -> nn.Module: ...
@@ -84,16 +85,43 @@ class Blocks(Sequence[nn.Module]):
 class Chain(nn.Module):
     """Blocks that carry the model's inputs along, one after another."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Batch) -> Tensor:
         """What the last block hands on."""
-        s = list_tensors(x)[0]
-        for block in self.blocks:
-            s = block(s, x)
+        *_, last = run_blocks(self.blocks, x)
+        return last
+
+
+def chain_blocks(blocks: Iterable[nn.Module]) -> nn.Module:
+    """Blocks one after another, as a module that takes the model's inputs."""
+    modules = list(blocks)
+    is_carrying = any(getattr(module, "carries", False) for module in modules)
+    return Chain(modules) if is_carrying else nn.Sequential(*modules)
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Batch) -> Iterator[Tensor]:
+    """What each block makes of a batch, one after another; those that carry get it beside the signal."""
+    s = x
+    for number, block in enumerate(blocks):
+        if getattr(block, "carries", False):
+            s = block(list_tensors(x)[0] if number == 0 else s, x)
+        else:
+            s = block(s)
+        yield s
+
+
+def hide_padding(s: Tensor, carried: Batch) -> Tensor:
+    """Activations with zeros at the padded positions, where the model's inputs have a mask of them.
+
+    A head that flattens positions then sees the same, whatever the padding holds.
+    """
+    mask = find_mask(carried)
+    if mask is None or mask.shape != s.shape[:2]:
         return s
+    return s * mask.to(s).reshape(*mask.shape, *(1 for _ in s.shape[2:]))
 
 
 def _refuse_sharing(modules: tuple[nn.Module, ...]) -> None:

@@ -1,6 +1,7 @@
 """Cascaded Forward: random blocks that never learn, each read by a linear head; their opinions add up."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.modes import evaluating
+from plywise.data.batches import Batch, list_tensors
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, hide_padding, run_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.linear_heads import GradientHead, LinearHead, RidgeHead
@@ -63,14 +65,15 @@ class CascadedComponent(Component):
         """
         with torch.no_grad():
             if self.training and any(True for _ in self.block.buffers()):
-                self.block(signal.s)
+                signal.through(self.block)
             with evaluating(self.block):
-                features = self.block(signal.s)
+                features = signal.through(self.block)
         _require_finite(features, f"features of a {type(self.block).__name__}")
-        loss = self.head.loss(features, signal.y)
+        read = hide_padding(features, signal.carried)
+        loss = self.head.loss(read, signal.y)
         if self.training:
-            self.head.take_in(features, signal.y)
-        return Signal(features, signal.y), loss
+            self.head.take_in(read, signal.y)
+        return replace(signal, s=features), loss
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The head's alone."""
@@ -156,8 +159,7 @@ class CascadedForward(OneWayLearner):
         optimizer: MakeOptimizer = no_optimizer,
         **training: Any,
     ) -> None:
-        blocks.refuse_carrying(type(self).__name__)
-        self._classes = num_classes
+        self._blocks, self._classes = blocks, num_classes
         self._components = []
         anywhere = [p for block in blocks for p in block.parameters()]
         for block, shape in zip(blocks, blocks.shapes[1:], strict=True):
@@ -168,11 +170,12 @@ class CascadedForward(OneWayLearner):
             self._components.append(CascadedComponent(block, reader))
         super().__init__(self._components, optimizer=optimizer, **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is, if it is harmless: sums and statistics forget nothing."""
         check_classes(y, self._classes)
-        _require_finite(x, "inputs")
-        return Signal(x, y)
+        for tensor in list_tensors(x):
+            _require_finite(tensor, "inputs")
+        return self._blocks.begin(x, y)
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The sum over the first ``depth`` blocks, or all; ridge heads with the weights of this moment."""
@@ -187,13 +190,12 @@ class CascadedPath(nn.Module):
         self.blocks = nn.ModuleList(component.block for component in components)
         self.heads = nn.ModuleList(component.head.as_module() for component in components)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Batch) -> Tensor:
         """Scores (N, C); a row's sum is the number of blocks."""
-        opinions = []
-        for block, head in zip(self.blocks, self.heads, strict=True):
-            x = block(x)
-            opinions.append(head(x).softmax(1))
-        return torch.stack(opinions).sum(0)
+        features = run_blocks(self.blocks, x)
+        return torch.stack(
+            [head(hide_padding(s, x)).softmax(1) for s, head in zip(features, self.heads, strict=True)]
+        ).sum(0)
 
 
 def _require_finite(tensor: Tensor, what: str) -> None:

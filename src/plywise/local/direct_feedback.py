@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from plywise.errors import BlockError
 from plywise.local.block_backward import BlockBackward
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, hide_padding
 from plywise.local.component import Component, Signal
 from plywise.local.learner import Learner, check_classes
 from plywise.local.local_loss import Loss
@@ -132,7 +132,8 @@ class DirectFeedback(Learner):
             assert output.grad is not None
             parts = zip(self.trainers, self._components, passages, strict=True)
             for trainer, component, passage in parts:
-                passage.learn(component.taught(output.grad, passage.output))
+                taught = component.taught(output.grad, passage.output)
+                passage.learn(taught if component.feedback is None else hide_padding(taught, signal.carried))
                 trainer.apply()
         return [loss.detach()] * len(self.trainers)
 

@@ -165,6 +165,8 @@ class ForwardForward(OneWayLearner):
             raise ValueError(f"ForwardForward: skip counts blocks; it is {skip!r}.")
         if num_classes < 2:
             raise PlywiseError(f"ForwardForward needs 2 classes, to draw a wrong one: {num_classes} given.")
+        why = "labels are written into the inputs, which are one tensor of numbers"
+        blocks.refuse_carrying(type(self).__name__, why)
         self._classes, self._skip = num_classes, min(skip, len(blocks) - 1)
         first = LabellingComponent(blocks[0], threshold, put, num_classes)
         self._components = [first, *(ForwardComponent(block, threshold) for block in blocks[1:])]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 
 from plywise._util.checks import require_whole
+from plywise.data.batches import Batch, map_tensors
 from plywise.errors import BlockError
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, hide_padding
 from plywise.local.component import Signal
 from plywise.local.forward_locality import Locality, find_localities, slopes_of
 from plywise.local.heads import MakeHead, pooled_linear
@@ -60,23 +61,32 @@ class ForwardGradientComponent(LossComponent):
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
         """The block's output and loss; the loss's gradient is exact for the head, estimated for the block."""
         samples = len(signal.y)
-        s = signal.s.repeat(self._passes, *(1 for _ in signal.s.shape[1:]))
-        y = signal.y.repeat(self._passes, *(1 for _ in signal.y.shape[1:]))
-        nudged: list[Nudged] = []
+        several = replace(
+            signal,
+            s=self._repeat(signal.s),
+            y=self._repeat(signal.y),
+            carried=map_tensors(self._repeat, signal.carried),
+        )
+        y, nudged = several.y, list[Nudged]()
         with forward_ad.dual_level(), _differentiable_forward(self.block), self._nudging(nudged, len(y)):
-            output, tangent = forward_ad.unpack_dual(self.block(s))
+            output, tangent = forward_ad.unpack_dual(several.through(self.block))
         if tangent is None:
-            return Signal(output[:samples], signal.y), self.checked(output, y)
+            return replace(signal, s=output[:samples]), self.checked(output, y, several.carried)
         # no leaf, which a head could not change in place, and be told
         judged = output if output.requires_grad else output + output.new_zeros((), requires_grad=True)
-        loss = self.checked(judged, y)
+        loss = self.checked(judged, y, several.carried)
         (gradient,) = torch.autograd.grad(loss, judged, retain_graph=True)
         slopes = slopes_of(gradient, tangent.detach(), self._parts(output))
         for one in nudged:
             u = one.u if one.alive is None else one.u * one.alive
             estimate = self._locality(one.layer, signal.s).estimates(u, slopes)
+            estimate = hide_padding(estimate, several.carried)  # whose true gradient is 0
             loss = loss + (estimate * (one.z - one.z.detach())).sum()  # adds 0; its gradient is the estimate
-        return Signal(output[:samples], signal.y), loss
+        return replace(signal, s=output[:samples]), loss
+
+    def _repeat(self, part: Tensor) -> Tensor:
+        """A row of the batch for each pass."""
+        return part.repeat(self._passes, *(1 for _ in part.shape[1:]))
 
     def _parts(self, output: Tensor) -> int:
         """Groups of channels with slopes of their own."""
@@ -259,19 +269,21 @@ class LocalForwardGradient(OneWayLearner):
         **training: Any,
     ) -> None:
         require_whole(self, passes=passes, groups=groups)
-        blocks.refuse_carrying(type(self).__name__)
+        if patches or groups > 1:
+            why = "a loss of each patch or group is traced through a block of one tensor"
+            blocks.refuse_carrying(type(self).__name__, why)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         parts = headed_components(blocks, num_classes, head, local_loss or loss)
         parts[-1] = LossComponent(blocks[-1], loss)
         components = [ForwardGradientComponent(part, passes, draw, patches, groups) for part in parts]
         super().__init__(components, **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is."""
         if self._loss is F.cross_entropy:
             check_classes(y, self._classes)
-        return Signal(x, y)
+        return self._blocks.begin(x, y)
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another."""
-        return nn.Sequential(*self._blocks)
+        return self._blocks.as_module()

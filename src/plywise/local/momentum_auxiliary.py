@@ -146,6 +146,8 @@ class MomentumAuxiliary(Learner):
     ) -> None:
         if not 0 <= momentum <= 1:
             raise ValueError(f"MomentumAuxiliary: momentum must lie in 0 to 1, not {momentum!r}.")
+        why = "a head runs the beginning of the next block, which is not made of them"
+        blocks.refuse_carrying(type(self).__name__, why)
         self._blocks, self._classes, self._loss, self._momentum = blocks, num_classes, loss, momentum
         ahead = [beginning(block) for block in blocks[1:]]
         units = iter(ahead)

@@ -6,12 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.local.blocks import Blocks
+from plywise.data.batches import Batch
+from plywise.local.blocks import Blocks, hide_padding, run_blocks
 from plywise.local.component import Signal
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.local_loss import LossComponent
 
 VOTES = ("all", "last")
+
+
+class ProjectedComponent(LossComponent):
+    """A block, and the loss of what its projection makes of all its activations, padding hidden."""
+
+    def judge(self, s: Tensor, y: Tensor, carried: Batch = None) -> Tensor:
+        """The loss of the block's output ``s``."""
+        assert self.head is not None
+        return self._loss(self.head(hide_padding(s, carried)), y)
 
 
 class MonoForward(OneWayLearner):
@@ -65,19 +75,20 @@ class MonoForward(OneWayLearner):
     def __init__(self, blocks: Blocks, num_classes: int, *, votes: str = "all", **training: Any) -> None:
         if votes not in VOTES:
             raise ValueError(f"MonoForward: votes must be one of {', '.join(VOTES)}, not {votes!r}.")
-        self._classes, self._votes = num_classes, votes
-        self._components, like = [], None
+        self._blocks, self._classes, self._votes = blocks, num_classes, votes
+        self._components: list[LossComponent] = []
+        like = None
         for block, shape in zip(blocks, blocks.shapes[1:], strict=True):
             like = next((p for p in block.parameters() if p.is_floating_point()), like)
             projection = nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), num_classes, bias=False))
             projection = projection if like is None else projection.to(like)
-            self._components.append(LossComponent(block, F.cross_entropy, projection))
+            self._components.append(ProjectedComponent(block, F.cross_entropy, projection))
         super().__init__(self._components, **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is."""
         check_classes(y, self._classes)
-        return Signal(x, y)
+        return self._blocks.begin(x, y)
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The network that predicts; with ``depth``, from the first ``depth`` blocks."""
@@ -94,11 +105,8 @@ class VotingPath(nn.Module):
         heads = [component.head for component in components if component.head is not None]
         self.heads = nn.ModuleList(heads if everyone else heads[-1:])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Batch) -> Tensor:
         """Scores (N, C)."""
-        features = []
-        for block in self.blocks:
-            x = block(x)
-            features.append(x)
+        features = [hide_padding(s, x) for s in run_blocks(self.blocks, x)]
         votes = [head(s) for head, s in zip(self.heads, features[-len(self.heads) :], strict=True)]
         return torch.stack(votes).sum(0)

@@ -1,6 +1,8 @@
 """Local next-token learning: every block of a language model predicts the next token by itself."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plywise._util.checks import require_whole
+from plywise.data.batches import Batch
+from plywise.data.reading import IGNORED
+from plywise.engine.masked_rows import rows
 from plywise.errors import BlockError, PlywiseError
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, chain_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
 
@@ -74,12 +79,12 @@ class TokenComponent(Component):
         self.table = [] if table is None else [table]  # in a list: it is a part of the block already
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
-        """The block's output, and the mean over all tokens of the cross-entropy.
+        """The block's output, and the mean over all tokens that count of the cross-entropy.
 
         Raises:
             PlywiseError: there is not one target for each place of the output.
         """
-        s, y = self.block(signal.s), signal.y
+        s, y = signal.through(self.block), signal.y
         if s.shape[:-1] != y.shape:
             raise PlywiseError(
                 f"Targets of shape {tuple(y.shape)} are no token for each place of the features "
@@ -92,11 +97,13 @@ class TokenComponent(Component):
         for features, tokens in zip(s.tensor_split(count), y.tensor_split(count), strict=True):
             loss = loss + checkpoint(self._total, features, tokens, codes, use_reentrant=False)
         codes = None if codes is None else codes.clone()  # as it is before this component's step
-        return Signal(s, y, codes), loss / y.numel()
+        return replace(signal, s=s, codes=codes), loss / (y != IGNORED).sum().clamp_min(1)
 
     def _total(self, s: Tensor, y: Tensor, table: Tensor | None) -> Tensor:
-        scores = s if self.readout is None else self.readout(s, table)
-        return F.cross_entropy(scores.flatten(0, -2), y.flatten(), reduction="sum")
+        counts = y != IGNORED
+        with nullcontext() if y.dim() != 2 or bool(counts.all()) else rows(counts):
+            scores = s if self.readout is None else self.readout(s, table)
+        return F.cross_entropy(scores.flatten(0, -2), y.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 class LocalNextToken(OneWayLearner):
@@ -113,9 +120,10 @@ class LocalNextToken(OneWayLearner):
         or at places of their own.
     Do not use when: backpropagation fits and the last percent of the nats counts.
     Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Features come last: tokens (B, T) or features (B, ..., width) in, (B, ..., width)
-        out. Inside a block anything goes. If the last block hands on as many features as there are scores,
-        they are the scores; otherwise it has a head, too.
+        model into such, also one that makes masks and positions of its inputs). Features come last: tokens
+        (B, T) or features (B, ..., width) in, (B, ..., width) out. Inside a block anything goes. If the last
+        block hands on as many features as there are scores, they are the scores; otherwise it has a head,
+        too.
     Cost: a head for each block, its forward twice (its scores are made again in backward). The activations of
         one block and the scores of one piece of the batch at a time.
     Status: after the idea as it is in use; the head, the pieces and the tied variant are ours. Private heads
@@ -127,8 +135,8 @@ class LocalNextToken(OneWayLearner):
     Results: three blocks of a transformer on characters of a text, 300 steps, one seed, neither rate tuned:
         2.06 nats a character with tied heads, backpropagation 2.23 (examples/plot_local_next_token.py). Of
         backpropagation's memory in a step, all tensors counted, four blocks take 0.31 and eight 0.16 (tests).
-    Limits: every target counts: there is no index to ignore, pad targets are learned. With tied heads the
-        vocabulary's embedding learns from the first block alone.
+    Limits: with tied heads the vocabulary's embedding learns from the first block alone. Targets of -100
+        are ignored by losses and heads; blocks run on their positions all the same.
 
     Args:
         blocks: the network.
@@ -174,7 +182,7 @@ class LocalNextToken(OneWayLearner):
         **training: Any,
     ) -> None:
         require_whole(self, pieces=pieces)
-        self._classes, self._dimensions = num_classes, len(blocks.shapes[-1])
+        self._blocks, self._classes, self._dimensions = blocks, num_classes, len(blocks.shapes[-1])
         if tied is not None:
             _check_tied(blocks, tied, num_classes)
         components, like = [], None
@@ -189,7 +197,7 @@ class LocalNextToken(OneWayLearner):
         self._components = components
         super().__init__(components, **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is, if there is a token for each place."""
         if y.dim() != self._dimensions:
             raise PlywiseError(
@@ -197,8 +205,10 @@ class LocalNextToken(OneWayLearner):
                 f"dimensions, not {y.dtype} of shape {tuple(y.shape)}.",
                 see="error-data",
             )
-        check_classes(y.flatten(), self._classes)
-        return Signal(x, y)
+        known = y[y != IGNORED]
+        if known.numel() or y.dtype != torch.long:
+            check_classes(known, self._classes)
+        return self._blocks.begin(x, y)
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The network that predicts; with ``depth``, from the first ``depth`` blocks and the head behind."""
@@ -210,11 +220,11 @@ class TokenPath(nn.Module):
 
     def __init__(self, components: list[TokenComponent]) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(component.block for component in components))
+        self.blocks = chain_blocks(component.block for component in components)
         self.readout = components[-1].readout
         self.table = next(iter(components[0].table), None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Batch) -> Tensor:
         """Tokens (B, T) to scores (B, T, V)."""
         s: Tensor = self.blocks(x)
         if self.readout is None:

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise._util.checks import require_positive
+from plywise.data.batches import Batch
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
-from plywise.local.heads import MakeHead, pooled
+from plywise.local.heads import MakeHead, MeanLinear, pooled
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.local_loss import LossComponent, headed_components
 
@@ -22,6 +23,19 @@ def mlp_projection(shape: torch.Size, num_classes: int) -> nn.Module:
     del num_classes  # a projection knows of no class
     layers, features = pooled(shape)
     return nn.Sequential(*layers, nn.Linear(features, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+
+class MeanProjection(MeanLinear):
+    """The mean over positions, features last, then two layers of 128: for blocks of a transformer."""
+
+    def __init__(self, shape: torch.Size, num_classes: int) -> None:
+        super().__init__(shape[-1], WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, s: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Projections (N, 128) of activations (N, ..., d); of the positions in ``mask``, if it is given."""
+        projected: Tensor = self.last(super().forward(s, mask).relu())
+        return projected
 
 
 def contrastive_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
@@ -82,7 +96,8 @@ class SCPL(OneWayLearner):
     Args:
         blocks: the network. The last block's output is the prediction, a score for each class.
         num_classes: number of classes, C.
-        projection: makes p_i from the shape of a sample's activations and C. Default `mlp_projection`.
+        projection: makes p_i from the shape of a sample's activations and C. Default `mlp_projection`, for
+            transformers that were cut by `split` `MeanProjection`.
         temperature: of the softmax over samples. Default 0.1. Range 0.03 to 1.
         **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
             ``callbacks`` and ``seed``.
@@ -116,14 +131,16 @@ class SCPL(OneWayLearner):
         require_positive(self, temperature=temperature)
         self._blocks, self._classes = blocks, num_classes
         loss = partial(contrastive_loss, temperature=temperature)
+        if projection is mlp_projection and blocks.carries:
+            projection = MeanProjection
         hidden = headed_components(blocks, num_classes, projection, loss)[:-1]
         super().__init__([*hidden, LossComponent(blocks[-1], F.cross_entropy)], **training)
 
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
+    def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is."""
         check_classes(y, self._classes)
-        return Signal(x, y)
+        return self._blocks.begin(x, y)
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another."""
-        return nn.Sequential(*self._blocks)
+        return self._blocks.as_module()

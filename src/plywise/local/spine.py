@@ -103,6 +103,20 @@ class _Passing(_Stand):
         return (value, *[None] * (self._width - 1)) if self._width else value
 
 
+class _Entering(_Stand):
+    """The first layer of all, which gets the block's signal; autograd begins there."""
+
+    def __init__(self, layer: nn.Module, signal: Tensor, grad: bool) -> None:
+        super().__init__(layer)
+        self.__dict__.update(_signal=signal, _grad=grad)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        value = find_input(args, kwargs)
+        torch.set_grad_enabled(self._grad)
+        args = tuple(self._signal if one is value else one for one in args)
+        return self._layer(*args, **{k: self._signal if one is value else one for k, one in kwargs.items()})
+
+
 class _Ending(_Stand):
     """Leaves the forward: before the layer, or after it has run."""
 
@@ -148,11 +162,11 @@ class SpineBlock(nn.Module):
         if carried is None:
             raise BlockError(
                 "This block takes the model's inputs beside the signal, and this learner hands on one tensor "
-                "only. Take LocalLoss, Interlocking or ActivationRelaxation."
+                "only. Take LocalLoss, LocalNextToken or Interlocking."
             )
         model: nn.Module = self.__dict__["_model"]
         with self._standing(model, s), torch.set_grad_enabled(torch.is_grad_enabled()):
-            if self._first > 0:
+            if self.__dict__["_unit"].start > 0:
                 torch.set_grad_enabled(False)  # up to the signal: what makes it is trained by others
             try:
                 output: Tensor = find_scores(call_model(model, carried, TARGETS))
@@ -183,9 +197,11 @@ class SpineBlock(nn.Module):
                     layer, spine.widths[i], s if is_last else None
                 )
                 stand.__dict__["_grad"] = grad
+            if unit.start == 1:  # no layer before that could hand on the signal
+                row._modules[spine.names[0]] = _Entering(_get(kept, spine.names[0]), s, grad)
             if unit.stop <= count + 1:
                 end = max(unit.stop - 2, 0)  # the last layer that runs, or the first one where none does
-                row._modules[spine.names[end]] = _Ending(_get(kept, spine.names[end]), unit.stop > 1)
+                row._modules[spine.names[end]] = _Ending(_get(row._modules, spine.names[end]), unit.stop > 1)
             for frame in frames:
                 frame.training = self.training
             yield
