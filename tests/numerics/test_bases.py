@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from plywise.numerics.bases import find_basis, list_tensors, make_basis
-from plywise.numerics.eigenbasis import compute_eigenbasis
+from plywise.numerics.eigenbasis import compute_eigenbasis, measure_residual
+from plywise.numerics.products import multiply_lower
 
 
 def draw(groups: int, size: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,52 @@ def test_what_is_kept_gives_the_same_basis(size: tuple[int, int, int], turned: b
     both = find_basis(stacked, "input")
     assert both is not None
     assert torch.allclose(both.as_matrix(), torch.cat([basis.as_matrix()] * 2), atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 5, 130, 600])
+def test_of_a_symmetric_matrix_the_lower_triangle_is_enough(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    noise = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
+    whole, x = noise + noise.mT, torch.randn(2, size, 3, generator=generator, dtype=torch.float64)
+    lower = whole.tril() + noise.triu(1)
+    assert torch.allclose(multiply_lower(lower, x), whole @ x, rtol=1e-10, atol=1e-10)
+
+
+def test_one_step_of_orthogonal_iteration() -> None:
+    """By its definition; within the tolerance only the values are new."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 400, 30, generator=generator, dtype=torch.float64) * 0.8 ** torch.arange(30)
+    gram, count = rows.mT @ rows, 400.0
+    first = compute_eigenbasis(gram, rank=4, count=count)
+    assert first is not None
+    start = first[1]
+    gram = gram + torch.diag(torch.linspace(0, 90, 30))
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1) / count
+    size = torch.exp2(torch.log2(mean).floor())[:, None, None]
+    matrix = gram / count / size + torch.diag(torch.linspace(1e-3, 0, 30))
+    Q, upper = torch.linalg.qr(matrix @ start)
+    Q = Q * upper.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+    trace = matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    for tolerance, vectors in ((0.0, Q), (1e9, start)):
+        found = compute_eigenbasis(gram.tril(), start, rank=4, count=count, tolerance=tolerance)
+        assert found is not None
+        values = (vectors * (matrix @ vectors)).sum(1) / trace
+        assert torch.allclose(found[1], vectors, rtol=1e-9, atol=1e-11)
+        assert torch.allclose(found[0][:, :4], values, rtol=1e-9)
+        assert torch.allclose(found[0].mean(1), torch.ones_like(trace[:, 0]))
+    assert compute_eigenbasis(gram.index_fill(1, torch.tensor(3), torch.inf), start, rank=4) is None
+
+
+def test_the_residual_is_zero_for_eigenvectors() -> None:
+    matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)).unsqueeze(0)
+    vectors = torch.eye(3, dtype=torch.float64)[None, :, :2]
+    assert measure_residual(matrix @ vectors, torch.tensor([[4.0, 2.0]])).item() == 0
+    angle = torch.tensor(0.1, dtype=torch.float64)
+    vectors = torch.stack([angle.cos(), angle.sin(), 0 * angle]).reshape(1, 3, 1)
+    product = matrix @ vectors
+    value = (vectors * product).sum(1)
+    wanted = (product - vectors * value).norm() / (2 * value)
+    assert torch.allclose(measure_residual(product, value), wanted)
 
 
 @pytest.mark.parametrize("start", [False, True])

@@ -45,6 +45,32 @@ def mirror_lower(lower: Tensor) -> Tensor:
     return lower.tril() + lower.tril(-1).mT
 
 
+def multiply_lower(lower: Tensor, x: Tensor) -> Tensor:
+    """Compute ``S x`` for symmetric matrices S of which the lower triangle is given.
+
+    S is not made: of a large matrix that would take longer than the product.
+
+    Args:
+        lower: matrices of shape (g, k, k). What stands above their diagonal is ignored.
+        x: matrices of shape (g, k, w).
+
+    Returns:
+        Products of shape (g, k, w).
+    """
+    size = lower.shape[1]
+    if size <= 4 * BLOCK:
+        return mirror_lower(lower) @ x
+    product = torch.empty_like(x)
+    for start in range(0, size, BLOCK):
+        rows = slice(start, start + BLOCK)
+        torch.bmm(mirror_lower(lower[:, rows, rows]), x[:, rows], out=product[:, rows])
+        if start:
+            left = lower[:, rows, :start]
+            product[:, rows].baddbmm_(left, x[:, :start])
+            product[:, :start].baddbmm_(left.mT, x[:, rows])
+    return product
+
+
 def outer_product(x: Tensor, y: Tensor) -> Tensor:
     """Compute ``x yᵀ`` for each group.
 
