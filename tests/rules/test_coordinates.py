@@ -214,6 +214,65 @@ def test_adamw_works_in_the_eigenbasis(power: float) -> None:
     assert torch.allclose(squares, V @ torch.linalg.inv(T).square(), rtol=1e-8)
 
 
+def make_wide(kind: str) -> tuple[nn.Module, Tensor]:
+    """A layer of 180,000 weights, and inputs for it."""
+    generator = torch.Generator().manual_seed(2)
+    if kind == "convolution":
+        return nn.Conv2d(40, 500, 3, bias=False), torch.randn(4, 40, 4, 4, generator=generator)
+    if kind == "channels last":
+        return make_wide("convolution")[0].to(memory_format=torch.channels_last), make_wide("convolution")[1]
+    layer = nn.Linear(600, 300, bias=kind == "bias")
+    return layer, torch.randn(9, 600, generator=generator) * torch.linspace(2, 0.1, 600) + 0.1
+
+
+LARGE: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {"rank": 8}) for kind in ("bias", "no bias", "convolution", "channels last")),
+    *(("bias", settings) for settings in ({"rank": None}, {"rank": 8, "sides": "both"})),
+    ("bias", {"rank": 8, "basis": "root", "keep_norm": False}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), LARGE, ids=str)
+def test_large_layers_are_turned_as_small_ones_are(
+    kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces of their rows, with the weights where they are."""
+    ends = []
+    for largest in (2**17, 2**30):
+        monkeypatch.setattr("plywise.engine.turned_layers.LARGEST_STACKED", largest)
+        torch.manual_seed(4)
+        layer, x = make_wide(kind)
+        optimizer = AdamW(layer.parameters(), 0.01, weight_decay=0.1)
+        rule = pw.Coordinates(stats_every=2, refresh_every=2, **settings).attach(layer, optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            optimizer.step()
+        assert not rule.health.counts
+        assert torch.isfinite(layer.weight).all()
+        ends.append([parameter.detach().clone() for parameter in layer.parameters()])
+    for pieces, whole in zip(*ends, strict=True):
+        assert torch.allclose(pieces, whole, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("width", [5, 600])
+def test_a_gradient_that_overflows_once_it_is_turned_stays_as_it_is(width: int) -> None:
+    """Of a layer with 180,000 weights some rows are turned before that is seen."""
+    layer = nn.Linear(width, 300, bias=False).float()
+    optimizer = SGD(layer.parameters(), 1e-38)
+    rule = pw.Coordinates(power=0.5, damping=1e-4, rank=2, keep_norm=False).attach(layer, optimizer)
+    x = torch.randn(8, width, dtype=torch.float32) * torch.linspace(1, 1e-3, width).float()
+    layer(x).sum().backward()
+    optimizer.step()
+    gradient = torch.randn(300, width, dtype=torch.float32)
+    gradient[-1] = 3e38
+    layer(x).sum().backward()
+    layer.weight.grad.copy_(gradient)
+    optimizer.step()
+    assert rule.health.counts
+    assert torch.allclose(layer.weight.grad, gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_second_moments_of_other_axes_are_not_used(begun: bool) -> None:
     """Or Adam's steps along the leading directions would be as large as their gradients."""
@@ -242,6 +301,30 @@ def test_later_bases_follow_the_running_covariance() -> None:
     inside = Q.T @ (total / count) @ Q
     off = inside - torch.diag(inside.diagonal())
     assert off.norm() < 0.1 * inside.norm()
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_vectors_are_kept_while_they_have_not_drifted(rank: int | None) -> None:
+    """Their scales follow the running covariance all the same."""
+    layer = nn.Linear(9, 4)
+    optimizer = SGD(layer.parameters(), 0.0)
+    settings = {"rank": rank, "stats_every": 1, "refresh_every": 1, "decay": 0.5}
+    rule = pw.Coordinates(tolerance=0.3, **settings).attach(layer, optimizer)
+
+    def take_step(scale: Tensor | float) -> dict[str, Tensor]:
+        optimizer.zero_grad()
+        x, delta = make_data(0, 9)
+        ((layer(x * scale) * delta).sum()).backward()
+        optimizer.step()
+        return {name: value.clone() for name, value in rule.statistics[""].items()}
+
+    first = [take_step(1.0) for _ in range(3)][-1]
+    alike = take_step(torch.linspace(1.02, 1, 9))
+    other = take_step(torch.linspace(9, 0.1, 9))
+    moved = [name for name in first if name.startswith("input.") and name != "input.vectors"]
+    assert torch.equal(first["input.vectors"], alike["input.vectors"])
+    assert any(not torch.equal(first[name], alike[name]) for name in moved)
+    assert not torch.allclose(other["input.vectors"], alike["input.vectors"], atol=1e-3)
 
 
 def test_muon_steps_in_the_coordinates() -> None:
@@ -333,7 +416,14 @@ def test_a_wide_side_stays_as_it_is() -> None:
     assert torch.allclose(matrix_of(turned), matrix_of(plain), rtol=1e-12)
 
 
-BAD: list[dict[str, Any]] = [{"power": -0.1}, {"power": 2}, {"basis": "qr"}, {"sides": "left"}]
+BAD: list[dict[str, Any]] = [
+    {"tolerance": -0.1},
+    {"tolerance": "low"},
+    {"power": -0.1},
+    {"power": 2},
+    {"basis": "qr"},
+    {"sides": "left"},
+]
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -152,10 +152,12 @@ class Attachment:
             assert optimizer is not None
             rule = cast(StatefulContract, self.rule)
             self._state = RunningState(
-                *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave)
+                *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave),
+                # somebody wants to see each call, or the error of a bad one
+                None if self._raises else self.observers,
             )
             self.table.on_begin.append(self._state.processes.find)
-            self.capture.rests = weakref.WeakMethod(self._rests)
+            self.capture.resting = weakref.ref(self._state.resting)
         self.table.on_replaced = self._follow_parameters
         if self.rule.needs_backward_scale:
             every = self.rule.measure_every
@@ -324,13 +326,6 @@ class Attachment:
         """Whether altered values go down in the running backward, which has come to this node."""
         altered = self.arrivals.altered
         return altered.enter(node) or (self._is_pipelined and altered.enter_apart(node))
-
-    def _rests(self) -> bool:
-        """Whether forward and backward are left to autograd until the next step.
-
-        Not so if somebody wants to see each call, or the error of a bad one.
-        """
-        return self._state is not None and self._state.rests(not self.observers and not self._raises)
 
     def _count_evidence(self, name: str) -> None:
         """The gradient of a layer's weight has arrived in ``.grad``."""

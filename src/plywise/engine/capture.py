@@ -13,10 +13,11 @@ backward asks the rule for both of its answers. So
 
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ EXPLORED = 3
 _push: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_function_stack
 _pop: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
 _grad_enabled = torch.is_grad_enabled
+_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -102,6 +104,13 @@ def _read_dual(
     return bare if tangent is None else forward_ad.make_dual(bare, tangent)
 
 
+class PlainSteps(Protocol):
+    """Knows the steps in which all calls are left to autograd."""
+
+    def check(self) -> bool:
+        """Whether they are until the next step."""
+
+
 class _Running(threading.local):
     """The modules that run in a thread, and how many of its calls have had a site, in the first forwards."""
 
@@ -124,7 +133,7 @@ class Capture:
     Attributes:
         exploring: whether uses of parameters that no reader knows are noted, in the first forwards.
         paused: whether calls are left to autograd for now.
-        rests: weak reference to a function that says whether they are left to autograd until the next step.
+        resting: weak reference to what says whether they are left to autograd until the next step.
     """
 
     def __init__(
@@ -143,7 +152,7 @@ class Capture:
         self.local = _Running()
         self.exploring = True
         self.paused = False
-        self.rests: Callable[[], Callable[[], bool] | None] | None = None
+        self.resting: weakref.ref[PlainSteps] | None = None
 
     def note_use(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, output: Any, captured: bool
@@ -203,12 +212,10 @@ class Capture:
 
     def is_resting(self) -> bool:
         """Whether calls are left to autograd until the next step."""
-        if (
-            self.rests is None or torch._C._get_tracing_state() is not None
-        ):  # what is traced is always the same
+        if self.resting is None or _tracing_state() is not None:  # what is traced is always the same
             return False
-        rests = self.rests()
-        return rests is not None and rests()
+        resting = self.resting()
+        return resting is not None and resting.check()
 
     def enter(self, module: nn.Module) -> None:
         """A module begins to run, and no other one runs; or the last time has been interrupted."""

@@ -5,7 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -145,6 +145,23 @@ class RuleContract(ABC):
         return f"{type(self).__name__}({settings})"
 
 
+class Turn(Protocol):
+    """Other coordinates of layers of one shape, for matrices (n, m, k) with n = layers · groups."""
+
+    @property
+    def keeps_rows_apart(self) -> bool:
+        """Whether some rows of a matrix can be turned without the others."""
+
+    def turn(self, x: Tensor, out: Tensor) -> Tensor:
+        """Put the gradients in other coordinates into ``out``; ``x`` may be overwritten."""
+
+    def turn_back(self, x: Tensor, out: Tensor) -> Tensor:
+        """Put the optimizer's steps as steps of the weights into ``out``; ``x`` may be overwritten."""
+
+    def solve(self, x: Tensor) -> Tensor:
+        """Compute the gradients of which `turn` has made ``x``."""
+
+
 class StatefulContract(RuleContract):
     """What a rule with a running state computes besides; see `plywise.StatefulRule`."""
 
@@ -177,10 +194,13 @@ class StatefulContract(RuleContract):
     turns_steps: ClassVar[bool] = False
     """Whether the optimizer works in other coordinates: its steps have to be turned back."""
 
-    def turn_back_stacked(self, memory: State, steps: Tensor) -> Tensor:
-        """For a rule that `turns_steps`: the optimizer's steps (layers, g, m, k) as steps of the weights.
+    def make_turn(self, memory: State) -> Turn | None:
+        """For a rule that `turns_steps`: how it turns layers of one shape, or None if it leaves them alone.
 
-        The tensor of steps may be overwritten.
+        Made when the states change, and used until they do again.
+
+        Args:
+            memory: the layers' states, each tensor with a first dimension for the layers.
         """
         raise NotImplementedError(f"{type(self).__name__} turns no steps")
 

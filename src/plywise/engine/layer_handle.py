@@ -161,7 +161,7 @@ class LayerHandle:
             weight.grad = grad = torch.empty_like(weight).copy_(grad)
         if bias is not None and bias.grad is None and id(bias) not in self.stand_ins:
             bias.grad = torch.zeros_like(bias)
-        canonical = self.layout.to_canonical(self._view_of(grad))
+        canonical = self.make_canonical(grad)
         return Update(canonical, None if bias is None else self._gradient(bias).reshape(-1))
 
     @property
@@ -170,11 +170,24 @@ class LayerHandle:
         bias = self.bias
         return self.layout is PLAIN and (bias is None or bias.dim() == 1)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether weight and bias are stored whole and in their canonical shapes."""
+        return self.gradient_is_plain and (self.site is None or self.site.part is None)
+
+    def make_canonical(self, tensor: Tensor) -> Tensor:
+        """The canonical weight in a tensor that is stored as the weight is; a view of it, or a copy."""
+        return self.layout.to_canonical(self._view_of(tensor))
+
+    def write_canonical(self, tensor: Tensor, canonical: Tensor) -> None:
+        """Put a canonical weight into a tensor that is stored as the weight is."""
+        target = self._view_of(tensor)
+        target.copy_(self.layout.from_canonical(canonical, target.shape))
+
     def write_gradient(self, update: Update) -> None:
         """Put an update of the canonical weight in the place of the gradient."""
         assert update.weight is not None
-        target = self._view_of(self._gradient(self.weight))
-        target.copy_(self.layout.from_canonical(update.weight, target.shape))
+        self.write_canonical(self._gradient(self.weight), update.weight)
         bias = self.bias
         if bias is not None and update.bias is not None:
             target = self._gradient(bias)

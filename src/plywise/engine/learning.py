@@ -20,7 +20,7 @@ from plywise.engine.known_layers import KnownLayers
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.refresh_cycle import choose_phases
 from plywise.engine.replicas import Job, Replicas
-from plywise.engine.saved_state import SavedState
+from plywise.engine.saved_state import LayerState, SavedState
 from plywise.engine.stacks import convert_state
 
 
@@ -54,7 +54,10 @@ class Learning:
 
         In the first cycle every gathering refreshes: roots of a single batch should not last for long.
         """
-        state = self._saved.peek(name)
+        return self.is_due(self._saved.peek(name))
+
+    def is_due(self, state: LayerState) -> bool:
+        """Whether it is the turn of a layer with this state."""
         if not state.tensors:
             return True
         if self._rule.refreshes_together:

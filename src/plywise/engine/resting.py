@@ -4,7 +4,9 @@ Between two steps that gather evidence, a rule with memory changes gradients and
 backward are left as they are then: no call is captured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sized
+
+from torch import Tensor
 
 from plywise.engine.contract import StatefulContract
 from plywise.engine.known_layers import KnownLayers
@@ -22,6 +24,7 @@ class RestingLayers:
     Args:
         layers: the layers whose updates the step makes.
         states: their states.
+        marks: for each of them, the key and the tensor by which its state is known again.
         known: all layers, also those that have learned nothing or are frozen.
 
     Attributes:
@@ -29,18 +32,35 @@ class RestingLayers:
         memories: the tensors of these.
     """
 
-    def __init__(self, layers: list[LayerHandle], states: list[LayerState], known: list[LayerHandle]) -> None:
+    def __init__(
+        self,
+        layers: list[LayerHandle],
+        states: list[LayerState],
+        marks: list[tuple[str, Tensor]],
+        known: list[LayerHandle],
+    ) -> None:
         self._layers = layers
+        self._marks = {layer.name: (layer.entry, *mark) for layer, mark in zip(layers, marks, strict=True)}
         self._signs = [(layer, _sign(layer)) for layer in known]
         self.states = {layer.name: state for layer, state in zip(layers, states, strict=True)}
         self.memories = {name: state.tensors for name, state in self.states.items()}
 
     def holds(self, saved: SavedState) -> bool:
         """Whether these are still the states, and the layers still where they were."""
-        return all(
-            saved.read(layer.name) is state and not layer.entry.why_left
-            for layer, state in zip(self._layers, self.states.values(), strict=True)
-        ) and all(_sign(layer) == sign for layer, sign in self._signs)
+        kept = saved.state
+        for entry, key, tensor in self._marks.values():
+            own = kept.get(entry.parameter())
+            if not own or own.get(key) is not tensor or entry.left or entry.excluded:
+                return False
+        for layer, sign in self._signs:  # noqa: SIM110 - in each step, twice
+            if _sign(layer) != sign:
+                return False
+        return True
+
+    def replace(self, name: str, state: LayerState, mark: tuple[str, Tensor]) -> None:
+        """A layer has another state."""
+        self._marks[name] = self._marks[name][0], *mark
+        self.states[name], self.memories[name] = state, state.tensors
 
     def take_arrived(self) -> list[LayerHandle]:
         """The layers whose gradients have arrived since the last step."""
@@ -61,6 +81,7 @@ class Resting:
         learning: says which steps gather.
         processes: the processes that share the states.
         waits: whether a layer's gradient waits for the step.
+        observers: those who want to see each call; None if it must be seen in any case.
     """
 
     def __init__(
@@ -72,6 +93,7 @@ class Resting:
         learning: Learning,
         processes: TrainingProcesses,
         waits: Callable[[str], bool],
+        observers: Sized | None,
     ) -> None:
         self._rule = rule
         self._saved = saved
@@ -80,6 +102,7 @@ class Resting:
         self._learning = learning
         self._processes = processes
         self._waits = waits
+        self._observers = observers
         self._may_rest = True
         self._is_checked = False
         self._planned: tuple[int, int, int] | None = None
@@ -92,18 +115,27 @@ class Resting:
             return None
         return resting
 
+    def follow(self, rested: RestingLayers, names: Collection[str]) -> None:
+        """Layers have been refreshed while they rested: they still do, if the step makes their updates."""
+        states = {name: self._saved.read(name) for name in names}
+        if rested is not self._resting or self._planned is None:
+            return
+        if any(state.in_backward or not state.tensors for state in states.values()):
+            return  # the statistics have changed, so that the next forward looks again
+        for name, state in states.items():
+            rested.replace(name, state, self._saved.find_mark(name))
+        self._planned = self._saved.version, *self._planned[1:]
+
     def begin_step(self) -> None:
         """A step is over: look again in the next forward."""
         self._is_checked = False
 
-    def check(self, may_rest: bool) -> bool:
+    def check(self) -> bool:
         """Whether forward and backward of all layers are left to autograd until the next step.
 
         All modules ask. One look a step is enough: at the step itself, `find` looks again.
-
-        Args:
-            may_rest: whether nobody wants to see each call.
         """
+        may_rest = self._observers is not None and not self._observers
         key = self._saved.version, len(self._layers), self._saved.step
         if self._is_checked and may_rest == self._may_rest and key == self._planned:
             return self._resting is not None
@@ -122,7 +154,7 @@ class Resting:
         learned = self._find_learned()
         may_rest = self._may_rest and learned is not None and self._processes.are_known
         may_rest = may_rest and not self._processes.is_pipelined and not self._learning.gathers
-        may_rest = may_rest and self._rule.acts_at_step
+        may_rest = may_rest and self._rule.acts_at_step and not self._saved.holds
         learned = learned or set()
         layers = [layer for layer in self._layers.values() if layer.entry.trains]
         entries = [entry for entry in self._entries if entry.trains]
@@ -136,7 +168,8 @@ class Resting:
         if may_rest and not awake:
             resting = [e for e in layers if e.name in learned and not e.gone and not e.entry.why_left]
             states = [self._saved.read_moved(layer.name, layer.statistic_like) for layer in resting]
-            self._resting = RestingLayers(resting, states, list(self._layers.values()))
+            marks = [self._saved.find_mark(layer.name) for layer in resting]
+            self._resting = RestingLayers(resting, states, marks, list(self._layers.values()))
 
     def _find_learned(self) -> set[str] | None:
         """The layers that have statistics; None if parameters have been replaced (the next pass says so)."""

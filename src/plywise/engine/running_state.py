@@ -13,8 +13,8 @@ When it learns and refreshes is in `plywise.engine.learning`, which steps leave 
 `plywise.engine.resting`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sized
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 
 import torch
@@ -31,17 +31,18 @@ from plywise.engine.health import Health
 from plywise.engine.known_layers import KnownLayers
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.learning import Learning
-from plywise.engine.resting import Resting
+from plywise.engine.resting import Resting, RestingLayers
 from plywise.engine.saved_state import LayerState, SavedState
 from plywise.engine.shard_exchange import find_held, share_out_gradients
 from plywise.engine.sharding import is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
-from plywise.engine.stacks import Scratch
 from plywise.engine.state_dicts import StateDicts
 from plywise.engine.step_updates import StepUpdates
 from plywise.engine.training_processes import TrainingProcesses
 from plywise.engine.turned_steps import TurnedSteps
 from plywise.errors import PlywiseError
+
+NOTHING_TO_DO = nullcontext()
 
 
 class RunningState:
@@ -54,9 +55,11 @@ class RunningState:
         process_group: the processes that average gradients, if the user names them.
         health_: where fallbacks are counted.
         leave: leaves a parameter to the optimizer, for the reason given.
+        observers: those who want to see each call; None if it must be seen in any case.
 
     Attributes:
         processes: the processes that share the state.
+        resting: says in which steps forward and backward are left to autograd.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class RunningState:
         process_group: dist.ProcessGroup | None,
         health_: Health,
         leave: Callable[[ParameterEntry, str], None],
+        observers: Sized | None,
     ) -> None:
         self._rule = rule
         self._leave_to_optimizer = leave
@@ -75,17 +79,17 @@ class RunningState:
         self._agreement = Agreement()
         self._known = KnownLayers(self._entries)
         self._layers = self._known.by_name
-        scratch = Scratch()
-        self._updates = StepUpdates(rule, health_, scratch)
-        self._turned = TurnedSteps(rule, optimizer, health_, scratch) if rule.turns_steps else None
+        self._updates = StepUpdates(rule, health_)
+        self._turned = TurnedSteps(rule, optimizer, health_) if rule.turns_steps else None
         self._gathered = GatheredEvidence()
         self._pending = self._gathered.pending
         self._made: dict[str, LayerState] | None = None
+        self._rested: RestingLayers | None = None
         self._saved = SavedState(rule, optimizer, self._layers, self._entries)
         self._learning = Learning(rule, self._saved, self._known, health_)
-        self._resting = Resting(
+        self.resting = Resting(
             *(rule, self._saved, self._known, self._entries),
-            *(self._learning, self.processes, self._waits),
+            *(self._learning, self.processes, self._waits, observers),
         )
         self._state_dicts = StateDicts(self._saved, optimizer, self.drop_pending)
 
@@ -122,10 +126,6 @@ class RunningState:
     def states(self) -> dict[str, State]:
         """Each layer's state by name."""
         return {name: self._saved.read(name).tensors for name in self._layers}
-
-    def rests(self, may_rest: bool) -> bool:
-        """Whether forward and backward of all layers are left to autograd until the next step."""
-        return self._resting.check(may_rest)
 
     # ---- in backward -------------------------------------------------------------------------
 
@@ -189,11 +189,11 @@ class RunningState:
         with self._in_full_precision():
             self._apply(optimizer)
 
-    def _in_full_precision(self) -> ExitStack:
+    def _in_full_precision(self) -> AbstractContextManager[object]:
         """Autocast is meant for the network: the rule's own work is done without it."""
-        precision = ExitStack()
         if not torch._C._is_any_autocast_enabled():
-            return precision
+            return NOTHING_TO_DO
+        precision = ExitStack()
         devices = {layer.weight.device.type for layer in self._layers.values() if not layer.gone} - {"meta"}
         for device_type in filter(torch.is_autocast_enabled, devices):
             precision.enter_context(torch.autocast(device_type, enabled=False))
@@ -208,7 +208,8 @@ class RunningState:
             Whether the rule took part in the step.
         """
         made, self._made = self._made, None
-        self._resting.begin_step()
+        rested, self._rested = self._rested, None
+        self.resting.begin_step()
         if self._turned is not None and made is not None:
             before = {name: self._saved.read(name).tensors for name in made}
             with self._in_full_precision():
@@ -221,6 +222,8 @@ class RunningState:
             self._saved.count_step(made)
         for name, state in made.items():
             self._saved.write(name, state)
+        if rested is not None and made:
+            self.resting.follow(rested, made)
         return True
 
     def _turn_momenta_back(self) -> None:
@@ -232,7 +235,7 @@ class RunningState:
                     self._turned.turn_back_state(self._layers[name], state, optimizer)
 
     def _apply(self, optimizer: Optimizer) -> None:
-        self._made = None
+        self._made = self._rested = None
         self._saved.follow(optimizer)
         self._state_dicts.refuse_orphans(optimizer)
         if self._apply_at_rest(optimizer):
@@ -287,17 +290,19 @@ class RunningState:
 
     def _apply_at_rest(self, optimizer: Optimizer) -> bool:
         """The quick way through a step that gathers nothing; whether it could be taken."""
-        resting = None if self._pending or self.processes.size > 1 else self._resting.find()
+        resting = None if self._pending or self.processes.size > 1 else self.resting.find()
         if resting is None:
             return False
         ready = resting.take_arrived()
         if not ready:
             return True  # no backward of ours leads to this step
         before, memories = resting.states, resting.memories.copy()
-        refreshed = [layer.name for layer in ready if self._learning.refreshes(layer.name)]
-        self._learning.refresh(refreshed, memories, self.processes.replicas)
+        refreshed = [layer.name for layer in ready if self._learning.is_due(before[layer.name])]
+        if refreshed:
+            self._learning.refresh(refreshed, memories, self.processes.replicas)
         self._make_updates(ready, before, memories, optimizer)
         self._made = {name: self._make_state(name, before[name], memories) for name in refreshed}
+        self._rested = resting
         return True
 
     def _make_updates(
@@ -311,7 +316,7 @@ class RunningState:
         if self._turned is None:
             self._updates.make(layers, memories)
         else:
-            self._turned.make(self._updates, layers, before, memories, optimizer)
+            self._turned.make(layers, before, memories, optimizer)
 
     def _make_state(self, name: str, before: LayerState, memories: dict[str, State]) -> LayerState:
         """The state of a layer that has learned or been refreshed."""

@@ -190,6 +190,10 @@ class SavedState:
         cached = self._cache.get(name)
         return self.read(name) if cached is None else cached[2]
 
+    def find_mark(self, name: str) -> tuple[str, Tensor]:
+        """A key of a parameter's state, and the tensor that it has while a layer's state is as it was."""
+        return self._cache[name][:2]
+
     def _remember(self, name: str, made: LayerState) -> None:
         """Cache a state; it holds as long as its first tensor is in its place."""
         prefix = self.prefix(name)

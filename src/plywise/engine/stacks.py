@@ -74,9 +74,13 @@ class StackedState(Mapping[str, Tensor]):
         self._stacked: dict[str, tuple[list[Tensor], Tensor]] = {}
         self._current: dict[str, Tensor] = {}
 
+    def holds(self, states: Sequence[State]) -> bool:
+        """Whether these are the states already."""
+        return len(states) == len(self._states) and not any(map(is_not, states, self._states))
+
     def follow(self, states: Sequence[State]) -> "StackedState":
         """These are the states now."""
-        if len(states) != len(self._states) or any(map(is_not, states, self._states)):
+        if not self.holds(states):
             self._states = states
             self._current = {}
         return self

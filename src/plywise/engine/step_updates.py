@@ -28,12 +28,11 @@ class StepUpdates:
     Args:
         rule: the rule.
         health_: where updates that are not finite are counted.
-        scratch: memory for large layers.
     """
 
-    def __init__(self, rule: StatefulContract, health_: Health, scratch: Scratch) -> None:
+    def __init__(self, rule: StatefulContract, health_: Health) -> None:
         self._rule = rule
-        self._scratch = scratch
+        self._scratch = Scratch()
         self._health = health_
         self._layers: list[LayerHandle] = []
         # weakly: a parameter's hooks own the attachment, and torch hides that from the garbage collector
@@ -41,28 +40,23 @@ class StepUpdates:
         self._small: list[list[Stack]] = []
         self._large: list[int] = []
 
-    def make(self, layers: Sequence[LayerHandle], memories: dict[str, State]) -> list[LayerHandle]:
+    def make(self, layers: Sequence[LayerHandle], memories: dict[str, State]) -> None:
         """Put updates in the place of these layers' gradients, and news into their states.
 
         A gradient whose update is not finite stays as it is.
-
-        Returns:
-            The layers of which that has been done.
         """
         layers = [layer for layer in layers if memories[layer.name] and layer.has_gradient]
         if not layers:
-            return []
+            return
         gradients = self._read_again(layers)
         if gradients is None:
             gradients = [layer.read_gradient() for layer in layers]
             self._arrange(layers, gradients, memories)
-        made: list[LayerHandle] = []
         for stacks in self._small:
-            made += self._make_at_once(stacks, layers, gradients, memories)
+            self._make_at_once(stacks, layers, gradients, memories)
         for place in self._large:  # a stack that is not kept: its matrices would double the model
             stack = Stack([place], gradients[place], layers[place].groups, self._scratch)
-            made += self._make_at_once([stack], layers, gradients, memories)
-        return made
+            self._make_at_once([stack], layers, gradients, memories)
 
     def _read_again(self, layers: Sequence[LayerHandle]) -> list[Update] | None:
         """The gradients of the layers of the last step, whose parameters are known; None for others."""
@@ -103,7 +97,7 @@ class StepUpdates:
         gradients: Sequence[Update],
         memories: dict[str, State],
         dtype: torch.dtype | None = None,
-    ) -> list[LayerHandle]:
+    ) -> None:
         places = [place for stack in stacks for place in stack.places]
         views = [view for stack in stacks for view in stack.views]
         torch._foreach_copy_(
@@ -111,26 +105,26 @@ class StepUpdates:
             [part for place in places for part in list_parts(gradients[place])],
         )
         before = None
-        if self._keeps_norm:
+        if self._rule.keeps_norm:
             before = _measure([part for stack in stacks for part in stack.matrices.unbind()], dtype)
         moved, news = [], []
         for stack in stacks:
             states = [memories[layers[place].name] for place in stack.places]
-            update, changed = self._compute(stack.state.follow(states), stack.matrices)
+            update, changed = self._rule.finish_stacked(stack.state.follow(states), stack.matrices)
             moved.append(update)
             news += [{key: value[i] for key, value in changed.items()} for i in range(len(update))]
         norms, sizes, scales = self._put_back(stacks, moved, before, dtype)
         if dtype is None and not _can_divide(sizes, norms, [gradients[place] for place in places]):
-            return self._make_at_once(stacks, layers, gradients, memories, torch.float64)
-        if scales is not None and not self._rule.turns_steps:
+            self._make_at_once(stacks, layers, gradients, memories, torch.float64)
+            return
+        if scales is not None:
             news = [new | {"scale": scale} for new, scale in zip(news, scales, strict=True)]
-        made, targets, sources = [], [], []
+        targets, sources = [], []
         for place, view, new, norm in zip(places, views, news, norms, strict=True):
             layer = layers[place]
             if not math.isfinite(norm) and not all(bool(torch.isfinite(p).all()) for p in list_parts(view)):
                 self._health.note(layer.name, health.IDENTITY)
                 continue
-            made.append(layer)
             if new:
                 memories[layer.name] = {**memories[layer.name], **new}
             if layer.gradient_is_plain:
@@ -140,7 +134,6 @@ class StepUpdates:
                 layer.write_gradient(view)
         if targets:
             torch._foreach_copy_(targets, sources)
-        return made
 
     def _put_back(
         self, stacks: list[Stack], moved: list[Tensor], before: Tensor | None, dtype: torch.dtype | None
@@ -157,24 +150,12 @@ class StepUpdates:
                 if update.data_ptr() != stack.matrices.data_ptr():
                     stack.matrices.copy_(update)
             return norms.tolist(), [], None
-        unknown = self._get_scales(stacks, before)
+        unknown = torch.cat([stack.state["scale"] for stack in stacks])
         scales = torch.where(norms > 0, (before / norms).to(unknown.dtype), unknown)  # zeros say nothing of c
         for stack, update, scale in zip(stacks, moved, scales.split([len(m) for m in moved]), strict=True):
             torch.mul(update, scale[:, None, None, None], out=stack.matrices)
         found, count = torch.cat([norms, before]).tolist(), len(norms)  # read from the device at once
         return found[:count], found[count:], scales.unbind()
-
-    # ---- what differs where the optimizer's steps are turned back ------------------------------------
-
-    @property
-    def _keeps_norm(self) -> bool:
-        return self._rule.keeps_norm and not self._rule.turns_steps
-
-    def _compute(self, state: State, matrices: Tensor) -> tuple[Tensor, State]:
-        return self._rule.finish_stacked(state, matrices)
-
-    def _get_scales(self, stacks: list[Stack], like: Tensor) -> Tensor:
-        return torch.cat([stack.state["scale"] for stack in stacks])
 
 
 def _measure(matrices: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
@@ -197,17 +178,3 @@ def _can_divide(sizes: list[float], norms: list[float], gradients: list[Update])
         elif not (SMALLEST < size < LARGEST and SMALLEST < norm < LARGEST):
             return False
     return True
-
-
-class StepsBack(StepUpdates):
-    """Turns the steps of an optimizer that works in other coordinates into steps of the weights."""
-
-    @property
-    def _keeps_norm(self) -> bool:
-        return self._rule.keeps_norm
-
-    def _compute(self, state: State, matrices: Tensor) -> tuple[Tensor, State]:
-        return self._rule.turn_back_stacked(state, matrices), {}
-
-    def _get_scales(self, stacks: list[Stack], like: Tensor) -> Tensor:
-        return torch.ones_like(like)

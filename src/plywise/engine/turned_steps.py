@@ -5,19 +5,22 @@ what it adds to them, beside a weight decay, is a step in the other coordinates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import is_not
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from plywise.engine import health
 from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.optimizer_probe import OptimizerTraits, probe_optimizer
 from plywise.engine.saved_state import PREFIX, LayerState
-from plywise.engine.stacks import Scratch, convert_state
-from plywise.engine.step_updates import StepsBack, StepUpdates
+from plywise.engine.stacks import convert_state
+from plywise.engine.turned_layers import LargeLayer, SmallLayers, arrange_turned
 from plywise.errors import PlywiseError
 
 
@@ -28,27 +31,23 @@ class TurnedSteps:
         rule: the rule.
         optimizer: the optimizer.
         health_: where steps that are not finite are counted.
-        scratch: memory for large layers.
 
     Raises:
         AttachError: the optimizer's steps cannot be turned.
     """
 
-    def __init__(
-        self, rule: StatefulContract, optimizer: Optimizer, health_: Health, scratch: Scratch
-    ) -> None:
+    def __init__(self, rule: StatefulContract, optimizer: Optimizer, health_: Health) -> None:
         self._rule = rule
         self._traits: OptimizerTraits = probe_optimizer(optimizer)
-        self._back = StepsBack(rule, health_, scratch)
-        self._layers: list[LayerHandle] = []
+        self._health = health_
         self._last: list[LayerHandle] = []
-        self._memories: dict[str, State] = {}
-        self._parameters: list[Tensor] = []
-        self._bases: list[Tensor] = []
+        self._arranged: list[SmallLayers | LargeLayer] = []
+        self._states: list[State] = []
+        self._key: tuple[object, ...] = ()
+        self._is_turned = False
 
     def make(
         self,
-        updates: StepUpdates,
         layers: list[LayerHandle],
         before: Mapping[str, LayerState],
         memories: dict[str, State],
@@ -59,15 +58,20 @@ class TurnedSteps:
         New coordinates hold from the next step on: momenta are turned once this one has been taken. The first
         hold at once where the optimizer has no state yet: its second moments are of these then.
         """
-        now = {layer.name: before[layer.name].tensors for layer in layers}
+        ready: list[LayerHandle] = []
+        states: list[State] = []
         for layer in layers:
-            if not now[layer.name] and not self._has_state(layer, optimizer):
-                now[layer.name] = memories[layer.name]
-        layers = [layer for layer in layers if now[layer.name]]
-        self._give_decay(layers, optimizer)
-        turned = updates.make(layers, now)
-        self._take_decay(layers, optimizer)
-        self._begin(turned, now, optimizer)
+            state = before[layer.name].tensors
+            if not state and not self._has_state(layer, optimizer):
+                state = memories[layer.name]
+            weight = layer.entry.parameter()
+            if state and weight is not None and weight.grad is not None:
+                ready.append(layer)
+                states.append(state)
+        self._give_decay(ready, optimizer)
+        with torch.no_grad():
+            self._turn_gradients(ready, states, optimizer)
+        self._take_decay(ready, optimizer)
 
     def keep(
         self,
@@ -87,7 +91,7 @@ class TurnedSteps:
             made: their states from now on.
             optimizer: the optimizer.
         """
-        self._end(optimizer)
+        self._turn_steps_back(optimizer)
         for layer in layers:
             if before[layer.name]:
                 if not self._traits.quadratic:
@@ -118,8 +122,23 @@ class TurnedSteps:
 
     # ---- the step ------------------------------------------------------------------------------------
 
-    def _begin(self, layers: list[LayerHandle], memories: dict[str, State], optimizer: Optimizer) -> None:
-        """The optimizer is about to step: keep what its weight decay alone would make of the weights."""
+    def _turn_gradients(self, layers: list[LayerHandle], states: list[State], optimizer: Optimizer) -> None:
+        """Turn gradients, and keep what the optimizer's weight decay alone would make of the weights."""
+        self._arrange(layers, states)
+        self._last, self._is_turned = layers, True
+        for group in self._arranged:
+            group.turn(partial(self._find_factors, optimizer), self._note)
+
+    def _arrange(self, layers: list[LayerHandle], states: list[State]) -> None:
+        """Arrange layers as in the last step; anew if they, their parameters or their sizes have changed."""
+        key = layers, list(map(_sign, layers))
+        before, self._states = self._states, states
+        if key == self._key and not any(map(is_not, states, before)):
+            return
+        if key == self._key and _list_sizes(states) == _list_sizes(before):
+            for group in self._arranged:
+                group.follow(states)
+            return
         for layer in layers:
             if layer.entry.sharding is not None:
                 raise PlywiseError(
@@ -127,40 +146,32 @@ class TurnedSteps:
                     f"spread {layer.entry.name!r} over processes. Use DistributedDataParallel, or a rule "
                     "that turns none, such as Foof."
                 )
-        self._layers, self._memories = layers, memories
-        self._parameters = _list_parameters(layers)
-        factors = [1.0] * len(self._parameters)
-        if self._traits.decay == "decoupled":
-            decays = {
-                id(p): 1 - float(g["lr"]) * g["weight_decay"]
-                for g in optimizer.param_groups
-                for p in g["params"]
-            }
-            factors = [decays.get(id(parameter), 1.0) for parameter in self._parameters]
-        with torch.no_grad():
-            self._bases = list(torch._foreach_mul(self._parameters, factors)) if layers else []
+        self._arranged, self._key = arrange_turned(self._rule, layers, states), key
 
-    def _end(self, optimizer: Optimizer) -> None:
+    def _find_factors(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[float]:
+        """What a decoupled weight decay multiplies parameters by."""
+        if self._traits.decay != "decoupled":
+            return [1.0] * len(parameters)
+        decays = {
+            id(p): 1 - float(group["lr"]) * group["weight_decay"]
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        return [decays.get(id(parameter), 1.0) for parameter in parameters]
+
+    def _turn_steps_back(self, optimizer: Optimizer) -> None:
         """The optimizer has stepped: turn its steps back."""
-        layers, self._layers = self._layers, []
-        self._last = layers
-        parameters, self._parameters = self._parameters, []
-        bases, self._bases = self._bases, []
+        is_turned, self._is_turned = self._is_turned, False
         found_inf = getattr(optimizer, "found_inf", None)
-        if not layers or (found_inf is not None and bool(found_inf)):  # a fused optimizer has not stepped
+        if not is_turned or (found_inf is not None and bool(found_inf)):  # a fused optimizer has not stepped
             return
         with torch.no_grad():
-            steps = torch._foreach_sub(parameters, bases)
-            stand_ins = {id(parameter): step for parameter, step in zip(parameters, steps, strict=True)}
-            try:
-                for layer in layers:
-                    layer.stand_ins = stand_ins
-                self._back.make(layers, self._memories)
-            finally:
-                for layer in layers:
-                    layer.stand_ins = {}
-            torch._foreach_add_(bases, steps)
-            torch._foreach_copy_(parameters, bases)
+            for group in self._arranged:
+                group.turn_back(self._note)
+
+    def _note(self, layer: LayerHandle) -> None:
+        """A matrix of this layer is not finite once it is turned."""
+        self._health.note(layer.name, health.IDENTITY)
 
     # ---- the optimizer's state -------------------------------------------------------------------------
 
@@ -215,6 +226,13 @@ class TurnedSteps:
                     layer.stand_ins = {}
 
 
+def _sign(layer: LayerHandle) -> tuple[object, ...]:
+    """What stacks of a layer depend on."""
+    weight, bias = layer.entry.parameter(), layer.bias
+    assert weight is not None
+    return id(weight), id(bias), weight.shape, weight.dtype, weight.device, id(layer.site)
+
+
 def _turn_stand_ins(layer: LayerHandle, turn: Callable[[Tensor], Tensor]) -> bool:
     """Turn what stands in for a layer's gradient; whether that is finite."""
     update = layer.read_gradient()
@@ -235,3 +253,7 @@ def _find_own(optimizer: Optimizer, parameter: Tensor) -> list[str]:
 def _list_parameters(layers: Sequence[LayerHandle]) -> list[Tensor]:
     """The parameters of these layers, each once."""
     return list({id(p): p for layer in layers for p in layer.trained}.values())
+
+
+def _list_sizes(states: Sequence[State]) -> list[dict[str, torch.Size]]:
+    return [{key: value.shape for key, value in state.items()} for state in states]

@@ -10,7 +10,7 @@ Shapes: ``g`` groups, ``k`` columns, ``r`` directions.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -25,13 +25,14 @@ NO_REFLECTION = 1e-30
 class Basis(Protocol):
     """A change of basis T, (g, k, k).
 
-    The first two of its methods may overwrite their argument, which saves a pass over the memory.
+    The first two of its methods may overwrite their argument, which saves a pass over the memory. ``out`` is
+    where their result may be put; it is returned, or another tensor.
     """
 
-    def turn(self, x: Tensor) -> Tensor:
+    def turn(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x T`` for rows (g, m, k)."""
 
-    def turn_back(self, x: Tensor) -> Tensor:
+    def turn_back(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x Tᵀ``."""
 
     def solve(self, x: Tensor) -> Tensor:
@@ -54,13 +55,13 @@ class DenseBasis:
 
     matrix: Tensor
 
-    def turn(self, x: Tensor) -> Tensor:
+    def turn(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x T``."""
-        return multiply_by_root(x, self.matrix)
+        return torch.bmm(x, self.matrix, out=out)
 
-    def turn_back(self, x: Tensor) -> Tensor:
+    def turn_back(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x Tᵀ``."""
-        return multiply_by_root(x, self.matrix.mT)
+        return torch.bmm(x, self.matrix.mT, out=out)
 
     def solve(self, x: Tensor) -> Tensor:
         """Compute ``x T⁻¹``."""
@@ -101,13 +102,13 @@ class ThinBasis:
         factor = torch.linalg.solve_triangular(inverse, eye[:rank].expand_as(inverse), upper=True)
         return cls(reflectors, factor, scales)
 
-    def turn(self, x: Tensor) -> Tensor:
+    def turn(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x Q diag(scales)``."""
-        return self._reflect(x, self.factor).mul_(self.scales.unsqueeze(1))
+        return torch.mul(self._reflect(x, self.factor), self.scales.unsqueeze(1), out=out)
 
-    def turn_back(self, x: Tensor) -> Tensor:
+    def turn_back(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x diag(scales) Qᵀ``."""
-        return self._reflect(x.mul_(self.scales.unsqueeze(1)), self.factor.mT)
+        return self._reflect(torch.mul(x, self.scales.unsqueeze(1), out=out), self.factor.mT)
 
     def solve(self, x: Tensor) -> Tensor:
         """Compute ``x diag(scales)⁻¹ Qᵀ``."""
@@ -124,10 +125,7 @@ class ThinBasis:
         return type(self)(self.reflectors.to(like), self.factor.to(like), self.scales.to(like))
 
     def _reflect(self, x: Tensor, factor: Tensor) -> Tensor:
-        if len(x) == 1:  # one product is quicker than a batch of one
-            x[0].addmm_(x[0] @ self.reflectors[0] @ factor[0], self.reflectors[0].T, alpha=-1)
-            return x
-        return x.baddbmm_(x @ self.reflectors @ factor, self.reflectors.mT, alpha=-1)
+        return x.baddbmm_(torch.bmm(torch.bmm(x, self.reflectors), factor), self.reflectors.mT, alpha=-1)
 
 
 @dataclass(frozen=True)
@@ -144,11 +142,11 @@ class ScaledBasis:
     weights: Tensor
     scale: Tensor
 
-    def turn(self, x: Tensor) -> Tensor:
+    def turn(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x T``."""
         return self._multiply(x, self.weights, self.scale)
 
-    def turn_back(self, x: Tensor) -> Tensor:
+    def turn_back(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x T``: T is symmetric."""
         return self.turn(x)
 
@@ -170,14 +168,52 @@ class ScaledBasis:
         return multiply_by_root(x, LowRankRoot(self.vectors, weights, scale))
 
 
-def make_basis(vectors: Tensor, scales: Tensor, turned: bool) -> Basis:
+@dataclass(frozen=True)
+class TwoSidedBasis:
+    """Changes of basis of columns, T, and of rows, S; each may be missing.
+
+    Attributes:
+        right: T, (n, k, k).
+        left: S, (n, m, m).
+    """
+
+    right: Basis | None
+    left: Basis | None
+
+    @property
+    def keeps_rows_apart(self) -> bool:
+        """Whether some rows of a matrix can be turned without the others."""
+        return self.left is None
+
+    def turn(self, x: Tensor, out: Tensor) -> Tensor:
+        """Put ``Sᵀ x T`` into ``out``, for matrices (n, m, k); ``x`` may be overwritten."""
+        y = x if self.right is None else self.right.turn(x, out)
+        y = y if self.left is None else self.left.turn(y.mT).mT
+        return y if y is out else out.copy_(y)
+
+    def turn_back(self, x: Tensor, out: Tensor) -> Tensor:
+        """Put ``S x Tᵀ`` into ``out``, in the same way."""
+        y = x if self.right is None else self.right.turn_back(x, out)
+        y = y if self.left is None else self.left.turn_back(y.mT).mT
+        return y if y is out else out.copy_(y)
+
+    def solve(self, x: Tensor) -> Tensor:
+        """Compute ``S⁻ᵀ x T⁻¹``: what `turn` has turned, as it was."""
+        y = x if self.right is None else self.right.solve(x)
+        return y if self.left is None else self.left.solve(y.mT).mT
+
+
+def make_basis(vectors: Tensor, scales: Tensor, turned: bool, last: Basis | None = None) -> Basis:
     """A basis of eigenvectors V (g, k, r), all of them or the leading ones, and what to multiply columns by.
 
     Args:
         vectors: V.
         scales: (g, k), for the columns of V, and for the others all alike.
         turned: ``T = Q diag(scales)``, or ``Q diag(scales) Qᵀ``, which leaves the axes as they are.
+        last: a basis of the same vectors, if there is one: to complete them is most of the work.
     """
+    if isinstance(last, ThinBasis):
+        return replace(last, scales=scales)
     rank = vectors.shape[2]
     if rank == vectors.shape[1]:
         matrix = vectors * scales.unsqueeze(1)
@@ -220,6 +256,12 @@ def find_basis(tensors: Mapping[str, Tensor], side: str) -> Basis | None:
             basis: Basis = kind(*(_flatten(tensors[name], dims) for name, dims in names))
             return basis
     return None
+
+
+def find_bases(tensors: Mapping[str, Tensor]) -> TwoSidedBasis | None:
+    """The bases of both sides, or None if neither has one."""
+    right, left = find_basis(tensors, "input"), find_basis(tensors, "output")
+    return None if right is None and left is None else TwoSidedBasis(right, left)
 
 
 def _flatten(tensor: Tensor, dims: int) -> Tensor:

@@ -12,7 +12,7 @@ from plywise.engine.contract import LayerShape, Shapes, State
 from plywise.engine.explain import Size
 from plywise.engine.health import Health
 from plywise.engine.rule import require_choice
-from plywise.numerics.bases import find_basis, list_tensors, make_basis
+from plywise.numerics.bases import TwoSidedBasis, find_bases, find_basis, list_tensors, make_basis
 from plywise.numerics.eigenbasis import compute_eigenbasis
 from plywise.rules._kronecker import Kronecker, KroneckerRule
 
@@ -38,8 +38,9 @@ class Coordinates(KroneckerRule):
     Do not use when: inputs are tens of thousands wide, or the optimizer's steps depend on the weights
         themselves (Adafactor, LAMB): attach refuses those by name.
     Layers: as for `plywise.Foof`.
-    Cost: two products with T in each step (2mk² operations each, 4mkr in r directions), and a step of
-        orthogonal iteration at a refresh. Forward and backward are plain between gatherings.
+    Cost: two products with T in each step (2mk² operations each, 4mkr in r directions). A refresh is a
+        product with R, and a step of orthogonal iteration where the vectors have drifted by more than
+        ``tolerance``; otherwise only Λ is measured again. Forward and backward are plain between gatherings.
     Status: after SOAP: its right side, from activations in place of gradients, whitened, for any optimizer;
         on wide sides of the leading directions alone.
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025 (Adam in an
@@ -70,6 +71,8 @@ class Coordinates(KroneckerRule):
         stats_every: steps from one batch that enters the statistics to the next. Default 10. Range 1 to 100.
         refresh_every: steps from one basis to the next, a multiple of ``stats_every``. Default 10. Range 1
             to 100.
+        tolerance: at a refresh, keep the vectors while the root mean square of ‖R v - λ v‖ / (λ + mean λ) is
+            at most this; 0 improves them at each. Default 0.05. Range 0 to 0.2.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -100,6 +103,7 @@ class Coordinates(KroneckerRule):
     max_size: int = 2048
     stats_every: int = 10
     refresh_every: int = 10
+    tolerance: float = 0.05
 
     def __post_init__(self) -> None:
         require_choice(self, "basis", self.basis, ("eigen", "root"))
@@ -108,6 +112,8 @@ class Coordinates(KroneckerRule):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"Coordinates: {name} must be between 0 and 1, not {value!r}.")
+        if not isinstance(self.tolerance, int | float) or not self.tolerance >= 0:
+            raise ValueError(f"Coordinates: tolerance must be 0 or above, not {self.tolerance!r}.")
         self.check()
 
     @cached_property
@@ -143,33 +149,26 @@ class Coordinates(KroneckerRule):
             size = memory[side].shape[1]
             rank, last = self.plan.rank_of(size), memory.get(f"{side}.vectors")
             note = partial(health.note, name)
-            found = compute_eigenbasis(memory[side] / memory[f"{side}.count"], last, note, rank)
+            count = memory[f"{side}.count"]
+            found = compute_eigenbasis(memory[side], last, note, rank, count, self.tolerance)
             if found is None:
                 eye = torch.eye(size, rank or size).to(memory[side]).expand(len(memory[side]), -1, -1)
                 found = torch.ones_like(memory[side][:, 0]), eye if last is None else last
             values, vectors = found
-            basis = make_basis(vectors, (values + self.damping).pow(-power), self.basis == "eigen")
+            kept = find_basis(memory, side) if vectors is last else None
+            basis = make_basis(vectors, (values + self.damping).pow(-power), self.basis == "eigen", kept)
             news |= {f"{side}.vectors": vectors, **list_tensors(basis, side)}
         return news
 
-    def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
-        """``Sᵀ G T``: the gradients in the layers' coordinates."""
-        return _turn(memory, gradients.flatten(0, 1)).reshape(gradients.shape), {}
-
-    def turn_back_stacked(self, memory: State, steps: Tensor) -> Tensor:
-        """``S δV Tᵀ``: the optimizer's steps as steps of the weights."""
-        moved = steps.flatten(0, 1)
-        right, left = find_basis(memory, "input"), find_basis(memory, "output")
-        moved = moved if right is None else right.turn_back(moved)
-        moved = moved if left is None else left.turn_back(moved.mT).mT
-        return moved.reshape(steps.shape)
+    def make_turn(self, memory: State) -> TwoSidedBasis | None:
+        """The bases of layers' sides: gradients become ``Sᵀ G T``, and steps ``S δV Tᵀ``."""
+        return find_bases(memory)
 
     def turn_momentum(self, before: State, after: State, momentum: Tensor) -> Tensor:
         """A sum of gradients, from the coordinates of one state to those of another; (g, m, k)."""
-        right, left = find_basis(before, "input"), find_basis(before, "output")
-        momentum = momentum if right is None else right.solve(momentum)
-        momentum = momentum if left is None else left.solve(momentum.mT).mT
-        return _turn(after, momentum)
+        old, new = find_bases(before), find_bases(after)
+        momentum = momentum if old is None else old.solve(momentum)
+        return momentum if new is None else new.turn(momentum, torch.empty_like(momentum))
 
     def turn_squares_back(self, state: State, squares: Tensor) -> Tensor:
         """As if entries were independent in the coordinates: ``E[G²] = (S⁻ᵀ)² E[X²] (T⁻¹)²``, entrywise."""
@@ -216,10 +215,3 @@ class Coordinates(KroneckerRule):
         powers = {"input": self.power, "output": self.output_power}
         text = ", ".join(f"{side} side, power {powers[side]:g}" for side in turned)
         return f"Coordinates: {text or f'sides larger than max_size={self.max_size}'}"
-
-
-def _turn(state: State, matrices: Tensor) -> Tensor:
-    """``Sᵀ G T``, as far as a state has bases."""
-    right, left = find_basis(state, "input"), find_basis(state, "output")
-    matrices = matrices if right is None else right.turn(matrices)
-    return matrices if left is None else left.turn(matrices.mT).mT
