@@ -106,6 +106,22 @@ def test_one_step_of_orthogonal_iteration() -> None:
     assert compute_eigenbasis(gram.index_fill(1, torch.tensor(3), torch.inf), start, rank=4) is None
 
 
+@pytest.mark.parametrize("start", [False, True])
+def test_dead_inputs_leave_no_dust_in_the_vectors_of_others(start: bool) -> None:
+    """A product with numbers that are nearly zero would be denormal, and slow."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(100, 20, generator=generator) * (torch.arange(20) % 3 > 0)
+    gram = (rows.T @ rows).unsqueeze(0)
+    found = compute_eigenbasis(gram)
+    assert found is not None
+    if start:
+        found = compute_eigenbasis(gram, found[1])
+        assert found is not None
+    size = found[1].abs()
+    assert bool(((size == 0) | (size > 1e-11)).all())
+    assert torch.allclose(found[1].mT @ found[1], torch.eye(20), atol=1e-5)
+
+
 def test_the_residual_is_zero_for_eigenvectors() -> None:
     matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)).unsqueeze(0)
     vectors = torch.eye(3, dtype=torch.float64)[None, :, :2]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from plywise.numerics.events import EIGENVALUES, Note, ignore_event
 from plywise.numerics.inverse_roots import LinAlgError, find_power_near
@@ -17,6 +18,10 @@ from plywise.numerics.products import mirror_lower, multiply_lower
 
 RAMP = 1e-3
 """The largest of the small numbers that are added to the diagonal, relative to its mean."""
+
+NOISE = 1e-3
+"""Entries of unit vectors below this part of the dtype's rounding are 0: what dead inputs leave there would
+make gradients denormal, and products with denormal numbers take a hundred times as long on a CPU."""
 
 
 def compute_eigenbasis(
@@ -34,7 +39,7 @@ def compute_eigenbasis(
     ``start``; with ``start`` itself where `measure_residual` is within the tolerance. Values below the
     rounding of the largest are 0. A group of zeros has values near 1. Numbers from 0 to a thousandth are
     added to the diagonal, so that vectors of equal eigenvalues are distinct. The signs are those of
-    ``start``; without it, the largest entry of a vector is positive.
+    ``start``; without it, the largest entry of a vector is positive. Entries far below rounding are 0.
 
     Args:
         gram: matrices (g, k, k), symmetric and positive semidefinite; only their lower triangle is read.
@@ -60,6 +65,8 @@ def compute_eigenbasis(
     if pair is None:
         return None
     values, vectors = pair
+    if vectors is not start:
+        vectors = hardshrink(vectors, NOISE * torch.finfo(vectors.dtype).eps)
     if rank is not None:
         trace = (diagonal / scale + added).sum(1, keepdim=True)
         rest = (trace - values.sum(1, keepdim=True)) / (size - rank)
