@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,8 @@ class ForkedCommand:
 def _run_command(words: list[str], environment: dict[str, str], out: str, err: str, session: bool) -> None:
     if session:
         os.setsid()
+    # the server of forks ignores Ctrl-C if a bench has started it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         stream.flush()

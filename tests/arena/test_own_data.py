@@ -129,7 +129,11 @@ def test_a_zero_has_no_sign():
 def test_too_few_different_inputs_are_said():
     found = resolve_data("twins:few")
     assert "with only 9 different inputs, the same ones in several parts: 240 to train" in found.cut
-    assert resolve_data("twins:empty").cut.startswith("20 samples cut at random, by a fixed seed: ")
+
+
+def test_inputs_without_a_number_are_refused():
+    with pytest.raises(PlywiseError, match="hold no number"):
+        resolve_data("twins:empty")
 
 
 @pytest.mark.parametrize("name", ["drawn", "drawn_by_numpy"])

@@ -56,7 +56,7 @@ def report(tmp_path_factory):
         methods=methods,
         trials=5,
         seeds=2,
-        steps=20,
+        steps=60,
         batch_size=32,
         metric=error,
         folder=folder,
@@ -74,7 +74,7 @@ def test_objects_are_compared_in_this_process(report):
 
 def test_the_same_call_again_runs_nothing_and_says_the_same(report):
     before = list(read(report.folder / "trials.jsonl"))
-    how = {"trials": 5, "seeds": 2, "steps": 20, "batch_size": 32, "metric": error, "progress": False}
+    how = {"trials": 5, "seeds": 2, "steps": 60, "batch_size": 32, "metric": error, "progress": False}
     methods = [*METHODS, Slow, OWN, pw.Foof]
     again = bench(make_model, make_data(), methods=methods, folder=report.folder, **how)
     assert str(load(report.folder)) == str(again)

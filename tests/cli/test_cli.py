@@ -209,7 +209,7 @@ def test_explain_takes_a_batch_of_data_and_the_first_output_with_a_gradient(plyw
         (["mine:make", "--set", "ta=2"], "no hyper-parameter 'ta'. Did you mean tau?"),
         (["mine:make", "--set", "tau"], "name=value"),
         (["mine:make", "--set", "tau=-1"], "above 0, not -1"),
-        (["mine:make", "--set", "solver=magic"], "'exact', 'cg', 'cg_official', not 'magic'"),
+        (["mine:make", "--set", "solver=magic"], "'exact', 'cg', 'cg_flat', 'cg_official', not 'magic'"),
         (["mine:make", "--layers", "encoder.*"], "matches nothing"),
         (["mine:make", "--batch-size", "0"], "at least 1"),
         (["mine:conv", "--shape", "2,7,6"], "mine:conv failed on a batch of float32 (128, 2, 7, 6): "),
