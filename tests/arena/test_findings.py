@@ -41,7 +41,7 @@ def test_a_difference_within_the_noise_is_not_claimed():
     quick = [*finals("sgd", [200] * 3), *finals("proxprop", [180] * 3)]
     text = said(small([*quick, *finals("sgd-again", [160] * 3)]))
     assert "noise: nobody" in sentence(text, "Ahead of the best baseline in steps")
-    assert "Not to be told apart: proxprop" in text
+    assert "Undecided: proxprop" in text
     assert "use proxprop" not in text
     text = said(small([*quick, *finals("sgd-again", [198] * 3)]))
     assert "noise: proxprop 0.90×" in text, "a quiet control, and the same difference is told"
@@ -244,10 +244,10 @@ def test_where_no_baseline_arrives_times_are_not_compared():
 
 def test_what_never_arrives_is_not_called_level():
     lines = [*finals("sgd", [200] * 3), *finals("sgd-again", [200] * 3), *finals("proxprop", [200] * 3)]
-    assert "Not to be told apart: proxprop" in said(small(lines))
+    assert "Undecided: proxprop" in said(small(lines))
     for run in lines[6:]:
         run["validation"] = [0.9 for _ in run["validation"]]
-    assert "told apart" not in said(small(lines))
+    assert "Undecided" not in said(small(lines))
 
 
 def test_before_tuned_runs_the_defaults_are_read():

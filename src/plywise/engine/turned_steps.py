@@ -130,7 +130,7 @@ class TurnedSteps:
             group.turn(partial(self._find_factors, optimizer), self._note)
 
     def _arrange(self, layers: list[LayerHandle], states: list[State]) -> None:
-        """Arrange layers as in the last step; anew if they, their parameters or their sizes have changed."""
+        """Arrange layers as before, or again if they, their parameters or their sizes have changed."""
         key = layers, list(map(_sign, layers))
         before, self._states = self._states, states
         if key == self._key and not any(map(is_not, states, before)):

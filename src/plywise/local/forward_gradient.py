@@ -72,7 +72,7 @@ class ForwardGradientComponent(LossComponent):
             output, tangent = forward_ad.unpack_dual(several.through(self.block))
         if tangent is None:
             return replace(signal, s=output[:samples]), self.checked(output, y, several.carried)
-        # no leaf, which a head could not change in place, and be told
+        # no leaf: a head may change its input in place, which torch refuses for leaves
         judged = output if output.requires_grad else output + output.new_zeros((), requires_grad=True)
         loss = self.checked(judged, y, several.carried)
         (gradient,) = torch.autograd.grad(loss, judged, retain_graph=True)

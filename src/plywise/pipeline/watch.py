@@ -125,7 +125,7 @@ class Watch:
             self._told.wait(2 * EVERY)
 
     def close(self) -> None:
-        """Stop looking; the others are told not to wait for this process any more.
+        """Stop looking, and tell the others not to wait for this process any more.
 
         The first process has the store: it stays until every other one has left or is lost.
         """

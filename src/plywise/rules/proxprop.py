@@ -112,5 +112,5 @@ class ProxProp(Rule):
         return "ProxProp: explicit step" if is_explicit else "ProxProp"
 
     def _is_explicit(self, is_topmost: bool) -> bool:
-        """Whether a layer takes the plain step: the last one, if the rule is told so."""
+        """Whether a layer takes the plain step: the last one, with ``last_layer="explicit"``."""
         return is_topmost and self.last_layer == "explicit"

@@ -31,7 +31,7 @@ def unranked(workload: Workload) -> str:
 
 @dataclass
 class Ranked:
-    """Training for the AUC: a batch may lack a class, so the loss is told how many there are in all.
+    """Training for the AUC: a batch may lack a class, so the loss gets the counts of the whole set.
 
     Attributes:
         model: gives a score a sample.

@@ -92,7 +92,7 @@ def to_tensorboard(folder: Path, to: Path) -> Exported:
 
     Args:
         folder: where bench.json and trials.jsonl are.
-        to: what TensorBoard is told as ``--logdir``.
+        to: TensorBoard's ``--logdir``.
 
     Raises:
         PlywiseError: TensorBoard is not installed, or there is no bench.

@@ -33,7 +33,7 @@ class TrialResult:
     Attributes:
         seed: seed of the initial weights and of the order of the batches.
         steps: steps after which was measured, from 0.
-        loss: loss on training samples, the first 500 unless told otherwise, after each of ``steps``; None
+        loss: loss on training samples, by default the first 500, after each of ``steps``; None
             where the method's outputs are not what the task's loss takes.
         validation: metric on the validation set after each of ``steps``.
         cpu: processor seconds that training (and nothing else) had taken after each of ``steps``.

@@ -157,7 +157,7 @@ def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRank
         sentences.append(
             f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: {parts or 'nobody'}."
             + (f" Behind: {listed(behind)}." if behind else "")
-            + (f" Not to be told apart: {listed(level)}." if level else "")
+            + (f" Undecided: {listed(level)}." if level else "")
         )
     eaten = [name for name in better.get("steps", []) if name not in better.get("cpu", [])]
     if eaten:

@@ -115,7 +115,7 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
     Workloads whose targets are too soft have no say (see `plywise.arena.scoring.targets.Target.ranks`).
     Null controls set no best time and take no rank.
 
-    Equals, such as all that never reach a target, share a rank. They are told in the order of the share of
+    Equals, such as all that never reach a target, share a rank. They are listed in the order of the share of
     runs that reached the target, and then of where they ended, see `MethodRanking.end`: their times do not
     count, since the time of a miss is a bound that a cheap step lowers.
     """
@@ -154,11 +154,11 @@ def null_ratio(results: BenchResults, track: str, clock: str, null: str) -> Inte
 
 
 def noise(results: BenchResults, track: str, clock: str) -> float:
-    """How far from 1 the intervals of the null controls reach: nothing nearer is told apart.
+    """How far from 1 the intervals of the null controls reach: nothing nearer counts as a difference.
 
     Taken over the workloads where a null control and its original reached the target in all resamples, later
     than at the first measurement, since elsewhere their times have no limits to learn from. Infinite where
-    there is no such workload, so that nothing is told apart; 1 where there is no null control.
+    there is no such workload, so that nothing counts as a difference; 1 where there is no null control.
 
     This is the noise of a mean over all workloads, in which that of single ones cancels in part. For verdicts
     on a single workload there is `noise_alone`.

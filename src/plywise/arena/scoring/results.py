@@ -61,7 +61,7 @@ class BenchResults:
 
     @property
     def reference(self) -> str | None:
-        """What costs of steps are told against: what a null control repeats, or the first baseline.
+        """What costs of steps are compared with: what a null control repeats, or the first baseline.
 
         A null control may stand in a bench without the method that it repeats, which then is no reference.
         """

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from plywise.arena.scoring.records import TUNING, TrialRecord
 
 CLOCKS = ("steps", "gradients", "cpu", "wall")
-"""What time to target is told in: steps, passes forward and backward, processor seconds, seconds."""
+"""The units of time to target: steps, passes forward and backward, processor seconds, seconds."""
 
 
 def best_validation(line: TrialRecord) -> float:

@@ -20,7 +20,7 @@ SEED = 0
 # ---- a rare class ----------------------------------------------------------------------------------
 
 RARE, SEEN = 8, 20
-"""The class to be told from all others, and how many of it there are to learn from."""
+"""The class that a model separates from all others, and how many samples of it there are to learn from."""
 
 
 def rare_digits() -> Data:
@@ -86,7 +86,7 @@ def noisy_digits() -> Data:
 
 
 class Denoiser(nn.Module):
-    """An unfolded denoiser that is told the one noise level."""
+    """An unfolded denoiser for one known noise level."""
 
     def __init__(self) -> None:
         super().__init__()

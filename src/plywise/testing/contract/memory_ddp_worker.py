@@ -250,8 +250,8 @@ def alone(rule: Rule, group: Any) -> dict[str, Any]:
         warnings.simplefilter("always")
         for number in range(STEPS):
             replica.step(number)
-    told = [(warning.category.__name__, str(warning.message)) for warning in caught]
-    found = {"told": told, "end": replica.run.seen()}
+    warned = [(warning.category.__name__, str(warning.message)) for warning in caught]
+    found = {"warnings": warned, "end": replica.run.seen()}
     rule.detach()
     return found
 

@@ -134,13 +134,13 @@ def test_nan_on_one_process_is_skipped_by_both(memory_case: Case, pair: list[dic
 def test_each_process_for_itself(memory_case: Case, pair: list[dict[str, Any]], how: str) -> None:
     for rank, seen in enumerate(process[how] for process in pair):
         if how == "alone":
-            ((category, message),) = seen["told"]  # once
+            ((category, message),) = seen["warnings"]  # once
             assert category == "RuntimeWarning"
             assert re.search(
                 r"2 processes run.*no DistributedDataParallel.*attach\(.*process_group=", message
             )
         else:
-            assert not seen["told"]
+            assert not seen["warnings"]
         run = whole_run(memory_case, "mlp")
         for number in range(STEPS):
             run.optimizer.zero_grad()
