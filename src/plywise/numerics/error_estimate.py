@@ -233,7 +233,7 @@ def _get_length_factor(system: DampedSystem) -> float:
 
 def _sum_squares(matrix: Tensor) -> Tensor:
     """Sum the squares of each row of matrices (g, k, c), whatever their layout."""
-    return (matrix * matrix).sum(2)
+    return torch.linalg.vector_norm(matrix, dim=2).square()  # without a copy of the matrix
 
 
 def _compute_norm(matrix: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Every solve ends, see `plywise.numerics.least_squares`; each fallback is counted
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from plywise.numerics.small_solve import is_small, solve_small
 Damping = float | Tensor | Callable[[Tensor], Tensor]
 """λ: a number, a tensor (g,) with one number for each group, or a function that makes it of the Gram."""
 
+Centred = Callable[[torch.dtype], tuple[Tensor, Tensor]]
+"""Makes the rows of a call without their mean, and the mean, in a dtype."""
+
 
 def relative_damping(call: LinearCall, eps: float) -> Damping:
     """``eps`` times the mean non-zero eigenvalue of ``[A,1]ᵀ[A,1]``, in the dtype of the Gram at hand."""
@@ -53,11 +56,12 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
         return small
     dual, note = call.row_count <= call.columns, partial(call.health.note, call.name)
     if call.has_bias:
-        build = partial(_build_dual_with_bias if dual else _build_with_bias, call)
+        rows = cache(partial(_centre_rows, call))
+        build = partial(_build_dual_with_bias, call, rows) if dual else partial(_build_with_bias, call)
         solved = solve_damped_with_bias(build, damping, call.dtype, note, dual=dual)
         if solved is None:
             return call.gradient()
-        return _cast(call, (_expand_with_bias if dual else _join)(call, *solved))
+        return _cast(call, _expand_with_bias(call, rows, *solved) if dual else _join(call, *solved))
     answer = solve_damped(partial(_build, call, dual), damping, call.dtype, note, dual=dual)
     if answer is None:
         return call.gradient()
@@ -119,9 +123,9 @@ def _build_with_bias(call: LinearCall, dtype: torch.dtype) -> CentredSystem:
     return CentredSystem(gram, right, mean, mean_delta, call.row_count)
 
 
-def _build_dual_with_bias(call: LinearCall, dtype: torch.dtype) -> CentredSystem:
+def _build_dual_with_bias(call: LinearCall, centred: Centred, dtype: torch.dtype) -> CentredSystem:
     delta, mean_delta = _centre_delta(call, dtype)
-    rows, mean = _centre_rows(call, dtype)
+    rows, mean = centred(dtype)
     projected = (rows @ mean.unsqueeze(2)).squeeze(2)
     return CentredSystem(lower_product(rows), delta, mean, mean_delta, call.row_count, projected)
 
@@ -130,17 +134,18 @@ def _join(call: LinearCall, x: Tensor, bias: Tensor) -> Update:
     return Update(x.mT.reshape(call.weight.shape), bias.reshape(-1))
 
 
-def _expand_with_bias(call: LinearCall, y: Tensor, bias: Tensor) -> Update:
+def _expand_with_bias(call: LinearCall, centred: Centred, y: Tensor, bias: Tensor) -> Update:
     """``X = CᵀY + mean bᵀ`` of a dual solution."""
-    x = _multiply_centred(call, y)
-    mean = _centre_rows(call, y.dtype)[1] if call.map.rows_are_inputs else call.mean_row(y.dtype)
-    return Update(x + (bias.unsqueeze(2) * mean.unsqueeze(1)).reshape(x.shape), bias.reshape(-1))
+    x = _multiply_centred(call, centred, y)
+    mean = centred(y.dtype)[1] if call.map.rows_are_inputs else call.mean_row(y.dtype)
+    matrix = x.reshape(call.groups, call.outputs, -1).baddbmm_(bias.unsqueeze(2), mean.unsqueeze(1))
+    return Update(matrix.reshape(x.shape), bias.reshape(-1))
 
 
-def _multiply_centred(call: LinearCall, y: Tensor) -> Tensor:
-    """``YᵀC`` in the shape of the weight, C the centred rows."""
+def _multiply_centred(call: LinearCall, centred: Centred, y: Tensor) -> Tensor:
+    """``YᵀC`` in the shape of the weight, C the centred rows; a tensor of its own."""
     if call.map.rows_are_inputs:
-        return (y.mT @ _centre_rows(call, y.dtype)[0]).reshape(call.weight.shape)
+        return (y.mT @ centred(y.dtype)[0]).reshape(call.weight.shape)
     return call.weight_gradient(call.from_delta_rows(y - y.mean(1, keepdim=True)))
 
 
@@ -152,6 +157,7 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     a floor of its square keeps it from becoming a step.
     """
     dual, size = call.row_count <= call.width, max(min(call.row_count, call.width), 1)
+    rows = cache(partial(_centre_rows, call))
 
     def damping(gram: Tensor) -> Tensor:
         energy = gram.diagonal(dim1=1, dim2=2).sum(1)
@@ -160,14 +166,14 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
 
     def build(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if dual:
-            return lower_product(_centre_rows(call, dtype)[0]), _centre_delta(call, dtype)[0]
+            return lower_product(rows(dtype)[0]), _centre_delta(call, dtype)[0]
         return _build_centred(call, dtype)[:2]
 
     note = partial(call.health.note, call.name)
     answer = solve_damped(build, damping, call.dtype, note, dual=dual)
     if answer is None:
         return call.gradient()
-    matrix = call.matrix(Update(_multiply_centred(call, answer), None)) if dual else answer.mT
+    matrix = call.matrix(Update(_multiply_centred(call, rows, answer), None)) if dual else answer.mT
     mean, mean_delta = call.mean_row(matrix.dtype), call.delta_rows(matrix.dtype).mean(1)
     bias = mean_delta - (matrix @ mean.unsqueeze(2)).squeeze(2)
     return _cast(call, Update(matrix.reshape(call.weight.shape), bias.reshape(-1)))
