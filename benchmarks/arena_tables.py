@@ -103,6 +103,7 @@ def _spread(values: list[float]) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "arena-standard": ranking("standard"),
+    "arena-coordinates": ranking("coordinates"),
     "arena-twelve": targets_by_tuning,
     "arena-related": related_metrics,
 }

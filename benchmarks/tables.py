@@ -56,7 +56,10 @@ def main() -> None:
 def fill(text: str) -> str:
     """A page with all its marked tables as they are printed from the figures."""
     return MARKED.sub(
-        lambda found: found[0].replace(found["table"], TABLES[found["name"]](found["table"])), text
+        lambda found: (
+            f"<!-- table: {found['name']} -->\n{TABLES[found['name']](found['table'])}<!-- end of table -->\n"
+        ),
+        text,
     )
 
 
