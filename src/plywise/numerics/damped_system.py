@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from plywise.numerics.products import mirror_lower, outer_product
+from plywise.numerics.products import mirror_lower
 
 BuildSystem = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 """A function that makes ``gram`` (g, k, k) and ``right`` (g, k, c) in the given dtype.
@@ -108,7 +108,7 @@ class DampedSystem:
         before = energy
         if subtract is not None:
             norm = torch.linalg.vector_norm(gram.flatten(1), dim=1)
-            gram.sub_(outer_product(*subtract))
+            gram.baddbmm_(subtract[0].unsqueeze(2), subtract[1].unsqueeze(1), alpha=-1)
             before = diagonal.clone()
         diagonal.add_(shift)
         return cls(gram, right, before, energy, shift, dual, norm)

@@ -26,7 +26,6 @@ from plywise.numerics.damped_system import (
 )
 from plywise.numerics.error_estimate import Numbers, bound_square_error, estimate_square_errors
 from plywise.numerics.events import EIGENVALUES, FLOAT64, IDENTITY, Note
-from plywise.numerics.products import outer_product
 
 __all__ = [
     "BuildSystem",
@@ -157,7 +156,8 @@ def _add_bias(system: CentredSystem, shift: float | Tensor, x: Tensor, p: Tensor
     weight = system.rows / (system.rows + shift)
     residual = system.mean_target - (system.mean.unsqueeze(1) @ x).squeeze(1)
     residual = residual / (1 + shift * weight * (system.mean * p).sum(1, keepdim=True))
-    return x + outer_product(shift * weight * p, residual), weight * residual
+    added = torch.baddbmm(x, (shift * weight * p).unsqueeze(2), residual.unsqueeze(1))
+    return added, weight * residual
 
 
 def _add_bias_to_dual(
@@ -173,7 +173,8 @@ def _add_bias_to_dual(
     zy, zp = (z.unsqueeze(1) @ y).squeeze(1), (z * p).sum(1, keepdim=True) / energy
     total = n + shift / energy * (1 + zp)
     bias = n / energy / total * (target * (1 + zp) - zy)
-    return y - outer_product(p / energy, (n * target + shift / energy * zy) / total), bias
+    row = (n * target + shift / energy * zy) / total
+    return torch.baddbmm(y, (p / energy).unsqueeze(2), row.unsqueeze(1), alpha=-1), bias
 
 
 def _get_projected(system: CentredSystem) -> tuple[Tensor, Tensor]:
