@@ -76,7 +76,8 @@ class ForkedCommand:
 def _run_command(words: list[str], environment: dict[str, str], out: str, err: str, session: bool) -> None:
     if session:
         os.setsid()
-    # the server of forks ignores Ctrl-C if a bench has started it
+    # a server of forks that a bench has started blocks Ctrl-C, and what it forks inherits that
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):

@@ -283,8 +283,8 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, monkeypatch):
         assert alive, (tmp_path / "err").read_text()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
     assert "Traceback" not in err
     assert "are kept in here/report.html" in err
     assert "Not finished." in (tmp_path / "here" / "report.html").read_text("utf-8")

@@ -165,11 +165,11 @@ class ProcessExecutor:
 
 
 def _start_forking() -> None:
-    """Start the process that trials are forked from, unless it is there: deaf to Ctrl-C, as they are then.
+    """Start the process that trials are forked from, unless it is there, with Ctrl-C blocked.
 
     In a terminal Ctrl-C reaches it, too, and would end it while it imports torch.
     """
-    resource_tracker.ensure_running()  # else the next line starts it, and leaves Ctrl-C to be heard
+    resource_tracker.ensure_running()  # otherwise the server starts it, and unblocks Ctrl-C for it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     safe = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"  # else it would import a jinja2.py of the current directory
