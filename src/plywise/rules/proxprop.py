@@ -23,7 +23,8 @@ class ProxProp(Rule):
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
-    Cost: a Gram of the smaller of rows and inputs, its inverse, and one product: 1.18 to 1.29 of a plain step
+    Cost: a Gram of the smaller of rows and inputs, its inverse, and one product: 1.28 to 1.84 of a plain step
+        on wide networks and a ConvNet, 4.7 where a plain step takes less than a millisecond
         (benchmarks/README.md, by `python benchmarks/step_cost.py`).
     Status: faithful with ``last_layer="explicit"``, as in the paper; our default solves the last layer, too.
         ``solver="exact"`` solves for the move itself: the published code subtracts weights in float32, which
