@@ -34,17 +34,18 @@ CYCLE, WARM, RATE = 10, 11, 1e-4
 
 
 class Transformer(nn.Module):
-    """Two encoder layers of width 64 on 32 tokens, scores for each."""
+    """Encoder layers on tokens that come as one row a sample; scores of the mean token."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(64, 10)
+        self.width = width
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of the mean token."""
-        return self.head(self.body(x.view(len(x), 32, 64)).mean(1))
+        return self.head(self.body(x.view(len(x), -1, self.width)).mean(1))
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {

@@ -40,7 +40,7 @@ FIELDS = {"method", "date", "commit", "command", "machine", "trials", "seeds", "
 FIGURES = {"target", "reached", *(f"{what}{clock}" for clock in CLOCKS for what in ("", "peer_", "z_"))}
 FIGURES |= {"noise", *(f"best_peer_{clock}" for clock in CLOCKS)}
 HERE, ELSEWHERE = "here", "elsewhere"
-"""Whether the noise that z is told in was measured on the same workload."""
+"""Whether the noise that z is divided by was measured on the same workload."""
 
 
 class RecordError(Exception):
@@ -117,8 +117,8 @@ def find_z(ours: list[float], theirs: list[float], noise: float | None) -> float
         noise: deviation of a run's log time, see `find_noise`.
 
     Returns:
-        z, above 0 where ours are quicker. None where a run missed, whose time nobody knows, or where there is
-        no noise to divide by.
+        z, above 0 where ours are quicker. None where a run missed the target, so that it has no time, or
+        where there is no noise to divide by.
 
     Example:
         >>> find_z([100.0, 100.0], [100.0 * math.e, 100.0 * math.e], 0.5)

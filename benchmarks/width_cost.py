@@ -27,26 +27,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import plywise as pw
-from peers_cost import CYCLE, RATE, WARM, grouped, ratios
+from peers_cost import CYCLE, RATE, WARM, Transformer, grouped, ratios
 from plywise.optim import SOAP, Muon
 from step_cost import environment, mlp, read_peak
 
 WIDTHS = (512, 1024, 2048, 4096, 8192)
 BATCH, WIDEST_SQUARE, NULL = 256, 2048, "AdamW, fused, again (null control)"
-
-
-class Transformer(nn.Module):
-    """Six encoder layers of width 384 on 64 tokens, scores of the mean token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-        self.head = nn.Linear(384, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores."""
-        return self.head(self.body(x).mean(1))
 
 
 def attached(make_rule: Callable[[], pw.Rule]) -> Callable[[nn.Module, int], Any]:
@@ -84,7 +70,7 @@ def make_net(net: str) -> tuple[nn.Module, Tensor]:
     """A network by its name, and a batch of inputs."""
     torch.manual_seed(0)
     if net == "transformer":
-        return Transformer(), torch.rand(8, 64, 384)
+        return Transformer(384, 6, 6), torch.rand(8, 64 * 384)
     return mlp(784, int(net), int(net), 10), torch.rand(BATCH, 784)
 
 

@@ -44,7 +44,7 @@ def test_a_difference_within_the_noise_is_not_claimed():
     assert "Undecided: proxprop" in text
     assert "use proxprop" not in text
     text = said(small([*quick, *finals("sgd-again", [198] * 3)]))
-    assert "noise: proxprop 0.90×" in text, "a quiet control, and the same difference is told"
+    assert "noise: proxprop 0.90×" in text, "a quiet control, and the same difference is reported"
 
 
 def test_a_single_workload_is_judged_by_the_noise_of_single_workloads():
@@ -214,13 +214,13 @@ def test_of_a_long_list_the_few_that_are_not_in_it_are_told():
     assert _listed_of(["a"], ["a"]) == "a"
 
 
-def test_test_samples_that_were_trained_on_are_told():
+def test_test_samples_that_were_trained_on_are_reported():
     bench = make_bench()
     digits = bench["workloads"]["digits"]
     digits["repeated"] = {"validation": 0, "test": 0}
     text = said(gather_results(bench, make_lines(bench)))
     assert "inputs of a training sample" not in text
-    for repeated, told in (
+    for repeated, sentence_part in (
         ({"validation": 0, "test": 31}, "31 of 400 test samples of digits have"),
         (
             {"validation": 7, "test": 31},
@@ -229,7 +229,7 @@ def test_test_samples_that_were_trained_on_are_told():
     ):
         digits["repeated"] = repeated
         text = said(gather_results(bench, make_lines(bench)))
-        assert told in text
+        assert sentence_part in text
 
 
 def test_where_no_baseline_arrives_times_are_not_compared():
@@ -264,14 +264,14 @@ def test_a_workload_that_waits_is_not_said_to_lack_a_target():
     assert "No target" not in text
 
 
-def test_an_edge_is_told_only_of_a_search_that_could_show_it():
+def test_an_edge_is_reported_only_of_a_search_that_could_show_it():
     """The best of two points is at an edge wherever the two happen to be."""
-    for trials, told in ((8, True), (7, False)):
+    for trials, reported in ((8, True), (7, False)):
         bench = make_bench(["sgd", "adamw"], ["digits"], trials=trials)
         lines = make_lines(bench)
         for one in lines:
             one["numbers"] = {"lr": 0.99}
-        assert ("edge of its range" in said(gather_results(bench, lines))) is told
+        assert ("edge of its range" in said(gather_results(bench, lines))) is reported
 
 
 def test_methods_with_fewer_numbers_to_tune_are_named():

@@ -62,8 +62,8 @@ def test_another_process_makes_the_same_data_and_network(kind):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     mine = find_workload(name)
-    torch.manual_seed(5)  # the caller's random numbers have no say
-    data = KINDS[kind][1].__wrapped__(SEEDS[1])  # made anew, not remembered
+    torch.manual_seed(5)  # the caller's random numbers change nothing
+    data = KINDS[kind][1].__wrapped__(SEEDS[1])  # made again, not taken from a cache
     assert done.stdout == f"{data.fingerprint()} {mine.steps} {mine.batch_size} {mine.make_model()}\n"
 
 

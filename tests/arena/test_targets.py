@@ -120,7 +120,7 @@ def test_a_target_of_enough_trials_that_few_reach_is_not_soft():
     values = [0.1 + place / 100 for place in range(ENOUGH)]
     assert target_in(sgd=values).softness == []
     assert target_in(sgd=values[:-1]).softness == [f"the 3rd best of {ENOUGH - 1} trials"]
-    assert target_in(0.3, sgd=[0.5, 0.4]).softness == [], "it was there before, whoever made it"
+    assert target_in(0.3, sgd=[0.5, 0.4]).softness == [], "a stored target does not depend on these trials"
 
 
 @pytest.mark.parametrize(("count", "words"), [(1, "best of 1"), (2, "2nd best of 2"), (4, "3rd best of 4")])

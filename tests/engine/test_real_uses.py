@@ -8,30 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from written_forwards import Forward, Net, draw
 
 import plywise as pw
 
-Forward = Callable[["Net", Tensor], Tensor]
 MEMORY: dict[str, Any] = {"stats_every": 1, "refresh_every": 1}
-
-
-class Net(nn.Module):
-    """Parameters by name, and a forward that a test writes."""
-
-    def __init__(self, forward: Forward, **parts: nn.Module | tuple[int, ...]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.run = forward
-        for name, part in parts.items():
-            made = part if isinstance(part, nn.Module) else nn.Parameter(0.3 * torch.randn(part))
-            setattr(self, name, made)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:

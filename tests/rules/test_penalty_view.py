@@ -89,7 +89,7 @@ def test_a_sweep_with_proximal_steps_is_a_step_of_proxprop(make, name):
 
 
 def test_rho_and_gamma_are_rates_of_layers():
-    """A layer k below the last one moves ``(τ²ργ)^k`` times as far as in backpropagation."""
+    """A layer k below the last one takes a step of backpropagation times ``(τ²ργ)^k``."""
     model, x, y = chain()
     start, plain = copy.deepcopy(model), copy.deepcopy(model)
     tau, rho, gamma = 0.2, 3.0, 7.0

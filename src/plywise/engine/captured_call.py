@@ -156,9 +156,8 @@ def _ask(
     ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
 ) -> tuple[Update, Tensor | None]:
     respond = ctx.site.responder.respond
-    if (
-        _autocasts() and not delta.is_meta and torch.is_autocast_enabled(delta.device.type)
-    ):  # that is meant for the network
+    # autocast is meant for the network
+    if _autocasts() and not delta.is_meta and torch.is_autocast_enabled(delta.device.type):
         with torch.autocast(delta.device.type, enabled=False):
             return respond(ctx, a, weight, delta, wants_update, wants_below)
     return respond(ctx, a, weight, delta, wants_update, wants_below)

@@ -12,6 +12,14 @@ from torch import Tensor
 
 from plywise.engine.sharding import agree_on_all, find_local
 
+SMALLEST, LARGEST = 1e-18, 1e18
+"""Norms between which float32 squares what they are made of without a loss."""
+
+
+def is_precise(norm: float) -> bool:
+    """Whether float32 has squared what a norm is made of without a loss."""
+    return SMALLEST < norm < LARGEST
+
 
 def measure_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """The Frobenius norms of tensors, in one vector on the first one's device; float32 at least.

@@ -14,12 +14,10 @@ from torch import Tensor
 from plywise.engine import health
 from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
+from plywise.engine.finite import is_precise, measure_norms
 from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.stacks import Scratch, Stack, arrange, list_parts, sign
-
-SMALLEST, LARGEST = 1e-18, 1e18
-"""Norms between which float32 squares what they are made of without a loss."""
 
 
 class StepUpdates:
@@ -106,7 +104,7 @@ class StepUpdates:
         )
         before = None
         if self._rule.keeps_norm:
-            before = _measure([part for stack in stacks for part in stack.matrices.unbind()], dtype)
+            before = measure_norms([part for stack in stacks for part in stack.matrices.unbind()], dtype)
         moved, news = [], []
         for stack in stacks:
             states = [memories[layers[place].name] for place in stack.places]
@@ -144,7 +142,7 @@ class StepUpdates:
             The norms of the updates before that, those of the gradients, and what the updates were multiplied
             by; the last two are empty and None if the rule does not keep norms.
         """
-        norms = _measure([part for update in moved for part in update.unbind()], dtype)
+        norms = measure_norms([part for update in moved for part in update.unbind()], dtype)
         if before is None:
             for stack, update in zip(stacks, moved, strict=True):
                 if update.data_ptr() != stack.matrices.data_ptr():
@@ -156,11 +154,6 @@ class StepUpdates:
             torch.mul(update, scale[:, None, None, None], out=stack.matrices)
         found, count = torch.cat([norms, before]).tolist(), len(norms)  # read from the device at once
         return found[:count], found[count:], scales.unbind()
-
-
-def _measure(matrices: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
-    """Frobenius norms, added up in ``dtype``."""
-    return torch.stack(torch._foreach_norm(list(matrices), 2, dtype=dtype))
 
 
 def _can_divide(sizes: list[float], norms: list[float], gradients: list[Update]) -> bool:
@@ -175,6 +168,6 @@ def _can_divide(sizes: list[float], norms: list[float], gradients: list[Update])
         if size == norm == 0:
             if any(bool(part.any()) for part in list_parts(gradient)):
                 return False
-        elif not (SMALLEST < size < LARGEST and SMALLEST < norm < LARGEST):
+        elif not (is_precise(size) and is_precise(norm)):
             return False
     return True

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from plywise.engine.contract import LayerShape, State, StatefulContract, Turn
+from plywise.engine.finite import is_precise
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.slots import Slots
 from plywise.engine.stacks import LARGEST_STACKED, StackedState
-from plywise.engine.step_updates import LARGEST, SMALLEST
 
 ALIGNED = 16
 """Rows of pieces begin at multiples of so many numbers: products take up to twice as long otherwise."""
@@ -327,11 +327,6 @@ def _list_parts(matrices: Tensor, weight: Tensor) -> list[Tensor]:
         if matrix.shape[-1] > width:
             parts.append(matrix[..., -1].view(-1))
     return parts
-
-
-def is_precise(norm: float) -> bool:
-    """Whether float32 squares what a norm is made of without a loss."""
-    return SMALLEST < norm < LARGEST
 
 
 def measure(tensor: Tensor) -> float:

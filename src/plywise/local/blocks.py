@@ -1,5 +1,6 @@
 """A network as a chain of blocks, each handing one tensor to the next."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import overload
@@ -91,7 +92,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Batch) -> Tensor:
         """What the last block hands on."""
-        *_, last = run_blocks(self.blocks, x)
+        (last,) = deque(run_blocks(self.blocks, x), maxlen=1)  # earlier signals are not kept
         return last
 
 
