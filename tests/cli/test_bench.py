@@ -104,6 +104,7 @@ def test_hidden_workloads_say_their_seed(plywise, tmp_path):
         (["bench", "mine:model"], "Say with --data where"),
         (["bench", "mine:model", "--data", "mine:data", "--workloads", "quick"], "Say what to train"),
         (["bench", "--workloads", "digits-mpl"], "Did you mean digits-mlp"),
+        (["bench", "--workloads", "hiden"], "Did you mean hidden"),
         (
             [*OWN, "--hidden-seed", "3"],
             "belongs to --workloads hidden",

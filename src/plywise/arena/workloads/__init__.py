@@ -34,6 +34,9 @@ HIDDEN = ("teacher", "regression", "classes", "groups", "pairs")
 STANDARD = tuple(name for name in WORKLOADS if name not in RELATED)
 """All others; most need files (see `plywise.data.store`)."""
 
+SETS = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
+"""What stands for several workloads; `hidden` stands for those that a seed makes."""
+
 
 def list_workloads(words: str | Sequence[str], hidden_seed: int | None = None) -> list[str]:
     """The names of workloads that a user asks for.
@@ -58,9 +61,8 @@ def list_workloads(words: str | Sequence[str], hidden_seed: int | None = None) -
         raise PlywiseError("A hidden seed belongs to the workloads called hidden.", see="error-command")
     if not isinstance(words, str):
         return list(words)
-    sets = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
     names = (word.strip() for word in words.split(","))
-    return list(sets.get(words) or [name for name in names if name])
+    return list(SETS.get(words) or [name for name in names if name])
 
 
 def find_workload(name: str) -> Workload:
@@ -80,7 +82,7 @@ def find_workload(name: str) -> Workload:
         return make_workload(made[1], int(made[2]))
     if key not in WORKLOAD_MODULES:
         raise PlywiseError(
-            f"No workload is called {name!r}. {suggestion(name, WORKLOADS)}There are: "
+            f"No workload is called {name!r}. {suggestion(name, (*WORKLOADS, *SETS, 'hidden'))}There are: "
             f"{', '.join(WORKLOADS)}; hidden-{HIDDEN[0]}-7 and others that a seed makes; or point at your "
             "own model and data by module:name.",
             see="error-bench",
