@@ -176,21 +176,33 @@ def jobs(*methods):
     return resolved, [TrialJob(key, own.source, {}, str(own.file)) for key in keys]
 
 
+def wait_for_children(count):
+    """Until no more processes than these live."""
+    end = time.monotonic() + 60
+    while len(multiprocessing.active_children()) > count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_an_executor_that_is_stopped_gives_what_has_ended_and_ends_the_rest():
-    resolved, three = jobs("sgd", "adamw", f"{HERE}:Hanging")
+    resolved, (sgd, adamw, hanging) = jobs("sgd", "adamw", f"{HERE}:Hanging")
+
+    def start_late():
+        yield hanging
+        yield sgd
+        wait_for_children(1)  # so that nobody has looked at the next one when this one's line comes
+        yield adamw
+
     executor = ProcessExecutor(3)
     try:
-        pieces = executor.run([*three, three[0]])
-        told = [next(pieces)[1]["method"]]
-        end = time.monotonic() + 60
-        while len(multiprocessing.active_children()) > 1:  # the second has ended, and nobody has looked
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        pieces = executor.run(start_late())
+        ended = [next(pieces)[1]["method"]]
+        wait_for_children(1)
         executor.stop()
-        told += [line["method"] for _, line in pieces]
-        assert sorted(told) == ["adamw", "sgd"]
+        ended += [line["method"] for _, line in pieces]
+        assert sorted(ended) == ["adamw", "sgd"]
         assert multiprocessing.active_children() == []
-        assert list(executor.run(three)) == [], "for good"
+        assert list(executor.run([sgd])) == [], "for good"
     finally:
         resolved.close()
 

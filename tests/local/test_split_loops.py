@@ -248,8 +248,8 @@ def test_train_goes_on_where_it_was_cut(what):
         return session, lines
 
     whole, lines = train(6, rule="Foof")
-    first, last = (sum(line.losses.values()) for line in (lines[0], lines[-1]))
-    assert last < 0.8 * first
+    losses = [sum(line.losses.values()) for line in lines]
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4]), "the last of six epochs of four steps, and the first"
     starts = whole.folder.record().starts
     assert len(starts) == 3
     parts = Path("parts")

@@ -158,9 +158,10 @@ class ProcessExecutor:
         now = time.monotonic()
         over = [own for own, one in running.items() if {own, one.sentinel} & {*ready} or one.end <= now]
         for connection in over:
-            if connection in ready and running[connection].begins():
-                continue
-            worker = running.pop(connection)
+            worker = running[connection]
+            if connection in ready and worker.begins() and not connection.poll():
+                continue  # of a quick trial the line may have come with its beginning
+            del running[connection]
             yield worker.job, worker.outcome()
 
 
