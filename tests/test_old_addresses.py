@@ -3,6 +3,10 @@
 from importlib import import_module
 
 import pytest
+from torch import nn
+
+import plywise as pw
+from plywise.pipeline.pipeline import Pipeline
 
 ADDRESSES = {
     "plywise.rule:Rule": "plywise.engine.rule",
@@ -48,3 +52,31 @@ def test_an_old_name_warns_and_works(address):
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_old_address_gives_what_has_moved(address):
     assert load(address).__module__ == ADDRESSES[address]
+
+
+def make_network():
+    return nn.Linear(3, 1)
+
+
+OLD_ARGUMENTS = {
+    "bench": lambda folder, **given: pw.arena.bench(
+        make_network, ([[0.0]], [1.0]), methods=["sgd"], folder=folder, **given
+    ),
+    "CoDA": lambda folder, **given: pw.losses.CoDA(make_network(), pw.losses.AUCMargin(), **given),
+    "Pipeline": lambda folder, **given: Pipeline(None, **given),
+}
+"""Calls that get as far as to look at ``timeout_s``, which 0.1 called ``patience``, and refuse it."""
+
+
+@pytest.mark.parametrize("name", OLD_ARGUMENTS)
+def test_an_old_argument_warns_and_works(name, tmp_path):
+    with pytest.raises((ValueError, pw.PlywiseError)) as new:
+        OLD_ARGUMENTS[name](tmp_path, timeout_s=-1.0)
+    with (
+        pytest.warns(DeprecationWarning, match=r"patience is called timeout_s"),
+        pytest.raises(type(new.value)) as old,
+    ):
+        OLD_ARGUMENTS[name](tmp_path, patience=-1.0)
+    assert str(old.value) == str(new.value)
+    with pytest.raises(TypeError, match="patience"):
+        OLD_ARGUMENTS[name](tmp_path, patience=-1.0, timeout_s=-1.0)

@@ -12,11 +12,10 @@ from plywise.arena.run.budget import (
     estimate,
     fit_budget,
     parse_duration,
-    set_patience,
+    set_timeout,
 )
-from plywise.arena.run.config import BenchConfig, WorkloadSpec
+from plywise.arena.run.config import TIMEOUT_S, BenchConfig, WorkloadSpec
 from plywise.arena.run.costs import Cost
-from plywise.arena.run.executor import TIMEOUT_S
 from plywise.errors import PlywiseError
 
 PLAN = BenchConfig((WorkloadSpec("a"), WorkloadSpec("own", "m:f", "m:d")), ("sgd", "adamw"), seeds=3)
@@ -77,10 +76,10 @@ def test_a_trial_that_is_planned_is_not_killed():
     steps = choose_steps(PLAN, COSTS, STEPS, 1, 86_400)
     longest = max(cost.run(steps[workload]) for (workload, _), cost in COSTS.items())
     assert longest > TIMEOUT_S / 3, "what used to be killed"
-    assert set_patience(PLAN, COSTS, steps).patience == pytest.approx(3 * longest, rel=0.01)
-    assert set_patience(PLAN, COSTS, STEPS).patience == TIMEOUT_S
-    given = replace(PLAN, patience=90.0)
-    assert set_patience(given, COSTS, steps).patience == 90
+    assert set_timeout(PLAN, COSTS, steps).timeout_s == pytest.approx(3 * longest, rel=0.01)
+    assert set_timeout(PLAN, COSTS, STEPS).timeout_s == TIMEOUT_S
+    given = replace(PLAN, timeout_s=90.0)
+    assert set_timeout(given, COSTS, steps).timeout_s == 90
     assert choose_steps(given, COSTS, STEPS, 1, 86_400)["own"] == 280  # 2 s + 280 * 0.1 s
 
 

@@ -141,7 +141,7 @@ def test_another_machine_that_goes_on_is_noted(tmp_path, resolve):
     about = json.loads(path.read_text())
     assert "resumed" not in about
     about["environment"]["cpu"] = "another one"
-    del about["plan"]["threads"], about["plan"]["patience"], about["check"]  # as before they were kept
+    del about["plan"]["threads"], about["plan"]["timeout_s"], about["check"]  # as before they were kept
     path.write_text(json.dumps(about))
     run(tmp_path, resolve, ["sgd"])
     assert "resumed" not in json.loads(path.read_text()), "there was nothing left to run"
@@ -248,8 +248,8 @@ def test_another_bench_in_the_folder_is_refused(tmp_path, resolve):
         bench(tmp_path, resolve, ["adamw"])
     with pytest.raises(StateError, match="trials are 2, not 3"):
         bench(tmp_path, resolve, ["sgd"], trials=3)
-    with pytest.raises(StateError, match="patience are None, not 5"):
-        bench(tmp_path, resolve, ["sgd"], patience=5.0)
+    with pytest.raises(StateError, match="timeout_s are None, not 5"):
+        bench(tmp_path, resolve, ["sgd"], timeout_s=5.0)
     about = json.loads((tmp_path / "bench.json").read_text())
     about["workloads"]["own"]["data"] = "others"
     (tmp_path / "bench.json").write_text(json.dumps(about))

@@ -125,6 +125,7 @@ def test_hidden_workloads_say_their_seed(plywise, tmp_path):
         (["bench", "mine:model", "--data", "mine:model"], "must return"),
         (["bench", "--resume"], "holds no bench to resume"),
         (["bench", "--resume", "--trials", "3", "--batch-size", "9"], "leave out --trials, --batch-size"),
+        (["bench", "--resume", "--patience", "9"], "leave out --timeout-s"),  # its name in 0.1
         ([*OWN, "--resume"], "leave out the model, --data, --steps, --batch-size"),
         (["report", "nowhere"], "it has no bench.json"),
     ],

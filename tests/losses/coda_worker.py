@@ -52,7 +52,7 @@ def values(coda: CoDA) -> dict[str, Tensor]:
 def trained(numbers: tuple[int, ...], steps: int = STEPS, norm: bool = False, **plan: Any) -> CoDA:
     """A training on the batches of these workers."""
     loss = AUCMargin(positive_share=SHARE, floor=-math.inf).double()
-    coda = CoDA(network(norm=norm), loss, **{**PLAN, "patience": 30.0, **plan})
+    coda = CoDA(network(norm=norm), loss, **{**PLAN, "timeout_s": 30.0, **plan})
     for step in range(steps):
         coda.step(*share_of(numbers, step))
     return coda
@@ -70,13 +70,13 @@ def main(rank: int, folder: Path) -> None:
         "same data": values(trained((0,), every=3)),
         "averaged": values(trained((rank,), 3 + 6, every=3, norm=True, first_stage=30)),
         "between": values(trained((rank,), 3 + 7, every=3, norm=True, first_stage=30)),
-        "start": values(CoDA(network(seed=rank), AUCMargin().double(), patience=30.0)),
+        "start": values(CoDA(network(seed=rank), AUCMargin().double(), timeout_s=30.0)),
         "digits": digits(rank),
         "other plan": refusal(lambda: trained((rank,), 0, every=3 + rank)),
         "late": late(rank),
     }
     lost = AUCMargin(positive_share=SHARE).double()
-    coda = CoDA(network(), lost, **PLAN, every=1, patience=30.0)
+    coda = CoDA(network(), lost, **PLAN, every=1, timeout_s=30.0)
     if rank == 1:
         torch.save(seen, folder / "1.pt")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -95,7 +95,7 @@ def refusal(job: Any) -> str:
 def late(rank: int) -> str:
     """One worker stops calling `step`; the other must not wait for ever."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
-    answer = refusal(lambda: trained((rank,), 3 + 2 + 2 * (1 - rank), every=3, group=group, patience=1.0))
+    answer = refusal(lambda: trained((rank,), 3 + 2 + 2 * (1 - rank), every=3, group=group, timeout_s=1.0))
     dist.barrier()
     return answer
 
@@ -108,7 +108,7 @@ def digits(rank: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
     loss = AUCMargin(positive_share=30 / int(kept.sum()), floor=-math.inf)
-    coda = CoDA(model, loss, lr=0.1, gamma=200.0, first_stage=60, every=8, patience=30.0)
+    coda = CoDA(model, loss, lr=0.1, gamma=200.0, first_stage=60, every=8, timeout_s=30.0)
     random = torch.Generator().manual_seed(rank)
     before = model(test.x).detach().flatten()
     while coda.stage < 3:

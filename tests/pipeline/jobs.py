@@ -49,7 +49,7 @@ def predict(kind: str, cuts: list[int] | None, parts: list[int]) -> list[tuple[A
 def share(kind: str, rows: list[list[slice]], resume_in: str = "") -> dict[str, Any]:
     """Two replicas of each stage; replica r has ``rows[r][k]`` of batch k."""
     learner = make(kind)
-    with Pipeline(learner, replicas=2, patience=4.0) as pipeline:
+    with Pipeline(learner, replicas=2, timeout_s=4.0) as pipeline:
         whole = batches(kind, len(rows[0]), last=16)
         own = rows[pipeline.replica]
         pipeline.run([(x[part], y[part]) for (x, y), part in zip(whole, own, strict=False)])
@@ -126,13 +126,13 @@ def refuse_different_cuts() -> None:
 
 def refuse_batch(rows: list[tuple[int, int]]) -> None:
     """Batches with so many inputs and targets."""
-    with Pipeline(make("local"), patience=4.0) as pipeline:
+    with Pipeline(make("local"), timeout_s=4.0) as pipeline:
         pipeline.run([(torch.randn(n, 6), torch.zeros(m, dtype=torch.long)) for n, m in rows])
 
 
 def refuse_other_steps(folder: str) -> None:
     """The first stage restores one checkpoint, the other another one."""
-    with Pipeline(make("local"), patience=4.0) as pipeline:
+    with Pipeline(make("local"), timeout_s=4.0) as pipeline:
         pipeline.run(batches("local", 2, last=16), after=lambda _: pipeline.save(Path(folder)))
         pipeline.restore(Path(folder), 1 + pipeline.stage)
         pipeline.run(batches("local", 30))
@@ -153,7 +153,7 @@ def refuse_other_learner(folder: str) -> str:
 
 def send_noise() -> None:
     """The first stage sends something else than signals."""
-    with Pipeline(make("local"), patience=4.0) as pipeline:
+    with Pipeline(make("local"), timeout_s=4.0) as pipeline:
         if pipeline.stage == 0:
             group = pipeline._groups.links[1]
             dist.send(torch.tensor([1000]), 1, group=group)
@@ -196,7 +196,7 @@ def unpickle_after_all() -> list[str]:
 
 def fail(failing: int, how: str) -> None:
     """One stage raises in the middle of a run."""
-    with Pipeline(make("local"), patience=4.0) as pipeline:
+    with Pipeline(make("local"), timeout_s=4.0) as pipeline:
 
         def after(step: int) -> None:
             if pipeline.stage == failing and step == 5:
@@ -210,7 +210,7 @@ def fail(failing: int, how: str) -> None:
 
 def dawdle(slow: int, seconds: float) -> dict[str, Any]:
     """One stage rests in the middle of a run."""
-    with Pipeline(make("local"), patience=2.0) as pipeline:
+    with Pipeline(make("local"), timeout_s=2.0) as pipeline:
         pipeline.run(
             batches("local", 12),
             lambda step: time.sleep(seconds) if (pipeline.stage, step) == (slow, 5) else None,
@@ -221,7 +221,7 @@ def dawdle(slow: int, seconds: float) -> dict[str, Any]:
 def dawdle_as_replica() -> dict[str, Any]:
     """One of two replicas rests for longer than torch would wait."""
     dist.group.WORLD.set_timeout(timedelta(seconds=3))
-    with Pipeline(make("local, plain"), replicas=2, patience=2.0) as pipeline:
+    with Pipeline(make("local, plain"), replicas=2, timeout_s=2.0) as pipeline:
         pipeline.run(
             batches("local, plain", 6, last=16),
             lambda step: time.sleep(4.5) if (pipeline.replica, step) == (1, 3) else None,

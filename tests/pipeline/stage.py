@@ -28,7 +28,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
 
     Args:
         folder: for checkpoints and reports.
-        settings: ``kind`` of the learner; ``cuts``, ``replicas`` and ``patience`` of the `Pipeline`;
+        settings: ``kind`` of the learner; ``cuts``, ``replicas`` and ``timeout_s`` of the `Pipeline`;
             ``count`` of batches, None for no end; ``save``, steps from checkpoint to checkpoint, None for
             none; ``kill``, by attempt, [rank, step] of a process that kills itself there; ``stops``, steps at
             which one pipeline ends and another one begins; ``rest``, [rank, step] of a process that rests
@@ -38,7 +38,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     kill = settings.get("kill", {}).get(attempt)
     learner = make(settings["kind"])
-    wanted = {name: settings[name] for name in ("cuts", "replicas", "patience") if name in settings}
+    wanted = {name: settings[name] for name in ("cuts", "replicas", "timeout_s") if name in settings}
     for stop in settings.get("stops", [settings.get("count")]):
         with Pipeline(learner, **wanted) as pipeline:
             if checkpoint.steps(folder / "checkpoints"):

@@ -53,7 +53,7 @@ def assert_all_name(
 def test_a_lost_stage_is_named_by_all_others(tmp_path: Path, how: signal.Signals, lost: int) -> None:
     chance = random.Random(f"{how} {lost}")
     fresh = (how, lost) == (signal.SIGSTOP, 0)  # these have to end as scripts do
-    with Fleet(tmp_path, 3, {"kind": "local", "patience": PATIENCE}, fresh=fresh) as fleet:
+    with Fleet(tmp_path, 3, {"kind": "local", "timeout_s": PATIENCE}, fresh=fresh) as fleet:
         fleet.wait_for_step(2, chance.randrange(1, 30))
         time.sleep(chance.random() * 0.03)
         since = fleet.hit(lost, how)
@@ -64,7 +64,7 @@ def test_a_lost_stage_is_named_by_all_others(tmp_path: Path, how: signal.Signals
 def test_a_lost_replica_is_named_by_all_others(tmp_path: Path, how: signal.Signals) -> None:
     """Its twin waits for it in DistributedDataParallel, where nobody looks at a watch."""
     names = [f"stage {stage}, replica {replica}" for stage in (0, 1) for replica in (0, 1)]
-    settings = {"kind": "local, plain", "replicas": 2, "patience": PATIENCE}
+    settings = {"kind": "local, plain", "replicas": 2, "timeout_s": PATIENCE}
     with Fleet(tmp_path, 4, settings) as fleet:
         fleet.wait_for_step(3, 7)
         assert_all_name(fleet, [3], fleet.hit(3, how), names)
@@ -103,7 +103,7 @@ def test_a_slow_replica_is_not_lost(crew: Crew) -> None:
 
 def test_who_is_done_may_leave(tmp_path: Path) -> None:
     """Signals on the way arrive, and the first process keeps the store, however long the last one takes."""
-    settings = {"kind": "local", "count": 5, "patience": 2.0, "rest": [2, 1]}
+    settings = {"kind": "local", "count": 5, "timeout_s": 2.0, "rest": [2, 1]}
     with Fleet(tmp_path, 3, settings) as fleet:
         end = time.monotonic() + 90
         assert [fleet.exit_code(rank, end) for rank in range(3)] == [0, 0, 0], fleet.logs()
@@ -112,7 +112,7 @@ def test_who_is_done_may_leave(tmp_path: Path) -> None:
 
 def test_a_pause_of_all_is_no_loss(tmp_path: Path) -> None:
     """A suspended machine: everybody has stood still for longer than anybody's patience."""
-    with Fleet(tmp_path, 3, {"kind": "local", "patience": 2.0}) as fleet:
+    with Fleet(tmp_path, 3, {"kind": "local", "timeout_s": 2.0}) as fleet:
         fleet.wait_for_step(2, 5)
         for rank in range(3):
             fleet.hit(rank, signal.SIGSTOP)
@@ -138,7 +138,7 @@ def left_in(folder: Path, world: int) -> dict[str, Any]:
 
 def test_a_restart_from_the_last_checkpoint_ends_in_the_same_weights(crew: Crew, tmp_path: Path) -> None:
     kind, count, chance = "associated, Foof", 30, random.Random(0)
-    settings = {"kind": kind, "count": count, "save": 4, "patience": PATIENCE}
+    settings = {"kind": kind, "count": count, "save": 4, "timeout_s": PATIENCE}
     settings["kill"] = {"0": [1, chance.randrange(9, 25)]}
     with Fleet(tmp_path, 3, settings) as fleet:
         assert fleet.exit_code(1, time.monotonic() + 90) == -signal.SIGKILL
@@ -217,7 +217,7 @@ def test_two_hosts_and_a_cable_that_is_cut(tmp_path: Path, two_hosts: tuple[str,
     """The first stage on one host, two on the other: each side names the other."""
     first, second = two_hosts
     places = {"MASTER_ADDR": "10.97.0.1", "GLOO_SOCKET_IFNAME": "cable"}
-    settings, hosts = {"kind": "local", "patience": PATIENCE}, [first, second, second]
+    settings, hosts = {"kind": "local", "timeout_s": PATIENCE}, [first, second, second]
     with Fleet(tmp_path, 3, settings, hosts=hosts, **places) as fleet:
         fleet.wait_for_step(2, 10)
         since = time.monotonic()

@@ -256,7 +256,7 @@ def test_what_is_no_signal_is_refused(crew: Crew) -> None:
         (2, {"cuts": []}, "rising from 0"),
         (3, {"replicas": 2}, "3 processes do not make stages of 2 replicas"),
         (2, {"replicas": 0}, "0 replicas"),
-        (2, {"patience": 1.0}, "patience must be"),
+        (2, {"timeout_s": 1.0}, "timeout_s must be"),
     ],
     ids=str,
 )
@@ -321,4 +321,4 @@ def test_without_torchrun(tmp_path: Path) -> None:
 
 
 def test_patience_leaves_time_before_the_promised_fifteen_seconds() -> None:
-    assert inspect.signature(Pipeline).parameters["patience"].default == 10.0
+    assert inspect.signature(Pipeline).parameters["timeout_s"].default == 10.0

@@ -1,9 +1,13 @@
-"""Old names in modules that users import from: they work for one release, and warn."""
+"""Old names in modules that users import from, and of arguments: they work for one release, and warn."""
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def serve_old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -29,3 +33,34 @@ def serve_old_names(module: str, names: Mapping[str, str]) -> Callable[[str], An
         return getattr(sys.modules[module], names[name])
 
     return find
+
+
+def serve_old_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: a function takes an argument by its old name, too, with a warning.
+
+    Args:
+        old: the name that it had.
+        new: the name that it has.
+
+    Example:
+        >>> wait = serve_old_argument("patience", "timeout_s")(lambda timeout_s=1.0: timeout_s)
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     print(wait(patience=2.0), wait())
+        2.0 1.0
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if old in kwargs and new not in kwargs:
+                warnings.warn(
+                    f"The argument {old} is called {new} since 0.2: rename it.",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

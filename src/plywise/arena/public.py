@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.environment import workers_for
+from plywise._util.renamed import serve_old_argument
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
 from plywise.arena.given import is_given, name_data, name_object
@@ -22,7 +23,7 @@ from plywise.arena.reports.notebook import BenchReport, DiagnosisReport
 from plywise.arena.reports.progress import show_trials
 from plywise.arena.run.bench import Bench
 from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
-from plywise.arena.run.executor import TIMEOUT_S, Executor, InlineExecutor, ProcessExecutor
+from plywise.arena.run.executor import Executor, InlineExecutor, ProcessExecutor
 from plywise.arena.run.job import require_device
 from plywise.arena.scoring.summary import summarize_bench
 from plywise.arena.workloads import find_workload, list_workloads
@@ -38,6 +39,7 @@ Entry = str | type[Optimizer] | type[Rule] | Method
 """A method: its name or address, or the class itself."""
 
 
+@serve_old_argument("patience", "timeout_s")
 def bench(
     model: Factory | None = None,
     data: Any = None,
@@ -59,7 +61,7 @@ def bench(
     device: str = "cpu",
     threads: int = 1,
     workers: int | None = None,
-    patience: float | None = None,
+    timeout_s: float | None = None,
     folder: str | Path = "runs/bench",
     progress: bool = True,
 ) -> BenchReport:
@@ -95,7 +97,7 @@ def bench(
         device: where it trains.
         threads: torch's threads in each trial.
         workers: trials at once, for what is given by addresses. Default: the cores over the threads.
-        patience: seconds that a trial may take, in a process of its own. Default 600.
+        timeout_s: seconds that a trial may take, in a process of its own. Default 600.
         folder: where bench.json and trials.jsonl are kept.
         progress: show each trial as it ends.
 
@@ -110,29 +112,17 @@ def bench(
     functions = {"loss": loss, "metric": metric, "step": step}
     own: dict[str, Any] = {role: name_object(function, role) for role, function in functions.items()}
     own |= {"read": read, "keep_batches": keep_batches}
-    if model is None and workloads:
-        workloads = list_workloads(workloads, hidden_seed)
-    specs = _make_specs(model, data, workloads, own, given)
-    names = [name_object(method, "method") for method in methods]
     config = BenchConfig(
-        tuple(specs),
-        tuple(names),
+        tuple(_make_specs(model, data, workloads, hidden_seed, own, given)),
+        tuple(name_object(method, "method") for method in methods),
         trials=trials,
         seeds=seeds,
         device=device,
         search=search,
         threads=threads,
-        patience=patience,
+        timeout_s=timeout_s,
     )
-    executor = _make_executor(config, workers)
-    with resolve_bench(config) as resolved:
-        made = Bench(resolved, Path(folder), "plywise.arena.bench(...)")
-        screen = _screen(progress)
-        for guess in resolved.guesses:
-            screen.print(guess, soft_wrap=True)
-        with closing(made.run(executor)) as pieces:
-            show_trials(pieces, made, screen)
-        return BenchReport(made.folder, made.summarize())
+    return _run_bench(config, _make_executor(config, workers), Path(folder), _make_screen(progress))
 
 
 def load(folder: str | Path) -> BenchReport:
@@ -187,10 +177,21 @@ def diagnose(
     return DiagnosisReport(seen, advice(seen, subject))
 
 
+def _run_bench(config: BenchConfig, executor: Executor, folder: Path, screen: Any) -> BenchReport:
+    with resolve_bench(config) as resolved:
+        made = Bench(resolved, folder, "plywise.arena.bench(...)")
+        for guess in resolved.guesses:
+            screen.print(guess, soft_wrap=True)
+        with closing(made.run(executor)) as pieces:
+            show_trials(pieces, made, screen)
+        return BenchReport(made.folder, made.summarize())
+
+
 def _make_specs(
     model: Factory | None,
     data: Any,
     workloads: str | Sequence[str],
+    hidden_seed: int | None,
     own: dict[str, Any],
     given: dict[str, Any],
 ) -> list[WorkloadSpec]:
@@ -199,7 +200,7 @@ def _make_specs(
     if model is not None:
         address = name_object(model, "model")
         return [WorkloadSpec(address, address, name_data(data), **own, **given)]
-    return [WorkloadSpec(name, **given) for name in workloads]
+    return [WorkloadSpec(name, **given) for name in list_workloads(workloads, hidden_seed)]
 
 
 def _make_executor(config: BenchConfig, workers: int | None) -> Executor:
@@ -208,8 +209,7 @@ def _make_executor(config: BenchConfig, workers: int | None) -> Executor:
     require_device(config.device)
     if not inline:
         count = workers_for(config.device, config.threads) if workers is None else workers
-        timeout = TIMEOUT_S if config.patience is None else config.patience
-        return ProcessExecutor(count, config.threads, timeout)
+        return ProcessExecutor(count, config.threads, config.trial_limit_s)
     if workers not in (None, 1):
         raise PlywiseError(
             "Only what can be imported goes to other processes: for several workers, give models, data and "
@@ -219,7 +219,7 @@ def _make_executor(config: BenchConfig, workers: int | None) -> Executor:
     return InlineExecutor(config.threads)
 
 
-def _screen(progress: bool) -> Any:
+def _make_screen(progress: bool) -> Any:
     from rich.console import Console
 
     return Console(highlight=False, emoji=False, markup=False, quiet=not progress)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
 import sys
 import time
 from contextlib import closing, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from plywise._util.environment import workers_for
 from plywise._util.progress import format_duration
@@ -26,37 +28,78 @@ if TYPE_CHECKING:
     from plywise.arena.run.executor import Executor
     from plywise.arena.run.ledger import Ledger
 
-OF_A_RUN = ("budget", "workers", "ray", "out", "resume", "dry_run", "json")
-"""Flags that are no part of the plan: a bench may be gone on with by others."""
-
 METHODS = ",".join(USUAL)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Flags that are part of a bench's plan: with --resume, the folder says them.
+
+    Attributes:
+        data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs for
+            training, validation and test, where a Dataset, a DataLoader or an iterable of batches may stand
+            for a pair, or a dict with the keys train, validation and test; a .npz file with x_train, y_train
+            and perhaps x_test, y_test; a .csv or .parquet file whose last column is the target; or a folder
+            of images, a folder for each class.
+        read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
+            for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
+        workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships; or
+            hidden: five small workloads made by a seed, on which no default was tuned.
+        hidden_seed: seed of the hidden workloads. Default: a new one.
+        methods: what is compared: names (`plywise methods` lists the rules), rule+optimizer, learners, or
+            module:name of a torch.optim.Optimizer or of a rule
+            of yours.
+        trials: tuning trials of each method, without a budget; 0: defaults only, with a budget, too.
+        search: how the numbers of those trials are found. sobol: the same quasi-random points for all
+            methods, so that their luck is equal; optuna: Optuna's TPE, where each trial learns from a
+            method's trials before (pip install 'plywise[optuna]').
+        seeds: final runs of each method on each track.
+        steps: steps of a run. Default: the workload's; for your model what fits the budget, or 1000.
+        batch_size: samples a batch. Default: the workload's; 128 for your model.
+        loss: function of outputs and targets, as module:name. Default: cross entropy for classes, squared
+            error for numbers.
+        metric: what it is judged by, the lower the better, as module:name. Default: error rate, or the loss.
+            With --step a function of a model and a batch.
+        step: function of a model and a batch of your data to the loss, as module:name, for models and batches
+            of any kind. Default: a dict is given by name and a tuple by place, and a loss that the model
+            returns is taken.
+        keep_batches: batches that are kept of a stream (a DataLoader, an iterable). Default: 1000.
+        blocks: blocks that local learners cut your model into. Default: 4, or as many as it has.
+        threads: torch's threads in each trial.
+        device: where it trains, as in cuda.
+        timeout_s: seconds that one trial may take. Default: 600; with a budget, three times what the slowest
+            trial is planned to take, if that is more.
+    """
+
+    data: str | None = None
+    read: str = ""
+    workloads: str | None = None
+    hidden_seed: int | None = None
+    methods: str = METHODS
+    trials: int = 8
+    search: str = "sobol"
+    seeds: int = 3
+    steps: int | None = None
+    batch_size: int | None = None
+    loss: str = ""
+    metric: str = ""
+    step: str = ""
+    keep_batches: int | None = None
+    blocks: int | None = None
+    threads: int = 1
+    device: str = "cpu"
+    timeout_s: Annotated[float | None, Parameter(alias="--patience")] = None
 
 
 def bench(
     model: str | None = None,
     /,
     *,
-    data: str | None = None,
-    read: str = "",
-    workloads: str | None = None,
-    hidden_seed: int | None = None,
-    methods: str = METHODS,
+    flags: Flags | None = None,
     budget: str | None = None,
-    trials: int = 8,
-    search: str = "sobol",
-    seeds: int = 3,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    loss: str = "",
-    metric: str = "",
-    step: str = "",
-    keep_batches: int | None = None,
-    blocks: int | None = None,
     workers: int | None = None,
-    threads: int = 1,
     ray: str | None = None,
-    device: str = "cpu",
-    patience: float | None = None,
     out: Path = Path("runs/bench"),
     resume: Switch = False,
     dry_run: Switch = False,
@@ -81,58 +124,26 @@ def bench(
 
     Args:
         model: function that makes your network, as module:name.
-        data: module:name of a function that returns (x, y), (x, y, x_test, y_test) or three pairs for
-            training, validation and test, where a Dataset, a DataLoader or an iterable of batches may stand
-            for a pair, or a dict with the keys train, validation and test; a .npz file with x_train, y_train
-            and perhaps x_test, y_test; a .csv or .parquet file whose last column is the target; or a folder
-            of images, a folder for each class.
-        read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
-            for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
-        workloads: instead of a model: quick, standard, related, or names of workloads that plywise ships; or
-            hidden: five small workloads made by a seed, on which no default was tuned.
-        hidden_seed: seed of the hidden workloads. Default: a new one.
-        methods: what is compared: names (`plywise methods` lists the rules), rule+optimizer, learners, or
-            module:name of a torch.optim.Optimizer or of a rule
-            of yours.
+        flags: what is compared, and how much of it.
         budget: time for all of it, as in 90s, 45m, 2h: sets the number of trials, and the steps of your model
             if you do not.
-        trials: tuning trials of each method, without a budget; 0: defaults only, with a budget, too.
-        search: how the numbers of those trials are found. sobol: the same quasi-random points for all
-            methods, so that their luck is equal; optuna: Optuna's TPE, where each trial learns from a
-            method's trials before (pip install 'plywise[optuna]').
-        seeds: final runs of each method on each track.
-        steps: steps of a run. Default: the workload's; for your model what fits the budget, or 1000.
-        batch_size: samples a batch. Default: the workload's; 128 for your model.
-        loss: function of outputs and targets, as module:name. Default: cross entropy for classes, squared
-            error for numbers.
-        metric: what it is judged by, the lower the better, as module:name. Default: error rate, or the loss.
-            With --step a function of a model and a batch.
-        step: function of a model and a batch of your data to the loss, as module:name, for models and batches
-            of any kind. Default: a dict is given by name and a tuple by place, and a loss that the model
-            returns is taken.
-        keep_batches: batches that are kept of a stream (a DataLoader, an iterable). Default: 1000.
-        blocks: blocks that local learners cut your model into. Default: 4, or as many as it has.
         workers: trials at once. Default: the cores over the threads; 1 on a GPU.
-        threads: torch's threads in each trial.
         ray: run the trials on a Ray cluster: its address as host:port, auto for the one that this machine is
             part of, or local to start one here (pip install 'plywise[ray]').
-        device: where it trains, as in cuda.
-        patience: seconds that one trial may take. Default: 600; with a budget, three times what the slowest
-            trial is planned to take, if that is more.
         out: folder of bench.json, trials.jsonl and report.html.
         resume: go on with the bench in that folder; what is compared, and how, is as it was there.
         dry_run: say how long it, or with --resume the rest of it, will take, and stop.
         json: print ranking and findings as JSON; progress goes to standard error.
     """
-    given = dict(locals())
     from plywise.arena.run.budget import parse_duration
     from plywise.arena.run.config import resolve_bench
     from plywise.arena.run.ledger import Ledger
 
     seconds = None if budget is None else parse_duration(budget)
     end = None if seconds is None else time.monotonic() + seconds
-    _check_folder(given)
-    config = _read_config(out) if resume else _make_config(given)
+    flags = flags or Flags()
+    _check_folder(out, resume, model, flags)
+    config = _read_config(out) if resume else _make_config(model, flags)
     executor = _make_executor(ray, workers, config)
     screen = notes(apart=json)
     with resolve_bench(config, out) as resolved:
@@ -142,18 +153,17 @@ def bench(
             _plan(resolved, executor, None, Ledger(out / "trials.jsonl"), screen)
         elif not resume and (dry_run or seconds is not None):
             resolved = resolved.with_config(_plan(resolved, executor, seconds, Ledger(), screen))
-            executor.timeout_s = _timeout(resolved.config)
+            executor.timeout_s = resolved.config.trial_limit_s
         if not dry_run:
             _run(resolved, executor, out, end, screen, json)
 
 
-def _check_folder(given: dict[str, Any]) -> None:
+def _check_folder(out: Path, resume: bool, model: str | None, flags: Flags) -> None:
     """Whether there is a bench in the folder must be what --resume says."""
-    out = given["out"]
     if out.exists() and not out.is_dir():
         raise PlywiseError(f"{out} is a file; --out names a folder.", see="error-command")
-    if given["resume"]:
-        _refuse_settings(given)
+    if resume:
+        _refuse_settings(out, model, flags)
     elif (out / "bench.json").exists():
         raise PlywiseError(
             f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out.",
@@ -161,62 +171,62 @@ def _check_folder(given: dict[str, Any]) -> None:
         )
 
 
-def _refuse_settings(given: dict[str, Any]) -> None:
+def _refuse_settings(out: Path, model: str | None, flags: Flags) -> None:
     """With --resume, only what is no part of the plan may be given."""
-    flags = inspect.signature(bench).parameters.items()
-    changed = [name for name, flag in flags if name not in OF_A_RUN and given[name] != flag.default]
-    if changed:
-        names = ", ".join(
-            "the model" if name == "model" else f"--{name.replace('_', '-')}" for name in changed
-        )
+    changed = [field.name for field in fields(flags) if getattr(flags, field.name) != field.default]
+    names = ["the model"] * (model is not None) + [f"--{name.replace('_', '-')}" for name in changed]
+    if names:
         raise PlywiseError(
-            f"--resume goes on with the bench in {given['out']} as it was planned: leave out {names}, or "
+            f"--resume goes on with the bench in {out} as it was planned: leave out {', '.join(names)}, or "
             "name another folder with --out and begin a bench of its own.",
             see="error-command",
         )
 
 
-def _make_config(given: dict[str, Any]) -> BenchConfig:
+def _make_config(model: str | None, flags: Flags) -> BenchConfig:
     """What is compared, as the flags say."""
     from plywise.arena.run.config import BenchConfig
 
-    same = ("trials", "seeds", "device", "search", "threads", "patience")
+    same = ("trials", "seeds", "device", "search", "threads", "timeout_s")
     return BenchConfig(
-        tuple(_make_specs(given)), tuple(_words(given["methods"])), **{name: given[name] for name in same}
+        tuple(_make_specs(model, flags)),
+        tuple(_words(flags.methods)),
+        **{name: getattr(flags, name) for name in same},
     )
 
 
-def _make_specs(given: dict[str, Any]) -> list[WorkloadSpec]:
+def _make_specs(model: str | None, flags: Flags) -> list[WorkloadSpec]:
     """The workloads, as the flags say."""
     from plywise.arena.run.config import WorkloadSpec
     from plywise.arena.workloads import list_workloads
 
-    model, data, workloads = (given[name] for name in ("model", "data", "workloads"))
-    if (model is None) == (workloads is None):
+    if (model is None) == (flags.workloads is None):
         raise PlywiseError(
             "Say what to train: your model as module:name with --data, or --workloads with quick, standard, "
             "related, hidden or names.",
             see="error-command",
         )
-    changes = {name: given[name] for name in ("batch_size", "steps", "blocks")}
-    own = {name: given[name] for name in ("read", "loss", "metric", "step", "keep_batches")}
+    changes: dict[str, Any] = {name: getattr(flags, name) for name in ("batch_size", "steps", "blocks")}
+    own = {name: getattr(flags, name) for name in ("read", "loss", "metric", "step", "keep_batches")}
     if model is not None:
-        if given["hidden_seed"] is not None:
+        if flags.hidden_seed is not None:
             raise PlywiseError("--hidden-seed belongs to --workloads hidden.", see="error-command")
-        if data is None:
+        if flags.data is None:
             raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
-        return [WorkloadSpec(model, model, data, **own, **changes)]
-    if data is not None or any(own.values()):
+        return [WorkloadSpec(model, model, flags.data, **own, **changes)]
+    if flags.data is not None or any(own.values()):
         raise PlywiseError(
             "--data, --read, --loss, --metric, --step and --keep-batches belong to a model of your own.",
             see="error-command",
         )
-    return [WorkloadSpec(name, **changes) for name in list_workloads(workloads, given["hidden_seed"])]
+    return [
+        WorkloadSpec(name, **changes) for name in list_workloads(flags.workloads or "", flags.hidden_seed)
+    ]
 
 
 def _make_executor(ray: str | None, workers: int | None, config: BenchConfig) -> Executor:
     """Runs the trials: on this machine, or on a cluster, whose machines have devices of their own."""
-    threads, timeout_s = config.threads, _timeout(config)
+    threads, timeout_s = config.threads, config.trial_limit_s
     if ray is None:
         from plywise.arena.run.executor import ProcessExecutor
         from plywise.arena.run.job import require_device
@@ -232,13 +242,6 @@ def _make_executor(ray: str | None, workers: int | None, config: BenchConfig) ->
     from plywise.arena.run.ray_executor import RayExecutor
 
     return RayExecutor(ray, threads, timeout_s)
-
-
-def _timeout(config: BenchConfig) -> float:
-    """Seconds that a trial may take."""
-    from plywise.arena.run.executor import TIMEOUT_S
-
-    return TIMEOUT_S if config.patience is None else config.patience
 
 
 def _read_config(out: Path) -> BenchConfig:
@@ -264,7 +267,7 @@ def _plan(
     ledger: Ledger,
     screen: Console,
 ) -> BenchConfig:
-    """The config with steps, trials and patience that fit; says what it, or the rest of it, will take."""
+    """The config with the steps and trials that fit; says what it, or the rest of it, will take."""
     from plywise.arena.run.bench import make_experiment
     from plywise.arena.run.budget import fit_config
 

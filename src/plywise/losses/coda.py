@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from plywise._util.checks import require_positive, require_whole
 from plywise._util.modes import evaluating
+from plywise._util.renamed import serve_old_argument
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.losses.auc_margin import AUCMargin, checked_batch
 from plywise.optim.anchor import ProximalAnchor
@@ -63,7 +64,7 @@ class CoDA:
             paper's analysis does (recalled: its text could not be read); 3 keeps the number of averagings in
             a stage. Default 1. Range 1 to 3.
         group: the workers; None for all processes, or one process if torch.distributed is not in use.
-        patience: seconds to wait for the other workers at an averaging. Default 300. Range 10 to 3600.
+        timeout_s: seconds to wait for the other workers at an averaging. Default 300. Range 10 to 3600.
 
     Attributes:
         stage: the stage's number, from 1.
@@ -89,6 +90,7 @@ class CoDA:
         True
     """
 
+    @serve_old_argument("patience", "timeout_s")
     def __init__(
         self,
         model: nn.Module,
@@ -100,9 +102,9 @@ class CoDA:
         every: int = 64,
         every_growth: float = 1.0,
         group: dist.ProcessGroup | None = None,
-        patience: float = 300.0,
+        timeout_s: float = 300.0,
     ) -> None:
-        require_positive(self, lr=lr, gamma=gamma, patience=patience, every_growth=every_growth)
+        require_positive(self, lr=lr, gamma=gamma, timeout_s=timeout_s, every_growth=every_growth)
         require_whole(self, first_stage=first_stage, every=every)
         if every_growth < 1:
             raise ValueError(f"CoDA: every_growth must be 1 or more, not {every_growth!r}.")
@@ -110,7 +112,7 @@ class CoDA:
         self.lr, self.gamma, self.first_stage, self.every = lr, gamma, first_stage, every
         self.every_growth = every_growth
         self.stage, self.taken = 1, 0
-        self._workers = _Workers(group, patience, loss.a.device)
+        self._workers = _Workers(group, timeout_s, loss.a.device)
         primal = [*(p for p in model.parameters() if p.requires_grad), loss.a, loss.b]
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._shared = [*primal, loss.alpha, *self._statistics]
@@ -256,10 +258,10 @@ class CoDA:
 class _Workers:
     """The processes that train together. Every wait for them ends."""
 
-    def __init__(self, group: dist.ProcessGroup | None, patience: float, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, device: torch.device) -> None:
         there = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if there else (0, 1)
-        self._group, self._patience, self._device = group, patience, device
+        self._group, self._timeout_s, self._device = group, timeout_s, device
 
     def sum(self, flat: Tensor, when: str) -> Tensor:
         """The sum over all of them, in place."""
@@ -283,11 +285,11 @@ class _Workers:
 
     def _meet(self, begin: Callable[..., Any], when: str) -> None:
         try:
-            begin(async_op=True).wait(timedelta(seconds=self._patience))
+            begin(async_op=True).wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             raise PlywiseError(
                 f"CoDA: worker {self.rank} of {self.size} does not reach the others, {when}. Is a worker "
-                f"lost, does one have fewer batches, or is patience={self._patience:g} s too short?"
+                f"lost, does one have fewer batches, or is timeout_s={self._timeout_s:g} s too short?"
             ) from error
 
 

@@ -138,12 +138,12 @@ def _on_one_host() -> bool:
     return world is not None and os.environ.get("LOCAL_WORLD_SIZE") == world
 
 
-def own_store(plan: str, patience: float) -> TCPStore:
+def own_store(plan: str, timeout_s: float) -> TCPStore:
     """A store of one pipeline alone, in the process of rank 0: a restart begins with an empty one.
 
     Args:
         plan: what all processes must agree on, in words.
-        patience: seconds to reach it.
+        timeout_s: seconds to reach it.
 
     Raises:
         PipelineError: it cannot be reached, or another process has another plan.
@@ -160,7 +160,7 @@ def own_store(plan: str, patience: float) -> TCPStore:
         dist.broadcast(port, 0)
         if own is not None:
             return own
-        store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=patience))
+        store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
         first = store.get("plan").decode()
     except RuntimeError as error:
         raise PipelineError(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from plywise._util.renamed import serve_old_argument
 from plywise.errors import PipelineError, PlywiseError, StateError
 from plywise.local import checkpoint
 from plywise.local.component import Signal
@@ -46,21 +47,22 @@ class Pipeline:
         cuts: the first component of each stage, e.g. ``[0, 1, 4]``. Default: equally many for each of
             as many stages as there are processes for one replica (see `measured_cuts` for balanced ones).
         replicas: how many processes share each stage's batches, data-parallel. Default 1.
-        patience: seconds without a sign of life until a process counts as lost. Default 10.
+        timeout_s: seconds without a sign of life until a process counts as lost. Default 10.
 
     Raises:
         PipelineError: the number of processes does not fit, or a stage cannot be reached.
     """
 
+    @serve_old_argument("patience", "timeout_s")
     def __init__(
         self,
         learner: StagedLearner,
         *,
         cuts: Sequence[int] | None = None,
         replicas: int = 1,
-        patience: float = 10.0,
+        timeout_s: float = 10.0,
     ) -> None:
-        _check(learner, replicas, patience)
+        _check(learner, replicas, timeout_s)
         with ExitStack() as stack:  # undone in reverse order, should something fail
             if not dist.is_initialized():
                 join()
@@ -82,10 +84,10 @@ class Pipeline:
             store = own_store(
                 f"{type(learner).__name__} of {len(learner.trainers)} components in stages that begin at "
                 f"{self.cuts}, with {replicas} replicas",
-                patience,
+                timeout_s,
             )
             stack.callback(self._part)
-            self.watch = Watch(store, rank, names, patience, self._groups.abort)
+            self.watch = Watch(store, rank, names, timeout_s, self._groups.abort)
             stack.callback(self.watch.close)
             self._together(self._meet)
             self._leaving = stack.pop_all()
@@ -262,7 +264,7 @@ class Pipeline:
         self.close()
 
 
-def _check(learner: object, replicas: int, patience: float) -> None:
+def _check(learner: object, replicas: int, timeout_s: float) -> None:
     if not isinstance(learner, StagedLearner):
         raise PipelineError(NO_STAGES.format(type(learner).__name__), see="pipeline-start")
     if learner.sends_back and replicas > 1:
@@ -271,9 +273,9 @@ def _check(learner: object, replicas: int, patience: float) -> None:
             "replicas: use more stages.",
             see="pipeline-start",
         )
-    if patience < 4 * EVERY:
+    if timeout_s < 4 * EVERY:
         raise PipelineError(
-            f"Signs of life come every {EVERY} s: patience must be {4 * EVERY} s or more.",
+            f"Signs of life come every {EVERY} s: timeout_s must be {4 * EVERY} s or more.",
             see="pipeline-start",
         )
 

@@ -1,7 +1,7 @@
 """Signs of life: every process notices, and can name, a stage that was killed, stopped or cut off.
 
 Each process counts up a key of its own in a store and looks at everyone's. A count that stands still for
-``patience`` seconds belongs to a stage that is gone; so does the store itself, which lives in the first one.
+``timeout_s`` seconds belongs to a stage that is gone; so does the store itself, which lives in the first one.
 Who fails, or notices that another is gone, writes so into the store: all report the first cause.
 """
 
@@ -45,7 +45,7 @@ class Watch:
         store: a connection that nobody else uses, `prepare`-d.
         rank: this process.
         names: what each process is called, by rank.
-        patience: seconds without a sign of life until a process counts as lost.
+        timeout_s: seconds without a sign of life until a process counts as lost.
         alarm: called once, when there is trouble and the others had time to learn of it.
 
     Attributes:
@@ -57,11 +57,11 @@ class Watch:
         store: TCPStore,
         rank: int,
         names: list[str],
-        patience: float,
+        timeout_s: float,
         alarm: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._rank, self._names, self._alarm = store, rank, names, alarm
-        self.patience = patience
+        self.timeout_s = timeout_s
         self.stop_asked = False
         self._trouble: str | None = None
         self._news: str | None = None  # for the others
@@ -70,7 +70,7 @@ class Watch:
         self._seen = {other: ("", self._looked) for other in range(len(names)) if other != rank}
         self._leaving, self._wake = threading.Event(), threading.Event()
         self._told, self._over = threading.Event(), threading.Event()
-        store.set_timeout(timedelta(seconds=patience))
+        store.set_timeout(timedelta(seconds=timeout_s))
         for work in (self._talk, self._judge):
             threading.Thread(target=work, daemon=True, name="plywise watch").start()
 
@@ -97,7 +97,7 @@ class Watch:
         while self._trouble is None and not self._over.is_set():
             if looks is not None and self._looks >= looked + looks:
                 return
-            if time.monotonic() - start > self.patience + 2 * EVERY:
+            if time.monotonic() - start > self.timeout_s + 2 * EVERY:
                 return
             time.sleep(EVERY / 20)
 
@@ -134,9 +134,9 @@ class Watch:
         start = time.monotonic()
         while not self._over.wait(EVERY / 10):
             if self._rank == 0:
-                limit = math.inf if self._trouble is None else self.patience / 2
+                limit = math.inf if self._trouble is None else self.timeout_s / 2
             else:
-                limit = self.patience if self._trouble is None else 2 * EVERY
+                limit = self.timeout_s if self._trouble is None else 2 * EVERY
             if time.monotonic() - start > limit:
                 return
 
@@ -182,22 +182,22 @@ class Watch:
         last = time.monotonic()
         while not self._over.wait(EVERY / 5) and self._trouble is None:
             now = time.monotonic()
-            if now - last > self.patience / 2:  # it was this process that stood still: look again first
+            if now - last > self.timeout_s / 2:  # it was this process that stood still: look again first
                 self._looked = now
                 self._seen = {other: (beat, now) for other, (beat, _) in self._seen.items()}
             last = now
-            if now - self._looked > self.patience:
+            if now - self._looked > self.timeout_s:
                 self._sound(f"{self._called(0)} has not answered for {now - self._looked:.0f} s")
             elif silent := [other for other in self._seen if self._silent(other)]:
                 who = ", ".join(map(self._called, silent))
-                self._sound(f"no sign of life from {who} for {self.patience:.0f} s")
+                self._sound(f"no sign of life from {who} for {self.timeout_s:.0f} s")
         if self._trouble is not None:
             self._told.wait(2 * EVERY)  # before connections break
             self._alarm()
 
     def _silent(self, other: int) -> bool:
         beat, when = self._seen[other]
-        return beat != DONE and self._looked - when > self.patience  # as of the store's last answer
+        return beat != DONE and self._looked - when > self.timeout_s  # as of the store's last answer
 
     def _awaited(self) -> bool:
         return any(beat != DONE and not self._silent(other) for other, (beat, _) in self._seen.items())

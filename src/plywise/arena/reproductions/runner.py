@@ -18,7 +18,8 @@ from plywise.arena.reproductions import find_paper, tables
 from plywise.arena.reproductions.experiment import DIGITS, SIZE_WORDS, Experiment, Line
 from plywise.arena.reproductions.source import ExperimentSource
 from plywise.arena.reproductions.summary import outcome, ruling
-from plywise.arena.run.executor import TIMEOUT_S, Executor
+from plywise.arena.run.config import TIMEOUT_S
+from plywise.arena.run.executor import Executor
 from plywise.arena.run.experiment import Design, Progress
 from plywise.arena.run.experiment import Experiment as Runs
 from plywise.arena.run.job import rounded

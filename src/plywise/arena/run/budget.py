@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from plywise._util.progress import format_duration
-from plywise.arena.run.config import BenchConfig, ResolvedBench
+from plywise.arena.run.config import TIMEOUT_S, BenchConfig, ResolvedBench
 from plywise.arena.run.costs import MOST_STEPS, Costs, estimate_seconds
-from plywise.arena.run.executor import TIMEOUT_S
 from plywise.errors import PlywiseError
 
 TRIALS = (16, 12, 10, 8, 6, 5, 4)
@@ -59,7 +58,7 @@ def estimate(config: BenchConfig, costs: Costs, steps: Mapping[str, int], worker
 def fit_config(
     resolved: ResolvedBench, costs: Costs, workers: int, budget: float | None = None
 ) -> BenchConfig:
-    """The config with steps and tuning trials that fit into a budget, and with a patience.
+    """The config with steps and tuning trials that fit into a budget, and with a limit for each trial.
 
     Args:
         resolved: the bench.
@@ -75,15 +74,15 @@ def fit_config(
         steps = choose_steps(config, costs, steps, workers, budget)
         specs = (replace(w, steps=steps[w.name]) if w.model else w for w in config.workloads)
         config = fit_budget(replace(config, workloads=tuple(specs)), costs, steps, workers, budget)
-    return set_patience(config, costs, steps)
+    return set_timeout(config, costs, steps)
 
 
-def set_patience(config: BenchConfig, costs: Costs, steps: Mapping[str, int]) -> BenchConfig:
-    """The config with a patience that its most expensive trial keeps within, if it has none of its own."""
-    if config.patience is not None:
+def set_timeout(config: BenchConfig, costs: Costs, steps: Mapping[str, int]) -> BenchConfig:
+    """The config with a limit that its most expensive trial keeps, if it has none yet."""
+    if config.timeout_s is not None:
         return config
     slowest = max(cost.run(steps[workload]) for (workload, _), cost in costs.items())
-    return replace(config, patience=max(TIMEOUT_S, round(MARGIN * slowest)))
+    return replace(config, timeout_s=max(TIMEOUT_S, round(MARGIN * slowest)))
 
 
 def fit_budget(
@@ -118,10 +117,10 @@ def choose_steps(
 ) -> dict[str, int]:
     """Steps of each workload; where nobody has said how many, as many as fit with 8 tuning trials.
 
-    A trial stays below a third of the config's patience, if it has one.
+    A trial stays below a third of the config's ``timeout_s``, if it has one.
 
     Args:
-        config: for its seeds and patience, and whether it tunes.
+        config: for its seeds and ``timeout_s``, and whether it tunes.
         costs: what `plywise.arena.run.costs.measure_costs` found.
         known: steps of the workloads as they stand.
         workers: trials at once.
@@ -135,6 +134,6 @@ def choose_steps(
         share = SLACK * budget * workers / len(steps) - runs * sum(cost.rest for cost in own)
         fitting = int(share / (runs * sum(cost.step for cost in own) or 1.0))
         steps[name] = max(LEAST_STEPS, min(MOST_STEPS, fitting // 50 * 50))
-        if config.patience is not None:
-            steps[name] = min(steps[name], *(cost.steps(config.patience / MARGIN) for cost in own))
+        if config.timeout_s is not None:
+            steps[name] = min(steps[name], *(cost.steps(config.timeout_s / MARGIN) for cost in own))
     return steps

@@ -19,8 +19,11 @@ from plywise.data.batches import Split
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
-OLD_FIELDS = {"entries": "workloads"}
+OLD_FIELDS = {"entries": "workloads", "patience": "timeout_s"}
 """What fields of a config were called by plywise 0.1, in files that it has written."""
+
+TIMEOUT_S = 600.0
+"""Seconds that a trial may take, all in all, unless asked otherwise or planned to take long."""
 
 
 class TrialSource(Protocol):
@@ -189,7 +192,7 @@ class BenchConfig:
         device: where trials run.
         search: how the points are found; see `plywise.arena.run.search`.
         threads: torch's threads in each trial.
-        patience: seconds that a trial may take; None: the executor's default.
+        timeout_s: seconds that a trial may take; None: 600, or what a plan for a budget finds.
     """
 
     workloads: tuple[WorkloadSpec, ...]
@@ -199,7 +202,7 @@ class BenchConfig:
     device: str = "cpu"
     search: str = SEARCHES[0]
     threads: int = 1
-    patience: float | None = None
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         if not self.workloads or not self.methods:
@@ -212,10 +215,15 @@ class BenchConfig:
                 f"Trials are 0 or more and seeds at least 1, not {self.trials} and {self.seeds}.",
                 see="error-bench",
             )
-        if self.patience is not None and self.patience <= 0:
+        if self.timeout_s is not None and self.timeout_s <= 0:
             raise PlywiseError(
-                f"Patience is in seconds, more than 0, not {self.patience:g}.", see="error-bench"
+                f"A trial's timeout is in seconds, more than 0, not {self.timeout_s:g}.", see="error-bench"
             )
+
+    @property
+    def trial_limit_s(self) -> float:
+        """Seconds that a trial may take."""
+        return TIMEOUT_S if self.timeout_s is None else self.timeout_s
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> BenchConfig:

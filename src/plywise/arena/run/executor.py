@@ -16,11 +16,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from plywise._util.process_groups import begin_group, end_group
+from plywise.arena.run.config import TIMEOUT_S
 from plywise.arena.run.job import TrialJob
 from plywise.errors import PlywiseError
-
-TIMEOUT_S = 600.0
-"""Seconds that a trial may take, all in all, unless asked otherwise or planned to take long."""
 
 STARTING = 600.0
 """Seconds that the process of a trial may take to begin: the first one waits for the imports of torch."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.scratch import Scratch
-from plywise.arena.run.executor import TIMEOUT_S, ProcessExecutor
+from plywise.arena.run.config import TIMEOUT_S
+from plywise.arena.run.executor import ProcessExecutor
 from plywise.arena.run.job import TrialJob
 from plywise.data.parts import Data
 from plywise.errors import MORE, PlywiseError
