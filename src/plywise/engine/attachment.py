@@ -86,8 +86,7 @@ class Attachment:
         self._clips_in_backward = rule.clips_updates() and optimizer is None
         self._clipping: Clipping | None = None
         self._alters = rule.alters_backward
-        self._samples = PassSamples()
-        self._is_pipelined = False
+        self._samples, self._is_pipelined = PassSamples(), False
         self._liveness = Liveness(self.title, self.health)
         self._left_out = LeftOutRows(self.health.note)
         self._handles: list[RemovableHandle] = []
@@ -171,18 +170,23 @@ class Attachment:
         self.capture.install(owners)
         self._handles += install_registered(model, self.capture)
         self.arrivals.watch_expected(self.table.entries)
-        hook: Any = self.rule.module_hook()
-        if hook is not None:
-            hook.alters = self._alters_pass
-            for module in model.modules():
-                if isinstance(module, hook.types):
-                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._hook_modules(model)
         if optimizer is not None:
             self._names.update({id(e.parameter()): e.name for e in self.table.entries})
             self._guard = StepGuard(
                 *(optimizer, self._names, self.health, on_nonfinite),
                 *(self._before_step, self._skip_step, self._after_step),
             )
+
+    def _hook_modules(self, model: nn.Module) -> None:
+        """Put the rule's own hook on the modules that it is for."""
+        hook: Any = self.rule.module_hook()
+        if hook is None:
+            return
+        hook.alters = self._alters_pass
+        for module in model.modules():
+            if isinstance(module, hook.types):
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def takes(self, parameter: Tensor | None) -> bool:
         """Whether the rule may take this parameter."""

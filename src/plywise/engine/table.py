@@ -137,9 +137,7 @@ class ParameterTable:
         is_whole, computed = entry is not None, False
         if entry is None:
             entry, computed = self._resolve(weight, innermost, by_role)
-            if entry is None:
-                return None
-        if entry.excluded or entry.left or entry.rests or not weight.numel():
+        if entry is None or entry.excluded or entry.left or entry.rests or not weight.numel():
             return None
         if weight._base is not None and is_expanded(weight):
             self.leave(entry, "calls use an expanded view of it, which has each number several times")
@@ -158,11 +156,11 @@ class ParameterTable:
             entry.last = (map_, layout, id(owner), site) if is_whole else None
         if type(x) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
             self.leave(entry, _explain_type(x, weight))
-            return None
-        if x.layout is not torch.strided or weight.is_complex() or weight.is_quantized:
+        elif x.layout is not torch.strided or weight.is_complex() or weight.is_quantized:
             self.leave(entry, _explain_values(x, weight))
-            return None
-        return site
+        else:
+            return site
+        return None
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter of the model, or a view of one."""

@@ -81,17 +81,20 @@ def save(
             _put_in_place(partial, path, keep)
 
     for work in (prepare, write, move):
-        error = None
-        try:
-            work()
-        except Exception as found:
-            error = found
-        if not agree(error is None):
-            why = error or "another process says why"
-            raise StateError(
-                f"The checkpoint {path} could not be written: {why}.", see="state-run"
-            ) from error
+        _run_together(work, agree, path)
     return path
+
+
+def _run_together(work: Callable[[], None], agree: Agree, path: Path) -> None:
+    """Do a part of the writing; fail in every process if it fails in one."""
+    error = None
+    try:
+        work()
+    except Exception as found:
+        error = found
+    if not agree(error is None):
+        why = error or "another process says why"
+        raise StateError(f"The checkpoint {path} could not be written: {why}.", see="state-run") from error
 
 
 def _write(path: Path, state: Any) -> None:

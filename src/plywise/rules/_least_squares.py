@@ -226,11 +226,8 @@ def _iterate(
     shift = torch.as_tensor(damping).to(matrix).reshape(-1, 1, 1)
     epsilon = 1e-6 if official else 0.0
 
-    def inner(x: Tensor, y: Tensor) -> Tensor:
-        # In row space V = AᵀY, so that <V, V> = <Y, AAᵀY>: callers pass the product with AAᵀ as x.
-        product = (x * y).sum((0, 1, 2) if flat else 1, keepdim=True)
-        return product.clamp_min(0)
-
+    # in row space V = AᵀY, so that <V, V> = <Y, AAᵀY>: x is then the product with AAᵀ
+    inner = partial(_multiply_summed, dims=(0, 1, 2) if flat else (1,))
     # in place from here on: each of these is as large as Δ
     residual, solution = residual.clone(), torch.zeros_like(residual)
     direction, direction_image = residual.clone(), matrix @ residual
@@ -260,6 +257,11 @@ def _iterate(
         direction_image.mul_(beta).add_(image)
         del image
     return solution
+
+
+def _multiply_summed(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``Σ x y`` over some dimensions, which are kept; it is not negative but for rounding."""
+    return (x * y).sum(dims, keepdim=True).clamp_min(0)
 
 
 def normalised(call: LinearCall, relative: float) -> Update:

@@ -60,7 +60,7 @@ def curves(results: BenchResults, track: str, workload: str) -> list[dict[str, A
     for method in results.methods:
         cell = results.cells.get((track, workload, method))
         if cell is not None:
-            found.append({"name": method, **_curve(cell.runs, points)})
+            found.append({"name": method, **_make_curve(cell.runs, points)})
     return found
 
 
@@ -187,52 +187,68 @@ def _beats(one: tuple[float | None, ...], other: tuple[float | None, ...]) -> bo
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
-def _curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
-    steps = _thinned_steps(runs, points)
-    at = [{step: i for i, step in enumerate(run["steps"])} for run in runs]
+class _Curves:
+    """The runs of one method, by the steps in which they were measured."""
 
-    def values(name: str, step: int) -> list[float]:
+    def __init__(self, runs: list[TrialRecord]) -> None:
+        self._runs = runs
+        self._places = [{step: i for i, step in enumerate(run["steps"])} for run in runs]
+
+    def find_values(self, name: str, step: int) -> list[float]:
+        """What the runs have measured at a step."""
         found = [
             run[name][where[step]]
-            for run, where in zip(runs, at, strict=True)
+            for run, where in zip(self._runs, self._places, strict=True)
             if _has(run, name, where, step)
         ]
         return [value for value in found if value is not None]
 
-    lost = [
-        (max(run["steps"], default=0), run, where)
-        for run, where in zip(runs, at, strict=True)
-        if run["failure"] is not None
-    ]
+    def count_failed(self, name: str, step: int) -> int:
+        """Runs that had failed by a step, and have no value there."""
+        return sum(
+            run["failure"] is not None and step >= _last_step(run) and not _has(run, name, where, step)
+            for run, where in zip(self._runs, self._places, strict=True)
+        )
 
-    def gone(name: str, step: int) -> int:
-        return sum(step >= end and not _has(run, name, where, step) for end, run, where in lost)
+    def make_middle(self, name: str, steps: list[int]) -> list[float | None]:
+        """The median at each step."""
+        return [
+            statistics.median(found) if (found := self.find_values(name, step)) else None for step in steps
+        ]
 
-    def middle(name: str) -> list[float | None]:
-        return [statistics.median(found) if (found := values(name, step)) else None for step in steps]
-
-    def spread(name: str) -> list[list[float | None]]:
-        # a run that failed counts as infinity from there on: the median must not recover by its absence
-        each = [[*values(name, step), *[math.inf] * gone(name, step)] for step in steps]
-        figures = (statistics.median, min, max) if len(runs) > 1 else (statistics.median,)
+    def make_spread(self, name: str, steps: list[int]) -> list[list[float | None]]:
+        """Median, least and greatest at each step; a run alone has only the first."""
+        # a run that failed counts as infinite from there on: the median must not recover by its absence
+        each = [
+            [*self.find_values(name, step), *[math.inf] * self.count_failed(name, step)] for step in steps
+        ]
+        figures = (statistics.median, min, max) if len(self._runs) > 1 else (statistics.median,)
         return [[_drawn(figure(found)) if found else None for found in each] for figure in figures]
 
+
+def _make_curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
+    steps, curves = _thin_steps(runs, points), _Curves(runs)
     return {
         "steps": steps,
-        "cpu": thin(middle("cpu")),
-        "wall": thin(middle("wall")),
+        "cpu": thin(curves.make_middle("cpu", steps)),
+        "wall": thin(curves.make_middle("wall", steps)),
         "gradients": runs[0]["gradients"],
-        "loss": thin(spread("loss")),
-        "validation": thin(spread("validation")),
+        "loss": thin(curves.make_spread("loss", steps)),
+        "validation": thin(curves.make_spread("validation", steps)),
         "failed": [
-            (steps.index(end) if run["steps"] else 0, f"seed {run['seed']}: {run['failure']}")
-            for end, run, _ in lost
+            (steps.index(_last_step(run)) if run["steps"] else 0, f"seed {run['seed']}: {run['failure']}")
+            for run in runs
+            if run["failure"] is not None
         ],
         "runs": len(runs),
     }
 
 
-def _thinned_steps(runs: list[TrialRecord], points: int) -> list[int]:
+def _last_step(run: TrialRecord) -> int:
+    return max(run["steps"], default=0)
+
+
+def _thin_steps(runs: list[TrialRecord], points: int) -> list[int]:
     """About so many of the steps in which some run was measured."""
     steps = sorted({step for run in runs for step in run["steps"]})
     every = math.ceil(len(steps) / points)

@@ -101,54 +101,59 @@ def run_trial(
         train_eval_size: training samples that the training loss is measured on.
         meter: entered after the measurement before the first step, left before the test set is read.
     """
-    record = TrialResult(seed)
-    count = 0
+    record, progress = TrialResult(seed), _Progress()
     with seeded(seed):
         try:
             trainer = begin()
             batches = endless_batches(data.train, batch_size, seed)
             seen = replace(data, train=data.train.head(train_eval_size))
             rows = min(MOST_ROWS, batch_size)
-            _measure(record, trainer, seen, task, 0, (0.0, 0.0), rows)
-            cpu = wall = 0.0
+            _measure(record, trainer, seen, task, progress, rows)
             with meter or nullcontext():
-                for count in range(1, steps + 1):
-                    x, y = next(batches)
-                    cpu_start, start = time.process_time(), time.perf_counter()
-                    loss = trainer.step(x, y)
-                    cpu += time.process_time() - cpu_start
-                    wall += time.perf_counter() - start
-                    _check(loss, record, "batch")
-                    if count % measure_every == 0 or count == steps:
-                        _measure(record, trainer, seen, task, count, (cpu, wall), rows)
+                while progress.step < steps:
+                    _check(progress.take_step(trainer, *next(batches)), record, "batch")
+                    if progress.step % measure_every == 0 or progress.step == steps:
+                        _measure(record, trainer, seen, task, progress, rows)
             if test:
                 record.test = task.measure(trainer.predict, data.test, rows)
         except DivergedError as error:
-            record.failure = f"diverged at step {count}: {error}"
+            record.failure = f"diverged at step {progress.step}: {error}"
         except Exception as error:
-            where = f"at step {count}" if record.steps else "before the first step"
+            where = f"at step {progress.step}" if record.steps else "before the first step"
             record.failure = f"{type(error).__name__} {where}: {str(error).split('. ')[0]}{user_line(error)}"
     return record
 
 
+@dataclass
+class _Progress:
+    """Steps that a trial has begun, and the seconds that they took."""
+
+    step: int = 0
+    cpu: float = 0.0
+    wall: float = 0.0
+
+    def take_step(self, trainer: Trainer, x: Any, y: Any) -> float:
+        """The loss of one more step."""
+        self.step += 1
+        cpu, wall = time.process_time(), time.perf_counter()
+        loss = trainer.step(x, y)
+        self.cpu += time.process_time() - cpu
+        self.wall += time.perf_counter() - wall
+        return loss
+
+
 def _measure(
-    record: TrialResult,
-    trainer: Trainer,
-    data: Data,
-    task: Task,
-    step: int,
-    clocks: tuple[float, float],
-    rows: int,
+    record: TrialResult, trainer: Trainer, data: Data, task: Task, progress: _Progress, rows: int
 ) -> None:
     start = time.perf_counter()
     loss = None
     if trainer.plain:
         loss = mean(task.loss, trainer.predict, data.train, rows)
-    record.steps.append(step)
+    record.steps.append(progress.step)
     record.loss.append(loss)
     record.validation.append(task.measure(trainer.predict, data.validation, rows))
-    record.cpu.append(clocks[0])
-    record.wall.append(clocks[1])
+    record.cpu.append(progress.cpu)
+    record.wall.append(progress.wall)
     record.measuring += time.perf_counter() - start
     if loss is not None:
         _check(loss, record, "training")

@@ -308,7 +308,24 @@ def _untuned(results: BenchResults) -> list[str]:
 def _advice(
     results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]], rows: list[MethodOnWorkload]
 ) -> list[str]:
-    """What to use when, as far as the intervals bear it."""
+    """What to use when, where the intervals allow it."""
+    sentences = _advise_tuned(results, track, rankings)
+    if DEFAULTS in results.tracks and track != DEFAULTS:
+        able = [
+            one.method
+            for one in rank_methods(results, DEFAULTS, "cpu")
+            if one.rank and one.runs and one.reached == one.runs and len(one.profile) == len(results.ranked)
+        ]
+        sentences.append(
+            f"If there is no time to tune: {listed(able)} reached every target in every run at the defaults."
+            if able
+            else "If there is no time to tune: no method reached every target in every run at its defaults."
+        )
+    return sentences
+
+
+def _advise_tuned(results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]]) -> list[str]:
+    """What to use where CPU time counts, and where the number of steps does."""
     sentences = []
     for clock, when in (
         ("cpu", "If CPU time is what counts"),
@@ -335,17 +352,6 @@ def _advice(
             sentences.append(
                 f"{when}: {keep}; nothing beats the best baseline beyond noise over all workloads."
             )
-    if DEFAULTS in results.tracks and track != DEFAULTS:
-        able = [
-            one.method
-            for one in rank_methods(results, DEFAULTS, "cpu")
-            if one.rank and one.runs and one.reached == one.runs and len(one.profile) == len(results.ranked)
-        ]
-        sentences.append(
-            f"If there is no time to tune: {listed(able)} reached every target in every run at the defaults."
-            if able
-            else "If there is no time to tune: no method reached every target in every run at its defaults."
-        )
     return sentences
 
 

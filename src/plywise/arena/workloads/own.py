@@ -98,8 +98,7 @@ def own_workload(
         'mean squared error'
     """
     options = ReadOptions.parse(read)
-    with torch.random.fork_rng(devices=[]):
-        network = _made(model)  # before the data, which may take long
+    network = _make_network(model)  # before the data, which may take long
     if step and loss:
         raise PlywiseError("A step function gives the loss: leave --loss out.", see="error-command")
     reading = Reading(options, bool(step), batch_size, keep_batches)
@@ -199,9 +198,10 @@ def checked_workload(
     )
 
 
-def _made(address: str) -> nn.Module:
+def _make_network(address: str) -> nn.Module:
     """A network of the user's, after a look whether the next one would be another."""
-    first, second = (make_model(address) for _ in range(2))
+    with torch.random.fork_rng(devices=[]):
+        first, second = (make_model(address) for _ in range(2))
     if not isinstance(second, nn.Module):
         raise PlywiseError(
             f"{address} returned a {type(second).__name__}, not a torch.nn.Module.", see="error-address"
