@@ -52,19 +52,20 @@ def test_a_name_without_its_seed_is_no_workload(name):
         find_workload(name)
 
 
-@pytest.mark.parametrize("kind", HIDDEN)
-def test_another_process_makes_the_same_data_and_network(kind):
-    name = f"hidden-{kind}-{SEEDS[1]}"
+def test_another_process_makes_the_same_data_and_networks():
+    names = list_workloads("hidden", SEEDS[1])
     code = (
-        "from plywise.arena.workloads import find_workload as find\n"
-        f"found = find({name!r})\n"
-        "print(found.make_data().fingerprint(), found.steps, found.batch_size, found.make_model())"
+        "from plywise.arena.workloads import find_workload\n"
+        f"for found in map(find_workload, {names!r}):\n"
+        "    print(found.make_data().fingerprint(), found.steps, found.batch_size, found.make_model())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    mine = find_workload(name)
     torch.manual_seed(5)  # the caller's random numbers change nothing
-    data = KINDS[kind][1].__wrapped__(SEEDS[1])  # made again, not taken from a cache
-    assert done.stdout == f"{data.fingerprint()} {mine.steps} {mine.batch_size} {mine.make_model()}\n"
+    mine = []
+    for kind, workload in zip(HIDDEN, map(find_workload, names), strict=True):
+        data = KINDS[kind][1].__wrapped__(SEEDS[1])  # made again, not taken from a cache
+        mine.append(f"{data.fingerprint()} {workload.steps} {workload.batch_size} {workload.make_model()}")
+    assert done.stdout == "\n".join([*mine, ""])
 
 
 @pytest.mark.parametrize("kind", HIDDEN)
@@ -123,8 +124,10 @@ def test_labels_of_digits_are_groups_and_operations():
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_they_can_be_learned(kind):
     """AdamW at its defaults gets a quarter of the way from chance to zero, on one of two seeds."""
-    method, shares = find_method("adamw"), []
+    method, share = find_method("adamw"), 1.0
     for seed in SEEDS[:2]:
+        if share < 0.75:
+            break
         workload = make_workload(kind, seed)
         data = workload.make_data()
         more = (workload.task, defaults(method.space), workload.steps, data.train.x[:8])
@@ -138,8 +141,8 @@ def test_they_can_be_learned(kind):
             measure_every=workload.interval,
         )
         assert record.failure is None
-        shares.append(min(record.validation) / workload.task.chance)
-    assert min(shares) < 0.75
+        share = min(record.validation) / workload.task.chance
+    assert share < 0.75
 
 
 def test_targets_come_from_the_baselines_of_the_bench():

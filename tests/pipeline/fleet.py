@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +34,7 @@ class Fleet:
         folder: for reports and checkpoints.
         world: number of processes.
         settings: see `pipeline.stage.main`.
-        fresh: whether each is a Python of its own, which ends as a script does. Others are forked from one
+        fresh: ranks that are a Python of their own, which ends as a script does. Others are forked from one
             that has imported torch: much faster.
         hosts: of forked ones, by rank, the network namespace that each is in. Default: none of its own.
         **places: more of the environment.
@@ -46,7 +46,7 @@ class Fleet:
         world: int,
         settings: dict[str, Any],
         *,
-        fresh: bool = False,
+        fresh: Collection[int] = (),
         hosts: Sequence[str] = (),
         **places: Any,
     ) -> None:
@@ -57,7 +57,7 @@ class Fleet:
         for rank in range(world):
             place = {name: str(value) for name, value in {"RANK": rank, **where}.items()}
             log = folder / f"{rank}.log"
-            if fresh:
+            if rank in fresh:
                 self._processes.append(_Fresh(place, log, folder, settings))
             else:
                 host = hosts[rank] if hosts else None

@@ -1,5 +1,6 @@
 """Processes killed, stopped, cut off, slow or failing: all others say in time who it was, and end cleanly."""
 
+import json
 import random
 import re
 import signal
@@ -13,12 +14,12 @@ import pytest
 import torch
 
 from plywise.local import checkpoint
+from processes import ForkedCommand
 
 from . import jobs
 from .crew import Crew
 from .fleet import PROMISE, Fleet, free_port
 from .learners import alone, batches, difference, states
-from .starting import environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,7 +53,7 @@ def assert_all_name(
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_lost_stage_is_named_by_all_others(tmp_path: Path, how: signal.Signals, lost: int) -> None:
     chance = random.Random(f"{how} {lost}")
-    fresh = (how, lost) == (signal.SIGSTOP, 0)  # these have to end as scripts do
+    fresh = {2} if (how, lost) == (signal.SIGSTOP, 0) else set()  # this one has to end as a script does
     with Fleet(tmp_path, 3, {"kind": "local", "timeout_s": PATIENCE}, fresh=fresh) as fleet:
         fleet.wait_for_step(2, chance.randrange(1, 30))
         time.sleep(chance.random() * 0.03)
@@ -154,22 +155,18 @@ def test_a_restart_from_the_last_checkpoint_ends_in_the_same_weights(crew: Crew,
     assert difference(found, unbroken(kind, count)) == ""
 
 
-def test_torchrun_restarts_by_itself(tmp_path: Path) -> None:
+def test_torchs_agent_restarts_them(tmp_path: Path) -> None:
     """Twice: first the last stage kills itself, then the one that has the store."""
     kind, count = "associated", 20
-    settings = f'{{"kind": "{kind}", "count": {count}, "save": 3, "kill": {{"0": [1, 7], "1": [0, 14]}}}}'
-    launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "pipeline.stage"]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, str(tmp_path), settings], env=environment(), stdout=log, stderr=log
-        )
-        try:
-            code = process.wait(150)
-        finally:
-            if process.poll() is None:
-                process.terminate()  # torchrun ends its workers
-                process.wait(40)
+    settings = {"kind": kind, "count": count, "save": 3, "kill": {"0": [1, 7], "1": [0, 14]}}
+    words = ["python", str(Path(__file__).with_name("elastic.py")), str(tmp_path), json.dumps(settings)]
+    agent = ForkedCommand(words, {"OMP_NUM_THREADS": "1"}, tmp_path / "out", tmp_path / "log")
+    try:
+        code = agent.wait(150)
+    finally:
+        if agent.poll() is None:
+            agent.send_signal(signal.SIGTERM)  # it ends its workers
+            agent.wait(40)
     text = (tmp_path / "log").read_text(errors="replace")
     assert code == 0, text
     assert text.count("Signal 9") >= 2 or text.count("exitcode: -9") >= 2, text
