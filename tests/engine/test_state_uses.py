@@ -10,6 +10,7 @@ from state_runs import OPTIMIZERS, RULES, Run
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from plywise import Coordinates, Rule
 from plywise.testing.contract.memories import layers_of, of_layer
 from plywise.testing.contract.models import same_bits
 
@@ -31,6 +32,8 @@ class Used(nn.Module):
         return self.head(torch.tanh(self.use(self.hidden, x)))
 
 
+WITH_AND_WITHOUT = "some of its calls add its bias and others do not"
+
 WAYS: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
     "transposed too": (lambda w, x: F.linear(torch.tanh(w(x)), w.weight.t()), "in several ways"),
     "from the other side": (lambda w, x: torch.addmm(w.bias, torch.tanh(w(x)), w.weight), "in several ways"),
@@ -44,16 +47,40 @@ WAYS: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
     ),
     "with its bias and without": (
         lambda w, x: F.linear(torch.tanh(w(x)), w.weight),
-        "some of its calls add its bias and others do not",
+        WITH_AND_WITHOUT,
     ),
 }
 
 
+def wait_for_the_step() -> Rule:
+    """A rule whose updates only the step can make."""
+    return Coordinates(stats_every=1, refresh_every=1)
+
+
 @pytest.mark.parametrize("rule", ["foof", "rls"])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_weight_used_in_several_ways_is_left_to_the_optimizer(rule: str, way: str) -> None:
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][1] != WITH_AND_WITHOUT])
+def test_each_way_of_using_a_weight_has_a_statistic_of_its_own(rule: str, way: str) -> None:
+    run = Run(RULES[rule](), OPTIMIZERS["momentum"], model=Used(WAYS[way][0])).steps(0, 1)
+    other = Run(RULES[rule](), OPTIMIZERS["momentum"], 9, model=Used(WAYS[way][0]))
+    other.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    for one in (run, other):
+        one.steps(2, 3)
+        learned = {key.partition("].")[0] for key in one.memory() if key.endswith("/phase")}
+        assert len([key for key in learned if "/hidden" in key]) == 2, one.memory().keys()
+    assert same_bits(run.seen(), other.seen())
+    assert all(row.handled for row in run.rule.explain().rows if "bias" not in row.name)
+    assert not run.rule.health.counts
+
+
+LEFT = [("foof", "with its bias and without"), ("rls", "with its bias and without")]
+
+
+@pytest.mark.parametrize(("rule", "way"), LEFT + [("turns", way) for way in WAYS])
+def test_a_weight_that_needs_one_statistic_for_several_uses_is_left_alone(rule: str, way: str) -> None:
     use, reason = WAYS[way]
-    run = Run(RULES[rule](), OPTIMIZERS["sgd"], model=Used(use))
+    make = wait_for_the_step if rule == "turns" else RULES[rule]
+    run = Run(make(), OPTIMIZERS["sgd"], model=Used(use))
     plain = copy.deepcopy(run.model)
     for number in range(4):
         plain.load_state_dict(run.model.state_dict())
@@ -65,7 +92,7 @@ def test_a_weight_used_in_several_ways_is_left_to_the_optimizer(rule: str, way: 
         assert torch.allclose(run.model.hidden.weight.grad, plain.hidden.weight.grad, rtol=1e-5, atol=1e-7)
         plain.zero_grad()
         if number == 1:  # a resumed run does not know yet, and nothing says otherwise
-            other = Run(RULES[rule](), OPTIMIZERS["sgd"], model=Used(use))
+            other = Run(make(), OPTIMIZERS["sgd"], model=Used(use))
             other.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
             other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     assert layers_of(run.memory()) == {"head"}

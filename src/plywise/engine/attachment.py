@@ -120,11 +120,14 @@ class Attachment:
         rule, kinds = self.rule, self.kinds
 
         def collect(network: nn.Module) -> list[ParameterEntry]:
-            return collect_parameters(network, kinds, layers, exclude, unshared_only=rule.remembers)
+            return collect_parameters(network, kinds, layers, exclude, rule.takes_unshared_only)
 
         # a frozen layer passes altered values down, and random vectors begin at it or pass through it
         frozen_too = self._alters or rule.needs_backward_scale
-        table = ParameterTable(model, collect, kinds, not rule.remembers, frozen_too, self._add_site, self)
+        table = ParameterTable(
+            *(model, collect, kinds, not rule.takes_unshared_only, not rule.remembers),
+            *(frozen_too, self._add_site, self),
+        )
         table.on_refresh = self._mark_unstepped
         return table
 
@@ -298,6 +301,8 @@ class Attachment:
         sharding = site.entry.sharding
         if not self.arrivals.is_watched(site.entry.parameter() if sharding is None else sharding.whole):
             self.arrivals.watch(site.entry)  # it was frozen, or lazy, so far
+        if self._state is not None:
+            self._state.learn_first(call)
         update = self.rule.update(call)
         check_update(self.rule, call, update)
         if self._clips_in_backward and update.weight is not None:

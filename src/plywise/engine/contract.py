@@ -75,6 +75,11 @@ class RuleContract(ABC):
     remembers: ClassVar[bool] = False
     """Whether layers keep a running state between steps (`StatefulContract`)."""
 
+    @property
+    def takes_unshared_only(self) -> bool:
+        """Whether weights that are computed, or used in several ways, are left to the optimizer."""
+        return False
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "shrink" in cls.__dict__:
@@ -190,6 +195,19 @@ class StatefulContract(RuleContract):
     def keeps_norm(self) -> bool:
         """Whether updates made at the step get the norms of their gradients; ``"scale"`` is the factor."""
         return False
+
+    acts_alone: ClassVar[bool] = False
+    """Whether `update` makes the whole update where ``call.waits`` is false, from the memory at hand.
+
+    Then the rule can take weights that are computed (weight norm, pruning) or used in several ways: no
+    gradient of such a use is left for the step, so that backward acts in every step, by what was learned
+    before it. In the first step a rule that `acts_at_step` learns from the call itself.
+    """
+
+    @property
+    def takes_unshared_only(self) -> bool:
+        """Whether weights that are computed, or used in several ways, are left to the optimizer."""
+        return not self.acts_alone
 
     turns_steps: ClassVar[bool] = False
     """Whether the optimizer works in other coordinates: its steps have to be turned back."""

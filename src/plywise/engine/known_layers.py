@@ -24,26 +24,29 @@ class KnownLayers:
         self._sorted: list[LayerHandle] = []
         for place, entry in enumerate(entries):
             self._places[entry] = place
-            if not entry.why_left and entry.expected:
-                self._add(name_layer(entry), entry, None)
+            if not entry.why_left and entry.expected and not entry.is_original:
+                self._add(entry.weight_name, entry, None)
 
     def add_site(self, site: Site) -> bool:
         """Add a layer at its first call.
 
         Returns:
-            Whether one running state will do: not so if calls use the same numbers in several ways.
+            Whether its gradient will be that of its weight: not so if the weight is computed, or if calls
+            use the same numbers in several ways.
         """
         known = self.by_name.get(site.name)
         if known is not None and known.site is None:
             known.site = site
-            return True
+            return site.computed is None
         others = [layer.site for layer in self.of_weight(site.entry) if layer.site is not None]
         if known is None:
-            expected = self.by_name.get(name_layer(site.entry))
+            expected = self.by_name.get(site.entry.weight_name)
             if expected is not None and expected.site is None:  # its parts are used apart
                 del self.by_name[expected.name]
             self._add(site.name, site.entry, site)
-        return all(_are_alike(other, site) for other in others if _do_overlap(other, site))
+        if site.computed is not None:
+            return False
+        return all(other.is_like(site) for other in others if _do_overlap(other, site))
 
     def _add(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
         self.by_name[name] = LayerHandle(name, entry, site)
@@ -59,15 +62,10 @@ class KnownLayers:
             self._sorted = sorted(self.by_name.values(), key=self._find_place)
         return self._sorted
 
-    def _find_place(self, layer: LayerHandle) -> tuple[int, int]:
+    def _find_place(self, layer: LayerHandle) -> tuple[int, int, str]:
         part = None if layer.site is None else layer.site.part
-        return self._places.get(layer.entry, len(self._places)), 0 if part is None else part[0]
-
-
-def name_layer(entry: ParameterEntry) -> str:
-    """What `Site.name` is if the whole parameter is used in one way."""
-    attribute = "" if entry.attribute == "weight" else entry.attribute
-    return ".".join(filter(None, (entry.layer, attribute)))
+        place = self._places.get(layer.entry, len(self._places))
+        return place, 0 if part is None else part[0], "" if part is not None else layer.name
 
 
 def _do_overlap(first: Site, second: Site) -> bool:
@@ -79,11 +77,6 @@ def _do_overlap(first: Site, second: Site) -> bool:
     used.as_strided(shape, strides, offset).fill_(True)
     offset, shape, strides = second.part
     return bool(used.as_strided(shape, strides, offset).any())
-
-
-def _are_alike(first: Site, second: Site) -> bool:
-    """Whether two ways of using a parameter may share a state: they differ in strides and the like only."""
-    return (first.part, first.layout, first.map.groups) == (second.part, second.layout, second.map.groups)
 
 
 def _find_end(part: Part) -> int:

@@ -30,6 +30,8 @@ class LayerHandle:
         stand_ins: tensors that take the place of ``.grad`` for a while, by the parameter's id: the whole
             gradients of sharded parameters, the optimizer's steps.
         expects_bias: whether the first call is expected to add the module's bias, if it has one.
+        acts_alone: whether backward makes all its updates, since no gradient comes of this use alone: the
+            weight is computed, or used in several ways.
     """
 
     def __init__(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
@@ -38,6 +40,7 @@ class LayerHandle:
         self.site = site
         self.stand_ins: dict[int, Tensor] = {}
         self.expects_bias = True
+        self.acts_alone = False
         self._module: weakref.ref[nn.Module] = entry.owners[0][1]
 
     @property
@@ -57,7 +60,7 @@ class LayerHandle:
     def weight(self) -> nn.Parameter:
         """The parameter that the rule was attached to."""
         module, weight = self._module(), self.entry.parameter()
-        current = None if module is None else module._parameters.get(self.entry.attribute)
+        current = None if module is None else module._parameters.get(self.entry.key)
         sharding = self.entry.sharding
         stands_in = sharding is not None and current is sharding.whole
         if weight is None or current is None or not (current is weight or stands_in):
@@ -116,7 +119,9 @@ class LayerHandle:
         """Sizes of the layer."""
         weight: Tensor = self.weight
         groups, device = self.groups, weight.device
-        if self.entry.sharding is not None:  # reshaping shards would move data
+        if self.site is not None and self.site.computed is not None:
+            weight = torch.empty(self.site.computed, dtype=weight.dtype, device="meta")
+        elif self.entry.sharding is not None:  # reshaping shards would move data
             weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         with torch.no_grad():
             canonical = self.layout.to_canonical(self._view_of(weight)).shape

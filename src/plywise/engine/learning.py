@@ -13,6 +13,7 @@ from torch import Tensor
 from plywise.engine import health
 from plywise.engine.answers import check_tensors
 from plywise.engine.contract import Evidence, LayerShape, Shapes, State, StatefulContract
+from plywise.engine.early_layers import GRADIENT
 from plywise.engine.finite import find_finite
 from plywise.engine.gathered import Pending
 from plywise.engine.health import Health
@@ -66,6 +67,10 @@ class Learning:
             return self.gathers
         return (self._saved.step - state.phase) % self._rule.refresh_every == 0
 
+    def measures(self, layer: LayerHandle) -> bool:
+        """Whether the step measures by what a layer's updates are multiplied until its next refresh."""
+        return layer.acts_alone and self._rule.keeps_norm and self.refreshes(layer.name)
+
     def choose_phases(self, new: Collection[str]) -> dict[str, int]:
         """The steps of a cycle in which layers that have just begun to learn take their turns."""
         if not new:
@@ -85,8 +90,12 @@ class Learning:
         pending: Mapping[str, Pending],
         memories: dict[str, State],
         replicas: Replicas,
-    ) -> list[str]:
-        """Learn the evidence of this step, of all processes; the layers that learned something."""
+    ) -> tuple[list[str], dict[str, Tensor]]:
+        """Learn the evidence of this step, of all processes.
+
+        Returns:
+            The layers that learned something, and gradients for `measure_scale`.
+        """
         parts: dict[str, Evidence] = {}
         for name in layers if self.gathers else [name for name in layers if not memories[name]]:
             own = pending.get(name)
@@ -95,15 +104,21 @@ class Learning:
             elif replicas.size > 1:
                 shape = layers[name].shape
                 parts[name] = _make_zeros(self._rule.evidence_shapes(shape), shape)
+                if self.measures(layers[name]):
+                    sizes = shape.groups, shape.outputs, shape.columns
+                    parts[name] |= _make_zeros({GRADIENT: sizes}, shape)
         news: dict[str, State] = {}
+        gradients: dict[str, Tensor] = {}
         for name, evidence in _find_nonempty(replicas.total(parts)):
-            memory = convert_state(memories[name], evidence["rows"])
-            learned = self._rule.learn(memory, dict(evidence))
+            memory, evidence = convert_state(memories[name], evidence["rows"]), dict(evidence)
+            if GRADIENT in evidence:
+                gradients[name] = evidence.pop(GRADIENT)
+            learned = self._rule.learn(memory, evidence)
             if not memory:
                 wanted = self._rule.learned_shapes(layers[name].shape)
                 check_tensors(self._rule, "learn", name, learned, wanted)
             news[name] = {**memory, **learned}
-        return self._keep_finite(news, memories)
+        return self._keep_finite(news, memories), gradients
 
     def _keep_finite(self, news: dict[str, State], memories: dict[str, State]) -> list[str]:
         """Keep what has been learned as far as it is finite; the layers that have learned something."""

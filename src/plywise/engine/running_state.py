@@ -26,13 +26,14 @@ from plywise.engine.agreement import Agreement
 from plywise.engine.answers import check_tensors
 from plywise.engine.call import LinearCall
 from plywise.engine.contract import Evidence, State, StatefulContract
+from plywise.engine.early_layers import GRADIENT, gather_gradient, learn_from_call, measure_scale
 from plywise.engine.gathered import GatheredEvidence
 from plywise.engine.health import Health
 from plywise.engine.known_layers import KnownLayers
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.learning import Learning
 from plywise.engine.resting import Resting, RestingLayers
-from plywise.engine.saved_state import LayerState, SavedState
+from plywise.engine.saved_state import NOTHING, LayerState, SavedState
 from plywise.engine.shard_exchange import find_held, share_out_gradients
 from plywise.engine.sharding import is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
@@ -101,8 +102,15 @@ class RunningState:
 
     def add_site(self, site: Site) -> None:
         """A layer's first call."""
-        if not self._known.add_site(site):
+        if self._known.add_site(site):
+            return
+        if not self._rule.acts_alone:
             self._leave(site.entry, "calls use it in several ways, and a statistic belongs to one of them")
+            return
+        for layer in self._known.of_weight(site.entry):
+            layer.acts_alone = True
+            if layer.name in self._pending:  # what has arrived in this step so far stays as it is
+                self._pending[layer.name].waits = False
 
     def _leave(self, entry: ParameterEntry, reason: str) -> None:
         """Leave a weight to the optimizer; what has been learned of it is dropped."""
@@ -138,6 +146,8 @@ class RunningState:
             self._leave(layer.entry, "some of its calls add its bias and others do not")
             return {}, True
         state = self._saved.read_moved(name, like)
+        if layer.acts_alone and not state.in_backward:  # what it would be multiplied by is not known yet
+            state = NOTHING
         pending = self._pending.get(name)
         if pending is not None and not layer.holds_gradient(pending.mark):
             del self._pending[name]  # zero_grad since: that step will not happen
@@ -148,7 +158,15 @@ class RunningState:
         pending = self._pending.get(name)
         if pending is not None:  # micro-batches of one step are treated alike
             return pending.waits
+        if self._layers[name].acts_alone:
+            return False
         return self._learning.refreshes(name) or not self._saved.peek(name).in_backward
+
+    def learn_first(self, call: LinearCall) -> None:
+        """Let a layer learn from the call itself if it has learned nothing and cannot wait for the step."""
+        acts_now = self._layers[call.name].acts_alone and not call.memory and not call.waits
+        if acts_now and self._rule.acts_at_step:
+            call.memory = learn_from_call(self._rule, call, self.processes.size)
 
     def has_bias(self, name: str) -> bool:
         """Whether the bias belongs to a layer's local problem."""
@@ -162,12 +180,13 @@ class RunningState:
         is_new = not self._saved.peek(call.name).tensors  # it may be called in steps between gatherings only
         if (self._learning.gathers or is_new) and call.a.numel() and call.delta.numel():
             # data-parallel training averages gradients, so that each row counts 1/processes in the whole
-            evidence = self._rule.gather(
-                call.times(1 / self.processes.size), self._saved.step // self._rule.stats_every
-            )
+            counted = call.times(1 / self.processes.size)
+            evidence = self._rule.gather(counted, self._saved.step // self._rule.stats_every)
             if is_new:
                 wanted = self._rule.evidence_shapes(self._layers[call.name].shape)
                 check_tensors(self._rule, "gather", call.name, evidence, wanted)
+            if self._learning.measures(self._layers[call.name]):
+                evidence = {**evidence, GRADIENT: gather_gradient(counted)}
         self._gathered.stage(call.name, call.waits, evidence)
         if self.processes.is_pipelined:  # its gradient may be assigned by hand, and then it never arrives
             self.on_grad_accumulated(call.name)
@@ -275,10 +294,12 @@ class RunningState:
     def _learn(self, active: dict[str, LayerHandle], memories: dict[str, State]) -> set[str]:
         """Learn and refresh what this step has to; the layers whose states have changed."""
         replicas = self.processes.replicas
-        learned = self._learning.learn(active, self._pending, memories, replicas)
+        learned, gradients = self._learning.learn(active, self._pending, memories, replicas)
         due = [name for name in active if memories[name] and self._learning.refreshes(name)]
         refreshed = self._find_parts_taken(due, active)
         self._learning.refresh(refreshed, memories, replicas)
+        for name in gradients.keys() & {*refreshed}:
+            memories[name] = {**memories[name], **measure_scale(self._rule, memories[name], gradients[name])}
         return {*learned, *refreshed}
 
     def _find_waiting(self, active: dict[str, LayerHandle]) -> list[LayerHandle]:
@@ -320,8 +341,12 @@ class RunningState:
 
     def _make_state(self, name: str, before: LayerState, memories: dict[str, State]) -> LayerState:
         """The state of a layer that has learned or been refreshed."""
-        acts = self._rule.in_backward(memories[name], self._layers[name].shape)
-        return LayerState(memories[name], before.phase, acts)
+        memory, layer = memories[name], self._layers[name]
+        if layer.acts_alone:
+            acts = not self._rule.keeps_norm or bool(memory["scale"] > 0)
+        else:
+            acts = self._rule.in_backward(memory, layer.shape)
+        return LayerState(memory, before.phase, acts)
 
     def _find_layers(self, optimizer: Optimizer) -> list[LayerHandle]:
         """The layers that this optimizer steps, in the model's order."""

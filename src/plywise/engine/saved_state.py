@@ -130,6 +130,8 @@ class SavedState:
             part = ""
             if layer.site is not None and layer.site.part is not None:
                 part = format_part(layer.site.part, layer.weight)
+            elif layer.name != layer.entry.weight_name:
+                part = f"[{layer.name.replace('.', '/')}]"
             prefix = f"{PREFIX}{self.rule_name}{part}."
             if layer.site is not None:
                 self._prefixes[name] = prefix
@@ -256,8 +258,10 @@ class SavedState:
             own = self.state[weight] = {}
         prefix = self.prefix(name)
         remove_keys(own, prefix)
-        if prefix + "step" != self.step_key:  # a part: there may be a template of the whole weight
-            remove_keys(own, self.step_key.removesuffix("step"))
+        whole = self.step_key.removesuffix("step")
+        layers = (other for other, one in self.layers.items() if one.entry is layer.entry)
+        if not any(self.prefix(other) == whole for other in layers):  # there may be a template of it
+            remove_keys(own, whole)
         own.update(self._make_keys(name, made))
         self._remember(name, made)
 

@@ -72,6 +72,29 @@ class ParameterEntry:
     last: "tuple[LinearMap, Layout, int, Site] | None" = None
 
     @property
+    def weight_name(self) -> str:
+        """What `Site.name` is if the whole parameter is used in one way."""
+        attribute = "" if self.attribute == "weight" else self.attribute
+        return ".".join(filter(None, (self.layer, attribute)))
+
+    @property
+    def key(self) -> str:
+        """Its name in the module that has it: not `attribute` where a parametrization has renamed it."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def is_original(self) -> bool:
+        """Whether a weight is known to be computed from it (by a parametrization, or a hook of torch)."""
+        return self.key != self.attribute
+
+    def find_owner(self, module: nn.Module | None) -> tuple[str, nn.Module | None]:
+        """Path of the layer that ``module`` is, if it owns the parameter, else of the first one; and it."""
+        for path, ref in self.owners:
+            if module is not None and ref() is module:
+                return path, module
+        return self.layer, self.owners[0][1]()
+
+    @property
     def dimensions(self) -> int:
         """Number of the parameter's dimensions; 0 if it is gone or not made yet."""
         parameter = self.parameter()
@@ -96,8 +119,13 @@ class ParameterEntry:
 
     @property
     def is_unknown(self) -> bool:
-        """Whether it may be a weight, and no function has been seen to use it so far."""
-        return self.is_candidate and self.dimensions > 1 and not self.sites and not self.used_by
+        """Whether it may be a weight, and no function has been seen to use it so far.
+
+        What computes a weight from it is no such use.
+        """
+        if self.sites or self.computed_into is not None or not self.is_candidate:
+            return False
+        return self.dimensions > 1 and (self.is_original or not self.used_by)
 
     @property
     def why_left(self) -> str:
@@ -126,7 +154,7 @@ class Site:
         map: how the calls read as linear maps.
         layout: how the weight becomes canonical.
         part: the view of the parameter that is the weight; None for the whole parameter.
-        computed: whether the weight is computed from the parameter (a parametrization).
+        computed: the shape of a weight that is computed from the parameter (a parametrization), else None.
         responder: answers in backward.
         bias: weak reference to the bias parameter that the calls add, or None.
         adds: weak reference to the parameter that the added bias is, or is a view of, or None.
@@ -154,7 +182,7 @@ class Site:
         self.layout = layout
         self.responder = responder
         self.part: Part | None = None
-        self.computed = False
+        self.computed: torch.Size | None = None
         self.bias: weakref.ref[Tensor] | None = None
         self.adds: weakref.ref[Tensor] | None = None
         self.bias_shape: torch.Size | None = None
@@ -172,6 +200,13 @@ class Site:
         if self.size is None or (self.rows, self.size.is_topmost) != (call.delta.shape, call.is_topmost):
             self.rows = call.delta.shape
             self.size = Size(call.row_count, call.columns, call.outputs, call.groups, call.is_topmost)
+
+    def is_like(self, other: "Site") -> bool:
+        """Whether another use of the parameter may share a running state: only strides and such differ."""
+        mine, its = (
+            (site.part, site.layout, site.map.groups, site.computed, site.module) for site in (self, other)
+        )
+        return mine == its
 
     @property
     def module(self) -> nn.Module | None:

@@ -37,6 +37,7 @@ class ParameterTable:
         collect: makes the entries (`plywise.engine.selection.collect_parameters` with the user's choice).
         kinds: the kinds of maps that the rule takes.
         computed_too: whether the rule can act on a weight that is computed from parameters.
+        computed_biases: whether a computed bias belongs to the problem of its layer.
         frozen_too: whether calls of frozen weights concern the rule, since it alters the gradient at inputs.
         add_site: called with each new site.
     """
@@ -47,6 +48,7 @@ class ParameterTable:
         collect: Collect,
         kinds: frozenset[str],
         computed_too: bool,
+        computed_biases: bool,
         frozen_too: bool,
         add_site: Callable[[Site], None],
         responder: Any,
@@ -55,6 +57,7 @@ class ParameterTable:
         self._collect = collect
         self._kinds = kinds
         self._computed_too = computed_too
+        self._computed_biases = computed_biases
         self._frozen_too = frozen_too
         self._add_site = add_site
         self._responder = responder
@@ -71,7 +74,7 @@ class ParameterTable:
     def _index(self, model: nn.Module) -> None:
         self._by_id = {id(e.parameter()): (e.parameter, e) for e in self.entries}
         self._sharded = [e for e in self.entries if e.sharding is not None]
-        self._by_place = {(id(ref()), e.attribute): e for e in self.entries for _, ref in e.owners}
+        self._by_place = {(id(ref()), e.key): e for e in self.entries for _, ref in e.owners}
         self.paths = {id(module): strip_wrappers(name) for name, module in model.named_modules()}
         self.unsettled = False
 
@@ -197,10 +200,11 @@ class ParameterTable:
         parameter = entry.parameter()
         base = weight._base
         part = None if computed or base is None or parameter is None else part_of(weight, base)
-        whole = (*key[:2], None if key[2] is None else id(key[2]), part, computed)
+        shape = weight.shape if computed else None
+        whole = (*key[:2], None if key[2] is None else id(key[2]), part, shape)
         site = entry.sites.get(whole)
         if site is None:
-            site = self._make_site(entry, key, part, bias, computed)
+            site = self._make_site(entry, key, part, bias, shape)
             entry.sites[whole] = site
             self._add_site(site)
         return site
@@ -211,24 +215,24 @@ class ParameterTable:
         key: tuple[Any, ...],
         part: Any,
         bias: Tensor | None,
-        computed: bool,
+        computed: torch.Size | None,
     ) -> Site:
-        layer, module = entry.layer, entry.owners[0][1]()
-        if key[2] is not None and id(key[2]) in self.paths:
-            layer, module = self.paths[id(key[2])], key[2]
+        layer, module = entry.find_owner(key[2])
         name = layer if entry.attribute == "weight" else ".".join(filter(None, (layer, entry.attribute)))
         if part is not None:
             parts = sum(site.part is not None for site in entry.sites.values())
             name += f"[{parts}]"
         site = Site(name, entry, key[0], key[1], self._responder, module)
         site.part, site.computed = part, computed
+        if any(other.name == name and not other.is_like(site) for other in entry.sites.values()):
+            site.name += f" ({'×'.join(map(str, computed)) if computed else key[1].name})"
         if bias is not None:
             base = bias if bias._base is None else bias._base
             known = self._find_stand_in(base)
             # an entry's own reference, by which `follow` knows it again
             site.adds = weakref.ref(base) if known is None else known.parameter
             site.bias = site.adds if isinstance(bias, Parameter) else None
-            if known is None and self._computed_too:
+            if known is None and self._computed_biases:
                 for source in self._find_sources(bias):
                     if not source.sites and not source.expected:
                         source.computed_into = entry
@@ -310,7 +314,7 @@ class ParameterTable:
             parameter = entry.parameter()
             old = None if parameter is None else known.get(id(parameter)) or self._find_stand_in(parameter)
             if old is None:
-                replaced = self._by_place.get((id(entry.owners[0][1]()), entry.attribute))
+                replaced = self._by_place.get((id(entry.owners[0][1]()), entry.key))
                 entry.is_new = replaced is None
                 if replaced is not None and replaced.parameter() is None:  # made on meta, and materialised
                     replaced.parameter, replaced.last = entry.parameter, None

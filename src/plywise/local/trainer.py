@@ -76,7 +76,8 @@ class LocalTrainer:
 
     def _attach(self, rule: Rule) -> None:
         """Put a rule to work, if there is anything for it to do here."""
-        entries = collect_parameters(self.component, frozenset(rule.kinds), unshared_only=rule.remembers)
+        kinds, unshared_only = frozenset(rule.kinds), rule.takes_unshared_only
+        entries = collect_parameters(self.component, kinds, unshared_only=unshared_only)
         if any(entry.is_candidate for entry in entries):
             self.rule = rule.attach(self.component, self.optimizer, on_nonfinite="propagate")
         else:

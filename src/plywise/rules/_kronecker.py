@@ -103,6 +103,8 @@ class KroneckerRule(StatefulRule):
 
     acts_at_step: ClassVar[bool] = True
 
+    acts_alone: ClassVar[bool] = True
+
     cadence: str = "spread"
 
     def set_cadence(self, stats_every: int, refresh_every: int) -> None:

@@ -20,8 +20,9 @@ class AdaBK(KroneckerRule):
     Do not use when: steps are short: two sides cost twice.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
-        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
-        pruning) keep their plain gradients; `explain` says why. A side above 8192 stays as it is.
+        and norms where ``attach(kinds=...)`` names them. Of computed weights (weight norm, pruning)
+        and of weights used in several ways, each use has statistics of its own, and backward makes the update
+        by what was learned before. A side above 8192 stays as it is.
     Cost: twice that of FeatureWhitening, and a statistic of the output gradients.
     Status: variant: the true root with a damping fit for it. The published ten Newton-Schulz steps are not
         the root they are written for: at ε = 1e-5 the smallest eigenvalues get 0.03 to 0.09 of their gain, so

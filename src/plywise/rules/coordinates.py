@@ -92,6 +92,8 @@ class Coordinates(KroneckerRule):
 
     turns_steps: ClassVar[bool] = True
 
+    acts_alone: ClassVar[bool] = False
+
     power: float = 0.25
     damping: float = 0.1
     basis: Literal["eigen", "root"] = "eigen"

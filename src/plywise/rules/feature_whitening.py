@@ -21,8 +21,9 @@ class FeatureWhitening(KroneckerRule):
     Do not use when: every layer's inputs are already nearly white, or layers are tens of thousands wide.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
-        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
-        pruning) keep their plain gradients; `explain` says why. A side above 8192 stays as it is.
+        and norms where ``attach(kinds=...)`` names them. Of computed weights (weight norm, pruning)
+        and of weights used in several ways, each use has statistics of its own, and backward makes the update
+        by what was learned before. A side above 8192 stays as it is.
     Cost: products of rank 128 with the smaller of rows and gradient in each step, some of the same size with
         the statistic at each refresh. With ``rank=None`` a k×k product in each step, and all eigenvalues.
     Status: variant: the low rank is ours and costs no steps in our comparison (``rank=None`` is the paper's);

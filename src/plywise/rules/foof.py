@@ -19,8 +19,9 @@ class Foof(KroneckerRule):
     Do not use when: layers are tens of thousands wide, or steps are so short that the products show.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
-        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
-        pruning) keep their plain gradients; `explain` says why. A side above 8192 stays as it is.
+        and norms where ``attach(kinds=...)`` names them. Of computed weights (weight norm, pruning)
+        and of weights used in several ways, each use has statistics of its own, and backward makes the update
+        by what was learned before. A side above 8192 stays as it is.
     Cost: products of rank 128 with the smaller of rows and gradient in each step, some of the same size with
         the statistic at each refresh. With ``rank=None`` a k×k product in each step and a Cholesky inverse.
     Status: after FOOF: the least-squares step is the paper's; the kept norm, the relative damping, the low

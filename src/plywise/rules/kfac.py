@@ -19,8 +19,9 @@ class KFAC(KroneckerRule):
     Do not use when: gradients are noisy and a one-sided rule does as well at half the cost.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
-        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
-        pruning) keep their plain gradients; `explain` says why. A side above 8192 stays as it is.
+        and norms where ``attach(kinds=...)`` names them. Of computed weights (weight norm, pruning)
+        and of weights used in several ways, each use has statistics of its own, and backward makes the update
+        by what was learned before. A side above 8192 stays as it is.
     Cost: two statistics, two inverses a refresh, two products a step.
     Status: variant: the Fisher of the labels at hand, not of sampled ones; no rescaling by the exact
         curvature, no momentum of its own, no adaptive damping; the gradient's size is kept in place of the KL

@@ -22,8 +22,9 @@ class Precondition(KroneckerRule):
         (right=1).
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
-        and norms where ``attach(kinds=...)`` names them. Shared and computed weights (weight norm,
-        pruning) keep their plain gradients; `explain` says why.
+        and norms where ``attach(kinds=...)`` names them. Of computed weights (weight norm, pruning)
+        and of weights used in several ways, each use has statistics of its own, and backward makes the update
+        by what was learned before.
     Cost: per step 2nk² operations for the input side or 2mk² (n rows, m outputs, k inputs), whichever is
         less; statistics and roots once in ``stats_every`` and ``refresh_every`` steps. With ``rank`` r, 4nkr.
     Status: variant: no paper of its own. With a named member's settings it is that member, by the same code.

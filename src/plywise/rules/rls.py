@@ -1,6 +1,7 @@
 """RLS: recursive least squares for each layer, an inverse kept by rank-one corrections."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ class RLS(StatefulRule):
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. Recurrent layers after ``plywise.nn.unroll(model)``:
-        each weight has one P, and ū is the mean over batch and time. Shared and computed weights (weight
-        norm, pruning) keep their plain gradients; `explain` says why.
+        each weight has one P, and ū is the mean over batch and time. Of computed weights (weight norm,
+        pruning) and of weights used in several ways, each use has a P of its own, and h is of the call's own
+        mean input.
     Cost: no inverse: 2k² operations for P and a product with the smaller of rows and gradient, in each step.
     Status: after the paper, whose body could not be read: the recursion is classical, with the paper's
         average approximation. Its abstract names two improved methods, which are not public: momentum and
@@ -75,11 +77,21 @@ class RLS(StatefulRule):
         if self.forgetting > 1:
             raise ValueError(f"RLS: forgetting must be at most 1, not {self.forgetting!r}.")
 
+    acts_alone: ClassVar[bool] = True
+
     def update(self, call: LinearCall) -> Update:
-        """``G P``, by the inverse of the steps before."""
-        if not call.memory:
-            return call.gradient().scaled(1 / self.ridge, 1 / self.ridge)
-        return preconditioned(call, None, call.memory["inverse"])
+        """``G P``, by the inverse of the steps before; divided by the call's own ``h`` if no step does."""
+        if call.memory:
+            move = preconditioned(call, None, call.memory["inverse"])
+        else:
+            move = call.gradient().scaled(1 / self.ridge, 1 / self.ridge)
+        if call.waits:
+            return move
+        _, _, energy, fit = self._measure(call.memory, self.gather(call, 0))
+        h = (self.forgetting + energy * fit) / fit
+        if call.groups == 1:
+            return move.scaled(1 / h, 1 / h)
+        return call.update(call.matrix(move) / h.reshape(-1, 1, 1))
 
     def gather(self, call: LinearCall, turn: int) -> Evidence:
         """The sum of the rows."""
@@ -92,15 +104,8 @@ class RLS(StatefulRule):
 
     def learn(self, memory: State, evidence: Evidence) -> State:
         """The rank-one correction of P."""
-        mean = evidence["sum"] / evidence["rows"]  # ū, (g, k)
-        groups, size = mean.shape
-        inverse = memory.get("inverse")
-        if inverse is None:
-            inverse = (torch.eye(size).to(mean) / self.ridge).expand(groups, size, size)
-        image = (inverse @ mean.unsqueeze(2)).squeeze(2)  # Pū
-        energy = self.gain * (mean * image).sum(1).clamp_min(0)  # κ ū·Pū
-        # inputs so large that ū would leave nothing of P but rounding: as if δ had been larger
-        fit = (LARGEST_ENERGY / energy).clamp_max(1)
+        inverse, image, energy, fit = self._measure(memory, evidence)
+        size = inverse.shape[1]
         inverse, image = inverse * fit.reshape(-1, 1, 1), image * fit.unsqueeze(1)
         h = self.forgetting + energy * fit
         step = image * (self.gain / (h * self.forgetting)).sqrt().unsqueeze(1)
@@ -111,6 +116,18 @@ class RLS(StatefulRule):
             trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
             inverse = inverse * (size / self.ridge / trace).clamp(max=1).reshape(-1, 1, 1)
         return {"inverse": inverse, "h": h / fit}
+
+    def _measure(self, memory: State, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """P, Pū, κ ū·Pū, and by what P has to be multiplied before it is corrected."""
+        mean = evidence["sum"] / evidence["rows"]  # ū, (g, k)
+        groups, size = mean.shape
+        inverse = memory.get("inverse")
+        if inverse is None:
+            inverse = (torch.eye(size).to(mean) / self.ridge).expand(groups, size, size)
+        image = (inverse @ mean.unsqueeze(2)).squeeze(2)
+        energy = self.gain * (mean * image).sum(1).clamp_min(0)
+        # inputs so large that ū would leave nothing of P but rounding: as if δ had been larger
+        return inverse, image, energy, (LARGEST_ENERGY / energy).clamp_max(1)
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
         """Always: the step's own correction comes after its move."""

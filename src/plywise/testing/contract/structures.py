@@ -27,7 +27,7 @@ class Structure:
         shared: name → words of the reason, for handled layers that a rule with running state leaves alone.
         kinds: name → kind, for layers that only a rule handles which takes that kind.
         harmless: left alone, but above every handled layer.
-        computed: weights that are computed from these parameters; a rule with running state leaves them.
+        computed: weights computed from these parameters; a rule that `takes_unshared_only` leaves them.
     """
 
     name: str
@@ -47,13 +47,15 @@ class Structure:
         """Names of the rows that this rule handles."""
         taken = KINDS if rule.alters_backward else rule.kinds
         names = {*self.handled, *(name for name, kind in self.kinds.items() if kind in taken)}
-        if rule.remembers and self.tokens:
-            names -= {*self.kinds}  # the embedding is tied
-        return names - {*self.shared, *self.computed} if rule.remembers else names | {*self.computed}
+        if not rule.takes_unshared_only:
+            return names | {*self.computed}
+        tied = self.kinds if self.tokens else ()
+        return names - {*self.shared, *self.computed, *tied}
 
     def refused_by(self, rule: Rule) -> bool:
         """Whether something is left alone under a rule that sends other values down than gradients."""
-        left = {*self.routed} - self.handled_by(rule) | ({*self.computed} if rule.remembers else set())
+        left = {*self.routed} - self.handled_by(rule)
+        left |= {*self.computed} if rule.takes_unshared_only else set()
         return rule.alters_backward and bool(left - {*self.harmless})
 
     def build(self) -> nn.Module:

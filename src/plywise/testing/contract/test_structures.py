@@ -53,7 +53,7 @@ def test_right_or_routed_with_a_reason(rule: Rule, structure: Structure) -> None
     handled = structure.handled_by(rule)
     named = {name for name in rows if rows[name].handled}
     assert named == handled
-    routed = {**structure.routed, **(structure.shared if rule.remembers else {})}
+    routed = {**structure.routed, **(structure.shared if rule.takes_unshared_only else {})}
     for name in routed.keys() - handled:
         assert routed[name] in rows[name].reason, rows[name].reason
         assert rows[name].treatment == "left to the optimizer"
@@ -286,13 +286,13 @@ def test_weights_that_become_computed_while_attached(case: Case, rule: Rule, kin
     rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
     PARAMETRIZE[kind](model[2])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    if rule.alters_backward and rule.remembers:
+    if rule.remembers and (rule.alters_backward or not rule.takes_unshared_only):
         with pytest.raises(PlywiseError, match=r"'2"):
             backward(model, data)
     else:
         found = backward(model, data)
         assert all_finite(found)
-        if kind == "weight_norm" and not rule.remembers:  # others draw, iterate, or remember no step
+        if kind == "weight_norm" and not rule.remembers:  # others draw, iterate, or wait for the step
             other = mlp()
             PARAMETRIZE[kind](other[2])
             attach(case.make(), other, torch.optim.SGD(other.parameters(), lr=0.01))
