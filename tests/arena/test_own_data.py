@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from plywise._util.files import write_whole
+from plywise.data.own_data import cut_parts
 from plywise.data.parts import Data
 from plywise.data.training_data import take_training_data
 from plywise.errors import PlywiseError
@@ -118,6 +119,24 @@ def test_without_a_row_twice_the_cut_is_as_ever(tmp_path):
     assert found.cut == "50 samples cut at random, by a fixed seed: 40 to train, 5 to validate, 5 to test"
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found.data.train.x[:, 0], order[:40].float())
+
+
+@pytest.mark.parametrize("name", ["all_twins", "signs"])
+def test_a_file_is_cut_as_arrays_are_which_stay_as_they_were(tmp_path, name):
+    """A file's table is put into its new order where it is; what a function gives belongs to the user."""
+    parts = resolve_parts(f"twins:{name}")
+    x, y = parts["train"].x.clone(), parts["train"].y.clone()
+    ours = cut_parts(name, parts).data
+    assert torch.equal(parts["train"].x, x)
+    assert torch.equal(parts["train"].x.signbit(), x.signbit())
+    np.savez(tmp_path / "a.npz", x_train=x.numpy(), y_train=y.numpy())
+    lines = [",".join(map(str, row)) for row in torch.cat([x, y[:, None]], 1).tolist()]
+    (tmp_path / "a.csv").write_text("a,b,c,d,e\n"[-2 * len(x[0]) - 2 :] + "\n".join(lines))
+    for file in ("a.npz", "a.csv"):
+        data = resolve_data(str(tmp_path / file)).data
+        for part, same in zip(vars(data).values(), vars(ours).values(), strict=True):
+            assert torch.equal(part.x, same.x)
+            assert torch.equal(part.y, same.y)
 
 
 def test_a_zero_has_no_sign():

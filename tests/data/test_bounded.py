@@ -20,20 +20,27 @@ from plywise.errors import PlywiseError
 
 MEASURE = """
 import pathlib, resource, sys
-from plywise.data.own_data import read_parts
+from plywise.data.own_data import cut_parts, read_parts
 from plywise.data.tables import read_table
 import torch, torch.optim
-(torch.ones(1000, 100).isfinite().all(1), torch.ones(9).unique())  # what is loaded at first use
+small = pathlib.Path(sys.argv[1]).with_name("small.csv")
+with open(sys.argv[1]) as file:
+    small.write_text("".join(line for line, _ in zip(file, range(3000))))
+cut_parts("small", read_parts(str(small)))  # what is loaded at first use
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-found = read_parts(sys.argv[1]) if sys.argv[2] == "parts" else read_table(pathlib.Path(sys.argv[1]))
+path = sys.argv[1]
+found = read_table(pathlib.Path(path)) if sys.argv[2] == "table" else cut_parts(path, read_parts(path))
 print(peak() - before)
 """
 
 
 @pytest.mark.parametrize(("form", "what"), [("%.6g", "parts"), ("%.6g", "table"), ("%d", "parts")])
 def test_a_table_takes_at_most_three_times_its_size(tmp_path, form, what):
-    """Numbers of six digits; and of one digit with a comma, of which four bytes are twice as much already."""
+    """Numbers of six digits; and of one digit with a comma, of which four bytes are twice as much already.
+
+    Blocks are repeated, so that each sample has twins, which are looked for before a table is cut.
+    """
     path = tmp_path / "a.csv"
     block = np.random.default_rng(0).uniform(0, 10 if form == "%d" else 1, (5_000, 40))
     text = io.BytesIO()

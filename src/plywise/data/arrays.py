@@ -14,7 +14,7 @@ from plywise._util.import_path import call_factory
 from plywise._util.seeded import seeded
 from plywise.errors import PlywiseError
 
-_AT_ONCE = 1 << 18  # numbers
+_AT_ONCE = 1 << 16  # numbers
 
 
 def made_by(address: str) -> Any:
@@ -67,12 +67,15 @@ def _not_finite(tensor: Tensor) -> Tensor:
 
     Some at a time, as the check takes more memory than they.
     """
+    bad = torch.zeros(len(tensor), dtype=torch.bool)
     if not tensor.is_floating_point() or not tensor.numel():
-        return torch.zeros(len(tensor), dtype=torch.bool)
+        return bad
     at_once = max(1, _AT_ONCE * len(tensor) // tensor.numel())
     narrow = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
-    parts = [~torch.isfinite(part.reshape(len(part), -1).to(narrow)).all(1) for part in tensor.split(at_once)]
-    return torch.cat(parts)
+    # results go where there is room already: small ones between large ones would keep memory from reuse
+    for part, found in zip(tensor.split(at_once), bad.split(at_once), strict=True):
+        found.copy_(torch.isfinite(part.reshape(len(part), -1).to(narrow)).all(1).logical_not_())
+    return bad
 
 
 def read_nested(values: Any, what: str, read: Callable[[Any, str], Tensor] | None) -> Any:

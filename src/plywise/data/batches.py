@@ -144,7 +144,7 @@ def update_digest(digest: Any, *batches: Batch) -> None:
     """Feed all values of some batches to a digest of `hashlib`."""
     for tensor in list_tensors(batches):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).reshape(-1).view(np.uint8))
 
 
 # ---- parts ---------------------------------------------------------------------------------------

@@ -16,18 +16,18 @@ from plywise.data.batches import Batch, Part, Split, StoredBatches, count_sample
 from plywise.data.digits import load_digits
 from plywise.data.image_folders import read_image_folder
 from plywise.data.parquet import read_parquet
-from plywise.data.parts import Data, draw_parts, tenths
+from plywise.data.parts import Data, draw_order
 from plywise.data.readers import read_npz
 from plywise.data.reading import Reader
 from plywise.data.sources import Reading, read_made
-from plywise.data.tables import Table, read_table, take_column
+from plywise.data.tables import Table, read_table, reorder_rows, take_column
 from plywise.errors import PlywiseError
 from plywise.registry.names import WORKLOAD_MODULES
 
 AS_EVER = Reading()
 FEWEST = 10
 """Samples, or batches, without which there are no parts to speak of."""
-_ROWS = 4096  # compared at once
+_ROWS = 4096  # looked at or compared at once
 
 
 class Parts(dict[str, Any]):
@@ -35,9 +35,11 @@ class Parts(dict[str, Any]):
 
     Attributes:
         guesses: what was guessed about them, a sentence each, with the flag that overrules it.
+        are_from_files: whether nobody else has these tensors, so that they may be overwritten.
     """
 
     guesses: tuple[str, ...] = ()
+    are_from_files: bool = False
 
 
 class OwnData(NamedTuple):
@@ -74,6 +76,7 @@ def read_parts(address: str, reading: Reading = AS_EVER) -> Parts:
         parts = Parts(read_made(address, made_by(address), reading, reader))
     else:
         parts = _read_files(address, reader)
+        parts.are_from_files = True
         if reading.whole:
             parts = Parts({name: Split(join_target(one.x, one.y), one.y) for name, one in parts.items()})
     if "train" not in parts:
@@ -143,7 +146,7 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
 
     Args:
         address: what they are called in errors.
-        parts: what `read_parts` has read.
+        parts: what `read_parts` has read. A table from a file is overwritten: there is no second one.
 
     Raises:
         PlywiseError: there are fewer than 10 training samples.
@@ -156,14 +159,14 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
         )
     twins = ""
     if "test" not in parts and "validation" not in parts:
-        own, twins = _apart(train, _in_tenths)
+        own, twins = _apart(train, _in_tenths, parts.are_from_files)
         data, how = Data(*own), f"{count:,} {what} cut at random, by a fixed seed"
     elif "validation" not in parts:
-        (rest, validation), twins = _apart(train, _less_a_ninth)
+        (rest, validation), twins = _apart(train, _less_a_ninth, parts.are_from_files)
         data = Data(rest, validation, parts["test"])
         how = f"your test samples, validation a ninth of your training {what}, drawn by a fixed seed"
     elif "test" not in parts:
-        (rest, test), twins = _apart(train, _less_a_ninth)
+        (rest, test), twins = _apart(train, _less_a_ninth, parts.are_from_files)
         data = Data(rest, parts["validation"], test)
         how = f"your validation samples, test a ninth of your training {what}, drawn by a fixed seed"
     else:
@@ -183,43 +186,52 @@ def _notes(parts: Parts) -> list[str]:
     return [*notes, *dict.fromkeys(part.note for part in stored.values() if part.note)]
 
 
-def _in_tenths(x: Batch, y: Batch) -> list[Split]:
-    return list(vars(tenths(x, y)).values())
+def _in_tenths(count: int) -> list[int]:
+    held = max(1, count // 10)
+    return [count - 2 * held, held, held]
 
 
-def _less_a_ninth(x: Batch, y: Batch) -> list[Split]:
-    count = count_samples(x)
+def _less_a_ninth(count: int) -> list[int]:
     held = max(1, count // 9)
-    return draw_parts(x, y, [count - held, held])
+    return [count - held, held]
 
 
-def _apart(whole: Part, cut: Callable[[Batch, Batch], Sequence[Split]]) -> tuple[Sequence[Part], str]:
-    """Samples as ``cut`` cuts them, but those of a table with the same inputs in one part; and how many are.
+def _apart(whole: Part, sizes: Callable[[int], list[int]], may_overwrite: bool) -> tuple[Sequence[Part], str]:
+    """Parts of the given sizes, but samples of a table with the same inputs in one; and how many these are.
 
     A model that has seen a sample's inputs knows much of its target, so that twins in two parts would make
     the test easier than new samples are.
     """
     if isinstance(whole, StoredBatches):
-        numbers = torch.arange(whole.count_places())
-        return [whole.pick(part.y.tolist()) for part in cut(numbers, numbers)], ""
+        cut = sizes(whole.count_places())
+        return [whole.pick(places.tolist()) for places in draw_order(sum(cut), cut).split(cut)], ""
     assert isinstance(whole, Split)
-    kind, kinds = _kinds(whole.x)
+    kind, kinds = _kinds(whole.x, may_overwrite)
     twins = len(kind) - kinds
-    if not twins:
-        return cut(whole.x, whole.y), ""
-    if kinds < FEWEST:
-        return cut(whole.x, whole.y), f", with only {kinds} different inputs, the same ones in several parts"
-    numbers = torch.arange(kinds)
-    parts = [part.y for part in cut(numbers, numbers)]
-    place = torch.cat(parts).argsort()
-    rows = place[kind].argsort(stable=True)  # kind by kind, as these were drawn
-    counts = kind.bincount()
-    samples = rows.split([int(counts[part].sum()) for part in parts])
-    note = f", {twins:,} with the inputs of another kept beside it"
-    return [Split(whole.x[own], whole.y[own]) for own in samples], note
+    if twins and kinds >= FEWEST:
+        order, cut = _order_kinds(kind, kinds, sizes(kinds))
+        note = f", {twins:,} with the inputs of another kept beside it"
+    else:
+        cut = sizes(len(whole))
+        order = draw_order(len(whole), cut)
+        note = f", with only {kinds} different inputs, the same ones in several parts" if twins else ""
+    del kind
+    if may_overwrite and isinstance(whole.x, Tensor):
+        xs = reorder_rows(whole.x, order).split(cut)
+        return [Split(x, y) for x, y in zip(xs, whole.y[order].split(cut), strict=True)], note
+    return [whole.take(rows) for rows in order.split(cut)], note
 
 
-def _kinds(x: Batch) -> tuple[Tensor, int]:
+def _order_kinds(kind: Tensor, kinds: int, sizes: list[int]) -> tuple[Tensor, list[int]]:
+    """The samples kind by kind, kinds as they are drawn; and how many samples the parts have."""
+    drawn = draw_order(kinds, sizes)
+    counts = kind.bincount(minlength=kinds)
+    place = drawn.argsort().to(kind.dtype)[kind]
+    order = torch.from_numpy(place.numpy().argsort(kind="stable"))  # takes less memory than torch's
+    return order, [int(counts[part].sum()) for part in drawn.split(sizes)]
+
+
+def _kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
     """Numbers for the rows of a table, the same for the same inputs, and how many there are.
 
     Rows are compared by their bytes: of a million rows of 20 numbers that takes 2 s, and `torch.unique` 8 s.
@@ -227,8 +239,8 @@ def _kinds(x: Batch) -> tuple[Tensor, int]:
     """
     if not isinstance(x, Tensor) or x.dim() != 2 or not x.numel():
         return torch.arange(count_samples(x)), count_samples(x)
-    if x.is_floating_point() and bool((x.signbit() & (x == 0)).any()):
-        x = x.add(0)  # -0 becomes 0
+    if x.is_floating_point() and any(_has_minus_zero(piece) for piece in x.split(_ROWS)):
+        x = x.add_(0) if may_overwrite else x.add(0)  # -0 becomes 0
     rows = np.ascontiguousarray(x.numpy())
     whole = rows.view(np.dtype((np.void, rows.strides[0])))[:, 0]
     order = whole.argsort(kind="stable")  # no row is moved: of a large table there are no copies
@@ -236,9 +248,20 @@ def _kinds(x: Batch) -> tuple[Tensor, int]:
     for start in range(1, len(order), _ROWS):
         here = order[start : start + _ROWS]
         new[start : start + _ROWS] = whole[here] != whole[order[start - 1 : start - 1 + len(here)]]
-    kind = np.empty(len(order), np.int64)
-    kind[order] = new.cumsum() - 1
-    return torch.from_numpy(kind), int(new.sum())
+    numbers = new.cumsum(dtype=_small_int(len(new)))
+    numbers -= 1
+    kind = np.empty_like(numbers)
+    kind[order] = numbers
+    return torch.from_numpy(kind), int(numbers[-1]) + 1
+
+
+def _small_int(count: int) -> type[np.signedinteger[Any]]:
+    """Of the numbers of samples: of a table with few columns, these are as large as the table."""
+    return np.int32 if count < 2**31 else np.int64
+
+
+def _has_minus_zero(x: Tensor) -> bool:
+    return bool((x.signbit() & (x == 0)).any())
 
 
 def _check_alike(address: str, name: str, part: Part, train: Part) -> None:

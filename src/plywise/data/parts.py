@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,9 +64,9 @@ class Data:
 
     def repeated(self) -> dict[str, int]:
         """How many samples of the other two parts have the inputs of a training sample."""
-        seen = set(_keys(self.train))
-        others = {"validation": self.validation, "test": self.test}
-        return {name: sum(key in seen for key in _keys(part)) for name, part in others.items()}
+        keys = {name: np.fromiter(_keys(part), np.int64) for name, part in vars(self).items()}
+        seen = keys.pop("train")  # as numbers of 8 bytes: a set of them would be larger than a table
+        return {name: int(np.isin(part, seen).sum()) for name, part in keys.items()}
 
     def fingerprint(self) -> str:
         """A digest of every value: other data have another one."""

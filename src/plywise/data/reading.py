@@ -18,6 +18,7 @@ WHOLE = 2**24
 """Up to here float32 holds each whole number."""
 IGNORED = -100
 """A target that torch's losses ignore."""
+_AT_ONCE = 1 << 18  # targets that are looked at
 _CHOICES = {
     "header": ("yes", "no"),
     "targets": ("classes", "numbers"),
@@ -182,14 +183,15 @@ class Reader:
             PlywiseError: they cannot be what they should.
         """
         y = tensor_of(y, f"{what}: the targets")
-        if self.options.targets == "numbers" or not bool((y == y.round()).all()):
+        pieces = y.split(_AT_ONCE)
+        if self.options.targets == "numbers" or not all(bool((p == p.round()).all()) for p in pieces):
             if self.options.targets == "classes":
                 raise PlywiseError(
                     f"{what}: column {name!r} holds other than whole numbers: these are no classes.",
                     see="error-data",
                 )
             return y.float()
-        values, index = y.unique(return_inverse=True)
+        values = torch.cat([piece.unique() for piece in pieces]).unique()
         span = f"are the whole numbers {float(values[0]):g} to {float(values[-1]):g}"
         if not self.options.targets and not _may_be_classes(values):
             self.say(
@@ -209,7 +211,10 @@ class Reader:
                 "neighbours for one. Number the classes from 0.",
                 see="error-data",
             )
-        return index
+        classes = torch.empty(len(y), dtype=torch.int64)
+        for piece, numbers in zip(pieces, classes.split(_AT_ONCE), strict=True):
+            torch.searchsorted(values, piece, out=numbers)
+        return classes
 
 
 def _may_be_classes(values: Tensor) -> bool:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from plywise.data.unpacking import open_unpacked
 from plywise.errors import PlywiseError
 
 _ROWS = 1024  # moved at once
+_PIECES = 16  # in which a table is put into another order
 
 
 class Table(NamedTuple):
@@ -115,6 +117,20 @@ def take_column(numbers: NDArray[Any], place: int) -> tuple[NDArray[Any], NDArra
     for start in range(0, rows, _ROWS):  # rows move to the front: none is overwritten before it was read
         rest[start : start + _ROWS] = numbers[start : start + _ROWS][:, keep]
     return rest, column
+
+
+def reorder_rows(values: Tensor, order: Tensor) -> Tensor:
+    """Put rows into another order. The tensor is overwritten, some columns at a time: there is no second one.
+
+    Example:
+        >>> import torch
+        >>> reorder_rows(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([2, 0, 1])).tolist()
+        [[5, 6], [1, 2], [3, 4]]
+    """
+    flat = values.view(len(values), -1)
+    for columns in flat.split(max(1, flat.shape[1] // _PIECES), 1):
+        columns.copy_(columns[order])
+    return values
 
 
 def _cells(path: Path) -> Iterator[list[str]]:
