@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
+from plywise._util.adamw import make_adamw
 from plywise._util.modes import evaluating
 from plywise.data.batches import count_samples
 from plywise.engine.explain import LayerRow, Size
@@ -122,9 +123,7 @@ def recommend(
     """
     if not budget > 0 or not lr > 0:
         raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
-    parameters = list(model.parameters())
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    optimizer = AdamW(parameters, lr, betas=BETAS, weight_decay=weight_decay, fused=fused or None)
+    optimizer = make_adamw(model.parameters(), lr, betas=BETAS, weight_decay=weight_decay)
     rows = [row for row in _look(model, optimizer, batch, batch_size) if row.handled]
     plan = _choose(rows, budget)
     if not plan.taken:

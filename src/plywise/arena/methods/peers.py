@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plywise._util.adamw import make_adamw
 from plywise._util.modes import evaluating
 from plywise.arena.method import (
     EndToEnd,
@@ -116,7 +117,7 @@ class TorchMuon(Optimizer):
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **numbers))
         if others:
-            self.parts.append(torch.optim.AdamW(others, **numbers))
+            self.parts.append(make_adamw(others, **numbers))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
@@ -261,7 +262,7 @@ _PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _plain(nesterov)),
-        Peer("adamw", "AdamW", unit_sized(3e-3), _plain(torch.optim.AdamW)),
+        Peer("adamw", "AdamW, fused", unit_sized(3e-3), _plain(make_adamw)),
         Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(5e-3), _muon),
         Peer(
             "torch-muon",

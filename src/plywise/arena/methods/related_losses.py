@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from plywise._util.adamw import make_adamw
 from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine
 from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov, unit_sized
 from plywise.arena.space import Range, defaults
@@ -142,7 +142,7 @@ class NearItself(EndToEnd):
 def _proximal(setting: TrialContext) -> Trainer:
     numbers = {**defaults(unit_sized(1e-3)), **setting.numbers}
     reach = numbers.pop("reach")
-    optimizer = torch.optim.AdamW(learning(setting.model), **numbers)  # type: ignore[arg-type]
+    optimizer = make_adamw(learning(setting.model), **numbers)
     scheduler = cosine(INNER * setting.steps)(optimizer)
     return NearItself(setting.model, optimizer, setting.task.loss, scheduler, reach=reach)
 
