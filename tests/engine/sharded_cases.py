@@ -241,6 +241,18 @@ def run_shared_out() -> list[int]:
     return list(FINISHED)
 
 
+def run_turned_adamw(way: str) -> dict[str, Tensor]:
+    """Second moments in turned coordinates, from the first step on, and a decoupled decay."""
+    rule, model = pw.Coordinates(stats_every=2, refresh_every=2), make_model("convnet")
+    net = DistributedDataParallel(model) if way == "ddp" else shard(model)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+    rule.attach(net, optimizer)
+    train(net, optimizer, "convnet", range(STEPS))
+    found = see(net, optimizer)
+    rule.detach()
+    return {**found, **{f"{name}, detached": value for name, value in see(net, optimizer).items()}}
+
+
 # ---- what is refused or left alone ------------------------------------------------------------------
 
 
@@ -357,6 +369,7 @@ def main(rank: int, folder: Path) -> None:
     """Run all of it; leave what this process saw in ``folder/rank.pt``."""
     start_process(rank, folder)
     found: dict[str, Any] = {"shared out": run_shared_out(), "refused": run_refusals(), **run_detached()}
+    found |= {f"turned adamw {way}": run_turned_adamw(way) for way in ("ddp", "sharded")}
     for name in FEW:
         found.update({f"{name} {case}": seen for case, seen in run_rule(name, folder).items()})
     torch.save(found, folder / f"{rank}.pt")

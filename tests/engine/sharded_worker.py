@@ -33,9 +33,13 @@ RULES: dict[str, Callable[[], Rule]] = {
     "Foof": lambda: pw.Foof(stats_every=1, refresh_every=2),
     "KFAC": lambda: pw.KFAC(stats_every=1, refresh_every=2),
     "RLS": pw.RLS,
+    "Coordinates": lambda: pw.Coordinates(stats_every=1, refresh_every=2, rank=4),
+    "Coordinates of both sides": lambda: pw.Coordinates(
+        output_power=0.25, sides="both", stats_every=1, refresh_every=2, keep_norm=False
+    ),
 }
 
-FEW = ("ProxProp", "BackMatching", "KFAC", "RLS")
+FEW = ("ProxProp", "BackMatching", "KFAC", "RLS", "Coordinates")
 """One rule of each kind."""
 
 FOLLOWED = ("mlp", "attention")

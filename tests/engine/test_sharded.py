@@ -19,6 +19,8 @@ TOLERANCE = 1e-9
 CLIPPED = TOLERANCE if torch.__version__ >= TorchVersion("2.13") else 1e-6
 """The same after clip_grad_norm_: torch 2.9 multiplies sharded gradients by a float32 coefficient."""
 
+WITH_MEMORY = ("Foof", "KFAC", "RLS", "Coordinates")
+
 Seen = dict[str, Tensor]
 
 
@@ -72,7 +74,7 @@ def test_rules_differ(ranks: list[dict[str, Any]], kind: str) -> None:
         end = ranks[0][f"after {kind} {name}"]["end"]
         moved = max(float((only_weights(end)[key] - value).abs().max()) for key, value in plain.items())
         assert (moved > 1e-5) == (name != "Backprop")
-        assert any("plywise" in key for key in end) == (name in ("Foof", "KFAC", "RLS"))
+        assert any("plywise" in key for key in end) == (name.split()[0] in WITH_MEMORY)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -121,6 +123,11 @@ def test_rules_without_an_optimizer(cases: list[dict[str, Any]]) -> None:
 
 def test_detached_rules_leave_nothing(cases: list[dict[str, Any]]) -> None:
     assert_same(cases[0]["detached"], cases[0]["plain"], 0)
+
+
+def test_adamw_in_other_coordinates(cases: list[dict[str, Any]]) -> None:
+    for rank in cases:
+        assert_same(rank["turned adamw sharded"], rank["turned adamw ddp"])
 
 
 # ---- steps that do not happen, saving ---------------------------------------------------------------

@@ -122,3 +122,9 @@ def test_a_saved_optimizer_resumes() -> None:
             optimizer.step()
         runs.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+def test_the_power_is_the_users_choice() -> None:
+    assert pw.recommend(make_mlp(8, 16, 2), power=0.0).rule.power == 0.0
+    with pytest.raises(ValueError, match="power must be between 0 and 1"):
+        pw.recommend(make_mlp(8, 16, 2), power=2.0)

@@ -81,7 +81,7 @@ class RunningState:
         self._known = KnownLayers(self._entries)
         self._layers = self._known.by_name
         self._updates = StepUpdates(rule, health_)
-        self._turned = TurnedSteps(rule, optimizer, health_) if rule.turns_steps else None
+        self._turned = TurnedSteps(rule, optimizer, health_, self.processes) if rule.turns_steps else None
         self._gathered = GatheredEvidence()
         self._pending = self._gathered.pending
         self._made: dict[str, LayerState] | None = None
@@ -272,8 +272,7 @@ class RunningState:
         waiting = self._find_waiting(active)
         for layer in active.values():
             layer.entry.arrived = False
-        with share_out_gradients(waiting, memories, self.processes.replicas, self._rule) as mine:
-            self._make_updates(mine, before, memories, optimizer)
+        self._make_updates(waiting, before, memories, optimizer)
         phases = self._learning.choose_phases([name for name in changed if not before[name].tensors])
         self.drop_pending()
         self._made = {}
@@ -334,10 +333,11 @@ class RunningState:
         optimizer: Optimizer,
     ) -> None:
         """Make these layers' updates from their gradients."""
-        if self._turned is None:
-            self._updates.make(layers, memories)
-        else:
+        if self._turned is not None:
             self._turned.make(layers, before, memories, optimizer)
+            return
+        with share_out_gradients(layers, memories, self.processes.replicas, self._rule) as mine:
+            self._updates.make(mine, memories)
 
     def _make_state(self, name: str, before: LayerState, memories: dict[str, State]) -> LayerState:
         """The state of a layer that has learned or been refreshed."""

@@ -5,7 +5,7 @@ share of the layers, the expensive ones dealt out first. So neither the work nor
 the number of processes. All processes call these functions with the same layers in the same order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -113,7 +113,7 @@ class Exchange:
         return torch.Size(shape)
 
 
-# ---- what the step does to whole gradients --------------------------------------------------------
+# ---- what the step does to whole tensors ----------------------------------------------------------
 
 
 @contextmanager
@@ -139,24 +139,42 @@ def share_out_gradients(
     if not sharded:
         yield plain
         return
-    owner = _find_owners(sharded, replicas)
-    gradients = {id(p): p for layer in sharded for p in layer.trained}
-    owners = {id(p): owner[layer.name] for layer in sharded for p in layer.trained}
-    group = cast(Any, sharded[0].entry.sharding).group
-    shards = [layer_gradient(p) for p in gradients.values()]
-    exchange = Exchange(shards, [owners[key] for key in gradients], group)
-    wholes = exchange.collect()
-    mine = [layer for layer in sharded if owner[layer.name] == replicas.rank]
-    for layer in mine:
-        layer.stand_ins = {key: w for key, w in zip(gradients, wholes, strict=True) if w is not None}
     before = dict(memories)
-    try:
+    with gather_whole(sharded, layer_gradient, replicas) as mine:
         yield plain + mine
+    _share_news(sharded, _find_owners(sharded, replicas), before, memories, replicas, rule)
+
+
+@contextmanager
+def gather_whole(
+    layers: list[LayerHandle], find_shard: Callable[[Tensor], Tensor], replicas: Replicas
+) -> Iterator[list[LayerHandle]]:
+    """Give what belongs to sharded layers' parameters to one process each, whole; then cut it up again.
+
+    Args:
+        layers: sharded layers.
+        find_shard: the shard that belongs to a parameter: its gradient, or something else of its shape.
+        replicas: the processes.
+
+    Yields:
+        This process's share of the layers; their ``stand_ins`` are the whole tensors, which may be changed.
+    """
+    owner = _find_owners(layers, replicas)
+    parameters = {id(p): p for layer in layers for p in layer.trained}
+    owners = {id(p): owner[layer.name] for layer in layers for p in layer.trained}
+    group = cast(Any, layers[0].entry.sharding).group
+    shards = [find_shard(parameter) for parameter in parameters.values()]
+    exchange = Exchange(shards, [owners[key] for key in parameters], group)
+    wholes = exchange.collect()
+    mine = [layer for layer in layers if owner[layer.name] == replicas.rank]
+    for layer in mine:
+        layer.stand_ins = {key: w for key, w in zip(parameters, wholes, strict=True) if w is not None}
+    try:
+        yield mine
         exchange.give_back(wholes)
     finally:
         for layer in mine:
             layer.stand_ins = {}
-    _share_news(sharded, owner, before, memories, replicas, rule)
 
 
 def layer_gradient(parameter: Tensor) -> Tensor:

@@ -345,13 +345,13 @@ def arrange_turned(
 ) -> list[SmallLayers | LargeLayer]:
     """Put small layers into stacks, those of one device and dtype together; the others stay by themselves.
 
-    Layers that the rule does not turn are left out.
+    Layers that the rule does not turn are left out, and so are those that fully_shard has spread.
     """
     alike: dict[object, dict[object, list[int]]] = {}
     large: list[SmallLayers | LargeLayer] = []
     memory: dict[object, _Piece] = {}
     for place, (layer, state) in enumerate(zip(layers, states, strict=True)):
-        if rule.make_turn(StackedState().follow([state])) is None:
+        if layer.entry.sharding is not None or rule.make_turn(StackedState().follow([state])) is None:
             continue
         weight = layer.weight
         sizes = {key: value.shape for key, value in state.items()}

@@ -4,7 +4,8 @@ The gradient that the optimizer sees is that of turned weights, the weights them
 what it adds to them, beside a weight decay, is a step in the other coordinates.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from operator import is_not
 
@@ -13,15 +14,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from plywise.engine import health
-from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.health import Health
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.optimizer_probe import OptimizerTraits, probe_optimizer
 from plywise.engine.saved_state import PREFIX, LayerState
+from plywise.engine.shard_exchange import gather_whole
 from plywise.engine.stacks import convert_state
+from plywise.engine.training_processes import TrainingProcesses
 from plywise.engine.turned_layers import LargeLayer, SmallLayers, arrange_turned
-from plywise.errors import PlywiseError
+from plywise.engine.turned_shards import ShardedLayers, turn_stand_ins
 
 
 class TurnedSteps:
@@ -31,17 +33,21 @@ class TurnedSteps:
         rule: the rule.
         optimizer: the optimizer.
         health_: where steps that are not finite are counted.
+        processes: the processes that share the states.
 
     Raises:
         AttachError: the optimizer's steps cannot be turned.
     """
 
-    def __init__(self, rule: StatefulContract, optimizer: Optimizer, health_: Health) -> None:
+    def __init__(
+        self, rule: StatefulContract, optimizer: Optimizer, health_: Health, processes: TrainingProcesses
+    ) -> None:
         self._rule = rule
+        self._processes = processes
         self._traits: OptimizerTraits = probe_optimizer(optimizer)
         self._health = health_
         self._last: list[LayerHandle] = []
-        self._arranged: list[SmallLayers | LargeLayer] = []
+        self._arranged: list[SmallLayers | LargeLayer | ShardedLayers] = []
         self._states: list[State] = []
         self._key: tuple[object, ...] = ()
         self._is_turned = False
@@ -139,14 +145,12 @@ class TurnedSteps:
             for group in self._arranged:
                 group.follow(states)
             return
-        for layer in layers:
-            if layer.entry.sharding is not None:
-                raise PlywiseError(
-                    f"{type(self._rule).__name__} turns the steps of whole weights, and fully_shard has "
-                    f"spread {layer.entry.name!r} over processes. Use DistributedDataParallel, or a rule "
-                    "that turns none, such as Foof."
-                )
-        self._arranged, self._key = arrange_turned(self._rule, layers, states), key
+        self._key = key
+        self._arranged = [*arrange_turned(self._rule, layers, states)]
+        sharded = [place for place, layer in enumerate(layers) if layer.entry.sharding is not None]
+        if sharded:
+            replicas = self._processes.replicas
+            self._arranged.append(ShardedLayers(self._rule, layers, sharded, states, replicas))
 
     def _find_factors(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[float]:
         """What a decoupled weight decay multiplies parameters by."""
@@ -217,13 +221,25 @@ class TurnedSteps:
             states = {id(p): optimizer.state.get(p, {}) for p in layer.trained}
             if all(isinstance(state.get(name), Tensor) for state in states.values()):
                 # new tensors: somebody may have saved the old ones
-                layer.stand_ins = {key: state[name].clone() for key, state in states.items()}
-                try:
-                    if _turn_stand_ins(layer, turn):
-                        for key, state in states.items():
-                            state[name] = layer.stand_ins[key]
-                finally:
-                    layer.stand_ins = {}
+                news = {key: state[name].clone() for key, state in states.items()}
+                with self._make_whole(layer, news) as mine:
+                    for one in mine:
+                        turn_stand_ins(one, turn)
+                for key, state in states.items():
+                    state[name] = news[key]
+
+    @contextmanager
+    def _make_whole(self, layer: LayerHandle, tensors: dict[int, Tensor]) -> Iterator[list[LayerHandle]]:
+        """Let tensors stand in for a layer's gradient, whole; of a sharded layer on one process."""
+        if layer.entry.sharding is not None:
+            with gather_whole([layer], lambda p: tensors[id(p)], self._processes.replicas) as mine:
+                yield mine
+            return
+        layer.stand_ins = tensors
+        try:
+            yield [layer]
+        finally:
+            layer.stand_ins = {}
 
 
 def _sign(layer: LayerHandle) -> tuple[object, ...]:
@@ -231,18 +247,6 @@ def _sign(layer: LayerHandle) -> tuple[object, ...]:
     weight, bias = layer.entry.parameter(), layer.bias
     assert weight is not None
     return id(weight), id(bias), weight.shape, weight.dtype, weight.device, id(layer.site)
-
-
-def _turn_stand_ins(layer: LayerHandle, turn: Callable[[Tensor], Tensor]) -> bool:
-    """Turn what stands in for a layer's gradient; whether that is finite."""
-    update = layer.read_gradient()
-    matrix = update.matrix(layer.groups)
-    turned = turn(matrix.to(torch.promote_types(matrix.dtype, torch.float32))).to(matrix.dtype)
-    if not bool(torch.isfinite(turned.sum())):
-        return False
-    assert update.weight is not None
-    layer.write_gradient(Update.of(turned, update.weight.shape, update.bias is not None))
-    return True
 
 
 def _find_own(optimizer: Optimizer, parameter: Tensor) -> list[str]:

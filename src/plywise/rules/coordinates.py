@@ -53,8 +53,8 @@ class Coordinates(KroneckerRule):
     Limits: the first basis acts at once, a later one from the step after its refresh. Momenta are turned at a
         refresh, second moments are kept, as SOAP keeps them, and so is a momentum of normalised steps
         (RMSprop's). Attached to an optimizer that has stepped before, it lets it begin again: second moments
-        of other axes would make steps of any size. Sides above ``max_size`` stay as they are. No
-        fully_shard.
+        of other axes would make steps of any size. Sides above ``max_size`` stay as they are. Under
+        fully_shard gradients and steps of a layer are brought together on one process in each step.
 
     Args:
         power: how far the inputs are whitened, 0 (turned only) to ½ (fully). Default 0.25. Range 0 to 0.5.

@@ -12,7 +12,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["plywise.pipeline.pipeline", "plywise.local.local_loss", "plywise.rules.foof", "torch._dynamo"]
 )  # the last is what the first step of an optimizer imports
-DEADLINE = 120.0
+DEADLINE = 240.0
 """Seconds that two processes may take."""
 
 

@@ -87,11 +87,12 @@ def recommend(
     batch: Any = None,
     batch_size: int | None = None,
     budget: float = 0.5,
+    power: float = 0.25,
     weight_decay: float = 0.01,
 ) -> Recommendation:
     """Make an optimizer for a model, with a rule attached that fits its layers.
 
-    AdamW works in the quarter-whitened eigenbasis of each layer's inputs (`plywise.Coordinates`). Of wide
+    AdamW works in the eigenbasis of each layer's inputs, whitened in part (`plywise.Coordinates`). Of wide
     layers only the leading directions are turned, as many as the budget allows; layers that would not fit at
     all are left to AdamW.
 
@@ -102,6 +103,8 @@ def recommend(
             of convolutions and leaves no gradient; without it, layers of unknown sizes are taken.
         batch_size: samples of the batches that it will be trained with. Default: those of ``batch``, or 128.
         budget: extra operations of a step, relative to forward and backward. Default 0.5.
+        power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune, try 0 too: what is best
+            depends on the data.
         weight_decay: AdamW's decoupled decay. Default 0.01.
 
     Returns:
@@ -109,7 +112,7 @@ def recommend(
 
     Raises:
         AttachError: the model has no layer that a rule could take.
-        ValueError: the budget or the rate is not positive.
+        ValueError: the budget or the rate is not positive, or the power is out of range.
 
     Source: the method's card, `plywise.Coordinates`; the choice is ours.
 
@@ -125,7 +128,7 @@ def recommend(
         raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
     optimizer = make_adamw(model.parameters(), lr, betas=BETAS, weight_decay=weight_decay)
     rows = [row for row in _look(model, optimizer, batch, batch_size) if row.handled]
-    plan = _choose(rows, budget)
+    plan = _choose(rows, budget, power)
     if not plan.taken:
         raise AttachError(
             f"recommend finds no layer of this {type(model).__name__} that fits a budget of {budget:g}: each "
@@ -175,9 +178,10 @@ def _differentiate(model: nn.Module, output: Any) -> None:
         torch.autograd.grad(sums, parameters, allow_unused=True)
 
 
-def _choose(rows: list[LayerRow], budget: float) -> _Plan:
+def _choose(rows: list[LayerRow], budget: float, power: float) -> _Plan:
     """The best settings whose price is within the budget; with the cheapest, only the layers that fit."""
-    plans = [_price(Coordinates(rank=r, refresh_every=e), rows) for r in RANKS for e in REFRESHES]
+    rules = [Coordinates(power, rank=rank, refresh_every=every) for rank in RANKS for every in REFRESHES]
+    plans = [_price(rule, rows) for rule in rules]
     fitting = [plan for plan in plans if plan.price <= budget]
     if fitting:
         return fitting[0]
