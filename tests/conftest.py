@@ -90,6 +90,8 @@ def _bytecode_of_the_project_alone() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _brief_collections() -> None:
     """What is there by now stays: tests that collect garbage need not look through it again and again."""
+    import torch._dynamo  # noqa: F401  (the first optimizer would: a tenth of a second more each collection)
+
     gc.collect()
     gc.freeze()
 

@@ -98,7 +98,7 @@ INPUTS = {
 }
 
 
-@KIND
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("convnet", marks=pytest.mark.one_of_family)])
 @pytest.mark.parametrize("what", list(INPUTS))
 def test_every_solve_ends(case: Case, rule: Rule, kind: str, what: str) -> None:
     build, shape = MODELS[kind]
