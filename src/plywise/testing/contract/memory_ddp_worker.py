@@ -1,6 +1,9 @@
 """One of two processes that train replicas under a rule with memory; started by test_memory_ddp.py."""
 
 import copy
+import os
+import runpy
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -309,3 +312,19 @@ def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
         }
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def run_script(rank: int, folder: Path, port: int) -> None:
+    """Run ``folder/train.py`` in the place that torchrun would give it; a missing DDP is an error."""
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", ".*no DistributedDataParallel was seen")
+    sys.argv = ["train.py", str(folder)]
+    runpy.run_path(str(folder / "train.py"), run_name="__main__")

@@ -1,10 +1,8 @@
 """Two real processes with half of each batch: together they are one process with all of it."""
 
-import os
 import pickle
 import re
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,12 @@ from plywise.testing.contract.memory_ddp_worker import (
     branched,
     half,
     main,
+    run_script,
     shared_out,
     stacked,
 )
 from plywise.testing.contract.models import all_finite, assert_close, loss_of, same_bits
-from plywise.testing.processes import DEADLINE, two_ranks
+from plywise.testing.processes import two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.sends_rule]
 TOLERANCE = 1e-6
@@ -164,7 +163,7 @@ def test_the_work_is_shared_out(ranks: list[dict[str, Any]]) -> None:
     assert [len(names) for names in expected["refreshed"]] == [DEEP] * 2 + [DEEP // 2] * (STEPS - 2)
 
 
-# ---- torchrun ---------------------------------------------------------------------------------------
+# ---- a script, as torchrun would start it ---------------------------------------------------------------
 
 SCRIPT = """
 import pickle
@@ -201,35 +200,18 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def torchrun_ranks(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def script_ranks(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes of a script saw; one run for all rules."""
-    folder: Path = tmp_path_factory.mktemp("torchrun")
+    folder: Path = tmp_path_factory.mktemp("script")
     (folder / "rules").write_bytes(pickle.dumps(rules_with_memory(cases)))
     (folder / "train.py").write_text(SCRIPT)
-    options = ["--standalone", "--nproc-per-node", "2", str(folder / "train.py"), str(folder)]
-    path = os.pathsep.join(place for place in sys.path if place)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=DEADLINE)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # it ends its processes
-        said, _ = process.communicate(timeout=30)
-        pytest.fail(f"torchrun missed the deadline:\n{said}")
-    finally:
-        process.kill()
-    assert process.returncode == 0, said
-    assert "no DistributedDataParallel was seen" not in said
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return two_ranks(run_script, folder, port)
 
 
-def test_torchrun(memory_case: Case, torchrun_ranks: list[dict[str, Any]]) -> None:
-    one, two = (seen[memory_case.name] for seen in torchrun_ranks)
+def test_a_script_for_torchrun(memory_case: Case, script_ranks: list[dict[str, Any]]) -> None:
+    one, two = (seen[memory_case.name] for seen in script_ranks)
     assert one["losses"] != two["losses"]  # each had rows of its own
     assert same_bits(one["model"], two["model"])
     assert same_bits(flat(one["state"]), flat(two["state"]))
