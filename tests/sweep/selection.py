@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .attaching import KINDS, RULES
-from .database import Sample, list_samples
+from .database import Sample, list_samples, make_module
 from .gradient_checks import check_as_torch
 from .passes import UnusableError
 from .promises import Subject, check_rule, make_subject
@@ -79,9 +79,11 @@ def sweep_quickly(module: str) -> Report:
     quick = Settings(alone=False, thorough=False)
     parts = [
         (replace(quick, rules=QUICK_RULES, kinds=KINDS[:1], as_torch=False), torch.float32),
-        (replace(quick, rules=QUICK_RULES_OF_ALL_KINDS, kinds=KINDS[1:], as_torch=False), torch.float32),
         (replace(quick, kinds=KINDS[-1:], promises=False), torch.float64),
     ]
+    if has_parameters(module):  # without its own, the layers around it are linear: all kinds are the default
+        of_all_kinds = replace(quick, rules=QUICK_RULES_OF_ALL_KINDS, kinds=KINDS[1:], as_torch=False)
+        parts.append((of_all_kinds, torch.float32))
     report = Report()
     for settings, dtype in parts:
         for sample in pick_quick_samples(module, dtype):
@@ -90,6 +92,12 @@ def sweep_quickly(module: str) -> Report:
             if part.held or part.problems:
                 break
     return report
+
+
+def has_parameters(module: str) -> bool:
+    """Whether a module, as its first quick samples make it, has parameters of its own."""
+    samples = pick_quick_samples(module, torch.float32)
+    return any(True for sample in samples for _ in make_module(sample).parameters())
 
 
 def list_all_samples(modules: list[str], dtypes: tuple[torch.dtype, ...], most: int) -> Iterator[Sample]:

@@ -48,9 +48,9 @@ def load(run: Run, state: State) -> Run:
     ("kind", "road", "dtype"),
     [
         ("mlp", "file", torch.float32),
-        ("mlp", "deepcopy", torch.float64),
+        pytest.param("mlp", "deepcopy", torch.float64, marks=pytest.mark.one_of_family),
         ("mixed", "file", torch.float32),
-        ("mixed", "file", torch.bfloat16),
+        pytest.param("mixed", "file", torch.bfloat16, marks=pytest.mark.one_of_family),
     ],
     ids=str,
 )
