@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from plywise.arena.scoring.intervals import (
     Interval,
     Timed,
+    find_confidence,
     geometric_interval,
     limits,
     medians,
     ratio_interval,
-    surest,
-    timed,
+    resample_times,
 )
 
 times = st.lists(st.one_of(st.floats(0.1, 100), st.just(math.inf)), min_size=1, max_size=7)
 
 
 def make(*values: float, budget: float = 10.0, seed: int = 0) -> Timed:
-    return timed(values, budget, np.random.default_rng(seed))
+    return resample_times(values, budget, np.random.default_rng(seed))
 
 
 def slow_medians(values: list[float], count: int) -> list[float]:
@@ -84,7 +84,7 @@ def test_ranges_cover_the_true_median_as_often_as_said(seeds):
     generator = np.random.default_rng(0)
     values = generator.lognormal(0, 1, (4000, seeds))
     inside = (values.min(1) <= 1) & (values.max(1) >= 1)
-    assert inside.mean() == pytest.approx(surest(seeds), abs=0.03)
+    assert inside.mean() == pytest.approx(find_confidence(seeds), abs=0.03)
 
 
 def test_intervals_of_many_seeds_cover_the_true_median():
@@ -97,7 +97,7 @@ def test_ratios_over_workloads_cover_the_true_ratio():
     generator = np.random.default_rng(0)
 
     def draw(middle: float) -> Timed:
-        return timed(generator.lognormal(math.log(middle), 0.3, 9), 1e9, generator)
+        return resample_times(generator.lognormal(math.log(middle), 0.3, 9), 1e9, generator)
 
     found = [geometric_interval([(draw(2), draw(1)) for _ in range(4)]) for _ in range(200)]
     assert 0.88 <= np.mean([one.low <= 2 <= one.high for one in found]) <= 1
@@ -113,17 +113,17 @@ def test_times_that_were_rounded_up_to_a_grid_leave_the_truth_within_the_limits(
     generator = np.random.default_rng(0)
     for _ in range(200):
         mine, other = generator.uniform(1, 9, 2)
-        seen = [timed([math.ceil(time)] * 3, 10, generator, grid=1) for time in (mine, other)]
+        seen = [resample_times([math.ceil(time)] * 3, 10, generator, grid=1) for time in (mine, other)]
         ratio = ratio_interval(*seen)
         assert ratio.low <= mine / other <= ratio.high
         assert geometric_interval([tuple(seen)])[:3] == pytest.approx(ratio[:3])
 
 
 def test_a_miss_is_no_shorter_for_the_grid():
-    missed, there = (timed([time], 10, np.random.default_rng(0), grid=1) for time in (math.inf, 4.0))
+    missed, there = (resample_times([time], 10, np.random.default_rng(0), grid=1) for time in (math.inf, 4.0))
     assert ratio_interval(missed, there) == Interval(2.5, 2.5, math.inf, "≥")
     assert ratio_interval(there, missed) == Interval(0.0, 0.4, 0.4, "≤")
-    start = timed([0.0], 10, np.random.default_rng(0), grid=1)
+    start = resample_times([0.0], 10, np.random.default_rng(0), grid=1)
     assert ratio_interval(start, there) == Interval(0.0, 0.0, 0.0), "no time is negative"
     assert ratio_interval(there, there) == Interval(1.0, 1.0, 1.0)
 
@@ -182,7 +182,9 @@ def test_the_geometric_mean_against_the_plain_definition():
 
     slow = sorted(figure(lambda values: chance.choices(values, k=len(values))) for _ in range(4000))
     generator = np.random.default_rng(0)
-    found = geometric_interval([tuple(timed(values, 1e9, generator) for values in pair) for pair in data])
+    found = geometric_interval(
+        [tuple(resample_times(values, 1e9, generator) for values in pair) for pair in data]
+    )
     assert found.value == pytest.approx(figure(lambda values: values))
     assert found.low == pytest.approx(slow[100], rel=0.03)
     assert found.high == pytest.approx(slow[3900], rel=0.03)

@@ -13,7 +13,7 @@ from plywise.arena.method import Method
 from plywise.arena.methods import LEARNER_OF, PEERS, RELATED, RELATIVES, RULE_OF, find_method
 from plywise.arena.methods.listing import ELSEWHERE, METHOD_OF, WORKLOAD_OF, place_of
 from plywise.arena.methods.related_losses import INNER
-from plywise.arena.methods.related_modules import REMEMBERED, SampleMemory, deepened
+from plywise.arena.methods.related_modules import REMEMBERED, SampleMemory, deepen
 from plywise.arena.run.bench import Bench
 from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.trial import run_trial
@@ -260,7 +260,7 @@ def test_fused_network_is_of_the_size_asked_for_and_answers_as_before():
     assert [p.shape for p in fused.parameters()] == [p.shape for p in model.parameters()]
     off = (trainer.predict(x) - before).square().mean() / before.var()
     assert off < 0.3, "the nearest single layer is not far"
-    assert deepened(model)[1] == 0
+    assert deepen(model)[1] == 0
 
 
 def test_memory_keeps_the_last_thousand_and_no_more_batches_than_needed():

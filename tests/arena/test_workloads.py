@@ -274,7 +274,7 @@ def test_tables_are_scaled_by_the_training_part_alone():
     x[:, 2] = 4.0
     y = x[:, 0] * 2
 
-    data = tables.prepared(lambda: (x.numpy(), y.numpy()))
+    data = tables.prepare_table(lambda: (x.numpy(), y.numpy()))
     assert len(data.train.x) == 160
     assert data.train.x.mean(0) == pytest.approx([0, 0, 0], abs=1e-5)
     assert data.train.x.std(0) == pytest.approx([1, 1, 0], abs=1e-5)
@@ -292,7 +292,7 @@ def test_tables_are_scaled_by_the_training_part_alone():
 
 def test_rows_that_read_alike_stay_together():
     x = torch.arange(60.0, dtype=torch.float64).remainder(20).unsqueeze(1)
-    data = tables.prepared(lambda: (x.numpy(), torch.arange(60.0, dtype=torch.float64).numpy()))
+    data = tables.prepare_table(lambda: (x.numpy(), torch.arange(60.0, dtype=torch.float64).numpy()))
     values = [set(part.x.flatten().tolist()) for part in vars(data).values()]
     assert sum(map(len, values)) == 20
     assert [len(part.y) for part in vars(data).values()] == [48, 6, 6]

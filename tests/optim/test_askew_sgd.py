@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plywise.optim import ASkewSGD
-from plywise.optim.askew_sgd import interval, skewed
+from plywise.optim.askew_sgd import interval, make_velocity
 
 BINARY = torch.tensor([-1.0, 1.0], dtype=torch.float64)
 
@@ -38,7 +38,7 @@ def test_free_weights_are_those_of_sgd_bit_for_bit():
 def test_velocity_is_minus_the_gradient_inside_and_skewed_outside(epsilon):
     weight = torch.linspace(-0.99, 0.99, 100, dtype=torch.float64)
     gradient = torch.zeros_like(weight)
-    velocity = skewed(weight, gradient, BINARY, epsilon, alpha=0.7, rate=1e-6)
+    velocity = make_velocity(weight, gradient, BINARY, epsilon, alpha=0.7, rate=1e-6)
     inside = room(weight, epsilon) >= 0
     assert inside.any()
     assert (~inside).any()
@@ -52,11 +52,11 @@ def test_velocity_is_minus_the_gradient_inside_and_skewed_outside(epsilon):
 
 def test_gradients_that_lead_in_faster_are_kept_and_those_that_lead_out_are_not():
     weight = torch.full((3,), 0.5, dtype=torch.float64)
-    k = skewed(weight, torch.zeros_like(weight), BINARY, 0.1, 1.0, 0.1)[0]
+    k = make_velocity(weight, torch.zeros_like(weight), BINARY, 0.1, 1.0, 0.1)[0]
     assert k > 0
     faster, slower, outward = -2 * k, -0.5 * k, k
     gradient = torch.stack([faster, slower, outward])
-    velocity = skewed(weight, gradient, BINARY, 0.1, 1.0, 0.1)
+    velocity = make_velocity(weight, gradient, BINARY, 0.1, 1.0, 0.1)
     torch.testing.assert_close(velocity, torch.stack([2 * k, k, k]))
 
 
@@ -64,12 +64,12 @@ def test_a_weight_on_a_level_or_halfway_is_free():
     levels = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
     weight = torch.tensor([-1.0, 0.0, 2.0, -0.5, 1.0], dtype=torch.float64)
     gradient = torch.randn(5, dtype=torch.float64)
-    assert torch.equal(skewed(weight, gradient, levels, 1e-4, 1.0, 0.1), -gradient)
+    assert torch.equal(make_velocity(weight, gradient, levels, 1e-4, 1.0, 0.1), -gradient)
 
 
 def test_close_to_halfway_a_step_is_at_most_a_quarter_of_the_interval():
     weight = torch.tensor([1e-9, -1e-9], dtype=torch.float64)
-    step = 0.1 * skewed(weight, torch.zeros_like(weight), BINARY, 0.01, 1.0, 0.1)
+    step = 0.1 * make_velocity(weight, torch.zeros_like(weight), BINARY, 0.01, 1.0, 0.1)
     torch.testing.assert_close(step, torch.tensor([0.5, -0.5], dtype=torch.float64))
 
 
@@ -77,8 +77,8 @@ def test_levels_may_be_scaled_and_shifted():
     """The same problem in other units: weights follow, since ε is relative to the interval."""
     weight = torch.linspace(-0.95, 0.95, 20, dtype=torch.float64)
     gradient = torch.linspace(1, -1, 20, dtype=torch.float64)
-    velocity = skewed(weight, gradient, BINARY, 0.2, 1.0, 0.1)
-    scaled = skewed(3 * weight + 7, 3 * gradient, 3 * BINARY + 7, 0.2, 1.0, 0.1)
+    velocity = make_velocity(weight, gradient, BINARY, 0.2, 1.0, 0.1)
+    scaled = make_velocity(3 * weight + 7, 3 * gradient, 3 * BINARY + 7, 0.2, 1.0, 0.1)
     torch.testing.assert_close(scaled, 3 * velocity)
 
 
@@ -86,7 +86,7 @@ def test_infeasibility_shrinks_by_one_minus_rate_times_alpha():
     """To first order in the rate: φ(w + lr K) = (1 − lr α) φ(w)."""
     weight = torch.tensor([0.3, 0.5, -0.7], dtype=torch.float64)
     rate = 1e-5
-    moved = weight + rate * skewed(weight, torch.zeros_like(weight), BINARY, 0.05, 2.0, rate)
+    moved = weight + rate * make_velocity(weight, torch.zeros_like(weight), BINARY, 0.05, 2.0, rate)
     torch.testing.assert_close(room(moved, 0.05), (1 - 2 * rate) * room(weight, 0.05), rtol=1e-8, atol=0)
 
 

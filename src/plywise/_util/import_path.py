@@ -50,7 +50,7 @@ def load(address: str, what: str) -> Any:
         raise PlywiseError(f"Write a module, not a file: {dotted}:{name}.", see="error-address")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    module = _imported(module_name)
+    module = _import_module(module_name)
     _refuse_hidden(module_name.partition(".")[0])
     if not hasattr(module, name):
         public = tuple(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
@@ -107,7 +107,7 @@ def _refuse_hidden(package: str) -> None:
     )
 
 
-def _imported(name: str) -> Any:
+def _import_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -180,18 +180,18 @@ def _cells(layer: LayerDiagnosis, diagnosis: Diagnosis) -> list[Text | str]:
     striking, read = outlying(layer, diagnosis), layer.read
     cells = {
         "rows": number(layer.rows),
-        "backward": _short(layer.backward),
-        "backward_to_last": _short(layer.backward_to_last),
+        "backward": _shorten(layer.backward),
+        "backward_to_last": _shorten(layer.backward_to_last),
         "silent": number(layer.silent, ".0%"),
-        "rate": _short(layer.rate) if layer.trains else "frozen",
+        "rate": _shorten(layer.rate) if layer.trains else "frozen",
         "noise": number(layer.noise, ".0%"),
-        "condition": _short(read.condition if read else None) + ("+" if read and read.at_least else ""),
-        "rank": f"{_short(read.effective_rank)}/{read.rank}" if read else "–",
+        "condition": _shorten(read.condition if read else None) + ("+" if read and read.at_least else ""),
+        "rank": f"{_shorten(read.effective_rank)}/{read.rank}" if read else "–",
     }
     return [Text(f"{cell}*", STRIKING) if name in striking else cell for name, cell in cells.items()]
 
 
-def _short(value: float | None) -> str:
+def _shorten(value: float | None) -> str:
     """Two digits, and an exponent without its zeros: the table is wide."""
     text = number(value, ".2g")
     return text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
@@ -202,10 +202,10 @@ def _format_left(diagnosis: Diagnosis) -> str:
     groups: dict[str, list[str]] = {}
     for one in diagnosis.left:
         groups.setdefault(one.reason, []).append(one.name or one.type)
-    return "; ".join(f"{_few(names)} ({reason})" for reason, names in groups.items())
+    return "; ".join(f"{_list_few(names)} ({reason})" for reason, names in groups.items())
 
 
-def _few(names: list[str]) -> str:
+def _list_few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

@@ -106,7 +106,7 @@ def _list(topics: dict[str, Topic], json: bool) -> None:
         return
     rows = table("topic", "what it is about")
     for one in topics.values():
-        rows.add_row(one.name if one.is_kind else f"  {one.name}", _plain(one.title))
+        rows.add_row(one.name if one.is_kind else f"  {one.name}", _strip_markup(one.title))
     screen = console()
     screen.print(rows)
     screen.print("`plywise help TOPIC` shows one; `plywise COMMAND --help` is about a command.")
@@ -118,11 +118,11 @@ def _print(topics: Iterable[Topic]) -> None:
     screen = console()
     show: Callable[[str], object] = (lambda text: Markdown(text)) if screen.is_terminal else str
     for one in topics:
-        screen.print(f"{_plain(one.title)}  ({one.name})\n", style="bold", soft_wrap=True)
+        screen.print(f"{_strip_markup(one.title)}  ({one.name})\n", style="bold", soft_wrap=True)
         if one.text:
             screen.print(show(one.text), soft_wrap=not screen.is_terminal)
             screen.print()
 
 
-def _plain(text: str) -> str:
+def _strip_markup(text: str) -> str:
     return text.replace("`", "")

@@ -134,7 +134,7 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
 def conclude(session: Session, screen: Console) -> None:
     """Say what has been done, where it is, and what to do next."""
     plan, line = session.plan, session.folder.last_line()
-    judged = _judged(session, line.get("accuracy"), line.get("error"))
+    judged = _format_result(session, line.get("accuracy"), line.get("error"))
     known = f", {judged}" if judged else ""
     if session.step == session.began:
         screen.print(
@@ -197,7 +197,7 @@ class _Epochs:
         first, last = min(self._sums), max(self._sums)
         which = f"component {first}" if first == last else f"components {first}–{last}"
         count = self._session.plan.epochs
-        judged = _judged(self._session, line.accuracy, line.error, 6)
+        judged = _format_result(self._session, line.accuracy, line.error, 6)
         known = f"   {judged}" if judged else ""
         self._screen.print(
             f"epoch {line.epoch:{len(str(count))}}/{count}   losses of {which}  {means}{known}   "
@@ -226,7 +226,7 @@ def _kind(session: Session) -> str:
     return counted.get(session.kind, "your own")
 
 
-def _judged(session: Session, accuracy: float | None, error: float | None, width: int = 0) -> str:
+def _format_result(session: Session, accuracy: float | None, error: float | None, width: int = 0) -> str:
     if accuracy is not None:
         return f"test accuracy {accuracy:{width}.1%}"
     if error is None:

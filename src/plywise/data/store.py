@@ -178,7 +178,7 @@ def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
             f"{', '.join(SETS)}.",
             see="error-data",
         )
-    return [_fetched(remote, cache_folder() / remote.file, deadline) for remote in SETS[name]]
+    return [_fetch(remote, cache_folder() / remote.file, deadline) for remote in SETS[name]]
 
 
 def cache_decoded(
@@ -209,7 +209,7 @@ def cache_decoded(
     return arrays
 
 
-def _fetched(remote: Remote, path: Path, deadline: float) -> Path:
+def _fetch(remote: Remote, path: Path, deadline: float) -> Path:
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == remote.sha256:
         return path
     failures = []

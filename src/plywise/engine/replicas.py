@@ -54,7 +54,7 @@ class Replicas:
         if self.size == 1:
             return parts
         sums = {layer: dict(tensors) for layer, tensors in parts.items()}
-        for places in _alike(sums).values():
+        for places in _group_alike(sums).values():
             flat = torch.cat([sums[layer][name].reshape(-1) for layer, name in places])
             dist.all_reduce(flat, group=self._group)
             _unpack(flat, places, sums)
@@ -83,7 +83,7 @@ class Replicas:
         results = {name: dict(tensors) for name, tensors in parts.items()}
         for rank in range(self.size):
             its = {name: results[name] for name in parts if owner[name] == rank}
-            for places in _alike(its).values():
+            for places in _group_alike(its).values():
                 flat = torch.cat([results[layer][name].reshape(-1) for layer, name in places])
                 dist.broadcast(flat, group=self._group, group_src=rank)
                 _unpack(flat, places, results)
@@ -145,7 +145,9 @@ def refuse_join(rule: str) -> None:
         )
 
 
-def _alike(tensors: Mapping[str, Tensors]) -> dict[tuple[torch.device, torch.dtype], list[tuple[str, str]]]:
+def _group_alike(
+    tensors: Mapping[str, Tensors],
+) -> dict[tuple[torch.device, torch.dtype], list[tuple[str, str]]]:
     """The places (layer, name) of the tensors by device and dtype, in order."""
     places: dict[tuple[torch.device, torch.dtype], list[tuple[str, str]]] = {}
     for layer, named in tensors.items():

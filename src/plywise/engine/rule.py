@@ -148,18 +148,18 @@ class Rule(RuleContract):
             ValueError: ``batch_size`` is not a whole number above zero.
         """
         require_whole(self, batch_size=batch_size)
-        return self._attached().explain(batch_size)
+        return self._require_attached().explain(batch_size)
 
     @property
     def health(self) -> Health:
         """Counts of fallbacks and skipped steps since the rule was attached; kept after `detach`."""
         found: Health | None = getattr(self, "_health", None)
-        return self._attached().health if found is None else found
+        return self._require_attached().health if found is None else found
 
     @property
     def statistics(self) -> dict[str, State]:
         """Each layer's running statistics by name, as they are in the optimizer's state."""
-        return self._attached().states()
+        return self._require_attached().states()
 
     def record(self, *, every: int = 50, callbacks: Iterable[Callback] = (), keep: int = 1000) -> History:
         """Measure each layer in every so many steps: rates, angles, residuals, fallbacks.
@@ -181,7 +181,7 @@ class Rule(RuleContract):
             ValueError: ``every`` or ``keep`` is not a whole number above zero.
         """
         require_whole(self, every=every, keep=keep)
-        attachment = self._attached()
+        attachment = self._require_attached()
         if attachment.steps is None:
             raise AttachError(
                 f"{type(self).__name__} was attached without an optimizer, whose steps are what is recorded: "
@@ -202,7 +202,7 @@ class Rule(RuleContract):
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
         """Call ``observer(call, update, below)`` for each call in each backward pass inside the block."""
-        observers = self._attached().observers
+        observers = self._require_attached().observers
         observers.append(observer)
         try:
             yield
@@ -215,17 +215,17 @@ class Rule(RuleContract):
 
         Forward passes that begin inside it are not captured. Statistics and counters stay as they are.
         """
-        with self._attached().pause():
+        with self._require_attached().pause():
             yield
 
     def reset(self) -> None:
         """Forget running statistics and counters, as if the rule had just been attached."""
-        self._attached().reset()
+        self._require_attached().reset()
 
     def _attachment_or_none(self) -> Attachment | None:
         return getattr(self, "_attachment", None)
 
-    def _attached(self) -> Attachment:
+    def _require_attached(self) -> Attachment:
         attachment = self._attachment_or_none()
         if attachment is None:
             raise AttachError(f"{self} is not attached to a model. Call attach(model, optimizer) first.")

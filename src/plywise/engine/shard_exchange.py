@@ -42,8 +42,12 @@ class Exchange:
         """The tensors of which this process is the owner, whole; None for the others."""
         wholes: list[Tensor | None] = [None] * len(self._shards)
         for places in self._group_alike():
-            sent = [find_local(self._shards[i]) for rank in range(self._size) for i in self._of(places, rank)]
-            mine = self._of(places, self._rank)
+            sent = [
+                find_local(self._shards[i])
+                for rank in range(self._size)
+                for i in self._find_part(places, rank)
+            ]
+            mine = self._find_part(places, self._rank)
             pieces = [(rank, i) for rank in range(self._size) for i in mine]
             received = self._swap(sent, self._count_sent(places), self._count_received(mine))
             parts = received.split([self._shape(i, rank).numel() for rank, i in pieces])
@@ -57,7 +61,7 @@ class Exchange:
     def give_back(self, wholes: Sequence[Tensor | None]) -> None:
         """Put everybody's part of the whole tensors into the shards, in place."""
         for places in self._group_alike():
-            mine = self._of(places, self._rank)
+            mine = self._find_part(places, self._rank)
             cut = {
                 i: cast(Tensor, wholes[i]).split(
                     [self._shape(i, rank)[self._dim(i)] for rank in range(self._size)], self._dim(i)
@@ -67,7 +71,7 @@ class Exchange:
             sent = [cut[i][rank] for rank in range(self._size) for i in mine]
             like = find_local(self._shards[places[0]])
             received = self._swap(sent, self._count_received(mine), self._count_sent(places), like)
-            order = [i for rank in range(self._size) for i in self._of(places, rank)]
+            order = [i for rank in range(self._size) for i in self._find_part(places, rank)]
             locals_ = [find_local(self._shards[i]) for i in order]
             for local, part in zip(locals_, received.split([t.numel() for t in locals_]), strict=True):
                 local.copy_(part.view(local.shape))
@@ -88,13 +92,13 @@ class Exchange:
             found.setdefault((shard.device, shard.dtype), []).append(i)
         return list(found.values())
 
-    def _of(self, places: Sequence[int], rank: int) -> list[int]:
+    def _find_part(self, places: Sequence[int], rank: int) -> list[int]:
         return [i for i in places if self._owners[i] == rank]
 
     def _count_sent(self, places: Sequence[int]) -> list[int]:
         """Numbers that this process has for each owner."""
         return [
-            sum(find_local(self._shards[i]).numel() for i in self._of(places, rank))
+            sum(find_local(self._shards[i]).numel() for i in self._find_part(places, rank))
             for rank in range(self._size)
         ]
 

@@ -86,7 +86,7 @@ def fuse_layers(run: nn.Sequential, inputs: Batches, *, damping: float = 1e-6) -
             if fused is None:
                 fused = _empty(run, x, y)
                 sums = _Sums(fused)
-            sums.add(_shaped(fused, x, y), y.to(torch.float64))
+            sums.add(_shape_inputs(fused, x, y), y.to(torch.float64))
         if fused is None:
             raise PlywiseError("fuse_layers: there is no input. Give a tensor with rows, or batches.")
         weight, bias = sums.solution(damping)
@@ -204,7 +204,7 @@ def _empty(run: nn.Sequential, x: Tensor, y: Tensor) -> nn.Linear | _ConvNd:
     axes = len(first.kernel_size)
     if x.dim() != axes + 2:
         raise _misfit(x, y, f"batches of {axes}-dimensional images")
-    reach, stride, padding = _composed(run, axes)
+    reach, stride, padding = _compose(run, axes)
     sizes = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(x.shape[2:], reach, stride, padding, strict=True)]
     if list(y.shape[2:]) != sizes:
         raise _misfit(x, y, f"images of {sizes}, those of a convolution of {reach}, stride {stride}")
@@ -218,7 +218,7 @@ def _misfit(x: Tensor, y: Tensor, wanted: str) -> PlywiseError:
     )
 
 
-def _shaped(fused: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _shape_inputs(fused: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Inputs as the fused layer reads them."""
     return x.flatten(1) if isinstance(fused, nn.Linear) and x.dim() != y.dim() else x
 
@@ -249,7 +249,7 @@ def _chain(run: nn.Module) -> Iterator[nn.Module]:
     yield run
 
 
-def _composed(run: nn.Sequential, axes: int) -> Window:
+def _compose(run: nn.Sequential, axes: int) -> Window:
     """The window of all convolutions and poolings in a row, seen from the input."""
     reach, stride, padding = (1,) * axes, (1,) * axes, (0,) * axes
     for part in _chain(run):
@@ -263,7 +263,7 @@ def _composed(run: nn.Sequential, axes: int) -> Window:
 
 def _window(part: _ConvNd | _MaxPoolNd | _AvgPoolNd, axes: int) -> Window:
     size, stride, dilation = (
-        _each(value, axes) for value in (part.kernel_size, part.stride, getattr(part, "dilation", 1))
+        _repeat(value, axes) for value in (part.kernel_size, part.stride, getattr(part, "dilation", 1))
     )
     if isinstance(part, _ConvNd):
         around = part._reversed_padding_repeated_twice
@@ -274,11 +274,11 @@ def _window(part: _ConvNd | _MaxPoolNd | _AvgPoolNd, axes: int) -> Window:
             )
         padding = tuple(reversed(around[::2]))
     else:
-        padding = _each(part.padding, axes)
+        padding = _repeat(part.padding, axes)
     return tuple(d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True)), stride, padding
 
 
-def _each(value: Any, axes: int) -> tuple[int, ...]:
+def _repeat(value: Any, axes: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,) * axes
 
 

@@ -82,9 +82,11 @@ class AssociatedComponent(Component):
         if not signal.y.is_floating_point():
             target = target[signal.y]
         associated = F.mse_loss(self.bridge(hide_padding(s, signal.carried)), target)
-        return replace(signal, s=s, codes=codes), associated + self._rebuilt(codes, signal.codes, signal.y)
+        return replace(signal, s=s, codes=codes), associated + self._measure_rebuilding(
+            codes, signal.codes, signal.y
+        )
 
-    def _rebuilt(self, codes: Tensor, below: Tensor, y: Tensor) -> Tensor:
+    def _measure_rebuilding(self, codes: Tensor, below: Tensor, y: Tensor) -> Tensor:
         """How far the decoder is from what the encoder got."""
         found = self.decoder(codes)
         if self._loss is not None:

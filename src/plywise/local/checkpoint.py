@@ -126,16 +126,16 @@ def _put_in_place(partial: Path, path: Path, keep: int) -> None:
             "takes the last one. Give each run a folder of its own.",
             stacklevel=2,
         )
-    going = [_aside(path)] if path.exists() else []
+    going = [_move_aside(path)] if path.exists() else []
     partial.rename(path)
     before = [_path(path.parent, other) for other in known if other < step]
     sync_folder(path.parent)  # before others go: one is always there
-    going += [_aside(old) for old in before[: -(keep - 1) or None]]
+    going += [_move_aside(old) for old in before[: -(keep - 1) or None]]
     for old in going:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _aside(path: Path) -> Path:
+def _move_aside(path: Path) -> Path:
     """Rename a checkpoint that goes: it is never there in part."""
     return path.rename(path.with_suffix(f".old{_PARTIAL}"))
 

@@ -59,11 +59,11 @@ def pooled_linear(shape: torch.Size, num_classes: int) -> nn.Module:
           (2): Linear(in_features=64, out_features=10, bias=True)
         )
     """
-    layers, features = pooled(shape)
+    layers, features = make_pooling(shape)
     return nn.Sequential(*layers, nn.Linear(features, num_classes))
 
 
-def pooled(shape: torch.Size) -> tuple[list[nn.Module], int]:
+def make_pooling(shape: torch.Size) -> tuple[list[nn.Module], int]:
     """Layers that average positions into at most two along each axis and flatten; a sample's features."""
     positions = tuple(shape[1:])
     layers: list[nn.Module] = []

@@ -11,7 +11,7 @@ from plywise._util.checks import require_positive
 from plywise.data.batches import Batch
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
-from plywise.local.heads import MakeHead, MeanLinear, pooled
+from plywise.local.heads import MakeHead, MeanLinear, make_pooling
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.local_loss import LossComponent, headed_components
 
@@ -21,7 +21,7 @@ WIDTH = 128
 def mlp_projection(shape: torch.Size, num_classes: int) -> nn.Module:
     """Positions averaged into at most two along each axis, then two layers of 128 (the paper: 512, 1024)."""
     del num_classes  # a projection knows of no class
-    layers, features = pooled(shape)
+    layers, features = make_pooling(shape)
     return nn.Sequential(*layers, nn.Linear(features, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
 
 

@@ -143,18 +143,18 @@ def measure(units: Sequence[nn.Module], example: Batch) -> list[float]:
         seconds = []
         for _ in range(_REPEATS + 1):
             x = value.clone()  # for units that write into what they get
-            start = _now(x)
+            start = _read_clock(x)
             output = unit(x, example) if carried else unit(x)
             if output.requires_grad:
                 output.backward(torch.ones_like(output))
-            seconds.append(_now(x) - start)
+            seconds.append(_read_clock(x) - start)
         unit.zero_grad()
         value = output.detach()
         costs.append(statistics.median(seconds[1:]))  # the first one warms up
     return costs
 
 
-def _now(x: Tensor) -> float:
+def _read_clock(x: Tensor) -> float:
     if x.device.type != "cpu":
         torch.accelerator.synchronize(x.device)
     return time.perf_counter()

@@ -82,7 +82,7 @@ def _modes() -> tuple[bool, ...]:
 
 
 def _trace_mode(model: nn.Module, opened: set[nn.Module], training: bool) -> fx.Graph:
-    with _untouched(opened), torch.enable_grad():
+    with _keep_untouched(opened), torch.enable_grad():
         for module in opened:
             module.training = training
         try:
@@ -94,7 +94,7 @@ def _trace_mode(model: nn.Module, opened: set[nn.Module], training: bool) -> fx.
 
 
 @contextmanager
-def _untouched(modules: Collection[nn.Module]) -> Iterator[None]:
+def _keep_untouched(modules: Collection[nn.Module]) -> Iterator[None]:
     """Puts attributes and buffers back, and refuses modules whose forward sets any."""
     stores: list[dict[str, Any]] = [store for m in modules for store in (vars(m), m._buffers)]
     before = [dict(store) for store in stores]
@@ -140,12 +140,12 @@ def _merge_modes(train: fx.Graph, evaluate: fx.Graph) -> None:
             with train.inserting_before(node):
                 flag = train.call_module(FLAG)
                 leaves[number] = flag if leaf else train.call_function(operator.not_, (flag,))
-        put: Callable[[Any], Any] = partial(_next, iter(leaves))
+        put: Callable[[Any], Any] = partial(_take_next, iter(leaves))
         node.args = fx.node.map_aggregate(node.args, put)
         node.kwargs = fx.node.map_aggregate(node.kwargs, put)
 
 
-def _next(values: Iterator[Any], _: object) -> Any:
+def _take_next(values: Iterator[Any], _: object) -> Any:
     return next(values)
 
 

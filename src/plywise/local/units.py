@@ -95,7 +95,7 @@ def _trace_units(model: nn.Module, example: Tensor) -> tuple[list[Any], list[str
         BlockError: the model fails, or does not do what was traced.
     """
     pieces, reasons = read_chain(model)
-    kept = {**_unsound(model, pieces, example), **_tied(model, pieces)}
+    kept = {**_find_unsound(model, pieces, example), **_find_tied(model, pieces)}
     together: list[list[Piece]] = []
     for number, piece in enumerate(pieces):
         if number - 1 in kept:
@@ -138,7 +138,7 @@ def own_randomness(model: nn.Module, example: Batch) -> Iterator[None]:
         yield
 
 
-def _tied(model: nn.Module, pieces: list[Piece]) -> dict[int, str]:
+def _find_tied(model: nn.Module, pieces: list[Piece]) -> dict[int, str]:
     """Cuts between two uses of a parameter or buffer, with the reason; cut i comes after piece i."""
     first: dict[Tensor, tuple[int, str]] = {}
     cuts: dict[int, str] = {}
@@ -150,7 +150,7 @@ def _tied(model: nn.Module, pieces: list[Piece]) -> dict[int, str]:
     return cuts
 
 
-def _unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dict[int, str]:
+def _find_unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dict[int, str]:
     """Cuts where no tensor with a row a sample crosses, or one that a later piece writes into.
 
     Raises:

@@ -236,7 +236,7 @@ class CoDA:
         """Make each the mean over the workers."""
         if self._workers.size > 1:
             when = f"averaging after {self.taken} steps of stage {self.stage}"
-            _scatter(self._workers.sum(_gathered(tensors), when) / self._workers.size, tensors)
+            _scatter(self._workers.sum(_gather(tensors), when) / self._workers.size, tensors)
 
     @torch.no_grad()
     def _begin_alike(self) -> None:
@@ -252,7 +252,7 @@ class CoDA:
                     f"CoDA: the workers have from {least:g} to {most:g} as {name} (worker "
                     f"{self._workers.rank}: {plan[name]:g}). All need the same settings and the same network."
                 )
-        _scatter(self._workers.of_first(_gathered(self._shared)), self._shared)
+        _scatter(self._workers.of_first(_gather(self._shared)), self._shared)
 
 
 class _Workers:
@@ -293,7 +293,7 @@ class _Workers:
             ) from error
 
 
-def _gathered(tensors: list[Tensor]) -> Tensor:
+def _gather(tensors: list[Tensor]) -> Tensor:
     """All of them in one vector, of at least float32."""
     wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])

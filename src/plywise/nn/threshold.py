@@ -225,10 +225,10 @@ def shattered_optimum(y: Tensor, beta: float) -> Tensor:
         tensor([ 2.0000,  2.0000, -1.5000])
     """
     _check_price("shattered_optimum", beta)
-    return y.clamp(-_level(-y, beta), _level(y, beta))
+    return y.clamp(-_find_level(-y, beta), _find_level(y, beta))
 
 
-def _level(y: Tensor, beta: float) -> Tensor:
+def _find_level(y: Tensor, beta: float) -> Tensor:
     """The c of the upper side: each sum of the k largest gives a bound, and the largest bound is met."""
     falling = y.sort(descending=True).values
     counts = torch.arange(1, len(y) + 1, device=y.device)

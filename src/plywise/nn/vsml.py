@@ -90,7 +90,7 @@ class VSML(nn.Module):
         self.gates = nn.Linear(2 * message + hidden, 4 * hidden)
         self.up, self.down = nn.Linear(hidden, message), nn.Linear(hidden, message)
         for layer in (self.gates, self.up, self.down):
-            _truncated(layer.weight, layer.in_features)
+            _truncate(layer.weight, layer.in_features)
             nn.init.zeros_(layer.bias)
 
     def initial_state(
@@ -113,16 +113,16 @@ class VSML(nn.Module):
         for inputs, outputs in pairwise(sizes):
             random = torch.empty(episodes, 1, inputs, outputs, self.hidden // 2)
             cell = like.new_zeros(episodes, batch, inputs, outputs, self.hidden)
-            cell[..., : self.hidden // 2] = _truncated(random, inputs, generator).to(like)
+            cell[..., : self.hidden // 2] = _truncate(random, inputs, generator).to(like)
             messages = [like.new_zeros(episodes, batch, size, self.message) for size in (inputs, outputs)]
             states.append(LayerState(torch.zeros_like(cell), cell, *messages))
         return states
 
     def tick(self, x: Tensor, error: Tensor, states: Sequence[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """One sample, inputs (E, B, in), through all layers, which receive the last error (E, B, out)."""
-        states = [_averaged(state) for state in states]
-        states[0] = states[0]._replace(forward_message=self._padded(x))
-        states[-1] = states[-1]._replace(backward_message=self._padded(error))
+        states = [_average(state) for state in states]
+        states[0] = states[0]._replace(forward_message=self._pad(x))
+        states[-1] = states[-1]._replace(backward_message=self._pad(error))
         message = states[0].forward_message
         for index, state in enumerate(states):
             hidden, cell = self._run(state._replace(forward_message=message))
@@ -160,7 +160,7 @@ class VSML(nn.Module):
             output, states = self.tick(x, error, states)
             error = output.softmax(-1) - label
             outputs.append(output)
-        states[-1] = states[-1]._replace(backward_message=self._padded(error))
+        states[-1] = states[-1]._replace(backward_message=self._pad(error))
         return torch.stack(outputs), states
 
     def _run(self, state: LayerState) -> tuple[Tensor, Tensor]:
@@ -174,18 +174,18 @@ class VSML(nn.Module):
             hidden = o.sigmoid() * cell.tanh()
         return hidden, cell
 
-    def _padded(self, values: Tensor) -> Tensor:
+    def _pad(self, values: Tensor) -> Tensor:
         return nn.functional.pad(values.unsqueeze(-1), (0, self.message - 1))
 
 
-def _truncated(tensor: Tensor, inputs: int, generator: torch.Generator | None = None) -> Tensor:
+def _truncate(tensor: Tensor, inputs: int, generator: torch.Generator | None = None) -> Tensor:
     deviation = inputs**-0.5
     return nn.init.trunc_normal_(
         tensor, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator
     )
 
 
-def _averaged(state: LayerState) -> LayerState:
+def _average(state: LayerState) -> LayerState:
     """Half of the state becomes the batch's mean: what one sample taught, all know."""
     if state.hidden.shape[1] == 1:
         return state

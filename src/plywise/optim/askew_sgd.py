@@ -114,7 +114,9 @@ class ASkewSGD(PlainOptimizer):
                 param.add_(gradient, alpha=-rate)
                 continue
             levels = param.new_tensor(group["levels"])
-            param.add_(skewed(param, gradient, levels, group["epsilon"], group["alpha"], rate), alpha=rate)
+            param.add_(
+                make_velocity(param, gradient, levels, group["epsilon"], group["alpha"], rate), alpha=rate
+            )
             param.clamp_(levels[0], levels[-1])
         group["steps"] += 1
 
@@ -128,7 +130,7 @@ class ASkewSGD(PlainOptimizer):
                     param.copy_(torch.where(param - low < high - param, low, high))
 
 
-def skewed(
+def make_velocity(
     weight: Tensor, gradient: Tensor, levels: Tensor, epsilon: float, alpha: float, rate: float
 ) -> Tensor:
     """The velocity of each weight: −gradient, or K where that does not lead into the intervals fast enough.
@@ -144,7 +146,7 @@ def skewed(
     Example:
         >>> import torch
         >>> weight, levels = torch.tensor([0.0, 0.5, 0.9]), torch.tensor([-1.0, 1.0])
-        >>> skewed(weight, torch.zeros(3), levels, epsilon=0.25, alpha=1.0, rate=0.1)
+        >>> make_velocity(weight, torch.zeros(3), levels, epsilon=0.25, alpha=1.0, rate=0.1)
         tensor([-0.0000, 0.2083, -0.0000])
     """
     low, high = interval(weight, levels)

@@ -126,7 +126,7 @@ def _meeting_place() -> TCPStore:
     """The store where torchrun lets its processes meet; without torchrun, in the process of rank 0."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return _served(host, port)
+        return _serve(host, port)
     return TCPStore(host, port, is_master=False, timeout=_MEETING)
 
 
@@ -152,7 +152,7 @@ def own_store(plan: str, timeout_s: float) -> TCPStore:
     rank, port = dist.get_rank(), torch.zeros(1, dtype=torch.int64)
     own = None
     if rank == 0:
-        own = _served(host, 0)
+        own = _serve(host, 0)
         prepare(own, dist.get_world_size())
         own.set("plan", plan)
         port[0] = own.port
@@ -175,7 +175,7 @@ def own_store(plan: str, timeout_s: float) -> TCPStore:
     return store
 
 
-def _served(host: str, port: int) -> TCPStore:
+def _serve(host: str, port: int) -> TCPStore:
     """A store in this process; it listens on the loopback device alone, if all are on one host.
 
     Args:

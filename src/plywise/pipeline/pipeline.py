@@ -143,7 +143,7 @@ class Pipeline:
         return bool(asked)
 
     def _signals(self, batches: Iterable[Batch]) -> Iterator[Signal]:
-        for x, y in batches if self.replicas == 1 else self._shared(batches):
+        for x, y in batches if self.replicas == 1 else self._share(batches):
             if len(x) != len(y) or len(x) == 0:
                 raise PlywiseError(
                     f"A batch needs as many targets as inputs, and at least one: {len(x)} inputs, {len(y)} "
@@ -152,7 +152,7 @@ class Pipeline:
                 )
             yield self.learner.signal(x, y)
 
-    def _shared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _share(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of this replica, as long as all replicas have some."""
         own = iter(batches)
         while True:

@@ -111,15 +111,15 @@ class Watch:
         """
         # who stops for a reason has said so before; the second look began after the connection broke
         self.wait_for_failure(None if suspect is None else 2)
-        who = "" if suspect is None else f"{self._called(suspect)} is gone: "
-        self._sound(f"{who}{meaning} ({str(error).partition(chr(10))[0][:160]})")
+        who = "" if suspect is None else f"{self._name_process(suspect)} is gone: "
+        self._sound_alarm(f"{who}{meaning} ({str(error).partition(chr(10))[0][:160]})")
         self.check(error)
         raise AssertionError
 
     def report_failure(self, what: str) -> None:
         """Let the others know why this process fails, unless they know of something earlier; best effort."""
         with self._first:
-            self._news = self._news or f"{self._called(self._rank)} failed: {what}"
+            self._news = self._news or f"{self._name_process(self._rank)} failed: {what}"
         self._wake.set()
         if not self._over.is_set():
             self._told.wait(2 * EVERY)
@@ -148,13 +148,15 @@ class Watch:
                 self._wake.clear()
             self._exchange(str(self._looks))  # news, if there are any
             self._store.set(_beat(self._rank), DONE)
-            while self._rank == 0 and self._awaited():
+            while self._rank == 0 and self._is_awaited():
                 time.sleep(EVERY / 10)
                 self._exchange(DONE)
         except (RuntimeError, DistError) as error:
             if not self._leaving.is_set():
                 first_line = str(error).partition("\n")[0][:120]
-                self._sound(f"{self._called(0)} was killed or cut off: its store is gone ({first_line})")
+                self._sound_alarm(
+                    f"{self._name_process(0)} was killed or cut off: its store is gone ({first_line})"
+                )
         finally:
             self._over.set()
 
@@ -176,7 +178,7 @@ class Watch:
         if news is not None:
             self._told.set()
         if failed:
-            self._sound(failed)
+            self._sound_alarm(failed)
 
     def _judge(self) -> None:
         last = time.monotonic()
@@ -187,28 +189,28 @@ class Watch:
                 self._seen = {other: (beat, now) for other, (beat, _) in self._seen.items()}
             last = now
             if now - self._looked > self.timeout_s:
-                self._sound(f"{self._called(0)} has not answered for {now - self._looked:.0f} s")
-            elif silent := [other for other in self._seen if self._silent(other)]:
-                who = ", ".join(map(self._called, silent))
-                self._sound(f"no sign of life from {who} for {self.timeout_s:.0f} s")
+                self._sound_alarm(f"{self._name_process(0)} has not answered for {now - self._looked:.0f} s")
+            elif silent := [other for other in self._seen if self._is_silent(other)]:
+                who = ", ".join(map(self._name_process, silent))
+                self._sound_alarm(f"no sign of life from {who} for {self.timeout_s:.0f} s")
         if self._trouble is not None:
             self._told.wait(2 * EVERY)  # before connections break
             self._alarm()
 
-    def _silent(self, other: int) -> bool:
+    def _is_silent(self, other: int) -> bool:
         beat, when = self._seen[other]
         return beat != DONE and self._looked - when > self.timeout_s  # as of the store's last answer
 
-    def _awaited(self) -> bool:
-        return any(beat != DONE and not self._silent(other) for other, (beat, _) in self._seen.items())
+    def _is_awaited(self) -> bool:
+        return any(beat != DONE and not self._is_silent(other) for other, (beat, _) in self._seen.items())
 
-    def _sound(self, trouble: str) -> None:
+    def _sound_alarm(self, trouble: str) -> None:
         with self._first:
             self._trouble = self._trouble or trouble
             self._news = self._news or trouble
         self._wake.set()
 
-    def _called(self, rank: int) -> str:
+    def _name_process(self, rank: int) -> str:
         return f"{self._names[rank]} (rank {rank})"
 
 

@@ -33,7 +33,7 @@ _BROKEN = "The header of a message from the stage before is broken."
 
 def size_of(signal: Signal) -> int:
     """Bytes of a signal on the wire."""
-    return _HEADER + sum(_padded(part.nbytes) for part in _parts(signal) if part is not None)
+    return _HEADER + sum(_pad(part.nbytes) for part in _parts(signal) if part is not None)
 
 
 def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
@@ -59,10 +59,10 @@ def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
                 header += [-1] + [0] * (_DESCRIPTION - 1)
                 continue
             dense = _dense(part)
-            header += _described(dense)
+            header += _describe(dense)
             flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
             buffer[start : start + len(flat)] = flat
-            start += _padded(len(flat))
+            start += _pad(len(flat))
     header += [0] * (SLOTS - len(header))
     buffer[:_HEADER] = torch.tensor(header).view(torch.uint8)
     return buffer
@@ -104,7 +104,7 @@ def unpack(buffer: Tensor) -> tuple[int, Signal | None]:
             parts.append(flat.as_strided(shape, strides) if count else flat.reshape(shape))
         except RuntimeError as error:
             raise PipelineError(_BROKEN, see="pipeline-batch") from error
-        start += _padded(size)
+        start += _pad(size)
     s, y, codes = parts
     if s is None or y is None:
         raise PipelineError(
@@ -117,7 +117,7 @@ def _parts(signal: Signal) -> tuple[Tensor | None, ...]:
     return signal.s, signal.y, signal.codes
 
 
-def _padded(size: int) -> int:
+def _pad(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
@@ -128,7 +128,7 @@ def _dense(part: Tensor) -> Tensor:
     return part if like.stride() == part.stride() else like.copy_(part)
 
 
-def _described(part: Tensor) -> list[int]:
+def _describe(part: Tensor) -> list[int]:
     if part.dtype not in DTYPES or part.dim() > DIMENSIONS:
         raise PipelineError(
             f"A tensor of {part.dtype} with {part.dim()} dimensions does not go between stages.",

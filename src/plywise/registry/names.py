@@ -67,7 +67,7 @@ def _rule(name: str, stem: str, tuned: Mapping[str, Interval] | None = None, **m
     return Name(name, f"rules.{stem}", RULE, stem.replace("_", "-"), tuned or {}, **more)
 
 
-def _related(name: str, module: str, kind: str, method: str, maker: str = "") -> Name:
+def _make_related(name: str, module: str, kind: str, method: str, maker: str = "") -> Name:
     """An optimizer, module or loss that is a method of the arena."""
     return Name(name, module, kind, method, maker=f"related_{maker or 'losses'}")
 
@@ -116,26 +116,26 @@ NAMES = (
     _peer("NorMuon", "nor_muon", "normuon"),
     _peer("SOAP", "soap", "soap"),
     _peer("KLSOAP", "kl_soap", "kl-soap"),
-    _related("LRSGDR", "optim.lrsgd", OPTIMIZER, "lrsgd-r", "optimizers"),
-    _related("LRSGDC", "optim.lrsgd", OPTIMIZER, "lrsgd-c", "optimizers"),
-    _related("YamAdam", "optim.yam_adam", OPTIMIZER, "yam-adam", "optimizers"),
-    _related("SalpSGD", "optim.salp_sgd", OPTIMIZER, "salp-sgd", "optimizers"),
-    _related("ASkewSGD", "optim.askew_sgd", OPTIMIZER, "askew-sgd", "optimizers"),
+    _make_related("LRSGDR", "optim.lrsgd", OPTIMIZER, "lrsgd-r", "optimizers"),
+    _make_related("LRSGDC", "optim.lrsgd", OPTIMIZER, "lrsgd-c", "optimizers"),
+    _make_related("YamAdam", "optim.yam_adam", OPTIMIZER, "yam-adam", "optimizers"),
+    _make_related("SalpSGD", "optim.salp_sgd", OPTIMIZER, "salp-sgd", "optimizers"),
+    _make_related("ASkewSGD", "optim.askew_sgd", OPTIMIZER, "askew-sgd", "optimizers"),
     Name("ProximalAnchor", "optim.anchor", OPTIMIZER, absence=_INSIDE),
-    _related("AdaptiveActivation", "nn.adaptive_activation", MODULE, "adaptive-activations", "modules"),
+    _make_related("AdaptiveActivation", "nn.adaptive_activation", MODULE, "adaptive-activations", "modules"),
     Name("UnfoldedDenoiser", "nn.unfolded_denoiser", MODULE, workload="digits-denoiser"),
-    _related("Threshold", "nn.threshold", MODULE, "threshold", "modules"),
+    _make_related("Threshold", "nn.threshold", MODULE, "threshold", "modules"),
     Name("ThresholdNetwork", "nn.threshold", MODULE, absence=_CLOSED_FORM),
     Name("VSML", "nn.vsml", MODULE, workload="vsml-episodes"),
-    _related("DecisionStage", "nn.decision_stage", MODULE, "decision-stage", "modules"),
+    _make_related("DecisionStage", "nn.decision_stage", MODULE, "decision-stage", "modules"),
     Name("ConvLSTM", "nn.conv_lstm", MODULE, absence=_LAYER),
-    _related("AUCMargin", "losses.auc_margin", LOSS, "auc-margin"),
-    _related("CoDA", "losses.coda", LOSS, "coda"),
+    _make_related("AUCMargin", "losses.auc_margin", LOSS, "auc-margin"),
+    _make_related("CoDA", "losses.coda", LOSS, "coda"),
     Name("SPAUC", "losses.spauc", LOSS, absence=_OWN_FIT),
-    _related("slope_recovery", "losses.slope_recovery", LOSS, "slope-recovery", "modules"),
-    _related("input_gradient_penalty", "losses.input_gradient_penalty", LOSS, "input-gradient-penalty"),
-    _related("wasserstein_proximal", "losses.wasserstein_proximal", LOSS, "wasserstein-proximal"),
-    _related("fuse_layers", "init.fuse_layers", INIT, "fuse-layers", "modules"),
+    _make_related("slope_recovery", "losses.slope_recovery", LOSS, "slope-recovery", "modules"),
+    _make_related("input_gradient_penalty", "losses.input_gradient_penalty", LOSS, "input-gradient-penalty"),
+    _make_related("wasserstein_proximal", "losses.wasserstein_proximal", LOSS, "wasserstein-proximal"),
+    _make_related("fuse_layers", "init.fuse_layers", INIT, "fuse-layers", "modules"),
     _part("PenaltyView", "rules.penalty_view"),
     _part("recommend", "training.recommended"),
     _part("Recommendation", "training.recommended"),

@@ -130,7 +130,7 @@ class KroneckerRule(StatefulRule):
         if call.waits or not call.memory:
             return call.gradient()
         left, right = root_of(call.memory, "output"), root_of(call.memory, "input")
-        return preconditioned(call, left, right, call.memory["scale"])
+        return precondition_gradient(call, left, right, call.memory["scale"])
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
         """Where each product is smaller with the rows than with G, and c has been measured."""
@@ -222,7 +222,7 @@ class KroneckerRule(StatefulRule):
         if left is None and right is None:
             return gradients, {}
         matrices = gradients.flatten(0, 1)
-        return _between(matrices, _flatten(left), _flatten(right)).reshape(gradients.shape), {}
+        return _multiply_between(matrices, _flatten(left), _flatten(right)).reshape(gradients.shape), {}
 
     @property
     def keeps_norm(self) -> bool:
@@ -296,7 +296,7 @@ class KroneckerRule(StatefulRule):
         return f"{name}: {text}, every {self.refresh_every} steps" + "".join(f" ({text})" for text in missing)
 
 
-def preconditioned(
+def precondition_gradient(
     call: LinearCall, left: Root | None, right: Root | None, scale: Tensor | None = None
 ) -> Update:
     """``scale · left · G · right``, each product made with the rows where they are fewer than G's."""
@@ -319,10 +319,10 @@ def preconditioned(
         move = call.gradient()
     if left is None and right is None:
         return move
-    return call.update(_between(call.matrix(move).to(call.dtype), left, right))
+    return call.update(_multiply_between(call.matrix(move).to(call.dtype), left, right))
 
 
-def _between(matrix: Tensor, left: Root | None, right: Root | None) -> Tensor:
+def _multiply_between(matrix: Tensor, left: Root | None, right: Root | None) -> Tensor:
     """``left · matrix · right``."""
     moved = matrix if right is None else multiply_by_root(matrix, right)
     return moved if left is None else multiply_by_root(moved.mT, left).mT

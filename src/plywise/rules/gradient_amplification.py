@@ -105,13 +105,13 @@ class GradientAmplification(StatefulRule):
 
     def update(self, call: LinearCall) -> Update:
         """``f G`` for a chosen layer."""
-        return call.gradient(self._amplified(call))
+        return call.gradient(self._amplify(call))
 
     def input_gradient(self, call: LinearCall) -> Tensor:
         """``f ΔW`` for a chosen layer in mode "signal"."""
-        return call.input_gradient(self._amplified(call) if self.mode == "signal" else None)
+        return call.input_gradient(self._amplify(call) if self.mode == "signal" else None)
 
-    def _amplified(self, call: LinearCall) -> Tensor:
+    def _amplify(self, call: LinearCall) -> Tensor:
         factor = call.memory.get("factor")
         return call.delta if factor is None else call.delta * factor.to(call.delta.dtype)
 

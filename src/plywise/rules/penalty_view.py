@@ -132,7 +132,7 @@ class PenaltyView:
         total = self._top_loss(lifted.a[-1], y)
         for layer, z in enumerate(lifted.z):
             total = total + self._pull(layer, z, lifted.a[layer + 1])
-            total = total + self.rho * self._miss(layer, lifted.a[layer], z)
+            total = total + self.rho * self._measure_miss(layer, lifted.a[layer], z)
         return total
 
     def sweep(self, lifted: Lifted, y: Tensor) -> Lifted:
@@ -166,7 +166,7 @@ class PenaltyView:
     def _move_outputs(self, layer: int, below: Tensor, z: Tensor, above: Tensor) -> Tensor:
         """``z_l`` after its step, with the new ``a_l`` above it."""
         z = z.detach().requires_grad_()
-        energy = self._pull(layer, z, above) + self.rho * self._miss(layer, below, z)
+        energy = self._pull(layer, z, above) + self.rho * self._measure_miss(layer, below, z)
         (slope,) = torch.autograd.grad(energy, z)
         return z.detach() - self.tau * slope
 
@@ -181,7 +181,7 @@ class PenaltyView:
         if rule is not None:
             rule.attach(self.maps[layer])
         try:
-            local = self._top_loss(a, target) if is_top else self._miss(layer, a, target)
+            local = self._top_loss(a, target) if is_top else self._measure_miss(layer, a, target)
             slopes = list(torch.autograd.grad(local, [*([a] if layer > 0 else []), *parameters]))
         finally:
             if rule is not None:
@@ -196,7 +196,7 @@ class PenaltyView:
         """``γ/2 ‖σ_l(z_l) - a_l‖²``."""
         return self.gamma / 2 * (self.activations[layer](z) - a).square().sum()
 
-    def _miss(self, layer: int, a: Tensor, z: Tensor) -> Tensor:
+    def _measure_miss(self, layer: int, a: Tensor, z: Tensor) -> Tensor:
         """``½ ‖φ_l(a_{l-1}) - z_l‖²``."""
         return 0.5 * (self.maps[layer](a) - z).square().sum()
 

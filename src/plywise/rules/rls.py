@@ -10,7 +10,7 @@ from plywise.engine.call import LinearCall, Update
 from plywise.engine.contract import Evidence, LayerShape, Shapes, State
 from plywise.engine.explain import Size
 from plywise.engine.rule import StatefulRule, require_positive
-from plywise.rules._kronecker import preconditioned
+from plywise.rules._kronecker import precondition_gradient
 
 LARGEST_ENERGY = 1e4
 """Of κ ū·Pū: a correction takes all but one part of this from P, and float32 has seven digits."""
@@ -82,7 +82,7 @@ class RLS(StatefulRule):
     def update(self, call: LinearCall) -> Update:
         """``G P``, by the inverse of the steps before; divided by the call's own ``h`` if no step does."""
         if call.memory:
-            move = preconditioned(call, None, call.memory["inverse"])
+            move = precondition_gradient(call, None, call.memory["inverse"])
         else:
             move = call.gradient().scaled(1 / self.ridge, 1 / self.ridge)
         if call.waits:

@@ -109,7 +109,7 @@ class LayerFreezing:
                 see="attach-twice",
             )
         layers = FrontLayers(model, optimizer)
-        if self._most(layers) == 0:
+        if self._find_most(layers) == 0:
             layers.remove()
             raise AttachError(
                 f"{self}: none of {len(layers.names)} layers would be frozen. Raise max_share.",
@@ -134,13 +134,13 @@ class LayerFreezing:
     def settled(self, layers: FrontLayers, before: dict[str, float], now: dict[str, float]) -> int:
         """How many layers to freeze, never fewer than there are, by their g of two periods."""
         count = layers.count
-        for name in layers.names[count : self._most(layers)]:
+        for name in layers.names[count : self._find_most(layers)]:
             if abs(before[name] - now[name]) > self.threshold * before[name]:
                 break
             count += 1
         return layers.closed(count)
 
-    def _most(self, layers: FrontLayers) -> int:
+    def _find_most(self, layers: FrontLayers) -> int:
         return int(self.max_share * len(layers.names))
 
     def __getstate__(self) -> dict[str, Any]:

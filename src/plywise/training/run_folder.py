@@ -97,7 +97,7 @@ class RunFolder:
             else:
                 differences.append(f"data is {theirs} there and {plan.data} here")
         if plan.split is not None and plan.split != record.starts:
-            differences.append(f"split is {_joined(record.starts)} there and {_joined(plan.split)} here")
+            differences.append(f"split is {_join(record.starts)} there and {_join(plan.split)} here")
         if differences:
             raise StateError(
                 f"{self.path} holds a run of another plan: {'; '.join(differences)}. {_START}",
@@ -222,7 +222,7 @@ class RunFolder:
         self._plan.unlink(missing_ok=True)
 
 
-def _joined(numbers: tuple[int, ...]) -> str:
+def _join(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers)) or "none"
 
 

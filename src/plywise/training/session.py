@@ -178,7 +178,7 @@ class Session:
 
     def _train(self, end: int) -> None:
         try:
-            self.engine.run(self._batches(self.step, end), self._after)
+            self.engine.run(self._batches(self.step, end), self._finish_step)
         except PlywiseError:
             raise
         except Exception as error:
@@ -224,7 +224,7 @@ class Session:
                     "rate (in another --out, or with --fresh)."
                 )
 
-    def _after(self, step: int) -> None:
+    def _finish_step(self, step: int) -> None:
         if step % self.plan.every == 0 and step % self.per_epoch:  # after an epoch: once that is judged
             self._save()
 

@@ -35,9 +35,11 @@ def make_methods(setups: Mapping[str, Numbers], rates: int) -> list[Method]:
 
     `REFERENCE` comes a second time, as the null control, without a sweep.
     """
-    found = [_sweep(_at(find_method(name), numbers), numbers, rates) for name, numbers in setups.items()]
+    found = [
+        _sweep(_fix_numbers(find_method(name), numbers), numbers, rates) for name, numbers in setups.items()
+    ]
     if REFERENCE in setups:
-        again = _at(find_method(REFERENCE), setups[REFERENCE])
+        again = _fix_numbers(find_method(REFERENCE), setups[REFERENCE])
         about = f"{again.about} a second time: the null control"
         found.append(replace(again, name=f"{REFERENCE}-again", about=about, baseline=False, null=REFERENCE))
     return found
@@ -48,7 +50,7 @@ def _sweep(method: Method, numbers: Numbers, rates: int) -> Method:
     return replace(method, grid=tuple({**numbers, "lr": numbers["lr"] * factor} for factor in factors))
 
 
-def _at(method: Method, numbers: Numbers) -> Method:
+def _fix_numbers(method: Method, numbers: Numbers) -> Method:
     """A method whose numbers, where nothing is tuned, are these."""
     space = {name: replace(one, default=numbers[name]) for name, one in method.space.items()}
     return replace(method, space=space)

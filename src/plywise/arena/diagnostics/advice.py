@@ -81,7 +81,7 @@ def advice(diagnosis: Diagnosis, subject: str = "MODULE:FACTORY --data DATA") ->
     """
     mending = [*_about_inputs(diagnosis), *_about_silence(diagnosis), *_about_width(diagnosis)]
     methods = [*_about_scales(diagnosis, subject), *_about_conditioning(diagnosis, subject)]
-    return [*mending, *methods] or [_plain(diagnosis, subject)]
+    return [*mending, *methods] or [_advise_nothing(diagnosis, subject)]
 
 
 def outlying(layer: LayerDiagnosis, diagnosis: Diagnosis) -> set[str]:
@@ -100,9 +100,9 @@ def outlying(layer: LayerDiagnosis, diagnosis: Diagnosis) -> set[str]:
     far = math.sqrt(RATE_SPREAD)
     stands = {
         "backward_to_last": layer.backward_to_last is not None
-        and _far(layer.backward_to_last, BACKWARD_SPAN),
+        and _is_far(layer.backward_to_last, BACKWARD_SPAN),
         "silent": layer.silent is not None and layer.silent >= SILENT,
-        "rate": layer.rate is not None and (layer.rate == 0 or _far(layer.rate / middle, far)),
+        "rate": layer.rate is not None and (layer.rate == 0 or _is_far(layer.rate / middle, far)),
         "condition": layer.read is not None and _is_uneven(layer.read),
     }
     return {name for name, does in stands.items() if does}
@@ -113,10 +113,10 @@ def outlying(layer: LayerDiagnosis, diagnosis: Diagnosis) -> set[str]:
 
 def _about_inputs(diagnosis: Diagnosis) -> list[Advice]:
     """Normalise what the network is fed, where a layer reads it."""
-    first = _seen(diagnosis)[:1]
+    first = _list_measured(diagnosis)[:1]
     if not first or first[0].read is None or any("Embedding" in one.type for one in diagnosis.left):
         return []
-    name, read, reasons = _called(first[0]), first[0].read, []
+    name, read, reasons = _name_layer(first[0]), first[0].read, []
     if read.mean_share > MEAN_SHARE:
         reasons.append(f"{read.mean_share:.1%} of the squares of its inputs are their mean")
     if read.spread is not None and read.spread > SPREAD:
@@ -138,7 +138,9 @@ def _about_inputs(diagnosis: Diagnosis) -> list[Advice]:
 
 def _about_silence(diagnosis: Diagnosis) -> list[Advice]:
     """Outputs that no gradient reaches."""
-    silent = [layer for layer in _seen(diagnosis) if layer.silent is not None and layer.silent >= SILENT]
+    silent = [
+        layer for layer in _list_measured(diagnosis) if layer.silent is not None and layer.silent >= SILENT
+    ]
     if not silent:
         return []
     worst = max(silent, key=lambda layer: layer.silent or 0.0)
@@ -147,8 +149,8 @@ def _about_silence(diagnosis: Diagnosis) -> list[Advice]:
             "",
             "Wake the dead units",
             f"In {_list(silent)} {SILENT:.0%} of the outputs or more get a gradient of exactly 0 from every "
-            f"sample ({_called(worst)}: {worst.silent:.0%}), so that what feeds them does not learn: another "
-            "initialisation or bias, or an activation that is not flat below 0.",
+            f"sample ({_name_layer(worst)}: {worst.silent:.0%}), so that what feeds them does not learn: "
+            "another initialisation or bias, or an activation that is not flat below 0.",
             f"{PLAIN}. No rule can move a weight without a gradient.",
         )
     ]
@@ -156,7 +158,7 @@ def _about_silence(diagnosis: Diagnosis) -> list[Advice]:
 
 def _about_width(diagnosis: Diagnosis) -> list[Advice]:
     """Layers that are wider than what they read."""
-    wide = [layer for layer in _seen(diagnosis) if layer.read and _is_too_wide(layer, layer.read)]
+    wide = [layer for layer in _list_measured(diagnosis) if layer.read and _is_too_wide(layer, layer.read)]
     if not wide:
         return []
     worst = min(wide, key=lambda layer: layer.read.rank / layer.inputs if layer.read else 1.0)
@@ -165,9 +167,9 @@ def _about_width(diagnosis: Diagnosis) -> list[Advice]:
         Advice(
             "",
             "Make it narrower",
-            f"{_list(wide)}: the inputs vary in less than half of their directions ({_called(worst)} reads "
-            f"{worst.inputs} features, and {worst.read.rank} directions of {worst.read.features} vary in "
-            f"{worst.read.rows} rows). Weights along the others learn nothing.",
+            f"{_list(wide)}: the inputs vary in less than half of their directions ({_name_layer(worst)} "
+            f"reads {worst.inputs} features, and {worst.read.rank} directions of {worst.read.features} vary "
+            f"in {worst.read.rows} rows). Weights along the others learn nothing.",
             f"{PLAIN}. Before training; features may come to life later.",
         )
     ]
@@ -178,16 +180,16 @@ def _about_width(diagnosis: Diagnosis) -> list[Advice]:
 
 def _about_scales(diagnosis: Diagnosis, subject: str) -> list[Advice]:
     """Layers that are badly scaled against each other."""
-    rates = [layer for layer in _seen(diagnosis) if layer.rate]
+    rates = [layer for layer in _list_measured(diagnosis) if layer.rate]
     spread, ratio = diagnosis.rate_spread, diagnosis.backward_ratio
     reasons = []
     if spread is not None and spread >= RATE_SPREAD:
         fast, slow = (choose(rates, key=lambda layer: layer.rate or 0.0) for choose in (max, min))
         reasons.append(
             f"effective rates differ by a factor of {spread:.3g} (a plain step at rate 1 moves "
-            f"{_called(fast)} by {fast.rate:.3g} of its weight, {_called(slow)} by {slow.rate:.3g})"
+            f"{_name_layer(fast)} by {fast.rate:.3g} of its weight, {_name_layer(slow)} by {slow.rate:.3g})"
         )
-    if ratio is not None and _far(ratio, BACKWARD_SPAN):
+    if ratio is not None and _is_far(ratio, BACKWARD_SPAN):
         way = "shrink" if ratio > 1 else "grow"
         reasons.append(f"backward values {way} by a factor of {max(ratio, 1 / ratio):.3g} on their way down")
     if not reasons:
@@ -217,7 +219,7 @@ def _about_scales(diagnosis: Diagnosis, subject: str) -> list[Advice]:
 
 def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
     """Inputs of layers that are far from white."""
-    layers = [layer for layer in _seen(diagnosis) if layer.read and layer.trains]
+    layers = [layer for layer in _list_measured(diagnosis) if layer.read and layer.trains]
     uneven = [layer for layer in layers if layer.read and _is_uneven(layer.read)]
     share = sum(layer.parameters for layer in uneven) / max(1, diagnosis.parameters)
     if not uneven or share < MOSTLY:
@@ -264,14 +266,14 @@ def _describe_worst(layers: list[LayerDiagnosis]) -> str:
     assert read is not None
     least = "at least " if read.at_least else ""
     return (
-        f"{_called(worst)}: condition number {least}{read.condition:.2g}, effective rank "
+        f"{_name_layer(worst)}: condition number {least}{read.condition:.2g}, effective rank "
         f"{read.effective_rank:.3g} of {read.features}"
     )
 
 
-def _plain(diagnosis: Diagnosis, subject: str) -> Advice:
+def _advise_nothing(diagnosis: Diagnosis, subject: str) -> Advice:
     """Nothing stands out."""
-    layers = _seen(diagnosis)
+    layers = _list_measured(diagnosis)
     if not layers:
         kinds = ", ".join(sorted({one.type for one in diagnosis.left})) or "nothing"
         why = f"No layer was seen that a rule handles; the parameters are in {kinds}."
@@ -303,13 +305,13 @@ def _is_too_wide(layer: LayerDiagnosis, read: Inputs) -> bool:
     return read.rows >= ROWS_TO_TELL * read.features and read.rank < NARROW * read.features
 
 
-def _far(ratio: float, factor: float) -> bool:
+def _is_far(ratio: float, factor: float) -> bool:
     return not 1 / factor < ratio < factor
 
 
 def _kind(diagnosis: Diagnosis) -> str:
     """``"mlp"``, ``"convnet"`` or ``"other"``."""
-    layers = _seen(diagnosis)
+    layers = _list_measured(diagnosis)
     if any(layer.type.startswith("Conv") for layer in layers):
         return "convnet"
     flat = len(layers) > 1 and all(layer.rows == 1 and layer.uses == 1 for layer in layers)
@@ -327,14 +329,14 @@ def _bench(subject: str, methods: str) -> str:
     return f"plywise bench {subject} --methods {methods}"
 
 
-def _seen(diagnosis: Diagnosis) -> list[LayerDiagnosis]:
+def _list_measured(diagnosis: Diagnosis) -> list[LayerDiagnosis]:
     return [layer for layer in diagnosis.layers if layer.uses]
 
 
-def _called(layer: LayerDiagnosis) -> str:
+def _name_layer(layer: LayerDiagnosis) -> str:
     return f"layer {layer.name!r}" if layer.name else f"the {layer.type}"
 
 
 def _list(layers: list[LayerDiagnosis]) -> str:
-    names = ", ".join(_called(layer) for layer in layers[:3])
+    names = ", ".join(_name_layer(layer) for layer in layers[:3])
     return f"{names} and {len(layers) - 3} more" if len(layers) > 3 else names

@@ -74,12 +74,12 @@ def find_method(name: str) -> Method:
     """
     first, plus, second = name.partition("+")
     if plus:
-        return _composed(name, first, second)
+        return _compose(name, first, second)
     if ":" in name:
         return _at_address(name)
     found = _canonical(name)
     if found in RULE_OF:
-        return _composed(name, name, PEERS[0])
+        return _compose(name, name, PEERS[0])
     if found in LEARNER_OF:
         from plywise.arena.methods.learners import of_learner
 
@@ -117,7 +117,7 @@ def _at_address(address: str) -> Method:
     return of_class(address, thing)
 
 
-def _composed(name: str, first: str, second: str) -> Method:
+def _compose(name: str, first: str, second: str) -> Method:
     """A rule on an optimizer, or inside a learner."""
     one, other = _canonical(first), _canonical(second)
     if one in LEARNER_OF:

@@ -118,7 +118,7 @@ class Recipe:
     tokens: bool = False
 
 
-def _tied(setting: TrialContext) -> dict[str, Any]:
+def _tie_readouts(setting: TrialContext) -> dict[str, Any]:
     """Where a model's output is tied to its embedding, the readouts of its blocks are."""
     return {"tied": setting.model.table} if isinstance(setting.model, TiedModel) else {}
 
@@ -137,18 +137,20 @@ def _ridge(setting: TrialContext) -> dict[str, Any]:
     return {"head": head}
 
 
-def _threshold(setting: TrialContext) -> dict[str, Any]:
+def _make_threshold(setting: TrialContext) -> dict[str, Any]:
     return {"threshold": setting.numbers["threshold"], "skip": 0}  # the last block may be the classifier
 
 
 RECIPES = {
     "AssociatedLearning": Recipe({"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
     "LocalLoss": Recipe(loss=True, tokens=True),
-    "LocalNextToken": Recipe(settings=_tied, tokens=True),
+    "LocalNextToken": Recipe(settings=_tie_readouts, tokens=True),
     "Interlocking": Recipe(loss=True, tokens=True),
     "CascadedForward": Recipe({"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
     "LocalForwardGradient": Recipe(),
-    "ForwardForward": Recipe({"lr": Range(1e-4, 1e-1, 1e-2), "threshold": Range(0.3, 10.0, 1.0)}, _threshold),
+    "ForwardForward": Recipe(
+        {"lr": Range(1e-4, 1e-1, 1e-2), "threshold": Range(0.3, 10.0, 1.0)}, _make_threshold
+    ),
     "MonoForward": Recipe(),
     "DirectFeedback": Recipe(loss=True),
     "MomentumAuxiliary": Recipe(loss=True),

@@ -195,7 +195,7 @@ def find_peer(name: str) -> Peer:
         return _PEERS[name]
     optimizer = resolve_optimizer(name)
     method = of_class(name, optimizer)
-    return Peer(name, method.about, method.space, _plain(optimizer))
+    return Peer(name, method.about, method.space, _treat_alike(optimizer))
 
 
 def of_peer(name: str) -> Method:
@@ -211,7 +211,7 @@ def of_peer(name: str) -> Method:
     return Method(name, peer.about, peer.space, make, baseline=True, needs=peer.needs)
 
 
-def _plain(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext, Numbers], Optimizer]:
+def _treat_alike(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext, Numbers], Optimizer]:
     """An optimizer that treats all parameters alike."""
 
     def make(setting: TrialContext, numbers: Numbers) -> Optimizer:
@@ -261,8 +261,8 @@ WARMUP = 20
 _PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _plain(nesterov)),
-        Peer("adamw", "AdamW, fused", unit_sized(3e-3), _plain(make_adamw)),
+        Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _treat_alike(nesterov)),
+        Peer("adamw", "AdamW, fused", unit_sized(3e-3), _treat_alike(make_adamw)),
         Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(5e-3), _muon),
         Peer(
             "torch-muon",
@@ -271,8 +271,8 @@ _PEERS: Mapping[str, Peer] = {
             _torch_muon,
         ),
         Peer("normuon", "NorMuon for hidden weights, AdamW for the rest", unit_sized(5e-3), _normuon),
-        Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(5e-3), _plain(SOAP)),
-        Peer("kl-soap", "SOAP with statistics by the KL divergence", unit_sized(5e-3), _plain(KLSOAP)),
+        Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(5e-3), _treat_alike(SOAP)),
+        Peer("kl-soap", "SOAP with statistics by the KL divergence", unit_sized(5e-3), _treat_alike(KLSOAP)),
         Peer(
             "schedule-free",
             "schedule-free AdamW, warmed up in a twentieth of the steps",
@@ -285,7 +285,7 @@ _PEERS: Mapping[str, Peer] = {
             "shampoo",
             "Shampoo, grafted onto SGD with Nesterov momentum",
             GRADIENT_SIZED,
-            _plain(shampoo),
+            _treat_alike(shampoo),
             _PACKAGE,
         ),
     )

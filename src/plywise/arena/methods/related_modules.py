@@ -85,15 +85,15 @@ def _is_activation(module: nn.Module) -> bool:
     return isinstance(module, ACTIVATIONS)
 
 
-def _threshold(setting: TrialContext) -> Trainer:
+def _make_threshold(setting: TrialContext) -> Trainer:
     _with_thresholds(setting.model)
-    return _plain(setting, setting.model, setting.steps)
+    return _train_end_to_end(setting, setting.model, setting.steps)
 
 
 # ---- before and after training ---------------------------------------------------------------------
 
 
-def _plain(setting: TrialContext, model: nn.Module, steps: int) -> EndToEnd:
+def _train_end_to_end(setting: TrialContext, model: nn.Module, steps: int) -> EndToEnd:
     optimizer = nesterov(learning(model), **setting.numbers)
     return EndToEnd(model, optimizer, setting.task.loss, cosine(steps)(optimizer))
 
@@ -111,7 +111,7 @@ class SampleMemory:
             self.batches.popleft()
 
 
-def deepened(model: nn.Module) -> tuple[nn.Sequential, int]:
+def deepen(model: nn.Module) -> tuple[nn.Sequential, int]:
     """A copy with one layer more: the first hidden linear layer and its activation stand there twice.
 
     Returns:
@@ -143,9 +143,9 @@ class FusedTraining:
     plain = True
 
     def __init__(self, setting: TrialContext) -> None:
-        deep, self._at = deepened(setting.model)
+        deep, self._at = deepen(setting.model)
         self._setting, self._half = setting, max(1, setting.steps // 2)
-        self._trainer = _plain(setting, deep, self._half)
+        self._trainer = _train_end_to_end(setting, deep, self._half)
         self._memory, self._taken = SampleMemory(), 0
 
     def step(self, x: Tensor, y: Tensor) -> float:
@@ -165,7 +165,7 @@ class FusedTraining:
         deep = self._trainer.model
         assert isinstance(deep, nn.Sequential)
         fused = fuse_slice(deep, self._at, self._at + 3, [x for x, _ in self._memory.batches])
-        self._trainer = _plain(self._setting, fused, self._setting.steps - self._half)
+        self._trainer = _train_end_to_end(self._setting, fused, self._setting.steps - self._half)
 
 
 class DecidedTraining:
@@ -181,7 +181,7 @@ class DecidedTraining:
         from sklearn.svm import SVC
 
         self._classes, self._half = setting.classes, max(1, setting.steps // 2)
-        self._trainer = _plain(setting, setting.model, self._half)
+        self._trainer = _train_end_to_end(setting, setting.model, self._half)
         self._stage = DecisionStage(setting.model, SVC())
         self._memory, self._taken, self._loss = SampleMemory(), 0, 0.0
 
@@ -230,7 +230,7 @@ METHODS = {
             "threshold",
             "SGD with Nesterov momentum, each activation 0 or 1, straight-through (clipped ReLU)",
             GRADIENT_SIZED,
-            _threshold,
+            _make_threshold,
             refuses=unless(_with_thresholds),
         ),
         Method(
@@ -238,7 +238,7 @@ METHODS = {
             "SGD with Nesterov momentum on a network one layer deeper, which is fused half-way",
             GRADIENT_SIZED,
             FusedTraining,
-            refuses=unless(deepened),
+            refuses=unless(deepen),
         ),
         Method(
             "decision-stage",

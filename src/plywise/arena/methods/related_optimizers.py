@@ -66,7 +66,7 @@ def _local_regularizer(optimizer: Callable[..., Optimizer], setting: TrialContex
     return end_to_end(setting, optimizer(learning(setting.model), **numbers))
 
 
-def _untuned(setting: TrialContext) -> Trainer:
+def _make_untuned(setting: TrialContext) -> Trainer:
     """Without the cosine: there is no rate."""
     return EndToEnd(setting.model, YamAdam(learning(setting.model)), setting.task.loss)
 
@@ -77,7 +77,7 @@ def _swarm(setting: TrialContext) -> Trainer:
     return WithClosure(setting.model, chain, setting.task.loss, cosine(setting.steps)(chain))
 
 
-def _binary(setting: TrialContext) -> Trainer:
+def _make_binary(setting: TrialContext) -> Trainer:
     """Hidden weights become ± the deviation of He's start, times a number that is tuned."""
     hidden = hidden_weights(setting.model, setting.example)
     scale = setting.numbers["scale"]
@@ -113,7 +113,7 @@ METHODS = {
             _LRSGD,
             partial(_local_regularizer, LRSGDC),
         ),
-        Method("yam-adam", "YamAdam: nothing to tune", {}, _untuned),
+        Method("yam-adam", "YamAdam: nothing to tune", {}, _make_untuned),
         Method(
             "salp-sgd",
             "SGD with a chain of four salps that looks around each step",
@@ -125,7 +125,7 @@ METHODS = {
             "askew-sgd",
             "ASkewSGD: hidden weights of two levels; it is judged by the quantized network",
             {"lr": Range(1e-2, 3.0, 0.3), "scale": Range(0.3, 3.0, 1.0)},
-            _binary,
+            _make_binary,
         ),
     )
 }

@@ -97,10 +97,10 @@ def _space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:
     if on_sgd and tuned.rate is not None:
         return {"lr": tuned.rate, **tuned.numbers}
     rate = {"lr": peer.space["lr"]} if "lr" in peer.space else {}
-    return dict(islice(chain(rate.items(), tuned.numbers.items(), _others(peer)), MOST_TUNED))
+    return dict(islice(chain(rate.items(), tuned.numbers.items(), _list_other_ranges(peer)), MOST_TUNED))
 
 
-def _others(peer: Peer) -> list[tuple[str, Range]]:
+def _list_other_ranges(peer: Peer) -> list[tuple[str, Range]]:
     return [(name, one) for name, one in peer.space.items() if name != "lr"]
 
 

@@ -223,7 +223,7 @@ class _Curves:
             [*self.find_values(name, step), *[math.inf] * self.count_failed(name, step)] for step in steps
         ]
         figures = (statistics.median, min, max) if len(self._runs) > 1 else (statistics.median,)
-        return [[_drawn(figure(found)) if found else None for found in each] for figure in figures]
+        return [[_drop_infinite(figure(found)) if found else None for found in each] for figure in figures]
 
 
 def _make_curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _thin_steps(runs: list[TrialRecord], points: int) -> list[int]:
     return [step for i, step in enumerate(steps) if i % every == 0 or step in last]
 
 
-def _drawn(value: float) -> float | None:
+def _drop_infinite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

@@ -32,7 +32,7 @@ def find_paper(name: str) -> Paper:
         ['table-1', 'mlp', 'convnet']
     """
     if ":" in name:
-        return _own(name)
+        return _load_own(name)
     key = name.lower().replace("_", "-")
     if key not in PAPERS:
         raise PlywiseError(
@@ -44,7 +44,7 @@ def find_paper(name: str) -> Paper:
     return found
 
 
-def _own(address: str) -> Paper:
+def _load_own(address: str) -> Paper:
     from plywise.arena.reproductions.experiment import Paper
 
     own = load(address, "your paper")

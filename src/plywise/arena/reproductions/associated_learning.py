@@ -235,7 +235,7 @@ def _arms(
     )
 
 
-def _plain(begin: Callable[[Start], Trainer]) -> Callable[[Start], Trainer]:
+def _begin_plain(begin: Callable[[Start], Trainer]) -> Callable[[Start], Trainer]:
     return begin
 
 
@@ -268,7 +268,7 @@ PAPER = Paper(
         Experiment(
             *("mnist-mlp", "MLP on MNIST: about as accurate as backpropagation through the same layers"),
             *("the abstract; the paper's table could not be read", TEST_ACCURACY),
-            _arms(mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), _plain, (None, None)),
+            _arms(mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), _begin_plain, (None, None)),
             {
                 FULL: ExperimentSize(
                     "784-1024-1024(-5120-1024)-1024-10, n = 1024, batches of 32, 200 epochs, as in the code",

@@ -53,7 +53,7 @@ def _logarithm(loss: float) -> float:
     return math.log(max(loss, 1e-12))
 
 
-def _itself(value: float) -> float:
+def _keep_value(value: float) -> float:
     return value
 
 
@@ -71,8 +71,8 @@ TEST_ACCURACY = Measure(
     "test accuracy at the end",
     "%",
     read=lambda line: 100 * (1 - float(line["test"])),
-    scale=_itself,
-    back=_itself,
+    scale=_keep_value,
+    back=_keep_value,
     better=1,
     tuned_by=lambda line: float(line["validation"][-1]),
 )

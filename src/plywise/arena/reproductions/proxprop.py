@@ -59,7 +59,7 @@ def nesterov(rule: ProxProp | None, start: Start) -> Trainer:
     """The MLP by SGD with Nesterov momentum 0.95."""
     model = nn.Sequential(nn.Flatten(), *mlp(*start.size.widths)).to(start.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=start.rate, momentum=0.95, nesterov=True)
-    return _trained(model, optimizer, rule)
+    return _make_trainer(model, optimizer, rule)
 
 
 def adam(rule: ProxProp | None, start: Start) -> Trainer:
@@ -67,10 +67,10 @@ def adam(rule: ProxProp | None, start: Start) -> Trainer:
     model = conv_net(start.size.widths).to(start.device)
     # k times smaller batches act as k times the proximal step: τ_θ is the paper's at its batch of 500
     scaled = None if rule is None else ProxProp(500 / start.size.batch * rule.tau, rule.solver, rule.cg_steps)
-    return _trained(model, torch.optim.Adam(model.parameters(), lr=start.rate), scaled)
+    return _make_trainer(model, torch.optim.Adam(model.parameters(), lr=start.rate), scaled)
 
 
-def _trained(model: nn.Sequential, optimizer: torch.optim.Optimizer, rule: ProxProp | None) -> Trainer:
+def _make_trainer(model: nn.Sequential, optimizer: torch.optim.Optimizer, rule: ProxProp | None) -> Trainer:
     if rule is not None:  # a copy for each run
         own = ProxProp(rule.tau, rule.solver, rule.cg_steps, last_layer="explicit")
         own.attach(model, optimizer, on_nonfinite="raise")
@@ -97,10 +97,10 @@ def _table_1() -> tuple[Arm, ...]:
 def _order(arms: tuple[Arm, ...]) -> tuple[Claim, ...]:
     """Who beats whom at the same rate."""
     pairs = [pair for pair in permutations(arms, 2) if pair[0].at == pair[1].at]
-    return tuple(Claim(one.name, other.name) for one, other in pairs if _beats(one.number, other.number))
+    return tuple(Claim(one.name, other.name) for one, other in pairs if _is_better(one.number, other.number))
 
 
-def _beats(one: float | None, other: float | None) -> bool:
+def _is_better(one: float | None, other: float | None) -> bool:
     assert one is not None
     assert other is not None
     return not math.isnan(one) and (math.isnan(other) or TOLD_APART * one < other)

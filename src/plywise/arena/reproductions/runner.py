@@ -22,7 +22,7 @@ from plywise.arena.run.config import TIMEOUT_S
 from plywise.arena.run.executor import Executor
 from plywise.arena.run.experiment import Design, Progress
 from plywise.arena.run.experiment import Experiment as Runs
-from plywise.arena.run.job import rounded
+from plywise.arena.run.job import round_digits
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.scoring.records import FINAL, TUNED, TUNING, TrialRecord
 from plywise.errors import PlywiseError, StateError
@@ -240,4 +240,4 @@ def rounded_deep(value: Any) -> Any:
         return [rounded_deep(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "diverged"
-    return rounded(value)
+    return round_digits(value)

@@ -12,7 +12,7 @@ from plywise.arena.method import Method, Numbers, Trainer, TrialContext
 from plywise.arena.reproductions import find_paper
 from plywise.arena.reproductions.experiment import Arm, Experiment, ExperimentSize, Start
 from plywise.arena.run.config import ResolvedWorkload
-from plywise.arena.run.job import rounded
+from plywise.arena.run.job import round_digits
 from plywise.arena.task import CLASSIFICATION
 from plywise.arena.workload import Workload
 from plywise.data.parts import Data
@@ -69,7 +69,7 @@ class ExperimentSource:
         size = self._find()[1]
         names = ("widths", "batch", "epochs", "images", "validation", "test")
         setting = {name: getattr(size, name) for name in names}
-        return {"rate": rounded(numbers["rate"]), "setting": {**setting, "widths": list(size.widths)}}
+        return {"rate": round_digits(numbers["rate"]), "setting": {**setting, "widths": list(size.widths)}}
 
     def resolve(self) -> ResolvedWorkload:
         """The workload; its data are in no file yet."""

@@ -32,12 +32,12 @@ def digits(images: int, validation: int, test: int) -> Data:
 
 def mnist_centred(images: int, validation: int, test: int) -> Data:
     """`mnist`, less the mean of each pixel over the training set."""
-    return _centred(mnist(images, validation, test))
+    return _centre(mnist(images, validation, test))
 
 
 def cifar_centred(images: int, validation: int, test: int) -> Data:
     """`cifar`, less the mean of each pixel over the training set."""
-    return _centred(cifar(images, validation, test))
+    return _centre(cifar(images, validation, test))
 
 
 def cifar_channels(images: int, validation: int, test: int) -> Data:
@@ -70,6 +70,6 @@ def _channels(data: Data) -> Data:
     return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
 
 
-def _centred(data: Data) -> Data:
+def _centre(data: Data) -> Data:
     mean = data.train.x.mean(0)
     return Data(*(Split(part.x - mean, part.y) for part in vars(data).values()))

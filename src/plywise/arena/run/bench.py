@@ -252,10 +252,10 @@ def _describe_method(method: Method) -> dict[str, Any]:
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     key = next(key for key in now if before.get(key) != now[key])
-    return f"its {key} are {_short(before.get(key))}, not {_short(now[key])}"
+    return f"its {key} are {_shorten(before.get(key))}, not {_shorten(now[key])}"
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(item["name"] if isinstance(item, dict) else str(item) for item in value)
     return str(value)

@@ -51,7 +51,7 @@ def measure_costs(
     """
     lines = {job.key[:2]: line for job, line in executor.run(jobs)}
     failures = {pair: line["failure"] for pair, line in lines.items() if line["failure"]}
-    costs = {pair: _cost(line, workloads[pair[0]], executor.start_s) for pair, line in lines.items()}
+    costs = {pair: _scale_cost(line, workloads[pair[0]], executor.start_s) for pair, line in lines.items()}
     return costs, failures
 
 
@@ -69,7 +69,7 @@ def estimate_seconds(left: Mapping[Pair, int], costs: Costs, steps: Mapping[str,
     return sum(count * seconds.get(pair, mean) for pair, count in left.items()) / workers
 
 
-def _cost(line: TrialRecord, workload: ResolvedWorkload, start_s: float) -> Cost:
+def _scale_cost(line: TrialRecord, workload: ResolvedWorkload, start_s: float) -> Cost:
     """A probe's seconds, scaled to whole sets: it was measured before its first step and after its last."""
     step = line["wall"][-1] / max(1, line["steps"][-1]) if line["steps"] else 0.0
     measured = max(1, len(line["steps"]))

@@ -140,13 +140,13 @@ class ProcessExecutor:
                 if not running:
                     return
                 wait_s = min(worker.end for worker in running.values()) - time.monotonic()
-                yield from self._ended(running, max(0.0, wait_s))
-            yield from self._ended(running, 0.0)
+                yield from self._collect_ended(running, max(0.0, wait_s))
+            yield from self._collect_ended(running, 0.0)
         finally:
             for worker in running.values():
                 worker.stop()
 
-    def _ended(
+    def _collect_ended(
         self, running: dict[Connection, _Worker], wait_s: float
     ) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Wait until trials have ended, or `stop` is called: they, and their lines, leave those that run."""

@@ -131,7 +131,7 @@ class Experiment:
     @property
     def total(self) -> int:
         """Trials of all arms."""
-        return sum(map(self._planned, self._pairs.values()))
+        return sum(map(self._count_planned, self._pairs.values()))
 
     @property
     def done(self) -> int:
@@ -295,7 +295,7 @@ class Experiment:
         """Whether every tuning trial of a workload has been run."""
         return all(len(self.tuning(name, m.name)) >= self.design.count_tuning(m) for m in self.methods[name])
 
-    def _planned(self, method: Method) -> int:
+    def _count_planned(self, method: Method) -> int:
         return self.design.count_tuning(method) + self.design.count_final(method)
 
     def _kept_keys(self) -> Iterator[Key]:

@@ -93,7 +93,7 @@ class TrialJob:
 
     def _record(self, gradients: float, result: TrialResult, peak: float | None) -> dict[str, Any]:
         """A trial as the ledger keeps it."""
-        outcome = {key: rounded(value) for key, value in result.as_dict().items()}
+        outcome = {key: round_digits(value) for key, value in result.as_dict().items()}
         finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         more = {"numbers": self.numbers, "gradients": gradients, "peak_mib": peak, "finished": finished}
         return {**self.key._asdict(), **self.source.describe(self.numbers), **outcome, **more}
@@ -113,10 +113,10 @@ def make_context(workload: Workload, data: Data, job: TrialJob) -> TrialContext:
     )
 
 
-def rounded(value: Any) -> Any:
+def round_digits(value: Any) -> Any:
     """Six significant digits are enough of everything measured."""
     if isinstance(value, list):
-        return [rounded(item) for item in value]
+        return [round_digits(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -160,28 +160,28 @@ class Peak:
         parts = [part for part in vars(data).values() if isinstance(part, Split)]
         for tensor in list_tensors([(part.x, part.y) for part in parts]):
             tensor.sum()  # pages of a mapped file count once they have been read
-        self._before = self._forgotten()
+        self._before = self._reset_peak()
 
     def __enter__(self) -> None:
         """What was taken and given back before, for the first measurement, is none of training's."""
-        self._forgotten()
+        self._reset_peak()
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
-            self.mib = round(max(0.0, self._most() - self._before), 1)
+            self.mib = round(max(0.0, self._read_peak() - self._before), 1)
 
-    def _forgotten(self) -> float | None:
+    def _reset_peak(self) -> float | None:
         """Make the peak what there is now, MiB; None where that cannot be done."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-            return self._most()
+            return self._read_peak()
         try:
             Path("/proc/self/clear_refs").write_text("5")
-            return self._most()
+            return self._read_peak()
         except OSError:  # not Linux
             return None
 
-    def _most(self) -> float:
+    def _read_peak(self) -> float:
         """The peak, MiB."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**20

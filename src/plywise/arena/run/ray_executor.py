@@ -64,7 +64,7 @@ class RayExecutor:
         if threads < 1:
             raise PlywiseError(f"Threads are at least 1, not {threads}.", see="error-bench")
         self.threads, self.timeout_s = threads, timeout_s
-        self._ray = _connected(address)
+        self._ray = _connect(address)
         cpus = [node["Resources"].get("CPU", 0.0) for node in self._ray.nodes() if node["Alive"]]
         self.count = sum(int(own // threads) for own in cpus)
         if not self.count:
@@ -98,16 +98,16 @@ class RayExecutor:
                     running[self._start(job, sent)] = job
                 if not running:
                     return
-                yield from self._ended(running, POLL_S)
+                yield from self._collect_ended(running, POLL_S)
             if running:
-                yield from self._ended(running, 0.0)
+                yield from self._collect_ended(running, 0.0)
         finally:
             for answer in running:
                 self._ray.cancel(answer)
             if running:  # this process may end next, and Ray's would not live to end the trials
                 self._ray.wait(list(running), num_returns=len(running), timeout=GRACE)
 
-    def _ended(
+    def _collect_ended(
         self, running: dict[Any, TrialJob], wait_s: float
     ) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Wait for a trial to end, so many seconds: all that have, and their lines, leave those that run."""
@@ -136,8 +136,9 @@ class RayExecutor:
             return job.failed(f"its process was lost ({type(error).__name__} on Ray)")
         except errors.RayError as error:
             raise PlywiseError(
-                f"The Ray cluster cannot run {job.key.method}: {_last(error)}. Its machines need the same "
-                "Python, torch and plywise as this one, and your own modules at the same place or installed.",
+                f"The Ray cluster cannot run {job.key.method}: {_find_last_line(error)}. Its machines need "
+                "the same Python, torch and plywise as this one, and your own modules at the same place or "
+                "installed.",
                 see="error-bench",
             ) from error
 
@@ -163,7 +164,7 @@ def _work(
         return next(line for _, line in executor.run([replace(job, data=str(file))]))
 
 
-def _connected(address: str) -> Any:
+def _connect(address: str) -> Any:
     """The module `ray`, connected."""
     try:
         import ray
@@ -181,14 +182,14 @@ def _connected(address: str) -> Any:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise PlywiseError(
-            f"There is no Ray cluster at {address!r} ({_last(error)}). Start one with `ray start --head` on "
-            "one machine and `ray start --address=HOST:PORT` on the others, or take --ray local.",
+            f"There is no Ray cluster at {address!r} ({_find_last_line(error)}). Start one with `ray start "
+            "--head` on one machine and `ray start --address=HOST:PORT` on the others, or take --ray local.",
             see="error-bench",
         ) from error
     return ray
 
 
-def _last(error: BaseException) -> str:
+def _find_last_line(error: BaseException) -> str:
     """The last line of an error, without a full stop: Ray's first ones are a traceback, its last our note."""
     lines = [line for line in str(error).strip().splitlines() if not line.startswith(MORE)]
     return lines[-1].rstrip(".") if lines else type(error).__name__

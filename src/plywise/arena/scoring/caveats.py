@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from plywise.arena.scoring.intervals import surest
+from plywise.arena.scoring.intervals import find_confidence
 from plywise.arena.scoring.records import TUNED
 from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.score import choose_best
@@ -26,9 +26,9 @@ def list_caveats(results: BenchResults) -> list[str]:
     return [
         *_search(results),
         *_spaces(results),
-        *_resumed(results),
-        *_repeated(results),
-        *_unseen(results),
+        *_note_resumed(results),
+        *_note_repeated(results),
+        *_note_unseen(results),
         *_failures(results),
         *_soft_targets(results),
         *_edges(results),
@@ -63,7 +63,7 @@ def _spaces(results: BenchResults) -> list[str]:
     ]
 
 
-def _resumed(results: BenchResults) -> list[str]:
+def _note_resumed(results: BenchResults) -> list[str]:
     count = len(results.bench.get("resumed") or [])
     if not count:
         return []
@@ -73,7 +73,7 @@ def _resumed(results: BenchResults) -> list[str]:
     ]
 
 
-def _repeated(results: BenchResults) -> list[str]:
+def _note_repeated(results: BenchResults) -> list[str]:
     sentences = []
     for name, one in results.bench["workloads"].items():
         found = {part: count for part, count in one.get("repeated", {}).items() if count}
@@ -88,7 +88,7 @@ def _repeated(results: BenchResults) -> list[str]:
     return sentences
 
 
-def _unseen(results: BenchResults) -> list[str]:
+def _note_unseen(results: BenchResults) -> list[str]:
     return [
         f"The layers of {name} could not be looked at before training: {one['unseen']}."
         for name, one in results.bench["workloads"].items()
@@ -174,10 +174,10 @@ def _seeds(results: BenchResults) -> list[str]:
             "One seed tells nothing about noise: intervals of a single run hold no more than the time "
             "between two measurements. Run more seeds."
         ]
-    if surest(least) >= 0.95:
+    if find_confidence(least) >= 0.95:
         return []
     return [
         f"An interval of {least} seeds is their range at most, which on one workload holds the true median "
-        f"with a probability of {100 * surest(least):.0f} %: take single workloads with caution. Six seeds "
-        "reach 95 %."
+        f"with a probability of {100 * find_confidence(least):.0f} %: take single workloads with caution. "
+        "Six seeds reach 95 %."
     ]

@@ -53,15 +53,15 @@ def draw_conclusions(results: BenchResults, rows: Iterable[MethodOnWorkload]) ->
         return ["No final run has ended yet, so that there is nothing to compare."]
     track = results.tracks[0]
     rankings = {clock: rank_methods(results, track, clock) for clock in ("steps", "cpu")}
-    reached = [*_targets(results), *_misses(track, rows), *_untuned(results)]
+    reached = [*_targets(results), *_misses(track, rows), *_say_untuned(results)]
     last = [*_memory(results, track, rows), *list_caveats(results)]
     if statistics.median(len(cell.runs) for cell in results.cells.values()) < FEWEST:
         few = f"Fewer than {FEWEST} seeds tell too little about noise to name anybody: run more of them."
-        return [few, *_unranked(results), *reached, *last]
+        return [few, *_say_unranked(results), *reached, *last]
     if not results.ranked:
-        return [*_unranked(results), *_ends(results, track, rows), *reached, *last]
+        return [*_say_unranked(results), *_ends(results, track, rows), *reached, *last]
     return [
-        *_unranked(results),
+        *_say_unranked(results),
         *_advice(results, track, rankings, rows),
         *_control(results, track),
         *_race(results, track, rankings),
@@ -85,7 +85,7 @@ def _targets(results: BenchResults) -> list[str]:
     return sentences
 
 
-def _unranked(results: BenchResults) -> list[str]:
+def _say_unranked(results: BenchResults) -> list[str]:
     """On which workloads no method is ranked, since their targets are nearer to nothing than to the best."""
     parts = [
         f"{name} ({target.strict:.3g}, where knowing nothing gives {target.naive:.3g} and the best run "
@@ -153,9 +153,12 @@ def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRank
         better[clock] = [one.method for one in ahead]
         if not compared:
             continue
-        parts = listed([f"{one.method} {span(one.ratio)}{_of(results, one)}" for one in ahead if one.ratio])
+        parts = [
+            f"{one.method} {span(one.ratio)}{_note_compared(results, one)}" for one in ahead if one.ratio
+        ]
         sentences.append(
-            f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: {parts or 'nobody'}."
+            f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: "
+            f"{listed(parts) or 'nobody'}."
             + (f" Behind: {listed(behind)}." if behind else "")
             + (f" Undecided: {listed(level)}." if level else "")
         )
@@ -227,8 +230,8 @@ def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
     if not missed:
         return []
     return [
-        f"More than half of the runs missed the target: {_who(missed, shown)}."
-        + (f" The loose target was in reach of {_who(near, missed)}." if near else "")
+        f"More than half of the runs missed the target: {_name_methods(missed, shown)}."
+        + (f" The loose target was in reach of {_name_methods(near, missed)}." if near else "")
     ]
 
 
@@ -288,7 +291,7 @@ def _memory(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> 
     return [f"Peak memory, as a multiple of {results.reference}'s: {listed(parts)}."] if parts else []
 
 
-def _untuned(results: BenchResults) -> list[str]:
+def _say_untuned(results: BenchResults) -> list[str]:
     """Which methods need no tuning to arrive."""
     if DEFAULTS not in results.tracks:
         return []
@@ -362,13 +365,13 @@ def span(ratio: Interval) -> str:
         >>> span(Interval(0.412, 0.5, float("inf"), "≥"))
         '≥0.50× (0.41 to ∞)'
     """
-    limits = f"{_short(ratio.low)} to {_short(ratio.high)}"
+    limits = f"{_shorten(ratio.low)} to {_shorten(ratio.high)}"
     if ratio.low == 0 and math.isinf(ratio.high):
         limits = "without limits"
-    return f"{ratio.mark}{_short(ratio.value)}× ({limits})"
+    return f"{ratio.mark}{_shorten(ratio.value)}× ({limits})"
 
 
-def _short(value: float) -> str:
+def _shorten(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
@@ -380,7 +383,7 @@ def _listed_of(names: list[str], whole: list[str]) -> str:
     return f"all {len(whole)} but {listed(others)}" if others else f"all {len(whole)}"
 
 
-def _who(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
+def _name_methods(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
     """Methods of some rows: by name where all are of one workload, else with the number of workloads."""
     if len({row.workload for row in whole}) == 1:
         return _listed_of([row.method for row in some], [row.method for row in whole])
@@ -388,7 +391,7 @@ def _who(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
     return listed([f"{name} on {count} of {of[name]}" for name, count in counts.most_common()])
 
 
-def _of(results: BenchResults, one: MethodRanking) -> str:
+def _note_compared(results: BenchResults, one: MethodRanking) -> str:
     whole = len(results.ranked)
     return "" if one.compared == whole else f" on {one.compared} of {whole} workloads"
 

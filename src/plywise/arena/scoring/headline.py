@@ -35,7 +35,7 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
     if not results.baselines:
         return f"There is no verdict: no baseline to compare with ({basis})."
     for clock, before in (("cpu", ""), ("steps", "No method is ahead in CPU time beyond noise, but ")):
-        ahead = _ahead(results, clock)
+        ahead = _list_ahead(results, clock)
         if ahead and ahead[0].ratio:
             more = f", and {len(ahead) - 1} more are ahead" if len(ahead) > 1 else ""
             return (
@@ -58,7 +58,7 @@ def find_shown(results: BenchResults) -> list[str]:
     return [name for name in ranked if name in chosen]
 
 
-def _ahead(results: BenchResults, clock: str) -> list[MethodRanking]:
+def _list_ahead(results: BenchResults, clock: str) -> list[MethodRanking]:
     """Who is quicker than the best baseline on every workload's mean, beyond noise; the quickest first."""
     track = results.tracks[0]
     found = rank_methods(results, track, clock)

@@ -8,8 +8,8 @@ Times are read off a grid: a run is measured every so many steps, and what one m
 the one before. Seeds that agree on a point of the grid need not agree, so that limits of quotients reach back
 by one step of the grid, see `lower_ratio`.
 
-A median of few seeds cannot be surer than the range of the seeds, see `surest`: the report says so beside
-every interval.
+A median of few seeds cannot be surer than the range of the seeds, see `find_confidence`: the report says so
+beside every interval.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ class Timed:
     grid: float = 0.0
 
 
-def surest(seeds: int) -> float:
+def find_confidence(seeds: int) -> float:
     """With which probability the range of ``seeds`` independent values holds the true median.
 
     Each value is as likely above it as below: all on one side has the probability 2^(1-seeds).
 
     Example:
-        >>> surest(3), surest(5)
+        >>> find_confidence(3), find_confidence(5)
         (0.75, 0.9375)
     """
     return 1 - 2.0 ** (1 - seeds)
@@ -131,7 +131,9 @@ def limits(draws: Draws, level: float = LEVEL) -> tuple[float, float]:
     return float(ordered[low]), float(ordered[high])
 
 
-def timed(values: Sequence[float], budget: float, generator: np.random.Generator, grid: float = 0.0) -> Timed:
+def resample_times(
+    values: Sequence[float], budget: float, generator: np.random.Generator, grid: float = 0.0
+) -> Timed:
     """Times to a target, resampled.
 
     Args:
@@ -140,7 +142,7 @@ def timed(values: Sequence[float], budget: float, generator: np.random.Generator
         generator: where the randomness comes from.
         grid: the time between two measurements; 0: the times are exact.
     """
-    return Timed(_median(values), medians(values, generator), budget, grid)
+    return Timed(_find_median(values), medians(values, generator), budget, grid)
 
 
 def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
@@ -190,17 +192,17 @@ def lower_ratio(mine: Timed, other: Timed) -> Draws:
     """Resampled quotients, a miss or a step of the grid in doubt counted to the numerator's advantage."""
     if mine is other:
         return np.ones_like(mine.draws)
-    return _quotients(_least(mine), other.draws)
+    return _quotients(_find_shortest(mine), other.draws)
 
 
 def upper_ratio(mine: Timed, other: Timed) -> Draws:
     """Resampled quotients, a miss or a step of the grid in doubt counted to the numerator's disadvantage."""
     if mine is other:
         return np.ones_like(mine.draws)
-    return _quotients(mine.draws, _least(other))
+    return _quotients(mine.draws, _find_shortest(other))
 
 
-def _least(one: Timed) -> Draws:
+def _find_shortest(one: Timed) -> Draws:
     """The shortest that the resampled times may be: the whole run for a miss, else the measurement before."""
     return np.where(np.isinf(one.draws), one.budget, np.maximum(one.draws - one.grid, 0.0))
 
@@ -222,7 +224,7 @@ def _geometric_mean(ratios: NDArray[np.float64], unknown: float) -> Draws:
     return np.where(np.isnan(means), unknown, means)
 
 
-def _median(values: Sequence[float]) -> float:
+def _find_median(values: Sequence[float]) -> float:
     ordered = sorted(values)
     upper, lower = ordered[len(ordered) // 2], ordered[(len(ordered) - 1) // 2]
     return upper if upper == lower else lower / 2 + upper / 2

@@ -121,7 +121,7 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
     """
     behind: dict[str, dict[str, tuple[float, Draws]]] = {}
     for workload in results.ranked:
-        for method, one in _behind(results, track, workload, clock).items():
+        for method, one in _compare_to_quickest(results, track, workload, clock).items():
             behind.setdefault(method, {})[workload] = one
     values = {name: statistics.fmean(area(r) for r, _ in own.values()) for name, own in behind.items()}
     draws = {name: np.mean([_areas(d) for _, d in own.values()], axis=0) for name, own in behind.items()}
@@ -221,7 +221,9 @@ def _row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> Method
     )
 
 
-def _behind(results: BenchResults, track: str, workload: str, clock: str) -> dict[str, tuple[float, Draws]]:
+def _compare_to_quickest(
+    results: BenchResults, track: str, workload: str, clock: str
+) -> dict[str, tuple[float, Draws]]:
     """By method the time over the quickest's on one workload, as measured and as resampled."""
     times = {
         name: results.cells[track, workload, name].times[clock]
@@ -234,7 +236,7 @@ def _behind(results: BenchResults, track: str, workload: str, clock: str) -> dic
     best = min(time.value for time in setters)
     best_draws = np.min([time.draws for time in setters], axis=0)
     found = {
-        name: (float(_over(np.array(time.value), best)), _over(time.draws, best_draws))
+        name: (float(_divide_times(np.array(time.value), best)), _divide_times(time.draws, best_draws))
         for name, time in times.items()
     }
     for name in results.methods:
@@ -243,7 +245,7 @@ def _behind(results: BenchResults, track: str, workload: str, clock: str) -> dic
     return found
 
 
-def _over(times: Draws, best: Draws | float) -> Draws:
+def _divide_times(times: Draws, best: Draws | float) -> Draws:
     """Times over the best; a miss is infinite whatever the best did, and 0 over 0 is 1."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.isinf(times), math.inf, np.where(times == best, 1.0, times / best))

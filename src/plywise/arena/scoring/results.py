@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from plywise.arena.scoring.intervals import Timed, timed
+from plywise.arena.scoring.intervals import Timed, resample_times
 from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, TrialRecord, key_of
 from plywise.arena.scoring.score import CLOCKS, clock_values, to_target
 from plywise.arena.scoring.targets import Target, baselines_of, make_target
@@ -189,7 +189,7 @@ def _cell(
         paces = (_per_step(lines, clock) for lines in (runs, *others))
         pace = next((pace for pace in paces if pace is not None), 0.0)
         values = [to_target(run, target, clock) for run in runs]
-        times[clock] = timed(values, steps * pace, generator, between * pace)
+        times[clock] = resample_times(values, steps * pace, generator, between * pace)
     return Cell(runs, times)
 
 

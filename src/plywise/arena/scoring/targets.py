@@ -106,7 +106,7 @@ def make_target(bench: dict[str, Any], workload: str, lines: Collection[TrialRec
         stored is not None,
         trials=len(tuning),
         reached=sum(math.isfinite(to_target(line, strict)) for line in tuning),
-        naive=_untrained(lines) if about.get("chance") is None else about["chance"],
+        naive=_measure_untrained(lines) if about.get("chance") is None else about["chance"],
         best=best if math.isfinite(best) else None,
     )
 
@@ -181,7 +181,7 @@ def _early_values(trials: list[TrialRecord]) -> list[float]:
     return sorted(value for value in best if math.isfinite(value))
 
 
-def _untrained(lines: Iterable[TrialRecord]) -> float | None:
+def _measure_untrained(lines: Iterable[TrialRecord]) -> float | None:
     """The median validation metric before the first step; None where no trial measured it."""
     first = [line["validation"][0] for line in lines if line["validation"] and line["steps"][0] == 0]
     values = [value for value in first if value is not None]

@@ -78,12 +78,12 @@ def teacher(seed: int) -> Data:
     """What a random network says of correlated inputs, with noise on the training targets."""
     draws = Draws("teacher", seed)
     inputs, outputs = int(draws.whole(10, 30)), int(draws.whole(1, 4))
-    x = _correlated(draws, inputs)
-    y = draws.network(_standardised(x), int(draws.whole(1, 2)), outputs)
+    x = _correlate(draws, inputs)
+    y = draws.network(_standardise(x), int(draws.whole(1, 2)), outputs)
     noise = float(draws.uniform(0.0, 0.3)) * draws.normal(SIZES[0], outputs)
-    y = _standardised(y)
+    y = _standardise(y)
     y[: SIZES[0]] += noise
-    return _cut(_standardised(x), y)
+    return _cut(_standardise(x), y)
 
 
 @lru_cache(maxsize=8)
@@ -91,7 +91,7 @@ def regression_table(seed: int) -> Data:
     """A table whose target hangs on hidden factors; outliers among inputs and among training targets."""
     draws = Draws("regression", seed)
     x, factors = _table(draws)
-    y = _standardised(draws.network(factors, 1, 1))
+    y = _standardise(draws.network(factors, 1, 1))
     y += float(draws.uniform(0.1, 0.4)) * draws.normal(*y.shape)
     wrong = draws.uniform(0, 1, *y.shape) < 0.02
     wrong[SIZES[0] :] = False
@@ -104,12 +104,12 @@ def class_table(seed: int) -> Data:
     draws = Draws("classes", seed)
     x, factors = _table(draws)
     classes = int(draws.whole(3, 7))
-    scores = 2 * _standardised(draws.network(factors, 1, classes)) + draws.normal(classes) / 2
+    scores = 2 * _standardise(draws.network(factors, 1, classes)) + draws.normal(classes) / 2
     gumbel = -torch.log(-torch.log(draws.uniform(1e-9, 1 - 1e-9, *scores.shape)))
     return _cut(x, (scores + float(draws.uniform(0.1, 0.5)) * gumbel).argmax(1))
 
 
-def _correlated(draws: Draws, columns: int) -> Tensor:
+def _correlate(draws: Draws, columns: int) -> Tensor:
     """Rows whose covariance has a spectrum that falls by a power, in directions that no axis is."""
     falling = torch.arange(1.0, columns + 1, dtype=torch.float64) ** -float(draws.uniform(0.5, 1.5))
     return draws.normal(sum(SIZES), columns) * falling @ torch.linalg.qr(draws.normal(columns, columns)).Q
@@ -124,10 +124,10 @@ def _table(draws: Draws) -> tuple[Tensor, Tensor]:
     kinds = draws.whole(0, 2, columns)
     x = torch.where(kinds == 1, torch.exp(x), torch.where(kinds == 2, x.round(), x))
     far = draws.uniform(0, 1, *x.shape) < float(draws.uniform(0.005, 0.02))
-    return _standardised(torch.where(far, x * draws.uniform(4, 10, *x.shape), x)), factors
+    return _standardise(torch.where(far, x * draws.uniform(4, 10, *x.shape), x)), factors
 
 
-def _standardised(values: Tensor) -> Tensor:
+def _standardise(values: Tensor) -> Tensor:
     """Columns of mean 0 and deviation 1 over the training rows."""
     deviation, mean = torch.std_mean(values[: SIZES[0]], dim=0)
     return (values - mean) / torch.where(deviation > 0, deviation, 1.0)

@@ -32,7 +32,7 @@ def fashion() -> Data:
         *draw_parts(_pixels(x), _labels(y), (TRAIN, VALIDATION)),
         Split(_pixels(x_test), _labels(y_test)),
     ]
-    return _standardised(*(Split(part.x.unsqueeze(1), part.y) for part in parts))
+    return _standardise(*(Split(part.x.unsqueeze(1), part.y) for part in parts))
 
 
 def fashion_rows() -> Data:
@@ -57,7 +57,7 @@ def cifar() -> Data:
     train = _by_checksum(x, y, CIFAR_TRAIN + CIFAR_VALIDATION)
     first, second = train.x.split([CIFAR_TRAIN, CIFAR_VALIDATION])
     labels = train.y.split([CIFAR_TRAIN, CIFAR_VALIDATION])
-    return _standardised(
+    return _standardise(
         Split(first, labels[0]), Split(second, labels[1]), _by_checksum(x_test, y_test, len(y_test))
     )
 
@@ -76,7 +76,7 @@ def _labels(y: Bytes) -> Tensor:
     return torch.from_numpy(y.astype(np.int64))
 
 
-def _standardised(*parts: Split) -> Data:
+def _standardise(*parts: Split) -> Data:
     """Each channel by the training part's mean and deviation."""
     deviation, mean = torch.std_mean(parts[0].x, dim=(0, 2, 3), keepdim=True)
     return Data(*(Split((part.x - mean) / deviation, part.y) for part in parts))

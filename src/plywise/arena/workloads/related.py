@@ -47,11 +47,11 @@ def energy_distance(samples: Tensor, data: Tensor) -> Tensor:
         samples: what a generator makes, (N, d).
         data: as many real rows, (N, d).
     """
-    within = _apart(samples) + _apart(data)
+    within = _measure_distance(samples) + _measure_distance(data)
     return 2 * torch.cdist(samples, data).mean() - within
 
 
-def _apart(rows: Tensor) -> Tensor:
+def _measure_distance(rows: Tensor) -> Tensor:
     """The mean distance of two different rows."""
     return torch.pdist(rows).mean()
 

@@ -51,12 +51,12 @@ def make_data() -> Data:
     noise = NOISE * normal(SAMPLES, 1)
     exact = [DIMENSIONS**0.5 * rotation() @ root for _ in range(2)]
     return Data(
-        Split(_gridded(train), _gridded(train @ answer + noise)),
-        *(Split(_gridded(x), _gridded(x @ answer)) for x in exact),
+        Split(_round_to_grid(train), _round_to_grid(train @ answer + noise)),
+        *(Split(_round_to_grid(x), _round_to_grid(x @ answer)) for x in exact),
     )
 
 
-def _gridded(values: Tensor) -> Tensor:
+def _round_to_grid(values: Tensor) -> Tensor:
     return ((values / GRID).round() * GRID).float()
 
 

@@ -24,7 +24,7 @@ SHARE = replace(REGRESSION, metric_name="mean squared error, in variances of the
 """Targets have variance 1 over the training part, so that the error of their mean is about 1."""
 
 
-def prepared(read: Callable[[], tuple[Numbers, Numbers]]) -> Data:
+def prepare_table(read: Callable[[], tuple[Numbers, Numbers]]) -> Data:
     """8, 1 and 1 tenth of the rows; rows with the same inputs stay together.
 
     Inputs and target have mean 0 and variance 1 over the training part; a missing input is the training
@@ -34,22 +34,22 @@ def prepared(read: Callable[[], tuple[Numbers, Numbers]]) -> Data:
         read: gives inputs (N, d), NaN where a value is missing, and targets (N,).
     """
     x, y = read()
-    return _scaled(tenths_of_kinds(torch.from_numpy(x), torch.from_numpy(y).unsqueeze(1)))
+    return _scale(tenths_of_kinds(torch.from_numpy(x), torch.from_numpy(y).unsqueeze(1)))
 
 
-def _scaled(data: Data) -> Data:
+def _scale(data: Data) -> Data:
     x, y = data.train.x, data.train.y
     median = x.nanmedian(dim=0).values
-    (x_scale, x_mean), (y_scale, y_mean) = _moments(_filled(x, median)), _moments(y)
+    (x_scale, x_mean), (y_scale, y_mean) = _moments(_fill_missing(x, median)), _moments(y)
 
     def scaled(part: Split) -> Split:
-        inputs = (_filled(part.x, median) - x_mean) / x_scale
+        inputs = (_fill_missing(part.x, median) - x_mean) / x_scale
         return Split(inputs.float(), ((part.y - y_mean) / y_scale).float())
 
     return Data(*(scaled(part) for part in vars(data).values()))
 
 
-def _filled(x: Tensor, median: Tensor) -> Tensor:
+def _fill_missing(x: Tensor, median: Tensor) -> Tensor:
     return torch.where(x.isnan(), median, x)
 
 
@@ -66,7 +66,7 @@ def _workload(
         name,
         f"{about} {columns}-64-64-1 with ReLU; inputs and target standardised by the training part.",
         partial(mlp, columns, 64, 64, 1),
-        partial(prepared, read),
+        partial(prepare_table, read),
         SHARE,
         batch_size=64,
         steps=steps,
