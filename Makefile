@@ -42,8 +42,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes: none of these tests waits for another, and a third one would only import torch once more.
 quick: $(VENV)/.installed
-	$(PYTEST) $(addprefix tests/,$(QUICK))
+	$(PYTEST) --maxprocesses 2 $(addprefix tests/,$(QUICK))
 
 # Ctrl-C stops it, the same command goes on.
 sweep: $(VENV)/.installed
