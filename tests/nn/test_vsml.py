@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plywise.nn import VSML
-from plywise.nn.vsml import LayerState, meta_train
+from plywise.nn.vsml import LayerState, evolution_gradient, meta_train
 
 
 @pytest.fixture(autouse=True)
@@ -238,6 +238,61 @@ def test_meta_training_clips():
     assert moved == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("noise", [0.5, 1e-4])
+def test_an_evolution_strategy_by_its_formula(noise):
+    """Episode by episode; with a small push it is the slope along it times the push, over its variance."""
+    vsml, generator = VSML(hidden=4, message=2), torch.Generator().manual_seed(0)
+    x, y = sequence(4, (3, 2), episodes=5, batch=2)
+    states = vsml.initial_state([3, 3, 2], episodes=5, batch=2)
+    weights = {name: p.detach().clone() for name, p in vsml.named_parameters()}
+    loss, found = evolution_gradient(vsml, x, y, states, noise, generator)
+    drawn = torch.Generator().manual_seed(0)
+    pushes = {name: noise * torch.randn(5, *w.shape, generator=drawn) for name, w in weights.items()}
+
+    def loss_of(episode: int) -> Tensor:
+        one = [LayerState(*(part[episode : episode + 1] for part in layer)) for layer in states]
+        part = slice(episode, episode + 1)
+        outputs, _ = vsml(x[:, part], y[:, part], one)
+        return -(y[:, part] * outputs.log_softmax(-1)).sum(-1).mean()
+
+    expected = {name: torch.zeros_like(w) for name, w in weights.items()}
+    ends, along = [], {name: torch.zeros_like(w) for name, w in weights.items()}
+    for episode in range(5):
+        both = []
+        for sign in (1, -1):
+            for name, parameter in vsml.named_parameters():
+                parameter.data = weights[name] + sign * pushes[name][episode]
+            both.append(loss_of(episode).item())
+        for name, parameter in vsml.named_parameters():
+            parameter.data = weights[name]
+        ends += both
+        gradient = torch.autograd.grad(loss_of(episode), list(vsml.parameters()))
+        slope = sum((g * pushes[name][episode]).sum() for name, g in zip(weights, gradient, strict=True))
+        for name, push in pushes.items():
+            expected[name] += (both[0] - both[1]) / (2 * noise**2) * push[episode] / 5
+            along[name] += slope / noise**2 * push[episode] / 5
+    assert loss.item() == pytest.approx(sum(ends) / 10, rel=1e-12)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9)
+        if noise < 1e-3:
+            torch.testing.assert_close(gradient, along[name], rtol=1e-4, atol=1e-7)
+
+
+def test_meta_training_steps_by_the_evolution_strategy():
+    vsml = VSML()
+    before = {name: p.detach().clone() for name, p in vsml.named_parameters()}
+    (lesson,) = episodes(vsml, 1, torch.Generator().manual_seed(0))
+    loss, estimate = evolution_gradient(vsml, *lesson, 0.05, torch.Generator().manual_seed(1))
+    assert sum(g.square().sum() for g in estimate.values()).sqrt() < 25  # no longer than the clip
+    optimizer = torch.optim.SGD(vsml.parameters(), 0.1)
+    losses = meta_train(vsml, [lesson], optimizer, noise=0.05, generator=torch.Generator().manual_seed(1))
+    assert losses == [loss.item()]
+    for name, parameter in vsml.named_parameters():
+        torch.testing.assert_close(
+            parameter.detach(), before[name] - 0.1 * estimate[name], rtol=0, atol=1e-12
+        )
+
+
 def test_meta_training_stops_at_what_is_not_finite():
     vsml, generator = VSML(), torch.Generator().manual_seed(0)
     before = [p.detach().clone() for p in vsml.parameters()]
@@ -259,6 +314,12 @@ def test_meta_training_stops_at_what_is_not_finite():
 def test_wrong_settings(settings, words):
     with pytest.raises(ValueError, match=words):
         VSML(**settings)
+
+
+def test_a_push_of_no_size_is_refused():
+    vsml = VSML()
+    with pytest.raises(ValueError, match="noise must be"):
+        meta_train(vsml, [], torch.optim.SGD(vsml.parameters(), 1.0), noise=0.0)
 
 
 def test_wrong_calls():
