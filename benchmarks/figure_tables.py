@@ -23,9 +23,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join([lines[0], f"|{'---|' * len(head)}\n", *lines[1:]])
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 1) -> str:
     """Mean and standard deviation over seeds."""
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def loss(value: float) -> str:
@@ -152,6 +152,28 @@ def local_learning(name: str) -> Callable[[str], str]:
     return write
 
 
+def local_table(name: str) -> Callable[[str], str]:
+    """Quality, memory and speed of what has been run on one workload, the best first."""
+
+    def write(_: str) -> str:
+        entries = read("local_table")["workloads"][name]
+        tokens, plain = name == "characters", entries["backpropagation"]["final"][0]["alive_bytes"]
+        rows = []
+        for method, entry in sorted(entries.items(), key=lambda one: quality(one[1]), reverse=not tokens):
+            final = entry["final"]
+            test = spread([one["test"] for one in final], digits=3 if tokens else 1)
+            share = final[0]["alive_bytes"] / plain
+            speed = statistics.median(one["samples_a_second"] for one in final)
+            rows.append([method, f"{final[0]['rate']:g}", test, f"{share:.2f}", f"{speed:.0f}"])
+        unit = "test loss, nats a character" if tokens else "test accuracy, %"
+        return table(["method", "rate", unit, "memory", "samples a second of CPU"], rows)
+
+    def quality(entry: dict[str, Any]) -> float:
+        return statistics.fmean(one["test"] for one in entry["final"])
+
+    return write
+
+
 def local_memory(_: str) -> str:
     """Peak memory and time of ways to train 16 blocks."""
     ways = read("local_memory")["ways"]
@@ -161,6 +183,23 @@ def local_memory(_: str) -> str:
         for way, row in ways.items()
     ]
     return table(["way", "peak, MiB", "of backprop", "CPU µs a sample"], rows)
+
+
+def local_growth(_: str) -> str:
+    """Memory of a step by depth and width, and CPU time over backpropagation's at the deepest and widest."""
+    figures = read("local_growth")
+    rows = []
+    for method in figures["depth"]["8"]:
+        cells = []
+        for axis in ("depth", "width"):
+            sizes = [one[method] for one in figures[axis].values()]
+            plain = [one["backpropagation"]["cpu_seconds"] for one in figures[axis].values()]
+            cells.append(" / ".join(f"{one['bytes'] / 2**20:.1f}" for one in sizes))
+            cells.append(f"{sizes[-1]['cpu_seconds'] / plain[-1]:.1f}")
+        rows.append([method, *cells])
+    depths, widths = (" / ".join(figures[axis]) for axis in ("depth", "width"))
+    head = ["", f"MiB at {depths} blocks", "CPU time at the deepest", f"MiB at widths {widths}"]
+    return table([*head, "CPU time at the widest"], rows)
 
 
 def pipeline(_: str) -> str:
@@ -268,7 +307,9 @@ TABLES: dict[str, Callable[[str], str]] = {
         f"local-learning-{name}": local_learning(name)
         for name in ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "cifar-vgg")
     },
+    **{f"local-table-{name}": local_table(name) for name in ("cifar", "mnist", "fashion", "characters")},
     "local-memory": local_memory,
+    "local-growth": local_growth,
     "pipeline": pipeline,
     "bridges": bridges,
     "denoising": denoising,
