@@ -5,11 +5,20 @@ import math
 import pytest
 import torch
 
-from plywise.numerics.small_solve import is_small, solve_small
+from plywise.numerics.small_solve import SmallProblem, is_small, solve_small
 
 from .problems import draw_delta, draw_rows
 
-SHAPES = [(12, 5, 3), (6, 9, 4), (6, 6, 3), (1, 2, 2), (128, 65, 10), (64, 129, 32), (200, 20, 1)]
+SHAPES = [
+    (12, 5, 3),
+    (6, 9, 4),
+    (6, 6, 3),
+    (1, 2, 2),
+    (128, 65, 10),
+    (64, 129, 32),
+    (200, 20, 1),
+    (120, 129, 8),
+]
 
 
 def solve_slowly(rows, target, damping):
@@ -19,6 +28,16 @@ def solve_slowly(rows, target, damping):
     system = torch.cat([rows, math.sqrt(float(damping)) * torch.eye(width, dtype=torch.float64)])
     right = torch.cat([target, target.new_zeros(width, target.shape[1])])
     return torch.linalg.lstsq(system, right, driver="gelsd").solution.T
+
+
+def solve_quickly(rows, target, damping, has_ones=True, relative=0.0):
+    """Xᵀ of rows whose last column is of ones, or None."""
+    answer = solve_small(
+        SmallProblem(rows[:, :-1] if has_ones else rows, target, has_ones, damping, relative)
+    )
+    if answer is None or answer.bias is None:
+        return None if answer is None else answer.weight
+    return torch.cat([answer.weight, answer.bias.unsqueeze(1)], 1)
 
 
 def measure_error(answer, right):
@@ -32,24 +51,37 @@ def draw(kind, shape, seed=0):
     return rows, draw_delta("normal", rows.unsqueeze(0), c)[0]
 
 
-@pytest.mark.parametrize("damping", [1e-2, 1.0, torch.tensor([30.0])], ids=str)
+@pytest.mark.parametrize("has_ones", [True, False])
+@pytest.mark.parametrize("damping", [1e-2, 1.0, 30.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_an_answer_is_the_definition(shape, damping, dtype):
+def test_an_answer_is_the_definition(shape, damping, dtype, has_ones):
     rows, target = (part.to(dtype) for part in draw("normal", shape))
-    answer = solve_small(rows, target, damping)
+    answer = solve_quickly(rows, target, damping, has_ones)
     assert answer is not None
     assert answer.dtype == dtype
-    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    assert answer.is_contiguous()
+    tolerance = 5e-6 if dtype == torch.float32 else 1e-12
     assert measure_error(answer, solve_slowly(rows, target, damping)) < tolerance
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_relative_damping_is_a_part_of_the_energy(shape, damping):
+    rows, target = (part.double() for part in draw("relu", shape))
+    relative = 0.1 / min(shape[:2])
+    slow = solve_slowly(rows, target, damping + relative * float(rows.square().sum()))
+    answer = solve_quickly(rows, target, damping, relative=relative)
+    assert answer is not None
+    assert measure_error(answer, slow) < 1e-12
+
+
 @pytest.mark.parametrize("kind", ["normal", "relu", "pixels", "3", "100", "10000"])
-@pytest.mark.parametrize("damping", [1e-6, 1e-2, 1.0, 1e3])
+@pytest.mark.parametrize("damping", [1e-9, 1e-6, 1e-2, 1.0, 1e3])
 def test_no_answer_is_wrong(kind, damping):
     for seed, shape in enumerate(SHAPES):
         rows, target = (part.float() for part in draw(kind, shape, seed))
-        answer = solve_small(rows, target, damping)
+        answer = solve_quickly(rows, target, damping)
         if answer is not None:
             slow = solve_slowly(rows, target, damping)
             assert measure_error(answer, slow) < 3e-5
@@ -60,23 +92,31 @@ def test_an_offset_of_many_deviations_is_refused():
     rows, target = draw("normal", (64, 65, 8))
     rows = rows.float() + 1e4
     rows[:, -1] = 1
-    assert solve_small(rows, target.float(), 1.0) is None
+    assert solve_quickly(rows, target.float(), 1.0) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
 def test_what_leaves_the_range_is_refused(bad):
     rows, target = (part.float() for part in draw("normal", (12, 5, 3)))
     rows[3, 2] = bad
-    assert solve_small(rows, target, 1.0) is None
-    assert solve_small(rows.T.contiguous(), rows.T[:, :2].contiguous(), 1.0) is None
+    assert solve_quickly(rows, target, 1.0) is None
+    assert solve_quickly(rows.T.contiguous(), rows.T[:, :2].contiguous(), 1.0, has_ones=False) is None
 
 
 def test_singular_systems_and_zeros_are_refused():
     rows, target = (part.float() for part in draw("normal", (12, 5, 3)))
-    assert solve_small(rows, target, 0.0) is None
-    assert solve_small(torch.zeros_like(rows), target, 0.0) is None
-    assert solve_small(rows, torch.zeros_like(target), 1.0) is None
-    assert solve_small(rows * 1e-30, target * 1e-30, torch.tensor([0.0])) is None
+    assert solve_quickly(rows, target, 0.0) is None
+    assert solve_quickly(torch.zeros_like(rows), target, 0.0, has_ones=False) is None
+    assert solve_quickly(rows, torch.zeros_like(target), 1.0) is None
+    assert solve_quickly(rows * 1e-30, target * 1e-30, 0.0, has_ones=False) is None
+
+
+def test_many_dampings_in_turn_are_each_their_own():
+    rows, target = (part.double() for part in draw("normal", (12, 5, 3)))
+    for damping in [1.0 + step for step in range(40)] * 2:
+        assert (
+            measure_error(solve_quickly(rows, target, damping), solve_slowly(rows, target, damping)) < 1e-12
+        )
 
 
 def test_sizes():

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from plywise.numerics.cholesky import factorise
 from plywise.numerics.products import mirror_lower
 
 BuildSystem = Callable[[torch.dtype], tuple[Tensor, Tensor]]
@@ -133,7 +134,7 @@ class DampedSystem:
         if self.size <= 2:
             inverse, failed = _invert_in_closed_form(self.matrix)
             return Solution(inverse @ self.right, self.right, failed, inverse)
-        factor, failed = torch.linalg.cholesky_ex(self.matrix)
+        factor, failed = factorise(self.matrix)
         if self._prefers_inverse():
             try:
                 inverse = torch.cholesky_inverse(factor)

@@ -17,7 +17,7 @@ Every solve ends, see `plywise.numerics.least_squares`; each fallback is counted
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -32,7 +32,7 @@ from plywise.numerics.least_squares import (
     solve_damped_with_bias,
 )
 from plywise.numerics.products import centre_rows, divide_or_zero, lower_product, mirror_lower
-from plywise.numerics.small_solve import is_small, solve_small
+from plywise.numerics.small_solve import SmallProblem, is_small, solve_small
 
 Damping = float | Tensor | Callable[[Tensor], Tensor]
 """λ: a number, a tensor (g,) with one number for each group, or a function that makes it of the Gram."""
@@ -41,10 +41,21 @@ Centred = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 """Makes the rows of a call without their mean, and the mean, in a dtype."""
 
 
-def relative_damping(call: LinearCall, eps: float) -> Damping:
+@dataclass(frozen=True)
+class RelativeDamping:
     """``eps`` times the mean non-zero eigenvalue of ``[A,1]ᵀ[A,1]``, in the dtype of the Gram at hand."""
-    size = max(min(call.row_count, call.columns), 1)
-    return lambda gram: eps * call.trace(dtype=gram.dtype) / size
+
+    call: LinearCall
+    eps: float
+
+    @property
+    def size(self) -> int:
+        """The number of non-zero eigenvalues."""
+        return max(min(self.call.row_count, self.call.columns), 1)
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        """λ of each group."""
+        return self.eps * self.call.trace(dtype=gram.dtype) / self.size
 
 
 def ridge(call: LinearCall, damping: Damping) -> Update:
@@ -70,14 +81,20 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
 
 
 def _solve_small(call: LinearCall, damping: Damping) -> Update | None:
-    """`ridge` of a small call whose rows are its inputs, if float32 is enough for them as they are."""
-    is_plain = call.map.rows_are_inputs and call.groups == 1
-    if not is_plain or not is_small(call.row_count, call.columns, call.outputs):
+    """`ridge` of a small call whose rows are its inputs; λ is a number, or a part of their energy."""
+    part = damping.eps / damping.size if isinstance(damping, RelativeDamping) else 0.0
+    fits = call.map.rows_are_inputs and call.groups == 1 and (part or isinstance(damping, float | int))
+    if not fits or not is_small(call.row_count, call.columns, call.outputs):
         return None
-    rows = call.rows(call.dtype)
-    shift = damping(rows) if callable(damping) else damping
-    answer = solve_small(rows[0], call.delta_rows()[0], shift)
-    return None if answer is None else _cast(call, call.update(answer.unsqueeze(0)))
+    dtype, delta = call.dtype, call.delta
+    if delta.device.type == "mps":  # it has no float64
+        return None
+    rows, target = call.cast_input(dtype), delta.to(dtype)
+    if delta.dim() != 2:
+        rows, target = rows.reshape(-1, rows.shape[-1]), target.reshape(-1, target.shape[-1])
+    damping = 0.0 if part else float(damping)  # type: ignore[arg-type]
+    answer = solve_small(SmallProblem(rows, target, call.has_bias, damping, part))
+    return None if answer is None else _cast(call, Update(answer.weight.view(call.weight.shape), answer.bias))
 
 
 def _divide_columns(call: LinearCall, damping: Damping) -> Update:

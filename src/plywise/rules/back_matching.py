@@ -216,7 +216,7 @@ def solve_for_update(call: LinearCall, eps: float) -> Update:
     """Damped least squares for the weights, on centred rows where there is a bias."""
     if call.has_bias:
         return solve.ridge_centred(call, eps)
-    return solve.ridge(call, solve.relative_damping(call, eps))
+    return solve.ridge(call, solve.RelativeDamping(call, eps))
 
 
 def _invert(scalar: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class Consequentialism(Rule):
         call = call.times(1 if self.reduction == "sum" else call.samples)
         if self.bias == "centre" and call.has_bias:
             return solve.ridge_centred(call, self.eps)
-        return solve.ridge(call, solve.relative_damping(call, self.eps))
+        return solve.ridge(call, solve.RelativeDamping(call, self.eps))
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
         """As an exact solve."""
