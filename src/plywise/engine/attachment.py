@@ -383,7 +383,7 @@ class Attachment:
             return  # a saver's template step, or one of other layers
         self.steps += 1
         if self._scale is not None:
-            self._scale.after_step(set() if self._guard is None else self._guard.nonzero)
+            self._scale.after_step(set() if self._guard is None else self._guard.find_nonzero())
         if self.telemetry is not None:
             self.telemetry.end_step(self.steps)
 

@@ -37,7 +37,7 @@ _push: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_function_st
 _pop: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
 _grad_enabled = torch.is_grad_enabled
 _tracing_state: Callable[[], Any] = torch._C._get_tracing_state
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # in each call: the other look is two functions deep
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 

@@ -6,6 +6,7 @@ not finite is looked into. It takes as long as a sum, and one call serves all te
 
 import math
 from collections.abc import Sequence
+from operator import is_not
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ def measure_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -
         tensors: the tensors.
         dtype: in which squares are added up. Default: each tensor's own, float32 at least.
     """
-    if dtype is None and len({(t.device, t.dtype) for t in tensors}) == 1 and tensors[0].dtype.itemsize >= 4:
+    first = tensors[0]
+    is_alike = dtype is None and first.dtype.itemsize >= 4
+    if is_alike and all(t.dtype is first.dtype and t.device == first.device for t in tensors):
         return torch.stack(torch._foreach_norm(list(tensors)))
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -71,9 +74,10 @@ def judge_gradients(gradients: Sequence[Tensor]) -> tuple[bool, list[float]]:
     numbers = list(map(find_numbers, gradients))
     norms = read_norms(numbers)
     finite = math.isfinite(sum(norms)) or all(find_finite(numbers, norms))
-    # of DTensors each process sees its own part
-    parts = [gradient for gradient, own in zip(gradients, numbers, strict=True) if own is not gradient]
-    return agree_on_all(finite, parts), norms
+    if any(map(is_not, numbers, gradients)):  # of DTensors each process sees its own part
+        parts = [gradient for gradient, own in zip(gradients, numbers, strict=True) if own is not gradient]
+        finite = agree_on_all(finite, parts)
+    return finite, norms
 
 
 def find_numbers(gradient: Tensor) -> Tensor:

@@ -38,8 +38,6 @@ class StepGuard:
 
     Attributes:
         stepping: whether the optimizer's step is running.
-        nonzero: ids of parameters whose gradients, or this process's parts of them, were seen not to be zero
-            as this step began.
         overflows: whether their gradients are finite then, and their squares are not.
     """
 
@@ -61,8 +59,8 @@ class StepGuard:
         self._skipped = skipped
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self.stepping = False
-        self.nonzero: set[int] = set()
         self.overflows = False
+        self._norms: list[tuple[Tensor, float]] = []  # of gradients, as this step began
         self._nested = 0
         self._handles = [
             optimizer.register_step_pre_hook(self._pre_step),
@@ -73,6 +71,10 @@ class StepGuard:
         """Take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
+
+    def find_nonzero(self) -> set[int]:
+        """Ids of parameters whose gradients (their parts here) were not zero as this step began."""
+        return {id(parameter) for parameter, norm in self._norms if norm != 0}
 
     def _pre_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -105,10 +107,11 @@ class StepGuard:
             self._restore()
         else:
             self._after_step(optimizer)
+        self._norms = []  # they hold the parameters
 
     def _judge(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.nonzero.clear()
+        self._norms = []
         self.overflows = False
         if self._on_nonfinite == "propagate" or self._are_finite(parameters):
             self._before_step(optimizer)
@@ -135,9 +138,9 @@ class StepGuard:
             p.grad = None
 
     def _are_finite(self, parameters: list[Tensor]) -> bool:
-        """Whether every gradient is finite; notes which are not zero, for one wait answers both."""
+        """Whether every gradient is finite; notes their norms, for one wait answers both."""
         are_finite, norms = judge_gradients([p.grad for p in parameters if p.grad is not None])
-        self.nonzero = {id(p) for p, norm in zip(parameters, norms, strict=True) if norm != 0}
+        self._norms = list(zip(parameters, norms, strict=True))
         self.overflows = are_finite and not math.isfinite(sum(norms))
         return are_finite
 

@@ -287,8 +287,12 @@ def normalised(call: LinearCall, relative: float) -> Update:
     total = float(norms.sum())
     if norms.numel() and (not math.isfinite(total) or total < torch.finfo(norms.dtype).tiny):
         return _normalise_scaled(call, relative)
-    norms = norms + relative * norms.mean(1, keepdim=True)
-    return call.gradient(call.scale_rows(divide_or_zero(torch.ones_like(norms), norms)))
+    if call.groups == 1 and total > 0:  # and so no sum below is zero
+        factors = norms.add_(relative * total / norms.numel()).reciprocal_()
+    else:
+        norms = norms + relative * norms.mean(1, keepdim=True)
+        factors = divide_or_zero(torch.ones_like(norms), norms)
+    return call.gradient(call.scale_rows(factors))
 
 
 def _normalise_scaled(call: LinearCall, relative: float) -> Update:
