@@ -226,7 +226,8 @@ class LinearCall:
 
     def square_norms(self) -> Tensor:
         """``‖[a_i, 1]‖²`` of each row, (g, n)."""
-        return self.map.square_norms(self.cast_input(self.dtype)).to(self.dtype) + int(self.has_bias)
+        norms = self.map.square_norms(self.cast_input(self.dtype)).to(self.dtype)
+        return norms + 1 if self.has_bias else norms
 
     def trace(self, with_bias: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         """``‖[A,1]‖²_F``, (g,); without the column of ones if asked."""

@@ -94,7 +94,10 @@ def _solve_small(call: LinearCall, damping: Damping) -> Update | None:
         rows, target = rows.reshape(-1, rows.shape[-1]), target.reshape(-1, target.shape[-1])
     damping = 0.0 if part else float(damping)  # type: ignore[arg-type]
     answer = solve_small(SmallProblem(rows, target, call.has_bias, damping, part))
-    return None if answer is None else _cast(call, Update(answer.weight.view(call.weight.shape), answer.bias))
+    if answer is None:
+        return None
+    weight, shape = answer.weight, call.weight.shape
+    return _cast(call, Update(weight if weight.shape == shape else weight.view(shape), answer.bias))
 
 
 def _divide_columns(call: LinearCall, damping: Damping) -> Update:
@@ -288,7 +291,7 @@ def normalised(call: LinearCall, relative: float) -> Update:
     if norms.numel() and (not math.isfinite(total) or total < torch.finfo(norms.dtype).tiny):
         return _normalise_scaled(call, relative)
     if call.groups == 1 and total > 0:  # and so no sum below is zero
-        factors = norms.add_(relative * total / norms.numel()).reciprocal_()
+        factors = (norms + relative * total / norms.numel()).reciprocal_()
     else:
         norms = norms + relative * norms.mean(1, keepdim=True)
         factors = divide_or_zero(torch.ones_like(norms), norms)
@@ -381,6 +384,8 @@ def _matched_by_conjugate_gradients(call: LinearCall, relative: float, steps: in
 def _cast(call: LinearCall, update: Update) -> Update:
     """An update in the dtype that autograd would have returned it in; G where that dtype cannot hold it."""
     dtype = call.delta.dtype
+    if all(part is None or part.dtype is dtype for part in (update.weight, update.bias)):
+        return update
     parts = [None if part is None else part.to(dtype) for part in (update.weight, update.bias)]
     wider = [part for part in (update.weight, update.bias) if part is not None and part.dtype != dtype]
     if wider and not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):

@@ -83,7 +83,7 @@ class LinearMap(ABC):
 
     def width(self, weight: Tensor) -> int:
         """``d``, the number of inputs that one output of a group reads."""
-        return weight[0].numel()
+        return weight.shape[1:].numel()
 
     def row_axes(self, delta: Tensor) -> int:
         """How many leading dimensions of input and output may count rows that a mask can leave out."""
@@ -158,6 +158,10 @@ class LastAxisMap(LinearMap):
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         """Rows in the shape of the output."""
         return rows.reshape(like.shape)
+
+    def scale_rows(self, delta: Tensor, factors: Tensor) -> Tensor:
+        """Δ with row i multiplied by ``factors[0, i]``."""
+        return delta * factors.reshape(*delta.shape[:-1], 1)
 
     def row_axes(self, delta: Tensor) -> int:
         """All but the last."""
