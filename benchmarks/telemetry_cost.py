@@ -44,14 +44,14 @@ class Arm:
         """Seconds that so many steps take."""
         if self.x.is_cuda:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(steps):
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(self.x), self.y).backward()
             self.optimizer.step()
         if self.x.is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def measure(net: str, rule: str, every: int, rounds: int, device: str) -> dict[str, float]:

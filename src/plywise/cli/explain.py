@@ -66,7 +66,8 @@ def explain(
         _run_batch(factory, model, batch)
     explanation = attached.explain(batch_size)
     if json:
-        print_json({**vars(explanation), "share": explanation.share, "parameters": explanation.parameters})
+        totals = {name: getattr(explanation, name) for name in ("share", "parameters", "frozen")}
+        print_json({**vars(explanation), **totals})
         return
     shown = table(*HEADINGS, numbers=("memory", "cost"))
     for row in explanation.rows:

@@ -53,11 +53,12 @@ class LayerRow:
             does not say.
         cost: extra floating-point operations over those of its plain step, or None likewise.
         events: what did not go the plain way so far, e.g. ``{"solved in float64": 3}``.
-        parameters: number of parameters in this row.
+        parameters: number of parameters in this row that train.
         passes: backward passes in which the rule has answered for it.
         is_new: whether it was found after the rule was attached.
         keys: the `state_dict` keys of the parameters in this row; a parameter is in one row only.
         size: sizes of its problem; None if they are not known before the first batch.
+        frozen: number of parameters in this row that do not train.
     """
 
     name: str
@@ -74,6 +75,7 @@ class LayerRow:
     is_new: bool = False
     keys: tuple[str, ...] = ()
     size: Size | None = None
+    frozen: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,17 @@ class Explanation:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the model."""
+        """Number of parameters of the model that train."""
         return sum(row.parameters for row in self.rows)
 
     @property
+    def frozen(self) -> int:
+        """Number of parameters of the model that do not train."""
+        return sum(row.frozen for row in self.rows)
+
+    @property
     def share(self) -> float:
-        """Share of the parameters that the rule handles, 0 to 1."""
+        """Share of the parameters that train which the rule handles, 0 to 1."""
         handled = sum(row.parameters for row in self.rows if row.handled)
         return handled / self.parameters if self.parameters else 0.0
 
@@ -120,10 +127,13 @@ class Explanation:
     def summary(self) -> list[str]:
         """The sentences above the table."""
         handled = sum(row.handled for row in self.rows)
+        layers = sum(row.parameters > 0 or not row.frozen for row in self.rows)
+        trained = " that train" if self.frozen else ""
+        frozen = f", {self.frozen:,} parameters frozen" if self.frozen else ""
         steps = "" if self.steps is None else f", {self.steps} steps seen"
         lines = [
-            f"{self.title}: {100 * self.share:.0f} % of {self.parameters:,} parameters handled, "
-            f"{handled} of {len(self.rows)} layers{steps}"
+            f"{self.title}: {100 * self.share:.0f} % of {self.parameters:,} parameters{trained} handled, "
+            f"{handled} of {layers} layers{frozen}{steps}"
         ]
         if self.parameters and self.share < HALF:
             largest = max((row for row in self.rows if not row.handled), key=lambda row: row.parameters)

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,20 @@ from plywise.engine.sites import ParameterEntry, Site
 UNSEEN = "no call of a linear map has been seen with it yet"
 Owner = weakref.ref[nn.Module]
 
-Claim = tuple[int, tuple[str, ...]]
-"""How many parameters a row counts, and the keys of them."""
-NONE: Claim = (0, ())
+
+class Claim(NamedTuple):
+    """What a row counts: its parameters that train, those that are frozen, and the keys of both."""
+
+    trained: int = 0
+    frozen: int = 0
+    keys: tuple[str, ...] = ()
+
+
+NONE = Claim()
 
 LEFT = "left to the optimizer"
+FROZEN = "left as it is"
+NOT_TRAINED = "it is frozen (requires_grad is False)"
 COMPUTED = "the weight is computed from it; the update goes on through autograd"
 QUIET = {
     *(
@@ -81,6 +91,7 @@ def _merge_left(rows: list[tuple[int, LayerRow]]) -> list[LayerRow]:
             last,
             shape=f"{last.shape}, {row.shape}",
             parameters=last.parameters + row.parameters,
+            frozen=last.frozen + row.frozen,
             events={**last.events, **row.events},
             keys=last.keys + row.keys,
         )
@@ -126,14 +137,17 @@ def _rows_of(
     if any(site.computed for site in entry.sites.values()):
         name = entry.name
     parameter = entry.parameter()
-    if entry.computed_into is not None and parameter is not None and not entry.why_left:
+    if entry.computed_into is not None and _trains(parameter) and not entry.why_left:
+        assert parameter is not None
         return [_computed_row(rule, entry, module, parameter, health, counted)]
     left = entry.why_left or entry.leave_next or _explain_use(entry)
-    if left or not (entry.sites or entry.expected) or parameter is None:
-        return [_left_row(entry, module, path, _explain_rest(entry), health, counted)]
+    trains = any(_trains(one.parameter()) for one in (entry, *biases))
+    if left or not (entry.sites or entry.expected) or parameter is None or not trains:
+        alone = [entry, *biases] if not trains else [entry]
+        return [_left_row(one, module, path, _explain_rest(one), health, counted) for one in alone]
     sites = [s for s in entry.sites.values() if s.module is module or len(entry.owners) == 1]
     claimed = _claim([entry, *biases], counted)
-    frozen = "" if parameter.requires_grad else " (frozen: it only passes the gradient down)"
+    frozen = "" if parameter.requires_grad else " (of its bias: the weight is frozen)"
     if not sites:
         return [_unseen_row(rule, entry, name, module, parameter, frozen, health, batch_size, claimed)]
     rows = []
@@ -168,8 +182,9 @@ def _site_row(
     shape = "×".join(str(size) for size in (site.part[1] if site.part else weight.shape))
     return LayerRow(
         *(name, type(module).__name__, shape, True, rule.describe(site.size) + frozen, reason + notes),
-        *(memory, cost, health.of(site.name), claimed[0], site.passes, site.entry.is_new),
-        keys=claimed[1],
+        *(memory, cost, health.of(site.name), claimed.trained, site.passes, site.entry.is_new),
+        keys=claimed.keys,
+        frozen=claimed.frozen,
         size=site.size,
     )
 
@@ -205,8 +220,9 @@ def _unseen_row(
     shape = "×".join(str(s) for s in parameter.shape)
     return LayerRow(
         *(name, type(module).__name__, shape, True, rule.describe(size) + frozen, reason),
-        *(memory, cost, events, claimed[0], 0, entry.is_new),
-        keys=claimed[1],
+        *(memory, cost, events, claimed.trained, 0, entry.is_new),
+        keys=claimed.keys,
+        frozen=claimed.frozen,
         size=size,
     )
 
@@ -223,11 +239,11 @@ def _computed_row(
     assert entry.computed_into is not None
     site = next(iter(entry.computed_into.sites.values()))
     shape = "×".join(str(size) for size in parameter.shape)
-    count, keys = _claim([entry], counted)
+    claimed = _claim([entry], counted)
     return LayerRow(
         *(entry.name, type(module).__name__, shape, True, rule.describe(site.size), COMPUTED),
-        *(None, None, health.of(entry.name), count, site.passes, entry.is_new),
-        keys=keys,
+        *(None, None, health.of(entry.name), claimed.trained, site.passes, entry.is_new),
+        keys=claimed.keys,
     )
 
 
@@ -247,15 +263,24 @@ def _left_row(
     if not entry.name.endswith(entry.attribute):  # an original of a parametrization
         name = entry.name
     events = {**health.of(path), **health.of(entry.name)}
-    count, keys = _claim([entry], counted)
+    claimed = _claim([entry], counted)
+    treatment = LEFT if _trains(parameter) else FROZEN
     return LayerRow(
-        *(name, type(module).__name__, shape, False, LEFT, reason, None, None, events),
-        *(count, 0, entry.is_new),
-        keys=keys,
+        *(name, type(module).__name__, shape, False, treatment, reason, None, None, events),
+        *(claimed.trained, 0, entry.is_new),
+        keys=claimed.keys,
+        frozen=claimed.frozen,
     )
 
 
+def _trains(parameter: Tensor | None) -> bool:
+    """Whether a parameter may change; one that is not there has nothing else to be said of it."""
+    return parameter is None or parameter.requires_grad
+
+
 def _explain_rest(entry: ParameterEntry) -> str:
+    if not _trains(entry.parameter()):
+        return NOT_TRAINED
     return entry.why_left or entry.leave_next or _explain_use(entry) or UNSEEN
 
 
@@ -263,19 +288,24 @@ def _explain_use(entry: ParameterEntry) -> str:
     """Which functions were seen to use a weight that no captured call has used; "" if there are none."""
     if entry.sites or entry.computed_into is not None or not entry.used_by:
         return ""
+    parameter = entry.parameter()
+    if parameter is not None and parameter.dim() == 1 and set(entry.used_by) <= QUIET:
+        return f"{', '.join(entry.used_by)} adds it to the output of a weight that the rule leaves alone"
     return f"its weight is used by {', '.join(entry.used_by)}, which is not read as a linear map"
 
 
 def _claim(entries: list[ParameterEntry], counted: set[int]) -> Claim:
-    """What of these parameters no row has counted yet: their number of entries, and their names."""
-    count, keys = 0, []
+    """What of these parameters no row has counted yet."""
+    trained, frozen, keys = 0, 0, []
     for entry in entries:
         parameter = entry.parameter()
         if id(entry) not in counted and parameter is not None:
             counted.add(id(entry))
-            count += 0 if nn.parameter.is_lazy(parameter) else parameter.numel()
+            size = 0 if nn.parameter.is_lazy(parameter) else parameter.numel()
+            trained += size if parameter.requires_grad else 0
+            frozen += 0 if parameter.requires_grad else size
             keys.append(entry.name)
-    return count, tuple(keys)
+    return Claim(trained, frozen, tuple(keys))
 
 
 def left_to_optimizer(module: nn.Module, name: str, reason: str, events: dict[str, int]) -> LayerRow:

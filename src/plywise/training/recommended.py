@@ -40,8 +40,8 @@ class Recommendation:
     Attributes:
         optimizer: the optimizer, to be used as any other.
         rule: the rule, attached to the model.
-        price: extra operations of a step, relative to the model's forward and backward; small layers are
-            counted by the time of their calls.
+        price: extra operations of a step, relative to forward and backward of the layers that the rule could
+            take; small layers are counted by the time of their calls.
         memory: extra bytes that the rule keeps.
         left: layers that the rule could take and does not, since they would cost too much.
     """
@@ -102,7 +102,8 @@ def recommend(
         batch: an input, or a tuple or dict of inputs, for one pass in evaluation mode, which tells the sizes
             of convolutions and leaves no gradient; without it, layers of unknown sizes are taken.
         batch_size: samples of the batches that it will be trained with. Default: those of ``batch``, or 128.
-        budget: extra operations of a step, relative to forward and backward. Default 0.5.
+        budget: extra operations of a step, relative to forward and backward of the layers that train.
+            Default 0.5.
         power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune, try 0 too: what is best
             depends on the data.
         weight_decay: AdamW's decoupled decay. Default 0.01.
