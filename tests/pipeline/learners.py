@@ -66,6 +66,34 @@ def token_blocks() -> tuple[pw.Blocks, nn.Embedding]:
     return pw.Blocks([table, *blocks], torch.zeros(2, 6, dtype=torch.long)), table
 
 
+class MaskedLayer(nn.Module):
+    """A layer that moves no position that its mask leaves out, and mixes none of these in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.drop = nn.Linear(8, 8), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        shown = torch.where(mask.unsqueeze(-1), x, 0.0)
+        return x + self.drop(torch.tanh(self.map(shown + shown.mean(1, keepdim=True))))
+
+
+class Looped(nn.Module):
+    """A model that calls its layers in a loop and gives each of them a mask that is made of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(TOKENS, 8), nn.Linear(8, CLASSES)
+        self.layers = nn.ModuleList(MaskedLayer() for _ in range(3))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, mask)
+        scores: Tensor = self.head(x.mean(1))
+        return scores
+
+
 def make(kind: str) -> StagedLearner:
     """A learner of five components; the same one in every process."""
     torch.manual_seed(1)
@@ -78,6 +106,10 @@ def make(kind: str) -> StagedLearner:
     if kind == "local, ProxProp":
         blocks = mlp(last=CLASSES)
         return pw.LocalLoss(blocks, CLASSES, optimizer=sgd, rule=lambda: pw.ProxProp(tau=1.0), seed=3)
+    if kind == "local, carried":
+        example = {"ids": torch.zeros(2, 6, dtype=torch.long), "mask": torch.ones(2, 6, dtype=torch.bool)}
+        blocks = pw.split(Looped(), 5, example)
+        return pw.LocalLoss(blocks, CLASSES, optimizer=adam, scheduler=decay, seed=3)
     if kind == "local, images":
         return pw.LocalLoss(convnet(torch.channels_last), CLASSES, optimizer=adam, seed=3)
     if kind.startswith("interlocking"):
@@ -105,13 +137,17 @@ def make(kind: str) -> StagedLearner:
     raise KeyError(kind)
 
 
-def batches(kind: str, count: int, rows: int = 16, last: int = 5) -> list[tuple[Tensor, Tensor]]:
+def batches(kind: str, count: int, rows: int = 16, last: int = 5) -> list[tuple[Any, Tensor]]:
     """Batches whose classes can be learned; the last one is odd."""
     generator = torch.Generator().manual_seed(5)
     if kind.startswith("next token"):
         sizes = [last if number == count - 1 else rows for number in range(count)]
         texts = [torch.randint(TOKENS, (size, 7), generator=generator) for size in sizes]
         return [(text[:, :-1], text[:, 1:]) for text in texts]
+    if kind.endswith("carried"):
+        sizes = [last if number == count - 1 else rows for number in range(count)]
+        ids = [torch.randint(TOKENS, (size, 6), generator=generator) for size in sizes]
+        return [({"ids": each, "mask": each > 2}, each[:, 0] % CLASSES) for each in ids]
     shape = IMAGE if kind.endswith("images") else (FEATURES,)
     made = []
     for number in range(count):
@@ -122,7 +158,7 @@ def batches(kind: str, count: int, rows: int = 16, last: int = 5) -> list[tuple[
     return made
 
 
-def endless(kind: str) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(kind: str) -> Iterator[tuple[Any, Tensor]]:
     while True:
         yield from batches(kind, 8)
 
@@ -150,7 +186,7 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
     return "" if same else f"{where}: {found} instead of {wanted}"
 
 
-def alone(kind: str, data: list[tuple[Tensor, Tensor]]) -> StagedLearner:
+def alone(kind: str, data: list[tuple[Any, Tensor]]) -> StagedLearner:
     """The learner after these batches in one process."""
     learner = make(kind)
     for x, y in data:

@@ -25,6 +25,7 @@ KINDS = (
     "local",
     "local, ProxProp",
     "local, images",
+    "local, carried",
     "cascaded",
     "next token, tied",
     "forward-forward",

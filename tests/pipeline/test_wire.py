@@ -1,8 +1,10 @@
 """Signals as bytes: what goes in comes out, in the same order of memory, and nothing else gets through."""
 
 import pickle
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from plywise.data.batches import list_tensors, map_tensors
 from plywise.errors import PipelineError
 from plywise.local.component import Signal
+from plywise.pipeline.carried import restore_carried
 from plywise.pipeline.wire import ALIGNED, DIMENSIONS, DTYPES, END, MAGIC, SLOTS, pack, size_of, unpack
 
 HEADER = 8 * SLOTS
@@ -38,6 +42,17 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return (made * 100).to(draw(st.sampled_from(DTYPES)))  # keeps strides that leave no gaps
 
 
+NESTED = st.recursive(
+    tensors(),
+    lambda inner: (
+        st.dictionaries(st.text(), inner, min_size=1, max_size=2)
+        | st.lists(inner | st.integers() | st.none() | st.text(), min_size=1, max_size=2)
+        | st.tuples(inner, inner)
+    ),
+    max_leaves=6,
+)
+
+
 def same(found: Tensor | None, wanted: Tensor | None) -> bool:
     if found is None or wanted is None:
         return found is wanted
@@ -46,11 +61,11 @@ def same(found: Tensor | None, wanted: Tensor | None) -> bool:
 
 
 @settings(max_examples=300, deadline=None)
-@given(tensors(), tensors(), st.none() | tensors(), st.integers(0, 2**62), st.integers(0, 300))
-def test_round_trip(s: Tensor, y: Tensor, codes: Tensor | None, step: int, spare: int) -> None:
-    """Bit for bit; in a message that has room for more."""
+@given(tensors(), tensors(), st.none() | tensors(), st.integers(0, 2**62), st.integers(0, 300), NESTED)
+def test_round_trip(s: Tensor, y: Tensor, codes: Tensor | None, step: int, spare: int, carried: Any) -> None:
+    """Bit for bit, with a model's inputs in any nesting; in a message that has room for more."""
     s, y = (part if part.dim() else part.reshape(1) for part in (s, y))
-    signal = Signal(s, y, codes)
+    signal = Signal(s, y, codes, carried)
     message = pack(signal, step, size_of(signal) + spare)
     assert len(message) == size_of(signal) + spare
     number, found = unpack(message.clone())
@@ -59,6 +74,36 @@ def test_round_trip(s: Tensor, y: Tensor, codes: Tensor | None, step: int, spare
     assert same(found.s, s)
     assert same(found.y, y)
     assert same(found.codes, codes)
+    assert str(map_tensors(lambda t: None, found.carried)) == str(map_tensors(lambda t: None, carried))
+    both = zip(list_tensors(found.carried), list_tensors(carried), strict=True)
+    assert all(same(part, wanted) for part, wanted in both)
+
+
+@dataclass
+class Inputs:
+    ids: Tensor
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (Inputs(torch.zeros(2)), "a Inputs among them does not go between stages"),
+        ({1: torch.zeros(2)}, "a dict among them"),
+        ([torch.zeros(2)] * 13, "carry 13 tensors .* has room for 12"),
+    ],
+)
+def test_inputs_that_are_not_carried(odd: Any, message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        pack(Signal(torch.zeros(2), torch.zeros(2), carried=odd), 0, 10_000)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "[]", '["tensor", 1]', '["tensor", -1]', '["tensor", "0"]', '["x", 0]']
+)
+def test_a_broken_form_of_inputs(text: str) -> None:
+    form = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+    with pytest.raises(PipelineError, match="the model's inputs is broken"):
+        restore_carried([form, torch.zeros(2)])
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4))), ids=str)
@@ -74,14 +119,14 @@ def test_the_order_of_memory_is_kept(order: tuple[int, ...]) -> None:
 def test_gaps_do_not_travel() -> None:
     wide = torch.randn(10, 1000)[:, ::100]
     assert size_of(Signal(wide, torch.zeros(10))) == HEADER + 448 + ALIGNED  # 400 and 40 bytes
-    _, found = unpack(pack(Signal(wide, torch.zeros(10)), 0, 1000))
+    _, found = unpack(pack(Signal(wide, torch.zeros(10)), 0, 4000))
     assert found is not None
     assert torch.equal(found.s, wide)
 
 
 def test_gradients_stay_behind() -> None:
     s = torch.randn(3, 2, requires_grad=True) * 2
-    _, found = unpack(pack(Signal(s, torch.zeros(3)), 0, 1000))
+    _, found = unpack(pack(Signal(s, torch.zeros(3)), 0, 4000))
     assert found is not None
     assert not found.s.requires_grad
     assert torch.equal(found.s, s)
@@ -90,7 +135,7 @@ def test_gradients_stay_behind() -> None:
 def test_a_message_is_a_copy() -> None:
     """The next layer may write into what it gets, and the stage before into what it has sent."""
     s = torch.ones(4, 4)
-    message = pack(Signal(s, torch.zeros(4)), 0, 1000)
+    message = pack(Signal(s, torch.zeros(4)), 0, 4000)
     s.zero_()
     _, found = unpack(message)
     assert found is not None
@@ -124,7 +169,7 @@ def test_a_batch_that_is_too_large() -> None:
 )
 def test_what_the_wire_does_not_carry(odd: Tensor) -> None:
     with pytest.raises(PipelineError, match="does not go between stages"):
-        pack(Signal(odd, torch.zeros(2)), 0, 1000)
+        pack(Signal(odd, torch.zeros(2)), 0, 4000)
 
 
 # ---- broken messages -----------------------------------------------------------------------------
@@ -176,7 +221,7 @@ def test_the_header_is_where_these_tests_think() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(st.integers(1, SLOTS - 1), st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 9)),
-    st.integers(0, 600),
+    st.integers(0, 2600),
 )
 def test_no_header_reads_beyond_its_message(changes: dict[int, int], length: int) -> None:
     """Whatever integers come, the answer is an error, or tensors within the message."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plywise.data.batches import move_batch
 from plywise.errors import PipelineError
 from plywise.local.component import Signal
 from plywise.pipeline.watch import EVERY, Watch
@@ -91,8 +92,7 @@ class Inbox:
             self.waited += time.perf_counter() - start
             if signal is None or self._device.type == "cpu":
                 return step, signal
-            codes = None if signal.codes is None else signal.codes.to(self._device)
-            return step, Signal(signal.s.to(self._device), signal.y.to(self._device), codes)
+            return step, Signal(*(move_batch(part, self._device) for part in vars(signal).values()))
 
     def close(self) -> None:
         """Let the thread end; its connection has been aborted."""

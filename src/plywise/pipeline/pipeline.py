@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from plywise._util.renamed import serve_old_argument
+from plywise.data.batches import count_samples
 from plywise.errors import PipelineError, PlywiseError, StateError
 from plywise.local import checkpoint
 from plywise.local.component import Signal
@@ -144,9 +145,9 @@ class Pipeline:
 
     def _signals(self, batches: Iterable[Batch]) -> Iterator[Signal]:
         for x, y in batches if self.replicas == 1 else self._share(batches):
-            if len(x) != len(y) or len(x) == 0:
+            if (count := count_samples(x)) != len(y) or count == 0:
                 raise PlywiseError(
-                    f"A batch needs as many targets as inputs, and at least one: {len(x)} inputs, {len(y)} "
+                    f"A batch needs as many targets as inputs, and at least one: {count} inputs, {len(y)} "
                     "targets.",
                     see="error-data",
                 )
@@ -157,7 +158,7 @@ class Pipeline:
         own = iter(batches)
         while True:
             batch = next(own, None)
-            size = 0 if batch is None else len(batch[0])
+            size = 0 if batch is None else count_samples(batch[0])
             sizes = torch.tensor([size, -size])
             dist.all_reduce(sizes, dist.ReduceOp.MIN, group=self._groups.replicas)
             least, most = int(sizes[0]), -int(sizes[1])

@@ -12,20 +12,22 @@ from torch import Tensor
 
 from plywise.errors import PipelineError
 from plywise.local.component import Signal
+from plywise.pipeline.carried import flatten_carried, restore_carried
 
 MAGIC = 0x706C7977697365  # "plywise"
-SLOTS = 48  # integers in the header
+PARTS = 16  # tensors in a message: activations, targets, codes, and what is carried
+SLOTS = 232  # integers in the header
 DIMENSIONS = 6
 ALIGNED = 64  # bytes: every tensor starts at a multiple
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+DTYPES = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.int64, torch.int32, torch.uint8, torch.bool),
+)
 
 END = -1
 """In place of the step: no batch follows."""
 
-CARRIED = (
-    "These blocks carry the model's inputs along (masks and positions are made of them), and a message "
-    "between stages does not. `plywise train` takes them."
-)
+FIXED = 3  # tensors before those that are carried
 _HEADER = 8 * SLOTS
 _DESCRIPTION = 2 + 2 * DIMENSIONS  # dtype, dimensions, shape, strides
 _BROKEN = "The header of a message from the stage before is broken."
@@ -45,16 +47,20 @@ def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
     buffer = torch.zeros(capacity, dtype=torch.uint8)
     header = [MAGIC, step]
     if signal is not None:
-        if signal.carried is not None:
-            raise PipelineError(CARRIED, see="pipeline-batch")
         if size_of(signal) > capacity:
             raise PipelineError(
                 f"A batch of {len(signal.y)} takes {size_of(signal)} bytes between stages, and the first one "
                 f"took {capacity}: begin with the largest batch.",
                 see="pipeline-batch",
             )
-        start = _HEADER
-        for part in _parts(signal):
+        parts, start = _parts(signal), _HEADER
+        if len(parts) > PARTS:
+            raise PipelineError(
+                f"The blocks carry {len(parts) - FIXED - 1} tensors of the model's inputs along, and a "
+                f"message between stages has room for {PARTS - FIXED - 1}: join some.",
+                see="pipeline-batch",
+            )
+        for part in parts:
             if part is None:
                 header += [-1] + [0] * (_DESCRIPTION - 1)
                 continue
@@ -63,6 +69,7 @@ def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
             flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
             buffer[start : start + len(flat)] = flat
             start += _pad(len(flat))
+        header += [-1, *[0] * (_DESCRIPTION - 1)] * (PARTS - len(parts))
     header += [0] * (SLOTS - len(header))
     buffer[:_HEADER] = torch.tensor(header).view(torch.uint8)
     return buffer
@@ -84,7 +91,7 @@ def unpack(buffer: Tensor) -> tuple[int, Signal | None]:
         return END, None
     parts: list[Tensor | None] = []
     start = _HEADER
-    for i in range(3):
+    for i in range(PARTS):
         dtype, dimensions, *sizes = descriptions[i * _DESCRIPTION : (i + 1) * _DESCRIPTION]
         if dtype == -1:
             parts.append(None)
@@ -105,16 +112,16 @@ def unpack(buffer: Tensor) -> tuple[int, Signal | None]:
         except RuntimeError as error:
             raise PipelineError(_BROKEN, see="pipeline-batch") from error
         start += _pad(size)
-    s, y, codes = parts
+    s, y, codes, *carried = parts
     if s is None or y is None:
         raise PipelineError(
             "A message from the stage before lacks activations or targets.", see="pipeline-batch"
         )
-    return step, Signal(s, y, codes)
+    return step, Signal(s, y, codes, restore_carried([part for part in carried if part is not None]))
 
 
-def _parts(signal: Signal) -> tuple[Tensor | None, ...]:
-    return signal.s, signal.y, signal.codes
+def _parts(signal: Signal) -> list[Tensor | None]:
+    return [signal.s, signal.y, signal.codes, *flatten_carried(signal.carried)]
 
 
 def _pad(size: int) -> int:

@@ -13,7 +13,6 @@ from plywise.local.learner import StagedLearner
 from plywise.pipeline.cuts import from_first, measured_cuts
 from plywise.pipeline.groups import join
 from plywise.pipeline.pipeline import NO_STAGES, Pipeline
-from plywise.pipeline.wire import CARRIED
 from plywise.training.build import ResolvedTraining, resolve_training
 from plywise.training.config import TrainConfig
 from plywise.training.run_folder import RunFolder
@@ -78,8 +77,6 @@ def _learner(
         from_first(starts)
     else:
         blocks, starts = training.make_blocks(from_first(()))
-    if blocks.carries:
-        raise PipelineError(CARRIED, see="pipeline-start")
     learner = training.make_learner(blocks)
     if not isinstance(learner, StagedLearner):
         raise PipelineError(
