@@ -51,7 +51,7 @@ def test_too_little_gives_no_verdict():
     three = [*noisy("sgd", 100), *noisy("sgd-again", 100), *noisy("proxprop", 20)]
     two = [line for line in three if line["seed"] != three[0]["seed"]]
     assert judge([]).startswith("There is no verdict: no final run")
-    assert judge(two).startswith("There is no verdict: 2 seeds")
+    assert judge(two).startswith("There is no verdict on who is ahead: 2 seeds cannot tell")
     assert judge(three[-3:], methods=("proxprop",)).startswith("There is no verdict: no baseline")
 
 

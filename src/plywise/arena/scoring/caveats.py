@@ -172,7 +172,7 @@ def _seeds(results: BenchResults) -> list[str]:
     if least == 1:
         return [
             "One seed tells nothing about noise: intervals of a single run hold no more than the time "
-            "between two measurements. Run more seeds."
+            "between two measurements."
         ]
     if find_confidence(least) >= 0.95:
         return []
