@@ -30,8 +30,8 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
     basis = f"{_count(seeds, 'seed')}, {_count(len(results.ranked), 'workload')}"
     if seeds < FEWEST:
         return (
-            f"There is no verdict on who is ahead: {_count(seeds, 'seed')} cannot tell a gain from noise. Run "
-            f"at least {FEWEST} (--seeds {FEWEST})."
+            f"There is no verdict on who is ahead: {_count(seeds, 'seed')} cannot tell a gain from noise. "
+            f"Run at least {FEWEST} (--seeds {FEWEST})."
         )
     if not results.baselines:
         return f"There is no verdict: no baseline to compare with ({basis})."
