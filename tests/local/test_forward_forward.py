@@ -82,7 +82,7 @@ def test_it_tells_classes_apart():
     learner = pw.ForwardForward(pw.Blocks(layers, x), C, optimizer=lambda p: torch.optim.Adam(p, 0.01))
     for _ in range(150):
         learner.step(x, y)
-    assert (learner.predict(x).argmax(1) == y).float().mean() > 0.9
+    assert (learner.predict(x).argmax(1) == y).float().mean() > 0.8
 
 
 def test_what_it_refuses():
