@@ -40,7 +40,7 @@ def test_a_difference_within_the_noise_is_not_claimed():
     """A tenth fewer steps, but the null control is a quarter off."""
     quick = [*finals("sgd", [200] * 3), *finals("proxprop", [180] * 3)]
     text = said(small([*quick, *finals("sgd-again", [160] * 3)]))
-    assert "noise: nobody" in sentence(text, "Ahead of the best baseline in steps")
+    assert "noise: no method" in sentence(text, "Ahead of the best baseline in steps")
     assert "Undecided: proxprop" in text
     assert "use proxprop" not in text
     text = said(small([*quick, *finals("sgd-again", [198] * 3)]))
@@ -89,7 +89,7 @@ def test_overlapping_seeds_are_not_told_apart():
             ]
         )
     )
-    assert "noise: nobody" in sentence(text, "Ahead of the best baseline in steps")
+    assert "noise: no method" in sentence(text, "Ahead of the best baseline in steps")
     assert "use proxprop" not in text
 
 

@@ -1,4 +1,4 @@
-"""Search spaces, and the points in them that every method gets alike."""
+"""Search spaces, and the points in them, which are the same for every method."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PIPE_WIDTH = 200
-"""Columns when nobody looks: wide enough that no table wraps on its way into a file or to grep."""
+"""Columns where the output is no terminal: wide enough that no table wraps in a file or under grep."""
 
 
 @dataclass
 class Volume:
-    """How much commands say besides their results.
+    """How much commands print in addition to their results.
 
     Attributes:
         quiet: nothing.

@@ -155,7 +155,7 @@ class Attachment:
             rule = cast(StatefulContract, self.rule)
             self._state = RunningState(
                 *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave),
-                # somebody wants to see each call, or the error of a bad one
+                # an observer may want each call, and "raise" the error of a bad one
                 None if self._raises else self.observers,
             )
             self.table.on_begin.append(self._state.processes.find)

@@ -191,7 +191,7 @@ def find_wanted(node: Any, count: int) -> list[bool]:
     Autograd says which inputs need a gradient at all. ``torch.autograd.grad`` and ``backward(inputs=...)``
     want only some of them, and the engine knows which; it drops the others, so none of them is computed.
     """
-    # a missing bias is needed by nobody, and no edge stands for it
+    # a missing bias needs no gradient, and no edge stands for it
     needs, edges = node.needs_input_grad[-count:], node.next_functions
     try:
         return [needed and _will_execute(edges[place][0]) for place, needed in enumerate(needs)]

@@ -168,7 +168,7 @@ class Turn(Protocol):
 
 
 class StatefulContract(RuleContract):
-    """What a rule with a running state computes besides; see `plywise.StatefulRule`."""
+    """What a rule with a running state computes in addition; see `plywise.StatefulRule`."""
 
     remembers: ClassVar[bool] = True
 

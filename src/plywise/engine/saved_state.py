@@ -174,7 +174,7 @@ class SavedState:
         return found
 
     def read_moved(self, name: str, like: Tensor) -> LayerState:
-        """A layer's state, as far as it fits: moved with the model, dropped if a bias has been frozen."""
+        """The parts of a layer's state that fit: moved with the model, dropped if a bias has been frozen."""
         self.follow_bias(name)
         state = self.read(name)
         if any(value.dtype != like.dtype or value.device != like.device for value in state.tensors.values()):

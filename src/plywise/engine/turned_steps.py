@@ -220,7 +220,7 @@ class TurnedSteps:
         for name in names:
             states = {id(p): optimizer.state.get(p, {}) for p in layer.trained}
             if all(isinstance(state.get(name), Tensor) for state in states.values()):
-                # new tensors: somebody may have saved the old ones
+                # new tensors: the user may have saved the old ones
                 news = {key: state[name].clone() for key, state in states.items()}
                 with self._make_whole(layer, news) as mine:
                     for one in mine:

@@ -41,7 +41,7 @@ class Pipeline:
 
     Every process makes the same learner (same seed) and the same pipeline, and calls `run` alike; only the
     first stage reads the batches. Use as a context manager: the first process has to stay until the others
-    are done, and leaving lets nobody wait for this one.
+    are done, and leaving tells the others not to wait for this one.
 
     Args:
         learner: the whole learner, the same in every process.

@@ -39,10 +39,10 @@ def decline(store: TCPStore, rank: int, why: str) -> None:
 class Watch:
     """Looks after the processes of a pipeline.
 
-    One thread talks to the store, and nobody else does: it may not answer. Another one judges by the clock.
+    Only one thread talks to the store, which may not answer. Another one compares with the clock.
 
     Args:
-        store: a connection that nobody else uses, `prepare`-d.
+        store: a connection for this object alone, after `prepare`.
         rank: this process.
         names: what each process is called, by rank.
         timeout_s: seconds without a sign of life until a process counts as lost.
@@ -106,7 +106,7 @@ class Watch:
 
         Args:
             error: what happened.
-            meaning: the same in words, should nobody know more.
+            meaning: the same in words, for the case that no process knows more.
             suspect: the rank at the other end, if it was one.
         """
         # who stops for a reason has said so before; the second look began after the connection broke

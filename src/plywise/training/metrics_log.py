@@ -47,7 +47,7 @@ class MetricsLog:
     Each line has a check at its end (`plywise._util.sealed`). Use as a context manager.
 
     Args:
-        path: the log, to be gone on with.
+        path: the log; new lines are appended.
         step: number of steps done so far.
         tensorboard: whether to write for TensorBoard, too, into a folder beside the log.
 

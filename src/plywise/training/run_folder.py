@@ -21,7 +21,7 @@ from plywise.local import checkpoint
 from plywise.training.config import TrainConfig, make_config
 
 JUDGED = {"accuracy", "error"}
-"""What the last line of an epoch has besides."""
+"""Fields that only the last line of an epoch has."""
 _LOGS = "log*.jsonl"
 _START = "--fresh starts again in its place, another --out beside it."
 
@@ -169,7 +169,7 @@ class RunFolder:
             self._lock = None
 
     def _hold(self) -> None:
-        """Let nobody else begin here until this process releases the folder, or dies."""
+        """Lock the folder against other processes until this one releases it, or ends."""
         try:
             import fcntl
         except ImportError:  # not on Windows

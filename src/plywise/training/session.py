@@ -50,7 +50,7 @@ class Engine(Protocol):
         """Ask for no more batches to be read; a signal handler may call this."""
 
     def stopping(self) -> bool:
-        """Whether somebody has asked; called before each batch is read."""
+        """Whether a stop has been requested; called before each batch is read."""
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], after: Callable[[int], None]) -> int:
         """Train on batches; ``after`` is called with the number of steps done after each."""
@@ -134,7 +134,7 @@ class Session:
             show: is called after each step.
 
         Returns:
-            Whether the training is finished; if not, somebody has asked to stop. Either way there is a
+            Whether the training is finished; if not, a stop has been requested. Either way there is a
             checkpoint of the last step.
 
         Raises:
@@ -189,7 +189,7 @@ class Session:
             ) from error
 
     def _batches(self, step: int, end: int) -> Iterator[tuple[Batch, Tensor]]:
-        """The batches of the rest of an epoch, until somebody asks to stop."""
+        """The batches of the rest of an epoch, until a stop is requested."""
         assert self._data is not None
         train, size = self._data.train, self.plan.batch_size
         order = permutation(self.plan.seed, step // self.per_epoch, train.count_places())

@@ -321,7 +321,7 @@ def _summarize(
 
 
 def _find_uses_without_calls(records: dict[str, LayerRecord]) -> dict[str, str]:
-    """Layers whose weight got a gradient though nobody called them, nor a layer that shares it; and why."""
+    """Layers that were not called, nor a layer that shares their weight, but got a gradient; and why."""
     called = {id(record.weight) for record in records.values() if record.calls}
     why = "its weight is used without calling the layer"
     return {

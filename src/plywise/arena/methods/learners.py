@@ -40,7 +40,7 @@ from plywise.registry.find import find_learner
 from plywise.registry.resolve import resolve_rule
 
 ADAMW = unit_sized(3e-3)
-"""What is tuned of a learner without a number of its own: rate and decay of AdamW."""
+"""What is tuned of a learner that has no hyper-parameter: rate and decay of AdamW."""
 
 RELAXATION = {"rate": 0.5, "iterations": 30}
 """Activations are then within 1 % of backpropagation's gradients in four blocks."""

@@ -42,14 +42,14 @@ def make_experiment(resolved: ResolvedBench, ledger: Ledger, design: Design | No
 
 
 class Bench:
-    """A bench in its folder. One that holds the same config is gone on with: nothing is run twice.
+    """A bench in its folder. A folder that holds the same config is resumed: nothing is run twice.
 
     Args:
         resolved: what is compared.
         folder: where it is kept.
         command: what was typed, for the report.
         design: how often each method is run; None: as the config says.
-        about: what bench.json says besides.
+        about: further fields of bench.json.
 
     Attributes:
         experiment: its trials.

@@ -1,4 +1,4 @@
-"""How much of a bench fits into somebody's hours."""
+"""How much of a bench fits into a budget of time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRIALS = (16, 12, 10, 8, 6, 5, 4)
 SLACK = 0.9
 """Share of the budget that is planned for."""
 LEAST_STEPS = 200
-"""A run whose length nobody has chosen is not shorter, nor longer than `MOST_STEPS`."""
+"""The fewest steps of a run whose length the user has not chosen; the most are `MOST_STEPS`."""
 MARGIN = 3.0
 """A trial may take this many times what is planned: other points, and a busy machine, are slower."""
 
@@ -115,7 +115,7 @@ def choose_steps(
     workers: int,
     budget: float,
 ) -> dict[str, int]:
-    """Steps of each workload; where nobody has said how many, as many as fit with 8 tuning trials.
+    """Steps of each workload; where the user gives none, as many as fit with 8 tuning trials.
 
     A trial stays below a third of the config's ``timeout_s``, if it has one.
 

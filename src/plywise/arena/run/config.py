@@ -51,7 +51,7 @@ class TrialSource(Protocol):
         ...
 
     def describe(self, numbers: Mapping[str, float]) -> dict[str, Any]:
-        """What the trial's line in the ledger says besides."""
+        """Further fields of the trial's line in the ledger."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Arms and seeds: each arm is tuned alike, run with fresh seeds, and every trial is kept as it ends.
+"""Arms and seeds: all arms are tuned in the same way and run with fresh seeds; each trial is kept as it ends.
 
 An arm is a method on a workload. `Experiment` lists the trials of all arms, leaves out what the ledger
 holds, and has an executor run the others. `plywise bench`, `plywise demo` and `plywise reproduce` are

@@ -15,7 +15,7 @@ DESIGN = 4
 """First trials, whose points are quasi-random and the same for every method."""
 
 SEED = 0
-"""Seed of trial 0; each has one of its own, so that nothing need be remembered but the ledger."""
+"""Seed of trial 0. Each trial has its own seed: the ledger is all that has to be kept."""
 
 
 class OptunaSearch:

@@ -146,7 +146,7 @@ class RayExecutor:
 def _work(
     job: TrialJob, data: Data, threads: int, timeout_s: float, place: tuple[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """What a process of Ray's does: it has the trial run in a process of its own, and waits."""
+    """The task of Ray's process: start the trial in another process, and wait for it."""
     folder, path = place
     if Path(folder).is_dir():
         os.chdir(folder)

@@ -37,7 +37,7 @@ class TrialResult:
             where the method's outputs are not what the task's loss takes.
         validation: metric on the validation set after each of ``steps``.
         cpu: processor seconds that training (and nothing else) had taken after each of ``steps``.
-        wall: seconds of the clock on the wall, alike.
+        wall: the same in wall-clock seconds.
         test: metric on the test set at the end, if it was asked for.
         measuring: seconds that all the measuring took, off these clocks.
         failure: why training stopped early, or None.

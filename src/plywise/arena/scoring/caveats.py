@@ -68,7 +68,7 @@ def _note_resumed(results: BenchResults) -> list[str]:
     if not count:
         return []
     return [
-        f"The bench was gone on with {count} time{'s' if count > 1 else ''} on another machine or with other "
+        f"The bench was resumed {count} time{'s' if count > 1 else ''} on another machine or with other "
         "versions: steps can be compared, times only with care."
     ]
 

@@ -157,7 +157,7 @@ def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRank
         ]
         sentences.append(
             f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: "
-            f"{listed(parts) or 'nobody'}."
+            f"{listed(parts) or 'no method'}."
             + (f" Behind: {listed(behind)}." if behind else "")
             + (f" Undecided: {listed(level)}." if level else "")
         )

@@ -71,7 +71,7 @@ class Timed:
     Attributes:
         value: the median; infinity where half of the runs missed.
         draws: the median of each resample.
-        budget: the time that the whole run takes: a miss took more than that, and nobody knows how much more.
+        budget: the time that the whole run takes: a miss took an unknown time more than that.
         grid: the time between two measurements: a run was there up to that much before it was seen to be.
     """
 
@@ -148,7 +148,7 @@ def resample_times(
 def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
     """The quotient of two median times, of which either may be a miss.
 
-    A miss took longer than the whole run, and nobody knows how much longer. So a missed numerator gives a
+    A miss took longer than the whole run, by an unknown time. So a missed numerator gives a
     lower bound (marked ≥), a missed denominator an upper one (≤), with the run's whole budget in the miss's
     place. The limits count a miss as its budget where that is the lesser quotient, and as infinity where it
     is the greater one, so that the interval never claims more than is known. They hold all that lies between

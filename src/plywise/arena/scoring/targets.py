@@ -18,7 +18,7 @@ SHARE = 0.15
 
 STRICT_PLACE = 3
 """The best place among the baselines' trials that may set a target, however few there are: the first two
-might be lucky draws that nobody repeats."""
+might be lucky draws that no other bench repeats."""
 
 ENOUGH = math.ceil(STRICT_PLACE / SHARE)
 """Tuning trials of the baselines from which a target is what `SHARE` of them reach; with fewer it is soft."""

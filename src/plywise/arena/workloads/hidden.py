@@ -1,6 +1,6 @@
 """Workloads made by a seed, for judging what was chosen on others: no default may be tuned on them.
 
-A default that is set by a bench fits the workloads of that bench. A new seed makes workloads that nobody has
+A default that is set by a bench fits the workloads of that bench. A new seed makes workloads that no one has
 looked at: other networks, data, sizes and labels of the same kinds. Everything follows from kind and seed:
 a name says it all, and another machine makes the same. Targets come from the baselines of the same bench.
 """

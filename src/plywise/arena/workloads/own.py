@@ -78,7 +78,7 @@ def own_workload(
         data: where the data are (see `plywise.registry.resolve.resolve_data`), or data that have been read.
         read: how they are read, see `plywise.data.reading.ReadOptions.parse`; the rest is guessed.
         loss: ``module:name`` of a function (output, y) to a mean loss, a scalar; empty: the usual one.
-        metric: alike, what is judged by, lower is better; empty: the error rate for classes, else the loss.
+        metric: ``module:name`` of what is judged by, lower is better; empty: error rate or loss.
             With ``step`` a function (model, batch).
         step: ``module:name`` of a function (model, batch) to a mean loss, for models and batches that are
             called in another way; empty: as the batch shows.
@@ -175,8 +175,8 @@ def checked_workload(
         model: as for `own_workload`.
         data: what the checked workload's ``make_data`` gave.
         loss: as for `own_workload`.
-        metric: alike.
-        step: alike.
+        metric: as for `own_workload`.
+        step: as for `own_workload`.
         calls: of the checked workload.
         classes: of the checked workload.
 

@@ -124,7 +124,7 @@ class InEpisodes(nn.Module):
         self.learner.down.requires_grad_(False)  # it leads to a layer below, and there is none
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (B, T, 2) of episodes (B, T, 4), each made before its label was heard."""
+        """Scores (B, T, 2) of episodes (B, T, 4), each made before its label was given."""
         samples, labels = x.movedim(1, 0).unsqueeze(2).split(2, -1)
         drawn = torch.Generator().manual_seed(SEED)  # the same beginning for the same place in a batch
         states = self.learner.initial_state([2, 2], episodes=len(x), generator=drawn)
