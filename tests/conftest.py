@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 pytest.register_assert_rewrite("plywise.testing.contract")
 torch.set_num_threads(1)
@@ -40,6 +41,17 @@ if not torch.accelerator.is_available():
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than there are processors: at any time some test waits for processes of its own."""
     return (os.cpu_count() or 1) + 1
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
+    """A file runs in one process, and so do all files that import Lightning: for five seconds each time."""
+    return TrainersTogether(config, log)
+
+
+class TrainersTogether(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "trainers" if "trainers/" in file or file.endswith("test_loggers.py") else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
