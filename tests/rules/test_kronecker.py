@@ -143,9 +143,17 @@ def problem(layer, draw, t):
     return x, torch.randn_like(layer(x)) * (t + 1)  # of another size in each step
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize(
+    ("make", "settings", "schedule"),
+    [
+        (make, settings, schedule)
+        for i, make in enumerate(LAYERS)
+        for j, settings in enumerate(SETTINGS)
+        for k, schedule in enumerate(SCHEDULES)
+        # two layers meet all settings at all schedules; each other one meets all settings, and all schedules
+        if make in ("linear", "conv, all at once") or (i + j) % len(SCHEDULES) == k
+    ],
+)
 def test_every_step_is_the_definition(make, settings, schedule):
     layer, draw = LAYERS[make]()
     how = dict(SETTINGS[settings], stats_every=schedule[0], refresh_every=schedule[1])
