@@ -11,6 +11,7 @@ from torch.func import functional_call, jacrev
 import plywise as pw
 from plywise.engine.call import LinearCall, Update
 from plywise.rules import _least_squares as solve
+from plywise.rules._conjugate_gradients import conjugate_gradients, official_conjugate_gradients
 
 F64 = torch.float64
 
@@ -202,13 +203,13 @@ def test_conjugate_gradients(problem):
             break  # converged: the textbook divides zero by zero
         for A, delta_c, where in systems:
             expected[where] = textbook(A, A.T @ delta_c, 0.7, steps)
-        close(flat(solve.conjugate_gradients(ply, 0.7, steps)), expected, 1e-9)
+        close(flat(conjugate_gradients(ply, 0.7, steps)), expected, 1e-9)
 
 
 def test_conjugate_gradients_converge_and_then_rest(problem):
     layer, x, delta, ply = problem
     steps = min(ply.row_count, ply.columns) + 12
-    close(flat(solve.conjugate_gradients(ply, 0.7, steps)), slow_ridge(layer, x, delta, 0.7), 1e-8)
+    close(flat(conjugate_gradients(ply, 0.7, steps)), slow_ridge(layer, x, delta, 0.7), 1e-8)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])  # 1e-3: squared gradients of 1e-6, where the epsilon rules
@@ -228,7 +229,7 @@ def test_official_conjugate_gradients(problem, size):
                 published(systems[0][0], G, 0.7, steps)[0].T, systems, strict=True
             ):
                 expected[where] = column
-        close(flat(solve.official_conjugate_gradients(ply, 0.7, steps)), expected, 1e-9)
+        close(flat(official_conjugate_gradients(ply, 0.7, steps)), expected, 1e-9)
 
 
 @pytest.mark.parametrize("n", [12, 4])  # more, and fewer rows than columns
@@ -238,7 +239,7 @@ def test_official_differs_where_it_should(n):
     x, delta = torch.randn(n, 7), 1e3 * torch.randn(n, 3)
     ply = ply_of(nn.Linear(7, 3), x, delta)
     gap = [
-        (flat(solve.official_conjugate_gradients(ply, 0.7, k)) - flat(solve.conjugate_gradients(ply, 0.7, k)))
+        (flat(official_conjugate_gradients(ply, 0.7, k)) - flat(conjugate_gradients(ply, 0.7, k)))
         .norm()
         .item()
         / flat(ply.gradient()).norm().item()
@@ -249,7 +250,7 @@ def test_official_differs_where_it_should(n):
     A = torch.cat([x, torch.ones(n, 1)], 1)
     stopped_at, k = published(A, A.T @ delta, 0.7, 200)
     assert k < 200
-    close(flat(solve.official_conjugate_gradients(ply, 0.7, 200)),
+    close(flat(official_conjugate_gradients(ply, 0.7, 200)),
           torch.cat([stopped_at[:-1].T.flatten(), stopped_at[-1]]), 1e-9)  # fmt: skip
 
 

@@ -4,8 +4,7 @@ All answer ``argmin_D ½‖[A,1] Dᵀ - Δ‖² + λ/2 ‖D‖² = G (AᵀA + λ
 
 - `ridge`: exactly, by Cholesky, in the space of inputs (AᵀA) or of rows (AAᵀ), whichever is smaller;
 - `ridge_centred`: the same with the bias solved apart, by centring rows and targets;
-- `conjugate_gradients`: k steps from zero, for each output or for the layer as one vector;
-  `official_conjugate_gradients`: as ProxProp's published code;
+- by conjugate gradients, see `plywise.rules._conjugate_gradients`;
 - `normalised`: AAᵀ replaced by its diagonal (NLMS);
 - `mean_square`: AᵀA replaced by its mean eigenvalue.
 
@@ -31,7 +30,7 @@ from plywise.numerics.least_squares import (
     solve_damped,
     solve_damped_with_bias,
 )
-from plywise.numerics.products import centre_rows, divide_or_zero, lower_product, mirror_lower
+from plywise.numerics.products import centre_rows, divide_or_zero, lower_product
 from plywise.numerics.small_solve import SmallProblem, is_small, solve_small
 
 Damping = float | Tensor | Callable[[Tensor], Tensor]
@@ -72,12 +71,12 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
         solved = solve_damped_with_bias(build, damping, call.dtype, note, dual=dual)
         if solved is None:
             return call.gradient()
-        return _cast(call, _expand_with_bias(call, rows, *solved) if dual else _join(call, *solved))
+        return cast_update(call, _expand_with_bias(call, rows, *solved) if dual else _join(call, *solved))
     answer = solve_damped(partial(_build, call, dual), damping, call.dtype, note, dual=dual)
     if answer is None:
         return call.gradient()
     update = call.gradient(call.from_delta_rows(answer)) if dual else call.update(answer.mT)
-    return _cast(call, update)
+    return cast_update(call, update)
 
 
 def _solve_small(call: LinearCall, damping: Damping) -> Update | None:
@@ -97,7 +96,7 @@ def _solve_small(call: LinearCall, damping: Damping) -> Update | None:
     if answer is None:
         return None
     weight, shape = answer.weight, call.weight.shape
-    return _cast(call, Update(weight if weight.shape == shape else weight.view(shape), answer.bias))
+    return cast_update(call, Update(weight if weight.shape == shape else weight.view(shape), answer.bias))
 
 
 def _divide_columns(call: LinearCall, damping: Damping) -> Update:
@@ -106,7 +105,7 @@ def _divide_columns(call: LinearCall, damping: Damping) -> Update:
     counts = call.map.gram_diagonal(call.a, gradient)
     shift = damping(counts) if callable(damping) else damping
     total = counts + torch.as_tensor(shift).to(gradient).reshape(-1, 1)
-    return _cast(call, Update(divide_or_zero(gradient, total.expand_as(gradient)), None))
+    return cast_update(call, Update(divide_or_zero(gradient, total.expand_as(gradient)), None))
 
 
 def _build(call: LinearCall, dual: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -196,92 +195,7 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     matrix = call.matrix(Update(_multiply_centred(call, rows, answer), None)) if dual else answer.mT
     mean, mean_delta = call.mean_row(matrix.dtype), call.delta_rows(matrix.dtype).mean(1)
     bias = mean_delta - (matrix @ mean.unsqueeze(2)).squeeze(2)
-    return _cast(call, Update(matrix.reshape(call.weight.shape), bias.reshape(-1)))
-
-
-def conjugate_gradients(call: LinearCall, damping: float, steps: int, flat: bool = False) -> Update:
-    """``steps`` of textbook conjugate gradients on ``M V = G``, ``M = AᵀA + λI``, from zero.
-
-    Each output has its own scalars, or all of the layer's parameters are one vector (``flat``). The iterates
-    are those in the space of the weights; with fewer rows than columns they are carried as ``V = AᵀY``, so
-    that a step is one product with AAᵀ.
-    """
-    return _krylov(call, damping, steps, flat, official=False)
-
-
-def official_conjugate_gradients(call: LinearCall, damping: float, steps: int) -> Update:
-    """The iteration of ProxProp's published code, kept so that the paper's tables can be reproduced.
-
-    It differs from the textbook (and from the paper): the first direction is aliased with the residual,
-    so that the second comes out too long by ``1 + β``; 1e-6 is added to both denominators, which is not
-    small against the squared gradients of a mean loss; it stops once the worst residual is 1 % of the
-    mean first one; and a convolution is one flat system, not one for each output.
-    """
-    flat = not (call.map.rows_are_inputs and call.groups == 1)
-    return _krylov(call, damping, steps, flat, official=True)
-
-
-def _krylov(call: LinearCall, damping: float, steps: int, flat: bool, official: bool) -> Update:
-    in_rows = call.row_count <= call.columns
-    if official:  # its constants see the size of Δ
-        solution = _iterate(call, in_rows, damping, steps, flat, official)
-    else:  # squares of what is small or large leave the range of float32
-        unit = find_power_of_two(call.delta.to(call.dtype).reshape(1, 1, -1))
-        scaled = replace(call, delta=call.delta / unit.to(call.delta.dtype))
-        solution = _iterate(scaled, in_rows, damping, steps, flat, official).mul_(unit)
-    if not bool(torch.isfinite(solution).all()):
-        call.health.note(call.name, health.IDENTITY)
-        return call.gradient()
-    if in_rows:
-        return call.gradient(call.from_delta_rows(solution))
-    return _cast(call, call.update(solution.mT))
-
-
-def _iterate(
-    call: LinearCall, in_rows: bool, damping: float, steps: int, flat: bool, official: bool
-) -> Tensor:
-    """Conjugate gradients: the rows of Δ in another measure if ``in_rows``, else the update, transposed."""
-    matrix = mirror_lower((call.dual_gram if in_rows else call.gram)(call.dtype))
-    residual = call.delta_rows() if in_rows else call.matrix(call.gradient()).to(call.dtype).mT
-    shift = torch.as_tensor(damping).to(matrix).reshape(-1, 1, 1)
-    epsilon = 1e-6 if official else 0.0
-
-    # in row space V = AᵀY, so that <V, V> = <Y, AAᵀY>: x is then the product with AAᵀ
-    inner = partial(_multiply_summed, dims=(0, 1, 2) if flat else (1,))
-    # in place from here on: each of these is as large as Δ
-    residual, solution = residual.clone(), torch.zeros_like(residual)
-    direction, direction_image = residual.clone(), matrix @ residual
-    square = inner(direction_image if in_rows else residual, residual)
-    enough = 1e-4 * square.mean()  # the published tolerance, 1e-2, squared
-    # a smaller residual is rounding: divided by a small curvature it would become a step of any size
-    floor = 0 * square if official else (32 * torch.finfo(square.dtype).eps) ** 2 * square
-    for step in range(steps):
-        curved = torch.addcmul(direction_image, direction, shift)
-        curvature = inner(direction_image if in_rows else direction, curved)
-        alpha = divide_or_zero(square, curvature + epsilon)
-        solution.addcmul_(direction, alpha)
-        if step == steps - 1:
-            break
-        residual.addcmul_(curved, -alpha)
-        del curved
-        image = matrix @ residual
-        previous, square = square, inner(image if in_rows else residual, residual)
-        square = torch.where(square <= floor, 0, square)
-        if official and bool(square.max() < enough):
-            break
-        beta = divide_or_zero(square, previous + epsilon)
-        if official and step == 0:  # the alias: the old direction *is* the new residual
-            direction.copy_(residual)
-            direction_image.copy_(image)
-        direction.mul_(beta).add_(residual)
-        direction_image.mul_(beta).add_(image)
-        del image
-    return solution
-
-
-def _multiply_summed(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``Σ x y`` over some dimensions, which are kept; it is not negative but for rounding."""
-    return (x * y).sum(dims, keepdim=True).clamp_min(0)
+    return cast_update(call, Update(matrix.reshape(call.weight.shape), bias.reshape(-1)))
 
 
 def normalised(call: LinearCall, relative: float) -> Update:
@@ -381,7 +295,7 @@ def _matched_by_conjugate_gradients(call: LinearCall, relative: float, steps: in
     return solution.to(call.delta.dtype)
 
 
-def _cast(call: LinearCall, update: Update) -> Update:
+def cast_update(call: LinearCall, update: Update) -> Update:
     """An update in the dtype that autograd would have returned it in; G where that dtype cannot hold it."""
     dtype = call.delta.dtype
     if all(part is None or part.dtype is dtype for part in (update.weight, update.bias)):

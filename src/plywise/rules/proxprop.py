@@ -6,6 +6,7 @@ from typing import Literal
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.rule import Rule, Size, require_choice, require_positive
 from plywise.rules import _least_squares as solve
+from plywise.rules._conjugate_gradients import conjugate_gradients, official_conjugate_gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +95,8 @@ class ProxProp(Rule):
         if self.solver == "exact":
             return solve.ridge(call, damping)
         if self.solver in ("cg", "cg_flat"):
-            return solve.conjugate_gradients(call, damping, self.cg_steps, flat=self.solver == "cg_flat")
-        return solve.official_conjugate_gradients(call, damping, self.cg_steps)
+            return conjugate_gradients(call, damping, self.cg_steps, flat=self.solver == "cg_flat")
+        return official_conjugate_gradients(call, damping, self.cg_steps)
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
         """Exact: Gram, inverse, product. CG: Gram and one product with it a step."""

@@ -1,0 +1,74 @@
+"""Conjugate gradients in float32 are those of float64 to 1e-4, or it is counted that float64 was needed."""
+
+import pytest
+import torch
+from algebra import move_of, relative
+from torch import Tensor, nn
+
+import plywise as pw
+from plywise.engine import health
+
+SIZES = [(40, 9), (150, 33), (8, 33), (40, 80)]
+
+
+def draw(kind: str, n: int, k: int) -> Tensor:
+    x = torch.randn(n, k, dtype=torch.float64)
+    if kind == "rows of very different size":
+        x *= 10 ** torch.linspace(-4, 4, n, dtype=torch.float64)[torch.randperm(n)].unsqueeze(1)
+    elif kind == "columns of very different size":
+        x *= 10 ** torch.linspace(-4, 4, k, dtype=torch.float64)
+    elif kind == "offset":
+        x += 1000
+    return x.float()
+
+
+KINDS = ["plain", "rows of very different size", "columns of very different size", "offset"]
+SOLVERS = pytest.mark.parametrize("solver", ["cg", "cg_flat"])
+
+
+def solve(rule: pw.Rule, layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, dict[str, int]]:
+    move = move_of(rule, layer, x, delta)
+    return move, rule.health.of("")
+
+
+@SOLVERS
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_a_move_is_right_or_counted(solver: str, kind: str, size: tuple[int, int], steps: int) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, delta, layer = draw(kind, *size), torch.randn(size[0], 5), nn.Linear(size[1], 5, bias=seed == 0)
+        energy = float(x.double().square().sum()) / min(size)
+        rule = pw.ProxProp(tau=10.0**seed / energy, solver=solver, cg_steps=steps)
+        move, events = solve(rule, layer, x, delta)
+        expected, _ = solve(rule, layer.double(), x.double(), delta.double())
+        assert events.keys() <= {health.FLOAT64}
+        assert relative(move.double(), expected) < 1e-4, events
+        if kind == "plain" and steps <= 3:
+            assert not events
+
+
+@SOLVERS
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e10, 1e15])
+def test_inputs_whose_squares_leave_the_range(solver: str, scale: float) -> None:
+    for n, k in SIZES:
+        torch.manual_seed(n)
+        x, delta, layer = torch.randn(n, k), torch.randn(n, 3) * 1e-3, nn.Linear(k, 3, bias=False)
+        moves = []
+        for factor in (1.0, scale):
+            rule = pw.ProxProp(tau=1.0 / n / factor / factor, solver=solver)
+            move, events = solve(rule, layer, x * factor, delta)
+            moves.append(move.double() * factor)
+            assert events.keys() <= {health.FLOAT64}
+        assert relative(moves[1], moves[0]) < 1e-4
+
+
+@SOLVERS
+def test_inputs_that_are_all_zero_make_no_move_and_no_event(solver: str) -> None:
+    for n in (3, 12):
+        move, events = solve(
+            pw.ProxProp(solver=solver), nn.Linear(6, 2, bias=False), torch.zeros(n, 6), torch.randn(n, 2)
+        )
+        assert not move.any()
+        assert not events
