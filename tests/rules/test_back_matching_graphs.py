@@ -1,6 +1,7 @@
 """Back-matching's measurement on networks that are no chains: several heads, reused and frozen layers."""
 
 import threading
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,11 @@ from backward_scales import collect_scales, compute_exactly, find_scales
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import plywise as pw
 from plywise.data.digits import load_digits
@@ -210,3 +215,25 @@ def test_digits_with_three_sigmoid_layers():
         losses[rule is None] = cross_entropy(model(train.x), train.y).item()
     assert losses[False] < 0.6
     assert losses[True] > 2.2
+
+
+def test_a_selective_checkpoint_is_refused_by_name() -> None:
+    """Its graph lets one backward through, and back-matching's rate needs another."""
+
+    def keep(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE
+
+    class Saving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            contexts = partial(create_selective_checkpoint_contexts, keep)
+            return self.head(checkpoint(self.block, x, use_reentrant=False, context_fn=contexts))
+
+    model = Saving()
+    pw.BackMatching().attach(model)
+    with pytest.raises(pw.PlywiseError, match=r"below layer 'head'.*selective checkpoint"):
+        model(torch.randn(5, 6)).sum().backward()

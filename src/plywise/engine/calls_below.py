@@ -53,6 +53,11 @@ def find_calls(start: Any, responder: Any, name: str) -> tuple[list[Any], list[A
                     f"Back-matching's rate needs the whole graph, but below layer {name!r} a reentrant "
                     "checkpoint hides a part of it. Use torch.utils.checkpoint with use_reentrant=False."
                 )
+            if getattr(node, "is_passed_once", False):
+                raise PlywiseError(
+                    f"Back-matching's rate sends random vectors through the graph below layer {name!r}, and "
+                    "a selective checkpoint there lets nothing through twice. Leave out its context_fn."
+                )
             reaches[node] = False
             stack.append((node, True))
             stack.extend((source, False) for source, _ in node.next_functions)

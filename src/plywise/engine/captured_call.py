@@ -28,6 +28,11 @@ _autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
 
+_count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+SELECTIVE = "_CachingTorchDispatchMode"
+"""The mode in which torch runs what is in a selective checkpoint."""
+
+
 class CapturedCall(torch.autograd.Function):
     """A call of a linear map whose input gradient the map itself can make (linear layers, convolutions)."""
 
@@ -35,6 +40,8 @@ class CapturedCall(torch.autograd.Function):
     def forward(ctx: Any, site: Site, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the call; keep what autograd would keep."""
         output = run(x, weight, bias)
+        if _count_modes():
+            ctx.is_passed_once = _is_passed_once()
         ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, True, active_masks()
         ctx.has_bias = bias is not None and bias.requires_grad  # a frozen bias is a constant
         dtype, input_dtype = output.dtype, x.dtype
@@ -75,6 +82,8 @@ class TappedCall(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         """Hand back the output in ``box``; keep what the map's input is prepared from."""
+        if _count_modes():
+            ctx.is_passed_once = _is_passed_once()
         ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, False, active_masks()
         value, ctx.prepare, kept = box
         ctx.has_bias = bias is not None and bias.requires_grad
@@ -183,6 +192,12 @@ def _fit(
         if of_bias.dtype is not weight.dtype:
             of_bias = of_bias.to(weight.dtype)
     return of_weight, of_bias
+
+
+def _is_passed_once() -> bool:
+    """Whether what runs now is in a selective checkpoint, whose graph lets a single backward through."""
+    modes = map(torch._C._get_dispatch_stack_at, range(_count_modes()))
+    return any(type(mode).__name__ == SELECTIVE for mode in modes)
 
 
 def find_wanted(node: Any, count: int) -> list[bool]:

@@ -73,8 +73,11 @@ def make_rows(
                 rows += [(id(module), row) for row in found]
     for entry in entries:
         if id(entry) in lone and id(entry) not in counted:
-            module = entry.owners[0][1]()
-            row = _left_row(entry, module, entry.layer, _explain_rest(entry), health, counted)
+            module, parameter = entry.owners[0][1](), entry.parameter()
+            if entry.computed_into is not None and module is not None and parameter is not None:
+                row = _computed_row(rule, entry, module, parameter, health, counted)
+            else:
+                row = _left_row(entry, module, entry.layer, _explain_rest(entry), health, counted)
             rows.append((id(module), row))
     return _merge_left(rows)
 

@@ -204,9 +204,13 @@ class ParameterTable:
         whole = (*key[:2], None if key[2] is None else id(key[2]), part, shape)
         site = entry.sites.get(whole)
         if site is None:
-            site = self._make_site(entry, key, part, bias, shape)
+            site = self._make_site(entry, key, part, shape)
+            if bias is not None:
+                self._note_bias(site, bias)
             entry.sites[whole] = site
             self._add_site(site)
+        elif bias is not None and site.adds is not None and site.adds() is None:  # it has been replaced
+            self._note_bias(site, bias)
         return site
 
     def _make_site(
@@ -214,7 +218,6 @@ class ParameterTable:
         entry: ParameterEntry,
         key: tuple[Any, ...],
         part: Any,
-        bias: Tensor | None,
         computed: torch.Size | None,
     ) -> Site:
         layer, module = entry.find_owner(key[2])
@@ -226,18 +229,22 @@ class ParameterTable:
         site.part, site.computed = part, computed
         if any(other.name == name and not other.is_like(site) for other in entry.sites.values()):
             site.name += f" ({'×'.join(map(str, computed)) if computed else key[1].name})"
-        if bias is not None:
-            base = bias if bias._base is None else bias._base
-            known = self._find_stand_in(base)
-            # an entry's own reference, by which `follow` knows it again
-            site.adds = weakref.ref(base) if known is None else known.parameter
-            site.bias = site.adds if isinstance(bias, Parameter) else None
-            if known is None and self._computed_biases:
-                for source in self._find_sources(bias):
-                    if not source.sites and not source.expected:
-                        source.computed_into = entry
-            site.bias_shape = None if bias.dim() == 1 else bias.shape
         return site
+
+    def _note_bias(self, site: Site, bias: Tensor) -> None:
+        """Remember which parameter the calls of a site add."""
+        base = bias if bias._base is None else bias._base
+        known = self._find_stand_in(base)
+        if known is None and base.is_leaf and base.requires_grad:  # by functional_call, or assign=True
+            known = self._find_by_place(base, site.module)
+        # an entry's own reference, by which `follow` knows it again
+        site.adds = weakref.ref(base) if known is None else known.parameter
+        site.bias = site.adds if isinstance(bias, Parameter) else None
+        if known is None and self._computed_biases:
+            for source in self._find_sources(bias):
+                if not source.sites and not source.expected:
+                    source.computed_into = site.entry
+        site.bias_shape = None if bias.dim() == 1 else bias.shape
 
     # ---- tensors that are not parameters known so far -----------------------------------------------
 

@@ -1,0 +1,72 @@
+"""Biases belong to the calls that add them, however they come into the call."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import plywise as pw
+
+RULES: dict[str, Callable[[], pw.Rule]] = {"ProxProp": pw.ProxProp, "NLMS": pw.NLMS, "Backprop": pw.Backprop}
+EACH = pytest.mark.parametrize("name", RULES)
+
+
+def make_mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def find_handled(rule: pw.Rule) -> set[str]:
+    return {key for row in rule.explain().rows if row.handled for key in row.keys}
+
+
+class Fused(nn.Module):
+    """Three layers in one call: weights and biases are concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (nn.Linear(6, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.query, self.key, self.value)
+        return F.linear(x, torch.cat([f.weight for f in layers]), torch.cat([f.bias for f in layers]))
+
+
+@EACH
+def test_concatenated_biases_are_handled_with_their_weights(name: str) -> None:
+    model, wide = Fused(), nn.Linear(6, 12)
+    rules = [RULES[name]().attach(network) for network in (model, wide)]
+    wide.load_state_dict(
+        {key: torch.cat([getattr(f, key) for f in model.children()]) for key in ("weight", "bias")}
+    )
+    x = torch.randn(5, 6)
+    for network in (model, wide):
+        network(x).sin().sum().backward()
+    for key in ("weight", "bias"):
+        found = torch.cat([getattr(f, key).grad for f in model.children()])
+        torch.testing.assert_close(found, getattr(wide, key).grad)
+    assert find_handled(rules[0]) == {key for key, _ in model.named_parameters()}
+
+
+@EACH
+def test_biases_of_a_functional_call_stand_for_the_models_own(name: str) -> None:
+    model = make_mlp()
+    rule = RULES[name]().attach(model)
+    others = {key: p.detach().clone().requires_grad_() for key, p in model.named_parameters()}
+    torch.func.functional_call(model, others, (torch.randn(5, 6),)).sin().sum().backward()
+    assert find_handled(rule) == others.keys()
+
+
+@EACH
+def test_biases_that_are_replaced_are_found_again(name: str) -> None:
+    model = make_mlp()
+    rule = RULES[name]().attach(model)
+    x = torch.randn(5, 6)
+    for _ in range(2):
+        model(x).sin().sum().backward()
+        model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    model(x).sin().sum().backward()
+    assert find_handled(rule) == {key for key, _ in model.named_parameters()}
