@@ -6,11 +6,13 @@ Its update stands for the gradient of one use, and autograd carries it on to wha
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.utils import parametrizations, prune
 from uses_apart_worker import REPLICATED, RULES, main, train
 
@@ -177,9 +179,29 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+Dicts = tuple[dict[str, Any], dict[str, Any]]
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, how: str) -> Dicts:
+    if how == "plain":
+        return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    options = StateDictOptions(flatten_optimizer_state_dict=how == "flattened")
+    return copy.deepcopy(get_state_dict(model, optimizer, options=options))
+
+
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, states: Dicts, how: str) -> None:
+    if how == "plain":
+        model.load_state_dict(states[0])
+        optimizer.load_state_dict(states[1])
+        return
+    options = StateDictOptions(flatten_optimizer_state_dict=how == "flattened")
+    set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1], options=options)
+
+
 @EACH
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_resumed_run_takes_the_same_steps(name: str, kind: str) -> None:
+@pytest.mark.parametrize("how", ["plain", "nested", "flattened"])
+def test_a_resumed_run_takes_the_same_steps(name: str, kind: str, how: str) -> None:
     batches = [torch.randn(6, 3) for _ in range(5)]
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer, pw.Rule]:
@@ -191,10 +213,11 @@ def test_a_resumed_run_takes_the_same_steps(name: str, kind: str) -> None:
     model, optimizer, rule = start()
     for x in batches[:3]:
         step(model, optimizer, x)
-    states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    states = save(model, optimizer, how)
     other, other_optimizer, _ = start()
-    other.load_state_dict(states[0])
-    other_optimizer.load_state_dict(states[1])
+    if how == "flattened":
+        other(batches[0])  # such a load finds the uses that have been seen
+    load(other, other_optimizer, states, how)
     for x in batches[3:]:
         mine, its = step(model, optimizer, x), step(other, other_optimizer, x)
         for key, value in mine.items():
@@ -255,3 +278,22 @@ def test_replicas_take_the_steps_of_one_process(tmp_path: Path) -> None:
         for mine, its, expected in zip(first[name], second[name], whole, strict=True):
             assert torch.equal(mine, its)
             torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-9)
+    for name in RULES:
+        for replicated, sharded in zip(first[name], first[f"{name} sharded"], strict=True):
+            torch.testing.assert_close(sharded, replicated, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["foof", "rls"])
+def test_a_computed_weight_of_a_kind_that_is_left_alone_has_its_reason(name: str) -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Embedding(9, 6)), nn.Linear(6, 3))
+    optimizer = sgd(model)
+    rule = RULES[name]().attach(model, optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.arange(5)).square().sum().backward()
+        optimizer.step()
+    rows = {key: row for row in rule.explain().rows for key in row.keys}
+    for key, _ in parametrizations.weight_norm(nn.Embedding(9, 6)).named_parameters():
+        assert not rows[f"0.{key}"].handled
+        assert "its kind, 'embedding'" in rows[f"0.{key}"].reason
+    assert rows["1.weight"].handled

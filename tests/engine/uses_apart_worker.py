@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sharded_worker import start_process
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
@@ -48,19 +51,21 @@ def make_batch(number: int) -> Tensor:
     return torch.cat([half, other])
 
 
-def train(
-    name: str, rows: slice, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
-) -> list[Tensor]:
+def train(name: str, rows: slice, wrap: Callable[[nn.Module], object] = lambda model: model) -> list[Tensor]:
     """The weights after each step."""
     model = Mixed()
+    if wrap is fully_shard:
+        fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     rule = RULES[name]().attach(model, optimizer)
-    net, seen = wrap(model), []
+    net: Any = model if wrap is fully_shard else wrap(model)
+    seen = []
     for number in range(STEPS):
         optimizer.zero_grad()
         net(make_batch(number)[rows]).sin().square().mean().backward()
         optimizer.step()
-        seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+        seen.append(torch.cat([p.detach().flatten() for p in parameters]))
     assert not rule.health.counts
     return seen
 
@@ -70,7 +75,7 @@ def main(rank: int, folder: Path) -> None:
     start_process(rank, folder)
     torch.set_default_dtype(torch.float64)
     rows = slice(4 * rank, 4 * rank + 4)
-    torch.save(
-        {name: train(name, rows, DistributedDataParallel) for name in REPLICATED}, folder / f"{rank}.pt"
-    )
+    seen = {name: train(name, rows, DistributedDataParallel) for name in RULES}
+    seen |= {f"{name} sharded": train(name, rows, fully_shard) for name in RULES}
+    torch.save(seen, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -74,7 +74,7 @@ def make_rows(
     for entry in entries:
         if id(entry) in lone and id(entry) not in counted:
             module, parameter = entry.owners[0][1](), entry.parameter()
-            if entry.computed_into is not None and module is not None and parameter is not None:
+            if _is_carried(entry) and module is not None and parameter is not None:
                 row = _computed_row(rule, entry, module, parameter, health, counted)
             else:
                 row = _left_row(entry, module, entry.layer, _explain_rest(entry), health, counted)
@@ -140,7 +140,7 @@ def _rows_of(
     if any(site.computed for site in entry.sites.values()):
         name = entry.name
     parameter = entry.parameter()
-    if entry.computed_into is not None and _trains(parameter) and not entry.why_left:
+    if _is_carried(entry):
         assert parameter is not None
         return [_computed_row(rule, entry, module, parameter, health, counted)]
     left = entry.why_left or entry.leave_next or _explain_use(entry)
@@ -281,10 +281,21 @@ def _trains(parameter: Tensor | None) -> bool:
     return parameter is None or parameter.requires_grad
 
 
+def _is_carried(entry: ParameterEntry) -> bool:
+    """Whether a handled weight is computed from it, so that its gradient is the update, carried on."""
+    into = entry.computed_into
+    if into is None or entry.why_left or entry.leave_next or not entry.trains:
+        return False
+    return bool(into.sites) and not into.why_left and not into.leave_next
+
+
 def _explain_rest(entry: ParameterEntry) -> str:
     if not _trains(entry.parameter()):
         return NOT_TRAINED
-    return entry.why_left or entry.leave_next or _explain_use(entry) or UNSEEN
+    why = entry.why_left or entry.leave_next or _explain_use(entry)
+    if not why and entry.computed_into is not None:
+        why = entry.computed_into.why_left or entry.computed_into.leave_next
+    return why or UNSEEN
 
 
 def _explain_use(entry: ParameterEntry) -> str:

@@ -30,6 +30,7 @@ class Case:
         is_backprop: whether its gradients are autograd's own.
         refuses_reentrant: whether it raises PlywiseError under a reentrant checkpoint, which hides the graph.
         remembers_scales: why a loss scale that changes between steps changes the moves; "" if it does not.
+        remembers_rows: whether what it remembers of a layer is made of the layer's rows, and has its sizes.
         family: rules of one family answer by the same code, with other settings; "" if there is no other.
     """
 
@@ -42,6 +43,7 @@ class Case:
     is_backprop: bool = False
     refuses_reentrant: bool = False
     remembers_scales: str = ""
+    remembers_rows: bool = True
     family: str = ""
 
 

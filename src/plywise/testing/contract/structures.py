@@ -55,7 +55,8 @@ class Structure:
     def refused_by(self, rule: Rule) -> bool:
         """Whether something is left alone under a rule that sends other values down than gradients."""
         left = {*self.routed} - self.handled_by(rule)
-        left |= {*self.computed} if rule.takes_unshared_only else set()
+        if rule.takes_unshared_only:
+            left |= {*self.computed, *self.shared, *(self.kinds if self.tokens else ())}
         return rule.alters_backward and bool(left - {*self.harmless})
 
     def build(self) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from plywise import AttachError
+from plywise import AttachError, PlywiseError
 from plywise.testing.cases import Case
 from plywise.testing.contract.memories import ROWS, Run, layers_of, memory, of_layer, start, statistics
 from plywise.testing.contract.models import all_finite, backward, batch, loss_of, mlp, same_bits, weights
@@ -39,7 +39,8 @@ def test_a_bias_frozen_and_thawed(memory_case: Case, first: int, with_pending: b
             for layer in "04":
                 mine, its = (statistics(one.memory(), layer) for one in (run, other))
                 assert same_bits(mine, its), layer
-            assert not same_bits(*(statistics(one.memory(), "2") for one in (run, other)))
+            if memory_case.remembers_rows:
+                assert not same_bits(*(statistics(one.memory(), "2") for one in (run, other)))
     width = {value.shape[-1] for key, value in run.memory().items() if key.endswith("/2/input")}
     assert width <= {9}
     assert not run.rule.health.counts
@@ -89,6 +90,8 @@ def test_a_layer_frozen_and_thawed(memory_case: Case, attached: str) -> None:
 def test_a_weight_frozen_beside_a_bias_that_trains(memory_case: Case, steps: int) -> None:
     # one column is no problem to solve: its gradient stays as it is, in every step
     run = start(memory_case, steps=steps)
+    if run.rule.alters_backward:
+        pytest.skip("the layer above sends other values down than the plain gradient")
     run.model[2].weight.requires_grad_(False)
     run.model[2].weight.grad = None
     kept = of_layer(run.memory(), "2")
@@ -139,6 +142,10 @@ def test_tied_weights_have_a_statistic_for_each_use_or_are_left_alone(memory_cas
     model, plain = structure.build(), structure.build()
     optimizer = SGD(model.parameters(), lr=0.05)
     rule = memory_case.make().attach(model, optimizer)
+    if structure.refused_by(rule):
+        with pytest.raises(PlywiseError, match="would get a wrong gradient"):
+            structure.loss(model).backward()
+        return
     rows = [row for row in rule.explain().rows if row.name in "ab"]
     assert rows
     for row in rows:
@@ -203,6 +210,8 @@ def test_a_computed_bias_is_learned_without_its_column(memory_case: Case) -> Non
             return x.exp()
 
     run = start(memory_case)
+    if run.rule.alters_backward:
+        pytest.skip("refused: a bias that is left to the optimizer would get a wrong gradient")
     run.rule.detach()
     nn.utils.parametrize.register_parametrization(run.model[2], "bias", Positive())
     run.optimizer = SGD(run.model.parameters(), lr=0.05)

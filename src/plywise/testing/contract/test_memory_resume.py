@@ -197,6 +197,8 @@ def refuses(run: Run, state: State, words: str) -> None:
 
 @pytest.mark.parametrize("what", list(OTHERS))
 def test_another_architecture(memory_case: Case, what: str) -> None:
+    if what == "wider" and not memory_case.remembers_rows:
+        pytest.skip("what it remembers is alike for layers of all sizes")
     make, words = OTHERS[what]
     other = make()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
