@@ -320,3 +320,25 @@ def test_what_computes_a_weight_is_no_other_use_of_it() -> None:
     for _ in range(2):
         model(torch.randn(3, 8)).sum().backward()
     assert "_weight_norm" not in str(rule.explain())
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_scales_gradient_is_autograds_to_the_bit_whatever_the_strides(axis: int) -> None:
+    """A resumed run captures a call that rests in the run that it goes on from: the same sums, then."""
+
+    def run(s: Net, x: Tensor) -> Tensor:
+        scaled = x * s.scale[None, :, None] if axis == 1 else x * s.scale
+        # the gradient comes back in another order of memory than the input has
+        return (scaled.transpose(1, 2) @ torch.ones(x.shape[1], 3)).sin()
+
+    torch.manual_seed(0)
+    model, x = Net(run, scale=(16,)), torch.randn(3, 16, 7) if axis == 1 else torch.randn(3, 5, 16)
+    found = []
+    for attached in (False, True):
+        model.zero_grad()
+        if attached:
+            rule = pw.Backprop().attach(model, kinds="all")
+        model(x).sum().backward()
+        found.append(model.scale.grad.clone())
+    assert rule.explain().share == 1
+    assert torch.equal(*found)

@@ -26,10 +26,11 @@ class ElementwiseAffine(LinearMap):
     kind: ClassVar[str] = "norm"
 
     def _sum_by_feature(self, x: Tensor) -> Tensor:
-        """The sum of each feature's entries, (features,), without a copy in another order."""
+        """The sum of each feature's entries, (features,), without a copy and in autograd's order."""
         if self.axis == 1:
             return x.sum([0, *range(2, x.dim())]) if x.dim() > 1 else x
-        return x.reshape(-1, self.groups).sum(0)
+        axes = self.row_axes(x)
+        return x.sum(list(range(axes))).reshape(-1) if axes else x.reshape(-1)
 
     def _features_first(self, x: Tensor) -> Tensor:
         if self.axis == 1:
@@ -54,7 +55,7 @@ class ElementwiseAffine(LinearMap):
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """``Σ δ x̂`` of each feature."""
-        return self._sum_by_feature(a * delta).reshape(weight.shape)
+        return self._sum_by_feature(delta * a).reshape(weight.shape)  # in autograd's order
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
         """``Σ δ`` of each feature."""
