@@ -121,5 +121,8 @@ def test_many_dampings_in_turn_are_each_their_own():
 
 def test_sizes():
     assert is_small(128, 129, 128)
+    assert is_small(128, 785, 256)
     assert not is_small(256, 785, 1024)
+    assert not is_small(2000, 2000, 1)
     assert not is_small(0, 5, 3)
+    assert not is_small(4, 5, 0)
