@@ -3,21 +3,24 @@
     python benchmarks/local_table.py run                       # hours; goes on where it was interrupted
     python benchmarks/local_table.py run --workload characters --method "next token, tied"
     python benchmarks/local_table.py run --small               # a few steps of everything; nothing is written
+    python benchmarks/local_table.py follow MonoForward backpropagation
     python benchmarks/local_table.py report
 
-Workloads: an MLP on 10,000 images of MNIST and of Fashion-MNIST, a VGG-like network of four blocks on
-10,000 images of CIFAR-10 (`local_learning.py` has both), and a transformer of four blocks, 64 wide, on tiny
-Shakespeare. Rivals: backpropagation with deep supervision, with checkpointing, with accumulation in as many
-parts as there are blocks, and with a delay of one step (`local_baselines.py`). Each method's rate is the
-best of three on validation data with one seed, in trainings a third as long; then three fresh seeds on test
-data. "memory" is the most that the tensors which a step makes take at once, gradients and temporary ones
-included, of backpropagation's; "samples a second" are those of the final runs' process time on one thread.
-Everything is on Adam at a constant rate.
+Workloads: an MLP of two hidden layers on 10,000 images of MNIST and of Fashion-MNIST, five epochs
+(`local_learning.py` has it); a ConvNet of eight convolutions on 10,000 images of CIFAR-10, three epochs; and
+a transformer of four blocks, 64 wide, on tiny Shakespeare, 400 steps. The ConvNet halves the image in its
+first convolution: where one layer holds most of a network's activations, no block can be small beside it.
+Rivals: backpropagation with deep supervision, with checkpointing, with accumulation in as many parts as there
+are blocks, and with a delay of one step (`local_baselines.py`). "Interlocking 1" is a loss for each block
+alone. Each method's rate is the best of three on validation data with one seed, in trainings a third as long;
+then three fresh seeds on test data.
+"memory" is the most that the tensors which a step makes take at once, gradients and temporary ones
+included, of backpropagation's; "samples a second" are those of CPU time on one thread, medians of the
+final runs. Everything is on Adam at a constant rate.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,13 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
+from figure_tables import TABLES
 from local_baselines import Accumulation, Checkpointing, DeepSupervision, OneStepDelay, Stepper, Trained, adam
-from local_learning import Workload, load, mlp, vgg
+from local_learning import Workload, load, mlp
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.workloads.networks import TransformerBlock
 from plywise.local.associated_maps import pooled_bridge
-from plywise.local.heads import pooled_linear
+from plywise.local.heads import pooled_linear, position_linear
 from plywise.local.linear_heads import GradientHead, RidgeHead
 from plywise.local.next_token import linear_head
 
@@ -87,6 +91,17 @@ class Embed(nn.Module):
         return self.characters(tokens) + self.places.weight
 
 
+def convnet() -> list[nn.Module]:
+    """Eight convolutions, 16 channels at 16×16 and 32 at 8×8; ReLUs work in place."""
+
+    def conv(before: int, after: int, stride: int = 1) -> nn.Module:
+        layer = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        return nn.Sequential(layer, nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+
+    wide = [conv(3, 16, 2), *(conv(16, 16) for _ in range(3))]
+    return [*wide, conv(16, 32, 2), *(conv(32, 32) for _ in range(3))]
+
+
 def transformer() -> list[nn.Module]:
     return [nn.Sequential(Embed(), TransformerBlock(64, 4)), *(TransformerBlock(64, 4) for _ in range(3))]
 
@@ -104,10 +119,10 @@ def images(name: str, blocks: Callable[[], list[nn.Module]], steps: int) -> Prob
 
 
 PROBLEMS = {
-    "mnist": images("mnist", mlp, 1250),
-    "fashion": images("fashion_mnist", mlp, 1250),
-    "cifar": images("cifar10", vgg, 1560),
-    "characters": Problem(characters, transformer, 65, 2000, batch=16, tokens=True),
+    "mnist": images("mnist", mlp, 780),
+    "fashion": images("fashion_mnist", mlp, 780),
+    "cifar": images("cifar10", convnet, 468),
+    "characters": Problem(characters, transformer, 65, 400, batch=16, tokens=True),
 }
 
 
@@ -134,7 +149,7 @@ def learned(kind: Callable[..., pw.Learner], problem: Problem, blocks: pw.Blocks
 
 def classifying(kind: Callable[..., pw.Learner], problem: Problem, blocks: pw.Blocks, rate: float) -> Trained:
     """A learner whose last block classifies."""
-    example = torch.zeros(2, *blocks.shapes[0])
+    example = torch.zeros(2, *blocks.shapes[0], dtype=torch.long if problem.tokens else torch.float32)
     return learned(kind, problem, pw.Blocks(classified(problem, blocks), example), rate)
 
 
@@ -172,6 +187,12 @@ ON_IMAGES: dict[str, Method] = {
     ),
 }
 ON_TOKENS: dict[str, Method] = {
+    **{
+        f"Interlocking {horizon}": partial(
+            classifying, partial(pw.Interlocking, horizon=horizon, head=position_linear)
+        )
+        for horizon in (1, 2, 3)
+    },
     "next token": partial(learned, pw.LocalNextToken),
     "next token, tied": tied,
 }
@@ -237,19 +258,32 @@ def run(names: list[str], only: list[str], small: bool) -> None:
                 write_whole(OUT, json.dumps(result).replace('"tuning"', '\n"tuning"') + "\n")
 
 
+def follow(labels: list[str], epochs: int = 10, every: int = 2) -> None:
+    """Train on CIFAR-10 for longer, one seed at the rates of the table, and look now and then."""
+    result, problem = read(), PROBLEMS["cifar"]
+    data = problem.read()
+    epoch = len(data["train"][1]) // problem.batch
+    for label in labels:
+        torch.manual_seed(SEEDS[0])
+        rate = result["workloads"]["cifar"][label]["final"][0]["rate"]
+        method = methods_of(problem)[label]
+        trained = method(problem, pw.Blocks(problem.blocks(), data["train"][0][:2]), rate)
+        curve = []
+        for step, (x, y) in enumerate(batches(data["train"], problem.batch, epochs * epoch, SEEDS[0]), 1):
+            trained.step(x, y)
+            if step % (every * epoch) == 0:
+                judged = {
+                    part: problem.quality(trained.predict, data[part]) for part in ("validation", "test")
+                }
+                curve.append({"step": step, **judged})
+        result.setdefault("longer", {})[label] = curve
+        print(label, [point["test"] for point in curve], flush=True)
+        write_whole(OUT, json.dumps(result).replace('"tuning"', '\n"tuning"') + "\n")
+
+
 def report() -> None:
-    for name, methods in read()["workloads"].items():
-        print(f"\n**{name}**\n")
-        print("| method | rate | test | memory | samples a second |\n|---|---|---|---|---|")
-        plain = methods.get("backpropagation")
-        for label, entry in methods.items():
-            tests = [one["test"] for one in entry["final"]]
-            digits = 3 if PROBLEMS[name].tokens else 1
-            measured = f"{statistics.fmean(tests):.{digits}f} ± {statistics.stdev(tests):.{digits}f}"
-            alive = entry["final"][0]["alive_bytes"]
-            share = f"{alive / plain['final'][0]['alive_bytes']:.2f}" if plain else ""
-            speed = statistics.median(one["samples_a_second"] for one in entry["final"])
-            print(f"| {label} | {entry['final'][0]['rate']:g} | {measured} | {share} | {speed:.0f} |")
+    for name in PROBLEMS:
+        print(f"\n**{name}**\n\n{TABLES[f'local-table-{name}']('')}", end="")
 
 
 def main() -> None:
@@ -261,9 +295,15 @@ def main() -> None:
     running.add_argument("--method", action="append", help="default: all")
     running.add_argument("--small", action="store_true", help="a few steps, nothing is written")
     commands.add_parser("report", help="the table")
+    following = commands.add_parser(
+        "follow", help="ten epochs of CIFAR-10 with one seed, for methods of the table"
+    )
+    following.add_argument("method", nargs="+")
     options = parser.parse_args()
     if options.command == "run":
         run(options.workload or list(PROBLEMS), options.method or [], options.small)
+    elif options.command == "follow":
+        follow(options.method)
     else:
         report()
 

@@ -1,0 +1,149 @@
+"""Why Associated Learning's last depth falls behind on convolutional networks.
+
+    python benchmarks/associated_depth.py run          # some minutes; goes on where it was interrupted
+    python benchmarks/associated_depth.py run --workload fashion-cnn --arm "as shipped" --seed 1
+
+The CNN of `local_learning.py` on 4,000 images of MNIST, and its VGG on 3,000 of CIFAR-10, at the rate that
+was best there. After training, for every depth, on test images:
+
+- "path": the accuracy of its own prediction, through all decoders below; "train" the same on training images;
+- "nearest": the class whose code is nearest to the bridge's output, which needs no decoder;
+- "probe": a ridge regression on the block's activations, pooled to 4×4: what they still hold of the classes;
+- "apart": the distance between the codes of the two nearest classes, over the root mean square distance of
+  the bridge's output from its code.
+
+"fixed codes" never trains the encoders of the targets, "longer" has three times the epochs.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import plywise as pw
+from local_learning import CODE, WORKLOADS, accuracy, adam, batches, load
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
+from plywise._util.modes import evaluating
+from plywise.local.associated_maps import apart_encoder, pooled_bridge
+
+OUT = Path(__file__).with_suffix(".json")
+RATE = 3e-3
+
+
+def fixed_encoder(codes: Tensor, width: int) -> nn.Module:
+    return apart_encoder(codes, width).requires_grad_(False)
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "fixed codes": {"encoder": fixed_encoder},
+    "longer": {"longer": 3},
+}
+RUNS = [
+    (workload, arm, seed)
+    for workload in ("cifar-vgg", "mnist-cnn", "fashion-cnn")
+    for seed in (0, 1, 2)
+    for arm in ARMS
+]
+"""Which are run by default: workload, arm, seed."""
+
+
+def train(
+    name: str, seed: int, longer: int = 1, **settings: Any
+) -> tuple[pw.AssociatedLearning, dict[str, Any]]:
+    workload = WORKLOADS[name]
+    data = load(workload)
+    torch.manual_seed(seed)
+    blocks = pw.Blocks(workload.blocks(), data["train"][0][:2])
+    learner = pw.AssociatedLearning(
+        blocks, 10, **{"code": CODE, "bridge": pooled_bridge, "optimizer": adam(RATE), **settings}
+    )
+    for x, y in batches(data["train"], longer * workload.epochs, seed):
+        learner.step(x, y)
+    return learner, data
+
+
+def activations(blocks: list[Any], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        parts = []
+        for part in x.split(500):
+            for block in blocks:
+                part = block(part)
+            parts.append(part)
+        return torch.cat(parts)
+
+
+def probe(train: Tensor, y: Tensor, test: Tensor, targets: Tensor) -> float:
+    """A ridge regression's accuracy; the best of three dampings on test images, which flatters all alike."""
+
+    def rows(s: Tensor) -> Tensor:
+        s = F.adaptive_avg_pool2d(s, 4) if s.dim() == 4 else s
+        s = s.flatten(1).double()
+        return torch.cat([s, s.new_ones(len(s), 1)], 1)
+
+    a, b = rows(train), rows(test)
+    gram, right = a.T @ a / len(a), a.T @ F.one_hot(y, 10).double() / len(a)
+    scale, eye = gram.diagonal().mean(), torch.eye(len(gram), dtype=gram.dtype)
+    found = [
+        (b @ torch.linalg.solve(gram + damping * scale * eye, right)).argmax(1)
+        for damping in (1e-4, 1e-3, 1e-2)
+    ]
+    return max(100 * float((guess == targets).double().mean()) for guess in found)
+
+
+def look(learner: pw.AssociatedLearning, data: Any) -> list[dict[str, float]]:
+    """What each depth knows."""
+    found, codes = [], torch.eye(10)
+    (x, y), (tx, ty) = data["train"], data["test"]
+    components = learner._components
+    for depth, component in enumerate(components, 1):
+        module = learner.as_module(depth)
+        with evaluating(module), torch.no_grad():
+            codes = component.encoder(codes)
+            blocks = [one.block for one in components[:depth]]
+            s, test = activations(blocks, x), activations(blocks, tx)
+            met = torch.cat([component.bridge(part) for part in test.split(500)])
+            between = torch.cdist(codes, codes) + 1e9 * torch.eye(10)
+            error = (met - codes[ty]).square().sum(1).mean().sqrt()
+            found.append(
+                {
+                    "path": accuracy(module, data["test"]),
+                    "train": accuracy(module, (x[:2000], y[:2000])),
+                    "nearest": 100 * float((torch.cdist(met, codes).argmin(1) == ty).double().mean()),
+                    "probe": probe(s, y, test, ty),
+                    "apart": float(between.min() / error),
+                }
+            )
+    return [{key: round(value, 2) for key, value in depth.items()} for depth in found]
+
+
+def run(runs: list[tuple[str, str, int]]) -> None:
+    result = json.loads(OUT.read_text()) if OUT.exists() else {"environment": environment(), "runs": []}
+    done = [(one["workload"], one["arm"], one["seed"]) for one in result["runs"]]
+    for workload, arm, seed in runs:
+        if (workload, arm, seed) not in done:
+            depths = look(*train(workload, seed, **ARMS[arm]))
+            result["runs"].append({"workload": workload, "arm": arm, "seed": seed, "depths": depths})
+            write_whole(OUT, json.dumps(result, indent=1) + "\n")
+            print(workload, arm, seed, [one["path"] for one in depths], flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train and look")
+    running.add_argument("--workload", choices=list(WORKLOADS))
+    running.add_argument("--arm", choices=list(ARMS), default="as shipped")
+    running.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    run([(options.workload, options.arm, options.seed)] if options.workload else RUNS)
+
+
+if __name__ == "__main__":
+    main()
