@@ -129,7 +129,7 @@ def run(runs: list[tuple[str, str, int]]) -> None:
         if (workload, arm, seed) not in done:
             depths = look(*train(workload, seed, **ARMS[arm]))
             result["runs"].append({"workload": workload, "arm": arm, "seed": seed, "depths": depths})
-            write_whole(OUT, json.dumps(result, indent=1) + "\n")
+            write_whole(OUT, json.dumps(result).replace('{"workload"', '\n{"workload"') + "\n")
             print(workload, arm, seed, [one["path"] for one in depths], flush=True)
 
 

@@ -307,7 +307,7 @@ TABLES: dict[str, Callable[[str], str]] = {
         f"local-learning-{name}": local_learning(name)
         for name in ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "cifar-vgg")
     },
-    **{f"local-table-{name}": local_table(name) for name in ("cifar", "mnist", "fashion", "characters")},
+    **{f"local-table-{name}": local_table(name) for name in ("cifar", "mnist", "characters")},
     "local-memory": local_memory,
     "local-growth": local_growth,
     "pipeline": pipeline,

@@ -84,7 +84,7 @@ def run(ways: list[str], rates: list[float]) -> None:
         for rate in rates:
             if (way, rate) not in done:
                 result["runs"].append(train(way, rate, data))
-                write_whole(OUT, json.dumps(result, indent=1) + "\n")
+                write_whole(OUT, json.dumps(result).replace('{"way"', '\n{"way"') + "\n")
 
 
 def main() -> None:

@@ -221,7 +221,7 @@ def train(
     for x, y in batches(data["train"], problem.batch, steps, seed):
         trained.step(x, y)
     seconds = time.process_time() - start
-    result = {"rate": rate, "seed": seed, "samples_a_second": problem.batch * steps / seconds}
+    result = {"rate": rate, "seed": seed, "samples_a_second": round(problem.batch * steps / seconds)}
     x, y = next(batches(data["train"], problem.batch, 1, seed))
     result["alive_bytes"] = most_alive(lambda: trained.step(x, y)) if judge == "test" else 0
     return {**result, judge: problem.quality(trained.predict, data[judge])}
@@ -283,7 +283,10 @@ def follow(labels: list[str], epochs: int = 10, every: int = 2) -> None:
 
 def report() -> None:
     for name in PROBLEMS:
-        print(f"\n**{name}**\n\n{TABLES[f'local-table-{name}']('')}", end="")
+        if (
+            table := TABLES.get(f"local-table-{name}")
+        ) is not None:  # there is one as soon as it has been run
+            print(f"\n**{name}**\n\n{table('')}", end="")
 
 
 def main() -> None:
