@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -268,3 +269,9 @@ def test_a_loader_and_a_step_function(tmp_path):
     found = bench(make_model, loader, step=step, folder=tmp_path, **how)
     assert [line["failure"] for line in found.trials] == [None]
     assert found.trials[0]["validation"][-1] < found.trials[0]["validation"][0]
+
+
+def test_completion_finds_the_functions_before_they_are_used():
+    code = "import plywise.arena as arena; print({'bench', 'diagnose', 'load'} <= set(dir(arena)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "True"

@@ -8,5 +8,5 @@ import difflib
 def suggestion(word: str, choices: tuple[str, ...]) -> str:
     """``"Did you mean …? "`` for the choices nearest to ``word``, or nothing if none is near."""
     lowered = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(lowered[match] for match in near)}? " if near else ""

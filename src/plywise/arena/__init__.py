@@ -25,3 +25,7 @@ def __getattr__(name: str) -> Any:
     from plywise.arena import public
 
     return getattr(public, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

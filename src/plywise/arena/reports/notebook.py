@@ -37,6 +37,11 @@ class BenchReport:
     summary: BenchSummary
 
     @property
+    def verdict(self) -> str:
+        """Whether a method is ahead of the best baseline, in a sentence."""
+        return shorten(self.summary.verdict)
+
+    @property
     def conclusions(self) -> list[str]:
         """What follows from the trials, in sentences."""
         return [shorten(sentence) for sentence in self.summary.conclusions]
@@ -126,14 +131,16 @@ class BenchReport:
         if not self.summary.rows:
             return f"{self.folder}: no method has finished a run yet."
         lines = [f"- {sentence}" for sentence in self.conclusions]
-        return "\n".join([self._title(), format_table(RANKING_HEADINGS, self._table()), *lines])
+        table = format_table(RANKING_HEADINGS, self._table())
+        return "\n".join([self._title(), self.verdict, table, *lines])
 
     __repr__ = __str__  # a notebook's file keeps it beside the table
 
     def _repr_html_(self) -> str:
         if not self.summary.rows:
             return f"<p>{self}</p>"
-        return make_table(RANKING_HEADINGS, self._table(), title=self._title(), notes=self.conclusions)
+        title = f"{self._title()}. {self.verdict}"
+        return make_table(RANKING_HEADINGS, self._table(), title=title, notes=self.conclusions)
 
 
 @dataclass(frozen=True, repr=False)

@@ -28,6 +28,8 @@ from plywise.arena.scoring.verdicts import BETTER, compare_runs, find_noise
 
 SPARING = 0.9
 """Share of the reference's memory below which a method counts as sparing."""
+CODE_MIB = 20.0
+"""What a process takes to load code at the first call, which counts in the first trial of one process."""
 
 WORDS = {
     "steps": "steps",
@@ -284,8 +286,9 @@ def _memory(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> 
     plain = peaks.get(results.reference or "", {})
     parts = []
     for method, own in peaks.items():
-        shares = [own[workload] / plain[workload] for workload in own if plain.get(workload)]
-        if shares and max(shares) < SPARING:
+        both = [(own[workload], plain[workload]) for workload in own if plain.get(workload)]
+        shares = [less / more for less, more in both]
+        if shares and max(shares) < SPARING and all(more - less > CODE_MIB for less, more in both):
             parts.append(f"{method} {min(shares):.2f} to {max(shares):.2f}×")
     return [f"Peak memory, as a multiple of {results.reference}'s: {listed(parts)}."] if parts else []
 
