@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from plywise.cli.console import console, print_json, table
 from plywise.cli.training import Switch
-from plywise.engine.explain import format_bytes, format_cost, format_reason
+from plywise.engine.explain import Explanation, format_bytes, format_cost, format_reason
 from plywise.errors import PlywiseError
 from plywise.training.config import literal
 
@@ -69,6 +69,10 @@ def explain(
         totals = {name: getattr(explanation, name) for name in ("share", "parameters", "frozen")}
         print_json({**vars(explanation), **totals})
         return
+    _print_explanation(explanation)
+
+
+def _print_explanation(explanation: Explanation) -> None:
     shown = table(*HEADINGS, numbers=("memory", "cost"))
     for row in explanation.rows:
         shown.add_row(

@@ -228,12 +228,9 @@ def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
     shown = [row for row in rows if row.track == track]
     missed = [row for row in shown if 2 * row.reached < row.runs]
     near = [row for row in missed if 2 * row.reached_loose > row.runs]
-    if not missed:
-        return []
-    return [
-        f"More than half of the runs missed the target: {_name_methods(missed, shown)}."
-        + (f" The loose target was in reach of {_name_methods(near, missed)}." if near else "")
-    ]
+    close = f" The loose target was in reach of {_name_methods(near, missed)}." if near else ""
+    said = f"More than half of the runs missed the target: {_name_methods(missed, shown)}.{close}"
+    return [said] if missed else []
 
 
 def _ends(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
