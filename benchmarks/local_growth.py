@@ -92,14 +92,13 @@ def draw() -> None:
                 plot.plot(
                     [int(size) for size in sizes],
                     values,
-                    STYLES[name in BASELINES],
+                    "--" if name in BASELINES else ":" if number >= 10 else "-",
                     label=name,
                     color=f"C{number % 10}",
                 )
             plot.set_xscale("log", base=2)
             plot.set_yscale("log")
             plot.minorticks_off()
-            plot.grid(alpha=0.3)
             plot.set_ylabel(label if column == 0 else "")
             plot.set_xlabel(f"blocks of width {WIDTH}" if axis == "depth" else f"width of {DEPTH} blocks")
     axes[0, 1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
@@ -109,7 +108,6 @@ def draw() -> None:
 
 DRAWN = [name for name in METHODS if name not in ("deep supervision", "checkpointing", "one-step delay")]
 """Three take what backpropagation takes."""
-STYLES = {True: "--", False: "-"}
 
 
 def main() -> None:
