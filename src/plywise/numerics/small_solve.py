@@ -45,14 +45,14 @@ class SmallProblem(NamedTuple):
         target: Δ (n, c), in the same dtype.
         has_ones: whether R has a column of ones after the rows: a bias.
         damping: λ, not negative.
-        relative: λ as a part of ``‖R‖²``, added to ``damping``.
+        is_relative: whether ``damping`` is λ as a part of ``‖R‖²``.
     """
 
     rows: Tensor
     target: Tensor
     has_ones: bool
     damping: float
-    relative: float = 0.0
+    is_relative: bool = False
 
 
 class SmallAnswer(NamedTuple):
@@ -109,17 +109,17 @@ def solve_small(problem: SmallProblem) -> SmallAnswer | None:
 
 def _factorise(rows: Tensor, size: int, has_ones: bool, problem: SmallProblem) -> _Factor:
     """Factorise ``rows rowsᵀ + λI``; with ``has_ones`` 1 is added to each number of the product."""
-    start, damping = _get_start(size, has_ones, problem.damping, rows.device), None
+    shift = 0.0 if problem.is_relative else problem.damping
+    start, damping = _get_start(size, has_ones, shift, rows.device), None
     if len(start) == size:
         system = gram = torch.addmm(start, rows, rows.t())
     else:
         system = start.clone()
         gram = system[:size, :size].addmm_(rows, rows.t())
-    if problem.relative:
+    if problem.is_relative:
         diagonal = gram.diagonal()
-        shift = diagonal.sum().sub_(size * problem.damping).mul_(problem.relative)
-        diagonal.add_(shift)
-        damping = shift.add_(problem.damping)
+        damping = diagonal.sum().mul_(problem.damping)
+        diagonal.add_(damping)
     factor, failed = torch.linalg.cholesky_ex(system)
     return _Factor(factor if len(start) == size else factor[:size, :size], failed, damping)
 

@@ -81,8 +81,8 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
 
 def _solve_small(call: LinearCall, damping: Damping) -> Update | None:
     """`ridge` of a small call whose rows are its inputs; λ is a number, or a part of their energy."""
-    part = damping.eps / damping.size if isinstance(damping, RelativeDamping) else 0.0
-    fits = call.map.rows_are_inputs and call.groups == 1 and (part or isinstance(damping, float | int))
+    relative = isinstance(damping, RelativeDamping)
+    fits = call.map.rows_are_inputs and call.groups == 1 and (relative or isinstance(damping, float | int))
     if not fits or not is_small(call.row_count, call.columns, call.outputs):
         return None
     dtype, delta = call.dtype, call.delta
@@ -91,8 +91,8 @@ def _solve_small(call: LinearCall, damping: Damping) -> Update | None:
     rows, target = call.cast_input(dtype), delta.to(dtype)
     if delta.dim() != 2:
         rows, target = rows.reshape(-1, rows.shape[-1]), target.reshape(-1, target.shape[-1])
-    damping = 0.0 if part else float(damping)  # type: ignore[arg-type]
-    answer = solve_small(SmallProblem(rows, target, call.has_bias, damping, part))
+    value = damping.eps / damping.size if isinstance(damping, RelativeDamping) else damping
+    answer = solve_small(SmallProblem(rows, target, call.has_bias, value, relative))  # type: ignore[arg-type]
     if answer is None:
         return None
     weight, shape = answer.weight, call.weight.shape
