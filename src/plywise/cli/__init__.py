@@ -40,9 +40,19 @@ app = App(
     suppress_keyboard_interrupt=False,  # ours says what was kept
 )
 for _command in (
-    *(demo.demo, bench.bench, report.report, reproduce.reproduce, train.train, pipeline.pipeline),
-    *(methods.app, workloads.app, explain.explain, diagnose.diagnose, doctor.doctor),
-    *(help.help, completion.completion),
+    demo.demo,
+    bench.bench,
+    report.report,
+    reproduce.reproduce,
+    train.train,
+    pipeline.pipeline,
+    methods.app,
+    workloads.app,
+    explain.explain,
+    diagnose.diagnose,
+    doctor.doctor,
+    help.help,
+    completion.completion,
 ):
     app.command(_command)
 app.meta.suppress_keyboard_interrupt = False

@@ -33,7 +33,7 @@ from plywise.engine.readers import make_readers
 from plywise.engine.registered import install_registered
 from plywise.engine.rows import make_rows
 from plywise.engine.running_state import RunningState
-from plywise.engine.selection import Selector, collect_parameters, refuse_handled
+from plywise.engine.selection import Selector, collect_parameters, refuse_handled, refuse_nothing
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.table import ParameterTable
 from plywise.engine.telemetry import Telemetry
@@ -107,41 +107,28 @@ class Attachment:
         self.table = self._make_table(model, layers, exclude)
         self._mark_unstepped()
         self.capture = Capture(make_readers(self.kinds), self.table, self.takes, self._alters)
-        self.arrivals = Arrivals(
-            *(self.rule, self.table, self.capture, self),
-            *(self._note_answer, self._count_evidence if self.rule.remembers else None),
-        )
-        self._refuse_nothing(model)
+        counts = self._count_evidence if self.rule.remembers else None
+        self.arrivals = Arrivals(self.rule, self.table, self.capture, self, self._note_answer, counts)
+        refuse_nothing(self.table.entries, type(self.rule).__name__, model, self.kinds)
         refuse_handled(self.table.entries)
 
     def _make_table(
         self, model: nn.Module, layers: Selector | None, exclude: Selector | None
     ) -> ParameterTable:
-        rule, kinds = self.rule, self.kinds
-
-        def collect(network: nn.Module) -> list[ParameterEntry]:
-            return collect_parameters(network, kinds, layers, exclude, rule.takes_unshared_only)
-
-        # a frozen layer passes altered values down, and random vectors begin at it or pass through it
-        frozen_too = self._alters or rule.needs_backward_scale
+        unshared = self.rule.takes_unshared_only
         table = ParameterTable(
-            *(model, collect, kinds, not rule.takes_unshared_only, not rule.remembers),
-            *(frozen_too, self._add_site, self),
+            model,
+            lambda network: collect_parameters(network, self.kinds, layers, exclude, unshared),
+            self.kinds,
+            computed_too=not unshared,
+            computed_biases=not self.rule.remembers,
+            # a frozen layer passes altered values down, and random vectors begin at it or pass through it
+            frozen_too=self._alters or self.rule.needs_backward_scale,
+            add_site=self._add_site,
+            responder=self,
         )
         table.on_refresh = self._mark_unstepped
         return table
-
-    def _refuse_nothing(self, model: nn.Module) -> None:
-        if any(entry.is_candidate for entry in self.table.entries):
-            return
-        left = [entry for entry in self.table.entries if entry.why_left]
-        reasons = "; ".join(f"{entry.layer!r}: {entry.why_left}" for entry in left[:6])
-        raise AttachError(
-            f"{type(self.rule).__name__} finds no layer to handle in this {type(model).__name__} "
-            f"({reasons or 'it has no parameters'}). It handles calls of linear maps of the kinds "
-            f"{', '.join(sorted(self.kinds))}; teach it others with plywise.register_map.",
-            see="attach-no-layer",
-        )
 
     def _install(
         self,
@@ -152,14 +139,7 @@ class Attachment:
     ) -> None:
         if self.rule.remembers:
             assert optimizer is not None
-            rule = cast(StatefulContract, self.rule)
-            self._state = RunningState(
-                *(rule, self.table.entries, optimizer, process_group, self.health, self.table.leave),
-                # an observer may want each call, and "raise" the error of a bad one
-                None if self._raises else self.observers,
-            )
-            self.table.on_begin.append(self._state.processes.find)
-            self.capture.resting = weakref.ref(self._state.resting)
+            self._keep_state(optimizer, process_group)
         self.table.on_replaced = self._follow_parameters
         if self.rule.needs_backward_scale:
             every = self.rule.measure_every
@@ -177,9 +157,29 @@ class Attachment:
         if optimizer is not None:
             self._names.update({id(e.parameter()): e.name for e in self.table.entries})
             self._guard = StepGuard(
-                *(optimizer, self._names, self.health, on_nonfinite),
-                *(self._before_step, self._skip_step, self._after_step),
+                optimizer,
+                self._names,
+                self.health,
+                on_nonfinite,
+                before_step=self._before_step,
+                skipped=self._skip_step,
+                after_step=self._after_step,
             )
+
+    def _keep_state(self, optimizer: Optimizer, process_group: ProcessGroup | None) -> None:
+        """Keep running statistics in the optimizer's state."""
+        self._state = RunningState(
+            cast(StatefulContract, self.rule),
+            self.table.entries,
+            optimizer,
+            process_group,
+            self.health,
+            leave=self.table.leave,
+            # an observer may want each call, and "raise" the error of a bad one
+            observers=None if self._raises else self.observers,
+        )
+        self.table.on_begin.append(self._state.processes.find)
+        self.capture.resting = weakref.ref(self._state.resting)
 
     def _hook_modules(self, model: nn.Module) -> None:
         """Put the rule's own hook on the modules that it is for."""

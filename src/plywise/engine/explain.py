@@ -67,9 +67,9 @@ class LayerRow:
     handled: bool
     treatment: str
     reason: str
-    memory: float | None
-    cost: float | None
     events: dict[str, int]
+    memory: float | None = None
+    cost: float | None = None
     parameters: int = 0
     passes: int = 0
     is_new: bool = False
@@ -111,8 +111,14 @@ class Explanation:
     def _cells(self) -> list[list[str]]:
         return [
             [
-                *(row.name or "(model)", row.type, row.shape, row.treatment, format_reason(row)),
-                *(format_passes(row), format_bytes(row), format_cost(row)),
+                row.name or "(model)",
+                row.type,
+                row.shape,
+                row.treatment,
+                format_reason(row),
+                format_passes(row),
+                format_bytes(row),
+                format_cost(row),
             ]
             for row in self.rows
         ]

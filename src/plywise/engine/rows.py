@@ -32,18 +32,16 @@ FROZEN = "left as it is"
 NOT_TRAINED = "it is frozen (requires_grad is False)"
 COMPUTED = "the weight is computed from it; the update goes on through autograd"
 QUIET = {
-    *(
-        "linear",
-        "bilinear",
-        "matmul",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "mm",
-        "einsum",
-        "embedding",
-        "embedding_bag",
-    ),
+    "linear",
+    "bilinear",
+    "matmul",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "mm",
+    "einsum",
+    "embedding",
+    "embedding_bag",
     *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)),
 }
 """Functions whose uses need no word beside a handled map."""
@@ -184,8 +182,18 @@ def _site_row(
         notes += f"; {site.kept[0]} of {site.kept[1]} rows counted in its last call"
     shape = "×".join(str(size) for size in (site.part[1] if site.part else weight.shape))
     return LayerRow(
-        *(name, type(module).__name__, shape, True, rule.describe(site.size) + frozen, reason + notes),
-        *(memory, cost, health.of(site.name), claimed.trained, site.passes, site.entry.is_new),
+        name=name,
+        type=type(module).__name__,
+        shape=shape,
+        handled=True,
+        treatment=rule.describe(site.size) + frozen,
+        reason=reason + notes,
+        memory=memory,
+        cost=cost,
+        events=health.of(site.name),
+        parameters=claimed.trained,
+        passes=site.passes,
+        is_new=site.entry.is_new,
         keys=claimed.keys,
         frozen=claimed.frozen,
         size=site.size,
@@ -203,31 +211,43 @@ def _unseen_row(
     batch_size: int,
     claimed: Claim,
 ) -> LayerRow:
-    events = health.of(name)
-    reason = "waits for its first batch"
-    if nn.parameter.is_lazy(parameter):
-        return LayerRow(
-            *(name, type(module).__name__, "lazy", True, rule.describe(None) + frozen, reason),
-            *(None, None, events, 0, 0, entry.is_new),
-            keys=(entry.name,),
-        )
-    memory = cost = size = None
-    if entry.expected == "linear" and parameter.dim() == 2:
-        with torch.no_grad():
-            canonical = predict_canonical(module, parameter)
-        bias = getattr(module, "bias", None) is not None
-        groups = predict_groups(module)
-        size = Size(batch_size, canonical[1:].numel() + bias, canonical[0] // groups, groups)
+    """A layer that has not been called yet."""
+    shape, memory, cost, size = "lazy", None, None, None
+    if not nn.parameter.is_lazy(parameter):
+        shape = "×".join(str(length) for length in parameter.shape)
+        size = _predict_size(entry, module, parameter, batch_size)
+    if size is not None:
         flops, floats = rule.estimate_cost(size)
         memory, cost = floats * max(parameter.element_size(), 4), flops / size.plain
-    shape = "×".join(str(s) for s in parameter.shape)
     return LayerRow(
-        *(name, type(module).__name__, shape, True, rule.describe(size) + frozen, reason),
-        *(memory, cost, events, claimed.trained, 0, entry.is_new),
+        name=name,
+        type=type(module).__name__,
+        shape=shape,
+        handled=True,
+        treatment=rule.describe(size) + frozen,
+        reason="waits for its first batch",
+        memory=memory,
+        cost=cost,
+        events=health.of(name),
+        parameters=claimed.trained,
+        is_new=entry.is_new,
         keys=claimed.keys,
         frozen=claimed.frozen,
         size=size,
     )
+
+
+def _predict_size(
+    entry: ParameterEntry, module: nn.Module, parameter: Tensor, batch_size: int
+) -> Size | None:
+    """The sizes of a linear layer's problem; None for others, which depend on their inputs."""
+    if entry.expected != "linear" or parameter.dim() != 2:
+        return None
+    with torch.no_grad():
+        canonical = predict_canonical(module, parameter)
+    groups = predict_groups(module)
+    columns = canonical[1:].numel() + (getattr(module, "bias", None) is not None)
+    return Size(batch_size, columns, canonical[0] // groups, groups)
 
 
 def _computed_row(
@@ -244,8 +264,16 @@ def _computed_row(
     shape = "×".join(str(size) for size in parameter.shape)
     claimed = _claim([entry], counted)
     return LayerRow(
-        *(entry.name, type(module).__name__, shape, True, rule.describe(site.size), COMPUTED),
-        *(None, None, health.of(entry.name), claimed.trained, site.passes, entry.is_new),
+        name=entry.name,
+        type=type(module).__name__,
+        shape=shape,
+        handled=True,
+        treatment=rule.describe(site.size),
+        reason=COMPUTED,
+        events=health.of(entry.name),
+        parameters=claimed.trained,
+        passes=site.passes,
+        is_new=entry.is_new,
         keys=claimed.keys,
     )
 
@@ -269,8 +297,15 @@ def _left_row(
     claimed = _claim([entry], counted)
     treatment = LEFT if _trains(parameter) else FROZEN
     return LayerRow(
-        *(name, type(module).__name__, shape, False, treatment, reason, None, None, events),
-        *(claimed.trained, 0, entry.is_new),
+        name=name,
+        type=type(module).__name__,
+        shape=shape,
+        handled=False,
+        treatment=treatment,
+        reason=reason,
+        events=events,
+        parameters=claimed.trained,
+        is_new=entry.is_new,
         keys=claimed.keys,
         frozen=claimed.frozen,
     )
@@ -327,4 +362,13 @@ def left_to_optimizer(module: nn.Module, name: str, reason: str, events: dict[st
     owned = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
     shape = ", ".join("×".join(str(size) for size in p.shape) for p in owned[:2])
     count = sum(p.numel() for p in owned)
-    return LayerRow(name, type(module).__name__, shape, False, LEFT, reason, None, None, events, count)
+    return LayerRow(
+        name=name,
+        type=type(module).__name__,
+        shape=shape,
+        handled=False,
+        treatment=LEFT,
+        reason=reason,
+        events=events,
+        parameters=count,
+    )

@@ -89,8 +89,14 @@ class RunningState:
         self._saved = SavedState(rule, optimizer, self._layers, self._entries)
         self._learning = Learning(rule, self._saved, self._known, health_)
         self.resting = Resting(
-            *(rule, self._saved, self._known, self._entries),
-            *(self._learning, self.processes, self._waits, observers),
+            rule=rule,
+            saved=self._saved,
+            known=self._known,
+            entries=self._entries,
+            learning=self._learning,
+            processes=self.processes,
+            waits=self._waits,
+            observers=observers,
         )
         self._state_dicts = StateDicts(self._saved, optimizer, self.drop_pending)
 

@@ -164,6 +164,22 @@ def is_handled(entry: ParameterEntry, but: object = None) -> str | None:
     return None
 
 
+def refuse_nothing(
+    entries: list[ParameterEntry], rule_name: str, model: nn.Module, kinds: frozenset[str]
+) -> None:
+    """Raise AttachError if the rule may take none of these parameters."""
+    if any(entry.is_candidate for entry in entries):
+        return
+    left = [entry for entry in entries if entry.why_left]
+    reasons = "; ".join(f"{entry.layer!r}: {entry.why_left}" for entry in left[:6])
+    raise AttachError(
+        f"{rule_name} finds no layer to handle in this {type(model).__name__} "
+        f"({reasons or 'it has no parameters'}). It handles calls of linear maps of the kinds "
+        f"{', '.join(sorted(kinds))}; teach it others with plywise.register_map.",
+        see="attach-no-layer",
+    )
+
+
 def refuse_handled(entries: list[ParameterEntry]) -> None:
     """Raise AttachError if another rule handles one of these parameters."""
     for entry in entries:

@@ -117,16 +117,35 @@ class StepUpdates:
             return
         if scales is not None:
             news = [new | {"scale": scale} for new, scale in zip(news, scales, strict=True)]
+        made = list(zip(views, news, norms, strict=True))
+        self._deliver(
+            [layers[place] for place in places], [gradients[place] for place in places], made, memories
+        )
+
+    def _deliver(
+        self,
+        layers: Sequence[LayerHandle],
+        gradients: Sequence[Update],
+        made: Sequence[tuple[Update, State, float]],
+        memories: dict[str, State],
+    ) -> None:
+        """Put updates in the place of gradients, and news into states, where the update is finite.
+
+        Args:
+            layers: the layers.
+            gradients: their gradients.
+            made: of each layer the update, what changes in its state, and the update's norm.
+            memories: the states by name.
+        """
         targets, sources = [], []
-        for place, view, new, norm in zip(places, views, news, norms, strict=True):
-            layer = layers[place]
+        for layer, gradient, (view, new, norm) in zip(layers, gradients, made, strict=True):
             if not math.isfinite(norm) and not all(bool(torch.isfinite(p).all()) for p in list_parts(view)):
                 self._health.note(layer.name, health.IDENTITY)
                 continue
             if new:
                 memories[layer.name] = {**memories[layer.name], **new}
             if layer.gradient_is_plain:
-                targets += list_parts(gradients[place])
+                targets += list_parts(gradient)
                 sources += list_parts(view)
             else:
                 layer.write_gradient(view)

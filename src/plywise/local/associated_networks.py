@@ -64,8 +64,10 @@ def cnn_blocks(channels: int, filters: int = 32) -> Modules:
 
     def pair(before: int, after: int, stride: int) -> nn.Sequential:
         return nn.Sequential(
-            *(nn.Conv2d(before, after, 3, padding=1), nn.ELU()),
-            *(nn.Conv2d(after, after, 3, stride, padding=1), nn.ELU()),
+            nn.Conv2d(before, after, 3, padding=1),
+            nn.ELU(),
+            nn.Conv2d(after, after, 3, stride, padding=1),
+            nn.ELU(),
         )
 
     wide = 2 * filters
@@ -127,8 +129,12 @@ class BasicBlock(nn.Module):
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *(nn.Conv2d(before, after, 3, stride, padding=1), _norm(after), nn.ELU()),
-            *(nn.Conv2d(after, after, 3, padding=1), _norm(after), nn.ELU()),
+            nn.Conv2d(before, after, 3, stride, padding=1),
+            _norm(after),
+            nn.ELU(),
+            nn.Conv2d(after, after, 3, padding=1),
+            _norm(after),
+            nn.ELU(),
         )
         self.skip = nn.Identity() if stride == 1 and before == after else nn.Conv2d(before, after, 1, stride)
         self.activation = nn.ELU()

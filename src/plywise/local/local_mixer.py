@@ -114,8 +114,11 @@ def local_mixer(
         )
     pixels = image[0] * (image[1] // patches) * (image[2] // patches)
     first = nn.Sequential(
-        *(Patches(patches), NormedMap(pixels, channels), nn.ReLU()),
-        *(NormedMap(channels, channels, groups), nn.ReLU()),
+        Patches(patches),
+        NormedMap(pixels, channels),
+        nn.ReLU(),
+        NormedMap(channels, channels, groups),
+        nn.ReLU(),
     )
     mixers = [MixerBlock(channels, patches**2, groups) for _ in range(blocks - 1)]
     return [first, *mixers, average_head(torch.Size((channels, patches**2)), num_classes)]

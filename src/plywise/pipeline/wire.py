@@ -20,8 +20,14 @@ SLOTS = 232  # integers in the header
 DIMENSIONS = 6
 ALIGNED = 64  # bytes: every tensor starts at a multiple
 DTYPES = (
-    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    *(torch.int64, torch.int32, torch.uint8, torch.bool),
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
 )
 
 END = -1

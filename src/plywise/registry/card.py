@@ -16,8 +16,17 @@ from typing import Any
 from plywise.errors import PlywiseError
 
 SECTIONS = (
-    *("Idea", "Equation", "Use when", "Do not use when", "Layers", "Cost"),
-    *("Status", "Source", "Code", "Results", "Limits"),
+    "Idea",
+    "Equation",
+    "Use when",
+    "Do not use when",
+    "Layers",
+    "Cost",
+    "Status",
+    "Source",
+    "Code",
+    "Results",
+    "Limits",
 )
 STATUSES = ("faithful", "variant", "after")
 """To the paper: as it says; with differences that are named; after it, where its formula is not public."""

@@ -94,7 +94,8 @@ NAMES = (
     _rule("Foof", "foof", {"damping": (0.01, 100.0, 1.0)}),
     _rule("Coordinates", "coordinates", {"damping": (1e-3, 10.0, 0.1)}),
     _rule(
-        *("Precondition", "precondition"),
+        "Precondition",
+        "precondition",
         {"damping": (1e-3, 10.0, 0.1)},
         fixed={**_LOW_RANK, "right": 0.5},
     ),

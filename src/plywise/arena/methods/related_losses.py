@@ -107,7 +107,10 @@ def _flat(setting: TrialContext) -> Trainer:
     strength = numbers.pop("strength")
     optimizer = nesterov(learning(setting.model), **numbers)
     return FlatInInputs(
-        *(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer)),
+        setting.model,
+        optimizer,
+        setting.task.loss,
+        cosine(setting.steps)(optimizer),
         losses=setting.task.losses,
         strength=strength,
     )

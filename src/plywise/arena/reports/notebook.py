@@ -183,7 +183,9 @@ class DiagnosisReport:
     def _table(self) -> list[list[str]]:
         return [
             [
-                *(layer.name or "(model)", layer.type, f"{layer.inputs}→{layer.outputs}"),
+                layer.name or "(model)",
+                layer.type,
+                f"{layer.inputs}→{layer.outputs}",
                 *(_short(getattr(layer, name)) for name in LAYER_NUMBERS),
             ]
             for layer in self.diagnosis.layers

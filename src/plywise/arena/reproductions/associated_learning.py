@@ -186,7 +186,7 @@ def associated(body: MakeBody, encoder: MakeEncoder, start: Start) -> LocalTrain
     modules = [he_normal_(block).to(start.device) for block in body(start.size.widths)]
     learner = AssociatedLearning(
         Blocks(modules, start.example.to(start.device)),
-        *(10,),
+        10,
         code=start.size.widths[-1],
         encoder=encoder,
         optimizer=lambda groups: tensorflow_adam(groups, start.rate),
@@ -266,58 +266,117 @@ PAPER = Paper(
     "Kao, Chen, Associated Learning, Neural Computation 33(1), 2021, arXiv 1906.05560",
     (
         Experiment(
-            *("mnist-mlp", "MLP on MNIST: about as accurate as backpropagation through the same layers"),
-            *("the abstract; the paper's table could not be read", TEST_ACCURACY),
-            _arms(mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), _begin_plain, (None, None)),
-            {
+            name="mnist-mlp",
+            about="MLP on MNIST: about as accurate as backpropagation through the same layers",
+            where="the abstract; the paper's table could not be read",
+            measure=TEST_ACCURACY,
+            arms=_arms(mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), _begin_plain, (None, None)),
+            sizes={
                 FULL: ExperimentSize(
-                    "784-1024-1024(-5120-1024)-1024-10, n = 1024, batches of 32, 200 epochs, as in the code",
-                    *(mnist_centred, (1024,), 32, 200, 55_000),
+                    about=(
+                        "784-1024-1024(-5120-1024)-1024-10, n = 1024, batches of 32, 200 epochs, as in the "
+                        "code"
+                    ),
+                    source=mnist_centred,
+                    widths=(1024,),
+                    batch=32,
+                    epochs=200,
+                    images=55_000,
                 ),
                 SMALL: ExperimentSize(  # shorter runs end while the codes still form, where all is chance
-                    "n = 128 in place of 1024 (784-128-128(-640-128)-128-10), 4,000 training images (1,000 "
-                    "for validation, 2,000 for the test), 12 epochs: 1,500 steps where full size takes "
-                    "343,600; ten times its rates",
-                    *(mnist_centred, (128,), 32, 12, 4_000, 1_000, 2_000, 10.0),
+                    about=(
+                        "n = 128 in place of 1024 (784-128-128(-640-128)-128-10), 4,000 training images "
+                        "(1,000 for validation, 2,000 for the test), 12 epochs: 1,500 steps where full size "
+                        "takes 343,600; ten times its rates"
+                    ),
+                    source=mnist_centred,
+                    widths=(128,),
+                    batch=32,
+                    epochs=12,
+                    images=4_000,
+                    validation=1_000,
+                    test=2_000,
+                    faster=10.0,
                 ),
             },
-            (Claim(AL, "BackProp", within=1.0),),
-            (*DIFFERENCES, "'About as accurate' is the abstract's; 1 point is our reading of it."),
+            claims=(Claim(AL, "BackProp", within=1.0),),
+            differences=(
+                *DIFFERENCES,
+                "'About as accurate' is the abstract's; 1 point is our reading of it.",
+            ),
         ),
         Experiment(
-            *("cifar10-cnn", "CNN of eight convolutions on CIFAR-10", WHERE, TEST_ACCURACY),
-            _arms(cnn_body, partial(backprop, cnn_body, relu_dense, 0.0), _augment, (83.45, 86.30)),
-            {
+            name="cifar10-cnn",
+            about="CNN of eight convolutions on CIFAR-10",
+            where=WHERE,
+            measure=TEST_ACCURACY,
+            arms=_arms(cnn_body, partial(backprop, cnn_body, relu_dense, 0.0), _augment, (83.45, 86.30)),
+            sizes={
                 FULL: ExperimentSize(
-                    "32-32-32-32-64-64-64-64 channels, n = 256, batches of 32, 200 epochs, as in the code",
-                    *(cifar_centred, (32, 256), 32, 200, 45_000),
+                    about=(
+                        "32-32-32-32-64-64-64-64 channels, n = 256, batches of 32, 200 epochs, as in the code"
+                    ),
+                    source=cifar_centred,
+                    widths=(32, 256),
+                    batch=32,
+                    epochs=200,
+                    images=45_000,
                 ),
                 SMALL: ExperimentSize(
-                    "a quarter of the channels, n = 64, 6,000 training images (500 for validation, 2,000 for "
-                    "the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times its rates",
-                    *(cifar_centred, (8, 64), 32, 8, 6_000, 500, 2_000, 10.0),
+                    about=(
+                        "a quarter of the channels, n = 64, 6,000 training images (500 for validation, 2,000 "
+                        "for the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times its "
+                        "rates"
+                    ),
+                    source=cifar_centred,
+                    widths=(8, 64),
+                    batch=32,
+                    epochs=8,
+                    images=6_000,
+                    validation=500,
+                    test=2_000,
+                    faster=10.0,
                 ),
             },
-            (Claim(AL, "BackProp"),),
-            (*DIFFERENCES, *LOGS),
+            claims=(Claim(AL, "BackProp"),),
+            differences=(*DIFFERENCES, *LOGS),
         ),
         Experiment(
-            *("cifar10-vgg", "VGG on CIFAR-10", WHERE, TEST_ACCURACY),
-            _arms(VGG, VGG_BASELINE, _augment, (91.59, 92.75))[:3],
-            {
+            name="cifar10-vgg",
+            about="VGG on CIFAR-10",
+            where=WHERE,
+            measure=TEST_ACCURACY,
+            arms=_arms(VGG, VGG_BASELINE, _augment, (91.59, 92.75))[:3],
+            sizes={
                 FULL: ExperimentSize(
-                    "six convolutions of 128 to 512 channels, two layers of 1024, n = 300, batches of 32, "
-                    "200 epochs, as in the code",
-                    *(cifar_centred, (128, 300), 32, 200, 45_000),
+                    about=(
+                        "six convolutions of 128 to 512 channels, two layers of 1024, n = 300, batches of "
+                        "32, 200 epochs, as in the code"
+                    ),
+                    source=cifar_centred,
+                    widths=(128, 300),
+                    batch=32,
+                    epochs=200,
+                    images=45_000,
                 ),
                 SMALL: ExperimentSize(
-                    "a sixteenth of the channels, n = 64, 6,000 training images (500 for validation, 2,000 "
-                    "for the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times its rates",
-                    *(cifar_centred, (8, 64), 32, 8, 6_000, 500, 2_000, 10.0),
+                    about=(
+                        "a sixteenth of the channels, n = 64, 6,000 training images (500 for validation, "
+                        "2,000 for the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times "
+                        "its rates"
+                    ),
+                    source=cifar_centred,
+                    widths=(8, 64),
+                    batch=32,
+                    epochs=8,
+                    images=6_000,
+                    validation=500,
+                    test=2_000,
+                    faster=10.0,
                 ),
             },
-            (Claim(AL, "BackProp"),),
-            (
+            claims=(Claim(AL, "BackProp"),),
+            differences=(
                 *DIFFERENCES,
                 *LOGS,
                 "Where batch norm stands among the baseline's last layers is our reading (behind each); "

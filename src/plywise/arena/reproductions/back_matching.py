@@ -61,31 +61,43 @@ DIFFERENCES = (
 def experiment(classes: int, source: Callable[[int, int, int], Data], *more: str) -> Experiment:
     """VGG13 on CIFAR with so many classes; and what more may make our numbers differ."""
     return Experiment(
-        *(
-            f"vgg13-cifar{classes}",
-            f"VGG13 with batch norm on CIFAR-{classes}: better learning curves than SGD",
-        ),
-        "the follow-up's reviews; neither paper's body could be read, so that no number is known",
-        TRAINING_LOSS,
-        (
+        name=f"vgg13-cifar{classes}",
+        about=f"VGG13 with batch norm on CIFAR-{classes}: better learning curves than SGD",
+        where="the follow-up's reviews; neither paper's body could be read, so that no number is known",
+        measure=TRAINING_LOSS,
+        arms=(
             Arm(SGD, partial(momentum, classes, None), RATES),
             Arm(MATCHED, partial(momentum, classes, BackMatching()), RATES),
             Arm(UNCAPPED, partial(momentum, classes, BackMatching(cap=None)), RATES),
         ),
-        {
+        sizes={
             FULL: ExperimentSize(
-                "64 to 512 channels, 45,000 training images, batches of 128, 60 epochs; these settings are "
-                "ours",
-                *(source, (64,), 128, 60, 45_000),
+                about=(
+                    "64 to 512 channels, 45,000 training images, batches of 128, 60 epochs; these settings "
+                    "are ours"
+                ),
+                source=source,
+                widths=(64,),
+                batch=128,
+                epochs=60,
+                images=45_000,
             ),
             SMALL: ExperimentSize(
-                "an eighth of the channels, 1,500 training images (500 for validation), batches of 32, 3 "
-                "epochs: 138 steps where full size takes 21,060",
-                *(source, (8,), 32, 3, 1_500, 500, 1_000),
+                about=(
+                    "an eighth of the channels, 1,500 training images (500 for validation), batches of 32, 3 "
+                    "epochs: 138 steps where full size takes 21,060"
+                ),
+                source=source,
+                widths=(8,),
+                batch=32,
+                epochs=3,
+                images=1_500,
+                validation=500,
+                test=1_000,
             ),
         },
-        (Claim(MATCHED, SGD), Claim(UNCAPPED, SGD)),
-        (*DIFFERENCES, *more),
+        claims=(Claim(MATCHED, SGD), Claim(UNCAPPED, SGD)),
+        differences=(*DIFFERENCES, *more),
     )
 
 
@@ -96,7 +108,8 @@ PAPER = Paper(
     (
         experiment(10, cifar_channels),
         experiment(
-            *(100, cifar100_channels),
+            100,
+            cifar100_channels,
             "CIFAR-100 may be stored rounded (the step is in its .npz files): methods can be compared, and "
             "levels less so.",
         ),

@@ -57,8 +57,10 @@ SGD, NESTEROV, ADAM = "SGD", "SGD with Nesterov momentum", "Adam"
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any], tuple[float, ...], tuple[float, ...]]] = {
     SGD: (torch.optim.SGD, {}, (0.03, 0.1, 0.3, 1.0), (0.1, 0.3, 1.0, 3.0)),
     NESTEROV: (
-        *(torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-        *((0.01, 0.03, 0.1, 0.3), (0.01, 0.03, 0.1, 0.3)),
+        torch.optim.SGD,
+        {"momentum": 0.9, "nesterov": True},
+        (0.01, 0.03, 0.1, 0.3),
+        (0.01, 0.03, 0.1, 0.3),
     ),
     ADAM: (torch.optim.Adam, {}, (1e-3, 3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2, 3e-2)),
 }
@@ -101,37 +103,71 @@ PAPER = Paper(
     "over Mini-Batches, Neurocomputing 461 (2021), arXiv 2003.05164",
     (
         Experiment(
-            *("mnist-mlp", "MLP on MNIST: fewer steps with every optimizer", WHERE, TRAINING_LOSS),
-            _arms(dense),
-            {
+            name="mnist-mlp",
+            about="MLP on MNIST: fewer steps with every optimizer",
+            where=WHERE,
+            measure=TRAINING_LOSS,
+            arms=_arms(dense),
+            sizes={
                 FULL: ExperimentSize(
-                    "784-1024-1024-10, 55,000 training images, batches of 128, 20 epochs; ours",
-                    *(mnist, (784, 1024, 1024, 10), 128, 20, 55_000),
+                    about="784-1024-1024-10, 55,000 training images, batches of 128, 20 epochs; ours",
+                    source=mnist,
+                    widths=(784, 1024, 1024, 10),
+                    batch=128,
+                    epochs=20,
+                    images=55_000,
                 ),
                 SMALL: ExperimentSize(
-                    "784-128-128-10, 5,000 training images (1,000 for validation), batches of 64, 3 epochs: "
-                    "234 steps where full size takes 8,580",
-                    *(mnist, (784, 128, 128, 10), 64, 3, 5_000, 1_000, 2_000),
+                    about=(
+                        "784-128-128-10, 5,000 training images (1,000 for validation), batches of 64, 3 "
+                        "epochs: 234 steps where full size takes 8,580"
+                    ),
+                    source=mnist,
+                    widths=(784, 128, 128, 10),
+                    batch=64,
+                    epochs=3,
+                    images=5_000,
+                    validation=1_000,
+                    test=2_000,
                 ),
             },
-            *(CLAIMS, DIFFERENCES),
+            claims=CLAIMS,
+            differences=DIFFERENCES,
         ),
         Experiment(
-            *("mnist-conv", "ConvNet on MNIST: the same with convolutions", WHERE, TRAINING_LOSS),
-            _arms(convolutions),
-            {
+            name="mnist-conv",
+            about="ConvNet on MNIST: the same with convolutions",
+            where=WHERE,
+            measure=TRAINING_LOSS,
+            arms=_arms(convolutions),
+            sizes={
                 FULL: ExperimentSize(
-                    "32 and 64 channels of 3×3, 128 units, 55,000 training images, batches of 128, 20 "
-                    "epochs; ours",
-                    *(mnist, (32, 64, 128), 128, 20, 55_000),
+                    about=(
+                        "32 and 64 channels of 3×3, 128 units, 55,000 training images, batches of 128, 20 "
+                        "epochs; ours"
+                    ),
+                    source=mnist,
+                    widths=(32, 64, 128),
+                    batch=128,
+                    epochs=20,
+                    images=55_000,
                 ),
                 SMALL: ExperimentSize(
-                    "8 and 16 channels, 64 units, 2,000 training images (1,000 for validation), batches of "
-                    "64, 3 epochs: 93 steps where full size takes 8,580",
-                    *(mnist, (8, 16, 64), 64, 3, 2_000, 1_000, 2_000),
+                    about=(
+                        "8 and 16 channels, 64 units, 2,000 training images (1,000 for validation), batches "
+                        "of 64, 3 epochs: 93 steps where full size takes 8,580"
+                    ),
+                    source=mnist,
+                    widths=(8, 16, 64),
+                    batch=64,
+                    epochs=3,
+                    images=2_000,
+                    validation=1_000,
+                    test=2_000,
                 ),
             },
-            *(CLAIMS, DIFFERENCES),
+            claims=CLAIMS,
+            differences=DIFFERENCES,
         ),
     ),
 )

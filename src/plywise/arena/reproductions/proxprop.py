@@ -48,10 +48,17 @@ def conv_net(channels: tuple[int, ...]) -> nn.Sequential:
     """The paper's ConvNet: three convolutions of 5×5, each with ReLU and a pooling, and a linear layer."""
     first, second, third = channels
     return nn.Sequential(
-        *(nn.Conv2d(3, first, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(first, second, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(second, third, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(16 * third, 10)),
+        nn.Conv2d(3, first, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(first, second, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(second, third, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * third, 10),
     )
 
 
@@ -86,7 +93,11 @@ def _table_1() -> tuple[Arm, ...]:
     rules = {"BackProp": None, **{f"cg{steps}": cg(steps, 1.0) for steps in (1, 3, 5)}}
     return tuple(
         Arm(
-            *(method, partial(nesterov, rule), (rate,), number, f"τ = {rate:g}"),
+            method=method,
+            begin=partial(nesterov, rule),
+            rates=(rate,),
+            number=number,
+            at=f"τ = {rate:g}",
             sizes=(FULL, SMALL, DIGITS) if rate in SMALL_RATES else (FULL,),
         )
         for method, rule in rules.items()
@@ -115,14 +126,30 @@ DIFFERENCES = (
     "The images are in the order of our file, so the 5,000 validation images are not the paper's.",
 )
 CUT_MLP = ExperimentSize(
-    "3072-400-100-400-10, a tenth of the widths; 1,500 training images (500 for validation, 2,000 for the "
-    "test), 30 epochs: 90 steps where the paper takes 4,500. Batch and momentum are the paper's",
-    *(cifar, (3072, 400, 100, 400, 10), 500, 30, 1_500, 500, 2_000),
+    about=(
+        "3072-400-100-400-10, a tenth of the widths; 1,500 training images (500 for validation, 2,000 for "
+        "the test), 30 epochs: 90 steps where the paper takes 4,500. Batch and momentum are the paper's"
+    ),
+    source=cifar,
+    widths=(3072, 400, 100, 400, 10),
+    batch=500,
+    epochs=30,
+    images=1_500,
+    validation=500,
+    test=2_000,
 )
 DIGITS_MLP = ExperimentSize(
-    "64-200-50-200-10 on 1,100 handwritten digits of 8×8 pixels that come with plywise, batches of 100, 25 "
-    "epochs: 275 steps where the paper takes 4,500. Momentum is the paper's",
-    *(digits, (64, 200, 50, 200, 10), 100, 25, 1_100, 297, 400),
+    about=(
+        "64-200-50-200-10 on 1,100 handwritten digits of 8×8 pixels that come with plywise, batches of 100, "
+        "25 epochs: 275 steps where the paper takes 4,500. Momentum is the paper's"
+    ),
+    source=digits,
+    widths=(64, 200, 50, 200, 10),
+    batch=100,
+    epochs=25,
+    images=1_100,
+    validation=297,
+    test=400,
 )
 FULL_MLP = ExperimentSize(
     "3072-4000-1000-4000-10, 45,000 training images, as in the paper", cifar, MLP, 500, 50, 45_000
@@ -134,52 +161,71 @@ PAPER = Paper(
     "Frerix, Möllenhoff, Moeller, Cremers, Proximal Backpropagation, ICLR 2018 (numbers of its submission)",
     (
         Experiment(
-            *("table-1", "MLP on CIFAR-10, τ_θ = 1: rates over five orders of magnitude"),
-            "Table 1: full-batch training loss after 50 epochs; - (diverged) is NaN in the paper",
-            TRAINING_LOSS,
-            ARMS,
-            {FULL: FULL_MLP, SMALL: CUT_MLP, DIGITS: DIGITS_MLP},
-            _order(ARMS),
-            (*DIFFERENCES, "At the small size and on the digits four of the nine rates are run."),
+            name="table-1",
+            about="MLP on CIFAR-10, τ_θ = 1: rates over five orders of magnitude",
+            where="Table 1: full-batch training loss after 50 epochs; - (diverged) is NaN in the paper",
+            measure=TRAINING_LOSS,
+            arms=ARMS,
+            sizes={FULL: FULL_MLP, SMALL: CUT_MLP, DIGITS: DIGITS_MLP},
+            claims=_order(ARMS),
+            differences=(*DIFFERENCES, "At the small size and on the digits four of the nine rates are run."),
         ),
         Experiment(
-            *("mlp", "MLP on CIFAR-10, each method at its best rate, τ_θ = 0.05"),
-            "Figure 2 and its text: test accuracy of about 54 % and 56 %; which of the variants has 56 % is "
-            "not noted here, so that it stands at cg3",
-            TEST_ACCURACY,
-            (
+            name="mlp",
+            about="MLP on CIFAR-10, each method at its best rate, τ_θ = 0.05",
+            where=(
+                "Figure 2 and its text: test accuracy of about 54 % and 56 %; which of the variants has 56 % "
+                "is not noted here, so that it stands at cg3"
+            ),
+            measure=TEST_ACCURACY,
+            arms=(
                 Arm("BackProp", partial(nesterov, None), (0.05,), 54.0),
                 Arm("cg3", partial(nesterov, cg(3, 0.05)), (1.0,), 56.0),
                 Arm("exact", partial(nesterov, ProxProp(0.05)), (1.0,)),
             ),
-            {FULL: FULL_MLP, SMALL: CUT_MLP},
-            (Claim("cg3", "BackProp"), Claim("cg3", "exact")),
-            (*DIFFERENCES, "Both numbers are rounded to a per cent in the paper's text."),
+            sizes={FULL: FULL_MLP, SMALL: CUT_MLP},
+            claims=(Claim("cg3", "BackProp"), Claim("cg3", "exact")),
+            differences=(*DIFFERENCES, "Both numbers are rounded to a per cent in the paper's text."),
         ),
         Experiment(
-            *("convnet", "ConvNet 16-20-20 of 5×5 on CIFAR-10, Adam at 0.001, τ_θ = 1"),
-            "Figure 3 and its text: test accuracy after 50 epochs; which of cg3 and cg10 has 70.7 % is not "
-            "noted here, so that it stands at cg10",
-            TEST_ACCURACY,
-            (
+            name="convnet",
+            about="ConvNet 16-20-20 of 5×5 on CIFAR-10, Adam at 0.001, τ_θ = 1",
+            where=(
+                "Figure 3 and its text: test accuracy after 50 epochs; which of cg3 and cg10 has 70.7 % is "
+                "not noted here, so that it stands at cg10"
+            ),
+            measure=TEST_ACCURACY,
+            arms=(
                 Arm("BackProp", partial(adam, None), (1e-3,), 69.6),
                 Arm("cg3", partial(adam, cg(3, 1.0)), (1e-3,)),
                 Arm("cg10", partial(adam, cg(10, 1.0)), (1e-3,), 70.7),
             ),
-            {
+            sizes={
                 FULL: ExperimentSize(
-                    "22,466 parameters, 45,000 training images, as in the paper",
-                    *(cifar, (16, 20, 20), 500, 50, 45_000),
+                    about="22,466 parameters, 45,000 training images, as in the paper",
+                    source=cifar,
+                    widths=(16, 20, 20),
+                    batch=500,
+                    epochs=50,
+                    images=45_000,
                 ),
                 SMALL: ExperimentSize(
-                    "the paper's network; 2,000 training images (1,000 for validation, 2,000 for the test), "
-                    "batches of 100 with τ_θ = 5, which is the same damping, 8 epochs: 160 steps where the "
-                    "paper takes 4,500",
-                    *(cifar, (16, 20, 20), 100, 8, 2_000, 1_000, 2_000),
+                    about=(
+                        "the paper's network; 2,000 training images (1,000 for validation, 2,000 for the "
+                        "test), batches of 100 with τ_θ = 5, which is the same damping, 8 epochs: 160 steps "
+                        "where the paper takes 4,500"
+                    ),
+                    source=cifar,
+                    widths=(16, 20, 20),
+                    batch=100,
+                    epochs=8,
+                    images=2_000,
+                    validation=1_000,
+                    test=2_000,
                 ),
             },
-            (Claim("cg10", "BackProp"), Claim("cg3", "BackProp")),
-            (
+            claims=(Claim("cg10", "BackProp"), Claim("cg3", "BackProp")),
+            differences=(
                 *DIFFERENCES,
                 "The network is the paper's, with a pooling after the third convolution; the published code "
                 "has none there, and a last layer of 1280 inputs.",

@@ -74,11 +74,14 @@ def markdown(about: Mapping[str, Any]) -> str:
 def _section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> list[str]:
     size = SIZE_WORDS[about["size"]]
     lines = [
-        *(f"### {experiment['name']}: {experiment['about']}", ""),
+        f"### {experiment['name']}: {experiment['about']}",
+        "",
         f"In the paper: {experiment['where']}. Measured: {experiment['measure']}, {experiment['unit']}. "
         f"Run at {size}: {experiment['size']}. Seeds: {about['seeds']}; {experiment['seconds']:.0f} s in "
         "all. Intervals are where one more run is expected (Student's t; losses as logarithms).",
-        *("", f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)),
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        "|" + "---|" * len(HEADINGS),
         *(f"| {' | '.join(row)} |" for row in rows(experiment)),
         "",
     ]

@@ -126,7 +126,9 @@ class WorkloadSpec:
         """The workload; the user's own is made, its data are read, and both are checked."""
         if self.model:
             made = own_workload(
-                *(self.name, self.model, self.data),
+                self.name,
+                self.model,
+                self.data,
                 read=self.read,
                 loss=self.loss,
                 metric=self.metric,
@@ -142,7 +144,9 @@ class WorkloadSpec:
         """The workload of a settled spec, in another process: nothing is read, made or checked again."""
         if self.model:
             made = checked_workload(
-                *(self.name, self.model, data),
+                self.name,
+                self.model,
+                data,
                 loss=self.loss,
                 metric=self.metric,
                 step=self.step,

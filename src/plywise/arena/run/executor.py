@@ -25,8 +25,11 @@ STARTING = 600.0
 
 _SAFE_PATH = "PYTHONSAFEPATH"
 PRELOADED = (
-    *("plywise.arena.run.executor", "plywise.arena.methods.peers", "plywise.arena.methods.rules"),
-    *("plywise.arena.methods.learners", "torch._dynamo"),  # torch.optim imports it with the first optimizer
+    "plywise.arena.run.executor",
+    "plywise.arena.methods.peers",
+    "plywise.arena.methods.rules",
+    "plywise.arena.methods.learners",
+    "torch._dynamo",  # torch.optim imports it with the first optimizer
     "pytorch_optimizer",  # where it is installed
 )
 """What the process has imported that trials are forked from."""

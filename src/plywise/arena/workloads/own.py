@@ -115,7 +115,7 @@ def own_workload(
     how = f"; {HOW[calls]}" if calls else ""
     return replace(
         checked_workload(
-            *(name, model, fitting), loss=loss, metric=metric, step=step, calls=calls, classes=classes
+            name, model, fitting, loss=loss, metric=metric, step=step, calls=calls, classes=classes
         ),
         about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}{how}.",
         batch_size=min(BATCH_SIZE, len(train)) if batch_size is None else batch_size,
@@ -192,7 +192,11 @@ def checked_workload(
     task = step_task(calls, metric) if is_step else _task(data, loss, metric)
     make = partial(make_called, model, calls, step, metric if is_step else "") if calls else None
     return Workload(
-        *(name, f"{model}, checked before.", make or partial(make_model, model), lambda: data, task),
+        name=name,
+        about=f"{model}, checked before.",
+        make_model=make or partial(make_model, model),
+        make_data=lambda: data,
+        task=task,
         classes=classes,
         calls=calls,
     )
