@@ -148,7 +148,7 @@ def test_the_residual_right_after_a_refresh_is_rounding():
 
 def test_fallbacks_are_counted_once():
     model = mlp()
-    rule, optimizer = start(pw.ProxProp(tau=1e9), model)
+    rule, optimizer = start(pw.ProxProp(tau=1e20), model)
     rule.record(every=1)
     train(model, optimizer, batch(n=40), 3)
     counted = sum(sum(layer.fallbacks.values()) for step in rule.history for layer in step.layers.values())
