@@ -3,8 +3,9 @@
 The iterates are those in the space of the weights; with fewer rows than columns they are carried as
 ``V = AᵀY``, so that a step is one product with AAᵀ.
 
-Directions in which M is small next to its norm are rounding in float32. An estimate of the error, from
-numbers that the iteration has at hand, decides whether it is run again in float64, which is counted.
+Directions in which M is small next to its norm are rounding in float32. Small problems are iterated in
+float64 at once: it costs less than to find out. In others an estimate of the error, from numbers that the
+iteration has at hand, decides whether it is run again in float64, which is counted.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
 from plywise.numerics.least_squares import TOLERANCE, find_power_of_two
 from plywise.numerics.products import divide_or_zero, mirror_lower
+from plywise.numerics.small_solve import is_small
 from plywise.rules._least_squares import cast_update
 
 SMALLEST, LARGEST = 1e-26, 1e30
@@ -56,6 +58,12 @@ def conjugate_gradients(call: LinearCall, damping: float, steps: int, flat: bool
     Each output has its own scalars, or all of the layer's parameters are one vector (``flat``).
     """
     in_rows, dtype = call.row_count <= call.columns, call.dtype
+    is_cheap = (
+        is_small(call.row_count, call.columns, call.outputs * steps) and call.delta.device.type != "mps"
+    )
+    if dtype == torch.float32 and is_cheap:  # squares of its numbers are within float64's range
+        system = _make_system(call, in_rows, damping, flat, torch.float64)
+        return _finish(call, _iterate(system, steps), in_rows)
     # squares of what is small or large leave the range of float32
     unit = find_power_of_two(call.delta.to(dtype).reshape(1, 1, -1))
     scaled = replace(call, delta=call.delta / unit.to(call.delta.dtype))
@@ -127,8 +135,9 @@ def _solve(
         shift=system.shift / scale,
         lengths=system.lengths / unit * (1 if in_rows else scale.sqrt()),
     )
-    solution, error = _iterate(scaled, steps)
-    if dtype != torch.float64 and not error <= TOLERANCE:
+    estimate = None if dtype == torch.float64 else _ErrorEstimate(scaled)
+    solution = _iterate(scaled, steps, estimate)
+    if estimate is not None and not estimate.find(solution) <= TOLERANCE:
         return None
     return _multiply(solution, unit.double() / scale.double())
 
@@ -139,8 +148,8 @@ def _multiply(x: Tensor, factor: Tensor) -> Tensor:
     return x * factor.to(x.dtype) if size == 0 or 1e-30 < size < 1e30 else x.double() * factor
 
 
-def _iterate(system: System, steps: int) -> tuple[Tensor, float]:
-    """Conjugate gradients, and an estimate of the relative error of what they give."""
+def _iterate(system: System, steps: int, estimate: "_ErrorEstimate | None" = None) -> Tensor:
+    """Conjugate gradients; the relative error of what they give is estimated where that is asked for."""
     matrix, shift = system.matrix, system.shift
     residual, solution = system.right.clone(), torch.zeros_like(system.right)
     direction, direction_image = residual.clone(), matrix @ residual
@@ -148,12 +157,12 @@ def _iterate(system: System, steps: int) -> tuple[Tensor, float]:
     eps = torch.finfo(square.dtype).eps
     # a smaller residual is rounding: divided by a small curvature it would become a step of any size
     floor = (32 * eps) ** 2 * square
-    estimate = _ErrorEstimate(system)
     for step in range(steps):
         curved = torch.addcmul(direction_image, direction, shift)
         curvature = system.inner(direction_image if system.in_rows else direction, curved)
         alpha = divide_or_zero(square, curvature)
-        estimate.add(alpha, direction, direction_image, curved, curvature, square)
+        if estimate is not None:
+            estimate.add(alpha, direction, direction_image, curved, curvature, square)
         solution.addcmul_(direction, alpha)  # in place: each of these is as large as Δ
         if step == steps - 1:
             break
@@ -161,13 +170,14 @@ def _iterate(system: System, steps: int) -> tuple[Tensor, float]:
         del curved
         image = matrix @ residual
         previous, square = square, system.inner(image if system.in_rows else residual, residual)
-        estimate.add_rest(square, square <= floor)
+        if estimate is not None:
+            estimate.add_rest(square, square <= floor)
         square = torch.where(square <= floor, 0, square)
         beta = divide_or_zero(square, previous)
         direction.mul_(beta).add_(residual)
         direction_image.mul_(beta).add_(image)
         del image
-    return solution, estimate.find(solution)
+    return solution
 
 
 class _ErrorEstimate:
