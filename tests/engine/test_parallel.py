@@ -12,7 +12,7 @@ from processes import two_ranks
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-9
-EXCHANGING = ("BackMatching", "Foof", "KFAC", "RLS")
+EXCHANGING = ("BackMatching", "Foof", "KFAC", "RLS", "Coordinates", "Coordinates of both sides")
 """Rules whose processes exchange something at every step."""
 
 Seen = dict[str, Tensor]
@@ -85,7 +85,7 @@ def test_join_is_refused_by_name(ranks: list[dict[str, Any]], name: str) -> None
         said = rank[f"{name} join"]["said"]
         assert "PlywiseError" in said
         assert "cannot train inside DistributedDataParallel.join()" in said
-        assert ("Back-matching" if name == "BackMatching" else name) in said
+        assert ("Back-matching" if name == "BackMatching" else name.removesuffix(" of both sides")) in said
 
 
 # ---- pipelines --------------------------------------------------------------------------------------

@@ -81,11 +81,11 @@ def takes_norms(rule: Rule) -> bool:
 def test_choosing_layers(rule: Rule) -> None:
     model = convnet()
     for arguments, expected in SELECTIONS:
+        model.requires_grad_(True)
         attach(rule, model, kinds=("linear", "conv"), **arguments)
         handled = {row.name for row in rule.explain().rows if row.handled}
         assert handled == expected, arguments
         # a rule that alters the backward value refuses what it leaves alone, unless that is frozen
-        model.requires_grad_(True)
         for name, module in model.named_modules() if rule.alters_backward else ():
             if name and name not in expected:
                 module.requires_grad_(False)
