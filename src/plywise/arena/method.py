@@ -178,8 +178,8 @@ def with_rule(
 ) -> EndToEnd:
     """Train with an optimizer at its rate, and perhaps a rule, of which a copy is attached."""
     if rule is not None:
-        # "raise" and not "skip": plain training has no such net, and a comparison must not give one to some
-        copy.copy(rule).attach(model, optimizer, on_nonfinite="raise")
+        # not "skip": plain training has no such net, and a comparison must not give one to some
+        copy.copy(rule).attach(model, optimizer, on_nonfinite="propagate")
     return EndToEnd(model, optimizer, loss)
 
 
