@@ -65,7 +65,7 @@ OLD_ARGUMENTS = {
     "CoDA": lambda folder, **given: pw.losses.CoDA(make_network(), pw.losses.AUCMargin(), **given),
     "Pipeline": lambda folder, **given: Pipeline(None, **given),
 }
-"""Calls that get as far as to look at ``timeout_s``, which 0.1 called ``patience``, and refuse it."""
+"""Calls that check ``timeout_s``, which 0.1 called ``patience``, and refuse its value."""
 
 
 @pytest.mark.parametrize("name", OLD_ARGUMENTS)

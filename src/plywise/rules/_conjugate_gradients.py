@@ -185,7 +185,7 @@ class _ErrorEstimate:
 
     Entry (i, j) of M is off by about ``eps · (M_ii M_jj)^½``, in any direction. So are the curvature of
     a direction, to which the length of its step is inverse, and the residual, relative to which the next
-    direction is off. Both matter as far as the step along that direction does.
+    direction is off. Both errors are multiplied by the length of the step along that direction.
     """
 
     def __init__(self, system: System) -> None:
