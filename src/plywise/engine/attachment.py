@@ -86,7 +86,8 @@ class Attachment:
         self._clips_in_backward = rule.clips_updates() and optimizer is None
         self._clipping: Clipping | None = None
         self._alters = rule.alters_backward
-        self._samples, self._is_pipelined = PassSamples(), False
+        self._samples = PassSamples()
+        self._is_pipelined = False
         self._liveness = Liveness(self.title, self.health)
         self._left_out = LeftOutRows(self.health.note)
         self._handles: list[RemovableHandle] = []
@@ -94,7 +95,6 @@ class Attachment:
         self._state: RunningState | None = None
         self._scale: BackwardScale | None = None
         self._names: dict[int, str] = {}
-
         self._find_layers(model, layers, exclude)
         try:
             self._install(model, optimizer, on_nonfinite, process_group)

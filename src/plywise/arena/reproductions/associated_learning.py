@@ -261,6 +261,19 @@ WHERE = "the paper's tables could not be read; numbers of the authors' later log
 VGG = partial(vgg_body, elu_conv, elu_dense)
 VGG_BASELINE = partial(backprop, partial(vgg_body, norm_conv, norm_dense), norm_dense, 5e-4)
 
+_make_small_cifar = partial(
+    ExperimentSize,
+    source=cifar_centred,
+    widths=(8, 64),
+    batch=32,
+    epochs=8,
+    images=6_000,
+    validation=500,
+    test=2_000,
+    faster=10.0,
+)
+"""A size of CIFAR-10 that two cores can run, but for what it says about itself."""
+
 PAPER = Paper(
     "associated-learning",
     "Kao, Chen, Associated Learning, Neural Computation 33(1), 2021, arXiv 1906.05560",
@@ -322,20 +335,12 @@ PAPER = Paper(
                     epochs=200,
                     images=45_000,
                 ),
-                SMALL: ExperimentSize(
+                SMALL: _make_small_cifar(
                     about=(
                         "a quarter of the channels, n = 64, 6,000 training images (500 for validation, 2,000 "
                         "for the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times its "
                         "rates"
                     ),
-                    source=cifar_centred,
-                    widths=(8, 64),
-                    batch=32,
-                    epochs=8,
-                    images=6_000,
-                    validation=500,
-                    test=2_000,
-                    faster=10.0,
                 ),
             },
             claims=(Claim(AL, "BackProp"),),
@@ -359,20 +364,12 @@ PAPER = Paper(
                     epochs=200,
                     images=45_000,
                 ),
-                SMALL: ExperimentSize(
+                SMALL: _make_small_cifar(
                     about=(
                         "a sixteenth of the channels, n = 64, 6,000 training images (500 for validation, "
                         "2,000 for the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times "
                         "its rates"
                     ),
-                    source=cifar_centred,
-                    widths=(8, 64),
-                    batch=32,
-                    epochs=8,
-                    images=6_000,
-                    validation=500,
-                    test=2_000,
-                    faster=10.0,
                 ),
             },
             claims=(Claim(AL, "BackProp"),),
