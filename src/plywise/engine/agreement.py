@@ -13,8 +13,7 @@ import torch
 
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.replicas import Replicas
-from plywise.engine.saved_state import format_part
-from plywise.engine.sites import ParameterEntry
+from plywise.engine.sites import ParameterEntry, format_part
 
 LEFT = -1
 """Stands for a weight that this process leaves to the optimizer."""

@@ -104,6 +104,7 @@ class Resting:
         self._waits = waits
         self._observers = observers
         self._may_rest = True
+        self._is_step_plain = False
         self._is_checked = False
         self._planned: tuple[int, int, int] | None = None
         self._resting: RestingLayers | None = None
@@ -155,6 +156,7 @@ class Resting:
         may_rest = self._may_rest and learned is not None and self._processes.are_known
         may_rest = may_rest and not self._processes.is_pipelined and not self._learning.gathers
         may_rest = may_rest and self._rule.acts_at_step and not self._saved.holds
+        self._is_step_plain = may_rest
         learned = learned or set()
         layers = [layer for layer in self._layers.values() if layer.entry.trains]
         entries = [entry for entry in self._entries if entry.trains]
@@ -170,6 +172,18 @@ class Resting:
             states = [self._saved.read_moved(layer.name, layer.statistic_like) for layer in resting]
             marks = [self._saved.find_mark(layer.name) for layer in resting]
             self._resting = RestingLayers(resting, states, marks, list(self._layers.values()))
+
+    def settle(self, layer: LayerHandle) -> None:
+        """Let a layer rest from its first call on, if its statistics are from before a resume.
+
+        No class of a module had promised its calls, so that the plan took it for one that has learned
+        nothing. Without the break it would have rested in this step: the bits must be the same.
+        """
+        if not self._is_step_plain or not self._is_checked or self._saved.count_uses(layer.entry) != 1:
+            return  # of several uses the first one does not know of the others
+        self._saved.follow_bias(layer.name)
+        if self._saved.read(layer.name).tensors and not self._must_act(layer):
+            layer.entry.rests = True
 
     def _find_learned(self) -> set[str] | None:
         """The layers that have statistics; None if parameters have been replaced (the next pass says so)."""

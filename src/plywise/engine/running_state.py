@@ -109,6 +109,7 @@ class RunningState:
     def add_site(self, site: Site) -> None:
         """A layer's first call."""
         if self._known.add_site(site):
+            self.resting.settle(self._layers[site.name])
             return
         if not self._rule.acts_alone:
             self._leave(site.entry, "calls use it in several ways, and a statistic belongs to one of them")

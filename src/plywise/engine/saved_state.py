@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.sites import ParameterEntry, Part
+from plywise.engine.sites import ParameterEntry, format_part
 from plywise.engine.stacks import convert_state
 from plywise.engine.state_shapes import check_shapes, find_shapes
 
@@ -186,6 +186,11 @@ class SavedState:
         """Whether there are statistics of a parameter, be its calls known or not."""
         own = self.state.get(entry.parameter()) or {}
         return bool(own.get(self.step_key))
+
+    def count_uses(self, entry: ParameterEntry) -> int:
+        """How many uses of a parameter have statistics, be its calls known or not."""
+        own = self.state.get(entry.parameter()) or {}
+        return sum(is_of_rule(key, self.rule_name) and key.endswith(".phase") for key in own)
 
     def peek(self, name: str) -> LayerState:
         """A layer's state as it was last read; within a step, looking it up again would cost too much."""
@@ -387,13 +392,3 @@ def find_rule(key: Any) -> str:
     if not isinstance(key, str) or not key.startswith(PREFIX):
         return ""
     return key.removeprefix(PREFIX).partition(".")[0].partition("[")[0]
-
-
-def format_part(part: Part, whole: Tensor) -> str:
-    """A part of a weight as text: ``"[0:8]"`` for rows 0 to 7."""
-    offset, shape, strides = part
-    row = whole.stride(0) if whole.dim() else 0
-    if strides == whole.stride() and shape[1:] == whole.shape[1:] and row and offset % row == 0:
-        return f"[{offset // row}:{offset // row + shape[0]}]"
-    sizes, steps = ("x".join(map(str, numbers)) for numbers in (shape, strides))
-    return f"[{offset}+{sizes}/{steps}]"

@@ -240,3 +240,13 @@ def part_of(tensor: Tensor, base: Tensor) -> Part | None:
         return None
     offset = int(tensor.storage_offset() - base.storage_offset())
     return offset, tuple(tensor.shape), tensor.stride()
+
+
+def format_part(part: Part, whole: Tensor) -> str:
+    """A part of a weight as text: ``"[0:8]"`` for rows 0 to 7."""
+    offset, shape, strides = part
+    row = whole.stride(0) if whole.dim() else 0
+    if strides == whole.stride() and shape[1:] == whole.shape[1:] and row and offset % row == 0:
+        return f"[{offset // row}:{offset // row + shape[0]}]"
+    sizes, steps = ("x".join(map(str, numbers)) for numbers in (shape, strides))
+    return f"[{offset}+{sizes}/{steps}]"

@@ -161,7 +161,7 @@ class ParameterTable:
             self.leave(entry, _explain_type(x, weight))
         elif x.layout is not torch.strided or weight.is_complex() or weight.is_quantized:
             self.leave(entry, _explain_values(x, weight))
-        else:
+        elif not entry.rests:  # its first call has shown that it does
             return site
         return None
 
