@@ -3,9 +3,10 @@
 The iterates are those in the space of the weights; with fewer rows than columns they are carried as
 ``V = AᵀY``, so that a step is one product with AAᵀ.
 
-Directions in which M is small next to its norm are rounding in float32. Small problems are iterated in
-float64 at once: it costs less than to find out. In others an estimate of the error, from numbers that the
-iteration has at hand, decides whether it is run again in float64, which is counted.
+Along directions where M is small relative to its norm, float32 holds nothing but rounding errors. Small
+problems are iterated in float64 at once, which costs less than an estimate of the error. For other problems
+the error is estimated from numbers of the iteration. If it is too large, the iteration is repeated in
+float64, and the repetition is counted.
 """
 
 from dataclasses import dataclass, replace
@@ -21,10 +22,10 @@ from plywise.numerics.small_solve import is_small
 from plywise.rules._least_squares import cast_update
 
 SMALLEST, LARGEST = 1e-26, 1e30
-"""Mean diagonals of a Gram between which float32 has its entries without a loss."""
+"""Between these mean diagonals of a Gram, float32 holds all of its entries without overflow or underflow."""
 
 MARGIN = 2.0
-"""By how much the entries of a Gram may be off, in units of eps and of the lengths that they are made of."""
+"""Assumed rounding error of a Gram's entry, relative to eps times the lengths of its two columns."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _make_system(call: LinearCall, in_rows: bool, damping: float, flat: bool, dt
 def _solve(
     call: LinearCall, in_rows: bool, damping: float, steps: int, flat: bool, dtype: torch.dtype
 ) -> Tensor | None:
-    """The solution in a dtype; None if that dtype cannot tell it."""
+    """Solve in a dtype; return None if that dtype is not precise enough."""
     system = _make_system(call, in_rows, damping, flat, dtype)
     if system.right.numel() == 0:
         return torch.zeros_like(system.right)
@@ -143,13 +144,13 @@ def _solve(
 
 
 def _multiply(x: Tensor, factor: Tensor) -> Tensor:
-    """A product in float64 where float32 could not hold it: Y may be out of range, and ``AᵀY`` is not."""
+    """Multiply in float64 if float32 cannot hold a factor: Y may be out of range although ``AᵀY`` is not."""
     size = float(factor) * float(x.abs().max())
     return x * factor.to(x.dtype) if size == 0 or 1e-30 < size < 1e30 else x.double() * factor
 
 
 def _iterate(system: System, steps: int, estimate: "_ErrorEstimate | None" = None) -> Tensor:
-    """Conjugate gradients; the relative error of what they give is estimated where that is asked for."""
+    """Run conjugate gradients, and estimate the relative error of the result if that is asked for."""
     matrix, shift = system.matrix, system.shift
     residual, solution = system.right.clone(), torch.zeros_like(system.right)
     direction, direction_image = residual.clone(), matrix @ residual
@@ -181,7 +182,7 @@ def _iterate(system: System, steps: int, estimate: "_ErrorEstimate | None" = Non
 
 
 class _ErrorEstimate:
-    """How far rounding has taken an iteration from the exact one, relative to its result.
+    """Estimates how far rounding has moved the result of an iteration, relative to its length.
 
     Entry (i, j) of M is off by about ``eps · (M_ii M_jj)^½``, in any direction. So are the curvature of
     a direction, to which the length of its step is inverse, and the residual, relative to which the next
@@ -222,7 +223,7 @@ class _ErrorEstimate:
         curvature: Tensor,
         square: Tensor,
     ) -> None:
-        """A step of length ``alpha`` is about to be taken along ``direction``."""
+        """Add the error of a step of length ``alpha`` along ``direction``, before the step is taken."""
         weighed = self._weigh(direction)
         if self._system.in_rows:
             length, image_length = self._system.inner(image, direction).sqrt(), self._weigh(image)
@@ -235,12 +236,12 @@ class _ErrorEstimate:
         self._of_residual += alpha * (self._measure(curved) * error + self._noise * weighed)
 
     def add_rest(self, square: Tensor, is_small: Tensor) -> None:
-        """Residuals of these squared lengths are taken for zero; what is left undone may divide them by λ."""
+        """Add the error of taking small residuals for zero: at most the residual over λ."""
         rest = torch.where(is_small, torch.maximum(square.sqrt(), self._of_residual), 0)
         self._sum += divide_or_zero(rest, self._system.shift.expand_as(rest))
 
     def find(self, solution: Tensor) -> float:
-        """The estimate for a solution."""
+        """Return the estimate for a solution."""
         if self._system.in_rows:
             size = (solution * (self._system.matrix @ solution)).sum().clamp_min(0).sqrt()
             self._sum += self._eps * self._weigh(solution)  # the product with A that is still to come
@@ -251,7 +252,7 @@ class _ErrorEstimate:
 
 
 def _iterate_officially(system: System, steps: int) -> Tensor:
-    """The published iteration; its constants see the size of Δ."""
+    """Run the published iteration. Its constants are absolute: the result depends on the scale of Δ."""
     epsilon, matrix = 1e-6, system.matrix
     residual, solution = system.right.clone(), torch.zeros_like(system.right)
     direction, direction_image = residual.clone(), matrix @ residual

@@ -3,9 +3,9 @@
 ``R``, of the inputs' rows, and ``L``, of the output gradients' rows, are running statistics. Their inverse
 roots are made at a refresh, and used until the next. ``c`` keeps the size of G.
 
-The step makes the move from G, at 2mk² operations for the input side, with c measured exactly. With fewer
-rows than outputs, ``Δᵀ(A R^-q)`` costs 2nk² only: backward does that between refreshes, with the c of the
-last refresh, since G itself is not made then.
+The step computes the update from G, at 2mk² operations for the input side, and measures c exactly. With fewer
+rows than outputs, ``Δᵀ(A R^-q)`` costs 2nk² only. Then backward computes the update between refreshes. It
+does not compute G itself, and therefore takes the c of the last refresh.
 """
 
 import math
@@ -61,12 +61,12 @@ class Kronecker:
         return {side: power for side, (power, size) in powers.items() if power and size <= self.max_size}
 
     def rank_of(self, size: int) -> int | None:
-        """Rank of a root of this size, None for a dense one: half the size and more is no saving."""
+        """Return the rank of a root of this size; None, for a dense root, if the rank would save nothing."""
         return None if self.rank is None or 2 * self.rank >= size else self.rank
 
 
 class KroneckerRule(StatefulRule):
-    """A rule whose move is ``c · L^-p G R^-q``; abstract. Subclasses say with which settings."""
+    """Base class of rules with the update ``c · L^-p G R^-q``. Subclasses give its settings."""
 
     @property
     @abstractmethod
@@ -120,20 +120,20 @@ class KroneckerRule(StatefulRule):
 
     @property
     def refreshes_together(self) -> bool:  # type: ignore[override]
-        """With the paper's cadence layers take no turns."""
+        """With the paper's cadence all layers refresh in the same step."""
         return self.cadence == "paper"
 
     # ---- in backward -------------------------------------------------------------------------
 
     def update(self, call: LinearCall) -> Update:
-        """``c · L^-p G R^-q`` by what is remembered, or the plain gradient if that waits for the step."""
+        """Return ``c · L^-p G R^-q`` with the roots in use; the plain gradient if the step preconditions."""
         if call.waits or not call.memory:
             return call.gradient()
         left, right = root_of(call.memory, "output"), root_of(call.memory, "input")
         return precondition_gradient(call, left, right, call.memory["scale"])
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
-        """Where each product is smaller with the rows than with G, and c has been measured."""
+        """Whether each product is cheaper with the rows than with G, and c has been measured."""
         sides = self.plan.sides(shape.outputs, shape.columns)
         limits = {"input": shape.outputs, "output": shape.columns}
         if self.cadence == "paper":
@@ -167,7 +167,7 @@ class KroneckerRule(StatefulRule):
         return news
 
     def refresh(self, memory: State, name: str, health: Health) -> State:
-        """The roots of the statistics; the last good ones where that fails."""
+        """Compute the roots of the statistics; keep the last good ones where that fails."""
         plan = self.plan
         unknown = torch.full_like(memory["rows"], 0.0 if plan.keep_norm else 1.0)  # c, until it is measured
         news = {"scale": memory.get("scale", unknown)}

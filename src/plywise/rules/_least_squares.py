@@ -1,4 +1,4 @@
-"""One local least-squares problem at several prices, for the rules that solve it.
+"""Solvers of the local least-squares problem of a layer, from exact and expensive to approximate and cheap.
 
 All answer ``argmin_D ½‖[A,1] Dᵀ - Δ‖² + λ/2 ‖D‖² = G (AᵀA + λI)⁻¹`` or an approximation of it:
 
@@ -8,8 +8,8 @@ All answer ``argmin_D ½‖[A,1] Dᵀ - Δ‖² + λ/2 ‖D‖² = G (AᵀA + λ
 - `normalised`: AAᵀ replaced by its diagonal (NLMS);
 - `mean_square`: AᵀA replaced by its mean eigenvalue.
 
-The key to speed is ``(AᵀA + λI)⁻¹Aᵀ = Aᵀ(AAᵀ + λI)⁻¹``: with fewer rows than columns the whole solve
-is *another Δ*, and the product ``Δ'ᵀA`` is the one that backpropagation makes anyway.
+The key to speed is ``(AᵀA + λI)⁻¹Aᵀ = Aᵀ(AAᵀ + λI)⁻¹``. With fewer rows than columns, the solve only replaces
+Δ by another matrix Δ', and the product ``Δ'ᵀA`` is the one that backpropagation computes anyway.
 
 Every solve ends, see `plywise.numerics.least_squares`; each fallback is counted in the layer's `Health`.
 """
@@ -34,10 +34,10 @@ from plywise.numerics.products import centre_rows, divide_or_zero, lower_product
 from plywise.numerics.small_solve import SmallProblem, is_small, solve_small
 
 Damping = float | Tensor | Callable[[Tensor], Tensor]
-"""λ: a number, a tensor (g,) with one number for each group, or a function that makes it of the Gram."""
+"""λ: a number, a tensor (g,) with one number for each group, or a function that computes it from the Gram."""
 
 Centred = Callable[[torch.dtype], tuple[Tensor, Tensor]]
-"""Makes the rows of a call without their mean, and the mean, in a dtype."""
+"""A function that returns the rows of a call without their mean, and the mean, in a given dtype."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
 
 
 def _solve_small(call: LinearCall, damping: Damping) -> Update | None:
-    """`ridge` of a small call whose rows are its inputs; λ is a number, or a part of their energy."""
+    """Solve `ridge` for a small call whose rows are its inputs; λ is a number or relative to their energy."""
     relative = isinstance(damping, RelativeDamping)
     fits = call.map.rows_are_inputs and call.groups == 1 and (relative or isinstance(damping, float | int))
     if not fits or not is_small(call.row_count, call.columns, call.outputs):
@@ -172,8 +172,8 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     """`ridge` on centred rows and targets, then the bias: ``b = mean(Δ) - D mean(A)``.
 
     The damping is ``relative · ‖A - mean‖²_F / min(n, d)`` and never touches the bias, which keeps the update
-    covariant under rescaled inputs. What centring leaves of constant rows is rounding, of size ``eps · ‖A‖``;
-    a floor of its square keeps it from becoming a step.
+    covariant under rescaled inputs. Of constant rows, centring leaves rounding errors of size ``eps · ‖A‖``.
+    The square of this size is the smallest damping, so that rounding errors do not become a step.
     """
     dual, size = call.row_count <= call.width, max(min(call.row_count, call.width), 1)
     rows = cache(partial(_centre_rows, call))
@@ -240,7 +240,7 @@ def mean_square(call: LinearCall, by_rank: bool = False) -> Tensor:
 
 
 def matched_below(call: LinearCall, relative: float, steps: int = 8) -> Tensor:
-    """``argmin_X ‖J X - Δ‖² + ε‖X‖²``, J the layer's map: the input's change that explains Δ.
+    """Return ``argmin_X ‖J X - Δ‖² + ε‖X‖²``, J the layer's map: the change of the input that produces Δ.
 
     Closed form ``Δ W (WᵀW + εI)⁻¹`` in the smaller of inputs and outputs where A is the input itself;
     ``steps`` of conjugate gradients on the normal equations for a convolution. ε is relative to the mean

@@ -1,4 +1,4 @@
-"""Exact back-matching's way through batch norm, average pooling and dropout: their pseudo-inverse."""
+"""Pseudo-inverses of batch norm, average pooling and dropout, for exact back-matching."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ class PseudoInverse(ModelHook):
     The gradients of the module's own parameters stay what they are.
 
     Attributes:
-        alters: whether altered values go down in the running backward, which has come to this node.
+        alters: whether the running backward pass sends altered values down at this node.
     """
 
     alters: Callable[[Any], bool]

@@ -12,22 +12,22 @@ from plywise.rules._kronecker import Kronecker, KroneckerRule
 class AdaBK(KroneckerRule):
     """AdaBK: SGDM_BK on SGD with momentum, AdamW_BK on AdamW.
 
-    Idea: full-matrix Adagrad in its cheapest Kronecker form: the square roots of the covariances of a layer's
-        inputs and output gradients, each layer's move keeping its gradient's size.
+    Idea: full-matrix Adagrad in its cheapest Kronecker form. The gradient is divided by the square roots of
+        the covariances of a layer's inputs and of its output gradients, and keeps its size.
     Equation: D = c · (L + ε λ_L I)^-½ G (R + ε λ_R I)^-½, R the running mean of aaᵀ, L of ΔᵀΔ, λ their
         largest eigenvalues; c keeps ‖D‖ = ‖G‖. The layer below receives ΔW.
-    Use when: as FeatureWhitening, where outputs differ in scale too.
-    Do not use when: steps are short: two sides cost twice.
+    Use when: as FeatureWhitening, if outputs differ in scale, too.
+    Do not use when: a step is cheap: two sides cost twice as much as one.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. Of computed weights (weight norm, pruning)
         and of weights used in several ways, each use has statistics of its own, and backward makes the update
         by what was learned before. A side above 8192 stays as it is.
     Cost: twice that of FeatureWhitening, and a statistic of the output gradients.
-    Status: variant: the true root with a damping fit for it. The published ten Newton-Schulz steps are not
-        the root they are written for: at ε = 1e-5 the smallest eigenvalues get 0.03 to 0.09 of their gain, so
-        that the iteration is the damping (``solver="newton_schulz", damping=1e-5``). The paper gathers every
-        200 steps and refreshes every 2000 (``cadence="paper"``).
+    Status: variant: the true root, with a damping chosen for it. The published ten Newton-Schulz steps have
+        not converged to the root: at ε = 1e-5 the smallest eigenvalues get 0.03 to 0.09 of their gain, so
+        that the unfinished iteration acts as the damping (``solver="newton_schulz", damping=1e-5`` does
+        this). The paper gathers every 200 steps and refreshes every 2000 (``cadence="paper"``).
     Source: Yong, Sun, Zhang, "A General Regret Bound of Preconditioned Gradient Method for DNN Training",
         CVPR 2023, Algorithm 2.
     Code: Yonghongwei/AdaBK.
@@ -36,8 +36,8 @@ class AdaBK(KroneckerRule):
         (SGDM_BK) and 230 (AdamW_BK) of its 450 steps on Fashion-MNIST, 100 and 60 of 156 on CIFAR-10
         (benchmarks/README.md). In the arena no rule is ahead of the best tuned peer in time
         (benchmarks/arena/README.md).
-    Limits: where rows are few, c is the last refresh's unless ``cadence="paper"``. With a GradScaler, L
-        counts steps by the square of their loss scale.
+    Limits: where rows are few, c is measured at refreshes only, unless ``cadence="paper"``. With a
+        GradScaler, L weighs each step by the square of its loss scale.
 
     Args:
         decay: how much of the statistics stays at each gathering (α). Default 0.9. Range 0.5 to 0.999.
@@ -52,9 +52,9 @@ class AdaBK(KroneckerRule):
             200.
         refresh_every: steps from one root to the next (T_ir), a multiple of ``stats_every``. Default 50.
             Range 1 to 2000.
-        cadence: ``"spread"``: layers take turns in a cycle of ``refresh_every`` steps, each gathering of the
-            first cycle refreshes, and where rows are few c is the last refresh's. ``"paper"``: 200 and 2000
-            steps, all layers refresh together, and c is measured in each step.
+        cadence: ``"spread"``: layers refresh in turn over a cycle of ``refresh_every`` steps, each gathering
+            of the first cycle refreshes, and where rows are few c is measured at refreshes only. ``"paper"``:
+            200 and 2000 steps, all layers refresh in the same step, and c is measured in each step.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

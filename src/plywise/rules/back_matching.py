@@ -1,4 +1,4 @@
-"""Back-matching propagation: backward values by matching, exactly or as a layer-wise adaptive rate."""
+"""Back-matching propagation: backward values from least squares, exactly or as a layer-wise adaptive rate."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ from plywise.rules import _least_squares as solve
 from plywise.rules._pseudo_inverse import PseudoInverse
 
 FAINT = 1e12
-"""Above this ``1 / E`` an update is made in float64: it may be out of float32's range."""
+"""If ``1 / E`` exceeds this, the update is computed in float64, for it may be out of float32's range."""
 
 LARGEST = 1e15
 """Largest entry of such an update."""
@@ -23,24 +23,25 @@ LARGEST = 1e15
 class BackMatching(Rule):
     """Back-matching propagation.
 
-    Idea: a layer's backward value should be the change that we want, not the derivative of the loss.
-        Compute it, for the weights and for the layer below, by matching the wanted change of the output:
-        a least-squares problem for each. A scalar in the place of every Gram matrix turns that into SGD with
-        a rate for each layer, which repairs backward values that differ vastly in size across layers.
+    Idea: a layer's backward value should be the wanted change of its output, not the derivative of the loss.
+        Two least-squares problems find the changes of the weights and of the input that produce the wanted
+        change of the output. If a scalar replaces each Gram matrix, this becomes SGD with a rate for each
+        layer, which helps where backward values differ vastly in size across layers.
     Equation: exact: D = G (AᵀA + εI)⁻¹, and Δ W (WᵀW + εI)⁻¹ is sent down. Rate: D = G / (m_W · E), where
         m_W = ‖A‖²_F/(B d) and E is the mean square of what arrives at the layer's output when a random vector
         of unit variance goes backward from the topmost layers; for a chain of wide linear layers that is the
         product of ‖W‖²_F/d over the layers above. The bias D = Δᵀ1 / (positions · E).
-    Use when: layers are badly scaled against each other (rate mode is equivariant under rescaling of
-        layers), or gradients vanish on their way down (deep sigmoid or tanh networks).
-    Do not use when: the network is well scaled (momentum SGD ties), or with Adam and RMSprop, which divide
-        any factor of a layer out again.
-    Layers: rate: linear maps whose weight is a matrix (linear layers, convolutions, attention's projections,
-        experts), and norms. Whatever is in between counts as what it does to a vector. Exact: embeddings,
-        too. It refuses, by name, a parameter below that it cannot take (a class token, a position): freeze
-        it. Modules of batch norm, average pooling and dropout send their pseudo-inverse down, other
-        operations what backpropagation does. `explain` says what is handled, and why.
-    Cost: rate: 1.6 times the CPU time of SGD's step on 784-256-256-10 with 128 samples, and on a small
+    Use when: layers are badly scaled against each other (rate mode is equivariant under rescaling of layers),
+        or gradients vanish in lower layers (deep sigmoid or tanh networks).
+    Do not use when: the network is well scaled (momentum SGD is as good), or with Adam and RMSprop, which
+        cancel any factor of a layer.
+    Layers: rate mode: linear maps whose weight is a matrix (linear layers, convolutions, attention's
+        projections, experts), and norms. The effect of operations in between is measured with a random
+        vector. Exact: embeddings, too. It refuses, by name, a parameter below that it cannot take (a class
+        token, a position): freeze it. Modules of batch norm, average pooling and dropout send their
+        pseudo-inverse down, other operations what backpropagation does. `explain` says what is handled, and
+        why.
+    Cost: rate mode: 1.6 times the CPU time of SGD's step on 784-256-256-10 with 128 samples, and on a small
         convolutional network; the measurement takes a twentieth of SGD's step. Exact: two solves a
         layer, 4.5 and 5 times. On 64-64-64-10, where Python is most of a step, 3 and 9 times. One thread.
     Status: after the paper, whose body could not be read: the least-squares problems are its own; the
@@ -58,10 +59,10 @@ class BackMatching(Rule):
         on CIFAR-10 (benchmarks/reproduce/back-matching.json); hardly ever a target of the arena
         (benchmarks/arena/README.md).
     Limits: without the cap the method fails on networks whose function is mis-scaled (too small an
-        initialisation). Random vectors begin at the topmost layers that the rule may take: a path to the
-        loss that meets none of them (a residual block on top) counts as 0, and a layer on top that is called
-        in each step of a loop costs a backward each. Hooks on activations, and `retain_grad`, see the random
-        vector in a pass that measures. Attached without the optimizer, each pass measures. A reentrant
+        initialisation). Random vectors begin at the topmost layers that the rule handles. A path to the loss
+        without such a layer (a residual block on top) counts as 0. A topmost layer that is called in each
+        step of a loop costs one backward for each call. Hooks on activations, and `retain_grad`, see the
+        random vector in a pass that measures. Attached without the optimizer, each pass measures. A reentrant
         checkpoint is refused. In exact mode residual branches add (no closed form), and the gradient at the
         model's input is plain only where no updates are wanted: `torch.autograd.grad(output, x)`, frozen
         weights, `rule.paused()`, or ``create_graph=True``.
@@ -131,7 +132,7 @@ class BackMatching(Rule):
         return solve_for_update(call.times(1 if self.reduction == "sum" else call.samples), self.eps)
 
     def input_gradient(self, call: LinearCall) -> Tensor:
-        """Plain ``ΔW`` in rate mode (``E`` carries the scalars), the matched value in exact mode."""
+        """Return plain ``ΔW`` in rate mode (``E`` holds the scalars), the matched value in exact mode."""
         return call.input_gradient() if self.mode == "rate" else solve.matched_below(call, self.eps)
 
     def backward_value(self, call: LinearCall) -> Tensor:
@@ -139,11 +140,11 @@ class BackMatching(Rule):
         return call.delta if call.energy is None else call.delta * find_rate(call.energy)
 
     def clips_updates(self) -> bool:
-        """Unless there is no cap."""
+        """Whether there is a cap."""
         return self.cap is not None
 
     def clip_update(self, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
-        """The cap: make layers' updates smaller until ``‖D‖ ≤ cap ‖W‖``; a weight of zeros has no cap."""
+        """Apply the cap: shrink layers' updates until ``‖D‖ ≤ cap ‖W‖``; a weight of zeros has no cap."""
         if self.cap is None:
             return torch.ones_like(update_norm)
         limit = self.cap * weight_norm
@@ -176,9 +177,9 @@ def make_rate_update(call: LinearCall, scalar: str) -> Update:
 
 
 def _make_faint_update(call: LinearCall, scalar: str, rate: float) -> Update:
-    """The same where next to nothing arrives: in float64, and no larger than its squares can be summed.
+    """Make the update where almost nothing arrives, in float64, with squares that can be summed.
 
-    The cap makes it smaller in any case, so that its direction counts.
+    The cap makes it smaller in any case, so that only its direction matters.
     """
     weight = call.weight_gradient(call.delta).double() * _invert(find_curvature(call, scalar).double()) * rate
     bias = call.bias_gradient(call.delta)
@@ -193,7 +194,7 @@ def _make_faint_update(call: LinearCall, scalar: str, rate: float) -> Update:
 
 
 def find_rate(energy: Tensor) -> float:
-    """``1 / E``, and 0 where nothing arrives (the gradient is 0 there, too)."""
+    """Return ``1 / E``, and 0 where nothing arrives (the gradient is 0 there, too)."""
     value = float(energy)  # it is on the CPU
     return 1 / value if value else 0.0
 

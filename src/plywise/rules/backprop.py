@@ -1,4 +1,4 @@
-"""Backpropagation itself, through the same machinery: the control of equal overhead."""
+"""Backpropagation itself, through the machinery of the rules: a control with equal overhead."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from plywise.engine.rule import Rule, Size
 class Backprop(Rule):
     """Backpropagation, the identity among the rules.
 
-    Idea: one explicit gradient step for every layer. Attached, it changes nothing but the road that the
-        gradients take; a comparison with it pays the same overhead as any other rule.
+    Idea: one explicit gradient step for every layer. Attached, it changes how gradients are computed, but not
+        their values. As a control in comparisons it has the same overhead as any other rule.
     Equation: D = G = ΔᵀA; the layer below receives ΔW.
-    Use when: you compare rules, or look for the cost of attaching one.
+    Use when: you compare rules, or measure the cost of attaching a rule.
     Do not use when: you just want to train: leave it out.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
     Cost: nothing but the hooks (benchmarks/step_cost.py, row "Backprop").
-    Status: faithful: the gradient that autograd would make, by the road that every rule takes.
+    Status: faithful: the gradient that autograd would compute, by the code that every rule uses.
     Source: Rumelhart, Hinton, Williams, Nature 323 (1986); as a control in Frerix et al. (2018), whose
         code has it as mode "gradient".
     Code: tfrerix/proxprop (the mode "gradient").

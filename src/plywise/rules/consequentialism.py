@@ -12,9 +12,9 @@ from plywise.rules import _least_squares as solve
 class Consequentialism(Rule):
     """Consequentialism weight updates (CWU) over mini-batches.
 
-    Idea: the network is a stack of adaptive filters. The steps of all samples of a batch, taken together,
-        change the outputs not by the intended -ηΔ but by -η(AAᵀ)Δ: samples disturb each other. Predict
-        that consequence and correct the errors before the step, so that the consequence is the intention.
+    Idea: the network is a stack of adaptive filters. Together, the steps of all samples of a batch change the
+        outputs not by the intended -ηΔ but by -η(AAᵀ)Δ: samples disturb each other. Predict this effect and
+        correct the errors before the step; then the outputs change as intended.
     Equation: (AAᵀ + εI) Δ̃ = Δ, D = Δ̃ᵀA, Δ of the summed loss: backpropagation's product with the
         transpose of A replaced by its damped pseudo-inverse (the affine projection filter in each layer).
         The layer below receives the plain ΔW.
@@ -24,7 +24,7 @@ class Consequentialism(Rule):
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
-    Cost: as exact ProxProp, which it equals up to damping and the loss's averaging.
+    Cost: that of exact ProxProp, which it equals up to the damping and the averaging of the loss.
     Status: after the paper, whose body could not be read: the system above follows from its abstract and
         introduction; the damping and the treatment of the bias are a reconstruction.
     Source: Paeedeh, Ghiasi-Shirazi, "Improving the Backpropagation Algorithm with Consequentialism Weight
@@ -34,15 +34,15 @@ class Consequentialism(Rule):
         steps): training loss 0.0081 against 0.196 of SGD and 0.101 of SGD with Nesterov momentum
         (benchmarks/reproduce/consequentialism.json). Lowest on three of five badly scaled networks
         (benchmarks/README.md).
-    Limits: not equivariant to rescaled layers. L layers that move together over-shoot up to L-fold, hence
-        rates below 1. k accumulated micro-batches average k moves.
+    Limits: not equivariant to rescaled layers. L layers that are updated together can overshoot by a factor
+        of up to L: take rates below 1. k accumulated micro-batches average k updates.
 
     Args:
         eps: damping relative to the mean non-zero eigenvalue of the Gram. None is 1 for ``bias="centre"`` and
             0.1 for ``bias="append"`` (they normalise differently). Default None. Range 1e-3 to 10.
         bias: ``"centre"`` solves for the weight on centred rows and targets, then for the bias;
             ``"append"`` treats it as the weight of a constant input 1.
-        reduction: how the loss is averaged over the samples, ``"mean"`` or ``"sum"``; the move is the same
+        reduction: how the loss is averaged over the samples, ``"mean"`` or ``"sum"``; the update is the same
             for both.
 
     Raises:

@@ -23,9 +23,9 @@ Sides = Literal["input", "output", "both"]
 class Coordinates(KroneckerRule):
     """Let any optimizer work in better coordinates of each layer.
 
-    Idea: an optimizer such as Adam treats each weight by itself, which is right if weights act independently.
-        They do where the inputs are uncorrelated. So give it the gradient in coordinates in which they are,
-        and bring its step back.
+    Idea: an optimizer such as Adam treats each weight by itself, which is right if the inputs are
+        uncorrelated. Give it the gradient in coordinates in which they are, and transform its step back to
+        the weights.
     Equation: W = V Tᵀ with a fixed T, so that the gradient of V is G T, and a step δV moves W by δV Tᵀ.
         T = Q (Λ + εI)^-power, with R = Q Λ Qᵀ the running mean of aaᵀ, a the inputs with a trailing 1, and Λ
         relative to its mean. With ``basis="root"`` T = Q (Λ + εI)^-power Qᵀ. On the output side the same
@@ -34,7 +34,7 @@ class Coordinates(KroneckerRule):
     Reduces to: with SGD, no momentum and no kept norm, power ½ is Foof (c = 1) and power ¼ feature whitening;
         power 0 with Adam is the right side of SOAP, from activations in place of gradients; power 0 with SGD
         and basis "root" is SGD.
-    Use when: AdamW or Muon trains too slowly. Adam with power ¼ is where to begin.
+    Use when: AdamW or Muon trains too slowly. Begin with Adam and power ¼.
     Do not use when: inputs are tens of thousands wide, or the optimizer's steps depend on the weights
         themselves (Adafactor, LAMB): attach refuses those by name.
     Layers: as for `plywise.Foof`.
@@ -50,11 +50,11 @@ class Coordinates(KroneckerRule):
     Results: in the arena, on eight small workloads (benchmarks/arena/README.md): untuned, AdamW with it as
         `plywise.recommend` sets it reaches 21 of 40 targets, more than any peer (SOAP 17). Tuned, on
         AdamW, it reaches 31 (Muon 33, SOAP 32), in fewer steps than they and the same CPU time.
-    Limits: the first basis acts at once, a later one from the step after its refresh. Momenta are turned at a
-        refresh, second moments are kept, as SOAP keeps them, and so is a momentum of normalised steps
-        (RMSprop's). Attached to an optimizer that has stepped before, it lets it begin again: second moments
-        of other axes would make steps of any size. Sides above ``max_size`` stay as they are. Under
-        fully_shard gradients and steps of a layer are brought together on one process in each step.
+    Limits: the first basis is used at once, a later one from the step after its refresh. A refresh turns
+        momenta into the new basis. It keeps second moments as they are, as SOAP does, and a momentum of
+        normalised steps (RMSprop's), too. If the optimizer has stepped before, its state is cleared when the
+        rule is attached: second moments of other axes would make steps of any size. Sides above ``max_size``
+        stay as they are. Under fully_shard, each step gathers a layer's gradients and steps on one process.
 
     Args:
         power: how far the inputs are whitened, 0 (turned only) to ½ (fully). Default 0.25. Range 0 to 0.5.
@@ -64,8 +64,8 @@ class Coordinates(KroneckerRule):
         output_power: as ``power``, for the output side. Default 0. Range 0 to 0.5.
         keep_norm: give a layer's step the length of the optimizer's own. Default True.
         decay: how much of the statistics stays at each gathering. Default 0.95. Range 0.5 to 0.999.
-        rank: of sides at least twice as wide, turn so many directions only, and treat the others alike; None
-            for all. Default 64. Range 8 to 512.
+        rank: on sides at least twice as wide, turn only this many directions, and treat the others alike;
+            None for all. Default 64. Range 8 to 512.
         sample: take every so many-th position along each axis of a convolution or sequence. Default 2.
             Range 1 to 4.
         max_size: a side wider than this stays as it is. Default 2048. Range 256 to 8192.
@@ -138,13 +138,13 @@ class Coordinates(KroneckerRule):
         return call.gradient()
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
-        """Never: the optimizer's step has to be turned back."""
+        """Never: the optimizer's step must be turned back afterwards."""
         return False
 
     # ---- at the step -------------------------------------------------------------------------
 
     def refresh(self, memory: State, name: str, health: Health) -> State:
-        """The bases of the statistics; the last good ones where that fails."""
+        """Compute the bases of the statistics; keep the last good ones where that fails."""
         news: dict[str, Tensor] = {}
         for side, power in (("input", self.power), ("output", self.output_power)):
             if side not in memory:

@@ -16,8 +16,8 @@ class FeatureWhitening(KroneckerRule):
         the inputs themselves would change the network; whitening the gradient does not.
     Equation: D = c · G (R + ε λ_max I)^-½, R the running mean of aaᵀ, a the inputs with a trailing 1, λ_max
         its largest eigenvalue; c keeps ‖D‖ = ‖G‖. The layer below receives ΔW.
-    Use when: a network without, or with few, normalisation layers learns slowly with SGD or Adam; it keeps
-        the optimizer's learning rate, for moves keep the gradient's size.
+    Use when: a network without, or with few, normalisation layers learns slowly with SGD or Adam; the
+        optimizer's learning rate can stay, for updates keep the gradient's size.
     Do not use when: every layer's inputs are already nearly white, or layers are tens of thousands wide.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
@@ -37,16 +37,16 @@ class FeatureWhitening(KroneckerRule):
         best validation loss in 170 of its 450 steps on Fashion-MNIST, 50 of 156 on CIFAR-10
         (benchmarks/README.md). In the arena no rule is ahead of the best tuned peer in time
         (benchmarks/arena/README.md).
-    Limits: where rows are few, c is the last refresh's; the paper measures it in each step
+    Limits: where rows are few, c is measured at refreshes only; the paper measures it in each step
         (``cadence="paper"``).
 
     Args:
         decay: how much of the statistic stays at each gathering (α). Default 0.95. Range 0.5 to 0.999.
         damping: ε, relative to the largest eigenvalue. Default 1e-3. Range 1e-5 to 0.1.
-        rank: keep only so many directions of the root and treat the others alike; None for all. Layers of up
-            to twice as many inputs do without. Default 128. Range 16 to 512.
+        rank: keep this many leading directions of the root and treat the others alike; None for all. Layers
+            with at most twice as many inputs keep all. Default 128. Range 16 to 512.
         solver: ``"auto"`` and ``"eigh"`` by eigenvalues, ``"newton"`` by a converging iteration,
-            ``"newton_schulz"`` by ten steps of one that has not converged by then.
+            ``"newton_schulz"`` by ten steps of an iteration that has not converged by then.
         sample: take every so many-th position along each axis of a convolution or sequence into R. With 2 on
             3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by about
             1 % over four batches, since the positions take turns. Default 1. Range 1 to 4.
@@ -54,9 +54,9 @@ class FeatureWhitening(KroneckerRule):
             50.
         refresh_every: steps from one root to the next (T_svd), a multiple of ``stats_every``. Default 50.
             Range 1 to 500.
-        cadence: ``"spread"``: layers take turns in a cycle of ``refresh_every`` steps, each gathering of the
-            first cycle refreshes, and where rows are few c is the last refresh's. ``"paper"``: 50 and 500
-            steps, all layers refresh together, and c is measured in each step.
+        cadence: ``"spread"``: layers refresh in turn over a cycle of ``refresh_every`` steps, each gathering
+            of the first cycle refreshes, and where rows are few c is measured at refreshes only. ``"paper"``:
+            50 and 500 steps, all layers refresh in the same step, and c is measured in each step.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

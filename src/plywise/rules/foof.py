@@ -10,13 +10,14 @@ from plywise.rules._kronecker import Kronecker, KroneckerRule
 class Foof(KroneckerRule):
     """After FOOF: gradient descent on neurons.
 
-    Idea: move each neuron's output on the batch along its gradient, and find the weights that do so best: a
-        least-squares problem against the inputs' covariance. It is K-FAC without its output side, which
-        Benzing found to be the part that helps; against one batch's inputs it is ProxProp.
+    Idea: move each neuron's outputs on the batch along their gradient, and find the weights that do this
+        best. This is a least-squares problem with the inputs' covariance. It is K-FAC without its output
+        side, which Benzing found to be the part that helps; against one batch's inputs it is ProxProp.
     Equation: D = c · G (R + ε tr(R)/k I)⁻¹, R the running mean of aaᵀ, a the inputs with a trailing 1; c
         keeps ‖D‖ = ‖G‖. The layer below receives ΔW.
     Use when: wide layers or convolutions train slowly, and a step may cost 1.3 to 1.4 times as much.
-    Do not use when: layers are tens of thousands wide, or steps are so short that the products show.
+    Do not use when: layers are tens of thousands wide, or a step is so cheap that the added products dominate
+        it.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. Of computed weights (weight norm, pruning)
@@ -32,14 +33,14 @@ class Foof(KroneckerRule):
     Results: not reproduced here: the paper's settings were not at hand. Ours, on AdamW: its best validation
         loss in 180 of its 450 steps on Fashion-MNIST, 40 of 156 on CIFAR-10 (benchmarks/README.md). In the
         arena no rule is ahead of the best tuned peer in time (benchmarks/arena/README.md).
-    Limits: between refreshes c is the last refresh's. Without a kept norm (Precondition(keep_norm=False))
-        convolutions diverge at rates fit for linear layers.
+    Limits: c is measured at refreshes only. If updates do not keep the gradient's norm
+        (Precondition(keep_norm=False)), convolutions diverge at rates that suit linear layers.
 
     Args:
         decay: how much of the statistic stays at each gathering. Default 0.95. Range 0.5 to 0.999.
         damping: ε, relative to the mean of the statistic's diagonal. Default 1. Range 0.01 to 100.
-        rank: keep only so many directions of the inverse and treat the others alike; None for all. Layers of
-            up to twice as many inputs do without. Default 128. Range 16 to 512.
+        rank: keep this many leading directions of the inverse and treat the others alike; None for all.
+            Layers with at most twice as many inputs keep all. Default 128. Range 16 to 512.
         sample: take every so many-th position along each axis of a convolution or sequence into R. With 2 on
             3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by about
             1 % over four batches, since the positions take turns. Default 2. Range 1 to 4.

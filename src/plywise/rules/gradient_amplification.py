@@ -1,4 +1,4 @@
-"""Gradient amplification: some layers' backward values made larger for a while."""
+"""Gradient amplification: the backward values of some layers are multiplied by a factor for a while."""
 
 import hashlib
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class GradientAmplification(StatefulRule):
         layer below receives (f to the power of the chosen layers above); mode "gradient": D = f G alone. A
         layer is chosen at random with probability ``share``, or, with ``agreement``, where
         Σᵢ|Σₜ Gₜᵢ| / Σᵢ Σₜ|Gₜᵢ|, over the steps t of the last period, is at least that.
-    Use when: to reproduce the papers. As a principled version, take BackMatching.
-    Do not use when: with Adam or RMSprop in mode "gradient": they divide the factor out again.
+    Use when: you reproduce the papers. BackMatching is the principled version.
+    Do not use when: the optimizer is Adam or RMSprop and the mode "gradient": they cancel the factor.
     Layers: every call of a linear map, embeddings and norms included in mode "signal": what is left alone
         would get an amplified gradient. Shared and computed weights (weight norm, pruning) are never
         chosen; `explain` says why.
     Cost: a product of Δ with a number; with ``agreement``, a copy of the gradients.
-    Status: after the papers, whose text does not settle which of both modes they use, nor the measure and the
-        direction of the test by which "intelligent" amplification chooses: both are chosen here.
+    Status: after the papers. Their text does not say which of the two modes they use, nor with what measure,
+        and in which direction, "intelligent" amplification compares layers: both are our choice.
     Source: Basodi, Ji, Zhang, Pan, "Gradient Amplification: An Efficient Way to Train Deep Neural Networks",
         Big Data Mining and Analytics 2020, arXiv 2006.10560; Basodi, Pusuluri, Xiao, Pan, "Intelligent
         gradient amplification for deep neural networks", arXiv 2305.18445 (2023).
@@ -47,7 +47,7 @@ class GradientAmplification(StatefulRule):
         mode: ``"signal"`` or ``"gradient"``, see the equation.
         agreement: choose by this threshold in (0, 1] instead of at random; None for random. Default None.
             Range 0.1 to 1.
-        every: steps from one choice to the next. Default 100. Range 1 to 1000.
+        every: number of steps from one choice to the next. Default 100. Range 1 to 1000.
         rest: periods without amplification after each period with it: the papers amplify for some epochs, and
             not for others. Default 0. Range 0 to 10.
         until: no new choice after so many steps (the last one ends with its period); None for always. Default
@@ -116,14 +116,14 @@ class GradientAmplification(StatefulRule):
         return call.delta if factor is None else call.delta * factor.to(call.delta.dtype)
 
     def gather(self, call: LinearCall, turn: int) -> Evidence:
-        """The period that begins, and the dice thrown for this layer in it."""
+        """Return the number of the period that begins, and this layer's random number for it."""
         name = f"{self.seed} {turn} {call.name}".encode()  # the same on every process and after a resume
         dice = int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
         rows = torch.ones((), dtype=call.dtype, device=call.delta.device)
         return {"rows": rows, "dice": rows * dice, "period": rows * turn}
 
     def learn(self, memory: State, evidence: Evidence) -> State:
-        """Choose, or not, for the next period."""
+        """Choose this layer, or not, for the next period."""
         rows = evidence["rows"]  # backward passes of this step, over all processes
         one = torch.ones_like(rows)
         if self.agreement is None:

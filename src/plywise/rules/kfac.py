@@ -1,4 +1,4 @@
-"""K-FAC: the natural gradient with a Kronecker-factored curvature, as a yardstick."""
+"""K-FAC: the natural gradient with a Kronecker-factored curvature, for comparison."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +8,7 @@ from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 @dataclass(frozen=True, eq=False)
 class KFAC(KroneckerRule):
-    """K-FAC with the empirical Fisher, here as a yardstick.
+    """K-FAC with the empirical Fisher, for comparison.
 
     Idea: approximate each layer's block of the Fisher matrix by the Kronecker product of the covariances of
         its inputs and output gradients, and take the natural gradient step.
@@ -23,17 +23,17 @@ class KFAC(KroneckerRule):
         and of weights used in several ways, each use has statistics of its own, and backward makes the update
         by what was learned before. A side above 8192 stays as it is.
     Cost: two statistics, two inverses a refresh, two products a step.
-    Status: variant: the Fisher of the labels at hand, not of sampled ones; no rescaling by the exact
+    Status: variant: the Fisher of the true labels, not of sampled ones; no rescaling by the exact
         curvature, no momentum of its own, no adaptive damping; the gradient's size is kept in place of the KL
         clip.
     Source: Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML
         2015, sections 3, 5 and 6.3; Grosse, Martens, ICML 2016, for convolutions.
     Code: tensorflow/kfac.
-    Results: not reproduced here: it is here as a yardstick. Ours: AdamW's best validation loss in 140 of its
+    Results: the paper's are not reproduced here. Ours: AdamW's best validation loss in 140 of its
         450 steps on Fashion-MNIST, 90 of 156 on CIFAR-10 (benchmarks/README.md). In the arena no rule is
         ahead of the best tuned peer in time (benchmarks/arena/README.md).
-    Limits: two dense inverses a layer: wide layers want ``rank``. Between refreshes c is the last refresh's.
-        With a GradScaler, L counts steps by the square of their loss scale.
+    Limits: two dense inverses for each layer: set ``rank`` for wide layers. c is measured at refreshes only.
+        With a GradScaler, L weighs each step by the square of its loss scale.
 
     Args:
         decay: how much of the statistics stays at each gathering. Default 0.95. Range 0.5 to 0.999.

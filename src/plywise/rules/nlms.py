@@ -12,13 +12,13 @@ from plywise.rules import _least_squares as solve
 class NLMS(Rule):
     """Normalised least mean squares (NLMS) in every layer.
 
-    Idea: a step -ηδaᵀ, meant to change the layer's output by -ηδ, changes it by -η‖a‖²δ. Divide by ‖a‖²
-        and the consequence is the intention, whatever the size of the input.
+    Idea: the step -ηδaᵀ is meant to change the layer's output by -ηδ, but changes it by -η‖a‖²δ. Divided by
+        ‖a‖², it changes the output as intended, whatever the size of the input.
     Equation: D = mean over samples of δ_i [a_i,1] / (‖[a_i,1]‖² + ε), δ of the summed loss and ε = eps
         times the mean of ‖[a,1]‖². The layer below receives ΔW.
-    Use when: inputs of a layer differ much in size from sample to sample, and steps must stay cheap.
-    Do not use when: samples of a batch resemble one another: only Consequentialism accounts for what
-        they do to each other. In our runs plain NLMS is no better than SGD on well-scaled networks.
+    Use when: the inputs of a layer differ much in size between samples, and steps must stay cheap.
+    Do not use when: the samples of a batch are similar: only Consequentialism corrects for their effect on
+        each other. In our runs plain NLMS is no better than SGD on well-scaled networks.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
@@ -28,16 +28,16 @@ class NLMS(Rule):
     Source: Widrow, Hoff (1960); Nagumo, Noda (1967); as the starting point of Paeedeh, Ghiasi-Shirazi,
         arXiv 2003.05164 (2020).
     Code: none found.
-    Results: the papers' are of single filters. Ours on the digits: final training loss 0.017 as momentum SGD
-        on a well-scaled network, 0.204 against 0.129 on a badly rescaled one (benchmarks/README.md). Hardly
-        ever reaches a target of the arena (benchmarks/arena/README.md).
+    Results: those of the papers are for single filters. Ours on the digits: final training loss 0.017 as
+        momentum SGD on a well-scaled network, 0.204 against 0.129 on a badly rescaled one
+        (benchmarks/README.md). Hardly ever reaches a target of the arena (benchmarks/arena/README.md).
     Limits: with convolutions the positions of one sample are rows of their own and add up. k accumulated
-        micro-batches (loss divided by k) average to the joined batch exactly but for ε, which is
-        relative to each one's mean.
+        micro-batches (loss divided by k) give the update of the joined batch, except that ε is relative to
+        the mean of each micro-batch.
 
     Args:
         eps: damping relative to the mean squared norm of the rows. Default 0.1. Range 1e-3 to 1.
-        reduction: how the loss is averaged over the samples, ``"mean"`` or ``"sum"``; the move is the same
+        reduction: how the loss is averaged over the samples, ``"mean"`` or ``"sum"``; the update is the same
             for both.
 
     Raises:

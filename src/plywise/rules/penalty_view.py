@@ -30,13 +30,14 @@ class PenaltyView:
     """The penalty function E of ProxProp's paper, and sweeps of descent over it.
 
     A network ``φ_K ∘ σ ∘ φ_{K-1} ∘ ... ∘ σ ∘ φ_1`` has the lifted variables ``z_l = φ_l(a_{l-1})`` and
-    ``a_l = σ_l(z_l)``, with ``a_0`` the data. Where they may differ from these values, the loss becomes::
+    ``a_l = σ_l(z_l)``, with ``a_0`` the data. If they are free to differ from these values, the loss
+    becomes::
 
         E = loss(φ_K(a_{K-1}), y) + Σ_{l<K} γ/2 ‖σ_l(z_l) - a_l‖² + ρ/2 ‖φ_l(a_{l-1}) - z_l‖²
 
-    Norms are summed over the batch. A sweep goes from the last layer down. Each variable takes a step of
-    gradient descent of size τ on E, with the new values of what is above it: first ``a_{K-1}`` and the last
-    weights, then for each layer ``z_l``, and after it ``a_{l-1}`` and the weights together.
+    Norms are summed over the batch. A sweep goes from the last layer down. Each variable takes a gradient
+    step of size τ on E, at the new values of the variables above it: first ``a_{K-1}`` and the last weights,
+    then for each layer ``z_l``, and after it ``a_{l-1}`` and the weights together.
 
     With ``ρ = γ = 1/τ`` a forward pass and a sweep are one step of backpropagation with rate τ (Proposition
     1 of the paper). Other values multiply the step of the layer that is k below the last one by ``(τ²ργ)^k``.
@@ -173,7 +174,7 @@ class PenaltyView:
     def _differentiate(
         self, layer: int, a: Tensor, target: Tensor
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The slope at a layer's input (0 at the data), and the updates of its parameters."""
+        """Return the gradient at a layer's input (0 at the data), and the updates of its parameters."""
         is_top = layer == len(self.maps) - 1
         rule = None if is_top else self.rule
         parameters = [p for p in self.maps[layer].parameters() if p.requires_grad]

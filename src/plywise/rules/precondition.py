@@ -1,4 +1,4 @@
-"""Precondition: the gradient between inverse powers of its layer's own covariances, every choice open."""
+"""Precondition: the gradient times inverse powers of its layer's covariances; each choice is a parameter."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +11,14 @@ from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 @dataclass(frozen=True, eq=False)
 class Precondition(KroneckerRule):
-    """The family of whitening, AdaBK, K-FAC and Foof, with every choice open.
+    """The family of whitening, AdaBK, K-FAC and Foof; each choice is a parameter.
 
-    Idea: a layer's gradient G = ΔᵀA is large where its inputs or its output gradients vary much, whatever
-        the loss wants. Take that out by powers of both covariances, kept as running means.
+    Idea: a layer's gradient G = ΔᵀA is large where its inputs or its output gradients vary much, even if the
+        loss needs no large step there. Powers of both covariances, kept as running means, remove this.
     Equation: D = c · L^-left G R^-right, R = mean of aaᵀ + λI, L = mean of ΔᵀΔ + λI over batches (discounted
         by ``decay``), a with a trailing 1 for the bias; c keeps ‖D‖ = ‖G‖. The layer below receives ΔW.
-    Use when: you want a member of the family that has no name here, or to see which part of one matters.
+    Use when: you want a member of the family that has no class here, or to find out which part of one
+        matters.
     Do not use when: a named rule will do: FeatureWhitening (right=½), AdaBK (both ½), KFAC (both 1), Foof
         (right=1).
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
@@ -27,14 +28,15 @@ class Precondition(KroneckerRule):
         by what was learned before.
     Cost: per step 2nk² operations for the input side or 2mk² (n rows, m outputs, k inputs), whichever is
         less; statistics and roots once in ``stats_every`` and ``refresh_every`` steps. With ``rank`` r, 4nkr.
-    Status: variant: no paper of its own. With a named member's settings it is that member, by the same code.
+    Status: variant: it has no paper. With the settings of a named member it equals that member, by the same
+        code.
     Source: the common form of Yong, Zhang, ECCV 2022 (whitening), Yong, Sun, Zhang, CVPR 2023 (AdaBK),
         Martens, Grosse, ICML 2015 (K-FAC) and Benzing, ICML 2022 (FOOF).
     Code: none found (of the form itself; its members name theirs).
     Results: not reproduced here: see the named members, whose figures are of their settings.
-    Limits: c is exact in steps that refresh and holds until the next. With a GradScaler, L counts steps by
-        the square of their loss scale. Replicas need DistributedDataParallel (or ``process_group``);
-        fully_shard is refused.
+    Limits: c is exact in steps that refresh, and is kept until the next refresh. With a GradScaler, L weighs
+        each step by the square of its loss scale. Replicas need DistributedDataParallel (or
+        ``process_group``); fully_shard is refused.
 
     Args:
         left: power of L, the covariance of the output gradients (p); 0 for none. Default 0. Range 0 to 1.
@@ -47,7 +49,7 @@ class Precondition(KroneckerRule):
         keep_norm: give each layer's move the size of its gradient. Without it convolutions, whose
             gradient sums over positions, need another rate than linear layers.
         solver: ``"auto"`` (Cholesky for a power of 1, eigenvalues otherwise), ``"cholesky"``, ``"eigh"``,
-            ``"newton"``, or ``"newton_schulz"``, the unconverged iteration that AdaBK published.
+            ``"newton"``, or ``"newton_schulz"``, AdaBK's published iteration, which has not converged.
         rank: keep only so many directions of a root and treat the others alike; None for all. Default None.
             Range 16 to 512.
         sample: take every so many-th position along each axis of a convolution or sequence into R. With 2 on

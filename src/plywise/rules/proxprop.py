@@ -13,24 +13,26 @@ from plywise.rules._conjugate_gradients import conjugate_gradients, official_con
 class ProxProp(Rule):
     """Proximal backpropagation.
 
-    Idea: backpropagation is a sweep of explicit gradient steps on a penalty function in which each layer
-        has its own least-squares problem. Replace the step on the weights by the implicit (proximal) one,
-        which is stable at any step size: θ⁺ = argmin ½‖A θᵀ - z⁺‖² + ‖θ - θ_old‖²/(2τ).
+    Idea: backpropagation is a sweep of explicit gradient steps on a penalty function, in which each layer has
+        its own least-squares problem. Replace the step of the weights by the implicit (proximal) step, which
+        is stable at any step size: θ⁺ = argmin ½‖A θᵀ - z⁺‖² + ‖θ - θ_old‖²/(2τ).
     Equation: D = G (AᵀA + I/τ)⁻¹ with A the rows [input, 1] of the batch, G = ΔᵀA. The layer below
         receives ΔW. A convolution's rows are its patches.
     Use when: inputs are wide or strongly correlated and batches of a few hundred fit: it then takes many
         times fewer steps than SGD or Adam. Rates are large: try 1 to 10 with a mean loss.
-    Do not use when: the batch is tiny (the Gram of a few rows says little), or time per step is all.
+    Do not use when: the batch is tiny (the Gram of a few rows says little), or only the time per step
+        matters.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. `explain` says what is left alone, and why.
-    Cost: a Gram of the smaller of rows and inputs, its inverse, and one product: 1.28 to 1.84 of a plain step
-        on wide networks and a ConvNet, 4.7 where a plain step takes less than a millisecond
+    Cost: a Gram of rows or inputs, whichever are fewer, its inverse, and one product: 1.28 to 1.84 of a plain
+        step on wide networks and a ConvNet, 4.7 where a plain step takes less than a millisecond
         (benchmarks/README.md, by `python benchmarks/step_cost.py`).
     Status: faithful with ``last_layer="explicit"``, as in the paper; our default solves the last layer, too.
-        ``solver="exact"`` solves for the move itself: the published code subtracts weights in float32, which
-        drowns it in rounding. Its conjugate gradients are not the textbook's either: "cg_official". The
-        penalty function E with its ρ and γ, and sweeps over it: `plywise.PenaltyView`.
+        ``solver="exact"`` solves for the update itself; the published code subtracts two weights in float32,
+        and the difference is mostly rounding errors. Its conjugate gradients differ from the textbook's, too:
+        they are ``solver="cg_official"``. The penalty function E with its ρ and γ, and sweeps over it:
+        `plywise.PenaltyView`.
     Source: Frerix, Möllenhoff, Moeller, Cremers, "Proximal Backpropagation", ICLR 2018, eqs. 7-12 and
         Proposition 2.
     Code: tfrerix/proxprop.
@@ -38,19 +40,19 @@ class ProxProp(Rule):
         69.6 % (ConvNet). Ours: 70.9 against 67.2 % (that ConvNet in full, cg3, two seeds); at a small size
         stable at rates 1 and 10, where backpropagation diverges, as in the paper (benchmarks/reproduce);
         AdamW's final training loss in 0.34 (digits) and 0.47 (MNIST) of its steps (benchmarks/README.md).
-    Limits: AᵀA is the sum over the batch as in the paper, so the method changes with the batch size (k copies
-        of a batch act as kτ); ``gram="mean"`` does not. k accumulated micro-batches average k moves, which is
-        not the move of the joined batch. The last layer is the one that backward meets first: where the model
-        has several heads, in stages of a pipeline and with a reentrant checkpoint, name those that take
-        explicit steps by ``attach(..., exclude=...)``.
+    Limits: AᵀA is the sum over the batch as in the paper, so the method depends on the batch size (k copies
+        of a batch act as kτ); with ``gram="mean"`` it does not. k accumulated micro-batches average k
+        updates, which is not the update of the joined batch. The last layer is the one that backward meets
+        first: where the model has several heads, in stages of a pipeline and with a reentrant checkpoint,
+        name those that take explicit steps by ``attach(..., exclude=...)``.
 
     Args:
         tau: proximal step size τ (τ_θ in the paper); larger trusts the local problem more. τ → 0 is
             backpropagation scaled by τ. Default 1. Range 0.01 to 100.
         solver: ``"exact"``; ``"cg"``, conjugate gradients for each output; ``"cg_flat"``, conjugate gradients
-            on all parameters of a layer as one vector, as the paper's matrix-free method reads;
-            ``"cg_official"``, the iteration of the published code: its second direction is too long, 1e-6 is
-            added to both denominators, and convolutions are flat, linear layers not.
+            on all parameters of a layer as one vector, as the paper describes it; ``"cg_official"``, the
+            iteration of the published code: its second direction is too long, 1e-6 is added to both
+            denominators, and convolutions are flat, linear layers not.
         cg_steps: number of conjugate gradient steps. Default 3. Range 1 to 10.
         gram: ``"sum"`` over the rows as in the paper, or ``"mean"``, which divides AᵀA by their number
             (then G of a mean loss and the Gram scale alike, and τ means the same at any batch size).
@@ -85,7 +87,7 @@ class ProxProp(Rule):
             raise ValueError(f"ProxProp: cg_steps must be a whole number, not {self.cg_steps!r}.")
 
     def update(self, call: LinearCall) -> Update:
-        """``G (AᵀA + I/τ)⁻¹``; with the mean Gram ``G (AᵀA/n + I/τ)⁻¹``; G where the step is explicit."""
+        """Return ``G (AᵀA + I/τ)⁻¹``, with AᵀA/n for the mean Gram; G where the step is explicit."""
         if self._is_explicit(call.is_topmost):
             return call.gradient()
         # (AᵀA/n + I/τ)⁻¹ = n (AᵀA + n I/τ)⁻¹: the mean is the sum with another τ, scaled

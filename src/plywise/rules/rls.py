@@ -1,4 +1,4 @@
-"""RLS: recursive least squares for each layer, an inverse kept by rank-one corrections."""
+"""RLS: recursive least squares for each layer; rank-one corrections keep an inverse up to date."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,26 +13,26 @@ from plywise.engine.rule import StatefulRule, require_positive
 from plywise.rules._kronecker import precondition_gradient
 
 LARGEST_ENERGY = 1e4
-"""Of κ ū·Pū: a correction takes all but one part of this from P, and float32 has seven digits."""
+"""Largest κ ū·Pū. A correction cancels all of P but one part in this, and float32 has seven digits."""
 
 
 @dataclass(frozen=True, eq=False)
 class RLS(StatefulRule):
     """Recursive least squares with the average approximation.
 
-    Idea: each layer as an adaptive filter with perfect memory: the inverse P of the inputs' discounted
-        autocorrelation is kept by a rank-one correction a step, with the batch's mean input in place of its
-        rows, and multiplies the gradient.
+    Idea: each layer is an adaptive filter with a long memory. P, the inverse of the inputs' discounted
+        autocorrelation, multiplies the gradient. Each step corrects P by a matrix of rank one, made from the
+        mean input of the batch in place of all its rows.
     Equation: D = G P / h, h = λ + κ ū·Pū; then P ← (P - (κ/h) Pū (Pū)ᵀ) / λ, ū the mean of the rows
         [input, 1] over batch and positions. The layer below receives ΔW.
-    Use when: a cubic cost is out of the question and inputs share a strong mean direction.
-    Do not use when: correlations beyond the mean matter: Foof and FeatureWhitening see them.
+    Use when: a cubic cost is too much, and the inputs share a strong mean direction.
+    Do not use when: correlations beyond the mean matter: Foof and FeatureWhitening use them.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them. Recurrent layers after ``plywise.nn.unroll(model)``:
         each weight has one P, and ū is the mean over batch and time. Of computed weights (weight norm,
-        pruning) and of weights used in several ways, each use has a P of its own, and h is of the call's own
-        mean input.
+        pruning) and of weights used in several ways, each use has its own P, and h is computed from the
+        call's own mean input.
     Cost: no inverse: 2k² operations for P and a product with the smaller of rows and gradient, in each step.
     Status: after the paper, whose body could not be read: the recursion is classical, with the paper's
         average approximation. Its abstract names two improved methods, which are not public: momentum and
@@ -45,8 +45,8 @@ class RLS(StatefulRule):
         Fashion-MNIST, 120 of 156 on CIFAR-10 (benchmarks/README.md). Hardly ever reaches a target of the
         arena (benchmarks/arena/README.md).
     Limits: with λ < 1, P grows along directions that no input has any more (wind-up); its trace is held below
-        k/δ. Where κ ū·Pū exceeds 10⁴, δ is raised until it does not: P would be rounding. The optimizer's
-        rate is the paper's η; our gradient is that of the mean loss.
+        k/δ. Where κ ū·Pū exceeds 10⁴, δ is raised until it does not; otherwise P would consist of rounding
+        errors. The optimizer's rate is the paper's η; our gradient is that of the mean loss.
 
     Args:
         forgetting: λ, how much of the autocorrelation stays at each step; at most 1. Default 1. Range 0.99 to
@@ -80,7 +80,7 @@ class RLS(StatefulRule):
     acts_alone: ClassVar[bool] = True
 
     def update(self, call: LinearCall) -> Update:
-        """``G P``, by the inverse of the steps before; divided by the call's own ``h`` if no step does."""
+        """Return ``G P`` of the steps before, divided by the call's own ``h`` if no step does that."""
         if call.memory:
             move = precondition_gradient(call, None, call.memory["inverse"])
         else:
@@ -130,7 +130,7 @@ class RLS(StatefulRule):
         return inverse, image, energy, (LARGEST_ENERGY / energy).clamp_max(1)
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
-        """Always: the step's own correction comes after its move."""
+        """Always: the step corrects P after the update."""
         return True
 
     def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
@@ -142,7 +142,7 @@ class RLS(StatefulRule):
         return {"rows": (), "sum": (shape.groups, shape.columns)}
 
     def learned_shapes(self, shape: LayerShape) -> Shapes:
-        """P, and what the last move was divided by."""
+        """P, and what the last update was divided by."""
         return {"inverse": (shape.groups, shape.columns, shape.columns), "h": (shape.groups,)}
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
