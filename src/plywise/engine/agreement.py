@@ -1,9 +1,9 @@
-"""Which layers all processes of a data-parallel run know alike.
+"""Processes of a data-parallel run agree on the layers that all of them know.
 
 A layer is found when it is called, and an expert may be called on one process only. Processes that add up
-their evidence need the same layers in the same order, or their collectives hang or mix up layers. So each
-weight is *settled* once: at a step, processes compare what they know of the weights that are not settled
-yet, by one small collective. Once all are settled there is no such collective any more.
+their evidence need the same layers in the same order; otherwise their collectives hang or mix up layers. So
+each weight is *settled* once: at a step, one small collective compares what the processes know of the weights
+that are not settled yet. Once all weights are settled, there is no such collective any more.
 """
 
 import zlib
@@ -32,7 +32,7 @@ class Agreement:
     def settle(
         self, replicas: Replicas, layers: Iterable[LayerHandle], entries: Iterable[ParameterEntry]
     ) -> set[ParameterEntry]:
-        """The weights whose layers every process knows, the same on all of them.
+        """Return the weights whose layers every process knows; the result is the same on all of them.
 
         Args:
             replicas: the processes.
@@ -66,7 +66,7 @@ class Agreement:
 
 
 def _make_mark(entry: ParameterEntry, layers: list[LayerHandle]) -> int:
-    """A number that is the same where the same is known of a weight's calls; 0 where nothing is."""
+    """Return a hash of what is known of a weight's calls; 0 if nothing is known."""
     if entry.left or entry.leave_next:
         return LEFT
     texts = []

@@ -1,4 +1,4 @@
-"""Checks of what a rule is and of what it answers, with errors for people who write rules."""
+"""Checks of a rule's class and of its return values, with error messages for authors of rules."""
 
 import inspect
 from collections.abc import Mapping, Sequence

@@ -25,7 +25,7 @@ class Arrivals:
         table: the model's parameters.
         capture: the capture of the model's calls.
         responder: answers for captured calls.
-        on_answered: called with each entry whose gradient the rule has made.
+        on_answered: called with each entry whose gradient was made by the rule.
         on_accumulated: called with the name of each layer whose gradient has arrived.
 
     Attributes:
@@ -57,7 +57,7 @@ class Arrivals:
         self._handles.clear()
 
     def watch_expected(self, entries: list[ParameterEntry]) -> None:
-        """Watch the parameters whose gradients the rule must have made, or must not spoil."""
+        """Watch the parameters whose gradients must come from the rule, or must not be altered by it."""
         for entry in entries:
             if (entry.expected and not entry.why_left) or self._rule.alters_backward:
                 self.watch(entry)

@@ -1,14 +1,15 @@
-"""How large a backward value arrives at each layer: measured with a random vector, for any network.
+"""Measures with a random vector, for any network, how large backward values are at each layer.
 
 Back-matching's layer-wise rate divides by ``E``, the mean factor by which the squared size of a random vector
 changes on its way down to a layer's output. It is measured by its definition. A random vector of signs goes
 backward from the output of each topmost layer through autograd's own graph, and ``E`` is the mean square of
-what arrives at a layer's output. So every operation counts as what it does to a vector, and no
-table of modules is needed.
+what arrives at a layer's output. So the effect of every operation is measured, and no table of modules is
+needed.
 
 A measurement costs about as much as the backward of the activations. It is made in the first pass and then
 every so many steps. All backward passes of a step use the same values: those measured in an earlier step, or,
-where there are none, those measured in the step's first pass. The values count once the step has been taken.
+where there are none, those measured in the step's first pass. The values are kept once the step has been
+taken.
 """
 
 import math
@@ -56,7 +57,7 @@ class Pass:
     Attributes:
         measures: whether it measures.
         sizes: the mean squares that have arrived at the calls of each site, in the order of the answers.
-        probing: whether a random vector is on its way down.
+        probing: whether a random vector is running backward.
         calls: how many calls of each site have been answered.
         last: the value given last.
     """
@@ -217,7 +218,7 @@ class BackwardScale:
     # ---- at the step -----------------------------------------------------------------------------
 
     def after_step(self, nonzero: Collection[int]) -> None:
-        """A step has been taken: what was measured in it is used from now on.
+        """After a step: use what was measured in it from now on.
 
         Args:
             nonzero: ids of parameters whose gradients are known not to be zero.
@@ -336,7 +337,7 @@ def is_trained(site: Site) -> bool:
 
 
 def make_signs(like: Tensor, seed: int) -> Tensor:
-    """A random vector of 1 and -1: of all with unit variance, the one whose measurements vary least."""
+    """Make a random vector of 1 and -1: among vectors of unit variance, its measurements vary least."""
     generator = torch.Generator(like.device).manual_seed(seed)
     bits = torch.randint(2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
     return bits.to(like.dtype).mul_(2).sub_(1)

@@ -1,7 +1,6 @@
-"""What a rule sees of one captured call: the rows ``A``, the weights ``W``, the gradient ``Δ``.
+"""What a rule gets of one captured call: the rows ``A``, the weights ``W``, the gradient ``Δ``.
 
-A rule receives a `LinearCall` and answers with an `Update`, how W moves, and with the gradient at the
-call's input.
+A rule receives a `LinearCall`. It returns an `Update`, the change of W, and the gradient at the call's input.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from plywise.numerics.products import lower_product
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """How a layer's parameters move: what ``weight.grad`` and ``bias.grad`` hold afterwards.
+    """A layer's update: the values that ``weight.grad`` and ``bias.grad`` get.
 
     Attributes:
         weight: direction in the shape of the canonical weight, or None if the weight is frozen.
@@ -51,18 +50,18 @@ class Update:
 
 @dataclass(slots=True)
 class LinearCall:
-    """What a rule sees of one call of a linear map in one backward pass.
+    """One call of a linear map in one backward pass, as a rule gets it.
 
     Attributes:
         name: name of the layer: the module's path, or that of the parameter.
-        map: how the call reads as a linear map.
+        map: the linear map that describes the call.
         a: input of the linear map.
         delta: gradient of the loss at the call's output.
         weight: the canonical weight (g · m, ...) that the forward used.
         has_bias: whether a trainable bias is added.
         health: where solvers count their fallbacks.
         module: the module that owns the weight, or None for a weight that no module owns.
-        energy: how large a random backward value arrives at this output (`plywise.engine.backward_scale`);
+        energy: mean square of a random backward value at this output (`plywise.engine.backward_scale`);
             None unless the rule asked for it.
         memory: the layer's running state (`plywise.engine.contract.StatefulRule`); empty for most rules.
         waits: whether the optimizer's step will make the update from the gradient, so that backward must
@@ -95,7 +94,7 @@ class LinearCall:
             self.samples = self.map.sample_count(self.a)
 
     def times(self, scale: float) -> "LinearCall":
-        """The same problem with Δ multiplied by ``scale`` (cheaper than scaling an update: Δ is smaller)."""
+        """Return the same problem with Δ multiplied by ``scale``: cheaper than to scale an update."""
         return self if scale == 1 else replace(self, delta=self.delta * scale)
 
     # ---- sizes -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What lies below a node of autograd's graph: captured calls, and what the running backward wants of them."""
+"""Captured calls below a node of autograd's graph, and which gradients the running backward needs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,7 +112,7 @@ def is_asked_for(source: Any) -> bool:
 
 
 def find_asked_leaves(start: Any) -> list[Tensor]:
-    """The leaves below a node whose gradients `torch.autograd.grad` has been asked for."""
+    """Find the leaves below a node whose gradients are asked for with `torch.autograd.grad`."""
     return [node.variable for node in find_leaf_nodes(start) if is_asked_for(node)]
 
 
@@ -155,9 +155,10 @@ _training: set[object] = set()
 
 @contextmanager
 def train_by_inputs() -> Iterator[None]:
-    """Backward passes inside train, though they ask for gradients at inputs only: altered values go down.
+    """Treat backward passes in the block as training, though they ask for gradients at inputs only.
 
-    Activation relaxation and interlocking carry a rule's values from block to block that way.
+    Then the rule's altered values go down: activation relaxation and interlocking pass them from block to
+    block.
     """
     token = object()
     _training.add(token)
@@ -170,8 +171,8 @@ def train_by_inputs() -> Iterator[None]:
 class AlteredPasses:
     """The backward passes in which a rule sends other values down than gradients.
 
-    Those are the passes that want updates of the rule: where only gradients at inputs are asked for, they are
-    the plain ones.
+    Those are the passes that need updates of the rule. Passes that ask for gradients at inputs only get plain
+    ones.
 
     Args:
         responder: whose calls.
@@ -204,7 +205,7 @@ class AlteredPasses:
         return True
 
     def enter_apart(self, node: Any) -> bool:
-        """Altered values go down in a backward of inputs: that of the weights comes later (ZeroBubble)."""
+        """Send altered values down in a backward of inputs; the weights' follows later (ZeroBubble)."""
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
             for leaf in find_leaf_nodes(node):

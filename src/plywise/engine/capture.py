@@ -1,4 +1,4 @@
-"""How A and Δ reach a rule on an unmodified model: calls of linear maps are captured while they happen.
+"""Captures calls of linear maps while an unmodified model runs, so that A and Δ reach a rule.
 
 Hooks of the modules that own parameters enter and leave a `torch.overrides.TorchFunctionMode`. While it is
 entered, `plywise.engine.readers` looks at each call of a torch function that can be linear in a parameter.
@@ -42,9 +42,9 @@ _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 
 
 class ModelHook:
-    """A hook of ours on a user's module, which copies of the module do not inherit.
+    """A hook of plywise on a user's module, which copies of the module do not inherit.
 
-    A copied or unpickled model carries a do-nothing of the standard library in its place.
+    In its place, a copied or unpickled model has a function of the standard library that does nothing.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,7 +92,7 @@ class CaptureMode(TorchFunctionMode):
 def _read_dual(
     reader: Callable[..., Any], capture: "Capture", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Forward differentiation is autograd's own: its tangents, beside the captured call of the primals."""
+    """Leave forward differentiation to autograd: take its tangents, and the captured call's primal values."""
 
     def primal(value: Any) -> Any:
         return forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
@@ -157,7 +157,7 @@ class Capture:
     def note_use(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, output: Any, captured: bool
     ) -> None:
-        """Remember which function has used a parameter, should its gradient come without a captured call.
+        """Remember which function used a parameter, to explain a gradient that comes without a captured call.
 
         Of a call that has been captured, the other parameters in it are meant.
         """
@@ -175,7 +175,7 @@ class Capture:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """The mode on again while a reader runs a function that calls others."""
+        """Turn the mode on again while a reader runs a function that calls others."""
         _push(self._mode)
         try:
             yield
@@ -218,7 +218,7 @@ class Capture:
         return resting is not None and resting.check()
 
     def enter(self, module: nn.Module) -> None:
-        """A module begins to run, and no other one runs; or the last time has been interrupted."""
+        """Begin: a module runs and no other does, unless the last run was interrupted."""
         local = self.local
         if local.outermost is module:
             if _runs_twice(module):

@@ -1,7 +1,8 @@
-"""The nodes that stand for a captured call in autograd's graph; their backward asks the rule.
+"""The nodes that represent a captured call in autograd's graph; their backward asks the rule.
 
 `CapturedCall` runs the call itself and makes the gradient at its input. `TappedCall` stands beside autograd's
-own graph, which makes it. A rule that replaces that gradient gets a `RearrangedCall` in the place of a tap.
+own graph, which makes that gradient. If the rule replaces the gradient at the input, a `RearrangedCall` takes
+the place of a tap.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,10 @@ from plywise.engine.masked_rows import active_masks
 from plywise.engine.sites import Site
 
 Run = Callable[..., Tensor]
-"""The call itself: input (or inputs), weight and bias to the output."""
+"""The call itself, a function of input (or inputs), weight and bias."""
 
 Arrange = Callable[[Tensor], Tensor]
-"""One tensor as another."""
+"""A function of one tensor."""
 
 _grad_enabled = torch.is_grad_enabled
 _is_mapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
@@ -93,7 +94,7 @@ class TappedCall(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        """Ask the rule for the update, and send (its) Δ on to autograd's own graph."""
+        """Ask the rule for the update, and send Δ, or the rule's own, on to autograd's graph."""
         weight, *kept = ctx.saved_tensors
         wants_weight, wants_bias = find_wanted_of_tap(ctx)
         if _grad_enabled() or _is_mapped(delta):
@@ -106,7 +107,7 @@ class TappedCall(torch.autograd.Function):
 
 
 class RearrangedCall(torch.autograd.Function):
-    """A captured call whose plain input gradient only torch makes to the bit, under a rule that replaces it.
+    """A captured call whose input gradient a rule replaces, and whose plain one only torch makes to the bit.
 
     Such are products with strided inputs, einsums and transposed convolutions. Where the plain gradient is
     wanted, the call is run again, and autograd differentiates it.
@@ -201,7 +202,7 @@ def _is_passed_once() -> bool:
 
 
 def find_wanted(node: Any, count: int) -> list[bool]:
-    """Whether this backward has a use for the gradients of the last ``count`` arguments.
+    """Whether this backward needs the gradients of the last ``count`` arguments.
 
     Autograd says which inputs need a gradient at all. ``torch.autograd.grad`` and ``backward(inputs=...)``
     want only some of them, and the engine knows which; it drops the others, so none of them is computed.

@@ -1,4 +1,4 @@
-"""The cap of a rule on accumulated gradients: decided on the device, and equally on all processes."""
+"""Applies a rule's cap to accumulated gradients, without reading from the device, alike on all processes."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +17,7 @@ Clip = Callable[[Tensor, Tensor], Tensor]
 
 
 class Clipping:
-    """Makes accumulated gradients smaller, just before the optimizer's step.
+    """Shrinks accumulated gradients just before the optimizer's step.
 
     A weight and the biases of its layer are multiplied by one factor. Under DistributedDataParallel every
     process has the averaged gradient of a layer, but a process that has never called the layer does not know
@@ -76,7 +76,7 @@ class Clipping:
             gradient.mul_(factor.to(gradient.device))
 
     def _find_leaders(self, entries: Sequence[ParameterEntry]) -> list[int]:
-        """For each parameter the place of the weight whose factor it gets, or -1: what this process knows."""
+        """Find the place of the weight whose factor each parameter gets, or -1, as this process knows it."""
         places = {id(entry.parameter()): place for place, entry in enumerate(entries)}
         leaders = [-1] * len(entries)
         for place, entry in enumerate(entries):

@@ -1,4 +1,4 @@
-"""The contract of a rule: pure mathematics. How rules are attached is in `plywise.engine.rule`."""
+"""The contract of a rule: pure functions. `plywise.engine.rule` attaches rules."""
 
 import math
 import warnings
@@ -20,7 +20,7 @@ State = Mapping[str, Tensor]
 """What one layer's running state holds, tensors by name; empty at first. Part of the optimizer's state."""
 
 Evidence = dict[str, Tensor]
-"""What one backward pass says of a layer: sums, so that those of micro-batches and processes add.
+"""What one backward pass gathers for a layer: sums, which can be added over micro-batches and processes.
 
 ``"rows"`` counts what was summed (a 0-dimensional tensor); evidence of no rows is not learned.
 """
@@ -98,14 +98,14 @@ class RuleContract(ABC):
 
     @abstractmethod
     def update(self, call: LinearCall) -> Update:
-        """How the layer's weight and bias move; takes the place of their gradients."""
+        """Return the update of the layer's weight and bias, which replaces their gradients."""
 
     def input_gradient(self, call: LinearCall) -> Tensor:
-        """What is sent to the layer below; takes the place of the gradient at the call's input."""
+        """Return the value for the layer below, which replaces the gradient at the call's input."""
         return call.input_gradient()
 
     def backward_value(self, call: LinearCall) -> Tensor:
-        """The backward value at the layer's output in the rule's own units (for diagnostics)."""
+        """Return the backward value at the layer's output in the rule's own units (for diagnostics)."""
         return call.delta
 
     @property
@@ -120,9 +120,9 @@ class RuleContract(ABC):
     def clip_update(self, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
         """Factors in (0, 1] for layers' accumulated updates, e.g. a cap relative to their weights.
 
-        Not linear in Δ, so it acts once, on the accumulated ``.grad`` before the optimizer's step; on
-        each backward's update only if the rule was attached without the optimizer. Compute elementwise, and
-        read no number off the tensors: that would wait for the device.
+        It is not linear in Δ, so it acts once, on the accumulated ``.grad``, before the optimizer's step.
+        Only a rule that was attached without the optimizer applies it to each backward's update. Compute
+        elementwise, and read no number from the tensors: that would wait for the device.
 
         Args:
             weight_norm: the Frobenius norms of weights, (layers,) or ().
@@ -135,14 +135,14 @@ class RuleContract(ABC):
         return type(self).clip_update is not RuleContract.clip_update
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
-        """Extra floating-point operations and extra floats held while a layer's backward runs.
+        """Return the extra floating-point operations and floats held while a layer's backward runs.
 
         Only `explain` reads them. By default both are NaN, and `explain` says that they are unknown.
         """
         return math.nan, math.nan
 
     def describe(self, size: Size | None) -> str:
-        """What `explain` says of a handled layer of this size; the rule's name by default."""
+        """Return what `explain` says of a handled layer of this size; the rule's name by default."""
         return type(self).__name__
 
     def __str__(self) -> str:
@@ -197,11 +197,10 @@ class StatefulContract(RuleContract):
         return False
 
     acts_alone: ClassVar[bool] = False
-    """Whether `update` makes the whole update where ``call.waits`` is false, from the memory at hand.
-
-    Then the rule can take weights that are computed (weight norm, pruning) or used in several ways: no
-    gradient of such a use is left for the step, so that backward acts in every step, by what was learned
-    before it. In the first step a rule that `acts_at_step` learns from the call itself.
+    """Whether `update` makes the whole update where ``call.waits`` is false, from the memory at hand. Then
+    the rule can handle weights that are computed (weight norm, pruning) or used in several ways. The step has
+    no gradient of such a single use, so backward makes the update in every step, from what was learned
+    before. In the first step a rule that `acts_at_step` learns from the call itself.
     """
 
     @property
@@ -213,7 +212,7 @@ class StatefulContract(RuleContract):
     """Whether the optimizer works in other coordinates: its steps have to be turned back."""
 
     def make_turn(self, memory: State) -> Turn | None:
-        """For a rule that `turns_steps`: how it turns layers of one shape, or None if it leaves them alone.
+        """For a rule that `turns_steps`: return the turn of layers of one shape, None to leave them alone.
 
         Made when the states change, and used until they do again.
 
@@ -223,7 +222,7 @@ class StatefulContract(RuleContract):
         raise NotImplementedError(f"{type(self).__name__} turns no steps")
 
     def turn_momentum(self, before: State, after: State, momentum: Tensor) -> Tensor:
-        """For a rule that `turns_steps`: a momentum (g, m, k) from one state's coordinates to another's."""
+        """For a rule that `turns_steps`: turn a momentum (g, m, k) from one state's axes to another's."""
         raise NotImplementedError(f"{type(self).__name__} turns no steps")
 
     def turn_squares_back(self, state: State, squares: Tensor) -> Tensor:
@@ -232,7 +231,7 @@ class StatefulContract(RuleContract):
 
     @abstractmethod
     def gather(self, call: LinearCall, turn: int) -> Evidence:
-        """What this backward pass says of the layer; ``turn`` counts the gatherings so far."""
+        """Return this backward pass's evidence of the layer; ``turn`` counts the gatherings so far."""
 
     @abstractmethod
     def evidence_shapes(self, shape: LayerShape) -> Shapes:
@@ -240,20 +239,20 @@ class StatefulContract(RuleContract):
 
     @abstractmethod
     def learn(self, memory: State, evidence: Evidence) -> State:
-        """What changes in the state by this evidence; cheap, for every process does it."""
+        """Return what this evidence changes in the state; it must be cheap, for every process does it."""
 
     @abstractmethod
     def learned_shapes(self, shape: LayerShape) -> Shapes:
         """Names and shapes of what `learn` returns."""
 
     def refresh(self, memory: State, name: str, health: Health) -> State:
-        """The expensive part of learning, done by one process for all: something of `refreshed_shapes`."""
+        """Do the expensive part of learning, on one process for all; return some of `refreshed_shapes`."""
         return {}
 
     def measure_residual(self, memory: State) -> Tensor | None:
-        """How far what the last refresh made is from the statistics of now, 0 for exact; None if unknown.
+        """Return the error of the last refresh for the present statistics: 0 if exact, None if unknown.
 
-        For telemetry (`plywise.Rule.record`): it should cost little beside a refresh.
+        For telemetry (`plywise.Rule.record`): it should cost much less than a refresh.
         """
         return None
 
@@ -262,7 +261,7 @@ class StatefulContract(RuleContract):
         return {}
 
     def refresh_cost(self, shape: LayerShape) -> float:
-        """What `refresh` costs for a layer, in any unit: decides which process does it, and in which step."""
+        """Return what `refresh` costs for a layer, in any unit; processes and steps share the work by it."""
         return 0.0
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
@@ -270,7 +269,7 @@ class StatefulContract(RuleContract):
         return False
 
     def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
-        """At the step: the update made from the gradient at hand, and what changes in the state.
+        """At the step, make the update from the gradient; return it and what changes in the state.
 
         Called in every step that refreshes, and in the others unless the rule acts `in_backward`.
         """

@@ -21,7 +21,7 @@ def gather_gradient(call: LinearCall) -> Tensor:
 
 
 def measure_scale(rule: StatefulContract, memory: State, gradient: Tensor) -> State:
-    """By what updates are multiplied so that they are as long as gradients, until the next refresh.
+    """Return the factor that gives updates the norm of their gradients, until the next refresh.
 
     Args:
         rule: a rule that `keeps_norm`.
@@ -39,12 +39,12 @@ def measure_scale(rule: StatefulContract, memory: State, gradient: Tensor) -> St
 
 
 def learn_from_call(rule: StatefulContract, call: LinearCall, processes: int) -> State:
-    """What a layer would remember if this call were all that has ever been; nothing if that is not finite.
+    """Return what a layer would learn from this call alone; nothing if that is not finite.
 
     Args:
         rule: the rule.
         call: the call.
-        processes: how many train together. Their averaged gradients are as if all had rows like these.
+        processes: how many train together. All are assumed to have rows like these.
     """
     evidence = rule.gather(call.times(1 / processes), 0)
     memory = rule.learn({}, {key: value * processes for key, value in evidence.items()})

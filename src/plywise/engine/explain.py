@@ -52,7 +52,7 @@ class LayerRow:
         memory: extra bytes while its backward runs; None if not known before the first batch, NaN if the rule
             does not say.
         cost: extra floating-point operations over those of its plain step, or None likewise.
-        events: what did not go the plain way so far, e.g. ``{"solved in float64": 3}``.
+        events: counts of fallbacks so far, e.g. ``{"solved in float64": 3}``.
         parameters: number of parameters in this row that train.
         passes: backward passes in which the rule has answered for it.
         is_new: whether it was found after the rule was attached.
@@ -151,19 +151,19 @@ class Explanation:
 
 
 def format_reason(row: LayerRow) -> str:
-    """The reason, with what is new and what did not go the plain way so far."""
+    """Return the reason, whether the row is new, and the fallbacks so far."""
     events = ", ".join(f"{count}× {event}" for event, count in row.events.items())
     reason = f"{row.reason}; new since attach" if row.is_new else row.reason
     return f"{reason}; {events}" if events else reason
 
 
 def format_passes(row: LayerRow) -> str:
-    """In how many backward passes the rule has answered."""
+    """Return the number of backward passes in which the rule has answered."""
     return f"{row.passes}×" if row.handled else ""
 
 
 def format_bytes(row: LayerRow) -> str:
-    """Extra memory for people."""
+    """Format the extra memory for readers."""
     if not row.handled:
         return "0"
     if row.memory is None:
@@ -177,7 +177,7 @@ def format_bytes(row: LayerRow) -> str:
 
 
 def format_cost(row: LayerRow) -> str:
-    """Extra arithmetic for people."""
+    """Format the extra arithmetic for readers."""
     if not row.handled:
         return "0"
     if row.cost is None:

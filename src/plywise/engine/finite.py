@@ -1,7 +1,8 @@
-"""Look for NaN and infinities in many tensors, with one look by the host for each device.
+"""Look for NaN and infinities in many tensors; the host waits once for each device.
 
-A norm with a NaN or an infinity in it is not finite. One of finite numbers may overflow, so a norm that is
-not finite is looked into. It takes as long as a sum, and one call serves all tensors.
+The norm of a tensor with a NaN or an infinity is not finite. The norm of finite numbers may overflow, so the
+tensor itself is examined if its norm is not finite. A norm takes as long as a sum, and one call serves all
+tensors.
 """
 
 import math
@@ -14,11 +15,11 @@ from torch import Tensor
 from plywise.engine.sharding import agree_on_all, find_local
 
 SMALLEST, LARGEST = 1e-18, 1e18
-"""Norms between which float32 squares what they are made of without a loss."""
+"""For norms in this range, the squares of a tensor's numbers stay in the range of float32."""
 
 
 def is_precise(norm: float) -> bool:
-    """Whether float32 has squared what a norm is made of without a loss."""
+    """Whether float32 held the squares that a norm was computed from."""
     return SMALLEST < norm < LARGEST
 
 

@@ -1,4 +1,4 @@
-"""Evidence on its way from backward to the optimizer's step: staged, then pending."""
+"""Evidence between backward and the optimizer's step: first staged, then pending."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class GatheredEvidence:
     """The evidence of a step so far.
 
     Attributes:
-        pending: by layer, what counts if the step is taken.
+        pending: the evidence of each layer that will be learned if the step is taken.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class GatheredEvidence:
         self._staged: dict[tuple[str, int], tuple[bool, Evidence]] = {}
 
     def stage(self, name: str, waits: bool, evidence: Evidence) -> None:
-        """Keep what the running backward pass says of a layer; it does not count yet."""
+        """Keep the running backward pass's evidence of a layer; it does not count yet."""
         key = name, torch._C._current_graph_task_id()
         earlier = self._staged.get(key)
         if earlier is not None:  # a layer called several times
@@ -52,7 +52,7 @@ class GatheredEvidence:
         return (name, torch._C._current_graph_task_id()) in self._staged
 
     def arrive(self, name: str, mark: tuple[int, int]) -> None:
-        """The gradient of a layer's weight has arrived in ``.grad``: its evidence counts."""
+        """Count a layer's evidence: the gradient of its weight has arrived in ``.grad``."""
         waits, evidence = self._staged.pop((name, torch._C._current_graph_task_id()))
         pending = self.pending.get(name)
         if pending is not None:
@@ -60,11 +60,11 @@ class GatheredEvidence:
         self.pending[name] = Pending(waits, evidence, mark)
 
     def drop(self) -> None:
-        """The step does not happen, or has been taken."""
+        """Forget all evidence: the step does not happen, or has been taken."""
         self._staged.clear()
         self.pending.clear()
 
 
 def add_evidence(first: Evidence, second: Evidence) -> Evidence:
-    """The evidence of both; that of a step which gathers none is empty."""
+    """Add the evidence of two passes; it is empty in a step that gathers none."""
     return {key: first[key] + second[key] for key in second} if first and second else first or second

@@ -33,12 +33,12 @@ class StepGuard:
         health_: where skipped steps are counted.
         on_nonfinite: ``"skip"``, ``"raise"`` or ``"propagate"``.
         before_step: called before each step that is taken.
-        skipped: called for each step that is not.
+        skipped: called for each step that is not taken.
         after_step: called after each step that was taken.
 
     Attributes:
         stepping: whether the optimizer's step is running.
-        overflows: whether their gradients are finite then, and their squares are not.
+        overflows: whether the gradients of this step are finite and their squares are not.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class StepGuard:
             p.grad = None
 
     def _are_finite(self, parameters: list[Tensor]) -> bool:
-        """Whether every gradient is finite; notes their norms, for one wait answers both."""
+        """Whether every gradient is finite; also keeps their norms, without a second wait."""
         are_finite, norms = judge_gradients([p.grad for p in parameters if p.grad is not None])
         self._norms = list(zip(parameters, norms, strict=True))
         self.overflows = are_finite and not math.isfinite(sum(norms))

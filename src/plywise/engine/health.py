@@ -1,4 +1,4 @@
-"""Counters of everything that did not go the plain way: fallbacks of solvers, skipped steps."""
+"""Counters of exceptional events: fallbacks of solvers, skipped steps."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -21,11 +21,11 @@ class LayerTelemetry:
             descent would take a step of this size.
         update_over_weight: the weight's step over the weight, in norm.
         angle: degrees between what the rule hands to the optimizer and the plain gradient.
-        step_angle: degrees between the way that the weight went, turned round, and the plain gradient. It has
-            the optimizer's momentum and preconditioning in it.
-        refresh_residual: how far what the last refresh made is from inverting the statistics of now: 0 is
+        step_angle: degrees between the negative of the weight's step and the plain gradient. The optimizer's
+            momentum and preconditioning are part of the step.
+        refresh_residual: the error of the last refresh's roots as inverses of the present statistics: 0 is
             exact. For rules with roots of covariances.
-        fallbacks: what did not go the plain way since the last step that was measured, and how often.
+        fallbacks: the fallbacks since the last measured step, with counts.
     """
 
     effective_rate: float | None
@@ -36,7 +36,7 @@ class LayerTelemetry:
     fallbacks: Mapping[str, int] = field(default_factory=dict)
 
     def complete(self, refresh_residual: float | None, fallbacks: Mapping[str, int]) -> LayerTelemetry:
-        """The same with what is measured apart."""
+        """Return a copy that has the residual and the fallbacks."""
         return replace(self, refresh_residual=refresh_residual, fallbacks=fallbacks)
 
 
@@ -57,7 +57,7 @@ class StepTelemetry:
     layers: Mapping[str, LayerTelemetry]
 
     def scalars(self, prefix: str = "plywise/") -> dict[str, float]:
-        """Everything as numbers by name, ``"plywise/0/angle"``, as loggers want it, without what is unknown.
+        """Return all known numbers by name, ``"plywise/0/angle"``, in the form that loggers take.
 
         Args:
             prefix: what each name begins with.
@@ -92,7 +92,7 @@ class History(Sequence[StepTelemetry]):
         self.stop = stop
 
     def add(self, step: StepTelemetry) -> None:
-        """Keep a step, and tell those who listen."""
+        """Keep a step, and call the callbacks with it."""
         self._steps.append(step)
         for callback in self.callbacks:
             callback(step)

@@ -1,4 +1,4 @@
-"""The layers whose running state is kept: those that torch's modules promise, and those that calls show."""
+"""The layers with a running state: those expected from torch's modules, and those seen in calls."""
 
 from collections.abc import Iterable
 

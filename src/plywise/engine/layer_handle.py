@@ -1,4 +1,4 @@
-"""A layer whose running state is kept: its parameters, looked up in each step, and its sizes."""
+"""A layer with a running state: its sizes, and its parameters, which are looked up in each step."""
 
 import weakref
 from typing import Any, cast
@@ -30,8 +30,8 @@ class LayerHandle:
         stand_ins: tensors that take the place of ``.grad`` for a while, by the parameter's id: the whole
             gradients of sharded parameters, the optimizer's steps.
         expects_bias: whether the first call is expected to add the module's bias, if it has one.
-        acts_alone: whether backward makes all its updates, since no gradient comes of this use alone: the
-            weight is computed, or used in several ways.
+        acts_alone: whether backward makes all its updates: the weight is computed or used in several ways, so
+            that the step has no gradient of this use alone.
     """
 
     def __init__(self, name: str, entry: ParameterEntry, site: Site | None) -> None:

@@ -1,6 +1,6 @@
-"""When a rule learns from evidence, when it refreshes what it has learned, and both for all layers.
+"""Learns from evidence and refreshes what was learned, for all layers, and decides in which steps.
 
-All layers gather in the same steps, so that the others are plain ones. Expensive refreshes are spread over a
+All layers gather in the same steps, so that all other steps are plain. Expensive refreshes are spread over a
 cycle: layers take turns (`plywise.engine.refresh_cycle`), and processes share out the work.
 """
 
@@ -68,7 +68,7 @@ class Learning:
         return (self._saved.step - state.phase) % self._rule.refresh_every == 0
 
     def measures(self, layer: LayerHandle) -> bool:
-        """Whether the step measures by what a layer's updates are multiplied until its next refresh."""
+        """Whether the step measures the factor of a layer's updates until its next refresh."""
         return layer.acts_alone and self._rule.keeps_norm and self.refreshes(layer.name)
 
     def choose_phases(self, new: Collection[str]) -> dict[str, int]:
@@ -121,7 +121,7 @@ class Learning:
         return self._keep_finite(news, memories), gradients
 
     def _keep_finite(self, news: dict[str, State], memories: dict[str, State]) -> list[str]:
-        """Keep what has been learned as far as it is finite; the layers that have learned something."""
+        """Keep what has been learned if it is finite; return the layers that have learned something."""
         flags = iter(find_finite([value for new in news.values() for value in new.values()]))
         learned = []
         for name, new in news.items():

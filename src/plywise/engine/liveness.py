@@ -1,4 +1,4 @@
-"""Says once what would stay unseen: a rule that takes no part, weights that others change, spoilt buffers."""
+"""Warns once of silent faults: a rule without effect, weights that others change, buffers with NaN."""
 
 import warnings
 from collections.abc import Iterable
@@ -14,13 +14,13 @@ from plywise.engine.sharding import find_local
 from plywise.engine.sites import ParameterEntry
 
 QUIET_STEPS = 3
-"""After so many steps without the rule, or of an optimizer that it does not know, a warning says so."""
+"""Warn after this many steps without the rule, or of another optimizer."""
 
 UNSTEPPED = "the optimizer given to attach() does not step it"
 
 
 class Liveness:
-    """Watches whether one attachment's rule has a part in what the optimizer does.
+    """Watches whether one attachment's rule has an effect on the optimizer's steps.
 
     Args:
         title: the rule and the model, for messages.
@@ -40,7 +40,7 @@ class Liveness:
         self._version = self._steps = self._changes = 0
 
     def notice_other_optimizer(self, entry: ParameterEntry, steps: int) -> None:
-        """Say once if weights change while the optimizer that the rule was attached to does not step."""
+        """Warn once if weights change while the optimizer that the rule was attached to does not step."""
         if entry is not self._entry and self._entry is not None:  # one weight is enough to see it
             return
         parameter = entry.parameter()
@@ -81,7 +81,7 @@ class Liveness:
         return sum(len(group["params"]) for group in optimizer.param_groups) != self._stepped
 
     def check_part_taken(self, optimizer: Optimizer, entries: Iterable[ParameterEntry], paused: bool) -> None:
-        """Say once if the optimizer steps on gradients and the rule takes no part in making them."""
+        """Warn once if the optimizer steps on gradients that the rule had no part in."""
         answers, self.answers = self.answers, 0
         if answers or paused:
             self._quiet_steps = 0
@@ -104,7 +104,7 @@ class Liveness:
             )
 
     def name_spoilt_buffers(self, model: nn.Module | None) -> None:
-        """Name buffers that the forward of a skipped step has spoilt: nothing mends them."""
+        """Warn of buffers that the forward of a skipped step has filled with NaN or infinity."""
         buffers = {} if model is None else dict(model.named_buffers())
         bad = [n for n, b in buffers.items() if b.is_floating_point() and not bool(torch.isfinite(b).all())]
         known = self._health.total(health.BUFFERS)

@@ -68,16 +68,16 @@ _active = _Active()
 def rows(mask: Tensor, *, layers: str | Sequence[str] | None = None) -> Iterator[None]:
     """Keep rows out of the statistics of every rule in this forward: padded positions, ignored targets.
 
-    A rule then moves a layer as if these rows were not in the batch. Rows count where a layer's input is of
-    shape ``(*mask.shape, ...)``, or has the same rows flattened into one dimension; inputs of other shapes
-    (a pooled token) keep all their rows, and `explain` says of each layer how many have counted. Inside
-    attention with ``batch_first``, which exchanges batch and positions, so does the mask. Convolutions take
-    masks of samples, (N,), only; experts take none.
+    A rule then updates a layer as if these rows were not in the batch. Rows count where a layer's input is of
+    shape ``(*mask.shape, ...)``, or has the same rows flattened into one dimension; inputs of other shapes (a
+    pooled token) keep all their rows. `explain` says for each layer how many rows have counted. Attention
+    with ``batch_first`` exchanges batch and positions inside, and there the mask is exchanged, too.
+    Convolutions take masks of samples, (N,), only; experts take none.
 
     The plain gradient of a masked row should be zero: the loss does not reach padding. Where it is not, a
     rule of one batch leaves it out of the update, and says so once; a rule with memory keeps it, since only
-    its statistics come from rows. Masks of ignored targets are therefore for the layers after which
-    positions do not mix any more: name them by ``layers``.
+    its statistics come from rows. Use masks of ignored targets only for layers above which positions do not
+    mix any more: name these by ``layers``.
 
     Masks may be nested: a call takes the innermost one that is for its layer and of its shape. The backward
     may run outside. A checkpoint with ``use_reentrant=True`` runs calls again in backward: surround it, too.

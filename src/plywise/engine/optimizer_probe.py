@@ -1,4 +1,4 @@
-"""What an optimizer does with weights, gradients and momenta, found by running a small copy of it."""
+"""Finds how an optimizer uses weights, gradients and momenta, by running a small copy of it."""
 
 import inspect
 from dataclasses import dataclass

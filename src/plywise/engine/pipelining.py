@@ -1,4 +1,4 @@
-"""Stages of `torch.distributed.pipelining`: what a rule must know of them.
+"""Detects stages of `torch.distributed.pipelining`.
 
 A stage's module runs for each micro-batch, and its backward may come in two parts: first the gradient at the
 stage's input, later those of the weights (ZeroBubble). The second part assigns ``.grad`` by hand: no gradient

@@ -1,4 +1,4 @@
-"""In which step of a cycle a layer's expensive refresh is done: layers take turns."""
+"""Spreads the expensive refreshes of layers over the steps of a cycle."""
 
 from collections.abc import Mapping
 

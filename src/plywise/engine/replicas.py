@@ -37,7 +37,7 @@ class Job:
 
 
 class Replicas:
-    """The processes that train replicas of this model; just this one where there is no group."""
+    """The processes that train replicas of this model; only this process if there is no group."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
@@ -104,7 +104,7 @@ def shares(jobs: Mapping[str, Job], size: int) -> dict[str, int]:
 
 
 def deal_out(costs: Mapping[K, float], size: int) -> dict[K, int]:
-    """Which process does which work: the most expensive first, each to the process with the least so far."""
+    """Assign jobs to processes: the most expensive first, each to the process with the least work so far."""
     load = [0.0] * size
     owner = {}
     for name, cost in sorted(costs.items(), key=lambda item: -item[1]):
@@ -135,7 +135,7 @@ def is_joining() -> bool:
 
 
 def refuse_join(rule: str) -> None:
-    """Raise PlywiseError inside ``with ddp.join()``: the rule's collectives would wait for who has left."""
+    """Raise PlywiseError inside ``with ddp.join()``: collectives would wait for finished processes."""
     if is_joining():
         raise PlywiseError(
             f"{rule} exchanges statistics between the processes at every step, so it cannot train inside "

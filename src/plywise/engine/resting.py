@@ -1,7 +1,7 @@
-"""Layers at rest: autograd alone makes their gradients, and the optimizer's step makes the updates.
+"""Layers at rest: autograd alone makes their gradients, and the optimizer's step turns them into updates.
 
-Between two steps that gather evidence, a rule with memory changes gradients and nothing else. So forward and
-backward are left as they are then: no call is captured.
+Between two steps that gather evidence, a rule with memory only changes gradients, which it can do at the
+step. So no call is captured then, and forward and backward are plain.
 """
 
 from collections.abc import Callable, Collection, Sized
@@ -24,7 +24,7 @@ class RestingLayers:
     Args:
         layers: the layers whose updates the step makes.
         states: their states.
-        marks: for each of them, the key and the tensor by which its state is known again.
+        marks: for each of them, the key and the tensor that show whether its state is still the same.
         known: all layers, also those that have learned nothing or are frozen.
 
     Attributes:
@@ -71,7 +71,7 @@ class RestingLayers:
 
 
 class Resting:
-    """Finds out for each step whether the layers rest in it.
+    """Decides for each step whether the layers rest in it.
 
     Args:
         rule: the rule.
@@ -81,7 +81,7 @@ class Resting:
         learning: says which steps gather.
         processes: the processes that share the states.
         waits: whether a layer's gradient waits for the step.
-        observers: those who want to see each call; None if it must be seen in any case.
+        observers: observers that need each call; None if each call must be captured in any case.
     """
 
     def __init__(
@@ -110,14 +110,14 @@ class Resting:
         self._resting: RestingLayers | None = None
 
     def find(self) -> RestingLayers | None:
-        """The layers as they rest in this step, if they do and nothing has changed since that was found."""
+        """Return the resting layers of this step; None if they do not rest, or if something has changed."""
         resting = self._resting
         if resting is None or self._learning.gathers or not resting.holds(self._saved):
             return None
         return resting
 
     def follow(self, rested: RestingLayers, names: Collection[str]) -> None:
-        """Layers have been refreshed while they rested: they still do, if the step makes their updates."""
+        """Follow a refresh during rest: the layers still rest if the step makes their updates."""
         states = {name: self._saved.read(name) for name in names}
         if rested is not self._resting or self._planned is None:
             return
@@ -134,7 +134,7 @@ class Resting:
     def check(self) -> bool:
         """Whether forward and backward of all layers are left to autograd until the next step.
 
-        All modules ask. One look a step is enough: at the step itself, `find` looks again.
+        All modules ask, but one check in each step is enough: `find` checks again at the step itself.
         """
         may_rest = self._observers is not None and not self._observers
         key = self._saved.version, len(self._layers), self._saved.step

@@ -1,4 +1,4 @@
-"""The rows of an explanation: one for each map that the rule handles, one for what else a module owns."""
+"""The rows of an explanation: one for each handled map, and one for the other parameters of a module."""
 
 import weakref
 from dataclasses import replace
@@ -44,7 +44,7 @@ QUIET = {
     "embedding_bag",
     *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)),
 }
-"""Functions whose uses need no word beside a handled map."""
+"""Functions whose uses are not worth a remark beside a handled map."""
 
 
 def make_rows(
@@ -312,7 +312,7 @@ def _left_row(
 
 
 def _trains(parameter: Tensor | None) -> bool:
-    """Whether a parameter may change; one that is not there has nothing else to be said of it."""
+    """Whether a parameter may change; true for one that is gone."""
     return parameter is None or parameter.requires_grad
 
 
@@ -344,7 +344,7 @@ def _explain_use(entry: ParameterEntry) -> str:
 
 
 def _claim(entries: list[ParameterEntry], counted: set[int]) -> Claim:
-    """What of these parameters no row has counted yet."""
+    """Claim those of these parameters that no row has counted yet."""
     trained, frozen, keys = 0, 0, []
     for entry in entries:
         parameter = entry.parameter()

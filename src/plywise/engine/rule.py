@@ -1,4 +1,4 @@
-"""Rules as users meet them: attach, explain, detach. What a rule computes is in `plywise.engine.contract`."""
+"""The public base classes of rules, with attach, explain and detach."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,13 +26,13 @@ __all__ = ["Observer", "Rule", "Size", "StatefulRule"]
 
 
 class Rule(RuleContract):
-    """A training rule: how each layer moves and what is sent to the layer below.
+    """A training rule: the update of each layer, and the value sent to the layer below.
 
     Subclasses are frozen dataclasses (``@dataclass(frozen=True, eq=False)``) that implement `update`, and
     `input_gradient` if the layer below must get something else than backpropagation's ``ΔW``. Both are pure
-    functions of a `LinearCall` and homogeneous in ``call.delta`` (twice the Δ, twice the answer), so that
-    loss scales keep their meaning. All are linear in it but those that search along it (conjugate
-    gradients, the scalar "cauchy"); ProxProp's ``solver="cg_official"`` is neither.
+    functions of a `LinearCall` and homogeneous in ``call.delta`` (doubling Δ doubles the result), so that a
+    loss scale can be divided out again. All are linear in it, except those that search along it (conjugate
+    gradients, the scalar "cauchy"). ProxProp's ``solver="cg_official"`` is not even homogeneous.
 
     Example:
         >>> from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Rule(RuleContract):
         on_nonfinite: Literal["skip", "raise", "propagate"] | None = None,
         process_group: ProcessGroup | None = None,
     ) -> Self:
-        """Put this rule to work on ``model``; from now on ``backward()`` leaves its updates in ``.grad``.
+        """Attach this rule to ``model``; from now on ``backward()`` leaves its updates in ``.grad``.
 
         The model is not changed: no wrapper, no attribute, the same ``state_dict``. The rule lives as long
         as the model (or until `detach`), whether or not the returned handle is kept.
@@ -69,7 +69,8 @@ class Rule(RuleContract):
         Args:
             model: any model; what the rule cannot handle is left to the optimizer (`explain`).
             optimizer: the optimizer that steps the model. With it, steps with non-finite gradients are
-                skipped, and what a rule does to accumulated gradients is done once, before the step.
+                skipped, and changes of accumulated gradients (a cap, an update from statistics) are made
+                once, before the step.
             layers: handle only these: a name pattern (``"encoder.*"``), a module type, a
                 ``predicate(name, module)``, or a list of such. Default: all that the rule can handle.
             exclude: leave these to the optimizer, in the same form.
@@ -131,14 +132,14 @@ class Rule(RuleContract):
         return on_nonfinite
 
     def detach(self) -> None:
-        """Take the rule off its model and optimizer; nothing of it is left. Harmless if not attached."""
+        """Remove the rule from its model and optimizer, without a trace; harmless if it is not attached."""
         attachment = self._attachment_or_none()
         if attachment is not None:
             attachment.remove()
             object.__setattr__(self, "_attachment", None)
 
     def explain(self, batch_size: int = 128) -> Explanation:
-        """What happens to which share of the parameters, then one row for each map: why, memory, cost.
+        """Return a table: the share of parameters handled, and each map with reason, memory and cost.
 
         Args:
             batch_size: rows assumed for layers that have not seen a batch yet (linear layers only).
@@ -162,16 +163,16 @@ class Rule(RuleContract):
         return self._require_attached().states()
 
     def record(self, *, every: int = 50, callbacks: Iterable[Callback] = (), keep: int = 1000) -> History:
-        """Measure each layer in every so many steps: rates, angles, residuals, fallbacks.
+        """Measure each layer every ``every`` steps: rates, angles, residuals, fallbacks.
 
-        The steps between cost nothing. A step that is measured costs about one plain step more. A second call
-        takes the place of the first.
+        The other steps cost nothing. A measured step costs about as much as two plain steps. A second call
+        replaces the first.
 
         Args:
-            every: steps from one that is measured to the next; the first step is measured.
+            every: number of steps from one measured step to the next; the first step is measured.
             callbacks: called with a `StepTelemetry` after each such step; `plywise.loggers` makes some for
                 TensorBoard, Weights & Biases, MLflow, Trackio, Lightning and the Hugging Face Trainer.
-            keep: how many steps stay in the history.
+            keep: how many measured steps stay in the history.
 
         Returns:
             The history, which `history` returns as well; its ``stop()`` ends the measuring.
@@ -244,13 +245,12 @@ class StatefulRule(StatefulContract, Rule):
     """A rule that keeps a running statistic of each layer; abstract.
 
     In backward it gathers *evidence*, sums over rows that add over micro-batches and processes
-    (`gather`). At the optimizer's step, if that step happens, the evidence is learned: on every process
-    alike and cheaply (`learn`), and every so many steps expensively, on one process for all (`refresh`).
-    Then the step makes the update from the gradient (`finish`), which is plain, whole and averaged by then.
-    Where it is cheaper to act on the rows that only backward sees (`in_backward`), backward makes the
-    update from the state (`update`, ``call.memory``), except in the steps that refresh.
-
-    All methods are pure: state goes in, and what changes in it comes out.
+    (`gather`). If the optimizer's step happens, the rule learns from the evidence: a cheap part runs on every
+    process (`learn`), and every ``refresh_every`` steps an expensive part runs on one process for all
+    (`refresh`). Then the step makes the update from the gradient (`finish`), which is plain, whole and
+    averaged by then. Where the rows, which only backward has, give a cheaper update (`in_backward`), backward
+    makes it from the state (`update`, ``call.memory``), except in the steps that refresh. All methods are
+    pure: they get the state and return what changes in it.
 
     Example:
         >>> from dataclasses import dataclass

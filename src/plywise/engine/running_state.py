@@ -4,13 +4,13 @@
   not for `torch.autograd.grad`, or when backward fails halfway), and is then *pending*, summed over
   micro-batches.
 - It is dropped when that gradient is (``zero_grad``), or when the step is skipped.
-- The optimizer's step turns it into state, all layers at once: an exception on the way leaves the old one.
-  A step without evidence (a checkpoint's template step with zero gradients) changes nothing. One step is one
-  gathering: of a closure that is evaluated several times, the last evaluation counts.
+- The optimizer's step turns the evidence of all layers at once into state. After an exception the old state
+  stays. A step without evidence (a checkpoint's template step with zero gradients) changes nothing. A step
+  gathers once: if a closure is evaluated several times, the last evaluation counts.
 - The state is in ``optimizer.state[weight]`` (`plywise.engine.saved_state`).
 
-When it learns and refreshes is in `plywise.engine.learning`, which steps leave forward and backward alone in
-`plywise.engine.resting`.
+`plywise.engine.learning` decides in which steps a rule learns and refreshes, `plywise.engine.resting` in
+which steps forward and backward are plain.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -56,7 +56,7 @@ class RunningState:
         process_group: the processes that average gradients, if the user names them.
         health_: where fallbacks are counted.
         leave: leaves a parameter to the optimizer, for the reason given.
-        observers: those who want to see each call; None if it must be seen in any case.
+        observers: observers that need each call; None if each call must be captured in any case.
 
     Attributes:
         processes: the processes that share the state.
@@ -253,7 +253,7 @@ class RunningState:
         return True
 
     def _turn_momenta_back(self) -> None:
-        """The coordinates end here: momenta are the weights' own again."""
+        """Turn momenta back to the weights' own coordinates: the rule is removed."""
         optimizer = self._saved.optimizer
         if self._turned is not None and optimizer is not None:
             for name, state in self.states().items():
@@ -316,7 +316,7 @@ class RunningState:
         return [active[name] for name in took_part if self._waits(name)]
 
     def _apply_at_rest(self, optimizer: Optimizer) -> bool:
-        """The quick way through a step that gathers nothing; whether it could be taken."""
+        """Take the quick way through a step that gathers nothing; return whether that was possible."""
         resting = None if self._pending or self.processes.size > 1 else self.resting.find()
         if resting is None:
             return False

@@ -1,4 +1,4 @@
-"""Where running statistics are: in ``optimizer.state[weight]``, so that every saver carries them.
+"""Keeps running statistics in ``optimizer.state[weight]``, where everything that saves optimizers finds them.
 
 Beside the optimizer's own keys, the state of a weight has
 

@@ -1,4 +1,4 @@
-"""Which parameters a rule may take, which it leaves to the optimizer, and why."""
+"""Decides which parameters a rule may take and which it leaves to the optimizer, with the reasons."""
 
 import weakref
 from collections.abc import Callable, Iterable

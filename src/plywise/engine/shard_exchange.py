@@ -1,4 +1,4 @@
-"""Collectives for sharded parameters: who gets which whole gradient, and what all processes agree on.
+"""Collectives for sharded parameters: they make each gradient whole on one process.
 
 A whole gradient is on one process only, and for the time of a step: each process makes the updates of its
 share of the layers, the expensive ones dealt out first. So neither the work nor the memory is multiplied by
@@ -59,7 +59,7 @@ class Exchange:
         return wholes
 
     def give_back(self, wholes: Sequence[Tensor | None]) -> None:
-        """Put everybody's part of the whole tensors into the shards, in place."""
+        """Scatter the whole tensors back into the shards of all processes, in place."""
         for places in self._group_alike():
             mine = self._find_part(places, self._rank)
             cut = {

@@ -19,7 +19,7 @@ from plywise.engine.maps.base import LinearMap
 from plywise.engine.sharding import Sharding
 
 TRANSFORM = "a torch.func transform"
-"""Stands among the functions that use a parameter for calls that are left to autograd, whatever they are."""
+"""In the list of functions that use a parameter: all calls that are left to autograd."""
 
 KEPT_PASSES = 64
 """Backward passes whose answers are remembered until their gradient arrives."""
@@ -139,7 +139,7 @@ class Responder(Protocol):
     def respond(
         self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
     ) -> tuple[Update, Tensor | None]:
-        """How the layer moves, and the gradient at the input of the call's map.
+        """Return the layer's update, and the gradient at the input of the call's map.
 
         It is None where it is not wanted, and where a `RearrangedCall` has to make the plain one.
         """

@@ -1,4 +1,4 @@
-"""Where the weights of some layers, and their gradients, are: read and written all at once."""
+"""Reads and writes the weights, and the gradients, of several layers at once."""
 
 import weakref
 from collections.abc import Sequence

@@ -11,11 +11,11 @@ from plywise.engine.call import Update
 from plywise.engine.contract import State
 
 LARGEST_STACKED = 2**17
-"""Entries of a layer's weight or statistic, above which a copy of it costs more than another call."""
+"""Above this number of entries of a weight or statistic, a copy costs more than a separate call."""
 
 
 class Scratch:
-    """Memory for the matrices of one large layer at a time: to allocate it in each step would cost a pass."""
+    """Memory for the matrices of one large layer at a time, which would be slow to allocate in each step."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -66,7 +66,7 @@ class Stack:
 class StackedState(Mapping[str, Tensor]):
     """The states of layers of one shape, each tensor stacked when it is first asked for.
 
-    States change at a refresh only, so a stack is kept, and mended where a tensor has been replaced.
+    States change at a refresh only, so a stack is kept, and updated where a tensor has been replaced.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class StackedState(Mapping[str, Tensor]):
         return len(states) == len(self._states) and not any(map(is_not, states, self._states))
 
     def follow(self, states: Sequence[State]) -> "StackedState":
-        """These are the states now."""
+        """Take these states."""
         if not self.holds(states):
             self._states = states
             self._current = {}

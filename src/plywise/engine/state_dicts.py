@@ -1,4 +1,4 @@
-"""What happens to running statistics when an optimizer's state dict is saved or loaded.
+"""Saves and loads running statistics with an optimizer's state dict.
 
 torch saves ``optimizer.state`` as it is, and casts what it loads to the parameters' dtype. These hooks add
 to that

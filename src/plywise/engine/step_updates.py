@@ -1,7 +1,7 @@
-"""At the optimizer's step: plain gradients become updates, all layers of one shape in one call.
+"""Turns plain gradients into updates at the optimizer's step, all layers of one shape in one call.
 
-A rule of many small layers would cost mostly Python otherwise. Small layers of one shape are stacked, and
-what all stacks need (copies, norms, the look for NaN) is done for all of them in one call.
+With many small layers, most of the cost would be Python's otherwise. Small layers of one shape are stacked,
+and what all stacks need (copies, norms, the check for NaN) is done for all of them in one call.
 """
 
 import math
@@ -39,7 +39,7 @@ class StepUpdates:
         self._large: list[int] = []
 
     def make(self, layers: Sequence[LayerHandle], memories: dict[str, State]) -> None:
-        """Put updates in the place of these layers' gradients, and news into their states.
+        """Replace these layers' gradients by updates, and write the changes into their states.
 
         A gradient whose update is not finite stays as it is.
         """
@@ -129,7 +129,7 @@ class StepUpdates:
         made: Sequence[tuple[Update, State, float]],
         memories: dict[str, State],
     ) -> None:
-        """Put updates in the place of gradients, and news into states, where the update is finite.
+        """Replace gradients by updates, and write the changes into states, where the update is finite.
 
         Args:
             layers: the layers.
@@ -176,7 +176,7 @@ class StepUpdates:
 
 
 def _can_divide(sizes: list[float], norms: list[float], gradients: list[Update]) -> bool:
-    """Whether norms that squares were added up for in float32 are as large as they seem.
+    """Whether norms computed in float32 are exact enough to divide by.
 
     Args:
         sizes: norms of gradients.

@@ -1,4 +1,4 @@
-"""Finds the parameter behind a tensor that a call uses as its weight."""
+"""Finds the parameter from which the weight of a call was made."""
 
 import weakref
 from collections.abc import Callable
@@ -79,9 +79,10 @@ class ParameterTable:
         self.unsettled = False
 
     def begin_pass(self) -> None:
-        """A forward begins: what was found during the last one holds from now on.
+        """Begin a forward: what was found during the last one takes effect now.
 
-        Not so where a backward runs a part of the forward again (checkpointing): that must do the same.
+        Not where a backward runs a part of the forward again (checkpointing), which must repeat the forward
+        exactly.
         """
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward and dist.is_available() and dist.is_initialized():

@@ -1,8 +1,8 @@
-"""What a rule does to each layer, measured in some steps and handed to callbacks.
+"""Measures in some steps what a rule does to each layer, and gives it to callbacks.
 
-In a step that is measured, the plain gradients and the weights of before are kept beside the updates; norms
-and products of these are read at the end, with one wait for the device. In all other steps, and where nobody
-listens, nothing is done.
+In a measured step, the plain gradients and the old weights are kept beside the updates. Their norms and
+products are read at the end, with one wait for the device. All other steps do nothing, and neither does a
+rule without a recorder.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Telemetry:
 
 
 class _MeasuredStep:
-    """A step while it is measured: the weights and the plain gradients of before."""
+    """A step while it is measured, with the old weights and the plain gradients."""
 
     def __init__(self, entries: Iterable[ParameterEntry], plain: Mapping[int, Tensor | None]) -> None:
         self.entries = [entry for entry in entries if _is_measurable(entry)]
@@ -164,7 +164,7 @@ class _MeasuredStep:
 
 
 def name_of(entry: ParameterEntry) -> str:
-    """What a layer is called here: its parameter's key, without ``.weight``."""
+    """Return the name of a layer here: its parameter's key, without ``.weight``."""
     return entry.name.removesuffix(".weight")
 
 

@@ -57,7 +57,7 @@ class TrainingProcesses:
             self._are_found = True
 
     def warn_if_alone(self) -> None:
-        """Say once that other processes run, and share nothing with this one."""
+        """Warn once if other processes run that share nothing with this one."""
         # stages of a pipeline have other layers, and tensor parallelism gives all processes the same rows
         apart = self.is_pipelined or any(entry.excluded == SPREAD for entry in self._entries)
         if not self._are_found and not apart and count_processes() > 1:

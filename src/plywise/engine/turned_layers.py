@@ -1,8 +1,8 @@
-"""Layers in other coordinates: small ones in stacks of one shape, each large one in pieces of its rows.
+"""Turns layers into other coordinates: small ones in stacks of one shape, large ones in pieces of their rows.
 
-Two things happen in each step: gradients are turned before the optimizer's step, and its steps are turned
-back. All memory for that is kept between steps, and so are the views of it. A large layer is cut into pieces
-that fit into a processor's cache: then its matrices pass through the main memory once.
+In each step, gradients are turned before the optimizer's step, and its steps are turned back afterwards. All
+memory for that, and all views of it, are kept between steps. A large layer is cut into pieces that fit into a
+processor's cache, so that its matrices are read from main memory only once.
 """
 
 import math
@@ -336,7 +336,7 @@ def measure(tensor: Tensor) -> float:
 
 
 def find_scale(before: float, after: float) -> float:
-    """What gives a step the norm that it had before it was turned back."""
+    """Return the factor that gives a step the norm that it had before it was turned back."""
     return before / after if 0 < after < math.inf and before < math.inf else 1.0
 
 

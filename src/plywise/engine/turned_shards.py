@@ -1,4 +1,4 @@
-"""Layers under fully_shard in other coordinates: each is whole on one process while it is turned."""
+"""Turns layers under fully_shard into other coordinates: each is whole on one process while it is turned."""
 
 import math
 from collections.abc import Callable, Sequence

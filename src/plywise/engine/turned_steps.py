@@ -1,7 +1,7 @@
-"""An optimizer at work in other coordinates: its step is taken from the weights and turned back.
+"""Lets an optimizer work in other coordinates: its step is read off the weights and turned back.
 
-The gradient that the optimizer sees is that of turned weights, the weights themselves are as they were. So
-what it adds to them, beside a weight decay, is a step in the other coordinates.
+The optimizer gets the gradient of turned weights, while the weights themselves are not turned. So what it
+adds to them, apart from a weight decay, is a step in the other coordinates.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,8 +61,9 @@ class TurnedSteps:
     ) -> None:
         """Turn the gradients of these layers, for the step that the optimizer is about to take.
 
-        New coordinates hold from the next step on: momenta are turned once this one has been taken. The first
-        hold at once where the optimizer has no state yet: its second moments are of these then.
+        New coordinates are used from the next step on: momenta are turned after this one. The first
+            coordinates are used at once if the optimizer has no state yet, for then its second moments belong
+            to them.
         """
         ready: list[LayerHandle] = []
         states: list[State] = []
@@ -89,7 +90,8 @@ class TurnedSteps:
         """The optimizer has stepped: turn its steps back, and momenta into the coordinates that hold now.
 
         An optimizer that divides by second moments keeps its momenta as they are. Second moments cannot be
-        turned, and a momentum that is turned alone meets second moments of other axes: steps of any size.
+        turned. If the momentum alone were turned, it would be divided by second moments of other axes, and
+        the step could have any size.
 
         Args:
             layers: the layers with new coordinates.
@@ -108,7 +110,7 @@ class TurnedSteps:
     # ---- weight decay ------------------------------------------------------------------------------
 
     def _give_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
-        """Add what a coupled weight decay adds, before gradients are turned: it belongs to the weights."""
+        """Add a coupled weight decay before gradients are turned, for it is made of the weights."""
         self._add_decay(layers, optimizer, 1.0)
 
     def _take_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
@@ -184,7 +186,7 @@ class TurnedSteps:
         return any(_find_own(optimizer, parameter) for parameter in layer.trained)
 
     def _restart(self, layer: LayerHandle, optimizer: Optimizer) -> None:
-        """Let the optimizer begin again with a layer: momenta, second moments and its count of steps."""
+        """Clear the optimizer's state of a layer: momenta, second moments and the count of steps."""
         for parameter in layer.trained:
             state = optimizer.state.get(parameter, {})
             for name in (*self._traits.linear, *self._traits.quadratic, "step"):

@@ -1,8 +1,8 @@
 """Torch functions that can be linear in a parameter: how each call is read, and captured.
 
-A reader gets the capture, the function and its arguments, and returns the call's output: captured if one of
-the arguments is a parameter that the rule takes, as torch makes it otherwise. Whatever is out of the
-ordinary (``out=``, ``alpha=``, sparse arguments) is left to torch.
+A reader gets the capture, the function and its arguments, and returns the call's output. It captures the call
+if one of the arguments is a parameter that the rule takes; otherwise torch makes the call. Unusual calls
+(``out=``, ``alpha=``, sparse arguments) are left to torch.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Lets the projections inside `F.multi_head_attention_forward` be captured.
 
 With a mode on, torch hands this function to the mode first and runs its body with the mode off, so that the
-linear calls in it are not seen; called again with the mode on, it would hand itself over for ever. So its
-own code runs with the mode on, and with the look for overrides taken out.
+linear calls in it are not seen; called again with the mode on, it would recurse without end. So its own code
+runs with the mode on, and without its check for overrides.
 """
 
 from types import FunctionType
