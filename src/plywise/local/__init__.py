@@ -1,1 +1,1 @@
-"""Learning without one backward pass for all: blocks with objectives of their own. One file a paper."""
+"""Learning without a backward pass through the whole model: each block has its own objective."""

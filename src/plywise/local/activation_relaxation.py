@@ -20,27 +20,27 @@ from plywise.local.local_loss import Loss, LossComponent, check_targets, choose_
 class ActivationRelaxation(Learner):
     """Activation Relaxation.
 
-    Idea: after the forward pass the activations between blocks move, each by what the block above says,
-        until they stand still; where they stand still they are backpropagation's gradients.
+    Idea: after the forward pass the activations between blocks are changed step by step, each with the value
+        of the block above, until they converge; what they converge to are backpropagation's gradients.
     Equation: x_K = ∂ℓ/∂s_K, fixed; x_i starts at the activation s_i. T times, from the top down:
         x_i ← x_i - η_x (x_i - J_{i+1}ᵀ x_{i+1}), J the blocks' Jacobians at the forward pass. Block i
         follows the vector-Jacobian product of x_i. The error shrinks as (1 - η_x)^T times a power of T;
         with η_x = 1 one sweep is backpropagation.
     Use when: you study how gradients could come about without a backward pass.
-    Do not use when: you want a trained network: T times the price for the same gradients.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d. The
-        last block's output is the prediction.
+    Do not use when: you want a trained network: the same gradients cost T times as much.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules; a ``rule`` handles their
+        calls of linear maps. The last block's output is the prediction.
     Cost: T backward passes to the inputs; the activations of the whole network.
-    Status: faithful to the plain algorithm. Of its variants (learned backward weights, no derivative of the
-        nonlinearity) there is none. The default loss is a mean, the paper's a sum; biases are one for all
-        samples, as torch has them, where the authors' code has one a sample.
+    Status: faithful to the plain algorithm. Its variants (learned backward weights, no derivative of the
+        nonlinearity) are not here. The default loss is a mean, the paper's a sum. All samples share a bias,
+        as in torch; the authors' code has a bias for each sample.
     Source: Millidge, Tschantz, Seth, Buckley, "Activation Relaxation: A Local Dynamical Approximation to
         Backpropagation in the Brain", 2020, arXiv 2009.05359.
     Code: BerenMillidge/ActivationRelaxation.
-    Results: not reproduced here: where it stands still its gradients are backpropagation's, and so would its
-        accuracy be; tests/local/test_activation_relaxation.py checks the gradients. The paper's figures were
-        not at hand.
+    Results: not reproduced here. Once it has converged, its gradients are backpropagation's, and so is its
+        accuracy; tests/local/test_activation_relaxation.py checks the gradients. The paper's figures were not
+        at hand.
     Limits: x starts as large as activations and ends as small as gradients: with a loss averaged over N
         samples, as by default here, it takes about ln(N)/η_x sweeps more than with a summed one. Blocks run
         in one process.
@@ -120,7 +120,7 @@ class ActivationRelaxation(Learner):
         return [loss.detach()] * len(passages)
 
     def _relax(self, passages: list[BlockBackward], top: Tensor) -> list[Tensor]:
-        """The x that each block follows."""
+        """Return the x that each block follows."""
         x = [*(passage.output.detach() for passage in passages[:-1]), top]
         for _ in range(self.iterations):
             for i in reversed(range(len(passages) - 1)):

@@ -1,4 +1,4 @@
-"""Associated Learning: inputs and targets are encoded towards each other, and meet in every component."""
+"""Associated Learning: every component encodes input and target, and learns to predict the target's code."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -87,7 +87,7 @@ class AssociatedComponent(Component):
         )
 
     def _measure_rebuilding(self, codes: Tensor, below: Tensor, y: Tensor) -> Tensor:
-        """How far the decoder is from what the encoder got."""
+        """Return the decoder's error in reconstructing the encoder's input."""
         found = self.decoder(codes)
         if self._loss is not None:
             return self._loss(found if y.is_floating_point() else found[y], y)
@@ -98,7 +98,7 @@ class AssociatedComponent(Component):
         return share @ F.mse_loss(found, below, reduction="none").mean(1)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The target's side learns at twice the rate."""
+        """Return the groups: the target's side learns at twice the rate."""
         if not self._decay:
             return [
                 {"params": [*self.block.parameters(), *self.bridge.parameters()]},
@@ -117,35 +117,36 @@ class AssociatedComponent(Component):
 class AssociatedLearning(OneWayLearner):
     """Associated Learning, for classes, several labels at once, or numbers.
 
-    Idea: the target is encoded step by step as the input is, and every component learns to lead from its
-        activations to its own code of the target: no gradient crosses from one component to another.
+    Idea: the target is encoded step by step, as the input is. Every component learns to predict its own code
+        of the target from its activations, and no gradient crosses from one component to another.
     Equation: s = f(s_below), t = h(t_below), both inputs detached; f and b learn mse(b(s), t) with t
         detached, h and g learn mse(g(t), t_below). Prediction: g₁ ∘ … ∘ g_L ∘ b_L ∘ f_L ∘ … ∘ f₁.
-    Use when: components shall train in a pipeline of processes, or with the memory of one of them.
+    Use when: you train components in a pipeline of processes, or have memory for one component only.
     Do not use when: one process trains the network and it fits: the bridges cost more than they save.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
-        of bridges, encoders and decoders too. Blocks end before the classifier.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules; a ``rule`` handles their
+        calls of linear maps, those of bridges, encoders and decoders too. Blocks end before the classifier.
     Cost: a bridge and a small autoencoder for each component; with the paper's bridges a step takes up to
         twice backpropagation's operations. The activations of one component at a time.
-    Status: variant: encoders begin apart, since the paper's, whose deep codes look alike at first, need long
-        trainings (``encoder=paper_encoder`` is the paper's). The authors' later code for text is
-        `plywise.local.associated_text`, with tanh maps, ``loss`` and ``detach_target=False``. Codes are made
-        once for each class, which changes no number. The published code's TensorFlow 1 Adam adds its eps
-        elsewhere than torch's.
+    Status: variant: encoders are initialised so that the codes of classes differ. The deep codes of the
+        paper's encoders are nearly equal at first and need long training (``encoder=paper_encoder`` is the
+        paper's). The authors' later code for text is `plywise.local.associated_text`, with tanh maps,
+        ``loss`` and ``detach_target=False``. Codes are made once for each class, which changes no number. The
+        published code's TensorFlow 1 Adam adds its eps elsewhere than torch's.
     Source: Kao, Chen, "Associated Learning: Decomposing End-to-end Backpropagation based on Auto-encoders and
         Target Propagation", Neural Computation 33(1), 2021, arXiv 1906.05560.
     Code: SamYWK/Associated_Learning (TensorFlow 1); Hibb-bb/AL, of a later paper on text.
     Results: the paper's abstract: about as accurate as backpropagation; its tables could not be read. Ours:
         95.0 against 94.1 % on 10,000 images of MNIST (MLP), 45.9 against 50.0 % on 3,000 of CIFAR-10
         (benchmarks/README.md); the paper's networks, made small, after 1,500 steps: 89.8 against 91.4 %
-        (MLP), 35.6 against 39.0 % (CNN), 36.6 against 36.2 % (VGG), with encoders begun apart 89.5, 43.7 and
-        48.8 % (benchmarks/reproduce/associated-learning.json). On CNNs the last depth is behind in short
-        trainings, since it learns last: 51.8, 54.0, 50.7 and 47.3 % by depth after 6 epochs of a VGG on 3,000
-        images of CIFAR-10, 59.6, 60.8, 59.7 and 59.5 after 18 (one seed, benchmarks/associated_depth.json).
-    Limits: codes hold nothing of the input: with classes they are one row a class, so that deep components
-        see no more of the target than shallow ones. Sigmoids saturate at rates that other networks
-        bear: on the digits Adam at 0.01 fails where 0.003 trains.
+        (MLP), 35.6 against 39.0 % (CNN), 36.6 against 36.2 % (VGG), with our initialisation of encoders 89.5,
+        43.7 and 48.8 % (benchmarks/reproduce/associated-learning.json). On CNNs the last depth is worse in
+        short training, since it learns last: 51.8, 54.0, 50.7 and 47.3 % by depth after 6 epochs of a VGG on
+        3,000 images of CIFAR-10, 59.6, 60.8, 59.7 and 59.5 after 18 (one seed,
+        benchmarks/associated_depth.json).
+    Limits: codes depend on the target alone: with classes there is one code for each class, so that deep
+        components get no more information on the target than shallow ones. Sigmoids saturate at rates that
+        suit other networks: on the digits Adam fails at 0.01 and trains at 0.003.
 
     Args:
         blocks: the forward maps f.
@@ -153,7 +154,7 @@ class AssociatedLearning(OneWayLearner):
         code: width of every code, n (``neuron_num`` in the authors' code). Default 128. Range 16 to 256.
         bridge: makes b from the shape of a sample's activations and ``code``. Default `wide_bridge`,
             the paper's; `pooled_bridge` is cheaper on images. A list holds one for each block.
-        encoder: makes h from the codes that it gets to begin with, (C, below), and ``code``. Default
+        encoder: makes h from the codes that it gets at the beginning, (C, below), and ``code``. Default
             `apart_encoder`; `paper_encoder` is the paper's.
         decoder: makes g from ``code`` and the width of what it rebuilds. Default `sigmoid_decoder`, the
             paper's. Bridge, encoder and decoder must be of a kind: `plywise.local.associated_maps` has those
@@ -162,7 +163,7 @@ class AssociatedLearning(OneWayLearner):
             (N, C) of any numbers, best standardised. With numbers, the first decoder is linear.
         loss: of the first decoder's output and the targets, such as ``F.cross_entropy``, which the authors
             have for text. Default mean squared error, the paper's.
-        detach_target: whether codes are constants where b learns to meet them. Default True, the paper's;
+        detach_target: whether codes are constants in the loss of b. Default True, the paper's;
             the authors' code for text has it False.
         decay: weight decay for each map, of "block", "bridge", "encoder" and "decoder": the optimizer's
             ``weight_decay``, which it must know. The paper has 1e-4 on the blocks of its ResNets. Default
@@ -172,7 +173,7 @@ class AssociatedLearning(OneWayLearner):
             rate, as in the paper.
 
     Raises:
-        BlockError: a bridge or decoder cannot make the numbers that it shall meet.
+        BlockError: the range of a bridge or decoder does not contain its targets.
         PlywiseError: at a step, targets are not what ``targets`` says.
         ValueError: ``targets`` or a name in ``decay`` is unknown.
 
@@ -269,7 +270,7 @@ class AssociatedPath(nn.Module):
 
 
 def _first_codes(classes: int, targets: str) -> Tensor:
-    """What encoders may expect to get: every class, or a sample of likely targets."""
+    """Make the codes that encoders are initialised with: every class, or a sample of likely targets."""
     if targets == "classes":
         return torch.eye(classes)
     sample = torch.randn(64, classes)

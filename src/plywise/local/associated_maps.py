@@ -1,7 +1,7 @@
 """Maps of Associated Learning's components, as factories: bridges, target encoders, decoders.
 
-The three of a component must be of a kind: a bridge that ends in a sigmoid cannot meet codes that a tanh
-makes, nor can a decoder rebuild them. `check_ranges` says so when the learner is made.
+The three maps of a component must have matching ranges: a bridge or decoder that ends in a sigmoid cannot
+    reach the codes of a tanh. `check_ranges` raises an error when the learner is made.
 """
 
 from collections.abc import Callable
@@ -49,11 +49,11 @@ def paper_encoder(codes: Tensor, width: int) -> nn.Module:
 
 
 def apart_encoder(codes: Tensor, width: int) -> nn.Module:
-    """`paper_encoder`, shifted and scaled so that classes begin apart, however deep it stands.
+    """`paper_encoder`, shifted and scaled so that the codes of classes differ from the start, at any depth.
 
-    The paper's sigmoid layers begin with a third of the differences between classes that they get, so that
-    a deep component needs hundreds of steps until its codes tell the classes apart. Here what the sigmoid
-    gets has mean 0 and mean square 1 over classes.
+    At the start, the paper's sigmoid layers shrink the differences between classes to a third, so that a deep
+    component needs hundreds of steps until its codes separate the classes. Here the inputs of the sigmoid
+    have mean 0 and mean square 1 over classes.
 
     Example:
         >>> encoder = apart_encoder(torch.eye(10), 64)
@@ -98,7 +98,7 @@ def tanh_decoder(code: int, target: int) -> nn.Module:
 
 
 def range_of(module: nn.Module) -> Range | None:
-    """Between which numbers a map's outputs lie, read off what it ends in; None if that cannot be seen.
+    """Return the range of a map's outputs, from its last module; None if that is unknown.
 
     Example:
         >>> range_of(tanh_decoder(4, 2)), range_of(nn.Linear(4, 2))

@@ -2,8 +2,8 @@
 
 An embedding and then LSTMs or layers of a transformer; all maps of the targets end in tanh
 (`plywise.local.associated_maps`), codes learn from the bridges (``detach_target=False``), and the first
-decoder follows cross-entropy. An LSTM hands its final state on: the next one begins with it. Blocks hand one
-tensor on, so that the state travels as two more places behind the sequence.
+decoder follows cross-entropy. Each LSTM starts with the final state of the one before. Blocks pass on one
+tensor, so the state is appended to the sequence as two more places.
 
 Source: the authors' PyTorch code, Hibb-bb/AL; see `plywise.AssociatedLearning`.
 """

@@ -1,4 +1,4 @@
-"""One forward through a block, and any number of gradients back through it."""
+"""Runs a block forward once, and sends any number of gradients back through it."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,13 +35,13 @@ class BlockBackward:
         self.output = replace(signal, s=s).through(block)
 
     def below(self, gradient: Tensor) -> Tensor:
-        """What of a gradient at the output arrives at the input."""
+        """Return the gradient at the input for a gradient at the output."""
         with train_by_inputs():
             self._send(gradient, self._entrance, again=True)
         return self._arrived.pop() if self._arrived else self._nothing
 
     def learn(self, gradient: Tensor) -> None:
-        """Add the gradients of the block's parameters, and let go of the graph."""
+        """Add the gradients of the block's parameters, and free the graph."""
         self._send(gradient, self._learning, again=False)
 
     def learn_and_below(self, gradient: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class BlockBackward:
 
 
 class _Entrance(torch.autograd.Function):
-    """Hands on a tensor, and lays down the gradient that comes back.
+    """Identity in forward; stores the incoming gradient in backward.
 
     A leaf would not do: a block may begin with an operation in place (``nn.ReLU(inplace=True)``).
     """

@@ -1,4 +1,4 @@
-"""A network as a chain of blocks, each handing one tensor to the next."""
+"""A network as a chain of blocks, each of which passes one tensor to the next."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,21 +16,21 @@ from plywise.local.component import Signal
 
 
 class Blocks(Sequence[nn.Module]):
-    """Modules that follow one another, and the shapes of what they hand on.
+    """A sequence of modules, and the shapes of their outputs.
 
     Args:
-        modules: the blocks, first to last. They stay the user's own: training trains these.
+        modules: the blocks, first to last. They are not copied: training changes these modules.
         example: a small batch of inputs; one forward finds the shapes (and materialises lazy layers). It is
             made in eval mode, so that buffers stay as they are.
 
     Attributes:
         shapes: of one sample: the input's, then each block's output.
-        carries: whether the blocks take the model's inputs beside the signal, as `split` makes them of a
-            model whose forward calls its layers in a loop. The inputs may then be tensors in any nesting.
+        carries: whether the blocks take the model's inputs beside the signal. `split` makes such blocks from
+            a model whose forward calls its layers in a loop. The inputs may then be tensors in any nesting.
 
     Raises:
-        BlockError: there is no block, or one fails on what it gets, hands on something else than one tensor
-            with a row for each sample, or shares a parameter with another.
+        BlockError: there is no block; or a block fails on its input, does not return one tensor with a row
+            for each sample, or shares a parameter with another block.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class Blocks(Sequence[nn.Module]):
         self.shapes = tuple(shapes)
 
     def begin(self, x: Batch, y: Tensor) -> Signal:
-        """What the first block gets: the inputs; where they are carried, their first tensor beside them."""
+        """Return the first block's input: the model's inputs, with their first tensor if they are carried."""
         return Signal(list_tensors(x)[0], y, carried=x) if self.carries else Signal(x, y)
 
     def refuse_carrying(self, learner: str, why: str) -> None:
@@ -104,7 +104,7 @@ def chain_blocks(blocks: Iterable[nn.Module]) -> nn.Module:
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Batch) -> Iterator[Tensor]:
-    """What each block makes of a batch, one after another; those that carry get it beside the signal."""
+    """Return the outputs of all blocks on a batch; blocks that carry get the batch beside the signal."""
     s = x
     for number, block in enumerate(blocks):
         if getattr(block, "carries", False):
@@ -115,9 +115,9 @@ def run_blocks(blocks: Iterable[nn.Module], x: Batch) -> Iterator[Tensor]:
 
 
 def hide_padding(s: Tensor, carried: Batch) -> Tensor:
-    """Activations with zeros at the padded positions, where the model's inputs have a mask of them.
+    """Set activations at padded positions to zero, if the model's inputs have a mask of them.
 
-    A head that flattens positions then sees the same, whatever the padding holds.
+    Then the padding's content does not matter to a head that flattens positions.
     """
     mask = find_mask(carried)
     if mask is None or mask.shape != s.shape[:2]:

@@ -1,4 +1,4 @@
-"""Cascaded Forward: random blocks that never learn, each read by a linear head; their opinions add up."""
+"""Cascaded Forward: random blocks that never learn, each with a linear head; the heads' scores are added."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,8 +60,8 @@ class CascadedComponent(Component):
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
         """The block's features, made as they are for prediction, and the head's loss.
 
-        In training the running statistics of the block's batch norms take in the batch first; then the
-        features are made in eval mode, by the statistics of all training batches so far.
+        In training, the batch first updates the running statistics of the block's batch norms. Then the
+        features are computed in eval mode, with the statistics of all training batches so far.
         """
         with torch.no_grad():
             if self.training and any(True for _ in self.block.buffers()):
@@ -91,16 +91,17 @@ def no_optimizer(groups: list[dict[str, Any]]) -> Optimizer:
 class CascadedForward(OneWayLearner):
     """The Cascaded Forward algorithm (CaFo).
 
-    Idea: random blocks make good features already. Leave them as they are and learn only what reads the
-        classes off each block's features: a least-squares problem, or a linear layer's gradient.
+    Idea: random blocks already make good features. Keep them fixed and learn only a linear classifier on each
+        block's features, by least squares or by gradient.
     Equation: F_i = f_i(F_{i-1}), f_i never trained; (F_iᵀF_i + λI) W_i = F_iᵀY with sums over the training
         batches, or W_i by cross-entropy. Prediction: Σ_i softmax(F_i W_i).
-    Use when: a classifier is needed within one pass over the data, without a rate to tune; as a baseline.
-    Do not use when: accuracy counts: features that learn are far better. The authors' code notes 65 % on
+    Use when: you need a classifier after one pass over the data, without a rate to tune; or a baseline.
+    Do not use when: accuracy matters: learned features are far better. The authors' code notes 65 % on
         CIFAR-10 for the least squares.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes: nothing in it is trained. Blocks end before the
-        classifier. A ``rule`` handles each `GradientHead`; a `RidgeHead` has nothing for it.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules: nothing in it is trained.
+        Blocks end before the classifier. A ``rule`` handles each `GradientHead`; a `RidgeHead` has nothing
+        for it.
     Cost: no backward pass. One forward of each block in a step, two where it has batch norm. A `RidgeHead`
         on d features adds d²/2 products a sample in float64, 8d² bytes, and a solve of d³/3 now and then.
     Status: variant: the ridge, its sums over batches and the running statistics are ours. The authors' code
@@ -113,11 +114,11 @@ class CascadedForward(OneWayLearner):
         and 0.337 (sparsemax). Not reproduced here at that size. Ours: 83.5 % (ridge) and 86.9 % (gradient)
         against backpropagation's 94.1 % on 10,000 images of MNIST, 52.1 and 47.7 against 50.0 % on 3,000 of
         CIFAR-10 (benchmarks/README.md).
-    Limits: the sum is not always better than its best block. Batch norm's statistics move while the heads
-        learn: a batch is normalised by all batches up to itself, so that a ridge head's sums hold features
-        of slightly different scales, less so the more batches there were. Nothing else of a second epoch
-        over the same data changes a ridge head. Batch norm of flat features refuses a batch of one row.
-        Processes that share the data keep sums of their own.
+    Limits: the sum is not always better than its best block. Batch norm's statistics change while the heads
+        learn: a batch is normalised by all batches so far. So the sums of a ridge head mix features of
+        slightly different scales; the difference shrinks with the number of batches. Apart from this, a
+        second epoch over the same data does not change a ridge head. Batch norm of flat features refuses a
+        batch of one row. Each process of a data-parallel run has sums of its own.
 
     Args:
         blocks: the random blocks, for example `cafo_blocks`. Their parameters are not trained.
@@ -171,7 +172,7 @@ class CascadedForward(OneWayLearner):
         super().__init__(self._components, optimizer=optimizer, **training)
 
     def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is, if it is harmless: sums and statistics forget nothing."""
+        """Return the batch, if it is finite: NaN would stay in sums and statistics for ever."""
         check_classes(y, self._classes)
         for tensor in list_tensors(x):
             _require_finite(tensor, "inputs")

@@ -1,6 +1,6 @@
-"""A model read as a chain of pieces that hand on one value each.
+"""Reads a model as a chain of pieces, each of which passes one value to the next.
 
-Modules are opened only where that shows more of the chain: a residual block stays the module that it is.
+A module is opened only if its inside is a part of the chain: a residual block stays one module.
 """
 
 import operator
@@ -88,7 +88,7 @@ def join(pieces: Sequence[Any]) -> Any:
 
 
 def label_unit(unit: Piece | SpineUnit) -> str:
-    """How a user knows the beginning of a unit."""
+    """Return the name of a unit's beginning for messages."""
     return unit.label if isinstance(unit, SpineUnit) else label(unit.nodes[0])
 
 
@@ -100,7 +100,7 @@ def name_parameters(model: nn.Module, unit: Piece | SpineUnit) -> set[str]:
 
 
 def label(node: fx.Node) -> str:
-    """How a user knows an operation: the module's path, or the name of the function."""
+    """Return the name of an operation for messages: the module's path, or the name of the function."""
     if node.op == "placeholder":
         return "the input"
     return repr(node.target if node.op == "call_module" else node.name)

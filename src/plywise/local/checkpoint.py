@@ -1,10 +1,10 @@
-"""Checkpoints of a learner, by any number of processes for any number of processes.
+"""Checkpoints of a learner, which any number of processes can write and any other number can read.
 
-Every state is a file of its own, whatever holds it: ``NAME.pt``, what ``torch.save`` writes, read back with
-``weights_only=True``, so that nothing in it is run. ``SHA256SUMS`` lists the digests of all files
-(``sha256sum -c SHA256SUMS`` checks them, too), and no file is read without a look at its digest. The files of
-a step are written beside their place and brought to the disk; then their folder is renamed: it is there whole
-or not at all. Processes write alone and only agree on when.
+Every state has its own file, ``NAME.pt``, in the format of ``torch.save``. It is read with
+``weights_only=True``, so that no code in it is run. ``SHA256SUMS`` lists the digests of all files
+(``sha256sum -c SHA256SUMS`` checks them, too), and every file's digest is checked before it is read. The
+files of a step are written to a temporary folder and flushed to the disk. Then the folder is renamed, so that
+a checkpoint is complete or absent. Each process writes its own files; processes only agree on the time.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _PARTIAL = ".partial"
 _SUM = ".sha256"
 
 Agree = Callable[[bool], bool]
-"""Waits until every process has called it; returns, in each, whether all of them have passed True."""
+"""A function that waits until every process has called it, and returns whether all of them passed True."""
 
 
 class _DamagedError(Exception):

@@ -1,4 +1,4 @@
-"""What a block of local learning is: it turns a signal into the next one, and has a loss of its own."""
+"""A component of local learning: a block that turns a signal into the next one, with its own loss."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from plywise.data.batches import map_tensors
 
 @dataclass(frozen=True)
 class Signal:
-    """What one component hands to the next, and in one direction only.
+    """What one component passes to the next, in this direction only.
 
     Attributes:
         s: activations of the batch; of the first component the inputs, which may be any nesting of tensors.
@@ -28,7 +28,7 @@ class Signal:
     carried: Any = None
 
     def through(self, block: nn.Module) -> Tensor:
-        """What a block makes of the activations."""
+        """Return the block's output for these activations."""
         output: Tensor = block(self.s) if self.carried is None else block(self.s, self.carried)
         return output
 

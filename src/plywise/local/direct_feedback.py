@@ -53,18 +53,19 @@ class FeedbackComponent(Component):
 class DirectFeedback(Learner):
     """Direct feedback alignment (DFA).
 
-    Idea: backpropagation sends the error back through the transposed weights of all layers above. Send it to
-        each block at once, through a fixed random matrix: the weights come to agree with it by themselves.
+    Idea: backpropagation sends the error back through the transposed weights of all layers above. Send it
+        instead to each block directly, through a fixed random matrix: during training the weights align with
+        this matrix.
     Equation: e = ∂ℓ/∂s_K at the output; block i gets e B_i in place of ∂ℓ/∂s_i, B_i fixed and uniform in
         ±1/√|s_i|. Within a block gradients are exact: for a block φ(W s), ∇W = ((e B_i) ⊙ φ'(W s)) sᵀ. The
         last block follows its own gradient. One block is backpropagation.
     Use when: you study learning without the transport of weights; as the baseline of local methods whose
         blocks all receive the same error.
-    Do not use when: a convolutional network shall be trained: DFA falls far behind there; or when memory is
-        short: all blocks' activations wait for the error.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d. In the
-        paper a block is one layer and its activation.
+    Do not use when: you train a convolutional network, where DFA is far worse; or memory is short, for all
+        blocks' activations are kept until the error is known.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules; a ``rule`` handles their
+        calls of linear maps. In the paper a block is one layer and its activation.
     Cost: that of backpropagation, less the gradients between blocks: one product of the error and B_i each.
         The activations of all blocks at a time, as in backpropagation.
     Status: faithful for blocks of one layer and its activation. Different: blocks of more layers follow exact

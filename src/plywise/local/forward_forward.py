@@ -1,4 +1,4 @@
-"""Forward-Forward: every block learns to be active where an input's label is right, calm where not."""
+"""Forward-Forward: every block learns large activations for right labels and small ones for wrong labels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ EPS = 1e-8
 
 
 def write_label(x: Tensor, y: Tensor, num_classes: int) -> Tensor:
-    """Hinton's way for MNIST: the first C numbers of an input, which should hold nothing, become its label.
+    """Write the label into the first C numbers of an input, which should be empty, as Hinton did for MNIST.
 
     They are 0, and the label's own is the largest number of the input.
 
@@ -44,7 +44,7 @@ def goodness(s: Tensor) -> Tensor:
 
 
 def normalize(s: Tensor) -> Tensor:
-    """Each sample's activations at mean square 1: the next block sees nothing of this one's goodness."""
+    """Scale each sample's activations to mean square 1: the next block cannot use this one's goodness."""
     return s / (goodness(s) + EPS).sqrt().view(-1, *(1 for _ in s.shape[1:]))
 
 
@@ -99,13 +99,13 @@ class ForwardForward(OneWayLearner):
         mean(s_i²); f_i follows ∇ [log(1 + exp(θ - g_i⁺)) + log(1 + exp(g_i⁻ - θ))], + with the right label, -
         with another one. Prediction: the label with the largest Σ_i g_i, without the first block's where
         there are several.
-    Use when: you want the algorithm that everybody asks for beside your own; for studies of learning without
-        a backward pass through layers.
-    Do not use when: a network shall be trained: see `LocalLoss` and `MonoForward`, which learn from all
-        classes at once. Prediction takes a forward for each class.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). In the paper a block is a layer and a ReLU. Inside a block anything goes; a ``rule``
-        handles Linear and Conv1d to Conv3d. Blocks end before the classifier.
+    Use when: you need this well-known algorithm as a comparison, or study learning without a backward pass
+        through layers.
+    Do not use when: you want a trained network: `LocalLoss` and `MonoForward` learn from all classes at once.
+        Prediction takes a forward for each class.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). In the paper a block is a layer and a ReLU. A block may
+        contain any modules; a ``rule`` handles their calls of linear maps. Blocks end before the classifier.
     Cost: each block on twice the batch, and gradients of one block at a time. Prediction: C forwards.
     Status: variant: goodness is a mean, not a sum, so that θ does not depend on the width (1 is the paper's
         number of units); wrong labels are drawn evenly, not by how likely the network finds them. The

@@ -201,13 +201,13 @@ class LocalForwardGradient(OneWayLearner):
         ReLU behind is off. Heads, and the layer that makes the prediction, follow their exact gradient. No
         gradient crosses blocks.
     Use when: you study learning without a backward pass.
-    Do not use when: a network shall be trained: a backward pass within a block costs about as much and has
-        no noise (`LocalLoss`).
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). A ``rule`` handles Linear and Conv1d to Conv3d. Every module with parameters of its
-        own hands on a tensor with a row for each sample, and every operation knows forward differentiation;
-        of several tensors, as attention and recurrent layers hand on, the first is pushed.
-        The last block's output is one score for each class.
+    Do not use when: you want a trained network: a backward pass within a block costs about as much and has no
+        noise (`LocalLoss`).
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A ``rule`` handles their calls of linear maps. Every
+        module with parameters of its own hands on a tensor with a row for each sample, and every operation
+        knows forward differentiation; of several tensors, as attention and recurrent layers hand on, the
+        first is pushed. The last block's output is one score for each class.
     Cost: a forward with dual numbers, two to three times a plain one, and each layer's own gradient, times
         ``passes``; a head for each block. The activations of one block at a time. Of one sample's gradient
         g, the estimate is off by E‖ĝ-g‖² = (q+1)‖g‖², q the units that share a loss and that ReLUs let
@@ -228,9 +228,9 @@ class LocalForwardGradient(OneWayLearner):
         patches and groups: 84.7 against backpropagation's 94.1 % on 10,000 images of MNIST (MLP), 24.7
         against 50.0 % on 3,000 of CIFAR-10 (benchmarks/README.md).
     Limits: noise grows with the gradient, so that a rate must be small against N/q: it diverges where
-        backpropagation does not, less so with layer norm, which the paper has everywhere (one with weights of
-        its own is a layer too, with noise of its own). What a sample does to the losses of others (batch norm
-        in training) is left out of its gradient.
+        backpropagation does not, less so with layer norm, which the paper has everywhere (a norm with weights
+        is a layer too, and has its own noise). The effect of a sample on the losses of others (batch norm in
+        training) is not in its gradient.
 
     Args:
         blocks: the network. The last block's output is the prediction, a score for each class.

@@ -1,4 +1,4 @@
-"""Which of a block's losses a layer reaches: those of its own patch, of its group of channels, or all."""
+"""Finds the losses of a block that a layer influences: its own patch's, its group of channels', or all."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from plywise._util.modes import evaluating
 
 @dataclass(frozen=True)
 class Locality:
-    """Where the loss is that a unit of a layer receives.
+    """Which losses a unit of a layer gets.
 
     Attributes:
         patch: its own position's alone.
@@ -45,7 +45,7 @@ def slopes_of(gradient: Tensor, tangent: Tensor, groups: int) -> Tensor:
 def find_localities(
     block: nn.Module, layers: Iterable[nn.Module], s: Tensor, patches: bool, groups: int
 ) -> dict[nn.Module, Locality]:
-    """Which losses each layer's units reach, seen by gradients of some of them on a few samples.
+    """Find the losses that each layer's units influence, by some of their gradients on a few samples.
 
     A layer that runs several times, or whose output has other positions than the block's, reaches all.
 

@@ -1,4 +1,4 @@
-"""Auxiliary heads: what a block's activations say of the classes, for a loss of the block's own."""
+"""Auxiliary heads: they predict the classes from a block's activations, for the block's local loss."""
 
 import math
 from collections.abc import Callable

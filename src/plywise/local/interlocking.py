@@ -1,4 +1,4 @@
-"""Interlocking backpropagation: every block follows the loss of the head a few blocks further on."""
+"""Interlocking backpropagation: every block follows the loss of the head a few blocks above."""
 
 from collections import deque
 from dataclasses import replace
@@ -21,9 +21,8 @@ from plywise.local.trainer import LocalTrainer
 class Interlocking(StagedLearner):
     """n-wise interlocking backpropagation.
 
-    Idea: a block judged by its own head alone keeps nothing for the blocks after it. Let it follow the head
-        n - 1 blocks further on, so that neighbours learn together, and no gradient travels further than n
-        blocks.
+    Idea: a block that only follows its own head discards what later blocks need. Let it follow the head n - 1
+        blocks above, so that neighbouring blocks learn together. No gradient crosses more than n blocks.
     Equation: ℓ_i = ℓ(h_i(s_i), y), and ℓ_K = ℓ(s_K, y) for the last of K blocks. Block i follows
         ∇ ℓ_min(i+n-1, K) alone, through the blocks in between; head h_i follows ∇ ℓ_i with s_i detached.
         1-wise is `LocalLoss`, K-wise backpropagation of ℓ_K.
@@ -31,9 +30,9 @@ class Interlocking(StagedLearner):
         network is too deep for the memory.
     Do not use when: backpropagation fits in one process: it follows the true loss everywhere, for no more
         work.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
-        of heads too. The last block's output is one score for each class.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules; a ``rule`` handles their
+        calls of linear maps, those of heads too. The last block's output is one score for each class.
     Cost: a head for each block; one backward through all blocks, and for each loss but the last ones
         n - 1 blocks backward to their inputs only: (K - n)(n - 1) in all, half a block's backward each. The
         activations of n blocks at a time.
@@ -47,10 +46,10 @@ class Interlocking(StagedLearner):
         were not at hand. Ours, with horizon 2: 94.1 % on 10,000 images of MNIST (MLP; local 93.3,
         backpropagation 94.1), 50.9 % on 3,000 of CIFAR-10 (48.5, 50.0) (benchmarks/README.md).
     Limits: in a pipeline (`plywise.pipeline`) gradients of the n - 1 blocks below a cut come from the stage
-        after it, so that a stage begins the next batch when its neighbour has run its first n - 1 blocks on
-        this one; a stage has one replica. Gradients cross blocks as the rule hands them down, but what else
-        a rule learns from the layers above (back-matching's energies) starts again in every block. Reentrant
-        checkpoints inside a block are refused by torch.
+        after it, so that a stage waits with the next batch until its neighbour has run its first n - 1 blocks
+        on this one; a stage has one replica. A rule's gradients cross blocks, but other values from the
+        layers above (back-matching's energies) start again in every block. Torch refuses reentrant
+        checkpoints inside a block.
 
     Args:
         blocks: the network. The last block's output is the prediction, a score for each class.
@@ -107,7 +106,7 @@ class Interlocking(StagedLearner):
         return self._blocks.begin(x, y)
 
     def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:
-        """Run the blocks; send each head's gradient to the block that follows it, in whatever stage it is."""
+        """Run the blocks; send each head's gradient to the block that follows it, in any stage."""
         last, losses, s = len(self.trainers) - 1, [], signal.s
         stage = _Stage(first, neighbours)
         with self.trainers[last].randomness(self.steps):  # the backward's, should it draw any
@@ -136,7 +135,7 @@ class Interlocking(StagedLearner):
         return block >= max(lowest, 0) and (lowest >= 0 or head == len(self.trainers) - 1)
 
     def _teach(self, stage: "_Stage", head: int, gradient: Tensor) -> None:
-        """Send a head's gradient down through the waiting blocks of a stage, to who follows it.
+        """Send a head's gradient down through the waiting blocks of a stage, to the block that follows it.
 
         The last head is followed by all that still wait, every other one by the block n - 1 before it.
         """
@@ -164,13 +163,13 @@ class _Stage:
         self.waiting: deque[tuple[LocalTrainer, BlockBackward]] = deque()
 
     def send_through(self, gradient: Tensor) -> Tensor:
-        """What of a gradient at the last block's output arrives at the first one's input."""
+        """Return the gradient at the first block's input for a gradient at the last block's output."""
         for _, passage in reversed(self.waiting):
             gradient = passage.below(gradient)
         return gradient
 
     def teach_first(self, gradient: Tensor) -> None:
-        """Send a gradient from the last block's output to the first one, which learns from it and is done."""
+        """Send a gradient from the last block's output to the first block, which learns and is finished."""
         trainer, first = self.waiting.popleft()
         first.learn(self.send_through(gradient))
         trainer.apply()
@@ -179,7 +178,7 @@ class _Stage:
         """Send a gradient down from the last block's output; every block learns from it and is done.
 
         Returns:
-            What arrives at the first block's input, if it ``goes_on`` to the stage before.
+            The gradient at the first block's input, if it ``goes_on`` to the stage before.
         """
         while self.waiting:
             trainer, passage = self.waiting.pop()

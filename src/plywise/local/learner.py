@@ -1,4 +1,4 @@
-"""The contract of a local learner: step, predict, export, state. A method says what its components are."""
+"""The base classes of local learners: step, predict, export, state. A method defines its components."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ Callback = Callable[[Report], None]
 
 
 class Learner(ABC):
-    """A network in local training; abstract. Subclasses make components and say how a step goes.
+    """A network in local training; abstract. Subclasses make the components and define a step.
 
     Args:
         components: the components, first to last.
@@ -81,7 +81,7 @@ class Learner(ABC):
         )
 
     def explain(self, batch_size: int = 128) -> Explanations:
-        """What happens to each component's layers, and why: a table for each; ``print`` them.
+        """Return a table for each component: what happens to its layers, and why; ``print`` them.
 
         Args:
             batch_size: rows assumed for layers that have not seen a batch yet (linear layers only).
@@ -145,7 +145,7 @@ class Learner(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, bit for bit.
+        """Load a state, from which training goes on bit for bit.
 
         Raises:
             StateError: it was saved by another learner, or with other components, or it is damaged.
@@ -206,8 +206,8 @@ class StagedLearner(Learner):
 class OneWayLearner(StagedLearner):
     """A learner whose components need nothing from those after them; abstract.
 
-    Each is done with a batch, backward and step, before the next one runs, so that the activations of one
-    component are all that is ever kept.
+    Each component finishes a batch, with backward and step, before the next one runs. So only the activations
+    of one component are kept at a time.
     """
 
     def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:
@@ -221,9 +221,9 @@ def learn_in_turn(
     step: int,
     emit: Callable[[Signal], None] = lambda _: None,
 ) -> list[Tensor]:
-    """Each component learns from what the one before hands on; their detached losses.
+    """Let each component learn from the signal of the one before; return their detached losses.
 
-    ``emit`` gets what the last one hands on, before its backward.
+    ``emit`` gets the signal of the last one, before its backward.
     """
     losses = []
     for trainer in trainers[:-1]:

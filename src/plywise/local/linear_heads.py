@@ -1,4 +1,4 @@
-"""Heads that read the classes off features which do not learn: by gradient, or in closed form."""
+"""Linear heads on features that do not learn, trained by gradient or in closed form."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -58,12 +58,12 @@ class GradientHead(LinearHead):
 class RidgeHead(LinearHead):
     """A linear head in closed form: ``(FᵀF + λI) W = FᵀY``, sums over all training batches so far.
 
-    The sums are kept in float64 and solved when somebody asks. λ is relative to the mean of the diagonal of
-    ``FᵀF``, so that W depends on the mean over all samples seen: neither their order nor seeing all of them
-    several times makes a difference.
+    The sums are kept in float64 and solved when the weights are needed. λ is relative to the mean of the
+    diagonal of ``FᵀF``, so that W depends on means over all samples only: their order makes no difference,
+    and neither does a second pass over all of them.
 
-    The loss is the squared error of the weights solved when the number of samples last doubled; the first
-    time is once there are as many samples as features. Until then it is the error of zero weights.
+    The loss is the squared error of weights that are solved anew each time the number of samples has doubled,
+    first when there are as many samples as features. Until then it is the error of zero weights.
 
     Args:
         shape: of one sample's features.

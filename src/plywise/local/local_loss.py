@@ -114,18 +114,18 @@ def check_targets(y: Tensor, num_classes: int, loss: Loss) -> None:
 class LocalLoss(OneWayLearner):
     """Training block by block, each by a loss of its own.
 
-    Idea: a small head on each block's activations predicts the target, and the block learns what lets its
-        head predict better: no gradient crosses from one block to another.
+    Idea: a small head on each block's activations predicts the target. The block learns, with its head, from
+        the loss of this prediction, and no gradient crosses from one block to another.
     Equation: s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and head h_i follow ∇ ℓ(h_i(s_i), y), the
         last block ∇ ℓ(s_K, y). Prediction: f_K ∘ … ∘ f_1; heads are for training only. One block is
         backpropagation.
-    Use when: memory is short, or blocks shall train in a pipeline of processes, and there are few blocks; as
-        the baseline of every other local method.
-    Do not use when: backpropagation fits and accuracy counts. Early blocks throw away what their own head
-        has no use for, the more the more blocks there are: see `Interlocking`.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
-        of heads too. The last block's output is one score for each class.
+    Use when: memory is short, or you train blocks in a pipeline of processes, and there are few blocks; or as
+        the baseline of other local methods.
+    Do not use when: backpropagation fits and accuracy matters. Early blocks discard what their own head does
+        not need, and the loss grows with the number of blocks: see `Interlocking`.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules; a ``rule`` handles their
+        calls of linear maps, those of heads too. The last block's output is one score for each class.
     Cost: a head for each block. The activations of one block at a time.
     Status: variant: blocks learn all at once, as in the second paper's synchronous algorithm; the default
         head, average pooling and one linear layer, is smaller than theirs.

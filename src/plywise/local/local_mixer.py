@@ -1,9 +1,9 @@
-"""LocalMixer: the network of the local forward gradient's paper, whose units reach few losses each.
+"""LocalMixer: the network of the local forward gradient's paper, in which each unit influences few losses.
 
-An image is cut into patches. A block mixes patches, then channels, then channels of each group: what comes
-behind the first layer stays in its patch, and what comes behind the last one in its group. So a loss for each
-patch and group (``patches=True, groups=...`` of `plywise.LocalForwardGradient`) is heard by the units of that
-patch and group alone, and their estimates have little noise.
+An image is cut into patches. A block mixes patches, then channels, then channels of each group. After the
+first of these layers a unit only influences its own patch, after the last one only its own group. So each
+loss of a patch and group (``patches=True, groups=...`` of `plywise.LocalForwardGradient`) depends only on the
+units of that patch and group, and their estimates have little noise.
 
 Source: Ren, Kornblith, Liao, Hinton, ICLR 2023 (see `plywise.LocalForwardGradient`), and its public code.
 """

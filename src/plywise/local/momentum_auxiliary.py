@@ -49,7 +49,7 @@ class MomentumHead(nn.Module):
 
 
 def beginning(block: nn.Module) -> nn.Module:
-    """The first layer with parameters of a Sequential, and those around it without; or another block whole.
+    """Return a Sequential's first layer with parameters and those without beside it; any other block whole.
 
     Example:
         >>> beginning(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)))
@@ -77,20 +77,21 @@ def beginning(block: nn.Module) -> nn.Module:
 class MomentumAuxiliary(Learner):
     """Supervised local learning with momentum auxiliary networks (MAN).
 
-    Idea: a block judged by a head of its own alone is short-sighted. Give its head the beginning of the next
-        block, as it was on average over the last steps: what the next block needs then counts, and no
-        gradient crosses blocks.
+    Idea: a block that follows only its own head ignores what later blocks need. Put a copy of the beginning
+        of the next block, averaged over the last steps, into its head. Then the head's loss depends on what
+        the next block needs, and no gradient crosses blocks.
     Equation: s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and its auxiliary network follow
         ∇ ℓ(h_i(c_i(s_i) + m_i(s_i)), y), where m_i and c_i begin as copies of the beginning of block i + 1,
         c_i learns, and m_i ← μ m_i + (1 - μ) f_{i+1} after each step, f_{i+1} its beginning's parameters.
         Last block: ∇ ℓ(s_K, y). Prediction: f_K ∘ … ∘ f_1; heads are for training only.
-    Use when: `LocalLoss` loses too much accuracy, and memory for a few layers more in each head is there.
+    Use when: `LocalLoss` loses too much accuracy, and there is memory for a few more layers in each head.
     Do not use when: backpropagation fits; or blocks are one layer each of very different cost. The blocks run
         in one process: parameters flow from each block to the one before.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
-        of auxiliary networks too. Of a Sequential block, the first layer with parameters is copied, of any
-        other the whole block. The last block's output is one score for each class.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules; a ``rule`` handles their
+        calls of linear maps, those of auxiliary networks too. Of a Sequential block, the first layer with
+        parameters is copied, of any other the whole block. The last block's output is one score for each
+        class.
     Cost: for each block but the last, a forward of two copies of the beginning of the next, a backward of
         one, and a head. The activations of one block and its auxiliary network at a time.
     Status: faithful to the authors' code on the auxiliary network (the sum of a copy that learns, in the

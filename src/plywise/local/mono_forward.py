@@ -1,4 +1,4 @@
-"""Mono-Forward: every block learns by the cross-entropy of one projection of its own; all vote."""
+"""Mono-Forward: every block learns from the cross-entropy of its own projection; all projections vote."""
 
 from typing import Any
 
@@ -31,13 +31,13 @@ class MonoForward(OneWayLearner):
         together with the matrix, by the cross-entropy of these. At prediction the layers' goodness adds up.
     Equation: a_i = f_i(a_{i-1}) with a_{i-1} detached, G_i = a_i M_iᵀ; f_i and M_i follow
         ∇ CE(softmax(G_i), y). Prediction: argmax of Σ_i G_i, or of G_L alone (``votes="last"``).
-    Use when: a small baseline of local learning is wanted that needs no negative data (`ForwardForward`) and
-        no choice of a head.
-    Do not use when: blocks hand on large feature maps: M_i has a row of all features for each class. See
-        `LocalLoss`, whose default head pools.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, and
-        the projections. Blocks end before the classifier.
+    Use when: you want a simple baseline of local learning without negative data (`ForwardForward`) and
+        without a choice of heads.
+    Do not use when: blocks have large feature maps as outputs: M_i has a row of all features for each class.
+        See `LocalLoss`, whose default head pools.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules; a ``rule`` handles their
+        calls of linear maps, and the projections. Blocks end before the classifier.
     Cost: a projection for each block, C times its features. The activations of one block at a time.
     Status: faithful in equations and in both ways to predict, as the paper's summary gives them;
         variant in that blocks may be larger than the paper's single layers.
@@ -99,7 +99,7 @@ class MonoForward(OneWayLearner):
 
 
 class VotingPath(nn.Module):
-    """The sum of what all projections say, or what the last one says."""
+    """The sum of all projections' scores, or the scores of the last one."""
 
     def __init__(self, components: list[LossComponent], everyone: bool) -> None:
         super().__init__()

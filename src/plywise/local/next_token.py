@@ -110,20 +110,20 @@ class LocalNextToken(OneWayLearner):
     """Block-local learning of sequences: each block predicts the next token by a private head.
 
     Idea: every block of a language model has a small head of its own and learns to predict the next token
-        from its features. No gradient crosses blocks, so that only one block's graph exists at a time; and
-        scores of the vocabulary are made for a part of the batch at a time.
+        from its features. No gradient crosses blocks, so that only one block's graph exists at a time. The
+        scores of the vocabulary are computed for one part of the batch at a time.
     Equation: s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and its head h_i follow the gradient of
         mean_t -log softmax(h_i(s_i[t]))[y_t]. With tied heads, h_i(s) = E norm_i(s), E the embedding of the
         first block, which learns there and is detached in all other blocks. Prediction: h_K ∘ f_K ∘ … ∘ f_1.
         One block is backpropagation.
-    Use when: a language model's activations do not fit, or its blocks shall train in a pipeline of processes
-        or at places of their own.
-    Do not use when: backpropagation fits and the last percent of the nats counts.
+    Use when: a language model's activations do not fit into memory, or its blocks train in a pipeline of
+        processes or on several machines.
+    Do not use when: backpropagation fits and the last percent of the loss matters.
     Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
         model into such, also one that makes masks and positions of its inputs). Features come last: tokens
-        (B, T) or features (B, ..., width) in, (B, ..., width) out. Inside a block anything goes. If the last
-        block hands on as many features as there are scores, they are the scores; otherwise it has a head,
-        too.
+        (B, T) or features (B, ..., width) in, (B, ..., width) out. A block may contain any modules. If the
+        last block hands on as many features as there are scores, they are the scores; otherwise it has a
+        head, too.
     Cost: a head for each block, its forward twice (its scores are made again in backward). The activations of
         one block and the scores of one piece of the batch at a time.
     Status: after the idea as it is in use; the head, the pieces and the tied variant are ours. Private heads
@@ -147,9 +147,9 @@ class LocalNextToken(OneWayLearner):
             embedding's width. Default `linear_head`; `mlp_head` is larger. With ``tied``, the default is a
             layer norm.
         tied: the embedding of the first block whose weight (V, width) all heads read with. Default none.
-        pieces: parts of the batch whose scores are made one after another. More of them save memory where V
-            is large. Default 4. Range 1 to 16.
-        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
+        pieces: parts of the batch whose scores are computed one after another. More parts save memory if V is
+        large. Default 4. Range 1 to 16. **training: what every `Learner` takes, by name: ``optimizer``
+        (required), ``scheduler``, ``rule``,
             ``callbacks`` and ``seed``.
 
     Raises:

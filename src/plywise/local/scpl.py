@@ -1,4 +1,4 @@
-"""SCPL: every block draws samples of one class together and keeps the other classes away."""
+"""SCPL: every block learns to bring samples of one class together and to separate the classes."""
 
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ class MeanProjection(MeanLinear):
 
 
 def contrastive_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
-    """How much nearer a batch's samples are to their own class than to the others.
+    """Return the contrastive loss: low if samples are nearer to their own class than to others.
 
     ``-mean_i (1 / n_i) Σ_j log softmax_{j ≠ i}(ẑ_i · ẑ_j / temperature)``, j over the other samples of i's
     class, n_i the number of the class's samples with i itself, ẑ of norm 1. A sample alone in its
@@ -67,18 +67,18 @@ def contrastive_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
 class SCPL(OneWayLearner):
     """Supervised contrastive parallel learning, the successor of Associated Learning.
 
-    Idea: a block needs no target code to learn by itself: let it draw the samples of a class together and
-        push those of other classes away. Only the last block learns to tell which class is which.
+    Idea: a block needs no code of the target to learn by itself. It learns to bring the samples of a class
+        together and to push other classes away. Only the last block learns to predict the class.
     Equation: z = p_i(s_i) of norm 1, s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and its projection p_i
         follow the gradient of `contrastive_loss`(z, y); the last block follows cross-entropy. Prediction:
         f_K ∘ … ∘ f_1.
-    Use when: blocks shall train in a pipeline of processes, batches are large and classes few: each sample
+    Use when: you train blocks in a pipeline of processes, batches are large and classes few: each sample
         needs others of its class in the batch.
-    Do not use when: batches are small against the number of classes: most samples then stand alone. See
-        `LocalLoss`.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such). Inside a block anything goes; a ``rule`` handles Linear and Conv1d to Conv3d, those
-        of projections too. The last block's output is one score for each class.
+    Do not use when: batches are small compared with the number of classes: then most samples are the only
+        ones of their class. See `LocalLoss`.
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model). A block may contain any modules; a ``rule`` handles their
+        calls of linear maps, those of projections too. The last block's output is one score for each class.
     Cost: a projection for each block, and N² products of projections. The activations of one block at a time.
     Status: variant: a reconstruction from descriptions: the default projection is small and pools positions;
         the loss counts a sample itself among those of its class.

@@ -1,4 +1,4 @@
-"""What can be set about the local learners."""
+"""The hyper-parameters of local learners by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from plywise.local.learner import Learner
 
 READERS = ("AssociatedLearning", "CascadedForward", "ForwardForward", "MonoForward")
-"""Learners that read the classes off what the blocks hand on; for the others the last block's output is
-the prediction."""
+"""Learners whose heads predict from the blocks' outputs; for the others the last block's output is the
+prediction."""
 
 _TRAINING = ("optimizer", "scheduler", "rule", "callbacks", "seed")
 
 
 def learner_settings(learner: type[Learner], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyper-parameters as a learner takes them: where it wants a function, ``module:name`` is loaded.
+    """Convert hyper-parameters for a learner: where it takes a function, load ``module:name``.
 
     Raises:
         PlywiseError: the learner has no such hyper-parameter, or the address of a function is wrong.

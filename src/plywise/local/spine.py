@@ -1,9 +1,9 @@
-"""Models whose forward calls a row of layers in a loop: transformers of Hugging Face, timm and one's own.
+"""Models whose forward calls a list of layers in a loop, such as transformers of Hugging Face and timm.
 
 Such a model is cut between two of these layers, whatever else its forward does. A block runs the model's own
-forward: layers before the block hand on what they get, the last of them the signal, and after the last layer
-of the block the forward is left. So masks, positions and caches are made by the model's own code, from the
-model's inputs, which are carried along with the signal.
+forward. The layers before the block return their input, the last of them the signal, and after the last layer
+of the block the forward is left by an exception. So the model's own code makes masks, positions and caches,
+from the model's inputs, which are carried along with the signal.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SpineUnit:
 
     @property
     def label(self) -> str:
-        """How a user knows it: by the path of its first layer."""
+        """Its name in messages: the path of its first layer."""
         names = self.spine.names
         return repr(f"{self.spine.path}.{names[min(max(self.start - 1, 0), len(names) - 1)]}")
 
@@ -79,7 +79,7 @@ class _LeftEarlyError(Exception):
 
 
 class _Stand(nn.Module):
-    """Stands for a layer while a block runs; what the forward asks of the layer, the layer says."""
+    """Replaces a layer while a block runs; attributes are read from the layer itself."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class _Stand(nn.Module):
 
 
 class _Passing(_Stand):
-    """Hands on what it gets; the last one before a block the block's signal, and autograd begins there."""
+    """Returns its input; the last one before a block returns the block's signal, where autograd begins."""
 
     def __init__(self, layer: nn.Module, width: int, signal: Tensor | None) -> None:
         super().__init__(layer)
@@ -182,7 +182,7 @@ class SpineBlock(nn.Module):
 
     @contextmanager
     def _standing(self, model: nn.Module, s: Tensor) -> Iterator[None]:
-        """The layers outside of the block replaced, and the modules around them in the block's mode."""
+        """Replace the layers outside of the block, and put the modules around them into the block's mode."""
         unit: SpineUnit = self.__dict__["_unit"]
         spine, count = unit.spine, len(unit.spine.names)
         row = model.get_submodule(spine.path)

@@ -1,4 +1,4 @@
-"""Cutting a model into blocks of about equal cost."""
+"""Cuts a model into blocks of about equal cost."""
 
 import math
 import operator
@@ -23,27 +23,28 @@ _REPEATS = 5
 
 
 def split(model: nn.Module, k: int, example: Batch) -> Blocks:
-    """Cut a model into blocks of about equal cost that follow one another.
+    """Cut a model into a sequence of blocks of about equal cost.
 
     Cuts are made where a single tensor crosses, in nested Sequentials and in forwards that torch.fx can
     trace; what has no parameters stays with the layer before. Where a forward calls the layers of an
     `nn.ModuleList` (or a Sequential) in a loop, as transformers of Hugging Face and timm do, cuts are made
     between these layers, whatever else it does: its inputs (ids, masks) are carried along with the signal,
     and each block runs the model's own forward with the other layers left out. The costs of these units,
-    forward and backward, are measured on a copy of the model in train mode; the most expensive block is as
-    cheap as it can be. The blocks hold the model's own modules, parameters and buffers, under the names that
-    they have in the model. While it measures there are two copies of the model beside it.
+    forward and backward, are measured on a copy of the model in train mode; the cuts make the most expensive
+    block as cheap as possible. The blocks hold the model's own modules, parameters and buffers, under the
+    names that they have in the model. While it measures there are two copies of the model beside it.
 
     Args:
         model: the model. It gives one tensor, or an output that holds one (``.logits``, the first of a
             tuple). It stays as it is (lazy layers are materialised).
         k: number of blocks.
-        example: a batch of inputs such as the blocks will get in training, a tensor, or a dict or tuple of
-            them, which the model gets by name or by place; batch norm needs two samples.
+        example: a typical training batch of inputs: a tensor, or a dict or tuple of tensors, passed to the
+            model by name or by position; batch norm needs two samples.
 
     Returns:
-        The blocks. One that is more than modules in a row is a `torch.fx.GraphModule`: numbers that forward
-        reads from attributes stay what they are now, and ``self.training`` becomes the mode of the block.
+        The blocks. A block that is not just a sequence of modules is a `torch.fx.GraphModule`: numbers that
+        forward reads from attributes are fixed at their present values, and ``self.training`` becomes the
+        mode of the block.
 
     Raises:
         BlockError: there are fewer than ``k`` units (the error says where several tensors cross, a parameter
@@ -84,9 +85,10 @@ def split(model: nn.Module, k: int, example: Batch) -> Blocks:
 
 
 def balance(costs: Sequence[float], k: int) -> list[range]:
-    """Part units in a row into ``k`` blocks whose most expensive one is as cheap as can be.
+    """Divide a sequence of units into ``k`` blocks, the most expensive of which is as cheap as possible.
 
-    Among these the one with the least sum of squares, so that the others are even too. Exact.
+    Of these partitions, take the one with the least sum of squares, which balances the other blocks, too.
+    Exact.
 
     Args:
         costs: of the units, first to last; not negative.

@@ -1,4 +1,4 @@
-"""Traces by torch.fx that hold for train and for eval mode, or the reason why there is none."""
+"""Traces models by torch.fx, valid in train and in eval mode, or finds the reason why it cannot."""
 
 import operator
 import traceback
@@ -54,7 +54,7 @@ class ChainTracer(fx.Tracer):
         self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Everything is, but for what is to be opened."""
+        """Every module is a leaf, except those to be opened."""
         return m not in self._opened
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:

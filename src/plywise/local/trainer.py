@@ -1,4 +1,4 @@
-"""One component in training: its optimizer, its scheduler, its rule, its random numbers."""
+"""Trains one component: its optimizer, its scheduler, its rule, its random numbers."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -105,9 +105,9 @@ class LocalTrainer:
     def learn(
         self, signal: Signal, step: int, emit: Callable[[Signal], None] = lambda _: None
     ) -> tuple[Signal, Tensor]:
-        """One step on a signal: what goes on to the next component, and the local loss.
+        """Take one step on a signal; return the signal for the next component, and the local loss.
 
-        ``emit`` gets what goes on before the local backward: the next component need not wait for that.
+        ``emit`` gets the next signal before the local backward, so that the next component need not wait.
         """
         with self.randomness(step):
             following, loss = self.module(signal)
@@ -119,7 +119,7 @@ class LocalTrainer:
         return following, loss.detach()
 
     def begin(self) -> None:
-        """Training mode, and no gradients at hand: a failed step, or somebody else, may have left some.
+        """Set training mode and clear gradients that a failed step or other code may have left.
 
         Parts that were in eval mode when the trainer was made are frozen, and stay so.
         """
@@ -131,7 +131,7 @@ class LocalTrainer:
 
     @contextmanager
     def randomness(self, step: int) -> Iterator[None]:
-        """This component's own random numbers for a step; the caller's stream goes on untouched."""
+        """Use this component's own random numbers in a step; the caller's random state is not changed."""
         tensors = (*self.component.parameters(), *self.component.buffers())
         devices = sorted({t.device.index for t in tensors if t.is_cuda})
         text = f"{self._seed}/{self.index}/{step}".encode()
@@ -143,7 +143,7 @@ class LocalTrainer:
             yield
 
     def apply(self) -> None:
-        """Step the optimizer and the scheduler by the gradients at hand, and drop these."""
+        """Step the optimizer and the scheduler with the present gradients, and clear them."""
         if self.optimizer is None:
             return
         self.optimizer.step()
@@ -152,7 +152,7 @@ class LocalTrainer:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how it goes on."""
+        """Return everything that its further training depends on."""
         return {
             "component": self.component.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),

@@ -1,4 +1,4 @@
-"""The smallest units that blocks may be made of: what a trace shows, tried on an example."""
+"""Finds the smallest units that blocks can be made of, and tries them on an example."""
 
 import copy
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ ADVICE = "pass blocks of your own: Blocks([...], example)"
 def units_of(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
     """The units of a model, each with a parameter. The model stays as it is.
 
-    They are what a trace shows where there is one, or the layers that its forward calls in a loop: those
-    that are more.
+    They come from a trace by torch.fx, or are the layers that its forward calls in a loop, whichever are
+    more.
 
     Args:
         model: the model.
@@ -131,7 +131,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def own_randomness(model: nn.Module, example: Batch) -> Iterator[None]:
-    """Random numbers of its own; the caller's stream goes on untouched."""
+    """Use separate random numbers; the caller's random state is not changed."""
     tensors = (*list_tensors(example), *model.parameters(), *model.buffers())
     devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device for device in devices if device is not None]):
@@ -151,7 +151,7 @@ def _find_tied(model: nn.Module, pieces: list[Piece]) -> dict[int, str]:
 
 
 def _find_unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dict[int, str]:
-    """Cuts where no tensor with a row a sample crosses, or one that a later piece writes into.
+    """Find cuts that no tensor with a row for each sample crosses, or one that a later piece writes into.
 
     Raises:
         BlockError: the model fails, or the pieces do not do what it does.

@@ -1,4 +1,4 @@
-"""A model that trains as a whole, by a step function: what `plywise train --step` is."""
+"""Trains a model as a whole with a step function, as `plywise train --step` does."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from plywise.local.learner import OneWayLearner
 
 
 class WholeComponent(Component):
-    """The whole model; its loss is the step function's."""
+    """The whole model, with the loss of the step function."""
 
     def __init__(self, model: StepModel) -> None:
         super().__init__()
