@@ -1,4 +1,4 @@
-"""torch's AdamW as its users should have it: in one kernel a step, where torch can."""
+"""torch's AdamW with one kernel for a step, where torch has it."""
 
 from collections.abc import Iterable
 from typing import Any

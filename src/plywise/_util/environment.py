@@ -1,4 +1,4 @@
-"""What a measurement was made with: versions, processor, threads, devices."""
+"""Describes the environment of a measurement: versions, processor, threads, devices."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def cores() -> int:
 
 
 def workers_for(device: str, threads: int) -> int:
-    """Trainings at once, where nobody says how many: the cores over the threads; 1 on any other device.
+    """Return the default number of parallel trainings: the cores over the threads; 1 on any other device.
 
-    On a GPU they would share its memory and be on each other's clocks.
+    On a GPU they would share its memory and disturb each other's times.
     """
     return max(1, cores() // max(1, threads)) if device == "cpu" else 1
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut; and folders for a while."""
+"""Atomic files, also after a power cut, and temporary folders."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes to, which appears at ``path`` at the end, whole and on the disk, or not at all.
+    """Open a file for bytes, which appears at ``path`` at the end, complete and on the disk, or not at all.
 
     Its folder is made where missing.
     """

@@ -1,4 +1,4 @@
-"""What users point at by ``module:name``: loading it, and saying what went wrong there."""
+"""Loads what a user names by ``module:name``, with errors that say what went wrong in it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ INSTALLED = tuple(
 
 
 def load(address: str, what: str) -> Any:
-    """What ``module:name`` names. Modules in the current directory are found, after all that are installed.
+    """Load ``module:name``. Modules in the current directory are found, after all installed ones.
 
-    A file of the user's that is called like a package of plywise's, ``jinja2.py``, is not taken for it.
+    A user's file with the name of a package that plywise needs, such as ``jinja2.py``, does not replace it.
 
     Args:
         address: the module, a colon, the name.
@@ -62,7 +62,7 @@ def load(address: str, what: str) -> Any:
 
 
 def call_factory(address: str, what: str) -> Any:
-    """What the function at ``module:name`` makes.
+    """Call the function at ``module:name`` and return its result.
 
     Raises:
         PlywiseError: see `load`; or it is no function without arguments, or it raises.
@@ -126,7 +126,7 @@ def _import_module(name: str) -> Any:
 
 
 def user_line(error: BaseException) -> str:
-    """Where in the user's code an exception was raised, as " (line 3 of mine.py)"; empty if it was not."""
+    """Return where in the user's code an exception was raised, as " (line 3 of mine.py)"; else ""."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, "<"))]
     return f" (line {own[-1].lineno} of {os.path.basename(own[-1].filename)})" if own else ""

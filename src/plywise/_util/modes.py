@@ -1,4 +1,4 @@
-"""Train and eval mode of modules. Nothing else in plywise switches a model for a while: a test forbids it."""
+"""Temporary changes of train and eval mode. A test forbids them anywhere else in plywise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every part is in the mode that it was in."""
+    """Set eval mode in the block; afterwards every module is in its earlier mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -19,9 +19,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def frozen_parts(module: nn.Module) -> list[nn.Module]:
-    """Parts that their owner holds in eval mode within something in train mode, as batch norms often are.
+    """Find modules in eval mode within modules in train mode, as frozen batch norms are.
 
-    What stands directly in ``module`` is none: a model as a whole is in eval mode where it was just loaded.
+    ``module`` itself does not count: a model that was just loaded is in eval mode as a whole.
 
     Example:
         >>> body = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval())

@@ -1,4 +1,4 @@
-"""Process groups: what user code starts in a process ends with that process."""
+"""Process groups: they end what user code started in a process together with that process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def begin_group() -> None:
 def end_with_torchrun() -> None:
     """End this process when the torchrun that started it is gone: the others of its run may never come.
 
-    To be called as early as can be: what torchrun starts in its own last moment is not seen to be left
-    alone. Without torchrun nothing happens.
+    Call it as early as possible: a process that torchrun starts in its own last moment is not recognised.
+        Without torchrun nothing happens.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and _following.acquire(blocking=False):
         threading.Thread(target=_leave_with_torchrun, args=(os.getppid(),), daemon=True).start()
@@ -38,9 +38,9 @@ def end_group(leader: int | None) -> None:
 
 
 def _leave_with_parent() -> None:
-    """End this group when the process that asked for it has gone: nobody waits for its outcome any more.
+    """End this group when the process that asked for it is gone: nothing waits for its result any more.
 
-    That is not the one that it was forked from: a fork server lives for as long as a process of its does.
+    This is not its parent: a fork server lives as long as any process that it forked.
     """
     parent = multiprocessing.parent_process()
     if parent is None:

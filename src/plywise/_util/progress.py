@@ -1,4 +1,4 @@
-"""Shows how far a piece of work is: a bar in terminals and notebooks, a line for each step elsewhere."""
+"""Shows the progress of work: a bar in terminals and notebooks, a line for each step elsewhere."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Step:
     Attributes:
         done: how many are.
         total: of how many.
-        text: what came of it, in a line.
-        left: seconds that the rest may take, if the work itself knows; else they follow from the pace so far.
+        text: its result, in a line.
+        left: estimated seconds of the rest, if the work knows them; else they follow from the pace so far.
         stays: whether the line is to stay on the screen, as a failure's does.
     """
 
@@ -75,7 +75,7 @@ def follow(
 
 
 class _Pace:
-    """Tells from the steps so far what the rest may take."""
+    """Estimates the rest from the pace of the steps so far."""
 
     def __init__(self, done: int) -> None:
         self._start, self._before = time.monotonic(), done

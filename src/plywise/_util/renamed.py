@@ -1,4 +1,4 @@
-"""Old names in modules that users import from, and of arguments: they work for one release, and warn."""
+"""Old names of public objects and arguments, which work for one release and warn."""
 
 import functools
 import sys
@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def serve_old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A ``__getattr__`` for a module: its old names give what they are called now, with a warning.
+    """Return a ``__getattr__`` for a module that finds objects by their old names, with a warning.
 
     Args:
         module: the module's ``__name__``.
@@ -36,7 +36,7 @@ def serve_old_names(module: str, names: Mapping[str, str]) -> Callable[[str], An
 
 
 def serve_old_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator: a function takes an argument by its old name, too, with a warning.
+    """Return a decorator: the function also takes an argument by its old name, with a warning.
 
     Args:
         old: the name that it had.

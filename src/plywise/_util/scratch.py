@@ -1,4 +1,4 @@
-"""Folders for files that are needed while a command runs, and that no killed command leaves for ever."""
+"""Temporary folders of a command; what a killed command leaves is removed by the next one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LOCK = "lock"
 class Scratch:
     """A folder of its own, removed by `close`; a context manager, too.
 
-    It holds a lock for as long as this process lives. What processes that were killed have left in the same
-    parent, folders whose lock nobody holds, is swept first.
+    It holds a lock as long as this process lives. First, folders in the same parent whose lock is free are
+    removed: they are left by killed processes.
 
     Args:
         parent: where to make it; it is made where missing. Default: the folder for temporary files.
@@ -53,7 +53,7 @@ class Scratch:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed processes have left in a folder."""
+    """Remove the folders that killed processes have left."""
     for left in parent.glob(f"{PREFIX}*"):
         lock = FileLock(left / _LOCK)
         try:

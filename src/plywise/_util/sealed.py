@@ -1,4 +1,4 @@
-"""JSON that says whether it is still what was written: at its end stands a digest of it, ``check``."""
+"""JSON with a digest of itself at its end, ``check``, which shows whether it is undamaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_sealed(text: str) -> bool:
 
 
 def unseal(text: str) -> Any:
-    """What a text says, its check apart. One without a check, as older versions wrote it, is taken as it is.
+    """Return the content of a text without its check. A text of an older version needs no check.
 
     Raises:
         ValueError: it is no JSON, or does not fit its check.

@@ -1,4 +1,4 @@
-"""Random numbers from a seed, for a while."""
+"""Random numbers from a seed, in a block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's, NumPy's and Python's random numbers from one seed; as before afterwards.
+    """Seed torch's, NumPy's and Python's random numbers in the block; restore their states afterwards.
 
     Example:
         >>> with seeded(3):

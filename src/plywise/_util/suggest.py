@@ -1,4 +1,4 @@
-"""Names near to a word that is none."""
+"""Suggests names similar to a misspelt one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 
 
 def suggestion(word: str, choices: tuple[str, ...]) -> str:
-    """``"Did you mean …? "`` for the choices nearest to ``word``, or nothing if none is near."""
+    """Return ``"Did you mean …? "`` with the choices nearest to ``word``, or "" if none is near."""
     lowered = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(lowered[match] for match in near)}? " if near else ""

@@ -1,7 +1,7 @@
-"""Objects that a user gives in Python, under addresses that the arena takes from the command line, too.
+"""Gives addresses to Python objects of the user, as the command line uses for things that can be imported.
 
-A bench names everything by address, so that its folder can say what it compared and other processes can
-find it. What is given as an object gets an address in a module that exists in this process alone.
+A bench names everything by address, so that its folder records what was compared and other processes can find
+it. An object gets an address in a module that exists in this process only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MODULE = "given_objects"
 
 
 def is_given(address: str) -> bool:
-    """Whether an address is of an object that only this process has."""
+    """Whether an address is that of an object in this process only."""
     return any(part.startswith(f"{MODULE}:") for part in address.split("+"))
 
 
@@ -32,7 +32,7 @@ def shorten(text: str) -> str:
 
 
 def name_object(value: Any, role: str) -> str:
-    """The address of an object; what is an address already stays as it is.
+    """Return the address of an object, or an address unchanged.
 
     Args:
         value: the object, or an address.
@@ -53,7 +53,7 @@ def name_object(value: Any, role: str) -> str:
 
 
 def name_data(value: Any) -> str:
-    """The address of data: of a function that makes them, or of what such a function may return.
+    """Return the address of data: of a function that makes them, or of the data themselves.
 
     Example:
         >>> name_data("digits"), name_data(([[0.0]], [1]))

@@ -1,4 +1,4 @@
-"""What competes in the arena: a way to train a model, and the numbers that may be tuned."""
+"""The methods that the arena compares: a way to train a model, and the numbers that may be tuned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Numbers = Mapping[str, float]
 
 
 def runs_on_all(workload: Workload) -> str:
-    """No reason not to run."""
+    """Return no reason to refuse."""
     return ""
 
 
@@ -52,7 +52,7 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What a method gets to start from.
+    """What a method gets when a trial starts.
 
     Attributes:
         model: the model with its initial weights.
@@ -83,17 +83,17 @@ class Method:
         name: its name on the command line and in reports.
         about: one line.
         space: the numbers that may be tuned, at most two, the same for every workload.
-        make: begins to train a model.
+        make: makes the trainer of a model.
         baseline: whether targets are taken from it: an established method, not one of ours.
-        gradients: forward and backward passes that a step takes.
-        count: counts them on the model at hand, for a method where they depend on it.
+        gradients: number of forward and backward passes in a step.
+        count: counts them on a model, for a method where they depend on the model.
         refuses: why it cannot run on a workload; "" if it can. What cannot run is left out and listed, which
             is no failure.
         local: whether it trains the model block by block.
-        null: the method that this one is under another name and with other seeds: a null control.
+        null: the method that this one repeats under another name and with other seeds, as a null control.
         needs: a package that it imports and plywise does not bring, or nothing.
-        grid: the numbers of its tuning trials, where they are given and not searched for; if it is one
-            only, there is nothing to tune.
+        grid: the numbers of its tuning trials, if they are given and not searched for; with a single point
+            there is nothing to tune.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Method:
             )
 
     def require(self) -> None:
-        """See that what it needs is there: what is not installed is no failure of the method.
+        """Check that the package it needs is installed; a missing package is no failure of the method.
 
         Raises:
             PlywiseError: the package is missing.
@@ -184,7 +184,7 @@ def with_rule(
 
 
 def cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
-    """Makes the schedule that every method gets: half a cosine from the rate to zero."""
+    """Make the schedule that every method gets: half a cosine from the rate to zero."""
     return lambda optimizer: LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
     )
@@ -208,11 +208,11 @@ def of_optimizer(name: str, about: str, optimizer: type[Optimizer], space: Space
 
 
 RATE = Range(1e-4, 1.0, 1e-3)
-"""Where the rate of an optimizer is looked for that says nothing about it."""
+"""The search range for the rate of an optimizer that gives none."""
 
 
 def of_class(address: str, thing: Any) -> Method:
-    """A method of what a user points at: a `Method`, or an optimizer's class.
+    """Make a method of the object at a user's address: a `Method`, or an optimizer's class.
 
     An optimizer may say ``search_space = {"lr": Range(...)}``; without, its rate is looked for between
     1e-4 and 1.

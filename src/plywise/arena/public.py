@@ -67,11 +67,11 @@ def bench(
 ) -> BenchReport:
     """Compare training methods on your model, with equal tuning for all: `plywise bench` from Python.
 
-    The folder keeps every trial as it ends. The same call again goes on with what is missing, and
-    ``plywise report`` draws the page of it.
+    The folder keeps every trial as it ends. The same call continues an interrupted bench, and ``plywise
+    report`` writes its page.
 
-    What is given as objects (functions, classes, tensors) is run in this process, one trial after the other.
-    What is given by addresses is run in processes of their own, several at once.
+    If models, data or methods are objects (functions, classes, tensors), trials run in this process, one
+    after the other. If all are given by address, each trial runs in its own process, several at once.
 
     Args:
         model: function that makes your network, a new one each time; or its address.
@@ -80,16 +80,16 @@ def bench(
         workloads: instead of a model: ``"quick"``, ``"standard"``, ``"related"``, or names of workloads that
             plywise ships; or ``"hidden"``: workloads made by a seed, on which no default was tuned.
         hidden_seed: seed of the hidden workloads. Default: a new one.
-        methods: what is compared: names, addresses, classes of `torch.optim.Optimizer` or of `plywise.Rule`,
+        methods: what to compare: names, addresses, classes of `torch.optim.Optimizer` or of `plywise.Rule`,
             and `plywise.arena.method.Method` objects.
         trials: tuning trials of each method; 0: defaults only.
         seeds: final runs of each method on each track.
         steps: steps of a run. Default: the workload's; 1000 for your model.
         batch_size: samples a batch. Default: the workload's; 128 for your model.
         loss: function of outputs and targets. Default: cross entropy for classes, squared error for numbers.
-        metric: what it is judged by, the lower the better. Default: error rate, or the loss.
-        step: a function of the model and a batch that returns the loss, for models that are called in another
-            way; as ``plywise bench --step``.
+        metric: the metric to compare by, the lower the better. Default: error rate, or the loss.
+        step: a function of the model and a batch that returns the loss, for models with another calling
+            convention; as ``plywise bench --step``.
         blocks: blocks that local learners cut your model into.
         read: how the data are read, where plywise would guess; see ``plywise bench --help``.
         keep_batches: batches that are kept of a stream; see ``plywise bench --help``.
@@ -102,7 +102,7 @@ def bench(
         progress: show each trial as it ends.
 
     Returns:
-        What came of it: print it, show it in a notebook, `BenchReport.plot`, `BenchReport.to_dataframe`.
+        The report: print it, show it in a notebook, `BenchReport.plot`, `BenchReport.to_dataframe`.
 
     Raises:
         PlywiseError: there is no such method or workload, or model, data and loss do not fit one another.
@@ -126,7 +126,7 @@ def bench(
 
 
 def load(folder: str | Path) -> BenchReport:
-    """What a bench has kept in its folder, finished or not, by `bench` or by ``plywise bench``.
+    """Load a bench, finished or not, from the folder of `bench` or ``plywise bench``.
 
     Raises:
         PlywiseError: the folder holds no bench.
@@ -146,9 +146,9 @@ def diagnose(
     read: str = "",
     seed: int = 0,
 ) -> DiagnosisReport:
-    """Look at a model's layers for a few batches, and say which rule to try, why, and how sure that is.
+    """Examine a model's layers for a few batches, and recommend a rule, with reason and certainty.
 
-    Nothing is trained: the model is looked at as it is made. It is `plywise diagnose` from Python.
+    Nothing is trained: the model is examined at initialisation. This is `plywise diagnose` from Python.
 
     Args:
         model: as for `bench`.

@@ -1,4 +1,4 @@
-"""Search spaces, and the points in them, which are the same for every method."""
+"""Search spaces, and quasi-random points at the same relative places for every method."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from plywise.errors import PlywiseError
 
 MOST_TUNED = 2
-"""Numbers that a method may have tuned. Methods that ship have as many, since equal numbers of trials are
-equal chances only in spaces of equally many dimensions."""
+"""The most numbers that may be tuned of a method. Shipped methods have just as many, for equal numbers of
+trials are equal chances only in spaces of equal dimension."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Where a number is looked for.
+    """The search range of a number.
 
     Attributes:
         low: the least value.
         high: the greatest.
-        default: what it is without tuning.
-        log: whether its logarithm is spread evenly (rates, dampings) or the number itself.
+        default: its value without tuning.
+        log: whether its logarithm is searched evenly (rates, dampings) or the number itself.
     """
 
     low: float

@@ -1,4 +1,4 @@
-"""What a network is trained for: a loss to descend, and a metric to be judged by."""
+"""The task of a network: a loss to train by, and a metric to compare by."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Task:
     """A loss and a metric, both means over samples, both better when lower.
 
     Attributes:
-        loss: what training descends.
-        metric: what validation and test are judged by.
-        metric_name: what reports call it.
-        chance: the metric of knowing nothing, where that is known: a line in pictures.
+        loss: the training loss.
+        metric: the metric of validation and test.
+        metric_name: its name in reports.
+        chance: the metric at chance, where it is known; pictures show it as a line.
         losses: the loss of each sample (N,), for methods that need them apart; None where it has none.
     """
 
@@ -68,7 +68,7 @@ def squared_errors(output: Tensor, y: Tensor) -> Tensor:
 
 
 def wrong_order(scores: Tensor, y: Tensor) -> Tensor:
-    """Share of pairs of a positive and a negative sample that scores put in the wrong order: 1 - AUC.
+    """Return the share of pairs of a positive and a negative sample in the wrong order: 1 - AUC.
 
     Equal scores count as half. As a metric of your own: ``--metric plywise.arena.task:wrong_order``.
 

@@ -1,4 +1,4 @@
-"""A workload of the arena: a model, data, a task, and for how long."""
+"""A workload of the arena: a model, data, a task, and a number of steps."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from plywise.errors import PlywiseError
 __all__ = ["Data", "Workload"]
 
 MEASUREMENTS = 25
-"""How often a run is measured, unless its workload says it."""
+"""Number of measurements in a run, unless its workload gives an interval."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What methods compete on.
+    """A problem on which methods are compared.
 
     Attributes:
         name: its name.
-        about: one line on what it is and why it is there.
+        about: one line on what it is and what it tests.
         make_model: makes the network; called with the trial's seed set.
         make_data: reads the data. Raises PlywiseError where a file is missing.
         task: loss and metric.
         batch_size: samples a batch.
         steps: steps of a run.
-        target: the metric on the validation set that counts as done; None: taken from the baselines of the
-            same bench.
+        target: the target of the validation metric; None: taken from the baselines of the same bench.
         blocks: how many blocks local learners cut the network into; 0: it cannot be cut.
         classes: number of classes of a sample, or of each token, for local learners; 0 for other tasks.
         guesses: what was guessed about the user's data, a sentence each.

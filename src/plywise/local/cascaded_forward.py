@@ -99,9 +99,9 @@ class CascadedForward(OneWayLearner):
     Do not use when: accuracy matters: learned features are far better. The authors' code notes 65 % on
         CIFAR-10 for the least squares.
     Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
-        (`Blocks`; `split` makes them from a model). A block may contain any modules: nothing in it is trained.
-        Blocks end before the classifier. A ``rule`` handles each `GradientHead`; a `RidgeHead` has nothing
-        for it.
+        (`Blocks`; `split` makes them from a model). A block may contain any modules: nothing in it is
+        trained. Blocks end before the classifier. A ``rule`` handles each `GradientHead`; a `RidgeHead` has
+        nothing for it.
     Cost: no backward pass. One forward of each block in a step, two where it has batch norm. A `RidgeHead`
         on d features adds d²/2 products a sample in float64, 8d² bytes, and a solve of d³/3 now and then.
     Status: variant: the ridge, its sums over batches and the running statistics are ours. The authors' code

@@ -1,1 +1,1 @@
-"""What `plywise demo` is."""
+"""The implementation of `plywise demo`."""

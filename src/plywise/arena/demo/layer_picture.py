@@ -1,4 +1,4 @@
-"""The picture that back-matching starts from: how large the backward values are, layer by layer."""
+"""Measures how large backward values are, layer by layer: the observation behind back-matching."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SCALED_WELL = "backward value over output"
 def layer_picture(
     make_model: Callable[[], nn.Module], rules: dict[str, Rule], x: Tensor, y: Tensor
 ) -> dict[str, dict[str, Any]]:
-    """How large a change each layer's output is asked for, on a badly scaled copy of a network.
+    """Measure the size of each layer's backward value, on a badly scaled copy of a network.
 
     For each rule and layer the root mean square of the backward value over that of the layer's output,
-    relative to the last layer's. The network is at initialisation, its layers' weights multiplied by
-    factors that cancel: it computes the same function. Plain training sends down what Backprop does.
+    relative to the last layer's. The network is at initialisation, and its layers' weights are multiplied by
+    factors that cancel, so that it computes the same function. Plain training has Backprop's values.
 
     Args:
         make_model: makes the network, of linear layers and ReLU.

@@ -28,7 +28,7 @@ TITLE = "plywise demo: handwritten digits"
 MEASURE_EVERY = 5
 """Steps between two measurements."""
 TARGET = 0.08
-"""Validation error that counts as done: 23 of 297 images. SGD, AdamW and Muon reach it with every seed, so
+"""Validation error that is the target: 23 of 297 images. SGD, AdamW and Muon reach it with every seed, so
 that times are compared and not misses, and the null control has times to learn the noise from."""
 
 
@@ -110,7 +110,7 @@ def _clear(folder: Path) -> None:
 
 
 def _picture(config: DemoConfig, data: Data, workload: Workload) -> dict[str, dict[str, Any]]:
-    """How large the backward values are, layer by layer, of plain training and of rules of one batch."""
+    """Measure the backward values, layer by layer, of plain training and of rules of one batch."""
     rules = {name: find_rule(RULE_OF[name])() for name in config.setups if name in RULE_OF}
     shown = {
         PEERS[0]: find_rule("Backprop")(),

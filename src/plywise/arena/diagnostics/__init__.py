@@ -1,1 +1,1 @@
-"""What `plywise diagnose` is: layers before training, and advice."""
+"""The implementation of `plywise diagnose`: it examines layers before training, and gives advice."""

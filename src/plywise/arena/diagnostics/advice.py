@@ -1,7 +1,8 @@
-"""What a diagnosis speaks for: a rule or an optimizer, with the numbers that led to it, and how sure that is.
+"""Recommends a rule or an optimizer from a diagnosis, with the numbers behind it and how certain it is.
 
-The thresholds are few and plain, each with its reason. What is recommended rests on ``benchmarks/README.md``:
-small networks for classification. Elsewhere the advice says so, and always names the bench that settles it.
+The thresholds are few and simple, each with its reason. The recommendations rest on ``benchmarks/README.md``,
+that is, on small networks for classification. For other networks the advice says so. It always names the
+bench that would decide.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ BACKWARD_SPAN = 100.0
 """Backward values that shrink or grow by this factor from the last layer to the first. The shipped workloads
 stay below 63; the network of that benchmark with all weights small has 140."""
 UNEVEN = 3.0
-"""Inputs are uneven where their directions are this many times the effective rank; of white ones, about 1."""
+"""Inputs are uneven if they have this many times as many directions as effective rank; white inputs, 1."""
 CONDITION = 10.0
-"""And where the condition number is this many times that of white inputs, which few rows show by chance."""
+"""They also need a condition number this many times that of white inputs with as many rows."""
 MOSTLY = 0.5
-"""A share of the parameters that speaks for the network."""
+"""Advice on the whole network needs layers with this share of the parameters."""
 MEAN_SHARE = 0.95
-"""Share of the mean in the squares of a network's inputs from which it should be taken off: it is then above
+"""If the mean has this share in the squares of a network's inputs, it should be subtracted: it then exceeds
 four standard deviations. Pixels from 0 to 1 have 0.3 to 0.7."""
 SPREAD = 30.0
-"""A feature of a network's inputs with a standard deviation this many times the middle one has another unit.
+"""A feature of a network's inputs whose standard deviation is this many times the median has another unit.
 The shipped workloads stay below 2."""
 SILENT = 0.6
-"""Share of a layer's outputs without a gradient from which something is wrong. At initialisation the shipped
+"""If this share of a layer's outputs has no gradient, something is wrong. At initialisation the shipped
 workloads stay below 0.45."""
 NARROW = 0.5
-"""Share of a layer's inputs that vary below which it is wider than what it reads."""
+"""A layer is too wide for its inputs if less than this share of their directions varies."""
 ROWS_TO_TELL = 2
-"""Rows a feature without which directions that do not vary may just not have been seen."""
+"""Rows for each feature that are needed to tell whether a direction varies."""
 LARGE = 3_000_000
-"""Parameters from which on the benchmarks say little: their largest network has a tenth of that."""
+"""For more parameters than this the benchmarks say little: their largest network has a tenth of it."""
 
 MEASURED = "measured on a network of this kind"
 ELSEWHERE = "measured, on another kind of network"
@@ -66,11 +67,11 @@ class Advice:
 
 
 def advice(diagnosis: Diagnosis, subject: str = "MODULE:FACTORY --data DATA") -> list[Advice]:
-    """What a diagnosis speaks for, the most pressing first; never empty.
+    """Return the advice that follows from a diagnosis, the most urgent first; never empty.
 
     Args:
         diagnosis: of a model as it is before training.
-        subject: what `plywise bench` shall train, as its command line names it.
+        subject: the options with which `plywise bench` trains the same model.
 
     Example:
         >>> from plywise.arena.diagnostics.diagnosis import diagnose_workload
@@ -85,7 +86,7 @@ def advice(diagnosis: Diagnosis, subject: str = "MODULE:FACTORY --data DATA") ->
 
 
 def outlying(layer: LayerDiagnosis, diagnosis: Diagnosis) -> set[str]:
-    """The fields of a layer that stand out: of ``backward_to_last``, ``silent``, ``rate``, ``condition``.
+    """Return the unusual fields of a layer, among ``backward_to_last``, ``silent``, ``rate``, ``condition``.
 
     Example:
         >>> from plywise.arena.diagnostics.diagnosis import diagnose_workload
@@ -112,7 +113,7 @@ def outlying(layer: LayerDiagnosis, diagnosis: Diagnosis) -> set[str]:
 
 
 def _about_inputs(diagnosis: Diagnosis) -> list[Advice]:
-    """Normalise what the network is fed, where a layer reads it."""
+    """Advise to normalise the network's inputs, if a layer reads them."""
     first = _list_measured(diagnosis)[:1]
     if not first or first[0].read is None or any("Embedding" in one.type for one in diagnosis.left):
         return []
@@ -137,7 +138,7 @@ def _about_inputs(diagnosis: Diagnosis) -> list[Advice]:
 
 
 def _about_silence(diagnosis: Diagnosis) -> list[Advice]:
-    """Outputs that no gradient reaches."""
+    """Advise on outputs that no gradient reaches."""
     silent = [
         layer for layer in _list_measured(diagnosis) if layer.silent is not None and layer.silent >= SILENT
     ]
@@ -157,7 +158,7 @@ def _about_silence(diagnosis: Diagnosis) -> list[Advice]:
 
 
 def _about_width(diagnosis: Diagnosis) -> list[Advice]:
-    """Layers that are wider than what they read."""
+    """Advise on layers that are too wide for their inputs."""
     wide = [layer for layer in _list_measured(diagnosis) if layer.read and _is_too_wide(layer, layer.read)]
     if not wide:
         return []
@@ -179,7 +180,7 @@ def _about_width(diagnosis: Diagnosis) -> list[Advice]:
 
 
 def _about_scales(diagnosis: Diagnosis, subject: str) -> list[Advice]:
-    """Layers that are badly scaled against each other."""
+    """Advise on layers that are badly scaled against each other."""
     rates = [layer for layer in _list_measured(diagnosis) if layer.rate]
     spread, ratio = diagnosis.rate_spread, diagnosis.backward_ratio
     reasons = []
@@ -218,7 +219,7 @@ def _about_scales(diagnosis: Diagnosis, subject: str) -> list[Advice]:
 
 
 def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
-    """Inputs of layers that are far from white."""
+    """Advise on layers whose inputs are far from white."""
     layers = [layer for layer in _list_measured(diagnosis) if layer.read and layer.trains]
     uneven = [layer for layer in layers if layer.read and _is_uneven(layer.read)]
     share = sum(layer.parameters for layer in uneven) / max(1, diagnosis.parameters)
@@ -272,7 +273,7 @@ def _describe_worst(layers: list[LayerDiagnosis]) -> str:
 
 
 def _advise_nothing(diagnosis: Diagnosis, subject: str) -> Advice:
-    """Nothing stands out."""
+    """Say that nothing is unusual."""
     layers = _list_measured(diagnosis)
     if not layers:
         kinds = ", ".join(sorted({one.type for one in diagnosis.left})) or "nothing"

@@ -1,4 +1,4 @@
-"""What the inputs of a layer look like: a running covariance, and how uneven it is."""
+"""Statistics of a layer's inputs: a running covariance, and how uneven it is."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from plywise.errors import PlywiseError
 
 MOST_FEATURES, MOST_GROUPS = 512, 8
-"""Features and groups of a layer that the covariance is made of, since eigenvalues cost the cube. Those of a
-part lie between those of the whole: the condition number of a part is one that the whole has at least."""
+"""The most features and groups of a layer in the covariance, for eigenvalues have a cubic cost. Eigenvalues
+of a part lie between those of the whole, so a part's condition number is a lower bound."""
 FLOOR = 1e-10
-"""Eigenvalues below this share of the largest one count as none: inputs are float32, and this is noise."""
+"""Eigenvalues below this share of the largest one count as zero: for float32 inputs they are noise."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a layer's inputs look like over all batches: the covariance of the rows of A, without the bias.
+    """Statistics of a layer's inputs over all batches: the covariance of the rows of A, without the bias.
 
     Of a grouped convolution the worst group is reported.
 
@@ -31,8 +31,8 @@ class Inputs:
         condition: largest eigenvalue of the covariance over the smallest one; None if nothing varies.
         at_least: whether the condition number is only known to be that or larger: some directions do not
             vary, rows were too few to tell, or some features were not looked at.
-        white: the condition number to expect of inputs whose true one is 1, from so few rows; None if there
-            are no more rows than features.
+        white: the condition number to expect from this number of rows if the true one is 1; None if there are
+            no more rows than features.
         effective_rank: (sum of the eigenvalues)² / sum of their squares: how many directions carry the
             variance; None if nothing varies.
         mean_share: share of the rows' mean square norm that is the square norm of their mean, 0 to 1.
@@ -52,7 +52,7 @@ class Inputs:
 
 
 class Covariance:
-    """Running covariance of rows (g, n, d) in float64, about the first row: large means cancel nothing.
+    """Running covariance of rows (g, n, d) in float64, about the first row: large means cost no digits.
 
     Example:
         >>> covariance = Covariance()
@@ -84,7 +84,7 @@ class Covariance:
         self.count += rows.shape[1]
 
     def summarize(self) -> Inputs | None:
-        """What they look like, in the worst group; None if there are none.
+        """Return the statistics of the worst group; None if there are no rows.
 
         Raises:
             PlywiseError: they hold NaN or infinity.

@@ -1,4 +1,4 @@
-"""A look at a model's layers for a few batches: what each of them is asked for, and what it reads."""
+"""Examines a model's layers for a few batches: their backward values and their inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BATCHES = 8
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """What was seen of one layer that a rule could handle.
+    """The measurements of one layer that a rule could handle.
 
     What was not seen is None: a layer that no loss reaches, or a frozen one below which nothing trains.
 
@@ -49,8 +49,8 @@ class LayerDiagnosis:
             output.
         backward_to_last: norm of the backward value of one sample, over all its positions and outputs, over
             that of the last layer; unlike the root mean square it is alike in layers of any shape.
-        silent: share of its outputs at which that gradient was exactly 0 for every row of every batch: what
-            feeds them learns nothing from them.
+        silent: share of its outputs at which that gradient was exactly 0 for every row of every batch. Their
+            weights learn nothing.
         rate: norm of a plain step at rate 1 over the norm of the weight, root mean square over the batches.
         noise: share of a batch's squared gradient norm that differs from batch to batch, 0 to 1; None for
             one batch.
@@ -85,7 +85,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a few batches showed. `dataclasses.asdict` of it is JSON.
+    """The measurements of a model over a few batches. `dataclasses.asdict` of it is JSON.
 
     Attributes:
         model: class name of the model.
@@ -114,11 +114,11 @@ class Diagnosis:
 def diagnose(
     model: nn.Module, loss: Judge, batches: Iterable[tuple[Batch, Batch]], *, seed: int = 0
 ) -> Diagnosis:
-    """Look at a model's layers for a few batches. Nothing is trained.
+    """Examine a model's layers for a few batches. Nothing is trained.
 
-    A copy of the model is looked at, in the mode that the model is in: its buffers, gradients and hooks stay
-    as they are, and so does the random state. That costs the memory of the model twice more, for the copy and
-    for a sum of gradients.
+    A copy of the model is examined, in the model's present mode. The model's buffers, gradients and hooks do
+    not change, and neither does the random state. This takes twice the memory of the model in addition, for
+    the copy and for a sum of gradients.
 
     Args:
         model: any model; it takes a batch's x.

@@ -1,4 +1,4 @@
-"""What a diagnosis gathers about one layer while batches pass."""
+"""Gathers what a diagnosis says about one layer, batch by batch."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ USUAL = ("sgd", "sgd-again", "adamw", "muon", "proxprop", "feature-whitening+ada
 """What a bench compares by default."""
 
 NULL_CONTROL = "sgd-again"
-"""The first peer a second time: what differs between these two is noise."""
+"""The first peer a second time: a difference between these two is noise."""
 
 RULE_OF = {entry.method: entry.name for entry in NAMES if entry.kind == RULE}
 """The rule of each method that is one, on SGD with Nesterov momentum."""
@@ -37,7 +37,7 @@ RELATED = {
     maker: {entry.method: entry.name for entry in NAMES if entry.maker == maker}
     for maker in ("related_optimizers", "related_losses", "related_modules")
 }
-"""What is made of the related papers' optimizers, losses and modules, by the module that makes it."""
+"""Methods made of the related papers' optimizers, losses and modules, by the module that makes them."""
 
 _HOMES = {name: home for home, made in RELATED.items() for name in made}
 RELATIVES = tuple(_HOMES)
@@ -105,7 +105,7 @@ def find_method(name: str) -> Method:
 
 
 def _at_address(address: str) -> Method:
-    """What a user points at as a method."""
+    """Make a method of the object at a user's address."""
     from plywise._util.import_path import load
     from plywise.arena.method import of_class
     from plywise.arena.methods.rules import of_rule

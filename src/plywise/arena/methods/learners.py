@@ -40,7 +40,7 @@ from plywise.registry.find import find_learner
 from plywise.registry.resolve import resolve_rule
 
 ADAMW = unit_sized(3e-3)
-"""What is tuned of a learner that has no hyper-parameter: rate and decay of AdamW."""
+"""What is tuned for a learner without hyper-parameters: rate and decay of AdamW."""
 
 RELAXATION = {"rate": 0.5, "iterations": 30}
 """Activations are then within 1 % of backpropagation's gradients in four blocks."""
@@ -82,9 +82,9 @@ class LocalTraining:
 
 @runtime_checkable
 class TiedModel(Protocol):
-    """A language model whose head has the weight of its embedding, so that it does not come apart as it is.
+    """A language model whose head shares the weight of its embedding, so that it cannot be cut directly.
 
-    A model of yours that has these three can be trained by local learners, too.
+    Local learners can also train a user's model that has these three.
     """
 
     @property
@@ -97,7 +97,7 @@ class TiedModel(Protocol):
         ...
 
     def untied(self) -> nn.Module:
-        """The whole, its head a copy."""
+        """The whole model with a copy of the weight in its head."""
         ...
 
 
@@ -119,7 +119,7 @@ class Recipe:
 
 
 def _tie_readouts(setting: TrialContext) -> dict[str, Any]:
-    """Where a model's output is tied to its embedding, the readouts of its blocks are."""
+    """Tie the readouts of the blocks to the embedding if the model's output is tied to it."""
     return {"tied": setting.model.table} if isinstance(setting.model, TiedModel) else {}
 
 
@@ -210,9 +210,9 @@ def uncut(workload: Workload, tokens: bool = False) -> str:
 
 
 def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext) -> float:
-    """What a step of a learner takes, in forward and backward passes of the plain model: products counted.
+    """Count the products in a learner's step, in forward and backward passes of the plain model.
 
-    Heads, bridges and codes are in it; solving a ridge head's system is no product, and is not.
+    Heads, bridges and codes are counted; solving a ridge head's system is not, for it is no product.
     """
     x, plain = setting.example, copy.deepcopy(setting.model)
     with FlopCounterMode(display=False) as once:
@@ -279,7 +279,7 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: T
 
 
 def cut(model: nn.Module, k: int, example: Batch) -> Blocks:
-    """As `plywise.split`, but by counted work in place of measured time: the same cuts every time.
+    """Cut a model as `plywise.split` does, but by counted work, which gives the same cuts every time.
 
     Raises:
         BlockError: see `plywise.split`.

@@ -1,4 +1,4 @@
-"""Where in the arena each of plywise's methods is met: as a method, as a workload, or why it is not."""
+"""Says for each method of plywise where it is in the arena: a method, a workload, or why it is neither."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ELSEWHERE = {entry.name: entry.absence for entry in NAMES if entry.absence}
 
 
 def place_of(name: str) -> str:
-    """Where something of the registry is met in the arena, in a sentence.
+    """Say in a sentence where an entry of the registry is in the arena.
 
     Raises:
         PlywiseError: nothing is known of it.

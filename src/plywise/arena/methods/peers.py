@@ -30,11 +30,11 @@ from plywise.optim import KLSOAP, SOAP, Muon, NorMuon
 from plywise.registry.resolve import resolve_optimizer
 
 GRADIENT_SIZED: Space = {"lr": Range(1e-3, 1.0, 0.07), "weight_decay": Range(1e-6, 1e-2, 1e-4)}
-"""Of optimizers whose steps are as large as the gradient, the decay added to it."""
+"""The weight decay of optimizers with steps proportional to the gradient: it is added to the gradient."""
 
 
 def unit_sized(rate: float) -> Space:
-    """Of optimizers whose steps have a size of their own, the decay apart from it (decoupled)."""
+    """Return the space of optimizers whose steps do not scale with the gradient; the decay is decoupled."""
     return {"lr": Range(1e-4, 1e-1, rate), "weight_decay": Range(1e-4, 1.0, 1e-2)}
 
 
@@ -71,10 +71,10 @@ _LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttentio
 
 
 def hidden_weights(model: nn.Module, example: Tensor) -> list[nn.Parameter]:
-    """The weights that Muon is made for: of linear maps, but not the one that gives the output.
+    """Find the weights that Muon is made for: those of linear maps, except the one that gives the output.
 
-    Embeddings, whatever is tied to them, norms, biases and bare parameters are not among them. The output
-    layer is the one that runs last: one forward, in eval mode, shows which.
+    Embeddings and weights tied to them, norms, biases and bare parameters are not among them. The output
+    layer is the layer that runs last in a forward in eval mode.
 
     Args:
         model: the model. It stays as it is.
@@ -153,7 +153,7 @@ def schedule_free(
 
 
 class Averaged(EndToEnd):
-    """Training whose outputs are those of the mean of the iterates, which the optimizer keeps."""
+    """Training that predicts with the mean of the iterates, which the optimizer keeps."""
 
     def predict(self, x: Tensor) -> Tensor:
         """The averaged network's outputs in eval mode; training goes on from where it was."""

@@ -25,7 +25,7 @@ INNER = 3
 
 
 def unranked(workload: Workload) -> str:
-    """Why a loss for the AUC has nothing to do on a workload; "" if it has."""
+    """Return why a loss for the AUC does not fit a workload; "" if it does."""
     return "" if workload.task.metric is wrong_order else "its metric is not the order of pairs (1 - AUC)"
 
 
@@ -117,13 +117,13 @@ def _flat(setting: TrialContext) -> Trainer:
 
 
 def not_by_sample(workload: Workload) -> str:
-    """Why a penalty on the input gradient cannot be had; "" if it can."""
+    """Return why a penalty on the input gradient is impossible; "" if it is possible."""
     return "" if workload.task.losses else "its loss is not one of each sample and its inputs"
 
 
 @dataclass
 class NearItself(EndToEnd):
-    """Training that takes a few steps on each batch, without moving the outputs far.
+    """Training that takes a few steps on each batch, while a proximal term keeps the outputs near.
 
     Attributes:
         reach: the proximal step h.
@@ -177,7 +177,7 @@ METHODS = {
         ),
         Method(
             "wasserstein-proximal",
-            "Three steps of AdamW on each batch, near in what the network computes to what it was",
+            "Three steps of AdamW on each batch, with a proximal term on the network's outputs",
             {"lr": unit_sized(1e-3)["lr"], "reach": Range(0.1, 1e3, 10.0)},
             _proximal,
             gradients=INNER,

@@ -112,7 +112,7 @@ class SampleMemory:
 
 
 def deepen(model: nn.Module) -> tuple[nn.Sequential, int]:
-    """A copy with one layer more: the first hidden linear layer and its activation stand there twice.
+    """Copy a network with its first hidden linear layer and its activation repeated.
 
     Returns:
         The deeper network, and the position of that layer.
@@ -134,7 +134,7 @@ def deepen(model: nn.Module) -> tuple[nn.Sequential, int]:
 
 
 class FusedTraining:
-    """Trains a network that is one layer deeper, fuses it half-way to the size asked for, and trains on.
+    """Trains a network that is one layer deeper, fuses two layers half-way, and trains the smaller network.
 
     Attributes:
         plain: its outputs are the network's.
@@ -169,7 +169,7 @@ class FusedTraining:
 
 
 class DecidedTraining:
-    """Trains for half of the steps; then a support vector machine decides, and nothing trains any more.
+    """Trains for half of the steps; then a support vector machine decides, and training ends.
 
     Attributes:
         plain: its outputs are decisions, 0 and 1, which the task's loss does not take.

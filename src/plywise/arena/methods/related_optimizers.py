@@ -17,11 +17,11 @@ from plywise.arena.space import Range, defaults
 from plywise.optim import LRSGDC, LRSGDR, ASkewSGD, SalpSGD, YamAdam
 
 SALPS = 4
-"""Points in the chain of SalpSGD; each costs a forward and a backward pass."""
+"""Number of points in the chain of SalpSGD; each costs a forward and a backward pass."""
 STAGES = 100
-"""What stands for epochs in ASkewSGD: the constraint tightens in the second half of them."""
+"""Number of stages in place of ASkewSGD's epochs: the constraint tightens in the second half of them."""
 TIGHTENING = 0.9
-"""Of ASkewSGD's intervals from stage to stage; after 50 of them they are half a per cent of the first."""
+"""Factor of ASkewSGD's intervals from stage to stage; after 50 they are half a per cent of the first."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class WithClosure(EndToEnd):
 
 @dataclass
 class Quantized(EndToEnd):
-    """Training whose outputs are those of the network with its weights on their levels."""
+    """Training that predicts with the quantized network."""
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from plywise.registry.resolve import resolve_rule
 from plywise.training.recommended import recommend
 
 BATCH = 128
-"""Samples of a batch that `plywise.recommend` counts with: a trial is not given its workload's."""
+"""Batch size that `plywise.recommend` assumes, for a trial does not know its workload's."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Tuned:
 
     Attributes:
         numbers: ranges of its hyper-parameters.
-        rate: the rate on SGD, where the rule's moves are not of the gradient's size. The decay is then off,
-            since SGD multiplies it by the rate. None: SGD's own numbers.
+        rate: range of the rate on SGD, if the rule's updates do not have the gradient's size. The decay is
+            then off, since SGD multiplies it by the rate. None: SGD's own numbers.
         fixed: hyper-parameters that are not the rule's defaults.
     """
 
@@ -50,7 +50,7 @@ TUNED = {
 
 
 def tuned_of(rule: type[Rule]) -> Tuned:
-    """What may be tuned about a rule; of a user's own, nothing."""
+    """Return what may be tuned about a rule; nothing for a user's own rule."""
     return TUNED[rule.__name__] if rule.__module__.startswith("plywise.rules.") else Tuned()
 
 

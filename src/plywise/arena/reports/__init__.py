@@ -1,1 +1,1 @@
-"""Pages, spreadsheets and logs that are made of results."""
+"""Makes pages, spreadsheets and logs from results."""

@@ -1,4 +1,4 @@
-"""What the charts of a bench's report show, thinned to the digits that a picture can show."""
+"""Data of the charts in a bench's report, rounded to the digits that a picture can show."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEFORE = "before training"
 
 
 def thin(value: Any, digits: int = DIGITS) -> Any:
-    """Numbers with fewer digits, all the way down; whole numbers as they are.
+    """Round numbers at every level of a nested value; whole numbers stay as they are.
 
     Example:
         >>> thin([0.123456, {"a": 2000, "b": None}])
@@ -109,10 +109,10 @@ def tuning_cost(results: BenchResults, workload: str) -> list[dict[str, Any]]:
 
 
 def after_trials(values: Sequence[float]) -> list[tuple[float, float, float]]:
-    """The best of the first k trials, if they had come in any order: quartiles over all orders, for each k.
+    """Return for each k the quartiles, over all orders of the trials, of the best of the first k trials.
 
-    The order in which trials happened to be made then has no say. Exact: of n values in ascending order, the
-    best of k lies at or before the i-th in all but C(n-i, k) of C(n, k) choices.
+    So the result does not depend on the order in which trials were run. It is exact: of n values in ascending
+    order, the best of k lies at or before the i-th in all but C(n-i, k) of C(n, k) choices.
 
     Example:
         >>> after_trials([3.0, 1.0, 2.0])
@@ -162,7 +162,7 @@ def layers(results: BenchResults, track: str, workload: str) -> list[dict[str, A
 
 
 def front(rows: Iterable[MethodOnWorkload]) -> set[str]:
-    """The methods of one workload and track that no other beats in time, memory and metric at once.
+    """Find the Pareto front of one workload and track, in time, memory and metric.
 
     A method is beaten if another is as good in all three (processor seconds of a run, peak memory, and test
     metric or else validation metric at the end) and better in one. What was not measured does not count, on

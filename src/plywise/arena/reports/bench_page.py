@@ -36,11 +36,11 @@ from plywise.arena.scoring.targets import ENOUGH, SHARE
 from plywise.errors import PlywiseError
 
 LARGEST = 1_900_000
-"""Bytes that a page may have with the raw trials in it."""
+"""Largest size of a page with its raw trials, in bytes."""
 
 
 def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
-    """What a bench, finished or not, has in its folder.
+    """Read the files of a bench, finished or not.
 
     Args:
         folder: where bench.json and trials.jsonl are.
@@ -76,9 +76,9 @@ def write_page(folder: Path) -> tuple[Path, BenchSummary]:
 
 
 def page(summary: BenchSummary) -> str:
-    """The report as text: an HTML page that loads nothing.
+    """Make the report as text: an HTML page that loads no other file.
 
-    It holds the raw trials if they fit into `LARGEST` bytes, with as many digits as do.
+    It holds the raw trials, with as many digits as fit into `LARGEST` bytes, if any do.
     """
     context, data = _context(summary), _data(summary.results, summary.rows)
 
@@ -197,7 +197,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _missing(field: BenchResults) -> list[str]:
-    """What a whole bench would have and this one has not."""
+    """Say which final runs are missing."""
     bench, sentences = field.bench, []
     if bench.get("unfinished"):
         sentences.append(" ".join(["Not finished.", *bench["unfinished"]]))

@@ -1,4 +1,4 @@
-"""A bench and a diagnosis as Python sees them: text, HTML, rows, pictures."""
+"""A bench and a diagnosis in Python: text, HTML, rows, pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYER_NUMBERS = ("rows", "backward", "backward_to_last", "silent", "rate", "nois
 
 @dataclass(frozen=True, repr=False)
 class BenchReport:
-    """What came of a bench, finished or not; ``print`` it, or show it in a notebook.
+    """The report of a bench, finished or not; ``print`` it, or show it in a notebook.
 
     Attributes:
         folder: where the bench is kept.
@@ -145,7 +145,7 @@ class BenchReport:
 
 @dataclass(frozen=True, repr=False)
 class DiagnosisReport:
-    """A look at a model before training, and what it speaks for; ``print`` it, or show it in a notebook.
+    """A diagnosis of a model before training, with advice; ``print`` it, or show it in a notebook.
 
     Attributes:
         diagnosis: what was seen of each layer.

@@ -1,4 +1,4 @@
-"""One HTML file that opens offline: it carries its styles, scripts and numbers, and runs no other script."""
+"""Makes one HTML file that opens offline: it holds its styles, scripts and numbers, and loads nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fill(template: str, styles: list[str], scripts: list[str], data: Any, **cont
 
 
 def clean(value: Any) -> Any:
-    """Replace what JSON cannot say (nan, inf) by None, all the way down."""
+    """Replace what JSON cannot represent (nan, inf) by None, at every level."""
     if isinstance(value, dict):
         return {str(key): clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

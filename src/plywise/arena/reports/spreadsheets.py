@@ -81,7 +81,7 @@ def _row(cells: Iterable[object]) -> str:
 
 
 def _inert(cell: object) -> object:
-    """A cell that no spreadsheet takes for a formula: words from a user's code may begin like one."""
+    """Make a cell that no spreadsheet takes for a formula, for a user's names may begin like one."""
     if not isinstance(cell, str):
         return cell
     text = cell.replace("\r", "\n")  # which is quoted

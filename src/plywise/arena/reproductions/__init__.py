@@ -1,8 +1,9 @@
 """The experiments of the papers that plywise's rules and learners come from, run again.
 
-Each paper is a file with its experiments: where in the paper, its numbers, the networks and settings at full
-size and at a small one that two cores can do, what it claims, and why our numbers may differ. `runner` runs
-them, `summary` puts the paper's numbers beside ours, `tables` writes them. Names cost no import of torch.
+Each paper is a file with its experiments. It holds the place in the paper, the paper's numbers and claims,
+networks and settings at full size and at a small size for two cores, and why our numbers may differ. `runner`
+runs them, `summary` compares the paper's numbers with ours, `tables` writes them. Listing names does not
+import torch.
 """
 
 from __future__ import annotations

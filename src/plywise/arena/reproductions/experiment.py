@@ -1,4 +1,4 @@
-"""What a reproduction is made of: a paper, its experiments, their numbers, the sizes that they are run at."""
+"""The parts of a reproduction: a paper, its experiments, their numbers, and the sizes at which they run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Measure:
-    """What an experiment is judged by.
+    """The measure by which an experiment compares methods.
 
     Attributes:
         name: its name.
@@ -120,7 +120,7 @@ class ExperimentSize:
 
 @dataclass(frozen=True)
 class Start:
-    """What an arm begins with.
+    """What an arm gets when a run starts.
 
     Attributes:
         size: the size.
@@ -157,13 +157,13 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """The method, and what tells it from its like."""
+        """The method, and what distinguishes it from other arms of this method."""
         return f"{self.method}, {self.at}" if self.at else self.method
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of two arms: the one is better than the other, or about as good.
+    """A claim of the paper about two arms: one is better than the other, or about as good.
 
     Attributes:
         better: name of the one.

@@ -1,4 +1,4 @@
-"""Runs a paper's experiments, each run kept as it ends, and sums up what came of them."""
+"""Runs a paper's experiments, keeps each run as it ends, and summarises the results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from plywise.arena.scoring.records import FINAL, TUNED, TUNING, TrialRecord
 from plywise.errors import PlywiseError, StateError
 
 MARGIN = 10
-"""A run may take so many times what a few of its steps promise, before it is given up."""
+"""A run is ended after this many times the duration estimated from a few of its steps."""
 
 
 class Reproduction:
@@ -92,7 +92,7 @@ class Reproduction:
         return sum(runs.done for _, runs in self._runs)
 
     def measure(self, executor: Executor) -> float:
-        """Seconds that the runs which are left may take, by a few steps of each method; sets the time limit.
+        """Estimate the seconds of the remaining runs from a few steps of each method, and set the time limit.
 
         Raises:
             PlywiseError: a method fails in its first steps.
@@ -108,7 +108,7 @@ class Reproduction:
         return self._seconds_left(executor.count)
 
     def run(self, executor: Executor) -> Generator[Progress, None, None]:
-        """Run what the ledger does not hold yet; each run is kept when it ends."""
+        """Run the runs that the ledger does not hold; each run is kept when it ends."""
         with self.ledger.writing():
             for experiment, runs in self._runs:
                 if runs.done < runs.total:
@@ -118,7 +118,7 @@ class Reproduction:
                             yield Progress(self.done, self.total, piece.line, left)
 
     def finish(self) -> dict[str, Any]:
-        """Sum up what there is; writes it as JSON and Markdown."""
+        """Summarise the runs so far, and write the summary as JSON and Markdown."""
         about = {
             "paper": self._found.title,
             "name": self._found.name,
@@ -172,7 +172,7 @@ class Reproduction:
             yield
 
     def _refuse_others(self) -> None:
-        """Runs of the same names with other settings are no part of this."""
+        """Refuse runs of the same names with other settings."""
         for experiment, runs in self._runs:
             ((workload, methods),) = runs.methods.items()
             for method in methods:
@@ -218,7 +218,7 @@ class Reproduction:
 
 
 def _is_outcome(why: str) -> bool:
-    """Divergence is an outcome; any other failure is a mistake, or a machine that is too small."""
+    """Accept divergence as an outcome; any other failure is a mistake, or the machine is too small."""
     return why.startswith(("diverged", "NonFiniteError"))
 
 

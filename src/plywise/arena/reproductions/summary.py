@@ -1,8 +1,8 @@
-"""The paper's numbers beside ours: means, intervals, verdicts, and whether methods are in the paper's order.
+"""Compares the paper's numbers with ours: means, intervals, verdicts, and the order of methods.
 
-An interval is where one more run is expected with a probability of 95 %, by Student's t; losses as
-logarithms: their mean is the geometric one, and no interval reaches below 0. Papers report one run, so their
-number is compared with that. Claims that one method beats another are judged by the differences of runs with
+An interval holds one more run with a probability of 95 %, by Student's t. Losses are taken as logarithms:
+their mean is the geometric one, and no interval reaches below 0. Papers report one run, so their number is
+compared with this interval. Claims that one method beats another are judged by the differences of runs with
 the same seed (see `plywise.arena.scoring.verdicts`).
 """
 
@@ -21,7 +21,7 @@ REPRODUCED, REVERSED = "as in the paper", "not as in the paper"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an arm.
+    """The results of an arm.
 
     Attributes:
         arm: its name.
@@ -49,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What came of a claim.
+    """The result of a claim.
 
     Attributes:
         claim: it, in words.
@@ -106,7 +106,7 @@ def verdict(
     failures: Mapping[int, str],
     limits: tuple[float, float] | None,
 ) -> str:
-    """The paper's number held against our runs, in words."""
+    """Compare the paper's number with our runs, in words."""
     if number is None:
         return "no number of the paper's is known"
     if math.isnan(number):
@@ -123,7 +123,7 @@ def verdict(
 
 
 def ruling(measure: Measure, claim: Claim, one: Mapping[int, Line], other: Mapping[int, Line]) -> Ruling:
-    """A claim held against the runs of its two arms with the same seeds."""
+    """Compare a claim with the runs of its two arms with the same seeds."""
     found = compare_runs(_merits(measure, one), _merits(measure, other), within=claim.within)
     if found == UNDECIDED:
         return Ruling(str(claim), UNDECIDED)

@@ -45,7 +45,7 @@ def ours(arm: Mapping[str, Any]) -> str:
 
 
 def order(experiment: Mapping[str, Any]) -> list[str]:
-    """What came of the paper's claims, a sentence each, those that hold for many counted together."""
+    """Say the result of the paper's claims in sentences, one for each outcome."""
     claims = experiment["claims"]
     if not claims:
         return []

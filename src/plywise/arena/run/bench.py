@@ -1,4 +1,4 @@
-"""A bench in its folder: ``bench.json`` says what is compared, ``trials.jsonl`` what came of it."""
+"""A bench in its folder: ``bench.json`` says what is compared, ``trials.jsonl`` holds the trials."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from plywise.data.parts import Data
 from plywise.errors import StateError
 
 MATTERING = ("plywise", "torch", "cpu")
-"""What of the environment changes times or numbers: where it changes, times are no longer comparable."""
+"""Fields of the environment that change times or numbers: if one differs, times are not comparable."""
 
 
 def make_experiment(resolved: ResolvedBench, ledger: Ledger, design: Design | None = None) -> Experiment:
@@ -101,12 +101,12 @@ class Bench:
             self._finish()
 
     def _finish(self) -> None:
-        """Note in ``bench.json`` what is missing."""
+        """Write into ``bench.json`` what is missing."""
         self.about["unfinished"] = self.unfinished()
         self._write()
 
     def unfinished(self) -> list[str]:
-        """What has not been run, a sentence for each workload."""
+        """Say what has not been run, in a sentence for each workload."""
         missing = self.experiment.unfinished().items()
         return [f"{name}: {left or 'some'} of its trials have not been run." for name, left in missing]
 
@@ -143,7 +143,7 @@ class Bench:
         }
 
     def _join(self, path: Path) -> None:
-        """Begin a bench, or go on with the one that is there."""
+        """Start a bench, or resume the one in the folder."""
         if path.exists():
             self.about = {**self._read_same(path), "unfinished": []}
         else:
@@ -194,7 +194,7 @@ def run_bench(
     command: str = "",
     more: Callable[[], bool] = lambda: True,
 ) -> BenchSummary:
-    """Run a bench to its end, or until ``more`` says no, and score it.
+    """Run a bench to its end, or until ``more`` returns False, and score it.
 
     What the folder holds of the same bench is not run again.
 

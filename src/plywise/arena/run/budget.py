@@ -1,4 +1,4 @@
-"""How much of a bench fits into a budget of time."""
+"""Plans how much of a bench fits into a budget of time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from plywise.arena.run.costs import MOST_STEPS, Costs, estimate_seconds
 from plywise.errors import PlywiseError
 
 TRIALS = (16, 12, 10, 8, 6, 5, 4)
-"""Tuning trials that are tried to fit, the most first."""
+"""Numbers of tuning trials to try, the largest first."""
 SLACK = 0.9
 """Share of the budget that is planned for."""
 LEAST_STEPS = 200
 """The fewest steps of a run whose length the user has not chosen; the most are `MOST_STEPS`."""
 MARGIN = 3.0
-"""A trial may take this many times what is planned: other points, and a busy machine, are slower."""
+"""A trial may take this many times the planned time: other points, and a busy machine, are slower."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -58,7 +58,7 @@ def estimate(config: BenchConfig, costs: Costs, steps: Mapping[str, int], worker
 def fit_config(
     resolved: ResolvedBench, costs: Costs, workers: int, budget: float | None = None
 ) -> BenchConfig:
-    """The config with steps and tuning trials that fit into a budget, and with a limit for each trial.
+    """Return the config with steps and tuning trials that fit into a budget, and with a limit for each trial.
 
     Args:
         resolved: the bench.

@@ -1,4 +1,4 @@
-"""What a bench compares: `BenchConfig` as the user says it, `ResolvedBench` with all names looked up."""
+"""What a bench compares: `BenchConfig` as the user gives it, `ResolvedBench` with all names looked up."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
 OLD_FIELDS = {"entries": "workloads", "patience": "timeout_s"}
-"""What fields of a config were called by plywise 0.1, in files that it has written."""
+"""Names of a config's fields in the files of plywise 0.1."""
 
 TIMEOUT_S = 600.0
-"""Seconds that a trial may take, all in all, unless asked otherwise or planned to take long."""
+"""Seconds that a trial may take, unless the user or a plan gives another limit."""
 
 
 class TrialSource(Protocol):
@@ -43,7 +43,7 @@ class TrialSource(Protocol):
         ...
 
     def require(self) -> None:
-        """See that what it names can be imported here.
+        """Check that everything it names can be imported here.
 
         Raises:
             PlywiseError: it cannot.
@@ -81,7 +81,7 @@ class ObjectSource:
         return self.methods[name]
 
     def require(self) -> None:
-        """Nothing of it is to be imported."""
+        """Do nothing: objects need no import."""
 
     def describe(self, numbers: Mapping[str, float]) -> dict[str, Any]:
         """Nothing: the line has the numbers."""
@@ -161,7 +161,7 @@ class WorkloadSpec:
         return find_method(name)
 
     def require(self) -> None:
-        """See that the user's model can be imported here."""
+        """Check that the user's model can be imported here."""
         if self.model:
             load(self.model, "your model")
 
@@ -170,7 +170,7 @@ class WorkloadSpec:
         return {}
 
     def settle(self, workload: Workload) -> WorkloadSpec:
-        """The spec with nothing left to be found out."""
+        """Return the spec with all unknown fields filled in."""
         if not self.model:
             return self
         names = ("batch_size", "steps", "blocks", "classes", "calls")
@@ -336,7 +336,7 @@ class ResolvedBench:
 
 
 def resolve_bench(config: BenchConfig, folder: Path | None = None) -> ResolvedBench:
-    """Look up every name of a config, make the workloads and read their data: the only time that it is done.
+    """Look up every name of a config, make the workloads and read their data, once for all.
 
     Args:
         config: what is asked for.

@@ -1,4 +1,4 @@
-"""What trials cost, from a few steps of each: seconds of a step, and of everything that is not a step."""
+"""Measures what trials cost, from a few steps of each: seconds of a step, and of everything else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that a method's trials take on a workload: one step, and all that is not a step."""
+    """Seconds that a method's trials take on a workload: for one step, and for everything else."""
 
     step: float
     rest: float
@@ -40,7 +40,7 @@ Costs = Mapping[Pair, Cost]
 def measure_costs(
     jobs: Iterable[TrialJob], workloads: Mapping[str, ResolvedWorkload], executor: Executor
 ) -> tuple[dict[Pair, Cost], dict[Pair, str]]:
-    """What each method's trials cost, and which failed.
+    """Measure what each method's trials cost, and which fail.
 
     A method that fails costs next to nothing: it will fail at its first steps in the experiment, too.
 

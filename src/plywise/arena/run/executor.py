@@ -1,4 +1,4 @@
-"""Trials in processes of their own: what kills one harms no other."""
+"""Runs each trial in its own process, so that a crash harms no other trial."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plywise.arena.run.job import TrialJob
 from plywise.errors import PlywiseError
 
 STARTING = 600.0
-"""Seconds that the process of a trial may take to begin: the first one waits for the imports of torch."""
+"""Seconds until the process of a trial must have started: the first one waits for the import of torch."""
 
 _SAFE_PATH = "PYTHONSAFEPATH"
 PRELOADED = (
@@ -32,7 +32,7 @@ PRELOADED = (
     "torch._dynamo",  # torch.optim imports it with the first optimizer
     "pytorch_optimizer",  # where it is installed
 )
-"""What the process has imported that trials are forked from."""
+"""Modules imported by the process from which trials are forked."""
 
 
 class Executor(Protocol):
@@ -63,7 +63,7 @@ class Executor(Protocol):
 
 
 class InlineExecutor:
-    """This very process, one trial after the other: nothing to start, and no trial can be ended from outside.
+    """Runs trials in this process, one after the other. No process is started, and no trial can be stopped.
 
     Args:
         threads: torch's threads in each trial; None: as they are.
@@ -98,11 +98,11 @@ class InlineExecutor:
 
 
 class ProcessExecutor:
-    """This machine's cores, a process for each trial.
+    """Runs trials on this machine's cores, each in its own process.
 
-    A process that is killed, or takes longer than ``timeout_s``, is an outcome of its trial. The time counts
-    from where the trial begins in its process. When the caller stops early, or calls `stop`, the running
-    trials are ended. With a trial ends what it has started.
+    If a process is killed, or takes longer than ``timeout_s``, its trial has failed. The time counts from the
+    start of the trial in its process. When the caller stops early, or calls `stop`, the running trials are
+    ended, and so are all processes that they have started.
 
     Args:
         count: trials at once.
@@ -167,7 +167,7 @@ class ProcessExecutor:
 
 
 def _start_forking() -> None:
-    """Start the process that trials are forked from, unless it is there, with Ctrl-C blocked.
+    """Start the process that trials are forked from, unless it runs, with Ctrl-C blocked.
 
     In a terminal Ctrl-C reaches it, too, and would end it while it imports torch.
     """
@@ -222,7 +222,7 @@ class _Worker:
         return True
 
     def outcome(self) -> dict[str, Any]:
-        """The line that it sent, or that it did not."""
+        """The trial's line, or the line of its failure."""
         try:
             if self.connection.poll():
                 line: dict[str, Any] = json.loads(self.connection.recv_bytes())
@@ -247,7 +247,7 @@ class _Worker:
 
 
 def _work(job: TrialJob, threads: int, connection: Connection, safe_path: str | None) -> None:
-    """What the process of a trial does."""
+    """Run a trial in its process."""
     import torch
 
     _set_safe_path(safe_path)  # as in the caller's process, not in the one that this was forked from

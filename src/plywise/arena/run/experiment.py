@@ -1,4 +1,4 @@
-"""Arms and seeds: all arms are tuned in the same way and run with fresh seeds; each trial is kept as it ends.
+"""Tunes all arms in the same way and runs them with fresh seeds; each trial is kept as it ends.
 
 An arm is a method on a workload. `Experiment` lists the trials of all arms, leaves out what the ledger
 holds, and has an executor run the others. `plywise bench`, `plywise demo` and `plywise reproduce` are
@@ -26,17 +26,17 @@ from plywise.arena.space import defaults
 from plywise.arena.workload import Workload
 
 TUNING_SEED = 1000
-"""Seed of all tuning trials; final runs count theirs from 0, so that none is a run that was chosen by."""
+"""Seed of all tuning trials; final runs have seeds from 0, so that no final run was used for the choice."""
 
 NULL_OFFSET = 500
 """Added to the seeds of a null control, which would repeat its original bit for bit otherwise."""
 
 Choose = Callable[[Sequence[TrialRecord], float | None], TrialRecord | None]
-"""Of an arm's tuning trials, and its workload's target, the one whose numbers the final runs get."""
+"""A function that chooses the tuning trial for the final runs, from an arm's trials and the target."""
 
 
 def accept(line: TrialRecord) -> None:
-    """Every outcome of a trial counts."""
+    """Accept every outcome of a trial."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Design:
     Attributes:
         seeds: final runs of each arm on each track.
         trials: tuning trials of an arm that has something to tune and no grid.
-        search: finds the numbers of these.
+        search: finds the numbers of the tuning trials.
         tracks: which final runs there are: with the defaults, and tuned.
         choose: which tuning trial's numbers the tuned runs get.
         chosen: whether each method's default numbers have been tuned before. They are run first, as tuned;
@@ -88,7 +88,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Progress:
-    """A trial has ended: how many have, of how many, its line, and the seconds that the others may take.
+    """After a trial: the number of trials done and in all, its line, and the estimated seconds of the others.
 
     Without costs that have been measured, ``seconds_left`` is 0.
     """
@@ -141,7 +141,7 @@ class Experiment:
     def run(
         self, executor: Executor, more: Callable[[], bool] = lambda: True
     ) -> Generator[Progress, None, None]:
-        """Run what the ledger does not hold yet, within `Ledger.writing`.
+        """Run the trials that the ledger does not hold, within `Ledger.writing`.
 
         Args:
             executor: runs the trials.
@@ -173,7 +173,7 @@ class Experiment:
         return failures
 
     def seconds_left(self, workers: int) -> float:
-        """Seconds that the trials which are left may take, by the arms' costs; 0 if none is known."""
+        """Estimate the seconds of the remaining trials by the arms' costs; 0 if none is known."""
         design, kept = self.design, self._count_kept()
         steps = {name: resolved.workload.steps for name, resolved in self.workloads.items()}
         short = {name: design.tuning_steps or count for name, count in steps.items()}
@@ -224,7 +224,7 @@ class Experiment:
             yield self._final_runs(name, TUNED, self._best_trials(name))
 
     def _tuning_trials(self, name: str, trials: range) -> list[Key]:
-        """All methods in turn, so that a part is fair, too."""
+        """List the tuning trials, all methods in turn, so that an unfinished bench is fair, too."""
         design = self.design
         return [
             Key(name, method.name, TUNING, TUNED, trial, design.seed(method, design.tuning_seed))
@@ -285,7 +285,7 @@ class Experiment:
         return [line for line in self.lines(workload, method) if line["purpose"] == TUNING]
 
     def _note_cost(self, line: TrialRecord, start_s: float) -> None:
-        """What a trial of full length has cost is known better than from its first steps."""
+        """Take the cost of a full trial in place of the estimate from its first steps."""
         pair = line["workload"], line["method"]
         whole = line["purpose"] == FINAL or self.design.tuning_steps is None
         if whole and pair in self.costs and line["steps"] and line["steps"][-1]:

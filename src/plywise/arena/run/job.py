@@ -1,4 +1,4 @@
-"""One trial: a picklable description of it, and how it is run in the process that gets it."""
+"""A picklable description of one trial, which runs it in any process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
 PROBE_STEPS, PROBE_SAMPLES = 10, 500
-"""How long a probe is, and how many samples of each set it looks at, unless a batch holds more."""
+"""Steps of a probe, and samples of each set that it measures on, unless a batch holds more."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrialJob:
         device: where it runs.
         steps: steps of the run; None: the workload's.
         measure_every: steps between two measurements; None: the workload's.
-        probe: whether a few steps on a few samples are enough, to see what they cost.
+        probe: whether to run only a few steps on a few samples, to measure their cost.
     """
 
     key: Key
@@ -81,7 +81,7 @@ class TrialJob:
         return self._record(gradients, result, peak.mib)
 
     def failed(self, why: str) -> dict[str, Any]:
-        """The line if its process did not live to report one."""
+        """Make the line of a trial whose process did not report one."""
         method = self.source.find_method(self.key.method)
         return self._record(method.gradients, TrialResult(self.key.seed, failure=why), None)
 
@@ -121,7 +121,7 @@ def round_digits(value: Any) -> Any:
 
 
 def require_device(device: str) -> None:
-    """See that trials can run on a device of this machine.
+    """Check that trials can run on a device of this machine.
 
     Raises:
         PlywiseError: they cannot; says what there is.
@@ -141,7 +141,7 @@ def require_device(device: str) -> None:
 
 
 class Peak:
-    """A meter of the most memory that training takes, model and method included, the data apart.
+    """Measures the peak memory of training, with model and method, without the data.
 
     Args:
         device: where it trains: of a GPU its own memory, else that of this process, by Linux's account.
@@ -156,14 +156,14 @@ class Peak:
         self.mib: float | None = None
 
     def begin(self, data: Data) -> None:
-        """Look at what is there before model and method are made."""
+        """Measure the memory before model and method are made."""
         parts = [part for part in vars(data).values() if isinstance(part, Split)]
         for tensor in list_tensors([(part.x, part.y) for part in parts]):
             tensor.sum()  # pages of a mapped file count once they have been read
         self._before = self._reset_peak()
 
     def __enter__(self) -> None:
-        """What was taken and given back before, for the first measurement, is none of training's."""
+        """Leave out memory that the first measurement used and freed."""
         self._reset_peak()
 
     def __exit__(self, *_: object) -> None:

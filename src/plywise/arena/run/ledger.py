@@ -1,4 +1,4 @@
-"""Where trials are kept: one JSON line each, written whole or not at all, with a check at its end."""
+"""Keeps trials in a file, one JSON line each, written whole or not at all, with a check at its end."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from plywise.errors import PlywiseError
 class Ledger:
     """The trials of an experiment, appended to a file as they end.
 
-    A line that a crash cut off is taken away before the next is written. What could not be written, on a full
-    disk, leaves the lines before as they were. Damaged lines, as a power cut leaves them, are no trials.
+    A line that a crash cut off is removed before the next one is written. A failed write, as on a full disk,
+    leaves the earlier lines as they were. Damaged lines, as a power cut leaves them, are not read as trials.
 
     Args:
         path: the file; made where missing. None: trials are kept in memory alone.
@@ -39,9 +39,9 @@ class Ledger:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the only one who adds trials, from what the file holds now.
+        """Lock the file for adding trials, and read what it holds now.
 
-        Damaged lines go to a file beside it, and a warning says so: their trials are not there any more.
+        Damaged lines are moved to a file beside it, with a warning: their trials are lost.
 
         Raises:
             PlywiseError: another process is adding trials.
@@ -134,9 +134,9 @@ def _set_damaged_aside(path: Path) -> None:
 
 
 def _split(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[tuple[int, bytes, str]]]:
-    """A file's trials with their text, and what is none: its number, its text, and why.
+    """Return a file's trials with their text, and damaged lines with number, text and reason.
 
-    Lines without a check are older than all that have one; a later one has lost it.
+    Only the oldest lines have no check; a later line without one has lost it.
     """
     whole: list[tuple[dict[str, Any], bytes]] = []
     damaged: list[tuple[int, bytes, str]] = []

@@ -21,8 +21,8 @@ SEED = 0
 class OptunaSearch:
     """Adaptive search, the lowest validation metric being the aim; failures count as failed.
 
-    A method then profits from the shape of its space, and from luck early on: where methods should have equal
-    luck, take `plywise.arena.run.search.Sobol`.
+    A method's result then depends on the shape of its space and on early luck. For equal chances, take
+    `plywise.arena.run.search.Sobol`.
 
     Raises:
         PlywiseError: Optuna is not installed.

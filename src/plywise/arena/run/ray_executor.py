@@ -1,4 +1,4 @@
-"""Trials on a Ray cluster: the machines of a lab in place of the cores of one."""
+"""Runs trials on the machines of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from plywise.data.parts import Data
 from plywise.errors import MORE, PlywiseError
 
 GRACE = 10.0
-"""Seconds that trials get to end when they are cancelled, and a cluster to answer."""
+"""Seconds that cancelled trials have to end, and that a cluster has to answer."""
 POLL_S = 0.5
 """Seconds between two looks whether `RayExecutor.stop` has been called."""
 
@@ -28,16 +28,15 @@ POLL_S = 0.5
 class RayExecutor:
     """The CPUs of a Ray cluster, a process for each trial.
 
-    A trial runs just as one of `ProcessExecutor` does: its process is forked from one that has imported
-    torch, and that it is killed or takes longer than ``timeout_s`` is an outcome. So is the loss of
-    the machine. Each workload's data are sent once. When the caller stops early, or calls `stop`, running
-    trials are ended.
+    A trial runs as with `ProcessExecutor`: its process is forked from one that has imported torch. If it is
+    killed, takes longer than ``timeout_s``, or its machine is lost, the trial has failed. Each workload's
+    data are sent once. When the caller stops early, or calls `stop`, running trials are ended.
 
     The machines need the same Python, torch and plywise. A model, data or method of your own, as module:name,
     must be importable there: from the same folder, where the machines share their disks, or installed.
 
-    This process connects to the cluster, or starts one, and leaves it when it ends. Where Ray is in use
-    already, what it is connected to is taken, whatever the address.
+    This process connects to the cluster, or starts one, and leaves it when it ends. If Ray is connected
+    already, that connection is used, whatever the address.
 
     Args:
         address: ``host:port`` of a cluster that this machine is part of; "auto" finds it; "local" starts one
@@ -118,7 +117,7 @@ class RayExecutor:
             yield job, self._outcome(job, answer)
 
     def _start(self, job: TrialJob, sent: dict[str, Any]) -> Any:
-        """A trial on its way; its data are sent with the first that needs them."""
+        """Start a trial; the first trial that needs data sends them."""
         if job.data not in sent:
             sent[job.data] = self._ray.put(Data.load(Path(job.data)))
         gpus = float(job.device.startswith("cuda"))
@@ -127,7 +126,7 @@ class RayExecutor:
         return task.remote(job, sent[job.data], self.threads, self.timeout_s, place)
 
     def _outcome(self, job: TrialJob, answer: Any) -> dict[str, Any]:
-        """The line that was sent, or that it was not."""
+        """Return the trial's line, or the line of its failure."""
         errors = self._ray.exceptions
         try:
             line: dict[str, Any] = self._ray.get(answer)

@@ -1,4 +1,4 @@
-"""How the numbers of tuning trials are found: the same number of trials for every method, however."""
+"""Finds the numbers of tuning trials; every search has the same number of trials for all methods."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Sobol:
     """
 
     def rounds(self, trials: int) -> list[range]:
-        """All at once: no point depends on another."""
+        """Return one round of all trials: no point depends on another."""
         return [range(trials)]
 
     def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
-        """The point, whatever has been."""
+        """Return the point, which does not depend on past trials."""
         return points(space, trial + 1)[trial]
 
 

@@ -1,4 +1,4 @@
-"""One trial: train one configuration once and say what happened, failures included."""
+"""Runs one trial: trains one configuration once, and records what happened, failures included."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from plywise.data.batches import endless_batches
 from plywise.data.parts import Data
 
 DIVERGED_FACTOR = 1e3
-"""A loss this many times above the first one (or above 1, if that is more) has diverged."""
+"""Training has diverged if its loss is this many times the first one (or 1, if that is more)."""
 
 TRAIN_EVAL_SIZE = 500
 """Training samples that the training loss is measured on."""
 
 MOST_ROWS = 250
-"""Samples that are measured on at once, or a batch if that is fewer: measuring takes no more memory."""
+"""Samples per call while measuring, or a batch if that is fewer, so that measuring takes no more memory."""
 
 
 @dataclass
@@ -32,14 +32,14 @@ class TrialResult:
 
     Attributes:
         seed: seed of the initial weights and of the order of the batches.
-        steps: steps after which was measured, from 0.
+        steps: the steps at which measurements were made, from 0.
         loss: loss on training samples, by default the first 500, after each of ``steps``; None
             where the method's outputs are not what the task's loss takes.
         validation: metric on the validation set after each of ``steps``.
         cpu: processor seconds that training (and nothing else) had taken after each of ``steps``.
         wall: the same in wall-clock seconds.
         test: metric on the test set at the end, if it was asked for.
-        measuring: seconds that all the measuring took, off these clocks.
+        measuring: seconds of all measurements, which are not in ``cpu`` and ``wall``.
         failure: why training stopped early, or None.
     """
 

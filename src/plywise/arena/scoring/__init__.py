@@ -1,1 +1,1 @@
-"""From the lines of a ledger to results, rankings and conclusions: pure functions."""
+"""Pure functions from the lines of a ledger to results, rankings and conclusions."""

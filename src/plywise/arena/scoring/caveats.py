@@ -1,4 +1,4 @@
-"""What is to be kept in mind when a bench is read: its search, what failed, how few seeds there are."""
+"""Caveats of a bench: its search, failures, the number of seeds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from plywise.arena.scoring.sentences import listed
 from plywise.arena.scoring.targets import ENOUGH, SHARE
 
 EDGE = 0.05
-"""Share of a range, at either end, in which a chosen number says that the range may be too narrow."""
+"""A chosen number within this share of either end of its range says that the range may be too narrow."""
 
 SEARCHED = 8
-"""Tuning trials from which the place of the best says something about the range."""
+"""With fewer tuning trials, the place of the best one says nothing about the range."""
 
 
 def list_caveats(results: BenchResults) -> list[str]:
@@ -119,7 +119,7 @@ def _failures(results: BenchResults) -> list[str]:
 
 
 def _soft_targets(results: BenchResults) -> list[str]:
-    """Which targets are no high bar, and why."""
+    """Say which targets are easy to reach, and why."""
     soft = [
         f"{name} {target.strict:.3g} ({'; '.join(target.softness)})"
         for name, target in results.targets.items()
@@ -134,7 +134,7 @@ def _soft_targets(results: BenchResults) -> list[str]:
 
 
 def _edges(results: BenchResults) -> list[str]:
-    """Whose best numbers lie at the edge of what was searched."""
+    """Say which methods' best numbers lie at the edge of their ranges."""
     found: Counter[str] = Counter()
     if results.bench.get("chosen"):
         return []

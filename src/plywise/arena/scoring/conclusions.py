@@ -1,4 +1,4 @@
-"""What follows from a bench, in sentences computed from its ranking: which methods won where, what failed.
+"""Conclusions of a bench, in sentences computed from its ranking: which methods won where, what failed.
 
 A difference is named only if its interval leaves 1 out and its value lies beyond what the null control shows
 (see `plywise.arena.scoring.intervals.Interval.apart`). What cannot be distinguished is named as such.
@@ -27,9 +27,9 @@ from plywise.arena.scoring.sentences import listed
 from plywise.arena.scoring.verdicts import BETTER, compare_runs, find_noise
 
 SPARING = 0.9
-"""Share of the reference's memory below which a method counts as sparing."""
+"""A method saves memory if it needs less than this share of the reference's."""
 CODE_MIB = 20.0
-"""What a process takes to load code at the first call, which counts in the first trial of one process."""
+"""Memory that a process needs to load code at the first call, measured in the first trial of a process."""
 
 WORDS = {
     "steps": "steps",
@@ -87,7 +87,7 @@ def _targets(results: BenchResults) -> list[str]:
 
 
 def _say_unranked(results: BenchResults) -> list[str]:
-    """On which workloads no method is ranked, since their targets are nearer to nothing than to the best."""
+    """Say on which workloads no method is ranked, for their targets are nearer to chance than to the best."""
     parts = [
         f"{name} ({target.strict:.3g}, where knowing nothing gives {target.naive:.3g} and the best run "
         f"{target.best:.3g})"
@@ -104,7 +104,7 @@ def _say_unranked(results: BenchResults) -> list[str]:
 
 
 def _control(results: BenchResults, track: str) -> list[str]:
-    """What the null control says about noise."""
+    """Say how large the noise is by the null control."""
     if not results.nulls:
         return ["There is no null control in this bench, so its timing noise is unknown."]
     sentences = []
@@ -137,7 +137,7 @@ def _control(results: BenchResults, track: str) -> list[str]:
 
 
 def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]]) -> list[str]:
-    """Who needs fewer steps, or less time, than the best baseline over all workloads."""
+    """Say which methods need fewer steps, or less time, than the best baseline over all workloads."""
     sentences = []
     better: dict[str, list[str]] = {}
     for clock, found in rankings.items():
@@ -173,7 +173,7 @@ def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRank
 
 
 def find_different(results: BenchResults, found: list[MethodRanking], limit: float) -> list[MethodRanking]:
-    """Who differs from the best baseline; a method that has null controls only if they all differ alike."""
+    """Find methods that differ from the best baseline; one with null controls only if these differ alike."""
     sides = {
         one.method: one.ratio.value > 1 for one in found if one.ratio is not None and one.ratio.apart(limit)
     }
@@ -184,7 +184,7 @@ def find_different(results: BenchResults, found: list[MethodRanking], limit: flo
 
 
 def _by_workload(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
-    """Who won on each workload in processor time; where nobody did, in one sentence."""
+    """Say which methods won on each workload in processor time, and in one sentence where none did."""
     limit = noise_alone(results, track, "cpu")
     sentences = []
     unbeaten: dict[str, list[str]] = {}
@@ -224,7 +224,7 @@ def _by_workload(results: BenchResults, track: str, rows: list[MethodOnWorkload]
 
 
 def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
-    """Who did not arrive, and whether they came near."""
+    """Say which methods missed the target, and whether they reached the loose one."""
     shown = [row for row in rows if row.track == track]
     missed = [row for row in shown if 2 * row.reached < row.runs]
     near = [row for row in missed if 2 * row.reached_loose > row.runs]
@@ -234,7 +234,7 @@ def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
 
 
 def _ends(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
-    """Whose test metric ends below that of the baseline that ended best, beyond what a null control shows."""
+    """Say which methods end with a better test metric than the best baseline, beyond noise."""
     sentences = []
     for workload in results.workloads:
         medians = {
@@ -265,7 +265,7 @@ def _ends(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> li
 
 
 def _tests(results: BenchResults, track: str, workload: str, method: str) -> dict[int, float | None]:
-    """What each run ended with, the higher the better, numbered by seed: a null control has other seeds."""
+    """Return each run's last test metric, negated, by seed; a null control has other seeds."""
     cell = results.cells.get((track, workload, method))
     runs = cell.runs if cell else []
     return {
@@ -275,7 +275,7 @@ def _tests(results: BenchResults, track: str, workload: str, method: str) -> dic
 
 
 def _memory(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
-    """Who needs less memory at the peak than the reference, on every workload where both were measured."""
+    """Say which methods need less peak memory than the reference, wherever both were measured."""
     peaks: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.track == track and row.peak_mib is not None:
@@ -291,7 +291,7 @@ def _memory(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> 
 
 
 def _say_untuned(results: BenchResults) -> list[str]:
-    """Which methods need no tuning to arrive."""
+    """Say which methods reach the target without tuning."""
     if DEFAULTS not in results.tracks:
         return []
     counts = {
@@ -310,7 +310,7 @@ def _say_untuned(results: BenchResults) -> list[str]:
 def _advice(
     results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]], rows: list[MethodOnWorkload]
 ) -> list[str]:
-    """What to use when, where the intervals allow it."""
+    """Recommend methods, where the intervals allow it."""
     sentences = _advise_tuned(results, track, rankings)
     if DEFAULTS in results.tracks and track != DEFAULTS:
         able = [
@@ -327,7 +327,7 @@ def _advice(
 
 
 def _advise_tuned(results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]]) -> list[str]:
-    """What to use where CPU time counts, and where the number of steps does."""
+    """Recommend methods for CPU time and for the number of steps."""
     sentences = []
     for clock, when in (
         ("cpu", "If CPU time is what counts"),
@@ -375,7 +375,7 @@ def _shorten(value: float) -> str:
 
 
 def _listed_of(names: list[str], whole: list[str]) -> str:
-    """The same, of a longer list: where only a few are missing, those are named."""
+    """List names; if only a few of all are missing, name those."""
     others = [name for name in whole if name not in names]
     if len(names) < 2 or 2 * len(others) >= len(names):
         return listed(names)
@@ -383,7 +383,7 @@ def _listed_of(names: list[str], whole: list[str]) -> str:
 
 
 def _name_methods(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
-    """Methods of some rows: by name where all are of one workload, else with the number of workloads."""
+    """List the methods of some rows: by name on a single workload, else with the number of workloads."""
     if len({row.workload for row in whole}) == 1:
         return _listed_of([row.method for row in some], [row.method for row in whole])
     counts, of = (Counter(row.method for row in group) for group in (some, whole))

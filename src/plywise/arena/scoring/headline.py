@@ -1,4 +1,4 @@
-"""What a bench has shown in one sentence, and the few methods that carry it."""
+"""Says in one sentence what a bench has shown, and chooses the methods to show first."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from plywise.arena.scoring.ranking import MethodOnWorkload, MethodRanking, noise
 from plywise.arena.scoring.results import BenchResults
 
 SHOWN = 4
-"""Methods that pictures begin with; the others are a click away."""
+"""Number of methods that pictures show at first; a click adds others."""
 
 
 def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> str:
-    """Whether a method is ahead of the best baseline in CPU time, or else in steps, beyond noise.
+    """Say whether a method is ahead of the best baseline in CPU time, or else in steps, beyond noise.
 
     Args:
         results: the sorted trials.
         rows: their `plywise.arena.scoring.ranking.compare_methods`.
 
     Returns:
-        A sentence, with the number of seeds and workloads that it rests on.
+        A sentence, with the number of seeds and workloads.
     """
     seeds = min((row.runs for row in rows if row.track == results.tracks[0]), default=0)
     if not seeds:
@@ -49,7 +49,7 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
 
 
 def find_shown(results: BenchResults) -> list[str]:
-    """The methods that pictures begin with: the two best baselines and the best others, by CPU time."""
+    """Choose the methods that pictures show first: the two best baselines, the best others, by CPU time."""
     ranked = [one.method for one in rank_methods(results, results.tracks[0], "cpu")]
     ranked = [name for name in ranked if name not in results.nulls]
     peers = [name for name in ranked if name in results.baselines][: SHOWN // 2]
@@ -60,7 +60,7 @@ def find_shown(results: BenchResults) -> list[str]:
 
 
 def _list_ahead(results: BenchResults, clock: str) -> list[MethodRanking]:
-    """Who is quicker than the best baseline on every workload's mean, beyond noise; the quickest first."""
+    """List the methods ahead of the best baseline over all workloads, beyond noise, the quickest first."""
     track = results.tracks[0]
     found = rank_methods(results, track, clock)
     different = find_different(results, found, noise(results, track, clock))

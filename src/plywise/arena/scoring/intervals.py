@@ -1,15 +1,15 @@
-"""How sure a figure is: intervals by resampling seeds, where a miss is infinity and stays one.
+"""Intervals of figures by resampling seeds, where a miss is infinite.
 
 The stratified bootstrap: the seeds of each method on each workload are drawn again, with replacement and
-among themselves, the figure is computed again, a thousand times over; the interval holds the middle 95 %
-of what came out. Infinite times need no exception: medians and ordered values know what to do with them.
+among themselves, the figure is computed again, a thousand times over; the interval holds the middle 95 % of
+the results. Infinite times need no exception, for medians and ordered values are defined for them.
 
-Times are read off a grid: a run is measured every so many steps, and what one measurement sees happened after
-the one before. Seeds that agree on a point of the grid need not agree, so that limits of quotients reach back
-by one step of the grid, see `lower_ratio`.
+Times lie on a grid: a run is measured at intervals, and it reached the target somewhere between two
+    measurements. Seeds with equal times may differ within an interval. So limits of quotients are widened by
+    one step of the grid, see `lower_ratio`.
 
-A median of few seeds cannot be surer than the range of the seeds, see `find_confidence`: the report says so
-beside every interval.
+The interval of a median of few seeds is at most as certain as the range of the seeds, see `find_confidence`.
+The report says this beside every interval.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Draws = NDArray[np.float64]
-"""One figure, computed again for each resample: (draws,)."""
+"""A figure for each resample: (draws,)."""
 
 COUNT = 1000
 """Resamples."""
@@ -37,10 +37,9 @@ class Interval(NamedTuple):
 
     Attributes:
         low: the lower limit.
-        value: the figure of the data as they are.
+        value: the figure of the data themselves.
         high: the upper limit.
-        mark: ≥ or ≤ where a miss is in the value, which is then a bound and no estimate; ? where misses pull
-            both ways; empty elsewhere.
+        mark: ≥ or ≤ if a miss makes the value a bound; ? if misses act in both directions; else empty.
     """
 
     low: float
@@ -49,10 +48,10 @@ class Interval(NamedTuple):
     mark: str = ""
 
     def apart(self, noise: float = 1.0) -> bool:
-        """Whether a ratio differs from 1 for all we know.
+        """Whether a ratio differs from 1 beyond noise.
 
-        The interval must leave 1 out, and the value must be further from 1 than ``noise``, the furthest that
-        the interval of a null control reaches.
+        The interval must not contain 1, and the value must be further from 1 than ``noise``, the furthest
+        limit of a null control.
 
         Example:
             >>> Interval(1.2, 1.5, 1.9).apart(), Interval(1.2, 1.5, 1.9).apart(1.6)
@@ -72,7 +71,8 @@ class Timed:
         value: the median; infinity where half of the runs missed.
         draws: the median of each resample.
         budget: the time that the whole run takes: a miss took an unknown time more than that.
-        grid: the time between two measurements: a run was there up to that much before it was seen to be.
+        grid: the time between two measurements: a run may have reached the target this much earlier than
+            measured.
     """
 
     value: float
@@ -116,7 +116,7 @@ def medians(values: Sequence[float], generator: np.random.Generator, count: int 
 
 
 def limits(draws: Draws, level: float = LEVEL) -> tuple[float, float]:
-    """What lies around the middle ``level`` of the draws, as two of the draws themselves.
+    """Return the limits of the middle ``level`` of the draws; both are among the draws.
 
     Nothing is interpolated, since there is nothing between a number and infinity.
 
@@ -172,7 +172,7 @@ def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
 def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
     """The geometric mean of quotients over workloads; misses enter as in `ratio_interval`.
 
-    Pairs where both missed say nothing and are left out: who shows the figure says how many those are.
+    Pairs where both missed say nothing and are left out; reports show how many pairs remain.
 
     Returns:
         The interval, marked ≥ or ≤ where a miss is in it, and ? where misses of both kinds are; None
@@ -189,14 +189,14 @@ def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
 
 
 def lower_ratio(mine: Timed, other: Timed) -> Draws:
-    """Resampled quotients, a miss or a step of the grid in doubt counted to the numerator's advantage."""
+    """Return resampled quotients, with misses and steps of the grid counted in favour of the numerator."""
     if mine is other:
         return np.ones_like(mine.draws)
     return _quotients(_find_shortest(mine), other.draws)
 
 
 def upper_ratio(mine: Timed, other: Timed) -> Draws:
-    """Resampled quotients, a miss or a step of the grid in doubt counted to the numerator's disadvantage."""
+    """Return resampled quotients, with misses and steps of the grid counted against the numerator."""
     if mine is other:
         return np.ones_like(mine.draws)
     return _quotients(mine.draws, _find_shortest(other))
@@ -208,7 +208,7 @@ def _find_shortest(one: Timed) -> Draws:
 
 
 def _quotients(above: Draws, below: Draws) -> Draws:
-    """Quotients of times: x/inf is 0, inf/x is inf; 0/0, two runs that were there at once, is 1."""
+    """Divide times: x/inf is 0, inf/x is inf; 0/0, two runs that started at the target, is 1."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(above == below, 1.0, above / below)
 

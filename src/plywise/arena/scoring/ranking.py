@@ -1,8 +1,8 @@
-"""Who stands where: `compare_methods` judges each method on each workload, `rank_methods` over all workloads.
+"""`compare_methods` compares methods on each workload, `rank_methods` ranks them over all workloads.
 
-How a miss counts. It is infinity in medians, profiles and ranks. In a quotient it enters as the whole budget
-of the run, the least that it took, and the figure is marked as a bound (see `intervals`).
-No mean is ever taken of times that were cut off.
+A miss is infinite in medians, profiles and ranks. In a quotient it enters as the whole budget of the run,
+which is a lower bound, and the figure is marked as a bound (see `intervals`). Times of misses never enter a
+mean.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from plywise.arena.scoring.results import BenchResults, Cell, step_seconds
 from plywise.arena.scoring.score import CLOCKS, is_trained, last_validation, to_target
 
 FURTHEST = 4.0
-"""Performance profiles end here: who takes four times as long as the quickest gets nothing."""
+"""Performance profiles end at this ratio: a method four times as slow as the quickest gets no area."""
 
 
 class Spread(NamedTuple):
@@ -112,12 +112,12 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
     """All methods of a track on a clock by the areas under their profiles, the best first.
 
     A method is judged on the workloads that it was run on and, as a miss, on those that it does not fit.
-    Workloads whose targets are too soft have no say (see `plywise.arena.scoring.targets.Target.ranks`).
+    Workloads whose targets are too easy do not count (see `plywise.arena.scoring.targets.Target.ranks`).
     Null controls set no best time and take no rank.
 
-    Equals, such as all that never reach a target, share a rank. They are listed in the order of the share of
-    runs that reached the target, and then of where they ended, see `MethodRanking.end`: their times do not
-    count, since the time of a miss is a bound that a cheap step lowers.
+    Methods with equal areas, such as all that never reach a target, share a rank. They are ordered by the
+    share of runs that reached the target, then by their last metric, see `MethodRanking.end`. Their times do
+    not count, for the time of a miss is only a bound, which is lower for cheaper steps.
     """
     behind: dict[str, dict[str, tuple[float, Draws]]] = {}
     for workload in results.ranked:
@@ -149,16 +149,16 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
 
 
 def null_ratio(results: BenchResults, track: str, clock: str, null: str) -> Interval | None:
-    """A null control's times over those of the method it repeats, over all workloads: 1 but for noise."""
+    """Return a null control's times over those of its original, over all workloads: 1 except for noise."""
     return geometric_interval(_null_pairs(results, track, clock, null))
 
 
 def noise(results: BenchResults, track: str, clock: str) -> float:
-    """How far from 1 the intervals of the null controls reach: nothing nearer counts as a difference.
+    """Return how far from 1 the intervals of null controls reach: ratios nearer to 1 are no difference.
 
-    Taken over the workloads where a null control and its original reached the target in all resamples, later
-    than at the first measurement, since elsewhere their times have no limits to learn from. Infinite where
-    there is no such workload, so that nothing counts as a difference; 1 where there is no null control.
+    It is taken over the workloads where a null control and its original reached the target in all resamples,
+    later than at the first measurement. On other workloads their times have no limits. Infinite where there
+    is no such workload, so that nothing counts as a difference; 1 where there is no null control.
 
     This is the noise of a mean over all workloads, in which that of single ones cancels in part. For verdicts
     on a single workload there is `noise_alone`.
@@ -168,7 +168,7 @@ def noise(results: BenchResults, track: str, clock: str) -> float:
 
 
 def noise_alone(results: BenchResults, track: str, clock: str) -> float:
-    """How far from 1 a null control reaches on any single workload: the noise of verdicts on one of them.
+    """Return how far from 1 a null control reaches on any single workload: the noise of a single workload.
 
     Infinite or 1 where `noise` is, for the same reasons.
     """

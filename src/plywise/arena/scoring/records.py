@@ -1,4 +1,4 @@
-"""What the line of a trial is called by."""
+"""The key of a trial's line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEFAULTS, TUNED = "defaults", "tuned"
 
 
 class Key(NamedTuple):
-    """Which trial it is: a bench holds each once."""
+    """Identifies a trial: a bench holds each key once."""
 
     workload: str
     method: str

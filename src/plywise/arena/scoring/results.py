@@ -1,4 +1,4 @@
-"""A bench's trials, sorted: final runs by track, workload and method, with their times to the targets."""
+"""Sorts a bench's trials: final runs by track, workload and method, with their times to the targets."""
 
 from __future__ import annotations
 
@@ -61,17 +61,16 @@ class BenchResults:
 
     @property
     def reference(self) -> str | None:
-        """What costs of steps are compared with: what a null control repeats, or the first baseline.
+        """The method that costs of steps are compared with: a null control's original, or the first baseline.
 
-        A null control may stand in a bench without the method that it repeats, which then is no reference.
+        A bench may have a null control without its original, which is then no reference.
         """
         return next((name for name in [*self.nulls.values(), *self.baselines] if name in self.methods), None)
 
     def peer(self, workload: str, clock: str) -> Cell | None:
-        """What all are measured against: the quickest baseline, tuned, on this workload and clock.
+        """Return the baseline that all are compared with: the quickest tuned one, on this workload and clock.
 
-        Where no baseline has been run tuned, it is the quickest at its defaults; None without any. Nobody
-        has to beat a baseline that was left untuned when there is a tuned one.
+        If no baseline was tuned, it is the quickest at its defaults; None without a baseline.
         """
         for track in TRACKS:
             found = [self.cells.get((track, workload, name)) for name in self.baselines]

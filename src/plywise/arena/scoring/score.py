@@ -1,4 +1,4 @@
-"""What one trial is worth: its best metric, its time to a target; and which trial of a method is the best.
+"""Scores one trial by its best metric and its time to a target, and chooses the best trial of a method.
 
 All functions are pure, and take lines of the ledger (see `plywise.arena.scoring.records`).
 """
@@ -43,7 +43,7 @@ def last_validation(line: TrialRecord) -> float:
 
 
 def is_trained(line: TrialRecord) -> bool:
-    """Whether a trial was measured after a step; what it took before says nothing of its method.
+    """Whether a trial was measured after a step; measurements before say nothing about its method.
 
     Example:
         >>> is_trained({"steps": [0, 20]}), is_trained({"steps": [0]}), is_trained({"steps": []})
@@ -53,7 +53,7 @@ def is_trained(line: TrialRecord) -> bool:
 
 
 def clock_values(line: TrialRecord, clock: str) -> list[float]:
-    """What a clock showed at each measurement of a trial.
+    """Return the values of a clock at each measurement of a trial.
 
     Args:
         line: the trial.
@@ -69,7 +69,7 @@ def clock_values(line: TrialRecord, clock: str) -> list[float]:
 
 
 def to_target(line: TrialRecord, target: float | None, clock: str = "steps") -> float:
-    """When a trial first measured a validation metric at or below the target.
+    """Return the time at which a trial first measured a validation metric at or below the target.
 
     A trial that never did, because it was slow or because it failed, took infinitely long. One that failed
     after it had reached the target did reach it: a user who trains until the target would have stopped there.
@@ -81,8 +81,8 @@ def to_target(line: TrialRecord, target: float | None, clock: str = "steps") -> 
         clock: one of `CLOCKS`.
 
     Returns:
-        The clock at that measurement, or infinity. Between two measurements nothing is guessed: intervals
-        take the grid into account, see `plywise.arena.scoring.intervals.Timed`.
+        The clock at that measurement, or infinity. Times between two measurements are not interpolated:
+        intervals take the grid into account, see `plywise.arena.scoring.intervals.Timed`.
 
     Example:
         >>> line = {"steps": [0, 20, 40], "validation": [0.9, 0.4, 0.1], "cpu": [0.0, 1.5, 3.0]}
@@ -99,7 +99,7 @@ def to_target(line: TrialRecord, target: float | None, clock: str = "steps") -> 
 
 
 def choose_best(lines: Iterable[TrialRecord], target: float | None) -> TrialRecord | None:
-    """The tuning trial whose numbers a method goes into the final runs with.
+    """Choose the tuning trial whose numbers a method's final runs get.
 
     Among the trials that ended, the one that reached the target in the fewest steps; if none did, the one
     with the lowest best validation metric, which also decides between equals. Trials that failed come after

@@ -1,4 +1,4 @@
-"""Everything that is concluded from a bench's trials, computed once."""
+"""Computes everything that a report says about a bench's trials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plywise.arena.scoring.results import BenchResults, gather_results
 
 @dataclass(frozen=True)
 class BenchSummary:
-    """A bench, whole or interrupted, with everything that follows from its trials.
+    """A bench, finished or interrupted, with results, comparison, conclusions and verdict.
 
     Attributes:
         results: its trials, sorted.

@@ -1,4 +1,4 @@
-"""What a run must reach to count as done: how a target is made, and when it is too soft to rank by.
+"""Makes the targets that runs must reach, and decides when a target is too easy to rank by.
 
 All functions are pure, and take lines of the ledger (see `plywise.arena.scoring.records`).
 """
@@ -17,22 +17,22 @@ SHARE = 0.15
 """Share of the baselines' tuning trials that reach a target which is made of them."""
 
 STRICT_PLACE = 3
-"""The best place among the baselines' trials that may set a target, however few there are: the first two
-might be lucky draws that no other bench repeats."""
+"""The best place among the baselines' trials that may set a target, even with few trials: the two best may be
+lucky draws."""
 
 ENOUGH = math.ceil(STRICT_PLACE / SHARE)
 """Tuning trials of the baselines from which a target is what `SHARE` of them reach; with fewer it is soft."""
 
 EARLY = 0.8
-"""Share of a run within which a baseline must have got to what becomes the target: a method that is up to
-1 / 0.8 times slower still has a chance to reach it, and a lucky last measurement sets no target."""
+"""A baseline must reach a value within this share of a run for it to become the target. Then a method that is
+up to 1 / 0.8 times slower can still reach it, and a lucky last measurement sets no target."""
 
 
 class Target(NamedTuple):
-    """Validation metrics that count as done; None where nothing sets one yet.
+    """The validation metrics that runs must reach; None if nothing sets them yet.
 
     Attributes:
-        strict: what rankings are about.
+        strict: the target of rankings.
         loose: what a middling setting of the baselines reaches.
         stored: whether ``strict`` was there before the bench, and not taken from its own baselines.
         trials: tuning trials of the baselines in the bench.
@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
     @property
     def ranks(self) -> bool:
-        """Whether methods may be ranked by it: it is further from knowing nothing than from the best.
+        """Whether methods may be ranked by it: it is nearer to the best metric than to chance.
 
         Example:
             >>> Target(0.2, None, True, naive=0.9, best=0.1).ranks
@@ -65,7 +65,7 @@ class Target(NamedTuple):
 
     @property
     def softness(self) -> list[str]:
-        """Why it is no high bar, in phrases; nothing if it is one."""
+        """Return phrases that say why the target is easy; none if it is not."""
         if self.strict is None:
             return []
         reasons = []
@@ -117,13 +117,12 @@ def baselines_of(bench: dict[str, Any]) -> set[str]:
 
 
 def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
-    """The target of a workload that has none stored: what 15 % of the baselines' tuning trials reach.
+    """Return the target of a workload without a stored one: what 15 % of the baselines' tuning trials reach.
 
-    A trial counts by its best validation metric within the first 80 % of the steps. A quantile asks the same
-    of a bench whatever its number of trials. With fewer than `ENOUGH` trials it is the third best, which was
-    beaten twice, since the best of few might be a lucky draw. Trials that measured nothing count as worse
-    than all others. Only established methods set targets, so that no method of ours can set one which suits
-    it.
+    A trial counts by its best validation metric within the first 80 % of the steps. A quantile does not
+    depend on the number of trials. With fewer than `ENOUGH` trials the third best is taken, since the best of
+    few may be a lucky draw. Trials that measured nothing count as worse than all others. Only established
+    methods set targets, so that no method of plywise sets one in its own favour.
 
     Args:
         lines: trials on one workload, of any method and purpose.
@@ -150,7 +149,7 @@ def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float
 def loose_target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
     """A target that a middling setting reaches: the median of the baselines' tuning trials.
 
-    Beside the strict target it tells a method that is fast but ends too high from one that is slow.
+    It distinguishes a method that is fast but ends too high from a slow one.
 
     Args:
         lines: trials on one workload, of any method and purpose.

@@ -1,4 +1,4 @@
-"""Which of two methods ended better: by the differences of their runs with the same seed.
+"""Decides which of two methods ended better, by the differences of their runs with the same seed.
 
 `plywise bench` compares test metrics so, and `plywise reproduce` the claims of papers. Intervals are
 Student's: ``mean ± t · s · √(more + 1/n)`` of n values. Times to a target are compared otherwise, by
@@ -49,7 +49,7 @@ STUDENT = (
 BETTER, ALIKE, WORSE, UNDECIDED = "better", "alike", "worse", "undecided"
 
 Runs = Mapping[int, float | None]
-"""What each run ended with, by seed; None: it failed."""
+"""The last metric of each run by seed; None if it failed."""
 
 
 def student(freedom: int) -> float:

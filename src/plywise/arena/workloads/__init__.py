@@ -1,6 +1,6 @@
 """The workloads that ship with the arena, by name; a name costs no import of torch.
 
-What a run should reach is not in the code: ``targets.json`` has it, made from tuned baselines, each entry
+Targets are not in the code: ``targets.json`` holds them, made from tuned baselines, each entry
 ``{"target": ..., "loose": ..., "trials": ..., "commit": ..., "made_by": ...}`` with the number of tuning
 trials that it is made of, and the commit and the command that made it.
 """
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 WORKLOADS = tuple(WORKLOAD_MODULES)
 """Names of all workloads."""
 QUICK = ("quadratic", "digits-mlp", "digits-conv", "digits-autoencoder")
-"""Those that need no file and take a second or two a run."""
+"""Workloads that need no file and take a second or two for a run."""
 RELATED = tuple(name for name, home in WORKLOAD_MODULES.items() if home == "arena.workloads.related")
-"""What losses and modules of the related papers are for; they need no file either."""
+"""Workloads for losses and modules of the related papers; they need no file."""
 HIDDEN = ("teacher", "regression", "classes", "groups", "pairs")
 """Kinds of workloads that are made by a seed, as ``hidden-teacher-7``. No default may be tuned on them."""
 STANDARD = tuple(name for name in WORKLOADS if name not in RELATED)
 """All others; most need files (see `plywise.data.store`)."""
 
 SETS = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
-"""What stands for several workloads; `hidden` stands for those that a seed makes."""
+"""Names that stand for several workloads; `hidden` stands for those that a seed makes."""
 
 
 def list_workloads(words: str | Sequence[str], hidden_seed: int | None = None) -> list[str]:

@@ -27,7 +27,7 @@ def digit_images() -> Data:
 
 
 def digits_themselves() -> Data:
-    """The digits, to be given back."""
+    """The digits as inputs and targets."""
     return Data(*(Split(part.x, part.x) for part in load_digits()))
 
 

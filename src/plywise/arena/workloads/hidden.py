@@ -1,8 +1,9 @@
-"""Workloads made by a seed, for judging what was chosen on others: no default may be tuned on them.
+"""Workloads made by a seed, to test choices that were made on others: no default may be tuned on them.
 
-A default that is set by a bench fits the workloads of that bench. A new seed makes workloads that no one has
-looked at: other networks, data, sizes and labels of the same kinds. Everything follows from kind and seed:
-a name says it all, and another machine makes the same. Targets come from the baselines of the same bench.
+A default that is chosen by a bench fits the workloads of that bench. A new seed makes workloads that nobody
+has seen: other networks, data, sizes and labels of the same kinds. Everything follows from kind and seed, so
+that the name is enough to make the same workload on another machine. Targets come from the baselines of the
+same bench.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from plywise.data.parts import Data
 SIZES = (3000, 500, 500)
 """Samples to train on, to validate and to test."""
 GRID = 2.0**-16
-"""Data are multiples of this: the last digits of a product depend on the machine, and data must not."""
+"""Data are rounded to multiples of this, for the last digits of a product depend on the machine."""
 CHOICE = TypeVar("CHOICE")
 
 
@@ -62,7 +63,7 @@ class Draws:
         return torch.randperm(count, generator=self.generator)
 
     def network(self, x: Tensor, hidden: int, outputs: int) -> Tensor:
-        """What a random network of tanh layers makes of rows: bent enough that no line fits them."""
+        """Return the output of a random network of tanh layers, which is far from linear."""
         for _ in range(hidden):
             width = int(self.whole(8, 24))
             gain = float(self.uniform(1.0, 2.0)) / x.shape[1] ** 0.5
@@ -75,7 +76,7 @@ class Draws:
 
 @lru_cache(maxsize=8)
 def teacher(seed: int) -> Data:
-    """What a random network says of correlated inputs, with noise on the training targets."""
+    """Make correlated inputs and the outputs of a random network, with noise on the training targets."""
     draws = Draws("teacher", seed)
     inputs, outputs = int(draws.whole(10, 30)), int(draws.whole(1, 4))
     x = _correlate(draws, inputs)
@@ -159,7 +160,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "difference": lambda a, b: (a - b).abs(),
     "larger one": torch.maximum,
 }
-"""What the label of two digits may be."""
+"""The possible labels of two digits."""
 
 
 @lru_cache(maxsize=8)
@@ -178,7 +179,7 @@ def paired_digits(seed: int) -> Data:
 # ---- as workloads ----------------------------------------------------------------------------------
 
 MakeNetwork = Callable[[int], nn.Module]
-"""Makes a network from its number of outputs."""
+"""A function that makes a network with a given number of outputs."""
 
 
 def make_workload(kind: str, seed: int) -> Workload:
@@ -210,7 +211,7 @@ def make_workload(kind: str, seed: int) -> Workload:
 
 
 def _classification(data: Data) -> Task:
-    """Chance is to always say the most frequent class."""
+    """Make the task; at chance, the most frequent class is always predicted."""
     most = int(data.train.y.bincount().argmax())
     return replace(CLASSIFICATION, chance=round(float((data.validation.y != most).float().mean()), 4))
 
@@ -246,4 +247,4 @@ KINDS: dict[str, tuple[str, Callable[[int], Data]]] = {
     ),
     "pairs": ("Two of the shipped digits: their sum, their difference, or the larger one.", paired_digits),
 }
-"""What a workload of each kind is, and what makes its data from a seed."""
+"""The description of each kind, and the function that makes its data from a seed."""

@@ -50,8 +50,8 @@ def mnist_themselves() -> Data:
 def cifar() -> Data:
     """CIFAR-10, images (3, 32, 32): 8,000 and 2,000 of the training set, and the test set of 10,000.
 
-    Files differ in the order of the images, so they are put into one of their own first, that of their
-    checksums. Each channel has mean 0 and variance 1 over the training part.
+    Files differ in the order of the images, so images are first sorted by their checksums. Each channel has
+    mean 0 and variance 1 over the training part.
     """
     x, y, x_test, y_test = cifar10()
     train = _by_checksum(x, y, CIFAR_TRAIN + CIFAR_VALIDATION)

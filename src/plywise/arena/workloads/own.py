@@ -1,4 +1,4 @@
-"""A user's own model and data as a workload: checked on two samples before anything is spent on it."""
+"""A user's own model and data as a workload, checked on two samples before any training."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def own_workload(
     """A workload of a user's model and data.
 
     The task follows from the targets: classes (N,), tokens (N, T), or floating-point numbers. Numbers (N,)
-    and (N, 1) are taken for the same, as the model's output has them. A model that takes the targets with a
-    dict of inputs and returns a loss trains by that. The model is made and tried on two samples (or on a
+    and (N, 1) are converted to the shape of the model's output. A model that takes the targets with a dict of
+    inputs and returns a loss is trained by that loss. The model is made and tried on two samples (or on a
     batch of a stream), in eval mode.
 
     Args:
@@ -78,7 +78,7 @@ def own_workload(
         data: where the data are (see `plywise.registry.resolve.resolve_data`), or data that have been read.
         read: how they are read, see `plywise.data.reading.ReadOptions.parse`; the rest is guessed.
         loss: ``module:name`` of a function (output, y) to a mean loss, a scalar; empty: the usual one.
-        metric: ``module:name`` of what is judged by, lower is better; empty: error rate or loss.
+        metric: ``module:name`` of the metric, the lower the better; empty: error rate or loss.
             With ``step`` a function (model, batch).
         step: ``module:name`` of a function (model, batch) to a mean loss, for models and batches that are
             called in another way; empty: as the batch shows.
@@ -132,7 +132,7 @@ HOW = {
     ),
     STEP: "the loss is what the step function returns",
 }
-"""What is said of the ways to call a model."""
+"""Descriptions of the ways to call a model."""
 
 
 def _check_scores(network: nn.Module, model: str, data: Data, loss: str, metric: str) -> tuple[Data, int]:
@@ -168,7 +168,7 @@ def checked_workload(
     calls: str = "",
     classes: int = 0,
 ) -> Workload:
-    """A workload that `own_workload` has checked: the model is not made, and the data are taken as they are.
+    """Make a workload that `own_workload` has checked; the model is not made, and the data are not checked.
 
     Args:
         name: what to call it.
@@ -203,7 +203,7 @@ def checked_workload(
 
 
 def _make_network(address: str) -> nn.Module:
-    """A network of the user's, after a look whether the next one would be another."""
+    """Make the user's network, and check that a second call makes another one."""
     with torch.random.fork_rng(devices=[]):
         first, second = (make_model(address) for _ in range(2))
     if not isinstance(second, nn.Module):
@@ -224,7 +224,7 @@ def _make_network(address: str) -> nn.Module:
 
 
 def _output(network: nn.Module, address: str, x: Batch) -> Tensor:
-    """What the network says to two samples, in eval mode; every part of it is in its own mode afterwards."""
+    """Return the network's output for two samples, in eval mode; all modes are restored afterwards."""
     samples = count_samples(x)
     try:
         with evaluating(network):
@@ -255,7 +255,7 @@ def _output(network: nn.Module, address: str, x: Batch) -> Tensor:
 
 
 def _fitting(data: Data, output: Tensor) -> Data:
-    """The data, numbers in a row or a column as the output has them: (N,) against (N, 1) would broadcast."""
+    """Convert numbers to the shape of the output, (N,) or (N, 1), which would broadcast otherwise."""
     y, shape = _targets(data.train), output.shape[1:]
     if (
         not isinstance(data.train, Split)

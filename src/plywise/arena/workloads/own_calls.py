@@ -1,4 +1,4 @@
-"""How a user's model is called: plainly, for its scores, for its own loss, or by a step function."""
+"""Finds how to call a user's model: plainly, for its scores, for its own loss, or by a step function."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _find_own_loss(network: nn.Module, x: Mapping[str, Any]) -> str:
 
 
 def make_called(address: str, calls: str, step: str = "", metric: str = "") -> nn.Module:
-    """The user's model, so that it takes a batch's inputs and gives one tensor.
+    """Make the user's model, wrapped so that it takes a batch's inputs and returns one tensor.
 
     Args:
         address: ``module:name`` of the function that makes it.
@@ -96,7 +96,7 @@ def wrap_model(network: nn.Module, calls: str, step: str = "", metric: str = "")
 
 
 def judge_scores(judge: Judge, model: nn.Module, batch: Any) -> Tensor:
-    """A metric of outputs and targets as one of a model and a batch."""
+    """Convert a metric of outputs and targets into one of a model and a batch."""
     y = next(batch[name] for name in TARGETS if name in batch)
     return judge(find_scores(call_model(model, batch)), y)
 
@@ -140,7 +140,7 @@ def check_step(address: str, network: nn.Module, train: Part) -> None:
 
 
 def describe_batch(x: Batch) -> str:
-    """What a batch is made of, in words.
+    """Describe the tensors of a batch.
 
     Example:
         >>> describe_batch({"ids": torch.zeros(2, 7)})

@@ -1,4 +1,4 @@
-"""What the related papers' losses and modules are for: rare classes, generators, denoising, meta-learning."""
+"""Workloads of the related papers: rare classes, generators, denoising, meta-learning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plywise.data.parts import Data, tenths
 from plywise.nn import VSML, UnfoldedDenoiser
 
 SEED = 0
-"""What noise and episodes are drawn by."""
+"""Seed of noise and episodes."""
 
 # ---- a rare class ----------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ GENERATION = WholeSetTask(energy_distance, energy_distance, "energy distance")
 
 
 def noise_and_digits() -> Data:
-    """Noise, and images of digits, which do not belong together: only their distributions count."""
+    """Unpaired noise and images of digits: only their distributions matter."""
     generator = torch.Generator().manual_seed(SEED)
     return Data(
         *(Split(torch.randn(len(part.x), NOISE, generator=generator), part.x) for part in load_digits())
@@ -105,7 +105,7 @@ SAMPLES = 8
 
 
 def episodes() -> Data:
-    """All episodes of 8 samples: which of two inputs is on is the label, or in half of them the other one.
+    """Make all episodes of 8 samples. The label is the input that is on, or in half of them the other.
 
     A row holds the sample (2) and its label (2), which the network gets only after its answer.
     """

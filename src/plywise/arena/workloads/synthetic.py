@@ -1,4 +1,4 @@
-"""The noisy quadratic: the one workload whose answer is known exactly."""
+"""The noisy quadratic: the only workload whose solution is known exactly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NOISE = 0.5
 """Standard deviation of the noise on training targets; its square is the least training loss."""
 SAMPLES = 40_000
 GRID = 2.0**-16
-"""Data are multiples of this, which float32 holds exactly. The last digits of a product depend on the
-machine, and a bench must find the same data on all of them."""
+"""Data are rounded to multiples of this, which float32 holds exactly. The last digits of a product depend on
+the machine, and a bench needs the same data on all machines."""
 
 
 def spectrum() -> Tensor:
