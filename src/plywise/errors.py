@@ -10,7 +10,7 @@ MORE = "More: plywise help "
 
 
 class PlywiseError(RuntimeError):
-    """Something plywise refuses to do silently.
+    """Base class of plywise's errors.
 
     Args:
         args: what is wrong, where, why, and how to mend it.

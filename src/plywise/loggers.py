@@ -1,4 +1,4 @@
-"""What `plywise.Rule.record` measures, for the loggers that people look at: each function makes a callback.
+"""Callbacks that send the measurements of `plywise.Rule.record` to loggers.
 
     rule.record(every=50, callbacks=[pw.loggers.to_tensorboard("runs/mine")])
 

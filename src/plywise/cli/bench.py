@@ -51,16 +51,16 @@ class Flags:
             module:name of a torch.optim.Optimizer or of a rule
             of yours.
         trials: tuning trials of each method, without a budget; 0: defaults only, with a budget, too.
-        search: how the numbers of those trials are found. sobol: the same quasi-random points for all
-            methods, so that their luck is equal; optuna: Optuna's TPE, where each trial learns from a
-            method's trials before (pip install 'plywise[optuna]').
+        search: how the numbers of tuning trials are chosen. sobol: the same quasi-random points for all
+            methods, which gives all the same chances; optuna: Optuna's TPE, which learns from a method's
+            earlier trials (pip install 'plywise[optuna]').
         seeds: final runs of each method on each track.
         steps: steps of a run. Default: the workload's; for your model what fits the budget, or 1000.
         batch_size: samples a batch. Default: the workload's; 128 for your model.
         loss: function of outputs and targets, as module:name. Default: cross entropy for classes, squared
             error for numbers.
-        metric: what it is judged by, the lower the better, as module:name. Default: error rate, or the loss.
-            With --step a function of a model and a batch.
+        metric: the metric to compare by, the lower the better, as module:name. Default: error rate, or the
+            loss. With --step a function of a model and a batch.
         step: function of a model and a batch of your data to the loss, as module:name, for models and batches
             of any kind. Default: a dict is given by name and a tuple by place, and a loss that the model
             returns is taken.
@@ -159,7 +159,7 @@ def bench(
 
 
 def _check_folder(out: Path, resume: bool, model: str | None, flags: Flags) -> None:
-    """Whether there is a bench in the folder must be what --resume says."""
+    """Refuse a folder with a bench unless --resume is given, and one without a bench if it is."""
     if out.exists() and not out.is_dir():
         raise PlywiseError(f"{out} is a file; --out names a folder.", see="error-command")
     if resume:
@@ -172,7 +172,7 @@ def _check_folder(out: Path, resume: bool, model: str | None, flags: Flags) -> N
 
 
 def _refuse_settings(out: Path, model: str | None, flags: Flags) -> None:
-    """With --resume, only what is no part of the plan may be given."""
+    """Refuse flags of the plan with --resume."""
     changed = [field.name for field in fields(flags) if getattr(flags, field.name) != field.default]
     names = ["the model"] * (model is not None) + [f"--{name.replace('_', '-')}" for name in changed]
     if names:
@@ -184,7 +184,7 @@ def _refuse_settings(out: Path, model: str | None, flags: Flags) -> None:
 
 
 def _make_config(model: str | None, flags: Flags) -> BenchConfig:
-    """What is compared, as the flags say."""
+    """Make the config from the flags."""
     from plywise.arena.run.config import BenchConfig
 
     same = ("trials", "seeds", "device", "search", "threads", "timeout_s")
@@ -267,7 +267,7 @@ def _plan(
     ledger: Ledger,
     screen: Console,
 ) -> BenchConfig:
-    """The config with the steps and trials that fit; says what it, or the rest of it, will take."""
+    """Choose steps and trials that fit the budget, and say how long the bench, or its rest, will take."""
     from plywise.arena.run.bench import make_experiment
     from plywise.arena.run.budget import fit_config
 
@@ -329,7 +329,7 @@ def _run(
 
 
 def _announce(bench: Bench, screen: Console) -> None:
-    """Say what is run, and what is not."""
+    """Say what will run, and what will not."""
     config = bench.resolved.config
     screen.print(
         f"Methods: {len(config.methods)}; workloads: {len(config.workloads)}; tuning trials of each: "

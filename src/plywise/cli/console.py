@@ -1,4 +1,4 @@
-"""How commands write: colours and tables in a terminal, plain lines elsewhere."""
+"""Output of commands: colours and tables in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def notes(apart: bool = False) -> Console:
     """For output beside results: plans, progress, notes. Nothing is shown with ``--quiet``.
 
     Args:
-        apart: on standard error, since standard output is for a machine.
+        apart: print on standard error, since a program reads standard output.
     """
     return _console(stderr=apart, quiet=VOLUME.quiet)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NUMBERS = ("weights", "rows", "backward", "to last", "silent", "rate", "noise", "condition", "rank")
 STRIKING = "bold yellow"
-"""Style of what stands out; a star marks it where there are no colours."""
+"""Style of unusual values; a star marks them where there are no colours."""
 LEGEND = (
     "rows: of a sample. backward: root mean square of the loss gradient at the output; to last: its norm for "
     "a sample over the last layer's. silent: outputs where it is always 0. rate: a plain step at rate 1 over "
@@ -44,9 +44,9 @@ def diagnose(
     seed: int = 0,
     json: Switch = False,
 ) -> None:
-    """Look at your model's layers for a few batches and say which rule to try, why, and how sure that is.
+    """Examine your model's layers for a few batches and recommend a rule, with the reason and its certainty.
 
-    Nothing is trained: the model is looked at as it is made. Seconds, for a small one.
+    Nothing is trained: the model is examined at initialisation. This takes seconds for a small model.
 
     For example:
 
@@ -65,7 +65,7 @@ def diagnose(
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
             for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
         workload: instead of a model: name of a workload that plywise ships.
-        batches: how many batches of the training part are looked at.
+        batches: how many batches of the training part are examined.
         batch_size: samples a batch. Default: the workload's; 128 for your model.
         loss: function of outputs and targets, as module:name. Default: cross entropy for classes, squared
             error for numbers.

@@ -1,4 +1,4 @@
-"""`plywise doctor`: is everything here, and does it train?"""
+"""`plywise doctor`: checks the installation, and that each rule trains."""
 
 from __future__ import annotations
 

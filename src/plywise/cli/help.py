@@ -1,4 +1,4 @@
-"""`plywise help`: what the documentation says of errors, for those who have no documentation at hand."""
+"""`plywise help`: prints the documentation of errors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Topic:
     """A section of the page of errors.
 
     Attributes:
-        name: what `plywise help` calls it, and the last line of an error.
+        name: its name for `plywise help` and in the last line of an error.
         title: its heading.
-        text: what it says, in Markdown without links.
+        text: its text, in Markdown without links.
         is_kind: whether it is about a kind of errors, with sections below it.
         parts: names of these sections.
     """

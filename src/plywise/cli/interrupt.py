@@ -14,7 +14,7 @@ STOPPING = "Stopping: what has ended is kept. The report is drawn next; Ctrl-C a
 
 
 class Stop:
-    """Ctrl-C while trials run: answered at once; an interrupt when all that has ended is in the ledger.
+    """Answers Ctrl-C at once while trials run, and interrupts when all finished trials are in the ledger.
 
     Attributes:
         presses: how often it was pressed.
@@ -36,7 +36,7 @@ class Stop:
             raise KeyboardInterrupt
 
     def more(self, end: float | None) -> bool:
-        """Whether another trial may begin, on a clock that may have an end."""
+        """Whether another trial may begin, within the budget if there is one."""
         return not self.presses and (end is None or time.monotonic() < end)
 
     def _stop(self, *_: object) -> None:

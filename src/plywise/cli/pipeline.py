@@ -96,7 +96,7 @@ def _train(plan: TrainConfig, fresh: bool, is_first: bool) -> tuple[bool, int]:
 
 
 def _layout(session: Session) -> str:
-    """Who holds what."""
+    """Say which process holds which components."""
     engine: Any = session.engine
     ends = [*engine.cuts[1:], len(engine.learner.trainers)]
     stages = ", ".join(

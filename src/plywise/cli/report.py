@@ -1,4 +1,4 @@
-"""`plywise report`: a bench's page and table, drawn from what was measured; curves for other viewers."""
+"""`plywise report`: makes a bench's page and table from its trials, and exports curves to other viewers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def report(
 ) -> None:
     """Score the trials of a bench again and draw its report; nothing is trained.
 
-    Works while the bench is running, and on one that was interrupted. The trials can be written for other
-    viewers besides, a run for each trial; what is there already is not written again.
+    It works while the bench is running, and after an interruption. Trials can also be exported to other
+    viewers, a run for each trial; trials that were exported before are not written again.
 
     For example:
 
@@ -83,7 +83,7 @@ def conclude(folder: Path, json: bool = False) -> Path:
 
 
 def _for_machines(path: Path, summary: BenchSummary) -> dict[str, Any]:
-    """The ranking of each track by each clock, and the findings."""
+    """Return the ranking of each track by each clock, and the conclusions, for JSON."""
     from plywise.arena.scoring.ranking import rank_methods
     from plywise.arena.scoring.score import CLOCKS
 
@@ -102,7 +102,7 @@ def _for_machines(path: Path, summary: BenchSummary) -> dict[str, Any]:
 
 
 def _standing(field: BenchResults) -> Table:
-    """Who is where, on the first track, by processor time."""
+    """Make the table of the ranking on the first track, by processor time."""
     from plywise.arena.scoring.conclusions import span
     from plywise.arena.scoring.ranking import rank_methods
 

@@ -1,4 +1,4 @@
-"""`plywise reproduce`: a paper's experiments again, its numbers beside ours."""
+"""`plywise reproduce`: runs a paper's experiments again, and compares its numbers with ours."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reproduce(
     dry_run: Switch = False,
     json: Switch = False,
 ) -> None:
-    """Run a paper's experiments again, and put its numbers beside ours.
+    """Run a paper's experiments again, and compare its numbers with ours.
 
     Without a paper it lists the papers, their experiments and their numbers. Each run is kept as it ends:
     after Ctrl-C the same command goes on with what is missing. The small size takes minutes, and

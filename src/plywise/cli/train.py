@@ -1,4 +1,4 @@
-"""`plywise train`: a network trained block by block, from a file or from flags, through interruptions."""
+"""`plywise train`: trains a network block by block, by a file or flags, and resumes after interruptions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from plywise.cli.training import Flags, Switch, again, conclude, following, intr
 
 
 def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: Switch = False) -> None:
-    """Train a network block by block: each block follows a loss of its own, no gradient crosses them all.
+    """Train a network block by block: each block has its own loss, and no gradient crosses all blocks.
 
-    The same command again goes on from the last checkpoint, with the same weights as if it had never stopped.
+    The same command resumes from the last checkpoint, and ends with the same weights as without a stop.
     Ctrl-C lets the step finish and writes a checkpoint. `plywise pipeline` takes the same flags and goes on
     with the same runs. The log has a line of JSON for each step: step, epoch, losses by component, seconds
     and, after an epoch's last step, the accuracy on the test data.

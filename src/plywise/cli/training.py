@@ -1,4 +1,4 @@
-"""What `plywise train` and `plywise pipeline` share: their flags, and how they show progress."""
+"""Flags and progress of `plywise train` and `plywise pipeline`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAINT = 0.1  # seconds between two pictures of the progress bar
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Flags:
-    """Flags of a training; what is not given is up to the file, and then to the plan's defaults.
+    """Flags of a training; a missing flag is taken from the file, or else from the plan's defaults.
 
     Attributes:
         model: function that makes your network, as module:name: an nn.Module, which is cut into blocks of
@@ -99,12 +99,12 @@ def plan_from(config: Path | None, flags: Flags | None, **more: Any) -> TrainCon
 
 
 def again() -> str:
-    """The words of this command that go on with the run: without --fresh."""
+    """Return the command that resumes the run: this one without --fresh."""
     return shlex.join(["plywise", *(word for word in sys.argv[1:] if word != "--fresh")])
 
 
 def introduce(session: Session, screen: Console, *more: str) -> None:
-    """Say what is going to be trained, and from where on."""
+    """Say what will be trained, and from which step."""
     if session.finished:
         return
     plan, record = session.plan, session.folder.record()

@@ -1,4 +1,4 @@
-"""`plywise workloads`: what `plywise bench` can train besides your own model, and the data for it."""
+"""`plywise workloads`: lists the workloads of `plywise bench` and fetches their data."""
 
 from __future__ import annotations
 

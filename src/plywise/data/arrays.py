@@ -1,4 +1,4 @@
-"""Tensors of what users have: arrays, lists, what a function of theirs returns."""
+"""Makes tensors of users' arrays and lists, and of what their functions return."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AT_ONCE = 1 << 16  # numbers
 
 
 def made_by(address: str) -> Any:
-    """What the user's function at ``module:name`` returns; what it draws is the same each time.
+    """Call the user's function at ``module:name``, with fixed seeds, and return its result.
 
     Raises:
         PlywiseError: see `plywise._util.import_path.call_factory`.
@@ -63,9 +63,9 @@ def tensor_of(values: Any, what: str) -> Tensor:
 
 
 def _not_finite(tensor: Tensor) -> Tensor:
-    """Which samples hold NaN or infinity, (N,), also once they are float32.
+    """Find the samples with NaN or infinity, (N,), also after conversion to float32.
 
-    Some at a time, as the check takes more memory than they.
+    Samples are checked in pieces, for the check takes more memory than they do.
     """
     bad = torch.zeros(len(tensor), dtype=torch.bool)
     if not tensor.is_floating_point() or not tensor.numel():

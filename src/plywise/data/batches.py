@@ -1,4 +1,4 @@
-"""What a batch is: tensors in any nesting, counted, cut and moved; and the parts that batches come from.
+"""Batches of tensors in any nesting, and the parts of a data set that batches come from.
 
 Bench, diagnose, train, pipeline and the learners all read their batches from here. A batch is a pair of
 inputs and targets. Either is a tensor, or tensors in tuples, lists, dicts and dataclasses, nested in any way;
@@ -31,7 +31,7 @@ _TYPE = "plywise type"
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
-    """The same nesting, each tensor replaced by what ``function`` makes of it; other values stay.
+    """Apply ``function`` to each tensor of a nesting; other values stay.
 
     Example:
         >>> map_tensors(len, {"x": torch.zeros(3, 2), "more": (torch.zeros(3), "name")})
@@ -69,13 +69,13 @@ def count_samples(batch: Batch) -> int:
 
 
 def take_samples(batch: Batch, rows: Tensor | slice) -> Batch:
-    """Some samples of a batch: rows of each tensor that has as many as the first; others stay whole."""
+    """Take some samples of a batch: rows of each tensor with as many rows as the first; others stay whole."""
     samples = count_samples(batch)
     return map_tensors(lambda t: t[rows] if t.dim() and len(t) == samples else t, batch)
 
 
 def clone_batch(batch: Batch) -> Batch:
-    """A copy that a model may write into."""
+    """Copy a batch, so that a model may write into it."""
     return map_tensors(torch.clone, batch)
 
 
@@ -85,7 +85,7 @@ def move_batch(batch: Batch, device: str | torch.device) -> Batch:
 
 
 def split_target(batch: Batch) -> tuple[Batch, Batch | None]:
-    """Inputs and targets of what a user's loader gives; None where there is no way to find a target.
+    """Split what a user's loader returns into inputs and targets; None if there is no target.
 
     The last entry of a tuple or list is the target. In a mapping or a dataclass the entry called labels,
     label, targets, target or y is; the inputs are then the whole batch, of which `call_model` takes what the
@@ -105,7 +105,7 @@ def split_target(batch: Batch) -> tuple[Batch, Batch | None]:
 
 
 def join_target(x: Batch, y: Batch) -> Batch:
-    """The batch that `split_target` has split."""
+    """Join inputs and targets again: the inverse of `split_target`."""
     if isinstance(x, Mapping) or _is_dataclass(x) or hasattr(x, "_fields"):
         return x
     return (*x, y) if isinstance(x, tuple) else (x, y)
@@ -151,7 +151,7 @@ def update_digest(digest: Any, *batches: Batch) -> None:
 
 
 class Part(Protocol):
-    """A set that batches are drawn from: for training, validation or test."""
+    """A data set for training, validation or test, from which batches are drawn."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -160,16 +160,16 @@ class Part(Protocol):
         """Batches in an epoch, the last one perhaps smaller."""
 
     def batch(self, place: int, size: int, order: Tensor | None = None) -> tuple[Batch, Batch]:
-        """A batch of an epoch, in an order of samples (or of batches, where these are kept as they came)."""
+        """Return a batch of an epoch, in an order of samples (or of whole batches, if these are stored)."""
 
     def count_places(self) -> int:
-        """How many things an ``order`` puts in order."""
+        """Return the length of an ``order``."""
 
     def epoch(self, size: int, order: Tensor) -> Iterator[tuple[Batch, Batch]]:
         """Whole batches in an order."""
 
     def chunks(self, size: int) -> Iterator[tuple[Batch, Batch]]:
-        """All samples once, at most ``size`` at a time (or a batch, where these are kept as they came)."""
+        """Yield all samples once, at most ``size`` at a time (or stored batch by stored batch)."""
 
     def head(self, count: int) -> Part:
         """About the first ``count`` samples."""
@@ -178,10 +178,10 @@ class Part(Protocol):
         """The part on a device."""
 
     def update_digest(self, digest: Any) -> None:
-        """Feed every value to a digest of `hashlib`: other data have another one."""
+        """Feed every value to a digest of `hashlib`."""
 
     def packed(self) -> dict[str, Any]:
-        """What `unpack_part` makes the part of again, for `torch.save`."""
+        """Return the part in a form for `torch.save`, which `unpack_part` reads."""
 
 
 @dataclass(frozen=True)
@@ -247,15 +247,15 @@ class Split:
 
 @dataclass(frozen=True)
 class StoredBatches:
-    """Batches as a user's loader gave them, a file for each: of a stream, or larger than memory.
+    """Batches of a user's loader, each in a file, for streams and for data larger than memory.
 
     Attributes:
         files: one for each batch.
         sizes: samples of each.
         values: a digest of the values of each.
-        note: what of the stream they are, in words; empty where they are all of it.
+        note: which part of the stream they are, in words; empty if they are all of it.
         device: where batches go as they are read.
-        folder: keeps the files alive; None where somebody else does.
+        folder: keeps the files until it is deleted; None if another object does.
     """
 
     files: Sequence[str]
@@ -329,7 +329,7 @@ def unpack_part(packed: Mapping[str, Any]) -> Split | StoredBatches:
 
 
 class BatchWriter:
-    """Writes batches to files as they come, so that no more than one is in memory.
+    """Writes batches to files one by one, so that only one is in memory.
 
     Args:
         folder: where the files go.
@@ -362,7 +362,7 @@ class BatchWriter:
 
 
 def endless_batches(part: Part, batch_size: int, seed: int) -> Iterator[tuple[Batch, Batch]]:
-    """Batches, epoch after epoch, each epoch in an order of its own."""
+    """Yield batches without end, each epoch in a new order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from part.epoch(batch_size, torch.randperm(part.count_places(), generator=generator))

@@ -1,4 +1,4 @@
-"""Folders of images, a folder for each class."""
+"""Reads images from folders, one for each class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is called with a batch, and what of its output counts."""
+"""Calls a model with a batch, and finds scores and loss in its output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTPUTS = ("logits", "prediction_logits", "last_hidden_state", "sample", "out")
 
 
 def call_model(model: nn.Module, x: Batch, without: tuple[str, ...] = ()) -> Any:
-    """A model's output for a batch's inputs: a mapping by name, a tuple by place, all else as one argument.
+    """Call a model with a batch's inputs: a mapping by name, a tuple by position, all else as one argument.
 
     Of a mapping, entries that the forward does not take are left out, and so are those called ``without``. A
     mapping with one entry left is given alone where the forward knows no such name. Where the mapping has an
@@ -132,9 +132,9 @@ class ScoresModel(nn.Module):
 
 
 class StepModel(nn.Module):
-    """A model whose forward is a step function: the loss of a batch; in eval mode loss and metric, (2,).
+    """A model whose forward is a step function: it returns the loss of a batch; in eval mode loss and metric.
 
-    So whatever trains a model by a loss of its output trains by a step function, too.
+    So code that trains a model by a loss of its output can train by a step function, too.
     """
 
     def __init__(self, model: nn.Module, step: Step, metric: Step | None = None) -> None:

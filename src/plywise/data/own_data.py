@@ -1,4 +1,4 @@
-"""The one reader of a user's data: from wherever they are, checked, and cut into three parts if need be."""
+"""Reads a user's data for all commands, checks them, and cuts them into three parts if necessary."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from plywise.registry.names import WORKLOAD_MODULES
 
 AS_EVER = Reading()
 FEWEST = 10
-"""Samples, or batches, without which there are no parts to speak of."""
+"""The fewest samples, or batches, that can be cut into parts."""
 _ROWS = 4096  # looked at or compared at once
 
 
 class Parts(dict[str, Any]):
-    """The parts that a user has, by name: ``train``, and perhaps ``validation`` and ``test``.
+    """The parts of a user's data by name: ``train``, and perhaps ``validation`` and ``test``.
 
     Attributes:
-        guesses: what was guessed about them, a sentence each, with the flag that overrules it.
-        are_from_files: whether nobody else has these tensors, so that they may be overwritten.
+        guesses: sentences on what was guessed about them, each with the flag that overrules it.
+        are_from_files: whether these tensors are used nowhere else, so that they may be overwritten.
     """
 
     guesses: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Parts(dict[str, Any]):
 
 
 class OwnData(NamedTuple):
-    """Data, how they were cut, and what was guessed about them."""
+    """A user's data, how they were cut, and what was guessed about them."""
 
     data: Data
     cut: str
@@ -145,7 +145,7 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
     """Cut data into training, validation and test parts, where they are not cut already.
 
     Args:
-        address: what they are called in errors.
+        address: their name in errors.
         parts: what `read_parts` has read. A table from a file is overwritten: there is no second one.
 
     Raises:
@@ -177,7 +177,7 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
 
 
 def _notes(parts: Parts) -> list[str]:
-    """What was chosen for the user about streams."""
+    """Say in sentences how streams are used."""
     stored = {name: part for name, part in parts.items() if isinstance(part, StoredBatches)}
     if not stored:
         return []
@@ -197,10 +197,9 @@ def _less_a_ninth(count: int) -> list[int]:
 
 
 def _apart(whole: Part, sizes: Callable[[int], list[int]], may_overwrite: bool) -> tuple[Sequence[Part], str]:
-    """Parts of the given sizes, but samples of a table with the same inputs in one; and how many these are.
+    """Cut parts of given sizes, with equal inputs in one part; return the number of such samples, too.
 
-    A model that has seen a sample's inputs knows much of its target, so that twins in two parts would make
-    the test easier than new samples are.
+    Samples with equal inputs in training and test would make the test easier than new samples are.
     """
     if isinstance(whole, StoredBatches):
         cut = sizes(whole.count_places())
@@ -223,7 +222,7 @@ def _apart(whole: Part, sizes: Callable[[int], list[int]], may_overwrite: bool) 
 
 
 def _order_kinds(kind: Tensor, kinds: int, sizes: list[int]) -> tuple[Tensor, list[int]]:
-    """The samples kind by kind, kinds as they are drawn; and how many samples the parts have."""
+    """Order the samples by kind, kinds in random order; return the number of samples in each part, too."""
     drawn = draw_order(kinds, sizes)
     counts = kind.bincount(minlength=kinds)
     place = drawn.argsort().to(kind.dtype)[kind]
@@ -232,10 +231,10 @@ def _order_kinds(kind: Tensor, kinds: int, sizes: list[int]) -> tuple[Tensor, li
 
 
 def _kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
-    """Numbers for the rows of a table, the same for the same inputs, and how many there are.
+    """Number the rows of a table, equal inputs alike; return the number of different rows, too.
 
-    Rows are compared by their bytes: of a million rows of 20 numbers that takes 2 s, and `torch.unique` 8 s.
-    What is no table has a number for each sample.
+    Rows are compared by their bytes: this takes 2 s for a million rows of 20 numbers, `torch.unique` 8 s.
+        Data that are no table get a number for each sample.
     """
     if not isinstance(x, Tensor) or x.dim() != 2 or not x.numel():
         return torch.arange(count_samples(x)), count_samples(x)
@@ -256,7 +255,7 @@ def _kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
 
 
 def _small_int(count: int) -> type[np.signedinteger[Any]]:
-    """Of the numbers of samples: of a table with few columns, these are as large as the table."""
+    """Return the smallest integer type for sample numbers, which can take as much memory as a table."""
     return np.int32 if count < 2**31 else np.int64
 
 
@@ -277,7 +276,7 @@ def _check_alike(address: str, name: str, part: Part, train: Part) -> None:
 
 
 def _kind(values: Tensor, is_stored: bool) -> str:
-    """What a sample of a tensor is; samples of stored batches may have any length."""
+    """Describe a sample of a tensor; samples of stored batches may have any length."""
     shape = f"{values.dim() - 1} dimensions" if is_stored else f"shape {tuple(values.shape[1:])}"
     return f"{str(values.dtype).removeprefix('torch.')} of {shape}"
 

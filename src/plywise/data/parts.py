@@ -1,4 +1,4 @@
-"""Cutting samples into training, validation and test parts that share none; the same ones every time."""
+"""Cuts samples into disjoint parts for training, validation and test, the same ones every time."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Data:
     """Three sets that should share no sample, each a `plywise.data.batches.Part`.
 
     Attributes:
-        train: what is trained on.
-        validation: what settings are chosen by, and time to target is measured on.
-        test: read once, at the end of final runs.
+        train: the training set.
+        validation: the set for choosing settings and for measuring the time to the target.
+        test: the test set, read once at the end of final runs.
     """
 
     train: Any
@@ -45,7 +45,7 @@ class Data:
         return Data(*(part.to(device) for part in vars(self).values()))
 
     def save(self, path: Path) -> None:
-        """Write the tensors, or where stored batches are, for `load` in other processes.
+        """Write the tensors, or the places of stored batches, for `load` in other processes.
 
         Raises:
             PlywiseError: there is no room.
@@ -69,12 +69,12 @@ class Data:
         return {name: int(np.isin(part, seen).sum()) for name, part in keys.items()}
 
     def fingerprint(self) -> str:
-        """A digest of every value: other data have another one."""
+        """Compute a digest of all values."""
         return digest_of(vars(self).values())
 
     @staticmethod
     def load(path: Path) -> Data:
-        """What `save` wrote; the pages of the file are shared by all processes that read it."""
+        """Load what `save` wrote, by a memory map that all processes share."""
         parts = torch.load(path, weights_only=True, mmap=True)
         return Data(**{name: unpack_part(parts[name]) for name in ("train", "validation", "test")})
 
@@ -88,7 +88,7 @@ def digest_of(parts: Iterable[Part]) -> str:
 
 
 SEED = 0
-"""What all cuts are drawn by: a workload's samples are the same for every trial."""
+"""Seed of all cuts: a workload's samples are the same for every trial."""
 
 
 def draw_parts(x: Batch, y: Batch, sizes: Sequence[int]) -> list[Split]:
@@ -122,7 +122,7 @@ def tenths(x: Batch, y: Batch) -> Data:
 
 
 def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
-    """Like `tenths`, of kinds of samples: those with the same inputs stay in one part.
+    """Cut as `tenths` does, but keep samples with equal inputs in one part.
 
     A model that has seen a sample's inputs knows much of its target, so that twins in two parts would make
     the test easier than new samples are.
@@ -141,11 +141,10 @@ def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
 
 
 def _keys(part: Any) -> Iterator[int]:
-    """A number for each sample, the same for the same inputs and for no others, but by a chance of 2^-64.
+    """Hash each sample's inputs to a number; different inputs collide with a probability of 2^-64.
 
-    Images are too large to be sorted, as the rows of a table are where they are cut into parts. A stored
-    batch whose tensors differ in length, as the nodes and edges of graphs do, is the same only as a whole:
-    its rows are no samples.
+    Images are too large to be sorted, as rows of tables are. A stored batch whose tensors differ in length,
+    as nodes and edges of graphs do, is compared as a whole, for its rows are no samples.
     """
     for x, _ in part.chunks(4096):
         count, tensors = count_samples(x), [t.add(0) for t in list_tensors(x) if t.dim()]  # -0 becomes 0

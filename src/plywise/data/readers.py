@@ -1,4 +1,4 @@
-"""Readers of the formats that data sets come in: numpy and the standard library, nothing else.
+"""Readers of the formats of public data sets, with numpy and the standard library only.
 
 Each takes a path and returns arrays or text; a faulty file raises an error that names it.
 Files may be compressed by gzip, whatever their names.

@@ -1,4 +1,4 @@
-"""What data are read as: what their user says; else a guess, with the flag that overrules it."""
+"""How data are read: as the user says, or by a guess, which is printed with the flag that overrules it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from plywise.data.arrays import tensor_of
 from plywise.errors import PlywiseError
 
 MOST_CLASSES = 20
-"""Whole numbers in a table that go up to more are taken for counts, which are to be predicted as numbers."""
+"""If whole numbers in a table exceed this, they are taken for counts and predicted as numbers."""
 WHOLE = 2**24
-"""Up to here float32 holds each whole number."""
+"""float32 holds each whole number up to this."""
 IGNORED = -100
 """A target that torch's losses ignore."""
 _AT_ONCE = 1 << 18  # targets that are looked at
@@ -28,7 +28,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How data are read; what is empty is guessed, and the guess is printed.
+    """Options for reading data; an empty option is guessed, and the guess is printed.
 
     Attributes:
         header: whether the first line of a .csv file holds names: yes or no.
@@ -77,10 +77,10 @@ class ReadOptions:
 
 @dataclass
 class Reader:
-    """Turns what a user's data hold into tensors.
+    """Turns a user's data into tensors.
 
     Args:
-        options: what the user says of them.
+        options: the user's options.
 
     Attributes:
         guesses: what was guessed, a sentence each, with the flag that overrules it.
@@ -125,7 +125,7 @@ class Reader:
         return "tokens"
 
     def targets(self, values: Any, what: str) -> Tensor:
-        """Targets: whole numbers are classes or tokens, int64; others are to be predicted, float32.
+        """Read targets: whole numbers are classes or tokens, int64; other numbers are float32.
 
         Raises:
             PlywiseError: see `plywise.data.arrays.tensor_of`; or they are neither.
@@ -175,7 +175,7 @@ class Reader:
         return y.float()
 
     def column(self, y: Tensor, name: str, what: str) -> Tensor:
-        """The targets of a table, whose cells do not say what they are: classes, int64, or float32.
+        """Read the targets of a table as classes, int64, or as numbers, float32.
 
         Classes are numbered from 0 in the order of their values.
 
@@ -218,6 +218,6 @@ class Reader:
 
 
 def _may_be_classes(values: Tensor) -> bool:
-    """Whether different whole numbers look like classes: two of them, or 0 or 1 and those that follow."""
+    """Whether whole numbers look like classes: two of them, or consecutive ones from 0 or 1."""
     first, last, count = float(values[0]), float(values[-1]), len(values)
     return count == 2 or (first in (0, 1) and count <= MOST_CLASSES and last == first + count - 1)

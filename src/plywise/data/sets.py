@@ -1,4 +1,4 @@
-"""Public data sets by name, in whichever of their formats they lie on this machine."""
+"""Public data sets by name, in any of their formats that this machine has."""
 
 from __future__ import annotations
 
@@ -59,10 +59,8 @@ def grey_images(name: str) -> Images:
 def cifar10() -> Images:
     """CIFAR-10: images (N, 32, 32, 3), bytes; 50,000 to train and 10,000 to test, in the order of their file.
 
-    What is decoded stays in the cache.
-
-    Raises:
-        PlywiseError: neither ``cifar10_train.npz`` with ``cifar10_test.npz`` nor ``cifar-10-binary.tar.gz``
+    Decoded images stay in the cache. Raises: PlywiseError: neither ``cifar10_train.npz`` with
+        ``cifar10_test.npz`` nor ``cifar-10-binary.tar.gz``
             is there; or one is damaged.
     """
     return _colour_images("cifar10", "cifar-10-binary.tar.gz", read_cifar10_archive)
@@ -71,7 +69,7 @@ def cifar10() -> Images:
 def cifar100() -> Images:
     """CIFAR-100 with its 100 fine classes: images and sizes as of `cifar10`.
 
-    What is decoded stays in the cache. ``.npz`` files may hold the images rounded, see `read_colour_images`.
+    Decoded images stay in the cache. ``.npz`` files may hold the images rounded, see `read_colour_images`.
 
     Raises:
         PlywiseError: neither ``cifar100_train.npz`` with ``cifar100_test.npz`` nor
@@ -90,7 +88,7 @@ def tiny_shakespeare() -> str:
 
 
 def numeric_table(name: str) -> tuple[Numbers, Numbers]:
-    """A table of numbers, ``NAME.csv`` or ``NAME.csv.gz``: its columns but the last, and the last.
+    """A table of numbers, ``NAME.csv`` or ``NAME.csv.gz``: the last column is the target.
 
     Returns:
         Inputs (N, d), NaN where a value is missing, and targets (N,).
@@ -103,7 +101,7 @@ def numeric_table(name: str) -> tuple[Numbers, Numbers]:
 
 
 def boiling_points() -> tuple[Numbers, Numbers]:
-    """Organic compounds (``compounds.csv.gz``): what their formulas hold, and where they boil.
+    """Organic compounds (``compounds.csv.gz``): counts from their formulas, and their boiling points.
 
     Returns:
         Inputs (N, 20): how often each of 18 tokens is in the SMILES formula, rings, molar mass in g/mol; and

@@ -1,4 +1,4 @@
-"""What a user's function gives as data: arrays, Datasets, loaders, streams; each becomes a part."""
+"""Reads what a user's function returns as data: arrays, Datasets, loaders and streams become parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from plywise.data.reading import Reader, ReadOptions
 from plywise.errors import PlywiseError
 
 MOST_BATCHES = 1000
-"""Batches that are kept of a stream, unless more are asked for."""
+"""Default number of batches that are kept of a stream."""
 BATCH_SIZE = 128
 """Samples in a batch of a stream of samples, unless another number is given."""
 NAMES = {
@@ -52,7 +52,7 @@ class Reading:
     """How data are read.
 
     Attributes:
-        options: what is not to be guessed.
+        options: the user's options, which are not guessed.
         whole: whether a step function takes whole batches, as they come.
         batch_size: samples in a batch of a stream of samples; None for 128.
         most: batches that are kept of a stream; None for 1000.
@@ -65,7 +65,7 @@ class Reading:
 
 
 def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict[str, Part]:
-    """The parts in what a user's function returned.
+    """Read the parts from what a user's function returned.
 
     Raises:
         PlywiseError: they are in none of the forms of `RETURNS`, or their values are no numbers.
@@ -98,7 +98,7 @@ def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict
 
 
 def is_source(thing: Any) -> bool:
-    """Whether something holds samples or gives batches, and is no array, nesting of such, or model."""
+    """Whether an object holds samples or yields batches, and is no array, nesting of arrays, or model."""
     if isinstance(thing, nn.Module):
         return False
     if isinstance(thing, Dataset | DataLoader):

@@ -1,8 +1,8 @@
-"""Where files of data are, how those that are public are fetched, and a cache of what is slow to decode.
+"""Finds data files, fetches public ones, and caches arrays that are slow to decode.
 
-Files are looked for in the folder that ``PLYWISE_DATA`` names, or else in ``../shared/data`` beside the
-repository where there is such a folder; and then in the cache, ``~/.cache/plywise`` (``XDG_CACHE_HOME`` moves
-it), where `fetch` writes. Nothing is fetched unless somebody calls `fetch`.
+Files are searched in the folder that ``PLYWISE_DATA`` names, or else in ``../shared/data`` beside the
+repository if there is such a folder. The cache comes next, ``~/.cache/plywise`` (``XDG_CACHE_HOME`` moves
+it), where `fetch` writes. Only `fetch` uses the network.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Remote:
     """A public file.
 
     Attributes:
-        file: where it goes, below the cache's folder.
-        sha256: what it must hash to.
+        file: its path below the cache's folder.
+        sha256: its digest.
         mirrors: addresses that have it, tried in order.
     """
 
@@ -123,16 +123,16 @@ SOURCES = {
     "compounds": "a table of the boiling points in github.com/CalebBell/chemicals, with columns smiles, "
     "molar_mass and tb_K",
 }
-"""Where those data sets come from that have to be brought into one table first, and what is in it."""
+"""Origin and content of the data sets that the user must convert to a table first."""
 
 
 def cache_folder() -> Path:
-    """Where fetched files and decoded arrays are kept; it need not exist yet."""
+    """Return the folder of fetched files and decoded arrays, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plywise"
 
 
 def folders() -> list[Path]:
-    """Where files are looked for, in this order."""
+    """Return the folders in which files are searched, in this order."""
     if named := os.environ.get("PLYWISE_DATA"):
         return [Path(named), cache_folder()]
     beside = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -140,12 +140,12 @@ def folders() -> list[Path]:
 
 
 def find(*files: str) -> Path | None:
-    """The first of some files that is there; a folder is searched for all of them before the next one."""
+    """Find the first existing one of some files; each folder is searched for all of them."""
     return next((found for folder in folders() for file in files if (found := folder / file).is_file()), None)
 
 
 def missing(name: str, *files: str) -> PlywiseError:
-    """The error for a data set that is not there: which files, where looked for, where to get it."""
+    """Make the error for a missing data set: its files, the searched folders, where to get it."""
     places = " nor in ".join(str(folder) for folder in folders())
     how = (
         f"With a network, `plywise workloads fetch {name}` downloads it. Or put"
@@ -160,7 +160,7 @@ def missing(name: str, *files: str) -> PlywiseError:
 
 
 def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
-    """Download a public data set into the cache; what is there already and whole stays.
+    """Download a public data set into the cache; complete files are not downloaded again.
 
     Args:
         name: one of `SETS`.
@@ -184,10 +184,10 @@ def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
 def cache_decoded(
     key: str, decode: Callable[[], dict[str, NDArray[np.uint8]]]
 ) -> dict[str, NDArray[np.uint8]]:
-    """Arrays that are slow to make, kept in the cache under a key: ``.npy`` files, read by memory map.
+    """Cache arrays that are slow to decode, under a key, as ``.npy`` files that are memory-mapped.
 
     Args:
-        key: names what they are made of: another source has another key.
+        key: identifies the source of the arrays.
         decode: makes them, by name. The names are part of what is kept.
     """
     folder = cache_folder() / "decoded" / key
@@ -227,7 +227,7 @@ def _fetch(remote: Remote, path: Path, deadline: float) -> Path:
 
 
 class _MirrorError(Exception):
-    """A mirror delivers something else, or too slowly."""
+    """A mirror delivers another file, or too slowly."""
 
 
 def _download(url: str, path: Path, sha256: str, deadline: float) -> None:

@@ -1,4 +1,4 @@
-"""Readers of ``.csv`` files: line by line, so that a table takes no more memory than its numbers do."""
+"""Reads ``.csv`` files line by line, so that a table needs only the memory of its numbers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.float64) -> Table:
     r"""A ``.csv`` file of numbers, usually under one line of names.
 
-    It is read line by line; in memory is nothing but the numbers.
+    It is read line by line, and only the numbers are kept in memory.
 
     Args:
         path: the file; it may be compressed by gzip.
@@ -103,7 +103,7 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
 
 
 def take_column(numbers: NDArray[Any], place: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A table without one of its columns, and that column. The table is overwritten: nothing is copied.
+    """Split a column off a table, in place, without a copy; return the rest and the column.
 
     Example:
         >>> rest, column = take_column(np.arange(6.0).reshape(2, 3), 1)
@@ -120,7 +120,7 @@ def take_column(numbers: NDArray[Any], place: int) -> tuple[NDArray[Any], NDArra
 
 
 def reorder_rows(values: Tensor, order: Tensor) -> Tensor:
-    """Put rows into another order. The tensor is overwritten, some columns at a time: there is no second one.
+    """Reorder rows in place, some columns at a time, without a copy of the whole tensor.
 
     Example:
         >>> import torch
@@ -184,7 +184,7 @@ def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
 
 
 def _is_blank(cell: str) -> bool:
-    """Whether a cell says that there is no number."""
+    """Whether a cell is empty or says ``nan``."""
     return not cell.strip() or cell.strip().lower() in ("nan", "na", "null")
 
 

@@ -1,4 +1,4 @@
-"""Data for `plywise train` and `plywise pipeline`, and what kind of targets they have."""
+"""Data for `plywise train` and `plywise pipeline`, with the kind of their targets."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CLASSES, TOKENS, LABELS, NUMBERS, WHOLE = "classes", "tokens", "labels", "number
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Data to train on, and perhaps to judge by.
+    """Data to train on, and perhaps to test on.
 
     Attributes:
         train: what is trained on.
-        test: what the result is judged on, if there is any.
+        test: the data for testing the result, if there are any.
         kind: what the targets are.
         outputs: scores of a sample (of a position, for tokens): one more than the largest class, labels, or
             numbers; 0 for whole batches.
-        note: what was chosen for the user, in sentences; empty if nothing was.
+        note: sentences on choices made for the user; empty if there were none.
     """
 
     train: Part
@@ -45,7 +45,7 @@ class TrainingData:
 def take_training_data(address: str, parts: Parts, is_whole: bool = False) -> TrainingData:
     """Data for training, of the parts that were read.
 
-    The result is judged on the test part; on the validation part if there is no other.
+    The result is tested on the test part, or on the validation part if there is no test part.
 
     Args:
         address: what they are called in errors.
@@ -125,7 +125,7 @@ LOSSES = {
 
 
 def count_right(kind: str, output: Tensor, y: Tensor) -> tuple[float, float]:
-    """What a judgement sums up over a set, and over how many: right answers, or squared errors."""
+    """Return a batch's sum of right answers or squared errors, and their number."""
     if kind == NUMBERS:
         return float((output.reshape(y.shape) - y).square().sum()), float(y.numel())
     if kind == LABELS:

@@ -1,4 +1,4 @@
-"""Files that may be compressed by gzip: unpacked while they are read, and never into more than the memory."""
+"""Reads files that may be compressed by gzip, and refuses what would not fit into memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK = 1 << 20
 
 @contextmanager
 def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
-    """A file to read bytes from, unpacked on the way if it is compressed by gzip, whatever its name.
+    """Open a file for reading bytes; it is unpacked if it is compressed by gzip, whatever its name.
 
     Raises:
         PlywiseError: there is no such file, it cannot be read, or its compressed data are damaged; also while
@@ -43,7 +43,7 @@ def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytearray:
-    """What a file holds, unpacked if it is compressed by gzip.
+    """Read a file, unpacked if it is compressed by gzip.
 
     Args:
         path: the file.
@@ -62,7 +62,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytearray:
 
 
 def check_size(path: Path, size: int, most: int | None) -> None:
-    """Refuse what does not fit: a few kilobytes may be packed from terabytes of zeros.
+    """Refuse a size that does not fit: a few kilobytes can unpack to terabytes of zeros.
 
     Raises:
         PlywiseError: there is no memory for so many bytes.

@@ -1,1 +1,1 @@
-"""A one-way learner spread over processes and hosts, on torch.distributed."""
+"""Trains a one-way learner in several processes and hosts, on torch.distributed."""

@@ -1,4 +1,4 @@
-"""The model's inputs that go along with a signal, as tensors and a form: a text that says how they nest.
+"""Sends a model's inputs along with a signal, as tensors and a form: a text that describes their nesting.
 
 Nothing is unpickled and no class is made by its name: there are dicts, tuples, lists, numbers and text.
 """

@@ -1,4 +1,4 @@
-"""All that one stage sends and receives in a run: signals to the stage after, gradients to the one before."""
+"""The connections of one stage in a run: signals go to the next stage, gradients to the one before."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ class Connections:
         groups: the groups of processes.
         before: rank of the stage before; None for the first stage.
         following: rank of the stage after; None for the last one.
-        watch: tells a slow stage from a lost one.
+        watch: distinguishes a slow stage from a lost one.
         device: where this stage computes.
 
     Attributes:
@@ -64,7 +64,7 @@ class Connections:
         return gradient
 
     def end(self) -> None:
-        """Say on all sides that nothing follows, and wait until all has arrived."""
+        """Tell the neighbours that nothing follows, and wait until everything has arrived."""
         if self._outbox is not None:
             self._outbox.end()
         if self._outbox_back is not None:

@@ -1,4 +1,4 @@
-"""Where to cut a learner into stages: by what its components cost, as measured."""
+"""Cuts a learner into stages by the measured costs of its components."""
 
 import copy
 import statistics
@@ -18,7 +18,7 @@ _REPEATS = 5
 
 
 def measured_cuts(learner: StagedLearner, x: Tensor, y: Tensor, *, replicas: int = 1) -> list[int]:
-    """The first component of each stage, so that the slowest stage is as fast as it can be.
+    """Return the first component of each stage for cuts that make the slowest stage as fast as possible.
 
     Rank 0 measures and tells the others; all call this alike, before they make the pipeline. The processes
     have met: by `plywise.pipeline.groups.join`, or ``torch.distributed.init_process_group``.
@@ -61,7 +61,7 @@ def component_costs(learner: StagedLearner, x: Tensor, y: Tensor) -> list[float]
 
 
 def from_first(values: Sequence[int]) -> list[int]:
-    """The whole numbers that rank 0 has; all processes call this alike.
+    """Return rank 0's whole numbers; all processes call this alike.
 
     Raises:
         PipelineError: a process is lost.

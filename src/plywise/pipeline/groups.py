@@ -1,4 +1,4 @@
-"""How processes meet and part: process groups of torch.distributed, and how every wait on them ends."""
+"""Makes and leaves process groups of torch.distributed, and ends every wait on them."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ from plywise.errors import PipelineError
 from plywise.pipeline.watch import decline, prepare
 
 FOREVER = timedelta(days=30)
-"""Timeout of torch's own waits: ours end by the watch, which knows a slow stage from a lost one."""
+"""Timeout of torch's own waits; ours end by the watch, which distinguishes slow stages from lost ones."""
 
 _LOOPBACK = "127.0.0.1"
 _MEETING = timedelta(seconds=60)
@@ -139,7 +139,7 @@ def _on_one_host() -> bool:
 
 
 def own_store(plan: str, timeout_s: float) -> TCPStore:
-    """A store of one pipeline alone, in the process of rank 0: a restart begins with an empty one.
+    """Make a store for one pipeline, in the process of rank 0; a restart gets an empty one.
 
     Args:
         plan: what all processes must agree on, in words.

@@ -114,7 +114,7 @@ class Inbox:
 
 
 class _Thread:
-    """A daemon thread that keeps what it died of."""
+    """A daemon thread that keeps the exception that ended it."""
 
     def __init__(self, work: Callable[[], None], meaning: str, suspect: int | None) -> None:
         self._work, self._meaning, self._suspect = work, meaning, suspect

@@ -1,8 +1,9 @@
-"""Signs of life: every process notices, and can name, a stage that was killed, stopped or cut off.
+"""Heartbeats: every process notices, and can name, a stage that was killed, stopped or cut off.
 
 Each process counts up a key of its own in a store and looks at everyone's. A count that stands still for
 ``timeout_s`` seconds belongs to a stage that is gone; so does the store itself, which lives in the first one.
-Who fails, or notices that another is gone, writes so into the store: all report the first cause.
+A process that fails, or notices that another is gone, writes this into the store, so that all report the
+first cause.
 """
 
 import math
@@ -37,7 +38,7 @@ def decline(store: TCPStore, rank: int, why: str) -> None:
 
 
 class Watch:
-    """Looks after the processes of a pipeline.
+    """Watches the processes of a pipeline.
 
     Only one thread talks to the store, which may not answer. Another one compares with the clock.
 

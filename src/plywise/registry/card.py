@@ -1,7 +1,7 @@
-"""The card of a method: what its docstring says, section by section.
+"""The card of a method: the sections of its docstring.
 
-The docstring is the single source of truth. All that show a method (the command line, the
-documentation, the tests) reads this card, so that nothing is written twice or goes stale.
+The docstring is the only source. The command line, the documentation and the tests read this card, so that
+nothing is written twice.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SECTIONS = (
     "Limits",
 )
 STATUSES = ("faithful", "variant", "after")
-"""To the paper: as it says; with differences that are named; after it, where its formula is not public."""
+"""Fidelity to the paper: as published; with named differences; or after it, if its formula is not public."""
 
 TAGLINE_WIDTH = 90
 UNSEARCHED = ("seed",)
-"""Numbers that nobody tunes."""
+"""Numbers that are not tuned."""
 
 _HEADING = re.compile(rf"^({'|'.join(SECTIONS)}|Args|Attributes|Raises|Returns|Example):\s?(.*)$")
 _ARGUMENT = re.compile(r"^\*{0,2}(\w+):\s+(.*)$")

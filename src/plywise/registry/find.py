@@ -1,4 +1,4 @@
-"""Everything that plywise ships, by name: the one list for command line, documentation and tests."""
+"""Finds everything that plywise ships by name, for command line, documentation and tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TITLES = {
     "losses": "Losses and penalties, in plywise.losses",
     "init": "Initial weights, in plywise.init",
 }
-"""What each room is called where its methods are listed."""
+"""Headings of the rooms in lists of methods."""
 
 ROOMS: dict[str, tuple[str, ...]] = {
     room: tuple(entry.name for entry in NAMES if entry.room == room and entry.kind != PART) for room in TITLES

@@ -1,7 +1,7 @@
-"""The one resolver of what users name: models, data, rules, learners, optimizers, losses and metrics.
+"""Resolves the names that users give: models, data, rules, learners, optimizers, losses and metrics.
 
-Each is the name of something that plywise or torch ships, or the address ``module:name`` of the user's own;
-every command takes the same and refuses the same. The arena's methods, which are made of these, are found by
+Each is the name of something in plywise or torch, or an address ``module:name``. Every command accepts and
+refuses the same names. The arena's methods, which are made of these, are found by
 `plywise.arena.methods.find_method`.
 """
 

@@ -1,1 +1,1 @@
-"""What `plywise train` and `plywise pipeline` are."""
+"""The implementation of `plywise train` and `plywise pipeline`."""

@@ -1,4 +1,4 @@
-"""From a configuration to a learner: what it names is resolved once, and the same seed makes the same."""
+"""Builds a learner from a configuration, whose names are resolved once."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -35,14 +35,14 @@ from plywise.registry.resolve import (
 from plywise.training.config import TrainConfig
 
 ANY_LOSS = ("LocalLoss", "Interlocking", "ActivationRelaxation")
-"""Our learners whose blocks all follow the loss that fits the targets."""
+"""Learners whose blocks all follow the loss that fits the targets."""
 WIDTH = 128  # of the default network
 BLOCKS = 4  # unless the configuration says how many
 
 
 @dataclass(frozen=True)
 class ResolvedTraining:
-    """What a `TrainConfig` names, found, read and checked once; everything that follows reads it from here.
+    """A `TrainConfig` with its names looked up and its data read and checked, once for all.
 
     Attributes:
         config: the configuration.
@@ -64,7 +64,7 @@ class ResolvedTraining:
         """The network in blocks, and where it was cut.
 
         A model is cut by measured cost, which differs each time. To get the same blocks again, in another
-        process or to go on, say where the cuts were.
+        process or after a resume, pass the earlier cuts.
 
         Args:
             starts: the first unit of each block, as returned before; empty for those of the configuration, or
@@ -137,7 +137,7 @@ class ResolvedTraining:
         return made
 
     def _default_network(self, features: int) -> list[nn.Module]:
-        """A linear layer a block; the last one predicts, unless the learner itself does."""
+        """Make the default network: a linear layer for each block. The last one predicts, or the learner."""
         widths = [features] + [WIDTH] * (self.config.blocks or BLOCKS)
         blocks: list[nn.Module] = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         if self.learner.__name__ not in READERS:

@@ -1,4 +1,4 @@
-"""What is trained, on what, how, and how far: from a TOML file, from flags, from a run's own folder."""
+"""The configuration of a training, from a TOML file, from flags, or from a run's folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
 
 HOW = ("epochs", "threads", "out", "every", "keep", "tensorboard", "replicas", "cuts")
-"""What may change when a run goes on; the rest decides what is trained."""
+"""Fields that may change when a run is resumed; the others decide what is trained."""
 
 _LEAST = {
     **{"blocks": 1, "batch_size": 1, "seed": 0, "epochs": 1},
@@ -131,12 +131,12 @@ class TrainConfig:
             )
 
     def as_json(self) -> dict[str, Any]:
-        """The plan by the flags' names, of what JSON has."""
+        """Return the plan as JSON, by the flags' names."""
         values: dict[str, Any] = json.loads(json.dumps(vars(self), default=str))
         return {_flag(name): value for name, value in values.items()}
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """In what another plan, as JSON, would train something else; data, read and split apart.
+        """List the differences to another plan, as JSON, that matter, except data, read and split.
 
         Example:
             >>> TrainConfig(rate=0.01).differences(TrainConfig(epochs=20).as_json())
@@ -151,7 +151,7 @@ class TrainConfig:
 
 
 def read_config(file: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
-    """A plan from a TOML file and flags; flags win, and hyper-parameters of both are joined.
+    """Read a plan from a TOML file and flags; flags have priority, and hyper-parameters of both are joined.
 
     Args:
         file: its keys are the flags' names; hyper-parameters are a table or a list of "name=value".
@@ -201,7 +201,7 @@ def _name_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _convert_value(name: str, value: Any) -> Any:
-    """A value as the plan has it, from what a flag, TOML or JSON have."""
+    """Convert a value of a flag, of TOML or of JSON for the plan."""
     if name in _SETTINGS:
         return _settings(name, value)
     if name == "out":

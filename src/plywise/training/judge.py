@@ -1,4 +1,4 @@
-"""What the test data say of a learner."""
+"""Tests a learner."""
 
 from plywise.data.batches import Part, count_samples
 from plywise.data.training_data import count_right
@@ -9,7 +9,7 @@ _CHUNK = 1000  # samples that are predicted at a time
 
 
 def judge(learner: Learner, part: Part, kind: str) -> float:
-    """Share of a set that a learner predicts right, the mean squared error of numbers, or a mean metric."""
+    """Return a learner's accuracy on a set, its mean squared error for numbers, or its mean metric."""
     total = count = 0.0
     for x, y in part.chunks(_CHUNK):
         if isinstance(learner, WholeModel):

@@ -13,16 +13,16 @@ from plywise._util.tensorboard import require_tensorboard
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is logged of a step.
+    """The metrics of a step in the log.
 
     Attributes:
         step: number of steps done.
         epoch: the epoch of this step, from 1.
         losses: the losses before the step, by component.
         seconds: that the run has taken so far, checkpoints and evaluations included.
-        accuracy: share of the test data that is predicted right; None but after an epoch's last step.
-        error: what is judged by instead, the lower the better: the mean squared error of numbers, or the
-            metric of a step function.
+        accuracy: share of the test data that is predicted right; None except after an epoch's last step.
+        error: the metric in place of accuracy, the lower the better: the mean squared error of numbers, or
+            the metric of a step function.
     """
 
     step: int
@@ -33,7 +33,7 @@ class StepMetrics:
     error: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The line as the log has it."""
+        """Return the line of the log."""
         losses = {str(component): loss for component, loss in self.losses.items()}
         found = {"accuracy": self.accuracy, "error": self.error}
         judged = {name: value for name, value in found.items() if value is not None}
@@ -42,7 +42,7 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """Writes lines as they come; a killed process loses none, a power cut none before the last `sync`.
+    """Writes each line at once: a killed process loses none, a power cut none before the last `sync`.
 
     Each line has a check at its end (`plywise._util.sealed`). Use as a context manager.
 

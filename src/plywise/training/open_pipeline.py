@@ -1,4 +1,4 @@
-"""A training by a plan in the processes that torchrun started."""
+"""Opens a training in the processes that torchrun started."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ from plywise.training.session import Session, format_error
 
 @contextmanager
 def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session]:
-    """This process's part of a training; it goes on from the last checkpoint in the plan's folder, if any.
+    """Open this process's part of a training, from the last checkpoint in the plan's folder, if any.
 
     All processes call this alike and see the same folder. An error in one of them ends all.
 
     Args:
         plan: the plan.
-        fresh: start again; what the folder holds of another run is thrown away.
+        fresh: start again, and delete what the folder holds of another run.
 
     Raises:
         PlywiseError: see `plywise.training.session.open_session`; or the processes do not fit the plan, or
@@ -70,7 +70,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
 def _learner(
     training: ResolvedTraining, folder: RunFolder, fresh: bool
 ) -> tuple[StagedLearner, tuple[int, ...]]:
-    """The learner, cut as the first process has measured it, or as it was when the run began."""
+    """Make the learner, cut as the first process has measured, or as the run was cut before."""
     if dist.get_rank() == 0:
         record = None if fresh else folder.check(training.config, training.data)
         blocks, starts = training.make_blocks(record.starts if record else ())

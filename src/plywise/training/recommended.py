@@ -1,7 +1,7 @@
-"""One line for those who do not want to choose: an optimizer and a rule for this model and batch.
+"""Recommends an optimizer and a rule for a model and a batch, in one call.
 
-The method is always the same: AdamW in `plywise.Coordinates`. What is chosen is where it works, and in how
-many directions, so that the price of a step stays within a budget.
+The method is always AdamW in `plywise.Coordinates`. Layers and numbers of directions are chosen so that the
+cost of a step stays within a budget.
 """
 
 from collections.abc import Iterator
@@ -21,21 +21,21 @@ from plywise.errors import AttachError
 from plywise.rules.coordinates import Coordinates
 
 RANKS = (64, 32, 16)
-"""Directions of wide sides that are turned, the best first."""
+"""Numbers of directions to turn on wide sides, the best first."""
 
 REFRESHES = (10, 20, 50)
 """Steps between two bases, the best first."""
 
 CALLS = 2.0**21
-"""Operations that one core makes in the time that the calls of a small layer's plain step take (60 µs)."""
+"""Operations of one core in 60 µs, the time of the calls in a small layer's plain step."""
 
 BETAS = (0.9, 0.99)
-"""Second moments that forget in 100 steps: bases turn slowly, and old squares are of older axes."""
+"""Second moments over 100 steps: bases turn slowly, and older squares belong to older axes."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What `recommend` has chosen; ``optimizer, rule = recommendation`` takes it apart.
+    """The choice of `recommend`; it unpacks as ``optimizer, rule = recommendation``.
 
     Attributes:
         optimizer: the optimizer, to be used as any other.
@@ -43,7 +43,7 @@ class Recommendation:
         price: extra operations of a step, relative to forward and backward of the layers that the rule could
             take; small layers are counted by the time of their calls.
         memory: extra bytes that the rule keeps.
-        left: layers that the rule could take and does not, since they would cost too much.
+        left: layers that the rule could handle but leaves to the optimizer, since they would cost too much.
     """
 
     optimizer: Optimizer
@@ -57,7 +57,7 @@ class Recommendation:
         yield self.rule
 
     def explain(self) -> str:
-        """The choice, its price, and what happens to each layer."""
+        """Describe the choice, its cost, and what happens to each layer."""
         group = self.optimizer.param_groups[0]
         lines = [
             f"{self.rule} on {type(self.optimizer).__name__}(lr={group['lr']:g}, betas={group['betas']}, "
@@ -98,13 +98,14 @@ def recommend(
 
     Args:
         model: the model.
-        lr: the rate. Default 0.01, which suits AdamW in these coordinates where plain AdamW wants less.
-        batch: an input, or a tuple or dict of inputs, for one pass in evaluation mode, which tells the sizes
-            of convolutions and leaves no gradient; without it, layers of unknown sizes are taken.
+        lr: the rate. Default 0.01, which suits AdamW in these coordinates; plain AdamW usually needs a lower
+            rate.
+        batch: an input, or a tuple or dict of inputs, for one pass in evaluation mode, which shows the sizes
+            of convolutions and leaves no gradient. Without it, layers of unknown size are handled, too.
         batch_size: samples of the batches that it will be trained with. Default: those of ``batch``, or 128.
         budget: extra operations of a step, relative to forward and backward of the layers that train.
             Default 0.5.
-        power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune, try 0 too: what is best
+        power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune it, try 0, too: the best value
             depends on the data.
         weight_decay: AdamW's decoupled decay. Default 0.01.
 
@@ -143,7 +144,7 @@ def recommend(
 
 
 def _look(model: nn.Module, optimizer: Optimizer, batch: Any, batch_size: int | None) -> list[LayerRow]:
-    """The layers of a model, with the sizes of the problems that the rule would have there."""
+    """Find the layers of a model, with the sizes of the rule's problems."""
     rule = Coordinates().attach(model, optimizer)
     try:
         if batch is None:
@@ -195,7 +196,7 @@ def _choose(rows: list[LayerRow], budget: float, power: float) -> _Plan:
 
 
 def _price(rule: Coordinates, rows: list[LayerRow], taken: list[LayerRow] | None = None) -> _Plan:
-    """What a rule costs on some of these layers, relative to the plain steps of all of them."""
+    """Return the cost of a rule on some of these layers, relative to the plain steps of all of them."""
     taken = rows if taken is None else taken
     plain = sum(row.size.plain + CALLS for row in rows if row.size is not None)
     extra = sum(rule.estimate_cost(row.size)[0] for row in taken if row.size is not None)

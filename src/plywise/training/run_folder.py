@@ -1,6 +1,6 @@
-"""The folder of a run: its plan, its checkpoints, its logs. It holds one run, and says what is in it.
+"""The folder of one run, with its plan, its checkpoints and its logs.
 
-What it holds is checked when it is read: a power cut, or a disk that fails, changes no run in silence.
+Its files are checked when they are read, so that damage by a power cut or a failing disk is reported.
 """
 
 import json
@@ -28,7 +28,7 @@ _START = "--fresh starts again in its place, another --out beside it."
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run was begun with.
+    """The plan, data and cuts that a run started with.
 
     Attributes:
         plan: by the flags' names.
@@ -49,7 +49,7 @@ class RunFolder:
 
     Attributes:
         checkpoints: the folder of the checkpoints in it.
-        notes: what was found damaged when the run began, and what was done about it, a sentence each.
+        notes: sentences on damage found when the run started, and what was done about it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +61,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
 
     def record(self) -> RunRecord | None:
-        """What the run in this folder was begun with; None if there is no run.
+        """Read the record of the run in this folder; None if there is no run.
 
         Raises:
             StateError: it cannot be read.
@@ -114,13 +114,13 @@ class RunFolder:
     def begin(
         self, plan: TrainConfig, data: TrainingData, starts: tuple[int, ...], *, fresh: bool
     ) -> int | None:
-        """Make everything ready: the plan written, the logs cut back to the last checkpoint.
+        """Prepare the folder: write the plan, and cut the logs back to the last checkpoint.
 
         Args:
             plan: the plan, which has passed `check`.
             data: the data.
             starts: where the model was cut.
-            fresh: throw away what is there.
+            fresh: delete the run in the folder.
 
         Returns:
             The step of the checkpoint to go on from; None if there is none. A damaged one is set aside, and
@@ -163,7 +163,7 @@ class RunFolder:
         return step
 
     def release(self) -> None:
-        """Let others work in this folder."""
+        """Release the folder for other processes."""
         if self._lock is not None:
             self._lock()
             self._lock = None
@@ -214,7 +214,7 @@ class RunFolder:
         return sorted(self.path.glob(_LOGS))
 
     def _clear(self) -> None:
-        """Remove what runs leave behind, and nothing else: the plan last, so that it is never missed."""
+        """Remove a run's files and no others; the plan goes last, so that no run is without its plan."""
         for path in self._logs():
             path.unlink()
         for folder in (self.path / "tensorboard", self.checkpoints):
@@ -227,7 +227,7 @@ def _join(numbers: tuple[int, ...]) -> str:
 
 
 def cut_back(path: Path, step: int) -> tuple[set[int], int]:
-    """Drop a log's lines after ``step``, and what is damaged, or what a killed process has left of a line.
+    """Drop a log's lines after ``step``, damaged lines, and an unfinished last line.
 
     Returns:
         The steps that have a line, and how many damaged lines there were.
@@ -244,7 +244,7 @@ def cut_back(path: Path, step: int) -> tuple[set[int], int]:
 def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """The lines of a log that are whole, read and as they are.
 
-    Lines without a check are older than all that have one; a later one has lost it.
+    Only the oldest lines have no check; a later line without one has lost it.
     """
     sealed = False
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:

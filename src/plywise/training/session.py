@@ -1,4 +1,4 @@
-"""A training from its plan to its end, through any number of interruptions, in one process or many."""
+"""Runs a training by its plan, in one or several processes, and resumes it after interruptions."""
 
 import hashlib
 import math
@@ -32,7 +32,7 @@ from plywise.training.single_process import SingleProcessEngine
 
 
 class Engine(Protocol):
-    """What takes the steps: a `SingleProcessEngine`, or a `plywise.pipeline.pipeline.Pipeline`."""
+    """Takes the steps: a `SingleProcessEngine`, or a `plywise.pipeline.pipeline.Pipeline`."""
 
     @property
     def learner(self) -> Learner:
@@ -62,7 +62,7 @@ class Engine(Protocol):
         """Go on from one."""
 
     def gather(self) -> Learner:
-        """Make the learner whole."""
+        """Bring all components up to date in this process."""
 
 
 class Session:
@@ -71,7 +71,7 @@ class Session:
     Args:
         plan: the plan.
         data: the data.
-        engine: who takes the steps.
+        engine: takes the steps.
         folder: where checkpoints and logs are.
         step: the step of the checkpoint to go on from; None to begin.
         log: name of this process's log; None for none.
@@ -82,7 +82,7 @@ class Session:
     Attributes:
         began: number of steps done before this session.
         kind: what the targets are (`plywise.data.training_data`).
-        note: what was chosen about the data, and what was found damaged, a sentence a line.
+        note: what was chosen about the data, and what was damaged, one sentence in each line.
         per_epoch: steps in an epoch.
         total: steps in the whole training.
     """
@@ -124,7 +124,7 @@ class Session:
 
     @property
     def skipped(self) -> int:
-        """Steps of this process's components that were not taken: gradients were not finite, the loss was."""
+        """Steps of this process's components that were skipped: the loss was finite, a gradient was not."""
         return sum(trainer.health.total(SKIPPED) for trainer in self.engine.trainers)
 
     def run(self, show: Callable[[StepMetrics], None] = lambda line: None) -> bool:
@@ -273,7 +273,7 @@ class Session:
 
     @property
     def _kept(self) -> str:
-        """What is still there, for an error."""
+        """Say for an error which checkpoint remains."""
         if self._saved is None:
             return ""
         return f" The checkpoint of step {self._saved} in {self.folder.checkpoints} stays."
@@ -285,7 +285,7 @@ class Session:
 
 
 def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
-    """A training in this process; it goes on from the last checkpoint in the plan's folder, if there is one.
+    """Open a training in this process; it resumes from the last checkpoint in the plan's folder, if any.
 
     Args:
         plan: the plan.
@@ -316,7 +316,7 @@ def _make_learner(training: ResolvedTraining, starts: Sequence[int]) -> tuple[Le
 
 
 def load_trained(out: Path | str) -> nn.Module:
-    """The network that a run has trained so far, from its last checkpoint.
+    """Load the network of a run from its last checkpoint.
 
     Args:
         out: the folder of the run.
@@ -334,7 +334,7 @@ def load_trained(out: Path | str) -> nn.Module:
 
 
 def permutation(seed: int, epoch: int, samples: int) -> Tensor:
-    """The order of the samples in an epoch; it depends on nothing else.
+    """Return the order of the samples in an epoch, which depends on these arguments only.
 
     Example:
         >>> permutation(0, 0, 5).sort().values
@@ -346,9 +346,9 @@ def permutation(seed: int, epoch: int, samples: int) -> Tensor:
 
 
 def share(rows: Tensor, replica: int, replicas: int) -> Tensor:
-    """A replica's share of a batch, as large as the others': gradients are averaged with equal weights.
+    """Return a replica's share of a batch. All shares are equally large, for gradients are averaged equally.
 
-    Where that does not come out even, the last shares are filled up with samples of the first.
+    If the batch cannot be divided evenly, the last shares are filled up with samples of the first.
 
     Example:
         >>> [share(torch.arange(5), replica, 2).tolist() for replica in (0, 1)]
@@ -367,7 +367,7 @@ def format_error(error: BaseException) -> str:
 
 @contextmanager
 def signals_to(ask: Callable[[], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM calls ``ask``; afterwards, and after the block, they do what they did."""
+    """Let the first SIGINT or SIGTERM call ``ask``; after it, and after the block, old handlers are back."""
     if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield
         return

@@ -1,4 +1,4 @@
-"""A learner in one process, with the face of a pipeline: what a session needs of either."""
+"""Trains a learner in one process, with the interface that a session uses of a pipeline, too."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,5 +57,5 @@ class SingleProcessEngine:
         return self.learner.steps
 
     def gather(self) -> Learner:
-        """The learner, which is whole already."""
+        """Do nothing: all components are in this process."""
         return self.learner

@@ -14,7 +14,7 @@ SEARCHES = ("sobol", "optuna")
 
 
 class Search(Protocol):
-    """Where to look next. It keeps nothing: the same past gives the same numbers, after a resume, too."""
+    """Chooses the next numbers without a state: the same past gives the same numbers, after a resume, too."""
 
     def rounds(self, trials: int) -> list[range]:
         """Numbers of the trials that may run at once; a round begins when the one before has ended."""
