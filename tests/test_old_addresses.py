@@ -60,7 +60,7 @@ def make_network():
 
 OLD_ARGUMENTS = {
     "bench": lambda folder, **given: pw.arena.bench(
-        make_network, ([[0.0]], [1.0]), methods=["sgd"], folder=folder, **given
+        make_network, ([[0.0]], [1.0]), methods=["sgd"], out=folder, **given
     ),
     "CoDA": lambda folder, **given: pw.losses.CoDA(make_network(), pw.losses.AUCMargin(), **given),
     "Pipeline": lambda folder, **given: Pipeline(None, **given),
@@ -80,3 +80,12 @@ def test_an_old_argument_warns_and_works(name, tmp_path):
     assert str(old.value) == str(new.value)
     with pytest.raises(TypeError, match="patience"):
         OLD_ARGUMENTS[name](tmp_path, patience=-1.0, timeout_s=-1.0)
+
+
+def test_a_bench_takes_its_folder_by_the_old_name_and_warns_where_it_is_called(tmp_path):
+    with (
+        pytest.warns(DeprecationWarning, match=r"folder is called out") as seen,
+        pytest.raises(pw.PlywiseError, match="Give a model with data"),
+    ):
+        pw.arena.bench(folder=tmp_path)
+    assert seen[0].filename == __file__

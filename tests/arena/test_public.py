@@ -60,7 +60,7 @@ def report(tmp_path_factory):
         steps=60,
         batch_size=32,
         metric=error,
-        folder=folder,
+        out=folder,
         progress=False,
     )
 
@@ -77,7 +77,7 @@ def test_the_same_call_again_runs_nothing_and_says_the_same(report):
     before = list(read(report.folder / "trials.jsonl"))
     how = {"trials": 5, "seeds": 2, "steps": 60, "batch_size": 32, "metric": error, "progress": False}
     methods = [*METHODS, Slow, OWN, pw.Foof]
-    again = bench(make_model, make_data(), methods=methods, folder=report.folder, **how)
+    again = bench(make_model, make_data(), methods=methods, out=report.folder, **how)
     assert str(load(report.folder)) == str(again)
     assert list(read(report.folder / "trials.jsonl")) == before
     assert again.conclusions == report.conclusions
@@ -86,7 +86,7 @@ def test_the_same_call_again_runs_nothing_and_says_the_same(report):
 
 def test_other_methods_in_the_same_folder_are_refused(report):
     with pytest.raises(pw.StateError, match="holds another bench"):
-        bench(make_model, make_data(), methods=["sgd"], folder=report.folder, progress=False)
+        bench(make_model, make_data(), methods=["sgd"], out=report.folder, progress=False)
 
 
 def test_it_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
@@ -100,11 +100,11 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
 
     how = {"methods": ["sgd", "adamw"], "trials": 1, "seeds": 2, "steps": 5, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        bench(count, make_data(), folder=tmp_path, **how)
+        bench(count, make_data(), out=tmp_path, **how)
     kept = list(read(tmp_path / "trials.jsonl"))
     assert kept
     assert load(tmp_path).trials == kept
-    whole = bench(count, make_data(), folder=tmp_path, **how)
+    whole = bench(count, make_data(), out=tmp_path, **how)
     assert whole.trials[: len(kept)] == kept
     assert len(whole.trials) == 10
 
@@ -124,11 +124,11 @@ def data():
 """
     user_module("own_things_here", code)
     how = {"methods": ["sgd"], "trials": 0, "seeds": 2, "steps": 5, "workers": 1, "progress": False}
-    found = bench("own_things_here:make", "own_things_here:data", folder=tmp_path / "runs", **how)
+    found = bench("own_things_here:make", "own_things_here:data", out=tmp_path / "runs", **how)
     assert [line["failure"] for line in found.trials] == [None, None]
     assert len(list(tmp_path.glob("pid*"))) == 3  # here, and in each trial's process
     with pytest.raises(pw.PlywiseError, match="Only what can be imported goes to other processes"):
-        bench(make_model, make_data(), folder=tmp_path / "more", **{**how, "workers": 2})
+        bench(make_model, make_data(), out=tmp_path / "more", **{**how, "workers": 2})
 
 
 def test_text_and_html_have_the_ranking_and_the_conclusions(report):
@@ -184,12 +184,20 @@ def test_pictures(report, what, tmp_path):
 def test_the_curves_are_those_of_the_trials(report):
     pytest.importorskip("matplotlib")
     (axis,) = report.plot("curves").axes
-    assert axis.get_ylabel() == "error"
+    assert axis.get_ylabel() == "error, validation"
     lines = {line.get_label(): line for line in axis.lines}
     which = ("final", "tuned", "sgd")
     finals = [line for line in report.trials if (line["purpose"], line["track"], line["method"]) == which]
     last = sorted(line["validation"][-1] for line in finals)
     assert lines["sgd"].get_ydata()[-1] == pytest.approx(sum(last) / 2, rel=1e-2)
+
+
+def test_the_legend_of_costs_and_ends_names_each_method(report):
+    pytest.importorskip("matplotlib")
+    (axis,) = report.plot("pareto").axes
+    shown = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert [text.removesuffix(" (dominated)") for text in shown] == list(report.summary.results.methods)
+    assert not all("dominated" in text for text in shown)
 
 
 def test_an_unknown_picture(report):
@@ -218,21 +226,21 @@ def test_diagnose(tmp_path):
 
 def test_what_is_missing_is_said(tmp_path):
     for call in (
-        lambda: bench(folder=tmp_path),
-        lambda: bench(make_model, folder=tmp_path),
-        lambda: bench(make_model, make_data(), workloads="quick", folder=tmp_path),
+        lambda: bench(out=tmp_path),
+        lambda: bench(make_model, out=tmp_path),
+        lambda: bench(make_model, make_data(), workloads="quick", out=tmp_path),
         lambda: diagnose(make_model),
         lambda: diagnose(),
     ):
         with pytest.raises(pw.PlywiseError, match="Give a model with data"):
             call()
     with pytest.raises(pw.PlywiseError, match="Did you mean digits-mlp"):
-        bench(workloads="digits-mpl", folder=tmp_path)
+        bench(workloads="digits-mpl", out=tmp_path)
     with pytest.raises(pw.PlywiseError, match="is no bench"):
         load(tmp_path)
     network = make_model()
     with pytest.raises(pw.PlywiseError, match="returned the same network twice"):
-        bench(lambda: network, make_data(), folder=tmp_path, progress=False)
+        bench(lambda: network, make_data(), out=tmp_path, progress=False)
 
 
 def test_names_of_objects():
@@ -247,7 +255,7 @@ def test_names_of_objects():
 
 def test_a_bench_in_progress_is_shown(tmp_path, capsys):
     how = {"methods": ["sgd"], "trials": 0, "seeds": 2, "steps": 5}
-    bench(make_model, make_data(), folder=tmp_path, **how)
+    bench(make_model, make_data(), out=tmp_path, **how)
     out = capsys.readouterr().out
     assert "[1/2] " in out
     assert "[2/2] " in out
@@ -266,7 +274,7 @@ def test_a_loader_and_a_step_function(tmp_path):
         return nn.functional.cross_entropy(model(inputs), targets)
 
     how = {"methods": ["sgd"], "trials": 0, "seeds": 1, "steps": 5, "progress": False}
-    found = bench(make_model, loader, step=step, folder=tmp_path, **how)
+    found = bench(make_model, loader, step=step, out=tmp_path, **how)
     assert [line["failure"] for line in found.trials] == [None]
     assert found.trials[0]["validation"][-1] < found.trials[0]["validation"][0]
 

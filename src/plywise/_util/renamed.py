@@ -35,15 +35,14 @@ def serve_old_names(module: str, names: Mapping[str, str]) -> Callable[[str], An
     return find
 
 
-def serve_old_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator: the function also takes an argument by its old name, with a warning.
+def serve_old_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator: the function also takes arguments by their old names, with a warning each.
 
     Args:
-        old: the name that it had.
-        new: the name that it has.
+        names: the new name of each old one.
 
     Example:
-        >>> wait = serve_old_argument("patience", "timeout_s")(lambda timeout_s=1.0: timeout_s)
+        >>> wait = serve_old_arguments(patience="timeout_s")(lambda timeout_s=1.0: timeout_s)
         >>> with warnings.catch_warnings(action="ignore"):
         ...     print(wait(patience=2.0), wait())
         2.0 1.0
@@ -52,13 +51,14 @@ def serve_old_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callabl
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if old in kwargs and new not in kwargs:
-                warnings.warn(
-                    f"The argument {old} is called {new} since 0.2: rename it.",
-                    DeprecationWarning,
-                    stacklevel=2,
-                )
-                kwargs[new] = kwargs.pop(old)
+            for old, new in names.items():
+                if old in kwargs and new not in kwargs:
+                    warnings.warn(
+                        f"The argument {old} is called {new} since 0.2: rename it.",
+                        DeprecationWarning,
+                        stacklevel=2,
+                    )
+                    kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return call

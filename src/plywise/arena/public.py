@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.environment import workers_for
-from plywise._util.renamed import serve_old_argument
+from plywise._util.renamed import serve_old_arguments
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
 from plywise.arena.given import is_given, name_data, name_object
@@ -39,7 +39,7 @@ Entry = str | type[Optimizer] | type[Rule] | Method
 """A method: its name or address, or the class itself."""
 
 
-@serve_old_argument("patience", "timeout_s")
+@serve_old_arguments(patience="timeout_s", folder="out")
 def bench(
     model: Factory | None = None,
     data: Any = None,
@@ -62,7 +62,7 @@ def bench(
     threads: int = 1,
     workers: int | None = None,
     timeout_s: float | None = None,
-    folder: str | Path = "runs/bench",
+    out: str | Path = "runs/bench",
     progress: bool = True,
 ) -> BenchReport:
     """Compare training methods on your model, with equal tuning for all: `plywise bench` from Python.
@@ -98,7 +98,7 @@ def bench(
         threads: torch's threads in each trial.
         workers: trials at once, for what is given by addresses. Default: the cores over the threads.
         timeout_s: seconds that a trial may take, in a process of its own. Default 600.
-        folder: where bench.json and trials.jsonl are kept.
+        out: folder of bench.json and trials.jsonl.
         progress: show each trial as it ends.
 
     Returns:
@@ -122,7 +122,7 @@ def bench(
         threads=threads,
         timeout_s=timeout_s,
     )
-    return _run_bench(config, _make_executor(config, workers), Path(folder), _make_screen(progress))
+    return _run_bench(config, _make_executor(config, workers), Path(out), _make_screen(progress))
 
 
 def load(folder: str | Path) -> BenchReport:

@@ -31,6 +31,8 @@ from plywise.cli import (
 )
 from plywise.cli.console import VOLUME
 from plywise.errors import PlywiseError
+from plywise.registry.find import ROOMS
+from plywise.registry.names import WORKLOAD_MODULES
 
 app = App(
     name="plywise",
@@ -110,11 +112,16 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _suggest_command(error: CycloptsError) -> None:
-    """Name the commands below `plywise methods` and `plywise workloads` that are near to a wrong word."""
+    """Say what a wrong word below `plywise methods` and `plywise workloads` is near to, and what there is."""
     if not isinstance(error, UnusedCliTokensError) or not error.unused_tokens:
         return
-    for group in (methods.app, workloads.app):
+    word = error.unused_tokens[0]
+    uses = (
+        (methods.app, "plywise methods info", tuple(name for names in ROOMS.values() for name in names)),
+        (workloads.app, "plywise bench --workloads", tuple(WORKLOAD_MODULES)),
+    )
+    for group, command, things in uses:
         if error.command_chain and error.command_chain[0] == group.name[0]:
             names = tuple(name for name in group if not name.startswith("-"))
-            hint = suggestion(error.unused_tokens[0], names)
+            hint = suggestion(word, names) or suggestion(word, things, f"{command} ")
             print(f"{hint}Below `plywise {group.name[0]}` there are: {', '.join(names)}.", file=sys.stderr)

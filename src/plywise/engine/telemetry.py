@@ -112,7 +112,10 @@ class Telemetry:
             return {}
         states = self._read_states()
         found = {name: rule.measure_residual(state) for name, state in states.items() if state}
-        return {name: float(value) for name, value in found.items() if value is not None}
+        known = {name: value for name, value in found.items() if value is not None}
+        values = list(known.values())
+        numbers = _stack(values, values[0]).tolist() if values else []  # one wait for the device
+        return {name: one for name, one in zip(known, numbers, strict=True) if math.isfinite(one)}
 
 
 class _MeasuredStep:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plywise._util.checks import require_positive, require_whole
 from plywise._util.modes import evaluating
-from plywise._util.renamed import serve_old_argument
+from plywise._util.renamed import serve_old_arguments
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.losses.auc_margin import AUCMargin, checked_batch
 from plywise.optim.anchor import ProximalAnchor
@@ -90,7 +90,7 @@ class CoDA:
         True
     """
 
-    @serve_old_argument("patience", "timeout_s")
+    @serve_old_arguments(patience="timeout_s")
     def __init__(
         self,
         model: nn.Module,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from plywise._util.renamed import serve_old_argument
+from plywise._util.renamed import serve_old_arguments
 from plywise.data.batches import count_samples
 from plywise.errors import PipelineError, PlywiseError, StateError
 from plywise.local import checkpoint
@@ -54,7 +54,7 @@ class Pipeline:
         PipelineError: the number of processes does not fit, or a stage cannot be reached.
     """
 
-    @serve_old_argument("patience", "timeout_s")
+    @serve_old_arguments(patience="timeout_s")
     def __init__(
         self,
         learner: StagedLearner,

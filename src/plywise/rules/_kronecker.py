@@ -22,7 +22,7 @@ from plywise.engine.contract import Evidence, LayerShape, Shapes, State
 from plywise.engine.explain import Size
 from plywise.engine.health import Health
 from plywise.engine.rule import StatefulRule, require_choice, require_positive, require_whole
-from plywise.numerics.inverse_roots import Relative, ScaledGram, Solver, compute_inverse_root, get_solver
+from plywise.numerics.inverse_roots import Relative, Solver, compute_inverse_root, get_solver
 from plywise.numerics.low_rank import (
     LowRankRoot,
     compute_low_rank_root,
@@ -203,15 +203,14 @@ class KroneckerRule(StatefulRule):
         plan, root, times = self.plan, root_of(memory, side), round(1 / power)
         if root is None or plan.relative_to == "max" or abs(times * power - 1) > 1e-9:
             return None  # the largest eigenvalue would cost more than all of this
-        statistic = memory[side] / memory[f"{side}.count"] if plan.statistic == "mean" else memory[side]
-        problem = ScaledGram.make(statistic, power, plan.damping, plan.relative_to)
-        if problem is None:
-            return None
-        scale = problem.scale.to(statistic.dtype).reshape(-1, 1, 1)
-        lower = problem.add_shift(problem.compute_shift(torch.ones_like)) * scale
+        count = memory[f"{side}.count"] if plan.statistic == "mean" else 1
+        lower = memory[side].tril()
+        diagonal = lower.diagonal(dim1=1, dim2=2) / count
+        shift = plan.damping * diagonal.mean(1, keepdim=True) if plan.relative_to == "mean" else plan.damping
         probe = torch.arange(lower.shape[1], device=lower.device, dtype=lower.dtype).cos()
         probe = probe.expand(lower.shape[0], 1, -1)
-        row = probe @ lower.mT + probe @ lower.tril(-1)  # (S + λI) v: the statistic is a lower triangle
+        row = (probe @ lower.mT + probe @ lower) / count  # S v, with the diagonal twice
+        row += probe * (shift - diagonal).unsqueeze(1)
         for _ in range(times):
             row = multiply_by_root(row, root)
         return ((row - probe).norm(dim=(1, 2)) / probe.norm(dim=(1, 2))).max()

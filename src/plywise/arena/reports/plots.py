@@ -96,7 +96,7 @@ def _draw_curves(axis: Any, summary: BenchSummary, workload: str) -> None:
     target = results.targets[workload].strict
     if target is not None:
         axis.axhline(target, color="grey", linestyle="--", linewidth=1, label="target")
-    axis.set(xlabel="steps", ylabel=_metric(summary, workload))
+    axis.set(xlabel="steps", ylabel=f"{_metric(summary, workload)}, validation")
 
 
 def _draw_rates(axis: Any, summary: BenchSummary, workload: str) -> None:
@@ -118,9 +118,12 @@ def _draw_pareto(axis: Any, summary: BenchSummary, workload: str) -> None:
     for row in rows:
         end = (row.test or row.validation).median
         if row.seconds is not None and math.isfinite(end):
-            axis.scatter(row.seconds, end, marker="o" if row.method in best else "x")
-            axis.annotate(shorten(row.method), (row.seconds, end), fontsize="small")
-    axis.set(xlabel="CPU seconds of a run", ylabel=f"{_metric(summary, workload)} at the end")
+            name, marker = shorten(row.method), "o"
+            if row.method not in best:
+                name, marker = f"{name} (dominated)", "x"
+            axis.scatter(row.seconds, end, marker=marker, label=name)
+    part = "test" if any(row.test for row in rows) else "validation"
+    axis.set(xlabel="CPU seconds of a run", ylabel=f"{_metric(summary, workload)} at the end, {part}")
 
 
 def _draw_ranking(summary: BenchSummary) -> Any:
