@@ -1,6 +1,7 @@
 """A component of local learning: a block that turns a signal into the next one, with its own loss."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +45,20 @@ class Component(nn.Module, ABC):
     @abstractmethod
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
         """The next signal, and the local loss, a scalar with this component's graph."""
+
+    def split(self, signal: Signal) -> list[tuple[Signal, float]]:
+        """Parts of a batch that run one after another, backward included, and the share of each in the loss.
+
+        The default is the batch as one part. With more parts the graph of one is all that is kept.
+        """
+        return [(signal, 1.0)]
+
+    def join(self, signal: Signal, parts: Sequence[Signal]) -> Signal:
+        """The signal that goes on, from what `forward` makes of the parts of ``signal``."""
+        if len(parts) == 1:
+            return parts[0]
+        s = torch.cat([part.s for part in parts])
+        return replace(parts[0], s=s, y=signal.y, carried=signal.carried)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer; ``"rate"`` is a factor of its learning rate (default 1)."""

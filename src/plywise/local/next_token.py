@@ -1,6 +1,7 @@
 """Local next-token learning: every block of a language model predicts the next token by itself."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -8,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from plywise._util.checks import require_whole
-from plywise.data.batches import Batch
+from plywise.data.batches import Batch, take_samples
 from plywise.data.reading import IGNORED
 from plywise.engine.masked_rows import rows
 from plywise.errors import BlockError, PlywiseError
@@ -64,7 +64,7 @@ class TokenComponent(Component):
     Args:
         block: the block.
         readout: its readout; None where the block's output is the scores.
-        pieces: how many parts of the batch have their scores made one after another.
+        pieces: in how many parts a batch runs, backward included.
         table: the vocabulary's embedding, in the first component of a model with tied heads. The following
             components get its weight, detached, as the signal's codes.
     """
@@ -92,26 +92,40 @@ class TokenComponent(Component):
                 see="error-data",
             )
         codes = self.table[0].weight if self.table else signal.codes
-        count = min(self._pieces, len(s))
-        loss = s.new_zeros(())
-        for features, tokens in zip(s.tensor_split(count), y.tensor_split(count), strict=True):
-            loss = loss + checkpoint(self._total, features, tokens, codes, use_reentrant=False)
-        codes = None if codes is None else codes.clone()  # as it is before this component's step
-        return replace(signal, s=s, codes=codes), loss / (y != IGNORED).sum().clamp_min(1)
+        return replace(signal, s=s, codes=codes), self._loss(s, y, codes)
 
-    def _total(self, s: Tensor, y: Tensor, table: Tensor | None) -> Tensor:
+    def _loss(self, s: Tensor, y: Tensor, table: Tensor | None) -> Tensor:
         counts = y != IGNORED
         with nullcontext() if y.dim() != 2 or bool(counts.all()) else rows(counts):
             scores = s if self.readout is None else self.readout(s, table)
-        return F.cross_entropy(scores.flatten(0, -2), y.flatten(), ignore_index=IGNORED, reduction="sum")
+        total = F.cross_entropy(scores.flatten(0, -2), y.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / counts.sum().clamp_min(1)
+
+    def split(self, signal: Signal) -> list[tuple[Signal, float]]:
+        """Parts of the batch; the share of each is that of the tokens that count."""
+        numbers = (signal.y != IGNORED).reshape(len(signal.y), -1).sum(1).tolist()  # tokens of each sample
+        samples, total = len(numbers), max(sum(numbers), 1)
+        pieces = min(self._pieces, samples, signal.y.numel() // 2) or 1  # batch norm fails on a single token
+        edges = [samples * number // pieces for number in range(pieces + 1)]
+        parts = []
+        for first, stop in itertools.pairwise(edges):
+            s, y, carried = take_samples((signal.s, signal.y, signal.carried), slice(first, stop))
+            part = replace(signal, s=s, y=y, carried=carried)
+            parts.append((part, sum(numbers[first:stop]) / total))
+        return parts
+
+    def join(self, signal: Signal, parts: Sequence[Signal]) -> Signal:
+        """The parts in a row, and the vocabulary's table as it is before this component's step."""
+        whole = super().join(signal, parts)
+        return whole if whole.codes is None else replace(whole, codes=whole.codes.clone())
 
 
 class LocalNextToken(OneWayLearner):
     """Block-local learning of sequences: each block predicts the next token by a private head.
 
     Idea: every block of a language model has a small head of its own and learns to predict the next token
-        from its features. No gradient crosses blocks, so that only one block's graph exists at a time. The
-        scores of the vocabulary are computed for one part of the batch at a time.
+        from its features. No gradient crosses blocks, so that only one block's graph exists at a time, and
+        that of one part of the batch: a part runs forward and backward before the next one does.
     Equation: s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and its head h_i follow the gradient of
         mean_t -log softmax(h_i(s_i[t]))[y_t]. With tied heads, h_i(s) = E norm_i(s), E the embedding of the
         first block, which learns there and is detached in all other blocks. Prediction: h_K ∘ f_K ∘ … ∘ f_1.
@@ -124,8 +138,8 @@ class LocalNextToken(OneWayLearner):
         (B, T) or features (B, ..., width) in, (B, ..., width) out. A block may contain any modules. If the
         last block hands on as many features as there are scores, they are the scores; otherwise it has a
         head, too.
-    Cost: a head for each block, its forward twice (its scores are made again in backward). The activations of
-        one block and the scores of one piece of the batch at a time.
+    Cost: a head for each block. The activations and the scores of one block and one part of the batch at a
+        time, beside the block's input and output for the whole batch.
     Status: after the idea as it is in use; the head, the pieces and the tied variant are ours. Private heads
         of whole decoder layers, as in the source, are a ``head`` of your own.
     Source: block-wise next-token losses with private heads are described in Green, 2026 (a web article; its
@@ -138,7 +152,9 @@ class LocalNextToken(OneWayLearner):
         (examples/plot_local_next_token.py). Of backpropagation's memory in a step, all tensors counted, four
         blocks take 0.31 and eight 0.16 (tests).
     Limits: with tied heads the vocabulary's embedding learns from the first block alone. Targets of -100
-        are ignored by losses and heads; blocks run on their positions all the same.
+        are ignored by losses and heads; blocks run on their positions all the same. What looks at the
+        samples of a batch together sees those of a part: batch norm, and rules of one batch (`ProxProp`);
+        ``pieces=1`` gives them all.
 
     Args:
         blocks: the network.
@@ -147,9 +163,9 @@ class LocalNextToken(OneWayLearner):
             embedding's width. Default `linear_head`; `mlp_head` is larger. With ``tied``, the default is a
             layer norm.
         tied: the embedding of the first block whose weight (V, width) all heads read with. Default none.
-        pieces: parts of the batch whose scores are computed one after another. More parts save memory if V is
-        large. Default 4. Range 1 to 16. **training: what every `Learner` takes, by name: ``optimizer``
-        (required), ``scheduler``, ``rule``,
+        pieces: parts of the batch that run one after another, backward included. The gradients add up to
+            those of the whole. More parts save memory and take time. Default 2. Range 1 to 16.
+        **training: what every `Learner` takes, by name: ``optimizer`` (required), ``scheduler``, ``rule``,
             ``callbacks`` and ``seed``.
 
     Raises:
@@ -180,7 +196,7 @@ class LocalNextToken(OneWayLearner):
         *,
         head: MakeTokenHead = linear_head,
         tied: nn.Embedding | None = None,
-        pieces: int = 4,
+        pieces: int = 2,
         **training: Any,
     ) -> None:
         require_whole(self, pieces=pieces)

@@ -107,16 +107,24 @@ class LocalTrainer:
     ) -> tuple[Signal, Tensor]:
         """Take one step on a signal; return the signal for the next component, and the local loss.
 
-        ``emit`` gets the next signal before the local backward, so that the next component need not wait.
+        ``emit`` gets the next signal before the local backward (of the last part of the batch, where the
+        component splits it), so that the next component need not wait.
         """
+        parts, made, losses = self.component.split(signal), [], []
         with self.randomness(step):
-            following, loss = self.module(signal)
-            following = following.detached()
-            emit(following)
-            if self.optimizer is not None and loss.requires_grad:
-                loss.backward()
+            for part, share in parts:
+                after, loss = self.module(part)
+                made.append(after.detached())
+                if len(made) == len(parts):
+                    following = self.component.join(signal, made)
+                    made.clear()  # backward need not hold the parts beside the whole
+                    emit(following)
+                loss = share * loss
+                if self.optimizer is not None and loss.requires_grad:
+                    loss.backward()
+                losses.append(loss.detach())
         self.apply()
-        return following, loss.detach()
+        return following, torch.stack(losses).sum()
 
     def begin(self) -> None:
         """Set training mode and clear gradients that a failed step or other code may have left.

@@ -234,4 +234,5 @@ def test_a_blocks_activations_are_freed_before_the_next_runs(learner_case: Learn
     inner.clear()
     counts.clear()
     learner.step(*data(0))
-    assert counts == [0] * 6
+    assert len(counts) >= 6  # more where a batch runs in parts
+    assert not any(counts)
