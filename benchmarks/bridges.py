@@ -16,7 +16,7 @@ from torch import nn
 
 import plywise as pw
 from local_learning import METHODS, MakeTrained, Trained, Workload, adam, end_to_end, load, spread, tuned
-from pipeline import BRIDGES, INPUT, LAYERS, WIDTH
+from pipeline_arms import BRIDGES, INPUT, LAYERS, WIDTH
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 

@@ -46,8 +46,8 @@ class VSML(nn.Module):
     Layers: fully connected ones, whose sizes are those of the state, not of the module.
     Cost: inputs · outputs · 4h² · ticks multiplications a layer and sample, and as many again for the
         messages in; backpropagation through an episode keeps all its states.
-    Status: faithful to the authors' dense layer and its defaults. Not here: convolutions, layer norm, labels
-        as inputs, the separate backward pass. The authors' convolutions are public and not here.
+    Status: faithful to the authors' dense layer and its defaults. Not here: their convolutions, which are
+        public as JAX code alone, layer norm, labels as inputs, the separate backward pass.
     Source: Kirsch, Schmidhuber, "Meta Learning Backpropagation And Improving It", NeurIPS, 2021
         (arXiv 2012.14905).
     Code: louiskirsch/vsml-neurips2021 (JAX).
