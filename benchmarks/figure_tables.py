@@ -174,15 +174,31 @@ def local_table(name: str) -> Callable[[str], str]:
     return write
 
 
-def local_memory(_: str) -> str:
-    """Peak memory and time of ways to train 16 blocks."""
-    ways = read("local_memory")["ways"]
-    plain = ways["backpropagation"]["peak_mib"]
-    rows = [
-        [way, f"{row['peak_mib']:.1f}", f"{row['peak_mib'] / plain:.2f}", f"{row['cpu_us_per_sample']:.0f}"]
-        for way, row in ways.items()
-    ]
-    return table(["way", "peak, MiB", "of backprop", "CPU µs a sample"], rows)
+def associated_text(_: str) -> str:
+    """Associated Learning on reviews of films beside backpropagation of the same network."""
+    rows = []
+    for network, ways in read("associated_text")["networks"].items():
+        for way, entry in ways.items():
+            columns = list(zip(*entry["test"], strict=True))
+            depths = " / ".join(f"{statistics.fmean(column):.1f}" for column in columns)
+            score = spread([one[-1] for one in entry["test"]])
+            rows.append([network, way, f"{entry['rate']:g}", score, depths if len(columns) > 1 else ""])
+    return table(["network", "way", "rate", "test accuracy, %", "by depth"], rows)
+
+
+def local_memory(network: str) -> Callable[[str], str]:
+    """Peak memory and time of ways to train a network."""
+
+    def write(_: str) -> str:
+        ways = read("local_memory")[network]["ways"]
+        plain = ways["backpropagation"]["peak_mib"]
+        rows = []
+        for way, row in ways.items():
+            peak, seconds = row["peak_mib"], row["cpu_us_per_sample"]
+            rows.append([way, f"{peak:.1f}", f"{peak / plain:.2f}", f"{seconds:.0f}"])
+        return table(["way", "peak, MiB", "of backprop", "CPU µs a sample"], rows)
+
+    return write
 
 
 def local_growth(_: str) -> str:
@@ -308,7 +324,7 @@ TABLES: dict[str, Callable[[str], str]] = {
         for name in ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "cifar-vgg")
     },
     **{f"local-table-{name}": local_table(name) for name in ("cifar", "mnist", "characters")},
-    "local-memory": local_memory,
+    **{f"local-memory-{name}": local_memory(name) for name in ("blocks",)},
     "local-growth": local_growth,
     "pipeline": pipeline,
     "bridges": bridges,

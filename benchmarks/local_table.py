@@ -3,7 +3,7 @@
     python benchmarks/local_table.py run                       # hours; goes on where it was interrupted
     python benchmarks/local_table.py run --workload characters --method "next token, tied"
     python benchmarks/local_table.py run --small               # a few steps of everything; nothing is written
-    python benchmarks/local_table.py follow MonoForward backpropagation
+    python benchmarks/local_table.py follow --workload cifar MonoForward backpropagation
     python benchmarks/local_table.py report
 
 Workloads: an MLP of two hidden layers on 10,000 images of MNIST and of Fashion-MNIST, five epochs
@@ -41,7 +41,7 @@ from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.workloads.networks import TransformerBlock
 from plywise.local.associated_maps import pooled_bridge
-from plywise.local.heads import pooled_linear, position_linear
+from plywise.local.heads import pooled_linear
 from plywise.local.linear_heads import GradientHead, RidgeHead
 from plywise.local.next_token import linear_head
 
@@ -53,22 +53,27 @@ RATES, TUNING_SEED, SEEDS = (3e-4, 1e-3, 3e-3), 100, (0, 1, 2)
 Split = dict[str, tuple[Tensor, Tensor]]
 
 
+def token_head(shape: torch.Size, scores: int) -> nn.Module:
+    return linear_head(shape[-1], scores)
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Blocks, data, and for how long; ``tokens`` says that it is a language model's."""
+    """Blocks, data, and for how many steps (``longer`` for `follow`). ``tokens``: a language model."""
 
     read: Callable[[], Split]
     blocks: Callable[[], list[nn.Module]]
     classes: int
     steps: int
     batch: int = 64
+    longer: int = 0
     tokens: bool = False
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(scores.flatten(0, -2), y.flatten())
 
     def head(self, shape: torch.Size) -> nn.Module:
-        return linear_head(shape[-1], self.classes) if self.tokens else pooled_linear(shape, self.classes)
+        return (token_head if self.tokens else pooled_linear)(shape, self.classes)
 
     def quality(self, predict: Callable[[Tensor], Tensor], part: tuple[Tensor, Tensor]) -> float:
         """Nats a token, or accuracy in per cent."""
@@ -114,15 +119,15 @@ def characters() -> Split:
     return {name: (part.x, part.y) for name, part in parts.items()}
 
 
-def images(name: str, blocks: Callable[[], list[nn.Module]], steps: int) -> Problem:
-    return Problem(lambda: load(Workload(name, blocks, 10_000, 0)), blocks, 10, steps)
+def images(name: str, blocks: Callable[[], list[nn.Module]], steps: int, longer: int = 0) -> Problem:
+    return Problem(lambda: load(Workload(name, blocks, 10_000, 0)), blocks, 10, steps, longer=longer)
 
 
 PROBLEMS = {
     "mnist": images("mnist", mlp, 780),
     "fashion": images("fashion_mnist", mlp, 780),
-    "cifar": images("cifar10", convnet, 468),
-    "characters": Problem(characters, transformer, 65, 400, batch=16, tokens=True),
+    "cifar": images("cifar10", convnet, 468, longer=1560),
+    "characters": Problem(characters, transformer, 65, 400, batch=16, longer=1000, tokens=True),
 }
 
 
@@ -189,7 +194,7 @@ ON_IMAGES: dict[str, Method] = {
 ON_TOKENS: dict[str, Method] = {
     **{
         f"Interlocking {horizon}": partial(
-            classifying, partial(pw.Interlocking, horizon=horizon, head=position_linear)
+            classifying, partial(pw.Interlocking, horizon=horizon, head=token_head)
         )
         for horizon in (1, 2, 3)
     },
@@ -242,43 +247,47 @@ def read() -> dict[str, Any]:
     return {"environment": environment(), "workloads": {name: {} for name in PROBLEMS}}
 
 
+def write(result: dict[str, Any]) -> None:
+    write_whole(OUT, json.dumps(result).replace('"tuning"', '\n"tuning"') + "\n")
+
+
 def run(names: list[str], only: list[str], small: bool) -> None:
-    result = read()
     for name in names:
-        problem, done = PROBLEMS[name], result["workloads"][name]
+        problem = PROBLEMS[name]
         data = problem.read()
         for label, method in methods_of(problem).items():
-            if (only and label not in only) or (label in done and not small):
+            if (only and label not in only) or (label in read()["workloads"][name] and not small):
                 continue
             entry = tune_and_train(problem, method, data, small)
             test = [round(one["test"], 3) for one in entry["final"]]
             print(f"{name:12} {label:28} rate {entry['final'][0]['rate']:g}  test {test}", flush=True)
             if not small:
-                done[label] = entry
-                write_whole(OUT, json.dumps(result).replace('"tuning"', '\n"tuning"') + "\n")
+                result = read()  # `follow` may have written meanwhile
+                result["workloads"][name][label] = entry
+                write(result)
 
 
-def follow(labels: list[str], epochs: int = 10, every: int = 2) -> None:
-    """Train on CIFAR-10 for longer, one seed at the rates of the table, and look now and then."""
-    result, problem = read(), PROBLEMS["cifar"]
+def follow(name: str, labels: list[str], looks: int = 5) -> None:
+    """Train for longer, one seed at the rates of the table, and look now and then."""
+    result, problem = read(), PROBLEMS[name]
     data = problem.read()
-    epoch = len(data["train"][1]) // problem.batch
     for label in labels:
         torch.manual_seed(SEEDS[0])
-        rate = result["workloads"]["cifar"][label]["final"][0]["rate"]
+        rate = result["workloads"][name][label]["final"][0]["rate"]
         method = methods_of(problem)[label]
         trained = method(problem, pw.Blocks(problem.blocks(), data["train"][0][:2]), rate)
         curve = []
-        for step, (x, y) in enumerate(batches(data["train"], problem.batch, epochs * epoch, SEEDS[0]), 1):
+        for step, (x, y) in enumerate(batches(data["train"], problem.batch, problem.longer, SEEDS[0]), 1):
             trained.step(x, y)
-            if step % (every * epoch) == 0:
+            if step % (problem.longer // looks) == 0:
                 judged = {
                     part: problem.quality(trained.predict, data[part]) for part in ("validation", "test")
                 }
                 curve.append({"step": step, **judged})
-        result.setdefault("longer", {})[label] = curve
-        print(label, [point["test"] for point in curve], flush=True)
-        write_whole(OUT, json.dumps(result).replace('"tuning"', '\n"tuning"') + "\n")
+        print(label, [round(point["test"], 3) for point in curve], flush=True)
+        result = read()  # `run` may have written meanwhile
+        result.setdefault("longer", {}).setdefault(name, {})[label] = curve
+        write(result)
 
 
 def report() -> None:
@@ -298,15 +307,16 @@ def main() -> None:
     running.add_argument("--method", action="append", help="default: all")
     running.add_argument("--small", action="store_true", help="a few steps, nothing is written")
     commands.add_parser("report", help="the table")
-    following = commands.add_parser(
-        "follow", help="ten epochs of CIFAR-10 with one seed, for methods of the table"
+    following = commands.add_parser("follow", help="longer, with one seed, for methods of the table")
+    following.add_argument(
+        "--workload", required=True, choices=[name for name in PROBLEMS if PROBLEMS[name].longer]
     )
     following.add_argument("method", nargs="+")
     options = parser.parse_args()
     if options.command == "run":
         run(options.workload or list(PROBLEMS), options.method or [], options.small)
     elif options.command == "follow":
-        follow(options.method)
+        follow(options.workload, options.method)
     else:
         report()
 

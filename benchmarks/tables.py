@@ -111,7 +111,7 @@ def costs(rows: dict[str, str], name: str) -> Callable[[], dict[str, str]]:
 
 def peaks() -> dict[str, str]:
     """Peak memory of ways to train 16 blocks; classes are in backquotes."""
-    ways = read("local_memory")["ways"]
+    ways = read("local_memory")["blocks"]["ways"]
     found = {way: f"{row['peak_mib']:.1f}" for way, row in ways.items()}
     return found | {re.sub(r"^(\w+L\w+)", r"`\1`", way): peak for way, peak in found.items()}
 

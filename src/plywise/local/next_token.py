@@ -147,10 +147,10 @@ class LocalNextToken(OneWayLearner):
         arXiv 1812.11446.
     Code: none that is public.
     Results: four blocks of a transformer on tiny Shakespeare, 400 steps, three seeds, rates tuned: 2.34 nats
-        a character, backpropagation 2.38, at 0.32 of its memory (benchmarks/README.md). Three blocks, 300
+        a character, backpropagation 2.38, at 0.20 of its memory (benchmarks/README.md). Three blocks, 300
         steps, one seed, neither rate tuned: 2.06 with tied heads, backpropagation 2.23
         (examples/plot_local_next_token.py). Of backpropagation's memory in a step, all tensors counted, four
-        blocks take 0.31 and eight 0.16 (tests).
+        blocks take less than a quarter and eight less than an eighth (tests).
     Limits: with tied heads the vocabulary's embedding learns from the first block alone. Targets of -100
         are ignored by losses and heads; blocks run on their positions all the same. What looks at the
         samples of a batch together sees those of a part: batch norm, and rules of one batch (`ProxProp`);
