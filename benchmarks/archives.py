@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.files import write_whole, written_whole
-from plywise.arena.reports.bench_page import page
+from plywise.arena.reports.bench_page import make_page
 from plywise.arena.scoring.summary import summarize_bench
 from summaries import ARENA, describe_ledger, list_benches, read_summary
 
@@ -87,7 +87,7 @@ def pack(name: str, folder: Path = ARCHIVES, arena: Path = ARENA, ledgers: Path 
     files = {
         "bench.json": (json.dumps(bench, indent=1, ensure_ascii=False) + "\n").encode("utf-8"),
         "trials.jsonl": ledger,
-        "report.html": page(summarize_bench(bench, lines)).encode("utf-8"),
+        "report.html": make_page(summarize_bench(bench, lines)).encode("utf-8"),
     }
     with written_whole(path) as file, tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive:
         for member, content in files.items():

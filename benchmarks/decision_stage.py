@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.data.digits import Split, load_digits
-from plywise.data.sets import grey_images
+from plywise.data.sets import load_grey_images
 from plywise.errors import PlywiseError
 from plywise.nn import DecisionStage
 
@@ -49,7 +49,7 @@ def digits(seed: int) -> Data:
 
 
 def fashion(seed: int) -> Data:
-    x, y, x_test, y_test = (torch.from_numpy(np.array(part)) for part in grey_images("fashion_mnist"))
+    x, y, x_test, y_test = (torch.from_numpy(np.array(part)) for part in load_grey_images("fashion_mnist"))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     parts = (
         (x[order[:3000]], y[order[:3000]]),
@@ -62,7 +62,10 @@ def fashion(seed: int) -> Data:
 WORKLOADS: dict[str, tuple[Callable[[int], Data], int, Optimizer, str]] = {
     "digits, Adam": (digits, 20, lambda p: torch.optim.Adam(p, 1e-3), "Adam(1e-3), 20 epochs"),
     "digits, Adam at ten times the rate": (
-        *(digits, 20, lambda p: torch.optim.Adam(p, 1e-2), "Adam(1e-2), 20 epochs"),
+        digits,
+        20,
+        lambda p: torch.optim.Adam(p, 1e-2),
+        "Adam(1e-2), 20 epochs",
     ),
     "Fashion-MNIST, Adam": (
         fashion,
@@ -75,9 +78,14 @@ WORKLOADS: dict[str, tuple[Callable[[int], Data], int, Optimizer, str]] = {
 
 def convnet(side: int) -> nn.Sequential:
     return nn.Sequential(
-        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(16 * (side // 4) ** 2, 10)),
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * (side // 4) ** 2, 10),
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
-from plywise.data.sets import cifar10, grey_images
+from plywise.data.sets import load_cifar10, load_grey_images
 from plywise.errors import PlywiseError
 from plywise.nn import UnfoldedDenoiser
 from plywise.nn.unfolded_denoiser import SCHEMES
@@ -41,10 +41,10 @@ def grey() -> tuple[str, Tensor, Tensor]:
     """A set's name, its training and its test images (N, 1, H, W) in [0, 1], both cut short."""
     luminance = torch.tensor([0.299, 0.587, 0.114])
     try:
-        train, _, test, _ = cifar10()
+        train, _, test, _ = load_cifar10()
     except PlywiseError as error:
         print(f"{error}\nFashion-MNIST it is.")
-        train, _, test, _ = grey_images("fashion_mnist")
+        train, _, test, _ = load_grey_images("fashion_mnist")
         name, to_grey = "Fashion-MNIST", lambda x: x
     else:
         name, to_grey = "CIFAR-10, grey", lambda x: x @ luminance

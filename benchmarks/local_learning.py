@@ -56,8 +56,10 @@ def mlp() -> list[nn.Module]:
 def cnn() -> list[nn.Module]:
     def block(before: int, after: int, stride: int) -> nn.Sequential:
         return nn.Sequential(
-            *(nn.Conv2d(before, after, 3, padding=1), nn.ELU()),
-            *(nn.Conv2d(after, after, 3, stride, padding=1), nn.ELU()),
+            nn.Conv2d(before, after, 3, padding=1),
+            nn.ELU(),
+            nn.Conv2d(after, after, 3, stride, padding=1),
+            nn.ELU(),
         )
 
     return [block(1, 8, 1), block(8, 8, 2), block(8, 16, 1), block(16, 16, 2)]

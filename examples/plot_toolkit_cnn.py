@@ -22,10 +22,20 @@ from plywise.data.digits import load_digits
 
 def toolkit_cnn(side: int) -> nn.Sequential:
     return nn.Sequential(
-        *(nn.BatchNorm2d(1), nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.BatchNorm2d(32), nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Dropout(), nn.Linear(64 * (side // 4) ** 2, 512), nn.ReLU()),
-        *(nn.Dropout(), nn.Linear(512, 10)),
+        nn.BatchNorm2d(1),
+        nn.Conv2d(1, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(32),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(),
+        nn.Linear(64 * (side // 4) ** 2, 512),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(512, 10),
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import plywise as pw
-from plywise.data.store import find
+from plywise.data.store import find_file
 from plywise.data.tables import read_rows
 
 torch.set_num_threads(1)
@@ -172,7 +172,7 @@ def compare(inputs: Tensor, pressures: Tensor) -> None:
 
 # %%
 # All of it, where the table is.
-path = find("compounds.csv.gz")
+path = find_file("compounds.csv.gz")
 if path is None:
     print(
         "Skipped: the table compounds.csv.gz is in none of plywise's folders for data. It has columns cas, "

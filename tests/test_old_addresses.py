@@ -32,6 +32,10 @@ RENAMED = {
     "plywise:Move": "plywise:Update",
     "plywise:Ply": "plywise:LinearCall",
     "plywise.arena.method:Setting": "plywise.arena.method:TrialContext",
+    "plywise.data.arrays:tensor_of": "plywise.data.arrays:make_tensor",
+    "plywise.data.parts:tenths": "plywise.data.parts:cut_tenths",
+    "plywise.data.sets:cifar10": "plywise.data.sets:load_cifar10",
+    "plywise.data.store:find": "plywise.data.store:find_file",
     "plywise.local.session:trained": "plywise.training.session:load_trained",
 }
 """Old names, each with what it is called now."""

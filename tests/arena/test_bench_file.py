@@ -10,7 +10,7 @@ import pytest
 from fake_bench import SPEEDS, make_bench, make_lines, write_bench
 
 from plywise.arena.reports import bench_page
-from plywise.arena.reports.bench_page import page, write_page
+from plywise.arena.reports.bench_page import make_page, write_page
 from plywise.arena.scoring.summary import summarize_bench
 from plywise.errors import PlywiseError
 
@@ -52,7 +52,7 @@ def test_what_is_no_bench_is_refused(tmp_path):
 
 def test_the_page_names_no_address_and_loads_nothing():
     bench = make_bench()
-    text = page(summarize_bench(bench, make_lines(bench)))
+    text = make_page(summarize_bench(bench, make_lines(bench)))
     text = text.replace("http://www.w3.org/2000/svg", "").replace("https://github.com/leeoniya/uPlot", "")
     assert not re.findall(r"https?://[^\s\"'<]*", text)
     assert not re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=|@import|url\(", text)
@@ -63,7 +63,7 @@ def test_a_large_bench_fits_into_two_megabytes():
     bench = make_bench(methods, [f"workload-{i}" for i in range(10)])
     lines = make_lines(bench)
     assert len(lines) > 2500
-    text = page(summarize_bench(bench, lines))
+    text = make_page(summarize_bench(bench, lines))
     assert len(text.encode()) < 2_000_000
     assert "trials.jsonl.gz" in text, "with all trials in it"
 
@@ -71,7 +71,7 @@ def test_a_large_bench_fits_into_two_megabytes():
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
     bench = make_bench()
     monkeypatch.setattr(bench_page, "LARGEST", 200_000)
-    text = page(summarize_bench(bench, make_lines(bench)))
+    text = make_page(summarize_bench(bench, make_lines(bench)))
     assert "trials.jsonl.gz" not in text
     assert "too large for this page" in text
 
@@ -79,9 +79,9 @@ def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
 def test_what_is_missing_is_said():
     bench = make_bench(unfinished=["words: 14 of its trials have not been run."])
     lines = [one for one in make_lines(bench) if (one["workload"], one["method"]) != ("words", "proxprop")]
-    text = page(summarize_bench(bench, lines))
+    text = make_page(summarize_bench(bench, lines))
     notice = text[text.index('id="missing"') : text.index('id="reading-title"')]
     assert "Not finished. words: 14 of its trials have not been run." in notice
     assert "proxprop on words (tuned, 0 of 3 runs)" in notice
     assert "local on words" not in notice, "what does not fit is not missing"
-    assert 'id="missing"' not in page(summarize_bench(make_bench(), make_lines(make_bench())))
+    assert 'id="missing"' not in make_page(summarize_bench(make_bench(), make_lines(make_bench())))

@@ -33,7 +33,7 @@ from plywise.arena.reproductions.summary import (
     ruling,
 )
 from plywise.arena.scoring.verdicts import UNDECIDED, mean_interval, student
-from plywise.data.store import find
+from plywise.data.store import find_file
 from plywise.errors import PlywiseError
 
 EXPERIMENTS = [
@@ -343,7 +343,7 @@ def test_missing_data_name_the_file(tmp_path, monkeypatch):
 
 
 def test_parts_share_no_image():
-    if find("mnist.npz", "mnist/train-images-idx3-ubyte.gz") is None:
+    if find_file("mnist.npz", "mnist/train-images-idx3-ubyte.gz") is None:
         pytest.skip("no mnist.npz; PLYWISE_DATA can name its folder")
     for name in ("mnist-mlp", "mnist-conv"):
         size = find_paper("consequentialism").find(name).sizes[SMALL]

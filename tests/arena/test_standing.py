@@ -11,8 +11,8 @@ import random
 import pytest
 from fake_bench import line, make_bench, make_lines
 
-from plywise.arena.reports.bench_charts import after_trials, curves, front, thin
-from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
+from plywise.arena.reports.bench_charts import find_best_after_trials, find_front, make_curves, thin
+from plywise.arena.reports.spreadsheets import format_ranking_csv, format_runs_csv
 from plywise.arena.scoring.ranking import area, compare_methods, noise, null_ratio, rank_methods
 from plywise.arena.scoring.results import gather_results
 from plywise.arena.scoring.score import CLOCKS
@@ -173,7 +173,7 @@ def test_a_method_with_nothing_to_tune_is_in_both_tracks():
     field = gather_results(bench, lines)
     for track in ("tuned", "defaults"):
         assert by_method(rank_methods(field, track, "steps"))["proxprop"].runs == 3
-    assert len(list(csv.DictReader(runs_csv(field)))) == len(lines), "and still told once"
+    assert len(list(csv.DictReader(format_runs_csv(field)))) == len(lines), "and still told once"
 
 
 def test_equals_share_a_rank():
@@ -270,7 +270,7 @@ def test_memory_is_unknown_where_no_step_was_measured():
     ]
     field = small([*runs, *failed])
     assert {row.method: row.peak_mib for row in compare_methods(field)} == {"sgd": 40, "proxprop": None}
-    told = {one["method"]: one["peak_mib"] for one in csv.DictReader(runs_csv(field))}
+    told = {one["method"]: one["peak_mib"] for one in csv.DictReader(format_runs_csv(field))}
     assert told == {"sgd": "40.0", "proxprop": ""}
     (one,) = compare_methods(small([*runs[:2], {**failed[0], "method": "sgd"}]))
     assert one.peak_mib == 40, "of those that trained"
@@ -279,7 +279,7 @@ def test_memory_is_unknown_where_no_step_was_measured():
 def test_tables_come_back_as_they_were():
     field = whole()
     found = compare_methods(field)
-    table = list(csv.DictReader(io.StringIO(ranking_csv(found))))
+    table = list(csv.DictReader(io.StringIO(format_ranking_csv(found))))
     assert len(table) == len(found)
     for text, row in zip(table, found, strict=True):
         assert (text["workload"], text["method"], int(text["reached"])) == (
@@ -288,7 +288,7 @@ def test_tables_come_back_as_they_were():
             row.reached,
         )
         assert float(text["cpu_median"]) == row.times["cpu"].value
-    trials = list(csv.DictReader(runs_csv(field)))
+    trials = list(csv.DictReader(format_runs_csv(field)))
     assert len(trials) == len(make_lines(field.bench))
     assert {one["failure"] for one in trials if one["method"] == "sgd"} == {""}
 
@@ -305,7 +305,7 @@ def test_cost_of_tuning_against_all_orders(values):
     """Against every order that the trials could have come in."""
     from itertools import permutations
 
-    for k, (low, middle, high) in enumerate(after_trials(values), 1):
+    for k, (low, middle, high) in enumerate(find_best_after_trials(values), 1):
         every = sorted(min(order[:k]) for order in permutations(values))
         for found, share in ((low, 0.25), (middle, 0.5), (high, 0.75)):
             assert found == every[math.ceil(share * len(every)) - 1]
@@ -316,7 +316,7 @@ def test_curves_keep_where_runs_end_and_what_failed():
     lines[1].update(
         steps=[0, 7], validation=[0.9, 0.8], cpu=[0, 1], wall=[0, 1], loss=[2.0, None], failure="nan"
     )
-    (curve,) = curves(small(lines), "tuned", "digits")
+    (curve,) = make_curves(small(lines), "tuned", "digits")
     assert curve["failed"] == [(curve["steps"].index(7), "seed 1: nan")]
     assert curve["validation"][0][curve["steps"].index(7)] == 0.8
     assert curve["loss"][0][curve["steps"].index(7)] is None
@@ -330,7 +330,7 @@ def test_a_median_curve_does_not_recover_because_a_run_failed():
         for place in failed:
             short = {name: lines[place][name][:2] for name in ("loss", "validation", "cpu", "wall")}
             lines[place].update(steps=[0, 100], failure="nan", **short)
-        (curve,) = curves(small(lines), "tuned", "digits")
+        (curve,) = make_curves(small(lines), "tuned", "digits")
         return curve
 
     for name in ("loss", "validation"):
@@ -345,7 +345,7 @@ def test_a_median_curve_does_not_recover_because_a_run_failed():
 def test_long_curves_are_thinned_but_keep_their_end():
     steps = list(range(0, 5001, 5))
     same = {"steps": steps, "validation": [0.5] * 1001, "loss": [1.0] * 1001, "cpu": steps, "wall": steps}
-    (curve,) = curves(small([line("digits", "sgd", "final", **same)]), "tuned", "digits")
+    (curve,) = make_curves(small([line("digits", "sgd", "final", **same)]), "tuned", "digits")
     assert len(curve["steps"]) <= 62
     assert (curve["steps"][0], curve["steps"][-1]) == (0, 5000)
 
@@ -358,13 +358,13 @@ def test_the_front_is_who_nobody_beats():
         )  # fmt: skip
 
     lines = [run("sgd", 1, 10, 0.5), run("sgd-again", 2, 10, 0.5), run("proxprop", 3, 30, 0.1)]
-    assert front(compare_methods(small(lines))) == {"sgd", "proxprop"}
+    assert find_front(compare_methods(small(lines))) == {"sgd", "proxprop"}
     lines[0]["peak_mib"] = None
-    assert front(compare_methods(small(lines))) == {"sgd", "proxprop"}, (
+    assert find_front(compare_methods(small(lines))) == {"sgd", "proxprop"}, (
         "what was not measured is no advantage"
     )
     lines[2].update(failure="nan", test=None)
-    assert front(compare_methods(small(lines))) == {"sgd"}
+    assert find_front(compare_methods(small(lines))) == {"sgd"}
 
 
 def test_thinning_keeps_three_digits():

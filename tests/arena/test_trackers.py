@@ -8,7 +8,7 @@ import sys
 import pytest
 from fake_bench import line
 
-from plywise.arena.reports.trackers import runs_of, to_tensorboard, to_trackio
+from plywise.arena.reports.trackers import list_runs, to_tensorboard, to_trackio
 from plywise.errors import PlywiseError
 
 FINISHED = "2026-01-02T03:04:05+00:00"
@@ -40,7 +40,7 @@ def _write(folder, *lines, end="\n"):
 
 
 def test_every_trial_is_a_run_with_what_was_measured(folder):
-    runs = {run.name: run for run in runs_of(folder)}
+    runs = {run.name: run for run in list_runs(folder)}
     assert sorted(runs) == NAMES
     tuned = runs[NAMES[0]]
     assert tuned.settings["lr"] == 0.03
@@ -151,4 +151,4 @@ def test_trackers_are_an_extra(folder, tmp_path, monkeypatch, absent, export, wh
 
 def test_no_bench(tmp_path):
     with pytest.raises(PlywiseError, match=r"is no bench: .*bench\.json"):
-        runs_of(tmp_path)
+        list_runs(tmp_path)

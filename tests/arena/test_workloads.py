@@ -25,7 +25,7 @@ from plywise.arena.workloads import (
 from plywise.arena.workloads.networks import CharTransformer
 from plywise.data.batches import endless_batches
 from plywise.data.digits import Split
-from plywise.data.store import find
+from plywise.data.store import find_file
 from plywise.errors import PlywiseError
 
 FILES = {
@@ -65,7 +65,7 @@ SHAPES = {
 @pytest.fixture(scope="module", params=WORKLOADS)
 def named(request):
     files = FILES.get(request.param, [])
-    if files and find(*files) is None:
+    if files and find_file(*files) is None:
         pytest.skip(f"no {files[0]}; PLYWISE_DATA can name its folder")
     workload = find_workload(request.param)
     return workload, workload.make_data()

@@ -12,7 +12,7 @@ from cyclopts import App
 
 from plywise.arena.run.ledger import read
 from plywise.cli.reproduce import reproduce
-from plywise.data.store import find
+from plywise.data.store import find_file
 from plywise.errors import PlywiseError
 
 SHORT = """
@@ -36,7 +36,7 @@ SHORT = replace(
 
 @pytest.fixture
 def mnist():
-    if find("mnist.npz", "mnist/train-images-idx3-ubyte.gz") is None:
+    if find_file("mnist.npz", "mnist/train-images-idx3-ubyte.gz") is None:
         pytest.skip("no mnist.npz; PLYWISE_DATA can name its folder")
 
 

@@ -23,7 +23,7 @@ from plywise.data.batches import (
     unpack,
     unpack_part,
 )
-from plywise.data.parts import Data, tenths
+from plywise.data.parts import Data, cut_tenths
 
 Pair = namedtuple("Pair", "ids mask")
 
@@ -165,7 +165,7 @@ def test_data_are_saved_and_told_apart_by_any_value(tmp_path):
 
 def test_nested_samples_are_cut_into_parts_and_repeated_ones_counted():
     x = {"a": torch.arange(50.0).repeat(2).unsqueeze(1), "b": torch.arange(50).repeat(2)}
-    data = tenths(x, torch.arange(100))
+    data = cut_tenths(x, torch.arange(100))
     ys = torch.cat([part.y for part in vars(data).values()])
     assert torch.equal(ys.sort().values, torch.arange(100))
     for part in vars(data).values():

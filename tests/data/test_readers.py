@@ -17,14 +17,14 @@ from plywise.data.readers import (
     read_text,
 )
 from plywise.data.sets import (
-    boiling_points,
-    cifar10,
-    cifar100,
-    grey_images,
-    numeric_table,
-    tiny_shakespeare,
+    load_boiling_points,
+    load_cifar10,
+    load_cifar100,
+    load_grey_images,
+    load_numeric_table,
+    load_tiny_shakespeare,
 )
-from plywise.data.store import find
+from plywise.data.store import find_file
 from plywise.data.tables import read_rows, read_table
 from plywise.errors import PlywiseError
 
@@ -154,7 +154,7 @@ def test_cifar100_archive_has_the_fine_labels(tmp_path, monkeypatch):
     monkeypatch.setenv("PLYWISE_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(PlywiseError, match=r"'cifar100' is missing.*plywise workloads fetch cifar100"):
-        cifar100()
+        load_cifar100()
     files = cifar100_files()
     archive(tmp_path, cifar_files())  # another set beside it is not mistaken for it
     path = archive(tmp_path, files, "cifar-100-binary.tar.gz")
@@ -165,9 +165,9 @@ def test_cifar100_archive_has_the_fine_labels(tmp_path, monkeypatch):
     for channel in range(3):
         plane = row[2 + 1024 * channel : 2 + 1024 * (channel + 1)].reshape(32, 32)
         assert np.array_equal(x_test[1, :, :, channel], plane)
-    for found in (cifar100(), cifar100()):  # decoded, and kept
+    for found in (load_cifar100(), load_cifar100()):  # decoded, and kept
         assert all(map(np.array_equal, found, (x, y, x_test, y_test)))
-    assert cifar10()[0].shape == (10, 32, 32, 3)
+    assert load_cifar10()[0].shape == (10, 32, 32, 3)
 
 
 def test_what_is_no_cifar100_archive_is_said(tmp_path):
@@ -296,13 +296,15 @@ def test_text(tmp_path):
 
 
 def needs(*files):
-    return pytest.mark.skipif(find(*files) is None, reason=f"no {files[0]}; PLYWISE_DATA can name its folder")
+    return pytest.mark.skipif(
+        find_file(*files) is None, reason=f"no {files[0]}; PLYWISE_DATA can name its folder"
+    )
 
 
 @needs("cifar10_test.npz", "cifar-10-binary.tar.gz")
 @pytest.mark.slow
 def test_real_colour_images():
-    x, y, x_test, y_test = cifar10()
+    x, y, x_test, y_test = load_cifar10()
     assert x.shape == (50_000, 32, 32, 3)
     assert np.bincount(y).tolist() == [5000] * 10
     assert np.bincount(y_test).tolist() == [1000] * 10
@@ -314,7 +316,7 @@ def test_real_colour_images():
 @needs("cifar100_test.npz", "cifar-100-binary.tar.gz")
 @pytest.mark.slow
 def test_real_colour_images_of_a_hundred_classes():
-    x, y, x_test, y_test = cifar100()
+    x, y, x_test, y_test = load_cifar100()
     assert (x.shape, x_test.shape) == ((50_000, 32, 32, 3), (10_000, 32, 32, 3))
     assert np.bincount(y).tolist() == [500] * 100
     assert np.bincount(y_test).tolist() == [100] * 100
@@ -325,7 +327,7 @@ def test_real_colour_images_of_a_hundred_classes():
 
 @needs("mnist.npz", "mnist/train-images-idx3-ubyte.gz")
 def test_real_grey_images():
-    x, y, x_test, y_test = grey_images("mnist")
+    x, y, x_test, y_test = load_grey_images("mnist")
     assert (x.shape, x_test.shape) == ((60_000, 28, 28), (10_000, 28, 28))
     assert np.bincount(y).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert y_test[:5].tolist() == [7, 2, 1, 0, 4]
@@ -333,7 +335,7 @@ def test_real_grey_images():
 
 @needs("california_housing.csv.gz")
 def test_real_tables():
-    x, y = numeric_table("california_housing")
+    x, y = load_numeric_table("california_housing")
     assert x.shape == (20_640, 13)
     assert np.isnan(x).sum() == 207
     assert y.max() == 500_001
@@ -341,14 +343,14 @@ def test_real_tables():
 
 @needs("compounds.csv.gz")
 def test_real_compounds():
-    x, y = boiling_points()
+    x, y = load_boiling_points()
     assert x.shape == (1496, 20)
     assert 77 < y.min() < y.max() < 1000
 
 
 @needs("tinyshakespeare.txt", "tinyshakespeare.txt.gz")
 def test_real_text():
-    text = tiny_shakespeare()
+    text = load_tiny_shakespeare()
     assert len(text) == 1_115_394
     assert text.startswith("First Citizen:\n")
 
@@ -357,7 +359,7 @@ def test_idx_files_and_npz_are_the_same_set(tmp_path, monkeypatch):
     monkeypatch.setenv("PLYWISE_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(PlywiseError, match=r"'mnist' is missing.*plywise workloads fetch mnist"):
-        grey_images("mnist")
+        load_grey_images("mnist")
     labels = np.array([4, 2], np.uint8)
     for part in ("train", "t10k"):
         folder = tmp_path / "mnist"
@@ -367,7 +369,7 @@ def test_idx_files_and_npz_are_the_same_set(tmp_path, monkeypatch):
         (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(
             gzip.compress(header + labels.tobytes(), mtime=0)
         )
-    assert [part.tolist() for part in grey_images("mnist")] == [GREY.tolist(), [4, 2]] * 2
+    assert [part.tolist() for part in load_grey_images("mnist")] == [GREY.tolist(), [4, 2]] * 2
     np.savez(tmp_path / "mnist.npz", x_train=GREY, y_train=labels, x_test=GREY)
     with pytest.raises(PlywiseError, match="has no y_test"):
-        grey_images("mnist")
+        load_grey_images("mnist")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plywise.data import store
-from plywise.data.store import Remote, cache_decoded, fetch, find, folders
+from plywise.data.store import Remote, cache_decoded, fetch, find_file, list_folders
 from plywise.errors import PlywiseError
 
 CONTENT = b"a data set" * 1000
@@ -74,7 +74,7 @@ def test_a_good_mirror(server, cache, monkeypatch):
     assert (cache / "tiny" / "file.bin").read_bytes() == CONTENT
     assert fetch("tiny") == [cache / "tiny" / "file.bin"]
     assert server.asked == ["/good"], "what is there and whole is not fetched again"
-    assert find("tiny/file.bin") == cache / "tiny" / "file.bin"
+    assert find_file("tiny/file.bin") == cache / "tiny" / "file.bin"
 
 
 @pytest.mark.parametrize("bad", ["wrong", "cut", "gone"])
@@ -133,15 +133,15 @@ def test_known_sets_are_complete():
 
 def test_the_named_folder_comes_first(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("PLYWISE_DATA", str(tmp_path / "mine"))
-    assert folders() == [tmp_path / "mine", cache]
-    assert find("a", "b") is None
+    assert list_folders() == [tmp_path / "mine", cache]
+    assert find_file("a", "b") is None
     for folder, name in ((cache, "a"), (tmp_path / "mine", "b")):
         folder.mkdir()
         (folder / name).touch()
-    assert find("a", "b") == tmp_path / "mine" / "b"
-    assert find("a") == cache / "a"
+    assert find_file("a", "b") == tmp_path / "mine" / "b"
+    assert find_file("a") == cache / "a"
     monkeypatch.delenv("PLYWISE_DATA")
-    assert tmp_path / "mine" not in folders()
+    assert tmp_path / "mine" not in list_folders()
 
 
 def test_decoded_arrays_are_made_once(cache):

@@ -11,8 +11,8 @@ import torch
 
 from plywise import PlywiseError
 from plywise.data.digits import load_digits
-from plywise.data.sets import numeric_table
-from plywise.data.store import find
+from plywise.data.sets import load_numeric_table
+from plywise.data.store import find_file
 from plywise.losses.spauc import SPAUC, Numbers, roc_auc, sample_gradient, shrink
 from processes import ForkedCommand
 
@@ -198,11 +198,11 @@ def test_a_rare_digit():
 
 
 @pytest.mark.skipif(
-    find("uci_wine_quality_red.csv.gz") is None,
+    find_file("uci_wine_quality_red.csv.gz") is None,
     reason="no uci_wine_quality_red.csv.gz; PLYWISE_DATA can name its folder",
 )
 def test_good_wines_are_rare():
-    x, quality = numeric_table("uci_wine_quality_red")
+    x, quality = load_numeric_table("uci_wine_quality_red")
     y = quality >= 7
     assert 0.1 < y.mean() < 0.2
     order = np.random.default_rng(0).permutation(len(y))

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from plywise._util.import_path import call_factory
+from plywise._util.renamed import serve_old_names
 from plywise._util.seeded import seeded
 from plywise.errors import PlywiseError
 
 _AT_ONCE = 1 << 16  # numbers
 
 
-def made_by(address: str) -> Any:
+def call_user_function(address: str) -> Any:
     """Call the user's function at ``module:name``, with fixed seeds, and return its result.
 
     Raises:
@@ -27,7 +28,7 @@ def made_by(address: str) -> Any:
         return call_factory(address, "your data")
 
 
-def tensor_of(values: Any, what: str) -> Tensor:
+def make_tensor(values: Any, what: str) -> Tensor:
     """Numbers as a tensor on the CPU, a row for each sample.
 
     Args:
@@ -51,7 +52,7 @@ def tensor_of(values: Any, what: str) -> Tensor:
         raise PlywiseError(f"{what} are complex numbers, which no loss here takes.", see="error-data")
     if len(tensor) and not tensor.numel():
         raise PlywiseError(f"{what} hold no number: their shape is {tuple(tensor.shape)}.", see="error-data")
-    bad = _not_finite(tensor)
+    bad = _find_non_finite(tensor)
     if bool(bad.any()):
         large = " What float32 does not hold is infinite." if tensor.dtype == torch.float64 else ""
         raise PlywiseError(
@@ -62,7 +63,7 @@ def tensor_of(values: Any, what: str) -> Tensor:
     return tensor
 
 
-def _not_finite(tensor: Tensor) -> Tensor:
+def _find_non_finite(tensor: Tensor) -> Tensor:
     """Find the samples with NaN or infinity, (N,), also after conversion to float32.
 
     Samples are checked in pieces, for the check takes more memory than they do.
@@ -102,3 +103,6 @@ def read_nested(values: Any, what: str, read: Callable[[Any, str], Tensor] | Non
     if isinstance(values, list):
         return [read_nested(value, what, read) for value in values]
     return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+
+
+__getattr__ = serve_old_names(__name__, {"tensor_of": "make_tensor"})

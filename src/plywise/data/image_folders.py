@@ -25,24 +25,24 @@ def read_image_folder(path: Path) -> dict[str, Split]:
         PlywiseError: Pillow is not installed, there are no images, they differ in size, or a part has other
             classes than the training part.
     """
-    folders = _folders(path)
+    folders = _list_folders(path)
     parts = {NAMES[folder.name.lower()]: folder for folder in folders if folder.name.lower() in NAMES}
     if len(parts) < len(folders) or not parts:
         parts = {"train": path}
     if "train" not in parts:
         raise PlywiseError(f"{path} has {', '.join(parts)}, and no folder train.", see="error-data")
-    classes = [folder.name for folder in _folders(parts["train"])]
+    classes = [folder.name for folder in _list_folders(parts["train"])]
     found = {name: _list_images(folder, classes) for name, folder in parts.items()}
-    is_grey = all(_mode(file) in ("1", "L") for files in found.values() for file, _ in files)
+    is_grey = all(_find_mode(file) in ("1", "L") for files in found.values() for file, _ in files)
     return {name: _read_images(path, files, "L" if is_grey else "RGB") for name, files in found.items()}
 
 
-def _folders(path: Path) -> list[Path]:
+def _list_folders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    names = [entry.name for entry in _folders(folder)]
+    names = [entry.name for entry in _list_folders(folder)]
     if unknown := [name for name in names if name not in classes]:
         raise PlywiseError(f"{folder} has a class {unknown[0]!r} that training has not.", see="error-data")
     files = [
@@ -72,7 +72,7 @@ def _open(file: Path) -> Any:
         raise PlywiseError(f"{file} is no image that can be read: {error}.", see="error-data") from error
 
 
-def _mode(file: Path) -> str:
+def _find_mode(file: Path) -> str:
     with _open(file) as image:
         return str(image.mode)
 

@@ -72,7 +72,7 @@ def find_scores(output: Any) -> Any:
     """
     if isinstance(output, Tensor):
         return output
-    entries = _entries(output)
+    entries = _list_entries(output)
     for name in OUTPUTS:
         if isinstance(entries.get(name), Tensor):
             return entries[name]
@@ -84,12 +84,12 @@ def find_loss(output: Any) -> Tensor | None:
     """The loss that a model has made itself: ``.loss``, a first number of a tuple, or a number alone."""
     if isinstance(output, Tensor):
         return output if output.dim() == 0 else None
-    entries = _entries(output)
+    entries = _list_entries(output)
     loss = entries.get("loss", entries.get("0"))
     return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
 
 
-def _entries(output: Any) -> dict[str, Any]:
+def _list_entries(output: Any) -> dict[str, Any]:
     if isinstance(output, Mapping):
         return {str(key): value for key, value in output.items()}
     if isinstance(output, tuple | list):
@@ -144,14 +144,14 @@ class StepModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch, and in eval mode the metric."""
-        loss = _as_number(self._step(self.model, batch), self._step)
+        loss = _read_number(self._step(self.model, batch), self._step)
         if self.model.training:
             return loss
-        metric = loss if self._metric is None else _as_number(self._metric(self.model, batch), self._metric)
+        metric = loss if self._metric is None else _read_number(self._metric(self.model, batch), self._metric)
         return torch.stack([loss, metric.to(loss)])
 
 
-def _as_number(value: Any, function: Step) -> Tensor:
+def _read_number(value: Any, function: Step) -> Tensor:
     value = torch.as_tensor(value) if isinstance(value, int | float) else value
     if isinstance(value, Tensor) and value.dim() == 0:
         return value

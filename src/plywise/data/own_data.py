@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plywise._util.suggest import suggestion
-from plywise.data.arrays import made_by
+from plywise.data.arrays import call_user_function
 from plywise.data.batches import Batch, Part, Split, StoredBatches, count_samples, join_target, list_tensors
 from plywise.data.digits import load_digits
 from plywise.data.image_folders import read_image_folder
@@ -73,7 +73,7 @@ def read_parts(address: str, reading: Reading = AS_EVER) -> Parts:
     """
     reader = Reader(reading.options)
     if ":" in address and not Path(address).exists():
-        parts = Parts(read_made(address, made_by(address), reading, reader))
+        parts = Parts(read_made(address, call_user_function(address), reading, reader))
     else:
         parts = _read_files(address, reader)
         parts.are_from_files = True
@@ -92,13 +92,13 @@ def _read_files(address: str, reader: Reader) -> Parts:
         return Parts(zip(("train", "validation", "test"), load_digits(), strict=True))
     path = Path(address)
     if address.endswith(".npz"):
-        return _of_npz(path, reader)
+        return _read_npz_parts(path, reader)
     if address.endswith((".csv", ".csv.gz")):
         header = reader.options.header
         table = read_table(path, header == "yes" if header else None, np.float32)
-        return Parts(train=_of_table(path, table, reader))
+        return Parts(train=_split_table(path, table, reader))
     if address.endswith(".parquet"):
-        return Parts(train=_of_table(path, read_parquet(path), reader))
+        return Parts(train=_split_table(path, read_parquet(path), reader))
     if path.is_dir():
         return Parts(read_image_folder(path))
     choices = ("digits", *WORKLOAD_MODULES)
@@ -110,7 +110,7 @@ def _read_files(address: str, reader: Reader) -> Parts:
     )
 
 
-def _of_npz(path: Path, reader: Reader) -> Parts:
+def _read_npz_parts(path: Path, reader: Reader) -> Parts:
     arrays = read_npz(path)
     parts = [part for part in ("train", "validation", "test") if {f"x_{part}", f"y_{part}"} & arrays.keys()]
     wanted = [f"{what}_{part}" for part in parts or ["train"] for what in "xy"]
@@ -124,7 +124,7 @@ def _of_npz(path: Path, reader: Reader) -> Parts:
     return Parts((part, _read_split(reader, x, y, f"{path}, {part}")) for part, x, y in pairs)
 
 
-def _of_table(path: Path, table: Table, reader: Reader) -> Split:
+def _split_table(path: Path, table: Table, reader: Reader) -> Split:
     wanted, names = reader.options.target, table.names
     if len(names) < 2:
         raise PlywiseError(
@@ -138,7 +138,7 @@ def _of_table(path: Path, table: Table, reader: Reader) -> Split:
     place = names.index(wanted) if wanted else len(names) - 1
     inputs, target = map(torch.from_numpy, take_column(table.numbers, place))
     x, y = reader.inputs(inputs, str(path)), reader.column(target, names[place], str(path))
-    return _checked_split(x, y, str(path))
+    return _make_checked_split(x, y, str(path))
 
 
 def cut_parts(address: str, parts: Parts) -> OwnData:
@@ -159,24 +159,24 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
         )
     twins = ""
     if "test" not in parts and "validation" not in parts:
-        own, twins = _apart(train, _in_tenths, parts.are_from_files)
+        own, twins = _cut_apart(train, _count_tenths, parts.are_from_files)
         data, how = Data(*own), f"{count:,} {what} cut at random, by a fixed seed"
     elif "validation" not in parts:
-        (rest, validation), twins = _apart(train, _less_a_ninth, parts.are_from_files)
+        (rest, validation), twins = _cut_apart(train, _count_less_a_ninth, parts.are_from_files)
         data = Data(rest, validation, parts["test"])
         how = f"your test samples, validation a ninth of your training {what}, drawn by a fixed seed"
     elif "test" not in parts:
-        (rest, test), twins = _apart(train, _less_a_ninth, parts.are_from_files)
+        (rest, test), twins = _cut_apart(train, _count_less_a_ninth, parts.are_from_files)
         data = Data(rest, parts["validation"], test)
         how = f"your validation samples, test a ninth of your training {what}, drawn by a fixed seed"
     else:
         data, how = Data(train, parts["validation"], parts["test"]), "your own three parts"
     sizes = [len(part) for part in vars(data).values()]
     how = f"{how}{twins}: {sizes[0]:,} to train, {sizes[1]:,} to validate, {sizes[2]:,} to test"
-    return OwnData(data, "; ".join([how, *_notes(parts)]), parts.guesses)
+    return OwnData(data, "; ".join([how, *_list_notes(parts)]), parts.guesses)
 
 
-def _notes(parts: Parts) -> list[str]:
+def _list_notes(parts: Parts) -> list[str]:
     """Say in sentences how streams are used."""
     stored = {name: part for name, part in parts.items() if isinstance(part, StoredBatches)}
     if not stored:
@@ -186,17 +186,19 @@ def _notes(parts: Parts) -> list[str]:
     return [*notes, *dict.fromkeys(part.note for part in stored.values() if part.note)]
 
 
-def _in_tenths(count: int) -> list[int]:
+def _count_tenths(count: int) -> list[int]:
     held = max(1, count // 10)
     return [count - 2 * held, held, held]
 
 
-def _less_a_ninth(count: int) -> list[int]:
+def _count_less_a_ninth(count: int) -> list[int]:
     held = max(1, count // 9)
     return [count - held, held]
 
 
-def _apart(whole: Part, sizes: Callable[[int], list[int]], may_overwrite: bool) -> tuple[Sequence[Part], str]:
+def _cut_apart(
+    whole: Part, sizes: Callable[[int], list[int]], may_overwrite: bool
+) -> tuple[Sequence[Part], str]:
     """Cut parts of given sizes, with equal inputs in one part; return the number of such samples, too.
 
     Samples with equal inputs in training and test would make the test easier than new samples are.
@@ -205,7 +207,7 @@ def _apart(whole: Part, sizes: Callable[[int], list[int]], may_overwrite: bool) 
         cut = sizes(whole.count_places())
         return [whole.pick(places.tolist()) for places in draw_order(sum(cut), cut).split(cut)], ""
     assert isinstance(whole, Split)
-    kind, kinds = _kinds(whole.x, may_overwrite)
+    kind, kinds = _number_kinds(whole.x, may_overwrite)
     twins = len(kind) - kinds
     if twins and kinds >= FEWEST:
         order, cut = _order_kinds(kind, kinds, sizes(kinds))
@@ -230,11 +232,11 @@ def _order_kinds(kind: Tensor, kinds: int, sizes: list[int]) -> tuple[Tensor, li
     return order, [int(counts[part].sum()) for part in drawn.split(sizes)]
 
 
-def _kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
+def _number_kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
     """Number the rows of a table, equal inputs alike; return the number of different rows, too.
 
     Rows are compared by their bytes: this takes 2 s for a million rows of 20 numbers, `torch.unique` 8 s.
-        Data that are no table get a number for each sample.
+    Data that are no table get a number for each sample.
     """
     if not isinstance(x, Tensor) or x.dim() != 2 or not x.numel():
         return torch.arange(count_samples(x)), count_samples(x)
@@ -247,14 +249,14 @@ def _kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
     for start in range(1, len(order), _ROWS):
         here = order[start : start + _ROWS]
         new[start : start + _ROWS] = whole[here] != whole[order[start - 1 : start - 1 + len(here)]]
-    numbers = new.cumsum(dtype=_small_int(len(new)))
+    numbers = new.cumsum(dtype=_choose_int(len(new)))
     numbers -= 1
     kind = np.empty_like(numbers)
     kind[order] = numbers
     return torch.from_numpy(kind), int(numbers[-1]) + 1
 
 
-def _small_int(count: int) -> type[np.signedinteger[Any]]:
+def _choose_int(count: int) -> type[np.signedinteger[Any]]:
     """Return the smallest integer type for sample numbers, which can take as much memory as a table."""
     return np.int32 if count < 2**31 else np.int64
 
@@ -267,7 +269,7 @@ def _check_alike(address: str, name: str, part: Part, train: Part) -> None:
     first, second = (next(iter(one.chunks(2))) for one in (train, part))
     are_stored = isinstance(part, StoredBatches) or isinstance(train, StoredBatches)
     for what, one, other in zip(("input", "target"), first, second, strict=True):
-        kinds = [[_kind(t, are_stored) for t in list_tensors(batch)] for batch in (one, other)]
+        kinds = [[_describe_kind(t, are_stored) for t in list_tensors(batch)] for batch in (one, other)]
         if kinds[0] != kinds[1]:
             mine, theirs = (", ".join(kind) for kind in kinds)
             raise PlywiseError(
@@ -275,17 +277,17 @@ def _check_alike(address: str, name: str, part: Part, train: Part) -> None:
             )
 
 
-def _kind(values: Tensor, is_stored: bool) -> str:
+def _describe_kind(values: Tensor, is_stored: bool) -> str:
     """Describe a sample of a tensor; samples of stored batches may have any length."""
     shape = f"{values.dim() - 1} dimensions" if is_stored else f"shape {tuple(values.shape[1:])}"
     return f"{str(values.dtype).removeprefix('torch.')} of {shape}"
 
 
 def _read_split(reader: Reader, x: Any, y: Any, what: str) -> Split:
-    return _checked_split(reader.inputs(x, what), reader.targets(y, what), what)
+    return _make_checked_split(reader.inputs(x, what), reader.targets(y, what), what)
 
 
-def _checked_split(inputs: Tensor, targets: Tensor, what: str) -> Split:
+def _make_checked_split(inputs: Tensor, targets: Tensor, what: str) -> Split:
     if len(inputs) != len(targets):
         raise PlywiseError(
             f"{what}: there are {len(inputs)} inputs and {len(targets)} targets.", see="error-data"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plywise._util.files import written_whole
+from plywise._util.renamed import serve_old_names
 from plywise.data.batches import (
     Batch,
     Part,
@@ -64,13 +65,13 @@ class Data:
 
     def repeated(self) -> dict[str, int]:
         """How many samples of the other two parts have the inputs of a training sample."""
-        keys = {name: np.fromiter(_keys(part), np.int64) for name, part in vars(self).items()}
+        keys = {name: np.fromiter(_hash_inputs(part), np.int64) for name, part in vars(self).items()}
         seen = keys.pop("train")  # as numbers of 8 bytes: a set of them would be larger than a table
         return {name: int(np.isin(part, seen).sum()) for name, part in keys.items()}
 
     def fingerprint(self) -> str:
         """Compute a digest of all values."""
-        return digest_of(vars(self).values())
+        return compute_digest(vars(self).values())
 
     @staticmethod
     def load(path: Path) -> Data:
@@ -79,7 +80,7 @@ class Data:
         return Data(**{name: unpack_part(parts[name]) for name in ("train", "validation", "test")})
 
 
-def digest_of(parts: Iterable[Part]) -> str:
+def compute_digest(parts: Iterable[Part]) -> str:
     """A digest of every value of some parts."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -108,7 +109,7 @@ def draw_order(count: int, sizes: Sequence[int]) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))[: sum(sizes)]
 
 
-def tenths(x: Batch, y: Batch) -> Data:
+def cut_tenths(x: Batch, y: Batch) -> Data:
     """8, 1 and 1 tenth of the samples, drawn by the fixed seed; at least one sample in each.
 
     Example:
@@ -121,8 +122,8 @@ def tenths(x: Batch, y: Batch) -> Data:
     return Data(*draw_parts(x, y, [count - 2 * held, held, held]))
 
 
-def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
-    """Cut as `tenths` does, but keep samples with equal inputs in one part.
+def cut_tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
+    """Cut as `cut_tenths` does, but keep samples with equal inputs in one part.
 
     A model that has seen a sample's inputs knows much of its target, so that twins in two parts would make
     the test easier than new samples are.
@@ -135,12 +136,12 @@ def tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
     """
     kinds, kind = torch.unique(x.nan_to_num(torch.finfo(x.dtype).max), dim=0, return_inverse=True)
     numbers = torch.arange(len(kinds))
-    parts = vars(tenths(numbers, numbers)).values()
+    parts = vars(cut_tenths(numbers, numbers)).values()
     chosen = [torch.isin(kind, part.y) for part in parts]
     return Data(*(Split(x[rows], y[rows]) for rows in chosen))
 
 
-def _keys(part: Any) -> Iterator[int]:
+def _hash_inputs(part: Any) -> Iterator[int]:
     """Hash each sample's inputs to a number; different inputs collide with a probability of 2^-64.
 
     Images are too large to be sorted, as rows of tables are. A stored batch whose tensors differ in length,
@@ -155,3 +156,6 @@ def _keys(part: Any) -> Iterator[int]:
         rows = [t.reshape(count, -1).numpy() for t in tensors if len(t) == count]
         for row in zip(*rows, strict=True):
             yield hash(row[0].tobytes() if len(row) == 1 else tuple(one.tobytes() for one in row))
+
+
+__getattr__ = serve_old_names(__name__, {"tenths": "cut_tenths", "tenths_of_kinds": "cut_tenths_of_kinds"})

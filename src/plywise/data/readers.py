@@ -96,7 +96,7 @@ def read_cifar10_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     Raises:
         PlywiseError: it cannot be read, is no such archive, or lacks a batch.
     """
-    return _cifar_archive(path, _CIFAR10)
+    return _read_cifar_archive(path, _CIFAR10)
 
 
 def read_cifar100_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
@@ -108,7 +108,7 @@ def read_cifar100_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     Raises:
         PlywiseError: it cannot be read, is no such archive, or lacks a file.
     """
-    return _cifar_archive(path, _CIFAR100)
+    return _read_cifar_archive(path, _CIFAR100)
 
 
 def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -170,7 +170,7 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
         if len(codes) > most:
             raise ValueError(f"a part of it unpacks to more than {most} bytes")
         planes = codes.reshape(3, -1, height, width)  # G, R, B
-        return _predicted(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), int(arrays["step"]))
+        return _decode_images(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), int(arrays["step"]))
 
     try:
         with ThreadPoolExecutor(2) as pool:  # numpy and lzma let go of the interpreter
@@ -184,7 +184,7 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
     return images, arrays["labels"].astype(np.uint8)
 
 
-def _predicted(codes: Bytes, step: int) -> Bytes:
+def _decode_images(codes: Bytes, step: int) -> Bytes:
     """Images (N, height, width, 3) of codes (G R B, height, width, N): all images are walked at once."""
     _, height, width, count = codes.shape
     values = np.zeros(codes.shape, np.int16)  # G, R-G, B-G
@@ -217,7 +217,7 @@ def _guess(values: NDArray[np.int16], y: int, x: int, first: int) -> NDArray[np.
     return np.where(corner >= high, low, np.where(corner <= low, high, flat)).astype(np.int16)
 
 
-def _cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+def _read_cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     found: dict[str, tuple[Bytes, Bytes]] = {}
     try:
         with open_unpacked(path) as packed, tarfile.open(fileobj=packed, mode="r|") as archive:
@@ -227,7 +227,7 @@ def _cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, Bytes
                     continue
                 check_size(path, member.size, free_memory())
                 if (file := archive.extractfile(member)) is not None:
-                    found[name] = _cifar_batch(path / name, file.read(), kind)
+                    found[name] = _read_cifar_batch(path / name, file.read(), kind)
     except tarfile.TarError as error:
         raise PlywiseError(
             f"{path} is no tar archive, or damaged: {error}. Get it again.", see="error-data"
@@ -241,7 +241,7 @@ def _cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, Bytes
     return images, labels, *test
 
 
-def _cifar_batch(path: Path, content: bytes, kind: _Cifar) -> tuple[Bytes, Bytes]:
+def _read_cifar_batch(path: Path, content: bytes, kind: _Cifar) -> tuple[Bytes, Bytes]:
     """Images and labels; of several labels in a row the last one, the fine one."""
     size = kind.labels + _CIFAR_PIXELS
     if len(content) % size or not content:

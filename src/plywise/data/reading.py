@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plywise._util.suggest import suggestion
-from plywise.data.arrays import tensor_of
+from plywise.data.arrays import make_tensor
 from plywise.errors import PlywiseError
 
 MOST_CLASSES = 20
@@ -101,9 +101,9 @@ class Reader:
         become int64, for embeddings; all else float32.
 
         Raises:
-            PlywiseError: see `plywise.data.arrays.tensor_of`.
+            PlywiseError: see `plywise.data.arrays.make_tensor`.
         """
-        x = tensor_of(values, f"{what}: the inputs")
+        x = make_tensor(values, f"{what}: the inputs")
         kind = self.options.inputs or self._guess_inputs(x)
         if kind == "tokens":
             return x.long()
@@ -128,9 +128,9 @@ class Reader:
         """Read targets: whole numbers are classes or tokens, int64; other numbers are float32.
 
         Raises:
-            PlywiseError: see `plywise.data.arrays.tensor_of`; or they are neither.
+            PlywiseError: see `plywise.data.arrays.make_tensor`; or they are neither.
         """
-        y = tensor_of(values, f"{what}: the targets")
+        y = make_tensor(values, f"{what}: the targets")
         if self.options.targets == "numbers":
             return y.float()
         if y.is_floating_point():
@@ -182,7 +182,7 @@ class Reader:
         Raises:
             PlywiseError: they cannot be what they should.
         """
-        y = tensor_of(y, f"{what}: the targets")
+        y = make_tensor(y, f"{what}: the targets")
         pieces = y.split(_AT_ONCE)
         if self.options.targets == "numbers" or not all(bool((p == p.round()).all()) for p in pieces):
             if self.options.targets == "classes":

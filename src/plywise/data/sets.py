@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from plywise._util.renamed import serve_old_names
 from plywise.data.readers import (
     Bytes,
     read_cifar10_archive,
@@ -20,7 +21,7 @@ from plywise.data.readers import (
     read_npz,
     read_text,
 )
-from plywise.data.store import IDX_FILES, cache_decoded, find, folders, missing
+from plywise.data.store import IDX_FILES, cache_decoded, find_file, list_folders, make_missing_error
 from plywise.data.tables import read_rows, read_table
 from plywise.errors import PlywiseError
 
@@ -31,7 +32,7 @@ Numbers = NDArray[np.float64]
 _TOKENS = ("C", "c", "O", "o", "N", "n", "F", "Cl", "Br", "I", "S", "s", "P", "Si", "=", "#", "(", "@")
 
 
-def grey_images(name: str) -> Images:
+def load_grey_images(name: str) -> Images:
     """``mnist`` or ``fashion_mnist``: images (N, 28, 28), bytes; 60,000 to train and 10,000 to test.
 
     Raises:
@@ -39,7 +40,7 @@ def grey_images(name: str) -> Images:
             damaged.
     """
     names = ("x_train", "y_train", "x_test", "y_test")
-    for folder in folders():
+    for folder in list_folders():
         whole = folder / f"{name}.npz"
         if whole.is_file():
             arrays = read_npz(whole)
@@ -53,21 +54,23 @@ def grey_images(name: str) -> Images:
         if all(part.is_file() for part in parts):
             x, y, x_test, y_test = (read_idx(part).astype(np.uint8) for part in parts)
             return x, y, x_test, y_test
-    raise missing(name, f"{name}.npz", f"{name}/{IDX_FILES[0]} (and the other three)")
+    raise make_missing_error(name, f"{name}.npz", f"{name}/{IDX_FILES[0]} (and the other three)")
 
 
-def cifar10() -> Images:
+def load_cifar10() -> Images:
     """CIFAR-10: images (N, 32, 32, 3), bytes; 50,000 to train and 10,000 to test, in the order of their file.
 
-    Decoded images stay in the cache. Raises: PlywiseError: neither ``cifar10_train.npz`` with
-        ``cifar10_test.npz`` nor ``cifar-10-binary.tar.gz``
+    Decoded images stay in the cache.
+
+    Raises:
+        PlywiseError: neither ``cifar10_train.npz`` with ``cifar10_test.npz`` nor ``cifar-10-binary.tar.gz``
             is there; or one is damaged.
     """
-    return _colour_images("cifar10", "cifar-10-binary.tar.gz", read_cifar10_archive)
+    return _load_colour_images("cifar10", "cifar-10-binary.tar.gz", read_cifar10_archive)
 
 
-def cifar100() -> Images:
-    """CIFAR-100 with its 100 fine classes: images and sizes as of `cifar10`.
+def load_cifar100() -> Images:
+    """CIFAR-100 with its 100 fine classes: images and sizes as of `load_cifar10`.
 
     Decoded images stay in the cache. ``.npz`` files may hold the images rounded, see `read_colour_images`.
 
@@ -75,10 +78,10 @@ def cifar100() -> Images:
         PlywiseError: neither ``cifar100_train.npz`` with ``cifar100_test.npz`` nor
             ``cifar-100-binary.tar.gz`` is there; or one is damaged.
     """
-    return _colour_images("cifar100", "cifar-100-binary.tar.gz", read_cifar100_archive)
+    return _load_colour_images("cifar100", "cifar-100-binary.tar.gz", read_cifar100_archive)
 
 
-def tiny_shakespeare() -> str:
+def load_tiny_shakespeare() -> str:
     """A million characters of Shakespeare's plays.
 
     Raises:
@@ -87,7 +90,7 @@ def tiny_shakespeare() -> str:
     return read_text(_require_file("tinyshakespeare", "tinyshakespeare.txt", "tinyshakespeare.txt.gz"))
 
 
-def numeric_table(name: str) -> tuple[Numbers, Numbers]:
+def load_numeric_table(name: str) -> tuple[Numbers, Numbers]:
     """A table of numbers, ``NAME.csv`` or ``NAME.csv.gz``: the last column is the target.
 
     Returns:
@@ -100,7 +103,7 @@ def numeric_table(name: str) -> tuple[Numbers, Numbers]:
     return table[:, :-1], table[:, -1]
 
 
-def boiling_points() -> tuple[Numbers, Numbers]:
+def load_boiling_points() -> tuple[Numbers, Numbers]:
     """Organic compounds (``compounds.csv.gz``): counts from their formulas, and their boiling points.
 
     Returns:
@@ -115,34 +118,34 @@ def boiling_points() -> tuple[Numbers, Numbers]:
     if lacking := [name for name in ("smiles", "molar_mass", "tb_K") if name not in rows[0]]:
         raise PlywiseError(f"{path} has no column {', '.join(lacking)}.", see="error-data")
     known = [row for row in rows if row["tb_K"]]
-    x = np.array([_formula(row["smiles"], row["molar_mass"]) for row in known])
+    x = np.array([_read_formula(row["smiles"], row["molar_mass"]) for row in known])
     return x, np.array([float(row["tb_K"]) for row in known])
 
 
-def _formula(smiles: str, mass: str) -> list[float]:
+def _read_formula(smiles: str, mass: str) -> list[float]:
     tokens = re.findall(r"Cl|Br|Si|[A-Za-z=#(@]|[0-9]", smiles)
     rings = sum(token.isdigit() for token in tokens) / 2  # a digit opens a ring, and closes it
     return [*(float(tokens.count(token)) for token in _TOKENS), rings, float(mass)]
 
 
 def _require_file(name: str, *files: str) -> Path:
-    path = find(*files)
+    path = find_file(*files)
     if path is None:
-        raise missing(name, *files)
+        raise make_missing_error(name, *files)
     return path
 
 
-def _colour_images(name: str, archive: str, read: Callable[[Path], Images]) -> Images:
-    for folder in folders():
+def _load_colour_images(name: str, archive: str, read: Callable[[Path], Images]) -> Images:
+    for folder in list_folders():
         parts = [folder / f"{name}_{part}.npz" for part in ("train", "test")]
         if all(part.is_file() for part in parts):
-            return _read_cached(name, _from_residuals, *parts)
+            return _read_cached(name, _read_residuals, *parts)
         if (folder / archive).is_file():
             return _read_cached(name, read, folder / archive)
-    raise missing(name, archive, f"{name}_train.npz (with {name}_test.npz)")
+    raise make_missing_error(name, archive, f"{name}_train.npz (with {name}_test.npz)")
 
 
-def _from_residuals(train: Path, test: Path) -> Images:
+def _read_residuals(train: Path, test: Path) -> Images:
     return (*read_colour_images(train), *read_colour_images(test))
 
 
@@ -159,3 +162,16 @@ def _read_cached(name: str, read: Callable[..., Images], *sources: Path) -> Imag
     )
     x, y, x_test, y_test = (arrays[name] for name in names)
     return x, y, x_test, y_test
+
+
+__getattr__ = serve_old_names(
+    __name__,
+    {
+        "grey_images": "load_grey_images",
+        "cifar10": "load_cifar10",
+        "cifar100": "load_cifar100",
+        "tiny_shakespeare": "load_tiny_shakespeare",
+        "numeric_table": "load_numeric_table",
+        "boiling_points": "load_boiling_points",
+    },
+)

@@ -120,7 +120,7 @@ def _read_one(what: str, thing: Any, reading: Reading, reader: Reader) -> Part:
     if hasattr(thing, "with_format") and hasattr(thing, "features"):  # of Hugging Face's datasets
         thing = thing.with_format("torch")
         if hasattr(thing, "column_names") and hasattr(thing, "__len__"):
-            return _make_split(*split_target(_columns(thing, what)), what, reading, reader)
+            return _make_split(*split_target(_find_columns(thing, what)), what, reading, reader)
     if isinstance(thing, DataLoader) or not isinstance(thing, Dataset):
         return _store(thing, what, reading, reader)
     if isinstance(thing, IterableDataset):
@@ -130,7 +130,7 @@ def _read_one(what: str, thing: Any, reading: Reading, reader: Reader) -> Part:
     return _make_split(*split_target(_stack(thing, what)), what, reading, reader)
 
 
-def _columns(dataset: Any, what: str) -> dict[str, Any]:
+def _find_columns(dataset: Any, what: str) -> dict[str, Any]:
     """The columns of a Hugging Face Dataset that hold numbers."""
     kept: dict[str, Any] = {}
     for name, values in dataset[:].items():

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plywise._util.files import written_whole
+from plywise._util.renamed import serve_old_names
 from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
 
@@ -47,7 +48,7 @@ class Remote:
     mirrors: tuple[str, ...]
 
 
-def _idx(folder: str, mirrors: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[Remote, ...]:
+def _list_idx_files(folder: str, mirrors: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[Remote, ...]:
     return tuple(
         Remote(f"{folder}/{name}", sha256, tuple(mirror + name for mirror in mirrors))
         for name, sha256 in zip(IDX_FILES, hashes, strict=True)
@@ -60,7 +61,7 @@ IDX_FILES = tuple(
 """Names of the four files of MNIST and Fashion-MNIST: training images and labels, test images and labels."""
 
 SETS: dict[str, tuple[Remote, ...]] = {
-    "mnist": _idx(
+    "mnist": _list_idx_files(
         "mnist",
         (
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -73,7 +74,7 @@ SETS: dict[str, tuple[Remote, ...]] = {
             "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
         ),
     ),
-    "fashion_mnist": _idx(
+    "fashion_mnist": _list_idx_files(
         "fashion_mnist",
         (
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -126,27 +127,29 @@ SOURCES = {
 """Origin and content of the data sets that the user must convert to a table first."""
 
 
-def cache_folder() -> Path:
+def get_cache_folder() -> Path:
     """Return the folder of fetched files and decoded arrays, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plywise"
 
 
-def folders() -> list[Path]:
+def list_folders() -> list[Path]:
     """Return the folders in which files are searched, in this order."""
     if named := os.environ.get("PLYWISE_DATA"):
-        return [Path(named), cache_folder()]
+        return [Path(named), get_cache_folder()]
     beside = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-    return [*([beside] if beside.is_dir() else []), cache_folder()]
+    return [*([beside] if beside.is_dir() else []), get_cache_folder()]
 
 
-def find(*files: str) -> Path | None:
+def find_file(*files: str) -> Path | None:
     """Find the first existing one of some files; each folder is searched for all of them."""
-    return next((found for folder in folders() for file in files if (found := folder / file).is_file()), None)
+    return next(
+        (found for folder in list_folders() for file in files if (found := folder / file).is_file()), None
+    )
 
 
-def missing(name: str, *files: str) -> PlywiseError:
+def make_missing_error(name: str, *files: str) -> PlywiseError:
     """Make the error for a missing data set: its files, the searched folders, where to get it."""
-    places = " nor in ".join(str(folder) for folder in folders())
+    places = " nor in ".join(str(folder) for folder in list_folders())
     how = (
         f"With a network, `plywise workloads fetch {name}` downloads it. Or put"
         if name in SETS
@@ -178,7 +181,7 @@ def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
             f"{', '.join(SETS)}.",
             see="error-data",
         )
-    return [_fetch(remote, cache_folder() / remote.file, deadline) for remote in SETS[name]]
+    return [_fetch(remote, get_cache_folder() / remote.file, deadline) for remote in SETS[name]]
 
 
 def cache_decoded(
@@ -190,7 +193,7 @@ def cache_decoded(
         key: identifies the source of the arrays.
         decode: makes them, by name. The names are part of what is kept.
     """
-    folder = cache_folder() / "decoded" / key
+    folder = get_cache_folder() / "decoded" / key
     index = folder / "names.txt"  # written last: with it, all are there
     try:
         names = index.read_text(encoding="utf-8").split()
@@ -244,3 +247,8 @@ def _download(url: str, path: Path, sha256: str, deadline: float) -> None:
                 raise _MirrorError(f"it was not done after {deadline:g} s")
         if digest.hexdigest() != sha256:
             raise _MirrorError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}")
+
+
+__getattr__ = serve_old_names(
+    __name__, {"find": "find_file", "folders": "list_folders", "cache_folder": "get_cache_folder"}
+)

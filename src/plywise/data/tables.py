@@ -42,7 +42,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         PlywiseError: it cannot be read, two columns have one name, or a row has more or fewer cells than the
             first line.
     """
-    lines = _cells(path)
+    lines = _read_cells(path)
     names = next(lines, [])
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise PlywiseError(f"{path} has two columns {twice!r}: name each otherwise.", see="error-data")
@@ -76,7 +76,7 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
         array([[1. , 2.5],
                [3. , nan]])
     """
-    rows = _cells(path)
+    rows = _read_cells(path)
     first = next(rows, None)
     if first is None:
         raise PlywiseError(f"{path} has no rows.", see="error-data")
@@ -90,13 +90,13 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
     # grows in place: where memory is mapped again, nothing is copied
     values = array("f" if dtype is np.float32 else "d")
     count = 0
-    for count, row in enumerate(rows if has_names else _with_first(first, rows), 1):
+    for count, row in enumerate(rows if has_names else _put_first(first, rows), 1):
         try:
             if "_" in "".join(row):  # Python reads 1_2 as 12
                 raise ValueError
             values.extend([float(cell) for cell in row])
         except ValueError:
-            values.extend(_numbers(path, count, names, row))
+            values.extend(_parse_numbers(path, count, names, row))
     if not count:
         raise PlywiseError(f"{path} has no rows under its first line.", see="error-data")
     return Table(np.frombuffer(values, dtype).reshape(count, len(names)), names, guess)
@@ -133,7 +133,7 @@ def reorder_rows(values: Tensor, order: Tensor) -> Tensor:
     return values
 
 
-def _cells(path: Path) -> Iterator[list[str]]:
+def _read_cells(path: Path) -> Iterator[list[str]]:
     """The lines of a file, each as its cells; empty lines are left out, and all others are equally long."""
     with open_unpacked(path) as file:
         # utf-8-sig: spreadsheets begin their files with a byte order mark
@@ -155,7 +155,7 @@ def _cells(path: Path) -> Iterator[list[str]]:
             raise PlywiseError(f"{path} is not text in UTF-8: {error}.", see="error-data") from error
 
 
-def _with_first(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
+def _put_first(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
     yield first
     yield from rest
 
@@ -195,7 +195,7 @@ def _is_number(cell: str) -> bool:
         return False
 
 
-def _numbers(path: Path, row: int, names: list[str], cells: list[str]) -> Iterator[float]:
+def _parse_numbers(path: Path, row: int, names: list[str], cells: list[str]) -> Iterator[float]:
     """The numbers of a row in which not every cell is one."""
     for name, cell in zip(names, cells, strict=True):
         try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plywise.data.batches import Part, Split
 from plywise.data.own_data import Parts
-from plywise.data.parts import digest_of
+from plywise.data.parts import compute_digest
 from plywise.data.reading import IGNORED
 from plywise.errors import PlywiseError
 
@@ -39,7 +39,7 @@ class TrainingData:
 
     def fingerprint(self) -> str:
         """A digest of every value: other data have another one."""
-        return digest_of(part for part in (self.train, self.test) if part is not None)
+        return compute_digest(part for part in (self.train, self.test) if part is not None)
 
 
 def take_training_data(address: str, parts: Parts, is_whole: bool = False) -> TrainingData:
@@ -75,16 +75,20 @@ def _note_parts(parts: Parts) -> list[str]:
     return ["The result is judged on the validation part, since there is no test part."]
 
 
-def _targets(part: Part) -> Iterator[Tensor]:
+def _list_targets(part: Part) -> Iterator[Tensor]:
     return iter([part.y]) if isinstance(part, Split) else (y for _, y in part.chunks(1))
 
 
 def _find_kind(address: str, train: Part) -> str:
-    y = next(_targets(train))
+    y = next(_list_targets(train))
     if not y.is_floating_point():
         if y.dim() in (1, 2):
             return CLASSES if y.dim() == 1 else TOKENS
-    elif y.dim() == 2 and y.shape[1] > 1 and all(bool(((t == 0) | (t == 1)).all()) for t in _targets(train)):
+    elif (
+        y.dim() == 2
+        and y.shape[1] > 1
+        and all(bool(((t == 0) | (t == 1)).all()) for t in _list_targets(train))
+    ):
         return LABELS
     elif y.dim() in (1, 2):
         return NUMBERS
@@ -97,8 +101,8 @@ def _find_kind(address: str, train: Part) -> str:
 
 def _count_outputs(kind: str, parts: list[Part]) -> int:
     if kind in (CLASSES, TOKENS):
-        return 1 + max(int(y.max()) for part in parts for y in _targets(part))
-    y = next(_targets(parts[0]))
+        return 1 + max(int(y.max()) for part in parts for y in _list_targets(part))
+    y = next(_list_targets(parts[0]))
     return 1 if y.dim() == 1 else y.shape[1]
 
 

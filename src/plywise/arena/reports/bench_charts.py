@@ -45,7 +45,7 @@ def thin(value: Any, digits: int = DIGITS) -> Any:
     return value
 
 
-def curves(results: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
+def make_curves(results: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
     """Loss and validation metric of every method while it trains: median, least and greatest of the seeds.
 
     A run that failed counts as infinity after its last measurement, and what is infinite is None.
@@ -64,7 +64,7 @@ def curves(results: BenchResults, track: str, workload: str) -> list[dict[str, A
     return found
 
 
-def rates(results: BenchResults, workload: str) -> list[dict[str, Any]]:
+def make_rates(results: BenchResults, workload: str) -> list[dict[str, Any]]:
     """The validation metric at the end of each tuning trial, by the first of the tuned numbers.
 
     Returns:
@@ -95,20 +95,20 @@ def rates(results: BenchResults, workload: str) -> list[dict[str, Any]]:
     return found
 
 
-def tuning_cost(results: BenchResults, workload: str) -> list[dict[str, Any]]:
-    """The best result that a method has after each number of tuning trials, see `after_trials`."""
+def make_tuning_cost(results: BenchResults, workload: str) -> list[dict[str, Any]]:
+    """The best result that a method has after each number of tuning trials, see `find_best_after_trials`."""
     found = []
     for method in results.methods:
         trials = results.tuning.get((workload, method), [])
         if trials:
             values = [math.inf if line["failure"] is not None else best_validation(line) for line in trials]
-            low, middle, high = zip(*after_trials(values), strict=True)
+            low, middle, high = zip(*find_best_after_trials(values), strict=True)
             each = {"low": low[:TRIALS], "middle": middle[:TRIALS], "high": high[:TRIALS]}
             found.append({"name": method, **thin(each)})
     return found
 
 
-def after_trials(values: Sequence[float]) -> list[tuple[float, float, float]]:
+def find_best_after_trials(values: Sequence[float]) -> list[tuple[float, float, float]]:
     """Return for each k the quartiles, over all orders of the trials, of the best of the first k trials.
 
     So the result does not depend on the order in which trials were run. It is exact: of n values in ascending
@@ -120,30 +120,30 @@ def after_trials(values: Sequence[float]) -> list[tuple[float, float, float]]:
     """
     ordered = sorted(values)
     low, middle, high = (
-        [ordered[place - 1] for place in _places(len(values), share)] for share in (0.25, 0.5, 0.75)
+        [ordered[place - 1] for place in _find_places(len(values), share)] for share in (0.25, 0.5, 0.75)
     )
     return list(zip(low, middle, high, strict=True))
 
 
-def _places(n: int, share: float) -> Iterator[int]:
+def _find_places(n: int, share: float) -> Iterator[int]:
     """For k from 1 to n, the first place at or before which the best of k lies in that share of the choices.
 
     It only moves forward, so that all of them take about n log n multiplications.
     """
     place = n
     for k in range(1, n + 1):
-        while place > 1 and 1 - _later(n, place - 1, k) >= share - 1e-12:
+        while place > 1 and 1 - _find_later_share(n, place - 1, k) >= share - 1e-12:
             place -= 1
         yield place
 
 
-def _later(n: int, place: int, k: int) -> float:
+def _find_later_share(n: int, place: int, k: int) -> float:
     """C(n - place, k) / C(n, k), of whichever product has fewer factors."""
     few, many = sorted((place, k))
     return math.prod(max(n - many - j, 0) / (n - j) for j in range(few))
 
 
-def layers(results: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
+def make_layers(results: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
     """What is known about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
 
     From the final runs, of several seeds the first one that said anything; or from the bench's description of
@@ -161,7 +161,7 @@ def layers(results: BenchResults, track: str, workload: str) -> list[dict[str, A
     ]
 
 
-def front(rows: Iterable[MethodOnWorkload]) -> set[str]:
+def find_front(rows: Iterable[MethodOnWorkload]) -> set[str]:
     """Find the Pareto front of one workload and track, in time, memory and metric.
 
     A method is beaten if another is as good in all three (processor seconds of a run, peak memory, and test
@@ -169,7 +169,9 @@ def front(rows: Iterable[MethodOnWorkload]) -> set[str]:
     either side. A method without any metric is not in the front.
     """
     known = {
-        row.method: _objectives(row) for row in rows if math.isfinite((row.test or row.validation).median)
+        row.method: _list_objectives(row)
+        for row in rows
+        if math.isfinite((row.test or row.validation).median)
     }
     return {
         name
@@ -178,7 +180,7 @@ def front(rows: Iterable[MethodOnWorkload]) -> set[str]:
     }
 
 
-def _objectives(row: MethodOnWorkload) -> tuple[float | None, ...]:
+def _list_objectives(row: MethodOnWorkload) -> tuple[float | None, ...]:
     return row.seconds, row.peak_mib, (row.test or row.validation).median
 
 
@@ -206,7 +208,7 @@ class _Curves:
     def count_failed(self, name: str, step: int) -> int:
         """Runs that had failed by a step, and have no value there."""
         return sum(
-            run["failure"] is not None and step >= _last_step(run) and not _has(run, name, where, step)
+            run["failure"] is not None and step >= _find_last_step(run) and not _has(run, name, where, step)
             for run, where in zip(self._runs, self._places, strict=True)
         )
 
@@ -236,7 +238,10 @@ def _make_curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
         "loss": thin(curves.make_spread("loss", steps)),
         "validation": thin(curves.make_spread("validation", steps)),
         "failed": [
-            (steps.index(_last_step(run)) if run["steps"] else 0, f"seed {run['seed']}: {run['failure']}")
+            (
+                steps.index(_find_last_step(run)) if run["steps"] else 0,
+                f"seed {run['seed']}: {run['failure']}",
+            )
             for run in runs
             if run["failure"] is not None
         ],
@@ -244,7 +249,7 @@ def _make_curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
     }
 
 
-def _last_step(run: TrialRecord) -> int:
+def _find_last_step(run: TrialRecord) -> int:
     return max(run["steps"], default=0)
 
 

@@ -17,7 +17,7 @@ from plywise._util.files import write_whole
 from plywise._util.sealed import unseal
 from plywise.arena.reports import bench_charts as charts
 from plywise.arena.reports.page import fill
-from plywise.arena.reports.spreadsheets import ranking_csv, runs_csv
+from plywise.arena.reports.spreadsheets import format_ranking_csv, format_runs_csv
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.conclusions import WORDS, span
 from plywise.arena.scoring.headline import find_shown
@@ -72,63 +72,63 @@ def write_page(folder: Path) -> tuple[Path, BenchSummary]:
         The path of the page, report.html in the folder, and what it is about.
     """
     summary = summarize_bench(*read_bench(folder))
-    return write_whole(folder / "report.html", page(summary)), summary
+    return write_whole(folder / "report.html", make_page(summary)), summary
 
 
-def page(summary: BenchSummary) -> str:
+def make_page(summary: BenchSummary) -> str:
     """Make the report as text: an HTML page that loads no other file.
 
     It holds the raw trials, with as many digits as fit into `LARGEST` bytes, if any do.
     """
-    context, data = _context(summary), _data(summary.results, summary.rows)
+    context, data = _make_context(summary), _make_data(summary.results, summary.rows)
 
     def filled(downloads: list[dict[str, str]], note: str) -> str:
         context.update(downloads=downloads, download_note=note)
         return fill("bench.html", styles=["bench.css"], scripts=["bench.js"], data=data, **context)
 
-    ranking = _download("standing.csv", "Standing (CSV)", "text/csv", [ranking_csv(summary.rows)])
+    ranking = _make_download("standing.csv", "Standing (CSV)", "text/csv", [format_ranking_csv(summary.rows)])
     tables = [ranking] if ranking else []
     room = LARGEST - len(filled(tables, "").encode("utf-8"))
-    label, lines = "All trials, one a line (CSV)", runs_csv(summary.results)
-    table = _download("trials.csv", label, "text/csv", lines, room)
+    label, lines = "All trials, one a line (CSV)", format_runs_csv(summary.results)
+    table = _make_download("trials.csv", label, "text/csv", lines, room)
     if table is None:
         return filled(tables, "The trials are too large for this page: trials.jsonl of the bench has them.")
     tables, room = [*tables, table], room - len(table["href"])
     for digits in (None, 6, 4, 3):
         label, texts = (
             "All trials with their curves (JSON lines)",
-            (_raw(line, digits) for line in summary.lines),
+            (_format_raw(line, digits) for line in summary.lines),
         )
-        raw = _download("trials.jsonl", label, "application/x-ndjson", texts, room)
+        raw = _make_download("trials.jsonl", label, "application/x-ndjson", texts, room)
         if raw is not None:
             cut = f"The curves are cut to {digits} digits; trials.jsonl of the bench has them all."
             return filled([*tables, raw], cut if digits else "")
     return filled(tables, "The curves are too large for this page: trials.jsonl of the bench has them.")
 
 
-def _context(summary: BenchSummary) -> dict[str, Any]:
+def _make_context(summary: BenchSummary) -> dict[str, Any]:
     """What the page's template is filled with."""
     results, lines = summary.results, summary.lines
     return {
         "title": results.bench["title"],
         "bench": results.bench,
         "verdict": summary.verdict,
-        "lead": _lead(results),
+        "lead": _format_lead(results),
         "several": len(results.workloads) > 1,
-        "missing": _missing(results),
+        "missing": _list_missing(results),
         "findings": summary.conclusions,
-        "targets": _targets(results),
-        "controls": _controls(results),
-        "failures": _failures(lines),
+        "targets": _list_targets(results),
+        "controls": _list_controls(results),
+        "failures": _list_failures(lines),
         "failed": sum(line["failure"] is not None for line in lines),
         "trials": len(lines),
-        "methods": _methods(results),
+        "methods": _list_methods(results),
         "clock_words": WORDS,
         "rules": {"share": SHARE, "enough": ENOUGH, "furthest": FURTHEST, "level": LEVEL, "count": COUNT},
     }
 
 
-def _data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]:
+def _make_data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]:
     """What the page's script draws; infinite and missing numbers alike become null."""
 
     def by(make: Any) -> dict[str, Any]:
@@ -139,8 +139,8 @@ def _data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]
 
     def table(_: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
         shown = [row for row in rows if (row.track, row.workload) == (track, workload)]
-        front = charts.front(shown)
-        return [{**charts.thin(_plain(row), 4), "front": row.method in front} for row in shown]
+        front = charts.find_front(shown)
+        return [{**charts.thin(_make_plain(row), 4), "front": row.method in front} for row in shown]
 
     return {
         "methods": results.methods,
@@ -151,7 +151,7 @@ def _data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]
         "tracks": results.tracks,
         "clocks": {clock: WORDS[clock] for clock in CLOCKS},
         "furthest": FURTHEST,
-        "workloads": {name: _workload(results, name) for name in results.workloads},
+        "workloads": {name: _describe_workload(results, name) for name in results.workloads},
         "ranking": {
             track: {
                 clock: [charts.thin(asdict(one), 4) for one in rank_methods(results, track, clock)]
@@ -160,14 +160,14 @@ def _data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]
             for track in results.tracks
         },
         "rows": by(table),
-        "curves": by(charts.curves),
-        "layers": by(charts.layers),
-        "rates": {name: charts.rates(results, name) for name in results.workloads},
-        "tuning": {name: charts.tuning_cost(results, name) for name in results.workloads},
+        "curves": by(charts.make_curves),
+        "layers": by(charts.make_layers),
+        "rates": {name: charts.make_rates(results, name) for name in results.workloads},
+        "tuning": {name: charts.make_tuning_cost(results, name) for name in results.workloads},
     }
 
 
-def _workload(results: BenchResults, name: str) -> dict[str, Any]:
+def _describe_workload(results: BenchResults, name: str) -> dict[str, Any]:
     return {
         **results.bench["workloads"].get(name, {}),
         "target": charts.thin(results.targets[name].strict, 4),
@@ -176,27 +176,27 @@ def _workload(results: BenchResults, name: str) -> dict[str, Any]:
     }
 
 
-def _plain(row: MethodOnWorkload) -> dict[str, Any]:
+def _make_plain(row: MethodOnWorkload) -> dict[str, Any]:
     return {name: value for name, value in asdict(row).items() if name not in ("track", "workload")}
 
 
-def _lead(field: BenchResults) -> str:
+def _format_lead(field: BenchResults) -> str:
     bench = field.bench
     if "lead" in bench:
         return str(bench["lead"])
     methods = len(field.methods) - len(field.nulls)
     return (
-        f"{_count(methods, 'method')} on {_count(len(field.workloads), 'workload')}: "
-        f"{_count(bench['trials'], 'tuning trial')} each where tuned, then "
-        f"{_count(len(bench['seeds']), 'fresh seed')}."
+        f"{_format_count(methods, 'method')} on {_format_count(len(field.workloads), 'workload')}: "
+        f"{_format_count(bench['trials'], 'tuning trial')} each where tuned, then "
+        f"{_format_count(len(bench['seeds']), 'fresh seed')}."
     )
 
 
-def _count(number: int, what: str) -> str:
+def _format_count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _missing(field: BenchResults) -> list[str]:
+def _list_missing(field: BenchResults) -> list[str]:
     """Say which final runs are missing."""
     bench, sentences = field.bench, []
     if bench.get("unfinished"):
@@ -218,14 +218,14 @@ def _missing(field: BenchResults) -> list[str]:
     return sentences
 
 
-def _targets(field: BenchResults) -> list[dict[str, Any]]:
+def _list_targets(field: BenchResults) -> list[dict[str, Any]]:
     return [
         {"name": name, **field.targets[name]._asdict(), **field.bench["workloads"].get(name, {})}
         for name in field.workloads
     ]
 
 
-def _controls(field: BenchResults) -> list[dict[str, Any]]:
+def _list_controls(field: BenchResults) -> list[dict[str, Any]]:
     """A line a track and null control: its ratios by clock, as text."""
     return [
         {
@@ -241,7 +241,7 @@ def _controls(field: BenchResults) -> list[dict[str, Any]]:
     ]
 
 
-def _failures(lines: list[TrialRecord]) -> list[dict[str, Any]]:
+def _list_failures(lines: list[TrialRecord]) -> list[dict[str, Any]]:
     """Failed trials, those with the same reason but for its numbers together; the most frequent first."""
     groups: Counter[tuple[str, ...]] = Counter()
     examples: dict[tuple[str, ...], TrialRecord] = {}
@@ -254,7 +254,7 @@ def _failures(lines: list[TrialRecord]) -> list[dict[str, Any]]:
     return [{**examples[key], "count": count} for key, count in groups.most_common()]
 
 
-def _methods(field: BenchResults) -> list[dict[str, Any]]:
+def _list_methods(field: BenchResults) -> list[dict[str, Any]]:
     """What each method is, what of it may be tuned, and what was chosen on each workload."""
     found = []
     for name in field.methods:
@@ -267,12 +267,12 @@ def _methods(field: BenchResults) -> list[dict[str, Any]]:
     return found
 
 
-def _raw(line: TrialRecord, digits: int | None) -> str:
+def _format_raw(line: TrialRecord, digits: int | None) -> str:
     short = line if digits is None else charts.thin(line, digits)
     return json.dumps(short, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def _download(
+def _make_download(
     name: str, label: str, kind: str, pieces: Iterable[str], room: float = math.inf
 ) -> dict[str, str] | None:
     """A file inside the page: a link to its compressed form, which the page's script unpacks.

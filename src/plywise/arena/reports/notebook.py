@@ -186,7 +186,7 @@ class DiagnosisReport:
                 layer.name or "(model)",
                 layer.type,
                 f"{layer.inputs}→{layer.outputs}",
-                *(_short(getattr(layer, name)) for name in LAYER_NUMBERS),
+                *(_format_short(getattr(layer, name)) for name in LAYER_NUMBERS),
             ]
             for layer in self.diagnosis.layers
         ]
@@ -209,7 +209,7 @@ class DiagnosisReport:
         return make_table(self._headings(), self._table(), title=self._title(), notes=self._sentences())
 
 
-def _short(value: float | None) -> str:
+def _format_short(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
 
 

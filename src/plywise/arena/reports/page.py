@@ -29,21 +29,21 @@ def fill(template: str, styles: list[str], scripts: list[str], data: Any, **cont
     import jinja2
     from markupsafe import Markup
 
-    library = asset("vendor/uplot/uPlot.iife.min.js")
-    script = "\n".join(map(asset, ["charts.js", *scripts]))
+    library = read_asset("vendor/uplot/uPlot.iife.min.js")
+    script = "\n".join(map(read_asset, ["charts.js", *scripts]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = number
+    environment.filters["number"] = format_number
     return environment.get_template(template).render(
         palette_size=PALETTE_SIZE,
         data=Markup(inline_json(clean(data))),
-        styles=Markup("\n".join(map(asset, ["vendor/uplot/uPlot.min.css", "page.css", *styles]))),
+        styles=Markup("\n".join(map(read_asset, ["vendor/uplot/uPlot.min.css", "page.css", *styles]))),
         library=Markup(library),
-        library_licence=Markup(asset("vendor/uplot/LICENSE")),
+        library_licence=Markup(read_asset("vendor/uplot/LICENSE")),
         script=Markup(script),
         # The browser runs these two scripts and no other, whatever a name in the numbers contains.
-        script_hashes=Markup(" ".join(_csp_hash(source) for source in (library, script))),
+        script_hashes=Markup(" ".join(_make_csp_hash(source) for source in (library, script))),
         **context,
     )
 
@@ -67,16 +67,16 @@ def inline_json(value: Any) -> str:
     return text
 
 
-def number(value: float | None, pattern: str = ".3g") -> str:
+def format_number(value: float | None, pattern: str = ".3g") -> str:
     """A number for people; a dash where there is none."""
     return "–" if value is None else format(value, pattern)
 
 
-def asset(name: str) -> str:
+def read_asset(name: str) -> str:
     """The text of a file beside the templates."""
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def _csp_hash(source: str) -> str:
+def _make_csp_hash(source: str) -> str:
     digest = hashlib.sha256(source.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

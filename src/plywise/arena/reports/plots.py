@@ -8,7 +8,7 @@ from typing import Any
 
 from plywise.arena.diagnostics.diagnosis import Diagnosis
 from plywise.arena.given import shorten
-from plywise.arena.reports.bench_charts import curves, front, rates
+from plywise.arena.reports.bench_charts import find_front, make_curves, make_rates
 from plywise.arena.scoring.ranking import rank_methods
 from plywise.arena.scoring.summary import BenchSummary
 from plywise.errors import PlywiseError
@@ -81,14 +81,14 @@ def _make_axes(count: int) -> tuple[Any, Sequence[Any]]:
     return figure, axes
 
 
-def _metric(summary: BenchSummary, workload: str) -> str:
+def _name_metric(summary: BenchSummary, workload: str) -> str:
     named = summary.results.bench["workloads"].get(workload, {}).get("metric", "validation metric")
     return shorten(str(named))
 
 
 def _draw_curves(axis: Any, summary: BenchSummary, workload: str) -> None:
     results = summary.results
-    for curve in curves(results, results.tracks[0], workload):
+    for curve in make_curves(results, results.tracks[0], workload):
         middle, *limits = ([math.nan if v is None else v for v in one] for one in curve["validation"])
         (line,) = axis.plot(curve["steps"], middle, label=shorten(curve["name"]))
         if limits:
@@ -96,25 +96,25 @@ def _draw_curves(axis: Any, summary: BenchSummary, workload: str) -> None:
     target = results.targets[workload].strict
     if target is not None:
         axis.axhline(target, color="grey", linestyle="--", linewidth=1, label="target")
-    axis.set(xlabel="steps", ylabel=f"{_metric(summary, workload)}, validation")
+    axis.set(xlabel="steps", ylabel=f"{_name_metric(summary, workload)}, validation")
 
 
 def _draw_rates(axis: Any, summary: BenchSummary, workload: str) -> None:
-    for one in rates(summary.results, workload):
+    for one in make_rates(summary.results, workload):
         known = [(number, value) for number, value, failure in one["points"] if failure is None]
         if known:
             numbers, values = zip(*known, strict=True)
             axis.plot(
                 numbers, values, marker="o", markersize=3, label=shorten(f"{one['name']} ({one['number']})")
             )
-    axis.set(xscale="log", xlabel="tuned number", ylabel=f"{_metric(summary, workload)} at the end")
+    axis.set(xscale="log", xlabel="tuned number", ylabel=f"{_name_metric(summary, workload)} at the end")
     axis.tick_params(axis="x", which="both", labelsize="small", rotation=30)  # within a decade they are many
 
 
 def _draw_pareto(axis: Any, summary: BenchSummary, workload: str) -> None:
     track = summary.results.tracks[0]
     rows = [row for row in summary.rows if row.workload == workload and row.track == track]
-    best = front(rows)
+    best = find_front(rows)
     for row in rows:
         end = (row.test or row.validation).median
         if row.seconds is not None and math.isfinite(end):
@@ -123,7 +123,7 @@ def _draw_pareto(axis: Any, summary: BenchSummary, workload: str) -> None:
                 name, marker = f"{name} (dominated)", "x"
             axis.scatter(row.seconds, end, marker=marker, label=name)
     part = "test" if any(row.test for row in rows) else "validation"
-    axis.set(xlabel="CPU seconds of a run", ylabel=f"{_metric(summary, workload)} at the end, {part}")
+    axis.set(xlabel="CPU seconds of a run", ylabel=f"{_name_metric(summary, workload)} at the end, {part}")
 
 
 def _draw_ranking(summary: BenchSummary) -> Any:

@@ -11,7 +11,7 @@ from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.score import CLOCKS, best_validation, is_trained, last_validation, to_target
 
 
-def ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
+def format_ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
     """The rows as a table for spreadsheets; a miss is "inf", what was not measured is empty."""
     header = ["track", "workload", "method", "runs", "reached", "reached_loose", "failed"]
     spans = [f"{what}_{end}" for what in ("validation", "test") for end in Spread._fields]
@@ -28,10 +28,12 @@ def ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
         for clock in CLOCKS:
             line += [*row.times[clock][:3], *(row.ratios[clock] or [None] * 4)]
         lines.append([*line, row.step_cost, row.seconds, row.peak_mib, _format_numbers(row.numbers)])
-    return _csv([*header, *spans, *timing, "step_cost", "cpu_seconds_of_a_run", "peak_mib", "numbers"], lines)
+    return _format_csv(
+        [*header, *spans, *timing, "step_cost", "cpu_seconds_of_a_run", "peak_mib", "numbers"], lines
+    )
 
 
-def runs_csv(results: BenchResults) -> Iterator[str]:
+def format_runs_csv(results: BenchResults) -> Iterator[str]:
     """Every trial of the bench, one a line: what it reached, when, and how it ended; line by line."""
     header = [
         "workload",
@@ -46,12 +48,12 @@ def runs_csv(results: BenchResults) -> Iterator[str]:
         "test",
     ]
     clocks = [f"{clock}_to_target" for clock in CLOCKS]
-    yield _row([*header, *clocks, "steps_to_loose_target", "peak_mib", "failure"])
+    yield _format_row([*header, *clocks, "steps_to_loose_target", "peak_mib", "failure"])
     for workload in results.workloads:
         target = results.targets[workload]
         for method in results.methods:
             for line in results.trials(workload, method):
-                yield _row(
+                yield _format_row(
                     [
                         *(line[name] for name in header[:6]),
                         _format_numbers(line["numbers"]),
@@ -70,17 +72,17 @@ def _format_numbers(numbers: dict[str, float]) -> str:
     return " ".join(f"{name}={value:g}" for name, value in numbers.items())
 
 
-def _csv(header: list[str], lines: Iterable[Iterable[object]]) -> str:
-    return "".join(_row(line) for line in (header, *lines))
+def _format_csv(header: list[str], lines: Iterable[Iterable[object]]) -> str:
+    return "".join(_format_row(line) for line in (header, *lines))
 
 
-def _row(cells: Iterable[object]) -> str:
+def _format_row(cells: Iterable[object]) -> str:
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerow(map(_inert, cells))
+    csv.writer(file, lineterminator="\n").writerow(map(_make_inert, cells))
     return file.getvalue()
 
 
-def _inert(cell: object) -> object:
+def _make_inert(cell: object) -> object:
     """Make a cell that no spreadsheet takes for a formula, for a user's names may begin like one."""
     if not isinstance(cell, str):
         return cell

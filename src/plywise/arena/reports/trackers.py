@@ -50,7 +50,7 @@ class Exported(NamedTuple):
     before: int
 
 
-def runs_of(folder: Path) -> list[TrackedRun]:
+def list_runs(folder: Path) -> list[TrackedRun]:
     """The trials of a bench, finished or not.
 
     Args:
@@ -67,10 +67,10 @@ def runs_of(folder: Path) -> list[TrackedRun]:
         raise PlywiseError(
             f"{folder} is no bench: {path} cannot be read ({error!r}).", see="error-bench"
         ) from error
-    return [run_of(line, metrics[line["workload"]]) for line in read(folder / "trials.jsonl")]
+    return [make_run(line, metrics[line["workload"]]) for line in read(folder / "trials.jsonl")]
 
 
-def run_of(line: TrialRecord, metric: str) -> TrackedRun:
+def make_run(line: TrialRecord, metric: str) -> TrackedRun:
     """A line of the ledger as a run; ``metric`` is what the workload calls its own."""
     tuning = line["purpose"] == TUNING
     last = f"trial {line['trial']}" if tuning else f"seed {line['seed']}"
@@ -80,7 +80,7 @@ def run_of(line: TrialRecord, metric: str) -> TrackedRun:
     return TrackedRun(
         name="/".join(part.replace("/", "_").replace(":", ".") for part in which),
         settings={**settings, **line["numbers"], "failure": line["failure"] or ""},
-        points=_points(line, metric),
+        points=_list_points(line, metric),
         results={name: value for name, value in results.items() if value is not None and line["steps"]},
     )
 
@@ -98,7 +98,7 @@ def to_tensorboard(folder: Path, to: Path) -> Exported:
         PlywiseError: TensorBoard is not installed, or there is no bench.
     """
     writer = require_tensorboard()
-    runs = runs_of(folder)
+    runs = list_runs(folder)
     new = [run for run in runs if not (to / run.name).exists()]
     partial = to / ".partial"
     for run in new:
@@ -123,8 +123,8 @@ def to_trackio(folder: Path, project: str) -> Exported:
     Raises:
         PlywiseError: Trackio is not installed, it refuses the name, or there is no bench.
     """
-    trackio = _trackio()
-    runs = runs_of(folder)
+    trackio = _import_trackio()
+    runs = list_runs(folder)
     try:
         before = {run.name for run in trackio.Api().runs(project)}
     except ValueError:
@@ -152,7 +152,7 @@ def _track(trackio: Any, project: str, run: TrackedRun) -> None:
     trackio.finish()
 
 
-def _points(line: TrialRecord, metric: str) -> list[Point]:
+def _list_points(line: TrialRecord, metric: str) -> list[Point]:
     names = {"training loss": "loss", f"validation {metric}": "validation", "cpu seconds": "cpu"}
     ended = datetime.fromisoformat(line["finished"]).timestamp()
     began = ended - (line["wall"][-1] if line["wall"] else 0.0)
@@ -166,7 +166,7 @@ def _points(line: TrialRecord, metric: str) -> list[Point]:
     return found
 
 
-def _trackio() -> Any:
+def _import_trackio() -> Any:
     try:
         import trackio
     except ImportError as error:

@@ -9,18 +9,18 @@ from torch import Tensor
 from plywise.data.digits import Split, load_digits
 from plywise.data.parts import Data
 from plywise.data.readers import Bytes
-from plywise.data.sets import cifar10, cifar100, grey_images
+from plywise.data.sets import load_cifar10, load_cifar100, load_grey_images
 
 
 def mnist(images: int, validation: int, test: int) -> Data:
     """MNIST, images (1, 28, 28) in [0, 1]: the first of the training file, its last as validation."""
-    x, y, x_test, y_test = grey_images("mnist")
+    x, y, x_test, y_test = load_grey_images("mnist")
     return _parts(x[..., None], y, x_test[..., None], y_test, (images, validation, test))
 
 
 def cifar(images: int, validation: int, test: int) -> Data:
     """CIFAR-10, images (3, 32, 32) in [0, 1]: the first of the training file, its last as validation."""
-    return _parts(*cifar10(), (images, validation, test))
+    return _parts(*load_cifar10(), (images, validation, test))
 
 
 def digits(images: int, validation: int, test: int) -> Data:
@@ -47,7 +47,7 @@ def cifar_channels(images: int, validation: int, test: int) -> Data:
 
 def cifar100_channels(images: int, validation: int, test: int) -> Data:
     """`cifar_channels`, of CIFAR-100."""
-    return _channels(_parts(*cifar100(), (images, validation, test)))
+    return _channels(_parts(*load_cifar100(), (images, validation, test)))
 
 
 def _parts(x: Bytes, y: Bytes, x_test: Bytes, y_test: Bytes, sizes: tuple[int, int, int]) -> Data:

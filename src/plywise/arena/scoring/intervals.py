@@ -5,8 +5,8 @@ among themselves, the figure is computed again, a thousand times over; the inter
 the results. Infinite times need no exception, for medians and ordered values are defined for them.
 
 Times lie on a grid: a run is measured at intervals, and it reached the target somewhere between two
-    measurements. Seeds with equal times may differ within an interval. So limits of quotients are widened by
-    one step of the grid, see `lower_ratio`.
+measurements. Seeds with equal times may differ within an interval. So limits of quotients are widened by
+one step of the grid, see `lower_ratio`.
 
 The interval of a median of few seeds is at most as certain as the range of the seeds, see `find_confidence`.
 The report says this beside every interval.

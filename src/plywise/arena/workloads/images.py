@@ -16,7 +16,7 @@ from plywise.arena.workloads.networks import autoencoder, conv_net, mlp, resnet
 from plywise.data.digits import Split
 from plywise.data.parts import Data, draw_parts
 from plywise.data.readers import Bytes
-from plywise.data.sets import cifar10, grey_images
+from plywise.data.sets import load_cifar10, load_grey_images
 
 TRAIN, VALIDATION = 10_000, 2_000
 CIFAR_TRAIN, CIFAR_VALIDATION = 8_000, 2_000
@@ -27,7 +27,7 @@ def fashion() -> Data:
 
     Pixels have mean 0 and variance 1 over the training part.
     """
-    x, y, x_test, y_test = grey_images("fashion_mnist")
+    x, y, x_test, y_test = load_grey_images("fashion_mnist")
     parts = [
         *draw_parts(_pixels(x), _labels(y), (TRAIN, VALIDATION)),
         Split(_pixels(x_test), _labels(y_test)),
@@ -42,7 +42,7 @@ def fashion_rows() -> Data:
 
 def mnist_themselves() -> Data:
     """MNIST, to be given back: 784 pixels in [0, 1]; parts of the sizes of `fashion`."""
-    x, y, x_test, _ = grey_images("mnist")
+    x, y, x_test, _ = load_grey_images("mnist")
     rows = [part.x.flatten(1) for part in draw_parts(_pixels(x), _labels(y), (TRAIN, VALIDATION))]
     return Data(*(Split(part, part) for part in (*rows, _pixels(x_test).flatten(1))))
 
@@ -53,7 +53,7 @@ def cifar() -> Data:
     Files differ in the order of the images, so images are first sorted by their checksums. Each channel has
     mean 0 and variance 1 over the training part.
     """
-    x, y, x_test, y_test = cifar10()
+    x, y, x_test, y_test = load_cifar10()
     train = _by_checksum(x, y, CIFAR_TRAIN + CIFAR_VALIDATION)
     first, second = train.x.split([CIFAR_TRAIN, CIFAR_VALIDATION])
     labels = train.y.split([CIFAR_TRAIN, CIFAR_VALIDATION])

@@ -11,7 +11,7 @@ from plywise.arena.task import RANKING, REGRESSION, SEQUENCES, WholeSetTask
 from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import mlp
 from plywise.data.digits import Split, load_digits
-from plywise.data.parts import Data, tenths
+from plywise.data.parts import Data, cut_tenths
 from plywise.nn import VSML, UnfoldedDenoiser
 
 SEED = 0
@@ -112,7 +112,7 @@ def episodes() -> Data:
     every = torch.arange(2 ** (SAMPLES + 1)).unsqueeze(1) >> torch.arange(SAMPLES + 1) & 1
     on, swapped = every[:, 1:], every[:, :1]
     label = on ^ swapped
-    return tenths(torch.cat([torch.eye(2)[on], torch.eye(2)[label]], -1), label)
+    return cut_tenths(torch.cat([torch.eye(2)[on], torch.eye(2)[label]], -1), label)
 
 
 class InEpisodes(nn.Module):

@@ -15,8 +15,8 @@ from plywise.arena.task import REGRESSION
 from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import mlp
 from plywise.data.digits import Split
-from plywise.data.parts import Data, tenths_of_kinds
-from plywise.data.sets import boiling_points, numeric_table
+from plywise.data.parts import Data, cut_tenths_of_kinds
+from plywise.data.sets import load_boiling_points, load_numeric_table
 
 Numbers = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ def prepare_table(read: Callable[[], tuple[Numbers, Numbers]]) -> Data:
         read: gives inputs (N, d), NaN where a value is missing, and targets (N,).
     """
     x, y = read()
-    return _scale(tenths_of_kinds(torch.from_numpy(x), torch.from_numpy(y).unsqueeze(1)))
+    return _scale(cut_tenths_of_kinds(torch.from_numpy(x), torch.from_numpy(y).unsqueeze(1)))
 
 
 def _scale(data: Data) -> Data:
@@ -80,21 +80,21 @@ WORKLOADS = {
             "concrete",
             "Strength of concrete by what it is mixed of and its age, 1,030 mixtures (UCI).",
             8,
-            partial(numeric_table, "uci_concrete"),
+            partial(load_numeric_table, "uci_concrete"),
         ),
         _workload(
             "energy",
             "Heating load of 768 simulated buildings by their shape (UCI): few rows, inputs that depend on "
             "each other.",
             8,
-            partial(numeric_table, "uci_energy"),
+            partial(load_numeric_table, "uci_energy"),
         ),
         _workload(
             "california",
             "House values in 20,640 districts of California, census of 1990: heavy tails; 207 missing values "
             "are the training part's median.",
             13,
-            partial(numeric_table, "california_housing"),
+            partial(load_numeric_table, "california_housing"),
             steps=600,
         ),
         _workload(
@@ -102,7 +102,7 @@ WORKLOADS = {
             "Boiling points of 1,496 organic compounds by what their formulas hold: sparse counts beside a "
             "mass; compounds that read alike stay in one part.",
             20,
-            boiling_points,
+            load_boiling_points,
         ),
     )
 }

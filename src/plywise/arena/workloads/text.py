@@ -13,7 +13,7 @@ from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import CharTransformer
 from plywise.data.digits import Split
 from plywise.data.parts import Data
-from plywise.data.sets import tiny_shakespeare
+from plywise.data.sets import load_tiny_shakespeare
 from plywise.errors import PlywiseError
 
 VOCABULARY = 65
@@ -31,7 +31,7 @@ def make_data() -> Data:
     Raises:
         PlywiseError: the file is not there, or is another text.
     """
-    text = tiny_shakespeare()
+    text = load_tiny_shakespeare()
     characters = sorted(set(text))
     if len(characters) != VOCABULARY:
         raise PlywiseError(
