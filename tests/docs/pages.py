@@ -6,13 +6,14 @@ What a page may say in an HTML comment right above a block:
 - ``<!-- run -->``: the commands of this console block are run, too, after the blocks above it.
 
 A block whose first line is a comment with a file's name (``# mine.py``) is written to that file as well, so
-that commands and later blocks find it. Commands run in that folder, in forks of this Python; a script in a
-Python of its own.
+that commands and later blocks find it. Commands run in that folder, in forks of this Python, and so do the
+processes of torchrun; a script in a Python of its own.
 """
 
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -82,17 +83,43 @@ def commands(text: str) -> list[list[str]]:
 
 
 def _run(words: list[str], folder: Path) -> None:
-    code, out, err = _run_script(words[1:], folder) if words[0] == "python" else _run_command(words, folder)
+    runners = {"python": _run_script, "torchrun": _run_ranks}
+    code, out, err = runners.get(words[0], _run_command)(words, folder)
     assert code == 0, f"{shlex.join(words)}\n{out[-2000:]}\n{err[-4000:]}"
 
 
 def _run_script(words: list[str], folder: Path) -> tuple[int, str, str]:
     """A script of the page's, in a Python of its own: `check_rule` wants to be in the first process."""
-    command = [sys.executable, *words]
+    command = [sys.executable, *words[1:]]
     done = subprocess.run(
         command, env={**os.environ, **SETTINGS}, cwd=folder, capture_output=True, text=True, timeout=SECONDS
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def _run_ranks(words: list[str], folder: Path) -> tuple[int, str, str]:
+    """Fork the processes that torchrun would start: a Python of its own imports torch for five seconds."""
+    option, count, *program = words[1:]
+    assert option == "--nproc-per-node"
+    program = program[1:] if program[0] == "-m" else ["python", *program]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    world = {**SETTINGS, **place, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    ranks = [
+        ForkedCommand(
+            program,
+            {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            Path(f"{folder}.{rank}.out"),
+            Path(f"{folder}.{rank}.err"),
+        )
+        for rank in range(int(count))
+    ]
+    try:
+        ended = [(rank.wait(SECONDS), *rank.communicate()) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return max(ended, key=lambda end: abs(end[0]))
 
 
 def _run_command(words: list[str], folder: Path) -> tuple[int, str, str]:
