@@ -24,7 +24,7 @@ def end_with_torchrun() -> None:
     """End this process when the torchrun that started it is gone: the others of its run may never come.
 
     Call it as early as possible: a process that torchrun starts in its own last moment is not recognised.
-        Without torchrun nothing happens.
+    Without torchrun nothing happens.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and _following.acquire(blocking=False):
         threading.Thread(target=_leave_with_torchrun, args=(os.getppid(),), daemon=True).start()

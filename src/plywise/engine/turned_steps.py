@@ -62,8 +62,8 @@ class TurnedSteps:
         """Turn the gradients of these layers, for the step that the optimizer is about to take.
 
         New coordinates are used from the next step on: momenta are turned after this one. The first
-            coordinates are used at once if the optimizer has no state yet, for then its second moments belong
-            to them.
+        coordinates are used at once if the optimizer has no state yet, for then its second moments belong
+        to them.
         """
         ready: list[LayerHandle] = []
         states: list[State] = []

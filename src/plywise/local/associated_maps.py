@@ -1,7 +1,7 @@
 """Maps of Associated Learning's components, as factories: bridges, target encoders, decoders.
 
 The three maps of a component must have matching ranges: a bridge or decoder that ends in a sigmoid cannot
-    reach the codes of a tanh. `check_ranges` raises an error when the learner is made.
+reach the codes of a tanh. `check_ranges` raises an error when the learner is made.
 """
 
 from collections.abc import Callable
