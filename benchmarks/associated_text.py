@@ -80,9 +80,15 @@ def train(network: str, way: str, rate: float, seed: int, data: Any, steps: int)
     modules, bridges = NETWORKS[network]()
     x, y = data["train"]
     learner = pw.AssociatedLearning(
-        *(pw.Blocks(modules, x[:2]), 2),
-        **{"code": CODE, "bridge": bridges, "encoder": tanh_encoder, "decoder": tanh_decoder},
-        **{"loss": F.cross_entropy, "detach_target": False, "seed": seed},
+        pw.Blocks(modules, x[:2]),
+        2,
+        code=CODE,
+        bridge=bridges,
+        encoder=tanh_encoder,
+        decoder=tanh_decoder,
+        loss=F.cross_entropy,
+        detach_target=False,
+        seed=seed,
         optimizer=lambda groups: torch.optim.Adam(groups, lr=rate),
     )
     path = learner.as_module()

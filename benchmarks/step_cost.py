@@ -48,10 +48,16 @@ def mlp(*widths: int) -> nn.Sequential:
 def convnet() -> nn.Sequential:
     """The ConvNet of the ProxProp paper's code on 32×32 images."""
     return nn.Sequential(
-        *(nn.Conv2d(3, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 20, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(20, 20, 5, padding=2), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(1280, 10)),
+        nn.Conv2d(3, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 20, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 20, 5, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1280, 10),
     )
 
 

@@ -21,9 +21,14 @@ EPOCHS = 15
 train, _, test = (Split(part.x.reshape(-1, 1, 8, 8), part.y) for part in load_digits())
 torch.manual_seed(0)
 model = nn.Sequential(
-    *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-    *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-    *(nn.Flatten(), nn.Linear(64, 10)),
+    nn.Conv2d(1, 8, 3, padding=1),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    nn.Conv2d(8, 16, 3, padding=1),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    nn.Flatten(),
+    nn.Linear(64, 10),
 )
 optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 

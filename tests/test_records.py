@@ -30,7 +30,12 @@ def runs(method, times, workload="digits-mlp"):
     """Final runs that reach 0.1 at these steps, a hundredth of a second each; infinity: never."""
     return [
         line(
-            *(workload, method, "final", "tuned", 0, seed),
+            workload,
+            method,
+            "final",
+            "tuned",
+            0,
+            seed,
             steps=[0, 400 if math.isinf(when) else when, 900],
             validation=[0.9, 0.5 if math.isinf(when) else 0.1, 0.4 if math.isinf(when) else 0.05],
             cpu=[0.0, *([4.0] if math.isinf(when) else [0.01 * when]), 9.0],

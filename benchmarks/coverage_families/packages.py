@@ -40,9 +40,16 @@ class _FalseModule(ModuleType):
 
 
 TORCHVISION = (
-    *("torchvision", "torchvision.ops", "torchvision.ops.misc", "torchvision.models", "torchvision.utils"),
-    *("torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets"),
-    *("torchvision.models.feature_extraction", "torchvision.datasets.folder"),
+    "torchvision",
+    "torchvision.ops",
+    "torchvision.ops.misc",
+    "torchvision.models",
+    "torchvision.utils",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+    "torchvision.datasets",
+    "torchvision.models.feature_extraction",
+    "torchvision.datasets.folder",
 )
 """The modules of torchvision that timm imports."""
 

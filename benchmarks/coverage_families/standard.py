@@ -93,9 +93,14 @@ def decode_noise(model: nn.Module) -> Tensor:
 
 def make_dcgan_generator() -> nn.Module:
     return nn.Sequential(
-        *(nn.ConvTranspose2d(16, 32, 4, 1, 0, bias=False), nn.BatchNorm2d(32), nn.ReLU(True)),
-        *(nn.ConvTranspose2d(32, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(True)),
-        *(nn.ConvTranspose2d(16, 3, 4, 2, 1, bias=False), nn.Tanh()),
+        nn.ConvTranspose2d(16, 32, 4, 1, 0, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(True),
+        nn.ConvTranspose2d(32, 16, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(True),
+        nn.ConvTranspose2d(16, 3, 4, 2, 1, bias=False),
+        nn.Tanh(),
     )
 
 
@@ -105,9 +110,13 @@ def generate_images(model: nn.Module) -> Tensor:
 
 def make_dcgan_discriminator() -> nn.Module:
     return nn.Sequential(
-        *(nn.Conv2d(3, 16, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)),
-        *(nn.Conv2d(16, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.LeakyReLU(0.2, inplace=True)),
-        *(nn.Conv2d(32, 1, 4, 1, 0, bias=False), nn.Flatten()),
+        nn.Conv2d(3, 16, 4, 2, 1, bias=False),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(16, 32, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(32, 1, 4, 1, 0, bias=False),
+        nn.Flatten(),
     )
 
 
@@ -215,8 +224,12 @@ class ResidualBlock(nn.Module):
 
 def make_resnet() -> nn.Module:
     return nn.Sequential(
-        *(make_convolution_block(3, 16), ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)),
+        make_convolution_block(3, 16),
+        ResidualBlock(16, 16, 1),
+        ResidualBlock(16, 32, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
     )
 
 
@@ -234,8 +247,13 @@ class SqueezeExcite(nn.Module):
 
 def make_squeeze_excite() -> nn.Module:
     return nn.Sequential(
-        *(make_convolution_block(3, 32), SqueezeExcite(32), make_convolution_block(32, 32, 2)),
-        *(SqueezeExcite(32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)),
+        make_convolution_block(3, 32),
+        SqueezeExcite(32),
+        make_convolution_block(32, 32, 2),
+        SqueezeExcite(32),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
     )
 
 
@@ -250,9 +268,16 @@ def make_depthwise_separable() -> nn.Module:
 
 def make_conv3d() -> nn.Module:
     return nn.Sequential(
-        *(nn.Conv3d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool3d(2)),
-        *(nn.Conv3d(16, 16, 3, padding=1, bias=False), nn.InstanceNorm3d(16, affine=True), nn.ReLU()),
-        *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(16, CLASSES)),
+        nn.Conv3d(1, 16, 3, padding=1),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.MaxPool3d(2),
+        nn.Conv3d(16, 16, 3, padding=1, bias=False),
+        nn.InstanceNorm3d(16, affine=True),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(16, CLASSES),
     )
 
 

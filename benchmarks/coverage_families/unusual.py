@@ -21,7 +21,10 @@ def make_weights(*shape: int) -> nn.Parameter:
 def make_weight_norm() -> nn.Module:
     weight_norm = parametrizations.weight_norm
     return nn.Sequential(
-        *(weight_norm(nn.Linear(32, 64)), nn.ReLU(), weight_norm(nn.Linear(64, 64)), nn.ReLU()),
+        weight_norm(nn.Linear(32, 64)),
+        nn.ReLU(),
+        weight_norm(nn.Linear(64, 64)),
+        nn.ReLU(),
         weight_norm(nn.Linear(64, CLASSES)),
     )
 
@@ -29,16 +32,19 @@ def make_weight_norm() -> nn.Module:
 def make_spectral_norm() -> nn.Module:
     spectral_norm = parametrizations.spectral_norm
     return nn.Sequential(
-        *(spectral_norm(nn.Conv2d(3, 16, 3, 2, 1)), nn.LeakyReLU(0.1)),
-        *(spectral_norm(nn.Conv2d(16, 32, 3, 2, 1)), nn.LeakyReLU(0.1)),
-        *(nn.Flatten(), spectral_norm(nn.Linear(512, CLASSES))),
+        spectral_norm(nn.Conv2d(3, 16, 3, 2, 1)),
+        nn.LeakyReLU(0.1),
+        spectral_norm(nn.Conv2d(16, 32, 3, 2, 1)),
+        nn.LeakyReLU(0.1),
+        nn.Flatten(),
+        spectral_norm(nn.Linear(512, CLASSES)),
     )
 
 
 def make_orthogonal() -> nn.Module:
     orthogonal = parametrizations.orthogonal
     return nn.Sequential(
-        *(nn.Linear(32, 48), nn.Tanh(), orthogonal(nn.Linear(48, 48)), nn.Tanh(), nn.Linear(48, CLASSES))
+        nn.Linear(32, 48), nn.Tanh(), orthogonal(nn.Linear(48, 48)), nn.Tanh(), nn.Linear(48, CLASSES)
     )
 
 

@@ -50,8 +50,14 @@ def paper(make=begin, widths=(8,)):
         Arm("wild", make, (1e9,), DIVERGED),
     )
     experiment = Experiment(
-        *("digits", "a test", "Table 9", TRAINING_LOSS, arms, {FULL: size, SMALL: size}),
-        *((Claim("tuned", "slow"), Claim("slow", "tuned")), ("we know why",)),
+        name="digits",
+        about="a test",
+        where="Table 9",
+        measure=TRAINING_LOSS,
+        arms=arms,
+        sizes={FULL: size, SMALL: size},
+        claims=(Claim("tuned", "slow"), Claim("slow", "tuned")),
+        differences=("we know why",),
     )
     return Paper("mine", "Me, Mine, 2026", (experiment,))
 

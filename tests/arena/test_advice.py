@@ -93,7 +93,7 @@ def test_uneven_inputs_of_an_mlp_and_of_a_convnet_get_what_won_there():
     assert mlp[0].method == "feature-whitening+adamw"
     assert mlp[0].sure.startswith(MEASURED)
     convnet = nn.Sequential(
-        *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
     )
     assert said(convnet, pixels())[0].method == "foof+adamw"
 

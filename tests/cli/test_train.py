@@ -276,19 +276,15 @@ def test_associated_learning_trains_by_default(plywise, tmp_path):
 
 
 def test_a_component_without_the_rule_is_named(plywise):
-    code, out, _ = plywise(
-        *("train", "--learner", "ActivationRelaxation", "--model", "mine:pooled", "--data", "mine:data"),
-        *("--set", "iterations=2", "--rule", "ProxProp", "--epochs", "1"),
-    )
+    training = ["train", "--learner", "ActivationRelaxation", "--model", "mine:pooled", "--data", "mine:data"]
+    code, out, _ = plywise(*training, "--set", "iterations=2", "--rule", "ProxProp", "--epochs", "1")
     assert code == 0
     assert "Without ProxProp, which finds nothing to do there: component 1.\n" in out
 
 
 def test_a_rule_without_any_layer_is_refused(plywise):
-    code, _, err = plywise(
-        *("train", "--learner", "ActivationRelaxation", "--model", "mine:normed", "--data", "mine:four"),
-        *("--rule", "ProxProp", "--epochs", "1"),
-    )
+    training = ["train", "--learner", "ActivationRelaxation", "--model", "mine:normed", "--data", "mine:four"]
+    code, _, err = plywise(*training, "--rule", "ProxProp", "--epochs", "1")
     assert code == 1
     assert "The rule finds no layer to handle in any component ('block' of component 0: " in err
 

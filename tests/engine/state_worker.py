@@ -88,7 +88,8 @@ def load_distributed(model: nn.Module, optimizer: Optimizer, folder: Path, optio
         warnings.simplefilter("ignore")
         dcp.load(parts, checkpoint_id=folder)
     set_state_dict(
-        *(model, optimizer),
+        model,
+        optimizer,
         model_state_dict=parts["model"],
         optim_state_dict=parts["optimizer"],
         options=options,

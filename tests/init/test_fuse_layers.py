@@ -154,8 +154,13 @@ def test_convolutions_with_activation_and_padding_are_least_squares_on_patches()
 
 def test_convolution_and_head_become_a_linear_on_pixels_whatever_is_between():
     run = nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Dropout()),
-        *(nn.Flatten(), nn.Linear(36, 10)),
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Dropout(),
+        nn.Flatten(),
+        nn.Linear(36, 10),
     )
     x = digits(300).reshape(300, 1, 8, 8)
     run(x)  # the norm's statistics are not those of a fresh one
@@ -187,8 +192,12 @@ def test_dtype_and_gradients_of_the_new_layer():
 def test_slice_is_fused_on_what_reaches_it_and_the_model_stays():
     x = digits(300).reshape(300, 1, 8, 8)
     model = nn.Sequential(
-        *(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)),
-        *(nn.Flatten(), nn.Linear(64, 10)),
+        nn.Conv2d(1, 3, 3),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(64, 10),
     )
     shallow = fuse_slice(model, 2, 6, [(x, None)], damping=0)
     assert [type(part) for part in shallow] == [nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear]

@@ -190,8 +190,11 @@ def test_a_local_mixer_learns_with_losses_of_patches_and_groups():
     x[torch.arange(300), 0, 1 + y % 2, y] += 3
     modules = mixer(channels=32, groups=8)
     learner = pw.LocalForwardGradient(
-        *(pw.Blocks(modules, x[:2]), CLASSES),
-        **{"patches": True, "groups": 8, "head": average_head},
+        pw.Blocks(modules, x[:2]),
+        CLASSES,
+        patches=True,
+        groups=8,
+        head=average_head,
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     )
 

@@ -222,8 +222,13 @@ def test_what_does_not_train_stays():
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"lr": 0.0}, {"gamma": -1.0}, {"timeout_s": math.inf}, {"first_stage": 0}, {"every": 2.5}),
-        *({"every_growth": 0.5}, {"every_growth": math.inf}),
+        {"lr": 0.0},
+        {"gamma": -1.0},
+        {"timeout_s": math.inf},
+        {"first_stage": 0},
+        {"every": 2.5},
+        {"every_growth": 0.5},
+        {"every_growth": math.inf},
     ],
 )
 def test_wrong_settings_are_refused(wrong):

@@ -29,9 +29,14 @@ def chain() -> tuple[nn.Sequential, Tensor, Tensor]:
 
 def image_net() -> tuple[nn.Sequential, Tensor, Tensor]:
     model = nn.Sequential(
-        *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(4, 3, 3, groups=1), nn.ELU(), nn.Flatten()),
-        *(nn.Linear(12, 5), nn.LogSoftmax(1)),
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 3, 3, groups=1),
+        nn.ELU(),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+        nn.LogSoftmax(1),
     )
     return model, torch.randn(7, 2, 8, 8), torch.randint(5, (7,))
 

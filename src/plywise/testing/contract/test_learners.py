@@ -51,7 +51,7 @@ def test_another_seed_draws_other_numbers(learner_case: LearnerCase) -> None:
         pytest.skip(learner_case.draws_nothing)
     results = []
     for seed in (0, 1):
-        learner = learner_case.make(**{"seed": seed})
+        learner = learner_case.make(seed=seed)
         learner.step(*data(0))
         results.append(everything(learner))
     assert not same_bits(*results)
