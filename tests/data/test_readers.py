@@ -253,8 +253,8 @@ def test_npz(tmp_path):
 def test_tables(tmp_path):
     path = tmp_path / "a.csv.gz"
     path.write_bytes(gzip.compress(b'name,"a, b",c\r\n1,2.5,3\n-1e3,nan,\n', mtime=0))
-    table, names, guess = read_table(path)
-    assert (names, guess) == (["name", "a, b", "c"], "")
+    table, names, guess, words = read_table(path)
+    assert (names, guess, words) == (["name", "a, b", "c"], "", [])
     assert np.array_equal(table, [[1, 2.5, 3], [-1e3, np.nan, np.nan]], equal_nan=True)
     assert read_rows(path)[1]["c"] == ""
     path.write_bytes(b"a,b,a\n1,2,3\n")
@@ -266,9 +266,9 @@ def test_tables(tmp_path):
     ("text", "words"),
     [
         ("a,b\n1,2\n3,red\n", "row 2, column 'b': 'red' is no number"),
-        ("a,b\n1\n", "line 2: there are 2 columns, not here"),
-        ("a,b\n1,2,3\n", "line 2: there are 2 columns, not here"),
-        ("a,b\n1,2\n\n3,4,5\n", "line 4: there are 2 columns, not here"),
+        ("a,b\n1\n", "line 2: it has 1 cells, the first line 2"),
+        ("a,b\n1,2,3\n", "line 2: it has 3 cells, the first line 2"),
+        ("a,b\n1,2\n\n3,4,5\n", "line 4: it has 3 cells, the first line 2"),
         ("a,b\n1,2_0\n", "row 1, column 'b': '2_0' is no number"),  # Python takes it for 20
         ("a;b\n1;2\n", "has one column, with ';' in it"),
         ("1\t2\n3\t4\n", "has one column, with '.t' in it"),

@@ -66,6 +66,55 @@ def test_names_beside_an_index_without_a_name_are_those_of_pandas(tmp_path):
     assert "counts 0, 1, 2, ..." in guesses
 
 
+def test_words_as_targets_are_classes_in_the_order_of_the_alphabet(tmp_path):
+    path = table(tmp_path, ["dog", "cat", " dog", "1", "ant"] * 3)
+    train, guesses = read(path)
+    assert train.y.tolist() == [3, 2, 3, 0, 1] * 3
+    assert train.y.dtype == torch.int64
+    assert (
+        "column 'y') are words and were taken as 4 classes, in the order of the alphabet: 1, ant, cat, dog"
+        in (guesses)
+    )
+    train, _ = read(path, "target=y,targets=classes")
+    assert train.y.tolist() == [3, 2, 3, 0, 1] * 3
+    with pytest.raises(PlywiseError, match="row 1, column 'y': 'dog' is no number"):
+        read(path, "targets=numbers")
+
+
+def test_many_words_are_classes_all_the_same(tmp_path):
+    words = [f"w{number:03d}" for number in range(50)]
+    assert read(table(tmp_path, words[::-1]))[0].y.tolist() == list(range(50))[::-1]
+
+
+@pytest.mark.parametrize("target", [["cat", "", "dog"], ["1", "cat", "1"], ["", "cat", "dog"]])
+def test_words_beside_numbers_or_nothing_are_refused(tmp_path, target):
+    with pytest.raises(PlywiseError, match=r"NaN or infinity in 1 of 3|'cat' is no number"):
+        read(table(tmp_path, target))
+
+
+def test_words_among_the_inputs_are_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("city,y\nRome,0\nOslo,1\n")
+    with pytest.raises(PlywiseError, match="column 'city': 'Rome' is no number"):
+        read(str(tmp_path / "t.csv"))
+    assert read(str(tmp_path / "t.csv"), "target=city")[0].y.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("index", "is_said"), [(range(4), True), (range(1, 5), True), ((0, 1, 2, 4), False)])
+def test_an_index_among_the_inputs_is_said(tmp_path, index, is_said):
+    rows = [f"{number},{number * 0.7},{number % 2}" for number in index]
+    (tmp_path / "t.csv").write_text("\n".join([",a,y", *rows]) + "\n")
+    train, guesses = read(str(tmp_path / "t.csv"))
+    assert train.x.shape == (4, 2)
+    assert ("('') counts the rows and was taken as an input" in guesses) == is_said
+
+
+def test_numbers_that_float32_rounds_are_said(tmp_path):
+    rows = [f"{number * 0.7},{1.7e9 + number},{1e9 * number},{number % 2}" for number in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join(["a,time,large,y", *rows]) + "\n")
+    _, guesses = read(str(tmp_path / "t.csv"))
+    assert "the numbers in 'time' are large and differ by little" in guesses
+
+
 def test_a_first_line_of_text_and_numbers_is_said(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("2019,2020,price\n1,2,0.5\n3,4,1.5\n")

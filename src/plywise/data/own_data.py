@@ -20,7 +20,7 @@ from plywise.data.parts import Data, draw_order
 from plywise.data.readers import read_npz
 from plywise.data.reading import Reader
 from plywise.data.sources import Reading, read_made
-from plywise.data.tables import Table, read_table, reorder_rows, take_column
+from plywise.data.tables import Table, find_doubts, read_table, reorder_rows, take_column
 from plywise.errors import PlywiseError
 from plywise.registry.names import WORKLOAD_MODULES
 
@@ -94,8 +94,9 @@ def _read_files(address: str, reader: Reader) -> Parts:
     if address.endswith(".npz"):
         return _read_npz_parts(path, reader)
     if address.endswith((".csv", ".csv.gz")):
-        header = reader.options.header
-        table = read_table(path, header == "yes" if header else None, np.float32)
+        header, target = reader.options.header, reader.options.target
+        words = None if reader.options.targets == "numbers" else target
+        table = read_table(path, header == "yes" if header else None, np.float32, words)
         return Parts(train=_split_table(path, table, reader))
     if address.endswith(".parquet"):
         return Parts(train=_split_table(path, read_parquet(path), reader))
@@ -136,8 +137,14 @@ def _split_table(path: Path, table: Table, reader: Reader) -> Split:
         hint = suggestion(wanted, tuple(names)) or f"It has: {', '.join(names[:10])}."
         raise PlywiseError(f"{path} has {count} columns {wanted!r}. {hint}".rstrip(), see="error-data")
     place = names.index(wanted) if wanted else len(names) - 1
+    for doubt in find_doubts(path, table, place):
+        reader.say(doubt)
     inputs, target = map(torch.from_numpy, take_column(table.numbers, place))
-    x, y = reader.inputs(inputs, str(path)), reader.column(target, names[place], str(path))
+    x = reader.inputs(inputs, str(path))
+    if table.words:
+        y = reader.words(target, table.words, names[place], str(path))
+    else:
+        y = reader.column(target, names[place], str(path))
     return _make_checked_split(x, y, str(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -174,6 +175,20 @@ class Reader:
             )
         return y.float()
 
+    def words(self, y: Tensor, words: Sequence[str], name: str, what: str) -> Tensor:
+        """The targets of a table that are words, numbered by it: classes.
+
+        Raises:
+            PlywiseError: some are missing.
+        """
+        y = tensor_of(y, f"{what}: the targets")
+        shown = ", ".join(words[:10]) + (", ..." if len(words) > 10 else "")
+        self.say(
+            f"The targets (column {name!r}) are words and were taken as {len(words)} classes, in the order "
+            f"of the alphabet: {shown}."
+        )
+        return y.long()
+
     def column(self, y: Tensor, name: str, what: str) -> Tensor:
         """Read the targets of a table as classes, int64, or as numbers, float32.
 
@@ -201,8 +216,9 @@ class Reader:
             return y.float()
         if not self.options.targets:
             first = "" if float(values[0]) == 0 else ", numbered from 0"
+            classes = f"{len(values)} classes" if len(values) > 1 else "one class"
             self.say(
-                f"The targets (column {name!r}) {span} and were taken as {len(values)} classes{first}; "
+                f"The targets (column {name!r}) {span} and were taken as {classes}{first}; "
                 "--read targets=numbers takes them as numbers to predict."
             )
         if float(values.abs().max()) > WHOLE:
@@ -211,10 +227,10 @@ class Reader:
                 "neighbours for one. Number the classes from 0.",
                 see="error-data",
             )
-        classes = torch.empty(len(y), dtype=torch.int64)
-        for piece, numbers in zip(pieces, classes.split(_AT_ONCE), strict=True):
-            torch.searchsorted(values, piece, out=numbers)
-        return classes
+        numbers = torch.empty(len(y), dtype=torch.int64)
+        for piece, out in zip(pieces, numbers.split(_AT_ONCE), strict=True):
+            torch.searchsorted(values, piece, out=out)
+        return numbers
 
 
 def _may_be_classes(values: Tensor) -> bool:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from plywise.data.unpacking import open_unpacked
 from plywise.errors import PlywiseError
 
 _ROWS = 1024  # moved at once
+_FEWEST_STEPS = 4096  # of float32, in the range of a column
+_WHOLE = 2**24  # up to here float32 holds each whole number
 _PIECES = 16  # in which a table is put into another order
 
 
@@ -28,11 +30,13 @@ class Table(NamedTuple):
         numbers: (rows, columns), NaN where a cell is empty or says ``nan``.
         names: of the columns; ``column 1``, ``column 2``, ... where the file does not name them.
         guess: what was guessed about the first line, in a sentence; empty if it left no doubt.
+        words: what the numbers 0, 1, 2, ... of the target's column stand for, if words are in it.
     """
 
     numbers: NDArray[Any]
     names: list[str]
     guess: str = ""
+    words: Sequence[str] = ()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -52,7 +56,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.float64) -> Table:
+def read_table(
+    path: Path, header: bool | None = None, dtype: type[Any] = np.float64, target: str | None = None
+) -> Table:
     r"""A ``.csv`` file of numbers, usually under one line of names.
 
     It is read line by line, and only the numbers are kept in memory.
@@ -63,6 +69,8 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
             beside numbers; numbers that count 0, 1, 2, ... are taken for names, too, which pandas writes
             where there are none.
         dtype: of the numbers, ``np.float64`` or ``np.float32``.
+        target: name of the column that may hold words, or ``""`` for the last one. They become numbers in the
+            order of the alphabet. None: no column.
 
     Raises:
         PlywiseError: it cannot be read, its rows differ in length, its cells are not separated by commas, or
@@ -82,15 +90,18 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
         raise PlywiseError(f"{path} has no rows.", see="error-data")
     if len(first) == 1 and (mark := next((mark for mark in ";\t|" if mark in first[0]), None)):
         raise PlywiseError(
-            f"{path} has one column, with {mark!r} in it: a .csv file has commas between its cells.",
+            f"{path} has one column, with {mark!r} in it: a .csv file has commas between its cells, and "
+            "points in its numbers. Write it so.",
             see="error-data",
         )
     has_names, guess = (header, "") if header is not None else _guess_header(path, first)
     names = first if has_names else [f"column {number}" for number in range(1, len(first) + 1)]
+    column = _Words(names.index(target) if target in names else len(names) - 1, target is not None)
     # grows in place: where memory is mapped again, nothing is copied
     values = array("f" if dtype is np.float32 else "d")
     count = 0
     for count, row in enumerate(rows if has_names else _put_first(first, rows), 1):
+        column.replace(row, is_first=count == 1)
         try:
             if "_" in "".join(row):  # Python reads 1_2 as 12
                 raise ValueError
@@ -99,7 +110,69 @@ def read_table(path: Path, header: bool | None = None, dtype: type[Any] = np.flo
             values.extend(_parse_numbers(path, count, names, row))
     if not count:
         raise PlywiseError(f"{path} has no rows under its first line.", see="error-data")
-    return Table(np.frombuffer(values, dtype).reshape(count, len(names)), names, guess)
+    numbers = np.frombuffer(values, dtype).reshape(count, len(names))
+    return Table(numbers, names, guess, column.sort(numbers))
+
+
+class _Words:
+    """Numbers in place of the words of a column, if its first cell is one.
+
+    Args:
+        place: of the column.
+        are_expected: whether there may be words.
+    """
+
+    def __init__(self, place: int, are_expected: bool) -> None:
+        self._place, self._are_there = place, are_expected
+        self._numbers: dict[str, int] = {}
+
+    def replace(self, row: list[str], is_first: bool) -> None:
+        """Write the number of its word into a row; an empty cell stays, and is missing."""
+        if not self._are_there:
+            return
+        cell = row[self._place].strip()
+        if is_first:
+            self._are_there = not (_is_blank(cell) or _is_number(cell))
+        if self._are_there and cell:
+            row[self._place] = str(self._numbers.setdefault(cell, len(self._numbers)))
+
+    def sort(self, numbers: NDArray[Any]) -> list[str]:
+        """The words in the order of the alphabet, by which a table's column is numbered from now on."""
+        if not self._numbers:
+            return []
+        words = sorted(self._numbers)
+        order = np.empty(len(words) + 1, numbers.dtype)
+        order[[self._numbers[word] for word in words]] = np.arange(len(words))
+        order[-1] = np.nan
+        column = numbers[:, self._place]
+        column[:] = order[np.nan_to_num(column, nan=-1).astype(np.int64)]
+        return words
+
+
+def find_doubts(path: Path, table: Table, target: int) -> Iterator[str]:
+    """What a user may not have meant, in sentences: an index among the inputs, numbers that float32 rounds.
+
+    Args:
+        path: the file.
+        table: what is in it.
+        target: place of the targets' column.
+    """
+    numbers, names = table.numbers, table.names
+    first = numbers[:, 0]
+    if target and len(first) > 1 and first[0] in (0, 1) and bool((np.diff(first) == 1).all()):
+        yield (
+            f"The first column of {path} ({names[0]!r}) counts the rows and was taken as an input; if it is "
+            "an index, write the file without it (in pandas: to_csv(index=False))."
+        )
+    low, high = numbers.min(0), numbers.max(0)
+    largest = np.maximum(abs(low), abs(high))
+    few = high - low < largest * np.finfo(np.float32).eps * _FEWEST_STEPS
+    rounded = [repr(names[place]) for place in np.flatnonzero((largest >= _WHOLE) & few)]
+    if rounded:
+        yield (
+            f"{path}: the numbers in {', '.join(rounded[:5])} are large and differ by little: float32 rounds "
+            "the differences. Subtract an offset before."
+        )
 
 
 def take_column(numbers: NDArray[Any], place: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -144,7 +217,7 @@ def _read_cells(path: Path) -> Iterator[list[str]]:
                 columns = columns or len(row)
                 if row and len(row) != columns:
                     raise PlywiseError(
-                        f"{path}, line {reader.line_num}: there are {columns} columns, not here.",
+                        f"{path}, line {reader.line_num}: it has {len(row)} cells, the first line {columns}.",
                         see="error-data",
                     )
                 if row:
@@ -152,7 +225,9 @@ def _read_cells(path: Path) -> Iterator[list[str]]:
         except csv.Error as error:
             raise PlywiseError(f"{path}, line {reader.line_num}: {error}.", see="error-data") from error
         except UnicodeDecodeError as error:
-            raise PlywiseError(f"{path} is not text in UTF-8: {error}.", see="error-data") from error
+            raise PlywiseError(
+                f"{path} is not text in UTF-8: {error}. Save it in this encoding.", see="error-data"
+            ) from error
 
 
 def _put_first(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:

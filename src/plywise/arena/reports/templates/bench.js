@@ -57,7 +57,9 @@
       cell.scope = "row";
       const dot = element("span", "", "dot");
       dot.style.setProperty("--colour", `var(${board.paint(row.method)})`);
-      cell.append(dot, element("span", text, "name"));
+      const label = element("span", "", "name");
+      text.split(/(?<=\+)/).forEach((part) => label.append(part, element("wbr"))); // a line may end after a +
+      cell.append(dot, label);
     } else cell.append(text);
     if (below) cell.append(element("br"), element("span", below, "small"));
     if (kind) cell.classList.add(kind);
