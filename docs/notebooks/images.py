@@ -67,7 +67,7 @@ def make_model():
 # %%
 METHODS = ["adamw", "muon", "recommended"]
 HOW = {"trials": 4, "seeds": 3, "steps": 250, "progress": False}
-report = pw.arena.bench(make_model, data, methods=METHODS, folder="runs/images", **HOW)
+report = pw.arena.bench(make_model, data, methods=METHODS, out="runs/images", **HOW)
 report
 
 # %%

@@ -59,7 +59,7 @@ def make_model():
 # %%
 METHODS = ["adamw", "muon", "recommended"]
 HOW = {"trials": 3, "seeds": 3, "steps": 200, "batch_size": 32, "progress": False}
-report = pw.arena.bench(make_model, data, methods=METHODS, folder="runs/text", **HOW)
+report = pw.arena.bench(make_model, data, methods=METHODS, out="runs/text", **HOW)
 report
 
 # %% [markdown]
