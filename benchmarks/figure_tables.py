@@ -324,7 +324,7 @@ TABLES: dict[str, Callable[[str], str]] = {
         for name in ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "cifar-vgg")
     },
     **{f"local-table-{name}": local_table(name) for name in ("cifar", "mnist", "characters")},
-    **{f"local-memory-{name}": local_memory(name) for name in ("blocks",)},
+    **{f"local-memory-{name}": local_memory(name) for name in ("blocks", "transformer")},
     "local-growth": local_growth,
     "pipeline": pipeline,
     "bridges": bridges,

@@ -3,13 +3,16 @@
 Two processes train `LocalLoss` on four equal blocks, two in each. Once by `plywise.pipeline`; once as two
 stages of torch.distributed.pipelining, run forward only, where a stage's forward takes the local steps and
 hands detached activations and targets on as a micro-batch. Same learner, same batches, same number of steps;
-both end in the same weights, which is checked.
+both end in the same weights, which is checked. 200 batches of 64; a call of torch's GPipe schedule has 20 of
+them as its micro-batches.
 
-    torchrun --nproc-per-node 2 benchmarks/pipeline_engine.py --width 256 --steps 200
+    torchrun --nproc-per-node 2 benchmarks/pipeline_engine.py     # writes benchmarks/pipeline_engine.json
 """
 
-import argparse
+import json
+import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,11 +20,14 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import plywise as pw
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
 from plywise.local.component import Signal
 from plywise.pipeline.groups import join
 from plywise.pipeline.pipeline import Pipeline
 
-CLASSES, BLOCKS = 10, 4
+CLASSES, BLOCKS, WIDTHS = 10, 4, (64, 512)
+BATCH, STEPS, CHUNK, REPEATS = 64, 200, 20, 5
 
 
 def make_learner(width: int) -> pw.LocalLoss:
@@ -57,19 +63,19 @@ class LocalStage(nn.Module):
         return signal.s, y
 
 
-def run_torch(learner: pw.LocalLoss, batches: list[tuple[Tensor, Tensor]], chunk: int) -> float:
-    """Seconds for all batches, ``chunk`` of them as the micro-batches of one call of the schedule."""
+def run_torch(learner: pw.LocalLoss, batches: list[tuple[Tensor, Tensor]]) -> float:
+    """Seconds for all batches."""
     rank, half = dist.get_rank(), BLOCKS // 2
     module = LocalStage(learner, rank * half, (rank + 1) * half)
     x, y = batches[0]
     outputs = x if rank == 0 else x.new_zeros(len(x), CLASSES)
     # without the shapes the stage would find them by a forward on empty memory, and learn from that
     stage = PipelineStage(module, rank, 2, torch.device("cpu"), input_args=(x, y), output_args=(outputs, y))
-    schedule = ScheduleGPipe(stage, chunk)
+    schedule = ScheduleGPipe(stage, CHUNK)
     dist.barrier()
     start = time.perf_counter()
-    for first in range(0, len(batches), chunk):
-        part = batches[first : first + chunk]
+    for first in range(0, len(batches), CHUNK):
+        part = batches[first : first + CHUNK]
         x, y = (torch.cat(tensors) for tensors in zip(*part, strict=True))
         schedule.eval(*((x, y) if rank == 0 else ()))
     dist.barrier()
@@ -86,29 +92,31 @@ def run_plywise(learner: pw.LocalLoss, batches: list[tuple[Tensor, Tensor]]) -> 
         return time.perf_counter() - start
 
 
-def main() -> None:
-    """Print samples a second of both, the best of some runs."""
-    parser = argparse.ArgumentParser()
-    for name, default in (("width", 256), ("batch", 64), ("steps", 200), ("chunk", 20), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    join()
-    batches = make_batches(args.width, args.batch, args.steps)
-    best = {"plywise": float("inf"), "torch.distributed.pipelining": float("inf")}
-    for _ in range(args.repeats):
-        ours, theirs = (make_learner(args.width) for _ in range(2))
-        best["plywise"] = min(best["plywise"], run_plywise(ours, batches))
-        name = "torch.distributed.pipelining"
-        best[name] = min(best[name], run_torch(theirs, batches, args.chunk))
+def compare(width: int) -> dict[str, list[int]]:
+    """Samples a second of both, which take turns; raises if they do not end in the same weights."""
+    batches = make_batches(width, BATCH, STEPS)
+    rates: dict[str, list[int]] = {"plywise": [], "torch": []}
+    for _ in range(REPEATS):
+        ours, theirs = (make_learner(width) for _ in range(2))
+        rates["plywise"].append(round(STEPS * BATCH / run_plywise(ours, batches)))
+        rates["torch"].append(round(STEPS * BATCH / run_torch(theirs, batches)))
         half = BLOCKS // 2
         part = slice(dist.get_rank() * half, (dist.get_rank() + 1) * half)
         for one, other in zip(ours.trainers[part], theirs.trainers[part], strict=True):
             for a, b in zip(one.component.parameters(), other.component.parameters(), strict=True):
                 assert torch.equal(a, b), "both must end in the same weights"
+    return rates
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    join()
+    widths = {str(width): compare(width) for width in WIDTHS}
     if dist.get_rank() == 0:
-        for name, seconds in best.items():
-            print(f"{name:30} {args.steps * args.batch / seconds:10.0f} samples/s")
+        for width, rates in widths.items():
+            print(width, {name: statistics.median(one) for name, one in rates.items()})
+        result = {"environment": environment(), "samples_per_second": widths}
+        write_whole(Path(__file__).with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     dist.destroy_process_group()
 
 
