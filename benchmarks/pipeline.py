@@ -35,6 +35,7 @@ from pictures import save_picture
 from pipeline_arms import ARMS, BATCH, BATCHES, BRIDGES, LAYERS, WIDTH, batches, learner, run_pair
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
+from plywise.arena.reports.bench_charts import thin
 
 ROUNDS = 7
 OUT = Path(__file__).with_suffix(".json")
@@ -161,6 +162,10 @@ def draw(result: dict[str, Any]) -> None:
     save_picture(figure, OUT.with_suffix(".svg"))
 
 
+def write(result: dict[str, Any]) -> None:
+    write_whole(OUT, json.dumps(thin(result, 5)) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -171,7 +176,7 @@ def main() -> None:
     result: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {"bridges": {}}
     if options.schedules:
         result["schedules"] = compare_schedules(options.rounds)
-        write_whole(OUT, json.dumps(result) + "\n")
+        write(result)
         return
     result["environment"] = environment()
     for bridge in options.bridge or list(BRIDGES):
@@ -183,7 +188,7 @@ def main() -> None:
         for name, rate in part["samples_per_second"].items():
             ratio = part["pipeline_over"].get(name, 1)
             print(f"  {name:32} {rate:7} samples/s   pipeline is {ratio:.2f} ×", flush=True)
-        write_whole(OUT, json.dumps(result) + "\n")
+        write(result)
     draw(result)
 
 

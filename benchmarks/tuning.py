@@ -142,5 +142,6 @@ def median(values: Iterable[float | None]) -> float | None:
 
 
 def write_json(name: str, result: dict[str, Any]) -> None:
-    """Write the figures beside the script."""
-    (HERE / name).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    """Write the figures beside the script, a method a line."""
+    text = json.dumps(result, ensure_ascii=False).replace('{"settings"', '\n{"settings"')
+    (HERE / name).write_text(text + "\n")
