@@ -181,7 +181,7 @@ class Reader:
         Raises:
             PlywiseError: some are missing.
         """
-        y = tensor_of(y, f"{what}: the targets")
+        y = make_tensor(y, f"{what}: the targets")
         shown = ", ".join(words[:10]) + (", ..." if len(words) > 10 else "")
         self.say(
             f"The targets (column {name!r}) are words and were taken as {len(words)} classes, in the order "
