@@ -270,6 +270,25 @@ def test_calls_under_torch_func_keep_their_plain_gradients(rule: pw.Rule, how: s
     assert row.handled is (how == "both")
 
 
+@pytest.mark.parametrize("kind", [pw.Foof, pw.Coordinates])
+def test_other_weights_in_functional_call_are_no_lost_parameters(kind: type[Any]) -> None:
+    x, ends = draw(40, 6), []
+    for asks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        teacher = {name: p.detach() + 1 for name, p in model.named_parameters()}
+        optimizer = sgd(model)
+        kind(stats_every=10, refresh_every=10).attach(model, optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            if asks:
+                torch.func.functional_call(model, teacher, (x,))
+            model(x).square().mean().backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
 def test_a_conv1d_of_transformers_is_named_before_its_first_call() -> None:
     utilities = pytest.importorskip("transformers.pytorch_utils")
     model = nn.Sequential(utilities.Conv1D(8, 6), nn.ReLU(), nn.Linear(8, 3))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from uses_apart_worker import REPLICATED, RULES, main, train
 
 import plywise as pw
@@ -47,7 +47,25 @@ def halve(layer: nn.Module) -> None:
     prune.custom_from_mask(layer, "weight", (torch.rand(3, 5) > 0.4).double())
 
 
+class Rounding(torch.autograd.Function):
+    """Rounds, and lets gradients through as they are: what networks of few bits train by."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return (weight * 4).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Rounded(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return Rounding.apply(weight)
+
+
 COMPUTED: dict[str, Callable[[nn.Module], object]] = {
+    "rounded": lambda layer: parametrize.register_parametrization(layer, "weight", Rounded()),
     "weight norm": parametrizations.weight_norm,
     "old weight norm": nn.utils.weight_norm,
     "pruned": halve,

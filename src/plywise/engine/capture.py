@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -32,6 +32,12 @@ from plywise.engine.table import ParameterTable
 
 EXPLORED = 3
 """Forwards of the whole model in which uses of parameters are noted."""
+
+WHY_NOT_COMPILED = (
+    "plywise reads calls of linear maps between compiled graphs: leave fullgraph=True out, or the parameters "
+    "in question to the optimizer, rule.attach(..., exclude=...)"
+)
+"""What torch.compile says where it must not end a graph."""
 
 _push: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_function_stack
 _pop: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
@@ -66,7 +72,9 @@ class CaptureMode(TorchFunctionMode):
     ) -> Any:
         """Hand the call to its reader, if there is one."""
         if _is_compiling():
-            return _call_eagerly(self, func, args, kwargs)
+            if not _has_parameter(args) and not (kwargs and _has_parameter(kwargs.values())):
+                return func(*args, **kwargs) if kwargs else func(*args)
+            _hold_back_compiler()  # until the compiled function has run
         return self.call(func, args, kwargs)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
@@ -89,6 +97,14 @@ class CaptureMode(TorchFunctionMode):
         return output
 
 
+def _has_parameter(values: Iterable[Any]) -> bool:
+    """Whether a parameter is among these arguments of a call, or in a list of them."""
+    for value in values:
+        if isinstance(value, nn.Parameter) or (isinstance(value, list | tuple) and _has_parameter(value)):
+            return True
+    return False
+
+
 def _read_dual(
     reader: Callable[..., Any], capture: "Capture", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -105,19 +121,29 @@ def _read_dual(
 
 
 class PlainSteps(Protocol):
-    """Knows the steps in which all calls are left to autograd."""
+    """Knows the steps in which all calls are left to autograd.
+
+    Attributes:
+        rests_on: whether that has been found for this step.
+    """
+
+    rests_on: bool
 
     def check(self) -> bool:
         """Whether they are until the next step."""
 
 
 class _Running(threading.local):
-    """The modules that run in a thread, and how many of its calls have had a site, in the first forwards."""
+    """The modules that run in a thread, and how many of its calls have had a site, in the first forwards.
+
+    ``compiler`` is what torch.compile calls on each new frame, while it is held back.
+    """
 
     def __init__(self) -> None:
         self.outermost: nn.Module | None = None
         self.innermost: nn.Module | None = None
         self.captured = 0
+        self.compiler: Any = None
 
 
 class Capture:
@@ -145,6 +171,8 @@ class Capture:
     ) -> None:
         self.takes = takes
         self.alters = alters
+        if "torch._dynamo" in sys.modules:  # it is once anything has been compiled, or an optimizer made
+            torch._dynamo.decorators.skip(_hold_back_compiler)
         self._mode = CaptureMode(readers, self)
         self._table = table
         self._handles: list[RemovableHandle] = []
@@ -224,7 +252,7 @@ class Capture:
             if _runs_twice(module):
                 return
             self._pop_mode()  # an interrupt (Ctrl-C) has skipped the hook that leaves
-        local.outermost = local.innermost = None
+        local.outermost = local.innermost = local.compiler = None
         if self.paused or torch._C._is_tracing():  # a traced copy is a plain one
             return
         self._table.begin_pass()
@@ -242,6 +270,9 @@ class Capture:
         if local.outermost is module:
             local.outermost = local.innermost = None
             self._pop_mode()
+            if local.compiler is not None:
+                _set_compiler(local.compiler)
+                local.compiler = None
 
     def close(self) -> None:
         """Remove the hooks; take the mode off this thread's stack, should an interrupt have left it there."""
@@ -281,7 +312,11 @@ class EnterHook(ModelHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Enter the mode, if this module is the outermost."""
         if _is_compiling():
-            _enter_eagerly(self.capture, module)
+            resting = None if self.capture.resting is None else self.capture.resting()
+            if (resting is None or not resting.rests_on) and _enter_eagerly(self.capture, module):
+                compiler = _hold_back_compiler()
+                if self.capture.local.outermost is module:
+                    self.capture.local.compiler = compiler
             return
         local = self.capture.local
         if local.outermost is None or local.outermost is module:
@@ -299,22 +334,37 @@ class LeaveHook(ModelHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Leave the mode, if this module is the outermost."""
-        if _is_compiling():
-            _leave_eagerly(self.capture, module)
-        else:
+        if not _is_compiling():  # what is compiled has not entered it
             self.capture.leave(module)
 
 
-def _enter(capture: Capture, module: nn.Module) -> None:
+def _enter(capture: Capture, module: nn.Module) -> bool:
+    """`EnterHook` in a compiled model; whether calls are captured while this module runs."""
     if capture.local.outermost is None or capture.local.outermost is module:
         if not capture.is_resting():
             capture.enter(module)
     else:
         capture.local.innermost = module
+    return capture.local.outermost is not None
 
 
-# torch.compile cannot trace what enters a mode or looks at its data: it stops there and runs it as it is.
-# torch.compiler.disable would import torch._dynamo, which takes as long as torch; this imports it later.
-_run_eagerly: Any = torch._compile._disable_dynamo
-_call_eagerly, _enter_eagerly = _run_eagerly(CaptureMode.call), _run_eagerly(_enter)
-_leave_eagerly = _run_eagerly(Capture.leave)
+def _hold_back_compiler() -> Any:
+    """Run what follows as it is; returns what torch.compile would have called on each new frame."""
+    return _set_compiler(None)
+
+
+def _leave_out(function: Any) -> Any:
+    """Leave a function out of compiled graphs, and give torch.compile the reason.
+
+    What torch.compiler.disable does; that would import torch._dynamo, which takes as long as torch.
+    """
+    function._torchdynamo_disable, function._torchdynamo_disable_msg = True, WHY_NOT_COMPILED
+    return function
+
+
+# torch.compile cannot trace what enters a mode or looks at its data. To run each such call beside the
+# compiled graphs would leave nothing to compile, at the price of compiling it. So the compiler is held back
+# until the model has run, in steps that capture calls; in those at rest the graph ends once.
+_set_compiler: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
+_enter_eagerly: Callable[[Capture, nn.Module], bool] = _leave_out(torch._compile._disable_dynamo(_enter))
+_leave_out(_hold_back_compiler)

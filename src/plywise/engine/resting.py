@@ -15,7 +15,6 @@ from plywise.engine.learning import Learning
 from plywise.engine.saved_state import LayerState, SavedState
 from plywise.engine.sites import ParameterEntry
 from plywise.engine.training_processes import TrainingProcesses
-from plywise.errors import AttachError
 
 
 class RestingLayers:
@@ -82,6 +81,9 @@ class Resting:
         processes: the processes that share the states.
         waits: whether a layer's gradient waits for the step.
         observers: observers that need each call; None if each call must be captured in any case.
+
+    Attributes:
+        rests_on: whether all layers have been found at rest in this step, for compiled models.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Resting:
         self._processes = processes
         self._waits = waits
         self._observers = observers
+        self.rests_on = False
         self._may_rest = True
         self._is_step_plain = False
         self._is_checked = False
@@ -129,7 +132,7 @@ class Resting:
 
     def begin_step(self) -> None:
         """A step is over: look again in the next forward."""
-        self._is_checked = False
+        self._is_checked = self.rests_on = False
 
     def check(self) -> bool:
         """Whether forward and backward of all layers are left to autograd until the next step.
@@ -147,7 +150,8 @@ class Resting:
             self._plan()
             key = self._saved.version, len(self._layers), self._saved.step
         self._planned = key
-        return self._resting is not None
+        self.rests_on = self._resting is not None
+        return self.rests_on
 
     def _plan(self) -> None:
         """Find the layers whose forward and backward are plain in this step: the step makes their updates."""
@@ -186,14 +190,16 @@ class Resting:
             layer.entry.rests = True
 
     def _find_learned(self) -> set[str] | None:
-        """The layers that have statistics; None if parameters have been replaced (the next pass says so)."""
+        """The layers that have statistics; None if other tensors stand in the place of parameters.
+
+        Those of `torch.func.functional_call` are gone by the step, which refuses others.
+        """
         layers = {name: layer for name, layer in self._layers.items() if layer.entry.trains}
-        try:
-            for name, layer in layers.items():
-                if not layer.gone and layer.entry.dimensions:
-                    self._saved.follow_bias(name)
-        except AttachError:
-            return None
+        for name, layer in layers.items():
+            if not layer.gone and layer.entry.dimensions:
+                if not layer.is_in_place:
+                    return None
+                self._saved.follow_bias(name)
         return {name for name in layers if self._saved.read(name).tensors}
 
     def _must_act(self, layer: LayerHandle) -> bool:

@@ -209,6 +209,7 @@ class RunningState:
         """The step does not happen."""
         self._gathered.drop()
         self._made = None
+        self.resting.rests_on = False  # a state may have been loaded
 
     def apply_at_step(self, optimizer: Optimizer) -> None:
         """Turn pending evidence into state, and plain gradients into updates; called before the step."""

@@ -346,7 +346,7 @@ class ParameterTable:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if len(seen) > MOST_NODES or getattr(type(node), "_forward_cls", None) is not None:
+            if len(seen) > MOST_NODES or _may_be_layer(node):
                 return []  # computed by another layer: an activation, not a weight
             variable = getattr(node, "variable", None)
             if variable is not None:
@@ -361,6 +361,15 @@ class ParameterTable:
 def is_expanded(weight: Tensor) -> bool:
     """Whether a view shows the same numbers several times."""
     return any(size > 1 and not stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+
+
+def _may_be_layer(node: Any) -> bool:
+    """Whether a node may stand for calls of layers: ours, or torch's own (a checkpoint).
+
+    Those of users round weights, or take their signs.
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] in ("plywise", "torch")
 
 
 def _count_entries(entry: ParameterEntry) -> int:
