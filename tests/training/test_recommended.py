@@ -1,5 +1,6 @@
 """One line for those who do not want to choose."""
 
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -105,6 +106,7 @@ def test_the_arena_has_it() -> None:
     assert "recommended" in METHODS
     method = find_method("recommended")
     assert method.space["lr"].default == 0.01
+    assert method.space["damping"].default == inspect.signature(pw.recommend).parameters["damping"].default
     assert not method.baseline
 
 
@@ -133,3 +135,27 @@ def test_the_power_is_the_users_choice() -> None:
     assert pw.recommend(make_mlp(8, 16, 2), power=0.0).rule.power == 0.0
     with pytest.raises(ValueError, match="power must be between 0 and 1"):
         pw.recommend(make_mlp(8, 16, 2), power=2.0)
+
+
+def test_the_damping_is_the_users_choice() -> None:
+    assert pw.recommend(make_mlp(8, 16, 2), damping=0.5).rule.damping == 0.5
+    with pytest.raises(ValueError, match="damping must be"):
+        pw.recommend(make_mlp(8, 16, 2), damping=-1.0)
+
+
+def step_on_nan(on_nonfinite: str) -> bool:
+    """A step on inputs of NaN; whether the weights are what they were."""
+    model = make_mlp(8, 16, 2)
+    optimizer = pw.recommend(model, batch_size=4, on_nonfinite=on_nonfinite).optimizer  # type: ignore[arg-type]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model(torch.full((4, 8), torch.nan)).sum().backward()
+    optimizer.step()
+    return all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_gradients_that_are_not_finite_are_treated_as_the_user_says() -> None:
+    with pytest.warns(RuntimeWarning, match="not finite, so this step was not taken"):
+        assert step_on_nan("skip")
+    assert not step_on_nan("propagate")
+    with pytest.raises(pw.NonFiniteError, match="not finite"):
+        step_on_nan("raise")

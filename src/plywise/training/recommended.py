@@ -6,7 +6,7 @@ cost of a step stays within a budget.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,9 @@ def recommend(
     batch_size: int | None = None,
     budget: float = 0.5,
     power: float = 0.25,
+    damping: float = 0.1,
     weight_decay: float = 0.01,
+    on_nonfinite: Literal["skip", "raise", "propagate"] = "skip",
 ) -> Recommendation:
     """Make an optimizer for a model, with a rule attached that fits its layers.
 
@@ -107,14 +109,19 @@ def recommend(
             Default 0.5.
         power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune it, try 0, too: the best value
             depends on the data.
+        damping: what is added to the eigenvalues before they are whitened, relative to their mean. Default
+            0.1. The second number to tune, after the rate: the larger it is, the less is whitened. Range
+            1e-3 to 10.
         weight_decay: AdamW's decoupled decay. Default 0.01.
+        on_nonfinite: what happens to a step whose gradients are not finite, as for `Rule.attach`: "skip",
+            "raise" or "propagate". Default "skip".
 
     Returns:
         Optimizer and rule; `Recommendation.explain` says what was chosen, and why.
 
     Raises:
         AttachError: the model has no layer that a rule could take.
-        ValueError: the budget or the rate is not positive, or the power is out of range.
+        ValueError: the budget or the rate is not positive, or another number is out of range.
 
     Source: the method's card, `plywise.Coordinates`; the choice is ours.
 
@@ -130,7 +137,7 @@ def recommend(
         raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
     optimizer = make_adamw(model.parameters(), lr, betas=BETAS, weight_decay=weight_decay)
     rows = [row for row in _look(model, optimizer, batch, batch_size) if row.handled]
-    plan = _choose(rows, budget, power)
+    plan = _choose(Coordinates(power, damping=damping), rows, budget)
     if not plan.taken:
         raise AttachError(
             f"recommend finds no layer of this {type(model).__name__} that fits a budget of {budget:g}: each "
@@ -138,7 +145,7 @@ def recommend(
             see="attach-no-layer",
         )
     exclude = [row.name for row in plan.left]
-    rule = plan.rule.attach(model, optimizer, exclude=exclude or None)
+    rule = plan.rule.attach(model, optimizer, exclude=exclude or None, on_nonfinite=on_nonfinite)
     memory = sum(plan.rule.estimate_cost(row.size)[1] for row in plan.taken if row.size is not None)
     return Recommendation(optimizer, rule, plan.price, 4 * memory, tuple(exclude))
 
@@ -180,9 +187,9 @@ def _differentiate(model: nn.Module, output: Any) -> None:
         torch.autograd.grad(sums, parameters, allow_unused=True)
 
 
-def _choose(rows: list[LayerRow], budget: float, power: float) -> _Plan:
+def _choose(basis: Coordinates, rows: list[LayerRow], budget: float) -> _Plan:
     """The best settings whose price is within the budget; with the cheapest, only the layers that fit."""
-    rules = [Coordinates(power, rank=rank, refresh_every=every) for rank in RANKS for every in REFRESHES]
+    rules = [replace(basis, rank=rank, refresh_every=every) for rank in RANKS for every in REFRESHES]
     plans = [_price(rule, rows) for rule in rules]
     fitting = [plan for plan in plans if plan.price <= budget]
     if fitting:

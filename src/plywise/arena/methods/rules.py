@@ -110,8 +110,11 @@ def make_recommended() -> Method:
     def make(setting: TrialContext) -> Trainer:
         # in a tuple: a user's model takes its whole batch, whatever that is, as one argument
         batch = (setting.example,)
-        chosen = recommend(setting.model, batch=batch, batch_size=BATCH, **dict(setting.numbers))
+        numbers = dict(setting.numbers)
+        # as all rules are attached here: a run that diverges counts as failed
+        chosen = recommend(setting.model, batch=batch, batch_size=BATCH, on_nonfinite="propagate", **numbers)
         return end_to_end(setting, chosen.optimizer)
 
     about = "AdamW in coordinates chosen for the model (plywise.recommend)"
-    return Method(RECOMMENDED, about, unit_sized(1e-2), make)
+    space = {"lr": unit_sized(1e-2)["lr"], **TUNED["Coordinates"].numbers}
+    return Method(RECOMMENDED, about, space, make)
