@@ -62,7 +62,7 @@ ARMS = {
     "AdaBK, rank 32": Arm(lambda: pw.AdaBK(rank=32, **EVERY)),
     "KFAC": Arm(lambda: pw.KFAC(**EVERY)),
     "KFAC, rank 32": Arm(lambda: pw.KFAC(rank=32, **EVERY)),
-    "Coordinates on AdamW": Arm(lambda: pw.Coordinates(**EVERY), lambda parameters: AdamW(parameters, 1e-4)),
+    "Coordinates on AdamW": Arm(lambda: pw.Coordinates(**EVERY, slowdown=1), lambda p: AdamW(p, 1e-4)),
     "torch Muon + AdamW": Arm(optimizer=peer("torch_muon"), up_to=1024),
     "SOAP (pytorch_optimizer)": Arm(optimizer=peer("soap"), up_to=1024),
     "Shampoo (pytorch_optimizer), every 10": Arm(optimizer=peer("shampoo", every=10), up_to=256),

@@ -13,6 +13,7 @@ import plywise as pw
 from plywise.errors import AttachError
 
 RATE, STEPS = 0.05, 9
+ONCE: dict[str, Any] = {"stats_every": STEPS, "refresh_every": STEPS}  # the first basis stays
 Make = Callable[[Any], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Make] = {
@@ -94,7 +95,7 @@ def test_sgd_moves_by_the_gradient_in_the_metric(basis: Any, power: float, decay
     """With power ½ that is Foof's step with c = 1, with ¼ that of feature whitening."""
     layer = new_layer()
     optimizer = SGD(layer.parameters(), RATE, weight_decay=decay)
-    pw.Coordinates(power=power, damping=0.3, basis=basis, keep_norm=False).attach(layer, optimizer)
+    pw.Coordinates(power=power, damping=0.3, basis=basis, keep_norm=False, **ONCE).attach(layer, optimizer)
     W, metric = matrix_of(layer), torch.eye(6)
     for number in range(STEPS):
         G, covariance = gradient(number)
@@ -110,7 +111,8 @@ def test_sgd_moves_by_the_gradient_in_the_metric(basis: Any, power: float, decay
 def test_of_a_wide_side_only_the_leading_directions_are_whitened(basis: Any) -> None:
     layer, rank = new_layer(), 2
     optimizer = SGD(layer.parameters(), RATE)
-    pw.Coordinates(rank=rank, power=0.5, damping=0.3, basis=basis, keep_norm=False).attach(layer, optimizer)
+    settings = {"rank": rank, "power": 0.5, "damping": 0.3, "basis": basis}
+    pw.Coordinates(keep_norm=False, **settings, **ONCE).attach(layer, optimizer)
     W, covariance = matrix_of(layer), add_ramp(gradient(0)[1])
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0) / values.mean(), vectors.flip(1)
@@ -290,7 +292,7 @@ def test_second_moments_of_other_axes_are_not_used(begun: bool) -> None:
 def test_later_bases_follow_the_running_covariance() -> None:
     layer = new_layer()
     optimizer = SGD(layer.parameters(), RATE)
-    rule = pw.Coordinates(stats_every=1, refresh_every=1, decay=0.5).attach(layer, optimizer)
+    rule = pw.Coordinates(stats_every=1, refresh_every=1, slowdown=1, decay=0.5).attach(layer, optimizer)
     total, count = torch.zeros(6, 6), 0.0
     for number in range(40):
         train(layer, optimizer, range(number % 3, number % 3 + 1))
@@ -303,12 +305,67 @@ def test_later_bases_follow_the_running_covariance() -> None:
     assert off.norm() < 0.1 * inside.norm()
 
 
+@pytest.mark.parametrize(
+    ("slowdown", "gathered"),
+    [
+        (1, [*range(90)]),
+        (3, [0, 1, *range(2, 8, 2), *range(9, 90, 3)]),
+        (8, [0, 1, *range(2, 8, 2), *range(8, 32, 4), *range(32, 90, 8)]),
+    ],
+)
+def test_intervals_grow_with_the_square_root_of_the_steps(slowdown: int, gathered: list[int]) -> None:
+    layer = new_layer()
+    optimizer = SGD(layer.parameters(), 0.0)
+    rule = pw.Coordinates(stats_every=1, refresh_every=1, slowdown=slowdown).attach(layer, optimizer)
+    seen, before = [], 0.0
+    for number in range(90):
+        train(layer, optimizer, range(number, number + 1))
+        count = float(rule.statistics[""]["input.count"])
+        seen += [number] if count != before else []
+        before = count
+    assert seen == gathered
+
+
+def test_a_sample_takes_turns_when_intervals_have_grown() -> None:
+    """A sequence whose even positions are ones and whose odd positions are zeros."""
+    layer = nn.Linear(1, 2)
+    optimizer = SGD(layer.parameters(), 0.0)
+    rule = pw.Coordinates(stats_every=1, refresh_every=1, decay=0.5, sample=2).attach(layer, optimizer)
+    x = torch.tensor([1.0, 0.0]).repeat(4).reshape(1, 8, 1)
+    energies, before = [], 0.0
+    for _ in range(40):
+        optimizer.zero_grad()
+        layer(x).sum().backward()
+        optimizer.step()
+        energy = float(rule.statistics[""]["input"][0, 0, 0])
+        energies += [energy - 0.5 * before] if energy != before else []
+        before = energy
+    assert energies[-5:] in ([0.0, 4.0, 0.0, 4.0, 0.0], [4.0, 0.0, 4.0, 0.0, 4.0])
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 8, 13, 21])
+def test_a_run_goes_on_after_a_resume_while_intervals_grow(number: int) -> None:
+    def make() -> tuple[nn.Linear, torch.optim.Optimizer]:
+        layer = new_layer()
+        optimizer = AdamW(layer.parameters(), RATE)
+        pw.Coordinates(stats_every=1, refresh_every=1, tolerance=0).attach(layer, optimizer)
+        return layer, optimizer
+
+    (whole, made), (first, stopped), (second, resumed) = make(), make(), make()
+    train(whole, made, range(30))
+    train(first, stopped, range(number))
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(stopped.state_dict())
+    train(second, resumed, range(number, 30))
+    assert torch.equal(matrix_of(second), matrix_of(whole))
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 def test_vectors_are_kept_while_they_have_not_drifted(rank: int | None) -> None:
     """Their scales follow the running covariance all the same."""
     layer = nn.Linear(9, 4)
     optimizer = SGD(layer.parameters(), 0.0)
-    settings = {"rank": rank, "stats_every": 1, "refresh_every": 1, "decay": 0.5}
+    settings = {"rank": rank, "stats_every": 1, "refresh_every": 1, "slowdown": 1, "decay": 0.5}
     rule = pw.Coordinates(tolerance=0.3, **settings).attach(layer, optimizer)
 
     def take_step(scale: Tensor | float) -> dict[str, Tensor]:
@@ -371,7 +428,8 @@ def test_muon_does_not_mind_a_rotation(name: str) -> None:
 def test_both_sides_turn_the_gradient() -> None:
     layer = new_layer()
     optimizer = SGD(layer.parameters(), RATE)
-    rule = pw.Coordinates(sides="both", output_power=0.25, keep_norm=False).attach(layer, optimizer)
+    rule = pw.Coordinates(sides="both", output_power=0.25, damping=0.1, keep_norm=False)
+    rule.attach(layer, optimizer)
     train(layer, optimizer, range(1))
     _, delta = make_data(0)
     T = find_basis(gradient(0)[1], 0.25, 0.1)

@@ -105,8 +105,10 @@ def test_the_arena_has_it() -> None:
 
     assert "recommended" in METHODS
     method = find_method("recommended")
-    assert method.space["lr"].default == 0.01
-    assert method.space["damping"].default == inspect.signature(pw.recommend).parameters["damping"].default
+    settings = inspect.signature(pw.recommend).parameters
+    assert {name: one.default for name, one in method.space.items()} == {
+        name: settings[name].default for name in ("lr", "damping")
+    }
     assert not method.baseline
 
 

@@ -142,8 +142,7 @@ class Attachment:
             self._keep_state(optimizer, process_group)
         self.table.on_replaced = self._follow_parameters
         if self.rule.needs_backward_scale:
-            every = self.rule.measure_every
-            self._scale = BackwardScale(self.table, optimizer, every, process_group)
+            self._scale = BackwardScale(self.table, optimizer, self.rule.measure_every, process_group)
         if self._alters:
             self.table.on_begin.append(self._note_pipeline)
         if self.rule.clips_updates() and optimizer is not None:
@@ -352,6 +351,8 @@ class Attachment:
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
             self._liveness.mark_unstepped(optimizer, self.table.entries)
+        if self._state is not None:
+            self._state.resting.forget()
 
     # ---- at the step -------------------------------------------------------------------------
 

@@ -184,6 +184,10 @@ class StatefulContract(RuleContract):
     By default they take turns in a cycle, and in the first cycle each gathering refreshes.
     """
 
+    def count_intervals(self, step: int) -> int:
+        """How many times as long both intervals are at a step as at the start of training."""
+        return 1
+
     acts_at_step: ClassVar[bool] = False
     """Whether the step makes the updates of layers that do not act `in_backward`.
 

@@ -48,7 +48,16 @@ class Learning:
     @property
     def gathers(self) -> bool:
         """Whether this step gathers evidence."""
-        return self._saved.step % self._rule.stats_every == 0
+        return self._saved.step % self._stats_every == 0
+
+    @property
+    def turn(self) -> int:
+        """The number of a gathering: gatherings that follow one another differ by 1, until intervals grow."""
+        return self._saved.step // self._stats_every
+
+    @property
+    def _stats_every(self) -> int:
+        return self._rule.stats_every * self._rule.count_intervals(self._saved.step)
 
     def refreshes(self, name: str) -> bool:
         """Whether a layer's turn is in this step.
@@ -61,11 +70,13 @@ class Learning:
         """Whether it is the turn of a layer with this state."""
         if not state.tensors:
             return True
+        step = self._saved.step
+        every = self._rule.refresh_every * self._rule.count_intervals(step)
         if self._rule.refreshes_together:
-            return self._saved.step % self._rule.refresh_every == 0
-        if self._saved.step < self._rule.refresh_every:
+            return step % every == 0
+        if step < self._rule.refresh_every:
             return self.gathers
-        return (self._saved.step - state.phase) % self._rule.refresh_every == 0
+        return (step - state.phase) % every == 0
 
     def measures(self, layer: LayerHandle) -> bool:
         """Whether the step measures the factor of a layer's updates until its next refresh."""

@@ -73,6 +73,7 @@ class Liveness:
             known = id(entry.parameter()) in stepped
             if known and entry.excluded == UNSTEPPED:
                 entry.excluded = ""
+                entry.used_by.clear()  # by calls that were not taken while it was left alone
             elif not known and not entry.excluded:
                 entry.excluded = UNSTEPPED
 

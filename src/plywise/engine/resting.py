@@ -134,6 +134,11 @@ class Resting:
         """A step is over: look again in the next forward."""
         self._is_checked = self.rests_on = False
 
+    def forget(self) -> None:
+        """Parameters may have joined or left the optimizer: look again in the next forward."""
+        self._planned = None
+        self._is_checked = False
+
     def check(self) -> bool:
         """Whether forward and backward of all layers are left to autograd until the next step.
 

@@ -188,7 +188,7 @@ class RunningState:
         if (self._learning.gathers or is_new) and call.a.numel() and call.delta.numel():
             # data-parallel training averages gradients, so that each row counts 1/processes in the whole
             counted = call.times(1 / self.processes.size)
-            evidence = self._rule.gather(counted, self._saved.step // self._rule.stats_every)
+            evidence = self._rule.gather(counted, self._learning.turn)
             if is_new:
                 wanted = self._rule.evidence_shapes(self._layers[call.name].shape)
                 check_tensors(self._rule, "gather", call.name, evidence, wanted)

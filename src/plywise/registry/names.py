@@ -92,7 +92,7 @@ NAMES = (
     _rule("AdaBK", "adabk", {"damping": (1e-4, 1.0, 1e-2)}),
     _rule("KFAC", "kfac", {"damping": (0.01, 100.0, 1.0)}),
     _rule("Foof", "foof", {"damping": (0.01, 100.0, 1.0)}),
-    _rule("Coordinates", "coordinates", {"damping": (1e-3, 10.0, 0.1)}),
+    _rule("Coordinates", "coordinates", {"damping": (1e-3, 10.0, 0.3)}),
     _rule(
         "Precondition",
         "precondition",

@@ -11,12 +11,15 @@ from plywise.engine.call import LinearCall, Update
 from plywise.engine.contract import LayerShape, Shapes, State
 from plywise.engine.explain import Size
 from plywise.engine.health import Health
-from plywise.engine.rule import require_choice
+from plywise.engine.rule import require_choice, require_whole
 from plywise.numerics.bases import TwoSidedBasis, find_bases, find_basis, list_tensors, make_basis
 from plywise.numerics.eigenbasis import compute_eigenbasis
 from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 Sides = Literal["input", "output", "both"]
+
+FIRST_CYCLES = 2
+"""Cycles of the shortest intervals, at the start of training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,7 @@ class Coordinates(KroneckerRule):
 
     Args:
         power: how far the inputs are whitened, 0 (turned only) to ½ (fully). Default 0.25. Range 0 to 0.5.
-        damping: ε, relative to the mean eigenvalue. Default 0.1. Range 1e-4 to 10.
+        damping: ε, relative to the mean eigenvalue. Default 0.3. Range 1e-4 to 10.
         basis: "eigen" turns into the eigenbasis; "root" whitens in the original axes. Default "eigen".
         sides: "input", "output" or "both". Default "input".
         output_power: as ``power``, for the output side. Default 0. Range 0 to 0.5.
@@ -69,9 +72,14 @@ class Coordinates(KroneckerRule):
         sample: take every so many-th position along each axis of a convolution or sequence. Default 2.
             Range 1 to 4.
         max_size: a side wider than this stays as it is. Default 2048. Range 256 to 8192.
-        stats_every: steps from one batch that enters the statistics to the next. Default 10. Range 1 to 100.
-        refresh_every: steps from one basis to the next, a multiple of ``stats_every``. Default 10. Range 1
-            to 100.
+        stats_every: steps from one batch that enters the statistics to the next, at the start. Default 5.
+            Range 1 to 100.
+        refresh_every: steps from one basis to the next, at the start; a multiple of ``stats_every``. Default
+            5. Range 1 to 100.
+        slowdown: both intervals grow with the square root of the steps taken, since inputs change less and
+            less: they are twice as long once 2 times ``refresh_every`` steps have been taken, 4 times as long
+            after 8 times, and so on, until they are so many times as long. 1 keeps them. Default 8. Range 1
+            to 16.
         tolerance: at a refresh, keep the vectors while the root mean square of ‖R v - λ v‖ / (λ + mean λ) is
             at most this; 0 improves them at each. Default 0.05. Range 0 to 0.2.
 
@@ -95,7 +103,7 @@ class Coordinates(KroneckerRule):
     acts_alone: ClassVar[bool] = False
 
     power: float = 0.25
-    damping: float = 0.1
+    damping: float = 0.3
     basis: Literal["eigen", "root"] = "eigen"
     sides: Sides = "input"
     output_power: float = 0.0
@@ -104,8 +112,9 @@ class Coordinates(KroneckerRule):
     rank: int | None = 64
     sample: int = 2
     max_size: int = 2048
-    stats_every: int = 10
-    refresh_every: int = 10
+    stats_every: int = 5
+    refresh_every: int = 5
+    slowdown: int = 8
     tolerance: float = 0.05
 
     def __post_init__(self) -> None:
@@ -117,6 +126,7 @@ class Coordinates(KroneckerRule):
                 raise ValueError(f"Coordinates: {name} must be between 0 and 1, not {value!r}.")
         if not isinstance(self.tolerance, int | float) or not self.tolerance >= 0:
             raise ValueError(f"Coordinates: tolerance must be 0 or above, not {self.tolerance!r}.")
+        require_whole(self, slowdown=self.slowdown)
         self.check()
 
     @cached_property
@@ -140,6 +150,11 @@ class Coordinates(KroneckerRule):
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
         """Never: the optimizer's step must be turned back afterwards."""
         return False
+
+    def count_intervals(self, step: int) -> int:
+        """A power of two, as the square root of the cycles so far; at most ``slowdown``."""
+        times = step // (FIRST_CYCLES * self.refresh_every)
+        return min(self.slowdown, 1 << (times.bit_length() + 1) // 2)
 
     # ---- at the step -------------------------------------------------------------------------
 
@@ -199,13 +214,13 @@ class Coordinates(KroneckerRule):
         return shapes
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
-        """Statistics, orthogonal iteration and the two products."""
+        """Statistics, orthogonal iteration and the two products, once intervals are at their longest."""
         flops = floats = 0.0
         for side, own, other in (("input", size.d, size.m), ("output", size.m, size.d)):
             if side in self.plan.sides(size.m, size.d):
                 rank = self.plan.rank_of(own) or own
-                flops += size.n / self.sample * own * own / self.stats_every
-                flops += 8.0 * own * own * rank / self.refresh_every
+                flops += size.n / self.sample * own * own / (self.stats_every * self.slowdown)
+                flops += 8.0 * own * own * rank / (self.refresh_every * self.slowdown)
                 flops += (4.0 if rank == own else 8.0) * other * own * rank
                 floats += own * own + 2.0 * own * rank
         return size.g * flops, size.g * floats

@@ -23,8 +23,8 @@ from plywise.rules.coordinates import Coordinates
 RANKS = (64, 32, 16)
 """Numbers of directions to turn on wide sides, the best first."""
 
-REFRESHES = (10, 20, 50)
-"""Steps between two bases, the best first."""
+REFRESHES = (5, 10, 25)
+"""Steps between two bases at the start, the best first."""
 
 CALLS = 2.0**21
 """Operations of one core in 60 µs, the time of the calls in a small layer's plain step."""
@@ -82,13 +82,13 @@ class _Plan:
 
 def recommend(
     model: nn.Module,
-    lr: float = 0.01,
+    lr: float = 0.015,
     *,
     batch: Any = None,
     batch_size: int | None = None,
     budget: float = 0.5,
     power: float = 0.25,
-    damping: float = 0.1,
+    damping: float = 0.3,
     weight_decay: float = 0.01,
     on_nonfinite: Literal["skip", "raise", "propagate"] = "skip",
 ) -> Recommendation:
@@ -100,7 +100,7 @@ def recommend(
 
     Args:
         model: the model.
-        lr: the rate. Default 0.01, which suits AdamW in these coordinates; plain AdamW usually needs a lower
+        lr: the rate. Default 0.015, which suits AdamW in these coordinates; plain AdamW usually needs a lower
             rate.
         batch: an input, or a tuple or dict of inputs, for one pass in evaluation mode, which shows the sizes
             of convolutions and leaves no gradient. Without it, layers of unknown size are handled, too.
@@ -110,7 +110,7 @@ def recommend(
         power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune it, try 0, too: the best value
             depends on the data.
         damping: what is added to the eigenvalues before they are whitened, relative to their mean. Default
-            0.1. The second number to tune, after the rate: the larger it is, the less is whitened. Range
+            0.3. The second number to tune, after the rate: the larger it is, the less is whitened. Range
             1e-3 to 10.
         weight_decay: AdamW's decoupled decay. Default 0.01.
         on_nonfinite: what happens to a step whose gradients are not finite, as for `Rule.attach`: "skip",

@@ -116,5 +116,5 @@ def make_recommended() -> Method:
         return end_to_end(setting, chosen.optimizer)
 
     about = "AdamW in coordinates chosen for the model (plywise.recommend)"
-    space = {"lr": unit_sized(1e-2)["lr"], **TUNED["Coordinates"].numbers}
+    space = {"lr": unit_sized(1.5e-2)["lr"], **TUNED["Coordinates"].numbers}
     return Method(RECOMMENDED, about, space, make)

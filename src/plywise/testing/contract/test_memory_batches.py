@@ -225,7 +225,7 @@ def test_squares_that_overflow_are_not_learned(memory_case: Case, warm: int) -> 
     assert same_bits(statistics(run.memory(), "0"), statistics(before, "0"))
     assert run.rule.health.of("0") == {NON_FINITE: 1}
     assert all_finite(weights(run.model))
-    for number in range(2):  # and goes on
+    for number in range(4):  # and goes on
         run.step(number)
         assert all_finite(run.seen())
     assert not same_bits(statistics(run.memory(), "0"), statistics(before, "0"))

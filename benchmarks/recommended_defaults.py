@@ -1,0 +1,182 @@
+"""Where the defaults of `plywise.recommend` come from: six small sets that no bench of ours judges.
+
+    python benchmarks/recommended_defaults.py     # writes recommended_defaults.json, ten minutes on one core; resumes
+
+Wine quality and yachts (tables), MNIST with an MLP, a ConvNet and a small ResNet, and characters of film
+reviews with a transformer. Each arm differs from the defaults in one setting and is not tuned otherwise. The
+table says the loss on held-out data at the end of three seeds (median), and over the sets the geometric mean
+of its ratio to the defaults', and of the CPU time's.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import plywise as pw
+from plywise._util.environment import environment
+from plywise._util.files import write_whole
+from plywise.arena.method import Method, Trainer, TrialContext, end_to_end
+from plywise.arena.run.experiment import Design, run_arms
+from plywise.arena.run.ledger import Ledger
+from plywise.arena.scoring.records import DEFAULTS, TrialRecord
+from plywise.arena.task import REGRESSION, SEQUENCES, Task
+from plywise.arena.workload import Workload
+from plywise.arena.workloads.networks import CharTransformer, conv_net, mlp, resnet
+from plywise.arena.workloads.tables import prepare_table
+from plywise.data.digits import Split
+from plywise.data.parts import Data, draw_parts
+from plywise.data.sets import grey_images, numeric_table
+from plywise.data.tables import read_rows
+from tuning import CROSS_ENTROPY, DATA, HERE
+
+OUT = HERE / "recommended_defaults.json"
+SEEDS, BATCH = 3, 64
+CHARACTERS, CONTEXT = 100, 32
+
+# ---- the sets ----------------------------------------------------------------------------------------
+
+
+def read_images(flat: bool) -> Data:
+    """4,000 images of MNIST, and twice 1,000 others; pixels from 0 to 1."""
+    images, labels, *_ = grey_images("mnist")
+    x, y = torch.from_numpy(images).float().div(255).unsqueeze(1), torch.from_numpy(labels).long()
+    parts = draw_parts(x, y, (4000, 1000, 1000))
+    return Data(*(Split(part.x.flatten(1) if flat else part.x, part.y) for part in parts))
+
+
+def read_characters() -> Data:
+    """Windows of 32 characters of film reviews, and the characters after each; rare ones count as one."""
+    text = " ".join(row["text"] for row in read_rows(DATA / "imdb_subset.csv.gz")[:400])
+    codes = torch.tensor([min(max(ord(character) - 32, 0), CHARACTERS - 1) for character in text])
+    windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+    parts = windows.split([len(windows) - 800, 400, 400])
+    return Data(*(Split(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts))
+
+
+def make_workload(
+    name: str, network: Callable[[], nn.Module], read: Callable[[], Data], task: Task, steps: int
+) -> Workload:
+    """A set and a network; nothing is tuned, so that a target is not needed."""
+    return Workload(name, "", network, read, task, BATCH, steps, target=0.0)
+
+
+TABLES = {"wine": ("uci_wine_quality_red", 11), "yacht": ("uci_yacht", 6)}
+WORKLOADS = [
+    *(
+        make_workload(
+            name,
+            partial(mlp, columns, 64, 64, 1),
+            partial(prepare_table, partial(numeric_table, file)),
+            REGRESSION,
+            400,
+        )
+        for name, (file, columns) in TABLES.items()
+    ),
+    make_workload("MLP", partial(mlp, 784, 128, 128, 10), partial(read_images, True), CROSS_ENTROPY, 300),
+    make_workload(
+        "ConvNet",
+        partial(conv_net, (1, 28, 28), (8, 16), (64, 10)),
+        partial(read_images, False),
+        CROSS_ENTROPY,
+        200,
+    ),
+    make_workload(
+        "ResNet",
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 1), *resnet(8, 16)),
+        partial(read_images, False),
+        CROSS_ENTROPY,
+        120,
+    ),
+    make_workload(
+        "characters",
+        partial(CharTransformer, CHARACTERS, CONTEXT, width=64, depth=2, heads=4),
+        read_characters,
+        Task(SEQUENCES.loss, SEQUENCES.loss, "nats"),
+        250,
+    ),
+]
+
+# ---- the arms ----------------------------------------------------------------------------------------
+
+THROUGHOUT = {"stats_every": 10, "refresh_every": 10, "slowdown": 1}
+ARMS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "defaults, other seeds": {},
+    **{f"lr {lr:g}": {"lr": lr} for lr in (0.005, 0.01, 0.02, 0.03)},
+    **{f"damping {damping:g}": {"damping": damping} for damping in (0.1, 1.0, 3.0)},
+    **{f"power {power:g}": {"power": power} for power in (0.0, 0.5)},
+    "renewed every 10 steps": THROUGHOUT,
+    "renewed every 5 steps": {**THROUGHOUT, "stats_every": 5, "refresh_every": 5},
+}
+ADAMW = (0.001, 0.003, 0.01, 0.03)
+
+
+def make_recommended(name: str, settings: dict[str, Any]) -> Method:
+    """What `recommend` makes with these settings; intervals are the rule's own."""
+
+    def begin(context: TrialContext) -> Trainer:
+        own = {key: value for key, value in settings.items() if key not in THROUGHOUT}
+        chosen = pw.recommend(context.model, batch_size=BATCH, on_nonfinite="propagate", **own)
+        if own != settings:
+            chosen.rule.detach()
+            pw.Coordinates(**settings).attach(context.model, chosen.optimizer, on_nonfinite="propagate")
+        return end_to_end(context, chosen.optimizer)
+
+    return Method(name, "", {}, begin, null="defaults" if "seeds" in name else None)
+
+
+def make_adamw(rate: float) -> Method:
+    """AdamW alone."""
+
+    def begin(context: TrialContext) -> Trainer:
+        return end_to_end(context, AdamW(context.model.parameters(), rate, fused=True))
+
+    return Method(f"AdamW, lr {rate:g}", "", {}, begin)
+
+
+def summarise(lines: list[TrialRecord]) -> dict[str, float]:
+    """Median loss and CPU seconds of the final runs; infinite if one has failed."""
+    failed = any(line["failure"] for line in lines)
+    ends = [float("inf") if failed else line["validation"][-1] for line in lines]
+    return {"loss": statistics.median(ends), "cpu": statistics.median(max(line["cpu"]) for line in lines)}
+
+
+def main() -> None:
+    """Run what is missing, print the table and write it."""
+    torch.set_num_threads(1)
+    ledger = Ledger(HERE.parent / "runs" / "recommended_defaults.jsonl")
+    design = Design(SEEDS, tracks=(DEFAULTS,))
+    arms = [make_recommended(name, settings) for name, settings in ARMS.items()] + list(
+        map(make_adamw, ADAMW)
+    )
+    table: dict[str, dict[str, dict[str, float]]] = {arm.name: {} for arm in arms}
+    for workload in WORKLOADS:
+        found = run_arms(workload, arms, design, ledger)
+        for arm in arms:
+            table[arm.name][workload.name] = summarise(found.lines(workload.name, arm.name))
+    ratios = {
+        name: {
+            key: statistics.geometric_mean(
+                row[w.name][key] / table["defaults"][w.name][key] for w in WORKLOADS
+            )
+            for key in ("loss", "cpu")
+        }
+        for name, row in table.items()
+    }
+    for name, row in table.items():
+        losses = "  ".join(f"{row[workload.name]['loss']:.4f}" for workload in WORKLOADS)
+        print(f"{name:24} {losses}  loss {ratios[name]['loss']:.3f}, CPU time {ratios[name]['cpu']:.2f}")
+    rounded = json.loads(
+        json.dumps({"arms": table, "ratios": ratios}), parse_float=lambda x: round(float(x), 4)
+    )
+    write_whole(OUT, json.dumps({**rounded, "environment": environment()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
