@@ -50,9 +50,9 @@ EVERY = {"stats_every": CYCLE, "refresh_every": CYCLE}
 ARMS = {
     "plain again (null control)": Arm(),
     "AdamW": Arm(optimizer=lambda parameters: AdamW(parameters, 1e-4)),
-    "Foof (rank 128)": Arm(lambda: pw.Foof(**EVERY)),
-    "Foof, dense": Arm(lambda: pw.Foof(rank=None, **EVERY)),
-    "Foof, rank 32": Arm(lambda: pw.Foof(rank=32, **EVERY)),
+    "Foof (rank 128)": Arm(lambda: pw.Foof(**EVERY, slowdown=1)),
+    "Foof, dense": Arm(lambda: pw.Foof(rank=None, **EVERY, slowdown=1)),
+    "Foof, rank 32": Arm(lambda: pw.Foof(rank=32, **EVERY, slowdown=1)),
     "FeatureWhitening (rank 128)": Arm(lambda: pw.FeatureWhitening(**EVERY)),
     "FeatureWhitening, dense": Arm(lambda: pw.FeatureWhitening(rank=None, **EVERY)),
     "FeatureWhitening, dense, refresh 50": Arm(lambda: pw.FeatureWhitening(rank=None)),

@@ -1,6 +1,6 @@
 """Where the defaults of `plywise.recommend` come from: six small sets that no bench of ours judges.
 
-    python benchmarks/recommended_defaults.py     # writes recommended_defaults.json, ten minutes on one core; resumes
+    python benchmarks/recommended_defaults.py    # writes recommended_defaults.json in ten minutes; resumes
 
 Wine quality and yachts (tables), MNIST with an MLP, a ConvNet and a small ResNet, and characters of film
 reviews with a transformer. Each arm differs from the defaults in one setting and is not tuned otherwise. The
@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW
 
 import plywise as pw
@@ -37,6 +37,7 @@ from tuning import CROSS_ENTROPY, DATA, HERE
 
 OUT = HERE / "recommended_defaults.json"
 SEEDS, BATCH = 3, 64
+Row = dict[str, dict[str, float]]
 CHARACTERS, CONTEXT = 100, 32
 
 # ---- the sets ----------------------------------------------------------------------------------------
@@ -147,6 +148,14 @@ def summarise(lines: list[TrialRecord]) -> dict[str, float]:
     return {"loss": statistics.median(ends), "cpu": statistics.median(max(line["cpu"]) for line in lines)}
 
 
+def compare(row: Row, others: Row) -> dict[str, float]:
+    """Geometric means over the sets of this arm's losses and CPU times over another's."""
+    return {
+        key: statistics.geometric_mean(row[name][key] / others[name][key] for name in others)
+        for key in ("loss", "cpu")
+    }
+
+
 def main() -> None:
     """Run what is missing, print the table and write it."""
     torch.set_num_threads(1)
@@ -155,7 +164,7 @@ def main() -> None:
     arms = [make_recommended(name, settings) for name, settings in ARMS.items()] + list(
         map(make_adamw, ADAMW)
     )
-    table: dict[str, dict[str, dict[str, float]]] = {arm.name: {} for arm in arms}
+    table: dict[str, Row] = {arm.name: {} for arm in arms}
     for workload in WORKLOADS:
         found = run_arms(workload, arms, design, ledger)
         for arm in arms:

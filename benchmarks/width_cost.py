@@ -56,7 +56,7 @@ ARMS: dict[str, Callable[[nn.Module, int], Any]] = {
     "AdamW, fused": plain,
     NULL: plain,
     "recommended": lambda model, batch: pw.recommend(model, RATE, batch_size=batch).optimizer,
-    "Foof on AdamW": attached(lambda: pw.Foof(**EVERY)),
+    "Foof on AdamW": attached(lambda: pw.Foof(**EVERY, slowdown=1)),
     "FeatureWhitening on AdamW": attached(lambda: pw.FeatureWhitening(**EVERY)),
     "ProxProp on AdamW": attached(pw.ProxProp),
     "Muon": lambda model, batch: grouped(Muon, adjust_lr_fn="match_rms_adamw")(model.parameters()),

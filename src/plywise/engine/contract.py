@@ -184,9 +184,8 @@ class StatefulContract(RuleContract):
     By default they take turns in a cycle, and in the first cycle each gathering refreshes.
     """
 
-    def count_intervals(self, step: int) -> int:
-        """How many times as long both intervals are at a step as at the start of training."""
-        return 1
+    slowdown: int = 1
+    """Both intervals grow with the square root of the steps taken, until they are so many times as long."""
 
     acts_at_step: ClassVar[bool] = False
     """Whether the step makes the updates of layers that do not act `in_backward`.

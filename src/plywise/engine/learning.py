@@ -19,7 +19,7 @@ from plywise.engine.gathered import Pending
 from plywise.engine.health import Health
 from plywise.engine.known_layers import KnownLayers
 from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.refresh_cycle import choose_phases
+from plywise.engine.refresh_cycle import choose_phases, count_intervals
 from plywise.engine.replicas import Job, Replicas
 from plywise.engine.saved_state import LayerState, SavedState
 from plywise.engine.stacks import convert_state
@@ -57,7 +57,10 @@ class Learning:
 
     @property
     def _stats_every(self) -> int:
-        return self._rule.stats_every * self._rule.count_intervals(self._saved.step)
+        return self._rule.stats_every * self._count_intervals()
+
+    def _count_intervals(self) -> int:
+        return count_intervals(self._saved.step, self._rule.refresh_every, self._rule.slowdown)
 
     def refreshes(self, name: str) -> bool:
         """Whether a layer's turn is in this step.
@@ -70,8 +73,7 @@ class Learning:
         """Whether it is the turn of a layer with this state."""
         if not state.tensors:
             return True
-        step = self._saved.step
-        every = self._rule.refresh_every * self._rule.count_intervals(step)
+        step, every = self._saved.step, self._rule.refresh_every * self._count_intervals()
         if self._rule.refreshes_together:
             return step % every == 0
         if step < self._rule.refresh_every:

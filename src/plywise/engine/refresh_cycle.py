@@ -1,6 +1,28 @@
-"""Spreads the expensive refreshes of layers over the steps of a cycle."""
+"""Spreads the expensive refreshes of layers over the steps of a cycle, and makes cycles longer."""
 
 from collections.abc import Mapping
+
+FIRST_CYCLES = 2
+"""Cycles before they become longer."""
+
+
+def count_intervals(step: int, cycle: int, slowdown: int) -> int:
+    """Return how many times as long the intervals are at a step as at the start of training.
+
+    That is a power of two which follows the square root of the cycles so far: inputs change fast at first,
+    and then less and less.
+
+    Args:
+        step: steps taken so far.
+        cycle: steps of the first cycles.
+        slowdown: the largest result.
+
+    Example:
+        >>> [count_intervals(step, 5, 8) for step in (0, 9, 10, 39, 40, 159, 160, 10_000)]
+        [1, 1, 2, 2, 4, 4, 8, 8]
+    """
+    times = step // (FIRST_CYCLES * cycle)
+    return min(slowdown, 1 << (times.bit_length() + 1) // 2)
 
 
 def choose_phases(

@@ -77,9 +77,8 @@ class KroneckerRule(StatefulRule):
         """Refuse settings that are out of range; for the subclass's ``__post_init__``."""
         plan = self.plan
         require_positive(self, decay=plan.decay, damping=plan.damping)
-        require_whole(
-            self, sample=plan.sample, stats_every=self.stats_every, refresh_every=self.refresh_every
-        )
+        intervals = {name: getattr(self, name) for name in ("stats_every", "refresh_every", "slowdown")}
+        require_whole(self, sample=plan.sample, **intervals)
         require_whole(self, max_size=plan.max_size, **({} if plan.rank is None else {"rank": plan.rank}))
         require_choice(self, "relative_to", plan.relative_to, ("mean", "max", "absolute"))
         if plan.decay > 1:
@@ -274,8 +273,8 @@ class KroneckerRule(StatefulRule):
         flops = floats = 0.0
         for n, other in sides.values():
             rank = plan.rank_of(n)
-            flops += size.n / plan.sample * n * n / self.stats_every
-            flops += float(n**3 if rank is None else 2 * n * n * rank) / self.refresh_every
+            flops += size.n / plan.sample * n * n / (self.stats_every * self.slowdown)
+            flops += float(n**3 if rank is None else 2 * n * n * rank) / (self.refresh_every * self.slowdown)
             flops += (2.0 * n if rank is None else 4.0 * rank) * n * min(size.n, other)
             floats += n * n + (n * n if rank is None else n * rank)
         return size.g * flops, size.g * floats

@@ -11,15 +11,12 @@ from plywise.engine.call import LinearCall, Update
 from plywise.engine.contract import LayerShape, Shapes, State
 from plywise.engine.explain import Size
 from plywise.engine.health import Health
-from plywise.engine.rule import require_choice, require_whole
+from plywise.engine.rule import require_choice
 from plywise.numerics.bases import TwoSidedBasis, find_bases, find_basis, list_tensors, make_basis
 from plywise.numerics.eigenbasis import compute_eigenbasis
 from plywise.rules._kronecker import Kronecker, KroneckerRule
 
 Sides = Literal["input", "output", "both"]
-
-FIRST_CYCLES = 2
-"""Cycles of the shortest intervals, at the start of training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +123,6 @@ class Coordinates(KroneckerRule):
                 raise ValueError(f"Coordinates: {name} must be between 0 and 1, not {value!r}.")
         if not isinstance(self.tolerance, int | float) or not self.tolerance >= 0:
             raise ValueError(f"Coordinates: tolerance must be 0 or above, not {self.tolerance!r}.")
-        require_whole(self, slowdown=self.slowdown)
         self.check()
 
     @cached_property
@@ -150,11 +146,6 @@ class Coordinates(KroneckerRule):
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
         """Never: the optimizer's step must be turned back afterwards."""
         return False
-
-    def count_intervals(self, step: int) -> int:
-        """A power of two, as the square root of the cycles so far; at most ``slowdown``."""
-        times = step // (FIRST_CYCLES * self.refresh_every)
-        return min(self.slowdown, 1 << (times.bit_length() + 1) // 2)
 
     # ---- at the step -------------------------------------------------------------------------
 

@@ -44,9 +44,14 @@ class Foof(KroneckerRule):
         sample: take every so many-th position along each axis of a convolution or sequence into R. With 2 on
             3×3 convolutions a batch's covariance is off by 0.4 % (MNIST) to 11 % (digits of 8×8), by about
             1 % over four batches, since the positions take turns. Default 2. Range 1 to 4.
-        stats_every: steps from one batch that enters the statistic to the next. Default 10. Range 1 to 100.
-        refresh_every: steps from one inverse to the next, a multiple of ``stats_every``. Default 10. Range 1
-            to 100.
+        stats_every: steps from one batch that enters the statistic to the next, at the start. Default 5.
+            Range 1 to 100.
+        refresh_every: steps from one inverse to the next, at the start; a multiple of ``stats_every``.
+            Default 5. Range 1 to 100.
+        slowdown: both intervals grow with the square root of the steps taken, since inputs change less and
+            less: they are twice as long once 2 times ``refresh_every`` steps have been taken, 4 times as long
+            after 8 times, and so on, until they are so many times as long. 1 keeps them. Default 8. Range 1
+            to 16.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -66,8 +71,9 @@ class Foof(KroneckerRule):
     damping: float = 1.0
     rank: int | None = 128
     sample: int = 2
-    stats_every: int = 10
-    refresh_every: int = 10
+    stats_every: int = 5
+    refresh_every: int = 5
+    slowdown: int = 8
 
     def __post_init__(self) -> None:
         self.check()
