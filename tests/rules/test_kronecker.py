@@ -247,7 +247,7 @@ def test_layers_take_turns_from_the_second_cycle_where_statistics_are_as_rare_as
 
 def test_the_dearest_layer_chooses_first():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 20), nn.Linear(20, 2))
-    turns = run(model, pw.Foof(stats_every=2, refresh_every=2), 7)
+    turns = run(model, pw.Foof(stats_every=2, refresh_every=2, slowdown=1), 7)
     assert [sorted(step) for step in turns] == [list("0123"), [], *2 * [["3"], list("012")], ["3"]]
 
 

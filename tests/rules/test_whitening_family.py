@@ -178,9 +178,9 @@ def test_named_rules_are_members_of_the_family(make, schedule):
         (pw.AdaBK(**ours), pw.Precondition(left=0.5, right=0.5, relative_to="max", **ours)),
         (pw.KFAC(**ours), pw.Precondition(left=1, right=1, relative_to="mean", **ours)),
         (pw.KFAC(keep_norm=False, **ours), pw.Precondition(left=1, right=1, keep_norm=False, **ours)),
-        (pw.Foof(sample=3, **ours), pw.Precondition(right=1, sample=3, **ours)),
+        (pw.Foof(sample=3, **ours), pw.Precondition(right=1, sample=3, slowdown=8, **ours)),
         (pw.AdaBK(rank=2, **ours), pw.Precondition(0.5, 0.5, relative_to="max", rank=2, **ours)),
-        (pw.Foof(rank=2, **ours), pw.Precondition(rank=2, **{**ours, "sample": pw.Foof().sample})),
+        (pw.Foof(rank=2, slowdown=1, **ours), pw.Precondition(rank=2, sample=pw.Foof().sample, **ours)),
     ):
         pairs = zip(*(directions(rule, layer, batches) for rule in (named, member)), strict=True)
         assert all(torch.equal(one, two) for one, two in pairs), named

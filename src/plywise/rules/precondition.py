@@ -58,6 +58,8 @@ class Precondition(KroneckerRule):
         stats_every: steps from one batch that enters the statistics to the next. Default 5. Range 1 to 200.
         refresh_every: steps from one root to the next, a multiple of ``stats_every``. Default 5. Range 1 to
             2000.
+        slowdown: both intervals grow with the square root of the steps taken until they are so many times as
+            long, as those of `plywise.Foof` do. Default 1: they stay. Range 1 to 16.
         max_size: a side larger than this is left as it is. Default 8192. Range 512 to 16384.
 
     Raises:
@@ -86,6 +88,7 @@ class Precondition(KroneckerRule):
     sample: int = 1
     stats_every: int = 5
     refresh_every: int = 5
+    slowdown: int = 1
     max_size: int = 8192
 
     def __post_init__(self) -> None:
