@@ -13,7 +13,8 @@ iterations, residual points drawn again in each iteration. So the paper's figure
 order only.
 
 The seeds of one network train side by side (``torch.vmap`` over their weights): the same arithmetic as one
-after the other, in less time. All of it takes about 12 minutes of one core.
+after the other, in less time. All of it takes about 12 minutes of one core. This is why the script has a loop
+of its own: a trial of the arena trains one seed, on batches of a data set, and there is none here.
 """
 
 import argparse

@@ -24,8 +24,17 @@ BEGIN_WITH = (
     "contract/test_scales.py",
     "contract/test_compile.py",
     "sweep/test_quick.py",
+    "trainers/test_hugging_face.py",
+    "engine/test_parallel.py",
+    "engine/test_state_dicts.py",
+    "contract/test_memory_ddp.py",
+    "arena/test_interrupt.py",
+    "test_power_cuts.py",
 )
 """The files that take longest. A file runs in one process: at the end, all others would wait for it."""
+
+TRAINERS = ("test_loggers.py", "engine/test_real_uses.py", "local/test_split_loops.py")
+"""Files beside those in ``trainers/`` that import Lightning or transformers: for five seconds each time."""
 
 
 def seed_cpu(seed: int) -> torch.Generator:
@@ -44,14 +53,14 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
-    """A file runs in one process, and so do all files that import Lightning: for five seconds each time."""
+    """A file runs in one process, and so do all files that import Lightning or transformers."""
     return TrainersTogether(config, log)
 
 
 class TrainersTogether(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "trainers" if "trainers/" in file or file.endswith("test_loggers.py") else file
+        return "trainers" if "trainers/" in file or file.endswith(TRAINERS) else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -113,7 +113,7 @@ def cut_tenths(x: Batch, y: Batch) -> Data:
     """8, 1 and 1 tenth of the samples, drawn by the fixed seed; at least one sample in each.
 
     Example:
-        >>> data = tenths(torch.arange(100.0), torch.arange(100))
+        >>> data = cut_tenths(torch.arange(100.0), torch.arange(100))
         >>> len(data.train.y), len(data.validation.y), len(data.test.y)
         (80, 10, 10)
     """
@@ -130,7 +130,7 @@ def cut_tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
 
     Example:
         >>> twins = torch.arange(50.0).repeat(2).unsqueeze(1)
-        >>> data = tenths_of_kinds(twins, torch.zeros(100))
+        >>> data = cut_tenths_of_kinds(twins, torch.zeros(100))
         >>> len(data.train.y), bool(torch.isin(data.test.x, data.train.x).any())
         (80, False)
     """

@@ -133,8 +133,9 @@ class LocalNextToken(OneWayLearner):
     Use when: a language model's activations do not fit into memory, or its blocks train in a pipeline of
         processes or on several machines.
     Do not use when: backpropagation fits and the last percent of the loss matters.
-    Layers: a chain of blocks that hand one tensor each on and share no parameter (`Blocks`; `split` cuts a
-        model into such, also one that makes masks and positions of its inputs). Features come last: tokens
+    Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
+        (`Blocks`; `split` makes them from a model, also from one that makes masks and positions of its
+        inputs). Features come last: tokens
         (B, T) or features (B, ..., width) in, (B, ..., width) out. A block may contain any modules. If the
         last block hands on as many features as there are scores, they are the scores; otherwise it has a
         head, too.

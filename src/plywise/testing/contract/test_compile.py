@@ -13,7 +13,7 @@ from plywise.testing.contract.attaching import attach
 from plywise.testing.contract.models import assert_close, backward, batch, grads, loss_of, mlp
 
 pytestmark = [
-    # see test_compiling_says_nothing
+    # test_compiled_then_attached shows that compiling with a rule says nothing
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
     # torch's own look at the tensors between two compiled graphs; hidden unless warnings are errors
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -45,20 +45,13 @@ def test_compiled_then_attached(case: Case, rule: Rule, backend: str, attach_to:
     compiled = torch.compile(model, backend=backend)
     target = model if attach_to == "model" else compiled
     attach(rule, target, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
-    loss_of(compiled, data).backward()
+    torch._dynamo.utils.warn_once_cache.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always" if backend == "eager" else "ignore")
+        loss_of(compiled, data).backward()
+    assert [str(warning.message) for warning in caught] == []
     assert_close(grads(model), expected)
     assert [(row.name, row.handled) for row in rule.explain().rows] == [("0", True), ("2", True)]
-
-
-@pytest.mark.one_of_family
-def test_compiling_says_nothing(rule: Rule) -> None:
-    torch._dynamo.utils.warn_once_cache.clear()
-    model = small()
-    attach(rule, model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loss_of(torch.compile(model, backend="eager"), batch(dtype=torch.float64)).backward()
-    assert [str(warning.message) for warning in caught] == []
 
 
 @pytest.mark.one_of_family
