@@ -163,8 +163,8 @@ class AssociatedLearning(OneWayLearner):
             (N, C) of any numbers, best standardised. With numbers, the first decoder is linear.
         loss: of the first decoder's output and the targets, such as ``F.cross_entropy``, which the authors
             have for text. Default mean squared error, the paper's.
-        detach_target: whether codes are constants in the loss of b. Default True, the paper's;
-            the authors' code for text has it False.
+        detach_target: whether codes are constants in the loss of b. Default True, the paper's. Of the
+            authors' codes for text one has it True (model.py), the other False (associated_learning).
         decay: weight decay for each map, of "block", "bridge", "encoder" and "decoder": the optimizer's
             ``weight_decay``, which it must know. The paper has 1e-4 on the blocks of its ResNets. Default
             none.

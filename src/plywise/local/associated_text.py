@@ -5,7 +5,8 @@ An embedding and then LSTMs or layers of a transformer; all maps of the targets 
 decoder follows cross-entropy. Each LSTM starts with the final state of the one before. Blocks pass on one
 tensor, so the state is appended to the sequence as two more places.
 
-Source: the authors' PyTorch code, Hibb-bb/AL; see `plywise.AssociatedLearning`.
+Source: the authors' PyTorch code, Hibb-bb/AL, folder associated_learning; see `plywise.AssociatedLearning`.
+Another model of theirs there (model.py) detaches codes, adds dropout and sums an LSTM's final states.
 """
 
 from collections.abc import Sequence

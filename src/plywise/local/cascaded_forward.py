@@ -124,8 +124,8 @@ class CascadedForward(OneWayLearner):
         blocks: the random blocks, for example `cafo_blocks`. Their parameters are not trained.
         num_classes: number of classes, C.
         head: makes a head from the shape of a sample's features and C: `RidgeHead`, the default, or
-            `GradientHead`; ``functools.partial(RidgeHead, ridge=0.1)`` for other settings (its ridge is worth
-            looking for in 1e-5 to 1).
+            `GradientHead`; ``functools.partial(RidgeHead, ridge=0.1)`` for other settings (tune
+            its ridge in 1e-5 to 1).
         optimizer: makes the optimizer of each `GradientHead`; a `RidgeHead` needs none.
         **training: what else every `Learner` takes, by name. ``scheduler`` makes one for each optimizer, to
             step after each step. ``rule`` makes one to act inside each component, such as ``pw.Foof``;

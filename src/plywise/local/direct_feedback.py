@@ -69,7 +69,7 @@ class DirectFeedback(Learner):
     Cost: that of backpropagation, less the gradients between blocks: one product of the error and B_i each.
         The activations of all blocks at a time, as in backpropagation.
     Status: faithful for blocks of one layer and its activation. Different: blocks of more layers follow exact
-        gradients inside; the paper's choice of the matrices' scale is not fixed, this one is common.
+        gradients inside. The paper does not fix the scale of the matrices; this one is common.
     Source: Nøkland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016,
         arXiv 1609.01596.
     Code: anokland/dfa-torch (Lua).

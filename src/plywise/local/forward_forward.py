@@ -115,8 +115,8 @@ class ForwardForward(OneWayLearner):
     Results: the paper: 1.36 % test errors on MNIST after 60 epochs, four layers of 2,000 units. Not
         reproduced here at that size; ours, untuned: 73.0 % of the test digits after 150 steps,
         backpropagation 95.7 % (examples/plot_local_learners.py).
-    Limits: classification by class index. Inputs are numbers, not tokens. What the first C numbers of an
-        input held is lost (see ``put``), and convolutions see the label in a corner only. A block whose
+    Limits: classification by class index. Inputs are numbers, not tokens. The label replaces the first C
+        numbers of an input (see ``put``), so that convolutions see it in a corner only. A block whose
         activations are all zero for a sample hands zeros on.
 
     Args:

@@ -197,9 +197,9 @@ class LocalForwardGradient(OneWayLearner):
     Equation: g_n = d/dε ℓ_n(z + εu), u ~ N(0, I) at the outputs z of all the block's layers with parameters;
         the estimate of ∂ℓ_n/∂z_n is g_n u_n, and ∇W = Σ_n (g_n u_n / N) a_nᵀ for a linear layer. With
         ``patches`` and ``groups``, g_n = Σ g_npk is taken apart into the shares of patch p and group of
-        channels k of the block's output, and a unit that reaches only its own gets u g_npk. u is 0 where a
-        ReLU behind is off. Heads, and the layer that makes the prediction, follow their exact gradient. No
-        gradient crosses blocks.
+        channels k of the block's output, and a unit that reaches only these gets u g_npk. u is 0 where the
+        ReLU that follows is off. Heads, and the layer that makes the prediction, follow their exact gradient.
+        No gradient crosses blocks.
     Use when: you study learning without a backward pass.
     Do not use when: you want a trained network: a backward pass within a block costs about as much and has no
         noise (`LocalLoss`).
@@ -213,9 +213,9 @@ class LocalForwardGradient(OneWayLearner):
         g, the estimate is off by E‖ĝ-g‖² = (q+1)‖g‖², q the units that share a loss and that ReLUs let
         through: the block's, or with ``patches`` and ``groups`` those of one patch and group. A batch of N
         divides it by N.
-    Status: variant: any network, of which `plywise.local.local_mixer` makes the paper's; g_npk are products
-        of the exact gradient at the block's output and its tangent, where the paper's heads have a forward
-        rule that gives the same. Heads follow their exact gradient, as in the paper.
+    Status: variant: any network (`plywise.local.local_mixer` makes the paper's); g_npk are products of the
+        exact gradient at the block's output and its tangent, where the paper's heads have a forward rule that
+        gives the same. Heads follow their exact gradient, as in the paper.
     Source: Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023,
         arXiv 2210.03310.
     Code: google-research/google-research, folder local_forward_gradient (JAX).
@@ -239,9 +239,9 @@ class LocalForwardGradient(OneWayLearner):
         passes: directions to average over, by as many copies of the batch. Default 1. Range 1 to 16.
         draw: draws u like a layer's output, with uncorrelated entries of mean 0 and variance 1. Default
             `draw_normal`; random signs have less variance, q - 1.
-        patches: whether each position of a block's output, (N, channels, ...), has a share of the loss of its
-            own, which layers without a way to other positions follow. Default False.
-        groups: of channels, with shares of their own, as ``patches``; a number that divides the channels.
+        patches: whether each position of a block's output, (N, channels, ...), has its own share of the loss,
+            which layers that mix no positions follow. Default False.
+        groups: number of groups of channels with their own shares, as ``patches``; it divides the channels.
             Default 1. Range 1 to 64.
         loss: of scores and targets, a scalar. With the default, cross-entropy, targets are class indices
             and are checked; another loss gets them as they are.

@@ -82,7 +82,7 @@ class MomentumAuxiliary(Learner):
         the next block needs, and no gradient crosses blocks.
     Equation: s_i = f_i(s_{i-1}) with s_{i-1} detached; block i and its auxiliary network follow
         ∇ ℓ(h_i(c_i(s_i) + m_i(s_i)), y), where m_i and c_i begin as copies of the beginning of block i + 1,
-        c_i learns, and m_i ← μ m_i + (1 - μ) f_{i+1} after each step, f_{i+1} its beginning's parameters.
+        c_i learns, and m_i ← μ m_i + (1 - μ) f_{i+1} after each step, in the parameters of that beginning.
         Last block: ∇ ℓ(s_K, y). Prediction: f_K ∘ … ∘ f_1; heads are for training only.
     Use when: `LocalLoss` loses too much accuracy, and there is memory for a few more layers in each head.
     Do not use when: backpropagation fits; or blocks are one layer each of very different cost. The blocks run

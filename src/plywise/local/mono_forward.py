@@ -44,11 +44,11 @@ class MonoForward(OneWayLearner):
     Source: Gong, Li, Abdulla, "Mono-Forward: Backpropagation-Free Algorithm for Efficient Neural Network
         Training Harnessing Local Errors", 2025, arXiv 2501.09238.
     Code: none that is public was found.
-    Results: the paper's abstract: as accurate as backpropagation or more on MNIST to CIFAR-100. Not
-        reproduced here at that size. Ours: 54.7 against backpropagation's 51.6 % on 10,000 images of CIFAR-10
-        after three epochs (eight blocks of one convolution each) at 0.40 of its memory, 93.0 against 92.5 %
-        on MNIST (benchmarks/README.md); untuned, 96.0 % of the test digits after 150 steps, backpropagation
-        95.7 % (examples/plot_local_learners.py).
+    Results: the paper's abstract: at least as accurate as backpropagation on image sets from MNIST to
+        CIFAR-100. Not reproduced here at that size. Ours: 54.7 against backpropagation's 51.6 % on 10,000
+        images of CIFAR-10 after three epochs (eight blocks of one convolution each) at 0.40 of its memory,
+        93.0 against 92.5 % on MNIST (benchmarks/README.md); untuned, 96.0 % of the test digits after 150
+        steps, backpropagation 95.7 % (examples/plot_local_learners.py).
     Limits: classification by class index. The sum of all votes need not be better than the best of them.
 
     Args:

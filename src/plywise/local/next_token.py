@@ -141,8 +141,8 @@ class LocalNextToken(OneWayLearner):
         head, too.
     Cost: a head for each block. The activations and the scores of one block and one part of the batch at a
         time, beside the block's input and output for the whole batch.
-    Status: after the idea as it is in use; the head, the pieces and the tied variant are ours. Private heads
-        of whole decoder layers, as in the source, are a ``head`` of your own.
+    Status: after descriptions of the idea: the head, the pieces and the tied variant are ours. The source's
+        private heads are whole decoder layers: give such a one as ``head``.
     Source: block-wise next-token losses with private heads are described in Green, 2026 (a web article; its
         text was not at hand); local losses are those of Belilovsky, Eickenberg, Oyallon, ICML 2019,
         arXiv 1812.11446.

@@ -81,7 +81,8 @@ class SCPL(OneWayLearner):
         calls of linear maps, those of projections too. The last block's output is one score for each class.
     Cost: a projection for each block, and N² products of projections. The activations of one block at a time.
     Status: variant: a reconstruction from descriptions: the default projection is small and pools positions;
-        the loss counts a sample itself among those of its class.
+        the loss divides by the samples of a class, the sample itself among them, as the authors' code is
+        described.
     Source: SCPL, arXiv 2602.00062, 2026, whose text was not at hand; an earlier public text is "Cutting Long
         Gradient Flows: Decoupling End-to-End Backpropagation Based on Supervised Contrastive Learning",
         submitted to ICLR 2023. The loss is that of Khosla et al., "Supervised Contrastive Learning", NeurIPS
