@@ -122,7 +122,7 @@ def test_other_settings_are_refused(tmp_path):
     run(MINE, 1, tmp_path)
     with pytest.raises(StateError, match=r"slow, with other settings: .*'widths': \[8\].* not .*\[16\]"):
         Reproduction("own_papers:WIDER", SMALL, 1, tmp_path)
-    with pytest.raises(PlywiseError, match="A size is full, small or digits and seeds are at least 1"):
+    with pytest.raises(PlywiseError, match="Sizes are full, middle, small, digits and seeds are at least 1"):
         Reproduction(MINE, "tiny", 1, tmp_path)
     with pytest.raises(PlywiseError, match=r"own_papers:begin is a function, not a plywise\..*\.Paper"):
         Reproduction("own_papers:begin", SMALL, 1, tmp_path)

@@ -18,6 +18,7 @@ from plywise.arena.reproductions.experiment import (
     DIGITS,
     DIVERGED,
     FULL,
+    MIDDLE,
     SMALL,
     TEST_ACCURACY,
     TRAINING_LOSS,
@@ -168,20 +169,21 @@ def test_every_experiment_says_where_what_and_why(paper):
     found = find_paper(paper)
     assert found.name == paper
     for experiment in found.experiments:
-        assert experiment.sizes.keys() - {DIGITS} == {FULL, SMALL}
+        assert experiment.sizes.keys() - {DIGITS, MIDDLE} == {FULL, SMALL}
         assert experiment.sizes[SMALL].steps < experiment.sizes[FULL].steps / 20
-        assert f"{experiment.sizes[SMALL].steps:,} steps" in experiment.sizes[SMALL].about
+        for size in {SMALL, MIDDLE} & experiment.sizes.keys():
+            assert f"{experiment.sizes[size].steps:,} steps" in experiment.sizes[size].about
+            assert experiment.claims_at(size), "a cut size has an order to compare"
         assert experiment.differences
         assert len({arm.name for arm in experiment.arms}) == len(experiment.arms)
         names = {arm.name for arm in experiment.arms}
         assert all({claim.better, claim.worse} <= names for claim in experiment.claims)
-        assert experiment.claims_at(SMALL), "the small size has an order to compare"
 
 
 def test_table_1_of_proxprop():
     experiment = find_paper("proxprop").find("table-1")
     assert len(experiment.arms) == 36
-    assert len(experiment.arms_at(SMALL)) == 16
+    assert (len(experiment.arms_at(SMALL)), len(experiment.arms_at(MIDDLE))) == (16, 8)
     numbers = {arm.name: arm.number for arm in experiment.arms}
     assert numbers["BackProp, τ = 0.05"] == 0.091
     assert math.isnan(numbers["BackProp, τ = 50"])

@@ -128,7 +128,7 @@ def test_wrong_words_are_told(tmp_path):
         command("--only", "table-1")
     with pytest.raises(PlywiseError, match="a size of its own: leave out --size"):
         command("proxprop", "--data", "digits", "--size", "full")
-    with pytest.raises(PlywiseError, match="No experiment of back-matching is made for the digits; proxprop"):
+    with pytest.raises(PlywiseError, match="back-matching has the size of the bundled digits; proxprop"):
         command("back-matching", "--data", "digits", "--out", str(tmp_path))
     with pytest.raises(PlywiseError, match="no experiment called 'table-2'"):
         command("proxprop", "--only", "table-2", "--out", str(tmp_path))

@@ -29,7 +29,7 @@ def reproduce(
     paper: str | None = None,
     /,
     *,
-    size: Literal["small", "full"] = "small",
+    size: Literal["small", "middle", "full"] = "small",
     data: Literal["paper", "digits"] = "paper",
     seeds: int = 3,
     only: str = "",
@@ -60,7 +60,8 @@ def reproduce(
     Args:
         paper: proxprop, associated-learning, back-matching or consequentialism; or module:name of a
             plywise.arena.reproductions.experiment.Paper of your own.
-        size: small, or full: the paper's network, data and epochs.
+        size: small; middle, half an hour of a core for a seed (proxprop's table-1); or full: the paper's
+            network, data and epochs.
         data: the paper's, which are to be fetched, or digits: those that come with plywise, with a network to
             match, in about a minute. Papers with a claim that shows on these: proxprop.
         seeds: runs of each method.

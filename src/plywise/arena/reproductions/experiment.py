@@ -15,9 +15,14 @@ from plywise.arena.method import Trainer
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError
 
-FULL, SMALL, DIGITS = "full", "small", "digits"
-"""The sizes: as in the paper; what two cores can do in minutes; a minute on the digits of plywise."""
-SIZE_WORDS = {FULL: "full size", SMALL: "small size", DIGITS: "the size of the bundled digits"}
+FULL, MIDDLE, SMALL, DIGITS = "full", "middle", "small", "digits"
+"""The sizes: as in the paper; half an hour of a core; minutes on two cores; a minute on bundled digits."""
+SIZE_WORDS = {
+    FULL: "full size",
+    MIDDLE: "middle size",
+    SMALL: "small size",
+    DIGITS: "the size of the bundled digits",
+}
 
 DIVERGED = math.nan
 """The paper's number where its run diverged."""
@@ -191,7 +196,8 @@ class Experiment:
         where: where in the paper it is, and how we know its numbers.
         measure: what it is judged by.
         arms: what is compared.
-        sizes: `FULL` and `SMALL`; and `DIGITS` where a claim shows on 1,100 digits of 8×8 pixels.
+        sizes: `FULL` and `SMALL`; `MIDDLE` where there is one; and `DIGITS` where a claim shows on 1,100
+            digits of 8×8 pixels.
         claims: what the paper says of its arms, beyond single numbers.
         differences: why our numbers may differ from the paper's.
     """

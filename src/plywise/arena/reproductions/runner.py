@@ -15,7 +15,7 @@ from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise._util.scratch import Scratch
 from plywise.arena.reproductions import find_paper, tables
-from plywise.arena.reproductions.experiment import DIGITS, SIZE_WORDS, Experiment, Line
+from plywise.arena.reproductions.experiment import DIGITS, MIDDLE, SIZE_WORDS, Experiment, Line
 from plywise.arena.reproductions.source import ExperimentSource
 from plywise.arena.reproductions.summary import outcome, ruling
 from plywise.arena.run.config import TIMEOUT_S
@@ -39,7 +39,7 @@ class Reproduction:
 
     Args:
         paper: its name, or ``module:name`` of a `Paper` of your own.
-        size: `FULL`, `SMALL` or `DIGITS`.
+        size: `FULL`, `MIDDLE`, `SMALL` or `DIGITS`.
         seeds: final runs of each arm, with seeds from 0.
         folder: where it is kept.
         only: names of experiments; all that have the size if empty.
@@ -61,16 +61,17 @@ class Reproduction:
     ) -> None:
         if size not in SIZE_WORDS or seeds < 1:
             raise PlywiseError(
-                f"A size is full, small or digits and seeds are at least 1, not {size!r} and {seeds}.",
+                f"Sizes are full, middle, small, digits and seeds are at least 1, not {size!r} and {seeds}.",
                 see="error-bench",
             )
         self.paper, self.size, self.seeds, self.folder, self.device = paper, size, seeds, folder, device
         self._found = find_paper(paper)
-        whole = [one for one in self._found.experiments if size in one.sizes or size != DIGITS]
+        some = (DIGITS, MIDDLE)  # sizes that few experiments have
+        whole = [one for one in self._found.experiments if size in one.sizes or size not in some]
         self.experiments = [self._found.find(name) for name in only] or whole
         if not self.experiments:
             raise PlywiseError(
-                f"No experiment of {self._found.name} is made for the digits; proxprop has one.",
+                f"No experiment of {self._found.name} has {SIZE_WORDS[size]}; proxprop has one.",
                 see="error-bench",
             )
         if lacking := next((one for one in self.experiments if size not in one.sizes), None):

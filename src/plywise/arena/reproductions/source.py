@@ -28,7 +28,7 @@ class ExperimentSource:
     Attributes:
         paper: its name, or ``module:name`` of a user's own.
         experiment: its name.
-        size: `FULL`, `SMALL` or `DIGITS`.
+        size: `FULL`, `MIDDLE`, `SMALL` or `DIGITS`.
     """
 
     paper: str
