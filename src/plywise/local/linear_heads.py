@@ -62,8 +62,8 @@ class RidgeHead(LinearHead):
     diagonal of ``FᵀF``, so that W depends on means over all samples only: their order makes no difference,
     and neither does a second pass over all of them.
 
-    The loss is the squared error of weights that are solved anew each time the number of samples has doubled,
-    first when there are as many samples as features. Until then it is the error of zero weights.
+    The loss is the squared error of weights that are solved again each time the number of samples has
+    doubled, first when there are as many samples as features. Until then it is the error of zero weights.
 
     Args:
         shape: of one sample's features.

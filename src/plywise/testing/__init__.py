@@ -1,9 +1,9 @@
 """The contract of rules and learners, for those that you write yourself.
 
-plywise promises a lot of its rules and its local learners: a NaN never enters the weights, a step that did
-not happen leaves no trace, checkpoints resume to the bit. Each promise is a test. `check_rule` and
-`check_learner` put these tests to a rule or a learner of yours. They need pytest and hypothesis:
-``pip install 'plywise[testing]'``.
+plywise makes many promises about its rules and local learners: a NaN never enters the weights, a step that
+did not happen leaves no trace, a resumed run is bit-equal. Each promise is a test. `check_rule` and
+`check_learner` run these tests on a rule or a learner of yours. They need pytest and hypothesis: ``pip
+install 'plywise[testing]'``.
 """
 
 from plywise.testing.cases import Case, LearnerCase

@@ -1,4 +1,4 @@
-"""What a contract has to know of a rule or a learner that it checks."""
+"""Descriptions of the rules and learners that the contract checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plywise.testing.contract.learners import CLASSES, adam, halving, modules
 
 @dataclass(frozen=True)
 class Case:
-    """A ready-made rule, and what the contract has to know of it.
+    """A rule, and what the contract needs to know about it.
 
     Attributes:
         name: test id.
@@ -49,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class LearnerCase:
-    """A learner, and what the contract has to know of it.
+    """A learner, and what the contract needs to know about it.
 
     Attributes:
         name: test id.
@@ -115,7 +115,7 @@ def select_family(case: Case, cases: Sequence[Case], turn: int) -> bool:
 
 
 def find_why_stuck(made: object) -> str:
-    """Why other processes cannot import the class of an object; "" if they can."""
+    """Say why other processes cannot import the class of an object; "" if they can."""
     kind = type(made)
     if kind.__module__ == "__main__":
         return f"{kind.__name__} is in __main__, where no other process finds it: put it in a module"

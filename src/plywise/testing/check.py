@@ -1,4 +1,4 @@
-"""Puts the contract to a rule or a learner of the user's own."""
+"""Runs the contract on a user's rule or learner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class ContractResult:
-    """What came of a check; ``print`` it.
+    """The result of a check; ``print`` it.
 
     Attributes:
         name: the rule or learner.
@@ -65,7 +65,7 @@ def list_promises() -> dict[str, str]:
 
 
 def check_rule(factory: Callable[[], Rule] | Case | str, *, only: Sequence[str] = ()) -> ContractResult:
-    """Put the tests that every rule of plywise must pass to a rule of yours.
+    """Run the tests that every rule of plywise must pass on a rule of yours.
 
     It takes a few minutes; ``only`` picks some of the tests. They run in this process, small models on the
     CPU, and some start two processes of their own: in a script, call this below
@@ -100,7 +100,7 @@ def check_rule(factory: Callable[[], Rule] | Case | str, *, only: Sequence[str] 
 
 
 def check_learner(factory: Callable[..., Learner] | LearnerCase) -> ContractResult:
-    """Put the tests that every local learner of plywise must pass to a learner of yours; takes seconds.
+    """Run the tests that every local learner of plywise must pass on a learner of yours; takes seconds.
 
     Args:
         factory: called as ``factory(blocks, num_classes, **training)``, where ``training`` holds

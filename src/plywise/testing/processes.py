@@ -1,4 +1,4 @@
-"""Two processes for a test: forked from one that has imported torch, waited for, and never left behind."""
+"""Starts two processes for a test, forked from one that has imported torch, and always ends them."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ DEADLINE = 240.0
 def two_ranks(
     main: Callable[..., None], folder: Path, *args: Any, codes: tuple[int, int] = (0, 0)
 ) -> list[dict[str, Any]]:
-    """What two processes of ``main(rank, folder, *args)`` left in ``folder/rank.pt``.
+    """Run ``main(rank, folder, *args)`` in two processes; return what they left in ``folder/rank.pt``.
 
     They have to end with ``codes``.
     """

@@ -95,7 +95,7 @@ def read_group_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
 
 
 def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.batch_norm`` and ``F.instance_norm``; running statistics are updated once, as ever."""
+    """``F.batch_norm`` and ``F.instance_norm``; running statistics are updated exactly once."""
     last = "use_input_stats" if func is F.instance_norm else "training"
     names = ("input", "running_mean", "running_var", "weight", "bias", last, "momentum", "eps")
     defaults = (*[None] * 5, func is F.instance_norm, 0.1, 1e-5)
