@@ -25,8 +25,8 @@ QUICK := contract/test_unmodified.py engine/test_calls.py \
 	numerics/test_patch_gram.py schedules/test_layer_freezing.py optim/test_conventions.py \
 	nn/test_unroll_models.py losses/test_slope_recovery.py init local/test_split_refusals.py \
 	local/test_rules_inside.py pipeline/test_wire.py pipeline/test_forecast.py \
-	arena/test_score.py data/test_readers.py data/test_reading.py cli/test_workloads_command.py docs/test_reference.py \
-	sweep/test_sensitivity.py test_attachment.py test_card.py test_environment.py test_errors.py \
+	arena/test_score.py data/test_readers.py data/test_reading.py cli/test_workloads_command.py \
+	test_attachment.py test_card.py test_environment.py test_errors.py \
 	test_replicas.py trainers/test_plain_loop.py
 
 .PHONY: demo test check quick sweep docs notebooks results package clean
