@@ -82,17 +82,19 @@ def make_page(summary: BenchSummary) -> str:
     """
     context, data = _make_context(summary), _make_data(summary.results, summary.rows)
 
-    def filled(downloads: list[dict[str, str]], note: str) -> str:
+    def fill_page(downloads: list[dict[str, str]], note: str) -> str:
         context.update(downloads=downloads, download_note=note)
         return fill("bench.html", styles=["bench.css"], scripts=["bench.js"], data=data, **context)
 
     ranking = _make_download("standing.csv", "Standing (CSV)", "text/csv", [format_ranking_csv(summary.rows)])
     tables = [ranking] if ranking else []
-    room = LARGEST - len(filled(tables, "").encode("utf-8"))
+    room = LARGEST - len(fill_page(tables, "").encode("utf-8"))
     label, lines = "All trials, one a line (CSV)", format_runs_csv(summary.results)
     table = _make_download("trials.csv", label, "text/csv", lines, room)
     if table is None:
-        return filled(tables, "The trials are too large for this page: trials.jsonl of the bench has them.")
+        return fill_page(
+            tables, "The trials are too large for this page: trials.jsonl of the bench has them."
+        )
     tables, room = [*tables, table], room - len(table["href"])
     for digits in (None, 6, 4, 3):
         label, texts = (
@@ -102,8 +104,8 @@ def make_page(summary: BenchSummary) -> str:
         raw = _make_download("trials.jsonl", label, "application/x-ndjson", texts, room)
         if raw is not None:
             cut = f"The curves are cut to {digits} digits; trials.jsonl of the bench has them all."
-            return filled([*tables, raw], cut if digits else "")
-    return filled(tables, "The curves are too large for this page: trials.jsonl of the bench has them.")
+            return fill_page([*tables, raw], cut if digits else "")
+    return fill_page(tables, "The curves are too large for this page: trials.jsonl of the bench has them.")
 
 
 def _make_context(summary: BenchSummary) -> dict[str, Any]:
@@ -131,13 +133,13 @@ def _make_context(summary: BenchSummary) -> dict[str, Any]:
 def _make_data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]:
     """What the page's script draws; infinite and missing numbers alike become null."""
 
-    def by(make: Any) -> dict[str, Any]:
+    def map_tracks(make: Any) -> dict[str, Any]:
         return {
             track: {name: make(results, track, name) for name in results.workloads}
             for track in results.tracks
         }
 
-    def table(_: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
+    def make_rows(_: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
         shown = [row for row in rows if (row.track, row.workload) == (track, workload)]
         front = charts.find_front(shown)
         return [{**charts.thin(_make_plain(row), 4), "front": row.method in front} for row in shown]
@@ -159,9 +161,9 @@ def _make_data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str,
             }
             for track in results.tracks
         },
-        "rows": by(table),
-        "curves": by(charts.make_curves),
-        "layers": by(charts.make_layers),
+        "rows": map_tracks(make_rows),
+        "curves": map_tracks(charts.make_curves),
+        "layers": map_tracks(charts.make_layers),
         "rates": {name: charts.make_rates(results, name) for name in results.workloads},
         "tuning": {name: charts.make_tuning_cost(results, name) for name in results.workloads},
     }
