@@ -206,6 +206,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--model", "mine:mixed"], "it made a list with a int in it"),
         (["--model", "mine:nett"], "has no 'nett'. Did you mean net?"),
         (["--model", "mine:net", "--blocks", "7"], "comes apart into 3 at most"),
+        (["--model", "mine:net"], "4 blocks are the default; --blocks says how many."),
         (["--model", "mine:blocks", "--blocks", "3"], "mine:blocks makes 2 blocks, and blocks is 3."),
         (["--model", "mine:blocks", "--split", "0,1"], "split says where a model is cut"),
         (["--model", "mine:net", "--split", "0,5"], "has 3 units, numbered from 0"),
@@ -245,6 +246,23 @@ def test_what_is_wrong_is_said_before_the_work(plywise, tmp_path, words, said):
     assert err.startswith("plywise: ")
     assert said in err
     assert not list((tmp_path / "here").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["demo"], ["reproduce", "proxprop"], ["bench", "--workloads", "quadratic"]]
+)
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [("file", "file is a file; --out names a folder."), ("file/below", "cannot be made: Not a")],
+)
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(plywise, tmp_path, words, out, said):
+    (tmp_path / "file").write_text("mine")
+    if words[0] == "reproduce" and out == "file":
+        said = "file/proxprop cannot be made: Not a directory."
+    code, _, err = plywise(*words, "--out", out)
+    assert code == 1
+    assert said in err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_another_plan_is_named(plywise):

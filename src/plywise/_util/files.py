@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from plywise.errors import PlywiseError
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
@@ -50,6 +52,28 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def refuse_file(path: Path) -> None:
+    """Raise PlywiseError if what should be a folder for results is a file."""
+    if path.exists() and not path.is_dir():
+        raise PlywiseError(f"{path} is a file; --out names a folder.", see="error-command")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, with those above it, where missing.
+
+    Raises:
+        PlywiseError: a file has its name, or it cannot be made.
+    """
+    refuse_file(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlywiseError(
+            f"The folder {path} cannot be made: {error.strerror}. Name another one with --out.",
+            see="error-command",
+        ) from error
 
 
 class ScratchFolder:

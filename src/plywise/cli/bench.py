@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from plywise._util.environment import workers_for
+from plywise._util.files import refuse_file
 from plywise._util.progress import format_duration
 from plywise.arena.methods import USUAL
 from plywise.cli.console import VOLUME, notes
@@ -160,8 +161,7 @@ def bench(
 
 def _check_folder(out: Path, resume: bool, model: str | None, flags: Flags) -> None:
     """Refuse a folder with a bench unless --resume is given, and one without a bench if it is."""
-    if out.exists() and not out.is_dir():
-        raise PlywiseError(f"{out} is a file; --out names a folder.", see="error-command")
+    refuse_file(out)
     if resume:
         _refuse_settings(out, model, flags)
     elif (out / "bench.json").exists():

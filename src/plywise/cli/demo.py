@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plywise._util.files import make_folder
 from plywise.cli.console import VOLUME, console, notes, number, table
 from plywise.errors import PlywiseError
 
@@ -34,7 +35,7 @@ def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) ->
     """
     if seeds < 1:
         raise PlywiseError(f"--seeds must be at least 1, not {seeds}.", see="error-command")
-    out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    make_folder(out)  # before the work, not after it
 
     from plywise.arena.demo.preset import DemoConfig
 

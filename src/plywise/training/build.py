@@ -15,7 +15,7 @@ from plywise.data.models import StepModel
 from plywise.data.reading import ReadOptions
 from plywise.data.sources import Reading
 from plywise.data.training_data import CLASSES, LOSSES, TrainingData, take_training_data
-from plywise.errors import PlywiseError
+from plywise.errors import BlockError, PlywiseError
 from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join, name_parameters
 from plywise.local.learner import Learner
@@ -84,7 +84,13 @@ class ResolvedTraining:
             made = make_model(config.model)
             if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
                 starts = starts or config.split or ()
-                return _cut_model(made, len(starts) or config.blocks or BLOCKS, example, starts)
+                blocks = len(starts) or config.blocks or BLOCKS
+                try:
+                    return _cut_model(made, blocks, example, starts)
+                except BlockError as error:
+                    if not (starts or config.blocks):
+                        error.add_note(f"{blocks} blocks are the default; --blocks says how many.")
+                    raise
         return Blocks(_list_blocks(config, made), example), ()
 
     @property

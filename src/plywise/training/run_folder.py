@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plywise._util.files import write_whole
+from plywise._util.files import make_folder, write_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise._util.version import __version__
 from plywise.data.training_data import TrainingData
@@ -58,7 +58,7 @@ class RunFolder:
         self.notes: list[str] = []
         self._plan = path / "plan.json"
         self._lock: Callable[[], object] | None = None
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
 
     def record(self) -> RunRecord | None:
         """Read the record of the run in this folder; None if there is no run.

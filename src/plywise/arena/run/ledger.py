@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from plywise._util.files import written_whole
+from plywise._util.files import make_folder, written_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise.arena.scoring.records import Key, key_of
 from plywise.errors import PlywiseError
@@ -33,7 +33,7 @@ class Ledger:
         self.lines: dict[Key, dict[str, Any]] = {}
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         path.touch()
         self.lines = {key_of(line): line for line, _ in _split(path)[0]}
 
