@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
+from figure_tables import associated_text
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise._util.modes import evaluating
@@ -133,6 +134,8 @@ def run(networks: list[str], small: bool) -> None:
                 result = read()
                 result["networks"][network][way] = {"rate": rate, "tuning": tuning, "test": final}
                 write_whole(OUT, json.dumps(result, indent=1) + "\n")
+    if not small:
+        print(associated_text(""))
 
 
 def main() -> None:

@@ -248,6 +248,16 @@ def pipeline(_: str) -> str:
     )
 
 
+def pipeline_schedules(_: str) -> str:
+    """Samples a second of torch's schedules for pipelines of backpropagation."""
+    figures = read("pipeline")["schedules"]
+    rows = [
+        [name, str(rate), f"{figures['over_1f1b'][name]:.2f}"]
+        for name, rate in figures["samples_per_second"].items()
+    ]
+    return table(["", "samples a second", "of 1F1B's, round by round"], rows)
+
+
 def bridges(_: str) -> str:
     """Accuracy with the bridges of the pipeline."""
     data = [read("bridges")["data"][name] for name in ("mnist", "fashion_mnist")]
@@ -327,6 +337,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     **{f"local-memory-{name}": local_memory(name) for name in ("blocks", "transformer")},
     "local-growth": local_growth,
     "pipeline": pipeline,
+    "pipeline-schedules": pipeline_schedules,
     "bridges": bridges,
     "denoising": denoising,
     "decision-stage": decision_stage,
