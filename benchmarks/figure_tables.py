@@ -333,7 +333,7 @@ TABLES: dict[str, Callable[[str], str]] = {
         f"local-learning-{name}": local_learning(name)
         for name in ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "cifar-vgg")
     },
-    **{f"local-table-{name}": local_table(name) for name in ("cifar", "mnist", "characters")},
+    **{f"local-table-{name}": local_table(name) for name in ("cifar", "mnist", "fashion", "characters")},
     **{f"local-memory-{name}": local_memory(name) for name in ("blocks", "transformer")},
     "local-growth": local_growth,
     "pipeline": pipeline,
