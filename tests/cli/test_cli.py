@@ -189,6 +189,34 @@ def test_explain_takes_a_batch_of_data_and_the_first_output_with_a_gradient(plyw
     assert "mine:conv failed on a batch of float32 (128, 64)" in err
 
 
+STEPPED = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, features, labels):
+        return "a name", nn.functional.cross_entropy(self.used(features), labels)
+
+def data():
+    for _ in range(12):
+        yield {"a": torch.randn(5, 4), "b": torch.arange(5) % 3}
+
+def step(model, batch):
+    return model(batch["a"], batch["b"])[1]
+"""
+
+
+def test_explain_takes_a_step_and_its_batches(plywise, project, user_module):
+    user_module("stepped", STEPPED)
+    words = ["stepped:Model", "--data", "stepped:data", "--step", "stepped:step", "--json"]
+    rows = {row["name"]: row for row in json.loads(plywise("explain", *words).out)["rows"]}
+    assert (rows["used"]["passes"], rows["unused"]["passes"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -215,6 +243,7 @@ def test_explain_takes_a_batch_of_data_and_the_first_output_with_a_gradient(plyw
         (["mine:conv", "--shape", "2,7,6"], "mine:conv failed on a batch of float32 (128, 2, 7, 6): "),
         (["mine:conv", "--shape", "2,x"], "--shape is the shape of one sample"),
         (["mine:conv", "--shape", "2,6,6", "--data", "digits"], "give one of them"),
+        (["mine:conv", "--step", "mine:step"], "--step takes batches of --data: name them."),
     ],
 )
 def test_explain_says_what_is_wrong(plywise, project, words, said):

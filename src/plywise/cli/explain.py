@@ -31,6 +31,7 @@ def explain(
     layers: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     data: str | None = None,
     shape: str | None = None,
+    step: str | None = None,
     batch_size: int = 128,
     json: Switch = False,
 ) -> None:
@@ -44,6 +45,7 @@ def explain(
         plywise explain mine:make_model
         plywise explain mine:make_convnet --rule Foof --shape 3,32,32
         plywise explain mine:make_convnet --data mine.npz --batch-size 64
+        plywise explain mine:make_gpt --data mine:make_data --step mine:step
 
     Args:
         factory: where your model is, as module:name; a function that makes it, or the model itself.
@@ -53,6 +55,8 @@ def explain(
         layers: handle only layers whose name matches this pattern; may be repeated.
         data: where a batch comes from, as `plywise bench` takes it: module:name, a .npz or a .csv file.
         shape: instead of data: the shape of one sample, as in 3,32,32; the batch is of random numbers.
+        step: with data, module:name of your function of the model and a batch that returns the loss, for
+            models that are called in another way; as for `plywise bench`.
         batch_size: samples a batch, for the cost.
         json: print it as JSON.
     """
@@ -60,10 +64,12 @@ def explain(
     if batch_size < 1:
         raise PlywiseError(f"--batch-size must be at least 1, not {batch_size}.", see="error-command")
     model = load_model(factory)
-    batch = _make_batch(data, shape, batch_size)
+    if step is not None and data is None:
+        raise PlywiseError("--step takes batches of --data: name them.", see="error-command")
+    batch = _make_batch(data, shape, batch_size, is_whole=step is not None)
     attached = made.attach(model, _optimizer_for(made, model), layers=list(layers) or None)
     if batch is not None:
-        _run_batch(factory, model, batch)
+        _run_batch(factory, model, batch, step)
     explanation = attached.explain(batch_size)
     if json:
         totals = {name: getattr(explanation, name) for name in ("share", "parameters", "frozen")}
@@ -92,14 +98,17 @@ def _print_explanation(explanation: Explanation) -> None:
     )
 
 
-def _make_batch(data: str | None, shape: str | None, batch_size: int) -> Batch | None:
-    """The inputs that go through the model; None for none."""
+def _make_batch(data: str | None, shape: str | None, batch_size: int, is_whole: bool) -> Batch | None:
+    """The inputs that go through the model, or whole batches for a step function; None for none."""
     if data is not None and shape is not None:
         raise PlywiseError("--shape is instead of --data: give one of them.", see="error-command")
     if data is not None:
-        from plywise.registry.resolve import resolve_data
+        from plywise.data.sources import Reading
+        from plywise.registry.resolve import resolve_parts
 
-        return next(iter(resolve_data(data).data.train.chunks(batch_size)))[0]
+        parts = resolve_parts(data, Reading(whole=is_whole, batch_size=batch_size))
+        batch: Batch = next(iter(parts["train"].chunks(batch_size)))[0]
+        return batch
     if shape is None:
         return None
     import torch
@@ -120,14 +129,16 @@ def _optimizer_for(rule: Rule, model: nn.Module) -> Optimizer | None:
     return SGD(model.parameters(), lr=0.0) if rule.remembers else None
 
 
-def _run_batch(factory: str, model: nn.Module, batch: Batch) -> None:
-    """One forward and backward pass, from the sum of what the model returns."""
+def _run_batch(factory: str, model: nn.Module, batch: Batch, step: str | None) -> None:
+    """One forward and backward pass, from the loss of the step or the sum of what the model returns."""
     from plywise.arena.workloads.own_calls import describe_batch
     from plywise.data.batches import TARGETS
     from plywise.data.models import call_model
+    from plywise.registry.resolve import resolve_function
 
+    take_step = resolve_function(step, "your step") if step else None
     try:
-        output = call_model(model, batch, TARGETS)
+        output = take_step(model, batch) if take_step else call_model(model, batch, TARGETS)
         _find_tensor(output).sum().backward()
     except PlywiseError:
         raise
