@@ -1,0 +1,170 @@
+"""Ideas of the field beside the recommended method: which of them helps beyond noise?
+
+    python benchmarks/tried_ideas.py    # writes tried_ideas.json in twenty minutes on one core; resumes
+
+On the six sets of recommended_defaults.py, which no bench of ours judges. Each arm tunes its rate (three
+values, by the lowest validation loss) and runs three fresh seeds. The table says what recommended_defaults.py
+says of its arms.
+
+- averaged weights: predictions by an exponential mean of the weights (decay 0.95).
+- fixed norms: hidden matrices keep their Frobenius norm, in place of a weight decay (Hyperball).
+- rank one: the leading direction of the inputs alone is whitened (as Eva's mean activation).
+- Muon, whitened Muon (`plywise.Coordinates` on it), and Muon with a triangular solve in place of the
+  iteration (MUD: rows normalised, solved with the lower triangle of their Gram, normalised).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import plywise as pw
+from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine, end_to_end
+from plywise.arena.methods.peers import hidden_weights
+from plywise.arena.run.experiment import Design, run_arms
+from plywise.arena.run.ledger import Ledger
+from plywise.arena.scoring.records import FINAL, TUNED, TrialRecord
+from plywise.optim.stacked import Stack
+from recommended_defaults import BATCH, WORKLOADS, Row, report, summarise
+from tuning import HERE
+
+OUT = HERE / "tried_ideas.json"
+RATES = {"recommended": (0.0075, 0.015, 0.03), "Muon": (0.005, 0.015, 0.045)}
+SEEDS = 3
+
+
+class TriangularMuon(pw.optim.Muon):
+    """Muon with MUD's step: ``Q = normalise(M)``, ``normalise(tril(QQᵀ)⁻¹ Q)``, normalised by rows."""
+
+    def _orthogonalize(self, group: dict[str, object], stack: Stack, gradient: Tensor) -> Tensor:
+        momentum, buffer = float(group["momentum"]), stack.state["momentum_buffer"]  # type: ignore[arg-type]
+        buffer.lerp_(gradient, 1 - momentum)
+        matrices = torch.lerp(gradient, buffer, momentum).flatten(2)
+        tall = matrices.shape[1] > matrices.shape[2]
+        rows = nn.functional.normalize(matrices.mT if tall else matrices, dim=2)
+        lower = (rows @ rows.mT).tril()
+        lower.diagonal(dim1=1, dim2=2).clamp_(min=1.0)  # a row of zeros
+        solved = torch.linalg.solve_triangular(lower, rows, upper=False)
+        found = nn.functional.normalize(solved, dim=2)
+        return found.mT if tall else found
+
+
+@dataclass
+class AveragedTraining(EndToEnd):
+    """Training that predicts with an exponential mean of the weights."""
+
+    def __post_init__(self) -> None:
+        self.mean = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True)
+
+    def descend(self, loss: Tensor) -> float:
+        """A step, after which the mean follows."""
+        value = super().descend(loss)
+        self.mean.update_parameters(self.model)
+        return value
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The mean's outputs in eval mode."""
+        self.mean.eval()
+        with torch.no_grad():
+            return self.mean(x)
+
+
+def recommend(context: TrialContext, weight_decay: float = 0.01) -> Optimizer:
+    """Make the recommended method at the trial's rate."""
+    rate = context.numbers["rate"]
+    return pw.recommend(
+        context.model, rate, batch_size=BATCH, weight_decay=weight_decay, on_nonfinite="propagate"
+    ).optimizer
+
+
+def train_averaged(context: TrialContext) -> Trainer:
+    """Average the weights."""
+    optimizer = recommend(context)
+    return AveragedTraining(context.model, optimizer, context.task.loss, cosine(context.steps)(optimizer))
+
+
+def train_with_fixed_norms(context: TrialContext) -> Trainer:
+    """Bring each hidden matrix back to its first norm after each step."""
+    optimizer = recommend(context, weight_decay=0.0)
+    norms = {weight: weight.detach().norm() for weight in hidden_weights(context.model, context.example)}
+
+    @torch.no_grad()
+    def restore(*_: object) -> None:
+        for weight, norm in norms.items():
+            weight.mul_(norm / weight.norm())
+
+    optimizer.register_step_post_hook(restore)
+    return end_to_end(context, optimizer)
+
+
+def train_with_rank_one(context: TrialContext) -> Trainer:
+    """Whiten one direction."""
+    optimizer = torch.optim.AdamW(
+        context.model.parameters(), context.numbers["rate"], betas=(0.9, 0.99), fused=True
+    )
+    return end_to_end(context, optimizer, pw.Coordinates(rank=1))
+
+
+def train_by_muon(
+    muon: type[pw.optim.Muon], rule: pw.Rule | None = None
+) -> Callable[[TrialContext], Trainer]:
+    """Muon for hidden matrices and AdamW for the others, perhaps under a rule."""
+
+    def begin(context: TrialContext) -> Trainer:
+        hidden = hidden_weights(context.model, context.example)
+        own = {id(weight) for weight in hidden}
+        rest = [p for p in context.model.parameters() if id(p) not in own]
+        groups = [{"params": hidden}, {"params": rest, "use_muon": False}]
+        rate = context.numbers["rate"]
+        return end_to_end(
+            context, muon(groups, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), rule
+        )
+
+    return begin
+
+
+def make_arm(name: str, kind: str, begin: Callable[[TrialContext], Trainer]) -> Method:
+    """An arm whose rate is tuned."""
+    return Method(name, "", {}, begin, grid=tuple({"rate": rate} for rate in RATES[kind]))
+
+
+ARMS = [
+    make_arm("recommended", "recommended", lambda context: end_to_end(context, recommend(context))),
+    replace(
+        make_arm("recommended, other seeds", "recommended", lambda c: end_to_end(c, recommend(c))),
+        null="recommended",
+    ),
+    make_arm("averaged weights", "recommended", train_averaged),
+    make_arm("fixed norms", "recommended", train_with_fixed_norms),
+    make_arm("rank one", "recommended", train_with_rank_one),
+    make_arm("Muon", "Muon", train_by_muon(pw.optim.Muon)),
+    make_arm("whitened Muon", "Muon", train_by_muon(pw.optim.Muon, pw.Coordinates())),
+    make_arm("triangular Muon", "Muon", train_by_muon(TriangularMuon)),
+]
+
+
+def choose_lowest(lines: Sequence[TrialRecord], _: float | None) -> TrialRecord | None:
+    """The rate with the lowest validation loss."""
+    finished = [line for line in lines if line["failure"] is None]
+    return min(finished, key=lambda line: min(line["validation"]), default=None)
+
+
+def main() -> None:
+    """Run what is missing, print the table and write it."""
+    torch.set_num_threads(1)
+    ledger = Ledger(HERE.parent / "runs" / "tried_ideas.jsonl")
+    design = Design(SEEDS, tracks=(TUNED,), choose=choose_lowest)
+    table: dict[str, Row] = {arm.name: {} for arm in ARMS}
+    for workload in WORKLOADS:
+        found = run_arms(workload, ARMS, design, ledger)
+        for arm in ARMS:
+            lines = [line for line in found.lines(workload.name, arm.name) if line["purpose"] == FINAL]
+            table[arm.name][workload.name] = summarise(lines)
+    report(table, "recommended", OUT)
+
+
+if __name__ == "__main__":
+    main()
