@@ -1,20 +1,27 @@
-"""What `rule.record` costs: steps with and without it, in turns, and what a measured step costs alone.
+"""What `rule.record` costs: a measured step beside its plain twin, and what is called in the steps between.
 
-Cycles of as many steps as lie between two measured ones take turns in one process, recording and not, in
-shuffled order. The extra time of a cycle over that of a plain one is what recording costs; the aim is 2 %.
-A second plain cycle is the null control.
+Two copies of a network train in lockstep with the same numbers, so that both refresh in the same step; one
+of them is recorded in each step. The difference of their CPU times in a step is what measuring a step costs.
+It is large beside the noise, and divided by the 50 steps from one measured step to the next it is what
+recording costs; the aim is 2 % of a step. A third copy is the null control. Recording adds calls of functions
+that return at once to the steps between: they are counted, and their time is that of such a call in a loop.
 
-    python benchmarks/telemetry_cost.py
-    python benchmarks/telemetry_cost.py --rounds 3 --every 10     # small, to see that it works
+    python benchmarks/telemetry_cost.py --out benchmarks/telemetry_cost.json
+    python benchmarks/telemetry_cost.py --seconds 1     # small, to see that it works
     python benchmarks/telemetry_cost.py --device cuda
 """
 
 import argparse
+import itertools
 import json
+import platform
 import random
 import statistics
+import sys
 import time
+import timeit
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +30,11 @@ import plywise as pw
 from step_cost import NETS
 
 RULES = {"ProxProp": pw.ProxProp, "NLMS": pw.NLMS, "Foof": pw.Foof, "KFAC": pw.KFAC}
+EVERY = 50
+"""The default of `rule.record`: this many steps lie from one measured step to the next."""
+CYCLE = 10
+"""Steps from one refresh to the next of the rules with running state."""
+NEVER = 10**9
 
 
 class Arm:
@@ -40,62 +52,116 @@ class Arm:
         if every is not None:
             self.rule.record(every=every)
 
-    def run(self, steps: int) -> float:
-        """Seconds that so many steps take."""
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def time_step(self) -> float:
+        """CPU seconds of a step."""
         if self.x.is_cuda:
             torch.cuda.synchronize()
         start = time.process_time()
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            F.cross_entropy(self.model(self.x), self.y).backward()
-            self.optimizer.step()
+        self.step()
         if self.x.is_cuda:
             torch.cuda.synchronize()
         return time.process_time() - start
 
+    def count_calls(self) -> int:
+        """Calls of Python functions and of C functions in a step."""
+        calls = 0
 
-def measure(net: str, rule: str, every: int, rounds: int, device: str) -> dict[str, float]:
-    """Medians of the ratios to plain cycles."""
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            self.step()
+        finally:
+            sys.setprofile(None)
+        return calls
+
+
+def measure(net: str, rule: str, seconds: float, device: str) -> dict[str, float]:
+    """What recording costs, as shares of a plain step."""
     arms = {
         "plain": Arm(net, rule, None, device),
         "again": Arm(net, rule, None, device),
-        "recorded": Arm(net, rule, every, device),
+        "recorded": Arm(net, rule, 1, device),
     }
     for arm in arms.values():
-        arm.run(2 * every)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        order = list(arms)
-        random.shuffle(order)
-        for name in order:
-            seconds[name].append(arms[name].run(every))
-    ratios = {
-        name: statistics.median(one / plain for one, plain in zip(times, seconds["plain"], strict=True))
-        for name, times in seconds.items()
-    }
+        for _ in range(CYCLE + 1):
+            arm.step()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or not times["plain"] or len(times["plain"]) % CYCLE:
+        for name in random.sample(list(arms), len(arms)):
+            times[name].append(arms[name].time_step())
+    plain = statistics.fmean(times["plain"])
+    extra, null = (estimate(times[name], times["plain"], plain) for name in ("recorded", "again"))
     return {
-        "extra": ratios["recorded"] - 1,
-        "null control": ratios["again"] - 1,
-        "a measured step in plain steps": 1 + (ratios["recorded"] - 1) * every,
+        "rounds": len(times["plain"]),
+        "plain step, ms": 1000 * plain,
+        "measured step, extra": extra,
+        "null control": null,
+        "recording": extra / EVERY,
+        "null control of recording": null / EVERY,
+        **measure_between(net, rule, device, plain),
     }
+
+
+def estimate(times: list[float], plain: list[float], step: float) -> float:
+    """The extra time of a step as a share of a plain one.
+
+    The median is over the rounds at each place in the cycle of refreshing, and the mean over the places: what
+    else runs on the machine disturbs single steps, and a refresh is no disturbance.
+    """
+    differences = [one - other for one, other in zip(times, plain, strict=True)]
+    places = [statistics.median(differences[place::CYCLE]) for place in range(CYCLE)]
+    return statistics.fmean(places) / step
+
+
+def measure_between(net: str, rule: str, device: str, plain: float) -> dict[str, float]:
+    """What recording adds to ten steps of which none is measured: calls, and their time as a share."""
+    counts = {}
+    for name, every in (("plain", None), ("recorded", NEVER)):
+        arm = Arm(net, rule, every, device)
+        for _ in range(2 * CYCLE):
+            arm.step()
+        counts[name] = statistics.fmean(arm.count_calls() for _ in range(CYCLE))
+    added = counts["recorded"] - counts["plain"]
+    empty: dict[int, object] = {}
+    seconds = min(timeit.repeat(lambda: empty.clear(), number=10_000, repeat=20)) / 20_000  # two calls a turn
+    return {"calls between": counts["plain"], "calls added": added, "added time": added * seconds / plain}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=41)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30, help="for each network and rule")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
-    for net in NETS:
-        for rule in RULES:
-            one = measure(net, rule, arguments.every, arguments.rounds, arguments.device)
-            found[f"{net}, {rule}"] = one
-            print(f"{net:32s} {rule:9s} " + ", ".join(f"{name} {value:.2%}" for name, value in one.items()))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    about = {"device": arguments.device, "torch": torch.__version__, "machine": platform.machine()}
+    for net, rule in itertools.product(sorted(NETS, key=time_plainly), RULES):
+        one = measure(net, rule, arguments.seconds, arguments.device)
+        found[f"{net}, {rule}"] = {name: float(f"{value:.4g}") for name, value in one.items()}
+        print(
+            f"{net:34s} {rule:9s}",
+            ", ".join(f"{name} {value:.3g}" for name, value in one.items()),
+            flush=True,
+        )
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps({"about": about, "results": found}, indent=1) + "\n")
+
+
+def time_plainly(net: str) -> float:
+    """CPU seconds of a second step without solves: what takes longer is measured last."""
+    arm = Arm(net, "NLMS", None, "cpu")
+    arm.step()
+    return arm.time_step()
 
 
 if __name__ == "__main__":
