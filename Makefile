@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 5 --dist loadfile --no-loadscope-reorder
 
 # Some tests of every room, and the promises that touch every rule
-QUICK := contract/test_unmodified.py engine/test_calls.py \
+QUICK := contract/test_unmodified.py engine/test_calls.py engine/test_liveness.py \
 	engine/test_maps.py engine/test_state_uses.py rules/test_one_problem.py rules/test_proxprop.py \
 	rules/test_nlms.py rules/test_rls.py rules/test_whitening_family.py rules/test_back_matching.py \
 	rules/test_consequentialism.py rules/test_gradient_amplification.py numerics/test_least_squares.py \

@@ -1,0 +1,115 @@
+"""A rule that takes no part in a step says so; detached or interrupted, it leaves nothing behind."""
+
+import warnings
+
+import pytest
+import torch
+from small_nets import RULES, X, grads, net, sgd
+from torch import Tensor, nn
+
+import plywise as pw
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_another_optimizer_is_said_once(name: str) -> None:
+    model = net()
+    rule, other = RULES[name](), sgd(model)
+    rule.attach(model, sgd(model))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            other.zero_grad()
+            model(X).square().sum().backward()
+            other.step()
+    said = [
+        str(w.message) for w in caught if "the optimizer given to attach() has not stepped" in str(w.message)
+    ]
+    assert len(said) == 1
+    assert rule.health.total("the rule took no part in a step") >= 1
+    assert ", 0 steps seen" in str(rule.explain())
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_gradients_assigned_by_hand_are_said_once(name: str) -> None:
+    model = net()
+    optimizer = sgd(model)
+    rule = RULES[name]().attach(model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    said = [str(w.message) for w in caught if "took no part in the last 3 optimizer steps" in str(w.message)]
+    assert len(said) == 1
+    assert rule.health.total("the rule took no part in a step") == 6
+
+
+def test_weights_that_the_optimizer_does_not_step_are_not_counted_as_handled() -> None:
+    model = net()
+    optimizer = torch.optim.SGD([model[0].weight], lr=0.1)
+    rule = pw.ProxProp().attach(model, optimizer)
+    model(X).square().sum().backward()
+    rows = {row.name: row for row in rule.explain().rows}
+    assert rows["0"].handled
+    assert not rows["2"].handled
+    assert rows["2"].reason == "the optimizer given to attach() does not step it"
+
+
+def test_spoilt_buffers_are_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = sgd(model)
+    rule = pw.ProxProp().attach(model, optimizer)
+    bad = X.clone()
+    bad[0, 0] = float("nan")
+    model(bad).sum().backward()
+    with pytest.warns(RuntimeWarning) as caught:
+        optimizer.step()
+    assert any("1.running_mean" in str(w.message) and "reset_running_stats" in str(w.message) for w in caught)
+    assert rule.health.of("1.running_var") == {"buffer is not finite": 1}
+
+
+def test_wrappers_that_are_no_whole_optimizer_are_refused() -> None:
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.param_groups = inner, inner.param_groups
+
+    model = net()
+    with pytest.raises(
+        pw.AttachError, match=r"Lookahead is a torch.optim.Optimizer by name only.*that it wraps"
+    ):
+        pw.ProxProp().attach(model, Lookahead(sgd(model)))
+
+
+def test_health_is_readable_after_detach() -> None:
+    model = net()
+    optimizer = sgd(model)
+    rule = pw.ProxProp().attach(model, optimizer)
+    model(X).sum().backward()
+    model[0].weight.grad[0, 0] = float("nan")
+    with pytest.warns(RuntimeWarning):
+        optimizer.step()
+    rule.detach()
+    assert rule.health.total("step skipped") == 1
+
+
+def test_an_interrupt_in_the_forward_leaves_no_mode_behind() -> None:
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise KeyboardInterrupt
+            return x
+
+    model, plain = nn.Sequential(net(), Interrupted()), net()
+    rule = pw.Backprop().attach(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    model.eval()
+    for _ in range(2):
+        model.zero_grad()
+        model(X).square().sum().backward()
+    plain(X).square().sum().backward()
+    for name, value in grads(plain).items():
+        assert torch.equal(grads(model)[f"0.{name}"], value)
+    rule.detach()
+    assert torch._C._len_torch_function_stack() == 0
