@@ -40,6 +40,12 @@ __all__ = [
 TOLERANCE = 1e-4
 """The largest estimated relative error of an answer that is accepted."""
 
+FAINT = 1e-20
+"""Energies of rows below which products with gradients may be zero in float32 where the answer is not."""
+
+MOST_CANCELLED = 100.0
+"""How many times as large as the whole answer that without the mean may be, in float32."""
+
 BOUNDED = 128
 """Up to this size, the estimate costs as much as the solve, and it is worth while to try a cheaper bound."""
 
@@ -137,21 +143,33 @@ def solve_damped_with_bias(
             right = torch.cat([system.right, system.mean.unsqueeze(2)], 2)
             return DampedSystem.make(gram, right, value)
         z, energy = _get_projected(system)
-        right = torch.cat([system.right, z.unsqueeze(2)], 2)
+        known = z + 0 * energy  # NaN, and so no answer, where the square of the mean is out of range
+        right = torch.cat([system.right, known.unsqueeze(2)], 2)
         return DampedSystem.make(gram, right, value, True, (z / energy, z))
 
     answer = _solve(make, dtype, note, 1)
     if answer is None:
         return None
-    add_bias = _add_bias_to_dual if dual else _add_bias
-    return add_bias(*last[0], answer[..., :-1], answer[..., -1])
+    if dual:
+        return _add_bias_to_dual(*last[0], answer[..., :-1], answer[..., -1])
+    found = _add_bias(*last[0], answer[..., :-1], answer[..., -1])
+    if answer.dtype != torch.float64 and _cancels(answer[..., :-1], found[0]):
+        note(FLOAT64)
+        return solve_damped_with_bias(build_system, damping, torch.float64, note)
+    return found
+
+
+def _cancels(part: Tensor, whole: Tensor) -> bool:
+    """Tell whether most digits of an answer are lost: the mean of the rows forbids what their noise wants."""
+    norms = torch.stack(torch._foreach_norm([part, whole])).tolist()
+    return norms[0] > MOST_CANCELLED * norms[1]
 
 
 def _add_bias(system: CentredSystem, shift: float | Tensor, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Solve the system with a bias, from ``x = M⁻¹ right`` and ``p = M⁻¹ mean`` with ``M = gram + λI``.
 
     With ``w = n / (n + λ)`` and ``r = (mean_target - xᵀ mean) / (1 + λ w meanᵀ p)``, the solution is
-    ``X = x + λ w p rᵀ`` and ``b = w r``. No step subtracts numbers that are nearly equal.
+    ``X = x + λ w p rᵀ`` and ``b = w r``. Where X is much smaller than x, digits are lost.
     """
     weight = system.rows / (system.rows + shift)
     residual = system.mean_target - (system.mean.unsqueeze(1) @ x).squeeze(1)
@@ -285,10 +303,13 @@ class _Attempt:
     def find_failed_groups(self) -> Tensor:
         """Find the groups (g,) whose answer is not good enough.
 
-        Zeros are a good answer to zeros. If the Gram is zero, the answer is a division by λ.
+        Zeros are a good answer to zeros, unless these are products of numbers so small that they have left
+        the range of the dtype. If the Gram is zero, the answer is a division by λ.
         """
         system, answer = self.system, self.get_answer()
         zero = (system.right == 0) & (answer == 0)
+        if answer.dtype != torch.float64:
+            zero &= (system.energy + system.shift > FAINT).all(1)[:, None, None]
         smallest = torch.finfo(answer.dtype).tiny
         divided = ((system.energy == 0) & (system.energy + system.shift > smallest)).all(1)
         divided &= torch.isfinite(answer).all(2).all(1)

@@ -40,6 +40,16 @@ Centred = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 """A function that returns the rows of a call without their mean, and the mean, in a given dtype."""
 
 
+LARGEST_OFFSET = 1e4
+"""The energy of the mean row over that of the centred ones, above which float32 loses it in a product."""
+
+MOST_CANCELLED = 50.0
+"""How many times as large as an update what its bias is the difference of may be, in float32."""
+
+ORDINARY = 1e-16, 1e16
+"""Energies of rows between which a row's δ over its squared norm stays in the range of float32."""
+
+
 @dataclass(frozen=True)
 class RelativeDamping:
     """``eps`` times the mean non-zero eigenvalue of ``[A,1]ᵀ[A,1]``, in the dtype of the Gram at hand."""
@@ -133,7 +143,10 @@ def _build_centred(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor
         return lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
     gram, mean = call.map.centred_gram(call.cast_input(dtype))
     # the columns of Δ sum to zero, so that the mean of the rows drops out of the product
-    gradient = call.weight_gradient(call.from_delta_rows(delta))
+    offset = call.row_count * mean.square().sum()
+    if dtype != torch.float64 and offset > LARGEST_OFFSET * gram.diagonal(dim1=1, dim2=2).sum():
+        delta = _centre_delta(call, torch.float64)[0]
+    gradient = call.weight_gradient(call.from_delta_rows(delta)).to(dtype)
     return gram.to(dtype), call.matrix(Update(gradient, None)).mT, mean.to(dtype), mean_delta
 
 
@@ -163,9 +176,7 @@ def _expand_with_bias(call: LinearCall, centred: Centred, y: Tensor, bias: Tenso
 
 def _multiply_centred(call: LinearCall, centred: Centred, y: Tensor) -> Tensor:
     """``YᵀC`` in the shape of the weight, C the centred rows; a tensor of its own."""
-    if call.map.rows_are_inputs:
-        return (y.mT @ centred(y.dtype)[0]).reshape(call.weight.shape)
-    return call.weight_gradient(call.from_delta_rows(y - y.mean(1, keepdim=True)))
+    return (y.mT @ centred(y.dtype)[0]).reshape(call.weight.shape)
 
 
 def ridge_centred(call: LinearCall, relative: float) -> Update:
@@ -175,6 +186,26 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     covariant under rescaled inputs. Of constant rows, centring leaves rounding errors of size ``eps · ‖A‖``.
     The square of this size is the smallest damping, so that rounding errors do not become a step.
     """
+    for dtype in (call.dtype, torch.float64):
+        matrix = _solve_centred(call, relative, dtype)
+        if matrix is None:
+            return call.gradient()
+        mean, mean_delta = call.mean_row(matrix.dtype), call.delta_rows(matrix.dtype).mean(1)
+        bias = mean_delta - (matrix @ mean.unsqueeze(2)).squeeze(2)
+        if matrix.dtype == torch.float64 or not _is_difference(bias, matrix, mean):
+            break
+        call.health.note(call.name, health.FLOAT64)
+    return cast_update(call, Update(matrix.reshape(call.weight.shape), bias.reshape(-1)))
+
+
+def _is_difference(bias: Tensor, matrix: Tensor, mean: Tensor) -> bool:
+    """Whether ``mean(Δ) - D mean(A)`` has lost most digits, and is no small part of the update."""
+    of_bias, of_matrix, of_mean = torch.stack(torch._foreach_norm([bias, matrix, mean])).tolist()
+    return of_matrix * of_mean > MOST_CANCELLED * math.hypot(of_bias, of_matrix)
+
+
+def _solve_centred(call: LinearCall, relative: float, dtype: torch.dtype) -> Tensor | None:
+    """The weights' part of `ridge_centred` as a matrix (g, m, d), or None."""
     dual, size = call.row_count <= call.width, max(min(call.row_count, call.width), 1)
     rows = cache(partial(_centre_rows, call))
 
@@ -189,20 +220,17 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
         return _build_centred(call, dtype)[:2]
 
     note = partial(call.health.note, call.name)
-    answer = solve_damped(build, damping, call.dtype, note, dual=dual)
+    answer = solve_damped(build, damping, dtype, note, dual=dual)
     if answer is None:
-        return call.gradient()
-    matrix = call.matrix(Update(_multiply_centred(call, rows, answer), None)) if dual else answer.mT
-    mean, mean_delta = call.mean_row(matrix.dtype), call.delta_rows(matrix.dtype).mean(1)
-    bias = mean_delta - (matrix @ mean.unsqueeze(2)).squeeze(2)
-    return cast_update(call, Update(matrix.reshape(call.weight.shape), bias.reshape(-1)))
+        return None
+    return call.matrix(Update(_multiply_centred(call, rows, answer), None)) if dual else answer.mT
 
 
 def normalised(call: LinearCall, relative: float) -> Update:
     """Each row's δ divided by its own ``‖a_i‖² + ε``, ε relative to the mean squared norm (NLMS)."""
     norms = call.square_norms()
     total = float(norms.sum())
-    if norms.numel() and (not math.isfinite(total) or total < torch.finfo(norms.dtype).tiny):
+    if norms.numel() and not ORDINARY[0] < total < ORDINARY[1]:
         return _normalise_scaled(call, relative)
     if call.groups == 1 and total > 0:  # and so no sum below is zero
         factors = (norms + relative * total / norms.numel()).reciprocal_()
