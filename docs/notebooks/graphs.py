@@ -74,7 +74,7 @@ def metric(model, batch):
 # %%
 METHODS = ["adamw", "muon", "recommended"]
 HOW = {"step": step, "metric": metric, "trials": 4, "seeds": 3, "steps": 400, "progress": False}
-report = pw.arena.bench(make_model, data, methods=METHODS, folder="runs/graphs", **HOW)
+report = pw.arena.bench(make_model, data, methods=METHODS, out="runs/graphs", **HOW)
 report
 
 # %% [markdown]
