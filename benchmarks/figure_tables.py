@@ -54,6 +54,16 @@ def step_cost(figures: str, extra: str, show: str = "{:.2f}") -> Callable[[str],
     return write
 
 
+def compile_cost(_: str) -> str:
+    """What torch.compile makes of models with rules."""
+    rows = [
+        [net, name, f"{one['graphs']:.0f}", f"{one['breaks']:.0f}", f"{one['cpu']:.2f}"]
+        for net, rules in read("compile_cost")["nets"].items()
+        for name, one in rules.items()
+    ]
+    return table(["network", "rule", "graphs", "kinds of breaks", "CPU time, compiled over eager"], rows)
+
+
 def coverage(_: str) -> str:
     """Rules with the same figures share a row."""
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -322,6 +332,7 @@ KINDS = {
 """Kinds of adaptive activations by the names of the page."""
 
 TABLES: dict[str, Callable[[str], str]] = {
+    "compile-cost": compile_cost,
     "coverage": coverage,
     "step-cost-1-thread": step_cost("step_cost_1_thread", "memory"),
     "step-cost-2-threads": step_cost("step_cost_2_threads", "memory"),

@@ -43,7 +43,7 @@ Centred = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 LARGEST_OFFSET = 1e4
 """The energy of the mean row over that of the centred ones, above which float32 loses it in a product."""
 
-MOST_CANCELLED = 50.0
+MOST_CANCELLED = 20.0
 """How many times as large as an update what its bias is the difference of may be, in float32."""
 
 ORDINARY = 1e-16, 1e16
