@@ -186,16 +186,22 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     covariant under rescaled inputs. Of constant rows, centring leaves rounding errors of size ``eps · ‖A‖``.
     The square of this size is the smallest damping, so that rounding errors do not become a step.
     """
-    for dtype in (call.dtype, torch.float64):
-        matrix = _solve_centred(call, relative, dtype)
-        if matrix is None:
-            return call.gradient()
-        mean, mean_delta = call.mean_row(matrix.dtype), call.delta_rows(matrix.dtype).mean(1)
-        bias = mean_delta - (matrix @ mean.unsqueeze(2)).squeeze(2)
-        if matrix.dtype == torch.float64 or not _is_difference(bias, matrix, mean):
-            break
+    matrix = _solve_centred(call, relative, call.dtype)
+    bias = None if matrix is None else _find_bias(call, matrix)
+    if matrix is not None and matrix.dtype != torch.float64 and bias is None:
         call.health.note(call.name, health.FLOAT64)
+        matrix = _solve_centred(call, relative, torch.float64)
+        bias = None if matrix is None else _find_bias(call, matrix)
+    if matrix is None or bias is None:
+        return call.gradient()
     return cast_update(call, Update(matrix.reshape(call.weight.shape), bias.reshape(-1)))
+
+
+def _find_bias(call: LinearCall, matrix: Tensor) -> Tensor | None:
+    """``mean(Δ) - D mean(A)``; None where float32 has lost most of its digits."""
+    mean, mean_delta = call.mean_row(matrix.dtype), call.delta_rows(matrix.dtype).mean(1)
+    bias = mean_delta - (matrix @ mean.unsqueeze(2)).squeeze(2)
+    return None if matrix.dtype != torch.float64 and _is_difference(bias, matrix, mean) else bias
 
 
 def _is_difference(bias: Tensor, matrix: Tensor, mean: Tensor) -> bool:
