@@ -34,7 +34,7 @@ from plywise.arena.workloads.networks import CharTransformer, conv_net, mlp, res
 from plywise.arena.workloads.tables import prepare_table
 from plywise.data.digits import Split
 from plywise.data.parts import Data, draw_parts
-from plywise.data.sets import grey_images, numeric_table
+from plywise.data.sets import load_grey_images, load_numeric_table
 from plywise.data.tables import read_rows
 from tuning import CROSS_ENTROPY, DATA, HERE
 
@@ -48,7 +48,7 @@ CHARACTERS, CONTEXT = 100, 32
 
 def read_images(flat: bool) -> Data:
     """4,000 images of MNIST, and twice 1,000 others; pixels from 0 to 1."""
-    images, labels, *_ = grey_images("mnist")
+    images, labels, *_ = load_grey_images("mnist")
     x, y = torch.from_numpy(images).float().div(255).unsqueeze(1), torch.from_numpy(labels).long()
     parts = draw_parts(x, y, (4000, 1000, 1000))
     return Data(*(Split(part.x.flatten(1) if flat else part.x, part.y) for part in parts))
@@ -76,7 +76,7 @@ WORKLOADS = [
         make_workload(
             name,
             partial(mlp, columns, 64, 64, 1),
-            partial(prepare_table, partial(numeric_table, file)),
+            partial(prepare_table, partial(load_numeric_table, file)),
             REGRESSION,
             400,
         )
