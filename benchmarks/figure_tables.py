@@ -331,7 +331,25 @@ KINDS = {
 }
 """Kinds of adaptive activations by the names of the page."""
 
+def beside(figures: str, first: str) -> Callable[[str], str]:
+    """Arms on small sets: the losses of each, and geometric means over the first arm's figures."""
+
+    def write(_: str) -> str:
+        found = read(figures)
+        sets = list(found["arms"][first])
+        rows = [
+            [name, *(f"{loss(row[one]['training'])} / {loss(row[one]['validation'])}" for one in sets)]
+            + [f"{found['ratios'][name][key]:.2f}" for key in ("training", "validation", "cpu")]
+            for name, row in found["arms"].items()
+        ]
+        return table(["arm", *sets, "training", "validation", "CPU time"], rows)
+
+    return write
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "recommended-defaults": beside("recommended_defaults", "defaults"),
+    "tried-ideas": beside("tried_ideas", "recommended"),
     "compile-cost": compile_cost,
     "coverage": coverage,
     "step-cost-1-thread": step_cost("step_cost_1_thread", "memory"),
