@@ -91,7 +91,7 @@ def test_from_estimate_to_table(mnist, tmp_path, monkeypatch, capsys):
 
 def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path):
     only = ("--only", "mnist-mlp", "--seeds", "1")
-    process = start(tmp_path, *only, epochs=40)
+    process = start(tmp_path, *only, epochs=12)
     runs = tmp_path / "runs" / "consequentialism" / "runs.jsonl"
     end = time.monotonic() + 120
     while not (runs.exists() and len(runs.read_text().splitlines()) >= 2):
@@ -107,7 +107,7 @@ def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path):
     assert f"Interrupted. {len(kept)} of 10 runs are kept in" in said
     assert "the same command goes on" in said
     assert json.loads((runs.parent / "reproduce.json").read_text())["unfinished"] == 10 - len(kept)
-    done(start(tmp_path, *only, epochs=40))
+    done(start(tmp_path, *only, epochs=12))
     assert len(list(read(runs))) == 10
     assert list(read(runs))[: len(kept)] == kept
 

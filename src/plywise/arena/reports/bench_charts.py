@@ -115,7 +115,7 @@ def find_best_after_trials(values: Sequence[float]) -> list[tuple[float, float, 
     order, the best of k lies at or before the i-th in all but C(n-i, k) of C(n, k) choices.
 
     Example:
-        >>> after_trials([3.0, 1.0, 2.0])
+        >>> find_best_after_trials([3.0, 1.0, 2.0])
         [(1.0, 2.0, 3.0), (1.0, 1.0, 2.0), (1.0, 1.0, 1.0)]
     """
     ordered = sorted(values)
