@@ -331,6 +331,7 @@ KINDS = {
 }
 """Kinds of adaptive activations by the names of the page."""
 
+
 def beside(figures: str, first: str) -> Callable[[str], str]:
     """Arms on small sets: the losses of each, and geometric means over the first arm's figures."""
 
