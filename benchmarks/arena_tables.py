@@ -104,6 +104,7 @@ def _spread(values: list[float]) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "arena-standard": ranking("standard"),
     "arena-coordinates": ranking("coordinates"),
+    "arena-hidden": ranking("hidden"),
     "arena-twelve": targets_by_tuning,
     "arena-related": related_metrics,
 }
