@@ -173,7 +173,7 @@ def report(table: dict[str, Row], first: str, path: Path) -> None:
         print(f"{name:24} {losses}  over {first}: {', '.join(texts)}")
     found = {"arms": table, "ratios": ratios}
     rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.3g}"))
-    write_whole(path, json.dumps({**rounded, "environment": environment()}, indent=1) + "\n")
+    write_whole(path, json.dumps({**rounded, "environment": environment()}) + "\n")
 
 
 def main() -> None:
