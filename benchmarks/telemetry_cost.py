@@ -17,19 +17,23 @@ import json
 import platform
 import random
 import statistics
-import sys
 import time
 import timeit
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import plywise as pw
 from step_cost import NETS
+from step_counts import count_python_calls
 
-RULES = {"ProxProp": pw.ProxProp, "NLMS": pw.NLMS, "Foof": pw.Foof, "KFAC": pw.KFAC}
+RULES = {
+    "ProxProp": pw.ProxProp,
+    "NLMS": pw.NLMS,
+    "Foof": lambda: pw.Foof(stats_every=CYCLE, refresh_every=CYCLE, slowdown=1),
+    "KFAC": lambda: pw.KFAC(stats_every=CYCLE, refresh_every=CYCLE),
+}
 EVERY = 50
 """The default of `rule.record`: this many steps lie from one measured step to the next."""
 CYCLE = 10
@@ -66,21 +70,6 @@ class Arm:
         if self.x.is_cuda:
             torch.cuda.synchronize()
         return time.process_time() - start
-
-    def count_calls(self) -> int:
-        """Calls of Python functions and of C functions in a step."""
-        calls = 0
-
-        def count(frame: Any, event: str, argument: Any) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
-        sys.setprofile(count)
-        try:
-            self.step()
-        finally:
-            sys.setprofile(None)
-        return calls
 
 
 def measure(net: str, rule: str, seconds: float, device: str) -> dict[str, float]:
@@ -129,7 +118,7 @@ def measure_between(net: str, rule: str, device: str, plain: float) -> dict[str,
         arm = Arm(net, rule, every, device)
         for _ in range(2 * CYCLE):
             arm.step()
-        counts[name] = statistics.fmean(arm.count_calls() for _ in range(CYCLE))
+        counts[name] = statistics.fmean(count_python_calls(arm.step) for _ in range(CYCLE))
     added = counts["recorded"] - counts["plain"]
     empty: dict[int, object] = {}
     seconds = min(timeit.repeat(lambda: empty.clear(), number=10_000, repeat=20)) / 20_000  # two calls a turn

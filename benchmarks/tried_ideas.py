@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import plywise as pw
 from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine, end_to_end
-from plywise.arena.methods.peers import hidden_weights
+from plywise.arena.methods.peers import group_for_muon, hidden_weights
 from plywise.arena.run.experiment import Design, run_arms
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.scoring.records import FINAL, TUNED, TrialRecord
@@ -114,13 +114,11 @@ def train_by_muon(
     """Muon for hidden matrices and AdamW for the others, perhaps under a rule."""
 
     def begin(context: TrialContext) -> Trainer:
-        hidden = hidden_weights(context.model, context.example)
-        own = {id(weight) for weight in hidden}
-        rest = [p for p in context.model.parameters() if id(p) not in own]
-        groups = [{"params": hidden}, {"params": rest, "use_muon": False}]
         rate = context.numbers["rate"]
         return end_to_end(
-            context, muon(groups, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), rule
+            context,
+            muon(group_for_muon(context), rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            rule,
         )
 
     return begin

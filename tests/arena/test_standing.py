@@ -173,7 +173,7 @@ def test_a_method_with_nothing_to_tune_is_in_both_tracks():
     field = gather_results(bench, lines)
     for track in ("tuned", "defaults"):
         assert by_method(rank_methods(field, track, "steps"))["proxprop"].runs == 3
-    assert len(list(csv.DictReader(format_runs_csv(field)))) == len(lines), "and still told once"
+    assert len(list(csv.DictReader(format_runs_csv(field)))) == len(lines), "a row for each run"
 
 
 def test_equals_share_a_rank():
@@ -181,7 +181,7 @@ def test_equals_share_a_rank():
     assert [place.rank[:3] for place in rank_methods(field, "tuned", "steps")] == [(1, 1, 2), (1, 1, 2)]
 
 
-def test_equals_that_never_arrive_are_told_by_where_they_end():
+def test_equals_that_never_arrive_are_ordered_by_where_they_end():
     """All have no area. A cheap step must not help: it only makes the bound on the time of a miss smaller."""
     never = [math.inf] * 3
     ends = {"adamw": 0.3, "nlms": 0.2, "bad": 0.6}
@@ -270,8 +270,8 @@ def test_memory_is_unknown_where_no_step_was_measured():
     ]
     field = small([*runs, *failed])
     assert {row.method: row.peak_mib for row in compare_methods(field)} == {"sgd": 40, "proxprop": None}
-    told = {one["method"]: one["peak_mib"] for one in csv.DictReader(format_runs_csv(field))}
-    assert told == {"sgd": "40.0", "proxprop": ""}
+    peaks = {one["method"]: one["peak_mib"] for one in csv.DictReader(format_runs_csv(field))}
+    assert peaks == {"sgd": "40.0", "proxprop": ""}
     (one,) = compare_methods(small([*runs[:2], {**failed[0], "method": "sgd"}]))
     assert one.peak_mib == 40, "of those that trained"
 

@@ -222,7 +222,7 @@ def _treat_alike(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext,
 
 def _muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
-    return Muon(_groups(setting), adjust_lr_fn="match_rms_adamw", **settings)
+    return Muon(group_for_muon(setting), adjust_lr_fn="match_rms_adamw", **settings)
 
 
 def _torch_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
@@ -233,10 +233,10 @@ def _torch_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
 
 def _normuon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
-    return NorMuon(_groups(setting), **settings)
+    return NorMuon(group_for_muon(setting), **settings)
 
 
-def _groups(setting: TrialContext) -> list[dict[str, Any]]:
+def group_for_muon(setting: TrialContext) -> list[dict[str, Any]]:
     """Hidden weights for Muon, the rest for AdamW at the same rate: steps of both are of one size."""
     hidden = hidden_weights(setting.model, setting.example)
     known = {id(p) for p in hidden}

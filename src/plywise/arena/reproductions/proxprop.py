@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
 
@@ -143,19 +144,17 @@ CUT_MLP = ExperimentSize(
     validation=500,
     test=2_000,
 )
-MIDDLE_MLP = ExperimentSize(
+MIDDLE_MLP = replace(
+    CUT_MLP,
     about=(
         "3072-800-200-800-10, a fifth of the widths; 4,000 training images (1,000 for validation, 2,000 for "
         "the test), the paper's 50 epochs: 400 steps where the paper takes 4,500. Batch and momentum are the "
         "paper's"
     ),
-    source=cifar,
     widths=(3072, 800, 200, 800, 10),
-    batch=500,
     epochs=50,
     images=4_000,
     validation=1_000,
-    test=2_000,
 )
 DIGITS_MLP = ExperimentSize(
     about=(
