@@ -135,10 +135,9 @@ class LocalNextToken(OneWayLearner):
     Do not use when: backpropagation fits and the last percent of the loss matters.
     Layers: a chain of blocks, each of which passes one tensor to the next, without shared parameters
         (`Blocks`; `split` makes them from a model, also from one that makes masks and positions of its
-        inputs). Features come last: tokens
-        (B, T) or features (B, ..., width) in, (B, ..., width) out. A block may contain any modules. If the
-        last block hands on as many features as there are scores, they are the scores; otherwise it has a
-        head, too.
+        inputs). Features come last: tokens (B, T) or features (B, ..., width) in, (B, ..., width) out. A
+        block may contain any modules. If the last block hands on as many features as there are scores, they
+        are the scores; otherwise it has a head, too.
     Cost: a head for each block. The activations and the scores of one block and one part of the batch at a
         time, beside the block's input and output for the whole batch.
     Status: after descriptions of the idea: the head, the pieces and the tied variant are ours. The source's
