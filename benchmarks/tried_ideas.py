@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import plywise as pw
 from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine, end_to_end
-from plywise.arena.methods.peers import group_for_muon, hidden_weights
+from plywise.arena.methods.peers import group_hidden, hidden_weights
 from plywise.arena.run.experiment import Design, run_arms
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.scoring.records import FINAL, TUNED, TrialRecord
@@ -89,7 +89,7 @@ def train_averaged(context: TrialContext) -> Trainer:
 def train_with_fixed_norms(context: TrialContext) -> Trainer:
     """Bring each hidden matrix back to its first norm after each step."""
     optimizer = recommend(context, weight_decay=0.0)
-    norms = {weight: weight.detach().norm() for weight in hidden_weights(context.model, context.example)}
+    norms = {weight: weight.detach().norm() for weight in hidden_weights(context)}
 
     @torch.no_grad()
     def restore(*_: object) -> None:
@@ -117,7 +117,7 @@ def train_by_muon(
         rate = context.numbers["rate"]
         return end_to_end(
             context,
-            muon(group_for_muon(context), rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            muon(group_hidden(context), rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             rule,
         )
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import plywise as pw
 from plywise.arena.methods import PEERS, find_method
-from plywise.arena.methods.peers import hidden_weights
 from plywise.arena.task import SEQUENCES
+from plywise.optim.hidden_weights import find_hidden_weights
 
 
 class Tied(nn.Module):
@@ -52,7 +52,7 @@ def test_peers_train_embeddings_norms_convolutions_and_tied_heads(name):
 
 def test_muon_gets_hidden_weights_whatever_their_order():
     model = Tied()
-    hidden = hidden_weights(model, TOKENS[:2])
+    hidden = find_hidden_weights(model, lambda: model(TOKENS[:2]))
     names = {name for name, p in model.named_parameters() if any(p is one for one in hidden)}
     assert names == {
         "convolution.weight",
@@ -61,8 +61,8 @@ def test_muon_gets_hidden_weights_whatever_their_order():
         "hidden.weight",
     }
     model.hidden.requires_grad_(False)
-    assert len(hidden_weights(model, TOKENS[:2])) == 3
-    assert hidden_weights(nn.Linear(4, 2), torch.ones(2, 4)) == [], "the only layer gives the output"
+    assert len(find_hidden_weights(model, lambda: model(TOKENS[:2]))) == 3
+    assert find_hidden_weights(nn.Linear(4, 2)) == [], "the only layer gives the output"
     assert model.training
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from plywise.optim import KLSOAP, SOAP, Muon, NorMuon
-from plywise.optim.muon import COEFFICIENTS, orthogonalize
+from plywise.optim.muon import COEFFICIENTS, THREE_ITERATIONS, orthogonalize
 
 SHAPES = ((6, 6), (8, 5), (6, 6), (5, 8), (4, 3, 2, 2), (8, 5))
 
@@ -54,7 +54,9 @@ RATIOS = {
     None: lambda m, n: math.sqrt(max(1, m / n)),
     "original": lambda m, n: math.sqrt(max(1, m / n)),
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "balanced": lambda m, n: (0.2 * math.sqrt(max(m, n)) * 1.6 * math.sqrt(m / n)) ** 0.5,
 }
+TORCHS = (None, "original", "match_rms_adamw")
 
 
 @pytest.mark.parametrize("adjust", RATIOS)
@@ -95,7 +97,7 @@ def test_nor_muon_equals_its_definition():
         torch.testing.assert_close(found[place], wanted, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("adjust", RATIOS)
+@pytest.mark.parametrize("adjust", TORCHS)
 @pytest.mark.parametrize("shape", [(120, 100), (100, 160), (24, 40), (40, 24)], ids=str)
 def test_equals_torchs_muon(adjust, shape):
     ours, theirs = (start([shape, shape], torch.float32) for _ in range(2))
@@ -131,6 +133,25 @@ def test_singular_values_come_near_one():
     values = torch.linalg.svdvals(orthogonalize(matrices))
     assert 0.6 < values.min() < values.max() < 1.25
     assert torch.isfinite(orthogonalize(torch.zeros(2, 3, 4))).all(), "of a gradient that is zero"
+
+
+def test_three_iterations_bring_a_hundredfold_range_near_one():
+    values = torch.logspace(-2, 0, 40, dtype=torch.float64)
+    values = values / torch.linalg.vector_norm(values)
+    found = torch.linalg.svdvals(orthogonalize(values.diag()[None], THREE_ITERATIONS))
+    reached = values >= 0.01
+    assert 0.72 < found[0, : reached.sum()].min() <= found.max() < 1.28
+
+
+def test_each_iteration_may_have_its_own_coefficients():
+    params = start()
+    numbers = {"lr": 0.02, "weight_decay": 0.0, "momentum": 0.9}
+    twice = run(Muon(params, ns_coefficients=[COEFFICIENTS] * 2, ns_steps=2, **numbers), params)
+    again = start()
+    for found, wanted in zip(twice, run(Muon(again, ns_steps=2, **numbers), again), strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match="three for each of the 5 iterations"):
+        Muon(start(), ns_coefficients=THREE_ITERATIONS)
 
 
 STACKED = {

@@ -69,8 +69,44 @@ def test_what_does_not_fit_is_left_and_named() -> None:
     found = pw.recommend(model, batch_size=2, budget=1.0)
     assert "2" in found.left  # 2000 x 2000: of two rows its own step costs little
     assert found.price <= 1.0
-    assert "Too expensive for the budget, left to AdamW: " in found.explain()
+    assert "Too expensive for the budget, left to the optimizer: 2" in found.explain()
     assert {row.name for row in found.rule.explain().rows if not row.handled} == set(found.left)
+
+
+def test_muon_moves_hidden_weights_that_are_not_too_wide() -> None:
+    model = make_mlp(20, 64, 64, 3000, 4)
+    found = pw.recommend(model, batch_size=8)
+    assert found.muon == ("0.weight", "2.weight"), (
+        "64 x 3000 takes too much for 8 rows, and the last is the output"
+    )
+    by_muon, others = (group["params"] for group in found.optimizer.param_groups)
+    assert [id(p) for p in by_muon] == [id(model[0].weight), id(model[2].weight)]
+    assert {id(p) for p in (*by_muon, *others)} == {id(p) for p in model.parameters()}
+    assert "Muon moves 0.weight, 2.weight, which takes" in found.explain()
+
+
+class Backwards(nn.Module):
+    """Its first module runs last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(6, 2), nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).relu())
+
+
+def test_a_batch_shows_which_layer_gives_the_output() -> None:
+    assert pw.recommend(Backwards(), batch=torch.ones(3, 4)).muon == ("body.weight",)
+    assert pw.recommend(Backwards()).muon == ("head.weight",), "without one, the last module is taken for it"
+
+
+def test_without_hidden_weights_adamw_moves_all() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
+    found = pw.recommend(model)
+    assert isinstance(found.optimizer, torch.optim.AdamW)
+    assert found.muon == ()
+    assert "AdamW moves all parameters" in found.explain()
 
 
 def test_nothing_fits() -> None:

@@ -1,15 +1,17 @@
 """Recommends an optimizer and a rule for a model and a batch, in one call.
 
-The method is always AdamW in `plywise.Coordinates`. Layers and numbers of directions are chosen so that the
-cost of a step stays within a budget.
+The method is always Muon for hidden weights and AdamW for all others, in `plywise.Coordinates`. Layers,
+numbers of directions, and the weights that Muon moves are chosen so that a step does not cost too much.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from plywise._util.adamw import make_adamw
@@ -18,6 +20,8 @@ from plywise.data.batches import count_samples
 from plywise.engine.explain import LayerRow, Size
 from plywise.engine.rule import Rule
 from plywise.errors import AttachError
+from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
+from plywise.optim.muon import THREE_ITERATIONS, Muon
 from plywise.rules.coordinates import Coordinates
 
 RANKS = (64, 32, 16)
@@ -28,6 +32,10 @@ REFRESHES = (5, 10, 25)
 
 CALLS = 2.0**21
 """Operations of one core in 60 µs, the time of the calls in a small layer's plain step."""
+
+MUON_COST = 6.0
+"""Most operations of Muon's step for a layer, relative to its forward and backward. Half of Muon's are in
+bfloat16 and all are in large products, so that six times the operations take about twice the time."""
 
 BETAS = (0.9, 0.99)
 """Second moments over 100 steps: bases turn slowly, and older squares belong to older axes."""
@@ -40,10 +48,12 @@ class Recommendation:
     Attributes:
         optimizer: the optimizer, to be used as any other.
         rule: the rule, attached to the model.
-        price: extra operations of a step, relative to forward and backward of the layers that the rule could
-            take; small layers are counted by the time of their calls.
+        price: extra operations of a step for the coordinates, relative to forward and backward of the layers
+            that the rule could take; small layers are counted by the time of their calls.
         memory: extra bytes that the rule keeps.
         left: layers that the rule could handle but leaves to the optimizer, since they would cost too much.
+        muon: state-dict keys of the weights that Muon moves. AdamW moves all others.
+        muon_price: operations of Muon's step, relative to the same.
     """
 
     optimizer: Optimizer
@@ -51,6 +61,8 @@ class Recommendation:
     price: float
     memory: float
     left: tuple[str, ...]
+    muon: tuple[str, ...] = ()
+    muon_price: float = 0.0
 
     def __iter__(self) -> Iterator[Any]:
         yield self.optimizer
@@ -59,15 +71,24 @@ class Recommendation:
     def explain(self) -> str:
         """Describe the choice, its cost, and what happens to each layer."""
         group = self.optimizer.param_groups[0]
+        numbers = f"lr={group['lr']:g}, weight_decay={group['weight_decay']:g}"
         lines = [
-            f"{self.rule} on {type(self.optimizer).__name__}(lr={group['lr']:g}, betas={group['betas']}, "
-            f"weight_decay={group['weight_decay']:g})",
-            f"A step takes {100 * self.price:.0f} % more operations than plain AdamW's and the state "
-            f"{self.memory / 2**20:.1f} MiB more memory; small layers take longer than that, by calls.",
+            f"{self.rule} on {type(self.optimizer).__name__}({numbers}).",
+            f"The coordinates take {100 * self.price:.0f} % more operations a step than plain AdamW and "
+            f"{self.memory / 2**20:.1f} MiB of memory; small layers take longer than that, by calls.",
+            self._explain_muon(),
         ]
         if self.left:
-            lines.append(f"Too expensive for the budget, left to AdamW: {', '.join(self.left)}.")
+            lines.append(f"Too expensive for the budget, left to the optimizer: {', '.join(self.left)}.")
         return "\n".join([*lines, str(self.rule.explain())])
+
+    def _explain_muon(self) -> str:
+        if not self.muon:
+            return "AdamW moves all parameters: no hidden weight is narrow enough for Muon."
+        return (
+            f"Muon moves {', '.join(self.muon)}, which takes {100 * self.muon_price:.0f} % more operations; "
+            "AdamW moves all other parameters."
+        )
 
 
 @dataclass(frozen=True)
@@ -82,37 +103,40 @@ class _Plan:
 
 def recommend(
     model: nn.Module,
-    lr: float = 0.015,
+    lr: float = 0.02,
     *,
     batch: Any = None,
     batch_size: int | None = None,
     budget: float = 0.5,
     power: float = 0.25,
-    damping: float = 0.3,
-    weight_decay: float = 0.01,
+    damping: float = 1.0,
+    weight_decay: float = 0.1,
     on_nonfinite: Literal["skip", "raise", "propagate"] = "skip",
 ) -> Recommendation:
     """Make an optimizer for a model, with a rule attached that fits its layers.
 
-    AdamW works in the eigenbasis of each layer's inputs, whitened in part (`plywise.Coordinates`). Of wide
-    layers only the leading directions are turned, as many as the budget allows; layers that would not fit at
-    all are left to AdamW.
+    Muon moves the hidden weights, in three iterations, and AdamW all other parameters, both in the eigenbasis
+    of each layer's inputs, whitened in part (`plywise.Coordinates`). Of wide layers only the leading
+    directions are turned, as many as the budget allows; layers that would not fit at all are not turned.
+    AdamW also moves hidden weights so wide that Muon's step would take more than six times their own
+    operations.
 
     Args:
         model: the model.
-        lr: the rate. Default 0.015, which suits AdamW in these coordinates; plain AdamW usually needs a lower
-            rate.
+        lr: the rate of both. Default 0.02, which suits them in these coordinates; plain AdamW usually needs a
+            lower rate.
         batch: an input, or a tuple or dict of inputs, for one pass in evaluation mode, which shows the sizes
-            of convolutions and leaves no gradient. Without it, layers of unknown size are handled, too.
+            of convolutions and which layer gives the output, and leaves no gradient. Without it, layers of
+            unknown size are handled, too, and the last layer among the modules is taken to give the output.
         batch_size: samples of the batches that it will be trained with. Default: those of ``batch``, or 128.
-        budget: extra operations of a step, relative to forward and backward of the layers that train.
-            Default 0.5.
+        budget: extra operations of a step for the coordinates, relative to forward and backward of the layers
+            that train. Default 0.5.
         power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune it, try 0, too: the best value
             depends on the data.
         damping: what is added to the eigenvalues before they are whitened, relative to their mean. Default
-            0.3. The second number to tune, after the rate: the larger it is, the less is whitened. Range
+            1. The second number to tune, after the rate: the larger it is, the less is whitened. Range
             1e-3 to 10.
-        weight_decay: AdamW's decoupled decay. Default 0.01.
+        weight_decay: decoupled decay. Default 0.1.
         on_nonfinite: what happens to a step whose gradients are not finite, as for `Rule.attach`: "skip",
             "raise" or "propagate". Default "skip".
 
@@ -135,8 +159,7 @@ def recommend(
     """
     if not budget > 0 or not lr > 0:
         raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
-    optimizer = make_adamw(model.parameters(), lr, betas=BETAS, weight_decay=weight_decay)
-    rows = [row for row in _look(model, optimizer, batch, batch_size) if row.handled]
+    rows = [row for row in _look(model, batch, batch_size) if row.handled]
     plan = _choose(Coordinates(power, damping=damping), rows, budget)
     if not plan.taken:
         raise AttachError(
@@ -144,15 +167,56 @@ def recommend(
             f"would take more. Allow more, recommend(..., budget={2 * budget:g}), or use AdamW as it is.",
             see="attach-no-layer",
         )
+    muon = _choose_muon(model, batch, rows)
+    optimizer = _make_optimizer(model, [weight for weight, _ in muon.values()], lr, weight_decay)
     exclude = [row.name for row in plan.left]
     rule = plan.rule.attach(model, optimizer, exclude=exclude or None, on_nonfinite=on_nonfinite)
     memory = sum(plan.rule.estimate_cost(row.size)[1] for row in plan.taken if row.size is not None)
-    return Recommendation(optimizer, rule, plan.price, 4 * memory, tuple(exclude))
+    muon_price = sum(operations for _, operations in muon.values()) / _count_plain(rows)
+    left = tuple(exclude)
+    return Recommendation(optimizer, rule, plan.price, 4 * memory, left, tuple(muon), muon_price)
 
 
-def _look(model: nn.Module, optimizer: Optimizer, batch: Any, batch_size: int | None) -> list[LayerRow]:
+def _make_optimizer(
+    model: nn.Module, hidden: list[nn.Parameter], lr: float, weight_decay: float
+) -> Optimizer:
+    """Muon for these weights and AdamW for all others; AdamW alone without any."""
+    if not hidden:
+        return make_adamw(model.parameters(), lr, betas=BETAS, weight_decay=weight_decay)
+    return Muon(
+        group_for_muon(model, hidden),
+        lr,
+        weight_decay,
+        betas=BETAS,
+        ns_coefficients=THREE_ITERATIONS,
+        ns_steps=len(THREE_ITERATIONS),
+        adjust_lr_fn="balanced",
+    )
+
+
+def _choose_muon(model: nn.Module, batch: Any, rows: list[LayerRow]) -> dict[str, tuple[nn.Parameter, float]]:
+    """Hidden weights that are not too wide for Muon, and the operations of its step, by state-dict key."""
+    sizes = {key: row.size for row in rows for key in row.keys}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    chosen = {}
+    for weight in find_hidden_weights(model, None if batch is None else lambda: _run(model, batch)):
+        name = names[id(weight)]
+        size, operations = sizes.get(name), _count_muon(weight)
+        fits = size is None or operations <= MUON_COST * (size.plain + CALLS)
+        if fits and not isinstance(weight, DTensor):
+            chosen[name] = weight, operations
+    return chosen
+
+
+def _count_muon(weight: Tensor) -> float:
+    """Operations of Muon's iterations on a weight."""
+    small, large = sorted((len(weight), weight.numel() // max(1, len(weight))))
+    return len(THREE_ITERATIONS) * (4.0 * small**2 * large + 2.0 * small**3)
+
+
+def _look(model: nn.Module, batch: Any, batch_size: int | None) -> list[LayerRow]:
     """Find the layers of a model, with the sizes of the rule's problems."""
-    rule = Coordinates().attach(model, optimizer)
+    rule = Coordinates().attach(model, make_adamw(model.parameters(), 1.0))
     try:
         if batch is None:
             return rule.explain(batch_size or 128).rows
@@ -205,6 +269,11 @@ def _choose(basis: Coordinates, rows: list[LayerRow], budget: float) -> _Plan:
 def _price(rule: Coordinates, rows: list[LayerRow], taken: list[LayerRow] | None = None) -> _Plan:
     """Return the cost of a rule on some of these layers, relative to the plain steps of all of them."""
     taken = rows if taken is None else taken
-    plain = sum(row.size.plain + CALLS for row in rows if row.size is not None)
+    plain = _count_plain(rows)
     extra = sum(rule.estimate_cost(row.size)[0] for row in taken if row.size is not None)
-    return _Plan(rule, taken, [], extra / plain if plain else 0.0)
+    return _Plan(rule, taken, [], extra / plain)
+
+
+def _count_plain(rows: list[LayerRow]) -> float:
+    """Operations of the plain step of these layers, their calls included."""
+    return sum(row.size.plain + CALLS for row in rows if row.size is not None) or math.inf

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.adamw import make_adamw
-from plywise._util.modes import evaluating
 from plywise.arena.method import (
     EndToEnd,
     Method,
@@ -27,6 +26,7 @@ from plywise.arena.space import Range, Space
 from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
 from plywise.optim import KLSOAP, SOAP, Muon, NorMuon
+from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from plywise.registry.resolve import resolve_optimizer
 
 GRADIENT_SIZED: Space = {"lr": Range(1e-3, 1.0, 0.07), "weight_decay": Range(1e-6, 1e-2, 1e-4)}
@@ -65,39 +65,6 @@ class Peer:
 def nesterov(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> Optimizer:
     """SGD with Nesterov momentum 0.9."""
     return torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
-
-
-_LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.RNNBase)
-
-
-def hidden_weights(model: nn.Module, example: Tensor) -> list[nn.Parameter]:
-    """Find the weights that Muon is made for: those of linear maps, except the one that gives the output.
-
-    Embeddings and weights tied to them, norms, biases and bare parameters are not among them. The output
-    layer is the layer that runs last in a forward in eval mode.
-
-    Args:
-        model: the model. It stays as it is.
-        example: a few inputs.
-    """
-    maps = [module for module in model.modules() if isinstance(module, _LINEAR_MAPS)]
-    ran: list[nn.Module] = []
-    handles = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in maps]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    others = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    apart = {id(p) for module in (*others, *ran[-1:]) for p in module.parameters()}
-    found = {
-        id(p): p
-        for module in maps
-        for name, p in module.named_parameters(recurse=False)
-        if "weight" in name and p.dim() > 1 and p.requires_grad and id(p) not in apart
-    }
-    return list(found.values())
 
 
 class TorchMuon(Optimizer):
@@ -222,27 +189,28 @@ def _treat_alike(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext,
 
 def _muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
-    return Muon(group_for_muon(setting), adjust_lr_fn="match_rms_adamw", **settings)
+    return Muon(group_hidden(setting), adjust_lr_fn="match_rms_adamw", **settings)
 
 
 def _torch_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
-    hidden = hidden_weights(setting.model, setting.example)
+    hidden = hidden_weights(setting)
     known = {id(weight) for weight in hidden}
     return TorchMuon(hidden, [p for p in learning(setting.model) if id(p) not in known], **numbers)
 
 
 def _normuon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
-    return NorMuon(group_for_muon(setting), **settings)
+    return NorMuon(group_hidden(setting), **settings)
 
 
-def group_for_muon(setting: TrialContext) -> list[dict[str, Any]]:
+def group_hidden(setting: TrialContext) -> list[dict[str, Any]]:
     """Hidden weights for Muon, the rest for AdamW at the same rate: steps of both are of one size."""
-    hidden = hidden_weights(setting.model, setting.example)
-    known = {id(p) for p in hidden}
-    rest = [p for p in learning(setting.model) if id(p) not in known]
-    groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
-    return [group for group in groups if group["params"]]
+    return group_for_muon(setting.model, hidden_weights(setting))
+
+
+def hidden_weights(setting: TrialContext) -> list[nn.Parameter]:
+    """The weights of a trial's model that Muon is made for."""
+    return find_hidden_weights(setting.model, lambda: setting.model(setting.example))
 
 
 def _schedule_free(setting: TrialContext, numbers: Numbers) -> Optimizer:

@@ -79,7 +79,7 @@ def _swarm(setting: TrialContext) -> Trainer:
 
 def _make_binary(setting: TrialContext) -> Trainer:
     """Hidden weights become ± the deviation of He's start, times a number that is tuned."""
-    hidden = hidden_weights(setting.model, setting.example)
+    hidden = hidden_weights(setting)
     scale = setting.numbers["scale"]
     sizes = [scale * (2 / weight[0].numel()) ** 0.5 for weight in hidden]
     groups: list[dict[str, Any]] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -115,6 +115,7 @@ def make_recommended() -> Method:
         chosen = recommend(setting.model, batch=batch, batch_size=BATCH, on_nonfinite="propagate", **numbers)
         return end_to_end(setting, chosen.optimizer)
 
-    about = "AdamW in coordinates chosen for the model (plywise.recommend)"
-    space = {"lr": unit_sized(1.5e-2)["lr"], **TUNED["Coordinates"].numbers}
+    about = "Muon and AdamW in coordinates chosen for the model (plywise.recommend)"
+    damping = replace(TUNED["Coordinates"].numbers["damping"], default=1.0)
+    space = {"lr": unit_sized(2e-2)["lr"], "damping": damping}
     return Method(RECOMMENDED, about, space, make)

@@ -1,0 +1,67 @@
+"""Finds the weights that Muon is made for: those of hidden linear maps."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from plywise._util.modes import evaluating
+
+_LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.RNNBase)
+
+
+def find_hidden_weights(model: nn.Module, run: Callable[[], object] | None = None) -> list[nn.Parameter]:
+    """Find the weights of linear maps, except those of the map that gives the output.
+
+    Embeddings and weights tied to them, norms, biases and bare parameters are not among them.
+
+    Args:
+        model: the model. It stays as it is.
+        run: runs it on a few inputs, in evaluation mode: the map that runs last gives the output. Default:
+            the map that comes last among the modules does.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        >>> [tuple(weight.shape) for weight in find_hidden_weights(model)]
+        [(8, 4)]
+    """
+    maps = [module for module in model.modules() if isinstance(module, _LINEAR_MAPS)]
+    order: Sequence[nn.Module] = maps if run is None else _list_runs(model, maps, run)
+    others = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    apart = {id(p) for module in (*others, *order[-1:]) for p in module.parameters()}
+    found = {
+        id(p): p
+        for module in maps
+        for name, p in module.named_parameters(recurse=False)
+        if "weight" in name and p.dim() > 1 and p.requires_grad and id(p) not in apart
+    }
+    return list(found.values())
+
+
+def _list_runs(model: nn.Module, maps: Sequence[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
+    """The maps in the order in which they run."""
+    order: list[nn.Module] = []
+    handles = [module.register_forward_hook(lambda module, *_: order.append(module)) for module in maps]
+    try:
+        with evaluating(model), torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def group_for_muon(model: nn.Module, hidden: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups for `Muon`: hidden weights by Muon, all others that train by AdamW.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> groups = group_for_muon(model, find_hidden_weights(model))
+        >>> [(group["use_muon"], len(group["params"])) for group in groups]
+        [(True, 1), (False, 3)]
+    """
+    known = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
+    return [group for group in groups if group["params"]]
