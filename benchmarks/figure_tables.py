@@ -350,7 +350,7 @@ def beside(figures: str, first: str) -> Callable[[str], str]:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "recommended-defaults": beside("recommended_defaults", "defaults"),
-    "tried-ideas": beside("tried_ideas", "recommended"),
+    "tried-ideas": beside("tried_ideas", "AdamW in coordinates"),
     "compile-cost": compile_cost,
     "coverage": coverage,
     "step-cost-1-thread": step_cost("step_cost_1_thread", "memory"),

@@ -1,4 +1,4 @@
-"""Ideas of the field beside the recommended method: which of them helps beyond noise?
+"""Ideas of the field beside AdamW in coordinates: which of them helps beyond noise?
 
     python benchmarks/tried_ideas.py    # writes tried_ideas.json in twenty minutes on one core; resumes
 
@@ -6,6 +6,7 @@ On the six sets of recommended_defaults.py, which no bench of ours judges. Each 
 values, by the lowest validation loss) and runs three fresh seeds. The table says what recommended_defaults.py
 says of its arms.
 
+- AdamW in coordinates: what `plywise.recommend` made at first. The other seeds are the null control.
 - averaged weights: predictions by an exponential mean of the weights (decay 0.95).
 - fixed norms: hidden matrices keep their Frobenius norm, in place of a weight decay (Hyperball).
 - rank one: the leading direction of the inputs alone is whitened (as Eva's mean activation).
@@ -28,11 +29,12 @@ from plywise.arena.run.experiment import Design, run_arms
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.scoring.records import FINAL, TUNED, TrialRecord
 from plywise.optim.stacked import Stack
-from recommended_defaults import BATCH, WORKLOADS, Row, report, summarise
+from recommended_defaults import WORKLOADS, Row, report, summarise
 from tuning import HERE
 
 OUT = HERE / "tried_ideas.json"
-RATES = {"recommended": (0.0075, 0.015, 0.03), "Muon": (0.005, 0.015, 0.045)}
+BASE = "AdamW in coordinates"
+RATES = {BASE: (0.0075, 0.015, 0.03), "Muon": (0.005, 0.015, 0.045)}
 SEEDS = 3
 
 
@@ -72,23 +74,28 @@ class AveragedTraining(EndToEnd):
             return self.mean(x)
 
 
-def recommend(context: TrialContext, weight_decay: float = 0.01) -> Optimizer:
-    """Make the recommended method at the trial's rate."""
-    rate = context.numbers["rate"]
-    return pw.recommend(
-        context.model, rate, batch_size=BATCH, weight_decay=weight_decay, on_nonfinite="propagate"
-    ).optimizer
+def make_optimizer(context: TrialContext, weight_decay: float = 0.01) -> Optimizer:
+    """AdamW at the trial's rate, under `plywise.Coordinates`."""
+    optimizer = make_adamw(context, weight_decay)
+    pw.Coordinates(damping=0.3).attach(context.model, optimizer, on_nonfinite="propagate")
+    return optimizer
+
+
+def make_adamw(context: TrialContext, weight_decay: float = 0.01) -> Optimizer:
+    """AdamW at the trial's rate."""
+    rate, parameters = context.numbers["rate"], context.model.parameters()
+    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def train_averaged(context: TrialContext) -> Trainer:
     """Average the weights."""
-    optimizer = recommend(context)
+    optimizer = make_optimizer(context)
     return AveragedTraining(context.model, optimizer, context.task.loss, cosine(context.steps)(optimizer))
 
 
 def train_with_fixed_norms(context: TrialContext) -> Trainer:
     """Bring each hidden matrix back to its first norm after each step."""
-    optimizer = recommend(context, weight_decay=0.0)
+    optimizer = make_optimizer(context, weight_decay=0.0)
     norms = {weight: weight.detach().norm() for weight in hidden_weights(context)}
 
     @torch.no_grad()
@@ -102,10 +109,7 @@ def train_with_fixed_norms(context: TrialContext) -> Trainer:
 
 def train_with_rank_one(context: TrialContext) -> Trainer:
     """Whiten one direction."""
-    optimizer = torch.optim.AdamW(
-        context.model.parameters(), context.numbers["rate"], betas=(0.9, 0.99), fused=True
-    )
-    return end_to_end(context, optimizer, pw.Coordinates(rank=1))
+    return end_to_end(context, make_adamw(context), pw.Coordinates(rank=1))
 
 
 def train_by_muon(
@@ -129,15 +133,17 @@ def make_arm(name: str, kind: str, begin: Callable[[TrialContext], Trainer]) -> 
     return Method(name, "", {}, begin, grid=tuple({"rate": rate} for rate in RATES[kind]))
 
 
+def train_base(context: TrialContext) -> Trainer:
+    """AdamW in coordinates."""
+    return end_to_end(context, make_optimizer(context))
+
+
 ARMS = [
-    make_arm("recommended", "recommended", lambda context: end_to_end(context, recommend(context))),
-    replace(
-        make_arm("recommended, other seeds", "recommended", lambda c: end_to_end(c, recommend(c))),
-        null="recommended",
-    ),
-    make_arm("averaged weights", "recommended", train_averaged),
-    make_arm("fixed norms", "recommended", train_with_fixed_norms),
-    make_arm("rank one", "recommended", train_with_rank_one),
+    make_arm(BASE, BASE, train_base),
+    replace(make_arm(f"{BASE}, other seeds", BASE, train_base), null=BASE),
+    make_arm("averaged weights", BASE, train_averaged),
+    make_arm("fixed norms", BASE, train_with_fixed_norms),
+    make_arm("rank one", BASE, train_with_rank_one),
     make_arm("Muon", "Muon", train_by_muon(pw.optim.Muon)),
     make_arm("whitened Muon", "Muon", train_by_muon(pw.optim.Muon, pw.Coordinates())),
     make_arm("triangular Muon", "Muon", train_by_muon(TriangularMuon)),
@@ -161,7 +167,7 @@ def main() -> None:
         for arm in ARMS:
             lines = [line for line in found.lines(workload.name, arm.name) if line["purpose"] == FINAL]
             table[arm.name][workload.name] = summarise(lines)
-    report(table, "recommended", OUT)
+    report(table, BASE, OUT)
 
 
 if __name__ == "__main__":
