@@ -2,51 +2,14 @@
 
 import copy
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from exact_definitions import RULES, define
 from torch import Tensor, nn
 
-from plywise import NLMS, BackMatching, Consequentialism, ProxProp, Rule
-
-RULES: dict[str, Callable[[], Rule]] = {
-    "ProxProp": ProxProp,
-    "ProxProp, mean": lambda: ProxProp(gram="mean"),
-    "Consequentialism": Consequentialism,
-    "NLMS": NLMS,
-    "BackMatching": lambda: BackMatching(mode="exact", cap=None),
-}
-
-FLOOR = (16 * torch.finfo(torch.float32).eps) ** 2
-"""What centred rows are damped by at least, in parts of the energy of the rows: rounding is no step."""
-
-
-def ridge(A: Tensor, T: Tensor, damping: float | Tensor) -> Tensor:
-    """``(AᵀA + λI)⁻¹ AᵀT`` by singular values."""
-    U, s, V = torch.linalg.svd(A, full_matrices=False)
-    return (T.mT @ U * torch.where(s > 0, s / (s * s + damping), 0)) @ V
-
-
-def define(name: str, A: Tensor, T: Tensor, has_bias: bool, samples: int) -> Tensor:
-    """The update (m, k), with the bias in the last column."""
-    count, width = A.shape
-    ones = torch.cat([A, torch.ones(count, 1, dtype=A.dtype)], 1) if has_bias else A
-    if name == "ProxProp":
-        return ridge(ones, T, 1.0)
-    if name == "ProxProp, mean":
-        return ridge(ones, T * count, float(count))
-    if name == "NLMS":
-        norms = ones.square().sum(1)
-        return (T / (norms + 0.1 * norms.mean())[:, None]).mT @ ones
-    T = T * samples
-    if name == "Consequentialism" or not has_bias:
-        return ridge(ones, T, 0.1 * ones.square().sum() / min(ones.shape))
-    mean, mean_target = A.mean(0), T.mean(0)
-    C = A - mean
-    D = ridge(C, T - mean_target, 0.1 * C.square().sum() / min(count, width) + FLOOR * A.square().sum())
-    return torch.cat([D, (mean_target - D @ mean)[:, None]], 1)
+from plywise import ProxProp
 
 
 def read(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,3 +92,18 @@ def test_one_sample_whose_square_is_out_of_range() -> None:
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, torch.full((8, 3), 2.0**-100 / 3), rtol=1e-5, atol=0)
     rule.detach()
+
+
+def test_one_sample_whose_answer_is_a_quotient_out_of_range_times_the_sample() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(2, 2), 1e15 * (1 + torch.randn(1, 2))
+    for name in ("ProxProp", "ProxProp, mean", "Consequentialism"):
+        error, _ = measure_error(name, layer, x, 1e-13)
+        assert error < 1e-4
+
+
+def test_large_rows_that_differ_by_a_thousandth() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 2, bias=False), 1e15 * (1000 + 0.1 * torch.randn(3, 4))
+    error, _ = measure_error("ProxProp", layer, x, 1.0)
+    assert error < 1e-4

@@ -94,8 +94,11 @@ class LinearCall:
             self.samples = self.map.sample_count(self.a)
 
     def times(self, scale: float) -> "LinearCall":
-        """Return the same problem with Δ multiplied by ``scale``: cheaper than to scale an update."""
-        return self if scale == 1 else replace(self, delta=self.delta * scale)
+        """Return the same problem with Δ multiplied by ``scale``: cheaper than to scale an update.
+
+        Half precision would round the product, or not hold it, so that Δ is then in the dtype of solves.
+        """
+        return self if scale == 1 else replace(self, delta=self.delta.to(self.dtype) * scale)
 
     # ---- sizes -------------------------------------------------------------------------------
 

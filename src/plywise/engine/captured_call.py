@@ -100,7 +100,7 @@ class TappedCall(torch.autograd.Function):
         if _grad_enabled() or _is_mapped(delta):
             return _differentiate_tap(ctx, weight, kept, delta, (wants_weight, wants_bias))
         with torch.no_grad():
-            a = ctx.prepare(*kept)
+            a = _cast_input(ctx.prepare(*kept), delta)
         update, below = _ask(ctx, a, weight, delta, wants_weight or wants_bias, True)
         answers = _fit(ctx, update, weight, delta, wants_weight, wants_bias)
         return None, None, None, below, *answers, *[None] * ctx.input_count
@@ -145,6 +145,11 @@ class RearrangedCall(torch.autograd.Function):
             if ctx.input_dtype is not None:
                 below = below.to(ctx.input_dtype)
         return None, None, None, None, below, *_fit(ctx, update, weight, delta, wants_weight, wants_bias)
+
+
+def _cast_input(a: Tensor, delta: Tensor) -> Tensor:
+    """The map's input in the dtype in which the call used it: that of its output, under autocast, too."""
+    return a.to(delta.dtype) if a.dtype is not delta.dtype and a.is_floating_point() else a
 
 
 def _run_again(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
@@ -268,7 +273,7 @@ def _differentiate_tap(
     of_weight = found.pop() if wants_weight else None
     below = [found.pop(0) if x.requires_grad else None for x in inputs]
     with torch.no_grad():
-        a = ctx.prepare(*kept)
+        a = _cast_input(ctx.prepare(*kept), delta)
     parts = _carry_rule(ctx, a, weight, delta, of_weight, wants_weight, wants_bias)
     return None, None, None, None, *parts, *below
 

@@ -12,6 +12,7 @@ An estimate of the relative error decides whether an answer is good enough, see
 `plywise.numerics.error_estimate`. Every step after the first is counted.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,7 +144,7 @@ def solve_damped_with_bias(
             right = torch.cat([system.right, system.mean.unsqueeze(2)], 2)
             return DampedSystem.make(gram, right, value)
         z, energy = _get_projected(system)
-        known = z + 0 * energy  # NaN, and so no answer, where the square of the mean is out of range
+        known = z + _find_lost(system.mean_target, energy)
         right = torch.cat([system.right, known.unsqueeze(2)], 2)
         return DampedSystem.make(gram, right, value, True, (z / energy, z))
 
@@ -157,6 +158,12 @@ def solve_damped_with_bias(
         note(FLOAT64)
         return solve_damped_with_bias(build_system, damping, torch.float64, note)
     return found
+
+
+def _find_lost(target: Tensor, energy: Tensor) -> Tensor:
+    """Return 0; NaN, and so no answer, where the mean's square, or what it divides, leaves the range."""
+    size = target.abs().amax(1, keepdim=True)
+    return (0 * energy).masked_fill((size > 0) & (size < torch.finfo(size.dtype).tiny * energy), math.nan)
 
 
 def _cancels(part: Tensor, whole: Tensor) -> bool:

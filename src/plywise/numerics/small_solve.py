@@ -28,7 +28,7 @@ SAFETY = 4.0
 """The rounding of a Gram and of its factor over ``u ‖R‖²``; 3.2 was the most in 8,000 systems."""
 
 LEAST = 1e-15
-"""The norm of an answer below which squares may have left the range of float32."""
+"""The norm of an answer, or of Y or Δ beside it, below which squares may have left the range of float32."""
 
 KEPT_STARTS, KEPT_SIZE = 16, 256
 """How many matrices that systems start from are kept, of up to this size."""
@@ -161,7 +161,7 @@ def _is_good(problem: SmallProblem, answer: SmallAnswer, other: Tensor, found: _
     damping = shift[0] if shift else problem.damping
     size = weight if answer.bias is None else math.hypot(weight, offset)
     energy = rows * rows + problem.has_ones * len(other)
-    if failed or not (LEAST < size < math.inf and damping > 0 and energy < math.inf):
+    if failed or not (min(size, rest) > LEAST and size < math.inf and damping > 0 and energy < math.inf):
         return False
     gram = SAFETY * UNIT * (energy + damping)
     if dual:

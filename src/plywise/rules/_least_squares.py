@@ -330,8 +330,8 @@ def _matched_by_conjugate_gradients(call: LinearCall, relative: float, steps: in
 
 
 def cast_update(call: LinearCall, update: Update) -> Update:
-    """An update in the dtype that autograd would have returned it in; G where that dtype cannot hold it."""
-    dtype = call.delta.dtype
+    """An update in the dtype of the weights (under autocast, float32); G where that dtype cannot hold it."""
+    dtype = call.weight.dtype
     if all(part is None or part.dtype is dtype for part in (update.weight, update.bias)):
         return update
     parts = [None if part is None else part.to(dtype) for part in (update.weight, update.bias)]
