@@ -199,6 +199,10 @@ def high():
     return x, y + 1
 
 
+def giant():
+    return x, [0, 1, 10**12, *y.tolist()[3:]]
+
+
 def words_as_x():
     return ["a"] * 20, [0] * 20
 

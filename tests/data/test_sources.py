@@ -182,9 +182,21 @@ def test_a_parquet_file(tmp_path):
     train = read_parts("table.parquet")["train"]
     assert train.x.tolist() == [[0.5, 1], [1.5, 2], [2.5, 3]]
     assert (train.y.tolist(), train.y.dtype) == ([0, 1, 0], torch.long)
-    parquet.write_table(arrow.table({"a": ["x"], "y": [1]}), tmp_path / "words.parquet")
-    with pytest.raises(PlywiseError, match="column 'a' holds no numbers"):
-        read_parts("words.parquet")
+    words = arrow.array(["dog", "cat", None, "dog"])
+    for column in (words, words.dictionary_encode()):
+        parquet.write_table(arrow.table({"a": [1.0, 2.0, 3.0], "y": column[:2].take([0, 1, 0])}), "w.parquet")
+        assert read_parts("w.parquet")["train"].y.tolist() == [1, 0, 1]
+    parquet.write_table(arrow.table({"a": range(4), "y": words}), "w.parquet")
+    with pytest.raises(PlywiseError, match="column 'y': the targets hold NaN or infinity in 1 of 4"):
+        read_parts("w.parquet")
+    day = arrow.array([0], arrow.timestamp("us"))
+    for column in (arrow.array(["x"]), arrow.array([[1.0]]), arrow.array([b"1"]), day):
+        parquet.write_table(arrow.table({"a": column, "y": [1]}), "w.parquet")
+        with pytest.raises(PlywiseError, match="column 'a' holds no numbers, but"):
+            read_parts("w.parquet")
+    parquet.write_table(arrow.table({"a": [1.0], "y": [1]})[:0], "w.parquet")
+    with pytest.raises(PlywiseError, match="has no rows"):
+        read_parts("w.parquet")
 
 
 @pytest.mark.filterwarnings("ignore")  # of what datasets is made of

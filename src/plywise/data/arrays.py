@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from plywise._util.import_path import call_factory
@@ -38,14 +39,15 @@ def make_tensor(values: Any, what: str) -> Tensor:
     Raises:
         PlywiseError: they are no array of real numbers with rows, or some are not finite in float32.
     """
-    if isinstance(values, np.ndarray) and not values.dtype.isnative:
-        values = values.astype(values.dtype.newbyteorder("="))  # torch knows this machine's order alone
+    if isinstance(values, np.ndarray):
+        values = _make_readable(values, what)
     try:
         if isinstance(values, list) and values and hasattr(values[0], "shape"):
             values = torch.stack([torch.as_tensor(value) for value in values])
         tensor = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PlywiseError(f"{what} are no array of numbers: {error}.", see="error-data") from error
+        reason = str(error).rstrip(".")
+        raise PlywiseError(f"{what} are no array of numbers: {reason}.", see="error-data") from error
     if tensor.dim() == 0:
         raise PlywiseError(f"{what} are a single number, not a row for each sample.", see="error-data")
     if tensor.is_complex():
@@ -61,6 +63,23 @@ def make_tensor(values: Any, what: str) -> Tensor:
             see="error-data",
         )
     return tensor
+
+
+def _make_readable(values: NDArray[Any], what: str) -> NDArray[Any]:
+    """Convert an array to a type that torch knows: in this machine's byte order, at most float64.
+
+    Raises:
+        PlywiseError: its type is not one of numbers.
+    """
+    if values.dtype.kind not in "biufc":
+        raise PlywiseError(
+            f"{what} are of type {values.dtype}, which is no number. Words become numbers by "
+            "numpy.unique(words, return_inverse=True)[1], dates by a difference to one of them.",
+            see="error-data",
+        )
+    if values.dtype == np.longdouble:
+        return values.astype(np.float64)
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
 
 def _find_non_finite(tensor: Tensor) -> Tensor:

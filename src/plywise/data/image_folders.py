@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +10,54 @@ import numpy as np
 import torch
 
 from plywise.data.batches import Split
-from plywise.data.sources import NAMES
+from plywise.data.sources import name_parts
 from plywise.errors import PlywiseError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+_GREY = ("1", "L")
+_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
-def read_image_folder(path: Path) -> dict[str, Split]:
+def read_image_folder(path: Path, say: Callable[[str], None]) -> dict[str, Split]:
     """Images of one size in folders, one for each class, or such folders in ``train``, ``val`` and ``test``.
 
     Classes are numbered in the order of the folders' names. Pixels are float32 in [0, 1], (N, channels,
     height, width); one channel if all images are grey, else three.
 
+    Args:
+        path: the folder.
+        say: takes sentences on what was guessed or left out.
+
     Raises:
-        PlywiseError: Pillow is not installed, there are no images, they differ in size, or a part has other
-            classes than the training part.
+        PlywiseError: Pillow is not installed, there are no images, one cannot be read or has more than 8
+            bits, they differ in size, or a part has other classes than the training part.
     """
-    folders = _list_folders(path)
-    parts = {NAMES[folder.name.lower()]: folder for folder in folders if folder.name.lower() in NAMES}
-    if len(parts) < len(folders) or not parts:
-        parts = {"train": path}
+    parts = _find_parts(path, say)
     if "train" not in parts:
         raise PlywiseError(f"{path} has {', '.join(parts)}, and no folder train.", see="error-data")
     classes = [folder.name for folder in _list_folders(parts["train"])]
     found = {name: _list_images(folder, classes) for name, folder in parts.items()}
-    is_grey = all(_find_mode(file) in ("1", "L") for files in found.values() for file, _ in files)
-    return {name: _read_images(path, files, "L" if is_grey else "RGB") for name, files in found.items()}
+    if empty := sorted(set(range(len(classes))) - {number for _, number in found["train"]}):
+        say(f"{parts['train']} has no image of class {', '.join(classes[number] for number in empty)}.")
+    modes = {_find_mode(file) for files in found.values() for file, _ in files}
+    if modes & set(_ALPHA):
+        say(f"Images in {path} have an alpha channel, which was left out.")
+    mode = "L" if modes <= set(_GREY) else "RGB"
+    return {name: _read_images(path, files, mode) for name, files in found.items()}
+
+
+def _find_parts(path: Path, say: Callable[[str], None]) -> dict[str, Path]:
+    """Find the folders of parts; without them the folder is the training part."""
+    folders = _list_folders(path)
+    parts, others = name_parts(str(path), {folder.name: folder for folder in folders})
+    if parts and not others:
+        return parts
+    if parts:
+        say(
+            f"The folders in {path} were taken as classes, though one is called "
+            f"{next(iter(parts.values())).name}: parts are taken where there are no others beside them."
+        )
+    return {"train": path}
 
 
 def _list_folders(path: Path) -> list[Path]:
@@ -59,7 +82,8 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     return files
 
 
-def _open(file: Path) -> Any:
+def _read_image(file: Path, read: Callable[[Any], Any]) -> Any:
+    """Open an image and return what ``read`` makes of it."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -67,21 +91,30 @@ def _open(file: Path) -> Any:
             "Pillow, which reads images, is not installed: pip install pillow.", see="error-extra"
         ) from error
     try:
-        return Image.open(file)
-    except OSError as error:
-        raise PlywiseError(f"{file} is no image that can be read: {error}.", see="error-data") from error
+        with Image.open(file) as image:
+            return read(image)
+    except Exception as error:  # a damaged image raises OSError, SyntaxError, ValueError and others
+        reason = str(error).rstrip(".")
+        raise PlywiseError(
+            f"{file} is no image that can be read: {reason}. Repair it, or take it away.", see="error-data"
+        ) from error
 
 
 def _find_mode(file: Path) -> str:
-    with _open(file) as image:
-        return str(image.mode)
+    mode = str(_read_image(file, lambda image: image.mode))
+    if mode.startswith("I") or mode == "F":
+        raise PlywiseError(
+            f"{file} has pixels of more than 8 bits (Pillow's mode {mode}), and Pillow would clip them. "
+            "Convert the images, or give a function that reads them.",
+            see="error-data",
+        )
+    return mode
 
 
 def _read_images(path: Path, files: list[tuple[Path, int]], mode: str) -> Split:
     pixels = []
     for file, _ in files:
-        with _open(file) as image:
-            pixels.append(np.asarray(image.convert(mode)))
+        pixels.append(_read_image(file, lambda image: np.asarray(image.convert(mode))))
         if pixels[-1].shape != pixels[0].shape:
             sizes = [" x ".join(map(str, each.shape[1::-1])) for each in (pixels[0], pixels[-1])]
             raise PlywiseError(
@@ -90,5 +123,5 @@ def _read_images(path: Path, files: list[tuple[Path, int]], mode: str) -> Split:
                 see="error-data",
             )
     x = torch.from_numpy(np.stack(pixels))
-    x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
+    x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()  # of bytes: the smaller copy
     return Split(x.float() / 255, torch.tensor([number for _, number in files]))

@@ -19,14 +19,16 @@ from plywise.data.parquet import read_parquet
 from plywise.data.parts import Data, draw_order
 from plywise.data.readers import read_npz
 from plywise.data.reading import Reader
-from plywise.data.sources import Reading, read_made
-from plywise.data.tables import Table, find_doubts, read_table, reorder_rows, take_column
+from plywise.data.sources import Reading, name_parts, read_made
+from plywise.data.tables import Table, find_doubts, name_incomplete, read_table, reorder_rows, take_column
 from plywise.errors import PlywiseError
 from plywise.registry.names import WORKLOAD_MODULES
 
 AS_EVER = Reading()
 FEWEST = 10
 """The fewest samples, or batches, that can be cut into parts."""
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".7z")
+_UNPACK = "Unpack the archive, and give the folder that comes out."
 _ROWS = 4096  # looked at or compared at once
 
 
@@ -83,6 +85,8 @@ def read_parts(address: str, reading: Reading = AS_EVER) -> Parts:
         raise PlywiseError(f"{address} has no part called train.", see="error-data")
     for name, part in parts.items():
         _check_alike(address, name, part, parts["train"])
+    if isinstance(parts["train"], Split):
+        reader.look_for_gaps(parts["train"].y)
     parts.guesses = tuple(reader.guesses)
     return parts
 
@@ -90,38 +94,42 @@ def read_parts(address: str, reading: Reading = AS_EVER) -> Parts:
 def _read_files(address: str, reader: Reader) -> Parts:
     if address == "digits":
         return Parts(zip(("train", "validation", "test"), load_digits(), strict=True))
-    path = Path(address)
-    if address.endswith(".npz"):
+    path, kind = Path(address), address.lower()
+    if kind.endswith(".npz"):
         return _read_npz_parts(path, reader)
-    if address.endswith((".csv", ".csv.gz")):
+    if kind.endswith((".csv", ".csv.gz")):
         header, target = reader.options.header, reader.options.target
         words = None if reader.options.targets == "numbers" else target
         table = read_table(path, header == "yes" if header else None, np.float32, words)
         return Parts(train=_split_table(path, table, reader))
-    if address.endswith(".parquet"):
-        return Parts(train=_split_table(path, read_parquet(path), reader))
-    if path.is_dir():
-        return Parts(read_image_folder(path))
+    if kind.endswith(".parquet"):
+        words = None if reader.options.targets == "numbers" else reader.options.target
+        return Parts(train=_split_table(path, read_parquet(path, words), reader))
+    if address and path.is_dir():
+        return Parts(read_image_folder(path, reader.say))
     choices = ("digits", *WORKLOAD_MODULES)
     raise PlywiseError(
         "Data are module:name of a function that makes them, a .npz, .csv or .parquet file, a folder of "
         f"images, digits, or the name of a workload, not {address!r}. "
-        f"{suggestion(address, choices)}".rstrip(),
+        f"{_UNPACK if kind.endswith(_ARCHIVES) else suggestion(address, choices)}".rstrip(),
         see="error-data",
     )
 
 
 def _read_npz_parts(path: Path, reader: Reader) -> Parts:
     arrays = read_npz(path)
-    parts = [part for part in ("train", "validation", "test") if {f"x_{part}", f"y_{part}"} & arrays.keys()]
-    wanted = [f"{what}_{part}" for part in parts or ["train"] for what in "xy"]
+    keys = [key for key in arrays if key.startswith(("x_", "y_"))]
+    parts, _ = name_parts(str(path), {key[2:]: key[2:] for key in keys})
+    wanted = [f"{what}_{key}" for key in list(parts.values()) or ["train"] for what in "xy"]
+    if others := [key for key in arrays if key not in wanted]:
+        reader.say(f"{path}: the arrays {', '.join(others)} were left out.")
     lacking = [name for name in wanted if name not in arrays]
     if lacking or "train" not in parts:
         names = " and no ".join(lacking or ["x_train"])
         raise PlywiseError(
             f"{path} has no {names}; it has: {', '.join(arrays) or 'nothing'}.", see="error-data"
         )
-    pairs = ((part, arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in parts)
+    pairs = ((part, arrays[f"x_{key}"], arrays[f"y_{key}"]) for part, key in parts.items())
     return Parts((part, _read_split(reader, x, y, f"{path}, {part}")) for part, x, y in pairs)
 
 
@@ -131,20 +139,23 @@ def _split_table(path: Path, table: Table, reader: Reader) -> Split:
         raise PlywiseError(
             f"{path} has one column: the target is the last one, and inputs come before it.", see="error-data"
         )
+    if not len(table.numbers):
+        raise PlywiseError(f"{path} has no rows.", see="error-data")
     reader.say(table.guess)
     if wanted and names.count(wanted) != 1:
         count = names.count(wanted) or "no"
         hint = suggestion(wanted, tuple(names)) or f"It has: {', '.join(names[:10])}."
         raise PlywiseError(f"{path} has {count} columns {wanted!r}. {hint}".rstrip(), see="error-data")
     place = names.index(wanted) if wanted else len(names) - 1
+    where = f"{path}{name_incomplete(table)}"
     for doubt in find_doubts(path, table, place):
         reader.say(doubt)
     inputs, target = map(torch.from_numpy, take_column(table.numbers, place))
-    x = reader.inputs(inputs, str(path))
+    x = reader.inputs(inputs, where)
     if table.words:
-        y = reader.words(target, table.words, names[place], str(path))
+        y = reader.words(target, table.words, names[place], where)
     else:
-        y = reader.column(target, names[place], str(path))
+        y = reader.column(target, names[place], where)
     return _make_checked_split(x, y, str(path))
 
 

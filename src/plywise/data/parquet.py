@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +11,19 @@ from plywise.data.tables import Table
 from plywise.errors import PlywiseError
 
 
-def read_parquet(path: Path) -> Table:
+def read_parquet(path: Path, target: str | None = None) -> Table:
     """The numbers of a Parquet file, a row for each sample, and the names of the columns.
+
+    Args:
+        path: the file.
+        target: name of the column that may hold words, or ``""`` for the last one. They become numbers in the
+            order of the alphabet, NaN where one is missing. None: no column.
 
     Raises:
         PlywiseError: pyarrow is not installed, the file cannot be read, or a column holds no numbers.
     """
+    if not path.exists():
+        raise PlywiseError(f"There is no file {path}.", see="error-data")
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -23,20 +31,44 @@ def read_parquet(path: Path) -> Table:
             f"{path} is a Parquet file, and pyarrow, which reads it, is not installed: pip install pyarrow.",
             see="error-extra",
         ) from error
-    if not path.exists():
-        raise PlywiseError(f"There is no file {path}.", see="error-data")
     try:
         table = parquet.read_table(path)
     except Exception as error:  # pyarrow has errors of its own
         raise PlywiseError(f"{path} cannot be read as Parquet: {error}.", see="error-data") from error
-    columns = []
-    for name in table.column_names:
-        try:
-            columns.append(table.column(name).to_numpy().astype(np.float32))
-        except (ValueError, TypeError) as error:
-            raise PlywiseError(
-                f"{path}: column {name!r} holds no numbers ({error}). Encode it, or leave it out.",
-                see="error-data",
-            ) from error
-    values = np.stack(columns, 1) if columns else np.zeros((0, 0))
-    return Table(values, list(table.column_names))
+    names, words = list(table.column_names), list[str]()
+    place = names.index(target) if target in names else len(names) - 1
+    values = np.empty((len(table), len(names)), np.float32)
+    for number, (name, column) in enumerate(zip(names, table.columns, strict=True)):
+        if number == place and target is not None and _holds_words(column):
+            words, values[:, number] = _number_words(column)
+        else:
+            values[:, number] = _read_numbers(path, name, column)
+    return Table(values, names, words=words)
+
+
+def _holds_words(column: Any) -> bool:
+    """Whether a column holds text, perhaps as places in a dictionary."""
+    from pyarrow import types
+
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _number_words(column: Any) -> tuple[list[str], Any]:
+    rows = [None if word is None else word.strip() or None for word in column.to_pylist()]
+    words = sorted({word for word in rows if word is not None})
+    numbers: dict[str | None, float] = {word: number for number, word in enumerate(words)}
+    return words, [numbers.get(word, np.nan) for word in rows]
+
+
+def _read_numbers(path: Path, name: str, column: Any) -> Any:
+    from pyarrow import types
+
+    kind = column.type
+    are_numbers = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
+    if not any(is_such(kind) for is_such in are_numbers):
+        raise PlywiseError(
+            f"{path}: column {name!r} holds no numbers, but {kind}. Encode it, or leave it out.",
+            see="error-data",
+        )
+    return column.to_numpy().astype(np.float32)

@@ -135,8 +135,14 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
     except PlywiseError:
         raise
     except Exception as error:  # zipfile, zlib and numpy have errors of their own
+        reason = str(error).rstrip(".")
+        if "allow_pickle" in reason:
+            reason = (
+                "it holds pickled objects, and reading them would run code. Save arrays of numbers, by "
+                "numpy.savez"
+            )
         raise PlywiseError(
-            f"{path} cannot be read as a .npz file of arrays: {error}.", see="error-data"
+            f"{path} cannot be read as a .npz file of arrays: {reason}.", see="error-data"
         ) from error
 
 

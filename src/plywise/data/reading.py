@@ -150,12 +150,20 @@ class Reader:
                 "that the loss ignores).",
                 see="error-data",
             )
-        if y.dim() == 1 and y.numel() and int(y.min()) > 0:
-            self.say(
-                f"The targets are whole numbers from {int(y.min())} to {int(y.max())}, taken as classes, "
-                "so that class 0 has no sample; --read targets=numbers takes them as numbers to predict."
-            )
         return y
+
+    def look_for_gaps(self, y: Tensor) -> None:
+        """Note it if some classes of the training samples have none: they may be counts, or count from 1."""
+        if self.options.targets or y.is_floating_point() or y.dim() != 1 or not len(y):
+            return
+        values = torch.cat([piece.unique() for piece in y.split(_AT_ONCE)]).unique()
+        if int(values[-1]) >= len(values):
+            first = int((values != torch.arange(len(values))).nonzero()[0])
+            self.say(
+                f"The targets are whole numbers from {int(values[0])} to {int(values[-1])}, taken as "
+                f"classes, so that class {first} has no sample; --read targets=numbers takes them as numbers "
+                "to predict."
+            )
 
     def _floating_targets(self, y: Tensor, what: str) -> Tensor:
         whole = y.dim() == 1 and bool((y == y.round()).all())
@@ -184,8 +192,8 @@ class Reader:
         y = make_tensor(y, f"{what}: the targets")
         shown = ", ".join(words[:10]) + (", ..." if len(words) > 10 else "")
         self.say(
-            f"The targets (column {name!r}) are words and were taken as {len(words)} classes, in the order "
-            f"of the alphabet: {shown}."
+            f"The targets (column {name!r}) are words and were taken as {_count_classes(len(words))}, in the "
+            f"order of the alphabet: {shown}."
         )
         return y.long()
 
@@ -216,10 +224,9 @@ class Reader:
             return y.float()
         if not self.options.targets:
             first = "" if float(values[0]) == 0 else ", numbered from 0"
-            classes = f"{len(values)} classes" if len(values) > 1 else "one class"
             self.say(
-                f"The targets (column {name!r}) {span} and were taken as {classes}{first}; "
-                "--read targets=numbers takes them as numbers to predict."
+                f"The targets (column {name!r}) {span} and were taken as {_count_classes(len(values))}"
+                f"{first}; --read targets=numbers takes them as numbers to predict."
             )
         if float(values.abs().max()) > WHOLE:
             raise PlywiseError(
@@ -231,6 +238,10 @@ class Reader:
         for piece, out in zip(pieces, numbers.split(_AT_ONCE), strict=True):
             torch.searchsorted(values, piece, out=out)
         return numbers
+
+
+def _count_classes(count: int) -> str:
+    return f"{count} classes" if count > 1 else "one class"
 
 
 def _may_be_classes(values: Tensor) -> bool:

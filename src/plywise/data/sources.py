@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from plywise.data.batches import (
 )
 from plywise.data.reading import Reader, ReadOptions
 from plywise.errors import PlywiseError
+
+T = TypeVar("T")
 
 MOST_BATCHES = 1000
 """Default number of batches that are kept of a stream."""
@@ -71,10 +73,10 @@ def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict
         PlywiseError: they are in none of the forms of `RETURNS`, or their values are no numbers.
     """
     if isinstance(made, Mapping):
-        if made and set(made) <= set(NAMES):
+        named, others = name_parts(address, made)
+        if named and not others:
             return {
-                NAMES[key]: _read_one(f"{address}, {key}", thing, reading, reader)
-                for key, thing in made.items()
+                name: _read_one(f"{address}, {name}", thing, reading, reader) for name, thing in named.items()
             }
         return {"train": _read_one(address, made, reading, reader)}
     if is_source(made):
@@ -95,6 +97,27 @@ def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict
         name: _read_one(f"{address}, {name}", pair, reading, reader)
         for name, pair in zip(names, pairs, strict=True)
     }
+
+
+def name_parts(where: str, things: Mapping[Any, T]) -> tuple[dict[str, T], list[Any]]:
+    """Sort out what is called as parts are, each under its usual name; return the other keys, too.
+
+    Raises:
+        PlywiseError: two things stand for one part.
+
+    Example:
+        >>> name_parts("data", {"train": 1, "val": 2, "x": 3})
+        ({'train': 1, 'validation': 2}, ['x'])
+    """
+    keys = [key for key in things if isinstance(key, str) and key.lower() in NAMES]
+    parts = {NAMES[key.lower()]: things[key] for key in keys}
+    others = [key for key in things if key not in keys]
+    if len(parts) < len(keys):
+        raise PlywiseError(
+            f"{where} has {', '.join(map(str, keys))}, of which two stand for one part: leave one out.",
+            see="error-data",
+        )
+    return parts, others
 
 
 def is_source(thing: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from plywise.errors import PlywiseError
 _ROWS = 1024  # moved at once
 _FEWEST_STEPS = 4096  # of float32, in the range of a column
 _WHOLE = 2**24  # up to here float32 holds each whole number
+_SHOWN = 5  # names of columns in a message
+_WRITTEN_NUMBER = re.compile(r"[-+]?[$€£]?\s?\d{1,3}(([,.' ]\d{3})+|\d*)([.,]\d+)?\s?[%$€£]?")  # as people do
 _PIECES = 16  # in which a table is put into another order
 
 
@@ -132,7 +135,7 @@ class _Words:
             return
         cell = row[self._place].strip()
         if is_first:
-            self._are_there = not (_is_blank(cell) or _is_number(cell))
+            self._are_there = not (_is_blank(cell) or _is_number(cell) or _WRITTEN_NUMBER.fullmatch(cell))
         if self._are_there and cell:
             row[self._place] = str(self._numbers.setdefault(cell, len(self._numbers)))
 
@@ -170,9 +173,20 @@ def find_doubts(path: Path, table: Table, target: int) -> Iterator[str]:
     rounded = [repr(names[place]) for place in np.flatnonzero((largest >= _WHOLE) & few)]
     if rounded:
         yield (
-            f"{path}: the numbers in {', '.join(rounded[:5])} are large and differ by little: float32 rounds "
-            "the differences. Subtract an offset before."
+            f"{path}: the numbers in {', '.join(rounded[:_SHOWN])} are large and differ by little: float32 "
+            "rounds the differences. Subtract an offset before."
         )
+
+
+def name_incomplete(table: Table) -> str:
+    """Name the columns that hold NaN or infinity, for an error; empty if there are none."""
+    with np.errstate(all="ignore"):
+        ends = table.numbers.min(0, initial=0) + table.numbers.max(0, initial=0)
+    names = [repr(table.names[place]) for place in np.flatnonzero(~np.isfinite(ends))]
+    if not names:
+        return ""
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f", {'column' if len(names) == 1 else 'columns'} {', '.join(names[:_SHOWN])}{more}"
 
 
 def take_column(numbers: NDArray[Any], place: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -200,6 +214,9 @@ def reorder_rows(values: Tensor, order: Tensor) -> Tensor:
         >>> reorder_rows(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([2, 0, 1])).tolist()
         [[5, 6], [1, 2], [3, 4]]
     """
+    values = (
+        values.contiguous()
+    )  # images come in the order of Pillow, and Fortran's arrays in that of columns
     flat = values.view(len(values), -1)
     for columns in flat.split(max(1, flat.shape[1] // _PIECES), 1):
         columns.copy_(columns[order])
@@ -217,7 +234,8 @@ def _read_cells(path: Path) -> Iterator[list[str]]:
                 columns = columns or len(row)
                 if row and len(row) != columns:
                     raise PlywiseError(
-                        f"{path}, line {reader.line_num}: it has {len(row)} cells, the first line {columns}.",
+                        f"{path}, line {reader.line_num}: it has {len(row)} cells, the first line "
+                        f"{columns}. A cell with a comma or a quote in it needs quotes around it.",
                         see="error-data",
                     )
                 if row:
@@ -279,7 +297,7 @@ def _parse_numbers(path: Path, row: int, names: list[str], cells: list[str]) -> 
             yield float(cell) if cell.strip() else math.nan
         except ValueError:
             raise PlywiseError(
-                f"{path}, row {row}, column {name!r}: {cell!r} is no number. Write classes as numbers, or as "
-                "columns of 0 and 1.",
+                f"{path}, row {row}, column {name!r}: {cell!r} is no number. Write numbers without "
+                "separators and signs of units, classes as numbers, or as columns of 0 and 1.",
                 see="error-data",
             ) from None

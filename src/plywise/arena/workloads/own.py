@@ -285,7 +285,7 @@ def _task_of_targets(y: Tensor, loss: str, metric: str) -> Task:
         kind = WholeSetTask if judge in WHOLE_SET else Task
         return kind(task.loss, judge, metric, losses=task.losses)
     if task.metric is error_rate:
-        return replace(task, chance=1 - float(y.bincount().max()) / len(y))
+        return replace(task, chance=1 - float(y.unique(return_counts=True)[1].max()) / len(y))
     if task is REGRESSION:
         return replace(task, chance=float(y.var(0, correction=0).mean()))
     return task
