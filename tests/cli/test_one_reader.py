@@ -91,6 +91,15 @@ def test_guesses_about_data_are_said_with_the_flag_that_overrules_them(plywise, 
     assert (code, "has no columns 'nothing'" in err) == (1, True)
 
 
+def test_an_error_of_a_model_comes_with_what_was_guessed_about_its_data(plywise, tmp_path):
+    np.savez(tmp_path / "whole.npz", x_train=np.arange(240).reshape(60, 4), y_train=np.arange(60) % 3)
+    for command in ("train", "diagnose", "bench"):
+        more = ["--model", "mine:net", "--blocks", "2"] if command == "train" else []
+        code, _, err = plywise(*words(command, "whole.npz"), *more)
+        assert code == 1
+        assert "The inputs are whole numbers and were left so" in err, err
+
+
 @pytest.mark.parametrize("data", BAD)
 def test_all_commands_refuse_data_in_the_same_words(plywise, data):
     said = [plywise(*words(command, data)) for command in ("train", "diagnose", "bench")]

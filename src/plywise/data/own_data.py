@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,17 @@ def read_parts(address: str, reading: Reading = AS_EVER) -> Parts:
         reader.look_for_gaps(parts["train"].y)
     parts.guesses = tuple(reader.guesses)
     return parts
+
+
+@contextmanager
+def explaining(guesses: Iterable[str]) -> Iterator[None]:
+    """Add what was guessed about data to an error: a model may not fit them since a guess is wrong."""
+    try:
+        yield
+    except PlywiseError as error:
+        for guess in guesses:
+            error.add_note(guess)
+        raise
 
 
 def _read_files(address: str, reader: Reader) -> Parts:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from plywise._util.tensorboard import require_tensorboard
+from plywise.data.own_data import explaining
 from plywise.errors import PipelineError
 from plywise.local.learner import StagedLearner
 from plywise.pipeline.cuts import from_first, measured_cuts
@@ -49,7 +50,8 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
         warnings.filterwarnings("ignore", r"\d+ processes run, but no Distrib", RuntimeWarning)
         join()
         stack.callback(dist.destroy_process_group)
-        learner, starts = _learner(training, folder, fresh)
+        with explaining(data.note.splitlines()):
+            learner, starts = _learner(training, folder, fresh)
         batch = next(iter(data.train.chunks(plan.batch_size)))
         cuts = plan.cuts or measured_cuts(learner, *batch, replicas=plan.replicas)
         pipeline = stack.enter_context(Pipeline(learner, cuts=cuts, replicas=plan.replicas))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from plywise._util.tensorboard import require_tensorboard
 from plywise.data.batches import Batch, count_samples, take_samples
+from plywise.data.own_data import explaining
 from plywise.data.training_data import NUMBERS, WHOLE, TrainingData
 from plywise.engine.health import SKIPPED
 from plywise.errors import NonFiniteError, PlywiseError, StateError
@@ -301,7 +302,8 @@ def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
     training, folder = resolve_training(plan), RunFolder(plan.out)
     data = training.data
     record = None if fresh else folder.check(plan, data)
-    learner, starts = _make_learner(training, record.starts if record else ())
+    with explaining(data.note.splitlines()):
+        learner, starts = _make_learner(training, record.starts if record else ())
     engine = SingleProcessEngine(learner)
     step = folder.begin(plan, data, starts, fresh=fresh)
     return Session(plan, data, engine, folder, step, "log.jsonl")

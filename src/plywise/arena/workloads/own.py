@@ -37,7 +37,7 @@ from plywise.arena.workloads.own_calls import (
 )
 from plywise.data.batches import Batch, Part, Split, clone_batch, count_samples
 from plywise.data.models import unwrap_model
-from plywise.data.own_data import OwnData
+from plywise.data.own_data import OwnData, explaining
 from plywise.data.parts import Data
 from plywise.data.reading import ReadOptions
 from plywise.data.sources import Reading
@@ -104,25 +104,26 @@ def own_workload(
     reading = Reading(options, bool(step), batch_size, keep_batches)
     found = resolve_data(data, reading) if isinstance(data, str) else OwnData(data, "read before")
     train = found.data.train
-    calls = find_calls(network, train, step, loss)
-    called = wrap_model(network, calls, step, metric)
-    fitting, classes = found.data, 0
-    if calls in GIVE_LOSS:
-        check_step(step or model, called, train)
-    else:
-        fitting, classes = _check_scores(called, model, found.data, loss, metric)
-    example = clone_batch(next(iter(train.chunks(_EXAMPLE)))[0])
-    how = f"; {HOW[calls]}" if calls else ""
-    return replace(
-        checked_workload(
-            name, model, fitting, loss=loss, metric=metric, step=step, calls=calls, classes=classes
-        ),
-        about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}{how}.",
-        batch_size=min(BATCH_SIZE, len(train)) if batch_size is None else batch_size,
-        steps=STEPS if steps is None else steps,
-        blocks=_blocks(called, example, classes, blocks),
-        guesses=found.guesses,
-    )
+    with explaining(found.guesses):
+        calls = find_calls(network, train, step, loss)
+        called = wrap_model(network, calls, step, metric)
+        fitting, classes = found.data, 0
+        if calls in GIVE_LOSS:
+            check_step(step or model, called, train)
+        else:
+            fitting, classes = _check_scores(called, model, found.data, loss, metric)
+        example = clone_batch(next(iter(train.chunks(_EXAMPLE)))[0])
+        how = f"; {HOW[calls]}" if calls else ""
+        return replace(
+            checked_workload(
+                name, model, fitting, loss=loss, metric=metric, step=step, calls=calls, classes=classes
+            ),
+            about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}{how}.",
+            batch_size=min(BATCH_SIZE, len(train)) if batch_size is None else batch_size,
+            steps=STEPS if steps is None else steps,
+            blocks=_blocks(called, example, classes, blocks),
+            guesses=found.guesses,
+        )
 
 
 HOW = {
