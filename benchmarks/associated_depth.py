@@ -17,6 +17,7 @@ was best there. After training, for every depth, on test images:
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
-from local_learning import CODE, WORKLOADS, accuracy, adam, batches, load
+from local_learning import BATCH, CODE, WORKLOADS, accuracy, adam, load
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise._util.modes import evaluating
@@ -51,6 +52,14 @@ RUNS = [
     for arm in ARMS
 ]
 """Which are run by default: workload, arm, seed."""
+
+
+def batches(split: tuple[Tensor, Tensor], epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    x, y = split
+    for epoch in range(epochs):
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        for rows in order.split(BATCH):
+            yield x[rows], y[rows]
 
 
 def train(

@@ -15,7 +15,18 @@ import torch
 from torch import nn
 
 import plywise as pw
-from local_learning import METHODS, MakeTrained, Trained, Workload, adam, end_to_end, load, spread, tuned
+from local_learning import (
+    METHODS,
+    MakeTrained,
+    Trained,
+    Workload,
+    adam,
+    end_to_end,
+    learner_of,
+    load,
+    spread,
+    tuned,
+)
 from pipeline_arms import BRIDGES, INPUT, LAYERS, WIDTH
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
@@ -36,11 +47,7 @@ def learner(blocks: pw.Blocks, rate: float, bridge: str) -> pw.AssociatedLearnin
 
 
 def associated(bridge: str) -> MakeTrained:
-    def make(blocks: pw.Blocks, rate: float) -> Trained:
-        one = learner(blocks, rate, bridge)
-        return Trained(one.step, one.predict)
-
-    return make
+    return lambda blocks, rate: learner_of(learner(blocks, rate, bridge))
 
 
 def backprop(bridge: str) -> MakeTrained:

@@ -9,36 +9,43 @@ CNN_AL with a quarter of its filters) on 10,000 and 4,000 images of MNIST and Fa
 network with batch norm on 3,000 images of CIFAR-10. Every method gets the same blocks, batches of 64 and
 Adam. "backprop" trains the network that Associated Learning predicts with, end to end; "backprop, blocks"
 trains blocks and a classifier. Each method's rate is the best of three, trained for three epochs, on 1,000
-validation images with one seed; then three fresh seeds, tested on 2,000 test images. Beside Associated
-Learning: the control with all f frozen at their random start, and the accuracy of each depth's shortcut.
+validation images with one seed; then three fresh seeds, tested on 2,000 test images. Associated Learning
+also has a control with all f frozen at their random start, and the accuracy of each depth's shortcut. The
+committed figures are from an earlier loop, whose epochs had another order and ended with an incomplete batch.
 """
 
 import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
 from pictures import save_picture
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
+from plywise.arena.method import EndToEnd, Method, TrialContext
+from plywise.arena.methods.learners import LocalTraining
+from plywise.arena.run.experiment import Design, run_arms
+from plywise.arena.scoring.records import TUNED, TUNING, TrialRecord
+from plywise.arena.task import CLASSIFICATION, Task, error_rate, mean, predictor
+from plywise.arena.workload import Workload as Problem
+from plywise.data.batches import Split
+from plywise.data.parts import Data
 from plywise.local.associated_learning import pooled_bridge
 from plywise.local.linear_heads import GradientHead, RidgeHead
 from tuning import DATA
 
 OUT = Path(__file__).with_suffix(".json")
-RATES, TUNING_EPOCHS, TUNING_SEED, SEEDS = (3e-4, 1e-3, 3e-3), 3, 100, (0, 1, 2)
+RATES, TUNING_EPOCHS, TUNING_SEED, SEEDS = (3e-4, 1e-3, 3e-3), 3, 100, 3
 BATCH, CODE = 64, 64
 Predict = Callable[[Tensor], Tensor]
 
@@ -101,11 +108,12 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A method at work."""
+    """A trainer of the arena, and what each of its depths predicts."""
 
-    step: Callable[[Tensor, Tensor], object]
+    step: Callable[[Tensor, Tensor], float]
     predict: Predict
     depths: tuple[Predict, ...] = ()
+    plain: bool = True
 
 
 def adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
@@ -117,29 +125,13 @@ def associated(blocks: pw.Blocks, rate: float, freeze: bool = False) -> Trained:
         for block in blocks:
             block.requires_grad_(False)
     learner = pw.AssociatedLearning(blocks, 10, code=CODE, bridge=pooled_bridge, optimizer=adam(rate))
-    depths = tuple(evaluated(learner.as_module(depth)) for depth in range(1, len(blocks) + 1))
-    return Trained(learner.step, learner.predict, depths)
-
-
-def evaluated(module: nn.Module) -> Predict:
-    def predict(x: Tensor) -> Tensor:
-        module.eval()
-        with torch.no_grad():
-            return module(x)
-
-    return predict
+    depths = tuple(predictor(learner.as_module(depth)) for depth in range(1, len(blocks) + 1))
+    return replace(learner_of(learner), depths=depths)
 
 
 def end_to_end(module: nn.Module, rate: float) -> Trained:
-    optimizer = adam(rate)(module.parameters())
-
-    def step(x: Tensor, y: Tensor) -> None:
-        module.train()
-        optimizer.zero_grad()
-        F.cross_entropy(module(x), y).backward()
-        optimizer.step()
-
-    return Trained(step, evaluated(module))
+    trainer = EndToEnd(module.train(), adam(rate)(module.parameters()), CLASSIFICATION.loss)
+    return Trained(trainer.step, trainer.predict)
 
 
 def inference_path(blocks: pw.Blocks, rate: float) -> Trained:
@@ -159,7 +151,8 @@ def with_classifier(blocks: pw.Blocks) -> pw.Blocks:
 
 
 def learner_of(learner: pw.Learner) -> Trained:
-    return Trained(learner.step, learner.predict)
+    trainer = LocalTraining(learner, plain=True)
+    return Trained(trainer.step, trainer.predict)
 
 
 MakeTrained = Callable[[pw.Blocks, float], Trained]
@@ -218,51 +211,81 @@ def load(workload: Workload) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def accuracy(predict: Predict, split: tuple[Tensor, Tensor]) -> float:
-    x, y = split
-    right = sum(
-        int((predict(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True)
-    )
-    return round(100 * right / len(y), 2)
+    return percent(mean(error_rate, predict, Split(*split), 500))
 
 
-def batches(split: tuple[Tensor, Tensor], epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    x, y = split
-    for epoch in range(epochs):
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        for rows in order.split(BATCH):
-            yield x[rows], y[rows]
+def percent(error: float | None) -> float:
+    return round(100 * (1 - error), 2)
 
 
-def train(
-    workload: Workload, data: Any, make: MakeTrained, rate: float, seed: int, split: str
-) -> dict[str, Any]:
-    """One run; its accuracy on a split."""
-    torch.manual_seed(seed)
-    blocks = pw.Blocks(workload.blocks(), data["train"][0][:2])
-    trained = make(blocks, rate)
-    start = time.process_time()
-    for x, y in batches(data["train"], TUNING_EPOCHS if split == "validation" else workload.epochs, seed):
-        trained.step(x, y)
-    clock = time.process_time() - start
-    result = {
-        "rate": rate,
-        "seed": seed,
-        "cpu": round(clock, 1),
-        split: accuracy(trained.predict, data[split]),
-    }
-    if trained.depths and split == "test":
-        result["depths"] = [accuracy(predict, data[split]) for predict in trained.depths]
-    if split == "test":
-        x, y = data["train"]
-        result["train"] = accuracy(trained.predict, (x[:2_000], y[:2_000]))
-    return result
+ACCURACY = Task(error_rate, error_rate, "error rate")
 
 
 def tuned(workload: Workload, data: Any, make: MakeTrained, rates: tuple[float, ...]) -> dict[str, Any]:
     """The rate that is best on the validation set, and the final runs with it."""
-    tuning = [train(workload, data, make, rate, TUNING_SEED, "validation") for rate in rates]
-    rate = max(tuning, key=lambda one: one["validation"])["rate"]
-    return {"tuning": tuning, "final": [train(workload, data, make, rate, seed, "test") for seed in SEEDS]}
+    trainers: list[Trained] = []
+
+    def begin(context: TrialContext) -> Trained:
+        trainers.append(make(pw.Blocks(list(context.model), context.example[:2]), context.numbers["rate"]))
+        return trainers[-1]
+
+    epoch = len(data["train"][1]) // BATCH
+    steps, tuning_steps = workload.epochs * epoch, TUNING_EPOCHS * epoch
+    problem = Problem(
+        "",
+        "",
+        lambda: nn.Sequential(*workload.blocks()),
+        lambda: Data(*(Split(*part) for part in data.values())),
+        ACCURACY,
+        BATCH,
+        steps,
+        target=0.0,
+        measure_every=steps,
+        train_eval_size=2_000,
+    )
+    design = Design(
+        SEEDS,
+        tracks=(TUNED,),
+        choose=choose_rate,
+        tuning_seed=TUNING_SEED,
+        tuning_steps=tuning_steps,
+        tuning_every=tuning_steps,
+        check=require_final,
+    )
+    method = Method("method", "", {}, begin, grid=tuple({"rate": rate} for rate in rates))
+    lines = run_arms(problem, [method], design).lines("", "method")
+    tuning = [{**about(line), "validation": percent(find_error(line))} for line in lines if is_tuning(line)]
+    final = [
+        {**about(line), "test": percent(line["test"]), "train": percent(line["loss"][-1])}
+        for line in lines
+        if not is_tuning(line)
+    ]
+    for result, trained in zip(final, trainers[-SEEDS:], strict=True):
+        if trained.depths:
+            result["depths"] = [accuracy(predict, data["test"]) for predict in trained.depths]
+    return {"tuning": tuning, "final": final}
+
+
+def is_tuning(line: TrialRecord) -> bool:
+    return line["purpose"] == TUNING
+
+
+def find_error(line: TrialRecord) -> float:
+    """The share of wrong answers on the validation set; 1 for a run that failed."""
+    return 1.0 if line["failure"] else line["validation"][-1]
+
+
+def choose_rate(lines: Sequence[TrialRecord], target: float | None) -> TrialRecord | None:
+    return min(lines, key=find_error, default=None)
+
+
+def require_final(line: TrialRecord) -> None:
+    if line["failure"] and not is_tuning(line):
+        raise RuntimeError(f"A final run failed: {line['failure']}")
+
+
+def about(line: TrialRecord) -> dict[str, Any]:
+    return {"rate": line["numbers"]["rate"], "seed": line["seed"], "cpu": round(line["cpu"][-1], 1)}
 
 
 def read() -> dict[str, Any]:
