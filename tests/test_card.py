@@ -12,7 +12,7 @@ import torch
 import plywise as pw
 from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
-from plywise.registry.card import SECTIONS, STATUSES, TAGLINE_WIDTH, HyperParameter, card_of
+from plywise.registry.card import SECTIONS, STATUSES, TAGLINE_WIDTH, HyperParameter, read_card
 from plywise.registry.find import LEARNERS, ROOMS, RULES, find, find_rule
 
 HELPERS = {"unroll", "adapt_activations", "fuse_slice", "input_gradient_difference"}
@@ -24,7 +24,7 @@ NAMES = [name for names in ROOMS.values() for name in names]
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_has_a_whole_card(name):
     method = find(name)
-    card = card_of(method)
+    card = read_card(method)
     assert card.name == method.__name__ == name
     for section in SECTIONS:
         text = getattr(card, section.lower().replace(" ", "_"))
@@ -45,7 +45,7 @@ def test_every_method_has_a_whole_card(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_on_every_card_runs(name):
     method = find(name)
-    example = doctest.DocTestParser().get_doctest(card_of(method).example, {}, name, None, None)
+    example = doctest.DocTestParser().get_doctest(read_card(method).example, {}, name, None, None)
     assert example.examples, "an example is lines that run"
     torch.manual_seed(0)
     said = io.StringIO()
@@ -74,9 +74,9 @@ def test_catalogue_holds_everything_that_a_room_shows(room):
 
 def test_years_are_years_of_papers():
     # 2003.05164 is a number of arXiv's, not a year
-    assert card_of(pw.Consequentialism).year == 2021
-    assert card_of(pw.ProxProp).year == 2018
-    assert card_of(pw.NLMS).year == 1960
+    assert read_card(pw.Consequentialism).year == 2021
+    assert read_card(pw.ProxProp).year == 2018
+    assert read_card(pw.NLMS).year == 1960
 
 
 DOCSTRING = """A rule.
@@ -114,7 +114,7 @@ def rule_with(docstring):
 
 
 def test_card_of_a_rule_of_ones_own():
-    card = card_of(rule_with(DOCSTRING))
+    card = read_card(rule_with(DOCSTRING))
     assert card.idea == "one idea, told in two lines. Note: a word with a colon."
     assert card.hyper_parameters == (
         HyperParameter("size", "1.0", "the size: in metres. Default 1.", "0.1 to 1e3"),
@@ -138,7 +138,7 @@ def test_card_of_a_rule_of_ones_own():
 def test_a_hole_in_the_docstring_raises(old, new, said):
     assert old in DOCSTRING
     with pytest.raises(PlywiseError, match=said):
-        card_of(rule_with(DOCSTRING.replace(old, new)))
+        read_card(rule_with(DOCSTRING.replace(old, new)))
 
 
 def test_unknown_rule_suggests():

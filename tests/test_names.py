@@ -16,7 +16,7 @@ from plywise.registry.stub import PATH, make_stub
 SOURCE = Path(pw.__file__).parent
 CONTRACT = Path(__file__).parent / "contract"
 
-LINE = '    _rule("Twice", "twice", {"factor": (1.0, 4.0, 2.0)}),\n'
+LINE = '    _make_rule("Twice", "twice", {"factor": (1.0, 4.0, 2.0)}),\n'
 ASK = """
 import io, json, sys
 from contextlib import redirect_stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise.arena.methods.listing import place_of
-from plywise.registry.card import Card, card_of
+from plywise.registry.card import Card, read_card
 from plywise.registry.find import ROOMS, TITLES, find
 
 Rooms = Mapping[str, Sequence[Card]]
@@ -26,7 +26,7 @@ _REPOSITORY = re.compile(r"\b\w[\w-]*/(?:[\w.-]|\\_)*[\w-]")
 
 def methods_by_room() -> Rooms:
     """The card of every method in the catalogue."""
-    return {room: [card_of(find(name)) for name in names] for room, names in ROOMS.items() if names}
+    return {room: [read_card(find(name)) for name in names] for room, names in ROOMS.items() if names}
 
 
 def prose(text: str) -> str:

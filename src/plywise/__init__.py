@@ -17,13 +17,13 @@ from importlib import import_module
 from typing import Any
 
 from plywise._util.version import __version__
-from plywise.registry.names import RENAMED, ROOMS, top_names
+from plywise.registry.names import RENAMED, ROOMS, list_top_names
 
-__all__ = ["__version__", *ROOMS, *top_names()]
+__all__ = ["__version__", *ROOMS, *list_top_names()]
 
 
 def __getattr__(name: str) -> Any:
-    homes = top_names()
+    homes = list_top_names()
     if name in RENAMED:
         warnings.warn(
             f"plywise.{name} is called plywise.{RENAMED[name]} since 0.2: rename it.",

@@ -1,5 +1,8 @@
 """Old address of `plywise.registry.card`."""
 
-from plywise.registry.card import Card, card_of
+from plywise._util.renamed import serve_old_names
+from plywise.registry.card import Card, read_card
 
-__all__ = ["Card", "card_of"]
+__all__ = ["Card", "read_card"]
+
+__getattr__ = serve_old_names(__name__, {"card_of": "read_card"})

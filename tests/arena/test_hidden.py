@@ -80,7 +80,7 @@ def test_other_seeds_make_other_workloads(kind):
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_parts_fit_the_network_and_share_no_sample(kind, seed):
     workload, parts = make_workload(kind, seed), parts_of(make_workload(kind, seed))
-    assert workload.make_data().repeated() == {"validation": 0, "test": 0}
+    assert workload.make_data().count_repeated() == {"validation": 0, "test": 0}
     assert [len(part.x) == len(part.y) > 250 for part in parts] == [True] * 3
     output = workload.make_model()(parts[0].x[:4])
     for part in parts:

@@ -98,7 +98,7 @@ def test_samples_that_the_training_part_has_too_are_counted(name):
         part: sum(bool((known == row).all(1).any()) for row in getattr(data, part).x.flatten(1))
         for part in ("validation", "test")
     }
-    assert data.repeated() == slow
+    assert data.count_repeated() == slow
     assert (slow["test"] > 0) == (name in ("tested", "images", "few"))
 
 

@@ -31,7 +31,7 @@ from plywise import (
 )
 from plywise.engine.rule import Size, require_positive
 from plywise.registry.names import NAMES, RULE
-from plywise.testing.cases import Case, case_of
+from plywise.testing.cases import Case, make_case
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,4 +164,4 @@ CASES += [
 
 def selected(specifications: Sequence[str]) -> list[Case]:
     """The cases of the registry, or those of the given ``module:factory`` specifications."""
-    return [case_of(text) for text in specifications] if specifications else CASES
+    return [make_case(text) for text in specifications] if specifications else CASES

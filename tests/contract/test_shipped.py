@@ -26,7 +26,7 @@ from plywise import (
     StatefulRule,
     register_layer,
 )
-from plywise.testing.cases import Case, case_of
+from plywise.testing.cases import Case, make_case
 from plywise.testing.contract.memories import start
 from plywise.testing.contract.models import backward, batch, mlp, same_bits
 from plywise.testing.contract.test_layer_configurations import BRIEF, Drawn, check, convolutions
@@ -122,9 +122,9 @@ def test_a_users_own_rule_enters_the_suite(monkeypatch: pytest.MonkeyPatch) -> N
     assert cases[2] is module.case
     assert selected([]) is CASES
     with pytest.raises(PlywiseError, match=r"module:name, as in .*not 'my_rules'"):
-        case_of("my_rules")
+        make_case("my_rules")
     with pytest.raises(PlywiseError, match="my_rules:wrong must be"):
-        case_of("my_rules:wrong")
+        make_case("my_rules:wrong")
 
 
 def test_the_users_own_rule_does_what_it_says() -> None:

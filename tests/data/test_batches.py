@@ -109,7 +109,7 @@ def test_stored_batches_come_back_as_they_were(tmp_path):
     order = torch.tensor([3, 0])
     assert is_equal(list(part.epoch(1, order)), [batches[3], batches[0]])
     assert [len(part.head(count)) for count in (1, 4, 5, 99)] == [4, 4, 8, 28]
-    part, again = (unpack_part(torch_round(one.packed(), tmp_path)) for one in (part, part.pick([2])))
+    part, again = (unpack_part(torch_round(one.pack(), tmp_path)) for one in (part, part.pick([2])))
     assert is_equal(list(part.chunks(1)), batches)
     assert is_equal(list(again.chunks(1)), [batches[2]])
 
@@ -175,7 +175,7 @@ def test_nested_samples_are_cut_into_parts_and_repeated_ones_counted():
         name: sum(value in seen for value in getattr(data, name).x["b"].tolist())
         for name in ("validation", "test")
     }
-    assert data.repeated() == slow
+    assert data.count_repeated() == slow
     assert sum(slow.values()) > 5
 
 
@@ -188,7 +188,7 @@ def test_nodes_of_graphs_are_no_samples(tmp_path):
         writer = BatchWriter(tmp_path / name)
         writer.write({"x": nodes, "edges": edges + more}, torch.zeros(2))
         parts.append(writer.finish())
-    assert Data(*parts).repeated() == {"validation": 0, "test": 6}
+    assert Data(*parts).count_repeated() == {"validation": 0, "test": 6}
 
 
 def test_a_part_moves_to_a_device(tmp_path):

@@ -46,10 +46,10 @@ def plain(markdown):
 
 @pytest.mark.parametrize(("room", "name"), METHODS)
 def test_the_page_of_a_method_says_what_its_docstring_says(generated, extensions, room, name):
-    from plywise.registry.card import SECTIONS, card_of
+    from plywise.registry.card import SECTIONS, read_card
     from plywise.registry.find import find
 
-    card = card_of(find(name))
+    card = read_card(find(name))
     page = (generated / "methods" / room / f"{name}.md").read_text()
     for section in SECTIONS:
         body = re.search(rf"^## {section}\n\n(.*?)\n\n## ", page, re.MULTILINE | re.DOTALL)

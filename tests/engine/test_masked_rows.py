@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 import plywise as pw
 from plywise.engine.masked_rows import LEFT_OUT
-from plywise.registry.names import RULE, names_of
+from plywise.registry.names import RULE, list_names
 
 WORDS, WIDTH, CLASSES = 11, 8, 3
 PADDING = 30
 RULES = {
-    **{name: getattr(pw, name) for name in names_of(RULE)},
+    **{name: getattr(pw, name) for name in list_names(RULE)},
     "ProxProp of the mean": lambda: pw.ProxProp(gram="mean"),
     "ProxProp by cg": lambda: pw.ProxProp(solver="cg"),
     "Consequentialism, centred": lambda: pw.Consequentialism(bias="centre"),

@@ -13,7 +13,7 @@ from plywise import PlywiseError
 from plywise.data.digits import load_digits
 from plywise.data.sets import load_numeric_table
 from plywise.data.store import find_file
-from plywise.losses.spauc import SPAUC, Numbers, roc_auc, sample_gradient, shrink
+from plywise.losses.spauc import SPAUC, Numbers, compute_sample_gradient, roc_auc, shrink
 from processes import ForkedCommand
 
 
@@ -64,7 +64,7 @@ def check_mean_is_the_pairwise_gradient(gradient: Any) -> None:
 
 
 def test_the_mean_of_its_gradients_is_that_of_all_pairs():
-    check_mean_is_the_pairwise_gradient(sample_gradient)
+    check_mean_is_the_pairwise_gradient(compute_sample_gradient)
 
 
 def test_the_known_fault_is_caught():

@@ -12,7 +12,7 @@ import plywise.nn.threshold as module
 from plywise.data.digits import load_digits
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.nn import Threshold, ThresholdNetwork
-from plywise.nn.threshold import ESTIMATORS, lasso, shattered_optimum, staircase, threshold_patterns
+from plywise.nn.threshold import ESTIMATORS, draw_patterns, find_shattered_optimum, lasso, split_into_steps
 
 X = torch.tensor([-2.0, -1e-30, -0.0, 0.0, 0.5, 1.0, 1.5])
 SLOPES = {
@@ -118,7 +118,7 @@ def test_kkt_conditions_of_the_lasso(beta, classes):
     x = normal(60, 6)
     y = normal(60, seed=1)
     y = y.sign() if classes else y  # labels of ±1 make many exact ties
-    columns, _, _ = threshold_patterns(x, 1000, torch.Generator().manual_seed(0))
+    columns, _, _ = draw_patterns(x, 1000, torch.Generator().manual_seed(0))
     w = lasso(columns, y, beta)
     pull = columns.T @ (y - columns @ w)
     assert (pull.abs() <= beta * (1 + 1e-8)).all()
@@ -129,7 +129,7 @@ def test_kkt_conditions_of_the_lasso(beta, classes):
 def test_lasso_is_scikit_learns():
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     x, y, beta = normal(80, 5), normal(80, seed=1).sign(), 1.0
-    columns, _, _ = threshold_patterns(x, 1000, torch.Generator().manual_seed(0))
+    columns, _, _ = draw_patterns(x, 1000, torch.Generator().manual_seed(0))
     peer = linear_model.Lasso(alpha=beta / 80, fit_intercept=False, tol=1e-8, max_iter=100_000)
     theirs = torch.from_numpy(peer.fit(columns.numpy(), y.numpy()).coef_)
     ours = lasso(columns, y, beta)
@@ -152,7 +152,7 @@ def test_a_price_above_every_correlation_leaves_nothing():
 
 
 def test_more_columns_never_raise_the_optimum():
-    columns, _, _ = threshold_patterns(normal(30, 4), 300, torch.Generator().manual_seed(0))
+    columns, _, _ = draw_patterns(normal(30, 4), 300, torch.Generator().manual_seed(0))
     columns = columns[:, torch.randperm(columns.shape[1], generator=torch.Generator().manual_seed(0))]
     y = normal(30, seed=1)
     values = [
@@ -183,7 +183,10 @@ def test_columns_that_explain_nothing(columns):
 
 @pytest.mark.parametrize("beta", [0, -1.0, float("nan"), float("inf"), "1"])
 def test_bad_prices(beta):
-    for function in (lambda: lasso(torch.eye(2), torch.ones(2), beta), lambda: shattered_optimum(X, beta)):
+    for function in (
+        lambda: lasso(torch.eye(2), torch.ones(2), beta),
+        lambda: find_shattered_optimum(X, beta),
+    ):
         with pytest.raises(ValueError, match="beta"):
             function()
 
@@ -207,14 +210,14 @@ def test_closed_form_is_the_numerical_optimum():
     grid = torch.linspace(-4, 4, 161, dtype=torch.float64)
     everywhere = torch.cartesian_prod(grid, grid, grid)
     best = three_layer_objective(everywhere, y, beta).min()
-    ours = three_layer_objective(shattered_optimum(y, beta), y, beta)
+    ours = three_layer_objective(find_shattered_optimum(y, beta), y, beta)
     assert best - 0.01 < ours <= best + 1e-12
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_no_step_from_the_closed_form_goes_down(beta):
     y = 2 * normal(40, seed=3)
-    delta = shattered_optimum(y, beta)
+    delta = find_shattered_optimum(y, beta)
     here = three_layer_objective(delta, y, beta)
     for size in (1e-4, 1e-2, 1.0):
         steps = size * normal(2000, 40, seed=4)
@@ -227,21 +230,23 @@ def test_no_step_from_the_closed_form_goes_down(beta):
 
 def test_levels_take_away_just_the_price():
     y = 2 * normal(40, seed=3)
-    delta = shattered_optimum(y, 1.5)
+    delta = find_shattered_optimum(y, 1.5)
     torch.testing.assert_close((y - delta).clamp_min(0).sum().item(), 1.5)
     torch.testing.assert_close((delta - y).clamp_min(0).sum().item(), 1.5)
-    assert shattered_optimum(y, 1e6).abs().max() == 0
-    assert torch.equal(shattered_optimum(y.abs(), 1e-3).clamp_max(0), torch.zeros(40, dtype=torch.float64))
+    assert find_shattered_optimum(y, 1e6).abs().max() == 0
+    assert torch.equal(
+        find_shattered_optimum(y.abs(), 1e-3).clamp_max(0), torch.zeros(40, dtype=torch.float64)
+    )
 
 
 def test_staircase_adds_up_and_costs_the_two_extremes():
     delta = torch.tensor([0.0, 2.0, 2.0, -1.5, 0.25, -3.0, 0.0], dtype=torch.float64)
-    patterns, heights = staircase(delta)
+    patterns, heights = split_into_steps(delta)
     torch.testing.assert_close(patterns @ heights, delta)
     assert heights.abs().sum() == 5
     assert len(heights) == 4
     assert ((patterns == 0) | (patterns == 1)).all()
-    assert staircase(torch.zeros(3))[0].shape == (3, 0)
+    assert split_into_steps(torch.zeros(3))[0].shape == (3, 0)
 
 
 # the network
@@ -249,7 +254,7 @@ def test_staircase_adds_up_and_costs_the_two_extremes():
 
 def test_patterns_are_what_their_neurons_answer_and_differ():
     x = normal(20, 3)
-    patterns, weight, bias = threshold_patterns(x, 500, torch.Generator().manual_seed(0))
+    patterns, weight, bias = draw_patterns(x, 500, torch.Generator().manual_seed(0))
     assert torch.equal(patterns, (x @ weight.T + bias >= 0).double())
     assert len({tuple(column.tolist()) for column in patterns.T}) == patterns.shape[1] < 500
 
@@ -273,9 +278,9 @@ def test_network_has_the_objective_that_is_claimed(layers, outputs):
 def test_three_layers_reach_the_closed_form_and_no_two_layers_are_better():
     x, y, beta = normal(30, 8), normal(30, seed=1), 0.5
     three = ThresholdNetwork(beta, layers=3, patterns=500).fit(x, y)
-    torch.testing.assert_close(three.predict(x), shattered_optimum(y, beta))
+    torch.testing.assert_close(three.predict(x), find_shattered_optimum(y, beta))
     torch.testing.assert_close(
-        three.objective, three_layer_objective(shattered_optimum(y, beta), y, beta).item()
+        three.objective, three_layer_objective(find_shattered_optimum(y, beta), y, beta).item()
     )
     two = ThresholdNetwork(beta, patterns=500).fit(x, y)
     assert three.objective <= two.objective

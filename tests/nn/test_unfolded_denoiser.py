@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from plywise.data.digits import load_digits
 from plywise.nn import UnfoldedDenoiser
-from plywise.nn.unfolded_denoiser import LEARNING, SCHEMES, squared_norms
+from plywise.nn.unfolded_denoiser import LEARNING, SCHEMES, bound_squared_norms
 
 SIZE = 6
 
@@ -45,7 +45,7 @@ def slow(scheme: str, denoiser: UnfoldedDenoiser, z: Tensor, sigma: float) -> Te
     """One image, with matrices, as the equations are written."""
     weight = denoiser.operators.weight.detach()
     Ds = [dense(filters) for filters in weight]
-    taus = [0.99 / n for n in squared_norms(weight)]
+    taus = [0.99 / n for n in bound_squared_norms(weight)]
     v, z = sigma**2, z.flatten()
     u = Ds[0] @ z
     if scheme in ("DDFB", "DDiFB"):
@@ -138,7 +138,7 @@ def test_a_solved_problem_is_nonexpansive(scheme):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_norms_are_bounds_for_any_image_and_tight_for_large_ones(size, channels):
     weight = torch.randn(2, 5, channels, size, size, dtype=torch.double)
-    bounds = squared_norms(weight)
+    bounds = bound_squared_norms(weight)
     for filters, bound in zip(weight, bounds, strict=True):
         for image, at_least in ((2, 0.0), (16, 0.75)):
             true = torch.linalg.matrix_norm(dense(filters, image), 2) ** 2
@@ -152,7 +152,7 @@ def test_norms_hold_between_the_points_of_their_grid(frequency):
     weight = torch.stack([where.cos(), where.sin()])
     weight = torch.einsum("fi,gj->fgij", weight, weight).reshape(1, 4, 1, 3, 3)
     fine = torch.fft.fft2(weight, s=(1024, 1024)).abs().square().sum((1, 2)).amax()
-    assert fine <= squared_norms(weight).item() <= 1.075 * fine
+    assert fine <= bound_squared_norms(weight).item() <= 1.075 * fine
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -206,7 +206,7 @@ def test_free_operators_begin_normalised_and_come_apart():
     denoiser = network("DDFB", learning="LFO")
     weight, back = denoiser.operators.weight, denoiser.operators.weight_back
     assert torch.equal(weight, back)
-    torch.testing.assert_close(squared_norms(weight), torch.ones(3).double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bound_squared_norms(weight), torch.ones(3).double(), rtol=1e-6, atol=1e-6)
     optimizer = torch.optim.SGD(denoiser.parameters(), 0.1)
     denoiser(images(), 0.4).square().sum().backward()
     optimizer.step()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plywise.nn import VSML
-from plywise.nn.vsml import LayerState, evolution_gradient, meta_train
+from plywise.nn.vsml import LayerState, estimate_gradient, meta_train
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +245,7 @@ def test_an_evolution_strategy_by_its_formula(noise):
     x, y = sequence(4, (3, 2), episodes=5, batch=2)
     states = vsml.initial_state([3, 3, 2], episodes=5, batch=2)
     weights = {name: p.detach().clone() for name, p in vsml.named_parameters()}
-    loss, found = evolution_gradient(vsml, x, y, states, noise, generator)
+    loss, found = estimate_gradient(vsml, x, y, states, noise, generator)
     drawn = torch.Generator().manual_seed(0)
     pushes = {name: noise * torch.randn(5, *w.shape, generator=drawn) for name, w in weights.items()}
 
@@ -282,7 +282,7 @@ def test_meta_training_steps_by_the_evolution_strategy():
     vsml = VSML()
     before = {name: p.detach().clone() for name, p in vsml.named_parameters()}
     (lesson,) = episodes(vsml, 1, torch.Generator().manual_seed(0))
-    loss, estimate = evolution_gradient(vsml, *lesson, 0.05, torch.Generator().manual_seed(1))
+    loss, estimate = estimate_gradient(vsml, *lesson, 0.05, torch.Generator().manual_seed(1))
     assert sum(g.square().sum() for g in estimate.values()).sqrt() < 25  # no longer than the clip
     optimizer = torch.optim.SGD(vsml.parameters(), 0.1)
     losses = meta_train(vsml, [lesson], optimizer, noise=0.05, generator=torch.Generator().manual_seed(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plywise.optim import ASkewSGD
-from plywise.optim.askew_sgd import interval, make_velocity
+from plywise.optim.askew_sgd import find_interval, make_velocity
 
 BINARY = torch.tensor([-1.0, 1.0], dtype=torch.float64)
 
@@ -174,6 +174,6 @@ def test_a_group_without_levels_is_plain_sgd():
 
 
 def test_interval_takes_the_outer_two_beyond_the_levels():
-    low, high = interval(torch.tensor([-5.0, -1.0, -0.1, 3.0]), torch.tensor([-1.0, 0.0, 2.0]))
+    low, high = find_interval(torch.tensor([-5.0, -1.0, -0.1, 3.0]), torch.tensor([-1.0, 0.0, 2.0]))
     assert low.tolist() == [-1.0, -1.0, -1.0, 0.0]
     assert high.tolist() == [0.0, 0.0, 0.0, 2.0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from plywise.optim import LRSGDC, LRSGDR, ProximalAnchor
-from plywise.optim.lrsgd import geometric
+from plywise.optim.lrsgd import draw_geometric
 
 KINDS = {"random": (LRSGDR, {"stop": 0.2, "seed": 4}), "constant": (LRSGDC, {"inner_steps": 4})}
 
@@ -40,7 +40,7 @@ def test_equals_the_rule_written_out(kind):
     w, buffer, given, loop = start().detach(), torch.zeros(5, 3, dtype=torch.float64), iter(gradients), 0
     left = len(gradients)
     while left:
-        length = 4 if kind == "constant" else geometric(0.2, 4, loop)
+        length = 4 if kind == "constant" else draw_geometric(0.2, 4, loop)
         reference, loop = w.clone(), loop + 1
         for i in range(min(length, left)):
             d = next(given)(w) + 2 * (strength / rate) * (w - reference) + decay * w
@@ -70,7 +70,7 @@ def test_equals_sgd_with_a_proximal_anchor():
     mine = LRSGDR([ours], 0.05, 0.02, 0.9, 0.0, stop=0.2)
     found = run(mine, ours, gradients)
     sgd, anchor = torch.optim.SGD([theirs], 0.05, momentum=0.9), ProximalAnchor([theirs])
-    ends = torch.tensor([geometric(0.2, 0, loop) for loop in range(24)]).cumsum(0).tolist()
+    ends = torch.tensor([draw_geometric(0.2, 0, loop) for loop in range(24)]).cumsum(0).tolist()
     for step, gradient in enumerate(gradients):
         if step in ends:
             anchor.refresh()
@@ -124,7 +124,9 @@ def test_pull_does_not_depend_on_the_rate():
 
 @pytest.mark.parametrize("stop", [0.05, 0.1, 0.5, 1.0])
 def test_lengths_are_geometric(stop):
-    lengths = torch.tensor([geometric(stop, seed=2, draw=draw) for draw in range(4000)], dtype=torch.float64)
+    lengths = torch.tensor(
+        [draw_geometric(stop, seed=2, draw=draw) for draw in range(4000)], dtype=torch.float64
+    )
     deviation = (1 - stop) ** 0.5 / stop
     assert abs(lengths.mean() - 1 / stop) <= 4 * deviation / 4000**0.5
     assert abs((lengths == 1).double().mean() - stop) <= 4 * (stop * (1 - stop) / 4000) ** 0.5
@@ -132,7 +134,7 @@ def test_lengths_are_geometric(stop):
 
 
 def test_seeds_give_other_lengths_and_the_same_seed_the_same():
-    by_seed = [[geometric(0.1, seed, draw) for draw in range(20)] for seed in (0, 0, 1)]
+    by_seed = [[draw_geometric(0.1, seed, draw) for draw in range(20)] for seed in (0, 0, 1)]
     assert by_seed[0] == by_seed[1] != by_seed[2]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from plywise.errors import PlywiseError
 from plywise.optim import SalpSGD
-from plywise.optim.salp_sgd import lowest, spread
+from plywise.optim.salp_sgd import compute_spread, find_lowest
 
 
 def start(shape=(6,), seed=0):
@@ -103,9 +103,9 @@ def test_quadratic_is_solved():
 
 
 def test_spread_is_two_then_a_fiftieth_then_nothing():
-    assert spread(0.0) == 2
-    assert spread(0.5) == pytest.approx(2 * math.exp(-4))
-    assert spread(1.0) < 1e-6
+    assert compute_spread(0.0) == 2
+    assert compute_spread(0.5) == pytest.approx(2 * math.exp(-4))
+    assert compute_spread(1.0) < 1e-6
 
 
 def test_a_step_costs_salps_plus_one_evaluations_at_as_many_points():
@@ -165,7 +165,7 @@ def test_points_without_a_finite_loss_are_never_chosen():
     weight = torch.nn.Parameter(torch.ones(1))
     points = [torch.tensor([value]) for value in (1.0, 2.0, 3.0)]
     losses = {1.0: float("nan"), 2.0: float("inf"), 3.0: 5.0}
-    best = lowest([[point] for point in points], [weight], lambda: losses[weight.item()])
+    best = find_lowest([[point] for point in points], [weight], lambda: losses[weight.item()])
     assert best[0] is points[2]
     assert weight.item() == 1.0
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.registry.card import card_of
+from plywise.registry.card import read_card
 
 from .runs import Run, run, same_bits
 
@@ -387,5 +387,5 @@ def test_what_attach_refuses():
 
 
 def test_card():
-    card = card_of(pw.LayerFreezing)
+    card = read_card(pw.LayerFreezing)
     assert (card.year, len(card.hyper_parameters)) == (2019, 4)

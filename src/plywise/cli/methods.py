@@ -24,10 +24,10 @@ def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
         json: print all cards as JSON.
     """
     from plywise.arena.methods import METHODS
-    from plywise.registry.card import card_of
+    from plywise.registry.card import read_card
     from plywise.registry.find import ROOMS, TITLES, find
 
-    cards = {room: [card_of(find(name)) for name in names] for room, names in ROOMS.items()}
+    cards = {room: [read_card(find(name)) for name in names] for room, names in ROOMS.items()}
     if json:
         _print_json([{"room": room, **asdict(card)} for room, those in cards.items() for card in those])
         return
@@ -53,10 +53,10 @@ def info(name: str, *, json: Annotated[bool, Parameter(negative=())] = False) ->
         name: name of the method.
         json: print it as JSON.
     """
-    from plywise.registry.card import card_of
+    from plywise.registry.card import read_card
     from plywise.registry.find import find
 
-    card = card_of(find(name))
+    card = read_card(find(name))
     if json:
         _print_json(asdict(card))
     else:

@@ -1,4 +1,4 @@
-"""Makes tensors of users' arrays and lists, and of what their functions return."""
+"""Makes tensors of users' arrays and lists, and of the results of their functions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def call_user_function(address: str) -> Any:
 
 
 def make_tensor(values: Any, what: str) -> Tensor:
-    """Numbers as a tensor on the CPU, a row for each sample.
+    """Make a tensor of numbers on the CPU, with a row for each sample.
 
     Args:
-        values: a tensor, an array, or lists; or a list of tensors, one a sample.
-        what: what they are, for the error.
+        values: a tensor, an array, or lists; or a list of tensors, one for each sample.
+        what: their name in errors.
 
     Raises:
         PlywiseError: they are no array of real numbers with rows, or some are not finite in float32.
@@ -85,28 +85,28 @@ def _make_readable(values: NDArray[Any], what: str) -> NDArray[Any]:
 def _find_non_finite(tensor: Tensor) -> Tensor:
     """Find the samples with NaN or infinity, (N,), also after conversion to float32.
 
-    Samples are checked in pieces, for the check takes more memory than they do.
+    Samples are checked in pieces, because the check takes more memory than the samples.
     """
     bad = torch.zeros(len(tensor), dtype=torch.bool)
     if not tensor.is_floating_point() or not tensor.numel():
         return bad
     at_once = max(1, _AT_ONCE * len(tensor) // tensor.numel())
     narrow = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
-    # results go where there is room already: small ones between large ones would keep memory from reuse
+    # into allocated memory: small new blocks between large ones prevent reuse
     for part, found in zip(tensor.split(at_once), bad.split(at_once), strict=True):
         found.copy_(torch.isfinite(part.reshape(len(part), -1).to(narrow)).all(1).logical_not_())
     return bad
 
 
 def read_nested(values: Any, what: str, read: Callable[[Any, str], Tensor] | None) -> Any:
-    """Arrays in any nesting of mappings, tuples and dataclasses, each as ``read`` reads it.
+    """Read arrays in any nesting of mappings, tuples and dataclasses by ``read``.
 
-    A list is an array, or samples to be stacked.
+    A list is an array, or holds samples to be stacked.
 
     Args:
         values: the arrays.
-        what: what they are, for the error.
-        read: makes a tensor of an array. None: values of any kind stay as they are, arrays as tensors.
+        what: their name in errors.
+        read: makes a tensor of an array. None: arrays become tensors, and other values do not change.
     """
     if isinstance(values, Mapping):
         return {key: read_nested(value, f"{what}, {key!r}", read) for key, value in values.items()}

@@ -1,8 +1,8 @@
-"""Batches of tensors in any nesting, and the parts of a data set that batches come from.
+"""Batches of tensors in any nesting, and the parts of a data set from which they are drawn.
 
-Bench, diagnose, train, pipeline and the learners all read their batches from here. A batch is a pair of
-inputs and targets. Either is a tensor, or tensors in tuples, lists, dicts and dataclasses, nested in any way;
-the first dimension of each tensor counts samples.
+Bench, diagnose, train, pipeline and the learners all use these batches. A batch is a pair of inputs and
+targets. Each of them is a tensor, or tensors in tuples, lists, dicts and dataclasses, nested in any way; the
+first dimension of each tensor counts samples.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TYPE = "plywise type"
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
-    """Apply ``function`` to each tensor of a nesting; other values stay.
+    """Apply ``function`` to each tensor of a nesting; other values do not change.
 
     Example:
         >>> map_tensors(len, {"x": torch.zeros(3, 2), "more": (torch.zeros(3), "name")})
@@ -51,14 +51,14 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
 
 
 def list_tensors(batch: Batch) -> list[Tensor]:
-    """All tensors of a batch, in its order."""
+    """List all tensors of a batch, in its order."""
     found: list[Tensor] = []
     map_tensors(found.append, batch)
     return found
 
 
 def count_samples(batch: Batch) -> int:
-    """The samples of a batch: the first dimension of its first tensor; 1 if that has none.
+    """Count the samples of a batch: the size of the first dimension of its first tensor; 1 for a scalar.
 
     Example:
         >>> count_samples({"ids": torch.zeros(5, 7), "mask": torch.ones(5, 7)})
@@ -69,7 +69,7 @@ def count_samples(batch: Batch) -> int:
 
 
 def take_samples(batch: Batch, rows: Tensor | slice) -> Batch:
-    """Take some samples of a batch: rows of each tensor with as many rows as the first; others stay whole."""
+    """Take some samples of a batch: rows of each tensor that has as many rows as the first one."""
     samples = count_samples(batch)
     return map_tensors(lambda t: t[rows] if t.dim() and len(t) == samples else t, batch)
 
@@ -80,16 +80,16 @@ def clone_batch(batch: Batch) -> Batch:
 
 
 def move_batch(batch: Batch, device: str | torch.device) -> Batch:
-    """The batch on a device."""
+    """Return the batch on a device."""
     return map_tensors(lambda t: t.to(device), batch)
 
 
 def split_target(batch: Batch) -> tuple[Batch, Batch | None]:
     """Split what a user's loader returns into inputs and targets; None if there is no target.
 
-    The last entry of a tuple or list is the target. In a mapping or a dataclass the entry called labels,
-    label, targets, target or y is; the inputs are then the whole batch, of which `call_model` takes what the
-    model wants.
+    The last entry of a tuple or list is the target. In a mapping or a dataclass it is the entry called
+    labels, label, targets, target or y; the inputs are then the whole batch, from which `call_model` takes
+    the arguments of the model.
 
     Example:
         >>> split_target((1, 2, 3)), split_target({"ids": 1, "labels": 2})
@@ -119,7 +119,7 @@ def _is_dataclass(value: object) -> bool:
 
 
 def pack(batch: Batch) -> Any:
-    """A batch of dicts, tuples, lists and tensors only, which `torch.load` reads without running code."""
+    """Convert a batch to dicts, tuples, lists and tensors, which `torch.load` reads without running code."""
     if isinstance(batch, Mapping):
         return {key: pack(value) for key, value in batch.items()}
     if _is_dataclass(batch) or hasattr(batch, "_fields"):
@@ -130,7 +130,7 @@ def pack(batch: Batch) -> Any:
 
 
 def unpack(packed: Any) -> Batch:
-    """Inverse of `pack`."""
+    """Invert `pack`."""
     if isinstance(packed, Mapping):
         values = {key: unpack(value) for key, value in packed.items() if key != _TYPE}
         if _TYPE not in packed:
@@ -154,10 +154,10 @@ class Part(Protocol):
     """A data set for training, validation or test, from which batches are drawn."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
 
     def count_batches(self, size: int) -> int:
-        """Batches in an epoch, the last one perhaps smaller."""
+        """Count the batches in an epoch, the last one perhaps smaller."""
 
     def batch(self, place: int, size: int, order: Tensor | None = None) -> tuple[Batch, Batch]:
         """Return a batch of an epoch, in an order of samples (or of whole batches, if these are stored)."""
@@ -166,27 +166,27 @@ class Part(Protocol):
         """Return the length of an ``order``."""
 
     def epoch(self, size: int, order: Tensor) -> Iterator[tuple[Batch, Batch]]:
-        """Whole batches in an order."""
+        """Yield whole batches in an order."""
 
     def chunks(self, size: int) -> Iterator[tuple[Batch, Batch]]:
         """Yield all samples once, at most ``size`` at a time (or stored batch by stored batch)."""
 
     def head(self, count: int) -> Part:
-        """About the first ``count`` samples."""
+        """Return about the first ``count`` samples."""
 
     def to(self, device: str) -> Part:
-        """The part on a device."""
+        """Return the part on a device."""
 
     def update_digest(self, digest: Any) -> None:
         """Feed every value to a digest of `hashlib`."""
 
-    def packed(self) -> dict[str, Any]:
+    def pack(self) -> dict[str, Any]:
         """Return the part in a form for `torch.save`, which `unpack_part` reads."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Samples in memory: inputs and targets, a row for each sample.
+    """Samples in memory: inputs and targets, with a row for each sample.
 
     Attributes:
         x: inputs, a tensor (N, ...) or such tensors in any nesting.
@@ -200,48 +200,48 @@ class Split:
         return count_samples(self.x)
 
     def take(self, rows: Tensor | slice) -> Split:
-        """Some of the samples."""
+        """Take some of the samples."""
         return Split(take_samples(self.x, rows), take_samples(self.y, rows))
 
     def count_places(self) -> int:
-        """Samples."""
+        """Count the samples."""
         return len(self)
 
     def count_batches(self, size: int) -> int:
-        """Batches in an epoch, the last one perhaps smaller."""
+        """Count the batches in an epoch, the last one perhaps smaller."""
         return -(-len(self) // size)
 
     def batch(self, place: int, size: int, order: Tensor | None = None) -> tuple[Batch, Batch]:
-        """A batch of an epoch."""
+        """Return a batch of an epoch."""
         rows: Any = slice(place * size, (place + 1) * size)
         part = self.take(rows if order is None else order[rows])
         return part.x, part.y
 
     def epoch(self, size: int, order: Tensor) -> Iterator[tuple[Batch, Batch]]:
-        """Whole batches in an order of samples; fewer samples than ``size`` are one batch."""
+        """Yield whole batches in an order of samples; fewer samples than ``size`` make one batch."""
         size = min(size, len(order))
         for place in range(len(order) // size):
             yield self.batch(place, size, order)
 
     def chunks(self, size: int) -> Iterator[tuple[Batch, Batch]]:
-        """All samples once, at most ``size`` at a time."""
+        """Yield all samples once, at most ``size`` at a time."""
         for place in range(self.count_batches(size)):
             yield self.batch(place, size)
 
     def head(self, count: int) -> Split:
-        """The first samples."""
+        """Return the first samples."""
         return self.take(slice(count))
 
     def to(self, device: str) -> Split:
-        """The samples on a device."""
+        """Return the samples on a device."""
         return Split(move_batch(self.x, device), move_batch(self.y, device))
 
     def update_digest(self, digest: Any) -> None:
         """Feed every value to a digest of `hashlib`."""
         update_digest(digest, self.x, self.y)
 
-    def packed(self) -> dict[str, Any]:
-        """Inputs and targets."""
+    def pack(self) -> dict[str, Any]:
+        """Return inputs and targets."""
         return {"x": pack(self.x), "y": pack(self.y)}
 
 
@@ -250,12 +250,12 @@ class StoredBatches:
     """Batches of a user's loader, each in a file, for streams and for data larger than memory.
 
     Attributes:
-        files: one for each batch.
-        sizes: samples of each.
+        files: a file for each batch.
+        sizes: the number of samples of each.
         values: a digest of the values of each.
-        note: which part of the stream they are, in words; empty if they are all of it.
-        device: where batches go as they are read.
-        folder: keeps the files until it is deleted; None if another object does.
+        note: a phrase that says which part of the stream they are; empty if they are all of it.
+        device: the device to which batches are read.
+        folder: keeps the files until it is deleted; None if another object keeps them.
     """
 
     files: Sequence[str]
@@ -269,7 +269,7 @@ class StoredBatches:
         return sum(self.sizes)
 
     def pick(self, places: Sequence[int]) -> StoredBatches:
-        """Some of the batches."""
+        """Pick some of the batches."""
         return dataclasses.replace(
             self,
             files=[self.files[i] for i in places],
@@ -278,51 +278,51 @@ class StoredBatches:
         )
 
     def count_places(self) -> int:
-        """Batches."""
+        """Count the batches."""
         return len(self.files)
 
     def count_batches(self, size: int) -> int:
-        """Batches, as they came."""
+        """Count the batches."""
         return len(self.files)
 
     def batch(self, place: int, size: int, order: Tensor | None = None) -> tuple[Batch, Batch]:
-        """A batch as it came."""
+        """Return a stored batch."""
         file = self.files[place if order is None else int(order[place])]
         x, y = torch.load(file, weights_only=True, mmap=True)
         return move_batch(unpack(x), self.device), move_batch(unpack(y), self.device)
 
     def epoch(self, size: int, order: Tensor) -> Iterator[tuple[Batch, Batch]]:
-        """The batches in an order."""
+        """Yield the batches in an order."""
         for place in range(len(order)):
             yield self.batch(place, size, order)
 
     def chunks(self, size: int) -> Iterator[tuple[Batch, Batch]]:
-        """The batches, one after another."""
+        """Yield the batches, one after another."""
         for place in range(len(self.files)):
             yield self.batch(place, size)
 
     def head(self, count: int) -> StoredBatches:
-        """As many batches as hold ``count`` samples."""
+        """Return as many batches as hold ``count`` samples."""
         places, samples = 0, 0
         while samples < count and places < len(self.files):
             samples, places = samples + self.sizes[places], places + 1
         return self.pick(range(places))
 
     def to(self, device: str) -> StoredBatches:
-        """The same, read to a device."""
+        """Return the same batches, read to a device."""
         return dataclasses.replace(self, device=device)
 
     def update_digest(self, digest: Any) -> None:
         """Feed the batches' digests to a digest of `hashlib`."""
         digest.update(" ".join(self.values).encode())
 
-    def packed(self) -> dict[str, Any]:
-        """Where the batches are."""
+    def pack(self) -> dict[str, Any]:
+        """Return where the batches are."""
         return {"files": list(self.files), "sizes": list(self.sizes), "values": list(self.values)}
 
 
 def unpack_part(packed: Mapping[str, Any]) -> Split | StoredBatches:
-    """Inverse of ``packed`` of `Split` and `StoredBatches`."""
+    """Invert ``pack`` of `Split` and `StoredBatches`."""
     if "files" in packed:
         return StoredBatches(packed["files"], packed["sizes"], packed["values"])
     return Split(unpack(packed["x"]), unpack(packed["y"]))
@@ -332,7 +332,7 @@ class BatchWriter:
     """Writes batches to files one by one, so that only one is in memory.
 
     Args:
-        folder: where the files go.
+        folder: the folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -347,7 +347,7 @@ class BatchWriter:
     def write(self, x: Batch, y: Batch) -> None:
         """Write a batch."""
         file = str(self._folder / f"{len(self._files)}.pt")
-        # a view of a larger tensor would be written with all of it
+        # a view of a larger tensor would be written with the whole tensor
         x, y = (map_tensors(lambda t: t.detach().cpu().contiguous().clone(), part) for part in (x, y))
         torch.save((pack(x), pack(y)), file)
         digest = hashlib.blake2b(digest_size=16)
@@ -357,7 +357,7 @@ class BatchWriter:
         self._values.append(digest.hexdigest())
 
     def finish(self, folder: Any = None, note: str = "") -> StoredBatches:
-        """The batches; ``folder`` is kept as long as they are."""
+        """Return the batches; ``folder`` is kept as long as they are."""
         return StoredBatches(self._files, self._sizes, self._values, note, folder=folder)
 
 

@@ -16,7 +16,7 @@ ATTRIBUTION = (
 
 
 def load_digits(seed: int = 0) -> tuple[Split, Split, Split]:
-    """Train (1,100), validation (297) and test (400) images, shuffled by ``seed``; pixels in [0, 1].
+    """Load training (1,100), validation (297) and test (400) images, shuffled by ``seed``; pixels in [0, 1].
 
     Example:
         >>> train, validation, test = load_digits()

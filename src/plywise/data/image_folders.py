@@ -19,10 +19,10 @@ _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 def read_image_folder(path: Path, say: Callable[[str], None]) -> dict[str, Split]:
-    """Images of one size in folders, one for each class, or such folders in ``train``, ``val`` and ``test``.
+    """Read images of one size from a folder for each class, also within ``train``, ``val`` and ``test``.
 
-    Classes are numbered in the order of the folders' names. Pixels are float32 in [0, 1], (N, channels,
-    height, width); one channel if all images are grey, else three.
+    Classes are numbered in the order of the names of the folders. Pixels are float32 in [0, 1], of shape (N,
+    channels, height, width), with one channel if all images are grey, else three.
 
     Args:
         path: the folder.

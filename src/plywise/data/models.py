@@ -16,18 +16,19 @@ from plywise.engine.masked_rows import rows
 from plywise.errors import PlywiseError
 
 Step = Callable[[nn.Module, Batch], Any]
-"""A model and a batch to a number: the loss to descend, or a metric."""
+"""A function of a model and a batch that returns a number: the loss to minimise, or a metric."""
 
 OUTPUTS = ("logits", "prediction_logits", "last_hidden_state", "sample", "out")
-"""Attributes or keys of a model's output that are its scores, the first that is there."""
+"""Attributes or keys of a model's output that may hold its scores; the first that exists does."""
 
 
 def call_model(model: nn.Module, x: Batch, without: tuple[str, ...] = ()) -> Any:
-    """Call a model with a batch's inputs: a mapping by name, a tuple by position, all else as one argument.
+    """Call a model with a batch's inputs: mappings by name, tuples by position, others as one argument.
 
-    Of a mapping, entries that the forward does not take are left out, and so are those called ``without``. A
-    mapping with one entry left is given alone where the forward knows no such name. Where the mapping has an
-    ``attention_mask`` (N, T), positions where it is 0 are left out of rules' statistics (`plywise.rows`).
+    Of a mapping, entries that the forward does not take are left out, and so are those in ``without``. If the
+    forward has no argument of that name, the only entry of a mapping is passed by position. Where the mapping
+    has an ``attention_mask`` (N, T), positions where it is 0 are left out of rules' statistics
+    (`plywise.rows`).
 
     Raises:
         PlywiseError: the forward takes none of the entries.
@@ -52,7 +53,7 @@ def call_model(model: nn.Module, x: Batch, without: tuple[str, ...] = ()) -> Any
 
 
 def find_mask(x: Batch) -> Tensor | None:
-    """The mask of the positions that count, (N, T), where a batch's inputs have one."""
+    """Find the mask of the positions that count, (N, T), if the inputs of a batch have one."""
     mask = x.get("attention_mask") if isinstance(x, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -66,9 +67,9 @@ def _find_taken(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_scores(output: Any) -> Any:
-    """The scores in a model's output: ``.logits`` or another of `OUTPUTS`, the first of a tuple, or itself.
+    """Find the scores in an output: ``.logits`` or another of `OUTPUTS`, the first of a tuple, or itself.
 
-    A first entry without dimensions is a loss, which models put before their scores.
+    A first entry without dimensions is skipped: it is a loss, which some models return before their scores.
     """
     if isinstance(output, Tensor):
         return output
@@ -81,7 +82,7 @@ def find_scores(output: Any) -> Any:
 
 
 def find_loss(output: Any) -> Tensor | None:
-    """The loss that a model has made itself: ``.loss``, a first number of a tuple, or a number alone."""
+    """Find the loss that a model returns: ``.loss``, a number at the start of a tuple, or a single number."""
     if isinstance(output, Tensor):
         return output if output.dim() == 0 else None
     entries = _list_entries(output)
@@ -100,11 +101,11 @@ def _list_entries(output: Any) -> dict[str, Any]:
     return dict(getattr(output, "__dict__", {}))
 
 
-def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """A step function for models that return their own loss, given the targets with the rest.
+def get_own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss that the model itself computes from inputs and targets; a step function.
 
     Raises:
-        PlywiseError: the model returned none.
+        PlywiseError: the model returned no loss.
     """
     loss = find_loss(call_model(model, batch))
     if loss is None:
@@ -112,29 +113,29 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def own_error(model: nn.Module, batch: Batch) -> Tensor:
-    """The error rate of a model of classes that takes the targets (N,) with the rest."""
+def compute_own_error(model: nn.Module, batch: Batch) -> Tensor:
+    """Compute the error rate of a classifier that takes the targets (N,) with its inputs."""
     y: Tensor = next(batch[name] for name in TARGETS if name in batch)
     scores: Tensor = find_scores(call_model(model, batch))
     return scores.argmax(1).ne(y).float().mean()
 
 
 class ScoresModel(nn.Module):
-    """A model whose inputs may be any batch, and whose output is its scores, one tensor."""
+    """A model whose inputs may be any batch, and whose output is one tensor, the scores."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Batch) -> Any:
-        """Scores of the inputs."""
+        """Compute the scores of the inputs."""
         return find_scores(call_model(self.model, x, TARGETS))
 
 
 class StepModel(nn.Module):
     """A model whose forward is a step function: it returns the loss of a batch; in eval mode loss and metric.
 
-    So code that trains a model by a loss of its output can train by a step function, too.
+    With it, code that trains on a loss of the output can also train with a step function.
     """
 
     def __init__(self, model: nn.Module, step: Step, metric: Step | None = None) -> None:
@@ -143,7 +144,7 @@ class StepModel(nn.Module):
         self._step, self._metric = step, metric
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss of a batch, and in eval mode the metric."""
+        """Compute the loss of a batch, and in eval mode also the metric."""
         loss = _read_number(self._step(self.model, batch), self._step)
         if self.model.training:
             return loss
@@ -168,5 +169,5 @@ def _read_number(value: Any, function: Step) -> Tensor:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The user's own model."""
+    """Return the model of the user."""
     return model.model if isinstance(model, ScoresModel | StepModel) else model

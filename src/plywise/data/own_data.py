@@ -30,15 +30,15 @@ FEWEST = 10
 """The fewest samples, or batches, that can be cut into parts."""
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".7z")
 _UNPACK = "Unpack the archive, and give the folder that comes out."
-_ROWS = 4096  # looked at or compared at once
+_ROWS = 4096  # samples that are checked or compared at once
 
 
 class Parts(dict[str, Any]):
     """The parts of a user's data by name: ``train``, and perhaps ``validation`` and ``test``.
 
     Attributes:
-        guesses: sentences on what was guessed about them, each with the flag that overrules it.
-        are_from_files: whether these tensors are used nowhere else, so that they may be overwritten.
+        guesses: sentences on what was guessed about the data, each with the flag that overrules it.
+        are_from_files: whether nothing else uses these tensors, so that they may be overwritten.
     """
 
     guesses: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Parts(dict[str, Any]):
 
 
 class OwnData(NamedTuple):
-    """A user's data, how they were cut, and what was guessed about them."""
+    """A user's data, with sentences on how they were cut and what was guessed about them."""
 
     data: Data
     cut: str
@@ -56,16 +56,17 @@ class OwnData(NamedTuple):
 def read_parts(address: str, reading: Reading = AS_EVER) -> Parts:
     """Read the data of a user: the one reader of all commands.
 
-    Inputs become float32: bytes (images) are divided by 255; other integers stay as they are, for embeddings.
-    Whole-number targets are classes or tokens, others float32. Batches for a step function stay as they are.
+    Inputs become float32, and bytes (images) are divided by 255; other integers do not change, for
+    embeddings. Whole-number targets are classes or tokens, others become float32. Batches for a step function
+    do not change.
 
     Args:
-        address: ``module:name`` of a function that returns `plywise.data.sources.RETURNS`, called with random
-            numbers of a fixed seed; or a ``.npz`` file with ``x_train`` and ``y_train``, perhaps
+        address: ``module:name`` of a function that returns `plywise.data.sources.RETURNS`, called after
+            random numbers were seeded; or a ``.npz`` file with ``x_train`` and ``y_train``, perhaps
             ``x_validation`` and ``y_validation``, perhaps ``x_test`` and ``y_test``; or a ``.csv`` or
             ``.parquet`` file whose last column is the target (classes if it holds just the numbers 0, 1, ...,
-            k); or a folder of images, a folder for each class; or ``digits``.
-        reading: how they are read.
+            k); or a folder that has a folder of images for each class; or ``digits``.
+        reading: how to read them.
 
     Raises:
         PlywiseError: there are no such data, they hold NaN or infinity, or parts do not fit one another.
@@ -118,7 +119,7 @@ def _read_files(address: str, reader: Reader) -> Parts:
         words = None if reader.options.targets == "numbers" else reader.options.target
         return Parts(train=_split_table(path, read_parquet(path, words), reader))
     if address and path.is_dir():
-        return Parts(read_image_folder(path, reader.say))
+        return Parts(read_image_folder(path, reader.note))
     choices = ("digits", *WORKLOAD_MODULES)
     raise PlywiseError(
         "Data are module:name of a function that makes them, a .npz, .csv or .parquet file, a folder of "
@@ -134,7 +135,7 @@ def _read_npz_parts(path: Path, reader: Reader) -> Parts:
     parts, _ = name_parts(str(path), {key[2:]: key[2:] for key in keys})
     wanted = [f"{what}_{key}" for key in list(parts.values()) or ["train"] for what in "xy"]
     if others := [key for key in arrays if key not in wanted]:
-        reader.say(f"{path}: the arrays {', '.join(others)} were left out.")
+        reader.note(f"{path}: the arrays {', '.join(others)} were left out.")
     lacking = [name for name in wanted if name not in arrays]
     if lacking or "train" not in parts:
         names = " and no ".join(lacking or ["x_train"])
@@ -153,7 +154,7 @@ def _split_table(path: Path, table: Table, reader: Reader) -> Split:
         )
     if not len(table.numbers):
         raise PlywiseError(f"{path} has no rows.", see="error-data")
-    reader.say(table.guess)
+    reader.note(table.guess)
     if wanted and names.count(wanted) != 1:
         count = names.count(wanted) or "no"
         hint = suggestion(wanted, tuple(names)) or f"It has: {', '.join(names[:10])}."
@@ -161,22 +162,22 @@ def _split_table(path: Path, table: Table, reader: Reader) -> Split:
     place = names.index(wanted) if wanted else len(names) - 1
     where = f"{path}{name_incomplete(table)}"
     for doubt in find_doubts(path, table, place):
-        reader.say(doubt)
+        reader.note(doubt)
     inputs, target = map(torch.from_numpy, take_column(table.numbers, place))
-    x = reader.inputs(inputs, where)
+    x = reader.read_inputs(inputs, where)
     if table.words:
-        y = reader.words(target, table.words, names[place], where)
+        y = reader.read_words(target, table.words, names[place], where)
     else:
-        y = reader.column(target, names[place], where)
+        y = reader.read_column(target, names[place], where)
     return _make_checked_split(x, y, str(path))
 
 
 def cut_parts(address: str, parts: Parts) -> OwnData:
-    """Cut data into training, validation and test parts, where they are not cut already.
+    """Cut data into training, validation and test parts, unless they are cut already.
 
     Args:
         address: their name in errors.
-        parts: what `read_parts` has read. A table from a file is overwritten: there is no second one.
+        parts: the result of `read_parts`. A table from a file is overwritten, to save memory.
 
     Raises:
         PlywiseError: there are fewer than 10 training samples.
@@ -207,7 +208,7 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
 
 
 def _list_notes(parts: Parts) -> list[str]:
-    """Say in sentences how streams are used."""
+    """Describe in sentences how streams are used."""
     stored = {name: part for name, part in parts.items() if isinstance(part, StoredBatches)}
     if not stored:
         return []
@@ -231,7 +232,7 @@ def _cut_apart(
 ) -> tuple[Sequence[Part], str]:
     """Cut parts of given sizes, with equal inputs in one part; return the number of such samples, too.
 
-    Samples with equal inputs in training and test would make the test easier than new samples are.
+    Samples with equal inputs in training and test would make the test easier than new samples.
     """
     if isinstance(whole, StoredBatches):
         cut = sizes(whole.count_places())
@@ -258,15 +259,15 @@ def _order_kinds(kind: Tensor, kinds: int, sizes: list[int]) -> tuple[Tensor, li
     drawn = draw_order(kinds, sizes)
     counts = kind.bincount(minlength=kinds)
     place = drawn.argsort().to(kind.dtype)[kind]
-    order = torch.from_numpy(place.numpy().argsort(kind="stable"))  # takes less memory than torch's
+    order = torch.from_numpy(place.numpy().argsort(kind="stable"))  # takes less memory than that of torch
     return order, [int(counts[part].sum()) for part in drawn.split(sizes)]
 
 
 def _number_kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
     """Number the rows of a table, equal inputs alike; return the number of different rows, too.
 
-    Rows are compared by their bytes: this takes 2 s for a million rows of 20 numbers, `torch.unique` 8 s.
-    Data that are no table get a number for each sample.
+    Rows are compared by their bytes, which takes 2 s for a million rows of 20 numbers (`torch.unique` takes 8
+    s). In data that are not a table each sample gets its own number.
     """
     if not isinstance(x, Tensor) or x.dim() != 2 or not x.numel():
         return torch.arange(count_samples(x)), count_samples(x)
@@ -274,7 +275,7 @@ def _number_kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
         x = x.add_(0) if may_overwrite else x.add(0)  # -0 becomes 0
     rows = np.ascontiguousarray(x.numpy())
     whole = rows.view(np.dtype((np.void, rows.strides[0])))[:, 0]
-    order = whole.argsort(kind="stable")  # no row is moved: of a large table there are no copies
+    order = whole.argsort(kind="stable")  # rows are not moved, so a large table is not copied
     new = np.ones(len(order), bool)
     for start in range(1, len(order), _ROWS):
         here = order[start : start + _ROWS]
@@ -287,7 +288,7 @@ def _number_kinds(x: Batch, may_overwrite: bool) -> tuple[Tensor, int]:
 
 
 def _choose_int(count: int) -> type[np.signedinteger[Any]]:
-    """Return the smallest integer type for sample numbers, which can take as much memory as a table."""
+    """Return the smallest integer type for sample numbers, which may need as much memory as a table."""
     return np.int32 if count < 2**31 else np.int64
 
 
@@ -314,7 +315,7 @@ def _describe_kind(values: Tensor, is_stored: bool) -> str:
 
 
 def _read_split(reader: Reader, x: Any, y: Any, what: str) -> Split:
-    return _make_checked_split(reader.inputs(x, what), reader.targets(y, what), what)
+    return _make_checked_split(reader.read_inputs(x, what), reader.read_targets(y, what), what)
 
 
 def _make_checked_split(inputs: Tensor, targets: Tensor, what: str) -> Split:

@@ -1,4 +1,4 @@
-"""Tables in Parquet files."""
+"""Reads tables in Parquet files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_parquet(path: Path, target: str | None = None) -> Table:
         ) from error
     try:
         table = parquet.read_table(path)
-    except Exception as error:  # pyarrow has errors of its own
+    except Exception as error:  # pyarrow has its own errors
         raise PlywiseError(f"{path} cannot be read as Parquet: {error}.", see="error-data") from error
     names, words = list(table.column_names), list[str]()
     place = names.index(target) if target in names else len(names) - 1

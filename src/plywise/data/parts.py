@@ -1,4 +1,4 @@
-"""Cuts samples into disjoint parts for training, validation and test, the same ones every time."""
+"""Cuts samples into disjoint parts for training, validation and test, always in the same way."""
 
 from __future__ import annotations
 
@@ -42,31 +42,31 @@ class Data:
     test: Any
 
     def to(self, device: str) -> Data:
-        """The data on a device."""
+        """Return the data on a device."""
         return Data(*(part.to(device) for part in vars(self).values()))
 
     def save(self, path: Path) -> None:
-        """Write the tensors, or the places of stored batches, for `load` in other processes.
+        """Write the tensors, or the paths of stored batches, for `load` in other processes.
 
         Raises:
-            PlywiseError: there is no room.
+            PlywiseError: there is no space on the disk.
         """
-        parts = {name: part.packed() for name, part in vars(self).items()}
+        parts = {name: part.pack() for name, part in vars(self).items()}
         size = sum(each.numel() * each.element_size() for each in list_tensors(parts))
         try:
             with written_whole(path) as file:
                 torch.save(parts, file)
-        except (OSError, RuntimeError) as error:  # torch has words of its own for a disk that is full
+        except (OSError, RuntimeError) as error:  # torch has an error of its own for a full disk
             raise PlywiseError(
                 f"The data could not be written to {path}: {error.__context__ or error}. They take "
                 f"{size / 2**20:.0f} MiB: make room there, or name another --out.",
                 see="error-bench",
             ) from error
 
-    def repeated(self) -> dict[str, int]:
-        """How many samples of the other two parts have the inputs of a training sample."""
+    def count_repeated(self) -> dict[str, int]:
+        """Count the samples of the other two parts that have the same inputs as a training sample."""
         keys = {name: np.fromiter(_hash_inputs(part), np.int64) for name, part in vars(self).items()}
-        seen = keys.pop("train")  # as numbers of 8 bytes: a set of them would be larger than a table
+        seen = keys.pop("train")  # as integers of 8 bytes: a set of them would be larger than a table
         return {name: int(np.isin(part, seen).sum()) for name, part in keys.items()}
 
     def fingerprint(self) -> str:
@@ -75,13 +75,13 @@ class Data:
 
     @staticmethod
     def load(path: Path) -> Data:
-        """Load what `save` wrote, by a memory map that all processes share."""
+        """Load what `save` wrote, as a memory map that all processes share."""
         parts = torch.load(path, weights_only=True, mmap=True)
         return Data(**{name: unpack_part(parts[name]) for name in ("train", "validation", "test")})
 
 
 def compute_digest(parts: Iterable[Part]) -> str:
-    """A digest of every value of some parts."""
+    """Compute a digest of every value of some parts."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         part.update_digest(digest)
@@ -89,11 +89,11 @@ def compute_digest(parts: Iterable[Part]) -> str:
 
 
 SEED = 0
-"""Seed of all cuts: a workload's samples are the same for every trial."""
+"""The seed of all cuts: the samples of a workload are the same in every trial."""
 
 
 def draw_parts(x: Batch, y: Batch, sizes: Sequence[int]) -> list[Split]:
-    """Disjoint parts of given sizes, drawn by the fixed seed; what is left over is not used.
+    """Draw disjoint parts of given sizes by the fixed seed; the other samples are not used.
 
     Example:
         >>> parts = draw_parts(torch.arange(10.0), torch.arange(10), [6, 2])
@@ -105,12 +105,12 @@ def draw_parts(x: Batch, y: Batch, sizes: Sequence[int]) -> list[Split]:
 
 
 def draw_order(count: int, sizes: Sequence[int]) -> Tensor:
-    """As many of ``count`` places as ``sizes`` sum up to, drawn by the fixed seed."""
+    """Draw as many of ``count`` indices as the sum of ``sizes``, by the fixed seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))[: sum(sizes)]
 
 
 def cut_tenths(x: Batch, y: Batch) -> Data:
-    """8, 1 and 1 tenth of the samples, drawn by the fixed seed; at least one sample in each.
+    """Cut samples into 8, 1 and 1 tenth, drawn by the fixed seed, with at least one sample in each.
 
     Example:
         >>> data = cut_tenths(torch.arange(100.0), torch.arange(100))
@@ -125,8 +125,8 @@ def cut_tenths(x: Batch, y: Batch) -> Data:
 def cut_tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
     """Cut as `cut_tenths` does, but keep samples with equal inputs in one part.
 
-    A model that has seen a sample's inputs knows much of its target, so that twins in two parts would make
-    the test easier than new samples are.
+    A model that was trained on the inputs of a sample knows much about its target, so equal inputs in two
+    parts would make the test easier than new samples.
 
     Example:
         >>> twins = torch.arange(50.0).repeat(2).unsqueeze(1)
@@ -144,8 +144,8 @@ def cut_tenths_of_kinds(x: Tensor, y: Tensor) -> Data:
 def _hash_inputs(part: Any) -> Iterator[int]:
     """Hash each sample's inputs to a number; different inputs collide with a probability of 2^-64.
 
-    Images are too large to be sorted, as rows of tables are. A stored batch whose tensors differ in length,
-    as nodes and edges of graphs do, is compared as a whole, for its rows are no samples.
+    Rows of tables are sorted, but images are too large for that. A stored batch whose tensors differ in
+    length, such as nodes and edges of graphs, is hashed as a whole, because its rows are not samples.
     """
     for x, _ in part.chunks(4096):
         count, tensors = count_samples(x), [t.add(0) for t in list_tensors(x) if t.dim()]  # -0 becomes 0

@@ -1,7 +1,7 @@
 """Readers of the formats of public data sets, with numpy and the standard library only.
 
-Each takes a path and returns arrays or text; a faulty file raises an error that names it.
-Files may be compressed by gzip, whatever their names.
+Each reader takes a path and returns arrays or text. A faulty file raises an error that names it. Files may be
+compressed by gzip, whatever their names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
 class _Cifar(NamedTuple):
-    """A binary version of CIFAR: its name, its files (the test's is the last), labels a row, classes."""
+    """A binary version of CIFAR: name, files (the last is the test set), labels for each row, classes."""
 
     name: str
     files: tuple[str, ...]
@@ -44,10 +44,10 @@ _CIFAR100 = _Cifar("CIFAR-100", ("train.bin", "test.bin"), 2, 100)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8; line ends stay as they are.
+    """Read a text file in UTF-8; line ends are not changed.
 
     Raises:
-        PlywiseError: it cannot be read, or is no text.
+        PlywiseError: it cannot be read, or is not text.
     """
     try:
         return read_bytes(path).decode("utf-8")
@@ -56,13 +56,13 @@ def read_text(path: Path) -> str:
 
 
 def read_idx(path: Path) -> NDArray[np.generic]:
-    """An array in the IDX format of MNIST.
+    """Read an array in the IDX format of MNIST.
 
     Returns:
-        The array, in this machine's byte order, of the shape and type that the file states.
+        The array, in the byte order of this machine, with the shape and type that the file states.
 
     Raises:
-        PlywiseError: it cannot be read, is no IDX file, or holds more or less than its header says.
+        PlywiseError: it cannot be read, is not an IDX file, or holds more or less than its header states.
     """
     content = read_bytes(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _IDX_TYPES:
@@ -88,34 +88,34 @@ def read_idx(path: Path) -> NDArray[np.generic]:
 
 
 def read_cifar10_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    """CIFAR-10 as it is published: ``cifar-10-binary.tar.gz``.
+    """Read CIFAR-10 as it is published: ``cifar-10-binary.tar.gz``.
 
     Returns:
         Training images (50000, 32, 32, 3) and labels (50000,), test images (10000, 32, 32, 3) and labels.
 
     Raises:
-        PlywiseError: it cannot be read, is no such archive, or lacks a batch.
+        PlywiseError: it cannot be read, is not such an archive, or lacks a batch.
     """
     return _read_cifar_archive(path, _CIFAR10)
 
 
 def read_cifar100_archive(path: Path) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    """CIFAR-100 as it is published: ``cifar-100-binary.tar.gz``; labels are the 100 fine ones.
+    """Read CIFAR-100 as it is published: ``cifar-100-binary.tar.gz``, with the 100 fine classes.
 
     Returns:
         Training images (50000, 32, 32, 3) and labels (50000,), test images (10000, 32, 32, 3) and labels.
 
     Raises:
-        PlywiseError: it cannot be read, is no such archive, or lacks a file.
+        PlywiseError: it cannot be read, is not such an archive, or lacks a file.
     """
     return _read_cifar_archive(path, _CIFAR100)
 
 
 def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
-    """The arrays of a ``.npz`` file, by name. Pickled objects are refused: reading them would run code.
+    """Read the arrays of a ``.npz`` file by name. Pickled objects are refused: they could run code.
 
     Raises:
-        PlywiseError: there is no such file, it is damaged, it holds objects, or more than the memory.
+        PlywiseError: there is no such file, it is damaged, it holds objects, or it does not fit into memory.
     """
     try:
         with path.open("rb") as file:
@@ -147,7 +147,7 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
 
 
 def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
-    """Colour images kept as prediction residuals under xz, in a ``.npz`` file.
+    """Read colour images that are stored as prediction residuals, compressed by xz, in a ``.npz`` file.
 
     The file holds ``images_0``, ``images_1``, ... (each an xz stream), ``labels``, ``hw`` (height and width)
     and ``step``. Pixels come in raster order, channels as G, R, B. A value of G is predicted from its
@@ -159,7 +159,7 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
         Images (N, height, width, 3) and labels (N,), bytes.
 
     Raises:
-        PlywiseError: it cannot be read, or is no such file.
+        PlywiseError: it cannot be read, or is not such a file.
     """
     arrays = read_npz(path)
     streams = [arrays[f"images_{number}"] for number in range(len(arrays)) if f"images_{number}" in arrays]
@@ -171,7 +171,7 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
     most = 3 * height * width * len(arrays["labels"])
 
     def decode(stream: NDArray[np.generic]) -> Bytes:
-        # what is packed must not say how much memory it takes
+        # compressed data must not decide how much memory they take
         codes = np.frombuffer(lzma.LZMADecompressor().decompress(stream.tobytes(), most + 1), np.uint8)
         if len(codes) > most:
             raise ValueError(f"a part of it unpacks to more than {most} bytes")
@@ -179,7 +179,7 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
         return _decode_images(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), int(arrays["step"]))
 
     try:
-        with ThreadPoolExecutor(2) as pool:  # numpy and lzma let go of the interpreter
+        with ThreadPoolExecutor(2) as pool:  # numpy and lzma release the interpreter lock
             images = np.concatenate(list(pool.map(decode, streams)))
     except (lzma.LZMAError, ValueError) as error:
         raise PlywiseError(f"{path} is damaged: {error}. Get it again.", see="error-data") from error
@@ -191,7 +191,7 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
 
 
 def _decode_images(codes: Bytes, step: int) -> Bytes:
-    """Images (N, height, width, 3) of codes (G R B, height, width, N): all images are walked at once."""
+    """Decode images (N, height, width, 3) from codes (G R B, height, width, N), all images at once."""
     _, height, width, count = codes.shape
     values = np.zeros(codes.shape, np.int16)  # G, R-G, B-G
     images = np.empty((count, height, width, 3), np.uint8)
@@ -199,7 +199,7 @@ def _decode_images(codes: Bytes, step: int) -> Bytes:
         for x in range(width):
             green: NDArray[np.int16] | int = 0
             for plane, channel in enumerate((1, 0, 2)):
-                guess = _guess(values[plane], y, x, 0 if plane else 128)
+                guess = _predict(values[plane], y, x, 0 if plane else 128)
                 if plane:
                     guess = np.clip(guess + green, 0, 255)
                 code = codes[plane, y, x].astype(np.int16)
@@ -211,8 +211,8 @@ def _decode_images(codes: Bytes, step: int) -> Bytes:
     return images
 
 
-def _guess(values: NDArray[np.int16], y: int, x: int, first: int) -> NDArray[np.int16]:
-    """The median edge detector: the plane through three neighbours, or one of them at an edge."""
+def _predict(values: NDArray[np.int16], y: int, x: int, first: int) -> NDArray[np.int16]:
+    """Predict by the median edge detector: the plane through three neighbours, or one of them at an edge."""
     if not (x and y):
         if x or y:
             return values[y, x - 1] if x else values[y - 1, x]
@@ -227,7 +227,7 @@ def _read_cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, 
     found: dict[str, tuple[Bytes, Bytes]] = {}
     try:
         with open_unpacked(path) as packed, tarfile.open(fileobj=packed, mode="r|") as archive:
-            for member in archive:  # file by file: the archive is never whole in memory
+            for member in archive:  # file by file, so that the archive is never in memory as a whole
                 name = Path(member.name).name
                 if name not in kind.files or not member.isreg():
                     continue
@@ -248,7 +248,7 @@ def _read_cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, 
 
 
 def _read_cifar_batch(path: Path, content: bytes, kind: _Cifar) -> tuple[Bytes, Bytes]:
-    """Images and labels; of several labels in a row the last one, the fine one."""
+    """Read images and labels; of several labels in a row, take the last one, which is the fine class."""
     size = kind.labels + _CIFAR_PIXELS
     if len(content) % size or not content:
         raise PlywiseError(

@@ -1,4 +1,4 @@
-"""How data are read: as the user says, or by a guess, which is printed with the flag that overrules it."""
+"""Reads data by the user's options, or by a guess, which is printed with the flag that overrules it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from plywise.data.arrays import make_tensor
 from plywise.errors import PlywiseError
 
 MOST_CLASSES = 20
-"""If whole numbers in a table exceed this, they are taken for counts and predicted as numbers."""
+"""Whole numbers in a table above this are taken as counts and predicted as numbers."""
 WHOLE = 2**24
 """float32 holds each whole number up to this."""
 IGNORED = -100
-"""A target that torch's losses ignore."""
-_AT_ONCE = 1 << 18  # targets that are looked at
+"""The target that torch's losses ignore."""
+_AT_ONCE = 1 << 18  # targets that are examined
 _CHOICES = {
     "header": ("yes", "no"),
     "targets": ("classes", "numbers"),
@@ -53,7 +53,7 @@ class ReadOptions:
 
     @staticmethod
     def parse(text: str) -> ReadOptions:
-        """The options of a flag such as ``header=no,targets=numbers``.
+        """Parse the options of a flag such as ``header=no,targets=numbers``.
 
         Raises:
             PlywiseError: there is no such option, or it does not take that value.
@@ -84,22 +84,22 @@ class Reader:
         options: the user's options.
 
     Attributes:
-        guesses: what was guessed, a sentence each, with the flag that overrules it.
+        guesses: a sentence for each guess, with the flag that overrules it.
     """
 
     options: ReadOptions
     guesses: list[str] = field(default_factory=list)
 
-    def say(self, guess: str) -> None:
+    def note(self, guess: str) -> None:
         """Note a guess, once."""
         if guess and guess not in self.guesses:
             self.guesses.append(guess)
 
-    def inputs(self, values: Any, what: str) -> Tensor:
-        """Inputs as networks take them, a row for each sample.
+    def read_inputs(self, values: Any, what: str) -> Tensor:
+        """Read inputs as networks take them, with a row for each sample.
 
-        Bytes become float32 and are divided by 255, since they are images as a rule; other whole numbers
-        become int64, for embeddings; all else float32.
+        Bytes become float32 and are divided by 255, since they usually are images. Other whole numbers become
+        int64, for embeddings, and all other numbers float32.
 
         Raises:
             PlywiseError: see `plywise.data.arrays.make_tensor`.
@@ -114,18 +114,18 @@ class Reader:
         if x.is_floating_point() or x.dtype == torch.bool:
             return "numbers"
         if x.dtype == torch.uint8:
-            self.say(
+            self.note(
                 "The inputs are bytes and were taken as images, divided by 255; --read inputs=numbers takes "
                 "them as they are."
             )
             return "images"
-        self.say(
+        self.note(
             "The inputs are whole numbers and were left so, as tokens for embeddings; --read inputs=numbers "
             "makes them floating-point."
         )
         return "tokens"
 
-    def targets(self, values: Any, what: str) -> Tensor:
+    def read_targets(self, values: Any, what: str) -> Tensor:
         """Read targets: whole numbers are classes or tokens, int64; other numbers are float32.
 
         Raises:
@@ -135,7 +135,7 @@ class Reader:
         if self.options.targets == "numbers":
             return y.float()
         if y.is_floating_point():
-            return self._floating_targets(y, what)
+            return self._read_floating_targets(y, what)
         if y.dim() == 2 and y.shape[1] == 1:
             raise PlywiseError(
                 f"{what}: the targets are whole numbers of shape {tuple(y.shape)}. Classes are of shape "
@@ -159,13 +159,13 @@ class Reader:
         values = torch.cat([piece.unique() for piece in y.split(_AT_ONCE)]).unique()
         if int(values[-1]) >= len(values):
             first = int((values != torch.arange(len(values))).nonzero()[0])
-            self.say(
+            self.note(
                 f"The targets are whole numbers from {int(values[0])} to {int(values[-1])}, taken as "
                 f"classes, so that class {first} has no sample; --read targets=numbers takes them as numbers "
                 "to predict."
             )
 
-    def _floating_targets(self, y: Tensor, what: str) -> Tensor:
+    def _read_floating_targets(self, y: Tensor, what: str) -> Tensor:
         whole = y.dim() == 1 and bool((y == y.round()).all())
         if self.options.targets == "classes":
             if not whole or (y.numel() and float(y.min()) < 0):
@@ -176,34 +176,34 @@ class Reader:
                 )
             return y.long()
         if whole and y.numel() and _may_be_classes(y.unique()):
-            self.say(
+            self.note(
                 f"The targets are floating-point, though just whole numbers from {float(y.min()):g} to "
                 f"{float(y.max()):g}, and were taken as numbers to predict; --read targets=classes takes "
                 "them as classes."
             )
         return y.float()
 
-    def words(self, y: Tensor, words: Sequence[str], name: str, what: str) -> Tensor:
-        """The targets of a table that are words, numbered by it: classes.
+    def read_words(self, y: Tensor, words: Sequence[str], name: str, what: str) -> Tensor:
+        """Read targets that are words, which the table has numbered, as classes.
 
         Raises:
             PlywiseError: some are missing.
         """
         y = make_tensor(y, f"{what}: the targets")
         shown = ", ".join(words[:10]) + (", ..." if len(words) > 10 else "")
-        self.say(
+        self.note(
             f"The targets (column {name!r}) are words and were taken as {_count_classes(len(words))}, in the "
             f"order of the alphabet: {shown}."
         )
         return y.long()
 
-    def column(self, y: Tensor, name: str, what: str) -> Tensor:
+    def read_column(self, y: Tensor, name: str, what: str) -> Tensor:
         """Read the targets of a table as classes, int64, or as numbers, float32.
 
         Classes are numbered from 0 in the order of their values.
 
         Raises:
-            PlywiseError: they cannot be what they should.
+            PlywiseError: the column cannot be read in this way.
         """
         y = make_tensor(y, f"{what}: the targets")
         pieces = y.split(_AT_ONCE)
@@ -217,14 +217,14 @@ class Reader:
         values = torch.cat([piece.unique() for piece in pieces]).unique()
         span = f"are the whole numbers {float(values[0]):g} to {float(values[-1]):g}"
         if not self.options.targets and not _may_be_classes(values):
-            self.say(
+            self.note(
                 f"The targets (column {name!r}) {span} and were taken as numbers to predict; --read "
                 "targets=classes takes them as classes."
             )
             return y.float()
         if not self.options.targets:
             first = "" if float(values[0]) == 0 else ", numbered from 0"
-            self.say(
+            self.note(
                 f"The targets (column {name!r}) {span} and were taken as {_count_classes(len(values))}"
                 f"{first}; --read targets=numbers takes them as numbers to predict."
             )
@@ -245,6 +245,6 @@ def _count_classes(count: int) -> str:
 
 
 def _may_be_classes(values: Tensor) -> bool:
-    """Whether whole numbers look like classes: two of them, or consecutive ones from 0 or 1."""
+    """Tell whether whole numbers look like classes: two values, or consecutive ones from 0 or 1."""
     first, last, count = float(values[0]), float(values[-1]), len(values)
     return count == 2 or (first in (0, 1) and count <= MOST_CLASSES and last == first + count - 1)

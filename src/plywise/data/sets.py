@@ -1,4 +1,4 @@
-"""Public data sets by name, in any of their formats that this machine has."""
+"""Loads public data sets by name, in whichever of their formats is on this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TOKENS = ("C", "c", "O", "o", "N", "n", "F", "Cl", "Br", "I", "S", "s", "P", "S
 
 
 def load_grey_images(name: str) -> Images:
-    """``mnist`` or ``fashion_mnist``: images (N, 28, 28), bytes; 60,000 to train and 10,000 to test.
+    """Load ``mnist`` or ``fashion_mnist``: images (N, 28, 28), bytes; 60,000 for training, 10,000 for test.
 
     Raises:
         PlywiseError: neither ``NAME.npz`` nor the four IDX files, in a folder NAME, are there; or one is
@@ -58,7 +58,7 @@ def load_grey_images(name: str) -> Images:
 
 
 def load_cifar10() -> Images:
-    """CIFAR-10: images (N, 32, 32, 3), bytes; 50,000 to train and 10,000 to test, in the order of their file.
+    """Load CIFAR-10: images (N, 32, 32, 3), bytes; 50,000 for training, 10,000 for test, in file order.
 
     Decoded images stay in the cache.
 
@@ -70,7 +70,7 @@ def load_cifar10() -> Images:
 
 
 def load_cifar100() -> Images:
-    """CIFAR-100 with its 100 fine classes: images and sizes as of `load_cifar10`.
+    """Load CIFAR-100 with its 100 fine classes; images and sizes are as in `load_cifar10`.
 
     Decoded images stay in the cache. ``.npz`` files may hold the images rounded, see `read_colour_images`.
 
@@ -82,7 +82,7 @@ def load_cifar100() -> Images:
 
 
 def load_tiny_shakespeare() -> str:
-    """A million characters of Shakespeare's plays.
+    """Load a million characters of Shakespeare's plays.
 
     Raises:
         PlywiseError: neither ``tinyshakespeare.txt`` nor ``tinyshakespeare.txt.gz`` is there.
@@ -91,20 +91,20 @@ def load_tiny_shakespeare() -> str:
 
 
 def load_numeric_table(name: str) -> tuple[Numbers, Numbers]:
-    """A table of numbers, ``NAME.csv`` or ``NAME.csv.gz``: the last column is the target.
+    """Load a table of numbers, ``NAME.csv`` or ``NAME.csv.gz``, whose last column is the target.
 
     Returns:
         Inputs (N, d), NaN where a value is missing, and targets (N,).
 
     Raises:
-        PlywiseError: there is no such file, or it is no such table.
+        PlywiseError: there is no such file, or it is not such a table.
     """
     table = read_table(_require_file(name, f"{name}.csv.gz", f"{name}.csv")).numbers
     return table[:, :-1], table[:, -1]
 
 
 def load_boiling_points() -> tuple[Numbers, Numbers]:
-    """Organic compounds (``compounds.csv.gz``): counts from their formulas, and their boiling points.
+    """Load organic compounds (``compounds.csv.gz``): counts from their formulas, and boiling points.
 
     Returns:
         Inputs (N, 20): how often each of 18 tokens is in the SMILES formula, rings, molar mass in g/mol; and

@@ -1,4 +1,4 @@
-"""Reads what a user's function returns as data: arrays, Datasets, loaders and streams become parts."""
+"""Reads the data that a user's function returns: arrays, Datasets, loaders and streams become parts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from plywise.errors import PlywiseError
 T = TypeVar("T")
 
 MOST_BATCHES = 1000
-"""Default number of batches that are kept of a stream."""
+"""The default number of batches that are kept from a stream."""
 BATCH_SIZE = 128
-"""Samples in a batch of a stream of samples, unless another number is given."""
+"""The default number of samples in a batch of a stream of samples."""
 NAMES = {
     "train": "train",
     "validation": "validation",
@@ -51,13 +51,13 @@ RETURNS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How data are read.
+    """Options for reading data.
 
     Attributes:
-        options: the user's options, which are not guessed.
-        whole: whether a step function takes whole batches, as they come.
+        options: the user's options. What they leave open is guessed.
+        whole: whether a step function takes whole batches as they are.
         batch_size: samples in a batch of a stream of samples; None for 128.
-        most: batches that are kept of a stream; None for 1000.
+        most: batches that are kept from a stream; None for 1000.
     """
 
     options: ReadOptions = field(default_factory=ReadOptions)
@@ -67,10 +67,10 @@ class Reading:
 
 
 def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict[str, Part]:
-    """Read the parts from what a user's function returned.
+    """Read the parts from the result of a user's function.
 
     Raises:
-        PlywiseError: they are in none of the forms of `RETURNS`, or their values are no numbers.
+        PlywiseError: the result has none of the forms of `RETURNS`, or its values are not numbers.
     """
     if isinstance(made, Mapping):
         named, others = name_parts(address, made)
@@ -121,7 +121,7 @@ def name_parts(where: str, things: Mapping[Any, T]) -> tuple[dict[str, T], list[
 
 
 def is_source(thing: Any) -> bool:
-    """Whether an object holds samples or yields batches, and is no array, nesting of arrays, or model."""
+    """Tell whether an object holds samples or yields batches, and is not an array or a model."""
     if isinstance(thing, nn.Module):
         return False
     if isinstance(thing, Dataset | DataLoader):
@@ -135,7 +135,7 @@ def _is_pair(thing: Any) -> bool:
 
 
 def _read_one(what: str, thing: Any, reading: Reading, reader: Reader) -> Part:
-    """One part."""
+    """Read one part."""
     if isinstance(thing, Mapping):
         return _make_split(*split_target(thing), what, reading, reader)
     if not is_source(thing):
@@ -154,7 +154,7 @@ def _read_one(what: str, thing: Any, reading: Reading, reader: Reader) -> Part:
 
 
 def _find_columns(dataset: Any, what: str) -> dict[str, Any]:
-    """The columns of a Hugging Face Dataset that hold numbers."""
+    """Find the columns of a Hugging Face Dataset that hold numbers."""
     kept: dict[str, Any] = {}
     for name, values in dataset[:].items():
         if isinstance(values, Tensor):
@@ -169,7 +169,7 @@ def _find_columns(dataset: Any, what: str) -> dict[str, Any]:
 
 
 def _stack(dataset: Any, what: str) -> Batch:
-    """All samples of a Dataset as one batch."""
+    """Stack all samples of a Dataset to one batch."""
     if not hasattr(dataset, "__len__"):
         raise PlywiseError(
             f"{what}: a {type(dataset).__name__} has no length; give a Dataset that has one.",
@@ -196,7 +196,7 @@ def _stack(dataset: Any, what: str) -> Batch:
 
 
 def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) -> StoredBatches:
-    """The batches of a stream, written to files as they come."""
+    """Write the batches of a stream to files, one at a time."""
     folder = ScratchFolder("plywise-batches-")
     writer, most = BatchWriter(folder.path), reading.most or MOST_BATCHES
     stream = iter(batches)
@@ -222,7 +222,7 @@ def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) 
 def _read_batch(
     batch: Any, what: str, reading: Reading, reader: Reader, left_out: set[str]
 ) -> tuple[Batch, Batch]:
-    """Inputs and targets of a batch as it came."""
+    """Read inputs and targets of a batch of a stream."""
     if isinstance(batch, Mapping) and not reading.whole:
         left_out |= {key for key, value in batch.items() if _is_text(value)}
         batch = {key: value for key, value in batch.items() if key not in left_out}
@@ -241,7 +241,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _make_split(x: Any, y: Any, what: str, reading: Reading, reader: Reader) -> Split:
-    """Inputs and targets of one part or one batch, checked."""
+    """Make checked inputs and targets of one part or one batch."""
     if reading.whole:
         return _make_whole(join_target(x, y) if y is not None else x, what)
     if y is None:
@@ -250,8 +250,8 @@ def _make_split(x: Any, y: Any, what: str, reading: Reading, reader: Reader) -> 
             "--step.",
             see="error-data",
         )
-    inputs, targets = read_nested(x, what, reader.inputs), reader.targets(y, what)
-    if isinstance(x, Mapping):  # the model may want them with the rest
+    inputs, targets = read_nested(x, what, reader.read_inputs), reader.read_targets(y, what)
+    if isinstance(x, Mapping):  # the model may need the targets with the inputs
         inputs |= {key: targets for key, value in x.items() if value is y}
     if count_samples(inputs) != count_samples(targets):
         raise PlywiseError(
@@ -264,7 +264,7 @@ def _make_split(x: Any, y: Any, what: str, reading: Reading, reader: Reader) -> 
 
 
 def _make_whole(batch: Any, what: str) -> Split:
-    """A batch for a step function: as it came, arrays as tensors."""
+    """Make a batch for a step function, in which only arrays become tensors."""
     whole = read_nested(batch, what, None)
     tensors = list_tensors(whole)
     if not tensors:

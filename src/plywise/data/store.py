@@ -1,8 +1,8 @@
 """Finds data files, fetches public ones, and caches arrays that are slow to decode.
 
-Files are searched in the folder that ``PLYWISE_DATA`` names, or else in ``../shared/data`` beside the
-repository if there is such a folder. The cache comes next, ``~/.cache/plywise`` (``XDG_CACHE_HOME`` moves
-it), where `fetch` writes. Only `fetch` uses the network.
+Files are searched in the folder that ``PLYWISE_DATA`` names, or otherwise in ``../shared/data`` beside the
+repository if there is such a folder. Then follows the cache, ``~/.cache/plywise`` (``XDG_CACHE_HOME`` moves
+it), to which `fetch` writes. Only `fetch` uses the network.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
 
 DEADLINE = 600.0
-"""Seconds that one mirror has to deliver one file."""
+"""The seconds within which a mirror must deliver a file."""
 STALL = 20.0
-"""Seconds without a byte after which a mirror is given up."""
+"""The seconds without a byte after which a mirror is given up."""
 _CHUNK = 1 << 16
 
 
@@ -40,7 +40,7 @@ class Remote:
     Attributes:
         file: its path below the cache's folder.
         sha256: its digest.
-        mirrors: addresses that have it, tried in order.
+        mirrors: addresses of the file, tried in order.
     """
 
     file: str
@@ -167,13 +167,13 @@ def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
 
     Args:
         name: one of `SETS`.
-        deadline: seconds that each mirror has for each file.
+        deadline: the seconds that each mirror has for each file.
 
     Returns:
         The files.
 
     Raises:
-        PlywiseError: there is no such set, or no mirror delivers a file; the message says what each one did.
+        PlywiseError: there is no such set, or no mirror delivers a file; the message lists what each did.
     """
     if name not in SETS:
         raise PlywiseError(
@@ -191,15 +191,15 @@ def cache_decoded(
 
     Args:
         key: identifies the source of the arrays.
-        decode: makes them, by name. The names are part of what is kept.
+        decode: makes the arrays, by name. The names are also kept.
     """
     folder = get_cache_folder() / "decoded" / key
-    index = folder / "names.txt"  # written last: with it, all are there
+    index = folder / "names.txt"  # written last: if it exists, all exist
     try:
         names = index.read_text(encoding="utf-8").split()
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     except (OSError, ValueError):
-        pass  # not made yet, or damaged: made again
+        pass  # missing or damaged arrays are made again
     arrays = decode()
     try:
         for name, array in arrays.items():
@@ -230,7 +230,7 @@ def _fetch(remote: Remote, path: Path, deadline: float) -> Path:
 
 
 class _MirrorError(Exception):
-    """A mirror delivers another file, or too slowly."""
+    """A mirror delivers another file, or is too slow."""
 
 
 def _download(url: str, path: Path, sha256: str, deadline: float) -> None:
@@ -240,7 +240,7 @@ def _download(url: str, path: Path, sha256: str, deadline: float) -> None:
         urllib.request.urlopen(url, timeout=min(STALL, deadline)) as answer,
         written_whole(path) as file,
     ):
-        while chunk := answer.read1(_CHUNK):  # what there is: a slow mirror must not hold the clock up
+        while chunk := answer.read1(_CHUNK):  # what has arrived: slow mirrors must not exceed the deadline
             digest.update(chunk)
             file.write(chunk)
             if time.monotonic() > end:

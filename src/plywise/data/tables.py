@@ -18,7 +18,7 @@ from torch import Tensor
 from plywise.data.unpacking import open_unpacked
 from plywise.errors import PlywiseError
 
-_ROWS = 1024  # moved at once
+_ROWS = 1024  # rows that are moved at once
 _FEWEST_STEPS = 4096  # of float32, in the range of a column
 _WHOLE = 2**24  # up to here float32 holds each whole number
 _SHOWN = 5  # names of columns in a message
@@ -30,10 +30,10 @@ class Table(NamedTuple):
     """A table of numbers.
 
     Attributes:
-        numbers: (rows, columns), NaN where a cell is empty or says ``nan``.
-        names: of the columns; ``column 1``, ``column 2``, ... where the file does not name them.
-        guess: what was guessed about the first line, in a sentence; empty if it left no doubt.
-        words: what the numbers 0, 1, 2, ... of the target's column stand for, if words are in it.
+        numbers: (rows, columns), with NaN where a cell is empty or ``nan``.
+        names: the names of the columns; ``column 1``, ``column 2``, ... where the file has none.
+        guess: a sentence on what was guessed about the first line; empty if it was clear.
+        words: the words that the numbers 0, 1, 2, ... stand for, if the target column holds words.
     """
 
     numbers: NDArray[Any]
@@ -43,11 +43,11 @@ class Table(NamedTuple):
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``.csv`` file, each by the names in the first line; a cell may hold anything.
+    """Yield the rows of a ``.csv`` file as mappings by the names in the first line; a cell may hold any text.
 
     Raises:
-        PlywiseError: it cannot be read, two columns have one name, or a row has more or fewer cells than the
-            first line.
+        PlywiseError: it cannot be read, two columns have the same name, or a row has more or fewer cells than
+            the first line.
     """
     lines = _read_cells(path)
     names = next(lines, [])
@@ -62,22 +62,22 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def read_table(
     path: Path, header: bool | None = None, dtype: type[Any] = np.float64, target: str | None = None
 ) -> Table:
-    r"""A ``.csv`` file of numbers, usually under one line of names.
+    r"""Read a ``.csv`` file of numbers, usually below a line of names.
 
     It is read line by line, and only the numbers are kept in memory.
 
     Args:
         path: the file; it may be compressed by gzip.
-        header: whether the first line holds names. None: it does, unless its cells are numbers, or empty
-            beside numbers; numbers that count 0, 1, 2, ... are taken for names, too, which pandas writes
-            where there are none.
-        dtype: of the numbers, ``np.float64`` or ``np.float32``.
-        target: name of the column that may hold words, or ``""`` for the last one. They become numbers in the
-            order of the alphabet. None: no column.
+        header: whether the first line holds names. None: it does, unless its cells are numbers, or numbers
+            and empty cells. Numbers that count 0, 1, 2, ... are taken as names too, because pandas writes
+            them for columns without names.
+        dtype: the dtype of the numbers, ``np.float64`` or ``np.float32``.
+        target: name of the column that may hold words, or ``""`` for the last one. They become numbers in
+            alphabetical order. None: no column may hold words.
 
     Raises:
         PlywiseError: it cannot be read, its rows differ in length, its cells are not separated by commas, or
-            a cell is no number.
+            a cell is not a number.
 
     Example:
         >>> import pathlib, tempfile
@@ -100,7 +100,7 @@ def read_table(
     has_names, guess = (header, "") if header is not None else _guess_header(path, first)
     names = first if has_names else [f"column {number}" for number in range(1, len(first) + 1)]
     column = _Words(names.index(target) if target in names else len(names) - 1, target is not None)
-    # grows in place: where memory is mapped again, nothing is copied
+    # grows in place: nothing is copied where memory can be remapped
     values = array("f" if dtype is np.float32 else "d")
     count = 0
     for count, row in enumerate(rows if has_names else _put_first(first, rows), 1):
@@ -118,10 +118,10 @@ def read_table(
 
 
 class _Words:
-    """Numbers in place of the words of a column, if its first cell is one.
+    """Replaces the words of a column by numbers, if its first cell is a word.
 
     Args:
-        place: of the column.
+        place: the index of the column.
         are_expected: whether there may be words.
     """
 
@@ -130,7 +130,7 @@ class _Words:
         self._numbers: dict[str, int] = {}
 
     def replace(self, row: list[str], is_first: bool) -> None:
-        """Write the number of its word into a row; an empty cell stays, and is missing."""
+        """Replace the word in a row by its number; an empty cell stays empty."""
         if not self._are_there:
             return
         cell = row[self._place].strip()
@@ -140,7 +140,7 @@ class _Words:
             row[self._place] = str(self._numbers.setdefault(cell, len(self._numbers)))
 
     def sort(self, numbers: NDArray[Any]) -> list[str]:
-        """The words in the order of the alphabet, by which a table's column is numbered from now on."""
+        """Sort the words alphabetically, and renumber the column of a table accordingly."""
         if not self._numbers:
             return []
         words = sorted(self._numbers)
@@ -153,12 +153,12 @@ class _Words:
 
 
 def find_doubts(path: Path, table: Table, target: int) -> Iterator[str]:
-    """What a user may not have meant, in sentences: an index among the inputs, numbers that float32 rounds.
+    """Find what a user may not have meant, in sentences: an index as input, numbers that float32 rounds.
 
     Args:
         path: the file.
-        table: what is in it.
-        target: place of the targets' column.
+        table: its content.
+        target: the index of the target column.
     """
     numbers, names = table.numbers, table.names
     first = numbers[:, 0]
@@ -201,7 +201,7 @@ def take_column(numbers: NDArray[Any], place: int) -> tuple[NDArray[Any], NDArra
     column = numbers[:, place].copy()
     rest = numbers.reshape(-1)[: rows * (columns - 1)].reshape(rows, columns - 1)
     keep = [number for number in range(columns) if number != place]
-    for start in range(0, rows, _ROWS):  # rows move to the front: none is overwritten before it was read
+    for start in range(0, rows, _ROWS):  # rows move to the front, so none is overwritten before it was read
         rest[start : start + _ROWS] = numbers[start : start + _ROWS][:, keep]
     return rest, column
 
@@ -224,7 +224,7 @@ def reorder_rows(values: Tensor, order: Tensor) -> Tensor:
 
 
 def _read_cells(path: Path) -> Iterator[list[str]]:
-    """The lines of a file, each as its cells; empty lines are left out, and all others are equally long."""
+    """Yield the cells of each line of a file; skip empty lines, and refuse lines of different lengths."""
     with open_unpacked(path) as file:
         # utf-8-sig: spreadsheets begin their files with a byte order mark
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
@@ -254,7 +254,7 @@ def _put_first(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str
 
 
 def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
-    """Whether the first line holds names, and a sentence if that is not certain."""
+    """Guess whether the first line holds names; return a sentence, too, if that is not certain."""
     numbers = [cell for cell in first if _is_number(cell)]
     blank = [cell for cell in first if _is_blank(cell)]
     if not numbers:
@@ -264,7 +264,7 @@ def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
             f"The first line of {path} holds text and numbers and was taken as the names of the columns; "
             "--read header=no takes it as a sample."
         )
-    counted = first[1:] if _is_blank(first[0]) else first  # pandas leaves the name of its index empty
+    counted = first[1:] if _is_blank(first[0]) else first  # pandas writes no name for its index
     if counted == [str(number) for number in range(len(counted))]:
         return True, (
             f"The first line of {path} counts 0, 1, 2, ... and was taken as the names of the columns; "
@@ -277,7 +277,7 @@ def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
 
 
 def _is_blank(cell: str) -> bool:
-    """Whether a cell is empty or says ``nan``."""
+    """Tell whether a cell is empty or ``nan``."""
     return not cell.strip() or cell.strip().lower() in ("nan", "na", "null")
 
 
@@ -289,7 +289,7 @@ def _is_number(cell: str) -> bool:
 
 
 def _parse_numbers(path: Path, row: int, names: list[str], cells: list[str]) -> Iterator[float]:
-    """The numbers of a row in which not every cell is one."""
+    """Parse the numbers of a row in which some cells are not numbers."""
     for name, cell in zip(names, cells, strict=True):
         try:
             if "_" in cell:

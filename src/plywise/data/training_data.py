@@ -15,7 +15,8 @@ from plywise.data.reading import IGNORED
 from plywise.errors import PlywiseError
 
 CLASSES, TOKENS, LABELS, NUMBERS, WHOLE = "classes", "tokens", "labels", "numbers", "whole batches"
-"""Kinds of targets: classes (N,), tokens (N, T), zeros and ones (N, C), numbers, or a step function's."""
+"""Kinds of targets: classes (N,), tokens (N, T), zeros and ones (N, C), numbers, or those of a step
+function."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class TrainingData:
     """Data to train on, and perhaps to test on.
 
     Attributes:
-        train: what is trained on.
+        train: the training data.
         test: the data for testing the result, if there are any.
-        kind: what the targets are.
-        outputs: scores of a sample (of a position, for tokens): one more than the largest class, labels, or
-            numbers; 0 for whole batches.
+        kind: the kind of the targets.
+        outputs: the number of scores for a sample (for a position, with tokens): one more than the largest
+            class, or the number of labels or numbers; 0 for whole batches.
         note: sentences on choices made for the user; empty if there were none.
     """
 
@@ -38,22 +39,22 @@ class TrainingData:
     note: str = ""
 
     def fingerprint(self) -> str:
-        """A digest of every value: other data have another one."""
+        """Compute a digest of every value, to recognise other data."""
         return compute_digest(part for part in (self.train, self.test) if part is not None)
 
 
 def take_training_data(address: str, parts: Parts, is_whole: bool = False) -> TrainingData:
-    """Data for training, of the parts that were read.
+    """Make training data from the parts that were read.
 
     The result is tested on the test part, or on the validation part if there is no test part.
 
     Args:
-        address: what they are called in errors.
-        parts: what `plywise.data.own_data.read_parts` has read.
+        address: their name in errors.
+        parts: the result of `plywise.data.own_data.read_parts`.
         is_whole: whether they are whole batches, for a step function.
 
     Raises:
-        PlywiseError: the targets are of no kind that is known.
+        PlywiseError: the targets are of an unknown kind.
     """
     name = next((name for name in ("test", "validation") if name in parts), "")
     train, test = parts["train"], parts.get(name)
@@ -106,16 +107,16 @@ def _count_outputs(kind: str, parts: list[Part]) -> int:
     return 1 if y.dim() == 1 else y.shape[1]
 
 
-# ---- losses and judgements ------------------------------------------------------------------------
+# ---- losses and metrics ------------------------------------------------------------------------
 
 
 def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    """Cross entropy of scores (N, C) with classes (N,), or (N, T, C) with tokens (N, T), -100 ignored."""
+    """Compute the cross entropy of scores (N, C) and classes (N,), or of (N, T, C) and tokens (N, T)."""
     return F.cross_entropy(output.flatten(0, -2), y.flatten(), ignore_index=IGNORED)
 
 
 def squared_error(output: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error; numbers (N,) and (N, 1) are the same."""
+    """Compute the mean squared error; (N,) and (N, 1) are treated alike."""
     return F.mse_loss(output.reshape(y.shape), y)
 
 

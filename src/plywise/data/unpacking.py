@@ -1,4 +1,4 @@
-"""Reads files that may be compressed by gzip, and refuses what would not fit into memory."""
+"""Reads files that may be compressed by gzip, and refuses those that would not fit into memory."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def read_bytes(path: Path, most: int | None = None) -> bytearray:
 
     Args:
         path: the file.
-        most: bytes that it may hold. Default: the memory that is free.
+        most: the bytes that it may hold. Default: the free memory.
 
     Raises:
-        PlywiseError: see `open_unpacked`; or it holds more.
+        PlywiseError: see `open_unpacked`; or it holds more than that.
     """
     most = free_memory() if most is None else most
     content = bytearray()
@@ -62,10 +62,10 @@ def read_bytes(path: Path, most: int | None = None) -> bytearray:
 
 
 def check_size(path: Path, size: int, most: int | None) -> None:
-    """Refuse a size that does not fit: a few kilobytes can unpack to terabytes of zeros.
+    """Refuse a size that exceeds the free memory: a few kilobytes can unpack to terabytes of zeros.
 
     Raises:
-        PlywiseError: there is no memory for so many bytes.
+        PlywiseError: there is not enough memory for so many bytes.
     """
     if most is not None and size > most:
         raise PlywiseError(

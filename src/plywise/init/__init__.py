@@ -1,4 +1,4 @@
-"""Initial weights from data: closed forms of the related papers, one file a paper."""
+"""Initial weights computed from data: closed forms of the related papers, one file for each paper."""
 
 from plywise.init.fuse_layers import fuse_layers, fuse_slice
 

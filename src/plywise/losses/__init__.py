@@ -1,4 +1,4 @@
-"""Losses and penalties of the related papers, one file a paper."""
+"""Losses and penalties of the related papers, one file for each paper."""
 
 from plywise.losses.auc_margin import AUCMargin
 from plywise.losses.coda import CoDA

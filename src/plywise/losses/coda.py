@@ -1,4 +1,4 @@
-"""CoDA: AUC maximisation on many workers that talk only now and then."""
+"""CoDA: AUC maximisation on many workers that communicate rarely."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,66 +13,69 @@ from plywise._util.checks import require_positive, require_whole
 from plywise._util.modes import evaluating
 from plywise._util.renamed import serve_old_arguments
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.losses.auc_margin import AUCMargin, checked_batch
+from plywise.losses.auc_margin import AUCMargin, check_batch
 from plywise.optim.anchor import ProximalAnchor
 
 GROWTH = 3
-"""From stage to stage: so many times the steps, the learning rate's share, the batches that settle α."""
+"""From stage to stage steps and batches that settle α are multiplied by it; the learning rate is divided by
+it."""
 
 
 class CoDA:
-    """Communication-efficient distributed AUC maximisation: a min-max loss by local steps, in stages.
+    """Communication-efficient distributed AUC maximisation: local steps on a min-max loss, in stages.
 
-    Idea: K workers take steps of their own on a min-max form of the AUC and average only every so many steps.
-        A pull towards the last stage's average iterate makes the problem of each stage strongly convex where
-        the loss is weakly so; stages grow longer and steps shorter.
+    Idea: K workers take local steps on a min-max form of the AUC, and average only now and then. A proximal
+        term that pulls towards the average iterate of the last stage makes the problem of each stage strongly
+        convex if the loss is weakly convex. Each stage has more and smaller steps than the one before.
     Equation: in stage s, T_s = first_stage · 3^(s−1) steps with η_s = lr / 3^(s−1), on each worker
         v ← v − η_s (∂F/∂v + (v − v₀)/gamma) for v = (weights, a, b), and α ← α + η_s ∂F/∂α; all four are
         averaged over the workers every ``every`` steps (times ``every_growth^(s−1)``). After it v and v₀ are
         the average over steps and workers, and 3^s batches a worker settle α at margin + E₋h − E₊h.
     Use when: the AUC is what counts, data are spread over workers, and averaging at each step is too slow.
-    Do not use when: there is one worker: `AUCMargin` with any optimizer is simpler.
+    Do not use when: there is only one worker: `AUCMargin` with any optimizer is simpler.
     Layers: any network with one score a sample; parameters that do not train stay as they are.
     Cost: a plain step, two copies of the weights, and a sum of all weights over the workers every ``every``
         steps instead of each.
-    Status: variant. In the authors' code b is pulled by a − a₀, α is not moved inside a stage, averages of a
-        and b are never formed and that of the weights is T+1 terms over T; here they are as in the paper.
-        Workers begin with the first one's weights, where theirs average all; running statistics (batch norm)
-        are averaged too. α is that of the paper plus the margin, which leaves the steps as they are.
+    Status: variant. In the authors' code b is pulled by a − a₀, α does not change within a stage, a and b are
+        not averaged, and the average of the weights divides T+1 terms by T. Here all of this is as in the
+        paper. Workers begin with the weights of the first one; in the authors' code they begin with the
+        average. Running statistics (batch norm) are averaged too. Our α is the paper's plus the margin, which
+        does not change the steps.
     Source: Guo, Liu, Yuan, Shen, Liu, Yang, "Communication-Efficient Distributed Stochastic AUC Maximization
         with Deep Neural Networks", ICML 2020, arXiv 2005.02426.
     Code: ZhishuaiGuo/DistributedAUC
-    Results: not reproduced here: the paper's are speed-ups on ImageNet and CIFAR with up to 16 GPUs.
+    Results: the paper reports speed-ups on ImageNet and CIFAR with up to 16 GPUs; not reproduced here.
         tests/losses/test_coda.py trains on digits in two processes.
-    Limits: K workers take the steps of one that is given their batches joined, up to rounding, if
-        ``every=1``, batches have one size and the loss a ``positive_share`` (or batches as many positives
-        each), and samples do not meet in the network as in batch norm. With a larger ``every`` they do not.
-        Between two averagings each worker has weights and a state of its own. All workers have to call `step`
-        equally often. If one raises, the others do when they have waited for it.
+    Limits: up to rounding, K workers take the same steps as one worker with their joined batches, if
+        ``every=1``, all batches have the same size, the loss has a ``positive_share`` (or all batches have
+        the same number of positives), and the network treats samples independently (no batch norm). With a
+        larger ``every`` the steps differ. Between two averagings each worker has weights and a state of its
+        own. All workers must call `step` equally often. If one raises, the others raise after ``timeout_s``.
 
     Args:
         model: the network; it is changed in place.
-        loss: its a, b and α are trained here. For the paper's objective ``floor=-math.inf``; with its
-            default, α stays at or above 0.
-        lr: learning rate of the first stage, η₀. Their script's is 0.1 for an F that is p(1−p) times this
-            one, with p = 0.71. Default 0.02. Range 1e-4 to 0.1.
-        gamma: how weak the pull is: 1/gamma is its strength. Their script's is 2000, on that scale. Default
-            400. Range 1 to 1e4.
+        loss: the loss, whose a, b and α are trained here. The paper's objective needs ``floor=-math.inf``;
+            with the default floor, α stays at or above 0.
+        lr: learning rate of the first stage, η₀. The authors' script has 0.1, for an F that is p(1−p) times
+            this one, with p = 0.71. Default 0.02. Range 1e-4 to 0.1.
+        gamma: the inverse of the strength of the proximal term. The authors' script has 2000, on that scale.
+            Default 400. Range 1 to 1e4.
         first_stage: steps of the first stage, T₀. Default 5000. Range 10 to 1e5.
         every: steps from one averaging to the next, I. Default 64. Range 1 to 1024.
-        every_growth: by what ``every`` grows from stage to stage. √3 keeps it in proportion to 1/√η_s, as the
-            paper's analysis does (recalled: its text could not be read); 3 keeps the number of averagings in
-            a stage. Default 1. Range 1 to 3.
-        group: the workers; None for all processes, or one process if torch.distributed is not in use.
+        every_growth: the factor by which ``every`` grows from stage to stage. √3 keeps it proportional to
+            1/√η_s, as in the paper's analysis (quoted from memory, since we could not read its text); 3 keeps
+            the number of averagings in a stage constant. Default 1. Range 1 to 3.
+        group: the workers. None: all processes, or this one if torch.distributed is not in use.
         timeout_s: seconds to wait for the other workers at an averaging. Default 300. Range 10 to 3600.
 
     Attributes:
-        stage: the stage's number, from 1.
+        stage: the number of the stage, counted from 1.
         taken: steps taken in this stage.
 
     Raises:
         ValueError: a number is out of range.
-        PlywiseError: the other workers do not come, or have other settings; this is where all meet first.
+        PlywiseError: the other workers do not respond, or have other settings. The constructor is the first
+            place where all workers communicate.
 
     Example:
         >>> import math, torch
@@ -119,24 +122,24 @@ class CoDA:
         self._begin_alike()
         self._anchor = ProximalAnchor(primal)
         self._optimizer = torch.optim.SGD([*primal, loss.alpha], lr=lr)
-        self._looks = 0  # batches that have been looked at to settle α in this stage
-        self._sums = loss.a.new_zeros(4)  # of them: scores of positives and negatives, how many of each
+        self._looks = 0  # batches used to settle α in this stage
+        self._sums = loss.a.new_zeros(4)  # sums of their positive and negative scores, and counts
 
     @property
     def settling(self) -> bool:
-        """Whether the next batch is one of the 3^s that settle α, and moves nothing else."""
+        """Whether the next batch is one of the 3^s that only settle α."""
         return self._looks < GROWTH**self.stage
 
     @property
     def period(self) -> int:
-        """Steps from one averaging to the next in this stage."""
+        """The number of steps from one averaging to the next in this stage."""
         return round(self.every * self.every_growth ** (self.stage - 1))
 
     def step(self, x: Any, y: Tensor) -> Tensor:
-        """One batch of this worker's: a step, or as a stage begins one of the 3^s batches that settle α.
+        """Take a step on a batch of this worker; at the start of a stage, use the batch to settle α instead.
 
         Args:
-            x: what the model takes.
+            x: the input of the model.
             y: labels, 0 and 1 or booleans.
 
         Returns:
@@ -144,8 +147,8 @@ class CoDA:
 
         Raises:
             ValueError: scores and labels do not fit: see `AUCMargin.forward`.
-            NonFiniteError: the loss is not finite; this step has moved nothing.
-            PlywiseError: the other workers do not come, or the batches that are to settle α lack a class.
+            NonFiniteError: the loss is not finite; nothing was changed.
+            PlywiseError: the other workers do not respond, or the batches that settle α lack a class.
         """
         if self.settling:
             return self._look(x, y)
@@ -155,11 +158,11 @@ class CoDA:
         if self.taken % self.period == 0:
             self._average(self._shared)
         if self.taken == self.first_stage * GROWTH ** (self.stage - 1):
-            self._next_stage()
+            self._begin_stage()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this worker is: stage, steps, anchor. Model and loss have state dicts of their own."""
+        """Return stage, steps and anchor of this worker. Model and loss have state dicts of their own."""
         return {
             "stage": self.stage,
             "taken": self.taken,
@@ -169,10 +172,10 @@ class CoDA:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of this worker's; load its model and loss as well.
+        """Continue from a saved state of this worker. Load the model and the loss as well.
 
         Raises:
-            StateError: the state is of another network.
+            StateError: the state belongs to another network.
         """
         self._anchor.load_state_dict(state["anchor"])
         self.stage, self.taken, self._looks = state["stage"], state["taken"], state["looks"]
@@ -182,8 +185,8 @@ class CoDA:
     def _look(self, x: Any, y: Tensor) -> Tensor:
         with evaluating(self.model):
             given = self.model(x)
-        loss = self._finite(self.loss(given, y))
-        scores, positive, counts = checked_batch(given, y, self.loss.a.dtype)
+        loss = self._check_finite(self.loss(given, y))
+        scores, positive, counts = check_batch(given, y, self.loss.a.dtype)
         self._sums += torch.stack(
             [scores[positive].sum(), scores[~positive].sum(), *map(scores.new_tensor, counts)]
         )
@@ -199,7 +202,7 @@ class CoDA:
         self._sums.zero_()
         if not (positives and negatives):
             raise PlywiseError(
-                f"CoDA: {int(positives)} of {int(positives + negatives)} samples that are to settle α in "
+                f"CoDA: {int(positives)} of {int(positives + negatives)} samples that settle α in "
                 f"stage {self.stage} are positive, so a class has no mean score. Give larger batches."
             )
         gap = of_negatives / negatives - of_positives / positives
@@ -209,13 +212,13 @@ class CoDA:
         for settings in self._optimizer.param_groups:
             settings["lr"] = self.lr / GROWTH ** (self.stage - 1)
         self._optimizer.zero_grad()
-        loss = self._finite(self.loss(self.model(x), y))
+        loss = self._check_finite(self.loss(self.model(x), y))
         loss.backward()
         self._anchor.add_gradient(1 / self.gamma)
         self._optimizer.step()
         return loss.detach()
 
-    def _finite(self, loss: Tensor) -> Tensor:
+    def _check_finite(self, loss: Tensor) -> Tensor:
         if not loss.isfinite():
             raise NonFiniteError(
                 f"CoDA: the loss is {loss.item()} in stage {self.stage}, after {self.taken} steps. Look at "
@@ -224,7 +227,7 @@ class CoDA:
         return loss
 
     @torch.no_grad()
-    def _next_stage(self) -> None:
+    def _begin_stage(self) -> None:
         self._anchor.refresh_to_average()
         self._average([*self._anchor.anchors, *self._statistics])
         for param, anchor in zip(self._anchor.params, self._anchor.anchors, strict=True):
@@ -233,30 +236,30 @@ class CoDA:
 
     @torch.no_grad()
     def _average(self, tensors: list[Tensor]) -> None:
-        """Make each the mean over the workers."""
+        """Replace each tensor by its mean over the workers."""
         if self._workers.size > 1:
             when = f"averaging after {self.taken} steps of stage {self.stage}"
             _scatter(self._workers.sum(_gather(tensors), when) / self._workers.size, tensors)
 
     @torch.no_grad()
     def _begin_alike(self) -> None:
-        """Give all workers what the first one has, if they have the same plan; if not, all of them raise."""
+        """Copy the state of the first worker to all. If settings differ, all of them raise."""
         if self._workers.size == 1:
             return
         settings = ("lr", "gamma", "first_stage", "every", "every_growth")
         plan = {name: getattr(self, name) for name in settings}
         plan["numbers to share"] = sum(tensor.numel() for tensor in self._shared)
-        for name, (least, most) in zip(plan, self._workers.ranges(list(plan.values())), strict=True):
+        for name, (least, most) in zip(plan, self._workers.find_ranges(list(plan.values())), strict=True):
             if least != most:
                 raise PlywiseError(
                     f"CoDA: the workers have from {least:g} to {most:g} as {name} (worker "
                     f"{self._workers.rank}: {plan[name]:g}). All need the same settings and the same network."
                 )
-        _scatter(self._workers.of_first(_gather(self._shared)), self._shared)
+        _scatter(self._workers.broadcast_first(_gather(self._shared)), self._shared)
 
 
 class _Workers:
-    """The processes that train together. Every wait for them ends."""
+    """The processes that train together. Each wait for them has a time limit."""
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, device: torch.device) -> None:
         there = dist.is_available() and dist.is_initialized()
@@ -264,18 +267,18 @@ class _Workers:
         self._group, self._timeout_s, self._device = group, timeout_s, device
 
     def sum(self, flat: Tensor, when: str) -> Tensor:
-        """The sum over all of them, in place."""
+        """Sum over all workers, in place."""
         if self.size > 1:
             self._meet(partial(dist.all_reduce, flat, group=self._group), when)
         return flat
 
-    def of_first(self, flat: Tensor) -> Tensor:
-        """What the first has, in place."""
+    def broadcast_first(self, flat: Tensor) -> Tensor:
+        """Copy from the first worker, in place."""
         self._meet(partial(dist.broadcast, flat, group=self._group, group_src=0), "meeting them")
         return flat
 
-    def ranges(self, numbers: list[float]) -> list[tuple[float, float]]:
-        """The least and the greatest that any of them has of each number."""
+    def find_ranges(self, numbers: list[float]) -> list[tuple[float, float]]:
+        """Find the minimum and the maximum of each number over the workers."""
         both = torch.tensor(
             [[-number, number] for number in numbers], dtype=torch.float64, device=self._device
         )
@@ -294,7 +297,7 @@ class _Workers:
 
 
 def _gather(tensors: list[Tensor]) -> Tensor:
-    """All of them in one vector, of at least float32."""
+    """Join tensors in one vector, in float32 or a wider type."""
     wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])
 

@@ -1,4 +1,4 @@
-"""wasserstein_proximal: a generator's step measured by how far its samples move."""
+"""wasserstein_proximal: a penalty on how far a step of a generator moves its samples."""
 
 import math
 
@@ -6,35 +6,37 @@ from torch import Tensor
 
 
 def wasserstein_proximal(samples: Tensor, anchor: Tensor, step: float = 0.1) -> Tensor:
-    """The relaxed Wasserstein-2 proximal penalty between a generator's samples now and before.
+    """The relaxed Wasserstein-2 proximal penalty between a generator's samples before an update and now.
 
-    Idea: let each update of a generator minimise its loss plus the squared distance that the distribution of
-        its samples moves, in the space of samples instead of that of weights. The same noise through both
-        generators is one transport plan, so that its cost is at most too high: the mean squared distance
-        between what the generator makes of a noise vector now and what it made of it before the update.
+    Idea: let each update of a generator minimise its loss plus the squared distance by which the distribution
+        of its samples moves. The distance is measured between samples, not between weights. Using the same
+        noise before and after the update is one possible transport plan, so its cost bounds the true distance
+        from above. This cost is the mean squared distance between the samples from the same noise vector now
+        and before the update.
     Equation: loss = F(g(z)) + E‖g(z) - g_before(z)‖² / (2 · step): after each step of the critic, hold
         anchor = g(z) and minimise over the weights of g for some inner steps with the same z.
-    Use when: a GAN's generator runs away from its critic; or any network is to be changed by an inner loop
-        without moving far in what it computes, as by a trust region or a distillation of its former self.
-    Do not use when: outputs mean nothing by their squared distance, as token numbers do.
-    Layers: any network whose outputs are numbers; of a generator, the whole.
+    Use when: the generator of a GAN changes too fast for its critic; or an inner loop changes a network whose
+        outputs should stay close to what they were, as with a trust region or self-distillation.
+    Do not use when: the squared distance of two outputs has no meaning, as with token numbers.
+    Layers: any network whose outputs are numbers; the whole generator.
     Cost: one product of the size of the samples. With the same z in all inner steps the anchor is one
         forward; with fresh z it is one more forward of a copy in each inner step.
-    Status: after. The penalty is the authors' relaxed one; what is held fixed, fresh or fixed z, the number
-        of inner steps and the step are not public in enough detail. Their semi-backward variant is not here.
+    Status: after. The penalty is the authors' relaxed one. The paper does not describe in enough detail what
+        is held fixed, whether z is fresh or fixed, the number of inner steps and the step. The authors'
+        semi-backward variant is not implemented.
     Source: Lin, Li, Osher, Montúfar, "Wasserstein Proximal of GANs", Geometric Science of Information, 2021
         (arXiv 2102.06862).
     Code: none found.
     Results: the paper reports faster training by wall-clock and a better FID on images; not reproduced here:
-        its networks and the FID's are out of reach. Ours: the closed forms in
+        the networks, also that of the FID, are too large for us. Ours: the closed forms in
         tests/losses/test_wasserstein_proximal.py, and a GAN on digits, examples/plot_wasserstein_proximal.py.
-    Limits: it bounds the exact W2² from above and is 0 only where no sample moves, even if the
-        distribution stays. Hold layers that compute by the batch (batch norm) and dropout as they were.
+    Limits: it bounds the exact W2² from above. It is above 0 if samples move, even if the distribution stays
+        the same. Keep batch norm and dropout fixed during the inner steps.
 
     Args:
-        samples: what the generator makes of noise z, (N, ...).
-        anchor: what it made of the same z before the update, (N, ...); no gradient goes to it.
-        step: h, the proximal step: the larger, the freer. Small ones give the natural gradient step
+        samples: the output of the generator for noise z, (N, ...).
+        anchor: its output for the same z before the update, (N, ...). No gradient flows into it.
+        step: h, the proximal step. A larger step penalises less. A small one gives the natural gradient step
             -h E[JᵀJ]⁻¹∇F, J the Jacobian of the samples by the weights. Default 0.1. Range 0.01 to 10.
 
     Returns:
@@ -61,7 +63,7 @@ def wasserstein_proximal(samples: Tensor, anchor: Tensor, step: float = 0.1) -> 
         raise ValueError(f"wasserstein_proximal: step must be a finite number above 0, not {step!r}.")
     if samples.shape != anchor.shape or samples.dim() == 0 or len(samples) == 0:
         raise ValueError(
-            "wasserstein_proximal: samples and anchor must be of one shape (N, ...) with N above 0, not "
+            "wasserstein_proximal: samples and anchor must have one shape (N, ...) with N above 0, not "
             f"{tuple(samples.shape)} and {tuple(anchor.shape)}: both come from the same noise."
         )
     return (samples - anchor.detach()).square().sum() / (2 * step * len(samples))

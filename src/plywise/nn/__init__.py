@@ -1,4 +1,4 @@
-"""Modules of the related papers: each an ordinary `torch.nn.Module`, one file a paper."""
+"""Modules of the related papers: each an ordinary `torch.nn.Module`, one file for each paper."""
 
 from plywise.nn.adaptive_activation import AdaptiveActivation, adapt_activations
 from plywise.nn.conv_lstm import ConvLSTM

@@ -1,4 +1,4 @@
-"""Torch's recurrent layers without their kernels: all but the equation of a step."""
+"""Torch's recurrent layers without their kernels: everything except the equation of a step."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from plywise.nn._recurrent_steps import STEPS, Recurrent, State, run_steps
 
 
 class UnrolledSequence(nn.RNNBase):
-    """What the twins of `torch.nn.RNN`, `torch.nn.LSTM` and `torch.nn.GRU` share.
+    """Base class of the twins of `torch.nn.RNN`, `torch.nn.LSTM` and `torch.nn.GRU`.
 
     torch caches the list of weights that its kernel takes. There is no such cache here: weights are read by
-    name, once in each forward, so that what replaces them (a parametrization, a functional call, a hook) is
-    what the layer uses, and no cached result of it is in the way of a ``deepcopy``.
+    name, once in each forward. So the layer uses what replaces a weight (by a parametrization, a functional
+    call or a hook), and no cached tensor prevents a ``deepcopy``.
     """
 
     @property
@@ -129,11 +129,11 @@ class UnrolledSequence(nn.RNNBase):
 
 
 class UnrolledCell(nn.RNNCellBase):
-    """What the twins of `torch.nn.RNNCell`, `torch.nn.LSTMCell` and `torch.nn.GRUCell` share."""
+    """Base class of the twins of `torch.nn.RNNCell`, `torch.nn.LSTMCell` and `torch.nn.GRUCell`."""
 
     @property
     def _equation(self) -> str:
-        """What torch calls the mode of a layer with this equation."""
+        """The name in torch of the mode of a layer with this equation."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:

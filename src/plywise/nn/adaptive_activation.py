@@ -1,4 +1,4 @@
-"""AdaptiveActivation: activations that learn how steep they are."""
+"""AdaptiveActivation: activations with a trainable slope."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.Tanh,
     nn.Tanhshrink,
 )
-"""What `adapt_activations` takes for an activation: torch's elementwise ones without parameters."""
+"""The classes that `adapt_activations` replaces: torch's elementwise activations without parameters."""
 
 Kind = Literal["global", "layer", "neuron"]
 
@@ -41,19 +41,19 @@ Kind = Literal["global", "layer", "neuron"]
 class AdaptiveActivation(nn.Module):
     """An activation with a trainable slope (GAAF, L-LAAF, N-LAAF).
 
-    Idea: how steep an activation should be is not known beforehand, so learn it together with the weights:
-        one slope for the network, for each hidden layer, or for each neuron. A slope multiplies the gradient
-        of all weights before it, and so acts as a step size of their own. The fixed factor n lets slopes
-        move faster than the weights at the same learning rate.
-    Equation: h = activation(n · slope · z), slope = 1/n at the start: the network begins as what it was. With
-        `plywise.losses.slope_recovery` in the loss slopes are pulled up.
-    Use when: a physics-informed or another small tanh network fits a steep or oscillating function too
-        slowly.
-    Do not use when: the activation is ReLU or another that scales with its input: there a slope is another
-        scale of the weights, a choice of learning rate and nothing more.
-    Layers: takes the place of elementwise activation modules; not of functions called in a forward.
-    Cost: one product of the size of the activation in forward, two in backward; 1 parameter a network or
-        layer, or one a neuron.
+    Idea: how steep an activation should be is not known beforehand, so it is learned together with the
+        weights: one slope for the network, for each hidden layer, or for each neuron. A slope multiplies the
+        gradient of all weights before it, so it acts as an additional step size for them. The fixed factor n
+        lets slopes change faster than the weights at the same learning rate.
+    Equation: h = activation(n · slope · z), slope = 1/n at the start, so the network computes the same as
+        before. `plywise.losses.slope_recovery` in the loss increases the slopes.
+    Use when: a small tanh network, for example a physics-informed one, fits a steep or oscillating function
+        too slowly.
+    Do not use when: the activation scales with its input, like ReLU: then a slope only rescales the weights,
+        which is the same as another learning rate.
+    Layers: it replaces elementwise activation modules, not functions that a forward calls.
+    Cost: one product of the size of the activation in forward, two in backward; one parameter for the
+        network, for each layer, or for each neuron.
     Status: faithful: equation, start and the mean over a layer's neurons in the slope recovery term are the
         paper's.
     Source: Jagtap, Kawaguchi, Karniadakis, "Locally adaptive activation functions with slope recovery for
@@ -61,17 +61,17 @@ class AdaptiveActivation(nn.Module):
         1909.12228).
     Code: AmeyaJagtap/Locally-Adaptive-Activation-Functions-Neural-Networks-
     Results: the paper's: relative L2 error on an inverse Poisson problem 0.1012 (fixed), 0.01654 (GAAF),
-        0.00733 (L-LAAF), 0.01482 (N-LAAF); Burgers in 14,750, 13,600, 11,090 and 11,170 iterations. Ours, of
-        ``benchmarks/physics_informed.py`` (fewer iterations; points and the Poisson problem are our own;
-        medians of three seeds): Poisson 0.072, 0.077, 0.071, 0.071, no difference beyond the seeds'; Burgers
-        after 8000 iterations 0.226, 0.157, 0.748, 0.451. L-LAAF without slope recovery: 0.131, and below 0.2
-        in 1700 to 2600 iterations (fixed: 3300 to 5400). With it, at the paper's weight of 20, slopes rose
-        to 3 to 17 times the start, and the solution was lost. So slopes helped on Burgers; the paper's order
-        was not seen.
+        0.00733 (L-LAAF), 0.01482 (N-LAAF); Burgers in 14,750, 13,600, 11,090 and 11,170 iterations. Ours are
+        from ``benchmarks/physics_informed.py`` (fewer iterations; points and the Poisson problem are our own;
+        medians of three seeds). Poisson: 0.072, 0.077, 0.071, 0.071, which differ less than seeds do. Burgers
+        after 8000 iterations: 0.226, 0.157, 0.748, 0.451. L-LAAF without slope recovery reached 0.131, and
+        fell below 0.2 after 1700 to 2600 iterations (fixed: 3300 to 5400). With slope recovery at the paper's
+        weight of 20, slopes rose to between 3 and 17 times their initial value, and the solution became
+        wrong. So slopes helped on Burgers, but we did not see the paper's order of methods.
     Limits: slopes may grow without bound under slope recovery (see the results), and shrink under weight
-        decay: give them a parameter group without decay (their names end in "slope"). A negative slope
-        mirrors the activation; nothing prevents it. A module called for several layers has one slope for all
-        of them.
+        decay: give them a parameter group without decay (their names end in "slope"). Nothing prevents a
+            negative slope, which mirrors the activation. A module that several layers call has one slope for
+            all of them.
 
     Args:
         activation: the activation, any module whose output is elementwise in its input.
@@ -79,11 +79,12 @@ class AdaptiveActivation(nn.Module):
             slope, ``(d,)`` for d neurons, ``(C, 1, 1)`` for channels, ``(C, H, W)`` for channels and pixels
             (the paper's neuron-wise). Default ().
         n: fixed factor; the paper uses 1, 2, 5 and 10. Default 1. Range 1 to 10.
-        device: where the slope is. Default None, torch's default.
-        dtype: type of the slope. Default None, torch's default.
+        device: the device of the slope. Default None, torch's default.
+        dtype: the dtype of the slope. Default None, torch's default.
 
     Raises:
-        ValueError: ``n`` is not a finite number of at least 1, or ``shape`` is not of whole numbers above 0.
+        ValueError: ``n`` is not a finite number of at least 1, or ``shape`` holds anything but whole numbers
+            above 0.
 
     Example:
         >>> import torch
@@ -113,11 +114,11 @@ class AdaptiveActivation(nn.Module):
         self.slope = nn.Parameter(torch.full(tuple(shape), 1 / n, device=device, dtype=dtype))
 
     def forward(self, z: Tensor) -> Tensor:
-        """``activation(n · slope · z)``, of the shape of ``z``."""
+        """Compute ``activation(n · slope · z)``, in the shape of ``z``."""
         return self.activation(self.n * self.slope * z)
 
     def extra_repr(self) -> str:
-        """Factor and shape of the slope."""
+        """Show factor and shape of the slope."""
         return f"n={self.n:g}, slope={tuple(self.slope.shape)}"
 
 
@@ -130,18 +131,18 @@ def adapt_activations(
 ) -> list[AdaptiveActivation]:
     """Put an `AdaptiveActivation` around each activation module of ``model``, in place.
 
-    What the model computes stays the same (up to the rounding of n · 1/n). Make the optimizer afterwards, so
-    that it has the slopes.
+    The model still computes the same (up to the rounding of n · 1/n). Make the optimizer afterwards, so that
+    it includes the slopes.
 
     Args:
-        model: the model. An activation that it calls as a function (``F.relu``) cannot be seen.
+        model: the model. An activation that it calls as a function (``F.relu``) is not found.
         kind: ``"global"`` for one slope in the whole network (GAAF), ``"layer"`` for one at each activation
-            (L-LAAF), ``"neuron"`` for one for each number that an activation gets from one sample (N-LAAF).
+            (L-LAAF), ``"neuron"`` for one for each element of an activation's input for one sample (N-LAAF).
         n: fixed factor, see `AdaptiveActivation`. Default 1. Range 1 to 10.
         example: a batch of inputs, or a tuple of the model's positional arguments. ``"neuron"`` needs it to
-            see the shapes. If it is there, a module that stands for several layers is found and refused. The
-            model runs on it once, in eval mode, without gradients.
-        types: classes to take for activations; add your own: ``(*ACTIVATIONS, Sine)``.
+            find the shapes. If it is given, a module that several layers use is refused. The model runs on it
+            once, in eval mode, without gradients.
+        types: the classes of activations; add your own by ``(*ACTIVATIONS, Sine)``.
 
     Returns:
         The new modules, in the order in which the model registers them.
@@ -173,15 +174,15 @@ def adapt_activations(
             "adapt_activations: kind='neuron' needs a slope of the shape of each layer's output, which is "
             "known only when the model has run. Give example=, a batch of inputs."
         )
-    places = _places(model, types)
-    where = _where(model)
+    places = _find_activations(model, types)
+    where = _find_device(model)
     adapted = {name: AdaptiveActivation(activation, (), n, **where) for name, activation in places.items()}
     _put(model, adapted)
     if example is not None:
         try:
-            shapes = _shapes(model, adapted, example)
+            shapes = _find_shapes(model, adapted, example)
         except BaseException:
-            _put(model, places)  # whatever the model raised, it is what it was
+            _put(model, places)  # whatever the model raised, it is left unchanged
             raise
     if kind == "neuron":
         for name, module in adapted.items():
@@ -198,8 +199,8 @@ def _require_factor(n: float) -> None:
         raise ValueError(f"AdaptiveActivation: n must be a finite number of at least 1, not {n!r}.")
 
 
-def _places(model: nn.Module, types: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
-    """Activations by name; one that stands at two places is there twice, and gets two slopes."""
+def _find_activations(model: nn.Module, types: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+    """Find activations by name. A module at two places is listed twice, and gets two slopes."""
     if any(isinstance(module, AdaptiveActivation) for module in model.modules()):
         raise PlywiseError(
             f"adapt_activations: this {type(model).__name__} has adaptive activations already. Adapt it once."
@@ -209,7 +210,7 @@ def _places(model: nn.Module, types: tuple[type[nn.Module], ...]) -> dict[str, n
             "adapt_activations: the model is a single activation, which cannot be replaced within itself. "
             "Make an AdaptiveActivation of it."
         )
-    # a place is an attribute of a module: a block that the model holds under two names is still one
+    # a place is an attribute of a module: a block that the model holds under two names counts once
     places = {
         f"{parent}.{name}" if parent else name: child
         for parent, module in model.named_modules()
@@ -231,10 +232,10 @@ def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-def _shapes(
+def _find_shapes(
     model: nn.Module, adapted: dict[str, AdaptiveActivation], example: Tensor | tuple[Any, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of one sample at each activation, from a forward on ``example``."""
+    """Find the shape of one sample at each activation, by a forward on ``example``."""
     calls: dict[str, list[tuple[int, ...]]] = {name: [] for name in adapted}
     handles = [
         module.register_forward_pre_hook(
@@ -258,7 +259,7 @@ def _shapes(
     return {name: seen[0] for name, seen in calls.items()}
 
 
-def _where(model: nn.Module) -> dict[str, Any]:
-    """Device and dtype of the model's first floating-point parameter, for slopes to join it."""
+def _find_device(model: nn.Module) -> dict[str, Any]:
+    """Find device and dtype for the slopes: those of the model's first floating-point parameter."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     return {} if first is None else {"device": first.device, "dtype": first.dtype}

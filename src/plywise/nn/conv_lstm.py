@@ -12,31 +12,33 @@ State = tuple[Tensor, Tensor]
 class ConvLSTM(nn.Module):
     """A convolutional LSTM layer for sequences of images.
 
-    Idea: what moves in an image moves the same way wherever it is. So the products of an LSTM's gates become
-        convolutions, and its state has a place for each pixel.
-    Equation: [i, f, g, o] = W * [x, h] + b; c ← σ(f) c + σ(i) tanh(g); h ← σ(o) tanh(c), * a convolution
-        with zeros around.
-    Use when: the next image of a sequence is to be predicted from those before: rain, traffic, video.
-    Do not use when: places are not alike, or a sequence has no neighbours in space: take `torch.nn.LSTM`.
-    Layers: a layer of its own; several stack by feeding one's outputs to the next.
-    Cost: per image one convolution C + F → 4F of k×k. Training keeps 4F + 2F images a step.
-    Status: variant. Without the paper's peepholes (weights from the cell to the gates, one a place), which
-        bind it to one size of image; and the forget gate's bias begins at 1.
+    Idea: motion in an image follows the same laws everywhere. So the products in the gates of an LSTM become
+        convolutions, and its state has a value for each pixel.
+    Equation: [i, f, g, o] = W * [x, h] + b; c ← σ(f) c + σ(i) tanh(g); h ← σ(o) tanh(c), where * is a
+        convolution with zero padding.
+    Use when: you predict the next image of a sequence from those before, such as rain, traffic or video.
+    Do not use when: the laws differ from place to place, or a sequence has no spatial structure: use
+        `torch.nn.LSTM`.
+    Layers: it is a layer itself. To stack several, pass the outputs of one to the next.
+    Cost: one k×k convolution C + F → 4F for each image. Training keeps 4F + 2F images for each time step.
+    Status: variant. It has no peepholes (weights from the cell to the gates, one for each pixel), which would
+        fix the size of the image, and the bias of the forget gate begins at 1.
     Source: Shi, Chen, Wang, Yeung, Wong, Woo, "Convolutional LSTM Network: A Machine Learning Approach for
         Precipitation Nowcasting", NeurIPS, 2015 (arXiv 1506.04214).
     Code: none found.
-    Results: not reproduced here: the paper's radar data are not at hand. Ours, the next images of moving
-        digits, are printed by examples/plot_conv_lstm.py.
-    Limits: kernels of an odd size; what moves faster than the kernel's reach a step is not followed.
+    Results: not reproduced here, because the paper's radar data are not available to us. Ours, on the next
+        images of moving digits, are printed by examples/plot_conv_lstm.py.
+    Limits: kernels have an odd size. It cannot follow motion that is faster than half a kernel in a time
+        step.
 
     Args:
-        channels: C, of the images. Range 1 to 16.
-        features: F, of the state. Range 8 to 128.
+        channels: C, the channels of the images. Range 1 to 16.
+        features: F, the channels of the state. Range 8 to 128.
         kernel_size: k, odd. Default 3. Range 3 to 7.
 
     Raises:
-        ValueError: an argument is not a whole number above 0, the kernel's size is even, or images are not
-            of (T, N, C, H, W).
+        ValueError: an argument is not a whole number above 0, the size of the kernel is even, or images do
+            not have the shape (T, N, C, H, W).
 
     Example:
         >>> import torch
@@ -59,7 +61,7 @@ class ConvLSTM(nn.Module):
             self.gates.bias[features : 2 * features].fill_(1.0)
 
     def cell(self, image: Tensor, state: State) -> State:
-        """One step: images (N, C, H, W) and the state before to the state after."""
+        """Compute one time step: the state after, from images (N, C, H, W) and the state before."""
         h, c = state
         i, f, g, o = self.gates(torch.cat([image, h], 1)).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -70,7 +72,7 @@ class ConvLSTM(nn.Module):
 
         Args:
             images: (T, N, C, H, W).
-            state: what an earlier part of the sequence left; zeros at the start.
+            state: the state after an earlier part of the sequence. Default zeros.
 
         Returns:
             The hidden images of all steps (T, N, features, H, W), and the state after the last.

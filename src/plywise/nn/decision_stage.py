@@ -1,4 +1,4 @@
-"""Decision stage: a classifier on the softmax vectors of a network that stopped training early."""
+"""Decision stage: a classifier on the softmax outputs of a network whose training stopped early."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol, Self
@@ -13,61 +13,60 @@ from plywise.errors import NonFiniteError, PlywiseError
 
 
 class Classifier(Protocol):
-    """What scikit-learn's classifiers do, and all that is asked of one here."""
+    """The two methods of scikit-learn's classifiers that are needed here."""
 
     def fit(self, X: Any, y: Any) -> Any:
         """Learn labels (n,) from rows (n, C)."""
 
     def predict(self, X: Any) -> Any:
-        """Labels (n,) of rows (n, C)."""
+        """Predict labels (n,) of rows (n, C)."""
 
 
 class DecisionStage:
-    """A second classifier that decides by the whole softmax vector of a half-trained network.
+    """A second classifier that decides from the whole softmax vector of a half-trained network.
 
-    Idea: a network that stopped early confuses classes, but in ways of its own. Let a support vector machine,
-        or another classifier, learn these confusions from all class probabilities, and decide in the place of
-        the largest one.
+    Idea: a network whose training stopped early confuses classes, but systematically. A support vector
+        machine, or another classifier, learns these confusions from all class probabilities, and its decision
+        replaces the class of the largest probability.
     Equation: p(x) = softmax(model(x)); fit(x, y) = classifier.fit(p(x), y); predict(x) =
         classifier.predict(p(x)).
-    Use when: training is expensive and has to stop early, and the classifier is cheap beside it.
-    Do not use when: the network has converged, and decides as its largest probability does; or a higher
-        learning rate would do: there nothing was saved.
-    Layers: none; any model with one row of C ≥ 2 scores for each sample. It is not trained or changed.
+    Use when: training is expensive and must stop early, and the classifier is cheap in comparison.
+    Do not use when: the network has converged, because the class of its largest probability is then as good;
+        or a higher learning rate is possible, with which nothing was saved.
+    Layers: none. It takes any model with one row of C ≥ 2 scores for each sample, and does not change it.
     Cost: one forward pass over the data to fit on, and the classifier's own fit on n rows of C numbers;
-        time saved, or not: ``python benchmarks/decision_stage.py``.
-    Status: after the paper's abstract. It used two classifiers, of which the title names the support vector
-        machine; here the classifier is the user's.
+        ``python benchmarks/decision_stage.py`` measures the time saved.
+    Status: after the abstract of the paper. The paper uses two classifiers, one of them the support vector
+        machine of its title; here you choose the classifier.
     Source: Monteiro, Cerrada, Cabrera, Sánchez, Bastos-Filho, "Using a Support Vector Machine Based Decision
         Stage to Improve the Fault Diagnosis on Gearboxes", Computational Intelligence and Neuroscience, 2019,
         doi:10.1155/2019/1383752.
     Code: none found.
-    Results: the paper's: almost 80 % less training time at equal accuracy. Ours, CPU time to the network's
-        final accuracy over the network's own time to it, support vector machine, median of 3 seeds (least and
-        most): 0.22 (0.19 to 1.02) on digits with Adam(1e-3), 1.02 (0.92 to 1.03) at ten times that rate, 0.88
-        (0.79 to 1.12) on 3,000 images of Fashion-MNIST (benchmarks/decision_stage.json).
-    Limits: the classifier is not part of a ``state_dict``: keep it as its library says. A network that
-        overfits is too sure of its training data: fit on samples that it has not seen.
+    Results: the paper reports almost 80 % less training time at equal accuracy. Ours is the CPU time to the
+        network's final accuracy with a support vector machine, divided by the network's own time to it, as
+        median of 3 seeds (lowest and highest): 0.22 (0.19 to 1.02) on digits with Adam(1e-3), 1.02 (0.92 to
+        1.03) at ten times that rate, 0.88 (0.79 to 1.12) on 3,000 images of Fashion-MNIST
+        (benchmarks/decision_stage.json).
+    Limits: the classifier is not part of a ``state_dict``: save it as its library describes. A network that
+        overfits is too confident on its training data: fit on samples that it has not seen.
 
     Args:
         model: the network, from a batch to scores (B, C) before the softmax.
-        classifier: scikit-learn's or one like it, with ``fit(X, y)`` and ``predict(X)``.
+        classifier: a classifier with ``fit(X, y)`` and ``predict(X)``, for example of scikit-learn.
         batch_size: samples in a forward pass of `predict`. Default 1024. Range 16 to 8192.
 
     Raises:
         PlywiseError: ``classifier`` has no ``fit`` or no ``predict``.
-        ValueError: ``batch_size`` is no whole number above 0.
+        ValueError: ``batch_size`` is not a whole number above 0.
 
     Example:
         >>> import torch
         >>> from plywise.nn import DecisionStage
-        >>> class Nearest:  # in earnest: sklearn.svm.SVC()
-        ...     def fit(self, X, y):
-        ...         self.X, self.y = X, y
-        ...     def predict(self, X):
-        ...         return self.y[((X[:, None] - self.X) ** 2).sum(2).argmin(1)]
+        >>> class Nearest:  # in practice: sklearn.svm.SVC() ...     def fit(self, X, y): ...         self.X,
+        self.y = X, y ...     def predict(self, X): ...         return self.y[((X[:, None] - self.X) **
+        2).sum(2).argmin(1)]
         >>> x, y = torch.randn(60, 4), torch.arange(60) % 3
-        >>> model = torch.nn.Linear(4, 3)  # in earnest: a network after a few epochs
+        >>> model = torch.nn.Linear(4, 3)  # in practice: a network after a few epochs
         >>> stage = DecisionStage(model, Nearest()).fit([(x, y)])
         >>> bool((stage.predict(x) == y).all())
         True
@@ -85,14 +84,14 @@ class DecisionStage:
         self._fitted = False
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Self:
-        """Let the classifier learn from the model's softmax vectors.
+        """Fit the classifier on the softmax vectors of the model.
 
         Args:
             batches: (x, y) with class labels y (B,), as a DataLoader gives them; one pass.
 
         Raises:
             NonFiniteError: the model's scores are not finite; the classifier has learned nothing.
-            PlywiseError: there is no batch, labels do not fit, or the model gives no rows of scores.
+            PlywiseError: there is no batch, labels do not fit, or the model returns no rows of scores.
         """
         rows, labels = [], []
         for x, y in batches:
@@ -110,11 +109,11 @@ class DecisionStage:
         return self
 
     def predict(self, x: Tensor) -> Tensor:
-        """Labels (n,) of inputs, on their device.
+        """Predict labels (n,) of inputs, on their device.
 
         Raises:
             NonFiniteError: the model's scores are not finite.
-            PlywiseError: `fit` has not been called, or the classifier gives no whole numbers.
+            PlywiseError: `fit` has not been called, or the classifier returns no whole numbers.
         """
         if not self._fitted:
             raise PlywiseError("DecisionStage has not been fitted: call fit(batches) before predict(x).")
@@ -129,9 +128,9 @@ class DecisionStage:
 
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:
-        """The softmax vectors (B, C) of a batch that the classifier sees, in float64 on the CPU.
+        """Compute the inputs of the classifier: the softmax vectors (B, C) of a batch, in float64 on the CPU.
 
-        Made in eval mode, on the device of the model's parameters.
+        The model runs in eval mode, on the device of its parameters.
         """
         parameter = next(self.model.parameters(), x)
         with evaluating(self.model):

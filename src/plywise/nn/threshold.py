@@ -1,4 +1,4 @@
-"""Threshold: neurons that answer 0 or 1, by straight-through estimators or exactly."""
+"""Threshold: neurons with outputs of 0 or 1, trained by straight-through estimators or exactly."""
 
 import math
 from collections.abc import Callable
@@ -16,20 +16,20 @@ ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "leaky_relu": lambda x, slope: torch.where(x >= 0, 1.0, slope).to(x.dtype),
     "clipped_relu": lambda x, slope: ((x >= 0) & (x <= 1)).to(x.dtype),
 }
-"""The slope that stands for the derivative of the step, which is zero: that of each name's activation."""
+"""The slope used in place of the derivative of the step, which is zero: that of the named activation."""
 
 RIDGE = 1e-13
-"""Part of the largest diagonal entry that makes a singular Gram definite in `lasso`."""
+"""The part of the largest diagonal entry that `lasso` adds to make a singular Gram definite."""
 
 
 class _Step(torch.autograd.Function):
-    """``1{x ≥ 0}`` forward, the estimator's slope in both modes of differentiation."""
+    """``1{x ≥ 0}`` in forward; in both modes of differentiation, the slope of the estimator."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, estimator: str, slope: float) -> Tensor:
-        return torch.where(x.isnan(), x, (x >= 0).to(x.dtype))  # a NaN must not pass for a 0
+        return torch.where(x.isnan(), x, (x >= 0).to(x.dtype))  # a NaN must not become a 0
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str, float], output: Tensor) -> None:
@@ -47,31 +47,32 @@ class _Step(torch.autograd.Function):
 
 
 class Threshold(nn.Module):
-    """A neuron's answer as 0 or 1, with a straight-through estimator for its gradient.
+    """An activation with outputs 0 and 1, and a straight-through estimator for its gradient.
 
-    Idea: a step has no slope to learn by. Let forward be the step, and let backward take the slope of
-        something like it: the identity, a (leaky) ReLU, or a ReLU clipped at 1.
-    Equation: forward s·1{x ≥ 0}; backward G·s·slope(x) with slope(x) = 1 (identity), 1{x ≥ 0} (relu),
-        1 or ``slope`` below 0 (leaky_relu), 1{0 ≤ x ≤ 1} (clipped_relu). The amplitude s is 1, or learns.
-    Use when: activations have to be single bits, or as the baseline of `ThresholdNetwork`.
-    Do not use when: nothing asks for bits: a ReLU learns better.
-    Layers: stands where an activation stands; any shape.
-    Cost: a comparison forward, a product backward; it keeps its input until then.
-    Status: faithful to the estimators of the paper's code, except that the step at 0 is 1, as in the paper
-        (0 in its code), and that a NaN stays a NaN.
+    Idea: a step function has a slope of zero, so no gradient passes it. Forward computes the step; backward
+        uses the slope of the identity, of a (leaky) ReLU, or of a ReLU clipped at 1.
+    Equation: forward s·1{x ≥ 0}; backward G·s·slope(x) with slope(x) = 1 (identity), 1{x ≥ 0} (relu), 1 or
+        ``slope`` below 0 (leaky_relu), 1{0 ≤ x ≤ 1} (clipped_relu). The amplitude s is 1, or is trained.
+    Use when: activations must be single bits, or you want a baseline for `ThresholdNetwork`.
+    Do not use when: activations need not be bits: a ReLU learns better.
+    Layers: it replaces an activation, for inputs of any shape.
+    Cost: a comparison in forward and a product in backward; it keeps its input until then.
+    Status: faithful to the estimators of the paper's code, except that the step at 0 is 1, as in the paper (0
+        in its code), and that NaN stays NaN.
     Source: Ergen, Gulluk, Lacotte, Pilanci, "Globally Optimal Training of Neural Networks with Threshold
         Activation Functions", ICLR 2023, arXiv 2303.03382.
     Code: pilancilab/Threshold-networks.
-    Results: the paper's are not reproduced here. On 300 digits, one seed, the objective falls to 10.7 with
-        clipped_relu, 28.9 with identity, 42.8 with the others (examples/plot_threshold.py).
-    Limits: the gradient is not that of the loss; which estimator is best has to be tried. ``torch.nn``
-        has another Threshold, a ReLU with other constants.
+    Results: the paper's results are not reproduced here. On 300 digits with one seed, the objective falls to
+        10.7 with clipped_relu, to 28.9 with identity, and to 42.8 with the others
+        (examples/plot_threshold.py).
+    Limits: the gradient is not that of the loss, so you must try which estimator is best. ``torch.nn`` has
+        another Threshold, a ReLU with other constants.
 
     Args:
-        features: number of channels (the second dimension), each with an amplitude s that learns, from 1 on;
+        features: number of channels (the second dimension), each with a trained amplitude s that begins at 1;
             None for s = 1. Default None. Range 1 to 4096.
         estimator: "identity", "relu", "leaky_relu" or "clipped_relu". Default "identity".
-        slope: of "leaky_relu" below 0. Default 0.01. Range 1e-3 to 0.5.
+        slope: the slope of "leaky_relu" below 0. Default 0.01. Range 1e-3 to 0.5.
 
     Raises:
         ValueError: an argument is out of range.
@@ -100,27 +101,27 @@ class Threshold(nn.Module):
         self.amplitude = None if features is None else nn.Parameter(torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """s·1{x ≥ 0}, in the shape of ``x``."""
+        """Compute s·1{x ≥ 0}, in the shape of ``x``."""
         step: Tensor = _Step.apply(x, self.estimator, self.slope)
         if self.amplitude is None:
             return step
         return step * self.amplitude.reshape(-1, *[1] * (x.dim() - 2))
 
     def extra_repr(self) -> str:
-        """What is not a module in it."""
+        """Show the settings."""
         features = "" if self.amplitude is None else f"{len(self.amplitude)}, "
         return f"{features}estimator={self.estimator!r}"
 
 
-def threshold_patterns(
+def draw_patterns(
     x: Tensor, count: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What random threshold neurons answer on data: the different answers that ``count`` of them give.
+    """Draw ``count`` random threshold neurons, and return their distinct outputs on data.
 
     Args:
-        x: inputs (n, d), best centred and of variance about 1, as weights and biases are N(0, 1).
+        x: inputs (n, d). Centre them and scale them to variance 1, because weights and biases are N(0, 1).
         count: neurons to draw.
-        generator: of the random numbers.
+        generator: the source of random numbers.
 
     Returns:
         Patterns (n, P) of zeros and ones, all different; the weights (P, d) and biases (P,) that make them.
@@ -135,12 +136,12 @@ def threshold_patterns(
 
 
 def lasso(columns: Tensor, y: Tensor, beta: float) -> Tensor:
-    """``argmin_w ½‖y − Dw‖² + β‖w‖₁`` exactly, by active sets (Lawson and Hanson's, with signs).
+    """Compute ``argmin_w ½‖y − Dw‖² + β‖w‖₁`` exactly, by active sets (Lawson and Hanson's, with signs).
 
     Columns of 0 and 1 are nearly parallel: proximal gradients took over 20,000 steps where this takes a few
-    hundred solves, and scikit-learn would be one more dependency. One column at a time enters, the most
-    correlated one; the active ones are solved for; those whose sign would turn leave. It ends when no column
-    is correlated by more than β.
+    hundred solves, and scikit-learn would be one more dependency. In each round the most correlated column
+    enters, the active columns are solved for, and those whose sign would change leave. It ends when no
+    correlation is above β.
 
     Args:
         columns: D (n, P).
@@ -165,7 +166,7 @@ def lasso(columns: Tensor, y: Tensor, beta: float) -> Tensor:
     if not (gram.isfinite().all() and pulls.isfinite().all()):
         raise NonFiniteError("lasso: the columns or the targets hold a NaN or an infinity.")
     active = torch.zeros(0, dtype=torch.long, device=y.device)
-    refused = active  # columns that rounding put out again as they came in
+    refused = active  # columns that rounding removed again as soon as they entered
     w = signs = pulls[:0]
     for _ in range(20 * len(pulls) + 20):
         left = pulls - gram[:, active] @ w
@@ -176,13 +177,13 @@ def lasso(columns: Tensor, y: Tensor, beta: float) -> Tensor:
         active = torch.cat([active, enter[None]])
         signs, w = torch.cat([signs, left[enter].sign()[None]]), torch.cat([w, w.new_zeros(1)])
         while len(active):
-            target = _definite_solve(gram[active[:, None], active], pulls[active] - beta * signs)
+            target = _solve_definite(gram[active[:, None], active], pulls[active] - beta * signs)
             turned = target * signs <= 0
             if not turned.any():
                 w, refused = target, refused[:0]
                 break
             ways = torch.where(turned, w / (w - target), math.inf)
-            way = ways.min()  # how far to go until the first one is zero
+            way = ways.min()  # how far to go until the first weight is zero
             keep = ways > way
             if way == 0 and not keep[-1]:
                 refused = torch.cat([refused, enter[None]])
@@ -198,8 +199,8 @@ def _check_price(function: str, beta: float) -> None:
         raise ValueError(f"{function}: beta must be a finite number above 0, not {beta!r}.")
 
 
-def _definite_solve(gram: Tensor, right: Tensor) -> Tensor:
-    """``gram⁻¹ right``; very far in a null direction of ``gram``, so that a zero is met on the way."""
+def _solve_definite(gram: Tensor, right: Tensor) -> Tensor:
+    """Compute ``gram⁻¹ right``, very large in null directions, so that a weight crosses zero."""
     ridge = RIDGE * gram.diagonal().max()
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram)).to(gram))
@@ -208,10 +209,11 @@ def _definite_solve(gram: Tensor, right: Tensor) -> Tensor:
         ridge = ridge * 100
 
 
-def shattered_optimum(y: Tensor, beta: float) -> Tensor:
-    """``argmin_δ ½‖δ − y‖² + β(max(δ)₊ + max(−δ)₊)``: outputs of the best three-layer threshold network.
+def find_shattered_optimum(y: Tensor, beta: float) -> Tensor:
+    """Find ``argmin_δ ½‖δ − y‖² + β(max(δ)₊ + max(−δ)₊)``, the outputs of the best three-layer network.
 
-    y is clipped above at the c where ``Σ(y − c)₊ = β`` (at 0 if there is none above), and likewise below.
+    y is clipped above at the c where ``Σ(y − c)₊ = β`` (at 0 if no c above 0 satisfies this), and likewise
+    below.
 
     Args:
         y: targets (n,).
@@ -221,27 +223,27 @@ def shattered_optimum(y: Tensor, beta: float) -> Tensor:
         ValueError: ``beta`` is not a finite number above 0.
 
     Example:
-        >>> shattered_optimum(torch.tensor([3.0, 2.0, -2.5]), beta=1.0)
+        >>> find_shattered_optimum(torch.tensor([3.0, 2.0, -2.5]), beta=1.0)
         tensor([ 2.0000,  2.0000, -1.5000])
     """
-    _check_price("shattered_optimum", beta)
+    _check_price("find_shattered_optimum", beta)
     return y.clamp(-_find_level(-y, beta), _find_level(y, beta))
 
 
 def _find_level(y: Tensor, beta: float) -> Tensor:
-    """The c of the upper side: each sum of the k largest gives a bound, and the largest bound is met."""
+    """Find the c of the upper side: each sum of the k largest gives a bound, and c is the largest bound."""
     falling = y.sort(descending=True).values
     counts = torch.arange(1, len(y) + 1, device=y.device)
     return ((falling.cumsum(0) - beta) / counts).max().clamp_min(0)
 
 
-def staircase(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers as a sum of steps: patterns (n, K) of 0 and 1 and heights (K,), ``δ = patterns @ heights``.
+def split_into_steps(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Split numbers into steps: patterns (n, K) of 0 and 1 and heights (K,) with ``δ = patterns @ heights``.
 
-    One step for each value but 0; ``‖heights‖₁ = max(δ)₊ + max(−δ)₊``.
+    There is one step for each value except 0, and ``‖heights‖₁ = max(δ)₊ + max(−δ)₊``.
 
     Example:
-        >>> staircase(torch.tensor([3.0, 1.0, -2.0]))
+        >>> split_into_steps(torch.tensor([3.0, 1.0, -2.0]))
         (tensor([[1., 1., 0.],
                 [1., 0., 0.],
                 [0., 0., 1.]]), tensor([ 1.,  2., -2.]))
@@ -256,37 +258,36 @@ def staircase(delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ThresholdNetwork:
-    """A network of threshold neurons at the global optimum of its regularised loss, over random neurons.
+    """A network of random threshold neurons at the global optimum of its regularised loss.
 
-    Idea: with threshold neurons, data see only the pattern of a neuron's zeros and ones. Two layers with
-        weight decay are then a LASSO over patterns. If the first of three layers tells all samples apart,
-        the optimum is a clipping of the targets.
+    Idea: of a threshold neuron only its pattern of zeros and ones on the data matters. So two layers with
+        weight decay are a LASSO over patterns. With three layers, if the first one distinguishes all samples,
+        the optimum clips the targets.
     Equation: two layers: min_w ½‖y − D w‖² + β‖w‖₁, columns of D the patterns 1{X u + b ≥ 0} of random
         neurons. Three layers: min_δ ½‖δ − y‖² + β(max(δ)₊ + max(−δ)₊); each step between two values of δ
         is a neuron of the second layer, by least squares on the first one's patterns D.
-    Use when: data are few and the optimum is asked for: as an oracle for what a training by gradients missed.
-    Do not use when: there are more than some thousand samples, or a test error is to be low.
-    Layers: makes its own network: Linear, Threshold, Linear, for three layers with one pair more.
-    Cost: P²n/2 products for a Gram of P patterns; then for each output one solve of k³/3 for each of the
-        k active neurons and more. Three layers: one least squares, n²P.
+    Use when: there are few data, and you need the optimum to measure what training by gradients misses.
+    Do not use when: there are more than a few thousand samples, or the test error counts.
+    Layers: it makes its own network of Linear, Threshold, Linear; with three layers there is one more pair.
+    Cost: P²n/2 products for a Gram of P patterns; then, for each output, one solve of k³/3 or more for each
+        of k active neurons. With three layers, one least-squares problem, n²P.
     Status: variant: an exact active-set solver in place of cvxpy with MOSEK; a bias in each hidden neuron
         in place of a column of ones; the closed form in place of a solver, and a threshold at ½ in the
         second layer (its code tries 0 and ½).
     Source: Ergen, Gulluk, Lacotte, Pilanci, "Globally Optimal Training of Neural Networks with Threshold
         Activation Functions", ICLR 2023, arXiv 2303.03382.
     Code: pilancilab/Threshold-networks.
-    Results: the paper's are not reproduced here. On 300 digits its objective is 24.7 with two layers and 4.0
-        with three, against 10.7 to 42.9 of the four estimators (examples/plot_threshold.py).
-    Limits: the optimum is over the patterns that were drawn, which are few of all there are: a network that
-        moves its neurons may go below, as one of the four estimators does there. With two
-        layers each output is fitted by itself and neurons are not shared for sparsity. Inputs far from
-        mean 0 and variance 1 give few patterns.
+    Results: the paper's are not reproduced here. On 300 digits the objective is 24.7 with two layers, 4.0
+        with three, and 10.7 to 42.9 with the four estimators (examples/plot_threshold.py).
+    Limits: it is the optimum over the drawn patterns only, so a network that trains its neurons may be
+        better, as one of the four estimators is there. With two layers outputs do not share neurons for
+        sparsity. Inputs far from mean 0 and variance 1 give few patterns.
 
     Args:
-        beta: β, the price of large weights. Default 1.0. Range 1e-3 to 100.
+        beta: β, the strength of the penalty on large weights. Default 1.0. Range 1e-3 to 100.
         layers: 2 or 3. Default 2. Range 2 to 3.
         patterns: neurons to draw for the first layer. Default 2000. Range 100 to 10000.
-        seed: of the draw. Default 0.
+        seed: the seed of the random neurons. Default 0.
 
     Attributes:
         network: after `fit`, the network, an ordinary ``nn.Sequential`` in float64.
@@ -320,12 +321,12 @@ class ThresholdNetwork:
 
         Args:
             x: inputs (n, d).
-            y: targets (n,), or (n, C) for C outputs: numbers, for classes ±1.
+            y: targets (n,), or (n, C) for C outputs: numbers, or ±1 for classes.
 
         Raises:
             NonFiniteError: inputs or targets are not finite.
-            PlywiseError: shapes do not fit; or, with three layers, the neurons drawn do not tell the samples
-                apart.
+            PlywiseError: shapes do not fit; or, with three layers, the drawn neurons do not distinguish all
+                samples.
         """
         if x.dim() != 2 or y.dim() not in (1, 2) or len(x) != len(y) or len(x) == 0:
             raise PlywiseError(
@@ -336,13 +337,13 @@ class ThresholdNetwork:
             raise NonFiniteError("ThresholdNetwork: inputs or targets hold a NaN or an infinity.")
         self._flat = y.dim() == 1
         generator = torch.Generator().manual_seed(self.seed)
-        neurons = threshold_patterns(x.double(), self.patterns, generator)
+        neurons = draw_patterns(x.double(), self.patterns, generator)
         self.network, self.objective = _FITS[self.layers](*neurons, y.reshape(len(y), -1).double(), self.beta)
         return self
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Outputs (n,), or (n, C) if the targets were so, in the dtype of ``x``.
+        """Compute outputs (n,), or (n, C) if the targets had this shape, in the dtype of ``x``.
 
         Raises:
             PlywiseError: `fit` has not been called.
@@ -356,21 +357,20 @@ class ThresholdNetwork:
 Fit = tuple[nn.Sequential, float]
 
 
-def two_layers(patterns: Tensor, weight: Tensor, bias: Tensor, y: Tensor, beta: float) -> Fit:
-    """The best network of the given hidden neurons for targets (n, C), and its objective."""
+def fit_two_layers(patterns: Tensor, weight: Tensor, bias: Tensor, y: Tensor, beta: float) -> Fit:
+    """Find the best network of the given hidden neurons for targets (n, C), and its objective."""
     w = torch.stack([lasso(patterns, column, beta) for column in y.T])
     objective = (y - patterns @ w.T).square().sum() / 2 + beta * w.abs().sum()
     used = w.any(0)
     used[0] |= not used.any()  # a network that is zero needs a neuron too
-    return nn.Sequential(_linear(weight[used], bias[used]), Threshold(), _linear(w[:, used])), float(
-        objective
-    )
+    network = nn.Sequential(_connect(weight[used], bias[used]), Threshold(), _connect(w[:, used]))
+    return network, float(objective)
 
 
-def three_layers(patterns: Tensor, weight: Tensor, bias: Tensor, y: Tensor, beta: float) -> Fit:
-    """The best network over the given first layer, which has to shatter the samples, and its objective."""
-    delta = torch.stack([shattered_optimum(column, beta) for column in y.T], 1)
-    stairs = [staircase(column) for column in delta.T]
+def fit_three_layers(patterns: Tensor, weight: Tensor, bias: Tensor, y: Tensor, beta: float) -> Fit:
+    """Find the best network on a given first layer that distinguishes all samples, and its objective."""
+    delta = torch.stack([find_shattered_optimum(column, beta) for column in y.T], 1)
+    stairs = [split_into_steps(column) for column in delta.T]
     wanted = torch.cat([steps for steps, _ in stairs], 1)
     heights = torch.block_diag(*[own[None] for _, own in stairs])
     if not len(wanted.T):  # a network that is zero needs a neuron too
@@ -384,14 +384,14 @@ def three_layers(patterns: Tensor, weight: Tensor, bias: Tensor, y: Tensor, beta
         )
     objective = (y - delta).square().sum() / 2 + beta * heights.abs().sum()
     half = second.new_full((second.shape[1],), -0.5)
-    layers = _linear(weight, bias), Threshold(), _linear(second.T, half), Threshold(), _linear(heights)
+    layers = _connect(weight, bias), Threshold(), _connect(second.T, half), Threshold(), _connect(heights)
     return nn.Sequential(*layers), float(objective)
 
 
-_FITS = {2: two_layers, 3: three_layers}
+_FITS = {2: fit_two_layers, 3: fit_three_layers}
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+def _connect(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight)
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))

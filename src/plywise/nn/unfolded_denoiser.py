@@ -12,39 +12,39 @@ from plywise._util.checks import require_choice, require_whole
 
 
 class DenoiserLayer(NamedTuple):
-    """One step's operators: filters ``D_k`` (F, C, k, k), those that are transposed, and its step size."""
+    """The operators of one step: filters ``D_k`` (F, C, k, k), the transposed filters, and the step size."""
 
     down: Tensor
     up: Tensor
     step: Tensor
 
-    def analysis(self, x: Tensor) -> Tensor:
-        """``D_k x``: images (N, C, H, W) to features (N, F, H, W)."""
+    def analyse(self, x: Tensor) -> Tensor:
+        """Compute ``D_k x``, from images (N, C, H, W) to features (N, F, H, W)."""
         return conv2d(x, self.down, padding=self.down.shape[-1] // 2)
 
-    def synthesis(self, u: Tensor) -> Tensor:
-        """``D_kᵀ u``: features back to images."""
+    def synthesise(self, u: Tensor) -> Tensor:
+        """Compute ``D_kᵀ u``, from features back to images."""
         return conv_transpose2d(u, self.up, padding=self.up.shape[-1] // 2)
 
 
-def squared_norms(weight: Tensor) -> Tensor:
-    """What ``‖D_k‖²`` is at most, for images of any size: filters (K, F, C, k, k) to (K,).
+def bound_squared_norms(weight: Tensor) -> Tensor:
+    """Bound ``‖D_k‖²`` from above for images of any size: filters (K, F, C, k, k) to (K,).
 
     The norm of a convolution on the plane is the largest singular value of its symbol over all frequencies;
-    with zeros around a finite image it is no larger. The squared symbol is a trigonometric polynomial of
-    degree k - 1: between the points of a grid it rises by a known factor at most, which is in the answer
-    (7 % for k = 3). There is nothing random in it, nothing to iterate, and its gradient is exact.
+    with zero padding of a finite image it is not larger. The squared symbol is a trigonometric polynomial of
+    degree k - 1, so between the points of a grid it exceeds them by a known factor at most, which is included
+    (7 % for k = 3). The bound needs no random numbers and no iteration, and its gradient is exact.
     """
     size = weight.shape[-1]
     grid = 8 * size
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))  # no transform of bfloat16
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))  # torch has no transform of bfloat16
     symbol = torch.fft.rfft2(exact, s=(grid, grid)).movedim((1, 2), (-2, -1))
     largest = torch.linalg.eigvalsh(symbol.mH @ symbol)[..., -1].flatten(1).amax(1)
     return (largest / math.cos(math.pi * (size - 1) / grid) ** 2).to(weight.dtype)
 
 
 class NormalisedOperators(nn.Module):
-    """LNO: the way back is the transpose of the way there, and a step is ``1/‖D_k‖²``."""
+    """LNO: the operator back to images is the transpose of ``D_k``, and the step size is ``1/‖D_k‖²``."""
 
     def __init__(self, depth: int, features: int, channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -52,97 +52,97 @@ class NormalisedOperators(nn.Module):
         for filters in self.weight:
             nn.init.kaiming_normal_(filters, nonlinearity="relu")
 
-    def layers(self) -> list[DenoiserLayer]:
-        """The operators of all steps."""
-        norms = squared_norms(self.weight)
-        zero = norms == 0  # filters that see nothing need no step
+    def make_layers(self) -> list[DenoiserLayer]:
+        """Make the operators of all steps."""
+        norms = bound_squared_norms(self.weight)
+        zero = norms == 0  # filters of zeros need no step
         steps = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, norms))
         return [DenoiserLayer(*layer) for layer in zip(self.weight, self.weight, steps, strict=True)]
 
 
 class FreeOperators(NormalisedOperators):
-    """LFO: a way back of its own, and steps of 1; both begin as ``D_k/‖D_k‖``."""
+    """LFO: learned filters back to images, and steps of 1; both kinds begin as ``D_k/‖D_k‖``."""
 
     def __init__(self, depth: int, features: int, channels: int, kernel_size: int) -> None:
         super().__init__(depth, features, channels, kernel_size)
         with torch.no_grad():
-            self.weight.div_(squared_norms(self.weight).sqrt().reshape(-1, 1, 1, 1, 1))
+            self.weight.div_(bound_squared_norms(self.weight).sqrt().reshape(-1, 1, 1, 1, 1))
         self.weight_back = nn.Parameter(self.weight.detach().clone())
 
-    def layers(self) -> list[DenoiserLayer]:
-        """The operators of all steps."""
+    def make_layers(self) -> list[DenoiserLayer]:
+        """Make the operators of all steps."""
         ones = self.weight.new_ones(len(self.weight))
         return [DenoiserLayer(*layer) for layer in zip(self.weight, self.weight_back, ones, strict=True)]
 
 
 class DDFB(nn.Module):
-    """Dual forward-backward: a gradient step on the dual, then its projection."""
+    """Dual forward-backward: a gradient step on the dual problem, then a projection."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
 
     def forward(self, z: Tensor, bound: Tensor, layers: Sequence[DenoiserLayer]) -> Tensor:
         """Denoise ``z``; the dual variables stay within ± ``bound``."""
-        u = layers[0].analysis(z)
+        u = layers[0].analyse(z)
         for layer in layers:
-            u = _clip(u + 1.99 * layer.step * layer.analysis(_primal(layer, z, u)), bound)
-        return _primal(layers[-1], z, u)
+            u = _clip(u + 1.99 * layer.step * layer.analyse(_compute_image(layer, z, u)), bound)
+        return _compute_image(layers[-1], z, u)
 
 
 class DDiFB(DDFB):
-    """Dual forward-backward with inertia: steps start from where FISTA's momentum carries ``u``."""
+    """Dual forward-backward with inertia: steps start from FISTA's extrapolation of ``u``."""
 
     def forward(self, z: Tensor, bound: Tensor, layers: Sequence[DenoiserLayer]) -> Tensor:
         """Denoise ``z``; the dual variables stay within ± ``bound``."""
-        u = ahead = layers[0].analysis(z)
+        u = ahead = layers[0].analyse(z)
         t = 1.0
         for layer in layers:
             before = u
-            u = _clip(ahead + 0.99 * layer.step * layer.analysis(_primal(layer, z, ahead)), bound)
+            u = _clip(ahead + 0.99 * layer.step * layer.analyse(_compute_image(layer, z, ahead)), bound)
             t, t_before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
             ahead = u + (t_before - 1) / t * (u - before)
-        return _primal(layers[-1], z, u)
+        return _compute_image(layers[-1], z, u)
 
 
 class DCP(nn.Module):
-    """Chambolle-Pock: primal and dual steps take turns; each step's primal rate μ is learned."""
+    """Chambolle-Pock: alternating primal and dual steps; the primal rate μ of each step is learned."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        self.log_mu = nn.Parameter(torch.zeros(depth))  # a rate stays above 0 whatever the optimizer does
+        self.log_mu = nn.Parameter(torch.zeros(depth))  # a rate stays above 0, whatever the optimizer does
 
-    def inertia(self, mu: Tensor) -> Tensor:
-        """α, how far the dual step looks ahead."""
+    def compute_inertia(self, mu: Tensor) -> Tensor:
+        """Compute α, how far the dual step extrapolates."""
         return torch.ones_like(mu)
 
     def forward(self, z: Tensor, bound: Tensor, layers: Sequence[DenoiserLayer]) -> Tensor:
         """Denoise ``z``; the dual variables stay within ± ``bound``."""
         mu = self.log_mu.exp()
         x = before = z
-        u = layers[0].analysis(z)
-        for layer, rate, alpha, pull in zip(layers, mu, self.inertia(mu), mu / (1 + mu), strict=True):
+        u = layers[0].analyse(z)
+        for layer, rate, alpha, pull in zip(layers, mu, self.compute_inertia(mu), mu / (1 + mu), strict=True):
             ahead = x + alpha * (x - before)
-            u = _clip(u + 0.99 * layer.step / rate * layer.analysis(ahead), bound)
-            before, x = x, (x + pull * (z - x - layer.synthesis(u))).clamp(0, 1)
+            u = _clip(u + 0.99 * layer.step / rate * layer.analyse(ahead), bound)
+            before, x = x, (x + pull * (z - x - layer.synthesise(u))).clamp(0, 1)
         return x
 
 
 class DScCP(DCP):
     """Chambolle-Pock for a strongly convex problem: α follows from μ."""
 
-    def inertia(self, mu: Tensor) -> Tensor:
-        """``1/√(1 + 2μ)``."""
+    def compute_inertia(self, mu: Tensor) -> Tensor:
+        """Compute ``1/√(1 + 2μ)``."""
         return (1 + 2 * mu).rsqrt()
 
 
 def _clip(u: Tensor, bound: Tensor) -> Tensor:
-    """The proximal map of the conjugate of ``bound · ‖·‖₁``."""
+    """Apply the proximal map of the conjugate of ``bound · ‖·‖₁``."""
     return torch.clamp(u, -bound, bound)
 
 
-def _primal(layer: DenoiserLayer, z: Tensor, u: Tensor) -> Tensor:
-    """The image that belongs to dual variables."""
-    return (z - layer.synthesis(u)).clamp(0, 1)
+def _compute_image(layer: DenoiserLayer, z: Tensor, u: Tensor) -> Tensor:
+    """Compute the image that belongs to dual variables."""
+    return (z - layer.synthesise(u)).clamp(0, 1)
 
 
 SCHEMES: dict[str, type[DDFB] | type[DCP]] = {"DDFB": DDFB, "DDiFB": DDiFB, "DCP": DCP, "DScCP": DScCP}
@@ -235,5 +235,5 @@ class UnfoldedDenoiser(nn.Module):
                 "UnfoldedDenoiser: sigma must be a number of at least 0, or one for each of the "
                 f"{len(noisy)} images, not {sigma!r}."
             )
-        images: Tensor = self.scheme(noisy, level.square().reshape(-1, 1, 1, 1), self.operators.layers())
+        images: Tensor = self.scheme(noisy, level.square().reshape(-1, 1, 1, 1), self.operators.make_layers())
         return images

@@ -1,4 +1,4 @@
-"""unroll: recurrent layers whose products plywise can see, for those whose kernels hide them."""
+"""unroll: replace recurrent layers by ones whose matrix products plywise can see."""
 
 import copy
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""VSML: a network of tiny LSTMs with shared weights, which learns by running."""
+"""VSML: a network of tiny LSTMs with shared weights, which learns in its forward pass."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -14,12 +14,12 @@ from plywise._util.checks import require_positive, require_whole
 
 
 class LayerState(NamedTuple):
-    """What a layer of (inputs, outputs) remembers, for E episodes of batches of B.
+    """The state of a layer of (inputs, outputs), for E episodes of batches of B.
 
     Attributes:
-        hidden, cell: of its LSTMs, (E, B, inputs, outputs, hidden).
-        forward_message: what comes in from below, (E, B, inputs, message).
-        backward_message: what comes in from above, (E, B, outputs, message).
+        hidden, cell: the states of its LSTMs, (E, B, inputs, outputs, hidden).
+        forward_message: the input from the layer below, (E, B, inputs, message).
+        backward_message: the input from the layer above, (E, B, outputs, message).
     """
 
     hidden: Tensor
@@ -29,37 +29,38 @@ class LayerState(NamedTuple):
 
 
 class VSML(nn.Module):
-    """Variable shared meta learning: every weight of a network is a tiny LSTM, all with the same weights.
+    """Variable shared meta learning: each weight of a network is a tiny LSTM, and all share their weights.
 
-    Idea: a network's weights and its learning rule are both something that runs. So put an LSTM where a
-        weight would be, let it receive what comes from below and from above, and let all of them share their
-        weights: what is learned slowly is a learning rule, what was a weight is their state. A few thousand
-        numbers then serve a network of any size and any order of its inputs.
-    Equation: [i, g, f, o] = W [forward_j, backward_k, h_jk] + b; c ← σ(f + 5) c + σ(i - 5) tanh(g); h ←
-        σ(o) tanh(c), twice a layer and sample; then the message up is the mean over inputs j of A h_jk, the
-        message down the mean over outputs k of B h_jk. The input is channel 0 of the first message up; the
-        loss's gradient by the output before is channel 0 of the last message down; the output is channel 1
+    Idea: replace each weight of a network by an LSTM that receives messages from the layers below and above,
+        and let all LSTMs share their weights. The states of the LSTMs then play the role of weights, and the
+        shared weights, which are trained slowly, are a learning rule. A few thousand numbers define the
+        learning rule for a network of any size, whatever the order of its inputs.
+    Equation: [i, g, f, o] = W [forward_j, backward_k, h_jk] + b; c ← σ(f + 5) c + σ(i - 5) tanh(g); h ← σ(o)
+        tanh(c), twice a layer and sample; then the message up is the mean over inputs j of A h_jk, the
+        message down the mean over outputs k of B h_jk. The input is channel 0 of the first message up. The
+        gradient of the loss at the last output is channel 0 of the last message down. The output is channel 1
         of the last message up, bounded by 100 tanh(·/100).
-    Use when: meta-learning is the question: whether a rule can be found that learns from scratch, and what
-        carries over to other tasks and sizes.
-    Do not use when: a task is to be solved. Gradient descent does it with thousands of times less work.
-    Layers: fully connected ones, whose sizes are those of the state, not of the module.
-    Cost: inputs · outputs · 4h² · ticks multiplications a layer and sample, and as many again for the
-        messages in; backpropagation through an episode keeps all its states.
-    Status: faithful to the authors' dense layer and its defaults. Not here: their convolutions, which are
-        public as JAX code alone, layer norm, labels as inputs, the separate backward pass.
+    Use when: you study meta-learning: whether a rule can be found that learns from scratch, and whether it
+        transfers to other tasks and sizes.
+    Do not use when: you want to solve one task. Gradient descent does it with thousands of times less work.
+    Layers: fully connected ones. Their sizes belong to the state, not to the module.
+    Cost: inputs · outputs · 4h² · ticks multiplications for each layer and sample, and as many again for
+        incoming messages. Backpropagation through an episode keeps all its states.
+    Status: faithful to the authors' dense layer and its defaults. Not implemented: their convolutions, which
+        are public only as JAX code, layer norm, labels as inputs, and the separate backward pass.
     Source: Kirsch, Schmidhuber, "Meta Learning Backpropagation And Improving It", NeurIPS, 2021
         (arXiv 2012.14905).
     Code: louiskirsch/vsml-neurips2021 (JAX).
     Results: not reproduced here: the paper's rule takes 10,001 iterations of a population of 1024 on 128
-        nodes. examples/plot_vsml.py meta-trains for seconds on tiny tasks and prints what it reached.
-    Limits: long episodes need memory in proportion. With a batch above 1, half of the state is averaged over
-        the batch before each sample, as in the authors' code. A state that gets no error still changes.
+        nodes. examples/plot_vsml.py meta-trains for seconds on tiny tasks and prints the result.
+    Limits: memory grows in proportion to the length of an episode. With a batch size above 1, half of the
+        state is averaged over the batch before each sample, as in the authors' code. The state changes even
+        if the error is zero.
 
     Args:
-        hidden: h, the size of an LSTM's state. Default 16. Range 8 to 64.
+        hidden: h, the size of the state of an LSTM. Default 16. Range 8 to 64.
         message: numbers in a message, at least 2. Default 8. Range 4 to 16.
-        ticks: times that a layer runs for each sample. Default 2. Range 1 to 4.
+        ticks: how often a layer runs for each sample. Default 2. Range 1 to 4.
         bound: outputs stay within ± this. Default 100. Range 10 to 1000.
 
     Raises:
@@ -73,7 +74,7 @@ class VSML(nn.Module):
         2384
         >>> state = vsml.initial_state([4, 3, 2])
         >>> x, y = torch.randn(10, 1, 1, 4), torch.eye(2)[torch.randint(2, (10, 1, 1))]
-        >>> outputs, state = vsml(x, y, state)  # ten samples, each answered before its label is seen
+        >>> outputs, state = vsml(x, y, state)  # ten samples, each predicted before its label is seen
         >>> outputs.shape
         torch.Size([10, 1, 1, 2])
     """
@@ -100,10 +101,10 @@ class VSML(nn.Module):
         batch: int = 1,
         generator: torch.Generator | None = None,
     ) -> list[LayerState]:
-        """A network that has learned nothing: its layers lead from each of ``sizes`` to the next.
+        """Make the state of an untrained network, whose layers map each of ``sizes`` to the next.
 
-        Half of each cell is random, so that the LSTMs differ, with deviation ``1/√inputs``; it is the same
-        for all of a batch, and another one for each episode.
+        Half of each cell is random with deviation ``1/√inputs``, so that the LSTMs differ. It is the same for
+        a whole batch, and different for each episode.
         """
         if len(sizes) < 2:
             raise ValueError(f"VSML: sizes must be of inputs and outputs at least, not {list(sizes)!r}.")
@@ -119,7 +120,7 @@ class VSML(nn.Module):
         return states
 
     def tick(self, x: Tensor, error: Tensor, states: Sequence[LayerState]) -> tuple[Tensor, list[LayerState]]:
-        """One sample, inputs (E, B, in), through all layers, which receive the last error (E, B, out)."""
+        """Run one sample, inputs (E, B, in), through all layers, which receive the last error (E, B, out)."""
         states = [_average(state) for state in states]
         states[0] = states[0]._replace(forward_message=self._pad(x))
         states[-1] = states[-1]._replace(backward_message=self._pad(error))
@@ -136,7 +137,7 @@ class VSML(nn.Module):
     def forward(
         self, inputs: Tensor, labels: Tensor, states: Sequence[LayerState]
     ) -> tuple[Tensor, list[LayerState]]:
-        """Learn from a sequence by running over it.
+        """Run over a sequence, and learn from it.
 
         Args:
             inputs: (T, E, B, in): T samples of each of E episodes, B at a time.
@@ -154,7 +155,7 @@ class VSML(nn.Module):
                 f"VSML: inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)} must be of "
                 f"{('T', *shapes[0])} and {('T', *shapes[1])}, as the states are."
             )
-        error = states[-1].backward_message[..., 0]  # after an earlier part, its last error
+        error = states[-1].backward_message[..., 0]  # after an earlier part of the sequence: its last error
         outputs = []
         for x, label in zip(inputs, labels, strict=True):
             output, states = self.tick(x, error, states)
@@ -186,7 +187,7 @@ def _truncate(tensor: Tensor, inputs: int, generator: torch.Generator | None = N
 
 
 def _average(state: LayerState) -> LayerState:
-    """Half of the state becomes the batch's mean: what one sample taught, all know."""
+    """Replace half of the state by its mean over the batch, so that samples share what they taught."""
     if state.hidden.shape[1] == 1:
         return state
     shared, own = (torch.stack([state.hidden, state.cell])).chunk(2, -1)
@@ -207,15 +208,15 @@ def meta_train(
     Args:
         vsml: the network.
         episodes: inputs (T, E, B, in), labels (T, E, B, out) and a fresh state for each step.
-        optimizer: of ``vsml.parameters()``.
-        clip: longest gradient that enters a step. Default 25. Range 1 to 100.
-        noise: the authors' evolution strategy, with weights pushed by this deviation (see
-            `evolution_gradient`); theirs is 0.05. It keeps no states of an episode. Default None:
+        optimizer: an optimizer of ``vsml.parameters()``.
+        clip: the norm to which the gradient is clipped. Default 25. Range 1 to 100.
+        noise: use the authors' evolution strategy, with perturbations of this deviation (see
+            `estimate_gradient`); theirs is 0.05. It keeps no states of an episode. Default None:
             backpropagation through time.
-        generator: of the noise. Default torch's own.
+        generator: the source of the noise. Default torch's global one.
 
     Returns:
-        The mean cross entropy over each step's episodes.
+        The mean cross entropy over the episodes of each step.
 
     Raises:
         ValueError: ``clip`` or ``noise`` is out of range.
@@ -228,7 +229,7 @@ def meta_train(
             loss = _cross_entropy(vsml(inputs, labels, state)[0], labels)
             loss.backward()
         else:
-            loss, gradients = evolution_gradient(vsml, inputs, labels, state, noise, generator)
+            loss, gradients = estimate_gradient(vsml, inputs, labels, state, noise, generator)
             for name, parameter in vsml.named_parameters():
                 parameter.grad = gradients[name]
         nn.utils.clip_grad_norm_(vsml.parameters(), clip, error_if_nonfinite=True)
@@ -237,7 +238,7 @@ def meta_train(
     return losses
 
 
-def evolution_gradient(
+def estimate_gradient(
     vsml: VSML,
     inputs: Tensor,
     labels: Tensor,
@@ -245,21 +246,21 @@ def evolution_gradient(
     noise: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Estimate the gradient by how each episode's loss changes where all weights are pushed both ways.
+    """Estimate the gradient from losses at weights perturbed in both directions, for each episode.
 
-    Each of E episodes has a push of its own, ε ~ N(0, noise²): the estimate is the mean over episodes of
+    Each of E episodes has its own perturbation, ε ~ N(0, noise²): the estimate is the mean over episodes of
     ``(loss(θ + ε) - loss(θ - ε)) ε / (2 noise²)``, as in the authors' code.
 
     Args:
         vsml: the network.
         inputs: (T, E, B, in).
         labels: (T, E, B, out).
-        states: of the E episodes.
-        noise: deviation of a push.
-        generator: of the pushes. Default torch's own.
+        states: the states of the E episodes.
+        noise: the deviation of a perturbation.
+        generator: the source of the perturbations. Default torch's global one.
 
     Returns:
-        The mean loss of both ways, and the estimate for each parameter by its name.
+        The mean loss over both directions, and the estimate for each parameter by its name.
     """
     weights = {name: parameter.detach() for name, parameter in vsml.named_parameters()}
     count = inputs.shape[1]
@@ -268,12 +269,12 @@ def evolution_gradient(
         for name, w in weights.items()
     }
 
-    def loss_at(moved: dict[str, Tensor], x: Tensor, y: Tensor, state: list[LayerState]) -> Tensor:
+    def compute_loss(moved: dict[str, Tensor], x: Tensor, y: Tensor, state: list[LayerState]) -> Tensor:
         whole = [LayerState(*(part.unsqueeze(0) for part in layer)) for layer in state]
         outputs, _ = functional_call(vsml, moved, (x.unsqueeze(1), y.unsqueeze(1), whole))
         return _cross_entropy(outputs, y.unsqueeze(1))
 
-    each = vmap(loss_at, in_dims=(0, 1, 1, 0))
+    each = vmap(compute_loss, in_dims=(0, 1, 1, 0))
     with torch.no_grad():
         plus, minus = (
             each({name: w + sign * pushes[name] for name, w in weights.items()}, inputs, labels, states)

@@ -1,4 +1,4 @@
-"""Optimizers, each an ordinary `torch.optim.Optimizer`, one file a method."""
+"""Optimizers, each an ordinary `torch.optim.Optimizer`, one file for each method."""
 
 from plywise.optim.anchor import ProximalAnchor
 from plywise.optim.askew_sgd import ASkewSGD

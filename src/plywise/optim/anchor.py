@@ -1,4 +1,4 @@
-"""ProximalAnchor: pull weights towards where they were."""
+"""ProximalAnchor: pull weights towards an earlier point."""
 
 import math
 from collections.abc import Iterable
@@ -11,40 +11,40 @@ from plywise.errors import PlywiseError, StateError
 
 
 class ProximalAnchor:
-    """A copy of the parameters that pulls them back, as the proximal point method asks.
+    """A copy of the parameters that pulls them back, for proximal point methods.
 
     Idea: instead of a loss f, minimise f plus half the squared distance from an earlier point, and move that
-        point on from time to time. Each such problem is better conditioned, and convex where f is nearly so.
-        LRSGD, PESG, CoDA and FedProx differ in when the point moves and to where.
+        point from time to time. Each such problem is better conditioned, and convex if f is weakly convex.
+        LRSGD, PESG, CoDA and FedProx differ in when the point moves, and where to.
     Equation: min f(w) + strength/2 · ‖w − anchor‖², by adding strength · (w − anchor) to the gradient of f.
-    Use when: a method has stages or rounds and wants its iterates near the last one's, or noise is to be
-        damped.
-    Do not use when: you want to shrink weights: that is weight decay, an anchor at zero.
-    Layers: any dense, real parameters that you hand it.
-    Cost: a copy of the parameters and three passes over them a call; another copy, of at least float32, from
-        the first `accumulate` on. No backward pass of its own.
-    Status: faithful to the proximal point method taken inexactly: the pull is a gradient like any other, and
-        the inner problem is never solved. When the anchor moves is for the caller to say.
+    Use when: a method has stages or rounds whose iterates should stay near those of the last one, or you want
+        to damp noise.
+    Do not use when: you want smaller weights: weight decay is an anchor at zero.
+    Layers: any dense, real parameters that you give it.
+    Cost: a copy of the parameters and three passes over them in each call; another copy, in float32 or wider,
+        from the first `accumulate` on. It needs no backward pass.
+    Status: faithful to the inexact proximal point method: the pull is one more gradient, and the inner
+        problem is not solved exactly. The caller decides when the anchor moves.
     Source: Rockafellar, "Monotone operators and the proximal point algorithm", SIAM Journal on Control and
         Optimization, 1976; Parikh and Boyd, "Proximal Algorithms", 2014.
-    Code: none found of its own; a few lines in huiqu18/LRSGD and Optimization-AI/LibAUC (PESG) do the same.
-    Results: not reproduced here: it is a part of methods, and has no figures of its own.
-    Limits: strength · lr has to stay below 2, or the pull overshoots. `add_gradient` does not pull a
-        parameter whose ``.grad`` is None: it takes no part in the step, and no optimizer would move it. One
-        that does not train counts in `penalty` as a constant. Parameters moved to another device need a new
-        anchor.
+    Code: no separate code found; a few lines in huiqu18/LRSGD and Optimization-AI/LibAUC (PESG) do the same.
+    Results: not reproduced here: it is a part of other methods, and the papers have no figures for it alone.
+    Limits: strength · lr must stay below 2, or the iterates diverge. `add_gradient` does not pull a parameter
+        whose ``.grad`` is None, because no optimizer would move it. A parameter that does not train is a
+        constant in `penalty`. Make a new anchor after parameters have moved to another device.
 
     Args:
-        params: parameters, such as ``model.parameters()``; kept by reference, in this order. Each once.
+        params: parameters, such as ``model.parameters()``, each once. They are kept by reference, in this
+            order.
 
     Attributes:
         params: the parameters.
         anchors: their anchors, in the same order; no gradient flows through them.
-        count: how many iterates are in the average.
+        count: the number of iterates in the average.
 
     Raises:
         TypeError: ``params`` holds something that is not a tensor.
-        ValueError: it holds none, one twice, or one that is complex or not of floating point.
+        ValueError: it is empty, or holds a parameter twice, or one that is complex or not floating-point.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ class ProximalAnchor:
 
     @torch.no_grad()
     def add_gradient(self, strength: float) -> None:
-        """Add ``strength * (param - anchor)`` to each ``.grad``, in place; one that is None stays None.
+        """Add ``strength * (param - anchor)`` to each ``.grad``, in place; a ``.grad`` of None stays None.
 
         Raises:
             ValueError: ``strength`` is negative or not finite.
@@ -79,14 +79,14 @@ class ProximalAnchor:
         pairs = [(p, a) for p, a in zip(self.params, self.anchors, strict=True) if p.grad is not None]
         if not pairs or strength == 0:
             return
-        gradients = [_dense(param) for param, _ in pairs]
+        gradients = [_require_dense(param) for param, _ in pairs]
         away = torch._foreach_sub([param for param, _ in pairs], [anchor for _, anchor in pairs])
         torch._foreach_add_(gradients, away, alpha=strength)
 
     def penalty(self, strength: float) -> Tensor:
-        """``strength/2 · ‖params − anchors‖²`` (0-d), with a graph: add it to a loss.
+        """Compute ``strength/2 · ‖params − anchors‖²`` (0-d), with a graph, to be added to a loss.
 
-        Its gradient is what `add_gradient` adds: take the one or the other.
+        Its gradient is what `add_gradient` adds: use only one of the two.
 
         Raises:
             ValueError: ``strength`` is negative or not finite.
@@ -97,13 +97,13 @@ class ProximalAnchor:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Move the anchor to where the parameters are now. The running average is not touched."""
+        """Move the anchor to the present parameters. The running average does not change."""
         torch._foreach_copy_(self.anchors, [param.detach() for param in self.params])
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Count the parameters of now into the running average; call it after each step that shall count."""
-        values = [param.detach().to(_wide(param)) for param in self.params]
+        """Add the present parameters to the running average; call it after each step that should count."""
+        values = [param.detach().to(_get_wide_dtype(param)) for param in self.params]
         self.count += 1
         if self.count == 1:
             self._means = [value.clone() for value in values]
@@ -111,7 +111,7 @@ class ProximalAnchor:
         torch._foreach_add_(self._means, torch._foreach_sub(values, self._means), alpha=1 / self.count)
 
     def average(self) -> list[Tensor]:
-        """The average since the last `refresh_to_average`, in the order and dtypes of ``params``.
+        """Return the average since the last `refresh_to_average`, in the order and dtypes of ``params``.
 
         Raises:
             PlywiseError: nothing was accumulated.
@@ -125,7 +125,7 @@ class ProximalAnchor:
 
     @torch.no_grad()
     def refresh_to_average(self) -> None:
-        """Move the anchor to the average of the iterates, and begin a new average. Parameters stay.
+        """Move the anchor to the average of the iterates, and begin a new average.
 
         Raises:
             PlywiseError: nothing was accumulated.
@@ -135,15 +135,15 @@ class ProximalAnchor:
         self._means = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchors, running means (none if ``count`` is 0) and count: tensors and one number, by reference."""
+        """Return anchors, running means (none if ``count`` is 0) and count; tensors are not copied."""
         return {"anchors": list(self.anchors), "means": list(self._means), "count": self.count}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy a state in; all of it is checked before anything changes.
+        """Load a state; it is checked as a whole before anything changes.
 
         Raises:
-            StateError: the state is of other parameters.
+            StateError: the state belongs to other parameters.
         """
         anchors, means, count = state["anchors"], state["means"], state["count"]
         self._check_fit("anchors", anchors)
@@ -151,7 +151,9 @@ class ProximalAnchor:
             self._check_fit("means", means)
         torch._foreach_copy_(self.anchors, anchors)
         self.count = count
-        self._means = [m.to(p.device, _wide(p), copy=True) for m, p in zip(means, self.params, strict=False)]
+        self._means = [
+            m.to(p.device, _get_wide_dtype(p), copy=True) for m, p in zip(means, self.params, strict=False)
+        ]
 
     def _check_fit(self, what: str, tensors: list[Tensor]) -> None:
         theirs, mine = [tuple(t.shape) for t in tensors], [tuple(p.shape) for p in self.params]
@@ -187,7 +189,7 @@ def _check_strength(strength: float) -> None:
         raise ValueError(f"ProximalAnchor: strength must be a finite number of at least 0, not {strength!r}.")
 
 
-def _dense(param: Tensor) -> Tensor:
+def _require_dense(param: Tensor) -> Tensor:
     gradient = param.grad
     assert gradient is not None
     if gradient.layout != torch.strided:
@@ -198,6 +200,6 @@ def _dense(param: Tensor) -> Tensor:
     return gradient
 
 
-def _wide(param: Tensor) -> torch.dtype:
-    """The dtype of a running mean: in half precision a late iterate would be rounded off."""
+def _get_wide_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype of a running mean, which would lose late iterates in half precision."""
     return torch.promote_types(param.dtype, torch.float32)

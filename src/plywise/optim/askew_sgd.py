@@ -1,4 +1,4 @@
-"""ASkewSGD: SGD that leads weights to a few levels without projections."""
+"""ASkewSGD: SGD that moves weights to a few levels without projections."""
 
 import math
 from collections.abc import Sequence
@@ -15,43 +15,43 @@ from plywise.optim.plain import Group, PlainOptimizer
 class ASkewSGD(PlainOptimizer):
     """SGD under an interval constraint around each level, which tightens until the weights are quantized.
 
-    Idea: a weight shall be in an interval around a level, and the intervals shrink as training goes on.
-        Inside it moves by SGD. Outside it does, too, if that brings it in fast enough; otherwise its velocity
-        is skewed to one that does, so that nothing is projected or rounded before the end.
+    Idea: each weight should lie in an interval around a level, and the intervals shrink during training.
+        Inside, a weight moves by SGD. Outside it also does, if that brings it in fast enough; otherwise its
+        velocity is replaced by one that does. So nothing is projected or rounded before the end.
     Equation: between the nearest levels a ≤ w ≤ b, r = (b − a)/2:
         φ(w) = ε r⁴ − (w − a)²(w − b)² ≥ 0 is wanted, K = α φ / (2 (w − a)(w − b)(2w − a − b));
         v = −g if φ ≥ 0, or (w − a)(w − b)(2w − a − b) = 0, or −g K > K², else v = K;
         w ← clamp(w + lr v, lowest level, highest level). ε = 1 in the first ``hold`` epochs, then
         ``decay`` times as much in each.
-    Use when: a network with weights of two or a few levels is to be trained from the start.
-    Do not use when: trained weights only have to be made small for storage: round them.
+    Use when: you train a network from the start whose weights should have two or a few values.
+    Do not use when: trained weights only need less storage: round them.
     Layers: the parameters of groups with ``levels``. Put biases and norms in a group with ``levels=None``,
-        which is plain SGD.
-    Cost: about twenty passes over the constrained weights in each step; no state of their size.
-    Status: variant. The rule is that of the official code, but its ImageNet part hands K on to momentum or
-        Adam, which rescale it; here the step is plain SGD's, so that it is lr K. That part's cap on lr |K|,
-        a quarter of the interval, is used for two levels as well: halfway between levels K is infinite. ε is
-        relative to the interval, so that 1 always means no constraint. The scale of the levels is yours to
-        choose: that code's SAWB scale is not here.
+        which moves by plain SGD.
+    Cost: about twenty passes over the constrained weights in each step, and no state of their size.
+    Status: variant. The rule is that of the official code, whose ImageNet part passes K to momentum or Adam,
+        which rescale it; here the step is that of plain SGD, lr K. The cap of that part on lr |K|, a quarter
+        of the interval, is used for two levels as well, because K is infinite halfway between levels. ε is
+        relative to the interval, so that 1 always means no constraint. You choose the scale of the levels;
+        the SAWB scale of the official code is not implemented.
     Source: Leconte, Schechtman and Moulines, "ASkewSGD: an annealed interval-constrained optimisation method
         to train quantized neural networks", AISTATS 2023 (arXiv 2211.03741).
     Code: aistats2023/537.
-    Results: the paper's are not reproduced here: they are of CIFAR and ImageNet. On the digits with weights
-        of ±1, test accuracy 89.2 %, rounding at the end 84.2 %, without a hold 68.6 %, free weights 95.4 %:
-        examples/plot_askew_sgd.py.
-    Limits: the hold is essential: annealed from the first step, weights stay on the side where they began.
-        φ of a weight outside shrinks by 1 − lr α a step, so lr α must be below 1, and ε must not fall faster.
-        No momentum and no weight decay, since both would change K. Weights end in intervals around the
-        levels, not on them: call `quantize` when done.
+    Results: the paper's results on CIFAR and ImageNet are not reproduced here. On digits with weights of ±1
+        the test accuracy is 89.2 %. Rounding at the end gives 84.2 %, ASkewSGD without a hold 68.6 %, and
+        unconstrained weights 95.4 %: examples/plot_askew_sgd.py.
+    Limits: the hold is essential: without it weights stay on the side where they began. φ of a weight outside
+        shrinks by the factor 1 − lr α in each step, so lr α must be below 1, and ε must not fall faster.
+        There is no momentum and no weight decay, because both would change K. Weights end in intervals around
+        the levels, not on them: call `quantize` when done.
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate. Default 0.1. Range 1e-3 to 1.
         steps_per_epoch: steps after which ε changes.
-        levels: values that weights may end at, rising; None for plain SGD. Default (-1.0, 1.0).
+        levels: the values that weights end at, in rising order; None for plain SGD. Default (-1.0, 1.0).
         hold: epochs without a constraint. Default 50. Range 5 to 100.
-        decay: what ε is multiplied by in each epoch after that. Default 0.96. Range 0.8 to 0.999.
-        alpha: α, how fast weights outside are led in. Default 1. Range 0.1 to 5.
+        decay: the factor of ε in each epoch after that. Default 0.96. Range 0.8 to 0.999.
+        alpha: α, how fast weights outside move in. Default 1. Range 0.1 to 5.
         maximize: go up instead of down. Default False.
 
     Raises:
@@ -105,7 +105,7 @@ class ASkewSGD(PlainOptimizer):
             )
 
     def move(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
-        """One step of each parameter; ``group["epsilon"]`` says at which ε."""
+        """Take a step with each parameter, at the ε in ``group["epsilon"]``."""
         late = group["steps"] // group["steps_per_epoch"] - group["hold"]
         group["epsilon"] = float(group["decay"] ** max(0, late))
         rate = float(group["lr"])
@@ -122,18 +122,18 @@ class ASkewSGD(PlainOptimizer):
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Put every constrained weight on its nearest level (halfway: the upper), in place."""
+        """Round every constrained weight to its nearest level (the upper one if halfway), in place."""
         for group in self.param_groups:
             if group["levels"] is not None:
                 for param in group["params"]:
-                    low, high = interval(param, param.new_tensor(group["levels"]))
+                    low, high = find_interval(param, param.new_tensor(group["levels"]))
                     param.copy_(torch.where(param - low < high - param, low, high))
 
 
 def make_velocity(
     weight: Tensor, gradient: Tensor, levels: Tensor, epsilon: float, alpha: float, rate: float
 ) -> Tensor:
-    """The velocity of each weight: −gradient, or K where that does not lead into the intervals fast enough.
+    """Compute the velocity of each weight: −gradient, or K where that is too slow towards the intervals.
 
     Args:
         weight: of any shape.
@@ -149,7 +149,7 @@ def make_velocity(
         >>> make_velocity(weight, torch.zeros(3), levels, epsilon=0.25, alpha=1.0, rate=0.1)
         tensor([-0.0000, 0.2083, -0.0000])
     """
-    low, high = interval(weight, levels)
+    low, high = find_interval(weight, levels)
     product = (weight - low) * (weight - high)
     room = epsilon * ((high - low) / 2) ** 4 - product.square()
     slope = 2 * product * (2 * weight - low - high)
@@ -159,12 +159,12 @@ def make_velocity(
     return torch.where(free, -gradient, inward)
 
 
-def interval(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """The levels below and above each weight; for a weight outside them, the nearest two.
+def find_interval(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the levels below and above each weight; for a weight outside all levels, the nearest two.
 
     Example:
         >>> import torch
-        >>> interval(torch.tensor([-9.0, 0.2, 2.0]), torch.tensor([-1.0, 0.0, 2.0]))
+        >>> find_interval(torch.tensor([-9.0, 0.2, 2.0]), torch.tensor([-1.0, 0.0, 2.0]))
         (tensor([-1.,  0.,  0.]), tensor([0., 2., 2.]))
     """
     upper = torch.searchsorted(levels, weight.detach().contiguous()).clamp_(1, len(levels) - 1)

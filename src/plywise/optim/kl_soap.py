@@ -1,4 +1,4 @@
-"""KL-SOAP: SOAP whose statistics of a side are whitened by the other sides."""
+"""KL-SOAP: SOAP in which the other sides whiten the statistics of a side."""
 
 from collections.abc import Mapping
 
@@ -11,31 +11,33 @@ from plywise.optim.soap import SOAP, find_eigenvectors, get_decay
 from plywise.optim.stacked import Shape, Stack, compute_adam_step
 
 FIRST_VALUE = 0.1
-"""What all eigenvalues are at the start."""
+"""The initial value of all eigenvalues."""
 LEAST_BOUND, GREATEST_BOUND = 10, 4000
-"""Between these, and otherwise at the size of the side, inverse roots of eigenvalues are cut off."""
+"""Inverse roots of eigenvalues are capped at the size of the side, clamped to this range."""
 
 
 class KLSOAP(SOAP):
-    """SOAP with the statistics that are nearest to the gradient's covariance by the KL divergence.
+    """SOAP with the statistics that are nearest to the covariance of the gradient in KL divergence.
 
-    Idea: L ⊗ R shall be the covariance of the gradient. Its nearest such product, by the divergence of two
-        Gaussians, is a fixed point: each side's statistic is that of the gradient whitened on the other side.
+    Idea: L ⊗ R approximates the covariance of the gradient. The product that is nearest in the KL divergence
+        of two Gaussians is a fixed point: the statistic of each side is that of the gradient whitened on the
+        other side.
     Equation: L ← β L + (1 − β) G R⁻¹ Gᵀ/n with R⁻¹ = Q_R diag(1/λ_R) Q_Rᵀ, R ← β R + (1 − β) Gᵀ L⁻¹ G/m;
         X = Q_Lᵀ G Q_R, λ_L ← β λ_L + (1 − β) mean over columns of X²/λ_R, λ_R by rows; the step, from Adam's
         means without correction, and the refresh are SOAP's, its columns not sorted.
-    Use when: SOAP works.
+    Use when: SOAP works well.
     Do not use when: SOAP costs too much.
-    Layers: those of SOAP.
-    Cost: SOAP's, two more products a step and a vector a side.
-    Status: faithful to the authors' code for matrices, with its cut-off of inverse roots, in the weights'
-        precision where theirs casts to bfloat16. Weights of more dimensions follow the same equation, 1-D
-        ones Adam.
+    Layers: the same as SOAP.
+    Cost: that of SOAP, plus two products in each step and a vector for each side.
+    Status: faithful to the authors' code for matrices, with its bounds on inverse roots. It keeps the
+        precision of the weights, where their code casts to bfloat16. Weights of more dimensions follow the
+        same equation, and 1-D weights move by Adam.
     Source: Lin et al., "Understanding and improving Shampoo and SOAP via Kullback-Leibler minimization", 2025
         (arXiv 2509.03378).
     Code: yorkerlin/KL-Methods.
     Results: the paper's language models are not reproduced here.
-    Limits: those of SOAP. The first steps are larger than Adam's, since its means are not corrected.
+    Limits: those of SOAP. The first steps are larger than Adam's, because the means are not corrected for
+        their start at zero.
 
     Args:
         params: parameters or parameter groups.
@@ -46,7 +48,7 @@ class KLSOAP(SOAP):
         weight_decay: decoupled. Default 0.01. Range 0 to 1.
         precondition_frequency: steps between new bases. Default 10. Range 1 to 100.
         max_precondition_dim: dimensions above it have no basis. Default 10000. Range 64 to 10000.
-        stagger: give sides their turns in different steps of a cycle, as in SOAP. Default False.
+        stagger: refresh sides in different steps of a cycle, as in SOAP. Default False.
         maximize: go up instead of down. Default False.
 
     Raises:
@@ -86,7 +88,7 @@ class KLSOAP(SOAP):
         super().__init__(params, *adam, *bases, stagger=stagger, maximize=maximize)
 
     def get_shapes(self, group: Group, param: Tensor) -> Mapping[str, Shape] | None:
-        """SOAP's, and the inverse roots of each side's eigenvalues."""
+        """Return the shapes of SOAP's state, and of the inverse roots of the eigenvalues of each side."""
         shapes = super().get_shapes(group, param)
         if shapes is None:
             return None
@@ -94,13 +96,13 @@ class KLSOAP(SOAP):
         return {**shapes, **{f"root_{side}": (param.shape[side],) for side in sides}}
 
     def compute_step(self, group: Group, stack: Stack, inside: Tensor, step: int) -> Tensor:
-        """Adam's step in the bases without correction; with it for parameters that have none."""
+        """Compute Adam's step in the bases; only parameters without bases get a bias correction."""
         if stack.flat:
             return super().compute_step(group, stack, inside, step)
         return compute_adam_step(stack.state, inside, group["betas"], group["eps"], None)
 
     def begin(self, group: Group, stack: Stack, gradient: Tensor) -> None:
-        """The first statistics, whitened by nothing, and their eigenvectors."""
+        """Compute the first statistics, without whitening, and their eigenvectors."""
         for side in stack.turns:
             rows = gradient.movedim(side + 1, 1).flatten(2)
             gram = stack.state[f"gram_{side}"]
@@ -109,7 +111,7 @@ class KLSOAP(SOAP):
             stack.state[f"root_{side}"].fill_(FIRST_VALUE**-0.5)
 
     def learn(self, group: Group, stack: Stack, gradient: Tensor, inside: Tensor) -> None:
-        """Statistics and eigenvalues of all sides, from the roots of before."""
+        """Update statistics and eigenvalues of all sides, from the roots of the last step."""
         decay = get_decay(group)
         means = {}
         for side in stack.turns:
@@ -126,7 +128,7 @@ class KLSOAP(SOAP):
 
     @staticmethod
     def _whiten(stack: Stack, inside: Tensor, side: int) -> Tensor:
-        """The gradient in the bases times the inverse roots of all sides but one."""
+        """Multiply the gradient in the bases by the inverse roots of all sides but one."""
         for other in stack.turns:
             if other != side:
                 ones = [1] * (len(stack.shape) - other - 1)

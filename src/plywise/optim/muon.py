@@ -1,4 +1,4 @@
-"""Muon: momentum whose singular values are all set to about 1, for all matrices of a shape at once."""
+"""Muon: set all singular values of the momentum to about 1, for all matrices of a shape at once."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,33 +16,35 @@ Triple = tuple[float, float, float]
 Coefficients = Triple | Sequence[Triple]
 ADJUSTMENTS = ("original", "match_rms_adamw", "balanced")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the polynomial a x + b x³ + c x⁵, steep at zero."""
+"""The coefficients of the polynomial a x + b x³ + c x⁵, which is steep at zero."""
 THREE_ITERATIONS = (
     (7.9893875, -22.748033, 16.678775),
     (3.6434165, -2.7268641, 0.53710776),
     (2.6712641, -1.9853135, 0.4535223),
 )
-"""Of three polynomials, each the best for what the one before it leaves, in place of five times the same:
-together they bring all singular values from 0.01 to 1 between 0.73 and 1.27."""
+"""The coefficients of three polynomials, each the best for what the one before it leaves. Together they bring
+all singular values from 0.01 to 1 between 0.73 and 1.27."""
 SMALL_SIDE = 96
-"""Below it the iteration is not rounded to bfloat16: products of so small matrices gain no time by it."""
+"""For smaller sides the iteration is not rounded to bfloat16, which saves no time in small products."""
 
 
 class Muon(StackedOptimizer):
-    """torch's Muon, batched by shape, with AdamW for the parameters that are no matrices.
+    """torch's Muon, batched by shape, with AdamW for parameters that are not matrices.
 
     Idea: the momentum of a weight matrix has a few large singular values and many small ones. A step along
-        its nearest orthogonal matrix moves all directions alike. A few matrix products come near to it.
+        the nearest orthogonal matrix moves all directions by the same amount. A few matrix products
+        approximate that matrix.
     Equation: B ← momentum B + (1 − momentum) G, M = G + momentum (B − G) (B without ``nesterov``);
         X = M / ‖M‖, then ``ns_steps`` times A = X Xᵀ, X ← a X + (b A + c A²) X;
         W ← (1 − lr weight_decay) W − lr r X, r = √max(1, m/n), 0.2 √max(m, n) or √(0.32 √(m max(m, n) / n)).
-    Use when: hidden weights are matrices, and a little tuning is possible.
-    Do not use when: layers are wide and batches small: then a step costs several plain ones.
-    Layers: parameters of two and more dimensions, flattened to (out, rest). All others, and all of a group
-        with ``use_muon=False``, move by AdamW at the same ``lr`` and ``weight_decay``. Embeddings and the
-        output layer belong in such a group: shapes do not tell them apart.
-    Cost: 15 matrix products of the smaller side a step for 5 iterations, whatever the batch; one copy of the
-        weights. A call of each function for all matrices of a shape. No host synchronisation.
+    Use when: hidden weights are matrices, and you can tune the rate a little.
+    Do not use when: layers are wide and batches small: then a step costs as much as several plain steps.
+    Layers: parameters of two or more dimensions, flattened to (out, rest). All others, and all in a group
+        with ``use_muon=False``, move by AdamW at the same ``lr`` and ``weight_decay``. Put embeddings and the
+        output layer in such a group, because their shapes do not show what they are.
+    Cost: 15 matrix products of the smaller side in each step for 5 iterations, whatever the batch size; one
+        copy of the weights. Each function is called once for all matrices of a shape. There is no host
+        synchronisation.
     Status: faithful to torch.optim.Muon: the same momentum, iteration, factors and defaults, in the same
         precision except for matrices with a side below 96 and for float64 weights.
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; "match_rms_adamw":
@@ -50,10 +52,10 @@ class Muon(StackedOptimizer):
         Bernstein, "A spectral condition for feature learning", 2023 (arXiv 2310.17813); polynomials that
         differ: Amsel et al., "The Polar Express", 2025 (arXiv 2505.16932).
     Code: KellerJordan/Muon; torch.optim.Muon.
-    Results: steps equal to torch's to rounding, in 0.6 to 0.7 of its CPU time on small networks:
+    Results: steps are equal to torch's up to rounding, in 0.6 to 0.7 of its CPU time on small networks:
         benchmarks/peers_cost.py.
-    Limits: the iteration ends near the orthogonal matrix, not at it: singular values between 0.7 and 1.2.
-        State has the dtype of the weights. DTensors are not handled.
+    Limits: the iteration ends near the orthogonal matrix, with singular values between 0.7 and 1.2. The state
+        has the dtype of the weights. DTensors are not supported.
 
     Args:
         params: parameters or parameter groups; a group may say ``use_muon=False``.
@@ -63,14 +65,14 @@ class Muon(StackedOptimizer):
         nesterov: look ahead by one step of momentum. Default True.
         ns_coefficients: a, b and c of all iterations, or such a triple for each of them, as in
             `plywise.optim.muon.THREE_ITERATIONS`. Default (3.4445, -4.775, 2.0315).
-        eps: least norm that M is divided by. Default 1e-7. Range 1e-10 to 1e-4.
+        eps: the smallest norm by which M is divided. Default 1e-7. Range 1e-10 to 1e-4.
         ns_steps: iterations. Default 5. Range 1 to 10.
         adjust_lr_fn: "original" for r = √max(1, m/n); "match_rms_adamw" for r = 0.2 √max(m, n), whose steps
-            are as large as AdamW's, so that one ``lr`` does for both; "balanced" for the geometric mean of
-            "match_rms_adamw" and 1.6 √(m/n), whose steps change outputs as much at any width. Both are the
+            are as large as AdamW's, so that both can have the same ``lr``; "balanced" for the geometric mean
+            of "match_rms_adamw" and 1.6 √(m/n), whose steps change outputs as much at any width. Both are the
             same for 64 × 64. Default "original".
         ns_dtype: precision of the iteration. None: bfloat16, as in torch, for matrices whose smaller side is
-            96 and more, else float32; float64 for weights of float64.
+            96 or more, else float32; float64 for weights in float64.
         use_muon: whether matrices move by Muon; for groups. Default True.
         betas: AdamW's decay rates. Default (0.9, 0.999).
         adamw_eps: AdamW's ε. Default 1e-8. Range 1e-12 to 1e-4.
@@ -137,13 +139,13 @@ class Muon(StackedOptimizer):
             )
 
     def get_shapes(self, group: Group, param: Tensor) -> Mapping[str, Shape] | None:
-        """The momentum of a matrix; none of what moves by AdamW."""
+        """Return the shape of the momentum of a matrix; None for parameters that move by AdamW."""
         if not group["use_muon"] or param.dim() < 2 or param.numel() == 0:
             return None
         return {"momentum_buffer": tuple(param.shape)}
 
     def advance(self, group: Group, stack: Stack, gradient: Tensor) -> None:
-        """A step of Muon, or of AdamW if the stack is flat."""
+        """Take a step of Muon, or of AdamW if the stack is flat."""
         lr = float(group["lr"])
         if stack.flat:
             update = compute_adam_step(stack.state, gradient, group["betas"], group["adamw_eps"], stack.step)
@@ -154,7 +156,7 @@ class Muon(StackedOptimizer):
         stack.add(update, -lr * factor)
 
     def compute_step(self, group: Group, stack: Stack, polar: Tensor) -> tuple[Tensor, float]:
-        """The step at rate 1, (k, m, n), and a factor, of the k orthogonal matrices ``polar``."""
+        """Compute the step at rate 1, (k, m, n), and a factor, from the k orthogonal matrices ``polar``."""
         m, n = polar.shape[1:]
         if group["adjust_lr_fn"] == "match_rms_adamw":
             return polar, 0.2 * math.sqrt(max(m, n))
@@ -173,7 +175,7 @@ class Muon(StackedOptimizer):
 
 
 def choose_dtype(matrices: Tensor) -> torch.dtype:
-    """The precision of the iteration for (k, m, n) matrices: bfloat16 where that is faster, as in torch.
+    """Choose the precision for (k, m, n) matrices: bfloat16 where that is faster, as in torch.
 
     Example:
         >>> choose_dtype(torch.zeros(1, 64, 500)), choose_dtype(torch.zeros(1, 128, 500))

@@ -1,4 +1,4 @@
-"""NorMuon: Muon whose rows (neurons) are brought to the same size by a running mean."""
+"""NorMuon: Muon with a running mean that gives all rows (neurons) the same size."""
 
 import math
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ ROW_EPS = 1e-10
 
 
 class NorMuon(Muon):
-    """Muon with a second moment for each row of the orthogonal matrix.
+    """Muon with a second moment for each row of the orthogonalised matrix.
 
-    Idea: the rows of Muon's steps differ in size, so that some neurons move much more than others. Each row
-        is divided by the root of a running mean of its squares, as Adam divides each weight.
+    Idea: the rows of Muon's steps differ in size, so some neurons move much more than others. Each row is
+        divided by the root of a running mean of its squares, as Adam does for each weight.
     Equation: X as in Muon; v ← beta2 v + (1 − beta2) mean over columns of X²; Y = X / (√v + 1e-10);
         W ← (1 − lr weight_decay) W − 0.2 lr √(m n) Y / ‖Y‖.
-    Use when: Muon works.
+    Use when: Muon works well.
     Do not use when: weights have one or few rows.
-    Layers: those of Muon; the others move by AdamW at the same ``lr``.
-    Cost: Muon's, a number a row and four passes over the weights.
+    Layers: the same as Muon; the others move by AdamW at the same ``lr``.
+    Cost: that of Muon, plus a number for each row and four passes over the weights.
     Status: faithful to algorithm 1 of the paper: its step has a root mean square of 0.2, as large as AdamW's.
     Source: Li et al., "NorMuon: making Muon more efficient and scalable", 2025 (arXiv 2510.05491).
     Code: zichongli5/NorMuon, which keeps the norm of X instead.
@@ -36,8 +36,8 @@ class NorMuon(Muon):
         params: parameters or parameter groups; a group may say ``use_muon=False``.
         lr: learning rate. Default 1e-3. Range 1e-4 to 0.1.
         weight_decay: decoupled. Default 0.1. Range 0 to 1.
-        momentum: share of the momentum that stays. Default 0.95. Range 0.8 to 0.99.
-        beta2: share of v that stays. Default 0.95. Range 0.9 to 0.999.
+        momentum: the part of the momentum that is kept in a step. Default 0.95. Range 0.8 to 0.99.
+        beta2: the part of v that is kept in a step. Default 0.95. Range 0.9 to 0.999.
         nesterov: look ahead by one step of momentum. Default True.
         ns_steps: iterations. Default 5. Range 1 to 10.
         use_muon: whether matrices move by NorMuon; for groups. Default True.
@@ -77,7 +77,7 @@ class NorMuon(Muon):
         iteration = {"ns_coefficients": COEFFICIENTS, "eps": 1e-7, "ns_steps": ns_steps, "ns_dtype": None}
         adamw = {"use_muon": use_muon, "betas": betas, "adamw_eps": adamw_eps}
         more = {"beta2": beta2, "adjust_lr_fn": None, "maximize": maximize}
-        # not Muon's own: it has other settings
+        # not that of Muon, which has other settings
         StackedOptimizer.__init__(self, params, {**settings, **iteration, **adamw, **more})
 
     def check(self, group: Group) -> None:
@@ -86,12 +86,12 @@ class NorMuon(Muon):
         self.require_range("beta2", group["beta2"], 0, 1)
 
     def get_shapes(self, group: Group, param: Tensor) -> Mapping[str, Shape] | None:
-        """Muon's, and a number a row."""
+        """Return the shapes of Muon's state, and of a number for each row."""
         shapes = super().get_shapes(group, param)
         return shapes if shapes is None else {**shapes, "row_square": (param.shape[0], 1)}
 
     def compute_step(self, group: Group, stack: Stack, polar: Tensor) -> tuple[Tensor, float]:
-        """The step at rate 1, (k, m, n), and a factor, of the k orthogonal matrices ``polar``."""
+        """Compute the step at rate 1, (k, m, n), and a factor, from the k orthogonal matrices ``polar``."""
         polar = polar.to(stack.params[0].dtype)
         squares = stack.state["row_square"]
         squares.lerp_(polar.square().mean(2, keepdim=True), 1 - group["beta2"])

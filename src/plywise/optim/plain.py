@@ -1,4 +1,4 @@
-"""What the optimizers here share: checked settings of every group, the closure, the gradients that count."""
+"""Base classes of the optimizers: they check the settings of each group, and run closures."""
 
 import math
 from abc import abstractmethod
@@ -15,13 +15,13 @@ Group = dict[str, Any]
 
 
 class CheckedOptimizer(Optimizer):
-    """An optimizer whose groups are checked, whatever way they come in."""
+    """An optimizer that checks each parameter group, also one that is added or loaded later."""
 
     def check(self, group: Group) -> None:
-        """Raise ValueError for a setting that is out of range; called with every group's own settings."""
+        """Raise ValueError for a setting that is out of range; called with the settings of each group."""
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, with settings of its own where it has some.
+        """Add a group, which may have settings of its own.
 
         Raises:
             ValueError: a setting is out of range.
@@ -29,8 +29,8 @@ class CheckedOptimizer(Optimizer):
         self.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def with_gradients(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
-        """The group's parameters that got a gradient, and the gradients to go down along."""
+    def collect_gradients(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters of the group that have a gradient, and the gradients to descend along."""
         params = [param for param in group["params"] if param.grad is not None]
         gradients = [param.grad for param in params]
         for gradient in gradients:
@@ -43,7 +43,7 @@ class CheckedOptimizer(Optimizer):
         return params, [-gradient for gradient in gradients] if group.get("maximize") else gradients
 
     def require_range(self, name: str, value: Any, low: float, high: float) -> None:
-        """Raise ValueError unless low ≤ value ≤ high; a value of infinity or NaN is never right."""
+        """Raise ValueError unless low ≤ value ≤ high; infinity and NaN are always refused."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         number = number or (isinstance(value, Tensor) and value.numel() == 1)
         if not (number and low <= float(value) <= high and math.isfinite(value)):
@@ -60,11 +60,11 @@ class CheckedOptimizer(Optimizer):
 
 
 class PlainOptimizer(CheckedOptimizer):
-    """An optimizer that moves a group at a time; subclasses say how."""
+    """An optimizer that moves one group after another; subclasses define `move`."""
 
     @abstractmethod
     def move(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
-        """Move ``params``, those of the group that got a gradient, in place; leave ``gradients`` alone."""
+        """Move ``params``, which have these gradients, in place; do not change ``gradients``."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -72,7 +72,7 @@ class PlainOptimizer(CheckedOptimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step; ``closure`` computes loss and gradients again, and its loss is returned.
+        """Take a step; ``closure`` computes loss and gradients again, and its loss is returned.
 
         Raises:
             PlywiseError: a gradient is sparse or complex.
@@ -81,8 +81,8 @@ class PlainOptimizer(CheckedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # every gradient is looked at before the first parameter moves
-        ready = [(group, *self.with_gradients(group)) for group in self.param_groups]
+        # every gradient is checked before the first parameter moves
+        ready = [(group, *self.collect_gradients(group)) for group in self.param_groups]
         for group, params, gradients in ready:
             if params:
                 self.move(group, params, gradients)

@@ -1,4 +1,4 @@
-"""SOAP: Adam in the eigenbases of Shampoo, for all matrices of a shape at once."""
+"""SOAP: Adam in the eigenbases of Shampoo, for all matrices of one shape at once."""
 
 import math
 from collections import defaultdict
@@ -13,34 +13,35 @@ from plywise.optim.plain import Group
 from plywise.optim.stacked import Shape, Stack, StackedOptimizer, compute_adam_step
 
 Rows = slice
-"""Parameters of a stack: all of them, or one."""
+"""The parameters of a stack that are refreshed: all of them, or one."""
 
 
 class SOAP(StackedOptimizer):
     """Adam in the eigenbases of the gradient's second moments on both sides of a weight.
 
-    Idea: Adam treats each weight on its own, and so depends on the axes. In the eigenbases of G Gᵀ and Gᵀ G
-        the entries of the gradient are nearly uncorrelated, and Adam does there what Shampoo does with roots.
-        The bases turn slowly: one step of power iteration every now and then follows them.
-    Equation: L ← β L + (1 − β) G Gᵀ, R ← β R + (1 − β) Gᵀ G; X = Q_Lᵀ G Q_R, D = Adam's step for X;
-        W ← (1 − lr weight_decay)(W − lr Q_L D Q_Rᵀ); every ``precondition_frequency`` steps Q = qr(L Q), its
-        columns sorted by diag(Qᵀ L Q), the same for R, and momentum turned into the new bases.
-    Use when: a step's forward and backward cost more than some products of the weights' sides.
-    Do not use when: layers are wide and batches small: then it costs several plain steps.
-    Layers: parameters of two and more dimensions, a basis for each dimension of at most
-        ``max_precondition_dim``; the others move by Adam.
-    Cost: six products of a weight with its sides a step, two in half of them with ``one_sided``; four more
-        matrices of the sides' sizes; a QR of each side every ``precondition_frequency`` steps. A call of each
-        function for all weights of a shape. No host synchronisation after the first step, which has an eigh.
-    Status: faithful to the authors' code, number by number in float64: the first step only begins the
-        statistics, ε is added before Adam's correction, decay comes after the step. Momentum is kept in the
-        bases and turned when they are, which is the same. With ``stagger`` a variant, see there.
+    Idea: Adam treats each weight separately, so it depends on the axes. In the eigenbases of G Gᵀ and Gᵀ G
+        the entries of the gradient are nearly uncorrelated, and Adam does there what Shampoo does with matrix
+        roots. The bases change slowly, so an occasional step of power iteration is enough to follow them.
+    Equation: L ← β L + (1 − β) G Gᵀ, R ← β R + (1 − β) Gᵀ G; X = Q_Lᵀ G Q_R, D = Adam's step for X; W ← (1 −
+        lr weight_decay)(W − lr Q_L D Q_Rᵀ); every ``precondition_frequency`` steps Q = qr(L Q), its columns
+        sorted by diag(Qᵀ L Q), likewise for R, and the momentum is turned into the new bases.
+    Use when: forward and backward cost more than some matrix products of the size of the weights.
+    Do not use when: layers are wide and batches small: then a step costs as much as several plain steps.
+    Layers: parameters of two or more dimensions, with a basis for each dimension of size at most
+        ``max_precondition_dim``. Other parameters move by Adam.
+    Cost: six products of a weight with its sides in each step, or three with ``one_sided``; four more
+        matrices of the sizes of the sides; a QR of each side every ``precondition_frequency`` steps. Each
+        function is called once for all weights of a shape. There is no host synchronisation after the first
+        step, which has an eigh.
+    Status: faithful to the authors' code, with the same numbers in float64: the first step only begins the
+        statistics, ε is added before Adam's bias correction, and decay comes after the step. Momentum is kept
+        in the bases and turned together with them, which is equivalent. With ``stagger`` it is a variant.
     Source: Vyas et al., "SOAP: improving and stabilizing Shampoo using Adam", 2024 (arXiv 2409.11321).
     Code: nikhilvyas/SOAP.
-    Results: the paper's language models are not reproduced here. On small networks a step costs what that
-        of the package pytorch_optimizer costs, within noise: benchmarks/peers_cost.py.
-    Limits: a refresh of all sides falls into one step unless ``stagger`` is on; the first step has an eigh of
-        every side. State has the dtype of the weights. DTensors are not handled.
+    Results: the paper's language models are not reproduced here. On small networks a step costs the same as
+        in the package pytorch_optimizer, within noise: benchmarks/peers_cost.py.
+    Limits: all sides are refreshed in the same step, unless ``stagger`` is on. The first step has an eigh of
+        every side. The state has the dtype of the weights. DTensors are not supported.
 
     Args:
         params: parameters or parameter groups.
@@ -52,9 +53,9 @@ class SOAP(StackedOptimizer):
         precondition_frequency: steps between new bases. Default 10. Range 1 to 100.
         max_precondition_dim: dimensions above it have no basis. Default 10000. Range 64 to 10000.
         one_sided: a basis only for the smaller of a weight's first two dimensions. Default False.
-        stagger: give sides their turns in different steps of a cycle, the largest first, so that no step
-            refreshes all. Numbers then differ from the paper's: each basis is renewed as often, but at other
-            steps. Default False.
+        stagger: refresh sides in different steps of a cycle, the largest first, so that no step refreshes
+            all. Numbers then differ from the paper's: each basis is refreshed as often, but in other steps.
+            Default False.
         maximize: go up instead of down. Default False.
 
     Raises:
@@ -106,7 +107,7 @@ class SOAP(StackedOptimizer):
             require_whole(self, **{name: group[name]})
 
     def get_shapes(self, group: Group, param: Tensor) -> Mapping[str, Shape] | None:
-        """Adam's moments, in the bases; statistics and basis of every side that has one."""
+        """Return the shapes of Adam's moments, and of statistics and basis of every side that has them."""
         own = tuple(param.shape)
         sides = choose_sides(group, own) if param.numel() else []
         if not sides:
@@ -115,7 +116,7 @@ class SOAP(StackedOptimizer):
         return {"exp_avg": own, "exp_avg_sq": own, **squares}
 
     def arrange(self, group: Group, stacks: list[Stack]) -> None:
-        """Give each side its step in a cycle, by the sizes of all the group's sides."""
+        """Assign each side a step of the cycle, by the sizes of all sides of the group."""
         cycle = group["precondition_frequency"] if group["stagger"] else 1
         shapes = [(id(param), tuple(param.shape)) for param in group["params"]]
         sides = [(-shape[side], key, side) for key, shape in shapes for side in choose_sides(group, shape)]
@@ -127,7 +128,7 @@ class SOAP(StackedOptimizer):
                 stack.turns = {side: [turns[id(param), side] for param in stack.params] for side in own}
 
     def advance(self, group: Group, stack: Stack, gradient: Tensor) -> None:
-        """A step in the bases; the first one only begins them."""
+        """Take a step in the bases; the first step only begins them."""
         step = stack.step - 1
         if step == 0:
             if not stack.flat:
@@ -142,25 +143,25 @@ class SOAP(StackedOptimizer):
             self.learn(group, stack, gradient, inside)
 
     def compute_step(self, group: Group, stack: Stack, inside: Tensor, step: int) -> Tensor:
-        """The step at rate 1 for the gradient in the bases, or for one that has none."""
+        """Compute the step at rate 1, from a gradient in the bases or of parameters without bases."""
         correction = math.sqrt(1 - group["betas"][1] ** step)
         return compute_adam_step(stack.state, inside, group["betas"], group["eps"] / correction, step)
 
     def begin(self, group: Group, stack: Stack, gradient: Tensor) -> None:
-        """The first statistics, and their eigenvectors."""
+        """Compute the first statistics, and their eigenvectors."""
         self.learn(group, stack, gradient, gradient)
         for side in stack.turns:
             stack.state[f"basis_{side}"].copy_(find_eigenvectors(stack.state[f"gram_{side}"]))
 
     def learn(self, group: Group, stack: Stack, gradient: Tensor, inside: Tensor) -> None:
-        """Bring the statistics of all sides up to date; ``inside`` is the gradient in the bases."""
+        """Update the statistics of all sides; ``inside`` is the gradient in the bases."""
         decay = get_decay(group)
         for side in stack.turns:
             rows = gradient.movedim(side + 1, 1).flatten(2)
             stack.state[f"gram_{side}"].baddbmm_(rows, rows.mT, beta=decay, alpha=1 - decay)
 
     def finish(self, group: Group, stacks: list[Stack]) -> None:
-        """New bases for the sides whose turn it is, all of one size at once."""
+        """Refresh the bases that are due in this step, all of one size at once."""
         due: dict[tuple[int, torch.dtype, torch.device], list[tuple[Stack, int, Rows]]] = defaultdict(list)
         for stack in stacks:
             for side, turns in stack.turns.items():
@@ -174,13 +175,13 @@ class SOAP(StackedOptimizer):
 
 
 def get_decay(group: Group) -> float:
-    """β of the statistics."""
+    """Return β of the statistics."""
     decay = group["shampoo_beta"]
     return group["betas"][1] if decay is None else decay
 
 
 def choose_sides(group: Group, shape: Shape) -> list[int]:
-    """The dimensions of a parameter that get a basis; those of size 1 need none.
+    """Choose the dimensions of a parameter that get a basis; those of size 1 need none.
 
     Example:
         >>> choose_sides({"max_precondition_dim": 100, "one_sided": False}, (64, 32, 1, 200))
@@ -197,9 +198,9 @@ def choose_sides(group: Group, shape: Shape) -> list[int]:
 
 
 def turn(stacked: Tensor, stack: Stack, back: bool = False) -> Tensor:
-    """``stacked``, (k, *shape), from the parameters' axes into the bases, or ``back``; the same shape.
+    """Turn ``stacked``, (k, *shape), from the axes of the parameters into the bases, or ``back``.
 
-    Each round takes the first dimension to the end, so that all are in their places after the last.
+    Each round moves the first dimension to the end, so all are in place again after the last round.
     """
     x = stacked
     for side, size in enumerate(stack.shape):
@@ -211,7 +212,7 @@ def turn(stacked: Tensor, stack: Stack, back: bool = False) -> Tensor:
 
 
 def find_eigenvectors(grams: Tensor) -> Tensor:
-    """Eigenvectors of (k, n, n) symmetric matrices, in columns, the largest eigenvalue first."""
+    """Find the eigenvectors of (k, n, n) symmetric matrices, in columns, the largest eigenvalue first."""
     wide = grams.to(torch.promote_types(grams.dtype, torch.float32))
     try:
         vectors = torch.linalg.eigh(wide).eigenvectors
@@ -221,7 +222,7 @@ def find_eigenvectors(grams: Tensor) -> Tensor:
 
 
 def find_due(step: int, frequency: int, turns: Sequence[int]) -> list[Rows]:
-    """The parameters whose turn it is: all of them as one slice, or a slice for each.
+    """Find the parameters to refresh: all of them as one slice, or a slice for each.
 
     Example:
         >>> find_due(10, 10, [0, 0]), find_due(9, 10, [0, 1]), find_due(0, 10, [0, 0])
@@ -234,7 +235,7 @@ def find_due(step: int, frequency: int, turns: Sequence[int]) -> list[Rows]:
 
 
 def renew(sides: Sequence[tuple[Stack, int, Rows]], ordered: bool) -> None:
-    """A step of power iteration for the bases of sides of one size, and their moments turned into them."""
+    """Refresh bases of one size by a step of power iteration, and turn the momentum into them."""
     grams, old = (
         torch.cat([stack.state[f"{name}_{side}"][rows] for stack, side, rows in sides])
         for name in ("gram", "basis")
@@ -256,7 +257,7 @@ def renew(sides: Sequence[tuple[Stack, int, Rows]], ordered: bool) -> None:
 
 
 def iterate(grams: Tensor, bases: Tensor, ordered: bool = True) -> tuple[Tensor, Tensor | None]:
-    """``qr(gram @ basis)``, its columns sorted by eigenvalue if ``ordered``, and their order before, (k, n).
+    """Compute ``qr(gram @ basis)``, with columns sorted by eigenvalue if ``ordered``, and the order, (k, n).
 
     Example:
         >>> gram = torch.diag(torch.tensor([1.0, 3.0]))[None]

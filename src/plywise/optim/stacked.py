@@ -1,4 +1,4 @@
-"""What optimizers for matrices share: parameters of one shape move together, their state in one tensor."""
+"""Base class of optimizers for matrices, in which parameters of one shape move together."""
 
 from abc import abstractmethod
 from collections import defaultdict
@@ -20,12 +20,14 @@ class Stack:
     """Parameters that move together, and their state.
 
     Attributes:
-        params: k parameters of one dtype, device and number of steps; of one shape unless ``flat``.
-        places: where each is among the group's parameters that got a gradient.
-        flat: whether they are of any shapes, their elements joined end to end.
-        step: steps made, the present one included.
+        params: k parameters with the same dtype, device and number of steps, and the same shape unless
+            ``flat``.
+        places: the index of each among the parameters of the group that have a gradient.
+        flat: whether they have different shapes, and their elements are concatenated.
+        step: the number of steps, including the present one.
         state: tensors by name, (k, *shape), or (elements,) if ``flat``. `optimizer.state` has their slices.
-        turns: for each side that is refreshed, in which step of a cycle each parameter has its turn.
+        turns: for each side that is refreshed, the step of a cycle in which it is refreshed for each
+            parameter.
     """
 
     params: list[Tensor]
@@ -42,20 +44,20 @@ class Stack:
         return tuple(self.params[0].shape)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor for each parameter, as one tensor; that of a single parameter is not copied."""
+        """Join one tensor for each parameter to one tensor; that of a single parameter is not copied."""
         if self.flat:
             return torch.cat([tensor.reshape(-1) for tensor in tensors])
         return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
     def split(self, joined: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        """Views of what was joined, of these shapes."""
+        """Return views of a joined tensor, in the shapes of the parameters."""
         if self.flat:
             pieces = joined.split([prod(shape) for shape in shapes])
             return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return list(joined.reshape(len(shapes), *shapes[0]).unbind())
 
     def add(self, update: Tensor, factor: float) -> None:
-        """Add ``factor * update`` to the parameters; ``update`` holds as many elements, joined."""
+        """Add ``factor * update`` to the parameters; ``update`` is joined."""
         pieces = self.split(update.to(self.params[0].dtype), [tuple(p.shape) for p in self.params])
         torch._foreach_add_(self.params, pieces, alpha=factor)
 
@@ -66,29 +68,29 @@ class Stack:
 
 
 class StackedOptimizer(PlainOptimizer):
-    """An optimizer that moves parameters of one shape by one call of each function.
+    """An optimizer that moves all parameters of one shape with one call of each function.
 
-    The state of a parameter is a view into its stack. When the state is loaded, copied or cleared, or other
-    parameters get gradients than in the step before, stacks are made again from what each parameter's state
-    holds.
+    The state of a parameter is a view of its stack. Stacks are made again from the state of each parameter
+    when the state was loaded, copied or cleared, or when other parameters have gradients than in the last
+    step.
     """
 
     @abstractmethod
     def get_shapes(self, group: Group, param: Tensor) -> Mapping[str, Shape] | None:
-        """Shapes of the state that a parameter has if it moves as a matrix; None: it moves by Adam."""
+        """Return the shapes of the state of a parameter that moves as a matrix; None if it moves by Adam."""
 
     @abstractmethod
     def advance(self, group: Group, stack: Stack, gradient: Tensor) -> None:
         """Move the parameters of a stack; ``gradient`` is joined and must not change."""
 
     def finish(self, group: Group, stacks: list[Stack]) -> None:
-        """What is left to do when all stacks of a group have moved."""
+        """Do what is left when all stacks of a group have moved."""
 
     def arrange(self, group: Group, stacks: list[Stack]) -> None:
-        """Called with the stacks of a group when they are new."""
+        """Prepare the stacks of a group; called when they are new."""
 
     def move(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
-        """A step of all stacks."""
+        """Take a step with all stacks."""
         stacks = self._find_stacks(group, params)
         for stack in stacks:
             stack.step += 1
@@ -98,7 +100,7 @@ class StackedOptimizer(PlainOptimizer):
         self.finish(group, stacks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a loaded or copied state, of which there are no stacks yet."""
+        """Restore a loaded or copied state, for which there are no stacks yet."""
         super().__setstate__(state)
         self._stacks: dict[int, tuple[tuple[int, ...], list[Stack]]] = {}
 
@@ -136,7 +138,7 @@ class StackedOptimizer(PlainOptimizer):
         return list(stacks.values())
 
     def _join_state(self, stack: Stack, wanted: list[Mapping[str, Shape]]) -> None:
-        """Put the parameters' state into the stack, zeros where there is none, and slices in its place."""
+        """Copy the state of the parameters into the stack (zeros if there is none), and keep slices of it."""
         first = stack.params[0]
         for name in wanted[0]:
             shapes = [shapes[name] for shapes in wanted]
@@ -145,7 +147,7 @@ class StackedOptimizer(PlainOptimizer):
                 first.new_zeros(shape) if value is None else value.to(first)
                 for value, shape in zip(values, shapes, strict=True)
             ]
-            # a copy even of a single tensor: what was loaded may be shared with others
+            # copy even a single tensor: a loaded tensor may be shared
             stack.state[name] = stack.join(tensors).clone(memory_format=torch.contiguous_format)
             slices = stack.split(stack.state[name], shapes)
             for param, piece in zip(stack.params, slices, strict=True):
@@ -160,9 +162,9 @@ def compute_adam_step(
     eps: float,
     step: int | None,
 ) -> Tensor:
-    """Adam's step at rate 1, in the shape of ``gradient``; ``exp_avg`` and ``exp_avg_sq`` change in place.
+    """Compute Adam's step at rate 1; change ``exp_avg`` and ``exp_avg_sq`` in place.
 
-    ``step`` counts from 1 and corrects the means for their start at zero; None leaves them uncorrected.
+    ``step`` counts from 1 and corrects the means for their start at zero. With None they are not corrected.
     """
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     mean.lerp_(gradient, 1 - betas[0])

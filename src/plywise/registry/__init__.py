@@ -1,1 +1,1 @@
-"""The names of all that ships, and how they are found."""
+"""The names of all methods that ship with plywise, and functions that find them."""

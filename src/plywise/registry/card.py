@@ -1,4 +1,4 @@
-"""The card of a method: the sections of its docstring.
+"""Reads the card of a method: the sections of its docstring.
 
 The docstring is the only source. The command line, the documentation and the tests read this card, so that
 nothing is written twice.
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from plywise._util.renamed import serve_old_names
 from plywise.errors import PlywiseError
 
 SECTIONS = (
@@ -29,7 +30,8 @@ SECTIONS = (
     "Limits",
 )
 STATUSES = ("faithful", "variant", "after")
-"""Fidelity to the paper: as published; with named differences; or after it, if its formula is not public."""
+"""How close a method is to its paper: as published, with named differences, or after it if its formula is not
+public."""
 
 TAGLINE_WIDTH = 90
 UNSEARCHED = ("seed",)
@@ -38,7 +40,7 @@ UNSEARCHED = ("seed",)
 _HEADING = re.compile(rf"^({'|'.join(SECTIONS)}|Args|Attributes|Raises|Returns|Example):\s?(.*)$")
 _ARGUMENT = re.compile(r"^\*{0,2}(\w+):\s+(.*)$")
 _RANGE = re.compile(r"\bRange (.+?)\.(?:\s|$)")
-_ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")  # 2003.05164 is not the year 2003
+_ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")  # the number 2003.05164 of arXiv is not the year 2003
 _YEAR = re.compile(r"\b(?:19|20)\d\d\b")
 
 
@@ -49,8 +51,8 @@ class HyperParameter:
     Attributes:
         name: its name.
         default: its default as Python writes it, or "required".
-        meaning: what it means, in what unit.
-        range: where to look for it, if it is a number.
+        meaning: what it means, and its unit.
+        range: the range to search, if it is a number.
     """
 
     name: str
@@ -61,24 +63,24 @@ class HyperParameter:
 
 @dataclass(frozen=True)
 class Card:
-    """A method on one card.
+    """The card of a method.
 
     Attributes:
         name: name of the class or function.
         tagline: the idea in one line of at most 90 characters.
         idea: the idea.
-        equation: what it does, in the code's names.
+        equation: its equations, in the names of the code.
         use_when: when to use it.
         do_not_use_when: when not to.
-        layers: what layers, parameters or models it acts on.
+        layers: the layers, parameters or models on which it acts.
         cost: what a step costs.
         status: ``faithful``, ``variant`` or ``after``, and what differs from the paper.
         source: the papers.
-        code: where the authors' code is.
+        code: the repository of the authors' code.
         results: the paper's figures and ours.
         limits: known limits.
         year: year of the first paper in ``source``.
-        example: lines that run.
+        example: an example that runs.
         hyper_parameters: its arguments, in order.
     """
 
@@ -102,23 +104,23 @@ class Card:
     @property
     def status_word(self) -> str:
         """``faithful``, ``variant`` or ``after``."""
-        return _status_word(self.status)
+        return _get_status_word(self.status)
 
 
-def card_of(method: Callable[..., Any]) -> Card:
-    """Read the card of a class or function off its docstring.
+def read_card(method: Callable[..., Any]) -> Card:
+    """Read the card of a class or function from its docstring.
 
     Raises:
-        PlywiseError: a section, the example, the year of the source, or an argument's meaning or range is
-            missing; the status is none that we know.
+        PlywiseError: a section, the example, the year of the source, or the meaning or range of an argument
+            is missing; or the status is unknown.
 
     Example:
         >>> import plywise as pw
-        >>> card_of(pw.NLMS).year
+        >>> read_card(pw.NLMS).year
         1960
     """
     name = method.__name__
-    sections = _sections(inspect.cleandoc(method.__doc__ or ""))
+    sections = _split_sections(inspect.cleandoc(method.__doc__ or ""))
     missing = [section for section in (*SECTIONS, "Example") if not any(sections.get(section, ()))]
     if missing:
         raise PlywiseError(
@@ -130,26 +132,26 @@ def card_of(method: Callable[..., Any]) -> Card:
         raise PlywiseError(
             f"The docstring of {name} names no year in its section 'Source'.", see="error-card"
         )
-    if _status_word(texts["Status"]) not in STATUSES:
+    if _get_status_word(texts["Status"]) not in STATUSES:
         raise PlywiseError(
             f"The Status of {name} begins with none of {', '.join(STATUSES)}.", see="error-card"
         )
     return Card(
         name=name,
-        tagline=_tagline(method, texts["Idea"]),
+        tagline=_read_tagline(method, texts["Idea"]),
         year=int(year.group()),
         example=textwrap.dedent("\n".join(sections["Example"])).strip(),
-        hyper_parameters=_hyper_parameters(method, sections.get("Args", [])),
+        hyper_parameters=_read_hyper_parameters(method, sections.get("Args", [])),
         **{section.lower().replace(" ", "_"): text for section, text in texts.items()},
     )
 
 
-def _status_word(status: str) -> str:
+def _get_status_word(status: str) -> str:
     return re.split(r"\W", status)[0]
 
 
-def _sections(docstring: str) -> dict[str, list[str]]:
-    """The lines of each section."""
+def _split_sections(docstring: str) -> dict[str, list[str]]:
+    """Split a docstring into its sections."""
     sections: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in docstring.splitlines():
@@ -158,27 +160,27 @@ def _sections(docstring: str) -> dict[str, list[str]]:
             lines = sections.setdefault(heading[1], [])
             line = heading[2]
         elif line and not line.startswith(" "):
-            lines = []  # prose between sections belongs to none of them
+            lines = []  # text between sections belongs to none of them
         if line.strip():
             lines.append(line)
     return sections
 
 
-def _tagline(method: Callable[..., Any], idea: str) -> str:
-    """What the first line of the method's file says after its colon, or else how the idea begins."""
+def _read_tagline(method: Callable[..., Any], idea: str) -> str:
+    """Read the tagline: the first line of the method's file after its colon, or the start of the idea."""
     module = inspect.getmodule(method)
     first = ((module and module.__doc__) or "").strip().split("\n")[0]
     text = first.partition(": ")[2] or idea
     return textwrap.shorten(text.rstrip("."), TAGLINE_WIDTH, placeholder=" …")
 
 
-def _hyper_parameters(method: Callable[..., Any], lines: list[str]) -> tuple[HyperParameter, ...]:
+def _read_hyper_parameters(method: Callable[..., Any], lines: list[str]) -> tuple[HyperParameter, ...]:
     arguments = [p for p in inspect.signature(method).parameters.values() if p.name != "self"]
     meanings: dict[str, str] = {}
     current = ""
     for line in lines:
         argument = _ARGUMENT.match(line.strip())
-        # a line of prose may begin with a word and a colon too: only the method's own names count
+        # a line of text may also begin with a word and a colon: only names of arguments count
         if argument and argument[1] in {p.name for p in arguments} and argument[1] not in meanings:
             current = argument[1]
             meanings[current] = argument[2]
@@ -190,10 +192,12 @@ def _hyper_parameters(method: Callable[..., Any], lines: list[str]) -> tuple[Hyp
             f"The docstring of {method.__name__} does not explain {', '.join(missing)} under 'Args'.",
             see="error-card",
         )
-    return tuple(_hyper_parameter(method, p, meanings[p.name]) for p in arguments)
+    return tuple(_read_hyper_parameter(method, p, meanings[p.name]) for p in arguments)
 
 
-def _hyper_parameter(method: Callable[..., Any], argument: inspect.Parameter, meaning: str) -> HyperParameter:
+def _read_hyper_parameter(
+    method: Callable[..., Any], argument: inspect.Parameter, meaning: str
+) -> HyperParameter:
     found = _RANGE.search(meaning)
     default = argument.default
     number = isinstance(default, int | float) and not isinstance(default, bool)
@@ -204,11 +208,14 @@ def _hyper_parameter(method: Callable[..., Any], argument: inspect.Parameter, me
             see="error-card",
         )
     return HyperParameter(
-        argument.name, _default(argument), _RANGE.sub("", meaning).strip(), found[1] if found else ""
+        argument.name, _format_default(argument), _RANGE.sub("", meaning).strip(), found[1] if found else ""
     )
 
 
-def _default(argument: inspect.Parameter) -> str:
+def _format_default(argument: inspect.Parameter) -> str:
     if argument.default is inspect.Parameter.empty:
         return "required"
     return getattr(argument.default, "__name__", None) or repr(argument.default)
+
+
+__getattr__ = serve_old_names(__name__, {"card_of": "read_card"})

@@ -1,4 +1,4 @@
-"""Finds everything that plywise ships by name, for command line, documentation and tests."""
+"""Finds everything that ships with plywise by name, for command line, documentation and tests."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from plywise._util.suggest import suggestion
 from plywise.errors import PlywiseError
-from plywise.registry.names import LEARNER, NAMES, PART, RULE, names_of
+from plywise.registry.names import LEARNER, NAMES, PART, RULE, list_names
 
 if TYPE_CHECKING:
     from plywise.engine.rule import Rule
     from plywise.local.learner import Learner
 
-RULES = names_of(RULE)
-"""Names of the rules, each an attribute of `plywise`; a name costs no import of torch."""
+RULES = list_names(RULE)
+"""Names of the rules, each an attribute of `plywise`; listing them does not import torch."""
 
-LEARNERS = names_of(LEARNER)
+LEARNERS = list_names(LEARNER)
 """Names of the local learners, each an attribute of `plywise`."""
 
 TITLES = {
@@ -29,19 +29,19 @@ TITLES = {
     "losses": "Losses and penalties, in plywise.losses",
     "init": "Initial weights, in plywise.init",
 }
-"""Headings of the rooms in lists of methods."""
+"""Headings of the folders in lists of methods."""
 
 ROOMS: dict[str, tuple[str, ...]] = {
     room: tuple(entry.name for entry in NAMES if entry.room == room and entry.kind != PART) for room in TITLES
 }
-"""Names of all methods, by the room that they are in."""
+"""Names of all methods, by the folder in which they are."""
 
 
 _MODULES = {entry.name: entry.module for entry in NAMES if entry.kind != PART}
 
 
 def find(name: str) -> Callable[..., Any]:
-    """The class or function of the method called ``name``, whatever its letters' case.
+    """Find the class or function of the method called ``name``, in upper or lower case.
 
     Raises:
         PlywiseError: there is none; the message suggests the nearest.
@@ -55,7 +55,7 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def find_rule(name: str) -> type[Rule]:
-    """The rule called ``name``, as `find`.
+    """Find the rule called ``name``, as `find` does.
 
     Raises:
         PlywiseError: there is none; the message suggests the nearest.
@@ -69,7 +69,7 @@ def find_rule(name: str) -> type[Rule]:
 
 
 def find_learner(name: str) -> type[Learner]:
-    """The local learner called ``name``, as `find`.
+    """Find the local learner called ``name``, as `find` does.
 
     Raises:
         PlywiseError: there is none; the message suggests the nearest.
@@ -83,10 +83,10 @@ def find_learner(name: str) -> type[Learner]:
 
 
 def find_name(name: str, names: tuple[str, ...], kind: str) -> str:
-    """``name`` as it is written in ``names``, whatever its letters' case.
+    """Find ``name`` in ``names``, in upper or lower case, and return it as it is written there.
 
     Raises:
-        PlywiseError: it is none of them; the message suggests the nearest.
+        PlywiseError: it is not among them; the message suggests the nearest.
     """
     known = {one.lower(): one for one in names}
     if name.lower() not in known:

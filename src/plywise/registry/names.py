@@ -1,8 +1,8 @@
-"""The one table of what plywise ships: `plywise`, the command line, the documentation and the arena read it.
+"""The one table of everything public in plywise: `plywise`, command line, documentation and arena read it.
 
-To add a rule, write its file and its test, and add one line here. Then run
-``python -m plywise.registry.stub``, which tells type checkers what `plywise` holds. This module imports
-nothing of plywise, and not torch.
+To add a rule, write its file and its test, and add one line here. Then run ``python -m
+plywise.registry.stub``, which writes the names for type checkers. This module imports neither torch nor
+anything of plywise.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Name:
     Attributes:
         name: the class or function.
         module: where it is defined, below ``plywise``.
-        kind: what it is. A `PART` is public, but no method: it has no card.
-        method: name of the arena's method that is made of it; empty if there is none.
-        tuned: ranges of the hyper-parameters that the arena tunes, for rules.
-        rate: range of the rate on SGD, where a rule's updates are not of the gradient's size. The decay is
-            then 0, since SGD multiplies it by the rate. None: SGD's own range.
-        fixed: hyper-parameters that are not the rule's defaults in the arena.
-        maker: the module of `plywise.arena.methods` that makes the method, for what is no rule or learner.
-        workload: the arena's workload whose network it is.
-        absence: why the arena has neither a method nor a workload of it.
+        kind: what it is. A `PART` is public, but not a method, so it has no card.
+        method: name of the method in the arena that is made of it; empty if there is none.
+        tuned: for rules, the ranges of the hyper-parameters that the arena tunes.
+        rate: range of the rate on SGD, for a rule whose updates do not have the size of the gradient. The
+            decay is then 0, because SGD multiplies it by the rate. None: the usual range of SGD.
+        fixed: hyper-parameters for which the arena does not use the default of the rule.
+        maker: the module of `plywise.arena.methods` that makes the method, unless it is a rule or a learner.
+        workload: the workload of the arena that has it as network.
+        absence: the reason why the arena has neither a method nor a workload with it.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Name:
 
     @property
     def room(self) -> str:
-        """The folder that it is in."""
+        """The folder in which it is defined."""
         return self.module.partition(".")[0]
 
 
@@ -62,44 +62,44 @@ _OWN_FIT = "It is an estimator of its own that trains no network."
 _LAYER = "It is a layer; make a workload of a network of yours that has it."
 
 
-def _rule(name: str, stem: str, tuned: Mapping[str, Interval] | None = None, **more: Any) -> Name:
-    """A rule in ``rules/<stem>.py``; the arena's method is called as the file, with hyphens."""
+def _make_rule(name: str, stem: str, tuned: Mapping[str, Interval] | None = None, **more: Any) -> Name:
+    """Make the entry of a rule in ``rules/<stem>.py``; the arena names it like the file, with hyphens."""
     return Name(name, f"rules.{stem}", RULE, stem.replace("_", "-"), tuned or {}, **more)
 
 
 def _make_related(name: str, module: str, kind: str, method: str, maker: str = "") -> Name:
-    """An optimizer, module or loss that is a method of the arena."""
+    """Make the entry of an optimizer, module or loss that is a method of the arena."""
     return Name(name, module, kind, method, maker=f"related_{maker or 'losses'}")
 
 
-def _peer(name: str, stem: str, method: str) -> Name:
-    """An optimizer that is one of the arena's peers."""
+def _make_peer(name: str, stem: str, method: str) -> Name:
+    """Make the entry of an optimizer that is one of the peers in the arena."""
     return Name(name, f"optim.{stem}", OPTIMIZER, method)
 
 
-def _part(name: str, module: str) -> Name:
+def _make_part(name: str, module: str) -> Name:
     return Name(name, module, PART)
 
 
 NAMES = (
-    _rule("Backprop", "backprop"),
-    _rule("ProxProp", "proxprop", {"tau": (0.01, 100.0, 1.0)}, rate=(0.03, 30.0, 2.0)),
-    _rule("BackMatching", "back_matching", {"cap": (0.01, 10.0, 1.0)}, rate=(3e-4, 0.3, 0.02)),
-    _rule("NLMS", "nlms", {"eps": (1e-3, 1.0, 0.1)}, rate=(0.03, 30.0, 2.0)),
-    _rule("Consequentialism", "consequentialism", {"eps": (1e-3, 10.0, 0.1)}, rate=(1e-3, 1.0, 0.02)),
-    _rule("RLS", "rls", {"gain": (0.01, 10.0, 0.1)}),
-    _rule("FeatureWhitening", "feature_whitening", {"damping": (1e-5, 0.1, 1e-3)}),
-    _rule("AdaBK", "adabk", {"damping": (1e-4, 1.0, 1e-2)}),
-    _rule("KFAC", "kfac", {"damping": (0.01, 100.0, 1.0)}),
-    _rule("Foof", "foof", {"damping": (0.01, 100.0, 1.0)}),
-    _rule("Coordinates", "coordinates", {"damping": (1e-3, 10.0, 0.3)}),
-    _rule(
+    _make_rule("Backprop", "backprop"),
+    _make_rule("ProxProp", "proxprop", {"tau": (0.01, 100.0, 1.0)}, rate=(0.03, 30.0, 2.0)),
+    _make_rule("BackMatching", "back_matching", {"cap": (0.01, 10.0, 1.0)}, rate=(3e-4, 0.3, 0.02)),
+    _make_rule("NLMS", "nlms", {"eps": (1e-3, 1.0, 0.1)}, rate=(0.03, 30.0, 2.0)),
+    _make_rule("Consequentialism", "consequentialism", {"eps": (1e-3, 10.0, 0.1)}, rate=(1e-3, 1.0, 0.02)),
+    _make_rule("RLS", "rls", {"gain": (0.01, 10.0, 0.1)}),
+    _make_rule("FeatureWhitening", "feature_whitening", {"damping": (1e-5, 0.1, 1e-3)}),
+    _make_rule("AdaBK", "adabk", {"damping": (1e-4, 1.0, 1e-2)}),
+    _make_rule("KFAC", "kfac", {"damping": (0.01, 100.0, 1.0)}),
+    _make_rule("Foof", "foof", {"damping": (0.01, 100.0, 1.0)}),
+    _make_rule("Coordinates", "coordinates", {"damping": (1e-3, 10.0, 0.3)}),
+    _make_rule(
         "Precondition",
         "precondition",
         {"damping": (1e-3, 10.0, 0.1)},
         fixed={**_LOW_RANK, "right": 0.5},
     ),
-    _rule("GradientAmplification", "gradient_amplification", {"factor": (1.0, 10.0, 2.0)}),
+    _make_rule("GradientAmplification", "gradient_amplification", {"factor": (1.0, 10.0, 2.0)}),
     Name("AssociatedLearning", "local.associated_learning", LEARNER, "associated-learning"),
     Name("LocalLoss", "local.local_loss", LEARNER, "local-loss"),
     Name("LocalNextToken", "local.next_token", LEARNER, "local-next-token"),
@@ -113,10 +113,10 @@ NAMES = (
     Name("MomentumAuxiliary", "local.momentum_auxiliary", LEARNER, "momentum-auxiliary"),
     Name("SCPL", "local.scpl", LEARNER, "scpl"),
     Name("LayerFreezing", "schedules.layer_freezing", SCHEDULE, absence=_SHORT),
-    _peer("Muon", "muon", "muon"),
-    _peer("NorMuon", "nor_muon", "normuon"),
-    _peer("SOAP", "soap", "soap"),
-    _peer("KLSOAP", "kl_soap", "kl-soap"),
+    _make_peer("Muon", "muon", "muon"),
+    _make_peer("NorMuon", "nor_muon", "normuon"),
+    _make_peer("SOAP", "soap", "soap"),
+    _make_peer("KLSOAP", "kl_soap", "kl-soap"),
     _make_related("LRSGDR", "optim.lrsgd", OPTIMIZER, "lrsgd-r", "optimizers"),
     _make_related("LRSGDC", "optim.lrsgd", OPTIMIZER, "lrsgd-c", "optimizers"),
     _make_related("YamAdam", "optim.yam_adam", OPTIMIZER, "yam-adam", "optimizers"),
@@ -137,35 +137,35 @@ NAMES = (
     _make_related("input_gradient_penalty", "losses.input_gradient_penalty", LOSS, "input-gradient-penalty"),
     _make_related("wasserstein_proximal", "losses.wasserstein_proximal", LOSS, "wasserstein-proximal"),
     _make_related("fuse_layers", "init.fuse_layers", INIT, "fuse-layers", "modules"),
-    _part("PenaltyView", "rules.penalty_view"),
-    _part("recommend", "training.recommended"),
-    _part("Recommendation", "training.recommended"),
-    _part("AttachError", "errors"),
-    _part("BlockError", "errors"),
-    _part("ContractError", "errors"),
-    _part("NonFiniteError", "errors"),
-    _part("PlywiseError", "errors"),
-    _part("StateError", "errors"),
-    _part("UncapturedLayerError", "errors"),
-    _part("LinearCall", "engine.call"),
-    _part("Update", "engine.call"),
-    _part("LayerShape", "engine.contract"),
-    _part("LinearMap", "engine.maps.base"),
-    _part("rows", "engine.masked_rows"),
-    _part("LayerType", "engine.maps.registered"),
-    _part("register_layer", "engine.maps.registered"),
-    _part("register_map", "engine.maps.registered"),
-    _part("Rule", "engine.rule"),
-    _part("Size", "engine.rule"),
-    _part("StatefulRule", "engine.rule"),
-    _part("Blocks", "local.blocks"),
-    _part("Component", "local.component"),
-    _part("Learner", "local.learner"),
-    _part("OneWayLearner", "local.learner"),
-    _part("Signal", "local.component"),
-    _part("split", "local.split"),
+    _make_part("PenaltyView", "rules.penalty_view"),
+    _make_part("recommend", "training.recommended"),
+    _make_part("Recommendation", "training.recommended"),
+    _make_part("AttachError", "errors"),
+    _make_part("BlockError", "errors"),
+    _make_part("ContractError", "errors"),
+    _make_part("NonFiniteError", "errors"),
+    _make_part("PlywiseError", "errors"),
+    _make_part("StateError", "errors"),
+    _make_part("UncapturedLayerError", "errors"),
+    _make_part("LinearCall", "engine.call"),
+    _make_part("Update", "engine.call"),
+    _make_part("LayerShape", "engine.contract"),
+    _make_part("LinearMap", "engine.maps.base"),
+    _make_part("rows", "engine.masked_rows"),
+    _make_part("LayerType", "engine.maps.registered"),
+    _make_part("register_layer", "engine.maps.registered"),
+    _make_part("register_map", "engine.maps.registered"),
+    _make_part("Rule", "engine.rule"),
+    _make_part("Size", "engine.rule"),
+    _make_part("StatefulRule", "engine.rule"),
+    _make_part("Blocks", "local.blocks"),
+    _make_part("Component", "local.component"),
+    _make_part("Learner", "local.learner"),
+    _make_part("OneWayLearner", "local.learner"),
+    _make_part("Signal", "local.component"),
+    _make_part("split", "local.split"),
 )
-"""Everything that is public, methods in the order in which they are listed."""
+"""Everything that is public, with methods in the order in which they are listed."""
 
 WORKLOAD_MODULES = {
     "quadratic": "arena.workloads.synthetic",
@@ -190,22 +190,22 @@ WORKLOAD_MODULES = {
 """The module of each workload that ships with the arena."""
 
 ROOMS = ("arena", "init", "layers", "loggers", "losses", "nn", "optim", "testing")
-"""Folders that are attributes of `plywise`; what is in the others is an attribute itself."""
+"""Folders that are attributes of `plywise`. Names in the other folders are attributes themselves."""
 
 RENAMED = {"MemoryRule": "StatefulRule", "Move": "Update", "Ply": "LinearCall"}
-"""Names of plywise 0.1, and what they are called now."""
+"""Names of plywise 0.1, with their present names."""
 
 
-def names_of(*kinds: str) -> tuple[str, ...]:
-    """Names of one kind or several, in the table's order.
+def list_names(*kinds: str) -> tuple[str, ...]:
+    """List the names of one or several kinds, in the order of the table.
 
     Example:
-        >>> names_of(INIT)
+        >>> list_names(INIT)
         ('fuse_layers',)
     """
     return tuple(entry.name for entry in NAMES if entry.kind in kinds)
 
 
-def top_names() -> dict[str, str]:
-    """The module of each name that is an attribute of `plywise` itself."""
+def list_top_names() -> dict[str, str]:
+    """Map each name that is an attribute of `plywise` itself to its module."""
     return {entry.name: entry.module for entry in NAMES if entry.room not in ROOMS}

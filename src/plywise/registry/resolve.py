@@ -28,7 +28,7 @@ from plywise.registry.names import WORKLOAD_MODULES
 
 
 def resolve_rule(name: str) -> type[Rule]:
-    """The rule called ``name``, or the user's subclass of `plywise.Rule` at the address ``name``.
+    """Find the rule called ``name``, or the user's subclass of `plywise.Rule` at the address ``name``.
 
     Raises:
         PlywiseError: there is none.
@@ -41,7 +41,7 @@ def resolve_rule(name: str) -> type[Rule]:
 
 
 def resolve_learner(name: str) -> type[Learner]:
-    """The local learner called ``name``, or the user's subclass of `plywise.Learner` at the address ``name``.
+    """Find the local learner called ``name``, or the user's subclass of `plywise.Learner` at that address.
 
     Raises:
         PlywiseError: there is none.
@@ -58,7 +58,7 @@ def resolve_learner(name: str) -> type[Learner]:
 
 
 def resolve_optimizer(name: str) -> type[Optimizer]:
-    """The class in `torch.optim` called ``name``, or the one at the address ``name``.
+    """Find the class in `torch.optim` called ``name``, or the one at the address ``name``.
 
     Raises:
         PlywiseError: there is none.
@@ -81,11 +81,11 @@ def resolve_optimizer(name: str) -> type[Optimizer]:
 
 
 def resolve_function(address: str, what: str) -> Callable[[Any, Any], Tensor]:
-    """The user's loss or metric, a function of outputs and targets; or step, of a model and a batch.
+    """Find a loss or metric (of outputs and targets) or a step function (of a model and a batch).
 
     Args:
         address: ``module:name``.
-        what: what it is for, for the error: "your loss".
+        what: its name in errors, such as "your loss".
 
     Raises:
         PlywiseError: there is none.
@@ -102,10 +102,10 @@ def resolve_function(address: str, what: str) -> Callable[[Any, Any], Tensor]:
 
 
 def make_model(address: str) -> Any:
-    """What the user's function at ``module:name`` makes: a new network, or a list of blocks.
+    """Call the user's function at ``module:name``, which makes a new network or a list of blocks.
 
     Raises:
-        PlywiseError: there is no such function, it is a network already, or what it makes is neither.
+        PlywiseError: there is no such function, it is itself a network, or its result is neither of the two.
     """
     if isinstance(load(address, "your model"), nn.Module):
         raise PlywiseError(
@@ -117,11 +117,11 @@ def make_model(address: str) -> Any:
 
 
 def resolve_parts(address: str, reading: Reading = AS_EVER) -> Parts:
-    """The data at an address (see `plywise.data.own_data.read_parts`), or of a workload of plywise.
+    """Read the data at an address (see `plywise.data.own_data.read_parts`), or of a workload of plywise.
 
     Args:
-        address: where they are.
-        reading: how they are read. Default: what is not given is guessed.
+        address: where the data are.
+        reading: how to read them. By default, options that are not given are guessed.
 
     Raises:
         PlywiseError: there are no such data, they hold NaN or infinity, or parts do not fit one another.
@@ -133,7 +133,7 @@ def resolve_parts(address: str, reading: Reading = AS_EVER) -> Parts:
 
 
 def resolve_data(address: str, reading: Reading = AS_EVER) -> OwnData:
-    """The data at an address, in three parts: as they are, or cut at random by a fixed seed.
+    """Read the data at an address in three parts, which are cut at random by a fixed seed if necessary.
 
     Args:
         address: see `resolve_parts`.

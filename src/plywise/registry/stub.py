@@ -1,4 +1,4 @@
-"""Writes ``plywise/__init__.pyi``, from which type checkers know what `plywise` holds.
+"""Writes ``plywise/__init__.pyi``, from which type checkers know the names in `plywise`.
 
 Run it when the table `plywise.registry.names` has changed: ``python -m plywise.registry.stub``.
 """
@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from plywise.registry.names import ROOMS, top_names
+from plywise.registry.names import ROOMS, list_top_names
 
 PATH = Path(__file__).parents[1] / "__init__.pyi"
 
 
 def make_stub() -> str:
-    """The text of the stub: an import for each public name.
+    """Make the text of the stub: an import for each public name.
 
     Example:
         >>> "from plywise.rules.foof import Foof as Foof" in make_stub()
         True
     """
     names = defaultdict(list)
-    for name, module in top_names().items():
+    for name, module in list_top_names().items():
         names[module].append(name)
     lines = [
         '"""Written by `python -m plywise.registry.stub` from `plywise.registry.names`."""',

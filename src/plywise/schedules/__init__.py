@@ -1,1 +1,1 @@
-"""The schedules, one file a paper: what changes over the steps of a training, layer by layer."""
+"""Schedules, one file for each paper: they change the training of single layers over time."""

@@ -1,4 +1,4 @@
-"""Layer freezing: layers whose gradients have settled stop training, from the front on."""
+"""Layer freezing: stop training the first layers once their gradients no longer change."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -13,45 +13,45 @@ from plywise.errors import AttachError, StateError
 from plywise.schedules.front_layers import FrontLayers
 
 KEY = "plywise.LayerFreezing"
-"""Where in ``optimizer.state_dict()`` the state is."""
+"""The key of the state in ``optimizer.state_dict()``."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerFreezing:
-    """After intelligently freezing layers.
+    """Freeze the first layers of a model once their gradients have settled.
 
-    Idea: front layers settle first. Freeze those whose gradients have stopped changing, so that backward ends
-        before it reaches them.
+    Idea: the first layers settle first. Freeze the layers whose gradients have stopped changing, so that the
+        backward pass ends before it reaches them.
     Equation: g_ℓ = Σₜ ‖G_ℓ(t)‖₁ over the steps t of a period, d_ℓ = |g_ℓ(before) − g_ℓ(now)| / g_ℓ(before)
         from one period to the next. The longest run of layers from the front with d_ℓ ≤ τ is frozen.
-    Use when: fine-tuning, or training on and on after the front layers have settled.
-    Do not use when: the last tenths of a percent matter. There is no evidence that freezing improves what
-        accuracy costs.
+    Use when: you fine-tune, or training continues for long after the first layers have settled.
+    Do not use when: the last tenths of a percent matter. There is no evidence that freezing reaches the same
+        accuracy at a lower cost.
     Layers: every module with parameters of its own that the optimizer trains (norms and embeddings too), in
         the order in which the model registers them. Frozen ones get no gradient, and batch norms up to the
-        first layer that trains stay in eval mode, until `detach` or until an older state is loaded. What
-        somebody else froze is never thawed. A weight at two places is frozen when both are: with tied
-        embeddings nothing is.
-    Cost: a pass over the gradients at each step; it saves the backward pass of what is frozen.
-    Status: after the paper: "normalized gradient differences" decide there how many layers to freeze; the
-        formula is not public, this one is ours.
+        first layer that trains stay in eval mode, until `detach` or until an older state is loaded. It never
+        thaws what you froze yourself. A weight at two places is frozen only when both layers are, so with
+        tied embeddings nothing is frozen.
+    Cost: a pass over the gradients at each step. It saves the backward pass of frozen layers.
+    Status: after the paper, in which "normalized gradient differences" decide how many layers to freeze. Its
+        formula is not public; this one is ours.
     Source: Xiao et al., "Fast Deep Learning Training through Intelligently Freezing Layers", iThings 2019,
         pages 1225-1232.
     Code: none found.
-    Results: the paper's, in words: faster at similar accuracy, with VGG, ResNet and DenseNet on CIFAR-10. Not
-        reproduced here: the formula is not public.
-    Limits: G is the gradient as the optimizer sees it, clipped and moved by a rule; steps skipped by a rule
-        or a GradScaler do not count. One quiet period is enough, so that noise may freeze a layer early. The
-        state is in ``optimizer.state_dict()``: attach, then load. `DistributedDataParallel` needs
-        ``find_unused_parameters=True`` and wraps the model before a state is loaded; its replicas decide
-        alike, from the same averaged gradients.
+    Results: the paper reports faster training at similar accuracy, with VGG, ResNet and DenseNet on CIFAR-10.
+        Not reproduced here, because the formula is not public.
+    Limits: G is the gradient that the optimizer receives, after clipping and after a rule. Steps that a rule
+        or a GradScaler skips do not count. A single period with little change is enough, so noise may freeze
+        a layer too early. The state is in ``optimizer.state_dict()``: attach first, then load.
+        `DistributedDataParallel` needs ``find_unused_parameters=True`` and wraps the model before a state is
+        loaded; its replicas decide alike, from the same averaged gradients.
 
     Args:
-        every: steps in a period; the paper's is an epoch. Default 100. Range 10 to 1000.
+        every: steps in a period; in the paper it is an epoch. Default 100. Range 10 to 1000.
         threshold: τ. Default 0.05. Range 0.01 to 0.5.
         max_share: at most this share of the layers is frozen, in (0, 1). Default 0.5. Range 0.1 to 0.9.
-        warmup: steps before the first freezing; two periods have to pass in any case. Default 1000. Range 100
-            to 10000.
+        warmup: steps before the first freezing. Two periods must pass in any case. Default 1000. Range 100 to
+            10000.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -88,8 +88,8 @@ class LayerFreezing:
         """Watch the layers that ``optimizer`` trains, and freeze them as they settle.
 
         Raises:
-            AttachError: this one is attached already, or another to this optimizer; the model has too few
-                layers or is sharded; the optimizer is LBFGS or steps nothing of the model.
+            AttachError: this schedule is attached already, or another one to this optimizer; the model has
+                too few layers or is sharded; the optimizer is LBFGS or has no parameter of the model.
         """
         if getattr(self, "_watch", None) is not None:
             raise AttachError(
@@ -100,12 +100,12 @@ class LayerFreezing:
         check_optimizer(model, optimizer)
         if isinstance(optimizer, LBFGS):
             raise AttachError(
-                "LBFGS moves frozen weights too, by its memory. Take another optimizer.",
+                "LBFGS moves frozen weights too, because of its history. Use another optimizer.",
                 see="attach-freezing",
             )
         if KEY in optimizer.state_dict():
             raise AttachError(
-                "Another LayerFreezing is attached to this optimizer. Detach that one first.",
+                "Another LayerFreezing is attached to this optimizer. Detach it first.",
                 see="attach-twice",
             )
         layers = FrontLayers(model, optimizer)
@@ -119,7 +119,7 @@ class LayerFreezing:
         return self
 
     def detach(self) -> None:
-        """Thaw all that was frozen here and take the hooks off. Harmless if not attached."""
+        """Thaw all layers that were frozen here and take the hooks off. It does nothing if not attached."""
         watch: _Watch | None = getattr(self, "_watch", None)
         if watch is not None:
             watch.remove()
@@ -127,41 +127,41 @@ class LayerFreezing:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Names of the layers frozen by now, from the front."""
+        """The names of the layers that are frozen now, from the front."""
         watch: _Watch | None = getattr(self, "_watch", None)
         return () if watch is None else tuple(watch.layers.names[: watch.layers.count])
 
-    def settled(self, layers: FrontLayers, before: dict[str, float], now: dict[str, float]) -> int:
-        """How many layers to freeze, never fewer than there are, by their g of two periods."""
+    def count_settled(self, layers: FrontLayers, before: dict[str, float], now: dict[str, float]) -> int:
+        """Count the layers to freeze, at least those that are frozen, from g of two periods."""
         count = layers.count
         for name in layers.names[count : self._find_most(layers)]:
             if abs(before[name] - now[name]) > self.threshold * before[name]:
                 break
             count += 1
-        return layers.closed(count)
+        return layers.count_closed(count)
 
     def _find_most(self, layers: FrontLayers) -> int:
         return int(self.max_share * len(layers.names))
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copied or pickled schedule is its hyper-parameters
+        # a copied or pickled schedule has only its hyper-parameters
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 class _Watch:
-    """A schedule at work: sums up gradients as steps are taken, and freezes at the end of each period."""
+    """Sums gradients while steps are taken, and freezes layers at the end of each period."""
 
     def __init__(self, schedule: LayerFreezing, layers: FrontLayers, optimizer: Optimizer) -> None:
         self.layers = layers
         self._schedule = schedule
         self._steps = 0  # taken
-        self._before: dict[str, float] = {}  # g of the last period, empty in the first
+        self._before: dict[str, float] = {}  # g of the last period; empty during the first period
         self._now = dict.fromkeys(layers.names, 0.0)
         self._to_load: dict[str, Any] = {}
         self._handles = [
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._save),
-            # before the hooks of rules, which are to meet their layers as trainable as they remember them
+            # before the hooks of rules, which must find layers as trainable as they were
             optimizer.register_load_state_dict_pre_hook(self._check, prepend=True),
             optimizer.register_load_state_dict_post_hook(self._load),
         ]
@@ -172,21 +172,21 @@ class _Watch:
         self.layers.remove()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sums = self.layers.gradient_sums(optimizer)
+        sums = self.layers.sum_gradients(optimizer)
         if sums is None:
             return
         self._now = {name: self._now[name] + sums[name] for name in sums}
         self._steps += 1
         if self._steps % self._schedule.every == 0:
             if self._before and self._steps >= self._schedule.warmup:
-                self.layers.freeze(self._schedule.settled(self.layers, self._before, self._now))
+                self.layers.freeze(self._schedule.count_settled(self.layers, self._before, self._now))
             self._before, self._now = self._now, dict.fromkeys(self.layers.names, 0.0)
 
     def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         state[KEY] = {
             "steps": self._steps,
             "frozen": self.layers.count,
-            "sizes": self.layers.sizes(),
+            "sizes": self.layers.count_weights(),
             "before": self._before,
             "now": self._now,
         }
@@ -198,11 +198,11 @@ class _Watch:
                 "load it before attach().",
                 see="state-memory",
             )
-        theirs, mine = state[KEY]["sizes"], self.layers.sizes()
+        theirs, mine = state[KEY]["sizes"], self.layers.count_weights()
         for name in {**theirs, **mine}:
             if theirs.get(name) != mine.get(name):
                 raise StateError(
-                    f"The saved state of LayerFreezing is of another model: layer {name!r} has "
+                    f"The saved state of LayerFreezing belongs to another model: layer {name!r} has "
                     f"{theirs.get(name, 'no')} weights to train there and {mine.get(name, 'no')} here.",
                     see="state-memory",
                 )

@@ -1,4 +1,4 @@
-"""The contract of rules and learners, for those that you write yourself.
+"""The contract of rules and learners: tests for those that you write yourself.
 
 plywise makes many promises about its rules and local learners: a NaN never enters the weights, a step that
 did not happen leaves no trace, a resumed run is bit-equal. Each promise is a test. `check_rule` and

@@ -18,20 +18,21 @@ from plywise.testing.contract.learners import CLASSES, adam, halving, modules
 
 @dataclass(frozen=True)
 class Case:
-    """A rule, and what the contract needs to know about it.
+    """A rule, and the facts about it that the contract needs.
 
     Attributes:
         name: test id.
-        make: factory of new, unattached rules.
-        rates: learning rates of which plain SGD trains a small, well-scaled network with at least one.
+        make: makes a new, unattached rule.
+        rates: learning rates, with at least one of which plain SGD trains a small, well-scaled network.
         adaptive_rates: the same for RMSprop and Adam.
-        not_homogeneous: why a loss times c does not give moves times c; "" if it does.
-        not_linear: why the move of a sum of losses is not the sum of the moves; "" if it is.
+        not_homogeneous: why a loss times c does not give updates times c; "" if it does.
+        not_linear: why the update of a sum of losses is not the sum of the updates; "" if it is.
         is_backprop: whether its gradients are autograd's own.
-        refuses_reentrant: whether it raises PlywiseError under a reentrant checkpoint, which hides the graph.
-        remembers_scales: why a loss scale that changes between steps changes the moves; "" if it does not.
-        remembers_rows: whether what it remembers of a layer is made of the layer's rows, and has its sizes.
-        family: rules of one family answer by the same code, with other settings; "" if there is no other.
+        refuses_reentrant: whether it raises PlywiseError in a reentrant checkpoint, which hides the graph.
+        remembers_scales: why a loss scale that changes between steps changes the updates; "" if it does not.
+        remembers_rows: whether its running state of a layer is made from the rows of the layer, and has its
+            sizes.
+        family: rules of one family run the same code with other settings; "" if there is no other rule.
     """
 
     name: str
@@ -49,17 +50,17 @@ class Case:
 
 @dataclass(frozen=True)
 class LearnerCase:
-    """A learner, and what the contract needs to know about it.
+    """A learner, and the facts about it that the contract needs.
 
     Attributes:
         name: test id.
         kind: makes the learner: ``kind(blocks, num_classes, **training)``, as the learners of plywise do.
             ``training`` holds ``optimizer``, ``scheduler``, ``callbacks`` and ``seed``.
-        raises: whether it refuses a batch that is not finite, where others skip the step.
-        optimizes: whether it takes an ``optimizer`` and a ``scheduler``; not so if it learns in closed form.
+        raises: whether it refuses a batch that is not finite; other learners skip the step.
+        optimizes: whether it takes an ``optimizer`` and a ``scheduler``; False if it learns in closed form.
         draws_nothing: why other seeds give the same numbers, though a block has dropout; "" if they do not.
         takes_any_targets: why it checks no targets (its loss does); "" if it checks them.
-        keeps_activations: why a block's activations may still be there when the next one runs; "" if not.
+        keeps_activations: why the activations of a block may still exist when the next one runs; "" if not.
     """
 
     name: str
@@ -71,21 +72,21 @@ class LearnerCase:
     keeps_activations: str = ""
 
     def make(self, seed: int = 1, **training: Any) -> Learner:
-        """The learner on three blocks, their parameters drawn by ``seed``."""
+        """Make the learner on three blocks, whose parameters are drawn by ``seed``."""
         if self.optimizes:
             training = {"optimizer": adam, "scheduler": halving, **training}
         return self.kind(Blocks(modules(seed), torch.zeros(4, 6)), CLASSES, **training)
 
 
-def case_of(factory: Callable[[], Rule] | Case | str) -> Case:
-    """The case of a factory (a rule's class will do), of ``module:name``, or the case itself.
+def make_case(factory: Callable[[], Rule] | Case | str) -> Case:
+    """Make the case of a factory (such as a rule's class) or of ``module:name``, or return a case.
 
     Raises:
         PlywiseError: it makes no rule.
 
     Example:
         >>> import plywise as pw
-        >>> case_of(pw.NLMS).name, case_of("plywise:NLMS").make()
+        >>> make_case(pw.NLMS).name, make_case("plywise:NLMS").make()
         ('NLMS', NLMS(eps=0.1, reduction='mean'))
     """
     name = getattr(factory, "__name__", str(factory))
@@ -97,7 +98,7 @@ def case_of(factory: Callable[[], Rule] | Case | str) -> Case:
     try:
         makes_rule = callable(factory) and isinstance(factory(), Rule)
         why = ""
-    except TypeError as error:  # it wants arguments
+    except TypeError as error:  # it needs arguments
         makes_rule, why = False, f" ({error})"
     if not makes_rule:
         raise PlywiseError(
@@ -109,13 +110,13 @@ def case_of(factory: Callable[[], Rule] | Case | str) -> Case:
 
 
 def select_family(case: Case, cases: Sequence[Case], turn: int) -> bool:
-    """Whether this is the turn of ``case`` among those of its family."""
+    """Tell whether ``case`` is the one of its family that is tested."""
     family = [other.name for other in cases if case.family and other.family == case.family]
     return not family or family[turn % len(family)] == case.name
 
 
 def find_why_stuck(made: object) -> str:
-    """Say why other processes cannot import the class of an object; "" if they can."""
+    """Find why other processes cannot import the class of an object; "" if they can."""
     kind = type(made)
     if kind.__module__ == "__main__":
         return f"{kind.__name__} is in __main__, where no other process finds it: put it in a module"

@@ -1,4 +1,4 @@
-"""Runs the contract on a user's rule or learner."""
+"""Runs the tests of the contract on a user's rule or learner."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from plywise._util.suggest import suggestion
 from plywise.engine.rule import Rule
 from plywise.errors import ContractError, PlywiseError
 from plywise.local.learner import Learner
-from plywise.testing.cases import Case, LearnerCase, case_of
+from plywise.testing.cases import Case, LearnerCase, make_case
 
 FOLDER = Path(__file__).parent / "contract"
 LEARNERS = "learners"
-"""The one file of tests that is about learners."""
+"""The only file of tests for learners."""
 SHOWN = 20
-"""Broken promises that an error names."""
+"""The largest number of broken promises that an error names."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class ContractResult:
     """The result of a check; ``print`` it.
 
     Attributes:
-        name: the rule or learner.
+        name: the name of the rule or learner.
         passed: number of tests that passed.
-        skipped: tests that were left out, with the reason.
-        failed: tests that failed, with pytest's account.
+        skipped: tests that were left out, each with the reason.
+        failed: tests that failed, each with the report of pytest.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ContractResult:
 
 
 def list_promises() -> dict[str, str]:
-    """The names that ``only`` of `check_rule` takes, and what each of them is.
+    """List the names that ``only`` of `check_rule` takes, each with its meaning.
 
     Example:
         >>> list_promises()["no_trace"]
@@ -65,23 +65,24 @@ def list_promises() -> dict[str, str]:
 
 
 def check_rule(factory: Callable[[], Rule] | Case | str, *, only: Sequence[str] = ()) -> ContractResult:
-    """Run the tests that every rule of plywise must pass on a rule of yours.
+    """Run the tests that every rule of plywise passes on your rule.
 
-    It takes a few minutes; ``only`` picks some of the tests. They run in this process, small models on the
-    CPU, and some start two processes of their own: in a script, call this below
-    ``if __name__ == "__main__":``, and define the rule in a module that can be imported.
+    It takes a few minutes; ``only`` selects some of the tests. They run small models on the CPU in this
+    process, and some start two more processes. So in a script, call this function below ``if __name__ ==
+    "__main__":``, and define the rule in a module that can be imported.
 
     Args:
-        factory: the rule's class, a function without arguments that makes it, ``"module:name"`` of either, or
-            a `Case`, which also says at which rates the rule trains and which promises it cannot keep.
+        factory: the class of the rule, a function without arguments that makes the rule, ``"module:name"`` of
+            either, or a `Case`, which also states at which rates the rule trains and which promises it cannot
+            keep.
         only: names of promises, see `list_promises`. Default: all.
 
     Returns:
-        How many tests passed, and what was left out and why.
+        The number of tests that passed, and the tests that were left out, with reasons.
 
     Raises:
-        ContractError: a promise is broken; the message names each, and ``error.result.failed`` has pytest's
-            account of it.
+        ContractError: a promise is broken. The message names each, and ``error.result.failed`` holds the
+            report of pytest.
         PlywiseError: the factory makes no rule, ``only`` has an unknown name, or pytest or hypothesis is
             missing.
 
@@ -95,20 +96,20 @@ def check_rule(factory: Callable[[], Rule] | Case | str, *, only: Sequence[str] 
         if name not in promises:
             hint = suggestion(name, tuple(promises)) or f"There are: {', '.join(promises)}."
             raise PlywiseError(f"No promise is called {name!r}. {hint}".rstrip(), see="error-testing")
-    case = case_of(factory)
+    case = make_case(factory)
     return _check(case.name, only or tuple(promises), [case], [])
 
 
 def check_learner(factory: Callable[..., Learner] | LearnerCase) -> ContractResult:
-    """Run the tests that every local learner of plywise must pass on a learner of yours; takes seconds.
+    """Run the tests that every local learner of plywise passes on your learner. It takes seconds.
 
     Args:
         factory: called as ``factory(blocks, num_classes, **training)``, where ``training`` holds
             ``optimizer``, ``scheduler``, ``callbacks`` and ``seed``: the learner's class, if it takes these.
-            Or a `LearnerCase`, which also says which promises it cannot keep.
+            Or a `LearnerCase`, which also states which promises it cannot keep.
 
     Returns:
-        How many tests passed, and what was left out and why.
+        The number of tests that passed, and the tests that were left out, with reasons.
 
     Raises:
         ContractError: a promise is broken, as in `check_rule`.
@@ -146,21 +147,21 @@ def _check(
     plugin = fixtures.ContractPlugin(cases, learner_cases)
     paths = [str(FOLDER / f"test_{promise}.py") for promise in promises]
     options = ["-c", str(FOLDER / "pytest.ini"), "--rootdir", str(FOLDER), "-q", "--tb=short", "-rN"]
-    with _settled():
+    with _isolate_pytest():
         code = pytest.main([*options, "--no-header", "--no-summary", *paths], plugins=[fixtures, plugin])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not plugin.failed:
         raise PlywiseError(f"pytest ended with {code!r} before the end.", see="error-testing")
     result = ContractResult(name, plugin.passed, plugin.skipped, plugin.failed)
     if result.failed:
-        error = ContractError(_tell(result))
+        error = ContractError(_describe_failures(result))
         error.result = result
         raise error
     return result
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
-    """No plugins but ours, one thread of torch, and nothing written beside the package."""
+def _isolate_pytest() -> Iterator[None]:
+    """Run pytest without other plugins, on one thread of torch, and without files beside the package."""
     import torch
 
     before = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
@@ -180,8 +181,8 @@ def _settled() -> Iterator[None]:
             os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = before
 
 
-def _tell(result: ContractResult) -> str:
-    """The broken promises, each with the last line of pytest's account."""
+def _describe_failures(result: ContractResult) -> str:
+    """Describe the broken promises, each with the last line of the report of pytest."""
     lines = [f"{result.name} breaks {len(result.failed)} of the contract's tests ({result.passed} pass):"]
     for test, account in list(result.failed.items())[:SHOWN]:
         errors = [line[1:].strip() for line in account.splitlines() if line.startswith("E ")]

@@ -1,4 +1,4 @@
-"""How pytest runs the contract: which test is put to which rule or learner."""
+"""A plugin of pytest that runs the tests of the contract on rules and learners."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ MARKERS = (
     "sends_rule: other processes have to import the rule's class",
 )
 CASES = pytest.StashKey[list[Case]]()
-"""Where a run of the contract keeps its rules."""
+"""The key under which a run of the contract keeps its rules."""
 
 SUBJECTS = ("case", "memory_case", "learner_case")
-"""Arguments of tests that stand for a rule, a rule with memory, a learner."""
+"""The arguments of tests that receive a rule, a rule with running state, or a learner."""
 
 
 def parametrize(
     metafunc: pytest.Metafunc, cases: Sequence[Case], learner_cases: Sequence[LearnerCase]
 ) -> None:
-    """Run a test that asks for a ``case``, a ``memory_case`` or a ``learner_case`` once for each."""
+    """Run a test that has a ``case``, a ``memory_case`` or a ``learner_case`` as argument once for each."""
     remembering = [case for case in cases if case.make().remembers]
     for name, found in zip(SUBJECTS, (cases, remembering, learner_cases), strict=True):
         if name in metafunc.fixturenames:
@@ -33,9 +33,9 @@ def parametrize(
 
 
 def select(config: pytest.Config, items: list[pytest.Item], cases: Sequence[Case]) -> None:
-    """Keep, of tests that are marked ``one_of_family``, the turn of one rule of each family.
+    """Of tests that are marked ``one_of_family``, keep those of one rule of each family.
 
-    Such a test is about the engine more than about a rule.
+    Such a test is about the engine rather than about a rule.
     """
     kept: list[pytest.Item] = []
     left: list[pytest.Item] = []
@@ -56,7 +56,7 @@ def _has_turn(item: Any, cases: Sequence[Case]) -> bool:
 
 
 def _has_subject(item: Any) -> bool:
-    """Whether a test is about a rule or a learner that is there."""
+    """Tell whether a test is about a rule or a learner that is checked."""
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
     return any(isinstance(value, Case | LearnerCase) for value in values)
 
@@ -76,7 +76,7 @@ def cases(request: pytest.FixtureRequest) -> list[Case]:
 
 
 class ContractPlugin:
-    """Puts the contract to some rules and learners, and keeps what came of it.
+    """Runs the contract on some rules and learners, and keeps the results.
 
     Args:
         cases: the rules.
@@ -91,7 +91,7 @@ class ContractPlugin:
         self.failed: dict[str, str] = {}
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Make the markers known, and the rules to the fixture `cases`."""
+        """Register the markers, and pass the rules to the fixture `cases`."""
         config.stash[CASES] = self._cases
         for marker in MARKERS:
             config.addinivalue_line("markers", marker)
@@ -101,7 +101,7 @@ class ContractPlugin:
         parametrize(metafunc, self._cases, self._learner_cases)
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave out tests that are about no rule and no learner, or that find none of their kind."""
+        """Leave out tests that are about no rule and no learner, or for which there is none of the kind."""
         items[:] = [item for item in items if _has_subject(item)]
         select(config, items, self._cases)
         for item in items:
@@ -114,7 +114,7 @@ class ContractPlugin:
             self.failed[report.nodeid] = report.longreprtext
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note how a test went."""
+        """Note the result of a test."""
         if report.failed:
             self.failed[report.nodeid] = report.longreprtext
         elif report.skipped:

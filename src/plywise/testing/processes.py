@@ -11,9 +11,9 @@ from torch import multiprocessing
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["plywise.pipeline.pipeline", "plywise.local.local_loss", "plywise.rules.foof", "torch._dynamo"]
-)  # the last is what the first step of an optimizer imports
+)  # the first step of an optimizer imports the last one
 DEADLINE = 240.0
-"""Seconds that two processes may take."""
+"""The seconds that two processes may take."""
 
 
 def two_ranks(
@@ -21,7 +21,7 @@ def two_ranks(
 ) -> list[dict[str, Any]]:
     """Run ``main(rank, folder, *args)`` in two processes; return what they left in ``folder/rank.pt``.
 
-    They have to end with ``codes``.
+    They must end with the exit codes ``codes``.
     """
     processes = [CONTEXT.Process(target=main, args=(rank, folder, *args)) for rank in range(2)]
     end = time.monotonic() + DEADLINE

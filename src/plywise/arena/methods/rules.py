@@ -12,7 +12,7 @@ from plywise.arena.methods import PEERS, RECOMMENDED, RULE_OF
 from plywise.arena.methods.peers import Peer, find_peer, unit_sized
 from plywise.arena.space import MOST_TUNED, Range, Space, defaults
 from plywise.engine.rule import Rule
-from plywise.registry.card import card_of
+from plywise.registry.card import read_card
 from plywise.registry.names import NAMES, RULE
 from plywise.registry.resolve import resolve_rule
 from plywise.training.recommended import recommend
@@ -88,7 +88,7 @@ def of_rule(name: str, optimizer: str) -> Method:
 
 def _describe(rule: type[Rule], name: str) -> str:
     if name in RULE_OF:
-        return card_of(rule).tagline
+        return read_card(rule).tagline
     return (rule.__doc__ or rule.__name__).strip().split("\n")[0].rstrip(".") + "."
 
 

@@ -16,10 +16,10 @@ from plywise.data.models import (
     ScoresModel,
     StepModel,
     call_model,
+    compute_own_error,
     find_loss,
     find_scores,
-    own_error,
-    own_loss,
+    get_own_loss,
 )
 from plywise.errors import PlywiseError
 from plywise.registry.resolve import make_model, resolve_function
@@ -91,7 +91,7 @@ def wrap_model(network: nn.Module, calls: str, step: str = "", metric: str = "")
         return StepModel(network, resolve_function(step, "your step"), judge)
     if calls in GIVE_LOSS:
         judge = partial(judge_scores, resolve_function(metric, "your metric")) if metric else None
-        return StepModel(network, own_loss, judge or (own_error if calls == OWN_ERROR else None))
+        return StepModel(network, get_own_loss, judge or (compute_own_error if calls == OWN_ERROR else None))
     return network
 
 
