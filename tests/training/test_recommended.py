@@ -101,6 +101,23 @@ def test_a_batch_shows_which_layer_gives_the_output() -> None:
     assert pw.recommend(Backwards()).muon == ("head.weight",), "without one, the last module is taken for it"
 
 
+class TransposedLinear(nn.Module):
+    """A linear map of another library: its weight is (inputs, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def test_muon_moves_the_maps_of_other_libraries_and_no_norms() -> None:
+    model = nn.Sequential(TransposedLinear(4, 6), nn.Unflatten(1, (2, 3)), nn.LayerNorm((2, 3)), nn.Flatten())
+    model.append(nn.Linear(6, 2))
+    assert pw.recommend(model, batch=torch.ones(3, 4)).muon == ("0.weight",)
+
+
 def test_without_hidden_weights_adamw_moves_all() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
     found = pw.recommend(model)

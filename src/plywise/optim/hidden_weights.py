@@ -1,6 +1,6 @@
 """Finds the weights that Muon is made for: those of hidden linear maps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,13 +8,15 @@ from torch import nn
 
 from plywise._util.modes import evaluating
 
-_LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.RNNBase)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)  # those whose weights may have several dimensions
 
 
 def find_hidden_weights(model: nn.Module, run: Callable[[], object] | None = None) -> list[nn.Parameter]:
     """Find the weights of linear maps, except those of the map that gives the output.
 
-    Embeddings and weights tied to them, norms, biases and bare parameters are not among them.
+    A linear map is a module with a matrix (or a kernel) that has "weight" in its name, torch's or another
+    library's. Embeddings and weights tied to them, norms, biases and bare parameters are left out.
 
     Args:
         model: the model. It stays as it is.
@@ -26,20 +28,23 @@ def find_hidden_weights(model: nn.Module, run: Callable[[], object] | None = Non
         >>> [tuple(weight.shape) for weight in find_hidden_weights(model)]
         [(8, 4)]
     """
-    maps = [module for module in model.modules() if isinstance(module, _LINEAR_MAPS)]
-    order: Sequence[nn.Module] = maps if run is None else _list_runs(model, maps, run)
-    others = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    apart = {id(p) for module in (*others, *order[-1:]) for p in module.parameters()}
-    found = {
-        id(p): p
-        for module in maps
-        for name, p in module.named_parameters(recurse=False)
-        if "weight" in name and p.dim() > 1 and p.requires_grad and id(p) not in apart
-    }
+    maps = [module for module in model.modules() if _own_matrices(module)]
+    order = maps if run is None else _list_runs(model, maps, run)
+    tables = [module for module in model.modules() if isinstance(module, _TABLES)]
+    apart = {id(p) for module in (*tables, *order[-1:]) for p in module.parameters()}
+    found = {id(p): p for module in maps for p in _own_matrices(module) if id(p) not in apart}
     return list(found.values())
 
 
-def _list_runs(model: nn.Module, maps: Sequence[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
+def _own_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The matrices of a linear map that train; none of other modules."""
+    if isinstance(module, (*_TABLES, *_NORMS)):
+        return []
+    own = module.named_parameters(recurse=False)
+    return [p for name, p in own if "weight" in name and p.dim() > 1 and p.requires_grad]
+
+
+def _list_runs(model: nn.Module, maps: list[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
     """The maps in the order in which they run."""
     order: list[nn.Module] = []
     handles = [module.register_forward_hook(lambda module, *_: order.append(module)) for module in maps]

@@ -84,7 +84,10 @@ class Recommendation:
 
     def _explain_muon(self) -> str:
         if not self.muon:
-            return "AdamW moves all parameters: no hidden weight is narrow enough for Muon."
+            return (
+                "AdamW moves all parameters: hidden weights, which Muon could move, are spread over "
+                "processes or too wide for it, or there are none."
+            )
         return (
             f"Muon moves {', '.join(self.muon)}, which takes {100 * self.muon_price:.0f} % more operations; "
             "AdamW moves all other parameters."
