@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from plywise.arena.methods import find_method
-from plywise.arena.run.bench import Bench, make_experiment, run_bench
+from plywise.arena.run.bench import Bench, make_experiment
 from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import InlineExecutor, ProcessExecutor
 from plywise.arena.run.experiment import TUNING_SEED
@@ -88,11 +88,14 @@ def test_one_worker_or_three_give_the_same_numbers(tmp_path, resolve):
 def test_in_this_process_as_in_others(tmp_path, resolve):
     methods = ["sgd", "proxprop", f"{HERE}:Exploding"]
     _, apart = run(tmp_path / "apart", resolve, methods)
-    summary = run_bench(resolve(methods), tmp_path / "here", InlineExecutor())
-    assert without_clocks(summary.lines) == without_clocks(apart)
+    made, here = run(tmp_path / "here", resolve, methods, InlineExecutor())
+    summary = made.summarize()
+    assert without_clocks(here) == without_clocks(apart)
     assert {row.method for row in summary.rows} == set(methods)
     assert any("trials failed" in sentence for sentence in summary.conclusions)
-    assert run_bench(resolve(methods), tmp_path / "here", InlineExecutor()).lines == summary.lines
+    again, rest = run(tmp_path / "here", resolve, methods, InlineExecutor())
+    assert rest == []
+    assert again.summarize().lines == summary.lines
 
 
 def test_the_null_control_repeats_its_original_with_other_seeds(tmp_path, resolve):

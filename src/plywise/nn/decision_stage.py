@@ -62,9 +62,11 @@ class DecisionStage:
     Example:
         >>> import torch
         >>> from plywise.nn import DecisionStage
-        >>> class Nearest:  # in practice: sklearn.svm.SVC() ...     def fit(self, X, y): ...         self.X,
-        self.y = X, y ...     def predict(self, X): ...         return self.y[((X[:, None] - self.X) **
-        2).sum(2).argmin(1)]
+        >>> class Nearest:  # in practice: sklearn.svm.SVC()
+        ...     def fit(self, X, y):
+        ...         self.X, self.y = X, y
+        ...     def predict(self, X):
+        ...         return self.y[((X[:, None] - self.X) ** 2).sum(2).argmin(1)]
         >>> x, y = torch.randn(60, 4), torch.arange(60) % 3
         >>> model = torch.nn.Linear(4, 3)  # in practice: a network after a few epochs
         >>> stage = DecisionStage(model, Nearest()).fit([(x, y)])

@@ -186,39 +186,6 @@ class Bench:
         write_whole(self.folder / "bench.json", seal(text) + "\n")
 
 
-def run_bench(
-    resolved: ResolvedBench,
-    folder: Path,
-    executor: Executor,
-    *,
-    command: str = "",
-    more: Callable[[], bool] = lambda: True,
-) -> BenchSummary:
-    """Run a bench to its end, or until ``more`` returns False, and score it.
-
-    What the folder holds of the same bench is not run again.
-
-    Args:
-        resolved: what `plywise.arena.run.config.resolve_bench` gave.
-        folder: where bench.json and trials.jsonl are kept.
-        executor: runs the trials: a `plywise.arena.run.executor.ProcessExecutor`, or an `InlineExecutor`,
-            which runs them in this process.
-        command: what was typed, for the report.
-        more: asked before each trial.
-
-    Returns:
-        The trials, what each method reached on each workload, and conclusions in sentences.
-
-    Raises:
-        PlywiseError: another process runs the bench in this folder.
-        StateError: the folder holds another bench.
-    """
-    bench = Bench(resolved, folder, command)
-    for _ in bench.run(executor, more):
-        pass
-    return bench.summarize()
-
-
 def _as_json(config: BenchConfig) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
