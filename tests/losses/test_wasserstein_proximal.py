@@ -142,5 +142,5 @@ def test_wrong_step(step):
 @pytest.mark.parametrize(("one", "other"), [((3, 2), (3, 1)), ((3,), (1,)), ((), ()), ((0, 2), (0, 2))])
 def test_samples_that_do_not_match(one, other):
     """They would be broadcast, and the distance be that of something else."""
-    with pytest.raises(ValueError, match="must be of one shape"):
+    with pytest.raises(ValueError, match="must have one shape"):
         wasserstein_proximal(torch.ones(one), torch.ones(other))
