@@ -45,6 +45,46 @@ def test_gradients_assigned_by_hand_are_said_once(name: str) -> None:
     assert rule.health.total("the rule took no part in a step") == 6
 
 
+def train_by_autograd_grad(rule: pw.Rule | None, steps: int = 6) -> tuple[list[Tensor], list[str]]:
+    """The weights after steps whose gradients come from ``torch.autograd.grad``, and what the rule said."""
+    model = net()
+    optimizer = sgd(model)
+    if rule is not None:
+        rule.attach(model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            parameters = list(model.parameters())
+            gradients = torch.autograd.grad(model(X).square().mean(), parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    return [p.detach() for p in model.parameters()], [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("make", [pw.Foof, pw.RLS, pw.Coordinates])
+def test_rules_with_statistics_say_that_autograd_grad_passes_them_by(make: type[pw.Rule]) -> None:
+    rule = make()
+    weights, said = train_by_autograd_grad(rule)
+    plain, _ = train_by_autograd_grad(None)
+    assert all(map(torch.equal, weights, plain))
+    assert sum("took no part in the last 3 optimizer steps" in text for text in said) == 1
+    assert rule.health.total("the rule took no part in a step") == 6
+
+
+def test_a_rule_of_one_batch_acts_in_autograd_grad() -> None:
+    model = net()
+    optimizer = sgd(model)
+    pw.ProxProp().attach(model, optimizer)
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    weights, said = train_by_autograd_grad(pw.ProxProp())
+    assert all(map(torch.equal, weights, (p.detach() for p in model.parameters())))
+    assert not said
+
+
 def test_weights_that_the_optimizer_does_not_step_are_not_counted_as_handled() -> None:
     model = net()
     optimizer = torch.optim.SGD([model[0].weight], lr=0.1)

@@ -75,6 +75,10 @@ class Arrivals:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
                 self._watched[id(parameter)] = weakref.ref(parameter)
 
+    def sees(self, entry: ParameterEntry) -> bool:
+        """Whether a gradient is seen when backward puts it into this entry's ``.grad``."""
+        return self.is_watched(entry.parameter() if entry.sharding is None else entry.sharding.whole)
+
     def is_watched(self, parameter: Tensor | None) -> bool:
         """Whether gradients are seen when they arrive in this parameter."""
         watched = self._watched.get(id(parameter))

@@ -297,8 +297,7 @@ class Attachment:
 
     def _make_update(self, site: Site, call: LinearCall, counted: LinearCall) -> Update:
         """The update of a call; ``counted`` is the call without the rows that do not count."""
-        sharding = site.entry.sharding
-        if not self.arrivals.is_watched(site.entry.parameter() if sharding is None else sharding.whole):
+        if not self.arrivals.sees(site.entry):
             self.arrivals.watch(site.entry)  # it was frozen, or lazy, so far
         if self._state is not None:
             self._state.learn_first(call)
@@ -308,9 +307,9 @@ class Attachment:
             factor = self.rule.clip_update(*measure_norms([call.weight, update.weight]))
             update = update.scaled(factor, factor)
         site.answer_pass(torch._C._current_graph_task_id())
-        self._liveness.answers += 1
-        if self._state is not None:
-            self._state.record(counted)
+        counts = self._state is None or self._state.record(counted)
+        # what is learned counts when the gradient arrives, if that is seen
+        self._liveness.answers += counts or not self.arrivals.sees(site.entry)
         if self._raises:
             refuse_nonfinite(call, update)
         return update
@@ -338,6 +337,7 @@ class Attachment:
     def _count_evidence(self, name: str) -> None:
         """The gradient of a layer's weight has arrived in ``.grad``."""
         assert self._state is not None
+        self._liveness.answers += 1
         self._state.on_grad_accumulated(name)
 
     def _note_answer(self, entry: ParameterEntry) -> None:

@@ -97,9 +97,10 @@ class Liveness:
         if self._quiet_steps == QUIET_STEPS:
             warnings.warn(
                 f"{self._title} took no part in the last {QUIET_STEPS} optimizer steps: no call of its "
-                "layers was captured in their backward passes. Was the model compiled or traced before "
-                "attach(), is a copy of it trained, or are gradients assigned by hand? Later steps are only "
-                "counted (rule.health).",
+                "layers was captured in a backward pass that put gradients into .grad. Was the model "
+                "compiled or traced before attach(), is a copy of it trained, or are gradients assigned by "
+                "hand? A rule with running statistics needs backward(); torch.autograd.grad leaves no trace "
+                "in it. Later steps are only counted (rule.health).",
                 RuntimeWarning,
                 stacklevel=6,
             )

@@ -179,10 +179,10 @@ class RunningState:
         """Whether the bias belongs to a layer's local problem."""
         return self._layers[name].bias is not None
 
-    def record(self, call: LinearCall) -> None:
-        """Gather a backward pass's evidence; it does not count yet."""
+    def record(self, call: LinearCall) -> bool:
+        """Gather a backward pass's evidence; return whether it counts before the gradient has arrived."""
         if self._layers[call.name].entry.leave_next:
-            return
+            return False
         evidence: Evidence = {}
         is_new = not self._saved.peek(call.name).tensors  # it may be called in steps between gatherings only
         if (self._learning.gathers or is_new) and call.a.numel() and call.delta.numel():
@@ -197,6 +197,7 @@ class RunningState:
         self._gathered.stage(call.name, call.waits, evidence)
         if self.processes.is_pipelined:  # its gradient may be assigned by hand, and then it never arrives
             self.on_grad_accumulated(call.name)
+        return self.processes.is_pipelined
 
     def on_grad_accumulated(self, name: str) -> None:
         """The gradient of a layer's weight has arrived in ``.grad``: its evidence counts."""
