@@ -1,10 +1,10 @@
 """
-The recommended method: AdamW in better coordinates
-===================================================
+The recommended method: Muon and AdamW in better coordinates
+============================================================
 
-``plywise.recommend(model)`` makes AdamW that works in the eigenbasis of each layer's inputs
-(``plywise.Coordinates``). It is used as any optimizer. The picture compares it with AdamW on an autoencoder
-of digits, each at its best of three rates.
+``plywise.recommend(model)`` makes Muon for hidden weights and AdamW for all others. Both work in the
+eigenbasis of each layer's inputs (``plywise.Coordinates``). It is used as any optimizer. The picture compares
+it with AdamW on an autoencoder of digits, each at its best of three rates.
 """
 
 from itertools import pairwise
@@ -16,7 +16,7 @@ from torch import nn
 import plywise as pw
 from plywise.data.digits import load_digits
 
-STEPS, RATES = 250, (1e-3, 3e-3, 1e-2)
+STEPS, RATES = 250, (3e-3, 1e-2, 3e-2)
 train, validation, _ = load_digits()
 
 

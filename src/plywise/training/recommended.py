@@ -34,8 +34,8 @@ CALLS = 2.0**21
 """Operations of one core in 60 µs, the time of the calls in a small layer's plain step."""
 
 MUON_COST = 6.0
-"""Most operations of Muon's step for a layer, relative to its forward and backward. Half of Muon's are in
-bfloat16 and all are in large products, so that six times the operations take about twice the time."""
+"""Most operations of Muon's step for a layer, relative to its forward and backward. Muon's are in large
+products, and in bfloat16 from 96 rows on: six times the operations take two or three times the time."""
 
 BETAS = (0.9, 0.99)
 """Second moments over 100 steps: bases turn slowly, and older squares belong to older axes."""
