@@ -69,7 +69,8 @@ def metric(model, batch):
 #
 # Each method gets the same number of tuning trials, which choose its rate by the validation loss; then it
 # trains from three fresh seeds. `recommended` is what `pw.recommend(model)` makes: Muon and AdamW in
-# coordinates that are chosen for the model. The times are CPU seconds; the machine that ran this was shared with others.
+# coordinates that are chosen for the model. The times are CPU seconds; the machine that ran this was shared
+# with others.
 
 # %%
 METHODS = ["adamw", "muon", "recommended"]
