@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from plywise.errors import PlywiseError
 from plywise.optim import KLSOAP, LRSGDC, LRSGDR, SOAP, ASkewSGD, Muon, NorMuon, SalpSGD, YamAdam
@@ -252,6 +253,23 @@ def test_maximize_is_minimizing_the_opposite(make):
         upward.step()
         downward.step()
     assert same(up, down)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [Muon, NorMuon, SOAP, KLSOAP])
+def test_optimizers_for_matrices_refuse_parameters_spread_over_processes_by_name(kind, mesh):
+    weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    optimizer = kind([weight], lr=0.1)
+    weight.square().sum().backward()
+    with pytest.raises(PlywiseError, match=rf"{kind.__name__} needs whole matrices; .* \(4, 3\) is spread"):
+        optimizer.step()
+    assert weight.to_local().eq(1).all()
 
 
 @every

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plywise.engine.sharding import is_spread
+from plywise.errors import PlywiseError
 from plywise.optim.plain import Group, PlainOptimizer
 
 Shape = tuple[int, ...]
@@ -98,6 +100,21 @@ class StackedOptimizer(PlainOptimizer):
                 self.state[param]["step"] = stack.step
             self.advance(group, stack, stack.join([gradients[place] for place in stack.places]))
         self.finish(group, stacks)
+
+    def collect_gradients(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters of the group that have a gradient, and the gradients to descend along.
+
+        Raises:
+            PlywiseError: a gradient is sparse or complex, or a parameter is spread over processes.
+        """
+        for param in group["params"]:
+            if is_spread(param):
+                raise PlywiseError(
+                    f"{type(self).__name__} needs whole matrices; a parameter of shape {tuple(param.shape)} "
+                    "is spread over processes (a DTensor, as fully_shard makes). Train it with "
+                    "torch.optim.AdamW, or the model with DistributedDataParallel."
+                )
+        return super().collect_gradients(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a loaded or copied state, for which there are no stacks yet."""

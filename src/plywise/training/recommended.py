@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from plywise._util.adamw import make_adamw
@@ -19,6 +18,7 @@ from plywise._util.modes import evaluating
 from plywise.data.batches import count_samples
 from plywise.engine.explain import LayerRow, Size
 from plywise.engine.rule import Rule
+from plywise.engine.sharding import is_spread
 from plywise.errors import AttachError
 from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from plywise.optim.muon import THREE_ITERATIONS, Muon
@@ -206,7 +206,7 @@ def _choose_muon(model: nn.Module, batch: Any, rows: list[LayerRow]) -> dict[str
         name = names[id(weight)]
         size, operations = sizes.get(name), _count_muon(weight)
         fits = size is None or operations <= MUON_COST * (size.plain + CALLS)
-        if fits and not isinstance(weight, DTensor):
+        if fits and not is_spread(weight):
             chosen[name] = weight, operations
     return chosen
 
