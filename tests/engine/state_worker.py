@@ -17,7 +17,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
-from plywise import AttachError, StateError
+from plywise import AttachError, BackMatching, StateError
 
 SAVED, STEPS = 4, 8
 """The step before which runs are broken off, and the number of all steps."""
@@ -183,6 +183,11 @@ def refuse_zero() -> dict[str, str]:
         RULES["foof"]().attach(model, optimizer)
     except AttachError as error:
         said["overlap"] = str(error)
+    optimizer = ZeroRedundancyOptimizer(list(model.parameters()), SGD, lr=0.1)
+    try:
+        BackMatching().attach(model, optimizer)
+    except AttachError as error:
+        said["measured values"] = str(error)
     plain = Replica().steps(0)
     state = copy.deepcopy(plain.optimizer.state_dict())
     plain.close()

@@ -113,6 +113,7 @@ def test_what_a_sharded_optimizer_saved_goes_on_without_shards(
 def test_what_cannot_be_right_is_refused(ranks: list[Seen]) -> None:
     for said in (seen["refused"] for seen in ranks):
         assert "overlap_with_ddp=True" in said["overlap"]
+        assert "ZeroRedundancyOptimizer does not save them" in said["measured values"]
         assert "throws away the state of other processes' parameters" in said["saved without shards"]
 
 

@@ -34,6 +34,7 @@ from plywise.engine.replicas import find_training_group, refuse_join
 from plywise.engine.sharding import is_any_nonzero, is_spread
 from plywise.engine.sites import Site
 from plywise.engine.table import ParameterTable
+from plywise.errors import AttachError
 
 KEY = "plywise.backward_scale"
 """Key of a parameter's values in the optimizer's state: for each of its sites a list of its calls' values."""
@@ -99,6 +100,7 @@ class BackwardScale:
         self._handles = []
         table.on_begin.append(self._find_group)
         if optimizer is not None:
+            _refuse_sharded(optimizer)
             self._handles.append(optimizer.register_load_state_dict_post_hook(self._after_load))
             self._after_load(optimizer)
 
@@ -328,6 +330,17 @@ class BackwardScale:
             refuse_pipeline("Back-matching's rate")
             if self._group is None:
                 self._group = find_training_group(self._table.entries)
+
+
+def _refuse_sharded(optimizer: Optimizer) -> None:
+    """Raise an error for an optimizer that saves only what its inner optimizer knows of each parameter."""
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+        raise AttachError(
+            "Back-matching's rate keeps measured values in the optimizer's state, and "
+            "ZeroRedundancyOptimizer does not save them, so that a resumed run would be another one. Use the "
+            "optimizer inside it without shards, or fully_shard.",
+            see="attach-optimizer",
+        )
 
 
 def is_trained(site: Site) -> bool:
