@@ -170,8 +170,8 @@ def read_explanation(model: nn.Module, rule: Any, result: Result) -> None:
     """Read the share of the parameters that a rule handles, and why the others are left alone."""
     explanation = rule.explain()
     handled = find_handled(explanation.rows)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    share = sum(sizes[name] for name in handled) / max(1, sum(sizes.values()))
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    share = sum(size for name, size in sizes.items() if name in handled) / max(1, sum(sizes.values()))
     result.share = explanation.share
     if abs(result.share - share) > 1e-6:
         result.notes.append(f"explain: its share is {result.share:.3f}, that of its rows {share:.3f}")
