@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from plywise import NLMS, RLS, AdaBK, BackMatching, Foof, ProxProp, Rule
+from plywise import NLMS, RLS, AdaBK, BackMatching, Coordinates, Foof, ProxProp, Rule
 
 RULES: dict[str, Callable[[], Rule]] = {
     "proxprop": ProxProp,
@@ -11,4 +11,5 @@ RULES: dict[str, Callable[[], Rule]] = {
     "rls": RLS,  # always in backward
     "foof": lambda: Foof(stats_every=2, refresh_every=4),  # in backward, or in the step
     "adabk": lambda: AdaBK(stats_every=1, refresh_every=2),  # both sides
+    "coordinates": lambda: Coordinates(stats_every=1, refresh_every=2),  # turns gradient and step
 }
