@@ -22,6 +22,24 @@ class Undamped(pw.Rule):
         return call.gradient().scaled(rate, rate)
 
 
+@dataclass(frozen=True, eq=False)
+class Silent(pw.Rule):
+    """Answers nothing."""
+
+    def update(self, call: pw.LinearCall) -> pw.Update:
+        return None  # type: ignore[return-value]
+
+
+class Loose(pw.Rule):
+    """No dataclass."""
+
+    def __init__(self) -> None:
+        self.rate = 0.5
+
+    def update(self, call: pw.LinearCall) -> pw.Update:
+        return call.gradient()
+
+
 class Forgetful(pw.LocalLoss):
     """Goes on from somewhere else than what was saved."""
 
@@ -47,7 +65,21 @@ def test_a_rule_that_breaks_one() -> None:
     broken = [name for name in failed if "test_every_solve_ends[Undamped-zeros-convnet]" in name]
     assert len(broken) == 1
     assert "is not finite" in failed[broken[0]]
-    assert broken[0] in str(caught.value)
+    assert broken[0].partition("::")[2] in str(caught.value)
+    assert f"scales ({len(failed)} failed): {list_promises()['scales']}" in str(caught.value)
+
+
+def test_a_rule_that_fails_everywhere_is_said_once() -> None:
+    with pytest.raises(pw.ContractError) as caught:
+        check_rule(Silent, only=["scales", "accumulation"])
+    assert str(caught.value).count("must return a plywise.Update, not NoneType") < 8
+    assert "as above" in str(caught.value)
+    assert "accumulation (" in str(caught.value)
+
+
+def test_a_rule_that_is_no_dataclass_is_refused_at_once() -> None:
+    with pytest.raises(pw.AttachError, match=r"Loose is no dataclass.*with rate as fields"):
+        check_rule(Loose)
 
 
 def test_an_exemption_is_told_with_its_reason() -> None:

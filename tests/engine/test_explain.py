@@ -87,3 +87,26 @@ def test_a_model_that_is_all_frozen_has_nothing_to_share():
     assert (table.share, table.parameters, table.frozen) == (0.0, 0, 450)
     assert "0 % of 0 parameters that train handled, 0 of 0 layers" in str(table)
     assert not any(row.handled for row in table.rows)
+
+
+def test_a_head_tied_to_an_embedding_says_so() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.body, self.head = (
+                nn.Embedding(9, 4),
+                nn.Linear(4, 4),
+                nn.Linear(4, 9, bias=False),
+            )
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(self.words(ids)))
+
+    model = Tokens()
+    rule = pw.ProxProp().attach(model)
+    reasons = {row.name: row.reason for row in rule.explain().rows}
+    assert reasons["head"].startswith(
+        "its weight is tied with 'words' (Embedding), its kind, 'embedding', is left"
+    )
+    assert reasons["words"].startswith("its kind, 'embedding', is left")

@@ -145,7 +145,8 @@ def _rows_of(
     trains = any(_trains(one.parameter()) for one in (entry, *biases))
     if left or not (entry.sites or entry.expected) or parameter is None or not trains:
         alone = [entry, *biases] if not trains else [entry]
-        return [_left_row(one, module, path, _explain_rest(one), health, counted) for one in alone]
+        tied = _explain_tie(entry, path)
+        return [_left_row(one, module, path, f"{tied}{_explain_rest(one)}", health, counted) for one in alone]
     sites = [s for s in entry.sites.values() if s.module is module or len(entry.owners) == 1]
     claimed = _claim([entry, *biases], counted)
     frozen = "" if parameter.requires_grad else " (of its bias: the weight is frozen)"
@@ -156,6 +157,15 @@ def _rows_of(
         label = name if len(sites) == 1 else site.name
         rows.append(_site_row(rule, site, label, module, frozen, health, claimed if number == 0 else NONE))
     return rows
+
+
+def _explain_tie(entry: ParameterEntry, path: str) -> str:
+    """Say of a later owner of a tied weight whose it is, since the reason is about the first owner's kind."""
+    first, ref = entry.owners[0]
+    reason = entry.why_left or ""
+    if path == first or reason.startswith("its weight is"):
+        return ""
+    return f"its weight is tied with {first!r} ({type(ref()).__name__}), "
 
 
 def _site_row(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from plywise._util.import_path import load
+from plywise.engine.answers import read_settings
 from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
 from plywise.local.blocks import Blocks
@@ -96,8 +97,8 @@ def make_case(factory: Callable[[], Rule] | Case | str) -> Case:
         return factory
     assert not isinstance(factory, str)
     try:
-        makes_rule = callable(factory) and isinstance(factory(), Rule)
-        why = ""
+        made = factory() if callable(factory) else None
+        makes_rule, why = isinstance(made, Rule), ""
     except TypeError as error:  # it needs arguments
         makes_rule, why = False, f" ({error})"
     if not makes_rule:
@@ -106,6 +107,7 @@ def make_case(factory: Callable[[], Rule] | Case | str) -> Case:
             f"arguments{why}.",
             see="error-testing",
         )
+    read_settings(made)  # a class that is no dataclass would break every promise
     return Case(name, factory)
 
 

@@ -21,8 +21,8 @@ from plywise.testing.cases import Case, LearnerCase, make_case
 FOLDER = Path(__file__).parent / "contract"
 LEARNERS = "learners"
 """The only file of tests for learners."""
-SHOWN = 20
-"""The largest number of broken promises that an error names."""
+SHOWN = 3
+"""The largest number of tests of a broken promise that an error names."""
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,33 @@ def _isolate_pytest() -> Iterator[None]:
 
 
 def _describe_failures(result: ContractResult) -> str:
-    """Describe the broken promises, each with the last line of the report of pytest."""
+    """Name the broken promises in a sentence each, with their first tests and what these say.
+
+    A reason that was given before, as of a rule that fails everywhere, is not repeated.
+    """
     lines = [f"{result.name} breaks {len(result.failed)} of the contract's tests ({result.passed} pass):"]
-    for test, account in list(result.failed.items())[:SHOWN]:
-        errors = [line[1:].strip() for line in account.splitlines() if line.startswith("E ")]
-        last = errors[0] if errors else (account.strip().splitlines() or [""])[-1]
-        lines.append(f"- {test}: {last}")
-    if len(result.failed) > SHOWN:
-        lines.append(f"- … and {len(result.failed) - SHOWN} more")
+    sentences, reasons = list_promises(), set[str]()
+    by_promise: dict[str, list[str]] = {}
+    for test in result.failed:
+        by_promise.setdefault(test.partition(".py")[0].removeprefix("test_"), []).append(test)
+    for promise, tests in by_promise.items():
+        lines.append(
+            f"{promise} ({len(tests)} failed): {sentences.get(promise, 'What every learner keeps.')}"
+        )
+        for test in tests[:SHOWN]:
+            reason = _find_reason(result.failed[test])
+            lines.append(f"  - {test.partition('::')[2]}: {'as above' if reason in reasons else reason}")
+            reasons.add(reason)
+        if len(tests) > SHOWN:
+            lines.append(f"  - … and {len(tests) - SHOWN} more")
+    lines.append("error.result.failed has pytest's account of each test.")
     return "\n".join(lines)
+
+
+def _find_reason(account: str) -> str:
+    """Find the error in pytest's account of a test, with the line of code if it is a bare assertion."""
+    lines = account.splitlines()
+    errors = [line[1:].strip() for line in lines if line.startswith("E ")]
+    reason = errors[0] if errors else (account.strip().splitlines() or [""])[-1]
+    code = [line.strip() for line in lines if line.startswith("    assert ")]
+    return f"{reason} ({code[-1]})" if code and reason.startswith("AssertionError") else reason
