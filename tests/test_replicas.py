@@ -69,11 +69,11 @@ def test_every_process_comes_to_the_same_shares():
 def test_alone_the_sum_is_what_there_is():
     parts = {"a": {"gram": torch.randn(1, 2, 2), "rows": torch.tensor(3.0)}, "b": {}}
     alone = Replicas(None)
-    total = alone.total(parts)
+    total = alone.add_up(parts)
     assert alone.size == 1
     assert total.keys() == parts.keys()
     assert all(total[layer][key] is value for layer, named in parts.items() for key, value in named.items())
-    assert Replicas().total({}) == {}
+    assert Replicas().add_up({}) == {}
 
 
 def test_alone_every_job_runs_once_and_none_is_blank():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from plywise.numerics.least_squares import CentredSystem, solve_damped, solve_damped_with_bias
-from plywise.numerics.products import centre_rows, lower_product, outer_product
+from plywise.numerics.products import centre_rows, compute_lower_product, compute_outer_product
 
 F32, F64 = torch.float32, torch.float64
 
@@ -27,8 +27,8 @@ class Problem:
     def build(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rows, delta = self.rows.to(dtype), self.delta.to(dtype)
         if self.dual:
-            return lower_product(rows), delta
-        return lower_product(rows.mT), rows.mT @ delta
+            return compute_lower_product(rows), delta
+        return compute_lower_product(rows.mT), rows.mT @ delta
 
     def solve(self, damping=None) -> tuple[Tensor | None, list[str]]:
         """X as `solve_damped` has it, and the events."""
@@ -47,8 +47,8 @@ class Problem:
         n = rows.shape[1]
         if self.dual:
             projected = (rows @ mean.unsqueeze(2)).squeeze(2)
-            return CentredSystem(lower_product(rows), delta, mean, target, n, projected)
-        return CentredSystem(lower_product(rows.mT), rows.mT @ delta, mean, target, n)
+            return CentredSystem(compute_lower_product(rows), delta, mean, target, n, projected)
+        return CentredSystem(compute_lower_product(rows.mT), rows.mT @ delta, mean, target, n)
 
     def solve_with_bias(self, damping=None) -> tuple[Tensor | None, list[str]]:
         """X and b below it, as `solve_damped_with_bias` has them, and the events."""
@@ -64,7 +64,7 @@ class Problem:
         assert torch.isfinite(bias).all()
         if self.dual:
             rows, mean = centre_rows(self.rows.to(weight.dtype))
-            weight = rows.mT @ weight + outer_product(mean, bias)
+            weight = rows.mT @ weight + compute_outer_product(mean, bias)
         return torch.cat([weight, bias.unsqueeze(1)], 1), events
 
     def with_ones(self) -> "Problem":

@@ -9,13 +9,13 @@ from torch.nn import functional
 
 from plywise.numerics import patch_correlation as module
 from plywise.numerics.patch_gram import (
-    centred_patch_gram,
+    compute_centred_patch_gram,
+    compute_patch_gram,
+    compute_patch_trace,
     find_channel_means,
-    patch_gram,
-    patch_rows,
-    patch_square_sums,
-    patch_sums,
-    patch_trace,
+    sum_patch_squares,
+    sum_patches,
+    unfold_patches,
 )
 
 CONVS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -102,7 +102,7 @@ def check(actual, expected, tolerance=1e-12, floor=1e-30):
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_rows_are_the_patches(case):
     x = make(case[0])
-    torch.testing.assert_close(patch_rows(x, *case[1:]), reference_rows(x, *case[1:]), rtol=0, atol=1e-14)
+    torch.testing.assert_close(unfold_patches(x, *case[1:]), reference_rows(x, *case[1:]), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("case", [c for c in ALL_CASES if len(c[1]) == 2 and c[0][0]], ids=str)
@@ -111,7 +111,7 @@ def test_rows_agree_with_torch_unfold(case):
     x = make(shape)
     unfolded = functional.unfold(x, kernel, dilation, padding, stride)  # (batch, channels * taps, positions)
     expected = unfolded.mT.reshape(-1, groups, unfolded.shape[1] // groups).transpose(0, 1)
-    assert torch.equal(patch_rows(x, *case[1:]), expected)
+    assert torch.equal(unfold_patches(x, *case[1:]), expected)
 
 
 @pytest.mark.parametrize("case", [c for c in ALL_CASES if c[0][0]], ids=str)
@@ -120,7 +120,7 @@ def test_rows_times_weight_is_the_convolution(case):
     x, out = make(shape), 3
     weight = make((groups * out, shape[1] // groups, *kernel))
     delta = CONVS[len(kernel)](x, weight, None, stride, padding, dilation, groups)
-    rows = patch_rows(x, *case[1:])
+    rows = unfold_patches(x, *case[1:])
     product = rows @ weight.flatten(1).unflatten(0, (groups, out)).mT  # (groups, n, out)
     check(product.transpose(0, 1).flatten(1), delta.movedim(1, -1).reshape(-1, groups * out))
 
@@ -129,7 +129,7 @@ def test_rows_times_weight_is_the_convolution(case):
 def test_gram(case, way):
     x = make(case[0])
     rows = reference_rows(x, *case[1:])
-    gram = patch_gram(x, *case[1:])
+    gram = compute_patch_gram(x, *case[1:])
     # All windows of a draw may lie in the padding: the rounding is relative to the energy of the input.
     check(gram, rows.mT @ rows, floor=x.square().mean(1).sum())
     assert torch.equal(gram, gram.mT)
@@ -139,9 +139,9 @@ def test_gram(case, way):
 def test_sums_and_squares(case):
     x = make(case[0])
     rows = reference_rows(x, *case[1:])
-    check(patch_sums(x, *case[1:]), rows.sum(1))
-    check(patch_square_sums(x, *case[1:]), rows.square().sum(2))
-    check(patch_trace(x, *case[1:]), rows.square().sum((1, 2)))
+    check(sum_patches(x, *case[1:]), rows.sum(1))
+    check(sum_patch_squares(x, *case[1:]), rows.square().sum(2))
+    check(compute_patch_trace(x, *case[1:]), rows.square().sum((1, 2)))
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
@@ -155,8 +155,8 @@ def test_layouts(layout, way):
         view = x[::2, :, ::2]
     args = ((3, 2), (1, 1), (1, 1), (1, 1), 1)
     rows = reference_rows(view.contiguous(), *args)
-    check(patch_gram(view, *args), rows.mT @ rows)
-    check(patch_square_sums(view, *args), rows.square().sum(2))
+    check(compute_patch_gram(view, *args), rows.mT @ rows)
+    check(sum_patch_squares(view, *args), rows.square().sum(2))
     assert torch.equal(x, make((4, 3, 12, 8)))
 
 
@@ -167,14 +167,14 @@ def test_small_blocks(workspace, way, monkeypatch):
     monkeypatch.setattr(module, "_MIN_BATCH", 2)
     x, args = make((7, 4, 6, 5)), ((3, 3), (1, 1), (1, 0), (1, 1), 2)
     rows = reference_rows(x, *args)
-    check(patch_gram(x, *args), rows.mT @ rows)
+    check(compute_patch_gram(x, *args), rows.mT @ rows)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c[0][0]], ids=str)
 def test_float32(case, way):
     x = make(case[0], torch.float32)
     rows = reference_rows(x.double(), *case[1:])
-    check(patch_gram(x, *case[1:]), (rows.mT @ rows).float(), 5e-6)
+    check(compute_patch_gram(x, *case[1:]), (rows.mT @ rows).float(), 5e-6)
 
 
 # ---- centred patches -------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def centre(rows):
 def test_centred_gram(case, way):
     x = make(case[0])
     expected, mean = centre(reference_rows(x, *case[1:]))
-    gram, actual_mean = centred_patch_gram(x, *case[1:])
+    gram, actual_mean = compute_centred_patch_gram(x, *case[1:])
     check(gram, expected, floor=x.square().mean(1).sum())
     check(actual_mean, mean)
     assert torch.equal(gram, gram.mT)
@@ -204,7 +204,7 @@ def test_an_offset_costs_no_digits(case, offset, way):
     x[:, 0] -= 3 * offset  # the channels differ
     rows = reference_rows(x.double(), *case[1:])
     expected, mean = centre(rows)
-    gram, actual_mean = centred_patch_gram(x, *case[1:])
+    gram, actual_mean = compute_centred_patch_gram(x, *case[1:])
     size = expected.diagonal(dim1=1, dim2=2).clamp_min(1).sqrt()
     error = (gram - expected).abs() / (size.unsqueeze(2) * size.unsqueeze(1))
     assert error.max() < 2e-5
@@ -214,15 +214,15 @@ def test_an_offset_costs_no_digits(case, offset, way):
 def test_the_difference_of_two_grams_would_not_do():
     x, args = make((20, 3, 9, 9), torch.float32) + 1e3, ((3, 3), (1, 1), (0, 0), (1, 1), 1)
     expected, _ = centre(reference_rows(x.double(), *args))
-    mean = patch_sums(x, *args) / (20 * 49)
-    naive = patch_gram(x, *args) - 20 * 49 * mean.unsqueeze(2) * mean.unsqueeze(1)
+    mean = sum_patches(x, *args) / (20 * 49)
+    naive = compute_patch_gram(x, *args) - 20 * 49 * mean.unsqueeze(2) * mean.unsqueeze(1)
     assert (naive - expected).norm() > 0.05 * expected.norm()
-    assert (centred_patch_gram(x, *args)[0] - expected).norm() < 1e-5 * expected.norm()
+    assert (compute_centred_patch_gram(x, *args)[0] - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_a_constant_input_has_no_variance_inside(way):
     x, args = torch.full((4, 2, 6, 6), 0.3), ((3, 3), (1, 1), (0, 0), (1, 1), 1)
-    gram, mean = centred_patch_gram(x, *args)
+    gram, mean = compute_centred_patch_gram(x, *args)
     assert gram.abs().max() < 1e-10
     torch.testing.assert_close(mean, torch.full((1, 18), 0.3))
 
@@ -242,8 +242,8 @@ def test_large_layers_are_correlated_and_small_ones_unfolded(monkeypatch):
     correlate = module.correlate
     monkeypatch.setattr(module, "correlate", lambda *a: used.append(True) or correlate(*a))
     args = ((5, 5), (1, 1), (2, 2), (1, 1), 1)
-    patch_gram(make((64, 16, 16, 16), torch.float32), *args)
+    compute_patch_gram(make((64, 16, 16, 16), torch.float32), *args)
     assert used
     used.clear()
-    patch_gram(make((1, 1, 4, 4)), *args)
+    compute_patch_gram(make((1, 1, 4, 4)), *args)
     assert not used

@@ -8,10 +8,10 @@ import torch
 from plywise.numerics.products import (
     BLOCK,
     centre_rows,
+    compute_lower_product,
+    compute_outer_product,
     divide_or_zero,
-    lower_product,
     mirror_lower,
-    outer_product,
 )
 
 F64 = torch.float64
@@ -22,7 +22,7 @@ F64 = torch.float64
 def test_lower_product(size, groups):
     rows = torch.randn(groups, size, 9, dtype=F64)
     expected = rows @ rows.mT
-    product = lower_product(rows)
+    product = compute_lower_product(rows)
     torch.testing.assert_close(product.tril(), expected.tril())
     above = product.triu(1)
     assert ((above == 0) | torch.isclose(above, expected.triu(1))).all()
@@ -36,7 +36,7 @@ def test_mirror_lower_ignores_what_is_above():
 
 def test_outer_product():
     x, y = torch.randn(2, 3), torch.randn(2, 4)
-    torch.testing.assert_close(outer_product(x, y), torch.einsum("gm,gk->gmk", x, y))
+    torch.testing.assert_close(compute_outer_product(x, y), torch.einsum("gm,gk->gmk", x, y))
 
 
 def test_divide_or_zero():

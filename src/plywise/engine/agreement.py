@@ -26,7 +26,7 @@ class Agreement:
         self._settled: dict[ParameterEntry, bool] = {}
 
     def has_settled(self, entry: ParameterEntry) -> bool:
-        """Whether all processes learn a weight's layers together."""
+        """Return whether all processes learn a weight's layers together."""
         return self._settled.get(entry, False)
 
     def settle(

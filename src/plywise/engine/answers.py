@@ -12,7 +12,7 @@ from plywise.errors import AttachError
 
 
 def read_settings(rule: Any) -> dict[str, Any]:
-    """The hyper-parameters of a rule by name.
+    """Return the hyper-parameters of a rule by name.
 
     Raises:
         AttachError: its class is no dataclass, or adds hyper-parameters to one without being one itself.

@@ -76,11 +76,11 @@ class Arrivals:
                 self._watched[id(parameter)] = weakref.ref(parameter)
 
     def sees(self, entry: ParameterEntry) -> bool:
-        """Whether a gradient is seen when backward puts it into this entry's ``.grad``."""
+        """Return whether a gradient is seen when backward puts it into this entry's ``.grad``."""
         return self.is_watched(entry.parameter() if entry.sharding is None else entry.sharding.whole)
 
     def is_watched(self, parameter: Tensor | None) -> bool:
-        """Whether gradients are seen when they arrive in this parameter."""
+        """Return whether gradients are seen when they arrive in this parameter."""
         watched = self._watched.get(id(parameter))
         return watched is not None and watched() is parameter
 
@@ -133,7 +133,7 @@ class Arrivals:
                 self._refuse_altered(entry)
 
     def _is_bias(self, entry: ParameterEntry) -> bool:
-        """Whether calls that the rule handles add this parameter."""
+        """Return whether calls that the rule handles add this parameter."""
         parameter = entry.parameter()
         return any(
             site.adds is not None and site.adds() is parameter

@@ -191,7 +191,7 @@ class Attachment:
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def takes(self, parameter: Tensor | None) -> bool:
-        """Whether the rule may take this parameter."""
+        """Return whether the rule may take this parameter."""
         return any(e.parameter() is parameter and not e.why_left for e in self.table.entries)
 
     def _add_site(self, site: Site) -> None:
@@ -232,9 +232,9 @@ class Attachment:
             self._scale.reset()
         self.health.counts.clear()
 
-    def states(self) -> dict[str, State]:
-        """Each layer's running statistics by name."""
-        return {} if self._state is None else self._state.states()
+    def read_states(self) -> dict[str, State]:
+        """Return each layer's running statistics by name."""
+        return {} if self._state is None else self._state.read_states()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -250,7 +250,7 @@ class Attachment:
     def respond(
         self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
     ) -> tuple[Update, Tensor | None]:
-        """The rule's two answers for a captured call."""
+        """Return the rule's two answers for a captured call."""
         site: Site = ctx.site
         if self._scale is not None and self._scale.is_probing(ctx):
             return Update(None, None), self._scale.answer_probe(ctx, a, weight, delta)
@@ -296,7 +296,7 @@ class Attachment:
         return call
 
     def _make_update(self, site: Site, call: LinearCall, counted: LinearCall) -> Update:
-        """The update of a call; ``counted`` is the call without the rows that do not count."""
+        """Return the update of a call; ``counted`` is the call without the rows that do not count."""
         if not self.arrivals.sees(site.entry):
             self.arrivals.watch(site.entry)  # it was frozen, or lazy, so far
         if self._state is not None:
@@ -326,11 +326,11 @@ class Attachment:
         return below.contiguous()  # as autograd's own is: a pipeline sends it to another process
 
     def _send_plain(self, ctx: Any, call: LinearCall) -> Tensor | None:
-        """The plain gradient at a call's input; None where torch has to make it (`RearrangedCall`)."""
+        """Return the plain gradient at a call's input; None where torch has to make it (`RearrangedCall`)."""
         return None if self._alters and hasattr(ctx, "restore") else call.input_gradient()
 
     def _alters_pass(self, node: Any) -> bool:
-        """Whether altered values go down in the running backward, which has come to this node."""
+        """Return whether altered values go down in the running backward, which has come to this node."""
         altered = self.arrivals.altered
         return altered.enter(node) or (self._is_pipelined and altered.enter_apart(node))
 

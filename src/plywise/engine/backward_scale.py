@@ -6,10 +6,10 @@ backward from the output of each topmost layer through autograd's own graph, and
 what arrives at a layer's output. So the effect of every operation is measured, and no table of modules is
 needed.
 
-A measurement costs about as much as the backward of the activations. It is made in the first pass and then
-every so many steps. All backward passes of a step use the same values: those measured in an earlier step, or,
-where there are none, those measured in the step's first pass. The values are kept once the step has been
-taken.
+A measurement costs about as much as the backward of the activations. It is made in the first pass, and then
+again after a fixed number of steps. All backward passes of a step use the same values: those measured in an
+earlier step or, if there are none, those measured in the step's first pass. The values are kept only if the
+step is taken.
 """
 
 import math
@@ -43,7 +43,7 @@ CLOCK = f"{KEY}.step"
 """Key of the number of steps that have been taken."""
 
 MISSING = f"{KEY}.missing"
-"""Key of whether the next pass must measure, for a value is missing."""
+"""Key of the flag that the next pass must measure, because a value is missing."""
 
 KEPT_PASSES = 16
 """Backward passes that are remembered; several can run at the same time."""
@@ -131,7 +131,7 @@ class BackwardScale:
     # ---- in backward -----------------------------------------------------------------------------
 
     def find(self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
-        """``E`` at a call's output, a scalar on the CPU; a measurement that is due is made first.
+        """Return ``E`` at a call's output, a scalar on the CPU; if a measurement is due, make it first.
 
         Args:
             ctx: the call's node, which runs.
@@ -148,7 +148,7 @@ class BackwardScale:
             values = _read_sizes({site: self._measured.sizes.get(site, [])})[site]
         if values:
             current.last = values[min(current.calls[site], len(values) - 1)]
-        else:  # a call that no measurement has met: for now it counts as the call above it
+        else:  # no measurement has seen this call: for now it gets the value of the call above it
             self._is_missing |= is_trained(site)
         current.calls[site] += 1
         return torch.tensor(current.last, dtype=torch.float64)
@@ -170,7 +170,7 @@ class BackwardScale:
     def _measure(
         self, ctx: Any, current: Pass, task: int, a: Tensor, weight: Tensor, delta: Tensor
     ) -> Tensor:
-        """The mean square of what has arrived at a call; 1 at a call that is on top."""
+        """Return the mean square of what has arrived at a call; 1 for a topmost call."""
         size = torch.ones((), dtype=torch.float64, device=delta.device)
         if getattr(ctx, "probed_in", -1) == task:
             return size * 0 if ctx.probe_size is None else ctx.probe_size
@@ -200,7 +200,7 @@ class BackwardScale:
                 _add_size(node, value)
 
     def is_probing(self, ctx: Any) -> bool:
-        """Whether a random vector, and no gradient, has arrived at this call."""
+        """Return whether what has arrived at this call is a random vector, and not a gradient."""
         current = self._passes.get(getattr(ctx, "probed_in", -1))
         return current is not None and current.probing
 
@@ -220,7 +220,7 @@ class BackwardScale:
     # ---- at the step -----------------------------------------------------------------------------
 
     def after_step(self, nonzero: Collection[int]) -> None:
-        """After a step: use what was measured in it from now on.
+        """Use what was measured in a step, once it has been taken.
 
         Args:
             nonzero: ids of parameters whose gradients are known not to be zero.
@@ -240,14 +240,14 @@ class BackwardScale:
             measured, is_alone = self._average(measured), True
         found = {site: values for site, values in measured.items() if all(map(math.isfinite, values))}
         if measured:
-            # zeros, of a branch that begins as zero, may not last
+            # zeros may not last: a branch may begin as zero
             self._is_missing = len(found) < len(measured) or any(0.0 in values for values in found.values())
         self._step += 1
         self._write(optimizer, found if is_alone else {})
         self._local.update(found)  # for frozen parameters, too, which have no state
 
     def _average(self, measured: Values) -> Values:
-        """What was measured, averaged over the processes; they need not have met the same calls."""
+        """Average the measurements over the processes, which need not have seen the same calls."""
         sites = {
             (entry.name, number): site
             for entry in self._table.entries
@@ -265,7 +265,7 @@ class BackwardScale:
         return average
 
     def _may_have_gradients(self) -> bool:
-        """The same without asking other processes: sharded gradients that are there count."""
+        """Do as `_has_gradients`, without asking other processes: sharded gradients count if they exist."""
         sharded = [e for e in self._table.entries if e.sharding is not None and e.sites and not e.why_left]
         for entry in sharded:
             parameter = entry.parameter()
@@ -275,7 +275,7 @@ class BackwardScale:
         return not sharded and self._has_gradients()
 
     def _has_gradients(self, nonzero: Collection[int] = ()) -> bool:
-        """Whether a gradient of the rule's parameters is there, and is not zero."""
+        """Return whether a gradient of the rule's parameters is there, and is not zero."""
         handled = [entry for entry in self._table.entries if entry.sites and not entry.why_left]
         parameters = [entry.parameter() for entry in handled]
         held = [p for p in parameters if p is not None and p.grad is not None]
@@ -308,7 +308,7 @@ class BackwardScale:
             state[CLOCK], state[MISSING] = self._step, int(self._is_missing)
 
     def _read(self, site: Site) -> list[float]:
-        """The values of a site's calls; an empty list if there are none."""
+        """Return the values of a site's calls; an empty list if there are none."""
         optimizer, parameter = self._optimizer, site.entry.parameter()
         state = {} if optimizer is None or parameter is None else optimizer.state.get(parameter, {})
         for other, values in zip(site.entry.sites.values(), state.get(KEY, []), strict=False):
@@ -324,7 +324,7 @@ class BackwardScale:
         self._step = max((state.get(CLOCK, 0) for state in states), default=0)
 
     def _find_group(self) -> None:
-        """If DistributedDataParallel runs this forward, its processes share the values."""
+        """Find the processes that share the values: those of a DistributedDataParallel that runs now."""
         if dist.is_available() and dist.is_initialized():
             refuse_join("Back-matching's rate")
             refuse_pipeline("Back-matching's rate")
@@ -344,7 +344,7 @@ def _refuse_sharded(optimizer: Optimizer) -> None:
 
 
 def is_trained(site: Site) -> bool:
-    """Whether a site's weight trains; one that does not has no state, and a resumed run lacks its value."""
+    """Return whether a site's weight trains. Otherwise it has no state, and a resumed run lacks its value."""
     weight = site.weight
     return weight is not None and weight.requires_grad
 
@@ -357,7 +357,7 @@ def make_signs(like: Tensor, seed: int) -> Tensor:
 
 
 def make_probe(node: Any, delta: Tensor, seed: int) -> Tensor:
-    """A random vector of 1 and -1 in the rows of a call that count (`plywise.rows`)."""
+    """Return a random vector of 1 and -1 in the rows of a call that count (`plywise.rows`)."""
     kept = find_kept(node, delta) if node.masks else None
     if kept is None:
         return make_signs(delta, seed)
@@ -376,7 +376,7 @@ def _add_size(node: Any, value: Tensor) -> None:
 
 
 def _read_sizes(sizes: dict[Site, list[Tensor]]) -> Values:
-    """Sizes as numbers, read from the device at once; NaN, which no step takes, if one is infinite."""
+    """Read sizes as numbers, all at once; if one is infinite, return NaN, with which no step is taken."""
     flat = [size for calls in sizes.values() for size in calls]
     device = flat[0].device if flat else None
     numbers = iter(torch.stack([size.to(device) for size in flat]).tolist() if flat else [])

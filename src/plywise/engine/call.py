@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plywise.engine.health import Health
 from plywise.engine.maps.base import LinearMap
-from plywise.numerics.products import lower_product
+from plywise.numerics.products import compute_lower_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class LinearCall:
         return self.map.apply(a, weight)
 
     def cast_input(self, dtype: torch.dtype) -> Tensor:
-        """The input in this dtype; indices stay indices."""
+        """Return the input in this dtype; indices stay indices."""
         return self.a if self.a.dtype == dtype else self.map.cast(self.a, dtype)
 
     # ---- the call as matrices ----------------------------------------------------------------
@@ -187,7 +187,7 @@ class LinearCall:
         return self.map.scale_rows(self.delta.to(self.dtype), factors)
 
     def matrix(self, update: Update) -> Tensor:
-        """An update as one matrix (g, m, k): the weight's columns, then the bias's."""
+        """Return an update as one matrix (g, m, k): the weight's columns, then the bias's."""
         return update.matrix(self.groups)
 
     def update(self, matrix: Tensor) -> Update:
@@ -203,7 +203,7 @@ class LinearCall:
         return self._add_border(gram, self.map.sums(a), self.row_count) if self.has_bias else gram
 
     def _add_border(self, gram: Tensor, sums: Tensor, rows: int) -> Tensor:
-        """The Gram with the row of the bias's column of ones below it."""
+        """Return the Gram with the row of the bias's column of ones below it."""
         border = torch.cat([sums, sums.new_full((self.groups, 1), rows)], 1).unsqueeze(1)
         return torch.cat([torch.nn.functional.pad(gram, (0, 1)), border.to(gram.dtype)], 1)
 
@@ -219,7 +219,7 @@ class LinearCall:
 
     def dual_gram(self, dtype: torch.dtype) -> Tensor:
         """``[A,1][A,1]ᵀ``, (g, n, n); its lower triangle is promised."""
-        gram = lower_product(self.map.rows(self.cast_input(dtype)).to(dtype))
+        gram = compute_lower_product(self.map.rows(self.cast_input(dtype)).to(dtype))
         return gram.add_(1) if self.has_bias else gram
 
     def mean_row(self, dtype: torch.dtype) -> Tensor:

@@ -18,13 +18,13 @@ KEPT_PASSES = 64
 
 
 def is_call(node: Any, responder: Any = None) -> bool:
-    """Whether a node is a captured call (of this responder, if one is given)."""
+    """Return whether a node is a captured call (of this responder, if one is given)."""
     site = getattr(node, "site", None)
     return site is not None and (responder is None or site.responder is responder)
 
 
 def find_calls(start: Any, responder: Any, name: str) -> tuple[list[Any], list[Any]]:
-    """The responder's captured calls below a node, and those of them with no other call below.
+    """Return the responder's captured calls below a node, and those of them with no other call below.
 
     Args:
         start: a node of autograd's graph; None where nothing is below.
@@ -65,7 +65,7 @@ def find_calls(start: Any, responder: Any, name: str) -> tuple[list[Any], list[A
 
 
 def find_wanting(start: Any, responder: Any) -> Any:
-    """A call at or below a node whose update the running backward wants; None if there is none.
+    """Return a call at or below a node whose update the running backward wants; None if there is none.
 
     There is none where only gradients at inputs are asked for (``torch.autograd.grad(output, x)``), or where
     all weights below are frozen. Calls that were looked at in this backward are not looked at again.
@@ -94,30 +94,30 @@ def find_wanting(start: Any, responder: Any) -> Any:
 
 
 def wants_update(node: Any) -> bool:
-    """Whether the running backward wants the gradient of a captured call's weight or bias."""
+    """Return whether the running backward wants the gradient of a captured call's weight or bias."""
     if type(node)._forward_cls is TappedCall:
         return any(find_wanted_of_tap(node))
     return any(find_wanted(node, 3)[1:])
 
 
 def is_asked_for(source: Any) -> bool:
-    """Whether `torch.autograd.grad` has been asked for the gradient of this leaf, which skips its hooks."""
+    """Return whether `torch.autograd.grad` was asked for this leaf's gradient, which skips its hooks."""
     if not hasattr(source, "variable"):
         return False
     try:
         torch._C._will_engine_execute_node(source)
-    except RuntimeError:  # just what the engine does not say
+    except RuntimeError:  # the engine does not answer for such leaves
         return True
     return False
 
 
 def find_asked_leaves(start: Any) -> list[Tensor]:
-    """Find the leaves below a node whose gradients are asked for with `torch.autograd.grad`."""
+    """Find the leaves below a node whose gradients `torch.autograd.grad` was asked for."""
     return [node.variable for node in find_leaf_nodes(start) if is_asked_for(node)]
 
 
 def find_leaf_nodes(start: Any) -> list[Any]:
-    """The nodes below a node that accumulate a leaf's gradient."""
+    """Return the nodes below a node that accumulate a leaf's gradient."""
     seen: set[Any] = set()
     stack = [start]
     while stack:
@@ -135,7 +135,7 @@ class PassSamples:
         self._known: dict[int, tuple[int, int]] = {}
 
     def count(self, site: Any, samples: int) -> tuple[int, bool]:
-        """The samples of the running backward, and whether it began at this site.
+        """Return the number of samples of the running backward, and whether it began at this site.
 
         Args:
             site: the layer whose call the backward has come to.
@@ -157,8 +157,8 @@ _training: set[object] = set()
 def train_by_inputs() -> Iterator[None]:
     """Treat backward passes in the block as training, though they ask for gradients at inputs only.
 
-    Then the rule's altered values go down: activation relaxation and interlocking pass them from block to
-    block.
+    Then the rule's altered values are sent down: activation relaxation and interlocking pass them from block
+    to block.
     """
     token = object()
     _training.add(token)
@@ -171,8 +171,8 @@ def train_by_inputs() -> Iterator[None]:
 class AlteredPasses:
     """The backward passes in which a rule sends other values down than gradients.
 
-    Those are the passes that need updates of the rule. Passes that ask for gradients at inputs only get plain
-    ones.
+    Those are the passes that need updates of the rule. Passes that ask only for gradients at inputs get plain
+    gradients.
 
     Args:
         responder: whose calls.
@@ -189,7 +189,7 @@ class AlteredPasses:
         return task in self._tasks
 
     def enter(self, node: Any) -> bool:
-        """Whether altered values go down in the running backward, which has come to this node."""
+        """Return whether the running backward, which has come to this node, sends altered values down."""
         task = torch._C._current_graph_task_id()
         if task in self._tasks:
             return True

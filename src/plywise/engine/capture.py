@@ -98,7 +98,7 @@ class CaptureMode(TorchFunctionMode):
 
 
 def _has_parameter(values: Iterable[Any]) -> bool:
-    """Whether a parameter is among these arguments of a call, or in a list of them."""
+    """Return whether a parameter is among these arguments of a call, or in a list of them."""
     for value in values:
         if isinstance(value, nn.Parameter) or (isinstance(value, list | tuple) and _has_parameter(value)):
             return True
@@ -124,13 +124,13 @@ class PlainSteps(Protocol):
     """Knows the steps in which all calls are left to autograd.
 
     Attributes:
-        rests_on: whether that has been found for this step.
+        rests_on: whether this step has been found to be such a step.
     """
 
     rests_on: bool
 
     def check(self) -> bool:
-        """Whether they are until the next step."""
+        """Return whether all calls are left to autograd until the next step."""
 
 
 class _Running(threading.local):
@@ -159,7 +159,7 @@ class Capture:
     Attributes:
         exploring: whether uses of parameters that no reader knows are noted, in the first forwards.
         paused: whether calls are left to autograd for now.
-        resting: weak reference to what says whether they are left to autograd until the next step.
+        resting: weak reference to what decides whether calls are left to autograd until the next step.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class Capture:
     ) -> None:
         """Remember which function used a parameter, to explain a gradient that comes without a captured call.
 
-        Of a call that has been captured, the other parameters in it are meant.
+        If the call has been captured, this concerns the other parameters in it.
         """
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return
-        if output._base is None or output._base.grad_fn is not None:  # a view of a parameter is no use of it
+        if output._base is None or output._base.grad_fn is not None:  # a view of a parameter does not use it
             values = (*args, *kwargs.values()) if kwargs else args
             self._table.note_use(getattr(func, "__name__", str(func)), values, captured)
 
@@ -202,7 +202,7 @@ class Capture:
     # ---- for readers -----------------------------------------------------------------------------
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def reenter(self) -> Iterator[None]:
         """Turn the mode on again while a reader runs a function that calls others."""
         _push(self._mode)
         try:
@@ -219,14 +219,14 @@ class Capture:
         x: Tensor,
         by_role: bool = True,
     ) -> Site | None:
-        """The site of a call, or None if autograd must do it alone (see `ParameterTable.find_site`)."""
+        """Return the site of a call; None if autograd must do it alone (see `ParameterTable.find_site`)."""
         site = self._table.find_site(weight, map_, layout, bias, x, self.local.innermost, by_role)
         if self.exploring and site is not None:
             self.local.captured += 1
         return site
 
     def is_parameter(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a parameter of the model, or a view of one: no input, then."""
+        """Return whether a tensor is a parameter of the model or a view of one, and so no input."""
         return self._table.is_parameter(tensor)
 
     def leave_alone(self, site: Site, reason: str) -> None:
@@ -239,14 +239,14 @@ class Capture:
             self._handles.append(module.register_forward_pre_hook(EnterHook(self), prepend=True))
 
     def is_resting(self) -> bool:
-        """Whether calls are left to autograd until the next step."""
+        """Return whether calls are left to autograd until the next step."""
         if self.resting is None or _tracing_state() is not None:  # what is traced is always the same
             return False
         resting = self.resting()
         return resting is not None and resting.check()
 
     def enter(self, module: nn.Module) -> None:
-        """Begin: a module runs and no other does, unless the last run was interrupted."""
+        """Begin a run: this module runs and no other does, unless the last run was interrupted."""
         local = self.local
         if local.outermost is module:
             if _runs_twice(module):
@@ -265,7 +265,7 @@ class Capture:
         _push(self._mode)
 
     def leave(self, module: nn.Module) -> None:
-        """A module has run, or failed."""
+        """End a run: the module has returned or failed."""
         local = self.local
         if local.outermost is module:
             local.outermost = local.innermost = None
@@ -275,7 +275,7 @@ class Capture:
                 local.compiler = None
 
     def close(self) -> None:
-        """Remove the hooks; take the mode off this thread's stack, should an interrupt have left it there."""
+        """Remove the hooks; take the mode off this thread's stack if an interrupt has left it there."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -295,7 +295,7 @@ class Capture:
 
 
 def _runs_twice(module: nn.Module) -> bool:
-    """Whether ``module`` is really running already (a recursive model), by the frames of this thread."""
+    """Return whether the frames of this thread show that ``module`` runs already (a recursive model)."""
     count, frame = 0, sys._getframe()
     while frame is not None:
         count += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
@@ -339,7 +339,7 @@ class LeaveHook(ModelHook):
 
 
 def _enter(capture: Capture, module: nn.Module) -> bool:
-    """`EnterHook` in a compiled model; whether calls are captured while this module runs."""
+    """Act as `EnterHook` in a compiled model; return whether calls are captured while this module runs."""
     if capture.local.outermost is None or capture.local.outermost is module:
         if not capture.is_resting():
             capture.enter(module)
@@ -349,22 +349,22 @@ def _enter(capture: Capture, module: nn.Module) -> bool:
 
 
 def _hold_back_compiler() -> Any:
-    """Run what follows as it is; returns what torch.compile would have called on each new frame."""
+    """Let what follows run without the compiler; return what torch.compile would call on each new frame."""
     return _set_compiler(None)
 
 
 def _leave_out(function: Any) -> Any:
     """Leave a function out of compiled graphs, and give torch.compile the reason.
 
-    What torch.compiler.disable does; that would import torch._dynamo, which takes as long as torch.
+    torch.compiler.disable does this too, but imports torch._dynamo, which takes as long as importing torch.
     """
     function._torchdynamo_disable, function._torchdynamo_disable_msg = True, WHY_NOT_COMPILED
     return function
 
 
-# torch.compile cannot trace what enters a mode or looks at its data. To run each such call beside the
-# compiled graphs would leave nothing to compile, at the price of compiling it. So the compiler is held back
-# until the model has run, in steps that capture calls; in those at rest the graph ends once.
+# torch.compile cannot trace code that enters a mode or looks at its data. If each such call ran outside of
+# the compiled graphs, nothing would be left to compile, and torch would still try. So in steps that capture
+# calls the compiler is held back until the model has run; in steps at rest the graph ends once.
 _set_compiler: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
 _enter_eagerly: Callable[[Capture, nn.Module], bool] = _leave_out(torch._compile._disable_dynamo(_enter))
 _leave_out(_hold_back_compiler)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plywise.engine.call import Update
 from plywise.engine.layouts import PLAIN
-from plywise.engine.masked_rows import active_masks
+from plywise.engine.masked_rows import get_active_masks
 from plywise.engine.sites import Site
 
 Run = Callable[..., Tensor]
@@ -43,7 +43,7 @@ class CapturedCall(torch.autograd.Function):
         output = run(x, weight, bias)
         if _count_modes():
             ctx.is_passed_once = _is_passed_once()
-        ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, True, active_masks()
+        ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, True, get_active_masks()
         ctx.has_bias = bias is not None and bias.requires_grad  # a frozen bias is a constant
         dtype, input_dtype = output.dtype, x.dtype
         ctx.input_dtype = None if dtype is input_dtype else input_dtype
@@ -68,7 +68,7 @@ class TappedCall(torch.autograd.Function):
     """A call of a linear map beside autograd's own graph, which sends the gradient down.
 
     ``output`` was made by autograd from the detached weight; this node adds the weight's and the bias's
-    edges. ``box`` holds the same numbers: a tensor argument handed back would count as a view.
+    edges. ``box`` holds the same numbers, because a tensor argument that is returned would count as a view.
     """
 
     @staticmethod
@@ -82,10 +82,10 @@ class TappedCall(torch.autograd.Function):
         bias: Tensor | None,
         *inputs: Tensor,
     ) -> Tensor:
-        """Hand back the output in ``box``; keep what the map's input is prepared from."""
+        """Return the output in ``box``; keep the tensors from which the map's input is made."""
         if _count_modes():
             ctx.is_passed_once = _is_passed_once()
-        ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, False, active_masks()
+        ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, False, get_active_masks()
         value, ctx.prepare, kept = box
         ctx.has_bias = bias is not None and bias.requires_grad
         ctx.input_count = len(inputs)
@@ -94,7 +94,7 @@ class TappedCall(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        """Ask the rule for the update, and send Δ, or the rule's own, on to autograd's graph."""
+        """Ask the rule for the update; send Δ, or the rule's value in its place, on to autograd's graph."""
         weight, *kept = ctx.saved_tensors
         wants_weight, wants_bias = find_wanted_of_tap(ctx)
         if _grad_enabled() or _is_mapped(delta):
@@ -107,13 +107,13 @@ class TappedCall(torch.autograd.Function):
 
 
 class RearrangedCall(torch.autograd.Function):
-    """A captured call whose input gradient a rule replaces, and whose plain one only torch makes to the bit.
+    """A captured call whose input gradient a rule replaces, and whose plain one only torch makes bit for bit.
 
-    Such are products with strided inputs, einsums and transposed convolutions. Where the plain gradient is
+    Examples are products with strided inputs, einsums and transposed convolutions. If the plain gradient is
     wanted, the call is run again, and autograd differentiates it.
 
-    ``arrange`` makes the map's input of the call's, ``restore`` a gradient at the call's input of one at the
-    map's.
+    ``arrange`` turns the call's input into the map's input, and ``restore`` turns a gradient at the map's
+    input into one at the call's input.
     """
 
     @staticmethod
@@ -148,12 +148,12 @@ class RearrangedCall(torch.autograd.Function):
 
 
 def _cast_input(a: Tensor, delta: Tensor) -> Tensor:
-    """The map's input in the dtype in which the call used it: that of its output, under autocast, too."""
+    """Return the map's input in the dtype in which the call used it: its output's, also under autocast."""
     return a.to(delta.dtype) if a.dtype is not delta.dtype and a.is_floating_point() else a
 
 
 def _run_again(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
-    """The plain gradient at the input of a call."""
+    """Return the plain gradient at the input of a call."""
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         # torch multiplies in another way, with other rounding, by a weight that requires no gradient
@@ -162,7 +162,7 @@ def _run_again(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
 
 
 apply_captured = super(torch.autograd.Function, CapturedCall).apply
-"""``CapturedCall.apply`` without the look for torch.func, which `CaptureMode` has done."""
+"""``CapturedCall.apply`` without its check for torch.func, which `CaptureMode` has made."""
 apply_tapped = super(torch.autograd.Function, TappedCall).apply
 apply_rearranged = super(torch.autograd.Function, RearrangedCall).apply
 
@@ -181,7 +181,7 @@ def _ask(
 def _fit(
     ctx: Any, update: Update, weight: Tensor, delta: Tensor, wants_weight: bool, wants_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """An update in the layout and dtype of the stored parameters."""
+    """Return an update in the layout and dtype of the stored parameters."""
     site, of_bias = ctx.site, None
     of_weight = update.weight if wants_weight else None
     if of_weight is not None:
@@ -191,7 +191,7 @@ def _fit(
             of_weight = of_weight.to(weight.dtype)
     if wants_bias:
         of_bias = update.bias
-        if of_bias is None:  # it is no part of the local problem: its plain gradient
+        if of_bias is None:  # the bias is no part of the local problem: it gets its plain gradient
             of_bias = site.map.bias_gradient(delta)
         if site.bias_shape is not None:
             of_bias = of_bias.reshape(site.bias_shape)
@@ -201,16 +201,16 @@ def _fit(
 
 
 def _is_passed_once() -> bool:
-    """Whether what runs now is in a selective checkpoint, whose graph lets a single backward through."""
+    """Return whether a selective checkpoint runs now; its graph allows a single backward."""
     modes = map(torch._C._get_dispatch_stack_at, range(_count_modes()))
     return any(type(mode).__name__ == SELECTIVE for mode in modes)
 
 
 def find_wanted(node: Any, count: int) -> list[bool]:
-    """Whether this backward needs the gradients of the last ``count`` arguments.
+    """Return whether this backward needs the gradients of the last ``count`` arguments.
 
     Autograd says which inputs need a gradient at all. ``torch.autograd.grad`` and ``backward(inputs=...)``
-    want only some of them, and the engine knows which; it drops the others, so none of them is computed.
+    want only some of them. Autograd's engine knows which ones and drops the others, so they are not computed.
     """
     # a missing bias needs no gradient, and no edge stands for it
     needs, edges = node.needs_input_grad[-count:], node.next_functions
@@ -228,7 +228,7 @@ def find_wanted_of_tap(node: Any) -> tuple[bool, bool]:
 
 
 def _is_executed(source: Any) -> bool:
-    """Whether the running backward goes on to ``source``; true where the engine does not say."""
+    """Return whether the running backward goes on to ``source``; true where the engine does not say."""
     try:
         return _will_execute(source)
     except RuntimeError:  # the engine refuses leaves that torch.autograd.grad asks for: they are wanted
@@ -244,8 +244,8 @@ def _differentiate(
     """Answers of a backward with ``create_graph=True``, or of several Δ at once (``is_grads_batched=True``).
 
     The gradient at the input is autograd's own, with its graph. The update has the rule's value and the
-    derivative of the plain gradient: a rule's update is not a derivative, so it has none of its own. Several
-    Δ at once make rows of a Jacobian, which no step follows: there it is the plain gradient.
+    derivative of the plain gradient, because a rule's update has no derivative of its own. With several Δ at
+    once, the update is the plain gradient: they make the rows of a Jacobian, and no step uses them.
     """
     wants_below, wants_weight, wants_bias = wanted
     sources = [t for t, wants in ((x, wants_below), (weight, wants_weight)) if wants]
@@ -298,7 +298,7 @@ def _carry_rule(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The rule's values on the plain gradients' graphs; of several Δ at once the plain gradients."""
+    """Return the rule's values on the graphs of the plain gradients; for several Δ, the plain gradients."""
     of_bias = ctx.site.map.bias_gradient(delta) if wants_bias else None
     if of_bias is not None and ctx.site.bias_shape is not None:
         of_bias = of_bias.reshape(ctx.site.bias_shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from plywise.engine.finite import measure_norms
-from plywise.engine.replicas import data_parallel_group, is_joining
+from plywise.engine.replicas import find_data_parallel_group, is_joining
 from plywise.engine.sharding import find_local, is_spread
 from plywise.engine.sites import ParameterEntry
 
@@ -43,7 +43,7 @@ class Clipping:
         """
         if not dist.is_available() or not dist.is_initialized():
             return
-        group = data_parallel_group()
+        group = find_data_parallel_group()
         if group is not None:
             self._group = None if is_joining() else self._named or group
 
@@ -90,7 +90,7 @@ class Clipping:
         return leaders
 
     def _agree(self, leaders: list[int], entries: Sequence[ParameterEntry]) -> Tensor:
-        """The leaders that any process knows of."""
+        """Return the leaders that any process knows of."""
         count = len(entries)
         if self._group is None:
             return torch.tensor(leaders)
@@ -130,7 +130,7 @@ def _find_gradient(entry: ParameterEntry) -> Tensor | None:
 
 
 def _group_sharded(entries: Sequence[ParameterEntry]) -> dict[ProcessGroup, list[int]]:
-    """The places of sharded parameters, by the processes that have a shard."""
+    """Return the places of sharded parameters, by the processes that have a shard."""
     found: dict[ProcessGroup, list[int]] = {}
     for place, entry in enumerate(entries):
         if entry.sharding is not None:

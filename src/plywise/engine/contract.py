@@ -114,7 +114,7 @@ class RuleContract(ABC):
         return type(self).input_gradient is not RuleContract.input_gradient
 
     def module_hook(self) -> Any:
-        """A forward hook for modules between layers (its ``types``), or None."""
+        """Return a forward hook for modules between layers (its ``types``), or None."""
         return None
 
     def clip_update(self, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class RuleContract(ABC):
         return torch.ones_like(update_norm)
 
     def clips_updates(self) -> bool:
-        """Whether `clip_update` does anything."""
+        """Return whether `clip_update` does anything."""
         return type(self).clip_update is not RuleContract.clip_update
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
@@ -238,7 +238,7 @@ class StatefulContract(RuleContract):
 
     @abstractmethod
     def evidence_shapes(self, shape: LayerShape) -> Shapes:
-        """Names and shapes of a layer's evidence."""
+        """Return the names and shapes of a layer's evidence."""
 
     @abstractmethod
     def learn(self, memory: State, evidence: Evidence) -> State:
@@ -246,7 +246,7 @@ class StatefulContract(RuleContract):
 
     @abstractmethod
     def learned_shapes(self, shape: LayerShape) -> Shapes:
-        """Names and shapes of what `learn` returns."""
+        """Return the names and shapes of what `learn` returns."""
 
     def refresh(self, memory: State, name: str, health: Health) -> State:
         """Do the expensive part of learning, on one process for all; return some of `refreshed_shapes`."""
@@ -260,7 +260,7 @@ class StatefulContract(RuleContract):
         return None
 
     def refreshed_shapes(self, shape: LayerShape) -> Shapes:
-        """Names and shapes of what `refresh` returns."""
+        """Return the names and shapes of what `refresh` returns."""
         return {}
 
     def refresh_cost(self, shape: LayerShape) -> float:
@@ -268,7 +268,7 @@ class StatefulContract(RuleContract):
         return 0.0
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
-        """Whether, between refreshes, backward itself makes the update."""
+        """Return whether, between refreshes, backward itself makes the update."""
         return False
 
     def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:

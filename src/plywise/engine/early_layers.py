@@ -16,7 +16,7 @@ GRADIENT = "plywise.gradient"
 
 
 def gather_gradient(call: LinearCall) -> Tensor:
-    """The plain gradient of one use of a weight, (g, m, k)."""
+    """Return the plain gradient of one use of a weight, (g, m, k)."""
     return call.matrix(call.gradient()).to(call.dtype)
 
 

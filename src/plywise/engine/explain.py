@@ -108,7 +108,7 @@ class Explanation:
         handled = sum(row.parameters for row in self.rows if row.handled)
         return handled / self.parameters if self.parameters else 0.0
 
-    def _cells(self) -> list[list[str]]:
+    def _format_cells(self) -> list[list[str]]:
         return [
             [
                 row.name or "(model)",
@@ -124,14 +124,14 @@ class Explanation:
         ]
 
     def __str__(self) -> str:
-        return "\n".join([*self.summary(), format_table(HEADINGS, self._cells()), NOTE])
+        return "\n".join([*self.summary(), format_table(HEADINGS, self._format_cells()), NOTE])
 
     def _repr_html_(self) -> str:
         title, *warnings = self.summary()
-        return make_table(HEADINGS, self._cells(), title=title, notes=[*warnings, NOTE])
+        return make_table(HEADINGS, self._format_cells(), title=title, notes=[*warnings, NOTE])
 
     def summary(self) -> list[str]:
-        """The sentences above the table."""
+        """Return the sentences above the table."""
         handled = sum(row.handled for row in self.rows)
         layers = sum(row.parameters > 0 or not row.frozen for row in self.rows)
         trained = " that train" if self.frozen else ""

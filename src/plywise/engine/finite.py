@@ -19,12 +19,12 @@ SMALLEST, LARGEST = 1e-18, 1e18
 
 
 def is_precise(norm: float) -> bool:
-    """Whether float32 held the squares that a norm was computed from."""
+    """Return whether float32 held the squares that a norm was computed from."""
     return SMALLEST < norm < LARGEST
 
 
 def measure_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """The Frobenius norms of tensors, in one vector on the first one's device; float32 at least.
+    """Return the Frobenius norms of tensors, in one vector on the first one's device; float32 at least.
 
     Args:
         tensors: the tensors.
@@ -62,7 +62,7 @@ def read_norms(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def find_finite(tensors: Sequence[Tensor], norms: Sequence[float] | None = None) -> list[bool]:
-    """Which of these tensors are finite; their norms may be known already."""
+    """Return which of these tensors are finite; their norms may be known already."""
     norms = read_norms(tensors) if norms is None else norms
     return [
         math.isfinite(norm) or bool(torch.isfinite(tensor).all())
@@ -71,7 +71,7 @@ def find_finite(tensors: Sequence[Tensor], norms: Sequence[float] | None = None)
 
 
 def judge_gradients(gradients: Sequence[Tensor]) -> tuple[bool, list[float]]:
-    """Whether every gradient is finite, on all processes, and the norms of this process's parts."""
+    """Return whether every gradient is finite, on all processes, and the norms of this process's parts."""
     numbers = list(map(find_numbers, gradients))
     norms = read_norms(numbers)
     finite = math.isfinite(sum(norms)) or all(find_finite(numbers, norms))
@@ -82,7 +82,7 @@ def judge_gradients(gradients: Sequence[Tensor]) -> tuple[bool, list[float]]:
 
 
 def find_numbers(gradient: Tensor) -> Tensor:
-    """The real numbers of which (this process's part of) a gradient is made."""
+    """Return the real numbers of which (this process's part of) a gradient is made."""
     if type(gradient) is Tensor and gradient.layout is torch.strided and not gradient.dtype.is_complex:
         return gradient
     dense = gradient.coalesce().values() if gradient.is_sparse else find_local(gradient)

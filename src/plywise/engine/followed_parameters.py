@@ -18,12 +18,12 @@ SPREAD = (
 
 
 def get_raw_name(entry: ParameterEntry) -> str:
-    """The parameter's name in the module that has it."""
+    """Return the parameter's name in the module that has it."""
     return entry.name.rpartition(".")[2]
 
 
 def is_replaced(entry: ParameterEntry) -> bool:
-    """Whether another tensor is in the parameter's place now, and not just while its module runs."""
+    """Return whether another tensor is in the parameter's place now, and not just while its module runs."""
     module = entry.owners[0][1]()
     current = None if module is None else module._parameters.get(get_raw_name(entry))
     if current is None or current is entry.parameter():

@@ -48,7 +48,7 @@ class GatheredEvidence:
         self._staged[key] = waits, evidence
 
     def has_staged(self, name: str) -> bool:
-        """Whether the running backward pass has gathered evidence of a layer."""
+        """Return whether the running backward pass has gathered evidence of a layer."""
         return (name, torch._C._current_graph_task_id()) in self._staged
 
     def arrive(self, name: str, mark: tuple[int, int]) -> None:

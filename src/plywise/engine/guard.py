@@ -73,7 +73,7 @@ class StepGuard:
             handle.remove()
 
     def find_nonzero(self) -> set[int]:
-        """Ids of parameters whose gradients (their parts here) were not zero as this step began."""
+        """Find the ids of parameters whose gradients (their parts here) were not zero as this step began."""
         return {id(parameter) for parameter, norm in self._norms if norm != 0}
 
     def _pre_step(
@@ -88,15 +88,15 @@ class StepGuard:
             self._judge(optimizer)
             return None
 
-        def judged() -> Any:
+        def judge_after_closure() -> Any:
             self._restore()
             loss = closure()
             self._judge(optimizer)
             return loss
 
         if len(args) > 1:
-            return (args[0], judged, *args[2:]), kwargs
-        return args, {**kwargs, "closure": judged}
+            return (args[0], judge_after_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": judge_after_closure}
 
     def _post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._nested:
@@ -138,7 +138,7 @@ class StepGuard:
             p.grad = None
 
     def _are_finite(self, parameters: list[Tensor]) -> bool:
-        """Whether every gradient is finite; also keeps their norms, without a second wait."""
+        """Return whether every gradient is finite; also keeps their norms, without a second wait."""
         are_finite, norms = judge_gradients([p.grad for p in parameters if p.grad is not None])
         self._norms = list(zip(parameters, norms, strict=True))
         self.overflows = are_finite and not math.isfinite(sum(norms))
@@ -151,7 +151,7 @@ class StepGuard:
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether a step of this optimizer is running already: its class calls ``super().step()``."""
+    """Return whether a step of this optimizer is running already: its class calls ``super().step()``."""
     count, frame = 0, sys._getframe()
     while frame is not None:
         count += frame.f_code is STEP_CODE and frame.f_locals.get("self") is optimizer

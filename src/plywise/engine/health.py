@@ -29,7 +29,7 @@ class Health:
         self.counts[name, event] += 1
 
     def total(self, event: str) -> int:
-        """How often ``event`` happened, over all names."""
+        """Return how often ``event`` happened, over all names."""
         return sum(count for (_, what), count in self.counts.items() if what == event)
 
     def __str__(self) -> str:
@@ -41,5 +41,5 @@ class Health:
         return make_table(("where", "what", "times"), rows) if rows else f"<p>{ALL_WELL}</p>"
 
     def of(self, name: str) -> dict[str, int]:
-        """The events of one layer or parameter."""
+        """Return the events of one layer or parameter."""
         return {event: count for (who, event), count in self.counts.items() if who == name}

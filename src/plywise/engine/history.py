@@ -112,7 +112,7 @@ class History(Sequence[StepTelemetry]):
         return iter(self._steps)
 
     def read(self, layer: str, number: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one number of one layer, where it is known.
+        """Return the steps and values of one number of one layer, where it is known.
 
         Args:
             layer: the layer's name.
@@ -147,27 +147,27 @@ class History(Sequence[StepTelemetry]):
 
         return make_dataframe(self.rows())
 
-    def _last_rows(self) -> list[list[str]]:
+    def _list_last_rows(self) -> list[list[str]]:
         layers = self._steps[-1].layers if self._steps else {}
         return [
             [name, *(_format(getattr(layer, one)) for one in NUMBERS), _format_events(layer.fallbacks)]
             for name, layer in layers.items()
         ]
 
-    def _headings(self) -> list[str]:
+    def _list_headings(self) -> list[str]:
         return ["layer", *(name.replace("_", " ") for name in NUMBERS), "fallbacks"]
 
-    def _title(self) -> str:
+    def _make_title(self) -> str:
         if not self._steps:
             return "No step has been measured yet."
         return f"Step {self._steps[-1].step}, the last of {len(self._steps)} that were measured"
 
     def __str__(self) -> str:
-        table = format_table(self._headings(), self._last_rows())
-        return f"{self._title()}\n{table}" if self._steps else self._title()
+        table = format_table(self._list_headings(), self._list_last_rows())
+        return f"{self._make_title()}\n{table}" if self._steps else self._make_title()
 
     def _repr_html_(self) -> str:
-        return make_table(self._headings(), self._last_rows(), title=self._title())
+        return make_table(self._list_headings(), self._list_last_rows(), title=self._make_title())
 
 
 def _format(value: float | None) -> str:

@@ -53,11 +53,11 @@ class KnownLayers:
         self._sorted.clear()
 
     def of_weight(self, entry: ParameterEntry) -> list[LayerHandle]:
-        """The layers that one parameter makes: one, or several if its parts are used apart."""
+        """Return the layers that one parameter makes: one, or several if its parts are used apart."""
         return [layer for layer in self.by_name.values() if layer.entry is entry]
 
-    def in_order(self) -> list[LayerHandle]:
-        """The layers in the model's order, whatever the order of their first calls was."""
+    def list_in_order(self) -> list[LayerHandle]:
+        """Return the layers in the model's order, whatever the order of their first calls was."""
         if not self._sorted:
             self._sorted = sorted(self.by_name.values(), key=self._find_place)
         return self._sorted
@@ -69,7 +69,7 @@ class KnownLayers:
 
 
 def _do_overlap(first: Site, second: Site) -> bool:
-    """Whether two ways of using a parameter have numbers of it in common."""
+    """Return whether two ways of using a parameter have numbers of it in common."""
     if first.part is None or second.part is None:
         return True
     used = torch.zeros(max(_find_end(first.part), _find_end(second.part)), dtype=torch.bool)
@@ -80,6 +80,6 @@ def _do_overlap(first: Site, second: Site) -> bool:
 
 
 def _find_end(part: Part) -> int:
-    """The first place of the whole parameter behind a part."""
+    """Return the first place of the whole parameter behind a part."""
     offset, shape, strides = part
     return offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from plywise.engine.call import Update
 from plywise.engine.contract import LayerShape
-from plywise.engine.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, transposed_convolution
+from plywise.engine.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, make_transposed_layout
 from plywise.engine.selection import is_in_out
 from plywise.engine.sharding import mark_gradient
 from plywise.engine.sites import ParameterEntry, Site
@@ -111,8 +111,8 @@ class LayerHandle:
         """How the weight becomes canonical."""
         return self.site.layout if self.site is not None else predict_layout(self._module(), self.weight)
 
-    def _view_of(self, tensor: Tensor) -> Tensor:
-        return tensor if self.site is None else self.site.view_of(tensor)
+    def _view_part(self, tensor: Tensor) -> Tensor:
+        return tensor if self.site is None else self.site.view_part(tensor)
 
     @property
     def shape(self) -> LayerShape:
@@ -124,7 +124,7 @@ class LayerHandle:
         elif self.entry.sharding is not None:  # reshaping shards would move data
             weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         with torch.no_grad():
-            canonical = self.layout.to_canonical(self._view_of(weight)).shape
+            canonical = self.layout.to_canonical(self._view_part(weight)).shape
         columns = canonical[1:].numel() + (self.bias is not None)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return LayerShape(groups, canonical[0] // groups, columns, dtype, device)
@@ -143,14 +143,14 @@ class LayerHandle:
         return weight.grad is not None or id(weight) in self.stand_ins
 
     def mark_gradient(self) -> tuple[int, int]:
-        """Which tensor ``.grad`` is now, and how often it has been written to."""
+        """Return which tensor ``.grad`` is now, and how often it has been written to."""
         gradient = self.weight.grad
         if gradient is None or self.entry.sharding is not None:  # it comes once this backward pass is over
             return COMING, torch._C._current_graph_task_id()
         return mark_gradient(gradient)
 
     def holds_gradient(self, mark: tuple[int, int]) -> bool:
-        """Whether what was accumulated in ``.grad`` is still in it (perhaps scaled or averaged since)."""
+        """Return whether ``.grad`` still holds what was accumulated (it may be scaled or averaged since)."""
         weight = self.weight
         if mark == (COMING, torch._C._current_graph_task_id()):
             return True
@@ -159,15 +159,15 @@ class LayerHandle:
         return weight.grad is not None and (mark_gradient(weight.grad) == mark or bool(weight.grad.any()))
 
     def read_gradient(self) -> Update:
-        """The gradient at hand, as an update of the canonical weight; a missing bias gradient is zero."""
+        """Return the gradient as an update of the canonical weight; a missing bias gradient is zero."""
         weight, bias = self.weight, self.bias
-        grad = self._gradient(weight)
+        grad = self._get_gradient(weight)
         if self.site is not None and self.site.part is not None and grad.stride() != weight.stride():
             weight.grad = grad = torch.empty_like(weight).copy_(grad)
         if bias is not None and bias.grad is None and id(bias) not in self.stand_ins:
             bias.grad = torch.zeros_like(bias)
         canonical = self.make_canonical(grad)
-        return Update(canonical, None if bias is None else self._gradient(bias).reshape(-1))
+        return Update(canonical, None if bias is None else self._get_gradient(bias).reshape(-1))
 
     @property
     def gradient_is_plain(self) -> bool:
@@ -181,29 +181,29 @@ class LayerHandle:
         return self.gradient_is_plain and (self.site is None or self.site.part is None)
 
     def make_canonical(self, tensor: Tensor) -> Tensor:
-        """The canonical weight in a tensor that is stored as the weight is; a view of it, or a copy."""
-        return self.layout.to_canonical(self._view_of(tensor))
+        """Return the canonical form of a tensor that is stored like the weight; a view of it, or a copy."""
+        return self.layout.to_canonical(self._view_part(tensor))
 
     def write_canonical(self, tensor: Tensor, canonical: Tensor) -> None:
         """Put a canonical weight into a tensor that is stored as the weight is."""
-        target = self._view_of(tensor)
+        target = self._view_part(tensor)
         target.copy_(self.layout.from_canonical(canonical, target.shape))
 
     def write_gradient(self, update: Update) -> None:
         """Put an update of the canonical weight in the place of the gradient."""
         assert update.weight is not None
-        self.write_canonical(self._gradient(self.weight), update.weight)
+        self.write_canonical(self._get_gradient(self.weight), update.weight)
         bias = self.bias
         if bias is not None and update.bias is not None:
-            target = self._gradient(bias)
+            target = self._get_gradient(bias)
             target.copy_(update.bias.reshape(target.shape))
 
     def find_gradient(self, parameter: Tensor) -> Tensor | None:
-        """What stands for a parameter's gradient now."""
+        """Return what stands for a parameter's gradient now."""
         return self.stand_ins.get(id(parameter), parameter.grad)
 
-    def _gradient(self, parameter: Tensor) -> Tensor:
-        """A parameter's gradient, whole."""
+    def _get_gradient(self, parameter: Tensor) -> Tensor:
+        """Return a parameter's gradient, whole."""
         gradient = self.find_gradient(parameter)
         assert gradient is not None
         return gradient
@@ -227,7 +227,7 @@ def predict_layout(module: Any, weight: Tensor) -> Layout:
     if is_in_out(type(module)):
         return TRANSPOSED
     if getattr(module, "transposed", False):
-        return transposed_convolution(predict_groups(module))
+        return make_transposed_layout(predict_groups(module))
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) or weight.dim() == 1:
         return ELEMENTWISE
     return PLAIN

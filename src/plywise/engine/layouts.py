@@ -48,7 +48,7 @@ BATCHED_IN_OUT = Layout(
 
 
 @lru_cache
-def transposed_convolution(groups: int) -> Layout:
+def make_transposed_layout(groups: int) -> Layout:
     """(C, m, *kernel) of a transposed convolution; the canonical weight has its taps flipped."""
 
     def to_canonical(weight: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def transposed_convolution(groups: int) -> Layout:
 
 
 @lru_cache
-def permuted(order: tuple[int, ...], first: int) -> Layout:
-    """A weight whose axes an einsum names in any order.
+def make_permuted_layout(order: tuple[int, ...], first: int) -> Layout:
+    """Return a weight whose axes an einsum names in any order.
 
     Args:
         order: the stored axes in the order experts, outputs, inputs.

@@ -63,14 +63,14 @@ class Learning:
         return count_intervals(self._saved.step, self._rule.refresh_every, self._rule.slowdown)
 
     def refreshes(self, name: str) -> bool:
-        """Whether a layer's turn is in this step.
+        """Return whether a layer's turn is in this step.
 
         In the first cycle every gathering refreshes: roots of a single batch should not last for long.
         """
         return self.is_due(self._saved.peek(name))
 
     def is_due(self, state: LayerState) -> bool:
-        """Whether it is the turn of a layer with this state."""
+        """Return whether it is the turn of a layer with this state."""
         if not state.tensors:
             return True
         step, every = self._saved.step, self._rule.refresh_every * self._count_intervals()
@@ -81,14 +81,14 @@ class Learning:
         return (step - state.phase) % every == 0
 
     def measures(self, layer: LayerHandle) -> bool:
-        """Whether the step measures the factor of a layer's updates until its next refresh."""
+        """Return whether the step measures the factor of a layer's updates until its next refresh."""
         return layer.acts_alone and self._rule.keeps_norm and self.refreshes(layer.name)
 
     def choose_phases(self, new: Collection[str]) -> dict[str, int]:
-        """The steps of a cycle in which layers that have just begun to learn take their turns."""
+        """Return the steps of a cycle in which layers that have just begun to learn take their turns."""
         if not new:
             return {}
-        layers = [layer for layer in self._known.in_order() if not layer.gone]
+        layers = [layer for layer in self._known.list_in_order() if not layer.gone]
         costs = {layer.name: self._rule.refresh_cost(layer.shape) for layer in layers}
         states = {name: self._saved.read(name) for name in costs}
         others = {name: (state.phase, costs[name]) for name, state in states.items() if state.tensors}
@@ -122,7 +122,7 @@ class Learning:
                     parts[name] |= _make_zeros({GRADIENT: sizes}, shape)
         news: dict[str, State] = {}
         gradients: dict[str, Tensor] = {}
-        for name, evidence in _find_nonempty(replicas.total(parts)):
+        for name, evidence in _find_nonempty(replicas.add_up(parts)):
             memory, evidence = convert_state(memories[name], evidence["rows"]), dict(evidence)
             if GRADIENT in evidence:
                 gradients[name] = evidence.pop(GRADIENT)
@@ -161,7 +161,7 @@ class Learning:
 
 
 def _find_nonempty(totals: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, Mapping[str, Tensor]]]:
-    """The evidence of some rows at least."""
+    """Return the evidence of some rows at least."""
     if not totals:
         return []
     device = next(iter(totals.values()))["rows"].device

@@ -57,7 +57,7 @@ class Liveness:
         )
 
     def _count_changes(self, entry: ParameterEntry, version: int, steps: int) -> int:
-        """How often the weight that is followed has changed since the known optimizer's last step."""
+        """Return how often the weight that is followed has changed since the known optimizer's last step."""
         if self._entry is None or steps != self._steps:
             self._changes = 0
         elif version != self._version:
@@ -78,7 +78,7 @@ class Liveness:
                 entry.excluded = UNSTEPPED
 
     def has_other_parameters(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer has got or lost parameters since."""
+        """Return whether the optimizer has got or lost parameters since."""
         return sum(len(group["params"]) for group in optimizer.param_groups) != self._stepped
 
     def check_part_taken(self, optimizer: Optimizer, entries: Iterable[ParameterEntry], paused: bool) -> None:

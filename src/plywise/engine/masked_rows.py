@@ -53,7 +53,7 @@ class RowMask:
         return RowMask(self.mask.transpose(0, 1), self.layers) if self.mask.dim() > 1 else self
 
     def fits(self, name: str) -> bool:
-        """Whether it is for a layer of this name."""
+        """Return whether the mask is for a layer of this name."""
         return not self.layers or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.layers)
 
 
@@ -74,18 +74,19 @@ def rows(mask: Tensor, *, layers: str | Sequence[str] | None = None) -> Iterator
     with ``batch_first`` exchanges batch and positions inside, and there the mask is exchanged, too.
     Convolutions take masks of samples, (N,), only; experts take none.
 
-    The plain gradient of a masked row should be zero: the loss does not reach padding. Where it is not, a
-    rule of one batch leaves it out of the update, and says so once; a rule with memory keeps it, since only
-    its statistics come from rows. Use masks of ignored targets only for layers above which positions do not
-    mix any more: name these by ``layers``.
+    The plain gradient of a masked row should be zero, because the loss should not depend on padding. If it is
+    not zero, a rule of one batch leaves it out of the update and warns once; a rule with memory keeps it,
+    since only its statistics come from rows. Use masks of ignored targets only for layers above which
+    positions no longer mix, and name these layers with ``layers``.
 
-    Masks may be nested: a call takes the innermost one that is for its layer and of its shape. The backward
-    may run outside. A checkpoint with ``use_reentrant=True`` runs calls again in backward: surround it, too.
+    Masks may be nested: a call uses the innermost one that is for its layer and has its shape. The backward
+    may run outside of the block. A checkpoint with ``use_reentrant=True`` runs calls again in backward: then
+    put the backward into the block, too.
 
     Args:
         mask: true (or not 0) where a row counts: (N,) for samples, (N, T) for positions, in the order of the
             model's own dimensions.
-        layers: names of the layers that it is for, with wildcards as in ``"decoder.*"``. Default all.
+        layers: names of the layers to which it applies, with wildcards as in ``"decoder.*"``. Default all.
 
     Raises:
         PlywiseError: the mask has no dimension.
@@ -112,14 +113,14 @@ def rows(mask: Tensor, *, layers: str | Sequence[str] | None = None) -> Iterator
         _active.masks = before
 
 
-def active_masks() -> tuple[RowMask, ...]:
-    """The masks around the forward that runs in this thread, the innermost last."""
+def get_active_masks() -> tuple[RowMask, ...]:
+    """Return the masks around the forward that runs in this thread, the innermost last."""
     return _active.masks
 
 
 @contextmanager
-def inside_attention(query: Any, module: nn.Module | None) -> Iterator[None]:
-    """Masks as attention's own calls see them, (T, N): `nn.MultiheadAttention` exchanges batch first."""
+def transpose_masks(query: Any, module: nn.Module | None) -> Iterator[None]:
+    """Transpose masks in the block to (T, N), as `nn.MultiheadAttention` transposes a batch-first input."""
     before = _active.masks
     if not before or not isinstance(query, Tensor) or query.dim() != 3:
         yield
@@ -155,11 +156,11 @@ class KeptRows:
         return self.mask.kept
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The rows that count, (n, ...)."""
+        """Return the rows that count, (n, ...)."""
         return self._flatten(tensor).index_select(0, self.places.to(tensor.device))
 
     def put(self, whole: Tensor, kept: Tensor) -> Tensor:
-        """A copy of ``whole`` with these rows in it."""
+        """Return a copy of ``whole`` with these rows in it."""
         flat = self._flatten(whole).clone(memory_format=torch.contiguous_format)
         return flat.index_copy_(0, self.places.to(whole.device), kept.to(whole)).reshape(whole.shape)
 
@@ -167,7 +168,7 @@ class KeptRows:
         return tensor.reshape(-1, *tensor.shape[self.axes :])
 
     def keep(self, call: LinearCall) -> LinearCall:
-        """The call without the rows that do not count."""
+        """Return the call without the rows that do not count."""
         is_whole = self.axes == self.mask.mask.dim()
         return replace(
             call,
@@ -178,18 +179,18 @@ class KeptRows:
         )
 
     def thin(self, a: Tensor, every: int, turn: int) -> Tensor:
-        """About every ``every``-th position along each axis, and of those the rows that count."""
+        """Return the rows that count among about every ``every``-th position along each axis."""
         slices = (slice(None), *thin_axes(a.shape[1:-1], every, turn))
         mask = self.mask.mask[slices[: self.axes]].to(a.device)
         return self._flatten(a[slices])[mask.reshape(-1)]
 
     def has_left_out(self, delta: Tensor) -> bool:
-        """Whether a row that does not count has a gradient."""
+        """Return whether a row that does not count has a gradient."""
         return bool(self.put(delta, torch.zeros_like(self.take(delta))).any())
 
 
 def find_kept(node: Any, delta: Tensor, a: Tensor | None = None) -> KeptRows | None:
-    """The rows of a call that count by the innermost mask that is for it; None if there is no such mask.
+    """Return the rows that count by the innermost mask for this call; None if there is no such mask.
 
     Args:
         node: the captured call's node of autograd's graph.

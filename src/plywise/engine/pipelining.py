@@ -16,7 +16,7 @@ FARTHEST = 64
 
 
 def runs_in_pipeline() -> bool:
-    """Whether the forward that begins is called by a stage of a pipeline."""
+    """Return whether the forward that begins is called by a stage of a pipeline."""
     stages: Any = sys.modules.get("torch.distributed.pipelining.stage")
     if stages is None:
         return False

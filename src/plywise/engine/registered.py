@@ -71,7 +71,7 @@ def _keep(x: Tensor) -> Tensor:
 
 
 def _holds_only(output: Tensor, sources: list[Tensor | None]) -> bool:
-    """Whether autograd's graph leads from ``output`` to these tensors alone."""
+    """Return whether autograd's graph leads from ``output`` to these tensors alone."""
     ends = {id(t) for t in sources if t is not None}
     edges = {t.grad_fn for t in sources if t is not None and t.grad_fn is not None}
     seen: set[Any] = set()

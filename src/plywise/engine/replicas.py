@@ -49,8 +49,8 @@ class Replicas:
         """The processes, by their numbers among all; None where there is no group."""
         return None if self._group is None else dist.get_process_group_ranks(self._group)
 
-    def total(self, parts: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
-        """The sum of ``parts`` over all processes, by one collective for each device and dtype."""
+    def add_up(self, parts: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
+        """Return the sum of ``parts`` over all processes, by one collective for each device and dtype."""
         if self.size == 1:
             return parts
         sums = {layer: dict(tensors) for layer, tensors in parts.items()}
@@ -61,7 +61,7 @@ class Replicas:
         return sums
 
     def find_range(self, values: list[int], device: torch.device) -> tuple[list[int], list[int]]:
-        """The lowest and the highest of each value over all processes, by one collective."""
+        """Return the lowest and the highest of each value over all processes, by one collective."""
         both = torch.tensor([*values, *(-value for value in values)], device=device)
         if self.size > 1:
             dist.all_reduce(both, dist.ReduceOp.MAX, group=self._group)
@@ -69,7 +69,7 @@ class Replicas:
         return [-value for value in found[len(values) :]], found[: len(values)]
 
     def share_out(self, jobs: Mapping[str, Job]) -> Mapping[str, Tensors]:
-        """Every job's result, each run by one process and sent to the others."""
+        """Run each job on one process, send its result to the others, and return all results."""
         if self.size == 1:
             return {name: job.run() for name, job in jobs.items()}
         owner = shares(jobs, self.size)
@@ -79,7 +79,7 @@ class Replicas:
     def send_from_owners(
         self, parts: Mapping[str, Tensors], owner: Mapping[str, int]
     ) -> Mapping[str, Tensors]:
-        """Every layer's tensors as its owner has them; the others give tensors of their shapes."""
+        """Send each layer's tensors from its owner to all others, which pass tensors of the same shapes."""
         results = {name: dict(tensors) for name, tensors in parts.items()}
         for rank in range(self.size):
             its = {name: results[name] for name in parts if owner[name] == rank}
@@ -90,7 +90,7 @@ class Replicas:
         return results
 
     def agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
-        """Each flag: whether it is set on any process."""
+        """Return for each flag whether it is set on any process."""
         if self.size == 1 or not flags:
             return list(flags)
         whole = torch.tensor(flags, dtype=torch.uint8, device=device)
@@ -99,7 +99,7 @@ class Replicas:
 
 
 def shares(jobs: Mapping[str, Job], size: int) -> dict[str, int]:
-    """Which process runs which job."""
+    """Return which process runs which job."""
     return deal_out({name: job.cost for name, job in jobs.items()}, size)
 
 
@@ -114,22 +114,22 @@ def deal_out(costs: Mapping[K, float], size: int) -> dict[K, int]:
     return owner
 
 
-def data_parallel_group() -> dist.ProcessGroup | None:
-    """The process group of the DistributedDataParallel whose forward is running, if any."""
+def find_data_parallel_group() -> dist.ProcessGroup | None:
+    """Return the process group of the DistributedDataParallel whose forward is running, if any."""
     wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
     return None if wrapper is None else wrapper.process_group
 
 
 def find_training_group(entries: "Iterable[ParameterEntry]") -> dist.ProcessGroup | None:
-    """The processes that average these parameters' gradients: those of fully_shard, or of a running DDP."""
+    """Find the processes that average these parameters' gradients: those of fully_shard or a running DDP."""
     for entry in entries:
         if entry.sharding is not None:
             return entry.sharding.group
-    return data_parallel_group()
+    return find_data_parallel_group()
 
 
 def is_joining() -> bool:
-    """Whether the DistributedDataParallel whose forward is running does so inside ``with ddp.join()``."""
+    """Return whether the DistributedDataParallel whose forward runs is inside ``with ddp.join()``."""
     wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
     return wrapper is not None and wrapper._join_config.enable
 
@@ -148,7 +148,7 @@ def refuse_join(rule: str) -> None:
 def _group_alike(
     tensors: Mapping[str, Tensors],
 ) -> dict[tuple[torch.device, torch.dtype], list[tuple[str, str]]]:
-    """The places (layer, name) of the tensors by device and dtype, in order."""
+    """Return the places (layer, name) of the tensors by device and dtype, in order."""
     places: dict[tuple[torch.device, torch.dtype], list[tuple[str, str]]] = {}
     for layer, named in tensors.items():
         for name, tensor in named.items():

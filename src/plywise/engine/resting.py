@@ -45,7 +45,7 @@ class RestingLayers:
         self.memories = {name: state.tensors for name, state in self.states.items()}
 
     def holds(self, saved: SavedState) -> bool:
-        """Whether these are still the states, and the layers still where they were."""
+        """Return whether these are still the states, and the layers still where they were."""
         kept = saved.state
         for entry, key, tensor in self._marks.values():
             own = kept.get(entry.parameter())
@@ -62,7 +62,7 @@ class RestingLayers:
         self.states[name], self.memories[name] = state, state.tensors
 
     def take_arrived(self) -> list[LayerHandle]:
-        """The layers whose gradients have arrived since the last step."""
+        """Return the layers whose gradients have arrived since the last step."""
         arrived = [layer for layer in self._layers if layer.entry.arrived]
         for layer in arrived:
             layer.entry.arrived = False
@@ -140,7 +140,7 @@ class Resting:
         self._is_checked = False
 
     def check(self) -> bool:
-        """Whether forward and backward of all layers are left to autograd until the next step.
+        """Return whether forward and backward of all layers are left to autograd until the next step.
 
         All modules ask, but one check in each step is enough: `find` checks again at the step itself.
         """
@@ -195,7 +195,7 @@ class Resting:
             layer.entry.rests = True
 
     def _find_learned(self) -> set[str] | None:
-        """The layers that have statistics; None if other tensors stand in the place of parameters.
+        """Return the layers that have statistics; None if other tensors stand in the place of parameters.
 
         Those of `torch.func.functional_call` are gone by the step, which refuses others.
         """
@@ -208,7 +208,7 @@ class Resting:
         return {name for name in layers if self._saved.read(name).tensors}
 
     def _must_act(self, layer: LayerHandle) -> bool:
-        """Whether a layer's calls have to be captured in a step that gathers nothing."""
+        """Return whether a layer's calls have to be captured in a step that gathers nothing."""
         if layer.entry.sharding is not None or not self._waits(layer.name):
             return True
         is_new = not self._saved.read(layer.name).tensors
@@ -216,7 +216,7 @@ class Resting:
 
 
 def _sign(layer: LayerHandle) -> tuple[object, ...]:
-    """What the statistics of a layer depend on."""
+    """Return what the statistics of a layer depend on."""
     weight = layer.entry.parameter()
     if weight is None:
         return ()

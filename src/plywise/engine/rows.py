@@ -44,18 +44,18 @@ QUIET = {
     "embedding_bag",
     *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)),
 }
-"""Functions whose uses are not worth a remark beside a handled map."""
+"""Functions that need no remark if they use a parameter beside a handled map."""
 
 
 def make_rows(
     rule: RuleContract, entries: list[ParameterEntry], health: Health, batch_size: int
 ) -> list[LayerRow]:
-    """One row for each map, in the model's order.
+    """Make one row for each map, in the model's order.
 
     Args:
         rule: the rule.
         entries: the model's parameters.
-        health: what did not go the plain way.
+        health: counts of fallbacks and other events.
         batch_size: rows assumed for linear layers that have not seen a batch.
     """
     counted: set[int] = set()
@@ -63,25 +63,25 @@ def make_rows(
     biases = _find_biases(entries)
     lone = {id(bias) for added in biases.values() for bias in added}
     for entry in entries:
-        for path, ref in _unique_owners(entry):
+        for path, ref in _find_unique_owners(entry):
             module = ref()
             if module is not None and id(entry) not in lone:
                 added = biases.get(id(entry), [])
-                found = _rows_of(rule, entry, path, module, health, batch_size, counted, added)
+                found = _make_rows_of(rule, entry, path, module, health, batch_size, counted, added)
                 rows += [(id(module), row) for row in found]
     for entry in entries:
         if id(entry) in lone and id(entry) not in counted:
             module, parameter = entry.owners[0][1](), entry.parameter()
             if _is_carried(entry) and module is not None and parameter is not None:
-                row = _computed_row(rule, entry, module, parameter, health, counted)
+                row = _make_computed_row(rule, entry, module, parameter, health, counted)
             else:
-                row = _left_row(entry, module, entry.layer, _explain_rest(entry), health, counted)
+                row = _make_left_row(entry, module, entry.layer, _explain_rest(entry), health, counted)
             rows.append((id(module), row))
     return _merge_left(rows)
 
 
 def _merge_left(rows: list[tuple[int, LayerRow]]) -> list[LayerRow]:
-    """One row for the parameters of a module that are left for the same reason."""
+    """Merge the rows of a module's parameters that are left for the same reason into one."""
     merged: list[tuple[int, LayerRow]] = []
     for module, row in rows:
         last = merged[-1][1] if merged and merged[-1][0] == module else None
@@ -100,7 +100,7 @@ def _merge_left(rows: list[tuple[int, LayerRow]]) -> list[LayerRow]:
     return [row for _, row in merged]
 
 
-def _unique_owners(entry: ParameterEntry) -> list[tuple[str, Owner]]:
+def _find_unique_owners(entry: ParameterEntry) -> list[tuple[str, Owner]]:
     seen: dict[str, Owner] = {}
     for path, ref in entry.owners:
         seen.setdefault(path, ref)
@@ -108,7 +108,7 @@ def _unique_owners(entry: ParameterEntry) -> list[tuple[str, Owner]]:
 
 
 def _find_biases(entries: list[ParameterEntry]) -> dict[int, list[ParameterEntry]]:
-    """The biases that a handled map adds, by the id of its weight's entry; they have no row of their own."""
+    """Find the biases that handled maps add, by the id of the weight's entry; they get no extra row."""
     by_place = {(path, e.attribute): e for e in entries for path, _ in e.owners}
     by_id = {id(e.parameter()): e for e in entries}
     found: dict[int, list[ParameterEntry]] = {}
@@ -124,7 +124,7 @@ def _find_biases(entries: list[ParameterEntry]) -> dict[int, list[ParameterEntry
     return found
 
 
-def _rows_of(
+def _make_rows_of(
     rule: RuleContract,
     entry: ParameterEntry,
     path: str,
@@ -140,27 +140,30 @@ def _rows_of(
     parameter = entry.parameter()
     if _is_carried(entry):
         assert parameter is not None
-        return [_computed_row(rule, entry, module, parameter, health, counted)]
+        return [_make_computed_row(rule, entry, module, parameter, health, counted)]
     left = entry.why_left or entry.leave_next or _explain_use(entry)
     trains = any(_trains(one.parameter()) for one in (entry, *biases))
     if left or not (entry.sites or entry.expected) or parameter is None or not trains:
         alone = [entry, *biases] if not trains else [entry]
         tied = _explain_tie(entry, path)
-        return [_left_row(one, module, path, f"{tied}{_explain_rest(one)}", health, counted) for one in alone]
+        reasons = ((one, f"{tied}{_explain_rest(one)}") for one in alone)
+        return [_make_left_row(one, module, path, reason, health, counted) for one, reason in reasons]
     sites = [s for s in entry.sites.values() if s.module is module or len(entry.owners) == 1]
     claimed = _claim([entry, *biases], counted)
     frozen = "" if parameter.requires_grad else " (of its bias: the weight is frozen)"
     if not sites:
-        return [_unseen_row(rule, entry, name, module, parameter, frozen, health, batch_size, claimed)]
+        return [_make_unseen_row(rule, entry, name, module, parameter, frozen, health, batch_size, claimed)]
     rows = []
     for number, site in enumerate(sites):
         label = name if len(sites) == 1 else site.name
-        rows.append(_site_row(rule, site, label, module, frozen, health, claimed if number == 0 else NONE))
+        rows.append(
+            _make_site_row(rule, site, label, module, frozen, health, claimed if number == 0 else NONE)
+        )
     return rows
 
 
 def _explain_tie(entry: ParameterEntry, path: str) -> str:
-    """Say of a later owner of a tied weight whose it is, since the reason is about the first owner's kind."""
+    """Say for a later owner of a tied weight whose weight it is: the reason is about the first owner's kind."""
     first, ref = entry.owners[0]
     reason = entry.why_left or ""
     if path == first or reason.startswith("its weight is"):
@@ -168,7 +171,7 @@ def _explain_tie(entry: ParameterEntry, path: str) -> str:
     return f"its weight is tied with {first!r} ({type(ref()).__name__}), "
 
 
-def _site_row(
+def _make_site_row(
     rule: RuleContract,
     site: Site,
     name: str,
@@ -185,7 +188,7 @@ def _site_row(
     reason = "linear in its weights"
     if site.computed:
         reason = "its weight is computed; the update goes on through autograd"
-    # a weight is computed by just such uses
+    # such uses are how a weight is computed
     others = [] if site.computed else [name for name in site.entry.used_by if name not in QUIET]
     notes = f"; also used by {', '.join(others)}, whose part stays a plain gradient" if others else ""
     if site.kept is not None:
@@ -210,7 +213,7 @@ def _site_row(
     )
 
 
-def _unseen_row(
+def _make_unseen_row(
     rule: RuleContract,
     entry: ParameterEntry,
     name: str,
@@ -221,7 +224,7 @@ def _unseen_row(
     batch_size: int,
     claimed: Claim,
 ) -> LayerRow:
-    """A layer that has not been called yet."""
+    """Make the row of a layer that has not been called yet."""
     shape, memory, cost, size = "lazy", None, None, None
     if not nn.parameter.is_lazy(parameter):
         shape = "×".join(str(length) for length in parameter.shape)
@@ -250,7 +253,7 @@ def _unseen_row(
 def _predict_size(
     entry: ParameterEntry, module: nn.Module, parameter: Tensor, batch_size: int
 ) -> Size | None:
-    """The sizes of a linear layer's problem; None for others, which depend on their inputs."""
+    """Return the sizes of a linear layer's problem; None for others, which depend on their inputs."""
     if entry.expected != "linear" or parameter.dim() != 2:
         return None
     with torch.no_grad():
@@ -260,7 +263,7 @@ def _predict_size(
     return Size(batch_size, columns, canonical[0] // groups, groups)
 
 
-def _computed_row(
+def _make_computed_row(
     rule: RuleContract,
     entry: ParameterEntry,
     module: nn.Module,
@@ -268,7 +271,7 @@ def _computed_row(
     health: Health,
     counted: set[int],
 ) -> LayerRow:
-    """A parameter from which, with others, a handled weight is computed."""
+    """Make the row of a parameter from which, with others, a handled weight is computed."""
     assert entry.computed_into is not None
     site = next(iter(entry.computed_into.sites.values()))
     shape = "×".join(str(size) for size in parameter.shape)
@@ -288,7 +291,7 @@ def _computed_row(
     )
 
 
-def _left_row(
+def _make_left_row(
     entry: ParameterEntry,
     module: nn.Module | None,
     path: str,
@@ -322,12 +325,12 @@ def _left_row(
 
 
 def _trains(parameter: Tensor | None) -> bool:
-    """Whether a parameter may change; true for one that is gone."""
+    """Return whether a parameter may change; true for one that is gone."""
     return parameter is None or parameter.requires_grad
 
 
 def _is_carried(entry: ParameterEntry) -> bool:
-    """Whether a handled weight is computed from it, so that its gradient is the update, carried on."""
+    """Return whether a handled weight is computed from it, so that its gradient is the update, carried on."""
     into = entry.computed_into
     if into is None or entry.why_left or entry.leave_next or not entry.trains:
         return False
@@ -344,7 +347,7 @@ def _explain_rest(entry: ParameterEntry) -> str:
 
 
 def _explain_use(entry: ParameterEntry) -> str:
-    """Which functions were seen to use a weight that no captured call has used; "" if there are none."""
+    """Name the functions that use a weight which no captured call has used; "" if there are none."""
     if entry.sites or entry.computed_into is not None or not entry.used_by:
         return ""
     parameter = entry.parameter()
@@ -367,8 +370,8 @@ def _claim(entries: list[ParameterEntry], counted: set[int]) -> Claim:
     return Claim(trained, frozen, tuple(keys))
 
 
-def left_to_optimizer(module: nn.Module, name: str, reason: str, events: dict[str, int]) -> LayerRow:
-    """The line of a module that no rule handles."""
+def make_module_row(module: nn.Module, name: str, reason: str, events: dict[str, int]) -> LayerRow:
+    """Make the row of a module that no rule handles."""
     owned = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
     shape = ", ".join("×".join(str(size) for size in p.shape) for p in owned[:2])
     count = sum(p.numel() for p in owned)

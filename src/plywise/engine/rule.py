@@ -160,7 +160,7 @@ class Rule(RuleContract):
     @property
     def statistics(self) -> dict[str, State]:
         """Each layer's running statistics by name, as they are in the optimizer's state."""
-        return self._require_attached().states()
+        return self._require_attached().read_states()
 
     def record(self, *, every: int = 50, callbacks: Iterable[Callback] = (), keep: int = 1000) -> History:
         """Measure each layer every ``every`` steps: rates, angles, residuals, fallbacks.
@@ -190,7 +190,7 @@ class Rule(RuleContract):
                 see="attach-optimizer",
             )
         history = History(list(callbacks), keep, lambda: setattr(attachment, "telemetry", None))
-        attachment.telemetry = Telemetry(self, self.health, every, history.add, attachment.states)
+        attachment.telemetry = Telemetry(self, self.health, every, history.add, attachment.read_states)
         object.__setattr__(self, "_history", history)
         return history
 

@@ -107,7 +107,7 @@ class RunningState:
         self._saved.remove()
 
     def add_site(self, site: Site) -> None:
-        """A layer's first call."""
+        """Note a layer's first call."""
         if self._known.add_site(site):
             self.resting.settle(self._layers[site.name])
             return
@@ -138,14 +138,14 @@ class RunningState:
         self._saved.clear()
         self.drop_pending()
 
-    def states(self) -> dict[str, State]:
-        """Each layer's state by name."""
+    def read_states(self) -> dict[str, State]:
+        """Return each layer's state by name."""
         return {name: self._saved.read(name).tensors for name in self._layers}
 
     # ---- in backward -------------------------------------------------------------------------
 
     def read_state(self, name: str, like: Tensor, has_bias: bool) -> tuple[State, bool]:
-        """A layer's state, on the device of ``like``, and whether its gradient waits for the step."""
+        """Return a layer's state, on the device of ``like``, and whether its gradient waits for the step."""
         layer = self._layers[name]
         if not layer.weight.requires_grad or layer.entry.leave_next:
             return {}, True
@@ -153,15 +153,15 @@ class RunningState:
             self._leave(layer.entry, "some of its calls add its bias and others do not")
             return {}, True
         state = self._saved.read_moved(name, like)
-        if layer.acts_alone and not state.in_backward:  # what it would be multiplied by is not known yet
+        if layer.acts_alone and not state.in_backward:  # the factor of its updates is not known yet
             state = NOTHING
         pending = self._pending.get(name)
         if pending is not None and not layer.holds_gradient(pending.mark):
-            del self._pending[name]  # zero_grad since: that step will not happen
+            del self._pending[name]  # zero_grad was called since: that step will not happen
         return state.tensors, self._waits(name)
 
     def _waits(self, name: str) -> bool:
-        """Whether a layer's gradient is the plain one in this step, from which the step makes the update."""
+        """Return whether a layer's gradient is plain now, so that the step makes the update from it."""
         pending = self._pending.get(name)
         if pending is not None:  # micro-batches of one step are treated alike
             return pending.waits
@@ -176,7 +176,7 @@ class RunningState:
             call.memory = learn_from_call(self._rule, call, self.processes.size)
 
     def has_bias(self, name: str) -> bool:
-        """Whether the bias belongs to a layer's local problem."""
+        """Return whether the bias belongs to a layer's local problem."""
         return self._layers[name].bias is not None
 
     def record(self, call: LinearCall) -> bool:
@@ -200,14 +200,14 @@ class RunningState:
         return self.processes.is_pipelined
 
     def on_grad_accumulated(self, name: str) -> None:
-        """The gradient of a layer's weight has arrived in ``.grad``: its evidence counts."""
+        """Count a layer's evidence: the gradient of its weight has arrived in ``.grad``."""
         if self._gathered.has_staged(name):
             self._gathered.arrive(name, self._layers[name].mark_gradient())
 
     # ---- at the step -------------------------------------------------------------------------
 
     def drop_pending(self) -> None:
-        """The step does not happen."""
+        """Forget all pending evidence: the step does not happen."""
         self._gathered.drop()
         self._made = None
         self.resting.rests_on = False  # a state may have been loaded
@@ -218,7 +218,7 @@ class RunningState:
             self._apply(optimizer)
 
     def _in_full_precision(self) -> AbstractContextManager[object]:
-        """Autocast is meant for the network: the rule's own work is done without it."""
+        """Run the block without autocast, which is meant for the network and not for the rule's own work."""
         if not torch._C._is_any_autocast_enabled():
             return NOTHING_TO_DO
         precision = ExitStack()
@@ -228,9 +228,9 @@ class RunningState:
         return precision
 
     def keep(self, optimizer: Optimizer) -> bool:
-        """The step has been taken: what it learned goes into the optimizer's state.
+        """Put what was learned into the optimizer's state: the step has been taken.
 
-        Not before: many optimizers begin a parameter's state when there is none.
+        It is not put there earlier: many optimizers only initialise a parameter's state if it is empty.
 
         Returns:
             Whether the rule took part in the step.
@@ -255,10 +255,10 @@ class RunningState:
         return True
 
     def _turn_momenta_back(self) -> None:
-        """Turn momenta back to the weights' own coordinates: the rule is removed."""
+        """Turn momenta back to the weights' own coordinates, because the rule is removed."""
         optimizer = self._saved.optimizer
         if self._turned is not None and optimizer is not None:
-            for name, state in self.states().items():
+            for name, state in self.read_states().items():
                 if state and self._layers[name].is_in_place:
                     self._turned.turn_back_state(self._layers[name], state, optimizer)
 
@@ -300,7 +300,7 @@ class RunningState:
             del self._pending[name]
 
     def _learn(self, active: dict[str, LayerHandle], memories: dict[str, State]) -> set[str]:
-        """Learn and refresh what this step has to; the layers whose states have changed."""
+        """Learn and refresh what is due in this step; return the layers whose states have changed."""
         replicas = self.processes.replicas
         learned, gradients = self._learning.learn(active, self._pending, memories, replicas)
         due = [name for name in active if memories[name] and self._learning.refreshes(name)]
@@ -311,7 +311,7 @@ class RunningState:
         return {*learned, *refreshed}
 
     def _find_waiting(self, active: dict[str, LayerHandle]) -> list[LayerHandle]:
-        """The layers whose updates are made now."""
+        """Return the layers whose updates are made now."""
         # a layer that had no rows here may have worked on another process: its gradient came by averaging
         shared = self.processes.size > 1
         took_part = list(active) if shared else self._find_parts_taken(list(active), active)
@@ -349,7 +349,7 @@ class RunningState:
             self._updates.make(mine, memories)
 
     def _make_state(self, name: str, before: LayerState, memories: dict[str, State]) -> LayerState:
-        """The state of a layer that has learned or been refreshed."""
+        """Return the state of a layer that has learned or been refreshed."""
         memory, layer = memories[name], self._layers[name]
         if layer.acts_alone:
             acts = not self._rule.keeps_norm or bool(memory["scale"] > 0)
@@ -358,11 +358,11 @@ class RunningState:
         return LayerState(memory, before.phase, acts)
 
     def _find_layers(self, optimizer: Optimizer) -> list[LayerHandle]:
-        """The layers that this optimizer steps, in the model's order."""
+        """Return the layers that this optimizer steps, in the model's order."""
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [
             layer
-            for layer in self._known.in_order()
+            for layer in self._known.list_in_order()
             if not layer.gone
             and not layer.entry.excluded
             and id(layer.weight) in stepped
@@ -370,7 +370,7 @@ class RunningState:
         ]
 
     def _has_evidence(self, layers: list[LayerHandle]) -> bool:
-        """Whether a backward pass leads to this step; the same on all processes."""
+        """Return whether a backward pass leads to this step; the same on all processes."""
         if self.processes.size == 1:
             part_taken = bool(self._pending) or any(layer.entry.arrived for layer in layers)
             return part_taken and any(layer.has_gradient for layer in layers)
@@ -379,14 +379,14 @@ class RunningState:
         return is_any_nonzero([p.grad for p in parameters if p is not None and p.grad is not None])
 
     def _find_parts_taken(self, names: list[str], active: Mapping[str, LayerHandle]) -> list[str]:
-        """Which of these layers a backward pass has reached, on any process."""
+        """Return which of these layers a backward pass has reached, on any process."""
         flags = [name in self._pending or active[name].entry.arrived for name in names]
         if names and self.processes.size > 1:
             flags = self.processes.replicas.agree(flags, active[names[0]].device)
         return [name for name, flag in zip(names, flags, strict=True) if flag]
 
     def _find_active(self, layers: list[LayerHandle]) -> list[LayerHandle]:
-        """The layers that take part in this step; the same on all processes."""
+        """Return the layers that take part in this step; the same on all processes."""
         if self.processes.size == 1:
             called = [layer for layer in layers if layer.site is not None or layer.entry.arrived]
             return [layer for layer in called if not layer.entry.left]
@@ -394,6 +394,6 @@ class RunningState:
         return [layer for layer in layers if layer.entry in settled]
 
     def _find_weights(self) -> list[ParameterEntry]:
-        """The weights that may be learned, called here or not: the same on all processes, in one order."""
+        """List the weights that may be learned, called here or not: the same list on all processes."""
         entries = [e for e in self._entries if not e.excluded and e.is_weight]
         return [e for e in entries if (p := e.parameter()) is not None and p.requires_grad]

@@ -105,8 +105,8 @@ class SavedState:
             self._optimizer_ref = weakref.ref(optimizer)
             self.forget()
 
-    def own_parameters(self) -> Iterator[tuple[Tensor, ParameterEntry]]:
-        """The weights that belong to the rule, whether or not a call of theirs has been seen."""
+    def list_own_parameters(self) -> Iterator[tuple[Tensor, ParameterEntry]]:
+        """Return the weights that belong to the rule, whether or not a call of theirs has been seen."""
         entries = dict.fromkeys([*self._entries, *(layer.entry for layer in self.layers.values())])
         for entry in entries:
             parameter = entry.parameter()
@@ -114,16 +114,16 @@ class SavedState:
                 yield parameter, entry
 
     def find_step(self) -> int:
-        """How many steps the rule had counted, by what is in the optimizer's state."""
+        """Return how many steps the rule had counted, by what is in the optimizer's state."""
         found = 0
-        for parameter, _ in self.own_parameters():
+        for parameter, _ in self.list_own_parameters():
             own = self.state.get(parameter)
             if isinstance(own, dict) and isinstance(own.get(self.step_key), int):
                 found = max(found, own[self.step_key])
         return found
 
-    def prefix(self, name: str) -> str:
-        """The beginning of a layer's keys."""
+    def make_prefix(self, name: str) -> str:
+        """Return the beginning of a layer's keys."""
         prefix = self._prefixes.get(name)
         if prefix is None:
             layer = self.layers[name]
@@ -140,10 +140,10 @@ class SavedState:
     # ---- reading ---------------------------------------------------------------------------------
 
     def read(self, name: str) -> LayerState:
-        """A layer's state; nothing if the optimizer's state has been cleared.
+        """Return a layer's state; nothing if the optimizer's state has been cleared.
 
-        Once the optimizer is gone or the rule is detached, what it was last: a graph that was made before
-        answers to the end.
+        Once the optimizer is gone or the rule is detached, this is the last state, so that a graph that was
+        made before can still run its backward.
         """
         parameter, optimizer = self.layers[name].entry.parameter(), self._optimizer_ref()
         own = None if parameter is None or optimizer is None else optimizer.state.get(parameter)
@@ -164,7 +164,7 @@ class SavedState:
             self.step = min(self.step, self.find_step())  # 0 if everything has been cleared
         if not own or not own.get(self.step_key):
             return self._held.get(name, NOTHING)
-        prefix = self.prefix(name)
+        prefix = self.make_prefix(name)
         tensors = find_tensors(own, prefix)
         if not tensors:
             return NOTHING
@@ -174,7 +174,7 @@ class SavedState:
         return found
 
     def read_moved(self, name: str, like: Tensor) -> LayerState:
-        """The parts of a layer's state that fit: moved with the model, dropped if a bias has been frozen."""
+        """Return a layer's state on the device of ``like``; if its bias froze, its statistics are dropped."""
         self.follow_bias(name)
         state = self.read(name)
         if any(value.dtype != like.dtype or value.device != like.device for value in state.tensors.values()):
@@ -183,27 +183,27 @@ class SavedState:
         return state
 
     def has_state(self, entry: ParameterEntry) -> bool:
-        """Whether there are statistics of a parameter, be its calls known or not."""
+        """Return whether there are statistics of a parameter, whether or not its calls are known."""
         own = self.state.get(entry.parameter()) or {}
         return bool(own.get(self.step_key))
 
     def count_uses(self, entry: ParameterEntry) -> int:
-        """How many uses of a parameter have statistics, be its calls known or not."""
+        """Return how many uses of a parameter have statistics, whether or not its calls are known."""
         own = self.state.get(entry.parameter()) or {}
         return sum(is_of_rule(key, self.rule_name) and key.endswith(".phase") for key in own)
 
     def peek(self, name: str) -> LayerState:
-        """A layer's state as it was last read; within a step, looking it up again would cost too much."""
+        """Return a layer's state as it was last read: within a step, another look-up would cost too much."""
         cached = self._cache.get(name)
         return self.read(name) if cached is None else cached[2]
 
     def find_mark(self, name: str) -> tuple[str, Tensor]:
-        """A key of a parameter's state, and the tensor that it has while a layer's state is as it was."""
+        """Return a key of a parameter's state, and the tensor there, which changes with the layer's state."""
         return self._cache[name][:2]
 
     def _remember(self, name: str, made: LayerState) -> None:
         """Cache a state; it holds as long as its first tensor is in its place."""
-        prefix = self.prefix(name)
+        prefix = self.make_prefix(name)
         for key, value in made.tensors.items():
             parameter = self.layers[name].entry.parameter()
             shape = torch.Size() if parameter is None else parameter.shape
@@ -226,7 +226,7 @@ class SavedState:
     # ---- writing ---------------------------------------------------------------------------------
 
     def count_step(self, written: Collection[str]) -> None:
-        """One more step of the rule; what has been learned before belongs to it, too.
+        """Count one more step of the rule; what was learned before belongs to this step, too.
 
         Args:
             written: layers that will be written, and need no more.
@@ -244,8 +244,9 @@ class SavedState:
     def write(self, name: str, made: LayerState) -> None:
         """Put a layer's state in its place.
 
-        Many optimizers begin a parameter's state where there is none. So nothing is written for a parameter
-        that the optimizer has not stepped yet (another process may have had its gradient): it is held.
+        Many optimizers initialise a parameter's state only if it is empty. So nothing is written for a
+        parameter that the optimizer has not stepped yet (another process may have had its gradient); it is
+        kept aside.
         """
         self.version += 1
         layer = self.layers[name]
@@ -261,18 +262,18 @@ class SavedState:
             return
         if own is None:
             own = self.state[weight] = {}
-        prefix = self.prefix(name)
+        prefix = self.make_prefix(name)
         remove_keys(own, prefix)
         whole = self.step_key.removesuffix("step")
         layers = (other for other, one in self.layers.items() if one.entry is layer.entry)
-        if not any(self.prefix(other) == whole for other in layers):  # there may be a template of it
+        if not any(self.make_prefix(other) == whole for other in layers):  # there may be a template of it
             remove_keys(own, whole)
         own.update(self._make_keys(name, made))
         self._remember(name, made)
 
     def _make_keys(self, name: str, made: LayerState) -> dict[str, Any]:
-        """A layer's state as it is kept in the optimizer's."""
-        prefix, reserved = self.prefix(name), set(NAMES) & made.tensors.keys()
+        """Return a layer's state as it is kept in the optimizer's."""
+        prefix, reserved = self.make_prefix(name), set(NAMES) & made.tensors.keys()
         if reserved:
             raise ValueError(
                 f"{self.rule_name}: {min(reserved)!r} is plywise's own name, not one for a statistic."
@@ -287,7 +288,7 @@ class SavedState:
         return bool(self._held)
 
     def get_held(self, entry: ParameterEntry) -> dict[str, Any]:
-        """What waits for the optimizer's own state to begin, in the form that it will have there."""
+        """Return what waits for the optimizer's own state to begin, in the form that it will have there."""
         keys: dict[str, Any] = {}
         for name, made in self._held.items():
             if self.layers[name].entry is entry:
@@ -295,14 +296,14 @@ class SavedState:
         return keys
 
     def make_template(self, entry: ParameterEntry, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Zeros where ``own`` has no statistics of a parameter, in the shapes that they will have.
+        """Make zeros in the shapes of the statistics that ``own`` does not have yet for a parameter.
 
-        For savers that load into what they find. Of a parameter whose calls are not known yet it says no
-        more than that there may be some.
+        Some savers load in place, into the tensors that they find. If the calls of a parameter are not known
+        yet, the template only says that there may be statistics.
         """
         found: dict[str, Any] = {} if self.step_key in own else {self.step_key: 0}
         for name, layer in self.layers.items():
-            prefix = self.prefix(name)
+            prefix = self.make_prefix(name)
             if layer.entry is not entry or layer.gone or prefix + "phase" in own:
                 continue
             shape = layer.shape
@@ -316,7 +317,7 @@ class SavedState:
 
         torch's distributed checkpoints take a step with zero gradients, to see which tensors there will be.
         """
-        for parameter, entry in self.own_parameters():
+        for parameter, entry in self.list_own_parameters():
             if parameter.grad is not None and not nn.parameter.is_lazy(parameter):
                 own = self.state.setdefault(parameter, {})
                 own.update(self.make_template(entry, own))
@@ -329,7 +330,7 @@ class SavedState:
         self._cache.pop(name, None)
         self._held.pop(name, None)
         if own:
-            remove_keys(own, self.prefix(name))
+            remove_keys(own, self.make_prefix(name))
             if not any(is_of_rule(key, self.rule_name) for key in own if key != self.step_key):
                 own.pop(self.step_key, None)
             if not own:
@@ -347,7 +348,7 @@ class SavedState:
 
     def _remove_all(self) -> None:
         state = self.state
-        for parameter, _ in list(self.own_parameters()):
+        for parameter, _ in list(self.list_own_parameters()):
             own = state.get(parameter)
             if isinstance(own, dict):
                 for key in [key for key in own if is_of_rule(key, self.rule_name)]:
@@ -356,7 +357,7 @@ class SavedState:
                     del state[parameter]
 
     def forget(self) -> None:
-        """Forget what is known of the optimizer's state: it has changed, or been cleared."""
+        """Forget what is known of the optimizer's state, because it has changed or been cleared."""
         self.version += 1
         self._cache.clear()
         self._held.clear()
@@ -365,7 +366,7 @@ class SavedState:
 
 
 def find_tensors(own: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
-    """The tensors under keys that begin with ``prefix``, without it."""
+    """Return the tensors under keys that begin with ``prefix``, without it."""
     return {
         key.removeprefix(prefix): value
         for key, value in own.items()
@@ -383,12 +384,12 @@ def remove_keys(own: dict[Any, Any], prefix: str) -> None:
 
 
 def is_of_rule(key: Any, rule_name: str) -> bool:
-    """Whether a key of a parameter's state belongs to a rule of this name."""
+    """Return whether a key of a parameter's state belongs to a rule of this name."""
     return isinstance(key, str) and key.startswith((f"{PREFIX}{rule_name}.", f"{PREFIX}{rule_name}["))
 
 
 def find_rule(key: Any) -> str:
-    """The name of the rule that a key belongs to, or ""."""
+    """Return the name of the rule that a key belongs to, or ""."""
     if not isinstance(key, str) or not key.startswith(PREFIX):
         return ""
     return key.removeprefix(PREFIX).partition(".")[0].partition("[")[0]

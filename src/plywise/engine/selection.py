@@ -41,14 +41,14 @@ IN_OUT = ("transformers.pytorch_utils", "Conv1D")
 
 NOT_ASKED_FOR, EXCLUDED = "not among the layers asked for", "excluded"
 BY_NAME = (NOT_ASKED_FOR, EXCLUDED)
-"""Why layers are left alone that ``attach(layers=..., exclude=...)`` leaves out."""
+"""The reason given for layers that ``attach(layers=..., exclude=...)`` leaves out."""
 
 FUSED = (rnn.RNNBase, rnn.RNNCellBase)
 """Modules whose kernels hide their calls."""
 
 
 def resolve_kinds(kinds: Kinds, default: tuple[str, ...]) -> frozenset[str]:
-    """The kinds of maps that a rule takes.
+    """Return the kinds of maps that a rule takes.
 
     Args:
         kinds: ``"all"``, one kind, several, or None for the default.
@@ -78,7 +78,7 @@ def collect_parameters(
     exclude: Selector | None = None,
     unshared_only: bool = False,
 ) -> list[ParameterEntry]:
-    """An entry for each parameter of ``model``, in the model's order.
+    """Return an entry for each parameter of ``model``, in the model's order.
 
     Args:
         model: the model.
@@ -119,7 +119,7 @@ def collect_parameters(
 
 
 def _find_layer(path: str, attribute: str) -> tuple[str, str]:
-    """The layer and the name of its weight; a parametrization's originals belong to the layer itself."""
+    """Return the layer and the name of its weight; originals of a parametrization belong to the layer."""
     marker = ".parametrizations."
     if marker in f".{path}":
         parent, _, rest = f".{path}".rpartition(marker)
@@ -154,7 +154,7 @@ def _restrict(
 
 
 def is_handled(entry: ParameterEntry, but: object = None) -> str | None:
-    """Path of a module through which an attached rule, another one than ``but``'s, handles this parameter."""
+    """Return the path of a module through which another attached rule than ``but`` handles this parameter."""
     for path, ref in entry.owners:
         module = ref()
         for hook in () if module is None else module._forward_pre_hooks.values():
@@ -193,15 +193,15 @@ def refuse_handled(entries: list[ParameterEntry]) -> None:
 
 
 def explain_kind(kind: str) -> str:
-    """Why a kind that the rule does not take is left to the optimizer."""
+    """Return why a kind that the rule does not take is left to the optimizer."""
     return f"its kind, {kind!r}, is left to the optimizer unless attach(..., kinds=...) names it"
 
 
 def predict_kind(module: nn.Module, attribute: str) -> tuple[str, str]:
-    """The kind of map that a module's own code is known to call with a parameter, and why it cannot.
+    """Return the kind of map that a module's own code is known to call with a parameter, or why it cannot.
 
     Returns:
-        The kind and "", or "" and a reason, or two empty strings where the first batch will show.
+        The kind and "", or "" and a reason, or two empty strings if only the first batch will show the kind.
     """
     if isinstance(module, FUSED) and _keeps_forward(module, type(module)):
         return "", (
@@ -216,14 +216,14 @@ def predict_kind(module: nn.Module, attribute: str) -> tuple[str, str]:
 
 
 def is_in_out(cls: type[nn.Module]) -> bool:
-    """Whether this is transformers' ``Conv1D``, or a subclass that keeps its forward."""
+    """Return whether this is transformers' ``Conv1D``, or a subclass that keeps its forward."""
     forward = getattr(cls, "forward", None)
     named = [base for base in cls.__mro__ if (base.__module__, base.__name__) == IN_OUT]
     return any(base.__dict__.get("forward") is forward for base in named)
 
 
 def _keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether the forward is that of torch: another one need not use the weight in the same call."""
+    """Return whether the forward is that of torch: another one need not use the weight in the same call."""
     if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return False
     return all(
@@ -233,7 +233,7 @@ def _keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def selects(selector: Selector, name: str, module: nn.Module) -> bool:
-    """Whether ``selector`` picks this module."""
+    """Return whether ``selector`` picks this module."""
     if isinstance(selector, str):
         return fnmatchcase(name, selector)
     if isinstance(selector, type):
@@ -257,6 +257,6 @@ def _check_patterns(selector: Selector | None, modules: dict[str, nn.Module]) ->
 
 
 def strip_wrappers(name: str) -> str:
-    """A name without the wrappers of torch.compile, FSDP and activation checkpointing."""
+    """Return a name without the wrappers of torch.compile, FSDP and activation checkpointing."""
     wrappers = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
     return ".".join(part for part in name.split(".") if part not in wrappers)

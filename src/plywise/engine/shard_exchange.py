@@ -39,7 +39,7 @@ class Exchange:
         self._size, self._rank = dist.get_world_size(group), dist.get_rank(group)
 
     def collect(self) -> list[Tensor | None]:
-        """The tensors of which this process is the owner, whole; None for the others."""
+        """Return the tensors of which this process is the owner, whole; None for the others."""
         wholes: list[Tensor | None] = [None] * len(self._shards)
         for places in self._group_alike():
             sent = [
@@ -86,7 +86,7 @@ class Exchange:
         return received
 
     def _group_alike(self) -> list[list[int]]:
-        """The places of tensors of one device and dtype: they travel together."""
+        """Return the places of tensors of one device and dtype: they travel together."""
         found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, shard in enumerate(self._shards):
             found.setdefault((shard.device, shard.dtype), []).append(i)
@@ -144,7 +144,7 @@ def share_out_gradients(
         yield plain
         return
     before = dict(memories)
-    with gather_whole(sharded, layer_gradient, replicas) as mine:
+    with gather_whole(sharded, get_layer_gradient, replicas) as mine:
         yield plain + mine
     _share_news(sharded, _find_owners(sharded, replicas), before, memories, replicas, rule)
 
@@ -181,15 +181,15 @@ def gather_whole(
             layer.stand_ins = {}
 
 
-def layer_gradient(parameter: Tensor) -> Tensor:
-    """A sharded parameter's gradient; zeros where it has none."""
+def get_layer_gradient(parameter: Tensor) -> Tensor:
+    """Return a sharded parameter's gradient; zeros where it has none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
 
 
 def _find_owners(layers: list[LayerHandle], replicas: Replicas) -> dict[str, int]:
-    """Which process makes a layer's update: the same for all layers that share a parameter."""
+    """Return which process makes a layer's update: the same for all layers that share a parameter."""
     bundles: dict[int, str] = {}
     first = {}
     costs: dict[str, float] = {}
@@ -239,7 +239,7 @@ def find_held(
     entries: Sequence[ParameterEntry],
     replicas: Replicas,
 ) -> set[str]:
-    """The layers whose accumulated gradient is still there; of sharded ones any process may say so.
+    """Return the layers whose accumulated gradient is still there; of sharded ones any process may say so.
 
     Args:
         layers: the layers that the optimizer steps.

@@ -57,11 +57,11 @@ class Sharding:
         return waiting is not None or (whole is not None and whole.grad is not None)
 
     def set_mark(self, parameter: Tensor) -> None:
-        """The averaged gradient has arrived in the shard's ``.grad``."""
+        """Remember the averaged gradient that has arrived in the shard's ``.grad``."""
         self.mark = None if parameter.grad is None else mark_gradient(parameter.grad)
 
     def holds_gradient(self, parameter: Tensor) -> bool:
-        """Whether what was accumulated is still there, as far as this process sees."""
+        """Return whether what was accumulated is still there, as far as this process sees."""
         if self.is_accumulating:
             return True
         gradient = parameter.grad
@@ -74,12 +74,12 @@ class Sharding:
 
 
 def is_spread(tensor: Tensor | None) -> bool:
-    """Whether a tensor is a DTensor: a process has only its part of it."""
+    """Return whether a tensor is a DTensor: a process has only its part of it."""
     return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
 
 
 def find_local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor: all of it, unless it is a DTensor."""
+    """Return this process's part of a tensor: all of it, unless it is a DTensor."""
     if not is_spread(tensor):
         return tensor
     with torch.no_grad():
@@ -87,16 +87,16 @@ def find_local(tensor: Tensor) -> Tensor:
 
 
 def mark_gradient(gradient: Tensor) -> tuple[int, int]:
-    """Which tensor a gradient is, and how often it has been written to.
+    """Return which tensor a gradient is, and how often it has been written to.
 
-    Shards of several gradients are views of one tensor, so that one counts what is written to the others: of
-    a DTensor counts what the user (``zero_grad``) has done to it as a whole.
+    Shards of several gradients are views of one tensor, so the version of one also counts writes to the
+    others. For a DTensor, the version counts what the user (``zero_grad``) has done to it as a whole.
     """
     return find_local(gradient).data_ptr(), gradient._version
 
 
 def find_groups(model: nn.Module) -> list[Any]:
-    """The groups of parameters (``FSDPParamGroup``) that fully_shard keeps for the modules of a model."""
+    """Find the groups of parameters (``FSDPParamGroup``) that fully_shard keeps for a model's modules."""
     if "torch.distributed.fsdp" not in sys.modules:
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -113,7 +113,7 @@ def find_groups(model: nn.Module) -> list[Any]:
 
 
 def find_shards(model: nn.Module) -> dict[Place, Any]:
-    """What torch knows of each parameter under fully_shard (``FSDPParam``), by its places."""
+    """Return what torch knows of each parameter under fully_shard (``FSDPParam``), by its places."""
     places = {}
     for group in find_groups(model):
         for source in group.fsdp_params:
@@ -139,12 +139,12 @@ def keep_whole(model: nn.Module) -> Iterator[None]:
 
 
 def agree_on_all(flag: bool, tensors: Sequence[Tensor]) -> bool:
-    """Whether the flag is set on every process that has a part of these tensors."""
+    """Return whether the flag is set on every process that has a part of these tensors."""
     return _reduce_flag(flag, tensors, dist.ReduceOp.MIN)
 
 
 def is_any_nonzero(tensors: Sequence[Tensor]) -> bool:
-    """Whether any number is not zero, in the parts of all processes.
+    """Return whether any number is not zero, in the parts of all processes.
 
     Sums come first: a sum that is not zero is an answer, and takes a tenth of the time of ``any``.
     """

@@ -41,8 +41,8 @@ class ParameterEntry:
         excluded: why the rule must not take it, or "".
         expected: the kind of map that its module is known to call, or "".
         may_scale: whether the rule takes it as the elementwise weight of a norm, should calls use it so.
-        left: why it is left to the optimizer, as found while calls were captured, or "".
-        leave_next: the same, from the next forward on.
+        left: why it is left to the optimizer, if captured calls have shown that, or "".
+        leave_next: why it will be left to the optimizer from the next forward on, or "".
         used_by: functions that were seen to use it outside of captured calls.
         computed_into: the parameter that stands for the weight which is computed from this one and others.
         sites: the ways in which calls use it.
@@ -102,13 +102,13 @@ class ParameterEntry:
 
     @property
     def is_weight(self) -> bool:
-        """Whether calls may use it as a weight, as far as is known before them: it is no lone bias."""
+        """Whether calls may use it as a weight; before the first call this says that it is no lone bias."""
         is_scale = self.dimensions == 1 and self.may_scale and not self.attribute.endswith("bias")
         return bool(self.expected) or self.dimensions > 1 or is_scale
 
     @property
     def is_candidate(self) -> bool:
-        """Whether the rule may find calls to take it in; one that is not made yet may show any."""
+        """Whether calls may use it in a way that the rule takes; one that is not made yet may show any."""
         return not self.why_left and (self.is_weight or not self.dimensions)
 
     @property
@@ -121,7 +121,7 @@ class ParameterEntry:
     def is_unknown(self) -> bool:
         """Whether it may be a weight, and no function has been seen to use it so far.
 
-        What computes a weight from it is no such use.
+        A function that computes a weight from it does not count.
         """
         if self.sites or self.computed_into is not None or not self.is_candidate:
             return False
@@ -141,7 +141,7 @@ class Responder(Protocol):
     ) -> tuple[Update, Tensor | None]:
         """Return the layer's update, and the gradient at the input of the call's map.
 
-        It is None where it is not wanted, and where a `RearrangedCall` has to make the plain one.
+        The gradient is None if it is not wanted, and if a `RearrangedCall` has to make the plain one.
         """
 
 
@@ -161,7 +161,7 @@ class Site:
         bias_shape: its shape where it is not (outputs,), else None.
         size: sizes of the last call seen in backward.
         rows: shape of its output.
-        kept: of how many rows of the last call how many counted, if a mask left some out, else None.
+        kept: how many rows of the last call counted, and of how many, if a mask left some out; else None.
         passes: backward passes in which the rule has answered.
         answered: the latest of those passes whose gradient has not arrived yet.
         tested: whether the self-test has been made.
@@ -202,7 +202,7 @@ class Site:
             self.size = Size(call.row_count, call.columns, call.outputs, call.groups, call.is_topmost)
 
     def is_like(self, other: "Site") -> bool:
-        """Whether another use of the parameter may share a running state: only strides and such differ."""
+        """Return whether another use of the parameter can share a running state: only strides may differ."""
         mine, its = (
             (site.part, site.layout, site.map.groups, site.computed, site.module) for site in (self, other)
         )
@@ -218,7 +218,7 @@ class Site:
         if task not in self.answered:
             self.passes += 1
             self.answered[task] = None
-            if len(self.answered) > KEPT_PASSES:  # passes of torch.autograd.grad, which never arrive
+            if len(self.answered) > KEPT_PASSES:  # the gradients of torch.autograd.grad never arrive
                 del self.answered[next(iter(self.answered))]
 
     @property
@@ -226,16 +226,16 @@ class Site:
         """The parameter, while it lives."""
         return self.entry.parameter()
 
-    def view_of(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor like the parameter that is this site's weight."""
+    def view_part(self, tensor: Tensor) -> Tensor:
+        """Return the part of a tensor like the parameter that is this site's weight."""
         if self.part is None:
             return tensor
         offset, shape, strides = self.part
         return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
 
-def part_of(tensor: Tensor, base: Tensor) -> Part | None:
-    """Which part of ``base`` a view of it is; None for the whole in its own layout."""
+def find_part(tensor: Tensor, base: Tensor) -> Part | None:
+    """Return which part of ``base`` a view of it is; None for the whole in its own layout."""
     if tensor.shape == base.shape and tensor.stride() == base.stride():
         return None
     offset = int(tensor.storage_offset() - base.storage_offset())
@@ -243,7 +243,7 @@ def part_of(tensor: Tensor, base: Tensor) -> Part | None:
 
 
 def format_part(part: Part, whole: Tensor) -> str:
-    """A part of a weight as text: ``"[0:8]"`` for rows 0 to 7."""
+    """Return a part of a weight as text: ``"[0:8]"`` for rows 0 to 7."""
     offset, shape, strides = part
     row = whole.stride(0) if whole.dim() else 0
     if strides == whole.stride() and shape[1:] == whole.shape[1:] and row and offset % row == 0:

@@ -24,7 +24,7 @@ class Slots:
         self.layers = layers
 
     def find_parameters(self) -> list[Tensor]:
-        """Each layer's weight, and its bias if that trains."""
+        """Return each layer's weight, and its bias if that trains."""
         return [ref() for ref in self._parameters]  # type: ignore[misc]
 
     def find_gradients(self) -> list[Tensor]:

@@ -21,7 +21,7 @@ class Scratch:
         self._kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor of any numbers, until the next call."""
+        """Return a tensor of any numbers, until the next call."""
         size = math.prod(shape)
         kept = self._kept.get((dtype, device))
         if kept is None or kept.numel() < size:
@@ -75,7 +75,7 @@ class StackedState(Mapping[str, Tensor]):
         self._current: dict[str, Tensor] = {}
 
     def holds(self, states: Sequence[State]) -> bool:
-        """Whether these are the states already."""
+        """Return whether these are the states already."""
         return len(states) == len(self._states) and not any(map(is_not, states, self._states))
 
     def follow(self, states: Sequence[State]) -> "StackedState":
@@ -136,18 +136,18 @@ def arrange(
 
 
 def sign(update: Update) -> tuple[object, ...]:
-    """What must be equal for two updates to be stacked."""
+    """Return what must be equal for two updates to be stacked."""
     weight = update.weight
     assert weight is not None
     return weight.shape, weight.dtype, weight.device, update.bias is not None
 
 
 def list_parts(update: Update) -> list[Tensor]:
-    """The weight's part of an update, and the bias's if there is one."""
+    """Return the weight's part of an update, and the bias's if there is one."""
     assert update.weight is not None
     return [update.weight] if update.bias is None else [update.weight, update.bias]
 
 
 def convert_state(state: State, like: Tensor) -> State:
-    """A state on the device and in the dtype of a tensor: models move between steps."""
+    """Return a state on the device and in the dtype of a tensor: models move between steps."""
     return {key: value.to(like) for key, value in state.items()}

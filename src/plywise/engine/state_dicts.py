@@ -91,7 +91,7 @@ class StateDicts:
 
     def _check_found(self, optimizer: Optimizer) -> None:
         """Statistics that were loaded before attach must be this rule's, and whole."""
-        for parameter, entry in self._saved.own_parameters():
+        for parameter, entry in self._saved.list_own_parameters():
             own = optimizer.state.get(parameter)
             ours = _find_ours(own) if isinstance(own, dict) else {}
             others = {find_rule(key) for key in ours if key.endswith(".step") and ours[key]} - {self._name}
@@ -128,7 +128,7 @@ class StateDicts:
             return
         self._looked = True
         rules = find_attached(optimizer)
-        known = {(id(p), rule._name) for rule in rules for p, _ in rule._saved.own_parameters()}
+        known = {(id(p), rule._name) for rule in rules for p, _ in rule._saved.list_own_parameters()}
         for parameter, own in optimizer.state.items():
             for key in _find_ours(own) if isinstance(own, dict) else ():
                 if key.endswith(".step") and own[key] and (id(parameter), find_rule(key)) not in known:
@@ -152,7 +152,7 @@ class StateDicts:
     def _complete(self, states: dict[Any, Any], indices: Mapping[Tensor, Any]) -> None:
         """Add templates, where a later load may have something to put."""
         stateless = not any(len(own) > len(_find_ours(own)) for own in states.values() if own)
-        for parameter, entry in self._saved.own_parameters():
+        for parameter, entry in self._saved.list_own_parameters():
             index = indices.get(parameter)
             held = self._saved.get_held(entry)
             if index is not None and held:
@@ -178,7 +178,7 @@ class StateDicts:
         self._check_parameters(optimizer, raw)
         states = dict(state["state"])
         self._raw = {}
-        for parameter, _ in self._saved.own_parameters():
+        for parameter, _ in self._saved.list_own_parameters():
             mine = {k: v for k, v in raw.get(parameter, {}).items() if is_of_rule(k, self._name)}
             kept = states.get(indices.get(parameter)) or {}
             others = {k: v for k, v in kept.items() if not is_of_rule(k, self._name)}
@@ -189,7 +189,7 @@ class StateDicts:
         return {**state, "state": states}
 
     def _collect(self, state: dict[str, Any], indices: Mapping[Tensor, Any]) -> dict[Tensor, Keys]:
-        """The statistics in a state dict, of all rules."""
+        """Return the statistics in a state dict, of all rules."""
         mark = state.get(MARK, {})
         beside = mark.get("state", {}) if isinstance(mark, dict) else {}
         raw = {}
@@ -219,12 +219,12 @@ class StateDicts:
 
     def _check_parameters(self, optimizer: Optimizer, raw: Mapping[Tensor, Keys]) -> None:
         siblings = [rule for rule in find_attached(optimizer) if rule._name == self._name]
-        known = {id(p) for rule in siblings for p, _ in rule._saved.own_parameters()}
+        known = {id(p) for rule in siblings for p, _ in rule._saved.list_own_parameters()}
         key = self._saved.step_key
         strangers = [p for p, keys in raw.items() if id(p) not in known and keys.get(key)]
         if strangers:
             raise StateError(_explain_strangers(self._name, strangers), see="state-memory")
-        for parameter, entry in self._saved.own_parameters():
+        for parameter, entry in self._saved.list_own_parameters():
             self._check(parameter, entry, raw.get(parameter, {}))
 
     def _check(self, parameter: Tensor, entry: ParameterEntry, keys: Keys) -> None:
@@ -241,7 +241,7 @@ class StateDicts:
             )
         for name, layer in self._saved.layers.items():
             if layer.entry is entry:
-                tensors = find_tensors(keys, self._saved.prefix(name))
+                tensors = find_tensors(keys, self._saved.make_prefix(name))
                 if tensors:
                     check_shapes(self._saved.rule, layer, tensors)
 
@@ -270,7 +270,7 @@ class StateDicts:
     # ---- plywise 0.1 -----------------------------------------------------------------------------------
 
     def _convert(self, state: dict[str, Any], indices: Mapping[Tensor, Any]) -> dict[str, Any]:
-        """A state dict of plywise 0.1 with this rule's statistics where they are today."""
+        """Return a state dict of plywise 0.1 with this rule's statistics where they are today."""
         saved = self._saved
         entries = [e for e in state[MARK] if e["rule"] == self._name]
         named = [(e, {_strip(name): tensors for name, tensors in e["layers"].items()}) for e in entries]
@@ -293,7 +293,7 @@ class StateDicts:
         return {**state, "state": states}
 
     def _convert_layer(self, name: str, tensors: State, step: int, phase: int) -> Keys:
-        saved, prefix = self._saved, self._saved.prefix(name)
+        saved, prefix = self._saved, self._saved.make_prefix(name)
         acts = saved.rule.in_backward(tensors, saved.layers[name].shape)
         made: Keys = {prefix + key: value for key, value in tensors.items()}
         return made | {saved.step_key: step, prefix + "phase": phase, prefix + "in_backward": int(acts)}
@@ -307,21 +307,21 @@ class _Statistics(dict[Any, Any]):
 
 
 def find_attached(optimizer: Optimizer) -> list[StateDicts]:
-    """The rules that are attached to an optimizer."""
+    """Return the rules that are attached to an optimizer."""
     hooks = optimizer._optimizer_load_state_dict_pre_hooks.values()
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return [owner for owner in owners if isinstance(owner, StateDicts)]
 
 
 def _find_indices(optimizer: Optimizer, state: dict[str, Any]) -> dict[Tensor, Any]:
-    """What stands for each parameter in a state dict: a number, or a name."""
+    """Return what stands for each parameter in a state dict: a number, or a name."""
     saved = chain.from_iterable(group["params"] for group in state["param_groups"])
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     return dict(zip(parameters, saved, strict=False))
 
 
 def _find_marked(state: dict[str, Any]) -> set[str]:
-    """The rules that a state dict's mark names."""
+    """Return the rules that a state dict's mark names."""
     mark = state.get(MARK, {})
     return {entry["rule"] for entry in mark} if isinstance(mark, list) else set(mark.get("rules", []))
 
@@ -332,7 +332,7 @@ def _find_ours(own: Mapping[Any, Any]) -> Keys:
 
 
 def _strip(name: str) -> str:
-    """A layer's name without wrappers: plywise 0.1 had some in its names."""
+    """Return a layer's name without wrappers: plywise 0.1 had some in its names."""
     return strip_wrappers(name).removeprefix("module.")
 
 

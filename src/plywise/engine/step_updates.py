@@ -1,7 +1,7 @@
 """Turns plain gradients into updates at the optimizer's step, all layers of one shape in one call.
 
-With many small layers, most of the cost would be Python's otherwise. Small layers of one shape are stacked,
-and what all stacks need (copies, norms, the check for NaN) is done for all of them in one call.
+Otherwise Python would take most of the time of many small layers. Small layers of one shape are stacked, and
+what all stacks need (copies, norms, the check for NaN) is done for all of them in one call.
 """
 
 import math
@@ -57,7 +57,7 @@ class StepUpdates:
             self._make_at_once([stack], layers, gradients, memories)
 
     def _read_again(self, layers: Sequence[LayerHandle]) -> list[Update] | None:
-        """The gradients of the layers of the last step, whose parameters are known; None for others."""
+        """Return the gradients if these are the layers of the last step, with known parameters; else None."""
         if layers != self._layers:
             return None
         gradients = []
@@ -134,7 +134,7 @@ class StepUpdates:
         Args:
             layers: the layers.
             gradients: their gradients.
-            made: of each layer the update, what changes in its state, and the update's norm.
+            made: for each layer the update, what changes in its state, and the update's norm.
             memories: the states by name.
         """
         targets, sources = [], []
@@ -168,7 +168,7 @@ class StepUpdates:
                     stack.matrices.copy_(update)
             return norms.tolist(), [], None
         unknown = torch.cat([stack.state["scale"] for stack in stacks])
-        scales = torch.where(norms > 0, (before / norms).to(unknown.dtype), unknown)  # zeros say nothing of c
+        scales = torch.where(norms > 0, (before / norms).to(unknown.dtype), unknown)  # zeros leave c open
         for stack, update, scale in zip(stacks, moved, scales.split([len(m) for m in moved]), strict=True):
             torch.mul(update, scale[:, None, None, None], out=stack.matrices)
         found, count = torch.cat([norms, before]).tolist(), len(norms)  # read from the device at once
@@ -176,7 +176,7 @@ class StepUpdates:
 
 
 def _can_divide(sizes: list[float], norms: list[float], gradients: list[Update]) -> bool:
-    """Whether norms computed in float32 are exact enough to divide by.
+    """Return whether norms computed in float32 are exact enough to divide by.
 
     Args:
         sizes: norms of gradients.

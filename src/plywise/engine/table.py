@@ -16,7 +16,7 @@ from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.selection import collect_parameters, explain_kind, strip_wrappers
 from plywise.engine.sharding import keep_whole
-from plywise.engine.sites import ParameterEntry, Site, part_of
+from plywise.engine.sites import ParameterEntry, Site, find_part
 
 PLAIN_TYPES = {Tensor, Parameter, Buffer, UninitializedParameter}
 """Tensors without a ``__torch_function__`` or a ``__torch_dispatch__`` of their own."""
@@ -81,8 +81,8 @@ class ParameterTable:
     def begin_pass(self) -> None:
         """Begin a forward: what was found during the last one takes effect now.
 
-        Not where a backward runs a part of the forward again (checkpointing), which must repeat the forward
-        exactly.
+        This does not happen where a backward runs a part of the forward again (checkpointing), because that
+        must repeat the forward exactly.
         """
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward and dist.is_available() and dist.is_initialized():
@@ -125,7 +125,7 @@ class ParameterTable:
         innermost: nn.Module | None,
         by_role: bool = True,
     ) -> Site | None:
-        """The site of a call, or None if autograd must do it alone.
+        """Return the site of a call, or None if autograd must do it alone.
 
         Args:
             weight: the tensor in the place of the weight.
@@ -162,18 +162,18 @@ class ParameterTable:
             self.leave(entry, _explain_type(x, weight))
         elif x.layout is not torch.strided or weight.is_complex() or weight.is_quantized:
             self.leave(entry, _explain_values(x, weight))
-        elif not entry.rests:  # its first call has shown that it does
+        elif not entry.rests:  # its first call may have shown that it rests
             return site
         return None
 
     def is_parameter(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a parameter of the model, or a view of one."""
+        """Return whether a tensor is a parameter of the model, or a view of one."""
         base = tensor if tensor._base is None else tensor._base
         known = self._by_id.get(id(base))
         return known is not None and known[0]() is base
 
     def note_use(self, function: str, args: tuple[Any, ...], but_sites: bool = False) -> None:
-        """Remember that a function has used parameters, or views of them; without those that have sites."""
+        """Remember that a function has used parameters, or views of them, that have no site."""
         for value in args:
             if isinstance(value, list | tuple):
                 self.note_use(function, tuple(value), but_sites)
@@ -200,7 +200,7 @@ class ParameterTable:
     ) -> Site:
         parameter = entry.parameter()
         base = weight._base
-        part = None if computed or base is None or parameter is None else part_of(weight, base)
+        part = None if computed or base is None or parameter is None else find_part(weight, base)
         shape = weight.shape if computed else None
         whole = (*key[:2], None if key[2] is None else id(key[2]), part, shape)
         site = entry.sites.get(whole)
@@ -252,7 +252,7 @@ class ParameterTable:
     def _resolve(
         self, weight: Tensor, innermost: nn.Module | None, by_role: bool
     ) -> tuple[ParameterEntry | None, bool]:
-        """The entry behind a view, a replaced parameter or a computed weight; whether it is computed."""
+        """Find the entry behind a view, a replaced parameter or a computed weight; say if it is computed."""
         base = weight._base
         if base is not None:
             known = self._by_id.get(id(base))
@@ -279,7 +279,7 @@ class ParameterTable:
         return (entry, True) if self._computed_too else (None, False)
 
     def _find_stand_in(self, tensor: Tensor) -> ParameterEntry | None:
-        """The entry of a parameter, or of a whole tensor that stands in its place under fully_shard."""
+        """Find the entry of a parameter, or of a whole tensor that stands in its place under fully_shard."""
         for entry in self._sharded:
             whole = None if entry.sharding is None else entry.sharding.whole
             if whole is not None and id(whole) not in self._by_id:
@@ -288,7 +288,7 @@ class ParameterTable:
         return known[1] if known is not None and known[0]() is tensor else None
 
     def _find_by_place(self, tensor: Tensor, innermost: nn.Module | None) -> ParameterEntry | None:
-        """The entry whose place in a module this tensor has now (FSDP, functional_call, a new layer)."""
+        """Find the entry whose place in a module this tensor has now (FSDP, functional_call, a new layer)."""
         stranger = self._strangers.get(id(tensor))
         if stranger is not None and stranger() is tensor:
             return None
@@ -337,7 +337,7 @@ class ParameterTable:
             self.on_refresh()
 
     def _find_sources(self, weight: Tensor) -> list[ParameterEntry]:
-        """The parameters that a weight is computed from; none if anything but parameters is in it."""
+        """Return the parameters that a weight is computed from; none if anything but parameters is in it."""
         seen: set[Any] = set()
         sources: list[ParameterEntry] = []
         stack: list[Any] = [weight.grad_fn]
@@ -359,14 +359,14 @@ class ParameterTable:
 
 
 def is_expanded(weight: Tensor) -> bool:
-    """Whether a view shows the same numbers several times."""
+    """Return whether a view shows the same numbers several times."""
     return any(size > 1 and not stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
 
 
 def _may_be_layer(node: Any) -> bool:
-    """Whether a node may stand for calls of layers: ours, or torch's own (a checkpoint).
+    """Return whether a node may stand for calls of layers: ours, or torch's own (a checkpoint).
 
-    Those of users round weights, or take their signs.
+    Functions that users write do not count: they may round weights, or take their signs.
     """
     function = getattr(type(node), "_forward_cls", None)
     return function is not None and function.__module__.partition(".")[0] in ("plywise", "torch")

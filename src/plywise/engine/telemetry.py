@@ -52,7 +52,7 @@ class Telemetry:
         self._step: _MeasuredStep | None = None
 
     def see(self, site: Site, call: LinearCall, update: Update) -> None:
-        """A call's update has been made in backward."""
+        """Note that backward has made a call's update."""
         parameter = site.weight
         if not self._is_due or call.waits or parameter is None or update.weight is None:
             return
@@ -66,22 +66,22 @@ class Telemetry:
         self._plain[id(parameter)] = gradient if before is None else before + gradient
 
     def begin_step(self, entries: Iterable[ParameterEntry]) -> None:
-        """The optimizer's step begins; updates that it makes itself are not made yet."""
+        """Begin a step of the optimizer; the updates that the step makes are not made yet."""
         if self._is_due:
             self._step = _MeasuredStep(entries, self._plain)
 
     def note_updates(self) -> None:
-        """The updates are made: the optimizer is next."""
+        """Note the updates: all are made, and the optimizer moves the weights next."""
         if self._step is not None:
             self._step.note_updates()
 
     def drop_step(self) -> None:
-        """The step was not taken."""
+        """Forget the measurements of a step that was not taken."""
         self._step = None
         self._plain.clear()
 
     def end_step(self, step: int) -> None:
-        """The optimizer has moved the weights in its step number ``step``."""
+        """End a step: the optimizer has moved the weights in its step number ``step``."""
         measured, self._step = self._step, None
         self._plain.clear()
         self._is_due = step % self._every == 0
@@ -93,13 +93,13 @@ class Telemetry:
     def _complete(
         self, entries: list[ParameterEntry], layers: dict[str, LayerTelemetry]
     ) -> dict[str, LayerTelemetry]:
-        """The layers with residuals and fallbacks."""
+        """Return the layers with residuals and fallbacks."""
         events = Counter(self._health.counts)
         new, self._known_events = events - self._known_events, events
         residuals = self._measure_residuals()
         found = {}
         for entry in entries:
-            name = name_of(entry)
+            name = find_name(entry)
             names = {entry.name, entry.layer, *(site.name for site in entry.sites.values())}
             own = Counter({event: n for (who, event), n in new.items() if who in names})
             of_sites = [residuals[one] for one in names if one in residuals]
@@ -138,14 +138,14 @@ class _MeasuredStep:
         if len(updates) != len(self.entries):  # a closure has dropped them
             self.entries = []
             return
-        self._angles = [_cosine(g, d) for g, d in zip(self._gradients, updates, strict=True)]
-        self._sizes = [_norm(g) for g in self._gradients]
+        self._angles = [_compute_cosine(g, d) for g, d in zip(self._gradients, updates, strict=True)]
+        self._sizes = [_compute_norm(g) for g in self._gradients]
 
     def read(self, rule: RuleContract) -> dict[str, LayerTelemetry]:
-        """The numbers of each layer, with one wait for the device; none where nothing had a gradient."""
+        """Read the numbers of each layer, with one wait for the device; none if no layer had a gradient."""
         now = [p.detach() for p in self._parameters if p is not None]
         steps = [before - after for before, after in zip(self._weights, now, strict=True)]
-        cosines = [_cosine(g, step) for g, step in zip(self._gradients, steps, strict=True)]
+        cosines = [_compute_cosine(g, step) for g, step in zip(self._gradients, steps, strict=True)]
         weights, moved = measure_norms(self._weights), measure_norms(steps)
         like = weights
         columns = [weights, moved, *(_stack(c, like) for c in (self._sizes, self._angles, cosines))]
@@ -154,11 +154,11 @@ class _MeasuredStep:
             return {}
         turns = isinstance(rule, StatefulContract) and rule.turns_steps
         return {
-            name_of(entry): LayerTelemetry(
+            find_name(entry): LayerTelemetry(
                 effective_rate=_divide(moved, gradient),
                 update_over_weight=_divide(moved, weight),
-                angle=None if turns else _degrees(update_cosine),
-                step_angle=_degrees(step_cosine),
+                angle=None if turns else _compute_angle(update_cosine),
+                step_angle=_compute_angle(step_cosine),
             )
             for entry, (weight, moved, gradient, update_cosine, step_cosine) in zip(
                 self.entries, rows, strict=True
@@ -166,7 +166,7 @@ class _MeasuredStep:
         }
 
 
-def name_of(entry: ParameterEntry) -> str:
+def find_name(entry: ParameterEntry) -> str:
     """Return the name of a layer here: its parameter's key, without ``.weight``."""
     return entry.name.removesuffix(".weight")
 
@@ -179,19 +179,19 @@ def _is_measurable(entry: ParameterEntry) -> bool:
     return gradient is not None and gradient.layout is torch.strided and not gradient.is_complex()
 
 
-def _norm(tensor: Tensor | None) -> Tensor:
-    return torch.tensor(math.nan) if tensor is None else torch.linalg.vector_norm(_wide(tensor))
+def _compute_norm(tensor: Tensor | None) -> Tensor:
+    return torch.tensor(math.nan) if tensor is None else torch.linalg.vector_norm(_widen(tensor))
 
 
-def _cosine(one: Tensor | None, other: Tensor) -> Tensor:
-    """The cosine of the angle between two tensors; NaN where one is unknown or zero."""
+def _compute_cosine(one: Tensor | None, other: Tensor) -> Tensor:
+    """Return the cosine of the angle between two tensors; NaN where one is unknown or zero."""
     if one is None:
         return torch.tensor(math.nan)
-    a, b = _wide(one).flatten(), _wide(other).flatten()
+    a, b = _widen(one).flatten(), _widen(other).flatten()
     return torch.dot(a, b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -203,5 +203,5 @@ def _divide(one: float, other: float) -> float | None:
     return one / other if other and math.isfinite(other) else None
 
 
-def _degrees(cosine: float) -> float | None:
+def _compute_angle(cosine: float) -> float | None:
     return None if math.isnan(cosine) else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))

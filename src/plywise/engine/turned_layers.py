@@ -22,10 +22,10 @@ ALIGNED = 16
 """Rows of pieces begin at multiples of so many numbers: products take up to twice as long otherwise."""
 
 Note = Callable[[LayerHandle], None]
-"""Is called with a layer whose turned matrix is not finite."""
+"""A function that is called with each layer whose turned matrix is not finite."""
 
 FindFactors = Callable[[list[Tensor]], list[float]]
-"""Finds what the optimizer's weight decay will multiply parameters by."""
+"""A function that returns the factors by which the optimizer's weight decay will multiply parameters."""
 
 
 class SmallLayers:
@@ -125,7 +125,7 @@ class SmallLayers:
         slots.write(parameters, ends)
 
     def _find_failed(self, norm: Tensor | float, note: Note) -> set[int]:
-        """The layers whose matrices are not finite; none if the norm of all is finite."""
+        """Return the layers whose matrices are not finite; none if the norm of all is finite."""
         if math.isfinite(norm):
             return set()
         failed = {i for i, row in enumerate(self._rows) if not bool(torch.isfinite(row).all())}
@@ -134,7 +134,7 @@ class SmallLayers:
         return failed
 
     def _replace(self, parts: list[Tensor], others: list[Tensor]) -> list[Tensor]:
-        """The parts of each layer, or those in their place if its gradient could not be turned."""
+        """Return each layer's parts; if its gradient could not be turned, return those given instead."""
         both = zip(self._owners, parts, others, strict=True)
         return [other if i in self._failed else part for i, part, other in both]
 
@@ -258,10 +258,10 @@ class LargeLayer:
         self._write(parameters, parts)
 
     def _turn_pieces_back(self, parts: list[Tensor]) -> float | None:
-        """Put steps that are turned back in the place of weights.
+        """Turn steps back, and put them in the place of the weights.
 
         Returns:
-            What keeps the step's norm; None if the step is not finite.
+            The factor that keeps the step's norm; None if the step is not finite.
         """
         befores, afters = [], []
         for piece, rows, base in zip(self._pieces, self._cut(parts), self._cut(self._base), strict=True):
@@ -277,18 +277,18 @@ class LargeLayer:
         return find_scale(before, after) if self._rule.keeps_norm else 1.0
 
     def _read(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The weight as a matrix, and the bias; copies if the weight is stored in another order."""
+        """Return the weight as a matrix, and the bias; copies if the weight is stored in another order."""
         weight, *bias = self._slots.read(tensors)
         return [weight.reshape(self._sizes), *bias]
 
     def _write(self, tensors: list[Tensor], parts: list[Tensor]) -> None:
-        """Put what `_read` gave back, if it was a copy."""
+        """Write back what `_read` has returned, if that was a copy."""
         if parts[0].untyped_storage().data_ptr() != tensors[0].untyped_storage().data_ptr():
             canonical = self.layers[0].make_canonical(tensors[0]).shape
             self._slots.write(tensors, [parts[0].view(canonical), *parts[1:]])
 
     def _cut(self, parts: list[Tensor]) -> list[tuple[Tensor, ...]]:
-        """The rows of each piece."""
+        """Return the rows of each piece."""
         return list(zip(*(part.split(self._length) for part in parts), strict=True))
 
 
@@ -319,7 +319,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _list_parts(matrices: Tensor, weight: Tensor) -> list[Tensor]:
-    """The columns of each layer's weight and bias in matrices (layers, g, m, k), in the weight's shape."""
+    """List each layer's columns of weight and bias in matrices (layers, g, m, k), in the weight's shape."""
     width = weight[0].numel()
     parts = []
     for matrix in matrices:
@@ -330,7 +330,7 @@ def _list_parts(matrices: Tensor, weight: Tensor) -> list[Tensor]:
 
 
 def measure(tensor: Tensor) -> float:
-    """The Frobenius norm of a tensor."""
+    """Return the Frobenius norm of a tensor."""
     norm = float(torch.linalg.vector_norm(tensor))
     return norm if is_precise(norm) else float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 

@@ -11,7 +11,7 @@ from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract, Turn
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.replicas import Replicas
-from plywise.engine.shard_exchange import gather_whole, layer_gradient
+from plywise.engine.shard_exchange import gather_whole, get_layer_gradient
 from plywise.engine.sharding import find_local
 from plywise.engine.stacks import StackedState, convert_state
 from plywise.engine.turned_layers import FindFactors, Note, find_scale, measure
@@ -59,7 +59,7 @@ class ShardedLayers:
         self._failed = set()
         if not self._layers:
             return
-        with gather_whole(self._layers, layer_gradient, self._replicas) as mine:
+        with gather_whole(self._layers, get_layer_gradient, self._replicas) as mine:
             for layer in mine:
                 if not turn_stand_ins(layer, partial(self._turn, layer)):
                     self._failed.add(layer.name)
@@ -104,7 +104,7 @@ class ShardedLayers:
 
 
 def turn_stand_ins(layer: LayerHandle, turn: Callable[[Tensor], Tensor]) -> bool:
-    """Turn what stands in for a layer's gradient, as a matrix (g, m, k); whether that is finite."""
+    """Turn what stands in for a layer's gradient, as a matrix (g, m, k); return whether that is finite."""
     update = layer.read_gradient()
     matrix = update.matrix(layer.groups)
     turned = turn(matrix.to(torch.promote_types(matrix.dtype, torch.float32))).to(matrix.dtype)

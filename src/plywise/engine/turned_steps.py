@@ -61,8 +61,8 @@ class TurnedSteps:
     ) -> None:
         """Turn the gradients of these layers, for the step that the optimizer is about to take.
 
-        New coordinates are used from the next step on: momenta are turned after this one. The first
-        coordinates are used at once if the optimizer has no state yet, for then its second moments belong
+        New coordinates are used from the next step on, because momenta are turned after this step. The first
+        coordinates are used at once if the optimizer has no state yet, because its second moments then belong
         to them.
         """
         ready: list[LayerHandle] = []
@@ -87,7 +87,7 @@ class TurnedSteps:
         made: Mapping[str, LayerState],
         optimizer: Optimizer,
     ) -> None:
-        """The optimizer has stepped: turn its steps back, and momenta into the coordinates that hold now.
+        """Turn the optimizer's steps back once it has stepped, and momenta into the new coordinates.
 
         An optimizer that divides by second moments keeps its momenta as they are. Second moments cannot be
         turned. If the momentum alone were turned, it would be divided by second moments of other axes, and
@@ -105,16 +105,16 @@ class TurnedSteps:
                 if not self._traits.quadratic:
                     self._turn_momenta(layer, before[layer.name], made[layer.name].tensors, optimizer)
             elif layer not in self._last:
-                self._restart(layer, optimizer)  # second moments of other coordinates are none of these
+                self._restart(layer, optimizer)  # second moments of other coordinates do not fit these
 
     # ---- weight decay ------------------------------------------------------------------------------
 
     def _give_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
-        """Add a coupled weight decay before gradients are turned, for it is made of the weights."""
+        """Add a coupled weight decay before gradients are turned, because it uses the unturned weights."""
         self._add_decay(layers, optimizer, 1.0)
 
     def _take_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
-        """Take from the turned gradients what the optimizer will add to them."""
+        """Subtract from the turned gradients the weight decay that the optimizer will add to them."""
         self._add_decay(layers, optimizer, -1.0)
 
     def _add_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer, sign: float) -> None:
@@ -131,7 +131,7 @@ class TurnedSteps:
     # ---- the step ------------------------------------------------------------------------------------
 
     def _turn_gradients(self, layers: list[LayerHandle], states: list[State], optimizer: Optimizer) -> None:
-        """Turn gradients, and keep what the optimizer's weight decay alone would make of the weights."""
+        """Turn gradients, and keep the weights that the optimizer's weight decay alone would give."""
         self._arrange(layers, states)
         self._last, self._is_turned = layers, True
         for group in self._arranged:
@@ -155,7 +155,7 @@ class TurnedSteps:
             self._arranged.append(ShardedLayers(self._rule, layers, sharded, states, replicas))
 
     def _find_factors(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[float]:
-        """What a decoupled weight decay multiplies parameters by."""
+        """Return what a decoupled weight decay multiplies parameters by."""
         if self._traits.decay != "decoupled":
             return [1.0] * len(parameters)
         decays = {
@@ -166,7 +166,7 @@ class TurnedSteps:
         return [decays.get(id(parameter), 1.0) for parameter in parameters]
 
     def _turn_steps_back(self, optimizer: Optimizer) -> None:
-        """The optimizer has stepped: turn its steps back."""
+        """Turn the optimizer's steps back."""
         is_turned, self._is_turned = self._is_turned, False
         found_inf = getattr(optimizer, "found_inf", None)
         if not is_turned or (found_inf is not None and bool(found_inf)):  # a fused optimizer has not stepped
@@ -176,13 +176,13 @@ class TurnedSteps:
                 group.turn_back(self._note)
 
     def _note(self, layer: LayerHandle) -> None:
-        """A matrix of this layer is not finite once it is turned."""
+        """Count that a matrix of this layer is not finite once it is turned."""
         self._health.note(layer.name, health.IDENTITY)
 
     # ---- the optimizer's state -------------------------------------------------------------------------
 
     def _has_state(self, layer: LayerHandle, optimizer: Optimizer) -> bool:
-        """Whether the optimizer keeps anything of its own for a layer."""
+        """Return whether the optimizer keeps anything of its own for a layer."""
         return any(_find_own(optimizer, parameter) for parameter in layer.trained)
 
     def _restart(self, layer: LayerHandle, optimizer: Optimizer) -> None:
@@ -245,19 +245,19 @@ class TurnedSteps:
 
 
 def _sign(layer: LayerHandle) -> tuple[object, ...]:
-    """What stacks of a layer depend on."""
+    """Return what stacks of a layer depend on."""
     weight, bias = layer.entry.parameter(), layer.bias
     assert weight is not None
     return id(weight), id(bias), weight.shape, weight.dtype, weight.device, id(layer.site)
 
 
 def _find_own(optimizer: Optimizer, parameter: Tensor) -> list[str]:
-    """What the optimizer itself keeps for a parameter."""
+    """Return what the optimizer itself keeps for a parameter."""
     return [name for name in optimizer.state.get(parameter, {}) if not str(name).startswith(PREFIX)]
 
 
 def _list_parameters(layers: Sequence[LayerHandle]) -> list[Tensor]:
-    """The parameters of these layers, each once."""
+    """Return the parameters of these layers, each once."""
     return list({id(p): p for layer in layers for p in layer.trained}.values())
 
 

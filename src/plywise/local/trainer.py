@@ -15,7 +15,7 @@ from plywise._util.modes import frozen_parts
 from plywise.engine.explain import Explanation
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
-from plywise.engine.rows import left_to_optimizer
+from plywise.engine.rows import make_module_row
 from plywise.engine.rule import Rule
 from plywise.engine.selection import collect_parameters
 from plywise.errors import StateError
@@ -95,7 +95,7 @@ class LocalTrainer:
         else:
             otherwise = "it learns in closed form" if self.optimizer is None else "no rule is asked for"
             rows = [
-                left_to_optimizer(module, name, self._why_not.get(name, otherwise), {})
+                make_module_row(module, name, self._why_not.get(name, otherwise), {})
                 for name, module in self.component.named_modules()
                 if any(p is not None for p in module._parameters.values())
             ]

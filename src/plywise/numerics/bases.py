@@ -3,8 +3,8 @@
 A `Basis` turns a gradient, ``G T``, a step back, ``S Tᵀ``, and a momentum out of its coordinates, ``M T⁻¹``.
 A whole matrix costs 2mk² operations for each of them. Where only the r leading eigenvectors V matter, an
 orthogonal Q whose first columns are V (up to their signs) costs 4mkr: ``Q = I - Y F Yᵀ`` with the Householder
-vectors Y of V (compact WY form: Schreiber, Van Loan 1989). Its other columns are no eigenvectors, but a basis
-of what is orthogonal to V; where all eigenvalues are replaced by their mean, one basis is as good as another.
+vectors Y of V (compact WY form: Schreiber, Van Loan 1989). Its other columns are not eigenvectors. They are a
+basis of the space orthogonal to V, where all eigenvalues are replaced by their mean, so any basis will do.
 
 Shapes: ``g`` groups, ``k`` columns, ``r`` directions.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 from plywise.numerics.low_rank import LowRankRoot, multiply_by_root
 
 NO_REFLECTION = 1e-30
-"""Stands for a coefficient of 0, of a reflection that does nothing: it is divided by."""
+"""Replaces the coefficient 0 of a reflection that does nothing, because we divide by the coefficient."""
 
 
 class Basis(Protocol):
     """A change of basis T, (g, k, k).
 
-    The first two of its methods may overwrite their argument, which saves a pass over the memory. ``out`` is
-    where their result may be put; it is returned, or another tensor.
+    `turn` and `turn_back` may overwrite their argument, which saves a pass over the memory. They may put
+    their result into ``out`` and return it, or return another tensor.
     """
 
     def turn(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -130,7 +130,7 @@ class ThinBasis:
 
 @dataclass(frozen=True)
 class ScaledBasis:
-    """``T = scale · (I + V diag(w) Vᵀ)``, symmetric: scaled along V, and all else alike.
+    """``T = scale · (I + V diag(w) Vᵀ)``, symmetric: it scales along V, and all other directions equally.
 
     Attributes:
         vectors: V, (g, k, r), with orthonormal columns.
@@ -198,19 +198,19 @@ class TwoSidedBasis:
         return y if y is out else out.copy_(y)
 
     def solve(self, x: Tensor) -> Tensor:
-        """Compute ``S⁻ᵀ x T⁻¹``: what `turn` has turned, as it was."""
+        """Compute ``S⁻ᵀ x T⁻¹``: the inverse of `turn`."""
         y = x if self.right is None else self.right.solve(x)
         return y if self.left is None else self.left.solve(y.mT).mT
 
 
 def make_basis(vectors: Tensor, scales: Tensor, turned: bool, last: Basis | None = None) -> Basis:
-    """A basis of eigenvectors V (g, k, r), all of them or the leading ones, and what to multiply columns by.
+    """Make a basis from eigenvectors V (g, k, r), all or only the leading ones, and factors of its columns.
 
     Args:
         vectors: V.
-        scales: (g, k), for the columns of V, and for the others all alike.
-        turned: ``T = Q diag(scales)``, or ``Q diag(scales) Qᵀ``, which leaves the axes as they are.
-        last: a basis of the same vectors, if there is one: to complete them is most of the work.
+        scales: the factors (g, k): first those of the columns of V, then one and the same for all others.
+        turned: whether to make ``T = Q diag(scales)``; otherwise ``Q diag(scales) Qᵀ``, which keeps the axes.
+        last: a basis of the same vectors, if there is one, because completing them is most of the work.
     """
     if isinstance(last, ThinBasis):
         return replace(last, scales=scales)
@@ -228,7 +228,7 @@ KINDS: dict[type, dict[str, tuple[str, int]]] = {
     ThinBasis: {"reflectors": ("reflectors", 3), "factor": ("factor", 3), "scales": ("scales", 2)},
     ScaledBasis: {"vectors": ("vectors", 3), "weights": ("weights", 2), "scale": ("tail", 1)},
 }
-"""The tensors of each kind: what they are called where they are kept, and how many dimensions they have."""
+"""The tensors of each kind: the names under which they are kept, and their numbers of dimensions."""
 
 
 NAMES = {
@@ -237,19 +237,19 @@ NAMES = {
     ]
     for side in ("input", "output")
 }
-"""The same for each side, written out: bases are looked up in each step."""
+"""The same for each side, made once, because bases are looked up in each step."""
 
 
 def list_tensors(basis: Basis, side: str) -> dict[str, Tensor]:
-    """The tensors of a basis under the names of a side, such as ``"input.basis"``."""
+    """Return the tensors of a basis under the names of a side, such as ``"input.basis"``."""
     parts = KINDS[type(basis)]
     return {f"{side}.{name}": getattr(basis, attribute) for attribute, (name, _) in parts.items()}
 
 
 def find_basis(tensors: Mapping[str, Tensor], side: str) -> Basis | None:
-    """The basis that `list_tensors` gave, or None if there is none.
+    """Return the basis that `list_tensors` gave, or None if there is none.
 
-    Layers of one shape may be stacked, (layers, g, ...): they are taken as so many groups.
+    Layers of one shape may be stacked, (layers, g, ...): then each layer's groups count as separate groups.
     """
     for kind, names in NAMES[side]:
         if names[0][0] in tensors and names[-1][0] in tensors:
@@ -259,7 +259,7 @@ def find_basis(tensors: Mapping[str, Tensor], side: str) -> Basis | None:
 
 
 def find_bases(tensors: Mapping[str, Tensor]) -> TwoSidedBasis | None:
-    """The bases of both sides, or None if neither has one."""
+    """Return the bases of both sides, or None if neither has one."""
     right, left = find_basis(tensors, "input"), find_basis(tensors, "output")
     return None if right is None and left is None else TwoSidedBasis(right, left)
 

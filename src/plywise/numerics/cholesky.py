@@ -1,7 +1,7 @@
 """Cholesky factorisations of a size at which LAPACK is quick.
 
-On a CPU the time of a factorisation is no smooth function of the size. MKL factorises up to 128 unknowns
-column by column, and where the columns are a multiple of 64 numbers apart they meet in the same places of the
+On a CPU the time of a factorisation is not a smooth function of the size. MKL factorises up to 128 unknowns
+column by column. If the columns are a multiple of 64 numbers apart, they compete for the same places in the
 cache. On one thread of an Intel Xeon 128 unknowns in float32 take 0.20 ms, and 129 take 0.07; 256 take 0.50,
 and 257 take 0.26; 1,024 take 20, and 1,025 take 12. So a matrix of such a size gets a border with a 1 on its
 diagonal, which changes nothing else.
@@ -21,7 +21,7 @@ LINE = 64
 
 
 def find_quick_size(size: int, device: torch.device) -> int:
-    """The size, not below this one, at which a factorisation takes the least time."""
+    """Find the size, at least this one, at which a factorisation takes the least time."""
     if device.type != "cpu" or size < WORTHWHILE:
         return size
     if size <= UNBLOCKED:
@@ -30,7 +30,7 @@ def find_quick_size(size: int, device: torch.device) -> int:
 
 
 def factorise(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.cholesky_ex` of matrices (g, k, k), by way of a border where that is quicker."""
+    """Factorise matrices (g, k, k) like `torch.linalg.cholesky_ex`, with a border where that is quicker."""
     size = matrices.shape[-1]
     quick = find_quick_size(size, matrices.device)
     if quick == size:

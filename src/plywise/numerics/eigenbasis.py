@@ -20,8 +20,9 @@ RAMP = 1e-3
 """The largest of the small numbers that are added to the diagonal, relative to its mean."""
 
 NOISE = 1e-3
-"""Entries of unit vectors below this part of the dtype's rounding are 0: what dead inputs leave there would
-make gradients denormal, and products with denormal numbers take a hundred times as long on a CPU."""
+"""Entries of unit vectors below this part of the dtype's rounding are set to 0. Dead inputs leave tiny
+entries, which make gradients denormal, and products of denormal numbers are a hundred times slower on a CPU.
+"""
 
 
 def compute_eigenbasis(
@@ -34,9 +35,9 @@ def compute_eigenbasis(
 ) -> tuple[Tensor, Tensor] | None:
     """Compute eigenvalues, relative to their mean, and eigenvectors of each group, or the leading ones.
 
-    Without ``start``, by a whole decomposition, in descending order. With it, by one step of orthogonal
-    iteration: ``Q = qr(gram @ start)`` and the Rayleigh quotients ``diag(Qᵀ gram Q)``, in the order of
-    ``start``; with ``start`` itself where `measure_residual` is within the tolerance. Values below the
+    Without ``start``, this is a whole decomposition, in descending order. With it, this is one step of
+    orthogonal iteration: ``Q = qr(gram @ start)`` and the Rayleigh quotients ``diag(Qᵀ gram Q)``, in the
+    order of ``start``. If `measure_residual` is within the tolerance, ``start`` is returned. Values below the
     rounding of the largest are 0. A group of zeros has values near 1. Numbers from 0 to a thousandth are
     added to the diagonal, so that vectors of equal eigenvalues are distinct. The signs are those of
     ``start``; without it, the largest entry of a vector is positive. Entries far below rounding are 0.
@@ -78,7 +79,7 @@ def compute_eigenbasis(
 
 @dataclass(frozen=True)
 class _Shifted:
-    """``M = lower / scale + diag(added)``, which need not be made: of a large matrix that takes longest.
+    """``M = lower / scale + diag(added)``, often used without making M, which is slow for a large matrix.
 
     Attributes:
         lower: (g, k, k), of which the lower triangle counts.
@@ -126,9 +127,10 @@ def _improve(shifted: _Shifted, start: Tensor, tolerance: float) -> tuple[Tensor
 
 
 def measure_residual(product: Tensor, values: Tensor) -> Tensor:
-    """How far vectors V (g, k, r) are from eigenvectors of M, of ``M V`` and ``diag(Vᵀ M V)``; 0 for exact.
+    """Measure how far vectors V (g, k, r) are from eigenvectors of M, given ``M V`` and ``diag(Vᵀ M V)``.
 
-    That is the root mean square over the vectors of ``‖M v - λ v‖ / (λ + mean λ)``, a number for each group.
+    The measure is the root mean square over the vectors of ``‖M v - λ v‖ / (λ + mean λ)``, a number for each
+    group; 0 is exact.
     """
     squares = (product.square().sum(1) - values.square()).clamp_min(0)
     return (squares / (values + values.mean(1, keepdim=True)).square()).mean(1).sqrt()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from plywise.numerics.events import EIGENVALUES, FLOAT64, IDENTITY, NON_FINITE, Note, ignore_event
-from plywise.numerics.products import lower_product, mirror_lower
+from plywise.numerics.products import compute_lower_product, mirror_lower
 
 Relative = Literal["mean", "max", "absolute"]
 """What λ is relative to: the mean of the diagonal, the largest eigenvalue, or nothing."""
@@ -251,7 +251,7 @@ def _solve_by_clamped_eigenvalues(problem: ScaledGram) -> tuple[Tensor | None, s
 
 def _assemble(values: Tensor, vectors: Tensor, power: float) -> Tensor:
     """Compute ``V diag(values^-power) Vᵀ``, symmetric to the last bit."""
-    return mirror_lower(lower_product(vectors * values.pow(-power / 2).unsqueeze(1)))
+    return mirror_lower(compute_lower_product(vectors * values.pow(-power / 2).unsqueeze(1)))
 
 
 def _solve_by_newton(problem: ScaledGram) -> Tensor | None:

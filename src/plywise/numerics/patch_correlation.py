@@ -102,17 +102,17 @@ class Axis:
         """Which windows the terms count along this axis."""
         return (_ALL, _BEFORE, _AFTER) if self.border else (_ALL,)
 
-    def angles(self, count: int) -> Tensor:
+    def make_angles(self, count: int) -> Tensor:
         """Return the first ``count`` frequencies, as angles per line."""
         return (2 * torch.arange(count, dtype=torch.float64) + 1) * (math.pi / self.period)
 
-    def waves(self, angles: Tensor) -> Tensor:
+    def make_waves(self, angles: Tensor) -> Tensor:
         """Return the complex Fourier transform as a real matrix (2 * frequencies, 2 * length)."""
         phase = angles[:, None] * torch.arange(self.length)
         c, s = phase.cos(), phase.sin()
         return torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1).flatten(2).flatten(0, 1)
 
-    def lag_waves(self, angles: Tensor) -> Tensor:
+    def make_lag_waves(self, angles: Tensor) -> Tensor:
         """Return the inverse transform (frequencies, lags), scaled for all ``period`` frequencies."""
         lag = angles[:, None] * (self.dilation * torch.arange(1 - self.kernel, self.kernel))
         return torch.polar(torch.full_like(lag, 1 / self.period), lag)
@@ -246,16 +246,16 @@ def _sum_lags(parts: Sequence[Tensor], groups: int, axes: Sequence[Axis]) -> Ten
         return reduce(torch.add, (part @ part.mT for part in flat))[None]
     first, *others = axes
     parts = [part.reshape(rows, first.length, -1) for part in parts]
-    other_angles = [a.angles(a.period) for a in others]
+    other_angles = [a.make_angles(a.period) for a in others]
     total = sample.new_zeros(math.prod(2 * a.kernel - 1 for a in axes), groups * width * width)
     # A few frequencies at a time bound the memory. The input is real: half those of the first axis do.
     rest, room = math.prod(a.period for a in others), max(4 * WORKSPACE, sum(map(torch.numel, parts)))
     step = max(1, room // (2 * rest * rows * (width + sample.shape[-1])))
-    for angles in torch.split(first.angles(first.period // 2), step):
+    for angles in torch.split(first.make_angles(first.period // 2), step):
         even, odd = _multiply_spectra(parts, groups, axes, [angles, *other_angles])
-        waves = 2 * first.lag_waves(angles)
+        waves = 2 * first.make_lag_waves(angles)
         for a, other in zip(others, other_angles, strict=True):
-            waves = (waves[:, None, :, None] * a.lag_waves(other)[:, None]).flatten(2).flatten(0, 1)
+            waves = (waves[:, None, :, None] * a.make_lag_waves(other)[:, None]).flatten(2).flatten(0, 1)
         total.addmm_(waves.real.T.to(sample), even.view(len(waves), -1))
         total.addmm_(waves.imag.T.to(sample), (odd - odd.mT).view(len(waves), -1))
     return total
@@ -272,8 +272,8 @@ def _multiply_spectra(
     """
     sample, rows = parts[0], len(parts[0])
     first, *others = axes
-    stages = [first.waves(angles[0])[:, : first.length].to(sample)]
-    stages += [a.waves(other).to(sample) for a, other in zip(others, angles[1:], strict=True)]
+    stages = [first.make_waves(angles[0])[:, : first.length].to(sample)]
+    stages += [a.make_waves(other).to(sample) for a, other in zip(others, angles[1:], strict=True)]
     count, width = math.prod(map(len, angles)), rows // groups
     even = sample.new_zeros(count * groups, width, width)
     odd = torch.zeros_like(even)

@@ -5,8 +5,8 @@ A convolution is a linear layer whose rows are the patches of its input, ``P``. 
 `plywise.numerics.patch_correlation` computes it by correlation. Where that is not cheaper, the patches are
 unfolded in blocks.
 
-Everything is exact up to rounding, relative to the energy of the whole input. `centred_patch_gram` subtracts
-the mean before it multiplies, so that an offset of the input costs no digits.
+Everything is exact up to rounding, relative to the energy of the whole input. `compute_centred_patch_gram`
+subtracts the mean before it multiplies, so an offset of the input costs no digits.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 
 from plywise.numerics import patch_correlation
 from plywise.numerics.patch_correlation import Axis, pad_or_crop
-from plywise.numerics.products import outer_product
+from plywise.numerics.products import compute_outer_product
 
 __all__ = [
-    "centred_patch_gram",
+    "compute_centred_patch_gram",
+    "compute_patch_gram",
+    "compute_patch_trace",
     "find_channel_means",
-    "patch_gram",
-    "patch_rows",
-    "patch_square_sums",
-    "patch_sums",
-    "patch_trace",
+    "sum_patch_squares",
+    "sum_patches",
+    "unfold_patches",
 ]
 
 _COPY = 60.0  # the cost of unfolding one element, in operations of one large product; measured on a CPU
@@ -40,7 +40,7 @@ Geometry = tuple[Sizes, Sizes, Sizes, Sizes, int]
 """Kernel size, stride, padding, dilation and groups."""
 
 
-def patch_rows(
+def unfold_patches(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> Tensor:
     """Unfold the patches of a 1-d, 2-d or 3-d convolution. This defines what the other functions compute.
@@ -66,10 +66,10 @@ def patch_rows(
     return x.reshape(groups, math.prod(x.shape[1 : 2 + n]), math.prod(x.shape[2 + n :]))
 
 
-def patch_gram(
+def compute_patch_gram(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> Tensor:
-    """Compute the symmetric ``rows.mT @ rows`` of `patch_rows`, and unfold only where that is cheaper.
+    """Compute the symmetric ``rows.mT @ rows`` of `unfold_patches`, and unfold only where that is cheaper.
 
     Correlating needs about as much extra memory as the input; unfolding is done in blocks of the batch.
     """
@@ -81,15 +81,15 @@ def patch_gram(
         d = channels * math.prod(kernel_size)
         gram = x.new_zeros(groups, d, d)
         for part in _split_batch(x, axes, d, groups):
-            rows = patch_rows(part, kernel_size, stride, padding, dilation, groups)
+            rows = unfold_patches(part, kernel_size, stride, padding, dilation, groups)
             gram += rows.mT @ rows
     return (gram + gram.mT).div_(2)
 
 
-def centred_patch_gram(
+def compute_centred_patch_gram(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Compute the Gram of the rows of `patch_rows` minus their mean row, and the mean row.
+    """Compute the Gram of the rows of `unfold_patches` minus their mean row, and the mean row.
 
     The mean is subtracted before the product, so the Gram is not a small difference of large numbers. The
     zeros of the padding are part of the rows, and the mean counts them.
@@ -110,11 +110,11 @@ def centred_patch_gram(
     count = max(1, x.shape[0] * math.prod(a.positions for a in axes))
     if not _prefers_correlation(x, axes, groups):
         parts = _split_batch(x, axes, x.shape[1] // groups * math.prod(kernel_size), groups)
-        return _centre_unfolded(parts, patch_sums(x, *geometry) / count, count, geometry)
+        return _centre_unfolded(parts, sum_patches(x, *geometry) / count, count, geometry)
     means = find_channel_means(x, *geometry)
     y = x - means.reshape(1, -1, *[1] * len(kernel_size))
-    rest = patch_sums(y, *geometry) / count
-    gram = patch_gram(y, *geometry) - count * outer_product(rest, rest)
+    rest = sum_patches(y, *geometry) / count
+    gram = compute_patch_gram(y, *geometry) - count * compute_outer_product(rest, rest)
     means = means.view(groups, -1)
     inside = _find_inside(x, kernel_size, stride, padding, dilation)
     share = inside.mean(0)
@@ -128,8 +128,8 @@ def find_channel_means(
 ) -> Tensor:
     """Compute the mean of each channel over all entries of its patches, without the zeros of the padding.
 
-    `centred_patch_gram` subtracts it from the input. Subtract it too where the patches are multiplied with
-    something else whose columns sum to zero, to keep the digits that an offset of the input would cost.
+    `compute_centred_patch_gram` subtracts it from the input. Subtract it too where the patches are multiplied
+    with something else whose columns sum to zero, to keep the digits that an offset of the input would cost.
 
     Args:
         x: Input of shape (batch, channels, *spatial).
@@ -142,30 +142,30 @@ def find_channel_means(
     Returns:
         Means of shape (channels,).
     """
-    sums = patch_sums(x, kernel_size, stride, padding, dilation, groups)
+    sums = sum_patches(x, kernel_size, stride, padding, dilation, groups)
     entries = x.shape[0] * _find_inside(x, kernel_size, stride, padding, dilation).sum()
     return sums.reshape(x.shape[1], -1).sum(1) / entries.clamp_min(1)
 
 
-def patch_sums(
+def sum_patches(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> Tensor:
-    """Sum `patch_rows` over the rows: shape (groups, channels / groups * taps)."""
-    return patch_rows(x.sum(0, keepdim=True), kernel_size, stride, padding, dilation, groups).sum(1)
+    """Sum `unfold_patches` over the rows: shape (groups, channels / groups * taps)."""
+    return unfold_patches(x.sum(0, keepdim=True), kernel_size, stride, padding, dilation, groups).sum(1)
 
 
-def patch_square_sums(
+def sum_patch_squares(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> Tensor:
-    """Compute the squared norm of every row of `patch_rows`: shape (groups, batch * positions)."""
+    """Compute the squared norm of every row of `unfold_patches`: shape (groups, batch * positions)."""
     squares = torch.unflatten(x.square(), 1, (groups, x.shape[1] // groups)).sum(2)
     return _sum_windows(squares, kernel_size, stride, padding, dilation).transpose(0, 1).flatten(1)
 
 
-def patch_trace(
+def compute_patch_trace(
     x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int = 1
 ) -> Tensor:
-    """Compute the trace of `patch_gram`, the squared norm of all rows: shape (groups,)."""
+    """Compute the trace of `compute_patch_gram`, the squared norm of all rows: shape (groups,)."""
     squares = torch.unflatten(x.square().sum(0), 0, (groups, x.shape[1] // groups)).sum(1, keepdim=True)
     return _sum_windows(squares, kernel_size, stride, padding, dilation).flatten(1).sum(1)
 
@@ -188,21 +188,21 @@ def _split_batch(x: Tensor, axes: Sequence[Axis], d: int, groups: int) -> Sequen
 def _centre_unfolded(
     parts: Sequence[Tensor], mean: Tensor, count: int, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
-    """Compute `centred_patch_gram` by unfolding, given the number of rows and their mean up to rounding."""
+    """Compute the centred Gram by unfolding, given the number of rows and their mean up to rounding."""
     gram = mean.new_zeros(*mean.shape, mean.shape[1])
     rest = torch.zeros_like(mean)
     for part in parts:
-        rows = patch_rows(part, *geometry) - mean.unsqueeze(1)
+        rows = unfold_patches(part, *geometry) - mean.unsqueeze(1)
         gram += rows.mT @ rows
         rest += rows.sum(1)
     rest /= count
-    gram -= count * outer_product(rest, rest)
+    gram -= count * compute_outer_product(rest, rest)
     return (gram + gram.mT).div_(2), mean + rest
 
 
 def _find_inside(x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> Tensor:
     """Find which taps of a window lie inside the input: 1 or 0, of shape (positions, taps)."""
-    return patch_rows(x.new_ones(1, 1, *x.shape[2:]), kernel_size, stride, padding, dilation)[0]
+    return unfold_patches(x.new_ones(1, 1, *x.shape[2:]), kernel_size, stride, padding, dilation)[0]
 
 
 def _correct_padding(y: Tensor, means: Tensor, inside: Tensor, geometry: Geometry) -> Tensor:
@@ -215,12 +215,12 @@ def _correct_padding(y: Tensor, means: Tensor, inside: Tensor, geometry: Geometr
         y: the input minus the means of its channels.
         means: the means, (groups, channels).
         inside: which taps are inside, minus the mean of that, (positions, taps).
-        geometry: the arguments of `patch_rows`.
+        geometry: the arguments of `unfold_patches`.
 
     Returns:
         The correction, (groups, d, d).
     """
-    rows = patch_rows(y.sum(0, keepdim=True), *geometry)  # (groups, positions, d)
+    rows = unfold_patches(y.sum(0, keepdim=True), *geometry)  # (groups, positions, d)
     cross = rows.mT @ inside  # (groups, d, taps)
     mixed = torch.einsum("git,gc->gict", cross, means).flatten(2)
     both = y.shape[0] * torch.einsum("gb,gc,st->gbsct", means, means, inside.mT @ inside)

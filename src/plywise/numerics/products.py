@@ -10,7 +10,7 @@ BLOCK = 128
 """Rows of a Gram that are computed at a time: enough for full speed, few enough to skip half of the work."""
 
 
-def lower_product(rows: Tensor) -> Tensor:
+def compute_lower_product(rows: Tensor) -> Tensor:
     """Compute the lower triangle of ``rows @ rows.mT``.
 
     torch has no symmetric product (``syrk`` of BLAS). A Cholesky factorisation reads only one triangle, so
@@ -71,7 +71,7 @@ def multiply_lower(lower: Tensor, x: Tensor) -> Tensor:
     return product
 
 
-def outer_product(x: Tensor, y: Tensor) -> Tensor:
+def compute_outer_product(x: Tensor, y: Tensor) -> Tensor:
     """Compute ``x yᵀ`` for each group.
 
     Args:

@@ -1,9 +1,9 @@
-"""One small damped least-squares problem in some fifteen calls of torch.
+"""Solve one small damped least-squares problem in about fifteen calls of torch.
 
-`plywise.numerics.least_squares` takes about a hundred calls, to centre the rows and to estimate errors: most
-of the time where a layer is small. Here the system is solved as it stands, in float64. That costs less than
-an answer in float32 with its correction, and leaves an error of rounding in float32. A bound of that error
-decides whether the answer is used.
+`plywise.numerics.least_squares` takes about a hundred calls, to centre the rows and to estimate errors. If a
+layer is small, these calls take most of the time. Here the system is solved in float64 without these steps.
+That costs less than an answer in float32 with its correction, and its error is only the rounding of float32.
+A bound of that error decides whether the answer is used.
 """
 
 import math
@@ -18,7 +18,7 @@ LARGEST = 2**25
 """Multiplications in float64 up to which this took 0.45 to 0.94 of the time of the longer way.
 
 Measured on one thread of an Intel Xeon on 16 shapes, from (128, 128, 128) to (2000, 32, 64) rows, inputs and
-targets. At twice as many it takes 1.0 to 1.4 of it.
+targets. With twice as many multiplications it took 1.0 to 1.4 of the longer way's time.
 """
 
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9}
@@ -28,10 +28,10 @@ SAFETY = 4.0
 """The rounding of a Gram and of its factor over ``u ‖R‖²``; 3.2 was the most in 8,000 systems."""
 
 LEAST = 1e-15
-"""The norm of an answer, or of Y or Δ beside it, below which squares may have left the range of float32."""
+"""Below this norm of an answer, or of the Y or Δ from which it comes, squares may underflow in float32."""
 
 KEPT_STARTS, KEPT_SIZE = 16, 256
-"""How many matrices that systems start from are kept, of up to this size."""
+"""How many start matrices of systems are kept, and up to which size."""
 
 UNITS = {dtype: torch.finfo(dtype).eps / 2 for dtype in TOLERANCE}
 UNIT = UNITS[torch.float64]
@@ -71,7 +71,7 @@ class _Factor(NamedTuple):
 
 
 def is_small(rows: int, columns: int, targets: int) -> bool:
-    """Whether calls cost more than arithmetic in a problem of this size."""
+    """Return whether calls cost more than arithmetic in a problem of this size."""
     least, most = (rows, columns) if rows <= columns else (columns, rows)
     count = least * least * (most + targets) + (rows * columns * targets if rows > columns else 0)
     return count <= LARGEST and least > 0 < targets
@@ -128,7 +128,7 @@ _STARTS: dict[tuple[int, bool, float, torch.device], Tensor] = {}
 
 
 def _get_start(size: int, has_ones: bool, damping: float, device: torch.device) -> Tensor:
-    """What a Gram is added to: λ on the diagonal, 1 everywhere with ``has_ones``, and a border."""
+    """Make the matrix to which a Gram is added: λ on the diagonal, 1 everywhere if ``has_ones``, a border."""
     key = size, has_ones, damping, device
     start = _STARTS.get(key)
     if start is None:
@@ -143,7 +143,7 @@ def _get_start(size: int, has_ones: bool, damping: float, device: torch.device) 
 
 
 def _is_good(problem: SmallProblem, answer: SmallAnswer, other: Tensor, found: _Factor, dual: bool) -> bool:
-    """Whether the bound of an answer's error is small enough; NaN is not small.
+    """Return whether the bound of an answer's error is small enough; NaN is not small.
 
     Args:
         problem: the problem.

@@ -29,7 +29,7 @@ from plywise.numerics.low_rank import (
     multiply_by_root,
     multiply_rows_by_root,
 )
-from plywise.numerics.products import lower_product
+from plywise.numerics.products import compute_lower_product
 
 Root = Tensor | LowRankRoot
 
@@ -148,7 +148,7 @@ class KroneckerRule(StatefulRule):
             evidence["input"], rows = call.sampled_gram(call.dtype, self.plan.sample, turn)
             evidence["rows"].fill_(rows)
         if "output" in sides:
-            evidence["output"] = lower_product(call.delta_rows().mT)
+            evidence["output"] = compute_lower_product(call.delta_rows().mT)
         return evidence
 
     # ---- at the step -------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from plywise.numerics.least_squares import (
     solve_damped,
     solve_damped_with_bias,
 )
-from plywise.numerics.products import centre_rows, divide_or_zero, lower_product
+from plywise.numerics.products import centre_rows, compute_lower_product, divide_or_zero
 from plywise.numerics.small_solve import SmallProblem, is_small, solve_small
 
 Damping = float | Tensor | Callable[[Tensor], Tensor]
@@ -140,7 +140,7 @@ def _build_centred(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor
     delta, mean_delta = _centre_delta(call, dtype)
     if call.map.rows_are_inputs:
         rows, mean = _centre_rows(call, dtype)
-        return lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
+        return compute_lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
     gram, mean = call.map.centred_gram(call.cast_input(dtype))
     # the columns of Δ sum to zero, so that the mean of the rows drops out of the product
     offset = call.row_count * mean.square().sum()
@@ -159,7 +159,7 @@ def _build_dual_with_bias(call: LinearCall, centred: Centred, dtype: torch.dtype
     delta, mean_delta = _centre_delta(call, dtype)
     rows, mean = centred(dtype)
     projected = (rows @ mean.unsqueeze(2)).squeeze(2)
-    return CentredSystem(lower_product(rows), delta, mean, mean_delta, call.row_count, projected)
+    return CentredSystem(compute_lower_product(rows), delta, mean, mean_delta, call.row_count, projected)
 
 
 def _join(call: LinearCall, x: Tensor, bias: Tensor) -> Update:
@@ -222,7 +222,7 @@ def _solve_centred(call: LinearCall, relative: float, dtype: torch.dtype) -> Ten
 
     def build(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if dual:
-            return lower_product(rows(dtype)[0]), _centre_delta(call, dtype)[0]
+            return compute_lower_product(rows(dtype)[0]), _centre_delta(call, dtype)[0]
         return _build_centred(call, dtype)[:2]
 
     note = partial(call.health.note, call.name)
@@ -294,8 +294,8 @@ def matched_below(call: LinearCall, relative: float, steps: int = 8) -> Tensor:
     def build(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         weight, delta = weights.to(dtype), call.delta_rows(dtype)
         if wide:
-            return lower_product(weight), delta.mT
-        return lower_product(weight.mT), (delta @ weight).mT
+            return compute_lower_product(weight), delta.mT
+        return compute_lower_product(weight.mT), (delta @ weight).mT
 
     note = partial(call.health.note, call.name)
     answer = solve_damped(build, damping, call.dtype, note, dual=wide)

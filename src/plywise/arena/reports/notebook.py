@@ -112,7 +112,7 @@ class BenchReport:
         """Draw the report as an HTML page in the folder; returns its path."""
         return write_page(self.folder)[0]
 
-    def _table(self) -> list[list[str]]:
+    def _list_cells(self) -> list[list[str]]:
         return [
             [
                 shorten(one.method),
@@ -123,7 +123,7 @@ class BenchReport:
             for one in self.ranking()
         ]
 
-    def _title(self) -> str:
+    def _make_title(self) -> str:
         results = self.summary.results
         return shorten(f"{', '.join(results.workloads)}: {results.tracks[0]}, by CPU time")
 
@@ -131,16 +131,16 @@ class BenchReport:
         if not self.summary.rows:
             return f"{self.folder}: no method has finished a run yet."
         lines = [f"- {sentence}" for sentence in self.conclusions]
-        table = format_table(RANKING_HEADINGS, self._table())
-        return "\n".join([self._title(), self.verdict, table, *lines])
+        table = format_table(RANKING_HEADINGS, self._list_cells())
+        return "\n".join([self._make_title(), self.verdict, table, *lines])
 
     __repr__ = __str__  # a notebook's file keeps it beside the table
 
     def _repr_html_(self) -> str:
         if not self.summary.rows:
             return f"<p>{self}</p>"
-        title = f"{self._title()}. {self.verdict}"
-        return make_table(RANKING_HEADINGS, self._table(), title=title, notes=self.conclusions)
+        title = f"{self._make_title()}. {self.verdict}"
+        return make_table(RANKING_HEADINGS, self._list_cells(), title=title, notes=self.conclusions)
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,10 +177,10 @@ class DiagnosisReport:
 
         return draw_layers(self.diagnosis)
 
-    def _headings(self) -> list[str]:
+    def _list_headings(self) -> list[str]:
         return ["layer", "type", "weights", *(name.replace("_", " ") for name in LAYER_NUMBERS)]
 
-    def _table(self) -> list[list[str]]:
+    def _list_cells(self) -> list[list[str]]:
         return [
             [
                 layer.name or "(model)",
@@ -191,22 +191,30 @@ class DiagnosisReport:
             for layer in self.diagnosis.layers
         ]
 
-    def _title(self) -> str:
+    def _make_title(self) -> str:
         return f"{self.diagnosis.model}: {self.diagnosis.parameters:,} parameters"
 
-    def _sentences(self) -> list[str]:
+    def _make_sentences(self) -> list[str]:
         return [
             f"{place}. {one.title}: {one.reason} How sure: {one.sure}"
             for place, one in enumerate(self.advice, 1)
         ]
 
     def __str__(self) -> str:
-        return "\n".join([self._title(), format_table(self._headings(), self._table()), *self._sentences()])
+        return "\n".join(
+            [
+                self._make_title(),
+                format_table(self._list_headings(), self._list_cells()),
+                *self._make_sentences(),
+            ]
+        )
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return make_table(self._headings(), self._table(), title=self._title(), notes=self._sentences())
+        return make_table(
+            self._list_headings(), self._list_cells(), title=self._make_title(), notes=self._make_sentences()
+        )
 
 
 def _format_short(value: float | None) -> str:

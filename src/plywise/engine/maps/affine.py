@@ -26,7 +26,7 @@ class ElementwiseAffine(LinearMap):
     kind: ClassVar[str] = "norm"
 
     def _sum_by_feature(self, x: Tensor) -> Tensor:
-        """The sum of each feature's entries, (features,), without a copy and in autograd's order."""
+        """Return the sum of each feature's entries, (features,), without a copy and in autograd's order."""
         if self.axis == 1:
             return x.sum([0, *range(2, x.dim())]) if x.dim() > 1 else x
         axes = self.row_axes(x)
@@ -68,7 +68,7 @@ class ElementwiseAffine(LinearMap):
         return (a.reshape(-1, self.groups) * weight.reshape(-1)).reshape(a.shape)
 
     def row_axes(self, delta: Tensor) -> int:
-        """All before the features."""
+        """Return how many axes come before the features."""
         if self.axis == 1:
             return 1
         axes, features = delta.dim(), 1
@@ -102,7 +102,7 @@ class Bilinear(LastAxisMap):
     groups: ClassVar[int] = 1  # type: ignore[misc]
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """The products times the flattened weights."""
+        """Return the products times the flattened weights."""
         return a @ weight.reshape(len(weight), -1).mT
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from plywise.numerics.products import lower_product
+from plywise.numerics.products import compute_lower_product
 
 
 class LinearMap(ABC):
@@ -41,7 +41,7 @@ class LinearMap(ABC):
     """Number of independent linear maps side by side, as in a grouped convolution; 1 for most maps."""
 
     def cast(self, a: Tensor, dtype: torch.dtype) -> Tensor:
-        """The input in another dtype; indices stay indices."""
+        """Return the input in another dtype; indices stay indices."""
         return a.to(dtype)
 
     @abstractmethod
@@ -50,7 +50,7 @@ class LinearMap(ABC):
 
     @abstractmethod
     def delta_rows(self, delta: Tensor) -> Tensor:
-        """The gradient at the output as rows, (g, n, m), in the order of `rows`."""
+        """Return the gradient at the output as rows, (g, n, m), in the order of `rows`."""
 
     @abstractmethod
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class LinearMap(ABC):
         return weight.shape[1:].numel()
 
     def row_axes(self, delta: Tensor) -> int:
-        """How many leading dimensions of input and output may count rows that a mask can leave out."""
+        """Return how many leading dimensions of input and output may count rows that a mask can leave out."""
         return 1
 
     def row_count(self, delta: Tensor) -> int:
@@ -99,10 +99,10 @@ class LinearMap(ABC):
 
     def gram(self, a: Tensor) -> Tensor:
         """``AᵀA``, (g, d, d); only its lower triangle is promised."""
-        return lower_product(self.rows(a).mT)
+        return compute_lower_product(self.rows(a).mT)
 
     def gram_diagonal(self, a: Tensor, like: Tensor) -> Tensor:
-        """The diagonal of ``AᵀA``, (g, d), in the dtype of ``like``; for maps that are `diagonal`."""
+        """Return the diagonal of ``AᵀA``, (g, d), in the dtype of ``like``; for maps that are `diagonal`."""
         raise NotImplementedError(f"the Gram matrix of {type(self).__name__} is not diagonal")
 
     def centred_gram(self, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class LinearMap(ABC):
         """
         rows = self.rows(a)
         mean = rows.mean(1)
-        return lower_product((rows - mean.unsqueeze(1)).mT), mean
+        return compute_lower_product((rows - mean.unsqueeze(1)).mT), mean
 
     def sums(self, a: Tensor) -> Tensor:
         """Column sums of ``A``, (g, d)."""
@@ -125,7 +125,7 @@ class LinearMap(ABC):
         without positions give all rows.
         """
         rows = self.rows(a)
-        return lower_product(rows.mT), rows.sum(1), rows.shape[1]
+        return compute_lower_product(rows.mT), rows.sum(1), rows.shape[1]
 
     def square_norms(self, a: Tensor) -> Tensor:
         """``‖a_i‖²`` of each row, (g, n)."""
@@ -148,7 +148,7 @@ class LastAxisMap(LinearMap):
     """A map of the last axis; all other axes, of any number, are rows."""
 
     def rows(self, a: Tensor) -> Tensor:
-        """The input, (1, n, d)."""
+        """Return the input, (1, n, d)."""
         return a.reshape(1, -1, a.shape[-1])
 
     def delta_rows(self, delta: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class LastAxisMap(LinearMap):
         return delta * factors.reshape(*delta.shape[:-1], 1)
 
     def row_axes(self, delta: Tensor) -> int:
-        """All but the last."""
+        """Return the number of all axes but the last."""
         return delta.dim() - 1
 
 

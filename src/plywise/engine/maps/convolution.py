@@ -16,12 +16,12 @@ from torch import Tensor
 
 from plywise.engine.maps.base import LinearMap, thin_axes
 from plywise.numerics.patch_gram import (
-    centred_patch_gram,
-    patch_gram,
-    patch_rows,
-    patch_square_sums,
-    patch_sums,
-    patch_trace,
+    compute_centred_patch_gram,
+    compute_patch_gram,
+    compute_patch_trace,
+    sum_patch_squares,
+    sum_patches,
+    unfold_patches,
 )
 
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -50,12 +50,12 @@ class Convolution(LinearMap):
 
     @property
     def geometry(self) -> Geometry:
-        """Kernel, stride, padding, dilation and groups, in the order of `patch_rows`."""
+        """Kernel, stride, padding, dilation and groups, in the order of `unfold_patches`."""
         return self.kernel, self.stride, self.padding, self.dilation, self.groups
 
     def rows(self, a: Tensor) -> Tensor:
-        """The patches, (g, n, d)."""
-        return patch_rows(a, *self.geometry)
+        """Return the patches, (g, n, d)."""
+        return unfold_patches(a, *self.geometry)
 
     def delta_rows(self, delta: Tensor) -> Tensor:
         """Δ with a row for each position, (g, n, m)."""
@@ -98,7 +98,7 @@ class Convolution(LinearMap):
         return delta.sum([0, *range(2, delta.dim())])
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """The convolution without its bias."""
+        """Return the convolution without its bias."""
         return CONVOLVE[a.dim()](a, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def row_count(self, delta: Tensor) -> int:
@@ -106,19 +106,19 @@ class Convolution(LinearMap):
         return delta.shape[0] * math.prod(delta.shape[2:])
 
     def gram(self, a: Tensor) -> Tensor:
-        """The Gram of the patches, without unfolding them where that is cheaper."""
-        return patch_gram(a, *self.geometry)
+        """Return the Gram of the patches, without unfolding them where that is cheaper."""
+        return compute_patch_gram(a, *self.geometry)
 
     def centred_gram(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """The Gram of the centred patches, and the mean patch."""
-        return centred_patch_gram(a, *self.geometry)
+        """Return the Gram of the centred patches, and the mean patch."""
+        return compute_centred_patch_gram(a, *self.geometry)
 
     def sums(self, a: Tensor) -> Tensor:
         """Sums of the patches."""
-        return patch_sums(a, *self.geometry)
+        return sum_patches(a, *self.geometry)
 
     def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
-        """A convolution of wider stride over the padded image, from an offset on, has just these rows."""
+        """Sample by a convolution with a wider stride over the padded image, from an offset."""
         x = F.pad(a, [p for p in reversed(self.padding) for _ in range(2)])
         reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
         counts = [(size - r) // s + 1 for size, r, s in zip(x.shape[2:], reach, self.stride, strict=True)]
@@ -128,18 +128,18 @@ class Convolution(LinearMap):
         wider = tuple(w.step * s for w, s in zip(windows, self.stride, strict=True))
         geometry = self.kernel, wider, (0,) * len(self.kernel), self.dilation, self.groups
         rows = a.shape[0] * math.prod(len(range(*w.indices(n))) for w, n in zip(windows, counts, strict=True))
-        return patch_gram(x, *geometry), patch_sums(x, *geometry), rows
+        return compute_patch_gram(x, *geometry), sum_patches(x, *geometry), rows
 
     def square_norms(self, a: Tensor) -> Tensor:
         """``‖patch‖²`` of each position, (g, n)."""
-        return patch_square_sums(a, *self.geometry)
+        return sum_patch_squares(a, *self.geometry)
 
     def trace(self, a: Tensor) -> Tensor:
         """``‖patches‖²_F`` of each group."""
-        return patch_trace(a, *self.geometry)
+        return compute_patch_trace(a, *self.geometry)
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """A tap counts as often as its window meets real pixels: border taps of a padded image less often."""
+        """Weigh each tap by how often it meets real pixels: taps at the border of a padded image less."""
         taps = weight.square().sum((0, 1))
         axes = zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)
         for dim, (k, s, p, step) in enumerate(axes):
@@ -182,19 +182,19 @@ class TransposedConvolution(Convolution):
         dilation: tuple[int, ...],
         groups: int,
     ) -> "TransposedConvolution":
-        """The map of a transposed convolution with these settings."""
+        """Return the map of a transposed convolution with these settings."""
         ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
         return cls(kernel, ones, zeros, dilation, groups, stride, padding, output_padding)
 
     def _spread(self, a: Tensor) -> Tensor:
-        """The input with zeros between its entries and around it."""
+        """Return the input with zeros between its entries and around it."""
         sizes = [(size - 1) * s + 1 for size, s in zip(a.shape[2:], self.spread, strict=True)]
         wide = a.new_zeros(*a.shape[:2], *sizes)
         wide[(slice(None), slice(None), *(slice(None, None, s) for s in self.spread))] = a
         return F.pad(wide, self._find_sides())
 
     def _find_sides(self) -> list[int]:
-        """The zeros around the spread input, as `F.pad` takes them."""
+        """Return the zeros around the spread input, as `F.pad` takes them."""
         around = []
         for k, d, p, e in zip(self.kernel, self.dilation, self.shrink, self.extra, strict=True):
             before = d * (k - 1) - p
@@ -216,15 +216,15 @@ class TransposedConvolution(Convolution):
         return inner[(slice(None), slice(None), *(slice(None, None, s) for s in self.spread))]
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """The convolution of the spread input."""
+        """Return the convolution of the spread input."""
         return super().apply(self._spread(a), weight)
 
     def gram(self, a: Tensor) -> Tensor:
-        """The Gram of the patches of the spread input."""
+        """Return the Gram of the patches of the spread input."""
         return super().gram(self._spread(a))
 
     def centred_gram(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """The Gram of the centred patches of the spread input."""
+        """Return the Gram of the centred patches of the spread input."""
         return super().centred_gram(self._spread(a))
 
     def sums(self, a: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class TransposedConvolution(Convolution):
         return super().sums(self._spread(a))
 
     def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
-        """A sample of the patches of the spread input."""
+        """Return a sample of the patches of the spread input."""
         return super().sample_positions(self._spread(a), every, turn)
 
     def square_norms(self, a: Tensor) -> Tensor:
@@ -244,12 +244,12 @@ class TransposedConvolution(Convolution):
         return super().trace(self._spread(a))
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """Each input meets each tap, but for those that the padding cuts off, which are counted too."""
+        """Compute it as if each input met each tap: those that the padding cuts off are counted, too."""
         return weight.square().sum() * self.groups / (a.shape[1])
 
 
 def read_convolution_module(conv: Any) -> tuple[Convolution, Any]:
-    """The map of a plain convolution module, and what pads its input before."""
+    """Return the map of a plain convolution module, and what pads its input before."""
     before_after = conv._reversed_padding_repeated_twice
     outside = conv.padding_mode != "zeros" or before_after[::2] != before_after[1::2]
     padding = (0,) * len(conv.kernel_size) if outside else tuple(reversed(before_after[::2]))

@@ -51,22 +51,22 @@ class Embedding(LastAxisMap):
         return sums.t()
 
     def gram_diagonal(self, a: Tensor, like: Tensor) -> Tensor:
-        """How often each index occurs, (1, entries)."""
+        """Return how often each index occurs, (1, entries)."""
         counts = torch.bincount(a.reshape(-1), minlength=self.entries).to(like.dtype)
         if self.padding is not None:
             counts[self.padding] = 0
         return counts.unsqueeze(0)
 
     def gram(self, a: Tensor) -> Tensor:
-        """The diagonal of counts as a matrix."""
+        """Return the diagonal of counts as a matrix."""
         return torch.diag_embed(self.gram_diagonal(a, torch.empty(0, device=a.device)))
 
     def sums(self, a: Tensor) -> Tensor:
-        """The counts."""
+        """Return the counts."""
         return self.gram_diagonal(a, torch.empty(0, device=a.device))
 
     def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
-        """All rows: counting is cheap."""
+        """Return all rows: counting is cheap."""
         return self.gram(a), self.sums(a), a.numel()
 
     def square_norms(self, a: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Embedding(LastAxisMap):
         return torch.ones((), device=delta.device)
 
     def sample_count(self, a: Tensor) -> int:
-        """The first dimension of the indices."""
+        """Return the first dimension of the indices."""
         return a.shape[0] if a.dim() else 1
 
 
@@ -97,7 +97,7 @@ class EmbeddingBag(LinearMap):
     groups: ClassVar[int] = 1  # type: ignore[misc]
 
     def rows(self, a: Tensor) -> Tensor:
-        """The bags' weights, (1, n, entries)."""
+        """Return the bags' weights, (1, n, entries)."""
         return a.unsqueeze(0)
 
     def delta_rows(self, delta: Tensor) -> Tensor:
@@ -109,5 +109,5 @@ class EmbeddingBag(LinearMap):
         return rows.reshape(like.shape)
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """The bags' sums."""
+        """Return the bags' sums."""
         return a @ weight.mT

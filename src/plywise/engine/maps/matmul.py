@@ -68,7 +68,7 @@ class BatchedProduct(LinearMap):
     rows_are_inputs: ClassVar[bool] = True
 
     def rows(self, a: Tensor) -> Tensor:
-        """The input itself, (g, n, d)."""
+        """Return the input itself, (g, n, d)."""
         return a
 
     def delta_rows(self, delta: Tensor) -> Tensor:

@@ -97,11 +97,11 @@ class LayerType(ABC):
     rows_are_inputs = False
 
     def groups(self, module: nn.Module) -> int:
-        """Number of independent linear maps side by side; 1 by default."""
+        """Return the number of independent linear maps side by side; 1 by default."""
         return 1
 
     def linear_input(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The tensor that the linear map reads, from the module's input."""
+        """Return the tensor that the linear map reads, from the module's input."""
         return x
 
     @abstractmethod
@@ -110,7 +110,7 @@ class LayerType(ABC):
 
     @abstractmethod
     def delta_rows(self, module: nn.Module, delta: Tensor) -> Tensor:
-        """The gradient at the output as rows, (g, n, m), in the order of `rows`."""
+        """Return the gradient at the output as rows, (g, n, m), in the order of `rows`."""
 
     @abstractmethod
     def from_delta_rows(self, module: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class LinearType(LayerType):
     rows_are_inputs = True
 
     def rows(self, module: nn.Module, a: Tensor) -> Tensor:
-        """The input."""
+        """Return the input."""
         return a.reshape(1, -1, a.shape[-1])
 
     def delta_rows(self, module: nn.Module, delta: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def register_layer(module_type: type[nn.Module], layer_type: LayerType) -> None:
 
 
 def find_registration(module: nn.Module) -> Registration | None:
-    """What is registered for a module's type; None for subclasses with a forward of their own."""
+    """Return what is registered for a module's type; None for subclasses with a forward of their own."""
     cls = type(module)
     if "forward" in module.__dict__:
         return None

@@ -70,7 +70,7 @@ SCALE_READERS: dict[Any, Reader] = dict.fromkeys(
 
 
 def make_readers(kinds: frozenset[str]) -> dict[Any, Reader]:
-    """The readers for a rule that takes these kinds of maps.
+    """Return the readers for a rule that takes these kinds of maps.
 
     Elementwise products are looked at only for a rule that takes norms: there are many of them.
     """

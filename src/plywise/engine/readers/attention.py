@@ -11,11 +11,11 @@ from typing import Any
 import torch.nn.functional as F
 
 from plywise.engine.capture import Capture
-from plywise.engine.masked_rows import inside_attention
+from plywise.engine.masked_rows import transpose_masks
 
 
 def rebind(function: Any, **replacements: Any) -> Any:
-    """A Python function with some of the names that it looks up replaced."""
+    """Return a Python function with some of the names that it looks up replaced."""
     names = {**function.__globals__, **replacements}
     rebound = FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__
@@ -30,5 +30,5 @@ _attend = rebind(F.multi_head_attention_forward, has_torch_function=lambda tenso
 def read_attention(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.multi_head_attention_forward`` with the calls inside it captured."""
     query = args[0] if args else kwargs["query"]
-    with capture.entered(), inside_attention(query, capture.local.innermost):
+    with capture.reenter(), transpose_masks(query, capture.local.innermost):
         return _attend(*args, **kwargs)

@@ -14,12 +14,12 @@ Reader = Callable[[Capture, Any, Args, Kwargs], Any]
 
 
 def pick_argument(args: Args, kwargs: Kwargs, place: int, name: str, default: Any = None) -> Any:
-    """An argument given by place or by name."""
+    """Return an argument given by place or by name."""
     return args[place] if len(args) > place else kwargs.get(name, default)
 
 
 def keep_input(x: Tensor) -> Tensor:
-    """The input itself is what the map reads."""
+    """Return the input: the map reads it as it is."""
     return x
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from plywise.engine.capture import Capture
 from plywise.engine.captured_call import apply_captured
-from plywise.engine.layouts import PLAIN, transposed_convolution
+from plywise.engine.layouts import PLAIN, make_transposed_layout
 from plywise.engine.maps.convolution import Convolution, TransposedConvolution
 from plywise.engine.readers.common import Args, Kwargs, keep_input, pick_argument, tap
 
@@ -31,7 +31,7 @@ def _make_convolution(
     return Convolution(kernel, _as_tuple(stride, count), _as_tuple(padding, count), dilation, groups)
 
 
-def _hashable(value: Any) -> Any:
+def _make_hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -42,7 +42,7 @@ def read_convolution(capture: Capture, func: Any, args: Args, kwargs: Kwargs) ->
     """``F.conv1d``, ``F.conv2d``, ``F.conv3d``."""
     defaults = (None, None, None, 1, 0, 1, 1)
     values = [
-        _hashable(pick_argument(args, kwargs, i, n, d))
+        _make_hashable(pick_argument(args, kwargs, i, n, d))
         for i, (n, d) in enumerate(zip(CONVOLUTION_NAMES, defaults, strict=True))
     ]
     x, weight, bias, *geometry = values
@@ -80,7 +80,7 @@ def read_transposed_convolution(capture: Capture, func: Any, args: Args, kwargs:
     """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``."""
     defaults = (None, None, None, 1, 0, 0, 1, 1)
     x, weight, bias, *geometry = [
-        _hashable(pick_argument(args, kwargs, i, n, d))
+        _make_hashable(pick_argument(args, kwargs, i, n, d))
         for i, (n, d) in enumerate(zip(TRANSPOSED_NAMES, defaults, strict=True))
     ]
     stride, padding, extra, groups, dilation = geometry
@@ -93,7 +93,7 @@ def read_transposed_convolution(capture: Capture, func: Any, args: Args, kwargs:
         _as_tuple(dilation, count),
         groups,
     )
-    site = capture.find_site(weight, map_, transposed_convolution(groups), bias, x)
+    site = capture.find_site(weight, map_, make_transposed_layout(groups), bias, x)
     if site is None:
         return func(*args, **kwargs)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plywise.engine.capture import Capture
-from plywise.engine.layouts import permuted
+from plywise.engine.layouts import make_permuted_layout
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.matmul import TAPPED_PRODUCT, BatchedProduct
 from plywise.engine.readers.common import Args, Kwargs, pick_argument, tap
@@ -17,7 +17,7 @@ from plywise.engine.readers.products import read_product
 
 @lru_cache(maxsize=256)
 def parse_einsum(equation: str, weight_place: int) -> tuple[str, str, str, str] | None:
-    """The axes of a two-operand einsum that is a product with a weight.
+    """Return the axes of a two-operand einsum that is a product with a weight.
 
     Returns:
         The letters of experts (in the weight, the input and the output), inputs (in the weight and the
@@ -45,7 +45,7 @@ def parse_einsum(equation: str, weight_place: int) -> tuple[str, str, str, str] 
 
 @lru_cache(maxsize=256)
 def spell_out(equation: str, dims: int, place: int) -> str:
-    """An einsum of two operands with its output named, and letters for the input's ellipsis.
+    """Return an einsum of two operands with its output named, and letters for the input's ellipsis.
 
     Args:
         equation: as the user has written it.
@@ -91,7 +91,7 @@ def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) 
         return None  # einsum repeats an axis of size 1: no product with the weight as it is
     order = tuple(of_weight.index(c) for c in experts + outputs + inputs)
     map_: LinearMap = TAPPED_PRODUCT
-    layout = permuted(order, len(experts) + len(outputs))
+    layout = make_permuted_layout(order, len(experts) + len(outputs))
     if experts:
         map_ = BatchedProduct(weight.shape[of_weight.index(experts)], sends_below=False)
     site = capture.find_site(weight, map_, layout, None, x, by_role=False)

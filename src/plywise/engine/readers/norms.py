@@ -107,7 +107,7 @@ def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
     def normalise(a: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         return func(a, mean, var, w, b, training, momentum, eps)
 
-    def again(a: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+    def normalise_again(a: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         return func(a, *kept, w, b, training, momentum, eps)
 
     def keep_moments(a: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +119,7 @@ def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
     is_plain = func is F.batch_norm and training and x.dim() > 1 and _count_rows(x) > 1
     is_plain = is_plain and eps > 0 and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
     moments = keep_moments if is_plain else None
-    output = _capture_norm(capture, 1, x, weight, bias, normalise, again, moments)
+    output = _capture_norm(capture, 1, x, weight, bias, normalise, normalise_again, moments)
     return func(*args, **kwargs) if output is None else output
 
 
@@ -142,7 +142,7 @@ def read_scale(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _find_axis(capture: Capture, weight: Tensor, x: Tensor) -> int | None:
-    """Where the features of a scale are: 1, or -1 for the last axes; None if it is no scale of x."""
+    """Return where the features of a scale are: 1, or -1 for the last axes; None if it is no scale of x."""
     count, dims = weight.dim(), x.dim()
     if not 1 <= count <= dims >= 2 or weight.numel() < 2 or not x.is_floating_point():
         return None

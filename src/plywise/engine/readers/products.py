@@ -58,7 +58,7 @@ def _capture_product(capture: Capture, func: Any, x: Any, weight: Any, run: Any)
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether torch multiplies with this input as it is; for others its own graph sends the gradient down."""
+    """Return whether torch multiplies with this input as it is; else its own graph sends the gradient."""
     return x.layout is torch.strided and x.is_contiguous()
 
 
