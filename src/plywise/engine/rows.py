@@ -163,7 +163,7 @@ def _make_rows_of(
 
 
 def _explain_tie(entry: ParameterEntry, path: str) -> str:
-    """Say for a later owner of a tied weight whose weight it is: the reason is about the first owner's kind."""
+    """Say of a later owner of a tied weight whose it is: the reason is about the first owner's kind."""
     first, ref = entry.owners[0]
     reason = entry.why_left or ""
     if path == first or reason.startswith("its weight is"):
