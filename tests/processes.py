@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from plywise.testing.processes import CONTEXT, DEADLINE, two_ranks
+from plywise.testing.processes import CONTEXT, DEADLINE, run_two_ranks
 
-__all__ = ["CONTEXT", "DEADLINE", "ForkedCommand", "two_ranks"]
+__all__ = ["CONTEXT", "DEADLINE", "ForkedCommand", "run_two_ranks"]
 
 
 class ForkedCommand:

@@ -8,16 +8,16 @@ import torch
 
 import plywise as pw
 from plywise import loggers
-from plywise.testing.contract.models import batch, mlp, train
+from plywise.testing.contract.models import make_batch, make_mlp, train
 
 
 def record(callback, steps=3, every=1):
     """A short training; the history that the callback was told of."""
-    model = mlp()
+    model = make_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rule = pw.ProxProp().attach(model, optimizer)
     history = rule.record(every=every, callbacks=[callback])
-    train(model, optimizer, batch(), steps)
+    train(model, optimizer, make_batch(), steps)
     return history
 
 
@@ -56,12 +56,12 @@ def test_hugging_face(tmp_path):
     class Labelled(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = mlp()
+            self.net = make_mlp()
 
         def forward(self, x, labels):
             return {"loss": torch.nn.functional.cross_entropy(self.net(x), labels)}
 
-    x, y = batch()
+    x, y = make_batch()
     rows = [{"x": one, "labels": label} for one, label in zip(x, y, strict=True)]
     model = Labelled()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -28,9 +28,9 @@ from plywise import (
 )
 from plywise.testing.cases import Case, make_case
 from plywise.testing.contract.memories import start
-from plywise.testing.contract.models import backward, batch, mlp, same_bits
-from plywise.testing.contract.test_layer_configurations import BRIEF, Drawn, check, convolutions
-from plywise.testing.contract.test_memory_resume import refuses
+from plywise.testing.contract.models import compute_gradients, have_same_bits, make_batch, make_mlp
+from plywise.testing.contract.test_layer_configurations import BRIEF, Drawn, check, draw_convolution
+from plywise.testing.contract.test_memory_resume import assert_refused
 
 from .registry import CASES, DiagonalNewton, selected
 
@@ -90,14 +90,14 @@ SETTINGS: list[tuple[StatefulRule, StatefulRule]] = [
 @pytest.mark.parametrize(("saved", "loaded"), SETTINGS, ids=str)
 def test_other_settings(saved: StatefulRule, loaded: StatefulRule) -> None:
     state = copy.deepcopy(start(Case("saved", lambda: saved), steps=2).optimizer.state_dict())
-    refuses(
+    assert_refused(
         start(Case("loaded", lambda: loaded), steps=1), state, r"layer '[024]' does not fit.*other settings"
     )
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @settings(BRIEF, max_examples=150)
-@given(drawn=convolutions())
+@given(drawn=draw_convolution())
 def test_backprop_is_autograd_on_any_convolution(drawn: Drawn) -> None:
     check(CASES[0], drawn.layer(), drawn.layer(), drawn.input(), drawn.input())
 
@@ -129,9 +129,9 @@ def test_a_users_own_rule_enters_the_suite(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_users_own_rule_does_what_it_says() -> None:
     # the registry's proof is a rule unlike all others: it moves and tells the layer below its own values
-    data, model, plain = batch(), mlp(), mlp()
-    found, expected = {}, backward(plain, data)
+    data, model, plain = make_batch(), make_mlp(), make_mlp()
+    found, expected = {}, compute_gradients(plain, data)
     rule = DiagonalNewton().attach(model)
-    found = backward(model, data)
+    found = compute_gradients(model, data)
     rule.detach()
-    assert not same_bits(found, expected)
+    assert not have_same_bits(found, expected)

@@ -10,8 +10,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from contract.registry import CASES
 from plywise import Rule
-from plywise.testing.contract.memories import memory
-from plywise.testing.contract.models import batch, weights
+from plywise.testing.contract.memories import copy_memory
+from plywise.testing.contract.models import copy_weights, make_batch
 
 RULES: dict[str, Callable[[], Rule]] = {
     case.name: case.make
@@ -111,14 +111,14 @@ class Run:
         self.rule.attach(self.model, self.optimizer)
         return self
 
-    def loss(self, number: int, rows: slice = slice(None), **options: Any) -> Tensor:
+    def compute_loss(self, number: int, rows: slice = slice(None), **options: Any) -> Tensor:
         """The loss of a step's batch: so few rows that backward makes the updates of most layers."""
-        x, y = batch((6,), 4, next(self.model.parameters()).dtype, 40 + number)
+        x, y = make_batch((6,), 4, next(self.model.parameters()).dtype, 40 + number)
         return F.cross_entropy(self.model(x[rows], **options), y[rows])
 
     def step(self, number: int, **options: Any) -> None:
         self.optimizer.zero_grad()
-        self.loss(number, **options).backward()
+        self.compute_loss(number, **options).backward()
         self.optimizer.step()
 
     def steps(self, *numbers: int) -> "Run":
@@ -126,10 +126,10 @@ class Run:
             self.step(number)
         return self
 
-    def memory(self) -> dict[str, Tensor]:
-        return memory(self.model, self.optimizer)
+    def copy_memory(self) -> dict[str, Tensor]:
+        return copy_memory(self.model, self.optimizer)
 
-    def seen(self) -> dict[str, Tensor]:
+    def copy_state(self) -> dict[str, Tensor]:
         """Weights, statistics, and the optimizer's own tensors."""
         own = {
             f"{number}/{key}": value.clone()
@@ -137,4 +137,4 @@ class Run:
             for key, value in state.items()
             if isinstance(value, Tensor) and not key.startswith("plywise.")
         }
-        return {**weights(self.model), **self.memory(), **own}
+        return {**copy_weights(self.model), **self.copy_memory(), **own}

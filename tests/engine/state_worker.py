@@ -50,13 +50,13 @@ class Replica:
         try:
             if rows == 0:
                 return self.net(torch.zeros(0, 6), **options).sum()
-            return run.loss(number, slice(first, first + rows), **options)
+            return run.compute_loss(number, slice(first, first + rows), **options)
         finally:
             run.model = self.net.module
 
     def step(self, number: int, **options: Any) -> None:
         self.optimizer.zero_grad()
-        self.loss(number, **options).backward()
+        self.compute_loss(number, **options).backward()
         self.optimizer.step()
 
     def steps(self, *numbers: int) -> "Replica":
@@ -65,7 +65,7 @@ class Replica:
         return self
 
     def seen(self) -> dict[str, Tensor]:
-        return self.run.seen()
+        return self.run.copy_state()
 
     def close(self) -> None:
         self.run.rule.detach()
@@ -105,22 +105,22 @@ def distributed(folder: Path, options: StateDictOptions, name: str) -> dict[str,
         torch.save(states, folder / f"two {name}.pt")
     unbroken.steps(*range(SAVED, STEPS))
     resumed = Replica(seed=9)
-    resumed.loss(0)
+    resumed.compute_loss(0)
     load_distributed(resumed.net, resumed.optimizer, folder / f"two {name}", options)
     resumed.steps(*range(SAVED, STEPS))
-    found = {"unbroken": unbroken.seen(), "resumed": resumed.seen()}
+    found = {"unbroken": unbroken.copy_state(), "resumed": resumed.copy_state()}
     unbroken.close()
     resumed.close()
     for way in ("distributed", "plain"):
         other = Replica(seed=9)
-        other.loss(0)
+        other.compute_loss(0)
         if way == "distributed":
             load_distributed(other.net, other.optimizer, folder / "one", StateDictOptions())
         else:
             weights, state = torch.load(folder / "one.pt", weights_only=True)
             other.run.model.load_state_dict(weights)
             other.optimizer.load_state_dict(state)
-        found[f"one, {way}"] = other.steps(*range(SAVED, STEPS)).seen()
+        found[f"one, {way}"] = other.steps(*range(SAVED, STEPS)).copy_state()
         other.close()
     return found
 
@@ -130,7 +130,7 @@ def ask_on_one_process() -> dict[str, Tensor]:
     replica = Replica()
     if dist.get_rank() == 0:
         get_state_dict(replica.run.model, replica.optimizer)
-    found = replica.steps(0, 1, 2).seen()
+    found = replica.steps(0, 1, 2).copy_state()
     replica.close()
     return found
 
@@ -162,7 +162,7 @@ def zero(folder: Path, name: str) -> dict[str, Any]:
     whole = Replica(OPTIMIZERS[name]).steps(*range(STEPS))
     for one in (run, resumed):
         one.steps(*range(SAVED, STEPS))
-    found = {"unbroken": run.seen(), "resumed": resumed.seen(), "whole": whole.seen()}
+    found = {"unbroken": run.copy_state(), "resumed": resumed.copy_state(), "whole": whole.copy_state()}
     resumed.optimizer.consolidate_state_dict(to=1)  # type: ignore[attr-defined]
     if dist.get_rank() == 1:
         state = resumed.optimizer.state_dict()
@@ -248,8 +248,8 @@ def experts() -> dict[str, Any]:
             resumed.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
         for one in (run,) if number < SAVED else (run, resumed):
             one.step(number, used=used[dist.get_rank()])
-        found[str(number)] = run.seen()
-    found["resumed"] = resumed.seen()
+        found[str(number)] = run.copy_state()
+    found["resumed"] = resumed.copy_state()
     run.close()
     resumed.close()
     return found
@@ -260,7 +260,7 @@ def parts() -> dict[str, Tensor]:
     run = Replica(model=Stacked().double(), rule="adabk")
     for number in range(STEPS):
         run.step(number, turned=dist.get_rank() == 1)
-    found = run.seen()
+    found = run.copy_state()
     run.close()
     return found
 
@@ -270,7 +270,7 @@ def empty() -> dict[str, Tensor]:
     run = Replica()
     for number in range(STEPS):
         run.step(number, rows=0 if number % 3 == dist.get_rank() else 2)
-    found = run.seen()
+    found = run.copy_state()
     run.close()
     return found
 

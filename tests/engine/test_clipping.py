@@ -11,13 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import plywise as pw
 from plywise.engine.sharding import is_any_nonzero
-from processes import two_ranks
+from processes import run_two_ranks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rate", "exact"])
 def test_a_layer_that_one_process_never_calls_is_clipped_on_all(tmp_path, mode):
-    one, two = two_ranks(main, tmp_path, mode)
+    one, two = run_two_ranks(main, tmp_path, mode)
     for name, weight in one["after"].items():
         assert torch.equal(weight, two["after"][name])
         before = one["before"][name]

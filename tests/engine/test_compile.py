@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from plywise import Coordinates, Foof, ProxProp, Rule
-from plywise.testing.contract.models import same_bits, weights
+from plywise.testing.contract.models import copy_weights, have_same_bits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
@@ -71,7 +71,7 @@ def train(
         optimizer.zero_grad()
         call(torch.randn(40, 6, generator=generator)).square().mean().backward()
         optimizer.step()
-    return weights(model)
+    return copy_weights(model)
 
 
 RULES: dict[str, Callable[[], Rule]] = {
@@ -92,7 +92,7 @@ def test_compiled_models_train_as_others(rule: str, part: str) -> None:
         model.first.compile(backend="aot_eager")
         model.second = torch.compile(model.second, backend="aot_eager")
     found = train(RULES[rule](), model, call, kinds="all")
-    assert same_bits({key.replace("_orig_mod.", ""): value for key, value in found.items()}, expected)
+    assert have_same_bits({key.replace("_orig_mod.", ""): value for key, value in found.items()}, expected)
 
 
 @pytest.mark.parametrize("rule", ["foof", "coordinates"])
@@ -122,7 +122,7 @@ def test_where_calls_are_captured_nothing_is_compiled_again_and_again() -> None:
 def test_compiled_functions_inside_of_a_model(rule: str, between: Any, whole: bool) -> None:
     expected = train(RULES[rule](), Net(between), kinds="all")
     inner = torch.compile(between, backend="aot_eager", fullgraph=whole)
-    assert same_bits(train(RULES[rule](), Net(inner), kinds="all"), expected)
+    assert have_same_bits(train(RULES[rule](), Net(inner), kinds="all"), expected)
 
 
 def test_a_graph_that_must_not_end_is_refused_with_the_reason() -> None:
@@ -151,5 +151,5 @@ def test_a_state_loaded_in_a_step_at_rest_counts_at_once() -> None:
                 optimizer.load_state_dict(begun)
             call(x).square().mean().backward()
             optimizer.step()
-        ends.append(weights(model))
-    assert same_bits(*ends)
+        ends.append(copy_weights(model))
+    assert have_same_bits(*ends)

@@ -7,7 +7,7 @@ import torch
 from parallel_worker import PIPED, PIPELINES, RULES, SPREAD, main, run_join_alone, run_pipeline_alone
 from torch import Tensor
 
-from processes import two_ranks
+from processes import run_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ Seen = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two processes saw; one pair of them runs everything."""
-    return two_ranks(main, tmp_path_factory.mktemp("parallel"))
+    return run_two_ranks(main, tmp_path_factory.mktemp("parallel"))
 
 
 def assert_same(first: Seen, second: Seen) -> None:

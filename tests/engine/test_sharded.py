@@ -9,7 +9,7 @@ from sharded_worker import FEW, FOLLOWED, MODELS, RULES, main
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from processes import two_ranks
+from processes import run_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -27,13 +27,13 @@ Seen = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes saw that trained each model by each rule."""
-    return two_ranks(main, tmp_path_factory.mktemp("sharded"))
+    return run_two_ranks(main, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes saw to which all kinds of things happened."""
-    return two_ranks(sharded_cases.main, tmp_path_factory.mktemp("cases"))
+    return run_two_ranks(sharded_cases.main, tmp_path_factory.mktemp("cases"))
 
 
 def assert_same(first: Seen, second: Seen, tolerance: float = TOLERANCE) -> None:

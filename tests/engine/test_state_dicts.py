@@ -13,7 +13,7 @@ from state_runs import OPTIMIZERS, RULES, Run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from plywise import Foof, StateError
-from plywise.testing.contract.models import same_bits
+from plywise.testing.contract.models import have_same_bits
 
 AFTER = range(4, 9)
 """The steps after the load: layers of a cycle of two or three steps take their turns in each of them."""
@@ -90,13 +90,13 @@ def test_a_new_run_goes_on_from_the_saved_one(rule: str, optimizer: str, road: s
     run = Run(RULES[rule](), OPTIMIZERS[optimizer]).steps(0, 1, 2, 3)
     other = Run(RULES[rule](), OPTIMIZERS[optimizer], seed=9)
     if road in IN_PLACE:
-        other.loss(0)  # shows the calls that nothing says beforehand
+        other.compute_loss(0)  # shows the calls that nothing says beforehand
     ROADS[road](run, other, tmp_path)
-    assert same_bits(run.seen(), other.seen())
+    assert have_same_bits(run.copy_state(), other.copy_state())
     for number in AFTER:
         run.step(number)
         other.step(number)
-        assert same_bits(run.seen(), other.seen()), number
+        assert have_same_bits(run.copy_state(), other.copy_state()), number
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
@@ -106,12 +106,12 @@ def test_after_any_step(after: int, road: str, tmp_path: Path) -> None:
     other = Run(RULES["foof"](), OPTIMIZERS["momentum"], seed=9).steps(7, 8, 9)
     other.optimizer.zero_grad()
     if road == "distributed" and after == 0:
-        run.loss(0)  # the layers' calls are known, as they are in the other run
+        run.compute_loss(0)  # the layers' calls are known, as they are in the other run
     ROADS[road](run, other, tmp_path)
     for number in range(after, after + 5):
         run.step(number)
         other.step(number)
-        assert same_bits(run.seen(), other.seen()), number
+        assert have_same_bits(run.copy_state(), other.copy_state()), number
 
 
 @pytest.mark.parametrize("road", IN_PLACE)
@@ -140,8 +140,8 @@ def test_asking_for_a_checkpoint_changes_nothing(optimizer: str, flat: bool) -> 
                 )
                 run.optimizer.state_dict()
             run.step(number)
-        ends.append(run.seen())
-    assert same_bits(*ends)
+        ends.append(run.copy_state())
+    assert have_same_bits(*ends)
     assert int(ends[0]["Foof/step"]) == 7
 
 
@@ -150,26 +150,27 @@ def test_a_step_without_evidence_changes_nothing() -> None:
     for number in range(6):
         run.optimizer.zero_grad(set_to_none=False)
         run.optimizer.step()
-        before = run.seen()
+        before = run.copy_state()
         run.optimizer.step()
-        assert same_bits(run.seen(), before)
+        assert have_same_bits(run.copy_state(), before)
         run.step(number)
         plain.step(number)
-        assert same_bits(run.seen(), plain.seen())
+        assert have_same_bits(run.copy_state(), plain.copy_state())
 
 
 def test_one_rule_cannot_go_on_from_another() -> None:
     run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(0, 1)
     states = [run.optimizer.state_dict(), take(run, StateDictOptions())["optimizer"]]
     other = Run(RULES["rls"](), OPTIMIZERS["momentum"]).steps(0)
-    before = other.seen()
+    before = other.copy_state()
     for state in copy.deepcopy(states[:1]):
         with pytest.raises(StateError, match="saved with Foof, and the rule attached is RLS"):
             other.optimizer.load_state_dict(state)
     with pytest.raises(StateError, match="saved with Foof, and the rule attached is RLS"):
         put(other, {"model": run.model.state_dict(), "optimizer": copy.deepcopy(states[1])})
-    assert same_bits(
-        {k: v for k, v in other.memory().items() if "/" in k}, {k: before[k] for k in other.memory()}
+    assert have_same_bits(
+        {k: v for k, v in other.copy_memory().items() if "/" in k},
+        {k: before[k] for k in other.copy_memory()},
     )
 
 
@@ -221,7 +222,7 @@ def test_loaded_before_attach(optimizer: str, road: str, tmp_path: Path) -> None
     for number in AFTER:
         run.step(number)
         other.step(number)
-        assert same_bits(run.seen(), other.seen()), number
+        assert have_same_bits(run.copy_state(), other.copy_state()), number
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -231,7 +232,7 @@ def test_loaded_before_attach_and_before_the_first_step(optimizer: str, tmp_path
     through_plain_files(run, other, tmp_path)
     for one in (run, other.attach()):
         one.steps(0, 1)
-    assert same_bits(run.seen(), other.seen())
+    assert have_same_bits(run.copy_state(), other.copy_state())
 
 
 def test_loaded_before_attach_in_half_precision_is_refused(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_loaded_before_attach_in_half_precision_is_refused(tmp_path: Path) -> No
     through_plain_files(run, other, tmp_path)
     for one in (run, other):
         one.steps(2, 3, 4)
-    assert same_bits(run.seen(), other.seen())
+    assert have_same_bits(run.copy_state(), other.copy_state())
 
 
 @pytest.mark.parametrize("road", ["flattened", "distributed"])

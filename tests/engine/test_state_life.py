@@ -15,8 +15,8 @@ from torch.optim import LBFGS, Adam, Optimizer
 from plywise import RLS, Coordinates, Foof
 from plywise.engine.refresh_cycle import choose_phases
 from plywise.optim import SOAP, Muon
-from plywise.testing.contract.memories import layers_of, of_layer, tensors_of
-from plywise.testing.contract.models import same_bits
+from plywise.testing.contract.memories import list_layers, select_layer, select_tensors
+from plywise.testing.contract.models import have_same_bits
 
 
 def resume(run: Run, other: Run) -> Run:
@@ -37,23 +37,23 @@ def new(rule: str = "foof", optimizer: str = "momentum", seed: int = 1) -> Run:
 def test_clearing_the_state_is_a_new_start(optimizer: str) -> None:
     run = new(optimizer=optimizer).steps(0, 1, 2)
     run.optimizer.state.clear()
-    assert not run.memory()
+    assert not run.copy_memory()
     other = new(optimizer=optimizer)
     other.model.load_state_dict(run.model.state_dict())
     for number in range(3, 8):
         run.step(number)
         other.step(number)
-        assert same_bits(run.seen(), other.seen()), number
-    assert int(run.memory()["Foof/step"]) == 5
+        assert have_same_bits(run.copy_state(), other.copy_state()), number
+    assert int(run.copy_memory()["Foof/step"]) == 5
 
 
 def test_one_parameters_state_taken_out_is_a_new_start_of_that_layer() -> None:
     run = new().steps(0, 1, 2)
     del run.optimizer.state[run.model.first.weight]
-    assert "first" not in layers_of(run.memory())
+    assert "first" not in list_layers(run.copy_memory())
     run.steps(3, 4, 5)
-    assert layers_of(run.memory()) >= {"first", "head"}
-    assert same_bits(run.seen(), resume(run, new(seed=9)).seen())
+    assert list_layers(run.copy_memory()) >= {"first", "head"}
+    assert have_same_bits(run.copy_state(), resume(run, new(seed=9)).copy_state())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
@@ -61,14 +61,14 @@ def test_reset_forgets_the_statistics_alone(optimizer: str) -> None:
     run = new(optimizer=optimizer).steps(0, 1, 2)
     own = [key for state in run.optimizer.state.values() for key in state if not key.startswith("plywise.")]
     run.rule.reset()
-    assert not run.memory()
+    assert not run.copy_memory()
     assert [key for state in run.optimizer.state.values() for key in state] == own
     other = new(optimizer=optimizer)
     other.rule.detach()
     resume(run, other)
     for one in (run, other.attach()):
         one.steps(3, 4, 5, 6)
-    assert same_bits(run.seen(), other.seen())
+    assert have_same_bits(run.copy_state(), other.copy_state())
 
 
 def test_health_is_readable_after_detach() -> None:
@@ -85,7 +85,7 @@ def test_a_copied_pair_trains_on() -> None:
     for number in range(3, 7):
         run.step(number)
         other.step(number)
-        assert same_bits(run.seen(), other.seen())
+        assert have_same_bits(run.copy_state(), other.copy_state())
 
 
 # ---- resume after every step ---------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_a_first_gradient_of_zero(stats: int, refresh: int) -> None:
         run.step(number)
         for other in resumed:
             other.step(number)
-            assert same_bits(other.seen(), run.seen()), number
+            assert have_same_bits(other.copy_state(), run.copy_state()), number
         resumed.append(resume(run, make(9)))
 
 
@@ -130,12 +130,12 @@ def test_a_layer_that_is_found_later_changes_nobodys_turn() -> None:
             other = resume(run, Run(Foof(stats_every=1, refresh_every=3), OPTIMIZERS["momentum"], seed=9))
         for one in (run,) if number < 5 else (run, other):
             one.step(number, late=number > 5)
-        found = {key: int(value) for key, value in run.memory().items() if key.endswith("/phase")}
+        found = {key: int(value) for key, value in run.copy_memory().items() if key.endswith("/phase")}
         assert {key: found[key] for key in phases} == phases
         phases = found
     assert set(phases.values()) == {0, 1, 2}
     assert {"Foof/late/phase", "Foof/later/phase"} <= phases.keys()
-    assert same_bits(run.seen(), other.seen())
+    assert have_same_bits(run.copy_state(), other.copy_state())
 
 
 def test_turns_are_chosen_so_that_steps_cost_the_same() -> None:
@@ -149,13 +149,13 @@ def test_parts_of_a_weight_are_named_by_their_rows() -> None:
     for number in range(3):
         runs[0].step(number)
         runs[1].step(number)
-    assert {"weight[0:6]", "weight[6:12]"} <= layers_of(runs[0].memory())
+    assert {"weight[0:6]", "weight[6:12]"} <= list_layers(runs[0].copy_memory())
     resumed = resume(runs[1], Run(RULES["adabk"](), OPTIMIZERS["momentum"], model=Stacked(9)))
     for number in range(3, 7):
         runs[0].step(number)
         resumed.step(number, turned=True)
         for name in ("weight[0:6]", "weight[6:12]"):
-            mine, its = (tensors_of(of_layer(one.memory(), name)) for one in (runs[0], resumed))
+            mine, its = (select_tensors(select_layer(one.copy_memory(), name)) for one in (runs[0], resumed))
             for key, value in mine.items():
                 assert torch.allclose(value, its[key], rtol=1e-4, atol=1e-5), (number, key)
 
@@ -191,7 +191,7 @@ def test_an_optimizer_begins_its_own_state(make: Callable[[Any], Optimizer]) -> 
             other = resume(run, Run(RULES["foof"](), make, seed=9))
         if number > 2:
             other.step(number, late=number > 3)
-            assert same_bits(run.seen(), other.seen()), number
+            assert have_same_bits(run.copy_state(), other.copy_state()), number
     own = [
         [{k for k in s if not k.startswith("plywise.")} for s in o.optimizer.state.values()]
         for o in (run, plain)
@@ -211,15 +211,15 @@ def test_a_group_that_is_added() -> None:
         return optimizer
 
     run = Run(RULES["foof"](), make, model=small()).steps(0, 1, 2)
-    assert "0" not in layers_of(run.memory())
+    assert "0" not in list_layers(run.copy_memory())
     run.optimizer.add_param_group({"params": [next(run.model.parameters())], "lr": 0.01})
     run.steps(3, 4)
     other = resume(run, Run(RULES["foof"](), make_whole, model=small(9)))
     for number in range(5, 10):
         run.step(number)
         other.step(number)
-        assert same_bits(run.seen(), other.seen()), number
-    assert "0" in layers_of(run.memory())
+        assert have_same_bits(run.copy_state(), other.copy_state()), number
+    assert "0" in list_layers(run.copy_memory())
 
 
 class Clearing(torch.optim.SGD):
@@ -238,9 +238,9 @@ def test_an_optimizer_that_drops_gradients_in_its_step() -> None:
     for number in range(3, 7):
         for one in (run, other, plain):
             one.step(number)
-        assert same_bits(dict(run.model.state_dict()), dict(plain.model.state_dict()))
-        assert same_bits(dict(other.model.state_dict()), dict(plain.model.state_dict()))
-    assert same_bits(other.memory(), plain.memory())
+        assert have_same_bits(dict(run.model.state_dict()), dict(plain.model.state_dict()))
+        assert have_same_bits(dict(other.model.state_dict()), dict(plain.model.state_dict()))
+    assert have_same_bits(other.copy_memory(), plain.copy_memory())
     assert not run.rule.health.counts
 
 
@@ -258,7 +258,7 @@ def test_lbfgs_is_resumed(search: str | None) -> None:
     def step(run: Run, number: int) -> None:
         def closure() -> Tensor:
             run.optimizer.zero_grad()
-            loss = run.loss(number)
+            loss = run.compute_loss(number)
             loss.backward()
             return loss
 
@@ -267,13 +267,13 @@ def test_lbfgs_is_resumed(search: str | None) -> None:
     run = Run(RULES["foof"](), make, model=small())
     step(run, 0)
     step(run, 1)
-    assert int(run.memory()["Foof/step"]) == 2
+    assert int(run.copy_memory()["Foof/step"]) == 2
     other = resume(run, Run(RULES["foof"](), make, model=small(9)))
     for number in range(2, 5):
         step(run, number)
         step(other, number)
-        assert same_bits(run.memory(), other.memory())
-        assert same_bits(dict(run.model.state_dict()), dict(other.model.state_dict()))
+        assert have_same_bits(run.copy_memory(), other.copy_memory())
+        assert have_same_bits(dict(run.model.state_dict()), dict(other.model.state_dict()))
 
 
 def test_a_statistic_of_a_reserved_name_is_refused() -> None:
@@ -326,4 +326,4 @@ def test_layers_that_only_calls_show_rest_after_a_resume_as_they_did_before(
     for number in range(steps, steps + 8):
         unbroken.step(number)
         resumed.step(number)
-        assert same_bits(unbroken.seen(), resumed.seen()), number
+        assert have_same_bits(unbroken.copy_state(), resumed.copy_state()), number

@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from plywise import Foof, StateError
-from plywise.testing.contract.memories import layers_of
-from plywise.testing.contract.models import assert_close, same_bits
-from plywise.testing.contract.models import batch as make_batch
+from plywise.testing.contract.memories import list_layers
+from plywise.testing.contract.models import assert_close, have_same_bits
+from plywise.testing.contract.models import make_batch as make_batch
 
 SAVED = Path(__file__).with_name("saved_by_0_1_0.pt")
 NAMES = ("rls", "foof", "adabk")
@@ -51,7 +51,7 @@ def test_an_old_checkpoint_goes_on(name: str, saved: dict[str, Any]) -> None:
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
     (entry,) = state["optimizer"]["plywise"]
-    found = run.memory()
+    found = run.copy_memory()
     for layer, tensors in entry["layers"].items():
         for key, value in tensors.items():
             assert torch.equal(found[f"{entry['rule']}/{layer}/{key}"], value)
@@ -74,7 +74,7 @@ def test_wrapped_names_of_old_checkpoints_load(saved: dict[str, Any]) -> None:
     entry["layers"] = {f"module._orig_mod.{name}": tensors for name, tensors in entry["layers"].items()}
     run = Run(RULES["foof"](), make_optimizer, model=make_model())
     run.optimizer.load_state_dict(state)
-    assert layers_of(run.memory()) == {"0", "2", "4"}
+    assert list_layers(run.copy_memory()) == {"0", "2", "4"}
 
 
 def test_several_rules_of_old_checkpoints_load(saved: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def test_several_rules_of_old_checkpoints_load(saved: dict[str, Any]) -> None:
     rules = [RULES["foof"]().attach(run.model, run.optimizer, layers="0")]
     rules.append(RULES["foof"]().attach(run.model, run.optimizer, exclude="0"))
     run.optimizer.load_state_dict(state)
-    assert layers_of(run.memory()) == {"0", "2", "4"}
+    assert list_layers(run.copy_memory()) == {"0", "2", "4"}
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_old_checkpoints_that_do_not_fit_are_refused(change: Any, words: str, sa
     change(state["plywise"][0])
     run = Run(RULES["foof"](), make_optimizer, model=make_model())
     step(run, 0)
-    before = run.seen()
+    before = run.copy_state()
     with pytest.raises(StateError, match=words):
         run.optimizer.load_state_dict(state)
-    assert same_bits(run.seen(), before)
+    assert have_same_bits(run.copy_state(), before)
 
 
 def test_an_old_checkpoint_loaded_before_attach_is_noticed(saved: dict[str, Any]) -> None:
@@ -115,4 +115,4 @@ def test_an_old_checkpoint_loaded_before_attach_is_noticed(saved: dict[str, Any]
     run.optimizer.load_state_dict(saved["foof"]["optimizer"])
     with pytest.warns(RuntimeWarning, match=r"no statistics of Foof.*attach the rule first.*plywise 0\.1"):
         run.attach()
-    assert not run.memory()
+    assert not run.copy_memory()

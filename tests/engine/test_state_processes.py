@@ -10,9 +10,9 @@ from state_runs import OPTIMIZERS, RULES, Run, Stacked
 from state_worker import FLAT, SAVED, STEPS, USED, ZERO, Experts, load_distributed, main, save_distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-from plywise.testing.contract.memories import layers_of
-from plywise.testing.contract.models import assert_close, same_bits
-from processes import two_ranks
+from plywise.testing.contract.memories import list_layers
+from plywise.testing.contract.models import assert_close, have_same_bits
+from processes import run_two_ranks
 
 pytestmark = pytest.mark.slow
 Seen = dict[str, Any]
@@ -32,29 +32,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[Seen]:
     """What the two processes saw."""
-    return two_ranks(main, folder)
+    return run_two_ranks(main, folder)
 
 
 @pytest.mark.parametrize("form", ["nested", "flattened"])
 def test_two_processes_go_on_from_two(form: str, ranks: list[Seen]) -> None:
     for seen in ranks:
-        assert same_bits(seen[form]["resumed"], seen[form]["unbroken"])
-        assert same_bits(seen[form]["unbroken"], ranks[0][form]["unbroken"])
+        assert have_same_bits(seen[form]["resumed"], seen[form]["unbroken"])
+        assert have_same_bits(seen[form]["unbroken"], ranks[0][form]["unbroken"])
 
 
 @pytest.mark.parametrize("form", ["nested", "flattened"])
 def test_two_processes_go_on_from_one(form: str, ranks: list[Seen]) -> None:
     # another number of processes rounds otherwise; the ways of loading differ in no bit
     for seen in ranks:
-        assert same_bits(seen[form]["one, distributed"], seen[form]["one, plain"])
+        assert have_same_bits(seen[form]["one, distributed"], seen[form]["one, plain"])
     run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(*range(STEPS))
-    assert_close(tensors_of(ranks[0][form]["one, plain"]), tensors_of(run.seen()), 1e-3)
+    assert_close(tensors_of(ranks[0][form]["one, plain"]), tensors_of(run.copy_state()), 1e-3)
 
 
 @pytest.mark.parametrize("form", ["nested", "flattened"])
 def test_one_process_goes_on_from_two(form: str, ranks: list[Seen], folder: Path) -> None:
     runs = [Run(RULES["foof"](), OPTIMIZERS["momentum"], seed=9) for _ in range(2)]
-    runs[0].loss(0)
+    runs[0].compute_loss(0)
     load_distributed(
         runs[0].model,
         runs[0].optimizer,
@@ -66,13 +66,13 @@ def test_one_process_goes_on_from_two(form: str, ranks: list[Seen], folder: Path
     runs[1].optimizer.load_state_dict(optimizer)
     for run in runs:
         run.steps(*LAST)
-    assert same_bits(runs[0].seen(), runs[1].seen())
-    assert_close(tensors_of(runs[0].seen()), tensors_of(ranks[0][form]["unbroken"]), 1e-3)
+    assert have_same_bits(runs[0].copy_state(), runs[1].copy_state())
+    assert_close(tensors_of(runs[0].copy_state()), tensors_of(ranks[0][form]["unbroken"]), 1e-3)
 
 
 def test_one_process_may_ask_for_a_checkpoint(ranks: list[Seen]) -> None:
     one, two = (seen["asked"] for seen in ranks)
-    assert same_bits(one, two)
+    assert have_same_bits(one, two)
     assert int(one["Foof/step"]) == 3
 
 
@@ -83,11 +83,11 @@ def test_one_process_may_ask_for_a_checkpoint(ranks: list[Seen]) -> None:
 def test_sharded_optimizers_go_on(name: str, ranks: list[Seen]) -> None:
     one, two = (seen["zero"][name] for seen in ranks)
     for seen in (one, two):
-        assert same_bits(ours(seen["unbroken"]), ours(one["unbroken"]))
-        assert same_bits(ours(seen["resumed"]), ours(one["unbroken"]))
-        assert same_bits(ours(seen["whole"]), ours(one["unbroken"]))
+        assert have_same_bits(ours(seen["unbroken"]), ours(one["unbroken"]))
+        assert have_same_bits(ours(seen["resumed"]), ours(one["unbroken"]))
+        assert have_same_bits(ours(seen["whole"]), ours(one["unbroken"]))
     again = {key: value for key, value in two["saved again"].items() if "plywise.Foof" in key}
-    assert sum(key.endswith("input") for key in again) == len(layers_of(ours(one["unbroken"]))) > 7
+    assert sum(key.endswith("input") for key in again) == len(list_layers(ours(one["unbroken"]))) > 7
 
 
 @pytest.mark.parametrize("name", ZERO)
@@ -102,8 +102,8 @@ def test_what_a_sharded_optimizer_saved_goes_on_without_shards(
         run.optimizer.load_state_dict(copy.deepcopy(state))
         if not first:
             run.attach()
-        ends.append(run.steps(*LAST).seen())
-    assert same_bits(*ends)
+        ends.append(run.steps(*LAST).copy_state())
+    assert have_same_bits(*ends)
     unbroken = ranks[0]["zero"][name]["unbroken"]
     # the gradient of attention.in_proj_bias is rounding in part, which Adam makes a step of
     weights = {key: ends[0][key] for key in model if key != "attention.in_proj_bias"}
@@ -132,24 +132,24 @@ def tensors_of(seen: Seen) -> Seen:
 def test_experts_that_processes_find_at_different_times(ranks: list[Seen]) -> None:
     one, two = (seen["experts"] for seen in ranks)
     for number in range(len(USED)):
-        assert same_bits(one[str(number)], two[str(number)]), number
-    assert layers_of(one["3"]) >= {"trunk", "head", "experts.2"}  # torch says beforehand what these are
-    assert layers_of(one[str(len(USED) - 1)]) == {"trunk", "head", "experts.0", "experts.1", "experts.2"}
+        assert have_same_bits(one[str(number)], two[str(number)]), number
+    assert list_layers(one["3"]) >= {"trunk", "head", "experts.2"}  # torch says beforehand what these are
+    assert list_layers(one[str(len(USED) - 1)]) == {"trunk", "head", "experts.0", "experts.1", "experts.2"}
     for seen in (one, two):
-        assert same_bits(seen["resumed"], seen[str(len(USED) - 1)])
+        assert have_same_bits(seen["resumed"], seen[str(len(USED) - 1)])
     for name, value in Experts().state_dict().items():
         assert not torch.equal(value, one["resumed"][name]), name
 
 
 def test_parts_called_in_another_order_on_each_process(ranks: list[Seen]) -> None:
     one, two = (seen["parts"] for seen in ranks)
-    assert same_bits(one, two)
-    assert {"weight[0:6]", "weight[6:12]"} <= layers_of(one)
+    assert have_same_bits(one, two)
+    assert {"weight[0:6]", "weight[6:12]"} <= list_layers(one)
     run = Run(RULES["adabk"](), OPTIMIZERS["momentum"], model=Stacked().double()).steps(*range(STEPS))
-    assert_close(tensors_of(one), tensors_of(run.seen()), 1e-6)
+    assert_close(tensors_of(one), tensors_of(run.copy_state()), 1e-6)
 
 
 def test_a_process_without_rows(ranks: list[Seen]) -> None:
     one, two = (seen["empty"] for seen in ranks)
-    assert same_bits(one, two)
+    assert have_same_bits(one, two)
     assert int(one["Foof/step"]) == STEPS

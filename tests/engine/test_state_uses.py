@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from plywise import Coordinates, Rule
-from plywise.testing.contract.memories import layers_of, of_layer
-from plywise.testing.contract.models import same_bits
+from plywise.testing.contract.memories import list_layers, select_layer
+from plywise.testing.contract.models import have_same_bits
 
 
 class Used(nn.Module):
@@ -66,9 +66,9 @@ def test_each_way_of_using_a_weight_has_a_statistic_of_its_own(rule: str, way: s
     other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     for one in (run, other):
         one.steps(2, 3)
-        learned = {key.partition("].")[0] for key in one.memory() if key.endswith("/phase")}
-        assert len([key for key in learned if "/hidden" in key]) == 2, one.memory().keys()
-    assert same_bits(run.seen(), other.seen())
+        learned = {key.partition("].")[0] for key in one.copy_memory() if key.endswith("/phase")}
+        assert len([key for key in learned if "/hidden" in key]) == 2, one.copy_memory().keys()
+    assert have_same_bits(run.copy_state(), other.copy_state())
     assert all(row.handled for row in run.rule.explain().rows if "bias" not in row.name)
     assert not run.rule.health.counts
 
@@ -95,7 +95,7 @@ def test_a_weight_that_needs_one_statistic_for_several_uses_is_left_alone(rule: 
             other = Run(make(), OPTIMIZERS["sgd"], model=Used(use))
             other.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
             other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    assert layers_of(run.memory()) == {"head"}
+    assert list_layers(run.copy_memory()) == {"head"}
     rows = [
         row for row in run.rule.explain().rows if row.name.startswith("hidden") and "bias" not in row.name
     ]
@@ -105,7 +105,7 @@ def test_a_weight_that_needs_one_statistic_for_several_uses_is_left_alone(rule: 
         assert reason in row.reason
     assert not run.rule.health.counts
     other.step(2)
-    assert layers_of(other.memory()) == {"head"}
+    assert list_layers(other.copy_memory()) == {"head"}
 
 
 class Strided(nn.Module):
@@ -129,8 +129,8 @@ def test_calls_that_differ_in_their_stride_share_a_statistic() -> None:
     rows = []
     for apart in (True, False):
         run = Run(RULES["adabk"](), OPTIMIZERS["momentum"], model=Strided(apart)).steps(0, 1, 2)
-        assert layers_of(run.memory()) == {"conv", "head"}
-        rows.append(int(of_layer(run.memory(), "conv")["AdaBK/conv/rows"]))
+        assert list_layers(run.copy_memory()) == {"conv", "head"}
+        rows.append(int(select_layer(run.copy_memory(), "conv")["AdaBK/conv/rows"]))
     assert rows == [12, 16]  # patches of four samples: two and one of each, two and two
 
 
@@ -160,4 +160,4 @@ def test_statistics_are_with_the_optimizer_that_steps() -> None:
     assert wrapper.state is not other.optimizer.state
     for one in (run, other):
         one.steps(3, 4, 5)
-    assert same_bits(run.seen(), other.seen())
+    assert have_same_bits(run.copy_state(), other.copy_state())

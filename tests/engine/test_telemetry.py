@@ -9,7 +9,15 @@ from torch import nn
 
 import plywise as pw
 from plywise.engine.history import NUMBERS
-from plywise.testing.contract.models import batch, convnet, loss_of, mlp, same_bits, train, weights
+from plywise.testing.contract.models import (
+    compute_loss,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_convnet,
+    make_mlp,
+    train,
+)
 
 RATE = 0.1
 
@@ -21,7 +29,7 @@ def degrees(one, other):
 
 def plain_gradients(model, data):
     other = copy.deepcopy(model)
-    loss_of(other, data).backward()
+    compute_loss(other, data).backward()
     return {name: p.grad for name, p in other.named_parameters()}
 
 
@@ -44,13 +52,13 @@ def start(rule, model, optimizer=torch.optim.SGD, **settings):
 )
 @pytest.mark.parametrize("kind", ["mlp", "convnet"])
 def test_numbers_are_those_made_by_hand(rule, steps, kind):
-    build, shape = (mlp, (6,)) if kind == "mlp" else (convnet, (2, 6, 6))
+    build, shape = (make_mlp, (6,)) if kind == "mlp" else (make_convnet, (2, 6, 6))
     model = build(torch.float64)
     rule, optimizer = start(copy.copy(rule), model)
     history = rule.record(every=1)
     for number in range(steps):
-        data = batch(shape, dtype=torch.float64, seed=number)
-        plain, before = plain_gradients(model, data), weights(model)
+        data = make_batch(shape, dtype=torch.float64, seed=number)
+        plain, before = plain_gradients(model, data), copy_weights(model)
         train(model, optimizer, data, 1)
     assert [one.step for one in history] == list(range(1, steps + 1))
     layers = history[-1].layers
@@ -69,16 +77,16 @@ def test_numbers_are_those_made_by_hand(rule, steps, kind):
 
 
 def test_micro_batches_count_as_one_step():
-    whole, parts = mlp(torch.float64), mlp(torch.float64)
-    data = batch(dtype=torch.float64)
+    whole, parts = make_mlp(torch.float64), make_mlp(torch.float64)
+    data = make_batch(dtype=torch.float64)
     found = []
     for model, sizes in ((whole, [12]), (parts, [8, 4])):
         rule, optimizer = start(pw.Backprop(), model)
         rule.record(every=1)
-        loss_of(model, batch(dtype=torch.float64, seed=9)).backward()
+        compute_loss(model, make_batch(dtype=torch.float64, seed=9)).backward()
         optimizer.zero_grad()  # a backward that is thrown away
         for x, y in zip(data[0].split(sizes), data[1].split(sizes), strict=True):
-            (loss_of(model, (x, y)) * len(x) / 12).backward()
+            (compute_loss(model, (x, y)) * len(x) / 12).backward()
         optimizer.step()
         found.append(rule.history[-1].layers)
     for name, layer in found[0].items():
@@ -93,35 +101,35 @@ def test_micro_batches_count_as_one_step():
 def test_recording_changes_nothing(make, every):
     ends = []
     for records in (False, True):
-        model = convnet()
+        model = make_convnet()
         rule, optimizer = start(make(), model, torch.optim.AdamW, lr=0.01)
         if records:
             rule.record(every=every)
         for number in range(7):
-            train(model, optimizer, batch((2, 6, 6), seed=number), 1)
-        ends.append(weights(model))
+            train(model, optimizer, make_batch((2, 6, 6), seed=number), 1)
+        ends.append(copy_weights(model))
         if records:
             assert [one.step for one in rule.history] == ([1, 2, 3, 4, 5, 6, 7] if every == 1 else [1, 4, 7])
-    assert same_bits(*ends)
+    assert have_same_bits(*ends)
 
 
 def test_coordinates_have_no_angle_of_their_own():
-    model = mlp()
+    model = make_mlp()
     rule, optimizer = start(pw.Coordinates(), model, torch.optim.AdamW, lr=0.01)
     rule.record(every=1)
-    train(model, optimizer, batch(), 2)
+    train(model, optimizer, make_batch(), 2)
     for layer in rule.history[-1].layers.values():
         assert layer.angle is None
         assert 0 < layer.step_angle < 90
 
 
 def test_the_residual_is_that_of_the_definition():
-    model = mlp(torch.float64)
+    model = make_mlp(torch.float64)
     rule = pw.Precondition(right=0.5, damping=0.1, relative_to="mean", stats_every=1, refresh_every=3)
     rule, optimizer = start(rule, model)
     rule.record(every=1)
     for number in range(5):  # layers refresh in turns: some act by an older root
-        train(model, optimizer, batch(dtype=torch.float64, seed=number), 1)
+        train(model, optimizer, make_batch(dtype=torch.float64, seed=number), 1)
     states, old = rule.statistics, 0
     for name, layer in rule.history[-1].layers.items():
         state = states[name]
@@ -139,28 +147,28 @@ def test_the_residual_is_that_of_the_definition():
 
 
 def test_the_residual_right_after_a_refresh_is_rounding():
-    model = mlp(torch.float64)
+    model = make_mlp(torch.float64)
     rule, optimizer = start(pw.Foof(rank=None, stats_every=1, refresh_every=1), model)
     rule.record(every=1)
-    train(model, optimizer, batch(dtype=torch.float64), 1)
+    train(model, optimizer, make_batch(dtype=torch.float64), 1)
     assert all(layer.refresh_residual < 1e-6 for layer in rule.history[-1].layers.values())
 
 
 def test_fallbacks_are_counted_once():
-    model = mlp()
+    model = make_mlp()
     rule, optimizer = start(pw.ProxProp(tau=1e20), model)
     rule.record(every=1)
-    train(model, optimizer, batch(n=40), 3)
+    train(model, optimizer, make_batch(n=40), 3)
     counted = sum(sum(layer.fallbacks.values()) for step in rule.history for layer in step.layers.values())
     assert counted == sum(rule.health.counts.values())
     assert counted > 0
 
 
 def test_a_skipped_step_is_none():
-    model = mlp()
+    model = make_mlp()
     rule, optimizer = start(pw.ProxProp(), model)
     rule.record(every=1)
-    x, y = batch()
+    x, y = make_batch()
     train(model, optimizer, (x, y), 1)
     with pytest.warns(RuntimeWarning, match="not finite"):
         train(model, optimizer, (x * math.nan, y), 1)
@@ -170,25 +178,25 @@ def test_a_skipped_step_is_none():
 
 
 def test_callbacks_hear_and_stop_ends_it():
-    model, heard = mlp(), []
+    model, heard = make_mlp(), []
     rule, optimizer = start(pw.ProxProp(), model)
     history = rule.record(every=2, callbacks=[heard.append], keep=2)
-    train(model, optimizer, batch(), 6)
+    train(model, optimizer, make_batch(), 6)
     assert [one.step for one in heard] == [1, 3, 5]
     assert [one.step for one in history] == [3, 5]
     history.stop()
-    train(model, optimizer, batch(), 2)
+    train(model, optimizer, make_batch(), 2)
     assert len(heard) == 3
     rule.detach()
     assert rule.history is history
 
 
 def test_how_the_history_reads():
-    model = mlp()
+    model = make_mlp()
     rule, optimizer = start(pw.Foof(), model)
     assert str(rule.history) == "No step has been measured yet."
     rule.record(every=1)
-    train(model, optimizer, batch(), 3)
+    train(model, optimizer, make_batch(), 3)
     steps, values = rule.history.read("0", "update_over_weight")
     assert steps == [1, 2, 3]
     assert values == [one.layers["0"].update_over_weight for one in rule.history]
@@ -204,7 +212,7 @@ def test_how_the_history_reads():
 def test_what_cannot_be_recorded():
     with pytest.raises(pw.AttachError, match="is not attached"):
         pw.ProxProp().record()
-    rule = pw.ProxProp().attach(mlp())
+    rule = pw.ProxProp().attach(make_mlp())
     with pytest.raises(pw.AttachError, match="without an optimizer"):
         rule.record()
     rule, _ = start(pw.ProxProp(), nn.Linear(3, 2))

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from uses_apart_worker import REPLICATED, RULES, main, train
 
 import plywise as pw
-from processes import two_ranks
+from processes import run_two_ranks
 
 EACH = pytest.mark.parametrize("name", RULES)
 
@@ -290,7 +290,7 @@ def test_what_was_never_more_than_zero_is_no_division_by_zero(name: str) -> None
 
 @pytest.mark.slow
 def test_replicas_take_the_steps_of_one_process(tmp_path: Path) -> None:
-    first, second = two_ranks(main, tmp_path)
+    first, second = run_two_ranks(main, tmp_path)
     for name in REPLICATED:
         whole = train(name, slice(0, 8))
         for mine, its, expected in zip(first[name], second[name], whole, strict=True):

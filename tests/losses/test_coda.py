@@ -14,7 +14,7 @@ from plywise import NonFiniteError, PlywiseError, StateError
 from plywise.losses.auc_margin import AUCMargin
 from plywise.losses.coda import CoDA
 from plywise.losses.spauc import roc_auc
-from processes import two_ranks
+from processes import run_two_ranks
 
 SLOW = pytest.mark.slow
 
@@ -240,7 +240,7 @@ def test_wrong_settings_are_refused(wrong):
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes saw; the second is killed at the end."""
-    return two_ranks(main, tmp_path_factory.mktemp("coda"), codes=(0, -signal.SIGKILL))
+    return run_two_ranks(main, tmp_path_factory.mktemp("coda"), codes=(0, -signal.SIGKILL))
 
 
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

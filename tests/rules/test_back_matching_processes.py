@@ -4,12 +4,12 @@ import pytest
 import torch
 from back_matching_worker import STEPS, main
 
-from processes import two_ranks
+from processes import run_two_ranks
 
 
 @pytest.mark.slow
 def test_processes_use_the_same_measurement(tmp_path):
-    one, two = two_ranks(main, tmp_path)
+    one, two = run_two_ranks(main, tmp_path)
     for name, weight in one["weights"].items():
         assert torch.equal(weight, two["weights"][name])
     for step in range(STEPS):

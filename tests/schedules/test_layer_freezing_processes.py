@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import plywise as pw
-from processes import two_ranks
+from processes import run_two_ranks
 
 from .runs import Run, run, same_bits
 
@@ -62,7 +62,7 @@ def one_training(rank: int, settings: dict[str, bool], rule: pw.Rule | None) -> 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """What two processes saw."""
-    return two_ranks(one_process, tmp_path_factory.mktemp("freezing"))
+    return run_two_ranks(one_process, tmp_path_factory.mktemp("freezing"))
 
 
 @pytest.mark.slow

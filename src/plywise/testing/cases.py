@@ -14,7 +14,7 @@ from plywise.engine.rule import Rule
 from plywise.errors import PlywiseError
 from plywise.local.blocks import Blocks
 from plywise.local.learner import Learner
-from plywise.testing.contract.learners import CLASSES, adam, halving, modules
+from plywise.testing.contract.learners import CLASSES, make_adam, make_halving, make_modules
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class LearnerCase:
     def make(self, seed: int = 1, **training: Any) -> Learner:
         """Make the learner on three blocks, whose parameters are drawn by ``seed``."""
         if self.optimizes:
-            training = {"optimizer": adam, "scheduler": halving, **training}
-        return self.kind(Blocks(modules(seed), torch.zeros(4, 6)), CLASSES, **training)
+            training = {"optimizer": make_adam, "scheduler": make_halving, **training}
+        return self.kind(Blocks(make_modules(seed), torch.zeros(4, 6)), CLASSES, **training)
 
 
 def make_case(factory: Callable[[], Rule] | Case | str) -> Case:

@@ -16,7 +16,7 @@ DEADLINE = 240.0
 """The seconds that two processes may take."""
 
 
-def two_ranks(
+def run_two_ranks(
     main: Callable[..., None], folder: Path, *args: Any, codes: tuple[int, int] = (0, 0)
 ) -> list[dict[str, Any]]:
     """Run ``main(rank, folder, *args)`` in two processes; return what they left in ``folder/rank.pt``.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from plywise import Rule
-from plywise.testing.contract.models import batch, loss_of
+from plywise.testing.contract.models import compute_loss, make_batch
 
 WARM_STEPS = 5
 """Then a lone layer acts by its memory, and of several some do while others take their turn to refresh."""
@@ -50,9 +50,9 @@ def learn(
     steps: int = WARM_STEPS,
 ) -> None:
     """Steps that leave nothing but what the rule remembers of them."""
-    loss = warm if callable(warm) else _loss_on(model, warm)
+    loss = warm if callable(warm) else _make_loss(model, warm)
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    assert not any(own_state(state) for state in optimizer.state.values())
+    assert not any(list_own_keys(state) for state in optimizer.state.values())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
         for _ in range(steps):
@@ -64,17 +64,17 @@ def learn(
                     tensor.copy_(value)
     optimizer.zero_grad()
     for parameter, state in list(optimizer.state.items()):
-        for key in own_state(state):
+        for key in list_own_keys(state):
             del state[key]
         if not state:
             del optimizer.state[parameter]
 
 
-def own_state(state: dict[Any, Any]) -> list[Any]:
+def list_own_keys(state: dict[Any, Any]) -> list[Any]:
     """Keys of the optimizer's own state, beside a rule's."""
     return [key for key in state if not str(key).startswith("plywise.")]
 
 
-def _loss_on(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+def _make_loss(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], Tensor]:
     dtype = next(model.parameters()).dtype
-    return lambda: loss_of(model, batch(shape, WARM_ROWS, dtype, seed=77))
+    return lambda: compute_loss(model, make_batch(shape, WARM_ROWS, dtype, seed=77))

@@ -12,7 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plywise import Rule
 from plywise.engine.health import SKIPPED
-from plywise.testing.contract.models import batch, convnet, grads, loss_of, mlp, train, weights
+from plywise.testing.contract.models import (
+    compute_loss,
+    copy_gradients,
+    copy_weights,
+    make_batch,
+    make_convnet,
+    make_mlp,
+    train,
+)
 
 SHAPES = {"mlp": (6,), "convnet": (2, 6, 6)}
 PLANS = [("mlp", "attach"), ("convnet", "wrap")]
@@ -20,7 +28,7 @@ PLANS = [("mlp", "attach"), ("convnet", "wrap")]
 
 def build(kind: str, seed: int = 1) -> nn.Module:
     # batch norm keeps its own numbers for each rank, with or without us
-    return mlp(seed=seed) if kind == "mlp" else convnet(seed=seed).eval()
+    return make_mlp(seed=seed) if kind == "mlp" else make_convnet(seed=seed).eval()
 
 
 def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
@@ -31,37 +39,37 @@ def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
     results: dict[str, Any] = {}
     for name, rule in rules.items():
         for kind, first in PLANS:
-            results[f"{name} {kind} {first}"] = one(rule, kind, first, rank)
+            results[f"{name} {kind} {first}"] = run_rule(rule, kind, first, rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def one(rule: Rule, kind: str, first: str, rank: int) -> dict[str, Any]:
+def run_rule(rule: Rule, kind: str, first: str, rank: int) -> dict[str, Any]:
     """Three steps of one rule, then one with a NaN on the second rank only."""
     model = build(kind, seed=1 + rank)  # DDP makes them equal
     wrapped = DistributedDataParallel(model) if first == "wrap" else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     rule.attach(model, optimizer)
     wrapped = wrapped or DistributedDataParallel(model)
-    seen: dict[str, Any] = {"start": weights(model), "rows": str(rule.explain())}
-    loss_of(wrapped, batch(SHAPES[kind], seed=30 + rank)).backward()
-    seen["averaged"] = grads(model)
+    seen: dict[str, Any] = {"start": copy_weights(model), "rows": str(rule.explain())}
+    compute_loss(wrapped, make_batch(SHAPES[kind], seed=30 + rank)).backward()
+    seen["averaged"] = copy_gradients(model)
     for step in range(3):
-        train(wrapped, optimizer, batch(SHAPES[kind], seed=40 + 2 * step + rank), 1)
-    seen["weights"] = weights(model)
-    x, y = batch(SHAPES[kind])
+        train(wrapped, optimizer, make_batch(SHAPES[kind], seed=40 + 2 * step + rank), 1)
+    seen["weights"] = copy_weights(model)
+    x, y = make_batch(SHAPES[kind])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         train(wrapped, optimizer, (x * float("nan") if rank else x, y), 1)
-    seen["after NaN"], seen["skipped"] = weights(model), rule.health.total(SKIPPED)
-    train(wrapped, optimizer, batch(SHAPES[kind], seed=50 + rank), 1)
-    seen["at the end"] = weights(model)
+    seen["after NaN"], seen["skipped"] = copy_weights(model), rule.health.total(SKIPPED)
+    train(wrapped, optimizer, make_batch(SHAPES[kind], seed=50 + rank), 1)
+    seen["at the end"] = copy_weights(model)
     rule.detach()
     # what this rank alone would do
     alone = build(kind)
     alone.load_state_dict(seen["start"])
     rule.attach(alone, torch.optim.SGD(alone.parameters(), lr=0.01))
-    loss_of(alone, batch(SHAPES[kind], seed=30 + rank)).backward()
-    seen["own"] = grads(alone)
+    compute_loss(alone, make_batch(SHAPES[kind], seed=30 + rank)).backward()
+    seen["own"] = copy_gradients(alone)
     rule.detach()
     return seen

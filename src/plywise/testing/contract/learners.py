@@ -10,15 +10,15 @@ from plywise.local.learner import Learner
 CLASSES = 3
 
 
-def adam(groups: Any) -> torch.optim.Optimizer:
+def make_adam(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=0.01)
 
 
-def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+def make_halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
 
 
-def modules(seed: int = 1) -> list[nn.Module]:
+def make_modules(seed: int = 1) -> list[nn.Module]:
     torch.manual_seed(seed)
     return [
         nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Dropout(0.2)),
@@ -27,13 +27,13 @@ def modules(seed: int = 1) -> list[nn.Module]:
     ]
 
 
-def data(number: int, rows: int = 8) -> tuple[Tensor, Tensor]:
+def make_data(number: int, rows: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(number)
     y = torch.arange(rows) % CLASSES
     return torch.randn(rows, 6, generator=generator) + 2 * nn.functional.one_hot(y, 6), y
 
 
-def everything(learner: Learner) -> dict[str, Tensor]:
+def copy_state(learner: Learner) -> dict[str, Tensor]:
     """All tensors of its state, by path."""
     found: dict[str, Tensor] = {}
 

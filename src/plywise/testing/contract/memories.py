@@ -11,26 +11,26 @@ from torch.optim import SGD, Optimizer
 
 from plywise import Rule
 from plywise.testing.cases import Case
-from plywise.testing.contract.models import batch, loss_of, mlp, weights
+from plywise.testing.contract.models import compute_loss, copy_weights, make_batch, make_mlp
 
 Data = tuple[Tensor, Tensor]
 PREFIX = "plywise."
 
 
-def memory(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def copy_memory(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """A copy of all statistics, ``"Foof/2/input"``, and of the steps that each rule has counted."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return flat({names[p]: state for p, state in optimizer.state.items() if p in names})
+    return flatten_memory({names[p]: state for p, state in optimizer.state.items() if p in names})
 
 
-def saved_memory(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Tensor]:
+def copy_saved_memory(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Tensor]:
     """The same of a state dict of this optimizer."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    return flat({parameters[index]: own for index, own in state["state"].items()})
+    return flatten_memory({parameters[index]: own for index, own in state["state"].items()})
 
 
-def flat(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def flatten_memory(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """The statistics in the states of parameters, given by name; a template (of step 0) is none."""
     found = {}
     for parameter, state in states.items():
@@ -50,31 +50,31 @@ def flat(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
-def of_layer(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+def select_layer(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
     """The part of one layer, e.g. ``"2"``."""
     return {key: value for key, value in memories.items() if key.split("/")[1:2] == [layer]}
 
 
-def layers_of(memories: dict[str, Tensor]) -> set[str]:
+def list_layers(memories: dict[str, Tensor]) -> set[str]:
     """The layers that have statistics."""
     return {key.split("/")[1] for key in memories if key.count("/") == 2}
 
 
-def tensors_of(memories: dict[str, Tensor]) -> dict[str, Tensor]:
+def select_tensors(memories: dict[str, Tensor]) -> dict[str, Tensor]:
     """The rule's own tensors, without what says in which step they are due."""
     return {key: value for key, value in memories.items() if value.is_floating_point()}
 
 
-def statistics(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+def select_statistics(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
     """What a layer learned, without what is made of it (whose size follows the gradient)."""
     made = (".root", ".basis", ".vectors", ".weights", ".scale", "/scale", "/phase", "/in_backward")
-    return {key: value for key, value in of_layer(memories, layer).items() if not key.endswith(made)}
+    return {key: value for key, value in select_layer(memories, layer).items() if not key.endswith(made)}
 
 
 ROWS = 4
 
 
-def mixed(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
+def make_mixed(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
     """Layers of every kind on (B, 2, 6, 6); only the first linear one has more outputs than rows."""
     torch.manual_seed(seed)
     return nn.Sequential(
@@ -91,8 +91,8 @@ def mixed(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
 
 
 KINDS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
-    "mlp": (mlp, (6,)),
-    "mixed": (mixed, (2, 6, 6)),
+    "mlp": (make_mlp, (6,)),
+    "mixed": (make_mixed, (2, 6, 6)),
 }
 
 
@@ -105,13 +105,13 @@ class Run:
     rule: Rule
     shape: tuple[int, ...]
 
-    def data(self, number: int) -> Data:
+    def make_data(self, number: int) -> Data:
         """The batch of a step: few rows, so that of most linear layers backward makes the moves."""
-        return batch(self.shape, ROWS, next(self.model.parameters()).dtype, 40 + number)
+        return make_batch(self.shape, ROWS, next(self.model.parameters()).dtype, 40 + number)
 
     def backward(self, number: int) -> None:
         """The gradient of a step's batch, added to what is there."""
-        loss_of(self.model, self.data(number)).backward()
+        compute_loss(self.model, self.make_data(number)).backward()
 
     def step(self, number: int) -> None:
         """One whole step."""
@@ -119,13 +119,13 @@ class Run:
         self.backward(number)
         self.optimizer.step()
 
-    def memory(self) -> dict[str, Tensor]:
+    def copy_memory(self) -> dict[str, Tensor]:
         """A copy of all statistics."""
-        return memory(self.model, self.optimizer)
+        return copy_memory(self.model, self.optimizer)
 
-    def seen(self) -> dict[str, Tensor]:
+    def copy_state(self) -> dict[str, Tensor]:
         """Weights, buffers and memories."""
-        return {**weights(self.model), **self.memory()}
+        return {**copy_weights(self.model), **self.copy_memory()}
 
 
 def start(
@@ -142,7 +142,7 @@ def start(
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
+def keep_buffers(model: nn.Module) -> Iterator[None]:
     """Batch norm's own memory of forwards is torch's affair."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     yield

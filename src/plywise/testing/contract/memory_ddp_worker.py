@@ -20,8 +20,8 @@ from torch.optim import SGD, Optimizer
 from plywise import Precondition, Rule
 from plywise.engine.contract import State as Memory
 from plywise.engine.health import SKIPPED, Health
-from plywise.testing.contract.memories import KINDS, ROWS, Data, Run, memory
-from plywise.testing.contract.models import batch, loss_of, weights
+from plywise.testing.contract.memories import KINDS, ROWS, Data, Run, copy_memory
+from plywise.testing.contract.models import compute_loss, copy_weights, make_batch
 
 HALF = ROWS // 2
 STEPS = 8
@@ -45,18 +45,18 @@ def wrap_first(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
     return net
 
 
-def wrapper_itself(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+def attach_wrapper(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
     net = DistributedDataParallel(model)
     rule.attach(net, optimizer)
     return net
 
 
-def static_graph(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+def attach_static_graph(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
     rule.attach(model, optimizer)
     return DistributedDataParallel(model, static_graph=True)
 
 
-def by_hand(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+def attach_by_hand(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
     rule.attach(model, optimizer, process_group=dist.group.WORLD)
     return model
 
@@ -64,9 +64,9 @@ def by_hand(rule: Rule, model: nn.Module, optimizer: Optimizer) -> nn.Module:
 WAYS: dict[str, Wrap] = {
     "attach, wrap": attach_first,
     "wrap, attach": wrap_first,
-    "wrap, attach to the wrapper": wrapper_itself,
-    "static graph": static_graph,
-    "process_group": by_hand,
+    "wrap, attach to the wrapper": attach_wrapper,
+    "static graph": attach_static_graph,
+    "process_group": attach_by_hand,
 }
 
 
@@ -78,7 +78,7 @@ def average(model: nn.Module) -> None:
         parameter.grad /= dist.get_world_size()
 
 
-def half(data: Data, rank: int) -> Data:
+def take_half(data: Data, rank: int) -> Data:
     rows = slice(rank * HALF, (rank + 1) * HALF)
     return data[0][rows], data[1][rows]
 
@@ -110,12 +110,12 @@ class Replica:
             optimizer.load_state_dict(state["optimizer"])
         return cls(Run(model, optimizer, rule, shape), net, way == "process_group")
 
-    def data(self, number: int) -> Data:
-        return half(self.run.data(number), dist.get_rank())
+    def make_data(self, number: int) -> Data:
+        return take_half(self.run.make_data(number), dist.get_rank())
 
     def step(self, number: int, data: Data | None = None) -> None:
         self.run.optimizer.zero_grad()
-        loss_of(self.net, data or self.data(number)).backward()
+        compute_loss(self.net, data or self.make_data(number)).backward()
         if self.averages:
             average(self.run.model)
         self.run.optimizer.step()
@@ -131,25 +131,25 @@ class Replica:
 TRACES = [*(("mlp", way) for way in WAYS), ("mixed", "attach, wrap"), ("mixed", "wrap, attach")]
 
 
-def stacked(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def stack_steps(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """What was seen after each step as one tensor for each name."""
     names = dict.fromkeys(name for seen in found for name in seen)
     return {name: torch.stack([seen[name] for seen in found if name in seen]) for name in names}
 
 
-def trace(rule: Rule, kind: str, way: str) -> dict[str, Tensor]:
+def record_steps(rule: Rule, kind: str, way: str) -> dict[str, Tensor]:
     """What is seen after each step."""
     # DistributedDataParallel makes unequal starts equal
     replica = Replica.start(rule, kind, way, seed=1 if way == "process_group" else 1 + dist.get_rank())
     found = []
     for number in range(STEPS):
         replica.step(number)
-        found.append(replica.run.seen())
+        found.append(replica.run.copy_state())
     rule.detach()
-    return stacked(found)
+    return stack_steps(found)
 
 
-def resumed(rule: Rule) -> dict[str, Any]:
+def run_resumed(rule: Rule) -> dict[str, Any]:
     """A run broken off; each process goes on from what the other one saved."""
     replica = Replica.start(rule, "mixed", "attach, wrap")
     for number in range(SAVED):
@@ -161,26 +161,26 @@ def resumed(rule: Rule) -> dict[str, Any]:
     replica = Replica.start(rule, "mixed", "attach, wrap", seed=100 + rank, state=saved[1 - rank])
     for number in range(SAVED, STEPS):
         replica.step(number)
-    found = {"saved": saved[rank], "end": replica.run.seen()}
+    found = {"saved": saved[rank], "end": replica.run.copy_state()}
     rule.detach()
     return found
 
 
-def micro_batches(rule: Rule) -> dict[str, Tensor]:
+def run_micro_batches(rule: Rule) -> dict[str, Tensor]:
     """Each row a backward pass of its own; gradients are averaged in the last one of a step."""
     replica = Replica.start(rule, "mixed", "attach, wrap")
     found = []
     for number in range(STEPS):
         replica.run.optimizer.zero_grad()
-        x, y = replica.data(number)
+        x, y = replica.make_data(number)
         with replica.net.no_sync():
             for row in range(HALF - 1):
-                (loss_of(replica.net, (x[row : row + 1], y[row : row + 1])) / HALF).backward()
-        (loss_of(replica.net, (x[HALF - 1 :], y[HALF - 1 :])) / HALF).backward()
+                (compute_loss(replica.net, (x[row : row + 1], y[row : row + 1])) / HALF).backward()
+        (compute_loss(replica.net, (x[HALF - 1 :], y[HALF - 1 :])) / HALF).backward()
         replica.run.optimizer.step()
-        found.append(replica.run.seen())
+        found.append(replica.run.copy_state())
     rule.detach()
-    return stacked(found)
+    return stack_steps(found)
 
 
 class Branched(nn.Module):
@@ -203,7 +203,7 @@ USERS = [(0,), (1,), (0, 1), (1,), (), (0,), (0,), (0, 1), (1,), (0,)]
 """Which processes' rows pass through the branch, step by step."""
 
 
-def branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
+def run_branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
     """Training where processes use different layers; ``whole``: the same in one process."""
     model = Branched()
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -211,38 +211,38 @@ def branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
     net = model if whole else DistributedDataParallel(model, find_unused_parameters=True)
     found = []
     for number, ranks in enumerate(USERS):
-        x, y = batch((6,), ROWS, torch.float64, 40 + number)
+        x, y = make_batch((6,), ROWS, torch.float64, 40 + number)
         rows = [rank * HALF + row for rank in ranks for row in range(HALF)]
         if not whole:
-            x, y = half((x, y), dist.get_rank())
+            x, y = take_half((x, y), dist.get_rank())
             rows = list(range(HALF)) if dist.get_rank() in ranks else []
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x, rows), y).backward()
         optimizer.step()
-        found.append({**weights(model), **memory(model, optimizer)})
+        found.append({**copy_weights(model), **copy_memory(model, optimizer)})
     rule.detach()
-    return stacked(found)
+    return stack_steps(found)
 
 
-def poisoned(rule: Rule) -> dict[str, Any]:
+def run_poisoned(rule: Rule) -> dict[str, Any]:
     """NaN in one process's rows, once."""
     replica = Replica.start(rule, "mlp", "attach, wrap")
     for number in range(SAVED):
         replica.step(number)
-    found: dict[str, Any] = {"before": replica.run.seen()}
-    x, y = replica.data(SAVED)
+    found: dict[str, Any] = {"before": replica.run.copy_state()}
+    x, y = replica.make_data(SAVED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         replica.step(SAVED, (x * float("nan") if dist.get_rank() else x, y))
-    found["after"], found["skipped"] = replica.run.seen(), rule.health.total(SKIPPED)
+    found["after"], found["skipped"] = replica.run.copy_state(), rule.health.total(SKIPPED)
     for number in range(SAVED, STEPS):
         replica.step(number)
-    found["end"] = replica.run.seen()
+    found["end"] = replica.run.copy_state()
     rule.detach()
     return found
 
 
-def alone(rule: Rule, group: Any) -> dict[str, Any]:
+def run_alone(rule: Rule, group: Any) -> dict[str, Any]:
     """Several processes, each training for itself: nobody said so, or they have a group each."""
     build, shape = KINDS["mlp"]
     model = build(torch.float64)
@@ -254,7 +254,7 @@ def alone(rule: Rule, group: Any) -> dict[str, Any]:
         for number in range(STEPS):
             replica.step(number)
     warned = [(warning.category.__name__, str(warning.message)) for warning in caught]
-    found = {"warnings": warned, "end": replica.run.seen()}
+    found = {"warnings": warned, "end": replica.run.copy_state()}
     rule.detach()
     return found
 
@@ -275,7 +275,7 @@ class Counted(Precondition):
 DEEP = 8
 
 
-def shared_out(whole: bool = False) -> dict[str, Any]:
+def run_shared_out(whole: bool = False) -> dict[str, Any]:
     """Equal layers, half of them refreshed in each step after the first cycle."""
     torch.manual_seed(1)
     model = nn.Sequential(*(part for _ in range(DEEP) for part in (nn.Linear(6, 6), nn.Tanh()))).double()
@@ -288,9 +288,9 @@ def shared_out(whole: bool = False) -> dict[str, Any]:
         REFRESHED.clear()
         (replica or run).step(number)
         refreshed.append(sorted(REFRESHED))
-        found.append(run.seen())
+        found.append(run.copy_state())
     rule.detach()
-    return {"refreshed": refreshed, "seen": stacked(found)}
+    return {"refreshed": refreshed, "seen": stack_steps(found)}
 
 
 def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
@@ -299,16 +299,16 @@ def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
     place, limit = f"file://{folder / 'rendezvous'}", timedelta(seconds=60)
     dist.init_process_group("gloo", place, rank=rank, world_size=2, timeout=limit)
     own_group = [dist.new_group([rank]) for rank in range(2)][rank]
-    found: dict[str, Any] = {"shared out": shared_out()}
+    found: dict[str, Any] = {"shared out": run_shared_out()}
     for name, rule in rules.items():
         found[name] = {
-            "alone": alone(rule, None),
-            "a group of its own": alone(rule, own_group),
-            "traces": {f"{kind} {way}": trace(rule, kind, way) for kind, way in TRACES},
-            "resumed": resumed(rule),
-            "micro-batches": micro_batches(rule),
-            "branched": branched(rule),
-            "poisoned": poisoned(rule),
+            "alone": run_alone(rule, None),
+            "a group of its own": run_alone(rule, own_group),
+            "traces": {f"{kind} {way}": record_steps(rule, kind, way) for kind, way in TRACES},
+            "resumed": run_resumed(rule),
+            "micro-batches": run_micro_batches(rule),
+            "branched": run_branched(rule),
+            "poisoned": run_poisoned(rule),
         }
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def mlp(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
+def make_mlp(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
     """6 → 8 → 8 → 3."""
     torch.manual_seed(seed)
     layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
     return nn.Sequential(*layers).to(dtype)
 
 
-def convnet(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
+def make_convnet(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
     """Every kind of module that a rule marks or handles, on (B, 2, 6, 6)."""
     torch.manual_seed(seed)
     return nn.Sequential(
@@ -30,12 +30,12 @@ def convnet(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
 
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
-    "mlp": (mlp, (6,)),
-    "convnet": (convnet, (2, 6, 6)),
+    "mlp": (make_mlp, (6,)),
+    "convnet": (make_convnet, (2, 6, 6)),
 }
 
 
-def batch(
+def make_batch(
     shape: tuple[int, ...] = (6,), n: int = 12, dtype: torch.dtype = torch.float32, seed: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Inputs and labels of a separable problem with three classes."""
@@ -47,23 +47,23 @@ def batch(
     return x.to(dtype), y
 
 
-def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+def compute_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(data[0]), data[1])
 
 
-def backward(model: nn.Module, data: tuple[Tensor, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+def compute_gradients(model: nn.Module, data: tuple[Tensor, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
     """Fresh gradients of one batch."""
     model.zero_grad()
-    (loss_of(model, data) * scale).backward()
-    return grads(model)
+    (compute_loss(model, data) * scale).backward()
+    return copy_gradients(model)
 
 
-def grads(model: nn.Module) -> dict[str, Tensor]:
+def copy_gradients(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the gradients at hand."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of parameters and buffers."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -75,14 +75,14 @@ def train(
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = loss_of(model, data)
+        loss = compute_loss(model, data)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
 
 
-def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+def have_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Same names, same values, bit for bit (NaN equals NaN)."""
     return left.keys() == right.keys() and all(
         torch.equal(
@@ -104,5 +104,5 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
             assert float((value - other).abs().max()) <= tolerance * max(size, 1e-300), name
 
 
-def all_finite(tensors: dict[str, Tensor]) -> bool:
+def are_finite(tensors: dict[str, Tensor]) -> bool:
     return all(bool(torch.isfinite(value).all()) for value in tensors.values())

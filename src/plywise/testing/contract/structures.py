@@ -43,7 +43,7 @@ class Structure:
     computed: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
 
-    def handled_by(self, rule: Rule) -> set[str]:
+    def list_handled(self, rule: Rule) -> set[str]:
         """Names of the rows that this rule handles."""
         taken = KINDS if rule.alters_backward else rule.kinds
         names = {*self.handled, *(name for name, kind in self.kinds.items() if kind in taken)}
@@ -52,9 +52,9 @@ class Structure:
         tied = self.kinds if self.tokens else ()
         return names - {*self.shared, *self.computed, *tied}
 
-    def refused_by(self, rule: Rule) -> bool:
+    def is_refused(self, rule: Rule) -> bool:
         """Whether something is left alone under a rule that sends other values down than gradients."""
-        left = {*self.routed} - self.handled_by(rule)
+        left = {*self.routed} - self.list_handled(rule)
         if rule.takes_unshared_only:
             left |= {*self.computed, *self.shared, *(self.kinds if self.tokens else ())}
         return rule.alters_backward and bool(left - {*self.harmless})
@@ -63,7 +63,7 @@ class Structure:
         torch.manual_seed(11)
         return self.make()
 
-    def loss(self, model: nn.Module, samples: int | None = None) -> Tensor:
+    def compute_loss(self, model: nn.Module, samples: int | None = None) -> Tensor:
         """A loss on a batch that is always the same, dropout included."""
         torch.manual_seed(12)
         shape = self.shape if samples is None else (samples, *self.shape[1:])
@@ -178,7 +178,7 @@ class Patches(nn.Module):
         return self.head(torch.tanh(self.own(self.conv(x.unsqueeze(1)))).flatten(1))
 
 
-def weight_normed() -> nn.Module:
+def make_weight_normed() -> nn.Module:
     return nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3))
 
 
@@ -236,7 +236,7 @@ STRUCTURES = [
     ),
     Structure(
         "weight_norm",
-        weight_normed,
+        make_weight_normed,
         ("2",),
         computed=("0.parametrizations.weight.original0", "0.parametrizations.weight.original1"),
     ),

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from plywise import PlywiseError, Rule
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
-from plywise.testing.contract.models import batch, grads, same_bits
+from plywise.testing.contract.models import copy_gradients, have_same_bits, make_batch
 
 
 class Deep(nn.Module):
@@ -34,7 +34,7 @@ class Deep(nn.Module):
         return self.last(h)
 
 
-def nested(block: nn.Module, h: Tensor) -> Tensor:
+def checkpoint_nested(block: nn.Module, h: Tensor) -> Tensor:
     inner = block[:2]
     return checkpoint(lambda t: block[2:](checkpoint(inner, t, use_reentrant=False)), h, use_reentrant=False)
 
@@ -42,33 +42,33 @@ def nested(block: nn.Module, h: Tensor) -> Tensor:
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "reentrant": lambda block, h: checkpoint(block, h, use_reentrant=True),
     "not reentrant": lambda block, h: checkpoint(block, h, use_reentrant=False),
-    "nested": nested,
+    "nested": checkpoint_nested,
 }
 
 
-def gradients(model: nn.Module, rule: Rule) -> dict[str, Tensor]:
+def compute_rule_gradients(model: nn.Module, rule: Rule) -> dict[str, Tensor]:
     attach(rule, model, warm=(6,))
     torch.manual_seed(5)
-    x, y = batch()
+    x, y = make_batch()
     nn.functional.cross_entropy(model(x), y).backward()
-    return grads(model)
+    return copy_gradients(model)
 
 
 @pytest.mark.one_of_family
 @pytest.mark.parametrize("how", list(CALLS))
 def test_gradients_are_the_same(case: Case, how: str) -> None:
-    expected = gradients(Deep(None), case.make())
+    expected = compute_rule_gradients(Deep(None), case.make())
     if case.refuses_reentrant and how == "reentrant":
         with pytest.raises(PlywiseError, match=r"below layer 'last'.*use_reentrant=False"):
-            gradients(Deep(CALLS[how]), case.make())
+            compute_rule_gradients(Deep(CALLS[how]), case.make())
     else:
-        assert same_bits(gradients(Deep(CALLS[how]), case.make()), expected)
+        assert have_same_bits(compute_rule_gradients(Deep(CALLS[how]), case.make()), expected)
 
 
 @pytest.mark.one_of_family
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint_sequential(case: Case, use_reentrant: bool) -> None:
-    x, y = batch()
+    x, y = make_batch()
 
     def run(segments: int) -> dict[str, Tensor]:
         torch.manual_seed(4)
@@ -80,14 +80,14 @@ def test_checkpoint_sequential(case: Case, use_reentrant: bool) -> None:
         else:
             out = model(z)
         nn.functional.cross_entropy(out, y).backward()
-        return {**grads(model), "input": z.grad}
+        return {**copy_gradients(model), "input": z.grad}
 
     expected = run(0)
     if case.refuses_reentrant and use_reentrant:
         with pytest.raises(PlywiseError, match="use_reentrant=False"):
             run(2)
     else:
-        assert same_bits(run(2), expected)
+        assert have_same_bits(run(2), expected)
 
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
@@ -99,19 +99,19 @@ def test_the_memory_is_saved(rule: Rule, how: str) -> None:
         block[3].register_forward_pre_hook(
             lambda module, args: inner.append(StorageWeakRef(args[0].untyped_storage()))
         )
-    loss = model(batch()[0]).sum()
+    loss = model(make_batch()[0]).sum()
     assert len(inner) == 3
     assert all(ref.expired() for ref in inner)  # what is inside a block waits for nobody
     assert loss.requires_grad
 
 
 def test_recomputation_in_no_backward_leaves_no_trace(case: Case) -> None:
-    expected = gradients(Deep(None), case.make())
+    expected = compute_rule_gradients(Deep(None), case.make())
     model = Deep(CALLS["not reentrant"])
     rule = case.make()
     attach(rule, model, warm=(6,))
-    model(batch(seed=9)[0])  # discarded
+    model(make_batch(seed=9)[0])  # discarded
     with torch.no_grad():
-        model(batch(seed=9)[0])
+        model(make_batch(seed=9)[0])
     rule.detach()
-    assert same_bits(gradients(model, rule), expected)
+    assert have_same_bits(compute_rule_gradients(model, rule), expected)

@@ -10,7 +10,14 @@ from torch import nn
 from plywise import Rule, UncapturedLayerError
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
-from plywise.testing.contract.models import assert_close, backward, batch, grads, loss_of, mlp
+from plywise.testing.contract.models import (
+    assert_close,
+    compute_gradients,
+    compute_loss,
+    copy_gradients,
+    make_batch,
+    make_mlp,
+)
 
 pytestmark = [
     # test_compiled_then_attached shows that compiling with a rule says nothing
@@ -28,7 +35,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def small(dtype: torch.dtype = torch.float64) -> nn.Module:
+def make_small(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).to(dtype)
 
@@ -36,45 +43,45 @@ def small(dtype: torch.dtype = torch.float64) -> nn.Module:
 @pytest.mark.one_of_family
 @pytest.mark.parametrize(("backend", "attach_to"), [("eager", "model"), ("aot_eager", "compiled")])
 def test_compiled_then_attached(case: Case, rule: Rule, backend: str, attach_to: str) -> None:
-    data = batch(dtype=torch.float64)
-    eager = small()
+    data = make_batch(dtype=torch.float64)
+    eager = make_small()
     other = attach(case.make(), eager, torch.optim.SGD(eager.parameters(), lr=0.1), warm=(6,))
-    expected = backward(eager, data)
+    expected = compute_gradients(eager, data)
     other.detach()
-    model = small()
+    model = make_small()
     compiled = torch.compile(model, backend=backend)
     target = model if attach_to == "model" else compiled
     attach(rule, target, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
     torch._dynamo.utils.warn_once_cache.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always" if backend == "eager" else "ignore")
-        loss_of(compiled, data).backward()
+        compute_loss(compiled, data).backward()
     assert [str(warning.message) for warning in caught] == []
-    assert_close(grads(model), expected)
+    assert_close(copy_gradients(model), expected)
     assert [(row.name, row.handled) for row in rule.explain().rows] == [("0", True), ("2", True)]
 
 
 @pytest.mark.one_of_family
 def test_attached_after_the_first_compiled_call_is_an_error(rule: Rule) -> None:
-    model, data = small(), batch(dtype=torch.float64)
+    model, data = make_small(), make_batch(dtype=torch.float64)
     compiled = torch.compile(model, backend="eager")
-    loss_of(compiled, data).backward()
+    compute_loss(compiled, data).backward()
     attach(rule, model)
     with pytest.raises(
         UncapturedLayerError, match=r"layer '2'.*torch\.compile ran.*before attach.*exclude='2'"
     ):
-        loss_of(compiled, data).backward()
+        compute_loss(compiled, data).backward()
     torch._dynamo.reset()  # the cure that the message names
     model.zero_grad()
-    loss_of(compiled, data).backward()
-    assert len(grads(model)) == 4
+    compute_loss(compiled, data).backward()
+    assert len(copy_gradients(model)) == 4
 
 
 @pytest.mark.parametrize(
     "road", ["forward before attach", "forward called directly", "weight used outside its layer"]
 )
 def test_other_roads_past_the_rule_are_errors(rule: Rule, road: str) -> None:
-    model, (x, _) = mlp(), batch()
+    model, (x, _) = make_mlp(), make_batch()
     if road == "forward before attach":
         out = model(x)
         attach(rule, model)

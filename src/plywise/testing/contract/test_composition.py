@@ -12,14 +12,14 @@ from plywise import Rule
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach, learn
 from plywise.testing.contract.models import (
-    all_finite,
-    batch,
-    convnet,
-    loss_of,
-    mlp,
-    same_bits,
+    are_finite,
+    compute_loss,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_convnet,
+    make_mlp,
     train,
-    weights,
 )
 
 Make = Callable[[float, nn.Module], Optimizer]
@@ -40,21 +40,21 @@ EVERY_RULE = ("sgd", "momentum", "adam")
 """Optimizers that are tried with every rule; each of the others is tried with one rule of each family."""
 
 
-def rates(case: Case, optimizer_name: str) -> tuple[float, ...]:
+def choose_rates(case: Case, optimizer_name: str) -> tuple[float, ...]:
     return case.adaptive_rates if optimizer_name.startswith(("adam", "rmsprop")) else case.rates
 
 
 def trains(case: Case, optimizer_name: str, kind: str, steps: int, down_to: float) -> bool:
     """Whether one of the rule's rates brings the loss below a fraction of the first, in so many steps."""
-    build, shape = {"mlp": (mlp, (6,)), "convnet": (convnet, (2, 6, 6))}[kind]
-    for rate in rates(case, optimizer_name):
+    build, shape = {"mlp": (make_mlp, (6,)), "convnet": (make_convnet, (2, 6, 6))}[kind]
+    for rate in choose_rates(case, optimizer_name):
         model = build()
         optimizer = OPTIMIZERS[optimizer_name](rate, model)
         rule = case.make().attach(model, optimizer)
-        data = batch(shape, n=32)
+        data = make_batch(shape, n=32)
         first = train(model, optimizer, data, 1)[0]
         is_down = any(train(model, optimizer, data, 1)[0] < down_to * first for _ in range(steps - 1))
-        assert all_finite(weights(model))
+        assert are_finite(copy_weights(model))
         assert not rule.health.counts
         rule.detach()
         if is_down:
@@ -78,17 +78,17 @@ def test_the_loss_of_a_convolutional_network_goes_down(case: Case, optimizer_nam
 
 
 def test_schedulers_and_parameter_groups(case: Case, rule: Rule) -> None:
-    model, data = mlp(), batch(n=32)
+    model, data = make_mlp(), make_batch(n=32)
     groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2:].parameters()}]
     optimizer = SGD(groups, lr=case.rates[0])
     rule.attach(model, optimizer)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
-    before = weights(model)
+    before = copy_weights(model)
     losses = []
     for _ in range(30):
         losses += train(model, optimizer, data, 1)
         scheduler.step()
-    after = weights(model)
+    after = copy_weights(model)
     assert torch.equal(before["0.weight"], after["0.weight"])
     assert losses[-1] < losses[0]  # a rule may be slow at the rates of its case
 
@@ -96,20 +96,20 @@ def test_schedulers_and_parameter_groups(case: Case, rule: Rule) -> None:
 @pytest.mark.one_of_family
 @pytest.mark.parametrize(("optimizer_name", "kind"), [("momentum", "convnet"), ("adamw-foreach", "mlp")])
 def test_resuming_is_bit_exact(case: Case, tmp_path: Path, optimizer_name: str, kind: str) -> None:
-    build, shape = {"mlp": (mlp, (6,)), "convnet": (convnet, (2, 6, 6))}[kind]
+    build, shape = {"mlp": (make_mlp, (6,)), "convnet": (make_convnet, (2, 6, 6))}[kind]
     path = tmp_path / "state.pt"
 
     def start(seed: int) -> tuple[nn.Module, Optimizer, Rule]:
         model = build(seed=seed)
-        optimizer = OPTIMIZERS[optimizer_name](rates(case, optimizer_name)[0], model)
+        optimizer = OPTIMIZERS[optimizer_name](choose_rates(case, optimizer_name)[0], model)
         return model, optimizer, case.make().attach(model, optimizer)
 
     def run(model: nn.Module, optimizer: Optimizer, leg: int) -> list[float]:
-        return [train(model, optimizer, batch(shape, seed=20 + 2 * leg + i), 1)[0] for i in range(2)]
+        return [train(model, optimizer, make_batch(shape, seed=20 + 2 * leg + i), 1)[0] for i in range(2)]
 
     model, optimizer, rule = start(1)
     unbroken = [loss for leg in range(4) for loss in run(model, optimizer, leg)]
-    expected = weights(model)
+    expected = copy_weights(model)
     rule.detach()
 
     model, optimizer, rule = start(1)
@@ -123,19 +123,19 @@ def test_resuming_is_bit_exact(case: Case, tmp_path: Path, optimizer_name: str, 
         optimizer.load_state_dict(state["optimizer"])
         found += run(model, optimizer, leg)
     assert found == unbroken
-    assert same_bits(weights(model), expected)
+    assert have_same_bits(copy_weights(model), expected)
     rule.detach()
 
 
 def test_loading_into_an_attached_model(case: Case, rule: Rule) -> None:
-    data, other, model = batch(), mlp(seed=5), mlp()
+    data, other, model = make_batch(), make_mlp(seed=5), make_mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
     attach(rule, model, optimizer if rule.remembers else None)
     model.load_state_dict(other.state_dict())
     learn(model, optimizer, (6,))
     attach(case.make(), other, warm=(6,))
     for net in (model, other):
-        loss_of(net, data).backward()
+        compute_loss(net, data).backward()
     assert all(
         torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), other.parameters(), strict=True)
     )

@@ -17,10 +17,19 @@ from torch.optim.swa_utils import AveragedModel
 from plywise import AttachError, Rule
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
-from plywise.testing.contract.models import backward, batch, convnet, loss_of, mlp, same_bits, train, weights
+from plywise.testing.contract.models import (
+    compute_gradients,
+    compute_loss,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_convnet,
+    make_mlp,
+    train,
+)
 
 
-def through_torch(model: nn.Module) -> nn.Module:
+def save_and_load(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -30,7 +39,7 @@ def through_torch(model: nn.Module) -> nn.Module:
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_torch,
+    "torch.save": save_and_load,
     "twice": lambda model: pickle.loads(pickle.dumps(copy.deepcopy(model))),
     "averaged": lambda model: AveragedModel(model).module,
 }
@@ -50,39 +59,39 @@ def from_plywise(model: nn.Module) -> list[object]:
 @pytest.mark.one_of_family
 @pytest.mark.parametrize("how", list(COPIES))
 def test_a_copy_of_an_attached_model_is_plain(rule: Rule, how: str) -> None:
-    data, model = batch((2, 6, 6)), convnet()
+    data, model = make_batch((2, 6, 6)), make_convnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rule.attach(model, optimizer)
     train(model, optimizer, data, 1)
     assert from_plywise(model)  # the measure can see them
     copied = COPIES[how](model)
     assert from_plywise(copied) == []
-    plain = convnet()
+    plain = make_convnet()
     plain.load_state_dict(model.state_dict())
-    assert same_bits(weights(copied), weights(plain))
+    assert have_same_bits(copy_weights(copied), copy_weights(plain))
     for net in (copied, plain):
         net.zero_grad()
         train(net, torch.optim.Adam(net.parameters(), lr=0.01), data, 3)
-    assert same_bits(weights(copied), weights(plain))
+    assert have_same_bits(copy_weights(copied), copy_weights(plain))
 
 
 @pytest.mark.one_of_family
 @pytest.mark.parametrize("how", list(COPIES))
 def test_the_original_and_an_attached_copy_go_on(case: Case, rule: Rule, how: str) -> None:
-    data, model = batch(), mlp()
+    data, model = make_batch(), make_mlp()
     attach(rule, model, warm=(6,))
-    expected = backward(model, data)
+    expected = compute_gradients(model, data)
     copied = COPIES[how](model)
-    assert same_bits(backward(model, data), expected)
+    assert have_same_bits(compute_gradients(model, data), expected)
     other = attach(case.make(), copied, warm=(6,))
-    assert same_bits(backward(copied, data), expected)
+    assert have_same_bits(compute_gradients(copied, data), expected)
     other.detach()
-    plain = mlp()
-    assert same_bits(backward(copied, data), backward(plain, data))
+    plain = make_mlp()
+    assert have_same_bits(compute_gradients(copied, data), compute_gradients(plain, data))
 
 
 def test_an_attached_optimizer_copies_and_pickles(rule: Rule) -> None:
-    data, model = batch(), mlp()
+    data, model = make_batch(), make_mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     rule.attach(model, optimizer)
     train(model, optimizer, data, 1)
@@ -99,17 +108,17 @@ def test_an_attached_optimizer_copies_and_pickles(rule: Rule) -> None:
 
 
 def test_state_dicts_load_with_weights_only(rule: Rule, tmp_path: Path) -> None:
-    model = convnet()
+    model = make_convnet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     rule.attach(model, optimizer)
-    train(model, optimizer, batch((2, 6, 6)), 2)
+    train(model, optimizer, make_batch((2, 6, 6)), 2)
     path = tmp_path / "state.pt"
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
     state = torch.load(path, weights_only=True)
-    plain = convnet()
+    plain = make_convnet()
     plain.load_state_dict(state["model"])  # strict: no key too many or too few
     torch.optim.AdamW(plain.parameters(), lr=0.01).load_state_dict(state["optimizer"])
-    assert same_bits(weights(plain), weights(model))
+    assert have_same_bits(copy_weights(plain), copy_weights(model))
 
 
 READER = """
@@ -143,7 +152,7 @@ def read_without_plywise(cases: list[Case], tmp_path_factory: pytest.TempPathFac
     """What a process that cannot import plywise makes of one pickled attached model for each rule."""
     folder = tmp_path_factory.mktemp("pickles")
     for number, case in enumerate(cases):
-        model = mlp()
+        model = make_mlp()
         rule = case.make().attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
         model.zero_grad()
         torch.save(model, folder / f"{number}.pt")
@@ -163,7 +172,7 @@ def read_without_plywise(cases: list[Case], tmp_path_factory: pytest.TempPathFac
 def test_the_pickle_loads_without_plywise(
     case: Case, read_without_plywise: dict[str, float], cases: list[Case]
 ) -> None:
-    plain = mlp()
+    plain = make_mlp()
     plain(torch.ones(4, 6)).sum().backward()
     names = [one.name for one in cases]
     found = read_without_plywise[str(names.index(case.name))]
@@ -172,7 +181,7 @@ def test_the_pickle_loads_without_plywise(
 
 @pytest.mark.parametrize("how", ["deepcopy", "copy", pytest.param("pickle", marks=pytest.mark.sends_rule)])
 def test_a_copied_rule_is_its_hyper_parameters(case: Case, rule: Rule, how: str) -> None:
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     attach(rule, model, warm=(6,))
     copied = {
         "deepcopy": copy.deepcopy,
@@ -187,8 +196,8 @@ def test_a_copied_rule_is_its_hyper_parameters(case: Case, rule: Rule, how: str)
     with pytest.raises(AttachError, match="is not attached"):
         copied.explain()
     copied.detach()  # does nothing to the original
-    other = mlp()
+    other = make_mlp()
     attach(copied, other, warm=(6,))
-    assert same_bits(backward(other, data), backward(model, data))
+    assert have_same_bits(compute_gradients(other, data), compute_gradients(model, data))
     copied.detach()
-    loss_of(model, data)
+    compute_loss(model, data)

@@ -11,7 +11,7 @@ from torch import nn
 from plywise import AttachError, Rule
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
-from plywise.testing.contract.models import backward, batch, convnet, mlp
+from plywise.testing.contract.models import compute_gradients, make_batch, make_convnet, make_mlp
 
 
 def test_hyper_parameters_are_frozen(rule: Rule) -> None:
@@ -29,22 +29,22 @@ def test_unattached(case: Case) -> None:
 
 
 def test_a_stranger_as_optimizer(rule: Rule) -> None:
-    stranger = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    stranger = torch.optim.SGD(make_mlp().parameters(), lr=0.1)
     with pytest.raises(AttachError, match=r"steps none of this model's parameters.*model\.parameters\(\)"):
-        rule.attach(mlp(), stranger)
+        rule.attach(make_mlp(), stranger)
     with pytest.raises(AttachError, match=r"torch\.optim\.Optimizer as second argument, not float"):
-        rule.attach(mlp(), 0.1)
+        rule.attach(make_mlp(), 0.1)
 
 
 def test_on_nonfinite(rule: Rule) -> None:
     with pytest.raises(ValueError, match="'skip', 'raise' or 'propagate', not 'ignore'"):
-        rule.attach(mlp(), on_nonfinite="ignore")
+        rule.attach(make_mlp(), on_nonfinite="ignore")
 
 
 def test_a_pattern_that_matches_nothing(rule: Rule) -> None:
     for arguments in ({"layers": "encoder.*"}, {"exclude": "encoder.*"}, {"layers": ["0", "encoder.*"]}):
         with pytest.raises(AttachError, match=r"pattern 'encoder\.\*' matches nothing.*'0', '1', '2'"):
-            attach(rule, mlp(), **arguments)
+            attach(rule, make_mlp(), **arguments)
 
 
 def test_nothing_left_to_handle(case: Case, rule: Rule) -> None:
@@ -54,7 +54,7 @@ def test_nothing_left_to_handle(case: Case, rule: Rule) -> None:
         ({"layers": nn.Bilinear}, "'0': not among the layers asked for"),
     ):
         with pytest.raises(AttachError, match=f"{name} finds no layer.*Sequential.*{why}.*register_map"):
-            attach(rule, mlp(), **arguments)
+            attach(rule, make_mlp(), **arguments)
 
 
 SELECTIONS: list[tuple[dict[str, Any], set[str]]] = [
@@ -79,7 +79,7 @@ def takes_norms(rule: Rule) -> bool:
 
 
 def test_choosing_layers(rule: Rule) -> None:
-    model = convnet()
+    model = make_convnet()
     for arguments, expected in SELECTIONS:
         model.requires_grad_(True)
         attach(rule, model, kinds=("linear", "conv"), **arguments)
@@ -91,15 +91,15 @@ def test_choosing_layers(rule: Rule) -> None:
                 module.requires_grad_(False)
         seen: list[str] = []
         with rule.observing(lambda ply, move, below, seen=seen: seen.append(ply.name)):
-            backward(model, batch((2, 6, 6)))
+            compute_gradients(model, make_batch((2, 6, 6)))
         assert sorted(seen) == sorted(expected), arguments
-        backward(model, batch((2, 6, 6)))
+        compute_gradients(model, make_batch((2, 6, 6)))
         assert len(seen) == len(expected)  # observed inside the block only
         rule.detach()
 
 
 def test_explain_tells_every_layer(rule: Rule) -> None:
-    model = convnet()
+    model = make_convnet()
     attach(rule, model, exclude="7")
     before = str(rule.explain())
     norms = takes_norms(rule)
@@ -108,7 +108,7 @@ def test_explain_tells_every_layer(rule: Rule) -> None:
     for words in (type(rule).__name__, "Sequential", "excluded", "after 1st batch"):
         assert words in before
     assert norms or "its kind, 'norm', is left to the optimizer unless attach(..., kinds=...)" in before
-    backward(model, batch((2, 6, 6)))
+    compute_gradients(model, make_batch((2, 6, 6)))
     rows = {row.name: row for row in rule.explain().rows}
     assert "after 1st batch" not in str(rule.explain())
     assert rows["0"].shape == "4×2×3×3"
@@ -119,7 +119,7 @@ def test_explain_tells_every_layer(rule: Rule) -> None:
 
 
 def test_explain_warns_below_half(rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     attach(rule, model, layers="4")
     text = str(rule.explain())
     assert "17 % of 155 parameters handled, 1 of 3 layers" in text

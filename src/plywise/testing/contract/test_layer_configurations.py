@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
-from plywise.testing.contract.models import all_finite, assert_close, grads
+from plywise.testing.contract.models import are_finite, assert_close, copy_gradients
 
 # torch's own remark on padding="same", once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -46,7 +46,7 @@ class Drawn:
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> Drawn:
+def draw_convolution(draw: st.DrawFn) -> Drawn:
     dims = draw(st.integers(1, 3))
 
     def each(low: int, high: int) -> tuple[int, ...]:
@@ -86,42 +86,42 @@ def convolutions(draw: st.DrawFn) -> Drawn:
     return Drawn(dims, arguments, shape, draw(st.booleans()), draw(st.booleans()))
 
 
-def results(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def compute_results(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     # a plain function of the output whose Δ depends on it
     layer(x).sin().sum().backward()
-    return grads(layer) | ({"input": x.grad} if x.grad is not None else {})
+    return copy_gradients(layer) | ({"input": x.grad} if x.grad is not None else {})
 
 
 def check(case: Case, layer: nn.Module, plain: nn.Module, x: Tensor, y: Tensor) -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     warm = x.detach().clone()
     rule = attach(case.make(), layer, optimizer, warm=lambda: layer(warm).sin().sum())
-    found, expected = results(layer, x), results(plain, y)
+    found, expected = compute_results(layer, x), compute_results(plain, y)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert value.shape == expected[name].shape, name
         assert value.dtype == torch.float64
-    assert all_finite(found)
+    assert are_finite(found)
     if case.is_backprop:
         assert_close(found, expected)
     rule.detach()
 
 
 @BRIEF
-@given(drawn=convolutions())
+@given(drawn=draw_convolution())
 def test_every_rule_on_any_convolution(case: Case, drawn: Drawn) -> None:
     check(case, drawn.layer(), drawn.layer(), drawn.input(), drawn.input())
 
 
 @st.composite
-def linears(draw: st.DrawFn) -> tuple[int, int, bool, tuple[int, ...]]:
+def draw_linear(draw: st.DrawFn) -> tuple[int, int, bool, tuple[int, ...]]:
     d, m = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     rows = draw(st.lists(st.integers(0, 5), max_size=3))
     return d, m, draw(st.booleans()), (*rows, d)
 
 
 @settings(BRIEF, max_examples=25)
-@given(drawn=linears())
+@given(drawn=draw_linear())
 def test_any_linear(case: Case, drawn: tuple[int, int, bool, tuple[int, ...]]) -> None:
     d, m, bias, shape = drawn
     torch.manual_seed(1)

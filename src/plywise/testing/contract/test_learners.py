@@ -14,11 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import plywise as pw
 from plywise.engine.health import SKIPPED
 from plywise.testing.cases import LearnerCase
-from plywise.testing.contract.learners import CLASSES, data, everything
-from plywise.testing.contract.models import same_bits
+from plywise.testing.contract.learners import CLASSES, copy_state, make_data
+from plywise.testing.contract.models import have_same_bits
 
 
-def through_a_file(state: Any) -> Any:
+def save_and_load(state: Any) -> Any:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -27,9 +27,9 @@ def through_a_file(state: Any) -> Any:
 
 def test_it_learns(learner_case: LearnerCase) -> None:
     learner = learner_case.make(**({"scheduler": None} if learner_case.optimizes else {}))
-    x, y = data(1000, 90)
+    x, y = make_data(1000, 90)
     for number in range(200):
-        learner.step(*data(number, 30))
+        learner.step(*make_data(number, 30))
         if number % 20 == 19 and (learner.predict(x).argmax(1) == y).float().mean() > 0.7:
             return
     pytest.fail("it is not right about 70 % of new samples after 200 steps")
@@ -41,9 +41,9 @@ def test_same_seed_same_bits(learner_case: LearnerCase) -> None:
         learner = learner_case.make()
         torch.manual_seed(noise)  # the caller's random numbers are nobody's business
         for number in range(4):
-            learner.step(*data(number))
-        results.append(everything(learner))
-    assert same_bits(*results)
+            learner.step(*make_data(number))
+        results.append(copy_state(learner))
+    assert have_same_bits(*results)
 
 
 def test_another_seed_draws_other_numbers(learner_case: LearnerCase) -> None:
@@ -52,16 +52,16 @@ def test_another_seed_draws_other_numbers(learner_case: LearnerCase) -> None:
     results = []
     for seed in (0, 1):
         learner = learner_case.make(seed=seed)
-        learner.step(*data(0))
-        results.append(everything(learner))
-    assert not same_bits(*results)
+        learner.step(*make_data(0))
+        results.append(copy_state(learner))
+    assert not have_same_bits(*results)
 
 
 def test_the_callers_random_numbers_go_on(learner_case: LearnerCase) -> None:
     learner = learner_case.make()
     torch.manual_seed(5)
-    learner.step(*data(0))
-    learner.predict(data(0)[0])
+    learner.step(*make_data(0))
+    learner.predict(make_data(0)[0])
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))
@@ -70,27 +70,27 @@ def test_the_callers_random_numbers_go_on(learner_case: LearnerCase) -> None:
 def test_three_chained_resumes(learner_case: LearnerCase) -> None:
     unbroken, run = learner_case.make(), learner_case.make()
     for number in range(8):
-        unbroken.step(*data(number))
-        run.step(*data(number))
+        unbroken.step(*make_data(number))
+        run.step(*make_data(number))
         if number in (0, 2, 5):
-            state = through_a_file(run.state_dict())
+            state = save_and_load(run.state_dict())
             run = learner_case.make(seed=9)  # other weights, to be overwritten
             run.load_state_dict(state)
-    assert same_bits(everything(run), everything(unbroken))
-    x, _ = data(50)
+    assert have_same_bits(copy_state(run), copy_state(unbroken))
+    x, _ = make_data(50)
     assert torch.equal(run.predict(x), unbroken.predict(x))
 
 
 def test_another_learners_state_is_refused(learner_case: LearnerCase) -> None:
     learner = learner_case.make()
-    before = everything(learner)
+    before = copy_state(learner)
     kind = pw.Interlocking if isinstance(learner, pw.LocalLoss) else pw.LocalLoss
     with pytest.raises(pw.StateError, match=kind.__name__):
         learner.load_state_dict(LearnerCase("other", kind).make().state_dict())
     state = learner_case.make().state_dict()
     with pytest.raises(pw.StateError, match=f"{len(learner.trainers) - 1} components"):
         learner.load_state_dict({**state, "trainers": state["trainers"][:-1]})
-    assert same_bits(everything(learner), before)
+    assert have_same_bits(copy_state(learner), before)
 
 
 @pytest.mark.parametrize("damaged", [{}, [], None, {"learner": "LocalLoss"}])
@@ -126,20 +126,20 @@ def test_a_bad_batch_is_named_and_changes_nothing(learner_case: LearnerCase, wha
     learner = learner_case.make()
     if learner_case.takes_any_targets and what not in ("empty", "fewer targets"):
         pytest.skip(learner_case.takes_any_targets)
-    learner.step(*data(0))
-    before = everything(learner)
+    learner.step(*make_data(0))
+    before = copy_state(learner)
     with pytest.raises(pw.PlywiseError, match=words):
         learner.step(x, y)
-    assert same_bits(everything(learner), before)
+    assert have_same_bits(copy_state(learner), before)
     assert learner.steps == 1
 
 
 def test_a_batch_that_is_not_finite(learner_case: LearnerCase) -> None:
     learner = learner_case.make()
-    learner.step(*data(0))
+    learner.step(*make_data(0))
     parameters = [p for t in learner.trainers for p in t.component.parameters()]
     before = [p.detach().clone() for p in parameters]
-    x, y = data(1)
+    x, y = make_data(1)
     x[0, 0] = float("nan")
     if learner_case.raises:
         with pytest.raises(pw.NonFiniteError, match="NaN or infinity"):
@@ -156,7 +156,7 @@ def test_a_batch_that_is_not_finite(learner_case: LearnerCase) -> None:
 def test_odd_batch_ends(learner_case: LearnerCase) -> None:
     learner = learner_case.make()
     for number, rows in enumerate((8, 3, 8, 2)):
-        losses = learner.step(*data(number, rows))
+        losses = learner.step(*make_data(number, rows))
         assert losses.shape == (len(learner.trainers),)
         assert torch.isfinite(losses).all()
         assert not losses.requires_grad
@@ -165,42 +165,42 @@ def test_odd_batch_ends(learner_case: LearnerCase) -> None:
 def test_callbacks_hear_of_every_step(learner_case: LearnerCase) -> None:
     heard = []
     learner = learner_case.make(callbacks=[heard.append])
-    losses = [learner.step(*data(number)) for number in range(3)]
+    losses = [learner.step(*make_data(number)) for number in range(3)]
     assert [report.step for report in heard] == [1, 2, 3]
     assert all(torch.equal(a.losses, b) for a, b in zip(heard, losses, strict=True))
 
 
 def test_predicting_changes_nothing(learner_case: LearnerCase) -> None:
     learner = learner_case.make()
-    learner.step(*data(0))
-    before = everything(learner)
-    x, _ = data(1)
+    learner.step(*make_data(0))
+    before = copy_state(learner)
+    x, _ = make_data(1)
     scores = learner.predict(x)
     assert scores.shape == (8, CLASSES)
     assert not scores.requires_grad
     assert torch.allclose(learner.predict(x[:1]), scores[:1], atol=1e-6)  # no statistics of the batch
-    assert same_bits(everything(learner), before)
-    learner.step(*data(1))
+    assert have_same_bits(copy_state(learner), before)
+    learner.step(*make_data(1))
     assert all(t.component.training for t in learner.trainers)
 
 
 def test_as_module_is_a_plain_module(learner_case: LearnerCase) -> None:
     learner = learner_case.make()
-    learner.step(*data(0))
+    learner.step(*make_data(0))
     module = learner.as_module()
     assert isinstance(module, nn.Module)
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
     copy = torch.load(file, weights_only=False).eval()
-    x, _ = data(2)
+    x, _ = make_data(2)
     with torch.no_grad():
         assert torch.equal(copy(x), learner.predict(x))
 
 
 def test_nothing_of_it_is_left(learner_case: LearnerCase) -> None:
     learner = learner_case.make()
-    learner.step(*data(0))
+    learner.step(*make_data(0))
     refs = [weakref.ref(t.component) for t in learner.trainers]
     del learner
     gc.collect()
@@ -233,6 +233,6 @@ def test_a_blocks_activations_are_freed_before_the_next_runs(learner_case: Learn
     learner = learner_case.kind(blocks, CLASSES, **training)
     inner.clear()
     counts.clear()
-    learner.step(*data(0))
+    learner.step(*make_data(0))
     assert len(counts) >= 6  # more where a batch runs in parts
     assert not any(counts)

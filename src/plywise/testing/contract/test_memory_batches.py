@@ -9,27 +9,41 @@ from torch import Tensor, nn
 
 from plywise.engine.health import NON_FINITE
 from plywise.testing.cases import Case
-from plywise.testing.contract.memories import Run, memory, of_layer, start, statistics, tensors_of
-from plywise.testing.contract.models import all_finite, assert_close, batch, loss_of, same_bits, weights
+from plywise.testing.contract.memories import (
+    Run,
+    copy_memory,
+    select_layer,
+    select_statistics,
+    select_tensors,
+    start,
+)
+from plywise.testing.contract.models import (
+    are_finite,
+    assert_close,
+    compute_loss,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+)
 
 STEPS = 5
 
 
-def without(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+def leave_out(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name not in names}
 
 
-def in_parts(run: Run, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
+def run_in_parts(run: Run, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
     """What is seen after each step, its batch cut into parts of these sizes."""
     run.model.eval()  # batch norm sees what is in a part
     found = []
     for number in range(STEPS):
-        x, y = run.data(number)
+        x, y = run.make_data(number)
         run.optimizer.zero_grad()
         for part, labels in zip(x.split(list(sizes)), y.split(list(sizes)), strict=True):
-            (loss_of(run.model, (part, labels)) * len(part) / len(x)).backward()
+            (compute_loss(run.model, (part, labels)) * len(part) / len(x)).backward()
         run.optimizer.step()
-        found.append(run.seen())
+        found.append(run.copy_state())
     run.rule.detach()
     return found
 
@@ -38,21 +52,21 @@ def in_parts(run: Run, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 1, 1, 1), (3, 1)], ids=str)
 def test_micro_batches_are_one_batch(memory_case: Case, kind: str, sizes: tuple[int, ...]) -> None:
-    whole = in_parts(start(memory_case, kind, dtype=torch.float64), (4,))
-    parts = in_parts(start(memory_case, kind, dtype=torch.float64), sizes)
+    whole = run_in_parts(start(memory_case, kind, dtype=torch.float64), (4,))
+    parts = run_in_parts(start(memory_case, kind, dtype=torch.float64), sizes)
     for one, other in zip(parts, whole, strict=True):
         vectors = {
             key for key in other if key.endswith((".vectors", ".basis"))
         }  # as far apart as eigenvalues are close
-        assert_close(without(one, vectors), without(other, vectors), 1e-12)
+        assert_close(leave_out(one, vectors), leave_out(other, vectors), 1e-12)
         assert_close(one, other, 1e-9)
 
 
 def test_an_empty_micro_batch_says_nothing(memory_case: Case) -> None:
-    whole = in_parts(start(memory_case), (4,))
-    parts = in_parts(start(memory_case), (4, 0))
+    whole = run_in_parts(start(memory_case), (4,))
+    parts = run_in_parts(start(memory_case), (4, 0))
     for one, other in zip(parts, whole, strict=True):
-        assert same_bits(one, other)
+        assert have_same_bits(one, other)
 
 
 class Apart(nn.Module):
@@ -78,9 +92,9 @@ def test_a_layer_used_several_times_is_one_layer(memory_case: Case) -> None:
         rule = memory_case.make().attach(model, optimizer)
         for number in range(STEPS):
             optimizer.zero_grad()
-            loss_of(model, batch(dtype=torch.float64, seed=number)).backward()
+            compute_loss(model, make_batch(dtype=torch.float64, seed=number)).backward()
             optimizer.step()
-        results.append({**weights(model), **memory(model, optimizer)})
+        results.append({**copy_weights(model), **copy_memory(model, optimizer)})
         rule.detach()
     assert_close(results[1], results[0], 1e-12)
 
@@ -88,8 +102,8 @@ def test_a_layer_used_several_times_is_one_layer(memory_case: Case) -> None:
 # ---- dtypes -----------------------------------------------------------------------------------------
 
 
-def dtypes(memories: dict[str, Tensor]) -> set[torch.dtype]:
-    return {value.dtype for value in tensors_of(memories).values()}
+def list_dtypes(memories: dict[str, Tensor]) -> set[torch.dtype]:
+    return {value.dtype for value in select_tensors(memories).values()}
 
 
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
@@ -107,10 +121,10 @@ def test_statistics_are_float32_at_least(
     memory_case: Case, kind: str, dtype: torch.dtype, kept: torch.dtype
 ) -> None:
     run = start(memory_case, kind, dtype=dtype, steps=4)
-    found = run.memory()
-    assert dtypes(found) == {kept}
-    assert all_finite(found)
-    assert all(value.dtype == dtype for name, value in weights(run.model).items() if "num_" not in name)
+    found = run.copy_memory()
+    assert list_dtypes(found) == {kept}
+    assert are_finite(found)
+    assert all(value.dtype == dtype for name, value in copy_weights(run.model).items() if "num_" not in name)
     assert not run.rule.health.counts
     run.rule.detach()
 
@@ -129,21 +143,21 @@ def test_the_model_moves_between_steps(
     for number in range(at, at + 4):
         still.step(number)
         moved.step(number)
-    found = moved.memory()
-    assert dtypes(found) == {kept}
+    found = moved.copy_memory()
+    assert list_dtypes(found) == {kept}
     assert not moved.rule.health.counts
-    for name, value in weights(still.model).items():
-        difference = (weights(moved.model)[name].float() - value).abs().max()
+    for name, value in copy_weights(still.model).items():
+        difference = (copy_weights(moved.model)[name].float() - value).abs().max()
         assert difference <= tolerance * value.abs().max(), name
     for run in (still, moved):
         run.rule.detach()
 
 
-def autocast_step(run: Run, number: int, around: str) -> None:
+def step_under_autocast(run: Run, number: int, around: str) -> None:
     """A step with autocast around its forward, its backward too, or all of it."""
     run.optimizer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_of(run.model, run.data(number))
+        loss = compute_loss(run.model, run.make_data(number))
         if around != "forward":
             loss.backward()
         if around == "all":
@@ -160,15 +174,15 @@ def autocast_step(run: Run, number: int, around: str) -> None:
 def test_autocast(memory_case: Case, kind: str, around: str) -> None:
     run, plain = start(memory_case, kind), start(memory_case, kind)
     for number in range(4):
-        autocast_step(run, number, around)
+        step_under_autocast(run, number, around)
         plain.step(number)
-    found = run.memory()
-    assert dtypes(found) == {torch.float32}
-    assert all_finite(found)
+    found = run.copy_memory()
+    assert list_dtypes(found) == {torch.float32}
+    assert are_finite(found)
     assert not run.rule.health.counts
-    for name, value in weights(plain.model).items():
+    for name, value in copy_weights(plain.model).items():
         if value.is_floating_point():
-            assert (weights(run.model)[name] - value).abs().max() <= 0.15 * value.abs().max(), name
+            assert (copy_weights(run.model)[name] - value).abs().max() <= 0.15 * value.abs().max(), name
     for one in (run, plain):
         one.rule.detach()
 
@@ -180,10 +194,10 @@ def test_autocast_leaves_the_rules_own_work_alone(memory_case: Case, around: str
     for where in ("forward", around):
         run = start(memory_case)
         for number in range(4):
-            autocast_step(run, number, where)
-        results.append(run.seen())
+            step_under_autocast(run, number, where)
+        results.append(run.copy_state())
         run.rule.detach()
-    assert same_bits(*results)
+    assert have_same_bits(*results)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
@@ -194,13 +208,13 @@ def test_a_constant_loss_scale_changes_no_direction(memory_case: Case, kind: str
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1000, enabled=scaled)
         for number in range(STEPS):
             run.optimizer.zero_grad()
-            scaler.scale(loss_of(run.model, run.data(number))).backward()
+            scaler.scale(compute_loss(run.model, run.make_data(number))).backward()
             if number % 2:
                 scaler.unscale_(run.optimizer)
                 nn.utils.clip_grad_norm_(run.model.parameters(), 100.0)
             scaler.step(run.optimizer)
             scaler.update()
-        results.append(weights(run.model))
+        results.append(copy_weights(run.model))
         run.rule.detach()
     assert_close(results[1], results[0], 1e-4)
 
@@ -214,21 +228,21 @@ def test_squares_that_overflow_are_not_learned(memory_case: Case, warm: int) -> 
     if not memory_case.remembers_rows:
         pytest.skip("it remembers no squares")
     run = start(memory_case, steps=warm)
-    x, _ = run.data(9)
+    x, _ = run.make_data(9)
     x[0, 0] = 1e25
-    before = run.memory()
+    before = run.copy_memory()
     run.optimizer.zero_grad()
     # a function of layer 0 that such an output does not spoil
     torch.tanh(run.model[0](x) * 1e-25).sum().mul(1e-20).backward()
-    assert all_finite({str(i): p.grad for i, p in enumerate(run.model[0].parameters())})
+    assert are_finite({str(i): p.grad for i, p in enumerate(run.model[0].parameters())})
     run.optimizer.step()
-    assert same_bits(statistics(run.memory(), "0"), statistics(before, "0"))
+    assert have_same_bits(select_statistics(run.copy_memory(), "0"), select_statistics(before, "0"))
     assert run.rule.health.of("0") == {NON_FINITE: 1}
-    assert all_finite(weights(run.model))
+    assert are_finite(copy_weights(run.model))
     for number in range(4):  # and goes on
         run.step(number)
-        assert all_finite(run.seen())
-    assert not same_bits(statistics(run.memory(), "0"), statistics(before, "0"))
+        assert are_finite(run.copy_state())
+    assert not have_same_bits(select_statistics(run.copy_memory(), "0"), select_statistics(before, "0"))
     run.rule.detach()
 
 
@@ -247,18 +261,21 @@ def test_a_layer_that_rests(memory_case: Case) -> None:
     rule = memory_case.make().attach(model, optimizer)
     used: set[str] = set()
     for number, which in enumerate(["a", "b", "ab", "b", "a", "a", "ab", "b", "b", "ab"]):
-        before = memory(model, optimizer)
+        before = copy_memory(model, optimizer)
         optimizer.zero_grad(set_to_none=number % 3 > 0)
-        x, y = batch(seed=number)
+        x, y = make_batch(seed=number)
         F.cross_entropy(model(x, which), y).backward()
         optimizer.step()
-        after = memory(model, optimizer)
+        after = copy_memory(model, optimizer)
         used |= {*which}
         for layer in "ab":
             if layer not in which:
-                assert same_bits(of_layer(before, layer), of_layer(after, layer)), (number, layer)
-            assert bool(of_layer(after, layer)) == (layer in used)
-        assert all_finite(after)
+                assert have_same_bits(select_layer(before, layer), select_layer(after, layer)), (
+                    number,
+                    layer,
+                )
+            assert bool(select_layer(after, layer)) == (layer in used)
+        assert are_finite(after)
     assert not rule.health.counts
     rule.detach()
 
@@ -274,10 +291,10 @@ def test_nothing_to_learn_from(memory_case: Case, what: str) -> None:
     run = start(memory_case, steps=3)
     for number in range(3):
         run.optimizer.zero_grad()
-        LOSSES[what](run.model, run.data(number)[0]).backward()
+        LOSSES[what](run.model, run.make_data(number)[0]).backward()
         run.optimizer.step()
-        assert all_finite(run.seen())
+        assert are_finite(run.copy_state())
     run.step(4)
-    assert all_finite(run.seen())
+    assert are_finite(run.copy_state())
     assert not run.rule.health.counts
     run.rule.detach()

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from plywise import Rule
 from plywise.testing.cases import Case
-from plywise.testing.contract.memories import Run, flat, layers_of, start
+from plywise.testing.contract.memories import Run, flatten_memory, list_layers, start
 from plywise.testing.contract.memory_ddp_worker import (
     DEEP,
     SAVED,
     STEPS,
     TRACES,
-    branched,
-    half,
     main,
+    run_branched,
     run_script,
-    shared_out,
-    stacked,
+    run_shared_out,
+    stack_steps,
+    take_half,
 )
-from plywise.testing.contract.models import all_finite, assert_close, loss_of, same_bits
-from plywise.testing.processes import two_ranks
+from plywise.testing.contract.models import are_finite, assert_close, compute_loss, have_same_bits
+from plywise.testing.processes import run_two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.sends_rule]
 TOLERANCE = 1e-6
@@ -34,7 +34,7 @@ TOLERANCE = 1e-6
 Seen = dict[str, Tensor]
 
 
-def rules_with_memory(cases: list[Case]) -> dict[str, Rule]:
+def select_rules_with_memory(cases: list[Case]) -> dict[str, Rule]:
     made = {case.name: case.make() for case in cases}
     return {name: rule for name, rule in made.items() if rule.remembers}
 
@@ -42,7 +42,7 @@ def rules_with_memory(cases: list[Case]) -> dict[str, Rule]:
 @pytest.fixture(scope="module")
 def ranks(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two processes saw; one pair of processes runs all rules."""
-    return two_ranks(main, tmp_path_factory.mktemp("memory-ddp"), rules_with_memory(cases))
+    return run_two_ranks(main, tmp_path_factory.mktemp("memory-ddp"), select_rules_with_memory(cases))
 
 
 @pytest.fixture
@@ -51,31 +51,31 @@ def pair(memory_case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]
     return [seen[memory_case.name] for seen in ranks]
 
 
-def whole_run(case: Case, kind: str, seed: int = 1) -> Run:
+def start_whole(case: Case, kind: str, seed: int = 1) -> Run:
     """The run in one process."""
     run = start(case, kind, seed, torch.float64)
     run.model.eval()
     return run
 
 
-def whole(case: Case, kind: str) -> Seen:
+def run_whole(case: Case, kind: str) -> Seen:
     """What is seen of it after each step."""
-    run, found = whole_run(case, kind), []
+    run, found = start_whole(case, kind), []
     for number in range(STEPS):
         run.step(number)
-        found.append(run.seen())
+        found.append(run.copy_state())
     run.rule.detach()
-    return stacked(found)
+    return stack_steps(found)
 
 
-def last(seen: Seen) -> Seen:
+def take_last(seen: Seen) -> Seen:
     return {name: values[-1] for name, values in seen.items()}
 
 
 def assert_same_run(one: Seen, two: Seen, expected: Seen) -> None:
     """Both replicas saw the same, and one process as good as the same."""
-    assert same_bits(one, two)
-    assert all_finite(one)
+    assert have_same_bits(one, two)
+    assert are_finite(one)
     assert_close(one, expected, TOLERANCE)
 
 
@@ -85,7 +85,7 @@ def assert_same_run(one: Seen, two: Seen, expected: Seen) -> None:
 @pytest.mark.parametrize(("kind", "way"), TRACES)
 def test_two_halves_are_one_whole(memory_case: Case, pair: list[dict[str, Any]], kind: str, way: str) -> None:
     one, two = (seen["traces"][f"{kind} {way}"] for seen in pair)
-    assert_same_run(one, two, whole(memory_case, kind))
+    assert_same_run(one, two, run_whole(memory_case, kind))
 
 
 def test_gradients_averaged_by_hand_are_those_of_ddp(pair: list[dict[str, Any]]) -> None:
@@ -95,38 +95,40 @@ def test_gradients_averaged_by_hand_are_those_of_ddp(pair: list[dict[str, Any]])
 
 def test_either_process_goes_on_from_what_the_other_saved(pair: list[dict[str, Any]]) -> None:
     for seen in pair:
-        assert same_bits(seen["resumed"]["end"], last(seen["traces"]["mixed attach, wrap"]))
+        assert have_same_bits(seen["resumed"]["end"], take_last(seen["traces"]["mixed attach, wrap"]))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_goes_on_from_what_either_saved(
     memory_case: Case, pair: list[dict[str, Any]], rank: int
 ) -> None:
-    run, seen = whole_run(memory_case, "mixed", seed=100), pair[rank]["resumed"]
+    run, seen = start_whole(memory_case, "mixed", seed=100), pair[rank]["resumed"]
     run.model.load_state_dict(seen["saved"]["model"])
     run.optimizer.load_state_dict(seen["saved"]["optimizer"])
     for number in range(SAVED, STEPS):
         run.step(number)
-    assert_close(run.seen(), seen["end"], TOLERANCE)
+    assert_close(run.copy_state(), seen["end"], TOLERANCE)
     run.rule.detach()
 
 
 def test_micro_batches_without_sync(memory_case: Case, pair: list[dict[str, Any]]) -> None:
     one, two = (seen["micro-batches"] for seen in pair)
-    assert_same_run(one, two, whole(memory_case, "mixed"))
+    assert_same_run(one, two, run_whole(memory_case, "mixed"))
 
 
 def test_a_layer_that_rests_on_one_process(memory_case: Case, pair: list[dict[str, Any]]) -> None:
     one, two = (seen["branched"] for seen in pair)
-    assert_same_run(one, two, branched(memory_case.make(), whole=True))
+    assert_same_run(one, two, run_branched(memory_case.make(), whole=True))
 
 
 def test_nan_on_one_process_is_skipped_by_both(memory_case: Case, pair: list[dict[str, Any]]) -> None:
     one, two = (seen["poisoned"] for seen in pair)
     for seen in (one, two):
         assert seen["skipped"] == 1
-        assert same_bits(seen["after"], seen["before"])
-    assert_same_run(one["end"], two["end"], last(whole(memory_case, "mlp")))  # of which it never happened
+        assert have_same_bits(seen["after"], seen["before"])
+    assert_same_run(
+        one["end"], two["end"], take_last(run_whole(memory_case, "mlp"))
+    )  # of which it never happened
 
 
 @pytest.mark.parametrize("how", ["alone", "a group of its own"])
@@ -140,12 +142,12 @@ def test_each_process_for_itself(memory_case: Case, pair: list[dict[str, Any]], 
             )
         else:
             assert not seen["warnings"]
-        run = whole_run(memory_case, "mlp")
+        run = start_whole(memory_case, "mlp")
         for number in range(STEPS):
             run.optimizer.zero_grad()
-            loss_of(run.model, half(run.data(number), rank)).backward()
+            compute_loss(run.model, take_half(run.make_data(number), rank)).backward()
             run.optimizer.step()
-        assert_close(seen["end"], run.seen(), 1e-12)
+        assert_close(seen["end"], run.copy_state(), 1e-12)
         run.rule.detach()
 
 
@@ -154,7 +156,7 @@ def test_each_process_for_itself(memory_case: Case, pair: list[dict[str, Any]], 
 
 def test_the_work_is_shared_out(ranks: list[dict[str, Any]]) -> None:
     one, two = (seen["shared out"] for seen in ranks)
-    expected = shared_out(whole=True)
+    expected = run_shared_out(whole=True)
     assert_same_run(one["seen"], two["seen"], expected["seen"])
     for mine, its, all_of_it in zip(*(x["refreshed"] for x in (one, two, expected)), strict=True):
         assert sorted(mine + its) == all_of_it  # none left out, none done twice
@@ -203,19 +205,19 @@ dist.destroy_process_group()
 def script_ranks(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes of a script saw; one run for all rules."""
     folder: Path = tmp_path_factory.mktemp("script")
-    (folder / "rules").write_bytes(pickle.dumps(rules_with_memory(cases)))
+    (folder / "rules").write_bytes(pickle.dumps(select_rules_with_memory(cases)))
     (folder / "train.py").write_text(SCRIPT)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    return two_ranks(run_script, folder, port)
+    return run_two_ranks(run_script, folder, port)
 
 
 def test_a_script_for_torchrun(memory_case: Case, script_ranks: list[dict[str, Any]]) -> None:
     one, two = (seen[memory_case.name] for seen in script_ranks)
     assert one["losses"] != two["losses"]  # each had rows of its own
-    assert same_bits(one["model"], two["model"])
-    assert same_bits(flat(one["state"]), flat(two["state"]))
-    assert all_finite(one["model"])
-    found = flat(one["state"])
-    assert layers_of(found) == {"0", "2", "4"}
+    assert have_same_bits(one["model"], two["model"])
+    assert have_same_bits(flatten_memory(one["state"]), flatten_memory(two["state"]))
+    assert are_finite(one["model"])
+    found = flatten_memory(one["state"])
+    assert list_layers(found) == {"0", "2", "4"}
     assert [int(value) for name, value in found.items() if name.endswith("/step")] == [5]

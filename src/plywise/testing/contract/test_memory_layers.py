@@ -9,8 +9,24 @@ from torch.optim import SGD
 
 from plywise import AttachError, PlywiseError
 from plywise.testing.cases import Case
-from plywise.testing.contract.memories import ROWS, Run, layers_of, memory, of_layer, start, statistics
-from plywise.testing.contract.models import all_finite, backward, batch, loss_of, mlp, same_bits, weights
+from plywise.testing.contract.memories import (
+    ROWS,
+    Run,
+    copy_memory,
+    list_layers,
+    select_layer,
+    select_statistics,
+    start,
+)
+from plywise.testing.contract.models import (
+    are_finite,
+    compute_gradients,
+    compute_loss,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_mlp,
+)
 from plywise.testing.contract.structures import STRUCTURES
 
 
@@ -33,15 +49,17 @@ def test_a_bias_frozen_and_thawed(memory_case: Case, first: int, with_pending: b
         run.backward(number)
         run.optimizer.step()
         other.step(number)
-        assert all_finite(run.seen())
+        assert are_finite(run.copy_state())
         assert torch.equal(run.model[2].bias, bias) == (number < first + 3)
         if number == first and first:
             for layer in "04":
-                mine, its = (statistics(one.memory(), layer) for one in (run, other))
-                assert same_bits(mine, its), layer
+                mine, its = (select_statistics(one.copy_memory(), layer) for one in (run, other))
+                assert have_same_bits(mine, its), layer
             if memory_case.remembers_rows:
-                assert not same_bits(*(statistics(one.memory(), "2") for one in (run, other)))
-    width = {value.shape[-1] for key, value in run.memory().items() if key.endswith("/2/input")}
+                assert not have_same_bits(
+                    *(select_statistics(one.copy_memory(), "2") for one in (run, other))
+                )
+    width = {value.shape[-1] for key, value in run.copy_memory().items() if key.endswith("/2/input")}
     assert width <= {9}
     assert not run.rule.health.counts
 
@@ -60,8 +78,8 @@ def test_a_frozen_bias_is_a_layer_without_one(memory_case: Case) -> None:
     for number in range(6):
         run.step(number)
         bare.step(number)
-    assert same_bits(run.memory(), bare.memory())
-    for name, value in weights(bare.model).items():
+    assert have_same_bits(run.copy_memory(), bare.copy_memory())
+    for name, value in copy_weights(bare.model).items():
         assert torch.equal(run.model.get_parameter(name), value), name
 
 
@@ -77,12 +95,12 @@ def test_a_layer_frozen_and_thawed(memory_case: Case, attached: str) -> None:
         if number < 3:
             for parameter in run.model[2].parameters():
                 parameter.grad = None
-        before = weights(run.model)
+        before = copy_weights(run.model)
         run.step(number)
-        moved = not torch.equal(weights(run.model)["2.weight"], before["2.weight"])
+        moved = not torch.equal(copy_weights(run.model)["2.weight"], before["2.weight"])
         assert moved == (number >= 3)
-        assert bool(of_layer(run.memory(), "2")) == (number >= 3), number
-        assert all_finite(run.seen())
+        assert bool(select_layer(run.copy_memory(), "2")) == (number >= 3), number
+        assert are_finite(run.copy_state())
     assert not run.rule.health.counts
 
 
@@ -94,15 +112,15 @@ def test_a_weight_frozen_beside_a_bias_that_trains(memory_case: Case, steps: int
         pytest.skip("the layer above sends other values down than the plain gradient")
     run.model[2].weight.requires_grad_(False)
     run.model[2].weight.grad = None
-    kept = of_layer(run.memory(), "2")
-    plain = mlp()
+    kept = select_layer(run.copy_memory(), "2")
+    plain = make_mlp()
     for number in range(steps, steps + 4):
         plain.load_state_dict(run.model.state_dict())
-        expected = backward(plain, run.data(number))["2.bias"]
+        expected = compute_gradients(plain, run.make_data(number))["2.bias"]
         run.step(number)
         assert torch.allclose(run.model[2].bias.grad, expected, rtol=1e-5, atol=1e-6), number
-        assert same_bits(of_layer(run.memory(), "2"), kept)
-        assert all_finite(run.seen())
+        assert have_same_bits(select_layer(run.copy_memory(), "2"), kept)
+        assert are_finite(run.copy_state())
 
 
 def test_a_replaced_weight_is_named(memory_case: Case) -> None:
@@ -115,7 +133,7 @@ def test_a_replaced_weight_is_named(memory_case: Case) -> None:
     run.rule.attach(run.model, run.optimizer)
     for number in range(3):
         run.step(number)
-    assert all_finite(run.seen())
+    assert are_finite(run.copy_state())
 
 
 def test_one_replaced_weight_is_named(memory_case: Case) -> None:
@@ -127,14 +145,14 @@ def test_one_replaced_weight_is_named(memory_case: Case) -> None:
 
 def test_a_replaced_weight_between_backward_and_step(memory_case: Case) -> None:
     run = start(memory_case, steps=2)
-    before = run.memory()
+    before = run.copy_memory()
     run.backward(2)
     weight = run.model[2].weight
     run.model[2].weight = nn.Parameter(weight.detach().clone())
     with pytest.raises(AttachError, match="weight of layer '2' is not the parameter"):
         run.optimizer.step()
     run.model[2].weight = weight
-    assert same_bits(run.memory(), before)
+    assert have_same_bits(run.copy_memory(), before)
 
 
 def test_tied_weights_have_a_statistic_for_each_use_or_are_left_alone(memory_case: Case) -> None:
@@ -142,9 +160,9 @@ def test_tied_weights_have_a_statistic_for_each_use_or_are_left_alone(memory_cas
     model, plain = structure.build(), structure.build()
     optimizer = SGD(model.parameters(), lr=0.05)
     rule = memory_case.make().attach(model, optimizer)
-    if structure.refused_by(rule):
+    if structure.is_refused(rule):
         with pytest.raises(PlywiseError, match="would get a wrong gradient"):
-            structure.loss(model).backward()
+            structure.compute_loss(model).backward()
         return
     rows = [row for row in rule.explain().rows if row.name in "ab"]
     assert rows
@@ -156,14 +174,14 @@ def test_tied_weights_have_a_statistic_for_each_use_or_are_left_alone(memory_cas
     for _ in range(4):
         plain.load_state_dict(model.state_dict())
         plain.zero_grad()
-        structure.loss(plain).backward()
+        structure.compute_loss(plain).backward()
         optimizer.zero_grad()
-        structure.loss(model).backward()
+        structure.compute_loss(model).backward()
         optimizer.step()
         is_plain = torch.allclose(model.a.weight.grad, plain.a.weight.grad, rtol=1e-5, atol=1e-7)
         assert is_plain is rule.takes_unshared_only
     tied = set() if rule.takes_unshared_only else {"a", "a[b]"}
-    assert layers_of(memory(model, optimizer)) == {"head", *tied}
+    assert list_layers(copy_memory(model, optimizer)) == {"head", *tied}
 
 
 def test_weights_tied_while_attached_are_named(memory_case: Case) -> None:
@@ -198,10 +216,10 @@ def test_lazy_layers_learn_from_the_first_step(memory_case: Case) -> None:
     for number in range(5):
         for run in runs:
             run.optimizer.zero_grad()
-            loss_of(run.model, batch((6,), ROWS, seed=number)).backward()
+            compute_loss(run.model, make_batch((6,), ROWS, seed=number)).backward()
             run.optimizer.step()
-    assert same_bits(runs[1].seen(), runs[0].seen())
-    assert of_layer(runs[1].memory(), "one")
+    assert have_same_bits(runs[1].copy_state(), runs[0].copy_state())
+    assert select_layer(runs[1].copy_memory(), "one")
 
 
 def test_a_computed_bias_is_learned_without_its_column(memory_case: Case) -> None:
@@ -218,5 +236,5 @@ def test_a_computed_bias_is_learned_without_its_column(memory_case: Case) -> Non
     run.rule.attach(run.model, run.optimizer)
     for number in range(5):
         run.step(number)
-        assert all_finite(run.seen())
+        assert are_finite(run.copy_state())
     assert not run.rule.health.counts

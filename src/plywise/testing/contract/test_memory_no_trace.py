@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from plywise.engine.health import SKIPPED
 from plywise.testing.cases import Case
 from plywise.testing.contract import test_no_trace as plain
-from plywise.testing.contract.memories import Data, Run, buffers_kept, memory, of_layer, start
-from plywise.testing.contract.models import batch, loss_of, same_bits, weights
+from plywise.testing.contract.memories import Data, Run, copy_memory, keep_buffers, select_layer, start
+from plywise.testing.contract.models import compute_loss, copy_weights, have_same_bits, make_batch
 from plywise.testing.contract.test_checkpoint import CALLS, Deep
 
 Disturbance = Callable[[Run, Data], None]
 
 
-def on_model(disturb: Callable[[nn.Module, Data], None]) -> Disturbance:
+def disturb_model(disturb: Callable[[nn.Module, Data], None]) -> Disturbance:
     def disturbance(run: Run, data: Data) -> None:
         disturb(run.model, data)
 
@@ -27,20 +27,20 @@ def on_model(disturb: Callable[[nn.Module, Data], None]) -> Disturbance:
 
 
 def backward_then_grad_none(run: Run, data: Data) -> None:
-    loss_of(run.model, data).backward()
+    compute_loss(run.model, data).backward()
     for parameter in run.model.parameters():
         parameter.grad = None
 
 
 def backward_then_the_optimizers_zero_grad(run: Run, data: Data) -> None:
     for set_to_none in (True, False):
-        loss_of(run.model, data).backward()
+        compute_loss(run.model, data).backward()
         run.optimizer.zero_grad(set_to_none)
 
 
 def some_micro_batches_then_zero_grad(run: Run, data: Data) -> None:
     for _ in range(3):
-        loss_of(run.model, data).backward()
+        compute_loss(run.model, data).backward()
     run.optimizer.zero_grad()
 
 
@@ -51,7 +51,7 @@ def step_without_backward(run: Run, data: Data) -> None:
 
 def step_skipped_for_a_nan(run: Run, data: Data) -> None:
     run.optimizer.zero_grad()
-    loss_of(run.model, (data[0] * float("nan"), data[1])).backward()
+    compute_loss(run.model, (data[0] * float("nan"), data[1])).backward()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         run.optimizer.step()
@@ -60,7 +60,7 @@ def step_skipped_for_a_nan(run: Run, data: Data) -> None:
 
 def step_skipped_for_an_infinity_in_one_layer(run: Run, data: Data) -> None:
     run.optimizer.zero_grad()
-    loss_of(run.model, data).backward()
+    compute_loss(run.model, data).backward()
     next(run.model.parameters()).grad.view(-1)[0] = float("inf")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -70,7 +70,7 @@ def step_skipped_for_an_infinity_in_one_layer(run: Run, data: Data) -> None:
 
 def step_that_an_earlier_hook_stops(run: Run, data: Data) -> None:
     run.optimizer.zero_grad()
-    loss_of(run.model, data).backward()
+    compute_loss(run.model, data).backward()
     handle = run.optimizer.register_step_pre_hook(plain.raise_break)
     # as if registered before the rule's: one registered after it comes when the statistics are learned
     run.optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)
@@ -83,7 +83,7 @@ def step_that_an_earlier_hook_stops(run: Run, data: Data) -> None:
 def closure_that_raises(run: Run, data: Data) -> None:
     def closure() -> Tensor:
         run.optimizer.zero_grad()
-        loss_of(run.model, data).backward()
+        compute_loss(run.model, data).backward()
         raise plain.BreakError
 
     with pytest.raises(plain.BreakError):
@@ -98,7 +98,7 @@ def looking(run: Run, data: Data) -> None:
 
 
 BETWEEN_STEPS: list[Disturbance] = [
-    *map(on_model, plain.DISTURBANCES),
+    *map(disturb_model, plain.DISTURBANCES),
     backward_then_grad_none,
     backward_then_the_optimizers_zero_grad,
     some_micro_batches_then_zero_grad,
@@ -111,30 +111,30 @@ BETWEEN_STEPS: list[Disturbance] = [
 ]
 # these leave the gradients alone
 BEFORE_THE_STEP = [
-    on_model(plain.no_grad),
-    on_model(plain.eval_forward),
-    on_model(plain.discarded_graph),
-    on_model(plain.exception_in_forward),
-    on_model(plain.gradient_of_the_input_only),
-    on_model(plain.gradient_without_accumulation),
+    disturb_model(plain.no_grad),
+    disturb_model(plain.eval_forward),
+    disturb_model(plain.discarded_graph),
+    disturb_model(plain.exception_in_forward),
+    disturb_model(plain.gradient_of_the_input_only),
+    disturb_model(plain.gradient_without_accumulation),
     looking,
 ]
 
 
-def history(case: Case, between: Disturbance | None, before_step: Disturbance | None) -> list[dict]:
+def record_history(case: Case, between: Disturbance | None, before_step: Disturbance | None) -> list[dict]:
     """Weights and memories after each of four steps, disturbed or not."""
     run, found = start(case, "mixed"), []
     for number in range(4):
         if between is not None:
-            with buffers_kept(run.model):
-                between(run, batch(run.shape, seed=10 + number))
+            with keep_buffers(run.model):
+                between(run, make_batch(run.shape, seed=10 + number))
         run.optimizer.zero_grad()
         run.backward(number)
         if before_step is not None:
-            with buffers_kept(run.model):
-                before_step(run, batch(run.shape, seed=20 + number))
+            with keep_buffers(run.model):
+                before_step(run, make_batch(run.shape, seed=20 + number))
         run.optimizer.step()
-        found.append(run.seen())
+        found.append(run.copy_state())
     skips = between in (step_skipped_for_a_nan, step_skipped_for_an_infinity_in_one_layer)
     assert run.rule.health.total(SKIPPED) == (4 if skips else 0)
     run.rule.detach()
@@ -148,15 +148,15 @@ def undisturbed() -> dict[str, list[dict]]:
 
 def check(case: Case, undisturbed: dict[str, list[dict]], found: list[dict]) -> None:
     if case.name not in undisturbed:
-        undisturbed[case.name] = history(case, None, None)
+        undisturbed[case.name] = record_history(case, None, None)
     for step, (one, other) in enumerate(zip(undisturbed[case.name], found, strict=True)):
-        assert same_bits(one, other), step
+        assert have_same_bits(one, other), step
 
 
 @pytest.mark.one_of_family
 @pytest.mark.parametrize("disturb", BETWEEN_STEPS, ids=lambda f: f.__name__)
 def test_between_steps(memory_case: Case, undisturbed: dict[str, list[dict]], disturb: Disturbance) -> None:
-    check(memory_case, undisturbed, history(memory_case, disturb, None))
+    check(memory_case, undisturbed, record_history(memory_case, disturb, None))
 
 
 @pytest.mark.one_of_family
@@ -164,7 +164,7 @@ def test_between_steps(memory_case: Case, undisturbed: dict[str, list[dict]], di
 def test_between_backward_and_step(
     memory_case: Case, undisturbed: dict[str, list[dict]], disturb: Disturbance
 ) -> None:
-    check(memory_case, undisturbed, history(memory_case, None, disturb))
+    check(memory_case, undisturbed, record_history(memory_case, None, disturb))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
@@ -173,14 +173,14 @@ def test_every_step_that_happened_is_remembered(memory_case: Case, kind: str) ->
     run = start(memory_case, kind)
     handled = [row.name for row in run.rule.explain().rows if row.handled]
     for number in range(6):
-        before = run.memory()
+        before = run.copy_memory()
         run.step(number)
-        after = run.memory()
+        after = run.copy_memory()
         for layer in handled:
-            assert of_layer(after, layer), layer
+            assert select_layer(after, layer), layer
         assert all(torch.isfinite(value).all() for value in after.values())
         if number % run.rule.stats_every == 0:
-            assert not same_bits(before, after)
+            assert not have_same_bits(before, after)
     assert not run.rule.health.counts
 
 
@@ -193,13 +193,13 @@ def test_recomputation_counts_once(memory_case: Case, how: str | None) -> None:
         for number in range(4):
             torch.manual_seed(number)
             optimizer.zero_grad()
-            loss_of(model, batch(seed=number)).backward()
+            compute_loss(model, make_batch(seed=number)).backward()
             optimizer.step()
-        found = {**weights(model), **memory(model, optimizer)}
+        found = {**copy_weights(model), **copy_memory(model, optimizer)}
         rule.detach()
         return found
 
-    assert same_bits(trained(how), trained(None))
+    assert have_same_bits(trained(how), trained(None))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -215,15 +215,15 @@ def test_a_grad_scaler_that_skips(memory_case: Case, fused: bool) -> None:
         for number in range(4):
             for factor in (float("inf"), 1.0) if number in overflows else (1.0,):
                 run.optimizer.zero_grad()
-                scaler.scale(loss_of(run.model, run.data(number)) * factor).backward()
+                scaler.scale(compute_loss(run.model, run.make_data(number)) * factor).backward()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RuntimeWarning)  # fused: skipped by the guard
                     scaler.step(run.optimizer)
                 scaler.update()
-            results.append(run.seen())
+            results.append(run.copy_state())
         run.rule.detach()
     for one, other in zip(results[:4], results[4:], strict=True):
-        assert same_bits(one, other)
+        assert have_same_bits(one, other)
 
 
 def test_gradients_thrown_away_between_micro_batches(memory_case: Case) -> None:
@@ -237,5 +237,5 @@ def test_gradients_thrown_away_between_micro_batches(memory_case: Case) -> None:
             run.model.zero_grad(set_to_none)
         run.backward(3)
         run.optimizer.step()
-        results.append(run.seen())
-    assert same_bits(*results)
+        results.append(run.copy_state())
+    assert have_same_bits(*results)

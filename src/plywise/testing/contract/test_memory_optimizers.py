@@ -14,33 +14,33 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from plywise import AttachError, PlywiseError, Rule
 from plywise.engine.health import SKIPPED
 from plywise.testing.cases import Case
-from plywise.testing.contract.memories import ROWS, Run, layers_of, memory, of_layer, start
+from plywise.testing.contract.memories import ROWS, Run, copy_memory, list_layers, select_layer, start
 from plywise.testing.contract.models import (
-    all_finite,
-    backward,
-    batch,
-    grads,
-    loss_of,
-    mlp,
-    same_bits,
-    weights,
+    are_finite,
+    compute_gradients,
+    compute_loss,
+    copy_gradients,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_mlp,
 )
-from plywise.testing.contract.test_unmodified import hooks
+from plywise.testing.contract.test_unmodified import list_hooks
 
 
 def test_memory_needs_the_optimizer(memory_case: Case) -> None:
-    model, rule = mlp(), memory_case.make()
+    model, rule = make_mlp(), memory_case.make()
     name = type(rule).__name__
     with pytest.raises(AttachError, match=rf"{name} keeps a running statistic.*attach\(model, optimizer\)"):
         rule.attach(model)
-    assert hooks(model) == []
+    assert list_hooks(model) == []
     rule.attach(model, SGD(model.parameters(), lr=0.1))
 
 
 def test_the_first_backward_is_backpropagation(memory_case: Case) -> None:
     run = start(memory_case, "mixed")
     plain = start(Case("plain", _Nothing), "mixed")
-    found, expected = (backward(one.model, one.data(0)) for one in (run, plain))
+    found, expected = (compute_gradients(one.model, one.make_data(0)) for one in (run, plain))
     for name, value in found.items():
         assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
 
@@ -55,7 +55,7 @@ class _Nothing:
 def with_closure(run: Run, number: int, by_keyword: bool) -> None:
     def closure() -> Tensor:
         run.optimizer.zero_grad()
-        loss = loss_of(run.model, run.data(number))
+        loss = compute_loss(run.model, run.make_data(number))
         loss.backward()
         return loss
 
@@ -70,17 +70,17 @@ def with_closure(run: Run, number: int, by_keyword: bool) -> None:
 def test_a_closure_is_backward_and_step(memory_case: Case, make: type[Optimizer], by_keyword: bool) -> None:
     ends = []
     for closed in (False, True):
-        run = other_optimizer(start(memory_case), lambda p: make(p, lr=0.02))
+        run = use_optimizer(start(memory_case), lambda p: make(p, lr=0.02))
         for number in range(4):
             if closed:
                 with_closure(run, number, by_keyword)
             else:
                 run.step(number)
-        ends.append(run.seen())
-    assert same_bits(*ends)
+        ends.append(run.copy_state())
+    assert have_same_bits(*ends)
 
 
-def other_optimizer(run: Run, make: Callable[[Any], Optimizer]) -> Run:
+def use_optimizer(run: Run, make: Callable[[Any], Optimizer]) -> Run:
     """The same run under another optimizer, from the start."""
     run.rule.detach()
     run.optimizer = make(run.model.parameters())
@@ -93,12 +93,12 @@ def test_lbfgs(memory_case: Case, search: str | None) -> None:
     # it evaluates its closure many times a step: the last evaluation is what the step learns
     if memory_case.make().turns_steps:
         pytest.skip("refused by name: see tests/rules/test_coordinates.py")
-    run = other_optimizer(start(memory_case), lambda p: LBFGS(p, lr=0.1, max_iter=3, line_search_fn=search))
-    before = loss_of(run.model, run.data(0)).item()
+    run = use_optimizer(start(memory_case), lambda p: LBFGS(p, lr=0.1, max_iter=3, line_search_fn=search))
+    before = compute_loss(run.model, run.make_data(0)).item()
     for _ in range(4):
         with_closure(run, 0, by_keyword=False)
-        assert all_finite(run.seen())
-    assert loss_of(run.model, run.data(0)).item() < before
+        assert are_finite(run.copy_state())
+    assert compute_loss(run.model, run.make_data(0)).item() < before
     assert not run.rule.health.counts
 
 
@@ -120,20 +120,20 @@ def test_a_users_hook_before_ours_changes_what_we_get(memory_case: Case) -> None
             if not hooked:
                 halve()
             run.optimizer.step()
-        ends.append(run.seen())
-    assert same_bits(*ends)
+        ends.append(run.copy_state())
+    assert have_same_bits(*ends)
 
 
 def test_a_users_hook_after_ours_sees_the_move(memory_case: Case) -> None:
     run, seen = start(memory_case), {}
     if run.rule.turns_steps:
         pytest.skip("the gradient is one in other coordinates, and so is the optimizer's own step")
-    run = other_optimizer(run, lambda p: SGD(p, lr=0.5))
-    run.optimizer.register_step_pre_hook(lambda *_: seen.update(grads(run.model)))
+    run = use_optimizer(run, lambda p: SGD(p, lr=0.5))
+    run.optimizer.register_step_pre_hook(lambda *_: seen.update(copy_gradients(run.model)))
     for number in range(4):
-        before = weights(run.model)
+        before = copy_weights(run.model)
         run.step(number)
-        for name, value in weights(run.model).items():
+        for name, value in copy_weights(run.model).items():
             assert torch.allclose(value, before[name] - 0.5 * seen[name], rtol=1e-6, atol=1e-7), name
 
 
@@ -147,10 +147,10 @@ def test_every_implementation_of_an_optimizer(memory_case: Case, kind: str) -> N
     make = {"adamw-fused": lambda p: AdamW(p, lr=0.01)}.get(kind, lambda p: SGD(p, lr=0.05, momentum=0.9))
     ends = []
     for one in (plain[kind], make):
-        run = other_optimizer(start(memory_case), one)
+        run = use_optimizer(start(memory_case), one)
         for number in range(4):
             run.step(number)
-        ends.append(weights(run.model))
+        ends.append(copy_weights(run.model))
     for name, value in ends[0].items():
         assert torch.allclose(value, ends[1][name], rtol=1e-3, atol=1e-4), name
 
@@ -169,8 +169,8 @@ def test_groups_and_a_scheduler(memory_case: Case) -> None:
         for number in range(5):
             run.step(number)
             scheduler.step()
-        ends.append(run.seen())
-    assert same_bits(*ends)
+        ends.append(run.copy_state())
+    assert have_same_bits(*ends)
 
 
 def test_an_optimizer_of_some_layers(memory_case: Case) -> None:
@@ -179,7 +179,7 @@ def test_an_optimizer_of_some_layers(memory_case: Case) -> None:
     run.rule.detach()
     run.optimizer = SGD(run.model[2:].parameters(), lr=0.05)
     run.rule.attach(run.model, run.optimizer)
-    plain = mlp()
+    plain = make_mlp()
     if run.rule.alters_backward:
         with pytest.raises(PlywiseError, match=r"'0.* would get a wrong gradient"):
             run.backward(0)
@@ -189,18 +189,18 @@ def test_an_optimizer_of_some_layers(memory_case: Case) -> None:
         run.optimizer.zero_grad()
         run.model.zero_grad()
         run.backward(number)
-        expected = backward(plain, run.data(number))["0.weight"]
+        expected = compute_gradients(plain, run.make_data(number))["0.weight"]
         run.optimizer.step()
         assert torch.allclose(run.model[0].weight.grad, expected, rtol=1e-5, atol=1e-6)
-        assert not of_layer(run.memory(), "0")
-        assert of_layer(run.memory(), "2")
-        assert all_finite(run.seen())
-    before = weights(run.model)
+        assert not select_layer(run.copy_memory(), "0")
+        assert select_layer(run.copy_memory(), "2")
+        assert are_finite(run.copy_state())
+    before = copy_weights(run.model)
     run.optimizer.add_param_group({"params": run.model[0].parameters(), "lr": 0.01})
     for number in range(4, 8):
         run.step(number)
-        assert all_finite(run.seen())
-    assert of_layer(run.memory(), "0")
+        assert are_finite(run.copy_state())
+    assert select_layer(run.copy_memory(), "0")
     assert not torch.equal(run.model[0].weight, before["0.weight"])
     assert not run.rule.health.counts
 
@@ -221,27 +221,31 @@ def test_two_optimizers_with_a_rule_each(memory_case: Case) -> None:
         apart.backward(number)
         lower.step()
         upper.step()
-        assert all_finite(
-            {**weights(apart.model), **memory(apart.model, lower), **memory(apart.model, upper)}
+        assert are_finite(
+            {
+                **copy_weights(apart.model),
+                **copy_memory(apart.model, lower),
+                **copy_memory(apart.model, upper),
+            }
         )
     if together.rule.refresh_every == 1:  # else layers take turns, and the turn depends on the others
-        assert same_bits(weights(apart.model), weights(together.model))
-    assert layers_of(memory(apart.model, lower)) == {"0"}
-    assert layers_of(memory(apart.model, upper)) == {"2", "4"}
+        assert have_same_bits(copy_weights(apart.model), copy_weights(together.model))
+    assert list_layers(copy_memory(apart.model, lower)) == {"0"}
+    assert list_layers(copy_memory(apart.model, upper)) == {"2", "4"}
 
 
 def test_a_layer_may_be_stepped_without_the_rules_others(memory_case: Case) -> None:
     # gradients of some layers are thrown away by hand: they do not learn in that step
     run = start(memory_case, steps=3)
     for number in range(3, 7):
-        before = run.memory()
+        before = run.copy_memory()
         run.optimizer.zero_grad()
         run.backward(number)
         for parameter in run.model[2].parameters():
             parameter.grad = None
-        held = weights(run.model)["2.weight"]
+        held = copy_weights(run.model)["2.weight"]
         run.optimizer.step()
-        assert same_bits(of_layer(run.memory(), "2"), of_layer(before, "2"))
+        assert have_same_bits(select_layer(run.copy_memory(), "2"), select_layer(before, "2"))
         assert torch.equal(run.model[2].weight, held)
 
 
@@ -251,11 +255,11 @@ def test_a_layer_may_be_stepped_without_the_rules_others(memory_case: Case) -> N
 def test_detach_leaves_nothing_on_the_optimizer(memory_case: Case) -> None:
     run = start(memory_case, steps=3)
     assert "plywise" in run.optimizer.state_dict()
-    assert len(hooks(run.model, run.optimizer)) > 4
-    kept = [StorageWeakRef(value.untyped_storage()) for value in raw(run.optimizer)]
+    assert len(list_hooks(run.model, run.optimizer)) > 4
+    kept = [StorageWeakRef(value.untyped_storage()) for value in list_tensors(run.optimizer)]
     assert kept
     run.rule.detach()
-    assert hooks(run.model, run.optimizer) == []
+    assert list_hooks(run.model, run.optimizer) == []
     assert "plywise" not in run.optimizer.state_dict()
     gc.collect()
     assert all(ref.expired() for ref in kept)
@@ -264,18 +268,21 @@ def test_detach_leaves_nothing_on_the_optimizer(memory_case: Case) -> None:
     run.step(3)
     # attached again, it starts again
     run.rule.attach(run.model, run.optimizer)
-    assert not run.memory()
+    assert not run.copy_memory()
 
 
-def raw(optimizer: Optimizer) -> list[Tensor]:
+def list_tensors(optimizer: Optimizer) -> list[Tensor]:
     """The tensors themselves."""
     values = [
-        value for state in optimizer.state.values() for key, value in state.items() if key in ours(state)
+        value
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key in list_rule_keys(state)
     ]
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def ours(state: dict[Any, Any]) -> list[str]:
+def list_rule_keys(state: dict[Any, Any]) -> list[str]:
     """The keys of a parameter's state that are not the optimizer's own."""
     return [key for key in state if str(key).startswith("plywise.")]
 
@@ -285,7 +292,7 @@ def test_dropping_model_and_optimizer_frees_the_memory(memory_case: Case, pendin
     run = start(memory_case, "mixed", steps=3)
     if pending:
         run.backward(3)
-    kept = [StorageWeakRef(value.untyped_storage()) for value in raw(run.optimizer)]
+    kept = [StorageWeakRef(value.untyped_storage()) for value in list_tensors(run.optimizer)]
     gone = [weakref.ref(module) for module in run.model.modules()]
     rule: Rule = run.rule
     del run
@@ -320,17 +327,17 @@ def test_a_step_that_raises_keeps_the_old_memory(memory_case: Case) -> None:
     run.rule.detach()
     run.rule.attach(run.model, run.optimizer, on_nonfinite="raise")
     run.optimizer.load_state_dict(state)
-    before = run.seen()
+    before = run.copy_state()
     run.optimizer.zero_grad()
     run.backward(3)
     run.model[2].weight.grad[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match=r"2\.weight"):
         run.optimizer.step()
-    assert same_bits(run.seen(), before)
+    assert have_same_bits(run.copy_state(), before)
     assert run.rule.health.total(SKIPPED) == 0
     run.step(3)
     other = start(memory_case, steps=4)
-    assert same_bits(run.seen(), other.seen())
+    assert have_same_bits(run.copy_state(), other.copy_state())
 
 
 def test_propagated_gradients_never_enter_the_memory(memory_case: Case) -> None:
@@ -339,9 +346,9 @@ def test_propagated_gradients_never_enter_the_memory(memory_case: Case) -> None:
     run.rule.detach()
     run.rule.attach(run.model, run.optimizer, on_nonfinite="propagate")
     run.optimizer.load_state_dict(state)
-    x, y = batch((6,), ROWS)
+    x, y = make_batch((6,), ROWS)
     run.optimizer.zero_grad()
-    loss_of(run.model, (x * float("nan"), y)).backward()
+    compute_loss(run.model, (x * float("nan"), y)).backward()
     run.optimizer.step()
-    assert all_finite(run.memory())
-    assert not all_finite(weights(run.model))
+    assert are_finite(run.copy_memory())
+    assert not are_finite(copy_weights(run.model))

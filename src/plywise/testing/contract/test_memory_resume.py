@@ -11,31 +11,31 @@ from torch import Tensor, nn
 
 from plywise import NLMS, RLS, FeatureWhitening, Foof, StateError, StatefulRule
 from plywise.testing.cases import Case
-from plywise.testing.contract.memories import Run, of_layer, saved_memory, start, tensors_of
-from plywise.testing.contract.models import all_finite, assert_close, mlp, same_bits, weights
+from plywise.testing.contract.memories import Run, copy_saved_memory, select_layer, select_tensors, start
+from plywise.testing.contract.models import are_finite, assert_close, copy_weights, have_same_bits, make_mlp
 
 STEPS = 8
 State = dict[str, Any]
 
 
-def through_a_file(state: State, folder: Path) -> State:
+def save_and_load(state: State, folder: Path) -> State:
     torch.save(state, folder / "state.pt")
     return torch.load(folder / "state.pt", weights_only=True)
 
 
 ROADS: dict[str, Callable[[State, Path], State]] = {
-    "file": through_a_file,
+    "file": save_and_load,
     "deepcopy": lambda state, folder: copy.deepcopy(state),
 }
 
 
-def state_of(run: Run) -> State:
+def read_state(run: Run) -> State:
     return {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
 
 
-def saved_in(run: Run, state: State) -> dict[str, Tensor]:
+def copy_saved_in(run: Run, state: State) -> dict[str, Tensor]:
     """The statistics in a state dict of a run's optimizer."""
-    return saved_memory(run.model, run.optimizer, state)
+    return copy_saved_memory(run.model, run.optimizer, state)
 
 
 def load(run: Run, state: State) -> Run:
@@ -61,23 +61,23 @@ def test_broken_off_and_resumed_after_every_step(
     unbroken = []
     for number in range(STEPS):
         run.step(number)
-        unbroken.append(run.seen())
+        unbroken.append(run.copy_state())
     run.rule.detach()
 
     run = start(memory_case, kind, dtype=dtype)
     for number, expected in enumerate(unbroken):
         run.step(number)
-        assert same_bits(run.seen(), expected), number
-        state = ROADS[road](state_of(run), tmp_path)
+        assert have_same_bits(run.copy_state(), expected), number
+        state = ROADS[road](read_state(run), tmp_path)
         run.rule.detach()
         # another start, and now and then a rule that remembers something else
         run = load(start(memory_case, kind, 100 + number, dtype, steps=number % 3), state)
-        assert same_bits(run.seen(), expected), number
+        assert have_same_bits(run.copy_state(), expected), number
     run.rule.detach()
 
 
 def test_one_state_starts_several_runs(memory_case: Case) -> None:
-    state, ends = copy.deepcopy(state_of(start(memory_case, steps=3))), []
+    state, ends = copy.deepcopy(read_state(start(memory_case, steps=3))), []
     saved = copy.deepcopy(state)
     for _ in range(2):
         mine = copy.deepcopy(state)  # torch trains on with the very momenta that it loaded
@@ -87,37 +87,37 @@ def test_one_state_starts_several_runs(memory_case: Case) -> None:
         run = load(start(memory_case, seed=9), mine)
         for number in range(3, 6):
             run.step(number)
-        ends.append(run.seen())
-    assert same_bits(*ends)
-    assert same_bits(saved_in(run, state["optimizer"]), saved_in(run, saved["optimizer"]))
+        ends.append(run.copy_state())
+    assert have_same_bits(*ends)
+    assert have_same_bits(copy_saved_in(run, state["optimizer"]), copy_saved_in(run, saved["optimizer"]))
 
 
 def test_training_on_does_not_change_what_was_saved(memory_case: Case) -> None:
     run = start(memory_case, steps=3)
     state = run.optimizer.state_dict()
-    kept = saved_in(run, state)
+    kept = copy_saved_in(run, state)
     for number in range(3, 7):
         run.step(number)
-        assert same_bits(saved_in(run, state), kept)
+        assert have_same_bits(copy_saved_in(run, state), kept)
     run.model.double()
     run.step(7)
-    assert same_bits(saved_in(run, state), kept)
-    assert not same_bits(run.memory(), kept)
+    assert have_same_bits(copy_saved_in(run, state), kept)
+    assert not have_same_bits(run.copy_memory(), kept)
 
 
 def test_gradients_of_before_the_load_do_not_count(memory_case: Case) -> None:
     ends = []
     for disturbed in (False, True):
         run = start(memory_case, steps=3)
-        state = copy.deepcopy(state_of(run))
+        state = copy.deepcopy(read_state(run))
         if disturbed:
             run.step(20)
             run.optimizer.zero_grad()
             run.backward(21)
         load(run, state)
         run.step(3)
-        ends.append(run.seen())
-    assert same_bits(*ends)
+        ends.append(run.copy_state())
+    assert have_same_bits(*ends)
 
 
 @pytest.mark.parametrize(
@@ -128,68 +128,68 @@ def test_loading_into_a_model_of_another_dtype(
     memory_case: Case, dtype: torch.dtype, kept: torch.dtype, tolerance: float
 ) -> None:
     run = start(memory_case, steps=4)
-    state = copy.deepcopy(state_of(run))
+    state = copy.deepcopy(read_state(run))
     other = start(memory_case, seed=9)
     other.model.to(dtype)
     load(other, state)
-    assert same_bits(other.memory(), saved_in(run, state["optimizer"]))
+    assert have_same_bits(other.copy_memory(), copy_saved_in(run, state["optimizer"]))
     for number in range(4, 8):
         run.step(number)
         other.step(number)
-    assert {value.dtype for value in tensors_of(other.memory()).values()} == {kept}
+    assert {value.dtype for value in select_tensors(other.copy_memory()).values()} == {kept}
     assert not other.rule.health.counts
-    loaded = {name: value.to(torch.float32) for name, value in weights(other.model).items()}
-    assert_close(loaded, weights(run.model), tolerance)
+    loaded = {name: value.to(torch.float32) for name, value in copy_weights(other.model).items()}
+    assert_close(loaded, copy_weights(run.model), tolerance)
 
 
 def test_frozen_between_load_and_step(memory_case: Case) -> None:
-    run = load(start(memory_case, seed=9), copy.deepcopy(state_of(start(memory_case, steps=4))))
+    run = load(start(memory_case, seed=9), copy.deepcopy(read_state(start(memory_case, steps=4))))
     run.model[2].bias.requires_grad_(False)
     for number in range(4, 7):
         run.step(number)
-        assert all_finite(run.seen())
+        assert are_finite(run.copy_state())
     assert not run.rule.health.counts
 
 
 # ---- what is refused --------------------------------------------------------------------------------
 
 
-def wide() -> nn.Module:
+def make_wide() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
 
 
-def longer() -> nn.Module:
-    return nn.Sequential(*mlp(), nn.ReLU(), nn.Linear(3, 3))
+def make_longer() -> nn.Module:
+    return nn.Sequential(*make_mlp(), nn.ReLU(), nn.Linear(3, 3))
 
 
-def shorter() -> nn.Module:
-    return mlp()[:3]
+def make_shorter() -> nn.Module:
+    return make_mlp()[:3]
 
 
-def no_bias() -> nn.Module:
+def make_without_bias() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 3))
 
 
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "wider": (wide, r"layer '[24]' does not fit this model.*another architecture"),
-    "longer": (longer, "doesn't match the size of optimizer's group"),  # torch's own words
-    "shorter": (shorter, "doesn't match the size of optimizer's group"),
-    "without a bias": (no_bias, "of Foof for 1 parameters"),
+    "wider": (make_wide, r"layer '[24]' does not fit this model.*another architecture"),
+    "longer": (make_longer, "doesn't match the size of optimizer's group"),  # torch's own words
+    "shorter": (make_shorter, "doesn't match the size of optimizer's group"),
+    "without a bias": (make_without_bias, "of Foof for 1 parameters"),
 }
 
 
-def refuses(run: Run, state: State, words: str) -> None:
+def assert_refused(run: Run, state: State, words: str) -> None:
     """Loading fails with these words, and changes nothing."""
     before = copy.deepcopy(run.optimizer.state_dict())
     with pytest.raises((StateError, ValueError), match=words):
         run.optimizer.load_state_dict(state)
     after = run.optimizer.state_dict()
-    assert same_bits(saved_in(run, after), saved_in(run, before))
+    assert have_same_bits(copy_saved_in(run, after), copy_saved_in(run, before))
     assert after["param_groups"] == before["param_groups"]
     for number, state_of_one in before["state"].items():
-        assert same_bits(
+        assert have_same_bits(
             {key: value for key, value in after["state"][number].items() if isinstance(value, Tensor)},
             {key: value for key, value in state_of_one.items() if isinstance(value, Tensor)},
         )
@@ -208,7 +208,7 @@ def test_another_architecture(memory_case: Case, what: str) -> None:
         other(torch.ones(4, 6)).square().sum().backward()
         optimizer.step()
     run = start(memory_case, steps=2)
-    refuses(run, optimizer.state_dict(), words.replace("Foof", type(rule).__name__))
+    assert_refused(run, optimizer.state_dict(), words.replace("Foof", type(rule).__name__))
     rule.detach()
 
 
@@ -218,19 +218,19 @@ def test_another_rule(memory_case: Case) -> None:
     make: type[StatefulRule] = FeatureWhitening if mine != "FeatureWhitening" else RLS
     case = Case("other", make)
     words = f"saved with {make.__name__}, and the rule attached is {mine}"
-    refuses(run, copy.deepcopy(start(case, steps=2).optimizer.state_dict()), words)
-    refuses(start(case), run.optimizer.state_dict(), f"saved with {mine}")
+    assert_refused(run, copy.deepcopy(start(case, steps=2).optimizer.state_dict()), words)
+    assert_refused(start(case), run.optimizer.state_dict(), f"saved with {mine}")
 
 
 def test_no_memory(memory_case: Case) -> None:
     run = start(memory_case, steps=2)
     name = type(run.rule).__name__
     for make in (lambda: NLMS(), lambda: None):
-        model, rule = mlp(), make()
+        model, rule = make_mlp(), make()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         if rule is not None:
             rule.attach(model, optimizer)
-        refuses(run, optimizer.state_dict(), f"holds no memory of {name}.*load it before attach")
+        assert_refused(run, optimizer.state_dict(), f"holds no memory of {name}.*load it before attach")
     # the way that the message names
     run.rule.detach()
     state = run.optimizer.state_dict()
@@ -238,18 +238,18 @@ def test_no_memory(memory_case: Case) -> None:
     run.optimizer.load_state_dict(state)
     run.rule.attach(run.model, run.optimizer)
     run.step(2)
-    assert all_finite(run.seen())
+    assert are_finite(run.copy_state())
 
 
 def test_states_of_before_the_first_step(memory_case: Case) -> None:
     run = start(memory_case)
-    state = copy.deepcopy(state_of(run))
+    state = copy.deepcopy(read_state(run))
     other = start(memory_case, seed=9, steps=3)
     load(other, state)
     for number in range(4):
         run.step(number)
         other.step(number)
-    assert same_bits(run.seen(), other.seen())
+    assert have_same_bits(run.copy_state(), other.copy_state())
 
 
 # ---- several rules ----------------------------------------------------------------------------------
@@ -275,20 +275,20 @@ def test_two_rules_on_one_optimizer(memory_case: Case, tmp_path: Path, same: boo
     run = pair(memory_case, second)
     for number in range(3):
         run.step(number)
-    state = through_a_file(state_of(run), tmp_path)
+    state = save_and_load(read_state(run), tmp_path)
     assert len(state["optimizer"]["plywise"]["rules"]) == 2
     other = load(pair(memory_case, second, turned), state)
     for number in range(3, 6):
         run.step(number)
         other.step(number)
-    assert same_bits(weights(other.model), weights(run.model))
+    assert have_same_bits(copy_weights(other.model), copy_weights(run.model))
     for layer in "024":
-        mine, its = (of_layer(one.memory(), layer) for one in (run, other))
+        mine, its = (select_layer(one.copy_memory(), layer) for one in (run, other))
         assert mine
-        assert same_bits(mine, its)
+        assert have_same_bits(mine, its)
     run.rule.detach()
     assert len(run.optimizer.state_dict()["plywise"]["rules"]) == 1
-    left = run.memory()
-    assert not of_layer(left, "0")
-    assert of_layer(left, "2")
-    assert of_layer(left, "4")
+    left = run.copy_memory()
+    assert not select_layer(left, "0")
+    assert select_layer(left, "2")
+    assert select_layer(left, "4")

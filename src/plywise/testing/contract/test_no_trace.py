@@ -12,13 +12,13 @@ from plywise.testing.contract.attaching import attach
 from plywise.testing.contract.models import (
     MODELS,
     assert_close,
-    backward,
-    batch,
-    grads,
-    loss_of,
-    mlp,
-    same_bits,
-    weights,
+    compute_gradients,
+    compute_loss,
+    copy_gradients,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_mlp,
 )
 
 Data = tuple[Tensor, Tensor]
@@ -76,28 +76,28 @@ def eval_forward(model: nn.Module, data: Data) -> None:
 
 
 def discarded_graph(model: nn.Module, data: Data) -> None:
-    loss_of(model, data)
-    kept = loss_of(model, (data[0] * 3, data[1]))
+    compute_loss(model, data)
+    kept = compute_loss(model, (data[0] * 3, data[1]))
     del kept
 
 
 def backward_then_zero_grad(model: nn.Module, data: Data) -> None:
-    loss_of(model, (data[0] * 3, data[1])).backward()
+    compute_loss(model, (data[0] * 3, data[1])).backward()
     model.zero_grad()
 
 
 def backward_then_zeroed_in_place(model: nn.Module, data: Data) -> None:
-    loss_of(model, (data[0] * 3, data[1])).backward()
+    compute_loss(model, (data[0] * 3, data[1])).backward()
     model.zero_grad(set_to_none=False)
 
 
 def gradient_of_the_input_only(model: nn.Module, data: Data) -> None:
     x = data[0].clone().requires_grad_()
-    torch.autograd.grad(loss_of(model, (x, data[1])), x)
+    torch.autograd.grad(compute_loss(model, (x, data[1])), x)
 
 
 def gradient_without_accumulation(model: nn.Module, data: Data) -> None:
-    torch.autograd.grad(loss_of(model, data), list(model.parameters()))
+    torch.autograd.grad(compute_loss(model, data), list(model.parameters()))
 
 
 DISTURBANCES: list[Callable[[nn.Module, Data], None]] = [
@@ -116,24 +116,24 @@ DISTURBANCES: list[Callable[[nn.Module, Data], None]] = [
 ]
 
 
-def history(case: Case, disturb: Callable[[nn.Module, Data], None] | None) -> list[dict[str, Tensor]]:
+def record_history(case: Case, disturb: Callable[[nn.Module, Data], None] | None) -> list[dict[str, Tensor]]:
     """Gradients of each of two steps, and the weights at the end, disturbed before each step or not."""
     build, shape = MODELS["convnet"]
-    model, data, found = build(), batch(shape), []
+    model, data, found = build(), make_batch(shape), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     rule = attach(case.make(), model, optimizer, warm=shape)
     for step in range(2):
         if disturb is not None:
             before = {k: v.clone() for k, v in model.named_buffers()}
-            disturb(model, batch(shape, seed=10 + step))
+            disturb(model, make_batch(shape, seed=10 + step))
             for name, buffer in model.named_buffers():
                 buffer.copy_(before[name])  # batch norm's own memory of forwards is torch's affair
-        loss_of(model, data).backward()
-        found.append(grads(model))
+        compute_loss(model, data).backward()
+        found.append(copy_gradients(model))
         optimizer.step()
         optimizer.zero_grad()
     assert not rule.health.counts
-    return [*found, weights(model)]
+    return [*found, copy_weights(model)]
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,9 @@ def test_what_did_not_happen_leaves_no_trace(
     disturb: Callable[[nn.Module, Data], None],
 ) -> None:
     if case.name not in undisturbed:
-        undisturbed[case.name] = history(case, None)
-    for fresh, again in zip(undisturbed[case.name], history(case, disturb), strict=True):
-        assert same_bits(fresh, again)
+        undisturbed[case.name] = record_history(case, None)
+    for fresh, again in zip(undisturbed[case.name], record_history(case, disturb), strict=True):
+        assert have_same_bits(fresh, again)
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -160,18 +160,18 @@ def test_second_backward_through_a_retained_graph_doubles(rule: Rule, kind: str)
     build, shape = MODELS[kind]
     model = build()
     attach(rule, model, warm=shape)
-    loss = loss_of(model, batch(shape))
+    loss = compute_loss(model, make_batch(shape))
     loss.backward(retain_graph=True)
-    once = grads(model)
+    once = copy_gradients(model)
     loss.backward()
-    assert same_bits(grads(model), {name: 2 * g for name, g in once.items()})
+    assert have_same_bits(copy_gradients(model), {name: 2 * g for name, g in once.items()})
 
 
 def test_two_losses_on_one_forward(case: Case, rule: Rule) -> None:
     # the moves of a sum of losses are the sum of the moves
     if case.not_linear:
         pytest.skip(case.not_linear)
-    data, together, apart = batch(dtype=torch.float64), mlp(torch.float64), mlp(torch.float64)
+    data, together, apart = make_batch(dtype=torch.float64), make_mlp(torch.float64), make_mlp(torch.float64)
     # with optimizers, so that a cap waits for the step
     attach(rule, together, torch.optim.SGD(together.parameters(), lr=0.1), warm=(6,))
     other = attach(case.make(), apart, torch.optim.SGD(apart.parameters(), lr=0.1), warm=(6,))
@@ -181,33 +181,33 @@ def test_two_losses_on_one_forward(case: Case, rule: Rule) -> None:
     out.square().mean().backward(retain_graph=True)
     out.sin().mean().backward()
     other.detach()
-    for name, g in grads(together).items():
-        assert torch.allclose(g, grads(apart)[name], rtol=1e-10, atol=1e-14), name
+    for name, g in copy_gradients(together).items():
+        assert torch.allclose(g, copy_gradients(apart)[name], rtol=1e-10, atol=1e-14), name
 
 
 def test_partial_backward_moves_what_it_reached(rule: Rule) -> None:
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     attach(rule, model, warm=(6,))
     h = model[:3](data[0])
     model[3:](h.detach()).sum().backward()
-    assert set(grads(model)) == {"4.weight", "4.bias"}
+    assert set(copy_gradients(model)) == {"4.weight", "4.bias"}
 
 
 def test_backward_to_chosen_parameters(rule: Rule) -> None:
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     attach(rule, model, warm=(6,))
-    everything = backward(model, data)
+    everything = compute_gradients(model, data)
     model.zero_grad()
     chosen = [model[2].weight, model[2].bias]
-    loss_of(model, data).backward(inputs=chosen)
-    assert same_bits(grads(model), {name: everything[name] for name in ("2.weight", "2.bias")})
+    compute_loss(model, data).backward(inputs=chosen)
+    assert have_same_bits(copy_gradients(model), {name: everything[name] for name in ("2.weight", "2.bias")})
 
 
 @pytest.mark.parametrize(
     "before", [gradient_without_accumulation, exception_in_backward], ids=lambda f: f.__name__
 )
 def test_unfinished_backward_does_not_blind_the_watch(rule: Rule, before: Callable) -> None:
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     attach(rule, model, warm=(6,))
     before(model, data)
     with pytest.raises(UncapturedLayerError, match="'2'"):
@@ -216,14 +216,14 @@ def test_unfinished_backward_does_not_blind_the_watch(rule: Rule, before: Callab
 
 def test_an_update_has_the_derivative_of_the_plain_gradient(case: Case, rule: Rule) -> None:
     # create_graph=True: the rule's value, autograd's second derivative; never a silent None
-    plain, model = mlp(torch.float64), mlp(torch.float64)
-    data = batch(dtype=torch.float64)
+    plain, model = make_mlp(torch.float64), make_mlp(torch.float64)
+    data = make_batch(dtype=torch.float64)
     attach(rule, model, warm=(6,))
-    expected = backward(model, data)["0.weight"]
+    expected = compute_gradients(model, data)["0.weight"]
     seconds = []
     for net in (plain, model):
         net.zero_grad()
-        (g,) = torch.autograd.grad(loss_of(net, data), net[0].weight, create_graph=True)
+        (g,) = torch.autograd.grad(compute_loss(net, data), net[0].weight, create_graph=True)
         if net is model and not rule.alters_backward:  # a differentiated backward sends plain values down
             assert torch.allclose(g, expected, rtol=1e-10)
         with rule.paused():
@@ -236,15 +236,15 @@ def test_an_update_has_the_derivative_of_the_plain_gradient(case: Case, rule: Ru
 
 def test_a_penalty_on_input_gradients_is_not_lost(case: Case, rule: Rule) -> None:
     # the penalty's part of a weight's gradient is plain, the loss's part the rule's
-    plain, model = mlp(torch.float64), mlp(torch.float64)
+    plain, model = make_mlp(torch.float64), make_mlp(torch.float64)
     attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
     found = []
     for net in (plain, model):
-        x = batch(dtype=torch.float64)[0].requires_grad_()
+        x = make_batch(dtype=torch.float64)[0].requires_grad_()
         out = net(x)
         (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
         (0 * out.sum() + 10 * (g.norm(dim=1) - 1).square().mean()).backward()
-        found.append(grads(net))
+        found.append(copy_gradients(net))
     assert found[0].keys() == found[1].keys()
     if case.is_backprop:
         assert_close(*found, 1e-10)
@@ -252,7 +252,7 @@ def test_a_penalty_on_input_gradients_is_not_lost(case: Case, rule: Rule) -> Non
 
 
 def test_overwritten_tensors_are_noticed_as_in_torch(rule: Rule) -> None:
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     attach(rule, model, warm=(6,))
     h = model[:2](data[0])
     out = model[2:](h)
@@ -260,7 +260,7 @@ def test_overwritten_tensors_are_noticed_as_in_torch(rule: Rule) -> None:
         h.add_(1)  # the input that layer 2 keeps
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-    loss = loss_of(model, data)
+    loss = compute_loss(model, data)
     with torch.no_grad():
         model[2].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

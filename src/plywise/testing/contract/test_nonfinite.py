@@ -13,25 +13,25 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from plywise import NonFiniteError, PlywiseError, Rule
 from plywise.engine.health import NON_FINITE, SKIPPED
 from plywise.testing.cases import Case
-from plywise.testing.contract.attaching import attach, own_state
+from plywise.testing.contract.attaching import attach, list_own_keys
 from plywise.testing.contract.models import (
-    all_finite,
-    backward,
-    batch,
-    convnet,
-    grads,
-    loss_of,
-    mlp,
-    same_bits,
+    are_finite,
+    compute_gradients,
+    compute_loss,
+    copy_gradients,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_convnet,
+    make_mlp,
     train,
-    weights,
 )
 
 Data = tuple[Tensor, Tensor]
 
 
-def poisoned(value: float, model_input: tuple[int, ...] = (6,)) -> Data:
-    x, y = batch(model_input)
+def make_poisoned(value: float, model_input: tuple[int, ...] = (6,)) -> Data:
+    x, y = make_batch(model_input)
     x.view(-1)[5] = value
     return x, y
 
@@ -67,108 +67,108 @@ def state_of(optimizer: Optimizer) -> dict[str, Tensor]:
     ],
 )
 def test_a_bad_batch_is_skipped(rule: Rule, kind: str, value: float) -> None:
-    model, good = mlp(), batch()
+    model, good = make_mlp(), make_batch()
     optimizer = OPTIMIZERS[kind](model.parameters())
     rule.attach(model, optimizer)
     train(model, optimizer, good, 2)
-    before, state = weights(model), state_of(optimizer)
+    before, state = copy_weights(model), state_of(optimizer)
     assert state
     assert rule.health.total(SKIPPED) == 0
     with pytest.warns(RuntimeWarning, match=r"gradient of 0\.weight.* is not finite.*not taken") as caught:
-        train(model, optimizer, poisoned(value), 3)
+        train(model, optimizer, make_poisoned(value), 3)
     assert len(caught) == 1  # said once, counted each time
-    assert same_bits(weights(model), before)
-    assert same_bits(state_of(optimizer), state)
+    assert have_same_bits(copy_weights(model), before)
+    assert have_same_bits(state_of(optimizer), state)
     assert rule.health.total(SKIPPED) == 3
     assert rule.health.of("0.weight") == {NON_FINITE: 3}
-    assert not all_finite(grads(model))  # .grad is what backward made
+    assert not are_finite(copy_gradients(model))  # .grad is what backward made
     train(model, optimizer, good, 1)
-    assert all_finite(weights(model))
-    assert not same_bits(weights(model), before)
+    assert are_finite(copy_weights(model))
+    assert not have_same_bits(copy_weights(model), before)
 
 
 def test_skipping_leaves_the_gradients_in_place(rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
     rule.attach(model, optimizer)
-    loss_of(model, poisoned(float("nan"))).backward()
+    compute_loss(model, make_poisoned(float("nan"))).backward()
     held = {name: p.grad for name, p in model.named_parameters()}
-    values = grads(model)
+    values = copy_gradients(model)
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()
     assert all(p.grad is held[name] for name, p in model.named_parameters())
-    assert same_bits(grads(model), values)
+    assert have_same_bits(copy_gradients(model), values)
 
 
 def test_one_bad_layer_that_is_left_to_the_optimizer(rule: Rule) -> None:
-    model, data = convnet(), batch((2, 6, 6))
+    model, data = make_convnet(), make_batch((2, 6, 6))
     optimizer = SGD(model.parameters(), lr=0.1)
     rule.attach(model, optimizer, layers="7")
     if rule.alters_backward:  # it refuses to give batch norm a wrong gradient; made by hand, a right one
         with rule.paused():
-            loss_of(model, data).backward()
+            compute_loss(model, data).backward()
     else:
-        loss_of(model, data).backward()
+        compute_loss(model, data).backward()
     model[1].weight.grad[2] = float("nan")  # batch norm's
-    before = weights(model)
+    before = copy_weights(model)
     with pytest.warns(RuntimeWarning, match=r"1\.weight"):
         optimizer.step()
-    assert same_bits(weights(model), before)
+    assert have_same_bits(copy_weights(model), before)
     assert rule.health.of("1.weight") == {NON_FINITE: 1}
 
 
 @VALUES
 def test_a_bad_loss_without_the_optimizer_raises(rule: Rule, value: float) -> None:
-    model = mlp()
+    model = make_mlp()
     attach(rule, model, warm=(6,))
     with pytest.raises(NonFiniteError, match=r"Layer '4': the gradient at its output .*skips such steps"):
-        (loss_of(model, batch()) * value).backward()
+        (compute_loss(model, make_batch()) * value).backward()
     assert rule.health.of("4")[NON_FINITE] == 1
 
 
 def test_a_bad_input_without_the_optimizer_raises(rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     attach(rule, model, warm=(6,))
-    h = model[:2](batch()[0]).detach()
+    h = model[:2](make_batch()[0]).detach()
     h[3, 1] = float("nan")
     with pytest.raises(NonFiniteError, match=r"Layer '2': the input is not finite"):
         model[2](h).nan_to_num(0.0).sum().backward()
 
 
 def test_after_an_error_all_is_as_before(case: Case, rule: Rule) -> None:
-    data, fresh, model = batch(), mlp(), mlp()
+    data, fresh, model = make_batch(), make_mlp(), make_mlp()
     attach(case.make(), fresh, warm=(6,))
     attach(rule, model, warm=(6,))
     with pytest.raises(NonFiniteError):
-        loss_of(model, poisoned(float("inf"))).backward()
-    assert same_bits(backward(model, data), backward(fresh, data))
+        compute_loss(model, make_poisoned(float("inf"))).backward()
+    assert have_same_bits(compute_gradients(model, data), compute_gradients(fresh, data))
 
 
 def test_raise_with_an_optimizer(rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     optimizer = Adam(model.parameters(), lr=0.1)
     attach(rule, model, optimizer, warm=(6,), on_nonfinite="raise")
-    before = weights(model)
+    before = copy_weights(model)
     with pytest.raises(NonFiniteError, match="Layer '"):
-        train(model, optimizer, poisoned(float("nan")), 1)
+        train(model, optimizer, make_poisoned(float("nan")), 1)
     model.zero_grad()
-    loss_of(model, batch()).backward()
+    compute_loss(model, make_batch()).backward()
     model[2].weight.grad[0, 0] = float("inf")  # after backward, e.g. by the user's own hand
     with pytest.raises(NonFiniteError, match=r"2\.weight"):
         optimizer.step()
-    assert same_bits(weights(model), before)
-    assert not any(own_state(state) for state in optimizer.state.values())
+    assert have_same_bits(copy_weights(model), before)
+    assert not any(list_own_keys(state) for state in optimizer.state.values())
 
 
 @VALUES
 def test_propagate_does_as_torch(rule: Rule, value: float) -> None:
-    model = mlp()
+    model = make_mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
     attach(rule, model, optimizer, warm=(6,), on_nonfinite="propagate")
-    train(model, optimizer, poisoned(value), 1)
-    assert not all_finite(weights(model))
+    train(model, optimizer, make_poisoned(value), 1)
+    assert not are_finite(copy_weights(model))
     rule.detach()
-    attach(rule, mlp(), on_nonfinite="propagate")
+    attach(rule, make_mlp(), on_nonfinite="propagate")
 
 
 @pytest.mark.one_of_family
@@ -177,7 +177,7 @@ def test_propagate_does_as_torch(rule: Rule, value: float) -> None:
 def test_closures_are_guarded(rule: Rule, kind: str, by_keyword: bool) -> None:
     if getattr(rule, "turns_steps", False) and kind.startswith("lbfgs"):
         pytest.skip("refused by name: see tests/rules/test_coordinates.py")
-    model = mlp()
+    model = make_mlp()
     optimizer = {
         "sgd": lambda p: SGD(p, lr=0.01, momentum=0.9),
         "adam": lambda p: Adam(p, lr=0.01),
@@ -190,7 +190,7 @@ def test_closures_are_guarded(rule: Rule, kind: str, by_keyword: bool) -> None:
     def step(data: Data) -> None:
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = loss_of(model, data)
+            loss = compute_loss(model, data)
             loss.backward()
             losses.append(float(loss.detach()))
             return loss
@@ -200,46 +200,46 @@ def test_closures_are_guarded(rule: Rule, kind: str, by_keyword: bool) -> None:
         else:
             optimizer.step(closure)
 
-    start = weights(model)
-    step(batch())
-    before = weights(model)
+    start = copy_weights(model)
+    step(make_batch())
+    before = copy_weights(model)
     assert losses
-    assert not same_bits(before, start)
+    assert not have_same_bits(before, start)
     with pytest.warns(RuntimeWarning, match="not finite"):
-        step(poisoned(float("nan")))
-    assert same_bits(weights(model), before)
+        step(make_poisoned(float("nan")))
+    assert have_same_bits(copy_weights(model), before)
     assert rule.health.total(SKIPPED) >= 1
-    step(batch())
-    assert all_finite(weights(model))
-    assert not same_bits(weights(model), before)
+    step(make_batch())
+    assert are_finite(copy_weights(model))
+    assert not have_same_bits(copy_weights(model), before)
 
 
 def test_a_closure_that_raises_loses_no_gradient(rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     optimizer = SGD(model.parameters(), lr=0.01)
     rule.attach(model, optimizer)
 
     def closure() -> Tensor:
-        loss_of(model, batch()).backward()
+        compute_loss(model, make_batch()).backward()
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
         optimizer.step(closure)
-    kept, before = grads(model), weights(model)
+    kept, before = copy_gradients(model), copy_weights(model)
     assert len(kept) == 6
     optimizer.step()
-    assert not same_bits(weights(model), before)
+    assert not have_same_bits(copy_weights(model), before)
 
 
 def test_step_without_gradients(rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
     rule.attach(model, optimizer)
-    before = weights(model)
+    before = copy_weights(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
-    assert same_bits(weights(model), before)
+    assert have_same_bits(copy_weights(model), before)
 
 
 def test_sparse_gradients_are_judged(rule: Rule) -> None:
@@ -262,7 +262,7 @@ def test_sparse_gradients_are_judged(rule: Rule) -> None:
     train(model, optimizer, data, 2)
     with torch.no_grad():
         model.embedding.weight[2] = float("nan")
-    before = weights(model)
+    before = copy_weights(model)
     with pytest.warns(RuntimeWarning, match=r"embedding\.weight"):
         train(model, optimizer, data, 1)
-    assert same_bits(weights(model), before)
+    assert have_same_bits(copy_weights(model), before)

@@ -11,14 +11,14 @@ from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
 from plywise.testing.contract.models import (
     MODELS,
-    all_finite,
-    backward,
-    batch,
-    loss_of,
-    mlp,
-    same_bits,
+    are_finite,
+    compute_gradients,
+    compute_loss,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_mlp,
     train,
-    weights,
 )
 
 KIND = pytest.mark.parametrize("kind", list(MODELS))
@@ -33,17 +33,17 @@ def test_same_seed_same_bits(case: Case, kind: str) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         rule = case.make().attach(model, optimizer)
         torch.manual_seed(3)
-        train(model, optimizer, batch(shape), 4)
-        results.append(weights(model))
+        train(model, optimizer, make_batch(shape), 4)
+        results.append(copy_weights(model))
         rule.detach()
-    assert same_bits(*results)
+    assert have_same_bits(*results)
 
 
 def test_a_rule_draws_no_random_numbers(rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     before = torch.get_rng_state()
     attach(rule, model, warm=(6,))
-    backward(model, batch())
+    compute_gradients(model, make_batch())
     rule.explain()
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -103,11 +103,11 @@ INPUTS = {
 def test_every_solve_ends(case: Case, rule: Rule, kind: str, what: str) -> None:
     build, shape = MODELS[kind]
     model = build()
-    x, y = batch(shape, 40 if kind == "mlp" else 6)  # more rows than columns, and fewer
+    x, y = make_batch(shape, 40 if kind == "mlp" else 6)  # more rows than columns, and fewer
     for rows in (len(y), 4):
         data = INPUTS[what](x)[:rows], y[:rows]
-        attach(rule, model, warm=lambda data=data: loss_of(model, data))
-        assert all_finite(backward(model, data))
+        attach(rule, model, warm=lambda data=data: compute_loss(model, data))
+        assert are_finite(compute_gradients(model, data))
         rule.detach()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     rule.attach(model, optimizer)
@@ -115,16 +115,16 @@ def test_every_solve_ends(case: Case, rule: Rule, kind: str, what: str) -> None:
         # plain gradient descent may diverge at 1e8; then steps are skipped and weights stay finite
         warnings.filterwarnings("ignore", "The gradient of", RuntimeWarning)
         train(model, optimizer, (INPUTS[what](x), y), 4 if rule.remembers else 2)
-    assert all_finite(weights(model))
+    assert are_finite(copy_weights(model))
 
 
 @pytest.mark.parametrize("factor", [1e8, 1e-8])
 def test_extreme_gradients(case: Case, rule: Rule, factor: float) -> None:
-    model = mlp()
+    model = make_mlp()
     attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
-    small = backward(model, batch())
-    scaled = backward(model, batch(), factor)
-    assert all_finite(scaled)
+    small = compute_gradients(model, make_batch())
+    scaled = compute_gradients(model, make_batch(), factor)
+    assert are_finite(scaled)
     if not case.not_homogeneous:
         for name, g in scaled.items():
             assert torch.allclose(g / factor, small[name], rtol=1e-3, atol=1e-6), name
@@ -132,11 +132,11 @@ def test_extreme_gradients(case: Case, rule: Rule, factor: float) -> None:
 
 @pytest.mark.parametrize("factor", [1e8, 1e-8, 0.0])
 def test_extreme_weights(rule: Rule, factor: float) -> None:
-    model = mlp()
+    model = make_mlp()
     with torch.no_grad():
         model[2].weight.mul_(factor)
     attach(rule, model, warm=(6,))
-    assert all_finite(backward(model, batch()))
+    assert are_finite(compute_gradients(model, make_batch()))
 
 
 @pytest.mark.parametrize("what", ["same_rows", "constant", "constant_and_large", "one_hot"])
@@ -144,7 +144,7 @@ def test_extreme_weights(rule: Rule, factor: float) -> None:
 def test_rounding_does_not_become_a_step(case: Case, rule: Rule, what: str, rows: int) -> None:
     # where a layer's input does not vary, float32 and float64 must agree on the move: the rounding of a
     # Gram that should be singular, divided by itself, would be a step of any size
-    x, y = batch(n=rows)
+    x, y = make_batch(n=rows)
     x = INPUTS[what](x)
     torch.manual_seed(1)
     single = nn.Linear(6, 3)
@@ -154,8 +154,8 @@ def test_rounding_does_not_become_a_step(case: Case, rule: Rule, what: str, rows
     for layer, z in ((single, x), (double, x.double())):
         data = z, y
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        attach(rule, layer, optimizer, warm=lambda layer=layer, data=data: loss_of(layer, data))
-        moves.append(backward(layer, data))
+        attach(rule, layer, optimizer, warm=lambda layer=layer, data=data: compute_loss(layer, data))
+        moves.append(compute_gradients(layer, data))
         rule.detach()
     for name, g in moves[0].items():
         size = moves[1][name].norm() + moves[1]["bias"].norm()
@@ -171,9 +171,9 @@ def test_a_dead_layer_is_left_alone(rule: Rule) -> None:
         model[0].bias.fill_(-1e6)  # no unit ever fires
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     rule.attach(model, optimizer)
-    before = weights(model)
-    train(model, optimizer, batch(), 3)
+    before = copy_weights(model)
+    train(model, optimizer, make_batch(), 3)
     for name in ("0.weight", "0.bias", "2.weight"):
-        assert torch.equal(weights(model)[name], before[name]), name
-    assert not torch.equal(weights(model)["2.bias"], before["2.bias"])
+        assert torch.equal(copy_weights(model)[name], before[name]), name
+    assert not torch.equal(copy_weights(model)["2.bias"], before["2.bias"])
     assert not rule.health.counts

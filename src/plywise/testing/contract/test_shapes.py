@@ -14,17 +14,17 @@ from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
 from plywise.testing.contract.models import (
     MODELS,
-    all_finite,
+    are_finite,
     assert_close,
-    backward,
-    batch,
-    convnet,
-    grads,
-    loss_of,
-    mlp,
-    same_bits,
+    compute_gradients,
+    compute_loss,
+    copy_gradients,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_convnet,
+    make_mlp,
     train,
-    weights,
 )
 
 KIND = pytest.mark.parametrize("kind", list(MODELS))
@@ -34,20 +34,20 @@ KIND = pytest.mark.parametrize("kind", list(MODELS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(case: Case, rule: Rule, kind: str, dtype: torch.dtype) -> None:
     build, shape = MODELS[kind]
-    model, data = build(dtype), batch(shape, dtype=dtype)
+    model, data = build(dtype), make_batch(shape, dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     attach(rule, model, optimizer, warm=shape)
-    found = backward(model, data)
+    found = compute_gradients(model, data)
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, p in model.named_parameters():
         assert found[name].dtype == dtype, name
         assert found[name].shape == p.shape, name
-    assert all_finite(found)
+    assert are_finite(found)
     if case.is_backprop:
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
-        assert_close(found, backward(build(dtype), data), tolerance)
+        assert_close(found, compute_gradients(build(dtype), data), tolerance)
     train(model, optimizer, data, 2)
-    assert all_finite(weights(model))
+    assert are_finite(copy_weights(model))
     assert not rule.health.counts
 
 
@@ -57,11 +57,11 @@ def test_low_precision_moves_resemble_full_ones(case: Case, rule: Rule, kind: st
     build, shape = MODELS[kind]
     full, half = build(torch.float64), build(torch.bfloat16)
     full.load_state_dict(half.state_dict())
-    x, y = batch(shape, dtype=torch.bfloat16)
+    x, y = make_batch(shape, dtype=torch.bfloat16)
     other = case.make()
     attach(other, full, torch.optim.SGD(full.parameters(), lr=0.1), warm=shape)
     attach(rule, half, torch.optim.SGD(half.parameters(), lr=0.1), warm=shape)
-    expected, found = backward(full, (x.double(), y)), backward(half, (x, y))
+    expected, found = compute_gradients(full, (x.double(), y)), compute_gradients(half, (x, y))
     other.detach()
     for name, g in found.items():
         if name.endswith("weight"):
@@ -72,79 +72,82 @@ def test_low_precision_moves_resemble_full_ones(case: Case, rule: Rule, kind: st
 @KIND
 def test_autocast(case: Case, rule: Rule, kind: str) -> None:
     build, shape = MODELS[kind]
-    data = batch(shape)
+    data = make_batch(shape)
 
     def gradients(model: nn.Module) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, data)
+            loss = compute_loss(model, data)
         loss.backward()
-        return grads(model)
+        return copy_gradients(model)
 
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     attach(rule, model, optimizer, warm=shape)
     found = gradients(model)
     assert all(g.dtype == torch.float32 for g in found.values())
-    assert all_finite(found)
+    assert are_finite(found)
     if case.is_backprop:
         assert_close(found, gradients(build()), 0.02)
     optimizer.step()
-    assert all_finite(weights(model))
+    assert are_finite(copy_weights(model))
 
 
 @KIND
 def test_non_contiguous_inputs(case: Case, rule: Rule, kind: str) -> None:
     build, shape = MODELS[kind]
-    x, y = batch(shape, dtype=torch.float64)
+    x, y = make_batch(shape, dtype=torch.float64)
     model = build(torch.float64)
     attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=shape)
-    expected = backward(model, (x, y))
+    expected = compute_gradients(model, (x, y))
     strided = torch.empty(*x.shape, 2, dtype=x.dtype)[..., 1].copy_(x)
     turned = x.mT.contiguous().mT if x.dim() > 2 else x.T.contiguous().T
     spread = x.new_empty(x.shape[0] * 3, *shape)[::3].copy_(x)
     for other in (strided, turned, spread):
         assert not other.is_contiguous()
-        assert_close(backward(model, (other, y)), expected, 1e-10)
+        assert_close(compute_gradients(model, (other, y)), expected, 1e-10)
     shared = x[:1].expand_as(x)  # one row in memory for all
-    assert_close(backward(model, (shared, y)), backward(model, (shared.clone(), y)), 1e-10)
+    assert_close(compute_gradients(model, (shared, y)), compute_gradients(model, (shared.clone(), y)), 1e-10)
 
 
 def test_channels_last(case: Case, rule: Rule) -> None:
-    data = batch((2, 6, 6), dtype=torch.float64)
-    plain, model = convnet(torch.float64), convnet(torch.float64).to(memory_format=torch.channels_last)
+    data = make_batch((2, 6, 6), dtype=torch.float64)
+    plain, model = (
+        make_convnet(torch.float64),
+        make_convnet(torch.float64).to(memory_format=torch.channels_last),
+    )
     shape = (2, 6, 6)
     attach(case.make(), plain, torch.optim.SGD(plain.parameters(), lr=0.1), warm=shape)
     attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=shape)
     turned = (data[0].contiguous(memory_format=torch.channels_last), data[1])
-    assert_close(backward(model, turned), backward(plain, data), 1e-10)
+    assert_close(compute_gradients(model, turned), compute_gradients(plain, data), 1e-10)
     assert model[0](turned[0]).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_leading_dimensions_are_rows(case: Case, rule: Rule) -> None:
-    model = mlp(torch.float64)
+    model = make_mlp(torch.float64)
     attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
-    x, y = batch(n=12, dtype=torch.float64)
+    x, y = make_batch(n=12, dtype=torch.float64)
     results = []
     for shape in ((12,), (12, 1), (1, 12), (3, 4), (2, 3, 2)):
         model.zero_grad()
         out = model(x.reshape(*shape, 6))
         assert out.shape == (*shape, 3)
         F.cross_entropy(out.flatten(0, -2), y).backward()
-        results.append(grads(model))
+        results.append(copy_gradients(model))
     assert_close(results[1], results[0], 1e-10)
     for found in results[2:]:
-        assert all_finite(found)
+        assert are_finite(found)
         for name, g in found.items():  # same rows; what counts as a sample may scale a layer's move
             assert F.cosine_similarity(g.flatten(), results[0][name].flatten(), dim=0) > 1 - 1e-9, name
 
 
 def test_one_sample_without_a_batch(case: Case, rule: Rule) -> None:
-    model = mlp(torch.float64)
+    model = make_mlp(torch.float64)
     attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
-    x, y = batch(n=1, dtype=torch.float64)
-    alone = backward(model, (x, y))
-    assert_close(backward(model, (x[0], y[0])), alone, 1e-10)
-    assert all_finite(alone)
+    x, y = make_batch(n=1, dtype=torch.float64)
+    alone = compute_gradients(model, (x, y))
+    assert_close(compute_gradients(model, (x[0], y[0])), alone, 1e-10)
+    assert are_finite(alone)
     for dims, layer in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)):
         rule.detach()
         conv = nn.Sequential(layer(2, 3, 2), nn.ReLU(inplace=True)).double()
@@ -152,10 +155,10 @@ def test_one_sample_without_a_batch(case: Case, rule: Rule) -> None:
         optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
         attach(rule, conv, optimizer, warm=lambda conv=conv, x=x: conv(x[None]).square().sum())
         conv(x[None]).square().sum().backward()
-        expected = grads(conv)
+        expected = copy_gradients(conv)
         conv.zero_grad()
         conv(x).square().sum().backward()
-        assert_close(grads(conv), expected, 1e-10)
+        assert_close(copy_gradients(conv), expected, 1e-10)
 
 
 @KIND
@@ -165,11 +168,11 @@ def test_batch_sizes(case: Case, rule: Rule, kind: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     attach(rule, model, optimizer, warm=shape)
     for n in (1, 12, 1, 3, 40):
-        found = backward(model, batch(shape, n))
-        assert all_finite(found), n
+        found = compute_gradients(model, make_batch(shape, n))
+        assert are_finite(found), n
         assert any(g.any() for g in found.values())
         optimizer.step()
-    assert all_finite(weights(model))
+    assert are_finite(copy_weights(model))
 
 
 @KIND
@@ -181,18 +184,18 @@ def test_empty_batch(rule: Rule, kind: str) -> None:
     x = torch.zeros(0, *shape, requires_grad=True)
     model(x).sum().backward()
     assert x.grad.shape == x.shape
-    assert len(grads(model)) == len(list(model.parameters()))
-    assert not any(g.any() for g in grads(model).values())
-    before = weights(model)
+    assert len(copy_gradients(model)) == len(list(model.parameters()))
+    assert not any(g.any() for g in copy_gradients(model).values())
+    before = copy_weights(model)
     optimizer.step()
-    assert same_bits(weights(model), before)
+    assert have_same_bits(copy_weights(model), before)
 
 
 def test_called_by_keyword(case: Case, rule: Rule) -> None:
     class ByKeyword(nn.Module):
         def __init__(self, keyword: bool) -> None:
             super().__init__()
-            self.net = convnet(torch.float64)
+            self.net = make_convnet(torch.float64)
             self.keyword = keyword
 
         def forward(self, x: Tensor) -> Tensor:
@@ -200,12 +203,12 @@ def test_called_by_keyword(case: Case, rule: Rule) -> None:
                 x = module(input=x) if self.keyword else module(x)
             return x
 
-    data, results = batch((2, 6, 6), dtype=torch.float64), []
+    data, results = make_batch((2, 6, 6), dtype=torch.float64), []
     for keyword in (False, True):
         model = ByKeyword(keyword)
         attach(case.make(), model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(2, 6, 6))
-        results.append(backward(model, data))
-    assert same_bits(*results)
+        results.append(compute_gradients(model, data))
+    assert have_same_bits(*results)
 
 
 IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -230,7 +233,7 @@ def test_in_place_after_a_layer(case: Case, what: str, kind: str) -> None:
         start, optimizer = x.detach().clone(), torch.optim.SGD(layer.parameters(), lr=0.1)
         attach(case.make(), layer, optimizer, warm=lambda layer=layer, x=start: layer(x).sin().sum())
         function(layer(x)).sin().sum().backward()
-        results.append({**grads(layer), "input": x.grad})
+        results.append({**copy_gradients(layer), "input": x.grad})
     assert_close(results[1], results[0])
 
 
@@ -258,7 +261,7 @@ def test_the_rule_sees_the_layers_own_problem(case: Case, rule: Rule, kind: str)
         plies[ply.name] = ply
 
     with rule.observing(observe):
-        found = backward(model, batch(shape, dtype=torch.float64))
+        found = compute_gradients(model, make_batch(shape, dtype=torch.float64))
     assert set(plies) == set(seen) == set(handled)
     for name in handled:
         module, (a, delta) = model.get_submodule(name), seen[name]

@@ -12,49 +12,49 @@ from plywise import AttachError, LinearCall, PlywiseError, Rule, Update
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
 from plywise.testing.contract.models import (
-    all_finite,
+    are_finite,
     assert_close,
-    backward,
-    batch,
-    grads,
-    loss_of,
-    mlp,
-    same_bits,
+    compute_gradients,
+    compute_loss,
+    copy_gradients,
+    copy_weights,
+    have_same_bits,
+    make_batch,
+    make_mlp,
     train,
-    weights,
 )
 from plywise.testing.contract.structures import STRUCTURES, Structure
 
 STRUCTURE = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.name)
 
 
-def attached(
+def attach_strictly(
     rule: Rule, model: nn.Module, optimizer: torch.optim.Optimizer | None, structure: Structure
 ) -> Rule:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return attach(rule, model, optimizer, warm=lambda: structure.loss(model, 2))
+        return attach(rule, model, optimizer, warm=lambda: structure.compute_loss(model, 2))
 
 
 @pytest.mark.one_of_family
 @STRUCTURE
 def test_right_or_routed_with_a_reason(rule: Rule, structure: Structure) -> None:
     model = structure.build()
-    structure.loss(model).backward()  # lazy layers take their shapes
-    if structure.refused_by(rule):
+    structure.compute_loss(model).backward()  # lazy layers take their shapes
+    if structure.is_refused(rule):
 
         def run() -> None:
-            attached(rule, model, None, structure)  # a rule with memory takes steps there
-            structure.loss(model).backward()
+            attach_strictly(rule, model, None, structure)  # a rule with memory takes steps there
+            structure.compute_loss(model).backward()
 
         with pytest.raises(PlywiseError, match=r"would get a wrong gradient.*requires_grad_\(False\)"):
             run()
         return
-    attached(rule, model, None, structure)
-    structure.loss(model).backward()
+    attach_strictly(rule, model, None, structure)
+    structure.compute_loss(model).backward()
     table = rule.explain()
     rows = {row.name: row for row in table.rows}
-    handled = structure.handled_by(rule)
+    handled = structure.list_handled(rule)
     named = {name for name in rows if rows[name].handled}
     assert named == handled
     routed = {**structure.routed, **(structure.shared if rule.takes_unshared_only else {})}
@@ -70,12 +70,12 @@ def test_right_or_routed_with_a_reason(rule: Rule, structure: Structure) -> None
 @STRUCTURE
 def test_gradients_are_the_sum_of_the_moves(case: Case, rule: Rule, structure: Structure) -> None:
     # each use of a weight is one local problem; whatever is not handled keeps autograd's gradient
-    if structure.refused_by(rule):
+    if structure.is_refused(rule):
         pytest.skip("refused: see above")
     model = structure.build()
-    structure.loss(model)  # lazy layers take their shapes
+    structure.compute_loss(model)  # lazy layers take their shapes
     model.double()
-    attached(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), structure)
+    attach_strictly(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), structure)
     sums: dict[int, Tensor] = {}
 
     def add(ply: LinearCall, move: Update, below: Tensor | None) -> None:
@@ -88,36 +88,36 @@ def test_gradients_are_the_sum_of_the_moves(case: Case, rule: Rule, structure: S
 
     model.zero_grad()
     with rule.observing(add):
-        structure.loss(model).backward()
+        structure.compute_loss(model).backward()
     computed = {*structure.computed}
     expected = {n: sums[id(p)] for n, p in model.named_parameters() if id(p) in sums and n not in computed}
     assert expected
-    assert_close({name: grads(model)[name] for name in expected}, expected)
+    assert_close({name: copy_gradients(model)[name] for name in expected}, expected)
     if case.is_backprop:
         plain = structure.build()
-        structure.loss(plain)
+        structure.compute_loss(plain)
         plain.double()
-        structure.loss(plain).backward()
-        assert_close(grads(model), grads(plain))
+        structure.compute_loss(plain).backward()
+        assert_close(copy_gradients(model), copy_gradients(plain))
 
 
 @pytest.mark.one_of_family
 @STRUCTURE
 def test_three_steps_move_all_that_can_move(case: Case, rule: Rule, structure: Structure) -> None:
-    if structure.refused_by(rule):
+    if structure.is_refused(rule):
         pytest.skip("refused: see above")
     model = structure.build()
-    structure.loss(model)
+    structure.compute_loss(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    attached(rule, model, optimizer, structure)
-    before = weights(model)
+    attach_strictly(rule, model, optimizer, structure)
+    before = copy_weights(model)
     for _ in range(3):
         optimizer.zero_grad()
-        structure.loss(model).backward()
+        structure.compute_loss(model).backward()
         reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         optimizer.step()
-    after = weights(model)
-    assert all_finite(after)
+    after = copy_weights(model)
+    assert are_finite(after)
     assert not rule.health.counts
     moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad} - set(structure.unused)
@@ -140,12 +140,12 @@ def test_sometimes_used(case: Case, rule: Rule) -> None:
         return F.cross_entropy(net(x, "a") + net(x, "b"), y)
 
     model = Gated()
-    x, y = batch()
+    x, y = make_batch()
     attach(rule, model, warm=lambda: both(model))
     for which, other in ("ab", "ba", "aa", "bb"):
         model.zero_grad()
         F.cross_entropy(model(x, which), y).backward()
-        found = grads(model)
+        found = copy_gradients(model)
         assert {f"{which}.weight", "head.weight"} <= found.keys()
         if other != which:
             assert f"{other}.weight" not in found
@@ -153,7 +153,7 @@ def test_sometimes_used(case: Case, rule: Rule) -> None:
         fresh.load_state_dict(model.state_dict())
         second = attach(case.make(), fresh, warm=lambda fresh=fresh: both(fresh))
         F.cross_entropy(fresh(x, which), y).backward()
-        assert same_bits(found, grads(fresh))
+        assert have_same_bits(found, copy_gradients(fresh))
         second.detach()
 
 
@@ -172,9 +172,9 @@ class ConstantBias:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", ["layer", "weight", "bias"])
 def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
-    data, model = batch(), mlp(torch.float64)
+    data, model = make_batch(), make_mlp(torch.float64)
     frozen = {f"2.{n}" for n in ("weight", "bias") if what in ("layer", n)}
-    free, expected = mlp(torch.float64), mlp(torch.float64)
+    free, expected = make_mlp(torch.float64), make_mlp(torch.float64)
     if what == "bias":  # it is a constant: the layer's own problem has no bias
         add = ConstantBias(expected[2])
         case.make().attach(expected, torch.optim.SGD(expected.parameters(), lr=0.1))
@@ -182,9 +182,9 @@ def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
     else:
         case.make().attach(expected, torch.optim.SGD(expected.parameters(), lr=0.1))
     case.make().attach(free, torch.optim.SGD(free.parameters(), lr=0.1))
-    data = batch(dtype=torch.float64)
-    loss_of(free, data).backward()
-    loss_of(expected, data).backward()
+    data = make_batch(dtype=torch.float64)
+    compute_loss(free, data).backward()
+    compute_loss(expected, data).backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     if when == "after":
         rule.attach(model, optimizer)
@@ -192,12 +192,14 @@ def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
         model.get_parameter(name).requires_grad_(False)
     if when == "before":
         rule.attach(model, optimizer)
-    loss_of(model, data).backward()
+    compute_loss(model, data).backward()
     # the layers below receive the same, and what moves moves the same
-    assert same_bits(grads(model), {n: g for n, g in grads(expected).items() if n not in frozen})
-    before = weights(model)
+    assert have_same_bits(
+        copy_gradients(model), {n: g for n, g in copy_gradients(expected).items() if n not in frozen}
+    )
+    before = copy_weights(model)
     optimizer.step()
-    for name, value in weights(model).items():
+    for name, value in copy_weights(model).items():
         assert torch.equal(value, before[name]) == (name in frozen), name
     if what != "bias":
         assert "frozen" in str(rule.explain())
@@ -207,15 +209,15 @@ def test_frozen(case: Case, rule: Rule, when: str, what: str) -> None:
         model.get_parameter(name).requires_grad_(True)
     model.load_state_dict(free.state_dict())
     model.zero_grad()
-    loss_of(model, data).backward()
-    assert same_bits(grads(model), grads(free))
+    compute_loss(model, data).backward()
+    assert have_same_bits(copy_gradients(model), copy_gradients(free))
 
 
 def test_all_frozen_passes_the_gradient_down(case: Case, rule: Rule) -> None:
     if rule.alters_backward:
         pytest.skip("the backward values are altered for the sake of updates: nothing learns, they are plain")
-    model, data = mlp(), batch()
-    case_free = mlp()
+    model, data = make_mlp(), make_batch()
+    case_free = make_mlp()
     attach(case.make(), case_free, warm=(6,))
     results = []
     for net in (case_free, model):
@@ -223,10 +225,10 @@ def test_all_frozen_passes_the_gradient_down(case: Case, rule: Rule) -> None:
             attach(rule, model, warm=(6,))
             model.requires_grad_(False)
         x = data[0].clone().requires_grad_()
-        loss_of(net, (x, data[1])).backward()
+        compute_loss(net, (x, data[1])).backward()
         results.append(x.grad)
     assert torch.equal(*results)
-    assert not grads(model)
+    assert not copy_gradients(model)
 
 
 def test_lazy_layers(case: Case, rule: Rule) -> None:
@@ -234,20 +236,20 @@ def test_lazy_layers(case: Case, rule: Rule) -> None:
         torch.manual_seed(1)
         return nn.Sequential(nn.LazyConv2d(4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
 
-    data, model, ready = batch((2, 6, 6)), build(), build()
+    data, model, ready = make_batch((2, 6, 6)), build(), build()
     attach(rule, model)
     assert "lazy" in str(rule.explain())
     torch.manual_seed(2)
-    loss_of(model, data).backward()
+    compute_loss(model, data).backward()
     torch.manual_seed(2)
     ready(data[0])
     attach(case.make(), ready)
-    loss_of(ready, data).backward()
-    assert same_bits(grads(model), grads(ready))
+    compute_loss(ready, data).backward()
+    assert have_same_bits(copy_gradients(model), copy_gradients(ready))
     assert "3×64" in str(rule.explain())
 
 
-def old_spectral_norm(layer: nn.Module) -> None:
+def add_old_spectral_norm(layer: nn.Module) -> None:
     nn.utils.spectral_norm(layer)
 
 
@@ -255,7 +257,7 @@ PARAMETRIZE = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
-    "old spectral_norm": old_spectral_norm,
+    "old spectral_norm": add_old_spectral_norm,
     "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
 }
 
@@ -263,7 +265,7 @@ PARAMETRIZE = {
 @pytest.mark.one_of_family
 @pytest.mark.parametrize("kind", list(PARAMETRIZE))
 def test_computed_weights(case: Case, rule: Rule, kind: str) -> None:
-    model, data = mlp(torch.float64), batch(dtype=torch.float64)
+    model, data = make_mlp(torch.float64), make_batch(dtype=torch.float64)
     PARAMETRIZE[kind](model[2])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if rule.alters_backward and rule.takes_unshared_only:
@@ -271,16 +273,16 @@ def test_computed_weights(case: Case, rule: Rule, kind: str) -> None:
             attach(rule, model, optimizer, warm=(6,))
         return
     attach(rule, model, optimizer, warm=(6,))
-    loss_of(model, data).backward()
-    found = grads(model)
+    compute_loss(model, data).backward()
+    found = copy_gradients(model)
     assert found.keys() == dict(model.named_parameters()).keys()
-    assert all_finite(found)
+    assert are_finite(found)
     if case.is_backprop and kind in ("weight_norm", "pruned"):  # the others draw or iterate
-        plain = mlp(torch.float64)
+        plain = make_mlp(torch.float64)
         PARAMETRIZE[kind](plain[2])
         plain.load_state_dict(model.state_dict())
-        loss_of(plain, data).backward()
-        assert_close(found, grads(plain))
+        compute_loss(plain, data).backward()
+        assert_close(found, copy_gradients(plain))
     rows = [row for row in rule.explain().rows if row.name.startswith("2.") and "bias" not in row.name]
     reasons = [row.reason for row in rows]
     assert reasons
@@ -291,21 +293,21 @@ def test_computed_weights(case: Case, rule: Rule, kind: str) -> None:
 @pytest.mark.parametrize("kind", list(PARAMETRIZE))
 def test_weights_that_become_computed_while_attached(case: Case, rule: Rule, kind: str) -> None:
     # captured as they are computed, left to the optimizer, or refused by name; never a wrong gradient
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
     PARAMETRIZE[kind](model[2])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if rule.remembers and (rule.alters_backward or not rule.takes_unshared_only):
         with pytest.raises(PlywiseError, match=r"'2"):
-            backward(model, data)
+            compute_gradients(model, data)
     else:
-        found = backward(model, data)
-        assert all_finite(found)
+        found = compute_gradients(model, data)
+        assert are_finite(found)
         if kind == "weight_norm" and not rule.remembers:  # others draw, iterate, or wait for the step
-            other = mlp()
+            other = make_mlp()
             PARAMETRIZE[kind](other[2])
             attach(case.make(), other, torch.optim.SGD(other.parameters(), lr=0.01))
-            assert same_bits(found, backward(other, data))
+            assert have_same_bits(found, compute_gradients(other, data))
         rows = [row for row in rule.explain().rows if row.name[:1] == "2" and "bias" not in row.name]
         assert rows
         known = ("weight is computed", "no call of a linear map has been seen with it yet")
@@ -326,12 +328,12 @@ def test_a_computed_bias(case: Case, rule: Rule) -> None:
 
     results = []
     for attaching in (False, True):
-        model = mlp(torch.float64)
+        model = make_mlp(torch.float64)
         nn.utils.parametrize.register_parametrization(model[2], "bias", Positive())
         if attaching:
             attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.01), warm=(6,))
-        loss_of(model, batch(dtype=torch.float64)).backward()
-        results.append(grads(model))
+        compute_loss(model, make_batch(dtype=torch.float64)).backward()
+        results.append(copy_gradients(model))
     assert results[0].keys() == results[1].keys()
     if case.is_backprop:
         assert_close(results[1], results[0])
@@ -341,28 +343,28 @@ def test_a_model_of_nothing_supported_is_refused(rule: Rule) -> None:
     with pytest.raises(AttachError, match=r"finds no layer.*LSTM.*nn\.LSTM hide.*nn\.unroll.*register_map"):
         attach(rule, nn.LSTM(3, 4))
     with pytest.raises(AttachError, match="it has no parameters"):
-        rule.attach(nn.Sequential(nn.ReLU()), torch.optim.SGD(mlp().parameters(), lr=0.1))
+        rule.attach(nn.Sequential(nn.ReLU()), torch.optim.SGD(make_mlp().parameters(), lr=0.1))
 
 
 def test_a_forward_set_on_the_module_itself_is_captured(case: Case, rule: Rule) -> None:
     # the rule acts on the linear call inside; what is done with its output is autograd's
-    model, data = mlp(torch.float64), batch(dtype=torch.float64)
+    model, data = make_mlp(torch.float64), make_batch(dtype=torch.float64)
     layer = model[2]
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias).square()
     attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
-    found = backward(model, data)
+    found = compute_gradients(model, data)
     assert next(row for row in rule.explain().rows if row.name == "2").handled
     if case.is_backprop:
         rule.detach()
-        assert_close(found, backward(model, data))
+        assert_close(found, compute_gradients(model, data))
 
 
 def test_functions_of_a_weight_outside_its_layer(rule: Rule) -> None:
     # a penalty reaches the weight by another road, in the same backward: both add up
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     attach(rule, model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(6,))
-    loss_of(model, data).backward()
-    bare = grads(model)["2.weight"]
+    compute_loss(model, data).backward()
+    bare = copy_gradients(model)["2.weight"]
     model.zero_grad()
-    (loss_of(model, data) + 0.5 * model[2].weight.square().sum()).backward()
+    (compute_loss(model, data) + 0.5 * model[2].weight.square().sum()).backward()
     assert torch.allclose(model[2].weight.grad, bare + model[2].weight, rtol=1e-5, atol=1e-6)

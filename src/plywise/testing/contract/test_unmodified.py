@@ -13,13 +13,13 @@ from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
 from plywise.testing.contract.models import (
     MODELS,
-    backward,
-    batch,
-    convnet,
-    grads,
-    loss_of,
-    mlp,
-    same_bits,
+    compute_gradients,
+    compute_loss,
+    copy_gradients,
+    have_same_bits,
+    make_batch,
+    make_convnet,
+    make_mlp,
     train,
 )
 
@@ -28,7 +28,7 @@ def is_hook_dict(name: str) -> bool:
     return "_hooks" in name
 
 
-def contents(model: nn.Module) -> dict[str, object]:
+def list_contents(model: nn.Module) -> dict[str, object]:
     """What the user may look at: everything in each module but torch's own hook dictionaries."""
     seen: dict[str, object] = {}
     for name, module in model.named_modules():
@@ -41,7 +41,7 @@ def contents(model: nn.Module) -> dict[str, object]:
     return seen
 
 
-def hooks(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[str]:
+def list_hooks(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[str]:
     """Every hook on the modules, parameters, buffers and the optimizer."""
     found = []
     owners = [*model.modules(), *([optimizer] if optimizer is not None else [])]
@@ -55,19 +55,19 @@ def hooks(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> l
 
 
 def test_the_model_is_not_changed(rule: Rule) -> None:
-    model = convnet()
-    before, keys, metadata = contents(model), list(model.state_dict()), model.state_dict()._metadata
+    model = make_convnet()
+    before, keys, metadata = list_contents(model), list(model.state_dict()), model.state_dict()._metadata
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rule.attach(model, optimizer)
-    train(model, optimizer, batch((2, 6, 6)), 2)
-    assert contents(model) == before
+    train(model, optimizer, make_batch((2, 6, 6)), 2)
+    assert list_contents(model) == before
     assert list(model.state_dict()) == keys
     assert model.state_dict()._metadata == metadata
 
 
 def test_the_forward_is_not_changed(rule: Rule) -> None:
     for build, shape in MODELS.values():
-        x, _ = batch(shape)
+        x, _ = make_batch(shape)
         expected = build()(x)
         model = build()
         attach(rule, model)
@@ -78,40 +78,40 @@ def test_the_forward_is_not_changed(rule: Rule) -> None:
 
 
 def test_detach_leaves_nothing(rule: Rule) -> None:
-    model = convnet()
+    model = make_convnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     rule.attach(model, optimizer)
-    assert hooks(model, optimizer)
-    train(model, optimizer, batch((2, 6, 6)), 1)
+    assert list_hooks(model, optimizer)
+    train(model, optimizer, make_batch((2, 6, 6)), 1)
     rule.detach()
-    assert hooks(model, optimizer) == []
+    assert list_hooks(model, optimizer) == []
 
 
 def test_detached_gradients_are_autograds(rule: Rule) -> None:
-    model, data = mlp(), batch()
-    expected = backward(mlp(), data)
+    model, data = make_mlp(), make_batch()
+    expected = compute_gradients(make_mlp(), data)
     attach(rule, model, warm=(6,))
-    backward(model, data)
+    compute_gradients(model, data)
     rule.detach()
-    assert same_bits(backward(model, data), expected)
+    assert have_same_bits(compute_gradients(model, data), expected)
 
 
 def test_detach_between_forward_and_backward_is_safe(case: Case, rule: Rule) -> None:
     # the graph was made under the rule: it answers to the end
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     attach(rule, model, warm=(6,))
-    loss = loss_of(model, data)
+    loss = compute_loss(model, data)
     rule.detach()
     loss.backward()
-    reference = mlp()
+    reference = make_mlp()
     attach(case.make(), reference, warm=(6,))
-    assert same_bits(grads(model), backward(reference, data))
+    assert have_same_bits(copy_gradients(model), compute_gradients(reference, data))
 
 
 def test_detach_twice_and_unattached_is_harmless(case: Case) -> None:
     rule = case.make()
     rule.detach()
-    model = mlp()
+    model = make_mlp()
     attach(rule, model)
     rule.detach()
     rule.detach()
@@ -119,45 +119,45 @@ def test_detach_twice_and_unattached_is_harmless(case: Case) -> None:
 
 
 def test_attach_twice_is_refused(case: Case, rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     attach(rule, model)
-    count = len(hooks(model))
+    count = len(list_hooks(model))
     with pytest.raises(AttachError, match=r"attached already.*detach"):
-        attach(rule, mlp())
+        attach(rule, make_mlp())
     with pytest.raises(AttachError, match=r"Layer '0' is handled by a rule already.*exclude"):
         attach(case.make(), model)
-    assert len(hooks(model)) == count
+    assert len(list_hooks(model)) == count
 
 
 def test_attach_again_after_detach(case: Case, rule: Rule) -> None:
-    data, fresh = batch(), mlp()
+    data, fresh = make_batch(), make_mlp()
     attach(case.make(), fresh, warm=(6,))
-    expected = backward(fresh, data)
-    model = mlp()
+    expected = compute_gradients(fresh, data)
+    model = make_mlp()
     for _ in range(3):
         attach(rule, model, warm=(6,))
-        assert same_bits(backward(model, data), expected)
+        assert have_same_bits(compute_gradients(model, data), expected)
         rule.detach()
-    assert hooks(model) == []
+    assert list_hooks(model) == []
 
 
 def test_a_refused_attach_leaves_nothing(rule: Rule) -> None:
-    model = mlp()
+    model = make_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    stranger = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    stranger = torch.optim.SGD(make_mlp().parameters(), lr=0.1)
     for arguments in ({"layers": "nothing.like.it"}, {"optimizer": stranger}, {"exclude": nn.Module}):
         with pytest.raises(AttachError):
             attach(rule, model, **arguments)
     with pytest.raises(ValueError, match=r"'skip'.*optimizer"):
         rule.attach(model, on_nonfinite="skip")
-    assert hooks(model, optimizer) == []
+    assert list_hooks(model, optimizer) == []
     rule.attach(model, optimizer)  # and the rule is still free
 
 
 def test_dropping_the_model_frees_it(rule: Rule) -> None:
-    model = convnet()
+    model = make_convnet()
     attach(rule, model, warm=(2, 6, 6))
-    backward(model, batch((2, 6, 6)))
+    compute_gradients(model, make_batch((2, 6, 6)))
     gone = [weakref.ref(module) for module in model.modules()]
     storage = StorageWeakRef(model[0].weight.untyped_storage())
     del model
@@ -169,10 +169,10 @@ def test_dropping_the_model_frees_it(rule: Rule) -> None:
 
 
 def test_dropping_the_model_frees_it_while_the_optimizer_lives(rule: Rule) -> None:
-    model = convnet()
+    model = make_convnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rule.attach(model, optimizer)
-    train(model, optimizer, batch((2, 6, 6)), 1)
+    train(model, optimizer, make_batch((2, 6, 6)), 1)
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -181,11 +181,11 @@ def test_dropping_the_model_frees_it_while_the_optimizer_lives(rule: Rule) -> No
 
 
 def test_dropping_the_handle_does_not_detach(case: Case) -> None:
-    data, kept, forgotten = batch(), mlp(), mlp()
+    data, kept, forgotten = make_batch(), make_mlp(), make_mlp()
     rule = attach(case.make(), kept, warm=(6,))
     handle = weakref.ref(attach(case.make(), forgotten, warm=(6,)))
     gc.collect()
-    assert same_bits(backward(forgotten, data), backward(kept, data))
+    assert have_same_bits(compute_gradients(forgotten, data), compute_gradients(kept, data))
     assert handle() is not None  # it lives as long as the model
     del forgotten
     gc.collect()
@@ -196,7 +196,7 @@ def test_dropping_the_handle_does_not_detach(case: Case) -> None:
 @pytest.mark.parametrize("runs_backward", [True, False])
 def test_activations_are_freed_at_once(rule: Rule, runs_backward: bool) -> None:
     # without the garbage collector: a cycle through the graph would keep a batch of activations
-    model = convnet()
+    model = make_convnet()
     attach(rule, model, warm=(2, 6, 6))
     inputs: list[StorageWeakRef] = []
 
@@ -208,7 +208,7 @@ def test_activations_are_freed_at_once(rule: Rule, runs_backward: bool) -> None:
     gc.collect()
     gc.disable()
     try:
-        loss = loss_of(model, batch((2, 6, 6)))
+        loss = compute_loss(model, make_batch((2, 6, 6)))
         if runs_backward:
             loss.backward()
         del loss
@@ -219,14 +219,14 @@ def test_activations_are_freed_at_once(rule: Rule, runs_backward: bool) -> None:
 
 
 def test_users_hooks_stay_and_see_what_goes_on(rule: Rule) -> None:
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     outputs: list[torch.Tensor] = []
     heard: list[torch.Tensor] = []
     model[2].register_forward_hook(lambda module, args, output: outputs.append(output))
     model[2].weight.register_hook(lambda grad: heard.append(grad.clone()))
     model[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     attach(rule, model, warm=(6,))
-    out = loss_of(model, data)
+    out = compute_loss(model, data)
     outputs[-1].retain_grad()
     out.backward()
     assert outputs[-1].grad is not None  # the hook got the very tensor that the next layer reads
@@ -236,12 +236,12 @@ def test_users_hooks_stay_and_see_what_goes_on(rule: Rule) -> None:
 
 
 def test_two_rules_share_a_model(case: Case, rule: Rule) -> None:
-    model, data = mlp(), batch()
+    model, data = make_mlp(), make_batch()
     other = case.make()
     attach(rule, model, layers="0")
     attach(other, model, exclude="0")
-    together = backward(model, data)
+    together = compute_gradients(model, data)
     rule.detach()
     other.detach()
-    assert hooks(model) == []
+    assert list_hooks(model) == []
     assert together.keys() == dict(model.named_parameters()).keys()
