@@ -89,7 +89,7 @@ def _bound_for_dual(system: DampedSystem, solution: Solution) -> Numbers:
     worst = mixed + equal * _get_length_factor(system) / 4
     error = largest * size * (worst * spread + mixed)
     noise = 4 * get_unit_roundoff(system.matrix) * product
-    return _divide(error, abs(product - shift * size) + noise) + failed
+    return _divide(error, _compute_absolute(product - shift * size) + noise) + failed
 
 
 def estimate_square_errors(
@@ -170,7 +170,7 @@ def _estimate_for_dual(
     if solution.inverse is not None:  # the rounding of its entries, times Δ
         error = error + 16 * mixed * matrix.scaled_inverse * part.right / system.size
     noise = 4 * get_unit_roundoff(system.matrix) * part.product  # of the difference below
-    return _divide(error, abs(part.product - shift * part.answer) + noise) + matrix.failed
+    return _divide(error, _compute_absolute(part.product - shift * part.answer) + noise) + matrix.failed
 
 
 def _measure(
@@ -216,7 +216,7 @@ def _weigh_signs(system: DampedSystem, matrix: _OfMatrix, shift: Numbers) -> Num
     diagonal = matrix.energies
     if system.norm is None:  # the norm is that of gram + λI
         diagonal = diagonal + shift * (2 * matrix.trace + shift * system.size)
-    cosine = abs(_divide(matrix.norm * matrix.norm - diagonal, matrix.trace * matrix.trace))
+    cosine = _compute_absolute(_divide(matrix.norm * matrix.norm - diagonal, matrix.trace * matrix.trace))
     return mixed + equal * _get_length_factor(system) * cosine / (1 + 3 * cosine)
 
 
@@ -251,6 +251,11 @@ def _get_numbers(tables: list[Tensor], system: DampedSystem) -> tuple[list[Numbe
     table = torch.cat(tables, 1)
     numbers: list[Numbers] = table[0].tolist() if len(table) == 1 else list(table.double().unbind(1))
     return (numbers[:-1], numbers[-1]) if isinstance(system.shift, Tensor) else (numbers, system.shift)
+
+
+def _compute_absolute(value: Numbers) -> Numbers:
+    """Compute the absolute value."""
+    return value.abs() if isinstance(value, Tensor) else abs(value)
 
 
 def _divide(numerator: Numbers, denominator: Numbers) -> Numbers:

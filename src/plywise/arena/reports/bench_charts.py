@@ -16,16 +16,16 @@ DIGITS = 3
 """Significant digits in a picture."""
 
 POINTS = 12_000
-"""Points of all curves of a page together, unless that is fewer than `FEWEST` each."""
+"""The most points of all curves of a page together, unless each curve would have fewer than `FEWEST`."""
 
 FEWEST, MOST = 8, 60
-"""Points of one curve."""
+"""The fewest points of one curve."""
 
 TRIALS = 500
-"""Tuning trials of a method that are drawn, spread evenly where there are more."""
+"""The most tuning trials of a method that are drawn; if there are more, they are chosen evenly."""
 
 BEFORE = "before training"
-"""Whose layers those are that the bench's description of a workload has."""
+"""The method whose layers a bench's description of a workload shows."""
 
 
 def thin(value: Any, digits: int = DIGITS) -> Any:
@@ -65,7 +65,7 @@ def make_curves(results: BenchResults, track: str, workload: str) -> list[dict[s
 
 
 def make_rates(results: BenchResults, workload: str) -> list[dict[str, Any]]:
-    """The validation metric at the end of each tuning trial, by the first of the tuned numbers.
+    """Return the validation metric at the end of each tuning trial, by the first of the tuned numbers.
 
     Returns:
         For each method its ``name``, the ``number`` (lr, if there is one), its ``default``, and ``points``:
@@ -96,7 +96,7 @@ def make_rates(results: BenchResults, workload: str) -> list[dict[str, Any]]:
 
 
 def make_tuning_cost(results: BenchResults, workload: str) -> list[dict[str, Any]]:
-    """The best result that a method has after each number of tuning trials, see `find_best_after_trials`."""
+    """Return the best result of a method after each number of trials, see `find_best_after_trials`."""
     found = []
     for method in results.methods:
         trials = results.tuning.get((workload, method), [])
@@ -126,9 +126,9 @@ def find_best_after_trials(values: Sequence[float]) -> list[tuple[float, float, 
 
 
 def _find_places(n: int, share: float) -> Iterator[int]:
-    """For k from 1 to n, the first place at or before which the best of k lies in that share of the choices.
+    """Yield for k from 1 to n the first place at or before which the best of k lies in that share of choices.
 
-    It only moves forward, so that all of them take about n log n multiplications.
+    The place only moves forward, so all of them together take about n log n multiplications.
     """
     place = n
     for k in range(1, n + 1):
@@ -138,13 +138,13 @@ def _find_places(n: int, share: float) -> Iterator[int]:
 
 
 def _find_later_share(n: int, place: int, k: int) -> float:
-    """C(n - place, k) / C(n, k), of whichever product has fewer factors."""
+    """Compute C(n - place, k) / C(n, k), by whichever product has fewer factors."""
     few, many = sorted((place, k))
     return math.prod(max(n - many - j, 0) / (n - j) for j in range(few))
 
 
 def make_layers(results: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
-    """What is known about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
+    """Return what is known about each layer: for each method ``layers`` (their names) and lists by ``kinds``.
 
     From the final runs, of several seeds the first one that said anything; or from the bench's description of
     the method; and from that of the workload, under the name `BEFORE`.
@@ -190,14 +190,14 @@ def _beats(one: tuple[float | None, ...], other: tuple[float | None, ...]) -> bo
 
 
 class _Curves:
-    """The runs of one method, by the steps in which they were measured."""
+    """The runs of one method, by the steps at which they were measured."""
 
     def __init__(self, runs: list[TrialRecord]) -> None:
         self._runs = runs
         self._places = [{step: i for i, step in enumerate(run["steps"])} for run in runs]
 
     def find_values(self, name: str, step: int) -> list[float]:
-        """What the runs have measured at a step."""
+        """Return what the runs have measured at a step."""
         found = [
             run[name][where[step]]
             for run, where in zip(self._runs, self._places, strict=True)
@@ -206,20 +206,20 @@ class _Curves:
         return [value for value in found if value is not None]
 
     def count_failed(self, name: str, step: int) -> int:
-        """Runs that had failed by a step, and have no value there."""
+        """Count the runs that had failed before a step, and have no value there."""
         return sum(
             run["failure"] is not None and step >= _find_last_step(run) and not _has(run, name, where, step)
             for run, where in zip(self._runs, self._places, strict=True)
         )
 
     def make_middle(self, name: str, steps: list[int]) -> list[float | None]:
-        """The median at each step."""
+        """Return the median at each step."""
         return [
             statistics.median(found) if (found := self.find_values(name, step)) else None for step in steps
         ]
 
     def make_spread(self, name: str, steps: list[int]) -> list[list[float | None]]:
-        """Median, least and greatest at each step; a run alone has only the first."""
+        """Return median, least and greatest at each step; if there is only one run, only the first."""
         # a run that failed counts as infinite from there on: the median must not recover by its absence
         each = [
             [*self.find_values(name, step), *[math.inf] * self.count_failed(name, step)] for step in steps
@@ -254,10 +254,10 @@ def _find_last_step(run: TrialRecord) -> int:
 
 
 def _thin_steps(runs: list[TrialRecord], points: int) -> list[int]:
-    """About so many of the steps in which some run was measured."""
+    """Choose about this many of the steps at which some run was measured."""
     steps = sorted({step for run in runs for step in run["steps"]})
     every = math.ceil(len(steps) / points)
-    last = {max(run["steps"]) for run in runs if run["steps"]}  # where a run ends is never thinned out
+    last = {max(run["steps"]) for run in runs if run["steps"]}  # the end of a run is always kept
     return [step for i, step in enumerate(steps) if i % every == 0 or step in last]
 
 

@@ -109,7 +109,7 @@ def make_page(summary: BenchSummary) -> str:
 
 
 def _make_context(summary: BenchSummary) -> dict[str, Any]:
-    """What the page's template is filled with."""
+    """Return what the page's template is filled with."""
     results, lines = summary.results, summary.lines
     return {
         "title": results.bench["title"],
@@ -131,7 +131,7 @@ def _make_context(summary: BenchSummary) -> dict[str, Any]:
 
 
 def _make_data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str, Any]:
-    """What the page's script draws; infinite and missing numbers alike become null."""
+    """Return what the page's script draws; infinite and missing numbers alike become null."""
 
     def map_tracks(make: Any) -> dict[str, Any]:
         return {
@@ -228,7 +228,7 @@ def _list_targets(field: BenchResults) -> list[dict[str, Any]]:
 
 
 def _list_controls(field: BenchResults) -> list[dict[str, Any]]:
-    """A line a track and null control: its ratios by clock, as text."""
+    """Make a line for each track and null control: its ratios by clock, as text."""
     return [
         {
             "track": track,
@@ -244,7 +244,7 @@ def _list_controls(field: BenchResults) -> list[dict[str, Any]]:
 
 
 def _list_failures(lines: list[TrialRecord]) -> list[dict[str, Any]]:
-    """Failed trials, those with the same reason but for its numbers together; the most frequent first."""
+    """Group failed trials whose reasons differ only in numbers; the most frequent group comes first."""
     groups: Counter[tuple[str, ...]] = Counter()
     examples: dict[tuple[str, ...], TrialRecord] = {}
     for line in lines:
@@ -257,7 +257,7 @@ def _list_failures(lines: list[TrialRecord]) -> list[dict[str, Any]]:
 
 
 def _list_methods(field: BenchResults) -> list[dict[str, Any]]:
-    """What each method is, what of it may be tuned, and what was chosen on each workload."""
+    """Describe each method: what it is, which numbers may be tuned, and what was chosen on each workload."""
     found = []
     for name in field.methods:
         picks = {
@@ -277,7 +277,7 @@ def _format_raw(line: TrialRecord, digits: int | None) -> str:
 def _make_download(
     name: str, label: str, kind: str, pieces: Iterable[str], room: float = math.inf
 ) -> dict[str, str] | None:
-    """A file inside the page: a link to its compressed form, which the page's script unpacks.
+    """Make a download inside the page: a link to the compressed file, which the page's script unpacks.
 
     Returns:
         The link; None as soon as it is seen to take ``room`` bytes or more: what does not fit takes no time.

@@ -52,7 +52,7 @@ class BenchReport:
         return self.summary.lines
 
     def ranking(self, track: str | None = None, clock: str = "cpu") -> list[MethodRanking]:
-        """The methods from the best on.
+        """Return the methods from the best on.
 
         Args:
             track: ``"tuned"`` or ``"defaults"``. Default: tuned, if there is anything tuned.
@@ -94,7 +94,7 @@ class BenchReport:
         return make_dataframe(self.rows(what))
 
     def plot(self, what: Literal["curves", "ranking", "rates", "pareto"] = "curves") -> Any:
-        """A matplotlib Figure.
+        """Return a matplotlib Figure.
 
         Args:
             what: ``"curves"``: the validation metric while each method trains; ``"ranking"``: times to the
@@ -168,7 +168,7 @@ class DiagnosisReport:
         return make_dataframe(self.rows())
 
     def plot(self) -> Any:
-        """A matplotlib Figure: backward values and effective rates, layer by layer.
+        """Return a matplotlib Figure: backward values and effective rates, layer by layer.
 
         Raises:
             PlywiseError: matplotlib is not installed.
@@ -222,7 +222,7 @@ def _format_short(value: float | None) -> str:
 
 
 def _describe(line: TrialRecord) -> dict[str, Any]:
-    """A trial without its curves."""
+    """Return a trial without its curves."""
     names = ("workload", "method", "purpose", "track", "trial", "seed", "failure", "test", "peak_mib")
     last = {clock: (line[clock] or [None])[-1] for clock in ("steps", "cpu", "wall")}
     numbers = {f"numbers.{name}": value for name, value in line["numbers"].items()}
@@ -231,7 +231,7 @@ def _describe(line: TrialRecord) -> dict[str, Any]:
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dicts and tuples of numbers within as columns of their own; what is not finite as infinity.
+    """Turn dicts and tuples of numbers into columns of their own, and what is not finite into infinity.
 
     Example:
         >>> _flatten({"a": {"b": 1}, "c": 2})

@@ -68,12 +68,12 @@ def inline_json(value: Any) -> str:
 
 
 def format_number(value: float | None, pattern: str = ".3g") -> str:
-    """A number for people; a dash where there is none."""
+    """Format a number for readers; a dash if there is none."""
     return "–" if value is None else format(value, pattern)
 
 
 def read_asset(name: str) -> str:
-    """The text of a file beside the templates."""
+    """Return the text of a file beside the templates."""
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ COLUMNS = 3
 
 
 def draw(summary: BenchSummary, what: str) -> Any:
-    """A matplotlib Figure of a bench; see `plywise.arena.reports.notebook.BenchReport.plot`.
+    """Return a matplotlib Figure of a bench; see `plywise.arena.reports.notebook.BenchReport.plot`.
 
     Raises:
         PlywiseError: ``what`` is no picture, or matplotlib is not installed.

@@ -38,7 +38,7 @@ def show_trials(pieces: Iterator[Progress], bench: Bench, screen: Console, verbo
 
 
 def describe_trial(line: TrialRecord) -> str:
-    """A trial in one line."""
+    """Return a trial in one line."""
     is_tuning = line["purpose"] == TUNING
     which = f"trial {line['trial']}" if is_tuning else f"{line['track']}, seed {line['seed']}"
     last = next((value for value in reversed(line["validation"]) if value is not None), None)

@@ -12,7 +12,7 @@ from plywise.arena.scoring.score import CLOCKS, best_validation, is_trained, las
 
 
 def format_ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
-    """The rows as a table for spreadsheets; a miss is "inf", what was not measured is empty."""
+    """Return the rows as a table for spreadsheets: a miss is "inf", and what was not measured is empty."""
     header = ["track", "workload", "method", "runs", "reached", "reached_loose", "failed"]
     spans = [f"{what}_{end}" for what in ("validation", "test") for end in Spread._fields]
     timing = [
@@ -34,7 +34,7 @@ def format_ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
 
 
 def format_runs_csv(results: BenchResults) -> Iterator[str]:
-    """Every trial of the bench, one a line: what it reached, when, and how it ended; line by line."""
+    """Yield the lines of a table of all trials: what each reached, when, and how it ended."""
     header = [
         "workload",
         "method",
@@ -83,7 +83,7 @@ def _format_row(cells: Iterable[object]) -> str:
 
 
 def _make_inert(cell: object) -> object:
-    """Make a cell that no spreadsheet takes for a formula, for a user's names may begin like one."""
+    """Make a cell that no spreadsheet takes for a formula, because a user's names may begin like one."""
     if not isinstance(cell, str):
         return cell
     text = cell.replace("\r", "\n")  # which is quoted

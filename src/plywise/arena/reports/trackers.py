@@ -1,4 +1,4 @@
-"""A bench's trials for the trackers that people look at curves with: TensorBoard and Trackio."""
+"""Writes a bench's trials for trackers that show curves: TensorBoard and Trackio."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Exported(NamedTuple):
 
 
 def list_runs(folder: Path) -> list[TrackedRun]:
-    """The trials of a bench, finished or not.
+    """Return the trials of a bench, finished or not.
 
     Args:
         folder: where bench.json and trials.jsonl are.
@@ -71,7 +71,7 @@ def list_runs(folder: Path) -> list[TrackedRun]:
 
 
 def make_run(line: TrialRecord, metric: str) -> TrackedRun:
-    """A line of the ledger as a run; ``metric`` is what the workload calls its own."""
+    """Make a run from a line of the ledger; ``metric`` is the name of the workload's metric."""
     tuning = line["purpose"] == TUNING
     last = f"trial {line['trial']}" if tuning else f"seed {line['seed']}"
     which = [line["workload"], line["method"], *([TUNING] if tuning else [FINAL, line["track"]]), last]
@@ -114,7 +114,7 @@ def to_tensorboard(folder: Path, to: Path) -> Exported:
 
 
 def to_trackio(folder: Path, project: str) -> Exported:
-    """Write runs into a local Trackio project, where it has none of a trial yet; `trackio show` shows them.
+    """Write runs into a local Trackio project, if it does not have them yet; `trackio show` shows them.
 
     Args:
         folder: where bench.json and trials.jsonl are.
