@@ -85,14 +85,14 @@ class Arrivals:
         return watched is not None and watched() is parameter
 
     def arrive_averaged(self, entry: ParameterEntry, shard: Tensor) -> None:
-        """A gradient that all processes have averaged has arrived in a shard's ``.grad``."""
+        """Check a gradient that all processes have averaged, and that has arrived in a shard's ``.grad``."""
         assert entry.sharding is not None
         entry.sharding.set_mark(shard)
         if not self.is_watched(entry.sharding.whole):  # no call of it has been seen
             self.arrive(entry)
 
     def arrive(self, entry: ParameterEntry) -> None:
-        """A gradient has arrived in a parameter's ``.grad``: the rule must have answered in this pass."""
+        """Check a gradient that arrived in a parameter's ``.grad``: the rule must have answered for it."""
         task = torch._C._current_graph_task_id()
         answered = False
         for site in list(entry.sites.values()):

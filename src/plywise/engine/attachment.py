@@ -335,13 +335,13 @@ class Attachment:
         return altered.enter(node) or (self._is_pipelined and altered.enter_apart(node))
 
     def _count_evidence(self, name: str) -> None:
-        """The gradient of a layer's weight has arrived in ``.grad``."""
+        """Count a layer's evidence: the gradient of its weight has arrived in ``.grad``."""
         assert self._state is not None
         self._liveness.answers += 1
         self._state.on_grad_accumulated(name)
 
     def _note_answer(self, entry: ParameterEntry) -> None:
-        """The rule has made a gradient that has arrived, or will make an update of it at the step."""
+        """Note that the rule has made a gradient that arrived, or will make an update from it at the step."""
         self._liveness.answers += entry.arrived
         if self._guard is not None and not self._guard.stepping:
             self._liveness.notice_other_optimizer(entry, self._optimizer_steps)

@@ -27,14 +27,14 @@ class Update:
     bias: Tensor | None
 
     def scaled(self, weight: Tensor | float, bias: Tensor | float) -> "Update":
-        """This update with the weight's and the bias's part multiplied by a scalar each."""
+        """Return this update with the weight's and the bias's part multiplied by a scalar each."""
         return Update(
             None if self.weight is None else self.weight * weight,
             None if self.bias is None else self.bias * bias,
         )
 
     def matrix(self, groups: int) -> Tensor:
-        """This update as one matrix (g, m, k): the weight's columns, then the bias's."""
+        """Return this update as one matrix (g, m, k): the weight's columns, then the bias's."""
         assert self.weight is not None
         weight = self.weight.reshape(groups, self.weight.shape[0] // groups, -1)
         if self.bias is None:
@@ -43,7 +43,7 @@ class Update:
 
     @classmethod
     def of(cls, matrix: Tensor, shape: torch.Size, has_bias: bool) -> "Update":
-        """Inverse of `matrix`, for a weight of this shape."""
+        """Make an update from one matrix, the inverse of `matrix`, for a weight of this shape."""
         width = matrix.shape[2] - has_bias
         return cls(matrix[:, :, :width].reshape(shape), matrix[:, :, -1].reshape(-1) if has_bias else None)
 
@@ -96,7 +96,7 @@ class LinearCall:
     def times(self, scale: float) -> "LinearCall":
         """Return the same problem with Δ multiplied by ``scale``: cheaper than to scale an update.
 
-        Half precision would round the product, or not hold it, so that Δ is then in the dtype of solves.
+        Half precision would round the product, or could not hold it, so Δ is then in the dtype of solves.
         """
         return self if scale == 1 else replace(self, delta=self.delta.to(self.dtype) * scale)
 
@@ -135,20 +135,20 @@ class LinearCall:
     # ---- the two answers of backpropagation --------------------------------------------------
 
     def gradient(self, delta: Tensor | None = None) -> Update:
-        """``ΔᵀA`` and ``Δᵀ1``: backpropagation's update, with another Δ if given."""
+        """Compute ``ΔᵀA`` and ``Δᵀ1``: backpropagation's update, with another Δ if given."""
         delta = self.delta if delta is None else delta
         return Update(self.weight_gradient(delta), self.bias_gradient(delta))
 
     def weight_gradient(self, delta: Tensor) -> Tensor:
-        """``ΔᵀA`` in the shape of the weight, in the dtype of ``delta``."""
+        """Compute ``ΔᵀA`` in the shape of the weight, in the dtype of ``delta``."""
         return self.map.weight_gradient(self.cast_input(delta.dtype), delta, self.weight)
 
     def bias_gradient(self, delta: Tensor) -> Tensor | None:
-        """``Δᵀ1``, or None without a bias."""
+        """Compute ``Δᵀ1``, or None without a bias."""
         return self.map.bias_gradient(delta) if self.has_bias else None
 
     def input_gradient(self, delta: Tensor | None = None) -> Tensor:
-        """``ΔW``: what backpropagation sends down, with another Δ if given."""
+        """Compute ``ΔW``: what backpropagation sends down, with another Δ if given."""
         delta = self.delta if delta is None else delta
         if not self.map.sends_below:
             return delta  # autograd's own graph goes on from it
@@ -158,7 +158,7 @@ class LinearCall:
         return self.map.input_gradient(a, delta, weight)
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """``A Wᵀ`` of another input or another weight."""
+        """Compute ``A Wᵀ`` of another input or another weight."""
         return self.map.apply(a, weight)
 
     def cast_input(self, dtype: torch.dtype) -> Tensor:
@@ -168,22 +168,22 @@ class LinearCall:
     # ---- the call as matrices ----------------------------------------------------------------
 
     def rows(self, dtype: torch.dtype) -> Tensor:
-        """``[A, 1]``, (g, n, k): the rows, with a trailing 1 where there is a bias."""
+        """Compute ``[A, 1]``, (g, n, k): the rows, with a trailing 1 where there is a bias."""
         rows = self.map.rows(self.cast_input(dtype)).to(dtype)
         if not self.has_bias:
             return rows
         return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
 
     def delta_rows(self, dtype: torch.dtype | None = None) -> Tensor:
-        """``Δ`` as rows, (g, n, m)."""
+        """Compute ``Δ`` as rows, (g, n, m)."""
         return self.map.delta_rows(self.delta.to(dtype or self.dtype))
 
     def from_delta_rows(self, rows: Tensor) -> Tensor:
-        """Rows of another Δ in the shape of this call's output; their dtype is kept until they meet A."""
+        """Return rows of another Δ in the shape of this call's output, in their dtype until they meet A."""
         return self.map.from_delta_rows(rows, self.delta)
 
     def scale_rows(self, factors: Tensor) -> Tensor:
-        """Δ with row i multiplied by ``factors[:, i]``, in the dtype of solves."""
+        """Return Δ with row i multiplied by ``factors[:, i]``, in the dtype of solves."""
         return self.map.scale_rows(self.delta.to(self.dtype), factors)
 
     def matrix(self, update: Update) -> Tensor:
@@ -191,13 +191,13 @@ class LinearCall:
         return update.matrix(self.groups)
 
     def update(self, matrix: Tensor) -> Update:
-        """Inverse of `matrix`."""
+        """Make an update from one matrix, the inverse of `matrix`."""
         return Update.of(matrix, self.weight.shape, self.has_bias)
 
     # ---- statistics of the rows --------------------------------------------------------------
 
     def gram(self, dtype: torch.dtype) -> Tensor:
-        """``[A,1]ᵀ[A,1]``, (g, k, k); its lower triangle is promised."""
+        """Compute ``[A,1]ᵀ[A,1]``, (g, k, k); its lower triangle is promised."""
         a = self.cast_input(dtype)
         gram = self.map.gram(a).to(dtype)
         return self._add_border(gram, self.map.sums(a), self.row_count) if self.has_bias else gram
@@ -208,7 +208,7 @@ class LinearCall:
         return torch.cat([torch.nn.functional.pad(gram, (0, 1)), border.to(gram.dtype)], 1)
 
     def sampled_gram(self, dtype: torch.dtype, every: int, turn: int) -> tuple[Tensor, int]:
-        """`gram` of a sample of the rows, and how many they are (see `LinearMap.sample_positions`)."""
+        """Compute `gram` of a sample of the rows; count these (see `LinearMap.sample_positions`)."""
         if self.thin is None:
             gram, sums, rows = self.map.sample_positions(self.cast_input(dtype), every, turn)
         else:
@@ -218,25 +218,25 @@ class LinearCall:
         return (self._add_border(gram, sums, rows) if self.has_bias else gram), rows
 
     def dual_gram(self, dtype: torch.dtype) -> Tensor:
-        """``[A,1][A,1]ᵀ``, (g, n, n); its lower triangle is promised."""
+        """Compute ``[A,1][A,1]ᵀ``, (g, n, n); its lower triangle is promised."""
         gram = compute_lower_product(self.map.rows(self.cast_input(dtype)).to(dtype))
         return gram.add_(1) if self.has_bias else gram
 
     def mean_row(self, dtype: torch.dtype) -> Tensor:
-        """Mean of the rows of A, (g, d)."""
+        """Return the mean of the rows of A, (g, d)."""
         return self.map.sums(self.cast_input(dtype)).to(dtype) / self.row_count
 
     def square_norms(self) -> Tensor:
-        """``‖[a_i, 1]‖²`` of each row, (g, n)."""
+        """Compute ``‖[a_i, 1]‖²`` of each row, (g, n)."""
         norms = self.map.square_norms(self.cast_input(self.dtype)).to(self.dtype)
         return norms + 1 if self.has_bias else norms
 
     def trace(self, with_bias: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-        """``‖[A,1]‖²_F``, (g,); without the column of ones if asked."""
+        """Compute ``‖[A,1]‖²_F``, (g,); without the column of ones if asked."""
         dtype = dtype or self.dtype
         trace = self.map.trace(self.cast_input(dtype)).to(dtype)
         return trace + self.row_count if self.has_bias and with_bias else trace
 
     def matching_trace(self) -> Tensor:
-        """``‖J‖²_F / dim(input)`` of this call's map, see `LinearMap.matching_trace`."""
+        """Compute ``‖J‖²_F / dim(input)`` of this call's map, see `LinearMap.matching_trace`."""
         return self.map.matching_trace(self.a, self.delta, self.weight)

@@ -221,7 +221,7 @@ def find_wanted(node: Any, count: int) -> list[bool]:
 
 
 def find_wanted_of_tap(node: Any) -> tuple[bool, bool]:
-    """`find_wanted` of the weight and the bias of a `TappedCall`."""
+    """Do as `find_wanted`, for the weight and the bias of a `TappedCall`."""
     needs, edges = node.needs_input_grad, node.next_functions
     wants_weight = needs[4] and _is_executed(edges[1][0])
     return wants_weight, needs[5] and _is_executed(edges[2][0])

@@ -119,7 +119,7 @@ class Clipping:
 
 
 def _find_gradient(entry: ParameterEntry) -> Tensor | None:
-    """This process's part of a parameter's gradient; None if there is none that a rule can have made."""
+    """Return this process's part of a parameter's gradient; None if no rule can have made it."""
     parameter = entry.parameter()
     gradient = None if parameter is None else parameter.grad
     if gradient is None or gradient.is_sparse or gradient.is_complex():

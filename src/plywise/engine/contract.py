@@ -118,7 +118,7 @@ class RuleContract(ABC):
         return None
 
     def clip_update(self, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
-        """Factors in (0, 1] for layers' accumulated updates, e.g. a cap relative to their weights.
+        """Return factors in (0, 1] for layers' accumulated updates, e.g. a cap relative to their weights.
 
         It is not linear in Δ, so it acts once, on the accumulated ``.grad``, before the optimizer's step.
         Only a rule that was attached without the optimizer applies it to each backward's update. Compute
@@ -215,7 +215,7 @@ class StatefulContract(RuleContract):
     """Whether the optimizer works in other coordinates: its steps have to be turned back."""
 
     def make_turn(self, memory: State) -> Turn | None:
-        """For a rule that `turns_steps`: return the turn of layers of one shape, None to leave them alone.
+        """Return the turn of layers of one shape, for a rule that `turns_steps`; None leaves them alone.
 
         Made when the states change, and used until they do again.
 
@@ -225,11 +225,11 @@ class StatefulContract(RuleContract):
         raise NotImplementedError(f"{type(self).__name__} turns no steps")
 
     def turn_momentum(self, before: State, after: State, momentum: Tensor) -> Tensor:
-        """For a rule that `turns_steps`: turn a momentum (g, m, k) from one state's axes to another's."""
+        """Turn a momentum (g, m, k) from one state's axes to another's, for a rule that `turns_steps`."""
         raise NotImplementedError(f"{type(self).__name__} turns no steps")
 
     def turn_squares_back(self, state: State, squares: Tensor) -> Tensor:
-        """For a rule that `turns_steps`: means of squares (g, m, k), from its coordinates to the weights'."""
+        """Turn means of squares (g, m, k) back to the weights' coordinates, for a rule that `turns_steps`."""
         raise NotImplementedError(f"{type(self).__name__} turns no steps")
 
     @abstractmethod
@@ -272,14 +272,14 @@ class StatefulContract(RuleContract):
         return False
 
     def finish(self, memory: State, gradient: Update, groups: int) -> tuple[Update, State]:
-        """At the step, make the update from the gradient; return it and what changes in the state.
+        """Make the update from the gradient, at the step; return it and what changes in the state.
 
         Called in every step that refreshes, and in the others unless the rule acts `in_backward`.
         """
         return gradient, {}
 
     def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
-        """`finish` for layers of one shape at once; override it where one call can serve all of them.
+        """Finish layers of one shape, as `finish` does; override it if one call can serve all of them.
 
         Args:
             memory: the layers' states, each tensor with a first dimension for the layers.

@@ -47,7 +47,7 @@ def measure_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -
 
 
 def read_norms(tensors: Sequence[Tensor]) -> list[float]:
-    """`measure_norms` as numbers, read from each device at once."""
+    """Read the result of `measure_norms` as numbers, at once from each device."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) == 1 and not tensors[0].is_meta:
         return measure_norms(tensors).tolist()

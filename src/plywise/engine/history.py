@@ -130,7 +130,7 @@ class History(Sequence[StepTelemetry]):
         return [step for step, _ in known], [value for _, value in known]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict for each layer in each step: for a table, a file or pandas."""
+        """Return one dict for each layer in each step: for a table, a file or pandas."""
         return [
             {"step": step.step, "layer": name, **asdict(layer)}
             for step in self._steps
@@ -138,7 +138,7 @@ class History(Sequence[StepTelemetry]):
         ]
 
     def to_dataframe(self) -> Any:
-        """`rows` as a pandas DataFrame.
+        """Return `rows` as a pandas DataFrame.
 
         Raises:
             PlywiseError: pandas is not installed.

@@ -49,7 +49,7 @@ BATCHED_IN_OUT = Layout(
 
 @lru_cache
 def make_transposed_layout(groups: int) -> Layout:
-    """(C, m, *kernel) of a transposed convolution; the canonical weight has its taps flipped."""
+    """Make the layout (C, m, *kernel) of a transposed convolution; taps are flipped to become canonical."""
 
     def to_canonical(weight: Tensor) -> Tensor:
         split = weight.reshape(groups, -1, *weight.shape[1:])  # (g, C/g, m, *kernel)

@@ -102,7 +102,7 @@ class _Outcome:
 
 
 def _run(optimizer: Optimizer, start: Any, gradients: Any, decay: float, add: float = 0.0) -> _Outcome:
-    """Some steps of a small copy, with ``add · W`` added to each gradient."""
+    """Run some steps of a small copy, with ``add · W`` added to each gradient."""
     before = torch.as_tensor(start, dtype=torch.float64).clone()
     weight = nn.Parameter(before.clone())
     copy = _make_copy(optimizer, weight, decay)

@@ -28,11 +28,11 @@ def count_intervals(step: int, cycle: int, slowdown: int) -> int:
 def choose_phases(
     costs: Mapping[str, float], others: Mapping[str, tuple[int, float]], length: int
 ) -> dict[str, int]:
-    """Phases for new layers, chosen so that every step of a cycle costs about the same.
+    """Choose phases for new layers so that every step of a cycle costs about the same.
 
-    The most expensive layers choose first; layers that cost the same, in the given order. A phase is chosen
-    once, when the layer learns for the first time, and saved with the layer's statistics: which layers are
-    found later does not change it.
+    The most expensive layers choose first; layers of equal cost choose in the given order. A phase is chosen
+    once, when the layer learns for the first time, and saved with the layer's statistics: layers that are
+    found later do not change it.
 
     Args:
         costs: what the refresh of each new layer costs.

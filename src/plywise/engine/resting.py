@@ -57,7 +57,7 @@ class RestingLayers:
         return True
 
     def replace(self, name: str, state: LayerState, mark: tuple[str, Tensor]) -> None:
-        """A layer has another state."""
+        """Replace the state of a layer."""
         self._marks[name] = self._marks[name][0], *mark
         self.states[name], self.memories[name] = state, state.tensors
 
@@ -131,11 +131,11 @@ class Resting:
         self._planned = self._saved.version, *self._planned[1:]
 
     def begin_step(self) -> None:
-        """A step is over: look again in the next forward."""
+        """Begin a step: the last one is over, so the next forward has to look again."""
         self._is_checked = self.rests_on = False
 
     def forget(self) -> None:
-        """Parameters may have joined or left the optimizer: look again in the next forward."""
+        """Forget the plan: the optimizer's parameters may have changed, so the next forward looks again."""
         self._planned = None
         self._is_checked = False
 
@@ -185,8 +185,8 @@ class Resting:
     def settle(self, layer: LayerHandle) -> None:
         """Let a layer rest from its first call on, if its statistics are from before a resume.
 
-        No class of a module had promised its calls, so that the plan took it for one that has learned
-        nothing. Without the break it would have rested in this step: the bits must be the same.
+        No known class of module had announced its calls, so the plan treated it as a layer that has learned
+        nothing. Without the interruption it would have rested in this step, and the bits must be the same.
         """
         if not self._is_step_plain or not self._is_checked or self._saved.count_uses(layer.entry) != 1:
             return  # of several uses the first one does not know of the others

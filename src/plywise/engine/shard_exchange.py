@@ -96,21 +96,21 @@ class Exchange:
         return [i for i in places if self._owners[i] == rank]
 
     def _count_sent(self, places: Sequence[int]) -> list[int]:
-        """Numbers that this process has for each owner."""
+        """Return the numbers that this process has for each owner."""
         return [
             sum(find_local(self._shards[i]).numel() for i in self._find_part(places, rank))
             for rank in range(self._size)
         ]
 
     def _count_received(self, mine: Sequence[int]) -> list[int]:
-        """Numbers that each process has of the tensors that this one owns."""
+        """Return the numbers that each process has of the tensors that this one owns."""
         return [sum(self._shape(i, rank).numel() for i in mine) for rank in range(self._size)]
 
     def _dim(self, i: int) -> int:
         return cast(int, cast(Any, self._shards[i]).placements[0].dim)
 
     def _shape(self, i: int, rank: int) -> torch.Size:
-        """Shape of a process's part, cut as `torch.chunk` cuts."""
+        """Return the shape of a process's part, cut as `torch.chunk` cuts."""
         shape, dim = list(self._shards[i].shape), self._dim(i)
         chunk = -(-shape[dim] // self._size)
         shape[dim] = max(0, min(chunk, shape[dim] - rank * chunk))

@@ -88,7 +88,7 @@ class ParameterEntry:
         return self.key != self.attribute
 
     def find_owner(self, module: nn.Module | None) -> tuple[str, nn.Module | None]:
-        """Path of the layer that ``module`` is, if it owns the parameter, else of the first one; and it."""
+        """Return path and module of the owner that ``module`` is; if it is none, those of the first owner."""
         for path, ref in self.owners:
             if module is not None and ref() is module:
                 return path, module

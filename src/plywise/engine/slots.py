@@ -28,7 +28,7 @@ class Slots:
         return [ref() for ref in self._parameters]  # type: ignore[misc]
 
     def find_gradients(self) -> list[Tensor]:
-        """Their gradients; a missing one of a bias is made of zeros."""
+        """Return the layers' gradients; if that of a bias is missing, return zeros for it."""
         gradients = [parameter.grad for parameter in self.find_parameters()]
         if not self._are_plain or any(map(is_, gradients, [None] * len(gradients))):
             for layer in self.layers:
@@ -37,7 +37,7 @@ class Slots:
         return gradients  # type: ignore[return-value]
 
     def read(self, tensors: list[Tensor]) -> list[Tensor]:
-        """These tensors in their canonical shapes: themselves, views or copies."""
+        """Return these tensors in their canonical shapes: themselves, views or copies."""
         if self._are_plain:
             return tensors
         return [

@@ -117,7 +117,7 @@ class StackedState(Mapping[str, Tensor]):
 def arrange(
     updates: Sequence[Update], groups: Sequence[int], states: Sequence[State]
 ) -> tuple[list[list[Stack]], list[int]]:
-    """Stacks of small layers of one shape, those on one device together; and the places of large layers."""
+    """Stack small layers of one shape and device; return the stacks, and the places of large layers."""
     small: dict[object, list[int]] = {}
     large: list[int] = []
     for place, (update, state) in enumerate(zip(updates, states, strict=True)):

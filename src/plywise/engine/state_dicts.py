@@ -123,7 +123,7 @@ class StateDicts:
             )
 
     def refuse_orphans(self, optimizer: Optimizer) -> None:
-        """Before the first step: statistics that were loaded before attach all belong to an attached rule."""
+        """Refuse statistics that were loaded before attach and, at the first step, still have no rule."""
         if self._looked:
             return
         self._looked = True
@@ -327,7 +327,7 @@ def _find_marked(state: dict[str, Any]) -> set[str]:
 
 
 def _find_ours(own: Mapping[Any, Any]) -> Keys:
-    """Our part of a parameter's state; torch's flattened form has empty dicts for what it has not found."""
+    """Return our part of a parameter's state; torch's flattened form has empty dicts for missing values."""
     return {key: value for key, value in own.items() if find_rule(key) and not isinstance(value, dict)}
 
 

@@ -28,7 +28,7 @@ def check_shapes(rule: StatefulContract, layer: LayerHandle, tensors: State) -> 
 
 
 def find_shapes(rule: StatefulContract, layer: LayerHandle) -> dict[str, tuple[int, ...]]:
-    """Shapes of a rule's statistics of a layer."""
+    """Return the shapes of a rule's statistics of a layer."""
     shape = layer.shape
     wanted = {**rule.learned_shapes(shape), **rule.refreshed_shapes(shape)}
     return {key: tuple(size) for key, size in wanted.items()}

@@ -44,7 +44,7 @@ class TrainingProcesses:
         return self._are_found or count_processes() == 1
 
     def find(self) -> None:
-        """If DistributedDataParallel runs this forward, or fully_shard, its processes share the state."""
+        """Find the processes that share the state: those of a running DDP or of fully_shard."""
         if count_processes() == 1:
             return
         refuse_join(self._rule_name)
@@ -72,5 +72,5 @@ class TrainingProcesses:
 
 
 def count_processes() -> int:
-    """Processes of torch.distributed; 1 without it."""
+    """Count the processes of torch.distributed; 1 without it."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -70,7 +70,7 @@ class SmallLayers:
         self.follow(states)
 
     def follow(self, states: Sequence[State]) -> None:
-        """These are the states of all layers now."""
+        """Use these as the states of all layers from now on."""
         for stack, places in zip(self._stacks, self._places, strict=True):
             own = [states[place] for place in places]
             if not stack.state.holds(own):
@@ -207,7 +207,7 @@ class LargeLayer:
         self._has_failed = False
 
     def follow(self, states: Sequence[State]) -> None:
-        """These are the states of all layers now."""
+        """Use these as the states of all layers from now on."""
         own = [states[self._place]]
         if not self._state.holds(own):
             turn = self._rule.make_turn(self._state.follow(own))

@@ -51,7 +51,7 @@ class ShardedLayers:
         self._failed: set[str] = set()
 
     def follow(self, states: Sequence[State]) -> None:
-        """These are the states of all layers now."""
+        """Use these as the states of all layers from now on."""
         self._states = states
 
     def turn(self, find_factors: FindFactors, note: Note) -> None:

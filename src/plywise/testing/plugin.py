@@ -33,7 +33,7 @@ def parametrize(
 
 
 def select(config: pytest.Config, items: list[pytest.Item], cases: Sequence[Case]) -> None:
-    """Of tests that are marked ``one_of_family``, keep those of one rule of each family.
+    """Keep, of tests that are marked ``one_of_family``, those of one rule of each family.
 
     Such a test is about the engine rather than about a rule.
     """

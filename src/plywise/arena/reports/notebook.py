@@ -86,7 +86,7 @@ class BenchReport:
         raise PlywiseError(f"Rows are methods, ranking or trials, not {what!r}.", see="error-bench")
 
     def to_dataframe(self, what: Literal["methods", "ranking", "trials"] = "methods") -> Any:
-        """`rows` as a pandas DataFrame.
+        """Return `rows` as a pandas DataFrame.
 
         Raises:
             PlywiseError: pandas is not installed.
@@ -156,11 +156,11 @@ class DiagnosisReport:
     advice: list[Advice]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict for each layer."""
+        """Return one dict for each layer."""
         return [_flatten(asdict(layer)) for layer in self.diagnosis.layers]
 
     def to_dataframe(self) -> Any:
-        """`rows` as a pandas DataFrame.
+        """Return `rows` as a pandas DataFrame.
 
         Raises:
             PlywiseError: pandas is not installed.

@@ -38,15 +38,15 @@ class ElementwiseAffine(LinearMap):
         return x.reshape(-1, self.groups).t()
 
     def rows(self, a: Tensor) -> Tensor:
-        """x̂ by feature, (features, n, 1)."""
+        """Return x̂ by feature, (features, n, 1)."""
         return self._features_first(a).unsqueeze(2)
 
     def delta_rows(self, delta: Tensor) -> Tensor:
-        """Δ by feature, (features, n, 1)."""
+        """Return Δ by feature, (features, n, 1)."""
         return self._features_first(delta).unsqueeze(2)
 
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows in the shape of the output."""
+        """Return rows in the shape of the output."""
         flat = rows.squeeze(2)
         if self.axis == 1 and like.dim() > 1:
             batch, features, *rest = like.shape
@@ -54,15 +54,15 @@ class ElementwiseAffine(LinearMap):
         return flat.t().reshape(like.shape)
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``Σ δ x̂`` of each feature."""
+        """Compute ``Σ δ x̂`` of each feature."""
         return self._sum_by_feature(delta * a).reshape(weight.shape)  # in autograd's order
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
-        """``Σ δ`` of each feature."""
+        """Compute ``Σ δ`` of each feature."""
         return self._sum_by_feature(delta)
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """``γ x̂``."""
+        """Compute ``γ x̂``."""
         if self.axis == 1 and a.dim() > 1:
             return a * weight.reshape(1, -1, *[1] * (a.dim() - 2))
         return (a.reshape(-1, self.groups) * weight.reshape(-1)).reshape(a.shape)
@@ -78,19 +78,19 @@ class ElementwiseAffine(LinearMap):
         return axes
 
     def row_count(self, delta: Tensor) -> int:
-        """Entries of one feature."""
+        """Count the entries of one feature."""
         return delta.numel() // max(self.groups, 1)
 
     def gram(self, a: Tensor) -> Tensor:
-        """``Σ x̂²`` of each feature, (features, 1, 1)."""
+        """Compute ``Σ x̂²`` of each feature, (features, 1, 1)."""
         return self.trace(a)[:, None, None]
 
     def trace(self, a: Tensor) -> Tensor:
-        """``Σ x̂²`` of each feature."""
+        """Compute ``Σ x̂²`` of each feature."""
         return self._sum_by_feature(a.square())
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """Mean γ², the norm's own part of the factor."""
+        """Return the mean γ², the norm's own part of the factor."""
         return weight.square().mean()
 
 
@@ -106,5 +106,5 @@ class Bilinear(LastAxisMap):
         return a @ weight.reshape(len(weight), -1).mT
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``‖W‖²_F / d``, d of the products."""
+        """Compute ``‖W‖²_F / d``, d of the products."""
         return torch.linalg.vector_norm(weight).square() / max(math.prod(weight.shape[1:]), 1)

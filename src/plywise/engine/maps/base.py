@@ -46,7 +46,7 @@ class LinearMap(ABC):
 
     @abstractmethod
     def rows(self, a: Tensor) -> Tensor:
-        """Rows ``A`` of shape (g, n, d), without a column for the bias."""
+        """Return the rows ``A`` of shape (g, n, d), without a column for the bias."""
 
     @abstractmethod
     def delta_rows(self, delta: Tensor) -> Tensor:
@@ -54,19 +54,19 @@ class LinearMap(ABC):
 
     @abstractmethod
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Inverse of `delta_rows`; ``like`` is a tensor of the output's shape."""
+        """Turn rows of Δ back into the output's shape, that of ``like``: the inverse of `delta_rows`."""
 
     def scale_rows(self, delta: Tensor, factors: Tensor) -> Tensor:
-        """Δ with row i multiplied by ``factors[:, i]``, factors (g, n)."""
+        """Return Δ with row i multiplied by ``factors[:, i]``, factors (g, n)."""
         return self.from_delta_rows(self.delta_rows(delta) * factors.unsqueeze(2), delta)
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔᵀA`` in the shape of the weight: the gradient that autograd computes."""
+        """Compute ``ΔᵀA`` in the shape of the weight: the gradient that autograd computes."""
         rows = self.rows(self.cast(a, delta.dtype))
         return (self.delta_rows(delta).mT @ rows).reshape(weight.shape)
 
     def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔW`` in the shape of ``a``, for maps that send it below themselves.
+        """Compute ``ΔW`` in the shape of ``a``, for maps that send it below themselves.
 
         A map that leaves this to autograd is captured beside autograd's own graph, so that a rule cannot
         replace the gradient at its input, only change Δ.
@@ -74,15 +74,15 @@ class LinearMap(ABC):
         raise NotImplementedError(f"{type(self).__name__} leaves the gradient at its input to autograd")
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
-        """``Δᵀ1``, (g · m,): the gradient's sum over all rows."""
+        """Compute ``Δᵀ1``, (g · m,): the gradient's sum over all rows."""
         return self.delta_rows(delta).sum(1).reshape(-1)
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """``A Wᵀ`` in the shape of the output, without the bias."""
+        """Compute ``A Wᵀ`` in the shape of the output, without the bias."""
         raise NotImplementedError(f"{type(self).__name__} has no forward of its own")
 
     def width(self, weight: Tensor) -> int:
-        """``d``, the number of inputs that one output of a group reads."""
+        """Return ``d``, the number of inputs that one output of a group reads."""
         return weight.shape[1:].numel()
 
     def row_axes(self, delta: Tensor) -> int:
@@ -90,15 +90,15 @@ class LinearMap(ABC):
         return 1
 
     def row_count(self, delta: Tensor) -> int:
-        """``n``, the number of rows in this batch, from the gradient at the output."""
+        """Return ``n``, the number of rows in this batch, from the gradient at the output."""
         return delta.numel() // max(delta.shape[-1], 1)
 
     def sample_count(self, a: Tensor) -> int:
-        """Samples in the batch: the first dimension of the input (1 for an input without a batch)."""
+        """Return the number of samples: the first dimension of the input (1 for an input without a batch)."""
         return a.shape[0] if a.dim() > 1 else 1
 
     def gram(self, a: Tensor) -> Tensor:
-        """``AᵀA``, (g, d, d); only its lower triangle is promised."""
+        """Compute ``AᵀA``, (g, d, d); only its lower triangle is promised."""
         return compute_lower_product(self.rows(a).mT)
 
     def gram_diagonal(self, a: Tensor, like: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class LinearMap(ABC):
         raise NotImplementedError(f"the Gram matrix of {type(self).__name__} is not diagonal")
 
     def centred_gram(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """``(A - mean)ᵀ(A - mean)``, (g, d, d), lower triangle, and the mean row (g, d).
+        """Compute ``(A - mean)ᵀ(A - mean)``, (g, d, d), lower triangle, and the mean row (g, d).
 
         The rows are centred before the product, so that an offset of the inputs costs no digits.
         """
@@ -115,11 +115,11 @@ class LinearMap(ABC):
         return compute_lower_product((rows - mean.unsqueeze(1)).mT), mean
 
     def sums(self, a: Tensor) -> Tensor:
-        """Column sums of ``A``, (g, d)."""
+        """Return the column sums of ``A``, (g, d)."""
         return self.rows(a).sum(1)
 
     def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
-        """`gram` and `sums` of about every ``every``-th row along each axis of positions, and their number.
+        """Compute `gram` and `sums` of about every ``every``-th row along each axis of positions; count them.
 
         ``turn`` counts the samples taken: over the turns, every position is seen equally often. Maps
         without positions give all rows.
@@ -128,15 +128,15 @@ class LinearMap(ABC):
         return compute_lower_product(rows.mT), rows.sum(1), rows.shape[1]
 
     def square_norms(self, a: Tensor) -> Tensor:
-        """``‖a_i‖²`` of each row, (g, n)."""
+        """Compute ``‖a_i‖²`` of each row, (g, n)."""
         return torch.linalg.vector_norm(self.rows(a), dim=2).square()
 
     def trace(self, a: Tensor) -> Tensor:
-        """``‖A‖²_F`` of each group, (g,)."""
+        """Compute ``‖A‖²_F`` of each group, (g,)."""
         return self.square_norms(a).sum(1)
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``‖J‖²_F / dim(input)`` for ``J`` the map from one sample's input to its output, a scalar.
+        """Compute ``‖J‖²_F / dim(input)`` for ``J`` the map from one sample's input to its output, a scalar.
 
         It is the mean factor by which a random vector's squared size changes on its way down; for a
         linear layer ``‖W‖²_F / d``.
@@ -152,15 +152,15 @@ class LastAxisMap(LinearMap):
         return a.reshape(1, -1, a.shape[-1])
 
     def delta_rows(self, delta: Tensor) -> Tensor:
-        """Δ, (1, n, m)."""
+        """Return Δ, (1, n, m)."""
         return delta.reshape(1, -1, delta.shape[-1])
 
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows in the shape of the output."""
+        """Return rows in the shape of the output."""
         return rows.reshape(like.shape)
 
     def scale_rows(self, delta: Tensor, factors: Tensor) -> Tensor:
-        """Δ with row i multiplied by ``factors[0, i]``."""
+        """Return Δ with row i multiplied by ``factors[0, i]``."""
         return delta * factors.reshape(*delta.shape[:-1], 1)
 
     def row_axes(self, delta: Tensor) -> int:
@@ -169,7 +169,7 @@ class LastAxisMap(LinearMap):
 
 
 def thin_axes(sizes: Sequence[int], every: int, turn: int) -> list[slice]:
-    """For each axis, every ``every``-th place from an offset; ``turn`` counts through the offsets.
+    """Choose every ``every``-th place of each axis, from an offset; ``turn`` runs through the offsets.
 
     An axis shorter than ``every`` is kept whole.
     """

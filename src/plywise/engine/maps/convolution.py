@@ -58,31 +58,31 @@ class Convolution(LinearMap):
         return unfold_patches(a, *self.geometry)
 
     def delta_rows(self, delta: Tensor) -> Tensor:
-        """Δ with a row for each position, (g, n, m)."""
+        """Return Δ with a row for each position, (g, n, m)."""
         batch, channels = delta.shape[:2]
         split = delta.reshape(batch, self.groups, channels // self.groups, -1)  # (B, g, m, positions)
         return split.permute(1, 0, 3, 2).reshape(self.groups, -1, channels // self.groups)
 
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows in the shape of the output."""
+        """Return rows in the shape of the output."""
         batch, channels = like.shape[:2]
         positions = math.prod(like.shape[2:])
         split = rows.reshape(self.groups, batch, positions, channels // self.groups)
         return split.permute(1, 0, 3, 2).reshape(like.shape)
 
     def scale_rows(self, delta: Tensor, factors: Tensor) -> Tensor:
-        """Scaled in the layout of the output: making rows of Δ and undoing it would copy it twice."""
+        """Scale in the layout of the output: making rows of Δ and undoing it would copy it twice."""
         groups, batch = self.groups, delta.shape[0]
         split = delta.reshape(batch, groups, -1, *delta.shape[2:])
         by_position = factors.reshape(groups, batch, 1, *delta.shape[2:]).transpose(0, 1)
         return (split * by_position).reshape(delta.shape)
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔᵀA`` by the backward pass that autograd itself runs."""
+        """Compute ``ΔᵀA`` by the backward pass that autograd itself runs."""
         return self._run_backward(a, delta, weight, (False, True, False))[1]
 
     def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔW`` by the backward pass that autograd itself runs."""
+        """Compute ``ΔW`` by the backward pass that autograd itself runs."""
         return self._run_backward(a, delta, weight, (True, False, False))[0]
 
     def _run_backward(
@@ -94,7 +94,7 @@ class Convolution(LinearMap):
         )
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
-        """``Δᵀ1``, (channels,)."""
+        """Compute ``Δᵀ1``, (channels,)."""
         return delta.sum([0, *range(2, delta.dim())])
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Convolution(LinearMap):
         return CONVOLVE[a.dim()](a, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def row_count(self, delta: Tensor) -> int:
-        """Samples × positions."""
+        """Return samples × positions."""
         return delta.shape[0] * math.prod(delta.shape[2:])
 
     def gram(self, a: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Convolution(LinearMap):
         return compute_centred_patch_gram(a, *self.geometry)
 
     def sums(self, a: Tensor) -> Tensor:
-        """Sums of the patches."""
+        """Return the sums of the patches."""
         return sum_patches(a, *self.geometry)
 
     def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
@@ -131,11 +131,11 @@ class Convolution(LinearMap):
         return compute_patch_gram(x, *geometry), sum_patches(x, *geometry), rows
 
     def square_norms(self, a: Tensor) -> Tensor:
-        """``‖patch‖²`` of each position, (g, n)."""
+        """Compute ``‖patch‖²`` of each position, (g, n)."""
         return sum_patch_squares(a, *self.geometry)
 
     def trace(self, a: Tensor) -> Tensor:
-        """``‖patches‖²_F`` of each group."""
+        """Compute ``‖patches‖²_F`` of each group."""
         return compute_patch_trace(a, *self.geometry)
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
@@ -202,15 +202,15 @@ class TransposedConvolution(Convolution):
         return [side for pair in reversed(around) for side in pair]
 
     def rows(self, a: Tensor) -> Tensor:
-        """Patches of the spread input."""
+        """Return the patches of the spread input."""
         return super().rows(self._spread(a))
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔᵀA`` over the spread input."""
+        """Compute ``ΔᵀA`` over the spread input."""
         return super().weight_gradient(self._spread(a), delta, weight)
 
     def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔW`` at the entries of the spread input that are the input's."""
+        """Compute ``ΔW`` at the entries of the spread input that are the input's."""
         wide = super().input_gradient(self._spread(a), delta, weight)
         inner = F.pad(wide, [-side for side in self._find_sides()])
         return inner[(slice(None), slice(None), *(slice(None, None, s) for s in self.spread))]
@@ -228,7 +228,7 @@ class TransposedConvolution(Convolution):
         return super().centred_gram(self._spread(a))
 
     def sums(self, a: Tensor) -> Tensor:
-        """Sums of the patches of the spread input."""
+        """Return the sums of the patches of the spread input."""
         return super().sums(self._spread(a))
 
     def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
@@ -236,11 +236,11 @@ class TransposedConvolution(Convolution):
         return super().sample_positions(self._spread(a), every, turn)
 
     def square_norms(self, a: Tensor) -> Tensor:
-        """``‖patch‖²`` of each position."""
+        """Compute ``‖patch‖²`` of each position."""
         return super().square_norms(self._spread(a))
 
     def trace(self, a: Tensor) -> Tensor:
-        """``‖patches‖²_F`` of each group."""
+        """Compute ``‖patches‖²_F`` of each group."""
         return super().trace(self._spread(a))
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:

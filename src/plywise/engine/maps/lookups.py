@@ -27,7 +27,7 @@ class Embedding(LastAxisMap):
     diagonal: ClassVar[bool] = True
 
     def cast(self, a: Tensor, dtype: torch.dtype) -> Tensor:
-        """Indices stay indices."""
+        """Return the indices: they stay indices."""
         return a
 
     def _one_hot(self, a: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,11 +38,11 @@ class Embedding(LastAxisMap):
         return rows
 
     def rows(self, a: Tensor) -> Tensor:
-        """One-hot rows, (1, n, entries), in float32."""
+        """Return one-hot rows, (1, n, entries), in float32."""
         return self._one_hot(a, torch.float32).unsqueeze(0)
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔᵀA``: Δ summed by index."""
+        """Compute ``ΔᵀA``: Δ summed by index."""
         flat, rows = a.reshape(-1), delta.reshape(-1, delta.shape[-1])
         sums = torch.zeros(self.entries, delta.shape[-1], dtype=delta.dtype, device=delta.device)
         sums.index_add_(0, flat, rows)
@@ -70,13 +70,13 @@ class Embedding(LastAxisMap):
         return self.gram(a), self.sums(a), a.numel()
 
     def square_norms(self, a: Tensor) -> Tensor:
-        """1 for each index, 0 for padding."""
+        """Return 1 for each index, 0 for padding."""
         flat = a.reshape(1, -1)
         norms = torch.ones(flat.shape, device=a.device)
         return norms if self.padding is None else norms * (flat != self.padding)
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """Indices have no gradient: nothing is sent below."""
+        """Return 1: indices have no gradient, so nothing is sent below."""
         return torch.ones((), device=delta.device)
 
     def sample_count(self, a: Tensor) -> int:
@@ -101,11 +101,11 @@ class EmbeddingBag(LinearMap):
         return a.unsqueeze(0)
 
     def delta_rows(self, delta: Tensor) -> Tensor:
-        """Δ, (1, n, m)."""
+        """Return Δ, (1, n, m)."""
         return delta.unsqueeze(0)
 
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows are the output."""
+        """Return the rows: they are the output."""
         return rows.reshape(like.shape)
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:

@@ -24,32 +24,32 @@ class MatrixProduct(LastAxisMap):
     rows_are_inputs: ClassVar[bool] = True
 
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔᵀA``."""
+        """Compute ``ΔᵀA``."""
         if delta.dim() != 2:
             delta, a = delta.reshape(-1, delta.shape[-1]), a.reshape(-1, a.shape[-1])
         return delta.t().mm(a)
 
     def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔW``."""
+        """Compute ``ΔW``."""
         if delta.dim() == 2:
             return delta.mm(weight)
         return delta.reshape(-1, delta.shape[-1]).mm(weight).reshape(a.shape)
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
-        """``Δᵀ1``, (m,)."""
+        """Compute ``Δᵀ1``, (m,)."""
         return delta.sum(0) if delta.dim() == 2 else delta.reshape(-1, delta.shape[-1]).sum(0)
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """``a Wᵀ``."""
+        """Compute ``a Wᵀ``."""
         return a @ weight.mT
 
     def sample_positions(self, a: Tensor, every: int, turn: int) -> tuple[Tensor, Tensor, int]:
-        """Positions are the axes between the batch and the features: tokens, patches."""
+        """Sample positions: the axes between the batch and the features (tokens, patches)."""
         a = a[(slice(None), *thin_axes(a.shape[1:-1], every, turn))] if a.dim() > 2 else a
         return self.gram(a), self.sums(a), a.numel() // max(a.shape[-1], 1)
 
     def trace(self, a: Tensor) -> Tensor:
-        """``‖A‖²_F``, (1,)."""
+        """Compute ``‖A‖²_F``, (1,)."""
         return torch.linalg.vector_norm(a).square().reshape(1)
 
 
@@ -72,31 +72,31 @@ class BatchedProduct(LinearMap):
         return a
 
     def delta_rows(self, delta: Tensor) -> Tensor:
-        """Δ itself, (g, n, m)."""
+        """Return Δ itself, (g, n, m)."""
         return delta
 
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows are the output."""
+        """Return the rows: they are the output."""
         return rows
 
     def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔW`` of each expert."""
+        """Compute ``ΔW`` of each expert."""
         return delta.bmm(weight.reshape(self.groups, delta.shape[2], -1))
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
-        """``a Wᵀ`` of each expert."""
+        """Compute ``a Wᵀ`` of each expert."""
         return a.bmm(weight.reshape(self.groups, -1, a.shape[2]).mT)
 
     def row_axes(self, delta: Tensor) -> int:
-        """None: which token is where is not known."""
+        """Return 0: the map does not know which token is where."""
         return 0
 
     def row_count(self, delta: Tensor) -> int:
-        """Rows of one expert."""
+        """Count the rows of one expert."""
         return delta.shape[1]
 
     def sample_count(self, a: Tensor) -> int:
-        """Rows of one expert: its tokens count as samples."""
+        """Count the rows of one expert: its tokens count as samples."""
         return max(a.shape[1], 1)
 
 

@@ -1,4 +1,4 @@
-"""Maps that users teach: modules whose forward is a linear map of their weight, but not by a known call."""
+"""Maps that users register: for modules whose forward is a linear map of their weight, but no known call."""
 
 import inspect
 import weakref
@@ -47,12 +47,12 @@ def register_map(
     """Teach every rule to read the forward of ``module_type`` as one linear map.
 
     Modules that call torch's own functions (`F.linear`, ``@``, `torch.einsum`, convolutions, ...) need no
-    registration: these calls are captured. At first use the map is tested against the module's output and
-    autograd's gradient, with few rows and with many; a wrong one raises AttachError.
+    registration: these calls are captured. At the first use, the map is compared with the module's output and
+    with autograd's gradient, for few rows and for many; a wrong map raises AttachError.
 
     Args:
         module_type: the class of the module; its subclasses that keep its forward are read alike.
-        map_: the map, or a function that makes it of a module.
+        map_: the map, or a function that makes it from a module.
         weight: name of the module's parameter W, of shape (g · m, ...), d entries in the other dimensions.
         bias: name of its bias of shape (g · m,), which it may lack.
 
@@ -106,7 +106,7 @@ class LayerType(ABC):
 
     @abstractmethod
     def rows(self, module: nn.Module, a: Tensor) -> Tensor:
-        """Rows ``A`` of shape (g, n, d), without a column for the bias."""
+        """Return the rows ``A`` of shape (g, n, d), without a column for the bias."""
 
     @abstractmethod
     def delta_rows(self, module: nn.Module, delta: Tensor) -> Tensor:
@@ -114,15 +114,15 @@ class LayerType(ABC):
 
     @abstractmethod
     def from_delta_rows(self, module: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
-        """Inverse of `delta_rows`; ``like`` is a tensor of the output's shape."""
+        """Turn rows of Δ back into the output's shape, that of ``like``: the inverse of `delta_rows`."""
 
     @abstractmethod
     def weight_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔᵀA`` in the shape of the weight."""
+        """Compute ``ΔᵀA`` in the shape of the weight."""
 
     @abstractmethod
     def input_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔW`` in the shape of ``a``."""
+        """Compute ``ΔW`` in the shape of ``a``."""
 
 
 class LinearType(LayerType):
@@ -135,19 +135,19 @@ class LinearType(LayerType):
         return a.reshape(1, -1, a.shape[-1])
 
     def delta_rows(self, module: nn.Module, delta: Tensor) -> Tensor:
-        """Δ."""
+        """Return Δ."""
         return delta.reshape(1, -1, delta.shape[-1])
 
     def from_delta_rows(self, module: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows in the shape of the output."""
+        """Return rows in the shape of the output."""
         return rows.reshape(like.shape)
 
     def weight_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔᵀA``."""
+        """Compute ``ΔᵀA``."""
         return MatrixProduct().weight_gradient(a, delta, weight)
 
     def input_gradient(self, module: nn.Module, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-        """``ΔW``."""
+        """Compute ``ΔW``."""
         return MatrixProduct().input_gradient(a, delta, weight)
 
 

@@ -1,8 +1,8 @@
-"""Lets the projections inside `F.multi_head_attention_forward` be captured.
+"""Captures the projections inside `F.multi_head_attention_forward`.
 
-With a mode on, torch hands this function to the mode first and runs its body with the mode off, so that the
-linear calls in it are not seen; called again with the mode on, it would recurse without end. So its own code
-runs with the mode on, and without its check for overrides.
+While a mode is on, torch gives this function to the mode first, and then runs its body with the mode off, so
+the linear calls in it are not seen. If it were called again with the mode on, it would recurse without end.
+So its own code runs with the mode on, but without its check for overrides.
 """
 
 from types import FunctionType
@@ -28,7 +28,7 @@ _attend = rebind(F.multi_head_attention_forward, has_torch_function=lambda tenso
 
 
 def read_attention(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``F.multi_head_attention_forward`` with the calls inside it captured."""
+    """Read ``F.multi_head_attention_forward`` with the calls inside it captured."""
     query = args[0] if args else kwargs["query"]
     with capture.reenter(), transpose_masks(query, capture.local.innermost):
         return _attend(*args, **kwargs)

@@ -46,8 +46,8 @@ def tap(
         bias: its bias.
         is_product: whether it is a matrix product, which torch makes in another way, with other rounding, for
             a weight that requires no gradient.
-        restore: makes a gradient at ``x`` of one at the map's input, which a rule has altered. None for maps
-            that cannot make one: there autograd sends on what the rule has made of Δ above.
+        restore: turns a gradient at the map's input, which a rule has altered, into one at ``x``. None for
+            maps without such a gradient: there autograd sends on what the rule has made of Δ above.
     """
     if restore is not None and capture.alters:
         return apply_rearranged(site, run, prepare, restore, x, weight, bias)

@@ -39,7 +39,7 @@ CONVOLUTION_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation",
 
 
 def read_convolution(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.conv1d``, ``F.conv2d``, ``F.conv3d``."""
+    """Read ``F.conv1d``, ``F.conv2d``, ``F.conv3d``."""
     defaults = (None, None, None, 1, 0, 1, 1)
     values = [
         _make_hashable(pick_argument(args, kwargs, i, n, d))
@@ -62,7 +62,7 @@ def read_convolution(capture: Capture, func: Any, args: Args, kwargs: Kwargs) ->
 
 
 def _read_uneven_padding(capture: Capture, func: Any, values: list[Any]) -> Any:
-    """Padding "same" with an even kernel: torch pads one zero more at the end, and so do we, before."""
+    """Read padding "same" with an even kernel, for which torch pads one more zero at the end: pad first."""
     x, weight, bias, stride, _, dilation, groups = values
     if not capture.is_parameter(weight):
         return func(x, weight, bias, *values[3:])
@@ -77,7 +77,7 @@ TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padd
 
 
 def read_transposed_convolution(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``."""
+    """Read ``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``."""
     defaults = (None, None, None, 1, 0, 0, 1, 1)
     x, weight, bias, *geometry = [
         _make_hashable(pick_argument(args, kwargs, i, n, d))

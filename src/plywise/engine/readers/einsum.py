@@ -66,7 +66,7 @@ def spell_out(equation: str, dims: int, place: int) -> str:
 
 
 def read_einsum(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``torch.einsum`` of an input and a weight, with or without experts."""
+    """Read ``torch.einsum`` of an input and a weight, with or without experts."""
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
     if isinstance(args[0], str) and len(operands) == 2 and not kwargs:
         for place in (1, 0):
@@ -118,7 +118,7 @@ def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) 
 
 
 def read_grouped_product(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.grouped_mm(x, weight, offs=ends)``: the rows of x up to ``ends[i]`` meet the i-th expert.
+    """Read ``F.grouped_mm(x, weight, offs=ends)``: the rows of x up to ``ends[i]`` meet the i-th expert.
 
     Each expert is a call of its own, with its own rows. Reading ``ends`` waits for the device once.
     """

@@ -15,7 +15,7 @@ from plywise.engine.readers.common import Args, Kwargs, keep_input, pick_argumen
 
 
 def read_embedding(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.embedding``; calls that renormalise the table or scale by frequency are left to torch."""
+    """Read ``F.embedding``; calls that renormalise the table or scale by frequency are left to torch."""
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     x, weight, padding, most, _, scaled, sparse = [
         pick_argument(args, kwargs, i, n, d)
@@ -33,7 +33,7 @@ def read_embedding(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> A
 
 
 def read_embedding_bag(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.embedding_bag`` in its modes "sum" and "mean"."""
+    """Read ``F.embedding_bag`` in its modes "sum" and "mean"."""
     names = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse")
     defaults = (None, None, None, None, 2, False, "mean", False)
     x, weight, offsets, most, _, scaled, mode, sparse = [
@@ -61,7 +61,7 @@ def read_embedding_bag(capture: Capture, func: Any, args: Args, kwargs: Kwargs) 
 
 
 def read_bilinear(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.bilinear(x1, x2, weight, bias)``."""
+    """Read ``F.bilinear(x1, x2, weight, bias)``."""
     names = ("input1", "input2", "weight", "bias")
     x1, x2, weight, bias = (pick_argument(args, kwargs, i, n) for i, n in enumerate(names))
     site = capture.find_site(weight, Bilinear(), PLAIN, bias, x1)

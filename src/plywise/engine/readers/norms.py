@@ -36,12 +36,14 @@ def _capture_norm(
         weight: γ.
         bias: β.
         normalise: the call itself.
-        again: the same without side effects, for the map's input.
-        keep_moments: makes the call, and returns the mean and the inverse deviation of each feature beside
-            its output, so that the map's input need not be normalised once more; None where torch gives none.
+        again: the same call without side effects, for the map's input.
+        keep_moments: makes the call, and returns its output with the mean and the inverse deviation of each
+            feature, so the map's input need not be normalised again; None if torch does not return these.
     """
     if weight is None or (not weight.is_leaf and capture.is_parameter(x)):
-        return None  # in the second case it normalises another layer's weight (a scaled, standardised one)
+        return (
+            None  # in the second case the norm is applied to another layer's weight (weight standardisation)
+        )
     site = capture.find_site(weight, ElementwiseAffine(weight.numel(), axis), ELEMENTWISE, bias, x)
     if site is None:
         return None
@@ -59,13 +61,13 @@ def _capture_norm(
 
 
 def _standardise(x: Tensor, mean: Tensor, inverse_deviation: Tensor) -> Tensor:
-    """``(x - mean) / deviation`` of each feature in axis 1."""
+    """Compute ``(x - mean) / deviation`` of each feature in axis 1."""
     shape = (1, -1, *[1] * (x.dim() - 2))
     return (x - mean.reshape(shape)).mul_(inverse_deviation.reshape(shape)).to(x.dtype)
 
 
 def read_layer_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.layer_norm(x, shape, weight, bias, eps)``."""
+    """Read ``F.layer_norm(x, shape, weight, bias, eps)``."""
     names = ("input", "normalized_shape", "weight", "bias", "eps")
     x, shape, weight, bias, eps = (
         pick_argument(args, kwargs, i, n, d)
@@ -76,7 +78,7 @@ def read_layer_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
 
 
 def read_rms_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.rms_norm(x, shape, weight, eps)``."""
+    """Read ``F.rms_norm(x, shape, weight, eps)``."""
     names = ("input", "normalized_shape", "weight", "eps")
     x, shape, weight, eps = (pick_argument(args, kwargs, i, n) for i, n in enumerate(names))
     output = _capture_norm(capture, -1, x, weight, None, lambda a, w, b: F.rms_norm(a, shape, w, eps))
@@ -84,7 +86,7 @@ def read_rms_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> An
 
 
 def read_group_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.group_norm(x, groups, weight, bias, eps)``."""
+    """Read ``F.group_norm(x, groups, weight, bias, eps)``."""
     names = ("input", "num_groups", "weight", "bias", "eps")
     x, groups, weight, bias, eps = (
         pick_argument(args, kwargs, i, n, d)
@@ -95,7 +97,7 @@ def read_group_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
 
 
 def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.batch_norm`` and ``F.instance_norm``; running statistics are updated exactly once."""
+    """Read ``F.batch_norm`` and ``F.instance_norm``; running statistics are updated exactly once."""
     last = "use_input_stats" if func is F.instance_norm else "training"
     names = ("input", "running_mean", "running_var", "weight", "bias", last, "momentum", "eps")
     defaults = (*[None] * 5, func is F.instance_norm, 0.1, 1e-5)
@@ -124,12 +126,12 @@ def read_batch_norm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> 
 
 
 def _count_rows(x: Tensor) -> int:
-    """Entries of one feature in axis 1."""
+    """Count the entries of one feature in axis 1."""
     return x.numel() // max(x.shape[1], 1)
 
 
 def read_scale(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``weight * x`` with a weight for each feature, as norms and layer scales are written by hand."""
+    """Read ``weight * x`` with a weight for each feature, as norms and layer scales are written by hand."""
     if len(args) == 2 and not kwargs and all(isinstance(arg, Tensor) for arg in args):
         for weight, x in (args, args[::-1]):
             axis = _find_axis(capture, weight, x)

@@ -16,7 +16,7 @@ LINEAR = torch._C._nn.linear
 
 
 def read_linear(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``F.linear(x, weight, bias)``."""
+    """Read ``F.linear(x, weight, bias)``."""
     if kwargs:
         args = tuple(pick_argument(args, kwargs, i, n) for i, n in enumerate(("input", "weight", "bias")))
     x, weight = args[0], args[1]
@@ -36,7 +36,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _capture_product(capture: Capture, func: Any, x: Any, weight: Any, run: Any) -> Any:
-    """``x @ weight`` for a weight (d, m) or (experts, d, m); None if it is no weight of the model."""
+    """Capture ``x @ weight`` for a weight (d, m) or (experts, d, m); None if it is no weight of the model."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or capture.is_parameter(x):
         return None
     if weight.dim() == 3 == x.dim() and weight.shape[0] > 1 and not weight.stride(0):
@@ -63,7 +63,7 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def read_product(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``x @ weight``, ``weight @ x``, `torch.mm`, `torch.bmm`, `torch.matmul` and their methods."""
+    """Read ``x @ weight``, ``weight @ x``, `torch.mm`, `torch.bmm`, `torch.matmul` and their methods."""
     if kwargs and kwargs.keys() <= {"input", "other", "mat2"}:
         names = ("input", "mat2" if "mat2" in kwargs else "other")
         args, kwargs = tuple(pick_argument(args, kwargs, i, n) for i, n in enumerate(names)), {}
@@ -78,7 +78,7 @@ def read_product(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any
 
 
 def _capture_from_left(capture: Capture, func: Any, weight: Tensor, x: Tensor) -> Any:
-    """``weight @ x`` is ``(xᵀ weightᵀ)ᵀ``: the columns of x are the rows of A."""
+    """Capture ``weight @ x`` as ``(xᵀ weightᵀ)ᵀ``: the columns of x are the rows of A."""
     site = None
     if not capture.is_parameter(x):
         site = capture.find_site(weight, MATRIX_PRODUCT, PLAIN, None, x, by_role=False)
@@ -92,14 +92,14 @@ def _multiply_columns(rows: Tensor, weight: Tensor, bias: None) -> Tensor:
 
 
 def read_reversed_product(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``Tensor.__rmatmul__``: the arguments of ``@`` in the other order."""
+    """Read ``Tensor.__rmatmul__``: the arguments of ``@`` in the other order."""
     if len(args) == 2 and not kwargs and isinstance(args[1], Tensor):
         return read_product(capture, torch.matmul, (args[1], args[0]), {})
     return func(*args, **kwargs)
 
 
 def read_addmm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``torch.addmm(bias, x, weight)``, as GPT-2's Conv1D calls it."""
+    """Read ``torch.addmm(bias, x, weight)``, as GPT-2's Conv1D calls it."""
     if not kwargs and len(args) == 3 and args[0].dim() == 1 and args[2].dim() == 2:
         bias, x, weight = args
         site = None
@@ -111,7 +111,7 @@ def read_addmm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def read_baddbmm(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``torch.baddbmm(bias, x, weight)`` with a bias (experts, 1, m)."""
+    """Read ``torch.baddbmm(bias, x, weight)`` with a bias (experts, 1, m)."""
     if not kwargs and len(args) == 3 and args[2].dim() == 3:
         bias, x, weight = args
         if tuple(bias.shape) == (weight.shape[0], 1, weight.shape[2]) and not capture.is_parameter(x):

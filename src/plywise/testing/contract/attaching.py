@@ -49,7 +49,7 @@ def learn(
     warm: Callable[[], Tensor] | tuple[int, ...],
     steps: int = WARM_STEPS,
 ) -> None:
-    """Steps that leave nothing but what the rule remembers of them."""
+    """Take steps that change nothing except the rule's memory."""
     loss = warm if callable(warm) else _make_loss(model, warm)
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     assert not any(list_own_keys(state) for state in optimizer.state.values())
@@ -71,7 +71,7 @@ def learn(
 
 
 def list_own_keys(state: dict[Any, Any]) -> list[Any]:
-    """Keys of the optimizer's own state, beside a rule's."""
+    """List the keys of the optimizer's own state, without those of a rule."""
     return [key for key in state if not str(key).startswith("plywise.")]
 
 

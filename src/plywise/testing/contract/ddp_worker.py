@@ -45,7 +45,7 @@ def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
 
 
 def run_rule(rule: Rule, kind: str, first: str, rank: int) -> dict[str, Any]:
-    """Three steps of one rule, then one with a NaN on the second rank only."""
+    """Run three steps of one rule, then one with a NaN on the second rank only."""
     model = build(kind, seed=1 + rank)  # DDP makes them equal
     wrapped = DistributedDataParallel(model) if first == "wrap" else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -34,7 +34,7 @@ def make_data(number: int, rows: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def copy_state(learner: Learner) -> dict[str, Tensor]:
-    """All tensors of its state, by path."""
+    """Copy all tensors of the learner's state, by path."""
     found: dict[str, Tensor] = {}
 
     def walk(path: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a rule remembers, as its users see it: the part of ``optimizer.state`` that is its."""
+"""What a rule remembers, as its users see it: its part of ``optimizer.state``."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,20 +18,20 @@ PREFIX = "plywise."
 
 
 def copy_memory(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """A copy of all statistics, ``"Foof/2/input"``, and of the steps that each rule has counted."""
+    """Copy all statistics, such as ``"Foof/2/input"``, and the steps that each rule has counted."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return flatten_memory({names[p]: state for p, state in optimizer.state.items() if p in names})
 
 
 def copy_saved_memory(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The same of a state dict of this optimizer."""
+    """Do as `copy_memory`, for a state dict of this optimizer."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [names[p] for group in optimizer.param_groups for p in group["params"]]
     return flatten_memory({parameters[index]: own for index, own in state["state"].items()})
 
 
 def flatten_memory(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The statistics in the states of parameters, given by name; a template (of step 0) is none."""
+    """Return the statistics in the states of parameters, by name; templates (of step 0) do not count."""
     found = {}
     for parameter, state in states.items():
         for key, value in state.items():
@@ -51,22 +51,22 @@ def flatten_memory(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]
 
 
 def select_layer(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
-    """The part of one layer, e.g. ``"2"``."""
+    """Return the part of one layer, e.g. ``"2"``."""
     return {key: value for key, value in memories.items() if key.split("/")[1:2] == [layer]}
 
 
 def list_layers(memories: dict[str, Tensor]) -> set[str]:
-    """The layers that have statistics."""
+    """List the layers that have statistics."""
     return {key.split("/")[1] for key in memories if key.count("/") == 2}
 
 
 def select_tensors(memories: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rule's own tensors, without what says in which step they are due."""
+    """Return the rule's own tensors, without those that say in which step they are due."""
     return {key: value for key, value in memories.items() if value.is_floating_point()}
 
 
 def select_statistics(memories: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
-    """What a layer learned, without what is made of it (whose size follows the gradient)."""
+    """Return what a layer learned, without what is computed from it (whose size depends on the gradient)."""
     made = (".root", ".basis", ".vectors", ".weights", ".scale", "/scale", "/phase", "/in_backward")
     return {key: value for key, value in select_layer(memories, layer).items() if not key.endswith(made)}
 
@@ -75,7 +75,7 @@ ROWS = 4
 
 
 def make_mixed(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
-    """Layers of every kind on (B, 2, 6, 6); only the first linear one has more outputs than rows."""
+    """Make layers of every kind on (B, 2, 6, 6); only the first linear one has more outputs than rows."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False),
@@ -106,32 +106,32 @@ class Run:
     shape: tuple[int, ...]
 
     def make_data(self, number: int) -> Data:
-        """The batch of a step: few rows, so that of most linear layers backward makes the moves."""
+        """Make the batch of a step. It has few rows, so backward makes the updates of most linear layers."""
         return make_batch(self.shape, ROWS, next(self.model.parameters()).dtype, 40 + number)
 
     def backward(self, number: int) -> None:
-        """The gradient of a step's batch, added to what is there."""
+        """Add the gradient of a step's batch to what is there."""
         compute_loss(self.model, self.make_data(number)).backward()
 
     def step(self, number: int) -> None:
-        """One whole step."""
+        """Take one whole step."""
         self.optimizer.zero_grad()
         self.backward(number)
         self.optimizer.step()
 
     def copy_memory(self) -> dict[str, Tensor]:
-        """A copy of all statistics."""
+        """Copy all statistics."""
         return copy_memory(self.model, self.optimizer)
 
     def copy_state(self) -> dict[str, Tensor]:
-        """Weights, buffers and memories."""
+        """Copy weights, buffers and statistics."""
         return {**copy_weights(self.model), **self.copy_memory()}
 
 
 def start(
     case: Case, kind: str = "mlp", seed: int = 1, dtype: torch.dtype = torch.float32, steps: int = 0
 ) -> Run:
-    """A run under SGD with momentum, after so many steps."""
+    """Start a run under SGD with momentum, and take a number of steps."""
     build, shape = KINDS[kind]
     model = build(dtype, seed=seed)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -143,7 +143,7 @@ def start(
 
 @contextmanager
 def keep_buffers(model: nn.Module) -> Iterator[None]:
-    """Batch norm's own memory of forwards is torch's affair."""
+    """Restore the buffers after the block: batch norm's statistics of forwards are not plywise's concern."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     yield
     with torch.no_grad():

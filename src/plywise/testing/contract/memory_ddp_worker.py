@@ -71,7 +71,7 @@ WAYS: dict[str, Wrap] = {
 
 
 def average(model: nn.Module) -> None:
-    """What DistributedDataParallel does, by hand."""
+    """Average gradients by hand, as DistributedDataParallel does."""
     for parameter in model.parameters():
         assert parameter.grad is not None
         dist.all_reduce(parameter.grad)
@@ -121,7 +121,7 @@ class Replica:
         self.run.optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has."""
+        """Copy what a checkpoint holds."""
         state = {"model": self.run.model.state_dict(), "optimizer": self.run.optimizer.state_dict()}
         return copy.deepcopy(state)
 
@@ -132,13 +132,13 @@ TRACES = [*(("mlp", way) for way in WAYS), ("mixed", "attach, wrap"), ("mixed", 
 
 
 def stack_steps(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What was seen after each step as one tensor for each name."""
+    """Stack the tensors that were copied after each step, one stack for each name."""
     names = dict.fromkeys(name for seen in found for name in seen)
     return {name: torch.stack([seen[name] for seen in found if name in seen]) for name in names}
 
 
 def record_steps(rule: Rule, kind: str, way: str) -> dict[str, Tensor]:
-    """What is seen after each step."""
+    """Run a model, and copy its state after each step."""
     # DistributedDataParallel makes unequal starts equal
     replica = Replica.start(rule, kind, way, seed=1 if way == "process_group" else 1 + dist.get_rank())
     found = []
@@ -150,7 +150,7 @@ def record_steps(rule: Rule, kind: str, way: str) -> dict[str, Tensor]:
 
 
 def run_resumed(rule: Rule) -> dict[str, Any]:
-    """A run broken off; each process goes on from what the other one saved."""
+    """Break off a run; each process continues with what the other process saved."""
     replica = Replica.start(rule, "mixed", "attach, wrap")
     for number in range(SAVED):
         replica.step(number)
@@ -167,7 +167,7 @@ def run_resumed(rule: Rule) -> dict[str, Any]:
 
 
 def run_micro_batches(rule: Rule) -> dict[str, Tensor]:
-    """Each row a backward pass of its own; gradients are averaged in the last one of a step."""
+    """Give each row its own backward pass; gradients are averaged in the last pass of a step."""
     replica = Replica.start(rule, "mixed", "attach, wrap")
     found = []
     for number in range(STEPS):
@@ -204,7 +204,7 @@ USERS = [(0,), (1,), (0, 1), (1,), (), (0,), (0,), (0, 1), (1,), (0,)]
 
 
 def run_branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
-    """Training where processes use different layers; ``whole``: the same in one process."""
+    """Train while processes use different layers; with ``whole``, do the same in one process."""
     model = Branched()
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     rule.attach(model, optimizer)
@@ -225,7 +225,7 @@ def run_branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
 
 
 def run_poisoned(rule: Rule) -> dict[str, Any]:
-    """NaN in one process's rows, once."""
+    """Put NaN into one process's rows, once."""
     replica = Replica.start(rule, "mlp", "attach, wrap")
     for number in range(SAVED):
         replica.step(number)
@@ -243,7 +243,7 @@ def run_poisoned(rule: Rule) -> dict[str, Any]:
 
 
 def run_alone(rule: Rule, group: Any) -> dict[str, Any]:
-    """Several processes, each training for itself: nobody said so, or they have a group each."""
+    """Let several processes train separately: without any group, or each with its own group."""
     build, shape = KINDS["mlp"]
     model = build(torch.float64)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -276,7 +276,7 @@ DEEP = 8
 
 
 def run_shared_out(whole: bool = False) -> dict[str, Any]:
-    """Equal layers, half of them refreshed in each step after the first cycle."""
+    """Train equal layers; after the first cycle, each step refreshes half of them."""
     torch.manual_seed(1)
     model = nn.Sequential(*(part for _ in range(DEEP) for part in (nn.Linear(6, 6), nn.Tanh()))).double()
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 def make_mlp(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
-    """6 → 8 → 8 → 3."""
+    """Make an MLP 6 → 8 → 8 → 3."""
     torch.manual_seed(seed)
     layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
     return nn.Sequential(*layers).to(dtype)
 
 
 def make_convnet(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
-    """Every kind of module that a rule marks or handles, on (B, 2, 6, 6)."""
+    """Make a network with every kind of module that a rule marks or handles, on (B, 2, 6, 6)."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False),
@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
 def make_batch(
     shape: tuple[int, ...] = (6,), n: int = 12, dtype: torch.dtype = torch.float32, seed: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of a separable problem with three classes."""
+    """Make inputs and labels of a separable problem with three classes."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
     directions = torch.randn(3, x[0].numel(), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -52,26 +52,26 @@ def compute_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def compute_gradients(model: nn.Module, data: tuple[Tensor, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-    """Fresh gradients of one batch."""
+    """Compute the gradients of one batch alone."""
     model.zero_grad()
     (compute_loss(model, data) * scale).backward()
     return copy_gradients(model)
 
 
 def copy_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the gradients at hand."""
+    """Copy the present gradients."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of parameters and buffers."""
+    """Copy parameters and buffers."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor], steps: int
 ) -> list[float]:
-    """The loss before each step."""
+    """Train, and return the loss before each step."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -83,7 +83,7 @@ def train(
 
 
 def have_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Same names, same values, bit for bit (NaN equals NaN)."""
+    """Tell whether names and values are the same, bit for bit (NaN equals NaN)."""
     return left.keys() == right.keys() and all(
         torch.equal(
             torch.as_tensor(value).nan_to_num(nan=12345.678),
@@ -94,7 +94,7 @@ def have_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    """Same names, values equal up to ``tolerance`` of each tensor's largest entry."""
+    """Assert that names are the same, and values up to ``tolerance`` of each tensor's largest entry."""
     assert left.keys() == right.keys()
     for name, value in left.items():
         other = right[name]

@@ -44,7 +44,7 @@ class Structure:
     harmless: tuple[str, ...] = ()
 
     def list_handled(self, rule: Rule) -> set[str]:
-        """Names of the rows that this rule handles."""
+        """List the names of the rows that this rule handles."""
         taken = KINDS if rule.alters_backward else rule.kinds
         names = {*self.handled, *(name for name, kind in self.kinds.items() if kind in taken)}
         if not rule.takes_unshared_only:
@@ -53,7 +53,7 @@ class Structure:
         return names - {*self.shared, *self.computed, *tied}
 
     def is_refused(self, rule: Rule) -> bool:
-        """Whether something is left alone under a rule that sends other values down than gradients."""
+        """Tell whether a rule that sends down other values than gradients leaves something alone."""
         left = {*self.routed} - self.list_handled(rule)
         if rule.takes_unshared_only:
             left |= {*self.computed, *self.shared, *(self.kinds if self.tokens else ())}
@@ -64,7 +64,7 @@ class Structure:
         return self.make()
 
     def compute_loss(self, model: nn.Module, samples: int | None = None) -> Tensor:
-        """A loss on a batch that is always the same, dropout included."""
+        """Compute a loss on a batch that is always the same, dropout included."""
         torch.manual_seed(12)
         shape = self.shape if samples is None else (samples, *self.shape[1:])
         dtype = next((p.dtype for p in model.parameters() if not nn.parameter.is_lazy(p)), torch.float32)

@@ -45,7 +45,7 @@ def choose_rates(case: Case, optimizer_name: str) -> tuple[float, ...]:
 
 
 def trains(case: Case, optimizer_name: str, kind: str, steps: int, down_to: float) -> bool:
-    """Whether one of the rule's rates brings the loss below a fraction of the first, in so many steps."""
+    """Tell whether one of the rule's rates brings the loss below a fraction of the first in these steps."""
     build, shape = {"mlp": (make_mlp, (6,)), "convnet": (make_convnet, (2, 6, 6))}[kind]
     for rate in choose_rates(case, optimizer_name):
         model = build()

@@ -34,7 +34,7 @@ def leave_out(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
 
 
 def run_in_parts(run: Run, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
-    """What is seen after each step, its batch cut into parts of these sizes."""
+    """Train with each batch cut into parts of these sizes, and copy the state after each step."""
     run.model.eval()  # batch norm sees what is in a part
     found = []
     for number in range(STEPS):
@@ -154,7 +154,7 @@ def test_the_model_moves_between_steps(
 
 
 def step_under_autocast(run: Run, number: int, around: str) -> None:
-    """A step with autocast around its forward, its backward too, or all of it."""
+    """Take a step with autocast around its forward, around its backward too, or around all of it."""
     run.optimizer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         loss = compute_loss(run.model, run.make_data(number))

@@ -52,14 +52,14 @@ def pair(memory_case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def start_whole(case: Case, kind: str, seed: int = 1) -> Run:
-    """The run in one process."""
+    """Start the run in one process."""
     run = start(case, kind, seed, torch.float64)
     run.model.eval()
     return run
 
 
 def run_whole(case: Case, kind: str) -> Seen:
-    """What is seen of it after each step."""
+    """Run in one process, and copy the state after each step."""
     run, found = start_whole(case, kind), []
     for number in range(STEPS):
         run.step(number)
@@ -73,7 +73,7 @@ def take_last(seen: Seen) -> Seen:
 
 
 def assert_same_run(one: Seen, two: Seen, expected: Seen) -> None:
-    """Both replicas saw the same, and one process as good as the same."""
+    """Assert that both replicas have the same states, and one process nearly the same."""
     assert have_same_bits(one, two)
     assert are_finite(one)
     assert_close(one, expected, TOLERANCE)

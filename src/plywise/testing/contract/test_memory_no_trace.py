@@ -122,7 +122,7 @@ BEFORE_THE_STEP = [
 
 
 def record_history(case: Case, between: Disturbance | None, before_step: Disturbance | None) -> list[dict]:
-    """Weights and memories after each of four steps, disturbed or not."""
+    """Copy weights and statistics after each of four steps, disturbed or not."""
     run, found = start(case, "mixed"), []
     for number in range(4):
         if between is not None:

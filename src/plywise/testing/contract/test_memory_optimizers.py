@@ -81,7 +81,7 @@ def test_a_closure_is_backward_and_step(memory_case: Case, make: type[Optimizer]
 
 
 def use_optimizer(run: Run, make: Callable[[Any], Optimizer]) -> Run:
-    """The same run under another optimizer, from the start."""
+    """Begin the same run again with another optimizer."""
     run.rule.detach()
     run.optimizer = make(run.model.parameters())
     run.rule.attach(run.model, run.optimizer)
@@ -272,7 +272,7 @@ def test_detach_leaves_nothing_on_the_optimizer(memory_case: Case) -> None:
 
 
 def list_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """The tensors themselves."""
+    """List the rule's tensors themselves, not copies."""
     values = [
         value
         for state in optimizer.state.values()
@@ -283,7 +283,7 @@ def list_tensors(optimizer: Optimizer) -> list[Tensor]:
 
 
 def list_rule_keys(state: dict[Any, Any]) -> list[str]:
-    """The keys of a parameter's state that are not the optimizer's own."""
+    """List the keys of a parameter's state that are not the optimizer's own."""
     return [key for key in state if str(key).startswith("plywise.")]
 
 

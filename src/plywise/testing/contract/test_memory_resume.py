@@ -34,7 +34,7 @@ def read_state(run: Run) -> State:
 
 
 def copy_saved_in(run: Run, state: State) -> dict[str, Tensor]:
-    """The statistics in a state dict of a run's optimizer."""
+    """Copy the statistics in a state dict of a run's optimizer."""
     return copy_saved_memory(run.model, run.optimizer, state)
 
 
@@ -181,7 +181,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 def assert_refused(run: Run, state: State, words: str) -> None:
-    """Loading fails with these words, and changes nothing."""
+    """Assert that loading fails with these words, and changes nothing."""
     before = copy.deepcopy(run.optimizer.state_dict())
     with pytest.raises((StateError, ValueError), match=words):
         run.optimizer.load_state_dict(state)

@@ -117,7 +117,7 @@ DISTURBANCES: list[Callable[[nn.Module, Data], None]] = [
 
 
 def record_history(case: Case, disturb: Callable[[nn.Module, Data], None] | None) -> list[dict[str, Tensor]]:
-    """Gradients of each of two steps, and the weights at the end, disturbed before each step or not."""
+    """Copy the gradients of two steps and the final weights, with or without a disturbance before each."""
     build, shape = MODELS["convnet"]
     model, data, found = build(), make_batch(shape), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

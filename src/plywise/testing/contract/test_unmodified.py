@@ -29,7 +29,7 @@ def is_hook_dict(name: str) -> bool:
 
 
 def list_contents(model: nn.Module) -> dict[str, object]:
-    """What the user may look at: everything in each module but torch's own hook dictionaries."""
+    """List what the user may look at: everything in each module except torch's own hook dictionaries."""
     seen: dict[str, object] = {}
     for name, module in model.named_modules():
         seen[name, "type"] = type(module)
@@ -42,7 +42,7 @@ def list_contents(model: nn.Module) -> dict[str, object]:
 
 
 def list_hooks(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[str]:
-    """Every hook on the modules, parameters, buffers and the optimizer."""
+    """List every hook on the modules, parameters, buffers and the optimizer."""
     found = []
     owners = [*model.modules(), *([optimizer] if optimizer is not None else [])]
     for owner in owners:
