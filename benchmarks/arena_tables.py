@@ -15,45 +15,27 @@ def ranking(name: str) -> Callable[[str], str]:
     """All tuned methods of a bench by CPU time to the targets."""
 
     def write(_: str) -> str:
-        ranks = read_summary(name)["rankings"]["tuned"]
-        steps = {one["method"]: one for one in ranks["steps"]}
+        tracks = read_summary(name)["rankings"]
+        steps, untuned = (
+            {one["method"]: one for one in tracks[track]["steps"]} for track in ("tuned", "defaults")
+        )
         lines = [
             "| method | rank by CPU time | steps to target over the best baseline's | CPU time alike | "
-            "reached the target | area under the profile, CPU / steps |\n|---|---|---|---|---|---|\n"
+            "reached the target | untuned | area under the profile, CPU / steps |\n"
+            "|---|---|---|---|---|---|---|\n"
         ]
-        for one in ranks["cpu"]:
-            other = steps[one["method"]]
+        for one in tracks["tuned"]["cpu"]:
+            other, plain = steps[one["method"]], untuned[one["method"]]
             place = "–" if one["rank"] is None else f"{one['rank'].value:.0f}"
             areas = f"{one['area'].value:.2f} / {other['area'].value:.2f}"
+            reached = f"{one['reached']} of {one['runs']} | {plain['reached']}"
             lines.append(
                 f"| {one['method']}{NOTES.get(one['method'], '')} | {place} | {_ratio(other['ratio'])} | "
-                f"{_ratio(one['ratio'])} | {one['reached']} of {one['runs']} | {areas} |\n"
+                f"{_ratio(one['ratio'])} | {reached} | {areas} |\n"
             )
         return "".join(lines)
 
     return write
-
-
-def targets_by_tuning(_: str) -> str:
-    """Targets reached after twelve trials, after four (the standard bench), and after none."""
-    many, few = read_summary("twelve"), read_summary("standard")
-    workloads = set(many["bench"]["workloads"])
-    lines = [
-        "| method | reached the target, tuned by 12 trials | by 4 (`standard/`, same workloads) | "
-        "at the defaults | CPU time over the best baseline's |\n|---|---|---|---|---|\n"
-    ]
-    ranks = sorted(many["rankings"]["tuned"]["cpu"], key=lambda one: -one["reached"])
-    for place, one in enumerate(ranks):
-        method = one["method"]
-        counts = [
-            _count(many, "tuned", method),
-            _count(few, "tuned", method, workloads),
-            _count(many, "defaults", method),
-        ]
-        cells = [f"{reached} of {runs}" if place == 0 else f"{reached}" for reached, runs in counts]
-        ratio = _ratio(one["ratio"]).split(" (")[0]
-        lines.append(f"| {method}{NOTES.get(method, '')} | {' | '.join(cells)} | {ratio} |\n")
-    return "".join(lines)
 
 
 def related_metrics(_: str) -> str:
@@ -103,9 +85,9 @@ def _spread(values: list[float]) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "arena-standard": ranking("standard"),
+    "arena-recommended": ranking("recommended"),
     "arena-coordinates": ranking("coordinates"),
     "arena-hidden": ranking("hidden"),
-    "arena-twelve": targets_by_tuning,
     "arena-related": related_metrics,
 }
 """By the name that stands in the page."""
