@@ -1,6 +1,7 @@
 """Peers on unusual models, Muon against torch's own, and what a missing package is called."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def test_torchs_muon_and_ours_train_alike(width):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
         method = find_method(name)
-        trainer = method.make(setting(method, model, example=x))
+        numbers = {"lr": 5e-3, "weight_decay": 1e-2}
+        trainer = method.make(replace(setting(method, model, example=x), numbers=numbers))
         for _ in range(10):
             trainer.step(x, y)
         trained.append([p.detach() for p in model.parameters()])
