@@ -118,6 +118,13 @@ def test_muon_moves_the_maps_of_other_libraries_and_no_norms() -> None:
     assert pw.recommend(model, batch=torch.ones(3, 4)).muon == ("0.weight",)
 
 
+def test_a_frozen_layer_still_gives_the_output() -> None:
+    for batch in (torch.ones(3, 4), None):
+        model = make_mlp(4, 6, 6, 2)
+        model[-1].requires_grad_(False)
+        assert pw.recommend(model, batch=batch).muon == ("0.weight", "2.weight")
+
+
 def test_without_hidden_weights_adamw_moves_all() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
     found = pw.recommend(model)

@@ -16,7 +16,8 @@ def find_hidden_weights(model: nn.Module, run: Callable[[], object] | None = Non
     """Find the weights of linear maps, except those of the map that gives the output.
 
     A linear map is a module with a matrix (or a kernel) that has "weight" in its name, torch's or another
-    library's. Embeddings and weights tied to them, norms, biases and bare parameters are left out.
+    library's. Embeddings and weights tied to them, norms, biases, bare parameters and what is frozen are left
+    out.
 
     Args:
         model: the model. It stays as it is.
@@ -33,15 +34,15 @@ def find_hidden_weights(model: nn.Module, run: Callable[[], object] | None = Non
     tables = [module for module in model.modules() if isinstance(module, _TABLES)]
     apart = {id(p) for module in (*tables, *order[-1:]) for p in module.parameters()}
     found = {id(p): p for module in maps for p in _own_matrices(module) if id(p) not in apart}
-    return list(found.values())
+    return [p for p in found.values() if p.requires_grad]
 
 
 def _own_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The matrices of a linear map that train; none of other modules."""
+    """The matrices of a linear map, frozen or not; none of other modules."""
     if isinstance(module, (*_TABLES, *_NORMS)):
         return []
     own = module.named_parameters(recurse=False)
-    return [p for name, p in own if "weight" in name and p.dim() > 1 and p.requires_grad]
+    return [p for name, p in own if "weight" in name and p.dim() > 1]
 
 
 def _list_runs(model: nn.Module, maps: list[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
