@@ -43,7 +43,7 @@ class Replica:
     def optimizer(self) -> Optimizer:
         return self.run.optimizer
 
-    def loss(self, number: int, rows: int = 2, **options: Any) -> Tensor:
+    def compute_loss(self, number: int, rows: int = 2, **options: Any) -> Tensor:
         """The loss of this process's rows; of none of them, a zero."""
         first = dist.get_rank() * 2
         run, run.model = self.run, self.net
@@ -64,7 +64,7 @@ class Replica:
             self.step(number)
         return self
 
-    def seen(self) -> dict[str, Tensor]:
+    def copy_state(self) -> dict[str, Tensor]:
         return self.run.copy_state()
 
     def close(self) -> None:

@@ -33,9 +33,12 @@ GRADIENT_SIZED: Space = {"lr": Range(1e-3, 1.0, 0.07), "weight_decay": Range(1e-
 """The weight decay of optimizers with steps proportional to the gradient: it is added to the gradient."""
 
 
-def unit_sized(rate: float, weight_decay: float = 1e-2) -> Space:
-    """Return the space of optimizers whose steps do not scale with the gradient; the decay is decoupled."""
-    return {"lr": Range(1e-4, 1e-1, rate), "weight_decay": Range(1e-4, 1.0, weight_decay)}
+def unit_sized(rate: float, weight_decay: float = 1e-2, high: float = 1e-1) -> Space:
+    """Return the space of optimizers whose steps do not scale with the gradient; the decay is decoupled.
+
+    Rates are searched over three decades up to ``high``.
+    """
+    return {"lr": Range(high / 1000, high, rate), "weight_decay": Range(1e-4, 1.0, weight_decay)}
 
 
 @dataclass(frozen=True)
@@ -231,14 +234,16 @@ _PEERS: Mapping[str, Peer] = {
     for peer in (
         Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _treat_alike(nesterov)),
         Peer("adamw", "AdamW, fused", unit_sized(3e-3), _treat_alike(make_adamw)),
-        Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1), _muon),
+        Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1, 0.2), _muon),
         Peer(
             "torch-muon",
             "torch.optim.Muon for hidden matrices, AdamW for the rest and for convolutions",
-            unit_sized(2e-2, 0.1),
+            unit_sized(2e-2, 0.1, 0.2),
             _torch_muon,
         ),
-        Peer("normuon", "NorMuon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1), _normuon),
+        Peer(
+            "normuon", "NorMuon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1, 0.2), _normuon
+        ),
         Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(1e-2, 0.1), _treat_alike(SOAP)),
         Peer(
             "kl-soap",

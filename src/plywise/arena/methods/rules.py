@@ -117,5 +117,5 @@ def make_recommended() -> Method:
 
     about = "Muon and AdamW in coordinates chosen for the model (plywise.recommend)"
     damping = replace(TUNED["Coordinates"].numbers["damping"], default=1.0)
-    space = {"lr": unit_sized(2e-2)["lr"], "damping": damping}
+    space = {"lr": unit_sized(2e-2, high=0.2)["lr"], "damping": damping}
     return Method(RECOMMENDED, about, space, make)
