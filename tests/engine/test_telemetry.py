@@ -178,15 +178,15 @@ def test_a_skipped_step_is_none():
 
 
 def test_callbacks_hear_and_stop_ends_it():
-    model, heard = make_mlp(), []
+    model, received = make_mlp(), []
     rule, optimizer = start(pw.ProxProp(), model)
-    history = rule.record(every=2, callbacks=[heard.append], keep=2)
+    history = rule.record(every=2, callbacks=[received.append], keep=2)
     train(model, optimizer, make_batch(), 6)
-    assert [one.step for one in heard] == [1, 3, 5]
+    assert [one.step for one in received] == [1, 3, 5]
     assert [one.step for one in history] == [3, 5]
     history.stop()
     train(model, optimizer, make_batch(), 2)
-    assert len(heard) == 3
+    assert len(received) == 3
     rule.detach()
     assert rule.history is history
 

@@ -61,7 +61,7 @@ class Sharding:
         self.mark = None if parameter.grad is None else mark_gradient(parameter.grad)
 
     def holds_gradient(self, parameter: Tensor) -> bool:
-        """Return whether what was accumulated is still there, as far as this process sees."""
+        """Return whether what was accumulated is still there, in the part of this process."""
         if self.is_accumulating:
             return True
         gradient = parameter.grad

@@ -19,8 +19,8 @@ REFERENCE = "adamw"
 SETUPS: Mapping[str, Numbers] = {
     "sgd": {"lr": 0.24, "weight_decay": 0.000159},
     "adamw": {"lr": 0.024, "weight_decay": 0.0159},
-    "muon": {"lr": 0.0589, "weight_decay": 0.105},
-    "recommended": {"lr": 0.0711, "damping": 2.81},
+    "muon": {"lr": 0.142, "weight_decay": 0.281},
+    "recommended": {"lr": 0.0728, "damping": 0.0411},
     "proxprop": {"lr": 7.19, "tau": 1.59},
     "back-matching": {"lr": 0.0719, "cap": 0.447},
     "consequentialism": {"lr": 0.0191, "eps": 0.016},
