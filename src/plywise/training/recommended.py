@@ -35,7 +35,8 @@ CALLS = 2.0**21
 
 MUON_COST = 6.0
 """Most operations of Muon's step for a layer, relative to its forward and backward. Muon's are in large
-products, and in bfloat16 from 96 rows on: six times the operations take two or three times the time."""
+products, and in bfloat16 from 96 rows on where the processor can: then six times the operations take two or
+three times the time."""
 
 BETAS = (0.9, 0.99)
 """Second moments over 100 steps: bases turn slowly, and older squares belong to older axes."""
