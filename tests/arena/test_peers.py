@@ -111,13 +111,14 @@ def test_muon_is_torchs_muon_on_hidden_weights_and_adamw_on_the_rest():
     models[1].load_state_dict(models[0].state_dict())
     numbers = {"lr": 0.01, "weight_decay": 0.1}
     trainer = method.make(setting(method, models[0], numbers=numbers, example=x))
+    for group in trainer.optimizer.param_groups:
+        group["ns_dtype"] = torch.bfloat16  # as torch's, also where the processor is slow in it
     muon = torch.optim.Muon([models[1][0].weight], adjust_lr_fn="match_rms_adamw", **numbers)
     adamw = torch.optim.AdamW([models[1][0].bias, *models[1][2].parameters()], **numbers)
     nn.functional.cross_entropy(models[1](x), y).backward()
     muon.step()
     adamw.step()
     trainer.step(x, y)
-    # of this width both iterate in bfloat16
     torch.testing.assert_close(models[0][0].weight, models[1][0].weight, rtol=0, atol=1e-5)
     for layer in (0, 2):
         torch.testing.assert_close(models[0][layer].bias, models[1][layer].bias, rtol=0, atol=1e-6)

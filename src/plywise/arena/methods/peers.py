@@ -233,7 +233,7 @@ _PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _treat_alike(nesterov)),
-        Peer("adamw", "AdamW, fused", unit_sized(3e-3), _treat_alike(make_adamw)),
+        Peer("adamw", "AdamW, fused", unit_sized(1e-2), _treat_alike(make_adamw)),
         Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1, 0.2), _muon),
         Peer(
             "torch-muon",
@@ -244,7 +244,9 @@ _PEERS: Mapping[str, Peer] = {
         Peer(
             "normuon", "NorMuon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1, 0.2), _normuon
         ),
-        Peer("soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(1e-2, 0.1), _treat_alike(SOAP)),
+        Peer(
+            "soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(2e-2, 0.1, 0.2), _treat_alike(SOAP)
+        ),
         Peer(
             "kl-soap",
             "SOAP with statistics by the KL divergence",
