@@ -155,9 +155,9 @@ def test_explain_ones_own_model(plywise, project):
     code, out, _ = plywise("explain", "mine:make", "--rule", "proxprop", "--set", "tau=2", "--layers", "0")
     assert code == 0
     assert "tau=2" in out
-    rows = {
-        line.split()[0]: line for line in out.splitlines() if line.split()[:1] and line.split()[0].isdigit()
-    }
+    assert out.splitlines()[0].startswith("67 % of ")
+    table = [line for line in out.splitlines()[1:] if line.split()[:1] and line.split()[0].isdigit()]
+    rows = {line.split()[0]: line for line in table}
     assert list(rows) == ["0", "2", "3"]
     assert "ProxProp" in rows["0"]
     assert "left to the optimizer" in rows["2"]

@@ -110,3 +110,12 @@ def test_a_head_tied_to_an_embedding_says_so() -> None:
         "its weight is tied with 'words' (Embedding), its kind, 'embedding', is left"
     )
     assert reasons["words"].startswith("its kind, 'embedding', is left")
+
+
+def test_long_reasons_stand_once_below_the_table():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8))
+    lines = str(pw.ProxProp().attach(model).explain()).split("\n")
+    reasons = [line for line in lines if line.startswith("note 1: its kind, 'norm', is left to")]
+    assert len(reasons) == 1
+    assert sum(line.startswith(("1 ", "2 ")) and "note 1" in line for line in lines) == 2
+    assert all(len(line) < 110 for line in lines if line not in reasons)

@@ -7,6 +7,8 @@ from plywise._util.tables import format_table, make_table
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "seen", "memory", "cost")
 NOTE = "cost: extra floating-point operations, relative to the layer's forward and backward."
+LONGEST_REASON = 40
+"""Longer reasons stand below the table, each once, so that its lines stay short."""
 HALF = 0.5
 """Below this share of handled parameters an explanation warns."""
 
@@ -124,11 +126,18 @@ class Explanation:
         ]
 
     def __str__(self) -> str:
-        return "\n".join([*self.summary(), format_table(HEADINGS, self._format_cells()), NOTE])
+        cells, why = self._format_cells(), HEADINGS.index("why")
+        long = [cell[why] for cell in cells if len(cell[why]) > LONGEST_REASON]
+        numbers = {reason: number for number, reason in enumerate(dict.fromkeys(long), 1)}
+        for cell in cells:
+            if cell[why] in numbers:
+                cell[why] = f"note {numbers[cell[why]]}"
+        notes = [f"note {number}: {reason}" for reason, number in numbers.items()]
+        return "\n".join([*self.summary(), format_table(HEADINGS, cells), *notes, NOTE])
 
     def _repr_html_(self) -> str:
-        title, *warnings = self.summary()
-        return make_table(HEADINGS, self._format_cells(), title=title, notes=[*warnings, NOTE])
+        title, *others = self.summary()
+        return make_table(HEADINGS, self._format_cells(), title=title, notes=[*others, NOTE])
 
     def summary(self) -> list[str]:
         """Return the sentences above the table."""
@@ -136,10 +145,11 @@ class Explanation:
         layers = sum(row.parameters > 0 or not row.frozen for row in self.rows)
         trained = " that train" if self.frozen else ""
         frozen = f", {self.frozen:,} parameters frozen" if self.frozen else ""
-        steps = "" if self.steps is None else f", {self.steps} steps seen"
+        steps = "" if self.steps is None else f", {self.steps} step{'s' * (self.steps != 1)} seen"
         lines = [
-            f"{self.title}: {100 * self.share:.0f} % of {self.parameters:,} parameters{trained} handled, "
-            f"{handled} of {layers} layers{frozen}{steps}"
+            f"{100 * self.share:.0f} % of {self.parameters:,} parameters{trained} handled, "
+            f"{handled} of {layers} layers{frozen}{steps}",
+            self.title,
         ]
         if self.parameters and self.share < HALF:
             largest = max((row for row in self.rows if not row.handled), key=lambda row: row.parameters)
