@@ -1,4 +1,4 @@
-"""Steps to AdamW's final training loss: exact ProxProp and the other rules on digits and MNIST.
+"""Steps to AdamW's final training loss: the rules, Muon and the recommended method on digits and MNIST.
 
 Digits: 1,100 training images, 160 steps. MNIST: the first 20,000 training images, 10,000 for validation, 600
 steps. An MLP with three hidden layers of 256, batch 128. Every method is tuned with the same number of
@@ -15,10 +15,13 @@ import time
 from typing import Any
 
 import torch
+from torch import nn
 
 import plywise as pw
 from pictures import save_picture
 from plywise.data.digits import Split
+from plywise.optim import Muon
+from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from step_cost import environment
 from tuning import (
     HERE,
@@ -37,6 +40,25 @@ from tuning import (
 )
 
 Data = Any
+
+
+def muon(rate: float) -> Candidate:
+    """Muon for hidden weights, in steps as large as AdamW's, and AdamW for all others."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        groups = group_for_muon(model, find_hidden_weights(model))
+        return Muon(groups, rate, adjust_lr_fn="match_rms_adamw")
+
+    return Candidate("Muon", rate, make, None, f"Muon(lr={rate:g})")
+
+
+def recommended(rate: float, damping: float) -> Candidate:
+    """What `plywise.recommend` makes."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return pw.recommend(model, rate, damping=damping, on_nonfinite="propagate").optimizer
+
+    return Candidate("recommended", rate, make, None, f"recommend(lr={rate:g}, damping={damping:g})")
 
 
 def candidates() -> dict[str, list[Candidate]]:
@@ -60,6 +82,10 @@ def candidates() -> dict[str, list[Candidate]]:
         "BackMatching rate": [
             sgd("BackMatching rate", rate, 0.9, pw.BackMatching)
             for rate in (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+        ],
+        "Muon": [muon(rate) for rate in (1e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1)],
+        "recommended": [
+            recommended(rate, damping) for damping in (0.3, 1.0) for rate in (0.005, 0.01, 0.02, 0.05)
         ],
         "NLMS": [sgd("NLMS", rate, 0.9, pw.NLMS) for rate in (0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)],
     }

@@ -31,11 +31,11 @@ DATA = Path(os.environ.get("PLYWISE_DATA", HERE.parent.parent / "shared" / "data
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with one choice of its numbers."""
+    """A method with one choice of its numbers; ``make`` returns an optimizer for a model."""
 
     method: str
     rate: float
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    make: Callable[[nn.Module], torch.optim.Optimizer]
     rule: Callable[[], pw.Rule] | None
     settings: str
 
@@ -43,12 +43,20 @@ class Candidate:
 def sgd(method: str, rate: float, momentum: float, rule: Callable[[], pw.Rule] | None) -> Candidate:
     """SGD with a rule."""
     settings = f"SGD(lr={rate:g}, momentum={momentum:g})" + (f" + {rule()}" if rule else "")
-    return Candidate(method, rate, lambda p: torch.optim.SGD(p, rate, momentum), rule, settings)
+    return Candidate(
+        method, rate, lambda model: torch.optim.SGD(model.parameters(), rate, momentum), rule, settings
+    )
 
 
 def adamw(rate: float) -> Candidate:
     """AdamW with its default decay."""
-    return Candidate("AdamW", rate, lambda p: torch.optim.AdamW(p, rate), None, f"AdamW(lr={rate:g})")
+    return Candidate(
+        "AdamW",
+        rate,
+        lambda model: torch.optim.AdamW(model.parameters(), rate, fused=True),
+        None,
+        f"AdamW(lr={rate:g})",
+    )
 
 
 def mlp(widths: tuple[int, ...], scales: tuple[float, ...] | None = None) -> nn.Sequential:
@@ -118,7 +126,7 @@ def run_candidates(
     def begin(context: TrialContext) -> Trainer:
         candidate = candidates[int(context.numbers["candidate"])]
         rule = candidate.rule() if candidate.rule else None
-        return with_rule(context.model, candidate.optimizer(context.model.parameters()), rule, task.loss)
+        return with_rule(context.model, candidate.make(context.model), rule, task.loss)
 
     grid = tuple({"candidate": float(index)} for index in range(len(candidates)))
     method = Method(candidates[0].method, "", {}, begin, grid=grid)
