@@ -10,14 +10,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from plywise.engine.rule import require_choice, require_whole
+from plywise.numerics.polar import COEFFICIENTS, Triple, orthogonalize
 from plywise.optim.plain import Group
 from plywise.optim.stacked import Shape, Stack, StackedOptimizer, compute_adam_step
 
-Triple = tuple[float, float, float]
 Coefficients = Triple | Sequence[Triple]
 ADJUSTMENTS = ("original", "match_rms_adamw", "balanced")
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""The coefficients of the polynomial a x + b x³ + c x⁵, which is steep at zero."""
 THREE_ITERATIONS = (
     (7.9893875, -22.748033, 16.678775),
     (3.6434165, -2.7268641, 0.53710776),
@@ -43,8 +41,9 @@ class Muon(StackedOptimizer):
     Layers: parameters of two or more dimensions, flattened to (out, rest). All others, and all in a group
         with ``use_muon=False``, move by AdamW at the same ``lr`` and ``weight_decay``. Put embeddings and the
         output layer in such a group, because their shapes do not show what they are.
-    Cost: 15 matrix products of the smaller side in each step for 5 iterations, whatever the batch size; one
-        copy of the weights. Each function is called once for all matrices of a shape. There is no host
+    Cost: 15 matrix products of the smaller side in each step for 5 iterations, whatever the batch size (two
+        with matrices that are at least twice as long as high, and 17 of the smaller side squared); one copy
+        of the weights. Each function is called once for all matrices of a shape. There is no host
         synchronisation.
     Status: faithful to torch.optim.Muon: the same momentum, iteration, factors and defaults, in the same
         precision except for matrices with a side below 96, for float64 weights, and on CPUs without products
@@ -213,24 +212,3 @@ def list_iterations(coefficients: Coefficients, steps: int) -> Sequence[Triple]:
     if coefficients and isinstance(coefficients[0], Sequence):
         return cast(Sequence[Triple], coefficients)
     return [cast(Triple, coefficients)] * steps
-
-
-def orthogonalize(
-    matrices: Tensor,
-    iterations: Sequence[Triple] = (COEFFICIENTS,) * 5,
-    eps: float = 1e-7,
-) -> Tensor:
-    """Bring the singular values of (k, m, n) matrices near 1 by Newton-Schulz iterations; a new tensor.
-
-    Example:
-        >>> values = torch.linalg.svdvals(orthogonalize(torch.diag(torch.tensor([1.0, 9.0]))[None]))
-        >>> bool((values > 0.65).all() and (values < 1.25).all())
-        True
-    """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=eps)
-    for a, b, c in iterations:
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from plywise.optim.muon import COEFFICIENTS, Muon
+from plywise.numerics.polar import COEFFICIENTS
+from plywise.optim.muon import Muon
 from plywise.optim.plain import Group
 from plywise.optim.stacked import Shape, Stack, StackedOptimizer
 

@@ -213,7 +213,7 @@ def _choose_muon(model: nn.Module, batch: Any, rows: list[LayerRow]) -> dict[str
 
 
 def _count_muon(weight: Tensor) -> float:
-    """Operations of Muon's iterations on a weight."""
+    """Operations of Muon's iterations on a weight, in the order that takes more of them."""
     small, large = sorted((len(weight), weight.numel() // max(1, len(weight))))
     return len(THREE_ITERATIONS) * (4.0 * small**2 * large + 2.0 * small**3)
 
