@@ -9,8 +9,7 @@ does not compute G itself, and therefore takes the c of the last refresh.
 """
 
 import math
-from abc import abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -34,13 +33,11 @@ from plywise.numerics.products import compute_lower_product
 Root = Tensor | LowRankRoot
 
 
-@dataclass(frozen=True)
-class Kronecker:
-    """Settings of a `KroneckerRule`; `plywise.Precondition` documents them.
+class KroneckerRule(StatefulRule):
+    """Base class of rules with the update ``c · L^-p G R^-q``.
 
-    Example:
-        >>> Kronecker(right=0.5, damping=1e-3, relative_to="max").sides(64, 785)
-        {'input': 0.5}
+    The attributes below are its settings, which `plywise.Precondition` documents. A subclass has other
+    values, or makes hyper-parameters of them.
     """
 
     left: float = 0.0
@@ -55,43 +52,34 @@ class Kronecker:
     sample: int = 1
     max_size: int = 8192
 
-    def sides(self, outputs: int, columns: int) -> dict[str, float]:
+    def list_powers(self, outputs: int, columns: int) -> dict[str, float]:
         """The statistics that a layer of these sizes keeps, each with its power."""
         powers = {"input": (self.right, columns), "output": (self.left, outputs)}
         return {side: power for side, (power, size) in powers.items() if power and size <= self.max_size}
 
-    def rank_of(self, size: int) -> int | None:
+    def choose_rank(self, size: int) -> int | None:
         """Return the rank of a root of this size; None, for a dense root, if the rank would save nothing."""
         return None if self.rank is None or 2 * self.rank >= size else self.rank
 
-
-class KroneckerRule(StatefulRule):
-    """Base class of rules with the update ``c · L^-p G R^-q``. Subclasses give its settings."""
-
-    @property
-    @abstractmethod
-    def plan(self) -> Kronecker:
-        """Powers, statistics, damping and solver."""
-
-    def check(self) -> None:
-        """Refuse settings that are out of range; for the subclass's ``__post_init__``."""
-        plan = self.plan
-        require_positive(self, decay=plan.decay, damping=plan.damping)
+    def __post_init__(self) -> None:
+        """Refuse settings that are out of range."""
+        self._set_cadence()
+        require_positive(self, decay=self.decay, damping=self.damping)
         intervals = {name: getattr(self, name) for name in ("stats_every", "refresh_every", "slowdown")}
-        require_whole(self, sample=plan.sample, **intervals)
-        require_whole(self, max_size=plan.max_size, **({} if plan.rank is None else {"rank": plan.rank}))
-        require_choice(self, "relative_to", plan.relative_to, ("mean", "max", "absolute"))
-        if plan.decay > 1:
-            raise ValueError(f"{type(self).__name__}: decay must be at most 1, not {plan.decay!r}.")
-        powers = [power for power in (plan.left, plan.right) if power]
+        require_whole(self, sample=self.sample, **intervals)
+        require_whole(self, max_size=self.max_size, **({} if self.rank is None else {"rank": self.rank}))
+        require_choice(self, "relative_to", self.relative_to, ("mean", "max", "absolute"))
+        if self.decay > 1:
+            raise ValueError(f"{type(self).__name__}: decay must be at most 1, not {self.decay!r}.")
+        powers = [power for power in (self.left, self.right) if power]
         if not powers or not all(0 < power < math.inf for power in powers):
             raise ValueError(
                 f"{type(self).__name__}: left and right must be 0 or above, finite, and not both 0, not "
-                f"{plan.left!r} and {plan.right!r}."
+                f"{self.left!r} and {self.right!r}."
             )
         for power in powers:
             try:
-                get_solver(plan.solver, power)
+                get_solver(self.solver, power)
             except ValueError as error:
                 raise ValueError(f"{type(self).__name__}: solver: {error}.") from None
         if self.refresh_every % self.stats_every:
@@ -106,13 +94,15 @@ class KroneckerRule(StatefulRule):
 
     cadence: str = "spread"
 
-    def set_cadence(self, stats_every: int, refresh_every: int) -> None:
-        """Take a paper's cadence if ``cadence="paper"`` asks for it; for the subclass's ``__post_init__``."""
+    paper_cadence: ClassVar[tuple[int, int]] = (1, 1)
+    """The intervals ``stats_every`` and ``refresh_every`` of ``cadence="paper"``, where a rule has one."""
+
+    def _set_cadence(self) -> None:
         require_choice(self, "cadence", self.cadence, ("spread", "paper"))
         if self.cadence == "spread":
             return
         defaults = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
-        for name, value in (("stats_every", stats_every), ("refresh_every", refresh_every)):
+        for name, value in zip(("stats_every", "refresh_every"), self.paper_cadence, strict=True):
             if getattr(self, name) not in (defaults[name], value):
                 raise ValueError(f'{type(self).__name__}: cadence="paper" is {name}={value}: leave it out.')
             object.__setattr__(self, name, value)
@@ -133,7 +123,7 @@ class KroneckerRule(StatefulRule):
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
         """Whether each product is cheaper with the rows than with G, and c has been measured."""
-        sides = self.plan.sides(shape.outputs, shape.columns)
+        sides = self.list_powers(shape.outputs, shape.columns)
         limits = {"input": shape.outputs, "output": shape.columns}
         if self.cadence == "paper":
             return False  # c is measured in each step
@@ -142,10 +132,10 @@ class KroneckerRule(StatefulRule):
 
     def gather(self, call: LinearCall, turn: int) -> Evidence:
         """``AᵀA`` and ``ΔᵀΔ``, as far as they are needed; lower triangles."""
-        sides = self.plan.sides(call.outputs, call.columns)
+        sides = self.list_powers(call.outputs, call.columns)
         evidence = {"rows": torch.tensor(float(call.row_count), dtype=call.dtype, device=call.delta.device)}
         if "input" in sides:
-            evidence["input"], rows = call.sampled_gram(call.dtype, self.plan.sample, turn)
+            evidence["input"], rows = call.sampled_gram(call.dtype, self.sample, turn)
             evidence["rows"].fill_(rows)
         if "output" in sides:
             evidence["output"] = compute_lower_product(call.delta_rows().mT)
@@ -155,7 +145,7 @@ class KroneckerRule(StatefulRule):
 
     def learn(self, memory: State, evidence: Evidence) -> State:
         """Add to the discounted sums, and to the discounted counts that make means of them."""
-        decay = self.plan.decay
+        decay = self.decay
         counts = {"input": evidence["rows"], "output": torch.ones_like(evidence["rows"])}
         news = {"rows": evidence["rows"]}
         for side in ("input", "output"):
@@ -167,25 +157,24 @@ class KroneckerRule(StatefulRule):
 
     def refresh(self, memory: State, name: str, health: Health) -> State:
         """Compute the roots of the statistics; keep the last good ones where that fails."""
-        plan = self.plan
-        unknown = torch.full_like(memory["rows"], 0.0 if plan.keep_norm else 1.0)  # c, until it is measured
+        unknown = torch.full_like(memory["rows"], 0.0 if self.keep_norm else 1.0)  # c, until it is measured
         news = {"scale": memory.get("scale", unknown)}
-        for side, power in (("input", plan.right), ("output", plan.left)):
+        for side, power in (("input", self.right), ("output", self.left)):
             if side not in memory:
                 continue
             statistic = memory[side]
-            if plan.statistic == "mean":
+            if self.statistic == "mean":
                 statistic = statistic / memory[f"{side}.count"]
-            last, rank = root_of(memory, side), plan.rank_of(statistic.shape[1])
+            last, rank = root_of(memory, side), self.choose_rank(statistic.shape[1])
             note = partial(health.note, name)
             root: Root | None
             if rank is None:
                 root = compute_inverse_root(
-                    statistic, power, plan.damping, plan.relative_to, plan.solver, note
+                    statistic, power, self.damping, self.relative_to, self.solver, note
                 )
             else:
                 start = last.vectors if isinstance(last, LowRankRoot) else None
-                root = compute_low_rank_root(statistic, power, plan.damping, plan.relative_to, rank, start)
+                root = compute_low_rank_root(statistic, power, self.damping, self.relative_to, rank, start)
             if root is None:
                 root = last if last is not None else _identity(statistic, rank)
             news.update(_entries(side, root))
@@ -193,19 +182,19 @@ class KroneckerRule(StatefulRule):
 
     def measure_residual(self, memory: State) -> Tensor | None:
         """``‖X^(1/p) (S + λI) v - v‖ / ‖v‖``, of the roots X in use and one vector v; the larger side's."""
-        powers = {} if self.turns_steps else {"input": self.plan.right, "output": self.plan.left}
+        powers = {} if self.turns_steps else {"input": self.right, "output": self.left}
         found = [self._measure_side(memory, side, power) for side, power in powers.items() if power]
         known = [residual for residual in found if residual is not None]
         return torch.stack(known).max() if known else None
 
     def _measure_side(self, memory: State, side: str, power: float) -> Tensor | None:
-        plan, root, times = self.plan, root_of(memory, side), round(1 / power)
-        if root is None or plan.relative_to == "max" or abs(times * power - 1) > 1e-9:
+        root, times = root_of(memory, side), round(1 / power)
+        if root is None or self.relative_to == "max" or abs(times * power - 1) > 1e-9:
             return None  # the largest eigenvalue would cost more than all of this
-        count = memory[f"{side}.count"] if plan.statistic == "mean" else 1
+        count = memory[f"{side}.count"] if self.statistic == "mean" else 1
         lower = memory[side].tril()
         diagonal = lower.diagonal(dim1=1, dim2=2) / count
-        shift = plan.damping * diagonal.mean(1, keepdim=True) if plan.relative_to == "mean" else plan.damping
+        shift = self.damping * diagonal.mean(1, keepdim=True) if self.relative_to == "mean" else self.damping
         probe = torch.arange(lower.shape[1], device=lower.device, dtype=lower.dtype).cos()
         probe = probe.expand(lower.shape[0], 1, -1)
         row = (probe @ lower.mT + probe @ lower) / count  # S v, with the diagonal twice
@@ -225,7 +214,7 @@ class KroneckerRule(StatefulRule):
     @property
     def keeps_norm(self) -> bool:
         """Whether c is measured."""
-        return self.plan.keep_norm
+        return self.keep_norm
 
     # ---- sizes -------------------------------------------------------------------------------
 
@@ -242,7 +231,7 @@ class KroneckerRule(StatefulRule):
         """The roots, dense or of low rank, and c."""
         shapes: dict[str, tuple[int, ...]] = {"scale": ()}
         for side, n in self._sizes(shape).items():
-            rank, g = self.plan.rank_of(n), shape.groups
+            rank, g = self.choose_rank(n), shape.groups
             if rank is None:
                 shapes[f"{side}.root"] = (g, n, n)
             else:
@@ -254,26 +243,25 @@ class KroneckerRule(StatefulRule):
         """Operations of the roots, up to a factor."""
         cost = 0.0
         for n in self._sizes(shape).values():
-            rank = self.plan.rank_of(n)
+            rank = self.choose_rank(n)
             cost += shape.groups * float(n * n * (n if rank is None else 2 * rank))
         return cost
 
     def _sizes(self, shape: LayerShape) -> dict[str, int]:
         sizes = {"input": shape.columns, "output": shape.outputs}
-        return {side: sizes[side] for side in self.plan.sides(shape.outputs, shape.columns)}
+        return {side: sizes[side] for side in self.list_powers(shape.outputs, shape.columns)}
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
         """Statistics, roots (as n³ or 2n²r) and products, shared out over the steps of a cycle."""
-        plan = self.plan
         sides = {
             side: (own, other)
             for side, own, other in (("input", size.d, size.m), ("output", size.m, size.d))
-            if side in plan.sides(size.m, size.d)
+            if side in self.list_powers(size.m, size.d)
         }
         flops = floats = 0.0
         for n, other in sides.values():
-            rank = plan.rank_of(n)
-            flops += size.n / plan.sample * n * n / (self.stats_every * self.slowdown)
+            rank = self.choose_rank(n)
+            flops += size.n / self.sample * n * n / (self.stats_every * self.slowdown)
             flops += float(n**3 if rank is None else 2 * n * n * rank) / (self.refresh_every * self.slowdown)
             flops += (2.0 * n if rank is None else 4.0 * rank) * n * min(size.n, other)
             floats += n * n + (n * n if rank is None else n * rank)
@@ -281,15 +269,15 @@ class KroneckerRule(StatefulRule):
 
     def describe(self, size: Size | None) -> str:
         """The sides that are preconditioned, e.g. ``"L^-½ G R^-½"``."""
-        name, plan = type(self).__name__, self.plan
+        name = type(self).__name__
         if size is None:
             return name
-        sides = plan.sides(size.m, size.d)
-        left, right = (f"^-{power:g}" if power else "" for power in (plan.left, plan.right))
+        sides = self.list_powers(size.m, size.d)
+        left, right = (f"^-{power:g}" if power else "" for power in (self.left, self.right))
         text = f"{f'L{left} ' if 'output' in sides else ''}G{f' R{right}' if 'input' in sides else ''}"
-        wanted = {side for side, power in (("input", plan.right), ("output", plan.left)) if power}
+        wanted = {side for side, power in (("input", self.right), ("output", self.left)) if power}
         missing = [
-            f"{side} side larger than max_size={plan.max_size}" for side in sorted(wanted - sides.keys())
+            f"{side} side larger than max_size={self.max_size}" for side in sorted(wanted - sides.keys())
         ]
         return f"{name}: {text}, every {self.refresh_every} steps" + "".join(f" ({text})" for text in missing)
 

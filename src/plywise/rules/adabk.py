@@ -1,11 +1,10 @@
 """AdaBK: the gradient between the inverse roots of both covariances (SGDM_BK, AdamW_BK)."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from plywise.numerics.inverse_roots import Solver
-from plywise.rules._kronecker import Kronecker, KroneckerRule
+from plywise.rules._kronecker import KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +78,6 @@ class AdaBK(KroneckerRule):
     refresh_every: int = 50  # T_ir
     cadence: Literal["spread", "paper"] = "spread"
 
-    def __post_init__(self) -> None:
-        self.set_cadence(200, 2000)
-        self.check()
-
-    @cached_property
-    def plan(self) -> Kronecker:
-        """Both powers ½."""
-        return Kronecker(
-            left=0.5,
-            right=0.5,
-            decay=self.decay,
-            damping=self.damping,
-            relative_to="max",
-            solver=self.solver,
-            rank=self.rank,
-            sample=self.sample,
-        )
+    left = right = 0.5
+    relative_to = "max"
+    paper_cadence = (200, 2000)

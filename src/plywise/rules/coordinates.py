@@ -1,7 +1,7 @@
 """Coordinates: any optimizer works in the eigenbasis of a layer's inputs, whitened."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from plywise.engine.health import Health
 from plywise.engine.rule import require_choice
 from plywise.numerics.bases import TwoSidedBasis, find_bases, find_basis, list_tensors, make_basis
 from plywise.numerics.eigenbasis import compute_eigenbasis
-from plywise.rules._kronecker import Kronecker, KroneckerRule
+from plywise.rules._kronecker import KroneckerRule
 
 Sides = Literal["input", "output", "both"]
 
@@ -123,21 +123,17 @@ class Coordinates(KroneckerRule):
                 raise ValueError(f"Coordinates: {name} must be between 0 and 1, not {value!r}.")
         if not isinstance(self.tolerance, int | float) or not self.tolerance >= 0:
             raise ValueError(f"Coordinates: tolerance must be 0 or above, not {self.tolerance!r}.")
-        self.check()
+        super().__post_init__()
 
-    @cached_property
-    def plan(self) -> Kronecker:
-        """The statistics of the sides that are turned."""
-        return Kronecker(
-            left=float(self.sides != "input"),
-            right=float(self.sides != "output"),
-            decay=self.decay,
-            damping=self.damping,
-            keep_norm=self.keep_norm,
-            rank=self.rank,
-            sample=self.sample,
-            max_size=self.max_size,
-        )
+    @property
+    def left(self) -> float:  # type: ignore[override]
+        """1 where the output side is turned, and so has a statistic."""
+        return float(self.sides != "input")
+
+    @property
+    def right(self) -> float:  # type: ignore[override]
+        """1 where the input side is turned."""
+        return float(self.sides != "output")
 
     def update(self, call: LinearCall) -> Update:
         """The plain gradient: the step turns it."""
@@ -156,7 +152,7 @@ class Coordinates(KroneckerRule):
             if side not in memory:
                 continue
             size = memory[side].shape[1]
-            rank, last = self.plan.rank_of(size), memory.get(f"{side}.vectors")
+            rank, last = self.choose_rank(size), memory.get(f"{side}.vectors")
             note = partial(health.note, name)
             count = memory[f"{side}.count"]
             found = compute_eigenbasis(memory[side], last, note, rank, count, self.tolerance)
@@ -194,7 +190,7 @@ class Coordinates(KroneckerRule):
         """Eigenvectors and bases, dense or of some directions."""
         shapes: dict[str, tuple[int, ...]] = {}
         for side, n in self._sizes(shape).items():
-            g, r = shape.groups, self.plan.rank_of(n)
+            g, r = shape.groups, self.choose_rank(n)
             if r is None:
                 parts: dict[str, tuple[int, ...]] = {"vectors": (g, n, n), "basis": (g, n, n)}
             elif self.basis == "eigen":
@@ -208,8 +204,8 @@ class Coordinates(KroneckerRule):
         """Statistics, orthogonal iteration and the two products, once intervals are at their longest."""
         flops = floats = 0.0
         for side, own, other in (("input", size.d, size.m), ("output", size.m, size.d)):
-            if side in self.plan.sides(size.m, size.d):
-                rank = self.plan.rank_of(own) or own
+            if side in self.list_powers(size.m, size.d):
+                rank = self.choose_rank(own) or own
                 flops += size.n / self.sample * own * own / (self.stats_every * self.slowdown)
                 flops += 8.0 * own * own * rank / (self.refresh_every * self.slowdown)
                 flops += (4.0 if rank == own else 8.0) * other * own * rank
@@ -220,7 +216,7 @@ class Coordinates(KroneckerRule):
         """The sides that are turned, e.g. ``"input side, power 0.25"``."""
         if size is None:
             return type(self).__name__
-        turned = self.plan.sides(size.m, size.d)
+        turned = self.list_powers(size.m, size.d)
         powers = {"input": self.power, "output": self.output_power}
         text = ", ".join(f"{side} side, power {powers[side]:g}" for side in turned)
         return f"Coordinates: {text or f'sides larger than max_size={self.max_size}'}"

@@ -1,11 +1,10 @@
 """Feature whitening: the gradient as if the layer's inputs were white (W-SGDM, W-Adam)."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from plywise.numerics.inverse_roots import Solver
-from plywise.rules._kronecker import Kronecker, KroneckerRule
+from plywise.rules._kronecker import KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,19 +80,6 @@ class FeatureWhitening(KroneckerRule):
     refresh_every: int = 50  # T_svd
     cadence: Literal["spread", "paper"] = "spread"
 
-    def __post_init__(self) -> None:
-        self.set_cadence(50, 500)
-        self.check()
-
-    @cached_property
-    def plan(self) -> Kronecker:
-        """Power ½ on the input side."""
-        return Kronecker(
-            right=0.5,
-            decay=self.decay,
-            damping=self.damping,
-            relative_to="max",
-            solver=self.solver,
-            rank=self.rank,
-            sample=self.sample,
-        )
+    right = 0.5
+    relative_to = "max"
+    paper_cadence = (50, 500)

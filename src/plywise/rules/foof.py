@@ -1,9 +1,8 @@
 """Foof: least squares against a running covariance of the inputs."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from plywise.rules._kronecker import Kronecker, KroneckerRule
+from plywise.rules._kronecker import KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +73,3 @@ class Foof(KroneckerRule):
     stats_every: int = 5
     refresh_every: int = 5
     slowdown: int = 8
-
-    def __post_init__(self) -> None:
-        self.check()
-
-    @cached_property
-    def plan(self) -> Kronecker:
-        """Power 1 on the input side."""
-        return Kronecker(decay=self.decay, damping=self.damping, rank=self.rank, sample=self.sample)

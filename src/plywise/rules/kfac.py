@@ -1,9 +1,8 @@
 """K-FAC: the natural gradient with a Kronecker-factored curvature, for comparison."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from plywise.rules._kronecker import Kronecker, KroneckerRule
+from plywise.rules._kronecker import KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,18 +68,4 @@ class KFAC(KroneckerRule):
     stats_every: int = 10
     refresh_every: int = 10
 
-    def __post_init__(self) -> None:
-        self.check()
-
-    @cached_property
-    def plan(self) -> Kronecker:
-        """Both powers 1."""
-        return Kronecker(
-            left=1.0,
-            right=1.0,
-            decay=self.decay,
-            damping=self.damping,
-            keep_norm=self.keep_norm,
-            rank=self.rank,
-            sample=self.sample,
-        )
+    left = 1.0

@@ -1,12 +1,11 @@
 """Precondition: the gradient times inverse powers of its layer's covariances; each choice is a parameter."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from plywise.engine.rule import require_choice
 from plywise.numerics.inverse_roots import Relative, Solver
-from plywise.rules._kronecker import Kronecker, KroneckerRule
+from plywise.rules._kronecker import KroneckerRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,21 +92,4 @@ class Precondition(KroneckerRule):
 
     def __post_init__(self) -> None:
         require_choice(self, "statistic", self.statistic, ("mean", "sum"))
-        self.check()
-
-    @cached_property
-    def plan(self) -> Kronecker:
-        """All of it."""
-        return Kronecker(
-            self.left,
-            self.right,
-            self.decay,
-            self.statistic,
-            self.damping,
-            self.relative_to,
-            self.keep_norm,
-            self.solver,
-            self.rank,
-            self.sample,
-            self.max_size,
-        )
+        super().__post_init__()
