@@ -1,6 +1,7 @@
 """The rows of an explanation: one for each handled map, and one for the other parameters of a module."""
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -193,24 +194,17 @@ def _make_site_row(
     notes = f"; also used by {', '.join(others)}, whose part stays a plain gradient" if others else ""
     if site.kept is not None:
         notes += f"; {site.kept[0]} of {site.kept[1]} rows counted in its last call"
-    shape = "×".join(str(size) for size in (site.part[1] if site.part else weight.shape))
-    return LayerRow(
-        name=name,
-        type=type(module).__name__,
-        shape=shape,
-        handled=True,
-        treatment=rule.describe(site.size) + frozen,
-        reason=reason + notes,
-        memory=memory,
-        cost=cost,
-        events=health.of(site.name),
-        parameters=claimed.trained,
-        passes=site.passes,
-        is_new=site.entry.is_new,
-        keys=claimed.keys,
-        frozen=claimed.frozen,
-        size=site.size,
+    row = _make_row(
+        name,
+        module,
+        site.entry,
+        claimed,
+        rule.describe(site.size) + frozen,
+        reason + notes,
+        health.of(site.name),
     )
+    shape = _format_shape(site.part[1] if site.part else weight.shape)
+    return replace(row, shape=shape, memory=memory, cost=cost, passes=site.passes, size=site.size)
 
 
 def _make_unseen_row(
@@ -225,29 +219,15 @@ def _make_unseen_row(
     claimed: Claim,
 ) -> LayerRow:
     """Make the row of a layer that has not been called yet."""
-    shape, memory, cost, size = "lazy", None, None, None
+    memory, cost, size = None, None, None
     if not nn.parameter.is_lazy(parameter):
-        shape = "×".join(str(length) for length in parameter.shape)
         size = _predict_size(entry, module, parameter, batch_size)
     if size is not None:
         flops, floats = rule.estimate_cost(size)
         memory, cost = floats * max(parameter.element_size(), 4), flops / size.plain
-    return LayerRow(
-        name=name,
-        type=type(module).__name__,
-        shape=shape,
-        handled=True,
-        treatment=rule.describe(size) + frozen,
-        reason="waits for its first batch",
-        memory=memory,
-        cost=cost,
-        events=health.of(name),
-        parameters=claimed.trained,
-        is_new=entry.is_new,
-        keys=claimed.keys,
-        frozen=claimed.frozen,
-        size=size,
-    )
+    treatment, reason = rule.describe(size) + frozen, "waits for its first batch"
+    row = _make_row(name, module, entry, claimed, treatment, reason, health.of(name))
+    return replace(row, memory=memory, cost=cost, size=size)
 
 
 def _predict_size(
@@ -274,21 +254,9 @@ def _make_computed_row(
     """Make the row of a parameter from which, with others, a handled weight is computed."""
     assert entry.computed_into is not None
     site = next(iter(entry.computed_into.sites.values()))
-    shape = "×".join(str(size) for size in parameter.shape)
-    claimed = _claim([entry], counted)
-    return LayerRow(
-        name=entry.name,
-        type=type(module).__name__,
-        shape=shape,
-        handled=True,
-        treatment=rule.describe(site.size),
-        reason=COMPUTED,
-        events=health.of(entry.name),
-        parameters=claimed.trained,
-        passes=site.passes,
-        is_new=entry.is_new,
-        keys=claimed.keys,
-    )
+    claimed, treatment = _claim([entry], counted), rule.describe(site.size)
+    row = _make_row(entry.name, module, entry, claimed, treatment, COMPUTED, health.of(entry.name))
+    return replace(row, passes=site.passes)
 
 
 def _make_left_row(
@@ -299,29 +267,43 @@ def _make_left_row(
     health: Health,
     counted: set[int],
 ) -> LayerRow:
-    parameter = entry.parameter()
-    shape = "lazy"
-    if parameter is not None and not nn.parameter.is_lazy(parameter):
-        shape = "×".join(str(size) for size in parameter.shape)
     name = path if entry.attribute == "weight" else ".".join(filter(None, (path, entry.attribute)))
     if not entry.name.endswith(entry.attribute):  # an original of a parametrization
         name = entry.name
     events = {**health.of(path), **health.of(entry.name)}
-    claimed = _claim([entry], counted)
-    treatment = LEFT if _trains(parameter) else FROZEN
+    treatment = LEFT if _trains(entry.parameter()) else FROZEN
+    row = _make_row(name, module, entry, _claim([entry], counted), treatment, reason, events)
+    return replace(row, handled=False)
+
+
+def _make_row(
+    name: str,
+    module: nn.Module | None,
+    entry: ParameterEntry,
+    claimed: Claim,
+    treatment: str,
+    reason: str,
+    events: dict[str, int],
+) -> LayerRow:
+    """Make the row of a handled parameter, with what all rows have."""
+    parameter = entry.parameter()
     return LayerRow(
-        name=name,
-        type=type(module).__name__,
-        shape=shape,
-        handled=False,
-        treatment=treatment,
-        reason=reason,
-        events=events,
+        name,
+        type(module).__name__,
+        "lazy" if parameter is None or nn.parameter.is_lazy(parameter) else _format_shape(parameter.shape),
+        True,
+        treatment,
+        reason,
+        events,
         parameters=claimed.trained,
         is_new=entry.is_new,
         keys=claimed.keys,
         frozen=claimed.frozen,
     )
+
+
+def _format_shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _trains(parameter: Tensor | None) -> bool:
@@ -373,15 +355,6 @@ def _claim(entries: list[ParameterEntry], counted: set[int]) -> Claim:
 def make_module_row(module: nn.Module, name: str, reason: str, events: dict[str, int]) -> LayerRow:
     """Make the row of a module that no rule handles."""
     owned = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
-    shape = ", ".join("×".join(str(size) for size in p.shape) for p in owned[:2])
+    shape = ", ".join(_format_shape(p.shape) for p in owned[:2])
     count = sum(p.numel() for p in owned)
-    return LayerRow(
-        name=name,
-        type=type(module).__name__,
-        shape=shape,
-        handled=False,
-        treatment=LEFT,
-        reason=reason,
-        events=events,
-        parameters=count,
-    )
+    return LayerRow(name, type(module).__name__, shape, False, LEFT, reason, events, parameters=count)
