@@ -194,15 +194,8 @@ def _make_site_row(
     notes = f"; also used by {', '.join(others)}, whose part stays a plain gradient" if others else ""
     if site.kept is not None:
         notes += f"; {site.kept[0]} of {site.kept[1]} rows counted in its last call"
-    row = _make_row(
-        name,
-        module,
-        site.entry,
-        claimed,
-        rule.describe(site.size) + frozen,
-        reason + notes,
-        health.of(site.name),
-    )
+    treatment, events = rule.describe(site.size) + frozen, health.of(site.name)
+    row = _make_row(name, module, site.entry, claimed, treatment, reason + notes, events)
     shape = _format_shape(site.part[1] if site.part else weight.shape)
     return replace(row, shape=shape, memory=memory, cost=cost, passes=site.passes, size=site.size)
 
