@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
-from plywise._util.tensorboard import require_tensorboard
+from plywise._util.extras import TENSORBOARD, import_extra
 from plywise.engine.history import StepTelemetry
 from plywise.errors import PlywiseError
 
@@ -30,7 +29,7 @@ def to_tensorboard(writer: Any) -> Callback:
         PlywiseError: a folder is given, and TensorBoard is not installed.
     """
     if isinstance(writer, str | os.PathLike):
-        writer = require_tensorboard()(os.fspath(writer))
+        writer = import_extra("torch.utils.tensorboard", TENSORBOARD).SummaryWriter(os.fspath(writer))
 
     def write(telemetry: StepTelemetry) -> None:
         for name, value in telemetry.scalars().items():
@@ -97,9 +96,4 @@ def to_hugging_face(trainer: Any) -> Callback:
 
 
 def _require(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise PlywiseError(
-            f"plywise.loggers.to_{package} needs {package}: pip install {package}.", see="error-extra"
-        ) from error
+    return import_extra(package, f"plywise.loggers.to_{package} needs {package}: pip install {package}.")

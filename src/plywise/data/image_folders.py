@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from plywise._util.extras import import_extra
 from plywise.data.batches import Split
 from plywise.data.sources import name_parts
 from plywise.errors import PlywiseError
@@ -84,14 +85,9 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 
 def _read_image(file: Path, read: Callable[[Any], Any]) -> Any:
     """Open an image and return what ``read`` makes of it."""
+    image_module = import_extra("PIL.Image", "Reading images needs Pillow: pip install pillow.")
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise PlywiseError(
-            "Pillow, which reads images, is not installed: pip install pillow.", see="error-extra"
-        ) from error
-    try:
-        with Image.open(file) as image:
+        with image_module.open(file) as image:
             return read(image)
     except Exception as error:  # a damaged image raises OSError, SyntaxError, ValueError and others
         reason = str(error).rstrip(".")

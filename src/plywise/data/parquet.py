@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from plywise._util.extras import import_extra
 from plywise.data.tables import Table
 from plywise.errors import PlywiseError
 
@@ -24,13 +25,8 @@ def read_parquet(path: Path, target: str | None = None) -> Table:
     """
     if not path.exists():
         raise PlywiseError(f"There is no file {path}.", see="error-data")
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise PlywiseError(
-            f"{path} is a Parquet file, and pyarrow, which reads it, is not installed: pip install pyarrow.",
-            see="error-extra",
-        ) from error
+    need = f"{path} is a Parquet file, and pyarrow, which reads it, is not installed: pip install pyarrow."
+    parquet = import_extra("pyarrow.parquet", need)
     try:
         table = parquet.read_table(path)
     except Exception as error:  # pyarrow has its own errors

@@ -143,9 +143,9 @@ class History(Sequence[StepTelemetry]):
         Raises:
             PlywiseError: pandas is not installed.
         """
-        from plywise._util.pandas import make_dataframe
+        from plywise._util.extras import PANDAS, import_extra
 
-        return make_dataframe(self.rows())
+        return import_extra("pandas", PANDAS).DataFrame(self.rows())
 
     def _list_last_rows(self) -> list[list[str]]:
         layers = self._steps[-1].layers if self._steps else {}

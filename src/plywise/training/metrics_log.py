@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plywise._util.extras import TENSORBOARD, import_extra
 from plywise._util.sealed import seal
-from plywise._util.tensorboard import require_tensorboard
 
 
 @dataclass(frozen=True)
@@ -87,4 +87,4 @@ class MetricsLog:
 
 
 def _board(folder: Path, step: int) -> Any:
-    return require_tensorboard()(folder, purge_step=step + 1)
+    return import_extra("torch.utils.tensorboard", TENSORBOARD).SummaryWriter(folder, purge_step=step + 1)

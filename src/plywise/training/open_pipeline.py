@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.distributed as dist
 
-from plywise._util.tensorboard import require_tensorboard
+from plywise._util.extras import TENSORBOARD, import_extra
 from plywise.data.own_data import explaining
 from plywise.errors import PipelineError
 from plywise.local.learner import StagedLearner
@@ -35,7 +35,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
             one of them is lost.
     """
     if plan.tensorboard:
-        require_tensorboard()
+        import_extra("torch.utils.tensorboard", TENSORBOARD)
     torch.set_num_threads(plan.threads)
     if plan.step is not None:
         raise PipelineError(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from plywise._util.tensorboard import require_tensorboard
+from plywise._util.extras import TENSORBOARD, import_extra
 from plywise.data.batches import Batch, count_samples, take_samples
 from plywise.data.own_data import explaining
 from plywise.data.training_data import NUMBERS, WHOLE, TrainingData
@@ -297,7 +297,7 @@ def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
             another plan. Nothing has been written or thrown away then.
     """
     if plan.tensorboard:
-        require_tensorboard()
+        import_extra("torch.utils.tensorboard", TENSORBOARD)
     torch.set_num_threads(plan.threads)
     training, folder = resolve_training(plan), RunFolder(plan.out)
     data = training.data

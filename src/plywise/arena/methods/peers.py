@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.adamw import make_adamw
+from plywise._util.extras import import_extra
 from plywise.arena.method import (
     EndToEnd,
     Method,
@@ -24,7 +25,6 @@ from plywise.arena.method import (
 from plywise.arena.methods import NULL_CONTROL, PEERS
 from plywise.arena.space import Range, Space
 from plywise.engine.rule import Rule
-from plywise.errors import PlywiseError
 from plywise.optim import KLSOAP, SOAP, Muon, NorMuon
 from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from plywise.registry.resolve import resolve_optimizer
@@ -142,14 +142,8 @@ def averaged(setting: TrialContext, optimizer: Optimizer, rule: Rule | None = No
 
 
 def _package(method: str) -> Any:
-    try:
-        import pytorch_optimizer
-    except ImportError as error:
-        raise PlywiseError(
-            f"Method {method} needs the package pytorch_optimizer ({error}): pip install 'plywise[bench]'.",
-            see="error-extra",
-        ) from error
-    return pytorch_optimizer
+    need = f"Method {method} needs the package pytorch_optimizer: pip install 'plywise[bench]'."
+    return import_extra("pytorch_optimizer", need)
 
 
 # ---- as methods ------------------------------------------------------------------------------------

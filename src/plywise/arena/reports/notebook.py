@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from plywise._util.pandas import make_dataframe
+from plywise._util.extras import PANDAS, import_extra
 from plywise._util.tables import format_table, make_table
 from plywise.arena.diagnostics.advice import Advice
 from plywise.arena.diagnostics.diagnosis import Diagnosis
@@ -91,7 +91,7 @@ class BenchReport:
         Raises:
             PlywiseError: pandas is not installed.
         """
-        return make_dataframe(self.rows(what))
+        return import_extra("pandas", PANDAS).DataFrame(self.rows(what))
 
     def plot(self, what: Literal["curves", "ranking", "rates", "pareto"] = "curves") -> Any:
         """Return a matplotlib Figure.
@@ -165,7 +165,7 @@ class DiagnosisReport:
         Raises:
             PlywiseError: pandas is not installed.
         """
-        return make_dataframe(self.rows())
+        return import_extra("pandas", PANDAS).DataFrame(self.rows())
 
     def plot(self) -> Any:
         """Return a matplotlib Figure: backward values and effective rates, layer by layer.

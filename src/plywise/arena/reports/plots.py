@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from plywise._util.extras import import_extra
 from plywise.arena.diagnostics.diagnosis import Diagnosis
 from plywise.arena.given import shorten
 from plywise.arena.reports.bench_charts import find_front, make_curves, make_rates
@@ -68,12 +69,9 @@ def draw_layers(diagnosis: Diagnosis) -> Any:
 
 
 def _make_axes(count: int) -> tuple[Any, Sequence[Any]]:
-    try:
-        from plywise.arena.reports.figures import ShownFigure
-    except ImportError as error:
-        raise PlywiseError(
-            "plot needs matplotlib: pip install 'plywise[bench]'.", see="error-extra"
-        ) from error
+    import_extra("matplotlib", "plot needs matplotlib: pip install 'plywise[bench]'.")
+    from plywise.arena.reports.figures import ShownFigure
+
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)
     figure = ShownFigure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")

@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plywise._util.extras import TENSORBOARD, import_extra
 from plywise._util.sealed import unseal
-from plywise._util.tensorboard import require_tensorboard
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import FINAL, TUNING, TrialRecord
 from plywise.arena.scoring.score import best_validation
@@ -97,7 +97,7 @@ def to_tensorboard(folder: Path, to: Path) -> Exported:
     Raises:
         PlywiseError: TensorBoard is not installed, or there is no bench.
     """
-    writer = require_tensorboard()
+    writer = import_extra("torch.utils.tensorboard", TENSORBOARD).SummaryWriter
     runs = list_runs(folder)
     new = [run for run in runs if not (to / run.name).exists()]
     partial = to / ".partial"
@@ -123,7 +123,7 @@ def to_trackio(folder: Path, project: str) -> Exported:
     Raises:
         PlywiseError: Trackio is not installed, it refuses the name, or there is no bench.
     """
-    trackio = _import_trackio()
+    trackio = import_extra("trackio", "--trackio needs Trackio: pip install 'plywise[tracking]'.")
     runs = list_runs(folder)
     try:
         before = {run.name for run in trackio.Api().runs(project)}
@@ -164,13 +164,3 @@ def _list_points(line: TrialRecord, metric: str) -> list[Point]:
         when = began + (line["wall"][index] if index < len(line["wall"]) else line["wall"][-1])
         found.append(Point(step, values, when))
     return found
-
-
-def _import_trackio() -> Any:
-    try:
-        import trackio
-    except ImportError as error:
-        raise PlywiseError(
-            "--trackio needs Trackio: pip install 'plywise[tracking]'.", see="error-extra"
-        ) from error
-    return trackio

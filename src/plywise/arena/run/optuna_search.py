@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from plywise._util.extras import import_extra
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.score import best_validation
 from plywise.arena.space import Range, Space, points
-from plywise.errors import PlywiseError
 
 DESIGN = 4
 """First trials, whose points are quasi-random and the same for every method."""
@@ -29,13 +29,8 @@ class OptunaSearch:
     """
 
     def __init__(self) -> None:
-        try:
-            import optuna
-        except ImportError as error:
-            raise PlywiseError(
-                f"--search optuna needs Optuna ({error}): pip install 'plywise[optuna]'.", see="error-extra"
-            ) from error
-        self._optuna: Any = optuna
+        need = "--search optuna needs Optuna: pip install 'plywise[optuna]'."
+        self._optuna = import_extra("optuna", need)
 
     def rounds(self, trials: int) -> list[range]:
         """The design at once, and then one trial of every method after the other."""

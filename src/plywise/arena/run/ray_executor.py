@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from plywise._util.extras import import_extra
 from plywise._util.scratch import Scratch
 from plywise.arena.run.config import TIMEOUT_S
 from plywise.arena.run.executor import ProcessExecutor
@@ -165,12 +166,7 @@ def _work(
 
 def _connect(address: str) -> Any:
     """The module `ray`, connected."""
-    try:
-        import ray
-    except ImportError as error:
-        raise PlywiseError(
-            f"--ray needs Ray ({error}): pip install 'plywise[ray]'.", see="error-extra"
-        ) from error
+    ray = import_extra("ray", "--ray needs Ray: pip install 'plywise[ray]'.")
     if ray.is_initialized():
         return ray
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
