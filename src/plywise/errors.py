@@ -29,6 +29,48 @@ class PlywiseError(RuntimeError):
         self.add_note(f"{MORE}{self.page.partition('#')[2]}")
 
 
+class AddressError(PlywiseError):
+    """An address, as in ``module:name``, leads to nothing, or to something of the wrong kind."""
+
+    page = f"{PAGE}#error-address"
+
+
+class DataError(PlywiseError):
+    """Data cannot be read, or do not fit the model or what is asked of them."""
+
+    page = f"{PAGE}#error-data"
+
+
+class CommandError(PlywiseError):
+    """A flag, a setting or a name is unknown, or does not fit the others."""
+
+    page = f"{PAGE}#error-command"
+
+
+class BenchError(PlywiseError):
+    """A comparison cannot be made as it was asked for, or its folder cannot be read."""
+
+    page = f"{PAGE}#error-bench"
+
+
+class CardError(PlywiseError):
+    """The docstring of a method is no card."""
+
+    page = f"{PAGE}#error-card"
+
+
+class MissingPackageError(PlywiseError):
+    """A package that is not installed with plywise is missing, or broken."""
+
+    page = f"{PAGE}#error-extra"
+
+
+class TestingError(PlywiseError):
+    """A check of a rule or a learner cannot begin."""
+
+    page = f"{PAGE}#error-testing"
+
+
 class AttachError(PlywiseError):
     """A rule cannot be attached to (or used on) this model or optimizer."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from plywise.errors import PlywiseError
+from plywise.errors import MissingPackageError
 
 TENSORBOARD = "--tensorboard needs TensorBoard: pip install 'plywise[tensorboard]'."
 PANDAS = "to_dataframe needs pandas: pip install pandas. Without it, rows() has the same as dicts."
@@ -25,4 +25,4 @@ def import_extra(module: str, need: str) -> Any:
         return import_module(module)
     except ImportError as error:
         why = "" if isinstance(error, ModuleNotFoundError) else f" It cannot be imported: {error}."
-        raise PlywiseError(f"{need}{why}", see="error-extra") from error
+        raise MissingPackageError(f"{need}{why}") from error

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from plywise.errors import PlywiseError
+from plywise.errors import CommandError
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def sync_folder(folder: Path) -> None:
 def refuse_file(path: Path) -> None:
     """Raise PlywiseError if what should be a folder for results is a file."""
     if path.exists() and not path.is_dir():
-        raise PlywiseError(f"{path} is a file; --out names a folder.", see="error-command")
+        raise CommandError(f"{path} is a file; --out names a folder.")
 
 
 def make_folder(path: Path) -> None:
@@ -70,9 +70,8 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PlywiseError(
-            f"The folder {path} cannot be made: {error.strerror}. Name another one with --out.",
-            see="error-command",
+        raise CommandError(
+            f"The folder {path} cannot be made: {error.strerror}. Name another one with --out."
         ) from error
 
 

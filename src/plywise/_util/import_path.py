@@ -11,7 +11,7 @@ import traceback
 from typing import Any
 
 from plywise._util.suggest import suggestion
-from plywise.errors import PlywiseError
+from plywise.errors import AddressError
 
 INSTALLED = tuple(
     os.path.join(folder, "")
@@ -41,23 +41,19 @@ def load(address: str, what: str) -> Any:
     """
     module_name, colon, name = address.partition(":")
     if not (colon and module_name and name):
-        raise PlywiseError(
-            f"Say where {what} is as module:name, as in my_project.things:make, not {address!r}.",
-            see="error-address",
+        raise AddressError(
+            f"Say where {what} is as module:name, as in my_project.things:make, not {address!r}."
         )
     if module_name.endswith(".py") or os.sep in module_name:
         dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
-        raise PlywiseError(f"Write a module, not a file: {dotted}:{name}.", see="error-address")
+        raise AddressError(f"Write a module, not a file: {dotted}:{name}.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module = _import_module(module_name)
     _refuse_hidden(module_name.partition(".")[0])
     if not hasattr(module, name):
         public = tuple(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
-        raise PlywiseError(
-            f"Module {module_name!r} has no {name!r}. {suggestion(name, public)}".rstrip(),
-            see="error-address",
-        )
+        raise AddressError(f"Module {module_name!r} has no {name!r}. {suggestion(name, public)}".rstrip())
     return getattr(module, name)
 
 
@@ -75,22 +71,19 @@ def call_factory(address: str, what: str) -> Any:
     is_network = hasattr(factory, "parameters") and not isinstance(factory, type)  # callable, too
     if is_network or not callable(factory):
         kind = type(factory).__name__
-        raise PlywiseError(
-            f"{address} is of type {kind}, not a function that makes one.", see="error-address"
-        )
+        raise AddressError(f"{address} is of type {kind}, not a function that makes one.")
     try:
         inspect.signature(factory).bind()
     except TypeError as error:
-        raise PlywiseError(
-            f"{address} must be callable without arguments ({error}). Wrap it in a function.",
-            see="error-address",
+        raise AddressError(
+            f"{address} must be callable without arguments ({error}). Wrap it in a function."
         ) from error
     except ValueError:
         pass  # a builtin without a signature: calling it will tell
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise PlywiseError(f"{address} raised {_format_raised(error)}.", see="error-address") from error
+        raise AddressError(f"{address} raised {_format_raised(error)}.") from error
 
 
 def _refuse_hidden(package: str) -> None:
@@ -100,10 +93,9 @@ def _refuse_hidden(package: str) -> None:
     taken = getattr(sys.modules[package], "__file__", None) or ""
     if not hidden or (taken and any(os.path.samefile(taken, file) for file in hidden)):
         return
-    raise PlywiseError(
+    raise AddressError(
         f"{hidden[0]} has the name of an installed module, {taken or 'which is built in'}, and that one is "
-        "imported: give yours another name.",
-        see="error-address",
+        "imported: give yours another name."
     )
 
 
@@ -112,17 +104,12 @@ def _import_module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise PlywiseError(
-                f"There is no module {error.name!r}, neither installed nor in the current directory.",
-                see="error-address",
+            raise AddressError(
+                f"There is no module {error.name!r}, neither installed nor in the current directory."
             ) from error
-        raise PlywiseError(
-            f"Module {name!r} needs {error.name!r}, which is not installed.", see="error-address"
-        ) from error
+        raise AddressError(f"Module {name!r} needs {error.name!r}, which is not installed.") from error
     except (Exception, SystemExit) as error:
-        raise PlywiseError(
-            f"Importing {name!r} failed: {_format_raised(error)}.", see="error-address"
-        ) from error
+        raise AddressError(f"Importing {name!r} failed: {_format_raised(error)}.") from error
 
 
 def user_line(error: BaseException) -> str:

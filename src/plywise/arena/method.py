@@ -17,7 +17,7 @@ from plywise._util.renamed import serve_old_names
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.task import Task, predictor
 from plywise.engine.rule import Rule
-from plywise.errors import PlywiseError
+from plywise.errors import AddressError, BenchError, MissingPackageError
 
 if TYPE_CHECKING:
     from plywise.arena.workload import Workload
@@ -112,16 +112,14 @@ class Method:
     def __post_init__(self) -> None:
         ranges = self.space.values() if isinstance(self.space, Mapping) else [self.space]
         if wrong := [one for one in ranges if not isinstance(one, Range)]:
-            raise PlywiseError(
+            raise BenchError(
                 f"Method {self.name}: a search space is {{name: Range(low, high, default)}}, with Range from "
-                f"plywise.arena.space, and holds no {type(wrong[0]).__name__} as {wrong[0]!r}.",
-                see="error-bench",
+                f"plywise.arena.space, and holds no {type(wrong[0]).__name__} as {wrong[0]!r}."
             )
         if len(self.space) > MOST_TUNED:
-            raise PlywiseError(
+            raise BenchError(
                 f"Method {self.name} tunes {', '.join(self.space)}: {MOST_TUNED} numbers at most, so that "
-                "equal numbers of trials are equal chances.",
-                see="error-bench",
+                "equal numbers of trials are equal chances."
             )
 
     def require(self) -> None:
@@ -131,10 +129,9 @@ class Method:
             PlywiseError: the package is missing.
         """
         if self.needs and importlib.util.find_spec(self.needs) is None:
-            raise PlywiseError(
+            raise MissingPackageError(
                 f"Method {self.name} needs the package {self.needs}, which is not installed: pip install "
-                f"{self.needs}, or 'plywise[bench]' for what plywise's own methods need.",
-                see="error-extra",
+                f"{self.needs}, or 'plywise[bench]' for what plywise's own methods need."
             )
 
 
@@ -225,10 +222,9 @@ def of_class(address: str, thing: Any) -> Method:
     if isinstance(thing, type) and issubclass(thing, Optimizer):
         space = getattr(thing, "search_space", {"lr": RATE})
         return of_optimizer(address, (thing.__doc__ or thing.__name__).strip().split("\n")[0], thing, space)
-    raise PlywiseError(
+    raise AddressError(
         f"{address} is of type {type(thing).__name__}: a method is a plywise.arena Method or a subclass of "
-        "torch.optim.Optimizer.",
-        see="error-address",
+        "torch.optim.Optimizer."
     )
 
 

@@ -29,7 +29,7 @@ from plywise.arena.scoring.summary import summarize_bench
 from plywise.arena.workloads import find_workload, list_workloads
 from plywise.arena.workloads.own import own_workload
 from plywise.engine.rule import Rule
-from plywise.errors import PlywiseError
+from plywise.errors import AddressError, BenchError
 
 Factory = Callable[[], nn.Module] | str
 """A function that makes a new network each time, or ``module:name`` of one."""
@@ -165,7 +165,7 @@ def diagnose(
         PlywiseError: model, data and loss do not fit one another, or are not given.
     """
     if (model is None) == (workload is None) or (model is not None and data is None):
-        raise PlywiseError("Give a model with data, or the name of a workload.", see="error-bench")
+        raise BenchError("Give a model with data, or the name of a workload.")
     if workload is not None:
         found, subject = find_workload(workload), f"--workloads {workload}"
     else:
@@ -196,7 +196,7 @@ def _make_specs(
     given: dict[str, Any],
 ) -> list[WorkloadSpec]:
     if (model is None) == (not workloads) or (model is not None and data is None):
-        raise PlywiseError("Give a model with data, or workloads.", see="error-bench")
+        raise BenchError("Give a model with data, or workloads.")
     if model is not None:
         address = name_object(model, "model")
         return [WorkloadSpec(address, address, name_data(data), **own, **given)]
@@ -211,10 +211,9 @@ def _make_executor(config: BenchConfig, workers: int | None) -> Executor:
         count = workers_for(config.device, config.threads) if workers is None else workers
         return ProcessExecutor(count, config.threads, config.trial_limit_s)
     if workers not in (None, 1):
-        raise PlywiseError(
+        raise AddressError(
             "Only what can be imported goes to other processes: for several workers, give models, data and "
-            "methods by address, as in 'my_module:make_model'.",
-            see="error-address",
+            "methods by address, as in 'my_module:make_model'."
         )
     return InlineExecutor(config.threads)
 

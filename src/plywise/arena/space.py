@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 MOST_TUNED = 2
 """The most numbers that may be tuned of a method. Shipped methods have just as many, for equal numbers of
@@ -32,13 +32,9 @@ class Range:
 
     def __post_init__(self) -> None:
         if not (self.low < self.high and self.low <= self.default <= self.high):
-            raise PlywiseError(
-                f"{self} is no range: low < high, and the default between them.", see="error-bench"
-            )
+            raise BenchError(f"{self} is no range: low < high, and the default between them.")
         if self.log and self.low <= 0:
-            raise PlywiseError(
-                f"{self} cannot be searched by its logarithm: low must be above 0.", see="error-bench"
-            )
+            raise BenchError(f"{self} cannot be searched by its logarithm: low must be above 0.")
 
     def at(self, share: float) -> float:
         """The value at a share of the way, to three digits."""
@@ -68,9 +64,7 @@ def points(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:
         ['0.0266', '0.0545']
     """
     if len(space) > MOST_TUNED:
-        raise PlywiseError(
-            f"At most {MOST_TUNED} numbers may be tuned, not {', '.join(space)}.", see="error-bench"
-        )
+        raise BenchError(f"At most {MOST_TUNED} numbers may be tuned, not {', '.join(space)}.")
     if not space:
         return [{}] * min(count, 1)
     engine = torch.quasirandom.SobolEngine(MOST_TUNED, scramble=True, seed=seed)

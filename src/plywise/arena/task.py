@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
 from plywise.data.batches import Batch, Part, clone_batch, count_samples
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 Judge = Callable[[Tensor, Tensor], Tensor]
 """Outputs and targets of some samples to their mean loss, a scalar."""
@@ -87,10 +87,7 @@ def wrong_order(scores: Tensor, y: Tensor) -> Tensor:
     above = scores[positive].contiguous()
     below = scores[~positive].sort().values
     if not (len(above) and len(below)):
-        raise PlywiseError(
-            f"{len(above)} of {len(scores)} samples are positive: there is no pair to order.",
-            see="error-data",
-        )
+        raise DataError(f"{len(above)} of {len(scores)} samples are positive: there is no pair to order.")
     smaller, not_larger = (torch.searchsorted(below, above, right=right) for right in (False, True))
     return 1 - (smaller + not_larger).to(scores.dtype).mean() / (2 * len(below))
 
@@ -131,10 +128,9 @@ def task_of(y: Tensor) -> Task:
         return REGRESSION
     if y.dtype == torch.long and y.dim() in (1, 2):
         return CLASSIFICATION if y.dim() == 1 else SEQUENCES
-    raise PlywiseError(
+    raise DataError(
         f"No loss is known for targets of {y.dtype} and shape {tuple(y.shape)}: they are class indices (N,), "
-        "tokens (N, T), both torch.long, or floating-point numbers. Name a loss and a metric of your own.",
-        see="error-data",
+        "tokens (N, T), both torch.long, or floating-point numbers. Name a loss and a metric of your own."
     )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from plywise.arena.task import Task, token_cross_entropy
 from plywise.data.parts import Data
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 __all__ = ["Data", "Workload"]
 
@@ -65,8 +65,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.steps < 1:
-            raise PlywiseError(
+            raise BenchError(
                 f"Workload {self.name}: batches and runs hold at least 1, not {self.batch_size} samples and "
-                f"{self.steps} steps.",
-                see="error-bench",
+                f"{self.steps} steps."
             )

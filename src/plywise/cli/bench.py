@@ -19,7 +19,7 @@ from plywise.arena.methods import USUAL
 from plywise.cli.console import VOLUME, notes
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
-from plywise.errors import PlywiseError, StateError
+from plywise.errors import BenchError, CommandError, StateError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,9 +165,8 @@ def _check_folder(out: Path, resume: bool, model: str | None, flags: Flags) -> N
     if resume:
         _refuse_settings(out, model, flags)
     elif (out / "bench.json").exists():
-        raise PlywiseError(
-            f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out.",
-            see="error-bench",
+        raise BenchError(
+            f"{out} holds a bench. Add --resume to go on with it, or name another folder with --out."
         )
 
 
@@ -176,10 +175,9 @@ def _refuse_settings(out: Path, model: str | None, flags: Flags) -> None:
     changed = [field.name for field in fields(flags) if getattr(flags, field.name) != field.default]
     names = ["the model"] * (model is not None) + [f"--{name.replace('_', '-')}" for name in changed]
     if names:
-        raise PlywiseError(
+        raise CommandError(
             f"--resume goes on with the bench in {out} as it was planned: leave out {', '.join(names)}, or "
-            "name another folder with --out and begin a bench of its own.",
-            see="error-command",
+            "name another folder with --out and begin a bench of its own."
         )
 
 
@@ -201,23 +199,21 @@ def _make_specs(model: str | None, flags: Flags) -> list[WorkloadSpec]:
     from plywise.arena.workloads import list_workloads
 
     if (model is None) == (flags.workloads is None):
-        raise PlywiseError(
+        raise CommandError(
             "Say what to train: your model as module:name with --data, or --workloads with quick, standard, "
-            "related, hidden or names.",
-            see="error-command",
+            "related, hidden or names."
         )
     changes: dict[str, Any] = {name: getattr(flags, name) for name in ("batch_size", "steps", "blocks")}
     own = {name: getattr(flags, name) for name in ("read", "loss", "metric", "step", "keep_batches")}
     if model is not None:
         if flags.hidden_seed is not None:
-            raise PlywiseError("--hidden-seed belongs to --workloads hidden.", see="error-command")
+            raise CommandError("--hidden-seed belongs to --workloads hidden.")
         if flags.data is None:
-            raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
+            raise CommandError(f"Say with --data where the data for {model} are.")
         return [WorkloadSpec(model, model, flags.data, **own, **changes)]
     if flags.data is not None or any(own.values()):
-        raise PlywiseError(
-            "--data, --read, --loss, --metric, --step and --keep-batches belong to a model of your own.",
-            see="error-command",
+        raise CommandError(
+            "--data, --read, --loss, --metric, --step and --keep-batches belong to a model of your own."
         )
     return [
         WorkloadSpec(name, **changes) for name in list_workloads(flags.workloads or "", flags.hidden_seed)
@@ -235,10 +231,7 @@ def _make_executor(ray: str | None, workers: int | None, config: BenchConfig) ->
         count = workers_for(config.device, threads) if workers is None else workers
         return ProcessExecutor(count, threads, timeout_s)
     if workers is not None:
-        raise PlywiseError(
-            "--workers belongs to this machine; with --ray, the cluster's CPUs say how many.",
-            see="error-command",
-        )
+        raise CommandError("--workers belongs to this machine; with --ray, the cluster's CPUs say how many.")
     from plywise.arena.run.ray_executor import RayExecutor
 
     return RayExecutor(ray, threads, timeout_s)
@@ -251,7 +244,7 @@ def _read_config(out: Path) -> BenchConfig:
 
     path = out / "bench.json"
     if not path.exists():
-        raise PlywiseError(f"{out} holds no bench to resume: there is no {path}.", see="error-bench")
+        raise BenchError(f"{out} holds no bench to resume: there is no {path}.")
     try:
         return BenchConfig.from_json(unseal(path.read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
@@ -277,7 +270,7 @@ def _plan(
     for (workload, method), why in failures.items():
         screen.print(f"{method} fails on {workload}: {why}", style="red", soft_wrap=True)
     if len(failures) == len(experiment.costs):
-        raise PlywiseError("Every method fails in its first steps; nothing has been run.", see="error-bench")
+        raise BenchError("Every method fails in its first steps; nothing has been run.")
     config = fit_config(resolved, experiment.costs, executor.count, budget)
     planned = make_experiment(resolved.with_config(config), ledger)
     planned.costs = experiment.costs

@@ -25,7 +25,7 @@ def completion(
     from cyclopts.completion.detect import ShellDetectionError
 
     from plywise.cli import app
-    from plywise.errors import PlywiseError
+    from plywise.errors import CommandError
 
     try:
         if install:
@@ -34,7 +34,6 @@ def completion(
         else:
             print(app.generate_completion(shell=shell))
     except ShellDetectionError as error:
-        raise PlywiseError(
-            "Which shell this runs in is not clear: name it, as in plywise completion bash.",
-            see="error-command",
+        raise CommandError(
+            "Which shell this runs in is not clear: name it, as in plywise completion bash."
         ) from error

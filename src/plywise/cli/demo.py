@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from plywise._util.files import make_folder
 from plywise.cli.console import VOLUME, console, notes, number, table
-from plywise.errors import PlywiseError
+from plywise.errors import CommandError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,7 @@ def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) ->
         open: open the report in a browser, if there is a screen.
     """
     if seeds < 1:
-        raise PlywiseError(f"--seeds must be at least 1, not {seeds}.", see="error-command")
+        raise CommandError(f"--seeds must be at least 1, not {seeds}.")
     make_folder(out)  # before the work, not after it
 
     from plywise.arena.demo.preset import DemoConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from plywise.cli.console import console, number, table
 from plywise.cli.training import Switch
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError, CommandError, PlywiseError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,9 +75,7 @@ def diagnose(
         json: print diagnosis and advice as JSON.
     """
     if batches < 1 or (batch_size is not None and batch_size < 1):
-        raise PlywiseError(
-            f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.", see="error-command"
-        )
+        raise CommandError(f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.")
     asked, found, subject = _resolve_subject(model, data, read, workload, loss, step)
     from plywise.arena.diagnostics.advice import advice
     from plywise.arena.diagnostics.diagnosis import diagnose_workload
@@ -87,8 +85,8 @@ def diagnose(
     except PlywiseError:
         raise
     except Exception as error:  # the user's own code runs in there
-        raise PlywiseError(
-            f"{asked.name} failed while it was looked at: {type(error).__name__}: {error}.", see="error-bench"
+        raise BenchError(
+            f"{asked.name} failed while it was looked at: {type(error).__name__}: {error}."
         ) from error
     recommended = advice(diagnosis, subject)
     if json:
@@ -109,20 +107,17 @@ def _resolve_subject(
     from plywise.arena.workloads.own import own_workload
 
     if (model is None) == (workload is None):
-        raise PlywiseError(
+        raise CommandError(
             "Say what to look at: your model as module:name with --data, or --workload with the name of one "
-            "of ours.",
-            see="error-command",
+            "of ours."
         )
     if workload is not None:
         if data is not None or read or loss or step:
-            raise PlywiseError(
-                "--data, --read, --loss and --step belong to a model of your own.", see="error-command"
-            )
+            raise CommandError("--data, --read, --loss and --step belong to a model of your own.")
         shipped = find_workload(workload)
         return shipped, shipped.make_data(), f"--workloads {shipped.name}"
     if data is None:
-        raise PlywiseError(f"Say with --data where the data for {model} are.", see="error-command")
+        raise CommandError(f"Say with --data where the data for {model} are.")
     own = own_workload(str(model), str(model), data, read=read, loss=loss, step=step, blocks=0)
     words = [str(model), "--data", data]
     for flag, value in (("--read", read), ("--loss", loss), ("--step", step)):

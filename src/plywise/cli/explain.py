@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from plywise.cli.console import console, print_json, table
 from plywise.cli.training import Switch
 from plywise.engine.explain import Explanation, format_bytes, format_cost, format_reason
-from plywise.errors import PlywiseError
+from plywise.errors import AddressError, CommandError, DataError, PlywiseError
 from plywise.training.config import literal
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
@@ -62,10 +62,10 @@ def explain(
     """
     made = make_rule(rule, set)
     if batch_size < 1:
-        raise PlywiseError(f"--batch-size must be at least 1, not {batch_size}.", see="error-command")
+        raise CommandError(f"--batch-size must be at least 1, not {batch_size}.")
     model = load_model(factory)
     if step is not None and data is None:
-        raise PlywiseError("--step takes batches of --data: name them.", see="error-command")
+        raise CommandError("--step takes batches of --data: name them.")
     batch = _make_batch(data, shape, batch_size, is_whole=step is not None)
     attached = made.attach(model, _optimizer_for(made, model), layers=list(layers) or None)
     if batch is not None:
@@ -101,7 +101,7 @@ def _print_explanation(explanation: Explanation) -> None:
 def _make_batch(data: str | None, shape: str | None, batch_size: int, is_whole: bool) -> Batch | None:
     """The inputs that go through the model, or whole batches for a step function; None for none."""
     if data is not None and shape is not None:
-        raise PlywiseError("--shape is instead of --data: give one of them.", see="error-command")
+        raise CommandError("--shape is instead of --data: give one of them.")
     if data is not None:
         from plywise.data.sources import Reading
         from plywise.registry.resolve import resolve_parts
@@ -115,9 +115,8 @@ def _make_batch(data: str | None, shape: str | None, batch_size: int, is_whole: 
 
     sizes = [word.strip() for word in shape.replace("x", ",").split(",")]
     if not all(word.isdigit() and int(word) > 0 for word in sizes):
-        raise PlywiseError(
-            f"--shape is the shape of one sample without the batch, as in 3,32,32, not {shape!r}.",
-            see="error-command",
+        raise CommandError(
+            f"--shape is the shape of one sample without the batch, as in 3,32,32, not {shape!r}."
         )
     return torch.randn(batch_size, *map(int, sizes))
 
@@ -143,9 +142,8 @@ def _run_batch(factory: str, model: nn.Module, batch: Batch, step: str | None) -
     except PlywiseError:
         raise
     except Exception as error:  # the user's own code runs in there
-        raise PlywiseError(
-            f"{factory} failed on a batch of {describe_batch(batch)}: {type(error).__name__}: {error}",
-            see="error-data",
+        raise DataError(
+            f"{factory} failed on a batch of {describe_batch(batch)}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -172,19 +170,15 @@ def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise PlywiseError(
-                f"--set needs name=value, as in --set tau=2, not {setting!r}.", see="error-command"
-            )
+            raise CommandError(f"--set needs name=value, as in --set tau=2, not {setting!r}.")
         if key not in known:
             hint = f"{suggestion(key, known)}It has: {', '.join(known) or 'none at all'}."
-            raise PlywiseError(
-                f"{rule_class.__name__} has no hyper-parameter {key!r}. {hint}", see="error-command"
-            )
+            raise CommandError(f"{rule_class.__name__} has no hyper-parameter {key!r}. {hint}")
         values[key] = literal(text)
     try:
         rule: Rule = rule_class(**values)
     except (ValueError, TypeError) as error:
-        raise PlywiseError(str(error), see="error-command") from error
+        raise CommandError(str(error)) from error
     return rule
 
 
@@ -200,7 +194,5 @@ def load_model(address: str) -> nn.Module:
         found = make_model(address)
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
-        raise PlywiseError(
-            f"{address} returned an object of type {kind}, not a torch.nn.Module.", see="error-address"
-        )
+        raise AddressError(f"{address} returned an object of type {kind}, not a torch.nn.Module.")
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from plywise._util.suggest import suggestion
 from plywise.cli.console import console, print_json, table
 from plywise.cli.training import Switch
-from plywise.errors import PAGE, PlywiseError
+from plywise.errors import PAGE, CommandError
 
 _HEADING = re.compile(r"^\(([\w-]+)\)=\n(#{2,3}) (.+)$", re.MULTILINE)
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)")
@@ -69,9 +69,7 @@ def help(topic: str | None = None, /, *, json: Switch = False) -> None:
         return
     if key not in found:
         hint = suggestion(key, (*topics, *commands)) or ""
-        raise PlywiseError(
-            f"There is no help on {topic!r}. {hint}`plywise help` lists all topics.", see="error-command"
-        )
+        raise CommandError(f"There is no help on {topic!r}. {hint}`plywise help` lists all topics.")
     one = found[key]
     if json:
         print_json(one)

@@ -14,7 +14,7 @@ from plywise._util.progress import Step, follow, format_duration
 from plywise.cli.console import VOLUME, console, notes, print_json, table
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
-from plywise.errors import PlywiseError
+from plywise.errors import CommandError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +75,7 @@ def reproduce(
     """
     if paper is None:
         if only:
-            raise PlywiseError("--only names experiments of a paper: say which paper.", see="error-command")
+            raise CommandError("--only names experiments of a paper: say which paper.")
         _list(json)
         return
     screen = notes(apart=json)
@@ -86,7 +86,7 @@ def reproduce(
 
     names = [word.strip() for word in only.split(",") if word.strip()]
     if data == "digits" and size != "small":
-        raise PlywiseError("--data digits has a size of its own: leave out --size.", see="error-command")
+        raise CommandError("--data digits has a size of its own: leave out --size.")
     size_name = data if data == "digits" else size
     made = Reproduction(paper, size_name, seeds, out / find_paper(paper).name, names, device)
     require_device(device)

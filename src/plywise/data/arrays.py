@@ -14,7 +14,7 @@ from torch import Tensor
 from plywise._util.import_path import call_factory
 from plywise._util.renamed import serve_old_names
 from plywise._util.seeded import seeded
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 _AT_ONCE = 1 << 16  # numbers
 
@@ -47,20 +47,19 @@ def make_tensor(values: Any, what: str) -> Tensor:
         tensor = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).rstrip(".")
-        raise PlywiseError(f"{what} are no array of numbers: {reason}.", see="error-data") from error
+        raise DataError(f"{what} are no array of numbers: {reason}.") from error
     if tensor.dim() == 0:
-        raise PlywiseError(f"{what} are a single number, not a row for each sample.", see="error-data")
+        raise DataError(f"{what} are a single number, not a row for each sample.")
     if tensor.is_complex():
-        raise PlywiseError(f"{what} are complex numbers, which no loss here takes.", see="error-data")
+        raise DataError(f"{what} are complex numbers, which no loss here takes.")
     if len(tensor) and not tensor.numel():
-        raise PlywiseError(f"{what} hold no number: their shape is {tuple(tensor.shape)}.", see="error-data")
+        raise DataError(f"{what} hold no number: their shape is {tuple(tensor.shape)}.")
     bad = _find_non_finite(tensor)
     if bool(bad.any()):
         large = " What float32 does not hold is infinite." if tensor.dtype == torch.float64 else ""
-        raise PlywiseError(
+        raise DataError(
             f"{what} hold NaN or infinity in {int(bad.sum())} of {len(bad)} samples, first in number "
-            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess.{large}",
-            see="error-data",
+            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess.{large}"
         )
     return tensor
 
@@ -72,10 +71,9 @@ def _make_readable(values: NDArray[Any], what: str) -> NDArray[Any]:
         PlywiseError: its type is not one of numbers.
     """
     if values.dtype.kind not in "biufc":
-        raise PlywiseError(
+        raise DataError(
             f"{what} are of type {values.dtype}, which is no number. Words become numbers by "
-            "numpy.unique(words, return_inverse=True)[1], dates by a difference to one of them.",
-            see="error-data",
+            "numpy.unique(words, return_inverse=True)[1], dates by a difference to one of them."
         )
     if values.dtype == np.longdouble:
         return values.astype(np.float64)

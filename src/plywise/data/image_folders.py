@@ -12,7 +12,7 @@ import torch
 from plywise._util.extras import import_extra
 from plywise.data.batches import Split
 from plywise.data.sources import name_parts
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _GREY = ("1", "L")
@@ -35,7 +35,7 @@ def read_image_folder(path: Path, say: Callable[[str], None]) -> dict[str, Split
     """
     parts = _find_parts(path, say)
     if "train" not in parts:
-        raise PlywiseError(f"{path} has {', '.join(parts)}, and no folder train.", see="error-data")
+        raise DataError(f"{path} has {', '.join(parts)}, and no folder train.")
     classes = [folder.name for folder in _list_folders(parts["train"])]
     found = {name: _list_images(folder, classes) for name, folder in parts.items()}
     if empty := sorted(set(range(len(classes))) - {number for _, number in found["train"]}):
@@ -68,7 +68,7 @@ def _list_folders(path: Path) -> list[Path]:
 def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     names = [entry.name for entry in _list_folders(folder)]
     if unknown := [name for name in names if name not in classes]:
-        raise PlywiseError(f"{folder} has a class {unknown[0]!r} that training has not.", see="error-data")
+        raise DataError(f"{folder} has a class {unknown[0]!r} that training has not.")
     files = [
         (file, classes.index(name))
         for name in names
@@ -76,10 +76,7 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         if file.suffix.lower() in ENDINGS
     ]
     if not files:
-        raise PlywiseError(
-            f"{folder} holds no images in folders, one for each class ({', '.join(ENDINGS)}).",
-            see="error-data",
-        )
+        raise DataError(f"{folder} holds no images in folders, one for each class ({', '.join(ENDINGS)}).")
     return files
 
 
@@ -91,18 +88,17 @@ def _read_image(file: Path, read: Callable[[Any], Any]) -> Any:
             return read(image)
     except Exception as error:  # a damaged image raises OSError, SyntaxError, ValueError and others
         reason = str(error).rstrip(".")
-        raise PlywiseError(
-            f"{file} is no image that can be read: {reason}. Repair it, or take it away.", see="error-data"
+        raise DataError(
+            f"{file} is no image that can be read: {reason}. Repair it, or take it away."
         ) from error
 
 
 def _find_mode(file: Path) -> str:
     mode = str(_read_image(file, lambda image: image.mode))
     if mode.startswith("I") or mode == "F":
-        raise PlywiseError(
+        raise DataError(
             f"{file} has pixels of more than 8 bits (Pillow's mode {mode}), and Pillow would clip them. "
-            "Convert the images, or give a function that reads them.",
-            see="error-data",
+            "Convert the images, or give a function that reads them."
         )
     return mode
 
@@ -113,10 +109,9 @@ def _read_images(path: Path, files: list[tuple[Path, int]], mode: str) -> Split:
         pixels.append(_read_image(file, lambda image: np.asarray(image.convert(mode))))
         if pixels[-1].shape != pixels[0].shape:
             sizes = [" x ".join(map(str, each.shape[1::-1])) for each in (pixels[0], pixels[-1])]
-            raise PlywiseError(
+            raise DataError(
                 f"{path}: {files[0][0].name} is {sizes[0]} pixels and {file.name} {sizes[1]}. Resize them, "
-                "or give a DataLoader whose transforms do.",
-                see="error-data",
+                "or give a DataLoader whose transforms do."
             )
     x = torch.from_numpy(np.stack(pixels))
     x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()  # of bytes: the smaller copy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from plywise.data.batches import TARGETS, Batch
 from plywise.engine.masked_rows import rows
-from plywise.errors import PlywiseError
+from plywise.errors import AddressError
 
 Step = Callable[[nn.Module, Batch], Any]
 """A function of a model and a batch that returns a number: the loss to minimise, or a metric."""
@@ -45,10 +45,9 @@ def call_model(model: nn.Module, x: Batch, without: tuple[str, ...] = ()) -> Any
             return model(**taken)
         if len(given) == 1:
             return model(next(iter(given.values())))
-    raise PlywiseError(
+    raise AddressError(
         f"{type(model).__name__} takes none of the entries {', '.join(map(str, x))} by name. Call them as "
-        "its forward does, or give --step with a function step(model, batch) that calls it.",
-        see="error-address",
+        "its forward does, or give --step with a function step(model, batch) that calls it."
     )
 
 
@@ -109,7 +108,7 @@ def get_own_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     loss = find_loss(call_model(model, batch))
     if loss is None:
-        raise PlywiseError(f"{type(model).__name__} returned no loss.", see="error-address")
+        raise AddressError(f"{type(model).__name__} returned no loss.")
     return loss
 
 
@@ -161,10 +160,9 @@ def _read_number(value: Any, function: Step) -> Tensor:
         if isinstance(value, Tensor)
         else f"a {type(value).__name__}"
     )
-    raise PlywiseError(
+    raise AddressError(
         f"{getattr(function, '__name__', 'The step function')} returned {found}; it must return one number, "
-        "the mean over the batch.",
-        see="error-address",
+        "the mean over the batch."
     )
 
 

@@ -22,7 +22,7 @@ from plywise.data.readers import read_npz
 from plywise.data.reading import Reader
 from plywise.data.sources import Reading, name_parts, read_made
 from plywise.data.tables import Table, find_doubts, name_incomplete, read_table, reorder_rows, take_column
-from plywise.errors import PlywiseError
+from plywise.errors import DataError, PlywiseError
 from plywise.registry.names import WORKLOAD_MODULES
 
 AS_EVER = Reading()
@@ -84,7 +84,7 @@ def read_parts(address: str, reading: Reading = AS_EVER) -> Parts:
         if reading.whole:
             parts = Parts({name: Split(join_target(one.x, one.y), one.y) for name, one in parts.items()})
     if "train" not in parts:
-        raise PlywiseError(f"{address} has no part called train.", see="error-data")
+        raise DataError(f"{address} has no part called train.")
     for name, part in parts.items():
         _check_alike(address, name, part, parts["train"])
     if isinstance(parts["train"], Split):
@@ -121,11 +121,10 @@ def _read_files(address: str, reader: Reader) -> Parts:
     if address and path.is_dir():
         return Parts(read_image_folder(path, reader.note))
     choices = ("digits", *WORKLOAD_MODULES)
-    raise PlywiseError(
+    raise DataError(
         "Data are module:name of a function that makes them, a .npz, .csv or .parquet file, a folder of "
         f"images, digits, or the name of a workload, not {address!r}. "
-        f"{_UNPACK if kind.endswith(_ARCHIVES) else suggestion(address, choices)}".rstrip(),
-        see="error-data",
+        f"{_UNPACK if kind.endswith(_ARCHIVES) else suggestion(address, choices)}".rstrip()
     )
 
 
@@ -139,9 +138,7 @@ def _read_npz_parts(path: Path, reader: Reader) -> Parts:
     lacking = [name for name in wanted if name not in arrays]
     if lacking or "train" not in parts:
         names = " and no ".join(lacking or ["x_train"])
-        raise PlywiseError(
-            f"{path} has no {names}; it has: {', '.join(arrays) or 'nothing'}.", see="error-data"
-        )
+        raise DataError(f"{path} has no {names}; it has: {', '.join(arrays) or 'nothing'}.")
     pairs = ((part, arrays[f"x_{key}"], arrays[f"y_{key}"]) for part, key in parts.items())
     return Parts((part, _read_split(reader, x, y, f"{path}, {part}")) for part, x, y in pairs)
 
@@ -149,16 +146,14 @@ def _read_npz_parts(path: Path, reader: Reader) -> Parts:
 def _split_table(path: Path, table: Table, reader: Reader) -> Split:
     wanted, names = reader.options.target, table.names
     if len(names) < 2:
-        raise PlywiseError(
-            f"{path} has one column: the target is the last one, and inputs come before it.", see="error-data"
-        )
+        raise DataError(f"{path} has one column: the target is the last one, and inputs come before it.")
     if not len(table.numbers):
-        raise PlywiseError(f"{path} has no rows.", see="error-data")
+        raise DataError(f"{path} has no rows.")
     reader.note(table.guess)
     if wanted and names.count(wanted) != 1:
         count = names.count(wanted) or "no"
         hint = suggestion(wanted, tuple(names)) or f"It has: {', '.join(names[:10])}."
-        raise PlywiseError(f"{path} has {count} columns {wanted!r}. {hint}".rstrip(), see="error-data")
+        raise DataError(f"{path} has {count} columns {wanted!r}. {hint}".rstrip())
     place = names.index(wanted) if wanted else len(names) - 1
     where = f"{path}{name_incomplete(table)}"
     for doubt in find_doubts(path, table, place):
@@ -185,9 +180,7 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
     train = parts["train"]
     count, what = train.count_places(), "batches" if isinstance(train, StoredBatches) else "samples"
     if count < FEWEST:
-        raise PlywiseError(
-            f"{address} has {count} training {what}; a comparison needs {FEWEST} at least.", see="error-data"
-        )
+        raise DataError(f"{address} has {count} training {what}; a comparison needs {FEWEST} at least.")
     twins = ""
     if "test" not in parts and "validation" not in parts:
         own, twins = _cut_apart(train, _count_tenths, parts.are_from_files)
@@ -303,9 +296,7 @@ def _check_alike(address: str, name: str, part: Part, train: Part) -> None:
         kinds = [[_describe_kind(t, are_stored) for t in list_tensors(batch)] for batch in (one, other)]
         if kinds[0] != kinds[1]:
             mine, theirs = (", ".join(kind) for kind in kinds)
-            raise PlywiseError(
-                f"{address}: a training {what} is {mine}, and a {name} {what} {theirs}.", see="error-data"
-            )
+            raise DataError(f"{address}: a training {what} is {mine}, and a {name} {what} {theirs}.")
 
 
 def _describe_kind(values: Tensor, is_stored: bool) -> str:
@@ -320,9 +311,7 @@ def _read_split(reader: Reader, x: Any, y: Any, what: str) -> Split:
 
 def _make_checked_split(inputs: Tensor, targets: Tensor, what: str) -> Split:
     if len(inputs) != len(targets):
-        raise PlywiseError(
-            f"{what}: there are {len(inputs)} inputs and {len(targets)} targets.", see="error-data"
-        )
+        raise DataError(f"{what}: there are {len(inputs)} inputs and {len(targets)} targets.")
     if len(inputs) == 0:
-        raise PlywiseError(f"{what}: there is no sample.", see="error-data")
+        raise DataError(f"{what}: there is no sample.")
     return Split(inputs, targets)

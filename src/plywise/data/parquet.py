@@ -9,7 +9,7 @@ import numpy as np
 
 from plywise._util.extras import import_extra
 from plywise.data.tables import Table
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 
 def read_parquet(path: Path, target: str | None = None) -> Table:
@@ -24,13 +24,13 @@ def read_parquet(path: Path, target: str | None = None) -> Table:
         PlywiseError: pyarrow is not installed, the file cannot be read, or a column holds no numbers.
     """
     if not path.exists():
-        raise PlywiseError(f"There is no file {path}.", see="error-data")
+        raise DataError(f"There is no file {path}.")
     need = f"{path} is a Parquet file, and pyarrow, which reads it, is not installed: pip install pyarrow."
     parquet = import_extra("pyarrow.parquet", need)
     try:
         table = parquet.read_table(path)
     except Exception as error:  # pyarrow has its own errors
-        raise PlywiseError(f"{path} cannot be read as Parquet: {error}.", see="error-data") from error
+        raise DataError(f"{path} cannot be read as Parquet: {error}.") from error
     names, words = list(table.column_names), list[str]()
     place = names.index(target) if target in names else len(names) - 1
     values = np.empty((len(table), len(names)), np.float32)
@@ -63,8 +63,5 @@ def _read_numbers(path: Path, name: str, column: Any) -> Any:
     kind = column.type
     are_numbers = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
     if not any(is_such(kind) for is_such in are_numbers):
-        raise PlywiseError(
-            f"{path}: column {name!r} holds no numbers, but {kind}. Encode it, or leave it out.",
-            see="error-data",
-        )
+        raise DataError(f"{path}: column {name!r} holds no numbers, but {kind}. Encode it, or leave it out.")
     return column.to_numpy().astype(np.float32)

@@ -24,7 +24,7 @@ from plywise.data.batches import (
     take_samples,
     unpack_part,
 )
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,9 @@ class Data:
             with written_whole(path) as file:
                 torch.save(parts, file)
         except (OSError, RuntimeError) as error:  # torch has an error of its own for a full disk
-            raise PlywiseError(
+            raise BenchError(
                 f"The data could not be written to {path}: {error.__context__ or error}. They take "
-                f"{size / 2**20:.0f} MiB: make room there, or name another --out.",
-                see="error-bench",
+                f"{size / 2**20:.0f} MiB: make room there, or name another --out."
             ) from error
 
     def count_repeated(self) -> dict[str, int]:

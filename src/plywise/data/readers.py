@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from plywise._util.memory import free_memory
 from plywise.data.unpacking import check_size, open_unpacked, read_bytes
-from plywise.errors import PlywiseError
+from plywise.errors import DataError, PlywiseError
 
 Bytes = NDArray[np.uint8]
 
@@ -52,7 +52,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PlywiseError(f"{path} is not text in UTF-8: {error}.", see="error-data") from error
+        raise DataError(f"{path} is not text in UTF-8: {error}.") from error
 
 
 def read_idx(path: Path) -> NDArray[np.generic]:
@@ -66,21 +66,19 @@ def read_idx(path: Path) -> NDArray[np.generic]:
     """
     content = read_bytes(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _IDX_TYPES:
-        raise PlywiseError(
+        raise DataError(
             f"{path} is no IDX file: it starts with {content[:4].hex(' ') or 'nothing'}, not with 00 00, a "
-            "type (08 for bytes) and the number of dimensions.",
-            see="error-data",
+            "type (08 for bytes) and the number of dimensions."
         )
     kind, dimensions = np.dtype(_IDX_TYPES[content[2]]), content[3]
     if dimensions > _IDX_DIMENSIONS:
-        raise PlywiseError(
+        raise DataError(
             f"{path} says that its array has {dimensions} dimensions; the most are {_IDX_DIMENSIONS}. It is "
-            "damaged: get it again.",
-            see="error-data",
+            "damaged: get it again."
         )
     start = 4 + 4 * dimensions
     if len(content) < start:
-        raise PlywiseError(f"{path} is cut short: it ends inside its header. Get it again.", see="error-data")
+        raise DataError(f"{path} is cut short: it ends inside its header. Get it again.")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
     _check_length(path, len(content), start + math.prod(shape) * kind.itemsize)
     array = np.frombuffer(content, kind, offset=start).reshape(shape)
@@ -125,13 +123,11 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
             file.seek(0)
             arrays = np.load(file, allow_pickle=False)
             if isinstance(arrays, np.ndarray):
-                raise PlywiseError(
-                    f"{path} holds a single array (.npy), not named ones (.npz).", see="error-data"
-                )
+                raise DataError(f"{path} holds a single array (.npy), not named ones (.npz).")
             with arrays:
                 return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError as error:
-        raise PlywiseError(f"There is no file {path}.", see="error-data") from error
+        raise DataError(f"There is no file {path}.") from error
     except PlywiseError:
         raise
     except Exception as error:  # zipfile, zlib and numpy have errors of their own
@@ -141,9 +137,7 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
                 "it holds pickled objects, and reading them would run code. Save arrays of numbers, by "
                 "numpy.savez"
             )
-        raise PlywiseError(
-            f"{path} cannot be read as a .npz file of arrays: {reason}.", see="error-data"
-        ) from error
+        raise DataError(f"{path} cannot be read as a .npz file of arrays: {reason}.") from error
 
 
 def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
@@ -164,9 +158,7 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
     arrays = read_npz(path)
     streams = [arrays[f"images_{number}"] for number in range(len(arrays)) if f"images_{number}" in arrays]
     if missing := [name for name in ("hw", "step", "labels") if name not in arrays]:
-        raise PlywiseError(
-            f"{path} has no {', '.join(missing)}: it is no file of colour images.", see="error-data"
-        )
+        raise DataError(f"{path} has no {', '.join(missing)}: it is no file of colour images.")
     height, width = (int(size) for size in arrays["hw"])
     most = 3 * height * width * len(arrays["labels"])
 
@@ -182,11 +174,9 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
         with ThreadPoolExecutor(2) as pool:  # numpy and lzma release the interpreter lock
             images = np.concatenate(list(pool.map(decode, streams)))
     except (lzma.LZMAError, ValueError) as error:
-        raise PlywiseError(f"{path} is damaged: {error}. Get it again.", see="error-data") from error
+        raise DataError(f"{path} is damaged: {error}. Get it again.") from error
     if len(images) != len(arrays["labels"]):
-        raise PlywiseError(
-            f"{path} has {len(images)} images and {len(arrays['labels'])} labels.", see="error-data"
-        )
+        raise DataError(f"{path} has {len(images)} images and {len(arrays['labels'])} labels.")
     return images, arrays["labels"].astype(np.uint8)
 
 
@@ -235,13 +225,9 @@ def _read_cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, 
                 if (file := archive.extractfile(member)) is not None:
                     found[name] = _read_cifar_batch(path / name, file.read(), kind)
     except tarfile.TarError as error:
-        raise PlywiseError(
-            f"{path} is no tar archive, or damaged: {error}. Get it again.", see="error-data"
-        ) from error
+        raise DataError(f"{path} is no tar archive, or damaged: {error}. Get it again.") from error
     if missing := [name for name in kind.files if name not in found]:
-        raise PlywiseError(
-            f"{path} has no {', '.join(missing)}: it is not {kind.name}'s binary version.", see="error-data"
-        )
+        raise DataError(f"{path} has no {', '.join(missing)}: it is not {kind.name}'s binary version.")
     *train, test = (found[name] for name in kind.files)
     images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
     return images, labels, *test
@@ -251,17 +237,14 @@ def _read_cifar_batch(path: Path, content: bytes, kind: _Cifar) -> tuple[Bytes, 
     """Read images and labels; of several labels in a row, take the last one, which is the fine class."""
     size = kind.labels + _CIFAR_PIXELS
     if len(content) % size or not content:
-        raise PlywiseError(
+        raise DataError(
             f"{path} has {len(content):,} bytes, no multiple of the {size} that an image and its label take: "
-            f"it is cut short, or no batch of {kind.name}'s binary version.",
-            see="error-data",
+            f"it is cut short, or no batch of {kind.name}'s binary version."
         )
     rows = np.frombuffer(content, np.uint8).reshape(-1, size)
     labels, pixels = rows[:, kind.labels - 1], rows[:, kind.labels :]
     if labels.max() >= kind.classes:
-        raise PlywiseError(
-            f"{path} has a label of {labels.max()}: it is no batch of {kind.name}.", see="error-data"
-        )
+        raise DataError(f"{path} has a label of {labels.max()}: it is no batch of {kind.name}.")
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels.copy()
 
@@ -269,7 +252,4 @@ def _read_cifar_batch(path: Path, content: bytes, kind: _Cifar) -> tuple[Bytes, 
 def _check_length(path: Path, found: int, expected: int) -> None:
     if found != expected:
         why = "it is cut short" if found < expected else "there is more in it"
-        raise PlywiseError(
-            f"{path} has {found:,} bytes and its header says {expected:,}: {why}. Get it again.",
-            see="error-data",
-        )
+        raise DataError(f"{path} has {found:,} bytes and its header says {expected:,}: {why}. Get it again.")

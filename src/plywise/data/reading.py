@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plywise._util.suggest import suggestion
 from plywise.data.arrays import make_tensor
-from plywise.errors import PlywiseError
+from plywise.errors import CommandError, DataError
 
 MOST_CLASSES = 20
 """Whole numbers in a table above this are taken as counts and predicted as numbers."""
@@ -46,9 +46,8 @@ class ReadOptions:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) and value not in choices:
-                raise PlywiseError(
-                    f"--read {name}= takes {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}.",
-                    see="error-command",
+                raise CommandError(
+                    f"--read {name}= takes {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}."
                 )
 
     @staticmethod
@@ -68,9 +67,8 @@ class ReadOptions:
             name, equals, value = (part.strip() for part in word.partition("="))
             if not (equals and value) or name not in known:
                 hint = suggestion(name, tuple(known)) or f"Known are: {', '.join(known)}."
-                raise PlywiseError(
-                    f"--read takes name=value, as in header=no,targets=numbers, not {word!r}. {hint}",
-                    see="error-command",
+                raise CommandError(
+                    f"--read takes name=value, as in header=no,targets=numbers, not {word!r}. {hint}"
                 )
             values[name] = value
         return ReadOptions(**values)
@@ -137,18 +135,16 @@ class Reader:
         if y.is_floating_point():
             return self._read_floating_targets(y, what)
         if y.dim() == 2 and y.shape[1] == 1:
-            raise PlywiseError(
+            raise DataError(
                 f"{what}: the targets are whole numbers of shape {tuple(y.shape)}. Classes are of shape "
-                "(N,), as of y[:, 0]; numbers to predict are floating-point, or --read targets=numbers.",
-                see="error-data",
+                "(N,), as of y[:, 0]; numbers to predict are floating-point, or --read targets=numbers."
             )
         y = y.long()
         least = int(y.min()) if y.numel() else 0
         if least < 0 and (y.dim() < 2 or bool(((y < 0) & (y != IGNORED)).any())):
-            raise PlywiseError(
+            raise DataError(
                 f"{what}: the targets hold {least}; classes and tokens count from 0 ({IGNORED} is a token "
-                "that the loss ignores).",
-                see="error-data",
+                "that the loss ignores)."
             )
         return y
 
@@ -169,10 +165,9 @@ class Reader:
         whole = y.dim() == 1 and bool((y == y.round()).all())
         if self.options.targets == "classes":
             if not whole or (y.numel() and float(y.min()) < 0):
-                raise PlywiseError(
+                raise DataError(
                     f"{what}: targets must be class indices, one whole number from 0 a sample; these are "
-                    f"{y.dtype} of shape {tuple(y.shape)}.",
-                    see="error-data",
+                    f"{y.dtype} of shape {tuple(y.shape)}."
                 )
             return y.long()
         if whole and y.numel() and _may_be_classes(y.unique()):
@@ -209,9 +204,8 @@ class Reader:
         pieces = y.split(_AT_ONCE)
         if self.options.targets == "numbers" or not all(bool((p == p.round()).all()) for p in pieces):
             if self.options.targets == "classes":
-                raise PlywiseError(
-                    f"{what}: column {name!r} holds other than whole numbers: these are no classes.",
-                    see="error-data",
+                raise DataError(
+                    f"{what}: column {name!r} holds other than whole numbers: these are no classes."
                 )
             return y.float()
         values = torch.cat([piece.unique() for piece in pieces]).unique()
@@ -229,10 +223,9 @@ class Reader:
                 f"{first}; --read targets=numbers takes them as numbers to predict."
             )
         if float(values.abs().max()) > WHOLE:
-            raise PlywiseError(
+            raise DataError(
                 f"{what}: column {name!r} holds classes as numbers above {WHOLE:,}, of which float32 takes "
-                "neighbours for one. Number the classes from 0.",
-                see="error-data",
+                "neighbours for one. Number the classes from 0."
             )
         numbers = torch.empty(len(y), dtype=torch.int64)
         for piece, out in zip(pieces, numbers.split(_AT_ONCE), strict=True):

@@ -23,7 +23,7 @@ from plywise.data.readers import (
 )
 from plywise.data.store import IDX_FILES, cache_decoded, find_file, list_folders, make_missing_error
 from plywise.data.tables import read_rows, read_table
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 Images = tuple[Bytes, Bytes, Bytes, Bytes]
 """Training images and labels, test images and labels."""
@@ -45,9 +45,7 @@ def load_grey_images(name: str) -> Images:
         if whole.is_file():
             arrays = read_npz(whole)
             if lacking := [part for part in names if part not in arrays]:
-                raise PlywiseError(
-                    f"{whole} has no {', '.join(lacking)}; it has: {', '.join(arrays)}.", see="error-data"
-                )
+                raise DataError(f"{whole} has no {', '.join(lacking)}; it has: {', '.join(arrays)}.")
             x, y, x_test, y_test = (arrays[part].astype(np.uint8) for part in names)
             return x, y, x_test, y_test
         parts = [folder / name / part for part in IDX_FILES]
@@ -116,7 +114,7 @@ def load_boiling_points() -> tuple[Numbers, Numbers]:
     path = _require_file("compounds", "compounds.csv.gz", "compounds.csv")
     rows = read_rows(path)
     if lacking := [name for name in ("smiles", "molar_mass", "tb_K") if name not in rows[0]]:
-        raise PlywiseError(f"{path} has no column {', '.join(lacking)}.", see="error-data")
+        raise DataError(f"{path} has no column {', '.join(lacking)}.")
     known = [row for row in rows if row["tb_K"]]
     x = np.array([_read_formula(row["smiles"], row["molar_mass"]) for row in known])
     return x, np.array([float(row["tb_K"]) for row in known])

@@ -25,7 +25,7 @@ from plywise.data.batches import (
     split_target,
 )
 from plywise.data.reading import Reader, ReadOptions
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict
         pairs = things
     else:
         found = f"{len(things)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
-        raise PlywiseError(f"{address} returned {found}; it must return {RETURNS}.", see="error-data")
+        raise DataError(f"{address} returned {found}; it must return {RETURNS}.")
     names = {1: ("train",), 2: ("train", "test"), 3: ("train", "validation", "test")}[len(pairs)]
     return {
         name: _read_one(f"{address}, {name}", pair, reading, reader)
@@ -113,9 +113,8 @@ def name_parts(where: str, things: Mapping[Any, T]) -> tuple[dict[str, T], list[
     parts = {NAMES[key.lower()]: things[key] for key in keys}
     others = [key for key in things if key not in keys]
     if len(parts) < len(keys):
-        raise PlywiseError(
-            f"{where} has {', '.join(map(str, keys))}, of which two stand for one part: leave one out.",
-            see="error-data",
+        raise DataError(
+            f"{where} has {', '.join(map(str, keys))}, of which two stand for one part: leave one out."
         )
     return parts, others
 
@@ -160,10 +159,9 @@ def _find_columns(dataset: Any, what: str) -> dict[str, Any]:
         if isinstance(values, Tensor):
             kept[name] = values
         elif isinstance(values, list) and values and isinstance(values[0], Tensor):
-            raise PlywiseError(
+            raise DataError(
                 f"{what}: the samples of column {name!r} have different lengths. Pad them, or give a "
-                "DataLoader with a collate_fn that does.",
-                see="error-data",
+                "DataLoader with a collate_fn that does."
             )
     return kept
 
@@ -171,24 +169,19 @@ def _find_columns(dataset: Any, what: str) -> dict[str, Any]:
 def _stack(dataset: Any, what: str) -> Batch:
     """Stack all samples of a Dataset to one batch."""
     if not hasattr(dataset, "__len__"):
-        raise PlywiseError(
-            f"{what}: a {type(dataset).__name__} has no length; give a Dataset that has one.",
-            see="error-data",
-        )
+        raise DataError(f"{what}: a {type(dataset).__name__} has no length; give a Dataset that has one.")
     samples = [dataset[index] for index in range(len(dataset))]
     if not samples or isinstance(samples[0], Tensor) or split_target(samples[0])[1] is None:
-        raise PlywiseError(
+        raise DataError(
             f"{what}: a {type(dataset).__name__} must hold samples, each a pair (x, y), or a dict with "
-            "labels.",
-            see="error-data",
+            "labels."
         )
     try:
         return default_collate(samples)
     except (RuntimeError, TypeError) as error:
-        raise PlywiseError(
+        raise DataError(
             f"{what}: the samples of a {type(dataset).__name__} cannot be stacked ({error}). If they differ "
-            "in length, give a DataLoader with a collate_fn that pads them.",
-            see="error-data",
+            "in length, give a DataLoader with a collate_fn that pads them."
         ) from error
 
 
@@ -205,14 +198,13 @@ def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) 
         for number, batch in enumerate(islice(stream, most), 1):
             writer.write(*_read_batch(batch, f"{what}, batch {number}", reading, reader, left_out))
     except OSError as error:
-        raise PlywiseError(
+        raise DataError(
             f"{what}: after {len(writer)} batches there is no room in {folder.path} ({error}); TMPDIR may "
-            "name a folder with more.",
-            see="error-data",
+            "name a folder with more."
         ) from error
     kind = type(getattr(batches, "dataset", batches)).__name__
     if not len(writer):
-        raise PlywiseError(f"{what}: a {kind} gave no batch.", see="error-data")
+        raise DataError(f"{what}: a {kind} gave no batch.")
     more = len(writer) == most and next(iter(stream), None) is not None
     notes = [f"the first {most:,} batches of a longer stream (--keep-batches says how many)"] if more else []
     notes += [f"without {', '.join(sorted(left_out))}, which is no number"] if left_out else []
@@ -245,21 +237,19 @@ def _make_split(x: Any, y: Any, what: str, reading: Reading, reader: Reader) -> 
     if reading.whole:
         return _make_whole(join_target(x, y) if y is not None else x, what)
     if y is None:
-        raise PlywiseError(
+        raise DataError(
             f"{what}: there is no target. A batch is (x, y), or a dict with labels; for anything else give "
-            "--step.",
-            see="error-data",
+            "--step."
         )
     inputs, targets = read_nested(x, what, reader.read_inputs), reader.read_targets(y, what)
     if isinstance(x, Mapping):  # the model may need the targets with the inputs
         inputs |= {key: targets for key, value in x.items() if value is y}
     if count_samples(inputs) != count_samples(targets):
-        raise PlywiseError(
-            f"{what}: there are {count_samples(inputs)} inputs and {count_samples(targets)} targets.",
-            see="error-data",
+        raise DataError(
+            f"{what}: there are {count_samples(inputs)} inputs and {count_samples(targets)} targets."
         )
     if count_samples(inputs) == 0:
-        raise PlywiseError(f"{what}: there is no sample.", see="error-data")
+        raise DataError(f"{what}: there is no sample.")
     return Split(inputs, targets)
 
 
@@ -268,5 +258,5 @@ def _make_whole(batch: Any, what: str) -> Split:
     whole = read_nested(batch, what, None)
     tensors = list_tensors(whole)
     if not tensors:
-        raise PlywiseError(f"{what}: a {type(batch).__name__} holds no tensor.", see="error-data")
+        raise DataError(f"{what}: a {type(batch).__name__} holds no tensor.")
     return Split(whole, torch.zeros(count_samples(whole)))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from plywise._util.files import written_whole
 from plywise._util.renamed import serve_old_names
 from plywise._util.suggest import suggestion
-from plywise.errors import PlywiseError
+from plywise.errors import DataError, PlywiseError
 
 DEADLINE = 600.0
 """The seconds within which a mirror must deliver a file."""
@@ -155,10 +155,9 @@ def make_missing_error(name: str, *files: str) -> PlywiseError:
         if name in SETS
         else f"plywise cannot download it; it is {SOURCES.get(name, 'your own')}. Put"
     )
-    return PlywiseError(
+    return DataError(
         f"The data set {name!r} is missing: {' or '.join(files)} is neither in {places}. {how} the file "
-        "into one of these folders, or name its folder in PLYWISE_DATA.",
-        see="error-data",
+        "into one of these folders, or name its folder in PLYWISE_DATA."
     )
 
 
@@ -176,10 +175,9 @@ def fetch(name: str, *, deadline: float = DEADLINE) -> list[Path]:
         PlywiseError: there is no such set, or no mirror delivers a file; the message lists what each did.
     """
     if name not in SETS:
-        raise PlywiseError(
+        raise DataError(
             f"No data set called {name!r} can be fetched. {suggestion(name, tuple(SETS))}There are: "
-            f"{', '.join(SETS)}.",
-            see="error-data",
+            f"{', '.join(SETS)}."
         )
     return [_fetch(remote, get_cache_folder() / remote.file, deadline) for remote in SETS[name]]
 
@@ -222,10 +220,9 @@ def _fetch(remote: Remote, path: Path, deadline: float) -> Path:
             return path
         except (OSError, http.client.HTTPException, _MirrorError) as error:
             failures.append(f"{mirror}: {error or type(error).__name__}")
-    raise PlywiseError(
+    raise DataError(
         f"{remote.file} could not be fetched. {'; '.join(failures)}. Put the file at {path} yourself, or "
-        "name its folder in PLYWISE_DATA.",
-        see="error-data",
+        "name its folder in PLYWISE_DATA."
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plywise.data.unpacking import open_unpacked
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 _ROWS = 1024  # rows that are moved at once
 _FEWEST_STEPS = 4096  # of float32, in the range of a column
@@ -52,10 +52,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     lines = _read_cells(path)
     names = next(lines, [])
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise PlywiseError(f"{path} has two columns {twice!r}: name each otherwise.", see="error-data")
+        raise DataError(f"{path} has two columns {twice!r}: name each otherwise.")
     rows = [dict(zip(names, row, strict=True)) for row in lines]
     if not rows:
-        raise PlywiseError(f"{path} has no rows under its first line.", see="error-data")
+        raise DataError(f"{path} has no rows under its first line.")
     return rows
 
 
@@ -90,12 +90,11 @@ def read_table(
     rows = _read_cells(path)
     first = next(rows, None)
     if first is None:
-        raise PlywiseError(f"{path} has no rows.", see="error-data")
+        raise DataError(f"{path} has no rows.")
     if len(first) == 1 and (mark := next((mark for mark in ";\t|" if mark in first[0]), None)):
-        raise PlywiseError(
+        raise DataError(
             f"{path} has one column, with {mark!r} in it: a .csv file has commas between its cells, and "
-            "points in its numbers. Write it so.",
-            see="error-data",
+            "points in its numbers. Write it so."
         )
     has_names, guess = (header, "") if header is not None else _guess_header(path, first)
     names = first if has_names else [f"column {number}" for number in range(1, len(first) + 1)]
@@ -112,7 +111,7 @@ def read_table(
         except ValueError:
             values.extend(_parse_numbers(path, count, names, row))
     if not count:
-        raise PlywiseError(f"{path} has no rows under its first line.", see="error-data")
+        raise DataError(f"{path} has no rows under its first line.")
     numbers = np.frombuffer(values, dtype).reshape(count, len(names))
     return Table(numbers, names, guess, column.sort(numbers))
 
@@ -233,19 +232,16 @@ def _read_cells(path: Path) -> Iterator[list[str]]:
             for row in reader:
                 columns = columns or len(row)
                 if row and len(row) != columns:
-                    raise PlywiseError(
+                    raise DataError(
                         f"{path}, line {reader.line_num}: it has {len(row)} cells, the first line "
-                        f"{columns}. A cell with a comma or a quote in it needs quotes around it.",
-                        see="error-data",
+                        f"{columns}. A cell with a comma or a quote in it needs quotes around it."
                     )
                 if row:
                     yield row
         except csv.Error as error:
-            raise PlywiseError(f"{path}, line {reader.line_num}: {error}.", see="error-data") from error
+            raise DataError(f"{path}, line {reader.line_num}: {error}.") from error
         except UnicodeDecodeError as error:
-            raise PlywiseError(
-                f"{path} is not text in UTF-8: {error}. Save it in this encoding.", see="error-data"
-            ) from error
+            raise DataError(f"{path} is not text in UTF-8: {error}. Save it in this encoding.") from error
 
 
 def _put_first(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -296,8 +292,7 @@ def _parse_numbers(path: Path, row: int, names: list[str], cells: list[str]) -> 
                 raise ValueError
             yield float(cell) if cell.strip() else math.nan
         except ValueError:
-            raise PlywiseError(
+            raise DataError(
                 f"{path}, row {row}, column {name!r}: {cell!r} is no number. Write numbers without "
-                "separators and signs of units, classes as numbers, or as columns of 0 and 1.",
-                see="error-data",
+                "separators and signs of units, classes as numbers, or as columns of 0 and 1."
             ) from None

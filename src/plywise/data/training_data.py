@@ -12,7 +12,7 @@ from plywise.data.batches import Part, Split
 from plywise.data.own_data import Parts
 from plywise.data.parts import compute_digest
 from plywise.data.reading import IGNORED
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 CLASSES, TOKENS, LABELS, NUMBERS, WHOLE = "classes", "tokens", "labels", "numbers", "whole batches"
 """Kinds of targets: classes (N,), tokens (N, T), zeros and ones (N, C), numbers, or those of a step
@@ -93,10 +93,9 @@ def _find_kind(address: str, train: Part) -> str:
         return LABELS
     elif y.dim() in (1, 2):
         return NUMBERS
-    raise PlywiseError(
+    raise DataError(
         f"{address}, train: targets are classes (N,), tokens (N, T), labels (N, C) of zeros and ones, or "
-        f"numbers (N,) or (N, d); these are {y.dtype} of shape {tuple(y.shape)}.",
-        see="error-data",
+        f"numbers (N,) or (N, d); these are {y.dtype} of shape {tuple(y.shape)}."
     )
 
 

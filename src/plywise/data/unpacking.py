@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from plywise._util.memory import free_memory
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 _CHUNK = 1 << 20
 
@@ -33,13 +33,11 @@ def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
             else:
                 yield file
     except FileNotFoundError as error:
-        raise PlywiseError(f"There is no file {path}.", see="error-data") from error
+        raise DataError(f"There is no file {path}.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise PlywiseError(
-            f"{path} is cut short or damaged: {error}. Get it again.", see="error-data"
-        ) from error
+        raise DataError(f"{path} is cut short or damaged: {error}. Get it again.") from error
     except OSError as error:
-        raise PlywiseError(f"{path} cannot be read: {error}.", see="error-data") from error
+        raise DataError(f"{path} cannot be read: {error}.") from error
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytearray:
@@ -68,8 +66,6 @@ def check_size(path: Path, size: int, most: int | None) -> None:
         PlywiseError: there is not enough memory for so many bytes.
     """
     if most is not None and size > most:
-        raise PlywiseError(
-            f"{path} holds more than {most / 2**20:,.0f} MiB once it is unpacked, and no more memory is "
-            "free.",
-            see="error-data",
+        raise DataError(
+            f"{path} holds more than {most / 2**20:,.0f} MiB once it is unpacked, and no more memory is free."
         )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise.data.batches import Batch
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 from plywise.local.associated_maps import (
     MakeBridge,
     MakeDecoder,
@@ -240,13 +240,12 @@ class AssociatedLearning(OneWayLearner):
             codes = torch.eye(self._classes, dtype=first.dtype, device=first.device)
             return replace(self._blocks.begin(x, y), codes=codes)
         if y.shape[1:] != (self._classes,):
-            raise PlywiseError(
-                f"Targets must be {self._classes} {self._targets} a sample, not of shape {tuple(y.shape)}.",
-                see="error-data",
+            raise DataError(
+                f"Targets must be {self._classes} {self._targets} a sample, not of shape {tuple(y.shape)}."
             )
         y = y.to(first)
         if self._targets == "labels" and bool(((y != 0) & (y != 1)).any()):
-            raise PlywiseError("Labels must be 0 or 1, and this batch holds others.", see="error-data")
+            raise DataError("Labels must be 0 or 1, and this batch holds others.")
         return replace(self._blocks.begin(x, y), codes=y)
 
     def as_module(self, depth: int | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plywise._util.modes import evaluating
 from plywise.data.batches import Batch, count_samples
 from plywise.engine.explain import Explanations
-from plywise.errors import AttachError, PlywiseError, StateError
+from plywise.errors import AttachError, DataError, StateError
 from plywise.local.component import Component, Signal
 from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeScheduler
 
@@ -103,10 +103,9 @@ class Learner(ABC):
         """
         inputs = count_samples(x)
         if inputs != len(y) or inputs == 0:
-            raise PlywiseError(
+            raise DataError(
                 f"A batch needs as many targets as inputs, and at least one: {inputs} inputs, {len(y)} "
-                "targets.",
-                see="error-data",
+                "targets."
             )
         for trainer in self.trainers:
             trainer.begin()
@@ -235,13 +234,10 @@ def learn_in_turn(
 def check_classes(y: Tensor, num_classes: int) -> None:
     """Raise PlywiseError unless ``y`` holds class indices below ``num_classes``."""
     if y.dim() != 1 or y.dtype != torch.long:
-        raise PlywiseError(
+        raise DataError(
             f"Targets must be class indices, one torch.long a sample, not {y.dtype} of shape "
-            f"{tuple(y.shape)}.",
-            see="error-data",
+            f"{tuple(y.shape)}."
         )
     low, high = (int(value) for value in y.aminmax())
     if low < 0 or high >= num_classes:
-        raise PlywiseError(
-            f"Targets must lie in 0 … {num_classes - 1}; this batch has {low} … {high}.", see="error-data"
-        )
+        raise DataError(f"Targets must lie in 0 … {num_classes - 1}; this batch has {low} … {high}.")

@@ -14,7 +14,7 @@ from plywise._util.checks import require_whole
 from plywise.data.batches import Batch, take_samples
 from plywise.data.reading import IGNORED
 from plywise.engine.masked_rows import rows
-from plywise.errors import BlockError, PlywiseError
+from plywise.errors import BlockError, DataError
 from plywise.local.blocks import Blocks, chain_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
@@ -86,10 +86,9 @@ class TokenComponent(Component):
         """
         s, y = signal.through(self.block), signal.y
         if s.shape[:-1] != y.shape:
-            raise PlywiseError(
+            raise DataError(
                 f"Targets of shape {tuple(y.shape)} are no token for each place of the features "
-                f"{tuple(s.shape)}.",
-                see="error-data",
+                f"{tuple(s.shape)}."
             )
         codes = self.table[0].weight if self.table else signal.codes
         return replace(signal, s=s, codes=codes), self._loss(s, y, codes)
@@ -218,10 +217,9 @@ class LocalNextToken(OneWayLearner):
     def signal(self, x: Batch, y: Tensor) -> Signal:
         """The batch as it is, if there is a token for each place."""
         if y.dim() != self._dimensions:
-            raise PlywiseError(
+            raise DataError(
                 f"Targets must be class indices, one torch.long for each token, of {self._dimensions} "
-                f"dimensions, not {y.dtype} of shape {tuple(y.shape)}.",
-                see="error-data",
+                f"dimensions, not {y.dtype} of shape {tuple(y.shape)}."
             )
         known = y[y != IGNORED]
         if known.numel() or y.dtype != torch.long:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plywise._util.import_path import load
 from plywise._util.suggest import suggestion
-from plywise.errors import PlywiseError
+from plywise.errors import CommandError
 
 if TYPE_CHECKING:
     from plywise.local.learner import Learner
@@ -49,4 +49,4 @@ def check_settings(owner: str, given: Mapping[str, Any], known: Iterable[str]) -
     for name in given:
         if name not in names:
             hint = f"{suggestion(name, names)}It has: {', '.join(names) or 'none at all'}."
-            raise PlywiseError(f"{owner} has no hyper-parameter {name!r}. {hint}", see="error-command")
+            raise CommandError(f"{owner} has no hyper-parameter {name!r}. {hint}")

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plywise._util.renamed import serve_old_arguments
 from plywise.data.batches import count_samples
-from plywise.errors import PipelineError, PlywiseError, StateError
+from plywise.errors import DataError, PipelineError, PlywiseError, StateError
 from plywise.local import checkpoint
 from plywise.local.component import Signal
 from plywise.local.learner import Report, StagedLearner
@@ -146,10 +146,9 @@ class Pipeline:
     def _signals(self, batches: Iterable[Batch]) -> Iterator[Signal]:
         for x, y in batches if self.replicas == 1 else self._share(batches):
             if (count := count_samples(x)) != len(y) or count == 0:
-                raise PlywiseError(
+                raise DataError(
                     f"A batch needs as many targets as inputs, and at least one: {count} inputs, {len(y)} "
-                    "targets.",
-                    see="error-data",
+                    "targets."
                 )
             yield self.learner.signal(x, y)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plywise._util.renamed import serve_old_names
-from plywise.errors import PlywiseError
+from plywise.errors import CardError
 
 SECTIONS = (
     "Idea",
@@ -123,19 +123,13 @@ def read_card(method: Callable[..., Any]) -> Card:
     sections = _split_sections(inspect.cleandoc(method.__doc__ or ""))
     missing = [section for section in (*SECTIONS, "Example") if not any(sections.get(section, ()))]
     if missing:
-        raise PlywiseError(
-            f"The docstring of {name} has no section {', '.join(map(repr, missing))}.", see="error-card"
-        )
+        raise CardError(f"The docstring of {name} has no section {', '.join(map(repr, missing))}.")
     texts = {section: " ".join(line.strip() for line in sections[section]).strip() for section in SECTIONS}
     year = _YEAR.search(_ARXIV.sub("", texts["Source"]))
     if year is None:
-        raise PlywiseError(
-            f"The docstring of {name} names no year in its section 'Source'.", see="error-card"
-        )
+        raise CardError(f"The docstring of {name} names no year in its section 'Source'.")
     if _get_status_word(texts["Status"]) not in STATUSES:
-        raise PlywiseError(
-            f"The Status of {name} begins with none of {', '.join(STATUSES)}.", see="error-card"
-        )
+        raise CardError(f"The Status of {name} begins with none of {', '.join(STATUSES)}.")
     return Card(
         name=name,
         tagline=_read_tagline(method, texts["Idea"]),
@@ -188,9 +182,8 @@ def _read_hyper_parameters(method: Callable[..., Any], lines: list[str]) -> tupl
             meanings[current] += f" {line.strip()}"
     missing = [p.name for p in arguments if p.name not in meanings]
     if missing:
-        raise PlywiseError(
-            f"The docstring of {method.__name__} does not explain {', '.join(missing)} under 'Args'.",
-            see="error-card",
+        raise CardError(
+            f"The docstring of {method.__name__} does not explain {', '.join(missing)} under 'Args'."
         )
     return tuple(_read_hyper_parameter(method, p, meanings[p.name]) for p in arguments)
 
@@ -202,10 +195,9 @@ def _read_hyper_parameter(
     default = argument.default
     number = isinstance(default, int | float) and not isinstance(default, bool)
     if number and not found and argument.name not in UNSEARCHED:
-        raise PlywiseError(
+        raise CardError(
             f"The docstring of {method.__name__} does not say where to look for {argument.name}: end its "
-            "meaning with 'Range A to B.'",
-            see="error-card",
+            "meaning with 'Range A to B.'"
         )
     return HyperParameter(
         argument.name, _format_default(argument), _RANGE.sub("", meaning).strip(), found[1] if found else ""

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from plywise._util.suggest import suggestion
-from plywise.errors import PlywiseError
+from plywise.errors import CommandError
 from plywise.registry.names import LEARNER, NAMES, PART, RULE, list_names
 
 if TYPE_CHECKING:
@@ -90,9 +90,8 @@ def find_name(name: str, names: tuple[str, ...], kind: str) -> str:
     """
     known = {one.lower(): one for one in names}
     if name.lower() not in known:
-        raise PlywiseError(
-            f"No {kind} is called {name!r}. {suggestion(name, names)}`plywise methods` lists all of them.",
-            see="error-command",
+        raise CommandError(
+            f"No {kind} is called {name!r}. {suggestion(name, names)}`plywise methods` lists all of them."
         )
     return known[name.lower()]
 

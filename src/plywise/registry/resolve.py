@@ -21,7 +21,7 @@ from plywise.data.own_data import AS_EVER, OwnData, Parts, cut_parts, read_parts
 from plywise.data.parts import Data
 from plywise.data.sources import Reading
 from plywise.engine.rule import Rule
-from plywise.errors import PlywiseError
+from plywise.errors import AddressError, CommandError
 from plywise.local.learner import Learner
 from plywise.registry.find import find_learner, find_rule
 from plywise.registry.names import WORKLOAD_MODULES
@@ -76,7 +76,7 @@ def resolve_optimizer(name: str) -> type[Optimizer]:
     }
     if name not in known:
         hint = suggestion(name, tuple(known)) or f"There are: {', '.join(sorted(known))}."
-        raise PlywiseError(f"torch.optim has no optimizer {name!r}. {hint}".rstrip(), see="error-command")
+        raise CommandError(f"torch.optim has no optimizer {name!r}. {hint}".rstrip())
     return known[name]
 
 
@@ -97,7 +97,7 @@ def resolve_function(address: str, what: str) -> Callable[[Any, Any], Tensor]:
     function: Callable[[Any, Any], Tensor] = load(address, what)
     if not callable(function) or isinstance(function, type):
         kind = "a class" if isinstance(function, type) else f"of type {type(function).__name__}"
-        raise PlywiseError(f"{address} is {kind}, not a function of two arguments.", see="error-address")
+        raise AddressError(f"{address} is {kind}, not a function of two arguments.")
     return function
 
 
@@ -108,10 +108,9 @@ def make_model(address: str) -> Any:
         PlywiseError: there is no such function, it is itself a network, or its result is neither of the two.
     """
     if isinstance(load(address, "your model"), nn.Module):
-        raise PlywiseError(
+        raise AddressError(
             f"{address} is a network. Training needs a function that makes it: its weights must follow from "
-            "the seed.",
-            see="error-address",
+            "the seed."
         )
     return call_factory(address, "your model")
 
@@ -155,5 +154,5 @@ def resolve_data(address: str, reading: Reading = AS_EVER) -> OwnData:
 def _resolve_class(address: str, what: str, base: type[Any], public: str) -> Any:
     found = load(address, what)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise PlywiseError(f"{address} is no subclass of {public}.", see="error-address")
+        raise AddressError(f"{address} is no subclass of {public}.")
     return found

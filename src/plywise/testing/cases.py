@@ -11,7 +11,7 @@ import torch
 from plywise._util.import_path import load
 from plywise.engine.answers import read_settings
 from plywise.engine.rule import Rule
-from plywise.errors import PlywiseError
+from plywise.errors import TestingError
 from plywise.local.blocks import Blocks
 from plywise.local.learner import Learner
 from plywise.testing.contract.learners import CLASSES, make_adam, make_halving, make_modules
@@ -102,10 +102,9 @@ def make_case(factory: Callable[[], Rule] | Case | str) -> Case:
     except TypeError as error:  # it needs arguments
         makes_rule, why = False, f" ({error})"
     if not makes_rule:
-        raise PlywiseError(
+        raise TestingError(
             f"{name} must be a plywise.testing.Case, or make a plywise.Rule when it is called without "
-            f"arguments{why}.",
-            see="error-testing",
+            f"arguments{why}."
         )
     read_settings(made)  # a class that is no dataclass would break every promise
     return Case(name, factory)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plywise._util.suggest import suggestion
 from plywise.engine.rule import Rule
-from plywise.errors import ContractError, PlywiseError
+from plywise.errors import ContractError, MissingPackageError, TestingError
 from plywise.local.learner import Learner
 from plywise.testing.cases import Case, LearnerCase, make_case
 
@@ -95,7 +95,7 @@ def check_rule(factory: Callable[[], Rule] | Case | str, *, only: Sequence[str] 
     for name in only:
         if name not in promises:
             hint = suggestion(name, tuple(promises)) or f"There are: {', '.join(promises)}."
-            raise PlywiseError(f"No promise is called {name!r}. {hint}".rstrip(), see="error-testing")
+            raise TestingError(f"No promise is called {name!r}. {hint}".rstrip())
     case = make_case(factory)
     return _check(case.name, only or tuple(promises), [case], [])
 
@@ -117,10 +117,9 @@ def check_learner(factory: Callable[..., Learner] | LearnerCase) -> ContractResu
     """
     if not isinstance(factory, LearnerCase):
         if not callable(factory):
-            raise PlywiseError(
+            raise TestingError(
                 "check_learner needs a function of blocks and the number of classes that makes a learner, "
-                f"not {type(factory).__name__}.",
-                see="error-testing",
+                f"not {type(factory).__name__}."
             )
         factory = LearnerCase(getattr(factory, "__name__", "learner"), factory)
     return _check(factory.name, (LEARNERS,), [], [factory])
@@ -131,14 +130,11 @@ def _check(
 ) -> ContractResult:
     for package in ("pytest", "hypothesis"):
         if importlib.util.find_spec(package) is None:
-            raise PlywiseError(
-                f"The contract's tests need {package}: pip install 'plywise[testing]'.", see="error-extra"
-            )
+            raise MissingPackageError(f"The contract's tests need {package}: pip install 'plywise[testing]'.")
     if multiprocessing.parent_process() is not None:
-        raise PlywiseError(
+        raise TestingError(
             "This process was started by a test of the contract, or by another process. In a script, call "
-            'check_rule and check_learner below `if __name__ == "__main__":`.',
-            see="error-testing",
+            'check_rule and check_learner below `if __name__ == "__main__":`.'
         )
     import pytest
 
@@ -150,7 +146,7 @@ def _check(
     with _isolate_pytest():
         code = pytest.main([*options, "--no-header", "--no-summary", *paths], plugins=[fixtures, plugin])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not plugin.failed:
-        raise PlywiseError(f"pytest ended with {code!r} before the end.", see="error-testing")
+        raise TestingError(f"pytest ended with {code!r} before the end.")
     result = ContractResult(name, plugin.passed, plugin.skipped, plugin.failed)
     if result.failed:
         error = ContractError(_describe_failures(result))

@@ -15,7 +15,7 @@ from plywise.data.models import StepModel
 from plywise.data.reading import ReadOptions
 from plywise.data.sources import Reading
 from plywise.data.training_data import CLASSES, LOSSES, TrainingData, take_training_data
-from plywise.errors import BlockError, PlywiseError
+from plywise.errors import AddressError, BlockError, CommandError, DataError
 from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join, name_parameters
 from plywise.local.learner import Learner
@@ -112,7 +112,7 @@ class ResolvedTraining:
             try:
                 return WholeModel(model, optimizer=self.optimizer, rule=self.rule, seed=config.seed)
             except (ValueError, TypeError) as error:
-                raise PlywiseError(str(error), see="error-command") from error
+                raise CommandError(str(error)) from error
 
     def make_learner(self, blocks: Blocks) -> Learner:
         """The learner of some blocks.
@@ -128,10 +128,9 @@ class ResolvedTraining:
         if self.data.kind != CLASSES:
             is_ours = learner.__module__.startswith("plywise.")
             if "loss" not in known or (is_ours and learner.__name__ not in ANY_LOSS):
-                raise PlywiseError(
+                raise DataError(
                     f"{self.config.learner} learns classes, one a sample, and the targets are "
-                    f"{self.data.kind}: take {', '.join(ANY_LOSS[:-1])} or {ANY_LOSS[-1]}.",
-                    see="error-data",
+                    f"{self.data.kind}: take {', '.join(ANY_LOSS[:-1])} or {ANY_LOSS[-1]}."
                 )
             settings.setdefault("loss", LOSSES[self.data.kind])
         training = {"optimizer": self.optimizer, "rule": self.rule, "seed": self.config.seed}
@@ -139,7 +138,7 @@ class ResolvedTraining:
             try:
                 made: Learner = learner(blocks, **settings, **training)
             except (ValueError, TypeError) as error:
-                raise PlywiseError(str(error), see="error-command") from error
+                raise CommandError(str(error)) from error
         return made
 
     def _default_network(self, features: int) -> list[nn.Module]:
@@ -181,19 +180,14 @@ def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
     """The blocks that the user's function has made."""
     modules = list(made) if isinstance(made, nn.ModuleList | list | tuple) else [made]
     if wrong := [type(module).__name__ for module in modules if not isinstance(module, nn.Module)]:
-        raise PlywiseError(
+        raise AddressError(
             f"{config.model} must make an nn.Module, or a list of them, one a block; it made a "
-            f"{type(made).__name__}" + ("." if modules == [made] else f" with a {wrong[0]} in it."),
-            see="error-address",
+            f"{type(made).__name__}" + ("." if modules == [made] else f" with a {wrong[0]} in it.")
         )
     if config.split is not None:
-        raise PlywiseError(
-            f"split says where a model is cut, and {config.model} makes blocks.", see="error-command"
-        )
+        raise CommandError(f"split says where a model is cut, and {config.model} makes blocks.")
     if config.blocks not in (None, len(modules)):
-        raise PlywiseError(
-            f"{config.model} makes {len(modules)} blocks, and blocks is {config.blocks}.", see="error-command"
-        )
+        raise CommandError(f"{config.model} makes {len(modules)} blocks, and blocks is {config.blocks}.")
     return modules
 
 
@@ -207,10 +201,9 @@ def _cut_model(
         Blocks([model], example.clone())  # materialises lazy layers, as split does
     units, _ = units_of(model, example)
     if list(starts) != sorted(set(starts)) or starts[0] != 0 or starts[-1] >= len(units):
-        raise PlywiseError(
+        raise CommandError(
             f"{type(model).__name__} has {len(units)} units, numbered from 0, and is not to be cut at "
-            f"{', '.join(map(str, starts))}. Has its code changed?",
-            see="error-command",
+            f"{', '.join(map(str, starts))}. Has its code changed?"
         )
     parts = [join(units[start:stop]) for start, stop in pairwise([*starts, len(units)])]
     return Blocks([assemble(model, part) for part in parts], clone_batch(example)), tuple(starts)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.suggest import suggestion
-from plywise.errors import PlywiseError
+from plywise.errors import CommandError
 
 HOW = ("epochs", "threads", "out", "every", "keep", "tensorboard", "replicas", "cuts")
 """Fields that may change when a run is resumed; the others decide what is trained."""
@@ -107,28 +107,22 @@ class TrainConfig:
         if type(self.tensorboard) is not bool:
             _refuse("tensorboard", "true or false", self.tensorboard)
         if self.split is not None and self.model is None:
-            raise PlywiseError("split says where a model is cut, and there is no model.", see="error-command")
+            raise CommandError("split says where a model is cut, and there is no model.")
         if self.split is not None and self.blocks not in (None, len(self.split)):
-            raise PlywiseError(
-                f"split is of {len(self.split)} blocks, and blocks is {self.blocks}.", see="error-command"
-            )
+            raise CommandError(f"split is of {len(self.split)} blocks, and blocks is {self.blocks}.")
         self._check_step()
         if self.rule is None and self.rule_set:
-            raise PlywiseError(
-                f"rule-set is given ({_word(self.rule_set)}), and no rule.", see="error-command"
-            )
+            raise CommandError(f"rule-set is given ({_word(self.rule_set)}), and no rule.")
 
     def _check_step(self) -> None:
         if self.step is None:
             if self.metric is not None:
-                raise PlywiseError("metric belongs to step, and no step is given.", see="error-command")
+                raise CommandError("metric belongs to step, and no step is given.")
             return
         if self.model is None:
-            raise PlywiseError("step says how a model trains, and there is no model.", see="error-command")
+            raise CommandError("step says how a model trains, and there is no model.")
         if self.split is not None or self.blocks not in (None, 1) or self.set:
-            raise PlywiseError(
-                "step trains the model as a whole: leave blocks, split and set out.", see="error-command"
-            )
+            raise CommandError("step trains the model as a whole: leave blocks, split and set out.")
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON, by the flags' names."""
@@ -182,9 +176,9 @@ def _from_toml(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             values = tomllib.load(opened)
     except FileNotFoundError as error:
-        raise PlywiseError(f"There is no file {file}.", see="error-command") from error
+        raise CommandError(f"There is no file {file}.") from error
     except ValueError as error:  # not TOML, or not UTF-8
-        raise PlywiseError(f"{file} is not TOML: {error}.", see="error-command") from error
+        raise CommandError(f"{file} is not TOML: {error}.") from error
     return _name_fields(values, str(file))
 
 
@@ -194,9 +188,7 @@ def _name_fields(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key in values:
         if key not in names:
             hint = suggestion(key, tuple(names)) or f"Known are: {', '.join(names)}."
-            raise PlywiseError(
-                f"{source} has a key {key!r}, which is unknown. {hint}".rstrip(), see="error-command"
-            )
+            raise CommandError(f"{source} has a key {key!r}, which is unknown. {hint}".rstrip())
     return {names[key]: _convert_value(names[key], value) for key, value in values.items()}
 
 
@@ -221,9 +213,7 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
         key, equals, text = str(word).partition("=")
         if not equals:
             flag = _flag(name)
-            raise PlywiseError(
-                f"{flag} needs name=value, as in --{flag} code=64, not {word!r}.", see="error-command"
-            )
+            raise CommandError(f"{flag} needs name=value, as in --{flag} code=64, not {word!r}.")
         read[key] = literal(text)
     return read
 
@@ -245,7 +235,7 @@ def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _refuse(name: str, wanted: str, value: Any) -> Any:
-    raise PlywiseError(f"{_flag(name)} must be {wanted}, not {value!r}.", see="error-command")
+    raise CommandError(f"{_flag(name)} must be {wanted}, not {value!r}.")
 
 
 def _flag(name: str) -> str:

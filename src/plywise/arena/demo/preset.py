@@ -21,7 +21,7 @@ from plywise.arena.workload import Workload
 from plywise.data.batches import endless_batches
 from plywise.data.digits import ATTRIBUTION
 from plywise.data.parts import Data
-from plywise.errors import PlywiseError
+from plywise.errors import CommandError
 from plywise.registry.find import find_rule
 
 TITLE = "plywise demo: handwritten digits"
@@ -104,7 +104,7 @@ def _clear(folder: Path) -> None:
     """Remove a demo that was there before."""
     about = folder / "bench.json"
     if about.exists() and TITLE not in about.read_text(encoding="utf-8"):
-        raise PlywiseError(f"{folder} holds a bench; name another folder with --out.", see="error-command")
+        raise CommandError(f"{folder} holds a bench; name another folder with --out.")
     for name in ("bench.json", "trials.jsonl", "report.html"):
         (folder / name).unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 MOST_FEATURES, MOST_GROUPS = 512, 8
 """The most features and groups of a layer in the covariance, for eigenvalues have a cubic cost. Eigenvalues
@@ -95,9 +95,7 @@ class Covariance:
         covariances = self.gram / self.count - offsets.mT @ offsets
         means = (self.origin + offsets).squeeze(1)
         if not bool(torch.isfinite(covariances).all()):
-            raise PlywiseError(
-                "A layer's inputs hold NaN or infinity; look at the data and the weights.", see="error-data"
-            )
+            raise DataError("A layer's inputs hold NaN or infinity; look at the data and the weights.")
         found = [self._group(*one) for one in zip(covariances, means, strict=True)]
         return max(found, key=lambda one: one.condition or 0.0)
 

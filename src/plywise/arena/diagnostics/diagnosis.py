@@ -22,7 +22,7 @@ from plywise.data.models import unwrap_model
 from plywise.data.parts import Data
 from plywise.engine.call import LinearCall
 from plywise.engine.selection import collect_parameters
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError, DataError, PlywiseError
 from plywise.rules.backprop import Backprop
 
 BATCHES = 8
@@ -143,7 +143,7 @@ def diagnose(
     records = {name: LayerRecord(module) for name, module, reason in layers if not reason}
     kept = list(batches)
     if not kept:
-        raise PlywiseError("A diagnosis needs one batch at least; there is none.", see="error-bench")
+        raise BenchError("A diagnosis needs one batch at least; there is none.")
     devices = sorted({p.device.index or 0 for p in network.parameters() if p.device.type == "cuda"})
     losses: list[float] = []
     if records:
@@ -174,9 +174,7 @@ def diagnose_workload(
     """
     size = workload.batch_size if batch_size is None else batch_size
     if batches < 1 or size < 1:
-        raise PlywiseError(
-            f"Batches and samples a batch are 1 at least, not {batches} and {size}.", see="error-bench"
-        )
+        raise BenchError(f"Batches and samples a batch are 1 at least, not {batches} and {size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = workload.make_model()
@@ -232,10 +230,9 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)  # without hooks of plywise: a rule at work is not in the way
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).split('. ')[0]}"
-        raise PlywiseError(
+        raise BenchError(
             f"This {type(model).__name__} cannot be copied ({why}), and a diagnosis looks at a copy, so that "
-            "your model stays as it is. Diagnose a fresh one, before its first forward pass.",
-            see="error-bench",
+            "your model stays as it is. Diagnose a fresh one, before its first forward pass."
         ) from error
 
 
@@ -262,10 +259,9 @@ def _watch(
             value = loss(model(x), y)
             losses.append(value.item())
             if not math.isfinite(losses[-1]):
-                raise PlywiseError(
+                raise DataError(
                     f"The loss of batch {number} is {losses[-1]}: look for NaN or infinity in the data, and "
-                    "at the size of the weights.",
-                    see="error-data",
+                    "at the size of the weights."
                 )
             trained = [p for p in model.parameters() if p.requires_grad]
             if not (trained and value.requires_grad):

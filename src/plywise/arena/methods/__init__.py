@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from plywise._util.suggest import suggestion
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 from plywise.registry.names import LEARNER, NAMES, RULE
 
 if TYPE_CHECKING:
@@ -97,10 +97,9 @@ def find_method(name: str) -> Method:
 
         return of_peer(found)
     choices = (*METHODS, *_ALIASES)
-    raise PlywiseError(
+    raise BenchError(
         f"No method is called {name!r}. {suggestion(name, choices)}There are: {', '.join(METHODS)}; any "
-        "rule+optimizer or learner+rule; and module:name of an optimizer's or rule's class or a Method.",
-        see="error-bench",
+        "rule+optimizer or learner+rule; and module:name of an optimizer's or rule's class or a Method."
     )
 
 
@@ -139,7 +138,7 @@ def _compose(name: str, first: str, second: str) -> Method:
 def _require(right: bool, name: str, part: str, what: str, choices: tuple[str, ...], example: str) -> None:
     if not right:
         hint = f"{suggestion(part, choices)}There are: {', '.join(choices)}; as in {example}."
-        raise PlywiseError(f"In {name!r}, {part!r} is no {what}. {hint}", see="error-bench")
+        raise BenchError(f"In {name!r}, {part!r} is no {what}. {hint}")
 
 
 def _canonical(name: str) -> str:

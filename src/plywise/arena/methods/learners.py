@@ -27,7 +27,7 @@ from plywise.data.batches import TARGETS, Batch, clone_batch
 from plywise.data.models import call_model, unwrap_model
 from plywise.engine.health import SKIPPED
 from plywise.engine.rule import Rule
-from plywise.errors import NonFiniteError, PlywiseError
+from plywise.errors import BenchError, NonFiniteError
 from plywise.local.associated_learning import pooled_bridge
 from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join
@@ -185,9 +185,7 @@ def of_learner(name: str, rule: str | None = None) -> Method:
     about = f"{(learner.__doc__ or '').split('.')[0]}, on AdamW."
     if rule is not None:
         if "lr" not in recipe.space:
-            raise PlywiseError(
-                f"Method {name} learns in closed form: there is no gradient for {rule}.", see="error-bench"
-            )
+            raise BenchError(f"Method {name} learns in closed form: there is no gradient for {rule}.")
         about = f"{about[:-1]} with {RULE_OF.get(rule, rule)} inside."
         name, recipe = f"{name}+{rule}", _with_rule(recipe, resolve_rule(RULE_OF.get(rule, rule)))
     make = partial(begin, name, learner, recipe)
@@ -247,18 +245,16 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: T
         BlockError: the model does not come apart.
     """
     if setting.blocks == 0:
-        raise PlywiseError(
+        raise BenchError(
             f"Method {name} trains a model block by block, and this workload says that its model is not to "
-            "be cut (blocks=0).",
-            see="error-bench",
+            "be cut (blocks=0)."
         )
     settings = recipe.settings(setting)
     if "num_classes" in inspect.signature(learner).parameters:
         if setting.classes == 0:
-            raise PlywiseError(
+            raise BenchError(
                 f"Method {name} has every block learn to tell classes apart, and this workload has none "
-                "(classes=0).",
-                see="error-bench",
+                "(classes=0)."
             )
         settings = {"num_classes": setting.classes, **settings}
     if recipe.loss:

@@ -17,7 +17,7 @@ from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine
 from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov
 from plywise.arena.space import Range, defaults
 from plywise.arena.workload import Workload
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError, PlywiseError
 from plywise.init import fuse_slice
 from plywise.losses import slope_recovery
 from plywise.nn import AdaptiveActivation, DecisionStage, Threshold, adapt_activations
@@ -73,10 +73,7 @@ def _recovering(setting: TrialContext) -> Trainer:
 def _with_thresholds(model: nn.Module) -> None:
     places = [name for name, module in model.named_modules(remove_duplicate=False) if _is_activation(module)]
     if not places or "" in places:
-        raise PlywiseError(
-            f"the {type(model).__name__} has no activation module that a step could stand for",
-            see="error-bench",
-        )
+        raise BenchError(f"the {type(model).__name__} has no activation module that a step could stand for")
     for name in places:
         model.set_submodule(name, Threshold(estimator="clipped_relu"))
 
@@ -127,10 +124,7 @@ def deepen(model: nn.Module) -> tuple[nn.Sequential, int]:
                 more = [copy.deepcopy(activation), nn.Linear(size, size).to(layer.weight)]
                 parts = list(copy.deepcopy(model))
                 return nn.Sequential(*parts[: at + 1], *more, *parts[at + 1 :]), at
-    raise PlywiseError(
-        "only a chain with a hidden linear layer and its activation can be one layer deeper",
-        see="error-bench",
-    )
+    raise BenchError("only a chain with a hidden linear layer and its activation can be one layer deeper")
 
 
 class FusedTraining:

@@ -33,7 +33,7 @@ from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.score import CLOCKS, choose_best
 from plywise.arena.scoring.summary import BenchSummary, summarize_bench
 from plywise.arena.scoring.targets import ENOUGH, SHARE
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 LARGEST = 1_900_000
 """Largest size of a page with its raw trials, in bytes."""
@@ -54,13 +54,12 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
     try:
         bench = unseal((folder / "bench.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise PlywiseError(
-            f"{folder} is no bench: it has no bench.json. Name the folder of a bench.", see="error-bench"
+        raise BenchError(
+            f"{folder} is no bench: it has no bench.json. Name the folder of a bench."
         ) from error
     except ValueError as error:
-        raise PlywiseError(
-            f"{folder / 'bench.json'} is not the JSON that a bench writes, or damaged: {error}.",
-            see="error-bench",
+        raise BenchError(
+            f"{folder / 'bench.json'} is not the JSON that a bench writes, or damaged: {error}."
         ) from error
     return bench, list(read(folder / "trials.jsonl"))
 

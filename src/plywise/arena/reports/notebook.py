@@ -18,7 +18,7 @@ from plywise.arena.scoring.ranking import MethodRanking, rank_methods
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.score import CLOCKS, best_validation, last_validation
 from plywise.arena.scoring.summary import BenchSummary
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 RANKING_HEADINGS = ("method", "rank", "time to the target over the best baseline's", "reached")
 LAYER_NUMBERS = ("rows", "backward", "backward_to_last", "silent", "rate", "noise")
@@ -64,10 +64,9 @@ class BenchReport:
         results = self.summary.results
         track = results.tracks[0] if track is None else track
         if track not in results.tracks or clock not in CLOCKS:
-            raise PlywiseError(
+            raise BenchError(
                 f"There is no ranking of track {track!r} by {clock!r}: tracks are "
-                f"{', '.join(results.tracks)}; clocks are {', '.join(CLOCKS)}.",
-                see="error-bench",
+                f"{', '.join(results.tracks)}; clocks are {', '.join(CLOCKS)}."
             )
         return rank_methods(results, track, clock)
 
@@ -83,7 +82,7 @@ class BenchReport:
             return [_flatten(asdict(one)) for one in self.ranking()]
         if what == "trials":
             return [_describe(line) for line in self.trials]
-        raise PlywiseError(f"Rows are methods, ranking or trials, not {what!r}.", see="error-bench")
+        raise BenchError(f"Rows are methods, ranking or trials, not {what!r}.")
 
     def to_dataframe(self, what: Literal["methods", "ranking", "trials"] = "methods") -> Any:
         """Return `rows` as a pandas DataFrame.

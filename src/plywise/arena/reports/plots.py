@@ -12,7 +12,7 @@ from plywise.arena.given import shorten
 from plywise.arena.reports.bench_charts import find_front, make_curves, make_rates
 from plywise.arena.scoring.ranking import rank_methods
 from plywise.arena.scoring.summary import BenchSummary
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 WIDTH, HEIGHT = 5.0, 3.6
 """Inches of one picture in a row."""
@@ -35,7 +35,7 @@ def draw(summary: BenchSummary, what: str) -> Any:
     }
     if what not in pictures:
         names = ", ".join([*pictures, "ranking"])
-        raise PlywiseError(f"Pictures are {names}, not {what!r}.", see="error-bench")
+        raise BenchError(f"Pictures are {names}, not {what!r}.")
     workloads = summary.results.workloads
     figure, axes = _make_axes(len(workloads))
     for one, workload in zip(axes, workloads, strict=True):

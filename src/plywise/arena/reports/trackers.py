@@ -15,7 +15,7 @@ from plywise._util.sealed import unseal
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import FINAL, TUNING, TrialRecord
 from plywise.arena.scoring.score import best_validation
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 
 class Point(NamedTuple):
@@ -64,9 +64,7 @@ def list_runs(folder: Path) -> list[TrackedRun]:
         workloads = unseal(path.read_text(encoding="utf-8"))["workloads"]
         metrics = {name: workload["metric"] for name, workload in workloads.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlywiseError(
-            f"{folder} is no bench: {path} cannot be read ({error!r}).", see="error-bench"
-        ) from error
+        raise BenchError(f"{folder} is no bench: {path} cannot be read ({error!r}).") from error
     return [make_run(line, metrics[line["workload"]]) for line in read(folder / "trials.jsonl")]
 
 
@@ -135,9 +133,7 @@ def to_trackio(folder: Path, project: str) -> Exported:
             for run in new:
                 _track(trackio, project, run)
     except ValueError as error:
-        raise PlywiseError(
-            f"Trackio does not take the project {project!r}: {error}", see="error-bench"
-        ) from error
+        raise BenchError(f"Trackio does not take the project {project!r}: {error}") from error
     return Exported(len(new), len(runs) - len(new))
 
 

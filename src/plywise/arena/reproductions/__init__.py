@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from plywise._util.import_path import load
 from plywise._util.suggest import suggestion
-from plywise.errors import PlywiseError
+from plywise.errors import AddressError, BenchError
 
 if TYPE_CHECKING:
     from plywise.arena.reproductions.experiment import Paper
@@ -36,10 +36,9 @@ def find_paper(name: str) -> Paper:
         return _load_own(name)
     key = name.lower().replace("_", "-")
     if key not in PAPERS:
-        raise PlywiseError(
+        raise BenchError(
             f"No paper is called {name!r}. {suggestion(name, PAPERS)}There are: {', '.join(PAPERS)}; "
-            "`plywise reproduce` lists their experiments.",
-            see="error-bench",
+            "`plywise reproduce` lists their experiments."
         )
     found: Paper = importlib.import_module(f"{__name__}.{key.replace('-', '_')}").PAPER
     return found
@@ -50,8 +49,7 @@ def _load_own(address: str) -> Paper:
 
     own = load(address, "your paper")
     if not isinstance(own, Paper):
-        raise PlywiseError(
-            f"{address} is a {type(own).__name__}, not a plywise.arena.reproductions.experiment.Paper.",
-            see="error-address",
+        raise AddressError(
+            f"{address} is a {type(own).__name__}, not a plywise.arena.reproductions.experiment.Paper."
         )
     return own

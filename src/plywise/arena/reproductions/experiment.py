@@ -13,7 +13,7 @@ from torch import Tensor
 from plywise._util.suggest import suggestion
 from plywise.arena.method import Trainer
 from plywise.data.parts import Data
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 FULL, MIDDLE, SMALL, DIGITS = "full", "middle", "small", "digits"
 """The sizes: as in the paper; half an hour of a core; minutes on two cores; a minute on bundled digits."""
@@ -215,15 +215,14 @@ class Experiment:
         _require_plain(self.name, "experiment")
         names = [arm.name for arm in self.arms]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise PlywiseError(f"{self.name}: two arms are called {twice!r}.", see="error-bench")
+            raise BenchError(f"{self.name}: two arms are called {twice!r}.")
         if idle := next((arm.name for arm in self.arms if not arm.rates), None):
-            raise PlywiseError(f"{self.name}: {idle} has no rate.", see="error-bench")
+            raise BenchError(f"{self.name}: {idle} has no rate.")
         claimed = [name for claim in self.claims for name in (claim.better, claim.worse)]
         if unknown := next((name for name in claimed if name not in names), None):
-            raise PlywiseError(
+            raise BenchError(
                 f"{self.name}: a claim is about {unknown!r}, which is no arm. "
-                f"{suggestion(unknown, tuple(names))}There are: {', '.join(names)}.",
-                see="error-bench",
+                f"{suggestion(unknown, tuple(names))}There are: {', '.join(names)}."
             )
 
     def arms_at(self, size: str) -> list[Arm]:
@@ -239,10 +238,9 @@ class Experiment:
 def _require_plain(name: str, what: str) -> None:
     """Names are part of a folder's name and of the ledger's keys."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise PlywiseError(
+        raise BenchError(
             f"The name of a{'n' if what[0] in 'aeiou' else ''} {what} has letters, digits, '-', '_' and '.', "
-            f"unlike {name!r}.",
-            see="error-bench",
+            f"unlike {name!r}."
         )
 
 
@@ -263,7 +261,7 @@ class Paper:
     def __post_init__(self) -> None:
         _require_plain(self.name, "paper")
         if not self.experiments:
-            raise PlywiseError(f"Paper {self.name} has no experiment.", see="error-bench")
+            raise BenchError(f"Paper {self.name} has no experiment.")
 
     def find(self, name: str) -> Experiment:
         """The experiment called ``name``.
@@ -273,9 +271,8 @@ class Paper:
         """
         found = {experiment.name: experiment for experiment in self.experiments}
         if name not in found:
-            raise PlywiseError(
+            raise BenchError(
                 f"{self.name} has no experiment called {name!r}. {suggestion(name, tuple(found))}There are: "
-                f"{', '.join(found)}.",
-                see="error-bench",
+                f"{', '.join(found)}."
             )
         return found[name]

@@ -25,7 +25,7 @@ from plywise.arena.run.experiment import Experiment as Runs
 from plywise.arena.run.job import round_digits
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.scoring.records import FINAL, TUNED, TUNING, TrialRecord
-from plywise.errors import PlywiseError, StateError
+from plywise.errors import BenchError, StateError
 
 MARGIN = 10
 """A run is ended after this many times the duration estimated from a few of its steps."""
@@ -60,9 +60,8 @@ class Reproduction:
         device: str = "cpu",
     ) -> None:
         if size not in SIZE_WORDS or seeds < 1:
-            raise PlywiseError(
-                f"Sizes are full, middle, small, digits and seeds are at least 1, not {size!r} and {seeds}.",
-                see="error-bench",
+            raise BenchError(
+                f"Sizes are full, middle, small, digits and seeds are at least 1, not {size!r} and {seeds}."
             )
         self.paper, self.size, self.seeds, self.folder, self.device = paper, size, seeds, folder, device
         self._found = find_paper(paper)
@@ -70,14 +69,9 @@ class Reproduction:
         whole = [one for one in self._found.experiments if size in one.sizes or size not in some]
         self.experiments = [self._found.find(name) for name in only] or whole
         if not self.experiments:
-            raise PlywiseError(
-                f"No experiment of {self._found.name} has {SIZE_WORDS[size]}; proxprop has one.",
-                see="error-bench",
-            )
+            raise BenchError(f"No experiment of {self._found.name} has {SIZE_WORDS[size]}; proxprop has one.")
         if lacking := next((one for one in self.experiments if size not in one.sizes), None):
-            raise PlywiseError(
-                f"{lacking.name} has no {size} size; it has: {', '.join(lacking.sizes)}.", see="error-bench"
-            )
+            raise BenchError(f"{lacking.name} has no {size} size; it has: {', '.join(lacking.sizes)}.")
         self.ledger = Ledger(folder / "runs.jsonl")
         self._runs = [(experiment, self._arrange(experiment)) for experiment in self.experiments]
         self._refuse_others()
@@ -158,7 +152,7 @@ class Reproduction:
         failures = runs.probe(executor, [(workload, arm) for arm in alike.values()])
         for (_, failed), why in failures.items():
             if not _is_outcome(why):
-                raise PlywiseError(f"{failed} failed: {why}.", see="error-bench")
+                raise BenchError(f"{failed} failed: {why}.")
         for arm in experiment.arms_at(self.size):
             runs.costs[workload, arm.name] = runs.costs[workload, alike[arm.method]]
 
@@ -226,10 +220,9 @@ def _is_outcome(why: str) -> bool:
 def _refuse_mistakes(line: Line) -> None:
     why = line["failure"]
     if why and not _is_outcome(why):
-        raise PlywiseError(
+        raise BenchError(
             f"{line['method']} failed: {why}. This run is not counted; those that ended before are kept, and "
-            "the same command goes on.",
-            see="error-bench",
+            "the same command goes on."
         )
 
 

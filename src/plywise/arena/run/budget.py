@@ -9,7 +9,7 @@ from dataclasses import replace
 from plywise._util.progress import format_duration
 from plywise.arena.run.config import TIMEOUT_S, BenchConfig, ResolvedBench
 from plywise.arena.run.costs import MOST_STEPS, Costs, estimate_seconds
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 TRIALS = (16, 12, 10, 8, 6, 5, 4)
 """Numbers of tuning trials to try, the largest first."""
@@ -36,9 +36,7 @@ def parse_duration(text: str) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text.strip().lower())
     total = sum(float(count) * _UNITS[unit] for count, unit in parts)
     if "".join(count + unit for count, unit in parts) != text.strip().lower() or total <= 0:
-        raise PlywiseError(
-            f"A budget is a duration such as 90s, 45m, 2h or 1h30m, not {text!r}.", see="error-bench"
-        )
+        raise BenchError(f"A budget is a duration such as 90s, 45m, 2h or 1h30m, not {text!r}.")
     return total
 
 
@@ -99,12 +97,11 @@ def fit_budget(
         if needed <= SLACK * budget:
             return tried
     slowest = max(costs, key=lambda pair: costs[pair].step)
-    raise PlywiseError(
+    raise BenchError(
         f"{format_duration(budget)} are not enough: {trials} tuning trials and {config.seeds} seeds take "
         f"about {format_duration(needed / SLACK)} with {workers} worker{'s' if workers > 1 else ''}. Take "
         f"fewer methods (the slowest step is that of {slowest[1]} on {slowest[0]}), fewer --steps or "
-        "--seeds, or a larger --budget.",
-        see="error-bench",
+        "--seeds, or a larger --budget."
     )
 
 

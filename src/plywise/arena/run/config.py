@@ -17,7 +17,7 @@ from plywise.arena.workloads import find_workload
 from plywise.arena.workloads.own import checked_workload, own_workload
 from plywise.data.batches import Split
 from plywise.data.parts import Data
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError, DataError
 
 OLD_FIELDS = {"entries": "workloads", "patience": "timeout_s"}
 """Names of a config's fields in the files of plywise 0.1."""
@@ -210,19 +210,16 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         if not self.workloads or not self.methods:
-            raise PlywiseError("A bench needs a workload and a method at least.", see="error-bench")
+            raise BenchError("A bench needs a workload and a method at least.")
         for kind, names in (("workload", [w.name for w in self.workloads]), ("method", list(self.methods))):
             if twice := next((name for name in names if names.count(name) > 1), None):
-                raise PlywiseError(f"The {kind} {twice!r} is given twice.", see="error-bench")
+                raise BenchError(f"The {kind} {twice!r} is given twice.")
         if self.trials < 0 or self.seeds < 1:
-            raise PlywiseError(
-                f"Trials are 0 or more and seeds at least 1, not {self.trials} and {self.seeds}.",
-                see="error-bench",
+            raise BenchError(
+                f"Trials are 0 or more and seeds at least 1, not {self.trials} and {self.seeds}."
             )
         if self.timeout_s is not None and self.timeout_s <= 0:
-            raise PlywiseError(
-                f"A trial's timeout is in seconds, more than 0, not {self.timeout_s:g}.", see="error-bench"
-            )
+            raise BenchError(f"A trial's timeout is in seconds, more than 0, not {self.timeout_s:g}.")
 
     @property
     def trial_limit_s(self) -> float:
@@ -269,10 +266,7 @@ class ResolvedWorkload:
         data = workload.make_data()
         size, found = workload.batch_size, len(data.train)
         if isinstance(data.train, Split) and size > found:
-            raise PlywiseError(
-                f"{workload.name} has {found} training samples, less than a batch of {size}.",
-                see="error-data",
-            )
+            raise DataError(f"{workload.name} has {found} training samples, less than a batch of {size}.")
         data.save(file)
         sizes = {name: len(part) for name, part in vars(data).items()}
         return ResolvedWorkload(source, workload, file, sizes, data.fingerprint())
@@ -377,5 +371,5 @@ def _refuse(
     }
     if len(refused) == len(workloads) * len(methods):
         (_, method), reason = next(iter(refused.items()))
-        raise PlywiseError(f"No method can run: {method}: {reason}.", see="error-bench")
+        raise BenchError(f"No method can run: {method}: {reason}.")
     return refused

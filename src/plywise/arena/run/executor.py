@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from plywise._util.process_groups import begin_group, end_group
 from plywise.arena.run.config import TIMEOUT_S
 from plywise.arena.run.job import TrialJob
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 STARTING = 600.0
 """Seconds until the process of a trial must have started: the first one waits for the import of torch."""
@@ -114,9 +114,7 @@ class ProcessExecutor:
 
     def __init__(self, count: int = 1, threads: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         if count < 1 or threads < 1:
-            raise PlywiseError(
-                f"Workers and threads are at least 1, not {count} and {threads}.", see="error-bench"
-            )
+            raise BenchError(f"Workers and threads are at least 1, not {count} and {threads}.")
         self.count, self.threads, self.timeout_s = count, threads, timeout_s
         # forked from a process that has imported torch and has no threads: a start takes milliseconds
         self._context = multiprocessing.get_context("forkserver")
@@ -178,10 +176,9 @@ def _start_forking() -> None:
     try:
         forkserver.ensure_running()
     except OSError as error:  # a socket's name holds 107 bytes
-        raise PlywiseError(
+        raise BenchError(
             f"No process can be started for a trial: {error}. Its socket is in the folder for temporary "
-            f"files, {tempfile.gettempdir()}: set TMPDIR to one with a short path.",
-            see="error-bench",
+            f"files, {tempfile.gettempdir()}: set TMPDIR to one with a short path."
         ) from error
     finally:
         _set_safe_path(safe)

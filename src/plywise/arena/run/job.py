@@ -18,7 +18,7 @@ from plywise.arena.scoring.records import FINAL, Key
 from plywise.arena.workload import Workload
 from plywise.data.batches import Split, clone_batch, list_tensors
 from plywise.data.parts import Data
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 PROBE_STEPS, PROBE_SAMPLES = 10, 500
 """Steps of a probe, and samples of each set that it measures on, unless a batch holds more."""
@@ -133,10 +133,9 @@ def require_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0].rstrip(".")
-        raise PlywiseError(
+        raise BenchError(
             f"Nothing can run on device {device!r} here: {why}. There are: {environment()['devices']}. Name "
-            "one of them with --device, or install a torch that knows yours.",
-            see="error-bench",
+            "one of them with --device, or install a torch that knows yours."
         ) from error
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from plywise._util.files import make_folder, written_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise.arena.scoring.records import Key, key_of
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 
 class Ledger:
@@ -53,10 +53,9 @@ class Ledger:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            raise PlywiseError(
+            raise BenchError(
                 f"Another process is adding trials to {self.path}. Let it finish or end it, or name another "
-                "folder.",
-                see="error-bench",
+                "folder."
             ) from error
         try:
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
@@ -86,10 +85,9 @@ class Ledger:
         except OSError as error:
             os.truncate(self.path, before)
             self.lines.pop(key_of(line), None)
-            raise PlywiseError(
+            raise BenchError(
                 f"A trial could not be written to {self.path}: {error.strerror}. The {len(self.lines)} "
-                "trials before are kept; make room, and go on.",
-                see="error-bench",
+                "trials before are kept; make room, and go on."
             ) from error
 
     def __contains__(self, key: Key) -> bool:
@@ -107,10 +105,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     whole, damaged = _split(path)
     if damaged:
         number, _, why = damaged[0]
-        raise PlywiseError(
+        raise BenchError(
             f"Line {number} of {path} is no trial of a bench, or damaged ({why}). To go on with the bench "
-            "(`plywise bench --resume`) sets such lines aside and runs their trials again.",
-            see="error-bench",
+            "(`plywise bench --resume`) sets such lines aside and runs their trials again."
         )
     return (line for line, _ in whole)
 

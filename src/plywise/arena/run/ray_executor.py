@@ -18,7 +18,7 @@ from plywise.arena.run.config import TIMEOUT_S
 from plywise.arena.run.executor import ProcessExecutor
 from plywise.arena.run.job import TrialJob
 from plywise.data.parts import Data
-from plywise.errors import MORE, PlywiseError
+from plywise.errors import MORE, BenchError
 
 GRACE = 10.0
 """Seconds that cancelled trials have to end, and that a cluster has to answer."""
@@ -62,16 +62,15 @@ class RayExecutor:
 
     def __init__(self, address: str = "auto", threads: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         if threads < 1:
-            raise PlywiseError(f"Threads are at least 1, not {threads}.", see="error-bench")
+            raise BenchError(f"Threads are at least 1, not {threads}.")
         self.threads, self.timeout_s = threads, timeout_s
         self._ray = _connect(address)
         cpus = [node["Resources"].get("CPU", 0.0) for node in self._ray.nodes() if node["Alive"]]
         self.count = sum(int(own // threads) for own in cpus)
         if not self.count:
-            raise PlywiseError(
+            raise BenchError(
                 f"No machine of the Ray cluster {address} has {threads} CPUs: they have "
-                f"{', '.join(f'{own:g}' for own in cpus)}. Take fewer --threads.",
-                see="error-bench",
+                f"{', '.join(f'{own:g}' for own in cpus)}. Take fewer --threads."
             )
         self._stopped = False
 
@@ -135,11 +134,10 @@ class RayExecutor:
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError) as error:
             return job.failed(f"its process was lost ({type(error).__name__} on Ray)")
         except errors.RayError as error:
-            raise PlywiseError(
+            raise BenchError(
                 f"The Ray cluster cannot run {job.key.method}: {_find_last_line(error)}. Its machines need "
                 "the same Python, torch and plywise as this one, and your own modules at the same place or "
-                "installed.",
-                see="error-bench",
+                "installed."
             ) from error
 
 
@@ -176,10 +174,9 @@ def _connect(address: str) -> Any:
             socket.create_connection((host, int(port)), timeout=GRACE).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
-        raise PlywiseError(
+        raise BenchError(
             f"There is no Ray cluster at {address!r} ({_find_last_line(error)}). Start one with `ray start "
-            "--head` on one machine and `ray start --address=HOST:PORT` on the others, or take --ray local.",
-            see="error-bench",
+            "--head` on one machine and `ray start --address=HOST:PORT` on the others, or take --ray local."
         ) from error
     return ray
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.space import Space, points
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError
 
 SEARCHES = ("sobol", "optuna")
 """Names of the searches; the first is the default."""
@@ -61,4 +61,4 @@ def find_search(name: str) -> Search:
         from plywise.arena.run.optuna_search import OptunaSearch
 
         return OptunaSearch()
-    raise PlywiseError(f"No search is called {name!r}. There are: {', '.join(SEARCHES)}.", see="error-bench")
+    raise BenchError(f"No search is called {name!r}. There are: {', '.join(SEARCHES)}.")

@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from plywise._util.suggest import suggestion
-from plywise.errors import PlywiseError
+from plywise.errors import BenchError, CommandError
 from plywise.registry.names import WORKLOAD_MODULES
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def list_workloads(words: str | Sequence[str], hidden_seed: int | None = None) -
     if words == "hidden":
         seed = secrets.randbelow(1_000_000) if hidden_seed is None else hidden_seed
         if seed < 0:
-            raise PlywiseError(f"A seed of hidden workloads is 0 or more, not {seed}.", see="error-bench")
+            raise BenchError(f"A seed of hidden workloads is 0 or more, not {seed}.")
         return [f"hidden-{kind}-{seed}" for kind in HIDDEN]
     if hidden_seed is not None:
-        raise PlywiseError("A hidden seed belongs to the workloads called hidden.", see="error-command")
+        raise CommandError("A hidden seed belongs to the workloads called hidden.")
     if not isinstance(words, str):
         return list(words)
     names = (word.strip() for word in words.split(","))
@@ -81,11 +81,10 @@ def find_workload(name: str) -> Workload:
 
         return make_workload(made[1], int(made[2]))
     if key not in WORKLOAD_MODULES:
-        raise PlywiseError(
+        raise BenchError(
             f"No workload is called {name!r}. {suggestion(name, (*WORKLOADS, *SETS, 'hidden'))}There are: "
             f"{', '.join(WORKLOADS)}; hidden-{HIDDEN[0]}-7 and others that a seed makes; or point at your "
-            "own model and data by module:name.",
-            see="error-bench",
+            "own model and data by module:name."
         )
     found: Workload = importlib.import_module(f"plywise.{WORKLOAD_MODULES[key]}").WORKLOADS[key]
     return replace(found, target=targets().get(key, {}).get("target"))

@@ -41,7 +41,7 @@ from plywise.data.own_data import OwnData, explaining
 from plywise.data.parts import Data
 from plywise.data.reading import ReadOptions
 from plywise.data.sources import Reading
-from plywise.errors import BlockError, PlywiseError
+from plywise.errors import AddressError, BlockError, CommandError, DataError, PlywiseError
 from plywise.local.split import split
 from plywise.registry.resolve import make_model, resolve_data, resolve_function
 
@@ -100,7 +100,7 @@ def own_workload(
     options = ReadOptions.parse(read)
     network = _make_network(model)  # before the data, which may take long
     if step and loss:
-        raise PlywiseError("A step function gives the loss: leave --loss out.", see="error-command")
+        raise CommandError("A step function gives the loss: leave --loss out.")
     reading = Reading(options, bool(step), batch_size, keep_batches)
     found = resolve_data(data, reading) if isinstance(data, str) else OwnData(data, "read before")
     train = found.data.train
@@ -208,19 +208,14 @@ def _make_network(address: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         first, second = (make_model(address) for _ in range(2))
     if not isinstance(second, nn.Module):
-        raise PlywiseError(
-            f"{address} returned a {type(second).__name__}, not a torch.nn.Module.", see="error-address"
-        )
+        raise AddressError(f"{address} returned a {type(second).__name__}, not a torch.nn.Module.")
     if first is second:
-        raise PlywiseError(
+        raise AddressError(
             f"{address} returned the same network twice: each trial needs a new one, with its own weights. "
-            "Make it inside the function.",
-            see="error-address",
+            "Make it inside the function."
         )
     if not any(parameter.requires_grad for parameter in second.parameters()):
-        raise PlywiseError(
-            f"{address} made a {type(second).__name__} without a parameter to train.", see="error-address"
-        )
+        raise AddressError(f"{address} made a {type(second).__name__} without a parameter to train.")
     return second
 
 
@@ -236,22 +231,15 @@ def _output(network: nn.Module, address: str, x: Batch) -> Tensor:
         is_plain = isinstance(x, Tensor)
         what = f"{x.dtype} and shape {tuple(x.shape)}" if is_plain else describe_batch(x)
         count = "two" if samples == 2 else samples
-        raise PlywiseError(
-            f"{address} fails on {count} inputs of {what}: {type(error).__name__}: {error}.",
-            see="error-address",
+        raise AddressError(
+            f"{address} fails on {count} inputs of {what}: {type(error).__name__}: {error}."
         ) from error
     if not isinstance(output, Tensor):
-        raise PlywiseError(
-            f"{address} gives a {type(output).__name__}, not one tensor with a row a sample.",
-            see="error-address",
-        )
+        raise AddressError(f"{address} gives a {type(output).__name__}, not one tensor with a row a sample.")
     if output.dim() == 0 or len(output) != samples:
-        raise PlywiseError(
-            f"{address} gives an output of shape {tuple(output.shape)} for {samples} samples.",
-            see="error-address",
-        )
+        raise AddressError(f"{address} gives an output of shape {tuple(output.shape)} for {samples} samples.")
     if not bool(torch.isfinite(output).all()):
-        raise PlywiseError(f"{address} gives NaN or infinity before any training.", see="error-address")
+        raise AddressError(f"{address} gives NaN or infinity before any training.")
     return output
 
 
@@ -303,16 +291,14 @@ def _are_one_hot(y: Tensor) -> bool:
 def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss: bool) -> None:
     y = _targets(data.train)
     if not own_loss and _are_one_hot(y):
-        raise PlywiseError(
+        raise DataError(
             f"The targets are one-hot: of {y.shape[1]} numbers a sample, one is 1. Give classes as whole "
-            "numbers, y.argmax(1), or say with --loss what is to be done with these.",
-            see="error-data",
+            "numbers, y.argmax(1), or say with --loss what is to be done with these."
         )
     if not own_loss and y.is_floating_point() and output.shape[1:] != y.shape[1:]:
-        raise PlywiseError(
+        raise AddressError(
             f"{model} gives {tuple(output.shape[1:])} for each sample, and a target {tuple(y.shape[1:])}; "
-            "they must be of one shape.",
-            see="error-address",
+            "they must be of one shape."
         )
     if task.metric is error_rate or (not own_loss and not y.is_floating_point()):
         _check_classes(model, output, data)
@@ -327,18 +313,16 @@ def _check_classes(model: str, output: Tensor, data: Data) -> None:
     y = _targets(data.train)
     if output.shape[1:-1] != y.shape[1:] or output.dim() == 1:
         wanted = ", ".join(map(str, (*y.shape[1:], "classes")))
-        raise PlywiseError(
+        raise DataError(
             f"{model} gives {tuple(output.shape[1:])} for each sample; for whole-number targets it must be "
-            f"({wanted},) scores. If these are numbers to predict, make them floating-point.",
-            see="error-data",
+            f"({wanted},) scores. If these are numbers to predict, make them floating-point."
         )
     outputs = output.shape[-1]
     largest = max(int(y.max()) for part in vars(data).values() for y in _all_targets(part))
     if largest >= outputs:
-        raise PlywiseError(
+        raise DataError(
             f"{model} has {outputs} output{'s' if outputs > 1 else ''}, and targets go up to {largest}: "
-            f"it needs {largest + 1}. If these are numbers to predict, make them floating-point.",
-            see="error-data",
+            f"it needs {largest + 1}. If these are numbers to predict, make them floating-point."
         )
 
 
@@ -350,20 +334,15 @@ def _check_judge(judge: Callable[..., Any], what: str, output: Tensor, y: Tensor
     try:
         value = judge(output, y)
     except Exception as error:
-        raise PlywiseError(
+        raise DataError(
             f"The {what} fails on outputs of shape {tuple(output.shape)} and targets of {y.dtype} and shape "
-            f"{tuple(y.shape)}: {type(error).__name__}: {error}.",
-            see="error-data",
+            f"{tuple(y.shape)}: {type(error).__name__}: {error}."
         ) from error
     if not isinstance(value, Tensor) or value.dim() != 0:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-        raise PlywiseError(
-            f"The {what} must be a tensor with one number, the mean; it is of {found}.", see="error-data"
-        )
+        raise DataError(f"The {what} must be a tensor with one number, the mean; it is of {found}.")
     if not bool(torch.isfinite(value)):
-        raise PlywiseError(
-            f"The {what} is {float(value)} on two samples before any training.", see="error-data"
-        )
+        raise DataError(f"The {what} is {float(value)} on two samples before any training.")
 
 
 def _blocks(network: nn.Module, example: Batch, classes: int, wanted: int | None) -> int:

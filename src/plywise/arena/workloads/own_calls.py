@@ -21,7 +21,7 @@ from plywise.data.models import (
     find_scores,
     get_own_loss,
 )
-from plywise.errors import PlywiseError
+from plywise.errors import AddressError, PlywiseError
 from plywise.registry.resolve import make_model, resolve_function
 
 PLAIN, SCORES, STEP = "", "scores", "step"
@@ -122,20 +122,17 @@ def check_step(address: str, network: nn.Module, train: Part) -> None:
     except PlywiseError:
         raise
     except Exception as error:
-        raise PlywiseError(
-            f"{address} fails on a batch of {describe_batch(x)}: {type(error).__name__}: {error}.",
-            see="error-address",
+        raise AddressError(
+            f"{address} fails on a batch of {describe_batch(x)}: {type(error).__name__}: {error}."
         ) from error
     if not bool(torch.isfinite(numbers).all()):
-        raise PlywiseError(
-            f"{address}: loss and metric of a batch are {numbers.tolist()} before any training.",
-            see="error-address",
+        raise AddressError(
+            f"{address}: loss and metric of a batch are {numbers.tolist()} before any training."
         )
     if not loss.requires_grad:
-        raise PlywiseError(
+        raise AddressError(
             f"{address}: the loss of a batch depends on no parameter that trains. Return it as a tensor with "
-            "its graph.",
-            see="error-address",
+            "its graph."
         )
 
 

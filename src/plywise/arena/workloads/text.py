@@ -14,7 +14,7 @@ from plywise.arena.workloads.networks import CharTransformer
 from plywise.data.digits import Split
 from plywise.data.parts import Data
 from plywise.data.sets import load_tiny_shakespeare
-from plywise.errors import PlywiseError
+from plywise.errors import DataError
 
 VOCABULARY = 65
 """Different characters in the text."""
@@ -34,10 +34,9 @@ def make_data() -> Data:
     text = load_tiny_shakespeare()
     characters = sorted(set(text))
     if len(characters) != VOCABULARY:
-        raise PlywiseError(
+        raise DataError(
             f"The text has {len(characters)} different characters, and tiny Shakespeare has {VOCABULARY}: it "
-            "is another one, or damaged.",
-            see="error-data",
+            "is another one, or damaged."
         )
     numbers = {character: number for number, character in enumerate(characters)}
     tokens = torch.tensor([numbers[character] for character in text])
