@@ -13,6 +13,9 @@ was best there. After training, for every depth, on test images:
   the bridge's output from its code.
 
 "fixed codes" never trains the encoders of the targets, "longer" has three times the epochs.
+
+The script has a loop of its own because it looks into each trained learner, of which a trial of the arena
+keeps only predictions, and because all arms of an experiment of the arena have equally many epochs.
 """
 
 import argparse

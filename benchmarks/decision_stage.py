@@ -9,6 +9,9 @@ validation accuracy at the end, the mean of its last three looks. The time of a 
 training steps so far; the stage's has the one fit added that it would take there. Ratios are within a seed,
 then medians over seeds; a target that is never reached counts as infinite, and the accuracy there as 0.
 One thread.
+
+The script has a loop of its own because two ways to decide look at the same training, with times of their
+own, and each seed has other data: in the arena each way would train for itself, all seeds on one data set.
 """
 
 import json

@@ -7,6 +7,9 @@ once, on patches of 16×16 with noise of all levels, which it is told. A Gaussia
 differences of neighbours as fixed filters, 40 steps) each get the best of a grid for each level, by the PSNR
 on images of the training part that nobody trains on. PSNR is the mean over test images; all outputs are
 clamped to [0, 1], the noisy input is not. One thread, one seed, so no spread is known; seconds are of CPU.
+
+The script has a loop of its own because each step draws other patches and other noise: a trial of the arena
+trains on batches of a data set.
 """
 
 import json

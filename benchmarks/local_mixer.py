@@ -6,6 +6,8 @@
 A LocalMixer of 4×4 patches, 64 channels in 8 groups and 3 blocks; 10,000 images, batches of 128, Adam, 1,200
 steps, one seed. "local forward gradient" has a loss for each patch and group, as in the paper. After every
 200 steps: the share of right validation, test and training images, in per cent.
+
+The script has a loop of its own because a trial of the arena looks at the test images once, at its end.
 """
 
 import argparse
