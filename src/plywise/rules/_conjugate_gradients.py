@@ -36,7 +36,6 @@ class System:
         matrix: AᵀA, or AAᵀ if ``in_rows``; (g, k, k).
         right: G transposed, or the rows of Δ; (g, k, m).
         shift: λ, which broadcasts with them.
-        lengths: ‖Δ‖ of each output, (g, 1, m).
         in_rows: whether vectors stand for ``Aᵀ`` times them.
         flat: whether all of a layer's parameters are one vector, or each output has its own scalars.
     """
@@ -44,7 +43,6 @@ class System:
     matrix: Tensor
     right: Tensor
     shift: Tensor
-    lengths: Tensor
     in_rows: bool
     flat: bool
 
@@ -110,9 +108,8 @@ def _make_system(call: LinearCall, in_rows: bool, damping: float, flat: bool, dt
         right = call.delta_rows(dtype)
     else:
         right = call.matrix(call.gradient(call.delta.to(dtype))).to(dtype).mT
-    lengths = torch.linalg.vector_norm(call.delta_rows(dtype), dim=1, keepdim=True)
     shift = torch.as_tensor(damping, dtype=torch.float64).to(matrix).reshape(-1, 1, 1)
-    return System(matrix, right, shift, lengths, in_rows, flat)
+    return System(matrix, right, shift, in_rows, flat)
 
 
 def _solve(
@@ -134,9 +131,11 @@ def _solve(
         matrix=system.matrix / scale,
         right=system.right / unit,
         shift=system.shift / scale,
-        lengths=system.lengths / unit * (1 if in_rows else scale.sqrt()),
     )
-    estimate = None if dtype == torch.float64 else _ErrorEstimate(scaled)
+    estimate = None
+    if dtype != torch.float64:
+        lengths = torch.linalg.vector_norm(call.delta_rows(dtype), dim=1, keepdim=True)
+        estimate = _ErrorEstimate(scaled, lengths / unit * scale.sqrt())
     solution = _iterate(scaled, steps, estimate)
     if estimate is not None and not estimate.find(solution) <= TOLERANCE:
         return None
@@ -187,9 +186,13 @@ class _ErrorEstimate:
     Entry (i, j) of M is off by about ``eps · (M_ii M_jj)^½``, in any direction. So are the curvature of
     a direction, to which the length of its step is inverse, and the residual, relative to which the next
     direction is off. Both errors are multiplied by the length of the step along that direction.
+
+    Args:
+        system: the system to iterate on.
+        lengths: ‖Δ‖ of each output, (g, 1, m), in the unit of a right side that is a product of A and Δ.
     """
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, lengths: Tensor) -> None:
         self._system = system
         self._eps = MARGIN * torch.finfo(system.matrix.dtype).eps
         self._diagonal = system.matrix.diagonal(dim1=1, dim2=2).unsqueeze(2)
@@ -200,7 +203,7 @@ class _ErrorEstimate:
         self._of_residual = self._eps * self._measure(system.right)
         if not system.in_rows:  # a product of A and Δ
             trace = self._diagonal.sum(1, keepdim=True)
-            made_of = (trace * system.lengths.square()).sum((0, 1, 2) if system.flat else 1, keepdim=True)
+            made_of = (trace * lengths.square()).sum((0, 1, 2) if system.flat else 1, keepdim=True)
             self._of_residual = self._eps * made_of.sqrt()
         self._sum = torch.zeros_like(self._of_residual)
 
