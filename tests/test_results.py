@@ -13,7 +13,9 @@ from benchmark_scripts import BENCHMARKS, REPOSITORY, import_script
 sys.path.insert(0, str(Path(__file__).parent / "arena"))
 from fake_bench import make_bench, make_lines, write_bench
 
-archives, summaries, tables = (import_script(name) for name in ("archives", "summaries", "tables"))
+archives, figure_tables, summaries, tables = (
+    import_script(name) for name in ("archives", "figure_tables", "summaries", "tables")
+)
 
 GENERATED = (".json", ".jsonl", ".svg", ".html", ".csv", ".png", ".gz", ".xz", ".ipynb")
 LIMIT = 2_000_000
@@ -58,6 +60,23 @@ def test_a_figure_that_was_changed_by_hand_is_printed_again():
             at = text.index(row, found.start()) + max(row.rfind(digit) for digit in "0123456789")
             forged = f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}"
             assert tables.fill(forged) == text, found["name"]
+
+
+def test_speeds_of_the_local_table_are_relative_to_backpropagation(tmp_path, monkeypatch):
+    def run(speed: int, **beside: int) -> dict[str, object]:
+        final = {"rate": 1, "alive_bytes": 8, "samples_a_second": speed, **beside}
+        return {"final": [final | {"test": 50.0 + seed} for seed in range(3)]}
+
+    entries = {
+        "backpropagation": run(1000),
+        "older": run(500),
+        "slower machine": run(100, backpropagation_samples_a_second=80),
+    }
+    (tmp_path / "local_table.json").write_text(json.dumps({"workloads": {"cifar": entries}}))
+    monkeypatch.setattr(figure_tables, "HERE", tmp_path)
+    rows = [line.strip("| ").split(" | ") for line in figure_tables.local_table("cifar")("").splitlines()[2:]]
+    speeds = {row[0]: row[-1] for row in rows}
+    assert speeds == {"backpropagation": "≈ 1.0", "older": "≈ 0.5", "slower machine": "1.25"}
 
 
 @pytest.fixture
