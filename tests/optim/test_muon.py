@@ -1,6 +1,7 @@
 """Muon: its definition in float64, torch's own, the batches by shape, the parameters that are no matrices."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from plywise.numerics.polar import COEFFICIENTS
 from plywise.optim import KLSOAP, SOAP, Muon, NorMuon
+from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from plywise.optim.muon import THREE_ITERATIONS, has_bfloat16_products
 
 SHAPES = ((6, 6), (8, 5), (6, 6), (5, 8), (4, 3, 2, 2), (8, 5))
@@ -257,3 +259,54 @@ def test_layers_of_one_shape_share_their_products(make):
             run_without_draws(optimizer, params, 1)
         counts.append(sum(event.name in ("aten::bmm", "aten::baddbmm") for event in record.events()))
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("adjust", [*RATIOS, "NorMuon"])
+def test_transposed_matrices_move_as_the_others(adjust):
+    make = NorMuon if adjust == "NorMuon" else functools.partial(Muon, adjust_lr_fn=adjust)
+    draws = [p.detach() for p in start([(6, 10), (10, 4), (8, 8)])]
+    plain = [nn.Parameter(draw.clone()) for draw in draws]
+    turned = [nn.Parameter(draw.T.clone()) for draw in draws]
+    optimizers = make(plain, lr=0.1), make([{"params": turned, "transposed": True}], lr=0.1)
+    for step in range(6):
+        for one, other in zip(plain, turned, strict=True):
+            one.grad = torch.sin(torch.arange(one.numel(), dtype=torch.float64) * (step + 1)).view_as(one)
+            other.grad = one.grad.T.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(plain, turned, strict=True):
+        torch.testing.assert_close(one, other.T, rtol=0, atol=1e-12)
+
+
+class Experts(nn.Module):
+    """Several matrices in one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4, 4))
+
+
+def test_weights_that_are_stored_as_in_out_are_a_group_of_their_own():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ConvTranspose2d(8, 4, 2),
+        Experts(),
+        nn.Linear(4, 4),
+        nn.Linear(4, 2),
+    )
+    groups = group_for_muon(model, find_hidden_weights(model))
+    shapes = [[tuple(p.shape) for p in group["params"] if p.dim() > 1] for group in groups]
+    assert shapes[0] == [(8, 3, 3, 3), (4, 4)]
+    assert shapes[1] == [(8, 4, 2, 2)]
+    assert shapes[2] == [(8, 1, 3, 3), (3, 4, 4), (2, 4)], "several matrices in one are left to AdamW"
+    assert [group.get("transposed", False) for group in groups] == [False, True, False]
+
+
+def test_gpt2s_matrices_are_transposed():
+    transformers = pytest.importorskip("transformers")
+    sizes = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8)
+    model = transformers.GPT2LMHeadModel(sizes)
+    (group, _) = group_for_muon(model, find_hidden_weights(model))
+    assert group["transposed"]
+    assert sorted(tuple(p.shape) for p in group["params"]) == [(8, 8), (8, 24), (8, 32), (32, 8)]

@@ -38,7 +38,7 @@ class Muon(StackedOptimizer):
         W ← (1 − lr weight_decay) W − lr r X, r = √max(1, m/n), 0.2 √max(m, n) or √(0.32 √(m max(m, n) / n)).
     Use when: hidden weights are matrices, and you can tune the rate a little.
     Do not use when: layers are wide and batches small: then a step costs as much as several plain steps.
-    Layers: parameters of two or more dimensions, flattened to (out, rest). All others, and all in a group
+    Layers: parameters of two or more dimensions, flattened to (first, rest). All others, and all in a group
         with ``use_muon=False``, move by AdamW at the same ``lr`` and ``weight_decay``. Put embeddings and the
         output layer in such a group, because their shapes do not show what they are.
     Cost: 15 matrix products of the smaller side in each step for 5 iterations, whatever the batch size (two
@@ -76,6 +76,8 @@ class Muon(StackedOptimizer):
             96 or more, except on CPUs that have no products in bfloat16, where torch's take 20 to 45 times
             as long; else float32; float64 for weights in float64.
         use_muon: whether matrices move by Muon; for groups. Default True.
+        transposed: whether matrices are stored as (in, out), as those of transposed convolutions and of
+            transformers' ``Conv1D``; for groups. Default False.
         betas: AdamW's decay rates. Default (0.9, 0.999).
         adamw_eps: AdamW's ε. Default 1e-8. Range 1e-12 to 1e-4.
         maximize: go up instead of down. Default False.
@@ -110,6 +112,7 @@ class Muon(StackedOptimizer):
         *,
         ns_dtype: torch.dtype | None = None,
         use_muon: bool = True,
+        transposed: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         maximize: bool = False,
@@ -122,7 +125,7 @@ class Muon(StackedOptimizer):
             "ns_dtype": ns_dtype,
         }
         adamw = {"use_muon": use_muon, "betas": betas, "adamw_eps": adamw_eps}
-        more = {"adjust_lr_fn": adjust_lr_fn, "maximize": maximize}
+        more = {"adjust_lr_fn": adjust_lr_fn, "transposed": transposed, "maximize": maximize}
         super().__init__(params, {**settings, **iteration, **adamw, **more})
 
     def check(self, group: Group) -> None:
@@ -154,6 +157,7 @@ class Muon(StackedOptimizer):
             factor = 1.0
         else:
             update, factor = self.compute_step(group, stack, self._orthogonalize(group, stack, gradient))
+            update = update.mT if group["transposed"] else update
         stack.shrink(lr, group["weight_decay"])
         stack.add(update, -lr * factor)
 
@@ -171,6 +175,7 @@ class Muon(StackedOptimizer):
         buffer.lerp_(gradient, 1 - momentum)
         ahead = torch.lerp(gradient, buffer, momentum) if group["nesterov"] else buffer
         matrices = ahead.reshape(*ahead.shape[:2], -1)
+        matrices = matrices.mT if group["transposed"] else matrices
         dtype = group["ns_dtype"] or choose_dtype(matrices)
         iterations = list_iterations(group["ns_coefficients"], group["ns_steps"])
         return orthogonalize(matrices.to(dtype), iterations, group["eps"])

@@ -42,6 +42,7 @@ class NorMuon(Muon):
         nesterov: look ahead by one step of momentum. Default True.
         ns_steps: iterations. Default 5. Range 1 to 10.
         use_muon: whether matrices move by NorMuon; for groups. Default True.
+        transposed: whether matrices are stored as (in, out), as for `Muon`; for groups. Default False.
         betas: AdamW's decay rates. Default (0.9, 0.999).
         adamw_eps: AdamW's ε. Default 1e-8. Range 1e-12 to 1e-4.
         maximize: go up instead of down. Default False.
@@ -70,6 +71,7 @@ class NorMuon(Muon):
         ns_steps: int = 5,
         *,
         use_muon: bool = True,
+        transposed: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         maximize: bool = False,
@@ -77,7 +79,7 @@ class NorMuon(Muon):
         settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         iteration = {"ns_coefficients": COEFFICIENTS, "eps": 1e-7, "ns_steps": ns_steps, "ns_dtype": None}
         adamw = {"use_muon": use_muon, "betas": betas, "adamw_eps": adamw_eps}
-        more = {"beta2": beta2, "adjust_lr_fn": None, "maximize": maximize}
+        more = {"beta2": beta2, "adjust_lr_fn": None, "transposed": transposed, "maximize": maximize}
         # not that of Muon, which has other settings
         StackedOptimizer.__init__(self, params, {**settings, **iteration, **adamw, **more})
 
@@ -89,7 +91,10 @@ class NorMuon(Muon):
     def get_shapes(self, group: Group, param: Tensor) -> Mapping[str, Shape] | None:
         """Return the shapes of Muon's state, and of a number for each row."""
         shapes = super().get_shapes(group, param)
-        return shapes if shapes is None else {**shapes, "row_square": (param.shape[0], 1)}
+        if shapes is None:
+            return None
+        first = param.shape[0]
+        return {**shapes, "row_square": (param.numel() // first if group["transposed"] else first, 1)}
 
     def compute_step(self, group: Group, stack: Stack, polar: Tensor) -> tuple[Tensor, float]:
         """Compute the step at rate 1, (k, m, n), and a factor, from the k orthogonal matrices ``polar``."""
