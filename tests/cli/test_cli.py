@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,16 +82,27 @@ def test_help_is_answered_without_torch():
 import sys
 import plywise.cli
 assert not {"torch", "numpy", "jinja2"} & set(sys.modules), "after import"
-for words in (["--help"], ["demo", "--help"], ["explain", "--help"], ["methods", "info", "--help"], []):
+commands = "demo", "explain", "bench", "diagnose", "reproduce", "train", "pipeline", "methods info"
+for words in ("--help", *(f"{command} --help" for command in commands), ""):
     try:
-        plywise.cli.main(words)
+        plywise.cli.main(words.split())
     except SystemExit as left:
         assert left.code == 0, (words, left.code)
 assert not {"torch", "numpy", "jinja2"} & set(sys.modules), "after --help"
+import plywise.arena.methods, plywise.arena.workloads
+assert "torch" not in sys.modules, "after names are listed"
 """
-    said = python(code)
+    said = re.sub(r"\s+", " ", python(code))
     for command in ("demo", "doctor", "explain", "methods", "--seeds", "--no-open", "--batch-size"):
         assert command in said
+    for words in ("plywise bench my.module:make_model", "--budget", "--resume", "quick, standard"):
+        assert words in said
+    for words in (
+        "plywise train --rule ProxProp",
+        "torchrun --nproc-per-node 2 -m plywise pipeline",
+        "--cuts",
+    ):
+        assert words in said
 
 
 def test_installed_command_says_its_version():

@@ -141,9 +141,3 @@ def test_missing_data_name_the_file(tmp_path, monkeypatch):
         command("consequentialism", "--out", str(tmp_path), "--dry-run")
     with pytest.raises(PlywiseError, match=r"'cifar10' is missing: cifar-10-binary\.tar\.gz"):
         command("back-matching", "--out", str(tmp_path))
-
-
-def test_the_module_costs_no_torch():
-    code = "import sys; import plywise.cli.reproduce; print('torch' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == "False\n"
