@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from plywise._util.checks import require_positive, require_whole
 from plywise.data.batches import Batch
@@ -13,11 +13,11 @@ from plywise.errors import BlockError
 from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
-from plywise.local.learner import Learner
+from plywise.local.learner import Learner, PredictsByBlocks
 from plywise.local.local_loss import Loss, LossComponent, check_targets, choose_loss
 
 
-class ActivationRelaxation(Learner):
+class ActivationRelaxation(PredictsByBlocks, Learner):
     """Activation Relaxation.
 
     Idea: after the forward pass the activations between blocks are changed step by step, each with the value
@@ -126,7 +126,3 @@ class ActivationRelaxation(Learner):
             for i in reversed(range(len(passages) - 1)):
                 x[i] = torch.lerp(x[i], passages[i + 1].below(x[i + 1]), self.rate)
         return x
-
-    def as_module(self) -> nn.Module:
-        """The blocks, one after another."""
-        return self._blocks.as_module()

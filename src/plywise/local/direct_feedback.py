@@ -12,7 +12,7 @@ from plywise.errors import BlockError
 from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks, hide_padding
 from plywise.local.component import Component, Signal
-from plywise.local.learner import Learner, check_classes
+from plywise.local.learner import Learner, PredictsByBlocks, check_classes
 from plywise.local.local_loss import Loss
 
 
@@ -50,7 +50,7 @@ class FeedbackComponent(Component):
         return (error.flatten(1).to(self.feedback) @ self.feedback).view_as(s).to(s)
 
 
-class DirectFeedback(Learner):
+class DirectFeedback(PredictsByBlocks, Learner):
     """Direct feedback alignment (DFA).
 
     Idea: backpropagation sends the error back through the transposed weights of all layers above. Send it
@@ -137,7 +137,3 @@ class DirectFeedback(Learner):
                 passage.learn(taught if component.feedback is None else hide_padding(taught, signal.carried))
                 trainer.apply()
         return [loss.detach()] * len(self.trainers)
-
-    def as_module(self) -> nn.Module:
-        """The blocks, one after another."""
-        return self._blocks.as_module()

@@ -20,7 +20,7 @@ from plywise.local.blocks import Blocks, hide_padding
 from plywise.local.component import Signal
 from plywise.local.forward_locality import Locality, find_localities, slopes_of
 from plywise.local.heads import MakeHead, pooled_linear
-from plywise.local.learner import OneWayLearner, check_classes
+from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
 from plywise.local.local_loss import Loss, LossComponent, headed_components
 
 Draw = Callable[[Tensor], Tensor]
@@ -188,7 +188,7 @@ def _output_layer(block: nn.Module) -> nn.Module | None:
     return last if uses == 1 else None
 
 
-class LocalForwardGradient(OneWayLearner):
+class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
     """Forward gradients with local losses, activity-perturbed.
 
     Idea: push the outputs of a block's layers along a random u and see by forward differentiation how each
@@ -300,7 +300,3 @@ class LocalForwardGradient(OneWayLearner):
         if self._loss is F.cross_entropy:
             check_classes(y, self._classes)
         return self._blocks.begin(x, y)
-
-    def as_module(self) -> nn.Module:
-        """The blocks, one after another."""
-        return self._blocks.as_module()

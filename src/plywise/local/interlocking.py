@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from plywise._util.checks import require_whole
 from plywise.data.batches import Batch
@@ -13,12 +13,12 @@ from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
-from plywise.local.learner import Neighbours, StagedLearner
+from plywise.local.learner import Neighbours, PredictsByBlocks, StagedLearner
 from plywise.local.local_loss import Loss, check_targets, choose_loss, headed_components
 from plywise.local.trainer import LocalTrainer
 
 
-class Interlocking(StagedLearner):
+class Interlocking(PredictsByBlocks, StagedLearner):
     """n-wise interlocking backpropagation.
 
     Idea: a block that only follows its own head discards what later blocks need. Let it follow the head n - 1
@@ -150,10 +150,6 @@ class Interlocking(StagedLearner):
             gradient = stage.send_through(gradient)
         if stage.first > 0 and self._reaches(head, stage.first - 1):
             stage.neighbours.send_back(gradient)
-
-    def as_module(self) -> nn.Module:
-        """The blocks, one after another."""
-        return self._blocks.as_module()
 
 
 class _Stage:

@@ -12,6 +12,7 @@ from plywise._util.modes import evaluating
 from plywise.data.batches import Batch, count_samples
 from plywise.engine.explain import Explanations
 from plywise.errors import AttachError, DataError, StateError
+from plywise.local.blocks import Blocks
 from plywise.local.component import Component, Signal
 from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeScheduler
 
@@ -179,6 +180,16 @@ class Neighbours:
     emit: Callable[[Signal], None] = lambda _: None
     send_back: Callable[[Tensor], None] = _refuse_call
     receive_back: Callable[[], Tensor] = _refuse_call
+
+
+class PredictsByBlocks:
+    """Gives a learner of `Blocks`, in ``_blocks``, the blocks themselves as the network that predicts."""
+
+    _blocks: Blocks
+
+    def as_module(self) -> nn.Module:
+        """The blocks, one after another."""
+        return self._blocks.as_module()
 
 
 class StagedLearner(Learner):

@@ -18,7 +18,7 @@ from plywise.errors import BlockError
 from plywise.local.blocks import Blocks
 from plywise.local.component import Component, Signal
 from plywise.local.heads import MakeHead, MeanLinear, mean_linear, pooled_linear, position_linear
-from plywise.local.learner import OneWayLearner, check_classes
+from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A scalar from predictions and targets."""
@@ -111,7 +111,7 @@ def check_targets(y: Tensor, num_classes: int, loss: Loss) -> None:
             check_classes(known, num_classes)
 
 
-class LocalLoss(OneWayLearner):
+class LocalLoss(PredictsByBlocks, OneWayLearner):
     """Training block by block, each by a loss of its own.
 
     Idea: a small head on each block's activations predicts the target. The block learns, with its head, from
@@ -189,7 +189,3 @@ class LocalLoss(OneWayLearner):
         """The batch as it is."""
         check_targets(y, self._classes, self._loss)
         return self._blocks.begin(x, y)
-
-    def as_module(self) -> nn.Module:
-        """The blocks, one after another."""
-        return self._blocks.as_module()

@@ -12,7 +12,7 @@ from plywise.engine.health import SKIPPED
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
-from plywise.local.learner import Learner, check_classes, learn_in_turn
+from plywise.local.learner import Learner, PredictsByBlocks, check_classes, learn_in_turn
 from plywise.local.local_loss import Loss, headed_components
 
 
@@ -74,7 +74,7 @@ def beginning(block: nn.Module) -> nn.Module:
     return nn.Sequential(*parts)
 
 
-class MomentumAuxiliary(Learner):
+class MomentumAuxiliary(PredictsByBlocks, Learner):
     """Supervised local learning with momentum auxiliary networks (MAN).
 
     Idea: a block that follows only its own head ignores what later blocks need. Put a copy of the beginning
@@ -174,7 +174,3 @@ class MomentumAuxiliary(Learner):
             if after[number] == skipped[number]:  # a step that did not happen leaves no trace
                 head.follow(unit, self._momentum)
         return losses
-
-    def as_module(self) -> nn.Module:
-        """The blocks, one after another."""
-        return nn.Sequential(*self._blocks)

@@ -12,7 +12,7 @@ from plywise.data.batches import Batch
 from plywise.local.blocks import Blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, MeanLinear, make_pooling
-from plywise.local.learner import OneWayLearner, check_classes
+from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
 from plywise.local.local_loss import LossComponent, headed_components
 
 WIDTH = 128
@@ -64,7 +64,7 @@ def contrastive_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
     return -(chances.sum(1) / same.sum(1)).mean()
 
 
-class SCPL(OneWayLearner):
+class SCPL(PredictsByBlocks, OneWayLearner):
     """Supervised contrastive parallel learning, the successor of Associated Learning.
 
     Idea: a block needs no code of the target to learn by itself. It learns to bring the samples of a class
@@ -141,7 +141,3 @@ class SCPL(OneWayLearner):
         """The batch as it is."""
         check_classes(y, self._classes)
         return self._blocks.begin(x, y)
-
-    def as_module(self) -> nn.Module:
-        """The blocks, one after another."""
-        return self._blocks.as_module()
