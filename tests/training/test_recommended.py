@@ -82,7 +82,18 @@ def test_muon_moves_hidden_weights_that_are_not_too_wide() -> None:
     by_muon, others = (group["params"] for group in found.optimizer.param_groups)
     assert [id(p) for p in by_muon] == [id(model[0].weight), id(model[2].weight)]
     assert {id(p) for p in (*by_muon, *others)} == {id(p) for p in model.parameters()}
-    assert "Muon moves 0.weight, 2.weight, which takes" in found.explain()
+    assert "Muon moves hidden weights, 0.weight and 1 other, which takes" in found.explain()
+
+
+class Recurrent(nn.Module):
+    """The last state of an LSTM, and a layer that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cells(x)[0][:, -1])
 
 
 class Backwards(nn.Module):
@@ -99,6 +110,34 @@ class Backwards(nn.Module):
 def test_a_batch_shows_which_layer_gives_the_output() -> None:
     assert pw.recommend(Backwards(), batch=torch.ones(3, 4)).muon == ("body.weight",)
     assert pw.recommend(Backwards()).muon == ("head.weight",), "without one, the last module is taken for it"
+
+
+@pytest.mark.parametrize("make", [make_convnet, lambda: pw.nn.unroll(Recurrent())], ids=["conv", "recurrent"])
+def test_with_a_batch_explain_knows_every_call_before_the_first_step(make) -> None:
+    model = make()
+    x = torch.randn(4, 3, 12, 12) if isinstance(model, nn.Sequential) else torch.randn(4, 5, 3)
+    text = pw.recommend(model, batch=x).explain()
+    assert "after 1st batch" not in text
+    assert "no call of a linear map has been seen" not in text
+
+
+def test_the_batch_that_is_shown_leaves_no_trace() -> None:
+    """Weights are those of a training whose rule has not seen it, although nothing zeroes its gradients."""
+    x, found = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(1)), []
+    for shows in (True, False):
+        model = make_convnet()
+        made = pw.recommend(model, batch=x)
+        optimizer, rule = made.optimizer, made.rule
+        if not shows:
+            rule.detach()
+            rule.attach(model, optimizer)
+        for step in range(7):
+            model(x[step : step + 8]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+        assert not rule.health.counts
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 class TransposedLinear(nn.Module):

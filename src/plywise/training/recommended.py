@@ -74,7 +74,7 @@ class Recommendation:
         group = self.optimizer.param_groups[0]
         numbers = f"lr={group['lr']:g}, weight_decay={group['weight_decay']:g}"
         lines = [
-            f"{self.rule} on {type(self.optimizer).__name__}({numbers}).",
+            f"{type(self.optimizer).__name__}({numbers}) in the coordinates of the rule below.",
             f"The coordinates take {100 * self.price:.0f} % more operations a step than plain AdamW and "
             f"{self.memory / 2**20:.1f} MiB of memory; small layers take longer than that, by calls.",
             self._explain_muon(),
@@ -89,9 +89,11 @@ class Recommendation:
                 "AdamW moves all parameters: hidden weights, which Muon could move, are spread over "
                 "processes or too wide for it, or there are none."
             )
+        first, others = self.muon[0], len(self.muon) - 1
+        more = f" and {others} other{'s' * (others > 1)}" if others else ""
         return (
-            f"Muon moves {', '.join(self.muon)}, which takes {100 * self.muon_price:.0f} % more operations; "
-            "AdamW moves all other parameters."
+            f"Muon moves hidden weights, {first}{more}, which takes {100 * self.muon_price:.0f} % more "
+            "operations; AdamW moves all other parameters."
         )
 
 
@@ -129,8 +131,8 @@ def recommend(
         model: the model.
         lr: the rate of both. Default 0.02, which suits them in these coordinates; plain AdamW usually needs a
             lower rate.
-        batch: an input, or a tuple or dict of inputs, for one pass in evaluation mode, which shows the sizes
-            of convolutions and which layer gives the output, and leaves no gradient. Without it, layers of
+        batch: an input, or a tuple or dict of inputs, for two passes in evaluation mode, which show the sizes
+            of convolutions and which layer gives the output, and leave no gradient. Without it, layers of
             unknown size are handled, too, and the last layer among the modules is taken to give the output.
         batch_size: samples of the batches that it will be trained with. Default: those of ``batch``, or 128.
         budget: extra operations of a step for the coordinates, relative to forward and backward of the layers
@@ -163,7 +165,7 @@ def recommend(
     """
     if not budget > 0 or not lr > 0:
         raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
-    rows = [row for row in _look(model, batch, batch_size) if row.handled]
+    rows, hidden = _look(model, batch, batch_size)
     plan = _choose(Coordinates(power, damping=damping), rows, budget)
     if not plan.taken:
         raise AttachError(
@@ -171,10 +173,13 @@ def recommend(
             f"would take more. Allow more, recommend(..., budget={2 * budget:g}), or use AdamW as it is.",
             see="attach-no-layer",
         )
-    muon = _choose_muon(model, batch, rows)
+    muon = _choose_muon(model, hidden, rows)
     optimizer = _make_optimizer(model, [weight for weight, _ in muon.values()], lr, weight_decay)
     exclude = [row.name for row in plan.left]
     rule = plan.rule.attach(model, optimizer, exclude=exclude or None, on_nonfinite=on_nonfinite)
+    if batch is not None:
+        with evaluating(model):
+            _differentiate(model, batch)  # so that explain() knows each call
     memory = sum(plan.rule.estimate_cost(row.size)[1] for row in plan.taken if row.size is not None)
     muon_price = sum(operations for _, operations in muon.values()) / _count_plain(rows)
     left = tuple(exclude)
@@ -198,12 +203,14 @@ def _make_optimizer(
     )
 
 
-def _choose_muon(model: nn.Module, batch: Any, rows: list[LayerRow]) -> dict[str, tuple[nn.Parameter, float]]:
+def _choose_muon(
+    model: nn.Module, hidden: list[nn.Parameter], rows: list[LayerRow]
+) -> dict[str, tuple[nn.Parameter, float]]:
     """Hidden weights that are not too wide for Muon, and the operations of its step, by state-dict key."""
     sizes = {key: row.size for row in rows for key in row.keys}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     chosen = {}
-    for weight in find_hidden_weights(model, None if batch is None else lambda: _run(model, batch)):
+    for weight in hidden:
         name = names[id(weight)]
         size, operations = sizes.get(name), _count_muon(weight)
         fits = size is None or operations <= MUON_COST * (size.plain + CALLS)
@@ -218,18 +225,15 @@ def _count_muon(weight: Tensor) -> float:
     return len(THREE_ITERATIONS) * (4.0 * small**2 * large + 2.0 * small**3)
 
 
-def _look(model: nn.Module, batch: Any, batch_size: int | None) -> list[LayerRow]:
-    """Find the layers of a model, with the sizes of the rule's problems."""
+def _look(model: nn.Module, batch: Any, batch_size: int | None) -> tuple[list[LayerRow], list[nn.Parameter]]:
+    """Find the layers that the rule can handle, with the sizes of their problems, and the hidden weights."""
     rule = Coordinates().attach(model, make_adamw(model.parameters(), 1.0))
     try:
-        if batch is None:
-            return rule.explain(batch_size or 128).rows
-        with evaluating(model), torch.enable_grad():
-            _differentiate(model, _run(model, batch))
-        seen = max(1, count_samples(batch))
-        more = (batch_size or seen) / seen
-        rows = rule.explain(batch_size or seen).rows
-        return [replace(row, size=_scale(row.size, more)) if row.passes else row for row in rows]
+        hidden = find_hidden_weights(model, None if batch is None else lambda: _differentiate(model, batch))
+        seen = None if batch is None else max(1, count_samples(batch))
+        rows = [row for row in rule.explain(batch_size or seen or 128).rows if row.handled]
+        more = 1.0 if seen is None else (batch_size or seen) / seen
+        return [replace(row, size=_scale(row.size, more)) if row.passes else row for row in rows], hidden
     finally:
         rule.detach()
 
@@ -245,8 +249,10 @@ def _run(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def _differentiate(model: nn.Module, output: Any) -> None:
-    """Let a backward pass show the calls' sizes; no gradient is kept."""
+@torch.enable_grad()
+def _differentiate(model: nn.Module, batch: Any) -> None:
+    """Let a forward and a backward pass show the calls' sizes; no gradient is kept."""
+    output = _run(model, batch)
     values = output.values() if isinstance(output, dict) else output
     values = values if isinstance(output, dict | tuple | list) else [output]
     sums = [value.sum() for value in values if isinstance(value, Tensor) and value.requires_grad]
