@@ -193,7 +193,7 @@ def test_centred_gram(case, way):
     gram, actual_mean = compute_centred_patch_gram(x, *case[1:])
     check(gram, expected, floor=x.square().mean(1).sum())
     check(actual_mean, mean)
-    assert torch.equal(gram, gram.mT)
+    check(gram, gram.mT)  # in torch 2.9 not to the bit
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
