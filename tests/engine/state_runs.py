@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from contract.registry import CASES
-from plywise import Rule
+from plywise import Rule, recommend
 from plywise.testing.contract.memories import copy_memory
 from plywise.testing.contract.models import copy_weights, make_batch
 
 RULES: dict[str, Callable[[], Rule]] = {
     case.name: case.make
     for case in CASES
-    if case.name in ("rls", "foof", "adabk", "precondition-two-sided-low-rank")
+    if case.name in ("rls", "foof", "adabk", "precondition-two-sided-low-rank", "coordinates")
+    or case.name in ("gradient_amplification-gradient", "back_matching-mean", "nlms")
 }
-"""Rules whose statistics differ in kind; every one has layers that are refreshed in different steps."""
+"""Rules whose statistics differ in kind, and one without; most have layers that are refreshed in different
+steps."""
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.05),  # has no state of its own
@@ -138,3 +140,20 @@ class Run:
             if isinstance(value, Tensor) and not key.startswith("plywise.")
         }
         return {**copy_weights(self.model), **self.copy_memory(), **own}
+
+
+class RecommendedRun(Run):
+    """A run with the optimizer and the rule of `plywise.recommend`."""
+
+    def __init__(self, seed: int = 1, attach: bool = True) -> None:
+        self.model = Varied(seed)
+        self.optimizer, self.rule = recommend(self.model, lr=0.01)
+        if not attach:
+            self.rule.detach()
+
+
+def start_run(rule: str, optimizer: str, seed: int = 1, attach: bool = True) -> Run:
+    """Start a run under the rule and the optimizer of these names; "recommended" has its own optimizer."""
+    if rule == "recommended":
+        return RecommendedRun(seed, attach)
+    return Run(RULES[rule](), OPTIMIZERS[optimizer], seed, attach)

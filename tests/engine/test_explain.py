@@ -89,6 +89,19 @@ def test_a_model_that_is_all_frozen_has_nothing_to_share():
     assert not any(row.handled for row in table.rows)
 
 
+@pytest.mark.parametrize("make_rule", [pw.ProxProp, pw.Foof])
+def test_a_weight_that_has_been_replaced_is_not_handled_if_the_optimizer_steps_the_old_one(make_rule) -> None:
+    model = make_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rule = make_rule().attach(model, optimizer)
+    train(model, optimizer)
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    rows = {row.name: row for row in rule.explain().rows}
+    assert rows["0"].handled
+    assert not rows["2"].handled
+    assert rows["2"].reason == "the optimizer given to attach() does not step it"
+
+
 def test_a_head_tied_to_an_embedding_says_so() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

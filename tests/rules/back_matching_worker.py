@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from backward_scales import collect_scales
+from backward_scales import collect_scales, read_kept
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,6 +44,6 @@ def main(rank: int, folder: Path) -> None:
         with collect_scales(rule) as scales:
             wrapped(torch.randn(12, 6, generator=generator), step > 2 or rank == 0).square().mean().backward()
         optimizer.step()
-        steps.append([scales, optimizer.state[model.first.weight]["plywise.backward_scale"]])
+        steps.append([scales, read_kept(optimizer.state[model.first.weight])])
     torch.save({"steps": steps, "weights": model.state_dict()}, folder / f"{rank}.pt")
     dist.destroy_process_group()

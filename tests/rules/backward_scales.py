@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ def collect_scales(rule: pw.Rule) -> Iterator[dict[str, list[float]]]:
 
     with rule.observing(add):
         yield scales
+
+
+def read_kept(state: dict[str, Any]) -> list[float]:
+    """The values in a weight's part of an optimizer's state, in the order of backward."""
+    key = "plywise.backward_scale"
+    values = [state[f"{key}.{call}"] for call in range(state[f"{key}.count"])]
+    assert f"{key}.{len(values)}" not in state
+    return values
 
 
 def find_scales(model: nn.Module, x: Tensor) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from backward_scales import collect_scales, compute_exactly, find_scales
+from backward_scales import collect_scales, compute_exactly, find_scales, read_kept
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
@@ -20,8 +20,6 @@ import plywise as pw
 from plywise.data.digits import load_digits
 
 pytestmark = pytest.mark.usefixtures("double")
-
-KEY = "plywise.backward_scale"
 
 
 # ---- networks that are no chains -----------------------------------------------------------------------
@@ -122,7 +120,7 @@ def test_each_call_of_a_layer_has_its_own_value():
     assert [call.energy.item() for call, _ in parts] == scales
     assert torch.allclose(step.weight.grad, sum(update.weight for _, update in parts), rtol=1e-12)
     optimizer.step()
-    assert optimizer.state[step.weight][KEY] == [scales]
+    assert read_kept(optimizer.state[step.weight]) == scales
     with collect_scales(rule) as again:
         model(x).square().sum().backward()
     assert again["step"] == scales

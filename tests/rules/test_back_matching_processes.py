@@ -19,6 +19,6 @@ def test_processes_use_the_same_measurement(tmp_path):
         assert ("block" in yours) == (step > 2)
         if step == 0:  # each has its own first measurement; afterwards they have the mean of both
             assert mine["first"] != yours["first"]
-            assert kept == [[(mine["first"][0] + yours["first"][0]) / 2]]
+            assert kept == [(mine["first"][0] + yours["first"][0]) / 2]
         else:
-            assert mine["first"] == yours["first"] == one["steps"][step - 1][1][0]
+            assert mine["first"] == yours["first"] == one["steps"][step - 1][1]

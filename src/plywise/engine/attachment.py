@@ -213,9 +213,8 @@ class Attachment:
     def remove(self) -> None:
         """Remove every hook."""
         self.capture.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        while self._handles:
+            self._handles.pop().remove()
         self.arrivals.remove()
         if self._guard is not None:
             self._guard.remove()
@@ -346,11 +345,11 @@ class Attachment:
         if self._guard is not None and not self._guard.stepping:
             self._liveness.notice_other_optimizer(entry, self._optimizer_steps)
 
-    def _mark_unstepped(self) -> None:
-        """Leave alone what the optimizer does not step; look again when its parameters change."""
+    def _mark_unstepped(self, in_place: bool = False) -> None:
+        """Leave alone what the optimizer does not step (`Liveness.mark_unstepped`)."""
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
-            self._liveness.mark_unstepped(optimizer, self.table.entries)
+            self._liveness.mark_unstepped(optimizer, self.table.entries, in_place)
         if self._state is not None:
             self._state.resting.forget()
 
@@ -396,5 +395,6 @@ class Attachment:
         if model is None:
             raise AttachError("The model that this rule was attached to is gone.")
         self.table.refresh(model)
+        self._mark_unstepped(in_place=True)
         rows = make_rows(self.rule, self.table.entries, self.health, batch_size)
         return Explanation(self.title, rows, self.steps)

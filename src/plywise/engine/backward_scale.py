@@ -13,7 +13,6 @@ step is taken.
 """
 
 import math
-import weakref
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from plywise.engine.calls_below import find_calls
+from plywise.engine.kept_scales import KeptScales, Values
 from plywise.engine.masked_rows import find_kept
 from plywise.engine.pipelining import refuse_pipeline
 from plywise.engine.replicas import find_training_group, refuse_join
@@ -36,19 +36,8 @@ from plywise.engine.sites import Site
 from plywise.engine.table import ParameterTable
 from plywise.errors import AttachError
 
-KEY = "plywise.backward_scale"
-"""Key of a parameter's values in the optimizer's state: for each of its sites a list of its calls' values."""
-
-CLOCK = f"{KEY}.step"
-"""Key of the number of steps that have been taken."""
-
-MISSING = f"{KEY}.missing"
-"""Key of the flag that the next pass must measure, because a value is missing."""
-
 KEPT_PASSES = 16
 """Backward passes that are remembered; several can run at the same time."""
-
-Values = dict[Site, list[float]]
 
 
 @dataclass
@@ -89,44 +78,27 @@ class BackwardScale:
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._table = table
-        self._optimizer_ref = None if optimizer is None else weakref.ref(optimizer)
         self._every = every
         self._group = process_group
-        self._step = 0
-        self._is_missing = False  # saved as `MISSING`
         self._passes: dict[int, Pass] = {}
         self._measured: Pass | None = None  # the pass that measured for the step to come
-        self._local: Values = {}
-        self._handles = []
         table.on_begin.append(self._find_group)
         if optimizer is not None:
             _refuse_sharded(optimizer)
-            self._handles.append(optimizer.register_load_state_dict_post_hook(self._after_load))
-            self._after_load(optimizer)
-
-    @property
-    def _optimizer(self) -> Optimizer | None:
-        return None if self._optimizer_ref is None else self._optimizer_ref()
+        self._kept = KeptScales(table, optimizer, self._forget)
 
     def remove(self) -> None:
-        """Take the hook off the optimizer, and the values out of its state."""
-        for handle in self._handles:
-            handle.remove()
-        self.reset()
+        """Take the hooks off the optimizer, and the values out of its state."""
+        self._forget()
+        self._kept.remove()
 
     def reset(self) -> None:
         """Forget all values: the next pass measures."""
-        self._step = 0
-        self._is_missing = False
+        self._forget()
+        self._kept.reset()
+
+    def _forget(self) -> None:
         self._measured = None
-        self._local.clear()
-        optimizer = self._optimizer
-        for parameter, state in [] if optimizer is None else list(optimizer.state.items()):
-            if isinstance(state, dict) and KEY in state:
-                for key in (KEY, CLOCK, MISSING):
-                    state.pop(key, None)
-                if not state:
-                    del optimizer.state[parameter]  # type: ignore[union-attr]
 
     # ---- in backward -----------------------------------------------------------------------------
 
@@ -143,22 +115,21 @@ class BackwardScale:
         current = self._passes.get(task) or self._begin_pass(task, site)
         if current.measures:
             current.sizes.setdefault(site, []).append(self._measure(ctx, current, task, a, weight, delta))
-        values = self._read(site)
+        values = self._kept.read(site)
         if not values and self._measured is not None:
             values = _read_sizes({site: self._measured.sizes.get(site, [])})[site]
         if values:
             current.last = values[min(current.calls[site], len(values) - 1)]
         else:  # no measurement has seen this call: for now it gets the value of the call above it
-            self._is_missing |= is_trained(site)
+            self._kept.is_missing |= is_trained(site)
         current.calls[site] += 1
         return torch.tensor(current.last, dtype=torch.float64)
 
     def _begin_pass(self, task: int, site: Site) -> Pass:
         if self._measured is not None and not self._may_have_gradients():
             self._measured = None  # that pass led to no step
-        is_due = (
-            self._step % self._every == 0 or self._is_missing or (is_trained(site) and not self._read(site))
-        )
+        is_missing = self._kept.is_missing or (is_trained(site) and not self._kept.read(site))
+        is_due = is_missing or self._kept.step % self._every == 0
         current = Pass(is_due and self._measured is None)  # not again in the next micro-batch
         if current.measures:
             self._measured = current
@@ -180,7 +151,7 @@ class BackwardScale:
             for node in calls:
                 if getattr(node, "probed_in", -1) != task:
                     node.probed_in, node.probe_size = task, None
-            probe = make_probe(ctx, delta, self._step * 4096 + sum(current.calls.values()))
+            probe = make_probe(ctx, delta, self._kept.step * 4096 + sum(current.calls.values()))
             below = self._send_through(ctx, a, weight, probe)
             below = ctx.restore(below) if hasattr(ctx, "restore") else below
             self._send_down(current, GradientEdge(*ctx.next_functions[0]), below, lowest)
@@ -225,26 +196,25 @@ class BackwardScale:
         Args:
             nonzero: ids of parameters whose gradients are known not to be zero.
         """
-        optimizer = self._optimizer
-        if optimizer is None:
+        if self._kept.optimizer is None:
             return
         if not self._has_gradients(nonzero):  # a checkpoint's template step, or one of other layers
             self._measured = None
-            self._write(optimizer, {})
+            self._kept.write({}, {})
             return
         sizes = {} if self._measured is None else self._measured.sizes
         measured = _read_sizes(sizes)
         self._measured = None
         is_alone = self._group is None
-        if not is_alone and self._step % self._every == 0:
+        if not is_alone and self._kept.step % self._every == 0:
             measured, is_alone = self._average(measured), True
         found = {site: values for site, values in measured.items() if all(map(math.isfinite, values))}
         if measured:
             # zeros may not last: a branch may begin as zero
-            self._is_missing = len(found) < len(measured) or any(0.0 in values for values in found.values())
-        self._step += 1
-        self._write(optimizer, found if is_alone else {})
-        self._local.update(found)  # for frozen parameters, too, which have no state
+            has_zeros = any(0.0 in values for values in found.values())
+            self._kept.is_missing = len(found) < len(measured) or has_zeros
+        self._kept.step += 1
+        self._kept.write(found if is_alone else {}, found)
 
     def _average(self, measured: Values) -> Values:
         """Average the measurements over the processes, which need not have seen the same calls."""
@@ -283,45 +253,6 @@ class BackwardScale:
             return True
         gradients = [p.grad for p in held if p.grad is not None]
         return is_any_nonzero(sorted(gradients, key=Tensor.numel))  # a small one answers soonest
-
-    # ---- in the optimizer's state ----------------------------------------------------------------
-
-    def _write(self, optimizer: Optimizer, found: Values) -> None:
-        """Put values beside the optimizer's own state, and empty lists for savers that ask what there is.
-
-        Only where the optimizer has stepped: many begin a parameter's state when there is none.
-        """
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        for entry in self._table.entries:
-            parameter = entry.parameter()
-            is_ours = (entry.sites or entry.expected) and not entry.why_left
-            if parameter is None or id(parameter) not in stepped or not is_ours:
-                continue
-            state = optimizer.state[parameter]
-            old = state.get(KEY, [])
-            sites = list(entry.sites.values())
-            kept = [*old, *[[]] * (len(sites) - len(old))]  # more than sites: not all have been met again
-            state[KEY] = [
-                found.get(sites[number], values) if number < len(sites) else values
-                for number, values in enumerate(kept)
-            ]
-            state[CLOCK], state[MISSING] = self._step, int(self._is_missing)
-
-    def _read(self, site: Site) -> list[float]:
-        """Return the values of a site's calls; an empty list if there are none."""
-        optimizer, parameter = self._optimizer, site.entry.parameter()
-        state = {} if optimizer is None or parameter is None else optimizer.state.get(parameter, {})
-        for other, values in zip(site.entry.sites.values(), state.get(KEY, []), strict=False):
-            if other is site and values:
-                return list(values)
-        return self._local.get(site, [])
-
-    def _after_load(self, optimizer: Optimizer) -> None:
-        self._measured = None
-        self._local.clear()
-        states = [state for state in optimizer.state.values() if isinstance(state, dict)]
-        self._is_missing = any(state.get(MISSING, 0) for state in states)
-        self._step = max((state.get(CLOCK, 0) for state in states), default=0)
 
     def _find_group(self) -> None:
         """Find the processes that share the values: those of a DistributedDataParallel that runs now."""

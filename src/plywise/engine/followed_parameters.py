@@ -22,13 +22,17 @@ def get_raw_name(entry: ParameterEntry) -> str:
     return entry.name.rpartition(".")[2]
 
 
-def is_replaced(entry: ParameterEntry) -> bool:
-    """Return whether another tensor is in the parameter's place now, and not just while its module runs."""
+def find_in_place(entry: ParameterEntry) -> Tensor | None:
+    """Return what is in the parameter's place now: another tensor, if it has been replaced."""
     module = entry.owners[0][1]()
     current = None if module is None else module._parameters.get(get_raw_name(entry))
-    if current is None or current is entry.parameter():
-        return False
-    return entry.sharding is None or current is not entry.sharding.whole
+    stands_in = entry.sharding is not None and current is entry.sharding.whole
+    return entry.parameter() if current is None or stands_in else current
+
+
+def is_replaced(entry: ParameterEntry) -> bool:
+    """Return whether another tensor is in the parameter's place now, and not just while its module runs."""
+    return find_in_place(entry) is not entry.parameter()
 
 
 def follow_parameters(

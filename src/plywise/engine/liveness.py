@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plywise.engine import health
+from plywise.engine.followed_parameters import find_in_place
 from plywise.engine.health import Health
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sharding import find_local
@@ -65,12 +66,20 @@ class Liveness:
         self._entry, self._version, self._steps = entry, version, steps
         return self._changes
 
-    def mark_unstepped(self, optimizer: Optimizer, entries: Iterable[ParameterEntry]) -> None:
-        """Leave alone what the optimizer does not step."""
+    def mark_unstepped(
+        self, optimizer: Optimizer, entries: Iterable[ParameterEntry], in_place: bool = False
+    ) -> None:
+        """Leave alone what the optimizer does not step.
+
+        Args:
+            optimizer: the optimizer.
+            entries: the parameters.
+            in_place: whether what has replaced a parameter counts, which may be so only while a module runs.
+        """
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._stepped = len(stepped)
         for entry in entries:
-            known = id(entry.parameter()) in stepped
+            known = id(find_in_place(entry) if in_place else entry.parameter()) in stepped
             if known and entry.excluded == UNSTEPPED:
                 entry.excluded = ""
                 entry.used_by.clear()  # by calls that were not taken while it was left alone

@@ -24,11 +24,14 @@ from torch.optim import Optimizer
 
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.sites import ParameterEntry, format_part
+from plywise.engine.sites import ParameterEntry, format_use
 from plywise.engine.stacks import convert_state
 from plywise.engine.state_shapes import check_shapes, find_shapes
 
 PREFIX = "plywise."
+
+SCALES = f"{PREFIX}backward_scale"
+"""What the keys of back-matching's measured values begin with (`plywise.engine.kept_scales`)."""
 
 NAMES = ("step", "phase", "in_backward")
 """What is kept beside a rule's own tensors."""
@@ -127,12 +130,8 @@ class SavedState:
         prefix = self._prefixes.get(name)
         if prefix is None:
             layer = self.layers[name]
-            part = ""
-            if layer.site is not None and layer.site.part is not None:
-                part = format_part(layer.site.part, layer.weight)
-            elif layer.name != layer.entry.weight_name:
-                part = f"[{layer.name.replace('.', '/')}]"
-            prefix = f"{PREFIX}{self.rule_name}{part}."
+            use = "" if layer.site is None else format_use(layer.site)
+            prefix = f"{PREFIX}{self.rule_name}{use}."
             if layer.site is not None:
                 self._prefixes[name] = prefix
         return prefix
@@ -390,6 +389,6 @@ def is_of_rule(key: Any, rule_name: str) -> bool:
 
 def find_rule(key: Any) -> str:
     """Return the name of the rule that a key belongs to, or ""."""
-    if not isinstance(key, str) or not key.startswith(PREFIX):
+    if not isinstance(key, str) or not key.startswith(PREFIX) or key.startswith(SCALES):
         return ""
     return key.removeprefix(PREFIX).partition(".")[0].partition("[")[0]

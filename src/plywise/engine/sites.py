@@ -250,3 +250,11 @@ def format_part(part: Part, whole: Tensor) -> str:
         return f"[{offset // row}:{offset // row + shape[0]}]"
     sizes, steps = ("x".join(map(str, numbers)) for numbers in (shape, strides))
     return f"[{offset}+{sizes}/{steps}]"
+
+
+def format_use(site: Site) -> str:
+    """Return what stands for a use of a parameter in keys: "" for the whole weight of its layer."""
+    weight = site.weight
+    if site.part is not None and weight is not None:
+        return format_part(site.part, weight)
+    return "" if site.name == site.entry.weight_name else f"[{site.name.replace('.', '/')}]"

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from plywise.engine.contract import State
 from plywise.engine.refresh_cycle import choose_phases
-from plywise.engine.saved_state import SavedState, find_rule, find_tensors, is_of_rule
+from plywise.engine.saved_state import PREFIX, SavedState, find_rule, find_tensors, is_of_rule
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sites import ParameterEntry
 from plywise.engine.state_shapes import check_shapes
@@ -34,8 +34,9 @@ from plywise.errors import AttachError, StateError
 MARK = "plywise"
 """Key of an optimizer's state dict that names the rules whose statistics are in it."""
 
-_HAD_A_RULE: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-"""Optimizers whose statistics the user has dropped, by detaching a rule."""
+_HAD_A_RULE: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+"""Optimizers whose statistics the user has dropped, by detaching a rule, and the id of the state they had
+then: a load replaces it."""
 
 ROUNDED = (torch.float16, torch.bfloat16)
 
@@ -69,7 +70,7 @@ class StateDicts:
                 see="attach-optimizer",
             )
         self._check_found(optimizer)
-        self._warn_if_lost(optimizer)
+        warn_if_lost(optimizer, f"statistics of {self._name}", find_rule)
         saved.note_biases()
         self._handles = [
             optimizer.register_state_dict_post_hook(self._add_to_saved),
@@ -85,7 +86,7 @@ class StateDicts:
         self._raw = {}
         optimizer = self._saved.optimizer
         if optimizer is not None:
-            _HAD_A_RULE.add(optimizer)
+            note_detached(optimizer)
 
     # ---- what is there when the rule is attached -------------------------------------------------------
 
@@ -110,18 +111,6 @@ class StateDicts:
                 )
             self._check(parameter, entry, ours)
 
-    def _warn_if_lost(self, optimizer: Optimizer) -> None:
-        """Say that an optimizer which has stepped has no statistics: they may have been lost on the way."""
-        states = [own for own in optimizer.state.values() if isinstance(own, dict)]
-        if optimizer not in _HAD_A_RULE and any(states) and not any(_find_ours(own) for own in states):
-            warnings.warn(
-                f"The optimizer has a state, but no statistics of {self._name}: they begin from nothing. If "
-                "a checkpoint has them, attach the rule first and load it then: in the other order, torch's "
-                "flattened and distributed checkpoints lose them, and so do those of plywise 0.1.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
     def refuse_orphans(self, optimizer: Optimizer) -> None:
         """Refuse statistics that were loaded before attach and, at the first step, still have no rule."""
         if self._looked:
@@ -142,7 +131,7 @@ class StateDicts:
         mark = state.get(MARK, {})
         state[MARK] = mark = {**mark, "format": 2, "rules": [*mark.get("rules", []), self._name]}
         if any(states.values()) or self._saved.holds:  # the optimizer has stepped
-            self._complete(states, _find_indices(optimizer, state))
+            self._complete(states, find_indices(optimizer, state))
         if self._sharded:
             ours = {index: _find_ours(own or {}) for index, own in states.items()}
             states = _Statistics(ours)
@@ -151,7 +140,7 @@ class StateDicts:
 
     def _complete(self, states: dict[Any, Any], indices: Mapping[Tensor, Any]) -> None:
         """Add templates, where a later load may have something to put."""
-        stateless = not any(len(own) > len(_find_ours(own)) for own in states.values() if own)
+        stateless = is_stateless(states)
         for parameter, entry in self._saved.list_own_parameters():
             index = indices.get(parameter)
             held = self._saved.get_held(entry)
@@ -160,17 +149,15 @@ class StateDicts:
             if index is None or not parameter.requires_grad or nn.parameter.is_lazy(parameter):
                 continue
             own = states.get(index) or {}
-            if stateless or len(own) > len(_find_ours(own)):
+            if stateless or not is_stateless({index: own}):
                 states[index] = {**own, **self._saved.make_template(entry, own)}
-        if stateless:  # torch's set_state_dict wants a state for every parameter, if any has one
-            for index in indices.values():
-                states.setdefault(index, {})
+        complete_stateless(states, indices)
 
     # ---- loading ---------------------------------------------------------------------------------------
 
     def _take_from_loaded(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Check the state to load, and take this rule's part out of it."""
-        indices = _find_indices(optimizer, state)
+        indices = find_indices(optimizer, state)
         if isinstance(state.get(MARK), list):
             state = self._convert(state, indices)
         raw = self._collect(state, indices)
@@ -313,7 +300,38 @@ def find_attached(optimizer: Optimizer) -> list[StateDicts]:
     return [owner for owner in owners if isinstance(owner, StateDicts)]
 
 
-def _find_indices(optimizer: Optimizer, state: dict[str, Any]) -> dict[Tensor, Any]:
+def note_detached(optimizer: Optimizer) -> None:
+    """Remember that the user has detached a rule, and so dropped what is in the optimizer's state now."""
+    _HAD_A_RULE[optimizer] = id(optimizer.state)
+
+
+def warn_if_lost(optimizer: Optimizer, what: str, is_ours: Callable[[Any], object]) -> None:
+    """Say that an optimizer which has stepped has nothing of a rule: that may have been lost on the way."""
+    states = [own for own in optimizer.state.values() if isinstance(own, dict)]  # empty ones are loaded, too
+    begun = [own for own in states if "step" not in own or own["step"]]  # Adagrad begins a state when made
+    if _HAD_A_RULE.get(optimizer) != id(optimizer.state) and begun and not any(map(is_ours, chain(*states))):
+        warnings.warn(
+            f"The optimizer has a state, but no {what}: they begin from nothing. If a checkpoint has them, "
+            "attach the rule first and load it then: in the other order, torch's flattened and distributed "
+            "checkpoints lose them, and so do those of plywise 0.1.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def is_stateless(states: Mapping[Any, Any]) -> bool:
+    """Return whether the optimizer itself keeps nothing in these states of parameters."""
+    return all(str(key).startswith(PREFIX) for own in states.values() for key in own or ())
+
+
+def complete_stateless(states: dict[Any, Any], indices: Mapping[Tensor, Any]) -> None:
+    """Add a state for every parameter if all are ours: torch's set_state_dict wants all, if there is one."""
+    if is_stateless(states):
+        for index in indices.values():
+            states.setdefault(index, {})
+
+
+def find_indices(optimizer: Optimizer, state: dict[str, Any]) -> dict[Tensor, Any]:
     """Return what stands for each parameter in a state dict: a number, or a name."""
     saved = chain.from_iterable(group["params"] for group in state["param_groups"])
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
