@@ -114,7 +114,8 @@ def collect_parameters(
     for entry in entries.values():
         owners = sorted({path for path, _ in entry.owners}, key=[p for p, _ in entry.owners].index)
         if unshared_only and len(owners) > 1 and not entry.excluded:
-            entry.excluded = f"its weight is shared with {owners[1]!r}: a statistic belongs to one layer"
+            names = " and ".join(map(repr, owners[:2]))
+            entry.excluded = f"its weight is shared by {names}: a statistic belongs to one layer"
     return list(entries.values())
 
 

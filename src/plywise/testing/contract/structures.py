@@ -189,7 +189,7 @@ STRUCTURES = [
         "tied",
         Tied,
         ("a", "b", "head"),
-        shared={"a": "its weight is shared with 'b'", "b": "its weight is shared with 'b'"},
+        shared=dict.fromkeys(("a", "b"), "its weight is shared by 'a' and 'b'"),
     ),
     Structure("shared", Shared, ("block", "head")),
     Structure("alias", Alias, ("one", "head")),
