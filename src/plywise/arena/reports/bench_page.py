@@ -31,6 +31,7 @@ from plywise.arena.scoring.ranking import (
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.score import CLOCKS, choose_best
+from plywise.arena.scoring.sentences import format_count
 from plywise.arena.scoring.summary import BenchSummary, summarize_bench
 from plywise.arena.scoring.targets import ENOUGH, SHARE
 from plywise.errors import BenchError
@@ -187,14 +188,10 @@ def _format_lead(field: BenchResults) -> str:
         return str(bench["lead"])
     methods = len(field.methods) - len(field.nulls)
     return (
-        f"{_format_count(methods, 'method')} on {_format_count(len(field.workloads), 'workload')}: "
-        f"{_format_count(bench['trials'], 'tuning trial')} each where tuned, then "
-        f"{_format_count(len(bench['seeds']), 'fresh seed')}."
+        f"{format_count(methods, 'method')} on {format_count(len(field.workloads), 'workload')}: "
+        f"{format_count(bench['trials'], 'tuning trial')} each where tuned, then "
+        f"{format_count(len(bench['seeds']), 'fresh seed')}."
     )
-
-
-def _format_count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _list_missing(field: BenchResults) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from plywise.arena.scoring.conclusions import FEWEST, WORDS, find_different, span
 from plywise.arena.scoring.ranking import MethodOnWorkload, MethodRanking, noise, rank_methods
 from plywise.arena.scoring.results import BenchResults
+from plywise.arena.scoring.sentences import format_count
 
 SHOWN = 4
 """Number of methods that pictures show at first; a click adds others."""
@@ -27,11 +28,11 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
         return "There is no verdict: no final run has ended yet."
     if not results.ranked:
         return "There is no verdict: no target is near enough to the best run to rank methods by."
-    basis = f"{_count(seeds, 'seed')}, {_count(len(results.ranked), 'workload')}"
+    basis = f"{format_count(seeds, 'seed')}, {format_count(len(results.ranked), 'workload')}"
     if seeds < FEWEST:
         return (
-            f"There is no verdict on who is ahead: {_count(seeds, 'seed')} cannot tell a gain from noise. "
-            f"Run at least {FEWEST} (--seeds {FEWEST})."
+            f"There is no verdict on who is ahead: {format_count(seeds, 'seed')} cannot tell a gain from "
+            f"noise. Run at least {FEWEST} (--seeds {FEWEST})."
         )
     if not results.baselines:
         return f"There is no verdict: no baseline to compare with ({basis})."
@@ -67,7 +68,3 @@ def _list_ahead(results: BenchResults, clock: str) -> list[MethodRanking]:
     whole = [one for one in different if one.compared == len(results.ranked)]
     quicker = [(one.ratio.value, one.method, one) for one in whole if one.ratio and one.ratio.value < 1]
     return [one for *_, one in sorted(quicker, key=lambda item: item[:2])]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

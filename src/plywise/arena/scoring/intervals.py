@@ -15,6 +15,7 @@ The report says this beside every interval.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -142,7 +143,7 @@ def resample_times(
         generator: where the randomness comes from.
         grid: the time between two measurements; 0: the times are exact.
     """
-    return Timed(_find_median(values), medians(values, generator), budget, grid)
+    return Timed(statistics.median(values), medians(values, generator), budget, grid)
 
 
 def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
@@ -162,11 +163,10 @@ def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
         return None
     low, _ = limits(lower_ratio(mine, other))
     _, high = limits(upper_ratio(mine, other))
-    if missed[0]:
-        return Interval(low, _quotient(mine.budget, other.value), high, "≥")
-    if missed[1]:
-        return Interval(low, _quotient(mine.value, other.budget), high, "≤")
-    return Interval(low, _quotient(mine.value, other.value), high)
+    above = mine.budget if missed[0] else mine.value
+    below = other.budget if missed[1] else other.value
+    value = float(_quotients(np.array(above), np.array(below)))
+    return Interval(low, value, high, "≥" if missed[0] else "≤" if missed[1] else "")
 
 
 def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
@@ -213,18 +213,8 @@ def _quotients(above: Draws, below: Draws) -> Draws:
         return np.where(above == below, 1.0, above / below)
 
 
-def _quotient(above: float, below: float) -> float:
-    return float(_quotients(np.array([above]), np.array([below]))[0])
-
-
 def _geometric_mean(ratios: NDArray[np.float64], unknown: float) -> Draws:
     """Geometric means down the columns; ``unknown`` where both 0 and infinity are in a column."""
     with np.errstate(divide="ignore", invalid="ignore"):
         means = np.exp(np.log(ratios).mean(axis=0))
     return np.where(np.isnan(means), unknown, means)
-
-
-def _find_median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    upper, lower = ordered[len(ordered) // 2], ordered[(len(ordered) - 1) // 2]
-    return upper if upper == lower else lower / 2 + upper / 2

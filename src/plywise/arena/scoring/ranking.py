@@ -123,8 +123,11 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
     for workload in results.ranked:
         for method, one in _compare_to_quickest(results, track, workload, clock).items():
             behind.setdefault(method, {})[workload] = one
-    values = {name: statistics.fmean(area(r) for r, _ in own.values()) for name, own in behind.items()}
-    draws = {name: np.mean([_areas(d) for _, d in own.values()], axis=0) for name, own in behind.items()}
+    values = {
+        name: statistics.fmean(float(area(np.array(r))) for r, _ in own.values())
+        for name, own in behind.items()
+    }
+    draws = {name: np.mean([area(d) for _, d in own.values()], axis=0) for name, own in behind.items()}
     ranked = [name for name in behind if name not in results.nulls]
     ends = _ends(results, track)
     found = []
@@ -178,14 +181,14 @@ def noise_alone(results: BenchResults, track: str, clock: str) -> float:
     )
 
 
-def area(behind: float) -> float:
-    """Area under one workload's step of a performance profile: 1 for the quickest, 0 from `FURTHEST` on.
+def area(behind: Draws) -> Draws:
+    """Areas under one workload's steps of performance profiles: 1 for the quickest, 0 from `FURTHEST` on.
 
     Example:
-        >>> area(1.0), area(2.5), area(7.0), area(float("inf"))
-        (1.0, 0.5, 0.0, 0.0)
+        >>> area(np.array([1.0, 2.5, 7.0, float("inf")])).tolist()
+        [1.0, 0.5, 0.0, 0.0]
     """
-    return max(0.0, FURTHEST - max(behind, 1.0)) / (FURTHEST - 1)
+    return np.clip(FURTHEST - np.maximum(behind, 1.0), 0.0, None) / (FURTHEST - 1)
 
 
 def _row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOnWorkload:
@@ -251,10 +254,6 @@ def _divide_times(times: Draws, best: Draws | float) -> Draws:
         return np.where(np.isinf(times), math.inf, np.where(times == best, 1.0, times / best))
 
 
-def _areas(behind: Draws) -> Draws:
-    return np.clip(FURTHEST - np.maximum(behind, 1.0), 0.0, None) / (FURTHEST - 1)
-
-
 def _ends(results: BenchResults, track: str) -> dict[str, float]:
     """By method the mean, over its workloads, of its place by the validation metric at the end."""
     ends: dict[str, list[int]] = {}
@@ -282,22 +281,16 @@ def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[st
 
 def _pairs(results: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
     """A method's times and its peers', workload by workload."""
-    pairs = []
-    for workload in results.ranked:
-        cell, peer = results.cells.get((track, workload, method)), results.peer(workload, clock)
-        if cell and peer:
-            pairs.append((cell.times[clock], peer.times[clock]))
-    return pairs
+    found = [(results.cells.get((track, w, method)), results.peer(w, clock)) for w in results.ranked]
+    return [(cell.times[clock], peer.times[clock]) for cell, peer in found if cell and peer]
 
 
 def _null_pairs(results: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
-    pairs = []
-    for workload in results.ranked:
-        one = results.cells.get((track, workload, null))
-        other = results.cells.get((track, workload, results.nulls[null]))
-        if one and other:
-            pairs.append((one.times[clock], other.times[clock]))
-    return pairs
+    cells = results.cells
+    found = [
+        (cells.get((track, w, null)), cells.get((track, w, results.nulls[null]))) for w in results.ranked
+    ]
+    return [(one.times[clock], other.times[clock]) for one, other in found if one and other]
 
 
 def _known_pairs(results: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:

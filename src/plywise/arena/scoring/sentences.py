@@ -1,7 +1,17 @@
-"""Lists of names in sentences."""
+"""Counts and lists of names in sentences."""
 
 NAMED = 4
 """Names that a sentence lists at most, unless it lists all: tables have the others."""
+
+
+def format_count(number: int, what: str) -> str:
+    """A number of things, as in "3 seeds".
+
+    Example:
+        >>> format_count(1, "seed"), format_count(2, "seed")
+        ('1 seed', '2 seeds')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def listed(names: list[str]) -> str:
