@@ -8,7 +8,7 @@ import pytest
 from fake_bench import make_bench, make_lines
 from test_standing import finals, small
 
-from plywise.arena.scoring.conclusions import _listed_of, draw_conclusions, span
+from plywise.arena.scoring.conclusions import _list_some, draw_conclusions, span
 from plywise.arena.scoring.intervals import Interval
 from plywise.arena.scoring.ranking import compare_methods, noise, noise_alone
 from plywise.arena.scoring.results import gather_results
@@ -210,10 +210,10 @@ def test_with_fewer_than_three_seeds_nobody_is_named(seeds):
 
 def test_of_a_long_list_the_few_that_are_not_in_it_are_told():
     whole = ["a", "b", "c", "d", "e", "f"]
-    assert _listed_of(whole, whole) == "all 6"
-    assert _listed_of(["a", "b", "d", "e", "f"], whole) == "all 6 but c"
-    assert _listed_of(["a", "b", "c", "d"], whole) == "a, b, c and d"
-    assert _listed_of(["a"], ["a"]) == "a"
+    assert _list_some(whole, whole) == "all 6"
+    assert _list_some(["a", "b", "d", "e", "f"], whole) == "all 6 but c"
+    assert _list_some(["a", "b", "c", "d"], whole) == "a, b, c and d"
+    assert _list_some(["a"], ["a"]) == "a"
 
 
 def test_test_samples_that_were_trained_on_are_reported():

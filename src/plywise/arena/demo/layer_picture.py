@@ -42,7 +42,7 @@ def layer_picture(
     found: dict[str, dict[str, Any]] = {}
     for name, rule in rules.items():
         kinds = (SCALED_BADLY, SCALED_WELL) if isinstance(rule, Backprop) else (SCALED_BADLY,)
-        found[name] = {kind: _relative_sizes(rule, make_model, kind, x, y) for kind in kinds}
+        found[name] = {kind: _measure_sizes(rule, make_model, kind, x, y) for kind in kinds}
         found[name]["names"] = [
             f"{layer} {_shape(module)}"
             for layer, module in make_model().named_modules()
@@ -51,7 +51,7 @@ def layer_picture(
     return found
 
 
-def _relative_sizes(
+def _measure_sizes(
     rule: Rule, make_model: Callable[[], nn.Module], kind: str, x: Tensor, y: Tensor
 ) -> list[float]:
     with torch.random.fork_rng(devices=[]):
@@ -90,7 +90,7 @@ def backward_sizes(rule: Rule, model: nn.Module, x: Tensor, y: Tensor) -> dict[s
 
     def look(call: LinearCall, *_: Any) -> None:
         assert call.module is not None
-        sizes[call.name] = _rms(rule.backward_value(call)) / _rms(call.module(call.a))
+        sizes[call.name] = _compute_rms(rule.backward_value(call)) / _compute_rms(call.module(call.a))
 
     rule.attach(model)
     with rule.observing(look):
@@ -103,5 +103,5 @@ def _shape(module: nn.Module) -> str:
     return f"Linear {module.in_features}→{module.out_features}"
 
 
-def _rms(tensor: Tensor) -> float:
+def _compute_rms(tensor: Tensor) -> float:
     return tensor.square().mean().sqrt().item()

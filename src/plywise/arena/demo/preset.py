@@ -79,20 +79,20 @@ def open_demo(config: DemoConfig, folder: Path, command: str = "") -> Generator[
         workload = ResolvedWorkload.write(source, source.workload, scratch.path / "digits.pt")
         about = {
             "title": TITLE,
-            "lead": _lead(config),
+            "lead": _format_lead(config),
             "tracks": [TUNED],
             "chosen": True,
             "attribution": ATTRIBUTION,
         }
         resolved = ResolvedBench(asked, methods, {source.name: workload}, {})
         bench = Bench(resolved, folder, command, design, about)
-        picture = _picture(config, Data.load(workload.file), workload.workload)
+        picture = _measure_picture(config, Data.load(workload.file), workload.workload)
         for name, layers in picture.items():
             bench.about["methods"][name]["layers"] = layers
         yield bench
 
 
-def _lead(config: DemoConfig) -> str:
+def _format_lead(config: DemoConfig) -> str:
     seeds = f"{config.seeds} fresh seed{'s' if config.seeds != 1 else ''}"
     return (
         f"{len(config.setups)} methods train one network on handwritten digits: {config.steps} steps with "
@@ -109,7 +109,7 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _picture(config: DemoConfig, data: Data, workload: Workload) -> dict[str, dict[str, Any]]:
+def _measure_picture(config: DemoConfig, data: Data, workload: Workload) -> dict[str, dict[str, Any]]:
     """Measure the backward values, layer by layer, of plain training and of rules of one batch."""
     rules = {name: find_rule(RULE_OF[name])() for name in config.setups if name in RULE_OF}
     shown = {

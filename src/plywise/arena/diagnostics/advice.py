@@ -196,7 +196,7 @@ def _about_scales(diagnosis: Diagnosis, subject: str) -> list[Advice]:
     if not reasons:
         return []
     why = f"The layers are badly scaled against each other: {'; '.join(reasons)}. "
-    alike = _kind(diagnosis) == "mlp"
+    alike = _find_kind(diagnosis) == "mlp"
     measured = "one MLP of five layers for classification (benchmarks/README.md, bad_scaling.py)"
     return [
         Advice(
@@ -204,16 +204,16 @@ def _about_scales(diagnosis: Diagnosis, subject: str) -> list[Advice]:
             "Consequentialism, or mend the initialisation",
             f"{why}Of ten methods it ended with the lowest training loss on three of four bad scalings, "
             "ProxProp on the fourth; AdamW's was 5 to 35 times as much.",
-            _sure(diagnosis, alike, measured),
-            _bench(subject, "sgd,adamw,consequentialism,proxprop"),
+            _say_how_sure(diagnosis, alike, measured),
+            _make_command(subject, "sgd,adamw,consequentialism,proxprop"),
         ),
         Advice(
             "back-matching",
             "BackMatching, to be rid of the scales",
             "Its rate undoes factors that leave the network's function as it was: the same loss at the same "
             "rate on all three such scalings, 0.044; the two others need momentum.",
-            _sure(diagnosis, alike, measured),
-            _bench(subject, "sgd,adamw,back-matching"),
+            _say_how_sure(diagnosis, alike, measured),
+            _make_command(subject, "sgd,adamw,back-matching"),
         ),
     ]
 
@@ -229,19 +229,19 @@ def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
         f"{len(uneven)} of {len(layers)} layers, with {share:.0%} of the parameters, read inputs that are "
         f"far from white ({_describe_worst(uneven)}): plain gradients are slow in their weak directions. "
     )
-    if _kind(diagnosis) == "convnet":
+    if _find_kind(diagnosis) == "convnet":
         return [
             Advice(
                 "foof+adamw",
                 "Foof or FeatureWhitening on AdamW",
                 f"{why}Both undo that; a ConvNet on CIFAR-10 took 0.26 and 0.32 of AdamW's steps and 0.31 "
                 "and 0.38 of its CPU time to AdamW's best loss.",
-                _sure(
+                _say_how_sure(
                     diagnosis,
                     True,
                     "one ConvNet of five layers for classification (benchmarks/README.md, memory_rules.py)",
                 ),
-                _bench(subject, "adamw,muon,foof+adamw,feature-whitening+adamw"),
+                _make_command(subject, "adamw,muon,foof+adamw,feature-whitening+adamw"),
             )
         ]
     return [
@@ -250,12 +250,12 @@ def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
             "FeatureWhitening on AdamW",
             f"{why}It undoes that; an MLP on Fashion-MNIST took 0.38 of AdamW's steps and 0.78 of its CPU "
             "time to AdamW's best loss.",
-            _sure(
+            _say_how_sure(
                 diagnosis,
-                _kind(diagnosis) == "mlp",
+                _find_kind(diagnosis) == "mlp",
                 "one MLP of three layers for classification (benchmarks/README.md, memory_rules.py)",
             ),
-            _bench(subject, "adamw,muon,feature-whitening+adamw"),
+            _make_command(subject, "adamw,muon,feature-whitening+adamw"),
         )
     ]
 
@@ -286,7 +286,7 @@ def _advise_nothing(diagnosis: Diagnosis, subject: str) -> Advice:
         f"Nothing stands out:{rates} and layers with {share:.0%} of the parameters read inputs that are "
         "far from white. A rule would have little to mend."
     )
-    return Advice("adamw", "Plain AdamW is fine", why, f"{PLAIN}.", _bench(subject, "sgd,adamw"))
+    return Advice("adamw", "Plain AdamW is fine", why, f"{PLAIN}.", _make_command(subject, "sgd,adamw"))
 
 
 # ---- judging -------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def _is_far(ratio: float, factor: float) -> bool:
     return not 1 / factor < ratio < factor
 
 
-def _kind(diagnosis: Diagnosis) -> str:
+def _find_kind(diagnosis: Diagnosis) -> str:
     """``"mlp"``, ``"convnet"`` or ``"other"``."""
     layers = _list_measured(diagnosis)
     if any(layer.type.startswith("Conv") for layer in layers):
@@ -320,13 +320,13 @@ def _kind(diagnosis: Diagnosis) -> str:
     return "mlp" if flat and not left - {"BatchNorm1d", "LayerNorm"} else "other"
 
 
-def _sure(diagnosis: Diagnosis, same_kind: bool, on: str) -> str:
+def _say_how_sure(diagnosis: Diagnosis, same_kind: bool, on: str) -> str:
     if diagnosis.parameters > LARGE:
         return f"{ELSEWHERE}: {on}; yours has {diagnosis.parameters / 1e6:.3g} million parameters."
     return f"{MEASURED if same_kind else ELSEWHERE}: {on}."
 
 
-def _bench(subject: str, methods: str) -> str:
+def _make_command(subject: str, methods: str) -> str:
     return f"plywise bench {subject} --methods {methods}"
 
 

@@ -105,7 +105,7 @@ class Covariance:
         square = float(mean.square().sum())
         total = square + float(variances.clamp(min=0).sum())
         width, features = int(varying.sum()), len(mean)
-        kept = _eigenvalues(covariance[varying][:, varying])
+        kept = _compute_eigenvalues(covariance[varying][:, varying])
         deviations = variances[varying].sqrt()
         white = None
         if 0 < width < self.count:
@@ -125,7 +125,7 @@ class Covariance:
         )
 
 
-def _eigenvalues(covariance: Tensor) -> Tensor:
+def _compute_eigenvalues(covariance: Tensor) -> Tensor:
     """Those above the floor, in ascending order."""
     if not len(covariance):
         return covariance.new_empty(0)

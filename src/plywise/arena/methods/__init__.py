@@ -76,8 +76,8 @@ def find_method(name: str) -> Method:
     if plus:
         return _compose(name, first, second)
     if ":" in name:
-        return _at_address(name)
-    found = _canonical(name)
+        return _load_method(name)
+    found = _normalise_name(name)
     if found in RULE_OF:
         return _compose(name, name, PEERS[0])
     if found in LEARNER_OF:
@@ -103,7 +103,7 @@ def find_method(name: str) -> Method:
     )
 
 
-def _at_address(address: str) -> Method:
+def _load_method(address: str) -> Method:
     """Make a method of the object at a user's address."""
     from plywise._util.import_path import load
     from plywise.arena.method import of_class
@@ -118,7 +118,7 @@ def _at_address(address: str) -> Method:
 
 def _compose(name: str, first: str, second: str) -> Method:
     """A rule on an optimizer, or inside a learner."""
-    one, other = _canonical(first), _canonical(second)
+    one, other = _normalise_name(first), _normalise_name(second)
     if one in LEARNER_OF:
         known = other in RULE_OF or ":" in second
         _require(known, name, second, "rule", tuple(RULE_OF), "local-loss+foof")
@@ -141,6 +141,6 @@ def _require(right: bool, name: str, part: str, what: str, choices: tuple[str, .
         raise BenchError(f"In {name!r}, {part!r} is no {what}. {hint}")
 
 
-def _canonical(name: str) -> str:
+def _normalise_name(name: str) -> str:
     """The name as listed, or "" if there is none."""
     return _KNOWN.get(name.strip().lower().replace("-", "").replace("_", ""), "")

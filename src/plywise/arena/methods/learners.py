@@ -123,11 +123,11 @@ def _tie_readouts(setting: TrialContext) -> dict[str, Any]:
     return {"tied": setting.model.table} if isinstance(setting.model, TiedModel) else {}
 
 
-def _codes(setting: TrialContext) -> dict[str, Any]:
+def _choose_codes(setting: TrialContext) -> dict[str, Any]:
     return {"code": round(setting.numbers["code"]), "bridge": pooled_bridge}
 
 
-def _ridge(setting: TrialContext) -> dict[str, Any]:
+def _make_ridge(setting: TrialContext) -> dict[str, Any]:
     ridge = setting.numbers["ridge"]
 
     def head(shape: torch.Size, classes: int) -> RidgeHead:
@@ -142,11 +142,13 @@ def _make_threshold(setting: TrialContext) -> dict[str, Any]:
 
 
 RECIPES = {
-    "AssociatedLearning": Recipe({"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _codes),
+    "AssociatedLearning": Recipe(
+        {"lr": Range(1e-4, 1e-1, 7.5e-3), "code": Range(16, 256, 40)}, _choose_codes
+    ),
     "LocalLoss": Recipe(loss=True, tokens=True),
     "LocalNextToken": Recipe(settings=_tie_readouts, tokens=True),
     "Interlocking": Recipe(loss=True, tokens=True),
-    "CascadedForward": Recipe({"ridge": Range(1e-5, 1.0, 1e-2)}, _ridge),
+    "CascadedForward": Recipe({"ridge": Range(1e-5, 1.0, 1e-2)}, _make_ridge),
     "LocalForwardGradient": Recipe(),
     "ForwardForward": Recipe(
         {"lr": Range(1e-4, 1e-1, 1e-2), "threshold": Range(0.3, 10.0, 1.0)}, _make_threshold
@@ -187,7 +189,7 @@ def of_learner(name: str, rule: str | None = None) -> Method:
         if "lr" not in recipe.space:
             raise BenchError(f"Method {name} learns in closed form: there is no gradient for {rule}.")
         about = f"{about[:-1]} with {RULE_OF.get(rule, rule)} inside."
-        name, recipe = f"{name}+{rule}", _with_rule(recipe, resolve_rule(RULE_OF.get(rule, rule)))
+        name, recipe = f"{name}+{rule}", _add_rule(recipe, resolve_rule(RULE_OF.get(rule, rule)))
     make = partial(begin, name, learner, recipe)
     refuses = partial(uncut, tokens=recipe.tokens)
     return Method(name, about, recipe.space, make, count=partial(passes, make), refuses=refuses, local=True)
@@ -224,7 +226,7 @@ def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext)
     return round(local.get_total_flops() / once.get_total_flops(), 2)
 
 
-def _with_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
+def _add_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
     tuned, untuned = tuned_of(rule), defaults(recipe.space)
 
     def settings(setting: TrialContext) -> dict[str, Any]:

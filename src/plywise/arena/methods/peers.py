@@ -101,7 +101,7 @@ def shampoo(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, every: int = 25
 ) -> Optimizer:
     """Shampoo grafted onto SGD, its roots from every 25th step (its default, 1000, is more than a run)."""
-    made: Optimizer = _package("shampoo").ScalableShampoo(
+    made: Optimizer = _import_package("shampoo").ScalableShampoo(
         parameters,
         lr=lr,
         betas=(0.9, 0.999),
@@ -116,7 +116,7 @@ def schedule_free(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, warmup_steps: int = 0
 ) -> Optimizer:
     """Schedule-free AdamW: its rate stays, and what is evaluated is a mean of the iterates."""
-    made: Optimizer = _package("schedule-free").ScheduleFreeAdamW(
+    made: Optimizer = _import_package("schedule-free").ScheduleFreeAdamW(
         parameters, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps
     )
     return made
@@ -141,7 +141,7 @@ def averaged(setting: TrialContext, optimizer: Optimizer, rule: Rule | None = No
     return Averaged(made.model, made.optimizer, made.loss)
 
 
-def _package(method: str) -> Any:
+def _import_package(method: str) -> Any:
     need = f"Method {method} needs the package pytorch_optimizer: pip install 'plywise[bench]'."
     return import_extra("pytorch_optimizer", need)
 
@@ -184,18 +184,18 @@ def _treat_alike(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext,
     return make
 
 
-def _muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
+def _make_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
     return Muon(group_hidden(setting), adjust_lr_fn="match_rms_adamw", **settings)
 
 
-def _torch_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
+def _make_torch_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     hidden = hidden_weights(setting)
     known = {id(weight) for weight in hidden}
     return TorchMuon(hidden, [p for p in learning(setting.model) if id(p) not in known], **numbers)
 
 
-def _normuon(setting: TrialContext, numbers: Numbers) -> Optimizer:
+def _make_normuon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     settings: dict[str, Any] = dict(numbers)
     return NorMuon(group_hidden(setting), **settings)
 
@@ -228,15 +228,18 @@ _PEERS: Mapping[str, Peer] = {
     for peer in (
         Peer("sgd", "SGD with Nesterov momentum 0.9", GRADIENT_SIZED, _treat_alike(nesterov)),
         Peer("adamw", "AdamW, fused", unit_sized(1e-2), _treat_alike(make_adamw)),
-        Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1, 0.2), _muon),
+        Peer("muon", "Muon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1, 0.2), _make_muon),
         Peer(
             "torch-muon",
             "torch.optim.Muon for hidden matrices, AdamW for the rest and for convolutions",
             unit_sized(2e-2, 0.1, 0.2),
-            _torch_muon,
+            _make_torch_muon,
         ),
         Peer(
-            "normuon", "NorMuon for hidden weights, AdamW for the rest", unit_sized(2e-2, 0.1, 0.2), _normuon
+            "normuon",
+            "NorMuon for hidden weights, AdamW for the rest",
+            unit_sized(2e-2, 0.1, 0.2),
+            _make_normuon,
         ),
         Peer(
             "soap", "SOAP: Adam in the eigenbases of Shampoo", unit_sized(2e-2, 0.1, 0.2), _treat_alike(SOAP)

@@ -60,7 +60,7 @@ class Ranked:
         return predictor(self.model)(x)
 
 
-def _auc_margin(setting: TrialContext) -> Trainer:
+def _train_for_auc(setting: TrialContext) -> Trainer:
     loss = AUCMargin().to(setting.example.device)
     groups: Any = [
         {"params": learning(setting.model)},
@@ -71,7 +71,7 @@ def _auc_margin(setting: TrialContext) -> Trainer:
     return Ranked(setting.model, loss, trainer.step)
 
 
-def _coda(setting: TrialContext) -> Trainer:
+def _train_coda(setting: TrialContext) -> Trainer:
     """One worker, two stages: the first settles α on 3 batches and the second, three times as long, on 9."""
     numbers, loss = setting.numbers, AUCMargin(floor=-math.inf).to(setting.example.device)
     stage = max(1, (setting.steps - 12) // 4)
@@ -101,7 +101,7 @@ class FlatInInputs(EndToEnd):
         return self.descend(losses.mean() + self.strength * input_gradient_penalty(losses, x))
 
 
-def _flat(setting: TrialContext) -> Trainer:
+def _train_flat(setting: TrialContext) -> Trainer:
     assert setting.task.losses is not None, "refused where the task has none"
     numbers = {**defaults(GRADIENT_SIZED), **setting.numbers}
     strength = numbers.pop("strength")
@@ -142,7 +142,7 @@ class NearItself(EndToEnd):
         return first
 
 
-def _proximal(setting: TrialContext) -> Trainer:
+def _train_proximal(setting: TrialContext) -> Trainer:
     numbers = {**defaults(unit_sized(1e-3)), **setting.numbers}
     reach = numbers.pop("reach")
     optimizer = make_adamw(learning(setting.model), **numbers)
@@ -157,21 +157,21 @@ METHODS = {
             "auc-margin",
             "The AUC margin loss on SGD with Nesterov momentum, in place of the task's loss",
             {**GRADIENT_SIZED, "lr": Range(1e-4, 0.1, 0.01)},  # larger ones end with equal scores
-            _auc_margin,
+            _train_for_auc,
             refuses=unranked,
         ),
         Method(
             "coda",
             "CoDA with one worker: the AUC's min-max loss in stages",
             {"lr": Range(1e-3, 1.0, 0.1), "gamma": Range(1.0, 1e4, 400.0)},
-            _coda,
+            _train_coda,
             refuses=unranked,
         ),
         Method(
             "input-gradient-penalty",
             "SGD with Nesterov momentum on the loss and the 1-norm of its gradient by the inputs",
             {"lr": GRADIENT_SIZED["lr"], "strength": Range(1e-4, 1.0, 0.01)},
-            _flat,
+            _train_flat,
             gradients=2.0,
             refuses=not_by_sample,
         ),
@@ -179,7 +179,7 @@ METHODS = {
             "wasserstein-proximal",
             "Three steps of AdamW on each batch, with a proximal term on the network's outputs",
             {"lr": unit_sized(1e-3)["lr"], "reach": Range(0.1, 1e3, 10.0)},
-            _proximal,
+            _train_proximal,
             gradients=INNER,
         ),
     )

@@ -47,12 +47,12 @@ def unless(change: Callable[[nn.Module], Any]) -> Callable[[Workload], str]:
 # ---- activations -----------------------------------------------------------------------------------
 
 
-def _with_slopes(model: nn.Module) -> list[AdaptiveActivation]:
+def _add_slopes(model: nn.Module) -> list[AdaptiveActivation]:
     return adapt_activations(model, "layer", SLOPE_FACTOR)
 
 
-def _adaptive(setting: TrialContext) -> EndToEnd:
-    slopes = [module.slope for module in _with_slopes(setting.model)]
+def _train_adaptive(setting: TrialContext) -> EndToEnd:
+    slopes = [module.slope for module in _add_slopes(setting.model)]
     known = {id(slope) for slope in slopes}
     weights = [parameter for parameter in learning(setting.model) if id(parameter) not in known]
     # decay would pull a slope to 0, where the layer hands nothing on
@@ -62,15 +62,15 @@ def _adaptive(setting: TrialContext) -> EndToEnd:
     return EndToEnd(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer))
 
 
-def _recovering(setting: TrialContext) -> Trainer:
+def _train_recovering(setting: TrialContext) -> Trainer:
     """Adaptive activations with slope recovery in the loss that is descended."""
-    trainer, loss = _adaptive(setting), setting.task.loss
+    trainer, loss = _train_adaptive(setting), setting.task.loss
     weight = setting.numbers["recovery"]
     trainer.loss = lambda output, y: loss(output, y) + weight * slope_recovery(setting.model)
     return trainer
 
 
-def _with_thresholds(model: nn.Module) -> None:
+def _add_thresholds(model: nn.Module) -> None:
     places = [name for name, module in model.named_modules(remove_duplicate=False) if _is_activation(module)]
     if not places or "" in places:
         raise BenchError(f"the {type(model).__name__} has no activation module that a step could stand for")
@@ -83,7 +83,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _make_threshold(setting: TrialContext) -> Trainer:
-    _with_thresholds(setting.model)
+    _add_thresholds(setting.model)
     return _train_end_to_end(setting, setting.model, setting.steps)
 
 
@@ -210,22 +210,22 @@ METHODS = {
             "adaptive-activations",
             "SGD with Nesterov momentum, a trainable slope for each activation module",
             {**GRADIENT_SIZED, "lr": Range(1e-3, 1.0, 0.03)},
-            _adaptive,
-            refuses=unless(_with_slopes),
+            _train_adaptive,
+            refuses=unless(_add_slopes),
         ),
         Method(
             "slope-recovery",
             "Adaptive activations, and a term in the loss that pushes slopes up",
             {"lr": Range(1e-3, 1.0, 0.01), "recovery": Range(1e-3, 10.0, 0.1)},
-            _recovering,
-            refuses=unless(_with_slopes),
+            _train_recovering,
+            refuses=unless(_add_slopes),
         ),
         Method(
             "threshold",
             "SGD with Nesterov momentum, each activation 0 or 1, straight-through (clipped ReLU)",
             GRADIENT_SIZED,
             _make_threshold,
-            refuses=unless(_with_thresholds),
+            refuses=unless(_add_thresholds),
         ),
         Method(
             "fuse-layers",

@@ -61,7 +61,7 @@ class Quantized(EndToEnd):
                 param.copy_(value)
 
 
-def _local_regularizer(optimizer: Callable[..., Optimizer], setting: TrialContext) -> Trainer:
+def _train_with_regularizer(optimizer: Callable[..., Optimizer], setting: TrialContext) -> Trainer:
     numbers = {**defaults(GRADIENT_SIZED), **setting.numbers}
     return end_to_end(setting, optimizer(learning(setting.model), **numbers))
 
@@ -71,7 +71,7 @@ def _make_untuned(setting: TrialContext) -> Trainer:
     return EndToEnd(setting.model, YamAdam(learning(setting.model)), setting.task.loss)
 
 
-def _swarm(setting: TrialContext) -> Trainer:
+def _train_swarm(setting: TrialContext) -> Trainer:
     lr, radius = setting.numbers["lr"], setting.numbers["radius"]
     chain = SalpSGD(learning(setting.model), lr, total_steps=setting.steps, salps=SALPS, radius=radius)
     return WithClosure(setting.model, chain, setting.task.loss, cosine(setting.steps)(chain))
@@ -105,20 +105,20 @@ METHODS = {
             "lrsgd-r",
             "SGD with a local regularizer, in inner loops of random length",
             _LRSGD,
-            partial(_local_regularizer, LRSGDR),
+            partial(_train_with_regularizer, LRSGDR),
         ),
         Method(
             "lrsgd-c",
             "SGD with a local regularizer, in inner loops of ten steps with falling rates",
             _LRSGD,
-            partial(_local_regularizer, LRSGDC),
+            partial(_train_with_regularizer, LRSGDC),
         ),
         Method("yam-adam", "YamAdam: nothing to tune", {}, _make_untuned),
         Method(
             "salp-sgd",
             "SGD with a chain of four salps that looks around each step",
             {"lr": Range(1e-3, 1.0, 0.5), "radius": Range(1e-4, 0.1, 0.01)},
-            _swarm,
+            _train_swarm,
             gradients=SALPS + 1,
         ),
         Method(

@@ -74,7 +74,7 @@ def of_rule(name: str, optimizer: str) -> Method:
     fixed = defaults(peer.space)
     if on_sgd and tuned.rate is not None:
         fixed |= {"weight_decay": 0.0}
-    space = _space(tuned, peer, on_sgd)
+    space = _choose_space(tuned, peer, on_sgd)
 
     def make(setting: TrialContext) -> Trainer:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
@@ -92,7 +92,7 @@ def _describe(rule: type[Rule], name: str) -> str:
     return (rule.__doc__ or rule.__name__).strip().split("\n")[0].rstrip(".") + "."
 
 
-def _space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:
+def _choose_space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:
     """The rate and the rule's number; for a rule without one, the optimizer's second."""
     if on_sgd and tuned.rate is not None:
         return {"lr": tuned.rate, **tuned.numbers}

@@ -220,7 +220,7 @@ def augmented(begin: Callable[[Start], Trainer], start: Start) -> Augmented:
 # ---- the experiments -------------------------------------------------------------------------------
 
 
-def _arms(
+def _make_arms(
     body: MakeBody,
     bp: Callable[[Start], Trainer],
     wrap: Callable[[Callable[[Start], Trainer]], Callable[[Start], Trainer]],
@@ -283,7 +283,9 @@ PAPER = Paper(
             about="MLP on MNIST: about as accurate as backpropagation through the same layers",
             where="the abstract; the paper's table could not be read",
             measure=TEST_ACCURACY,
-            arms=_arms(mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), _begin_plain, (None, None)),
+            arms=_make_arms(
+                mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), _begin_plain, (None, None)
+            ),
             sizes={
                 FULL: ExperimentSize(
                     about=(
@@ -323,7 +325,7 @@ PAPER = Paper(
             about="CNN of eight convolutions on CIFAR-10",
             where=WHERE,
             measure=TEST_ACCURACY,
-            arms=_arms(cnn_body, partial(backprop, cnn_body, relu_dense, 0.0), _augment, (83.45, 86.30)),
+            arms=_make_arms(cnn_body, partial(backprop, cnn_body, relu_dense, 0.0), _augment, (83.45, 86.30)),
             sizes={
                 FULL: ExperimentSize(
                     about=(
@@ -351,7 +353,7 @@ PAPER = Paper(
             about="VGG on CIFAR-10",
             where=WHERE,
             measure=TEST_ACCURACY,
-            arms=_arms(VGG, VGG_BASELINE, _augment, (91.59, 92.75))[:3],
+            arms=_make_arms(VGG, VGG_BASELINE, _augment, (91.59, 92.75))[:3],
             sizes={
                 FULL: ExperimentSize(
                     about=(

@@ -77,7 +77,7 @@ def with_it(name: str) -> str:
     return f"CWU on {name}"
 
 
-def _arms(model: MakeModel) -> tuple[Arm, ...]:
+def _make_arms(model: MakeModel) -> tuple[Arm, ...]:
     arms = []
     for name, (optimizer, settings, plain, corrected) in OPTIMIZERS.items():
         arms.append(Arm(name, partial(trained, model, optimizer, settings, None), plain))
@@ -107,7 +107,7 @@ PAPER = Paper(
             about="MLP on MNIST: fewer steps with every optimizer",
             where=WHERE,
             measure=TRAINING_LOSS,
-            arms=_arms(dense),
+            arms=_make_arms(dense),
             sizes={
                 FULL: ExperimentSize(
                     about="784-1024-1024-10, 55,000 training images, batches of 128, 20 epochs; ours",
@@ -139,7 +139,7 @@ PAPER = Paper(
             about="ConvNet on MNIST: the same with convolutions",
             where=WHERE,
             measure=TRAINING_LOSS,
-            arms=_arms(convolutions),
+            arms=_make_arms(convolutions),
             sizes={
                 FULL: ExperimentSize(
                     about=(

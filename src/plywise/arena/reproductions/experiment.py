@@ -54,7 +54,7 @@ class Measure:
     tuned_by: Callable[[Line], float]
 
 
-def _logarithm(loss: float) -> float:
+def _take_logarithm(loss: float) -> float:
     return math.log(max(loss, 1e-12))
 
 
@@ -66,7 +66,7 @@ TRAINING_LOSS = Measure(
     "training loss at the end",
     "nats",
     read=lambda line: float(line["loss"][-1]),
-    scale=_logarithm,
+    scale=_take_logarithm,
     back=math.exp,
     better=-1,
     tuned_by=lambda line: float(line["loss"][-1]),

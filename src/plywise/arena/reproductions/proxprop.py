@@ -91,7 +91,7 @@ def cg(steps: int, tau: float) -> ProxProp:
     return ProxProp(tau, "cg_official", steps)
 
 
-def _table_1() -> tuple[Arm, ...]:
+def _make_table_1() -> tuple[Arm, ...]:
     rules = {"BackProp": None, **{f"cg{steps}": cg(steps, 1.0) for steps in (1, 3, 5)}}
     return tuple(
         Arm(
@@ -172,7 +172,7 @@ DIGITS_MLP = ExperimentSize(
 FULL_MLP = ExperimentSize(
     "3072-4000-1000-4000-10, 45,000 training images, as in the paper", cifar, MLP, 500, 50, 45_000
 )
-ARMS = _table_1()
+ARMS = _make_table_1()
 
 PAPER = Paper(
     "proxprop",

@@ -95,21 +95,21 @@ class Reproduction:
         slowest = 0.0
         for experiment, runs in self._runs:
             if runs.done < runs.total:
-                with self._data_of(experiment, runs):
+                with self._open_data(experiment, runs):
                     self._probe(experiment, runs, executor)
                 steps = experiment.sizes[self.size].steps
                 slowest = max(slowest, *(cost.run(steps) for cost in runs.costs.values()))
         executor.timeout_s = max(TIMEOUT_S, MARGIN * slowest)
-        return self._seconds_left(executor.count)
+        return self._estimate_seconds(executor.count)
 
     def run(self, executor: Executor) -> Generator[Progress, None, None]:
         """Run the runs that the ledger does not hold; each run is kept when it ends."""
         with self.ledger.writing():
             for experiment, runs in self._runs:
                 if runs.done < runs.total:
-                    with self._data_of(experiment, runs):
+                    with self._open_data(experiment, runs):
                         for piece in runs.run(executor):
-                            left = self._seconds_left(executor.count)
+                            left = self._estimate_seconds(executor.count)
                             yield Progress(self.done, self.total, piece.line, left)
 
     def finish(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Reproduction:
             runs.costs[workload, arm.name] = runs.costs[workload, alike[arm.method]]
 
     @contextmanager
-    def _data_of(self, experiment: Experiment, runs: Runs) -> Iterator[None]:
+    def _open_data(self, experiment: Experiment, runs: Runs) -> Iterator[None]:
         """An experiment's data in a file, while it runs: all experiments' data together may be large."""
         ((workload, resolved),) = runs.workloads.items()
         with Scratch(self.folder) as scratch:
@@ -181,7 +181,7 @@ class Reproduction:
                             see="state-bench",
                         )
 
-    def _seconds_left(self, workers: int) -> float:
+    def _estimate_seconds(self, workers: int) -> float:
         return sum(runs.seconds_left(workers) for _, runs in self._runs)
 
     def _summarize(self, experiment: Experiment, runs: Runs) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from plywise.data.sets import load_cifar10, load_cifar100, load_grey_images
 def mnist(images: int, validation: int, test: int) -> Data:
     """MNIST, images (1, 28, 28) in [0, 1]: the first of the training file, its last as validation."""
     x, y, x_test, y_test = load_grey_images("mnist")
-    return _parts(x[..., None], y, x_test[..., None], y_test, (images, validation, test))
+    return _cut_parts(x[..., None], y, x_test[..., None], y_test, (images, validation, test))
 
 
 def cifar(images: int, validation: int, test: int) -> Data:
     """CIFAR-10, images (3, 32, 32) in [0, 1]: the first of the training file, its last as validation."""
-    return _parts(*load_cifar10(), (images, validation, test))
+    return _cut_parts(*load_cifar10(), (images, validation, test))
 
 
 def digits(images: int, validation: int, test: int) -> Data:
@@ -42,15 +42,15 @@ def cifar_centred(images: int, validation: int, test: int) -> Data:
 
 def cifar_channels(images: int, validation: int, test: int) -> Data:
     """`cifar`, each channel with mean 0 and variance 1 over the training set."""
-    return _channels(cifar(images, validation, test))
+    return _standardise_channels(cifar(images, validation, test))
 
 
 def cifar100_channels(images: int, validation: int, test: int) -> Data:
     """`cifar_channels`, of CIFAR-100."""
-    return _channels(_parts(*load_cifar100(), (images, validation, test)))
+    return _standardise_channels(_cut_parts(*load_cifar100(), (images, validation, test)))
 
 
-def _parts(x: Bytes, y: Bytes, x_test: Bytes, y_test: Bytes, sizes: tuple[int, int, int]) -> Data:
+def _cut_parts(x: Bytes, y: Bytes, x_test: Bytes, y_test: Bytes, sizes: tuple[int, int, int]) -> Data:
     images, validation, test = sizes
     assert images + validation <= len(y)
     return Data(
@@ -65,7 +65,7 @@ def _split(x: Bytes, y: Bytes) -> Split:
     return Split(pixels.div_(255), torch.from_numpy(y.astype(np.int64)))
 
 
-def _channels(data: Data) -> Data:
+def _standardise_channels(data: Data) -> Data:
     deviation, mean = torch.std_mean(data.train.x, dim=(0, 2, 3), keepdim=True)
     return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
 

@@ -124,14 +124,14 @@ def verdict(
 
 def ruling(measure: Measure, claim: Claim, one: Mapping[int, Line], other: Mapping[int, Line]) -> Ruling:
     """Compare a claim with the runs of its two arms with the same seeds."""
-    found = compare_runs(_merits(measure, one), _merits(measure, other), within=claim.within)
+    found = compare_runs(_list_merits(measure, one), _list_merits(measure, other), within=claim.within)
     if found == UNDECIDED:
         return Ruling(str(claim), UNDECIDED)
     wanted = BETTER if claim.within is None else ALIKE
     return Ruling(str(claim), REPRODUCED if found == wanted else REVERSED)
 
 
-def _merits(measure: Measure, lines: Mapping[int, Line]) -> dict[int, float | None]:
+def _list_merits(measure: Measure, lines: Mapping[int, Line]) -> dict[int, float | None]:
     """What each run ended with, the higher the better; None for one that failed."""
     return {
         seed: None if line["failure"] else measure.better * measure.scale(measure.read(line))

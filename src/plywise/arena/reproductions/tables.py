@@ -15,7 +15,9 @@ HEADINGS = ("method", "paper", "ours (95 % interval)", "verdict")
 
 def rows(experiment: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each arm: method, the paper's number, ours, verdict."""
-    return [(_method(arm), number(arm["paper"]), ours(arm), arm["verdict"]) for arm in experiment["arms"]]
+    return [
+        (_format_method(arm), number(arm["paper"]), ours(arm), arm["verdict"]) for arm in experiment["arms"]
+    ]
 
 
 def number(value: float | None) -> str:
@@ -67,11 +69,11 @@ def markdown(about: Mapping[str, Any]) -> str:
     if about["unfinished"]:
         lines += [f"{about['unfinished']} runs have not been run yet.", ""]
     for experiment in about["experiments"]:
-        lines += _section(about, experiment)
+        lines += _format_section(about, experiment)
     return "\n".join(lines)
 
 
-def _section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> list[str]:
+def _format_section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> list[str]:
     size = SIZE_WORDS[about["size"]]
     lines = [
         f"### {experiment['name']}: {experiment['about']}",
@@ -91,6 +93,6 @@ def _section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> list[st
     return lines
 
 
-def _method(arm: Mapping[str, Any]) -> str:
+def _format_method(arm: Mapping[str, Any]) -> str:
     chosen = f" (rate {arm['rate']:g} of {', '.join(arm['tuning'])})" if arm["tuning"] else ""
     return f"{arm['arm']}{chosen}"

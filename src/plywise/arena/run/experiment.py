@@ -148,7 +148,7 @@ class Experiment:
             more: asked before each trial; False ends the experiment early, for a budget that is spent.
         """
         for name in self.workloads:
-            for keys in self._stages(name):
+            for keys in self._list_stages(name):
                 jobs = [self.job(key) for key in keys if key not in self.ledger]
                 for _, line in executor.run(job for job in jobs if more()):
                     self.design.check(line)
@@ -187,7 +187,7 @@ class Experiment:
         """How many trials of each workload have not been run; None where that is not known yet."""
         missing: dict[str, int | None] = {}
         for name in self.workloads:
-            left = sum(key not in self.ledger for keys in self._stages(name) for key in keys)
+            left = sum(key not in self.ledger for keys in self._list_stages(name) for key in keys)
             if left or not self._is_tuned(name):
                 missing[name] = left or None
         return missing
@@ -199,7 +199,7 @@ class Experiment:
         return TrialJob(
             key,
             workload.source,
-            dict(self._numbers(key)),
+            dict(self._choose_numbers(key)),
             str(workload.file),
             self.device,
             steps=self.design.tuning_steps if tuning else None,
@@ -209,21 +209,21 @@ class Experiment:
 
     # ---- which trials ------------------------------------------------------------------------------
 
-    def _stages(self, name: str) -> Iterator[list[Key]]:
+    def _list_stages(self, name: str) -> Iterator[list[Key]]:
         """A workload's trials: each list is made when the one before has been run."""
         design = self.design
         most = max(map(design.count_tuning, self.methods[name]), default=0)
         *rounds, last = design.search.rounds(most)
         if design.chosen:
-            yield self._final_runs(name, TUNED, {method.name: -1 for method in self.methods[name]})
-        yield from (self._tuning_trials(name, trials) for trials in rounds)
+            yield self._list_final_runs(name, TUNED, {method.name: -1 for method in self.methods[name]})
+        yield from (self._list_tuning_trials(name, trials) for trials in rounds)
         usual = DEFAULTS in design.tracks
         default_runs = {method.name: -1 for method in self.methods[name] if usual}
-        yield [*self._tuning_trials(name, last), *self._final_runs(name, DEFAULTS, default_runs)]
+        yield [*self._list_tuning_trials(name, last), *self._list_final_runs(name, DEFAULTS, default_runs)]
         if TUNED in design.tracks and not design.chosen and self._is_tuned(name):
-            yield self._final_runs(name, TUNED, self._best_trials(name))
+            yield self._list_final_runs(name, TUNED, self._choose_trials(name))
 
-    def _tuning_trials(self, name: str, trials: range) -> list[Key]:
+    def _list_tuning_trials(self, name: str, trials: range) -> list[Key]:
         """List the tuning trials, all methods in turn, so that an unfinished bench is fair, too."""
         design = self.design
         return [
@@ -233,7 +233,7 @@ class Experiment:
             if trial < design.count_tuning(method)
         ]
 
-    def _final_runs(self, name: str, track: str, trials: Mapping[str, int]) -> list[Key]:
+    def _list_final_runs(self, name: str, track: str, trials: Mapping[str, int]) -> list[Key]:
         """All methods with a seed, then with the next; ``trials`` has the number of each one's point."""
         return [
             Key(name, method.name, FINAL, track, trials[method.name], self.design.seed(method, seed))
@@ -242,7 +242,7 @@ class Experiment:
             if method.name in trials
         ]
 
-    def _best_trials(self, name: str) -> dict[str, int]:
+    def _choose_trials(self, name: str) -> dict[str, int]:
         """Each method's best point; a grid of one point needs no tuning."""
         target, found = self.target(name), {}
         for method in self.methods[name]:
@@ -253,7 +253,7 @@ class Experiment:
                 found[method.name] = 0
         return found
 
-    def _numbers(self, key: Key) -> Mapping[str, float]:
+    def _choose_numbers(self, key: Key) -> Mapping[str, float]:
         method = self._pairs[key.workload, key.method]
         if key.trial < 0:
             return defaults(method.space) or dict(next(iter(method.grid), {}))
@@ -278,7 +278,9 @@ class Experiment:
 
     def lines(self, workload: str, method: str) -> list[TrialRecord]:
         """An arm's trials that the ledger holds, by point and seed; runs of more seeds do not count."""
-        return [self.ledger.lines[key] for key in sorted(self._kept_keys()) if key[:2] == (workload, method)]
+        return [
+            self.ledger.lines[key] for key in sorted(self._list_kept_keys()) if key[:2] == (workload, method)
+        ]
 
     def tuning(self, workload: str, method: str) -> list[TrialRecord]:
         """An arm's tuning trials that the ledger holds."""
@@ -298,7 +300,7 @@ class Experiment:
     def _count_planned(self, method: Method) -> int:
         return self.design.count_tuning(method) + self.design.count_final(method)
 
-    def _kept_keys(self) -> Iterator[Key]:
+    def _list_kept_keys(self) -> Iterator[Key]:
         """Trials of the ledger that are this experiment's; another one may have had more seeds."""
         for key in self.ledger.lines:
             method = self._pairs.get((key.workload, key.method))
@@ -307,7 +309,7 @@ class Experiment:
 
     def _count_kept(self) -> Counter[tuple[str, str, str]]:
         """How many trials of each workload, method and purpose the ledger holds."""
-        return Counter((key.workload, key.method, key.purpose) for key in self._kept_keys())
+        return Counter((key.workload, key.method, key.purpose) for key in self._list_kept_keys())
 
 
 def run_arms(

@@ -52,7 +52,7 @@ class OptunaSearch:
         for line in sorted(past, key=lambda one: one["trial"]):
             study.add_trial(self._convert(line, ranges, space))
         suggested = study.ask(ranges).params
-        return {name: _three_digits(suggested[name], one) for name, one in space.items()}
+        return {name: _round_digits(suggested[name], one) for name, one in space.items()}
 
     def _convert(self, line: TrialRecord, ranges: Mapping[str, Any], space: Space) -> Any:
         """A trial of the ledger as one of Optuna's."""
@@ -67,6 +67,6 @@ class OptunaSearch:
         )
 
 
-def _three_digits(value: float, one: Range) -> float:
+def _round_digits(value: float, one: Range) -> float:
     """As points have them, and never outside."""
     return min(max(float(f"{value:.3g}"), one.low), one.high)

@@ -24,19 +24,19 @@ SEARCHED = 8
 def list_caveats(results: BenchResults) -> list[str]:
     """Sentences on a bench that has at least one final run."""
     return [
-        *_search(results),
-        *_spaces(results),
+        *_say_search(results),
+        *_compare_spaces(results),
         *_note_resumed(results),
         *_note_repeated(results),
         *_note_unseen(results),
-        *_failures(results),
-        *_soft_targets(results),
-        *_edges(results),
-        *_seeds(results),
+        *_count_failures(results),
+        *_list_soft_targets(results),
+        *_find_edges(results),
+        *_say_confidence(results),
     ]
 
 
-def _search(results: BenchResults) -> list[str]:
+def _say_search(results: BenchResults) -> list[str]:
     search = (results.bench.get("plan") or {}).get("search", "sobol")
     if search == "sobol":
         return []
@@ -46,7 +46,7 @@ def _search(results: BenchResults) -> list[str]:
     ]
 
 
-def _spaces(results: BenchResults) -> list[str]:
+def _compare_spaces(results: BenchResults) -> list[str]:
     """Which methods have fewer numbers to tune than others, and so a closer search by the same trials."""
     counts = {
         name: len(one.get("space") or {})
@@ -96,7 +96,7 @@ def _note_unseen(results: BenchResults) -> list[str]:
     ]
 
 
-def _failures(results: BenchResults) -> list[str]:
+def _count_failures(results: BenchResults) -> list[str]:
     trials = [
         line
         for workload in results.workloads
@@ -118,7 +118,7 @@ def _failures(results: BenchResults) -> list[str]:
     return sentences
 
 
-def _soft_targets(results: BenchResults) -> list[str]:
+def _list_soft_targets(results: BenchResults) -> list[str]:
     """Say which targets are easy to reach, and why."""
     soft = [
         f"{name} {target.strict:.3g} ({'; '.join(target.softness)})"
@@ -133,7 +133,7 @@ def _soft_targets(results: BenchResults) -> list[str]:
     ]
 
 
-def _edges(results: BenchResults) -> list[str]:
+def _find_edges(results: BenchResults) -> list[str]:
     """Say which methods' best numbers lie at the edge of their ranges."""
     found: Counter[str] = Counter()
     if results.bench.get("chosen"):
@@ -167,7 +167,7 @@ def at_edge(value: float, one: Mapping[str, Any]) -> bool:
     return not EDGE <= (value - low) / (high - low) <= 1 - EDGE
 
 
-def _seeds(results: BenchResults) -> list[str]:
+def _say_confidence(results: BenchResults) -> list[str]:
     least = min(len(cell.runs) for cell in results.cells.values())
     if least == 1:
         return [

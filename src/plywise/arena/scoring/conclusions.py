@@ -55,25 +55,25 @@ def draw_conclusions(results: BenchResults, rows: Iterable[MethodOnWorkload]) ->
         return ["No final run has ended yet, so that there is nothing to compare."]
     track = results.tracks[0]
     rankings = {clock: rank_methods(results, track, clock) for clock in ("steps", "cpu")}
-    reached = [*_targets(results), *_misses(track, rows), *_say_untuned(results)]
-    last = [*_memory(results, track, rows), *list_caveats(results)]
+    reached = [*_describe_targets(results), *_list_misses(track, rows), *_say_untuned(results)]
+    last = [*_compare_memory(results, track, rows), *list_caveats(results)]
     if statistics.median(len(cell.runs) for cell in results.cells.values()) < FEWEST:
         return [*_say_unranked(results), *reached, *last]
     if not results.ranked:
-        return [*_say_unranked(results), *_ends(results, track, rows), *reached, *last]
+        return [*_say_unranked(results), *_compare_ends(results, track, rows), *reached, *last]
     return [
         *_say_unranked(results),
-        *_advice(results, track, rankings, rows),
-        *_control(results, track),
-        *_race(results, track, rankings),
-        *_by_workload(results, track, rows),
-        *_ends(results, track, rows),
+        *_give_advice(results, track, rankings, rows),
+        *_describe_noise(results, track),
+        *_compare_overall(results, track, rankings),
+        *_compare_by_workload(results, track, rows),
+        *_compare_ends(results, track, rows),
         *reached,
         *last,
     ]
 
 
-def _targets(results: BenchResults) -> list[str]:
+def _describe_targets(results: BenchResults) -> list[str]:
     begun = {workload for _, workload, _ in results.cells} | {workload for workload, _ in results.tuning}
     waiting = [name for name in results.workloads if name not in begun]
     without = [name for name, one in results.targets.items() if one.strict is None and name in begun]
@@ -103,7 +103,7 @@ def _say_unranked(results: BenchResults) -> list[str]:
     ]
 
 
-def _control(results: BenchResults, track: str) -> list[str]:
+def _describe_noise(results: BenchResults, track: str) -> list[str]:
     """Say how large the noise is by the null control."""
     if not results.nulls:
         return ["There is no null control in this bench, so its timing noise is unknown."]
@@ -136,7 +136,9 @@ def _control(results: BenchResults, track: str) -> list[str]:
     ]
 
 
-def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]]) -> list[str]:
+def _compare_overall(
+    results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]]
+) -> list[str]:
     """Say which methods need fewer steps, or less time, than the best baseline over all workloads."""
     sentences = []
     better: dict[str, list[str]] = {}
@@ -144,7 +146,7 @@ def _race(results: BenchResults, track: str, rankings: dict[str, list[MethodRank
         limit = noise(results, track, clock)
         compared = [one for one in found if one.ratio and one.method not in results.nulls]
         apart = find_different(results, found, limit)
-        ahead = sorted((one for one in apart if one.ratio and one.ratio.value < 1), key=_by_ratio)
+        ahead = sorted((one for one in apart if one.ratio and one.ratio.value < 1), key=_get_ratio)
         behind = [one.method for one in apart if one.ratio and one.ratio.value > 1]
         level = [
             one.method
@@ -183,7 +185,7 @@ def find_different(results: BenchResults, found: list[MethodRanking], limit: flo
     return [one for one in found if one.method in sides and one.method not in {*results.nulls, *doubtful}]
 
 
-def _by_workload(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+def _compare_by_workload(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Say which methods won on each workload in processor time, and in one sentence where none did."""
     limit = noise_alone(results, track, "cpu")
     sentences = []
@@ -223,7 +225,7 @@ def _by_workload(results: BenchResults, track: str, rows: list[MethodOnWorkload]
     return sentences
 
 
-def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
+def _list_misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Say which methods missed the target, and whether they reached the loose one."""
     shown = [row for row in rows if row.track == track]
     missed = [row for row in shown if 2 * row.reached < row.runs]
@@ -233,7 +235,7 @@ def _misses(track: str, rows: list[MethodOnWorkload]) -> list[str]:
     return [said] if missed else []
 
 
-def _ends(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+def _compare_ends(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Say which methods end with a better test metric than the best baseline, beyond noise."""
     sentences = []
     for workload in results.workloads:
@@ -245,7 +247,9 @@ def _ends(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> li
         peer = min(
             (name for name in results.baselines if name in medians), key=medians.__getitem__, default=""
         )
-        tests = {name: _tests(results, track, workload, name) for name in (*medians, *results.nulls.values())}
+        tests = {
+            name: _read_tests(results, track, workload, name) for name in (*medians, *results.nulls.values())
+        }
         noise = max(
             (find_noise(tests[n], tests[o]) for n, o in results.nulls.items() if n in tests), default=0
         )
@@ -264,7 +268,7 @@ def _ends(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> li
     return sentences
 
 
-def _tests(results: BenchResults, track: str, workload: str, method: str) -> dict[int, float | None]:
+def _read_tests(results: BenchResults, track: str, workload: str, method: str) -> dict[int, float | None]:
     """Return each run's last test metric, negated, by seed; a null control has other seeds."""
     cell = results.cells.get((track, workload, method))
     runs = cell.runs if cell else []
@@ -274,7 +278,7 @@ def _tests(results: BenchResults, track: str, workload: str, method: str) -> dic
     }
 
 
-def _memory(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
+def _compare_memory(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Say which methods need less peak memory than the reference, wherever both were measured."""
     peaks: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -307,7 +311,7 @@ def _say_untuned(results: BenchResults) -> list[str]:
     return [f"Runs at the defaults that reached the target: {listed(parts) or 'none of any method'}."]
 
 
-def _advice(
+def _give_advice(
     results: BenchResults, track: str, rankings: dict[str, list[MethodRanking]], rows: list[MethodOnWorkload]
 ) -> list[str]:
     """Recommend methods, where the intervals allow it."""
@@ -374,7 +378,7 @@ def _shorten(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
-def _listed_of(names: list[str], whole: list[str]) -> str:
+def _list_some(names: list[str], whole: list[str]) -> str:
     """List names; if only a few of all are missing, name those."""
     others = [name for name in whole if name not in names]
     if len(names) < 2 or 2 * len(others) >= len(names):
@@ -385,7 +389,7 @@ def _listed_of(names: list[str], whole: list[str]) -> str:
 def _name_methods(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
     """List the methods of some rows: by name on a single workload, else with the number of workloads."""
     if len({row.workload for row in whole}) == 1:
-        return _listed_of([row.method for row in some], [row.method for row in whole])
+        return _list_some([row.method for row in some], [row.method for row in whole])
     counts, of = (Counter(row.method for row in group) for group in (some, whole))
     return listed([f"{name} on {count} of {of[name]}" for name, count in counts.most_common()])
 
@@ -395,5 +399,5 @@ def _note_compared(results: BenchResults, one: MethodRanking) -> str:
     return "" if one.compared == whole else f" on {one.compared} of {whole} workloads"
 
 
-def _by_ratio(one: MethodRanking) -> float:
+def _get_ratio(one: MethodRanking) -> float:
     return one.ratio.value if one.ratio else math.inf

@@ -165,7 +165,7 @@ def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
     _, high = limits(upper_ratio(mine, other))
     above = mine.budget if missed[0] else mine.value
     below = other.budget if missed[1] else other.value
-    value = float(_quotients(np.array(above), np.array(below)))
+    value = float(_divide(np.array(above), np.array(below)))
     return Interval(low, value, high, "≥" if missed[0] else "≤" if missed[1] else "")
 
 
@@ -181,9 +181,9 @@ def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
     single = [(pair, ratio) for pair in pairs if (ratio := ratio_interval(*pair)) is not None]
     if not single:
         return None
-    value = _geometric_mean(np.array([[ratio.value] for _, ratio in single]), 0.0)[0]
-    low, _ = limits(_geometric_mean(np.stack([lower_ratio(*pair) for pair, _ in single]), 0.0))
-    _, high = limits(_geometric_mean(np.stack([upper_ratio(*pair) for pair, _ in single]), math.inf))
+    value = _compute_geometric_mean(np.array([[ratio.value] for _, ratio in single]), 0.0)[0]
+    low, _ = limits(_compute_geometric_mean(np.stack([lower_ratio(*pair) for pair, _ in single]), 0.0))
+    _, high = limits(_compute_geometric_mean(np.stack([upper_ratio(*pair) for pair, _ in single]), math.inf))
     marks = {ratio.mark for _, ratio in single} - {""}
     return Interval(low, float(value), high, "".join(marks) if len(marks) < 2 else "?")
 
@@ -192,14 +192,14 @@ def lower_ratio(mine: Timed, other: Timed) -> Draws:
     """Return resampled quotients, with misses and steps of the grid counted in favour of the numerator."""
     if mine is other:
         return np.ones_like(mine.draws)
-    return _quotients(_find_shortest(mine), other.draws)
+    return _divide(_find_shortest(mine), other.draws)
 
 
 def upper_ratio(mine: Timed, other: Timed) -> Draws:
     """Return resampled quotients, with misses and steps of the grid counted against the numerator."""
     if mine is other:
         return np.ones_like(mine.draws)
-    return _quotients(mine.draws, _find_shortest(other))
+    return _divide(mine.draws, _find_shortest(other))
 
 
 def _find_shortest(one: Timed) -> Draws:
@@ -207,13 +207,13 @@ def _find_shortest(one: Timed) -> Draws:
     return np.where(np.isinf(one.draws), one.budget, np.maximum(one.draws - one.grid, 0.0))
 
 
-def _quotients(above: Draws, below: Draws) -> Draws:
+def _divide(above: Draws, below: Draws) -> Draws:
     """Divide times: x/inf is 0, inf/x is inf; 0/0, two runs that started at the target, is 1."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(above == below, 1.0, above / below)
 
 
-def _geometric_mean(ratios: NDArray[np.float64], unknown: float) -> Draws:
+def _compute_geometric_mean(ratios: NDArray[np.float64], unknown: float) -> Draws:
     """Geometric means down the columns; ``unknown`` where both 0 and infinity are in a column."""
     with np.errstate(divide="ignore", invalid="ignore"):
         means = np.exp(np.log(ratios).mean(axis=0))

@@ -105,7 +105,7 @@ class MethodRanking:
 
 def compare_methods(results: BenchResults) -> list[MethodOnWorkload]:
     """Every method on every workload in every track, where it was run."""
-    return [_row(results, key, cell) for key, cell in results.cells.items()]
+    return [_make_row(results, key, cell) for key, cell in results.cells.items()]
 
 
 def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRanking]:
@@ -129,17 +129,17 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
     }
     draws = {name: np.mean([area(d) for _, d in own.values()], axis=0) for name, own in behind.items()}
     ranked = [name for name in behind if name not in results.nulls]
-    ends = _ends(results, track)
+    ends = _rank_ends(results, track)
     found = []
     for name, own in behind.items():
-        pairs = _pairs(results, track, clock, name)
-        runs = [run for workload in own for run in _runs(results, (track, workload, name))]
+        pairs = _pair_with_peers(results, track, clock, name)
+        runs = [run for workload in own for run in _get_runs(results, (track, workload, name))]
         found.append(
             MethodRanking(
                 method=name,
                 rank=_rank(name, ranked, values, draws) if name in ranked else None,
                 level=name in ranked and sum(values[other] == values[name] for other in ranked) > 1,
-                area=_interval(values[name], draws[name]),
+                area=_make_interval(values[name], draws[name]),
                 profile={workload: r for workload, (r, _) in own.items()},
                 ratio=geometric_interval(pairs),
                 compared=sum(ratio_interval(*pair) is not None for pair in pairs),
@@ -153,7 +153,7 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
 
 def null_ratio(results: BenchResults, track: str, clock: str, null: str) -> Interval | None:
     """Return a null control's times over those of its original, over all workloads: 1 except for noise."""
-    return geometric_interval(_null_pairs(results, track, clock, null))
+    return geometric_interval(_pair_with_original(results, track, clock, null))
 
 
 def noise(results: BenchResults, track: str, clock: str) -> float:
@@ -166,7 +166,7 @@ def noise(results: BenchResults, track: str, clock: str) -> float:
     This is the noise of a mean over all workloads, in which that of single ones cancels in part. For verdicts
     on a single workload there is `noise_alone`.
     """
-    known = (_known_pairs(results, track, clock, null) for null in results.nulls)
+    known = (_list_known_pairs(results, track, clock, null) for null in results.nulls)
     return max([1.0, *(_reach(geometric_interval(pairs)) for pairs in known)])
 
 
@@ -175,7 +175,7 @@ def noise_alone(results: BenchResults, track: str, clock: str) -> float:
 
     Infinite or 1 where `noise` is, for the same reasons.
     """
-    known = (_known_pairs(results, track, clock, null) for null in results.nulls)
+    known = (_list_known_pairs(results, track, clock, null) for null in results.nulls)
     return max(
         [1.0, *(max((_reach(ratio_interval(*pair)) for pair in pairs), default=math.inf) for pairs in known)]
     )
@@ -191,7 +191,7 @@ def area(behind: Draws) -> Draws:
     return np.clip(FURTHEST - np.maximum(behind, 1.0), 0.0, None) / (FURTHEST - 1)
 
 
-def _row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOnWorkload:
+def _make_row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> MethodOnWorkload:
     track, workload, method = key
     target = results.targets[workload]
     peers = {clock: results.peer(workload, clock) if target.ranks else None for clock in CLOCKS}
@@ -208,13 +208,13 @@ def _row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> Method
         reached=sum(_reaches(run, target.strict) for run in cell.runs),
         reached_loose=sum(_reaches(run, target.loose) for run in cell.runs),
         failed=sum(run["failure"] is not None for run in cell.runs),
-        times={clock: _interval(one.value, one.draws) for clock, one in cell.times.items()},
+        times={clock: _make_interval(one.value, one.draws) for clock, one in cell.times.items()},
         ratios={
             clock: ratio_interval(cell.times[clock], peer.times[clock]) if peer else None
             for clock, peer in peers.items()
         },
-        validation=_spread([last_validation(run) for run in cell.runs]),
-        test=_spread(tests + [math.inf] * sum(run["failure"] is not None for run in cell.runs))
+        validation=_make_spread([last_validation(run) for run in cell.runs]),
+        test=_make_spread(tests + [math.inf] * sum(run["failure"] is not None for run in cell.runs))
         if tests
         else None,
         step_cost=cost / plain if cost is not None and plain else None,
@@ -254,13 +254,13 @@ def _divide_times(times: Draws, best: Draws | float) -> Draws:
         return np.where(np.isinf(times), math.inf, np.where(times == best, 1.0, times / best))
 
 
-def _ends(results: BenchResults, track: str) -> dict[str, float]:
+def _rank_ends(results: BenchResults, track: str) -> dict[str, float]:
     """By method the mean, over its workloads, of its place by the validation metric at the end."""
     ends: dict[str, list[int]] = {}
     for workload in results.ranked:
         values = {name: math.inf for name in results.methods if (workload, name) in results.refused}
         for name in results.methods:
-            if runs := _runs(results, (track, workload, name)):
+            if runs := _get_runs(results, (track, workload, name)):
                 values[name] = statistics.median(last_validation(run) for run in runs)
         for name, value in values.items():
             ends.setdefault(name, []).append(1 + sum(other < value for other in values.values()))
@@ -279,13 +279,15 @@ def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[st
     return Interval(1 + limits(ahead)[0], rank, 1 + limits(level)[1])
 
 
-def _pairs(results: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
+def _pair_with_peers(results: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
     """A method's times and its peers', workload by workload."""
     found = [(results.cells.get((track, w, method)), results.peer(w, clock)) for w in results.ranked]
     return [(cell.times[clock], peer.times[clock]) for cell, peer in found if cell and peer]
 
 
-def _null_pairs(results: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+def _pair_with_original(
+    results: BenchResults, track: str, clock: str, null: str
+) -> list[tuple[Timed, Timed]]:
     cells = results.cells
     found = [
         (cells.get((track, w, null)), cells.get((track, w, results.nulls[null]))) for w in results.ranked
@@ -293,12 +295,12 @@ def _null_pairs(results: BenchResults, track: str, clock: str, null: str) -> lis
     return [(one.times[clock], other.times[clock]) for one, other in found if one and other]
 
 
-def _known_pairs(results: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
+def _list_known_pairs(results: BenchResults, track: str, clock: str, null: str) -> list[tuple[Timed, Timed]]:
     """Those of the pairs that reached the target in all resamples, later than at the first measurement."""
     # half a step of the grid is left for seconds, of which a step does not always take the same
     return [
         pair
-        for pair in _null_pairs(results, track, clock, null)
+        for pair in _pair_with_original(results, track, clock, null)
         if all(np.isfinite(one.draws).all() and (one.draws > 1.5 * one.grid).all() for one in pair)
     ]
 
@@ -308,7 +310,7 @@ def _reach(ratio: Interval | None) -> float:
     return max(ratio.high, 1 / ratio.low) if ratio and ratio.low else math.inf
 
 
-def _runs(results: BenchResults, key: tuple[str, str, str]) -> list[TrialRecord]:
+def _get_runs(results: BenchResults, key: tuple[str, str, str]) -> list[TrialRecord]:
     cell = results.cells.get(key)
     return cell.runs if cell else []
 
@@ -317,10 +319,10 @@ def _reaches(line: TrialRecord, target: float | None) -> bool:
     return math.isfinite(to_target(line, target))
 
 
-def _interval(value: float, draws: Draws) -> Interval:
+def _make_interval(value: float, draws: Draws) -> Interval:
     low, high = limits(draws)
     return Interval(low, value, high)
 
 
-def _spread(values: list[float]) -> Spread:
+def _make_spread(values: list[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))

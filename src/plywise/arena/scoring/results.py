@@ -103,8 +103,8 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
     on: dict[str, list[TrialRecord]] = {name: [] for name in workloads}
     for line in in_order:
         on[line["workload"]].append(line)
-    by_method = _by_workload_and_method(lines)
-    finals = _finals(bench, in_order)
+    by_method = _sort_by_method(lines)
+    finals = _find_finals(bench, in_order)
     targets = {name: make_target(bench, name, on[name]) for name in workloads}
     longest = {name: max((max(x["steps"], default=0) for x in on[name]), default=0) for name in workloads}
     generator, established = np.random.default_rng(seed), baselines_of(bench)
@@ -119,7 +119,7 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
         refused={(one["workload"], one["method"]): one["reason"] for one in bench.get("refused") or []},
         targets=targets,
         cells={
-            key: _cell(
+            key: _make_cell(
                 finals[key],
                 targets[key[1]].strict,
                 (by_method[key[1:]], on[key[1]]),
@@ -130,7 +130,7 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
             for key in keys
             if key in finals
         },
-        tuning=_by_workload_and_method(line for line in in_order if line["purpose"] == TUNING),
+        tuning=_sort_by_method(line for line in in_order if line["purpose"] == TUNING),
     )
 
 
@@ -141,17 +141,17 @@ def step_seconds(lines: Iterable[TrialRecord]) -> float | None:
         >>> step_seconds([{"steps": [0, 10], "cpu": [0.0, 0.5]}, {"steps": [0], "cpu": [0.0]}])
         0.05
     """
-    return _per_step(lines, "cpu")
+    return _measure_step(lines, "cpu")
 
 
-def _by_workload_and_method(lines: Iterable[TrialRecord]) -> dict[tuple[str, str], list[TrialRecord]]:
+def _sort_by_method(lines: Iterable[TrialRecord]) -> dict[tuple[str, str], list[TrialRecord]]:
     found: dict[tuple[str, str], list[TrialRecord]] = {}
     for line in lines:
         found.setdefault((line["workload"], line["method"]), []).append(line)
     return found
 
 
-def _finals(
+def _find_finals(
     bench: dict[str, Any], lines: Iterable[TrialRecord]
 ) -> dict[tuple[str, str, str], list[TrialRecord]]:
     """Final runs by track, workload and method."""
@@ -160,18 +160,18 @@ def _finals(
         if line["purpose"] == FINAL:
             finals.setdefault((line["track"], line["workload"], line["method"]), []).append(line)
     for (track, workload, method), runs in list(finals.items()):
-        if track == DEFAULTS and TUNED in bench["tracks"] and not _space(bench, method):
+        if track == DEFAULTS and TUNED in bench["tracks"] and not _get_space(bench, method):
             finals.setdefault((TUNED, workload, method), runs)
     return finals
 
 
-def _space(bench: dict[str, Any], method: str) -> dict[str, Any]:
+def _get_space(bench: dict[str, Any], method: str) -> dict[str, Any]:
     # a method that bench.json does not know of counts as one with something to tune
     space: dict[str, Any] = bench["methods"].get(method, {"space": {"?": None}}).get("space") or {}
     return space
 
 
-def _cell(
+def _make_cell(
     runs: list[TrialRecord],
     target: float | None,
     others: tuple[list[TrialRecord], ...],
@@ -185,14 +185,14 @@ def _cell(
     times = {}
     for clock in CLOCKS:
         # a method whose every run failed before its first measured step is given the others' pace
-        paces = (_per_step(lines, clock) for lines in (runs, *others))
+        paces = (_measure_step(lines, clock) for lines in (runs, *others))
         pace = next((pace for pace in paces if pace is not None), 0.0)
         values = [to_target(run, target, clock) for run in runs]
         times[clock] = resample_times(values, steps * pace, generator, between * pace)
     return Cell(runs, times)
 
 
-def _per_step(lines: Iterable[TrialRecord], clock: str) -> float | None:
+def _measure_step(lines: Iterable[TrialRecord], clock: str) -> float | None:
     each = []
     for line in lines:
         values = clock_values(line, clock)

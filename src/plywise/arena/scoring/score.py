@@ -113,8 +113,8 @@ def choose_best(lines: Iterable[TrialRecord], target: float | None) -> TrialReco
         The trial, or None if there is no tuning trial.
     """
     tuning = [line for line in lines if line["purpose"] == TUNING]
-    return min(tuning, key=lambda line: _merit(line, target), default=None)
+    return min(tuning, key=lambda line: _rate_trial(line, target), default=None)
 
 
-def _merit(line: TrialRecord, target: float | None) -> tuple[bool, float, float, int]:
+def _rate_trial(line: TrialRecord, target: float | None) -> tuple[bool, float, float, int]:
     return line["failure"] is not None, to_target(line, target), best_validation(line), line["trial"]

@@ -98,7 +98,7 @@ def make_target(bench: dict[str, Any], workload: str, lines: Collection[TrialRec
     loose = None if bench.get("chosen") else loose_target_of(lines, baselines)
     if loose is not None and strict is not None:
         loose = max(loose, strict)
-    tuning = _tuning(lines, baselines)
+    tuning = _list_tuning(lines, baselines)
     best = min(map(best_validation, lines), default=math.inf)
     return Target(
         strict,
@@ -140,8 +140,8 @@ def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float
         >>> target_of([trial(0.01 * place, 0.0) for place in range(1, 61)], {"sgd"})
         0.09
     """
-    tuning = _tuning(lines, baselines)
-    ordered = _early_values(tuning)
+    tuning = _list_tuning(lines, baselines)
+    ordered = _list_early_values(tuning)
     place = max(STRICT_PLACE, math.ceil(SHARE * len(tuning) - 1e-9))
     return ordered[min(place, len(ordered)) - 1] if ordered else None
 
@@ -165,15 +165,15 @@ def loose_target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) ->
         0.3
     """
     lines = list(lines)
-    ordered, strict = _early_values(_tuning(lines, baselines)), target_of(lines, baselines)
+    ordered, strict = _list_early_values(_list_tuning(lines, baselines)), target_of(lines, baselines)
     return None if strict is None else max(statistics.median_high(ordered), strict)
 
 
-def _tuning(lines: Iterable[TrialRecord], baselines: Collection[str]) -> list[TrialRecord]:
+def _list_tuning(lines: Iterable[TrialRecord], baselines: Collection[str]) -> list[TrialRecord]:
     return [line for line in lines if line["purpose"] == TUNING and line["method"] in baselines]
 
 
-def _early_values(trials: list[TrialRecord]) -> list[float]:
+def _list_early_values(trials: list[TrialRecord]) -> list[float]:
     """The best early validation metrics of the trials that measured any, ascending."""
     until = EARLY * max((line["steps"][-1] for line in trials if line["steps"]), default=0)
     best = [early_validation(line, until) for line in trials]

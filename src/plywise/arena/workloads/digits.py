@@ -31,7 +31,7 @@ def digits_themselves() -> Data:
     return Data(*(Split(part.x, part.x) for part in load_digits()))
 
 
-def _conv_net() -> nn.Module:
+def _make_conv_net() -> nn.Module:
     return conv_net((1, 8, 8), (16, 32), (64, 10))
 
 
@@ -54,7 +54,7 @@ WORKLOADS = {
             "digits-conv",
             "Two convolutions (16 and 32 channels) and two linear layers on the same digits: convolutions, "
             "in seconds.",
-            _conv_net,
+            _make_conv_net,
             digit_images,
             TEN_CLASSES,
             batch_size=128,

@@ -91,7 +91,7 @@ def teacher(seed: int) -> Data:
 def regression_table(seed: int) -> Data:
     """A table whose target hangs on hidden factors; outliers among inputs and among training targets."""
     draws = Draws("regression", seed)
-    x, factors = _table(draws)
+    x, factors = _make_table(draws)
     y = _standardise(draws.network(factors, 1, 1))
     y += float(draws.uniform(0.1, 0.4)) * draws.normal(*y.shape)
     wrong = draws.uniform(0, 1, *y.shape) < 0.02
@@ -103,7 +103,7 @@ def regression_table(seed: int) -> Data:
 def class_table(seed: int) -> Data:
     """A table with outliers whose rows are of three to seven classes, some of them rare."""
     draws = Draws("classes", seed)
-    x, factors = _table(draws)
+    x, factors = _make_table(draws)
     classes = int(draws.whole(3, 7))
     scores = 2 * _standardise(draws.network(factors, 1, classes)) + draws.normal(classes) / 2
     gumbel = -torch.log(-torch.log(draws.uniform(1e-9, 1 - 1e-9, *scores.shape)))
@@ -116,7 +116,7 @@ def _correlate(draws: Draws, columns: int) -> Tensor:
     return draws.normal(sum(SIZES), columns) * falling @ torch.linalg.qr(draws.normal(columns, columns)).Q
 
 
-def _table(draws: Draws) -> tuple[Tensor, Tensor]:
+def _make_table(draws: Draws) -> tuple[Tensor, Tensor]:
     """Standardised columns of unlike kinds with outliers, and the fewer factors that they depend on."""
     columns = int(draws.whole(8, 24))
     factors = draws.normal(sum(SIZES), max(3, columns // 3))
@@ -200,9 +200,9 @@ def make_workload(kind: str, seed: int) -> Workload:
     return Workload(
         f"hidden-{kind}-{seed}",
         about,
-        partial(_network(draws, data.train.x.shape[1:]), classes or y.shape[1]),
+        partial(_make_network(draws, data.train.x.shape[1:]), classes or y.shape[1]),
         partial(make_data, seed),
-        _classification(data) if classes else replace(REGRESSION, chance=1.0),
+        _make_classification(data) if classes else replace(REGRESSION, chance=1.0),
         batch_size=draws.choice(32, 64, 128),
         steps=draws.choice(200, 250, 300),
         blocks=3 if classes else 0,
@@ -210,24 +210,24 @@ def make_workload(kind: str, seed: int) -> Workload:
     )
 
 
-def _classification(data: Data) -> Task:
+def _make_classification(data: Data) -> Task:
     """Make the task; at chance, the most frequent class is always predicted."""
     most = int(data.train.y.bincount().argmax())
     return replace(CLASSIFICATION, chance=round(float((data.validation.y != most).float().mean()), 4))
 
 
-def _network(draws: Draws, shape: torch.Size) -> MakeNetwork:
+def _make_network(draws: Draws, shape: torch.Size) -> MakeNetwork:
     if len(shape) == 3:
-        return partial(_conv, shape, draws.choice((8, 16), (16, 32)), draws.choice(32, 64))
+        return partial(_make_conv, shape, draws.choice((8, 16), (16, 32)), draws.choice(32, 64))
     widths = [draws.choice(48, 64, 96)] * draws.choice(2, 3)
-    return partial(_dense, draws.choice(nn.ReLU, nn.Tanh, nn.GELU), (*shape, *widths))
+    return partial(_make_dense, draws.choice(nn.ReLU, nn.Tanh, nn.GELU), (*shape, *widths))
 
 
-def _dense(activation: type[nn.Module], sizes: tuple[int, ...], outputs: int) -> nn.Module:
+def _make_dense(activation: type[nn.Module], sizes: tuple[int, ...], outputs: int) -> nn.Module:
     return mlp(*sizes, outputs, activation=activation)
 
 
-def _conv(shape: tuple[int, int, int], channels: tuple[int, ...], dense: int, outputs: int) -> nn.Module:
+def _make_conv(shape: tuple[int, int, int], channels: tuple[int, ...], dense: int, outputs: int) -> nn.Module:
     return conv_net(shape, channels, (dense, outputs))
 
 

@@ -29,8 +29,8 @@ def fashion() -> Data:
     """
     x, y, x_test, y_test = load_grey_images("fashion_mnist")
     parts = [
-        *draw_parts(_pixels(x), _labels(y), (TRAIN, VALIDATION)),
-        Split(_pixels(x_test), _labels(y_test)),
+        *draw_parts(_make_pixels(x), _make_labels(y), (TRAIN, VALIDATION)),
+        Split(_make_pixels(x_test), _make_labels(y_test)),
     ]
     return _standardise(*(Split(part.x.unsqueeze(1), part.y) for part in parts))
 
@@ -43,8 +43,8 @@ def fashion_rows() -> Data:
 def mnist_themselves() -> Data:
     """MNIST, to be given back: 784 pixels in [0, 1]; parts of the sizes of `fashion`."""
     x, y, x_test, _ = load_grey_images("mnist")
-    rows = [part.x.flatten(1) for part in draw_parts(_pixels(x), _labels(y), (TRAIN, VALIDATION))]
-    return Data(*(Split(part, part) for part in (*rows, _pixels(x_test).flatten(1))))
+    rows = [part.x.flatten(1) for part in draw_parts(_make_pixels(x), _make_labels(y), (TRAIN, VALIDATION))]
+    return Data(*(Split(part, part) for part in (*rows, _make_pixels(x_test).flatten(1))))
 
 
 def cifar() -> Data:
@@ -54,25 +54,25 @@ def cifar() -> Data:
     mean 0 and variance 1 over the training part.
     """
     x, y, x_test, y_test = load_cifar10()
-    train = _by_checksum(x, y, CIFAR_TRAIN + CIFAR_VALIDATION)
+    train = _pick_by_checksum(x, y, CIFAR_TRAIN + CIFAR_VALIDATION)
     first, second = train.x.split([CIFAR_TRAIN, CIFAR_VALIDATION])
     labels = train.y.split([CIFAR_TRAIN, CIFAR_VALIDATION])
     return _standardise(
-        Split(first, labels[0]), Split(second, labels[1]), _by_checksum(x_test, y_test, len(y_test))
+        Split(first, labels[0]), Split(second, labels[1]), _pick_by_checksum(x_test, y_test, len(y_test))
     )
 
 
-def _by_checksum(x: Bytes, y: Bytes, count: int) -> Split:
+def _pick_by_checksum(x: Bytes, y: Bytes, count: int) -> Split:
     keys = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in x]
     chosen = sorted(range(len(keys)), key=keys.__getitem__)[:count]
-    return Split(_pixels(x[chosen]).permute(0, 3, 1, 2).contiguous(), _labels(y[chosen]))
+    return Split(_make_pixels(x[chosen]).permute(0, 3, 1, 2).contiguous(), _make_labels(y[chosen]))
 
 
-def _pixels(x: Bytes) -> Tensor:
+def _make_pixels(x: Bytes) -> Tensor:
     return torch.from_numpy(x.astype(np.float32)) / 255
 
 
-def _labels(y: Bytes) -> Tensor:
+def _make_labels(y: Bytes) -> Tensor:
     return torch.from_numpy(y.astype(np.int64))
 
 
@@ -82,11 +82,11 @@ def _standardise(*parts: Split) -> Data:
     return Data(*(Split((part.x - mean) / deviation, part.y) for part in parts))
 
 
-def _fashion_2c2d() -> nn.Module:
+def _make_fashion_2c2d() -> nn.Module:
     return conv_net((1, 28, 28), (8, 16), (64, 10))
 
 
-def _cifar_3c3d() -> nn.Module:
+def _make_cifar_3c3d() -> nn.Module:
     return conv_net((3, 32, 32), (8, 16, 32), (128, 64, 10))
 
 
@@ -107,7 +107,7 @@ WORKLOADS = {
         Workload(
             "fashion-2c2d",
             "Two convolutions (8 and 16 channels) and two linear layers on 10,000 images of Fashion-MNIST.",
-            _fashion_2c2d,
+            _make_fashion_2c2d,
             fashion,
             TEN_CLASSES,
             batch_size=64,
@@ -129,7 +129,7 @@ WORKLOADS = {
             "cifar-3c3d",
             "Three convolutions (8, 16 and 32 channels) and three linear layers on 8,000 images of CIFAR-10: "
             "overfitting, weight decay.",
-            _cifar_3c3d,
+            _make_cifar_3c3d,
             cifar,
             TEN_CLASSES,
             batch_size=64,

@@ -40,7 +40,7 @@ def prepare_table(read: Callable[[], tuple[Numbers, Numbers]]) -> Data:
 def _scale(data: Data) -> Data:
     x, y = data.train.x, data.train.y
     median = x.nanmedian(dim=0).values
-    (x_scale, x_mean), (y_scale, y_mean) = _moments(_fill_missing(x, median)), _moments(y)
+    (x_scale, x_mean), (y_scale, y_mean) = _compute_moments(_fill_missing(x, median)), _compute_moments(y)
 
     def scaled(part: Split) -> Split:
         inputs = (_fill_missing(part.x, median) - x_mean) / x_scale
@@ -53,13 +53,13 @@ def _fill_missing(x: Tensor, median: Tensor) -> Tensor:
     return torch.where(x.isnan(), median, x)
 
 
-def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Deviation and mean of each column; 1 for the deviation of one that is constant."""
     deviation, mean = torch.std_mean(values, dim=0)
     return torch.where(deviation > 0, deviation, 1.0), mean
 
 
-def _workload(
+def _make_workload(
     name: str, about: str, columns: int, read: Callable[[], tuple[Numbers, Numbers]], steps: int = 400
 ) -> Workload:
     return Workload(
@@ -76,20 +76,20 @@ def _workload(
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        _workload(
+        _make_workload(
             "concrete",
             "Strength of concrete by what it is mixed of and its age, 1,030 mixtures (UCI).",
             8,
             partial(load_numeric_table, "uci_concrete"),
         ),
-        _workload(
+        _make_workload(
             "energy",
             "Heating load of 768 simulated buildings by their shape (UCI): few rows, inputs that depend on "
             "each other.",
             8,
             partial(load_numeric_table, "uci_energy"),
         ),
-        _workload(
+        _make_workload(
             "california",
             "House values in 20,640 districts of California, census of 1990: heavy tails; 207 missing values "
             "are the training part's median.",
@@ -97,7 +97,7 @@ WORKLOADS = {
             partial(load_numeric_table, "california_housing"),
             steps=600,
         ),
-        _workload(
+        _make_workload(
             "boiling-points",
             "Boiling points of 1,496 organic compounds by what their formulas hold: sparse counts beside a "
             "mass; compounds that read alike stay in one part.",
