@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -223,24 +223,17 @@ def augmented(begin: Callable[[Start], Trainer], start: Start) -> Augmented:
 def _make_arms(
     body: MakeBody,
     bp: Callable[[Start], Trainer],
-    wrap: Callable[[Callable[[Start], Trainer]], Callable[[Start], Trainer]],
     numbers: tuple[float | None, float | None],
+    augment: bool = False,
 ) -> tuple[Arm, ...]:
     rate = (1e-4,)
-    return (
-        Arm("BackProp", wrap(bp), rate, numbers[0]),
-        Arm(AL, wrap(partial(associated, body, paper_encoder)), rate, numbers[1]),
-        Arm(AL, wrap(partial(associated, body, apart_encoder)), rate, at=APART),
-        Arm(AL, wrap(partial(frozen, body, paper_encoder)), rate, at=FROZEN),
+    arms = (
+        Arm("BackProp", bp, rate, numbers[0]),
+        Arm(AL, partial(associated, body, paper_encoder), rate, numbers[1]),
+        Arm(AL, partial(associated, body, apart_encoder), rate, at=APART),
+        Arm(AL, partial(frozen, body, paper_encoder), rate, at=FROZEN),
     )
-
-
-def _begin_plain(begin: Callable[[Start], Trainer]) -> Callable[[Start], Trainer]:
-    return begin
-
-
-def _augment(begin: Callable[[Start], Trainer]) -> Callable[[Start], Trainer]:
-    return partial(augmented, begin)
+    return tuple(replace(arm, begin=partial(augmented, arm.begin)) for arm in arms) if augment else arms
 
 
 DIFFERENCES = (
@@ -283,9 +276,7 @@ PAPER = Paper(
             about="MLP on MNIST: about as accurate as backpropagation through the same layers",
             where="the abstract; the paper's table could not be read",
             measure=TEST_ACCURACY,
-            arms=_make_arms(
-                mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), _begin_plain, (None, None)
-            ),
+            arms=_make_arms(mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), (None, None)),
             sizes={
                 FULL: ExperimentSize(
                     about=(
@@ -325,7 +316,9 @@ PAPER = Paper(
             about="CNN of eight convolutions on CIFAR-10",
             where=WHERE,
             measure=TEST_ACCURACY,
-            arms=_make_arms(cnn_body, partial(backprop, cnn_body, relu_dense, 0.0), _augment, (83.45, 86.30)),
+            arms=_make_arms(
+                cnn_body, partial(backprop, cnn_body, relu_dense, 0.0), (83.45, 86.30), augment=True
+            ),
             sizes={
                 FULL: ExperimentSize(
                     about=(
@@ -353,7 +346,7 @@ PAPER = Paper(
             about="VGG on CIFAR-10",
             where=WHERE,
             measure=TEST_ACCURACY,
-            arms=_make_arms(VGG, VGG_BASELINE, _augment, (91.59, 92.75))[:3],
+            arms=_make_arms(VGG, VGG_BASELINE, (91.59, 92.75), augment=True)[:3],
             sizes={
                 FULL: ExperimentSize(
                     about=(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
-
 from plywise.arena.task import CLASSIFICATION, REGRESSION
 from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import autoencoder, conv_net, mlp
@@ -31,10 +29,6 @@ def digits_themselves() -> Data:
     return Data(*(Split(part.x, part.x) for part in load_digits()))
 
 
-def _make_conv_net() -> nn.Module:
-    return conv_net((1, 8, 8), (16, 32), (64, 10))
-
-
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -54,7 +48,7 @@ WORKLOADS = {
             "digits-conv",
             "Two convolutions (16 and 32 channels) and two linear layers on the same digits: convolutions, "
             "in seconds.",
-            _make_conv_net,
+            partial(conv_net, (1, 8, 8), (16, 32), (64, 10)),
             digit_images,
             TEN_CLASSES,
             batch_size=128,

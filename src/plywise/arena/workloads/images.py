@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plywise.arena.task import REGRESSION
 from plywise.arena.workload import Workload
@@ -82,14 +82,6 @@ def _standardise(*parts: Split) -> Data:
     return Data(*(Split((part.x - mean) / deviation, part.y) for part in parts))
 
 
-def _make_fashion_2c2d() -> nn.Module:
-    return conv_net((1, 28, 28), (8, 16), (64, 10))
-
-
-def _make_cifar_3c3d() -> nn.Module:
-    return conv_net((3, 32, 32), (8, 16, 32), (128, 64, 10))
-
-
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -107,7 +99,7 @@ WORKLOADS = {
         Workload(
             "fashion-2c2d",
             "Two convolutions (8 and 16 channels) and two linear layers on 10,000 images of Fashion-MNIST.",
-            _make_fashion_2c2d,
+            partial(conv_net, (1, 28, 28), (8, 16), (64, 10)),
             fashion,
             TEN_CLASSES,
             batch_size=64,
@@ -129,7 +121,7 @@ WORKLOADS = {
             "cifar-3c3d",
             "Three convolutions (8, 16 and 32 channels) and three linear layers on 8,000 images of CIFAR-10: "
             "overfitting, weight decay.",
-            _make_cifar_3c3d,
+            partial(conv_net, (3, 32, 32), (8, 16, 32), (128, 64, 10)),
             cifar,
             TEN_CLASSES,
             batch_size=64,
