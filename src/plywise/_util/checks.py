@@ -1,6 +1,7 @@
 """Checks of hyper-parameters, for constructors."""
 
 import math
+from numbers import Integral
 
 
 def require_positive(owner: object, **values: float) -> None:
@@ -15,7 +16,7 @@ def require_positive(owner: object, **values: float) -> None:
 def require_whole(owner: object, **values: int) -> None:
     """Raise ValueError for any value that is not a whole number above zero."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{type(owner).__name__}: {name} must be a whole number above 0, not {value!r}.")
 
 

@@ -11,7 +11,7 @@ from plywise._util.checks import require_positive, require_whole
 from plywise.data.batches import Batch
 from plywise.errors import BlockError
 from plywise.local.block_backward import BlockBackward
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.learner import Learner, PredictsByBlocks
 from plywise.local.local_loss import Loss, LossComponent, check_targets, choose_loss
@@ -80,6 +80,7 @@ class ActivationRelaxation(PredictsByBlocks, Learner):
         iterations: int = 100,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
         require_positive(self, rate=rate)
         require_whole(self, iterations=iterations)
         if rate >= 2:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise._util.checks import require_whole
 from plywise.data.batches import Batch
 from plywise.errors import DataError
 from plywise.local.associated_maps import (
@@ -24,7 +25,7 @@ from plywise.local.associated_maps import (
     sigmoid_decoder,
     wide_bridge,
 )
-from plywise.local.blocks import Blocks, chain_blocks, hide_padding
+from plywise.local.blocks import Blocks, chain_blocks, hide_padding, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.local_loss import Loss
@@ -175,7 +176,8 @@ class AssociatedLearning(OneWayLearner):
     Raises:
         BlockError: the range of a bridge or decoder does not contain its targets.
         PlywiseError: at a step, targets are not what ``targets`` says.
-        ValueError: ``targets`` or a name in ``decay`` is unknown.
+        ValueError: ``targets`` or a name in ``decay`` is unknown, a number of classes or width is no whole
+            number above 0, or there are not as many bridges as blocks.
 
     Example:
         >>> import torch, plywise as pw
@@ -207,10 +209,17 @@ class AssociatedLearning(OneWayLearner):
         decay: Mapping[str, float] | None = None,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
+        require_whole(self, num_classes=num_classes, code=code)
         _check_names("targets", [targets], TARGETS)
         _check_names("decay", decay or {}, MAPS)
         self._blocks, self._classes, self._targets = blocks, num_classes, targets
         bridges = [bridge] * len(blocks) if callable(bridge) else list(bridge)
+        if len(bridges) != len(blocks):
+            raise ValueError(
+                f"AssociatedLearning: bridge is a list of {len(bridges)} for {len(blocks)} blocks; give a "
+                "function for each block, or one function for all."
+            )
         self._components = []
         codes = _first_codes(num_classes, targets)
         below: Range | None = (-torch.inf, torch.inf) if targets == "numbers" else (0.0, 1.0)

@@ -29,8 +29,8 @@ class Blocks(Sequence[nn.Module]):
             a model whose forward calls its layers in a loop. The inputs may then be tensors in any nesting.
 
     Raises:
-        BlockError: there is no block; or a block fails on its input, does not return one tensor with a row
-            for each sample, or shares a parameter with another block.
+        BlockError: there is no block, or something else than modules is given; or a block fails on its input,
+            does not return one tensor with a row for each sample, or shares a parameter with another block.
 
     Example:
         >>> import torch
@@ -41,7 +41,7 @@ class Blocks(Sequence[nn.Module]):
     """
 
     def __init__(self, modules: Iterable[nn.Module], example: Batch) -> None:
-        self._modules = tuple(modules)
+        self._modules = _list_modules(modules)
         if not self._modules:
             raise BlockError("There is no block: give at least one module.")
         _refuse_sharing(self._modules)
@@ -81,6 +81,16 @@ class Blocks(Sequence[nn.Module]):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+def require_blocks(owner: object, blocks: object) -> None:
+    """Raise BlockError unless ``blocks`` is a `Blocks`, which knows the shapes that a learner needs."""
+    if not isinstance(blocks, Blocks):
+        raise BlockError(
+            f"{type(owner).__name__} takes plywise.Blocks; an object of type {type(blocks).__name__} was "
+            "given. Cut a model by plywise.split(model, 4, x), or give modules in a row by "
+            "plywise.Blocks([first, second], x); x is a small batch of inputs."
+        )
 
 
 class Chain(nn.Module):
@@ -123,6 +133,20 @@ def hide_padding(s: Tensor, carried: Batch) -> Tensor:
     if mask is None or mask.shape != s.shape[:2]:
         return s
     return s * mask.to(s).reshape(*mask.shape, *(1 for _ in s.shape[2:]))
+
+
+def _list_modules(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """Return the modules in a row; raise BlockError if something else was given in their place."""
+    found: tuple[object, ...] = tuple(modules) if isinstance(modules, Iterable) else (modules,)
+    wrong = [item for item in found if not isinstance(item, nn.Module)]
+    if wrong or not isinstance(modules, Iterable):
+        given = (wrong or [modules])[0]
+        raise BlockError(
+            f"Blocks takes modules in a row; an object of type {type(given).__name__} was given. Write "
+            "plywise.Blocks([first, second], x), x a small batch of inputs, or cut a whole model by "
+            "plywise.split(model, 4, x)."
+        )
+    return tuple(item for item in found if isinstance(item, nn.Module))
 
 
 def _refuse_sharing(modules: tuple[nn.Module, ...]) -> None:

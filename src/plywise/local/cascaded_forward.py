@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plywise._util.checks import require_whole
 from plywise._util.modes import evaluating
 from plywise.data.batches import Batch, list_tensors
 from plywise.errors import NonFiniteError, PlywiseError
-from plywise.local.blocks import Blocks, hide_padding, run_blocks
+from plywise.local.blocks import Blocks, hide_padding, require_blocks, run_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.linear_heads import GradientHead, LinearHead, RidgeHead
@@ -136,6 +137,7 @@ class CascadedForward(OneWayLearner):
         BlockError: a block has too many features for a `RidgeHead`.
         NonFiniteError: at a step, the batch is not finite; no head has learned from it.
         PlywiseError: heads learn by gradient, and there is no optimizer.
+        ValueError: there is no class.
 
     Example:
         >>> import torch, plywise as pw
@@ -160,6 +162,8 @@ class CascadedForward(OneWayLearner):
         optimizer: MakeOptimizer = no_optimizer,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
+        require_whole(self, num_classes=num_classes)
         self._blocks, self._classes = blocks, num_classes
         self._components = []
         anywhere = [p for block in blocks for p in block.parameters()]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from plywise.errors import BlockError
 from plywise.local.block_backward import BlockBackward
-from plywise.local.blocks import Blocks, hide_padding
+from plywise.local.blocks import Blocks, hide_padding, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import Learner, PredictsByBlocks, check_classes
 from plywise.local.local_loss import Loss
@@ -101,6 +101,7 @@ class DirectFeedback(PredictsByBlocks, Learner):
     """
 
     def __init__(self, blocks: Blocks, *, loss: Loss = F.cross_entropy, **training: Any) -> None:
+        require_blocks(self, blocks)
         if loss is F.cross_entropy and len(blocks.shapes[-1]) != 1:
             raise BlockError(
                 f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from plywise._util.checks import require_positive
 from plywise.errors import PlywiseError
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
 
@@ -24,11 +24,20 @@ def write_label(x: Tensor, y: Tensor, num_classes: int) -> Tensor:
 
     They are 0, and the label's own is the largest number of the input.
 
+    Raises:
+        PlywiseError: an input has fewer than C numbers.
+
     Example:
         >>> write_label(torch.tensor([[0.1, 0.2, 0.3, 5.0]]), torch.tensor([1]), num_classes=2)
         tensor([[0.0000, 5.0000, 0.3000, 5.0000]])
     """
     rows = x.flatten(1).clone()
+    if rows.shape[1] < num_classes:
+        raise PlywiseError(
+            f"A label of {num_classes} classes does not fit into inputs of {rows.shape[1]} numbers a sample. "
+            "Append numbers to the inputs, or give ForwardForward another function by put=.",
+            see="error-data",
+        )
     rows[:, :num_classes] = F.one_hot(y, num_classes) * rows.amax(1, keepdim=True)
     return rows.view_as(x)
 
@@ -132,7 +141,7 @@ class ForwardForward(OneWayLearner):
 
     Raises:
         PlywiseError: there are fewer than two classes.
-        ValueError: ``threshold`` is not a positive number, or ``skip`` is negative.
+        ValueError: ``threshold`` is not a positive number, or ``skip`` is no whole number.
 
     Example:
         >>> import torch, plywise as pw
@@ -160,9 +169,10 @@ class ForwardForward(OneWayLearner):
         put: PutLabel = write_label,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
         require_positive(self, threshold=threshold)
-        if skip < 0:
-            raise ValueError(f"ForwardForward: skip counts blocks; it is {skip!r}.")
+        if not isinstance(skip, int) or skip < 0:
+            raise ValueError(f"ForwardForward: skip must be a whole number, 0 or more, not {skip!r}.")
         if num_classes < 2:
             raise PlywiseError(f"ForwardForward needs 2 classes, to draw a wrong one: {num_classes} given.")
         why = "labels are written into the inputs, which are one tensor of numbers"

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from plywise._util.checks import require_whole
 from plywise.data.batches import Batch, map_tensors
 from plywise.errors import BlockError
-from plywise.local.blocks import Blocks, hide_padding
+from plywise.local.blocks import Blocks, hide_padding, require_blocks
 from plywise.local.component import Signal
 from plywise.local.forward_locality import Locality, find_localities, slopes_of
 from plywise.local.heads import MakeHead, pooled_linear
@@ -285,6 +285,7 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
         local_loss: Loss | None = None,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
         require_whole(self, passes=passes, groups=groups)
         if patches or groups > 1:
             why = "a loss of each patch or group is traced through a block of one tensor"

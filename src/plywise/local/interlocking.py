@@ -10,7 +10,7 @@ from torch import Tensor
 from plywise._util.checks import require_whole
 from plywise.data.batches import Batch
 from plywise.local.block_backward import BlockBackward
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import Neighbours, PredictsByBlocks, StagedLearner
@@ -95,6 +95,7 @@ class Interlocking(PredictsByBlocks, StagedLearner):
         loss: Loss = F.cross_entropy,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
         require_whole(self, horizon=horizon)
         loss = choose_loss(loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss

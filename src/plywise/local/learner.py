@@ -47,6 +47,7 @@ class Learner(ABC):
     Raises:
         AttachError: no component has a layer that the rule handles. One without such a layer, among others,
             follows its plain gradients (`explain`).
+        TypeError: ``optimizer``, ``scheduler`` or ``rule`` is no function, or ``callbacks`` is one.
     """
 
     def __init__(
@@ -59,6 +60,10 @@ class Learner(ABC):
         callbacks: Iterable[Callback] = (),
         seed: int = 0,
     ) -> None:
+        for name, make in (("optimizer", optimizer), ("scheduler", scheduler), ("rule", rule)):
+            _require_maker(self, name, make)
+        if callable(callbacks):
+            raise TypeError(f"{type(self).__name__}: callbacks must be a list of functions, not a function.")
         self.callbacks = list(callbacks)
         self.steps = 0
         self.trainers = [
@@ -161,6 +166,22 @@ class Learner(ABC):
         for trainer, part in zip(self.trainers, state["trainers"], strict=True):
             trainer.load_state_dict(part)
         self.steps = state["steps"]
+
+
+_MAKERS = {
+    "optimizer": "lambda groups: torch.optim.Adam(groups, lr=1e-3)",
+    "scheduler": "lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)",
+    "rule": "lambda: plywise.Foof()",
+}
+
+
+def _require_maker(owner: object, name: str, make: object) -> None:
+    """Raise TypeError unless ``make`` can be called (or is None): every component gets its own."""
+    if make is not None and not callable(make):
+        raise TypeError(
+            f"{type(owner).__name__}: {name} must be a function that makes one for each component, such as "
+            f"{_MAKERS[name]}; an object of type {type(make).__name__} was given."
+        )
 
 
 def _refuse_call(*_: Any) -> Any:

@@ -15,7 +15,7 @@ from plywise.data.reading import IGNORED
 from plywise.data.training_data import cross_entropy as token_cross_entropy
 from plywise.engine.masked_rows import rows
 from plywise.errors import BlockError
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.heads import MakeHead, MeanLinear, mean_linear, pooled_linear, position_linear
 from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
@@ -78,7 +78,8 @@ def headed_components(
     if shape[:1] != (num_classes,) and not has_positions(shape, num_classes) and (shape or num_classes != 1):
         raise BlockError(
             f"The last block hands on {tuple(shape)} a sample, but its output is the prediction: "
-            f"one score for each of {num_classes} classes. Put the classifier into the last block."
+            f"one score for each of {num_classes} classes. Put the classifier into the last block, or "
+            "correct the number of classes."
         )
     if make_head is pooled_linear and (blocks.carries or has_positions(shape, num_classes)):
         make_head = position_linear if has_positions(shape, num_classes) else mean_linear
@@ -181,6 +182,7 @@ class LocalLoss(PredictsByBlocks, OneWayLearner):
         loss: Loss = F.cross_entropy,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
         loss = choose_loss(loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         super().__init__(headed_components(blocks, num_classes, head, loss), **training)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
 from plywise.engine.health import SKIPPED
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import Learner, PredictsByBlocks, check_classes, learn_in_turn
@@ -145,6 +145,7 @@ class MomentumAuxiliary(PredictsByBlocks, Learner):
         loss: Loss = F.cross_entropy,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
         if not 0 <= momentum <= 1:
             raise ValueError(f"MomentumAuxiliary: momentum must lie in 0 to 1, not {momentum!r}.")
         why = "a head runs the beginning of the next block, which is not made of them"

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise._util.checks import require_whole
 from plywise.data.batches import Batch
-from plywise.local.blocks import Blocks, hide_padding, run_blocks
+from plywise.local.blocks import Blocks, hide_padding, require_blocks, run_blocks
 from plywise.local.component import Signal
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.local_loss import LossComponent
@@ -59,7 +60,7 @@ class MonoForward(OneWayLearner):
             ``callbacks`` and ``seed``.
 
     Raises:
-        ValueError: ``votes`` is neither "all" nor "last".
+        ValueError: ``votes`` is neither "all" nor "last", or there is no class.
 
     Example:
         >>> import torch, plywise as pw
@@ -75,6 +76,8 @@ class MonoForward(OneWayLearner):
     """
 
     def __init__(self, blocks: Blocks, num_classes: int, *, votes: str = "all", **training: Any) -> None:
+        require_blocks(self, blocks)
+        require_whole(self, num_classes=num_classes)
         if votes not in VOTES:
             raise ValueError(f"MonoForward: votes must be one of {', '.join(VOTES)}, not {votes!r}.")
         self._blocks, self._classes, self._votes = blocks, num_classes, votes

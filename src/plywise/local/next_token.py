@@ -15,7 +15,7 @@ from plywise.data.batches import Batch, take_samples
 from plywise.data.reading import IGNORED
 from plywise.engine.masked_rows import rows
 from plywise.errors import BlockError, DataError
-from plywise.local.blocks import Blocks, chain_blocks
+from plywise.local.blocks import Blocks, chain_blocks, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
 
@@ -198,6 +198,7 @@ class LocalNextToken(OneWayLearner):
         pieces: int = 2,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
         require_whole(self, pieces=pieces)
         self._blocks, self._classes, self._dimensions = blocks, num_classes, len(blocks.shapes[-1])
         if tied is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from plywise._util.checks import require_positive
 from plywise.data.batches import Batch
-from plywise.local.blocks import Blocks
+from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, MeanLinear, make_pooling
 from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
@@ -129,6 +129,7 @@ class SCPL(PredictsByBlocks, OneWayLearner):
         temperature: float = 0.1,
         **training: Any,
     ) -> None:
+        require_blocks(self, blocks)
         require_positive(self, temperature=temperature)
         self._blocks, self._classes = blocks, num_classes
         loss = partial(contrastive_loss, temperature=temperature)
