@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise._util.checks import require_positive
-from plywise.errors import PlywiseError
+from plywise.errors import DataError, PlywiseError
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
@@ -25,7 +25,7 @@ def write_label(x: Tensor, y: Tensor, num_classes: int) -> Tensor:
     They are 0, and the label's own is the largest number of the input.
 
     Raises:
-        PlywiseError: an input has fewer than C numbers.
+        DataError: an input has fewer than C numbers.
 
     Example:
         >>> write_label(torch.tensor([[0.1, 0.2, 0.3, 5.0]]), torch.tensor([1]), num_classes=2)
@@ -33,10 +33,9 @@ def write_label(x: Tensor, y: Tensor, num_classes: int) -> Tensor:
     """
     rows = x.flatten(1).clone()
     if rows.shape[1] < num_classes:
-        raise PlywiseError(
+        raise DataError(
             f"A label of {num_classes} classes does not fit into inputs of {rows.shape[1]} numbers a sample. "
-            "Append numbers to the inputs, or give ForwardForward another function by put=.",
-            see="error-data",
+            "Append numbers to the inputs, or give ForwardForward another function by put=."
         )
     rows[:, :num_classes] = F.one_hot(y, num_classes) * rows.amax(1, keepdim=True)
     return rows.view_as(x)
