@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,6 +13,7 @@ from plywise.arena.run.ledger import read
 from plywise.cli.reproduce import reproduce
 from plywise.data.store import find_file
 from plywise.errors import PlywiseError
+from processes import ForkedCommand
 
 SHORT = """
 from dataclasses import replace
@@ -38,25 +38,6 @@ SHORT = replace(
 def mnist():
     if find_file("mnist.npz", "mnist/train-images-idx3-ubyte.gz") is None:
         pytest.skip("no mnist.npz; PLYWISE_DATA can name its folder")
-
-
-def start(folder, *words, epochs=1):
-    """`plywise reproduce` on a paper of the user's own, from the folder where it is."""
-    (folder / "short.py").write_text(SHORT.replace("EPOCHS", str(epochs)))
-    return subprocess.Popen(
-        [sys.executable, "-m", "plywise", "reproduce", "short:SHORT", "--out", "runs", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        start_new_session=True,
-    )
-
-
-def done(process):
-    said, wrong = process.communicate(timeout=120)
-    assert process.returncode == 0, wrong
-    return said
 
 
 def command(*words):
@@ -89,9 +70,10 @@ def test_from_estimate_to_table(mnist, tmp_path, monkeypatch, capsys):
     assert (folder / "reproduce.md").read_text().startswith("## Paeedeh, Ghiasi-Shirazi")
 
 
-def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path):
-    only = ("--only", "mnist-mlp", "--seeds", "1")
-    process = start(tmp_path, *only, epochs=12)
+def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path, user_module):
+    user_module("short", SHORT.replace("EPOCHS", "12"))
+    words = ("short:SHORT", "--out", "runs", "--only", "mnist-mlp", "--seeds", "1")
+    process = ForkedCommand(["plywise", "reproduce", *words], session=True)
     runs = tmp_path / "runs" / "consequentialism" / "runs.jsonl"
     end = time.monotonic() + 120
     while not (runs.exists() and len(runs.read_text().splitlines()) >= 2):
@@ -107,7 +89,7 @@ def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path):
     assert f"Interrupted. {len(kept)} of 10 runs are kept in" in said
     assert "the same command goes on" in said
     assert json.loads((runs.parent / "reproduce.json").read_text())["unfinished"] == 10 - len(kept)
-    done(start(tmp_path, *only, epochs=12))
+    command(*words)
     assert len(list(read(runs))) == 10
     assert list(read(runs))[: len(kept)] == kept
 
