@@ -94,9 +94,9 @@ FAILURES = {
     "attach-optimizer": lambda _: Backprop().attach(nn.Linear(2, 2), 0.1),
     "attach-pattern": lambda _: Backprop().attach(nn.Linear(2, 2), exclude="no.such*"),
     "state-run": lambda folder: RunFolder(folder).plan(),
-    "error-address": lambda _: addresses.load("model.py:make", "your model"),
-    "error-bench": lambda _: find_search("randon"),
-    "error-command": lambda _: TrainConfig(blocks=-1),
+    "address-error": lambda _: addresses.load("model.py:make", "your model"),
+    "bench-error": lambda _: find_search("randon"),
+    "command-error": lambda _: TrainConfig(blocks=-1),
 }
 
 

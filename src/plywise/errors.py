@@ -32,43 +32,43 @@ class PlywiseError(RuntimeError):
 class AddressError(PlywiseError):
     """An address, as in ``module:name``, leads to nothing, or to something of the wrong kind."""
 
-    page = f"{PAGE}#error-address"
+    page = f"{PAGE}#address-error"
 
 
 class DataError(PlywiseError):
     """Data cannot be read, or do not fit the model or what is asked of them."""
 
-    page = f"{PAGE}#error-data"
+    page = f"{PAGE}#data-error"
 
 
 class CommandError(PlywiseError):
     """A flag, a setting or a name is unknown, or does not fit the others."""
 
-    page = f"{PAGE}#error-command"
+    page = f"{PAGE}#command-error"
 
 
 class BenchError(PlywiseError):
     """A comparison cannot be made as it was asked for, or its folder cannot be read."""
 
-    page = f"{PAGE}#error-bench"
+    page = f"{PAGE}#bench-error"
 
 
 class CardError(PlywiseError):
     """The docstring of a method is no card."""
 
-    page = f"{PAGE}#error-card"
+    page = f"{PAGE}#card-error"
 
 
 class MissingPackageError(PlywiseError):
     """A package that is not installed with plywise is missing, or broken."""
 
-    page = f"{PAGE}#error-extra"
+    page = f"{PAGE}#missing-package-error"
 
 
 class TestingError(PlywiseError):
     """A check of a rule or a learner cannot begin."""
 
-    page = f"{PAGE}#error-testing"
+    page = f"{PAGE}#testing-error"
 
 
 class AttachError(PlywiseError):

@@ -311,7 +311,7 @@ def test_demo_refuses_before_it_works(plywise, tmp_path):
     (tmp_path / "taken").write_text("")
     assert plywise("demo", "--out", str(tmp_path / "taken"))[0] == 1
     code, _, err = plywise("demo", "--seeds", "0", "--out", str(tmp_path))
-    assert (code, err) == (1, f"plywise: --seeds must be at least 1, not 0.\n{MORE}error-command\n")
+    assert (code, err) == (1, f"plywise: --seeds must be at least 1, not 0.\n{MORE}command-error\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")

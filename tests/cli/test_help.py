@@ -54,7 +54,7 @@ def test_without_a_topic_all_are_listed(plywise):
         ("attach-no-layer", ("finds no layer to handle", "plywise.nn.unroll")),
         ("AttachError", ("a rule and a model do not fit", "finds no layer", "is attached already")),
         ("StateError", ("state-memory", "state-run", "--fresh")),
-        ("docs/reference/errors.md#error-extra", ("pip install 'plywise[bench]'",)),
+        ("docs/reference/errors.md#missing-package-error", ("pip install 'plywise[bench]'",)),
     ],
 )
 def test_a_topic_is_printed(plywise, topic, words):
@@ -69,9 +69,9 @@ def test_help_on_a_command_is_its_help(plywise):
 
 
 def test_a_topic_as_json(plywise):
-    found = json.loads(plywise("help", "error-extra", "--json").out)
-    assert found["name"] == "error-extra"
-    assert found["text"] == TOPICS["error-extra"].text
+    found = json.loads(plywise("help", "missing-package-error", "--json").out)
+    assert found["name"] == "missing-package-error"
+    assert found["text"] == TOPICS["missing-package-error"].text
     assert [one["name"] for one in json.loads(plywise("help", "--json").out)] == list(TOPICS)
 
 
@@ -160,7 +160,7 @@ def test_verbose_shows_where_an_error_comes_from():
     assert plain.returncode == verbose.returncode == 1
     assert "Traceback" not in plain.stderr
     assert "Traceback" in verbose.stderr
-    assert "More: plywise help error-command" in verbose.stderr
+    assert "More: plywise help command-error" in verbose.stderr
 
 
 # ---- machines ------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class TrainConfig:
         >>> TrainConfig(epochs=0)
         Traceback (most recent call last):
         plywise.errors.PlywiseError: epochs must be a whole number of at least 1, not 0.
-        More: plywise help error-command
+        More: plywise help command-error
     """
 
     model: str | None = None

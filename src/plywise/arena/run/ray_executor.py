@@ -55,7 +55,7 @@ class RayExecutor:
         >>> RayExecutor("local", threads=0)
         Traceback (most recent call last):
         plywise.errors.PlywiseError: Threads are at least 1, not 0.
-        More: plywise help error-bench
+        More: plywise help bench-error
     """
 
     start_s = ProcessExecutor.start_s
