@@ -195,6 +195,7 @@ def test_large_layers_are_turned_as_small_ones_are(
         monkeypatch.setattr("plywise.engine.turned_layers.LARGEST_STACKED", largest)
         torch.manual_seed(4)
         layer, x = make_wide(kind)
+        layer, x = layer.double(), x.double()
         optimizer = AdamW(layer.parameters(), 0.01, weight_decay=0.1)
         rule = pw.Coordinates(stats_every=2, refresh_every=2, **settings).attach(layer, optimizer)
         for _ in range(4):
@@ -205,7 +206,8 @@ def test_large_layers_are_turned_as_small_ones_are(
         assert torch.isfinite(layer.weight).all()
         ends.append([parameter.detach().clone() for parameter in layer.parameters()])
     for pieces, whole in zip(*ends, strict=True):
-        assert torch.allclose(pieces, whole, rtol=1e-9, atol=1e-11)
+        # Adam divides by roots of squares, also in directions where all that there is is rounding
+        assert torch.allclose(pieces, whole, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("width", [5, 600])
