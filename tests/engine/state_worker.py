@@ -96,15 +96,25 @@ def load_distributed(model: nn.Module, optimizer: Optimizer, folder: Path, optio
     )
 
 
-def distributed(folder: Path, options: StateDictOptions, name: str) -> dict[str, Any]:
+FORMS: dict[str, tuple[str, StateDictOptions]] = {
+    "nested": ("foof", StateDictOptions()),
+    "flattened": ("foof", FLAT),
+    "coordinates": ("coordinates", FLAT),
+    "back-matching": ("back_matching-mean", FLAT),
+}
+"""Rules, and the forms in which torch saves them."""
+
+
+def distributed(folder: Path, name: str) -> dict[str, Any]:
     """Saved by two processes and loaded by two; what one process has saved, loaded by two in two ways."""
-    unbroken = Replica().steps(*range(SAVED))
+    rule, options = FORMS[name]
+    unbroken = Replica(rule=rule).steps(*range(SAVED))
     save_distributed(unbroken.net, unbroken.optimizer, folder / f"two {name}", options)
     if dist.get_rank() == 0:
         states = unbroken.run.model.state_dict(), unbroken.optimizer.state_dict()
         torch.save(states, folder / f"two {name}.pt")
     unbroken.steps(*range(SAVED, STEPS))
-    resumed = Replica(seed=9)
+    resumed = Replica(seed=9, rule=rule)
     resumed.compute_loss(0)
     load_distributed(resumed.net, resumed.optimizer, folder / f"two {name}", options)
     resumed.steps(*range(SAVED, STEPS))
@@ -112,12 +122,12 @@ def distributed(folder: Path, options: StateDictOptions, name: str) -> dict[str,
     unbroken.close()
     resumed.close()
     for way in ("distributed", "plain"):
-        other = Replica(seed=9)
+        other = Replica(seed=9, rule=rule)
         other.compute_loss(0)
         if way == "distributed":
-            load_distributed(other.net, other.optimizer, folder / "one", StateDictOptions())
+            load_distributed(other.net, other.optimizer, folder / f"one {rule}", StateDictOptions())
         else:
-            weights, state = torch.load(folder / "one.pt", weights_only=True)
+            weights, state = torch.load(folder / f"one {rule}.pt", weights_only=True)
             other.run.model.load_state_dict(weights)
             other.optimizer.load_state_dict(state)
         found[f"one, {way}"] = other.steps(*range(SAVED, STEPS)).copy_state()
@@ -281,8 +291,7 @@ def main(rank: int, folder: Path) -> None:
     place, limit = f"file://{folder / 'rendezvous'}", timedelta(seconds=60)
     dist.init_process_group("gloo", place, rank=rank, world_size=2, timeout=limit)
     found: dict[str, Any] = {
-        "nested": distributed(folder, StateDictOptions(), "nested"),
-        "flattened": distributed(folder, FLAT, "flattened"),
+        **{name: distributed(folder, name) for name in FORMS},
         "asked": ask_on_one_process(),
         "zero": {name: zero(folder, name) for name in ZERO},
         "refused": refuse_zero(),

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from state_runs import OPTIMIZERS, RULES, Run, Stacked, start_run
+from state_runs import OPTIMIZERS, RULES, Run, Stacked, Transposed, start_run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from plywise import BackMatching, Foof, StateError
+from plywise import BackMatching, Foof, StateError, recommend
 from plywise.testing.contract.models import have_same_bits
 
 AFTER = range(4, 9)
@@ -218,6 +218,35 @@ def test_values_belong_to_parts_of_a_weight_whichever_is_called_first(tmp_path: 
     for one in (run, other):
         one.step(2, turned=True)
     assert have_same_bits(run.copy_state(), other.copy_state())
+
+
+@pytest.mark.parametrize("after", [2, 3])
+def test_bits_do_not_depend_on_the_order_in_which_layers_are_found(after: int, tmp_path: Path) -> None:
+    # the head is known at attach, and the layers before it by their calls, after the load
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.ModuleList(Transposed(size, 8) for size in (6, 8))
+            self.right = nn.ParameterList(torch.randn(8, size) / 3 for size in (6, 8))
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for left, right in zip(self.left, self.right, strict=True):
+                x = torch.tanh(left(x) + nn.functional.linear(x, right))
+            return self.head(x)
+
+    def start(seed: int) -> Run:
+        torch.manual_seed(seed)
+        run = Run(RULES["nlms"](), OPTIMIZERS["sgd"], model=Pairs(), attach=False)
+        run.optimizer, run.rule = recommend(run.model, lr=0.01)
+        return run
+
+    run, other = start(1).steps(*range(after)), start(9)
+    through_plain_files(run, other, tmp_path)
+    for number in AFTER:
+        run.step(number)
+        other.step(number)
+        assert have_same_bits(run.copy_state(), other.copy_state()), number
 
 
 def test_values_of_several_calls_that_do_not_arrive_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from state_runs import OPTIMIZERS, RULES, Run, Stacked
-from state_worker import FLAT, SAVED, STEPS, USED, ZERO, Experts, load_distributed, main, save_distributed
+from state_worker import FORMS, SAVED, STEPS, USED, ZERO, Experts, load_distributed, main, save_distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from plywise.testing.contract.memories import list_layers
@@ -23,9 +23,10 @@ LAST = range(SAVED, STEPS)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what one process has saved, in two ways."""
     folder = tmp_path_factory.mktemp("state")
-    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(*range(SAVED))
-    save_distributed(run.model, run.optimizer, folder / "one", StateDictOptions())
-    torch.save((run.model.state_dict(), run.optimizer.state_dict()), folder / "one.pt")
+    for rule in {rule for rule, _ in FORMS.values()}:
+        run = Run(RULES[rule](), OPTIMIZERS["momentum"]).steps(*range(SAVED))
+        save_distributed(run.model, run.optimizer, folder / f"one {rule}", StateDictOptions())
+        torch.save((run.model.state_dict(), run.optimizer.state_dict()), folder / f"one {rule}.pt")
     return folder
 
 
@@ -35,38 +36,38 @@ def ranks(folder: Path) -> list[Seen]:
     return run_two_ranks(main, folder)
 
 
-@pytest.mark.parametrize("form", ["nested", "flattened"])
+@pytest.mark.parametrize("form", FORMS)
 def test_two_processes_go_on_from_two(form: str, ranks: list[Seen]) -> None:
     for seen in ranks:
         assert have_same_bits(seen[form]["resumed"], seen[form]["unbroken"])
         assert have_same_bits(seen[form]["unbroken"], ranks[0][form]["unbroken"])
 
 
-@pytest.mark.parametrize("form", ["nested", "flattened"])
+@pytest.mark.parametrize("form", FORMS)
 def test_two_processes_go_on_from_one(form: str, ranks: list[Seen]) -> None:
     # another number of processes rounds otherwise; the ways of loading differ in no bit
     for seen in ranks:
         assert have_same_bits(seen[form]["one, distributed"], seen[form]["one, plain"])
-    run = Run(RULES["foof"](), OPTIMIZERS["momentum"]).steps(*range(STEPS))
+    if form == "back-matching":
+        return  # each process draws a random vector of its own
+    run = Run(RULES[FORMS[form][0]](), OPTIMIZERS["momentum"]).steps(*range(STEPS))
     assert_close(tensors_of(ranks[0][form]["one, plain"]), tensors_of(run.copy_state()), 1e-3)
 
 
-@pytest.mark.parametrize("form", ["nested", "flattened"])
+@pytest.mark.parametrize("form", FORMS)
 def test_one_process_goes_on_from_two(form: str, ranks: list[Seen], folder: Path) -> None:
-    runs = [Run(RULES["foof"](), OPTIMIZERS["momentum"], seed=9) for _ in range(2)]
+    rule, options = FORMS[form]
+    runs = [Run(RULES[rule](), OPTIMIZERS["momentum"], seed=9) for _ in range(2)]
     runs[0].compute_loss(0)
-    load_distributed(
-        runs[0].model,
-        runs[0].optimizer,
-        folder / f"two {form}",
-        FLAT if form == "flattened" else StateDictOptions(),
-    )
+    load_distributed(runs[0].model, runs[0].optimizer, folder / f"two {form}", options)
     model, optimizer = torch.load(folder / f"two {form}.pt", weights_only=True)
     runs[1].model.load_state_dict(model)
     runs[1].optimizer.load_state_dict(optimizer)
     for run in runs:
         run.steps(*LAST)
     assert have_same_bits(runs[0].copy_state(), runs[1].copy_state())
+    if form == "back-matching":
+        return
     assert_close(tensors_of(runs[0].copy_state()), tensors_of(ranks[0][form]["unbroken"]), 1e-3)
 
 

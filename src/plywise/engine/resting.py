@@ -99,6 +99,7 @@ class Resting:
     ) -> None:
         self._rule = rule
         self._saved = saved
+        self._known = known
         self._layers = known.by_name
         self._entries = entries
         self._learning = learning
@@ -167,7 +168,8 @@ class Resting:
         may_rest = may_rest and self._rule.acts_at_step and not self._saved.holds
         self._is_step_plain = may_rest
         learned = learned or set()
-        layers = [layer for layer in self._layers.values() if layer.entry.trains]
+        # a resumed run finds layers in another order: stacks must not depend on it, or bits would
+        layers = [layer for layer in self._known.list_in_order() if layer.entry.trains]
         entries = [entry for entry in self._entries if entry.trains]
         awake = {layer.entry for layer in layers if not may_rest or self._must_act(layer)}
         # what calls do with others is not known yet: they may be new, or have statistics from before a resume
