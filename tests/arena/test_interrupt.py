@@ -160,6 +160,15 @@ def test_pressed_again_it_draws_no_report(start, tmp_path):
     assert not (command.out / "report.html").exists()
 
 
+def test_a_scheduler_that_ends_it_is_told_what_is_kept(start):
+    command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
+    command.wait_until(lambda: command.ledger.exists() and command.lines())
+    os.kill(command.process.pid, signal.SIGTERM)
+    _, said = command.ended()
+    assert f"Interrupted. {len(command.lines())} of 6 trials are kept. `plywise bench --resume" in said
+    assert not (command.out / "report.html").exists()
+
+
 def test_an_interrupt_before_the_first_trial(start):
     command = start("sgd", "--workers", "2")
     command.wait_until(command.imports_torch)

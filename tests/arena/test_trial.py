@@ -4,6 +4,7 @@ import gc
 import json
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -223,6 +224,23 @@ def test_an_exception_is_an_outcome(data):
     assert re.fullmatch(r"RuntimeError at step 3: the third step \(line \d+ of test_trial\.py\)", failure)
     nothing_to_train = beginner(lambda: nn.Sequential(nn.Flatten()), rule=pw.NLMS())
     assert "before the first step" in trial(data, nothing_to_train).failure
+
+
+@pytest.mark.parametrize(
+    ("hurt", "why"),
+    [
+        (lambda: sys.exit(3), r"SystemExit at step 1: 3 \(line \d+ of test_trial\.py\)"),
+        (lambda: torch.empty(1 << 60), r"RuntimeError at step 1: .*(can't|not enough|could not).* memory.*"),
+    ],
+)
+def test_leaving_and_too_little_memory_are_outcomes_that_say_so(data, hurt, why):
+    class Hurts(nn.Sequential):
+        def forward(self, x):
+            if self.training:
+                hurt()
+            return super().forward(x)
+
+    assert re.fullmatch(why, trial(data, beginner(lambda: Hurts(*make_model()))).failure)
 
 
 def test_interrupt_is_not_swallowed(data):

@@ -139,17 +139,14 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
     rows = np.arange(24) % 3
     images = np.random.default_rng(0).integers(0, 255, (24, 4), dtype=np.uint8)
     np.savez(tmp_path / "d.npz", x_train=images, y_train=rows)
-    code, out, _ = plywise("train", "--data", "d.npz", "--model", "mine:net", "--blocks", "3", "--out", "a")
+    code, out, _ = plywise("train", "--data", "d.npz", "--model", "mine:net", "--out", "a")
     assert code == 0
     assert "none to test on" in out
     assert "accuracy" not in out
+    assert "mine:net comes apart into 3 blocks, fewer than the default of 4." in out
     assert "mine:net is cut at units 0,1,2; --split 0,1,2 cuts it there again." in out
-    assert (
-        open_session(
-            TrainConfig(data="d.npz", model="mine:net", blocks=3, out=tmp_path / "a")
-        )._data.train.x.max()
-        <= 1
-    )
+    session = open_session(TrainConfig(data="d.npz", model="mine:net", out=tmp_path / "a"))
+    assert session._data.train.x.max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -184,7 +181,10 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--model", "mine:mixed"], "it made a list with a int in it"),
         (["--model", "mine:nett"], "has no 'nett'. Did you mean net?"),
         (["--model", "mine:net", "--blocks", "7"], "comes apart into 3 at most"),
-        (["--model", "mine:net"], "4 blocks are the default; --blocks says how many."),
+        (
+            ["--model", "torch.nn:Flatten"],
+            "4 blocks are the default; --blocks 1 trains the model as a whole.",
+        ),
         (["--model", "mine:blocks", "--blocks", "3"], "mine:blocks makes 2 blocks, and blocks is 3."),
         (["--model", "mine:blocks", "--split", "0,1"], "split says where a model is cut"),
         (["--model", "mine:net", "--split", "0,5"], "has 3 units, numbered from 0"),

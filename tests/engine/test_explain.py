@@ -68,6 +68,19 @@ def test_a_bias_whose_weight_nobody_steps_is_said_to_be_added():
     assert reasons["0.bias"] == "linear adds it to the output of a weight that the rule leaves alone"
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_bias_of_a_norm_is_left_for_the_same_reason_as_its_weight(steps):
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = pw.ProxProp().attach(model, optimizer)
+    for _ in range(steps):
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+    (norm,) = (row for row in rule.explain().rows if row.name.startswith("1"))
+    assert (norm.shape, norm.parameters) == ("6, 6", 12)
+    assert norm.reason.startswith("its kind, 'norm', is left to the optimizer")
+
+
 def test_recommend_does_not_count_frozen_layers():
     model = make_network()
     model[0].requires_grad_(False)

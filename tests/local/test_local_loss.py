@@ -225,3 +225,10 @@ def test_gradients_agree_with_backpropagation_for_the_last_block_alone():
     assert same_bits(found[-2:], wanted[-2:])
     for f, w in zip(found[:-2], wanted[:-2], strict=True):
         assert not torch.allclose(f, w)
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "one number."), (4, "one score for each of 4 classes.")])
+def test_a_last_block_without_a_prediction_is_refused_in_words_that_fit(count, words):
+    blocks = pw.Blocks([nn.Linear(4, 8), nn.Linear(8, 3)], torch.randn(2, 4))
+    with pytest.raises(pw.BlockError, match=rf"its output is the prediction: {words} Put"):
+        pw.LocalLoss(blocks, num_classes=count, optimizer=torch.optim.SGD)

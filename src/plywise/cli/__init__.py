@@ -5,13 +5,16 @@ Nothing here imports torch: commands import what is heavy when they run, so that
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
+from plywise._util.import_path import user_line
 from plywise._util.suggest import suggestion
 from plywise._util.version import __version__
 from plywise.cli import (
@@ -33,6 +36,9 @@ from plywise.cli.console import VOLUME
 from plywise.errors import PlywiseError
 from plywise.registry.find import ROOMS
 from plywise.registry.names import WORKLOAD_MODULES
+
+THREADS_S = 5.0
+"""Seconds that threads of the user's code may run on after the end of a command."""
 
 app = App(
     name="plywise",
@@ -88,7 +94,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the words after ``plywise``; those of the process by default.
     """
-    sys.exit(_run(arguments))
+    before = threading.enumerate()
+    status = _run(arguments)
+    _limit_threads(before, status)
+    sys.exit(status)
+
+
+def _limit_threads(before: list[threading.Thread], status: int) -> None:
+    """End the process with threads that the user's code has left running: Python would wait for ever."""
+    left = [thread for thread in threading.enumerate() if not (thread.daemon or thread in before)]
+    if left:
+        timer = threading.Timer(THREADS_S, _leave, (left, status))
+        timer.daemon = True
+        timer.start()
+
+
+def _leave(threads: list[threading.Thread], status: int) -> None:
+    names = ", ".join(thread.name for thread in threads if thread.is_alive())
+    print(
+        f"plywise: threads that your code has started still run {THREADS_S:g} s after the end: {names}. They "
+        "are ended now; join them, or make them daemons.",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -100,6 +130,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {str(interrupt) or 'Nothing new was kept.'}", file=sys.stderr)
         return 130
+    except SystemExit as leaving:
+        code = "" if leaving.code is None else repr(leaving.code)
+        print(
+            f"plywise: code that this command has run called sys.exit({code}){user_line(leaving)}, and the "
+            "command ends unfinished: let it raise an exception, or return, instead.",
+            file=sys.stderr,
+        )
+        return 1
     except (PlywiseError, OSError) as error:
         if VOLUME.verbose:
             traceback.print_exception(error)

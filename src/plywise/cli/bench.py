@@ -110,7 +110,8 @@ def bench(
 
     Each method runs once with its defaults and once tuned by the same number of trials, and then again with
     fresh seeds. What counts is the time to a target on validation data; the test data are read once, at the
-    end. A run that fails or misses the target counts as a miss. Ctrl-C loses the running trials only.
+    end. A run that does not reach the target, or fails before, counts as a miss. Ctrl-C loses the running
+    trials only.
 
     For example:
 

@@ -1,4 +1,4 @@
-"""Ctrl-C during `plywise bench` and `plywise reproduce`."""
+"""Ctrl-C, and the end that a scheduler asks for, during `plywise bench` and `plywise reproduce`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ STOPPING = "Stopping: what has ended is kept. The report is drawn next; Ctrl-C a
 class Stop:
     """Answers Ctrl-C at once while trials run, and interrupts when all finished trials are in the ledger.
 
+    SIGTERM interrupts at once: the process is killed soon, so there is no time to draw a report.
+
     Attributes:
-        presses: how often it was pressed.
+        presses: how often Ctrl-C was pressed; 2 after SIGTERM.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -28,16 +30,22 @@ class Stop:
         self._before = signal.getsignal(signal.SIGINT)
         if self._before is not signal.SIG_IGN:  # as a shell's background jobs have it
             signal.signal(signal.SIGINT, self._stop)
+        self._before_end = signal.signal(signal.SIGTERM, self._end)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGTERM, self._before_end)
         if self.presses and kind is None:
             raise KeyboardInterrupt
 
     def more(self, end: float | None) -> bool:
         """Whether another trial may begin, within the budget if there is one."""
         return not self.presses and (end is None or time.monotonic() < end)
+
+    def _end(self, *_: object) -> None:
+        self.presses = 2
+        raise KeyboardInterrupt
 
     def _stop(self, *_: object) -> None:
         self.presses += 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from plywise.training.config import TrainConfig, read_config
+from plywise.training.config import BLOCKS, TrainConfig, read_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ class Flags:
             LocalForwardGradient, ForwardForward, MonoForward, DirectFeedback, MomentumAuxiliary or
             ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
         set: a hyper-parameter of the learner, as name=value; may be repeated.
-        blocks: number of blocks. Default 4.
+        blocks: number of blocks. Default 4, or as many as a smaller model comes apart into.
         split: where the model is cut, as in 0,2,5: the first unit of each block. Default: by measured cost;
             the first lines say where.
         optimizer: a class of torch.optim, or module:name of one; each block gets its own. Default Adam.
@@ -118,6 +118,10 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
     ]
     if session.note:
         lines.append(session.note)
+    count = len(session.engine.learner.trainers)
+    if plan.model and not (plan.step or plan.blocks or plan.split) and count < BLOCKS:
+        blocks = f"{count} block{'s' if count > 1 else ''}"
+        lines.append(f"{plan.model} comes apart into {blocks}, fewer than the default of {BLOCKS}.")
     if record is not None and record.starts:
         cut = ",".join(map(str, record.starts))
         lines.append(f"{plan.model} is cut at units {cut}; --split {cut} cuts it there again.")

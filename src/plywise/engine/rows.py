@@ -12,6 +12,7 @@ from plywise.engine.contract import RuleContract
 from plywise.engine.explain import LayerRow, Size
 from plywise.engine.health import Health
 from plywise.engine.layer_handle import predict_canonical, predict_groups
+from plywise.engine.selection import explain_kind, predict_kind
 from plywise.engine.sites import ParameterEntry, Site
 
 UNSEEN = "no call of a linear map has been seen with it yet"
@@ -323,9 +324,14 @@ def _explain_rest(entry: ParameterEntry) -> str:
 
 def _explain_use(entry: ParameterEntry) -> str:
     """Name the functions that use a weight which no captured call has used; "" if there are none."""
-    if entry.sites or entry.computed_into is not None or not entry.used_by:
+    if entry.sites or entry.computed_into is not None:
         return ""
-    parameter = entry.parameter()
+    module, parameter = entry.owners[0][1](), entry.parameter()
+    kind = "" if module is None or entry.attribute != "bias" else predict_kind(module, "weight")[0]
+    if kind == "norm" and not entry.may_scale:
+        return explain_kind(kind)  # as its weight, which the same calls use
+    if not entry.used_by:
+        return ""
     if parameter is not None and parameter.dim() == 1 and set(entry.used_by) <= QUIET:
         return f"{', '.join(entry.used_by)} adds it to the output of a weight that the rule leaves alone"
     return f"its weight is used by {', '.join(entry.used_by)}, which is not read as a linear map"

@@ -78,8 +78,8 @@ def headed_components(
     if shape[:1] != (num_classes,) and not has_positions(shape, num_classes) and (shape or num_classes != 1):
         raise BlockError(
             f"The last block hands on {tuple(shape)} a sample, but its output is the prediction: "
-            f"one score for each of {num_classes} classes. Put the classifier into the last block, or "
-            "correct the number of classes."
+            f"{describe_scores(num_classes)}. Put the classifier into the last block, or correct the "
+            "number of classes."
         )
     if make_head is pooled_linear and (blocks.carries or has_positions(shape, num_classes)):
         make_head = position_linear if has_positions(shape, num_classes) else mean_linear
@@ -89,6 +89,11 @@ def headed_components(
         head = make_head(shape, num_classes)
         components.append(LossComponent(block, loss, head if like is None else head.to(like)))
     return [*components, LossComponent(blocks[-1], loss)]
+
+
+def describe_scores(num_classes: int) -> str:
+    """Describe in words the prediction for so many classes; regression has one output of one number."""
+    return "one number" if num_classes == 1 else f"one score for each of {num_classes} classes"
 
 
 def has_positions(shape: torch.Size, num_classes: int) -> bool:

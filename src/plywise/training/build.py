@@ -32,12 +32,11 @@ from plywise.registry.resolve import (
     resolve_parts,
     resolve_rule,
 )
-from plywise.training.config import TrainConfig
+from plywise.training.config import BLOCKS, TrainConfig
 
 ANY_LOSS = ("LocalLoss", "Interlocking", "ActivationRelaxation")
 """Learners whose blocks all follow the loss that fits the targets."""
 WIDTH = 128  # of the default network
-BLOCKS = 4  # unless the configuration says how many
 
 
 @dataclass(frozen=True)
@@ -76,21 +75,15 @@ class ResolvedTraining:
         Raises:
             PlywiseError: the factory does not make a network, or that does not come apart.
         """
-        config = self.config
-        example = self.example
+        config, example = self.config, self.example
         with seeded(config.seed):
             if config.model is None:
                 return Blocks(self._default_network(example[0].numel()), example), ()
             made = make_model(config.model)
             if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
                 starts = starts or config.split or ()
-                blocks = len(starts) or config.blocks or BLOCKS
-                try:
-                    return _cut_model(made, blocks, example, starts)
-                except BlockError as error:
-                    if not (starts or config.blocks):
-                        error.add_note(f"{blocks} blocks are the default; --blocks says how many.")
-                    raise
+                blocks = len(starts) or config.blocks or _count_blocks(made, example)
+                return _cut_model(made, blocks, example, starts)
         return Blocks(_list_blocks(config, made), example), ()
 
     @property
@@ -189,6 +182,17 @@ def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
     if config.blocks not in (None, len(modules)):
         raise CommandError(f"{config.model} makes {len(modules)} blocks, and blocks is {config.blocks}.")
     return modules
+
+
+def _count_blocks(model: nn.Module, example: Batch) -> int:
+    """The default number of blocks: 4, or as many as the model comes apart into."""
+    if isinstance(example, Tensor):
+        Blocks([model], example.clone())  # materialises lazy layers, as split does
+    try:
+        return max(1, min(BLOCKS, len(units_of(model, example)[0])))
+    except BlockError as error:
+        error.add_note(f"{BLOCKS} blocks are the default; --blocks 1 trains the model as a whole.")
+        raise
 
 
 def _cut_model(

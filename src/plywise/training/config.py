@@ -25,6 +25,10 @@ _TEXTS = ("model", "data", "step", "metric", "learner", "optimizer", "rule")
 _SETTINGS = ("set", "optimizer_set", "rule_set")
 
 
+BLOCKS = 4
+"""Blocks that a model is cut into, unless the configuration says how many, or the model has fewer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training. The fields are the flags of `plywise train` and `plywise pipeline`.
@@ -39,7 +43,7 @@ class TrainConfig:
         metric: ``module:function`` of a metric, (model, batch) to a number, for ``step``; None for the loss.
         learner: name of the learner, or ``module:name`` of a class.
         set: its hyper-parameters.
-        blocks: number of blocks; None for 4, or for as many as a list has.
+        blocks: number of blocks; None for 4, or as many as a smaller model or a list has.
         split: where a model is cut: the first unit of each block. None for blocks of equal cost, as measured
             when the run begins: two runs may be cut differently then.
         optimizer: name of a class in `torch.optim`, or ``module:name`` of one; each component has its own.

@@ -75,7 +75,7 @@ class TrialJob:
             )
             if method.count and result.failure is None:
                 gradients = method.count(make_context(workload, data, self))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             why = f"{type(error).__name__} before the first step: {error}{user_line(error)}"
             result = TrialResult(self.key.seed, failure=why)
         return self._record(gradients, result, peak.mib)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,9 @@ DIVERGED_FACTOR = 1e3
 
 TRAIN_EVAL_SIZE = 500
 """Training samples that the training loss is measured on."""
+
+_CHECK = re.compile(r"^\[enforce fail at \S+\] .*?\. (?=\w*Allocator)")
+"""Where torch's allocator checks, which stands before what it has to say."""
 
 MOST_ROWS = 250
 """Samples per call while measuring, or a batch if that is fewer, so that measuring takes no more memory."""
@@ -118,10 +122,15 @@ def run_trial(
                 record.test = task.measure(trainer.predict, data.test, rows)
         except DivergedError as error:
             record.failure = f"diverged at step {progress.step}: {error}"
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             where = f"at step {progress.step}" if record.steps else "before the first step"
-            record.failure = f"{type(error).__name__} {where}: {str(error).split('. ')[0]}{user_line(error)}"
+            record.failure = f"{type(error).__name__} {where}: {_shorten(error)}{user_line(error)}"
     return record
+
+
+def _shorten(error: BaseException) -> str:
+    """The first sentence of an exception's message; of torch's on memory the one that says so."""
+    return _CHECK.sub("", str(error)).split(". ")[0]
 
 
 @dataclass
