@@ -125,3 +125,19 @@ def first_tokens():
 
 def token_targets():
     return IDS, torch.where(MASK.bool(), IDS, -100)
+
+
+def breaking():
+    yield IDS[:20], LABELS[:20]
+    raise OSError("the disk is gone.")
+
+
+class Breaking(Samples):
+    def __getitem__(self, index):
+        if index == 2:
+            raise ValueError("no such picture")
+        return super().__getitem__(index)
+
+
+def breaking_samples():
+    return Breaking()

@@ -227,3 +227,18 @@ def ragged():
         assert isinstance(found["train"], Split) == (name != "stream")
     with pytest.raises(PlywiseError, match=r"column 'ids' have different lengths. Pad them"):
         read_parts("hub:ragged")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "breaking",
+            r"train: batch 2 could not be read: OSError: the disk is gone \(line \d+ of mine",
+        ),
+        ("breaking_samples", r"train: sample 3 could not be read: ValueError: no such picture \(line \d+ of"),
+    ],
+)
+def test_data_that_break_off_are_named_with_their_place(name, said):
+    with pytest.raises(PlywiseError, match=said):
+        read(name)

@@ -83,7 +83,7 @@ def call_factory(address: str, what: str) -> Any:
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise AddressError(f"{address} raised {_format_raised(error)}.") from error
+        raise AddressError(f"{address} raised {format_raised(error)}.") from error
 
 
 def _refuse_hidden(package: str) -> None:
@@ -109,7 +109,7 @@ def _import_module(name: str) -> Any:
             ) from error
         raise AddressError(f"Module {name!r} needs {error.name!r}, which is not installed.") from error
     except (Exception, SystemExit) as error:
-        raise AddressError(f"Importing {name!r} failed: {_format_raised(error)}.") from error
+        raise AddressError(f"Importing {name!r} failed: {format_raised(error)}.") from error
 
 
 def user_line(error: BaseException) -> str:
@@ -119,6 +119,6 @@ def user_line(error: BaseException) -> str:
     return f" (line {own[-1].lineno} of {os.path.basename(own[-1].filename)})" if own else ""
 
 
-def _format_raised(error: BaseException) -> str:
+def format_raised(error: BaseException) -> str:
     """An exception and the user's line that raised it."""
     return f"{type(error).__name__}: {str(error).rstrip('.')}{user_line(error)}"

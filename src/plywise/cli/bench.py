@@ -249,8 +249,11 @@ def _read_config(out: Path) -> BenchConfig:
     try:
         return BenchConfig.from_json(unseal(path.read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
+        why = error if isinstance(error, ValueError) else repr(error)
         raise StateError(
-            f"{path} is no description of a bench, or damaged ({error!r}).", see="state-bench"
+            f"{path} is no description of a bench, or it was damaged or edited: {why}. Bring back the file "
+            "as it was, or begin a bench in another --out.",
+            see="state-bench",
         ) from error
 
 

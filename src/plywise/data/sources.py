@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from plywise._util.files import ScratchFolder
+from plywise._util.import_path import format_raised
 from plywise.data.arrays import read_nested
 from plywise.data.batches import (
     Batch,
@@ -170,7 +171,7 @@ def _stack(dataset: Any, what: str) -> Batch:
     """Stack all samples of a Dataset to one batch."""
     if not hasattr(dataset, "__len__"):
         raise DataError(f"{what}: a {type(dataset).__name__} has no length; give a Dataset that has one.")
-    samples = [dataset[index] for index in range(len(dataset))]
+    samples = list(_read_each((dataset[index] for index in range(len(dataset))), f"{what}: sample"))
     if not samples or isinstance(samples[0], Tensor) or split_target(samples[0])[1] is None:
         raise DataError(
             f"{what}: a {type(dataset).__name__} must hold samples, each a pair (x, y), or a dict with "
@@ -192,7 +193,7 @@ def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) 
     """Write the batches of a stream to files, one at a time."""
     folder = ScratchFolder("plywise-batches-")
     writer, most = BatchWriter(folder.path), reading.most or MOST_BATCHES
-    stream = iter(batches)
+    stream = _read_each(batches, f"{what}: batch")
     left_out: set[str] = set()
     try:
         for number, batch in enumerate(islice(stream, most), 1):
@@ -205,10 +206,21 @@ def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) 
     kind = type(getattr(batches, "dataset", batches)).__name__
     if not len(writer):
         raise DataError(f"{what}: a {kind} gave no batch.")
-    more = len(writer) == most and next(iter(stream), None) is not None
+    more = len(writer) == most and next(stream, None) is not None
     notes = [f"the first {most:,} batches of a longer stream (--keep-batches says how many)"] if more else []
     notes += [f"without {', '.join(sorted(left_out))}, which is no number"] if left_out else []
     return writer.finish(folder, "; ".join(notes))
+
+
+def _read_each(items: Iterable[Any], what: str) -> Iterator[Any]:
+    """Yield what the user's code gives; what it raises becomes an error that names the item."""
+    read = 0
+    try:
+        for item in items:
+            yield item
+            read += 1
+    except (Exception, SystemExit) as error:
+        raise DataError(f"{what} {read + 1} could not be read: {format_raised(error)}.") from error
 
 
 def _read_batch(
