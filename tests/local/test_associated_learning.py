@@ -14,6 +14,7 @@ import plywise as pw
 from plywise.local.associated_learning import AssociatedComponent
 from plywise.local.associated_maps import (
     apart_encoder,
+    mean_decoder,
     paper_encoder,
     pooled_bridge,
     sigmoid_decoder,
@@ -248,6 +249,46 @@ def test_codes_begin_apart_at_any_depth(classes: int) -> None:
     assert lost.std(0).mean() < 0.01
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_decoders_begin_at_the_mean_of_what_they_rebuild(depth: int) -> None:
+    torch.manual_seed(0)
+    inputs, codes = [torch.eye(CLASSES)], torch.eye(CLASSES)
+    for _ in range(depth):
+        encoder = apart_encoder(codes, 32)
+        with torch.no_grad():
+            codes = encoder(codes)
+        inputs.append(codes)
+    below, above = inputs[-2:]
+    decoder, papers = mean_decoder(above, below), sigmoid_decoder(above, below)
+    torch.testing.assert_close(decoder(above.mean(0)), below.mean(0), rtol=1e-4, atol=1e-4)
+    errors = [(made(above) - below).square().mean() for made in (decoder, papers)]
+    assert errors[0] < errors[1]
+    assert torch.isfinite(mean_decoder(torch.ones(1, 4), torch.eye(1))(torch.ones(1, 4))).all()
+
+
+def test_a_learner_gives_its_decoders_what_they_rebuild() -> None:
+    given: list[tuple[torch.Size, torch.Size]] = []
+
+    def keep(codes: Tensor, below: Tensor) -> nn.Module:
+        given.append((codes.shape, below.shape))
+        return mean_decoder(codes, below)
+
+    learner = pw.AssociatedLearning(
+        pw.Blocks([nn.Linear(6, 6), nn.Linear(6, 6)], torch.zeros(2, 6)),
+        CLASSES,
+        code=5,
+        decoder=keep,
+        optimizer=torch.optim.Adam,
+    )
+    assert given == [((CLASSES, 5), (CLASSES, CLASSES)), ((CLASSES, 5), (CLASSES, 5))]
+    codes = torch.eye(CLASSES)
+    for trainer in learner.trainers:
+        component = trainer.component
+        above = component.encoder(codes)
+        torch.testing.assert_close(component.decoder(above.mean(0)), codes.mean(0), rtol=1e-4, atol=1e-4)
+        codes = above
+
+
 def test_one_class_needs_no_distance() -> None:
     assert torch.isfinite(apart_encoder(torch.eye(1), 4)(torch.eye(1))).all()
 
@@ -315,7 +356,7 @@ def test_wide_bridge_is_the_papers() -> None:
 
 def test_a_component_takes_its_blocks_dtype() -> None:
     bridge, encoder = wide_bridge(torch.Size((4,)), 3), paper_encoder(torch.eye(CLASSES), 3)
-    decoder = sigmoid_decoder(3, CLASSES)
+    decoder = sigmoid_decoder(torch.zeros(1, 3), torch.zeros(1, CLASSES))
     component = AssociatedComponent(nn.Linear(6, 4).half(), bridge, encoder, decoder)
     assert {p.dtype for p in component.parameters()} == {torch.float16}
     x, y = data()

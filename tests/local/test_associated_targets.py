@@ -64,7 +64,7 @@ def test_wider_ranges_and_unknown_ones_pass():
             return self.layer(x).sigmoid()
 
     learner_of(decoder=linear_decoder)
-    learner_of(decoder=lambda code, target: Own(target))
+    learner_of(decoder=lambda codes, below: Own(below.shape[1]))
     assert range_of(Own(3)) is None
     assert range_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == (0, torch.inf)
 

@@ -131,9 +131,11 @@ class AssociatedLearning(OneWayLearner):
         twice backpropagation's operations. The activations of one component at a time.
     Status: variant: encoders are initialised so that the codes of classes differ. The deep codes of the
         paper's encoders are nearly equal at first and need long training (``encoder=paper_encoder`` is the
-        paper's). The authors' later code for text is `plywise.local.associated_text`, with tanh maps,
-        ``loss`` and ``detach_target=False``. Codes are made once for each class, which changes no number. The
-        published code's TensorFlow 1 Adam adds its eps elsewhere than torch's.
+        paper's). ``decoder=mean_decoder``, ours too, makes decoders begin at the mean of what they rebuild,
+        which saves steps; the arena and the demo take it. The authors' later code for text is
+        `plywise.local.associated_text`, with tanh maps, ``loss`` and ``detach_target=False``. Codes are made
+        once for each class, which changes no number. The published code's TensorFlow 1 Adam adds its eps
+        elsewhere than torch's.
     Source: Kao, Chen, "Associated Learning: Decomposing End-to-end Backpropagation based on Auto-encoders and
         Target Propagation", Neural Computation 33(1), 2021, arXiv 1906.05560.
     Code: SamYWK/Associated_Learning (TensorFlow 1); Hibb-bb/AL, of a later paper on text.
@@ -157,9 +159,10 @@ class AssociatedLearning(OneWayLearner):
             the paper's; `pooled_bridge` is cheaper on images. A list holds one for each block.
         encoder: makes h from the codes that it gets at the beginning, (C, below), and ``code``. Default
             `apart_encoder`; `paper_encoder` is the paper's.
-        decoder: makes g from ``code`` and the width of what it rebuilds. Default `sigmoid_decoder`, the
-            paper's. Bridge, encoder and decoder must be of a kind: `plywise.local.associated_maps` has those
-            of tanh too, which are the authors' for text.
+        decoder: makes g from the codes that it gets at the beginning, (C, code), and those that it shall
+            rebuild, (C, below). Default `sigmoid_decoder`, the paper's; for short trainings `mean_decoder`.
+            Bridge, encoder and decoder must be of a kind: `plywise.local.associated_maps` has those of tanh
+            too, which are the authors' for text.
         targets: "classes": a class index a sample; "labels": (N, C) of 0 and 1, several may be 1; "numbers":
             (N, C) of any numbers, best standardised. With numbers, the first decoder is linear.
         loss: of the first decoder's output and the targets, such as ``F.cross_entropy``, which the authors
@@ -228,11 +231,12 @@ class AssociatedLearning(OneWayLearner):
         for number, (block, shape) in enumerate(zip(blocks, blocks.shapes[1:], strict=True)):
             first = number == 0
             make_decoder = linear_decoder if first and targets == "numbers" else decoder
-            made, width = encoder(codes, code), codes.shape[1]
-            maps = bridges[number](shape, code), made, make_decoder(code, width)
-            check_ranges(number, *maps, below)
+            made, made_bridge = encoder(codes, code), bridges[number](shape, code)
             with torch.no_grad():
-                codes, below = made(codes), range_of(made)
+                above = made(codes)
+            maps = made_bridge, made, make_decoder(above, codes)
+            check_ranges(number, *maps, below)
+            codes, below = above, range_of(made)
             settings: dict[str, Any] = {
                 "detach": detach_target,
                 "decay": decay,

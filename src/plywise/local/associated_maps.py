@@ -16,8 +16,8 @@ MakeBridge = Callable[[torch.Size, int], nn.Module]
 """Makes a bridge from the shape of a sample's activations and the code's width."""
 MakeEncoder = Callable[[Tensor, int], nn.Module]
 """Makes a target encoder from the codes that it gets to begin with, (C, below), and its own codes' width."""
-MakeDecoder = Callable[[int, int], nn.Module]
-"""Makes a decoder from the code's width and the width of what it rebuilds."""
+MakeDecoder = Callable[[Tensor, Tensor], nn.Module]
+"""Makes a decoder from the codes that it gets to begin with, (C, code), and what it rebuilds, (C, below)."""
 Range = tuple[float, float]
 
 
@@ -72,14 +72,40 @@ def apart_encoder(codes: Tensor, width: int) -> nn.Module:
     return encoder
 
 
-def sigmoid_decoder(code: int, target: int) -> nn.Module:
-    """The paper's decoder: a sigmoid layer, `he_normal_`."""
-    return he_normal_(nn.Sequential(nn.Linear(code, target), nn.Sigmoid()))
+def sigmoid_decoder(codes: Tensor, below: Tensor) -> nn.Module:
+    """The paper's decoder: a sigmoid layer, `he_normal_`.
+
+    Args:
+        codes: what it gets to begin with, a row for each class, (C, code).
+        below: what it shall rebuild of them, (C, below).
+    """
+    return he_normal_(nn.Sequential(nn.Linear(codes.shape[1], below.shape[1]), nn.Sigmoid()))
 
 
-def linear_decoder(code: int, target: int) -> nn.Module:
+def mean_decoder(codes: Tensor, below: Tensor) -> nn.Module:
+    """`sigmoid_decoder`, shifted so that it makes the mean of what it shall rebuild from the mean code.
+
+    The paper's decoders begin around ½ for every class, where the mean of C classes is 1/C. So they first
+    learn that no class is likely, and in these steps all classes look alike to the decoders. This one begins
+    there: in short training components learn several times as early.
+
+    Example:
+        >>> codes, classes = torch.rand(10, 64), torch.eye(10)
+        >>> decoder = mean_decoder(codes, classes)
+        >>> round(decoder(codes.mean(0)).mean().item(), 4)
+        0.1
+    """
+    decoder = sigmoid_decoder(codes, below)
+    layer = decoder.get_submodule("0")
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.bias.copy_(below.mean(0).logit(eps=1e-3) - layer.weight @ codes.mean(0))
+    return decoder
+
+
+def linear_decoder(codes: Tensor, below: Tensor) -> nn.Module:
     """A linear layer: for targets that are any numbers."""
-    return nn.Linear(code, target)
+    return nn.Linear(codes.shape[1], below.shape[1])
 
 
 def tanh_bridge(shape: torch.Size, code: int) -> nn.Module:
@@ -92,16 +118,16 @@ def tanh_encoder(codes: Tensor, width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(codes.shape[1], width, bias=False), nn.Tanh())
 
 
-def tanh_decoder(code: int, target: int) -> nn.Module:
+def tanh_decoder(codes: Tensor, below: Tensor) -> nn.Module:
     """A linear layer without bias and tanh, as in the authors' code for text."""
-    return nn.Sequential(nn.Linear(code, target, bias=False), nn.Tanh())
+    return nn.Sequential(nn.Linear(codes.shape[1], below.shape[1], bias=False), nn.Tanh())
 
 
 def range_of(module: nn.Module) -> Range | None:
     """Return the range of a map's outputs, from its last module; None if that is unknown.
 
     Example:
-        >>> range_of(tanh_decoder(4, 2)), range_of(nn.Linear(4, 2))
+        >>> range_of(nn.Tanh()), range_of(nn.Linear(4, 2))
         ((-1.0, 1.0), (-inf, inf))
     """
     while isinstance(module, nn.Sequential) and len(module):

@@ -28,7 +28,7 @@ from plywise.data.models import call_model, unwrap_model
 from plywise.engine.health import SKIPPED
 from plywise.engine.rule import Rule
 from plywise.errors import BenchError, NonFiniteError
-from plywise.local.associated_learning import pooled_bridge
+from plywise.local.associated_maps import mean_decoder, pooled_bridge
 from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join
 from plywise.local.learner import Learner
@@ -124,7 +124,7 @@ def _tie_readouts(setting: TrialContext) -> dict[str, Any]:
 
 
 def _choose_codes(setting: TrialContext) -> dict[str, Any]:
-    return {"code": round(setting.numbers["code"]), "bridge": pooled_bridge}
+    return {"code": round(setting.numbers["code"]), "bridge": pooled_bridge, "decoder": mean_decoder}
 
 
 def _make_ridge(setting: TrialContext) -> dict[str, Any]:
