@@ -236,7 +236,8 @@ def test_no_memory(memory_case: Case) -> None:
     state = run.optimizer.state_dict()
     assert "plywise" not in state
     run.optimizer.load_state_dict(state)
-    run.rule.attach(run.model, run.optimizer)
+    with pytest.warns(RuntimeWarning, match=f"no statistics of {name}: they begin from nothing"):
+        run.rule.attach(run.model, run.optimizer)
     run.step(2)
     assert are_finite(run.copy_state())
 
