@@ -222,7 +222,7 @@ def test_the_mixer_is_made_of_what_the_paper_has():
 def test_channels_that_are_no_whole_groups_are_refused():
     x, y = torch.randn(4, 6), torch.arange(4) % CLASSES
     component = components([nn.Linear(6, 8), nn.Linear(8, CLASSES)], x, groups=3)[0]
-    with pytest.raises(pw.BlockError, match="8 channels, which are no 3 groups"):
+    with pytest.raises(pw.BlockError, match="8 channels, which groups=3 does not divide"):
         component(Signal(x, y))
     with pytest.raises(ValueError, match="groups"):
         components([nn.Linear(6, CLASSES)], x, groups=0)

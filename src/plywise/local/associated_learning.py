@@ -159,7 +159,7 @@ class AssociatedLearning(OneWayLearner):
             the paper's; `pooled_bridge` is cheaper on images. A list holds one for each block.
         encoder: makes h from the codes that it gets at the beginning, (C, below), and ``code``. Default
             `apart_encoder`; `paper_encoder` is the paper's.
-        decoder: makes g from the codes that it gets at the beginning, (C, code), and those that it shall
+        decoder: makes g from the codes that it gets at the beginning, (C, code), and those that it has to
             rebuild, (C, below). Default `sigmoid_decoder`, the paper's; for short trainings `mean_decoder`.
             Bridge, encoder and decoder must be of a kind: `plywise.local.associated_maps` has those of tanh
             too, which are the authors' for text.

@@ -77,13 +77,13 @@ def sigmoid_decoder(codes: Tensor, below: Tensor) -> nn.Module:
 
     Args:
         codes: what it gets to begin with, a row for each class, (C, code).
-        below: what it shall rebuild of them, (C, below).
+        below: what it has to rebuild of them, (C, below).
     """
     return he_normal_(nn.Sequential(nn.Linear(codes.shape[1], below.shape[1]), nn.Sigmoid()))
 
 
 def mean_decoder(codes: Tensor, below: Tensor) -> nn.Module:
-    """`sigmoid_decoder`, shifted so that it makes the mean of what it shall rebuild from the mean code.
+    """`sigmoid_decoder`, shifted so that it makes the mean of what it has to rebuild from the mean code.
 
     The paper's decoders begin around ½ for every class, where the mean of C classes is 1/C. So they first
     learn that no class is likely, and in these steps all classes look alike to the decoders. This one begins
@@ -150,7 +150,7 @@ def range_of(module: nn.Module) -> Range | None:
 def check_ranges(
     number: int, bridge: nn.Module, encoder: nn.Module, decoder: nn.Module, below: Range | None
 ) -> None:
-    """Raise BlockError if a component's bridge cannot meet its codes, or its decoder what it shall rebuild.
+    """Raise BlockError if a component's bridge cannot meet its codes, or its decoder what it has to rebuild.
 
     Args:
         number: of the component.
@@ -165,8 +165,8 @@ def check_ranges(
         if found is None or wanted is None or (found[0] <= wanted[0] + 1e-3 and wanted[1] - 1e-3 <= found[1]):
             continue
         raise BlockError(
-            f"The {name} of component {number} makes numbers in {_format_range(found)}, but what it "
-            f"shall meet lies in {_format_range(wanted)}. Give a {name} of the encoder's kind: sigmoid, tanh "
+            f"The {name} of component {number} makes numbers in {_format_range(found)}, but its "
+            f"targets lie in {_format_range(wanted)}. Give a {name} of the encoder's kind: sigmoid, tanh "
             "or linear, all three."
         )
 

@@ -43,7 +43,7 @@ class FeedbackComponent(Component):
         s = self.block(signal.s)
         return Signal(s, signal.y), s.new_zeros(())
 
-    def taught(self, error: Tensor, s: Tensor) -> Tensor:
+    def send_error(self, error: Tensor, s: Tensor) -> Tensor:
         """What stands for the gradient at the block's output ``s``: the error through the matrix."""
         if self.feedback is None:
             return error
@@ -134,7 +134,7 @@ class DirectFeedback(PredictsByBlocks, Learner):
             assert output.grad is not None
             parts = zip(self.trainers, self._components, passages, strict=True)
             for trainer, component, passage in parts:
-                taught = component.taught(output.grad, passage.output)
-                passage.learn(taught if component.feedback is None else hide_padding(taught, signal.carried))
+                sent = component.send_error(output.grad, passage.output)
+                passage.learn(sent if component.feedback is None else hide_padding(sent, signal.carried))
                 trainer.apply()
         return [loss.detach()] * len(self.trainers)

@@ -18,7 +18,7 @@ from plywise.data.batches import Batch, map_tensors
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks, hide_padding, require_blocks
 from plywise.local.component import Signal
-from plywise.local.forward_locality import Locality, find_localities, slopes_of
+from plywise.local.forward_locality import Locality, find_localities, find_slopes
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
 from plywise.local.local_loss import Loss, LossComponent, headed_components
@@ -85,12 +85,12 @@ class ForwardGradientComponent(LossComponent):
         with forward_ad.dual_level(), _differentiable_forward(self.block), self._nudging(nudged, len(y)):
             output, tangent = forward_ad.unpack_dual(several.through(self.block))
         if tangent is None:
-            return replace(signal, s=output[:samples]), self.checked(output, y, several.carried)
+            return replace(signal, s=output[:samples]), self.measure_loss(output, y, several.carried)
         # no leaf: a head may change its input in place, which torch refuses for leaves
         judged = output if output.requires_grad else output + output.new_zeros((), requires_grad=True)
-        loss = self.checked(judged, y, several.carried)
+        loss = self.measure_loss(judged, y, several.carried)
         (gradient,) = torch.autograd.grad(loss, judged, retain_graph=True)
-        slopes = slopes_of(gradient, tangent.detach(), self._parts(output))
+        slopes = find_slopes(gradient, tangent.detach(), self._parts(output))
         for one in nudged:
             u = one.u if one.alive is None else one.u * one.alive
             estimate = self._locality(one.layer, signal.s).estimates(u, slopes)
@@ -108,8 +108,8 @@ class ForwardGradientComponent(LossComponent):
             if self.head is None:  # the scores of the classes are one group
                 return 1
             raise BlockError(
-                f"A {type(self.block).__name__} hands on {output.shape[1]} channels, which are no "
-                f"{self._groups} groups of one size."
+                f"A {type(self.block).__name__} hands on {output.shape[1]} channels, which groups="
+                f"{self._groups} does not divide. Choose a divisor of the channels of all blocks."
             )
         return self._groups if self.head is not None else 1
 
@@ -196,7 +196,7 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
         short, so that few units share the noise, and no gradient is ever sent back through a layer.
     Equation: g_n = d/dε ℓ_n(z + εu), u ~ N(0, I) at the outputs z of all the block's layers with parameters;
         the estimate of ∂ℓ_n/∂z_n is g_n u_n, and ∇W = Σ_n (g_n u_n / N) a_nᵀ for a linear layer. With
-        ``patches`` and ``groups``, g_n = Σ g_npk is taken apart into the shares of patch p and group of
+        ``patches`` and ``groups``, g_n = Σ g_npk is the sum of the shares of patch p and group of
         channels k of the block's output, and a unit that reaches only these gets u g_npk. u is 0 where the
         ReLU that follows is off. Heads, and the layer that makes the prediction, follow their exact gradient.
         No gradient crosses blocks.
@@ -254,7 +254,7 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
     Raises:
         BlockError: the last block does not hand on a score for each class; at a step: a layer hands on
             something else than one tensor with a row for each sample, a head changes activations in place, or
-            channels do not come apart into groups.
+            ``groups`` does not divide the channels.
         ValueError: ``passes`` or ``groups`` is no whole number above 0.
 
     Example:

@@ -36,7 +36,7 @@ class Locality:
         return (u.reshape(len(u), groups, -1, positions) * feedback.unsqueeze(2)).view_as(u)
 
 
-def slopes_of(gradient: Tensor, tangent: Tensor, groups: int) -> Tensor:
+def find_slopes(gradient: Tensor, tangent: Tensor, groups: int) -> Tensor:
     """How each patch's and group's share of the loss changes along the directions, (N, groups, positions)."""
     change = gradient * tangent
     return change.view(len(change), groups, change.shape[1] // groups, -1).sum(2)

@@ -45,9 +45,9 @@ class LossComponent(Component):
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
         """The block's output, and its loss."""
         s = signal.through(self.block)
-        return replace(signal, s=s), self.checked(s, signal.y, signal.carried)
+        return replace(signal, s=s), self.measure_loss(s, signal.y, signal.carried)
 
-    def checked(self, s: Tensor, y: Tensor, carried: Batch = None) -> Tensor:
+    def measure_loss(self, s: Tensor, y: Tensor, carried: Batch = None) -> Tensor:
         """The loss of the block's output ``s``, which goes on to the next block.
 
         Raises:

@@ -59,7 +59,7 @@ class Readout(nn.Module):
 
 
 class TokenComponent(Component):
-    """A block, and the mean cross-entropy of what its readout says of each token.
+    """A block, and the mean cross-entropy of its readout's scores for each token.
 
     Args:
         block: the block.
@@ -140,7 +140,7 @@ class LocalNextToken(OneWayLearner):
     Cost: a head for each block. The activations and the scores of one block and one part of the batch at a
         time, beside the block's input and output for the whole batch.
     Status: after descriptions of the idea: the head, the pieces and the tied variant are ours. The source's
-        private heads are whole decoder layers: give such a one as ``head``.
+        private heads are whole decoder layers: give one as ``head``.
     Source: block-wise next-token losses with private heads are described in Green, 2026 (a web article; its
         text was not at hand); local losses are those of Belilovsky, Eickenberg, Oyallon, ICML 2019,
         arXiv 1812.11446.
