@@ -44,7 +44,7 @@ def test_a_shared_rank_is_marked_and_told_in_an_order(page):
     ranks = cells(page, "standing", 0)
     assert list(ranks) == ["sgd", "nlms", "proxprop", "bad", "local"]
     assert [rank.replace("\u00a0", " ") for rank in ranks.values()] == ["1", "2 =", "2 =", "2 =", "2 ="]
-    assert "a rank that is shared" in page.locator("main").inner_text()
+    assert "methods with equal areas share a rank" in page.locator("main").inner_text()
 
 
 def test_memory_of_what_never_trained_is_a_dash(page):

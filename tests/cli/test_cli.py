@@ -157,7 +157,7 @@ def test_unknown_rule(plywise):
     assert (code, out) == (1, "")
     assert "Did you mean BackMatching" in err
     assert err.count("\n") == 2
-    assert "\nMore: plywise help error-" in err
+    assert "\nMore: plywise help command-error" in err
 
 
 # ---- explain -------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class TrainConfig:
     Example:
         >>> TrainConfig(epochs=0)
         Traceback (most recent call last):
-        plywise.errors.PlywiseError: epochs must be a whole number of at least 1, not 0.
+        plywise.errors.CommandError: epochs must be a whole number of at least 1, not 0.
         More: plywise help command-error
     """
 

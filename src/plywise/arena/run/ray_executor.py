@@ -54,7 +54,7 @@ class RayExecutor:
     Example:
         >>> RayExecutor("local", threads=0)
         Traceback (most recent call last):
-        plywise.errors.PlywiseError: Threads are at least 1, not 0.
+        plywise.errors.BenchError: Threads are at least 1, not 0.
         More: plywise help bench-error
     """
 

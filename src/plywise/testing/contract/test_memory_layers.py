@@ -169,7 +169,7 @@ def test_tied_weights_have_a_statistic_for_each_use_or_are_left_alone(memory_cas
     for row in rows:
         assert row.handled is not rule.takes_unshared_only
         if rule.takes_unshared_only:
-            assert "shared with" in row.reason
+            assert "shared by" in row.reason
             assert "a statistic belongs to one layer" in row.reason
     for _ in range(4):
         plain.load_state_dict(model.state_dict())
