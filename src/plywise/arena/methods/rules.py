@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -116,6 +116,4 @@ def make_recommended() -> Method:
         return end_to_end(setting, chosen.optimizer)
 
     about = "Muon and AdamW in coordinates chosen for the model (plywise.recommend)"
-    damping = replace(TUNED["Coordinates"].numbers["damping"], default=1.0)
-    space = {"lr": unit_sized(2e-2, high=0.2)["lr"], "damping": damping}
-    return Method(RECOMMENDED, about, space, make)
+    return Method(RECOMMENDED, about, unit_sized(2e-2, 0.1, 0.2), make)  # the space of Muon
