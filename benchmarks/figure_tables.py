@@ -361,6 +361,7 @@ def beside(figures: str, first: str) -> Callable[[str], str]:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "recommended-defaults": beside("recommended_defaults", "defaults"),
+    "recommended-parts": beside("recommended_parts", "recommended"),
     "tried-ideas": beside("tried_ideas", "AdamW in coordinates"),
     "compile-cost": compile_cost,
     "coverage": coverage,

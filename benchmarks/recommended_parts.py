@@ -1,0 +1,63 @@
+"""What the coordinates bring in `plywise.recommend`, and for which weights.
+
+    python benchmarks/recommended_parts.py    # writes recommended_parts.json in five minutes; resumes
+
+The six sets of recommended_defaults.py, which no bench of ours judges, with the same table. Muon moves hidden
+weights in all arms, and AdamW the others: in coordinates, in coordinates for AdamW's weights alone (the
+output layer; the transformer has none that could be turned), and without any.
+"""
+
+import torch
+
+import plywise as pw
+from plywise.arena.method import Method, Trainer, TrialContext, end_to_end
+from plywise.arena.run.experiment import Design, run_arms
+from plywise.arena.run.ledger import Ledger
+from plywise.arena.scoring.records import DEFAULTS
+from recommended_defaults import SEEDS, WORKLOADS, Row, make_recommended, recommend, report, summarise
+from tuning import HERE
+
+OUT = HERE / "recommended_parts.json"
+
+
+def train_without(context: TrialContext) -> Trainer:
+    """Muon and AdamW alone."""
+    chosen = recommend(context, {})
+    chosen.rule.detach()
+    return end_to_end(context, chosen.optimizer)
+
+
+def train_others(context: TrialContext) -> Trainer:
+    """Coordinates for the weights that AdamW moves."""
+    chosen = recommend(context, {})
+    rows = [row for row in chosen.rule.explain().rows if row.handled]
+    others = [row.name for row in rows if not set(row.keys) & set(chosen.muon)]
+    assert isinstance(chosen.rule, pw.Coordinates)
+    chosen.rule.detach()
+    if others:
+        chosen.rule.attach(context.model, chosen.optimizer, layers=others, on_nonfinite="propagate")
+    return end_to_end(context, chosen.optimizer)
+
+
+ARMS = {"on AdamW's weights alone": train_others, "without coordinates": train_without}
+
+
+def main() -> None:
+    """Run what is missing, print the table and write it."""
+    torch.set_num_threads(1)
+    ledger = Ledger(HERE.parent / "runs" / "recommended_parts.jsonl")
+    design = Design(SEEDS, tracks=(DEFAULTS,))
+    arms = [
+        make_recommended("recommended", {}),
+        *(Method(name, "", {}, begin) for name, begin in ARMS.items()),
+    ]
+    table: dict[str, Row] = {arm.name: {} for arm in arms}
+    for workload in WORKLOADS:
+        found = run_arms(workload, arms, design, ledger)
+        for arm in arms:
+            table[arm.name][workload.name] = summarise(found.lines(workload.name, arm.name))
+    report(table, "recommended", OUT)
+
+
+if __name__ == "__main__":
+    main()
