@@ -48,8 +48,8 @@ class Coordinates(KroneckerRule):
         (the whitened coordinates).
     Code: none found: ours.
     Results: in the arena (benchmarks/arena/README.md): Muon and AdamW with it, as `plywise.recommend` makes
-        them, reach 49 of 55 targets tuned (NorMuon 49, Muon 48, SOAP 45, AdamW 11), in the fewest steps and
-        1.16 times NorMuon's CPU time. AdamW with it reaches 34 of 40, where AdamW reaches 11.
+        them, reach 45 of 50 targets tuned (Muon 50, NorMuon 48, SOAP 44, AdamW 11), in 0.96 times Muon's
+        steps and 1.34 times its CPU time. AdamW with it reaches 34 of 40, where AdamW reaches 11.
     Limits: the first basis is used at once, a later one from the step after its refresh. A refresh turns
         momenta into the new basis. It keeps second moments as they are, as SOAP does, and a momentum of
         normalised steps (RMSprop's), too. If the optimizer has stepped before, its state is cleared when the
