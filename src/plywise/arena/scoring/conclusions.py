@@ -31,12 +31,7 @@ SPARING = 0.9
 CODE_MIB = 20.0
 """Memory that a process needs to load code at the first call, measured in the first trial of a process."""
 
-WORDS = {
-    "steps": "steps",
-    "gradients": "gradient passes",
-    "cpu": "CPU time",
-    "wall": "time on the wall",
-}
+WORDS = {"steps": "steps", "gradients": "gradient passes", "cpu": "CPU time", "wall": "time on the wall"}
 """What clocks are called in a sentence."""
 
 FEWEST = 3
