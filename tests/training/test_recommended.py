@@ -206,7 +206,7 @@ def test_the_arena_has_it() -> None:
     method = find_method("recommended")
     settings = inspect.signature(pw.recommend).parameters
     assert {name: one.default for name, one in method.space.items()} == {
-        name: settings[name].default for name in ("lr", "damping")
+        name: settings[name].default for name in ("lr", "weight_decay")
     }
     assert not method.baseline
 
