@@ -40,6 +40,8 @@ from tuning import (
 )
 
 Data = Any
+TABLE_ONLY = ("BackMatching rate", "NLMS")
+"""Methods that the picture leaves out, because they end where SGD does."""
 
 
 def muon(rate: float) -> Candidate:
@@ -138,6 +140,8 @@ def picture(result: dict[str, Any], path: str) -> None:
     figure, axes = plt.subplots(len(sets), 2, figsize=(10, 3.6 * len(sets)), squeeze=False)
     for row, (name, one) in zip(axes, sets.items(), strict=True):
         for method, values in one["methods"].items():
+            if method in TABLE_ONLY:
+                continue
             curve = values["curve"]
             middle = [sorted(column)[1] for column in zip(*curve["loss"], strict=False)]
             for axis, key in zip(row, ("steps", "cpu_seconds"), strict=True):
