@@ -120,13 +120,18 @@ def compare(name: str, data: Data, width: int, steps: int, every: int) -> dict[s
             "failures": [r.failure for r in records],
             "curve": {
                 "steps": records[0].steps,
-                "loss": [[float(f"{v:.4g}") for v in r.loss] for r in records],
+                "loss": find_middle([r.loss for r in records]),
                 "cpu_seconds": [round(v, 3) for v in records[0].cpu],
             },
         }
         row = methods[method]
         print(f"    -> {best.settings}: final {row['final_loss']}, steps to target {reached}", flush=True)
     return {"steps": steps, "target": "AdamW's final training loss, per seed", "methods": methods}
+
+
+def find_middle(curves: list[list[float]]) -> list[float]:
+    """The median of three curves, to four digits."""
+    return [float(f"{sorted(column)[1]:.4g}") for column in zip(*curves, strict=False)]
 
 
 def picture(result: dict[str, Any], path: str) -> None:
@@ -143,10 +148,9 @@ def picture(result: dict[str, Any], path: str) -> None:
             if method in TABLE_ONLY:
                 continue
             curve = values["curve"]
-            middle = [sorted(column)[1] for column in zip(*curve["loss"], strict=False)]
             for axis, key in zip(row, ("steps", "cpu_seconds"), strict=True):
-                xs = curve[key][: len(middle)]
-                axis.plot(xs, middle, label=method, linewidth=1.6)
+                xs = curve[key][: len(curve["loss"])]
+                axis.plot(xs, curve["loss"], label=method, linewidth=1.6)
         row[0].set_ylabel(f"{name}: training loss")
         for axis, label in zip(row, ("steps", "CPU seconds of training"), strict=True):
             axis.set(yscale="log", xlabel=label)
