@@ -204,19 +204,23 @@ def report(table: dict[str, Row], first: str, path: Path) -> None:
     write_whole(path, json.dumps({**rounded, "environment": environment()}) + "\n")
 
 
-def main() -> None:
-    """Run what is missing, print the table and write it."""
+def run_untuned(arms: list[Method], path: Path) -> None:
+    """Run what is missing of these arms on all sets, print the table beside the first arm, and write it."""
     torch.set_num_threads(1)
-    ledger = Ledger(HERE.parent / "runs" / "recommended_defaults.jsonl")
+    ledger = Ledger(HERE.parent / "runs" / path.with_suffix(".jsonl").name)
     design = Design(SEEDS, tracks=(DEFAULTS,))
-    others = [Method(name, "", {}, begin) for name, begin in OTHERS.items()]
-    arms = [*(make_recommended(*arm) for arm in ARMS.items()), *others, *map(make_adamw, ADAMW)]
     table: dict[str, Row] = {arm.name: {} for arm in arms}
     for workload in WORKLOADS:
         found = run_arms(workload, arms, design, ledger)
         for arm in arms:
             table[arm.name][workload.name] = summarise(found.lines(workload.name, arm.name))
-    report(table, "defaults", OUT)
+    report(table, arms[0].name, path)
+
+
+def main() -> None:
+    """Run the arms."""
+    others = [Method(name, "", {}, begin) for name, begin in OTHERS.items()]
+    run_untuned([*(make_recommended(*arm) for arm in ARMS.items()), *others, *map(make_adamw, ADAMW)], OUT)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,10 @@ weights in all arms, and AdamW the others: in coordinates, in coordinates for Ad
 output layer; the transformer has none that could be turned), and without any.
 """
 
-import torch
-
 import plywise as pw
 from plywise.arena.method import Method, Trainer, TrialContext, end_to_end
-from plywise.arena.run.experiment import Design, run_arms
-from plywise.arena.run.ledger import Ledger
-from plywise.arena.scoring.records import DEFAULTS
-from recommended_defaults import SEEDS, WORKLOADS, Row, make_recommended, recommend, report, summarise
+from recommended_defaults import make_recommended, recommend, run_untuned
 from tuning import HERE
-
-OUT = HERE / "recommended_parts.json"
 
 
 def train_without(context: TrialContext) -> Trainer:
@@ -42,22 +35,6 @@ def train_others(context: TrialContext) -> Trainer:
 ARMS = {"on AdamW's weights alone": train_others, "without coordinates": train_without}
 
 
-def main() -> None:
-    """Run what is missing, print the table and write it."""
-    torch.set_num_threads(1)
-    ledger = Ledger(HERE.parent / "runs" / "recommended_parts.jsonl")
-    design = Design(SEEDS, tracks=(DEFAULTS,))
-    arms = [
-        make_recommended("recommended", {}),
-        *(Method(name, "", {}, begin) for name, begin in ARMS.items()),
-    ]
-    table: dict[str, Row] = {arm.name: {} for arm in arms}
-    for workload in WORKLOADS:
-        found = run_arms(workload, arms, design, ledger)
-        for arm in arms:
-            table[arm.name][workload.name] = summarise(found.lines(workload.name, arm.name))
-    report(table, "recommended", OUT)
-
-
 if __name__ == "__main__":
-    main()
+    others = [Method(name, "", {}, begin) for name, begin in ARMS.items()]
+    run_untuned([make_recommended("recommended", {}), *others], HERE / "recommended_parts.json")

@@ -217,12 +217,7 @@ class AssociatedLearning(OneWayLearner):
         _check_names("targets", [targets], TARGETS)
         _check_names("decay", decay or {}, MAPS)
         self._blocks, self._classes, self._targets = blocks, num_classes, targets
-        bridges = [bridge] * len(blocks) if callable(bridge) else list(bridge)
-        if len(bridges) != len(blocks):
-            raise ValueError(
-                f"AssociatedLearning: bridge is a list of {len(bridges)} for {len(blocks)} blocks; give a "
-                "function for each block, or one function for all."
-            )
+        bridges = _list_bridges(bridge, len(blocks))
         self._components = []
         codes = _first_codes(num_classes, targets)
         below: Range | None = (-torch.inf, torch.inf) if targets == "numbers" else (0.0, 1.0)
@@ -279,6 +274,17 @@ class AssociatedPath(nn.Module):
         """Scores (N, C), in the first decoder's range."""
         scores: Tensor = self.decoders(self.bridge(hide_padding(self.blocks(x), x)))
         return scores
+
+
+def _list_bridges(bridge: MakeBridge | Sequence[MakeBridge], blocks: int) -> list[MakeBridge]:
+    """A function for each block."""
+    bridges = [bridge] * blocks if callable(bridge) else list(bridge)
+    if len(bridges) != blocks:
+        raise ValueError(
+            f"AssociatedLearning: bridge is a list of {len(bridges)} for {blocks} blocks; give a function "
+            "for each block, or one function for all."
+        )
+    return bridges
 
 
 def _first_codes(classes: int, targets: str) -> Tensor:

@@ -46,6 +46,16 @@ def orthogonalize(
     return x.mT if tall else x
 
 
+def count_operations(m: int, n: int, iterations: int) -> float:
+    """Operations of the iterations on a matrix of m × n, m ≤ n, if they are done on the matrix itself.
+
+    Example:
+        >>> count_operations(2, 3, iterations=1)
+        64.0
+    """
+    return iterations * (4.0 * m * m * n + 2.0 * m**3)
+
+
 def count_saved(k: int, m: int, n: int, iterations: int) -> float:
     """Operations that are saved for k matrices of m × n, m ≤ n, if the small matrices are iterated.
 
@@ -53,8 +63,7 @@ def count_saved(k: int, m: int, n: int, iterations: int) -> float:
         >>> count_saved(1, 256, 256, 3) < 0 < count_saved(1, 256, 784, 3)
         True
     """
-    with_x = iterations * (4.0 * m * m * n + 2.0 * m**3)
-    return k * (with_x - 4.0 * m * m * n - (8 * iterations - 6) * m**3)
+    return k * (count_operations(m, n, iterations) - 4.0 * m * m * n - (8 * iterations - 6) * m**3)
 
 
 def _multiply_factors(gram: Tensor, iterations: Sequence[Triple]) -> Tensor:

@@ -20,6 +20,7 @@ from plywise.engine.explain import LayerRow, Size
 from plywise.engine.rule import Rule
 from plywise.engine.sharding import is_spread
 from plywise.errors import AttachError
+from plywise.numerics.polar import count_operations
 from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from plywise.optim.muon import THREE_ITERATIONS, Muon
 from plywise.rules.coordinates import Coordinates
@@ -140,9 +141,9 @@ def recommend(
         power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune it, try 0, too: the best value
             depends on the data.
         damping: what is added to the eigenvalues before they are whitened, relative to their mean. Default
-            1. The second number to tune, after the rate: the larger it is, the less is whitened. Range
-            1e-3 to 10.
-        weight_decay: decoupled decay. Default 0.1.
+            1. The larger it is, the less is whitened. Low values may look good on one seed and fail on
+            others. Range 0.1 to 10.
+        weight_decay: decoupled decay. Default 0.1. The second number to tune, after the rate.
         on_nonfinite: what happens to a step whose gradients are not finite, as for `Rule.attach`: "skip",
             "raise" or "propagate". Default "skip".
 
@@ -222,7 +223,7 @@ def _choose_muon(
 def _count_muon(weight: Tensor) -> float:
     """Operations of Muon's iterations on a weight, in the order that takes more of them."""
     small, large = sorted((len(weight), weight.numel() // max(1, len(weight))))
-    return len(THREE_ITERATIONS) * (4.0 * small**2 * large + 2.0 * small**3)
+    return count_operations(small, large, len(THREE_ITERATIONS))
 
 
 def _look(model: nn.Module, batch: Any, batch_size: int | None) -> tuple[list[LayerRow], list[nn.Parameter]]:

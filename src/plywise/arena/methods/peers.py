@@ -247,7 +247,7 @@ _PEERS: Mapping[str, Peer] = {
         Peer(
             "kl-soap",
             "SOAP with statistics by the KL divergence",
-            unit_sized(1e-2, 0.1),
+            unit_sized(1e-2, 0.1, 0.2),
             _treat_alike(KLSOAP),
         ),
         Peer(
