@@ -16,7 +16,8 @@ STOPPING = "Stopping: what has ended is kept. The report is drawn next; Ctrl-C a
 class Stop:
     """Answers Ctrl-C at once while trials run, and interrupts when all finished trials are in the ledger.
 
-    SIGTERM interrupts at once: the process is killed soon, so there is no time to draw a report.
+    SIGTERM counts as two of them: the process is killed soon, so there is no time to draw a report. But it
+    raises nothing where it arrives, because a process that is just being started would print its own error.
 
     Attributes:
         presses: how often Ctrl-C was pressed; 2 after SIGTERM.
@@ -45,7 +46,7 @@ class Stop:
 
     def _end(self, *_: object) -> None:
         self.presses = 2
-        raise KeyboardInterrupt
+        self._executor.stop()
 
     def _stop(self, *_: object) -> None:
         self.presses += 1
