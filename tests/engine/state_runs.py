@@ -1,5 +1,6 @@
 """Runs whose optimizer state is saved in many ways: models with layers of every kind, and what is seen."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -147,7 +148,7 @@ class RecommendedRun(Run):
 
     def __init__(self, seed: int = 1, attach: bool = True) -> None:
         self.model = Varied(seed)
-        self.optimizer, self.rule = recommend(self.model, lr=0.01)
+        self.optimizer, self.rule = recommend(self.model, lr=0.01, budget=math.inf)
         if not attach:
             self.rule.detach()
 

@@ -1,5 +1,7 @@
 """What `rule.explain()` says of layers that do not train."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -84,7 +86,7 @@ def test_the_bias_of_a_norm_is_left_for_the_same_reason_as_its_weight(steps):
 def test_recommend_does_not_count_frozen_layers():
     model = make_network()
     model[0].requires_grad_(False)
-    recommendation = pw.recommend(model, batch=torch.randn(32, 8))
+    recommendation = pw.recommend(model, batch=torch.randn(32, 8), budget=math.inf)
     table = recommendation.rule.explain()
     assert not table.rows[0].handled
     assert table.share == 1

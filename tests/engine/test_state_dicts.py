@@ -1,6 +1,7 @@
 """Every way of saving an optimizer carries the statistics bit for bit, or says by name that it does not."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -238,7 +239,7 @@ def test_bits_do_not_depend_on_the_order_in_which_layers_are_found(after: int, t
     def start(seed: int) -> Run:
         torch.manual_seed(seed)
         run = Run(RULES["nlms"](), OPTIMIZERS["sgd"], model=Pairs(), attach=False)
-        run.optimizer, run.rule = recommend(run.model, lr=0.01)
+        run.optimizer, run.rule = recommend(run.model, lr=0.01, budget=math.inf)
         return run
 
     run, other = start(1).steps(*range(after)), start(9)

@@ -1,6 +1,7 @@
 """One line for those who do not want to choose."""
 
 import inspect
+import math
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,9 @@ from torch import nn
 
 import plywise as pw
 from plywise.errors import AttachError
+
+EVERY_LAYER = math.inf
+"""A budget with which all layers are turned."""
 
 
 def make_mlp(*widths: int) -> nn.Sequential:
@@ -34,7 +38,7 @@ def make_convnet() -> nn.Sequential:
 
 def test_it_trains() -> None:
     model = make_mlp(8, 32, 32, 2)
-    optimizer, rule = pw.recommend(model, batch_size=64)
+    optimizer, rule = pw.recommend(model, batch_size=64, budget=EVERY_LAYER)
     x = torch.randn(64, 8)
     y = (x[:, 0] * x[:, 1] > 0).long()
     losses = []
@@ -49,27 +53,60 @@ def test_it_trains() -> None:
     assert not rule.health.counts
 
 
+def test_small_networks_are_left_to_the_optimizer() -> None:
+    """Forward and backward of a layer with few rows take less time than to turn it."""
+    model, plain = make_mlp(8, 32, 32, 2), make_mlp(8, 32, 32, 2)
+    found = pw.recommend(model, batch_size=64)
+    assert found.left == ("0", "2", "4")
+    assert found.price == found.memory == 0
+    assert "No layer is worth the time of coordinates" in found.explain()
+    assert "Warning" not in found.explain()
+    alone = pw.recommend(plain, batch_size=64)
+    alone.rule.detach()
+    for _ in range(5):
+        for network, optimizer in ((model, found.optimizer), (plain, alone.optimizer)):
+            optimizer.zero_grad()
+            network(torch.ones(4, 8)).square().mean().backward()
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), plain.parameters(), strict=True))
+    assert not found.rule.health.counts
+
+
+def test_layers_with_many_rows_are_turned_and_the_output_layer_before_others() -> None:
+    def find_turned(batch_size: int) -> set[str]:
+        found = pw.recommend(make_mlp(64, 128, 128, 10), batch_size=batch_size)
+        return {"0", "2", "4"} - set(found.left)
+
+    assert find_turned(16) == set()
+    assert find_turned(128) == {"4"}
+    assert find_turned(2048) == {"0", "2", "4"}
+
+
+def test_a_model_without_hidden_weights_is_turned_at_any_price() -> None:
+    found = pw.recommend(nn.Linear(100, 1), batch_size=10)
+    assert found.price > 1
+    assert found.left == ()
+
+
 def test_wide_layers_get_as_many_directions_as_the_budget_allows() -> None:
     model = make_mlp(784, 256, 10)
     ranks, prices = [], []
-    for budget in (5.0, 0.7, 0.35, 0.2):
-        found = pw.recommend(model, batch_size=128, budget=budget)
+    for budget in (5.0, 0.2, 0.12):
+        found = pw.recommend(model, batch_size=2048, budget=budget)
         assert found.price <= budget
+        assert found.left == ()
         ranks.append(found.rule.rank)
         prices.append(found.price)
         found.rule.detach()
-    assert ranks == sorted(ranks, reverse=True)
-    assert ranks[0] == 64
-    assert ranks[-1] < 64
+    assert ranks == [64, 64, 32]
     assert prices == sorted(prices, reverse=True)
 
 
 def test_what_does_not_fit_is_left_and_named() -> None:
     model = make_mlp(20, 2000, 2000, 4)
-    found = pw.recommend(model, batch_size=2, budget=1.0)
-    assert "2" in found.left  # 2000 x 2000: of two rows its own step costs little
-    assert found.price <= 1.0
-    assert "Too expensive for the budget, left to the optimizer: 2" in found.explain()
+    found = pw.recommend(model, batch_size=300)
+    assert found.left == ("0", "2")  # of so few rows their own steps take little time
+    assert "Too expensive for coordinates: 0, 2." in found.explain()
     assert {row.name for row in found.rule.explain().rows if not row.handled} == set(found.left)
 
 
@@ -116,7 +153,7 @@ def test_a_batch_shows_which_layer_gives_the_output() -> None:
 def test_with_a_batch_explain_knows_every_call_before_the_first_step(make) -> None:
     model = make()
     x = torch.randn(4, 3, 12, 12) if isinstance(model, nn.Sequential) else torch.randn(4, 5, 3)
-    text = pw.recommend(model, batch=x).explain()
+    text = pw.recommend(model, batch=x, budget=EVERY_LAYER).explain()
     assert "after 1st batch" not in text
     assert "no call of a linear map has been seen" not in text
 
@@ -126,7 +163,7 @@ def test_the_batch_that_is_shown_leaves_no_trace() -> None:
     x, found = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(1)), []
     for shows in (True, False):
         model = make_convnet()
-        made = pw.recommend(model, batch=x)
+        made = pw.recommend(model, batch=x, budget=EVERY_LAYER)
         optimizer, rule = made.optimizer, made.rule
         if not shows:
             rule.detach()
@@ -172,18 +209,33 @@ def test_without_hidden_weights_adamw_moves_all() -> None:
     assert "AdamW moves all parameters" in found.explain()
 
 
-def test_nothing_fits() -> None:
-    with pytest.raises(AttachError, match="budget"):
-        pw.recommend(make_mlp(2000, 2000), batch_size=1, budget=1e-6)
+def test_a_model_that_nothing_fits_is_refused() -> None:
+    with pytest.raises(AttachError, match="fits a budget of 1e-06"):
+        pw.recommend(make_mlp(2000, 2000, 2000), batch_size=1, budget=1e-6)
     with pytest.raises(ValueError, match="budget"):
         pw.recommend(make_mlp(2, 2), budget=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.LayerNorm(4), "nothing better than AdamW for this LayerNorm"),
+        (nn.Linear(4, 2).requires_grad_(False), "none of the layers that it could handle trains"),
+        (nn.ReLU(), "it has no parameters"),
+        (3, "needs a torch.nn.Module"),
+    ],
+    ids=["norm", "frozen", "no parameters", "no module"],
+)
+def test_a_model_without_anything_to_recommend_is_refused(model, message: str) -> None:
+    with pytest.raises(AttachError, match=message):
+        pw.recommend(model)
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"input": x}], ids=["x", "()", "{}"])
 def test_a_batch_tells_the_sizes_of_convolutions_and_leaves_no_trace(wrap) -> None:
     model = make_convnet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = pw.recommend(model, batch=wrap(torch.randn(16, 3, 12, 12)))
+    found = pw.recommend(model, batch=wrap(torch.randn(16, 3, 12, 12)), budget=EVERY_LAYER)
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(part.training for part in model.modules())
@@ -211,18 +263,19 @@ def test_the_arena_has_it() -> None:
     assert not method.baseline
 
 
-def test_a_saved_optimizer_resumes() -> None:
+@pytest.mark.parametrize("budget", [0.5, EVERY_LAYER])
+def test_a_saved_optimizer_resumes(budget: float) -> None:
     runs = []
     for stop in (False, True):
         model = make_mlp(8, 16, 2)
-        optimizer, rule = pw.recommend(model)
+        optimizer, rule = pw.recommend(model, budget=budget)
         x, y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
         for step in range(24):
             if stop and step == 13:
                 weights, state = model.state_dict(), optimizer.state_dict()
                 rule.detach()
                 model = make_mlp(8, 16, 2)
-                optimizer, rule = pw.recommend(model)
+                optimizer, rule = pw.recommend(model, budget=budget)
                 model.load_state_dict(weights)
                 optimizer.load_state_dict(state)
             optimizer.zero_grad()
@@ -244,19 +297,20 @@ def test_the_damping_is_the_users_choice() -> None:
         pw.recommend(make_mlp(8, 16, 2), damping=-1.0)
 
 
-def step_on_nan(on_nonfinite: str) -> bool:
+def step_on_nan(on_nonfinite: str, budget: float) -> bool:
     """A step on inputs of NaN; whether the weights are what they were."""
     model = make_mlp(8, 16, 2)
-    optimizer = pw.recommend(model, batch_size=4, on_nonfinite=on_nonfinite).optimizer  # type: ignore[arg-type]
+    made = pw.recommend(model, batch_size=4, budget=budget, on_nonfinite=on_nonfinite)  # type: ignore[arg-type]
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model(torch.full((4, 8), torch.nan)).sum().backward()
-    optimizer.step()
+    made.optimizer.step()
     return all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 
-def test_gradients_that_are_not_finite_are_treated_as_the_user_says() -> None:
+@pytest.mark.parametrize("budget", [0.5, EVERY_LAYER])
+def test_gradients_that_are_not_finite_are_treated_as_the_user_says(budget: float) -> None:
     with pytest.warns(RuntimeWarning, match="not finite, so this step was not taken"):
-        assert step_on_nan("skip")
-    assert not step_on_nan("propagate")
+        assert step_on_nan("skip", budget)
+    assert not step_on_nan("propagate", budget)
     with pytest.raises(pw.NonFiniteError, match="not finite"):
-        step_on_nan("raise")
+        step_on_nan("raise", budget)

@@ -33,7 +33,13 @@ from plywise.engine.readers import make_readers
 from plywise.engine.registered import install_registered
 from plywise.engine.rows import make_rows
 from plywise.engine.running_state import RunningState
-from plywise.engine.selection import Selector, collect_parameters, refuse_handled, refuse_nothing
+from plywise.engine.selection import (
+    Selector,
+    collect_parameters,
+    is_empty,
+    refuse_handled,
+    refuse_nothing,
+)
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.table import ParameterTable
 from plywise.engine.telemetry import Telemetry
@@ -109,7 +115,8 @@ class Attachment:
         self.capture = Capture(make_readers(self.kinds), self.table, self.takes, self._alters)
         counts = self._count_evidence if self.rule.remembers else None
         self.arrivals = Arrivals(self.rule, self.table, self.capture, self, self._note_answer, counts)
-        refuse_nothing(self.table.entries, type(self.rule).__name__, model, self.kinds)
+        if not is_empty(layers):
+            refuse_nothing(self.table.entries, type(self.rule).__name__, model, self.kinds)
         refuse_handled(self.table.entries)
 
     def _make_table(
@@ -148,8 +155,9 @@ class Attachment:
         if self.rule.clips_updates() and optimizer is not None:
             self._clipping = Clipping(self.rule.clip_update, lambda: self.table.entries, process_group)
             self.table.on_begin.append(self._clipping.find_group)
-        owners = [m for m in model.modules() if any(True for _ in m.parameters())]
-        self.capture.install(owners)
+        if any(entry.is_candidate for entry in self.table.entries):
+            owners = [m for m in model.modules() if any(True for _ in m.parameters())]
+            self.capture.install(owners)
         self._handles += install_registered(model, self.capture)
         self.arrivals.watch_expected(self.table.entries)
         self._hook_modules(model)

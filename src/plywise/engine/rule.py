@@ -72,7 +72,8 @@ class Rule(RuleContract):
                 skipped, and changes of accumulated gradients (a cap, an update from statistics) are made
                 once, before the step.
             layers: handle only these: a name pattern (``"encoder.*"``), a module type, a
-                ``predicate(name, module)``, or a list of such. Default: all that the rule can handle.
+                ``predicate(name, module)``, or a list of such. Default: all that the rule can handle. With an
+                empty list it handles none, and only guards the optimizer's steps (``on_nonfinite``).
             exclude: leave these to the optimizer, in the same form.
             kinds: kinds of linear maps to handle: ``"linear"``, ``"conv"``, ``"experts"``, ``"bilinear"``,
                 ``"embedding"``, ``"norm"``, several, or ``"all"``. Default: the rule's own, on its card.

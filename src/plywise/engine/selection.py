@@ -244,6 +244,11 @@ def selects(selector: Selector, name: str, module: nn.Module) -> bool:
     return any(selects(part, name, module) for part in selector)
 
 
+def is_empty(selector: Selector | None) -> bool:
+    """Return whether ``selector`` is a list of nothing."""
+    return isinstance(selector, list | tuple | set) and not selector
+
+
 def _check_patterns(selector: Selector | None, modules: dict[str, nn.Module]) -> None:
     if isinstance(selector, str):
         if not any(fnmatchcase(name, selector) for name in modules):

@@ -1,7 +1,9 @@
 """Recommends an optimizer and a rule for a model and a batch, in one call.
 
-The method is always Muon for hidden weights and AdamW for all others, in `plywise.Coordinates`. Layers,
-numbers of directions, and the weights that Muon moves are chosen so that a step does not cost too much.
+The optimizer is Muon for hidden weights and AdamW for all others. The rule is `plywise.Coordinates` on the
+layers where it is worth its time, which may be none: its cost depends on the weights, and that of forward and
+backward on the rows of a batch as well. So layers with many rows are turned (those of transformers and
+convolutions), and small networks are left to the optimizer.
 """
 
 import math
@@ -17,7 +19,7 @@ from plywise._util.adamw import make_adamw
 from plywise._util.modes import evaluating
 from plywise.data.batches import count_samples
 from plywise.engine.explain import LayerRow, Size
-from plywise.engine.rule import Rule
+from plywise.engine.rule import Rule, check_model
 from plywise.engine.sharding import is_spread
 from plywise.errors import AttachError
 from plywise.numerics.polar import count_operations
@@ -25,14 +27,25 @@ from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from plywise.optim.muon import THREE_ITERATIONS, Muon
 from plywise.rules.coordinates import Coordinates
 
+NO_LAYER = "attach-no-layer"
+
 RANKS = (64, 32, 16)
 """Numbers of directions to turn on wide sides, the best first."""
 
 REFRESHES = (5, 10, 25)
 """Steps between two bases at the start, the best first."""
 
-CALLS = 2.0**21
-"""Operations of one core in 60 µs, the time of the calls in a small layer's plain step."""
+CALLS = 2.0**22
+"""Operations of one core in 50 µs, the time of the calls in a small layer's plain step."""
+
+TURN_CALLS = 2.0**23
+"""Operations of one core in the time of the calls that turn a layer's gradient and its step."""
+
+TURN_PASSES = 2.0**10
+"""Operations of one core in the time of the passes over a weight that turn it, for each of its numbers."""
+
+LITTLE_MORE = 1.2
+"""Where even the cheapest settings exceed the budget, better ones may cost so much more."""
 
 MUON_COST = 6.0
 """Most operations of Muon's step for a layer, relative to its forward and backward. Muon's are in large
@@ -50,10 +63,11 @@ class Recommendation:
     Attributes:
         optimizer: the optimizer, to be used as any other.
         rule: the rule, attached to the model.
-        price: extra operations of a step for the coordinates, relative to forward and backward of the layers
-            that the rule could take; small layers are counted by the time of their calls.
+        price: extra time of a step for the coordinates, relative to forward and backward of the layers that
+            the rule could take, as estimated from operations, calls, and passes over the weights.
         memory: extra bytes that the rule keeps.
         left: layers that the rule could handle but leaves to the optimizer, since they would cost too much.
+            If that is all of them, the rule only guards the optimizer against gradients that are not finite.
         muon: state-dict keys of the weights that Muon moves. AdamW moves all others.
         muon_price: operations of Muon's step, relative to the same.
     """
@@ -74,14 +88,19 @@ class Recommendation:
         """Describe the choice, its cost, and what happens to each layer."""
         group = self.optimizer.param_groups[0]
         numbers = f"lr={group['lr']:g}, weight_decay={group['weight_decay']:g}"
-        lines = [
-            f"{type(self.optimizer).__name__}({numbers}) in the coordinates of the rule below.",
-            f"The coordinates take {100 * self.price:.0f} % more operations a step than plain AdamW and "
-            f"{self.memory / 2**20:.1f} MiB of memory; small layers take longer than that, by calls.",
-            self._explain_muon(),
-        ]
+        lines = [f"{type(self.optimizer).__name__}({numbers}). {self._explain_muon()}"]
+        if not self.price:
+            lines.append(
+                "No layer is worth the time of coordinates: forward and backward take less. The rule skips "
+                "steps whose gradients are not finite, and does nothing else."
+            )
+            return "\n".join(lines)
+        lines.append(
+            f"The coordinates take about {100 * self.price:.0f} % more time than forward and backward alone, "
+            f"and {self.memory / 2**20:.1f} MiB of memory."
+        )
         if self.left:
-            lines.append(f"Too expensive for the budget, left to the optimizer: {', '.join(self.left)}.")
+            lines.append(f"Too expensive for coordinates: {', '.join(self.left)}.")
         return "\n".join([*lines, str(self.rule.explain())])
 
     def _explain_muon(self) -> str:
@@ -100,7 +119,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Settings that fit the budget, the layers that they are for, and the price."""
+    """Settings of the coordinates, the layers that are turned and those that are not, and the price."""
 
     rule: Coordinates
     taken: list[LayerRow]
@@ -122,22 +141,25 @@ def recommend(
 ) -> Recommendation:
     """Make an optimizer for a model, with a rule attached that fits its layers.
 
-    Muon moves the hidden weights, in three iterations, and AdamW all other parameters, both in the eigenbasis
-    of each layer's inputs, whitened in part (`plywise.Coordinates`). Of wide layers only the leading
-    directions are turned, as many as the budget allows; layers that would not fit at all are not turned.
-    AdamW also moves hidden weights so wide that Muon's step would take more than six times their own
-    operations.
+    Muon moves the hidden weights, in three iterations, and AdamW all other parameters. Layers where it is
+    worth its time are turned: the optimizer works in the eigenbasis of the layer's inputs, whitened in part
+    (`plywise.Coordinates`). That takes a time which depends on the weights alone, so layers with many rows in
+    a batch are turned (those of transformers and convolutions), and often the output layer; small networks
+    are left to the optimizer. Of wide layers only the leading directions are turned, as many as the budget
+    allows. AdamW also moves hidden weights so wide that Muon's step would take more than six times their own
+    operations. A model without hidden weights is turned as a whole.
 
     Args:
         model: the model.
         lr: the rate of both. Default 0.02, which suits them in these coordinates; plain AdamW usually needs a
             lower rate.
         batch: an input, or a tuple or dict of inputs, for two passes in evaluation mode, which show the sizes
-            of convolutions and which layer gives the output, and leave no gradient. Without it, layers of
-            unknown size are handled, too, and the last layer among the modules is taken to give the output.
+            of convolutions, the rows of each layer (in transformers more than samples), and which layer gives
+            the output; they leave no gradient. Without it, layers of unknown size are turned, too, and
+            the last layer among the modules is taken to give the output.
         batch_size: samples of the batches that it will be trained with. Default: those of ``batch``, or 128.
-        budget: extra operations of a step for the coordinates, relative to forward and backward of the layers
-            that train. Default 0.5.
+        budget: extra time for the coordinates, relative to forward and backward: of a layer that Muon moves
+            relative to its own, of all others together relative to the model's. Default 0.5.
         power: how far inputs are whitened, 0 to 0.5. Default 0.25. If you tune it, try 0, too: the best value
             depends on the data.
         damping: what is added to the eigenvalues before they are whitened, relative to their mean. Default
@@ -151,7 +173,7 @@ def recommend(
         Optimizer and rule; `Recommendation.explain` says what was chosen, and why.
 
     Raises:
-        AttachError: the model has no layer that a rule could take.
+        AttachError: the model is no module, or another rule handles it.
         ValueError: the budget or the rate is not positive, or another number is out of range.
 
     Source: the method's card, `plywise.Coordinates`; the choice is ours.
@@ -167,23 +189,29 @@ def recommend(
     if not budget > 0 or not lr > 0:
         raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
     rows, hidden = _look(model, batch, batch_size)
-    plan = _choose(Coordinates(power, damping=damping), rows, budget)
-    if not plan.taken:
+    if not rows:
+        raise AttachError(
+            f"recommend knows nothing better than AdamW for this {type(model).__name__}: none of the layers "
+            "that it could handle trains.",
+            see=NO_LAYER,
+        )
+    muon = _choose_muon(model, hidden, rows)
+    plan = _choose(Coordinates(power, damping=damping), rows, set(muon), budget, is_all=not hidden)
+    if not plan.taken and not muon:
         raise AttachError(
             f"recommend finds no layer of this {type(model).__name__} that fits a budget of {budget:g}: each "
             f"would take more. Allow more, recommend(..., budget={2 * budget:g}), or use AdamW as it is.",
-            see="attach-no-layer",
+            see=NO_LAYER,
         )
-    muon = _choose_muon(model, hidden, rows)
     optimizer = _make_optimizer(model, [weight for weight, _ in muon.values()], lr, weight_decay)
-    exclude = [row.name for row in plan.left]
-    rule = plan.rule.attach(model, optimizer, exclude=exclude or None, on_nonfinite=on_nonfinite)
-    if batch is not None:
+    left = tuple(row.name for row in plan.left)
+    chosen: dict[str, Any] = {"exclude": left or None} if plan.taken else {"layers": []}
+    rule = plan.rule.attach(model, optimizer, on_nonfinite=on_nonfinite, **chosen)
+    if batch is not None and plan.taken:
         with evaluating(model):
             _differentiate(model, batch)  # so that explain() knows each call
     memory = sum(plan.rule.estimate_cost(row.size)[1] for row in plan.taken if row.size is not None)
     muon_price = sum(operations for _, operations in muon.values()) / _count_plain(rows)
-    left = tuple(exclude)
     return Recommendation(optimizer, rule, plan.price, 4 * memory, left, tuple(muon), muon_price)
 
 
@@ -228,7 +256,8 @@ def _count_muon(weight: Tensor) -> float:
 
 def _look(model: nn.Module, batch: Any, batch_size: int | None) -> tuple[list[LayerRow], list[nn.Parameter]]:
     """Find the layers that the rule can handle, with the sizes of their problems, and the hidden weights."""
-    rule = Coordinates().attach(model, make_adamw(model.parameters(), 1.0))
+    rule = Coordinates()
+    _attach(rule, model)
     try:
         hidden = find_hidden_weights(model, None if batch is None else lambda: _differentiate(model, batch))
         seen = None if batch is None else max(1, count_samples(batch))
@@ -237,6 +266,20 @@ def _look(model: nn.Module, batch: Any, batch_size: int | None) -> tuple[list[La
         return [replace(row, size=_scale(row.size, more)) if row.passes else row for row in rows], hidden
     finally:
         rule.detach()
+
+
+def _attach(rule: Rule, model: nn.Module) -> None:
+    """Attach a rule to find what it could take, or say that this model needs no recommendation."""
+    check_model(model)
+    try:
+        rule.attach(model, make_adamw(list(model.parameters()) or [torch.zeros(0)], 1.0))
+    except AttachError as error:
+        if not error.page.endswith(NO_LAYER):
+            raise
+        raise AttachError(
+            f"recommend knows nothing better than AdamW for this {type(model).__name__}. {error}",
+            see=NO_LAYER,
+        ) from None
 
 
 def _scale(size: Size | None, more: float) -> Size | None:
@@ -262,27 +305,46 @@ def _differentiate(model: nn.Module, batch: Any) -> None:
         torch.autograd.grad(sums, parameters, allow_unused=True)
 
 
-def _choose(basis: Coordinates, rows: list[LayerRow], budget: float) -> _Plan:
-    """The best settings whose price is within the budget; with the cheapest, only the layers that fit."""
+def _choose(
+    basis: Coordinates, rows: list[LayerRow], muon: set[str], budget: float, *, is_all: bool
+) -> _Plan:
+    """Choose the layers that are worth their time, or all, and the best settings that fit the budget."""
     rules = [replace(basis, rank=rank, refresh_every=every) for rank in RANKS for every in REFRESHES]
-    plans = [_price(rule, rows) for rule in rules]
-    fitting = [plan for plan in plans if plan.price <= budget]
-    if fitting:
-        return fitting[0]
-    rule = plans[-1].rule
-    taken, left = sorted(rows, key=lambda row: _price(rule, [row]).price), []
-    while taken and _price(rule, rows, taken).price > budget:
-        left.append(taken.pop())
-    plan = _price(rule, rows, taken)
-    return _Plan(rule, plan.taken, left, plan.price)
+    taken = rows if is_all else _choose_layers(rules[-1], rows, muon, budget)
+    left = [row for row in rows if row not in taken]
+    prices = [(rule, _price(rule, taken, rows)) for rule in rules]
+    limit = max(budget, LITTLE_MORE * prices[-1][1])
+    rule, price = next(found for found in prices if found[1] <= limit)
+    return _Plan(rule, taken, left, price)
 
 
-def _price(rule: Coordinates, rows: list[LayerRow], taken: list[LayerRow] | None = None) -> _Plan:
-    """Return the cost of a rule on some of these layers, relative to the plain steps of all of them."""
-    taken = rows if taken is None else taken
-    plain = _count_plain(rows)
-    extra = sum(rule.estimate_cost(row.size)[0] for row in taken if row.size is not None)
-    return _Plan(rule, taken, [], extra / plain)
+def _choose_layers(rule: Coordinates, rows: list[LayerRow], muon: set[str], budget: float) -> list[LayerRow]:
+    """Choose the layers to turn with these settings.
+
+    Muon makes all directions of a step equally long by itself, so that a layer of its has to be cheap beside
+    its own forward and backward. AdamW's layers gain more, and have to be cheap beside those of the model.
+    """
+    others = [row for row in rows if muon.isdisjoint(row.keys)]
+    while others and _price(rule, others, rows) > budget:
+        others.remove(max(others, key=lambda row: _count_turning(rule, row)))
+    return [
+        row
+        for row in rows
+        if row in others or (not muon.isdisjoint(row.keys) and _price(rule, [row], [row]) <= budget)
+    ]
+
+
+def _price(rule: Coordinates, taken: list[LayerRow], rows: list[LayerRow]) -> float:
+    """Return the time that turning some layers takes, relative to forward and backward of these rows."""
+    return sum(_count_turning(rule, row) for row in taken) / _count_plain(rows)
+
+
+def _count_turning(rule: Coordinates, row: LayerRow) -> float:
+    """Operations of one core in the time that turning a layer takes; none if its size is not known yet."""
+    size = row.size
+    if size is None:
+        return 0.0
+    return rule.estimate_cost(size)[0] + TURN_PASSES * size.g * size.m * size.d + TURN_CALLS
 
 
 def _count_plain(rows: list[LayerRow]) -> float:
