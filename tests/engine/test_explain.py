@@ -93,6 +93,17 @@ def test_recommend_does_not_count_frozen_layers():
     assert "144 parameters frozen" in recommendation.explain()
 
 
+def test_what_the_user_leaves_out_is_no_cause_for_a_warning():
+    model = make_network()
+    rule = pw.ProxProp().attach(model, torch.optim.SGD(model.parameters(), 0.1), layers=[])
+    table = rule.explain()
+    assert table.share == 0
+    assert "Warning" not in str(table)
+    rule.detach()
+    model.append(nn.LayerNorm(1000))
+    assert "Warning: more than half" in str(pw.ProxProp().attach(model).explain())
+
+
 def test_a_model_that_is_all_frozen_has_nothing_to_share():
     model = make_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -92,7 +92,7 @@ def test_one_step_of_orthogonal_iteration() -> None:
     gram = gram + torch.diag(torch.linspace(0, 90, 30))
     mean = gram.diagonal(dim1=1, dim2=2).mean(1) / count
     size = torch.exp2(torch.log2(mean).floor())[:, None, None]
-    matrix = gram / count / size + torch.diag(torch.linspace(1e-3, 0, 30))
+    matrix = gram / count / size + torch.diag(torch.linspace(1e-4, 0, 30))
     Q, upper = torch.linalg.qr(matrix @ start)
     Q = Q * upper.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
     trace = matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)

@@ -36,7 +36,7 @@ def gradient(number: int) -> tuple[Tensor, Tensor]:
 def add_ramp(covariance: Tensor) -> Tensor:
     """What is added so that no two eigenvalues are equal, relative to a power of two near the mean."""
     size = torch.exp2(torch.log2(covariance.diagonal().mean()).floor())
-    return covariance + size * torch.diag(torch.linspace(1e-3, 0, len(covariance)))
+    return covariance + size * torch.diag(torch.linspace(1e-4, 0, len(covariance)))
 
 
 def find_basis(covariance: Tensor, power: float, damping: float) -> Tensor:

@@ -228,6 +228,24 @@ def test_a_gradient_that_overflows_once_it_is_turned_stays_as_it_is(width: int) 
     assert torch.allclose(layer.weight.grad, gradient, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sides", ["input", "both"])
+@pytest.mark.parametrize(("width", "rank"), [(600, None), (600, 64), (100, None)])
+def test_adam_does_not_step_where_no_input_has_anything(width: int, rank: int | None, sides: Any) -> None:
+    """All that turned gradients have there is rounding, which Adam would make as large as any other step."""
+    x, y = torch.randn(9, width), torch.randn(9, 5)
+    layer = nn.Linear(width, 5, bias=False).float()
+    before = layer.weight.detach().double()
+    optimizer = AdamW(layer.parameters(), 0.01, weight_decay=0.0)
+    pw.Coordinates(rank=rank, sides=sides).attach(layer, optimizer)
+    for _ in range(12):
+        optimizer.zero_grad()
+        (layer(x.float()) - y.float()).square().mean().backward()
+        optimizer.step()
+    steps, inputs = layer.weight.detach() - before, torch.linalg.svd(x, full_matrices=False)[2]
+    inside = steps @ inputs.T
+    assert (steps - inside @ inputs).norm() < 1e-3 * inside.norm()
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_second_moments_of_other_axes_are_not_used(begun: bool) -> None:
     """Or Adam's steps along the leading directions would be as large as their gradients."""

@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from plywise.engine.calls_below import AlteredPasses
 from plywise.engine.capture import Capture
 from plywise.engine.contract import RuleContract
-from plywise.engine.selection import BY_NAME, is_handled
+from plywise.engine.explain import BY_NAME
+from plywise.engine.selection import is_handled
 from plywise.engine.sites import TRANSFORM, ParameterEntry
 from plywise.engine.table import ParameterTable
 from plywise.errors import PlywiseError, UncapturedLayerError

@@ -12,6 +12,10 @@ LONGEST_REASON = 40
 HALF = 0.5
 """Below this share of handled parameters an explanation warns."""
 
+NOT_ASKED_FOR, EXCLUDED = "not among the layers asked for", "excluded"
+BY_NAME = (NOT_ASKED_FOR, EXCLUDED)
+"""The reasons given for layers that ``attach(layers=..., exclude=...)`` leaves out: no cause to warn."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -151,8 +155,9 @@ class Explanation:
             f"{handled} of {layers} layers{frozen}{steps}",
             self.title,
         ]
-        if self.parameters and self.share < HALF:
-            largest = max((row for row in self.rows if not row.handled), key=lambda row: row.parameters)
+        left = [row for row in self.rows if not row.handled and row.reason not in BY_NAME]
+        if sum(row.parameters for row in left) > (1 - HALF) * self.parameters:
+            largest = max(left, key=lambda row: row.parameters)
             lines.append(
                 f"Warning: more than half of the parameters are left to the optimizer, most of them in "
                 f"{largest.name or '(model)'!r} ({largest.type}): {largest.reason}."

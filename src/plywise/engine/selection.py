@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules import batchnorm, conv, instancenorm, rnn
 
+from plywise.engine.explain import EXCLUDED, NOT_ASKED_FOR
 from plywise.engine.sites import ParameterEntry
 from plywise.errors import AttachError
 
@@ -38,10 +39,6 @@ KNOWN: list[tuple[tuple[type[nn.Module], ...], str, tuple[str, ...]]] = [
 
 IN_OUT = ("transformers.pytorch_utils", "Conv1D")
 """Module and name of a class, known without its import, that is linear with a weight (inputs, outputs)."""
-
-NOT_ASKED_FOR, EXCLUDED = "not among the layers asked for", "excluded"
-BY_NAME = (NOT_ASKED_FOR, EXCLUDED)
-"""The reason given for layers that ``attach(layers=..., exclude=...)`` leaves out."""
 
 FUSED = (rnn.RNNBase, rnn.RNNCellBase)
 """Modules whose kernels hide their calls."""

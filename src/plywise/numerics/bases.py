@@ -21,6 +21,10 @@ from plywise.numerics.low_rank import LowRankRoot, multiply_by_root
 NO_REFLECTION = 1e-30
 """Replaces the coefficient 0 of a reflection that does nothing, because we divide by the coefficient."""
 
+ROUNDING = 64.0
+"""Errors of a turned row's numbers, relative to the largest, in units of the precision: of rounding, and of
+eigenvectors."""
+
 
 class Basis(Protocol):
     """A change of basis T, (g, k, k).
@@ -186,9 +190,13 @@ class TwoSidedBasis:
         return self.left is None
 
     def turn(self, x: Tensor, out: Tensor) -> Tensor:
-        """Put ``Sᵀ x T`` into ``out``, for matrices (n, m, k); ``x`` may be overwritten."""
-        y = x if self.right is None else self.right.turn(x, out)
-        y = y if self.left is None else self.left.turn(y.mT).mT
+        """Put ``Sᵀ x T`` into ``out``, for matrices (n, m, k); ``x`` may be overwritten.
+
+        Numbers as small as their row's rounding errors become zero: in a direction that no input has, they
+        are nothing else, and an optimizer that divides by second moments would make whole steps of them.
+        """
+        y = x if self.right is None else drop_rounding(self.right.turn(x, out))
+        y = y if self.left is None else drop_rounding(self.left.turn(y.mT)).mT
         return y if y is out else out.copy_(y)
 
     def turn_back(self, x: Tensor, out: Tensor) -> Tensor:
@@ -201,6 +209,12 @@ class TwoSidedBasis:
         """Compute ``S⁻ᵀ x T⁻¹``: the inverse of `turn`."""
         y = x if self.right is None else self.right.solve(x)
         return y if self.left is None else self.left.solve(y.mT).mT
+
+
+def drop_rounding(x: Tensor) -> Tensor:
+    """Move the numbers of each row towards zero by as much as rounding may have moved them; in place."""
+    errors = x.abs().amax(-1, keepdim=True).mul_(ROUNDING * torch.finfo(x.dtype).eps)
+    return x.sub_(x.clamp(-errors, errors))
 
 
 def make_basis(vectors: Tensor, scales: Tensor, turned: bool, last: Basis | None = None) -> Basis:

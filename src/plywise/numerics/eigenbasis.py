@@ -16,7 +16,7 @@ from plywise.numerics.inverse_roots import LinAlgError, find_power_near
 from plywise.numerics.low_rank import FIRST_SWEEPS, find_eigenpairs
 from plywise.numerics.products import mirror_lower, multiply_lower
 
-RAMP = 1e-3
+RAMP = 1e-4
 """The largest of the small numbers that are added to the diagonal, relative to its mean."""
 
 NOISE = 1e-3
@@ -38,8 +38,8 @@ def compute_eigenbasis(
     Without ``start``, this is a whole decomposition, in descending order. With it, this is one step of
     orthogonal iteration: ``Q = qr(gram @ start)`` and the Rayleigh quotients ``diag(Qᵀ gram Q)``, in the
     order of ``start``. If `measure_residual` is within the tolerance, ``start`` is returned. Values below the
-    rounding of the largest are 0. A group of zeros has values near 1. Numbers from 0 to a thousandth are
-    added to the diagonal, so that vectors of equal eigenvalues are distinct. The signs are those of
+    rounding of the largest are 0. A group of zeros has values near 1. Numbers from 0 to `RAMP` are added
+    to the diagonal, so that vectors of equal eigenvalues are distinct. The signs are those of
     ``start``; without it, the largest entry of a vector is positive. Entries far below rounding are 0.
 
     Args:

@@ -31,7 +31,7 @@ ON_ADAMW = ("foof+adamw", "feature-whitening+adamw", "adabk+adamw")
 """Rules that do better on AdamW than on SGD in our benchmarks."""
 
 RECOMMENDED = "recommended"
-"""What `plywise.recommend` makes: Muon and AdamW in coordinates chosen for the model."""
+"""What `plywise.recommend` makes: Muon and AdamW, in coordinates where these are worth their time."""
 
 RELATED = {
     maker: {entry.method: entry.name for entry in NAMES if entry.maker == maker}

@@ -115,5 +115,5 @@ def make_recommended() -> Method:
         chosen = recommend(setting.model, batch=batch, batch_size=BATCH, on_nonfinite="propagate", **numbers)
         return end_to_end(setting, chosen.optimizer)
 
-    about = "Muon and AdamW in coordinates chosen for the model (plywise.recommend)"
+    about = "Muon and AdamW, in coordinates where these are worth their time (plywise.recommend)"
     return Method(RECOMMENDED, about, unit_sized(2e-2, 0.1, 0.2), make)  # the space of Muon
