@@ -82,6 +82,13 @@ def test_layers_with_many_rows_are_turned_and_the_output_layer_before_others() -
     assert find_turned(2048) == {"0", "2", "4"}
 
 
+def test_layers_of_unknown_size_are_turned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    found = pw.recommend(model)
+    assert found.left == ()
+    assert "2 of 2 layers" in found.explain()
+
+
 def test_a_model_without_hidden_weights_is_turned_at_any_price() -> None:
     found = pw.recommend(nn.Linear(100, 1), batch_size=10)
     assert found.price > 1

@@ -89,7 +89,8 @@ class Recommendation:
         group = self.optimizer.param_groups[0]
         numbers = f"lr={group['lr']:g}, weight_decay={group['weight_decay']:g}"
         lines = [f"{type(self.optimizer).__name__}({numbers}). {self._explain_muon()}"]
-        if not self.price:
+        table = self.rule.explain()
+        if not any(row.handled for row in table.rows):
             lines.append(
                 "No layer is worth the time of coordinates: forward and backward take less. The rule skips "
                 "steps whose gradients are not finite, and does nothing else."
@@ -101,7 +102,7 @@ class Recommendation:
         )
         if self.left:
             lines.append(f"Too expensive for coordinates: {', '.join(self.left)}.")
-        return "\n".join([*lines, str(self.rule.explain())])
+        return "\n".join([*lines, str(table)])
 
     def _explain_muon(self) -> str:
         if not self.muon:
@@ -154,9 +155,9 @@ def recommend(
         lr: the rate of both. Default 0.02, which suits them in these coordinates; plain AdamW usually needs a
             lower rate.
         batch: an input, or a tuple or dict of inputs, for two passes in evaluation mode, which show the sizes
-            of convolutions, the rows of each layer (in transformers more than samples), and which layer gives
-            the output; they leave no gradient. Without it, layers of unknown size are turned, too, and
-            the last layer among the modules is taken to give the output.
+            of convolutions, the rows of each layer, and which layer gives the output; they leave no gradient.
+            Give one for transformers, whose layers have more rows than samples. Without it, layers of unknown
+            size are turned, too, and the last layer among the modules is taken to give the output.
         batch_size: samples of the batches that it will be trained with. Default: those of ``batch``, or 128.
         budget: extra time for the coordinates, relative to forward and backward: of a layer that Muon moves
             relative to its own, of all others together relative to the model's. Default 0.5.
