@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
+
+from plywise._util.plain_json import drop_infinite, map_floats
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,19 +57,15 @@ def _console(**how: Any) -> Console:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON: dataclasses as objects, what is not finite as null."""
-    print(json.dumps(_jsonable(value), ensure_ascii=False, indent=1, allow_nan=False))
+    plain = map_floats(value, drop_infinite)
+    print(json.dumps(plain, ensure_ascii=False, indent=1, allow_nan=False, default=_convert))
 
 
-def _jsonable(value: Any) -> Any:
+def _convert(value: Any) -> Any:
+    """A value that is no JSON as one that is."""
     if is_dataclass(value) and not isinstance(value, type):
-        return _jsonable(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
+        return map_floats(asdict(value), drop_infinite)
+    return list(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def table(*headings: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from plywise.cli.console import console, number, table
+from plywise.cli.console import console, number, print_json, table
 from plywise.cli.training import Switch
 from plywise.errors import BenchError, CommandError, PlywiseError
 
@@ -90,7 +90,7 @@ def diagnose(
         ) from error
     recommended = advice(diagnosis, subject)
     if json:
-        _print_json(diagnosis, recommended, asked.guesses)
+        print_json({"diagnosis": diagnosis, "advice": recommended, "guesses": asked.guesses})
     else:
         screen = console()
         for guess in asked.guesses:
@@ -213,15 +213,3 @@ def _print_advice(screen: Console, recommended: list[Advice]) -> None:
             screen.print(Padding(text, (0, 0, 0, 3)))
         if one.check:
             screen.print(f"   Check it: {one.check}", soft_wrap=True)
-
-
-def _print_json(diagnosis: Diagnosis, recommended: list[Advice], guesses: tuple[str, ...]) -> None:
-    import json
-    from dataclasses import asdict
-
-    found: dict[str, Any] = {
-        "diagnosis": asdict(diagnosis),
-        "advice": [asdict(one) for one in recommended],
-        "guesses": list(guesses),
-    }
-    print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from plywise.cli.console import console, table
+from plywise.cli.console import console, print_json, table
 
 if TYPE_CHECKING:
     from plywise.registry.card import Card
@@ -29,7 +28,7 @@ def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
 
     cards = {room: [read_card(find(name)) for name in names] for room, names in ROOMS.items()}
     if json:
-        _print_json([{"room": room, **asdict(card)} for room, those in cards.items() for card in those])
+        print_json([{"room": room, **asdict(card)} for room, those in cards.items() for card in those])
         return
     screen = console()
     for room, those in cards.items():
@@ -58,7 +57,7 @@ def info(name: str, *, json: Annotated[bool, Parameter(negative=())] = False) ->
 
     card = read_card(find(name))
     if json:
-        _print_json(asdict(card))
+        print_json(asdict(card))
     else:
         _print_card(card)
 
@@ -101,7 +100,3 @@ def _settings(card: Card) -> str:
         for p in card.hyper_parameters
     ]
     return "\n".join(lines) or "none"
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))

@@ -44,7 +44,7 @@ def layer_picture(
         kinds = (SCALED_BADLY, SCALED_WELL) if isinstance(rule, Backprop) else (SCALED_BADLY,)
         found[name] = {kind: _measure_sizes(rule, make_model, kind, x, y) for kind in kinds}
         found[name]["names"] = [
-            f"{layer} {_shape(module)}"
+            f"{layer} Linear {module.in_features}→{module.out_features}"
             for layer, module in make_model().named_modules()
             if isinstance(module, nn.Linear)
         ]
@@ -97,10 +97,6 @@ def backward_sizes(rule: Rule, model: nn.Module, x: Tensor, y: Tensor) -> dict[s
         nn.functional.cross_entropy(model(x), y).backward()
     rule.detach()
     return dict(reversed(sizes.items()))
-
-
-def _shape(module: nn.Module) -> str:
-    return f"Linear {module.in_features}→{module.out_features}"
 
 
 def _compute_rms(tensor: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from plywise.arena.method import Method, Trainer, TrialContext, end_to_end
@@ -96,12 +96,9 @@ def _choose_space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:
     """The rate and the rule's number; for a rule without one, the optimizer's second."""
     if on_sgd and tuned.rate is not None:
         return {"lr": tuned.rate, **tuned.numbers}
-    rate = {"lr": peer.space["lr"]} if "lr" in peer.space else {}
-    return dict(islice(chain(rate.items(), tuned.numbers.items(), _list_other_ranges(peer)), MOST_TUNED))
-
-
-def _list_other_ranges(peer: Peer) -> list[tuple[str, Range]]:
-    return [(name, one) for name, one in peer.space.items() if name != "lr"]
+    rate = {name: one for name, one in peer.space.items() if name == "lr"}
+    ranges = {**rate, **tuned.numbers, **peer.space}
+    return dict(islice(ranges.items(), MOST_TUNED))
 
 
 def make_recommended() -> Method:

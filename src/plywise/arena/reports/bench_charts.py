@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from plywise._util.plain_json import drop_infinite, map_floats
 from plywise.arena.scoring.ranking import MethodOnWorkload
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.results import BenchResults
@@ -35,14 +36,12 @@ def thin(value: Any, digits: int = DIGITS) -> Any:
         >>> thin([0.123456, {"a": 2000, "b": None}])
         [0.123, {'a': 2000, 'b': None}]
     """
-    if isinstance(value, dict):
-        return {key: thin(item, digits) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [thin(item, digits) for item in value]
-    if isinstance(value, float) and math.isfinite(value):
-        short = float(f"{value:.{digits}g}")
+
+    def shorten(number: float) -> float:
+        short = float(f"{number:.{digits}g}")
         return int(short) if short.is_integer() and abs(short) < 1e15 else short
-    return value
+
+    return map_floats(value, shorten)
 
 
 def make_curves(results: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
@@ -169,7 +168,7 @@ def find_front(rows: Iterable[MethodOnWorkload]) -> set[str]:
     either side. A method without any metric is not in the front.
     """
     known = {
-        row.method: _list_objectives(row)
+        row.method: (row.seconds, row.peak_mib, (row.test or row.validation).median)
         for row in rows
         if math.isfinite((row.test or row.validation).median)
     }
@@ -178,10 +177,6 @@ def find_front(rows: Iterable[MethodOnWorkload]) -> set[str]:
         for name, own in known.items()
         if not any(_beats(other, own) for rival, other in known.items() if rival != name)
     }
-
-
-def _list_objectives(row: MethodOnWorkload) -> tuple[float | None, ...]:
-    return row.seconds, row.peak_mib, (row.test or row.validation).median
 
 
 def _beats(one: tuple[float | None, ...], other: tuple[float | None, ...]) -> bool:
@@ -225,7 +220,7 @@ class _Curves:
             [*self.find_values(name, step), *[math.inf] * self.count_failed(name, step)] for step in steps
         ]
         figures = (statistics.median, min, max) if len(self._runs) > 1 else (statistics.median,)
-        return [[_drop_infinite(figure(found)) if found else None for found in each] for figure in figures]
+        return [[drop_infinite(figure(found)) if found else None for found in each] for figure in figures]
 
 
 def _make_curve(runs: list[TrialRecord], points: int) -> dict[str, Any]:
@@ -259,10 +254,6 @@ def _thin_steps(runs: list[TrialRecord], points: int) -> list[int]:
     every = math.ceil(len(steps) / points)
     last = {max(run["steps"]) for run in runs if run["steps"]}  # the end of a run is always kept
     return [step for i, step in enumerate(steps) if i % every == 0 or step in last]
-
-
-def _drop_infinite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _has(run: TrialRecord, name: str, where: dict[int, int], step: int) -> bool:

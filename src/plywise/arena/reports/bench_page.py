@@ -119,7 +119,10 @@ def _make_context(summary: BenchSummary) -> dict[str, Any]:
         "several": len(results.workloads) > 1,
         "missing": _list_missing(results),
         "findings": summary.conclusions,
-        "targets": _list_targets(results),
+        "targets": [
+            {"name": name, **target._asdict(), **results.bench["workloads"].get(name, {})}
+            for name, target in results.targets.items()
+        ],
         "controls": _list_controls(results),
         "failures": _list_failures(lines),
         "failed": sum(line["failure"] is not None for line in lines),
@@ -141,8 +144,9 @@ def _make_data(results: BenchResults, rows: list[MethodOnWorkload]) -> dict[str,
 
     def make_rows(_: BenchResults, track: str, workload: str) -> list[dict[str, Any]]:
         shown = [row for row in rows if (row.track, row.workload) == (track, workload)]
-        front = charts.find_front(shown)
-        return [{**charts.thin(_make_plain(row), 4), "front": row.method in front} for row in shown]
+        front, same = charts.find_front(shown), ("track", "workload")
+        plain = [{name: value for name, value in asdict(row).items() if name not in same} for row in shown]
+        return [{**charts.thin(row, 4), "front": row["method"] in front} for row in plain]
 
     return {
         "methods": results.methods,
@@ -178,10 +182,6 @@ def _describe_workload(results: BenchResults, name: str) -> dict[str, Any]:
     }
 
 
-def _make_plain(row: MethodOnWorkload) -> dict[str, Any]:
-    return {name: value for name, value in asdict(row).items() if name not in ("track", "workload")}
-
-
 def _format_lead(field: BenchResults) -> str:
     bench = field.bench
     if "lead" in bench:
@@ -214,13 +214,6 @@ def _list_missing(field: BenchResults) -> list[str]:
         more = f", and {len(absent) - 12} more" if len(absent) > 12 else ""
         sentences.append(f"Final runs that are missing: {', '.join(absent[:12])}{more}.")
     return sentences
-
-
-def _list_targets(field: BenchResults) -> list[dict[str, Any]]:
-    return [
-        {"name": name, **field.targets[name]._asdict(), **field.bench["workloads"].get(name, {})}
-        for name in field.workloads
-    ]
 
 
 def _list_controls(field: BenchResults) -> list[dict[str, Any]]:

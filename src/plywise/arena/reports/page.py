@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
+
+from plywise._util.plain_json import drop_infinite, map_floats
 
 TEMPLATES = Path(__file__).parent / "templates"
 PALETTE_SIZE = 8  # colours --c0 … --c7 in page.css
@@ -20,7 +21,7 @@ def fill(template: str, styles: list[str], scripts: list[str], data: Any, **cont
         template: its name.
         styles: names of stylesheets, after those that all pages share.
         scripts: names of scripts, after charts.js and the charts library; run as one.
-        data: what the scripts find in ``#data``, and nobody else; anything `clean` can make JSON of.
+        data: what the scripts find in ``#data``, and nobody else: dicts, lists, numbers (null if not finite).
         context: what the template is filled with. Text is escaped everywhere it appears.
 
     Returns:
@@ -37,7 +38,7 @@ def fill(template: str, styles: list[str], scripts: list[str], data: Any, **cont
     environment.filters["number"] = format_number
     return environment.get_template(template).render(
         palette_size=PALETTE_SIZE,
-        data=Markup(inline_json(clean(data))),
+        data=Markup(inline_json(map_floats(data, drop_infinite))),
         styles=Markup("\n".join(map(read_asset, ["vendor/uplot/uPlot.min.css", "page.css", *styles]))),
         library=Markup(library),
         library_licence=Markup(read_asset("vendor/uplot/LICENSE")),
@@ -46,17 +47,6 @@ def fill(template: str, styles: list[str], scripts: list[str], data: Any, **cont
         script_hashes=Markup(" ".join(_make_csp_hash(source) for source in (library, script))),
         **context,
     )
-
-
-def clean(value: Any) -> Any:
-    """Replace what JSON cannot represent (nan, inf) by None, at every level."""
-    if isinstance(value, dict):
-        return {str(key): clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def inline_json(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
+from plywise._util.plain_json import map_floats, round_digits
 from plywise._util.scratch import Scratch
 from plywise.arena.reproductions import find_paper, tables
 from plywise.arena.reproductions.experiment import DIGITS, MIDDLE, SIZE_WORDS, Experiment, Line
@@ -22,7 +23,6 @@ from plywise.arena.run.config import TIMEOUT_S
 from plywise.arena.run.executor import Executor
 from plywise.arena.run.experiment import Design, Progress
 from plywise.arena.run.experiment import Experiment as Runs
-from plywise.arena.run.job import round_digits
 from plywise.arena.run.ledger import Ledger
 from plywise.arena.scoring.records import FINAL, TUNED, TUNING, TrialRecord
 from plywise.errors import BenchError, StateError
@@ -125,7 +125,7 @@ class Reproduction:
             "unfinished": self.total - self.done,
             "experiments": [self._summarize(*pair) for pair in self._runs],
         }
-        text = json.dumps(rounded_deep(about), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(map_floats(about, _write_number), indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.folder / "reproduce.json", text + "\n")
         write_whole(self.folder / "reproduce.md", tables.markdown(about))
         return about
@@ -226,12 +226,6 @@ def _refuse_mistakes(line: Line) -> None:
         )
 
 
-def rounded_deep(value: Any) -> Any:
-    """Six significant digits everywhere; what is not finite is written as a word."""
-    if isinstance(value, dict):
-        return {str(key): rounded_deep(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded_deep(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "diverged"
-    return round_digits(value)
+def _write_number(value: float) -> float | str:
+    """Six significant digits; what is not finite is written as a word."""
+    return round_digits(value) if math.isfinite(value) else "diverged"

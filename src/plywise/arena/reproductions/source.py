@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from plywise._util.plain_json import round_digits
 from plywise.arena.method import Method, Numbers, Trainer, TrialContext
 from plywise.arena.reproductions import find_paper
 from plywise.arena.reproductions.experiment import Arm, Experiment, ExperimentSize, Start
 from plywise.arena.run.config import ResolvedWorkload
-from plywise.arena.run.job import round_digits
 from plywise.arena.task import CLASSIFICATION
 from plywise.arena.workload import Workload
 from plywise.data.parts import Data

@@ -73,13 +73,10 @@ def _scale_cost(line: TrialRecord, workload: ResolvedWorkload, start_s: float) -
     """A probe's seconds, scaled to whole sets: it was measured before its first step and after its last."""
     step = line["wall"][-1] / max(1, line["steps"][-1]) if line["steps"] else 0.0
     measured = max(1, len(line["steps"]))
-    all_samples, probed = (_measured_samples(workload, limit) for limit in (math.inf, _probe_size(workload)))
+    limits = math.inf, max(PROBE_SAMPLES, workload.workload.batch_size)
+    all_samples, probed = (_measured_samples(workload, limit) for limit in limits)
     measurements = workload.workload.steps // workload.workload.interval + 1
     return Cost(step, start_s + line["measuring"] / measured * all_samples / probed * measurements)
-
-
-def _probe_size(workload: ResolvedWorkload) -> int:
-    return max(PROBE_SAMPLES, workload.workload.batch_size)
 
 
 def _measured_samples(workload: ResolvedWorkload, limit: float) -> float:

@@ -131,7 +131,8 @@ class Experiment:
     @property
     def total(self) -> int:
         """Trials of all arms."""
-        return sum(map(self._count_planned, self._pairs.values()))
+        design = self.design
+        return sum(design.count_tuning(m) + design.count_final(m) for m in self._pairs.values())
 
     @property
     def done(self) -> int:
@@ -296,9 +297,6 @@ class Experiment:
     def _is_tuned(self, name: str) -> bool:
         """Whether every tuning trial of a workload has been run."""
         return all(len(self.tuning(name, m.name)) >= self.design.count_tuning(m) for m in self.methods[name])
-
-    def _count_planned(self, method: Method) -> int:
-        return self.design.count_tuning(method) + self.design.count_final(method)
 
     def _list_kept_keys(self) -> Iterator[Key]:
         """Trials of the ledger that are this experiment's; another one may have had more seeds."""

@@ -11,6 +11,7 @@ import torch
 
 from plywise._util.environment import environment
 from plywise._util.import_path import user_line
+from plywise._util.plain_json import map_floats, round_digits
 from plywise.arena.method import TrialContext
 from plywise.arena.run.config import TrialSource
 from plywise.arena.run.trial import TrialResult, run_trial
@@ -93,7 +94,7 @@ class TrialJob:
 
     def _record(self, gradients: float, result: TrialResult, peak: float | None) -> dict[str, Any]:
         """A trial as the ledger keeps it."""
-        outcome = {key: round_digits(value) for key, value in result.as_dict().items()}
+        outcome = map_floats(result.as_dict(), round_digits)
         finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         more = {"numbers": self.numbers, "gradients": gradients, "peak_mib": peak, "finished": finished}
         return {**self.key._asdict(), **self.source.describe(self.numbers), **outcome, **more}
@@ -111,13 +112,6 @@ def make_context(workload: Workload, data: Data, job: TrialJob) -> TrialContext:
         classes=workload.classes,
         device=job.device,
     )
-
-
-def round_digits(value: Any) -> Any:
-    """Six significant digits are enough of everything measured."""
-    if isinstance(value, list):
-        return [round_digits(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def require_device(device: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from plywise._util.extras import import_extra
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.score import best_validation
-from plywise.arena.space import Range, Space, points
+from plywise.arena.space import Space, points
 
 DESIGN = 4
 """First trials, whose points are quasi-random and the same for every method."""
@@ -52,7 +52,8 @@ class OptunaSearch:
         for line in sorted(past, key=lambda one: one["trial"]):
             study.add_trial(self._convert(line, ranges, space))
         suggested = study.ask(ranges).params
-        return {name: _round_digits(suggested[name], one) for name, one in space.items()}
+        rounded = {name: float(f"{suggested[name]:.3g}") for name in space}  # as points have them
+        return {name: min(max(rounded[name], one.low), one.high) for name, one in space.items()}
 
     def _convert(self, line: TrialRecord, ranges: Mapping[str, Any], space: Space) -> Any:
         """A trial of the ledger as one of Optuna's."""
@@ -65,8 +66,3 @@ class OptunaSearch:
             value=best if ended else None,
             state=trial.TrialState.COMPLETE if ended else trial.TrialState.FAIL,
         )
-
-
-def _round_digits(value: float, one: Range) -> float:
-    """As points have them, and never outside."""
-    return min(max(float(f"{value:.3g}"), one.low), one.high)

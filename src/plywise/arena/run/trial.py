@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from plywise._util.import_path import user_line
+from plywise._util.plain_json import drop_infinite, map_floats
 from plywise._util.seeded import seeded
 from plywise.arena.method import Trainer
 from plywise.arena.task import Task, mean
@@ -64,10 +65,8 @@ class TrialResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON can say it: what is not finite is None, and ``failure`` says why."""
-        return {
-            key: [_finite(item) for item in value] if isinstance(value, list) else _finite(value)
-            for key, value in asdict(self).items()
-        }
+        plain: dict[str, Any] = map_floats(asdict(self), drop_infinite)
+        return plain
 
 
 class DivergedError(ArithmeticError):
@@ -124,13 +123,9 @@ def run_trial(
             record.failure = f"diverged at step {progress.step}: {error}"
         except (Exception, SystemExit) as error:
             where = f"at step {progress.step}" if record.steps else "before the first step"
-            record.failure = f"{type(error).__name__} {where}: {_shorten(error)}{user_line(error)}"
+            why = _CHECK.sub("", str(error)).split(". ")[0]  # the first sentence that says something
+            record.failure = f"{type(error).__name__} {where}: {why}{user_line(error)}"
     return record
-
-
-def _shorten(error: BaseException) -> str:
-    """The first sentence of an exception's message; of torch's on memory the one that says so."""
-    return _CHECK.sub("", str(error)).split(". ")[0]
 
 
 @dataclass
@@ -174,7 +169,3 @@ def _check(loss: float, record: TrialResult, what: str) -> None:
     first = record.loss[0]
     if not math.isfinite(loss) or (first is not None and loss > DIVERGED_FACTOR * max(1.0, first)):
         raise DivergedError(f"the {what} loss is {loss:.3g}")
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -141,8 +141,9 @@ def _compare_overall(
         limit = noise(results, track, clock)
         compared = [one for one in found if one.ratio and one.method not in results.nulls]
         apart = find_different(results, found, limit)
-        ahead = sorted((one for one in apart if one.ratio and one.ratio.value < 1), key=_get_ratio)
-        behind = [one.method for one in apart if one.ratio and one.ratio.value > 1]
+        ratios = {one.method: one.ratio.value for one in apart if one.ratio}
+        ahead = sorted((one for one in apart if ratios[one.method] < 1), key=lambda one: ratios[one.method])
+        behind = [name for name, ratio in ratios.items() if ratio > 1]
         level = [
             one.method
             for one in compared
@@ -392,7 +393,3 @@ def _name_methods(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -
 def _note_compared(results: BenchResults, one: MethodRanking) -> str:
     whole = len(results.ranked)
     return "" if one.compared == whole else f" on {one.compared} of {whole} workloads"
-
-
-def _get_ratio(one: MethodRanking) -> float:
-    return one.ratio.value if one.ratio else math.inf

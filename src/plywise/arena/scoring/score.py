@@ -112,9 +112,9 @@ def choose_best(lines: Iterable[TrialRecord], target: float | None) -> TrialReco
     Returns:
         The trial, or None if there is no tuning trial.
     """
-    tuning = [line for line in lines if line["purpose"] == TUNING]
-    return min(tuning, key=lambda line: _rate_trial(line, target), default=None)
 
+    def rate(line: TrialRecord) -> tuple[bool, float, float, int]:
+        failed = line["failure"] is not None
+        return failed, to_target(line, target), best_validation(line), line["trial"]
 
-def _rate_trial(line: TrialRecord, target: float | None) -> tuple[bool, float, float, int]:
-    return line["failure"] is not None, to_target(line, target), best_validation(line), line["trial"]
+    return min((line for line in lines if line["purpose"] == TUNING), key=rate, default=None)

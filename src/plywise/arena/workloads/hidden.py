@@ -178,9 +178,6 @@ def paired_digits(seed: int) -> Data:
 
 # ---- as workloads ----------------------------------------------------------------------------------
 
-MakeNetwork = Callable[[int], nn.Module]
-"""A function that makes a network with a given number of outputs."""
-
 
 def make_workload(kind: str, seed: int) -> Workload:
     """A workload whose network, length and batches follow from the seed, as its data do.
@@ -200,7 +197,7 @@ def make_workload(kind: str, seed: int) -> Workload:
     return Workload(
         f"hidden-{kind}-{seed}",
         about,
-        partial(_make_network(draws, data.train.x.shape[1:]), classes or y.shape[1]),
+        _make_network(draws, data.train.x.shape[1:], classes or y.shape[1]),
         partial(make_data, seed),
         _make_classification(data) if classes else replace(REGRESSION, chance=1.0),
         batch_size=draws.choice(32, 64, 128),
@@ -216,19 +213,14 @@ def _make_classification(data: Data) -> Task:
     return replace(CLASSIFICATION, chance=round(float((data.validation.y != most).float().mean()), 4))
 
 
-def _make_network(draws: Draws, shape: torch.Size) -> MakeNetwork:
+def _make_network(draws: Draws, shape: torch.Size, outputs: int) -> Callable[[], nn.Module]:
     if len(shape) == 3:
-        return partial(_make_conv, shape, draws.choice((8, 16), (16, 32)), draws.choice(32, 64))
+        image = (shape[0], shape[1], shape[2])
+        channels, dense = draws.choice((8, 16), (16, 32)), draws.choice(32, 64)
+        return partial(conv_net, image, channels, (dense, outputs))
     widths = [draws.choice(48, 64, 96)] * draws.choice(2, 3)
-    return partial(_make_dense, draws.choice(nn.ReLU, nn.Tanh, nn.GELU), (*shape, *widths))
-
-
-def _make_dense(activation: type[nn.Module], sizes: tuple[int, ...], outputs: int) -> nn.Module:
-    return mlp(*sizes, outputs, activation=activation)
-
-
-def _make_conv(shape: tuple[int, int, int], channels: tuple[int, ...], dense: int, outputs: int) -> nn.Module:
-    return conv_net(shape, channels, (dense, outputs))
+    activation = draws.choice(nn.ReLU, nn.Tanh, nn.GELU)
+    return partial(mlp, *shape, *widths, outputs, activation=activation)
 
 
 KINDS: dict[str, tuple[str, Callable[[int], Data]]] = {

@@ -6,7 +6,6 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from plywise.arena.task import SEQUENCES, Task
 from plywise.arena.workload import Workload
@@ -42,11 +41,9 @@ def make_data() -> Data:
     tokens = torch.tensor([numbers[character] for character in text])
     windows = tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
     sizes = [len(windows) - 2 * HELD, HELD, HELD]
-    return Data(*(_pairs(part) for part in windows.split(sizes)))
-
-
-def _pairs(windows: Tensor) -> Split:
-    return Split(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+    return Data(
+        *(Split(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in windows.split(sizes))
+    )
 
 
 WORKLOADS = {
