@@ -79,8 +79,13 @@ def cnn_blocks(channels: int, filters: int = 32) -> Modules:
     ]
 
 
-def vgg_blocks(channels: int = 3) -> Modules:
-    """VGG_AL for images of 32×32: six convolutions in three blocks, two layers of 1024; no norm.
+def vgg_blocks(channels: int = 3, width: int = 128, *, norm: bool = False) -> Modules:
+    """VGG_AL for images of 32×32: six convolutions in three blocks, two layers of 8 · width; no norm.
+
+    Args:
+        channels: channels of an image.
+        width: channels of the first convolution.
+        norm: whether batch norm comes after each map, as in the authors' baseline.
 
     Example:
         >>> import torch
@@ -89,13 +94,18 @@ def vgg_blocks(channels: int = 3) -> Modules:
     """
 
     def conv(before: int, after: int) -> Modules:
-        return [nn.Conv2d(before, after, 3, padding=1), nn.ELU()]
+        return [nn.Conv2d(before, after, 3, padding=1), *([_norm(after)] if norm else []), nn.ELU()]
 
+    def dense(before: int, after: int) -> Modules:
+        norms = [nn.BatchNorm1d(after, eps=1e-3, momentum=0.01)] if norm else []
+        return [nn.Linear(before, after), *norms, nn.ELU()]
+
+    c = width
     return [
-        nn.Sequential(*conv(channels, 128), *conv(128, 256), nn.MaxPool2d(2)),
-        nn.Sequential(*conv(256, 256), *conv(256, 512), nn.MaxPool2d(2)),
-        nn.Sequential(*conv(512, 512), nn.MaxPool2d(2), *conv(512, 512), nn.MaxPool2d(2)),
-        nn.Sequential(nn.Flatten(), nn.Linear(2048, 1024), nn.ELU(), nn.Linear(1024, 1024), nn.ELU()),
+        nn.Sequential(*conv(channels, c), *conv(c, 2 * c), nn.MaxPool2d(2)),
+        nn.Sequential(*conv(2 * c, 2 * c), *conv(2 * c, 4 * c), nn.MaxPool2d(2)),
+        nn.Sequential(*conv(4 * c, 4 * c), nn.MaxPool2d(2), *conv(4 * c, 4 * c), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Flatten(), *dense(16 * c, 8 * c), *dense(8 * c, 8 * c)),
     ]
 
 

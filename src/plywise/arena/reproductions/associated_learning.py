@@ -33,12 +33,11 @@ from plywise.local.associated_learning import (
     apart_encoder,
     paper_encoder,
 )
-from plywise.local.associated_networks import cnn_blocks, he_normal_, mlp_blocks
+from plywise.local.associated_networks import cnn_blocks, he_normal_, mlp_blocks, vgg_blocks
 from plywise.local.blocks import Blocks
 
 Modules = list[nn.Module]
 MakeBody = Callable[[tuple[int, ...]], Modules]
-Unit = Callable[[int, int], Modules]
 
 AL, APART, FROZEN = "Associated Learning", "with encoders begun apart", "with f frozen"
 
@@ -56,45 +55,18 @@ def cnn_body(widths: tuple[int, ...]) -> Modules:
     return cnn_blocks(3, widths[0])
 
 
-def vgg_body(conv: Unit, dense: Unit, widths: tuple[int, ...]) -> Modules:
+def vgg_body(widths: tuple[int, ...], norm: bool = False) -> Modules:
     """The paper's VGG in four blocks; widths are (channels of the first convolution, n)."""
-    c = widths[0]
-    return [
-        nn.Sequential(*conv(3, c), *conv(c, 2 * c), nn.MaxPool2d(2)),
-        nn.Sequential(*conv(2 * c, 2 * c), *conv(2 * c, 4 * c), nn.MaxPool2d(2)),
-        nn.Sequential(*conv(4 * c, 4 * c), nn.MaxPool2d(2), *conv(4 * c, 4 * c), nn.MaxPool2d(2)),
-        nn.Sequential(nn.Flatten(), *dense(16 * c, 8 * c), *dense(8 * c, 8 * c)),
-    ]
+    return vgg_blocks(3, widths[0], norm=norm)
 
 
-def elu_conv(before: int, after: int) -> Modules:
-    """A convolution of 3×3 as Associated Learning has it: no norm."""
-    return [nn.Conv2d(before, after, 3, padding=1), nn.ELU()]
-
-
-def elu_dense(before: int, after: int) -> Modules:
-    """A linear layer as Associated Learning has it."""
-    return [nn.Linear(before, after), nn.ELU()]
-
-
-def norm_conv(before: int, after: int) -> Modules:
-    """A convolution of 3×3 as the baseline's VGG has it."""
-    norm = nn.BatchNorm2d(after, eps=1e-3, momentum=0.01)  # TensorFlow's defaults
-    return [nn.Conv2d(before, after, 3, padding=1), norm, nn.ReLU()]
-
-
-def norm_dense(before: int, after: int) -> Modules:
-    """A linear layer as the baseline's VGG has it."""
-    return [nn.Linear(before, after), nn.BatchNorm1d(after, eps=1e-3, momentum=0.01), nn.ReLU()]
-
-
-def relu_dense(before: int, after: int) -> Modules:
-    """A linear layer as the other baselines have it."""
-    return [nn.Linear(before, after), nn.ReLU()]
-
-
-def baseline(body: Modules, dense: Unit, code: int, example: Tensor) -> nn.Sequential:
+def baseline(body: Modules, norm: bool, code: int, example: Tensor) -> nn.Sequential:
     """The layers of Associated Learning's path of inference, for backpropagation: ReLU, scores at the end."""
+
+    def dense(before: int, after: int) -> Modules:
+        norms = [nn.BatchNorm1d(after, eps=1e-3, momentum=0.01)] if norm else []  # TensorFlow's defaults
+        return [nn.Linear(before, after), *norms, nn.ReLU()]
+
     for block in body:
         for name, module in [*block.named_children()]:
             if isinstance(module, nn.ELU):
@@ -204,10 +176,10 @@ def frozen(body: MakeBody, encoder: MakeEncoder, start: Start) -> LocalTraining:
     return local
 
 
-def backprop(body: MakeBody, dense: Unit, decay: float, start: Start) -> EndToEnd:
+def backprop(body: MakeBody, norm: bool, decay: float, start: Start) -> EndToEnd:
     """Backpropagation through the same layers."""
     size = start.size
-    model = baseline(body(size.widths), dense, size.widths[-1], start.example).to(start.device)
+    model = baseline(body(size.widths), norm, size.widths[-1], start.example).to(start.device)
     optimizer = tensorflow_adam(model.parameters(), start.rate, decay)
     return EndToEnd(model, optimizer, CLASSIFICATION.loss, schedule(size.steps)(optimizer))
 
@@ -221,19 +193,16 @@ def augmented(begin: Callable[[Start], Trainer], start: Start) -> Augmented:
 
 
 def _make_arms(
-    body: MakeBody,
-    bp: Callable[[Start], Trainer],
-    numbers: tuple[float | None, float | None],
-    augment: bool = False,
+    body: MakeBody, numbers: tuple[float | None, float | None], bp: Callable[[Start], Trainer] | None = None
 ) -> tuple[Arm, ...]:
+    """Backpropagation, by default through the same body without norm or decay, and Associated Learning."""
     rate = (1e-4,)
-    arms = (
-        Arm("BackProp", bp, rate, numbers[0]),
+    return (
+        Arm("BackProp", bp or partial(backprop, body, False, 0.0), rate, numbers[0]),
         Arm(AL, partial(associated, body, paper_encoder), rate, numbers[1]),
         Arm(AL, partial(associated, body, apart_encoder), rate, at=APART),
         Arm(AL, partial(frozen, body, paper_encoder), rate, at=FROZEN),
     )
-    return tuple(replace(arm, begin=partial(augmented, arm.begin)) for arm in arms) if augment else arms
 
 
 DIFFERENCES = (
@@ -250,22 +219,60 @@ LOGS = (
     "Contrast is not changed at random as in the authors' code; brightness neither, since standardisation "
     "cancels it there.",
 )
-WHERE = "the paper's tables could not be read; numbers of the authors' later logs (see the differences)"
-VGG = partial(vgg_body, elu_conv, elu_dense)
-VGG_BASELINE = partial(backprop, partial(vgg_body, norm_conv, norm_dense), norm_dense, 5e-4)
+VGG_BASELINE = partial(backprop, partial(vgg_body, norm=True), True, 5e-4)
 
-_make_small_cifar = partial(
-    ExperimentSize,
-    source=cifar_centred,
-    widths=(8, 64),
-    batch=32,
-    epochs=8,
-    images=6_000,
-    validation=500,
-    test=2_000,
-    faster=10.0,
-)
-"""A size of CIFAR-10 that two cores can run, but for what it says about itself."""
+
+def _make_cifar_experiment(
+    network: str,
+    about: str,
+    arms: tuple[Arm, ...],
+    sizes: tuple[tuple[str, tuple[int, int]], tuple[str, tuple[int, int]]],
+    *more: str,
+) -> Experiment:
+    """An experiment on augmented images of CIFAR-10.
+
+    Args:
+        network: what it is called.
+        about: it, in one line.
+        arms: what is compared.
+        sizes: full and small network, in words and as widths.
+        *more: further reasons why our numbers may differ.
+    """
+    (full, full_widths), (cut, cut_widths) = sizes
+    full_size = ExperimentSize(
+        about=f"{full}, batches of 32, 200 epochs, as in the code",
+        source=cifar_centred,
+        widths=full_widths,
+        batch=32,
+        epochs=200,
+        images=45_000,
+    )
+    small_size = replace(  # two cores can run it
+        full_size,
+        about=(
+            f"{cut}, n = 64, 6,000 training images (500 for validation, 2,000 for the test), 8 epochs: 1,496 "
+            "steps where full size takes 281,200; ten times its rates"
+        ),
+        widths=cut_widths,
+        epochs=8,
+        images=6_000,
+        validation=500,
+        test=2_000,
+        faster=10.0,
+    )
+    return Experiment(
+        name=f"cifar10-{network}",
+        about=about,
+        where=(
+            "the paper's tables could not be read; numbers of the authors' later logs (see the differences)"
+        ),
+        measure=TEST_ACCURACY,
+        arms=tuple(replace(arm, begin=partial(augmented, arm.begin)) for arm in arms),
+        sizes={FULL: full_size, SMALL: small_size},
+        claims=(Claim(AL, "BackProp"),),
+        differences=(*DIFFERENCES, *LOGS, *more),
+    )
+
 
 PAPER = Paper(
     "associated-learning",
@@ -276,7 +283,7 @@ PAPER = Paper(
             about="MLP on MNIST: about as accurate as backpropagation through the same layers",
             where="the abstract; the paper's table could not be read",
             measure=TEST_ACCURACY,
-            arms=_make_arms(mlp_body, partial(backprop, mlp_body, relu_dense, 0.0), (None, None)),
+            arms=_make_arms(mlp_body, (None, None)),
             sizes={
                 FULL: ExperimentSize(
                     about=(
@@ -311,70 +318,25 @@ PAPER = Paper(
                 "'About as accurate' is the abstract's; 1 point is our reading of it.",
             ),
         ),
-        Experiment(
-            name="cifar10-cnn",
-            about="CNN of eight convolutions on CIFAR-10",
-            where=WHERE,
-            measure=TEST_ACCURACY,
-            arms=_make_arms(
-                cnn_body, partial(backprop, cnn_body, relu_dense, 0.0), (83.45, 86.30), augment=True
+        _make_cifar_experiment(
+            "cnn",
+            "CNN of eight convolutions on CIFAR-10",
+            _make_arms(cnn_body, (83.45, 86.30)),
+            (
+                ("32-32-32-32-64-64-64-64 channels, n = 256", (32, 256)),
+                ("a quarter of the channels", (8, 64)),
             ),
-            sizes={
-                FULL: ExperimentSize(
-                    about=(
-                        "32-32-32-32-64-64-64-64 channels, n = 256, batches of 32, 200 epochs, as in the code"
-                    ),
-                    source=cifar_centred,
-                    widths=(32, 256),
-                    batch=32,
-                    epochs=200,
-                    images=45_000,
-                ),
-                SMALL: _make_small_cifar(
-                    about=(
-                        "a quarter of the channels, n = 64, 6,000 training images (500 for validation, 2,000 "
-                        "for the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times its "
-                        "rates"
-                    ),
-                ),
-            },
-            claims=(Claim(AL, "BackProp"),),
-            differences=(*DIFFERENCES, *LOGS),
         ),
-        Experiment(
-            name="cifar10-vgg",
-            about="VGG on CIFAR-10",
-            where=WHERE,
-            measure=TEST_ACCURACY,
-            arms=_make_arms(VGG, VGG_BASELINE, (91.59, 92.75), augment=True)[:3],
-            sizes={
-                FULL: ExperimentSize(
-                    about=(
-                        "six convolutions of 128 to 512 channels, two layers of 1024, n = 300, batches of "
-                        "32, 200 epochs, as in the code"
-                    ),
-                    source=cifar_centred,
-                    widths=(128, 300),
-                    batch=32,
-                    epochs=200,
-                    images=45_000,
-                ),
-                SMALL: _make_small_cifar(
-                    about=(
-                        "a sixteenth of the channels, n = 64, 6,000 training images (500 for validation, "
-                        "2,000 for the test), 8 epochs: 1,496 steps where full size takes 281,200; ten times "
-                        "its rates"
-                    ),
-                ),
-            },
-            claims=(Claim(AL, "BackProp"),),
-            differences=(
-                *DIFFERENCES,
-                *LOGS,
-                "Where batch norm stands among the baseline's last layers is our reading (behind each); "
-                "weight decay is 5e-4 on its convolutions, and the 1e-5 on those of Associated Learning is "
-                "left out.",
+        _make_cifar_experiment(
+            "vgg",
+            "VGG on CIFAR-10",
+            _make_arms(vgg_body, (91.59, 92.75), VGG_BASELINE)[:3],
+            (
+                ("six convolutions of 128 to 512 channels, two layers of 1024, n = 300", (128, 300)),
+                ("a sixteenth of the channels", (8, 64)),
             ),
+            "Where batch norm stands among the baseline's last layers is our reading (behind each); weight "
+            "decay is 5e-4 on its convolutions, and the 1e-5 on those of Associated Learning is left out.",
         ),
     ),
 )

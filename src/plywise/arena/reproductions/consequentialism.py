@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -95,79 +96,75 @@ DIFFERENCES = (
     "The damping ε and the treatment of the bias are a reconstruction.",
     "Rates are constant, of four a method the one with the lowest training loss for a seed of its own.",
 )
-WHERE = "the abstract ('usually fewer iterations'); its body could not be read, so that no number is known"
+
+
+def _make_experiment(
+    network: str, about: str, model: MakeModel, full: ExperimentSize, small: ExperimentSize
+) -> Experiment:
+    return Experiment(
+        name=f"mnist-{network}",
+        about=about,
+        where=(
+            "the abstract ('usually fewer iterations'); its body could not be read, so that no number is "
+            "known"
+        ),
+        measure=TRAINING_LOSS,
+        arms=_make_arms(model),
+        sizes={FULL: full, SMALL: small},
+        claims=CLAIMS,
+        differences=DIFFERENCES,
+    )
+
+
+FULL_MLP = ExperimentSize(
+    about="784-1024-1024-10, 55,000 training images, batches of 128, 20 epochs; ours",
+    source=mnist,
+    widths=(784, 1024, 1024, 10),
+    batch=128,
+    epochs=20,
+    images=55_000,
+)
+SMALL_MLP = ExperimentSize(
+    about=(
+        "784-128-128-10, 5,000 training images (1,000 for validation), batches of 64, 3 epochs: 234 steps "
+        "where full size takes 8,580"
+    ),
+    source=mnist,
+    widths=(784, 128, 128, 10),
+    batch=64,
+    epochs=3,
+    images=5_000,
+    validation=1_000,
+    test=2_000,
+)
 
 PAPER = Paper(
     "consequentialism",
     "Paeedeh, Ghiasi-Shirazi, Improving the Backpropagation Algorithm with Consequentialism Weight Updates "
     "over Mini-Batches, Neurocomputing 461 (2021), arXiv 2003.05164",
     (
-        Experiment(
-            name="mnist-mlp",
-            about="MLP on MNIST: fewer steps with every optimizer",
-            where=WHERE,
-            measure=TRAINING_LOSS,
-            arms=_make_arms(dense),
-            sizes={
-                FULL: ExperimentSize(
-                    about="784-1024-1024-10, 55,000 training images, batches of 128, 20 epochs; ours",
-                    source=mnist,
-                    widths=(784, 1024, 1024, 10),
-                    batch=128,
-                    epochs=20,
-                    images=55_000,
+        _make_experiment("mlp", "MLP on MNIST: fewer steps with every optimizer", dense, FULL_MLP, SMALL_MLP),
+        _make_experiment(
+            "conv",
+            "ConvNet on MNIST: the same with convolutions",
+            convolutions,
+            replace(
+                FULL_MLP,
+                about=(
+                    "32 and 64 channels of 3×3, 128 units, 55,000 training images, batches of 128, 20 "
+                    "epochs; ours"
                 ),
-                SMALL: ExperimentSize(
-                    about=(
-                        "784-128-128-10, 5,000 training images (1,000 for validation), batches of 64, 3 "
-                        "epochs: 234 steps where full size takes 8,580"
-                    ),
-                    source=mnist,
-                    widths=(784, 128, 128, 10),
-                    batch=64,
-                    epochs=3,
-                    images=5_000,
-                    validation=1_000,
-                    test=2_000,
+                widths=(32, 64, 128),
+            ),
+            replace(
+                SMALL_MLP,
+                about=(
+                    "8 and 16 channels, 64 units, 2,000 training images (1,000 for validation), batches of "
+                    "64, 3 epochs: 93 steps where full size takes 8,580"
                 ),
-            },
-            claims=CLAIMS,
-            differences=DIFFERENCES,
-        ),
-        Experiment(
-            name="mnist-conv",
-            about="ConvNet on MNIST: the same with convolutions",
-            where=WHERE,
-            measure=TRAINING_LOSS,
-            arms=_make_arms(convolutions),
-            sizes={
-                FULL: ExperimentSize(
-                    about=(
-                        "32 and 64 channels of 3×3, 128 units, 55,000 training images, batches of 128, 20 "
-                        "epochs; ours"
-                    ),
-                    source=mnist,
-                    widths=(32, 64, 128),
-                    batch=128,
-                    epochs=20,
-                    images=55_000,
-                ),
-                SMALL: ExperimentSize(
-                    about=(
-                        "8 and 16 channels, 64 units, 2,000 training images (1,000 for validation), batches "
-                        "of 64, 3 epochs: 93 steps where full size takes 8,580"
-                    ),
-                    source=mnist,
-                    widths=(8, 16, 64),
-                    batch=64,
-                    epochs=3,
-                    images=2_000,
-                    validation=1_000,
-                    test=2_000,
-                ),
-            },
-            claims=CLAIMS,
-            differences=DIFFERENCES,
+                widths=(8, 16, 64),
+                images=2_000,
+            ),
         ),
     ),
 )

@@ -28,7 +28,7 @@ from plywise.arena.reproductions.experiment import (
 )
 from plywise.arena.reproductions.sources import cifar, digits
 from plywise.arena.task import CLASSIFICATION
-from plywise.arena.workloads.networks import mlp
+from plywise.arena.workloads.networks import conv_net, mlp
 from plywise.rules.proxprop import ProxProp
 
 MLP = (3072, 4000, 1000, 4000, 10)
@@ -46,24 +46,6 @@ TOLD_APART = 1.1
 """Numbers of Table 1 claim an order where one is this many times the other."""
 
 
-def conv_net(channels: tuple[int, ...]) -> nn.Sequential:
-    """The paper's ConvNet: three convolutions of 5×5, each with ReLU and a pooling, and a linear layer."""
-    first, second, third = channels
-    return nn.Sequential(
-        nn.Conv2d(3, first, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(first, second, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(second, third, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * third, 10),
-    )
-
-
 def nesterov(rule: ProxProp | None, start: Start) -> Trainer:
     """The MLP by SGD with Nesterov momentum 0.95."""
     model = nn.Sequential(nn.Flatten(), *mlp(*start.size.widths)).to(start.device)
@@ -72,8 +54,8 @@ def nesterov(rule: ProxProp | None, start: Start) -> Trainer:
 
 
 def adam(rule: ProxProp | None, start: Start) -> Trainer:
-    """The ConvNet by Adam."""
-    model = conv_net(start.size.widths).to(start.device)
+    """The paper's ConvNet by Adam: three convolutions of 5×5, each with a pooling, and a linear layer."""
+    model = conv_net((3, 32, 32), start.size.widths, (10,), kernel=5).to(start.device)
     # k times smaller batches act as k times the proximal step: τ_θ is the paper's at its batch of 500
     scaled = None if rule is None else ProxProp(500 / start.size.batch * rule.tau, rule.solver, rule.cg_steps)
     return _make_trainer(model, torch.optim.Adam(model.parameters(), lr=start.rate), scaled)

@@ -31,17 +31,20 @@ def autoencoder(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*down, *up, nn.Sigmoid())
 
 
-def conv_net(shape: tuple[int, int, int], channels: Sequence[int], dense: Sequence[int]) -> nn.Sequential:
-    """Convolutions of 3×3, each with ReLU and a halving of the image by pooling, then linear layers.
+def conv_net(
+    shape: tuple[int, int, int], channels: Sequence[int], dense: Sequence[int], kernel: int = 3
+) -> nn.Sequential:
+    """Convolutions, each with ReLU and a halving of the image by pooling, then linear layers.
 
     Args:
         shape: of an image: channels, height, width.
         channels: outputs of the convolutions.
         dense: outputs of the linear layers, classes last.
+        kernel: side of the convolutions' windows, odd.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((shape[0], *channels)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
     height, width = (size >> len(channels) for size in shape[1:])
     return nn.Sequential(*layers, nn.Flatten(), *mlp(channels[-1] * height * width, *dense))
 
