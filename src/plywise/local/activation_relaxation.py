@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plywise._util.checks import require_positive, require_whole
-from plywise.data.batches import Batch
-from plywise.errors import BlockError
 from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.learner import Learner, PredictsByBlocks
-from plywise.local.local_loss import Loss, LossComponent, check_targets, choose_loss
+from plywise.local.local_loss import Loss, LossComponent, choose_loss, require_scores
 
 
 class ActivationRelaxation(PredictsByBlocks, Learner):
@@ -88,20 +86,10 @@ class ActivationRelaxation(PredictsByBlocks, Learner):
         shape = blocks.shapes[-1]
         if blocks.carries and shape:
             loss = choose_loss(loss, shape, shape[-1])
-        if loss is F.cross_entropy and len(shape) != 1:
-            raise BlockError(
-                f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the "
-                "prediction: one score for each class. Put the classifier into the last block."
-            )
-        self._blocks, self._loss = blocks, loss
+        require_scores(blocks, loss)
+        self._blocks, self._classes, self._loss = blocks, shape[-1] if shape else 1, loss
         self.rate, self.iterations = rate, iterations
         super().__init__((LossComponent(block, loss) for block in blocks), **training)
-
-    def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is."""
-        shape = self._blocks.shapes[-1]
-        check_targets(y, shape[-1] if shape else 1, self._loss)
-        return self._blocks.begin(x, y)
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
         passages: list[BlockBackward] = []

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.errors import BlockError
 from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks, hide_padding, require_blocks
 from plywise.local.component import Component, Signal
-from plywise.local.learner import Learner, PredictsByBlocks, check_classes
-from plywise.local.local_loss import Loss
+from plywise.local.learner import Learner, PredictsByBlocks
+from plywise.local.local_loss import Loss, require_scores
 
 
 class FeedbackComponent(Component):
@@ -102,24 +101,15 @@ class DirectFeedback(PredictsByBlocks, Learner):
 
     def __init__(self, blocks: Blocks, *, loss: Loss = F.cross_entropy, **training: Any) -> None:
         require_blocks(self, blocks)
-        if loss is F.cross_entropy and len(blocks.shapes[-1]) != 1:
-            raise BlockError(
-                f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the "
-                "prediction: one score for each class. Put the classifier into the last block."
-            )
-        self._blocks, self._loss = blocks, loss
-        errors = blocks.shapes[-1].numel()
+        require_scores(blocks, loss)
+        shape = blocks.shapes[-1]
+        self._blocks, self._classes, self._loss = blocks, shape[-1] if shape else 1, loss
+        errors = shape.numel()
         shapes: list[torch.Size | None] = [*blocks.shapes[1:-1], None]
         self._components = [
             FeedbackComponent(block, errors, shape) for block, shape in zip(blocks, shapes, strict=True)
         ]
         super().__init__(self._components, **training)
-
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
-        """The batch as it is."""
-        if self._loss is F.cross_entropy:
-            check_classes(y, self._blocks.shapes[-1][0])
-        return self._blocks.begin(x, y)
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
         s, passages = signal.s, []

@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 
 from plywise._util.checks import require_whole
-from plywise.data.batches import Batch, map_tensors
+from plywise.data.batches import map_tensors
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks, hide_padding, require_blocks
 from plywise.local.component import Signal
 from plywise.local.forward_locality import Locality, find_localities, find_slopes
 from plywise.local.heads import MakeHead, pooled_linear
-from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
+from plywise.local.learner import OneWayLearner, PredictsByBlocks
 from plywise.local.local_loss import Loss, LossComponent, headed_components
 
 Draw = Callable[[Tensor], Tensor]
@@ -295,9 +295,3 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
         parts[-1] = LossComponent(blocks[-1], loss)
         components = [ForwardGradientComponent(part, passes, draw, patches, groups) for part in parts]
         super().__init__(components, **training)
-
-    def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is."""
-        if self._loss is F.cross_entropy:
-            check_classes(y, self._classes)
-        return self._blocks.begin(x, y)

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plywise._util.checks import require_whole
-from plywise.data.batches import Batch
 from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import Neighbours, PredictsByBlocks, StagedLearner
-from plywise.local.local_loss import Loss, check_targets, choose_loss, headed_components
+from plywise.local.local_loss import Loss, choose_loss, headed_components
 from plywise.local.trainer import LocalTrainer
 
 
@@ -104,11 +103,6 @@ class Interlocking(PredictsByBlocks, StagedLearner):
         self.horizon = horizon
         self._components = headed_components(blocks, num_classes, head, loss)
         super().__init__(self._components, **training)
-
-    def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is."""
-        check_targets(y, self._classes, self._loss)
-        return self._blocks.begin(x, y)
 
     def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:
         """Run the blocks; send each head's gradient to the block that follows it, in any stage."""

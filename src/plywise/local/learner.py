@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
 from plywise.data.batches import Batch, count_samples
+from plywise.data.reading import IGNORED
+from plywise.data.training_data import cross_entropy as token_cross_entropy
 from plywise.engine.explain import Explanations
 from plywise.errors import AttachError, DataError, StateError
 from plywise.local.blocks import Blocks
@@ -204,9 +207,19 @@ class Neighbours:
 
 
 class PredictsByBlocks:
-    """Gives a learner of `Blocks`, in ``_blocks``, the blocks themselves as the network that predicts."""
+    """A learner of `Blocks` whose last block predicts: the blocks themselves are the network that predicts.
+
+    Subclasses set the blocks, the number of classes, and the loss, which says whether targets are classes.
+    """
 
     _blocks: Blocks
+    _classes: int
+    _loss: Callable[[Tensor, Tensor], Tensor]
+
+    def signal(self, x: Batch, y: Tensor) -> Signal:
+        """The batch as it is, if targets are what the loss takes."""
+        check_targets(y, self._classes, self._loss)
+        return self._blocks.begin(x, y)
 
     def as_module(self) -> nn.Module:
         """The blocks, one after another."""
@@ -273,3 +286,13 @@ def check_classes(y: Tensor, num_classes: int) -> None:
     low, high = (int(value) for value in y.aminmax())
     if low < 0 or high >= num_classes:
         raise DataError(f"Targets must lie in 0 … {num_classes - 1}; this batch has {low} … {high}.")
+
+
+def check_targets(y: Tensor, num_classes: int, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Raise PlywiseError unless ``y`` holds classes, or tokens, where the loss takes such."""
+    if loss is F.cross_entropy:
+        check_classes(y, num_classes)
+    elif loss is token_cross_entropy:
+        known = y[y != IGNORED].flatten()
+        if known.numel():
+            check_classes(known, num_classes)

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from plywise.data.batches import Batch
 from plywise.data.models import find_mask
-from plywise.data.reading import IGNORED
 from plywise.data.training_data import cross_entropy as token_cross_entropy
 from plywise.engine.masked_rows import rows
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.heads import MakeHead, MeanLinear, mean_linear, pooled_linear, position_linear
-from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
+from plywise.local.learner import OneWayLearner, PredictsByBlocks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A scalar from predictions and targets."""
@@ -91,6 +90,15 @@ def headed_components(
     return [*components, LossComponent(blocks[-1], loss)]
 
 
+def require_scores(blocks: Blocks, loss: Loss) -> None:
+    """Raise BlockError unless the last block gives what cross entropy takes, if that is the loss."""
+    if loss is F.cross_entropy and len(blocks.shapes[-1]) != 1:
+        raise BlockError(
+            f"The last block hands on {tuple(blocks.shapes[-1])} a sample, but its output is the prediction: "
+            "one score for each class. Put the classifier into the last block."
+        )
+
+
 def describe_scores(num_classes: int) -> str:
     """Describe in words the prediction for so many classes; regression has one output of one number."""
     return "one number" if num_classes == 1 else f"one score for each of {num_classes} classes"
@@ -105,16 +113,6 @@ def choose_loss(loss: Loss, shape: torch.Size, num_classes: int) -> Loss:
     """The loss of the last block's output: the default one over all positions where it has some."""
     is_default = loss is F.cross_entropy and has_positions(shape, num_classes)
     return token_cross_entropy if is_default else loss
-
-
-def check_targets(y: Tensor, num_classes: int, loss: Loss) -> None:
-    """Raise PlywiseError unless ``y`` holds classes, or tokens, where the loss takes such."""
-    if loss is F.cross_entropy:
-        check_classes(y, num_classes)
-    elif loss is token_cross_entropy:
-        known = y[y != IGNORED].flatten()
-        if known.numel():
-            check_classes(known, num_classes)
 
 
 class LocalLoss(PredictsByBlocks, OneWayLearner):
@@ -191,8 +189,3 @@ class LocalLoss(PredictsByBlocks, OneWayLearner):
         loss = choose_loss(loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         super().__init__(headed_components(blocks, num_classes, head, loss), **training)
-
-    def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is."""
-        check_targets(y, self._classes, self._loss)
-        return self._blocks.begin(x, y)

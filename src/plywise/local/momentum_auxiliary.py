@@ -12,7 +12,7 @@ from plywise.engine.health import SKIPPED
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
-from plywise.local.learner import Learner, PredictsByBlocks, check_classes, learn_in_turn
+from plywise.local.learner import Learner, PredictsByBlocks, learn_in_turn
 from plywise.local.local_loss import Loss, headed_components
 
 
@@ -162,12 +162,6 @@ class MomentumAuxiliary(PredictsByBlocks, Learner):
             (component.head, unit) for component, unit in zip(components[:-1], ahead, strict=True)
         ]
         super().__init__(components, **training)
-
-    def signal(self, x: Tensor, y: Tensor) -> Signal:
-        """The batch as it is."""
-        if self._loss is F.cross_entropy:
-            check_classes(y, self._classes)
-        return Signal(x, y)
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
         skipped = [trainer.health.total(SKIPPED) for trainer in self.trainers]

@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise._util.checks import require_positive
-from plywise.data.batches import Batch
 from plywise.local.blocks import Blocks, require_blocks
-from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, MeanLinear, make_pooling
-from plywise.local.learner import OneWayLearner, PredictsByBlocks, check_classes
+from plywise.local.learner import OneWayLearner, PredictsByBlocks
 from plywise.local.local_loss import LossComponent, headed_components
 
 WIDTH = 128
@@ -131,14 +129,9 @@ class SCPL(PredictsByBlocks, OneWayLearner):
     ) -> None:
         require_blocks(self, blocks)
         require_positive(self, temperature=temperature)
-        self._blocks, self._classes = blocks, num_classes
+        self._blocks, self._classes, self._loss = blocks, num_classes, F.cross_entropy
         loss = partial(contrastive_loss, temperature=temperature)
         if projection is mlp_projection and blocks.carries:
             projection = MeanProjection
         hidden = headed_components(blocks, num_classes, projection, loss)[:-1]
         super().__init__([*hidden, LossComponent(blocks[-1], F.cross_entropy)], **training)
-
-    def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is."""
-        check_classes(y, self._classes)
-        return self._blocks.begin(x, y)
