@@ -1,10 +1,25 @@
 """Small models, data and measurements shared by the contract's tests."""
 
+import io
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Net(nn.Module):
+    """Layers by name, and a function of the net and its inputs that calls them."""
+
+    def __init__(self, call: Callable[..., Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self._call = call
+
+    def forward(self, *args: Any) -> Tensor:
+        return self._call(self, *args)
 
 
 def make_mlp(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
@@ -80,6 +95,14 @@ def train(
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def save_and_load(value: Any, weights_only: bool = True) -> Any:
+    """Write a value as torch does, and read it."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def have_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

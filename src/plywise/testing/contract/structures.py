@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from plywise import Rule
 from plywise.engine.selection import KINDS
+from plywise.testing.contract.models import Net
 
 
 @dataclass(frozen=True)
@@ -74,44 +75,43 @@ class Structure:
         return F.cross_entropy(out.flatten(0, -2), target.flatten())
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-        self.b.weight = self.a.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+def make_tied() -> nn.Module:
+    layers = {"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "head": nn.Linear(6, 3)}
+    net = Net(lambda net, x: net.head(torch.tanh(net.b(torch.tanh(net.a(x))))), **layers)
+    net.b.weight = net.a.weight
+    return net
 
 
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.block(torch.tanh(self.block(x)) + x)))
+def make_shared() -> nn.Module:
+    layers = {"block": nn.Linear(6, 6), "head": nn.Linear(6, 3)}
+    return Net(lambda net, x: net.head(torch.tanh(net.block(torch.tanh(net.block(x)) + x))), **layers)
 
 
-class Alias(nn.Module):
+def make_alias() -> nn.Module:
     """One layer under two names."""
+    one = nn.Linear(6, 6)
+    layers = {"one": one, "two": one, "head": nn.Linear(6, 3)}
+    return Net(lambda net, x: net.head(torch.tanh(net.two(torch.tanh(net.one(x))))), **layers)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Linear(6, 6)
-        self.two, self.head = self.one, nn.Linear(6, 3)
+
+def make_unused() -> nn.Module:
+    return Net(lambda net, x: net.used(x), used=nn.Linear(6, 3), spare=nn.Linear(6, 3))
+
+
+def make_gated() -> nn.Module:
+    """Two layers of which each call names those that it uses, as in ``net(x, "a")`` or ``net(x, "ab")``."""
+    torch.manual_seed(1)
+    layers = {"a": nn.Linear(6, 8), "b": nn.Linear(6, 8), "head": nn.Linear(8, 3)}
+    return Net(
+        lambda net, x, which: net.head(torch.tanh(sum(getattr(net, name)(x) for name in which))), **layers
+    )
+
+
+class Positive(nn.Module):
+    """Makes numbers positive, as a parametrization."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
-
-
-class Unused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.spare = nn.Linear(6, 3), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)
+        return x.exp()
 
 
 class Halved(nn.Linear):
@@ -128,54 +128,34 @@ class HalvedConv(nn.Conv1d):
         return super()._conv_forward(x, weight * 0.5, bias)
 
 
-class TiedEmbedding(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.mid = nn.Embedding(5, 6), nn.Linear(6, 6)
-        self.head = nn.Linear(6, 5, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mid(self.embedding(x))))
+def make_tied_embedding() -> nn.Module:
+    layers = {"embedding": nn.Embedding(5, 6), "mid": nn.Linear(6, 6), "head": nn.Linear(6, 5, bias=False)}
+    net = Net(lambda net, x: net.head(torch.tanh(net.mid(net.embedding(x)))), **layers)
+    net.head.weight = net.embedding.weight
+    return net
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.attention(x, x, x, need_weights=False)[0])
+def make_attention() -> nn.Module:
+    layers = {"attention": nn.MultiheadAttention(6, 2, batch_first=True), "head": nn.Linear(6, 3)}
+    return Net(lambda net, x: net.head(net.attention(x, x, x, need_weights=False)[0]), **layers)
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(6, 5, batch_first=True)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0])
+def make_recurrent() -> nn.Module:
+    layers = {"lstm": nn.LSTM(6, 5, batch_first=True), "head": nn.Linear(5, 3)}
+    return Net(lambda net, x: net.head(net.lstm(x)[0]), **layers)
 
 
-class OwnParameter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(6))
-        self.inner = nn.ModuleDict({"deep": nn.ModuleList([nn.Sequential(nn.Linear(6, 3))])})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner["deep"][0](x + self.shift)
+def make_shifted() -> nn.Module:
+    """A layer deep in containers behind a parameter of the net's own."""
+    inner = nn.ModuleDict({"deep": nn.ModuleList([nn.Sequential(nn.Linear(6, 3))])})
+    net = Net(lambda net, x: net.inner["deep"][0](x + net.shift), inner=inner)
+    net.shift = nn.Parameter(torch.zeros(6))
+    return net
 
 
-class Patches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.own, self.head = nn.Conv1d(1, 4, 3), HalvedConv(4, 4, 1), nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.own(self.conv(x.unsqueeze(1)))).flatten(1))
+def make_patches() -> nn.Module:
+    layers = {"conv": nn.Conv1d(1, 4, 3), "own": HalvedConv(4, 4, 1), "head": nn.Linear(16, 3)}
+    return Net(lambda net, x: net.head(torch.tanh(net.own(net.conv(x.unsqueeze(1)))).flatten(1)), **layers)
 
 
 def make_weight_normed() -> nn.Module:
@@ -187,18 +167,18 @@ def make_weight_normed() -> nn.Module:
 STRUCTURES = [
     Structure(
         "tied",
-        Tied,
+        make_tied,
         ("a", "b", "head"),
         shared=dict.fromkeys(("a", "b"), "its weight is shared by 'a' and 'b'"),
     ),
-    Structure("shared", Shared, ("block", "head")),
-    Structure("alias", Alias, ("one", "head")),
-    Structure("unused", Unused, ("used", "spare"), unused=("spare.weight", "spare.bias")),
+    Structure("shared", make_shared, ("block", "head")),
+    Structure("alias", make_alias, ("one", "head")),
+    Structure("unused", make_unused, ("used", "spare"), unused=("spare.weight", "spare.bias")),
     Structure("own forward", lambda: nn.Sequential(Halved(6, 6), nn.Tanh(), Kept(6, 3)), ("0", "2")),
-    Structure("own _conv_forward", Patches, ("conv", "head"), computed=("own.weight",)),
+    Structure("own _conv_forward", make_patches, ("conv", "head"), computed=("own.weight",)),
     Structure(
         "tied embedding",
-        TiedEmbedding,
+        make_tied_embedding,
         ("mid",),
         {"head": "its kind, 'embedding'", "embedding": "its kind, 'embedding'"},
         (4, 7),
@@ -207,7 +187,7 @@ STRUCTURES = [
     ),
     Structure(
         "attention",
-        Attention,
+        make_attention,
         ("attention.in_proj_weight", "attention.out_proj", "head"),
         shape=(4, 5, 6),
     ),
@@ -223,14 +203,14 @@ STRUCTURES = [
     ),
     Structure(
         "lstm",
-        Recurrent,
+        make_recurrent,
         ("head",),
         {"lstm.weight_ih_l0": "the fused kernels of nn.LSTM hide their calls: plywise.nn.unroll(model)"},
         (4, 5, 6),
     ),
     Structure(
         "own parameter",
-        OwnParameter,
+        make_shifted,
         ("inner.deep.0.0",),
         {"shift": "used by add, which is not read as a linear map"},
     ),

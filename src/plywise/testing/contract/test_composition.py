@@ -1,7 +1,6 @@
 """Every rule with every optimizer trains; an interrupted run goes on bit for bit."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +11,14 @@ from plywise import Rule
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach, learn
 from plywise.testing.contract.models import (
+    MODELS,
     are_finite,
     compute_loss,
     copy_weights,
     have_same_bits,
     make_batch,
-    make_convnet,
     make_mlp,
+    save_and_load,
     train,
 )
 
@@ -46,7 +46,7 @@ def choose_rates(case: Case, optimizer_name: str) -> tuple[float, ...]:
 
 def trains(case: Case, optimizer_name: str, kind: str, steps: int, down_to: float) -> bool:
     """Tell whether one of the rule's rates brings the loss below a fraction of the first in these steps."""
-    build, shape = {"mlp": (make_mlp, (6,)), "convnet": (make_convnet, (2, 6, 6))}[kind]
+    build, shape = MODELS[kind]
     for rate in choose_rates(case, optimizer_name):
         model = build()
         optimizer = OPTIMIZERS[optimizer_name](rate, model)
@@ -95,9 +95,8 @@ def test_schedulers_and_parameter_groups(case: Case, rule: Rule) -> None:
 
 @pytest.mark.one_of_family
 @pytest.mark.parametrize(("optimizer_name", "kind"), [("momentum", "convnet"), ("adamw-foreach", "mlp")])
-def test_resuming_is_bit_exact(case: Case, tmp_path: Path, optimizer_name: str, kind: str) -> None:
-    build, shape = {"mlp": (make_mlp, (6,)), "convnet": (make_convnet, (2, 6, 6))}[kind]
-    path = tmp_path / "state.pt"
+def test_resuming_is_bit_exact(case: Case, optimizer_name: str, kind: str) -> None:
+    build, shape = MODELS[kind]
 
     def start(seed: int) -> tuple[nn.Module, Optimizer, Rule]:
         model = build(seed=seed)
@@ -115,10 +114,9 @@ def test_resuming_is_bit_exact(case: Case, tmp_path: Path, optimizer_name: str, 
     model, optimizer, rule = start(1)
     found = run(model, optimizer, 0)
     for leg in range(1, 4):
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        state = save_and_load({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
         rule.detach()
         model, optimizer, rule = start(100 + leg)
-        state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         found += run(model, optimizer, leg)

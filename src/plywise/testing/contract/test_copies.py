@@ -1,7 +1,6 @@
 """deepcopy and pickle of the model are free of plywise; a copied rule is its hyper-parameters."""
 
 import copy
-import io
 import pickle
 import subprocess
 import sys
@@ -25,21 +24,14 @@ from plywise.testing.contract.models import (
     make_batch,
     make_convnet,
     make_mlp,
+    save_and_load,
     train,
 )
-
-
-def save_and_load(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": save_and_load,
+    "torch.save": lambda model: save_and_load(model, weights_only=False),
     "twice": lambda model: pickle.loads(pickle.dumps(copy.deepcopy(model))),
     "averaged": lambda model: AveragedModel(model).module,
 }
@@ -107,14 +99,12 @@ def test_an_attached_optimizer_copies_and_pickles(rule: Rule) -> None:
     train(together, stepper, data, 1)
 
 
-def test_state_dicts_load_with_weights_only(rule: Rule, tmp_path: Path) -> None:
+def test_state_dicts_load_with_weights_only(rule: Rule) -> None:
     model = make_convnet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     rule.attach(model, optimizer)
     train(model, optimizer, make_batch((2, 6, 6)), 2)
-    path = tmp_path / "state.pt"
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    state = torch.load(path, weights_only=True)
+    state = save_and_load({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     plain = make_convnet()
     plain.load_state_dict(state["model"])  # strict: no key too many or too few
     torch.optim.AdamW(plain.parameters(), lr=0.01).load_state_dict(state["optimizer"])

@@ -1,7 +1,6 @@
 """What every local learner promises: same bits, resume, clear refusals, no trace, no leak."""
 
 import gc
-import io
 import warnings
 import weakref
 from typing import Any
@@ -15,14 +14,7 @@ import plywise as pw
 from plywise.engine.health import SKIPPED
 from plywise.testing.cases import LearnerCase
 from plywise.testing.contract.learners import CLASSES, copy_state, make_data
-from plywise.testing.contract.models import have_same_bits
-
-
-def save_and_load(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+from plywise.testing.contract.models import have_same_bits, save_and_load
 
 
 def test_it_learns(learner_case: LearnerCase) -> None:
@@ -189,10 +181,7 @@ def test_as_module_is_a_plain_module(learner_case: LearnerCase) -> None:
     learner.step(*make_data(0))
     module = learner.as_module()
     assert isinstance(module, nn.Module)
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    copy = torch.load(file, weights_only=False).eval()
+    copy = save_and_load(module, weights_only=False).eval()
     x, _ = make_data(2)
     with torch.no_grad():
         assert torch.equal(copy(x), learner.predict(x))

@@ -18,6 +18,7 @@ from plywise.testing.contract.memories import (
     start,
 )
 from plywise.testing.contract.models import (
+    Net,
     are_finite,
     assert_close,
     compute_loss,
@@ -25,6 +26,7 @@ from plywise.testing.contract.models import (
     have_same_bits,
     make_batch,
 )
+from plywise.testing.contract.structures import make_gated
 
 STEPS = 5
 
@@ -69,25 +71,15 @@ def test_an_empty_micro_batch_says_nothing(memory_case: Case) -> None:
         assert have_same_bits(one, other)
 
 
-class Apart(nn.Module):
-    """A layer called once, or on the batch's halves."""
-
-    def __init__(self, halves: bool) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.layer, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
-        self.halves = halves
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = x.split(len(x) // 2) if self.halves else (x,)
-        return self.head(torch.cat([torch.tanh(self.layer(part)) for part in parts]))
-
-
 def test_a_layer_used_several_times_is_one_layer(memory_case: Case) -> None:
     results = []
-    for halves in (False, True):
-        model = Apart(halves)
+    for calls in (1, 2):  # of the layer, on parts of the batch
+
+        def call(net: nn.Module, x: Tensor, calls: int = calls) -> Tensor:
+            return net.head(torch.cat([torch.tanh(net.layer(part)) for part in x.split(len(x) // calls)]))
+
+        torch.manual_seed(1)
+        model = Net(call, layer=nn.Linear(6, 8), head=nn.Linear(8, 3)).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         rule = memory_case.make().attach(model, optimizer)
         for number in range(STEPS):
@@ -247,16 +239,7 @@ def test_squares_that_overflow_are_not_learned(memory_case: Case, warm: int) -> 
 
 
 def test_a_layer_that_rests(memory_case: Case) -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(1)
-            self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
-
-        def forward(self, x: Tensor, which: str) -> Tensor:
-            return self.head(torch.tanh(sum(getattr(self, one)(x) for one in which)))
-
-    model = Gated()
+    model = make_gated()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     rule = memory_case.make().attach(model, optimizer)
     used: set[str] = set()

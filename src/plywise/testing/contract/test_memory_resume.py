@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,21 +11,20 @@ from torch import Tensor, nn
 from plywise import NLMS, RLS, FeatureWhitening, Foof, StateError, StatefulRule
 from plywise.testing.cases import Case
 from plywise.testing.contract.memories import Run, copy_saved_memory, select_layer, select_tensors, start
-from plywise.testing.contract.models import are_finite, assert_close, copy_weights, have_same_bits, make_mlp
+from plywise.testing.contract.models import (
+    are_finite,
+    assert_close,
+    copy_weights,
+    have_same_bits,
+    make_mlp,
+    save_and_load,
+)
 
 STEPS = 8
 State = dict[str, Any]
 
 
-def save_and_load(state: State, folder: Path) -> State:
-    torch.save(state, folder / "state.pt")
-    return torch.load(folder / "state.pt", weights_only=True)
-
-
-ROADS: dict[str, Callable[[State, Path], State]] = {
-    "file": save_and_load,
-    "deepcopy": lambda state, folder: copy.deepcopy(state),
-}
+ROADS: dict[str, Callable[[State], State]] = {"file": save_and_load, "deepcopy": copy.deepcopy}
 
 
 def read_state(run: Run) -> State:
@@ -55,7 +53,7 @@ def load(run: Run, state: State) -> Run:
     ids=str,
 )
 def test_broken_off_and_resumed_after_every_step(
-    memory_case: Case, tmp_path: Path, kind: str, road: str, dtype: torch.dtype
+    memory_case: Case, kind: str, road: str, dtype: torch.dtype
 ) -> None:
     run = start(memory_case, kind, dtype=dtype)
     unbroken = []
@@ -68,7 +66,7 @@ def test_broken_off_and_resumed_after_every_step(
     for number, expected in enumerate(unbroken):
         run.step(number)
         assert have_same_bits(run.copy_state(), expected), number
-        state = ROADS[road](read_state(run), tmp_path)
+        state = ROADS[road](read_state(run))
         run.rule.detach()
         # another start, and now and then a rule that remembers something else
         run = load(start(memory_case, kind, 100 + number, dtype, steps=number % 3), state)
@@ -271,12 +269,12 @@ def pair(case: Case, second: Callable[[], StatefulRule], turned: bool = False) -
 
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
-def test_two_rules_on_one_optimizer(memory_case: Case, tmp_path: Path, same: bool, turned: bool) -> None:
+def test_two_rules_on_one_optimizer(memory_case: Case, same: bool, turned: bool) -> None:
     second = memory_case.make if same else (lambda: Foof(stats_every=1, refresh_every=2))
     run = pair(memory_case, second)
     for number in range(3):
         run.step(number)
-    state = save_and_load(read_state(run), tmp_path)
+    state = save_and_load(read_state(run))
     assert len(state["optimizer"]["plywise"]["rules"]) == 2
     other = load(pair(memory_case, second, turned), state)
     for number in range(3, 6):

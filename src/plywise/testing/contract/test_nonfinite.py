@@ -15,6 +15,7 @@ from plywise.engine.health import NON_FINITE, SKIPPED
 from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach, list_own_keys
 from plywise.testing.contract.models import (
+    Net,
     are_finite,
     compute_gradients,
     compute_loss,
@@ -243,16 +244,9 @@ def test_step_without_gradients(rule: Rule) -> None:
 
 
 def test_sparse_gradients_are_judged(rule: Rule) -> None:
-    class Bag(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(5, 4, sparse=True)
-            self.head = nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.embedding(x))
-
-    model, data = Bag(), (torch.tensor([0, 2, 2]), torch.tensor([0, 1, 2]))
+    layers = {"embedding": nn.Embedding(5, 4, sparse=True), "head": nn.Linear(4, 3)}
+    model = Net(lambda net, x: net.head(net.embedding(x)), **layers)
+    data = (torch.tensor([0, 2, 2]), torch.tensor([0, 1, 2]))
     optimizer = SGD(model.parameters(), lr=0.1)
     rule.attach(model, optimizer)
     if rule.alters_backward:

@@ -14,6 +14,7 @@ from plywise.testing.cases import Case
 from plywise.testing.contract.attaching import attach
 from plywise.testing.contract.models import (
     MODELS,
+    Net,
     are_finite,
     assert_close,
     compute_gradients,
@@ -192,20 +193,14 @@ def test_empty_batch(rule: Rule, kind: str) -> None:
 
 
 def test_called_by_keyword(case: Case, rule: Rule) -> None:
-    class ByKeyword(nn.Module):
-        def __init__(self, keyword: bool) -> None:
-            super().__init__()
-            self.net = make_convnet(torch.float64)
-            self.keyword = keyword
-
-        def forward(self, x: Tensor) -> Tensor:
-            for module in self.net:
-                x = module(input=x) if self.keyword else module(x)
-            return x
+    def call_by_keyword(net: nn.Module, x: Tensor) -> Tensor:
+        for module in net.inner:
+            x = module(input=x)
+        return x
 
     data, results = make_batch((2, 6, 6), dtype=torch.float64), []
-    for keyword in (False, True):
-        model = ByKeyword(keyword)
+    for call in (lambda net, x: net.inner(x), call_by_keyword):
+        model = Net(call, inner=make_convnet(torch.float64))
         attach(case.make(), model, torch.optim.SGD(model.parameters(), lr=0.1), warm=(2, 6, 6))
         results.append(compute_gradients(model, data))
     assert have_same_bits(*results)

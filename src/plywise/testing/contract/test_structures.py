@@ -23,7 +23,7 @@ from plywise.testing.contract.models import (
     make_mlp,
     train,
 )
-from plywise.testing.contract.structures import STRUCTURES, Structure
+from plywise.testing.contract.structures import STRUCTURES, Positive, Structure, make_gated
 
 STRUCTURE = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.name)
 
@@ -127,19 +127,10 @@ def test_three_steps_move_all_that_can_move(case: Case, rule: Rule, structure: S
 
 @pytest.mark.one_of_family
 def test_sometimes_used(case: Case, rule: Rule) -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(1)
-            self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
-
-        def forward(self, x: Tensor, which: str) -> Tensor:
-            return self.head(torch.tanh(getattr(self, which)(x)))
-
     def both(net: nn.Module) -> Tensor:
         return F.cross_entropy(net(x, "a") + net(x, "b"), y)
 
-    model = Gated()
+    model = make_gated()
     x, y = make_batch()
     attach(rule, model, warm=lambda: both(model))
     for which, other in ("ab", "ba", "aa", "bb"):
@@ -149,7 +140,7 @@ def test_sometimes_used(case: Case, rule: Rule) -> None:
         assert {f"{which}.weight", "head.weight"} <= found.keys()
         if other != which:
             assert f"{other}.weight" not in found
-        fresh = Gated()
+        fresh = make_gated()
         fresh.load_state_dict(model.state_dict())
         second = attach(case.make(), fresh, warm=lambda fresh=fresh: both(fresh))
         F.cross_entropy(fresh(x, which), y).backward()
@@ -321,10 +312,6 @@ def test_weights_that_become_computed_while_attached(case: Case, rule: Rule, kin
 def test_a_computed_bias(case: Case, rule: Rule) -> None:
     if rule.alters_backward:
         pytest.skip("refused: a bias that is left to the optimizer would get a wrong gradient")
-
-    class Positive(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.exp()
 
     results = []
     for attaching in (False, True):
