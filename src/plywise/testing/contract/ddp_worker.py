@@ -31,11 +31,16 @@ def build(kind: str, seed: int = 1) -> nn.Module:
     return make_mlp(seed=seed) if kind == "mlp" else make_convnet(seed=seed).eval()
 
 
-def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
-    """Run every rule; leave what this rank saw in ``folder/rank.pt``."""
+def meet(rank: int, folder: Path) -> None:
+    """Let this process meet the other one, by a file in the folder."""
     torch.set_num_threads(1)
     place, limit = f"file://{folder / 'rendezvous'}", timedelta(seconds=60)
     dist.init_process_group("gloo", place, rank=rank, world_size=2, timeout=limit)
+
+
+def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
+    """Run every rule; leave what this rank saw in ``folder/rank.pt``."""
+    meet(rank, folder)
     results: dict[str, Any] = {}
     for name, rule in rules.items():
         for kind, first in PLANS:

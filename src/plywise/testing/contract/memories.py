@@ -1,6 +1,6 @@
 """What a rule remembers, as its users see it: its part of ``optimizer.state``."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +118,20 @@ class Run:
         self.optimizer.zero_grad()
         self.backward(number)
         self.optimizer.step()
+
+    def record(self, numbers: Iterable[int]) -> list[dict[str, Tensor]]:
+        """Take steps, and copy the state after each."""
+        found = []
+        for number in numbers:
+            self.step(number)
+            found.append(self.copy_state())
+        return found
+
+    def restart(self, optimizer: Optimizer | None = None, **options: Any) -> None:
+        """Attach the rule again, which then remembers nothing; perhaps to another optimizer."""
+        self.rule.detach()
+        self.optimizer = optimizer or self.optimizer
+        self.rule.attach(self.model, self.optimizer, **options)
 
     def copy_memory(self) -> dict[str, Tensor]:
         """Copy all statistics."""

@@ -5,9 +5,8 @@ import os
 import runpy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.optim import SGD, Optimizer
 from plywise import Precondition, Rule
 from plywise.engine.contract import State as Memory
 from plywise.engine.health import SKIPPED, Health
+from plywise.testing.contract.ddp_worker import meet
 from plywise.testing.contract.memories import KINDS, ROWS, Data, Run, copy_memory
 from plywise.testing.contract.models import compute_loss, copy_weights, make_batch
 
@@ -120,6 +120,14 @@ class Replica:
             average(self.run.model)
         self.run.optimizer.step()
 
+    def record(self, numbers: Iterable[int]) -> list[dict[str, Tensor]]:
+        """Take steps, and copy the state after each."""
+        found = []
+        for number in numbers:
+            self.step(number)
+            found.append(self.run.copy_state())
+        return found
+
     def state(self) -> dict[str, Any]:
         """Copy what a checkpoint holds."""
         state = {"model": self.run.model.state_dict(), "optimizer": self.run.optimizer.state_dict()}
@@ -141,10 +149,7 @@ def record_steps(rule: Rule, kind: str, way: str) -> dict[str, Tensor]:
     """Run a model, and copy its state after each step."""
     # DistributedDataParallel makes unequal starts equal
     replica = Replica.start(rule, kind, way, seed=1 if way == "process_group" else 1 + dist.get_rank())
-    found = []
-    for number in range(STEPS):
-        replica.step(number)
-        found.append(replica.run.copy_state())
+    found = replica.record(range(STEPS))
     rule.detach()
     return stack_steps(found)
 
@@ -152,16 +157,13 @@ def record_steps(rule: Rule, kind: str, way: str) -> dict[str, Tensor]:
 def run_resumed(rule: Rule) -> dict[str, Any]:
     """Break off a run; each process continues with what the other process saved."""
     replica = Replica.start(rule, "mixed", "attach, wrap")
-    for number in range(SAVED):
-        replica.step(number)
+    replica.record(range(SAVED))
     saved: list[Any] = [None, None]
     dist.all_gather_object(saved, replica.state())
     rule.detach()
     rank = dist.get_rank()
     replica = Replica.start(rule, "mixed", "attach, wrap", seed=100 + rank, state=saved[1 - rank])
-    for number in range(SAVED, STEPS):
-        replica.step(number)
-    found = {"saved": saved[rank], "end": replica.run.copy_state()}
+    found = {"saved": saved[rank], "end": replica.record(range(SAVED, STEPS))[-1]}
     rule.detach()
     return found
 
@@ -227,17 +229,13 @@ def run_branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
 def run_poisoned(rule: Rule) -> dict[str, Any]:
     """Put NaN into one process's rows, once."""
     replica = Replica.start(rule, "mlp", "attach, wrap")
-    for number in range(SAVED):
-        replica.step(number)
-    found: dict[str, Any] = {"before": replica.run.copy_state()}
+    found: dict[str, Any] = {"before": replica.record(range(SAVED))[-1]}
     x, y = replica.make_data(SAVED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         replica.step(SAVED, (x * float("nan") if dist.get_rank() else x, y))
     found["after"], found["skipped"] = replica.run.copy_state(), rule.health.total(SKIPPED)
-    for number in range(SAVED, STEPS):
-        replica.step(number)
-    found["end"] = replica.run.copy_state()
+    found["end"] = replica.record(range(SAVED, STEPS))[-1]
     rule.detach()
     return found
 
@@ -251,10 +249,9 @@ def run_alone(rule: Rule, group: Any) -> dict[str, Any]:
     replica = Replica(Run(model, optimizer, rule.attach(model, optimizer), shape), net)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for number in range(STEPS):
-            replica.step(number)
+        end = replica.record(range(STEPS))[-1]
     warned = [(warning.category.__name__, str(warning.message)) for warning in caught]
-    found = {"warnings": warned, "end": replica.run.copy_state()}
+    found = {"warnings": warned, "end": end}
     rule.detach()
     return found
 
@@ -295,9 +292,7 @@ def run_shared_out(whole: bool = False) -> dict[str, Any]:
 
 def main(rank: int, folder: Path, rules: dict[str, Rule]) -> None:
     """Run all of it; leave what this process saw in ``folder/rank.pt``."""
-    torch.set_num_threads(1)
-    place, limit = f"file://{folder / 'rendezvous'}", timedelta(seconds=60)
-    dist.init_process_group("gloo", place, rank=rank, world_size=2, timeout=limit)
+    meet(rank, folder)
     own_group = [dist.new_group([rank]) for rank in range(2)][rank]
     found: dict[str, Any] = {"shared out": run_shared_out()}
     for name, rule in rules.items():

@@ -60,10 +60,8 @@ def start_whole(case: Case, kind: str, seed: int = 1) -> Run:
 
 def run_whole(case: Case, kind: str) -> Seen:
     """Run in one process, and copy the state after each step."""
-    run, found = start_whole(case, kind), []
-    for number in range(STEPS):
-        run.step(number)
-        found.append(run.copy_state())
+    run = start_whole(case, kind)
+    found = run.record(range(STEPS))
     run.rule.detach()
     return stack_steps(found)
 
@@ -105,9 +103,7 @@ def test_one_process_goes_on_from_what_either_saved(
     run, seen = start_whole(memory_case, "mixed", seed=100), pair[rank]["resumed"]
     run.model.load_state_dict(seen["saved"]["model"])
     run.optimizer.load_state_dict(seen["saved"]["optimizer"])
-    for number in range(SAVED, STEPS):
-        run.step(number)
-    assert_close(run.copy_state(), seen["end"], TOLERANCE)
+    assert_close(run.record(range(SAVED, STEPS))[-1], seen["end"], TOLERANCE)
     run.rule.detach()
 
 

@@ -66,15 +66,12 @@ def test_a_bias_frozen_and_thawed(memory_case: Case, first: int, with_pending: b
 
 def test_a_frozen_bias_is_a_layer_without_one(memory_case: Case) -> None:
     run = start(memory_case)
-    run.rule.detach()
     run.model[2].bias.requires_grad_(False)
-    run.rule.attach(run.model, run.optimizer)
+    run.restart()
     bare = start(memory_case)
-    bare.rule.detach()
     bias, bare.model[2].bias = bare.model[2].bias.detach(), None
     bare.model[2].register_forward_hook(lambda module, args, output: output + bias)
-    bare.optimizer = SGD(bare.model.parameters(), lr=0.05, momentum=0.9)
-    bare.rule.attach(bare.model, bare.optimizer)
+    bare.restart(SGD(bare.model.parameters(), lr=0.05, momentum=0.9))
     for number in range(6):
         run.step(number)
         bare.step(number)
@@ -87,9 +84,8 @@ def test_a_frozen_bias_is_a_layer_without_one(memory_case: Case) -> None:
 def test_a_layer_frozen_and_thawed(memory_case: Case, attached: str) -> None:
     run = start(memory_case)
     if attached == "after":
-        run.rule.detach()
         run.model[2].requires_grad_(False)
-        run.rule.attach(run.model, run.optimizer)
+        run.restart()
     for number in range(9):
         run.model[2].requires_grad_(number >= 3)
         if number < 3:
@@ -128,12 +124,8 @@ def test_a_replaced_weight_is_named(memory_case: Case) -> None:
     run.model.load_state_dict(copy.deepcopy(run.model.state_dict()), assign=True)
     with pytest.raises(AttachError, match=r"weight of layer '\d' is not the parameter.*assign=True.*Attach"):
         run.step(2)
-    run.rule.detach()  # the cure that the message names
-    run.optimizer = SGD(run.model.parameters(), lr=0.05)
-    run.rule.attach(run.model, run.optimizer)
-    for number in range(3):
-        run.step(number)
-    assert are_finite(run.copy_state())
+    run.restart(SGD(run.model.parameters(), lr=0.05))  # the cure that the message names
+    assert all(map(are_finite, run.record(range(3))))
 
 
 def test_one_replaced_weight_is_named(memory_case: Case) -> None:
@@ -215,9 +207,6 @@ def test_a_computed_bias_is_learned_without_its_column(memory_case: Case) -> Non
         pytest.skip("refused: a bias that is left to the optimizer would get a wrong gradient")
     run.rule.detach()
     nn.utils.parametrize.register_parametrization(run.model[2], "bias", Positive())
-    run.optimizer = SGD(run.model.parameters(), lr=0.05)
-    run.rule.attach(run.model, run.optimizer)
-    for number in range(5):
-        run.step(number)
-        assert are_finite(run.copy_state())
+    run.restart(SGD(run.model.parameters(), lr=0.05))
+    assert all(map(are_finite, run.record(range(5))))
     assert not run.rule.health.counts

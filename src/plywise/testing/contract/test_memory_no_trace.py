@@ -207,9 +207,7 @@ def test_a_grad_scaler_that_skips(memory_case: Case, fused: bool) -> None:
     results = []
     for overflows in ((), (0, 2)):
         run = start(memory_case)
-        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9, fused=fused)
-        run.rule.detach()
-        run.rule.attach(run.model, run.optimizer)
+        run.restart(torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9, fused=fused))
         # a backoff of one: L remembers the loss scale
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, backoff_factor=1.0 - 1e-12)
         for number in range(4):

@@ -82,9 +82,7 @@ def test_a_closure_is_backward_and_step(memory_case: Case, make: type[Optimizer]
 
 def use_optimizer(run: Run, make: Callable[[Any], Optimizer]) -> Run:
     """Begin the same run again with another optimizer."""
-    run.rule.detach()
-    run.optimizer = make(run.model.parameters())
-    run.rule.attach(run.model, run.optimizer)
+    run.restart(make(run.model.parameters()))
     return run
 
 
@@ -160,11 +158,9 @@ def test_groups_and_a_scheduler(memory_case: Case) -> None:
     ends = []
     for split in (False, True):
         run = start(memory_case)
-        run.rule.detach()
         parameters = list(run.model.parameters())
         groups = [{"params": parameters[:3]}, {"params": parameters[3:]}] if split else parameters
-        run.optimizer = SGD(groups, lr=0.1, momentum=0.9)
-        run.rule.attach(run.model, run.optimizer)
+        run.restart(SGD(groups, lr=0.1, momentum=0.9))
         scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, 0.1, total_steps=6)
         for number in range(5):
             run.step(number)
@@ -176,9 +172,7 @@ def test_groups_and_a_scheduler(memory_case: Case) -> None:
 def test_an_optimizer_of_some_layers(memory_case: Case) -> None:
     # the others keep their gradient, for the optimizer that steps them; once they join, they are learned too
     run = start(memory_case)
-    run.rule.detach()
-    run.optimizer = SGD(run.model[2:].parameters(), lr=0.05)
-    run.rule.attach(run.model, run.optimizer)
+    run.restart(SGD(run.model[2:].parameters(), lr=0.05))
     plain = make_mlp()
     if run.rule.alters_backward:
         with pytest.raises(PlywiseError, match=r"'0.* would get a wrong gradient"):
@@ -325,8 +319,7 @@ def test_a_step_that_raises_keeps_the_old_memory(memory_case: Case) -> None:
     # non-finite gradients under on_nonfinite="raise"
     run = start(memory_case, steps=3)
     state = run.optimizer.state_dict()
-    run.rule.detach()
-    run.rule.attach(run.model, run.optimizer, on_nonfinite="raise")
+    run.restart(on_nonfinite="raise")
     run.optimizer.load_state_dict(state)
     before = run.copy_state()
     run.optimizer.zero_grad()
@@ -344,8 +337,7 @@ def test_a_step_that_raises_keeps_the_old_memory(memory_case: Case) -> None:
 def test_propagated_gradients_never_enter_the_memory(memory_case: Case) -> None:
     run = start(memory_case, steps=3)
     state = run.optimizer.state_dict()
-    run.rule.detach()
-    run.rule.attach(run.model, run.optimizer, on_nonfinite="propagate")
+    run.restart(on_nonfinite="propagate")
     run.optimizer.load_state_dict(state)
     x, y = make_batch((6,), ROWS)
     run.optimizer.zero_grad()

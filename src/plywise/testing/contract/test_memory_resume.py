@@ -56,10 +56,7 @@ def test_broken_off_and_resumed_after_every_step(
     memory_case: Case, kind: str, road: str, dtype: torch.dtype
 ) -> None:
     run = start(memory_case, kind, dtype=dtype)
-    unbroken = []
-    for number in range(STEPS):
-        run.step(number)
-        unbroken.append(run.copy_state())
+    unbroken = run.record(range(STEPS))
     run.rule.detach()
 
     run = start(memory_case, kind, dtype=dtype)
@@ -83,9 +80,7 @@ def test_one_state_starts_several_runs(memory_case: Case) -> None:
             ours = {key: value for key, value in own.items() if str(key).startswith("plywise.")}
             mine["optimizer"]["state"][index].update(ours)
         run = load(start(memory_case, seed=9), mine)
-        for number in range(3, 6):
-            run.step(number)
-        ends.append(run.copy_state())
+        ends.append(run.record(range(3, 6))[-1])
     assert have_same_bits(*ends)
     assert have_same_bits(copy_saved_in(run, state["optimizer"]), copy_saved_in(run, saved["optimizer"]))
 
@@ -143,9 +138,7 @@ def test_loading_into_a_model_of_another_dtype(
 def test_frozen_between_load_and_step(memory_case: Case) -> None:
     run = load(start(memory_case, seed=9), copy.deepcopy(read_state(start(memory_case, steps=4))))
     run.model[2].bias.requires_grad_(False)
-    for number in range(4, 7):
-        run.step(number)
-        assert are_finite(run.copy_state())
+    assert all(map(are_finite, run.record(range(4, 7))))
     assert not run.rule.health.counts
 
 
@@ -245,10 +238,7 @@ def test_states_of_before_the_first_step(memory_case: Case) -> None:
     state = copy.deepcopy(read_state(run))
     other = start(memory_case, seed=9, steps=3)
     load(other, state)
-    for number in range(4):
-        run.step(number)
-        other.step(number)
-    assert have_same_bits(run.copy_state(), other.copy_state())
+    assert have_same_bits(run.record(range(4))[-1], other.record(range(4))[-1])
 
 
 # ---- several rules ----------------------------------------------------------------------------------
@@ -272,8 +262,7 @@ def pair(case: Case, second: Callable[[], StatefulRule], turned: bool = False) -
 def test_two_rules_on_one_optimizer(memory_case: Case, same: bool, turned: bool) -> None:
     second = memory_case.make if same else (lambda: Foof(stats_every=1, refresh_every=2))
     run = pair(memory_case, second)
-    for number in range(3):
-        run.step(number)
+    run.record(range(3))
     state = save_and_load(read_state(run))
     assert len(state["optimizer"]["plywise"]["rules"]) == 2
     other = load(pair(memory_case, second, turned), state)
