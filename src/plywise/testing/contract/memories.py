@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from plywise import Rule
 from plywise.testing.cases import Case
-from plywise.testing.contract.models import compute_loss, copy_weights, make_batch, make_mlp
+from plywise.testing.contract.models import compute_loss, copy_weights, make_batch, make_mlp, train
 
 Data = tuple[Tensor, Tensor]
 PREFIX = "plywise."
@@ -103,7 +103,13 @@ class Run:
     model: nn.Module
     optimizer: Optimizer
     rule: Rule
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = (6,)
+
+    @classmethod
+    def begin(cls, rule: Rule, model: nn.Module, shape: tuple[int, ...] = (6,)) -> "Run":
+        """Attach a rule, with SGD with momentum."""
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        return cls(model, optimizer, rule.attach(model, optimizer), shape)
 
     def make_data(self, number: int) -> Data:
         """Make the batch of a step. It has few rows, so backward makes the updates of most linear layers."""
@@ -115,9 +121,11 @@ class Run:
 
     def step(self, number: int) -> None:
         """Take one whole step."""
-        self.optimizer.zero_grad()
-        self.backward(number)
-        self.optimizer.step()
+        self.step_on(self.make_data(number))
+
+    def step_on(self, data: Data) -> None:
+        """Take one whole step on other data than the step's own."""
+        train(self.model, self.optimizer, data, 1)
 
     def record(self, numbers: Iterable[int]) -> list[dict[str, Tensor]]:
         """Take steps, and copy the state after each."""
@@ -147,9 +155,7 @@ def start(
 ) -> Run:
     """Start a run under SGD with momentum, and take a number of steps."""
     build, shape = KINDS[kind]
-    model = build(dtype, seed=seed)
-    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
-    run = Run(model, optimizer, case.make().attach(model, optimizer), shape)
+    run = Run.begin(case.make(), build(dtype, seed=seed), shape)
     for number in range(steps):
         run.step(number)
     return run

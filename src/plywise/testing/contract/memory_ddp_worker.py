@@ -20,8 +20,8 @@ from plywise import Precondition, Rule
 from plywise.engine.contract import State as Memory
 from plywise.engine.health import SKIPPED, Health
 from plywise.testing.contract.ddp_worker import meet
-from plywise.testing.contract.memories import KINDS, ROWS, Data, Run, copy_memory
-from plywise.testing.contract.models import compute_loss, copy_weights, make_batch
+from plywise.testing.contract.memories import KINDS, ROWS, Data, Run
+from plywise.testing.contract.models import compute_loss, make_batch, make_mlp
 
 HALF = ROWS // 2
 STEPS = 8
@@ -207,10 +207,8 @@ USERS = [(0,), (1,), (0, 1), (1,), (), (0,), (0,), (0, 1), (1,), (0,)]
 
 def run_branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
     """Train while processes use different layers; with ``whole``, do the same in one process."""
-    model = Branched()
-    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
-    rule.attach(model, optimizer)
-    net = model if whole else DistributedDataParallel(model, find_unused_parameters=True)
+    run = Run.begin(rule, Branched())
+    net = run.model if whole else DistributedDataParallel(run.model, find_unused_parameters=True)
     found = []
     for number, ranks in enumerate(USERS):
         x, y = make_batch((6,), ROWS, torch.float64, 40 + number)
@@ -218,10 +216,10 @@ def run_branched(rule: Rule, whole: bool = False) -> dict[str, Tensor]:
         if not whole:
             x, y = take_half((x, y), dist.get_rank())
             rows = list(range(HALF)) if dist.get_rank() in ranks else []
-        optimizer.zero_grad()
+        run.optimizer.zero_grad()
         nn.functional.cross_entropy(net(x, rows), y).backward()
-        optimizer.step()
-        found.append({**copy_weights(model), **copy_memory(model, optimizer)})
+        run.optimizer.step()
+        found.append(run.copy_state())
     rule.detach()
     return stack_steps(found)
 
@@ -242,11 +240,9 @@ def run_poisoned(rule: Rule) -> dict[str, Any]:
 
 def run_alone(rule: Rule, group: Any) -> dict[str, Any]:
     """Let several processes train separately: without any group, or each with its own group."""
-    build, shape = KINDS["mlp"]
-    model = build(torch.float64)
-    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model = make_mlp(torch.float64)
     net = model if group is None else DistributedDataParallel(model, process_group=group)
-    replica = Replica(Run(model, optimizer, rule.attach(model, optimizer), shape), net)
+    replica = Replica(Run.begin(rule, model), net)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         end = replica.record(range(STEPS))[-1]
@@ -276,9 +272,8 @@ def run_shared_out(whole: bool = False) -> dict[str, Any]:
     """Train equal layers; after the first cycle, each step refreshes half of them."""
     torch.manual_seed(1)
     model = nn.Sequential(*(part for _ in range(DEEP) for part in (nn.Linear(6, 6), nn.Tanh()))).double()
-    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
-    rule = Counted(left=0.5, right=0.5, stats_every=1, refresh_every=2).attach(model, optimizer)
-    run = Run(model, optimizer, rule, (6,))
+    rule = Counted(left=0.5, right=0.5, stats_every=1, refresh_every=2)
+    run = Run.begin(rule, model)
     replica = None if whole else Replica(run, DistributedDataParallel(model))
     refreshed, found = [], []
     for number in range(STEPS):

@@ -25,7 +25,7 @@ from plywise.testing.contract.memory_ddp_worker import (
     stack_steps,
     take_half,
 )
-from plywise.testing.contract.models import are_finite, assert_close, compute_loss, have_same_bits
+from plywise.testing.contract.models import are_finite, assert_close, have_same_bits
 from plywise.testing.processes import run_two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.sends_rule]
@@ -62,7 +62,6 @@ def run_whole(case: Case, kind: str) -> Seen:
     """Run in one process, and copy the state after each step."""
     run = start_whole(case, kind)
     found = run.record(range(STEPS))
-    run.rule.detach()
     return stack_steps(found)
 
 
@@ -104,7 +103,6 @@ def test_one_process_goes_on_from_what_either_saved(
     run.model.load_state_dict(seen["saved"]["model"])
     run.optimizer.load_state_dict(seen["saved"]["optimizer"])
     assert_close(run.record(range(SAVED, STEPS))[-1], seen["end"], TOLERANCE)
-    run.rule.detach()
 
 
 def test_micro_batches_without_sync(memory_case: Case, pair: list[dict[str, Any]]) -> None:
@@ -122,9 +120,8 @@ def test_nan_on_one_process_is_skipped_by_both(memory_case: Case, pair: list[dic
     for seen in (one, two):
         assert seen["skipped"] == 1
         assert have_same_bits(seen["after"], seen["before"])
-    assert_same_run(
-        one["end"], two["end"], take_last(run_whole(memory_case, "mlp"))
-    )  # of which it never happened
+    undisturbed = take_last(run_whole(memory_case, "mlp"))
+    assert_same_run(one["end"], two["end"], undisturbed)
 
 
 @pytest.mark.parametrize("how", ["alone", "a group of its own"])
@@ -140,11 +137,8 @@ def test_each_process_for_itself(memory_case: Case, pair: list[dict[str, Any]], 
             assert not seen["warnings"]
         run = start_whole(memory_case, "mlp")
         for number in range(STEPS):
-            run.optimizer.zero_grad()
-            compute_loss(run.model, take_half(run.make_data(number), rank)).backward()
-            run.optimizer.step()
+            run.step_on(take_half(run.make_data(number), rank))
         assert_close(seen["end"], run.copy_state(), 1e-12)
-        run.rule.detach()
 
 
 # ---- once -------------------------------------------------------------------------------------------

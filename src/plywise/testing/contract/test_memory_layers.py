@@ -21,7 +21,6 @@ from plywise.testing.contract.memories import (
 from plywise.testing.contract.models import (
     are_finite,
     compute_gradients,
-    compute_loss,
     copy_weights,
     have_same_bits,
     make_batch,
@@ -189,14 +188,12 @@ def test_lazy_layers_learn_from_the_first_step(memory_case: Case) -> None:
     runs = []
     for model in (ready, lazy):
         optimizer = SGD(model.parameters(), lr=0.05)
-        runs.append(Run(model, optimizer, memory_case.make().attach(model, optimizer), (6,)))
+        runs.append(Run(model, optimizer, memory_case.make().attach(model, optimizer)))
     lazy(torch.zeros(1, 6))
     lazy.load_state_dict(ready.state_dict())
     for number in range(5):
         for run in runs:
-            run.optimizer.zero_grad()
-            compute_loss(run.model, make_batch((6,), ROWS, seed=number)).backward()
-            run.optimizer.step()
+            run.step_on(make_batch((6,), ROWS, seed=number))
     assert have_same_bits(runs[1].copy_state(), runs[0].copy_state())
     assert select_layer(runs[1].copy_memory(), "0")
 

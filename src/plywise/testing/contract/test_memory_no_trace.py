@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from plywise.engine.health import SKIPPED
 from plywise.testing.cases import Case
 from plywise.testing.contract import test_no_trace as plain
-from plywise.testing.contract.memories import Data, Run, copy_memory, keep_buffers, select_layer, start
-from plywise.testing.contract.models import compute_loss, copy_weights, have_same_bits, make_batch
+from plywise.testing.contract.memories import Data, Run, keep_buffers, select_layer, start
+from plywise.testing.contract.models import compute_loss, have_same_bits, make_batch
 from plywise.testing.contract.test_checkpoint import CALLS, Deep
 
 Disturbance = Callable[[Run, Data], None]
@@ -50,11 +50,9 @@ def step_without_backward(run: Run, data: Data) -> None:
 
 
 def step_skipped_for_a_nan(run: Run, data: Data) -> None:
-    run.optimizer.zero_grad()
-    compute_loss(run.model, (data[0] * float("nan"), data[1])).backward()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        run.optimizer.step()
+        run.step_on((data[0] * float("nan"), data[1]))
     run.optimizer.zero_grad()
 
 
@@ -137,7 +135,6 @@ def record_history(case: Case, between: Disturbance | None, before_step: Disturb
         found.append(run.copy_state())
     skips = between in (step_skipped_for_a_nan, step_skipped_for_an_infinity_in_one_layer)
     assert run.rule.health.total(SKIPPED) == (4 if skips else 0)
-    run.rule.detach()
     return found
 
 
@@ -187,17 +184,11 @@ def test_every_step_that_happened_is_remembered(memory_case: Case, kind: str) ->
 @pytest.mark.parametrize("how", [None, *CALLS])
 def test_recomputation_counts_once(memory_case: Case, how: str | None) -> None:
     def trained(call: str | None) -> dict[str, Tensor]:
-        model = Deep(CALLS[call] if call else None)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        rule = memory_case.make().attach(model, optimizer)
+        run = Run.begin(memory_case.make(), Deep(CALLS[call] if call else None))
         for number in range(4):
             torch.manual_seed(number)
-            optimizer.zero_grad()
-            compute_loss(model, make_batch(seed=number)).backward()
-            optimizer.step()
-        found = {**copy_weights(model), **copy_memory(model, optimizer)}
-        rule.detach()
-        return found
+            run.step_on(make_batch(seed=number))
+        return run.copy_state()
 
     assert have_same_bits(trained(how), trained(None))
 
@@ -219,7 +210,6 @@ def test_a_grad_scaler_that_skips(memory_case: Case, fused: bool) -> None:
                     scaler.step(run.optimizer)
                 scaler.update()
             results.append(run.copy_state())
-        run.rule.detach()
     for one, other in zip(results[:4], results[4:], strict=True):
         assert have_same_bits(one, other)
 

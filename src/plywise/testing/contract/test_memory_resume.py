@@ -57,7 +57,6 @@ def test_broken_off_and_resumed_after_every_step(
 ) -> None:
     run = start(memory_case, kind, dtype=dtype)
     unbroken = run.record(range(STEPS))
-    run.rule.detach()
 
     run = start(memory_case, kind, dtype=dtype)
     for number, expected in enumerate(unbroken):
@@ -68,7 +67,6 @@ def test_broken_off_and_resumed_after_every_step(
         # another start, and now and then a rule that remembers something else
         run = load(start(memory_case, kind, 100 + number, dtype, steps=number % 3), state)
         assert have_same_bits(run.copy_state(), expected), number
-    run.rule.detach()
 
 
 def test_one_state_starts_several_runs(memory_case: Case) -> None:
