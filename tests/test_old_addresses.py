@@ -32,10 +32,8 @@ RENAMED = {
     "plywise:Move": "plywise:Update",
     "plywise:Ply": "plywise:LinearCall",
     "plywise.card:card_of": "plywise.registry.card:read_card",
-    "plywise.registry.card:card_of": "plywise.registry.card:read_card",
     "plywise.arena.method:Setting": "plywise.arena.method:TrialContext",
     "plywise.data.arrays:tensor_of": "plywise.data.arrays:make_tensor",
-    "plywise.data.parts:tenths": "plywise.data.parts:cut_tenths",
     "plywise.data.sets:cifar10": "plywise.data.sets:load_cifar10",
     "plywise.data.store:find": "plywise.data.store:find_file",
     "plywise.local.session:trained": "plywise.training.session:load_trained",
@@ -60,38 +58,23 @@ def test_an_old_address_gives_what_has_moved(address):
     assert load(address).__module__ == ADDRESSES[address]
 
 
-def make_network():
-    return nn.Linear(3, 1)
-
-
 OLD_ARGUMENTS = {
-    "bench": lambda folder, **given: pw.arena.bench(
-        make_network, ([[0.0]], [1.0]), methods=["sgd"], out=folder, **given
-    ),
-    "CoDA": lambda folder, **given: pw.losses.CoDA(make_network(), pw.losses.AUCMargin(), **given),
-    "Pipeline": lambda folder, **given: Pipeline(None, **given),
+    "CoDA": lambda **given: pw.losses.CoDA(nn.Linear(3, 1), pw.losses.AUCMargin(), **given),
+    "Pipeline": lambda **given: Pipeline(None, **given),
 }
 """Calls that check ``timeout_s``, which 0.1 called ``patience``, and refuse its value."""
 
 
 @pytest.mark.parametrize("name", OLD_ARGUMENTS)
-def test_an_old_argument_warns_and_works(name, tmp_path):
+def test_an_old_argument_warns_and_works(name):
     with pytest.raises((ValueError, pw.PlywiseError)) as new:
-        OLD_ARGUMENTS[name](tmp_path, timeout_s=-1.0)
+        OLD_ARGUMENTS[name](timeout_s=-1.0)
     with (
-        pytest.warns(DeprecationWarning, match=r"patience is called timeout_s"),
+        pytest.warns(DeprecationWarning, match=r"patience is called timeout_s") as warned,
         pytest.raises(type(new.value)) as old,
     ):
-        OLD_ARGUMENTS[name](tmp_path, patience=-1.0)
+        OLD_ARGUMENTS[name](patience=-1.0)
     assert str(old.value) == str(new.value)
+    assert warned[0].filename == __file__
     with pytest.raises(TypeError, match="patience"):
-        OLD_ARGUMENTS[name](tmp_path, patience=-1.0, timeout_s=-1.0)
-
-
-def test_a_bench_takes_its_folder_by_the_old_name_and_warns_where_it_is_called(tmp_path):
-    with (
-        pytest.warns(DeprecationWarning, match=r"folder is called out") as seen,
-        pytest.raises(pw.PlywiseError, match="Give a model with data"),
-    ):
-        pw.arena.bench(folder=tmp_path)
-    assert seen[0].filename == __file__
+        OLD_ARGUMENTS[name](patience=-1.0, timeout_s=-1.0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ def follow(
     *,
     done: int = 0,
     total: int | None = None,
-    above: Callable[[], RenderableType] | None = None,
     verbose: bool = False,
 ) -> None:
     """Do the work that ``steps`` does between its steps, and show each.
@@ -46,7 +45,6 @@ def follow(
         screen: where to show it. A quiet one shows nothing.
         done: pieces that were done before.
         total: pieces in all, if known before the first step.
-        above: makes what stands above the bar, again for each step.
         verbose: leave a line of each step on the screen.
     """
     pace = _Pace(done)
@@ -54,24 +52,20 @@ def follow(
         for step in steps:
             screen.print(format_step(step, pace.find_left(step)), soft_wrap=True)
         return
-    from rich.console import Group
     from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
     task = bar.add_task("starting", total=total, completed=done)
 
-    def draw() -> RenderableType:
-        return bar if above is None else Group(above(), bar)
-
     # refreshed by hand: a thread that paints would run on the clocks that are being read
-    with Live(draw(), console=screen, auto_refresh=False, transient=True) as live:
+    with Live(bar, console=screen, auto_refresh=False, transient=True) as live:
         for step in steps:
             text = f"{step.text}; {format_left(pace.find_left(step))}"
             bar.update(task, completed=step.done, total=step.total, description=text)
             if step.stays or verbose:
                 screen.print(step.text)
-            live.update(draw(), refresh=True)
+            live.refresh()
 
 
 class _Pace:

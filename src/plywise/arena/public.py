@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.environment import workers_for
-from plywise._util.renamed import serve_old_arguments
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
 from plywise.arena.given import is_given, name_data, name_object
@@ -39,7 +38,6 @@ Entry = str | type[Optimizer] | type[Rule] | Method
 """A method: its name or address, or the class itself."""
 
 
-@serve_old_arguments(patience="timeout_s", folder="out")
 def bench(
     model: Factory | None = None,
     data: Any = None,

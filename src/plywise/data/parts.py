@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from plywise._util.files import written_whole
-from plywise._util.renamed import serve_old_names
 from plywise.data.batches import (
     Batch,
     Part,
@@ -155,6 +154,3 @@ def _hash_inputs(part: Any) -> Iterator[int]:
         rows = [t.reshape(count, -1).numpy() for t in tensors if len(t) == count]
         for row in zip(*rows, strict=True):
             yield hash(row[0].tobytes() if len(row) == 1 else tuple(one.tobytes() for one in row))
-
-
-__getattr__ = serve_old_names(__name__, {"tenths": "cut_tenths", "tenths_of_kinds": "cut_tenths_of_kinds"})

@@ -40,18 +40,13 @@ def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"{path} cannot be read: {error}.") from error
 
 
-def read_bytes(path: Path, most: int | None = None) -> bytearray:
+def read_bytes(path: Path) -> bytearray:
     """Read a file, unpacked if it is compressed by gzip.
 
-    Args:
-        path: the file.
-        most: the bytes that it may hold. Default: the free memory.
-
     Raises:
-        PlywiseError: see `open_unpacked`; or it holds more than that.
+        PlywiseError: see `open_unpacked`; or it holds more than the free memory.
     """
-    most = free_memory() if most is None else most
-    content = bytearray()
+    most, content = free_memory(), bytearray()
     with open_unpacked(path) as file:
         while chunk := file.read(_CHUNK):
             content += chunk

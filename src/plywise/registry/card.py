@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from plywise._util.renamed import serve_old_names
 from plywise.errors import CardError
 
 SECTIONS = (
@@ -208,6 +207,3 @@ def _format_default(argument: inspect.Parameter) -> str:
     if argument.default is inspect.Parameter.empty:
         return "required"
     return getattr(argument.default, "__name__", None) or repr(argument.default)
-
-
-__getattr__ = serve_old_names(__name__, {"card_of": "read_card"})

@@ -86,7 +86,7 @@ class BenchResults:
         return [*self.tuning.get((workload, method), []), *finals.values()]
 
 
-def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: int = 0) -> BenchResults:
+def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> BenchResults:
     """Sort the trials of a bench, whole or interrupted.
 
     A method with nothing to tune stands in the tuned track with its runs at the defaults.
@@ -94,7 +94,6 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
     Args:
         bench: what bench.json holds.
         lines: trials, in any order.
-        seed: of the resampling.
     """
     lines = list(lines)
     workloads = list(dict.fromkeys([*bench["workloads"], *(line["workload"] for line in lines)]))
@@ -107,7 +106,7 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord], seed: in
     finals = _find_finals(bench, in_order)
     targets = {name: make_target(bench, name, on[name]) for name in workloads}
     longest = {name: max((max(x["steps"], default=0) for x in on[name]), default=0) for name in workloads}
-    generator, established = np.random.default_rng(seed), baselines_of(bench)
+    generator, established = np.random.default_rng(0), baselines_of(bench)
     keys = ((track, workload, name) for track in TRACKS for workload in workloads for name in methods)
     return BenchResults(
         bench=bench,
