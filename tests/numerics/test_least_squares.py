@@ -12,7 +12,6 @@ from plywise.numerics.least_squares import (
     find_power_of_two,
     solve_damped,
     solve_damped_with_bias,
-    solve_diagonal,
 )
 
 from .problems import F32, F64, Problem, draw_delta, draw_rows, relative, with_ones
@@ -106,17 +105,6 @@ def test_no_columns_no_unknowns():
         gram = torch.zeros(2, shape[1], shape[1])
         answer = solve_damped(lambda _, g=gram, r=right: (g, r), 1.0, F32, pytest.fail)
         assert answer.shape == shape
-
-
-def test_a_diagonal():
-    counts = torch.tensor([[3.0, 0.0, 1.0], [0.0, 0.0, 2.0]])
-    right = torch.randn(2, 3, 4) * (counts > 0).unsqueeze(2)
-    for damping in (0.5, torch.tensor([0.5, 2.0]), 0.0):
-        column = torch.as_tensor(damping).reshape(-1, 1)
-        answer = solve_diagonal(counts, damping, right)
-        expected = torch.where(counts > 0, 1 / (counts + column), torch.zeros(1)).unsqueeze(2) * right
-        torch.testing.assert_close(answer, expected)
-    assert torch.equal(solve_diagonal(counts, 0.0, right)[0, 1], torch.zeros(4))
 
 
 # ---- the guard -----------------------------------------------------------------------------------

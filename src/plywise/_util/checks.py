@@ -5,12 +5,11 @@ from numbers import Integral
 
 
 def require_positive(owner: object, **values: float) -> None:
-    """Raise ValueError for any value that is not a finite number above zero."""
+    """Raise ValueError for any value of an object, or of a function by name, but finite numbers above 0."""
     for name, value in values.items():
         if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
-            raise ValueError(
-                f"{type(owner).__name__}: {name} must be a finite number above 0, not {value!r}."
-            )
+            who = owner if isinstance(owner, str) else type(owner).__name__
+            raise ValueError(f"{who}: {name} must be a finite number above 0, not {value!r}.")
 
 
 def require_whole(owner: object, **values: int) -> None:

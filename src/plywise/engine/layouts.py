@@ -34,11 +34,6 @@ ELEMENTWISE = Layout(
 )
 """A norm's γ of any shape."""
 
-BATCHED_OUT_IN = Layout(
-    "batched", lambda weight: weight.reshape(-1, weight.shape[2]), lambda update, shape: update.reshape(shape)
-)
-"""(experts, m, d)."""
-
 BATCHED_IN_OUT = Layout(
     "batched and transposed",
     lambda weight: weight.mT.reshape(-1, weight.shape[1]),

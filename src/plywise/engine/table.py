@@ -14,7 +14,7 @@ from torch.nn.parameter import Buffer, Parameter, UninitializedParameter
 from plywise.engine.followed_parameters import SPREAD, follow_parameters, is_replaced
 from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
-from plywise.engine.selection import collect_parameters, explain_kind, strip_wrappers
+from plywise.engine.selection import collect_parameters, explain_kind
 from plywise.engine.sharding import keep_whole
 from plywise.engine.sites import ParameterEntry, Site, find_part
 
@@ -75,7 +75,6 @@ class ParameterTable:
         self._by_id = {id(e.parameter()): (e.parameter, e) for e in self.entries}
         self._sharded = [e for e in self.entries if e.sharding is not None]
         self._by_place = {(id(ref()), e.key): e for e in self.entries for _, ref in e.owners}
-        self.paths = {id(module): strip_wrappers(name) for name, module in model.named_modules()}
         self.unsettled = False
 
     def begin_pass(self) -> None:

@@ -44,7 +44,6 @@ class NormedMap(nn.Module):
 
     def __init__(self, size: int, outputs: int, groups: int = 1, over_patches: bool = False) -> None:
         super().__init__()
-        self.over_patches = over_patches
         self.map = nn.Linear(size, outputs) if over_patches else nn.Conv1d(size, outputs, 1, groups=groups)
         self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # it is one layer with its norm
 

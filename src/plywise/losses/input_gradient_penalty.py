@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from plywise._util.checks import require_positive
 from plywise.errors import PlywiseError
 
 
@@ -96,8 +96,7 @@ def input_gradient_difference(
         >>> round(penalty.item(), 3)  # |3| + |-4|
         7.0
     """
-    if not (isinstance(step, int | float) and not isinstance(step, bool) and 0 < step < math.inf):
-        raise ValueError(f"input_gradient_difference: step must be a finite number above 0, not {step!r}.")
+    require_positive("input_gradient_difference", step=step)
     if order not in (1, 2):
         raise ValueError(f"input_gradient_difference: order must be 1 or 2, not {order!r}.")
     x = x.detach().requires_grad_()

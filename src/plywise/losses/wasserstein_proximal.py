@@ -1,8 +1,8 @@
 """wasserstein_proximal: a penalty on how far a step of a generator moves its samples."""
 
-import math
-
 from torch import Tensor
+
+from plywise._util.checks import require_positive
 
 
 def wasserstein_proximal(samples: Tensor, anchor: Tensor, step: float = 0.1) -> Tensor:
@@ -59,8 +59,7 @@ def wasserstein_proximal(samples: Tensor, anchor: Tensor, step: float = 0.1) -> 
         ...     loss.backward()
         ...     optimizer.step()
     """
-    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
-        raise ValueError(f"wasserstein_proximal: step must be a finite number above 0, not {step!r}.")
+    require_positive("wasserstein_proximal", step=step)
     if samples.shape != anchor.shape or samples.dim() == 0 or len(samples) == 0:
         raise ValueError(
             "wasserstein_proximal: samples and anchor must have one shape (N, ...) with N above 0, not "

@@ -83,12 +83,7 @@ class UnrolledSequence(nn.RNNBase):
         shapes = [(count, *batch, self.proj_size or self.hidden_size)]
         if self.mode == "LSTM":
             shapes.append((count, *batch, self.hidden_size))
-        if hx is None:
-            return tuple(input.new_zeros(shape) for shape in shapes)
-        state = tuple(hx) if self.mode == "LSTM" else (hx,)
-        actual = [tuple(part.shape) for part in state]
-        if actual != shapes:
-            raise RuntimeError(f"Expected hidden size {shapes}, got {actual}")
+        state = _read_parts(hx, input, shapes)
         for part in state:
             if part.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
                 raise RuntimeError(f"Input and hidden tensors differ in dtype: {input.dtype}, {part.dtype}")
@@ -155,7 +150,8 @@ class UnrolledCell(nn.RNNCellBase):
             )
         if self._equation not in STEPS:
             raise RuntimeError(f"Unknown nonlinearity: {self._equation}")
-        state = self._read_state(hx, input)
+        parts = 2 if self._equation == "LSTM" else 1
+        state = _read_parts(hx, input, [(*input.shape[:-1], self.hidden_size)] * parts)
         if input.dim() == 1:
             state = tuple(part.unsqueeze(0) for part in state)
         gates = F.linear(torch.atleast_2d(input), self.weight_ih, self.bias_ih)
@@ -164,17 +160,16 @@ class UnrolledCell(nn.RNNCellBase):
             state = tuple(part.squeeze(0) for part in state)
         return state if self._equation == "LSTM" else state[0]
 
-    def _read_state(self, hx: Any, input: Tensor) -> State:
-        """Check the state before, or make one of zeros."""
-        pair = self._equation == "LSTM"
-        shapes = [(*input.shape[:-1], self.hidden_size)] * (2 if pair else 1)
-        if hx is None:
-            return tuple(input.new_zeros(shape) for shape in shapes)
-        state = tuple(hx) if pair else (hx,)
-        actual = [tuple(part.shape) for part in state]
-        if actual != shapes:
-            raise RuntimeError(f"Expected hidden size {shapes}, got {actual}")
-        return state
+
+def _read_parts(hx: Any, input: Tensor, shapes: list[tuple[int, ...]]) -> State:
+    """Check the parts of a state, two for an LSTM, or make them of zeros."""
+    if hx is None:
+        return tuple(input.new_zeros(shape) for shape in shapes)
+    state = tuple(hx) if len(shapes) == 2 else (hx,)
+    actual = [tuple(part.shape) for part in state]
+    if actual != shapes:
+        raise RuntimeError(f"Expected hidden size {shapes}, got {actual}")
+    return state
 
 
 def _pick_weights(weights: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor | None, Recurrent]:

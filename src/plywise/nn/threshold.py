@@ -160,7 +160,7 @@ def lasso(columns: Tensor, y: Tensor, beta: float) -> Tensor:
         >>> lasso(torch.eye(2), torch.tensor([3.0, 0.5]), beta=1.0).round(decimals=9)
         tensor([2., 0.], dtype=torch.float64)
     """
-    _check_price("lasso", beta)
+    require_positive("lasso", beta=beta)
     columns, y = columns.double(), y.double()
     gram, pulls = columns.T @ columns, columns.T @ y
     if not (gram.isfinite().all() and pulls.isfinite().all()):
@@ -194,11 +194,6 @@ def lasso(columns: Tensor, y: Tensor, beta: float) -> Tensor:
     )
 
 
-def _check_price(function: str, beta: float) -> None:
-    if not (isinstance(beta, int | float) and 0 < beta < math.inf):
-        raise ValueError(f"{function}: beta must be a finite number above 0, not {beta!r}.")
-
-
 def _solve_definite(gram: Tensor, right: Tensor) -> Tensor:
     """Compute ``gram⁻¹ right``, very large in null directions, so that a weight crosses zero."""
     ridge = RIDGE * gram.diagonal().max()
@@ -226,7 +221,7 @@ def find_shattered_optimum(y: Tensor, beta: float) -> Tensor:
         >>> find_shattered_optimum(torch.tensor([3.0, 2.0, -2.5]), beta=1.0)
         tensor([ 2.0000,  2.0000, -1.5000])
     """
-    _check_price("find_shattered_optimum", beta)
+    require_positive("find_shattered_optimum", beta=beta)
     return y.clamp(-_find_level(-y, beta), _find_level(y, beta))
 
 

@@ -45,9 +45,6 @@ class Basis(Protocol):
     def as_matrix(self) -> Tensor:
         """Make T, (g, k, k)."""
 
-    def to(self, like: Tensor) -> "Basis":
-        """Return T in the dtype and on the device of a tensor."""
-
 
 @dataclass(frozen=True)
 class DenseBasis:
@@ -74,10 +71,6 @@ class DenseBasis:
     def as_matrix(self) -> Tensor:
         """Return T."""
         return self.matrix
-
-    def to(self, like: Tensor) -> Self:
-        """Return T in the dtype and on the device of a tensor."""
-        return type(self)(self.matrix.to(like))
 
 
 @dataclass(frozen=True)
@@ -124,31 +117,17 @@ class ThinBasis:
         eye = torch.eye(size, dtype=self.scales.dtype, device=self.scales.device)
         return self.turn(eye.repeat(len(self.scales), 1, 1))
 
-    def to(self, like: Tensor) -> Self:
-        """Return T in the dtype and on the device of a tensor."""
-        return type(self)(self.reflectors.to(like), self.factor.to(like), self.scales.to(like))
-
     def _reflect(self, x: Tensor, factor: Tensor) -> Tensor:
         return x.baddbmm_(torch.bmm(torch.bmm(x, self.reflectors), factor), self.reflectors.mT, alpha=-1)
 
 
 @dataclass(frozen=True)
-class ScaledBasis:
-    """``T = scale · (I + V diag(w) Vᵀ)``, symmetric: it scales along V, and all other directions equally.
-
-    Attributes:
-        vectors: V, (g, k, r), with orthonormal columns.
-        weights: w, (g, r), above -1.
-        scale: (g,), positive.
-    """
-
-    vectors: Tensor
-    weights: Tensor
-    scale: Tensor
+class ScaledBasis(LowRankRoot):
+    """``T = scale · (I + V diag(w) Vᵀ)``, symmetric: it scales along V, and all other directions equally."""
 
     def turn(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x T``."""
-        return self._multiply(x, self.weights, self.scale)
+        return multiply_by_root(x, self)
 
     def turn_back(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute ``x T``: T is symmetric."""
@@ -156,20 +135,13 @@ class ScaledBasis:
 
     def solve(self, x: Tensor) -> Tensor:
         """Compute ``x T⁻¹``."""
-        return self._multiply(x, 1 / (1 + self.weights) - 1, 1 / self.scale)
+        return multiply_by_root(x, LowRankRoot(self.vectors, 1 / (1 + self.weights) - 1, 1 / self.scale))
 
     def as_matrix(self) -> Tensor:
         """Make T."""
         size = self.vectors.shape[1]
         eye = torch.eye(size, dtype=self.scale.dtype, device=self.scale.device)
         return self.turn(eye.expand(len(self.scale), size, size))
-
-    def to(self, like: Tensor) -> Self:
-        """Return T in the dtype and on the device of a tensor."""
-        return type(self)(self.vectors.to(like), self.weights.to(like), self.scale.to(like))
-
-    def _multiply(self, x: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
-        return multiply_by_root(x, LowRankRoot(self.vectors, weights, scale))
 
 
 @dataclass(frozen=True)
@@ -267,7 +239,8 @@ def find_basis(tensors: Mapping[str, Tensor], side: str) -> Basis | None:
     """
     for kind, names in NAMES[side]:
         if names[0][0] in tensors and names[-1][0] in tensors:
-            basis: Basis = kind(*(_flatten(tensors[name], dims) for name, dims in names))
+            found = [(tensors[name], dims) for name, dims in names]
+            basis: Basis = kind(*(x.flatten(0, 1) if x.dim() > dims else x for x, dims in found))
             return basis
     return None
 
@@ -276,7 +249,3 @@ def find_bases(tensors: Mapping[str, Tensor]) -> TwoSidedBasis | None:
     """Return the bases of both sides, or None if neither has one."""
     right, left = find_basis(tensors, "input"), find_basis(tensors, "output")
     return None if right is None and left is None else TwoSidedBasis(right, left)
-
-
-def _flatten(tensor: Tensor, dims: int) -> Tensor:
-    return tensor.flatten(0, 1) if tensor.dim() > dims else tensor

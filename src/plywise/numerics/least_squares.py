@@ -35,7 +35,6 @@ __all__ = [
     "find_power_of_two",
     "solve_damped",
     "solve_damped_with_bias",
-    "solve_diagonal",
 ]
 
 TOLERANCE = 1e-4
@@ -207,23 +206,6 @@ def _get_projected(system: CentredSystem) -> tuple[Tensor, Tensor]:
     if system.projected is None:
         raise ValueError("a dual system with a bias needs `projected`")
     return system.projected, system.mean.square().sum(1, keepdim=True) + 1
-
-
-def solve_diagonal(diagonal: Tensor, damping: float | Tensor, right: Tensor) -> Tensor:
-    """Solve ``(diag(diagonal) + λI) X = right``, with 0 where there is nothing to divide by.
-
-    This is the whole solve where rows are one-hot (an embedding): the Gram is a diagonal of counts.
-
-    Args:
-        diagonal: the diagonal of the Gram, (g, k), not negative.
-        damping: λ, a number or a tensor (g,).
-        right: right-hand sides (g, k, c).
-
-    Returns:
-        The answer (g, k, c).
-    """
-    total = (diagonal + as_column(damping, diagonal)).unsqueeze(2)
-    return torch.where(total > 0, right / total, torch.zeros_like(right))
 
 
 def find_power_of_two(rows: Tensor, damping: float | Tensor = 0.0) -> Tensor:

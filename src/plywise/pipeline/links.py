@@ -2,8 +2,8 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,8 +30,6 @@ class Outbox:
         self._queue: queue.Queue[Tensor | None] = queue.Queue(DEPTH)
         self._thread = _Thread(self._send, "the connection to it broke", to)
         self._capacity = 0
-        self.waited = 0.0
-        """Seconds that this stage has waited for the next one."""
 
     def put(self, signal: Signal, step: int) -> None:
         """Send a signal; waits while the next stage is too far behind."""
@@ -55,15 +53,10 @@ class Outbox:
         self._thread.done(2 * EVERY)
 
     def _put(self, message: Tensor | None) -> None:
-        start = time.perf_counter()
         while True:
             self._thread.check(self._watch)
-            try:
-                self._queue.put(message, timeout=LOOK)
-            except queue.Full:
-                continue
-            self.waited += time.perf_counter() - start
-            return
+            with suppress(queue.Full):
+                return self._queue.put(message, timeout=LOOK)
 
     def _send(self) -> None:
         while (message := self._queue.get()) is not None:
@@ -77,19 +70,15 @@ class Inbox:
         self._source, self._group, self._watch, self._device = source, group, watch, device
         self._queue: queue.Queue[tuple[int, Signal | None]] = queue.Queue(DEPTH)
         self._thread = _Thread(self._receive, "the connection from it broke", source)
-        self.waited = 0.0
-        """Seconds that this stage has waited for the one before."""
 
     def get(self) -> tuple[int, Signal | None]:
         """The next step and its signal; None at the end."""
-        start = time.perf_counter()
         while True:
             try:
                 step, signal = self._queue.get(timeout=LOOK)
             except queue.Empty:
                 self._thread.check(self._watch)
                 continue
-            self.waited += time.perf_counter() - start
             if signal is None or self._device.type == "cpu":
                 return step, signal
             return step, Signal(*(move_batch(part, self._device) for part in vars(signal).values()))
