@@ -15,7 +15,8 @@ from plywise.arena.run.trial import run_trial
 from plywise.arena.scoring.records import FINAL
 from plywise.arena.space import defaults
 from plywise.arena.workloads import HIDDEN, WORKLOADS, find_workload, list_workloads
-from plywise.arena.workloads.hidden import GRID, KINDS, OPERATIONS, make_workload
+from plywise.arena.workloads.hidden import KINDS, OPERATIONS, make_workload
+from plywise.arena.workloads.synthetic import GRID
 from plywise.errors import PlywiseError
 
 SEEDS = (0, 7, 91, 123_456)

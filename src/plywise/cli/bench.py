@@ -189,7 +189,7 @@ def _make_config(model: str | None, flags: Flags) -> BenchConfig:
     same = ("trials", "seeds", "device", "search", "threads", "timeout_s")
     return BenchConfig(
         tuple(_make_specs(model, flags)),
-        tuple(_words(flags.methods)),
+        tuple(word.strip() for word in flags.methods.split(",") if word.strip()),
         **{name: getattr(flags, name) for name in same},
     )
 
@@ -340,7 +340,3 @@ def _announce(bench: Bench, screen: Console) -> None:
         screen.print(f"Hidden workloads of seed {seed}: --hidden-seed {seed} makes the same again.")
     for (workload, method), reason in bench.resolved.refused.items():
         screen.print(f"{method} does not run on {workload}: {reason}.", soft_wrap=True)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

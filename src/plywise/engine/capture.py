@@ -318,12 +318,7 @@ class EnterHook(ModelHook):
                 if self.capture.local.outermost is module:
                     self.capture.local.compiler = compiler
             return
-        local = self.capture.local
-        if local.outermost is None or local.outermost is module:
-            if not self.capture.is_resting():
-                self.capture.enter(module)
-        else:
-            local.innermost = module
+        _enter(self.capture, module)
 
 
 class LeaveHook(ModelHook):
@@ -339,13 +334,14 @@ class LeaveHook(ModelHook):
 
 
 def _enter(capture: Capture, module: nn.Module) -> bool:
-    """Act as `EnterHook` in a compiled model; return whether calls are captured while this module runs."""
-    if capture.local.outermost is None or capture.local.outermost is module:
+    """Enter the mode if this module is the outermost; return whether calls are captured while it runs."""
+    local = capture.local
+    if local.outermost is None or local.outermost is module:
         if not capture.is_resting():
             capture.enter(module)
     else:
-        capture.local.innermost = module
-    return capture.local.outermost is not None
+        local.innermost = module
+    return local.outermost is not None
 
 
 def _hold_back_compiler() -> Any:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plywise._util.extras import TENSORBOARD, import_extra
-from plywise._util.sealed import unseal
-from plywise.arena.run.ledger import read
+from plywise.arena.reports.bench_page import read_bench
 from plywise.arena.scoring.records import FINAL, TUNING, TrialRecord
 from plywise.arena.scoring.score import best_validation
 from plywise.errors import BenchError
@@ -59,13 +58,8 @@ def list_runs(folder: Path) -> list[TrackedRun]:
     Raises:
         PlywiseError: it holds no bench, or a line is no trial.
     """
-    path = folder / "bench.json"
-    try:
-        workloads = unseal(path.read_text(encoding="utf-8"))["workloads"]
-        metrics = {name: workload["metric"] for name, workload in workloads.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BenchError(f"{folder} is no bench: {path} cannot be read ({error!r}).") from error
-    return [make_run(line, metrics[line["workload"]]) for line in read(folder / "trials.jsonl")]
+    bench, lines = read_bench(folder)
+    return [make_run(line, bench["workloads"][line["workload"]]["metric"]) for line in lines]
 
 
 def make_run(line: TrialRecord, metric: str) -> TrackedRun:

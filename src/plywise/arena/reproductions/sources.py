@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plywise.arena.workloads.images import standardise_channels
 from plywise.data.digits import Split, load_digits
 from plywise.data.parts import Data
 from plywise.data.readers import Bytes
@@ -42,12 +43,12 @@ def cifar_centred(images: int, validation: int, test: int) -> Data:
 
 def cifar_channels(images: int, validation: int, test: int) -> Data:
     """`cifar`, each channel with mean 0 and variance 1 over the training set."""
-    return _standardise_channels(cifar(images, validation, test))
+    return standardise_channels(cifar(images, validation, test))
 
 
 def cifar100_channels(images: int, validation: int, test: int) -> Data:
     """`cifar_channels`, of CIFAR-100."""
-    return _standardise_channels(_cut_parts(*load_cifar100(), (images, validation, test)))
+    return standardise_channels(_cut_parts(*load_cifar100(), (images, validation, test)))
 
 
 def _cut_parts(x: Bytes, y: Bytes, x_test: Bytes, y_test: Bytes, sizes: tuple[int, int, int]) -> Data:
@@ -63,11 +64,6 @@ def _cut_parts(x: Bytes, y: Bytes, x_test: Bytes, y_test: Bytes, sizes: tuple[in
 def _split(x: Bytes, y: Bytes) -> Split:
     pixels: Tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)).astype(np.float32))
     return Split(pixels.div_(255), torch.from_numpy(y.astype(np.int64)))
-
-
-def _standardise_channels(data: Data) -> Data:
-    deviation, mean = torch.std_mean(data.train.x, dim=(0, 2, 3), keepdim=True)
-    return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
 
 
 def _centre(data: Data) -> Data:

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from plywise.arena.task import CLASSIFICATION, REGRESSION, Task
 from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import conv_net, mlp
+from plywise.arena.workloads.synthetic import round_to_grid
 from plywise.data.digits import Split, load_digits
 from plywise.data.parts import Data
 
 SIZES = (3000, 500, 500)
 """Samples to train on, to validate and to test."""
-GRID = 2.0**-16
-"""Data are rounded to multiples of this, for the last digits of a product depend on the machine."""
 CHOICE = TypeVar("CHOICE")
 
 
@@ -135,8 +134,7 @@ def _standardise(values: Tensor) -> Tensor:
 
 
 def _cut(x: Tensor, y: Tensor) -> Data:
-    x = ((x / GRID).round() * GRID).float()
-    y = ((y / GRID).round() * GRID).float() if y.is_floating_point() else y
+    x, y = round_to_grid(x), round_to_grid(y) if y.is_floating_point() else y
     return Data(*(Split(*part) for part in zip(x.split(SIZES), y.split(SIZES), strict=True)))
 
 

@@ -32,7 +32,7 @@ def fashion() -> Data:
         *draw_parts(_make_pixels(x), _make_labels(y), (TRAIN, VALIDATION)),
         Split(_make_pixels(x_test), _make_labels(y_test)),
     ]
-    return _standardise(*(Split(part.x.unsqueeze(1), part.y) for part in parts))
+    return standardise_channels(Data(*(Split(part.x.unsqueeze(1), part.y) for part in parts)))
 
 
 def fashion_rows() -> Data:
@@ -57,9 +57,8 @@ def cifar() -> Data:
     train = _pick_by_checksum(x, y, CIFAR_TRAIN + CIFAR_VALIDATION)
     first, second = train.x.split([CIFAR_TRAIN, CIFAR_VALIDATION])
     labels = train.y.split([CIFAR_TRAIN, CIFAR_VALIDATION])
-    return _standardise(
-        Split(first, labels[0]), Split(second, labels[1]), _pick_by_checksum(x_test, y_test, len(y_test))
-    )
+    test = _pick_by_checksum(x_test, y_test, len(y_test))
+    return standardise_channels(Data(Split(first, labels[0]), Split(second, labels[1]), test))
 
 
 def _pick_by_checksum(x: Bytes, y: Bytes, count: int) -> Split:
@@ -76,10 +75,10 @@ def _make_labels(y: Bytes) -> Tensor:
     return torch.from_numpy(y.astype(np.int64))
 
 
-def _standardise(*parts: Split) -> Data:
+def standardise_channels(data: Data) -> Data:
     """Each channel by the training part's mean and deviation."""
-    deviation, mean = torch.std_mean(parts[0].x, dim=(0, 2, 3), keepdim=True)
-    return Data(*(Split((part.x - mean) / deviation, part.y) for part in parts))
+    deviation, mean = torch.std_mean(data.train.x, dim=(0, 2, 3), keepdim=True)
+    return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
 
 
 WORKLOADS = {

@@ -51,12 +51,13 @@ def make_data() -> Data:
     noise = NOISE * normal(SAMPLES, 1)
     exact = [DIMENSIONS**0.5 * rotation() @ root for _ in range(2)]
     return Data(
-        Split(_round_to_grid(train), _round_to_grid(train @ answer + noise)),
-        *(Split(_round_to_grid(x), _round_to_grid(x @ answer)) for x in exact),
+        Split(round_to_grid(train), round_to_grid(train @ answer + noise)),
+        *(Split(round_to_grid(x), round_to_grid(x @ answer)) for x in exact),
     )
 
 
-def _round_to_grid(values: Tensor) -> Tensor:
+def round_to_grid(values: Tensor) -> Tensor:
+    """Round to multiples of `GRID`."""
     return ((values / GRID).round() * GRID).float()
 
 
