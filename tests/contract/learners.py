@@ -63,7 +63,7 @@ CASES = [
     LearnerCase(
         "momentum_auxiliary",
         partial(pw.MomentumAuxiliary, momentum=0.9),
-        keeps_activations="heads copy the blocks that watch, and torch's weak references bear no copy",
+        keeps_activations="a head runs copies of the next block, which keep activations beside the block's",
     ),
     LearnerCase("scpl", pw.SCPL),
 ]

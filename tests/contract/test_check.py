@@ -1,6 +1,7 @@
 """The contract as users call it: `check_rule` and `check_learner`, on what keeps it and on what breaks it."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -28,6 +29,36 @@ class Silent(pw.Rule):
 
     def update(self, call: pw.LinearCall) -> pw.Update:
         return None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Counting(pw.Rule):
+    """Counts its calls, though rules keep nothing."""
+
+    count: list[int] = field(default_factory=lambda: [0])
+
+    def update(self, call: pw.LinearCall) -> pw.Update:
+        self.count[0] += 1
+        return call.gradient().scaled(1 / self.count[0], 1 / self.count[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Hoarding(pw.Rule):
+    """Keeps what it is given."""
+
+    kept: list[torch.Tensor] = field(default_factory=list)
+
+    def update(self, call: pw.LinearCall) -> pw.Update:
+        self.kept.append(call.delta)
+        return call.gradient()
+
+
+@dataclass(frozen=True, eq=False)
+class Unbiased(pw.Rule):
+    """Moves weights alone."""
+
+    def update(self, call: pw.LinearCall) -> pw.Update:
+        return pw.Update(call.gradient().weight, None)
 
 
 class Loose(pw.Rule):
@@ -75,6 +106,23 @@ def test_a_rule_that_fails_everywhere_is_said_once() -> None:
     assert str(caught.value).count("must return a plywise.Update, not NoneType") < 8
     assert "as above" in str(caught.value)
     assert "accumulation (" in str(caught.value)
+    assert len(str(caught.value).splitlines()) < 12
+
+
+def test_numbers_that_differ_are_named() -> None:
+    with pytest.raises(pw.ContractError) as caught:
+        check_rule(Counting, only=["accumulation"])
+    assert re.search(r"\d of \d tensors differ, first '\d\.weight', by up to [\d.e-]+", str(caught.value))
+
+
+def test_a_rule_that_keeps_gradients() -> None:
+    with pytest.raises(pw.ContractError, match="gradients at outputs are still kept after backward"):
+        check_rule(Hoarding, only=["unmodified"])
+
+
+def test_a_rule_that_forgets_the_bias() -> None:
+    with pytest.raises(pw.ContractError, match="the update of '0' has no bias, and the layer has one"):
+        check_rule(Unbiased, only=["shapes"])
 
 
 def test_a_rule_that_is_no_dataclass_is_refused_at_once() -> None:

@@ -1,3 +1,3 @@
-"""What every local learner promises: same bits, resume, clear refusals, no trace, no leak."""
+"""What every local learner promises: it learns, same bits, resume, clear refusals, no trace."""
 
 from plywise.testing.contract.test_learners import *

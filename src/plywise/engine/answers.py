@@ -56,7 +56,11 @@ def check_input_gradient(rule: object, call: LinearCall, value: object) -> None:
         )
     like = call.a if call.map.sends_below else call.delta
     if value.shape != like.shape:
-        raise _name_shape(f"{who} answers", call, value, like.shape)
+        raise AttachError(
+            f"{who} returns a tensor of shape {tuple(value.shape)} for layer {call.name!r}, where "
+            f"{tuple(like.shape)} is wanted. call.input_gradient() is what backpropagation sends down.",
+            see="attach-rule",
+        )
 
 
 def _name_shape(what: str, call: LinearCall, value: Tensor, shape: Sequence[int]) -> AttachError:

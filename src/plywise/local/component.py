@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise.data.batches import map_tensors
+from plywise.errors import BlockError
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,23 @@ class Component(nn.Module, ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer; ``"rate"`` is a factor of its learning rate (default 1)."""
         return [{"params": list(self.parameters())}]
+
+
+def check_answer(component: nn.Module, index: int, answer: object) -> tuple[Signal, Tensor]:
+    """Return what a component's `Component.forward` returned: the next signal, and the loss.
+
+    Raises:
+        BlockError: it is something else, or the loss is not one number.
+    """
+    name = f"Component {index} ({type(component).__name__})"
+    how = "forward(signal) must return the next plywise.Signal and the loss, a tensor of one number"
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], Signal):
+        parts = answer if isinstance(answer, tuple) else (answer,)
+        found = ", ".join(type(part).__name__ for part in parts) or "nothing"
+        raise BlockError(f"{name} returned {found}: {how}.")
+    signal, loss = answer
+    if not isinstance(loss, Tensor):
+        raise BlockError(f"{name} returned a loss of type {type(loss).__name__}: {how}.")
+    if loss.numel() != 1:
+        raise BlockError(f"{name} returned a loss of shape {tuple(loss.shape)}: {how}; take its mean.")
+    return signal, loss

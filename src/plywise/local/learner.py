@@ -14,7 +14,7 @@ from plywise.data.batches import Batch, count_samples
 from plywise.data.reading import IGNORED
 from plywise.data.training_data import cross_entropy as token_cross_entropy
 from plywise.engine.explain import Explanations
-from plywise.errors import AttachError, DataError, StateError
+from plywise.errors import AttachError, BlockError, DataError, StateError
 from plywise.local.blocks import Blocks
 from plywise.local.component import Component, Signal
 from plywise.local.trainer import LocalTrainer, MakeOptimizer, MakeRule, MakeScheduler
@@ -48,6 +48,7 @@ class Learner(ABC):
         seed: of the components' random numbers (dropout, noise). Default 0.
 
     Raises:
+        BlockError: there is no component, or one is no `Component`.
         AttachError: no component has a layer that the rule handles. One without such a layer, among others,
             follows its plain gradients (`explain`).
         TypeError: ``optimizer``, ``scheduler`` or ``rule`` is no function, or ``callbacks`` is one.
@@ -71,7 +72,7 @@ class Learner(ABC):
         self.steps = 0
         self.trainers = [
             LocalTrainer(component, index, optimizer, scheduler, rule, seed)
-            for index, component in enumerate(components)
+            for index, component in enumerate(_list_components(self, components))
         ]
         if rule is not None:
             self._check_rule()
@@ -169,6 +170,20 @@ class Learner(ABC):
         for trainer, part in zip(self.trainers, state["trainers"], strict=True):
             trainer.load_state_dict(part)
         self.steps = state["steps"]
+
+
+def _list_components(owner: object, components: Iterable[Component]) -> list[Component]:
+    """Return the components in a list; raise BlockError if there is none, or one is something else."""
+    found = list(components)
+    if not found:
+        raise BlockError(f"{type(owner).__name__} has no component: give at least one.")
+    for index, component in enumerate(found):
+        if not isinstance(component, Component):
+            raise BlockError(
+                f"{type(owner).__name__}: component {index} is a {type(component).__name__}, and must be a "
+                "plywise.Component, a module whose forward(signal) returns the next signal and the loss."
+            )
+    return found
 
 
 _MAKERS = {

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from plywise._util.modes import frozen_parts
+from plywise.data.batches import list_tensors
 from plywise.engine.explain import Explanation
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
@@ -19,7 +20,7 @@ from plywise.engine.rows import make_module_row
 from plywise.engine.rule import Rule
 from plywise.engine.selection import collect_parameters
 from plywise.errors import StateError
-from plywise.local.component import Component, Signal
+from plywise.local.component import Component, Signal, check_answer
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -113,7 +114,7 @@ class LocalTrainer:
         parts, made, losses = self.component.split(signal), [], []
         with self.randomness(step):
             for part, share in parts:
-                after, loss = self.module(part)
+                after, loss = check_answer(self.component, self.index, self._run(part))
                 made.append(after.detached())
                 if len(made) == len(parts):
                     following = self.component.join(signal, made)
@@ -125,6 +126,18 @@ class LocalTrainer:
                 losses.append(loss.detach())
         self.apply()
         return following, torch.stack(losses).sum()
+
+    def _run(self, signal: Signal) -> Any:
+        """Run the component on a signal; an error says which component it is, and what it was given."""
+        try:
+            return self.module(signal)
+        except Exception as error:
+            sizes = " and ".join(str(tuple(s.shape)) for s in list_tensors(signal.s))
+            name = type(self.component).__name__
+            error.add_note(
+                f"Raised by component {self.index} ({name}), which was given activations of {sizes}."
+            )
+            raise
 
     def begin(self) -> None:
         """Set training mode and clear gradients that a failed step or other code may have left.

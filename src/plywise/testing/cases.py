@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from plywise._util.import_path import load
 from plywise.engine.answers import read_settings
 from plywise.engine.rule import Rule
-from plywise.errors import TestingError
+from plywise.errors import MORE, PlywiseError, TestingError
 from plywise.local.blocks import Blocks
 from plywise.local.learner import Learner
-from plywise.testing.contract.learners import CLASSES, make_adam, make_halving, make_modules
+from plywise.testing.contract.learners import CLASSES, make_adam, make_data, make_halving, make_modules
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,87 @@ class LearnerCase:
     takes_any_targets: str = ""
     keeps_activations: str = ""
 
-    def make(self, seed: int = 1, **training: Any) -> Learner:
-        """Make the learner on three blocks, whose parameters are drawn by ``seed``."""
+    def make(self, weights: int = 1, **training: Any) -> Learner:
+        """Make the learner on three blocks, whose parameters are drawn by the seed ``weights``."""
         if self.optimizes:
             training = {"optimizer": make_adam, "scheduler": make_halving, **training}
-        return self.kind(Blocks(make_modules(seed), torch.zeros(4, 6)), CLASSES, **training)
+        return self.kind(Blocks(make_modules(weights), torch.zeros(4, 6)), CLASSES, **training)
+
+
+def make_learner_case(factory: Callable[..., Learner] | LearnerCase) -> LearnerCase:
+    """Make the case of a function that makes a learner, or return a case, once it makes a learner.
+
+    Raises:
+        PlywiseError: it makes none.
+
+    Example:
+        >>> import plywise as pw
+        >>> make_learner_case(pw.LocalLoss).name
+        'LocalLoss'
+    """
+    if not callable(factory) and not isinstance(factory, LearnerCase):
+        raise TestingError(
+            "check_learner needs a function of blocks and the number of classes that makes a learner, "
+            f"not {type(factory).__name__}."
+        )
+    case = factory
+    if not isinstance(case, LearnerCase):
+        case = LearnerCase(getattr(factory, "__name__", "learner"), case)
+    names = "optimizer=…, scheduler=…, " if case.optimizes else ""
+    call = f"{case.name}(blocks, {CLASSES}, {names}callbacks=…, seed=…)"
+    advice = (
+        "check_learner calls it so; pass a function that takes these arguments, and see "
+        "plywise.testing.LearnerCase for a learner without an optimizer."
+    )
+    with _refuse_errors(call, advice):
+        made: object = case.make(callbacks=[], seed=0)
+    if not isinstance(made, Learner):
+        raise TestingError(f"{call} returned a {type(made).__name__}, and must return a plywise.Learner.")
+    x, y = make_data(0)
+    with _refuse_errors(f"The first step of {case.name}, on a batch of {tuple(x.shape)},"):
+        made.step(x, y)
+    with _refuse_errors(f"{case.name}.as_module()"):
+        module: object = made.as_module()
+    if not isinstance(module, nn.Module):
+        raise TestingError(
+            f"{case.name}.as_module() returned a {type(module).__name__}, and must return the network that "
+            "predicts, an nn.Module."
+        )
+    return case
+
+
+@contextmanager
+def _refuse_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Raise TestingError in place of what the user's code raises, and keep the caller's random numbers."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except PlywiseError:
+        raise
+    except Exception as error:
+        raise TestingError(f"{what} raised {describe_error(error)}. {advice}".strip()) from error
+
+
+LIBRARIES = tuple(
+    str(Path(path).resolve())
+    for path in (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+)
+"""Folders of code that is not the user's."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Describe an error in a line: its kind, where in the user's code it was raised, what it says."""
+    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(Path(frame.filename))]
+    where = f" in {Path(theirs[-1].filename).name}, line {theirs[-1].lineno}" if theirs else ""
+    notes = [note for note in getattr(error, "__notes__", ()) if not note.startswith(MORE)]
+    first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return ". ".join([f"{type(error).__name__}{where}: {first}".rstrip(": "), *notes]).rstrip(".")
+
+
+def _is_users(path: Path) -> bool:
+    """Tell whether a file is neither plywise's nor a library's."""
+    resolved = str(path.resolve())
+    return path.is_file() and not any(resolved.startswith(folder) for folder in LIBRARIES)
 
 
 def make_case(factory: Callable[[], Rule] | Case | str) -> Case:

@@ -16,13 +16,13 @@ from plywise._util.suggest import suggestion
 from plywise.engine.rule import Rule
 from plywise.errors import ContractError, MissingPackageError, TestingError
 from plywise.local.learner import Learner
-from plywise.testing.cases import Case, LearnerCase, make_case
+from plywise.testing.cases import Case, LearnerCase, make_case, make_learner_case
 
 FOLDER = Path(__file__).parent / "contract"
-LEARNERS = "learners"
-"""The only file of tests for learners."""
+LEARNERS = ("learners", "learner_blocks")
+"""The files of tests for learners."""
 SHOWN = 3
-"""The largest number of tests of a broken promise that an error names."""
+"""The largest number of reasons that an error gives of a broken promise, and of tests with one reason."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ def list_promises() -> dict[str, str]:
         >>> list_promises()["no_trace"]
         'A step that did not happen leaves no trace.'
     """
+    return {name: sentence for name, sentence in _read_sentences().items() if name not in LEARNERS}
+
+
+def _read_sentences() -> dict[str, str]:
+    """Read what each file of tests says that it checks."""
     paths = sorted(FOLDER.glob("test_*.py"))
+    texts = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in paths]
     return {
-        path.stem.removeprefix("test_"): (
-            ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        ).split("\n")[0]
-        for path in paths
-        if path.stem != f"test_{LEARNERS}"
+        path.stem.removeprefix("test_"): text.split("\n")[0] for path, text in zip(paths, texts, strict=True)
     }
 
 
@@ -115,14 +117,8 @@ def check_learner(factory: Callable[..., Learner] | LearnerCase) -> ContractResu
         ContractError: a promise is broken, as in `check_rule`.
         PlywiseError: the factory cannot be called, or pytest is missing.
     """
-    if not isinstance(factory, LearnerCase):
-        if not callable(factory):
-            raise TestingError(
-                "check_learner needs a function of blocks and the number of classes that makes a learner, "
-                f"not {type(factory).__name__}."
-            )
-        factory = LearnerCase(getattr(factory, "__name__", "learner"), factory)
-    return _check(factory.name, (LEARNERS,), [], [factory])
+    case = make_learner_case(factory)
+    return _check(case.name, LEARNERS, [], [case])
 
 
 def _check(
@@ -149,7 +145,7 @@ def _check(
         raise TestingError(f"pytest ended with {code!r} before the end.")
     result = ContractResult(name, plugin.passed, plugin.skipped, plugin.failed)
     if result.failed:
-        error = ContractError(_describe_failures(result))
+        error = ContractError(_describe_failures(result, plugin.reasons))
         error.result = result
         raise error
     return result
@@ -177,34 +173,29 @@ def _isolate_pytest() -> Iterator[None]:
             os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = before
 
 
-def _describe_failures(result: ContractResult) -> str:
+def _describe_failures(result: ContractResult, reasons: Mapping[str, str]) -> str:
     """Name the broken promises in a sentence each, with their first tests and what these say.
 
     A reason that was given before, as of a rule that fails everywhere, is not repeated.
     """
     lines = [f"{result.name} breaks {len(result.failed)} of the contract's tests ({result.passed} pass):"]
-    sentences, reasons = list_promises(), set[str]()
-    by_promise: dict[str, list[str]] = {}
-    for test in result.failed:
-        by_promise.setdefault(test.partition(".py")[0].removeprefix("test_"), []).append(test)
-    for promise, tests in by_promise.items():
-        lines.append(
-            f"{promise} ({len(tests)} failed): {sentences.get(promise, 'What every learner keeps.')}"
-        )
-        for test in tests[:SHOWN]:
-            reason = _find_reason(result.failed[test])
-            lines.append(f"  - {test.partition('::')[2]}: {'as above' if reason in reasons else reason}")
-            reasons.add(reason)
-        if len(tests) > SHOWN:
-            lines.append(f"  - … and {len(tests) - SHOWN} more")
+    sentences, given = _read_sentences(), set[str]()
+    by_promise: dict[str, dict[str, list[str]]] = {}
+    for test, account in result.failed.items():
+        reason = reasons.get(test) or (account.strip().splitlines() or [""])[-1]
+        promise = test.partition(".py")[0].removeprefix("test_")
+        by_promise.setdefault(promise, {}).setdefault(reason, []).append(test)
+    for promise, by_reason in by_promise.items():
+        count = sum(map(len, by_reason.values()))
+        lines.append(f"{promise} ({count} failed): {sentences.get(promise, '')}")
+        new = [reason for reason in by_reason if reason not in given]
+        for reason in new[:SHOWN]:
+            tests = [test.partition("::")[2] for test in by_reason[reason]]
+            more = f" and {len(tests) - SHOWN} more" if len(tests) > SHOWN else ""
+            lines.append(f"  - {', '.join(tests[:SHOWN])}{more}: {reason}")
+        known = count - sum(len(by_reason[reason]) for reason in new)
+        rest = sum(len(by_reason[reason]) for reason in new[SHOWN:])
+        lines += [f"  - {known} tests: as above"] * bool(known) + [f"  - … and {rest} more"] * bool(rest)
+        given.update(new[:SHOWN])
     lines.append("error.result.failed has pytest's account of each test.")
     return "\n".join(lines)
-
-
-def _find_reason(account: str) -> str:
-    """Find the error in pytest's account of a test, with the line of code if it is a bare assertion."""
-    lines = account.splitlines()
-    errors = [line[1:].strip() for line in lines if line.startswith("E ")]
-    reason = errors[0] if errors else (account.strip().splitlines() or [""])[-1]
-    code = [line.strip() for line in lines if line.startswith("    assert ")]
-    return f"{reason} ({code[-1]})" if code and reason.startswith("AssertionError") else reason

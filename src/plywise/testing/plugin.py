@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from plywise.engine.rule import Rule
-from plywise.testing.cases import Case, LearnerCase, find_why_stuck, select_family
+from plywise.testing.cases import Case, LearnerCase, describe_error, find_why_stuck, select_family
 
 MARKERS = (
     "slow: takes more than a few seconds",
@@ -75,6 +75,29 @@ def cases(request: pytest.FixtureRequest) -> list[Case]:
     return request.config.stash[CASES]
 
 
+LONGEST = 500
+"""The largest number of characters of a reason."""
+
+
+def find_reason(error: BaseException, trace: Sequence[Any]) -> str:
+    """Return why a test failed, in a line: what it found, or what was raised and where in the user's code.
+
+    Args:
+        error: what the test raised.
+        trace: the entries of pytest's traceback, outermost first.
+    """
+    text = str(error).strip()
+    if isinstance(error, pytest.fail.Exception):
+        reason = text
+    elif isinstance(error, AssertionError):
+        reason = (text.splitlines() or [""])[0]
+        if trace and (reason.startswith("assert ") or len(reason.split()) < 4):  # no sentence: show the code
+            reason = f"{reason.removeprefix('assert ')} ({' '.join(str(trace[-1].statement).split())})"
+    else:
+        reason = describe_error(error)
+    return reason if len(reason) <= LONGEST else f"{reason[:LONGEST]} …"
+
+
 class ContractPlugin:
     """Runs the contract on some rules and learners, and keeps the results.
 
@@ -89,6 +112,8 @@ class ContractPlugin:
         self.passed = 0
         self.skipped: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        """Of failed tests: the promise, where the test states one, and why the test failed, in a line."""
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Register the markers, and pass the rules to the fixture `cases`."""
@@ -112,6 +137,14 @@ class ContractPlugin:
         """Note a file that cannot be read."""
         if report.failed:
             self.failed[report.nodeid] = report.longreprtext
+
+    def pytest_exception_interact(self, node: Any, call: Any) -> None:
+        """Note why a test failed."""
+        if not call.excinfo or not isinstance(node, pytest.Item):
+            return
+        promise = getattr(getattr(node, "obj", None), "__doc__", None) or ""
+        reason = find_reason(call.excinfo.value, call.excinfo.traceback)
+        self.reasons[node.nodeid] = f"{' '.join(promise.split())} {reason}".strip()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note the result of a test."""

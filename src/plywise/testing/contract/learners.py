@@ -33,6 +33,20 @@ def make_data(number: int, rows: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 6, generator=generator) + 2 * nn.functional.one_hot(y, 6), y
 
 
+def copy_parameters(learner: Learner) -> dict[str, Tensor]:
+    """Copy the parameters of all components, by component and name."""
+    return {
+        f"{trainer.index}: {name}": p.detach().clone()
+        for trainer in learner.trainers
+        for name, p in trainer.component.named_parameters()
+    }
+
+
+def format_numbers(values: Tensor) -> str:
+    """Write the numbers of a vector, as an error shows them."""
+    return f"[{', '.join(f'{value:.3g}' for value in values.tolist())}]"
+
+
 def copy_state(learner: Learner) -> dict[str, Tensor]:
     """Copy all tensors of the learner's state, by path."""
     found: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,15 +106,38 @@ def save_and_load(value: Any, weights_only: bool = True) -> Any:
     return torch.load(file, weights_only=weights_only)
 
 
-def have_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+@dataclass(frozen=True)
+class Finding:
+    """Whether something holds, with what a failing test says of it."""
+
+    holds: bool
+    words: str
+
+    def __bool__(self) -> bool:
+        return self.holds
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+def have_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> Finding:
     """Tell whether names and values are the same, bit for bit (NaN equals NaN)."""
-    return left.keys() == right.keys() and all(
-        torch.equal(
-            torch.as_tensor(value).nan_to_num(nan=12345.678),
-            torch.as_tensor(right[name]).nan_to_num(nan=12345.678),
-        )
-        for name, value in left.items()
-    )
+    if left.keys() != right.keys():
+        return Finding(False, f"only one side has {sorted(map(str, left.keys() ^ right.keys()))[:3]}")
+    pairs = {name: (torch.as_tensor(left[name]), torch.as_tensor(right[name])) for name in left}
+    differ = [
+        name
+        for name, values in pairs.items()
+        if not torch.equal(*(value.nan_to_num(nan=12345.678) for value in values))
+    ]
+    if not differ:
+        return Finding(True, "all numbers are the same, bit for bit")
+    one, other = pairs[differ[0]]
+    if one.shape != other.shape:
+        how = f"shapes {tuple(one.shape)} and {tuple(other.shape)}"
+    else:
+        how = f"by up to {float((one.double() - other.double()).abs().max()):.3g}"
+    return Finding(False, f"{len(differ)} of {len(left)} tensors differ, first {differ[0]!r}, {how}")
 
 
 def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-12) -> None:
@@ -124,7 +148,10 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
         assert value.shape == other.shape, name
         if value.numel():
             size = float(other.abs().max())
-            assert float((value - other).abs().max()) <= tolerance * max(size, 1e-300), name
+            error = float((value - other).abs().max())
+            assert error <= tolerance * max(size, 1e-300), (
+                f"{name!r} differs by {error:.3g} from what is right"
+            )
 
 
 def are_finite(tensors: dict[str, Tensor]) -> bool:

@@ -268,4 +268,7 @@ def test_the_rule_sees_the_layers_own_problem(case: Case, rule: Rule, kind: str)
         move = rule.update(ply)
         assert_close({"w": found[f"{name}.weight"]}, {"w": move.weight.reshape(module.weight.shape)})
         if bias:
+            assert move.bias is not None, (
+                f"the update of {name!r} has no bias, and the layer has one that trains"
+            )
             assert_close({"b": found[f"{name}.bias"]}, {"b": move.bias})

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -199,12 +200,21 @@ def test_activations_are_freed_at_once(rule: Rule, runs_backward: bool) -> None:
     model = make_convnet()
     attach(rule, model, warm=(2, 6, 6))
     inputs: list[StorageWeakRef] = []
+    deltas: list[StorageWeakRef] = []
 
     def watch(module: nn.Module, args: tuple[torch.Tensor]) -> None:
         inputs.append(StorageWeakRef(args[0].untyped_storage()))
 
+    def watch_gradient(gradient: torch.Tensor) -> None:
+        deltas.append(StorageWeakRef(gradient.untyped_storage()))
+
+    def watch_output(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.register_hook(watch_gradient)
+
     for module in model:
         module.register_forward_pre_hook(watch)
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(watch_output)
     gc.collect()
     gc.disable()
     try:
@@ -213,7 +223,8 @@ def test_activations_are_freed_at_once(rule: Rule, runs_backward: bool) -> None:
             loss.backward()
         del loss
         assert len(inputs) == len(model)
-        assert all(ref.expired() for ref in inputs)
+        assert all(ref.expired() for ref in inputs), "the inputs of layers are still kept after backward"
+        assert all(ref.expired() for ref in deltas), "gradients at outputs are still kept after backward"
     finally:
         gc.enable()
 
