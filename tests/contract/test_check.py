@@ -61,6 +61,24 @@ class Unbiased(pw.Rule):
         return pw.Update(call.gradient().weight, None)
 
 
+@dataclass(frozen=True, eq=False)
+class Failing(pw.Rule):
+    """Looks for what is not there."""
+
+    def update(self, call: pw.LinearCall) -> pw.Update:
+        return {}[call.name]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(pw.Rule):
+    """Knows linear layers of float32 alone."""
+
+    def update(self, call: pw.LinearCall) -> pw.Update:
+        if call.a.dim() > 2 or call.a.dtype != torch.float32:
+            raise NotImplementedError("only rows of float32")
+        return call.gradient()
+
+
 class Loose(pw.Rule):
     """No dataclass."""
 
@@ -102,11 +120,22 @@ def test_a_rule_that_breaks_one() -> None:
 
 def test_a_rule_that_fails_everywhere_is_said_once() -> None:
     with pytest.raises(pw.ContractError) as caught:
-        check_rule(Silent, only=["scales", "accumulation"])
-    assert str(caught.value).count("must return a plywise.Update, not NoneType") < 8
+        check_rule(Linear, only=["scales", "accumulation"])
+    assert str(caught.value).count("NotImplementedError in test_check.py, line ") < 4
     assert "as above" in str(caught.value)
     assert "accumulation (" in str(caught.value)
     assert len(str(caught.value).splitlines()) < 12
+
+
+def test_a_rule_that_cannot_take_a_step_is_refused_at_once() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(pw.AttachError, match=r"Silent\.update must return a plywise\.Update, not NoneType"):
+        check_rule(Silent)
+    with pytest.raises(
+        pw.PlywiseError, match=r"first step of Failing.* raised KeyError in test_check\.py, line"
+    ):
+        check_rule(Failing)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_numbers_that_differ_are_named() -> None:

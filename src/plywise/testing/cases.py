@@ -20,6 +20,7 @@ from plywise.errors import MORE, PlywiseError, TestingError
 from plywise.local.blocks import Blocks
 from plywise.local.learner import Learner
 from plywise.testing.contract.learners import CLASSES, make_adam, make_data, make_halving, make_modules
+from plywise.testing.contract.models import compute_loss, make_batch, make_mlp
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,23 @@ def make_case(factory: Callable[[], Rule] | Case | str) -> Case:
         )
     read_settings(made)  # a class that is no dataclass would break every promise
     return Case(name, factory)
+
+
+def try_step(case: Case) -> None:
+    """Let a rule take one step on a small network.
+
+    A rule that cannot would fail in nearly every test.
+
+    Raises:
+        PlywiseError: it fails.
+    """
+    with _refuse_errors(f"The first step of {case.name}, on a small network,"):
+        model = make_mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=case.rates[0])
+        rule = case.make().attach(model, optimizer)
+        compute_loss(model, make_batch()).backward()
+        optimizer.step()
+        rule.detach()
 
 
 def select_family(case: Case, cases: Sequence[Case], turn: int) -> bool:

@@ -16,7 +16,7 @@ from plywise._util.suggest import suggestion
 from plywise.engine.rule import Rule
 from plywise.errors import ContractError, MissingPackageError, TestingError
 from plywise.local.learner import Learner
-from plywise.testing.cases import Case, LearnerCase, make_case, make_learner_case
+from plywise.testing.cases import Case, LearnerCase, make_case, make_learner_case, try_step
 
 FOLDER = Path(__file__).parent / "contract"
 LEARNERS = ("learners", "learner_blocks")
@@ -85,8 +85,8 @@ def check_rule(factory: Callable[[], Rule] | Case | str, *, only: Sequence[str] 
     Raises:
         ContractError: a promise is broken. The message names each, and ``error.result.failed`` holds the
             report of pytest.
-        PlywiseError: the factory makes no rule, ``only`` has an unknown name, or pytest or hypothesis is
-            missing.
+        PlywiseError: the factory makes no rule, or one that fails at its first step; ``only`` has an unknown
+            name; or pytest or hypothesis is missing.
 
     Example:
         >>> import plywise as pw
@@ -99,6 +99,7 @@ def check_rule(factory: Callable[[], Rule] | Case | str, *, only: Sequence[str] 
             hint = suggestion(name, tuple(promises)) or f"There are: {', '.join(promises)}."
             raise TestingError(f"No promise is called {name!r}. {hint}".rstrip())
     case = make_case(factory)
+    try_step(case)
     return _check(case.name, only or tuple(promises), [case], [])
 
 
@@ -115,7 +116,7 @@ def check_learner(factory: Callable[..., Learner] | LearnerCase) -> ContractResu
 
     Raises:
         ContractError: a promise is broken, as in `check_rule`.
-        PlywiseError: the factory cannot be called, or pytest is missing.
+        PlywiseError: the factory makes no learner, or one that fails at its first step; or pytest is missing.
     """
     case = make_learner_case(factory)
     return _check(case.name, LEARNERS, [], [case])
