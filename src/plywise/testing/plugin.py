@@ -90,7 +90,8 @@ def find_reason(error: BaseException, trace: Sequence[Any]) -> str:
     if isinstance(error, pytest.fail.Exception):
         reason = text
     elif isinstance(error, AssertionError):
-        reason = (text.splitlines() or [""])[0]
+        lines = text.splitlines() or [""]  # pytest.raises says below what it expected and what it found
+        reason = " ".join(text.split()) if lines[0].startswith("Regex pattern") else lines[0]
         if trace and (reason.startswith("assert ") or len(reason.split()) < 4):  # no sentence: show the code
             reason = f"{reason.removeprefix('assert ')} ({' '.join(str(trace[-1].statement).split())})"
     else:
