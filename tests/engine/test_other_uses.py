@@ -225,3 +225,25 @@ def test_a_captured_call_is_no_other_use() -> None:
     reasons = {row.name: row.reason for row in rule.explain().rows}
     assert reasons["norm"] == reasons["g"] == "linear in its weights"
     assert reasons["head"] == "linear in its weights; also used by sum, whose part stays a plain gradient"
+
+
+@pytest.mark.parametrize("begin", ["evaluation", "blocks"])
+def test_uses_are_noted_in_forwards_with_a_graph_of_each_outermost_module(begin: str) -> None:
+    def add_places(s: Net, x: Tensor) -> Tensor:
+        return s.layer(x) + s.places.weight[: len(x)]
+
+    parts = [Net(add_places, layer=nn.Linear(6, 6), places=nn.Embedding(9, 6)) for _ in range(5)]
+    model, x = nn.Sequential(*parts), draw(5, 6)
+    rule = pw.ProxProp().attach(model, kinds="all")
+    if begin == "evaluation":
+        with torch.no_grad():
+            for _ in range(5):
+                model(x)
+        model(x).square().mean().backward()
+    else:
+        for part in parts:  # each is the outermost module of its own run
+            x = part(x)
+        x.square().mean().backward()
+    left = {row.name: row.reason for row in rule.explain().rows if not row.handled}
+    assert left.keys() == {f"{number}.places" for number in range(5)}
+    assert set(left.values()) == {"its weight is used by add, which is not read as a linear map"}

@@ -31,7 +31,7 @@ from plywise.engine.sites import TRANSFORM, Site
 from plywise.engine.table import ParameterTable
 
 EXPLORED = 3
-"""Forwards of the whole model in which uses of parameters are noted."""
+"""Forwards of each outermost module, with a graph, in which uses of parameters are noted."""
 
 WHY_NOT_COMPILED = (
     "plywise reads calls of linear maps between compiled graphs: leave fullgraph=True out, or the parameters "
@@ -176,7 +176,6 @@ class Capture:
         self._mode = CaptureMode(readers, self)
         self._table = table
         self._handles: list[RemovableHandle] = []
-        self._passes = 0
         self.local = _Running()
         self.exploring = True
         self.paused = False
@@ -256,13 +255,18 @@ class Capture:
         if self.paused or torch._C._is_tracing():  # a traced copy is a plain one
             return
         self._table.begin_pass()
-        self._passes += 1
-        self.exploring = self._passes <= EXPLORED
-        if not any(isinstance(h, LeaveHook) and h.capture is self for h in module._forward_hooks.values()):
-            hook = LeaveHook(self)
-            self._handles.append(module.register_forward_hook(hook, always_call=True))
+        self.exploring = self._find_leave_hook(module).explores()
         local.outermost = local.innermost = module
         _push(self._mode)
+
+    def _find_leave_hook(self, module: nn.Module) -> "LeaveHook":
+        """Return the hook that ends the runs of an outermost module; register it if this is the first run."""
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, LeaveHook) and hook.capture is self:
+                return hook
+        made = LeaveHook(self)
+        self._handles.append(module.register_forward_hook(made, always_call=True))
+        return made
 
     def leave(self, module: nn.Module) -> None:
         """End a run: the module has returned or failed."""
@@ -326,6 +330,15 @@ class LeaveHook(ModelHook):
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
+        self._passes = 0
+
+    def explores(self) -> bool:
+        """Return whether uses of parameters are noted in the run that begins.
+
+        Runs without a graph (an evaluation before training) do not count: no gradient will come of them.
+        """
+        self._passes += _grad_enabled()
+        return self._passes <= EXPLORED and _grad_enabled()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Leave the mode, if this module is the outermost."""
