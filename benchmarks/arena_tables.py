@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from plywise.arena.scoring.conclusions import span
+from plywise.arena.scoring.conclusions import format_span
 from plywise.arena.scoring.intervals import Interval
 from summaries import read_summary
 
@@ -67,7 +67,7 @@ SHORT = {
 
 
 def _ratio(ratio: Interval | None) -> str:
-    return "–" if ratio is None else span(ratio).removesuffix(" (without limits)")
+    return "–" if ratio is None else format_span(ratio).removesuffix(" (without limits)")
 
 
 def _count(

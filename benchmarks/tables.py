@@ -120,7 +120,7 @@ def reproduction(name: str) -> Callable[[str], str]:
     """All experiments of a paper, as `plywise reproduce` writes them."""
 
     def write(_: str) -> str:
-        return reproduction_tables.markdown(_read_divergence(read(f"reproduce/{name}")))
+        return reproduction_tables.make_markdown(_read_divergence(read(f"reproduce/{name}")))
 
     return write
 

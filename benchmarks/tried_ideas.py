@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import plywise as pw
-from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine, end_to_end
+from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, end_to_end, make_cosine
 from plywise.arena.methods.peers import group_hidden, hidden_weights
 from plywise.arena.run.experiment import Design, run_arms
 from plywise.arena.run.ledger import Ledger
@@ -90,7 +90,9 @@ def make_adamw(context: TrialContext, weight_decay: float = 0.01) -> Optimizer:
 def train_averaged(context: TrialContext) -> Trainer:
     """Average the weights."""
     optimizer = make_optimizer(context)
-    return AveragedTraining(context.model, optimizer, context.task.loss, cosine(context.steps)(optimizer))
+    return AveragedTraining(
+        context.model, optimizer, context.task.loss, make_cosine(context.steps)(optimizer)
+    )
 
 
 def train_with_fixed_norms(context: TrialContext) -> Trainer:

@@ -26,7 +26,7 @@ from plywise.arena.methods import find_method
 from plywise.arena.reports.bench_page import read_bench
 from plywise.arena.scoring.records import DEFAULTS
 from plywise.arena.scoring.score import to_target
-from plywise.arena.scoring.targets import target_of
+from plywise.arena.scoring.targets import choose_target
 from plywise.arena.workloads import targets
 
 RUNS = Path(__file__).parents[2] / "runs" / "arena"
@@ -54,7 +54,7 @@ def find_target(workload: str) -> float:
         return float(stored["target"])
     bench, lines = read_bench(RUNS / "hidden")
     baselines = {name for name, method in bench["methods"].items() if method["baseline"]}
-    found = target_of([line for line in lines if line["workload"] == workload], baselines)
+    found = choose_target([line for line in lines if line["workload"] == workload], baselines)
     return -math.inf if found is None else found
 
 

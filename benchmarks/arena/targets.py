@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plywise._util.files import write_whole
 from plywise.arena.reports.bench_page import read_bench
-from plywise.arena.scoring.targets import ENOUGH, loose_target_of, target_of
+from plywise.arena.scoring.targets import ENOUGH, choose_loose_target, choose_target
 from plywise.arena.workloads import WORKLOADS, targets
 
 STORED = Path(__file__).parents[2] / "src" / "plywise" / "arena" / "workloads" / "targets.json"
@@ -37,8 +37,8 @@ def main() -> None:
             print(f"{name:20} none: {len(tuning)} tuning trials of the baselines are too few, or not all")
             continue
         found[name] = {
-            "target": target_of(on, baselines),
-            "loose": loose_target_of(on, baselines),
+            "target": choose_target(on, baselines),
+            "loose": choose_loose_target(on, baselines),
             "trials": len(tuning),
             "commit": options.commit,
             "made_by": bench["command"],

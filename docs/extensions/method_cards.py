@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from plywise.arena.methods.listing import place_of
+from plywise.arena.methods.listing import find_place
 from plywise.registry.card import Card, read_card
 from plywise.registry.find import ROOMS, TITLES, find
 
@@ -70,7 +70,7 @@ def card_page(card: Card, room: str) -> str:
 
 
 def _in_the_arena(name: str) -> str:
-    what, colon, command = place_of(name).partition(": plywise ")
+    what, colon, command = find_place(name).partition(": plywise ")
     return f"{prose(what)}:\n\n```console\n$ plywise {command}\n```" if colon else prose(what)
 
 

@@ -8,9 +8,9 @@ import pytest
 from fake_bench import make_bench, make_lines
 from test_standing import finals, small
 
-from plywise.arena.scoring.conclusions import _list_some, draw_conclusions, span
+from plywise.arena.scoring.conclusions import _list_some, draw_conclusions, format_span
 from plywise.arena.scoring.intervals import Interval
-from plywise.arena.scoring.ranking import compare_methods, noise, noise_alone
+from plywise.arena.scoring.ranking import compare_methods, find_lone_noise, measure_noise
 from plywise.arena.scoring.results import gather_results
 
 
@@ -59,8 +59,8 @@ def test_a_single_workload_is_judged_by_the_noise_of_single_workloads():
                 lines += finals(method, times, name)
         return small(lines, workloads=workloads)
 
-    assert noise(field(0.8), "tuned", "cpu") == pytest.approx(1)
-    assert noise_alone(field(0.8), "tuned", "cpu") == 2
+    assert measure_noise(field(0.8), "tuned", "cpu") == pytest.approx(1)
+    assert find_lone_noise(field(0.8), "tuned", "cpu") == 2
     text = said(field(0.8))
     assert "on a single workload within 2.00× in CPU time: that is noise" in text
     assert "noise: proxprop 0.80×" in sentence(text, "Ahead of the best baseline in CPU time")
@@ -126,8 +126,8 @@ def test_of_a_single_workload_misses_are_names():
 
 
 def test_an_interval_that_ends_nowhere_has_no_limits():
-    assert span(Interval(0.0, 1.3, math.inf, "≥")) == "≥1.30× (without limits)"
-    assert span(Interval(0.5, 1.3, math.inf, "≥")) == "≥1.30× (0.50 to ∞)"
+    assert format_span(Interval(0.0, 1.3, math.inf, "≥")) == "≥1.30× (without limits)"
+    assert format_span(Interval(0.5, 1.3, math.inf, "≥")) == "≥1.30× (0.50 to ∞)"
 
 
 def test_lower_ends_are_told_only_beyond_noise():

@@ -13,7 +13,7 @@ from plywise.arena.methods.learners import cut
 from plywise.arena.run.experiment import Design, run_arms
 from plywise.arena.run.trial import run_trial
 from plywise.arena.scoring.records import FINAL
-from plywise.arena.space import defaults
+from plywise.arena.space import get_defaults
 from plywise.arena.workloads import HIDDEN, WORKLOADS, find_workload, list_workloads
 from plywise.arena.workloads.hidden import KINDS, OPERATIONS, make_workload
 from plywise.arena.workloads.synthetic import GRID
@@ -132,7 +132,7 @@ def test_they_can_be_learned(kind):
             break
         workload = make_workload(kind, seed)
         data = workload.make_data()
-        more = (workload.task, defaults(method.space), workload.steps, data.train.x[:8])
+        more = (workload.task, get_defaults(method.space), workload.steps, data.train.x[:8])
         record = run_trial(
             lambda more=more, workload=workload: method.make(TrialContext(workload.make_model(), *more)),
             data,

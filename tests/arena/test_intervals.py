@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from plywise.arena.scoring.intervals import (
     Interval,
     Timed,
+    bound_mean_ratio,
+    bound_ratio,
+    draw_medians,
     find_confidence,
-    geometric_interval,
-    limits,
-    medians,
-    ratio_interval,
+    find_limits,
     resample_times,
 )
 
@@ -39,7 +39,7 @@ def slow_medians(values: list[float], count: int) -> list[float]:
 def test_resampled_medians_have_the_distribution_of_the_plain_definition(values):
     """Against all resamples there are, enumerated."""
     every = [statistics.median(sample) for sample in itertools.product(values, repeat=len(values))]
-    drawn = medians(values, np.random.default_rng(0), 40_000)
+    drawn = draw_medians(values, np.random.default_rng(0), 40_000)
     slow = slow_medians(values, 20_000)
     for value in set(every):
         share = every.count(value) / len(every)
@@ -51,7 +51,7 @@ def test_resampled_medians_have_the_distribution_of_the_plain_definition(values)
 @given(times)
 def test_an_interval_holds_its_value_and_only_what_resamples_can_be(values):
     one = make(*values)
-    low, high = limits(one.draws)
+    low, high = find_limits(one.draws)
     assert min(values) <= low <= high <= max(values)
     assert one.value == statistics.median(values)
     assert not math.isnan(low)
@@ -62,19 +62,19 @@ def test_an_interval_holds_its_value_and_only_what_resamples_can_be(values):
 def test_intervals_scale_with_the_values(values, factor):
     one, other = make(*values), make(*(factor * value for value in values))
     assert other.value == pytest.approx(factor * one.value)
-    assert limits(other.draws) == pytest.approx([factor * limit for limit in limits(one.draws)])
+    assert find_limits(other.draws) == pytest.approx([factor * limit for limit in find_limits(one.draws)])
 
 
 def test_three_seeds_give_their_range():
     for values in ([2, 1, 3], [2, 1, math.inf]):
         one = make(*values)
-        assert (*limits(one.draws), one.value) == (1, max(values), 2)
+        assert (*find_limits(one.draws), one.value) == (1, max(values), 2)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
 def test_limits_leave_equal_tails(level):
     draws = np.arange(1.0, 1001)
-    low, high = limits(np.random.default_rng(0).permutation(draws), level)
+    low, high = find_limits(np.random.default_rng(0).permutation(draws), level)
     assert np.mean((draws > low) & (draws <= high)) == pytest.approx(level)
     assert low == pytest.approx(1000 - high)
 
@@ -89,7 +89,7 @@ def test_ranges_cover_the_true_median_as_often_as_said(seeds):
 
 def test_intervals_of_many_seeds_cover_the_true_median():
     generator = np.random.default_rng(0)
-    found = [limits(medians(generator.lognormal(0, 1, 25), generator)) for _ in range(300)]
+    found = [find_limits(draw_medians(generator.lognormal(0, 1, 25), generator)) for _ in range(300)]
     assert 0.90 <= np.mean([low <= 1 <= high for low, high in found]) <= 1
 
 
@@ -99,13 +99,13 @@ def test_ratios_over_workloads_cover_the_true_ratio():
     def draw(middle: float) -> Timed:
         return resample_times(generator.lognormal(math.log(middle), 0.3, 9), 1e9, generator)
 
-    found = [geometric_interval([(draw(2), draw(1)) for _ in range(4)]) for _ in range(200)]
+    found = [bound_mean_ratio([(draw(2), draw(1)) for _ in range(4)]) for _ in range(200)]
     assert 0.88 <= np.mean([one.low <= 2 <= one.high for one in found]) <= 1
 
 
 def test_a_ratio_by_hand():
-    assert ratio_interval(make(2.0), make(4.0)) == Interval(0.5, 0.5, 0.5)
-    low, value, high, mark = ratio_interval(make(1, 2, 3), make(1, 2, 3, seed=1))
+    assert bound_ratio(make(2.0), make(4.0)) == Interval(0.5, 0.5, 0.5)
+    low, value, high, mark = bound_ratio(make(1, 2, 3), make(1, 2, 3, seed=1))
     assert (low, value, high, mark) == (1 / 3, 1.0, 3.0, "")
 
 
@@ -114,36 +114,36 @@ def test_times_that_were_rounded_up_to_a_grid_leave_the_truth_within_the_limits(
     for _ in range(200):
         mine, other = generator.uniform(1, 9, 2)
         seen = [resample_times([math.ceil(time)] * 3, 10, generator, grid=1) for time in (mine, other)]
-        ratio = ratio_interval(*seen)
+        ratio = bound_ratio(*seen)
         assert ratio.low <= mine / other <= ratio.high
-        assert geometric_interval([tuple(seen)])[:3] == pytest.approx(ratio[:3])
+        assert bound_mean_ratio([tuple(seen)])[:3] == pytest.approx(ratio[:3])
 
 
 def test_a_miss_is_no_shorter_for_the_grid():
     missed, there = (resample_times([time], 10, np.random.default_rng(0), grid=1) for time in (math.inf, 4.0))
-    assert ratio_interval(missed, there) == Interval(2.5, 2.5, math.inf, "≥")
-    assert ratio_interval(there, missed) == Interval(0.0, 0.4, 0.4, "≤")
+    assert bound_ratio(missed, there) == Interval(2.5, 2.5, math.inf, "≥")
+    assert bound_ratio(there, missed) == Interval(0.0, 0.4, 0.4, "≤")
     start = resample_times([0.0], 10, np.random.default_rng(0), grid=1)
-    assert ratio_interval(start, there) == Interval(0.0, 0.0, 0.0), "no time is negative"
-    assert ratio_interval(there, there) == Interval(1.0, 1.0, 1.0)
+    assert bound_ratio(start, there) == Interval(0.0, 0.0, 0.0), "no time is negative"
+    assert bound_ratio(there, there) == Interval(1.0, 1.0, 1.0)
 
 
 def test_a_miss_is_a_bound_and_never_a_time():
     missed, there = make(math.inf, budget=10), make(4.0)
-    assert ratio_interval(missed, there) == Interval(2.5, 2.5, math.inf, "≥")
-    assert ratio_interval(there, missed) == Interval(0.0, 0.4, 0.4, "≤")
-    assert ratio_interval(missed, missed) is None
+    assert bound_ratio(missed, there) == Interval(2.5, 2.5, math.inf, "≥")
+    assert bound_ratio(there, missed) == Interval(0.0, 0.4, 0.4, "≤")
+    assert bound_ratio(missed, missed) is None
 
 
 def test_some_misses_leave_a_median_but_no_upper_limit():
-    low, value, high, mark = ratio_interval(make(2, 4, math.inf), make(4.0))
+    low, value, high, mark = bound_ratio(make(2, 4, math.inf), make(4.0))
     assert (low, value, high, mark) == (0.5, 1.0, math.inf, "")
 
 
 @given(times, times, st.integers(0, 5))
 def test_a_ratio_lies_between_its_limits(mine, other, seed):
     budget = 101.0
-    ratio = ratio_interval(make(*mine, budget=budget), make(*other, budget=budget, seed=seed + 1))
+    ratio = bound_ratio(make(*mine, budget=budget), make(*other, budget=budget, seed=seed + 1))
     both = math.isinf(statistics.median(mine)) and math.isinf(statistics.median(other))
     assert (ratio is None) == both
     assert both or ratio.low <= ratio.value <= ratio.high
@@ -155,8 +155,8 @@ def test_a_later_run_never_improves_a_ratio(mine, other):
     peer = make(*other, budget=101.0, seed=9)
     worse = [*mine[:-1], math.inf]
     one, two = (
-        ratio_interval(make(*mine, budget=101.0), peer),
-        ratio_interval(make(*worse, budget=101.0), peer),
+        bound_ratio(make(*mine, budget=101.0), peer),
+        bound_ratio(make(*worse, budget=101.0), peer),
     )
     if one is not None and two is not None:
         assert two.low >= one.low - 1e-12
@@ -164,9 +164,9 @@ def test_a_later_run_never_improves_a_ratio(mine, other):
 
 
 def test_the_geometric_mean_by_hand():
-    found = geometric_interval([(make(2.0), make(1.0)), (make(1.0), make(8.0))])
+    found = bound_mean_ratio([(make(2.0), make(1.0)), (make(1.0), make(8.0))])
     assert found[:3] == pytest.approx((0.5, 0.5, 0.5))
-    assert geometric_interval([]) is None
+    assert bound_mean_ratio([]) is None
 
 
 def test_the_geometric_mean_against_the_plain_definition():
@@ -182,7 +182,7 @@ def test_the_geometric_mean_against_the_plain_definition():
 
     slow = sorted(figure(lambda values: chance.choices(values, k=len(values))) for _ in range(4000))
     generator = np.random.default_rng(0)
-    found = geometric_interval(
+    found = bound_mean_ratio(
         [tuple(resample_times(values, 1e9, generator) for values in pair) for pair in data]
     )
     assert found.value == pytest.approx(figure(lambda values: values))
@@ -192,18 +192,18 @@ def test_the_geometric_mean_against_the_plain_definition():
 
 def test_the_geometric_mean_carries_bounds_and_leaves_out_what_says_nothing():
     missed, there, peer = make(math.inf, budget=4.0), make(1.0), make(1.0)
-    lower = geometric_interval([(missed, peer), (there, peer)])
+    lower = bound_mean_ratio([(missed, peer), (there, peer)])
     assert (lower.value, lower.high, lower.mark) == (pytest.approx(2.0), math.inf, "≥")
-    upper = geometric_interval([(there, missed), (there, peer)])
+    upper = bound_mean_ratio([(there, missed), (there, peer)])
     assert (upper.low, upper.value, upper.mark) == (0.0, pytest.approx(0.5), "≤")
-    assert geometric_interval([(missed, missed), (there, peer)]) == ratio_interval(there, peer)
-    both = geometric_interval([(missed, peer), (there, missed)])
+    assert bound_mean_ratio([(missed, missed), (there, peer)]) == bound_ratio(there, peer)
+    both = bound_mean_ratio([(missed, peer), (there, missed)])
     assert (both.low, both.high, both.mark) == (0.0, math.inf, "?")
 
 
 def test_at_the_target_from_the_start():
-    assert ratio_interval(make(0.0), make(0.0)) == Interval(1.0, 1.0, 1.0)
-    assert ratio_interval(make(1.0), make(0.0)).value == math.inf
+    assert bound_ratio(make(0.0), make(0.0)) == Interval(1.0, 1.0, 1.0)
+    assert bound_ratio(make(1.0), make(0.0)).value == math.inf
 
 
 def test_apart_needs_the_interval_and_the_noise():
@@ -216,4 +216,4 @@ def test_apart_needs_the_interval_and_the_noise():
 
 def test_the_same_seed_gives_the_same_interval():
     pairs = [(make(1, 2, math.inf), make(2, 3, 5, seed=4))]
-    assert geometric_interval(pairs) == geometric_interval([(make(1, 2, math.inf), make(2, 3, 5, seed=4))])
+    assert bound_mean_ratio(pairs) == bound_mean_ratio([(make(1, 2, math.inf), make(2, 3, 5, seed=4))])

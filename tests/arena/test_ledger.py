@@ -8,7 +8,7 @@ import pytest
 
 from plywise._util.sealed import unseal
 from plywise.arena.run.ledger import Ledger, read
-from plywise.arena.scoring.records import Key, key_of
+from plywise.arena.scoring.records import Key, make_key
 from plywise.errors import PlywiseError
 
 
@@ -24,8 +24,8 @@ def test_what_is_added_is_there_after_opening_it_again(tmp_path):
     again = Ledger(path)
     assert again.lines == ledger.lines
     assert list(again.lines.values()) == list(read(path)) == [line(trial) for trial in range(3)]
-    assert key_of(line(2)) in again
-    assert key_of(line(3)) not in again
+    assert make_key(line(2)) in again
+    assert make_key(line(3)) not in again
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
@@ -101,7 +101,7 @@ def test_two_do_not_write_at_once(tmp_path):
         with pytest.raises(PlywiseError, match="Another process is adding trials"), second.writing():
             pass
     with second.writing():
-        assert key_of(line(0)) in second, "what the other one wrote is known"
+        assert make_key(line(0)) in second, "what the other one wrote is known"
 
 
 def fill(path, answer):

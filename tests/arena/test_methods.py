@@ -20,7 +20,7 @@ from plywise.arena.methods import (
 from plywise.arena.methods.learners import RELAXATION
 from plywise.arena.methods.rules import TUNED
 from plywise.arena.run.trial import run_trial
-from plywise.arena.space import MOST_TUNED, Range, defaults, points
+from plywise.arena.space import MOST_TUNED, Range, draw_points, get_defaults
 from plywise.arena.task import CLASSIFICATION
 from plywise.data.batches import endless_batches
 from plywise.data.digits import load_digits
@@ -90,7 +90,7 @@ def test_every_point_of_the_space_takes_a_step(name):
     method = find_method(name)
     corners = [{key: getattr(one, end) for key, one in method.space.items()} for end in ("low", "high")]
     x, y = torch.rand(16, 64), torch.arange(16) % 10
-    for numbers in [*points(method.space, 4), *corners]:
+    for numbers in [*draw_points(method.space, 4), *corners]:
         trainer = method.make(setting(method, numbers=numbers))
         assert trainer.step(x, y) > 0
         assert trainer.predict(x).shape == (16, 10)
@@ -123,7 +123,7 @@ def test_a_method_of_more_numbers_is_refused():
 def test_each_number_of_the_space_makes_a_difference(name, data):
     """A number that goes nowhere would waste a method's trials."""
     method = find_method(name)
-    base = {**defaults(method.space), **({"cap": 0.01} if "cap" in method.space else {})}
+    base = {**get_defaults(method.space), **({"cap": 0.01} if "cap" in method.space else {})}
     before = after_steps(name, base, data)
     for key, one in method.space.items():
         changed = {**base, key: one.high}
@@ -236,7 +236,7 @@ def test_rules_compose_with_any_optimizer(optimizer):
 def test_rules_act_inside_learners(name, data):
     method = find_method(f"{name}+foof")
     assert list(method.space)[-1] == "damping"
-    low, high = ({**defaults(method.space), "damping": damping} for damping in (0.1, 7.0))
+    low, high = ({**get_defaults(method.space), "damping": damping} for damping in (0.1, 7.0))
     trainer = method.make(setting(method, numbers=high))
     assert [one.rule.damping for one in trainer.learner.trainers] == [7.0, 7.0]
     scores = after_steps(method.name, high, data)
@@ -247,12 +247,12 @@ def test_rules_act_inside_learners(name, data):
 def test_optimizer_and_method_by_address(tmp_path, monkeypatch):
     (tmp_path / "mine_of_methods.py").write_text(
         "import torch\n"
-        "from plywise.arena.method import Method, of_optimizer\n"
+        "from plywise.arena.method import Method, wrap_optimizer\n"
         "from plywise.arena.space import Range\n"
         "class Slow(torch.optim.SGD):\n"
         '    """Slow descent."""\n'
         "    search_space = {'lr': Range(0.01, 1.0, 0.1), 'momentum': Range(0.0, 0.9, 0.5, log=False)}\n"
-        "method = of_optimizer('mine', 'my own', torch.optim.Rprop, {'lr': Range(0.001, 0.1, 0.01)})\n"
+        "method = wrap_optimizer('mine', 'my own', torch.optim.Rprop, {'lr': Range(0.001, 0.1, 0.01)})\n"
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -13,7 +13,7 @@ from plywise.arena.methods import find_method
 from plywise.arena.run.config import ResolvedWorkload, WorkloadSpec
 from plywise.arena.run.job import TrialJob
 from plywise.arena.scoring.records import Key
-from plywise.arena.space import defaults
+from plywise.arena.space import get_defaults
 from plywise.arena.workloads.own import own_workload
 from plywise.errors import PlywiseError
 
@@ -40,7 +40,7 @@ def train(model, data, method="proxprop", steps=20, **more):
         settled = spec.settle(workload)
         file = ResolvedWorkload.write(settled, workload, Path(folder) / "data.pt").file
         key = Key("mine", method, "final", "defaults", 0, 0)
-        line = TrialJob(key, settled, defaults(find_method(method).space), str(file)).run()
+        line = TrialJob(key, settled, get_defaults(find_method(method).space), str(file)).run()
     assert line["failure"] is None, line["failure"]
     return line
 

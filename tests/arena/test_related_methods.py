@@ -11,7 +11,7 @@ from torch import nn
 import plywise as pw
 from plywise.arena.method import Method
 from plywise.arena.methods import LEARNER_OF, PEERS, RELATED, RELATIVES, RULE_OF, find_method
-from plywise.arena.methods.listing import ELSEWHERE, METHOD_OF, WORKLOAD_OF, place_of
+from plywise.arena.methods.listing import ELSEWHERE, METHOD_OF, WORKLOAD_OF, find_place
 from plywise.arena.methods.related_losses import INNER
 from plywise.arena.methods.related_modules import REMEMBERED, SampleMemory, deepen
 from plywise.arena.run.bench import Bench
@@ -307,11 +307,11 @@ def test_a_bench_tells_who_refused_and_runs_the_others(tmp_path):
 
 def test_every_method_of_the_catalogue_has_its_place():
     names = [name for room in ROOMS.values() for name in room]
-    assert all(place_of(name) for name in names)
+    assert all(find_place(name) for name in names)
     assert {*METHOD_OF, *WORKLOAD_OF, *ELSEWHERE} == set(names)
     made = {*METHOD_OF.values()} - {*PEERS}
     assert made == {*RULE_OF, *LEARNER_OF, *RELATIVES}
     for workload in WORKLOAD_OF.values():
         find_workload(workload)
     with pytest.raises(pw.PlywiseError, match="does not say where"):
-        place_of("Nothing")
+        find_place("Nothing")

@@ -142,9 +142,9 @@ def test_a_mistake_is_no_outcome(tmp_path, paper, why):
 
 
 def test_numbers_in_tables():
-    assert tables.number(float("nan")) == "diverged"
+    assert tables.write_number(float("nan")) == "diverged"
     arm = {"mean": 0.5, "low": None, "high": None, "values": {0: 0.5}, "failures": {1: "diverged"}}
-    assert tables.ours(arm) == "0.5; 1 of 2 diverged"
+    assert tables.write_ours(arm) == "0.5; 1 of 2 diverged"
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ from plywise.arena.reproductions.experiment import (
 from plywise.arena.reproductions.summary import (
     REPRODUCED,
     REVERSED,
-    outcome,
-    ruling,
+    judge_claim,
+    make_outcome,
 )
-from plywise.arena.scoring.verdicts import UNDECIDED, mean_interval, student
+from plywise.arena.scoring.verdicts import UNDECIDED, bound_mean, student
 from plywise.data.store import find_file
 from plywise.errors import PlywiseError
 
@@ -270,11 +270,11 @@ def line(value, failure=None):
 def test_intervals_hold_what_they_promise():
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(4000, 4, generator=generator).tolist()
-    one_more = sum(low <= x <= high for *known, x in draws for low, high in [mean_interval(known, 1)])
-    means = sum(low <= 0 <= high for *known, _ in draws for low, high in [mean_interval(known)])
+    one_more = sum(low <= x <= high for *known, x in draws for low, high in [bound_mean(known, 1)])
+    means = sum(low <= 0 <= high for *known, _ in draws for low, high in [bound_mean(known)])
     assert 0.94 < one_more / 4000 < 0.96
     assert 0.94 < means / 4000 < 0.96
-    assert mean_interval([1.0], 1) is None
+    assert bound_mean([1.0], 1) is None
     assert student(1) > student(30) == student(1000)
 
 
@@ -294,7 +294,7 @@ def test_intervals_hold_what_they_promise():
 def test_verdicts(number, size, lines, says):
     arm = Arm("m", None, (0.1,), number)
     experiment = Experiment("e", "", "", TRAINING_LOSS, (arm,), {})
-    assert outcome(experiment, size, arm, dict(enumerate(lines)), []).verdict == says
+    assert make_outcome(experiment, size, arm, dict(enumerate(lines)), []).verdict == says
 
 
 LOW, HIGH, NEAR = (
@@ -318,7 +318,7 @@ BAD = [line(0, "diverged at step 1: x")] * 3
 )
 def test_claims_of_lower_losses(one, other, found):
     ours, theirs = dict(enumerate(one)), dict(enumerate(other))
-    assert ruling(TRAINING_LOSS, Claim("a", "b"), ours, theirs).outcome == found
+    assert judge_claim(TRAINING_LOSS, Claim("a", "b"), ours, theirs).outcome == found
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_claims_of_lower_losses(one, other, found):
 def test_claims_of_about_the_same(errors, found):
     base = {seed: line(value) for seed, value in enumerate((0.1, 0.2, 0.15))}
     other = {seed: line(value) for seed, value in enumerate(errors)}
-    assert ruling(TEST_ACCURACY, Claim("a", "b", within=1.0), base, other).outcome == found
+    assert judge_claim(TEST_ACCURACY, Claim("a", "b", within=1.0), base, other).outcome == found
 
 
 # ---- data and names --------------------------------------------------------------------------------

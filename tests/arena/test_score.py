@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from plywise.arena.scoring.score import (
     CLOCKS,
-    best_validation,
     choose_best,
-    last_validation,
+    find_best,
+    find_last,
     to_target,
 )
 
@@ -35,8 +35,8 @@ def test_a_failure_is_a_miss_unless_the_target_came_first():
     failed = line(validation=[0.9, 0.4, None], failure="diverged at step 33")
     assert to_target(failed, 0.4) == 20
     assert to_target(failed, 0.3) == math.inf
-    assert last_validation(failed) == math.inf
-    assert best_validation(failed) == 0.4
+    assert find_last(failed) == math.inf
+    assert find_best(failed) == 0.4
 
 
 def test_a_trial_that_failed_while_it_was_measured_has_a_step_too_many():
@@ -47,14 +47,14 @@ def test_nothing_measured_is_infinitely_bad():
     nothing = line(
         steps=[], loss=[], validation=[], cpu=[], wall=[], failure="ValueError before the first step"
     )
-    assert best_validation(nothing) == last_validation(nothing) == to_target(nothing, 1.0, "wall") == math.inf
+    assert find_best(nothing) == find_last(nothing) == to_target(nothing, 1.0, "wall") == math.inf
 
 
 @given(metrics, st.floats(0, 2), st.floats(0, 2))
 def test_a_harder_target_never_comes_sooner(values, one, other):
     run = line(steps=list(range(len(values))), validation=values)
     assert to_target(run, min(one, other)) >= to_target(run, max(one, other))
-    assert math.isfinite(to_target(run, one)) == (best_validation(run) <= one)
+    assert math.isfinite(to_target(run, one)) == (find_best(run) <= one)
 
 
 def test_the_trial_with_the_fewest_steps_is_chosen():

@@ -12,8 +12,8 @@ from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import ProcessExecutor
 from plywise.arena.run.search import Sobol, find_search
 from plywise.arena.scoring.records import TUNING
-from plywise.arena.scoring.score import best_validation
-from plywise.arena.space import Range, points
+from plywise.arena.scoring.score import find_best
+from plywise.arena.space import Range, draw_points
 from plywise.errors import PlywiseError, StateError
 
 HERE = "competitors"
@@ -50,13 +50,13 @@ def searched(search, space, judge, trials):
     for round_ in search.rounds(trials):
         found = [search.numbers(space, trial, past) for trial in round_]
         past += [line(trial, numbers, judge(numbers)) for trial, numbers in zip(round_, found, strict=True)]
-    return [one["numbers"] for one in past], [best_validation(one) for one in past]
+    return [one["numbers"] for one in past], [find_best(one) for one in past]
 
 
 def test_sobol_is_the_points_as_ever_all_at_once():
     assert Sobol().rounds(8) == [range(8)]
     assert Sobol().rounds(0) == [range(0)]
-    assert [Sobol().numbers(SPACE, trial, []) for trial in range(8)] == points(SPACE, 8)
+    assert [Sobol().numbers(SPACE, trial, []) for trial in range(8)] == draw_points(SPACE, 8)
 
 
 def test_optuna_begins_with_the_same_design_for_all_and_then_learns(optuna):
@@ -64,9 +64,9 @@ def test_optuna_begins_with_the_same_design_for_all_and_then_learns(optuna):
         return abs(numbers["width"] - 9.0)
 
     found, metrics = searched(optuna, SPACE, judge, 30)
-    assert found[:4] == points(SPACE, 4)
+    assert found[:4] == draw_points(SPACE, 4)
     late = sum(metrics[-10:]) / 10
-    assert late < 1.5 < sum(map(judge, points(SPACE, 30))) / 30, "late trials are near the best point"
+    assert late < 1.5 < sum(map(judge, draw_points(SPACE, 30))) / 30, "late trials are near the best point"
     for numbers in found:
         assert all(SPACE[name].low <= value <= SPACE[name].high for name, value in numbers.items())
     assert [list(round_) for round_ in optuna.rounds(6)] == [[0, 1, 2, 3], [4], [5]]
@@ -75,7 +75,7 @@ def test_optuna_begins_with_the_same_design_for_all_and_then_learns(optuna):
 
 
 def test_the_order_of_the_past_is_of_no_account_and_failures_are_told_as_failed(optuna):
-    past = [line(trial, numbers, 0.1 * trial) for trial, numbers in enumerate(points(SPACE, 8))]
+    past = [line(trial, numbers, 0.1 * trial) for trial, numbers in enumerate(draw_points(SPACE, 8))]
     numbers = optuna.numbers(SPACE, 8, past)
     assert numbers == optuna.numbers(SPACE, 8, past[::-1])
     assert numbers == find_search("optuna").numbers(SPACE, 8, past), "nothing is remembered but the lines"
@@ -114,7 +114,7 @@ def test_a_bench_by_optuna_in_rounds_broken_off_and_unbroken(tmp_path, resolved,
         name: sum(one["method"] == name and one["purpose"] == TUNING for one in lines) for name in METHODS
     }
     assert counts == {"sgd": TRIALS, f"{HERE}:Adamlike": TRIALS, f"{HERE}:fixed": 0}
-    assert [one["numbers"] for one in tunings(whole, "sgd")] != points(
+    assert [one["numbers"] for one in tunings(whole, "sgd")] != draw_points(
         whole.resolved.methods["sgd"].space, TRIALS
     )
 

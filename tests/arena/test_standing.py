@@ -13,7 +13,13 @@ from fake_bench import line, make_bench, make_lines
 
 from plywise.arena.reports.bench_charts import find_best_after_trials, find_front, make_curves, thin
 from plywise.arena.reports.spreadsheets import format_ranking_csv, format_runs_csv
-from plywise.arena.scoring.ranking import area, compare_methods, noise, null_ratio, rank_methods
+from plywise.arena.scoring.ranking import (
+    compare_methods,
+    find_null_ratio,
+    measure_area,
+    measure_noise,
+    rank_methods,
+)
 from plywise.arena.scoring.results import gather_results
 from plywise.arena.scoring.score import CLOCKS
 
@@ -133,15 +139,15 @@ def test_a_null_control_takes_no_rank_and_sets_no_time():
     found = by_method(rank_methods(field, "tuned", "steps"))
     assert found["sgd-again"].rank is None
     assert (found["proxprop"].rank.value, found["proxprop"].profile["digits"]) == (1, 1.0)
-    assert null_ratio(field, "tuned", "steps", "sgd-again").value == 0.5
-    assert noise(field, "tuned", "steps") == 2.0
+    assert find_null_ratio(field, "tuned", "steps", "sgd-again").value == 0.5
+    assert measure_noise(field, "tuned", "steps") == 2.0
 
 
 def test_noise_is_unknown_where_the_control_missed_and_none_without_one():
     missed = small([*finals("sgd", [100, 100, math.inf]), *finals("sgd-again", [100] * 3)])
-    assert noise(missed, "tuned", "steps") == math.inf
+    assert measure_noise(missed, "tuned", "steps") == math.inf
     alone = small(finals("sgd", [100] * 3), methods=("sgd",))
-    assert noise(alone, "tuned", "steps") == 1.0
+    assert measure_noise(alone, "tuned", "steps") == 1.0
 
 
 def test_a_null_control_without_its_original_is_no_reference():
@@ -160,10 +166,11 @@ def test_what_lies_between_two_measurements_is_in_the_intervals():
         assert exact[:3] == pytest.approx((0.9, 0.9, 0.9))
         row = by_method(compare_methods(small(runs, grid=20)))["proxprop"]
         assert row.ratios[clock][:3] == pytest.approx((160 / 200, 0.9, 180 / 180))
-        assert noise(small(runs, grid=20), "tuned", clock) == pytest.approx(200 / 180)
+        assert measure_noise(small(runs, grid=20), "tuned", clock) == pytest.approx(200 / 180)
     itself = by_method(compare_methods(small(runs, grid=20)))["sgd"].ratios["steps"]
     assert itself[:3] == (1, 1, 1)
-    assert noise(small(runs, grid=200), "tuned", "steps") == math.inf, "there from the first measurement on"
+    far = measure_noise(small(runs, grid=200), "tuned", "steps")
+    assert far == math.inf, "there from the first measurement on"
 
 
 def test_a_method_with_nothing_to_tune_is_in_both_tracks():
@@ -215,7 +222,9 @@ def test_the_area_is_that_under_the_profile():
         grid = [1 + 3 * (i + 0.5) / 20_000 for i in range(20_000)]
         shares = [sum(r <= tau for r in place.profile.values()) / len(place.profile) for tau in grid]
         assert place.area.value == pytest.approx(sum(shares) / len(grid), abs=1e-3)
-        assert place.area.value == pytest.approx(sum(map(area, place.profile.values())) / len(place.profile))
+        assert place.area.value == pytest.approx(
+            sum(map(measure_area, place.profile.values())) / len(place.profile)
+        )
 
 
 def test_the_order_of_lines_does_not_matter():

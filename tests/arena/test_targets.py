@@ -19,9 +19,9 @@ from plywise.arena.scoring.targets import (
     SHARE,
     STRICT_PLACE,
     Target,
-    loose_target_of,
+    choose_loose_target,
+    choose_target,
     make_target,
-    target_of,
 )
 
 
@@ -39,7 +39,7 @@ def said(field) -> str:
 @given(st.lists(st.floats(0, 0.8), min_size=ENOUGH, max_size=60, unique=True))
 def test_a_share_of_the_baselines_trials_reaches_the_target(best):
     """However many there are, from `ENOUGH` on: at least the share, and not one more than it takes."""
-    target = target_of(trials(*best), {"sgd"})
+    target = choose_target(trials(*best), {"sgd"})
     there = sum(value <= target for value in best)
     assert SHARE * len(best) <= there < SHARE * len(best) + 1
 
@@ -47,7 +47,7 @@ def test_a_share_of_the_baselines_trials_reaches_the_target(best):
 def test_enough_trials_are_those_whose_share_is_the_third_best():
     values = [place / 100 for place in range(ENOUGH)]
     random.Random(0).shuffle(values)
-    assert target_of(trials(*values), {"sgd"}) == sorted(values)[STRICT_PLACE - 1]
+    assert choose_target(trials(*values), {"sgd"}) == sorted(values)[STRICT_PLACE - 1]
 
 
 def test_trials_that_measured_nothing_count_as_the_worst():
@@ -55,46 +55,48 @@ def test_trials_that_measured_nothing_count_as_the_worst():
     nothing = {"steps": [], "loss": [], "validation": [], "cpu": [], "wall": [], "failure": "OSError"}
     crashed = [line(trial=100 + i, **nothing) for i in range(20)]
     values = [place / 100 for place in range(40)]
-    assert target_of(trials(*values), {"sgd"}) == 0.05
-    assert target_of([*trials(*values), *crashed], {"sgd"}) == 0.08
-    assert target_of([*crashed, *trials(0.3)], {"sgd"}) == 0.3
-    assert target_of(crashed, {"sgd"}) is None
+    assert choose_target(trials(*values), {"sgd"}) == 0.05
+    assert choose_target([*trials(*values), *crashed], {"sgd"}) == 0.08
+    assert choose_target([*crashed, *trials(0.3)], {"sgd"}) == 0.3
+    assert choose_target(crashed, {"sgd"}) is None
 
 
 def test_of_few_trials_the_third_best_sets_the_target():
     lines = trials(0.5, 0.01, 0.2, 0.3, 0.4)
-    assert target_of(lines, {"sgd"}) == 0.3
+    assert choose_target(lines, {"sgd"}) == 0.3
     lucky = trials(0.0001)
-    assert target_of([*lines, *lucky], {"sgd"}) == 0.2, "one lucky run moves it by one place, not to itself"
+    assert choose_target([*lines, *lucky], {"sgd"}) == 0.2, (
+        "one lucky run moves it by one place, not to itself"
+    )
     random.Random(0).shuffle(lines)
-    assert target_of(lines, {"sgd"}) == 0.3
+    assert choose_target(lines, {"sgd"}) == 0.3
 
 
 @pytest.mark.parametrize(("best", "target"), [((), None), ((0.5,), 0.5), ((0.5, 0.2), 0.5), ((None,), 0.9)])
 def test_few_trials_set_the_worst_of_them(best, target):
-    assert target_of(trials(*best), {"sgd"}) == target
+    assert choose_target(trials(*best), {"sgd"}) == target
 
 
 def test_only_tuning_of_baselines_sets_targets():
     ours = trials(0.01, 0.01, 0.01, method="proxprop")
     finals = trials(0.02, 0.02, 0.02, purpose="final")
-    assert target_of([*ours, *finals], {"sgd"}) is None
-    assert target_of([*ours, *finals, *trials(0.3)], {"sgd"}) == 0.3
-    assert loose_target_of([*ours, *finals, *trials(0.3)], {"sgd"}) == 0.3
+    assert choose_target([*ours, *finals], {"sgd"}) is None
+    assert choose_target([*ours, *finals, *trials(0.3)], {"sgd"}) == 0.3
+    assert choose_loose_target([*ours, *finals, *trials(0.3)], {"sgd"}) == 0.3
 
 
 @given(st.lists(st.floats(0, 2), max_size=9))
 def test_the_loose_target_is_never_the_harder_one(best):
-    strict, loose = target_of(trials(*best), {"sgd"}), loose_target_of(trials(*best), {"sgd"})
+    strict, loose = choose_target(trials(*best), {"sgd"}), choose_loose_target(trials(*best), {"sgd"})
     assert (strict is None) == (loose is None) == (not best)
     assert not best or loose >= strict
 
 
 def test_what_a_baseline_reaches_at_the_very_end_sets_no_target():
     late = [line(trial=i, steps=[0, 50, 100], validation=[0.9, 0.5, 0.4 - i / 100]) for i in range(4)]
-    assert target_of(late, {"sgd"}) == loose_target_of(late, {"sgd"}) == 0.5
+    assert choose_target(late, {"sgd"}) == choose_loose_target(late, {"sgd"}) == 0.5
     failed = [line(trial=i, steps=[0, 40, 80], validation=[0.9, 0.5, 0.4 - i / 100]) for i in range(4)]
-    assert target_of([*late, *failed], {"sgd"}) == pytest.approx(0.39), (
+    assert choose_target([*late, *failed], {"sgd"}) == pytest.approx(0.39), (
         "80 % of the whole run, not of their own"
     )
 

@@ -18,7 +18,7 @@ from plywise.arena.run.experiment import TUNING_SEED
 from plywise.arena.run.ledger import Ledger, read
 from plywise.arena.scoring.records import FINAL, TUNING
 from plywise.arena.scoring.score import choose_best
-from plywise.arena.space import points
+from plywise.arena.space import draw_points
 from plywise.data.parts import Data
 from plywise.errors import PlywiseError, StateError
 
@@ -65,7 +65,7 @@ def test_every_method_gets_the_same_trials_and_fresh_seeds(tmp_path, resolve):
     for name in ("sgd", "adamw"):
         own = [line for line in lines if line["method"] == name]
         tuning = [line for line in own if line["purpose"] == TUNING]
-        assert [line["numbers"] for line in sorted(tuning, key=lambda one: one["trial"])] == points(
+        assert [line["numbers"] for line in sorted(tuning, key=lambda one: one["trial"])] == draw_points(
             find_method(name).space, 2
         )
         assert {line["seed"] for line in tuning} == {TUNING_SEED}

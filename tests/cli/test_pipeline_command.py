@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from plywise.local import checkpoint
-from plywise.pipeline.cuts import component_costs
+from plywise.pipeline.cuts import time_components
 from plywise.training.build import resolve_training
 from plywise.training.config import TrainConfig
 from plywise.training.session import open_session
@@ -221,7 +221,7 @@ def test_measuring_leaves_the_learner_as_it_is(settings):
     plain, measured = learner(), learner()
     for step in range(4):
         if step in (0, 2):
-            costs = component_costs(measured, x, y)
+            costs = time_components(measured, x, y)
             assert len(costs) == 3
             assert min(costs) > 0
         assert torch.equal(plain.step(x, y), measured.step(x, y))

@@ -11,8 +11,8 @@ from torch import nn
 
 import plywise as pw
 from plywise.local.associated_maps import (
+    find_output_range,
     linear_decoder,
-    range_of,
     sigmoid_decoder,
     tanh_bridge,
     tanh_decoder,
@@ -65,8 +65,8 @@ def test_wider_ranges_and_unknown_ones_pass():
 
     learner_of(decoder=linear_decoder)
     learner_of(decoder=lambda codes, below: Own(below.shape[1]))
-    assert range_of(Own(3)) is None
-    assert range_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == (0, torch.inf)
+    assert find_output_range(Own(3)) is None
+    assert find_output_range(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == (0, torch.inf)
 
 
 # ---- targets -------------------------------------------------------------------------------------

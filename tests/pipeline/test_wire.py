@@ -16,7 +16,7 @@ from plywise.data.batches import list_tensors, map_tensors
 from plywise.errors import PipelineError
 from plywise.local.component import Signal
 from plywise.pipeline.carried import restore_carried
-from plywise.pipeline.wire import ALIGNED, DIMENSIONS, DTYPES, END, MAGIC, SLOTS, pack, size_of, unpack
+from plywise.pipeline.wire import ALIGNED, DIMENSIONS, DTYPES, END, MAGIC, SLOTS, measure_size, pack, unpack
 
 HEADER = 8 * SLOTS
 SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=DIMENSIONS)
@@ -66,8 +66,8 @@ def test_round_trip(s: Tensor, y: Tensor, codes: Tensor | None, step: int, spare
     """Bit for bit, with a model's inputs in any nesting; in a message that has room for more."""
     s, y = (part if part.dim() else part.reshape(1) for part in (s, y))
     signal = Signal(s, y, codes, carried)
-    message = pack(signal, step, size_of(signal) + spare)
-    assert len(message) == size_of(signal) + spare
+    message = pack(signal, step, measure_size(signal) + spare)
+    assert len(message) == measure_size(signal) + spare
     number, found = unpack(message.clone())
     assert number == step
     assert found is not None
@@ -118,7 +118,7 @@ def test_the_order_of_memory_is_kept(order: tuple[int, ...]) -> None:
 
 def test_gaps_do_not_travel() -> None:
     wide = torch.randn(10, 1000)[:, ::100]
-    assert size_of(Signal(wide, torch.zeros(10))) == HEADER + 448 + ALIGNED  # 400 and 40 bytes
+    assert measure_size(Signal(wide, torch.zeros(10))) == HEADER + 448 + ALIGNED  # 400 and 40 bytes
     _, found = unpack(pack(Signal(wide, torch.zeros(10)), 0, 4000))
     assert found is not None
     assert torch.equal(found.s, wide)
@@ -144,7 +144,7 @@ def test_a_message_is_a_copy() -> None:
 
 def test_tensors_are_aligned() -> None:
     signal = Signal(torch.randn(3, 1), torch.zeros(3, dtype=torch.int64), torch.randn(5))
-    _, found = unpack(pack(signal, 0, size_of(signal)))
+    _, found = unpack(pack(signal, 0, measure_size(signal)))
     assert found is not None
     assert found.codes is not None
     assert all(part.data_ptr() % ALIGNED == 0 for part in (found.s, found.y, found.codes))
@@ -158,8 +158,8 @@ def test_the_end() -> None:
 def test_a_batch_that_is_too_large() -> None:
     small = Signal(torch.zeros(4, 100), torch.zeros(4))
     with pytest.raises(PipelineError, match=r"A batch of 5 takes \d+ bytes.*begin with the largest batch"):
-        pack(Signal(torch.zeros(5, 100), torch.zeros(5)), 0, size_of(small))
-    pack(small, 0, size_of(small))
+        pack(Signal(torch.zeros(5, 100), torch.zeros(5)), 0, measure_size(small))
+    pack(small, 0, measure_size(small))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_what_the_wire_does_not_carry(odd: Tensor) -> None:
 def message_with(changes: dict[int, int], rows: int = 4) -> Tensor:
     """A good message with some integers of its header changed."""
     signal = Signal(torch.ones(rows, 3), torch.ones(rows, dtype=torch.int64), torch.ones(2, 2))
-    message = pack(signal, 7, size_of(signal))
+    message = pack(signal, 7, measure_size(signal))
     header = message[:HEADER].view(torch.int64)
     for slot, value in changes.items():
         header[slot] = value

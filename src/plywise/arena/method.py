@@ -166,7 +166,7 @@ class EndToEnd:
 def end_to_end(setting: TrialContext, optimizer: Optimizer, rule: Rule | None = None) -> EndToEnd:
     """Train with an optimizer, its rate on a cosine to zero, and perhaps a rule."""
     trainer = with_rule(setting.model, optimizer, rule, setting.task.loss)
-    trainer.scheduler = cosine(setting.steps)(optimizer)
+    trainer.scheduler = make_cosine(setting.steps)(optimizer)
     return trainer
 
 
@@ -180,19 +180,20 @@ def with_rule(
     return EndToEnd(model, optimizer, loss)
 
 
-def cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
+def make_cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
     """Make the schedule that every method gets: half a cosine from the rate to zero."""
     return lambda optimizer: LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
     )
 
 
-def of_optimizer(name: str, about: str, optimizer: type[Optimizer], space: Space, **more: Any) -> Method:
+def wrap_optimizer(name: str, about: str, optimizer: type[Optimizer], space: Space, **more: Any) -> Method:
     """A `torch.optim.Optimizer` class as a method; its tuned numbers are its keyword arguments.
 
     Example:
         >>> import torch
-        >>> of_optimizer("rprop", "", torch.optim.Rprop, {"lr": Range(1e-4, 1e-1, 1e-2)}).space["lr"].default
+        >>> space = {"lr": Range(1e-4, 1e-1, 1e-2)}
+        >>> wrap_optimizer("rprop", "", torch.optim.Rprop, space).space["lr"].default
         0.01
     """
     fixed = more.pop("fixed", {})
@@ -208,7 +209,7 @@ RATE = Range(1e-4, 1.0, 1e-3)
 """The search range for the rate of an optimizer that gives none."""
 
 
-def of_class(address: str, thing: Any) -> Method:
+def wrap_class(address: str, thing: Any) -> Method:
     """Make a method of the object at a user's address: a `Method`, or an optimizer's class.
 
     An optimizer may say ``search_space = {"lr": Range(...)}``; without, its rate is looked for between
@@ -221,11 +222,19 @@ def of_class(address: str, thing: Any) -> Method:
         return replace(thing, name=address)  # other processes find it by its address
     if isinstance(thing, type) and issubclass(thing, Optimizer):
         space = getattr(thing, "search_space", {"lr": RATE})
-        return of_optimizer(address, (thing.__doc__ or thing.__name__).strip().split("\n")[0], thing, space)
+        return wrap_optimizer(address, (thing.__doc__ or thing.__name__).strip().split("\n")[0], thing, space)
     raise AddressError(
         f"{address} is of type {type(thing).__name__}: a method is a plywise.arena Method or a subclass of "
         "torch.optim.Optimizer."
     )
 
 
-__getattr__ = serve_old_names(__name__, {"Setting": "TrialContext"})
+__getattr__ = serve_old_names(
+    __name__,
+    {
+        "Setting": "TrialContext",
+        "cosine": "make_cosine",
+        "of_class": "wrap_class",
+        "of_optimizer": "wrap_optimizer",
+    },
+)

@@ -48,19 +48,19 @@ class Range:
 Space = Mapping[str, Range]
 
 
-def defaults(space: Space) -> dict[str, float]:
+def get_defaults(space: Space) -> dict[str, float]:
     """The untuned numbers."""
     return {name: one.default for name, one in space.items()}
 
 
-def points(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:
+def draw_points(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:
     """``count`` points, quasi-random: the same shares of the ranges for every method.
 
     A scrambled Sobol sequence fills the ranges more evenly than random draws, and its first points are a
     design of their own, so that more trials can be added later.
 
     Example:
-        >>> [f"{point['lr']:.3g}" for point in points({"lr": Range(0.001, 1, 0.1)}, 2)]
+        >>> [f"{point['lr']:.3g}" for point in draw_points({"lr": Range(0.001, 1, 0.1)}, 2)]
         ['0.0266', '0.0545']
     """
     if len(space) > MOST_TUNED:

@@ -114,14 +114,14 @@ def step_metric(output: Tensor, y: Batch) -> Tensor:
     return output.reshape(-1)[-1]
 
 
-def task_of(y: Tensor) -> Task:
+def choose_task(y: Tensor) -> Task:
     """The usual task for targets: class indices, tokens, or numbers.
 
     Raises:
         PlywiseError: they are none of these.
 
     Example:
-        >>> task_of(torch.tensor([0, 2, 1])).metric_name
+        >>> choose_task(torch.tensor([0, 2, 1])).metric_name
         'error rate'
     """
     if y.is_floating_point():

@@ -66,10 +66,10 @@ def self_check() -> dict[str, str]:
 def _begin(method: Method, workload: Workload, data: Data) -> Trainer:
     """A method at its defaults, about to train."""
     from plywise.arena.method import TrialContext
-    from plywise.arena.space import defaults
+    from plywise.arena.space import get_defaults
 
     model, example = workload.make_model(), data.train.head(1).x
-    return method.make(TrialContext(model, workload.task, defaults(method.space), STEPS, example))
+    return method.make(TrialContext(model, workload.task, get_defaults(method.space), STEPS, example))
 
 
 def _judge(record: TrialResult) -> str:

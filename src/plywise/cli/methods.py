@@ -66,7 +66,7 @@ def _print_card(card: Card) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from plywise.arena.methods.listing import place_of
+    from plywise.arena.methods.listing import find_place
 
     sections = {
         "idea": card.idea,
@@ -81,7 +81,7 @@ def _print_card(card: Card) -> None:
         "code": card.code,
         "results": card.results,
         "limits": card.limits,
-        "in the arena": place_of(card.name),
+        "in the arena": find_place(card.name),
         "example": card.example,
     }
     grid = Table.grid(padding=(0, 2, 1, 0))

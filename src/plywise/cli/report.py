@@ -103,7 +103,7 @@ def _for_machines(path: Path, summary: BenchSummary) -> dict[str, Any]:
 
 def _standing(field: BenchResults) -> Table:
     """Make the table of the ranking on the first track, by processor time."""
-    from plywise.arena.scoring.conclusions import span
+    from plywise.arena.scoring.conclusions import format_span
     from plywise.arena.scoring.ranking import rank_methods
 
     track = field.tracks[0]
@@ -111,6 +111,6 @@ def _standing(field: BenchResults) -> Table:
     shown = table("method", *headings, title=f"{track}, by CPU time", numbers=headings)
     for one in rank_methods(field, track, "cpu"):
         rank = "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}"
-        ratio = "–" if one.ratio is None else span(one.ratio)
+        ratio = "–" if one.ratio is None else format_span(one.ratio)
         shown.add_row(one.method, rank, ratio, f"{one.reached} of {one.runs}")
     return shown

@@ -128,7 +128,7 @@ def _conclude(made: Reproduction, screen: Console, json: bool) -> None:
 def _list(json: bool) -> None:
     """All papers: experiments, and the numbers that are known."""
     from plywise.arena.reproductions import PAPERS, find_paper
-    from plywise.arena.reproductions.tables import number
+    from plywise.arena.reproductions.tables import write_number
 
     if json:
         print_json([_describe(find_paper(name)) for name in PAPERS])
@@ -141,7 +141,7 @@ def _list(json: bool) -> None:
             listed.add_row(experiment.name, experiment.about, "")
             unit = experiment.measure.unit
             for arm in experiment.arms:
-                value = number(arm.number)
+                value = write_number(arm.number)
                 listed.add_row("", arm.name, value if value in ("–", "diverged") else f"{value} {unit}")
         screen.print(listed)
 
@@ -202,15 +202,15 @@ def _describe_run(line: dict[str, Any]) -> str:
 def _show(about: dict[str, Any], screen: Console) -> None:
     """The tables."""
     from plywise.arena.reproductions.experiment import SIZE_WORDS
-    from plywise.arena.reproductions.tables import HEADINGS, order, rows
+    from plywise.arena.reproductions.tables import HEADINGS, describe_claims, make_rows
 
     for experiment in about["experiments"]:
         size = SIZE_WORDS[about["size"]]
         title = f"{experiment['name']}: {experiment['measure']}, {experiment['unit']} ({size})"
         shown = table(*HEADINGS, title=title)
-        for row in rows(experiment):
+        for row in make_rows(experiment):
             shown.add_row(*row)
         screen.print(shown)
-        for sentence in order(experiment):
+        for sentence in describe_claims(experiment):
             screen.print(sentence, soft_wrap=True)
         screen.print()

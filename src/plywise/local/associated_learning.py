@@ -18,10 +18,10 @@ from plywise.local.associated_maps import (
     Range,
     apart_encoder,
     check_ranges,
+    find_output_range,
     linear_decoder,
     paper_encoder,
     pooled_bridge,
-    range_of,
     sigmoid_decoder,
     wide_bridge,
 )
@@ -231,7 +231,7 @@ class AssociatedLearning(OneWayLearner):
                 above = made(codes)
             maps = made_bridge, made, make_decoder(above, codes)
             check_ranges(number, *maps, below)
-            codes, below = above, range_of(made)
+            codes, below = above, find_output_range(made)
             settings: dict[str, Any] = {
                 "detach": detach_target,
                 "decay": decay,

@@ -123,11 +123,11 @@ def tanh_decoder(codes: Tensor, below: Tensor) -> nn.Module:
     return nn.Sequential(nn.Linear(codes.shape[1], below.shape[1], bias=False), nn.Tanh())
 
 
-def range_of(module: nn.Module) -> Range | None:
+def find_output_range(module: nn.Module) -> Range | None:
     """Return the range of a map's outputs, from its last module; None if that is unknown.
 
     Example:
-        >>> range_of(nn.Tanh()), range_of(nn.Linear(4, 2))
+        >>> find_output_range(nn.Tanh()), find_output_range(nn.Linear(4, 2))
         ((-1.0, 1.0), (-inf, inf))
     """
     while isinstance(module, nn.Sequential) and len(module):
@@ -159,9 +159,9 @@ def check_ranges(
         decoder: its decoder.
         below: the range of what the encoder gets.
     """
-    codes = range_of(encoder)
+    codes = find_output_range(encoder)
     for name, maker, wanted in (("bridge", bridge, codes), ("decoder", decoder, below)):
-        found = range_of(maker)
+        found = find_output_range(maker)
         if found is None or wanted is None or (found[0] <= wanted[0] + 1e-3 and wanted[1] - 1e-3 <= found[1]):
             continue
         raise BlockError(

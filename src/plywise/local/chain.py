@@ -49,10 +49,10 @@ def read_chain(model: nn.Module) -> tuple[list[Piece], list[str]]:
     """
     reasons: list[str] = []
     _, opened = _survey(model, "", reasons)
-    return pieces_of(trace(model, opened)), reasons
+    return cut_pieces(trace(model, opened)), reasons
 
 
-def pieces_of(graph: fx.Graph) -> list[Piece]:
+def cut_pieces(graph: fx.Graph) -> list[Piece]:
     """Cut a graph wherever a single value crosses.
 
     Raises:
@@ -96,7 +96,7 @@ def name_parameters(model: nn.Module, unit: Piece | SpineUnit) -> set[str]:
     """The parameters and buffers that a unit uses, by the names that they have in the model."""
     if isinstance(unit, SpineUnit):
         return unit.parameter_names(model)
-    return {name for name, _ in tensors_of(model, unit.nodes)}
+    return {name for name, _ in collect_tensors(model, unit.nodes)}
 
 
 def label(node: fx.Node) -> str:
@@ -106,7 +106,7 @@ def label(node: fx.Node) -> str:
     return repr(node.target if node.op == "call_module" else node.name)
 
 
-def tensors_of(model: nn.Module, nodes: Iterable[fx.Node]) -> Iterator[tuple[str, Tensor]]:
+def collect_tensors(model: nn.Module, nodes: Iterable[fx.Node]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of the model that some operations use, by name."""
     for node in nodes:
         if node.op not in ("call_module", "get_attr") or node.target == FLAG:
@@ -121,7 +121,7 @@ def tensors_of(model: nn.Module, nodes: Iterable[fx.Node]) -> Iterator[tuple[str
 
 def learns(model: nn.Module, nodes: Iterable[fx.Node]) -> bool:
     """Whether some operations have parameters."""
-    return any(isinstance(tensor, nn.Parameter) for _, tensor in tensors_of(model, nodes))
+    return any(isinstance(tensor, nn.Parameter) for _, tensor in collect_tensors(model, nodes))
 
 
 def assemble(model: nn.Module, piece: Piece | SpineUnit) -> nn.Module:
@@ -179,10 +179,10 @@ def _look_into(module: nn.Module) -> list[Piece]:
     if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
         raise StaysWholeError("its forward has been replaced")
     graph = trace(module, {module})
-    used = {tensor for _, tensor in tensors_of(module, graph.nodes)}
+    used = {tensor for _, tensor in collect_tensors(module, graph.nodes)}
     if unused := [name for name, parameter in module.named_parameters() if parameter not in used]:
         raise StaysWholeError(f"its forward does not use its parameter {unused[0]!r}: no block would hold it")
-    return pieces_of(graph)
+    return cut_pieces(graph)
 
 
 def _is_row(piece: Piece) -> bool:

@@ -21,7 +21,7 @@ from plywise.local.component import Signal
 from plywise.local.forward_locality import Locality, find_localities, find_slopes
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import OneWayLearner, PredictsByBlocks
-from plywise.local.local_loss import Loss, LossComponent, headed_components
+from plywise.local.local_loss import Loss, LossComponent, make_headed_components
 
 Draw = Callable[[Tensor], Tensor]
 """Draws directions like a layer's output: entries of mean 0 and variance 1, uncorrelated."""
@@ -291,7 +291,7 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
             why = "a loss of each patch or group is traced through a block of one tensor"
             blocks.refuse_carrying(type(self).__name__, why)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
-        parts = headed_components(blocks, num_classes, head, local_loss or loss)
+        parts = make_headed_components(blocks, num_classes, head, local_loss or loss)
         parts[-1] = LossComponent(blocks[-1], loss)
         components = [ForwardGradientComponent(part, passes, draw, patches, groups) for part in parts]
         super().__init__(components, **training)

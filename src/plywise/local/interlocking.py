@@ -13,7 +13,7 @@ from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import Neighbours, PredictsByBlocks, StagedLearner
-from plywise.local.local_loss import Loss, choose_loss, headed_components
+from plywise.local.local_loss import Loss, choose_loss, make_headed_components
 from plywise.local.trainer import LocalTrainer
 
 
@@ -101,7 +101,7 @@ class Interlocking(PredictsByBlocks, StagedLearner):
         loss = choose_loss(loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         self.horizon = horizon
-        self._components = headed_components(blocks, num_classes, head, loss)
+        self._components = make_headed_components(blocks, num_classes, head, loss)
         super().__init__(self._components, **training)
 
     def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:

@@ -62,7 +62,7 @@ class LossComponent(Component):
         return loss
 
 
-def headed_components(
+def make_headed_components(
     blocks: Blocks, num_classes: int, make_head: MakeHead, loss: Loss
 ) -> list[LossComponent]:
     """A component for each block: all but the last have a head, with the block's dtype, where the block is.
@@ -188,4 +188,4 @@ class LocalLoss(PredictsByBlocks, OneWayLearner):
         require_blocks(self, blocks)
         loss = choose_loss(loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
-        super().__init__(headed_components(blocks, num_classes, head, loss), **training)
+        super().__init__(make_headed_components(blocks, num_classes, head, loss), **training)

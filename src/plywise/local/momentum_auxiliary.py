@@ -13,7 +13,7 @@ from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import Learner, PredictsByBlocks, learn_in_turn
-from plywise.local.local_loss import Loss, headed_components
+from plywise.local.local_loss import Loss, make_headed_components
 
 
 class MomentumHead(nn.Module):
@@ -155,7 +155,7 @@ class MomentumAuxiliary(PredictsByBlocks, Learner):
         self._blocks, self._classes, self._loss, self._momentum = blocks, num_classes, loss, momentum
         ahead = [beginning(block) for block in blocks[1:]]
         units = iter(ahead)
-        components = headed_components(
+        components = make_headed_components(
             blocks, num_classes, lambda shape, count: MomentumHead(next(units), shape, count, head), loss
         )
         self._followers: list[tuple[Any, nn.Module]] = [

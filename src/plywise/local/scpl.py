@@ -11,7 +11,7 @@ from plywise._util.checks import require_positive
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.heads import MakeHead, MeanLinear, make_pooling
 from plywise.local.learner import OneWayLearner, PredictsByBlocks
-from plywise.local.local_loss import LossComponent, headed_components
+from plywise.local.local_loss import LossComponent, make_headed_components
 
 WIDTH = 128
 
@@ -133,5 +133,5 @@ class SCPL(PredictsByBlocks, OneWayLearner):
         loss = partial(contrastive_loss, temperature=temperature)
         if projection is mlp_projection and blocks.carries:
             projection = MeanProjection
-        hidden = headed_components(blocks, num_classes, projection, loss)[:-1]
+        hidden = make_headed_components(blocks, num_classes, projection, loss)[:-1]
         super().__init__([*hidden, LossComponent(blocks[-1], F.cross_entropy)], **training)

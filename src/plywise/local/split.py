@@ -17,7 +17,7 @@ from plywise.data.models import call_model
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks
 from plywise.local.chain import assemble, join, label_unit
-from plywise.local.units import ADVICE, copy_of, own_randomness, units_of
+from plywise.local.units import ADVICE, copy_of, find_units, own_randomness
 
 _REPEATS = 5
 
@@ -69,7 +69,7 @@ def split(model: nn.Module, k: int, example: Batch) -> Blocks:
         with torch.no_grad(), evaluating(model):  # materialises them; copies cannot be made before
             call_model(model, clone_batch(example), TARGETS)
     with torch.inference_mode(False), own_randomness(model, example):
-        units, reasons = units_of(model, example)
+        units, reasons = find_units(model, example)
         if len(units) < k:
             names = ", ".join(label_unit(unit) for unit in units)
             more = [f"and {len(reasons) - 4} more"] if len(reasons) > 4 else []

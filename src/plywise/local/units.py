@@ -12,14 +12,14 @@ from plywise._util.modes import evaluating
 from plywise.data.batches import TARGETS, Batch, clone_batch, list_tensors
 from plywise.data.models import call_model, find_scores
 from plywise.errors import BlockError
-from plywise.local.chain import Piece, assemble, join, label, learns, read_chain, tensors_of
+from plywise.local.chain import Piece, assemble, collect_tensors, join, label, learns, read_chain
 from plywise.local.spine import find_spine, list_units
 from plywise.local.tracing import StaysWholeError
 
 ADVICE = "pass blocks of your own: Blocks([...], example)"
 
 
-def units_of(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
+def find_units(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
     """The units of a model, each with a parameter. The model stays as it is.
 
     They come from a trace by torch.fx, or are the layers that its forward calls in a loop, whichever are
@@ -143,7 +143,7 @@ def _find_tied(model: nn.Module, pieces: list[Piece]) -> dict[int, str]:
     first: dict[Tensor, tuple[int, str]] = {}
     cuts: dict[int, str] = {}
     for number, piece in enumerate(pieces):
-        for name, tensor in tensors_of(model, piece.nodes):
+        for name, tensor in collect_tensors(model, piece.nodes):
             start, other = first.setdefault(tensor, (number, name))
             reason = f"{name!r} is used twice" if name == other else f"{name!r} and {other!r} are one tensor"
             cuts |= dict.fromkeys(range(start, number), reason)

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plywise._util.renamed import serve_old_names
 from plywise.errors import PipelineError
 from plywise.local.learner import StagedLearner
 from plywise.local.split import balance
-from plywise.pipeline.pipeline import checked_cuts
+from plywise.pipeline.pipeline import check_cuts
 
 _REPEATS = 5
 
 
-def measured_cuts(learner: StagedLearner, x: Tensor, y: Tensor, *, replicas: int = 1) -> list[int]:
+def measure_cuts(learner: StagedLearner, x: Tensor, y: Tensor, *, replicas: int = 1) -> list[int]:
     """Return the first component of each stage for cuts that make the slowest stage as fast as possible.
 
     Rank 0 measures and tells the others; all call this alike, before they make the pipeline. The processes
@@ -34,16 +35,16 @@ def measured_cuts(learner: StagedLearner, x: Tensor, y: Tensor, *, replicas: int
             components; or one of them is lost.
     """
     world = dist.get_world_size()
-    stages = len(checked_cuts(None, len(learner.trainers), world, replicas))
+    stages = len(check_cuts(None, len(learner.trainers), world, replicas))
     if stages == 1:
         return [0]
     cuts = []
     if dist.get_rank() == 0:
-        cuts = [part.start for part in balance(component_costs(learner, x, y), stages)]
+        cuts = [part.start for part in balance(time_components(learner, x, y), stages)]
     return from_first(cuts)
 
 
-def component_costs(learner: StagedLearner, x: Tensor, y: Tensor) -> list[float]:
+def time_components(learner: StagedLearner, x: Tensor, y: Tensor) -> list[float]:
     """Median seconds of a step of each component on a batch. The learner stays as it is."""
     before = copy.deepcopy([trainer.state_dict() for trainer in learner.trainers])
     seconds: list[list[float]] = [[] for _ in learner.trainers]
@@ -79,3 +80,6 @@ def from_first(values: Sequence[int]) -> list[int]:
             "Another process has stopped before all were ready; it says why.", see="pipeline-start"
         ) from error
     return received.tolist()
+
+
+__getattr__ = serve_old_names(__name__, {"measured_cuts": "measure_cuts"})

@@ -14,7 +14,7 @@ from plywise.data.batches import move_batch
 from plywise.errors import PipelineError
 from plywise.local.component import Signal
 from plywise.pipeline.watch import EVERY, Watch
-from plywise.pipeline.wire import END, pack, size_of, unpack
+from plywise.pipeline.wire import END, measure_size, pack, unpack
 
 DEPTH = 2
 """Batches that may wait at either end: enough to overlap, few enough to bound memory."""
@@ -34,7 +34,7 @@ class Outbox:
     def put(self, signal: Signal, step: int) -> None:
         """Send a signal; waits while the next stage is too far behind."""
         if self._capacity == 0:
-            self._capacity = size_of(signal)
+            self._capacity = measure_size(signal)
             self._put(torch.tensor([self._capacity]))
         self._put(pack(signal, step, self._capacity))
 

@@ -46,7 +46,7 @@ class Pipeline:
     Args:
         learner: the whole learner, the same in every process.
         cuts: the first component of each stage, e.g. ``[0, 1, 4]``. Default: equally many for each of
-            as many stages as there are processes for one replica (see `measured_cuts` for balanced ones).
+            as many stages as there are processes for one replica (see `measure_cuts` for balanced ones).
         replicas: how many processes share each stage's batches, data-parallel. Default 1.
         timeout_s: seconds without a sign of life until a process counts as lost. Default 10.
 
@@ -70,7 +70,7 @@ class Pipeline:
                 stack.callback(dist.destroy_process_group)
             rank, world = dist.get_rank(), dist.get_world_size()
             self.learner = learner
-            self.cuts = checked_cuts(cuts, len(learner.trainers), world, replicas)
+            self.cuts = check_cuts(cuts, len(learner.trainers), world, replicas)
             self.stages, self.replicas = len(self.cuts), replicas
             self.stage, self.replica = divmod(rank, replicas)
             names = [self._name(*divmod(other, replicas)) for other in range(world)]
@@ -294,7 +294,7 @@ def _receive_signals(inbox: Inbox, step: int) -> Iterator[Signal]:
         yield signal
 
 
-def checked_cuts(cuts: Sequence[int] | None, components: int, world: int, replicas: int) -> list[int]:
+def check_cuts(cuts: Sequence[int] | None, components: int, world: int, replicas: int) -> list[int]:
     """The first component of each stage: as given if that fits, or equally many for each.
 
     Raises:

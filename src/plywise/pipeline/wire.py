@@ -39,7 +39,7 @@ _DESCRIPTION = 2 + 2 * DIMENSIONS  # dtype, dimensions, shape, strides
 _BROKEN = "The header of a message from the stage before is broken."
 
 
-def size_of(signal: Signal) -> int:
+def measure_size(signal: Signal) -> int:
     """Bytes of a signal on the wire."""
     return _HEADER + sum(_pad(part.nbytes) for part in _parts(signal) if part is not None)
 
@@ -53,9 +53,10 @@ def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
     buffer = torch.zeros(capacity, dtype=torch.uint8)
     header = [MAGIC, step]
     if signal is not None:
-        if size_of(signal) > capacity:
+        size = measure_size(signal)
+        if size > capacity:
             raise PipelineError(
-                f"A batch of {len(signal.y)} takes {size_of(signal)} bytes between stages, and the first one "
+                f"A batch of {len(signal.y)} takes {size} bytes between stages, and the first one "
                 f"took {capacity}: begin with the largest batch.",
                 see="pipeline-batch",
             )

@@ -118,7 +118,7 @@ class KroneckerRule(StatefulRule):
         """Return ``c · L^-p G R^-q`` with the roots in use; the plain gradient if the step preconditions."""
         if call.waits or not call.memory:
             return call.gradient()
-        left, right = root_of(call.memory, "output"), root_of(call.memory, "input")
+        left, right = get_root(call.memory, "output"), get_root(call.memory, "input")
         return precondition_gradient(call, left, right, call.memory["scale"])
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
@@ -165,7 +165,7 @@ class KroneckerRule(StatefulRule):
             statistic = memory[side]
             if self.statistic == "mean":
                 statistic = statistic / memory[f"{side}.count"]
-            last, rank = root_of(memory, side), self.choose_rank(statistic.shape[1])
+            last, rank = get_root(memory, side), self.choose_rank(statistic.shape[1])
             note = partial(health.note, name)
             root: Root | None
             if rank is None:
@@ -188,7 +188,7 @@ class KroneckerRule(StatefulRule):
         return torch.stack(known).max() if known else None
 
     def _measure_side(self, memory: State, side: str, power: float) -> Tensor | None:
-        root, times = root_of(memory, side), round(1 / power)
+        root, times = get_root(memory, side), round(1 / power)
         if root is None or self.relative_to == "max" or abs(times * power - 1) > 1e-9:
             return None  # the largest eigenvalue would cost more than all of this
         count = memory[f"{side}.count"] if self.statistic == "mean" else 1
@@ -205,7 +205,7 @@ class KroneckerRule(StatefulRule):
 
     def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
         """``L^-p G R^-q`` of the gradients at hand."""
-        left, right = root_of(memory, "output"), root_of(memory, "input")
+        left, right = get_root(memory, "output"), get_root(memory, "input")
         if left is None and right is None:
             return gradients, {}
         matrices = gradients.flatten(0, 1)
@@ -321,7 +321,7 @@ def _flatten(root: Root | None) -> Root | None:
     return None if root is None else root.flatten(0, 1)
 
 
-def root_of(memory: State, side: str) -> Root | None:
+def get_root(memory: State, side: str) -> Root | None:
     """The inverse root of a side's statistic that a layer remembers."""
     if f"{side}.root" in memory:
         return memory[f"{side}.root"]

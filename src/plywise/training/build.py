@@ -22,7 +22,7 @@ from plywise.local.learner import Learner
 from plywise.local.settings import READERS, check_settings, learner_settings
 from plywise.local.split import split
 from plywise.local.trainer import MakeOptimizer, MakeRule
-from plywise.local.units import units_of
+from plywise.local.units import find_units
 from plywise.local.whole_model import WholeModel
 from plywise.registry.resolve import (
     make_model,
@@ -189,7 +189,7 @@ def _count_blocks(model: nn.Module, example: Batch) -> int:
     if isinstance(example, Tensor):
         Blocks([model], example.clone())  # materialises lazy layers, as split does
     try:
-        return max(1, min(BLOCKS, len(units_of(model, example)[0])))
+        return max(1, min(BLOCKS, len(find_units(model, example)[0])))
     except BlockError as error:
         error.add_note(f"{BLOCKS} blocks are the default; --blocks 1 trains the model as a whole.")
         raise
@@ -203,7 +203,7 @@ def _cut_model(
         return blocks, () if k == 1 else _starts(model, blocks, example)
     if isinstance(example, Tensor):
         Blocks([model], example.clone())  # materialises lazy layers, as split does
-    units, _ = units_of(model, example)
+    units, _ = find_units(model, example)
     if list(starts) != sorted(set(starts)) or starts[0] != 0 or starts[-1] >= len(units):
         raise CommandError(
             f"{type(model).__name__} has {len(units)} units, numbered from 0, and is not to be cut at "
@@ -216,7 +216,7 @@ def _cut_model(
 def _starts(model: nn.Module, blocks: Blocks, example: Batch) -> tuple[int, ...]:
     """The first unit of each block: every unit has a parameter, under the name that it has in the model."""
     unit_of: dict[str, int] = {}
-    for number, unit in enumerate(units_of(model, example)[0]):
+    for number, unit in enumerate(find_units(model, example)[0]):
         unit_of |= dict.fromkeys(name_parameters(model, unit), number)
     return tuple(min(unit_of[name] for name, _ in block.named_parameters()) for block in blocks)
 

@@ -11,7 +11,7 @@ from plywise._util.extras import TENSORBOARD, import_extra
 from plywise.data.own_data import explaining
 from plywise.errors import PipelineError
 from plywise.local.learner import StagedLearner
-from plywise.pipeline.cuts import from_first, measured_cuts
+from plywise.pipeline.cuts import from_first, measure_cuts
 from plywise.pipeline.groups import join
 from plywise.pipeline.pipeline import NO_STAGES, Pipeline
 from plywise.training.build import ResolvedTraining, resolve_training
@@ -53,7 +53,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
         with explaining(data.note.splitlines()):
             learner, starts = _learner(training, folder, fresh)
         batch = next(iter(data.train.chunks(plan.batch_size)))
-        cuts = plan.cuts or measured_cuts(learner, *batch, replicas=plan.replicas)
+        cuts = plan.cuts or measure_cuts(learner, *batch, replicas=plan.replicas)
         pipeline = stack.enter_context(Pipeline(learner, cuts=cuts, replicas=plan.replicas))
         try:
             if dist.get_rank() == 0:

@@ -81,9 +81,9 @@ def find_method(name: str) -> Method:
     if found in RULE_OF:
         return _compose(name, name, PEERS[0])
     if found in LEARNER_OF:
-        from plywise.arena.methods.learners import of_learner
+        from plywise.arena.methods.learners import wrap_learner
 
-        return of_learner(found)
+        return wrap_learner(found)
     if found == RECOMMENDED:
         from plywise.arena.methods.rules import make_recommended
 
@@ -93,9 +93,9 @@ def find_method(name: str) -> Method:
         method: Method = home.METHODS[found]
         return method
     if found:
-        from plywise.arena.methods.peers import of_peer
+        from plywise.arena.methods.peers import wrap_peer
 
-        return of_peer(found)
+        return wrap_peer(found)
     choices = (*METHODS, *_ALIASES)
     raise BenchError(
         f"No method is called {name!r}. {suggestion(name, choices)}There are: {', '.join(METHODS)}; any "
@@ -106,14 +106,14 @@ def find_method(name: str) -> Method:
 def _load_method(address: str) -> Method:
     """Make a method of the object at a user's address."""
     from plywise._util.import_path import load
-    from plywise.arena.method import of_class
-    from plywise.arena.methods.rules import of_rule
+    from plywise.arena.method import wrap_class
+    from plywise.arena.methods.rules import wrap_rule
     from plywise.engine.rule import Rule
 
     thing = load(address, "your method")
     if isinstance(thing, type) and issubclass(thing, Rule):
-        return of_rule(address, PEERS[0])
-    return of_class(address, thing)
+        return wrap_rule(address, PEERS[0])
+    return wrap_class(address, thing)
 
 
 def _compose(name: str, first: str, second: str) -> Method:
@@ -122,17 +122,17 @@ def _compose(name: str, first: str, second: str) -> Method:
     if one in LEARNER_OF:
         known = other in RULE_OF or ":" in second
         _require(known, name, second, "rule", tuple(RULE_OF), "local-loss+foof")
-        from plywise.arena.methods.learners import of_learner
+        from plywise.arena.methods.learners import wrap_learner
 
-        return of_learner(one, other or second)
+        return wrap_learner(one, other or second)
     both = (*RULE_OF, *LEARNER_OF)
     known = one in RULE_OF or ":" in first
     _require(known, name, first, "rule or learner", both, "proxprop+adamw or local-loss+foof")
     known = other in PEERS or ":" in second
     _require(known, name, second, "optimizer", PEERS, f"{first}+adamw or {first}+torch.optim:RAdam")
-    from plywise.arena.methods.rules import of_rule
+    from plywise.arena.methods.rules import wrap_rule
 
-    return of_rule(one or first, other or second)
+    return wrap_rule(one or first, other or second)
 
 
 def _require(right: bool, name: str, part: str, what: str, choices: tuple[str, ...], example: str) -> None:

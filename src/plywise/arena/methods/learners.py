@@ -17,11 +17,11 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from plywise._util.modes import evaluating
-from plywise.arena.method import Method, TrialContext, cosine
+from plywise.arena.method import Method, TrialContext, make_cosine
 from plywise.arena.methods import LEARNER_OF, RULE_OF
 from plywise.arena.methods.peers import unit_sized
-from plywise.arena.methods.rules import tuned_of
-from plywise.arena.space import MOST_TUNED, Range, Space, defaults
+from plywise.arena.methods.rules import list_tuned
+from plywise.arena.space import MOST_TUNED, Range, Space, get_defaults
 from plywise.arena.workload import Workload
 from plywise.data.batches import TARGETS, Batch, clone_batch
 from plywise.data.models import call_model, unwrap_model
@@ -35,7 +35,7 @@ from plywise.local.learner import Learner
 from plywise.local.linear_heads import RidgeHead
 from plywise.local.settings import READERS
 from plywise.local.split import balance, split
-from plywise.local.units import units_of
+from plywise.local.units import find_units
 from plywise.registry.find import find_learner
 from plywise.registry.resolve import resolve_rule
 
@@ -162,7 +162,7 @@ RECIPES = {
 """By the learners' names."""
 
 
-def of_learner(name: str, rule: str | None = None) -> Method:
+def wrap_learner(name: str, rule: str | None = None) -> Method:
     """A local learner as a method: AdamW for every component, its rate on the cosine that all methods get.
 
     The learner's blocks are the model's, cut into pieces of about equal work. Random numbers follow from the
@@ -177,9 +177,9 @@ def of_learner(name: str, rule: str | None = None) -> Method:
         PlywiseError: a rule is asked for, and the learner has no gradients for it.
 
     Example:
-        >>> of_learner("cascaded-forward").space
+        >>> wrap_learner("cascaded-forward").space
         {'ridge': Range(low=1e-05, high=1.0, default=0.01, log=True)}
-        >>> list(of_learner("local-loss", "foof").space)
+        >>> list(wrap_learner("local-loss", "foof").space)
         ['lr', 'damping']
     """
     learner = find_learner(LEARNER_OF[name])
@@ -227,7 +227,7 @@ def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext)
 
 
 def _add_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
-    tuned, untuned = tuned_of(rule), defaults(recipe.space)
+    tuned, untuned = list_tuned(rule), get_defaults(recipe.space)
 
     def settings(setting: TrialContext) -> dict[str, Any]:
         own = {key: value for key, value in setting.numbers.items() if key in tuned.numbers}
@@ -261,7 +261,7 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: T
         settings = {"num_classes": setting.classes, **settings}
     if recipe.loss:
         settings = {"loss": setting.task.loss, **settings}
-    adamw: dict[str, Any] = defaults(ADAMW)
+    adamw: dict[str, Any] = get_defaults(ADAMW)
     adamw |= {key: value for key, value in setting.numbers.items() if key in ADAMW}
     model = setting.model
     if isinstance(model, TiedModel):
@@ -269,7 +269,7 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: T
     made = learner(
         cut(model, setting.blocks, setting.example),
         optimizer=lambda groups: AdamW(groups, **adamw),
-        scheduler=cosine(setting.steps),
+        scheduler=make_cosine(setting.steps),
         seed=int(torch.randint(2**31, ())),
         **settings,
     )
@@ -285,7 +285,7 @@ def cut(model: nn.Module, k: int, example: Batch) -> Blocks:
     model = unwrap_model(model)
     with torch.no_grad(), evaluating(model):
         call_model(model, clone_batch(example), TARGETS)  # materialises lazy layers
-    units = units_of(model, example)[0] if k > 1 else []
+    units = find_units(model, example)[0] if k > 1 else []
     if len(units) < k:
         return split(model, k, example)  # one block, or its error, which says why there are not more units
     whole = Blocks([assemble(model, unit) for unit in units], clone_batch(example))

@@ -15,16 +15,16 @@ ELSEWHERE = {entry.name: entry.absence for entry in NAMES if entry.absence}
 """Why there is neither."""
 
 
-def place_of(name: str) -> str:
+def find_place(name: str) -> str:
     """Say in a sentence where an entry of the registry is in the arena.
 
     Raises:
         PlywiseError: nothing is known of it.
 
     Example:
-        >>> place_of("Foof")
+        >>> find_place("Foof")
         'The method foof: plywise bench --workloads quick --methods sgd,foof'
-        >>> place_of("VSML")
+        >>> find_place("VSML")
         'The network of a workload: plywise bench --workloads vsml-episodes'
     """
     if name in METHOD_OF:

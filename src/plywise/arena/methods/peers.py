@@ -19,8 +19,8 @@ from plywise.arena.method import (
     Trainer,
     TrialContext,
     end_to_end,
-    of_class,
     with_rule,
+    wrap_class,
 )
 from plywise.arena.methods import NULL_CONTROL, PEERS
 from plywise.arena.space import Range, Space
@@ -158,15 +158,15 @@ def find_peer(name: str) -> Peer:
     if name in PEERS:
         return _PEERS[name]
     optimizer = resolve_optimizer(name)
-    method = of_class(name, optimizer)
+    method = wrap_class(name, optimizer)
     return Peer(name, method.about, method.space, _treat_alike(optimizer))
 
 
-def of_peer(name: str) -> Method:
+def wrap_peer(name: str) -> Method:
     """A peer, or the null control, as a method."""
     if name == NULL_CONTROL:
         about = "SGD a second time: the null control"
-        return replace(of_peer(PEERS[0]), name=name, about=about, baseline=False, null=PEERS[0])
+        return replace(wrap_peer(PEERS[0]), name=name, about=about, baseline=False, null=PEERS[0])
     peer = _PEERS[name]
 
     def make(setting: TrialContext) -> Trainer:
@@ -179,7 +179,7 @@ def _treat_alike(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext,
     """An optimizer that treats all parameters alike."""
 
     def make(setting: TrialContext, numbers: Numbers) -> Optimizer:
-        return optimizer(learning(setting.model), **numbers)
+        return optimizer(list_trained(setting.model), **numbers)
 
     return make
 
@@ -192,7 +192,7 @@ def _make_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
 def _make_torch_muon(setting: TrialContext, numbers: Numbers) -> Optimizer:
     hidden = hidden_weights(setting)
     known = {id(weight) for weight in hidden}
-    return TorchMuon(hidden, [p for p in learning(setting.model) if id(p) not in known], **numbers)
+    return TorchMuon(hidden, [p for p in list_trained(setting.model) if id(p) not in known], **numbers)
 
 
 def _make_normuon(setting: TrialContext, numbers: Numbers) -> Optimizer:
@@ -211,10 +211,10 @@ def hidden_weights(setting: TrialContext) -> list[nn.Parameter]:
 
 
 def _schedule_free(setting: TrialContext, numbers: Numbers) -> Optimizer:
-    return schedule_free(learning(setting.model), warmup_steps=setting.steps // WARMUP, **numbers)
+    return schedule_free(list_trained(setting.model), warmup_steps=setting.steps // WARMUP, **numbers)
 
 
-def learning(model: nn.Module) -> list[nn.Parameter]:
+def list_trained(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train."""
     return [p for p in model.parameters() if p.requires_grad]
 

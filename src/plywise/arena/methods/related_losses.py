@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from plywise._util.adamw import make_adamw
-from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine
-from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov, unit_sized
-from plywise.arena.space import Range, defaults
+from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, make_cosine
+from plywise.arena.methods.peers import GRADIENT_SIZED, list_trained, nesterov, unit_sized
+from plywise.arena.space import Range, get_defaults
 from plywise.arena.task import Judge, predictor, wrong_order
 from plywise.arena.workload import Workload
 from plywise.losses import AUCMargin, CoDA, input_gradient_penalty, wasserstein_proximal
@@ -63,11 +63,11 @@ class Ranked:
 def _train_for_auc(setting: TrialContext) -> Trainer:
     loss = AUCMargin().to(setting.example.device)
     groups: Any = [
-        {"params": learning(setting.model)},
+        {"params": list_trained(setting.model)},
         {"params": list(loss.parameters()), "weight_decay": 0.0},
     ]
     optimizer = nesterov(groups, **setting.numbers)
-    trainer = EndToEnd(setting.model, optimizer, loss, cosine(setting.steps)(optimizer))
+    trainer = EndToEnd(setting.model, optimizer, loss, make_cosine(setting.steps)(optimizer))
     return Ranked(setting.model, loss, trainer.step)
 
 
@@ -103,14 +103,14 @@ class FlatInInputs(EndToEnd):
 
 def _train_flat(setting: TrialContext) -> Trainer:
     assert setting.task.losses is not None, "refused where the task has none"
-    numbers = {**defaults(GRADIENT_SIZED), **setting.numbers}
+    numbers = {**get_defaults(GRADIENT_SIZED), **setting.numbers}
     strength = numbers.pop("strength")
-    optimizer = nesterov(learning(setting.model), **numbers)
+    optimizer = nesterov(list_trained(setting.model), **numbers)
     return FlatInInputs(
         setting.model,
         optimizer,
         setting.task.loss,
-        cosine(setting.steps)(optimizer),
+        make_cosine(setting.steps)(optimizer),
         losses=setting.task.losses,
         strength=strength,
     )
@@ -143,10 +143,10 @@ class NearItself(EndToEnd):
 
 
 def _train_proximal(setting: TrialContext) -> Trainer:
-    numbers = {**defaults(unit_sized(1e-3)), **setting.numbers}
+    numbers = {**get_defaults(unit_sized(1e-3)), **setting.numbers}
     reach = numbers.pop("reach")
-    optimizer = make_adamw(learning(setting.model), **numbers)
-    scheduler = cosine(INNER * setting.steps)(optimizer)
+    optimizer = make_adamw(list_trained(setting.model), **numbers)
+    scheduler = make_cosine(INNER * setting.steps)(optimizer)
     return NearItself(setting.model, optimizer, setting.task.loss, scheduler, reach=reach)
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine
-from plywise.arena.methods.peers import GRADIENT_SIZED, learning, nesterov
-from plywise.arena.space import Range, defaults
+from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, make_cosine
+from plywise.arena.methods.peers import GRADIENT_SIZED, list_trained, nesterov
+from plywise.arena.space import Range, get_defaults
 from plywise.arena.workload import Workload
 from plywise.errors import BenchError, PlywiseError
 from plywise.init import fuse_slice
@@ -54,12 +54,12 @@ def _add_slopes(model: nn.Module) -> list[AdaptiveActivation]:
 def _train_adaptive(setting: TrialContext) -> EndToEnd:
     slopes = [module.slope for module in _add_slopes(setting.model)]
     known = {id(slope) for slope in slopes}
-    weights = [parameter for parameter in learning(setting.model) if id(parameter) not in known]
+    weights = [parameter for parameter in list_trained(setting.model) if id(parameter) not in known]
     # decay would pull a slope to 0, where the layer hands nothing on
     groups: Any = [{"params": weights}, {"params": slopes, "weight_decay": 0.0}]
-    numbers = {**defaults(GRADIENT_SIZED), **setting.numbers}
+    numbers = {**get_defaults(GRADIENT_SIZED), **setting.numbers}
     optimizer = nesterov(groups, numbers["lr"], numbers["weight_decay"])
-    return EndToEnd(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer))
+    return EndToEnd(setting.model, optimizer, setting.task.loss, make_cosine(setting.steps)(optimizer))
 
 
 def _train_recovering(setting: TrialContext) -> Trainer:
@@ -91,8 +91,8 @@ def _make_threshold(setting: TrialContext) -> Trainer:
 
 
 def _train_end_to_end(setting: TrialContext, model: nn.Module, steps: int) -> EndToEnd:
-    optimizer = nesterov(learning(model), **setting.numbers)
-    return EndToEnd(model, optimizer, setting.task.loss, cosine(steps)(optimizer))
+    optimizer = nesterov(list_trained(model), **setting.numbers)
+    return EndToEnd(model, optimizer, setting.task.loss, make_cosine(steps)(optimizer))
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, cosine, end_to_end
-from plywise.arena.methods.peers import GRADIENT_SIZED, hidden_weights, learning
-from plywise.arena.space import Range, defaults
+from plywise.arena.method import EndToEnd, Method, Trainer, TrialContext, end_to_end, make_cosine
+from plywise.arena.methods.peers import GRADIENT_SIZED, hidden_weights, list_trained
+from plywise.arena.space import Range, get_defaults
 from plywise.optim import LRSGDC, LRSGDR, ASkewSGD, SalpSGD, YamAdam
 
 SALPS = 4
@@ -51,7 +51,7 @@ class Quantized(EndToEnd):
     def predict(self, x: Tensor) -> Tensor:
         """The quantized network's outputs in eval mode; the weights in training stay as they are."""
         assert isinstance(self.optimizer, ASkewSGD)
-        params = learning(self.model)
+        params = list_trained(self.model)
         kept = [param.clone() for param in params]
         self.optimizer.quantize()
         try:
@@ -62,19 +62,19 @@ class Quantized(EndToEnd):
 
 
 def _train_with_regularizer(optimizer: Callable[..., Optimizer], setting: TrialContext) -> Trainer:
-    numbers = {**defaults(GRADIENT_SIZED), **setting.numbers}
-    return end_to_end(setting, optimizer(learning(setting.model), **numbers))
+    numbers = {**get_defaults(GRADIENT_SIZED), **setting.numbers}
+    return end_to_end(setting, optimizer(list_trained(setting.model), **numbers))
 
 
 def _make_untuned(setting: TrialContext) -> Trainer:
     """Without the cosine: there is no rate."""
-    return EndToEnd(setting.model, YamAdam(learning(setting.model)), setting.task.loss)
+    return EndToEnd(setting.model, YamAdam(list_trained(setting.model)), setting.task.loss)
 
 
 def _train_swarm(setting: TrialContext) -> Trainer:
     lr, radius = setting.numbers["lr"], setting.numbers["radius"]
-    chain = SalpSGD(learning(setting.model), lr, total_steps=setting.steps, salps=SALPS, radius=radius)
-    return WithClosure(setting.model, chain, setting.task.loss, cosine(setting.steps)(chain))
+    chain = SalpSGD(list_trained(setting.model), lr, total_steps=setting.steps, salps=SALPS, radius=radius)
+    return WithClosure(setting.model, chain, setting.task.loss, make_cosine(setting.steps)(chain))
 
 
 def _make_binary(setting: TrialContext) -> Trainer:
@@ -86,7 +86,7 @@ def _make_binary(setting: TrialContext) -> Trainer:
         {"params": [weight], "levels": (-size, size)} for weight, size in zip(hidden, sizes, strict=True)
     ]
     bound = {id(weight) for weight in hidden}
-    free = [param for param in learning(setting.model) if id(param) not in bound]
+    free = [param for param in list_trained(setting.model) if id(param) not in bound]
     optimizer = ASkewSGD(
         [*groups, {"params": free, "levels": None}],
         setting.numbers["lr"],
@@ -94,7 +94,7 @@ def _make_binary(setting: TrialContext) -> Trainer:
         hold=STAGES // 2,
         decay=TIGHTENING,
     )
-    return Quantized(setting.model, optimizer, setting.task.loss, cosine(setting.steps)(optimizer))
+    return Quantized(setting.model, optimizer, setting.task.loss, make_cosine(setting.steps)(optimizer))
 
 
 _LRSGD = {"lr": GRADIENT_SIZED["lr"], "strength": Range(1e-3, 0.1, 0.01)}

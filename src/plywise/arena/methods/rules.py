@@ -10,7 +10,7 @@ from typing import Any
 from plywise.arena.method import Method, Trainer, TrialContext, end_to_end
 from plywise.arena.methods import PEERS, RECOMMENDED, RULE_OF
 from plywise.arena.methods.peers import Peer, find_peer, unit_sized
-from plywise.arena.space import MOST_TUNED, Range, Space, defaults
+from plywise.arena.space import MOST_TUNED, Range, Space, get_defaults
 from plywise.engine.rule import Rule
 from plywise.registry.card import read_card
 from plywise.registry.names import NAMES, RULE
@@ -49,12 +49,12 @@ TUNED = {
 """By the rules' names."""
 
 
-def tuned_of(rule: type[Rule]) -> Tuned:
+def list_tuned(rule: type[Rule]) -> Tuned:
     """Return what may be tuned about a rule; nothing for a user's own rule."""
     return TUNED[rule.__name__] if rule.__module__.startswith("plywise.rules.") else Tuned()
 
 
-def of_rule(name: str, optimizer: str) -> Method:
+def wrap_rule(name: str, optimizer: str) -> Method:
     """A rule on an optimizer as a method; on SGD it has the rule's name alone.
 
     Args:
@@ -65,13 +65,13 @@ def of_rule(name: str, optimizer: str) -> Method:
         PlywiseError: there is no optimizer, or no rule, at the address.
 
     Example:
-        >>> list(of_rule("proxprop", "adamw").space)
+        >>> list(wrap_rule("proxprop", "adamw").space)
         ['lr', 'tau']
     """
     rule, peer = resolve_rule(RULE_OF.get(name, name)), find_peer(optimizer)
-    tuned = tuned_of(rule)
+    tuned = list_tuned(rule)
     on_sgd = peer.name == PEERS[0]
-    fixed = defaults(peer.space)
+    fixed = get_defaults(peer.space)
     if on_sgd and tuned.rate is not None:
         fixed |= {"weight_decay": 0.0}
     space = _choose_space(tuned, peer, on_sgd)

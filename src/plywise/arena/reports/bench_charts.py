@@ -11,7 +11,7 @@ from plywise._util.plain_json import drop_infinite, map_floats
 from plywise.arena.scoring.ranking import MethodOnWorkload
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.results import BenchResults
-from plywise.arena.scoring.score import best_validation, last_validation
+from plywise.arena.scoring.score import find_best, find_last
 
 DIGITS = 3
 """Significant digits in a picture."""
@@ -77,7 +77,7 @@ def make_rates(results: BenchResults, workload: str) -> list[dict[str, Any]]:
         if space and trials:
             number = "lr" if "lr" in space else next(iter(space))
             points = [
-                (line["numbers"][number], last_validation(line), line["failure"])
+                (line["numbers"][number], find_last(line), line["failure"])
                 for line in trials
                 if number in line["numbers"]
             ]
@@ -100,7 +100,7 @@ def make_tuning_cost(results: BenchResults, workload: str) -> list[dict[str, Any
     for method in results.methods:
         trials = results.tuning.get((workload, method), [])
         if trials:
-            values = [math.inf if line["failure"] is not None else best_validation(line) for line in trials]
+            values = [math.inf if line["failure"] is not None else find_best(line) for line in trials]
             low, middle, high = zip(*find_best_after_trials(values), strict=True)
             each = {"low": low[:TRIALS], "middle": middle[:TRIALS], "high": high[:TRIALS]}
             found.append({"name": method, **thin(each)})

@@ -19,13 +19,13 @@ from plywise.arena.reports import bench_charts as charts
 from plywise.arena.reports.page import fill
 from plywise.arena.reports.spreadsheets import format_ranking_csv, format_runs_csv
 from plywise.arena.run.ledger import read
-from plywise.arena.scoring.conclusions import WORDS, span
+from plywise.arena.scoring.conclusions import WORDS, format_span
 from plywise.arena.scoring.headline import find_shown
 from plywise.arena.scoring.intervals import COUNT, LEVEL
 from plywise.arena.scoring.ranking import (
     FURTHEST,
     MethodOnWorkload,
-    null_ratio,
+    find_null_ratio,
     rank_methods,
 )
 from plywise.arena.scoring.records import TrialRecord
@@ -224,7 +224,8 @@ def _list_controls(field: BenchResults) -> list[dict[str, Any]]:
             "null": null,
             "original": original,
             "ratios": [
-                span(ratio) if (ratio := null_ratio(field, track, clock, null)) else "–" for clock in CLOCKS
+                format_span(ratio) if (ratio := find_null_ratio(field, track, clock, null)) else "–"
+                for clock in CLOCKS
             ],
         }
         for track in field.tracks

@@ -13,10 +13,10 @@ from plywise.arena.diagnostics.advice import Advice
 from plywise.arena.diagnostics.diagnosis import Diagnosis
 from plywise.arena.given import shorten
 from plywise.arena.reports.bench_page import write_page
-from plywise.arena.scoring.conclusions import span
+from plywise.arena.scoring.conclusions import format_span
 from plywise.arena.scoring.ranking import MethodRanking, rank_methods
 from plywise.arena.scoring.records import TrialRecord
-from plywise.arena.scoring.score import CLOCKS, best_validation, last_validation
+from plywise.arena.scoring.score import CLOCKS, find_best, find_last
 from plywise.arena.scoring.summary import BenchSummary
 from plywise.errors import BenchError
 
@@ -116,7 +116,7 @@ class BenchReport:
             [
                 shorten(one.method),
                 "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}",
-                "–" if one.ratio is None else span(one.ratio),
+                "–" if one.ratio is None else format_span(one.ratio),
                 f"{one.reached} of {one.runs}",
             ]
             for one in self.ranking()
@@ -225,7 +225,7 @@ def _describe(line: TrialRecord) -> dict[str, Any]:
     names = ("workload", "method", "purpose", "track", "trial", "seed", "failure", "test", "peak_mib")
     last = {clock: (line[clock] or [None])[-1] for clock in ("steps", "cpu", "wall")}
     numbers = {f"numbers.{name}": value for name, value in line["numbers"].items()}
-    ends = {"best_validation": best_validation(line), "last_validation": last_validation(line)}
+    ends = {"best_validation": find_best(line), "last_validation": find_last(line)}
     return {**{name: line.get(name) for name in names}, **ends, **last, **numbers}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from plywise.arena.scoring.ranking import MethodOnWorkload, Spread
 from plywise.arena.scoring.results import BenchResults
-from plywise.arena.scoring.score import CLOCKS, best_validation, is_trained, last_validation, to_target
+from plywise.arena.scoring.score import CLOCKS, find_best, find_last, is_trained, to_target
 
 
 def format_ranking_csv(found: Iterable[MethodOnWorkload]) -> str:
@@ -57,8 +57,8 @@ def format_runs_csv(results: BenchResults) -> Iterator[str]:
                     [
                         *(line[name] for name in header[:6]),
                         _format_numbers(line["numbers"]),
-                        best_validation(line),
-                        last_validation(line),
+                        find_best(line),
+                        find_last(line),
                         line.get("test"),
                         *(to_target(line, target.strict, clock) for clock in CLOCKS),
                         to_target(line, target.loose),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from plywise._util.extras import TENSORBOARD, import_extra
 from plywise.arena.reports.bench_page import read_bench
 from plywise.arena.scoring.records import FINAL, TUNING, TrialRecord
-from plywise.arena.scoring.score import best_validation
+from plywise.arena.scoring.score import find_best
 from plywise.errors import BenchError
 
 
@@ -68,7 +68,7 @@ def make_run(line: TrialRecord, metric: str) -> TrackedRun:
     last = f"trial {line['trial']}" if tuning else f"seed {line['seed']}"
     which = [line["workload"], line["method"], *([TUNING] if tuning else [FINAL, line["track"]]), last]
     settings = {name: line[name] for name in ("workload", "method", "purpose", "track", "trial", "seed")}
-    results = {f"best validation {metric}": best_validation(line), f"test {metric}": line["test"]}
+    results = {f"best validation {metric}": find_best(line), f"test {metric}": line["test"]}
     return TrackedRun(
         name="/".join(part.replace("/", "_").replace(":", ".") for part in which),
         settings={**settings, **line["numbers"], "failure": line["failure"] or ""},

@@ -18,7 +18,7 @@ from plywise._util.scratch import Scratch
 from plywise.arena.reproductions import find_paper, tables
 from plywise.arena.reproductions.experiment import DIGITS, MIDDLE, SIZE_WORDS, Experiment, Line
 from plywise.arena.reproductions.source import ExperimentSource
-from plywise.arena.reproductions.summary import outcome, ruling
+from plywise.arena.reproductions.summary import judge_claim, make_outcome
 from plywise.arena.run.config import TIMEOUT_S
 from plywise.arena.run.executor import Executor
 from plywise.arena.run.experiment import Design, Progress
@@ -127,7 +127,7 @@ class Reproduction:
         }
         text = json.dumps(map_floats(about, _write_number), indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.folder / "reproduce.json", text + "\n")
-        write_whole(self.folder / "reproduce.md", tables.markdown(about))
+        write_whole(self.folder / "reproduce.md", tables.make_markdown(about))
         return about
 
     # ---- runs --------------------------------------------------------------------------------------
@@ -193,12 +193,12 @@ class Reproduction:
             for name, own in lines.items()
         }
         arms = [
-            asdict(outcome(experiment, self.size, arm, finals[arm.name], tuning[arm.name]))
+            asdict(make_outcome(experiment, self.size, arm, finals[arm.name], tuning[arm.name]))
             for arm in experiment.arms_at(self.size)
             if finals[arm.name]
         ]
         claims = [
-            asdict(ruling(experiment.measure, claim, finals[claim.better], finals[claim.worse]))
+            asdict(judge_claim(experiment.measure, claim, finals[claim.better], finals[claim.worse]))
             for claim in experiment.claims_at(self.size)
             if finals[claim.better] and finals[claim.worse]
         ]

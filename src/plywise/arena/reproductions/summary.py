@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from plywise.arena.reproductions.experiment import FULL, Arm, Claim, Experiment, Line, Measure
-from plywise.arena.scoring.verdicts import ALIKE, BETTER, UNDECIDED, compare_runs, mean_interval
+from plywise.arena.scoring.verdicts import ALIKE, BETTER, UNDECIDED, bound_mean, compare_runs
 
 REPRODUCED, REVERSED = "as in the paper", "not as in the paper"
 
@@ -60,7 +60,7 @@ class Ruling:
     outcome: str
 
 
-def outcome(
+def make_outcome(
     experiment: Experiment, size: str, arm: Arm, lines: Mapping[int, Line], tuning: Sequence[Line]
 ) -> Outcome:
     """An arm's runs, summed up.
@@ -75,7 +75,7 @@ def outcome(
     values = read(experiment.measure, lines)
     failures = {seed: line["failure"] for seed, line in lines.items() if line["failure"]}
     scaled, back = [experiment.measure.scale(value) for value in values.values()], experiment.measure.back
-    around = mean_interval(scaled, more=1)
+    around = bound_mean(scaled, more=1)
     limits = (back(around[0]), back(around[1])) if around else None
     return Outcome(
         arm.name,
@@ -86,7 +86,7 @@ def outcome(
         low=limits[0] if limits else None,
         mean=back(statistics.fmean(scaled)) if values else None,
         high=limits[1] if limits else None,
-        verdict=verdict(arm.number, size, values, failures, limits),
+        verdict=judge_number(arm.number, size, values, failures, limits),
         tuning={
             f"{line['rate']:g}": None if line["failure"] else experiment.measure.tuned_by(line)
             for line in tuning
@@ -99,7 +99,7 @@ def read(measure: Measure, lines: Mapping[int, Line]) -> dict[int, float]:
     return {seed: measure.read(line) for seed, line in lines.items() if not line["failure"]}
 
 
-def verdict(
+def judge_number(
     number: float | None,
     size: str,
     values: Mapping[int, float],
@@ -122,7 +122,7 @@ def verdict(
     return "inside the interval" if limits[0] <= number <= limits[1] else "outside the interval"
 
 
-def ruling(measure: Measure, claim: Claim, one: Mapping[int, Line], other: Mapping[int, Line]) -> Ruling:
+def judge_claim(measure: Measure, claim: Claim, one: Mapping[int, Line], other: Mapping[int, Line]) -> Ruling:
     """Compare a claim with the runs of its two arms with the same seeds."""
     found = compare_runs(_list_merits(measure, one), _list_merits(measure, other), within=claim.within)
     if found == UNDECIDED:

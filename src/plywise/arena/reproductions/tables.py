@@ -13,18 +13,19 @@ from plywise.arena.scoring.verdicts import UNDECIDED
 HEADINGS = ("method", "paper", "ours (95 % interval)", "verdict")
 
 
-def rows(experiment: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def make_rows(experiment: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each arm: method, the paper's number, ours, verdict."""
     return [
-        (_format_method(arm), number(arm["paper"]), ours(arm), arm["verdict"]) for arm in experiment["arms"]
+        (_format_method(arm), write_number(arm["paper"]), write_ours(arm), arm["verdict"])
+        for arm in experiment["arms"]
     ]
 
 
-def number(value: float | None) -> str:
+def write_number(value: float | None) -> str:
     """A number in a table.
 
     Example:
-        >>> number(None), number(float("nan")), number(0.0123456), number(86.3)
+        >>> write_number(None), write_number(float("nan")), write_number(0.0123456), write_number(86.3)
         ('–', 'diverged', '0.0123', '86.3')
     """
     if value is None:
@@ -32,11 +33,11 @@ def number(value: float | None) -> str:
     return "diverged" if math.isnan(value) else format(value, ".3g")
 
 
-def ours(arm: Mapping[str, Any]) -> str:
+def write_ours(arm: Mapping[str, Any]) -> str:
     """Mean and interval of an arm, and how many of its runs failed.
 
     Example:
-        >>> ours({"mean": 1.0, "low": 0.5, "high": 1.5, "values": {0: 0.9, 1: 1.1}, "failures": {}})
+        >>> write_ours({"mean": 1.0, "low": 0.5, "high": 1.5, "values": {0: 0.9, 1: 1.1}, "failures": {}})
         '1 (0.5 to 1.5)'
     """
     failed, runs = len(arm["failures"]), len(arm["failures"]) + len(arm["values"])
@@ -46,7 +47,7 @@ def ours(arm: Mapping[str, Any]) -> str:
     return f"{arm['mean']:.3g}{limits}" + (f"; {failed} of {runs} diverged" if failed else "")
 
 
-def order(experiment: Mapping[str, Any]) -> list[str]:
+def describe_claims(experiment: Mapping[str, Any]) -> list[str]:
     """Say the result of the paper's claims in sentences, one for each outcome."""
     claims = experiment["claims"]
     if not claims:
@@ -63,7 +64,7 @@ def order(experiment: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def markdown(about: Mapping[str, Any]) -> str:
+def make_markdown(about: Mapping[str, Any]) -> str:
     """The whole reproduction."""
     lines = [f"## {about['paper']}", ""]
     if about["unfinished"]:
@@ -84,10 +85,10 @@ def _format_section(about: Mapping[str, Any], experiment: Mapping[str, Any]) -> 
         "",
         f"| {' | '.join(HEADINGS)} |",
         "|" + "---|" * len(HEADINGS),
-        *(f"| {' | '.join(row)} |" for row in rows(experiment)),
+        *(f"| {' | '.join(row)} |" for row in make_rows(experiment)),
         "",
     ]
-    if sentences := order(experiment):
+    if sentences := describe_claims(experiment):
         lines += ["The paper's order of methods:", "", *(f"- {one}" for one in sentences), ""]
     lines += ["Why our numbers may differ:", "", *(f"- {one}" for one in experiment["differences"]), ""]
     return lines

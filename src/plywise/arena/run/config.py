@@ -14,7 +14,7 @@ from plywise.arena.methods import find_method
 from plywise.arena.run.search import SEARCHES, find_search
 from plywise.arena.workload import Workload
 from plywise.arena.workloads import find_workload
-from plywise.arena.workloads.own import checked_workload, own_workload
+from plywise.arena.workloads.own import make_checked_workload, own_workload
 from plywise.data.batches import Split
 from plywise.data.parts import Data
 from plywise.errors import BenchError, DataError
@@ -143,7 +143,7 @@ class WorkloadSpec:
     def load(self, data: Data) -> Workload:
         """The workload of a settled spec, in another process: nothing is read, made or checked again."""
         if self.model:
-            made = checked_workload(
+            made = make_checked_workload(
                 self.name,
                 self.model,
                 data,

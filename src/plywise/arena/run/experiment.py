@@ -21,8 +21,8 @@ from plywise.arena.run.ledger import Ledger
 from plywise.arena.run.search import Search, Sobol
 from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, Key, TrialRecord
 from plywise.arena.scoring.score import choose_best
-from plywise.arena.scoring.targets import target_of
-from plywise.arena.space import defaults
+from plywise.arena.scoring.targets import choose_target
+from plywise.arena.space import get_defaults
 from plywise.arena.workload import Workload
 
 TUNING_SEED = 1000
@@ -257,7 +257,7 @@ class Experiment:
     def _choose_numbers(self, key: Key) -> Mapping[str, float]:
         method = self._pairs[key.workload, key.method]
         if key.trial < 0:
-            return defaults(method.space) or dict(next(iter(method.grid), {}))
+            return get_defaults(method.space) or dict(next(iter(method.grid), {}))
         if method.grid:
             return method.grid[key.trial]
         past = self.tuning(key.workload, key.method)
@@ -275,7 +275,9 @@ class Experiment:
         if stored is not None:
             return stored
         baselines = [method.name for method in self.methods[name] if method.baseline]
-        return target_of((line for m in self.methods[name] for line in self.tuning(name, m.name)), baselines)
+        return choose_target(
+            (line for m in self.methods[name] for line in self.tuning(name, m.name)), baselines
+        )
 
     def lines(self, workload: str, method: str) -> list[TrialRecord]:
         """An arm's trials that the ledger holds, by point and seed; runs of more seeds do not count."""

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from plywise._util.files import make_folder, written_whole
 from plywise._util.sealed import is_sealed, seal, unseal
-from plywise.arena.scoring.records import Key, key_of
+from plywise.arena.scoring.records import Key, make_key
 from plywise.errors import BenchError
 
 
@@ -35,7 +35,7 @@ class Ledger:
             return
         make_folder(path.parent)
         path.touch()
-        self.lines = {key_of(line): line for line, _ in _split(path)[0]}
+        self.lines = {make_key(line): line for line, _ in _split(path)[0]}
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -60,7 +60,7 @@ class Ledger:
         try:
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
             _set_damaged_aside(self.path)
-            self.lines = {key_of(line): line for line in read(self.path)}
+            self.lines = {make_key(line): line for line in read(self.path)}
             yield
         finally:
             lock.release()
@@ -72,7 +72,7 @@ class Ledger:
             PlywiseError: it could not be written; the file is as it was before.
         """
         if self.path is None:
-            self.lines[key_of(line)] = line
+            self.lines[make_key(line)] = line
             return
         text = seal(json.dumps(line, ensure_ascii=False, allow_nan=False)) + "\n"
         before = self.path.stat().st_size
@@ -80,11 +80,11 @@ class Ledger:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                self.lines[key_of(line)] = line  # from here on it is kept, whatever interrupts
+                self.lines[make_key(line)] = line  # from here on it is kept, whatever interrupts
                 os.fsync(file.fileno())
         except OSError as error:
             os.truncate(self.path, before)
-            self.lines.pop(key_of(line), None)
+            self.lines.pop(make_key(line), None)
             raise BenchError(
                 f"A trial could not be written to {self.path}: {error.strerror}. The {len(self.lines)} "
                 "trials before are kept; make room, and go on."
@@ -143,7 +143,7 @@ def _split(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[tuple[i
         try:
             words = text.decode()
             line = unseal(words)
-            key_of(line)
+            make_key(line)
             if sealed and not is_sealed(words):
                 raise ValueError("its check is lost")
         except (ValueError, KeyError, TypeError) as error:

@@ -8,8 +8,8 @@ from typing import Any
 
 from plywise._util.extras import import_extra
 from plywise.arena.scoring.records import TrialRecord
-from plywise.arena.scoring.score import best_validation
-from plywise.arena.space import Space, points
+from plywise.arena.scoring.score import find_best
+from plywise.arena.space import Space, draw_points
 
 DESIGN = 4
 """First trials, whose points are quasi-random and the same for every method."""
@@ -40,7 +40,7 @@ class OptunaSearch:
     def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
         """The point that Optuna suggests after the trials before this one."""
         if trial < DESIGN:
-            return points(space, trial + 1)[trial]
+            return draw_points(space, trial + 1)[trial]
         optuna = self._optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=SEED + trial, n_startup_trials=1)
@@ -58,7 +58,7 @@ class OptunaSearch:
     def _convert(self, line: TrialRecord, ranges: Mapping[str, Any], space: Space) -> Any:
         """A trial of the ledger as one of Optuna's."""
         trial = self._optuna.trial
-        best = best_validation(line)
+        best = find_best(line)
         ended = line["failure"] is None and math.isfinite(best)
         return trial.create_trial(
             params={name: line["numbers"][name] for name in space},

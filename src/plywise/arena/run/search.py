@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from plywise.arena.scoring.records import TrialRecord
-from plywise.arena.space import Space, points
+from plywise.arena.space import Space, draw_points
 from plywise.errors import BenchError
 
 SEARCHES = ("sobol", "optuna")
@@ -32,7 +32,7 @@ class Search(Protocol):
 
 
 class Sobol:
-    """Quasi-random points, the same shares of the ranges for every method: equal luck; see `points`.
+    """Quasi-random points, the same shares of the ranges for every method: equal luck; see `draw_points`.
 
     Example:
         >>> from plywise.arena.space import Range
@@ -46,7 +46,7 @@ class Sobol:
 
     def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
         """Return the point, which does not depend on past trials."""
-        return points(space, trial + 1)[trial]
+        return draw_points(space, trial + 1)[trial]
 
 
 def find_search(name: str) -> Search:

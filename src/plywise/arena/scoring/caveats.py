@@ -11,7 +11,7 @@ from plywise.arena.scoring.intervals import find_confidence
 from plywise.arena.scoring.records import TUNED
 from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.score import choose_best
-from plywise.arena.scoring.sentences import listed
+from plywise.arena.scoring.sentences import join
 from plywise.arena.scoring.targets import ENOUGH, SHARE
 
 EDGE = 0.05
@@ -104,14 +104,14 @@ def _count_failures(results: BenchResults) -> list[str]:
         for line in results.trials(workload, method)
     ]
     failed = Counter(line["method"] for line in trials if line["failure"] is not None)
-    parts = listed([f"{name} {count}" for name, count in failed.most_common()])
+    parts = join([f"{name} {count}" for name, count in failed.most_common()])
     sentences = [
         f"{failed.total()} of {len(trials)} trials failed{f' ({parts})' if parts else ''}; failures are "
         "counted, not dropped."
     ]
     if results.refused:
         names = Counter(method for _, method in results.refused)
-        parts = listed([f"{name} on {count}" for name, count in names.items()])
+        parts = join([f"{name} on {count}" for name, count in names.items()])
         sentences.append(
             f"Workloads that a method does not fit count as misses in profiles and ranks: {parts}."
         )
@@ -144,7 +144,7 @@ def _find_edges(results: BenchResults) -> list[str]:
         best = choose_best(trials, results.targets[workload].strict)
         space = results.bench["methods"].get(method, {}).get("space") or {}
         for name, one in space.items():
-            if best is not None and name in best["numbers"] and at_edge(best["numbers"][name], one):
+            if best is not None and name in best["numbers"] and is_at_edge(best["numbers"][name], one):
                 found[f"{name} of {method}"] += 1
     if not found:
         return []
@@ -153,12 +153,12 @@ def _find_edges(results: BenchResults) -> list[str]:
     return [f"The chosen number lies at the edge of its range, which may be too narrow: {parts}."]
 
 
-def at_edge(value: float, one: Mapping[str, Any]) -> bool:
+def is_at_edge(value: float, one: Mapping[str, Any]) -> bool:
     """Whether a number lies in the outer twentieth of its range, as bench.json has it.
 
     Example:
         >>> one = {"low": 1e-3, "high": 1.0, "log": True}
-        >>> at_edge(0.9, one), at_edge(0.03, one)
+        >>> is_at_edge(0.9, one), is_at_edge(0.03, one)
         (True, False)
     """
     low, high = one["low"], one["high"]

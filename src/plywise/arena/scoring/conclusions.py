@@ -16,14 +16,14 @@ from plywise.arena.scoring.intervals import Interval
 from plywise.arena.scoring.ranking import (
     MethodOnWorkload,
     MethodRanking,
-    noise,
-    noise_alone,
-    null_ratio,
+    find_lone_noise,
+    find_null_ratio,
+    measure_noise,
     rank_methods,
 )
 from plywise.arena.scoring.records import DEFAULTS
 from plywise.arena.scoring.results import BenchResults
-from plywise.arena.scoring.sentences import listed
+from plywise.arena.scoring.sentences import join
 from plywise.arena.scoring.verdicts import BETTER, compare_runs, find_noise
 
 SPARING = 0.9
@@ -72,11 +72,11 @@ def _describe_targets(results: BenchResults) -> list[str]:
     begun = {workload for _, workload, _ in results.cells} | {workload for workload, _ in results.tuning}
     waiting = [name for name in results.workloads if name not in begun]
     without = [name for name, one in results.targets.items() if one.strict is None and name in begun]
-    sentences = [f"Nothing has been run yet on {listed(waiting)}."] if waiting else []
+    sentences = [f"Nothing has been run yet on {join(waiting)}."] if waiting else []
     if without:
         sentences.append(
             "No target, since no tuning trial of a baseline came to its end: every run counts as a miss on "
-            f"{listed(without)}."
+            f"{join(without)}."
         )
     return sentences
 
@@ -105,9 +105,9 @@ def _describe_noise(results: BenchResults, track: str) -> list[str]:
     sentences = []
     for null, original in results.nulls.items():
         parts = [
-            f"{span(ratio)} in {WORDS[clock]}"
+            f"{format_span(ratio)} in {WORDS[clock]}"
             for clock in ("steps", "cpu", "wall")
-            if (ratio := null_ratio(results, track, clock, null)) is not None
+            if (ratio := find_null_ratio(results, track, clock, null)) is not None
         ]
         if parts:
             sentences.append(
@@ -116,14 +116,14 @@ def _describe_noise(results: BenchResults, track: str) -> list[str]:
             )
         else:
             sentences.append(f"{null}, the null control, cannot be compared with {original} in this track.")
-    limits = {clock: noise(results, track, clock) for clock in ("steps", "cpu")}
+    limits = {clock: measure_noise(results, track, clock) for clock in ("steps", "cpu")}
     if any(map(math.isinf, limits.values())):
         return [
             *sentences,
             "A null control has no times to learn the noise from: no difference is named below.",
         ]
     parts = [f"{limit:.2f}× in {WORDS[clock]}" for clock, limit in limits.items()]
-    alone = f"; on a single workload within {noise_alone(results, track, 'cpu'):.2f}× in {WORDS['cpu']}"
+    alone = f"; on a single workload within {find_lone_noise(results, track, 'cpu'):.2f}× in {WORDS['cpu']}"
     return [
         *sentences,
         f"Where the null control always reached the target it is within {' and '.join(parts)}"
@@ -138,7 +138,7 @@ def _compare_overall(
     sentences = []
     better: dict[str, list[str]] = {}
     for clock, found in rankings.items():
-        limit = noise(results, track, clock)
+        limit = measure_noise(results, track, clock)
         compared = [one for one in found if one.ratio and one.method not in results.nulls]
         apart = find_different(results, found, limit)
         ratios = {one.method: one.ratio.value for one in apart if one.ratio}
@@ -153,18 +153,20 @@ def _compare_overall(
         if not compared:
             continue
         parts = [
-            f"{one.method} {span(one.ratio)}{_note_compared(results, one)}" for one in ahead if one.ratio
+            f"{one.method} {format_span(one.ratio)}{_note_compared(results, one)}"
+            for one in ahead
+            if one.ratio
         ]
         sentences.append(
             f"Ahead of the best baseline in {WORDS[clock]} to the target, beyond noise: "
-            f"{listed(parts) or 'no method'}."
-            + (f" Behind: {listed(behind)}." if behind else "")
-            + (f" Undecided: {listed(level)}." if level else "")
+            f"{join(parts) or 'no method'}."
+            + (f" Behind: {join(behind)}." if behind else "")
+            + (f" Undecided: {join(level)}." if level else "")
         )
     eaten = [name for name in better.get("steps", []) if name not in better.get("cpu", [])]
     if eaten:
         sentences.append(
-            f"Fewer steps, but not less CPU time beyond noise: {listed(eaten)}. More expensive "
+            f"Fewer steps, but not less CPU time beyond noise: {join(eaten)}. More expensive "
             "steps cancel the gain, or noise hides it."
         )
     return sentences
@@ -183,7 +185,7 @@ def find_different(results: BenchResults, found: list[MethodRanking], limit: flo
 
 def _compare_by_workload(results: BenchResults, track: str, rows: list[MethodOnWorkload]) -> list[str]:
     """Say which methods won on each workload in processor time, and in one sentence where none did."""
-    limit = noise_alone(results, track, "cpu")
+    limit = find_lone_noise(results, track, "cpu")
     sentences = []
     unbeaten: dict[str, list[str]] = {}
     unreached = []
@@ -204,19 +206,19 @@ def _compare_by_workload(results: BenchResults, track: str, rows: list[MethodOnW
             if ratio is not None and ratio.value < 1 and ratio.apart(limit)
         )
         if ahead:
-            parts = ", ".join(f"{method} {span(ratio)}" for _, method, ratio in ahead[:3])
+            parts = ", ".join(f"{method} {format_span(ratio)}" for _, method, ratio in ahead[:3])
             more = f", and {len(ahead) - 3} more" if len(ahead) > 3 else ""
             sentences.append(f"On {workload}, less CPU time to the target than {name}: {parts}{more}.")
         else:
             unbeaten.setdefault(name, []).append(workload)
     if unreached:
         sentences.append(
-            f"No baseline reached the target in its median run on {listed(unreached)}: times are not "
+            f"No baseline reached the target in its median run on {join(unreached)}: times are not "
             "compared there. The best of many measurements on few validation samples is hard to repeat; more "
             "of them, or more seeds, help."
         )
     if unbeaten and not math.isinf(limit):
-        parts = ", than ".join(f"{name} on {listed(where)}" for name, where in unbeaten.items())
+        parts = ", than ".join(f"{name} on {join(where)}" for name, where in unbeaten.items())
         sentences.append(f"Nobody takes less CPU time to the target, beyond noise, than {parts}.")
     return sentences
 
@@ -259,7 +261,7 @@ def _compare_ends(results: BenchResults, track: str, rows: list[MethodOnWorkload
         if below:
             sentences.append(
                 f"On {workload}, the test metric at the end is lower than that of {peer}, beyond noise: "
-                f"{listed(below)}."
+                f"{join(below)}."
             )
     return sentences
 
@@ -287,7 +289,7 @@ def _compare_memory(results: BenchResults, track: str, rows: list[MethodOnWorklo
         shares = [less / more for less, more in both]
         if shares and max(shares) < SPARING and all(more - less > CODE_MIB for less, more in both):
             parts.append(f"{method} {min(shares):.2f} to {max(shares):.2f}×")
-    return [f"Peak memory, as a multiple of {results.reference}'s: {listed(parts)}."] if parts else []
+    return [f"Peak memory, as a multiple of {results.reference}'s: {join(parts)}."] if parts else []
 
 
 def _say_untuned(results: BenchResults) -> list[str]:
@@ -304,7 +306,7 @@ def _say_untuned(results: BenchResults) -> list[str]:
     ]
     if not counts:
         return []
-    return [f"Runs at the defaults that reached the target: {listed(parts) or 'none of any method'}."]
+    return [f"Runs at the defaults that reached the target: {join(parts) or 'none of any method'}."]
 
 
 def _give_advice(
@@ -319,7 +321,7 @@ def _give_advice(
             if one.rank and one.runs and one.reached == one.runs and len(one.profile) == len(results.ranked)
         ]
         sentences.append(
-            f"If there is no time to tune: {listed(able)} reached every target in every run at the defaults."
+            f"If there is no time to tune: {join(able)} reached every target in every run at the defaults."
             if able
             else "If there is no time to tune: no method reached every target in every run at its defaults."
         )
@@ -333,7 +335,7 @@ def _advise_tuned(results: BenchResults, track: str, rankings: dict[str, list[Me
         ("cpu", "If CPU time is what counts"),
         ("steps", "If the number of steps is what counts"),
     ):
-        limit = noise(results, track, clock)
+        limit = measure_noise(results, track, clock)
         sure = [
             one.method
             for one in rankings[clock]
@@ -357,11 +359,11 @@ def _advise_tuned(results: BenchResults, track: str, rankings: dict[str, list[Me
     return sentences
 
 
-def span(ratio: Interval) -> str:
+def format_span(ratio: Interval) -> str:
     """A ratio with its limits.
 
     Example:
-        >>> span(Interval(0.412, 0.5, float("inf"), "≥"))
+        >>> format_span(Interval(0.412, 0.5, float("inf"), "≥"))
         '≥0.50× (0.41 to ∞)'
     """
     limits = f"{_shorten(ratio.low)} to {_shorten(ratio.high)}"
@@ -378,8 +380,8 @@ def _list_some(names: list[str], whole: list[str]) -> str:
     """List names; if only a few of all are missing, name those."""
     others = [name for name in whole if name not in names]
     if len(names) < 2 or 2 * len(others) >= len(names):
-        return listed(names)
-    return f"all {len(whole)} but {listed(others)}" if others else f"all {len(whole)}"
+        return join(names)
+    return f"all {len(whole)} but {join(others)}" if others else f"all {len(whole)}"
 
 
 def _name_methods(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -> str:
@@ -387,7 +389,7 @@ def _name_methods(some: list[MethodOnWorkload], whole: list[MethodOnWorkload]) -
     if len({row.workload for row in whole}) == 1:
         return _list_some([row.method for row in some], [row.method for row in whole])
     counts, of = (Counter(row.method for row in group) for group in (some, whole))
-    return listed([f"{name} on {count} of {of[name]}" for name, count in counts.most_common()])
+    return join([f"{name} on {count} of {of[name]}" for name, count in counts.most_common()])
 
 
 def _note_compared(results: BenchResults, one: MethodRanking) -> str:

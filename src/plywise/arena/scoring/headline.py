@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from plywise.arena.scoring.conclusions import FEWEST, WORDS, find_different, span
-from plywise.arena.scoring.ranking import MethodOnWorkload, MethodRanking, noise, rank_methods
+from plywise.arena.scoring.conclusions import FEWEST, WORDS, find_different, format_span
+from plywise.arena.scoring.ranking import MethodOnWorkload, MethodRanking, measure_noise, rank_methods
 from plywise.arena.scoring.results import BenchResults
 from plywise.arena.scoring.sentences import format_count
 
@@ -41,8 +41,8 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
         if ahead and ahead[0].ratio:
             more = f", and {len(ahead) - 1} more are ahead" if len(ahead) > 1 else ""
             return (
-                f"{before}{ahead[0].method} needs {span(ahead[0].ratio)} the {WORDS[clock]} of the best "
-                f"baseline to the target, beyond noise{more} ({basis})."
+                f"{before}{ahead[0].method} needs {format_span(ahead[0].ratio)} the {WORDS[clock]} of the "
+                f"best baseline to the target, beyond noise{more} ({basis})."
             )
     return (
         f"No method is ahead of the best baseline in CPU time or steps to the target, beyond noise ({basis})."
@@ -64,7 +64,7 @@ def _list_ahead(results: BenchResults, clock: str) -> list[MethodRanking]:
     """List the methods ahead of the best baseline over all workloads, beyond noise, the quickest first."""
     track = results.tracks[0]
     found = rank_methods(results, track, clock)
-    different = find_different(results, found, noise(results, track, clock))
+    different = find_different(results, found, measure_noise(results, track, clock))
     whole = [one for one in different if one.compared == len(results.ranked)]
     quicker = [(one.ratio.value, one.method, one) for one in whole if one.ratio and one.ratio.value < 1]
     return [one for *_, one in sorted(quicker, key=lambda item: item[:2])]

@@ -94,7 +94,7 @@ def find_confidence(seeds: int) -> float:
     return 1 - 2.0 ** (1 - seeds)
 
 
-def medians(values: Sequence[float], generator: np.random.Generator, count: int = COUNT) -> Draws:
+def draw_medians(values: Sequence[float], generator: np.random.Generator, count: int = COUNT) -> Draws:
     """Medians of resamples of some values, infinite ones among them.
 
     Args:
@@ -106,7 +106,7 @@ def medians(values: Sequence[float], generator: np.random.Generator, count: int 
         ``count`` medians. The median of an even number of values is the mean of the middle two.
 
     Example:
-        >>> sorted(set(medians([1, 2, float("inf")], np.random.default_rng(0)).tolist()))
+        >>> sorted(set(draw_medians([1, 2, float("inf")], np.random.default_rng(0)).tolist()))
         [1.0, 2.0, inf]
     """
     data = np.asarray(values, dtype=np.float64)
@@ -116,13 +116,13 @@ def medians(values: Sequence[float], generator: np.random.Generator, count: int 
     return np.where(upper == lower, upper, lower / 2 + upper / 2)
 
 
-def limits(draws: Draws, level: float = LEVEL) -> tuple[float, float]:
+def find_limits(draws: Draws, level: float = LEVEL) -> tuple[float, float]:
     """Return the limits of the middle ``level`` of the draws; both are among the draws.
 
     Nothing is interpolated, since there is nothing between a number and infinity.
 
     Example:
-        >>> limits(np.array([1.0, 2.0, 3.0, np.inf]), 0.5)
+        >>> find_limits(np.array([1.0, 2.0, 3.0, np.inf]), 0.5)
         (1.0, 3.0)
     """
     ordered = np.sort(draws)
@@ -143,10 +143,10 @@ def resample_times(
         generator: where the randomness comes from.
         grid: the time between two measurements; 0: the times are exact.
     """
-    return Timed(statistics.median(values), medians(values, generator), budget, grid)
+    return Timed(statistics.median(values), draw_medians(values, generator), budget, grid)
 
 
-def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
+def bound_ratio(mine: Timed, other: Timed) -> Interval | None:
     """The quotient of two median times, of which either may be a miss.
 
     A miss took longer than the whole run, by an unknown time. So a missed numerator gives a
@@ -161,16 +161,16 @@ def ratio_interval(mine: Timed, other: Timed) -> Interval | None:
     missed = math.isinf(mine.value), math.isinf(other.value)
     if all(missed):
         return None
-    low, _ = limits(lower_ratio(mine, other))
-    _, high = limits(upper_ratio(mine, other))
+    low, _ = find_limits(lower_ratio(mine, other))
+    _, high = find_limits(upper_ratio(mine, other))
     above = mine.budget if missed[0] else mine.value
     below = other.budget if missed[1] else other.value
     value = float(_divide(np.array(above), np.array(below)))
     return Interval(low, value, high, "≥" if missed[0] else "≤" if missed[1] else "")
 
 
-def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
-    """The geometric mean of quotients over workloads; misses enter as in `ratio_interval`.
+def bound_mean_ratio(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
+    """The geometric mean of quotients over workloads; misses enter as in `bound_ratio`.
 
     Pairs where both missed say nothing and are left out; reports show how many pairs remain.
 
@@ -178,12 +178,14 @@ def geometric_interval(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
         The interval, marked ≥ or ≤ where a miss is in it, and ? where misses of both kinds are; None
         without a pair to compare.
     """
-    single = [(pair, ratio) for pair in pairs if (ratio := ratio_interval(*pair)) is not None]
+    single = [(pair, ratio) for pair in pairs if (ratio := bound_ratio(*pair)) is not None]
     if not single:
         return None
     value = _compute_geometric_mean(np.array([[ratio.value] for _, ratio in single]), 0.0)[0]
-    low, _ = limits(_compute_geometric_mean(np.stack([lower_ratio(*pair) for pair, _ in single]), 0.0))
-    _, high = limits(_compute_geometric_mean(np.stack([upper_ratio(*pair) for pair, _ in single]), math.inf))
+    low, _ = find_limits(_compute_geometric_mean(np.stack([lower_ratio(*pair) for pair, _ in single]), 0.0))
+    _, high = find_limits(
+        _compute_geometric_mean(np.stack([upper_ratio(*pair) for pair, _ in single]), math.inf)
+    )
     marks = {ratio.mark for _, ratio in single} - {""}
     return Interval(low, float(value), high, "".join(marks) if len(marks) < 2 else "?")
 

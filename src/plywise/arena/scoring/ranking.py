@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plywise.arena.scoring.intervals import Draws, Interval, Timed, geometric_interval, limits, ratio_interval
+from plywise.arena.scoring.intervals import Draws, Interval, Timed, bound_mean_ratio, bound_ratio, find_limits
 from plywise.arena.scoring.records import TrialRecord
-from plywise.arena.scoring.results import BenchResults, Cell, step_seconds
-from plywise.arena.scoring.score import CLOCKS, is_trained, last_validation, to_target
+from plywise.arena.scoring.results import BenchResults, Cell, time_step
+from plywise.arena.scoring.score import CLOCKS, find_last, is_trained, to_target
 
 FURTHEST = 4.0
 """Performance profiles end at this ratio: a method four times as slow as the quickest gets no area."""
@@ -124,10 +124,12 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
         for method, one in _compare_to_quickest(results, track, workload, clock).items():
             behind.setdefault(method, {})[workload] = one
     values = {
-        name: statistics.fmean(float(area(np.array(r))) for r, _ in own.values())
+        name: statistics.fmean(float(measure_area(np.array(r))) for r, _ in own.values())
         for name, own in behind.items()
     }
-    draws = {name: np.mean([area(d) for _, d in own.values()], axis=0) for name, own in behind.items()}
+    draws = {
+        name: np.mean([measure_area(d) for _, d in own.values()], axis=0) for name, own in behind.items()
+    }
     ranked = [name for name in behind if name not in results.nulls]
     ends = _rank_ends(results, track)
     found = []
@@ -141,8 +143,8 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
                 level=name in ranked and sum(values[other] == values[name] for other in ranked) > 1,
                 area=_make_interval(values[name], draws[name]),
                 profile={workload: r for workload, (r, _) in own.items()},
-                ratio=geometric_interval(pairs),
-                compared=sum(ratio_interval(*pair) is not None for pair in pairs),
+                ratio=bound_mean_ratio(pairs),
+                compared=sum(bound_ratio(*pair) is not None for pair in pairs),
                 reached=sum(_reaches(run, results.targets[run["workload"]].strict) for run in runs),
                 runs=len(runs),
                 end=ends[name],
@@ -151,12 +153,12 @@ def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRa
     return sorted(found, key=lambda one: (-one.area.value, -one.reached / max(one.runs, 1), one.end))
 
 
-def null_ratio(results: BenchResults, track: str, clock: str, null: str) -> Interval | None:
+def find_null_ratio(results: BenchResults, track: str, clock: str, null: str) -> Interval | None:
     """Return a null control's times over those of its original, over all workloads: 1 except for noise."""
-    return geometric_interval(_pair_with_original(results, track, clock, null))
+    return bound_mean_ratio(_pair_with_original(results, track, clock, null))
 
 
-def noise(results: BenchResults, track: str, clock: str) -> float:
+def measure_noise(results: BenchResults, track: str, clock: str) -> float:
     """Return how far from 1 the intervals of null controls reach: ratios nearer to 1 are no difference.
 
     It is taken over the workloads where a null control and its original reached the target in all resamples,
@@ -164,28 +166,28 @@ def noise(results: BenchResults, track: str, clock: str) -> float:
     is no such workload, so that nothing counts as a difference; 1 where there is no null control.
 
     This is the noise of a mean over all workloads, in which that of single ones cancels in part. For verdicts
-    on a single workload there is `noise_alone`.
+    on a single workload there is `find_lone_noise`.
     """
     known = (_list_known_pairs(results, track, clock, null) for null in results.nulls)
-    return max([1.0, *(_reach(geometric_interval(pairs)) for pairs in known)])
+    return max([1.0, *(_reach(bound_mean_ratio(pairs)) for pairs in known)])
 
 
-def noise_alone(results: BenchResults, track: str, clock: str) -> float:
+def find_lone_noise(results: BenchResults, track: str, clock: str) -> float:
     """Return how far from 1 a null control reaches on any single workload: the noise of a single workload.
 
-    Infinite or 1 where `noise` is, for the same reasons.
+    Infinite or 1 where `measure_noise` is, for the same reasons.
     """
     known = (_list_known_pairs(results, track, clock, null) for null in results.nulls)
     return max(
-        [1.0, *(max((_reach(ratio_interval(*pair)) for pair in pairs), default=math.inf) for pairs in known)]
+        [1.0, *(max((_reach(bound_ratio(*pair)) for pair in pairs), default=math.inf) for pairs in known)]
     )
 
 
-def area(behind: Draws) -> Draws:
+def measure_area(behind: Draws) -> Draws:
     """Areas under one workload's steps of performance profiles: 1 for the quickest, 0 from `FURTHEST` on.
 
     Example:
-        >>> area(np.array([1.0, 2.5, 7.0, float("inf")])).tolist()
+        >>> measure_area(np.array([1.0, 2.5, 7.0, float("inf")])).tolist()
         [1.0, 0.5, 0.0, 0.0]
     """
     return np.clip(FURTHEST - np.maximum(behind, 1.0), 0.0, None) / (FURTHEST - 1)
@@ -196,8 +198,8 @@ def _make_row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> M
     target = results.targets[workload]
     peers = {clock: results.peer(workload, clock) if target.ranks else None for clock in CLOCKS}
     mine = results.trials(workload, method)
-    cost = step_seconds(mine)
-    plain = step_seconds(results.trials(workload, results.reference)) if results.reference else None
+    cost = time_step(mine)
+    plain = time_step(results.trials(workload, results.reference)) if results.reference else None
     peaks = [run["peak_mib"] for run in cell.runs if run.get("peak_mib") is not None and is_trained(run)]
     tests = [line["test"] for line in cell.runs if line.get("test") is not None]
     return MethodOnWorkload(
@@ -210,10 +212,10 @@ def _make_row(results: BenchResults, key: tuple[str, str, str], cell: Cell) -> M
         failed=sum(run["failure"] is not None for run in cell.runs),
         times={clock: _make_interval(one.value, one.draws) for clock, one in cell.times.items()},
         ratios={
-            clock: ratio_interval(cell.times[clock], peer.times[clock]) if peer else None
+            clock: bound_ratio(cell.times[clock], peer.times[clock]) if peer else None
             for clock, peer in peers.items()
         },
-        validation=_make_spread([last_validation(run) for run in cell.runs]),
+        validation=_make_spread([find_last(run) for run in cell.runs]),
         test=_make_spread(tests + [math.inf] * sum(run["failure"] is not None for run in cell.runs))
         if tests
         else None,
@@ -261,7 +263,7 @@ def _rank_ends(results: BenchResults, track: str) -> dict[str, float]:
         values = {name: math.inf for name in results.methods if (workload, name) in results.refused}
         for name in results.methods:
             if runs := _get_runs(results, (track, workload, name)):
-                values[name] = statistics.median(last_validation(run) for run in runs)
+                values[name] = statistics.median(find_last(run) for run in runs)
         for name, value in values.items():
             ends.setdefault(name, []).append(1 + sum(other < value for other in values.values()))
     return {name: statistics.fmean(ranks) for name, ranks in ends.items()}
@@ -276,7 +278,7 @@ def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[st
         ahead += draws[other] > own
         level += draws[other] >= own
     rank = 1 + sum(values[other] > values[name] for other in others)
-    return Interval(1 + limits(ahead)[0], rank, 1 + limits(level)[1])
+    return Interval(1 + find_limits(ahead)[0], rank, 1 + find_limits(level)[1])
 
 
 def _pair_with_peers(results: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
@@ -320,7 +322,7 @@ def _reaches(line: TrialRecord, target: float | None) -> bool:
 
 
 def _make_interval(value: float, draws: Draws) -> Interval:
-    low, high = limits(draws)
+    low, high = find_limits(draws)
     return Interval(low, value, high)
 
 

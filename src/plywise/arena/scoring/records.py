@@ -22,6 +22,6 @@ class Key(NamedTuple):
     seed: int
 
 
-def key_of(line: dict[str, Any]) -> Key:
+def make_key(line: dict[str, Any]) -> Key:
     """The key of a line."""
     return Key(*(line[name] for name in Key._fields))

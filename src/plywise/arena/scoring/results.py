@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from plywise.arena.scoring.intervals import Timed, resample_times
-from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, TrialRecord, key_of
-from plywise.arena.scoring.score import CLOCKS, clock_values, to_target
-from plywise.arena.scoring.targets import Target, baselines_of, make_target
+from plywise.arena.scoring.records import DEFAULTS, FINAL, TUNED, TUNING, TrialRecord, make_key
+from plywise.arena.scoring.score import CLOCKS, read_clock, to_target
+from plywise.arena.scoring.targets import Target, list_baselines, make_target
 
 TRACKS = (TUNED, DEFAULTS)
 """The tracks, as reports order them."""
@@ -82,7 +82,7 @@ class BenchResults:
     def trials(self, workload: str, method: str) -> list[TrialRecord]:
         """All trials of a method on a workload, of whatever purpose."""
         cells = [self.cells.get((track, workload, method)) for track in TRACKS]
-        finals = {key_of(run): run for cell in cells if cell for run in cell.runs}
+        finals = {make_key(run): run for cell in cells if cell for run in cell.runs}
         return [*self.tuning.get((workload, method), []), *finals.values()]
 
 
@@ -106,7 +106,7 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Bench
     finals = _find_finals(bench, in_order)
     targets = {name: make_target(bench, name, on[name]) for name in workloads}
     longest = {name: max((max(x["steps"], default=0) for x in on[name]), default=0) for name in workloads}
-    generator, established = np.random.default_rng(0), baselines_of(bench)
+    generator, established = np.random.default_rng(0), list_baselines(bench)
     keys = ((track, workload, name) for track in TRACKS for workload in workloads for name in methods)
     return BenchResults(
         bench=bench,
@@ -133,11 +133,11 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Bench
     )
 
 
-def step_seconds(lines: Iterable[TrialRecord]) -> float | None:
+def time_step(lines: Iterable[TrialRecord]) -> float | None:
     """Processor seconds of a step: the median of some trials; None if none was timed.
 
     Example:
-        >>> step_seconds([{"steps": [0, 10], "cpu": [0.0, 0.5]}, {"steps": [0], "cpu": [0.0]}])
+        >>> time_step([{"steps": [0, 10], "cpu": [0.0, 0.5]}, {"steps": [0], "cpu": [0.0]}])
         0.05
     """
     return _measure_step(lines, "cpu")
@@ -194,7 +194,7 @@ def _make_cell(
 def _measure_step(lines: Iterable[TrialRecord], clock: str) -> float | None:
     each = []
     for line in lines:
-        values = clock_values(line, clock)
+        values = read_clock(line, clock)
         if values and line["steps"][len(values) - 1]:
             each.append(values[-1] / line["steps"][len(values) - 1])
     return statistics.median(each) if each else None

@@ -14,28 +14,28 @@ CLOCKS = ("steps", "gradients", "cpu", "wall")
 """The units of time to target: steps, passes forward and backward, processor seconds, seconds."""
 
 
-def best_validation(line: TrialRecord) -> float:
+def find_best(line: TrialRecord) -> float:
     """The lowest validation metric that a trial ever measured; infinity if it measured none.
 
     Example:
-        >>> best_validation({"validation": [0.9, None, 0.2, 0.3]})
+        >>> find_best({"validation": [0.9, None, 0.2, 0.3]})
         0.2
     """
     return min((value for value in line["validation"] if value is not None), default=math.inf)
 
 
-def early_validation(line: TrialRecord, until: float) -> float:
+def find_early(line: TrialRecord, until: float) -> float:
     """The lowest validation metric that a trial measured within its first ``until`` steps, or infinity.
 
     Example:
-        >>> early_validation({"steps": [0, 10, 20], "validation": [0.9, 0.3, 0.1]}, 16)
+        >>> find_early({"steps": [0, 10, 20], "validation": [0.9, 0.3, 0.1]}, 16)
         0.3
     """
     pairs = zip(line["steps"], line["validation"], strict=False)
     return min((value for step, value in pairs if value is not None and step <= until), default=math.inf)
 
 
-def last_validation(line: TrialRecord) -> float:
+def find_last(line: TrialRecord) -> float:
     """The validation metric that a trial ended with; infinity if it failed, since it did not get there."""
     if line["failure"] is not None or not line["validation"] or line["validation"][-1] is None:
         return math.inf
@@ -52,7 +52,7 @@ def is_trained(line: TrialRecord) -> bool:
     return any(line["steps"])
 
 
-def clock_values(line: TrialRecord, clock: str) -> list[float]:
+def read_clock(line: TrialRecord, clock: str) -> list[float]:
     """Return the values of a clock at each measurement of a trial.
 
     Args:
@@ -60,7 +60,7 @@ def clock_values(line: TrialRecord, clock: str) -> list[float]:
         clock: one of `CLOCKS`; "gradients" is the steps times what a step of the method takes.
 
     Example:
-        >>> clock_values({"steps": [0, 20], "gradients": 2.0}, "gradients")
+        >>> read_clock({"steps": [0, 20], "gradients": 2.0}, "gradients")
         [0.0, 40.0]
     """
     if clock == "gradients":
@@ -115,6 +115,6 @@ def choose_best(lines: Iterable[TrialRecord], target: float | None) -> TrialReco
 
     def rate(line: TrialRecord) -> tuple[bool, float, float, int]:
         failed = line["failure"] is not None
-        return failed, to_target(line, target), best_validation(line), line["trial"]
+        return failed, to_target(line, target), find_best(line), line["trial"]
 
     return min((line for line in lines if line["purpose"] == TUNING), key=rate, default=None)

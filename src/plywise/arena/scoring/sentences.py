@@ -14,11 +14,11 @@ def format_count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def listed(names: list[str]) -> str:
+def join(names: list[str]) -> str:
     """The first of some names with commas and an "and", and how many others there are.
 
     Example:
-        >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e", "f"])
+        >>> join(["a", "b"]), join(["a", "b", "c", "d", "e", "f"])
         ('a and b', 'a, b, c, d and 2 more')
     """
     if len(names) > NAMED + 1:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from plywise.arena.scoring.records import TUNING, TrialRecord
-from plywise.arena.scoring.score import best_validation, early_validation, to_target
+from plywise.arena.scoring.score import find_best, find_early, to_target
 
 SHARE = 0.15
 """Share of the baselines' tuning trials that reach a target which is made of them."""
@@ -90,16 +90,16 @@ def make_target(bench: dict[str, Any], workload: str, lines: Collection[TrialRec
         workload: name of the workload.
         lines: the trials on it, of any method and purpose.
     """
-    baselines = baselines_of(bench)
+    baselines = list_baselines(bench)
     about = bench["workloads"].get(workload, {})
     stored = about.get("target")
-    strict = target_of(lines, baselines) if stored is None else stored
+    strict = choose_target(lines, baselines) if stored is None else stored
     # a sweep over rates says nothing of what a middling setting reaches
-    loose = None if bench.get("chosen") else loose_target_of(lines, baselines)
+    loose = None if bench.get("chosen") else choose_loose_target(lines, baselines)
     if loose is not None and strict is not None:
         loose = max(loose, strict)
     tuning = _list_tuning(lines, baselines)
-    best = min(map(best_validation, lines), default=math.inf)
+    best = min(map(find_best, lines), default=math.inf)
     return Target(
         strict,
         loose,
@@ -111,12 +111,12 @@ def make_target(bench: dict[str, Any], workload: str, lines: Collection[TrialRec
     )
 
 
-def baselines_of(bench: dict[str, Any]) -> set[str]:
+def list_baselines(bench: dict[str, Any]) -> set[str]:
     """Names of the established methods in a bench, null controls aside."""
     return {name for name, one in bench["methods"].items() if one.get("baseline") and not one.get("null")}
 
 
-def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
+def choose_target(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
     """Return the target of a workload without a stored one: what 15 % of the baselines' tuning trials reach.
 
     A trial counts by its best validation metric within the first 80 % of the steps. A quantile does not
@@ -135,9 +135,9 @@ def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float
         >>> def trial(early: float, late: float) -> TrialRecord:
         ...     values = {"steps": [0, 50, 100], "validation": [0.9, early, late]}
         ...     return {"method": "sgd", "purpose": "tuning", **values}
-        >>> target_of([trial(0.4, 0.1), trial(0.3, 0.2), trial(0.2, 0.2), trial(0.5, 0.4)], {"sgd"})
+        >>> choose_target([trial(0.4, 0.1), trial(0.3, 0.2), trial(0.2, 0.2), trial(0.5, 0.4)], {"sgd"})
         0.4
-        >>> target_of([trial(0.01 * place, 0.0) for place in range(1, 61)], {"sgd"})
+        >>> choose_target([trial(0.01 * place, 0.0) for place in range(1, 61)], {"sgd"})
         0.09
     """
     tuning = _list_tuning(lines, baselines)
@@ -146,7 +146,7 @@ def target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float
     return ordered[min(place, len(ordered)) - 1] if ordered else None
 
 
-def loose_target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
+def choose_loose_target(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
     """A target that a middling setting reaches: the median of the baselines' tuning trials.
 
     It distinguishes a method that is fast but ends too high from a slow one.
@@ -161,11 +161,11 @@ def loose_target_of(lines: Iterable[TrialRecord], baselines: Collection[str]) ->
     Example:
         >>> def trial(value: float) -> TrialRecord:
         ...     return {"method": "sgd", "purpose": "tuning", "steps": [0, 100], "validation": [value, 0.0]}
-        >>> loose_target_of([trial(0.1), trial(0.3), trial(0.2), trial(0.5), trial(0.9)], {"sgd"})
+        >>> choose_loose_target([trial(0.1), trial(0.3), trial(0.2), trial(0.5), trial(0.9)], {"sgd"})
         0.3
     """
     lines = list(lines)
-    ordered, strict = _list_early_values(_list_tuning(lines, baselines)), target_of(lines, baselines)
+    ordered, strict = _list_early_values(_list_tuning(lines, baselines)), choose_target(lines, baselines)
     return None if strict is None else max(statistics.median_high(ordered), strict)
 
 
@@ -176,7 +176,7 @@ def _list_tuning(lines: Iterable[TrialRecord], baselines: Collection[str]) -> li
 def _list_early_values(trials: list[TrialRecord]) -> list[float]:
     """The best early validation metrics of the trials that measured any, ascending."""
     until = EARLY * max((line["steps"][-1] for line in trials if line["steps"]), default=0)
-    best = [early_validation(line, until) for line in trials]
+    best = [find_early(line, until) for line in trials]
     return sorted(value for value in best if math.isfinite(value))
 
 

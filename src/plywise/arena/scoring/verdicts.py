@@ -35,7 +35,7 @@ def student(freedom: int) -> float:
     return STUDENT[min(freedom, len(STUDENT)) - 1]
 
 
-def mean_interval(values: Sequence[float], more: float = 0.0) -> tuple[float, float] | None:
+def bound_mean(values: Sequence[float], more: float = 0.0) -> tuple[float, float] | None:
     """Limits around the mean; None with fewer than two values.
 
     Args:
@@ -43,7 +43,7 @@ def mean_interval(values: Sequence[float], more: float = 0.0) -> tuple[float, fl
         more: 1 for where one more is expected, 0 for where their mean is.
 
     Example:
-        >>> [round(limit, 2) for limit in mean_interval([1.0, 2.0, 3.0])]
+        >>> [round(limit, 2) for limit in bound_mean([1.0, 2.0, 3.0])]
         [-0.48, 4.48]
     """
     n = len(values)
@@ -80,7 +80,7 @@ def compare_runs(ours: Runs, theirs: Runs, *, noise: float = 0.0, within: float 
         if differences or whole[0] == whole[1]:
             return UNDECIDED
         return BETTER if whole[0] else WORSE
-    limits = mean_interval(differences)
+    limits = bound_mean(differences)
     if limits is None:
         return UNDECIDED
     low, high = limits

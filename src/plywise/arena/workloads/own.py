@@ -17,8 +17,8 @@ from plywise.arena.task import (
     Judge,
     Task,
     WholeSetTask,
+    choose_task,
     error_rate,
-    task_of,
     token_cross_entropy,
 )
 from plywise.arena.workload import Workload
@@ -115,7 +115,7 @@ def own_workload(
         example = clone_batch(next(iter(train.chunks(_EXAMPLE)))[0])
         how = f"; {HOW[calls]}" if calls else ""
         return replace(
-            checked_workload(
+            make_checked_workload(
                 name, model, fitting, loss=loss, metric=metric, step=step, calls=calls, classes=classes
             ),
             about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}{how}.",
@@ -158,7 +158,7 @@ def _targets(part: Part) -> Tensor:
     return targets if targets.dim() > 1 else torch.cat([y for _, y in part.chunks(2)])
 
 
-def checked_workload(
+def make_checked_workload(
     name: str,
     model: str,
     data: Data,
@@ -186,7 +186,7 @@ def checked_workload(
 
     Example:
         >>> from plywise.arena.workloads.synthetic import make_data
-        >>> checked_workload("mine", "module:model", make_data()).task.metric_name
+        >>> make_checked_workload("mine", "module:model", make_data()).task.metric_name
         'mean squared error'
     """
     is_step = calls in GIVE_LOSS
@@ -264,7 +264,7 @@ def _task(data: Data, loss: str, metric: str) -> Task:
 
 def _task_of_targets(y: Tensor, loss: str, metric: str) -> Task:
     if not loss:
-        task = task_of(y)
+        task = choose_task(y)
     else:
         descended: Judge = resolve_function(loss, "your loss")
         judged = (error_rate, "error rate") if _are_labels(y) else (descended, loss)
