@@ -95,31 +95,32 @@ class Arrivals:
     def arrive(self, entry: ParameterEntry) -> None:
         """Check a gradient that arrived in a parameter's ``.grad``: the rule must have answered for it."""
         task = torch._C._current_graph_task_id()
-        answered = False
-        for site in list(entry.sites.values()):
-            if task in site.answered:
-                del site.answered[task]
-                answered = True
-                if self._on_accumulated is not None and not entry.leave_next:
-                    self._on_accumulated(site.name)
+        answered = self._take_answers(entry, task)
         if answered and not (entry.leave_next and task in self.altered):
             self._on_answered(entry)
-            return
-        if entry.rests:
+        elif entry.rests:
             entry.arrived = entry.arrived or not self._capture.paused
             self._on_answered(entry)
-            return
-        if entry.computed_into is not None and not entry.leave_next:
-            return  # its gradient is that of a handled weight, carried on by autograd
-        if task in self.altered:
-            self._refuse_altered(entry)
-        known = entry.sites or (entry.expected and not entry.why_left)
-        if known and not entry.why_left and not entry.leave_next and not self._capture.paused:
-            if TRANSFORM in entry.used_by:
-                return
-            if entry.used_by and not entry.sites and not entry.computed_into:
-                return  # by a function that is not read as a linear map, as the table says
-            raise UncapturedLayerError(_explain_uncaptured(entry))
+        elif entry.computed_into is None or entry.leave_next:  # else autograd carries on a handled weight's
+            if task in self.altered:
+                self._refuse_altered(entry)
+            if self._must_answer(entry):
+                raise UncapturedLayerError(_explain_uncaptured(entry))
+
+    def _take_answers(self, entry: ParameterEntry, task: int) -> bool:
+        """Return whether the rule has answered for this gradient; count the evidence of the answers."""
+        answered = [site for site in entry.sites.values() if task in site.answered]
+        for site in answered:
+            del site.answered[task]
+            if self._on_accumulated is not None and not entry.leave_next:
+                self._on_accumulated(site.name)
+        return bool(answered)
+
+    def _must_answer(self, entry: ParameterEntry) -> bool:
+        """Return whether the rule takes this parameter, and no use without a captured call is known."""
+        if entry.why_left or entry.leave_next or self._capture.paused or TRANSFORM in entry.used_by:
+            return False
+        return bool(entry.sites or (entry.expected and not entry.used_by))
 
     def _refuse_altered(self, entry: ParameterEntry) -> None:
         """Raise an error if a parameter is left to the optimizer: its gradient comes from altered values."""

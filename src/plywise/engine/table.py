@@ -140,15 +140,7 @@ class ParameterTable:
         is_whole, computed = entry is not None, False
         if entry is None:
             entry, computed = self._resolve(weight, innermost, by_role)
-        if entry is None or entry.excluded or entry.left or entry.rests or not weight.numel():
-            return None
-        if weight._base is not None and is_expanded(weight):
-            self.leave(entry, "calls use an expanded view of it, which has each number several times")
-            return None
-        if map_.kind not in self._kinds:
-            self.leave(entry, f"calls use it as {map_.kind!r}: {explain_kind(map_.kind)}")
-            return None
-        if not (weight.requires_grad or (bias is not None and bias.requires_grad) or self._frozen_too):
+        if entry is None or not self._takes_use(entry, weight, map_.kind, bias):
             return None
         owner = innermost if len(entry.owners) > 1 or computed else None
         last = entry.last
@@ -164,6 +156,18 @@ class ParameterTable:
         elif not entry.rests:  # its first call may have shown that it rests
             return site
         return None
+
+    def _takes_use(self, entry: ParameterEntry, weight: Tensor, kind: str, bias: Tensor | None) -> bool:
+        """Return whether the rule takes such a use of a parameter; if it never can, leave the parameter."""
+        if entry.excluded or entry.left or entry.rests or not weight.numel():
+            return False
+        if weight._base is not None and is_expanded(weight):
+            self.leave(entry, "calls use an expanded view of it, which has each number several times")
+            return False
+        if kind not in self._kinds:
+            self.leave(entry, f"calls use it as {kind!r}: {explain_kind(kind)}")
+            return False
+        return weight.requires_grad or (bias is not None and bias.requires_grad) or self._frozen_too
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Return whether a tensor is a parameter of the model, or a view of one."""

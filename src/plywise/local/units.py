@@ -163,27 +163,9 @@ def _find_unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dic
         for part in (reference, *parts):
             part.train(training)
         with torch.no_grad():
-            try:
-                with own_randomness(model, example):
-                    expected = reference(example.clone())
-            except Exception as error:
-                raise BlockError(
-                    f"{type(model).__name__} fails on the example in {'train' if training else 'eval'} mode: "
-                    f"{error}."
-                ) from error
-            if fault := _fault(expected, len(example)):
-                raise BlockError(f"{type(model).__name__} hands on {fault}. Mend that, or {ADVICE}.")
-            values = [example.clone()]
-            versions: list[int] = []
-            for number, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
-                values.append(part(values[-1]))
-                if fault := _fault(values[-1], len(example)):
-                    cuts.setdefault(number, f"{label(piece.result)} hands on {fault}")
-                for cut, version in enumerate(versions):
-                    if _version(values[cut + 1]) != version:
-                        cuts.setdefault(cut, f"{label(piece.nodes[0])} writes into what it gets")
-                versions.append(_version(values[-1]))
-        found = values[-1]
+            expected = _run_whole(reference, example)
+            found, faults = _run_pieces(pieces, parts, example)
+        cuts = {**faults, **cuts}
         is_alike = isinstance(found, Tensor) and found.shape == expected.shape
         if not is_alike or not torch.allclose(found, expected, 1e-3, 1e-5, equal_nan=True):
             raise BlockError(
@@ -191,6 +173,34 @@ def _find_unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dic
                 f"than its input's values (a type, a clock, Python's random numbers). Mend that, or {ADVICE}."
             )
     return {cut: reason for cut, reason in cuts.items() if cut < len(pieces) - 1}
+
+
+def _run_whole(model: nn.Module, example: Tensor) -> Tensor:
+    """The output of a whole model, which must have a row for each sample."""
+    try:
+        with own_randomness(model, example):
+            output: Tensor = model(example.clone())
+    except Exception as error:
+        mode = "train" if model.training else "eval"
+        raise BlockError(f"{type(model).__name__} fails on the example in {mode} mode: {error}.") from error
+    if fault := _fault(output, len(example)):
+        raise BlockError(f"{type(model).__name__} hands on {fault}. Mend that, or {ADVICE}.")
+    return output
+
+
+def _run_pieces(pieces: list[Piece], parts: list[nn.Module], example: Tensor) -> tuple[Any, dict[int, str]]:
+    """The output of the pieces one after the other, and what is wrong with the cuts between them."""
+    values, versions = [example.clone()], list[int]()
+    faults: dict[int, str] = {}
+    for number, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
+        values.append(part(values[-1]))
+        if fault := _fault(values[-1], len(example)):
+            faults.setdefault(number, f"{label(piece.result)} hands on {fault}")
+        for cut, version in enumerate(versions):
+            if _version(values[cut + 1]) != version:
+                faults.setdefault(cut, f"{label(piece.nodes[0])} writes into what it gets")
+        versions.append(_version(values[-1]))
+    return values[-1], faults
 
 
 def _fault(value: object, samples: int) -> str:

@@ -98,6 +98,16 @@ class TrainConfig:
     cuts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        self._check_values()
+        if self.split is not None and self.model is None:
+            raise CommandError("split says where a model is cut, and there is no model.")
+        if self.split is not None and self.blocks not in (None, len(self.split)):
+            raise CommandError(f"split is of {len(self.split)} blocks, and blocks is {self.blocks}.")
+        self._check_step()
+        if self.rule is None and self.rule_set:
+            raise CommandError(f"rule-set is given ({_word(self.rule_set)}), and no rule.")
+
+    def _check_values(self) -> None:
         optional = [entry.name for entry in fields(self) if entry.default is None]
         for name, value in vars(self).items():
             if value is None and name in optional:
@@ -110,13 +120,6 @@ class TrainConfig:
             _refuse("rate", "a number above 0", self.rate)
         if type(self.tensorboard) is not bool:
             _refuse("tensorboard", "true or false", self.tensorboard)
-        if self.split is not None and self.model is None:
-            raise CommandError("split says where a model is cut, and there is no model.")
-        if self.split is not None and self.blocks not in (None, len(self.split)):
-            raise CommandError(f"split is of {len(self.split)} blocks, and blocks is {self.blocks}.")
-        self._check_step()
-        if self.rule is None and self.rule_set:
-            raise CommandError(f"rule-set is given ({_word(self.rule_set)}), and no rule.")
 
     def _check_step(self) -> None:
         if self.step is None:

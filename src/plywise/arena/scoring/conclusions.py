@@ -242,22 +242,16 @@ def _compare_ends(results: BenchResults, track: str, rows: list[MethodOnWorkload
             for row in rows
             if (row.track, row.workload) == (track, workload) and row.test
         }
-        peer = min(
-            (name for name in results.baselines if name in medians), key=medians.__getitem__, default=""
-        )
-        tests = {
-            name: _read_tests(results, track, workload, name) for name in (*medians, *results.nulls.values())
-        }
-        noise = max(
-            (find_noise(tests[n], tests[o]) for n, o in results.nulls.items() if n in tests), default=0
-        )
-        below = [
-            name
-            for name in medians
-            if peer
-            and name not in results.nulls
-            and compare_runs(tests[name], tests[peer], noise=noise) == BETTER
-        ]
+        baselines = [name for name in results.baselines if name in medians]
+        if not baselines:
+            continue
+        peer = min(baselines, key=medians.__getitem__)
+        names = (*medians, *results.nulls.values())
+        tests = {name: _read_tests(results, track, workload, name) for name in names}
+        controls = [(tests[n], tests[original]) for n, original in results.nulls.items() if n in tests]
+        noise = max((find_noise(*pair) for pair in controls), default=0)
+        compared = [name for name in medians if name not in results.nulls]
+        below = [n for n in compared if compare_runs(tests[n], tests[peer], noise=noise) == BETTER]
         if below:
             sentences.append(
                 f"On {workload}, the test metric at the end is lower than that of {peer}, beyond noise: "
