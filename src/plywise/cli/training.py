@@ -30,44 +30,7 @@ PAINT = 0.1  # seconds between two pictures of the progress bar
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Flags:
-    """Flags of a training; a missing flag is taken from the file, or else from the plan's defaults.
-
-    Attributes:
-        model: function that makes your network, as module:name: an nn.Module, which is cut into blocks of
-            equal cost, or a list of blocks. Default: a linear layer of 128 and ReLU for each block.
-        data: digits (they come with plywise), or what `plywise bench` takes: module:name of a function that
-            returns (x, y), (x, y, x_test, y_test) or three pairs, where a Dataset, a DataLoader or an
-            iterable of batches may stand for a pair; a .npz file with x_train, y_train and perhaps x_test,
-            y_test; a .csv or .parquet file whose last column is the target; a folder of images. Default
-            digits.
-        read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
-            for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
-        step: function of your model and a batch of your data to the loss, as module:name: the model trains as
-            a whole by it, without a learner.
-        metric: with --step, function of your model and a batch to a number, the lower the better, as
-            module:name: what the test data are judged by. Default: the loss.
-        learner: AssociatedLearning, SCPL, LocalLoss, LocalNextToken, Interlocking, CascadedForward,
-            LocalForwardGradient, ForwardForward, MonoForward, DirectFeedback, MomentumAuxiliary or
-            ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
-        set: a hyper-parameter of the learner, as name=value; may be repeated.
-        blocks: number of blocks. Default 4, or as many as a smaller model comes apart into.
-        split: where the model is cut, as in 0,2,5: the first unit of each block. Default: by measured cost;
-            the first lines say where.
-        optimizer: a class of torch.optim, or module:name of one; each block gets its own. Default Adam.
-        optimizer_set: an argument of the optimizer, as name=value; may be repeated.
-        rate: learning rate. Default 0.003.
-        rule: a rule inside each block (see `plywise methods`), or module:name of a class of yours. Default
-            none: plain gradients.
-        rule_set: a hyper-parameter of the rule, as name=value; may be repeated.
-        epochs: passes over the training data; a finished run goes on with more of them. Default 10.
-        batch_size: samples a batch. Default 64.
-        seed: of weights, order of the samples, dropout. Default 0.
-        threads: threads of each process. Default 1.
-        out: folder of checkpoints and logs. Default runs/train.
-        every: steps between checkpoints. Default 500.
-        keep: how many checkpoints stay. Default 3.
-        tensorboard: log for TensorBoard, too.
-    """
+    """Flags of a training, as `TrainConfig` describes them. A missing one is taken from the file."""
 
     model: str | None = None
     data: str | None = None
@@ -91,6 +54,9 @@ class Flags:
     every: int | None = None
     keep: int | None = None
     tensorboard: Annotated[bool | None, Parameter(negative=())] = None
+
+
+Flags.__doc__ = TrainConfig.__doc__  # for --help
 
 
 def plan_from(config: Path | None, flags: Flags | None, **more: Any) -> TrainConfig:

@@ -34,31 +34,40 @@ class TrainConfig:
     """A training. The fields are the flags of `plywise train` and `plywise pipeline`.
 
     Attributes:
-        model: ``module:function`` that makes the network, an ``nn.Module`` or a list of blocks; None for
-            linear layers of 128 with ReLU between them.
-        data: see `plywise.registry.resolve.resolve_parts`; the targets are classes.
-        read: how they are read, see `plywise.data.reading.ReadOptions.parse`.
-        step: ``module:function`` of a step function, (model, batch) to a loss: the model trains as a whole by
-            it, and no learner is asked for.
-        metric: ``module:function`` of a metric, (model, batch) to a number, for ``step``; None for the loss.
-        learner: name of the learner, or ``module:name`` of a class.
-        set: its hyper-parameters.
-        blocks: number of blocks; None for 4, or as many as a smaller model or a list has.
-        split: where a model is cut: the first unit of each block. None for blocks of equal cost, as measured
-            when the run begins: two runs may be cut differently then.
-        optimizer: name of a class in `torch.optim`, or ``module:name`` of one; each component has its own.
-        optimizer_set: its arguments besides the rate.
-        rate: learning rate.
-        rule: name of the rule inside each component, or ``module:name`` of a class; None for none.
-        rule_set: its hyper-parameters.
-        batch_size: samples a batch; the last one of an epoch may have fewer.
-        seed: of weights, of the order of the samples, and of dropout and the like.
-        epochs: passes over the training data.
-        threads: of torch's operators in each process. Rounding depends on it.
-        out: folder of checkpoints and logs.
-        every: steps between checkpoints.
-        keep: how many checkpoints stay, the newest.
-        tensorboard: whether to log for TensorBoard, too.
+        model: function that makes your network, as module:name: an nn.Module, which is cut into blocks of
+            equal cost, or a list of blocks. Default: a linear layer of 128 and ReLU for each block.
+        data: digits (they come with plywise), or what `plywise bench` takes: module:name of a function that
+            returns (x, y), (x, y, x_test, y_test) or three pairs, where a Dataset, a DataLoader or an
+            iterable of batches may stand for a pair; a .npz file with x_train, y_train and perhaps x_test,
+            y_test; a .csv or .parquet file whose last column is the target; a folder of images. Default
+            digits.
+        read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
+            for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
+        step: function of your model and a batch of your data to the loss, as module:name: the model trains as
+            a whole by it, without a learner.
+        metric: with --step, function of your model and a batch to a number, the lower the better, as
+            module:name: what the test data are judged by. Default: the loss.
+        learner: AssociatedLearning, SCPL, LocalLoss, LocalNextToken, Interlocking, CascadedForward,
+            LocalForwardGradient, ForwardForward, MonoForward, DirectFeedback, MomentumAuxiliary or
+            ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
+        set: a hyper-parameter of the learner, as name=value; may be repeated.
+        blocks: number of blocks. Default 4, or as many as a smaller model comes apart into.
+        split: where the model is cut, as in 0,2,5: the first unit of each block. Default: by cost as measured
+            when the run begins, so that two runs may be cut differently; the first lines say where.
+        optimizer: a class of torch.optim, or module:name of one; each block gets its own. Default Adam.
+        optimizer_set: an argument of the optimizer, as name=value; may be repeated.
+        rate: learning rate. Default 0.003.
+        rule: a rule inside each block (see `plywise methods`), or module:name of a class of yours. Default
+            none: plain gradients.
+        rule_set: a hyper-parameter of the rule, as name=value; may be repeated.
+        batch_size: samples a batch; the last one of an epoch may have fewer. Default 64.
+        seed: of weights, order of the samples, dropout. Default 0.
+        epochs: passes over the training data; a finished run goes on with more of them. Default 10.
+        threads: threads of each process. Rounding depends on it. Default 1.
+        out: folder of checkpoints and logs. Default runs/train.
+        every: steps between checkpoints. Default 500.
+        keep: how many checkpoints stay, the newest. Default 3.
+        tensorboard: log for TensorBoard, too.
         replicas: in a pipeline, processes that share each stage's batches.
         cuts: in a pipeline, the first component of each stage; None for balanced ones.
 
