@@ -17,6 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -248,7 +249,7 @@ class Capture:
         """Begin a run: this module runs and no other does, unless the last run was interrupted."""
         local = self.local
         if local.outermost is module:
-            if _runs_twice(module):
+            if runs_twice(nn.Module._call_impl.__code__, module):  # a recursive model
                 return
             self._pop_mode()  # an interrupt (Ctrl-C) has skipped the hook that leaves
         local.outermost = local.innermost = local.compiler = None
@@ -298,11 +299,11 @@ class Capture:
             _push(mode)
 
 
-def _runs_twice(module: nn.Module) -> bool:
-    """Return whether the frames of this thread show that ``module`` runs already (a recursive model)."""
+def runs_twice(code: CodeType, owner: object) -> bool:
+    """Return whether the frames of this thread show that a method of ``owner`` runs already."""
     count, frame = 0, sys._getframe()
     while frame is not None:
-        count += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        count += frame.f_code is code and frame.f_locals.get("self") is owner
         frame = frame.f_back  # type: ignore[assignment]
     return count > 1
 

@@ -48,13 +48,8 @@ def measure_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -
 
 def read_norms(tensors: Sequence[Tensor]) -> list[float]:
     """Read the result of `measure_norms` as numbers, at once from each device."""
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) == 1 and not tensors[0].is_meta:
-        return measure_norms(tensors).tolist()
     norms = [0.0] * len(tensors)
-    for device in devices:
-        if device.type == "meta":  # it holds no numbers
-            continue
+    for device in {tensor.device for tensor in tensors if not tensor.is_meta}:  # meta ones hold no numbers
         places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
         for place, norm in zip(places, measure_norms([tensors[p] for p in places]).tolist(), strict=True):
             norms[place] = norm

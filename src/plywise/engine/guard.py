@@ -1,7 +1,6 @@
 """Between backward and the optimizer's step: non-finite gradients never enter weights."""
 
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
+from plywise.engine.capture import runs_twice
 from plywise.engine.finite import judge_gradients
 from plywise.engine.health import Health
 from plywise.errors import NonFiniteError
@@ -79,7 +79,7 @@ class StepGuard:
     def _pre_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.stepping and _is_nested(optimizer):
+        if self.stepping and runs_twice(STEP_CODE, optimizer):  # its class calls ``super().step()``
             self._nested += 1
             return None
         self.stepping, self._nested = True, 0
@@ -148,15 +148,6 @@ class StepGuard:
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()
-
-
-def _is_nested(optimizer: Optimizer) -> bool:
-    """Return whether a step of this optimizer is running already: its class calls ``super().step()``."""
-    count, frame = 0, sys._getframe()
-    while frame is not None:
-        count += frame.f_code is STEP_CODE and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back  # type: ignore[assignment]
-    return count > 1
 
 
 def refuse_nonfinite(call: LinearCall, update: Update) -> None:

@@ -75,10 +75,10 @@ class TurnedSteps:
             if state and weight is not None and weight.grad is not None:
                 ready.append(layer)
                 states.append(state)
-        self._give_decay(ready, optimizer)
+        self._add_decay(ready, optimizer, 1.0)
         with torch.no_grad():
             self._turn_gradients(ready, states, optimizer)
-        self._take_decay(ready, optimizer)
+        self._add_decay(ready, optimizer, -1.0)
 
     def keep(
         self,
@@ -109,20 +109,16 @@ class TurnedSteps:
 
     # ---- weight decay ------------------------------------------------------------------------------
 
-    def _give_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
-        """Add a coupled weight decay before gradients are turned, because it uses the unturned weights."""
-        self._add_decay(layers, optimizer, 1.0)
-
-    def _take_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer) -> None:
-        """Subtract from the turned gradients the weight decay that the optimizer will add to them."""
-        self._add_decay(layers, optimizer, -1.0)
-
     def _add_decay(self, layers: Sequence[LayerHandle], optimizer: Optimizer, sign: float) -> None:
+        """Add a coupled weight decay before gradients are turned, because it uses the unturned weights.
+
+        From the turned gradients it is subtracted again (``sign`` -1), because the optimizer will add it.
+        """
         if self._traits.decay != "coupled":
             return
         scale = getattr(optimizer, "grad_scale", None)
         decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-        for parameter in _list_parameters(layers):
+        for parameter in {id(p): p for layer in layers for p in layer.trained}.values():
             decay = decays.get(id(parameter), 0.0)
             if decay and parameter.grad is not None:
                 added = parameter.detach() * (decay * sign)
@@ -183,7 +179,8 @@ class TurnedSteps:
 
     def _has_state(self, layer: LayerHandle, optimizer: Optimizer) -> bool:
         """Return whether the optimizer keeps anything of its own for a layer."""
-        return any(_find_own(optimizer, parameter) for parameter in layer.trained)
+        names = [name for parameter in layer.trained for name in optimizer.state.get(parameter, ())]
+        return any(not str(name).startswith(PREFIX) for name in names)
 
     def _restart(self, layer: LayerHandle, optimizer: Optimizer) -> None:
         """Clear the optimizer's state of a layer: momenta, second moments and the count of steps."""
@@ -249,16 +246,6 @@ def _sign(layer: LayerHandle) -> tuple[object, ...]:
     weight, bias = layer.entry.parameter(), layer.bias
     assert weight is not None
     return id(weight), id(bias), weight.shape, weight.dtype, weight.device, id(layer.site)
-
-
-def _find_own(optimizer: Optimizer, parameter: Tensor) -> list[str]:
-    """Return what the optimizer itself keeps for a parameter."""
-    return [name for name in optimizer.state.get(parameter, {}) if not str(name).startswith(PREFIX)]
-
-
-def _list_parameters(layers: Sequence[LayerHandle]) -> list[Tensor]:
-    """Return the parameters of these layers, each once."""
-    return list({id(p): p for layer in layers for p in layer.trained}.values())
 
 
 def _list_sizes(states: Sequence[State]) -> list[dict[str, torch.Size]]:
