@@ -56,6 +56,7 @@ def test_one_parameters_state_taken_out_is_a_new_start_of_that_layer() -> None:
     assert have_same_bits(run.copy_state(), resume(run, new(seed=9)).copy_state())
 
 
+@pytest.mark.filterwarnings("ignore:The optimizer has been used or loaded")  # SGD has no state
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 def test_reset_forgets_the_statistics_alone(optimizer: str) -> None:
     run = new(optimizer=optimizer).steps(0, 1, 2)

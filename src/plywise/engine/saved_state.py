@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.sites import ParameterEntry, format_use
-from plywise.engine.stacks import convert_state
+from plywise.engine.stacks import convert_state, separate_state
 from plywise.engine.state_shapes import check_shapes, find_shapes
 
 PREFIX = "plywise."
@@ -251,9 +251,7 @@ class SavedState:
         layer = self.layers[name]
         if layer.gone:
             return
-        # in one order of memory, or products would differ in their last bits after some ways of loading
-        tensors = {key: value.contiguous() for key, value in made.tensors.items()}
-        made = LayerState(tensors, made.phase, made.in_backward)
+        made = LayerState(separate_state(made.tensors), made.phase, made.in_backward)
         weight = layer.weight
         own = self.state.get(weight)
         if not own and weight.grad is None:

@@ -151,3 +151,20 @@ def list_parts(update: Update) -> list[Tensor]:
 def convert_state(state: State, like: Tensor) -> State:
     """Return a state on the device and in the dtype of a tensor: models move between steps."""
     return {key: value.to(like) for key, value in state.items()}
+
+
+def separate_state(state: State) -> State:
+    """Return statistics, each in one order of memory and in memory of its own.
+
+    Products would differ in their last bits after some ways of loading. A rule may give one tensor two names
+    (a count is the number of rows, at first), and savers that load in place would write both values into it.
+    """
+    separate: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, value in state.items():
+        value = value.contiguous()
+        if value.data_ptr() in places:
+            value = value.clone()
+        places.add(value.data_ptr())
+        separate[key] = value
+    return separate

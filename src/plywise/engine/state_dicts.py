@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from plywise.engine.contract import State
 from plywise.engine.refresh_cycle import choose_phases
@@ -306,17 +306,30 @@ def note_detached(optimizer: Optimizer) -> None:
 
 
 def warn_if_lost(optimizer: Optimizer, what: str, is_ours: Callable[[Any], object]) -> None:
-    """Say that an optimizer which has stepped has nothing of a rule: that may have been lost on the way."""
+    """Say that an optimizer which has been used has nothing of a rule: that may have been lost on the way."""
     states = [own for own in optimizer.state.values() if isinstance(own, dict)]  # empty ones are loaded, too
     begun = [own for own in states if "step" not in own or own["step"]]  # Adagrad begins a state when made
-    if _HAD_A_RULE.get(optimizer) != id(optimizer.state) and begun and not any(map(is_ours, chain(*states))):
+    is_used = _HAD_A_RULE.get(optimizer) != id(optimizer.state) and (begun or _is_loaded_stateless(optimizer))
+    if is_used and not any(map(is_ours, chain(*states))):
         warnings.warn(
-            f"The optimizer has a state, but no {what}: they begin from nothing. If a checkpoint has them, "
-            "attach the rule first and load it then: in the other order, torch's flattened and distributed "
-            "checkpoints lose them, and so do those of plywise 0.1.",
+            f"The optimizer has been used or loaded, and has no {what}: they begin from nothing. If a "
+            "checkpoint has them, attach the rule first and load it then: in the other order, torch's "
+            "flattened and distributed checkpoints lose them, and so do those of plywise 0.1.",
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _is_loaded_stateless(optimizer: Optimizer) -> bool:
+    """Return whether plain SGD, which has no state, has been loaded: the order of its options shows it.
+
+    torch puts "params" behind all options when it makes a state dict, and before them in a new optimizer.
+    (accelerate's wrapper, which loads the state that an optimizer has already, is no SGD.)
+    """
+    groups = optimizer.param_groups
+    if not isinstance(optimizer, SGD) or optimizer.state or any(group["momentum"] for group in groups):
+        return False
+    return all(list(group)[-1] == "params" for group in groups)
 
 
 def is_stateless(states: Mapping[Any, Any]) -> bool:
