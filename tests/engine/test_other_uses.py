@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from written_forwards import Forward, Net, draw
 
 import plywise as pw
@@ -247,3 +249,24 @@ def test_uses_are_noted_in_forwards_with_a_graph_of_each_outermost_module(begin:
     left = {row.name: row.reason for row in rule.explain().rows if not row.handled}
     assert left.keys() == {f"{number}.places" for number in range(5)}
     assert set(left.values()) == {"its weight is used by add, which is not read as a linear map"}
+
+
+@pytest.mark.parametrize("name", ["Backprop", "ProxProp", "Foof"])
+def test_a_use_by_hand_in_a_checkpointed_function_is_left_to_the_optimizer(name: str) -> None:
+    def use(s: Net, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(s.layer(x)), s.w)
+
+    def run(s: Net, x: Tensor) -> Tensor:
+        run_again = s.training and partial(checkpoint, use, use_reentrant=False)
+        return s.head((run_again or use)(s, x))
+
+    model = Net(run, layer=nn.Linear(6, 6), w=(6, 6), head=nn.Linear(6, 3))
+    plain, rule = copy.deepcopy(model), RULES[name]().attach(model, sgd(model))
+    for trains in (False, True, True):  # a call without the checkpoint is seen first
+        model.train(trains), plain.train(trains)
+        ours, theirs = gradients(model, draw(5, 6)), gradients(plain, draw(5, 6))
+    assert torch.equal(ours[0], theirs[0])
+    rows = {row.name: row for row in rule.explain().rows}
+    assert rows["layer"].handled
+    assert not rows["w"].handled
+    assert "by hand in a checkpointed function" in rows["w"].reason

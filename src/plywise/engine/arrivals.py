@@ -160,11 +160,12 @@ class _Arrival:
 
 def _explain_uncaptured(entry: ParameterEntry) -> str:
     return (
-        f"The weight of layer {entry.layer!r} got a gradient that did not pass through the rule. "
+        f"The weight {entry.name!r} got a gradient that did not pass through the rule. "
         "Likely causes: torch.compile ran the model before attach() (attach first, or call "
         "torch.compiler.reset()), the forward ran before attach(), the layer's .forward() was called "
-        "directly, or its weight is used outside of the model's forward. If that is meant, "
-        f"leave the layer to the optimizer: attach(..., exclude={entry.layer!r})."
+        "directly, or its weight is used outside of the model's forward (such as in a function that a "
+        "checkpoint with use_reentrant=True runs again). If that is meant, leave the layer to the optimizer: "
+        f"attach(..., exclude={entry.layer!r})."
     )
 
 

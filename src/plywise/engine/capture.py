@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from plywise.engine.checkpointed import REASON, is_run_again_by_hand
 from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.sites import TRANSFORM, Site
@@ -221,9 +222,17 @@ class Capture:
     ) -> Site | None:
         """Return the site of a call; None if autograd must do it alone (see `ParameterTable.find_site`)."""
         site = self._table.find_site(weight, map_, layout, bias, x, self.local.innermost, by_role)
+        if site is not None and is_run_again_by_hand(self._enters):
+            self.leave_alone(site, REASON)
+            return None
         if self.exploring and site is not None:
             self.local.captured += 1
         return site
+
+    def _enters(self, module: nn.Module) -> bool:
+        """Return whether a module enters the mode when it runs."""
+        hooks = module._forward_pre_hooks.values()
+        return any(isinstance(hook, EnterHook) and hook.capture is self for hook in hooks)
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Return whether a tensor is a parameter of the model or a view of one, and so no input."""
