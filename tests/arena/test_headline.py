@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from fake_bench import SPEEDS, make_bench, make_lines
 from test_standing import finals
 
 from plywise.arena.scoring.headline import SHOWN, find_shown
+from plywise.arena.scoring.ranking import rank_methods
 from plywise.arena.scoring.summary import summarize_bench
 
 
@@ -53,6 +56,25 @@ def test_too_little_gives_no_verdict():
     assert judge([]).startswith("There is no verdict: no final run")
     assert judge(two).startswith("There is no verdict on who is ahead: 2 seeds cannot tell")
     assert judge(three[-3:], methods=("proxprop",)).startswith("There is no verdict: no baseline")
+
+
+def test_no_method_is_ranked_where_every_run_failed():
+    lost = [
+        one
+        for name in ("sgd", "adamw")
+        for one in finals(name, [math.inf], failure="RuntimeError before the first step: out of luck")
+    ]
+    bench = make_bench(("sgd", "adamw"), ["digits"], tracks=["tuned"])
+    summary = summarize_bench(bench, lost)
+    assert summary.verdict == (
+        "Every run failed, so there is no ranking. The first: sgd on digits: RuntimeError before the first "
+        "step: out of luck."
+    )
+    assert not summary.results.ranked
+    assert not rank_methods(summary.results, "tuned", "cpu")
+    assert "No method is ranked where every final run failed: digits." in summary.conclusions
+    some = summarize_bench(bench, [*lost[:1], *finals("adamw", [20])])
+    assert some.results.ranked == ["digits"]
 
 
 def test_pictures_begin_with_the_best_baselines_and_the_best_others():

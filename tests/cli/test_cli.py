@@ -201,39 +201,6 @@ def test_explain_takes_a_batch_of_data_and_the_first_output_with_a_gradient(plyw
     assert "mine:conv failed on a batch of float32 (128, 64)" in err
 
 
-LEAVING = """
-import sys, threading, time
-from torch import nn
-
-class Leaving(nn.Linear):
-    def __init__(self):
-        super().__init__(64, 10)
-
-    def forward(self, x):
-        sys.exit(0)
-
-class Threaded(nn.Linear):
-    def __init__(self):
-        super().__init__(64, 10)
-        threading.Thread(target=time.sleep, args=(600,), name="saver").start()
-"""
-
-
-def test_a_model_that_calls_sys_exit_is_named(plywise, user_module):
-    user_module("leaving", LEAVING)
-    code, _, err = plywise("train", "--model", "leaving:Leaving", "--blocks", "1", "--epochs", "1")
-    assert code == 1
-    assert "called sys.exit(0) (line 10 of leaving.py), and the command ends unfinished" in err
-
-
-def test_threads_that_a_model_leaves_do_not_keep_the_command_for_ever(user_module, tmp_path):
-    user_module("leaving", LEAVING)
-    command = ForkedCommand(["plywise", "train", "--model", "leaving:Threaded", "--blocks", "1"])
-    _, err = command.communicate(timeout=120)
-    assert command.returncode == 0
-    assert "threads that your code has started still run 5 s after the end: saver." in err
-
-
 STEPPED = """
 import torch
 from torch import nn

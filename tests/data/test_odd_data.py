@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from plywise.data.arrays import make_tensor
 from plywise.data.own_data import cut_parts, read_parts
 from plywise.errors import PlywiseError
 
@@ -123,6 +124,11 @@ def test_arrays_that_hold_no_numbers_are_refused(x, y, words):
     np.savez("n.npz", x_train=x, y_train=y)
     with pytest.raises(PlywiseError, match=words):
         read_parts("n.npz")
+
+
+def test_a_list_of_words_is_no_list_of_numbers():
+    with pytest.raises(PlywiseError, match=r"targets are words, and no numbers\. .* numpy\.unique"):
+        make_tensor(["a", "b", "c"] * 20, "targets")
 
 
 def test_long_floats_are_read():

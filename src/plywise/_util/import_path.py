@@ -16,7 +16,7 @@ from plywise.errors import AddressError
 INSTALLED = tuple(
     os.path.join(folder, "")
     for folder in (
-        os.path.dirname(__file__),
+        os.path.dirname(os.path.dirname(__file__)),
         *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
     )
 )
@@ -109,12 +109,18 @@ def _import_module(name: str) -> Any:
             ) from error
         raise AddressError(f"Module {name!r} needs {error.name!r}, which is not installed.") from error
     except (Exception, SystemExit) as error:
-        raise AddressError(f"Importing {name!r} failed: {format_raised(error)}.") from error
+        is_script = isinstance(error, SystemExit)
+        hint = ' What a script does stands below `if __name__ == "__main__":`.' if is_script else ""
+        raise AddressError(f"Importing {name!r} failed: {format_raised(error)}.{hint}") from error
 
 
 def user_line(error: BaseException) -> str:
     """Return where in the user's code an exception was raised, as " (line 3 of mine.py)"; else ""."""
-    frames = traceback.extract_tb(error.__traceback__)
+    return format_line(traceback.extract_tb(error.__traceback__))
+
+
+def format_line(frames: traceback.StackSummary) -> str:
+    """Return the innermost line of the user's code in a stack, as " (line 3 of mine.py)"; else ""."""
     own = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, "<"))]
     return f" (line {own[-1].lineno} of {os.path.basename(own[-1].filename)})" if own else ""
 

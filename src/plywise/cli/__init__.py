@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
-from plywise._util.import_path import user_line
 from plywise._util.suggest import suggestion
 from plywise._util.version import __version__
 from plywise.cli import (
@@ -33,6 +32,7 @@ from plywise.cli import (
     workloads,
 )
 from plywise.cli.console import VOLUME
+from plywise.cli.leaving import catch_exits, describe_exit
 from plywise.errors import PlywiseError
 from plywise.registry.find import ROOMS
 from plywise.registry.names import WORKLOAD_MODULES
@@ -123,7 +123,8 @@ def _leave(threads: list[threading.Thread], status: int) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        status = app.meta(arguments, exit_on_error=False, result_action="return_value")
+        with catch_exits():
+            status = app.meta(arguments, exit_on_error=False, result_action="return_value")
     except CycloptsError as error:
         _suggest_command(error)
         return 2
@@ -131,12 +132,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"\nInterrupted. {str(interrupt) or 'Nothing new was kept.'}", file=sys.stderr)
         return 130
     except SystemExit as leaving:
-        code = "" if leaving.code is None else repr(leaving.code)
-        print(
-            f"plywise: code that this command has run called sys.exit({code}){user_line(leaving)}, and the "
-            "command ends unfinished: let it raise an exception, or return, instead.",
-            file=sys.stderr,
-        )
+        print(describe_exit(leaving), file=sys.stderr)
         return 1
     except (PlywiseError, OSError) as error:
         if VOLUME.verbose:

@@ -105,7 +105,7 @@ def bench(
     resume: Switch = False,
     dry_run: Switch = False,
     json: Switch = False,
-) -> None:
+) -> int:
     """Compare training methods on your model, with equal tuning for all, and write a report.
 
     Each method runs once with its defaults and once tuned by the same number of trials, and then again with
@@ -156,8 +156,9 @@ def bench(
         elif not resume and (dry_run or seconds is not None):
             resolved = resolved.with_config(_plan(resolved, executor, seconds, Ledger(), screen))
             executor.timeout_s = resolved.config.trial_limit_s
-        if not dry_run:
-            _run(resolved, executor, out, end, screen, json)
+        if not dry_run and not _run(resolved, executor, out, end, screen, json):
+            return 1
+    return 0
 
 
 def _check_folder(out: Path, resume: bool, model: str | None, flags: Flags) -> None:
@@ -296,7 +297,8 @@ def _run(
     end: float | None,
     screen: Console,
     json: bool,
-) -> None:
+) -> bool:
+    """Run the trials and draw the report; return whether any final run succeeded, or none was due."""
     from plywise.arena.reports.progress import show_trials
     from plywise.arena.run.bench import Bench
     from plywise.cli.report import conclude
@@ -316,13 +318,15 @@ def _run(
         kept = f"{len(bench.ledger.lines)} of {bench.total} trials are kept"
         with suppress(KeyboardInterrupt):
             if stop.presses < 2:
-                kept += f"; {conclude(out, json)} shows them"
+                conclude(out, json)
+                kept += f"; {out / 'report.html'} shows them"
         raise KeyboardInterrupt(f"{kept}. {goes_on}") from None
-    conclude(out, json)
+    results = conclude(out, json).results
     if bench.about["unfinished"]:
         screen.print(
             f"The budget is spent: {len(bench.ledger.lines)} of {bench.total} trials have been run. {goes_on}"
         )
+    return len(results.failed) < len(results.workloads)
 
 
 def _announce(bench: Bench, screen: Console) -> None:

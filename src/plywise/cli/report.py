@@ -64,14 +64,14 @@ def _print_exported(screen: Console, exported: Exported, where: str) -> None:
     )
 
 
-def conclude(folder: Path, json: bool = False) -> Path:
+def conclude(folder: Path, json: bool = False) -> BenchSummary:
     """Write the page of a bench; print its ranking and what it finds."""
     from plywise.arena.reports.bench_page import write_page
 
     path, summary = write_page(folder)
     if json:
         print_json(_for_machines(path, summary))
-        return path
+        return summary
     screen = console()
     if summary.results.ranked:
         screen.print(_standing(summary.results))
@@ -79,7 +79,7 @@ def conclude(folder: Path, json: bool = False) -> Path:
     for sentence in summary.conclusions:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
     screen.print(f"\nThe report: {path}", soft_wrap=True)
-    return path
+    return summary
 
 
 def _for_machines(path: Path, summary: BenchSummary) -> dict[str, Any]:

@@ -29,6 +29,12 @@ def call_user_function(address: str) -> Any:
         return call_factory(address, "your data")
 
 
+WORDS = (
+    "Words become numbers by numpy.unique(words, return_inverse=True)[1], dates by a difference to one of "
+    "them."
+)
+
+
 def make_tensor(values: Any, what: str) -> Tensor:
     """Make a tensor of numbers on the CPU, with a row for each sample.
 
@@ -46,6 +52,8 @@ def make_tensor(values: Any, what: str) -> Tensor:
             values = torch.stack([torch.as_tensor(value) for value in values])
         tensor = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(values, list | tuple) and values and isinstance(values[0], str):
+            raise DataError(f"{what} are words, and no numbers. {WORDS}") from error
         reason = str(error).rstrip(".")
         raise DataError(f"{what} are no array of numbers: {reason}.") from error
     if tensor.dim() == 0:
@@ -71,10 +79,7 @@ def _make_readable(values: NDArray[Any], what: str) -> NDArray[Any]:
         PlywiseError: its type is not one of numbers.
     """
     if values.dtype.kind not in "biufc":
-        raise DataError(
-            f"{what} are of type {values.dtype}, which is no number. Words become numbers by "
-            "numpy.unique(words, return_inverse=True)[1], dates by a difference to one of them."
-        )
+        raise DataError(f"{what} are of type {values.dtype}, which is no number. {WORDS}")
     if values.dtype == np.longdouble:
         return values.astype(np.float64)
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))

@@ -192,7 +192,8 @@ def _from_toml(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             values = tomllib.load(opened)
     except FileNotFoundError as error:
-        raise CommandError(f"There is no file {file}.") from error
+        model = f" For a model of yours write --model {file}." if ":" in str(file) else ""
+        raise CommandError(f"There is no file {file}.{model}") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise CommandError(f"{file} is not TOML: {error}.") from error
     return _name_fields(values, str(file))

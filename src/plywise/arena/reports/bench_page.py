@@ -54,7 +54,7 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
     """
     try:
         bench = unseal((folder / "bench.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BenchError(
             f"{folder} is no bench: it has no bench.json. Name the folder of a bench."
         ) from error

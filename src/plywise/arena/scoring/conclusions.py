@@ -89,12 +89,14 @@ def _say_unranked(results: BenchResults) -> list[str]:
         for name, target in results.targets.items()
         if not target.ranks
     ]
+    lost = [f"No method is ranked where every final run failed: {join(results.failed)}."]
     if not parts:
-        return []
+        return lost if results.failed else []
     whole = "" if results.ranked else " No workload is left to rank methods on."
     return [
+        *(lost if results.failed else []),
         "Nobody is ranked where the target is nearer to knowing nothing than to the best that was reached: "
-        f"{', '.join(parts)}.{whole}"
+        f"{', '.join(parts)}.{whole}",
     ]
 
 

@@ -26,6 +26,8 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
     seeds = min((row.runs for row in rows if row.track == results.tracks[0]), default=0)
     if not seeds:
         return "There is no verdict: no final run has ended yet."
+    if len(results.failed) == len(results.workloads):
+        return f"Every run failed, so there is no ranking. The first: {_find_reason(results)}."
     if not results.ranked:
         return "There is no verdict: no target is near enough to the best run to rank methods by."
     basis = f"{format_count(seeds, 'seed')}, {format_count(len(results.ranked), 'workload')}"
@@ -58,6 +60,12 @@ def find_shown(results: BenchResults) -> list[str]:
     rest = [name for name in ranked if name not in (*peers, *others)]
     chosen = [*peers, *others, *rest][:SHOWN]
     return [name for name in ranked if name in chosen]
+
+
+def _find_reason(results: BenchResults) -> str:
+    """Find why the first run failed."""
+    runs = [run for cell in results.cells.values() for run in cell.runs if run["failure"]]
+    return f"{runs[0]['method']} on {runs[0]['workload']}: {str(runs[0]['failure']).rstrip('.')}"
 
 
 def _list_ahead(results: BenchResults, clock: str) -> list[MethodRanking]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ class Cell:
 
     runs: list[TrialRecord]
     times: dict[str, Timed]
+
+
+def _is_lost(cell: Cell) -> bool:
+    """Tell whether every run of a cell failed before its target."""
+    return all(run["failure"] is not None for run in cell.runs) and math.isinf(cell.times["steps"].value)
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,18 @@ class BenchResults:
     tuning: dict[tuple[str, str], list[TrialRecord]]
 
     @property
+    def failed(self) -> list[str]:
+        """The workloads on which every final run failed, and none reached the target before."""
+        cells: dict[str, list[Cell]] = {}
+        for (_, workload, _), cell in self.cells.items():
+            cells.setdefault(workload, []).append(cell)
+        return [name for name in self.workloads if name in cells and all(map(_is_lost, cells[name]))]
+
+    @property
     def ranked(self) -> list[str]:
-        """The workloads whose targets methods may be ranked by."""
-        return [name for name in self.workloads if self.targets[name].ranks]
+        """The workloads that methods may be ranked on: by their targets, and since some run succeeded."""
+        failed = self.failed
+        return [name for name in self.workloads if self.targets[name].ranks and name not in failed]
 
     @property
     def reference(self) -> str | None:
