@@ -74,6 +74,19 @@ def project(tmp_path, user_module):
     return tmp_path
 
 
+def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word():
+    for words in (["methods"], ["methods", "--json"], ["help"]):
+        with subprocess.Popen(
+            [sys.executable, "-m", "plywise", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command:
+            command.stdout.close()
+            assert command.stderr.read() == ""
+            assert command.wait(timeout=120) == 128 + signal.SIGPIPE
+
+
 # ---- the start -----------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ Nothing here imports torch: commands import what is heavy when they run, so that
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -131,7 +132,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {str(interrupt) or 'Nothing new was kept.'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        return _end_unread()
     except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # rich raises it so
+            return _end_unread()
         print(describe_exit(leaving), file=sys.stderr)
         return 1
     except (PlywiseError, OSError) as error:
@@ -143,6 +148,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     finally:
         VOLUME.quiet = VOLUME.verbose = False
     return status if isinstance(status, int) else 0
+
+
+def _end_unread() -> int:
+    """Return the exit code of a command whose output is read no more, as in ``plywise methods | head``."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # Python writes what is left at its end
+    return 128 + signal.SIGPIPE
 
 
 def _suggest_command(error: CycloptsError) -> None:
