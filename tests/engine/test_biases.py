@@ -70,3 +70,43 @@ def test_biases_that_are_replaced_are_found_again(name: str) -> None:
         model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
     model(x).sin().sum().backward()
     assert find_handled(rule) == {key for key, _ in model.named_parameters()}
+
+
+MEMORIES: dict[str, Callable[[], pw.Rule]] = {
+    "Foof": pw.Foof,
+    "AdaBK": lambda: pw.AdaBK(stats_every=1, refresh_every=1),
+    "RLS": pw.RLS,
+    "Coordinates": pw.Coordinates,
+}
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_bias_that_is_frozen_and_thawed_leaves_and_joins_its_layers_problem(
+    name: str, to_none: bool
+) -> None:
+    model, other = make_mlp(), make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rule = MEMORIES[name]().attach(model, optimizer)
+    x = torch.randn(5, 6)
+
+    def step(network: nn.Module, sgd: torch.optim.SGD) -> None:
+        sgd.zero_grad(set_to_none=to_none)
+        network(x).sin().sum().backward()
+        sgd.step()
+
+    for trains in (True, False, False, True, True):
+        before = model[0].bias.detach().clone()
+        model[0].bias.requires_grad_(trains)
+        step(model, optimizer)
+        assert torch.equal(model[0].bias, before) is not trains
+        columns = {statistic.shape[-1] for key, statistic in rule.statistics["0"].items() if key == "input"}
+        assert columns <= {6 + trains}
+    other.load_state_dict(model.state_dict())
+    rule.reset()  # a new memory, as that of a rule just attached
+    sgd = torch.optim.SGD(other.parameters(), lr=0.01)
+    MEMORIES[name]().attach(other, sgd)
+    step(model, optimizer)
+    step(other, sgd)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two)

@@ -63,6 +63,8 @@ class StepUpdates:
         gradients = []
         for layer, (weight, bias, signature) in zip(layers, self._parameters, strict=True):
             tensors = [None if ref is None else ref() for ref in (weight, bias)]
+            if layer.bias is not tensors[1]:  # frozen or thawed since
+                return None
             parts = [None if tensor is None else layer.find_gradient(tensor) for tensor in tensors]
             if parts[0] is None or (bias is not None and parts[1] is None):
                 return None
