@@ -72,6 +72,7 @@ def test_no_method_is_ranked_where_every_run_failed():
     )
     assert not summary.results.ranked
     assert not rank_methods(summary.results, "tuned", "cpu")
+    assert find_shown(summary.results) == ["sgd", "adamw"]
     assert "No method is ranked where every final run failed: digits." in summary.conclusions
     some = summarize_bench(bench, [*lost[:1], *finals("adamw", [20])])
     assert some.results.ranked == ["digits"]

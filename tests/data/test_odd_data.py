@@ -6,6 +6,7 @@ import torch
 
 from plywise.data.arrays import make_tensor
 from plywise.data.own_data import cut_parts, read_parts
+from plywise.data.training_data import take_training_data
 from plywise.errors import PlywiseError
 
 X = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
@@ -186,3 +187,9 @@ def test_what_is_no_data_is_refused(address):
 
 def test_the_ending_may_be_in_capitals():
     assert len(read_parts(write_table([f"{n},{n},0" for n in range(30)], name="T.CSV"))["train"]) == 30
+
+
+def test_one_class_is_nothing_to_learn():
+    np.savez("n.npz", x_train=X, y_train=np.zeros(60, np.int64))
+    with pytest.raises(PlywiseError, match="all targets are class 0, so there is nothing to tell apart"):
+        take_training_data("n.npz", read_parts("n.npz"))

@@ -65,7 +65,13 @@ def take_training_data(address: str, parts: Parts, is_whole: bool = False) -> Tr
     if kind == LABELS:
         notes.append("Targets of zeros and ones are labels, several of which a sample may have.")
     both = [part for part in (train, test) if part is not None]
-    return TrainingData(train, test, kind, _count_outputs(kind, both), "\n".join(notes))
+    outputs = _count_outputs(kind, both)
+    if kind == CLASSES and outputs == 1:
+        raise DataError(
+            f"{address}: all targets are class 0, so there is nothing to tell apart. Look at how the classes "
+            "were read; targets that are numbers to predict are floats, or --read targets=numbers."
+        )
+    return TrainingData(train, test, kind, outputs, "\n".join(notes))
 
 
 def _note_parts(parts: Parts) -> list[str]:

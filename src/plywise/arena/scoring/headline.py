@@ -52,8 +52,11 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
 
 
 def find_shown(results: BenchResults) -> list[str]:
-    """Choose the methods that pictures show first: the two best baselines, the best others, by CPU time."""
-    ranked = [one.method for one in rank_methods(results, results.tracks[0], "cpu")]
+    """Choose the methods that pictures show first: the two best baselines, the best others, by CPU time.
+
+    Where no method is ranked, the first ones stand in their order.
+    """
+    ranked = [one.method for one in rank_methods(results, results.tracks[0], "cpu")] or results.methods
     ranked = [name for name in ranked if name not in results.nulls]
     peers = [name for name in ranked if name in results.baselines][: SHOWN // 2]
     others = [name for name in ranked if name not in results.baselines][: SHOWN - len(peers)]
