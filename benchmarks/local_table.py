@@ -4,6 +4,7 @@
     python benchmarks/local_table.py run --workload characters --method "next token, tied"
     python benchmarks/local_table.py run --small               # a few steps of everything; nothing is written
     python benchmarks/local_table.py follow --workload cifar MonoForward backpropagation
+    python benchmarks/local_table.py follow --workload characters --seeds 3 "Interlocking 1"
     python benchmarks/local_table.py report
 
 Workloads: an MLP of two hidden layers on 10,000 images of MNIST and of Fashion-MNIST, five epochs
@@ -44,7 +45,7 @@ from local_learning import Workload, load, mlp
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.workloads.networks import TransformerBlock
-from plywise.local.associated_maps import pooled_bridge
+from plywise.local.associated_maps import mean_decoder, pooled_bridge
 from plywise.local.heads import pooled_linear
 from plywise.local.linear_heads import GradientHead, RidgeHead
 from plywise.local.next_token import linear_head
@@ -181,12 +182,14 @@ BASELINES: dict[str, Method] = {
     "accumulation": partial(stepped, Accumulation),
     "one-step delay": partial(stepped, OneStepDelay),
 }
+ASSOCIATED = partial(pw.AssociatedLearning, code=64, bridge=pooled_bridge)
 ON_IMAGES: dict[str, Method] = {
     "LocalLoss": partial(classifying, pw.LocalLoss),
     "Interlocking 2": partial(classifying, partial(pw.Interlocking, horizon=2)),
     "MomentumAuxiliary": partial(classifying, pw.MomentumAuxiliary),
     "SCPL": partial(classifying, pw.SCPL),
-    "AssociatedLearning": partial(learned, partial(pw.AssociatedLearning, code=64, bridge=pooled_bridge)),
+    "AssociatedLearning": partial(learned, ASSOCIATED),
+    "AssociatedLearning, mean decoder": partial(learned, partial(ASSOCIATED, decoder=mean_decoder)),
     "MonoForward": partial(learned, pw.MonoForward),
     "ForwardForward": partial(learned, pw.ForwardForward),
     "DirectFeedback": partial(classifying, without_count(pw.DirectFeedback)),
@@ -297,27 +300,37 @@ def run(names: list[str], only: list[str], small: bool) -> None:
                 write(result)
 
 
-def follow(name: str, labels: list[str], looks: int = 5) -> None:
-    """Train for longer, one seed at the rates of the table, and look now and then."""
-    result, problem = read(), PROBLEMS[name]
+def follow(name: str, labels: list[str], seeds: int, looks: int = 5) -> None:
+    """Train for longer, at the rates of the table, and look now and then; with seeds that are missing."""
+    problem = PROBLEMS[name]
     data = problem.read()
-    for label in labels:
-        torch.manual_seed(SEEDS[0])
-        rate = result["workloads"][name][label]["final"][0]["rate"]
-        method = methods_of(problem)[label]
-        trained = method(problem, pw.Blocks(problem.blocks(), data["train"][0][:2]), rate)
-        curve = []
-        for step, (x, y) in enumerate(batches(data["train"], problem.batch, problem.longer, SEEDS[0]), 1):
-            trained.step(x, y)
-            if step % (problem.longer // looks) == 0:
-                judged = {
-                    part: problem.quality(trained.predict, data[part]) for part in ("validation", "test")
-                }
-                curve.append({"step": step, **judged})
-        print(label, [round(point["test"], 3) for point in curve], flush=True)
-        result = read()  # `run` may have written meanwhile
-        result.setdefault("longer", {}).setdefault(name, {})[label] = curve
-        write(result)
+    for seed in SEEDS[:seeds]:
+        for label in labels:
+            points = read().get("longer", {}).get(name, {}).get(label, [])
+            if any(point["seed"] == seed for point in points):
+                continue
+            rate = read()["workloads"][name][label]["final"][0]["rate"]
+            points += train_longer(problem, methods_of(problem)[label], data, rate, seed, looks)
+            test = [round(point["test"], 3) for point in points[-looks:]]
+            print(f"{label:28} seed {seed}  test {test}", flush=True)
+            result = read()  # `run` may have written meanwhile
+            result.setdefault("longer", {}).setdefault(name, {})[label] = points
+            write(result)
+
+
+def train_longer(
+    problem: Problem, method: Method, data: Split, rate: float, seed: int, looks: int
+) -> list[dict[str, float]]:
+    """Quality on validation and test data at so many equally spaced steps of a longer training."""
+    torch.manual_seed(seed)
+    trained = method(problem, pw.Blocks(problem.blocks(), data["train"][0][:2]), rate)
+    points = []
+    for step, (x, y) in enumerate(batches(data["train"], problem.batch, problem.longer, seed), 1):
+        trained.step(x, y)
+        if step % (problem.longer // looks) == 0:
+            judged = {part: problem.quality(trained.predict, data[part]) for part in ("validation", "test")}
+            points.append({"seed": seed, "step": step, **judged})
+    return points
 
 
 def report() -> None:
@@ -337,16 +350,17 @@ def main() -> None:
     running.add_argument("--method", action="append", help="default: all")
     running.add_argument("--small", action="store_true", help="a few steps, nothing is written")
     commands.add_parser("report", help="the table")
-    following = commands.add_parser("follow", help="longer, with one seed, for methods of the table")
+    following = commands.add_parser("follow", help="longer, for methods of the table")
     following.add_argument(
         "--workload", required=True, choices=[name for name in PROBLEMS if PROBLEMS[name].longer]
     )
+    following.add_argument("--seeds", type=int, default=1, choices=(1, 2, 3), help="default: 1")
     following.add_argument("method", nargs="+")
     options = parser.parse_args()
     if options.command == "run":
         run(options.workload or list(PROBLEMS), options.method or [], options.small)
     elif options.command == "follow":
-        follow(options.workload, options.method)
+        follow(options.workload, options.method, options.seeds)
     else:
         report()
 

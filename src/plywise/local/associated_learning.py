@@ -140,7 +140,8 @@ class AssociatedLearning(OneWayLearner):
         Target Propagation", Neural Computation 33(1), 2021, arXiv 1906.05560.
     Code: SamYWK/Associated_Learning (TensorFlow 1); Hibb-bb/AL, of a later paper on text.
     Results: the paper's abstract: about as accurate as backpropagation; its tables could not be read. Ours:
-        95.0 against 94.1 % on 10,000 images of MNIST (MLP), 45.9 against 50.0 % on 3,000 of CIFAR-10
+        95.0 against 94.1 % on 10,000 images of MNIST (MLP), 45.9 against 50.0 % on 3,000 of CIFAR-10, 42.6 %
+        (44.6 with ``mean_decoder``) against 51.6 % on 10,000 with eight blocks of one convolution each
         (benchmarks/README.md); the paper's networks, made small, after 1,500 steps: 89.8 against 91.4 %
         (MLP), 35.6 against 39.0 % (CNN), 36.6 against 36.2 % (VGG), with our initialisation of encoders 89.5,
         43.7 and 48.8 % (benchmarks/reproduce/associated-learning.json). On CNNs the last depth is worse in

@@ -114,8 +114,8 @@ class CascadedForward(OneWayLearner):
     Results: the authors' code notes test errors on CIFAR-10 of 0.349 (least squares), 0.326 (cross-entropy)
         and 0.337 (sparsemax). Not reproduced here at that size. Ours: 83.5 % (ridge) and 86.9 % (gradient)
         against backpropagation's 94.1 % on 10,000 images of MNIST, 52.1 and 47.7 against 50.0 % on 3,000 of
-        CIFAR-10; with gradient heads on eight random convolutions 46.5 against 51.6 % on 10,000 of CIFAR-10,
-        at 0.29 of the memory (benchmarks/README.md).
+        CIFAR-10; on eight random convolutions 48.9 % (ridge) and 46.5 % (gradient) against 51.6 % on 10,000
+        of CIFAR-10, at 0.29 of the memory (benchmarks/README.md).
     Limits: the sum is not always better than its best block. Batch norm's statistics change while the heads
         learn: a batch is normalised by all batches so far. So the sums of a ridge head mix features of
         slightly different scales; the difference shrinks with the number of batches. Apart from this, a

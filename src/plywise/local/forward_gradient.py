@@ -226,7 +226,8 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
         CPU time (benchmarks/local_mixer.json). One sample's relative error in a layer of 1,018 units: 1,019;
         9 with a loss for each patch and group of 8 units; 5 where ReLUs let half through (tests). Without
         patches and groups: 84.7 against backpropagation's 94.1 % on 10,000 images of MNIST (MLP), 24.7
-        against 50.0 % on 3,000 of CIFAR-10 (benchmarks/README.md).
+        against 50.0 % on 3,000 of CIFAR-10, 22.4 against 51.6 % on 10,000 with eight blocks of one
+        convolution each (benchmarks/README.md).
     Limits: noise grows with the gradient, so that a rate must be small against N/q: it diverges where
         backpropagation does not, less so with layer norm, which the paper has everywhere (a norm with weights
         is a layer too, and has its own noise). The effect of a sample on the losses of others (batch norm in
