@@ -54,13 +54,15 @@ def muon(rate: float) -> Candidate:
     return Candidate("Muon", rate, make, None, f"Muon(lr={rate:g})")
 
 
-def recommended(rate: float, damping: float) -> Candidate:
+def recommended(rate: float, weight_decay: float) -> Candidate:
     """What `plywise.recommend` makes."""
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
-        return pw.recommend(model, rate, damping=damping, on_nonfinite="propagate").optimizer
+        made = pw.recommend(model, rate, weight_decay=weight_decay, on_nonfinite="propagate")
+        return made.optimizer
 
-    return Candidate("recommended", rate, make, None, f"recommend(lr={rate:g}, damping={damping:g})")
+    settings = f"recommend(lr={rate:g}, weight_decay={weight_decay:g})"
+    return Candidate("recommended", rate, make, None, settings)
 
 
 def candidates() -> dict[str, list[Candidate]]:
@@ -87,7 +89,7 @@ def candidates() -> dict[str, list[Candidate]]:
         ],
         "Muon": [muon(rate) for rate in (1e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1)],
         "recommended": [
-            recommended(rate, damping) for damping in (0.3, 1.0) for rate in (0.005, 0.01, 0.02, 0.05)
+            recommended(rate, decay) for decay in (0.01, 0.1) for rate in (0.005, 0.01, 0.02, 0.05)
         ],
         "NLMS": [sgd("NLMS", rate, 0.9, pw.NLMS) for rate in (0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)],
     }
