@@ -55,6 +55,8 @@ def choose_last(lines: Sequence[TrialRecord], _: float | None) -> TrialRecord | 
 def summarise(lines: Sequence[TrialRecord], target: float) -> dict[str, Any]:
     """The final runs of an arm."""
     final = [line for line in lines if line["purpose"] == FINAL]
+    if not final:  # every tuning trial has failed
+        return {"rate": None, "validation": [], "steps to target": []}
     ends = [None if line["failure"] else round(line["validation"][-1], 4) for line in final]
     steps = []
     for line in final:
@@ -84,9 +86,9 @@ def main() -> None:
         table[arm.name] = summarise(lines, target)
         ends = [end for end in table[arm.name]["validation"] if end is not None]
         middle = f"{statistics.median(ends):.4f}" if ends else "failed"
-        print(f"{arm.name:24} rate {table[arm.name]['rate']:<6} {middle}  {table[arm.name]}", flush=True)
-    found[workload.name] = {"target": target, "arms": table, "environment": environment()}
-    write_whole(OUT, json.dumps(found, indent=1) + "\n")
+        print(f"{arm.name:24} rate {table[arm.name]['rate']!s:<6} {middle}  {table[arm.name]}", flush=True)
+        found[workload.name] = {"target": target, "arms": table, "environment": environment()}
+        write_whole(OUT, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

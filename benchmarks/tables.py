@@ -133,7 +133,21 @@ def _read_divergence(value: Any) -> Any:
     return math.nan if value == "diverged" else value
 
 
+def default_kinds(_: str) -> str:
+    """Rules with their default kinds of maps and with all kinds, on each workload: three seeds."""
+    found = read("default_kinds")
+    header = "| workload | arm | rate | validation loss at the end | steps to the target |"
+    rows = [header, "|---|---|---|---|---|"]
+    for workload, results in found.items():
+        for name, arm in results["arms"].items():
+            ends = " / ".join("failed" if end is None else f"{end:.3f}" for end in arm["validation"])
+            steps = " / ".join("not" if count is None else str(count) for count in arm["steps to target"])
+            rows.append(f"| {workload} | {name} | {arm['rate']} | {ends} | {steps} |")
+    return "\n".join(rows) + "\n"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "default-kinds": default_kinds,
     "cost-of-rules": last_column(costs(STEP_ROWS, "step_cost_1_thread")),
     "cost-of-rules-with-memory": last_column(costs(CYCLE_ROWS, "cycle_cost")),
     "local-memory-peaks": last_column(peaks),

@@ -76,7 +76,9 @@ class Rule(RuleContract):
                 empty list it handles none, and only guards the optimizer's steps (``on_nonfinite``).
             exclude: leave these to the optimizer, in the same form.
             kinds: kinds of linear maps to handle: ``"linear"``, ``"conv"``, ``"experts"``, ``"bilinear"``,
-                ``"embedding"``, ``"norm"``, several, or ``"all"``. Default: the rule's own, on its card.
+                ``"embedding"``, ``"norm"``, several, or ``"all"``. Default: the rule's own, on its card; for
+                most rules that is matrices, since on a transformer embeddings and norms brought no gain with
+                Foof, and harm with ProxProp (benchmarks/README.md).
             on_nonfinite: what to do with NaN or infinity in a gradient: ``"skip"`` the step (the default
                 with an optimizer), ``"raise"`` (the default without), or ``"propagate"`` it as torch does.
             process_group: for a rule with running state, the processes that average their gradients; by

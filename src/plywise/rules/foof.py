@@ -19,7 +19,8 @@ class Foof(KroneckerRule):
         it.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
-        and norms where ``attach(kinds=...)`` names them. Of computed weights (weight norm, pruning)
+        and norms where ``attach(kinds=...)`` names them; on the character transformer they change nothing
+        beyond the noise of seeds (benchmarks/README.md). Of computed weights (weight norm, pruning)
         and of weights used in several ways, each use has statistics of its own, and backward makes the update
         by what was learned before. A side above 8192 stays as it is.
     Cost: products of rank 128 with the smaller of rows and gradient in each step, some of the same size with
