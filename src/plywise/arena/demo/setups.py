@@ -20,7 +20,7 @@ SETUPS: Mapping[str, Numbers] = {
     "sgd": {"lr": 0.24, "weight_decay": 0.000159},
     "adamw": {"lr": 0.0227, "weight_decay": 0.0108},
     "muon": {"lr": 0.087, "weight_decay": 0.000794},
-    "recommended": {"lr": 0.142, "weight_decay": 0.281},
+    "recommended": {"lr": 0.0728, "weight_decay": 0.00411},
     "proxprop": {"lr": 7.19, "tau": 1.59},
     "back-matching": {"lr": 0.0719, "cap": 0.447},
     "consequentialism": {"lr": 0.0191, "eps": 0.016},
