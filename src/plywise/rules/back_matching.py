@@ -62,7 +62,8 @@ class BackMatching(Rule):
         initialisation). Random vectors begin at the topmost layers that the rule handles. A path to the loss
         without such a layer (a residual block on top) counts as 0. A topmost layer that is called in each
         step of a loop costs one backward for each call. Hooks on activations, and `retain_grad`, see the
-        random vector in a pass that measures. Attached without the optimizer, each pass measures. A reentrant
+        random vector in a pass that measures. Attached without the optimizer, each pass measures. Computed
+        weights (weight norm, pruning) have no cap: their update goes on to other parameters. A reentrant
         checkpoint is refused. In exact mode residual branches add (no closed form), and the gradient at the
         model's input is plain only where no updates are wanted: `torch.autograd.grad(output, x)`, frozen
         weights, `rule.paused()`, or ``create_graph=True``.
