@@ -12,6 +12,13 @@ class Pair(nn.Module):
         return x, x
 
 
+def test_an_example_stays_as_it_is_where_a_block_begins_in_place():
+    x = torch.randn(4, 8)
+    before = x.clone()
+    pw.Blocks([nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3))], x)
+    assert torch.equal(x, before)
+
+
 def test_shapes_are_of_one_sample():
     modules = [nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)]
     blocks = pw.Blocks(modules, torch.randn(4, 3, 8, 8))

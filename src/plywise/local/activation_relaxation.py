@@ -12,7 +12,14 @@ from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.learner import Learner, PredictsByBlocks
-from plywise.local.local_loss import Loss, LossComponent, choose_loss, require_scores
+from plywise.local.local_loss import (
+    Loss,
+    LossComponent,
+    choose_loss,
+    compute_loss,
+    require_loss,
+    require_scores,
+)
 
 
 class ActivationRelaxation(PredictsByBlocks, Learner):
@@ -84,8 +91,9 @@ class ActivationRelaxation(PredictsByBlocks, Learner):
         if rate >= 2:
             raise ValueError(f"ActivationRelaxation: rate must be below 2, or x diverges; it is {rate!r}.")
         shape = blocks.shapes[-1]
+        require_loss(self, loss)
         if blocks.carries and shape:
-            loss = choose_loss(loss, shape, shape[-1])
+            loss = choose_loss(self, loss, shape, shape[-1])
         require_scores(blocks, loss)
         self._blocks, self._classes, self._loss = blocks, shape[-1] if shape else 1, loss
         self.rate, self.iterations = rate, iterations
@@ -93,24 +101,27 @@ class ActivationRelaxation(PredictsByBlocks, Learner):
 
     def _sweep(self, signal: Signal) -> list[Tensor]:
         passages: list[BlockBackward] = []
+        begun: list[Tensor] = []
         s = signal.s
         with self.trainers[-1].randomness(self.steps):  # the loss's and the backward's, should they draw any
             for trainer, block in zip(self.trainers, self._blocks, strict=True):
-                with trainer.randomness(self.steps):
+                if passages:
+                    begun.append(s.clone())  # the block may change s in place
+                with trainer.randomness(self.steps), trainer.naming_failures(s):
                     passages.append(BlockBackward(block, replace(signal, s=s), open_below=bool(passages)))
                 s = passages[-1].output.detach()
-            loss = self._loss(s.requires_grad_(), signal.y)
+            with self.trainers[-1].naming_failures(s):
+                loss = compute_loss(self._loss, s.requires_grad_(), signal.y)
             (top,) = torch.autograd.grad(loss, s)
-            backward_values = self._relax(passages, top)
+            backward_values = self._relax(passages, [*begun, top])
             for passage, gradient in zip(passages, backward_values, strict=True):
                 passage.learn(gradient)
         for trainer in self.trainers:
             trainer.apply()
         return [loss.detach()] * len(passages)
 
-    def _relax(self, passages: list[BlockBackward], top: Tensor) -> list[Tensor]:
-        """Return the x that each block follows."""
-        x = [*(passage.output.detach() for passage in passages[:-1]), top]
+    def _relax(self, passages: list[BlockBackward], x: list[Tensor]) -> list[Tensor]:
+        """Return the x that each block follows, of those that the relaxation begins with."""
         for _ in range(self.iterations):
             for i in reversed(range(len(passages) - 1)):
                 x[i] = torch.lerp(x[i], passages[i + 1].below(x[i + 1]), self.rate)

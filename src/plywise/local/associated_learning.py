@@ -28,7 +28,7 @@ from plywise.local.associated_maps import (
 from plywise.local.blocks import Blocks, chain_blocks, hide_padding, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import OneWayLearner, check_classes
-from plywise.local.local_loss import Loss
+from plywise.local.local_loss import Loss, compute_loss, require_loss
 
 __all__ = [
     "AssociatedLearning",
@@ -91,7 +91,7 @@ class AssociatedComponent(Component):
         """Return the decoder's error in reconstructing the encoder's input."""
         found = self.decoder(codes)
         if self._loss is not None:
-            return self._loss(found if y.is_floating_point() else found[y], y)
+            return compute_loss(self._loss, found if y.is_floating_point() else found[y], y)
         if y.is_floating_point():
             return F.mse_loss(found, below)
         # all samples of a class have one code: encoded once, weighted by their number
@@ -217,6 +217,8 @@ class AssociatedLearning(OneWayLearner):
         require_whole(self, num_classes=num_classes, code=code)
         _check_names("targets", [targets], TARGETS)
         _check_names("decay", decay or {}, MAPS)
+        if loss is not None:
+            require_loss(self, loss)
         self._blocks, self._classes, self._targets = blocks, num_classes, targets
         bridges = _list_bridges(bridge, len(blocks))
         self._components = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
-from plywise.data.batches import Batch, count_samples, list_tensors
+from plywise.data.batches import Batch, clone_batch, count_samples, list_tensors
 from plywise.data.models import find_mask
 from plywise.errors import BlockError
 from plywise.local.component import Signal
@@ -21,7 +21,7 @@ class Blocks(Sequence[nn.Module]):
     Args:
         modules: the blocks, first to last. They are not copied: training changes these modules.
         example: a small batch of inputs; one forward finds the shapes (and materialises lazy layers). It is
-            made in eval mode, so that buffers stay as they are.
+            made in eval mode and on a copy, so that buffers and inputs stay as they are.
 
     Attributes:
         shapes: of one sample: the input's, then each block's output.
@@ -46,7 +46,7 @@ class Blocks(Sequence[nn.Module]):
             raise BlockError("There is no block: give at least one module.")
         _refuse_sharing(self._modules)
         self.carries = any(getattr(module, "carries", False) for module in self._modules)
-        signal = self.begin(example, torch.empty(0))
+        signal = self.begin(clone_batch(example), torch.empty(0))
         shapes, value = [signal.s.shape[1:]], signal.s
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for number, module in enumerate(self._modules):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from plywise._util.checks import require_whole
 from plywise._util.modes import evaluating
-from plywise.data.batches import Batch, list_tensors
+from plywise.data.batches import Batch, clone_batch, list_tensors
 from plywise.errors import NonFiniteError, PlywiseError
 from plywise.local.blocks import Blocks, hide_padding, require_blocks, run_blocks
 from plywise.local.component import Component, Signal
@@ -66,7 +66,8 @@ class CascadedComponent(Component):
         """
         with torch.no_grad():
             if self.training and any(True for _ in self.block.buffers()):
-                signal.through(self.block)
+                copy = replace(signal, s=clone_batch(signal.s))  # the block may change it in place
+                copy.through(self.block)
             with evaluating(self.block):
                 features = signal.through(self.block)
         _require_finite(features, f"features of a {type(self.block).__name__}")

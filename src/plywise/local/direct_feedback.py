@@ -12,7 +12,7 @@ from plywise.local.block_backward import BlockBackward
 from plywise.local.blocks import Blocks, hide_padding, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.learner import Learner, PredictsByBlocks
-from plywise.local.local_loss import Loss, require_scores
+from plywise.local.local_loss import Loss, compute_loss, require_loss, require_scores
 
 
 class FeedbackComponent(Component):
@@ -46,7 +46,7 @@ class FeedbackComponent(Component):
         """What stands for the gradient at the block's output ``s``: the error through the matrix."""
         if self.feedback is None:
             return error
-        return (error.flatten(1).to(self.feedback) @ self.feedback).view_as(s).to(s)
+        return (error.reshape(len(error), -1).to(self.feedback) @ self.feedback).view_as(s).to(s)
 
 
 class DirectFeedback(PredictsByBlocks, Learner):
@@ -103,6 +103,7 @@ class DirectFeedback(PredictsByBlocks, Learner):
 
     def __init__(self, blocks: Blocks, *, loss: Loss = F.cross_entropy, **training: Any) -> None:
         require_blocks(self, blocks)
+        require_loss(self, loss)
         require_scores(blocks, loss)
         shape = blocks.shapes[-1]
         self._blocks, self._classes, self._loss = blocks, shape[-1] if shape else 1, loss
@@ -116,17 +117,19 @@ class DirectFeedback(PredictsByBlocks, Learner):
     def _sweep(self, signal: Signal) -> list[Tensor]:
         s, passages = signal.s, []
         for trainer, component in zip(self.trainers, self._components, strict=True):
-            with trainer.randomness(self.steps):
+            with trainer.randomness(self.steps), trainer.naming_failures(s):
                 passages.append(BlockBackward(component.block, replace(signal, s=s), open_below=False))
             s = passages[-1].output.detach()
         with self.trainers[-1].randomness(self.steps):  # the backward's, should it draw any
             output = s.requires_grad_()
-            loss = self._loss(output, signal.y)
+            with self.trainers[-1].naming_failures(output):
+                loss = compute_loss(self._loss, output, signal.y)
             loss.backward()
             assert output.grad is not None
             parts = zip(self.trainers, self._components, passages, strict=True)
             for trainer, component, passage in parts:
-                sent = component.send_error(output.grad, passage.output)
+                with trainer.naming_failures(passage.output):
+                    sent = component.send_error(output.grad, passage.output)
                 passage.learn(sent if component.feedback is None else hide_padding(sent, signal.carried))
                 trainer.apply()
         return [loss.detach()] * len(self.trainers)

@@ -186,6 +186,11 @@ class ForwardForward(OneWayLearner):
     def signal(self, x: Tensor, y: Tensor) -> Signal:
         """The batch as it is; the first component puts the labels in."""
         check_classes(y, self._classes)
+        if not x.is_floating_point():
+            raise DataError(
+                f"ForwardForward puts labels into inputs, which must be numbers, and these are {x.dtype}. "
+                "Give floats (for tokens, their embeddings), or take another learner, such as LocalLoss."
+            )
         return Signal(x, y)
 
     def as_module(self) -> nn.Module:

@@ -21,7 +21,13 @@ from plywise.local.component import Signal
 from plywise.local.forward_locality import Locality, find_localities, find_slopes
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import OneWayLearner, PredictsByBlocks
-from plywise.local.local_loss import Loss, LossComponent, make_headed_components
+from plywise.local.local_loss import (
+    Loss,
+    LossComponent,
+    make_headed_components,
+    refuse_positions,
+    require_loss,
+)
 
 Draw = Callable[[Tensor], Tensor]
 """Draws directions like a layer's output: entries of mean 0 and variance 1, uncorrelated."""
@@ -64,7 +70,7 @@ class ForwardGradientComponent(LossComponent):
     """A block that learns by forward gradients; its head, or without one its output layer, does not."""
 
     def __init__(self, part: LossComponent, passes: int, draw: Draw, patches: bool, groups: int) -> None:
-        super().__init__(part.block, part._loss, part.head)
+        super().__init__(part.block, part._loss, part.head, part._numbers)
         self._passes, self._draw = passes, draw
         self._patches, self._groups = patches, groups
         known = _output_layer(part.block) if part.head is None else None
@@ -103,15 +109,15 @@ class ForwardGradientComponent(LossComponent):
         return part.repeat(self._passes, *(1 for _ in part.shape[1:]))
 
     def _parts(self, output: Tensor) -> int:
-        """Groups of channels with slopes of their own."""
+        """Groups of channels with slopes of their own; the scores of the classes are one group."""
+        if self.head is None:
+            return 1
         if output.shape[1] % self._groups:
-            if self.head is None:  # the scores of the classes are one group
-                return 1
             raise BlockError(
                 f"A {type(self.block).__name__} hands on {output.shape[1]} channels, which groups="
                 f"{self._groups} does not divide. Choose a divisor of the channels of all blocks."
             )
-        return self._groups if self.head is not None else 1
+        return self._groups
 
     def _locality(self, layer: nn.Module, s: Tensor) -> Locality:
         """Which of the block's losses a layer receives; found once."""
@@ -177,6 +183,17 @@ def _layers(module: nn.Module, name: str = "block") -> Iterator[tuple[nn.Module,
     else:
         for child_name, child in module.named_children():
             yield from _layers(child, f"{name}.{child_name}")
+
+
+def _refuse_compiled(blocks: Blocks) -> None:
+    """Raise BlockError if a block is compiled: compiled code runs no hooks and drops forward derivatives."""
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+                raise BlockError(
+                    f"Block {number} is compiled, and compiled code knows no forward derivative, from which "
+                    "LocalForwardGradient learns. Give the block as it was before torch.compile."
+                )
 
 
 def _output_layer(block: nn.Module) -> nn.Module | None:
@@ -253,9 +270,9 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
             ``callbacks`` and ``seed``.
 
     Raises:
-        BlockError: the last block does not hand on a score for each class; at a step: a layer hands on
-            something else than one tensor with a row for each sample, a head changes activations in place, or
-            ``groups`` does not divide the channels.
+        BlockError: the last block does not hand on a score for each class, or a block is compiled; at a step:
+            a layer hands on something else than one tensor with a row for each sample, a head changes
+            activations in place, or ``groups`` does not divide the channels.
         ValueError: ``passes`` or ``groups`` is no whole number above 0.
 
     Example:
@@ -288,6 +305,10 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
     ) -> None:
         require_blocks(self, blocks)
         require_whole(self, passes=passes, groups=groups)
+        for given in (loss, local_loss or loss):
+            require_loss(self, given)
+        refuse_positions(self, loss, blocks.shapes[-1], num_classes)
+        _refuse_compiled(blocks)
         if patches or groups > 1:
             why = "a loss of each patch or group is traced through a block of one tensor"
             blocks.refuse_carrying(type(self).__name__, why)

@@ -39,7 +39,8 @@ class Locality:
 def find_slopes(gradient: Tensor, tangent: Tensor, groups: int) -> Tensor:
     """How each patch's and group's share of the loss changes along the directions, (N, groups, positions)."""
     change = gradient * tangent
-    return change.view(len(change), groups, change.shape[1] // groups, -1).sum(2)
+    channels = change.shape[1] if change.dim() > 1 else 1
+    return change.reshape(len(change), groups, channels // groups, -1).sum(2)
 
 
 def find_localities(
@@ -64,7 +65,7 @@ def find_localities(
     handles = [layer.register_forward_hook(keep) for layer in outputs]
     try:
         with evaluating(block), torch.enable_grad():
-            out = block(s[:2].detach())
+            out = block(s[:2].clone().detach())  # which the block may change in place
     finally:
         for handle in handles:
             handle.remove()

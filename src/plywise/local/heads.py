@@ -65,6 +65,8 @@ def pooled_linear(shape: torch.Size, num_classes: int) -> nn.Module:
 
 def make_pooling(shape: torch.Size) -> tuple[list[nn.Module], int]:
     """Layers that average positions into at most two along each axis and flatten; a sample's features."""
+    if not shape:  # a number a sample, (N,)
+        return [nn.Unflatten(0, (-1, 1))], 1
     positions = tuple(shape[1:])
     layers: list[nn.Module] = []
     if len(positions) in _POOLS and max(positions) > 2:

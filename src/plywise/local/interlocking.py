@@ -98,7 +98,7 @@ class Interlocking(PredictsByBlocks, StagedLearner):
     ) -> None:
         require_blocks(self, blocks)
         require_whole(self, horizon=horizon)
-        loss = choose_loss(loss, blocks.shapes[-1], num_classes)
+        loss = choose_loss(self, loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         self.horizon = horizon
         self._components = make_headed_components(blocks, num_classes, head, loss)
@@ -111,7 +111,7 @@ class Interlocking(PredictsByBlocks, StagedLearner):
         with self.trainers[last].randomness(self.steps):  # the backward's, should it draw any
             for index in range(first, stop):
                 trainer, component = self.trainers[index], self._components[index]
-                with trainer.randomness(self.steps):
+                with trainer.randomness(self.steps), trainer.naming_failures(s):
                     is_open = index > 0 and self.horizon > 1
                     passage = BlockBackward(component.block, replace(signal, s=s), open_below=is_open)
                     s = passage.output.detach().requires_grad_()

@@ -1,5 +1,6 @@
 """The base classes of local learners: step, predict, export, state. A method defines its components."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plywise._util.modes import evaluating
-from plywise.data.batches import Batch, count_samples
+from plywise._util.suggest import suggestion
+from plywise.data.batches import Batch, count_samples, list_tensors, map_tensors
 from plywise.data.reading import IGNORED
 from plywise.data.training_data import cross_entropy as token_cross_entropy
 from plywise.engine.explain import Explanations
@@ -51,7 +53,8 @@ class Learner(ABC):
         BlockError: there is no component, or one is no `Component`.
         AttachError: no component has a layer that the rule handles. One without such a layer, among others,
             follows its plain gradients (`explain`).
-        TypeError: ``optimizer``, ``scheduler`` or ``rule`` is no function, or ``callbacks`` is one.
+        TypeError: ``optimizer``, ``scheduler`` or ``rule`` is no function, ``callbacks`` is one, or an
+            argument is unknown.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class Learner(ABC):
         rule: MakeRule | None = None,
         callbacks: Iterable[Callback] = (),
         seed: int = 0,
+        **unknown: object,
     ) -> None:
+        _refuse_arguments(self, unknown)
         for name, make in (("optimizer", optimizer), ("scheduler", scheduler), ("rule", rule)):
             _require_maker(self, name, make)
         if callable(callbacks):
@@ -111,12 +116,7 @@ class Learner(ABC):
         Raises:
             PlywiseError: the batch is empty, or inputs and targets differ in number.
         """
-        inputs = count_samples(x)
-        if inputs != len(y) or inputs == 0:
-            raise DataError(
-                f"A batch needs as many targets as inputs, and at least one: {inputs} inputs, {len(y)} "
-                "targets."
-            )
+        x, y = take_batch(x, y)
         for trainer in self.trainers:
             trainer.begin()
         losses = torch.stack(self._sweep(self.signal(x, y)))
@@ -191,6 +191,18 @@ _MAKERS = {
     "scheduler": "lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)",
     "rule": "lambda: plywise.Foof()",
 }
+
+
+def _refuse_arguments(owner: object, unknown: Iterable[str]) -> None:
+    """Raise TypeError if there is an argument that neither a learner nor its base class has."""
+    kinds = (inspect.signature(kind).parameters.values() for kind in (type(owner), Learner))
+    known = {p.name: None for parameters in kinds for p in parameters if p.kind is not p.VAR_KEYWORD}
+    known.pop("components", None)
+    for name in unknown:
+        raise TypeError(
+            f"{type(owner).__name__} has no argument {name!r}. {suggestion(name, tuple(known))}It has: "
+            f"{', '.join(known)}."
+        )
 
 
 def _require_maker(owner: object, name: str, make: object) -> None:
@@ -291,6 +303,28 @@ def learn_in_turn(
     return [*losses, trainers[-1].learn(signal, step, emit)[1]]
 
 
+def take_batch(x: Batch, y: Tensor) -> tuple[Batch, Tensor]:
+    """Return a batch without a graph: no gradient leaves the first block.
+
+    Raises:
+        DataError: inputs or targets are no tensors, or there are not as many of these as of those.
+    """
+    for name, given in (("inputs", x), ("targets", y)):
+        if not list_tensors(given):
+            raise DataError(
+                f"A batch's {name} must be tensors; an object of type {type(given).__name__} was given. "
+                "Convert it by torch.as_tensor."
+            )
+    inputs = count_samples(x)
+    if inputs != len(y) or inputs == 0:
+        raise DataError(
+            f"A batch needs as many targets as inputs, and at least one: {inputs} inputs, {len(y)} targets."
+        )
+    if any(tensor.requires_grad for tensor in (*list_tensors(x), *list_tensors(y))):
+        x, y = map_tensors(Tensor.detach, (x, y))
+    return x, y
+
+
 def check_classes(y: Tensor, num_classes: int) -> None:
     """Raise PlywiseError unless ``y`` holds class indices below ``num_classes``."""
     if y.dim() != 1 or y.dtype != torch.long:
@@ -300,7 +334,8 @@ def check_classes(y: Tensor, num_classes: int) -> None:
         )
     low, high = (int(value) for value in y.aminmax())
     if low < 0 or high >= num_classes:
-        raise DataError(f"Targets must lie in 0 … {num_classes - 1}; this batch has {low} … {high}.")
+        ignored = "; leave out samples without a class" if low == IGNORED else ""
+        raise DataError(f"Targets must lie in 0 … {num_classes - 1}; this batch has {low} … {high}{ignored}.")
 
 
 def check_targets(y: Tensor, num_classes: int, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -308,6 +343,12 @@ def check_targets(y: Tensor, num_classes: int, loss: Callable[[Tensor, Tensor], 
     if loss is F.cross_entropy:
         check_classes(y, num_classes)
     elif loss is token_cross_entropy:
+        if y.dim() != 2:
+            raise DataError(
+                "The last block hands on scores at each position, so that targets must be tokens (N, T), not "
+                f"{y.dtype} of shape {tuple(y.shape)}. For one class a sample, let the last block hand on "
+                f"{num_classes} scores."
+            )
         known = y[y != IGNORED].flatten()
         if known.numel():
             check_classes(known, num_classes)

@@ -13,7 +13,7 @@ from plywise.data.batches import Batch
 from plywise.data.models import find_mask
 from plywise.data.training_data import cross_entropy as token_cross_entropy
 from plywise.engine.masked_rows import rows
-from plywise.errors import BlockError
+from plywise.errors import BlockError, PlywiseError
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Component, Signal
 from plywise.local.heads import MakeHead, MeanLinear, mean_linear, pooled_linear, position_linear
@@ -24,22 +24,31 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class LossComponent(Component):
-    """A block, and the loss of what its head makes of its output; without a head, of the output itself."""
+    """A block, and the loss of what its head makes of its output; without a head, of the output itself.
 
-    def __init__(self, block: nn.Module, loss: Loss, head: nn.Module | None = None) -> None:
+    Args:
+        block: the block.
+        loss: of scores and targets.
+        head: the head.
+        numbers: whether the last block hands on one number a sample, (N,), so that heads must do the same.
+    """
+
+    def __init__(
+        self, block: nn.Module, loss: Loss, head: nn.Module | None = None, numbers: bool = False
+    ) -> None:
         super().__init__()
         self.block = block
         self.head = head
-        self._loss = loss
+        self._loss, self._numbers = loss, numbers
 
     def judge(self, s: Tensor, y: Tensor, carried: Batch = None) -> Tensor:
         """The loss of the block's output ``s``; padded positions count neither for heads nor for rules."""
         if self.head is None:
-            return self._loss(s, y)
+            return compute_loss(self._loss, s, y)
         mask = find_mask(carried)
         with nullcontext() if mask is None else rows(mask):
             scores = self.head(s, mask) if isinstance(self.head, MeanLinear) else self.head(s)
-        return self._loss(scores, y)
+        return compute_loss(self._loss, scores.flatten() if self._numbers else scores, y)
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
         """The block's output, and its loss."""
@@ -80,13 +89,19 @@ def make_headed_components(
             f"{describe_scores(num_classes)}. Put the classifier into the last block, or correct the "
             "number of classes."
         )
+    if loss is F.cross_entropy and num_classes == 1:
+        raise BlockError(
+            "The cross-entropy of a single score is 0 whatever the score. For two classes let the last block "
+            "hand on two scores; for numbers give a loss, such as torch.nn.functional.mse_loss."
+        )
     if make_head is pooled_linear and (blocks.carries or has_positions(shape, num_classes)):
         make_head = position_linear if has_positions(shape, num_classes) else mean_linear
     components, like = [], None
     for block, shape in zip(blocks[:-1], blocks.shapes[1:-1], strict=True):
         like = next((p for p in block.parameters() if p.is_floating_point()), like)
         head = make_head(shape, num_classes)
-        components.append(LossComponent(block, loss, head if like is None else head.to(like)))
+        head = head if like is None else head.to(like)
+        components.append(LossComponent(block, loss, head, numbers=not blocks.shapes[-1]))
     return [*components, LossComponent(blocks[-1], loss)]
 
 
@@ -109,10 +124,61 @@ def has_positions(shape: torch.Size, num_classes: int) -> bool:
     return len(shape) == 2 and shape[-1] == num_classes != shape[0]
 
 
-def choose_loss(loss: Loss, shape: torch.Size, num_classes: int) -> Loss:
-    """The loss of the last block's output: the default one over all positions where it has some."""
+def choose_loss(owner: object, loss: Loss, shape: torch.Size, num_classes: int) -> Loss:
+    """The loss of the last block's output: the default one over all positions where it has some.
+
+    Raises:
+        TypeError: see `require_loss`.
+    """
+    require_loss(owner, loss)
     is_default = loss is F.cross_entropy and has_positions(shape, num_classes)
     return token_cross_entropy if is_default else loss
+
+
+def refuse_positions(owner: object, loss: Loss, shape: torch.Size, num_classes: int) -> None:
+    """Raise BlockError if the last block hands on scores at each position, and the loss takes no tokens."""
+    if loss is F.cross_entropy and has_positions(shape, num_classes):
+        raise BlockError(
+            f"{type(owner).__name__} classifies samples, and the last block hands on scores at each "
+            f"position, {tuple(shape)} a sample. Average the positions in the last block, or take LocalLoss, "
+            "Interlocking or LocalNextToken, which learn tokens."
+        )
+
+
+def require_loss(owner: object, loss: object) -> None:
+    """Raise TypeError unless ``loss`` is a function, or a module without parameters: nobody trains them."""
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        raise TypeError(
+            f"{type(owner).__name__}: the loss, a {type(loss).__name__}, has parameters, and all components "
+            "would train them at once. Put them into a block, and give a loss without parameters."
+        )
+    if not callable(loss):
+        raise TypeError(
+            f"{type(owner).__name__}: loss must be a function of scores and targets, such as "
+            f"torch.nn.functional.mse_loss; an object of type {type(loss).__name__} was given."
+        )
+
+
+def compute_loss(loss: Loss, scores: Tensor, y: Tensor) -> Tensor:
+    """Compute a loss.
+
+    Raises:
+        PlywiseError: it is no scalar with a graph, which backward needs.
+    """
+    value = loss(scores, y)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise PlywiseError(
+            f"The loss must be one number in a tensor, and of scores {tuple(scores.shape)} and targets "
+            f"{tuple(y.shape)} it is {found}. Take the mean over all samples, in torch's losses by "
+            'reduction="mean", and return a tensor, without item().'
+        )
+    if scores.requires_grad and not value.requires_grad:
+        raise PlywiseError(
+            "The loss does not depend on the scores by a graph, so that nothing would be learned. Compute it "
+            "by operations of torch, without detach() or item()."
+        )
+    return value.reshape(())
 
 
 class LocalLoss(PredictsByBlocks, OneWayLearner):
@@ -186,6 +252,6 @@ class LocalLoss(PredictsByBlocks, OneWayLearner):
         **training: Any,
     ) -> None:
         require_blocks(self, blocks)
-        loss = choose_loss(loss, blocks.shapes[-1], num_classes)
+        loss = choose_loss(self, loss, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
         super().__init__(make_headed_components(blocks, num_classes, head, loss), **training)

@@ -13,7 +13,7 @@ from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Signal
 from plywise.local.heads import MakeHead, pooled_linear
 from plywise.local.learner import Learner, PredictsByBlocks, learn_in_turn
-from plywise.local.local_loss import Loss, make_headed_components
+from plywise.local.local_loss import Loss, make_headed_components, refuse_positions, require_loss
 
 
 class MomentumHead(nn.Module):
@@ -150,6 +150,8 @@ class MomentumAuxiliary(PredictsByBlocks, Learner):
         require_blocks(self, blocks)
         if not 0 <= momentum <= 1:
             raise ValueError(f"MomentumAuxiliary: momentum must lie in 0 to 1, not {momentum!r}.")
+        require_loss(self, loss)
+        refuse_positions(self, loss, blocks.shapes[-1], num_classes)
         why = "a head runs the beginning of the next block, which is not made of them"
         blocks.refuse_carrying(type(self).__name__, why)
         self._blocks, self._classes, self._loss, self._momentum = blocks, num_classes, loss, momentum

@@ -112,6 +112,9 @@ class VotingPath(nn.Module):
 
     def forward(self, x: Batch) -> Tensor:
         """Scores (N, C)."""
-        features = [hide_padding(s, x) for s in run_blocks(self.blocks, x)]
-        votes = [head(s) for head, s in zip(self.heads, features[-len(self.heads) :], strict=True)]
+        silent = len(self.blocks) - len(self.heads)
+        votes = []
+        for number, s in enumerate(run_blocks(self.blocks, x)):
+            if number >= silent:  # now: the next block may change s in place
+                votes.append(self.heads[number - silent](hide_padding(s, x)))
         return torch.stack(votes).sum(0)

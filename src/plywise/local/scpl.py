@@ -11,7 +11,7 @@ from plywise._util.checks import require_positive
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.heads import MakeHead, MeanLinear, make_pooling
 from plywise.local.learner import OneWayLearner, PredictsByBlocks
-from plywise.local.local_loss import LossComponent, make_headed_components
+from plywise.local.local_loss import LossComponent, make_headed_components, refuse_positions
 
 WIDTH = 128
 
@@ -129,6 +129,7 @@ class SCPL(PredictsByBlocks, OneWayLearner):
     ) -> None:
         require_blocks(self, blocks)
         require_positive(self, temperature=temperature)
+        refuse_positions(self, F.cross_entropy, blocks.shapes[-1], num_classes)
         self._blocks, self._classes, self._loss = blocks, num_classes, F.cross_entropy
         loss = partial(contrastive_loss, temperature=temperature)
         if projection is mlp_projection and blocks.carries:

@@ -1,6 +1,8 @@
 """Trains one component: its optimizer, its scheduler, its rule, its random numbers."""
 
 import hashlib
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +21,15 @@ from plywise.engine.health import Health
 from plywise.engine.rows import make_module_row
 from plywise.engine.rule import Rule
 from plywise.engine.selection import collect_parameters
-from plywise.errors import StateError
+from plywise.errors import BlockError, PlywiseError, StateError
 from plywise.local.component import Component, Signal, check_answer
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 MakeRule = Callable[[], Rule]
+
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)  # what torch raises where a batch does not fit
+_KEPT = (PlywiseError, torch.OutOfMemoryError)
 
 
 class LocalTrainer:
@@ -58,10 +63,12 @@ class LocalTrainer:
         """The rule at work in it; None for plain gradients."""
         self._why_not: dict[str, str] = {}  # layers, where the rule asked for handles none
         self._steps = Health()
+        self._has_applied = False
         self._seed = seed
         self._frozen = frozen_parts(component)
         groups = [group for group in component.parameter_groups() if group["params"]]
         self.optimizer = optimizer(groups) if groups else None  # a component may learn in closed form
+        _refuse_closures(self.optimizer)
         self.scheduler: LRScheduler | None = None
         if self.optimizer is None:
             return
@@ -114,41 +121,81 @@ class LocalTrainer:
         parts, made, losses = self.component.split(signal), [], []
         with self.randomness(step):
             for part, share in parts:
-                after, loss = check_answer(self.component, self.index, self._run(part))
+                with self.naming_failures(part.s):
+                    answer = self.module(part)
+                after, loss = check_answer(self.component, self.index, answer)
                 made.append(after.detached())
                 if len(made) == len(parts):
                     following = self.component.join(signal, made)
                     made.clear()  # backward need not hold the parts beside the whole
                     emit(following)
                 loss = share * loss
-                if self.optimizer is not None and loss.requires_grad:
+                if self.optimizer is not None and self._needs_graph(loss):
                     loss.backward()
                 losses.append(loss.detach())
         self.apply()
         return following, torch.stack(losses).sum()
 
-    def _run(self, signal: Signal) -> Any:
-        """Run the component on a signal; an error says which component it is, and what it was given."""
-        try:
-            return self.module(signal)
-        except Exception as error:
-            sizes = " and ".join(str(tuple(s.shape)) for s in list_tensors(signal.s))
-            name = type(self.component).__name__
-            error.add_note(
-                f"Raised by component {self.index} ({name}), which was given activations of {sizes}."
+    def _needs_graph(self, loss: Tensor) -> bool:
+        """Whether there is anything to learn from a loss.
+
+        Raises:
+            PlywiseError: there should be, and the loss has no graph.
+        """
+        if not loss.requires_grad and any(p.requires_grad for p in _list_parameters(self.optimizer)):
+            raise PlywiseError(
+                f"The loss of component {self.index} does not depend on its parameters, so that it would "
+                "learn nothing. Compute it from the component's output by operations of torch, without "
+                "detach() or item()."
             )
-            raise
+        return loss.requires_grad
 
     def begin(self) -> None:
         """Set training mode and clear gradients that a failed step or other code may have left.
 
         Parts that were in eval mode when the trainer was made are frozen, and stay so.
+
+        Raises:
+            PlywiseError: gradients are switched off, so that nothing would be learned.
         """
+        if self.optimizer is not None and not torch.is_grad_enabled():
+            raise PlywiseError(
+                f"A step inside torch.no_grad() or inference_mode() makes no gradients, so that component "
+                f"{self.index} would learn nothing. Take the step outside of it."
+            )
         self.component.train()
         for part in self._frozen:
             part.training = False
         if self.optimizer is not None:
             self.optimizer.zero_grad()
+
+    @contextmanager
+    def naming_failures(self, s: Any) -> Iterator[None]:
+        """Say which component failed, and on what it got, where torch or the user's modules raise an error.
+
+        Other errors keep their class and get a note: ours, a lack of memory, after which programs go on with
+        smaller batches, and what a component without a block raises, which runs a user's own step.
+
+        Raises:
+            BlockError: the component's block, or what it has beside the block, does not take the batch.
+        """
+        try:
+            yield
+        except Exception as error:
+            part = getattr(self.component, "block", None)
+            is_refusal = part is not None and isinstance(error, _REFUSALS) and not isinstance(error, _KEPT)
+            name = f"{self.index} ({type(part if is_refusal else self.component).__name__})"
+            sizes = " and ".join(f"{tuple(tensor.shape)}, {tensor.dtype}" for tensor in list_tensors(s))
+            if not is_refusal:
+                error.add_note(f"Raised by component {name}, which was given a batch of {sizes}.")
+                raise
+            raise BlockError(
+                f"Component {name} fails on a batch of {sizes}: {error}. Heads, bridges and feedback are "
+                "made for samples like those of the example that the blocks were made with: give samples of "
+                "its shape and dtype, or a head that takes any number of positions, as "
+                "plywise.local.heads.mean_linear does.",
+                see="block-fails",
+            ) from error
 
     @contextmanager
     def randomness(self, step: int) -> Iterator[None]:
@@ -167,10 +214,27 @@ class LocalTrainer:
         """Step the optimizer and the scheduler with the present gradients, and clear them."""
         if self.optimizer is None:
             return
+        if not self._has_applied:
+            self._warn_of_rest(self.optimizer)
+        self._has_applied = True
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def _warn_of_rest(self, optimizer: Optimizer) -> None:
+        """Warn, in the first step, if no gradient has reached a block that should learn."""
+        block = getattr(self.component, "block", None)
+        stepped = {id(parameter) for parameter in _list_parameters(optimizer)}
+        parameters = [] if block is None else [p for p in block.parameters() if id(p) in stepped]
+        learning = [p for p in parameters if p.requires_grad]
+        if learning and all(p.grad is None for p in learning):
+            warnings.warn(
+                f"No gradient reaches the block of component {self.index} ({type(block).__name__}), so that "
+                "it does not learn. A reentrant checkpoint inside it needs use_reentrant=False, because what "
+                "a component gets has no gradient; else look for detach() or no_grad() in the block.",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that its further training depends on."""
@@ -209,3 +273,19 @@ class LocalTrainer:
             raise StateError(
                 f"The saved state does not fit component {self.index}: {why}", see="state-memory"
             ) from error
+
+
+def _list_parameters(optimizer: Optimizer | None) -> list[Tensor]:
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _refuse_closures(optimizer: Optimizer | None) -> None:
+    """Raise TypeError for an optimizer that evaluates the loss by itself, several times in a step."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure") if optimizer is not None else None
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} evaluates the loss several times in a step, by a closure, and a "
+            "learner gives it one gradient for each step. Take an optimizer of one gradient, as "
+            "torch.optim.Adam is."
+        )

@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plywise._util.renamed import serve_old_arguments
 from plywise.data.batches import count_samples
-from plywise.errors import DataError, PipelineError, PlywiseError, StateError
+from plywise.errors import PipelineError, PlywiseError, StateError
 from plywise.local import checkpoint
 from plywise.local.component import Signal
-from plywise.local.learner import Report, StagedLearner
+from plywise.local.learner import Report, StagedLearner, take_batch
 from plywise.local.trainer import LocalTrainer
 from plywise.pipeline.connections import Connections
 from plywise.pipeline.groups import Groups, join, own_store
@@ -145,12 +145,7 @@ class Pipeline:
 
     def _signals(self, batches: Iterable[Batch]) -> Iterator[Signal]:
         for x, y in batches if self.replicas == 1 else self._share(batches):
-            if (count := count_samples(x)) != len(y) or count == 0:
-                raise DataError(
-                    f"A batch needs as many targets as inputs, and at least one: {count} inputs, {len(y)} "
-                    "targets."
-                )
-            yield self.learner.signal(x, y)
+            yield self.learner.signal(*take_batch(x, y))
 
     def _share(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of this replica, as long as all replicas have some."""

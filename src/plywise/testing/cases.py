@@ -16,7 +16,7 @@ from torch import nn
 from plywise._util.import_path import load
 from plywise.engine.answers import read_settings
 from plywise.engine.rule import Rule
-from plywise.errors import MORE, PlywiseError, TestingError
+from plywise.errors import MORE, BlockError, PlywiseError, TestingError
 from plywise.local.blocks import Blocks
 from plywise.local.learner import Learner
 from plywise.testing.contract.learners import CLASSES, make_adam, make_data, make_halving, make_modules
@@ -78,11 +78,11 @@ class LearnerCase:
     takes_any_targets: str = ""
     keeps_activations: str = ""
 
-    def make(self, weights: int = 1, **training: Any) -> Learner:
-        """Make the learner on three blocks, whose parameters are drawn by the seed ``weights``."""
+    def make(self, weights: int = 1, modules: Sequence[nn.Module] = (), **training: Any) -> Learner:
+        """Make the learner on ``modules``, by default three blocks whose parameters ``weights`` draws."""
         if self.optimizes:
             training = {"optimizer": make_adam, "scheduler": make_halving, **training}
-        return self.kind(Blocks(make_modules(weights), torch.zeros(4, 6)), CLASSES, **training)
+        return self.kind(Blocks(modules or make_modules(weights), torch.zeros(4, 6)), CLASSES, **training)
 
 
 def make_learner_case(factory: Callable[..., Learner] | LearnerCase) -> LearnerCase:
@@ -133,9 +133,10 @@ def _refuse_errors(what: str, advice: str = "") -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[]):
             yield
-    except PlywiseError:
-        raise
     except Exception as error:
+        # a block that fails is the user's, as what raises other errors is
+        if isinstance(error, PlywiseError) and not (isinstance(error, BlockError) and error.__cause__):
+            raise
         raise TestingError(f"{what} raised {describe_error(error)}. {advice}".strip()) from error
 
 
@@ -148,7 +149,10 @@ LIBRARIES = tuple(
 
 def describe_error(error: BaseException) -> str:
     """Describe an error in a line: its kind, where in the user's code it was raised, what it says."""
-    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(Path(frame.filename))]
+    raised = error.__cause__ or error
+    theirs = [
+        frame for frame in traceback.extract_tb(raised.__traceback__) if _is_users(Path(frame.filename))
+    ]
     where = f" in {Path(theirs[-1].filename).name}, line {theirs[-1].lineno}" if theirs else ""
     notes = [note for note in getattr(error, "__notes__", ()) if not note.startswith(MORE)]
     first = (str(error).strip().splitlines() or [""])[0].rstrip(".")

@@ -21,7 +21,7 @@ from plywise.data.batches import Batch, count_samples, take_samples
 from plywise.data.own_data import explaining
 from plywise.data.training_data import NUMBERS, WHOLE, TrainingData
 from plywise.engine.health import SKIPPED
-from plywise.errors import NonFiniteError, PlywiseError, StateError
+from plywise.errors import BlockError, NonFiniteError, PlywiseError, StateError
 from plywise.local.learner import Learner, Report
 from plywise.local.trainer import LocalTrainer
 from plywise.training.build import ResolvedTraining, resolve_training
@@ -180,9 +180,10 @@ class Session:
     def _train(self, end: int) -> None:
         try:
             self.engine.run(self._batches(self.step, end), self._finish_step)
-        except PlywiseError:
-            raise
         except Exception as error:
+            # a block that fails is the user's, as what raises other errors is
+            if isinstance(error, PlywiseError) and not (isinstance(error, BlockError) and error.__cause__):
+                raise
             rows = self.samples % self.plan.batch_size if self.step == end - 1 and self.kind != WHOLE else 0
             hint = f" It is the odd end of an epoch, of {rows}: --batch-size changes that." if rows else ""
             raise PlywiseError(

@@ -155,7 +155,8 @@ def test_a_bad_batch_is_named_and_changes_nothing(learner_case: LearnerCase, wha
     except Exception as error:
         refused_by = error
     found = "nothing" if refused_by is None else f"{type(refused_by).__name__}: {refused_by}"
-    assert isinstance(refused_by, pw.PlywiseError), (
+    is_ours = isinstance(refused_by, pw.PlywiseError) and not refused_by.__cause__  # else a block failed
+    assert is_ours, (
         f"Targets or inputs that are {what} raised {found.splitlines()[0]}. For class indices call "
         "plywise.local.learner.check_classes in `signal`; if any targets may be learned, say so in a "
         "LearnerCase (takes_any_targets)."
@@ -200,6 +201,34 @@ def test_odd_batch_ends(learner_case: LearnerCase) -> None:
         )
         assert torch.isfinite(losses).all(), f"The losses of a batch of {rows} are {losses.tolist()}."
         assert not losses.requires_grad, "The losses that step returns have a graph: detach them."
+
+
+def test_blocks_that_begin_in_place(learner_case: LearnerCase) -> None:
+    results = []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        modules = [
+            nn.Linear(6, 10),
+            nn.Sequential(nn.SiLU(in_place), nn.Linear(10, 10), nn.BatchNorm1d(10)),
+            nn.Sequential(nn.SiLU(in_place), nn.Linear(10, CLASSES)),
+        ]
+        try:
+            learner = learner_case.make(modules=modules)
+            for number in range(3):
+                learner.step(*make_data(number))
+        except pw.BlockError as error:
+            assert in_place
+            pytest.skip(f"it refuses them: {error}")
+        results.append(learner.predict(make_data(3)[0]))
+    assert torch.equal(*results)
+
+
+def test_no_gradient_leaves_it(learner_case: LearnerCase) -> None:
+    learner = learner_case.make()
+    x, y = make_data(0)
+    x.requires_grad_()
+    learner.step(x, y)
+    assert x.grad is None
 
 
 def test_callbacks_hear_of_every_step(learner_case: LearnerCase) -> None:
