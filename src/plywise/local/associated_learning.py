@@ -217,15 +217,12 @@ class AssociatedLearning(OneWayLearner):
         require_whole(self, num_classes=num_classes, code=code)
         _check_names("targets", [targets], TARGETS)
         _check_names("decay", decay or {}, MAPS)
-        if loss is not None:
-            require_loss(self, loss)
+        require_loss(self, loss or F.mse_loss)
         self._blocks, self._classes, self._targets = blocks, num_classes, targets
         bridges = _list_bridges(bridge, len(blocks))
         self._components = []
         codes = _first_codes(num_classes, targets)
-        below: Range | None = (-torch.inf, torch.inf) if targets == "numbers" else (0.0, 1.0)
-        if loss is not None:
-            below = None  # the loss decides what the first decoder's output means
+        below = _first_range(targets, loss)
         for number, (block, shape) in enumerate(zip(blocks, blocks.shapes[1:], strict=True)):
             first = number == 0
             make_decoder = linear_decoder if first and targets == "numbers" else decoder
@@ -288,6 +285,13 @@ def _list_bridges(bridge: MakeBridge | Sequence[MakeBridge], blocks: int) -> lis
             "for each block, or one function for all."
         )
     return bridges
+
+
+def _first_range(targets: str, loss: Loss | None) -> Range | None:
+    """The range of what the first decoder has to rebuild; None where a loss decides what its output means."""
+    if loss is not None:
+        return None
+    return (-torch.inf, torch.inf) if targets == "numbers" else (0.0, 1.0)
 
 
 def _first_codes(classes: int, targets: str) -> Tensor:
