@@ -27,8 +27,6 @@ from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from plywise.optim.muon import THREE_ITERATIONS, Muon
 from plywise.rules.coordinates import Coordinates
 
-NO_LAYER = "attach-no-layer"
-
 RANKS = (64, 32, 16)
 """Numbers of directions to turn on wide sides, the best first."""
 
@@ -194,7 +192,7 @@ def recommend(
         raise AttachError(
             f"recommend knows nothing better than AdamW for this {type(model).__name__}: none of the layers "
             "that it could handle trains.",
-            see=NO_LAYER,
+            see="attach-no-layer",
         )
     muon = _choose_muon(model, hidden, rows)
     plan = _choose(Coordinates(power, damping=damping), rows, set(muon), budget, is_all=not hidden)
@@ -202,7 +200,7 @@ def recommend(
         raise AttachError(
             f"recommend finds no layer of this {type(model).__name__} that fits a budget of {budget:g}: each "
             f"would take more. Allow more, recommend(..., budget={2 * budget:g}), or use AdamW as it is.",
-            see=NO_LAYER,
+            see="attach-no-layer",
         )
     optimizer = _make_optimizer(model, [weight for weight, _ in muon.values()], lr, weight_decay)
     left = tuple(row.name for row in plan.left)
@@ -275,11 +273,11 @@ def _attach(rule: Rule, model: nn.Module) -> None:
     try:
         rule.attach(model, make_adamw(list(model.parameters()) or [torch.zeros(0)], 1.0))
     except AttachError as error:
-        if not error.page.endswith(NO_LAYER):
+        if not error.page.endswith("attach-no-layer"):
             raise
         raise AttachError(
             f"recommend knows nothing better than AdamW for this {type(model).__name__}. {error}",
-            see=NO_LAYER,
+            see="attach-no-layer",
         ) from None
 
 

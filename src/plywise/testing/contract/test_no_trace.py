@@ -210,7 +210,7 @@ def test_unfinished_backward_does_not_blind_the_watch(rule: Rule, before: Callab
     model, data = make_mlp(), make_batch()
     attach(rule, model, warm=(6,))
     before(model, data)
-    with pytest.raises(UncapturedLayerError, match="'2'"):
+    with pytest.raises(UncapturedLayerError, match=r"'2\.weight'"):
         (model[2].weight.sum() * 2).backward()
 
 
