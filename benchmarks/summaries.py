@@ -145,7 +145,7 @@ def _value(column: str, value: Any) -> Any:
 
 def _dump(value: Any, digits: int | None = DIGITS) -> str:
     value = value if digits is None else _spell_infinity(thin(value, digits))
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _spell_infinity(value: Any) -> Any:

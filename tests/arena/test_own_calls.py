@@ -72,7 +72,8 @@ def test_a_model_trains_alike_however_it_is_called(method):
     by_step = train("tensor", "pairs", method, step="step_of_pairs", metric="metric_of_pairs")
     assert by_step["loss"] == by_place["loss"]
     assert by_step["validation"] == by_place["validation"]
-    assert (by_place["loss"] == line["loss"]) == (method in ("adamw", "schedule-free"))
+    # AdamW has no statistics, and `recommend` turns no layer of so small a network
+    assert (by_place["loss"] == line["loss"]) == (method in ("adamw", "schedule-free", "recommended"))
 
 
 def test_padding_does_not_change_training_by_a_rule():

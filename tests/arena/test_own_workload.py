@@ -223,7 +223,7 @@ def test_it_trains_and_the_callers_random_numbers_are_left_alone():
         ("columns", r"whole numbers of shape \(100, 1\). Classes are of shape \(N,\), as of y\[:, 0\]"),
         ("high", "3 outputs, and targets go up to 3: it needs 4"),
         ("giant", "3 outputs, and targets go up to 1000000000000: it needs"),
-        ("words_as_x", "no array of numbers"),
+        ("words_as_x", "the inputs are words, and no numbers"),
         ("ragged", "no array of numbers"),
         ("five", "returned 5 things; it must return"),
         ("nothing", "returned a NoneType; it must return"),

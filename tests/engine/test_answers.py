@@ -93,8 +93,8 @@ def test_a_wrong_update_is_named(what):
 
 BELOW = {
     "nothing": (lambda call: None, "must return a tensor, not NoneType"),
-    "the outputs'": (lambda call: call.delta, r"layer '2' by a tensor of shape \(5, 2\), where \(5, 3\)"),
-    "a sum": (lambda call: call.input_gradient().sum(0), r"layer '2' by a tensor of shape \(3,\)"),
+    "the outputs'": (lambda call: call.delta, r"shape \(5, 2\) for layer '2', where \(5, 3\)"),
+    "a sum": (lambda call: call.input_gradient().sum(0), r"shape \(3,\) for layer '2', where \(5, 3\)"),
 }
 
 

@@ -93,15 +93,16 @@ def test_recommend_does_not_count_frozen_layers():
     assert "144 parameters frozen" in recommendation.explain()
 
 
-def test_what_the_user_leaves_out_is_no_cause_for_a_warning():
+def test_a_rule_may_be_asked_for_no_layer():
     model = make_network()
-    rule = pw.ProxProp().attach(model, torch.optim.SGD(model.parameters(), 0.1), layers=[])
-    table = rule.explain()
-    assert table.share == 0
-    assert "Warning" not in str(table)
-    rule.detach()
-    model.append(nn.LayerNorm(1000))
-    assert "Warning: more than half" in str(pw.ProxProp().attach(model).explain())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rule = pw.ProxProp().attach(model, optimizer, layers=[])
+    assert rule.explain().share == 0
+    before = [p.clone() for p in model.parameters()]
+    model(torch.full((4, 8), torch.nan)).sum().backward()
+    with pytest.warns(RuntimeWarning, match="not finite, so this step was not taken"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_a_model_that_is_all_frozen_has_nothing_to_share():

@@ -68,9 +68,12 @@ def explain(
         raise CommandError("--step takes batches of --data: name them.")
     batch = _make_batch(data, shape, batch_size, is_whole=step is not None)
     attached = made.attach(model, _optimizer_for(made, model), layers=list(layers) or None)
-    if batch is not None:
-        _run_batch(factory, model, batch, step)
-    explanation = attached.explain(batch_size)
+    try:
+        if batch is not None:
+            _run_batch(factory, model, batch, step)
+        explanation = attached.explain(batch_size)
+    finally:
+        attached.detach()  # a model that exits has left calls captured
     if json:
         totals = {name: getattr(explanation, name) for name in ("share", "parameters", "frozen")}
         print_json({**vars(explanation), **totals})

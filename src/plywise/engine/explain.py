@@ -11,10 +11,12 @@ LONGEST_REASON = 40
 """Longer reasons stand below the table, each once, so that its lines stay short."""
 HALF = 0.5
 """Below this share of handled parameters an explanation warns."""
+WARNING = "Warning: "
+"""How the sentence begins that warns."""
 
 NOT_ASKED_FOR, EXCLUDED = "not among the layers asked for", "excluded"
 BY_NAME = (NOT_ASKED_FOR, EXCLUDED)
-"""The reasons given for layers that ``attach(layers=..., exclude=...)`` leaves out: no cause to warn."""
+"""The reasons given for layers that ``attach(layers=..., exclude=...)`` leaves out."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,10 @@ class Explanation:
             f"{handled} of {layers} layers{frozen}{steps}",
             self.title,
         ]
-        left = [row for row in self.rows if not row.handled and row.reason not in BY_NAME]
-        if sum(row.parameters for row in left) > (1 - HALF) * self.parameters:
-            largest = max(left, key=lambda row: row.parameters)
+        if self.parameters and self.share < HALF:
+            largest = max((row for row in self.rows if not row.handled), key=lambda row: row.parameters)
             lines.append(
-                f"Warning: more than half of the parameters are left to the optimizer, most of them in "
+                f"{WARNING}more than half of the parameters are left to the optimizer, most of them in "
                 f"{largest.name or '(model)'!r} ({largest.type}): {largest.reason}."
             )
         return lines
