@@ -40,7 +40,7 @@ class ProxProp(Rule):
     Results: the paper's, on CIFAR-10: test accuracy 56 % against backpropagation's 54 % (MLP), 70.7 against
         69.6 % (ConvNet). Ours: 70.9 against 67.2 % (that ConvNet in full, cg3, two seeds); at a small size
         stable at rates 1 and 10, where backpropagation diverges, as in the paper (benchmarks/reproduce);
-        AdamW's final training loss in 0.34 (digits) and 0.47 (MNIST) of its steps (benchmarks/README.md).
+        AdamW's final training loss in 0.26 (digits) and 0.45 (MNIST) of its steps (benchmarks/README.md).
     Limits: AᵀA is the sum over the batch as in the paper, so the method depends on the batch size (k copies
         of a batch act as kτ); with ``gram="mean"`` it does not. k accumulated micro-batches average k
         updates, which is not the update of the joined batch. The last layer is the one that backward meets
