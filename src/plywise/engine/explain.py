@@ -11,8 +11,6 @@ LONGEST_REASON = 40
 """Longer reasons stand below the table, each once, so that its lines stay short."""
 HALF = 0.5
 """Below this share of handled parameters an explanation warns."""
-WARNING = "Warning: "
-"""How the sentence begins that warns."""
 
 NOT_ASKED_FOR, EXCLUDED = "not among the layers asked for", "excluded"
 BY_NAME = (NOT_ASKED_FOR, EXCLUDED)
@@ -132,6 +130,10 @@ class Explanation:
         ]
 
     def __str__(self) -> str:
+        return self.format()
+
+    def format(self, *, warns: bool = True) -> str:
+        """Return the table as text; with ``warns``, also a warning where most parameters are left alone."""
         cells, why = self._format_cells(), HEADINGS.index("why")
         long = [cell[why] for cell in cells if len(cell[why]) > LONGEST_REASON]
         numbers = {reason: number for number, reason in enumerate(dict.fromkeys(long), 1)}
@@ -139,13 +141,13 @@ class Explanation:
             if cell[why] in numbers:
                 cell[why] = f"note {numbers[cell[why]]}"
         notes = [f"note {number}: {reason}" for reason, number in numbers.items()]
-        return "\n".join([*self.summary(), format_table(HEADINGS, cells), *notes, NOTE])
+        return "\n".join([*self.summary(warns=warns), format_table(HEADINGS, cells), *notes, NOTE])
 
     def _repr_html_(self) -> str:
         title, *others = self.summary()
         return make_table(HEADINGS, self._format_cells(), title=title, notes=[*others, NOTE])
 
-    def summary(self) -> list[str]:
+    def summary(self, *, warns: bool = True) -> list[str]:
         """Return the sentences above the table."""
         handled = sum(row.handled for row in self.rows)
         layers = sum(row.parameters > 0 or not row.frozen for row in self.rows)
@@ -157,10 +159,10 @@ class Explanation:
             f"{handled} of {layers} layers{frozen}{steps}",
             self.title,
         ]
-        if self.parameters and self.share < HALF:
+        if warns and self.parameters and self.share < HALF:
             largest = max((row for row in self.rows if not row.handled), key=lambda row: row.parameters)
             lines.append(
-                f"{WARNING}more than half of the parameters are left to the optimizer, most of them in "
+                f"Warning: more than half of the parameters are left to the optimizer, most of them in "
                 f"{largest.name or '(model)'!r} ({largest.type}): {largest.reason}."
             )
         return lines

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from plywise._util.adamw import make_adamw
 from plywise._util.modes import evaluating
 from plywise.data.batches import count_samples
-from plywise.engine.explain import WARNING, LayerRow, Size
+from plywise.engine.explain import LayerRow, Size
 from plywise.engine.rule import Rule, check_model
 from plywise.engine.sharding import is_spread
 from plywise.errors import AttachError
@@ -100,9 +100,7 @@ class Recommendation:
         )
         if self.left:
             lines.append(f"Too expensive for coordinates: {', '.join(self.left)}.")
-        # what was left out on purpose is no cause for a warning
-        lines += [line for line in str(table).splitlines() if not line.startswith(WARNING)]
-        return "\n".join(lines)
+        return "\n".join([*lines, table.format(warns=False)])  # layers are left out on purpose
 
     def _explain_muon(self) -> str:
         if not self.muon:

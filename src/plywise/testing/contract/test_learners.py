@@ -231,16 +231,16 @@ def test_no_gradient_leaves_it(learner_case: LearnerCase) -> None:
     assert x.grad is None
 
 
-def test_callbacks_hear_of_every_step(learner_case: LearnerCase) -> None:
+def test_callbacks_get_every_step(learner_case: LearnerCase) -> None:
     """Each callback must be called after each step, with its number and losses."""
-    heard = []
-    learner = learner_case.make(callbacks=[heard.append])
+    reports = []
+    learner = learner_case.make(callbacks=[reports.append])
     losses = [learner.step(*make_data(number)) for number in range(3)]
-    assert [report.step for report in heard] == [1, 2, 3], (
-        f"A callback was called with the steps {[report.step for report in heard]} of 1, 2, 3. Pass "
+    assert [report.step for report in reports] == [1, 2, 3], (
+        f"A callback was called with the steps {[report.step for report in reports]} of 1, 2, 3. Pass "
         "`callbacks` on to Learner."
     )
-    assert all(torch.equal(a.losses, b) for a, b in zip(heard, losses, strict=True))
+    assert all(torch.equal(a.losses, b) for a, b in zip(reports, losses, strict=True))
 
 
 def test_predicting_changes_nothing(learner_case: LearnerCase) -> None:

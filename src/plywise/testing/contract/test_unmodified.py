@@ -232,16 +232,16 @@ def test_activations_are_freed_at_once(rule: Rule, runs_backward: bool) -> None:
 def test_users_hooks_stay_and_see_what_goes_on(rule: Rule) -> None:
     model, data = make_mlp(), make_batch()
     outputs: list[torch.Tensor] = []
-    heard: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
     model[2].register_forward_hook(lambda module, args, output: outputs.append(output))
-    model[2].weight.register_hook(lambda grad: heard.append(grad.clone()))
+    model[2].weight.register_hook(lambda grad: gradients.append(grad.clone()))
     model[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     attach(rule, model, warm=(6,))
     out = compute_loss(model, data)
     outputs[-1].retain_grad()
     out.backward()
     assert outputs[-1].grad is not None  # the hook got the very tensor that the next layer reads
-    assert torch.equal(heard[-1], model[2].weight.grad)
+    assert torch.equal(gradients[-1], model[2].weight.grad)
     rule.detach()
     assert len(model[2]._forward_hooks) == 1
 
