@@ -15,7 +15,7 @@ import pytest
 from odd_jobs import Starts
 
 from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
-from plywise.arena.run.executor import ProcessExecutor
+from plywise.arena.run.executor import ProcessExecutor, hold_interrupts
 from plywise.arena.run.job import TrialJob
 from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import FINAL, TUNED, Key
@@ -178,6 +178,21 @@ def test_an_interrupt_before_the_first_trial(start):
     assert f"Interrupted. {len(command.lines())} of 14 trials are kept" in said
 
 
+def test_an_interrupt_waits_until_a_trial_has_started():
+    """Otherwise the process that is being started prints that its pipe has ended."""
+    started = []
+
+    @hold_interrupts()
+    def press_and_start():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        started.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        press_and_start()
+    assert started
+
+
 def jobs(*methods):
     resolved = resolve_bench(BenchConfig((OWN,), ("sgd",)))
     own = resolved.workloads["own"]
@@ -241,7 +256,7 @@ def test_the_time_of_a_trial_counts_from_where_it_begins():
     """In a fresh process the imports of torch alone take longer than this trial may."""
     code = f"""
 from {STARTS} import Sleeps
-from plywise.arena.run.executor import ProcessExecutor
+from plywise.arena.run.executor import ProcessExecutor, hold_interrupts
 if __name__ == "__main__":
     ((_, line),) = ProcessExecutor(1, timeout_s=0.5).run([Sleeps(0.0)])
     print(line["failure"])

@@ -8,11 +8,13 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any, Protocol
 
 from plywise._util.process_groups import begin_group, end_group
@@ -135,8 +137,9 @@ class ProcessExecutor:
         try:
             while not self._stopped.poll():
                 while len(running) < self.count and (job := next(queue, None)) is not None:
-                    _start_forking()
-                    worker = _Worker(self._context, job, self.threads, self.timeout_s)
+                    with hold_interrupts():
+                        _start_forking()
+                        worker = _Worker(self._context, job, self.threads, self.timeout_s)
                     running[worker.connection] = worker
                 if not running:
                     return
@@ -162,6 +165,23 @@ class ProcessExecutor:
                 continue  # of a quick trial the line may have come with its beginning
             del running[connection]
             yield worker.job, worker.outcome()
+
+
+@contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Answer Ctrl-C after the block: a process whose start it broke off would print an error of its own."""
+    answer = signal.getsignal(signal.SIGINT)
+    if not callable(answer) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *given: held.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, answer)
+        for given in held:
+            answer(*given)
 
 
 def _start_forking() -> None:
