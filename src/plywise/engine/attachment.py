@@ -1,36 +1,29 @@
-"""A rule at work on a model: hooks, counters, and the answers given in backward."""
+"""A rule at work on a model: its hooks, its counters, and what happens at the optimizer's step."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from plywise.engine.answers import check_input_gradient, check_update
 from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
-from plywise.engine.call import LinearCall, Update
-from plywise.engine.calls_below import PassSamples, find_wanting
 from plywise.engine.capture import Capture
 from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation
-from plywise.engine.finite import measure_norms
 from plywise.engine.followed_parameters import refuse_old_optimizer
-from plywise.engine.guard import StepGuard, refuse_nonfinite
+from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
-from plywise.engine.layouts import PLAIN
 from plywise.engine.liveness import Liveness
-from plywise.engine.masked_rows import KeptRows, LeftOutRows, find_kept
 from plywise.engine.pipelining import runs_in_pipeline
 from plywise.engine.readers import make_readers
 from plywise.engine.registered import install_registered
+from plywise.engine.responder import RuleResponder
 from plywise.engine.rows import make_rows
 from plywise.engine.running_state import RunningState
 from plywise.engine.selection import (
@@ -42,14 +35,11 @@ from plywise.engine.selection import (
 )
 from plywise.engine.sites import ParameterEntry, Site
 from plywise.engine.table import ParameterTable
-from plywise.engine.telemetry import Telemetry
 from plywise.errors import AttachError
-
-Observer = Callable[[LinearCall, Update, Tensor | None], None]
 
 
 class Attachment:
-    """A rule at work on a model: its hooks, its counters, and the answers given in backward.
+    """A rule at work on a model: its hooks and its counters.
 
     The model's hooks own it; it knows the model weakly, so nothing keeps the model alive.
 
@@ -80,8 +70,6 @@ class Attachment:
     ) -> None:
         self.rule = rule
         self.health = Health()
-        self.observers: list[Observer] = []
-        self.telemetry: Telemetry | None = None
         self.title = f"{rule} on {type(model).__name__}"
         self.kinds = kinds
         self.steps = 0 if optimizer is not None else None  # those in which the rule took part
@@ -89,13 +77,11 @@ class Attachment:
         self._model = weakref.ref(model)
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._raises = on_nonfinite == "raise"
-        self._clips_in_backward = rule.clips_updates() and optimizer is None
         self._clipping: Clipping | None = None
         self._alters = rule.alters_backward
-        self._samples = PassSamples()
-        self._is_pipelined = False
         self._liveness = Liveness(self.title, self.health)
-        self._left_out = LeftOutRows(self.health.note)
+        clips_in_backward = rule.clips_updates() and optimizer is None
+        self.responder = RuleResponder(rule, self.health, self._liveness, clips_in_backward, self._raises)
         self._handles: list[RemovableHandle] = []
         self._guard: StepGuard | None = None
         self._state: RunningState | None = None
@@ -104,6 +90,7 @@ class Attachment:
         self._find_layers(model, layers, exclude)
         try:
             self._install(model, optimizer, on_nonfinite, process_group)
+            self.responder.connect(self.arrivals, self._state, self._scale)
         except BaseException:
             self.remove()
             raise
@@ -114,7 +101,9 @@ class Attachment:
         self._mark_unstepped()
         self.capture = Capture(make_readers(self.kinds), self.table, self.takes, self._alters)
         counts = self._count_evidence if self.rule.remembers else None
-        self.arrivals = Arrivals(self.rule, self.table, self.capture, self, self._note_answer, counts)
+        self.arrivals = Arrivals(
+            self.rule, self.table, self.capture, self.responder, self._note_answer, counts
+        )
         if not is_empty(layers):
             refuse_nothing(self.table.entries, type(self.rule).__name__, model, self.kinds)
         refuse_handled(self.table.entries)
@@ -132,7 +121,7 @@ class Attachment:
             # a frozen layer passes altered values down, and random vectors begin at it or pass through it
             frozen_too=self._alters or self.rule.needs_backward_scale,
             add_site=self._add_site,
-            responder=self,
+            responder=self.responder,
         )
         table.on_refresh = self._mark_unstepped
         return table
@@ -183,7 +172,7 @@ class Attachment:
             self.health,
             leave=self.table.leave,
             # an observer may want each call, and "raise" the error of a bad one
-            observers=None if self._raises else self.observers,
+            observers=None if self._raises else self.responder.observers,
         )
         self.table.on_begin.append(self._state.processes.find)
         self.capture.resting = weakref.ref(self._state.resting)
@@ -193,7 +182,7 @@ class Attachment:
         hook: Any = self.rule.module_hook()
         if hook is None:
             return
-        hook.alters = self._alters_pass
+        hook.alters = self.responder.alters_pass
         for module in model.modules():
             if isinstance(module, hook.types):
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -208,7 +197,7 @@ class Attachment:
         self.arrivals.watch(site.entry)
 
     def _note_pipeline(self) -> None:
-        self._is_pipelined = runs_in_pipeline()
+        self.responder.is_pipelined = runs_in_pipeline()
 
     def _follow_parameters(self, replaced: list[ParameterEntry]) -> None:
         """Parameters have been replaced by their shards, or spread by tensor parallelism."""
@@ -252,95 +241,6 @@ class Attachment:
         finally:
             self.capture.paused = before
 
-    # ---- answers in backward -----------------------------------------------------------------
-
-    def respond(
-        self, ctx: Any, a: Tensor, weight: Tensor, delta: Tensor, wants_update: bool, wants_below: bool
-    ) -> tuple[Update, Tensor | None]:
-        """Return the rule's two answers for a captured call."""
-        site: Site = ctx.site
-        if self._scale is not None and self._scale.is_probing(ctx):
-            return Update(None, None), self._scale.answer_probe(ctx, a, weight, delta)
-        call = self._make_call(site, ctx.has_bias, a, delta, weight, ctx.sends_below)
-        kept = find_kept(ctx, delta, a) if ctx.masks else None
-        counted = call if kept is None else kept.keep(call)
-        counted.samples, counted.is_topmost = self._samples.count(site, counted.samples)
-        call.samples, call.is_topmost = counted.samples, counted.is_topmost
-        site.note_call(counted, None if kept is None else (len(kept.places), kept.mask.mask.numel()))
-        if site.entry.leave_next or not counted.a.numel() or not counted.delta.numel() or delta.is_meta:
-            update = call.gradient() if wants_update else Update(None, None)
-            if wants_update:
-                site.answer_pass(torch._C._current_graph_task_id())
-            return update, self._send_plain(ctx, call) if wants_below else None
-        if self._scale is not None and (wants_update or find_wanting(ctx, self) is not None):
-            counted.energy = self._scale.find(ctx, a, weight, delta)
-        update, below = Update(None, None), None
-        if wants_update:
-            if kept is not None and not self.rule.remembers:
-                self._left_out.check(site.name, kept, delta)
-            update = self._make_update(site, call if self.rule.remembers else counted, counted)
-        if wants_below:
-            below = self._make_input_gradient(ctx, call, counted, kept)
-        for observer in self.observers:
-            observer(counted, update, below)
-        if self.telemetry is not None and wants_update:
-            self.telemetry.see(site, counted, update)
-        return update, below
-
-    def _make_call(
-        self, site: Site, has_bias: bool, a: Tensor, delta: Tensor, weight: Tensor, sends_below: bool
-    ) -> LinearCall:
-        canonical = weight if site.layout is PLAIN else site.layout.to_canonical(weight)
-        if has_bias and self._state is not None:
-            has_bias = self._state.has_bias(site.name)
-        map_ = site.map
-        if map_.sends_below is not sends_below:  # the site's first call had an input of other strides
-            map_ = replace(map_, sends_below=sends_below)  # type: ignore[type-var]
-        call = LinearCall(site.name, map_, a, delta, canonical, has_bias, self.health, site.module)
-        if self._state is not None:
-            like = torch.empty(0, dtype=call.dtype, device=delta.device)
-            call.memory, call.waits = self._state.read_state(site.name, like, has_bias)
-        return call
-
-    def _make_update(self, site: Site, call: LinearCall, counted: LinearCall) -> Update:
-        """Return the update of a call; ``counted`` is the call without the rows that do not count."""
-        if not self.arrivals.sees(site.entry):
-            self.arrivals.watch(site.entry)  # it was frozen, or lazy, so far
-        if self._state is not None:
-            self._state.learn_first(call)
-        update = self.rule.update(call)
-        check_update(self.rule, call, update)
-        if self._clips_in_backward and update.weight is not None:
-            factor = self.rule.clip_update(*measure_norms([call.weight, update.weight]))
-            update = update.scaled(factor, factor)
-        site.answer_pass(torch._C._current_graph_task_id())
-        counts = self._state is None or self._state.record(counted)
-        # what is learned counts when the gradient arrives, if that is seen
-        self._liveness.answers += counts or not self.arrivals.sees(site.entry)
-        if self._raises:
-            refuse_nonfinite(call, update)
-        return update
-
-    def _make_input_gradient(
-        self, ctx: Any, call: LinearCall, counted: LinearCall, kept: KeptRows | None
-    ) -> Tensor | None:
-        if not self._alters or not self._alters_pass(ctx):
-            return self._send_plain(ctx, call)
-        below = self.rule.input_gradient(counted)
-        check_input_gradient(self.rule, counted, below)
-        if kept is not None:
-            return kept.put(call.input_gradient(), below)
-        return below.contiguous()  # as autograd's own is: a pipeline sends it to another process
-
-    def _send_plain(self, ctx: Any, call: LinearCall) -> Tensor | None:
-        """Return the plain gradient at a call's input; None where torch has to make it (`RearrangedCall`)."""
-        return None if self._alters and hasattr(ctx, "restore") else call.input_gradient()
-
-    def _alters_pass(self, node: Any) -> bool:
-        """Return whether altered values go down in the running backward, which has come to this node."""
-        altered = self.arrivals.altered
-        return altered.enter(node) or (self._is_pipelined and altered.enter_apart(node))
-
     def _count_evidence(self, name: str) -> None:
         """Count a layer's evidence: the gradient of its weight has arrived in ``.grad``."""
         assert self._state is not None
@@ -367,19 +267,19 @@ class Attachment:
         if self._liveness.has_other_parameters(optimizer):
             self._mark_unstepped()
         self._liveness.check_part_taken(optimizer, self.table.entries, self.capture.paused)
-        if self.telemetry is not None:
-            self.telemetry.begin_step(self.table.entries)
+        if self.responder.telemetry is not None:
+            self.responder.telemetry.begin_step(self.table.entries)
         if self._state is not None:
             self._state.apply_at_step(optimizer)
         if self._clipping is not None:  # a fused optimizer unscales in its step
             overflows = self._guard is not None and self._guard.overflows
             self._clipping.apply(getattr(optimizer, "grad_scale", None), overflows)
-        if self.telemetry is not None:
-            self.telemetry.note_updates()
+        if self.responder.telemetry is not None:
+            self.responder.telemetry.note_updates()
 
     def _skip_step(self) -> None:
-        if self.telemetry is not None:
-            self.telemetry.drop_step()
+        if self.responder.telemetry is not None:
+            self.responder.telemetry.drop_step()
         if self._state is not None:
             self._state.drop_pending()
         self._liveness.name_spoilt_buffers(self._model())
@@ -392,8 +292,8 @@ class Attachment:
         self.steps += 1
         if self._scale is not None:
             self._scale.after_step(set() if self._guard is None else self._guard.find_nonzero())
-        if self.telemetry is not None:
-            self.telemetry.end_step(self.steps)
+        if self.responder.telemetry is not None:
+            self.responder.telemetry.end_step(self.steps)
 
     # ---- the table ---------------------------------------------------------------------------
 

@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from plywise._util.checks import require_choice, require_positive, require_whole
 from plywise.engine.answers import read_settings
-from plywise.engine.attachment import Attachment, Observer
+from plywise.engine.attachment import Attachment
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation, Size
 from plywise.engine.health import Health
 from plywise.engine.history import History
+from plywise.engine.responder import Observer
 from plywise.engine.selection import KINDS, Kinds, Selector, resolve_kinds
 from plywise.engine.sharding import find_shards
 from plywise.engine.telemetry import Callback, Telemetry
@@ -192,8 +193,9 @@ class Rule(RuleContract):
                 "attach(model, optimizer).",
                 see="attach-optimizer",
             )
-        history = History(list(callbacks), keep, lambda: setattr(attachment, "telemetry", None))
-        attachment.telemetry = Telemetry(self, self.health, every, history.add, attachment.read_states)
+        responder = attachment.responder
+        history = History(list(callbacks), keep, lambda: setattr(responder, "telemetry", None))
+        responder.telemetry = Telemetry(self, self.health, every, history.add, attachment.read_states)
         object.__setattr__(self, "_history", history)
         return history
 
@@ -206,7 +208,7 @@ class Rule(RuleContract):
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
         """Call ``observer(call, update, below)`` for each call in each backward pass inside the block."""
-        observers = self._require_attached().observers
+        observers = self._require_attached().responder.observers
         observers.append(observer)
         try:
             yield
