@@ -152,3 +152,23 @@ def test_a_wrong_import_is_named_with_its_line(tmp_path):
     assert "up.py:3: numerics.up imports plywise.engine.call: engine is not below numerics" in up
     assert "call.py:2: engine.call imports plywise., which is for users" in whole
     assert find_circle(tmp_path) == ["local.one", "local.two", "local.one"]
+
+
+def test_files_and_functions_are_short():
+    """At most 400 lines a file and 40 a function, not counting its docstring."""
+    too_long = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        text = path.read_text()
+        if (count := text.count("\n")) > 400:
+            too_long.append(f"{path.name}: {count} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and count_lines(node) > 40:
+                too_long.append(f"{path.name}, {node.name}: {count_lines(node)} lines")
+    assert too_long == []
+
+
+def count_lines(function):
+    """The lines of a function without its docstring."""
+    first = function.body[0] if ast.get_docstring(function) else None
+    of_docstring = first.end_lineno - first.lineno + 1 if first else 0
+    return function.end_lineno - function.lineno + 1 - of_docstring

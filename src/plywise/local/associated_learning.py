@@ -219,25 +219,16 @@ class AssociatedLearning(OneWayLearner):
         _check_names("decay", decay or {}, MAPS)
         require_loss(self, loss or F.mse_loss)
         self._blocks, self._classes, self._targets = blocks, num_classes, targets
-        bridges = _list_bridges(bridge, len(blocks))
-        self._components = []
-        codes = _first_codes(num_classes, targets)
-        below = _first_range(targets, loss)
-        for number, (block, shape) in enumerate(zip(blocks, blocks.shapes[1:], strict=True)):
-            first = number == 0
-            make_decoder = linear_decoder if first and targets == "numbers" else decoder
-            made, made_bridge = encoder(codes, code), bridges[number](shape, code)
-            with torch.no_grad():
-                above = made(codes)
-            maps = made_bridge, made, make_decoder(above, codes)
-            check_ranges(number, *maps, below)
-            codes, below = above, find_output_range(made)
-            settings: dict[str, Any] = {
-                "detach": detach_target,
-                "decay": decay,
-                "loss": loss if first else None,
-            }
-            self._components.append(AssociatedComponent(block, *maps, **settings))
+        decoders = [decoder] * len(blocks)
+        if targets == "numbers":
+            decoders[0] = linear_decoder
+        makers = zip(_list_bridges(bridge, len(blocks)), [encoder] * len(blocks), decoders, strict=True)
+        codes, below = _first_codes(num_classes, targets), _first_range(targets, loss)
+        maps = _make_maps(blocks.shapes[1:], makers, code, codes, below)
+        self._components = [
+            AssociatedComponent(block, *own, detach=detach_target, decay=decay, loss=None if number else loss)
+            for number, (block, own) in enumerate(zip(blocks, maps, strict=True))
+        ]
         super().__init__(self._components, **training)
 
     def signal(self, x: Batch, y: Tensor) -> Signal:
@@ -285,6 +276,36 @@ def _list_bridges(bridge: MakeBridge | Sequence[MakeBridge], blocks: int) -> lis
             "for each block, or one function for all."
         )
     return bridges
+
+
+def _make_maps(
+    shapes: Sequence[torch.Size],
+    makers: Iterable[tuple[MakeBridge, MakeEncoder, MakeDecoder]],
+    code: int,
+    codes: Tensor,
+    below: Range | None,
+) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
+    """Make each component's bridge, encoder and decoder.
+
+    Args:
+        shapes: the shapes of the blocks' outputs.
+        makers: the functions that make the three, for each component.
+        code: the size of a code.
+        codes: what the first encoder encodes.
+        below: the range of what the first decoder has to rebuild, if it is known.
+    """
+    components = []
+    for number, (shape, (make_bridge, make_encoder, make_decoder)) in enumerate(
+        zip(shapes, makers, strict=True)
+    ):
+        encoder, bridge = make_encoder(codes, code), make_bridge(shape, code)
+        with torch.no_grad():
+            above = encoder(codes)
+        maps = bridge, encoder, make_decoder(above, codes)
+        check_ranges(number, *maps, below)
+        codes, below = above, find_output_range(encoder)
+        components.append(maps)
+    return components
 
 
 def _first_range(targets: str, loss: Loss | None) -> Range | None:

@@ -222,6 +222,9 @@ LOGS = (
 VGG_BASELINE = partial(backprop, partial(vgg_body, norm=True), True, 5e-4)
 
 
+FROM_LOGS = "the paper's tables could not be read; numbers of the authors' later logs (see the differences)"
+
+
 def _make_cifar_experiment(
     network: str,
     about: str,
@@ -263,9 +266,7 @@ def _make_cifar_experiment(
     return Experiment(
         name=f"cifar10-{network}",
         about=about,
-        where=(
-            "the paper's tables could not be read; numbers of the authors' later logs (see the differences)"
-        ),
+        where=FROM_LOGS,
         measure=TEST_ACCURACY,
         arms=tuple(replace(arm, begin=partial(augmented, arm.begin)) for arm in arms),
         sizes={FULL: full_size, SMALL: small_size},

@@ -107,18 +107,17 @@ def own_workload(
     with explaining(found.guesses):
         calls = find_calls(network, train, step, loss)
         called = wrap_model(network, calls, step, metric)
-        fitting, classes = found.data, 0
         if calls in GIVE_LOSS:
             check_step(step or model, called, train)
+            fitting, classes = found.data, 0
         else:
             fitting, classes = _check_scores(called, model, found.data, loss, metric)
         example = clone_batch(next(iter(train.chunks(_EXAMPLE)))[0])
-        how = f"; {HOW[calls]}" if calls else ""
         return replace(
             make_checked_workload(
                 name, model, fitting, loss=loss, metric=metric, step=step, calls=calls, classes=classes
             ),
-            about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}{how}.",
+            about=f"{model} on {data if isinstance(data, str) else 'data'}; {found.cut}{_say_how(calls)}.",
             batch_size=min(BATCH_SIZE, len(train)) if batch_size is None else batch_size,
             steps=STEPS if steps is None else steps,
             blocks=_blocks(called, example, classes, blocks),
@@ -147,6 +146,11 @@ def _check_scores(network: nn.Module, model: str, data: Data, loss: str, metric:
     labels = _are_labels(_targets(fitting.train)) and output.dim() == 2
     labelled = labels or (task.loss is token_cross_entropy and output.dim() == 3)
     return fitting, output.shape[-1] if labelled else 0
+
+
+def _say_how(calls: str) -> str:
+    """Return how the model is called, where that is not the usual way."""
+    return f"; {HOW[calls]}" if calls else ""
 
 
 def _targets(part: Part) -> Tensor:
