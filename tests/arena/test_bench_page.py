@@ -62,6 +62,8 @@ def test_a_page_opens_with_its_verdict_the_ranking_and_four_lines(visit):
     ]
     assert tops == sorted(tops)
     assert names_in(page, "ranking") == names_in(page, "standing")
+    areas = [text.split()[0] for text in page.locator("#ranking td:last-child").all_inner_texts()]
+    assert areas == sorted(areas, reverse=True), "as they are ranked"
     assert page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.querySelector('#ranking'))") == 0
     shown = page.locator("#standing-legend button[aria-pressed='true']")
     assert sorted(shown.all_inner_texts()) == ["adamw", "nlms", "proxprop", "sgd"]

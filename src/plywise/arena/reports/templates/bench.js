@@ -84,14 +84,19 @@
     return [interval[1], `${interval[3]}${bound(interval[1])}${finite(interval[1]) ? "×" : ""}`, between(interval)];
   }
 
+  const area = ([low, value, high]) => [value, value.toFixed(2), low === high ? "" : `${low.toFixed(2)} to ${high.toFixed(2)}`];
+
   function spread(values) {
     if (!values) return [null, "–"];
     if (!finite(values[0])) return [Infinity, "failed", "", "miss"];
     return [values[0], pretty(values[0]), values[1] === values[2] ? "" : `${bound(values[1])} to ${bound(values[2])}`];
   }
 
-  // A ratio between a quarter and four times, its limits and the line of 1.
-  function whisker(interval, colour) {
+  // A figure and its limits on a line from -1 to 1, where `scale` places numbers; a ratio also has the line of 1.
+  const ofRatio = (value) => Math.max(-1, Math.min(1, finite(value) ? Math.log(Math.max(value, 1e-9)) / Math.log(4) : 1));
+  const ofArea = (value) => 2 * value - 1;
+
+  function whisker(interval, colour, scale = ofRatio) {
     const svg = (tag, attributes) => {
       const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
       Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
@@ -99,24 +104,31 @@
     };
     const made = svg("svg", { width: 120, height: 18, viewBox: "0 0 120 18", class: "whisker", "aria-hidden": "true" });
     made.style.setProperty("--colour", `var(${colour})`);
-    const x = (value) => 60 + 54 * Math.max(-1, Math.min(1, finite(value) ? Math.log(Math.max(value, 1e-9)) / Math.log(4) : 1));
-    made.append(svg("path", { d: "M60 0V18" }));
+    const x = (value) => 60 + 54 * scale(value);
+    made.append(svg("path", { d: scale === ofRatio ? "M60 0V18" : "M6 9H114" }));
     if (interval) {
-      made.append(svg("path", { d: `M${x(interval[0])} 9H${x(interval[2])}`, class: "span" }), svg("circle", { cx: x(interval[1]), cy: 9, r: 4, class: interval[3] ? "bound" : "" }));
+      const open = interval[0] === 0 && interval[2] === null; // nothing is known
+      if (!open) made.append(svg("path", { d: `M${x(interval[0])} 9H${x(interval[2])}`, class: "span" }));
+      made.append(svg("circle", { cx: x(interval[1]), cy: 9, r: 4, class: interval[3] ? "bound" : "" }));
     }
     return made;
   }
 
   const FIRST = 9; // rows of the picture; the table below has all
 
+  // The ratio on one workload. On several, areas: with misses on any of them a mean ratio has no limits.
   function ranking(rows, clock) {
-    find("ranking-title").textContent = `${data.clocks[clock].replace(/^./, (c) => c.toUpperCase())} to the target, over the best baseline's`;
+    const several = Boolean(find("profile"));
+    const [figure, scale] = several ? [area, ofArea] : [ratio, ofRatio];
+    const capital = data.clocks[clock].replace(/^./, (c) => c.toUpperCase());
+    find("ranking-title").textContent = several ? `Rank by ${data.clocks[clock]}: area under the profile` : `${capital} to the target, over the best baseline's`;
     const body = element("tbody");
     body.append(...rows.slice(0, FIRST).map((row) => {
       const line = element("tr", undefined, ...(isNull(row.method) ? ["null"] : []));
-      const [value, text, below] = row.ratio ? ratio(row.ratio) : [null, "–", ""];
+      const interval = several ? row.area : row.ratio;
+      const [value, text, below] = figure(interval);
       const picture = element("td");
-      picture.append(whisker(row.ratio, board.paint(row.method)));
+      picture.append(whisker(interval, board.paint(row.method), scale));
       line.append(cellOf(0, row, row.method, row.method), picture, cellOf(1, row, value, text, below));
       return line;
     }));
@@ -131,7 +143,7 @@
     table("standing", [
       ["Method", name],
       ["Rank", (row) => (row.rank ? [row.rank[1], `${row.rank[1]}${row.level ? "\u00a0=" : ""}`, between(row.rank)] : [null, "–"])],
-      ["Area", (row) => [row.area[1], row.area[1].toFixed(2), row.area[0] === row.area[2] ? "" : `${row.area[0].toFixed(2)} to ${row.area[2].toFixed(2)}`]],
+      ["Area", (row) => area(row.area)],
       ["Ratio", (row) => ratio(row.ratio)],
       ["¼ to 4 times", (row) => [row.ratio?.[1] ?? null, whisker(row.ratio, board.paint(row.method))]],
       ["Reached", reached],
