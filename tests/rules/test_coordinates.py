@@ -174,12 +174,14 @@ def make_wide(kind: str) -> tuple[nn.Module, Tensor]:
         return nn.Conv2d(40, 500, 3, bias=False), torch.randn(4, 40, 4, 4, generator=generator)
     if kind == "channels last":
         return make_wide("convolution")[0].to(memory_format=torch.channels_last), make_wide("convolution")[1]
-    layer = nn.Linear(600, 300, bias=kind == "bias")
-    return layer, torch.randn(9, 600, generator=generator) * torch.linspace(2, 0.1, 600) + 0.1
+    width = 608 if "aligned" in kind else 600  # of 608 columns no row needs zeros after it
+    layer = nn.Linear(width, 300, bias=kind in ("bias", "aligned"))
+    return layer, torch.randn(9, width, generator=generator) * torch.linspace(2, 0.1, width) + 0.1
 
 
 LARGE: list[tuple[str, dict[str, Any]]] = [
     *((kind, {"rank": 8}) for kind in ("bias", "no bias", "convolution", "channels last")),
+    *((kind, {"rank": 8}) for kind in ("aligned", "aligned, no bias")),
     *(("bias", settings) for settings in ({"rank": None}, {"rank": 8, "sides": "both"})),
     ("bias", {"rank": 8, "basis": "root", "keep_norm": False}),
 ]

@@ -309,7 +309,7 @@ class _Piece:
         self.input_memory, self.output_memory = memory.unbind()
         self.input, self.output = memory[..., : shape.columns].unbind()
         self.input_parts, self.output_parts = (
-            [flat[:, :width], flat[:, width]][: 1 + (shape.columns > width)]
+            [flat[:, :width], *flat[:, width : shape.columns].unbind(1)]
             for flat in memory.view(2, shape.groups * shape.outputs, columns).unbind()
         )
 
