@@ -175,3 +175,20 @@ def test_a_weight_computed_outside_of_the_model_keeps_its_plain_gradient(counted
             plain = find_gradient(asked)
         assert torch.equal(find_gradient(asked), plain)
         assert rule.taken() == {}
+
+
+@pytest.mark.parametrize(("pattern", "kept"), [("mix", "layer"), ("layer.weight", "mix"), ("layer", "mix")])
+def test_patterns_name_modules_and_parameters(pattern: str, kept: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.mix = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) @ self.mix
+
+    for options, wanted in (({"exclude": pattern}, {kept}), ({"layers": pattern}, {pattern.split(".")[0]})):
+        model = Mixed()
+        rule = pw.ProxProp().attach(model, **options)
+        model(torch.randn(5, 4)).sum().backward()
+        assert {row.name for row in rule.explain().rows if row.handled} == wanted

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import plywise as pw
 from plywise.errors import AttachError
@@ -227,15 +228,44 @@ def test_a_model_that_nothing_fits_is_refused() -> None:
     ("model", "message"),
     [
         (nn.LayerNorm(4), "nothing better than AdamW for this LayerNorm"),
-        (nn.Linear(4, 2).requires_grad_(False), "none of the layers that it could handle trains"),
+        (nn.Linear(4, 2).requires_grad_(False), "none of its layers trains"),
+        (weight_norm(nn.Linear(4, 2)), "alone: no call of a linear map"),
         (nn.ReLU(), "it has no parameters"),
         (3, "needs a torch.nn.Module"),
     ],
-    ids=["norm", "frozen", "no parameters", "no module"],
+    ids=["norm", "frozen", "computed", "no parameters", "no module"],
 )
 def test_a_model_without_anything_to_recommend_is_refused(model, message: str) -> None:
     with pytest.raises(AttachError, match=message):
         pw.recommend(model)
+
+
+class MixedHeads(nn.Module):
+    """A parameter that no layer of torch owns, and a projection whose parts are used apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.mix = nn.Parameter(torch.eye(8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        mixed = torch.einsum("bti,ij->btj", hidden, self.mix)
+        return self.last(self.attention(hidden, mixed, mixed, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("budget", [1e-3, 0.3, EVERY_LAYER])
+def test_weights_of_no_layer_of_torch_are_taken_or_left(budget: float) -> None:
+    model, x = MixedHeads(), torch.randn(64, 5, 6)
+    optimizer, rule = pw.recommend(model, batch=x, budget=budget)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    rows = {row.name: row.handled for row in rule.explain().rows}
+    assert rows["mix"] == (budget == EVERY_LAYER)
+    assert not rule.health.counts
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"input": x}], ids=["x", "()", "{}"])

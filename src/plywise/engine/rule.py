@@ -72,9 +72,10 @@ class Rule(RuleContract):
             optimizer: the optimizer that steps the model. With it, steps with non-finite gradients are
                 skipped, and changes of accumulated gradients (a cap, an update from statistics) are made
                 once, before the step.
-            layers: handle only these: a name pattern (``"encoder.*"``), a module type, a
-                ``predicate(name, module)``, or a list of such. Default: all that the rule can handle. With an
-                empty list it handles none, and only guards the optimizer's steps (``on_nonfinite``).
+            layers: handle only these: a pattern of the names of modules or parameters (``"encoder.*"``), a
+                module type, a ``predicate(name, module)``, or a list of such. Default: all that the rule can
+                handle. With an empty list it handles none, and only guards the optimizer's steps
+                (``on_nonfinite``).
             exclude: leave these to the optimizer, in the same form.
             kinds: kinds of linear maps to handle: ``"linear"``, ``"conv"``, ``"experts"``, ``"bilinear"``,
                 ``"embedding"``, ``"norm"``, several, or ``"all"``. Default: the rule's own, on its card; for

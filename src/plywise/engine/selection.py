@@ -1,7 +1,7 @@
 """Decides which parameters a rule may take and which it leaves to the optimizer, with the reasons."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -85,11 +85,12 @@ def collect_parameters(
         unshared_only: leave weights that several layers share to the optimizer.
 
     Raises:
-        AttachError: a name pattern matches no module.
+        AttachError: a name pattern matches no module and no parameter.
     """
     modules = {strip_wrappers(name): module for name, module in model.named_modules()}
+    parameters = [strip_wrappers(name) for name, _ in model.named_parameters(remove_duplicate=False)]
     for selector in (layers, exclude):
-        _check_patterns(selector, modules)
+        _check_patterns(selector, [*modules, *parameters])
     entries: dict[int, ParameterEntry] = {}
     for path, module in modules.items():
         for attribute, parameter in module._parameters.items():
@@ -139,9 +140,10 @@ def _restrict(
 ) -> None:
     kind, why = predict_kind(module, attribute)
     entry.expected = entry.expected or kind
-    if layers is not None and not selects(layers, path, module):
+    names = path, entry.name
+    if layers is not None and not selects(layers, names, module):
         entry.excluded = entry.excluded or NOT_ASKED_FOR
-    elif exclude is not None and selects(exclude, path, module):
+    elif exclude is not None and selects(exclude, names, module):
         entry.excluded = EXCLUDED
     elif why:
         entry.excluded = entry.excluded or why
@@ -230,15 +232,20 @@ def _keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
     )
 
 
-def selects(selector: Selector, name: str, module: nn.Module) -> bool:
-    """Return whether ``selector`` picks this module."""
+def selects(selector: Selector, names: tuple[str, str], module: nn.Module) -> bool:
+    """Return whether ``selector`` picks a parameter, by the names of its module and itself, or its module."""
     if isinstance(selector, str):
-        return fnmatchcase(name, selector)
+        return matches(selector, names)
     if isinstance(selector, type):
         return isinstance(module, selector)
     if callable(selector):
-        return bool(selector(name, module))
-    return any(selects(part, name, module) for part in selector)
+        return bool(selector(names[0], module))
+    return any(selects(part, names, module) for part in selector)
+
+
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Return whether a pattern is one of these names, or matches one."""
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names)
 
 
 def is_empty(selector: Selector | None) -> bool:
@@ -246,17 +253,18 @@ def is_empty(selector: Selector | None) -> bool:
     return isinstance(selector, list | tuple | set) and not selector
 
 
-def _check_patterns(selector: Selector | None, modules: dict[str, nn.Module]) -> None:
+def _check_patterns(selector: Selector | None, names: Sequence[str]) -> None:
+    """Raise AttachError if a pattern matches none of the names, of which the first is the model's own."""
     if isinstance(selector, str):
-        if not any(fnmatchcase(name, selector) for name in modules):
-            names = ", ".join(repr(name) for name in list(modules)[1:9])
+        if not matches(selector, names):
+            some = ", ".join(map(repr, names[1:9]))
             raise AttachError(
-                f"The layer pattern {selector!r} matches nothing. The model has {names} ...",
+                f"The layer pattern {selector!r} matches nothing. The model has {some} ...",
                 see="attach-pattern",
             )
     elif selector is not None and not isinstance(selector, type) and not callable(selector):
         for part in selector:
-            _check_patterns(part, modules)
+            _check_patterns(part, names)
 
 
 def strip_wrappers(name: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise.engine.capture import ModelHook
+from plywise.numerics.products import divide_or_zero
 
 
 class PseudoInverse(ModelHook):
@@ -69,5 +70,6 @@ def find_matching_scale(module: nn.Module, x: Tensor, output: Tensor) -> Tensor 
 
 
 def _divide(value: Tensor, scale: Tensor | float) -> Tensor:
-    matched = torch.where(value == 0, value, value / scale)  # a dead channel (γ = 0) gets nothing
-    return matched.to(value.dtype)
+    if not isinstance(scale, Tensor):
+        return value / scale
+    return divide_or_zero(value, scale).to(value.dtype)  # a dead channel (γ = 0) gets nothing

@@ -7,7 +7,7 @@ convolutions), and small networks are left to the optimizer.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -188,12 +188,6 @@ def recommend(
     if not budget > 0 or not lr > 0:
         raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
     rows, hidden = _look(model, batch, batch_size)
-    if not rows:
-        raise AttachError(
-            f"recommend knows nothing better than AdamW for this {type(model).__name__}: none of the layers "
-            "that it could handle trains.",
-            see="attach-no-layer",
-        )
     muon = _choose_muon(model, hidden, rows)
     plan = _choose(Coordinates(power, damping=damping), rows, set(muon), budget, is_all=not hidden)
     if not plan.taken and not muon:
@@ -204,7 +198,8 @@ def recommend(
         )
     optimizer = _make_optimizer(model, [weight for weight, _ in muon.values()], lr, weight_decay)
     left = tuple(row.name for row in plan.left)
-    chosen: dict[str, Any] = {"exclude": left or None} if plan.taken else {"layers": []}
+    keys = [key for row in plan.left for key in row.keys]
+    chosen: dict[str, Any] = {"exclude": keys or None} if plan.taken else {"layers": []}
     rule = plan.rule.attach(model, optimizer, on_nonfinite=on_nonfinite, **chosen)
     if batch is not None and plan.taken:
         with evaluating(model):
@@ -260,7 +255,10 @@ def _look(model: nn.Module, batch: Any, batch_size: int | None) -> tuple[list[La
     try:
         hidden = find_hidden_weights(model, None if batch is None else lambda: _differentiate(model, batch))
         seen = None if batch is None else max(1, count_samples(batch))
-        rows = [row for row in rule.explain(batch_size or seen or 128).rows if row.handled]
+        explained = rule.explain(batch_size or seen or 128).rows
+        rows = [row for row in explained if row.handled]
+        if not rows:
+            raise _refuse(model, explained)
         more = 1.0 if seen is None else (batch_size or seen) / seen
         return [replace(row, size=_scale(row.size, more)) if row.passes else row for row in rows], hidden
     finally:
@@ -279,6 +277,17 @@ def _attach(rule: Rule, model: nn.Module) -> None:
             f"recommend knows nothing better than AdamW for this {type(model).__name__}. {error}",
             see="attach-no-layer",
         ) from None
+
+
+def _refuse(model: nn.Module, rows: Iterable[LayerRow]) -> AttachError:
+    """Return the error for a model that has no layer for the rule, with the reason of its largest layer."""
+    largest = max(rows, key=lambda row: row.parameters)
+    trains = largest.parameters > 0
+    why = f"it leaves {largest.name!r} alone: {largest.reason}" if trains else "none of its layers trains"
+    return AttachError(
+        f"recommend knows nothing better than AdamW for this {type(model).__name__}: {why}.",
+        see="attach-no-layer",
+    )
 
 
 def _scale(size: Size | None, more: float) -> Size | None:

@@ -1,5 +1,6 @@
 """Same seed, same bits; every solve ends: extreme scales, zeros, rank one, constant features."""
 
+import copy
 import warnings
 
 import pytest
@@ -177,3 +178,20 @@ def test_a_dead_layer_is_left_alone(rule: Rule) -> None:
         assert torch.equal(copy_weights(model)[name], before[name]), name
     assert not torch.equal(copy_weights(model)["2.bias"], before["2.bias"])
     assert not rule.health.counts
+
+
+@pytest.mark.parametrize("kinds", [None, "all"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm([4, 3, 3])], ids=str)
+def test_a_norm_that_begins_at_zero(rule: Rule, norm: nn.Module, kinds: str | None) -> None:
+    # residual branches are often initialised so: nothing passes them before the norm's scale has moved
+    torch.manual_seed(1)
+    norm = copy.deepcopy(norm)
+    nn.init.zeros_(norm.weight)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(36, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rule.attach(model, optimizer, kinds=kinds)
+    before = copy_weights(model)
+    train(model, optimizer, make_batch((2, 5, 5)), 3)
+    assert not torch.equal(copy_weights(model)["4.bias"], before["4.bias"])
+    assert are_finite(copy_weights(model))
+    assert not rule.health.total("step skipped")
