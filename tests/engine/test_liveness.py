@@ -45,6 +45,29 @@ def test_gradients_assigned_by_hand_are_said_once(name: str) -> None:
     assert rule.health.total("the rule took no part in a step") == 6
 
 
+def test_a_rule_whose_layers_are_all_used_otherwise_says_so() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(3, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factor * x[:, None]
+
+    model = Product()
+    optimizer = sgd(model)
+    rule = pw.Foof().attach(model, optimizer)
+
+    def train() -> None:
+        for _ in range(3):
+            model(X).square().mean().backward()
+            optimizer.step()
+
+    with pytest.warns(RuntimeWarning, match="its parameters are of other kinds than it handles"):
+        train()
+    assert "used by mul" in str(rule.explain())
+
+
 def train_by_autograd_grad(rule: pw.Rule | None, steps: int = 6) -> tuple[list[Tensor], list[str]]:
     """The weights after steps whose gradients come from ``torch.autograd.grad``, and what the rule said."""
     model = net()

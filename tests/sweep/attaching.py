@@ -1,6 +1,7 @@
 """The only place that calls `Rule.attach`, and what the sweep must know of an attached rule."""
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from contract.registry import CASES, Case
 from plywise import Rule
+from plywise.engine.health import UNUSED
 
 from .passes import run_pass, seeded
 
@@ -45,11 +47,19 @@ def attach_rule(rule: Rule, model: nn.Module, kinds: str = "default", **options:
 
 
 def warm_up(rule: Rule, model: nn.Module, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Steps that move no weight, after which a rule with memory does something."""
-    if rule.remembers:
+    """Steps that move no weight, after which a rule with memory does something.
+
+    Only a rule that handles nothing may warn that it took no part in them.
+    """
+    if not rule.remembers:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* took no part in the last", RuntimeWarning)
         for _ in range(WARM_STEPS):
             run_pass(model, args, kwargs)
             optimizer.step()
+    if rule.health.total(UNUSED) and (handled := find_handled(rule, model)):
+        raise RuntimeError(f"the rule took no part in steps of {handled}, which it says it handles")
 
 
 def find_handled(rule: Rule, model: nn.Module) -> set[str]:

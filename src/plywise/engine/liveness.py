@@ -17,6 +17,17 @@ from plywise.engine.sites import ParameterEntry
 QUIET_STEPS = 3
 """Warn after this many steps without the rule, or of another optimizer."""
 
+NOT_CAPTURED = (
+    "no call of its layers was captured in a backward pass that put gradients into .grad. Was the model "
+    "compiled or traced before attach(), is a copy of it trained, or are gradients assigned by hand? A rule "
+    "with running statistics needs backward(); torch.autograd.grad leaves no trace in it."
+)
+USED_OTHERWISE = (
+    "all functions that use its parameters are of other kinds than it handles. rule.explain() names them; "
+    "plywise.register_map teaches it a module."
+)
+"""Why a rule may have taken no part in steps."""
+
 UNSTEPPED = "the optimizer given to attach() does not step it"
 
 
@@ -97,19 +108,18 @@ class Liveness:
             self._quiet_steps = 0
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        wanted = [entry.parameter() for entry in entries if entry.is_candidate]
-        gradients = [p.grad for p in wanted if p is not None and id(p) in stepped and p.grad is not None]
+        wanted = [entry for entry in entries if entry.is_candidate and id(entry.parameter()) in stepped]
+        gradients = [p.grad for e in wanted if (p := e.parameter()) is not None and p.grad is not None]
         if not any(bool(find_local(gradient).any()) for gradient in gradients if not gradient.is_meta):
             return  # a template step, or one of other layers
         self._quiet_steps += 1
         self._health.note("optimizer", health.UNUSED)
         if self._quiet_steps == QUIET_STEPS:
+            are_used_otherwise = all(entry.used_by and not entry.sites for entry in wanted)
             warnings.warn(
-                f"{self._title} took no part in the last {QUIET_STEPS} optimizer steps: no call of its "
-                "layers was captured in a backward pass that put gradients into .grad. Was the model "
-                "compiled or traced before attach(), is a copy of it trained, or are gradients assigned by "
-                "hand? A rule with running statistics needs backward(); torch.autograd.grad leaves no trace "
-                "in it. Later steps are only counted (rule.health).",
+                f"{self._title} took no part in the last {QUIET_STEPS} optimizer steps: "
+                f"{USED_OTHERWISE if are_used_otherwise else NOT_CAPTURED} Later steps are only counted "
+                "(rule.health).",
                 RuntimeWarning,
                 stacklevel=6,
             )
