@@ -12,6 +12,7 @@ from plywise.engine.calls_below import AlteredPasses
 from plywise.engine.capture import Capture
 from plywise.engine.contract import RuleContract
 from plywise.engine.explain import BY_NAME
+from plywise.engine.gathered import list_passes
 from plywise.engine.selection import is_handled
 from plywise.engine.sites import TRANSFORM, ParameterEntry
 from plywise.engine.table import ParameterTable
@@ -95,7 +96,7 @@ class Arrivals:
     def arrive(self, entry: ParameterEntry) -> None:
         """Check a gradient that arrived in a parameter's ``.grad``: the rule must have answered for it."""
         task = torch._C._current_graph_task_id()
-        answered = self._take_answers(entry, task)
+        answered = self._take_answers(entry)
         if answered and not (entry.leave_next and task in self.altered):
             self._on_answered(entry)
         elif entry.rests:
@@ -107,11 +108,14 @@ class Arrivals:
             if self._must_answer(entry):
                 raise UncapturedLayerError(_explain_uncaptured(entry))
 
-    def _take_answers(self, entry: ParameterEntry, task: int) -> bool:
+    def _take_answers(self, entry: ParameterEntry) -> bool:
         """Return whether the rule has answered for this gradient; count the evidence of the answers."""
-        answered = [site for site in entry.sites.values() if task in site.answered]
-        for site in answered:
-            del site.answered[task]
+        answered = [(site, passes) for site in entry.sites.values() if (passes := list_passes(site.answered))]
+        for site, passes in answered:
+            if self._rule.needs_backward_scale and torch._C._current_graph_task_id() not in passes:
+                raise PlywiseError(_explain_hidden(self._rule, entry))
+            for task in passes:
+                del site.answered[task]
             if self._on_accumulated is not None and not entry.leave_next:
                 self._on_accumulated(site.name)
         return bool(answered)
@@ -166,6 +170,14 @@ def _explain_uncaptured(entry: ParameterEntry) -> str:
         "directly, or its weight is used outside of the model's forward (such as in a function that a "
         "checkpoint with use_reentrant=True runs again). If that is meant, leave the layer to the optimizer: "
         f"attach(..., exclude={entry.layer!r})."
+    )
+
+
+def _explain_hidden(rule: RuleContract, entry: ParameterEntry) -> str:
+    return (
+        f"{rule} sends random vectors through the whole graph, but a function that makes its gradients in "
+        f"its own backward (by torch.autograd.grad) hides the part with {entry.name!r}. Leave that layer to "
+        f"the optimizer (attach(..., exclude={entry.layer!r})), or use mode='exact'."
     )
 
 

@@ -1,5 +1,6 @@
 """Evidence between backward and the optimizer's step: first staged, then pending."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -47,22 +48,29 @@ class GatheredEvidence:
                 del self._staged[other]  # passes that never arrived
         self._staged[key] = waits, evidence
 
-    def has_staged(self, name: str) -> bool:
-        """Return whether the running backward pass has gathered evidence of a layer."""
-        return (name, torch._C._current_graph_task_id()) in self._staged
-
     def arrive(self, name: str, mark: tuple[int, int]) -> None:
-        """Count a layer's evidence: the gradient of its weight has arrived in ``.grad``."""
-        waits, evidence = self._staged.pop((name, torch._C._current_graph_task_id()))
-        pending = self.pending.get(name)
-        if pending is not None:
-            evidence = add_evidence(pending.evidence, evidence)
-        self.pending[name] = Pending(waits, evidence, mark)
+        """Count the evidence of a layer, if there is any: its weight's gradient has arrived in ``.grad``."""
+        for task in list_passes([task for other, task in self._staged if other == name]):
+            waits, evidence = self._staged.pop((name, task))
+            pending = self.pending.get(name)
+            if pending is not None:
+                evidence = add_evidence(pending.evidence, evidence)
+            self.pending[name] = Pending(waits, evidence, mark)
 
     def drop(self) -> None:
         """Forget all evidence: the step does not happen, or has been taken."""
         self._staged.clear()
         self.pending.clear()
+
+
+def list_passes(tasks: Collection[int]) -> list[int]:
+    """Return which of these backward passes have made a gradient that arrives now.
+
+    That is the running pass; or those inside of it, which began later, if a function makes its gradients by
+    `torch.autograd.grad` in its own backward (adjoint and reversible networks).
+    """
+    current = torch._C._current_graph_task_id()
+    return [current] if current in tasks else [task for task in tasks if task > current]
 
 
 def add_evidence(first: Evidence, second: Evidence) -> Evidence:

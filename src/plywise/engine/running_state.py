@@ -201,8 +201,7 @@ class RunningState:
 
     def on_grad_accumulated(self, name: str) -> None:
         """Count a layer's evidence: the gradient of its weight has arrived in ``.grad``."""
-        if self._gathered.has_staged(name):
-            self._gathered.arrive(name, self._layers[name].mark_gradient())
+        self._gathered.arrive(name, self._layers[name].mark_gradient())
 
     # ---- at the step -------------------------------------------------------------------------
 
