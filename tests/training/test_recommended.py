@@ -240,6 +240,19 @@ def test_a_model_without_anything_to_recommend_is_refused(model, message: str) -
         pw.recommend(model)
 
 
+def test_adamw_moves_all_where_a_parameter_is_complex() -> None:
+    model = make_convnet()
+    model.register_parameter("spectrum", nn.Parameter(torch.randn(3, 3, dtype=torch.cfloat)))
+    x = torch.randn(4, 3, 12, 12)
+    optimizer, rule = pw.recommend(model, batch=x)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    (model(x).square().mean() + model.spectrum.abs().mean()).backward()
+    before = model.spectrum.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.spectrum, before)
+    rule.detach()
+
+
 class MixedHeads(nn.Module):
     """A parameter that no layer of torch owns, and a projection whose parts are used apart."""
 

@@ -254,6 +254,8 @@ def _look(model: nn.Module, batch: Any, batch_size: int | None) -> tuple[list[La
     _attach(rule, model)
     try:
         hidden = find_hidden_weights(model, None if batch is None else lambda: _differentiate(model, batch))
+        if any(parameter.is_complex() for parameter in model.parameters()):
+            hidden = []  # torch's AdamW moves complex numbers, Muon's does not
         seen = None if batch is None else max(1, count_samples(batch))
         explained = rule.explain(batch_size or seen or 128).rows
         rows = [row for row in explained if row.handled]
