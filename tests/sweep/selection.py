@@ -52,9 +52,10 @@ def sweep_sample(sample: Sample, settings: Settings) -> Report:
         except UnusableError as reason:
             report.skip(str(reason))
             continue
-        if not any(True for _ in subject.model.parameters()):
-            if not alone:  # no layer can be put around an empty tensor
-                report.skip("the model has no parameters")
+        if not alone and not (subject.model.before or subject.model.after):
+            report.skip("no layer can be put around an empty tensor")
+            continue
+        if alone and not any(True for _ in subject.model.parameters()):
             continue
         rules = [name for name in settings.rules if name in QUICK_RULES] if alone else settings.rules
         check_subject(sample, subject, replace(settings, rules=tuple(rules)), report)
