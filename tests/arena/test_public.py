@@ -15,6 +15,7 @@ from plywise.arena.given import MODULE, name_data, name_object
 from plywise.arena.method import Method, end_to_end
 from plywise.arena.run.ledger import read
 from plywise.arena.space import Range
+from processes import ForkedCommand
 
 METHODS = ["sgd", "adamw", "proxprop"]
 
@@ -129,6 +130,42 @@ def data():
     assert len(list(tmp_path.glob("pid*"))) == 3  # here, and in each trial's process
     with pytest.raises(pw.PlywiseError, match="Only what can be imported goes to other processes"):
         bench(make_model, make_data(), out=tmp_path / "more", **{**how, "workers": 2})
+
+
+SCRIPT = """
+from pathlib import Path
+from torch import nn
+from plywise.arena import bench
+
+Path("runs").open("a").write("x")
+
+def make():
+    return nn.Linear(100, 1)
+
+ADDRESS = "MODULE:make"
+bench(ADDRESS, "quadratic", methods=["sgd"], trials=0, seeds=2, steps=5, out="bench", progress=False)
+"""
+
+
+@pytest.mark.parametrize("module", ["beside", "__main__"])
+def test_a_script_needs_no_guard(tmp_path, user_module, module):
+    user_module("beside", SCRIPT.partition("ADDRESS")[0])
+    (tmp_path / "script.py").write_text(SCRIPT.replace("MODULE", module))
+    (tmp_path / "runs").unlink(missing_ok=True)
+    assert ForkedCommand(["python", "script.py"]).wait() == 0, (tmp_path / "err").read_text()
+    assert [line["failure"] for line in read(tmp_path / "bench" / "trials.jsonl")] == [None, None]
+    once = (tmp_path / "runs").read_text()
+    assert once == "x" * (1 if module == "__main__" else 4)  # the module: here, and for each trial
+
+
+def test_a_script_that_names_itself_in_an_address_is_told_how(tmp_path, user_module):
+    user_module("names_itself", SCRIPT.replace("MODULE", "names_itself"))
+    command = ForkedCommand(["python", "names_itself.py"])
+    _, err = command.communicate()
+    assert command.returncode != 0
+    assert "while 'names_itself' is imported" in err
+    assert 'below `if __name__ == "__main__":`' in err
+    assert not (tmp_path / "bench" / "trials.jsonl").exists()
 
 
 def test_text_and_html_have_the_ranking_and_the_conclusions(report):

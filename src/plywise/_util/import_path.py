@@ -99,7 +99,26 @@ def _refuse_hidden(package: str) -> None:
     )
 
 
+def refuse_while_importing(call: str) -> None:
+    """Raise PlywiseError if a call that loads addresses is made by a module that `load` is importing.
+
+    A script that names itself in an address would otherwise run again from its beginning, within itself.
+
+    Args:
+        call: its name.
+    """
+    if _importing:
+        raise AddressError(
+            f"{call} is called while {_importing[-1]!r} is imported to find what an address names. Put the "
+            'call below `if __name__ == "__main__":`, or give functions in place of their addresses'
+        )
+
+
+_importing: list[str] = []
+
+
 def _import_module(name: str) -> Any:
+    _importing.append(name)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -112,6 +131,8 @@ def _import_module(name: str) -> Any:
         is_script = isinstance(error, SystemExit)
         hint = ' What a script does stands below `if __name__ == "__main__":`.' if is_script else ""
         raise AddressError(f"Importing {name!r} failed: {format_raised(error)}.{hint}") from error
+    finally:
+        _importing.pop()
 
 
 def user_line(error: BaseException) -> str:

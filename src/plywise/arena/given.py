@@ -17,8 +17,8 @@ MODULE = "given_objects"
 
 
 def is_given(address: str) -> bool:
-    """Whether an address is that of an object in this process only."""
-    return any(part.startswith(f"{MODULE}:") for part in address.split("+"))
+    """Whether an address is that of an object in this process only: one that was given, or of the script."""
+    return any(part.startswith((f"{MODULE}:", "__main__:")) for part in address.split("+"))
 
 
 def shorten(text: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.environment import workers_for
+from plywise._util.import_path import refuse_while_importing
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
 from plywise.arena.given import is_given, name_data, name_object
@@ -69,7 +70,8 @@ def bench(
     report`` writes its page.
 
     If models, data or methods are objects (functions, classes, tensors), trials run in this process, one
-    after the other. If all are given by address, each trial runs in its own process, several at once.
+    after the other. If all are given by address, each trial runs in its own process, several at once; such a
+    process does not run your script again, so a script needs no ``if __name__ == "__main__":``.
 
     Args:
         model: function that makes your network, a new one each time; or its address.
@@ -106,6 +108,7 @@ def bench(
         PlywiseError: there is no such method or workload, or model, data and loss do not fit one another.
         StateError: the folder holds another bench.
     """
+    refuse_while_importing("plywise.arena.bench")
     given = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
     functions = {"loss": loss, "metric": metric, "step": step}
     own: dict[str, Any] = {role: name_object(function, role) for role, function in functions.items()}

@@ -6,7 +6,9 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, Protocol
 
 from plywise._util.process_groups import begin_group, end_group
@@ -26,6 +28,7 @@ STARTING = 600.0
 """Seconds until the process of a trial must have started: the first one waits for the import of torch."""
 
 _SAFE_PATH = "PYTHONSAFEPATH"
+_SCRIPT = "__main__"
 PRELOADED = (
     "plywise.arena.run.executor",
     "plywise.arena.methods.peers",
@@ -205,6 +208,21 @@ def _start_forking() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _hide_script(job: TrialJob) -> Iterator[None]:
+    """Let the trial's process not run the user's script again, which may have no guard.
+
+    It would begin the bench once more. Addresses lead to a trial, unless it names something of the script.
+    """
+    script = sys.modules[_SCRIPT]
+    if _SCRIPT.encode() not in pickle.dumps(job):
+        sys.modules[_SCRIPT] = ModuleType(_SCRIPT)
+    try:
+        yield
+    finally:
+        sys.modules[_SCRIPT] = script
+
+
 def _set_safe_path(value: str | None) -> None:
     """Set the variable that keeps Python from importing from the current directory as it was."""
     if value is None:
@@ -223,7 +241,8 @@ class _Worker:
         self.connection, theirs = context.Pipe(duplex=False)
         safe = os.environ.get(_SAFE_PATH)
         self._process = context.Process(target=_work, args=(job, threads, theirs, safe), daemon=True)
-        self._process.start()
+        with _hide_script(job):
+            self._process.start()
         self.sentinel: int = self._process.sentinel
         theirs.close()
 

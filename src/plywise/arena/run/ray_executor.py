@@ -151,8 +151,6 @@ def _work(
     sys.path[:] = [*path, *(one for one in sys.path if one not in path)]
     job.source.find_method(job.key.method)  # what is not on this machine is no outcome of the trial
     job.source.require()
-    # the trial's process would run Ray's main module again
-    vars(sys.modules["__main__"]).pop("__file__", None)
     # what Ray cancels by does not end a wait: a signal each second does, and then the interrupt is seen
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
