@@ -153,6 +153,24 @@ def test_a_network_is_that_of_a_whole_checkpoint_or_refused(undisturbed, tmp_pat
     assert torch.equal(found, expected) != any("is damaged" in str(one.message) for one in said), done
 
 
+def test_a_training_sweeps_what_a_killed_one_was_writing(undisturbed, tmp_path):
+    stopped, _, _ = undisturbed("train")
+    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (out / ".plan.json.abcd1234.tmp").write_text("{")
+    (out / ".log.jsonl.abcd1234.tmp").write_text("{")
+    run(out, "train")
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_plan_that_cannot_be_read_is_named(undisturbed, tmp_path):
+    stopped, _, _ = undisturbed("train")
+    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (out / "plan.json").unlink()
+    (out / "plan.json").mkdir()
+    for work in (lambda: run(out, "train"), lambda: load_trained(out)):
+        assert f"{out / 'plan.json'} is no plan of plywise" in attempt(work)[1]
+
+
 def compare(folder: Path, resolved: ResolvedBench, limit: int | None = None) -> list[dict[str, object]]:
     """Run a bench; its trials, without the clocks."""
     made = Bench(resolved, folder)

@@ -1,4 +1,4 @@
-"""Scratch folders: gone when they are closed, and when they were not, swept by the next one."""
+"""Scratch folders and files in the making: gone at the end, and what a killed process leaves is swept."""
 
 import multiprocessing
 import os
@@ -6,7 +6,9 @@ import signal
 
 import pytest
 
+from plywise._util.files import written_whole
 from plywise._util.scratch import PREFIX, Scratch
+from plywise.arena.run.ledger import Ledger
 
 
 def left(folder):
@@ -38,6 +40,23 @@ def test_folders_in_use_are_not_swept(tmp_path):
 def make_and_die(folder):
     Scratch(folder)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_and_die(path):
+    with written_whole(path) as file:
+        file.write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_files_that_killed_processes_were_writing_are_swept(tmp_path):
+    ledger = Ledger(tmp_path / "trials.jsonl")
+    process = multiprocessing.get_context("fork").Process(target=write_and_die, args=(ledger.path,))
+    process.start()
+    process.join(60)
+    assert len(left(tmp_path)) == 2
+    with ledger.writing():
+        assert left(tmp_path) == ["trials.jsonl", "trials.lock"]
+        assert ledger.path.read_bytes() == b""
 
 
 @pytest.mark.parametrize("count", [1, 3])

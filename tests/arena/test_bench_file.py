@@ -40,12 +40,23 @@ def test_a_line_that_is_being_written_is_not_there_yet(tmp_path):
         write_page(folder)
 
 
+@pytest.mark.parametrize("lost", [0, 1, 5])
+def test_trials_that_the_ledger_has_lost_are_missed(tmp_path, lost):
+    bench = make_bench()
+    lines = make_lines(bench)
+    bench["expected"] = len(lines)
+    _, summary = write_page(write_bench(tmp_path, bench, lines[lost:]))
+    said = f"The bench is not complete: {len(lines) - lost} of {len(lines)} trials are there."
+    assert summary.conclusions[0].startswith(said) == (lost > 0)
+
+
 def test_what_is_no_bench_is_refused(tmp_path):
     with pytest.raises(PlywiseError, match=r"no bench\.json"):
         write_page(tmp_path)
-    (tmp_path / "bench.json").write_text("{")
-    with pytest.raises(PlywiseError, match="not the JSON"):
-        write_page(tmp_path)
+    for text in ("{", "[]", "null", "{}", '{"workloads": {}}'):
+        (tmp_path / "bench.json").write_text(text)
+        with pytest.raises(PlywiseError, match="not the JSON"):
+            write_page(tmp_path)
     (tmp_path / "bench.json").write_text(json.dumps(make_bench()))
     assert "nothing to compare" in write_page(tmp_path)[0].read_text(encoding="utf-8")
 

@@ -48,8 +48,16 @@ def test_ones_own_model_from_beginning_to_report(tmp_path, plywise):
     assert "mine:Exploding" in page
     assert len(page) < 2_000_000
     (folder / "report.html").unlink()
-    assert plywise("report", "runs/bench").code == 0
+    done = plywise("report", "runs/bench")
+    assert done.code == 0
     assert (folder / "report.html").read_text() == page
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()  # a page that cannot be written, for administrators, too
+    without = plywise("report", "runs/bench")
+    assert without.code == 1
+    assert without.out.strip() in done.out, "the ranking, and all that follows"
+    assert "plywise: The page could not be written to runs/bench/report.html: Is a directory." in without.err
+    assert json.loads(plywise("report", "runs/bench", "--json").out)["report"] is None
 
 
 def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path, plywise):

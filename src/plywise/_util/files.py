@@ -6,10 +6,13 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
 from plywise.errors import CommandError
+
+_UNFINISHED = ".tmp"
 
 
 @contextmanager
@@ -20,7 +23,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A rename is atomic only within one file system, hence the temporary file beside its target.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -35,6 +38,22 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes have left of writing a file with `written_whole`.
+
+    The caller must hold the lock that each process holds which writes this file.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / ".plan.json.abcd1234.tmp").touch()
+        >>> remove_unfinished(folder / "plan.json")
+        >>> list(folder.iterdir())
+        []
+    """
+    for left in path.parent.glob(f".{escape(path.name)}.*{_UNFINISHED}"):
+        left.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from plywise.cli.console import console, notes, print_json, table
 from plywise.cli.training import Switch
+from plywise.errors import BenchError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,31 +66,54 @@ def _print_exported(screen: Console, exported: Exported, where: str) -> None:
 
 
 def conclude(folder: Path, json: bool = False) -> BenchSummary:
-    """Write the page of a bench; print its ranking and what it finds."""
-    from plywise.arena.reports.bench_page import write_page
+    """Write the page of a bench; print its ranking and what it finds.
 
-    path, summary = write_page(folder)
+    Raises:
+        PlywiseError: there is no bench in the folder; or, after the printing, the page cannot be written.
+    """
+    from plywise._util.files import write_whole
+    from plywise.arena.reports.bench_page import PAGE, make_page, read_bench
+    from plywise.arena.scoring.summary import summarize_bench
+
+    summary = summarize_bench(*read_bench(folder))
+    path, failure = folder / PAGE, None
+    try:
+        write_whole(path, make_page(summary))
+    except OSError as error:  # the folder may be another user's, or the disk full
+        failure = error
     if json:
-        print_json(_for_machines(path, summary))
-        return summary
+        print_json(_for_machines(None if failure else path, summary))
+    else:
+        _print_summary(summary)
+    if failure:
+        raise BenchError(
+            f"The page could not be written to {path}: {failure.strerror}. The ranking and what follows "
+            f"from it are complete. For the page, copy {folder} to where there is room and you may write, and run "
+            "`plywise report` there."
+        ) from failure
+    if not json:
+        console().print(f"\nThe report: {path}", soft_wrap=True)
+    return summary
+
+
+def _print_summary(summary: BenchSummary) -> None:
+    """Print the ranking, the verdict and the conclusions."""
     screen = console()
     if summary.results.ranked:
         screen.print(_standing(summary.results))
     screen.print(f"{summary.verdict}\n", soft_wrap=not screen.is_terminal)
     for sentence in summary.conclusions:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
-    screen.print(f"\nThe report: {path}", soft_wrap=True)
-    return summary
 
 
-def _for_machines(path: Path, summary: BenchSummary) -> dict[str, Any]:
+def _for_machines(path: Path | None, summary: BenchSummary) -> dict[str, Any]:
     """Return the ranking of each track by each clock, and the conclusions, for JSON."""
     from plywise.arena.scoring.ranking import rank_methods
     from plywise.arena.scoring.score import CLOCKS
 
     field = summary.results
     return {
-        "report": str(path),
+        "report": None if path is None else str(path),
         "title": field.bench["title"],
         "unfinished": field.bench.get("unfinished"),
         "targets": {name: target._asdict() for name, target in field.targets.items()},

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plywise._util.files import make_folder, write_whole
+from plywise._util.files import make_folder, remove_unfinished, write_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise._util.version import __version__
 from plywise.data.training_data import TrainingData
@@ -75,7 +75,7 @@ class RunFolder:
         try:
             saved = unseal(self._plan.read_text(encoding="utf-8"))
             return RunRecord(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise StateError(
                 f"{self._plan} is no plan of plywise, or damaged: {error}. {_START}", see="state-run"
             ) from error
@@ -130,6 +130,8 @@ class RunFolder:
             StateError: another process is at work in the folder; or all checkpoints are damaged.
         """
         self._hold()
+        for path in (self._plan, *self._logs()):
+            remove_unfinished(path)
         if fresh:
             self._clear()
         step = self._last_whole()

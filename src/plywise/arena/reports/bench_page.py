@@ -36,8 +36,13 @@ from plywise.arena.scoring.summary import BenchSummary, summarize_bench
 from plywise.arena.scoring.targets import ENOUGH, SHARE
 from plywise.errors import BenchError
 
+PAGE = "report.html"
+"""Name of the page in the folder of its bench."""
 LARGEST = 1_900_000
 """Largest size of a page with its raw trials, in bytes."""
+
+NEEDED = {"workloads", "methods", "tracks", "trials", "seeds"}
+"""Fields without which a description of a bench is none."""
 
 
 def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
@@ -54,6 +59,8 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
     """
     try:
         bench = unseal((folder / "bench.json").read_text(encoding="utf-8"))
+        if not isinstance(bench, dict) or not bench.keys() >= NEEDED:
+            raise ValueError(f"it lacks {', '.join(sorted(NEEDED))}, or some of them")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BenchError(
             f"{folder} is no bench: it has no bench.json. Name the folder of a bench."
@@ -72,7 +79,7 @@ def write_page(folder: Path) -> tuple[Path, BenchSummary]:
         The path of the page, report.html in the folder, and what it is about.
     """
     summary = summarize_bench(*read_bench(folder))
-    return write_whole(folder / "report.html", make_page(summary)), summary
+    return write_whole(folder / PAGE, make_page(summary)), summary
 
 
 def make_page(summary: BenchSummary) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.environment import environment
-from plywise._util.files import write_whole
+from plywise._util.files import remove_unfinished, write_whole
 from plywise._util.sealed import seal, unseal
 from plywise.arena.diagnostics.diagnosis import layers_before
 from plywise.arena.method import Method
@@ -102,7 +102,8 @@ class Bench:
 
     def _finish(self) -> None:
         """Write into ``bench.json`` what is missing."""
-        self.about["unfinished"] = self.unfinished()
+        self.about["unfinished"] = left = self.unfinished()
+        self.about["expected"] = self.total if left else self.experiment.done
         self._write()
 
     def unfinished(self) -> list[str]:
@@ -140,12 +141,14 @@ class Bench:
                 for (name, method), reason in self.resolved.refused.items()
             ],
             "unfinished": [],
+            "expected": self.total,
         }
 
     def _join(self, path: Path) -> None:
         """Start a bench, or resume the one in the folder."""
+        remove_unfinished(path)
         if path.exists():
-            self.about = {**self._read_same(path), "unfinished": []}
+            self.about = {"expected": self.total, **self._read_same(path), "unfinished": []}
         else:
             for name, about in self.about["workloads"].items():
                 resolved = self.resolved.workloads[name]

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from plywise._util.files import make_folder, written_whole
+from plywise._util.files import make_folder, remove_unfinished, written_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise.arena.scoring.records import Key, make_key
 from plywise.errors import BenchError
@@ -58,6 +58,7 @@ class Ledger:
                 "folder."
             ) from error
         try:
+            remove_unfinished(self.path)
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
             _set_damaged_aside(self.path)
             self.lines = {make_key(line): line for line in read(self.path)}

@@ -42,4 +42,16 @@ def summarize_bench(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Benc
     lines = list(lines)
     results = gather_results(bench, lines)
     rows = compare_methods(results)
-    return BenchSummary(results, lines, rows, draw_conclusions(results, rows), state_verdict(results, rows))
+    conclusions = [*_say_missing(bench, lines), *draw_conclusions(results, rows)]
+    return BenchSummary(results, lines, rows, conclusions, state_verdict(results, rows))
+
+
+def _say_missing(bench: dict[str, Any], lines: list[TrialRecord]) -> list[str]:
+    """Say how many trials are missing: the bench runs, or was killed, or its ledger has lost lines."""
+    expected = bench.get("expected", 0)  # no bench of plywise 0.1 says it
+    if len(lines) >= expected:
+        return []
+    return [
+        f"The bench is not complete: {len(lines)} of {expected} trials are there. `plywise bench "
+        "--resume` runs the others, or the same call from Python."
+    ]
