@@ -246,7 +246,7 @@ def test_data_that_do_not_fit(data, words):
         ("boom", "data", "user:boom raised ValueError: not today"),
         ("nothing", "data", "returned a NoneType, not a torch.nn.Module"),
         ("narrow", "data", r"fails on two inputs of torch.float32 and shape \(2, 4\): RuntimeError"),
-        ("dead", "data", "NaN or infinity before any training"),
+        ("dead", "data", "gives NaN before any training, on 2 samples without NaN or infinity. Look for"),
         ("fixed", "data", "a Flatten without a parameter to train"),
         ("same", "data", "the same network twice"),
         ("wordy", "data", "gives a list, not one tensor"),

@@ -88,7 +88,7 @@ def test_guesses_about_data_are_said_with_the_flag_that_overrules_them(plywise, 
     said = plywise(*words("bench", "bare.csv"), "--read", "header=no,targets=classes", "--out", "other")[1]
     assert "--read" not in said
     code, _, err = plywise(*words("diagnose", "bare.csv"), "--read", "target=nothing")
-    assert (code, "has no columns 'nothing'" in err) == (1, True)
+    assert (code, "has no column 'nothing'" in err) == (1, True)
 
 
 def test_an_error_of_a_model_comes_with_what_was_guessed_about_its_data(plywise, tmp_path):

@@ -263,6 +263,29 @@ def test_diverging_says_so(plywise):
     assert err.count("\n") == 2, "the message and where there is more"
 
 
+def test_nan_before_any_training_is_no_matter_of_the_rate(plywise, user_module):
+    code = """
+import torch
+from torch import nn
+
+class Root(nn.Linear):
+    def forward(self, x):
+        return (super().forward(x) - 1e6).sqrt()
+
+def make():
+    return Root(64, 10)
+
+def step(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+"""
+    user_module("has_a_root", code)
+    code, _, err = plywise("train", "--model", "has_a_root:make", "--step", "has_a_root:step", "--out", "a")
+    assert code == 1
+    assert "is nan at step 1" in err
+    assert "No weight has changed yet. Look for a logarithm, a root or a division in the model" in err
+    assert "rate" not in err
+
+
 def test_associated_learning_trains_by_default(plywise, tmp_path):
     """The first thing that a user tries: four blocks, ten epochs of the digits."""
     code, out, _ = plywise("train", "--learner", "AssociatedLearning")

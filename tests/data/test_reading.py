@@ -30,6 +30,22 @@ def test_columns_of_one_name_are_all_inputs(tmp_path):
     assert guesses == ""
 
 
+def test_a_second_column_of_the_target_s_name_is_said(tmp_path):
+    path = table(tmp_path, [0.5] * 12, "a,y,y")
+    _, guesses = read(path)
+    assert "has 2 columns 'y': the last one was taken as the target, the others as inputs." in guesses
+    with pytest.raises(PlywiseError, match="has 2 columns 'y': give the target a name of its own"):
+        read(path, "target=y")
+
+
+def test_a_number_of_a_table_that_float32_does_not_hold_is_told_from_nan(tmp_path):
+    with pytest.raises(PlywiseError, match=r"above 3\.4e38"):
+        read(table(tmp_path, [1e39, 0.5] * 6, "a,b,y"))
+    with pytest.raises(PlywiseError) as caught:
+        read(table(tmp_path, [float("nan"), 0.5] * 6, "a,b,y"))
+    assert "3.4e38" not in str(caught.value)
+
+
 def test_a_table_without_names_keeps_its_first_sample(tmp_path):
     path = table(tmp_path, [2.5, 1.5, 0.5], header="")
     train, guesses = read(path)
@@ -169,7 +185,7 @@ def test_any_column_may_be_the_target(tmp_path):
     train, _ = read(path, "target=b")
     assert train.y.tolist() == [0, 1, 2, 3, 4, 0]
     assert train.x[:, 1].tolist() == [7.5, 8.5, 9.5, 7.5, 8.5, 9.5]
-    with pytest.raises(PlywiseError, match=r"has no columns 'bb'\. Did you mean b"):
+    with pytest.raises(PlywiseError, match=r"has no column 'bb'\. Did you mean b"):
         read(path, "target=bb")
     with pytest.raises(PlywiseError, match="has 2 columns 'a'"):
         read(table(tmp_path, [1, 2], "a,a,y"), "target=a")
@@ -235,7 +251,7 @@ def test_guesses_come_along_with_data_that_are_cut(tmp_path):
 def test_numbers_that_float32_does_not_hold_are_refused(tmp_path, what):
     x, y = np.ones((3, 2)), np.array([0.5, 1.5, 2.5])
     (x if what == "inputs" else y)[1] = 1e300
-    with pytest.raises(PlywiseError, match=rf"{what} hold NaN or infinity in 1 of 3.*number 1\..*float32"):
+    with pytest.raises(PlywiseError, match=rf"{what} hold NaN or infinity in 1 of 3.*number 1, counted from 0.*float32"):
         read(arrays(tmp_path, x, y))
 
 

@@ -88,8 +88,8 @@ def conclude(folder: Path, json: bool = False) -> BenchSummary:
     if failure:
         raise BenchError(
             f"The page could not be written to {path}: {failure.strerror}. The ranking and what follows "
-            f"from it are complete. For the page, copy {folder} to where there is room and you may write, and run "
-            "`plywise report` there."
+            f"from it are complete. For the page, copy {folder} to where there is room and you may "
+            "write, and run `plywise report` there."
         ) from failure
     if not json:
         console().print(f"\nThe report: {path}", soft_wrap=True)

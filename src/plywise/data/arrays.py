@@ -64,10 +64,12 @@ def make_tensor(values: Any, what: str) -> Tensor:
         raise DataError(f"{what} hold no number: their shape is {tuple(tensor.shape)}.")
     bad = _find_non_finite(tensor)
     if bool(bad.any()):
-        large = " What float32 does not hold is infinite." if tensor.dtype == torch.float64 else ""
+        first = int(bad.nonzero()[0])
+        is_large = bool(tensor[first].float().isinf().any())
+        large = " Numbers that float32 does not hold, above 3.4e38, are infinite." if is_large else ""
         raise DataError(
             f"{what} hold NaN or infinity in {int(bad.sum())} of {len(bad)} samples, first in number "
-            f"{int(bad.nonzero()[0])}. Fill or drop them; plywise would have to guess.{large}"
+            f"{first}, counted from 0. Fill or drop them; plywise would have to guess.{large}"
         )
     return tensor
 

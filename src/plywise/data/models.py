@@ -18,6 +18,11 @@ from plywise.errors import AddressError
 Step = Callable[[nn.Module, Batch], Any]
 """A function of a model and a batch that returns a number: the loss to minimise, or a metric."""
 
+NAN_HINT = (
+    "Look for a logarithm, a root or a division in the model, for NaN in its weights, and for large inputs"
+)
+"""What to do if an untrained model gives NaN; data are checked when they are read."""
+
 OUTPUTS = ("logits", "prediction_logits", "last_hidden_state", "sample", "out")
 """Attributes or keys of a model's output that may hold its scores; the first that exists does."""
 

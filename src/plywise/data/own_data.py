@@ -144,17 +144,13 @@ def _read_npz_parts(path: Path, reader: Reader) -> Parts:
 
 
 def _split_table(path: Path, table: Table, reader: Reader) -> Split:
-    wanted, names = reader.options.target, table.names
+    names = table.names
     if len(names) < 2:
         raise DataError(f"{path} has one column: the target is the last one, and inputs come before it.")
     if not len(table.numbers):
         raise DataError(f"{path} has no rows.")
     reader.note(table.guess)
-    if wanted and names.count(wanted) != 1:
-        count = names.count(wanted) or "no"
-        hint = suggestion(wanted, tuple(names)) or f"It has: {', '.join(names[:10])}."
-        raise DataError(f"{path} has {count} columns {wanted!r}. {hint}".rstrip())
-    place = names.index(wanted) if wanted else len(names) - 1
+    place = _find_target(path, names, reader)
     where = f"{path}{name_incomplete(table)}"
     for doubt in find_doubts(path, table, place):
         reader.note(doubt)
@@ -165,6 +161,23 @@ def _split_table(path: Path, table: Table, reader: Reader) -> Split:
     else:
         y = reader.read_column(target, names[place], where)
     return _make_checked_split(x, y, str(path))
+
+
+def _find_target(path: Path, names: list[str], reader: Reader) -> int:
+    """Find the index of the column of the targets: the one of the user's name, or the last one."""
+    wanted = reader.options.target
+    if wanted and wanted not in names:
+        hint = suggestion(wanted, tuple(names)) or f"It has: {', '.join(names[:10])}."
+        raise DataError(f"{path} has no column {wanted!r}. {hint}")
+    count = names.count(wanted or names[-1])
+    if wanted and count > 1:
+        raise DataError(f"{path} has {count} columns {wanted!r}: give the target a name of its own.")
+    if count > 1:
+        reader.note(
+            f"{path} has {count} columns {names[-1]!r}: the last one was taken as the target, the others as "
+            "inputs. Remove them if they hold the target, too."
+        )
+    return names.index(wanted) if wanted else len(names) - 1
 
 
 def cut_parts(address: str, parts: Parts) -> OwnData:

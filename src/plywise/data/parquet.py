@@ -30,7 +30,7 @@ def read_parquet(path: Path, target: str | None = None) -> Table:
     try:
         table = parquet.read_table(path)
     except Exception as error:  # pyarrow has its own errors
-        raise DataError(f"{path} cannot be read as Parquet: {error}.") from error
+        raise DataError(f"{path} cannot be read as Parquet: {str(error).rstrip('.')}.") from error
     names, words = list(table.column_names), list[str]()
     place = names.index(target) if target in names else len(names) - 1
     values = np.empty((len(table), len(names)), np.float32)

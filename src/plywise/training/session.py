@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from plywise._util.extras import TENSORBOARD, import_extra
 from plywise.data.batches import Batch, count_samples, take_samples
+from plywise.data.models import NAN_HINT
 from plywise.data.own_data import explaining
 from plywise.data.training_data import NUMBERS, WHOLE, TrainingData
 from plywise.engine.health import SKIPPED
@@ -221,9 +222,11 @@ class Session:
     def _check(self, step: int, losses: dict[int, float]) -> None:
         for component, loss in losses.items():
             if not math.isfinite(loss):
+                untrained = step == 1 and component == 0
+                hint = f"No weight has changed yet. {NAN_HINT}" if untrained else "Try a lower rate"
                 raise NonFiniteError(
-                    f"The loss of component {component} is {loss} at step {step}.{self._kept} Try a lower "
-                    "rate (in another --out, or with --fresh)."
+                    f"The loss of component {component} is {loss} at step {step}.{self._kept} {hint} (in "
+                    "another --out, or with --fresh)."
                 )
 
     def _finish_step(self, step: int) -> None:

@@ -18,7 +18,7 @@ from plywise.arena.diagnostics.layer_record import LayerRecord, euclidean_norm
 from plywise.arena.task import Judge
 from plywise.arena.workload import Workload
 from plywise.data.batches import Batch, count_samples, endless_batches
-from plywise.data.models import unwrap_model
+from plywise.data.models import NAN_HINT, unwrap_model
 from plywise.data.parts import Data
 from plywise.engine.call import LinearCall
 from plywise.engine.selection import collect_parameters
@@ -260,8 +260,7 @@ def _watch(
             losses.append(value.item())
             if not math.isfinite(losses[-1]):
                 raise DataError(
-                    f"The loss of batch {number} is {losses[-1]}: look for NaN or infinity in the data, and "
-                    "at the size of the weights."
+                    f"The loss of batch {number} is {losses[-1]} before any training. {NAN_HINT}."
                 )
             trained = [p for p in model.parameters() if p.requires_grad]
             if not (trained and value.requires_grad):

@@ -36,7 +36,7 @@ from plywise.arena.workloads.own_calls import (
     wrap_model,
 )
 from plywise.data.batches import Batch, Part, Split, clone_batch, count_samples
-from plywise.data.models import unwrap_model
+from plywise.data.models import NAN_HINT, unwrap_model
 from plywise.data.own_data import OwnData, explaining
 from plywise.data.parts import Data
 from plywise.data.reading import ReadOptions
@@ -243,7 +243,11 @@ def _output(network: nn.Module, address: str, x: Batch) -> Tensor:
     if output.dim() == 0 or len(output) != samples:
         raise AddressError(f"{address} gives an output of shape {tuple(output.shape)} for {samples} samples.")
     if not bool(torch.isfinite(output).all()):
-        raise AddressError(f"{address} gives NaN or infinity before any training.")
+        kind = "NaN" if bool(output.isnan().any()) else "infinity"
+        raise AddressError(
+            f"{address} gives {kind} before any training, on {samples} samples without NaN or infinity. "
+            f"{NAN_HINT}."
+        )
     return output
 
 
