@@ -171,6 +171,11 @@ def test_a_plan_that_cannot_be_read_is_named(undisturbed, tmp_path):
         assert f"{out / 'plan.json'} is no plan of plywise" in attempt(work)[1]
 
 
+def test_a_network_that_is_looked_for_in_vain_leaves_no_folder(tmp_path):
+    assert "holds no run" in attempt(lambda: load_trained(tmp_path / "misspelt"))[1]
+    assert not (tmp_path / "misspelt").exists()
+
+
 def compare(folder: Path, resolved: ResolvedBench, limit: int | None = None) -> list[dict[str, object]]:
     """Run a bench; its trials, without the clocks."""
     made = Bench(resolved, folder)

@@ -174,7 +174,9 @@ def test_data_for_which_there_is_no_room_are_named(tmp_path):
     data = resolve_data("twins:all_twins").data
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(PlywiseError, match=r"could not be written to .*a\.pt: .*another --out"):
+        with pytest.raises(
+            PlywiseError, match=r"could not be written to .*a\.pt: .* They take 1 MiB: .*another --out"
+        ):
             data.save(tmp_path / "a.pt")
         with pytest.raises(OSError, match=r"File too large: '.*b\.txt'"):
             write_whole(tmp_path / "b.txt", "x" * 10_000)

@@ -1,6 +1,7 @@
 """`plywise train` as its users meet it: what it prints, what it refuses, how it is interrupted."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -226,17 +227,32 @@ def test_what_is_wrong_is_said_before_the_work(plywise, tmp_path, words, said):
     assert not list((tmp_path / "here").glob("*.json"))
 
 
+NO_ADMINISTRATOR = pytest.mark.skipif(os.geteuid() == 0, reason="administrators may write everywhere")
+
+
 @pytest.mark.parametrize(
     "words", [["train"], ["demo"], ["reproduce", "proxprop"], ["bench", "--workloads", "quadratic"]]
 )
 @pytest.mark.parametrize(
     ("out", "said"),
-    [("file", "file is a file; --out names a folder."), ("file/below", "cannot be made: Not a")],
+    [
+        ("file", "file is a file; --out names a folder."),
+        ("file/below", "cannot be made: Not a"),
+        ("link", "link is a link to nowhere, which does not exist"),
+        pytest.param("locked", "Nothing can be written to the folder locked", marks=NO_ADMINISTRATOR),
+    ],
 )
 def test_a_folder_that_cannot_be_made_is_said_before_the_work(plywise, tmp_path, words, out, said):
     (tmp_path / "file").write_text("mine")
-    if words[0] == "reproduce" and out == "file":
-        said = "file/proxprop cannot be made: Not a directory."
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "locked").mkdir(0o500)
+    if words[0] == "reproduce":
+        paths = {
+            "file": "cannot be made: Not a directory.",
+            "link": "cannot be made: ",
+            "locked": "cannot be made: ",
+        }
+        said = f"{out}/proxprop {paths[out]}" if out in paths else said
     code, _, err = plywise(*words, "--out", out)
     assert code == 1
     assert said in err

@@ -251,7 +251,9 @@ def test_guesses_come_along_with_data_that_are_cut(tmp_path):
 def test_numbers_that_float32_does_not_hold_are_refused(tmp_path, what):
     x, y = np.ones((3, 2)), np.array([0.5, 1.5, 2.5])
     (x if what == "inputs" else y)[1] = 1e300
-    with pytest.raises(PlywiseError, match=rf"{what} hold NaN or infinity in 1 of 3.*number 1, counted from 0.*float32"):
+    with pytest.raises(
+        PlywiseError, match=rf"{what} hold NaN or infinity in 1 of 3.*number 1, counted from 0.*float32"
+    ):
         read(arrays(tmp_path, x, y))
 
 

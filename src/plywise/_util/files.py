@@ -74,7 +74,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def refuse_file(path: Path) -> None:
-    """Raise PlywiseError if what should be a folder for results is a file."""
+    """Raise PlywiseError if what should be a folder for results is a file, or a link to nothing."""
+    if path.is_symlink() and not path.exists():
+        raise CommandError(
+            f"{path} is a link to {path.readlink()}, which does not exist: make this folder, or name another "
+            "one with --out."
+        )
     if path.exists() and not path.is_dir():
         raise CommandError(f"{path} is a file; --out names a folder.")
 
@@ -92,6 +97,20 @@ def make_folder(path: Path) -> None:
         raise CommandError(
             f"The folder {path} cannot be made: {error.strerror}. Name another one with --out."
         ) from error
+
+
+def require_writable(path: Path) -> None:
+    """Make a folder for results where missing, and check that files can be made in it.
+
+    Raises:
+        PlywiseError: see `make_folder`; or it is read-only.
+    """
+    make_folder(path)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise CommandError(
+            f"Nothing can be written to the folder {path}: it is read-only, for you at least. Change that, "
+            "or name another one with --out."
+        )
 
 
 class ScratchFolder:

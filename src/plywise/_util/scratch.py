@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from plywise._util.files import make_folder
+from plywise._util.files import require_writable
 
 PREFIX = ".plywise-scratch-"
 _LOCK = "lock"
@@ -31,7 +31,7 @@ class Scratch:
     def __init__(self, parent: Path | None = None) -> None:
         parent = Path(tempfile.gettempdir()) if parent is None else parent
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        make_folder(parent)
+        require_writable(parent)
         sweep(parent)
         # it gets its name with the lock held, or another process might sweep it
         making = Path(tempfile.mkdtemp(prefix=".plywise-making-", dir=parent))

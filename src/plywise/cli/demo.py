@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plywise._util.files import make_folder
+from plywise._util.files import require_writable
 from plywise.cli.console import VOLUME, console, notes, number, table
 from plywise.errors import CommandError
 
@@ -35,7 +35,7 @@ def demo(*, seeds: int = 3, out: Path = Path("runs/demo"), open: bool = True) ->
     """
     if seeds < 1:
         raise CommandError(f"--seeds must be at least 1, not {seeds}.")
-    make_folder(out)  # before the work, not after it
+    require_writable(out)  # before the work, not after it
 
     from plywise.arena.demo.preset import DemoConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +57,12 @@ class Data:
             with written_whole(path) as file:
                 torch.save(parts, file)
         except (OSError, RuntimeError) as error:  # torch has an error of its own for a full disk
+            cause = error if isinstance(error, OSError) else error.__context__
+            why = cause.strerror if isinstance(cause, OSError) else "no room for more"
+            size = math.ceil(size / 2**20)
             raise BenchError(
-                f"The data could not be written to {path}: {error.__context__ or error}. They take "
-                f"{size / 2**20:.0f} MiB: make room there, or name another --out."
+                f"The data could not be written to {path}: {why}. They take {size} MiB: make room there, or "
+                "name another --out."
             ) from error
 
     def count_repeated(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plywise._util.files import make_folder, remove_unfinished, write_whole
+from plywise._util.files import remove_unfinished, require_writable, write_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise._util.version import __version__
 from plywise.data.training_data import TrainingData
@@ -45,7 +45,7 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: the folder; it is made where it is missing.
+        path: the folder; `begin` makes it where it is missing.
 
     Attributes:
         checkpoints: the folder of the checkpoints in it.
@@ -58,7 +58,6 @@ class RunFolder:
         self.notes: list[str] = []
         self._plan = path / "plan.json"
         self._lock: Callable[[], object] | None = None
-        make_folder(path)
 
     def record(self) -> RunRecord | None:
         """Read the record of the run in this folder; None if there is no run.
@@ -171,7 +170,8 @@ class RunFolder:
             self._lock = None
 
     def _hold(self) -> None:
-        """Lock the folder against other processes until this one releases it, or ends."""
+        """Make the folder, and lock it against other processes until this one releases it, or ends."""
+        require_writable(self.path)
         try:
             import fcntl
         except ImportError:  # not on Windows

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from plywise._util.files import make_folder, remove_unfinished, written_whole
+from plywise._util.files import remove_unfinished, require_writable, written_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise.arena.scoring.records import Key, make_key
 from plywise.errors import BenchError
@@ -33,7 +33,7 @@ class Ledger:
         self.lines: dict[Key, dict[str, Any]] = {}
         if path is None:
             return
-        make_folder(path.parent)
+        require_writable(path.parent)
         path.touch()
         self.lines = {make_key(line): line for line, _ in _split(path)[0]}
 
