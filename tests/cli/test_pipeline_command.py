@@ -108,9 +108,9 @@ def by_hand(world, *words, port=None):
     )
 
 
-def torchrun(world, *words):
+def torchrun(world, *words, program=("-m", "plywise")):
     """torchrun and its processes."""
-    command = ["torchrun", "--nproc-per-node", str(world), "-m", "plywise", "pipeline", *words]
+    command = ["torchrun", "--nproc-per-node", str(world), *program, "pipeline", *words]
     return ending([ForkedCommand(command, {"OMP_NUM_THREADS": "1"}, Path("out0"), Path("err0"))])
 
 
@@ -341,10 +341,14 @@ def lives(entry):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["at once", "when it trains"])
-def test_stages_end_with_a_torchrun_that_is_killed(moment):
+@pytest.mark.parametrize(
+    ("moment", "program"),
+    [("at once", ["-m", "plywise"]), ("at once", ["plywise_command.py"]), ("later", ["-m", "plywise"])],
+)
+def test_stages_end_with_a_torchrun_that_is_killed(moment, program):
     """At once: before a stage has seen another, when no watch is kept yet. They used to live for minutes."""
-    with torchrun(2, *PLAN, "--epochs", "100000") as processes:
+    Path("plywise_command.py").write_text("from plywise.cli import main\n\nmain()\n")  # what pip installs
+    with torchrun(2, *PLAN, "--epochs", "100000", program=program) as processes:
         end = time.monotonic() + DEADLINE
         while len(stages := stages_of(processes[0])) < 2:
             assert time.monotonic() < end, Path("err0").read_text()

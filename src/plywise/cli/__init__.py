@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
+from plywise._util.process_groups import end_with_torchrun
 from plywise._util.suggest import suggestion
 from plywise._util.version import __version__
 from plywise.cli import (
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the words after ``plywise``; those of the process by default.
     """
+    end_with_torchrun()  # here for `torchrun ... $(which plywise)`: what a command imports takes seconds
     before = threading.enumerate()
     status = _run(arguments)
     _limit_threads(before, status)
