@@ -53,7 +53,7 @@ def test_a_reproduction_from_beginning_to_table(tmp_path):
     assert {one["rate"] for one in lines if (one["method"], one["purpose"]) == ("tuned", FINAL)} == {0.5}
 
     assert not (tmp_path / "reproduce.json").exists()
-    made.finish()
+    made.write(made.summarize())
     about = json.loads((tmp_path / "reproduce.json").read_text())
     assert about["unfinished"] == 0
     (experiment,) = about["experiments"]
@@ -89,7 +89,7 @@ def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
         next(pieces)
     pieces.close()
     assert cut.done == 3
-    assert cut.finish()["unfinished"] == cut.total - 3
+    assert cut.summarize()["unfinished"] == cut.total - 3
     kept = finals(tmp_path / "cut")
     run(MINE, 2, tmp_path / "cut")
     assert finals(tmp_path / "cut")[:3] == kept
@@ -113,7 +113,7 @@ def test_more_seeds_add_runs_and_fewer_leave_them_out(tmp_path):
     list(more.run(ProcessExecutor(2)))
     fewer = Reproduction(MINE, SMALL, 1, tmp_path)
     assert fewer.done == fewer.total
-    (experiment,) = fewer.finish()["experiments"]
+    (experiment,) = fewer.summarize()["experiments"]
     assert [len(arm["values"]) for arm in experiment["arms"]] == [1, 1, 0]
     assert experiment["arms"][0]["low"] is None
 

@@ -69,6 +69,12 @@ def test_from_estimate_to_table(mnist, tmp_path, monkeypatch, capsys):
     assert [experiment["name"] for experiment in about["experiments"]] == ["mnist-mlp"]
     assert (folder / "reproduce.md").read_text().startswith("## Paeedeh, Ghiasi-Shirazi")
 
+    (folder / "reproduce.json").unlink()
+    (folder / "reproduce.json").mkdir()  # it cannot be written: the table is there all the same
+    with pytest.raises(OSError, match=r"reproduce\.json"):
+        command(*words)
+    assert "training loss at the end, nats (small size)" in capsys.readouterr().out
+
 
 def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path, user_module):
     user_module("short", SHORT.replace("EPOCHS", "12"))

@@ -107,7 +107,7 @@ def _run(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):
             if stop.presses < 2:
-                made.finish()
+                made.write(made.summarize())
         raise KeyboardInterrupt(
             f"{made.done} of {made.total} runs are kept in {shlex.quote(str(made.folder))}; the same command "
             "goes on."
@@ -115,11 +115,14 @@ def _run(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None
 
 
 def _conclude(made: Reproduction, screen: Console, json: bool) -> None:
-    about = made.finish()
+    about = made.summarize()
     if json:
         print_json(about)
+    else:
+        _show(about, console())
+    made.write(about)  # last: a disk that is full costs the files alone
+    if json:
         return
-    _show(about, console())
     screen.print(
         f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}", soft_wrap=True
     )

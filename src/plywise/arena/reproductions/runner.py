@@ -112,9 +112,9 @@ class Reproduction:
                             left = self._estimate_seconds(executor.count)
                             yield Progress(self.done, self.total, piece.line, left)
 
-    def finish(self) -> dict[str, Any]:
-        """Summarise the runs so far, and write the summary as JSON and Markdown."""
-        about = {
+    def summarize(self) -> dict[str, Any]:
+        """Summarise the runs so far."""
+        return {
             "paper": self._found.title,
             "name": self._found.name,
             "size": self.size,
@@ -125,10 +125,12 @@ class Reproduction:
             "unfinished": self.total - self.done,
             "experiments": [self._summarize(*pair) for pair in self._runs],
         }
+
+    def write(self, about: dict[str, Any]) -> None:
+        """Write a summary as JSON and Markdown."""
         text = json.dumps(map_floats(about, _write_number), indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.folder / "reproduce.json", text + "\n")
         write_whole(self.folder / "reproduce.md", tables.make_markdown(about))
-        return about
 
     # ---- runs --------------------------------------------------------------------------------------
 
