@@ -131,8 +131,8 @@ class PlainSteps(Protocol):
 
     rests_on: bool
 
-    def check(self) -> bool:
-        """Return whether all calls are left to autograd until the next step."""
+    def check(self, module: nn.Module) -> bool:
+        """Return whether all calls are left to autograd until the next step; ``module`` is about to run."""
 
 
 class _Running(threading.local):
@@ -247,12 +247,12 @@ class Capture:
         for module in modules:
             self._handles.append(module.register_forward_pre_hook(EnterHook(self), prepend=True))
 
-    def is_resting(self) -> bool:
-        """Return whether calls are left to autograd until the next step."""
+    def is_resting(self, module: nn.Module) -> bool:
+        """Return whether calls are left to autograd until the next step; ``module`` is about to run."""
         if self.resting is None or _tracing_state() is not None:  # what is traced is always the same
             return False
         resting = self.resting()
-        return resting is not None and resting.check()
+        return resting is not None and resting.check(module)
 
     def enter(self, module: nn.Module) -> None:
         """Begin a run: this module runs and no other does, unless the last run was interrupted."""
@@ -360,7 +360,7 @@ def _enter(capture: Capture, module: nn.Module) -> bool:
     """Enter the mode if this module is the outermost; return whether calls are captured while it runs."""
     local = capture.local
     if local.outermost is None or local.outermost is module:
-        if not capture.is_resting():
+        if not capture.is_resting(module):
             capture.enter(module)
     else:
         local.innermost = module

@@ -6,7 +6,7 @@ step. So no call is captured then, and forward and backward are plain.
 
 from collections.abc import Callable, Collection, Sized
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from plywise.engine.contract import StatefulContract
 from plywise.engine.known_layers import KnownLayers
@@ -111,6 +111,7 @@ class Resting:
         self._is_step_plain = False
         self._is_checked = False
         self._planned: tuple[int, int, int] | None = None
+        self._frozen: set[int] = set()
         self._resting: RestingLayers | None = None
 
     def find(self) -> RestingLayers | None:
@@ -140,14 +141,16 @@ class Resting:
         self._planned = None
         self._is_checked = False
 
-    def check(self) -> bool:
+    def check(self, module: nn.Module) -> bool:
         """Return whether forward and backward of all layers are left to autograd until the next step.
 
-        All modules ask, but one check in each step is enough: `find` checks again at the step itself.
+        All modules ask, but one check in each step is enough, unless a weight of the module that asks was
+        frozen then: `find` checks again at the step itself.
         """
         may_rest = self._observers is not None and not self._observers
         key = self._saved.version, len(self._layers), self._saved.step
-        if self._is_checked and may_rest == self._may_rest and key == self._planned:
+        is_checked = self._is_checked and not (self._frozen and self._has_thawed(module))
+        if is_checked and may_rest == self._may_rest and key == self._planned:
             return self._resting is not None
         is_same = self._planned is not None and self._planned[:2] == key[:2] and may_rest == self._may_rest
         rests_on = is_same and self.find() is not None
@@ -175,14 +178,22 @@ class Resting:
         # what calls do with others is not known yet: they may be new, or have statistics from before a resume
         known = {layer.entry for layer in layers if layer.name in learned}
         awake |= {e for e in entries if e not in known and (self._saved.has_state(e) or e.is_unknown)}
-        for entry in entries:
-            entry.rests = may_rest and entry not in awake
+        # frozen ones do not rest: they may be thawed before the step, as a GAN's discriminator is
+        everything = {*self._entries, *(layer.entry for layer in self._layers.values())}
+        for entry in everything:
+            entry.rests = may_rest and entry.trains and entry not in awake
+        self._frozen = {id(entry.parameter()) for entry in everything if not entry.trains}
         self._resting = None
         if may_rest and not awake:
             resting = [e for e in layers if e.name in learned and not e.gone and not e.entry.why_left]
             states = [self._saved.read_moved(layer.name, layer.statistic_like) for layer in resting]
             marks = [self._saved.find_mark(layer.name) for layer in resting]
             self._resting = RestingLayers(resting, states, marks, list(self._layers.values()))
+
+    def _has_thawed(self, module: nn.Module) -> bool:
+        """Return whether a parameter of this very module was frozen when the step was planned."""
+        own = module._parameters.values()
+        return any(p is not None and p.requires_grad and id(p) in self._frozen for p in own)
 
     def settle(self, layer: LayerHandle) -> None:
         """Let a layer rest from its first call on, if its statistics are from before a resume.
