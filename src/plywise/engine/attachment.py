@@ -34,6 +34,7 @@ from plywise.engine.selection import (
     refuse_nothing,
 )
 from plywise.engine.sites import ParameterEntry, Site
+from plywise.engine.state_loads import follow_state_dicts
 from plywise.engine.table import ParameterTable
 from plywise.errors import AttachError
 
@@ -151,6 +152,7 @@ class Attachment:
         self.arrivals.watch_expected(self.table.entries)
         self._hook_modules(model)
         if optimizer is not None:
+            self._handles += follow_state_dicts(optimizer, self._mark_unstepped)
             self._names.update({id(e.parameter()): e.name for e in self.table.entries})
             self._guard = StepGuard(
                 optimizer,

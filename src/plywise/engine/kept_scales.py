@@ -20,9 +20,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plywise.engine.saved_names import add_names, check_names, check_number, find_indices
 from plywise.engine.saved_state import SCALES
 from plywise.engine.sites import ParameterEntry, Site, format_use
-from plywise.engine.state_dicts import complete_stateless, find_indices, note_detached, warn_if_lost
+from plywise.engine.state_dicts import complete_stateless, note_detached, warn_if_lost
 from plywise.engine.table import ParameterTable
 from plywise.errors import StateError
 
@@ -168,9 +169,10 @@ class KeptScales:
 
     def _add_to_saved(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         states = {index: dict(own) if isinstance(own, dict) else own for index, own in state["state"].items()}
+        indices = find_indices(optimizer, state)
+        add_names(state, indices, self._table.entries)
         if not any(states.values()):
             return
-        indices = find_indices(optimizer, state)
         for parameter, entry in self._list_own_parameters():
             own = states.get(indices.get(parameter))
             if own and not nn.parameter.is_lazy(parameter):
@@ -181,6 +183,13 @@ class KeptScales:
     def _take_from_loaded(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Check the values to load, and take out what stands for missing ones in torch's flattened form."""
         indices, states = find_indices(optimizer, state), dict(state["state"])
+        check_names(state, indices, self._table.entries)
+        if any(states.values()) and not any(COUNT in own for own in states.values() if own):
+            raise StateError(
+                "The optimizer state to load holds no values measured by back-matching: it was saved without "
+                "the rule. To measure them again, load it before attach().",
+                see="state-memory",
+            )
         for parameter, entry in self._list_own_parameters():
             index = indices.get(parameter)
             own = states.get(index)
@@ -206,6 +215,11 @@ class KeptScales:
 
 def _check(entry: ParameterEntry, own: Mapping[Any, Any]) -> None:
     """Raise StateError unless all values of a parameter are there that were saved."""
+    for key in (CLOCK, MISSING, COUNT):
+        if not isinstance(
+            own.get(key, {}), dict
+        ):  # torch's flattened form has empty dicts for missing values
+            check_number(entry.name, key, own[key])
     values = [value for value in _find_values(own).values() if isinstance(value, float)]
     saved = own.get(COUNT)
     if isinstance(saved, int) and saved != sum(value != UNKNOWN for value in values):

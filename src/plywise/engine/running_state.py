@@ -264,7 +264,6 @@ class RunningState:
     def _apply(self, optimizer: Optimizer) -> None:
         self._made = self._rested = None
         self._saved.follow(optimizer)
-        self._state_dicts.refuse_orphans(optimizer)
         if self._apply_at_rest(optimizer):
             return
         layers = self._find_layers(optimizer)

@@ -65,6 +65,7 @@ class SavedState:
         entries: the parameters that the rule may take.
 
     Attributes:
+        entries: the parameters that the rule may take.
         step: steps that the rule has counted.
         version: changes with every change of the statistics.
         rule_name: the name of the rule's class, which the keys have.
@@ -81,7 +82,7 @@ class SavedState:
         self.rule_name = type(rule).__name__
         self.step_key = f"{PREFIX}{self.rule_name}.step"
         self.layers = layers
-        self._entries = entries
+        self.entries = entries
         self._optimizer_ref = weakref.ref(optimizer)
         self._prefixes: dict[str, str] = {}
         self._had_bias: dict[str, bool] = {}
@@ -110,7 +111,7 @@ class SavedState:
 
     def list_own_parameters(self) -> Iterator[tuple[Tensor, ParameterEntry]]:
         """Return the weights that belong to the rule, whether or not a call of theirs has been seen."""
-        entries = dict.fromkeys([*self._entries, *(layer.entry for layer in self.layers.values())])
+        entries = dict.fromkeys([*self.entries, *(layer.entry for layer in self.layers.values())])
         for entry in entries:
             parameter = entry.parameter()
             if parameter is not None and not entry.excluded and entry.is_weight:

@@ -25,14 +25,12 @@ from torch.optim import SGD, Optimizer
 
 from plywise.engine.contract import State
 from plywise.engine.refresh_cycle import choose_phases
-from plywise.engine.saved_state import PREFIX, SavedState, find_rule, find_tensors, is_of_rule
+from plywise.engine.saved_names import MARK, add_names, check_names, check_number, find_indices, find_mark
+from plywise.engine.saved_state import NAMES, PREFIX, SavedState, find_rule, find_tensors, is_of_rule
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sites import ParameterEntry
 from plywise.engine.state_shapes import check_shapes
 from plywise.errors import AttachError, StateError
-
-MARK = "plywise"
-"""Key of an optimizer's state dict that names the rules whose statistics are in it."""
 
 _HAD_A_RULE: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 """Optimizers whose statistics the user has dropped, by detaching a rule, and the id of the state they had
@@ -77,7 +75,6 @@ class StateDicts:
             optimizer.register_load_state_dict_pre_hook(self._take_from_loaded),
             optimizer.register_load_state_dict_post_hook(self._put_in_place),
         ]
-        self._looked = False
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -111,27 +108,17 @@ class StateDicts:
                 )
             self._check(parameter, entry, ours)
 
-    def refuse_orphans(self, optimizer: Optimizer) -> None:
-        """Refuse statistics that were loaded before attach and, at the first step, still have no rule."""
-        if self._looked:
-            return
-        self._looked = True
-        rules = find_attached(optimizer)
-        known = {(id(p), rule._name) for rule in rules for p, _ in rule._saved.list_own_parameters()}
-        for parameter, own in optimizer.state.items():
-            for key in _find_ours(own) if isinstance(own, dict) else ():
-                if key.endswith(".step") and own[key] and (id(parameter), find_rule(key)) not in known:
-                    raise StateError(_explain_strangers(find_rule(key), [parameter]), see="state-memory")
-
     # ---- saving ----------------------------------------------------------------------------------------
 
     def _add_to_saved(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         self._saved.follow(optimizer)
         states = {index: dict(own) if isinstance(own, dict) else own for index, own in state["state"].items()}
-        mark = state.get(MARK, {})
-        state[MARK] = mark = {**mark, "format": 2, "rules": [*mark.get("rules", []), self._name]}
+        indices = find_indices(optimizer, state)
+        add_names(state, indices, self._saved.entries)
+        mark = state[MARK]
+        mark |= {"format": 2, "rules": [*mark.get("rules", []), self._name]}
         if any(states.values()) or self._saved.holds:  # the optimizer has stepped
-            self._complete(states, find_indices(optimizer, state))
+            self._complete(states, indices)
         if self._sharded:
             ours = {index: _find_ours(own or {}) for index, own in states.items()}
             states = _Statistics(ours)
@@ -160,6 +147,7 @@ class StateDicts:
         indices = find_indices(optimizer, state)
         if isinstance(state.get(MARK), list):
             state = self._convert(state, indices)
+        check_names(state, indices, self._saved.entries)
         raw = self._collect(state, indices)
         self._check_rules(optimizer, state, raw)
         self._check_parameters(optimizer, raw)
@@ -177,8 +165,7 @@ class StateDicts:
 
     def _collect(self, state: dict[str, Any], indices: Mapping[Tensor, Any]) -> dict[Tensor, Keys]:
         """Return the statistics in a state dict, of all rules."""
-        mark = state.get(MARK, {})
-        beside = mark.get("state", {}) if isinstance(mark, dict) else {}
+        beside = find_mark(state).get("state", {})
         raw = {}
         for parameter, index in indices.items():
             own = state["state"].get(index, {})
@@ -216,6 +203,9 @@ class StateDicts:
 
     def _check(self, parameter: Tensor, entry: ParameterEntry, keys: Keys) -> None:
         """Raise StateError unless these are a parameter's statistics, as far as its calls are known."""
+        for key, value in keys.items():
+            if key.rpartition(".")[2] in NAMES:
+                check_number(entry.name, key, value)
         if not keys.get(self._saved.step_key):
             return
         if not any(isinstance(value, Tensor) for value in keys.values()):
@@ -300,6 +290,16 @@ def find_attached(optimizer: Optimizer) -> list[StateDicts]:
     return [owner for owner in owners if isinstance(owner, StateDicts)]
 
 
+def refuse_orphans(optimizer: Optimizer) -> None:
+    """Refuse statistics that were loaded and, at the first step after that, have no rule."""
+    rules = find_attached(optimizer)
+    known = {(id(p), rule._name) for rule in rules for p, _ in rule._saved.list_own_parameters()}
+    for parameter, own in optimizer.state.items():
+        for key in _find_ours(own) if isinstance(own, dict) else ():
+            if key.endswith(".step") and own[key] and (id(parameter), find_rule(key)) not in known:
+                raise StateError(_explain_strangers(find_rule(key), [parameter]), see="state-memory")
+
+
 def note_detached(optimizer: Optimizer) -> None:
     """Remember that the user has detached a rule, and so dropped what is in the optimizer's state now."""
     _HAD_A_RULE[optimizer] = id(optimizer.state)
@@ -344,17 +344,12 @@ def complete_stateless(states: dict[Any, Any], indices: Mapping[Tensor, Any]) ->
             states.setdefault(index, {})
 
 
-def find_indices(optimizer: Optimizer, state: dict[str, Any]) -> dict[Tensor, Any]:
-    """Return what stands for each parameter in a state dict: a number, or a name."""
-    saved = chain.from_iterable(group["params"] for group in state["param_groups"])
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return dict(zip(parameters, saved, strict=False))
-
-
 def _find_marked(state: dict[str, Any]) -> set[str]:
     """Return the rules that a state dict's mark names."""
-    mark = state.get(MARK, {})
-    return {entry["rule"] for entry in mark} if isinstance(mark, list) else set(mark.get("rules", []))
+    mark = state.get(MARK)
+    if isinstance(mark, list):
+        return {entry["rule"] for entry in mark}
+    return set(find_mark(state).get("rules", []))
 
 
 def _find_ours(own: Mapping[Any, Any]) -> Keys:

@@ -1,0 +1,75 @@
+"""Marks a state dict with the names of parameters, and refuses one that has them in another order.
+
+torch knows a state's parameters by their numbers alone. If the optimizer that loads has its parameters in
+another order, each gets the momentum and the statistics of another, and where shapes agree nothing shows it.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from plywise.engine.sites import ParameterEntry
+from plywise.errors import StateError
+
+MARK = "plywise"
+"""Key of an optimizer's state dict that names the rules whose statistics are in it."""
+
+Indices = Mapping[Tensor, Any]
+"""What stands for each parameter in a state dict."""
+
+
+def find_indices(optimizer: Optimizer, state: dict[str, Any]) -> dict[Tensor, Any]:
+    """Return what stands for each parameter in a state dict: a number, or a name."""
+    saved = chain.from_iterable(group["params"] for group in state["param_groups"])
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return dict(zip(parameters, saved, strict=False))
+
+
+def find_mark(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a state dict's mark has in the right form; nothing if something else is in its place."""
+    mark = state.get(MARK)
+    wanted = {"format": int, "rules": list, "names": dict, "state": dict}
+    found = mark if isinstance(mark, dict) else {}
+    return {key: value for key, value in found.items() if isinstance(value, wanted.get(key, object))}
+
+
+def add_names(state: dict[str, Any], indices: Indices, entries: Iterable[ParameterEntry]) -> None:
+    """Add the names of the model's parameters to a state dict's mark."""
+    state[MARK] = {**find_mark(state), "names": _find_names(indices, entries)}
+
+
+def check_names(state: Mapping[str, Any], indices: Indices, entries: Iterable[ParameterEntry]) -> None:
+    """Raise StateError if the same parameters as in the optimizer were saved in another order.
+
+    Other names say nothing: the model may be inside of another one now.
+    """
+    saved, here = find_mark(state).get("names", {}), _find_names(indices, entries)
+    if saved == here or {*saved.values()} != {*here.values()}:
+        return
+    index, name = next((index, name) for index, name in here.items() if saved.get(index) != name)
+    raise StateError(
+        "The optimizer state to load was saved with its parameters in another order: in the place of "
+        f"{name!r} was {saved.get(index)!r}. torch loads states by their places, so each parameter would get "
+        "the momentum and the statistics of another. Make the optimizer from the parameters in the order in "
+        "which they were saved, or load by names, with torch.distributed.checkpoint.state_dict.",
+        see="state-memory",
+    )
+
+
+def _find_names(indices: Indices, entries: Iterable[ParameterEntry]) -> dict[Any, str]:
+    parameters = ((entry.parameter(), entry.name) for entry in entries)
+    return {indices[p]: name for p, name in parameters if p is not None and p in indices}
+
+
+def check_number(name: str, key: str, value: object) -> None:
+    """Raise StateError if what should be a whole number is something else."""
+    if not isinstance(value, int):
+        raise StateError(
+            f"The saved memory of {name!r} is damaged: its {key!r} is {type(value).__name__}, and should be "
+            "a whole number. Something has changed the state dict between saving and loading; save and load "
+            "it as torch made it.",
+            see="state-memory",
+        )
