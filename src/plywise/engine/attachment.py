@@ -16,7 +16,7 @@ from plywise.engine.capture import Capture
 from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation
-from plywise.engine.followed_parameters import refuse_old_optimizer
+from plywise.engine.followed_parameters import refuse_old_optimizer, refuse_replaced
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
 from plywise.engine.liveness import Liveness
@@ -268,6 +268,9 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer) -> None:
         if self._liveness.has_other_parameters(optimizer):
             self._mark_unstepped()
+        if self.table.adopted:
+            refuse_replaced(self.table.adopted, optimizer, self._scale is not None)
+            self.table.adopted.clear()
         self._liveness.check_part_taken(optimizer, self.table.entries, self.capture.paused)
         if self.responder.telemetry is not None:
             self.responder.telemetry.begin_step(self.table.entries)

@@ -1,6 +1,7 @@
 """Entries follow the parameters that `fully_shard` or `parallelize_module` has put in the place of theirs."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,6 +90,30 @@ def refuse_old_optimizer(title: str, replaced: list[ParameterEntry], optimizer: 
             "Spread the model first, then make the optimizer, then attach the rule to both.",
             see="attach-optimizer",
         )
+
+
+def explain_replaced(name: str) -> str:
+    """Say that the weight of a layer is another one than the rule was attached to, and what helps."""
+    return (
+        f"The weight of layer {name!r} is not the parameter that the rule was attached to (replaced by "
+        "load_state_dict(assign=True) or a parametrization?). Attach the rule after such changes, with an "
+        "optimizer made from the new parameters."
+    )
+
+
+def refuse_replaced(entries: Iterable[ParameterEntry], optimizer: Optimizer, keeps_values: bool) -> None:
+    """Raise AttachError if the optimizer steps old parameters, and the model has got others since.
+
+    Args:
+        entries: those in whose places others have been seen, perhaps only while a module ran.
+        optimizer: the optimizer.
+        keeps_values: whether the rule keeps values beside the old parameters.
+    """
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for entry in filter(is_replaced, entries):
+        is_stepped = id(find_in_place(entry)) in stepped
+        if not entry.why_left and (keeps_values or (id(entry.parameter()) in stepped and not is_stepped)):
+            raise AttachError(explain_replaced(entry.layer), see="attach-optimizer")
 
 
 def _find_spread(module: nn.Module | None, name: str) -> Any:

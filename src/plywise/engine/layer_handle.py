@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from plywise.engine.call import Update
 from plywise.engine.contract import LayerShape
+from plywise.engine.followed_parameters import explain_replaced
 from plywise.engine.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, make_transposed_layout
 from plywise.engine.selection import is_in_out
 from plywise.engine.sharding import mark_gradient
@@ -64,12 +65,7 @@ class LayerHandle:
         sharding = self.entry.sharding
         stands_in = sharding is not None and current is sharding.whole
         if weight is None or current is None or not (current is weight or stands_in):
-            raise AttachError(
-                f"The weight of layer {self.name!r} is not the parameter that the rule was attached to "
-                "(replaced by load_state_dict(assign=True) or a parametrization?). Attach the rule after "
-                "such changes, with an optimizer made from the new parameters.",
-                see="attach-optimizer",
-            )
+            raise AttachError(explain_replaced(self.name), see="attach-optimizer")
         return cast(nn.Parameter, weight)
 
     @property

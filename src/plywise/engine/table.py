@@ -65,6 +65,7 @@ class ParameterTable:
         self._by_id: dict[int, tuple[weakref.ref[Tensor], ParameterEntry]] = {}
         self._strangers: dict[int, weakref.ref[Tensor]] = {}
         self._sharded: list[ParameterEntry] = []
+        self.adopted: dict[ParameterEntry, None] = {}  # others were in their places since the last step
         self.on_begin: list[Callable[[], None]] = []
         self.on_refresh: Callable[[], None] | None = None
         self.on_replaced: Callable[[list[ParameterEntry]], None] | None = None
@@ -72,7 +73,8 @@ class ParameterTable:
         self.follow(model)
 
     def _index(self, model: nn.Module) -> None:
-        self._by_id = {id(e.parameter()): (e.parameter, e) for e in self.entries}
+        aliases = {key: value for key, value in self._by_id.items() if value[0]() is not None}
+        self._by_id = {**aliases, **{id(e.parameter()): (e.parameter, e) for e in self.entries}}
         self._sharded = [e for e in self.entries if e.sharding is not None]
         self._by_place = {(id(ref()), e.key): e for e in self.entries for _, ref in e.owners}
         self.unsettled = False
@@ -101,9 +103,7 @@ class ParameterTable:
         moved = {id(old): entry.parameter for old, entry in replaced}
         for site in (site for entry in self.entries for site in entry.sites.values()):
             site.bias, site.adds = (moved.get(id(ref), ref) for ref in (site.bias, site.adds))
-        aliases = {key: value for key, value in self._by_id.items() if value[0]() is not None}
         self._index(model)
-        self._by_id = {**aliases, **self._by_id}
         if replaced and self.on_replaced is not None:
             self.on_replaced([entry for _, entry in replaced])
 
@@ -314,6 +314,8 @@ class ParameterTable:
             self._by_id[id(tensor)] = (weakref.ref(tensor), entry)
             if entry.parameter() is None:  # made on the meta device, and materialised
                 entry.parameter = weakref.ref(tensor)
+            elif entry.parameter() is not tensor:
+                self.adopted[entry] = None
         return entry
 
     def refresh(self, model: nn.Module) -> None:
@@ -331,10 +333,8 @@ class ParameterTable:
                     replaced.parameter, replaced.last = entry.parameter, None
                     old = replaced
             found.append(old or entry)
-        aliases = {key: value for key, value in self._by_id.items() if value[0]() is not None}
         self.entries = found
         self._index(model)
-        self._by_id = {**aliases, **self._by_id}
         self.follow(model)
         if self.on_refresh is not None:
             self.on_refresh()

@@ -1,0 +1,81 @@
+"""Parameters that are replaced in training: the rule follows them, or says that its optimizer does not."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from state_runs import OPTIMIZERS, Run
+from torch import nn
+from torch.func import functional_call
+
+from plywise import NLMS, AttachError, BackMatching, Backprop, ProxProp, Rule
+from plywise.testing.contract.models import have_same_bits, make_mlp
+
+STATELESS: list[Callable[[], Rule]] = [Backprop, NLMS, ProxProp]
+
+
+def start(make: Callable[[], Rule], steps: int = 2) -> Run:
+    return Run(make(), OPTIMIZERS["momentum"], model=make_mlp()).steps(*range(steps))
+
+
+def assign_state(model: nn.Module) -> None:
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def convert_anew(model: nn.Module) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def replace_one(model: nn.Module) -> None:
+    model[2].weight = nn.Parameter(model[2].weight.detach() * 0.5)
+
+
+@pytest.mark.parametrize("replace", [assign_state, convert_anew, replace_one])
+@pytest.mark.parametrize("make", [*STATELESS, BackMatching])
+def test_an_optimizer_of_the_old_parameters_is_refused(
+    make: Callable[[], Rule], replace: Callable[[nn.Module], None]
+) -> None:
+    # without a word, nothing would be trained
+    run = start(make)
+    replace(run.model)
+    with pytest.raises(AttachError, match=r"layer '[02]' is not the parameter that the rule was attached to"):
+        run.step(2)
+
+
+@pytest.mark.parametrize("make", STATELESS)
+@pytest.mark.parametrize("keeps_old", [True, False])
+def test_a_parameter_that_the_optimizer_got_too_is_followed(
+    make: Callable[[], Rule], keeps_old: bool
+) -> None:
+    ends = []
+    for attaches_again in (False, True):
+        run = start(make)
+        old = run.model[2].weight
+        replace_one(run.model)
+        parameters = run.optimizer.param_groups[0]["params"]
+        parameters[[p is old for p in parameters].index(True)] = run.model[2].weight
+        del run.optimizer.state[old]
+        if not keeps_old:
+            del old
+            gc.collect()
+        if attaches_again:
+            run.rule.detach()
+            run.attach()
+        ends.append(run.steps(2, 3, 4).copy_state())
+    assert have_same_bits(*ends)
+
+
+@pytest.mark.parametrize("make", [*STATELESS, BackMatching])
+def test_parameters_that_stand_in_for_a_call_are_no_others(make: Callable[[], Rule]) -> None:
+    run, other = start(make), start(make)
+    for number in range(2, 5):
+        values = {name: p.detach().clone().requires_grad_() for name, p in other.model.named_parameters()}
+        functional_call(other.model, values, (torch.ones(4, 6),)).sum().backward()
+        run.step(number)
+        other.step(number)
+    assert have_same_bits(run.copy_state(), other.copy_state())
