@@ -269,6 +269,19 @@ def test_calls_under_torch_func_keep_their_plain_gradients(rule: pw.Rule, how: s
     assert row.handled is (how == "both")
 
 
+@pytest.mark.parametrize("rule", [pw.ProxProp(), pw.Foof(**MEMORY), pw.BackMatching()], ids=str)
+def test_calls_by_name_under_torch_func_keep_their_plain_gradients(rule: pw.Rule) -> None:
+    # torch hands the weight of a norm on by its name
+    model, x, rule = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), draw(5, 6), copy.copy(rule)
+    plain = copy.deepcopy(model)
+    rule.attach(model, sgd(model), kinds="all")
+    for network in (model, plain):
+        torch.vmap(network)(x).square().mean().backward()
+    gradients = [[p.grad for p in network.parameters()] for network in (model, plain)]
+    assert all(map(torch.equal, *gradients))
+    assert all("torch.func" in row.reason for row in rule.explain().rows if row.name in ("0", "1"))
+
+
 @pytest.mark.parametrize("kind", [pw.Foof, pw.Coordinates])
 def test_other_weights_in_functional_call_are_no_lost_parameters(kind: type[Any]) -> None:
     x, ends = draw(40, 6), []

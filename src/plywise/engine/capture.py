@@ -84,7 +84,7 @@ class CaptureMode(TorchFunctionMode):
         reader = self._readers.get(func)
         if reader is None or not _grad_enabled() or _functorch_active():
             if reader is not None and _functorch_active():
-                self._capture.note_transform(args)
+                self._capture.note_transform((*args, *kwargs.values()) if kwargs else args)
             output = func(*args, **kwargs) if kwargs else func(*args)
             if self._capture.exploring:
                 self._capture.note_use(func, args, kwargs, output, captured=False)
