@@ -3,7 +3,7 @@
 import pytest
 import torch
 from state_runs import OPTIMIZERS, Run
-from torch import nn
+from torch import Tensor, nn
 
 from plywise import Coordinates, Foof
 from plywise.testing.contract.memories import list_layers
@@ -65,3 +65,30 @@ def test_layers_that_are_put_in_during_training_are_learned(rule: str) -> None:
     run.steps(*range(2, 24))
     assert {"2.0", "2.2"} <= list_layers(run.copy_memory())
     assert not run.rule.health.counts
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("freezes", [True, False])
+def test_hooks_of_before_attach_come_after_the_whole_step(rule: str, freezes: bool) -> None:
+    # such a hook may average the weights or freeze some, and a rule may complete the step after the optimizer
+    def begin(is_first: bool) -> tuple[Run, list[Tensor]]:
+        run, seen = Run(RULES[rule](), OPTIMIZERS["momentum"], model=make_mlp(), attach=False), []
+
+        def look(*_: object) -> None:
+            seen.append(run.model[2].weight.detach().clone())
+            if freezes and len(seen) == 4:
+                run.model[0].requires_grad_(False)
+
+        if not is_first:
+            run.attach()
+        run.optimizer.register_step_post_hook(look)
+        if is_first:
+            run.attach()
+        for number in range(8):
+            run.step(number)
+            assert torch.equal(seen[-1], run.model[2].weight)
+        return run, seen
+
+    (run, first), (other, second) = begin(True), begin(False)
+    assert all(map(torch.equal, first, second))
+    assert have_same_bits(run.copy_state(), other.copy_state())

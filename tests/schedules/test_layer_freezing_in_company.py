@@ -311,3 +311,26 @@ def test_a_state_that_the_rule_refuses():
         undisturbed.step(number)
         training.step(number)
     assert equal(seen(training), seen(undisturbed))
+
+
+def test_a_state_that_was_loaded_before_attach_is_lost_not_without_a_word() -> None:
+    training, other = start(steps=3)[0], run(seed=9)
+    other.optimizer.load_state_dict(training.optimizer.state_dict())
+    with pytest.warns(RuntimeWarning, match=r"state that was loaded before attach\(\) is lost"):
+        schedule = freezing(other)
+    schedule.detach()
+    freezing(other)  # a user who has detached a schedule knows
+
+
+def test_the_same_layers_in_another_order_are_refused() -> None:
+    def begin(turned: bool) -> Run:
+        torch.manual_seed(0)
+        layers = {"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "c": nn.Linear(6, 6)}
+        model = nn.ModuleDict(dict(reversed(layers.items())) if turned else layers)
+        training = Run(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        freezing(training)
+        return training
+
+    state = begin(turned=False).optimizer.state_dict()
+    with pytest.raises(pw.StateError, match="its layers are the same, in another order"):
+        begin(turned=True).optimizer.load_state_dict(state)

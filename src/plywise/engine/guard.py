@@ -66,6 +66,9 @@ class StepGuard:
             optimizer.register_step_pre_hook(self._pre_step),
             optimizer.register_step_post_hook(self._post_step),
         ]
+        # the rule may have to complete the step, before the user's hooks look at weights or freeze some
+        hooks: Any = optimizer._optimizer_step_post_hooks  # torch declares it as a dict, and makes it ordered
+        hooks.move_to_end(self._handles[-1].id, last=False)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""

@@ -307,10 +307,8 @@ def note_detached(optimizer: Optimizer) -> None:
 
 def warn_if_lost(optimizer: Optimizer, what: str, is_ours: Callable[[Any], object]) -> None:
     """Say that an optimizer which has been used has nothing of a rule: that may have been lost on the way."""
-    states = [own for own in optimizer.state.values() if isinstance(own, dict)]  # empty ones are loaded, too
-    begun = [own for own in states if "step" not in own or own["step"]]  # Adagrad begins a state when made
-    is_used = _HAD_A_RULE.get(optimizer) != id(optimizer.state) and (begun or _is_loaded_stateless(optimizer))
-    if is_used and not any(map(is_ours, chain(*states))):
+    states = [own for own in optimizer.state.values() if isinstance(own, dict)]
+    if was_used(optimizer) and not any(map(is_ours, chain(*states))):
         warnings.warn(
             f"The optimizer has been used or loaded, and has no {what}: they begin from nothing. If a "
             "checkpoint has them, attach the rule first and load it then: in the other order, torch's "
@@ -318,6 +316,14 @@ def warn_if_lost(optimizer: Optimizer, what: str, is_ours: Callable[[Any], objec
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def was_used(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer has stepped or been loaded since the user has detached a rule from it."""
+    states = [own for own in optimizer.state.values() if isinstance(own, dict)]  # empty ones are loaded, too
+    begun = [own for own in states if "step" not in own or own["step"]]  # Adagrad begins a state when made
+    has_begun = bool(begun) or _is_loaded_stateless(optimizer)
+    return has_begun and _HAD_A_RULE.get(optimizer) != id(optimizer.state)
 
 
 def _is_loaded_stateless(optimizer: Optimizer) -> bool:

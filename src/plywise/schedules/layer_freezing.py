@@ -1,5 +1,7 @@
 """Layer freezing: stop training the first layers once their gradients no longer change."""
 
+import warnings
+import weakref
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -9,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from plywise._util.checks import require_positive, require_whole
 from plywise.engine.rule import check_optimizer
+from plywise.engine.state_dicts import note_detached, was_used
 from plywise.errors import AttachError, StateError
 from plywise.schedules.front_layers import FrontLayers
 
@@ -115,6 +118,13 @@ class LayerFreezing:
                 f"{self}: none of {len(layers.names)} layers would be frozen. Raise max_share.",
                 see="attach-freezing",
             )
+        if was_used(optimizer):
+            warnings.warn(
+                "The optimizer has been used or loaded, and LayerFreezing begins from nothing: a state that "
+                "was loaded before attach() is lost. If a checkpoint has it, attach first and load it then.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         object.__setattr__(self, "_watch", _Watch(self, layers, optimizer))
         return self
 
@@ -153,6 +163,7 @@ class _Watch:
 
     def __init__(self, schedule: LayerFreezing, layers: FrontLayers, optimizer: Optimizer) -> None:
         self.layers = layers
+        self._optimizer = weakref.ref(optimizer)
         self._schedule = schedule
         self._steps = 0  # taken
         self._before: dict[str, float] = {}  # g of the last period; empty during the first period
@@ -170,6 +181,9 @@ class _Watch:
         for handle in self._handles:
             handle.remove()
         self.layers.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            note_detached(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sums = self.layers.sum_gradients(optimizer)
@@ -206,6 +220,12 @@ class _Watch:
                     f"{theirs.get(name, 'no')} weights to train there and {mine.get(name, 'no')} here.",
                     see="state-memory",
                 )
+        if list(theirs) != list(mine):
+            raise StateError(
+                "The saved state of LayerFreezing belongs to another model: its layers are the same, in "
+                "another order, and freezing goes by their order.",
+                see="state-memory",
+            )
         self._to_load = state[KEY]
         self.layers.thaw()
 
