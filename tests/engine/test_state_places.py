@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,3 +168,13 @@ def test_a_mark_that_is_none_says_nothing(mark: Any) -> None:
     other.model.load_state_dict(run.model.state_dict())
     other.optimizer.load_state_dict(state)
     assert have_same_bits(run.steps(2).copy_state(), other.steps(2).copy_state())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_statistics_without_numbers_are_refused(optimizer: str, tmp_path: Path) -> None:
+    run, other = (Run(RULES["foof"](), OPTIMIZERS[optimizer], model=make_equal(seed)) for seed in (1, 9))
+    torch.save(run.steps(0, 1).optimizer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", map_location="meta")
+    with pytest.raises(StateError, match=r"statistics of '0.weight' are on the meta device.*map_location"):
+        other.optimizer.load_state_dict(state)
+    other.steps(0)

@@ -17,6 +17,9 @@ from plywise.errors import StateError
 MARK = "plywise"
 """Key of an optimizer's state dict that names the rules whose statistics are in it."""
 
+NUMBERS = ("step", "phase", "in_backward")
+"""What is kept beside a rule's own tensors: whole numbers."""
+
 Indices = Mapping[Tensor, Any]
 """What stands for each parameter in a state dict."""
 
@@ -62,6 +65,19 @@ def check_names(state: Mapping[str, Any], indices: Indices, entries: Iterable[Pa
 def _find_names(indices: Indices, entries: Iterable[ParameterEntry]) -> dict[Any, str]:
     parameters = ((entry.parameter(), entry.name) for entry in entries)
     return {indices[p]: name for p, name in parameters if p is not None and p in indices}
+
+
+def check_keys(parameter: Tensor, name: str, keys: Mapping[str, Any]) -> None:
+    """Raise StateError if a parameter's statistics are no numbers."""
+    for key, value in keys.items():
+        if key.rpartition(".")[2] in NUMBERS:
+            check_number(name, key, value)
+        elif isinstance(value, Tensor) and value.is_meta and not parameter.is_meta:
+            raise StateError(
+                f"The statistics of {name!r} are on the meta device, where tensors have no numbers. Load the "
+                'file with torch.load(..., map_location="cpu").',
+                see="state-memory",
+            )
 
 
 def check_number(name: str, key: str, value: object) -> None:

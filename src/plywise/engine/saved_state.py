@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.saved_names import NUMBERS
 from plywise.engine.sites import ParameterEntry, format_use
 from plywise.engine.stacks import convert_state, separate_state
 from plywise.engine.state_shapes import check_shapes, find_shapes
@@ -32,9 +33,6 @@ PREFIX = "plywise."
 
 SCALES = f"{PREFIX}backward_scale"
 """What the keys of back-matching's measured values begin with (`plywise.engine.kept_scales`)."""
-
-NAMES = ("step", "phase", "in_backward")
-"""What is kept beside a rule's own tensors."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +269,7 @@ class SavedState:
 
     def _make_keys(self, name: str, made: LayerState) -> dict[str, Any]:
         """Return a layer's state as it is kept in the optimizer's."""
-        prefix, reserved = self.make_prefix(name), set(NAMES) & made.tensors.keys()
+        prefix, reserved = self.make_prefix(name), set(NUMBERS) & made.tensors.keys()
         if reserved:
             raise ValueError(
                 f"{self.rule_name}: {min(reserved)!r} is plywise's own name, not one for a statistic."

@@ -25,8 +25,8 @@ from torch.optim import SGD, Optimizer
 
 from plywise.engine.contract import State
 from plywise.engine.refresh_cycle import choose_phases
-from plywise.engine.saved_names import MARK, add_names, check_names, check_number, find_indices, find_mark
-from plywise.engine.saved_state import NAMES, PREFIX, SavedState, find_rule, find_tensors, is_of_rule
+from plywise.engine.saved_names import MARK, add_names, check_keys, check_names, find_indices, find_mark
+from plywise.engine.saved_state import PREFIX, SavedState, find_rule, find_tensors, is_of_rule
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sites import ParameterEntry
 from plywise.engine.state_shapes import check_shapes
@@ -203,9 +203,7 @@ class StateDicts:
 
     def _check(self, parameter: Tensor, entry: ParameterEntry, keys: Keys) -> None:
         """Raise StateError unless these are a parameter's statistics, as far as its calls are known."""
-        for key, value in keys.items():
-            if key.rpartition(".")[2] in NAMES:
-                check_number(entry.name, key, value)
+        check_keys(parameter, entry.name, keys)
         if not keys.get(self._saved.step_key):
             return
         if not any(isinstance(value, Tensor) for value in keys.values()):
