@@ -108,7 +108,6 @@ def bench(
         PlywiseError: there is no such method or workload, or model, data and loss do not fit one another.
         StateError: the folder holds another bench.
     """
-    refuse_while_importing("plywise.arena.bench")
     given = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
     functions = {"loss": loss, "metric": metric, "step": step}
     own: dict[str, Any] = {role: name_object(function, role) for role, function in functions.items()}
@@ -179,6 +178,7 @@ def diagnose(
 
 
 def _run_bench(config: BenchConfig, executor: Executor, folder: Path, screen: Any) -> BenchReport:
+    refuse_while_importing("plywise.arena.bench")
     with resolve_bench(config) as resolved:
         made = Bench(resolved, folder, "plywise.arena.bench(...)")
         for guess in resolved.guesses:
