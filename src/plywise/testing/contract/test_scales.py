@@ -195,3 +195,18 @@ def test_a_norm_that_begins_at_zero(rule: Rule, norm: nn.Module, kinds: str | No
     assert not torch.equal(copy_weights(model)["4.bias"], before["4.bias"])
     assert are_finite(copy_weights(model))
     assert not rule.health.total("step skipped")
+
+
+@pytest.mark.parametrize(("width", "has_bias"), [(272, False), (272, True), (271, False), (271, True)])
+def test_wide_layers(rule: Rule, width: int, has_bias: bool) -> None:
+    # above 2^17 weights a layer is handled by itself, in pieces, with rows that begin at even addresses
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 500, bias=has_bias))
+    model.append(nn.Linear(500, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    rule.attach(model, optimizer)
+    before = copy_weights(model)
+    train(model, optimizer, make_batch(), 6)
+    assert not torch.equal(copy_weights(model)["2.weight"], before["2.weight"])
+    assert are_finite(copy_weights(model))
+    assert not rule.health.total("step skipped")
