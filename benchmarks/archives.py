@@ -53,6 +53,9 @@ def run(options: argparse.Namespace) -> None:
     """Do what the command line says."""
     if options.command == "pack":
         for name in list_benches():
+            if is_lost(name):
+                print(f"{name} is left out: its ledger is lost, and the summary is all that is left")
+                continue
             path = pack(name, options.folder)
             print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, verified")
         write_digests(options.folder)
@@ -63,6 +66,11 @@ def run(options: argparse.Namespace) -> None:
         folder = options.to or LEDGERS / options.name
         unpack(options.name, folder, options.archives)
         print(f"{folder} holds bench.json, trials.jsonl and report.html.")
+
+
+def is_lost(name: str, arena: Path = ARENA) -> bool:
+    """Whether the summary of a bench says that its ledger is lost."""
+    return "lost" in read_summary(name, arena)["ledger"]
 
 
 def pack(name: str, folder: Path = ARCHIVES, arena: Path = ARENA, ledgers: Path = LEDGERS) -> Path:
@@ -177,7 +185,7 @@ def verify(folder: Path = ARCHIVES, arena: Path = ARENA) -> None:
     """
     sums = folder / "SHA256SUMS"
     digests = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else {}
-    for name in list_benches(arena):
+    for name in [name for name in list_benches(arena) if not is_lost(name, arena)]:
         path = folder / f"arena-{name}.tar.xz"
         if not path.exists() or digests.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
             raise ResultsError(f"{path} is missing, or is not the file that {sums} names. Pack it again.")

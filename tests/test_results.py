@@ -166,3 +166,15 @@ def test_a_ledger_is_found_in_the_history_of_git(arena):
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "add"], ["rm", "-q", "trials.jsonl"]):
         subprocess.run([*git, *words], check=True)
     assert archives.find_ledger("fake", about, [folder / "trials.jsonl"], folder) == content
+
+
+def test_the_ledgers_of_all_benches_are_in_the_history_of_git():
+    def ask_git(*words):
+        run = subprocess.run(["git", "-C", str(archives.REPOSITORY), *words], capture_output=True, text=True)
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    if ask_git("rev-parse", "--is-shallow-repository") != "false":
+        pytest.skip("no clone with its history")
+    about = {name: summaries.read_summary(name)["ledger"] for name in summaries.list_benches()}
+    blobs = {name: ledger["git_blob"] for name, ledger in about.items() if "lost" not in ledger}
+    assert [name for name, blob in blobs.items() if ask_git("cat-file", "-t", blob) != "blob"] == []
