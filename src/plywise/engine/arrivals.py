@@ -149,7 +149,13 @@ class Arrivals:
 
 
 class _Arrival:
-    """Hook of a parameter: a gradient has arrived."""
+    """Hook of a parameter: a gradient has arrived.
+
+    Attributes:
+        only_looks: the parameter stays as it is.
+    """
+
+    only_looks = True
 
     def __init__(self, arrivals: Arrivals, entry: ParameterEntry) -> None:
         self._arrivals = arrivals

@@ -51,9 +51,24 @@ def tap(
     """
     if restore is not None and capture.alters:
         return apply_rearranged(site, run, prepare, restore, x, weight, bias)
-    bare = weight.detach()
+    bare, bare_bias = leave_graph(weight, bias)
     if is_product and weight.requires_grad:
         bare.requires_grad_()
-    output = run(x, bare, None if bias is None else bias.detach())
+    output = run(x, bare, bare_bias)
     box = [output.detach(), prepare, ()]
     return apply_tapped(site, run, box, output, weight, bias, x)
+
+
+def leave_graph(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias without their edges in the graph, for a call that autograd differentiates.
+
+    Their gradients arrive before the node of that call has run. If a hook of somebody else waits for one (an
+    optimizer that steps in backward), a copy is returned, since the node needs it as it was.
+    """
+    return _leave(weight), None if bias is None else _leave(bias)
+
+
+def _leave(parameter: Tensor) -> Tensor:
+    hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    others = [hook for hook in hooks.values() if not getattr(hook, "only_looks", False)] if hooks else []
+    return parameter.detach().clone() if others else parameter.detach()

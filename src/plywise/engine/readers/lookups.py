@@ -11,7 +11,7 @@ from plywise.engine.captured_call import apply_tapped
 from plywise.engine.layouts import PLAIN, TRANSPOSED
 from plywise.engine.maps.affine import Bilinear
 from plywise.engine.maps.lookups import Embedding, EmbeddingBag
-from plywise.engine.readers.common import Args, Kwargs, keep_input, pick_argument, tap
+from plywise.engine.readers.common import Args, Kwargs, keep_input, leave_graph, pick_argument, tap
 
 
 def read_embedding(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -71,7 +71,7 @@ def read_bilinear(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> An
     def run(a: Tensor, b2: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return func(a, b2, w, b)
 
-    output = run(x1, x2, weight.detach(), None if bias is None else bias.detach())
+    output = run(x1, x2, *leave_graph(weight, bias))
     box = [output.detach(), _multiply_entries, ()]
     return apply_tapped(site, run, box, output, weight, bias, x1, x2)
 

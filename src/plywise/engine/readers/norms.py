@@ -11,7 +11,7 @@ from plywise.engine.capture import Capture
 from plywise.engine.captured_call import apply_tapped
 from plywise.engine.layouts import ELEMENTWISE
 from plywise.engine.maps.affine import ElementwiseAffine
-from plywise.engine.readers.common import Args, Kwargs, keep_input, pick_argument, tap
+from plywise.engine.readers.common import Args, Kwargs, keep_input, leave_graph, pick_argument, tap
 
 Normalise = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 KeepMoments = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
@@ -50,7 +50,7 @@ def _capture_norm(
     if bias is not None and bias.dim() > 1:
         site.bias_shape = bias.shape
     quiet = again or normalise
-    bare = weight.detach(), None if bias is None else bias.detach()
+    bare = leave_graph(weight, bias)
     if keep_moments is not None:
         output, *moments = keep_moments(x, *bare)
         box = [output.detach(), _standardise, moments]
