@@ -15,7 +15,7 @@ from plywise.arena.run.budget import (
     set_timeout,
 )
 from plywise.arena.run.config import TIMEOUT_S, BenchConfig, WorkloadSpec
-from plywise.arena.run.costs import Cost
+from plywise.arena.run.costs import Cost, estimate_seconds
 from plywise.errors import PlywiseError
 
 PLAN = BenchConfig((WorkloadSpec("a"), WorkloadSpec("own", "m:f", "m:d")), ("sgd", "adamw"), seeds=3)
@@ -100,3 +100,12 @@ def test_durations_in_words():
         "1 h 0 min",
         "2 h 30 min",
     ]
+
+
+def test_an_unknown_arm_takes_as_long_as_others_on_its_workload():
+    costs = {("small", "sgd"): Cost(1.0, 0.0), ("large", "sgd"): Cost(10.0, 0.0)}
+    steps = {"small": 3, "large": 3, "new": 3}
+    known = estimate_seconds({("large", "sgd"): 1}, costs, steps, workers=1)
+    assert estimate_seconds({("large", "muon"): 1}, costs, steps, workers=1) == known == 30.0
+    assert estimate_seconds({("new", "sgd"): 2}, costs, steps, workers=2) == (3.0 + 30.0) / 2
+    assert estimate_seconds({("new", "sgd"): 2}, {}, steps, workers=2) == 0.0

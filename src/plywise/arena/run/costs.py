@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from plywise.arena.run.config import ResolvedWorkload
 from plywise.arena.run.executor import Executor
@@ -56,7 +58,9 @@ def measure_costs(
 
 
 def estimate_seconds(left: Mapping[Pair, int], costs: Costs, steps: Mapping[str, int], workers: int) -> float:
-    """Seconds that trials take; an arm whose cost is not known counts as the mean of the others.
+    """Seconds that trials take.
+
+    An arm whose cost is not known counts as the mean of those on its workload, or else of all others.
 
     Args:
         left: trials of each method on each workload.
@@ -65,8 +69,13 @@ def estimate_seconds(left: Mapping[Pair, int], costs: Costs, steps: Mapping[str,
         workers: trials at once.
     """
     seconds = {pair: cost.run(steps[pair[0]]) for pair, cost in costs.items()}
-    mean = sum(seconds.values()) / max(1, len(seconds))
-    return sum(count * seconds.get(pair, mean) for pair, count in left.items()) / workers
+    alike: dict[str, list[float]] = defaultdict(list)
+    for (workload, _), value in seconds.items():
+        alike[workload].append(value)
+    means = {workload: fmean(values) for workload, values in alike.items()}
+    mean = fmean(seconds.values()) if seconds else 0.0
+    likely = {pair: seconds.get(pair, means.get(pair[0], mean)) for pair in left}
+    return sum(count * likely[pair] for pair, count in left.items()) / workers
 
 
 def _scale_cost(line: TrialRecord, workload: ResolvedWorkload, start_s: float) -> Cost:
