@@ -104,16 +104,13 @@ class StepUpdates:
             [part for view in views for part in list_parts(view)],
             [part for place in places for part in list_parts(gradients[place])],
         )
-        before = None
-        if self._rule.keeps_norm:
-            before = measure_norms([part for stack in stacks for part in stack.matrices.unbind()], dtype)
         moved, news = [], []
         for stack in stacks:
             states = [memories[layers[place].name] for place in stack.places]
             update, changed = self._rule.finish_stacked(stack.state.follow(states), stack.matrices)
             moved.append(update)
             news += [{key: value[i] for key, value in changed.items()} for i in range(len(update))]
-        norms, sizes, scales = self._put_back(stacks, moved, before, dtype)
+        norms, sizes, scales = self._put_back(stacks, moved, dtype)
         if dtype is None and not _can_divide(sizes, norms, [gradients[place] for place in places]):
             self._make_at_once(stacks, layers, gradients, memories, torch.float64)
             return
@@ -155,7 +152,7 @@ class StepUpdates:
             torch._foreach_copy_(targets, sources)
 
     def _put_back(
-        self, stacks: list[Stack], moved: list[Tensor], before: Tensor | None, dtype: torch.dtype | None
+        self, stacks: list[Stack], moved: list[Tensor], dtype: torch.dtype | None
     ) -> tuple[list[float], list[float], Sequence[Tensor] | None]:
         """Put the updates into the stacks, with the norms of the gradients if the rule keeps them.
 
@@ -163,18 +160,24 @@ class StepUpdates:
             The norms of the updates before that, those of the gradients, and what the updates were multiplied
             by; the last two are empty and None if the rule does not keep norms.
         """
-        norms = measure_norms([part for update in moved for part in update.unbind()], dtype)
-        if before is None:
+        parts = [part for update in moved for part in update.unbind()]
+        count = len(parts)
+        if not self._rule.keeps_norm:
+            norms = measure_norms(parts, dtype)
             for stack, update in zip(stacks, moved, strict=True):
                 if update.data_ptr() != stack.matrices.data_ptr():
                     stack.matrices.copy_(update)
             return norms.tolist(), [], None
+        found = measure_norms(
+            [*parts, *(part for stack in stacks for part in stack.matrices.unbind())], dtype
+        )
+        norms, before = found[:count], found[count:]
         unknown = torch.cat([stack.state["scale"] for stack in stacks])
         scales = torch.where(norms > 0, (before / norms).to(unknown.dtype), unknown)  # zeros leave c open
         for stack, update, scale in zip(stacks, moved, scales.split([len(m) for m in moved]), strict=True):
             torch.mul(update, scale[:, None, None, None], out=stack.matrices)
-        found, count = torch.cat([norms, before]).tolist(), len(norms)  # read from the device at once
-        return found[:count], found[count:], scales.unbind()
+        numbers = found.tolist()  # read from the device at once
+        return numbers[:count], numbers[count:], scales.unbind()
 
 
 def _can_divide(sizes: list[float], norms: list[float], gradients: list[Update]) -> bool:
