@@ -281,6 +281,23 @@ def test_what_is_missing_is_said(tmp_path):
         bench(lambda: network, make_data(), out=tmp_path, progress=False)
 
 
+def test_errors_and_progress_name_objects_as_the_user_does(tmp_path, capsys):
+    for call, said in (
+        (lambda: bench(make_model(), make_data(), out=tmp_path), "^model is a network"),
+        (lambda: diagnose(make_model(), make_data()), "^model is a network"),
+        (lambda: bench(make_model, make_data()[0], out=tmp_path), "^data returned a Tensor"),
+    ):
+        with pytest.raises(pw.PlywiseError, match=said):
+            call()
+    for thing, kind in ((pw.Foof(), "Foof"), (nn.Linear, "the class Linear")):
+        with pytest.raises(pw.PlywiseError, match=f"the class, not an object made from it.*, not {kind} "):
+            bench(make_model, make_data(), methods=["sgd", thing], out=tmp_path)
+    bench(make_model, make_data(), methods="sgd, adamw", trials=0, seeds=1, steps=2, out=tmp_path / "two")
+    printed = capsys.readouterr().out
+    assert "make_model: adamw" in printed
+    assert MODULE not in printed
+
+
 def test_names_of_objects():
     assert name_object("a:b", "model") == "a:b"
     assert name_object(make_model, "model") == f"{MODULE}:make_model"

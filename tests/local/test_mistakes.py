@@ -53,8 +53,29 @@ def test_an_optimizer_scheduler_or_rule_in_place_of_a_function_that_makes_one():
 
 
 def test_a_function_in_place_of_a_list_of_callbacks():
-    with pytest.raises(TypeError, match="callbacks must be a list"):
-        make(callbacks=print)
+    for given in (print, 3, "print", [3]):
+        with pytest.raises(TypeError, match="LocalLoss: callbacks must be a list"):
+            make(callbacks=given)
+
+
+def test_a_function_that_makes_no_optimizer():
+    with pytest.raises(
+        TypeError, match=r"must return a torch\.optim\.Optimizer, not NoneType \(component 0\)"
+    ):
+        make(optimizer=lambda groups: None)
+
+
+def test_split_gets_a_model_and_a_whole_number():
+    x = torch.randn(4, 8)
+    model = nn.Sequential(*make_modules())
+    for given, kind in ((model.parameters(), "generator"), (nn.Linear, "the class Linear"), (2, "int")):
+        with pytest.raises(
+            pw.BlockError, match=rf"first argument, not {kind}\. Write plywise\.split\(model, 4"
+        ):
+            pw.split(given, 2, x)
+    for k in (2.5, "2", 0, model):
+        with pytest.raises(pw.BlockError, match="1 block or more, a whole number, not"):
+            pw.split(model, k, x)
 
 
 @pytest.mark.parametrize("name", COUNTED)

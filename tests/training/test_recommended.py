@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.data import DataLoader
 
 import plywise as pw
-from plywise.errors import AttachError
+from plywise.errors import AttachError, DataError
 
 EVERY_LAYER = math.inf
 """A budget with which all layers are turned."""
@@ -238,6 +239,23 @@ def test_a_model_that_nothing_fits_is_refused() -> None:
 def test_a_model_without_anything_to_recommend_is_refused(model, message: str) -> None:
     with pytest.raises(AttachError, match=message):
         pw.recommend(model)
+
+
+@pytest.mark.parametrize(
+    ("batch", "called"),
+    [
+        (torch.randn(4, 7), r"model\(batch\)"),
+        ((torch.randn(4, 8), torch.zeros(4)), r"model\(\*batch\)"),
+        ({"x": torch.randn(4, 8)}, r"model\(\*\*batch\)"),
+        (DataLoader(torch.randn(4, 8)), r"model\(batch\)"),
+    ],
+    ids=["shape", "with targets", "name", "loader"],
+)
+def test_a_batch_that_the_model_does_not_take_is_refused(batch, called: str) -> None:
+    model = make_mlp(8, 16, 2)
+    with pytest.raises(DataError, match=f"this Sequential as {called}, and it fails: .* no targets, and"):
+        pw.recommend(model, batch=batch)
+    pw.recommend(model).rule.detach()  # nothing is left on the model
 
 
 def test_adamw_moves_all_where_a_parameter_is_complex() -> None:

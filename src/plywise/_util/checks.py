@@ -1,7 +1,11 @@
 """Checks of hyper-parameters, for constructors."""
 
 import math
+from collections.abc import Callable, Iterable
 from numbers import Integral
+from typing import TypeVar
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def require_positive(owner: object, **values: float) -> None:
@@ -25,3 +29,25 @@ def require_choice(owner: object, name: str, value: object, choices: tuple[str, 
         raise ValueError(
             f"{type(owner).__name__}: {name} must be one of {', '.join(map(repr, choices))}, not {value!r}."
         )
+
+
+def describe_kind(value: object) -> str:
+    """Return how a message names an argument of a wrong kind: a class by its name, an object by its type's.
+
+    Example:
+        >>> describe_kind(0.1), describe_kind(dict)
+        ('float', 'the class dict')
+    """
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def list_functions(owner: object, name: str, given: Iterable[F]) -> list[F]:
+    """Return a list of functions, or raise TypeError for anything else, such as a single function."""
+    who = f"{type(owner).__name__}: {name} must be a list of functions"
+    if callable(given) or isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{who}, not {'a function' if callable(given) else describe_kind(given)}.")
+    functions = list(given)
+    for function in functions:
+        if not callable(function):
+            raise TypeError(f"{who}, and {function!r} in it is none.")
+    return functions

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+from plywise.errors import PlywiseError
 
 MODULE = "given_objects"
 """Name of the module that holds what was given."""
@@ -29,6 +32,24 @@ def shorten(text: str) -> str:
         'MyRule beats sgd'
     """
     return text.replace(f"{MODULE}:", "")
+
+
+@contextmanager
+def shorten_errors() -> Iterator[None]:
+    """Leave the module's name out of errors that leave the block: the user never wrote it.
+
+    Example:
+        >>> with shorten_errors():
+        ...     raise PlywiseError("given_objects:model is a network.")
+        Traceback (most recent call last):
+        plywise.errors.PlywiseError: model is a network.
+        More: plywise help plywise-error
+    """
+    try:
+        yield
+    except PlywiseError as error:
+        error.args = tuple(shorten(part) if isinstance(part, str) else part for part in error.args)
+        raise
 
 
 def name_object(value: Any, role: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from plywise._util.checks import describe_kind
 from plywise._util.renamed import serve_old_names
 from plywise.arena.space import MOST_TUNED, Range, Space
 from plywise.arena.task import Task, predictor
@@ -224,8 +225,8 @@ def wrap_class(address: str, thing: Any) -> Method:
         space = getattr(thing, "search_space", {"lr": RATE})
         return wrap_optimizer(address, (thing.__doc__ or thing.__name__).strip().split("\n")[0], thing, space)
     raise AddressError(
-        f"{address} is of type {type(thing).__name__}: a method is a plywise.arena Method or a subclass of "
-        "torch.optim.Optimizer."
+        "A method is a class of torch.optim.Optimizer or of plywise.Rule (the class, not an object made from "
+        f"it), or a plywise.arena.method.Method, not {describe_kind(thing)} ({address})."
     )
 
 

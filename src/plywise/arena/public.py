@@ -15,7 +15,7 @@ from plywise._util.environment import workers_for
 from plywise._util.import_path import refuse_while_importing
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
-from plywise.arena.given import is_given, name_data, name_object
+from plywise.arena.given import is_given, name_data, name_object, shorten_errors
 from plywise.arena.method import Method
 from plywise.arena.methods import USUAL
 from plywise.arena.reports.bench_page import read_bench
@@ -39,13 +39,14 @@ Entry = str | type[Optimizer] | type[Rule] | Method
 """A method: its name or address, or the class itself."""
 
 
+@shorten_errors()
 def bench(
     model: Factory | None = None,
     data: Any = None,
     *,
     workloads: str | Sequence[str] = (),
     hidden_seed: int | None = None,
-    methods: Sequence[Entry] = USUAL,
+    methods: str | Sequence[Entry] = USUAL,
     trials: int = 8,
     seeds: int = 3,
     steps: int | None = None,
@@ -81,7 +82,7 @@ def bench(
             plywise ships; or ``"hidden"``: workloads made by a seed, on which no default was tuned.
         hidden_seed: seed of the hidden workloads. Default: a new one.
         methods: what to compare: names, addresses, classes of `torch.optim.Optimizer` or of `plywise.Rule`,
-            and `plywise.arena.method.Method` objects.
+            and `plywise.arena.method.Method` objects; or names in one string, with commas between them.
         trials: tuning trials of each method; 0: defaults only.
         seeds: final runs of each method on each track.
         steps: steps of a run. Default: the workload's; 1000 for your model.
@@ -111,10 +112,11 @@ def bench(
     given = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
     functions = {"loss": loss, "metric": metric, "step": step}
     own: dict[str, Any] = {role: name_object(function, role) for role, function in functions.items()}
+    listed = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else methods
     own |= {"read": read, "keep_batches": keep_batches}
     config = BenchConfig(
         tuple(_make_specs(model, data, workloads, hidden_seed, own, given)),
-        tuple(name_object(method, "method") for method in methods),
+        tuple(name_object(method, "method") for method in listed),
         trials=trials,
         seeds=seeds,
         device=device,
@@ -134,6 +136,7 @@ def load(folder: str | Path) -> BenchReport:
     return BenchReport(Path(folder), summarize_bench(*read_bench(Path(folder))))
 
 
+@shorten_errors()
 def diagnose(
     model: Factory | None = None,
     data: Any = None,

@@ -29,6 +29,7 @@ from plywise.engine.running_state import RunningState
 from plywise.engine.selection import (
     Selector,
     collect_parameters,
+    hold_selector,
     is_empty,
     refuse_handled,
     refuse_nothing,
@@ -113,6 +114,7 @@ class Attachment:
         self, model: nn.Module, layers: Selector | None, exclude: Selector | None
     ) -> ParameterTable:
         unshared = self.rule.takes_unshared_only
+        layers, exclude = hold_selector(layers), hold_selector(exclude)  # read again when modules change
         table = ParameterTable(
             model,
             lambda network: collect_parameters(network, self.kinds, layers, exclude, unshared),

@@ -10,7 +10,13 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from plywise._util.checks import require_choice, require_positive, require_whole
+from plywise._util.checks import (
+    describe_kind,
+    list_functions,
+    require_choice,
+    require_positive,
+    require_whole,
+)
 from plywise.engine.answers import read_settings
 from plywise.engine.attachment import Attachment
 from plywise.engine.contract import RuleContract, State, StatefulContract
@@ -91,10 +97,11 @@ class Rule(RuleContract):
 
         Raises:
             AttachError: the rule's class is no dataclass, the model is no module or was scripted, the rule is
-                attached already, the model has nothing for it, a pattern matches nothing, another rule
-                handles a layer, or the optimizer steps none of the model's parameters.
+                attached already, the model has nothing for it, a pattern matches nothing or is none, another
+                rule handles a layer, or the optimizer steps none of the model's parameters.
             ValueError: an option is none of those above.
         """
+        _refuse_class(self)
         read_settings(self)  # a class that is no dataclass is refused before anything else
         if self._attachment_or_none() is not None:
             raise AttachError(
@@ -184,6 +191,7 @@ class Rule(RuleContract):
 
         Raises:
             AttachError: the rule is not attached, or was attached without an optimizer.
+            TypeError: ``callbacks`` is no list of functions.
             ValueError: ``every`` or ``keep`` is not a whole number above zero.
         """
         require_whole(self, every=every, keep=keep)
@@ -195,7 +203,9 @@ class Rule(RuleContract):
                 see="attach-optimizer",
             )
         responder = attachment.responder
-        history = History(list(callbacks), keep, lambda: setattr(responder, "telemetry", None))
+        history = History(
+            list_functions(self, "callbacks", callbacks), keep, lambda: setattr(responder, "telemetry", None)
+        )
         responder.telemetry = Telemetry(self, self.health, every, history.add, attachment.read_states)
         object.__setattr__(self, "_history", history)
         return history
@@ -208,7 +218,17 @@ class Rule(RuleContract):
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
-        """Call ``observer(call, update, below)`` for each call in each backward pass inside the block."""
+        """Call ``observer(call, update, below)`` for each call in each backward pass inside the block.
+
+        Raises:
+            AttachError: the rule is not attached.
+            TypeError: ``observer`` is no function.
+        """
+        if not callable(observer):
+            raise TypeError(
+                f"{type(self).__name__}: observer must be a function of (call, update, below), not "
+                f"{describe_kind(observer)}."
+            )
         observers = self._require_attached().responder.observers
         observers.append(observer)
         try:
@@ -292,11 +312,27 @@ class StatefulRule(StatefulContract, Rule):
     """
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise AttachError unless this is a module whose calls can be seen."""
+def _refuse_class(rule: object) -> None:
+    """Raise AttachError if attach was called on a rule's class: Python then takes the model for the rule."""
+    if not isinstance(rule, Rule):
+        raise AttachError(
+            f"attach was called on the class of a rule, with {describe_kind(rule)} in place of the rule. "
+            "Make the rule first, with brackets, as in plywise.ProxProp().attach(model, optimizer).",
+            see="attach-rule",
+        )
+
+
+def check_model(model: nn.Module, call: str = "attach(model, optimizer)") -> None:
+    """Raise AttachError unless this is a module whose calls can be seen.
+
+    Args:
+        model: what was given as the model.
+        call: how the function is called that it was given to, for the message.
+    """
     if not isinstance(model, nn.Module):
         raise AttachError(
-            f"attach needs a torch.nn.Module as first argument, not {type(model).__name__}.",
+            f"{call.partition('(')[0]} needs a torch.nn.Module as first argument, not "
+            f"{describe_kind(model)}. Write {call} with the model itself, not its class or its parameters.",
             see="attach-no-layer",
         )
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -311,7 +347,8 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Raise AttachError unless this is an optimizer that steps something of the model."""
     if not isinstance(optimizer, Optimizer):
         raise AttachError(
-            f"attach needs a torch.optim.Optimizer as second argument, not {type(optimizer).__name__}.",
+            f"attach needs a torch.optim.Optimizer as second argument, not {describe_kind(optimizer)}. Give "
+            "it the object whose step() your loop calls, as torch.optim.SGD(model.parameters(), lr=0.1) is.",
             see="attach-optimizer",
         )
     if not all(hasattr(optimizer, name) for name in ("_optimizer_step_pre_hooks", "param_groups", "state")):

@@ -1,12 +1,13 @@
 """Decides which parameters a rule may take and which it leaves to the optimizer, with the reasons."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, instancenorm, rnn
 
+from plywise._util.checks import describe_kind
 from plywise.engine.explain import EXCLUDED, NOT_ASKED_FOR
 from plywise.engine.sites import ParameterEntry
 from plywise.errors import AttachError
@@ -58,14 +59,15 @@ def resolve_kinds(kinds: Kinds, default: tuple[str, ...]) -> frozenset[str]:
         return frozenset(default)
     if kinds == "all":
         return frozenset(KINDS)
-    chosen = frozenset([kinds] if isinstance(kinds, str) else kinds)
-    unknown = sorted(chosen - set(KINDS))
+    chosen = list(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else [kinds]
+    unknown = [kind for kind in chosen if kind not in KINDS]
     if unknown or not chosen:
         raise ValueError(
             f"kinds must be 'all' or some of {', '.join(map(repr, KINDS))}, not "
-            f"{', '.join(map(repr, unknown))}."
+            f"{', '.join(map(repr, unknown)) or 'an empty list'}. To choose layers by name or class, use "
+            "layers=... or exclude=...."
         )
-    return chosen
+    return frozenset(chosen)
 
 
 def collect_parameters(
@@ -85,12 +87,12 @@ def collect_parameters(
         unshared_only: leave weights that several layers share to the optimizer.
 
     Raises:
-        AttachError: a name pattern matches no module and no parameter.
+        AttachError: a name pattern matches no module and no parameter, or a selector is of no known kind.
     """
     modules = {strip_wrappers(name): module for name, module in model.named_modules()}
     parameters = [strip_wrappers(name) for name, _ in model.named_parameters(remove_duplicate=False)]
     for selector in (layers, exclude):
-        _check_patterns(selector, [*modules, *parameters])
+        _check_selector(selector, modules, parameters)
     entries: dict[int, ParameterEntry] = {}
     for path, module in modules.items():
         for attribute, parameter in module._parameters.items():
@@ -171,7 +173,8 @@ def refuse_nothing(
     if any(entry.is_candidate for entry in entries):
         return
     left = [entry for entry in entries if entry.why_left]
-    reasons = "; ".join(f"{entry.layer!r}: {entry.why_left}" for entry in left[:6])
+    said = dict.fromkeys((entry.layer, entry.why_left) for entry in left)  # once for all weights of a layer
+    reasons = "; ".join(f"{layer!r}: {why}" if layer else str(why) for layer, why in list(said)[:6])
     raise AttachError(
         f"{rule_name} finds no layer to handle in this {type(model).__name__} "
         f"({reasons or 'it has no parameters'}). It handles calls of linear maps of the kinds "
@@ -253,18 +256,46 @@ def is_empty(selector: Selector | None) -> bool:
     return isinstance(selector, list | tuple | set) and not selector
 
 
-def _check_patterns(selector: Selector | None, names: Sequence[str]) -> None:
-    """Raise AttachError if a pattern matches none of the names, of which the first is the model's own."""
+def hold_selector(selector: Selector | None) -> Selector | None:
+    """Return a selector that can be read again and again: an iterator becomes a list."""
+    return list(selector) if isinstance(selector, Iterator) else selector
+
+
+def _check_selector(
+    selector: Selector | None, modules: Mapping[str, nn.Module], parameters: Sequence[str]
+) -> None:
+    """Raise AttachError unless a selector's patterns match something, and its other parts can select.
+
+    Args:
+        selector: what the user gave as ``layers`` or ``exclude``.
+        modules: the model's modules by name; the first is the model.
+        parameters: the names of its parameters.
+    """
     if isinstance(selector, str):
+        names = [*modules, *parameters]
         if not matches(selector, names):
             some = ", ".join(map(repr, names[1:9]))
             raise AttachError(
                 f"The layer pattern {selector!r} matches nothing. The model has {some} ...",
                 see="attach-pattern",
             )
+    elif isinstance(selector, nn.Module):  # callable, and yet no predicate
+        name = next((name for name, module in modules.items() if module is selector), None)
+        raise _refuse_selector(selector, f" Write {name!r} in its place." if name else "")
     elif selector is not None and not isinstance(selector, type) and not callable(selector):
+        if isinstance(selector, Tensor) or not isinstance(selector, Iterable):
+            raise _refuse_selector(selector, "")
         for part in selector:
-            _check_patterns(part, names)
+            _check_selector(part, modules, parameters)
+
+
+def _refuse_selector(selector: object, advice: str) -> AttachError:
+    """Return the error for what chooses no layers."""
+    return AttachError(
+        "layers= and exclude= take names of layers or parameters (with wildcards), classes of modules, "
+        f"functions of (name, module), or a list of these, not {describe_kind(selector)}.{advice}",
+        see="attach-pattern",
+    )
 
 
 def strip_wrappers(name: str) -> str:

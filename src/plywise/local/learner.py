@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise._util.checks import list_functions
 from plywise._util.modes import evaluating
 from plywise._util.suggest import suggestion
 from plywise.data.batches import Batch, count_samples, list_tensors, map_tensors
@@ -53,8 +54,8 @@ class Learner(ABC):
         BlockError: there is no component, or one is no `Component`.
         AttachError: no component has a layer that the rule handles. One without such a layer, among others,
             follows its plain gradients (`explain`).
-        TypeError: ``optimizer``, ``scheduler`` or ``rule`` is no function, ``callbacks`` is one, or an
-            argument is unknown.
+        TypeError: ``optimizer``, ``scheduler`` or ``rule`` is no function, ``callbacks`` is no list of them,
+            or an argument is unknown.
     """
 
     def __init__(
@@ -71,9 +72,7 @@ class Learner(ABC):
         _refuse_arguments(self, unknown)
         for name, make in (("optimizer", optimizer), ("scheduler", scheduler), ("rule", rule)):
             _require_maker(self, name, make)
-        if callable(callbacks):
-            raise TypeError(f"{type(self).__name__}: callbacks must be a list of functions, not a function.")
-        self.callbacks = list(callbacks)
+        self.callbacks = list_functions(self, "callbacks", callbacks)
         self.steps = 0
         self.trainers = [
             LocalTrainer(component, index, optimizer, scheduler, rule, seed)

@@ -6,11 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from plywise._util.checks import describe_kind
 from plywise._util.modes import evaluating
 from plywise.data.batches import TARGETS, Batch, clone_batch, list_tensors
 from plywise.data.models import call_model
@@ -61,8 +63,13 @@ def split(model: nn.Module, k: int, example: Batch) -> Blocks:
         >>> blocks[1].get_parameter("2.weight") is model[2].weight
         True
     """
-    if k < 1:
-        raise BlockError(f"A model is cut into 1 block or more, not {k}.")
+    if not isinstance(model, nn.Module):
+        raise BlockError(
+            f"split needs a torch.nn.Module as first argument, not {describe_kind(model)}. Write "
+            "plywise.split(model, 4, x): the model itself, the number of blocks, a small batch of inputs."
+        )
+    if not isinstance(k, Integral) or k < 1:
+        raise BlockError(f"A model is cut into 1 block or more, a whole number, not {k!r}.")
     if k == 1 and isinstance(example, Tensor):
         return _blocks([model], model, example)
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):

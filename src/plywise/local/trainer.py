@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from plywise._util.checks import describe_kind
 from plywise._util.modes import frozen_parts
 from plywise.data.batches import list_tensors
 from plywise.engine.explain import Explanation
@@ -68,6 +69,12 @@ class LocalTrainer:
         self._frozen = frozen_parts(component)
         groups = [group for group in component.parameter_groups() if group["params"]]
         self.optimizer = optimizer(groups) if groups else None  # a component may learn in closed form
+        if groups and not isinstance(self.optimizer, Optimizer):
+            raise TypeError(
+                f"The function given as optimizer must return a torch.optim.Optimizer, not "
+                f"{describe_kind(self.optimizer)} (component {index}). Write, as an example, "
+                "optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3)."
+            )
         _refuse_closures(self.optimizer)
         self.scheduler: LRScheduler | None = None
         if self.optimizer is None:

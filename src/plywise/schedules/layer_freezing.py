@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from plywise._util.checks import require_positive, require_whole
-from plywise.engine.rule import check_optimizer
+from plywise.engine.rule import check_model, check_optimizer
 from plywise.engine.state_dicts import note_detached, was_used
 from plywise.errors import AttachError, StateError
 from plywise.schedules.front_layers import FrontLayers
@@ -98,6 +98,7 @@ class LayerFreezing:
             raise AttachError(
                 f"{self} is attached already. Call detach() first, or make a second one.", see="attach-twice"
             )
+        check_model(model)
         if isinstance(model, DistributedDataParallel):
             model = model.module
         check_optimizer(model, optimizer)

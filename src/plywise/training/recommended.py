@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.adamw import make_adamw
+from plywise._util.import_path import format_raised
 from plywise._util.modes import evaluating
 from plywise.data.batches import count_samples
 from plywise.engine.explain import LayerRow, Size
 from plywise.engine.rule import Rule, check_model
 from plywise.engine.sharding import is_spread
-from plywise.errors import AttachError
+from plywise.errors import AttachError, DataError, PlywiseError
 from plywise.numerics.polar import count_operations
 from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
 from plywise.optim.muon import THREE_ITERATIONS, Muon
@@ -173,6 +174,7 @@ def recommend(
 
     Raises:
         AttachError: the model is no module, or another rule handles it.
+        DataError: the model fails on the batch.
         ValueError: the budget or the rate is not positive, or another number is out of range.
 
     Source: the method's card, `plywise.Coordinates`; the choice is ours.
@@ -269,7 +271,7 @@ def _look(model: nn.Module, batch: Any, batch_size: int | None) -> tuple[list[La
 
 def _attach(rule: Rule, model: nn.Module) -> None:
     """Attach a rule to find what it could take, or say that this model needs no recommendation."""
-    check_model(model)
+    check_model(model, "recommend(model, batch=x)")
     try:
         rule.attach(model, make_adamw(list(model.parameters()) or [torch.zeros(0)], 1.0))
     except AttachError as error:
@@ -298,9 +300,20 @@ def _scale(size: Size | None, more: float) -> Size | None:
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    """Call the model with a batch, or raise DataError that says how it was called, and what it raised."""
+    try:
+        if isinstance(batch, dict):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    except PlywiseError:
+        raise
+    except Exception as error:
+        stars = "**" if isinstance(batch, dict) else "*" if isinstance(batch, tuple | list) else ""
+        raise DataError(
+            f"recommend calls this {type(model).__name__} as model({stars}batch), and it fails: "
+            f"{format_raised(error)}. batch= takes a tensor of inputs, or a tuple or a dict of those that "
+            "the forward takes: no targets, and no DataLoader."
+        ) from error
 
 
 @torch.enable_grad()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from plywise._util.progress import Step, follow
+from plywise.arena.given import shorten
 from plywise.arena.scoring.records import TUNING, TrialRecord
 
 if TYPE_CHECKING:
@@ -43,4 +44,4 @@ def describe_trial(line: TrialRecord) -> str:
     which = f"trial {line['trial']}" if is_tuning else f"{line['track']}, seed {line['seed']}"
     last = next((value for value in reversed(line["validation"]) if value is not None), None)
     outcome = line["failure"] or ("nothing measured" if last is None else f"validation {last:.4g}")
-    return f"{line['workload']}: {line['method']}, {which}: {outcome}"
+    return f"{shorten(line['workload'])}: {shorten(line['method'])}, {which}: {outcome}"
