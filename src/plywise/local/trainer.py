@@ -69,13 +69,8 @@ class LocalTrainer:
         self._frozen = frozen_parts(component)
         groups = [group for group in component.parameter_groups() if group["params"]]
         self.optimizer = optimizer(groups) if groups else None  # a component may learn in closed form
-        if groups and not isinstance(self.optimizer, Optimizer):
-            raise TypeError(
-                f"The function given as optimizer must return a torch.optim.Optimizer, not "
-                f"{describe_kind(self.optimizer)} (component {index}). Write, as an example, "
-                "optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3)."
-            )
-        _refuse_closures(self.optimizer)
+        if groups:
+            _check_optimizer(self.optimizer, index)
         self.scheduler: LRScheduler | None = None
         if self.optimizer is None:
             return
@@ -287,9 +282,15 @@ def _list_parameters(optimizer: Optimizer | None) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def _refuse_closures(optimizer: Optimizer | None) -> None:
-    """Raise TypeError for an optimizer that evaluates the loss by itself, several times in a step."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure") if optimizer is not None else None
+def _check_optimizer(optimizer: object, index: int) -> None:
+    """Raise TypeError for no optimizer, or for one that evaluates the loss several times in a step."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "The function given as optimizer must return a torch.optim.Optimizer, not "
+            f"{describe_kind(optimizer)} (component {index}). Write, as an example, "
+            "optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3)."
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
             f"{type(optimizer).__name__} evaluates the loss several times in a step, by a closure, and a "
