@@ -154,7 +154,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
     ("words", "said"),
     [
         (["nowhere.toml"], "There is no file nowhere.toml."),
-        (["bad.toml"], "bad.toml is not TOML"),
+        (["bad.toml"], "Texts need quotation marks."),
         (["key.toml"], "key.toml has a key 'epoch', which is unknown. Did you mean epochs?"),
         (["set.toml"], "set must be a table, or a list of name=value, not 3."),
         (["kind.toml"], "epochs must be a whole number of at least 1, not '3'."),
@@ -182,6 +182,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--model", "mine:mixed"], "it made a list with a int in it"),
         (["--model", "mine:nett"], "has no 'nett'. Did you mean net?"),
         (["--model", "mine:net", "--blocks", "7"], "comes apart into 3 at most"),
+        (["--model", "mine:net", "--data", "digits"], "The data are the digits of plywise; --data names others."),
         (
             ["--model", "torch.nn:Flatten"],
             "4 blocks are the default; --blocks 1 trains the model as a whole.",

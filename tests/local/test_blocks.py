@@ -75,6 +75,13 @@ def test_no_block():
         pw.Blocks([], torch.randn(2, 2))
 
 
+def test_the_first_block_gets_the_inputs_of_the_model():
+    with pytest.raises(
+        pw.BlockError, match=r"Block 0 .* \(4, 7\) .* example's shape, which is that of the model"
+    ):
+        pw.Blocks([nn.Linear(8, 16), nn.Linear(16, 3)], torch.randn(4, 7))
+
+
 def test_a_block_that_fails_is_named_with_what_it_got():
     with pytest.raises(pw.BlockError, match=r"Block 1 \(Linear\) fails on the \(4, 16\)") as failure:
         pw.Blocks([nn.Linear(8, 16), nn.Linear(15, 3)], torch.randn(4, 8))

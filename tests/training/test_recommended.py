@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections import UserDict
 from itertools import pairwise
 
 import pytest
@@ -241,15 +242,24 @@ def test_a_model_without_anything_to_recommend_is_refused(model, message: str) -
         pw.recommend(model)
 
 
+def test_any_mapping_is_a_batch_by_name() -> None:
+    """As the encoding of a tokenizer of Hugging Face is, which is no dict."""
+    model = make_mlp(8, 16, 2)
+    found = pw.recommend(model, batch=UserDict(input=torch.randn(4, 8)))
+    assert all(row.passes for row in found.rule.explain().rows if row.handled)
+    found.rule.detach()
+
+
 @pytest.mark.parametrize(
     ("batch", "called"),
     [
         (torch.randn(4, 7), r"model\(batch\)"),
         ((torch.randn(4, 8), torch.zeros(4)), r"model\(\*batch\)"),
         ({"x": torch.randn(4, 8)}, r"model\(\*\*batch\)"),
+        (UserDict(x=torch.randn(4, 8)), r"model\(\*\*batch\)"),
         (DataLoader(torch.randn(4, 8)), r"model\(batch\)"),
     ],
-    ids=["shape", "with targets", "name", "loader"],
+    ids=["shape", "with targets", "name", "encoding", "loader"],
 )
 def test_a_batch_that_the_model_does_not_take_is_refused(batch, called: str) -> None:
     model = make_mlp(8, 16, 2)

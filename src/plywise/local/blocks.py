@@ -166,9 +166,10 @@ def _output(module: nn.Module, number: int, signal: Signal, samples: int) -> Ten
     try:
         output = signal.through(module)
     except Exception as error:
+        before = "and at the block before" if number else "which is that of the model's inputs"
         raise BlockError(
             f"{name} fails on the {tuple(value.shape)} that it gets: {error}. Look at the example's shape, "
-            "and at the block before."
+            f"{before}."
         ) from error
     if not isinstance(output, Tensor) or output.dim() == 0 or output.shape[0] != samples:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -80,11 +80,16 @@ class ResolvedTraining:
             if config.model is None:
                 return Blocks(self._default_network(example[0].numel()), example), ()
             made = make_model(config.model)
-            if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
-                starts = starts or config.split or ()
-                blocks = len(starts) or config.blocks or _count_blocks(made, example)
-                return _cut_model(made, blocks, example, starts)
-        return Blocks(_list_blocks(config, made), example), ()
+            try:
+                if isinstance(made, nn.Module) and not isinstance(made, nn.ModuleList):
+                    starts = starts or config.split or ()
+                    blocks = len(starts) or config.blocks or _count_blocks(made, example)
+                    return _cut_model(made, blocks, example, starts)
+                return Blocks(_list_blocks(config, made), example), ()
+            except BlockError as error:
+                if error.__cause__ is not None and config.data == TrainConfig.data:  # the forward raised
+                    error.add_note(f"The data are the {config.data} of plywise; --data names others.")
+                raise
 
     @property
     def example(self) -> Batch:

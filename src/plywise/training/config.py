@@ -195,7 +195,7 @@ def _from_toml(file: Path) -> dict[str, Any]:
         model = f" For a model of yours write --model {file}." if ":" in str(file) else ""
         raise CommandError(f"There is no file {file}.{model}") from error
     except ValueError as error:  # not TOML, or not UTF-8
-        raise CommandError(f"{file} is not TOML: {error}.") from error
+        raise CommandError(f"{file} is not TOML: {error}. Texts need quotation marks.") from error
     return _name_fields(values, str(file))
 
 

@@ -7,7 +7,7 @@ convolutions), and small networks are left to the optimizer.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -302,13 +302,13 @@ def _scale(size: Size | None, more: float) -> Size | None:
 def _run(model: nn.Module, batch: Any) -> Any:
     """Call the model with a batch, or raise DataError that says how it was called, and what it raised."""
     try:
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):  # a tokenizer's encoding is one, and no dict
             return model(**batch)
         return model(*batch) if isinstance(batch, tuple | list) else model(batch)
     except PlywiseError:
         raise
     except Exception as error:
-        stars = "**" if isinstance(batch, dict) else "*" if isinstance(batch, tuple | list) else ""
+        stars = "**" if isinstance(batch, Mapping) else "*" if isinstance(batch, tuple | list) else ""
         raise DataError(
             f"recommend calls this {type(model).__name__} as model({stars}batch), and it fails: "
             f"{format_raised(error)}. batch= takes a tensor of inputs, or a tuple or a dict of those that "
