@@ -182,7 +182,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--model", "mine:mixed"], "it made a list with a int in it"),
         (["--model", "mine:nett"], "has no 'nett'. Did you mean net?"),
         (["--model", "mine:net", "--blocks", "7"], "comes apart into 3 at most"),
-        (["--model", "mine:net", "--data", "digits"], "The data are the digits of plywise; --data names others."),
+        (["--model", "mine:net", "--data", "digits"], "The data are the digits of plywise; --data names"),
         (
             ["--model", "torch.nn:Flatten"],
             "4 blocks are the default; --blocks 1 trains the model as a whole.",
