@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import plywise as pw
+from plywise.data.models import call_model
 from plywise.engine.masked_rows import LEFT_OUT
 from plywise.registry.names import RULE, list_names
 
@@ -278,3 +279,47 @@ def test_explain_says_how_many_rows_counted():
 def test_a_mask_has_a_dimension():
     with pytest.raises(pw.PlywiseError, match=r"of shape \(N,\), \(N, T\)"), pw.rows(torch.tensor(True)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ({"mask": torch.ones(5)}, 1),
+        ({"mask": torch.ones(12), "layers": "haed"}, 1),
+        ({"mask": torch.ones(12)}, 0),
+        ({"mask": torch.ones(12), "layers": "2"}, 0),
+    ],
+    ids=["shape", "name", "all layers", "one layer"],
+)
+def test_masks_that_no_layer_uses_are_said_once(given, count):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    rule = pw.ProxProp().attach(model)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            with pw.rows(**given):
+                loss = model(torch.randn(12, 4)).square().mean()
+            loss.backward()
+    said = [str(one.message) for one in seen if "No layer has used the masks" in str(one.message)]
+    assert len(said) == count
+    assert all(str(tuple(given["mask"].shape)) in one and "(12, 2)" in one for one in said)
+    rule.detach()
+
+
+def test_a_mask_of_a_batch_need_not_fit_a_layer():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, words, attention_mask):
+            return self.head((self.words(words) * attention_mask[..., None]).sum(1))
+
+    model = Bag()
+    rule = pw.ProxProp().attach(model)
+    batch = {"words": torch.randint(9, (6, 5)), "attention_mask": torch.ones(6, 5)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            call_model(model, batch).square().mean().backward()
+    rule.detach()

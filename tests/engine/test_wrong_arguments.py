@@ -120,3 +120,19 @@ def test_callbacks_and_observers_are_functions() -> None:
     ):
         pass
     rule.detach()
+
+
+def test_a_layer_or_number_that_was_not_measured_is_named() -> None:
+    model = net()
+    optimizer = sgd(model)
+    rule = pw.ProxProp().attach(model, optimizer)
+    history = rule.record(every=1)
+    assert history.read("3", "angle") == ([], [])  # nothing has been measured yet
+    model(torch.ones(4, 6)).square().sum().backward()
+    optimizer.step()
+    assert history.read("2", "angle")[0] == [1]
+    with pytest.raises(pw.PlywiseError, match=r"No measured step has a layer '3'\. There are: '0', '2'\."):
+        history.read("3", "angle")
+    with pytest.raises(pw.PlywiseError, match=r"A layer has no number 'angel'; it has: .*angle"):
+        history.read("2", "angel")
+    rule.detach()

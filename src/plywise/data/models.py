@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise.data.batches import TARGETS, Batch
-from plywise.engine.masked_rows import rows
+from plywise.engine.masked_rows import use_found_mask
 from plywise.errors import AddressError
 
 Step = Callable[[nn.Module, Batch], Any]
@@ -44,7 +44,7 @@ def call_model(model: nn.Module, x: Batch, without: tuple[str, ...] = ()) -> Any
         return model(x)
     given = {name: value for name, value in x.items() if name not in without}
     mask = find_mask(x)
-    with nullcontext() if mask is None else rows(mask):
+    with nullcontext() if mask is None else use_found_mask(mask):
         taken = _find_taken(model, given)
         if taken:
             return model(**taken)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, overload
 
+from plywise._util.suggest import suggestion
 from plywise._util.tables import format_table, make_table
 from plywise.errors import PlywiseError
 
@@ -119,10 +120,16 @@ class History(Sequence[StepTelemetry]):
             number: an attribute of `LayerTelemetry`.
 
         Raises:
-            PlywiseError: there is no such number.
+            PlywiseError: there is no such number, or no measured step has such a layer.
         """
         if number not in NUMBERS:
             raise PlywiseError(f"A layer has no number {number!r}; it has: {', '.join(NUMBERS)}.")
+        layers = tuple(dict.fromkeys(name for step in self._steps for name in step.layers))
+        if layers and layer not in layers:
+            raise PlywiseError(
+                f"No measured step has a layer {layer!r}. {suggestion(layer, layers)}There are: "
+                f"{', '.join(map(repr, layers[:9]))}{' ...' if len(layers) > 9 else '.'}"
+            )
         pairs = [
             (step.step, getattr(step.layers[layer], number)) for step in self._steps if layer in step.layers
         ]

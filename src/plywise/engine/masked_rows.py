@@ -9,7 +9,7 @@ import fnmatch
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -24,6 +24,9 @@ from plywise.errors import PlywiseError
 LEFT_OUT = "rows that the mask leaves out have a gradient"
 """Event of a layer whose masked rows are reached by the loss."""
 
+UNUSED_BLOCKS = 3
+"""After so many blocks whose mask no call has used, a warning says so."""
+
 
 @dataclass(frozen=True, eq=False)
 class RowMask:
@@ -32,10 +35,12 @@ class RowMask:
     Attributes:
         mask: true where a row counts, (N,), (N, T), ...
         layers: patterns of the names of layers that it is for; empty for all.
+        block: what stands for the user's own block that it was given to; None if plywise made it.
     """
 
     mask: Tensor
     layers: tuple[str, ...] = ()
+    block: object = None
 
     @cached_property
     def kept(self) -> Tensor:
@@ -50,7 +55,7 @@ class RowMask:
     @cached_property
     def transposed(self) -> "RowMask":
         """The mask for calls inside of which batch and positions are exchanged."""
-        return RowMask(self.mask.transpose(0, 1), self.layers) if self.mask.dim() > 1 else self
+        return replace(self, mask=self.mask.transpose(0, 1)) if self.mask.dim() > 1 else self
 
     def fits(self, name: str) -> bool:
         """Return whether the mask is for a layer of this name."""
@@ -79,9 +84,9 @@ def rows(mask: Tensor, *, layers: str | Sequence[str] | None = None) -> Iterator
     since only its statistics come from rows. Use masks of ignored targets only for layers above which
     positions no longer mix, and name these layers with ``layers``.
 
-    Masks may be nested: a call uses the innermost one that is for its layer and has its shape. The backward
-    may run outside of the block. A checkpoint with ``use_reentrant=True`` runs calls again in backward: then
-    put the backward into the block, too.
+    Masks may be nested: a call uses the innermost one that is for its layer and has its shape. If no call
+    uses the masks of three blocks, a warning says so. The backward may run outside of the block. A checkpoint
+    with ``use_reentrant=True`` runs calls again in backward: then put the backward into the block, too.
 
     Args:
         mask: true (or not 0) where a row counts: (N,) for samples, (N, T) for positions, in the order of the
@@ -105,8 +110,19 @@ def rows(mask: Tensor, *, layers: str | Sequence[str] | None = None) -> Iterator
     if not isinstance(mask, Tensor) or mask.dim() == 0:
         raise PlywiseError("A mask of rows is a tensor of shape (N,), (N, T), ..., true where a row counts.")
     patterns = (layers,) if isinstance(layers, str) else tuple(layers or ())
+    with _activate(RowMask(mask.detach() != 0, patterns, object())):
+        yield
+
+
+def use_found_mask(mask: Tensor) -> AbstractContextManager[None]:
+    """Do as `rows` does for a mask that plywise found in a batch: it need not fit any layer."""
+    return _activate(RowMask(mask.detach() != 0))
+
+
+@contextmanager
+def _activate(mask: RowMask) -> Iterator[None]:
     before = _active.masks
-    _active.masks = (*before, RowMask(mask.detach() != 0, patterns))
+    _active.masks = (*before, mask)
     try:
         yield
     finally:
@@ -232,3 +248,37 @@ class LeftOutRows:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+class UnusedMasks:
+    """Says once if no call uses the masks that the user gives: a wrong shape, or a wrong name of a layer."""
+
+    def __init__(self) -> None:
+        self._blocks: list[object] = []
+        self._is_over = False
+
+    def check(self, name: str, masks: Sequence[RowMask], is_used: bool, delta: Tensor) -> None:
+        """Look at a call in a block of masks.
+
+        Args:
+            name: the call's layer.
+            masks: those around its forward.
+            is_used: whether it uses one of them.
+            delta: the gradient at its output.
+        """
+        self._is_over |= is_used
+        mask = masks[-1]
+        if self._is_over or mask.block is None or mask.block in self._blocks:
+            return
+        self._blocks.append(mask.block)
+        if len(self._blocks) <= UNUSED_BLOCKS:  # calls of a block that come later may use its mask
+            return
+        self._is_over = True
+        which = f" for layers={', '.join(mask.layers)}" if mask.layers else ""
+        warnings.warn(
+            f"No layer has used the masks of {UNUSED_BLOCKS} blocks of plywise.rows, so all rows count: a "
+            f"mask is of shape {tuple(mask.mask.shape)}{which}, and the output of layer {name!r} is of shape "
+            f"{tuple(delta.shape)}. A mask has the shape of a layer's rows, (N,) or (N, T).",
+            RuntimeWarning,
+            stacklevel=2,
+        )

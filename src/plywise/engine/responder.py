@@ -18,7 +18,7 @@ from plywise.engine.guard import refuse_nonfinite
 from plywise.engine.health import Health
 from plywise.engine.layouts import PLAIN
 from plywise.engine.liveness import Liveness
-from plywise.engine.masked_rows import KeptRows, LeftOutRows, find_kept
+from plywise.engine.masked_rows import KeptRows, LeftOutRows, UnusedMasks, find_kept
 from plywise.engine.running_state import RunningState
 from plywise.engine.sites import Site
 from plywise.engine.telemetry import Telemetry
@@ -56,6 +56,7 @@ class RuleResponder:
         self._refuses_nonfinite = refuses_nonfinite
         self._samples = PassSamples()
         self._left_out = LeftOutRows(health.note)
+        self._unused = UnusedMasks()
         self._state: RunningState | None = None
         self._scale: BackwardScale | None = None
 
@@ -78,6 +79,8 @@ class RuleResponder:
             return Update(None, None), self._scale.answer_probe(ctx, a, weight, delta)
         call = self._make_call(site, ctx.has_bias, a, delta, weight, ctx.sends_below)
         kept = find_kept(ctx, delta, a) if ctx.masks else None
+        if ctx.masks:
+            self._unused.check(site.name, ctx.masks, kept is not None, delta)
         counted = call if kept is None else kept.keep(call)
         counted.samples, counted.is_topmost = self._samples.count(site, counted.samples)
         call.samples, call.is_topmost = counted.samples, counted.is_topmost

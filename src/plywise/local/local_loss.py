@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plywise.data.batches import Batch
 from plywise.data.models import find_mask
 from plywise.data.training_data import cross_entropy as token_cross_entropy
-from plywise.engine.masked_rows import rows
+from plywise.engine.masked_rows import use_found_mask
 from plywise.errors import BlockError, PlywiseError
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Component, Signal
@@ -46,7 +46,7 @@ class LossComponent(Component):
         if self.head is None:
             return compute_loss(self._loss, s, y)
         mask = find_mask(carried)
-        with nullcontext() if mask is None else rows(mask):
+        with nullcontext() if mask is None else use_found_mask(mask):
             scores = self.head(s, mask) if isinstance(self.head, MeanLinear) else self.head(s)
         return compute_loss(self._loss, scores.flatten() if self._numbers else scores, y)
 

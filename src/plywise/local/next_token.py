@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from plywise._util.checks import require_whole
 from plywise.data.batches import Batch, take_samples
 from plywise.data.reading import IGNORED
-from plywise.engine.masked_rows import rows
+from plywise.engine.masked_rows import use_found_mask
 from plywise.errors import BlockError, DataError
 from plywise.local.blocks import Blocks, chain_blocks, require_blocks
 from plywise.local.component import Component, Signal
@@ -95,7 +95,7 @@ class TokenComponent(Component):
 
     def _loss(self, s: Tensor, y: Tensor, table: Tensor | None) -> Tensor:
         counts = y != IGNORED
-        with nullcontext() if y.dim() != 2 or bool(counts.all()) else rows(counts):
+        with nullcontext() if y.dim() != 2 or bool(counts.all()) else use_found_mask(counts):
             scores = s if self.readout is None else self.readout(s, table)
         total = F.cross_entropy(scores.flatten(0, -2), y.flatten(), ignore_index=IGNORED, reduction="sum")
         return total / counts.sum().clamp_min(1)
