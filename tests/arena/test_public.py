@@ -298,6 +298,23 @@ def test_errors_and_progress_name_objects_as_the_user_does(tmp_path, capsys):
     assert MODULE not in printed
 
 
+@pytest.mark.parametrize("methods", [None, torch.optim.SGD, OWN])
+def test_methods_that_are_no_list(methods, tmp_path):
+    with pytest.raises(pw.PlywiseError, match=r"methods is a list of names, classes and Method .*, not "):
+        bench(make_model, make_data(), methods=methods, out=tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [{"trials": "8"}, {"trials": -1}, {"seeds": 0}, {"seeds": 1.5}])
+def test_numbers_of_runs_are_whole(numbers, tmp_path):
+    with pytest.raises(pw.PlywiseError, match="Trials are a whole number of at least 0 and seeds"):
+        bench(make_model, make_data(), out=tmp_path, **numbers)
+
+
+def test_a_device_of_torch(tmp_path):
+    settings = {"methods": "sgd", "trials": 0, "seeds": 1, "steps": 2, "out": tmp_path, "progress": False}
+    assert bench(make_model, make_data(), device=torch.device("cpu"), **settings).trials
+
+
 def test_names_of_objects():
     assert name_object("a:b", "model") == "a:b"
     assert name_object(make_model, "model") == f"{MODULE}:make_model"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plywise._util.checks import describe_kind
 from plywise._util.environment import workers_for
 from plywise._util.import_path import refuse_while_importing
 from plywise.arena.diagnostics.advice import advice
@@ -58,7 +60,7 @@ def bench(
     read: str = "",
     keep_batches: int | None = None,
     search: str = "sobol",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     threads: int = 1,
     workers: int | None = None,
     timeout_s: float | None = None,
@@ -116,7 +118,7 @@ def bench(
         _name_methods(methods),
         trials=trials,
         seeds=seeds,
-        device=device,
+        device=str(device),
         search=search,
         threads=threads,
         timeout_s=timeout_s,
@@ -210,6 +212,11 @@ def _name_functions(**functions: Any) -> dict[str, Any]:
 
 def _name_methods(methods: str | Sequence[Entry]) -> tuple[str, ...]:
     listed = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else methods
+    if not isinstance(listed, Iterable):
+        raise BenchError(
+            "methods is a list of names, classes and Method objects, or names in one string, not "
+            f"{describe_kind(listed)}."
+        )
     return tuple(name_object(method, "method") for method in listed)
 
 

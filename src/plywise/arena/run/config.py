@@ -214,9 +214,11 @@ class BenchConfig:
         for kind, names in (("workload", [w.name for w in self.workloads]), ("method", list(self.methods))):
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise BenchError(f"The {kind} {twice!r} is given twice.")
-        if self.trials < 0 or self.seeds < 1:
+        is_whole = isinstance(self.trials, int) and isinstance(self.seeds, int)
+        if not is_whole or self.trials < 0 or self.seeds < 1:
             raise BenchError(
-                f"Trials are 0 or more and seeds at least 1, not {self.trials} and {self.seeds}."
+                "Trials are a whole number of at least 0 and seeds of at least 1, not "
+                f"{self.trials!r} and {self.seeds!r}."
             )
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise BenchError(f"A trial's timeout is in seconds, more than 0, not {self.timeout_s:g}.")
