@@ -274,7 +274,7 @@ def test_another_bench_in_the_folder_is_refused(tmp_path, resolve):
         (((OWN,), ()), "a workload and a method"),
         (((OWN,), ("sgd", "sgd")), "'sgd' is given twice"),
         (((OWN, OWN), ("sgd",)), "'own' is given twice"),
-        (((OWN,), ("sgd",), -1), "0 or more"),
+        (((OWN,), ("sgd",), -1), "at least 0"),
         (((OWN,), ("sgd",), 1, 0), "at least 1"),
     ],
 )

@@ -30,7 +30,8 @@ NAMES += ["digits/sgd/tuning/trial 1", "digits/sgd/tuning/trial 2"]
 def folder(tmp_path):
     made = tmp_path / "bench"
     made.mkdir()
-    (made / "bench.json").write_text(json.dumps({"workloads": {"digits": {"metric": "error rate"}}}))
+    about = {"workloads": {"digits": {"metric": "error rate"}}, "methods": {}, "tracks": [], "trials": 1}
+    (made / "bench.json").write_text(json.dumps({**about, "seeds": [0]}))
     _write(made, TUNING, LAST, FAILED, LOST)
     return made
 

@@ -80,8 +80,8 @@ REFUSALS = {
         3,
         r"into 2 at most \('0', '2'\), .* '1' writes into what it gets",
     ),
-    "no block": (mlp, 0, "1 block or more, not 0"),
-    "less than none": (mlp, -2, "1 block or more, not -2"),
+    "no block": (mlp, 0, "1 block or more, a whole number, not 0"),
+    "less than none": (mlp, -2, "1 block or more, a whole number, not -2"),
     "more than units": (
         mlp,
         6,

@@ -201,7 +201,11 @@ def test_state_of_a_run_without_the_rule_is_measured_anew():
     optimizer.step()
     run = Run()
     run.step(0)
+    with pytest.raises(pw.StateError, match=r"saved without the rule.*load it before attach\(\)"):
+        run.optimizer.load_state_dict(optimizer.state_dict())
+    run.rule.detach()
     run.optimizer.load_state_dict(optimizer.state_dict())
+    run.rule.attach(run.model, run.optimizer)
     assert run.count_measurements(1) == 1
 
 
