@@ -205,7 +205,8 @@ def test_state_of_a_run_without_the_rule_is_measured_anew():
         run.optimizer.load_state_dict(optimizer.state_dict())
     run.rule.detach()
     run.optimizer.load_state_dict(optimizer.state_dict())
-    run.rule.attach(run.model, run.optimizer)
+    with pytest.warns(RuntimeWarning, match="they begin from nothing"):
+        run.rule.attach(run.model, run.optimizer)
     assert run.count_measurements(1) == 1
 
 
