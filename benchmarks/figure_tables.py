@@ -54,6 +54,17 @@ def step_cost(figures: str, extra: str, show: str = "{:.2f}") -> Callable[[str],
     return write
 
 
+def width_cost(_: str) -> str:
+    """The cost of a mean step of a cycle at each width, and peak memory in brackets, over fused AdamW's."""
+    nets = read("width_cost")["nets"]
+    widths = [*sorted((net for net in nets if net.isdigit()), key=int), "transformer"]
+    rows = []
+    for arm in dict.fromkeys(arm for net in widths for arm in nets[net]):
+        found = [nets[net].get(arm) for net in widths]
+        rows.append([arm, *(f"{row['cost']:.2f} ({row['memory']:.2f})" if row else "–" for row in found)])
+    return table(["arm", *widths], rows)
+
+
 def compile_cost(_: str) -> str:
     """What torch.compile makes of models with rules."""
     rows = [
@@ -367,6 +378,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "coverage": coverage,
     "step-cost-1-thread": step_cost("step_cost_1_thread", "memory"),
     "step-cost-2-threads": step_cost("step_cost_2_threads", "memory"),
+    "width-cost": width_cost,
     "cycle-cost": step_cost("cycle_cost", "slowest_step", "{:.1f}"),
     "memory-rules": memory_rules,
     **{f"fewer-steps-{name}": fewer_steps(name) for name in ("digits", "mnist")},

@@ -81,6 +81,7 @@ CYCLE_ROWS = {
     "`RLS`": "RLS",
     "`AdaBK(rank=32)`": "AdaBK, rank 32",
     "`KFAC(rank=32)`": "KFAC, rank 32",
+    "`Coordinates`": "Coordinates on AdamW",
 }
 
 

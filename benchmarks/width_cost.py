@@ -35,10 +35,10 @@ WIDTHS = (512, 1024, 2048, 4096, 8192)
 BATCH, WIDEST_SQUARE, NULL = 256, 2048, "AdamW, fused, again (null control)"
 
 
-def attached(make_rule: Callable[[], pw.Rule]) -> Callable[[nn.Module, int], Any]:
+def attached(make_rule: Callable[[], pw.Rule]) -> Callable[[nn.Module, Tensor], Any]:
     """AdamW under a rule."""
 
-    def make(model: nn.Module, batch: int) -> Any:
+    def make(model: nn.Module, x: Tensor) -> Any:
         optimizer = AdamW(model.parameters(), RATE, fused=True)
         make_rule().attach(model, optimizer)
         return optimizer
@@ -46,21 +46,21 @@ def attached(make_rule: Callable[[], pw.Rule]) -> Callable[[nn.Module, int], Any
     return make
 
 
-def plain(model: nn.Module, batch: int) -> Any:
+def plain(model: nn.Module, x: Tensor) -> Any:
     """AdamW alone."""
     return AdamW(model.parameters(), RATE, fused=True)
 
 
 EVERY = {"stats_every": CYCLE, "refresh_every": CYCLE}
-ARMS: dict[str, Callable[[nn.Module, int], Any]] = {
+ARMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "AdamW, fused": plain,
     NULL: plain,
-    "recommended": lambda model, batch: pw.recommend(model, RATE, batch_size=batch).optimizer,
+    "recommended": lambda model, x: pw.recommend(model, RATE, batch=x).optimizer,
     "Foof on AdamW": attached(lambda: pw.Foof(**EVERY, slowdown=1)),
     "FeatureWhitening on AdamW": attached(lambda: pw.FeatureWhitening(**EVERY)),
     "ProxProp on AdamW": attached(pw.ProxProp),
-    "Muon": lambda model, batch: grouped(Muon, adjust_lr_fn="match_rms_adamw")(model.parameters()),
-    "SOAP": lambda model, batch: SOAP(model.parameters(), RATE),
+    "Muon": lambda model, x: grouped(Muon, adjust_lr_fn="match_rms_adamw")(model.parameters()),
+    "SOAP": lambda model, x: SOAP(model.parameters(), RATE),
 }
 SQUARE = ("Muon", "SOAP")
 """Arms whose steps multiply matrices as wide as the layers."""
@@ -86,7 +86,7 @@ class Runner:
     def __init__(self, net: str, arm: str) -> None:
         self.model, self.x = make_net(net)
         self.y = torch.arange(len(self.x)) % 10
-        self.optimizer = ARMS[arm](self.model, len(self.x))
+        self.optimizer = ARMS[arm](self.model, self.x)
 
     def run(self, steps: int) -> list[float]:
         """CPU seconds of each step."""
