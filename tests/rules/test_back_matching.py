@@ -290,3 +290,21 @@ def test_samples_not_rows():
     assert relative(conv["weight"][:, :, 0], sequence["weight"]) < 1e-12
     assert relative(conv["bias"], sequence["bias"]) < 1e-12
     assert math.isclose(sequence["bias"][0], (layer(x) - y).mean((0, 1))[0].item(), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_a_line_search_on_an_embedding_is_that_on_its_one_hot_rows(padding: int | None) -> None:
+    table = nn.Embedding(5, 3, padding_idx=padding)
+    indices, target = torch.tensor([[0, 2, 2], [4, 1, 0]]), torch.randn(2, 3, 3)
+    rule = pw.BackMatching(scalar="cauchy", cap=None).attach(table, kinds="all")
+    (table(indices) - target).square().mean().backward()
+    layer = nn.Linear(5, 3, bias=False)
+    layer.weight.data.copy_(table.weight.data.t())
+    one_hot = nn.functional.one_hot(indices, 5).to(target)
+    if padding is not None:
+        one_hot[..., padding] = 0
+    pw.BackMatching(scalar="cauchy", cap=None).attach(layer)
+    delta = (table(indices).detach() - target) * 2 / target.numel()
+    layer(one_hot).backward(delta)
+    assert rule.explain().share == 1
+    assert relative(table.weight.grad.t(), layer.weight.grad) < 1e-9

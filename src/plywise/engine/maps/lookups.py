@@ -41,6 +41,11 @@ class Embedding(LastAxisMap):
         """Return one-hot rows, (1, n, entries), in float32."""
         return self._one_hot(a, torch.float32).unsqueeze(0)
 
+    def apply(self, a: Tensor, weight: Tensor) -> Tensor:
+        """Look up a row for each index; padding gives zeros."""
+        found = weight.mT[a]
+        return found if self.padding is None else found * (a != self.padding).unsqueeze(-1)
+
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Compute ``ΔᵀA``: Δ summed by index."""
         flat, rows = a.reshape(-1), delta.reshape(-1, delta.shape[-1])
