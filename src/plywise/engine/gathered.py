@@ -35,23 +35,24 @@ class GatheredEvidence:
 
     def __init__(self) -> None:
         self.pending: dict[str, Pending] = {}
-        self._staged: dict[tuple[str, int], tuple[bool, Evidence]] = {}
+        self._staged: dict[str, dict[int, tuple[bool, Evidence]]] = {}
 
     def stage(self, name: str, waits: bool, evidence: Evidence) -> None:
         """Keep the running backward pass's evidence of a layer; it does not count yet."""
-        key = name, torch._C._current_graph_task_id()
-        earlier = self._staged.get(key)
+        passes, task = self._staged.setdefault(name, {}), torch._C._current_graph_task_id()
+        earlier = passes.get(task)
         if earlier is not None:  # a layer called several times
             evidence = add_evidence(earlier[1], evidence)
         else:
-            for other in [k for k in self._staged if k[0] == name and k[1] < key[1] - KEPT_PASSES]:
-                del self._staged[other]  # passes that never arrived
-        self._staged[key] = waits, evidence
+            for other in [other for other in passes if other < task - KEPT_PASSES]:
+                del passes[other]  # they never arrived
+        passes[task] = waits, evidence
 
     def arrive(self, name: str, mark: tuple[int, int]) -> None:
         """Count the evidence of a layer, if there is any: its weight's gradient has arrived in ``.grad``."""
-        for task in list_passes([task for other, task in self._staged if other == name]):
-            waits, evidence = self._staged.pop((name, task))
+        passes = self._staged.get(name, {})
+        for task in list_passes(passes):
+            waits, evidence = passes.pop(task)
             pending = self.pending.get(name)
             if pending is not None:
                 evidence = add_evidence(pending.evidence, evidence)
