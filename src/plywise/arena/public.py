@@ -20,14 +20,13 @@ from plywise.arena.diagnostics.diagnosis import diagnose_workload
 from plywise.arena.given import is_given, name_data, name_object, shorten_errors
 from plywise.arena.method import Method
 from plywise.arena.methods import USUAL
-from plywise.arena.reports.bench_page import read_bench
+from plywise.arena.reports.bench_page import load_summary
 from plywise.arena.reports.notebook import BenchReport, DiagnosisReport
 from plywise.arena.reports.progress import show_trials
 from plywise.arena.run.bench import Bench
 from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import Executor, InlineExecutor, ProcessExecutor
 from plywise.arena.run.job import require_device
-from plywise.arena.scoring.summary import summarize_bench
 from plywise.arena.workloads import find_workload, list_workloads
 from plywise.arena.workloads.own import own_workload
 from plywise.engine.rule import Rule
@@ -132,7 +131,7 @@ def load(folder: str | Path) -> BenchReport:
     Raises:
         PlywiseError: the folder holds no bench.
     """
-    return BenchReport(Path(folder), summarize_bench(*read_bench(Path(folder))))
+    return BenchReport(Path(folder), load_summary(Path(folder)))
 
 
 @shorten_errors()

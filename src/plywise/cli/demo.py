@@ -51,10 +51,9 @@ def run(config: DemoConfig, out: Path, command: str) -> None:
         KeyboardInterrupt: it was interrupted; says what was kept.
     """
     from plywise.arena.demo.preset import open_demo
-    from plywise.arena.reports.bench_page import read_bench, write_page
+    from plywise.arena.reports.bench_page import load_summary, write_page
     from plywise.arena.reports.progress import show_trials
     from plywise.arena.run.executor import InlineExecutor
-    from plywise.arena.scoring.summary import summarize_bench
 
     start = time.monotonic()
     executor = InlineExecutor(threads=1)  # matrices this small only wait for one another on several threads
@@ -69,13 +68,13 @@ def run(config: DemoConfig, out: Path, command: str) -> None:
                 f"{bench.experiment.done} of {bench.total} runs had finished and are kept in {page} and "
                 f"{bench.ledger.path}."
             ) from None
-    summary = summarize_bench(*read_bench(out))
+    summary = load_summary(out)
     screen = console()
     screen.print(results(summary))
     screen.print(f"{summary.verdict}\n", soft_wrap=not screen.is_terminal)
     for sentence in summary.conclusions:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
-    page, _ = write_page(out)  # last: a disk that is full costs the page alone
+    page, _ = write_page(out, summary)  # last: a disk that is full costs the page alone
     screen.print(f"\n{time.monotonic() - start:.0f} seconds. The report: {page}", soft_wrap=True)
 
 

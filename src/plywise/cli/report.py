@@ -71,14 +71,12 @@ def conclude(folder: Path, json: bool = False) -> BenchSummary:
     Raises:
         PlywiseError: there is no bench in the folder; or, after the printing, the page cannot be written.
     """
-    from plywise._util.files import write_whole
-    from plywise.arena.reports.bench_page import PAGE, make_page, read_bench
-    from plywise.arena.scoring.summary import summarize_bench
+    from plywise.arena.reports.bench_page import PAGE, load_summary, write_page
 
-    summary = summarize_bench(*read_bench(folder))
+    summary = load_summary(folder)
     path, failure = folder / PAGE, None
     try:
-        write_whole(path, make_page(summary))
+        write_page(folder, summary)
     except OSError as error:  # the folder may be another user's, or the disk full
         failure = error
     if json:

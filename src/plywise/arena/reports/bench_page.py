@@ -72,13 +72,22 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
     return bench, list(read(folder / "trials.jsonl"))
 
 
-def write_page(folder: Path) -> tuple[Path, BenchSummary]:
-    """Write the report of a bench, whole or not at all; see `read_bench`.
+def load_summary(folder: Path) -> BenchSummary:
+    """Read a bench, and compute what its files say; see `read_bench`."""
+    return summarize_bench(*read_bench(folder))
+
+
+def write_page(folder: Path, summary: BenchSummary | None = None) -> tuple[Path, BenchSummary]:
+    """Write the report of a bench, whole or not at all.
+
+    Args:
+        folder: of the bench.
+        summary: what `load_summary` gives, if it is known.
 
     Returns:
         The path of the page, report.html in the folder, and what it is about.
     """
-    summary = summarize_bench(*read_bench(folder))
+    summary = load_summary(folder) if summary is None else summary
     return write_whole(folder / PAGE, make_page(summary)), summary
 
 
