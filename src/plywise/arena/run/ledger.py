@@ -107,8 +107,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     if damaged:
         number, _, why = damaged[0]
         raise BenchError(
-            f"Line {number} of {path} is no trial of a bench, or damaged ({why}). To go on with the bench "
-            "(`plywise bench --resume`) sets such lines aside and runs their trials again."
+            f"Line {number} of {path} is no trial of a bench, or damaged ({why}). "
+            "`plywise bench --resume` sets such lines aside, and runs their trials again."
         )
     return (line for line, _ in whole)
 

@@ -41,7 +41,8 @@ def state_verdict(results: BenchResults, rows: Iterable[MethodOnWorkload]) -> st
     for clock, before in (("cpu", ""), ("steps", "No method is ahead in CPU time beyond noise, but ")):
         ahead = _list_ahead(results, clock)
         if ahead and ahead[0].ratio:
-            more = f", and {len(ahead) - 1} more are ahead" if len(ahead) > 1 else ""
+            others = len(ahead) - 1
+            more = f", and {others} more {'is' if others == 1 else 'are'} ahead" if others else ""
             return (
                 f"{before}{ahead[0].method} needs {format_span(ahead[0].ratio)} the {WORDS[clock]} of the "
                 f"best baseline to the target, beyond noise{more} ({basis})."
