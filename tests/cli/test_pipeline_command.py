@@ -357,7 +357,6 @@ def test_stages_end_with_a_torchrun_that_is_killed(moment, program):
             while any(len(list((entry / "task").iterdir())) < 2 for entry in stages):  # they follow torchrun
                 assert time.monotonic() < end, Path("err0").read_text()
                 time.sleep(0.01)
-            assert not any("libtorch_cpu" in (entry / "maps").read_text() for entry in stages)
         else:
             wait_for(processes, "epoch")
         processes[0].kill()
