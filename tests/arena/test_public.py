@@ -310,6 +310,19 @@ def test_numbers_of_runs_are_whole(numbers, tmp_path):
         bench(make_model, make_data(), out=tmp_path, **numbers)
 
 
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        ({"steps": 20.5}, "steps must be a whole number of at least 1, not 20.5"),
+        ({"steps": True}, "steps must be a whole number of at least 1, not True"),
+        ({"batch_size": "32"}, "batch_size must be a whole number of at least 1, not '32'"),
+    ],
+)
+def test_the_lengths_of_a_run_are_whole(number, says, tmp_path):
+    with pytest.raises(pw.PlywiseError, match=says):
+        bench(make_model, make_data(), methods="sgd", out=tmp_path, **number)
+
+
 def test_a_device_of_torch(tmp_path):
     settings = {"methods": "sgd", "trials": 0, "seeds": 1, "steps": 2, "out": tmp_path, "progress": False}
     assert bench(make_model, make_data(), device=torch.device("cpu"), **settings).trials

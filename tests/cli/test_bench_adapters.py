@@ -30,6 +30,12 @@ def test_a_bench_by_optuna_in_tensorboard(plywise):
         assert said in done.out
     assert len(list(Path("boards").glob("mine.model/sgd/**/events.out.*"))) >= 7
     assert plywise("bench", "--resume").code == 0, "the search is the folder's"
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    without = plywise("report", "runs/bench", "--tensorboard", "other")
+    assert without.code == 1
+    assert "The page could not be written" in without.err
+    assert len(list(Path("other").glob("mine.model/sgd/**/events.out.*"))) >= 7, "exports need no page"
 
 
 @pytest.mark.parametrize(

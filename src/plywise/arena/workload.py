@@ -64,8 +64,9 @@ class Workload:
         return bool(self.classes) and self.task.loss is token_cross_entropy
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.steps < 1:
-            raise BenchError(
-                f"Workload {self.name}: batches and runs hold at least 1, not {self.batch_size} samples and "
-                f"{self.steps} steps."
-            )
+        for name, least in (("batch_size", 1), ("steps", 1), ("blocks", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise BenchError(
+                    f"Workload {self.name}: {name} must be a whole number of at least {least}, not {value!r}."
+                )

@@ -45,7 +45,6 @@ def report(
         trackio: name of a local Trackio project (pip install 'plywise[tracking]').
         json: print ranking and findings as JSON.
     """
-    conclude(runs, json)
     screen = notes(apart=json)
     if tensorboard is not None:
         from plywise.arena.reports.trackers import to_tensorboard
@@ -55,6 +54,7 @@ def report(
         from plywise.arena.reports.trackers import to_trackio
 
         _print_exported(screen, to_trackio(runs, trackio), f"in the Trackio project {trackio}")
+    conclude(runs, json)  # last: a page that cannot be written costs no export
 
 
 def _print_exported(screen: Console, exported: Exported, where: str) -> None:
