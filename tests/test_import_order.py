@@ -12,11 +12,22 @@ ORDER = (
     ("registry.names",),
     ("_util",),
     ("numerics",),
+    ("engine.maps",),
+    ("engine.explain", "engine.health", "engine.sharding"),
+    ("engine.call", "engine.finite"),
+    ("engine.answers", "engine.sites"),
+    ("engine.selection",),
+    ("engine.contract",),
+    ("engine.processes",),
+    ("engine.capture",),
+    ("engine.readers", "engine.statistics"),
+    ("engine.coordinates", "engine.reports"),
     ("engine",),
     ("loggers",),
     ("rules", "optim", "nn", "schedules"),
     ("losses", "init"),
     ("data",),
+    ("local.cutting",),
     ("local",),
     ("pipeline",),
     ("registry",),
@@ -149,7 +160,7 @@ def test_a_wrong_import_is_named_with_its_line(tmp_path):
     (tmp_path / "local" / "one.py").write_text("from plywise.local import two\n")
     (tmp_path / "local" / "two.py").write_text("import plywise.local.one\n")
     up, whole = sorted(find_wrong_lines(tmp_path), key=lambda line: "up.py" not in line)
-    assert "up.py:3: numerics.up imports plywise.engine.call: engine is not below numerics" in up
+    assert "up.py:3: numerics.up imports plywise.engine.call: engine.call is not below numerics" in up
     assert "call.py:2: engine.call imports plywise., which is for users" in whole
     assert find_circle(tmp_path) == ["local.one", "local.two", "local.one"]
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plywise.engine.replicas import Job, Replicas, shares
+from plywise.engine.processes.replicas import Job, Replicas, shares
 
 
 def refuse():

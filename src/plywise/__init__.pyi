@@ -11,12 +11,12 @@ from plywise import testing as testing
 from plywise._util.version import __version__ as __version__
 from plywise.engine.call import LinearCall as LinearCall
 from plywise.engine.call import Update as Update
+from plywise.engine.capture.masked_rows import rows as rows
 from plywise.engine.contract import LayerShape as LayerShape
 from plywise.engine.maps.base import LinearMap as LinearMap
 from plywise.engine.maps.registered import LayerType as LayerType
 from plywise.engine.maps.registered import register_layer as register_layer
 from plywise.engine.maps.registered import register_map as register_map
-from plywise.engine.masked_rows import rows as rows
 from plywise.engine.rule import Rule as Rule
 from plywise.engine.rule import Size as Size
 from plywise.engine.rule import StatefulRule as StatefulRule

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from plywise._util.extras import TENSORBOARD, import_extra
-from plywise.engine.history import StepTelemetry
+from plywise.engine.reports.history import StepTelemetry
 from plywise.errors import PlywiseError
 
 Callback = Callable[[StepTelemetry], None]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import plywise as pw
 from plywise.data.models import call_model
-from plywise.engine.masked_rows import LEFT_OUT
+from plywise.engine.capture.masked_rows import LEFT_OUT
 from plywise.registry.names import RULE, list_names
 
 WORDS, WIDTH, CLASSES = 11, 8, 3

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.optim import LBFGS, Adam, Optimizer
 
 from plywise import RLS, Coordinates, Foof
-from plywise.engine.refresh_cycle import choose_phases
+from plywise.engine.statistics.refresh_cycle import choose_phases
 from plywise.optim import SOAP, Muon
 from plywise.testing.contract.memories import list_layers, select_layer, select_tensors
 from plywise.testing.contract.models import have_same_bits

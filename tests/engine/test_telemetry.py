@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import plywise as pw
-from plywise.engine.history import NUMBERS
+from plywise.engine.reports.history import NUMBERS
 from plywise.testing.contract.models import (
     compute_loss,
     copy_weights,

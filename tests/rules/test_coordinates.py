@@ -194,7 +194,7 @@ def test_large_layers_are_turned_as_small_ones_are(
     """In pieces of their rows, with the weights where they are."""
     ends = []
     for largest in (2**17, 2**30):
-        monkeypatch.setattr("plywise.engine.turned_layers.LARGEST_STACKED", largest)
+        monkeypatch.setattr("plywise.engine.coordinates.turned_layers.LARGEST_STACKED", largest)
         torch.manual_seed(4)
         layer, x = make_wide(kind)
         layer, x = layer.double(), x.double()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise.data.batches import TARGETS, Batch
-from plywise.engine.masked_rows import use_found_mask
+from plywise.engine.capture.masked_rows import use_found_mask
 from plywise.errors import AddressError
 
 Step = Callable[[nn.Module, Batch], Any]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from plywise.engine.calls_below import AlteredPasses
-from plywise.engine.capture import Capture
+from plywise.engine.capture.calls_below import AlteredPasses
+from plywise.engine.capture.capture import Capture
+from plywise.engine.capture.table import ParameterTable
 from plywise.engine.contract import RuleContract
 from plywise.engine.explain import BY_NAME
-from plywise.engine.gathered import list_passes
 from plywise.engine.selection import is_handled
 from plywise.engine.sites import TRANSFORM, ParameterEntry
-from plywise.engine.table import ParameterTable
+from plywise.engine.statistics.gathered import list_passes
 from plywise.errors import PlywiseError, UncapturedLayerError
 
 

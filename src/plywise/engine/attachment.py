@@ -12,19 +12,20 @@ from torch.utils.hooks import RemovableHandle
 
 from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
-from plywise.engine.capture import Capture
+from plywise.engine.capture.capture import Capture
+from plywise.engine.capture.table import ParameterTable
 from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation
-from plywise.engine.followed_parameters import refuse_old_optimizer, refuse_replaced
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
 from plywise.engine.liveness import Liveness
-from plywise.engine.pipelining import runs_in_pipeline
+from plywise.engine.processes.followed_parameters import refuse_old_optimizer, refuse_replaced
+from plywise.engine.processes.pipelining import runs_in_pipeline
 from plywise.engine.readers import make_readers
 from plywise.engine.registered import install_registered
+from plywise.engine.reports.rows import make_rows
 from plywise.engine.responder import RuleResponder
-from plywise.engine.rows import make_rows
 from plywise.engine.running_state import RunningState
 from plywise.engine.selection import (
     Selector,
@@ -35,8 +36,7 @@ from plywise.engine.selection import (
     refuse_nothing,
 )
 from plywise.engine.sites import ParameterEntry, Site
-from plywise.engine.state_loads import follow_state_dicts
-from plywise.engine.table import ParameterTable
+from plywise.engine.statistics.state_loads import follow_state_dicts
 from plywise.errors import AttachError
 
 

@@ -26,14 +26,14 @@ from torch.autograd.graph import GradientEdge
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from plywise.engine.calls_below import find_calls
+from plywise.engine.capture.calls_below import find_calls
+from plywise.engine.capture.masked_rows import find_kept
+from plywise.engine.capture.table import ParameterTable
 from plywise.engine.kept_scales import KeptScales, Values
-from plywise.engine.masked_rows import find_kept
-from plywise.engine.pipelining import refuse_pipeline
-from plywise.engine.replicas import find_training_group, refuse_join
+from plywise.engine.processes.pipelining import refuse_pipeline
+from plywise.engine.processes.replicas import find_training_group, refuse_join
 from plywise.engine.sharding import is_any_nonzero, is_spread
 from plywise.engine.sites import Site
-from plywise.engine.table import ParameterTable
 from plywise.errors import AttachError
 
 KEPT_PASSES = 16

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from plywise.engine.finite import measure_norms
-from plywise.engine.replicas import find_data_parallel_group, is_joining
+from plywise.engine.processes.replicas import find_data_parallel_group, is_joining
 from plywise.engine.sharding import find_local, is_spread
 from plywise.engine.sites import ParameterEntry
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
-from plywise.engine.capture import runs_twice
+from plywise.engine.capture.capture import runs_twice
 from plywise.engine.finite import judge_gradients
 from plywise.engine.health import Health
 from plywise.errors import NonFiniteError

@@ -20,11 +20,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plywise.engine.saved_names import add_names, check_names, check_number, find_indices
-from plywise.engine.saved_state import SCALES
+from plywise.engine.capture.table import ParameterTable
 from plywise.engine.sites import ParameterEntry, Site, format_use
-from plywise.engine.state_dicts import complete_stateless, note_detached, warn_if_lost
-from plywise.engine.table import ParameterTable
+from plywise.engine.statistics.saved_names import add_names, check_names, check_number, find_indices
+from plywise.engine.statistics.saved_state import SCALES
+from plywise.engine.statistics.state_dicts import complete_stateless, note_detached, warn_if_lost
 from plywise.errors import StateError
 
 CLOCK, MISSING, COUNT = (f"{SCALES}.{name}" for name in ("step", "missing", "count"))

@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plywise.engine import health
-from plywise.engine.followed_parameters import find_in_place
 from plywise.engine.health import Health
+from plywise.engine.processes.followed_parameters import find_in_place
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sharding import find_local
 from plywise.engine.sites import ParameterEntry

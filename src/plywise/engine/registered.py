@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from plywise.engine.capture import Capture, ModelHook
-from plywise.engine.captured_call import apply_tapped
-from plywise.engine.layouts import PLAIN
+from plywise.engine.capture.capture import Capture, ModelHook
+from plywise.engine.capture.captured_call import apply_tapped
+from plywise.engine.maps.layouts import PLAIN
 from plywise.engine.maps.registered import Registration, check_map, find_registration
 from plywise.engine.selection import strip_wrappers
 

@@ -11,17 +11,17 @@ from plywise.engine.answers import check_input_gradient, check_update
 from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
 from plywise.engine.call import LinearCall, Update
-from plywise.engine.calls_below import PassSamples, find_wanting
+from plywise.engine.capture.calls_below import PassSamples, find_wanting
+from plywise.engine.capture.masked_rows import KeptRows, LeftOutRows, UnusedMasks, find_kept
 from plywise.engine.contract import RuleContract
 from plywise.engine.finite import measure_norms
 from plywise.engine.guard import refuse_nonfinite
 from plywise.engine.health import Health
-from plywise.engine.layouts import PLAIN
 from plywise.engine.liveness import Liveness
-from plywise.engine.masked_rows import KeptRows, LeftOutRows, UnusedMasks, find_kept
+from plywise.engine.maps.layouts import PLAIN
+from plywise.engine.reports.telemetry import Telemetry
 from plywise.engine.running_state import RunningState
 from plywise.engine.sites import Site
-from plywise.engine.telemetry import Telemetry
 
 Observer = Callable[[LinearCall, Update, Tensor | None], None]
 

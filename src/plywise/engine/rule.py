@@ -22,11 +22,11 @@ from plywise.engine.attachment import Attachment
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation, Size
 from plywise.engine.health import Health
-from plywise.engine.history import History
+from plywise.engine.reports.history import History
+from plywise.engine.reports.telemetry import Callback, Telemetry
 from plywise.engine.responder import Observer
 from plywise.engine.selection import KINDS, Kinds, Selector, resolve_kinds
 from plywise.engine.sharding import find_shards
-from plywise.engine.telemetry import Callback, Telemetry
 from plywise.errors import AttachError
 
 __all__ = ["Observer", "Rule", "Size", "StatefulRule"]

@@ -7,10 +7,10 @@
 - The optimizer's step turns the evidence of all layers at once into state. After an exception the old state
   stays. A step without evidence (a checkpoint's template step with zero gradients) changes nothing. A step
   gathers once: if a closure is evaluated several times, the last evaluation counts.
-- The state is in ``optimizer.state[weight]`` (`plywise.engine.saved_state`).
+- The state is in ``optimizer.state[weight]`` (`plywise.engine.statistics.saved_state`).
 
-`plywise.engine.learning` decides in which steps a rule learns and refreshes, `plywise.engine.resting` in
-which steps forward and backward are plain.
+`plywise.engine.statistics.learning` decides in which steps a rule learns and refreshes,
+`plywise.engine.statistics.resting` in which steps forward and backward are plain.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -22,25 +22,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plywise.engine.agreement import Agreement
 from plywise.engine.answers import check_tensors
 from plywise.engine.call import LinearCall
 from plywise.engine.contract import Evidence, State, StatefulContract
-from plywise.engine.early_layers import GRADIENT, gather_gradient, learn_from_call, measure_scale
-from plywise.engine.gathered import GatheredEvidence
+from plywise.engine.coordinates.turned_steps import TurnedSteps
 from plywise.engine.health import Health
-from plywise.engine.known_layers import KnownLayers
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.learning import Learning
-from plywise.engine.resting import Resting, RestingLayers
-from plywise.engine.saved_state import NOTHING, LayerState, SavedState
-from plywise.engine.shard_exchange import find_held, share_out_gradients
+from plywise.engine.processes.training_processes import TrainingProcesses
 from plywise.engine.sharding import is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
-from plywise.engine.state_dicts import StateDicts
-from plywise.engine.step_updates import StepUpdates
-from plywise.engine.training_processes import TrainingProcesses
-from plywise.engine.turned_steps import TurnedSteps
+from plywise.engine.statistics.agreement import Agreement
+from plywise.engine.statistics.early_layers import GRADIENT, gather_gradient, learn_from_call, measure_scale
+from plywise.engine.statistics.gathered import GatheredEvidence
+from plywise.engine.statistics.known_layers import KnownLayers
+from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.learning import Learning
+from plywise.engine.statistics.resting import Resting, RestingLayers
+from plywise.engine.statistics.saved_state import NOTHING, LayerState, SavedState
+from plywise.engine.statistics.shard_exchange import find_held, share_out_gradients
+from plywise.engine.statistics.state_dicts import StateDicts
+from plywise.engine.statistics.step_updates import StepUpdates
 from plywise.errors import PlywiseError
 
 NOTHING_TO_DO = nullcontext()

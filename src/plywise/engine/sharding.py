@@ -4,7 +4,7 @@
 and which the optimizer steps. While the module runs, forward and backward, a plain tensor stands in its
 place: the *whole* parameter. So a rule answers in backward as it always does, and torch averages over the
 processes what arrives in the whole parameter's gradient. What a rule does at the optimizer's step needs whole
-gradients, too: `plywise.engine.shard_exchange` makes them.
+gradients, too: `plywise.engine.statistics.shard_exchange` makes them.
 """
 
 import sys

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.explain import Size
-from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.layouts import Layout
 from plywise.engine.sharding import Sharding
 
 TRANSFORM = "a torch.func transform"

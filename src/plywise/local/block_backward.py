@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from plywise.engine.calls_below import train_by_inputs
+from plywise.engine.capture.calls_below import train_by_inputs
 from plywise.local.component import Signal
 
 

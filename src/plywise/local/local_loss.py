@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plywise.data.batches import Batch
 from plywise.data.models import find_mask
 from plywise.data.training_data import cross_entropy as token_cross_entropy
-from plywise.engine.masked_rows import use_found_mask
+from plywise.engine.capture.masked_rows import use_found_mask
 from plywise.errors import BlockError, PlywiseError
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Component, Signal

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from plywise._util.checks import require_whole
 from plywise.data.batches import Batch, take_samples
 from plywise.data.reading import IGNORED
-from plywise.engine.masked_rows import use_found_mask
+from plywise.engine.capture.masked_rows import use_found_mask
 from plywise.errors import BlockError, DataError
 from plywise.local.blocks import Blocks, chain_blocks, require_blocks
 from plywise.local.component import Component, Signal

@@ -18,8 +18,8 @@ from plywise.data.batches import TARGETS, Batch, clone_batch, list_tensors
 from plywise.data.models import call_model
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks
-from plywise.local.chain import assemble, join, label_unit
-from plywise.local.units import ADVICE, copy_of, find_units, own_randomness
+from plywise.local.cutting.chain import assemble, join, label_unit
+from plywise.local.cutting.units import ADVICE, copy_of, find_units, own_randomness
 
 _REPEATS = 5
 

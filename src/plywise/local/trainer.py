@@ -19,7 +19,7 @@ from plywise.data.batches import list_tensors
 from plywise.engine.explain import Explanation
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
-from plywise.engine.rows import make_module_row
+from plywise.engine.reports.rows import make_module_row
 from plywise.engine.rule import Rule
 from plywise.engine.selection import collect_parameters
 from plywise.errors import BlockError, PlywiseError, StateError

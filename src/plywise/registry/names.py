@@ -151,7 +151,7 @@ NAMES = (
     _make_part("Update", "engine.call"),
     _make_part("LayerShape", "engine.contract"),
     _make_part("LinearMap", "engine.maps.base"),
-    _make_part("rows", "engine.masked_rows"),
+    _make_part("rows", "engine.capture.masked_rows"),
     _make_part("LayerType", "engine.maps.registered"),
     _make_part("register_layer", "engine.maps.registered"),
     _make_part("register_map", "engine.maps.registered"),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plywise.engine.capture import ModelHook
+from plywise.engine.capture.capture import ModelHook
 from plywise.numerics.products import divide_or_zero
 
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from plywise.engine.capture import ModelHook
+from plywise.engine.capture.capture import ModelHook
 from plywise.engine.selection import strip_wrappers
 from plywise.errors import AttachError
 

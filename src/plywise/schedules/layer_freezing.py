@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from plywise._util.checks import require_positive, require_whole
 from plywise.engine.rule import check_model, check_optimizer
-from plywise.engine.state_dicts import note_detached, was_used
+from plywise.engine.statistics.state_dicts import note_detached, was_used
 from plywise.errors import AttachError, StateError
 from plywise.schedules.front_layers import FrontLayers
 

@@ -17,12 +17,12 @@ from plywise.data.sources import Reading
 from plywise.data.training_data import CLASSES, LOSSES, TrainingData, take_training_data
 from plywise.errors import AddressError, BlockError, CommandError, DataError
 from plywise.local.blocks import Blocks
-from plywise.local.chain import assemble, join, name_parameters
+from plywise.local.cutting.chain import assemble, join, name_parameters
+from plywise.local.cutting.units import find_units
 from plywise.local.learner import Learner
 from plywise.local.settings import READERS, check_settings, learner_settings
 from plywise.local.split import split
 from plywise.local.trainer import MakeOptimizer, MakeRule
-from plywise.local.units import find_units
 from plywise.local.whole_model import WholeModel
 from plywise.registry.resolve import (
     make_model,

@@ -30,12 +30,12 @@ from plywise.engine.rule import Rule
 from plywise.errors import BenchError, NonFiniteError
 from plywise.local.associated_maps import mean_decoder, pooled_bridge
 from plywise.local.blocks import Blocks
-from plywise.local.chain import assemble, join
+from plywise.local.cutting.chain import assemble, join
+from plywise.local.cutting.units import find_units
 from plywise.local.learner import Learner
 from plywise.local.linear_heads import RidgeHead
 from plywise.local.settings import READERS
 from plywise.local.split import balance, split
-from plywise.local.units import find_units
 from plywise.registry.find import find_learner
 from plywise.registry.resolve import resolve_rule
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from plywise.engine.capture import Capture
-from plywise.engine.masked_rows import transpose_masks
+from plywise.engine.capture.capture import Capture
+from plywise.engine.capture.masked_rows import transpose_masks
 
 
 def rebind(function: Any, **replacements: Any) -> Any:

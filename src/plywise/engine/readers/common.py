@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from plywise.engine.capture import Capture
-from plywise.engine.captured_call import apply_rearranged, apply_tapped
+from plywise.engine.capture.capture import Capture
+from plywise.engine.capture.captured_call import apply_rearranged, apply_tapped
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

@@ -6,10 +6,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from plywise.engine.capture import Capture
-from plywise.engine.captured_call import apply_captured
-from plywise.engine.layouts import PLAIN, make_transposed_layout
+from plywise.engine.capture.capture import Capture
+from plywise.engine.capture.captured_call import apply_captured
 from plywise.engine.maps.convolution import Convolution, TransposedConvolution
+from plywise.engine.maps.layouts import PLAIN, make_transposed_layout
 from plywise.engine.readers.common import Args, Kwargs, keep_input, pick_argument, tap
 
 

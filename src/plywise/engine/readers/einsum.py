@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plywise.engine.capture import Capture
-from plywise.engine.layouts import make_permuted_layout
+from plywise.engine.capture.capture import Capture
 from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.layouts import make_permuted_layout
 from plywise.engine.maps.matmul import TAPPED_PRODUCT, BatchedProduct
 from plywise.engine.readers.common import Args, Kwargs, pick_argument, tap
 from plywise.engine.readers.products import read_product

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plywise.engine.capture import Capture
-from plywise.engine.captured_call import apply_tapped
-from plywise.engine.layouts import PLAIN, TRANSPOSED
+from plywise.engine.capture.capture import Capture
+from plywise.engine.capture.captured_call import apply_tapped
 from plywise.engine.maps.affine import Bilinear
+from plywise.engine.maps.layouts import PLAIN, TRANSPOSED
 from plywise.engine.maps.lookups import Embedding, EmbeddingBag
 from plywise.engine.readers.common import Args, Kwargs, keep_input, leave_graph, pick_argument, tap
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plywise.engine.capture import Capture
-from plywise.engine.captured_call import apply_tapped
-from plywise.engine.layouts import ELEMENTWISE
+from plywise.engine.capture.capture import Capture
+from plywise.engine.capture.captured_call import apply_tapped
 from plywise.engine.maps.affine import ElementwiseAffine
+from plywise.engine.maps.layouts import ELEMENTWISE
 from plywise.engine.readers.common import Args, Kwargs, keep_input, leave_graph, pick_argument, tap
 
 Normalise = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plywise.engine.capture import Capture
-from plywise.engine.captured_call import apply_captured
-from plywise.engine.layouts import BATCHED_IN_OUT, PLAIN, TRANSPOSED
+from plywise.engine.capture.capture import Capture
+from plywise.engine.capture.captured_call import apply_captured
 from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.layouts import BATCHED_IN_OUT, PLAIN, TRANSPOSED
 from plywise.engine.maps.matmul import MATRIX_PRODUCT, TAPPED_PRODUCT, BatchedProduct
 from plywise.engine.readers.common import Args, Kwargs, keep_input, pick_argument, tap
 

@@ -2,7 +2,7 @@
 
 Hooks of the modules that own parameters enter and leave a `torch.overrides.TorchFunctionMode`. While it is
 entered, `plywise.engine.readers` looks at each call of a torch function that can be linear in a parameter.
-Such a call runs as the forward of a `torch.autograd.Function` (`plywise.engine.captured_call`), whose
+Such a call runs as the forward of a `torch.autograd.Function` (`plywise.engine.capture.captured_call`), whose
 backward asks the rule for both of its answers. So
 
 - whatever else makes a module's output (an adapter, a patched forward) keeps its own graph;
@@ -26,11 +26,11 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from plywise.engine.checkpointed import REASON, is_run_again_by_hand
-from plywise.engine.layouts import Layout
+from plywise.engine.capture.checkpointed import REASON, is_run_again_by_hand
+from plywise.engine.capture.table import ParameterTable
 from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.layouts import Layout
 from plywise.engine.sites import TRANSFORM, Site
-from plywise.engine.table import ParameterTable
 
 EXPLORED = 3
 """Forwards of each outermost module, with a graph, in which uses of parameters are noted."""

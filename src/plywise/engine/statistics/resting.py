@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Sized
 from torch import Tensor, nn
 
 from plywise.engine.contract import StatefulContract
-from plywise.engine.known_layers import KnownLayers
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.learning import Learning
-from plywise.engine.saved_state import LayerState, SavedState
+from plywise.engine.processes.training_processes import TrainingProcesses
 from plywise.engine.sites import ParameterEntry
-from plywise.engine.training_processes import TrainingProcesses
+from plywise.engine.statistics.known_layers import KnownLayers
+from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.learning import Learning
+from plywise.engine.statistics.saved_state import LayerState, SavedState
 
 
 class RestingLayers:

@@ -10,7 +10,7 @@ Beside the optimizer's own keys, the state of a weight has
 
 A weight whose parts are used apart has one set for each part, ``"plywise.Foof[0:8].input"``: the part is
 named by its rows, so that it does not matter which one is called first. What is done when a state dict is
-saved or loaded is in `plywise.engine.state_dicts`.
+saved or loaded is in `plywise.engine.statistics.state_dicts`.
 """
 
 import weakref
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise.engine.contract import State, StatefulContract
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.saved_names import NUMBERS
 from plywise.engine.sites import ParameterEntry, format_use
-from plywise.engine.stacks import convert_state, separate_state
-from plywise.engine.state_shapes import check_shapes, find_shapes
+from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.saved_names import NUMBERS
+from plywise.engine.statistics.stacks import convert_state, separate_state
+from plywise.engine.statistics.state_shapes import check_shapes, find_shapes
 
 PREFIX = "plywise."
 

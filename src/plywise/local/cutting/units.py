@@ -12,9 +12,9 @@ from plywise._util.modes import evaluating
 from plywise.data.batches import TARGETS, Batch, clone_batch, list_tensors
 from plywise.data.models import call_model, find_scores
 from plywise.errors import BlockError
-from plywise.local.chain import Piece, assemble, collect_tensors, join, label, learns, read_chain
-from plywise.local.spine import find_spine, list_units
-from plywise.local.tracing import StaysWholeError
+from plywise.local.cutting.chain import Piece, assemble, collect_tensors, join, label, learns, read_chain
+from plywise.local.cutting.spine import find_spine, list_units
+from plywise.local.cutting.tracing import StaysWholeError
 
 ADVICE = "pass blocks of your own: Blocks([...], example)"
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import Buffer, Parameter, UninitializedParameter
 
-from plywise.engine.followed_parameters import SPREAD, follow_parameters, is_replaced
-from plywise.engine.layouts import Layout
 from plywise.engine.maps.base import LinearMap
+from plywise.engine.maps.layouts import Layout
+from plywise.engine.processes.followed_parameters import SPREAD, follow_parameters, is_replaced
 from plywise.engine.selection import collect_parameters, explain_kind
 from plywise.engine.sharding import keep_whole
 from plywise.engine.sites import ParameterEntry, Site, find_part

@@ -7,7 +7,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.statistics.layer_handle import LayerHandle
 
 
 class Slots:

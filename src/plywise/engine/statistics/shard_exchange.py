@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plywise.engine.contract import State, StatefulContract
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.replicas import Replicas, deal_out
+from plywise.engine.processes.replicas import Replicas, deal_out
 from plywise.engine.sharding import find_local
 from plywise.engine.sites import ParameterEntry
+from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.errors import AttachError
 
 Memories = dict[str, State]

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract, Turn
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.replicas import Replicas
-from plywise.engine.shard_exchange import gather_whole, get_layer_gradient
+from plywise.engine.coordinates.turned_layers import FindFactors, Note, find_scale, measure
+from plywise.engine.processes.replicas import Replicas
 from plywise.engine.sharding import find_local
-from plywise.engine.stacks import StackedState, convert_state
-from plywise.engine.turned_layers import FindFactors, Note, find_scale, measure
+from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.shard_exchange import gather_whole, get_layer_gradient
+from plywise.engine.statistics.stacks import StackedState, convert_state
 
 
 class ShardedLayers:

@@ -18,8 +18,8 @@ from plywise.engine.call import LinearCall, Update
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.finite import measure_norms
 from plywise.engine.health import Health
-from plywise.engine.history import LayerTelemetry, StepTelemetry
-from plywise.engine.layouts import PLAIN
+from plywise.engine.maps.layouts import PLAIN
+from plywise.engine.reports.history import LayerTelemetry, StepTelemetry
 from plywise.engine.sites import ParameterEntry, Site
 
 Callback = Callable[[StepTelemetry], None]

@@ -16,8 +16,8 @@ from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.finite import is_precise, measure_norms
 from plywise.engine.health import Health
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.stacks import Scratch, Stack, arrange, list_parts, sign
+from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.stacks import Scratch, Stack, arrange, list_parts, sign
 
 
 class StepUpdates:

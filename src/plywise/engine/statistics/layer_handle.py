@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from plywise.engine.call import Update
 from plywise.engine.contract import LayerShape
-from plywise.engine.followed_parameters import explain_replaced
-from plywise.engine.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, make_transposed_layout
+from plywise.engine.maps.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, make_transposed_layout
+from plywise.engine.processes.followed_parameters import explain_replaced
 from plywise.engine.selection import is_in_out
 from plywise.engine.sharding import mark_gradient
 from plywise.engine.sites import ParameterEntry, Site

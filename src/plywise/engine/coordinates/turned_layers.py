@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from plywise.engine.contract import LayerShape, State, StatefulContract, Turn
+from plywise.engine.coordinates.slots import Slots
 from plywise.engine.finite import is_precise
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.slots import Slots
-from plywise.engine.stacks import LARGEST_STACKED, StackedState
+from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.stacks import LARGEST_STACKED, StackedState
 
 ALIGNED = 16
 """Rows of pieces begin at multiples of so many numbers: products take up to twice as long otherwise."""

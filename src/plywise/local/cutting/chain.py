@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from plywise.local.spine import SpineBlock, SpineUnit
-from plywise.local.tracing import FLAG, ChainTracer, StaysWholeError, TrainingFlag, trace
+from plywise.local.cutting.spine import SpineBlock, SpineUnit
+from plywise.local.cutting.tracing import FLAG, ChainTracer, StaysWholeError, TrainingFlag, trace
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from plywise._util.modes import evaluating
 from plywise.data.batches import TARGETS, Batch, clone_batch, count_samples, list_tensors
 from plywise.data.models import call_model, find_scores
 from plywise.errors import BlockError
-from plywise.local.tracing import StaysWholeError
+from plywise.local.cutting.tracing import StaysWholeError
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,19 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from plywise.engine.contract import State
-from plywise.engine.refresh_cycle import choose_phases
-from plywise.engine.saved_names import MARK, add_names, check_keys, check_names, find_indices, find_mark
-from plywise.engine.saved_state import PREFIX, SavedState, find_rule, find_tensors, is_of_rule
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sites import ParameterEntry
-from plywise.engine.state_shapes import check_shapes
+from plywise.engine.statistics.refresh_cycle import choose_phases
+from plywise.engine.statistics.saved_names import (
+    MARK,
+    add_names,
+    check_keys,
+    check_names,
+    find_indices,
+    find_mark,
+)
+from plywise.engine.statistics.saved_state import PREFIX, SavedState, find_rule, find_tensors, is_of_rule
+from plywise.engine.statistics.state_shapes import check_shapes
 from plywise.errors import AttachError, StateError
 
 _HAD_A_RULE: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()

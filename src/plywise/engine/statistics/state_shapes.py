@@ -1,7 +1,7 @@
 """Whether tensors that were saved are a rule's statistics of a layer, by their shapes."""
 
 from plywise.engine.contract import State, StatefulContract
-from plywise.engine.layer_handle import LayerHandle
+from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.errors import StateError
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from plywise.engine.layer_handle import LayerHandle
 from plywise.engine.sites import ParameterEntry, Part, Site
+from plywise.engine.statistics.layer_handle import LayerHandle
 
 
 class KnownLayers:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from plywise.engine.followed_parameters import SPREAD
-from plywise.engine.pipelining import runs_in_pipeline
-from plywise.engine.replicas import Replicas, find_training_group, refuse_join
+from plywise.engine.processes.followed_parameters import SPREAD
+from plywise.engine.processes.pipelining import runs_in_pipeline
+from plywise.engine.processes.replicas import Replicas, find_training_group, refuse_join
 from plywise.engine.sites import ParameterEntry
 
 

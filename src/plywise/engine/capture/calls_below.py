@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plywise.engine.captured_call import TappedCall, find_wanted, find_wanted_of_tap
+from plywise.engine.capture.captured_call import TappedCall, find_wanted, find_wanted_of_tap
 from plywise.errors import PlywiseError
 
 REENTRANT = "CheckpointFunctionBackward"

@@ -1,7 +1,7 @@
 """Learns from evidence and refreshes what was learned, for all layers, and decides in which steps.
 
 All layers gather in the same steps, so that all other steps are plain. Expensive refreshes are spread over a
-cycle: layers take turns (`plywise.engine.refresh_cycle`), and processes share out the work.
+cycle: layers take turns (`plywise.engine.statistics.refresh_cycle`), and processes share out the work.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,16 +13,16 @@ from torch import Tensor
 from plywise.engine import health
 from plywise.engine.answers import check_tensors
 from plywise.engine.contract import Evidence, LayerShape, Shapes, State, StatefulContract
-from plywise.engine.early_layers import GRADIENT
 from plywise.engine.finite import find_finite
-from plywise.engine.gathered import Pending
 from plywise.engine.health import Health
-from plywise.engine.known_layers import KnownLayers
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.refresh_cycle import choose_phases, count_intervals
-from plywise.engine.replicas import Job, Replicas
-from plywise.engine.saved_state import LayerState, SavedState
-from plywise.engine.stacks import convert_state
+from plywise.engine.processes.replicas import Job, Replicas
+from plywise.engine.statistics.early_layers import GRADIENT
+from plywise.engine.statistics.gathered import Pending
+from plywise.engine.statistics.known_layers import KnownLayers
+from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.refresh_cycle import choose_phases, count_intervals
+from plywise.engine.statistics.saved_state import LayerState, SavedState
+from plywise.engine.statistics.stacks import convert_state
 
 
 class Learning:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from plywise.engine.call import Update
-from plywise.engine.layouts import PLAIN
-from plywise.engine.masked_rows import get_active_masks
+from plywise.engine.capture.masked_rows import get_active_masks
+from plywise.engine.maps.layouts import PLAIN
 from plywise.engine.sites import Site
 
 Run = Callable[..., Tensor]

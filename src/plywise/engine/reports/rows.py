@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from plywise.engine.contract import RuleContract
 from plywise.engine.explain import LayerRow, Size
 from plywise.engine.health import Health
-from plywise.engine.layer_handle import predict_canonical, predict_groups
 from plywise.engine.selection import explain_kind, predict_kind
 from plywise.engine.sites import ParameterEntry, Site
+from plywise.engine.statistics.layer_handle import predict_canonical, predict_groups
 
 UNSEEN = "no call of a linear map has been seen with it yet"
 Owner = weakref.ref[nn.Module]

@@ -15,15 +15,15 @@ from torch.optim import Optimizer
 
 from plywise.engine import health
 from plywise.engine.contract import State, StatefulContract
+from plywise.engine.coordinates.optimizer_probe import OptimizerTraits, probe_optimizer
+from plywise.engine.coordinates.turned_layers import LargeLayer, SmallLayers, arrange_turned
+from plywise.engine.coordinates.turned_shards import ShardedLayers, turn_stand_ins
 from plywise.engine.health import Health
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.optimizer_probe import OptimizerTraits, probe_optimizer
-from plywise.engine.saved_state import PREFIX, LayerState
-from plywise.engine.shard_exchange import gather_whole
-from plywise.engine.stacks import convert_state
-from plywise.engine.training_processes import TrainingProcesses
-from plywise.engine.turned_layers import LargeLayer, SmallLayers, arrange_turned
-from plywise.engine.turned_shards import ShardedLayers, turn_stand_ins
+from plywise.engine.processes.training_processes import TrainingProcesses
+from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.saved_state import PREFIX, LayerState
+from plywise.engine.statistics.shard_exchange import gather_whole
+from plywise.engine.statistics.stacks import convert_state
 
 
 class TurnedSteps:

@@ -6,7 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from plywise.engine.state_dicts import refuse_orphans
+from plywise.engine.statistics.state_dicts import refuse_orphans
 
 
 def follow_state_dicts(optimizer: Optimizer, look: Callable[[], None]) -> list[RemovableHandle]:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from plywise.engine.layer_handle import LayerHandle
-from plywise.engine.replicas import Replicas
+from plywise.engine.processes.replicas import Replicas
 from plywise.engine.sites import ParameterEntry, format_part
+from plywise.engine.statistics.layer_handle import LayerHandle
 
 LEFT = -1
 """Stands for a weight that this process leaves to the optimizer."""

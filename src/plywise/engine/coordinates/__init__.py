@@ -1,0 +1,1 @@
+"""Optimizers at work in other coordinates of the weights."""

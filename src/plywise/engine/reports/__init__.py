@@ -1,0 +1,1 @@
+"""What users see of a rule at work: a row for each layer, and telemetry."""

@@ -1,0 +1,1 @@
+"""Reads a model as pieces between which it can be cut into blocks; `plywise.local.split` cuts it."""
