@@ -67,6 +67,20 @@ def test_parameters_in_another_order_are_refused(rule: str, saved: Any, loads: A
     assert have_same_bits(other.copy_state(), before)
 
 
+@pytest.mark.parametrize("rule", REMEMBERING)
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_another_order_is_found_at_attach_too(rule: str, optimizer: str) -> None:
+    def begin(order: Callable[[Parameters], Any], seed: int) -> Run:
+        make = OPTIMIZERS[optimizer]
+        return Run(RULES[rule](), lambda p: make(order(list(p))), model=make_equal(seed)).steps(0, 1)
+
+    state = begin(list, 1).optimizer.state_dict()
+    other = begin(swap_layers, 9)
+    for _ in range(2):  # a second try changes nothing
+        with pytest.raises(StateError, match=r"in another order: in the place of '0.weight' was '2.weight'"):
+            load(other, copy.deepcopy(state), loads_first=True)
+
+
 @pytest.mark.parametrize("rule", ["foof", "rls", "coordinates", "back_matching-mean"])
 def test_a_model_inside_of_another_one_loads(rule: str) -> None:
     run, other = start(rule).steps(0, 1), start(rule, seed=9)

@@ -6,7 +6,8 @@ Beside the optimizer's own keys, the state of a weight has
   a template. If parts of a weight are used apart, each has its own: ``"plywise.backward_scale[0:8].0"``;
 - ``"plywise.backward_scale.count"``: how many values there are;
 - ``"plywise.backward_scale.step"``, ``"plywise.backward_scale.missing"``: the steps that have been taken, and
-  whether the next pass must measure, because a value is missing.
+  whether the next pass must measure, because a value is missing;
+- ``"plywise.backward_scale.name"``: a number made from the parameter's name.
 
 All are plain numbers: torch's flattened state dicts take no lists, and would cast tensors. Savers that load
 in place bring only what they find, so templates say what there will be, and the count shows what is lost.
@@ -22,12 +23,19 @@ from torch.optim import Optimizer
 
 from plywise.engine.capture.table import ParameterTable
 from plywise.engine.sites import ParameterEntry, Site, format_use
-from plywise.engine.statistics.saved_names import add_names, check_names, check_number, find_indices
+from plywise.engine.statistics.saved_names import (
+    add_names,
+    check_name_numbers,
+    check_names,
+    check_number,
+    find_indices,
+    make_number,
+)
 from plywise.engine.statistics.saved_state import SCALES
 from plywise.engine.statistics.state_dicts import complete_stateless, note_detached, warn_if_lost
 from plywise.errors import StateError
 
-CLOCK, MISSING, COUNT = (f"{SCALES}.{name}" for name in ("step", "missing", "count"))
+CLOCK, MISSING, COUNT, NAME = (f"{SCALES}.{name}" for name in ("step", "missing", "count", "name"))
 UNKNOWN = -1.0
 
 Values = dict[Site, list[float]]
@@ -62,6 +70,7 @@ class KeptScales:
         self.step = 0
         self.is_missing = False
         if optimizer is not None:
+            check_name_numbers(optimizer.state, self._list_own_parameters(), NAME)
             for entry, own in self._list_states(optimizer):
                 _check(entry, own)
             warn_if_lost(optimizer, "values measured by back-matching", lambda key: key == COUNT)
@@ -144,7 +153,7 @@ class KeptScales:
         values = _find_values(own)
         for key in [key for key, value in values.items() if value == UNKNOWN]:
             del own[key]
-        own[CLOCK], own[MISSING] = self.step, int(self.is_missing)
+        own[CLOCK], own[MISSING], own[NAME] = self.step, int(self.is_missing), make_number(entry.name)
         own[COUNT] = sum(value != UNKNOWN for value in values.values())
         uses = [self._name(site) for site in entry.sites.values()]
         if not uses and entry.expected and not own[COUNT]:

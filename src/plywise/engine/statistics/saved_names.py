@@ -2,8 +2,11 @@
 
 torch knows a state's parameters by their numbers alone. If the optimizer that loads has its parameters in
 another order, each gets the momentum and the statistics of another, and where shapes agree nothing shows it.
+Of a state that is loaded before a rule is attached, torch keeps only what belongs to the parameters. So the
+statistics of each parameter also carry a number that is made from its name.
 """
 
+import zlib
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -17,7 +20,7 @@ from plywise.errors import StateError
 MARK = "plywise"
 """Key of an optimizer's state dict that names the rules whose statistics are in it."""
 
-NUMBERS = ("step", "phase", "in_backward")
+NUMBERS = ("step", "phase", "in_backward", "name")
 """What is kept beside a rule's own tensors: whole numbers."""
 
 Indices = Mapping[Tensor, Any]
@@ -53,12 +56,42 @@ def check_names(state: Mapping[str, Any], indices: Indices, entries: Iterable[Pa
     if saved == here or {*saved.values()} != {*here.values()}:
         return
     index, name = next((index, name) for index, name in here.items() if saved.get(index) != name)
-    raise StateError(
+    raise StateError(_explain_order(name, saved.get(index)), see="state-memory")
+
+
+def check_name_numbers(
+    state: Mapping[Tensor, Any], own: Iterable[tuple[Tensor, ParameterEntry]], key: str
+) -> None:
+    """Raise StateError if statistics that were loaded before attach are those of other parameters here.
+
+    Other names say nothing, as in `check_names`.
+
+    Args:
+        state: the optimizer's state.
+        own: the rule's parameters.
+        key: where the number made from the name is in the state of each.
+    """
+    states = [(state.get(parameter), entry.name) for parameter, entry in own]
+    saved = {n: kept[key] for kept, n in states if isinstance(kept, dict) and isinstance(kept.get(key), int)}
+    names = {make_number(name): name for name in saved}
+    if names.keys() != {*saved.values()}:
+        return
+    for name, number in saved.items():
+        if names[number] != name:
+            raise StateError(_explain_order(name, names[number]), see="state-memory")
+
+
+def make_number(name: str) -> int:
+    """Make a number from a parameter's name, for its state: torch's flattened states take no words."""
+    return zlib.crc32(name.encode())
+
+
+def _explain_order(name: str, saved: str | None) -> str:
+    return (
         "The optimizer state to load was saved with its parameters in another order: in the place of "
-        f"{name!r} was {saved.get(index)!r}. torch loads states by their places, so each parameter would get "
-        "the momentum and the statistics of another. Make the optimizer from the parameters in the order in "
-        "which they were saved, or load by names, with torch.distributed.checkpoint.state_dict.",
-        see="state-memory",
+        f"{name!r} was {saved!r}. torch loads states by their places, so each parameter would get the "
+        "momentum and the statistics of another. Make the optimizer from the parameters in the order in "
+        "which they were saved, or load by names, with torch.distributed.checkpoint.state_dict."
     )
 
 

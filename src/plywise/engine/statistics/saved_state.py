@@ -4,6 +4,8 @@ Beside the optimizer's own keys, the state of a weight has
 
 - ``"plywise.Foof.step"``: how many steps the rule had counted when the statistics were last written; 0 in a
   template, which only says what a checkpoint may put in its place;
+- ``"plywise.Foof.name"``: a number made from the parameter's name, so that a state loaded in another order
+  is noticed;
 - ``"plywise.Foof.input"`` and so on: the rule's tensors, by the names that the rule gives them;
 - ``"plywise.Foof.phase"``, ``"plywise.Foof.in_backward"``: in which step of a cycle the layer is refreshed,
   and whether backward makes its updates in between.
@@ -25,7 +27,7 @@ from torch.optim import Optimizer
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.sites import ParameterEntry, format_use
 from plywise.engine.statistics.layer_handle import LayerHandle
-from plywise.engine.statistics.saved_names import NUMBERS
+from plywise.engine.statistics.saved_names import NUMBERS, make_number
 from plywise.engine.statistics.stacks import convert_state, separate_state
 from plywise.engine.statistics.state_shapes import check_shapes, find_shapes
 
@@ -79,6 +81,7 @@ class SavedState:
         self.rule = rule
         self.rule_name = type(rule).__name__
         self.step_key = f"{PREFIX}{self.rule_name}.step"
+        self.name_key = f"{PREFIX}{self.rule_name}.name"
         self.layers = layers
         self.entries = entries
         self._optimizer_ref = weakref.ref(optimizer)
@@ -276,7 +279,7 @@ class SavedState:
             )
         keys: dict[str, Any] = {prefix + key: value for key, value in made.tensors.items()}
         keys |= {prefix + "phase": made.phase, prefix + "in_backward": int(made.in_backward)}
-        return keys | {self.step_key: self.step}
+        return keys | {self.step_key: self.step, self.name_key: make_number(self.layers[name].entry.name)}
 
     @property
     def holds(self) -> bool:
@@ -297,7 +300,9 @@ class SavedState:
         Some savers load in place, into the tensors that they find. If the calls of a parameter are not known
         yet, the template only says that there may be statistics.
         """
-        found: dict[str, Any] = {} if self.step_key in own else {self.step_key: 0}
+        found: dict[str, Any] = {}
+        if self.step_key not in own:
+            found = {self.step_key: 0, self.name_key: make_number(entry.name)}
         for name, layer in self.layers.items():
             prefix = self.make_prefix(name)
             if layer.entry is not entry or layer.gone or prefix + "phase" in own:
@@ -327,8 +332,10 @@ class SavedState:
         self._held.pop(name, None)
         if own:
             remove_keys(own, self.make_prefix(name))
-            if not any(is_of_rule(key, self.rule_name) for key in own if key != self.step_key):
-                own.pop(self.step_key, None)
+            common = (self.step_key, self.name_key)
+            if not any(is_of_rule(key, self.rule_name) for key in own if key not in common):
+                for key in common:
+                    own.pop(key, None)
             if not own:
                 del self.state[parameter]
 
@@ -371,12 +378,10 @@ def find_tensors(own: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
 
 
 def remove_keys(own: dict[Any, Any], prefix: str) -> None:
-    """Remove a layer's keys; the parameter's step stays."""
-    step = own.get(prefix + "step")
-    for key in [key for key in own if isinstance(key, str) and key.startswith(prefix)]:
+    """Remove a layer's keys; the step and the name, which are the parameter's, stay."""
+    shared = prefix + "step", prefix + "name"
+    for key in [k for k in own if isinstance(k, str) and k.startswith(prefix) and k not in shared]:
         del own[key]
-    if step is not None:
-        own[prefix + "step"] = step
 
 
 def is_of_rule(key: Any, rule_name: str) -> bool:

@@ -7,7 +7,7 @@ to that
 - a mark, ``state_dict()["plywise"]``, with the names of the rules;
 - the refusal of statistics that are of another rule or model, before anything is changed;
 - the saved tensors in the place of the cast ones;
-- state dicts of plywise 0.1, which kept statistics under the mark, by layer names.
+- state dicts of plywise 0.1 (`plywise.engine.statistics.old_states`).
 
 `ZeroRedundancyOptimizer` has the state of each process's own parameters in an optimizer inside, and throws
 away that of the others. Statistics are the same on all processes, so they also travel under the mark.
@@ -23,14 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from plywise.engine.contract import State
-from plywise.engine.selection import strip_wrappers
 from plywise.engine.sites import ParameterEntry
-from plywise.engine.statistics.refresh_cycle import choose_phases
+from plywise.engine.statistics.old_states import convert_old_state
 from plywise.engine.statistics.saved_names import (
     MARK,
     add_names,
     check_keys,
+    check_name_numbers,
     check_names,
     find_indices,
     find_mark,
@@ -95,7 +94,8 @@ class StateDicts:
     # ---- what is there when the rule is attached -------------------------------------------------------
 
     def _check_found(self, optimizer: Optimizer) -> None:
-        """Statistics that were loaded before attach must be this rule's, and whole."""
+        """Statistics that were loaded before attach must be this rule's, of these parameters, and whole."""
+        check_name_numbers(optimizer.state, self._saved.list_own_parameters(), self._saved.name_key)
         for parameter, entry in self._saved.list_own_parameters():
             own = optimizer.state.get(parameter)
             ours = _find_ours(own) if isinstance(own, dict) else {}
@@ -153,7 +153,7 @@ class StateDicts:
         """Check the state to load, and take this rule's part out of it."""
         indices = find_indices(optimizer, state)
         if isinstance(state.get(MARK), list):
-            state = self._convert(state, indices)
+            state = convert_old_state(self._saved, state, indices)
         check_names(state, indices, self._saved.entries)
         raw = self._collect(state, indices)
         self._check_rules(optimizer, state, raw)
@@ -249,37 +249,6 @@ class StateDicts:
             for key in _find_ours(own):
                 del own[key]
 
-    # ---- plywise 0.1 -----------------------------------------------------------------------------------
-
-    def _convert(self, state: dict[str, Any], indices: Mapping[Tensor, Any]) -> dict[str, Any]:
-        """Return a state dict of plywise 0.1 with this rule's statistics where they are today."""
-        saved = self._saved
-        entries = [e for e in state[MARK] if e["rule"] == self._name]
-        named = [(e, {_strip(name): tensors for name, tensors in e["layers"].items()}) for e in entries]
-        match = next(((e, layers) for e, layers in named if layers.keys() <= saved.layers.keys()), None)
-        states = dict(state["state"])
-        if entries and match is None:
-            words = _explain_layers(self._name, list(named[0][1]), list(saved.layers))
-            raise StateError(words, see="state-memory")
-        if match is not None:
-            entry, layers = match
-            costs = {n: saved.rule.refresh_cost(saved.layers[n].shape) for n in layers}
-            phases = choose_phases(costs, {}, saved.rule.refresh_every)
-            for name, tensors in layers.items():
-                parameter = saved.layers[name].entry.parameter()
-                assert parameter is not None
-                if tensors:
-                    check_shapes(saved.rule, saved.layers[name], tensors)
-                    made = self._convert_layer(name, tensors, entry["step"], phases[name])
-                    states[indices[parameter]] = {**(states.get(indices[parameter]) or {}), **made}
-        return {**state, "state": states}
-
-    def _convert_layer(self, name: str, tensors: State, step: int, phase: int) -> Keys:
-        saved, prefix = self._saved, self._saved.make_prefix(name)
-        acts = saved.rule.in_backward(tensors, saved.layers[name].shape)
-        made: Keys = {prefix + key: value for key, value in tensors.items()}
-        return made | {saved.step_key: step, prefix + "phase": phase, prefix + "in_backward": int(acts)}
-
 
 class _Statistics(dict[Any, Any]):
     """States that `ZeroRedundancyOptimizer` adds its own to, where it would replace them."""
@@ -368,11 +337,6 @@ def _find_ours(own: Mapping[Any, Any]) -> Keys:
     return {key: value for key, value in own.items() if find_rule(key) and not isinstance(value, dict)}
 
 
-def _strip(name: str) -> str:
-    """Return a layer's name without wrappers: plywise 0.1 had some in its names."""
-    return strip_wrappers(name).removeprefix("module.")
-
-
 def _explain_missing(rule: str, rules: set[str]) -> str:
     if not rules:
         return (
@@ -390,9 +354,3 @@ def _explain_strangers(rule: str, parameters: list[Tensor]) -> str:
         f"{shapes}) that no attached {rule} handles. Attach with the same layers and kinds as when they were "
         "saved, or clear them: optimizer.state.clear()."
     )
-
-
-def _explain_layers(rule: str, theirs: list[str], layers: list[str]) -> str:
-    extra = [name for name in theirs if name not in layers]
-    names = f"{', '.join(map(repr, extra[:4]))}{' ...' if len(extra) > 4 else ''}"
-    return f"The saved memory of {rule} is of another model: it also has {names}."
