@@ -40,7 +40,7 @@ def flatten_memory(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]
             owner, _, name = key.removeprefix(PREFIX).partition(".")
             rule, _, part = owner.partition("[")
             steps = state[f"{PREFIX}{rule}.step"]
-            if not steps:
+            if not steps or name == "name":  # the parameter's, not a layer's
                 continue
             if name == "step":
                 found[f"{rule}/step"] = torch.tensor(max(steps, int(found.get(f"{rule}/step", 0))))
