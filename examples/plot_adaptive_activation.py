@@ -1,18 +1,20 @@
 """
-Activations that learn their slope, in physics-informed networks
-================================================================
+Trainable activation slopes in physics-informed networks
+========================================================
 
-A physics-informed network learns a function from the equation that it obeys and a few measurements. Here the
-equation is div(k grad u) = f on the unit square; u is measured at 100 points, and the diffusion coefficient
-k, known at the boundary only, is sought. Four networks try, live but briefly: with fixed tanh; with one
-learned slope for the network (GAAF); one for each layer (L-LAAF); one for each neuron (N-LAAF), the last two
-with slope recovery. Then follow the longer runs of ``benchmarks/physics_informed.py``, on this problem and on
-Burgers' equation, beside the figures of the paper (Jagtap, Kawaguchi, Karniadakis 2020). Its domain, points
-and iterations are not those of our runs, so that orders may be compared, not sizes.
+This example compares a fixed tanh with three activations whose slope is trained, in a physics-informed
+network: a network that learns a function from its differential equation and a few measurements. The equation
+is div(k grad u) = f on the unit square; u is measured at 100 points, and the network estimates the diffusion
+coefficient k, which is known only at the boundary. The trained slope belongs to the whole network (GAAF), to
+each layer (L-LAAF) or to each neuron (N-LAAF); the last two use slope recovery. Four short runs are followed
+by the results of the longer runs of ``benchmarks/physics_informed.py``, on this problem and on Burgers'
+equation, next to the figures of the paper (Jagtap, Kawaguchi, Karniadakis 2020). The paper uses another
+domain, other points and other numbers of iterations: compare the ranking of the methods, not the errors.
 """
 
 # %%
-# The problem: u = sin(πx) sin(πy) and k = 1 + a bump. The network gets f, u at points, and the boundary.
+# The problem: u = sin(πx) sin(πy), and k is 1 plus a Gaussian bump. The network is given f and u at some
+# points, and the values of both functions at the boundary.
 
 import json
 import math
@@ -58,11 +60,12 @@ f = divergence(coefficient(residual_points), potential(residual_points), residua
 grid = torch.cartesian_prod(torch.linspace(0, 1, 41), torch.linspace(0, 1, 41))
 
 # %%
-# The networks: 3 layers of 30, begun alike. `adapt_activations` swaps the activations in place, before the
-# optimizer is made. The weights of the loss (1, 10, 10) and Adam's rate are the paper's.
+# All networks have 3 layers of 30 units and start from the same weights. `adapt_activations` replaces the
+# activations in place, before the optimizer is created. The weights of the loss terms (1, 10, 10) and Adam's
+# learning rate are those of the paper.
 
 
-def errors_of(kind):
+def train_network(kind):
     torch.manual_seed(1)
     model = nn.Sequential(
         *(m for d in (2, 30, 30) for m in (nn.Linear(d, 30), nn.Tanh())),
@@ -95,48 +98,48 @@ def errors_of(kind):
     return errors
 
 
-live = {kind: errors_of(kind) for kind in NAMES}
-for kind, errors in live.items():
-    print(f"live, {ITERATIONS} iterations, {NAMES[kind]:6}: relative L2 error of k {errors[-1]:.3f}")
+short_runs = {kind: train_network(kind) for kind in NAMES}
+for kind, errors in short_runs.items():
+    print(f"short run, {ITERATIONS} iterations, {NAMES[kind]:6}: relative L2 error of k {errors[-1]:.3f}")
 
 # %%
-# The longer runs, if the file with their figures is there: the errors of the last 1000 iterations (the median
-# of ten, since they jump), as median and range over seeds.
+# The longer runs, if the file with their results exists. The error of a run is the median of ten values from
+# its last 1000 iterations, since single values jump; the table shows the median and the range over seeds.
 
-here = Path(globals().get("__file__", "here.py")).resolve().parent  # the gallery runs scripts where they are
+here = Path(globals().get("__file__", "here.py")).resolve().parent  # the gallery sets the working folder
 file = here.parent / "benchmarks" / "physics_informed.json"
-long = json.loads(file.read_text()) if file.is_file() else {"problems": {}, "every": 0}
-for name, problem in long["problems"].items():
+long_runs = json.loads(file.read_text()) if file.is_file() else {"problems": {}, "every": 0}
+for name, problem in long_runs["problems"].items():
     unit = "error" if name == "poisson" else "iterations"
-    print(f"\n{problem['title']}, after {problem['iterations']} iterations, {long['seeds']} seeds")
+    print(f"\n{problem['title']}, after {problem['iterations']} iterations, {long_runs['seeds']} seeds")
     reached = f"below {problem['level']} after"
-    print(f"{'':20}{'median':>8}{'least':>8}{'most':>8}  {reached:22}  the paper's {unit}")
-    for one in problem["kinds"].values():
-        own = one["final_error"]
-        steps = ", ".join(str(s) if s else "never" for s in one["iterations_to_level"])
-        spread = f"{one['median']:8.4f}{min(own):8.4f}{max(own):8.4f}"
-        print(f"{one['name']:20}{spread}  {steps:22}  {one['paper'] or 'none'}")
-if not long["problems"]:
+    print(f"{'':20}{'median':>8}{'min':>8}{'max':>8}  {reached:22}  the paper's {unit}")
+    for result in problem["kinds"].values():
+        final_errors = result["final_error"]
+        steps = ", ".join(str(s) if s else "never" for s in result["iterations_to_level"])
+        spread = f"{result['median']:8.4f}{min(final_errors):8.4f}{max(final_errors):8.4f}"
+        print(f"{result['name']:20}{spread}  {steps:22}  {result['paper'] or 'none'}")
+if not long_runs["problems"]:
     print(
-        "benchmarks/physics_informed.json is not here: run benchmarks/physics_informed.py of the repository."
+        "benchmarks/physics_informed.json is missing: run benchmarks/physics_informed.py of the repository."
     )
 
 # %%
-# On the left the live runs, then the longer ones: the median of the seeds, and their range. In the runs that
-# the repository holds, slopes tell little on Poisson. On Burgers a slope for the network or for each layer
-# gets below 0.2 sooner than fixed tanh; slope recovery with the paper's weight makes the slopes of layers and
-# neurons so steep that the solution is lost.
+# The left plot shows the short runs, the other plots show the median and the range over seeds of the longer
+# runs. In the results stored in the repository, trained slopes make little difference on Poisson. On Burgers,
+# one slope for the network or for each layer gets below 0.2 sooner than fixed tanh; slope recovery with the
+# paper's weight makes the slopes of layers and neurons so steep that the solution is lost.
 
-figure, axes = plt.subplots(1, 1 + len(long["problems"]), figsize=(11, 3.6), squeeze=False)
-for kind, errors in live.items():
+figure, axes = plt.subplots(1, 1 + len(long_runs["problems"]), figsize=(11, 3.6), squeeze=False)
+for kind, errors in short_runs.items():
     axes[0, 0].plot(EVERY * np.arange(1, len(errors) + 1), errors, label=NAMES[kind])
-axes[0, 0].set(title="live, one seed: error of k", ylabel="relative L2 error")
+axes[0, 0].set(title="short runs, one seed: error of k", ylabel="relative L2 error")
 titles = {"poisson": "longer runs: error of k", "burgers": "longer runs, Burgers: error of u"}
-for axis, (name, problem) in zip(axes[0, 1:], long["problems"].items(), strict=True):
-    for one in problem["kinds"].values():
-        errors = np.array(one["errors"])
-        steps = long["every"] * np.arange(1, errors.shape[1] + 1)
-        axis.plot(steps, np.median(errors, 0), label=one["name"])
+for axis, (name, problem) in zip(axes[0, 1:], long_runs["problems"].items(), strict=True):
+    for result in problem["kinds"].values():
+        errors = np.array(result["errors"])
+        steps = long_runs["every"] * np.arange(1, errors.shape[1] + 1)
+        axis.plot(steps, np.median(errors, 0), label=result["name"])
         axis.fill_between(steps, errors.min(0), errors.max(0), alpha=0.15, linewidth=0)
     axis.set(title=titles[name])
 for axis in axes[0]:

@@ -1,16 +1,18 @@
 """
-ASkewSGD: weights that find their way to plus or minus one
-==========================================================
+ASkewSGD: training weights that end at -1 or 1
+==============================================
 
-A network for the digits whose weights may be -1 or 1 only. ASkewSGD lets them train freely at first, then
-narrows the intervals around the two levels; weights outside are led in and never rounded, but for a last
-small step. The left picture shows the way of some weights. The right one compares free weights with three
-ways to two-valued ones: rounding a trained network, ASkewSGD without its hold, and ASkewSGD. Without the
-hold weights stay on the side where they began.
+This example trains a classifier of digits whose final weights are all -1 or 1. ASkewSGD first trains the
+weights without constraints, then narrows the allowed intervals around the two levels. It pushes weights that
+are outside into the intervals, and rounds only at the end, by a small amount. The left plot shows some
+weights during training. The right plot compares unconstrained weights with three kinds of two-valued weights:
+a trained network that is rounded, ASkewSGD without the unconstrained phase (its ``hold``), and ASkewSGD.
+Without this phase, weights keep the sign of their initial value.
 """
 
 # %%
-# A layer's sums are scaled by its number of inputs, so that weights of size 1 are right. Biases are free.
+# Each layer scales its sums by its number of inputs, since weights of size 1 would otherwise make them too
+# large. Biases are not constrained.
 
 import matplotlib.pyplot as plt
 import torch
@@ -29,18 +31,18 @@ class Scaled(torch.nn.Linear):
     """A linear layer for weights of size 1."""
 
     def forward(self, rows):
-        """Rows of outputs."""
+        """Return the outputs, one row per sample."""
         return linear(rows, 3 * self.weight / self.in_features**0.5, self.bias)
 
 
 def accuracy(model):
-    """Of the test part, in percent."""
+    """Return the accuracy on the test part, in percent."""
     with torch.no_grad():
         return 100 * (model(test.x).argmax(1) == test.y).double().mean().item()
 
 
 def run(hold, seed):
-    """Accuracy before and after the weights are quantized, and some weights by epoch."""
+    """Return the accuracy before and after quantization, and some weights per epoch."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(Scaled(64, 32), torch.nn.ReLU(), Scaled(32, 10))
     weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
@@ -61,36 +63,40 @@ def run(hold, seed):
 
 
 # %%
-# A hold as long as the run is plain SGD; rounding its weights is the simplest way to quantize. Three seeds.
+# With a hold as long as the run, ASkewSGD is plain SGD; rounding its weights is the simplest way to quantize.
+# Each run has three seeds.
 
 
-def several(hold):
-    """Means over three seeds, and the weights of the first."""
+def run_seeds(hold):
+    """Return the mean accuracies of three seeds, and the weights of the first seed."""
     runs = [run(hold, seed) for seed in range(3)]
     return sum(r[0] for r in runs) / 3, sum(r[1] for r in runs) / 3, runs[0][2]
 
 
-free, rounded, _ = several(hold=EPOCHS)
-_, at_once, _ = several(hold=0)
-annealed, quantized, paths = several(hold=HOLD)
-print(f"SGD, free weights         {free:.1f} %")
+free, rounded, _ = run_seeds(hold=EPOCHS)
+_, without_hold, _ = run_seeds(hold=0)
+annealed, quantized, paths = run_seeds(hold=HOLD)
+print(f"SGD, unconstrained        {free:.1f} %")
 print(f"SGD, rounded at the end   {rounded:.1f} %")
-print(f"ASkewSGD without a hold   {at_once:.1f} %")
-print(f"ASkewSGD                  {quantized:.1f} % (before the last step to the levels: {annealed:.1f} %)")
+print(f"ASkewSGD without a hold   {without_hold:.1f} %")
+print(f"ASkewSGD                  {quantized:.1f} % (before the final rounding: {annealed:.1f} %)")
 
 # %%
-# Feasible is (w² − 1)² ≤ ε: beyond the dashed lines, which are those of the epoch before.
+# A weight is allowed if (w² − 1)² ≤ ε, which is outside the dashed lines. The lines show the intervals of the
+# previous epoch.
 
-figure, (way, bars) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", width_ratios=(3, 2))
-way.plot(paths, color="C0", linewidth=0.6, alpha=0.6)
+figure, (weight_axis, accuracy_axis) = plt.subplots(
+    1, 2, figsize=(9.5, 3.8), layout="constrained", width_ratios=(3, 2)
+)
+weight_axis.plot(paths, color="C0", linewidth=0.6, alpha=0.6)
 epsilon = DECAY ** (torch.arange(EPOCHS) - 1 - HOLD).clamp(min=0)
 edge = (1 - epsilon.sqrt()).sqrt()
-way.plot(edge, "k--", linewidth=1.4, label="edge of the intervals")
-way.plot(-edge, "k--", linewidth=1.4)
-way.set(xlabel="epoch", ylabel="weight", title="some weights under ASkewSGD")
-way.legend(loc="lower left")
-names = ["free", "rounded", "no hold", "ASkewSGD"]
-shown = bars.bar(names, [free, rounded, at_once, quantized], color=["0.7", "C1", "C2", "C0"])
-bars.bar_label(shown, fmt="%.1f")
-bars.set(ylabel="test accuracy, %", ylim=(0, 105), title="free, and three ways to -1 and 1")
+weight_axis.plot(edge, "k--", linewidth=1.4, label="edge of the intervals")
+weight_axis.plot(-edge, "k--", linewidth=1.4)
+weight_axis.set(xlabel="epoch", ylabel="weight", title="some weights under ASkewSGD")
+weight_axis.legend(loc="lower left")
+names = ["unconstrained", "rounded", "no hold", "ASkewSGD"]
+bars = accuracy_axis.bar(names, [free, rounded, without_hold, quantized], color=["0.7", "C1", "C2", "C0"])
+accuracy_axis.bar_label(bars, fmt="%.1f")
+accuracy_axis.set(ylabel="test accuracy, %", ylim=(0, 105), title="unconstrained, and with weights -1 and 1")
 plt.show()

@@ -1,16 +1,17 @@
 """
-AUC maximisation: a digit that is rare
-======================================
+AUC maximisation for a rare class
+=================================
 
-Is it an eight? In training one digit in fifty is. Two equal networks learn it, one from the cross-entropy of
-each sample, one from `AUCMargin`, which asks for eights to score higher than other digits. Its a and b follow
-the mean scores of both classes, and its dual number α ascends while the weights descend. What counts is the
-area under the ROC curve (AUC) on digits of which a tenth are eights, over several seeds.
+This example trains a detector of the digit eight, which is one in fifty of the training digits. It compares
+two equal networks: one minimises the cross-entropy of each sample, the other `AUCMargin`, which makes eights
+score higher than other digits. The parameters a and b of this loss follow the mean scores of both classes;
+the loss is maximised over its dual variable α while it is minimised over the weights. The measure is the area
+under the ROC curve (AUC) on test digits, a tenth of which are eights, over several seeds.
 """
 
 # %%
-# The digits: all others, and 20 eights. `positive_share` tells the loss how rare eights are, so that it
-# takes batches of any make-up, those without an eight too.
+# The training set has 20 eights and all other digits. `positive_share` tells the loss how rare eights are;
+# with it the loss accepts batches of any composition, also those without an eight.
 
 import matplotlib.pyplot as plt
 import torch
@@ -24,75 +25,84 @@ torch.set_num_threads(1)
 EIGHTS, STEPS, SEEDS = 20, 600, 6
 
 
-def data(seed):
+def load_data(seed):
     train, validation, test = load_digits(seed)
     y = train.y == 8
-    kept = ~y | (y.cumsum(0) <= EIGHTS)
-    return train.x[kept], y[kept], torch.cat([validation.x, test.x]), torch.cat([validation.y, test.y]) == 8
+    selected = ~y | (y.cumsum(0) <= EIGHTS)
+    return (
+        train.x[selected],
+        y[selected],
+        torch.cat([validation.x, test.x]),
+        torch.cat([validation.y, test.y]) == 8,
+    )
 
 
 # %%
-# The AUC margin loss is an ordinary module with three parameters. They go to the optimizer with those of the
-# network; the sign of α's gradient is turned inside, so that a step that descends makes it ascend.
+# The AUC margin loss is an ordinary module with three parameters. The optimizer gets them together with those
+# of the network. The loss reverses the sign of α's gradient: a descent step of the optimizer is an ascent
+# step for α.
 
 
-def trained(make_loss, rate, seed):
-    x, y, x_test, y_test = data(seed)
+def train(make_loss, rate, seed):
+    x, y, x_test, y_test = load_data(seed)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
     loss = make_loss(y.float().mean().item())
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=rate, momentum=0.9)
-    areas, course = [], []
+    aucs, history = [], []
     for step in range(STEPS + 1):
         if step % 25 == 0:
             with torch.no_grad():
-                areas.append(roc_auc(model(x_test).squeeze(1), y_test))
-            course.append([parameter.item() for parameter in loss.parameters()])
+                aucs.append(roc_auc(model(x_test).squeeze(1), y_test))
+            history.append([parameter.item() for parameter in loss.parameters()])
         rows = torch.randint(len(y), (64,))
         optimizer.zero_grad()
         loss(model(x[rows]).squeeze(1), y[rows].float()).backward()
         optimizer.step()
-    return areas, course
+    return aucs, history
 
 
 # %%
-# Learning rates were chosen on three other seeds, of 0.03 to 1 for the cross-entropy and 0.001 to 0.1 for
-# `AUCMargin`, whose useful rates are smaller: at 0.03 and more its scores ended all alike.
+# The learning rates were chosen on three other seeds, from 0.03 to 1 for the cross-entropy and from 0.001 to
+# 0.1 for `AUCMargin`, which needs smaller rates: at 0.03 and more it gave all samples the same score.
 
 methods = {
     "cross-entropy": (lambda share: nn.BCEWithLogitsLoss(), 0.3),
     "AUCMargin": (lambda share: AUCMargin(positive_share=share), 0.003),
 }
-runs = {name: [trained(*method, seed) for seed in range(SEEDS)] for name, method in methods.items()}
+runs = {name: [train(*method, seed) for seed in range(SEEDS)] for name, method in methods.items()}
 for name, pairs in runs.items():
-    ends = torch.tensor([areas[-1] for areas, _ in pairs])
-    print(f"{name}: AUC on test digits {ends.mean():.4f}, from {ends.min():.4f} to {ends.max():.4f}")
+    final = torch.tensor([aucs[-1] for aucs, _ in pairs])
+    print(f"{name}: AUC on test digits {final.mean():.4f}, from {final.min():.4f} to {final.max():.4f}")
 a, b, alpha = runs["AUCMargin"][0][1][-1]
-print(f"AUCMargin, first seed, at the end: a = {a:.3f}, b = {b:.3f}, alpha = {alpha:.3f}")
+print(f"AUCMargin, first seed, trained: a = {a:.3f}, b = {b:.3f}, alpha = {alpha:.3f}")
 
 # %%
-# On the left the AUC as training goes on, thin lines for seeds and a thick one for their mean; on the right
-# the three numbers of one run. Means of eights and others part, and α, which began to grow with the gap that
-# was missing, falls as it closes.
+# The left plot shows the AUC during training: thin lines are seeds, thick lines their means. The right plot
+# shows the three parameters of one run. The mean scores of eights and of other digits move apart. α first
+# grows, since their difference is smaller than the margin, and falls as the difference approaches it.
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+figure, (auc_axis, parameter_axis) = plt.subplots(1, 2, figsize=(10, 4))
 steps = range(0, STEPS + 1, 25)
 for color, (name, pairs) in zip(("C0", "C1"), runs.items(), strict=True):
-    curves = torch.tensor([areas for areas, _ in pairs])
-    left.plot(steps, curves.T, color=color, alpha=0.25, linewidth=0.8)
-    left.plot(steps, curves.mean(0), color=color, linewidth=2.5, label=name)
-left.set(
-    xlabel="step", ylabel="AUC on 697 test digits", ylim=(0.8, 1.0), title=f"{EIGHTS} eights to learn from"
+    curves = torch.tensor([aucs for aucs, _ in pairs])
+    auc_axis.plot(steps, curves.T, color=color, alpha=0.25, linewidth=0.8)
+    auc_axis.plot(steps, curves.mean(0), color=color, linewidth=2.5, label=name)
+auc_axis.set(
+    xlabel="step",
+    ylabel="AUC on 697 test digits",
+    ylim=(0.8, 1.0),
+    title=f"{EIGHTS} eights in the training set",
 )
-left.legend(loc="lower right")
-course = torch.tensor(runs["AUCMargin"][0][1])
+auc_axis.legend(loc="lower right")
+history = torch.tensor(runs["AUCMargin"][0][1])
 for values, name in zip(
-    course.T, ("a: follows the eights", "b: follows the others", "α, ascending"), strict=True
+    history.T, ("a: follows the eights", "b: follows the others", "α, ascending"), strict=True
 ):
-    right.plot(steps, values, label=name)
-right.set(xlabel="step", title="the numbers inside AUCMargin")
-right.legend()
-for axis in (left, right):
+    parameter_axis.plot(steps, values, label=name)
+parameter_axis.set(xlabel="step", title="the parameters of AUCMargin")
+parameter_axis.legend()
+for axis in (auc_axis, parameter_axis):
     axis.grid(alpha=0.3)
 figure.tight_layout()
 plt.show()

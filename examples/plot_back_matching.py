@@ -2,10 +2,11 @@
 Back-matching: layers of badly different scale
 ==============================================
 
-Multiply one layer's weights by 10 and divide the next one's: a ReLU network computes what it did before,
-and SGD trains it worse, since no rate fits all of its layers. ``plywise.BackMatching`` measures a rate for
-each layer, and trains both networks alike. After `Zhang et al. <https://arxiv.org/abs/1802.09750>`_ (2018);
-the scalars are ours.
+This example rescales the layers of a ReLU network, and compares SGD with ``plywise.BackMatching`` on both
+versions. If one layer's weights are multiplied by 10 and the next layer's are divided by 10, the network
+computes the same function, but SGD trains it worse: no single rate fits all layers. ``BackMatching`` measures
+a rate for each layer, and trains both networks equally well. After `Zhang et al.
+<https://arxiv.org/abs/1802.09750>`_ (2018); the scalars are ours.
 """
 
 from itertools import pairwise
@@ -31,7 +32,7 @@ def make_network(factors):
     return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
 
 
-def curve(factors, rate, rule=None):
+def train_network(factors, rate, rule=None):
     model, losses = make_network(factors), []
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     if rule is not None:
@@ -45,14 +46,14 @@ def curve(factors, rate, rule=None):
 
 
 # %%
-# SGD gets the best of five rates on each network, back-matching has one rate for both.
+# SGD uses the best of five rates on each network. Back-matching uses one rate for both.
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
 for axis, (name, factors) in zip(axes, FACTORS.items(), strict=True):
-    runs = {f"SGD, rate {rate:g}": curve(factors, rate) for rate in (3e-4, 1e-3, 1e-2, 3e-2, 0.1)}
+    runs = {f"SGD, rate {rate:g}": train_network(factors, rate) for rate in (3e-4, 1e-3, 1e-2, 3e-2, 0.1)}
     best = min(runs, key=lambda run: sum(runs[run][-20:]))
-    mine = {"BackMatching, rate 0.1": curve(factors, 0.1, pw.BackMatching())}
-    for label, losses in ({best: runs[best]} | mine).items():
+    matched = {"BackMatching, rate 0.1": train_network(factors, 0.1, pw.BackMatching())}
+    for label, losses in ({best: runs[best]} | matched).items():
         print(f"{name:14} {label:24} {sum(losses[-20:]) / 20:.3f}")
         axis.plot(losses, label=label)
     axis.set(title=name, xlabel="steps", ylabel="loss of a batch", ylim=(0, 3))

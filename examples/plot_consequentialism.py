@@ -1,10 +1,11 @@
 """
-Consequentialism: what all samples do to each other
-===================================================
+Consequentialism: correcting the effect of samples on each other
+================================================================
 
-A gradient step for one sample changes the outputs of all the others. ``plywise.Consequentialism`` (CWU)
-corrects each sample's error for this before the step. Here is what it does to one linear layer: the wanted
-change of the outputs against the change that one step makes.
+This example compares the change of a linear layer's outputs that the gradient asks for with the change that
+one step makes, with and without ``plywise.Consequentialism`` (CWU). A gradient step for one sample also
+changes the outputs of all other samples in the batch. The rule corrects each sample's output gradient for
+this effect before the step.
 """
 
 import matplotlib.pyplot as plt
@@ -18,8 +19,8 @@ train, _, _ = load_digits()
 x, y = train.x[:48], train.y[:48]
 
 
-def changes(rule=None):
-    """The change of each output that the gradient asks for, and the one that a step of SGD makes."""
+def measure_changes(rule=None):
+    """Return the change of each output that the gradient asks for, and the one that SGD makes in a step."""
     torch.manual_seed(0)
     layer = nn.Linear(64, 10)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
@@ -34,16 +35,18 @@ def changes(rule=None):
 
 
 # %%
-# The nearer the points are to a line, the more each sample gets what it asked for.
+# The closer the points are to a line, the closer each sample's change is to the one its gradient asks for.
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
 for axis, rule in zip(axes, (None, pw.Consequentialism()), strict=True):
-    wanted, made = (part.flatten() for part in changes(rule))
-    fit = torch.corrcoef(torch.stack([wanted, made]))[0, 1].item()
+    wanted, actual = (part.flatten() for part in measure_changes(rule))
+    correlation = torch.corrcoef(torch.stack([wanted, actual]))[0, 1].item()
     name = "SGD" if rule is None else "Consequentialism on SGD"
-    print(f"{name:24} correlation {fit:.3f}")
-    axis.plot(wanted, made, ".", alpha=0.5)
+    print(f"{name:24} correlation {correlation:.3f}")
+    axis.plot(wanted, actual, ".", alpha=0.5)
     axis.set(
-        title=f"{name}: correlation {fit:.2f}", xlabel="wanted change of an output", ylabel="change made"
+        title=f"{name}: correlation {correlation:.2f}",
+        xlabel="wanted change of an output",
+        ylabel="actual change",
     )
 plt.show()

@@ -1,16 +1,16 @@
 """
-ConvLSTM: the next image of digits that move
-============================================
+ConvLSTM: predicting the next image of moving digits
+====================================================
 
-Handwritten digits (real ones, 8×8 pixels) drift over a field of 16×16 pixels, each by a constant step of
-its own: the pictures are real, their motion is made. A `ConvLSTM` sees six images and paints the seventh.
-It has to read the direction off what it saw, since one image does not show it. It is compared with the
-two guesses that need no learning: the last image again, and the last two continued linearly. Digits and
-motions of the test were not trained on.
+This example trains a `ConvLSTM` to predict the seventh image of a sequence from the first six. In each
+sequence a handwritten digit (8×8 pixels) moves over a field of 16×16 pixels by a constant step: the digits
+are real, their motion is artificial. The network has to estimate the direction from several images, since a
+single image does not show it. It is compared with two predictions that need no training: the last image, and
+the linear extrapolation of the last two. The test digits and their sequences are not in the training data.
 """
 
 # %%
-# Sequences: a digit starts at random, at least six steps from the edge that it moves to.
+# Each digit starts at a random place, at least six steps away from the edge that it moves to.
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
@@ -24,35 +24,35 @@ train, _, test = load_digits()
 FRAMES = 7
 
 
-def sequences(digits: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(FRAMES, count, 1, 16, 16)."""
-    chosen = digits[torch.randint(len(digits), (count,), generator=generator)].reshape(-1, 8, 8)
+def make_sequences(digits: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Make sequences of images, of shape (FRAMES, count, 1, 16, 16)."""
+    selected = digits[torch.randint(len(digits), (count,), generator=generator)].reshape(-1, 8, 8)
     steps = torch.randint(-1, 2, (count, 2), generator=generator)
-    room = 8 - (FRAMES - 1) * steps.abs()
-    starts = (torch.rand(count, 2, generator=generator) * (room + 1)).long()
+    free_places = 8 - (FRAMES - 1) * steps.abs()
+    starts = (torch.rand(count, 2, generator=generator) * (free_places + 1)).long()
     starts += (FRAMES - 1) * (steps < 0)
-    film = torch.zeros(FRAMES, count, 1, 16, 16)
+    images = torch.zeros(FRAMES, count, 1, 16, 16)
     for k, (digit, (down, right), (row, column)) in enumerate(
-        zip(chosen, steps.tolist(), starts.tolist(), strict=True)
+        zip(selected, steps.tolist(), starts.tolist(), strict=True)
     ):
         for t in range(FRAMES):
             top, left = row + t * down, column + t * right
-            film[t, k, 0, top : top + 8, left : left + 8] = digit
-    return film
+            images[t, k, 0, top : top + 8, left : left + 8] = digit
+    return images
 
 
 # %%
-# The model: a ConvLSTM, and a 1×1 convolution that reads the next image off its state.
+# The model is a ConvLSTM and a 1×1 convolution that maps its state to the next image.
 class NextImage(nn.Module):
-    """The image that follows."""
+    """Predicts the next image of a sequence."""
 
     def __init__(self) -> None:
         super().__init__()
         self.memory, self.read = ConvLSTM(1, 12, kernel_size=5), nn.Conv2d(12, 1, 1)
 
-    def forward(self, film: Tensor) -> Tensor:
-        """Images (T, N, 1, 16, 16) to the next one."""
-        return self.read(self.memory(film)[1][0])
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (T, N, 1, 16, 16) to the next image."""
+        return self.read(self.memory(images)[1][0])
 
 
 model = NextImage()
@@ -60,39 +60,39 @@ optimizer = torch.optim.Adam(model.parameters(), 0.01)
 generator = torch.Generator().manual_seed(0)
 losses = []
 for _ in range(100):
-    film = sequences(train.x, 16, generator)
-    loss = nn.functional.mse_loss(model(film[:-1]), film[-1])
+    images = make_sequences(train.x, 16, generator)
+    loss = nn.functional.mse_loss(model(images[:-1]), images[-1])
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     losses.append(loss.item())
 
 # %%
-# On digits of the test part.
-film = sequences(test.x, 200, torch.Generator().manual_seed(1))
-truth = film[-1]
+# The mean squared errors on sequences of test digits.
+images = make_sequences(test.x, 200, torch.Generator().manual_seed(1))
+truth = images[-1]
 with torch.no_grad():
-    guesses = {
-        "last image": film[-2],
-        "continued linearly": (2 * film[-2] - film[-3]).clamp(0, 1),
-        "ConvLSTM": model(film[:-1]).clamp(0, 1),
+    predictions = {
+        "last image": images[-2],
+        "extrapolation": (2 * images[-2] - images[-3]).clamp(0, 1),
+        "ConvLSTM": model(images[:-1]).clamp(0, 1),
     }
-errors = {name: nn.functional.mse_loss(guess, truth).item() for name, guess in guesses.items()}
+errors = {name: nn.functional.mse_loss(prediction, truth).item() for name, prediction in predictions.items()}
 for name, error in errors.items():
     print(f"{name:20} mean squared error {error:.4f}")
 
 # %%
-# Three sequences: what was seen, what came, what was painted.
+# Three sequences: the last two inputs, the next image, and the predictions.
 figure, axes = plt.subplots(3, 6, figsize=(9, 4.8))
 columns = [
-    ("two before", film[-3]),
-    ("the last seen", film[-2]),
-    ("what came", truth),
-    *((f"{name}\n({errors[name]:.4f})", guess) for name, guess in guesses.items()),
+    ("input before last", images[-3]),
+    ("last input", images[-2]),
+    ("next image", truth),
+    *((f"{name}\n({errors[name]:.4f})", prediction) for name, prediction in predictions.items()),
 ]
 for row, axis_row in enumerate(axes):
-    for (title, images), axis in zip(columns, axis_row, strict=True):
-        axis.imshow(images[row, 0], cmap="gray_r", vmin=0, vmax=1)
+    for (title, column_images), axis in zip(columns, axis_row, strict=True):
+        axis.imshow(column_images[row, 0], cmap="gray_r", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
 figure.suptitle("The next image of moving digits (mean squared error over 200 sequences)")
 figure.tight_layout()
