@@ -2,11 +2,12 @@
 Stopping early with a decision stage
 ====================================
 
-A ConvNet trains on digits. After each epoch two things decide what a test digit is: the network's largest
-probability, and a support vector machine that has learned from the softmax vectors of the training digits.
-While the network is half trained, its probabilities say more than which one is largest, and the support
-vector machine is far ahead; at the end they nearly agree. The network learns slowly here. Where it learns
-fast, nothing is saved: ``benchmarks/decision_stage.py`` measures both.
+This example adds a support vector machine to a convolutional network as its decision stage, and compares the
+two after each epoch. The network predicts the class with the largest probability; the support vector machine
+is fitted to the softmax vectors of the training digits. While the network is only partly trained, its
+probabilities contain more information than which of them is the largest, and the support vector machine is
+far ahead; at the end both nearly agree. This network learns slowly. For a network that learns fast, a
+decision stage saves nothing: ``benchmarks/decision_stage.py`` measures both cases.
 """
 
 import matplotlib.pyplot as plt
@@ -33,14 +34,15 @@ model = nn.Sequential(
 optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
 
-def share_right(decided: Tensor) -> float:
-    return (decided == test.y).double().mean().item()
+def compute_accuracy(predicted: Tensor) -> float:
+    return (predicted == test.y).double().mean().item()
 
 
 # %%
-# Each epoch has a new stage: fitting it takes one forward pass and the classifier's own fit.
+# After each epoch a new stage is fitted. This costs one forward pass over the training digits and the fit of
+# the classifier.
 
-network, stage, agreement = [], [], []
+network_accuracy, stage_accuracy, agreement = [], [], []
 for _ in range(EPOCHS):
     for rows in torch.randperm(len(train.y)).split(64):
         optimizer.zero_grad()
@@ -48,22 +50,23 @@ for _ in range(EPOCHS):
         optimizer.step()
     with torch.no_grad():
         largest = model(test.x).argmax(1)
-    decided = DecisionStage(model, SVC()).fit([(train.x, train.y)]).predict(test.x)
-    network.append(share_right(largest))
-    stage.append(share_right(decided))
-    agreement.append((largest == decided).double().mean().item())
+    predicted = DecisionStage(model, SVC()).fit([(train.x, train.y)]).predict(test.x)
+    network_accuracy.append(compute_accuracy(largest))
+    stage_accuracy.append(compute_accuracy(predicted))
+    agreement.append((largest == predicted).double().mean().item())
 
 for epoch in (1, 3, EPOCHS):
-    right = f"largest probability {network[epoch - 1]:.3f}, decision stage {stage[epoch - 1]:.3f}"
-    print(f"epoch {epoch:2}: {right}, they agree on {agreement[epoch - 1]:.1%}")
+    probability, machine = network_accuracy[epoch - 1], stage_accuracy[epoch - 1]
+    accuracies = f"largest probability {probability:.3f}, decision stage {machine:.3f}"
+    print(f"epoch {epoch:2}: {accuracies}, they agree on {agreement[epoch - 1]:.1%}")
 
 # %%
-# Accuracy over epochs.
+# The test accuracy of both after each epoch.
 
 figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
 epochs = range(1, EPOCHS + 1)
-axis.plot(epochs, network, "s--", label="largest probability")
-axis.plot(epochs, stage, "o-", label="support vector machine on the softmax vector")
+axis.plot(epochs, network_accuracy, "s--", label="largest probability")
+axis.plot(epochs, stage_accuracy, "o-", label="support vector machine on the softmax vector")
 axis.set(xlabel="epochs of training", ylabel="accuracy on test digits", ylim=(0, 1))
 axis.legend(loc="lower right")
 plt.show()

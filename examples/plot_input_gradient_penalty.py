@@ -1,17 +1,18 @@
 """
-A penalty on the input gradient: digits that an attack moves less
-==================================================================
+Input-gradient penalty: robustness against small attacks
+========================================================
 
-Two equal networks learn the digits that ship with plywise. One also pays for the L1 norm of its loss's
-gradient with respect to the pixels (L1 double backpropagation). Then both are attacked: every pixel may
-change by up to ε, in the direction that raises the loss. To first order such an attack adds ε times the
-penalty to the loss, so the network that was trained to keep it small should hold longer. We look at the fast
-gradient sign method, which takes one step, and at ten smaller steps of it; real attackers try harder.
+This example trains two equal networks on digits and compares their accuracy under adversarial attacks. The
+loss of one network includes a penalty: the L1 norm of the loss's gradient with respect to the pixels (L1
+double backpropagation). An attack may change each pixel by up to ε, in the direction that increases the loss.
+To first order it adds ε times the penalty to the loss, so the network with a small penalty should be more
+robust. We test the fast gradient sign method, which takes one step, and ten smaller steps of the same kind.
+Real attacks are stronger.
 """
 
 # %%
-# The two networks. SiLU is smooth, so that the penalty sees how its slope bends. The natural weight of the
-# penalty is the ε that one expects.
+# The two networks. They use SiLU because it is smooth: the gradient of the penalty needs its second
+# derivative. A natural weight of the penalty is the ε of the expected attack.
 
 import matplotlib.pyplot as plt
 import torch
@@ -25,7 +26,7 @@ torch.set_num_threads(1)
 train, _, test = load_digits()
 
 
-def trained(weight, seed=0, epochs=40):
+def train_network(weight, seed=0, epochs=40):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -42,36 +43,37 @@ def trained(weight, seed=0, epochs=40):
     return model
 
 
-models = {"plain": trained(0.0), "with penalty, λ = 0.1": trained(0.1)}
+models = {"plain": train_network(0.0), "with penalty, λ = 0.1": train_network(0.1)}
 
 # %%
-# The attack: steps along the sign of the gradient, kept within ε and within the range of the pixels.
+# The attack takes steps along the sign of the gradient. The result stays within ε and in the range of the
+# pixels.
 
 
-def attacked(model, epsilon, steps):
+def attack_digits(model, epsilon, steps):
     x, rate = test.x, epsilon if steps == 1 else epsilon / 4
     for _ in range(steps):
-        at = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(at), test.y, reduction="sum"), at)
-        x = at + rate * gradient.sign()
+        inputs = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(inputs), test.y, reduction="sum"), inputs)
+        x = inputs + rate * gradient.sign()
         x = torch.min(torch.max(x, test.x - epsilon), test.x + epsilon).clamp(0, 1)
     return x.detach()
 
 
-def accuracy(model, x):
+def measure_accuracy(model, x):
     with torch.no_grad():
         return (model(x).argmax(1) == test.y).float().mean().item()
 
 
 sizes = [0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2]
 curves = {
-    (name, steps): [accuracy(model, attacked(model, size, steps)) for size in sizes]
+    (name, steps): [measure_accuracy(model, attack_digits(model, size, steps)) for size in sizes]
     for name, model in models.items()
     for steps in (1, 10)
 }
 for name, model in models.items():
-    at = test.x.clone().requires_grad_()
-    penalty = input_gradient_penalty(F.cross_entropy(model(at), test.y, reduction="none"), at)
+    inputs = test.x.clone().requires_grad_()
+    penalty = input_gradient_penalty(F.cross_entropy(model(inputs), test.y, reduction="none"), inputs)
     print(f"{name}: penalty on test digits {penalty.item():.2f}")
 for (name, steps), values in curves.items():
     print(
@@ -79,7 +81,7 @@ for (name, steps), values in curves.items():
     )
 
 # %%
-# Accuracy against the size of the attack. One step is drawn solid, ten steps dashed.
+# The accuracy over the size of the attack: solid lines for one step, dashed lines for ten steps.
 
 figure, axis = plt.subplots(figsize=(7, 4))
 for (name, steps), values in curves.items():

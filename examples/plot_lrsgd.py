@@ -1,15 +1,17 @@
 """
-LRSGD, counted in gradients and as the paper counts
-===================================================
+LRSGD: cost in gradients and in the epochs of the paper
+=======================================================
 
-LRSGD holds weights near where an inner loop began. Its official code counts an inner loop of about ten
-gradients as one step of an epoch, so that its epochs cost about ten of SGD's. The picture shows the same runs
-twice, on the digits: on the left against the gradients they took, on the right against "epochs" as that code
-counts them. The left one is the fair one: the lead on the right is the ten times larger budget.
+This example compares LRSGD with SGD on digits, over the number of gradients and over "epochs" as the official
+code of LRSGD counts them. LRSGD keeps the weights near their values at the start of an inner loop. The
+official code counts an inner loop of about ten gradients as one step of an epoch, so its epochs cost about
+ten epochs of SGD. Both plots show the same runs. The left one is the fair comparison: the lead of LRSGD in
+the right one comes from a budget ten times as large.
 """
 
 # %%
-# A small network, the digits, and three optimizers with the rule's defaults. Every step is one gradient.
+# A small network, the digits, and three optimizers; LRSGDR and LRSGDC have their default settings. Every step
+# computes one gradient.
 
 import matplotlib.pyplot as plt
 import torch
@@ -31,7 +33,7 @@ OPTIMIZERS = {
 
 
 def run(make, seed):
-    """Validation losses, every so many gradients, and the accuracy on the test part."""
+    """Return the validation losses, one per ``EVERY`` gradients, and the test accuracy."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     optimizer, losses = make(model.parameters()), []
@@ -48,10 +50,11 @@ def run(make, seed):
 
 
 # %%
-# Three seeds each. A step of an epoch is one gradient for SGD and about ten for the others.
+# Each optimizer runs with three seeds. In the count of the official code, one step is one gradient for SGD
+# and about ten gradients for the others.
 
 figure, (fair, unfair) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-print(f"after {STEPS} gradients each, means of 3 seeds:")
+print(f"after {STEPS} gradients each, means over 3 seeds:")
 for name, make in OPTIMIZERS.items():
     runs = [run(make, seed) for seed in range(3)]
     losses = torch.tensor([losses for losses, _ in runs]).mean(0)
@@ -61,7 +64,7 @@ for name, make in OPTIMIZERS.items():
     fair.plot(gradients, losses, label=name)
     unfair.plot(gradients / (EPOCH if name == "SGD" else 10 * EPOCH), losses, label=name)
 
-fair.set(xlabel="gradients", ylabel="validation loss", yscale="log", title="what it costs")
-unfair.set(xlabel="epochs as the paper's code counts", xlim=(0, 6), title="what the count says")
+fair.set(xlabel="gradients", ylabel="validation loss", yscale="log", title="by cost")
+unfair.set(xlabel="epochs as the paper's code counts", xlim=(0, 6), title="by the count of the paper")
 fair.legend()
 plt.show()

@@ -2,9 +2,10 @@
 ProxProp: an implicit step in each layer
 ========================================
 
-The same network, start and batches of digits, at rates of four decades. SGD takes the explicit step of
-backpropagation; ``plywise.ProxProp`` on SGD solves a small least-squares problem in each layer. Its rates
-are larger ones, and its best loss is lower. After `"Proximal Backpropagation"
+This example compares SGD with ``plywise.ProxProp`` on SGD at learning rates from 0.01 to 30, with the same
+initial weights and the same batches of digits. SGD takes the explicit step of backpropagation; ``ProxProp``
+solves a small least-squares problem in each layer. It works best at larger rates, and its lowest loss is
+lower. After `"Proximal Backpropagation"
 <https://arxiv.org/abs/1706.04638>`_ (Frerix et al., 2018).
 """
 
@@ -19,8 +20,8 @@ STEPS, RATES = 150, [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 train, _, _ = load_digits()
 
 
-def final_loss(rate, rule=None):
-    """The loss of all training digits after some steps."""
+def compute_final_loss(rate, rule=None):
+    """Train, and return the loss on all training digits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
@@ -36,17 +37,17 @@ def final_loss(rate, rule=None):
 
 
 # %%
-# One line makes the difference: ``rule.attach(model, optimizer)``.
+# The two methods differ by one line: ``rule.attach(model, optimizer)``.
 
-losses = {"SGD": [final_loss(rate) for rate in RATES]}
-losses["ProxProp on SGD"] = [final_loss(rate, pw.ProxProp()) for rate in RATES]
+losses = {"SGD": [compute_final_loss(rate) for rate in RATES]}
+losses["ProxProp on SGD"] = [compute_final_loss(rate, pw.ProxProp()) for rate in RATES]
 for name, values in losses.items():
     print(
         f"{name:16}", "  ".join(f"{rate:g}: {value:.3g}" for rate, value in zip(RATES, values, strict=True))
     )
 
 # %%
-# Losses above 10 are not drawn.
+# The plot leaves out losses above 10.
 
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
 for name, values in losses.items():
