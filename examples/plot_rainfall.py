@@ -1,19 +1,19 @@
 """
-Rainfall: a week of one station from the six weeks before
+Rainfall: predicting a week of one station from six weeks
 =========================================================
 
-Rain in Seattle, day by day from 2012 to 2015, as the package *vega_datasets* carries it (NOAA, public
-domain). A week is a field of one dimension, seven days wide; a `ConvLSTM` reads six of them and predicts the
-next one. It is trained by SGD and by `SalpSGD`, the optimizer of the papers on rainfall, and compared with
-three guesses that learn no weights: no rain, the week before, and the mean of the month. The last year is
-never trained on.
+This example predicts the daily rain of the next week in Seattle from the six weeks before. A `ConvLSTM` reads
+six weeks, each as a one-dimensional field of seven days, and predicts the seventh. It is trained with SGD and
+with `SalpSGD`, the optimizer of the papers on rainfall, and compared with three predictions without trained
+weights: no rain, the week before, and the mean of the month. The data are the daily values from 2012 to 2015
+in the package *vega_datasets* (NOAA, public domain); the last year is used for the test only.
 
-In the runs that this page was written after, the networks only found what the mean of the month knows: one
-station's past says little of the next week's rain. The papers' own data are not public.
+When we wrote this page, the networks were no better than the mean of the month: the past of one station says
+little about the rain of the next week. The data of the papers are not public.
 """
 
 # %%
-# Depths of rain are skewed: the network sees ``log(1 + mm)``, and so do the errors.
+# The amounts of rain are skewed, so the network and the errors use ``log(1 + mm)``.
 import importlib.util
 import math
 from datetime import date
@@ -33,38 +33,39 @@ WEEKS, STEPS, BATCH, RATE = 6, 100, 64, 0.1
 
 
 def read_rain(path: Path) -> tuple[Tensor, list[date]]:
-    """``log(1 + mm)`` of each day, and the days."""
+    """Return ``log(1 + mm)`` of each day, and the days."""
     rows = read_rows(path)
     days = [date(*(int(part) for part in row["date"].split("/"))) for row in rows]
     return torch.tensor([math.log1p(float(row["precipitation"])) for row in rows]), days
 
 
 def cut_windows(rain: Tensor) -> Tensor:
-    """Seven weeks from each day on, (WEEKS + 1, windows, 1, 1, 7): the last week is to be predicted."""
+    """Return the seven weeks from each day on, (WEEKS + 1, windows, 1, 1, 7); the last week is the target."""
     return rain.unfold(0, 7 * (WEEKS + 1), 1).unflatten(1, (WEEKS + 1, 7)).transpose(0, 1)[:, :, None, None]
 
 
 # %%
-# A ConvLSTM whose kernel sees the neighbouring days, and a 1×1 convolution that reads the week off its state.
+# The model is a ConvLSTM whose kernel covers the neighbouring days, and a 1×1 convolution that maps its state
+# to the next week.
 class NextWeek(nn.Module):
-    """The week that follows."""
+    """Predicts the next week."""
 
     def __init__(self) -> None:
         super().__init__()
         self.memory, self.read = ConvLSTM(1, 6, kernel_size=3), nn.Conv2d(6, 1, 1)
 
-    def forward(self, film: Tensor) -> Tensor:
-        """Weeks (T, N, 1, 1, 7) to the next one."""
-        return self.read(self.memory(film)[1][0])
+    def forward(self, weeks: Tensor) -> Tensor:
+        """Map weeks (T, N, 1, 1, 7) to the next week."""
+        return self.read(self.memory(weeks)[1][0])
 
 
-def train(salps: int, film: Tensor) -> nn.Module:
-    """A network trained by SGD (one salp), or by a chain of salps around its steps."""
+def train(salps: int, weeks: Tensor) -> nn.Module:
+    """Train a network with SGD (one salp), or with a chain of salps around the step of SGD."""
     torch.manual_seed(0)
     model = NextWeek()
     optimizer = SalpSGD(model.parameters(), lr=RATE, total_steps=STEPS, salps=salps, radius=0.01)
     for _ in range(STEPS):
-        part = film[:, torch.randint(film.shape[1], (BATCH,))]
+        part = weeks[:, torch.randint(weeks.shape[1], (BATCH,))]
 
         def closure(part: Tensor = part) -> Tensor:
             optimizer.zero_grad()
@@ -77,36 +78,36 @@ def train(salps: int, film: Tensor) -> nn.Module:
 
 
 # %%
-# The errors on the last year, and one of its winters.
+# The errors on the last year, and a plot of its first months.
 def compare(rain: Tensor, days: list[date]) -> None:
-    """Train on all years but the last, and print and draw how far each guess of the last one is off."""
+    """Train on all years except the last; print and plot the errors of all predictions for the last year."""
     start = days.index(date(2015, 1, 1))
-    film, test = cut_windows(rain[:start]), cut_windows(rain[start:])
+    weeks, test = cut_windows(rain[:start]), cut_windows(rain[start:])
     truth = test[-1]
-    by_month = [rain[[d.month == m and i < start for i, d in enumerate(days)]].mean() for m in range(1, 13)]
-    of_season = torch.stack([by_month[d.month - 1] for d in days[start:]])
-    guesses = {
+    means = [rain[[d.month == m and i < start for i, d in enumerate(days)]].mean() for m in range(1, 13)]
+    month_means = torch.stack([means[d.month - 1] for d in days[start:]])
+    predictions = {
         "no rain": torch.zeros_like(truth),
         "the week before": test[-2],
-        "mean of the month": cut_windows(of_season)[-1],
+        "mean of the month": cut_windows(month_means)[-1],
     }
     for name, salps in (("ConvLSTM, SGD", 1), ("ConvLSTM, SalpSGD", 4)):
-        model = train(salps, film)
+        model = train(salps, weeks)
         with torch.no_grad():
-            guesses[name] = model(test[:-1])
-    for name, guess in guesses.items():
-        print(f"{name:18} mean squared error {mse_loss(guess, truth):.3f}")
+            predictions[name] = model(test[:-1])
+    for name, prediction in predictions.items():
+        print(f"{name:18} mean squared error {mse_loss(prediction, truth):.3f}")
     plt.figure(figsize=(8, 3.2), layout="constrained")
     plt.plot(truth[::7].flatten()[:120], "k", linewidth=0.7, label="measured")
     for name in ("mean of the month", "ConvLSTM, SGD", "ConvLSTM, SalpSGD"):
-        plt.plot(guesses[name][::7].flatten()[:120], linewidth=1, label=name)
+        plt.plot(predictions[name][::7].flatten()[:120], linewidth=1, label=name)
     plt.xlabel("days from 12 February 2015")
     plt.ylabel("log(1 + mm)")
     plt.legend()
 
 
 # %%
-# All of it, where the package is.
+# Run everything if the package is installed.
 package = importlib.util.find_spec("vega_datasets")
 if package is None or package.origin is None:
     print("Skipped: the series is in the package vega_datasets (pip install vega_datasets).")

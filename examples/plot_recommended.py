@@ -2,11 +2,12 @@
 The recommended method: Muon and AdamW in better coordinates
 ============================================================
 
-``plywise.recommend(model)`` makes Muon for hidden weights and AdamW for all others. On layers where it is
-worth the time, they work in the eigenbasis of the layer's inputs (``plywise.Coordinates``): on layers with
-many rows in a batch, and often on the output layer. In this small network that is the output layer alone. It
-is used as any optimizer. The picture compares it with AdamW on an autoencoder of digits, each at its best of
-three rates, and with coordinates on all layers, which a larger ``budget`` allows.
+This example compares the optimizer of ``plywise.recommend(model)`` with AdamW on an autoencoder of digits,
+each at the best of three learning rates. The recommended optimizer uses Muon for hidden weights and AdamW for
+all others. Where this is worth the time, they work in the eigenbasis of the layer's inputs
+(``plywise.Coordinates``): in layers with many rows per batch, and often in the output layer. In this small
+network only the output layer is chosen. A third method uses coordinates in all layers, which a larger
+``budget`` allows. The result is used like any other optimizer.
 """
 
 import math
@@ -30,8 +31,8 @@ def make_model():
     return nn.Sequential(*layers[:-1])
 
 
-def curve(make, rate):
-    model, found = make_model(), []
+def train_autoencoder(make, rate):
+    model, losses = make_model(), []
     optimizer = make(model, rate)
     for step, rows in enumerate(torch.randint(len(train.x), (STEPS, 128))):
         optimizer.zero_grad()
@@ -39,23 +40,23 @@ def curve(make, rate):
         optimizer.step()
         if step % 10 == 9:
             with torch.no_grad():
-                found.append(nn.functional.mse_loss(model(validation.x), validation.x).item())
-    return found
+                losses.append(nn.functional.mse_loss(model(validation.x), validation.x).item())
+    return losses
 
 
 # %%
-# First what was chosen, and what that costs. In the picture, a dotted line is a rate that was not the best.
-WAYS = {
+# The first output shows what was chosen and what it costs. In the plot, dotted lines are the other rates.
+METHODS = {
     "AdamW": lambda model, rate: torch.optim.AdamW(model.parameters(), rate),
     "recommended": lambda model, rate: pw.recommend(model, rate, batch_size=128).optimizer,
-    "recommended, all layers turned": lambda model, rate: (
+    "recommended, all layers": lambda model, rate: (
         pw.recommend(model, rate, batch_size=128, budget=math.inf).optimizer
     ),
 }
 print(pw.recommend(model := make_model(), batch_size=128).explain())
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-for colour, (name, make) in zip(("C0", "C1", "C2"), WAYS.items(), strict=True):
-    curves = {rate: curve(make, rate) for rate in RATES}
+for colour, (name, make) in zip(("C0", "C1", "C2"), METHODS.items(), strict=True):
+    curves = {rate: train_autoencoder(make, rate) for rate in RATES}
     best = min(RATES, key=lambda rate: curves[rate][-1])
     print(f"{name:30} best rate {best:g}: {curves[best][-1]:.4f}")
     for rate, losses in curves.items():

@@ -2,9 +2,9 @@
 Every rule on the same network
 ==============================
 
-The same network and the same batches of digits under each of plywise's rules, on momentum SGD at the best of
-four rates. This is a picture of how they are attached and of how differently they train, not a ranking: for
-that, tune each one (``plywise bench --workloads digits-mlp --methods sgd,foof,rls``).
+This example trains the same network on the same batches of digits with each of plywise's rules, on momentum
+SGD at the best of four rates. It shows how to attach the rules and how differently they train; it is not a
+ranking. For a ranking, tune each method (``plywise bench --workloads digits-mlp --methods sgd,foof,rls``).
 """
 
 import math
@@ -19,14 +19,14 @@ import plywise as pw
 from plywise.data.digits import load_digits
 
 STEPS, RATES = 100, (0.03, 0.1, 0.3, 1.0)
-warnings.simplefilter("ignore", RuntimeWarning)  # of steps that a rate too large makes infinite
+warnings.simplefilter("ignore", RuntimeWarning)  # from rates that are too large
 train, validation, _ = load_digits()
 mean, spread = train.x.mean(), train.x.std()
 x, x_validation = (train.x - mean) / spread, (validation.x - mean) / spread
 
 # %%
-# Rules of one batch answer in backward; those with running statistics learn from all batches and refresh what
-# they make of them now and then.
+# Some rules need only the current batch and act in backward. Others keep running statistics of all batches,
+# and refresh what they compute from them at intervals.
 
 RULES = {
     "Backprop": pw.Backprop(),
@@ -45,7 +45,7 @@ RULES = {
 
 
 def run(rule, rate):
-    """The validation loss after every tenth step."""
+    """Train, and return the validation loss after every tenth step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
@@ -64,24 +64,26 @@ def run(rule, rate):
 
 
 # %%
-# Each at the best of the rates.
+# Each rule is shown at the best of the rates.
 
 
-def end_of(losses):
-    """The last loss, and infinity where there is none."""
+def compute_end_loss(losses):
+    """Return the last loss, or infinity if it is not finite."""
     return losses[-1] if math.isfinite(losses[-1]) else math.inf
 
 
 curves = {}
 for name, rule in RULES.items():
-    rates = {rate: run(rule, rate) for rate in RATES}
-    best = min(rates, key=lambda rate, rates=rates: end_of(rates[rate]))
-    curves[f"{name}, rate {best:g}"] = rates[best]
-    print(f"{name:22} rate {best:g}: validation loss {rates[best][-1]:.3f}")
+    losses_by_rate = {rate: run(rule, rate) for rate in RATES}
+    best = min(
+        losses_by_rate, key=lambda rate, losses_by_rate=losses_by_rate: compute_end_loss(losses_by_rate[rate])
+    )
+    curves[f"{name}, rate {best:g}"] = losses_by_rate[best]
+    print(f"{name:22} rate {best:g}: validation loss {losses_by_rate[best][-1]:.3f}")
 
 # %%
-# Validation loss against steps. A step of one rule costs more than a step of another:
-# see the table in the explanation of costs.
+# The validation loss over steps. A step costs more with some rules than with others: see the table in the
+# explanation of costs.
 
 figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
 for number, (label, losses) in enumerate(curves.items()):

@@ -1,16 +1,16 @@
 """
-SalpSGD: what a swarm adds to a gradient, and what it costs
-===========================================================
+SalpSGD: the benefit and the cost of a swarm around SGD
+=======================================================
 
-In each step SalpSGD compares SGD's own step with points that a chain of salps has found around it, and
-takes the lowest on this batch. So no step is worse on its batch than SGD's, but each costs several forward
-and backward passes. The picture shows both on the digits, at the same learning rate: by steps on the left,
-where the swarm leads, and by passes on the right, where SGD does. How often a salp was lower than the
-gradient's step is printed.
+This example compares SalpSGD with SGD on digits at the same learning rate, per step and per pass. In each
+step SalpSGD evaluates the point that SGD would reach and points around it (the chain of salps), and takes the
+one with the lowest loss on the batch. No step is worse on its batch than SGD's, but each step costs several
+forward and backward passes. SalpSGD leads per step (left), SGD leads per pass (right). The example also
+prints how often a salp had a lower loss than the step of SGD.
 """
 
 # %%
-# A small network on the digits. All runs get the same batches.
+# A small network is trained on digits. All runs get the same batches.
 
 import matplotlib.pyplot as plt
 import torch
@@ -25,7 +25,7 @@ STEPS, BATCH, RATE = 300, 50, 0.1
 
 
 def run(salps):
-    """Validation loss before each step, passes until then, and how many steps were not the gradient's own."""
+    """Return the validation loss and the number of passes before each step, and the steps that a salp won."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     params = list(model.parameters())
@@ -53,7 +53,7 @@ def run(salps):
 
 
 # %%
-# One salp is SGD; four and sixteen look around.
+# One salp is plain SGD; four and sixteen salps search around its step.
 
 figure, (by_steps, by_passes) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
 for salps in (1, 4, 16):
@@ -61,12 +61,12 @@ for salps in (1, 4, 16):
     label = "SGD" if salps == 1 else f"{salps} salps"
     print(
         f"{label:9s} validation loss {losses[-1]:.3f} after {passes[-1]} passes; "
-        f"a salp was lower than the gradient's step in {won} of {STEPS} steps"
+        f"a salp was lower than the step of SGD in {won} of {STEPS} steps"
     )
     by_steps.plot(losses, label=label)
     by_passes.plot(passes, losses, label=label)
 
-by_steps.set(xlabel="steps", ylabel="validation loss", yscale="log", title="by steps")
-by_passes.set(xlabel="forward and backward passes", xlim=(-50, 1550), title="by passes")
+by_steps.set(xlabel="steps", ylabel="validation loss", yscale="log", title="per step")
+by_passes.set(xlabel="forward and backward passes", xlim=(-50, 1550), title="per pass")
 by_steps.legend()
 plt.show()

@@ -1,12 +1,14 @@
 """
-How near straight-through training comes to the optimum
-=======================================================
+Straight-through training compared with the optimum
+===================================================
 
-Neurons that answer 0 or 1 have no slope to learn by. Usually one invents a slope, a straight-through
-estimator, and trains by gradients. For small data the best network over many random neurons can be had
-exactly: over the patterns that they make of the data, the regularised loss is a LASSO. Here both fit the same
-300 digits, odd against even. Three of the four estimators stay above that optimum. One goes below: it moves
-its neurons to patterns that are not among the 2,000 drawn. What three layers reach is a bound for all.
+This example trains a network of threshold neurons with four straight-through estimators, and compares the
+losses with an optimum. Neurons that output 0 or 1 have no useful gradient, so one usually replaces it by a
+straight-through estimator. For small data, the best network over many random neurons can be computed exactly:
+over the activation patterns of these neurons, the regularised loss is a LASSO. All methods fit the same 300
+digits, odd against even. Three of the four estimators stay above the optimum for two layers. One goes below
+it, since it moves its neurons to patterns that are not among the 2,000 random ones. The optimum for three
+layers is a lower bound for all.
 """
 
 import matplotlib.pyplot as plt
@@ -25,15 +27,16 @@ y, y_test = (1.0 - 2.0 * (part.y % 2).double() for part in (train, test))
 x, y = x[:300], y[:300]
 
 # %%
-# The optimum, for two and for three layers. Only the hidden neurons with a weight are kept.
+# The optimum for two and for three layers. The network keeps only the hidden neurons whose weight is not
+# zero.
 
 optimum = {layers: ThresholdNetwork(BETA, layers=layers).fit(x, y) for layers in (2, 3)}
 for layers, fit in optimum.items():
-    right = (fit.predict(x_test) * y_test > 0).double().mean().item()
-    print(f"{layers} layers: objective {fit.objective:.2f}, test accuracy {right:.3f}; {fit.network}")
+    accuracy = (fit.predict(x_test) * y_test > 0).double().mean().item()
+    print(f"{layers} layers: objective {fit.objective:.2f}, test accuracy {accuracy:.3f}; {fit.network}")
 
 # %%
-# The same objective by gradients, with each estimator.
+# The same objective, minimised by gradients with each estimator.
 
 curves = {}
 for estimator in ESTIMATORS:
@@ -49,12 +52,12 @@ for estimator in ESTIMATORS:
         optimizer.step()
         curve.append(loss.item())
     with torch.no_grad():
-        right = (model(x_test)[:, 0] * y_test > 0).double().mean().item()
+        accuracy = (model(x_test)[:, 0] * y_test > 0).double().mean().item()
     curves[estimator] = curve
-    print(f"{estimator:12} lowest objective {min(curve):.2f}, test accuracy {right:.3f}")
+    print(f"{estimator:12} lowest objective {min(curve):.2f}, test accuracy {accuracy:.3f}")
 
 # %%
-# Loss over steps.
+# The objective during training.
 
 figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
 for estimator, curve in curves.items():
