@@ -2,19 +2,20 @@
 Vapour pressure from the groups of a molecule
 =============================================
 
-A group contribution method says what a molecule does by what it is made of: so many CH3, so many OH. Here a
-small network gets the counts of the groups and the temperature, and predicts the logarithm of the vapour
-pressure, for 100 compounds as in the papers on ANN-GCM. The last 20 compounds are never trained on. It is
-trained by Adam, by Adam with `Foof`, and by SGD with `ProxProp`, with three seeds each. The oldest method of
-all, a linear one, stands beside them: each group adds a constant and a constant over the temperature to
-ln p, found by ridge regression.
+This example predicts the logarithm of the vapour pressure of a compound from its groups and the temperature.
+A group contribution method estimates a property of a molecule from the counts of its groups, such as CH3 or
+OH. A small network gets these counts and the temperature, for 100 compounds as in the papers on ANN-GCM; the
+last 20 compounds are used for the test only. It is trained with Adam, with Adam and `Foof`, and with SGD and
+`ProxProp`, with three seeds each. We compare it with the oldest method, a linear one: each group adds a
+constant and a constant over the temperature to ln p. These constants are fitted by ridge regression.
 
-The pressures are those of Antoine equations in the package *chemicals* (MIT), fits of measurements. The
-papers' own table of compounds is not public, so that their errors cannot be compared with these.
+The pressures come from Antoine equations in the package *chemicals* (MIT), which are fits of measurements.
+The table of compounds of the papers is not public, so their errors cannot be compared with ours.
 """
 
 # %%
-# A formula (SMILES) as groups: each atom with its highest bond and its hydrogens, such as C H3 or O=H0.
+# The groups of a formula (SMILES): each atom with its highest bond order and its number of hydrogens, such as
+# C H3 or O=H0.
 import hashlib
 import re
 from collections import Counter
@@ -34,7 +35,7 @@ BONDS = {"-": 1, "=": 2, "#": 3}
 
 
 def count_groups(smiles: str) -> Counter[str]:
-    """How often each group is in a molecule; empty for formulas with charges, isotopes or metals."""
+    """Count the groups of a molecule; empty for formulas with charges, isotopes or metals."""
     atoms: list[str] = []
     used: list[int] = []  # bonds of each atom, without hydrogens
     highest: list[int] = []
@@ -81,13 +82,13 @@ def count_groups(smiles: str) -> Counter[str]:
 
 
 # %%
-# 100 compounds with four to ten heavy atoms of C, N, O and halogens, chosen by a hash of their numbers, at
-# eight temperatures each in the range of their equation.
+# The data are 100 compounds with four to ten heavy atoms (C, N, O and halogens), chosen by a hash of their
+# CAS numbers. Each has eight temperatures in the range of its equation.
 POINTS, TEST = 8, 20
 
 
 def read_compounds(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Inputs (100, POINTS, groups + 1), ln p in pascals (100, POINTS, 1), and the names of the inputs."""
+    """Return inputs (100, POINTS, groups + 1), ln p in pascals (100, POINTS, 1), and names of the inputs."""
     known = [(row, count_groups(row["smiles"])) for row in rows if row["antoine_A"]]
     small = [pair for pair in known if 4 <= sum(pair[1].values()) - pair[1]["rings"] <= 10]
     chosen = sorted(small, key=lambda pair: hashlib.sha256(pair[0]["cas"].encode()).digest())[:100]
@@ -131,7 +132,7 @@ def train(method: str, seed: int, x: Tensor, y: Tensor) -> tuple[nn.Module, list
 
 
 def fit_linearly(inputs: Tensor, pressures: Tensor) -> Tensor:
-    """Predictions of the linear method for all compounds, from the training compounds."""
+    """Fit the linear method to the training compounds, and return its predictions for all compounds."""
     counts = torch.cat([inputs[..., :-1], torch.ones_like(inputs[..., :1])], 2).double()
     features = torch.cat([counts, counts * inputs[..., -1:]], 2)
     known, wanted = features[:-TEST].flatten(0, 1), pressures[:-TEST].flatten(0, 1).double()
@@ -139,28 +140,28 @@ def fit_linearly(inputs: Tensor, pressures: Tensor) -> Tensor:
     return (features @ torch.linalg.solve(gram, known.T @ wanted)).float()
 
 
-def say(name: str, off: Tensor, loss: float | None = None) -> None:
-    """Print how far predictions of ln p are off."""
+def print_errors(name: str, errors: Tensor, loss: float | None = None) -> None:
+    """Print the errors of predictions of ln p."""
     trained = "" if loss is None else f"training loss {loss:.4f}; "
     print(
-        f"{name}: {trained}20 new compounds: |Δ ln p| {off.mean():.2f} on average, half of the pressures "
-        f"within {100 * torch.expm1(off.median()):.0f} %"
+        f"{name}: {trained}20 new compounds: |Δ ln p| {errors.mean():.2f} on average, half of the pressures "
+        f"within {100 * torch.expm1(errors.median()):.0f} %"
     )
 
 
 def compare(inputs: Tensor, pressures: Tensor) -> None:
-    """Print and draw how far each method comes."""
+    """Train each method; print and plot its errors."""
     x_mean, x_scale = inputs[:-TEST].mean((0, 1)), inputs[:-TEST].std((0, 1)).clamp_min(1e-3)
     y_mean, y_scale = pressures[:-TEST].mean(), pressures[:-TEST].std()
     x, y = (inputs - x_mean) / x_scale, (pressures - y_mean) / y_scale
-    say("linear", (fit_linearly(inputs, pressures) - pressures)[-TEST:].abs())
+    print_errors("linear", (fit_linearly(inputs, pressures) - pressures)[-TEST:].abs())
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for method in METHODS:
         runs = [train(method, seed, x[:-TEST].flatten(0, 1), y[:-TEST].flatten(0, 1)) for seed in SEEDS]
         with torch.no_grad():
             predicted = torch.stack([model(x[-TEST:]) for model, _ in runs]) * y_scale + y_mean
         losses = torch.tensor([losses for _, losses in runs])
-        say(method, (predicted - pressures[-TEST:]).abs(), losses[:, -50:].mean().item())
+        print_errors(method, (predicted - pressures[-TEST:]).abs(), losses[:, -50:].mean().item())
         left.semilogy(losses.median(0).values.unfold(0, 20, 20).mean(1), label=method)
         right.plot(pressures[-TEST:].flatten(), predicted.mean(0).flatten(), ".", markersize=3, label=method)
     limits = [pressures.min().item(), pressures.max().item()]
@@ -171,13 +172,13 @@ def compare(inputs: Tensor, pressures: Tensor) -> None:
 
 
 # %%
-# All of it, where the table is.
+# Run everything if the table is there.
 path = find_file("compounds.csv.gz")
 if path is None:
     print(
-        "Skipped: the table compounds.csv.gz is in none of plywise's folders for data. It has columns cas, "
+        "Skipped: the table compounds.csv.gz is in none of plywise's data folders. Its columns are cas, "
         "smiles and antoine_A, _B, _C, _Tmin_K, _Tmax_K, as the package chemicals has them "
-        "(chemicals.vapor_pressure.Psat_data_AntoinePoling). PLYWISE_DATA names its folder."
+        "(chemicals.vapor_pressure.Psat_data_AntoinePoling). Set PLYWISE_DATA to its folder."
     )
 else:
     inputs, pressures, names = read_compounds(read_rows(path))

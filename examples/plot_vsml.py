@@ -2,16 +2,17 @@
 VSML: a learning rule that was itself learned
 =============================================
 
-No weight of this network is trained on the digits that it tells apart at the end. Each of its connections
-is a tiny LSTM; all share the same 2,384 numbers, and these are trained by backpropagation through short
-episodes, so that the network learns while it runs: it sees a sample, answers, and then receives how wrong it
-was. First the episodes are of two inputs and two classes, then of two digits from 0 to 5 with shuffled
-pixels. The picture shows new episodes with digits from 6 to 9 of the test part: how often the n-th sample
-is told right. This is a small demonstration on small tasks, seconds of training, and no claim beyond it.
+This example meta-trains a network that learns to classify while it runs, and tests it on digits that were
+never used for training. Each connection of the network is a tiny LSTM; all of them share the same 2,384
+parameters. These are trained by backpropagation through short episodes, in which the network gets a sample,
+predicts its class, and then receives the error. The first episodes have two inputs and two classes, the later
+ones two digits from 0 to 5 with shuffled pixels. The right plot shows the accuracy on the n-th sample of new
+episodes, with digits from 6 to 9 of the test part. This is a small demonstration on small tasks with seconds
+of training, and shows no more than that.
 """
 
 # %%
-# Episodes: of a single bit, whose meaning changes; and of two digits, 4×4 pixels, shuffled.
+# There are two kinds of episodes: a single bit whose meaning changes, and two digits of 4×4 shuffled pixels.
 from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
@@ -28,57 +29,60 @@ train, _, test = load_digits()
 Episodes = tuple[Tensor, Tensor, list[LayerState]]
 
 
-def bits(vsml: VSML, count: int, generator: torch.Generator) -> Episodes:
-    """Which of two inputs is on is the label, or the other one is."""
+def make_bits(vsml: VSML, count: int, generator: torch.Generator) -> Episodes:
+    """Make episodes in which one of two inputs is on; the label is this input, or always the other one."""
     on = torch.randint(2, (8, count, 1), generator=generator)
     swapped = torch.randint(2, (1, count, 1), generator=generator)
     states = vsml.initial_state([2, 2], episodes=count, generator=generator)
     return torch.eye(2)[on], torch.eye(2)[on ^ swapped], states
 
 
-def by_digit(part: Split) -> list[Tensor]:
+def split_by_digit(part: Split) -> list[Tensor]:
     small = nn.functional.avg_pool2d(part.x.reshape(-1, 1, 8, 8), 2).flatten(1)
     return [3 * (small[part.y == digit] - 0.3) for digit in range(10)]
 
 
-def digits(vsml: VSML, pools: list[Tensor], steps: int, count: int, generator: torch.Generator) -> Episodes:
-    """Two of the pools, in episodes of ``steps`` samples; pixels in an order of the episode's own."""
+def make_digits(
+    vsml: VSML, pools: list[Tensor], steps: int, count: int, generator: torch.Generator
+) -> Episodes:
+    """Make episodes of ``steps`` samples from two of the pools; each episode has its own order of pixels."""
     labels = torch.randint(2, (steps, count, 1), generator=generator)
     x = torch.empty(steps, count, 1, 16)
     for episode in range(count):
         order = torch.randperm(16, generator=generator)
         for label, pool in enumerate(torch.randperm(len(pools), generator=generator)[:2].tolist()):
             at = labels[:, episode, 0] == label
-            chosen = torch.randint(len(pools[pool]), (int(at.sum()),), generator=generator)
-            x[at, episode, 0] = pools[pool][chosen][:, order]
+            indices = torch.randint(len(pools[pool]), (int(at.sum()),), generator=generator)
+            x[at, episode, 0] = pools[pool][indices][:, order]
     states = vsml.initial_state([16, 2], episodes=count, generator=generator)
     return x, torch.eye(2)[labels], states
 
 
 # %%
-# Meta-training: 220 steps on bits, then 150 on digits from 0 to 5. Untrained, the network learns nothing.
-def lesson(vsml: VSML, generator: torch.Generator) -> Iterator[Episodes]:
+# Meta-training takes 220 steps on bits, then 150 on digits from 0 to 5. Before it, the network learns
+# nothing.
+def make_lessons(vsml: VSML, generator: torch.Generator) -> Iterator[Episodes]:
     for _ in range(220):
-        yield bits(vsml, 16, generator)
-    pools = by_digit(train)[:6]
+        yield make_bits(vsml, 16, generator)
+    pools = split_by_digit(train)[:6]
     for _ in range(150):
-        yield digits(vsml, pools, 16, 16, generator)
+        yield make_digits(vsml, pools, 16, 16, generator)
 
 
-def told_right(vsml: VSML) -> Tensor:
-    """How often each sample of an episode is told right, over 300 episodes of the digits from 6 to 9."""
-    x, y, states = digits(vsml, by_digit(test)[6:], 40, 300, torch.Generator().manual_seed(1))
+def measure_accuracy(vsml: VSML) -> Tensor:
+    """Return the accuracy on each sample of an episode, over 300 episodes with digits from 6 to 9."""
+    x, y, states = make_digits(vsml, split_by_digit(test)[6:], 40, 300, torch.Generator().manual_seed(1))
     with torch.no_grad():
         outputs, _ = vsml(x, y, states)
     return (outputs.argmax(-1) == y.argmax(-1)).float().mean((1, 2))
 
 
 vsml = VSML()
-before = told_right(vsml)
+before = measure_accuracy(vsml)
 optimizer = torch.optim.Adam(vsml.parameters(), 0.03)
-losses = meta_train(vsml, lesson(vsml, torch.Generator().manual_seed(0)), optimizer, clip=1.0)
-after = told_right(vsml)
-print(f"numbers trained: {sum(p.numel() for p in vsml.parameters())}")
+losses = meta_train(vsml, make_lessons(vsml, torch.Generator().manual_seed(0)), optimizer, clip=1.0)
+after = measure_accuracy(vsml)
+print(f"trained parameters: {sum(p.numel() for p in vsml.parameters())}")
 for name, right in (("before meta-training", before), ("after", after)):
     print(
         f"{name:20} first sample {right[0]:.2f}, samples 2 to 5 {right[1:5].mean():.2f}, "
@@ -86,7 +90,8 @@ for name, right in (("before meta-training", before), ("after", after)):
     )
 
 # %%
-# In training the loss stays at chance (ln 2) until a rule is found; in new episodes accuracy grows.
+# In meta-training the loss stays at chance (ln 2) until the network finds a learning rule. In new episodes
+# the accuracy grows with the number of samples.
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
 left.plot(losses, linewidth=0.8)
 left.axvline(220, color="grey", linestyle=":")
@@ -96,7 +101,7 @@ left.axhline(0.6931, color="grey", linestyle="--", linewidth=0.8)
 left.set(xlabel="step of meta-training", ylabel="cross entropy", ylim=(0, 0.85))
 right.plot(range(1, 41), before, color="grey", label="before meta-training")
 right.plot(range(1, 41), after, "o-", markersize=3, label="after")
-right.set(xlabel="sample of the episode", ylabel="told right", ylim=(0.4, 1), title="two digits from 6 to 9")
+right.set(xlabel="sample of the episode", ylabel="accuracy", ylim=(0.4, 1), title="two digits from 6 to 9")
 right.grid(alpha=0.3)
 right.legend()
 figure.tight_layout()
