@@ -1,10 +1,10 @@
-"""Ledgers and reports of the arena's benches as compressed files of a release.
+"""Pack the ledgers and reports of the arena's benches into compressed files of a release.
 
-    python benchmarks/archives.py pack               # archives of all benches, into dist/results
-    python benchmarks/archives.py verify             # are those in dist/results what they must be?
-    python benchmarks/archives.py unpack standard    # into runs/arena/standard, for `plywise report`
+    python benchmarks/archives.py pack               # write archives of all benches into dist/results
+    python benchmarks/archives.py verify             # check the archives in dist/results
+    python benchmarks/archives.py unpack standard    # unpack into runs/arena/standard, for `plywise report`
 
-A ledger is looked for in dist/results, in runs/arena, and in the history of git.
+The script looks for a ledger in dist/results, in runs/arena, and in the history of git.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LEDGERS = Path("runs/arena")
 
 
 class ResultsError(Exception):
-    """A ledger or an archive is missing, or is not what its summary says."""
+    """A ledger or an archive is missing, or differs from its summary."""
 
 
 def main() -> None:
@@ -50,43 +50,45 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line says."""
+    """Run the command of the command line."""
     if options.command == "pack":
         for name in list_benches():
             if is_lost(name):
-                print(f"{name} is left out: its ledger is lost, and the summary is all that is left")
+                print(f"{name} is left out: its ledger is lost, and only its summary exists")
                 continue
             path = pack(name, options.folder)
             print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, verified")
         write_digests(options.folder)
     elif options.command == "verify":
         verify(options.folder)
-        print(f"All archives in {options.folder} are what the summaries say.")
+        print(f"All archives in {options.folder} agree with their summaries.")
     else:
         folder = options.to or LEDGERS / options.name
         unpack(options.name, folder, options.archives)
-        print(f"{folder} holds bench.json, trials.jsonl and report.html.")
+        print(f"{folder} contains bench.json, trials.jsonl and report.html.")
 
 
 def is_lost(name: str, arena: Path = ARENA) -> bool:
-    """Whether the summary of a bench says that its ledger is lost."""
+    """Say whether the ledger of a bench is lost, according to its summary."""
     return "lost" in read_summary(name, arena)["ledger"]
 
 
 def pack(name: str, folder: Path = ARCHIVES, arena: Path = ARENA, ledgers: Path = LEDGERS) -> Path:
-    """Write the archive of a bench: bench.json, trials.jsonl and report.html. The same bytes each time.
+    """Write the archive of a bench: bench.json, trials.jsonl and report.html.
+
+    Packing the same bench again gives the same bytes.
 
     Args:
-        name: of the bench.
-        folder: where the archive is written; one that is there and right is kept.
+        name: name of the bench.
+        folder: folder of the archive; an existing archive can serve as the source of the ledger.
         arena: folder of the summaries.
-        ledgers: folder of benches that were run or unpacked here.
+        ledgers: folder of benches that were run or unpacked on this machine.
 
     Returns:
         The path of the archive.
 
     Raises:
-        ResultsError: the ledger is nowhere, or the archive does not hold what was packed.
+        ResultsError: the ledger is not found, or the archive differs from what was packed.
     """
     summary, path = read_summary(name, arena), folder / f"arena-{name}.tar.xz"
     ledger = find_ledger(name, summary["ledger"], [path, ledgers / name / "trials.jsonl"])
@@ -107,42 +109,44 @@ def pack(name: str, folder: Path = ARCHIVES, arena: Path = ARENA, ledgers: Path 
 
 
 def find_ledger(
-    name: str, about: dict[str, Any], places: Iterable[Path], repository: Path = REPOSITORY
+    name: str, about: dict[str, Any], paths: Iterable[Path], repository: Path = REPOSITORY
 ) -> bytes:
-    """The ledger that a summary is about, from the first place that has it, or from the history of git.
+    """Return the ledger of a summary, from the first path that has it, or from the history of git.
 
     Args:
-        name: of the bench.
-        about: what `describe_ledger` says of it.
-        places: ledgers and archives; not all need be there.
+        name: name of the bench.
+        about: the ledger's description by `describe_ledger`.
+        paths: ledgers and archives; some may be missing.
         repository: folder of the git repository.
 
     Raises:
-        ResultsError: no place has it.
+        ResultsError: the ledger is not found.
     """
-    for place in places:
-        if not place.exists():
+    for source in paths:
+        if not source.exists():
             continue
         content = (
-            place.read_bytes() if place.suffix == ".jsonl" else read_archive(place).get("trials.jsonl", b"")
+            source.read_bytes()
+            if source.suffix == ".jsonl"
+            else read_archive(source).get("trials.jsonl", b"")
         )
         if describe_ledger(content) == about:
             return content
     command = ["git", "-C", str(repository), "cat-file", "blob", about["git_blob"]]
-    found = subprocess.run(command, capture_output=True)
-    if found.returncode == 0 and describe_ledger(found.stdout) == about:
-        return found.stdout
+    git = subprocess.run(command, capture_output=True)
+    if git.returncode == 0 and describe_ledger(git.stdout) == about:
+        return git.stdout
     raise ResultsError(
         f"The ledger of the bench {name} (sha256 {about['sha256'][:12]}...) is neither in "
-        f"{', '.join(map(str, places))} nor in the history of git. Put its archive, a file of the release, "
-        "there. In a clone without history `git fetch --unshallow` brings it."
+        f"{', '.join(map(str, paths))} nor in the history of git. Put its archive, a file of the release, "
+        "there. In a shallow clone, `git fetch --unshallow` fetches the history."
     )
 
 
 def read_archive(path: Path) -> dict[str, bytes]:
-    """The files of an archive by name, without their folder; empty where it is damaged."""
+    """Return the files of an archive by name, without their folder; empty if it is damaged."""
     try:
-        content = io.BytesIO(lzma.decompress(path.read_bytes()))  # tarfile alone bears a truncated file
+        content = io.BytesIO(lzma.decompress(path.read_bytes()))  # tarfile alone accepts a truncated file
         with tarfile.open(fileobj=content) as archive:
             return {
                 Path(member.name).name: archive.extractfile(member).read()
@@ -154,10 +158,10 @@ def read_archive(path: Path) -> dict[str, bytes]:
 
 
 def check_archive(path: Path, about: dict[str, Any]) -> dict[str, bytes]:
-    """The files of an archive, if its ledger is the one of the summary.
+    """Return the files of an archive, after checking its ledger against the summary.
 
     Raises:
-        ResultsError: it is not, or a file is missing.
+        ResultsError: the ledger differs, or a file is missing.
     """
     files = read_archive(path)
     if (
@@ -165,7 +169,7 @@ def check_archive(path: Path, about: dict[str, Any]) -> dict[str, bytes]:
         or describe_ledger(files["trials.jsonl"]) != about
     ):
         raise ResultsError(
-            f"{path} is damaged, or is not the archive that its summary is about. Pack it again."
+            f"{path} is damaged, or is not the archive that its summary describes. Pack it again."
         )
     return files
 
@@ -181,7 +185,7 @@ def verify(folder: Path = ARCHIVES, arena: Path = ARENA) -> None:
     """Check the archives of all benches against their summaries and SHA256SUMS.
 
     Raises:
-        ResultsError: one is missing or is another.
+        ResultsError: an archive is missing or differs.
     """
     sums = folder / "SHA256SUMS"
     digests = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else {}
@@ -193,15 +197,15 @@ def verify(folder: Path = ARCHIVES, arena: Path = ARENA) -> None:
 
 
 def unpack(name: str, folder: Path, archives: Path = ARCHIVES, arena: Path = ARENA) -> None:
-    """Write the files of a bench, as `pack` packs them, into a folder for `plywise report`.
+    """Unpack the files of a bench into a folder for `plywise report`.
 
     Raises:
-        ResultsError: the ledger is nowhere, or the folder holds another one.
+        ResultsError: the ledger is not found, or the folder contains another one.
     """
     about = read_summary(name, arena)["ledger"]
     ledger = folder / "trials.jsonl"
     if ledger.exists() and describe_ledger(ledger.read_bytes()) != about:
-        raise ResultsError(f"{ledger} is another ledger, and is kept. Name another folder with --to.")
+        raise ResultsError(f"{ledger} is another ledger, and is kept. Choose another folder with --to.")
     path = archives / f"arena-{name}.tar.xz"
     if not path.exists():
         pack(name, archives, arena)

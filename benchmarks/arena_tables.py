@@ -1,4 +1,4 @@
-"""The tables of arena/README.md, printed from the summaries of the benches (see `tables.py`)."""
+"""Print the tables of arena/README.md from the summaries of the benches (see `tables.py`)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,47 +8,46 @@ from plywise.arena.scoring.intervals import Interval
 from summaries import read_summary
 
 NOTES = {"sgd-again": ", the null control", "backprop": " (the rule, SGD's control)"}
-"""What is said of a method beside its name."""
+"""Remarks beside the names of some methods."""
 
 
-def ranking(name: str) -> Callable[[str], str]:
-    """All tuned methods of a bench by CPU time to the targets."""
+def make_ranking_writer(name: str) -> Callable[[str], str]:
+    """Return a function that writes all tuned methods of a bench by CPU time to the targets."""
 
     def write(_: str) -> str:
         tracks = read_summary(name)["rankings"]
         steps, untuned = (
-            {one["method"]: one for one in tracks[track]["steps"]} for track in ("tuned", "defaults")
+            {entry["method"]: entry for entry in tracks[track]["steps"]} for track in ("tuned", "defaults")
         )
         lines = [
             "| method | rank by CPU time | steps to target over the best baseline's | CPU time alike | "
             "reached the target | untuned | area under the profile, CPU / steps |\n"
             "|---|---|---|---|---|---|---|\n"
         ]
-        for one in tracks["tuned"]["cpu"]:
-            other, plain = steps[one["method"]], untuned[one["method"]]
-            place = "–" if one["rank"] is None else f"{one['rank'].value:.0f}"
-            areas = f"{one['area'].value:.2f} / {other['area'].value:.2f}"
-            reached = f"{one['reached']} of {one['runs']} | {plain['reached']}"
-            lines.append(
-                f"| {one['method']}{NOTES.get(one['method'], '')} | {place} | {_ratio(other['ratio'])} | "
-                f"{_ratio(one['ratio'])} | {reached} | {areas} |\n"
-            )
+        for entry in tracks["tuned"]["cpu"]:
+            other, plain = steps[entry["method"]], untuned[entry["method"]]
+            place = "–" if entry["rank"] is None else f"{entry['rank'].value:.0f}"
+            areas = f"{entry['area'].value:.2f} / {other['area'].value:.2f}"
+            reached = f"{entry['reached']} of {entry['runs']} | {plain['reached']}"
+            ratios = f"{_format_ratio(other['ratio'])} | {_format_ratio(entry['ratio'])}"
+            note = NOTES.get(entry["method"], "")
+            lines.append(f"| {entry['method']}{note} | {place} | {ratios} | {reached} | {areas} |\n")
         return "".join(lines)
 
     return write
 
 
-def related_metrics(_: str) -> str:
-    """Test metric of the related papers' methods after tuning: median of the seeds, least to most."""
+def write_related_metrics(_: str) -> str:
+    """Write the test metric of the related papers' methods after tuning: median, lowest and highest seed."""
     summary = read_summary("related")
     about = summary["bench"]["workloads"]
     cells = {
-        (row["workload"], row["method"]): _spread(row["test"])
+        (row["workload"], row["method"]): _format_spread(row["test"])
         for row in summary["rows"]
         if row["track"] == "tuned" and row["test"] is not None
     }
-    heads = [f"{name}, {SHORT.get(name, one['metric'])}" for name, one in about.items()]
-    lines = [f"| method | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}\n"]
+    headings = [f"{name}, {SHORT.get(name, entry['metric'])}" for name, entry in about.items()]
+    lines = [f"| method | {' | '.join(headings)} |\n|{'---|' * (len(headings) + 1)}\n"]
     for method in summary["bench"]["methods"]:
         if summary["bench"]["methods"][method].get("null") is None:
             figures = [cells.get((workload, method), "–") for workload in about]
@@ -63,14 +62,14 @@ SHORT = {
     "digits-mlp": "error",
     "digits-conv": "error",
 }
-"""Metrics by a shorter name."""
+"""Short names of the metrics."""
 
 
-def _ratio(ratio: Interval | None) -> str:
+def _format_ratio(ratio: Interval | None) -> str:
     return "–" if ratio is None else format_span(ratio).removesuffix(" (without limits)")
 
 
-def _count(
+def _count_reached(
     summary: dict[str, Any], track: str, method: str, workloads: set[str] | None = None
 ) -> tuple[int, int]:
     rows = [row for row in summary["rows"] if (row["track"], row["method"]) == (track, method)]
@@ -78,16 +77,16 @@ def _count(
     return sum(row["reached"] for row in rows), sum(row["runs"] for row in rows)
 
 
-def _spread(values: list[float]) -> str:
-    median, least, most = ("failed" if value == float("inf") else f"{value:.2g}" for value in values)
-    return f"{median} ({least} to {most})"
+def _format_spread(values: list[float]) -> str:
+    median, lowest, highest = ("failed" if value == float("inf") else f"{value:.2g}" for value in values)
+    return f"{median} ({lowest} to {highest})"
 
 
 TABLES: dict[str, Callable[[str], str]] = {
-    "arena-standard": ranking("standard"),
-    "arena-recommended": ranking("recommended"),
-    "arena-coordinates": ranking("coordinates"),
-    "arena-hidden": ranking("hidden"),
-    "arena-related": related_metrics,
+    "arena-standard": make_ranking_writer("standard"),
+    "arena-recommended": make_ranking_writer("recommended"),
+    "arena-coordinates": make_ranking_writer("coordinates"),
+    "arena-hidden": make_ranking_writer("hidden"),
+    "arena-related": write_related_metrics,
 }
-"""By the name that stands in the page."""
+"""The tables by their name in the page."""

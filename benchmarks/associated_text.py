@@ -1,15 +1,17 @@
-"""Associated Learning on text, as its authors' later code has it, beside backpropagation of the same network.
+"""Compare Associated Learning on text, after its authors' later code, with backpropagation.
 
-    python benchmarks/associated_text.py                     # writes benchmarks/associated_text.json; goes on
-    python benchmarks/associated_text.py --network LSTM      # where it was interrupted
-    python benchmarks/associated_text.py --small             # one seed, a few steps, nothing is written
+    python benchmarks/associated_text.py                     # writes associated_text.json; resumes
+    python benchmarks/associated_text.py --network LSTM
+    python benchmarks/associated_text.py --small             # one seed and a few steps; writes nothing
 
-2,500 reviews of films (IMDB) to train and 2,500 to test, good or bad; the 10,000 commonest words, the first
-150 of each review. An embedding of 100, then two LSTMs (64 units in each direction, the state handed on) or
-two layers of a transformer; codes of 64, batches of 64, Adam. "Associated Learning": tanh maps, cross-
-entropy at the first decoder, codes that learn from the bridges. "backprop": the network that Associated
-Learning predicts with, end to end by cross-entropy. Each way's rate is the best of two on 500 training
-reviews that are held out, then three fresh seeds. Beside it the accuracy of each depth's shortcut.
+The task is to classify film reviews (IMDB) as good or bad, with 2,500 reviews for training and 2,500 for the
+test. The input is the first 150 words of a review, from a vocabulary of the 10,000 most frequent words. The
+network is an embedding of width 100, then two LSTMs (64 units in each direction; the state is passed on) or
+two layers of a transformer; codes of 64, batches of 64, Adam. "Associated Learning" uses tanh maps, cross-
+entropy at the first decoder, and codes that learn from the bridges. "backprop" trains the network that
+Associated Learning predicts with, end to end by cross-entropy. The rate of each method is the better of two
+on 500 training reviews that are held out; then three fresh seeds run with it. The accuracy of each depth is
+measured too.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plywise as pw
-from figure_tables import associated_text
+from figure_tables import write_associated_text
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise._util.modes import evaluating
@@ -45,7 +47,7 @@ WAYS = ("Associated Learning", "backprop")
 
 
 def load() -> dict[str, tuple[Tensor, Tensor]]:
-    """Reviews as numbers of words, 0 behind their end, and whether they are good."""
+    """Return the reviews as word indices, padded with 0, and their labels (1 for good)."""
     sys.path.insert(0, str(DATA))
     from load_data import text_set
 
@@ -59,8 +61,8 @@ def load() -> dict[str, tuple[Tensor, Tensor]]:
     for part, reviews in split.items():
         x = torch.zeros(len(reviews), LENGTH, dtype=torch.long)
         for row, words in zip(x, reviews, strict=True):
-            found = [numbers.get(word, 1) for word in words[:LENGTH]]
-            row[: len(found)] = torch.tensor(found)
+            indices = [numbers.get(word, 1) for word in words[:LENGTH]]
+            row[: len(indices)] = torch.tensor(indices)
         labels = parts[part][1]
         loaded[part] = x, torch.tensor([int(label == "pos") for label in labels])
     order = torch.randperm(len(loaded["train"][1]), generator=torch.Generator().manual_seed(0))
@@ -71,12 +73,12 @@ def load() -> dict[str, tuple[Tensor, Tensor]]:
 def accuracy(module: nn.Module, part: tuple[Tensor, Tensor]) -> float:
     with evaluating(module), torch.no_grad():
         pairs = zip(part[0].split(250), part[1].split(250), strict=True)
-        right = sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs)
-    return round(100 * right / len(part[1]), 2)
+        correct = sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs)
+    return round(100 * correct / len(part[1]), 2)
 
 
 def train(network: str, way: str, rate: float, seed: int, data: Any, steps: int) -> list[float]:
-    """Accuracy on ``data["judge"]``, of each depth for Associated Learning."""
+    """Train, and return the accuracy on ``data["judge"]``, for Associated Learning of each depth."""
     torch.manual_seed(seed)
     modules, bridges = NETWORKS[network]()
     x, y = data["train"]
@@ -135,14 +137,14 @@ def run(networks: list[str], small: bool) -> None:
                 result["networks"][network][way] = {"rate": rate, "tuning": tuning, "test": final}
                 write_whole(OUT, json.dumps(result, indent=1) + "\n")
     if not small:
-        print(associated_text(""))
+        print(write_associated_text(""))
 
 
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--network", choices=list(NETWORKS), action="append", help="default: both")
-    parser.add_argument("--small", action="store_true", help="a few steps, nothing is written")
+    parser.add_argument("--small", action="store_true", help="run a few steps and write nothing")
     options = parser.parse_args()
     run(options.network or list(NETWORKS), options.small)
 

@@ -1,8 +1,8 @@
-"""Summaries of the arena's benches: what the repository keeps of each.
+"""Write summaries of the arena's benches, which the repository keeps instead of their ledgers.
 
-The ledger of a bench (`trials.jsonl`) has megabytes, so that it is no file of the repository: `archives.py`
-makes release files of ledgers. The repository keeps a summary, from which `tables.py` prints the tables of
-arena/README.md, and which holds the digest of the ledger.
+The ledger of a bench (`trials.jsonl`) has several megabytes, so it is not part of the repository:
+`archives.py` packs ledgers into release files. The repository keeps a summary with the digest of the ledger;
+`tables.py` prints the tables of arena/README.md from it.
 
     python benchmarks/summaries.py runs/mine NAME    # writes benchmarks/arena/NAME/summary.json
 """
@@ -33,22 +33,22 @@ CLOCKS = ("steps", "cpu")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("bench", type=Path, help="folder of bench.json and trials.jsonl")
-    parser.add_argument("name", help="of the bench among our results")
+    parser.add_argument("name", help="name of the bench in our results")
     options = parser.parse_args()
     path = write_whole(ARENA / options.name / "summary.json", format_summary(summarise(options.bench)))
     print(f"{path}  {path.stat().st_size / 1e3:.0f} kB")
 
 
 def list_benches(arena: Path = ARENA) -> list[str]:
-    """Names of the benches that have a summary."""
+    """List the names of the benches that have a summary."""
     return sorted(path.parent.name for path in arena.glob("*/summary.json"))
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """What the repository keeps of a bench: its plan, every method on every workload, rankings, findings.
+    """Summarise a bench: its plan, every method on every workload, rankings, and findings.
 
     Args:
-        folder: where bench.json and trials.jsonl are.
+        folder: folder of bench.json and trials.jsonl.
     """
     bench, lines = read_bench(folder)
     summary = summarize_bench(bench, lines)
@@ -69,7 +69,7 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 
 def describe_ledger(content: bytes) -> dict[str, Any]:
-    """What a ledger is recognised by; ``git_blob`` is the name under which git keeps it."""
+    """Return the size and digests that identify a ledger; ``git_blob`` is its object name in git."""
     return {
         "trials": content.count(b"\n"),
         "bytes": len(content),
@@ -79,7 +79,7 @@ def describe_ledger(content: bytes) -> dict[str, Any]:
 
 
 def summarise_row(row: MethodOnWorkload) -> dict[str, Any]:
-    """A method on a workload, with the clocks that a summary holds."""
+    """Summarise a method on a workload, with the clocks that a summary holds."""
     kept = {name: value for name, value in vars(row).items() if name not in ("times", "ratios")}
     for clock in CLOCKS:
         kept |= {clock: row.times[clock], f"{clock}_ratio": row.ratios[clock]}
@@ -87,58 +87,60 @@ def summarise_row(row: MethodOnWorkload) -> dict[str, Any]:
 
 
 def summarise_rank(rank: MethodRanking) -> dict[str, Any]:
-    """A method over all workloads."""
+    """Summarise a method over all workloads."""
     names = ("method", "rank", "level", "area", "ratio", "compared", "reached", "runs", "end")
     return {name: getattr(rank, name) for name in names}
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """A summary as JSON with a method a line; infinite figures are the word "inf"."""
+    """Format a summary as JSON with one method per line; infinite figures are the word "inf"."""
     parts = {
         name: _dump(value) for name, value in summary.items() if name not in ("bench", "rankings", "rows")
     }
     parts["bench"] = _dump(summary["bench"], digits=None)
-    parts["rankings"] = _block(
+    parts["rankings"] = _format_block(
         {
-            track: _block({clock: _table(ranks) for clock, ranks in clocks.items()})
+            track: _format_block({clock: _format_table(ranks) for clock, ranks in clocks.items()})
             for track, clocks in summary["rankings"].items()
         }
     )
-    parts["rows"] = _table(summary["rows"])
-    return _block(parts) + "\n"
+    parts["rows"] = _format_table(summary["rows"])
+    return _format_block(parts) + "\n"
 
 
 def read_summary(name: str, arena: Path = ARENA) -> dict[str, Any]:
-    """A summary as `summarise` made it, with fewer digits; intervals are `Interval` again.
+    """Read a summary as `summarise` made it, with fewer digits and intervals as `Interval`.
 
     Args:
-        name: of the bench.
+        name: name of the bench.
         arena: folder of the benches.
     """
     summary: dict[str, Any] = json.loads((arena / name / "summary.json").read_text(encoding="utf-8"))
-    summary["rows"] = _rows(summary["rows"])
+    summary["rows"] = _parse_rows(summary["rows"])
     for clocks in summary["rankings"].values():
-        clocks.update({clock: _rows(table) for clock, table in clocks.items()})
+        clocks.update({clock: _parse_rows(table) for clock, table in clocks.items()})
     return summary
 
 
-def _block(parts: dict[str, str]) -> str:
+def _format_block(parts: dict[str, str]) -> str:
     return "{\n" + ",\n".join(f'"{name}": {text}' for name, text in parts.items()) + "\n}"
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _format_table(rows: list[dict[str, Any]]) -> str:
     lines = [_dump(list(rows[0]) if rows else []), *(_dump(list(row.values())) for row in rows)]
     return "[\n" + ",\n".join(lines) + "\n]"
 
 
-def _rows(table: list[list[Any]]) -> list[dict[str, Any]]:
+def _parse_rows(table: list[list[Any]]) -> list[dict[str, Any]]:
     columns, *rows = table
-    return [{name: _value(name, value) for name, value in zip(columns, row, strict=True)} for row in rows]
+    return [
+        {name: _parse_value(name, value) for name, value in zip(columns, row, strict=True)} for row in rows
+    ]
 
 
-def _value(column: str, value: Any) -> Any:
+def _parse_value(column: str, value: Any) -> Any:
     if isinstance(value, list):
-        value = [math.inf if one == "inf" else one for one in value]
+        value = [math.inf if item == "inf" else item for item in value]
         return value if column in ("validation", "test") else Interval(*value)
     return math.inf if value == "inf" else value
 
@@ -150,9 +152,9 @@ def _dump(value: Any, digits: int | None = DIGITS) -> str:
 
 def _spell_infinity(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _spell_infinity(one) for name, one in value.items()}
+        return {name: _spell_infinity(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_spell_infinity(one) for one in value]
+        return [_spell_infinity(item) for item in value]
     return "inf" if value == math.inf else value
 
 

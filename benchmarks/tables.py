@@ -1,13 +1,13 @@
-"""The tables of README.md and the documentation, printed from the figures that the repository keeps.
+"""Write the tables of README.md and the documentation from the figures that the repository keeps.
 
-A table stands in a page between two comments, and this script writes it there again:
+A table in a page is between two comments, and this script replaces it:
 
     <!-- table: bad-scaling -->
     | method | good | ...
     <!-- end of table -->
 
     python benchmarks/tables.py            # write the tables of all pages
-    python benchmarks/tables.py --check    # name those that are not what would be written
+    python benchmarks/tables.py --check    # name the pages whose tables are not up to date
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import arena_tables
 import figure_tables
 import records
-from figure_tables import read
+from figure_tables import read_figures
 from plywise._util.files import write_whole
 from plywise.arena.reproductions import tables as reproduction_tables
 
@@ -41,7 +41,7 @@ PAPERS = ("proxprop", "associated-learning", "back-matching", "consequentialism"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page would change")
     check = parser.parse_args().check
     stale = [
         path for path in PAGES if fill(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")
@@ -54,16 +54,16 @@ def main() -> None:
 
 
 def fill(text: str) -> str:
-    """A page with all its marked tables as they are printed from the figures."""
+    """Return a page with all its marked tables replaced by those of the figures."""
     return MARKED.sub(
-        lambda found: (
-            f"<!-- table: {found['name']} -->\n{TABLES[found['name']](found['table'])}<!-- end of table -->\n"
+        lambda match: (
+            f"<!-- table: {match['name']} -->\n{TABLES[match['name']](match['table'])}<!-- end of table -->\n"
         ),
         text,
     )
 
 
-# docs/explanation/results.md: the last column of a table whose other columns are written by hand
+# docs/explanation/results.md: only the last column of these tables is written, the others are written by hand
 
 STEP_ROWS = {
     "`ProxProp`": "ProxProp exact",
@@ -85,8 +85,8 @@ CYCLE_ROWS = {
 }
 
 
-def last_column(figures: Callable[[], dict[str, str]]) -> Callable[[str], str]:
-    """Write the last column of the rows whose first cell is known; the others are written by hand."""
+def make_last_column_writer(figures: Callable[[], dict[str, str]]) -> Callable[[str], str]:
+    """Return a function that writes the last column of the rows whose first cell is known."""
 
     def write(before: str) -> str:
         known, lines = figures(), []
@@ -100,28 +100,28 @@ def last_column(figures: Callable[[], dict[str, str]]) -> Callable[[str], str]:
     return write
 
 
-def costs(rows: dict[str, str], name: str) -> Callable[[], dict[str, str]]:
-    """The cost of a step on each network, by the first cell of a row."""
+def make_cost_finder(rows: dict[str, str], name: str) -> Callable[[], dict[str, str]]:
+    """Return a function that finds the cost of a step on each network, by the first cell of a row."""
 
     def find() -> dict[str, str]:
-        nets = read(name)["nets"].values()
+        nets = read_figures(name)["nets"].values()
         return {cell: " / ".join(f"{net[row]['cpu']:.2f}" for net in nets) for cell, row in rows.items()}
 
     return find
 
 
-def peaks() -> dict[str, str]:
-    """Peak memory of ways to train 16 blocks; classes are in backquotes."""
-    ways = read("local_memory")["blocks"]["ways"]
-    found = {way: f"{row['peak_mib']:.1f}" for way, row in ways.items()}
-    return found | {re.sub(r"^(\w+L\w+)", r"`\1`", way): peak for way, peak in found.items()}
+def find_peaks() -> dict[str, str]:
+    """Find the peak memory of each method on 16 blocks; names of classes are in backquotes too."""
+    ways = read_figures("local_memory")["blocks"]["ways"]
+    match = {way: f"{row['peak_mib']:.1f}" for way, row in ways.items()}
+    return match | {re.sub(r"^(\w+L\w+)", r"`\1`", way): peak for way, peak in match.items()}
 
 
-def reproduction(name: str) -> Callable[[str], str]:
-    """All experiments of a paper, as `plywise reproduce` writes them."""
+def make_reproduction_writer(name: str) -> Callable[[str], str]:
+    """Return a function that writes all experiments of a paper, like `plywise reproduce`."""
 
     def write(_: str) -> str:
-        return reproduction_tables.make_markdown(_read_divergence(read(f"reproduce/{name}")))
+        return reproduction_tables.make_markdown(_read_divergence(read_figures(f"reproduce/{name}")))
 
     return write
 
@@ -134,12 +134,12 @@ def _read_divergence(value: Any) -> Any:
     return math.nan if value == "diverged" else value
 
 
-def default_kinds(_: str) -> str:
-    """Rules with their default kinds of maps and with all kinds, on each workload: three seeds."""
-    found = read("default_kinds")
+def write_default_kinds(_: str) -> str:
+    """Write rules with their default kinds of maps and with all kinds, on each workload: three seeds."""
+    match = read_figures("default_kinds")
     header = "| workload | arm | rate | validation loss at the end | steps to the target |"
     rows = [header, "|---|---|---|---|---|"]
-    for workload, results in found.items():
+    for workload, results in match.items():
         for name, arm in results["arms"].items():
             ends = " / ".join("failed" if end is None else f"{end:.3f}" for end in arm["validation"])
             steps = " / ".join("not" if count is None else str(count) for count in arm["steps to target"])
@@ -148,16 +148,16 @@ def default_kinds(_: str) -> str:
 
 
 TABLES: dict[str, Callable[[str], str]] = {
-    "default-kinds": default_kinds,
-    "cost-of-rules": last_column(costs(STEP_ROWS, "step_cost_1_thread")),
-    "cost-of-rules-with-memory": last_column(costs(CYCLE_ROWS, "cycle_cost")),
-    "local-memory-peaks": last_column(peaks),
+    "default-kinds": write_default_kinds,
+    "cost-of-rules": make_last_column_writer(make_cost_finder(STEP_ROWS, "step_cost_1_thread")),
+    "cost-of-rules-with-memory": make_last_column_writer(make_cost_finder(CYCLE_ROWS, "cycle_cost")),
+    "local-memory-peaks": make_last_column_writer(find_peaks),
     **figure_tables.TABLES,
-    **{f"reproduce-{name}": reproduction(name) for name in PAPERS},
+    **{f"reproduce-{name}": make_reproduction_writer(name) for name in PAPERS},
     **arena_tables.TABLES,
     **records.TABLES,
 }
-"""A function for each marked table: it gets the table as it stands, and returns it as it must be."""
+"""A function for each marked table: it gets the table of the page, and returns the new one."""
 
 
 if __name__ == "__main__":

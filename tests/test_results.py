@@ -74,7 +74,10 @@ def test_speeds_of_the_local_table_are_relative_to_backpropagation(tmp_path, mon
     }
     (tmp_path / "local_table.json").write_text(json.dumps({"workloads": {"cifar": entries}}))
     monkeypatch.setattr(figure_tables, "HERE", tmp_path)
-    rows = [line.strip("| ").split(" | ") for line in figure_tables.local_table("cifar")("").splitlines()[2:]]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in figure_tables.make_local_table_writer("cifar")("").splitlines()[2:]
+    ]
     speeds = {row[0]: row[-1] for row in rows}
     assert speeds == {"backpropagation": "≈ 1.0", "older": "≈ 0.5", "slower machine": "1.25"}
 
