@@ -1,12 +1,13 @@
-"""Badly scaled networks: does a rule train where SGD at its best rate does not?
+"""Compare rules with SGD on badly scaled networks, which SGD may not train even at its best rate.
 
-ReLU networks 64-48-48-48-48-10 on the digits, batch 64, 255 steps (15 epochs), He initialisation with each
-layer's weights multiplied by a factor. "rescaled" and "rescaled hard" leave the function unchanged;
-"small" and "mixed" do not. For each network each method gets the same number of trials (rates in steps of
-sqrt 10, best validation loss on seed 100); then three fresh seeds.
+The networks are ReLU networks 64-48-48-48-48-10 on digits, with batches of 64 and 255 steps (15 epochs).
+Their weights have He initialisation, multiplied by a factor for each layer. "rescaled" and "rescaled hard" do
+not change the function of the network; "small" and "mixed" do. On each network each method gets the same
+number of trials (rates in steps of sqrt 10, best validation loss on seed 100); then three fresh seeds run
+with the best.
 
-    python benchmarks/bad_scaling.py                      # all methods
-    python benchmarks/bad_scaling.py --only BackMatching  # some again, beside the figures of the others
+    python benchmarks/bad_scaling.py                      # run all methods
+    python benchmarks/bad_scaling.py --only BackMatching  # run some again, keep the figures of the others
 """
 
 import argparse
@@ -21,8 +22,19 @@ import torch
 
 import plywise as pw
 from pictures import save_picture
-from step_cost import environment
-from tuning import Candidate, accuracy, adamw, digits, median, mlp, repeat, sgd, tune, write_json
+from step_cost import describe_environment
+from tuning import (
+    Candidate,
+    compute_accuracy,
+    compute_median,
+    make_adamw,
+    make_mlp,
+    make_sgd,
+    read_digits,
+    repeat,
+    tune,
+    write_json,
+)
 
 WIDTHS = (64, 48, 48, 48, 48, 10)
 SCALES = {
@@ -34,13 +46,13 @@ SCALES = {
 }
 
 
-def rates(middle: float) -> list[float]:
-    """Nine rates in steps of sqrt 10 around the middle one."""
+def list_rates(middle: float) -> list[float]:
+    """Return nine rates in steps of sqrt 10 around the middle one."""
     return [middle * 10 ** (k / 2) for k in range(-4, 5)]
 
 
-def methods() -> dict[str, list[Candidate]]:
-    """Nine trials a method."""
+def list_methods() -> dict[str, list[Candidate]]:
+    """Return nine trials for each method."""
     rules: dict[str, tuple[float, float, Callable[[], pw.Rule] | None]] = {
         "SGD": (0.03, 0.0, None),
         "SGD momentum": (0.01, 0.9, None),
@@ -53,14 +65,14 @@ def methods() -> dict[str, list[Candidate]]:
         "Consequentialism": (0.1, 0.0, pw.Consequentialism),
     }
     grids = {
-        name: [sgd(name, rate, momentum, rule) for rate in rates(middle)]
+        name: [make_sgd(name, rate, momentum, rule) for rate in list_rates(middle)]
         for name, (middle, momentum, rule) in rules.items()
     }
-    return {"SGD": grids.pop("SGD"), "AdamW": [adamw(rate) for rate in rates(3e-3)], **grids}
+    return {"SGD": grids.pop("SGD"), "AdamW": [make_adamw(rate) for rate in list_rates(3e-3)], **grids}
 
 
-def picture(result: dict[str, Any], path: str) -> None:
-    """Final training loss of every method on every network."""
+def draw_picture(result: dict[str, Any], path: str) -> None:
+    """Draw the final training loss of every method on every network."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -70,7 +82,7 @@ def picture(result: dict[str, Any], path: str) -> None:
     names = list(next(iter(result["networks"].values())))
     for index, name in enumerate(names):
         values = [network[name]["median_final_loss"] for network in result["networks"].values()]
-        xs = [place + (index - len(names) / 2) * 0.07 for place in range(len(values))]
+        xs = [position + (index - len(names) / 2) * 0.07 for position in range(len(values))]
         ys = [3.0 if value is None else value for value in values]
         axis.plot(xs, ys, "o", label=name, markersize=6)
     axis.axhline(2.3026, color="grey", linewidth=0.8, linestyle="--")
@@ -84,15 +96,15 @@ def picture(result: dict[str, Any], path: str) -> None:
 
 
 def run_method(trials: list[Candidate], make: Callable[[], torch.nn.Module], data: Any) -> dict[str, Any]:
-    """Choose a rate, and train with it from three fresh seeds."""
-    how: dict[str, Any] = {"steps": 255, "batch_size": 64}
-    best, log = tune(trials, make, data, 100, measure_every=255, **how)
-    records = repeat(best, make, data, 3, measure_every=51, **how)
+    """Choose a rate, and train with it on three fresh seeds."""
+    settings: dict[str, Any] = {"steps": 255, "batch_size": 64}
+    best, log = tune(trials, make, data, 100, measure_every=255, **settings)
+    records = repeat(best, make, data, 3, measure_every=51, **settings)
     row = {
         "settings": best.settings,
-        "median_final_loss": median(r.final_loss for r in records),
+        "median_final_loss": compute_median(r.final_loss for r in records),
         "final_loss": [r.final_loss for r in records],
-        "test_accuracy": [accuracy(r) for r in records],
+        "test_accuracy": [compute_accuracy(r) for r in records],
         "failures": [r.failure for r in records],
         "tuning": log,
     }
@@ -101,24 +113,26 @@ def run_method(trials: list[Candidate], make: Callable[[], torch.nn.Module], dat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Badly scaled networks.")
-    parser.add_argument("--only", default="", help="run methods whose names begin so, keep other figures")
+    parser = argparse.ArgumentParser(description="Compare methods on badly scaled networks.")
+    parser.add_argument(
+        "--only", default="", help="run the methods whose names begin with this; keep the other figures"
+    )
     only = parser.parse_args().only
     torch.set_num_threads(1)
-    start, data = time.time(), digits()
+    start, data = time.time(), read_digits()
     path = Path(__file__).with_suffix(".json")
     result: dict[str, Any] = json.loads(path.read_text()) if only else {"networks": {}}
     for network, scales in SCALES.items():
-        make = functools.partial(mlp, WIDTHS, scales)
+        make = functools.partial(make_mlp, WIDTHS, scales)
         rows = result["networks"].setdefault(network, {})
-        for name, trials in methods().items():
+        for name, trials in list_methods().items():
             if name.startswith(only):
                 print(f"  {network}: {name}", flush=True)
                 rows[name] = run_method(trials, make, data)
-    run = {"environment": environment("cpu", 1), "minutes": round((time.time() - start) / 60, 1)}
+    run = {"environment": describe_environment("cpu", 1), "minutes": round((time.time() - start) / 60, 1)}
     result.update({f"again: {only}": run} if only else run)
     write_json("bad_scaling.json", result)
-    picture(result, __file__.replace(".py", ".svg"))
+    draw_picture(result, __file__.replace(".py", ".svg"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What torch.compile makes of a model with a rule: graphs, breaks, and what a step costs beside eager mode.
+"""Measure what torch.compile does with a model under a rule: graphs, breaks, and the cost of a step.
 
-    python benchmarks/compile_cost.py    # goes on where it was interrupted
+    python benchmarks/compile_cost.py    # resumes if interrupted
 
-Two models of the same weights take turns in one process, one of them compiled with torch's default backend:
-blocks of 20 steps, 2 before any is timed; a step is zero_grad, forward, loss, backward and the optimizer's
-step. A ratio is the CPU time of a compiled block over that of the eager blocks beside it; medians. Both have
-the same batches, and the largest difference between their weights is kept, too.
+Two models with the same weights take turns in one process, one eager and one compiled with torch's default
+backend. They run blocks of 20 steps, 2 blocks before any is timed; a step is zero_grad, forward, loss,
+backward and the optimizer's step. A ratio is the CPU time of a compiled block over the mean of the eager
+blocks before and after it; the figures are medians. Both models get the same batches. The largest difference
+between their weights is stored too.
 """
 
 import json
@@ -24,14 +25,14 @@ from torch._dynamo.utils import counters
 import plywise as pw
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
-from step_cost import mlp
+from step_cost import make_mlp
 from tuning import HERE
 
 STEPS, WARM, ROUNDS = 20, 2, 5
 
 
 class Encoder(nn.Module):
-    """A transformer's encoder on vectors, whose mean is classified."""
+    """A transformer encoder on vectors with a classifier of their mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,13 +43,13 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classes of (B, T, 64)."""
+        """Return class scores for inputs (B, T, 64)."""
         logits: Tensor = self.head(self.layers(x).mean(1))
         return logits
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "64-128-128-128-10, batch 128": (lambda: mlp(64, 128, 128, 128, 10), (128, 64)),
+    "64-128-128-128-10, batch 128": (lambda: make_mlp(64, 128, 128, 128, 10), (128, 64)),
     "transformer encoder, 32 × 16 tokens of 64": (Encoder, (32, 16, 64)),
 }
 
@@ -62,7 +63,7 @@ RULES: dict[str, Callable[[], pw.Rule] | None] = {
 
 
 class Stepper:
-    """A model in training, compiled or not."""
+    """A model, compiled or not, with its optimizer and batch."""
 
     def __init__(self, net: str, rule: Callable[[], pw.Rule] | None, backend: Any) -> None:
         make, shape = NETS[net]
@@ -74,7 +75,7 @@ class Stepper:
         self.call = self.model if backend is None else torch.compile(self.model, backend=backend)
 
     def time_block(self) -> float:
-        """CPU seconds of a block of steps."""
+        """Return the CPU seconds of a block of steps."""
         start = time.process_time()
         for _ in range(STEPS):
             self.optimizer.zero_grad()
@@ -84,7 +85,7 @@ class Stepper:
 
 
 def measure(net: str, rule: Callable[[], pw.Rule] | None) -> dict[str, float]:
-    """Graphs, operations in them, breaks, the ratio of costs, and how far the weights are apart."""
+    """Measure graphs, their operations, breaks, the ratio of costs, and the difference of the weights."""
     torch._dynamo.reset()
     counters.clear()
     counter = CompileCounterWithBackend("inductor")
@@ -103,22 +104,22 @@ def measure(net: str, rule: Callable[[], pw.Rule] | None) -> dict[str, float]:
         "operations": counter.op_count,
         "breaks": sum(counters["graph_break"].values()),
         "cpu": statistics.median(ratios),
-        "difference": max(float((one - two).abs().max()) for one, two in pairs),
+        "difference": max(float((a - b).abs().max()) for a, b in pairs),
     }
 
 
 def main() -> None:
-    """Measure all nets and rules, and write the figures; what is in the file is not measured again."""
+    """Measure all networks and rules, and write the figures; skip those that the file already has."""
     torch.set_num_threads(1)
     out = HERE / "compile_cost.json"
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"nets": {}}
+    figures: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"nets": {}}
     for net in NETS:
-        table = found["nets"].setdefault(net, {})
+        table = figures["nets"].setdefault(net, {})
         for name, rule in RULES.items():
             if name not in table:
                 table[name] = measure(net, rule)
                 print(f"{net:44} {name:12} {table[name]}", flush=True)
-                write_whole(out, json.dumps(found | {"environment": environment()}, indent=1) + "\n")
+                write_whole(out, json.dumps(figures | {"environment": environment()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a whole training step costs with a rule with memory, as a mean over whole cycles of refreshing.
+"""Measure the cost of a training step under rules with running statistics, over whole refresh cycles.
 
-The network is 784-1024-1024-10 at batches of 256, 1024 and 4096, rules refresh every 10 steps. All arms keep
-their own model and optimizer and are warmed past every first preconditioner; then blocks of a cycle take
-turns in shuffled order, each between two blocks of plain SGD with momentum; the ratio is a block's time over
-the mean of those two. Median CPU and wall ratio over the rounds, and the slowest single step over the
-arm's median step.
+The network is 784-1024-1024-10 with batches of 256, 1024 and 4096; the rules refresh every 10 steps. Each arm
+has its own model and optimizer, and first runs until every preconditioner has been computed once. Then blocks
+of one cycle take turns in shuffled order, each between two blocks of plain SGD with momentum. The ratio is a
+block's time over the mean of these two. The figures are the median ratios of CPU and wall time over the
+rounds, and the slowest single step over the arm's median step.
 
     python benchmarks/step_cost.py --cycles --json benchmarks/cycle_cost.json
 """
@@ -30,14 +30,14 @@ WIDTHS = (784, 1024, 1024, 10)
 
 @dataclass(frozen=True)
 class Arm:
-    """A rule (or none) on an optimizer; ``up_to`` is the largest batch that it is timed at."""
+    """A rule (or none) on an optimizer; ``up_to`` is the largest batch size to time."""
 
     rule: Callable[[], pw.Rule] | None = None
     optimizer: Callable[[Any], Optimizer] = lambda parameters: SGD(parameters, 1e-4, momentum=0.9)
     up_to: int = 4096
 
 
-def peer(name: str, **settings: Any) -> Callable[[Any], Optimizer]:
+def make_peer(name: str, **settings: Any) -> Callable[[Any], Optimizer]:
     def make(parameters: Any) -> Optimizer:
         import peers
 
@@ -63,14 +63,14 @@ ARMS = {
     "KFAC": Arm(lambda: pw.KFAC(**EVERY)),
     "KFAC, rank 32": Arm(lambda: pw.KFAC(rank=32, **EVERY)),
     "Coordinates on AdamW": Arm(lambda: pw.Coordinates(**EVERY, slowdown=1), lambda p: AdamW(p, 1e-4)),
-    "torch Muon + AdamW": Arm(optimizer=peer("torch_muon"), up_to=1024),
-    "SOAP (pytorch_optimizer)": Arm(optimizer=peer("soap"), up_to=1024),
-    "Shampoo (pytorch_optimizer), every 10": Arm(optimizer=peer("shampoo", every=10), up_to=256),
+    "torch Muon + AdamW": Arm(optimizer=make_peer("torch_muon"), up_to=1024),
+    "SOAP (pytorch_optimizer)": Arm(optimizer=make_peer("soap"), up_to=1024),
+    "Shampoo (pytorch_optimizer), every 10": Arm(optimizer=make_peer("shampoo", every=10), up_to=256),
 }
 
 
 class Runner:
-    """One arm at work."""
+    """The model, optimizer and batch of one arm."""
 
     def __init__(self, arm: Arm, make: Callable[..., torch.nn.Module], batch: int, device: str) -> None:
         torch.manual_seed(0)
@@ -82,8 +82,8 @@ class Runner:
         self.x = torch.rand(batch, WIDTHS[0], device=device)
         self.y = torch.randint(10, (batch,), device=device)
 
-    def block(self, steps: int) -> list[tuple[float, float]]:
-        """CPU and wall seconds of each of some steps."""
+    def run_block(self, steps: int) -> list[tuple[float, float]]:
+        """Run some steps, and return the CPU and wall seconds of each."""
         clocks = []
         for _ in range(steps):
             self._wait()
@@ -101,33 +101,33 @@ class Runner:
 
 
 def measure(make: Callable[..., torch.nn.Module], batch: int, rounds: int, device: str) -> dict[str, Any]:
-    """The table of one batch size."""
+    """Measure all arms at one batch size."""
     warnings.filterwarnings("ignore", module="pytorch_optimizer")
     plain = Runner(Arm(), make, batch, device)
     runners = {name: Runner(arm, make, batch, device) for name, arm in ARMS.items() if batch <= arm.up_to}
     for runner in (plain, *runners.values()):
-        runner.block(WARM)
-    # the whole cycle of those that refresh less often
+        runner.run_block(WARM)
+    # a whole cycle for arms that refresh less often
     length = {name: 50 if "refresh 50" in name else CYCLE for name in runners}
     ratios: dict[str, list[tuple[float, ...]]] = {name: [] for name in runners}
     steps: dict[str, list[float]] = {name: [] for name in runners}
     order = random.Random(0)
-    before = _mean(plain.block(CYCLE))
+    before = _mean(plain.run_block(CYCLE))
     for _ in range(rounds):
         for name in order.sample(list(runners), len(runners)):
-            own = runners[name].block(length[name])
-            after = _mean(plain.block(CYCLE))
+            clocks = runners[name].run_block(length[name])
+            after = _mean(plain.run_block(CYCLE))
             ratios[name].append(
-                tuple(2 * o / (b + a) for o, b, a in zip(_mean(own), before, after, strict=True))
+                tuple(2 * o / (b + a) for o, b, a in zip(_mean(clocks), before, after, strict=True))
             )
-            steps[name] += [cpu for cpu, _ in own]
+            steps[name] += [cpu for cpu, _ in clocks]
             before = after
     table = {}
     for name, pairs in ratios.items():
         cpu, wall = ([pair[i] for pair in pairs] for i in (0, 1))
         low, middle, high = statistics.quantiles(cpu, n=4)
         middle_step = statistics.median(steps[name])
-        # the slowest step of a cycle, not of the whole run: the machine is shared
+        # the slowest step of a cycle, not of the whole run, since other programs disturb single steps
         per_cycle = length[name]
         slowest = statistics.median(
             max(steps[name][i : i + per_cycle]) for i in range(0, len(steps[name]), per_cycle)
@@ -147,8 +147,8 @@ def _mean(clocks: list[tuple[float, float]]) -> tuple[float, float]:
     return statistics.fmean(cpu), statistics.fmean(wall)
 
 
-def show(batch: int, table: dict[str, Any]) -> None:
-    """Print a table."""
+def print_table(batch: int, table: dict[str, Any]) -> None:
+    """Print the table of one batch size."""
     print(f"\n784-1024-1024-10, batch {batch}: the mean step of a cycle relative to plain SGD")
     print(f"{'arm':40} {'CPU':>6} {'quartiles':>14} {'wall':>6} {'slowest/median step':>20}")
     for name, row in table.items():

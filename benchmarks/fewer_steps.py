@@ -1,9 +1,10 @@
-"""Steps to AdamW's final training loss: the rules, Muon and the recommended method on digits and MNIST.
+"""Count the steps to AdamW's final training loss: rules, Muon and the recommended method on two data sets.
 
-Digits: 1,100 training images, 160 steps. MNIST: the first 20,000 training images, 10,000 for validation, 600
-steps. An MLP with three hidden layers of 256, batch 128. Every method is tuned with the same number of
-trials on the validation loss after all steps (seed 100); then three fresh seeds. The target is AdamW's final
-training loss, seed by seed. Training loss is that of the whole training set, measured off the clock.
+Digits has 1,100 training images and 160 steps. MNIST has the first 20,000 training images, 10,000 validation
+images, and 600 steps. The network is an MLP with three hidden layers of 256, with batches of 128. Every
+method is tuned with the same number of trials on the validation loss after all steps (seed 100); then three
+fresh seeds run. The target is AdamW's final training loss, seed by seed. The training loss is that of the
+whole training set; the time of this measurement does not count.
 
     python benchmarks/fewer_steps.py            # digits and MNIST
 """
@@ -22,30 +23,30 @@ from pictures import save_picture
 from plywise.data.digits import Split
 from plywise.optim import Muon
 from plywise.optim.hidden_weights import find_hidden_weights, group_for_muon
-from step_cost import environment
+from step_cost import describe_environment
 from tuning import (
     HERE,
     Candidate,
-    accuracy,
-    adamw,
-    digits,
+    compute_accuracy,
+    compute_median,
     first_step_below,
-    median,
-    mlp,
-    mnist,
+    make_adamw,
+    make_mlp,
+    make_sgd,
+    read_digits,
+    read_mnist,
     repeat,
-    sgd,
     tune,
     write_json,
 )
 
 Data = Any
 TABLE_ONLY = ("BackMatching rate", "NLMS")
-"""Methods that the picture leaves out, because they end where SGD does."""
+"""Methods that the picture omits, because they end at the same loss as SGD."""
 
 
-def muon(rate: float) -> Candidate:
-    """Muon for hidden weights, in steps as large as AdamW's, and AdamW for all others."""
+def make_muon(rate: float) -> Candidate:
+    """Make Muon for hidden weights, with the step size of AdamW, and AdamW for all others."""
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         groups = group_for_muon(model, find_hidden_weights(model))
@@ -54,52 +55,52 @@ def muon(rate: float) -> Candidate:
     return Candidate("Muon", rate, make, None, f"Muon(lr={rate:g})")
 
 
-def recommended(rate: float, weight_decay: float) -> Candidate:
-    """What `plywise.recommend` makes."""
+def make_recommended(rate: float, weight_decay: float) -> Candidate:
+    """Make the optimizer of `plywise.recommend`."""
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
-        made = pw.recommend(model, rate, weight_decay=weight_decay, on_nonfinite="propagate")
-        return made.optimizer
+        recommendation = pw.recommend(model, rate, weight_decay=weight_decay, on_nonfinite="propagate")
+        return recommendation.optimizer
 
     settings = f"recommend(lr={rate:g}, weight_decay={weight_decay:g})"
     return Candidate("recommended", rate, make, None, settings)
 
 
-def candidates() -> dict[str, list[Candidate]]:
-    """Eight trials a method."""
-    prox = functools.partial
+def list_candidates() -> dict[str, list[Candidate]]:
+    """Return eight trials for each method."""
+    bind = functools.partial
     return {
-        "AdamW": [adamw(rate) for rate in (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 3e-2)],
+        "AdamW": [make_adamw(rate) for rate in (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 3e-2)],
         "SGD momentum": [
-            sgd("SGD momentum", r, 0.9, None) for r in (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
+            make_sgd("SGD momentum", r, 0.9, None) for r in (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
         ],
         "ProxProp exact": [
-            sgd("ProxProp exact", rate, 0.9, prox(pw.ProxProp, tau=1 / damping))
+            make_sgd("ProxProp exact", rate, 0.9, bind(pw.ProxProp, tau=1 / damping))
             for damping in (1.0, 3.0, 5.0, 10.0)
             for rate in (5.0, 10.0)
         ],
         "Consequentialism": [
-            sgd("Consequentialism", rate, 0.0, prox(pw.Consequentialism, eps=eps))
+            make_sgd("Consequentialism", rate, 0.0, bind(pw.Consequentialism, eps=eps))
             for eps in (0.1, 1.0)
             for rate in (0.05, 0.1, 0.3, 1.0)
         ],
         "BackMatching rate": [
-            sgd("BackMatching rate", rate, 0.9, pw.BackMatching)
+            make_sgd("BackMatching rate", rate, 0.9, pw.BackMatching)
             for rate in (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
         ],
-        "Muon": [muon(rate) for rate in (1e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1)],
+        "Muon": [make_muon(rate) for rate in (1e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1)],
         "recommended": [
-            recommended(rate, decay) for decay in (0.01, 0.1) for rate in (0.005, 0.01, 0.02, 0.05)
+            make_recommended(rate, decay) for decay in (0.01, 0.1) for rate in (0.005, 0.01, 0.02, 0.05)
         ],
-        "NLMS": [sgd("NLMS", rate, 0.9, pw.NLMS) for rate in (0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)],
+        "NLMS": [make_sgd("NLMS", rate, 0.9, pw.NLMS) for rate in (0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0)],
     }
 
 
 def compare(name: str, data: Data, width: int, steps: int, every: int) -> dict[str, Any]:
     """Tune and run every method on one data set."""
-    make = functools.partial(mlp, (width, 256, 256, 256, 10))
+    make = functools.partial(make_mlp, (width, 256, 256, 256, 10))
     methods, target = {}, {}
-    for method, trials in candidates().items():
+    for method, trials in list_candidates().items():
         print(f"  {name}: {method}", flush=True)
         best, log = tune(trials, make, data, 100, steps=steps, measure_every=steps)
         records = repeat(best, make, data, 3, steps=steps, measure_every=every)
@@ -115,10 +116,10 @@ def compare(name: str, data: Data, width: int, steps: int, every: int) -> dict[s
             "tuning": log,
             "steps_to_target": reached,
             "cpu_seconds_to_target": [None if s is None else round(s, 3) for s in seconds],
-            "median_steps_to_target": median(reached),
-            "median_cpu_seconds_to_target": median(seconds),
+            "median_steps_to_target": compute_median(reached),
+            "median_cpu_seconds_to_target": compute_median(seconds),
             "final_loss": [r.final_loss for r in records],
-            "test_accuracy": [accuracy(r) for r in records],
+            "test_accuracy": [compute_accuracy(r) for r in records],
             "failures": [r.failure for r in records],
             "curve": {
                 "steps": records[0].steps,
@@ -132,12 +133,12 @@ def compare(name: str, data: Data, width: int, steps: int, every: int) -> dict[s
 
 
 def find_middle(curves: list[list[float]]) -> list[float]:
-    """The median of three curves, to four digits."""
+    """Return the median of three curves, to four digits."""
     return [float(f"{sorted(column)[1]:.4g}") for column in zip(*curves, strict=False)]
 
 
-def picture(result: dict[str, Any], path: str) -> None:
-    """Training loss against steps and against CPU seconds."""
+def draw_picture(result: dict[str, Any], path: str) -> None:
+    """Draw the training loss over steps and over CPU seconds."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -145,8 +146,8 @@ def picture(result: dict[str, Any], path: str) -> None:
 
     sets = result["sets"]
     figure, axes = plt.subplots(len(sets), 2, figsize=(10, 3.6 * len(sets)), squeeze=False)
-    for row, (name, one) in zip(axes, sets.items(), strict=True):
-        for method, values in one["methods"].items():
+    for row, (name, figures) in zip(axes, sets.items(), strict=True):
+        for method, values in figures["methods"].items():
             if method in TABLE_ONLY:
                 continue
             curve = values["curve"]
@@ -169,18 +170,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.time()
-    result: dict[str, Any] = {"environment": environment("cpu", options.threads), "sets": {}}
-    if options.set:  # one set again: the other's figures stay
+    result: dict[str, Any] = {"environment": describe_environment("cpu", options.threads), "sets": {}}
+    if options.set:  # run one set again, keep the figures of the other
         result["sets"] = json.loads((HERE / "fewer_steps.json").read_text())["sets"]
     for name in options.set or ["digits", "mnist"]:
         if name == "digits":
-            result["sets"][name] = compare(name, digits(), 64, 160, 2)
+            result["sets"][name] = compare(name, read_digits(), 64, 160, 2)
         else:
-            train, validation, test = mnist()
-            few = Split(train.x[:20000], train.y[:20000])
-            result["sets"][name] = compare(name, (few, validation, test), 784, 600, 10)
+            train, validation, test = read_mnist()
+            subset = Split(train.x[:20000], train.y[:20000])
+            result["sets"][name] = compare(name, (subset, validation, test), 784, 600, 10)
         write_json("fewer_steps.json", result)
-        picture(result, __file__.replace(".py", ".svg"))
+        draw_picture(result, __file__.replace(".py", ".svg"))
     print(f"{(time.time() - start) / 60:.1f} minutes")
 
 

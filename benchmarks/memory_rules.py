@@ -1,17 +1,18 @@
-"""Steps and CPU seconds to AdamW's best validation loss: rules with memory, the other rules, and peers.
+"""Compare the steps and CPU seconds to AdamW's best validation loss: rules, optimizers and peers.
 
     python benchmarks/memory_rules.py tune fashion     # tuning and three fresh seeds; resumes if interrupted
     python benchmarks/memory_rules.py tune cifar
-    python benchmarks/memory_rules.py time             # CPU time of a step, alone on a quiet machine
+    python benchmarks/memory_rules.py time             # CPU time of a step; run it alone on a quiet machine
     python benchmarks/memory_rules.py report           # the table and the picture
 
-Two workloads: an MLP 784-256-256-10 on 20,000 images of Fashion-MNIST, and a ConvNet of three convolutions
-and two linear layers on 10,000 images of CIFAR-10, no augmentation; batches of 128, three and two epochs.
-Each method has one tuned number, its rate, six values evenly spaced over a hundredfold range that its class
-of methods shares, moved where the best value lay at its edge; everything else is a default. The value with
-the lowest validation loss is trained again with three fresh seeds. The target is the lowest validation loss
-that AdamW reaches on these, the median of the seeds. A step's CPU time is measured apart, all methods
-taking turns, as a mean over whole cycles of refreshing.
+There are two workloads: an MLP 784-256-256-10 on 20,000 images of Fashion-MNIST for three epochs, and a
+ConvNet of three convolutions and two linear layers on 10,000 images of CIFAR-10 for two epochs, without
+augmentation and with batches of 128. Only the rate of each method is tuned, over six values in equal ratios
+from lowest to 100 times the lowest. Methods of one class share this range; it was moved where the best value
+was at its edge. All other settings are defaults. The rate with the lowest validation loss runs again with
+three fresh seeds. The target is the lowest validation loss that AdamW reaches with them, as the median of the
+seeds. The CPU time of a step is measured separately, with all methods taking turns, as a mean over whole
+refresh cycles.
 """
 
 import argparse
@@ -44,36 +45,36 @@ from plywise.arena.workload import Workload
 from plywise.data.batches import endless_batches
 from plywise.data.digits import Split
 from plywise.data.parts import Data
-from tuning import DATA, HERE, median, mlp
+from tuning import DATA, HERE, compute_median, make_mlp
 
 BATCH, TRIALS = 128, 6
-EVERY = 10  # steps between two looks at the validation loss
+EVERY = 10  # steps between two measurements of the validation loss
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 OUT = HERE / "memory_rules.json"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A rule (or none) on an optimizer, and the lowest rate of its hundredfold range."""
+    """A rule (or none) on an optimizer, and the lowest of its rates; the highest is 100 times it."""
 
     rule: Callable[[], pw.Rule] | None
     optimizer: Callable[[Any, float], Optimizer]
     lowest: float
 
-    def rates(self) -> list[float]:
-        """The rates to try."""
+    def list_rates(self) -> list[float]:
+        """Return the rates to try."""
         return [float(f"{self.lowest * 100 ** (i / (TRIALS - 1)):.3g}") for i in range(TRIALS)]
 
 
-def nesterov(parameters: Any, rate: float) -> Optimizer:
+def make_nesterov(parameters: Any, rate: float) -> Optimizer:
     return SGD(parameters, rate, momentum=0.9, nesterov=True)
 
 
-def adamw(parameters: Any, rate: float) -> Optimizer:
+def make_adamw(parameters: Any, rate: float) -> Optimizer:
     return AdamW(parameters, rate)
 
 
-def peer(name: str) -> Callable[[Any, float], Optimizer]:
+def make_peer(name: str) -> Callable[[Any, float], Optimizer]:
     def make(parameters: Any, rate: float) -> Optimizer:
         import peers
 
@@ -83,35 +84,35 @@ def peer(name: str) -> Callable[[Any, float], Optimizer]:
 
 
 METHODS = {
-    "SGD-Nesterov": Method(None, nesterov, 0.01),
-    "AdamW": Method(None, adamw, 3e-4),
-    "Muon": Method(None, peer("muon"), 2e-3),
-    "SOAP": Method(None, peer("soap"), 3e-4),
-    "Shampoo": Method(None, peer("shampoo"), 0.01),
-    "Foof": Method(pw.Foof, nesterov, 3e-3),
-    "Foof, dense": Method(lambda: pw.Foof(rank=None), nesterov, 3e-3),
-    "Foof, rank 32": Method(lambda: pw.Foof(rank=32), nesterov, 3e-3),
-    "Foof on AdamW": Method(pw.Foof, adamw, 3e-4),
-    "FeatureWhitening (W-SGDM)": Method(pw.FeatureWhitening, nesterov, 0.01),
-    "FeatureWhitening (W-AdamW)": Method(pw.FeatureWhitening, adamw, 3e-4),
-    "FeatureWhitening, dense (W-SGDM)": Method(lambda: pw.FeatureWhitening(rank=None), nesterov, 0.01),
-    "FeatureWhitening, dense (W-AdamW)": Method(lambda: pw.FeatureWhitening(rank=None), adamw, 3e-4),
-    "AdaBK (SGDM_BK)": Method(pw.AdaBK, nesterov, 0.01),
-    "AdaBK (AdamW_BK)": Method(pw.AdaBK, adamw, 3e-4),
-    "KFAC": Method(pw.KFAC, nesterov, 3e-3),
-    "RLS": Method(pw.RLS, nesterov, 0.01),
+    "SGD-Nesterov": Method(None, make_nesterov, 0.01),
+    "AdamW": Method(None, make_adamw, 3e-4),
+    "Muon": Method(None, make_peer("muon"), 2e-3),
+    "SOAP": Method(None, make_peer("soap"), 3e-4),
+    "Shampoo": Method(None, make_peer("shampoo"), 0.01),
+    "Foof": Method(pw.Foof, make_nesterov, 3e-3),
+    "Foof, dense": Method(lambda: pw.Foof(rank=None), make_nesterov, 3e-3),
+    "Foof, rank 32": Method(lambda: pw.Foof(rank=32), make_nesterov, 3e-3),
+    "Foof on AdamW": Method(pw.Foof, make_adamw, 3e-4),
+    "FeatureWhitening (W-SGDM)": Method(pw.FeatureWhitening, make_nesterov, 0.01),
+    "FeatureWhitening (W-AdamW)": Method(pw.FeatureWhitening, make_adamw, 3e-4),
+    "FeatureWhitening, dense (W-SGDM)": Method(lambda: pw.FeatureWhitening(rank=None), make_nesterov, 0.01),
+    "FeatureWhitening, dense (W-AdamW)": Method(lambda: pw.FeatureWhitening(rank=None), make_adamw, 3e-4),
+    "AdaBK (SGDM_BK)": Method(pw.AdaBK, make_nesterov, 0.01),
+    "AdaBK (AdamW_BK)": Method(pw.AdaBK, make_adamw, 3e-4),
+    "KFAC": Method(pw.KFAC, make_nesterov, 3e-3),
+    "RLS": Method(pw.RLS, make_nesterov, 0.01),
     "ProxProp": Method(pw.ProxProp, lambda p, rate: SGD(p, rate), 0.5),
-    "BackMatching": Method(pw.BackMatching, nesterov, 0.003),
-    "NLMS": Method(pw.NLMS, nesterov, 0.1),
-    "Consequentialism": Method(pw.Consequentialism, nesterov, 0.01),
+    "BackMatching": Method(pw.BackMatching, make_nesterov, 0.003),
+    "NLMS": Method(pw.NLMS, make_nesterov, 0.1),
+    "Consequentialism": Method(pw.Consequentialism, make_nesterov, 0.01),
 }
 
 
-def fashion_net() -> nn.Sequential:
-    return mlp((784, 256, 256, 10))
+def make_fashion_net() -> nn.Sequential:
+    return make_mlp((784, 256, 256, 10))
 
 
-def cifar_net() -> nn.Sequential:
+def make_cifar_net() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
         nn.ReLU(),
@@ -129,8 +130,8 @@ def cifar_net() -> nn.Sequential:
     )
 
 
-def images(name: str, train: int, validation: int) -> tuple[Split, Split]:
-    """The first training images, and as validation set those that follow; pixels standardised."""
+def read_images(name: str, train: int, validation: int) -> tuple[Split, Split]:
+    """Read the first images for training and the next ones for validation; pixels are standardised."""
     sys.path.insert(0, str(DATA))
     from load_data import image_set
 
@@ -143,17 +144,20 @@ def images(name: str, train: int, validation: int) -> tuple[Split, Split]:
 
 
 WORKLOADS: dict[str, tuple[Callable[[], nn.Module], tuple[str, int, int]]] = {
-    "fashion": (fashion_net, ("fashion_mnist", 20_000, 5_000)),
-    "cifar": (cifar_net, ("cifar10", 10_000, 1_000)),
+    "fashion": (make_fashion_net, ("fashion_mnist", 20_000, 5_000)),
+    "cifar": (make_cifar_net, ("cifar10", 10_000, 1_000)),
 }
 EPOCHS = {"fashion": 3, "cifar": 2}
-TUNING_EVERY = {"fashion": 10, "cifar": 40}  # fewer looks where they take as long as the training
+TUNING_EVERY = {
+    "fashion": 10,
+    "cifar": 40,
+}  # fewer measurements where they would take as long as the training
 
 
 def tune(workload: str, names: list[str]) -> None:
-    """Six rates for each method, then three fresh seeds of the best; what is done already stays."""
+    """Try six rates for each method, then run the best with three fresh seeds; skip finished methods."""
     result = load(workload)
-    training, validation = images(*WORKLOADS[workload][1])
+    training, validation = read_images(*WORKLOADS[workload][1])
     steps = EPOCHS[workload] * (len(training.y) // BATCH)
     task = Task(F.cross_entropy, F.cross_entropy, "cross entropy")
     whole = Data(training, validation, validation)
@@ -182,24 +186,24 @@ def tune(workload: str, names: list[str]) -> None:
 
 
 def make_arm(name: str, method: Method) -> ArenaMethod:
-    """A method of this script as the experiment engine runs it."""
+    """Make a method of the experiment engine from a method of this script."""
 
     def begin(context: TrialContext) -> Trainer:
         rule = method.rule() if method.rule else None
         optimizer = method.optimizer(context.model.parameters(), context.numbers["rate"])
         return with_rule(context.model, optimizer, rule, F.cross_entropy)
 
-    return ArenaMethod(name, "", {}, begin, grid=tuple({"rate": rate} for rate in method.rates()))
+    return ArenaMethod(name, "", {}, begin, grid=tuple({"rate": rate} for rate in method.list_rates()))
 
 
 def choose_best(lines: Sequence[TrialRecord], _: float | None) -> TrialRecord | None:
-    """The rate with the lowest validation loss at any measurement."""
+    """Choose the rate with the lowest validation loss at any measurement."""
     finished = [line for line in lines if line["failure"] is None]
     return min(finished, key=lambda line: min(line["validation"][1:]), default=None)
 
 
 def summarise(line: TrialRecord) -> dict[str, Any]:
-    """A trial as this script's JSON has it; a failure is an outcome."""
+    """Return a trial in the format of this script's JSON; a failed trial is kept."""
     pairs = zip(line["steps"][1:], line["validation"][1:], strict=True) if line["failure"] is None else ()
     curve = [[step, round(loss, 5)] for step, loss in pairs]
     return {
@@ -223,10 +227,10 @@ def save(workload: str, result: dict[str, Any]) -> None:
 
 
 def time_steps(rounds: int = 4, cycle: int = 50) -> None:
-    """CPU time of a step relative to SGD's, means over whole cycles of refreshing, medians over rounds."""
+    """Measure the CPU time of a step over SGD's: means over whole refresh cycles, medians over rounds."""
     result: dict[str, Any] = {"environment": environment(), "cycle": cycle, "rounds": rounds, "workloads": {}}
     for workload, (make, where) in WORKLOADS.items():
-        training, _ = images(*where)
+        training, _ = read_images(*where)
         arms = {}
         for name, method in METHODS.items():
             torch.manual_seed(0)
@@ -235,7 +239,7 @@ def time_steps(rounds: int = 4, cycle: int = 50) -> None:
             optimizer = method.optimizer(model.parameters(), method.lowest / 10)
             step = with_rule(model, optimizer, rule, F.cross_entropy).step
             batches = endless_batches(training, BATCH, 0)
-            for _ in range(30):  # past the first preconditioner of every peer
+            for _ in range(30):  # until every peer has computed its first preconditioner
                 step(*next(batches))
             arms[name] = (step, batches)
         seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -249,10 +253,10 @@ def time_steps(rounds: int = 4, cycle: int = 50) -> None:
         base = seconds["SGD-Nesterov"]
         table = {
             name: {
-                "ms": round(1e3 * statistics.median(own), 2),
-                "relative": round(statistics.median(o / b for o, b in zip(own, base, strict=True)), 3),
+                "ms": round(1e3 * statistics.median(times), 2),
+                "relative": round(statistics.median(o / b for o, b in zip(times, base, strict=True)), 3),
             }
-            for name, own in seconds.items()
+            for name, times in seconds.items()
         }
         result["workloads"][workload] = table
         for name, row in table.items():
@@ -262,26 +266,30 @@ def time_steps(rounds: int = 4, cycle: int = 50) -> None:
     )
 
 
-def first_below(run: dict[str, Any], target: float) -> int | None:
-    """Steps until the validation loss is at or below the target; None if never."""
+def find_first_below(run: dict[str, Any], target: float) -> int | None:
+    """Return the steps until the validation loss is at or below the target, or None."""
     return next((step for step, loss in run["curve"] if loss <= target), None)
 
 
 def report() -> None:
-    """Write the summary and the picture, print the table."""
+    """Write the summary and the picture, and print the table."""
     clock = json.loads(OUT.with_name("memory_rules_time.json").read_text())["workloads"]
     summary: dict[str, Any] = {}
     for workload in WORKLOADS:
         methods = load(workload)["methods"]
-        target = median(run["best"] for run in methods["AdamW"]["final"])
+        target = compute_median(run["best"] for run in methods["AdamW"]["final"])
         assert target is not None
         rows = {}
         for name, entry in methods.items():
-            steps = median(first_below(run, target) for run in entry["final"]) if entry["final"] else None
+            steps = (
+                compute_median(find_first_below(run, target) for run in entry["final"])
+                if entry["final"]
+                else None
+            )
             milliseconds = clock[workload][name]["ms"]
             rows[name] = {
                 "rate": entry["final"][0]["rate"] if entry["final"] else None,
-                "best_validation_loss": median(run["best"] for run in entry["final"])
+                "best_validation_loss": compute_median(run["best"] for run in entry["final"])
                 if entry["final"]
                 else None,
                 "steps_to_target": steps,
@@ -304,7 +312,7 @@ def report() -> None:
 
 
 def draw(summary: dict[str, Any], clock: dict[str, Any]) -> None:
-    """For each workload, steps and CPU seconds to the target relative to AdamW's."""
+    """Draw the steps and CPU seconds to the target relative to AdamW's, for each workload."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -316,16 +324,16 @@ def draw(summary: dict[str, Any], clock: dict[str, Any]) -> None:
         rows = part["methods"]
         base = rows["AdamW"]
         order = sorted(rows, key=lambda name: rows[name]["cpu_seconds_to_target"] or 1e9, reverse=True)
-        for place, name in enumerate(order):
+        for position, name in enumerate(order):
             row = rows[name]
             if row["steps_to_target"] is None:
-                axis.text(0.22, place, "never reached", va="center", fontsize=8, color="#777777")
+                axis.text(0.22, position, "never reached", va="center", fontsize=8, color="#777777")
                 continue
             steps = row["steps_to_target"] / base["steps_to_target"]
             cpu = row["cpu_seconds_to_target"] / base["cpu_seconds_to_target"]
-            axis.plot([steps, cpu], [place, place], color="#bbbbbb", zorder=1)
-            axis.scatter([steps], [place], marker="o", facecolors="white", edgecolors="#1f5fa8", zorder=2)
-            axis.scatter([cpu], [place], marker="s", color="#c0392b", zorder=2)
+            axis.plot([steps, cpu], [position, position], color="#bbbbbb", zorder=1)
+            axis.scatter([steps], [position], marker="o", facecolors="white", edgecolors="#1f5fa8", zorder=2)
+            axis.scatter([cpu], [position], marker="s", color="#c0392b", zorder=2)
         axis.set_yticks(range(len(order)), order, fontsize=8)
         axis.set_ylim(-0.6, len(order) - 0.4)
         axis.set_xscale("log")

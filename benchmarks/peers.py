@@ -1,9 +1,9 @@
-"""The optimizers that rules are compared with, as the published figures have them.
+"""Make the optimizers that the published figures compare rules with.
 
-Shampoo is the arena's (`plywise.arena.methods.peers`). The Muon and the SOAP that figures for training were
-taken with are those of the package `pytorch_optimizer` (extra "bench"); torch's Muon is for timing. Muons
-split the parameters by their order, since a benchmark's network has its last layer last. What they cost
-beside plywise's own: `peers_cost.py`.
+Shampoo comes from the arena (`plywise.arena.methods.peers`). The figures for training use Muon and SOAP from
+the package `pytorch_optimizer` (extra "bench"); torch's Muon is used for timing only. Muon gets its
+parameters by their order, since the last layer of a benchmark's network is also the last in the list.
+`peers_cost.py` compares the cost of these optimizers with that of plywise's.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ __all__ = ["muon", "shampoo", "soap", "torch_muon"]
 
 
 def muon(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
-    """Muon for hidden weights, AdamW at a tenth of its rate for biases and the last layer."""
+    """Make Muon for hidden weights, and AdamW at a tenth of its rate for biases and the last layer."""
     return Muon(
         [
             {"params": group, "use_muon": use}
@@ -31,13 +31,13 @@ def muon(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
 
 
 def soap(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
-    """SOAP with its defaults: a new eigenbasis every 10 steps."""
-    made: Optimizer = SOAP(parameters, lr=rate, weight_decay=0.0)
-    return made
+    """Make SOAP with its defaults: a new eigenbasis every 10 steps."""
+    optimizer: Optimizer = SOAP(parameters, lr=rate, weight_decay=0.0)
+    return optimizer
 
 
-class Both:
-    """Two optimizers that step one after the other."""
+class OptimizerSequence:
+    """Several optimizers that step one after the other."""
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers
@@ -51,15 +51,15 @@ class Both:
             optimizer.step()
 
 
-def torch_muon(parameters: Iterable[nn.Parameter], rate: float) -> Both:
-    """Muon as torch has it for hidden matrices, and AdamW for the rest (for timing)."""
+def torch_muon(parameters: Iterable[nn.Parameter], rate: float) -> OptimizerSequence:
+    """Make torch's Muon for hidden matrices, and AdamW for the rest (for timing)."""
     hidden, rest = split_hidden(parameters)
     muon = torch.optim.Muon(hidden, lr=rate, adjust_lr_fn="match_rms_adamw")
-    return Both(muon, torch.optim.AdamW(rest, lr=rate))
+    return OptimizerSequence(muon, torch.optim.AdamW(rest, lr=rate))
 
 
 def split_hidden(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights of all layers but the last, and the others."""
+    """Return the weights of all layers except the last, and all other parameters."""
     every = list(parameters)
     weights = [p for p in every if p.dim() > 1]
     hidden = {id(p) for p in weights[:-1]}

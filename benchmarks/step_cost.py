@@ -1,15 +1,14 @@
-"""What a whole training step costs with each rule, relative to plain backpropagation.
+"""Measure the cost of a training step with each rule, relative to plain backpropagation.
 
-A step is zero_grad, forward, loss, backward and the optimizer's step. All rules take turns in one process
-in shuffled order, each (after a first step that is not timed) between two plain steps; the ratio is a
-step's time over the mean of those two.
-Medians over the rounds, CPU time beside wall time, a second plain step as null control. Peak memory is
-measured in processes of their own for each rule.
+A step is zero_grad, forward, loss, backward and the optimizer's step. All rules take turns in one process in
+shuffled order, each between two plain steps, after warm-up steps that are not timed. The ratio is a step's
+time over the mean of the two plain ones. The figures are medians over the rounds of CPU and wall time; a
+second plain step is the null control. Peak memory is measured in separate processes for each rule.
 
     python benchmarks/step_cost.py --threads 1 --rounds 25
     python benchmarks/step_cost.py --device cuda
 
-Rules with memory are measured over whole cycles of refreshing, see `cycle_cost`:
+Rules with running statistics are measured over whole refresh cycles, see `cycle_cost`:
 
     python benchmarks/step_cost.py --cycles
 """
@@ -37,16 +36,16 @@ import plywise as pw
 import step_counts
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """A ReLU network with these widths."""
+def make_mlp(*widths: int) -> nn.Sequential:
+    """Make a ReLU network with these widths."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-def convnet() -> nn.Sequential:
-    """The ConvNet of the ProxProp paper's code on 32×32 images."""
+def make_convnet() -> nn.Sequential:
+    """Make the ConvNet of the ProxProp paper's code, for 32×32 images."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 5, padding=2),
         nn.ReLU(),
@@ -62,11 +61,11 @@ def convnet() -> nn.Sequential:
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "8-64-64-2, batch 64": (lambda: mlp(8, 64, 64, 2), (64, 8)),
-    "64-128-128-128-10, batch 128": (lambda: mlp(64, 128, 128, 128, 10), (128, 64)),
-    "3072-4000-1000-4000-10, batch 500": (lambda: mlp(3072, 4000, 1000, 4000, 10), (500, 3072)),
-    "784-1024-1024-10, batch 256": (lambda: mlp(784, 1024, 1024, 10), (256, 784)),
-    "ConvNet 16-20-20 of 5×5, batch 500": (convnet, (500, 3, 32, 32)),
+    "8-64-64-2, batch 64": (lambda: make_mlp(8, 64, 64, 2), (64, 8)),
+    "64-128-128-128-10, batch 128": (lambda: make_mlp(64, 128, 128, 128, 10), (128, 64)),
+    "3072-4000-1000-4000-10, batch 500": (lambda: make_mlp(3072, 4000, 1000, 4000, 10), (500, 3072)),
+    "784-1024-1024-10, batch 256": (lambda: make_mlp(784, 1024, 1024, 10), (256, 784)),
+    "ConvNet 16-20-20 of 5×5, batch 500": (make_convnet, (500, 3, 32, 32)),
 }
 
 RULES: dict[str, Callable[[], pw.Rule | None]] = {
@@ -82,11 +81,12 @@ RULES: dict[str, Callable[[], pw.Rule | None]] = {
 
 
 QUICK = 10**6
-"""Networks with fewer weights are timed for several steps at once, after as many as the engine explores."""
+"""For networks with fewer weights, several steps are timed together, after the steps that the engine
+explores."""
 
 
 class Stepper:
-    """One network, its data and its optimizer; rules come and go between steps."""
+    """A network with its data and optimizer; rules are attached and detached between steps."""
 
     def __init__(self, net: str, device: str) -> None:
         make, shape = NETS[net]
@@ -101,19 +101,19 @@ class Stepper:
         self.warm_steps, self.timed_steps = (4, 10) if is_quick else (1, 1)
 
     def loss(self) -> Tensor:
-        """The loss of the batch."""
+        """Return the loss of the batch."""
         return F.cross_entropy(self.model(self.x), self.y)
 
     def step(self) -> Tensor:
-        """One training step."""
+        """Take one training step."""
         self.optimizer.zero_grad()
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
-    def timed(self, rule: pw.Rule | None) -> tuple[float, float]:
-        """CPU and wall seconds with ``rule`` attached, after some steps that are not timed."""
+    def time_steps(self, rule: pw.Rule | None) -> tuple[float, float]:
+        """Return CPU and wall seconds with ``rule`` attached, after some steps that are not timed."""
         if rule is not None:
             rule.attach(self.model, self.optimizer)
         for _ in range(self.warm_steps):
@@ -134,18 +134,20 @@ class Stepper:
 
 
 def measure(net: str, names: list[str], rounds: int, device: str) -> dict[str, dict[str, float]]:
-    """Median CPU and wall ratio, with quartiles, for each rule."""
+    """Return the median CPU and wall ratios, with quartiles, for each rule."""
     stepper = Stepper(net, device)
     ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for name in names:  # warm up every path
-        stepper.timed(RULES[name]())
+    for name in names:  # warm up every rule
+        stepper.time_steps(RULES[name]())
     order = random.Random(0)
-    before = stepper.timed(None)
+    before = stepper.time_steps(None)
     for _ in range(rounds):
         for name in order.sample(names, len(names)):
-            own = stepper.timed(RULES[name]())
-            after = stepper.timed(None)
-            ratios[name].append(tuple(2 * o / (b + a) for o, b, a in zip(own, before, after, strict=True)))
+            current = stepper.time_steps(RULES[name]())
+            after = stepper.time_steps(None)
+            ratios[name].append(
+                tuple(2 * o / (b + a) for o, b, a in zip(current, before, after, strict=True))
+            )
             before = after
     table = {}
     for name, pairs in ratios.items():
@@ -160,8 +162,8 @@ def measure(net: str, names: list[str], rounds: int, device: str) -> dict[str, d
     return table
 
 
-def peak_memory(net: str, name: str, device: str, threads: int) -> float:
-    """MiB above an idle process at the peak of three steps, the least of two processes of its own."""
+def measure_peak_memory(net: str, name: str, device: str, threads: int) -> float:
+    """Return the peak of three steps in MiB above an idle process, as the lowest of three processes."""
     command = [sys.executable, __file__, "--peak-of", name, "--net", net, "--device", device]
     command += ["--threads", str(threads)]
     runs = [
@@ -170,9 +172,9 @@ def peak_memory(net: str, name: str, device: str, threads: int) -> float:
     return min(float(run.stdout) for run in runs)
 
 
-def own_peak(net: str, name: str, device: str) -> float:
-    """The measurement of `peak_memory`, inside its process."""
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
+def measure_peak(net: str, name: str, device: str) -> float:
+    """Measure the peak for `measure_peak_memory`, inside its process."""
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # allocate the buffers of the libraries
     base = read_peak(device)
     stepper, rule = Stepper(net, device), RULES[name]()
     if rule is not None:
@@ -183,16 +185,16 @@ def own_peak(net: str, name: str, device: str) -> float:
 
 
 def read_peak(device: str) -> float:
-    """MiB at the peak of this process so far."""
+    """Return the peak memory of this process so far, in MiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    # not getrusage: its maximum is inherited from the process that started this one
+    # getrusage would report the maximum of the parent process too
     high_water = next(line for line in _lines("/proc/self/status") if line.startswith("VmHWM"))
     return int(high_water.split()[1]) / 1024
 
 
-def environment(device: str, threads: int) -> dict[str, str | int]:
-    """What the figures depend on."""
+def describe_environment(device: str, threads: int) -> dict[str, str | int]:
+    """Describe the machine and the versions that the figures depend on."""
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -217,10 +219,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--net", action="append", choices=list(NETS), help="default: all")
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all")
-    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--cycles", action="store_true", help="rules with memory, over whole cycles")
-    parser.add_argument("--count", action="store_true", help="Python calls and host synchronisations a step")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument(
+        "--cycles", action="store_true", help="measure rules with running statistics, over whole cycles"
+    )
+    parser.add_argument(
+        "--count", action="store_true", help="count Python calls and host synchronisations per step"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -230,43 +236,48 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     nets, names = options.net or list(NETS), options.rule or list(RULES)
     if options.peak_of:
-        print(own_peak(nets[0], options.peak_of, options.device))
+        print(measure_peak(nets[0], options.peak_of, options.device))
         return
     if options.count:
-        show_counts(nets, names)
+        print_counts(nets, names)
         return
-    result: dict[str, Any] = {"environment": environment(options.device, options.threads), "nets": {}}
+    result: dict[str, Any] = {
+        "environment": describe_environment(options.device, options.threads),
+        "nets": {},
+    }
     if options.cycles:
         measure_cycles(options, result)
         return
-    if options.json and options.json.exists() and options.net:  # some nets again: the others' figures stay
+    if (
+        options.json and options.json.exists() and options.net
+    ):  # measure some networks again, keep the figures of the others
         result["nets"] = json.loads(options.json.read_text())["nets"]
     for net in nets:
         table = measure(net, names, options.rounds, options.device)
         if not options.no_memory:
             add_memory(table, net, options)
-        show_table(table, f"{net}, {options.device}, {options.threads} thread(s)")
+        print_table(table, f"{net}, {options.device}, {options.threads} thread(s)")
         result["nets"][net] = table
     write_figures(options.json, result)
 
 
 def measure_cycles(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Steps of rules with running statistics, over whole cycles of refreshing."""
+    """Measure steps of rules with running statistics, over whole refresh cycles."""
     for batch in cycle_cost.BATCHES:
-        table = cycle_cost.measure(mlp, batch, options.rounds, options.device)
+        table = cycle_cost.measure(make_mlp, batch, options.rounds, options.device)
         result["nets"][f"784-1024-1024-10, batch {batch}"] = table
-        cycle_cost.show(batch, table)
+        cycle_cost.print_table(batch, table)
         write_figures(options.json, result)
 
 
 def add_memory(table: dict[str, Any], net: str, options: argparse.Namespace) -> None:
-    """Peak memory of each rule over that of plain training."""
-    base = peak_memory(net, next(iter(RULES)), options.device, options.threads)
+    """Add the peak memory of each rule, over that of plain training."""
+    base = measure_peak_memory(net, next(iter(RULES)), options.device, options.threads)
     for name, row in table.items():
-        row["memory"] = peak_memory(net, name, options.device, options.threads) / base
+        row["memory"] = measure_peak_memory(net, name, options.device, options.threads) / base
 
 
-def show_table(table: dict[str, Any], title: str) -> None:
+def print_table(table: dict[str, Any], title: str) -> None:
     print(f"\n{title}: a step relative to a plain step")
     print(f"{'rule':30} {'CPU':>6} {'quartiles':>14} {'wall':>6} {'peak memory':>12}")
     for name, row in table.items():
@@ -275,8 +286,8 @@ def show_table(table: dict[str, Any], title: str) -> None:
         print(f"{name:30} {row['cpu']:6.2f} {spread:>14} {row['wall']:6.2f} {memory:>12}")
 
 
-def show_counts(nets: list[str], names: list[str]) -> None:
-    """Print what `step_counts` counts."""
+def print_counts(nets: list[str], names: list[str]) -> None:
+    """Print the counts of `step_counts`."""
     for net in nets:
         print(f"\n{net}: Python calls, and host synchronisations in forward, backward and step")
         for name in names:

@@ -1,13 +1,13 @@
-"""What `rule.record` costs: a measured step beside its plain twin, and what is called in the steps between.
+"""Measure the cost of `rule.record`: in the steps that it measures, and in the steps between them.
 
-Two copies of a network train in lockstep with the same numbers, so that both refresh in the same step; one
-of them is recorded in each step. The difference of their CPU times in a step is what measuring a step costs.
-It is large beside the noise, and divided by the 50 steps from one measured step to the next it is what
-recording costs; the aim is 2 % of a step. A third copy is the null control. Recording adds calls of functions
-that return at once to the steps between: they are counted, and their time is that of such a call in a loop.
+Two copies of a network train in lockstep with the same numbers, so both refresh in the same step; one of them
+is recorded in each step. The difference of their CPU times is the cost of measuring a step, which is large
+compared with the noise. Divided by the 50 steps between two measured steps, it is the cost of recording; the
+aim is 2 % of a step. A third copy is the null control. In the other steps, recording adds calls of functions
+that return at once: they are counted, and their time is that of such a call in a loop.
 
     python benchmarks/telemetry_cost.py --out benchmarks/telemetry_cost.json
-    python benchmarks/telemetry_cost.py --seconds 1     # small, to see that it works
+    python benchmarks/telemetry_cost.py --seconds 1     # a small run, to check that it works
     python benchmarks/telemetry_cost.py --device cuda
 """
 
@@ -35,14 +35,14 @@ RULES = {
     "KFAC": lambda: pw.KFAC(stats_every=CYCLE, refresh_every=CYCLE),
 }
 EVERY = 50
-"""The default of `rule.record`: this many steps lie from one measured step to the next."""
+"""Steps from one measured step to the next, the default of `rule.record`."""
 CYCLE = 10
 """Steps from one refresh to the next of the rules with running state."""
 NEVER = 10**9
 
 
 class Arm:
-    """A network in training under a rule, perhaps recorded."""
+    """A network with its optimizer under a rule, recorded or not."""
 
     def __init__(self, net: str, rule: str, every: int | None, device: str) -> None:
         make, shape = NETS[net]
@@ -62,7 +62,7 @@ class Arm:
         self.optimizer.step()
 
     def time_step(self) -> float:
-        """CPU seconds of a step."""
+        """Take a step, and return its CPU seconds."""
         if self.x.is_cuda:
             torch.cuda.synchronize()
         start = time.process_time()
@@ -73,7 +73,7 @@ class Arm:
 
 
 def measure(net: str, rule: str, seconds: float, device: str) -> dict[str, float]:
-    """What recording costs, as shares of a plain step."""
+    """Measure the cost of recording, as shares of a plain step."""
     arms = {
         "plain": Arm(net, rule, None, device),
         "again": Arm(net, rule, None, device),
@@ -96,23 +96,23 @@ def measure(net: str, rule: str, seconds: float, device: str) -> dict[str, float
         "null control": null,
         "recording": extra / EVERY,
         "null control of recording": null / EVERY,
-        **measure_between(net, rule, device, plain),
+        **measure_other_steps(net, rule, device, plain),
     }
 
 
 def estimate(times: list[float], plain: list[float], step: float) -> float:
-    """The extra time of a step as a share of a plain one.
+    """Estimate the extra time of a step as a share of a plain step.
 
-    The median is over the rounds at each place in the cycle of refreshing, and the mean over the places: what
-    else runs on the machine disturbs single steps, and a refresh is no disturbance.
+    It takes the median over the rounds at each position of the refresh cycle, then the mean over positions.
+    The median removes single steps that other programs disturb, and keeps refreshes.
     """
-    differences = [one - other for one, other in zip(times, plain, strict=True)]
-    places = [statistics.median(differences[place::CYCLE]) for place in range(CYCLE)]
-    return statistics.fmean(places) / step
+    differences = [recorded - unrecorded for recorded, unrecorded in zip(times, plain, strict=True)]
+    medians = [statistics.median(differences[position::CYCLE]) for position in range(CYCLE)]
+    return statistics.fmean(medians) / step
 
 
-def measure_between(net: str, rule: str, device: str, plain: float) -> dict[str, float]:
-    """What recording adds to ten steps of which none is measured: calls, and their time as a share."""
+def measure_other_steps(net: str, rule: str, device: str, plain: float) -> dict[str, float]:
+    """Count the calls that recording adds to steps that it does not measure, and estimate their time."""
     counts = {}
     for name, every in (("plain", None), ("recorded", NEVER)):
         arm = Arm(net, rule, every, device)
@@ -121,33 +121,35 @@ def measure_between(net: str, rule: str, device: str, plain: float) -> dict[str,
         counts[name] = statistics.fmean(count_python_calls(arm.step) for _ in range(CYCLE))
     added = counts["recorded"] - counts["plain"]
     empty: dict[int, object] = {}
-    seconds = min(timeit.repeat(lambda: empty.clear(), number=10_000, repeat=20)) / 20_000  # two calls a turn
+    seconds = (
+        min(timeit.repeat(lambda: empty.clear(), number=10_000, repeat=20)) / 20_000
+    )  # two calls per iteration
     return {"calls between": counts["plain"], "calls added": added, "added time": added * seconds / plain}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30, help="for each network and rule")
+    parser.add_argument("--seconds", type=float, default=30, help="seconds for each network and rule")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = {}
+    results = {}
     about = {"device": arguments.device, "torch": torch.__version__, "machine": platform.machine()}
-    for net, rule in itertools.product(sorted(NETS, key=time_plainly), RULES):
-        one = measure(net, rule, arguments.seconds, arguments.device)
-        found[f"{net}, {rule}"] = {name: float(f"{value:.4g}") for name, value in one.items()}
+    for net, rule in itertools.product(sorted(NETS, key=time_plain_step), RULES):
+        figures = measure(net, rule, arguments.seconds, arguments.device)
+        results[f"{net}, {rule}"] = {name: float(f"{value:.4g}") for name, value in figures.items()}
         print(
             f"{net:34s} {rule:9s}",
-            ", ".join(f"{name} {value:.3g}" for name, value in one.items()),
+            ", ".join(f"{name} {value:.3g}" for name, value in figures.items()),
             flush=True,
         )
         if arguments.out is not None:
-            arguments.out.write_text(json.dumps({"about": about, "results": found}, indent=1) + "\n")
+            arguments.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
 
 
-def time_plainly(net: str) -> float:
-    """CPU seconds of a second step without solves: what takes longer is measured last."""
+def time_plain_step(net: str) -> float:
+    """Return the CPU seconds of a second step under NLMS, to measure slow networks last."""
     arm = Arm(net, "NLMS", None, "cpu")
     arm.step()
     return arm.time_step()

@@ -1,4 +1,4 @@
-"""What the training benchmarks share: networks, data, tuning with equal budgets, pictures."""
+"""Networks, data and tuning with equal budgets, shared by the training benchmarks."""
 
 import itertools
 import json
@@ -40,16 +40,16 @@ class Candidate:
     settings: str
 
 
-def sgd(method: str, rate: float, momentum: float, rule: Callable[[], pw.Rule] | None) -> Candidate:
-    """SGD with a rule."""
+def make_sgd(method: str, rate: float, momentum: float, rule: Callable[[], pw.Rule] | None) -> Candidate:
+    """Make a candidate: SGD, with a rule or without."""
     settings = f"SGD(lr={rate:g}, momentum={momentum:g})" + (f" + {rule()}" if rule else "")
     return Candidate(
         method, rate, lambda model: torch.optim.SGD(model.parameters(), rate, momentum), rule, settings
     )
 
 
-def adamw(rate: float) -> Candidate:
-    """AdamW with its default decay."""
+def make_adamw(rate: float) -> Candidate:
+    """Make a candidate: AdamW with its default weight decay."""
     return Candidate(
         "AdamW",
         rate,
@@ -59,8 +59,8 @@ def adamw(rate: float) -> Candidate:
     )
 
 
-def mlp(widths: tuple[int, ...], scales: tuple[float, ...] | None = None) -> nn.Sequential:
-    """A ReLU network, He initialisation, layer l's weights multiplied by ``scales[l]``; biases zero."""
+def make_mlp(widths: tuple[int, ...], scales: tuple[float, ...] | None = None) -> nn.Sequential:
+    """Make a ReLU network with He initialisation, weights of layer l times ``scales[l]``, and zero biases."""
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         linear = nn.Linear(inputs, outputs)
@@ -71,13 +71,13 @@ def mlp(widths: tuple[int, ...], scales: tuple[float, ...] | None = None) -> nn.
     return nn.Sequential(*layers[:-1])
 
 
-def digits() -> tuple[Split, Split, Split]:
-    """Train, validation and test digits."""
+def read_digits() -> tuple[Split, Split, Split]:
+    """Read the digits: training, validation and test part."""
     return load_digits(0)
 
 
-def mnist() -> tuple[Split, Split, Split]:
-    """50,000 / 10,000 / 10,000 MNIST images."""
+def read_mnist() -> tuple[Split, Split, Split]:
+    """Read MNIST: 50,000 training, 10,000 validation and 10,000 test images."""
     with np.load(DATA / "mnist.npz") as file:
         arrays = {name: torch.from_numpy(file[name]) for name in file.files}
     x, y = arrays["x_train"].flatten(1).float() / 255, arrays["y_train"].long()
@@ -86,12 +86,18 @@ def mnist() -> tuple[Split, Split, Split]:
 
 
 def tune(
-    candidates: list[Candidate], model: Callable[[], nn.Module], data: Any, seed: int, **how: Any
+    candidates: list[Candidate],
+    model: Callable[[], nn.Module],
+    data: Any,
+    seed: int,
+    **workload_settings: Any,
 ) -> tuple[Candidate, list[dict[str, Any]]]:
-    """The candidate with the lowest final validation loss, and the log of all."""
+    """Return the candidate with the lowest final validation loss, and the log of all candidates."""
     design = Design(0, tracks=(), tuning_seed=seed)
     log, losses = [], []
-    for index, line in enumerate(run_candidates(candidates, model, data, CROSS_ENTROPY, design, **how)):
+    for index, line in enumerate(
+        run_candidates(candidates, model, data, CROSS_ENTROPY, design, **workload_settings)
+    ):
         loss = line["validation"][-1] if line["failure"] is None else math.inf
         settings = candidates[index].settings
         losses.append(loss)
@@ -102,11 +108,11 @@ def tune(
 
 
 def repeat(
-    candidate: Candidate, model: Callable[[], nn.Module], data: Any, seeds: int, **how: Any
+    candidate: Candidate, model: Callable[[], nn.Module], data: Any, seeds: int, **workload_settings: Any
 ) -> list[TrialResult]:
-    """Fresh seeds of the chosen candidate, from 0, accuracy on the test set."""
+    """Run the chosen candidate with fresh seeds from 0; the metric is the accuracy on the test set."""
     design = Design(seeds, tracks=(TUNED,))
-    lines = run_candidates([candidate], model, data, CLASSIFICATION, design, **how)
+    lines = run_candidates([candidate], model, data, CLASSIFICATION, design, **workload_settings)
     names = [field.name for field in fields(TrialResult)]
     return [TrialResult(**{name: line[name] for name in names}) for line in lines]
 
@@ -117,11 +123,13 @@ def run_candidates(
     data: Any,
     task: Task,
     design: Design,
-    **how: Any,
+    **workload_settings: Any,
 ) -> list[TrialRecord]:
-    """Trials of one method's candidates; the loss is measured on the whole training set."""
+    """Run trials of one method's candidates; the loss is measured on the whole training set."""
     whole = Data(*data)
-    workload = Workload("own", "", model, lambda: whole, task, train_eval_size=len(whole.train.y), **how)
+    workload = Workload(
+        "own", "", model, lambda: whole, task, train_eval_size=len(whole.train.y), **workload_settings
+    )
 
     def begin(context: TrialContext) -> Trainer:
         candidate = candidates[int(context.numbers["candidate"])]
@@ -134,22 +142,22 @@ def run_candidates(
 
 
 def first_step_below(record: TrialResult, target: float) -> int | None:
-    """Steps until the training loss is at or below ``target``; None if never."""
+    """Return the steps until the training loss is at or below ``target``, or None."""
     return next((s for s, loss in zip(record.steps, record.loss, strict=True) if loss <= target), None)
 
 
-def accuracy(record: TrialResult) -> float | None:
-    """Share of the test set that was right."""
+def compute_accuracy(record: TrialResult) -> float | None:
+    """Return the accuracy on the test set, or None without a test."""
     return None if record.test is None else round(1 - record.test, 5)
 
 
-def median(values: Iterable[float | None]) -> float | None:
-    """Median, a miss (None) counting as infinity; None if that is the median."""
+def compute_median(values: Iterable[float | None]) -> float | None:
+    """Return the median, where None counts as infinity; None if the median is infinite."""
     middle = statistics.median(float("inf") if value is None else value for value in values)
     return None if middle == float("inf") else middle
 
 
 def write_json(name: str, result: dict[str, Any]) -> None:
-    """Write the figures beside the script, a method a line."""
+    """Write the figures next to the script, one method per line."""
     text = json.dumps(result, ensure_ascii=False).replace('{"settings"', '\n{"settings"')
     (HERE / name).write_text(text + "\n")
