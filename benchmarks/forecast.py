@@ -1,4 +1,4 @@
-"""How fast a pipeline of any number of stages would be: a discrete-event model of the schedule."""
+"""Forecast the speed of a pipeline with any number of stages, by a discrete-event model of its schedule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a batch costs in one stage.
+    """The cost of a batch in one stage.
 
     Attributes:
         forward: seconds until the signal for the next stage is ready.
-        rest: seconds of local backward and step after that.
-        payload: bytes that go on to the next stage.
+        rest: seconds of the local backward and step after that.
+        payload: bytes to send to the next stage.
     """
 
     forward: float
@@ -24,9 +24,9 @@ class Link:
     """A connection between neighbouring stages.
 
     Attributes:
-        bandwidth: bytes a second.
+        bandwidth: bytes per second.
         latency: seconds.
-        depth: batches that may wait in it before the sender has to.
+        depth: batches that can wait in the link before the sender has to wait.
     """
 
     bandwidth: float = float("inf")
@@ -36,10 +36,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the model says of a run.
+    """The forecast for a run.
 
     Attributes:
-        seconds: from the first batch's start to the last one's end.
+        seconds: time from the start of the first batch to the end of the last one.
         spans: for each stage, (start, end) of each batch.
     """
 
@@ -48,18 +48,18 @@ class Forecast:
 
     @property
     def bubble(self) -> float:
-        """Share of the stages' time in which they do nothing."""
+        """Return the share of time in which the stages are idle."""
         busy = sum(end - start for stage in self.spans for start, end in stage)
         return 1 - busy / (self.seconds * len(self.spans))
 
 
 def forecast(stages: Sequence[StageCost], batches: int, link: Link | None = None) -> Forecast:
-    """Play ``batches`` through the stages of a one-way pipeline.
+    """Simulate ``batches`` passing through the stages of a one-way pipeline.
 
-    A stage begins batch k when it has done batch k-1 and batch k has arrived; its signal leaves after
-    ``forward`` (once there is room in the link) and travels ``latency + payload / bandwidth`` seconds, one
-    message at a time. With equal stages of c seconds and a link that takes no time, n batches on l stages
-    take ``(n - 1 + l) c`` less what ``rest`` overlaps.
+    A stage starts batch k when it has finished batch k-1 and batch k has arrived. It sends its signal after
+    ``forward``, as soon as the link has room; the transfer takes ``latency + payload / bandwidth`` seconds,
+    one message at a time. With equal stages of c seconds and a link without delay, n batches on l stages take
+    ``(n - 1 + l) c``, minus the overlap of ``rest``.
 
     Example:
         >>> from forecast import StageCost, forecast
@@ -76,9 +76,11 @@ def forecast(stages: Sequence[StageCost], batches: int, link: Link | None = None
             start = max(previous, ready[i][batch])
             sent = start + cost.forward
             if i + 1 < len(stages):
-                taken = spans[i + 1][batch - link.depth][0] if batch >= link.depth else 0.0
-                sent = max(sent, taken)  # there must be room in the link
+                received = spans[i + 1][batch - link.depth][0] if batch >= link.depth else 0.0
+                sent = max(sent, received)  # there must be room in the link
                 wire[i] = max(sent, wire[i]) + cost.payload / link.bandwidth
                 ready[i + 1][batch] = wire[i] + link.latency
             spans[i].append((start, sent + cost.rest))
-    return Forecast(max(own[-1][1] for own in spans), tuple(tuple(own) for own in spans))
+    return Forecast(
+        max(stage_spans[-1][1] for stage_spans in spans), tuple(tuple(stage_spans) for stage_spans in spans)
+    )

@@ -1,11 +1,11 @@
-"""What local learning has to hold against: backpropagation in the forms that save memory or waiting.
+"""Baselines of local learning: variants of backpropagation that save memory or waiting time.
 
-All train the same blocks and the classifier behind them by the loss of its scores, on Adam. "deep
-supervision" adds the loss of a head behind every block, and sends all of them all the way down.
-"checkpointing" keeps what goes from block to block, and runs each block again in backward: the numbers are
-backpropagation's. "accumulation" takes a batch in as many parts as there are blocks, so that it keeps about
-what one block keeps. "one-step delay" steps by the gradient of the batch before, at the weights before:
-what a pipeline of backpropagation has to bear that waits for nobody.
+All of them train the same blocks and a classifier after the last block with the loss of its scores, on Adam.
+"deep supervision" adds the loss of a head after every block, and backpropagates all losses through the whole
+network. "checkpointing" keeps only the activations between blocks and runs each block again in backward; its
+gradients are those of backpropagation. "accumulation" splits a batch into as many parts as there are blocks,
+so it keeps about as much as one block does. "one-step delay" steps with the gradient of the previous batch at
+the previous weights, like a pipeline of backpropagation that never waits.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,26 +22,26 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A way to train, at work: a step on a batch, and scores."""
+class Trainer:
+    """A trainer: a step on a batch, and the scores of inputs."""
 
     step: Callable[[Tensor, Tensor], object]
     predict: Callable[[Tensor], Tensor]
 
 
-def adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
+def make_adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.Adam(parameters, lr=rate)
 
 
 class Stepper:
-    """Backpropagation of some blocks; the classifier is in the last one."""
+    """Backpropagation through some blocks; the last one contains the classifier."""
 
     def __init__(
         self, blocks: list[nn.Module], loss: Loss, rate: float, others: Iterable[nn.Module] = ()
     ) -> None:
         self.model, self.loss = nn.Sequential(*blocks), loss
-        learning = [p for part in (self.model, *others) for p in part.parameters()]
-        self.optimizer = adam(rate)(learning)
+        trainable = [p for part in (self.model, *others) for p in part.parameters()]
+        self.optimizer = make_adam(rate)(trainable)
 
     def backward(self, x: Tensor, y: Tensor) -> None:
         """Add the gradients of a batch."""
@@ -59,7 +59,7 @@ class Stepper:
 
 
 class DeepSupervision(Stepper):
-    """Every block's head has a loss, and all losses go all the way down."""
+    """Every block has a head with a loss, and all losses are backpropagated through the whole network."""
 
     def __init__(self, blocks: list[nn.Module], loss: Loss, rate: float, heads: list[nn.Module]) -> None:
         super().__init__(blocks, loss, rate, heads)
@@ -74,7 +74,7 @@ class DeepSupervision(Stepper):
 
 
 class Checkpointing(Stepper):
-    """Blocks run again in backward. Batch norm's running statistics take each batch in twice."""
+    """Runs blocks again in backward. The running statistics of batch norm see each batch twice."""
 
     def backward(self, x: Tensor, y: Tensor) -> None:
         for block in self.model:
@@ -83,7 +83,7 @@ class Checkpointing(Stepper):
 
 
 class Accumulation(Stepper):
-    """A batch in as many parts as there are blocks. Batch norm sees the parts."""
+    """Splits a batch into as many parts as there are blocks. Batch norm sees the parts."""
 
     def backward(self, x: Tensor, y: Tensor) -> None:
         parts = min(len(self.model), len(x) // 2) or 1
@@ -92,20 +92,20 @@ class Accumulation(Stepper):
 
 
 class OneStepDelay(Stepper):
-    """Steps by the gradient of the batch before, at the weights that it met."""
+    """Steps with the gradient of the previous batch, taken at the previous weights."""
 
     def __init__(self, blocks: list[nn.Module], loss: Loss, rate: float) -> None:
         super().__init__(blocks, loss, rate)
-        self._before: list[Tensor | None] | None = None
+        self._previous: list[Tensor | None] | None = None
 
     def step(self, x: Tensor, y: Tensor) -> None:
         self.model.train()
         parameters = list(self.model.parameters())
         self.optimizer.zero_grad()
         self.backward(x, y)
-        now = [p.grad for p in parameters]
-        if self._before is not None:
-            for p, gradient in zip(parameters, self._before, strict=True):
+        gradients = [p.grad for p in parameters]
+        if self._previous is not None:
+            for p, gradient in zip(parameters, self._previous, strict=True):
                 p.grad = gradient
             self.optimizer.step()
-        self._before = now
+        self._previous = gradients

@@ -1,12 +1,13 @@
-"""How memory and time of a step grow with depth and width, for every local learner and its rivals.
+"""Measure how memory and time of a step grow with depth and width, for every local learner and baseline.
 
-    python benchmarks/local_growth.py run        # some minutes; writes benchmarks/local_growth.json
-    python benchmarks/local_growth.py draw       # the picture
+    python benchmarks/local_growth.py run        # takes some minutes; writes benchmarks/local_growth.json
+    python benchmarks/local_growth.py draw       # draws the picture
 
-Blocks of Linear(width) and ReLU, a batch of 1,024, 10 classes: 2 to 32 blocks of width 128, and 8 blocks of
-widths 32 to 512. Memory is the most that the tensors which a step makes take at once, gradients and temporary
-ones included; parameters and what optimizers keep are not in it. It is counted, whatever the load. Time is
-CPU time of a step on one thread, methods taking turns, the median of five.
+The network has blocks of Linear(width) and ReLU, a batch of 1,024 and 10 classes: 2 to 32 blocks of width
+128, and 8 blocks of widths 32 to 512. Memory is the peak size of all tensors that a step creates, including
+gradients and temporary tensors, without parameters and optimizer states. It is counted, so the load of the
+machine does not matter. Time is the CPU time of a step on one thread, with methods taking turns, as the
+median of five.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import plywise as pw
-from local_baselines import Trained
+from local_baselines import Trainer
 from local_table import BASELINES, ON_IMAGES, Problem, most_alive
 from pictures import save_picture
 from plywise._util.environment import environment
@@ -33,32 +34,37 @@ METHODS = {**BASELINES, **ON_IMAGES}
 DEPTHS, WIDTHS, WIDTH, DEPTH, BATCH, ROUNDS = (2, 4, 8, 16, 32), (32, 64, 128, 256, 512), 128, 8, 1024, 5
 
 
-def blocks(depth: int, width: int) -> list[nn.Module]:
+def make_blocks(depth: int, width: int) -> list[nn.Module]:
     return [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth)]
 
 
 def measure(depth: int, width: int) -> dict[str, dict[str, float]]:
-    """Memory and CPU time of a step of every method."""
+    """Measure the memory and CPU time of a step of every method."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, width, generator=generator)
     y = torch.randint(0, 10, (BATCH,), generator=generator)
-    problem = Problem(lambda: {}, partial(blocks, depth, width), 10, 0)
-    trained: dict[str, Trained] = {}
+    problem = Problem(lambda: {}, partial(make_blocks, depth, width), 10, 0)
+    trainers: dict[str, Trainer] = {}
     for name, method in METHODS.items():
         torch.manual_seed(0)
-        trained[name] = method(problem, pw.Blocks(problem.blocks(), x[:2]), 1e-4)
-        trained[name].step(x, y)
-    memory = {name: most_alive(lambda one=one: one.step(x, y)) for name, one in trained.items()}
-    rounds = [{name: clock(one, x, y) for name, one in trained.items()} for _ in range(ROUNDS)]
+        trainers[name] = method(problem, pw.Blocks(problem.blocks(), x[:2]), 1e-4)
+        trainers[name].step(x, y)
+    memory = {
+        name: most_alive(lambda trainer=trainer: trainer.step(x, y)) for name, trainer in trainers.items()
+    }
+    rounds = [{name: time_step(trainer, x, y) for name, trainer in trainers.items()} for _ in range(ROUNDS)]
     return {
-        name: {"bytes": memory[name], "cpu_seconds": round(statistics.median(one[name] for one in rounds), 5)}
-        for name in trained
+        name: {
+            "bytes": memory[name],
+            "cpu_seconds": round(statistics.median(times[name] for times in rounds), 5),
+        }
+        for name in trainers
     }
 
 
-def clock(trained: Trained, x: Tensor, y: Tensor) -> float:
+def time_step(trainer: Trainer, x: Tensor, y: Tensor) -> float:
     start = time.process_time()
-    trained.step(x, y)
+    trainer.step(x, y)
     return time.process_time() - start
 
 
@@ -72,7 +78,7 @@ def run() -> None:
 
 
 def draw() -> None:
-    """Memory above, time below; depth on the left, width on the right."""
+    """Draw memory (top) and time (bottom) over depth (left) and width (right)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,9 +92,9 @@ def draw() -> None:
             (("bytes", 2.0**-20, "memory of a step, MiB"), ("cpu_seconds", 1e3, "CPU time of a step, ms"))
         ):
             plot = axes[row, column]
-            for number, name in enumerate(DRAWN):
+            for number, name in enumerate(PLOTTED):
                 sizes = result[axis]
-                values = [scale * one[name][key] for one in sizes.values()]
+                values = [scale * figures[name][key] for figures in sizes.values()]
                 plot.plot(
                     [int(size) for size in sizes],
                     values,
@@ -106,8 +112,8 @@ def draw() -> None:
     save_picture(figure, OUT.with_suffix(".svg"))
 
 
-DRAWN = [name for name in METHODS if name not in ("deep supervision", "checkpointing", "one-step delay")]
-"""Three take what backpropagation takes."""
+PLOTTED = [name for name in METHODS if name not in ("deep supervision", "checkpointing", "one-step delay")]
+"""The methods of the picture. The three others need as much as backpropagation."""
 
 
 def main() -> None:

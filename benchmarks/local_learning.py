@@ -1,17 +1,18 @@
-"""Accuracy of learning without global backprop, beside backpropagation of the same network.
+"""Compare the accuracy of local learning with backpropagation of the same network.
 
-    python benchmarks/local_learning.py run               # all workloads; resumes if interrupted
+    python benchmarks/local_learning.py run               # runs all workloads; resumes if interrupted
     python benchmarks/local_learning.py run --workload mnist-mlp
-    python benchmarks/local_learning.py report            # the table and the picture
+    python benchmarks/local_learning.py report            # prints the table, draws the picture
 
-Workloads: an MLP of two hidden layers of 256 and a CNN of four blocks of two convolutions (the paper's
-CNN_AL with a quarter of its filters) on 10,000 and 4,000 images of MNIST and Fashion-MNIST, a VGG-like
-network with batch norm on 3,000 images of CIFAR-10. Every method gets the same blocks, batches of 64 and
-Adam. "backprop" trains the network that Associated Learning predicts with, end to end; "backprop, blocks"
-trains blocks and a classifier. Each method's rate is the best of three, trained for three epochs, on 1,000
-validation images with one seed; then three fresh seeds, tested on 2,000 test images. Associated Learning
-also has a control with all f frozen at their random start, and the accuracy of each depth's shortcut. The
-committed figures are from an earlier loop, whose epochs had another order and ended with an incomplete batch.
+The workloads are an MLP of two hidden layers of 256 on 10,000 images of MNIST and of Fashion-MNIST; a CNN of
+four blocks of two convolutions (the paper's CNN_AL with a quarter of its filters) on 4,000 images of each;
+and a VGG-like network with batch norm on 3,000 images of CIFAR-10. Every method gets the same blocks, batches
+of 64 and Adam. "backprop" trains the network that Associated Learning predicts with, end to end; "backprop,
+blocks" trains blocks and a classifier. The rate of each method is the best of three on 1,000 validation
+images, after three epochs with one seed; then three fresh seeds run and are tested on 2,000 test images.
+Associated Learning also has a control whose functions f stay at their random initial values, and the accuracy
+of each depth is measured. The committed figures come from an earlier training loop, whose epochs had another
+order and ended with an incomplete batch.
 """
 
 import argparse
@@ -53,14 +54,14 @@ Predict = Callable[[Tensor], Tensor]
 # ---- the networks ----------------------------------------------------------------------------------
 
 
-def mlp() -> list[nn.Module]:
+def make_mlp() -> list[nn.Module]:
     return [
         nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ELU()),
         nn.Sequential(nn.Linear(256, 256), nn.ELU()),
     ]
 
 
-def cnn() -> list[nn.Module]:
+def make_cnn() -> list[nn.Module]:
     def block(before: int, after: int, stride: int) -> nn.Sequential:
         return nn.Sequential(
             nn.Conv2d(before, after, 3, padding=1),
@@ -72,7 +73,7 @@ def cnn() -> list[nn.Module]:
     return [block(1, 8, 1), block(8, 8, 2), block(8, 16, 1), block(16, 16, 2)]
 
 
-def vgg() -> list[nn.Module]:
+def make_vgg() -> list[nn.Module]:
     def conv(before: int, after: int) -> list[nn.Module]:
         return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ELU()]
 
@@ -86,7 +87,7 @@ def vgg() -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Workload:
-    """A data set, the blocks, and for how long."""
+    """A data set, the blocks, the number of training images and of epochs."""
 
     data: str
     blocks: Callable[[], list[nn.Module]]
@@ -95,20 +96,20 @@ class Workload:
 
 
 WORKLOADS = {
-    "mnist-mlp": Workload("mnist", mlp, 10_000, 8),
-    "fashion-mlp": Workload("fashion_mnist", mlp, 10_000, 8),
-    "mnist-cnn": Workload("mnist", cnn, 4_000, 10),
-    "fashion-cnn": Workload("fashion_mnist", cnn, 4_000, 10),
-    "cifar-vgg": Workload("cifar10", vgg, 3_000, 6),
+    "mnist-mlp": Workload("mnist", make_mlp, 10_000, 8),
+    "fashion-mlp": Workload("fashion_mnist", make_mlp, 10_000, 8),
+    "mnist-cnn": Workload("mnist", make_cnn, 4_000, 10),
+    "fashion-cnn": Workload("fashion_mnist", make_cnn, 4_000, 10),
+    "cifar-vgg": Workload("cifar10", make_vgg, 3_000, 6),
 }
 
 
-# ---- the methods: each makes (step, predict, extra predictors) -------------------------------------
+# ---- the methods: each makes a trainer ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trainer of the arena, and what each of its depths predicts."""
+class Trainer:
+    """A trainer of the arena, with the predictions of each of its depths."""
 
     step: Callable[[Tensor, Tensor], float]
     predict: Predict
@@ -116,70 +117,73 @@ class Trained:
     plain: bool = True
 
 
-def adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
+def make_adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.Adam(parameters, lr=rate)
 
 
-def associated(blocks: pw.Blocks, rate: float, freeze: bool = False) -> Trained:
+def make_associated(blocks: pw.Blocks, rate: float, freeze: bool = False) -> Trainer:
     if freeze:
         for block in blocks:
             block.requires_grad_(False)
-    learner = pw.AssociatedLearning(blocks, 10, code=CODE, bridge=pooled_bridge, optimizer=adam(rate))
+    learner = pw.AssociatedLearning(blocks, 10, code=CODE, bridge=pooled_bridge, optimizer=make_adam(rate))
     depths = tuple(predictor(learner.as_module(depth)) for depth in range(1, len(blocks) + 1))
-    return replace(learner_of(learner), depths=depths)
+    return replace(wrap_learner(learner), depths=depths)
 
 
-def end_to_end(module: nn.Module, rate: float) -> Trained:
-    trainer = EndToEnd(module.train(), adam(rate)(module.parameters()), CLASSIFICATION.loss)
-    return Trained(trainer.step, trainer.predict)
+def make_end_to_end(module: nn.Module, rate: float) -> Trainer:
+    trainer = EndToEnd(module.train(), make_adam(rate)(module.parameters()), CLASSIFICATION.loss)
+    return Trainer(trainer.step, trainer.predict)
 
 
-def inference_path(blocks: pw.Blocks, rate: float) -> Trained:
-    """The network that Associated Learning predicts with, sigmoids but the last, by cross entropy."""
+def make_inference_path(blocks: pw.Blocks, rate: float) -> Trainer:
+    """Train the network that Associated Learning predicts with by cross-entropy.
+
+    Its last sigmoid is removed, since cross-entropy takes logits.
+    """
     path = pw.AssociatedLearning(
-        blocks, 10, code=CODE, bridge=pooled_bridge, optimizer=adam(rate)
+        blocks, 10, code=CODE, bridge=pooled_bridge, optimizer=make_adam(rate)
     ).as_module()
-    path.decoders[-1][1] = nn.Identity()  # cross entropy takes logits
-    return end_to_end(path, rate)
+    path.decoders[-1][1] = nn.Identity()
+    return make_end_to_end(path, rate)
 
 
-def with_classifier(blocks: pw.Blocks) -> pw.Blocks:
-    """The last block with a linear classifier behind it."""
+def append_classifier(blocks: pw.Blocks) -> pw.Blocks:
+    """Append a linear classifier to the last block."""
     features = blocks.shapes[-1].numel()
     last = nn.Sequential(blocks[-1], nn.Flatten(), nn.Linear(features, 10))
     return pw.Blocks([*blocks[:-1], last], torch.zeros(2, *blocks.shapes[0]))
 
 
-def learner_of(learner: pw.Learner) -> Trained:
+def wrap_learner(learner: pw.Learner) -> Trainer:
     trainer = LocalTraining(learner, plain=True)
-    return Trained(trainer.step, trainer.predict)
+    return Trainer(trainer.step, trainer.predict)
 
 
-MakeTrained = Callable[[pw.Blocks, float], Trained]
-METHODS: dict[str, MakeTrained] = {
-    "Associated Learning": associated,
-    "Associated Learning, f frozen": lambda b, r: associated(b, r, freeze=True),
-    "backprop": inference_path,
-    "backprop, blocks": lambda b, r: end_to_end(nn.Sequential(*with_classifier(b)), r),
-    "Interlocking 1 (LocalLoss)": lambda b, r: learner_of(
-        pw.LocalLoss(with_classifier(b), 10, optimizer=adam(r))
+MakeTrainer = Callable[[pw.Blocks, float], Trainer]
+METHODS: dict[str, MakeTrainer] = {
+    "Associated Learning": make_associated,
+    "Associated Learning, f frozen": lambda b, r: make_associated(b, r, freeze=True),
+    "backprop": make_inference_path,
+    "backprop, blocks": lambda b, r: make_end_to_end(nn.Sequential(*append_classifier(b)), r),
+    "Interlocking 1 (LocalLoss)": lambda b, r: wrap_learner(
+        pw.LocalLoss(append_classifier(b), 10, optimizer=make_adam(r))
     ),
-    "Interlocking 2": lambda b, r: learner_of(
-        pw.Interlocking(with_classifier(b), 10, horizon=2, optimizer=adam(r))
+    "Interlocking 2": lambda b, r: wrap_learner(
+        pw.Interlocking(append_classifier(b), 10, horizon=2, optimizer=make_adam(r))
     ),
-    "Interlocking 3": lambda b, r: learner_of(
-        pw.Interlocking(with_classifier(b), 10, horizon=3, optimizer=adam(r))
+    "Interlocking 3": lambda b, r: wrap_learner(
+        pw.Interlocking(append_classifier(b), 10, horizon=3, optimizer=make_adam(r))
     ),
-    "Interlocking K (backprop)": lambda b, r: learner_of(
-        pw.Interlocking(with_classifier(b), 10, horizon=len(b), optimizer=adam(r))
+    "Interlocking K (backprop)": lambda b, r: wrap_learner(
+        pw.Interlocking(append_classifier(b), 10, horizon=len(b), optimizer=make_adam(r))
     ),
-    "local forward gradient": lambda b, r: learner_of(
-        pw.LocalForwardGradient(with_classifier(b), 10, optimizer=adam(r))
+    "local forward gradient": lambda b, r: wrap_learner(
+        pw.LocalForwardGradient(append_classifier(b), 10, optimizer=make_adam(r))
     ),
-    "CaFo, gradient heads": lambda b, r: learner_of(
-        pw.CascadedForward(b, 10, head=GradientHead, optimizer=adam(r))
+    "CaFo, gradient heads": lambda b, r: wrap_learner(
+        pw.CascadedForward(b, 10, head=GradientHead, optimizer=make_adam(r))
     ),
-    "CaFo, ridge heads": lambda b, r: learner_of(
+    "CaFo, ridge heads": lambda b, r: wrap_learner(
         pw.CascadedForward(b, 10, head=partial(RidgeHead, max_features=1024))
     ),
 }
@@ -210,22 +214,24 @@ def load(workload: Workload) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def accuracy(predict: Predict, split: tuple[Tensor, Tensor]) -> float:
-    return percent(mean(error_rate, predict, Split(*split), 500))
+def compute_accuracy(predict: Predict, split: tuple[Tensor, Tensor]) -> float:
+    return convert_to_percent(mean(error_rate, predict, Split(*split), 500))
 
 
-def percent(error: float | None) -> float:
+def convert_to_percent(error: float | None) -> float:
     return round(100 * (1 - error), 2)
 
 
 ACCURACY = Task(error_rate, error_rate, "error rate")
 
 
-def tuned(workload: Workload, data: Any, make: MakeTrained, rates: tuple[float, ...]) -> dict[str, Any]:
-    """The rate that is best on the validation set, and the final runs with it."""
-    trainers: list[Trained] = []
+def tune_and_train(
+    workload: Workload, data: Any, make: MakeTrainer, rates: tuple[float, ...]
+) -> dict[str, Any]:
+    """Choose the rate that is best on the validation set, and run it with fresh seeds."""
+    trainers: list[Trainer] = []
 
-    def begin(context: TrialContext) -> Trained:
+    def begin(context: TrialContext) -> Trainer:
         trainers.append(make(pw.Blocks(list(context.model), context.example[:2]), context.numbers["rate"]))
         return trainers[-1]
 
@@ -254,15 +260,23 @@ def tuned(workload: Workload, data: Any, make: MakeTrained, rates: tuple[float, 
     )
     method = Method("method", "", {}, begin, grid=tuple({"rate": rate} for rate in rates))
     lines = run_arms(problem, [method], design).lines("", "method")
-    tuning = [{**about(line), "validation": percent(find_error(line))} for line in lines if is_tuning(line)]
+    tuning = [
+        {**describe_line(line), "validation": convert_to_percent(find_error(line))}
+        for line in lines
+        if is_tuning(line)
+    ]
     final = [
-        {**about(line), "test": percent(line["test"]), "train": percent(line["loss"][-1])}
+        {
+            **describe_line(line),
+            "test": convert_to_percent(line["test"]),
+            "train": convert_to_percent(line["loss"][-1]),
+        }
         for line in lines
         if not is_tuning(line)
     ]
-    for result, trained in zip(final, trainers[-SEEDS:], strict=True):
-        if trained.depths:
-            result["depths"] = [accuracy(predict, data["test"]) for predict in trained.depths]
+    for result, trainer in zip(final, trainers[-SEEDS:], strict=True):
+        if trainer.depths:
+            result["depths"] = [compute_accuracy(predict, data["test"]) for predict in trainer.depths]
     return {"tuning": tuning, "final": final}
 
 
@@ -271,7 +285,7 @@ def is_tuning(line: TrialRecord) -> bool:
 
 
 def find_error(line: TrialRecord) -> float:
-    """The share of wrong answers on the validation set; 1 for a run that failed."""
+    """Return the error rate on the validation set, or 1 for a failed run."""
     return 1.0 if line["failure"] else line["validation"][-1]
 
 
@@ -284,7 +298,7 @@ def require_final(line: TrialRecord) -> None:
         raise RuntimeError(f"A final run failed: {line['failure']}")
 
 
-def about(line: TrialRecord) -> dict[str, Any]:
+def describe_line(line: TrialRecord) -> dict[str, Any]:
     return {"rate": line["numbers"]["rate"], "seed": line["seed"], "cpu": round(line["cpu"][-1], 1)}
 
 
@@ -302,17 +316,19 @@ def run(names: list[str]) -> None:
         for method in METHODS:
             if method in done or (method == "Interlocking 3" and len(workload.blocks()) < 4):
                 continue
-            rates = (RATES[1],) if method == "CaFo, ridge heads" else RATES  # a closed form has no rate
-            done[method] = tuned(workload, data, METHODS[method], rates)
+            rates = (
+                (RATES[1],) if method == "CaFo, ridge heads" else RATES
+            )  # ridge heads have a closed form without a rate
+            done[method] = tune_and_train(workload, data, METHODS[method], rates)
             rate, final = done[method]["final"][0]["rate"], done[method]["final"]
-            print(f"{name:12} {method:32} rate {rate:g}  test {[one['test'] for one in final]}", flush=True)
+            print(f"{name:12} {method:32} rate {rate:g}  test {[run['test'] for run in final]}", flush=True)
             write_whole(OUT, json.dumps(result).replace('"tuning"', '\n"tuning"') + "\n")
 
 
 # ---- the report ------------------------------------------------------------------------------------
 
 
-def spread(values: list[float]) -> str:
+def format_spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
@@ -328,16 +344,16 @@ def report() -> None:
             final = entry["final"]
             depths = ""
             if "depths" in final[0]:
-                columns = zip(*(one["depths"] for one in final), strict=True)
+                columns = zip(*(run["depths"] for run in final), strict=True)
                 depths = " / ".join(f"{statistics.fmean(column):.1f}" for column in columns)
-            test, training = (spread([one[key] for one in final]) for key in ("test", "train"))
-            clock = statistics.median(one["cpu"] for one in final)
+            test, training = (format_spread([run[key] for run in final]) for key in ("test", "train"))
+            clock = statistics.median(run["cpu"] for run in final)
             print(f"| {method} | {final[0]['rate']:g} | {test} | {training} | {depths} | {clock:.0f} |")
     draw(result)
 
 
 def draw(result: dict[str, Any]) -> None:
-    """Test accuracies of all methods, workload by workload."""
+    """Draw the test accuracies of all methods for each workload."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -346,11 +362,11 @@ def draw(result: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, len(result), figsize=(15, 4.2), sharey=True)
     names = list(METHODS)
     for axis, (workload, methods) in zip(axes, result.items(), strict=True):
-        for place, name in enumerate(reversed(names)):
+        for position, name in enumerate(reversed(names)):
             if name in methods:
-                values = [one["test"] for one in methods[name]["final"]]
+                values = [run["test"] for run in methods[name]["final"]]
                 colour = "#c0392b" if name.startswith("Associated") else "#1f5fa8"
-                axis.scatter(values, [place] * len(values), s=16, color=colour)
+                axis.scatter(values, [position] * len(values), s=16, color=colour)
         axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
         axis.set_title(workload, fontsize=10)
         axis.grid(alpha=0.3)
@@ -365,7 +381,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="tune and train")
     running.add_argument("--workload", action="append", choices=list(WORKLOADS), help="default: all")
-    commands.add_parser("report", help="table and picture")
+    commands.add_parser("report", help="print the table and draw the picture")
     options = parser.parse_args()
     if options.command == "run":
         run(options.workload or list(WORKLOADS))

@@ -1,13 +1,14 @@
-"""Peak memory of a training step: backpropagation in the forms that save memory, and local learning.
+"""Measure the peak memory of a step: local learning, and backpropagation with ways to save memory.
 
     python benchmarks/local_memory.py                         # writes benchmarks/local_memory.json
-    python benchmarks/local_memory.py --network transformer   # of one network only
+    python benchmarks/local_memory.py --network transformer   # one network only
 
-"blocks": 16 blocks of Linear(512, 512) and ReLU, a classifier of 10, batch 8192, SGD. "transformer": 4 blocks
-of width 256 with 8 heads, 65 characters, batch 16 of 128 characters, SGD. Each way runs in a process of
-its own: the peak of its resident memory (VmHWM) above what it had after a step on two rows. Large tensors
-are mapped and unmapped (``MALLOC_MMAP_THRESHOLD_``), so that what was freed is not counted. The time per
-sample is taken in the same processes, after the peak; all on one thread, ways taking turns, medians.
+The network "blocks" has 16 blocks of Linear(512, 512) and ReLU and a classifier of 10, with batch 8192 and
+SGD. "transformer" has 4 blocks of width 256 with 8 heads and 65 characters, with batches of 16 × 128
+characters and SGD. Each method runs in its own process. Its memory is the peak of the resident memory (VmHWM)
+above that after a step on two rows. Large tensors are mapped and unmapped (``MALLOC_MMAP_THRESHOLD_``), so
+freed memory is not counted. The time per sample is measured in the same processes, after the peak. Everything
+runs on one thread, with methods taking turns; the figures are medians.
 """
 
 import argparse
@@ -41,19 +42,19 @@ ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
 Step = Callable[[Tensor, Tensor], object]
 
 
-def blocks() -> list[nn.Module]:
+def make_blocks() -> list[nn.Module]:
     torch.manual_seed(0)
     hidden: list[nn.Module] = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(BLOCKS - 1)]
     return [*hidden, nn.Linear(WIDTH, CLASSES)]
 
 
-def sgd(parameters) -> torch.optim.Optimizer:
+def make_sgd(parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01)
 
 
-def backprop(segments: int | None = None) -> Step:
-    model = nn.Sequential(*blocks())
-    optimizer = sgd(model.parameters())
+def make_backprop(segments: int | None = None) -> Step:
+    model = nn.Sequential(*make_blocks())
+    optimizer = make_sgd(model.parameters())
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
@@ -66,31 +67,31 @@ def backprop(segments: int | None = None) -> Step:
     return step
 
 
-def local(learner: Callable[[pw.Blocks], object]) -> Step:
-    return learner(pw.Blocks(blocks(), torch.zeros(2, WIDTH))).step
+def make_local(learner: Callable[[pw.Blocks], object]) -> Step:
+    return learner(pw.Blocks(make_blocks(), torch.zeros(2, WIDTH))).step
 
 
 class Embed(nn.Module):
-    """Characters and where they stand."""
+    """Embeds characters and their positions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.characters, self.places = nn.Embedding(CHARACTERS, TOKEN), nn.Embedding(CONTEXT, TOKEN)
+        self.characters, self.positions = nn.Embedding(CHARACTERS, TOKEN), nn.Embedding(CONTEXT, TOKEN)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.characters(tokens) + self.places.weight
+        return self.characters(tokens) + self.positions.weight
 
 
-def token_blocks() -> list[nn.Module]:
+def make_token_blocks() -> list[nn.Module]:
     torch.manual_seed(0)
     first, *others = (TransformerBlock(TOKEN, 8) for _ in range(TOKEN_BLOCKS))
     return [nn.Sequential(Embed(), first), *others]
 
 
-def token_backprop(pieces: int = 1, checkpointed: bool = False) -> Step:
-    """Each piece of the batch, backward included, one after another; or each block again in backward."""
-    model = nn.Sequential(*token_blocks(), linear_head(TOKEN, CHARACTERS))
-    optimizer = sgd(model.parameters())
+def make_token_backprop(pieces: int = 1, checkpointed: bool = False) -> Step:
+    """Make a step that processes a batch in pieces, or runs each block again in backward."""
+    model = nn.Sequential(*make_token_blocks(), linear_head(TOKEN, CHARACTERS))
+    optimizer = make_sgd(model.parameters())
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
@@ -107,71 +108,71 @@ def token_backprop(pieces: int = 1, checkpointed: bool = False) -> Step:
     return step
 
 
-def next_token(pieces: int) -> Step:
-    blocks = pw.Blocks(token_blocks(), torch.zeros(2, CONTEXT, dtype=torch.long))
-    return pw.LocalNextToken(blocks, CHARACTERS, pieces=pieces, optimizer=sgd).step
+def make_next_token(pieces: int) -> Step:
+    blocks = pw.Blocks(make_token_blocks(), torch.zeros(2, CONTEXT, dtype=torch.long))
+    return pw.LocalNextToken(blocks, CHARACTERS, pieces=pieces, optimizer=make_sgd).step
 
 
-def rows_of_numbers(count: int) -> tuple[Tensor, Tensor]:
+def draw_numbers(count: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, WIDTH), torch.randint(CLASSES, (count,))
 
 
-def rows_of_characters(count: int) -> tuple[Tensor, Tensor]:
+def draw_characters(count: int) -> tuple[Tensor, Tensor]:
     return torch.randint(CHARACTERS, (count, CONTEXT)), torch.randint(CHARACTERS, (count, CONTEXT))
 
 
 @dataclass(frozen=True)
 class Network:
-    """How a batch is made, how large it is, and the ways to train."""
+    """How a batch is drawn, its size, and the methods to train with."""
 
     data: Callable[[int], tuple[Tensor, Tensor]]
     batch: int
-    ways: dict[str, Callable[[], Step]]
+    methods: dict[str, Callable[[], Step]]
 
 
 NETWORKS = {
     "blocks": Network(
-        rows_of_numbers,
+        draw_numbers,
         BATCH,
         {
-            "backpropagation": backprop,
-            "checkpointing, 4 segments": lambda: backprop(4),
-            "checkpointing, 16 segments": lambda: backprop(16),
-            "LocalLoss": lambda: local(lambda b: pw.LocalLoss(b, CLASSES, optimizer=sgd)),
-            "AssociatedLearning, code 32": lambda: local(
-                lambda b: pw.AssociatedLearning(b, CLASSES, code=32, optimizer=sgd)
+            "backpropagation": make_backprop,
+            "checkpointing, 4 segments": lambda: make_backprop(4),
+            "checkpointing, 16 segments": lambda: make_backprop(16),
+            "LocalLoss": lambda: make_local(lambda b: pw.LocalLoss(b, CLASSES, optimizer=make_sgd)),
+            "AssociatedLearning, code 32": lambda: make_local(
+                lambda b: pw.AssociatedLearning(b, CLASSES, code=32, optimizer=make_sgd)
             ),
         },
     ),
     "transformer": Network(
-        rows_of_characters,
+        draw_characters,
         TOKEN_BATCH,
         {
-            "backpropagation": token_backprop,
-            "accumulation, 4 parts": lambda: token_backprop(4),
-            "checkpointing, each block": lambda: token_backprop(checkpointed=True),
-            **{f"LocalNextToken, pieces={n}": partial(next_token, n) for n in (1, 2, 4)},
+            "backpropagation": make_token_backprop,
+            "accumulation, 4 parts": lambda: make_token_backprop(4),
+            "checkpointing, each block": lambda: make_token_backprop(checkpointed=True),
+            **{f"LocalNextToken, pieces={n}": partial(make_next_token, n) for n in (1, 2, 4)},
         },
     ),
 }
 
 
-def status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+def read_status(key: str) -> int:
+    """Read a line of /proc/self/status, in bytes."""
     text = Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{key}:"))
 
 
-def measure(network: Network, way: str) -> dict[str, float]:
-    """Peak above base in MiB, CPU microseconds a sample; for a process of its own."""
+def measure(network: Network, method: str) -> dict[str, float]:
+    """Measure the peak in MiB and the CPU microseconds per sample of one method, in this process."""
     torch.set_num_threads(1)
-    step = network.ways[way]()
+    step = network.methods[method]()
     step(*network.data(2))  # imports and buffers of the libraries
     x, y = network.data(network.batch)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    base = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    base = read_status("VmRSS")
     step(x, y)
-    peak = status("VmHWM") - base
+    peak = read_status("VmHWM") - base
     clocks = []
     for _ in range(STEPS):
         start = time.process_time()
@@ -181,23 +182,24 @@ def measure(network: Network, way: str) -> dict[str, float]:
 
 
 def measure_all(name: str, repeats: int) -> dict[str, Any]:
-    """All ways of one network, taking turns, and the medians."""
-    runs: dict[str, list[dict[str, float]]] = {way: [] for way in NETWORKS[name].ways}
+    """Measure all methods of one network, taking turns, and return the medians."""
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in NETWORKS[name].methods}
     for _ in range(repeats):
-        for way, one in runs.items():
-            command = [sys.executable, __file__, "--network", name, "--way", way]
+        for method, results in runs.items():
+            command = [sys.executable, __file__, "--network", name, "--way", method]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
-            one.append(json.loads(done.stdout))
+            results.append(json.loads(done.stdout))
     table = {
-        way: {key: statistics.median(run[key] for run in own) for key in own[0]} for way, own in runs.items()
+        method: {key: statistics.median(result[key] for result in results) for key in results[0]}
+        for method, results in runs.items()
     }
     plain = table["backpropagation"]
-    print(f"{name:30} {'peak, MiB':>10} {'of backprop':>12} {'µs a sample':>12} {'of backprop':>12}")
-    for way, row in table.items():
+    print(f"{name:30} {'peak, MiB':>10} {'of backprop':>12} {'µs per sample':>13} {'of backprop':>12}")
+    for method, row in table.items():
         relative = [row[key] / plain[key] for key in ("peak_mib", "cpu_us_per_sample")]
         print(
-            f"{way:30} {row['peak_mib']:10.1f} {relative[0]:12.3f} {row['cpu_us_per_sample']:12.2f} "
-            f"{relative[1]:12.2f}"
+            f"{method:30} {row['peak_mib']:10.1f} {relative[0]:12.3f} {row['cpu_us_per_sample']:12.2f} "
+            f"{relative[1]:13.2f}"
         )
     return {"environment": environment(), "repeats": repeats, "ways": table, "runs": runs}
 

@@ -1,26 +1,28 @@
-"""One table of local learning beside its harshest rivals: quality, memory, speed.
+"""Compare local learning with its strongest baselines in one table: quality, memory and speed.
 
-    python benchmarks/local_table.py run                       # hours; goes on where it was interrupted
+    python benchmarks/local_table.py run                       # takes hours; resumes if interrupted
     python benchmarks/local_table.py run --workload characters --method "next token, tied"
-    python benchmarks/local_table.py run --small               # a few steps of everything; nothing is written
+    python benchmarks/local_table.py run --small               # a few steps of everything; writes nothing
     python benchmarks/local_table.py follow --workload cifar MonoForward backpropagation
     python benchmarks/local_table.py follow --workload characters --seeds 3 "Interlocking 1"
     python benchmarks/local_table.py report
 
-Workloads: an MLP of two hidden layers on 10,000 images of MNIST and of Fashion-MNIST, five epochs
-(`local_learning.py` has it); a ConvNet of eight convolutions on 10,000 images of CIFAR-10, three epochs; and
-a transformer of four blocks, 64 wide, on tiny Shakespeare, 400 steps. The ConvNet halves the image in its
-first convolution: where one layer holds most of a network's activations, no block can be small beside it.
-Rivals: backpropagation with deep supervision, with checkpointing, with accumulation in as many parts as there
-are blocks, and with a delay of one step (`local_baselines.py`). "Interlocking 1" is a loss for each block
-alone. Each method's rate is the best of three on validation data with one seed, in trainings a third as long;
-then three fresh seeds on test data.
-"memory" is the most that the tensors which a step makes take at once, gradients and temporary ones
-included, of backpropagation's. "speed" is samples a second of CPU time on one thread over backpropagation's,
-which each final run measures beside itself, before and after, in its own process: so runs of different
-machines, or of a busy one, can stand in one table. The median of the final runs is printed. Entries without
-"processor" were measured before that, on the processor in "environment"; their speed is over that of the
-entry "backpropagation". Everything is on Adam at a constant rate.
+The workloads are an MLP of two hidden layers (from `local_learning.py`) on 10,000 images of MNIST and of
+Fashion-MNIST, for five epochs; a ConvNet of eight convolutions on 10,000 images of CIFAR-10, for three
+epochs; and a transformer of four blocks of width 64 on tiny Shakespeare, for 400 steps. The ConvNet halves
+the image in its first convolution, since otherwise one layer would have most of the network's activations,
+and splitting into blocks could save little memory. The baselines are backpropagation with deep supervision,
+with checkpointing, with accumulation over as many parts as there are blocks, and with a delay of one step
+(`local_baselines.py`). "Interlocking 1" has a separate loss for each block. The rate of each method is the
+best of three on validation data with one seed, in runs a third as long; then three fresh seeds run and are
+tested.
+
+"memory" is the peak size of all tensors that a step creates, including gradients and temporary tensors, over
+that of backpropagation. "speed" is the number of samples per second of CPU time on one thread, over that of
+backpropagation. Each final run measures the speed of backpropagation before and after itself in the same
+process, so runs of different or busy machines are comparable. The table shows the median of the final runs.
+Entries without "processor" are older and were measured on the processor in "environment"; their speed is
+relative to the entry "backpropagation". Everything uses Adam at a constant rate.
 """
 
 import argparse
@@ -40,8 +42,16 @@ from torch import Tensor, nn
 
 import plywise as pw
 from figure_tables import TABLES
-from local_baselines import Accumulation, Checkpointing, DeepSupervision, OneStepDelay, Stepper, Trained, adam
-from local_learning import Workload, load, mlp
+from local_baselines import (
+    Accumulation,
+    Checkpointing,
+    DeepSupervision,
+    OneStepDelay,
+    Stepper,
+    Trainer,
+    make_adam,
+)
+from local_learning import Workload, load, make_mlp
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.workloads.networks import TransformerBlock
@@ -59,13 +69,13 @@ TIMED_ROUNDS, ROUND_STEPS = 3, 10
 Split = dict[str, tuple[Tensor, Tensor]]
 
 
-def token_head(shape: torch.Size, scores: int) -> nn.Module:
+def make_token_head(shape: torch.Size, scores: int) -> nn.Module:
     return linear_head(shape[-1], scores)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Blocks, data, and for how many steps (``longer`` for `follow`). ``tokens``: a language model."""
+    """Blocks, data and number of steps (``longer``: of `follow`); ``tokens`` is true for a language model."""
 
     read: Callable[[], Split]
     blocks: Callable[[], list[nn.Module]]
@@ -79,10 +89,10 @@ class Problem:
         return F.cross_entropy(scores.flatten(0, -2), y.flatten())
 
     def head(self, shape: torch.Size) -> nn.Module:
-        return (token_head if self.tokens else pooled_linear)(shape, self.classes)
+        return (make_token_head if self.tokens else pooled_linear)(shape, self.classes)
 
-    def quality(self, predict: Callable[[Tensor], Tensor], part: tuple[Tensor, Tensor]) -> float:
-        """Nats a token, or accuracy in per cent."""
+    def compute_quality(self, predict: Callable[[Tensor], Tensor], part: tuple[Tensor, Tensor]) -> float:
+        """Return nats per token, or the accuracy in per cent."""
         pairs = zip(part[0].split(200), part[1].split(200), strict=True)
         if self.tokens:
             return sum(float(self.loss(predict(x), y)) * len(x) for x, y in pairs) / len(part[1])
@@ -90,20 +100,20 @@ class Problem:
 
 
 class Embed(nn.Module):
-    """Characters and where they stand."""
+    """Embeds characters and their positions."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.characters, self.places = nn.Embedding(65, width), nn.Embedding(64, width)
-        for table in (self.characters, self.places):
+        self.characters, self.positions = nn.Embedding(65, width), nn.Embedding(64, width)
+        for table in (self.characters, self.positions):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.characters(tokens) + self.places.weight
+        return self.characters(tokens) + self.positions.weight
 
 
-def convnet() -> list[nn.Module]:
-    """Eight convolutions, 16 channels at 16×16 and 32 at 8×8; ReLUs work in place."""
+def make_convnet() -> list[nn.Module]:
+    """Make eight convolutions, 16 channels at 16×16 and 32 at 8×8, with in-place ReLUs."""
 
     def conv(before: int, after: int, stride: int = 1) -> nn.Module:
         layer = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
@@ -113,11 +123,11 @@ def convnet() -> list[nn.Module]:
     return [*wide, conv(16, 32, 2), *(conv(32, 32) for _ in range(3))]
 
 
-def transformer() -> list[nn.Module]:
+def make_transformer() -> list[nn.Module]:
     return [nn.Sequential(Embed(), TransformerBlock(64, 4)), *(TransformerBlock(64, 4) for _ in range(3))]
 
 
-def characters() -> Split:
+def read_characters() -> Split:
     from plywise.arena.workloads.text import make_data
 
     data = make_data()
@@ -125,100 +135,108 @@ def characters() -> Split:
     return {name: (part.x, part.y) for name, part in parts.items()}
 
 
-def images(name: str, blocks: Callable[[], list[nn.Module]], steps: int, longer: int = 0) -> Problem:
+def make_image_problem(
+    name: str, blocks: Callable[[], list[nn.Module]], steps: int, longer: int = 0
+) -> Problem:
     return Problem(lambda: load(Workload(name, blocks, 10_000, 0)), blocks, 10, steps, longer=longer)
 
 
 PROBLEMS = {
-    "mnist": images("mnist", mlp, 780),
-    "fashion": images("fashion_mnist", mlp, 780),
-    "cifar": images("cifar10", convnet, 468, longer=1560),
-    "characters": Problem(characters, transformer, 65, 400, batch=16, longer=1000, tokens=True),
+    "mnist": make_image_problem("mnist", make_mlp, 780),
+    "fashion": make_image_problem("fashion_mnist", make_mlp, 780),
+    "cifar": make_image_problem("cifar10", make_convnet, 468, longer=1560),
+    "characters": Problem(read_characters, make_transformer, 65, 400, batch=16, longer=1000, tokens=True),
 }
 
 
 # ---- methods: each gets the problem, blocks without classifier, and a rate --------------------------
 
 
-def classified(problem: Problem, blocks: pw.Blocks) -> list[nn.Module]:
-    """The blocks, the last one with a classifier behind it."""
+def append_classifier(problem: Problem, blocks: pw.Blocks) -> list[nn.Module]:
+    """Return the blocks with a classifier appended to the last one."""
     return [*blocks[:-1], nn.Sequential(blocks[-1], problem.head(blocks.shapes[-1]))]
 
 
-def stepped(kind: Callable[..., Stepper], problem: Problem, blocks: pw.Blocks, rate: float) -> Trained:
-    parts = classified(problem, blocks)
+def make_stepper(kind: Callable[..., Stepper], problem: Problem, blocks: pw.Blocks, rate: float) -> Trainer:
+    parts = append_classifier(problem, blocks)
     more = ([problem.head(shape) for shape in blocks.shapes[1:-1]],) if kind is DeepSupervision else ()
     stepper = kind(parts, problem.loss, rate, *more)
-    return Trained(stepper.step, stepper.predict)
+    return Trainer(stepper.step, stepper.predict)
 
 
-def learned(kind: Callable[..., pw.Learner], problem: Problem, blocks: pw.Blocks, rate: float) -> Trained:
-    """A learner that reads the classes off the blocks."""
-    learner = kind(blocks, problem.classes, optimizer=adam(rate))
-    return Trained(learner.step, learner.predict)
+def make_block_reader(
+    kind: Callable[..., pw.Learner], problem: Problem, blocks: pw.Blocks, rate: float
+) -> Trainer:
+    """Make a learner that predicts the class from its blocks."""
+    learner = kind(blocks, problem.classes, optimizer=make_adam(rate))
+    return Trainer(learner.step, learner.predict)
 
 
-def classifying(kind: Callable[..., pw.Learner], problem: Problem, blocks: pw.Blocks, rate: float) -> Trained:
-    """A learner whose last block classifies."""
+def make_classifier(
+    kind: Callable[..., pw.Learner], problem: Problem, blocks: pw.Blocks, rate: float
+) -> Trainer:
+    """Make a learner whose last block is the classifier."""
     example = torch.zeros(2, *blocks.shapes[0], dtype=torch.long if problem.tokens else torch.float32)
-    return learned(kind, problem, pw.Blocks(classified(problem, blocks), example), rate)
+    return make_block_reader(kind, problem, pw.Blocks(append_classifier(problem, blocks), example), rate)
 
 
-def tied(problem: Problem, blocks: pw.Blocks, rate: float) -> Trained:
+def make_tied(problem: Problem, blocks: pw.Blocks, rate: float) -> Trainer:
     table = blocks[0].get_submodule("0.characters")
-    return learned(partial(pw.LocalNextToken, tied=table), problem, blocks, rate)
+    return make_block_reader(partial(pw.LocalNextToken, tied=table), problem, blocks, rate)
 
 
-def without_count(kind: Callable[..., pw.Learner]) -> Callable[..., pw.Learner]:
-    """A learner that does not ask for the number of classes."""
+def drop_class_count(kind: Callable[..., pw.Learner]) -> Callable[..., pw.Learner]:
+    """Make a learner without the argument for the number of classes."""
     return lambda blocks, classes, **training: kind(blocks, **training)
 
 
-Method = Callable[[Problem, pw.Blocks, float], Trained]
+Method = Callable[[Problem, pw.Blocks, float], Trainer]
 BASELINES: dict[str, Method] = {
-    "backpropagation": partial(stepped, Stepper),
-    "deep supervision": partial(stepped, DeepSupervision),
-    "checkpointing": partial(stepped, Checkpointing),
-    "accumulation": partial(stepped, Accumulation),
-    "one-step delay": partial(stepped, OneStepDelay),
+    "backpropagation": partial(make_stepper, Stepper),
+    "deep supervision": partial(make_stepper, DeepSupervision),
+    "checkpointing": partial(make_stepper, Checkpointing),
+    "accumulation": partial(make_stepper, Accumulation),
+    "one-step delay": partial(make_stepper, OneStepDelay),
 }
 ASSOCIATED = partial(pw.AssociatedLearning, code=64, bridge=pooled_bridge)
 ON_IMAGES: dict[str, Method] = {
-    "LocalLoss": partial(classifying, pw.LocalLoss),
-    "Interlocking 2": partial(classifying, partial(pw.Interlocking, horizon=2)),
-    "MomentumAuxiliary": partial(classifying, pw.MomentumAuxiliary),
-    "SCPL": partial(classifying, pw.SCPL),
-    "AssociatedLearning": partial(learned, ASSOCIATED),
-    "AssociatedLearning, mean decoder": partial(learned, partial(ASSOCIATED, decoder=mean_decoder)),
-    "MonoForward": partial(learned, pw.MonoForward),
-    "ForwardForward": partial(learned, pw.ForwardForward),
-    "DirectFeedback": partial(classifying, without_count(pw.DirectFeedback)),
-    "LocalForwardGradient": partial(classifying, pw.LocalForwardGradient),
-    "CascadedForward, gradient": partial(learned, partial(pw.CascadedForward, head=GradientHead)),
+    "LocalLoss": partial(make_classifier, pw.LocalLoss),
+    "Interlocking 2": partial(make_classifier, partial(pw.Interlocking, horizon=2)),
+    "MomentumAuxiliary": partial(make_classifier, pw.MomentumAuxiliary),
+    "SCPL": partial(make_classifier, pw.SCPL),
+    "AssociatedLearning": partial(make_block_reader, ASSOCIATED),
+    "AssociatedLearning, mean decoder": partial(make_block_reader, partial(ASSOCIATED, decoder=mean_decoder)),
+    "MonoForward": partial(make_block_reader, pw.MonoForward),
+    "ForwardForward": partial(make_block_reader, pw.ForwardForward),
+    "DirectFeedback": partial(make_classifier, drop_class_count(pw.DirectFeedback)),
+    "LocalForwardGradient": partial(make_classifier, pw.LocalForwardGradient),
+    "CascadedForward, gradient": partial(make_block_reader, partial(pw.CascadedForward, head=GradientHead)),
     "CascadedForward, ridge": partial(
-        learned, partial(pw.CascadedForward, head=partial(RidgeHead, max_features=1024))
+        make_block_reader, partial(pw.CascadedForward, head=partial(RidgeHead, max_features=1024))
     ),
 }
 ON_TOKENS: dict[str, Method] = {
     **{
         f"Interlocking {horizon}": partial(
-            classifying, partial(pw.Interlocking, horizon=horizon, head=token_head)
+            make_classifier, partial(pw.Interlocking, horizon=horizon, head=make_token_head)
         )
         for horizon in (1, 2, 3)
     },
-    "next token": partial(learned, pw.LocalNextToken),
-    "next token, tied": tied,
+    "next token": partial(make_block_reader, pw.LocalNextToken),
+    "next token, tied": make_tied,
 }
 
 
-def methods_of(problem: Problem) -> dict[str, Method]:
+def list_methods(problem: Problem) -> dict[str, Method]:
     return {**BASELINES, **(ON_TOKENS if problem.tokens else ON_IMAGES)}
 
 
 # ---- running ---------------------------------------------------------------------------------------
 
 
-def batches(part: tuple[Tensor, Tensor], size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def draw_batches(
+    part: tuple[Tensor, Tensor], size: int, steps: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(part[1]), (size,), generator=generator)
@@ -226,51 +244,51 @@ def batches(part: tuple[Tensor, Tensor], size: int, steps: int, seed: int) -> It
 
 
 def train(
-    problem: Problem, method: Method, data: Split, rate: float, seed: int, judge: str, steps: int
+    problem: Problem, method: Method, data: Split, rate: float, seed: int, part_name: str, steps: int
 ) -> dict[str, float]:
     torch.manual_seed(seed)
-    trained = method(problem, pw.Blocks(problem.blocks(), data["train"][0][:2]), rate)
+    trainer = method(problem, pw.Blocks(problem.blocks(), data["train"][0][:2]), rate)
     start = time.process_time()
-    for x, y in batches(data["train"], problem.batch, steps, seed):
-        trained.step(x, y)
+    for x, y in draw_batches(data["train"], problem.batch, steps, seed):
+        trainer.step(x, y)
     seconds = time.process_time() - start
     result = {"rate": rate, "seed": seed, "samples_a_second": round(problem.batch * steps / seconds)}
-    x, y = next(batches(data["train"], problem.batch, 1, seed))
-    result["alive_bytes"] = most_alive(lambda: trained.step(x, y)) if judge == "test" else 0
-    return {**result, judge: problem.quality(trained.predict, data[judge])}
+    x, y = next(draw_batches(data["train"], problem.batch, 1, seed))
+    result["alive_bytes"] = most_alive(lambda: trainer.step(x, y)) if part_name == "test" else 0
+    return {**result, part_name: problem.compute_quality(trainer.predict, data[part_name])}
 
 
 def time_backpropagation(problem: Problem, data: Split) -> list[float]:
-    """Samples a second of CPU time in rounds of some steps of backpropagation."""
+    """Return samples per second of CPU time for some rounds of backpropagation."""
     torch.manual_seed(TUNING_SEED)
     blocks = pw.Blocks(problem.blocks(), data["train"][0][:2])
-    trained = BASELINES["backpropagation"](problem, blocks, RATES[1])
+    trainer = BASELINES["backpropagation"](problem, blocks, RATES[1])
     rates = []
     for number in range(1 + TIMED_ROUNDS):  # the first round warms up
-        drawn = list(batches(data["train"], problem.batch, ROUND_STEPS, number))
+        batches = list(draw_batches(data["train"], problem.batch, ROUND_STEPS, number))
         start = time.process_time()
-        for x, y in drawn:
-            trained.step(x, y)
+        for x, y in batches:
+            trainer.step(x, y)
         rates.append(problem.batch * ROUND_STEPS / (time.process_time() - start))
     return rates[1:]
 
 
-def train_beside(
+def train_and_time(
     problem: Problem, method: Method, data: Split, rate: float, seed: int, steps: int
 ) -> dict[str, float]:
-    """A final run, with the speed of backpropagation in the same process, just before and just after."""
+    """Run a final training, and time backpropagation in the same process just before and after it."""
     before = time_backpropagation(problem, data)
     result = train(problem, method, data, rate, seed, "test", steps)
-    beside = statistics.median([*before, *time_backpropagation(problem, data)])
-    return {**result, "backpropagation_samples_a_second": round(beside)}
+    reference = statistics.median([*before, *time_backpropagation(problem, data)])
+    return {**result, "backpropagation_samples_a_second": round(reference)}
 
 
 def tune_and_train(problem: Problem, method: Method, data: Split, small: bool) -> dict[str, Any]:
     short, long = (3, 5) if small else (problem.steps // 3, problem.steps)
     rates, seeds = (RATES[1:2], SEEDS[:1]) if small else (RATES, SEEDS)
     tuning = [train(problem, method, data, rate, TUNING_SEED, "validation", short) for rate in rates]
-    best = (min if problem.tokens else max)(tuning, key=lambda one: one["validation"])
-    final = [train_beside(problem, method, data, best["rate"], seed, long) for seed in seeds]
+    best = (min if problem.tokens else max)(tuning, key=lambda trial: trial["validation"])
+    final = [train_and_time(problem, method, data, best["rate"], seed, long) for seed in seeds]
     return {"processor": environment()["cpu"], "tuning": tuning, "final": final}
 
 
@@ -288,20 +306,20 @@ def run(names: list[str], only: list[str], small: bool) -> None:
     for name in names:
         problem = PROBLEMS[name]
         data = problem.read()
-        for label, method in methods_of(problem).items():
+        for label, method in list_methods(problem).items():
             if (only and label not in only) or (label in read()["workloads"][name] and not small):
                 continue
             entry = tune_and_train(problem, method, data, small)
-            test = [round(one["test"], 3) for one in entry["final"]]
+            test = [round(run["test"], 3) for run in entry["final"]]
             print(f"{name:12} {label:28} rate {entry['final'][0]['rate']:g}  test {test}", flush=True)
             if not small:
-                result = read()  # `follow` may have written meanwhile
+                result = read()  # `follow` may have written in the meantime
                 result["workloads"][name][label] = entry
                 write(result)
 
 
-def follow(name: str, labels: list[str], seeds: int, looks: int = 5) -> None:
-    """Train for longer, at the rates of the table, and look now and then; with seeds that are missing."""
+def follow(name: str, labels: list[str], seeds: int, evaluations: int = 5) -> None:
+    """Train for longer at the rates of the table, with the missing seeds, and evaluate several times."""
     problem = PROBLEMS[name]
     data = problem.read()
     for seed in SEEDS[:seeds]:
@@ -310,34 +328,34 @@ def follow(name: str, labels: list[str], seeds: int, looks: int = 5) -> None:
             if any(point["seed"] == seed for point in points):
                 continue
             rate = read()["workloads"][name][label]["final"][0]["rate"]
-            points += train_longer(problem, methods_of(problem)[label], data, rate, seed, looks)
-            test = [round(point["test"], 3) for point in points[-looks:]]
+            points += train_longer(problem, list_methods(problem)[label], data, rate, seed, evaluations)
+            test = [round(point["test"], 3) for point in points[-evaluations:]]
             print(f"{label:28} seed {seed}  test {test}", flush=True)
-            result = read()  # `run` may have written meanwhile
+            result = read()  # `run` may have written in the meantime
             result.setdefault("longer", {}).setdefault(name, {})[label] = points
             write(result)
 
 
 def train_longer(
-    problem: Problem, method: Method, data: Split, rate: float, seed: int, looks: int
+    problem: Problem, method: Method, data: Split, rate: float, seed: int, evaluations: int
 ) -> list[dict[str, float]]:
-    """Quality on validation and test data at so many equally spaced steps of a longer training."""
+    """Return the quality on validation and test data at equally spaced steps of a longer training."""
     torch.manual_seed(seed)
-    trained = method(problem, pw.Blocks(problem.blocks(), data["train"][0][:2]), rate)
+    trainer = method(problem, pw.Blocks(problem.blocks(), data["train"][0][:2]), rate)
     points = []
-    for step, (x, y) in enumerate(batches(data["train"], problem.batch, problem.longer, seed), 1):
-        trained.step(x, y)
-        if step % (problem.longer // looks) == 0:
-            judged = {part: problem.quality(trained.predict, data[part]) for part in ("validation", "test")}
-            points.append({"seed": seed, "step": step, **judged})
+    for step, (x, y) in enumerate(draw_batches(data["train"], problem.batch, problem.longer, seed), 1):
+        trainer.step(x, y)
+        if step % (problem.longer // evaluations) == 0:
+            qualities = {
+                part: problem.compute_quality(trainer.predict, data[part]) for part in ("validation", "test")
+            }
+            points.append({"seed": seed, "step": step, **qualities})
     return points
 
 
 def report() -> None:
     for name in PROBLEMS:
-        if (
-            table := TABLES.get(f"local-table-{name}")
-        ) is not None:  # there is one as soon as it has been run
+        if (table := TABLES.get(f"local-table-{name}")) is not None:  # a workload that never ran has no table
             print(f"\n**{name}**\n\n{table('')}", end="")
 
 
@@ -348,9 +366,9 @@ def main() -> None:
     running = commands.add_parser("run", help="tune and train")
     running.add_argument("--workload", action="append", choices=list(PROBLEMS), help="default: all")
     running.add_argument("--method", action="append", help="default: all")
-    running.add_argument("--small", action="store_true", help="a few steps, nothing is written")
-    commands.add_parser("report", help="the table")
-    following = commands.add_parser("follow", help="longer, for methods of the table")
+    running.add_argument("--small", action="store_true", help="run a few steps and write nothing")
+    commands.add_parser("report", help="print the table")
+    following = commands.add_parser("follow", help="train methods of the table for longer")
     following.add_argument(
         "--workload", required=True, choices=[name for name in PROBLEMS if PROBLEMS[name].longer]
     )

@@ -1,24 +1,25 @@
-"""Throughput of Associated Learning as a pipeline of two processes, against every other way to use them.
+"""Compare the throughput of Associated Learning as a pipeline of two processes with other methods.
 
     python benchmarks/pipeline.py                   # writes benchmarks/pipeline.json and pipeline.svg
-    python benchmarks/pipeline.py --schedules       # torch's schedules alone, zero bubble among them
+    python benchmarks/pipeline.py --schedules       # only torch's schedules, with zero bubble
 
-784 → 4 hidden layers of 1024 → 10, batch 256, Adam, one thread a process, gloo. All arms take turns in one
-run of two processes, in shuffled order; samples a second of whole runs of batches, filling and draining
-included, medians of the rounds. An arm of one process runs in the first while the other sleeps.
+The network has 784 inputs, 4 hidden layers of 1024 and 10 outputs, with batch 256, Adam, one thread per
+process, and gloo. All arms take turns in one run of two processes, in shuffled order. The figures are samples
+per second of whole runs of batches, including filling and draining, as medians over the rounds. An arm of one
+process runs in the first process while the second one sleeps.
 
 - "AL": the learner's four components, in one process or two stages, with each of several bridges; and two
-  learners that know nothing of each other, a process each: the speed that the machine has for two processes;
-- "backprop": the network that AL predicts with (blocks, last bridge, decoders), in one process, by DDP with
-  a batch of 256 for each process, and by torch's own GPipe and 1F1B with 4 micro-batches.
+  independent learners, one per process, as a measure of the speed that the machine has for two processes;
+- "backprop": the network that AL predicts with (blocks, last bridge, decoders), in one process, with DDP and
+  a batch of 256 per process, and with torch's GPipe and 1F1B with 4 micro-batches.
 
-"--schedules" compares GPipe, 1F1B and the two schedules of zero bubble, which have two smaller stages in each
+"--schedules" compares GPipe, 1F1B and the two zero-bubble schedules, which have two smaller stages in each
 process: interleaved (0 and 2 in the first) and V (0 and 3). Their gradients are first compared with those of
 one process.
 
-κ is AL's time over backprop's, both in one process. The discrete-event model (`benchmarks/forecast.py`) is
-fed with the stages' measured times; its points for two stages stand beside the measured ones, and it is asked
-for 2 to 64 stages of one component each over several links.
+κ is AL's time over backprop's, both in one process. The discrete-event model (`benchmarks/forecast.py`) gets
+the measured times of the stages. Its forecast for two stages is stored next to the measured figures; it also
+forecasts 2 to 64 stages of one component each over several links.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import torch
 
 from forecast import Link, StageCost, forecast
 from pictures import save_picture
-from pipeline_arms import ARMS, BATCH, BATCHES, BRIDGES, LAYERS, WIDTH, batches, learner, run_pair
+from pipeline_arms import ARMS, BATCH, BATCHES, BRIDGES, LAYERS, WIDTH, draw_batches, make_learner, run_pair
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.reports.bench_charts import thin
@@ -41,26 +42,26 @@ ROUNDS = 7
 OUT = Path(__file__).with_suffix(".json")
 
 
-def component_costs(bridge: str) -> list[StageCost]:
-    """Seconds of each component's forward and rest, one process, medians; bytes that it hands on."""
-    one = learner(bridge)
-    clocks: list[list[tuple[float, float]]] = [[] for _ in one.trainers]
-    for x, y in batches(BATCHES):
-        signal = one.signal(x, y)
-        for trainer, own in zip(one.trainers, clocks, strict=True):
+def measure_components(bridge: str) -> list[StageCost]:
+    """Measure each component in one process: median seconds of forward and of the rest, bytes to send."""
+    learner = make_learner(bridge)
+    clocks: list[list[tuple[float, float]]] = [[] for _ in learner.trainers]
+    for x, y in draw_batches(BATCHES):
+        signal = learner.signal(x, y)
+        for trainer, entry in zip(learner.trainers, clocks, strict=True):
             sent: list[float] = []
             start = time.perf_counter()
             signal, _ = trainer.learn(signal, 0, lambda _, s=sent: s.append(time.perf_counter()))
-            own.append((sent[0] - start, time.perf_counter() - sent[0]))
+            entry.append((sent[0] - start, time.perf_counter() - sent[0]))
     payload = 4 * BATCH * WIDTH
     return [
-        StageCost(statistics.median(f for f, _ in own), statistics.median(r for _, r in own), payload)
-        for own in clocks
+        StageCost(statistics.median(f for f, _ in entry), statistics.median(r for _, r in entry), payload)
+        for entry in clocks
     ]
 
 
-def together(costs: list[StageCost]) -> StageCost:
-    """Components of one stage: all but the last one's rest come before the signal leaves."""
+def combine_components(costs: list[StageCost]) -> StageCost:
+    """Combine the components of a stage: all work except the last one's rest precedes the signal."""
     forward = sum(cost.forward + cost.rest for cost in costs[:-1]) + costs[-1].forward
     return StageCost(forward, costs[-1].rest, costs[-1].payload)
 
@@ -73,24 +74,24 @@ LINKS = {
 }
 
 
-def summary(bridge: str, pair: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates, ratios taken round by round, bubble and forecasts of one kind of bridge."""
+def summarise_bridge(bridge: str, pair: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarise one kind of bridge: rates, ratios within rounds, bubble and forecasts."""
     seconds = pair[0]["seconds"]
 
     def ratio(name: str, other: str) -> float:
         return statistics.median(o / n for n, o in zip(seconds[name], seconds[other], strict=True))
 
-    costs = component_costs(bridge)
+    costs = measure_components(bridge)
     half = LAYERS // 2
-    two = forecast([together(costs[:half]), together(costs[half:])], BATCHES)
-    alone = BATCHES * sum(cost.forward + cost.rest for cost in costs)
-    start = min(span[0] for own in pair for span in own["spans"])
-    end = max(span[1] for own in pair for span in own["spans"])
-    busy = sum(b - a for own in pair for a, b in own["spans"])
-    inner = costs[1]  # a stage of one component, as often as asked
+    two = forecast([combine_components(costs[:half]), combine_components(costs[half:])], BATCHES)
+    single = BATCHES * sum(cost.forward + cost.rest for cost in costs)
+    start = min(span[0] for entry in pair for span in entry["spans"])
+    end = max(span[1] for entry in pair for span in entry["spans"])
+    busy = sum(b - a for entry in pair for a, b in entry["spans"])
+    inner = costs[1]  # every stage has this one component
     return {
         "samples_per_second": {
-            name: round(BATCH * BATCHES / statistics.median(own)) for name, own in seconds.items()
+            name: round(BATCH * BATCHES / statistics.median(entry)) for name, entry in seconds.items()
         },
         "kappa": 1 / ratio("AL, one process", "backprop, one process"),
         "null_control": ratio("backprop again (null control)", "backprop, one process"),
@@ -101,7 +102,7 @@ def summary(bridge: str, pair: list[dict[str, Any]]) -> dict[str, Any]:
         "of_ceiling": round(ratio("AL, pipeline", "AL, two learners apart (ceiling)"), 3),
         "bubble": round(1 - busy / (2 * (end - start)), 3),
         "forecast": {
-            "speed_up_of_two_stages": round(alone / two.seconds, 3),
+            "speed_up_of_two_stages": round(single / two.seconds, 3),
             "bubble_of_two_stages": round(two.bubble, 3),
             "speed_up_by_link_and_stages": {
                 name: {
@@ -113,19 +114,19 @@ def summary(bridge: str, pair: list[dict[str, Any]]) -> dict[str, Any]:
             },
         },
         "component_ms": [(round(1e3 * c.forward, 3), round(1e3 * c.rest, 3)) for c in costs],
-        "spans": [[(a - start, b - start) for a, b in own["spans"]] for own in pair],
+        "spans": [[(a - start, b - start) for a, b in entry["spans"]] for entry in pair],
         "seconds": seconds,
     }
 
 
 def compare_schedules(rounds: int) -> dict[str, Any]:
-    """Samples a second of torch's schedules, and their speed over 1F1B's, round by round."""
+    """Measure samples per second of torch's schedules, and their speed over 1F1B's within rounds."""
     seconds = run_pair(True, "one layer, code 64", rounds)[0]["seconds"]
-    rates = {name: round(BATCH * BATCHES / statistics.median(own)) for name, own in seconds.items()}
+    rates = {name: round(BATCH * BATCHES / statistics.median(entry)) for name, entry in seconds.items()}
     plain = seconds["backprop, 1F1B"]
     over = {
-        name: round(statistics.median(p / o for p, o in zip(plain, own, strict=True)), 3)
-        for name, own in seconds.items()
+        name: round(statistics.median(p / o for p, o in zip(plain, entry, strict=True)), 3)
+        for name, entry in seconds.items()
     }
     for name, rate in rates.items():
         print(f"  {name:36} {rate:7} samples/s   {over[name]:.2f} × 1F1B", flush=True)
@@ -133,7 +134,7 @@ def compare_schedules(rounds: int) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any]) -> None:
-    """The rates of the arms, and a Gantt chart of one run of the pipeline."""
+    """Draw the rates of the arms, and a Gantt chart of one run of the pipeline."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,9 +153,9 @@ def draw(result: dict[str, Any]) -> None:
     bars.grid(axis="y", alpha=0.3)
     bars.legend(fontsize=8)
     bridge, part = next(iter(result["bridges"].items()))
-    for stage, own in enumerate(part["spans"]):
-        for number, (start, end) in enumerate(own):
-            colour = plt.cm.viridis(number / len(own))
+    for stage, entry in enumerate(part["spans"]):
+        for number, (start, end) in enumerate(entry):
+            colour = plt.cm.viridis(number / len(entry))
             gantt.broken_barh([(1e3 * start, 1e3 * (end - start))], (1 - stage - 0.4, 0.8), color=colour)
     gantt.set_yticks([1, 0], ["stage 0", "stage 1"])
     gantt.set_xlabel(f"milliseconds; {BATCHES} batches, {bridge}, bubble {100 * part['bubble']:.0f} %")
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--bridge", action="append", choices=list(BRIDGES), help="default: all")
-    parser.add_argument("--schedules", action="store_true", help="torch's schedules alone")
+    parser.add_argument("--schedules", action="store_true", help="run only torch's schedules")
     options = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {"bridges": {}}
@@ -180,7 +181,7 @@ def main() -> None:
         return
     result["environment"] = environment()
     for bridge in options.bridge or list(BRIDGES):
-        part = summary(bridge, run_pair(False, bridge, options.rounds))
+        part = summarise_bridge(bridge, run_pair(False, bridge, options.rounds))
         result["bridges"][bridge] = part
         print(f"\n{bridge}: κ {part['kappa']:.2f}, null control {part['null_control']:.2f}, ", end="")
         print(f"{part['of_ceiling']:.2f} of ceiling, ", end="")

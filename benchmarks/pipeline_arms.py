@@ -1,4 +1,4 @@
-"""The arms of `pipeline.py`: ways to train with two processes, and how two processes take turns with them."""
+"""The arms of `pipeline.py`: methods to train with two processes, and the loop that runs them in turns."""
 
 import json
 import random
@@ -33,20 +33,20 @@ INPUT, WIDTH, LAYERS, CLASSES, BATCH, MICRO = 784, 1024, 4, 10, 256, 4
 BATCHES = 30
 
 
-def slim_bridge(shape: torch.Size, code: int) -> nn.Module:
-    """One sigmoid layer."""
+def make_slim_bridge(shape: torch.Size, code: int) -> nn.Module:
+    """Make a bridge of one sigmoid layer."""
     return nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), code), nn.Sigmoid())
 
 
 BRIDGES: dict[str, tuple[int, MakeBridge]] = {
     "the paper's bridge, code 64": (64, wide_bridge),
     "the paper's bridge, code 32": (32, wide_bridge),
-    "one layer, code 64": (64, slim_bridge),
+    "one layer, code 64": (64, make_slim_bridge),
     "the paper's bridge, code 256": (256, wide_bridge),
 }
 
 
-def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def draw_batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, INPUT, generator=generator)
     y = torch.randint(CLASSES, (BATCH,), generator=generator)
@@ -54,77 +54,77 @@ def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, y
 
 
-def adam(parameters: Any) -> torch.optim.Optimizer:
+def make_adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-def learner(bridge: str) -> pw.AssociatedLearning:
+def make_learner(bridge: str) -> pw.AssociatedLearning:
     torch.manual_seed(0)
     widths = [INPUT] + [WIDTH] * LAYERS
     body = [nn.Sequential(nn.Linear(a, b), nn.ELU()) for a, b in pairwise(widths)]
     code, make = BRIDGES[bridge]
     blocks = pw.Blocks(body, torch.zeros(2, INPUT))
-    return pw.AssociatedLearning(blocks, CLASSES, code=code, bridge=make, optimizer=adam)
+    return pw.AssociatedLearning(blocks, CLASSES, code=code, bridge=make, optimizer=make_adam)
 
 
-def inference_network(bridge: str) -> nn.Sequential:
-    """Blocks, last bridge, decoders, one after another."""
-    path = learner(bridge).as_module()
+def make_inference_network(bridge: str) -> nn.Sequential:
+    """Return the blocks, the last bridge and the decoders as one network."""
+    path = make_learner(bridge).as_module()
     return nn.Sequential(*path.blocks, path.bridge, *path.decoders)
 
 
 # ---- the arms: each makes a function that trains on BATCHES batches -------------------------------
 
 
-def one_process_al(bridge: str, rank: int) -> Callable[[], None]:
-    one = learner(bridge)
+def make_one_process_al(bridge: str, rank: int) -> Callable[[], None]:
+    learner = make_learner(bridge)
 
     def run() -> None:
         if rank == 0:
-            for x, y in batches(BATCHES):
-                one.step(x, y)
+            for x, y in draw_batches(BATCHES):
+                learner.step(x, y)
 
     return run
 
 
-def two_al(bridge: str, rank: int) -> Callable[[], None]:
-    """Each process trains a learner of its own on half of the batches: what two cores at once can give."""
-    one = learner(bridge)
+def make_two_learners(bridge: str, rank: int) -> Callable[[], None]:
+    """Train one learner per process on half of the batches, to measure what two cores can give at once."""
+    learner = make_learner(bridge)
 
     def run() -> None:
-        for x, y in batches(BATCHES // 2):
-            one.step(x, y)
+        for x, y in draw_batches(BATCHES // 2):
+            learner.step(x, y)
 
     return run
 
 
 class PipelineArm:
-    """AL in two stages; keeps when each batch was worked on."""
+    """AL in two stages; records the start and end of each batch."""
 
     def __init__(self, bridge: str, rank: int) -> None:
-        one = learner(bridge)
-        self.pipeline = Pipeline(one)
+        learner = make_learner(bridge)
+        self.pipeline = Pipeline(learner)
         self.spans: list[tuple[float, float]] = []
-        self.began = 0.0
+        self.started = 0.0
         first = self.pipeline.trainers[0].component
         first.register_forward_pre_hook(self._begin)
-        one.callbacks.append(lambda _: self.spans.append((self.began, time.perf_counter())))
+        learner.callbacks.append(lambda _: self.spans.append((self.started, time.perf_counter())))
 
     def _begin(self, *_: object) -> None:
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
 
     def __call__(self) -> None:
         self.spans.clear()
-        self.pipeline.run(batches(BATCHES))
+        self.pipeline.run(draw_batches(BATCHES))
 
 
-def one_process_backprop(bridge: str, rank: int) -> Callable[[], None]:
-    model = inference_network(bridge)
-    optimizer = adam(model.parameters())
+def make_one_process_backprop(bridge: str, rank: int) -> Callable[[], None]:
+    model = make_inference_network(bridge)
+    optimizer = make_adam(model.parameters())
 
     def run() -> None:
         if rank == 0:
-            for x, y in batches(BATCHES):
+            for x, y in draw_batches(BATCHES):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
@@ -132,12 +132,12 @@ def one_process_backprop(bridge: str, rank: int) -> Callable[[], None]:
     return run
 
 
-def ddp(bridge: str, rank: int) -> Callable[[], None]:
-    model = DistributedDataParallel(inference_network(bridge))
-    optimizer = adam(model.parameters())
+def make_ddp(bridge: str, rank: int) -> Callable[[], None]:
+    model = DistributedDataParallel(make_inference_network(bridge))
+    optimizer = make_adam(model.parameters())
 
     def run() -> None:
-        for x, y in batches(BATCHES // 2):  # each process has half of the samples
+        for x, y in draw_batches(BATCHES // 2):  # each process has half of the samples
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -151,12 +151,12 @@ class TorchPipeline:
     Args:
         schedule_class: the schedule.
         owners: the process of each stage.
-        bridge: which network.
-        rank: this process.
+        bridge: name of the bridge, which determines the network.
+        rank: rank of this process.
     """
 
     def __init__(self, schedule_class: Any, owners: tuple[int, ...], bridge: str, rank: int) -> None:
-        network, count = inference_network(bridge), len(owners)
+        network, count = make_inference_network(bridge), len(owners)
         edges = [LAYERS // count * number for number in range(count)]
         parts = [
             network[a:b] for a, b in zip(edges, [*edges[1:], None], strict=True)
@@ -168,28 +168,28 @@ class TorchPipeline:
         )
         self.network, self.mine = network, [p for number in mine for p in parts[number].parameters()]
         self.first, self.last = owners[0] == rank, owners[-1] == rank
-        self.optimizer = adam(self.mine)
+        self.optimizer = make_adam(self.mine)
 
     def backward(self, x: Tensor, y: Tensor) -> None:
-        """The gradients of this process's stages."""
+        """Compute the gradients of this process's stages."""
         self.optimizer.zero_grad()
-        goal: dict[str, Any] = {"target": y, "losses": []} if self.last else {}
-        self.schedule.step(*([x] if self.first else []), **goal)
+        targets: dict[str, Any] = {"target": y, "losses": []} if self.last else {}
+        self.schedule.step(*([x] if self.first else []), **targets)
 
     def __call__(self) -> None:
-        for x, y in batches(BATCHES):
+        for x, y in draw_batches(BATCHES):
             self.backward(x, y)
             self.optimizer.step()
 
     def check(self) -> None:
-        """Raise if a gradient is not that of the whole network in one process."""
-        x, y = next(batches(1))
+        """Raise an error if a gradient differs from that of the whole network in one process."""
+        x, y = next(draw_batches(1))
         self.backward(x, y)
-        found = [p.grad.clone() for p in self.mine]
+        gradients = [p.grad.clone() for p in self.mine]
         for p in self.network.parameters():
             p.grad = None
         F.cross_entropy(self.network(x), y).backward()
-        for p, gradient in zip(self.mine, found, strict=True):
+        for p, gradient in zip(self.mine, gradients, strict=True):
             torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-7)
 
 
@@ -202,13 +202,13 @@ SCHEDULES: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 ARMS: dict[str, Callable[[str, int], Callable[[], None]]] = {
-    "AL, one process": one_process_al,
+    "AL, one process": make_one_process_al,
     "AL, pipeline": PipelineArm,
-    "AL, two learners apart (ceiling)": two_al,
-    "backprop, one process": one_process_backprop,
-    "backprop again (null control)": one_process_backprop,
+    "AL, two learners apart (ceiling)": make_two_learners,
+    "backprop, one process": make_one_process_backprop,
+    "backprop again (null control)": make_one_process_backprop,
     **{name: partial(TorchPipeline, *SCHEDULES[name]) for name in ("backprop, 1F1B", "backprop, GPipe")},
-    "backprop, DDP": ddp,
+    "backprop, DDP": make_ddp,
 }
 
 
@@ -218,8 +218,8 @@ SCHEDULE_ARMS: dict[str, Callable[[str, int], Callable[[], None]]] = {
 }
 
 
-def main_of(rank: int, folder: str, schedules: bool, bridge: str, rounds: int) -> None:
-    """One of the two processes."""
+def run_process(rank: int, folder: str, schedules: bool, bridge: str, rounds: int) -> None:
+    """Run all arms in one of the two processes."""
     torch.set_num_threads(1)
     init = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init, rank=rank, world_size=2, timeout=timedelta(seconds=120))
@@ -251,7 +251,7 @@ def run_pair(schedules: bool, bridge: str, rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         context = get_context("spawn")
         pair = [
-            context.Process(target=main_of, args=(r, folder, schedules, bridge, rounds)) for r in range(2)
+            context.Process(target=run_process, args=(r, folder, schedules, bridge, rounds)) for r in range(2)
         ]
         for process in pair:
             process.start()
