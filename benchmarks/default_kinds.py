@@ -1,11 +1,11 @@
-"""Do rules help embeddings and norms, too? What decides which kinds of maps a rule takes by default.
+"""Measure whether rules help on embeddings and norms too, to choose the kinds of maps they take by default.
 
     python benchmarks/default_kinds.py char-transformer    # resumes if interrupted
     python benchmarks/default_kinds.py cifar-resnet
 
-Each rule, on AdamW, trains a workload of the arena twice: with its default kinds (matrices), and with all of
-them. Both have the same tuned number, the rate (0.003, 0.01, 0.03, by the last validation loss), and then
-fresh seeds. The table says the validation loss at the end and the steps to the arena's target.
+Each rule, on AdamW, trains a workload of the arena twice: with its default kinds (matrices) and with all
+kinds. In both cases the rate is tuned (0.003, 0.01 or 0.03, by the last validation loss), and fresh seeds
+follow. The table shows the validation loss at the end and the steps to the arena's target.
 """
 
 import argparse
@@ -33,7 +33,7 @@ OUT = HERE / "default_kinds.json"
 
 
 def make_arm(rule: str, kinds: str) -> Method:
-    """A rule that takes some kinds of maps, on AdamW."""
+    """Make a method: a rule on AdamW that takes some kinds of maps."""
 
     def begin(context: TrialContext) -> Trainer:
         rate = context.numbers["rate"]
@@ -47,15 +47,15 @@ def make_arm(rule: str, kinds: str) -> Method:
 
 
 def choose_last(lines: Sequence[TrialRecord], _: float | None) -> TrialRecord | None:
-    """The rate with the lowest validation loss at the end."""
+    """Choose the rate with the lowest validation loss at the end."""
     finished = [line for line in lines if line["failure"] is None]
     return min(finished, key=lambda line: line["validation"][-1], default=None)
 
 
 def summarise(lines: Sequence[TrialRecord], target: float) -> dict[str, Any]:
-    """The final runs of an arm."""
+    """Summarise the final runs of an arm."""
     final = [line for line in lines if line["purpose"] == FINAL]
-    if not final:  # every tuning trial has failed
+    if not final:  # all tuning trials failed
         return {"rate": None, "validation": [], "steps to target": []}
     ends = [None if line["failure"] else round(line["validation"][-1], 4) for line in final]
     steps = []
@@ -67,7 +67,7 @@ def summarise(lines: Sequence[TrialRecord], target: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the arms of one workload that are missing, and print the table."""
+    """Run the missing arms of one workload, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,7 +79,7 @@ def main() -> None:
     ledger = Ledger(HERE.parent / "runs" / f"default_kinds_{workload.name}.jsonl")
     design = Design(arguments.seeds, tracks=(TUNED,), choose=choose_last)
     arms = [make_arm("", "")] + [make_arm(rule, kinds) for rule in RULES for kinds in KINDS]
-    found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    results: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     table: dict[str, Any] = {}
     for arm in arms:
         lines = run_arms(workload, [arm], design, ledger).lines(workload.name, arm.name)
@@ -87,8 +87,8 @@ def main() -> None:
         ends = [end for end in table[arm.name]["validation"] if end is not None]
         middle = f"{statistics.median(ends):.4f}" if ends else "failed"
         print(f"{arm.name:24} rate {table[arm.name]['rate']!s:<6} {middle}  {table[arm.name]}", flush=True)
-        found[workload.name] = {"target": target, "arms": table, "environment": environment()}
-        write_whole(OUT, json.dumps(found, indent=1) + "\n")
+        results[workload.name] = {"target": target, "arms": table, "environment": environment()}
+        write_whole(OUT, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

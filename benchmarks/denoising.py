@@ -1,15 +1,16 @@
-"""Gaussian noise taken from real images: four unrolled solvers with learned filters, blur, total variation.
+"""Compare methods that remove Gaussian noise from real images: four unfolded solvers, blur, total variation.
 
     python benchmarks/denoising.py                    # writes benchmarks/denoising.json and .svg
 
-Grey CIFAR-10 images, or Fashion-MNIST where those are missing. Each `plywise.nn.UnfoldedDenoiser` is trained
-once, on patches of 16×16 with noise of all levels, which it is told. A Gaussian blur and total variation (the
-differences of neighbours as fixed filters, 40 steps) each get the best of a grid for each level, by the PSNR
-on images of the training part that nobody trains on. PSNR is the mean over test images; all outputs are
-clamped to [0, 1], the noisy input is not. One thread, one seed, so no spread is known; seconds are of CPU.
+The images are grey CIFAR-10 images, or Fashion-MNIST if those are missing. Each `plywise.nn.UnfoldedDenoiser`
+is trained once, on patches of 16×16 with noise of all levels; the level is an input. A Gaussian blur and
+total variation (the differences of neighbours as fixed filters, 40 steps) use the best parameter of a grid
+for each level, by the PSNR on images of the training part that are not used for training. PSNR is the mean
+over test images; all outputs are clamped to [0, 1], the noisy input is not. There is one thread and one seed,
+so the spread over seeds is unknown; seconds are CPU time.
 
-The script has a loop of its own because each step draws other patches and other noise: a trial of the arena
-trains on batches of a data set.
+The script has its own training loop because each step draws new patches and new noise, while a trial of the
+arena trains on batches of a data set.
 """
 
 import json
@@ -40,13 +41,13 @@ Table = dict[str, dict[str, float]]
 About = dict[str, dict[str, object]]
 
 
-def grey() -> tuple[str, Tensor, Tensor]:
-    """A set's name, its training and its test images (N, 1, H, W) in [0, 1], both cut short."""
+def read_grey_images() -> tuple[str, Tensor, Tensor]:
+    """Return the name of the data set and some training and test images (N, 1, H, W) in [0, 1]."""
     luminance = torch.tensor([0.299, 0.587, 0.114])
     try:
         train, _, test, _ = load_cifar10()
     except PlywiseError as error:
-        print(f"{error}\nFashion-MNIST it is.")
+        print(f"{error}\nFashion-MNIST is used instead.")
         train, _, test, _ = load_grey_images("fashion_mnist")
         name, to_grey = "Fashion-MNIST", lambda x: x
     else:
@@ -55,12 +56,12 @@ def grey() -> tuple[str, Tensor, Tensor]:
     return name, *(to_grey(part.float() / 255).unsqueeze(1) for part in parts)
 
 
-def psnr(images: Tensor, clean: Tensor) -> float:
-    """Mean over images, dB."""
+def compute_psnr(images: Tensor, clean: Tensor) -> float:
+    """Return the mean PSNR over images, in dB."""
     return -10 * (images - clean).square().mean((1, 2, 3)).log10().mean().item()
 
 
-def noisy(clean: Tensor, level: float | Tensor, seed: int) -> Tensor:
+def add_noise(clean: Tensor, level: float | Tensor, seed: int) -> Tensor:
     return clean + level * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -72,28 +73,28 @@ def blur(x: Tensor, width: float) -> Tensor:
     return nn.functional.conv2d(nn.functional.conv2d(padded, taps), taps.mT).clamp(0, 1)
 
 
-def total_variation(depth: int = 40) -> Denoiser:
-    """A solver whose filters are the differences of neighbours."""
+def make_total_variation(depth: int = 40) -> Denoiser:
+    """Make a solver whose filters are the differences of neighbours."""
     solver = UnfoldedDenoiser("DDiFB", channels=1, features=2, depth=depth)
     differences = torch.zeros(2, 1, 3, 3)
     differences[0, 0, 1, 1:] = differences[1, 0, 1:, 1] = torch.tensor([-1.0, 1.0])
     with torch.no_grad():
         solver.operators.weight.copy_(differences)
-    # at the border the difference is to a zero outside, so the image is continued by its last pixels
-    grown = lambda x: nn.functional.pad(x, [4] * 4, mode="replicate")  # noqa: E731
-    return lambda x, weight: solver(grown(x), math.sqrt(weight))[..., 4:-4, 4:-4]
+    # outside the border the solver sees zeros, so the image is padded with its last pixels
+    pad = lambda x: nn.functional.pad(x, [4] * 4, mode="replicate")  # noqa: E731
+    return lambda x, weight: solver(pad(x), math.sqrt(weight))[..., 4:-4, 4:-4]
 
 
-def tuned(denoise: Denoiser, grid: list[float], clean: Tensor, level: float) -> float:
-    """The number of the grid with the best PSNR."""
-    x = noisy(clean, level, 1)
-    best = max(grid, key=lambda number: psnr(denoise(x, number), clean))
+def tune_filter(denoise: Denoiser, grid: list[float], clean: Tensor, level: float) -> float:
+    """Return the number of the grid with the best PSNR."""
+    x = add_noise(clean, level, 1)
+    best = max(grid, key=lambda number: compute_psnr(denoise(x, number), clean))
     if best in (grid[0], grid[-1]):
-        print(f"  the best of the grid is its end: {best:g}")
+        print(f"  the best value is at the end of the grid: {best:g}")
     return best
 
 
-def trained(scheme: str, clean: Tensor) -> UnfoldedDenoiser:
+def train_denoiser(scheme: str, clean: Tensor) -> UnfoldedDenoiser:
     torch.manual_seed(0)
     denoiser = UnfoldedDenoiser(scheme, channels=1, features=FEATURES, depth=DEPTH)
     optimizer = torch.optim.Adam(denoiser.parameters(), RATE)
@@ -104,7 +105,9 @@ def trained(scheme: str, clean: Tensor) -> UnfoldedDenoiser:
         batch = clean[torch.randint(len(clean), (BATCH,), generator=generator)]
         batch = batch[..., top : top + PATCH, left : left + PATCH]
         level = (5 + 50 * torch.rand(BATCH, generator=generator)) / 255
-        loss = nn.functional.mse_loss(denoiser(noisy(batch, level.reshape(-1, 1, 1, 1), step), level), batch)
+        loss = nn.functional.mse_loss(
+            denoiser(add_noise(batch, level.reshape(-1, 1, 1, 1), step), level), batch
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,8 +115,8 @@ def trained(scheme: str, clean: Tensor) -> UnfoldedDenoiser:
     return denoiser
 
 
-def picture(table: Table, dataset: str) -> None:
-    """PSNR over the noise's level, above that of the blur."""
+def draw_picture(table: Table, dataset: str) -> None:
+    """Draw the PSNR of each method at each noise level."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -122,8 +125,8 @@ def picture(table: Table, dataset: str) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     names = list(table)
     for index, name in enumerate(names):
-        places = [k + (index - (len(names) - 1) / 2) * 0.12 for k in range(len(LEVELS))]
-        bars = axis.bar(places, list(table[name].values()), 0.11, label=name)
+        positions = [k + (index - (len(names) - 1) / 2) * 0.12 for k in range(len(LEVELS))]
+        bars = axis.bar(positions, list(table[name].values()), 0.11, label=name)
         axis.bar_label(bars, fmt="%.1f", fontsize=6.5, padding=1)
     axis.set_xticks(range(len(LEVELS)), [f"σ = {255 * level:.0f}/255" for level in LEVELS])
     axis.set(ylabel="PSNR, dB", ylim=(12, 36), title=f"{dataset}: {TEST} test images")
@@ -134,32 +137,32 @@ def picture(table: Table, dataset: str) -> None:
 
 
 def compare_filters(validation: Tensor, test: Tensor, noise: dict[str, Tensor]) -> tuple[Table, About]:
-    """PSNR of the filters, each tuned for each level, and the numbers chosen."""
+    """Return the PSNR of the filters, tuned for each level, and the chosen numbers."""
     table, about = {}, {}
     with torch.no_grad():
-        for name, denoise, grid in (("blur", blur, BLURS), ("TV", total_variation(), WEIGHTS)):
-            best = [tuned(denoise, grid, validation, level) for level in LEVELS]
+        for name, denoise, grid in (("blur", blur, BLURS), ("TV", make_total_variation(), WEIGHTS)):
+            best = [tune_filter(denoise, grid, validation, level) for level in LEVELS]
             about[name] = {"tuned": best}
             table[name] = {
-                level: psnr(denoise(x, number), test)
+                level: compute_psnr(denoise(x, number), test)
                 for (level, x), number in zip(noise.items(), best, strict=True)
             }
     return table, about
 
 
 def compare_networks(train: Tensor, test: Tensor, noise: dict[str, Tensor]) -> tuple[Table, About]:
-    """PSNR of the unfolded schemes, each trained once, and what that took."""
+    """Return the PSNR of the unfolded schemes, each trained once, with their size and training time."""
     table, about = {}, {}
     for scheme in SCHEMES:
         start = time.process_time()
-        denoiser = trained(scheme, train)
+        denoiser = train_denoiser(scheme, train)
         about[scheme] = {
             "weights": sum(p.numel() for p in denoiser.parameters()),
             "training_cpu_s": time.process_time() - start,
         }
         with torch.no_grad():
             table[scheme] = {
-                name: psnr(denoiser(x, level), test)
+                name: compute_psnr(denoiser(x, level), test)
                 for (name, x), level in zip(noise.items(), LEVELS, strict=True)
             }
     return table, about
@@ -180,10 +183,10 @@ def describe_settings(dataset: str) -> dict[str, object]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dataset, train, test = grey()
+    dataset, train, test = read_grey_images()
     train, validation = train[:TRAIN], train[TRAIN:]
-    noise = {f"{255 * level:.0f}/255": noisy(test, level, 2) for level in LEVELS}
-    table: Table = {"noisy": {name: psnr(x, test) for name, x in noise.items()}}
+    noise = {f"{255 * level:.0f}/255": add_noise(test, level, 2) for level in LEVELS}
+    table: Table = {"noisy": {name: compute_psnr(x, test) for name, x in noise.items()}}
     about: About = {}
     for rows, facts in (compare_filters(validation, test, noise), compare_networks(train, test, noise)):
         table |= rows
@@ -198,7 +201,7 @@ def main() -> None:
         "about": about,
     }
     write_whole(Path(__file__).with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    picture(table, dataset)
+    draw_picture(table, dataset)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How the benchmarks save their pictures: the same bytes each time, and no more of them than can be seen.
+"""Save the pictures of the benchmarks as small SVG files with the same bytes each time.
 
-python benchmarks/pictures.py benchmarks/*.svg    # make pictures small that another program has saved
+python benchmarks/pictures.py benchmarks/*.svg    # shrink pictures that another program has saved
 """
 
 import io
@@ -12,12 +12,14 @@ from typing import Any
 from plywise._util.files import write_whole
 
 NUMBER = re.compile(r"-?\d+\.\d+")
-PLACES = re.compile(r'(?<= d=")[^"]*|(?<= x=")[^"]*|(?<= y=")[^"]*|(?<=translate\()[^)]*|(?<= points=")[^"]*')
-UNSEEN = re.compile(r"<!DOCTYPE.*?>\s*|<metadata>.*?</metadata>\s*|<!--.*?-->\s*", re.DOTALL)
+COORDINATES = re.compile(
+    r'(?<= d=")[^"]*|(?<= x=")[^"]*|(?<= y=")[^"]*|(?<=translate\()[^)]*|(?<= points=")[^"]*'
+)
+INVISIBLE = re.compile(r"<!DOCTYPE.*?>\s*|<metadata>.*?</metadata>\s*|<!--.*?-->\s*", re.DOTALL)
 
 
 def save_picture(figure: Any, path: Path | str) -> None:
-    """Save a figure of matplotlib as a small SVG."""
+    """Save a matplotlib figure as a small SVG."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "plywise"}):
@@ -27,12 +29,12 @@ def save_picture(figure: Any, path: Path | str) -> None:
 
 
 def shrink(svg: str) -> str:
-    """An SVG with places to a tenth of a point, and without what no viewer shows."""
-    return re.sub(r"\n\s*", "\n", PLACES.sub(_round_places, UNSEEN.sub("", svg)))
+    """Round the coordinates of an SVG to a tenth of a point, and remove its invisible parts."""
+    return re.sub(r"\n\s*", "\n", COORDINATES.sub(_round_coordinates, INVISIBLE.sub("", svg)))
 
 
-def _round_places(places: re.Match[str]) -> str:
-    return " ".join(NUMBER.sub(lambda number: f"{round(float(number[0]), 1):g}", places[0]).split())
+def _round_coordinates(coordinates: re.Match[str]) -> str:
+    return " ".join(NUMBER.sub(lambda number: f"{round(float(number[0]), 1):g}", coordinates[0]).split())
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def spectral_burgers(nu, points, end, step):
 @pytest.mark.parametrize("end", [0.2, 0.6])
 def test_cole_hopf_against_a_spectral_solver(benchmark, end):
     x, u = spectral_burgers(benchmark.NU, 2048, end, 5e-4)
-    np.testing.assert_allclose(benchmark.cole_hopf(x, np.full_like(x, end)), u, atol=1e-6)
+    np.testing.assert_allclose(benchmark.solve_by_cole_hopf(x, np.full_like(x, end)), u, atol=1e-6)
 
 
 def test_the_source_makes_the_coefficient_and_the_potential_a_solution(benchmark):
@@ -254,8 +254,8 @@ def test_the_data_are_points_of_the_solutions(benchmark):
     exact = torch.stack([benchmark.potential(x), benchmark.coefficient(x)], 1)
     known = ~targets.isnan()
     torch.testing.assert_close(targets[known], exact[known], atol=1e-6, rtol=1e-6)
-    x, targets = benchmark.burgers_data(generator)
-    exact = benchmark.cole_hopf(*x.double().numpy().T)
+    x, targets = benchmark.draw_burgers_data(generator)
+    exact = benchmark.solve_by_cole_hopf(*x.double().numpy().T)
     np.testing.assert_allclose(targets[:, 0], exact, atol=1e-6)
 
 
