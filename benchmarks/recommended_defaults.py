@@ -1,12 +1,12 @@
-"""Where the defaults of `plywise.recommend` come from: six small sets that no bench of ours judges.
+"""Find the defaults of `plywise.recommend` on six small data sets that none of our benches uses.
 
     python benchmarks/recommended_defaults.py    # writes recommended_defaults.json in half an hour; resumes
 
-Wine quality and yachts (tables), MNIST with an MLP, a ConvNet and a small ResNet, and characters of film
-reviews with a transformer. Each arm differs from the defaults in one setting and is not tuned otherwise. The
-table says the training loss at the end and the lowest loss on held-out data (medians of three seeds), and
-the geometric means over the sets of their ratios to the defaults', and of the CPU time's. The defaults with
-other seeds are the null control.
+The data sets are wine quality and yachts (tables), MNIST with an MLP, a ConvNet and a small ResNet, and
+characters of film reviews with a transformer. Each arm differs from the defaults in one setting; nothing is
+tuned. The table shows the final training loss and the lowest loss on held-out data (medians of three seeds).
+It also shows the ratios of both losses and of the CPU time to those of the defaults, as geometric means over
+the data sets. The defaults with other seeds are the null control.
 """
 
 import json
@@ -48,7 +48,7 @@ CHARACTERS, CONTEXT = 100, 32
 
 
 def read_images(flat: bool) -> Data:
-    """4,000 images of MNIST, and twice 1,000 others; pixels from 0 to 1."""
+    """Read 4,000 images of MNIST and two parts of 1,000 others; pixels are from 0 to 1."""
     images, labels, *_ = load_grey_images("mnist")
     x, y = torch.from_numpy(images).float().div(255).unsqueeze(1), torch.from_numpy(labels).long()
     parts = draw_parts(x, y, (4000, 1000, 1000))
@@ -56,7 +56,7 @@ def read_images(flat: bool) -> Data:
 
 
 def read_characters() -> Data:
-    """Windows of 32 characters of film reviews, and the characters after each; rare ones count as one."""
+    """Read windows of 32 characters of film reviews and their next characters; rare ones share a code."""
     text = " ".join(row["text"] for row in read_rows(DATA / "imdb_subset.csv.gz")[:400])
     codes = torch.tensor([min(max(ord(character) - 32, 0), CHARACTERS - 1) for character in text])
     windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
@@ -67,7 +67,7 @@ def read_characters() -> Data:
 def make_workload(
     name: str, network: Callable[[], nn.Module], read: Callable[[], Data], task: Task, steps: int
 ) -> Workload:
-    """A set and a network; nothing is tuned, so that a target is not needed."""
+    """Make a workload from a data set and a network; nothing is tuned, so it needs no target."""
     return Workload(name, "", network, read, task, BATCH, steps, target=0.0)
 
 
@@ -119,13 +119,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "weight decay 0.01": {"weight_decay": 0.01},
     "renewed every 10 steps": INTERVALS,
 }
-"""Settings of `plywise.recommend`, or of its rule."""
+"""The arms, by their settings of `plywise.recommend` or of its rule."""
 
 ADAMW = (0.003, 0.01)
 
 
 def make_recommended(name: str, settings: dict[str, Any]) -> Method:
-    """What `recommend` makes with these settings."""
+    """Make a method from `recommend` with these settings."""
 
     def begin(context: TrialContext) -> Trainer:
         chosen = recommend(context, {key: value for key, value in settings.items() if key not in INTERVALS})
@@ -141,13 +141,13 @@ def make_recommended(name: str, settings: dict[str, Any]) -> Method:
 
 
 def recommend(context: TrialContext, settings: dict[str, Any]) -> pw.Recommendation:
-    """The recommended method for a trial's model."""
+    """Return the recommendation for a trial's model."""
     batch = (context.example,)
     return pw.recommend(context.model, batch=batch, batch_size=BATCH, on_nonfinite="propagate", **settings)
 
 
 def train_with_plain_sizes(context: TrialContext) -> Trainer:
-    """Muon's steps as large as AdamW's, as its users usually have them."""
+    """Scale Muon's steps to the size of AdamW's, as is usual."""
     optimizer = recommend(context, {}).optimizer
     for group in optimizer.param_groups:
         group["adjust_lr_fn"] = "match_rms_adamw"
@@ -155,7 +155,7 @@ def train_with_plain_sizes(context: TrialContext) -> Trainer:
 
 
 def train_by_adamw(context: TrialContext) -> Trainer:
-    """AdamW for all parameters, in the same coordinates, with settings that suit it."""
+    """Use AdamW for all parameters, in the same coordinates, with settings that suit it."""
     optimizer = AdamW(context.model.parameters(), 0.015, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return end_to_end(context, optimizer, pw.Coordinates(damping=0.3))
 
@@ -164,7 +164,7 @@ OTHERS = {"steps as large as AdamW's": train_with_plain_sizes, "AdamW for all pa
 
 
 def make_adamw(rate: float) -> Method:
-    """AdamW alone."""
+    """Make a method: AdamW without a rule."""
 
     def begin(context: TrialContext) -> Trainer:
         return end_to_end(context, AdamW(context.model.parameters(), rate, fused=True))
@@ -173,7 +173,7 @@ def make_adamw(rate: float) -> Method:
 
 
 def summarise(lines: list[TrialRecord]) -> dict[str, float]:
-    """Medians of some runs; infinite losses if one has failed."""
+    """Return the medians of some runs; the losses are infinite if a run has failed."""
     failed = any(line["failure"] for line in lines)
     found = [[line["loss"][-1], min(line["validation"])] for line in lines if not failed]
     training, validation = map(statistics.median, zip(*found, strict=True)) if found else (math.inf, math.inf)
@@ -185,7 +185,7 @@ def summarise(lines: list[TrialRecord]) -> dict[str, float]:
 
 
 def compare(row: Row, others: Row) -> dict[str, float]:
-    """Geometric means over the sets of this arm's figures over another's."""
+    """Return the ratios of this arm's figures to another's, as geometric means over the sets."""
     return {
         key: statistics.geometric_mean(row[name][key] / others[name][key] for name in others)
         for key in ("training", "validation", "cpu")
@@ -193,10 +193,12 @@ def compare(row: Row, others: Row) -> dict[str, float]:
 
 
 def report(table: dict[str, Row], first: str, path: Path) -> None:
-    """Print what each arm reached, beside the first one, and write it."""
+    """Print and write the results of each arm, and the ratios to the first one."""
     ratios = {name: compare(row, table[first]) for name, row in table.items()}
     for name, row in table.items():
-        losses = "  ".join(f"{one['training']:.4f} {one['validation']:.4f}" for one in row.values())
+        losses = "  ".join(
+            f"{figures['training']:.4f} {figures['validation']:.4f}" for figures in row.values()
+        )
         texts = [f"{key} {value:.2f}" for key, value in ratios[name].items()]
         print(f"{name:24} {losses}  over {first}: {', '.join(texts)}")
     found = {"arms": table, "ratios": ratios}
@@ -205,7 +207,7 @@ def report(table: dict[str, Row], first: str, path: Path) -> None:
 
 
 def run_untuned(arms: list[Method], path: Path) -> None:
-    """Run what is missing of these arms on all sets, print the table beside the first arm, and write it."""
+    """Run the missing trials of these arms on all sets, then print and write the table."""
     torch.set_num_threads(1)
     ledger = Ledger(HERE.parent / "runs" / path.with_suffix(".jsonl").name)
     design = Design(SEEDS, tracks=(DEFAULTS,))

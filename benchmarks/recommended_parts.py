@@ -1,11 +1,11 @@
-"""What the coordinates bring in `plywise.recommend`, and on which layers.
+"""Measure the benefit of coordinates in `plywise.recommend`, by the layers that use them.
 
     python benchmarks/recommended_parts.py    # writes recommended_parts.json in five minutes; resumes
 
-The six sets of recommended_defaults.py, which no bench of ours judges, with the same table. Muon moves hidden
-weights in all arms, and AdamW the others: in coordinates where `recommend` finds them worth their time, in
-all layers, in AdamW's layers alone (the output layer; the transformer has none that could be turned), and in
-none.
+The data sets and the table are those of recommended_defaults.py, which none of our benches uses. All arms use
+Muon for hidden weights and AdamW for the others. They use coordinates in the layers where `recommend` finds
+them worth their time, in all layers, only in AdamW's layers (the output layer; the transformer has no such
+layer that supports coordinates), or in no layer.
 """
 
 import math
@@ -16,14 +16,14 @@ from tuning import HERE
 
 
 def train_without(context: TrialContext) -> Trainer:
-    """Muon and AdamW alone."""
+    """Use Muon and AdamW without coordinates."""
     chosen = recommend(context, {})
     chosen.rule.detach()
     return end_to_end(context, chosen.optimizer)
 
 
 def train_others(context: TrialContext) -> Trainer:
-    """Coordinates for the weights that AdamW moves."""
+    """Use coordinates for the weights that AdamW updates."""
     chosen = recommend(context, {"budget": math.inf})
     rows = [row for row in chosen.rule.explain().rows if row.handled]
     others = [row.name for row in rows if not set(row.keys) & set(chosen.muon)]

@@ -1,17 +1,16 @@
-"""Ideas of the field beside AdamW in coordinates: which of them helps beyond noise?
+"""Test ideas from the literature against AdamW in coordinates: which of them helps beyond noise?
 
     python benchmarks/tried_ideas.py    # writes tried_ideas.json in twenty minutes on one core; resumes
 
-On the six sets of recommended_defaults.py, which no bench of ours judges. Each arm tunes its rate (three
-values, by the lowest validation loss) and runs three fresh seeds. The table says what recommended_defaults.py
-says of its arms.
+The data sets and the table are those of recommended_defaults.py, which none of our benches uses. Each arm
+tunes its rate (three values, by the lowest validation loss) and runs three fresh seeds.
 
-- AdamW in coordinates: what `plywise.recommend` made at first. The other seeds are the null control.
-- averaged weights: predictions by an exponential mean of the weights (decay 0.95).
-- fixed norms: hidden matrices keep their Frobenius norm, in place of a weight decay (Hyperball).
-- rank one: the leading direction of the inputs alone is whitened (as Eva's mean activation).
-- Muon, whitened Muon (`plywise.Coordinates` on it), and Muon with a triangular solve in place of the
-  iteration (MUD: rows normalised, solved with the lower triangle of their Gram, normalised).
+- AdamW in coordinates: the first method of `plywise.recommend`. The other seeds are the null control.
+- averaged weights: predictions use an exponential mean of the weights (decay 0.95).
+- fixed norms: hidden matrices keep their Frobenius norm, instead of weight decay (Hyperball).
+- rank one: only the leading direction of the inputs is whitened (like Eva's mean activation).
+- Muon; whitened Muon (`plywise.Coordinates` on it); and Muon with a triangular solve instead of the iteration
+  (MUD: rows are normalised, solved with the lower triangle of their Gram matrix, and normalised again).
 """
 
 from collections.abc import Callable, Sequence
@@ -62,33 +61,33 @@ class AveragedTraining(EndToEnd):
         self.mean = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True)
 
     def descend(self, loss: Tensor) -> float:
-        """A step, after which the mean follows."""
+        """Take a step, then update the mean."""
         value = super().descend(loss)
         self.mean.update_parameters(self.model)
         return value
 
     def predict(self, x: Tensor) -> Tensor:
-        """The mean's outputs in eval mode."""
+        """Return the outputs of the averaged model in eval mode."""
         self.mean.eval()
         with torch.no_grad():
             return self.mean(x)
 
 
 def make_optimizer(context: TrialContext, weight_decay: float = 0.01) -> Optimizer:
-    """AdamW at the trial's rate, under `plywise.Coordinates`."""
+    """Make AdamW at the trial's rate, under `plywise.Coordinates`."""
     optimizer = make_adamw(context, weight_decay)
     pw.Coordinates(damping=0.3).attach(context.model, optimizer, on_nonfinite="propagate")
     return optimizer
 
 
 def make_adamw(context: TrialContext, weight_decay: float = 0.01) -> Optimizer:
-    """AdamW at the trial's rate."""
+    """Make AdamW at the trial's rate."""
     rate, parameters = context.numbers["rate"], context.model.parameters()
     return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def train_averaged(context: TrialContext) -> Trainer:
-    """Average the weights."""
+    """Train with averaged weights."""
     optimizer = make_optimizer(context)
     return AveragedTraining(
         context.model, optimizer, context.task.loss, make_cosine(context.steps)(optimizer)
@@ -96,7 +95,7 @@ def train_averaged(context: TrialContext) -> Trainer:
 
 
 def train_with_fixed_norms(context: TrialContext) -> Trainer:
-    """Bring each hidden matrix back to its first norm after each step."""
+    """Restore the initial norm of each hidden matrix after each step."""
     optimizer = make_optimizer(context, weight_decay=0.0)
     norms = {weight: weight.detach().norm() for weight in hidden_weights(context)}
 
@@ -110,14 +109,14 @@ def train_with_fixed_norms(context: TrialContext) -> Trainer:
 
 
 def train_with_rank_one(context: TrialContext) -> Trainer:
-    """Whiten one direction."""
+    """Whiten only one direction."""
     return end_to_end(context, make_adamw(context), pw.Coordinates(rank=1))
 
 
 def train_by_muon(
     muon: type[pw.optim.Muon], rule: pw.Rule | None = None
 ) -> Callable[[TrialContext], Trainer]:
-    """Muon for hidden matrices and AdamW for the others, perhaps under a rule."""
+    """Return a trainer: Muon for hidden matrices and AdamW for the others, with a rule or without."""
 
     def begin(context: TrialContext) -> Trainer:
         rate = context.numbers["rate"]
@@ -131,12 +130,12 @@ def train_by_muon(
 
 
 def make_arm(name: str, kind: str, begin: Callable[[TrialContext], Trainer]) -> Method:
-    """An arm whose rate is tuned."""
+    """Make an arm whose rate is tuned."""
     return Method(name, "", {}, begin, grid=tuple({"rate": rate} for rate in RATES[kind]))
 
 
 def train_base(context: TrialContext) -> Trainer:
-    """AdamW in coordinates."""
+    """Train with AdamW in coordinates."""
     return end_to_end(context, make_optimizer(context))
 
 
@@ -153,13 +152,13 @@ ARMS = [
 
 
 def choose_lowest(lines: Sequence[TrialRecord], _: float | None) -> TrialRecord | None:
-    """The rate with the lowest validation loss."""
+    """Choose the rate with the lowest validation loss."""
     finished = [line for line in lines if line["failure"] is None]
     return min(finished, key=lambda line: min(line["validation"]), default=None)
 
 
 def main() -> None:
-    """Run what is missing, print the table and write it."""
+    """Run the missing trials, then print and write the table."""
     torch.set_num_threads(1)
     ledger = Ledger(HERE.parent / "runs" / "tried_ideas.jsonl")
     design = Design(SEEDS, tracks=(TUNED,), choose=choose_lowest)

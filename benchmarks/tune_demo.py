@@ -1,7 +1,7 @@
-"""Tune the methods of `plywise demo`, as any bench does: the same number of trials for each.
+"""Tune the methods of `plywise demo` as a bench does, with the same number of trials for each.
 
-    python benchmarks/tune_demo.py            # writes benchmarks/tune_demo.json, a few minutes on one core
-    python benchmarks/tune_demo.py sgd muon   # these methods alone; the others stay as they are in that file
+    python benchmarks/tune_demo.py            # writes benchmarks/tune_demo.json in a few minutes on one core
+    python benchmarks/tune_demo.py sgd muon   # tune only these methods; keep the others in that file
 
 Each method gets the same number of settings (Sobol points of the ranges that it has in the arena), one run
 each with a seed that is not the demo's. Chosen is what reaches the demo's target, a validation error, in the
@@ -28,7 +28,7 @@ TRIALS = 16
 
 
 def tune(name: str, workload: Workload) -> dict[str, Any]:
-    """Run a method's trials, and choose."""
+    """Run the trials of a method, and choose the best."""
     start = time.process_time()
     design = Design(seeds=0, trials=TRIALS, tracks=())
     lines = run_arms(workload, [find_method(name)], design).tuning(workload.name, name)
@@ -36,7 +36,7 @@ def tune(name: str, workload: Workload) -> dict[str, Any]:
     assert best is not None
     trials = [
         {**line["numbers"], "steps": line["steps"][-1], "failure": line["failure"]}
-        | {"to_target": _finite(to_target(line, workload.target)), "validation": line["validation"][-1]}
+        | {"to_target": _keep_finite(to_target(line, workload.target)), "validation": line["validation"][-1]}
         for line in lines
     ]
     return {
@@ -46,15 +46,15 @@ def tune(name: str, workload: Workload) -> dict[str, Any]:
     }
 
 
-def _finite(steps: float) -> float | None:
+def _keep_finite(steps: float) -> float | None:
     return steps if steps < float("inf") else None
 
 
 def main() -> None:
     torch.set_num_threads(1)
     workload, out = make_workload(DemoConfig()), Path(__file__).with_suffix(".json")
-    before = json.loads(out.read_text(encoding="utf-8"))["methods"] if sys.argv[1:] else {}
-    results = dict(before)
+    stored = json.loads(out.read_text(encoding="utf-8"))["methods"] if sys.argv[1:] else {}
+    results = dict(stored)
     for name in sys.argv[1:] or SETUPS:
         results[name] = tune(name, workload)
         failed = sum(trial["failure"] is not None for trial in results[name]["trials"])

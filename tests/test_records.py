@@ -206,7 +206,7 @@ def test_the_page_shows_who_reached_the_target_the_quickest_first(monkeypatch):
     quick = records.make_record(bench_of(), ledger(), "foof", COMMIT)
     missed = records.make_record(bench_of(), ledger(adamw=[math.inf] * 5), "adamw", COMMIT)
     monkeypatch.setattr(records, "read_records", lambda: [slow, missed, quick])
-    rows = records.print_records("").splitlines()[2:]
+    rows = records.format_records("").splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == ["foof", "soap"]
     assert "100 (muon 200)" in rows[0]
     assert rows[0].endswith(f"2026-11-21, `{COMMIT[:7]}` |")

@@ -1,4 +1,4 @@
-"""Runs at the defaults of one bench against the same runs of another: are they the same, and as dear?
+"""Compare the runs at defaults of two benches: do they have the same losses and the same CPU time?
 
 plywise bench --workloads quadratic,digits-mlp --methods sgd,muon --trials 0 --seeds 3 --out runs/again
 python benchmarks/arena/again.py runs/arena/standard runs/again
@@ -13,8 +13,8 @@ from plywise.arena.run.ledger import read
 from plywise.arena.scoring.records import DEFAULTS, FINAL
 
 
-def runs(folder: Path) -> dict[tuple[str, str, int], dict]:
-    """Final runs at the defaults that did not fail."""
+def read_runs(folder: Path) -> dict[tuple[str, str, int], dict]:
+    """Read the final runs at the defaults that did not fail."""
     lines = read(folder / "trials.jsonl")
     return {
         (line["workload"], line["method"], line["seed"]): line
@@ -23,46 +23,46 @@ def runs(folder: Path) -> dict[tuple[str, str, int], dict]:
     }
 
 
-def compared(first: dict, second: dict) -> dict[str, dict]:
-    """By workload: CPU time of the second over that of the first, and how far their losses lie apart."""
-    found: dict[str, dict] = {}
+def compare_runs(first: dict, second: dict) -> dict[str, dict]:
+    """Return for each workload the ratio of CPU times, second over first, and the difference of losses."""
+    workloads: dict[str, dict] = {}
     for key in first.keys() & second.keys():
-        one, other = first[key], second[key]
-        apart = max(abs(b / a - 1) for a, b in zip(one["loss"], other["loss"], strict=True))
-        own = found.setdefault(key[0], {"ratios": [], "apart": (0.0, ""), "methods": set()})
-        own["ratios"].append(other["cpu"][-1] / one["cpu"][-1])
-        own["apart"] = max(own["apart"], (apart, key[1]))
-        own["methods"].add(key[1])
+        before, after = first[key], second[key]
+        difference = max(abs(b / a - 1) for a, b in zip(before["loss"], after["loss"], strict=True))
+        entry = workloads.setdefault(key[0], {"ratios": [], "apart": (0.0, ""), "methods": set()})
+        entry["ratios"].append(after["cpu"][-1] / before["cpu"][-1])
+        entry["apart"] = max(entry["apart"], (difference, key[1]))
+        entry["methods"].add(key[1])
     return {
         name: {
-            "methods": sorted(found[name]["methods"]),
-            "runs": len(found[name]["ratios"]),
-            "cpu_ratio": median(found[name]["ratios"]),
-            "cpu_ratio_least": min(found[name]["ratios"]),
-            "cpu_ratio_most": max(found[name]["ratios"]),
-            "loss_apart": found[name]["apart"][0],
-            "furthest": found[name]["apart"][1],
+            "methods": sorted(entry["methods"]),
+            "runs": len(entry["ratios"]),
+            "cpu_ratio": median(entry["ratios"]),
+            "cpu_ratio_least": min(entry["ratios"]),
+            "cpu_ratio_most": max(entry["ratios"]),
+            "loss_apart": entry["apart"][0],
+            "furthest": entry["apart"][1],
         }
-        for name in sorted(found)
+        for name, entry in sorted(workloads.items())
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a bench")
-    parser.add_argument("again", type=Path, help="a later one")
-    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    parser.add_argument("folder", type=Path, help="folder of a bench")
+    parser.add_argument("again", type=Path, help="folder of a later bench")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    found = compared(runs(options.folder), runs(options.again))
-    print("workload             runs  CPU time, again over before  training loss apart by, at most")
-    for name, one in found.items():
-        span = f"{one['cpu_ratio']:.2f} ({one['cpu_ratio_least']:.2f} to {one['cpu_ratio_most']:.2f})"
-        print(f"{name:20} {one['runs']:4}  {span:27}  {one['loss_apart']:.1e}  {one['furthest']}")
-    print(f"geometric mean: {geometric_mean(one['cpu_ratio'] for one in found.values()):.2f}")
+    workloads = compare_runs(read_runs(options.folder), read_runs(options.again))
+    print("workload             runs  CPU time, again over before  largest difference of training losses")
+    for name, row in workloads.items():
+        span = f"{row['cpu_ratio']:.2f} ({row['cpu_ratio_least']:.2f} to {row['cpu_ratio_most']:.2f})"
+        print(f"{name:20} {row['runs']:4}  {span:27}  {row['loss_apart']:.1e}  {row['furthest']}")
+    print(f"geometric mean: {geometric_mean(row['cpu_ratio'] for row in workloads.values()):.2f}")
     if options.json:
-        about = json.loads((options.again / "bench.json").read_text())
-        kept = {"command": about["command"], "created": about["created"], "workloads": found}
-        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+        bench = json.loads((options.again / "bench.json").read_text())
+        result = {"command": bench["command"], "created": bench["created"], "workloads": workloads}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""How many targets the peers reach untuned at other rates than the defaults that they had in our benches.
+"""Count the targets that peers reach untuned at other rates than their former defaults in our benches.
 
-The default of the recommended method, 0.02, was found on six sets (`benchmarks/recommended_defaults.py`).
-That of Muon, NorMuon and SOAP was 0.005, which made them look worse untuned than they are.
+The default rate of the recommended method, 0.02, was found on six data sets
+(`benchmarks/recommended_defaults.py`). That of Muon, NorMuon and SOAP was 0.005, at which their untuned
+results are worse than at better rates.
 
-    cd benchmarks/arena    # so that rates:muon02 is found
+    cd benchmarks/arena    # the folder of this module, for rates:muon02
     plywise bench --workloads hidden --hidden-seed 20261130 --trials 0 --seeds 5
       --methods rates:muon01,rates:muon02,rates:normuon01,rates:normuon02,rates:soap01,recommended
       --out ../../runs/arena/rates-hidden
-    python rates.py        # adds what has been run to rates.json
+    python rates.py        # adds the results to rates.json
 
-The folder rates-standard is of the same command on the eight smallest of the standard workloads, and
-rates-adamw on these of rates:adamw003, rates:adamw01, rates:adamw02 and rates:soap02. The targets are those
-of the standard workloads, and of the bench hidden.
+The folder rates-standard comes from the same command on the eight smallest standard workloads. The folder
+rates-adamw comes from rates:adamw003, rates:adamw01, rates:adamw02 and rates:soap02 on the same eight. The
+targets are those of the standard workloads and of the bench hidden.
 """
 
 import json
@@ -31,14 +32,14 @@ from plywise.arena.workloads import targets
 
 RUNS = Path(__file__).parents[2] / "runs" / "arena"
 FOLDERS = {"rates-standard": "standard", "rates-adamw": "standard", "rates-hidden": "hidden"}
-"""The untuned runs, and whether the workloads are the standard ones or those of the bench hidden."""
+"""Folders of untuned runs, and the bench that their workloads come from."""
 
 
 def set_default(name: str, rate: float) -> Method:
-    """A peer whose defaults are this rate and a weight decay of 0.1, as for the recommended method."""
+    """Return a peer with this default rate and a weight decay of 0.1, as for the recommended method."""
     method = find_method(name)
     numbers = {"lr": rate, "weight_decay": 0.1}
-    space = {key: replace(one, default=numbers[key]) for key, one in method.space.items()}
+    space = {key: replace(parameter, default=numbers[key]) for key, parameter in method.space.items()}
     return replace(method, name=f"{name}-{rate:g}", space=space, baseline=False)
 
 
@@ -49,7 +50,7 @@ adamw003, adamw01, adamw02 = (set_default("adamw", rate) for rate in (0.003, 0.0
 
 
 def find_target(workload: str) -> float:
-    """The stored target of a standard workload; that of a hidden one is set by the bench's peers."""
+    """Return the stored target of a standard workload, or the target that a hidden bench's baselines set."""
     if (stored := targets().get(workload)) is not None:
         return float(stored["target"])
     bench, lines = read_bench(RUNS / "hidden")
@@ -59,12 +60,12 @@ def find_target(workload: str) -> float:
 
 
 def count_reached(untuned: Path) -> dict[str, dict[str, int]]:
-    """By method and workload: how many untuned runs reach the target."""
+    """Count the untuned runs that reach the target, by method and workload."""
     lines = [line for line in read_bench(untuned)[1] if line["track"] == DEFAULTS]
-    goals = {name: find_target(name) for name in dict.fromkeys(line["workload"] for line in lines)}
+    workload_targets = {name: find_target(name) for name in dict.fromkeys(line["workload"] for line in lines)}
     found: dict[str, Counter[str]] = {}
     for line in lines:
-        reached = to_target(line, goals[line["workload"]]) < math.inf
+        reached = to_target(line, workload_targets[line["workload"]]) < math.inf
         found.setdefault(line["method"], Counter())[line["workload"]] += reached
     return {method: dict(counts) for method, counts in found.items()}
 

@@ -1,11 +1,11 @@
-"""Targets of the shipped workloads, from the baselines that a bench has tuned.
+"""Compute the targets of the shipped workloads from the baselines that a bench has tuned.
 
     python benchmarks/arena/targets.py runs/arena/standard --commit 136fd13
 
-Writes src/plywise/arena/workloads/targets.json: for each workload of the bench whose baselines have all been
-tuned by enough trials the target and the loose one, the number of these trials, the commit whose code made
-them, and the command. Targets that are stored are not moved: delete them by hand to have them made again, and
-say so in the changelog.
+The script writes src/plywise/arena/workloads/targets.json. It considers each workload of the bench whose
+baselines were all tuned with enough trials, and stores the target, the easy target ("loose"), the number of
+these trials, the commit of the code, and the command. It does not change stored targets: to compute them
+again, delete them by hand and say so in the changelog.
 """
 
 import argparse
@@ -23,22 +23,22 @@ STORED = Path(__file__).parents[2] / "src" / "plywise" / "arena" / "workloads" /
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--commit", required=True, help="of the code that ran the bench")
+    parser.add_argument("--commit", required=True, help="commit of the code that ran the bench")
     options = parser.parse_args()
     bench, lines = read_bench(options.folder)
     baselines = {name for name, method in bench["methods"].items() if method["baseline"]}
     found = targets()
     for name in bench["workloads"]:
-        on = [line for line in lines if line["workload"] == name]
-        tuning = [line for line in on if line["purpose"] == "tuning" and line["method"] in baselines]
+        trials = [line for line in lines if line["workload"] == name]
+        tuning = [line for line in trials if line["purpose"] == "tuning" and line["method"] in baselines]
         if name in found or name not in WORKLOADS:
             continue
         if len(tuning) < max(ENOUGH, bench["trials"] * len(baselines)):
-            print(f"{name:20} none: {len(tuning)} tuning trials of the baselines are too few, or not all")
+            print(f"{name:20} none: {len(tuning)} tuning trials of the baselines are too few or incomplete")
             continue
         found[name] = {
-            "target": choose_target(on, baselines),
-            "loose": choose_loose_target(on, baselines),
+            "target": choose_target(trials, baselines),
+            "loose": choose_loose_target(trials, baselines),
             "trials": len(tuning),
             "commit": options.commit,
             "made_by": bench["command"],
