@@ -8,7 +8,7 @@ from plywise.arena.scoring.intervals import Interval
 from summaries import read_summary
 
 NOTES = {"sgd-again": ", the null control", "backprop": " (the rule, SGD's control)"}
-"""Remarks beside the names of some methods."""
+"""Remarks that follow the names of some methods."""
 
 
 def make_ranking_writer(name: str) -> Callable[[str], str]:

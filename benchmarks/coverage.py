@@ -1,19 +1,20 @@
-"""How much of real models each rule handles, and whether it leaves the rest alone.
+"""Measure how much of real models each rule handles, and check that it leaves the rest unchanged.
 
 For each family of `coverage_families` and each rule: attach to a tiny model of that family, take two steps,
 and check
 
 - the share of the parameters that the rule handles (`explain`);
-- the gradients of parameters that it leaves alone, against those of the model without a rule;
+- the gradients of parameters that it does not handle, against those of the model without a rule;
 - resuming: a fresh copy that loads the states of model and optimizer takes the same next step;
-- detaching: no hook is left, and a plain step is that of a model never attached.
+- detaching: no hook is left, and a plain step equals that of a model without a rule.
 
-    python benchmarks/coverage.py                          # all; writes coverage.json beside this file
-    python benchmarks/coverage.py --quick                  # three rules
+    python benchmarks/coverage.py                          # check all; write coverage.json next to this file
+    python benchmarks/coverage.py --quick                  # check three rules
     python benchmarks/coverage.py --family gpt --rule Foof
-    python benchmarks/coverage.py --list                   # the families, their sizes and times
+    python benchmarks/coverage.py --list                   # list the families, their sizes and times
 
-A family whose package is not installed is skipped, with the reason. For all of them, besides torch:
+A family whose package is not installed is skipped, with the reason. All families need these packages in
+addition to torch:
 
     pip install --no-deps transformers timm torch_geometric diffusers peft accelerate
 
@@ -42,13 +43,13 @@ from coverage_families import FAMILIES, Family
 from coverage_families.checks import EQUAL, ROUNDED, WRONG, Plain, Result, check, list_rules, measure_plain
 
 QUICK = ("Backprop", "ProxProp", "Foof")
-"""The rules of ``--quick``: the identity, one that solves, one that remembers."""
+"""The rules of ``--quick``: the identity, a rule that solves, and a rule with running statistics."""
 
 SHARE, FAMILY_SHARE = 0.95, 0.9
-"""The goal: this part of the parameters handled, in this part of the families; none refused, none wrong."""
+"""The goal: handle this share of the parameters in this share of the families, without refusals or errors."""
 
 LIMIT = 120
-"""Seconds after which a check is given up."""
+"""Seconds after which a check is aborted."""
 
 MARKS = {EQUAL: "✓", ROUNDED: "≈", WRONG: "✗", True: "✓", False: "✗", None: "-", "": "-"}
 
@@ -108,7 +109,7 @@ def is_partial(options: argparse.Namespace) -> bool:
 
 
 def select(families: tuple[Family, ...], parts: list[str] | None) -> list[Family]:
-    """Return the families with one of these parts in their names; a whole name selects that family alone."""
+    """Return the families with one of these parts in their names; a whole name selects only that family."""
     selected: set[str] = set()
     for part in (part.lower() for part in parts or [""]):
         exact = {family.name for family in families if family.name.lower() == part}
@@ -197,7 +198,7 @@ def print_findings(results: list[Result]) -> None:
 
 
 def list_findings(result: Result) -> list[str]:
-    """Return what is not as it should be, one sentence each."""
+    """Return one sentence for each problem."""
     texts = [f"refused: {result.refused}"] if result.refused else []
     texts += [f"error: {result.failed}"] if result.failed else []
     texts += [f"gradients wrong, by most at {result.worst}"] if result.gradients == WRONG else []
@@ -205,7 +206,7 @@ def list_findings(result: Result) -> list[str]:
 
 
 def shorten(names: list[str], most: int) -> str:
-    """Join the first different names, and say how many more there are."""
+    """Join the first distinct names, and say how many more there are."""
     names = list(dict.fromkeys(names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -214,7 +215,7 @@ def shorten(names: list[str], most: int) -> str:
 
 
 def summarise(rule: str, results: list[Result], families: int) -> dict[str, Any]:
-    """Count how a rule does over all families."""
+    """Count the results of a rule over all families."""
     covered = sum(result.share >= SHARE and not result.refused for result in results)
     refused = sum(bool(result.refused) for result in results)
     wrong = sum(result.is_wrong() for result in results)
@@ -235,7 +236,7 @@ def summarise(rule: str, results: list[Result], families: int) -> dict[str, Any]
 
 
 def print_summary(summary: list[dict[str, Any]], families: int) -> None:
-    """Print a line for each rule, and one for all against the goal."""
+    """Print a line for each rule, and one that compares all with the goal."""
     print(f"\n{'rule':22} >=95 %  share  unmoved  refused  wrong (gradients, resume, detach, error)  rounded")
     for s in summary:
         parts = str((s["wrong_gradients"], s["wrong_resume"], s["wrong_detach"], s["errors"]))
@@ -270,7 +271,7 @@ def list_families(families: list[Family]) -> None:
 def write_json(
     path: Path, summary: list[dict[str, Any]], plains: dict[str, Plain], results: list[Result], skipped: Any
 ) -> None:
-    """Write everything that was found; rules of which the same was found in a family share a line."""
+    """Write all results; rules with equal results in a family share a line."""
     record = {
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"plywise": plywise.__version__, "torch": torch.__version__},
@@ -289,7 +290,7 @@ def write_json(
 
 
 def trim(result: Result, first_rule: str) -> dict[str, Any]:
-    """Return the fields of a result that say something; what is left alone only for the first rule."""
+    """Return the informative fields of a result; the field ``left`` only for the first rule."""
     kept = {
         key: value
         for key, value in asdict(result).items()
@@ -302,7 +303,7 @@ def trim(result: Result, first_rule: str) -> dict[str, Any]:
 
 
 def group(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join the results of a family that differ in the rule alone."""
+    """Join the results of a family that differ only in the rule."""
     rules: dict[str, list[str]] = {}
     for result in results:
         others = {key: value for key, value in result.items() if key not in ("family", "rule")}

@@ -65,7 +65,9 @@ def make_record(bench: dict[str, Any], lines: Iterable[dict[str, Any]], method: 
     _require(bench["trials"] >= MIN_TRIALS, f"a record needs {MIN_TRIALS} tuning trials")
     _require(len(bench["seeds"]) >= MIN_SEEDS, f"a record needs {MIN_SEEDS} seeds")
     peers = [name for name in results.baselines if name != method]
-    _require(len(peers) >= MIN_BASELINES, f"a record needs {MIN_BASELINES} baselines beside the method")
+    _require(
+        len(peers) >= MIN_BASELINES, f"a record needs {MIN_BASELINES} baselines in addition to the method"
+    )
     found = {
         name: figures
         for name in results.ranked

@@ -244,14 +244,14 @@ def test_cole_hopf_against_a_spectral_solver(benchmark, end):
 
 def test_the_source_makes_the_coefficient_and_the_potential_a_solution(benchmark):
     x = torch.rand(200, 2, dtype=torch.float64, requires_grad=True)
-    exact = torch.stack([benchmark.potential(x), benchmark.coefficient(x)], 1)
-    assert benchmark.poisson_residual(x, exact).abs().max() < 1e-12
+    exact = torch.stack([benchmark.compute_potential(x), benchmark.compute_coefficient(x)], 1)
+    assert benchmark.compute_poisson_residual(x, exact).abs().max() < 1e-12
 
 
 def test_the_data_are_points_of_the_solutions(benchmark):
     generator = torch.Generator().manual_seed(0)
-    x, targets = benchmark.poisson_data(generator)
-    exact = torch.stack([benchmark.potential(x), benchmark.coefficient(x)], 1)
+    x, targets = benchmark.draw_poisson_data(generator)
+    exact = torch.stack([benchmark.compute_potential(x), benchmark.compute_coefficient(x)], 1)
     known = ~targets.isnan()
     torch.testing.assert_close(targets[known], exact[known], atol=1e-6, rtol=1e-6)
     x, targets = benchmark.draw_burgers_data(generator)
