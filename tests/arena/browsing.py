@@ -51,11 +51,11 @@ def measure(page: Any, chart: str, index: int = 0) -> SimpleNamespace:
     return SimpleNamespace(**page.evaluate(MEASURE, [chart, index]))
 
 
-def inked(page: Any, chart: str) -> int:
+def count_ink(page: Any, chart: str) -> int:
     return measure(page, chart).inked
 
 
-def coloured(page: Any, chart: str, index: int) -> int:
+def count_coloured(page: Any, chart: str, index: int) -> int:
     return measure(page, chart, index).coloured
 
 
@@ -70,17 +70,17 @@ def wait_for(page: Any, expression: str) -> None:
         page.wait_for_timeout(20)
 
 
-def rgb(text: str) -> list[float]:
+def parse_rgb(text: str) -> list[float]:
     if text.startswith("#"):
         return [int(text[i : i + 2], 16) for i in (1, 3, 5)]
     return [float(part) for part in re.findall(r"[\d.]+", text)[:3]]
 
 
-def contrast(one: str, other: str) -> float:
+def compute_contrast(one: str, other: str) -> float:
     """The contrast ratio of WCAG 2."""
 
     def luminance(colour: str) -> float:
-        parts = [c / 255 for c in rgb(colour)]
+        parts = [c / 255 for c in parse_rgb(colour)]
         r, g, b = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return 0.2126 * r + 0.7152 * g + 0.0722 * b
 

@@ -14,7 +14,7 @@ from plywise.arena.methods import find_method
 from plywise.arena.workloads import QUICK, find_workload
 
 
-def network(*widths, scales=None):
+def make_network(*widths, scales=None):
     """A ReLU network as in benchmarks/bad_scaling.py: He initialisation, weights times ``scales``."""
     generator, layers = torch.Generator().manual_seed(0), []
     for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
@@ -28,7 +28,7 @@ def network(*widths, scales=None):
     return nn.Sequential(*layers[:-1])
 
 
-def white(count=8, size=128, features=16, classes=10):
+def make_white_batches(count=8, size=128, features=16, classes=10):
     """Batches of white inputs and random labels."""
     generator = torch.Generator().manual_seed(0)
     return [
@@ -40,7 +40,7 @@ def white(count=8, size=128, features=16, classes=10):
     ]
 
 
-def pixels(count=8, size=128):
+def make_digit_batches(count=8, size=128):
     """Batches of the digits."""
     data = find_workload("digits-mlp").make_data()
     return list(
@@ -48,16 +48,16 @@ def pixels(count=8, size=128):
     )
 
 
-def look(model, batches):
+def diagnose_model(model, batches):
     return diagnose(model, nn.functional.cross_entropy, batches)
 
 
-def said(model, batches, subject="--workloads x"):
-    return advice(look(model, batches), subject)
+def list_advice(model, batches, subject="--workloads x"):
+    return advice(diagnose_model(model, batches), subject)
 
 
 def test_white_inputs_and_a_good_scaling_need_nothing_but_adamw():
-    (only,) = said(nn.Linear(16, 10), white())
+    (only,) = list_advice(nn.Linear(16, 10), make_white_batches())
     assert (only.method, only.sure) == ("adamw", f"{PLAIN}.")
     assert "Nothing stands out" in only.reason
     assert "0%" in only.reason
@@ -67,18 +67,18 @@ def test_white_inputs_and_a_good_scaling_need_nothing_but_adamw():
     "scales", [(10, 0.1, 10, 0.1, 1), (30, 1 / 30, 1 / 30, 30, 1), (3, 0.1, 2, 0.2, 0.5), (0.3,) * 5]
 )
 def test_the_bad_scalings_of_the_benchmark_are_all_found(scales):
-    found = said(network(64, 48, 48, 48, 48, 10, scales=scales), pixels())
+    found = list_advice(make_network(64, 48, 48, 48, 48, 10, scales=scales), make_digit_batches())
     assert [one.method for one in found[:2]] == ["consequentialism", "back-matching"]
     assert found[0].sure.startswith(MEASURED)
 
 
 def test_the_same_network_as_it_should_be_is_not_called_badly_scaled():
-    found = said(network(64, 48, 48, 48, 48, 10), pixels())
+    found = list_advice(make_network(64, 48, 48, 48, 48, 10), make_digit_batches())
     assert [one.method for one in found] == ["feature-whitening+adamw"]
 
 
 def test_the_numbers_in_the_reason_are_those_of_the_diagnosis():
-    diagnosis = look(network(64, 48, 48, 10, scales=(100, 0.01, 1)), pixels())
+    diagnosis = diagnose_model(make_network(64, 48, 48, 10, scales=(100, 0.01, 1)), make_digit_batches())
     first = advice(diagnosis)[0]
     assert diagnosis.rate_spread > RATE_SPREAD
     assert f"{diagnosis.rate_spread:.3g}" in first.reason
@@ -89,13 +89,13 @@ def test_the_numbers_in_the_reason_are_those_of_the_diagnosis():
 
 
 def test_uneven_inputs_of_an_mlp_and_of_a_convnet_get_what_won_there():
-    mlp = said(network(64, 32, 10), pixels())
+    mlp = list_advice(make_network(64, 32, 10), make_digit_batches())
     assert mlp[0].method == "feature-whitening+adamw"
     assert mlp[0].sure.startswith(MEASURED)
     convnet = nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
     )
-    assert said(convnet, pixels())[0].method == "foof+adamw"
+    assert list_advice(convnet, make_digit_batches())[0].method == "foof+adamw"
 
 
 def test_other_kinds_of_networks_are_not_said_to_have_been_measured():
@@ -107,53 +107,55 @@ def test_other_kinds_of_networks_are_not_said_to_have_been_measured():
         def forward(self, x):
             return self.last(self.first(x.unflatten(1, (8, 8))).relu().mean(1))
 
-    (only,) = said(Tokens(), pixels())
+    (only,) = list_advice(Tokens(), make_digit_batches())
     assert only.method == "feature-whitening+adamw"
     assert only.sure.startswith(ELSEWHERE)
 
 
 def test_a_network_much_larger_than_those_measured_is_told_so():
-    (only,) = said(network(64, 1700, 1700, 10), pixels(count=1))
+    (only,) = list_advice(make_network(64, 1700, 1700, 10), make_digit_batches(count=1))
     assert only.sure.startswith(ELSEWHERE)
     assert "yours has 3.02 million parameters" in only.sure
 
 
 def test_inputs_with_a_mean_or_of_different_units_shall_be_normalised():
-    far = [(x + 10, y) for x, y in white()]
-    assert said(nn.Linear(16, 10), far)[0].title == "Normalise the inputs"
-    assert "are their mean" in said(nn.Linear(16, 10), far)[0].reason
+    far = [(x + 10, y) for x, y in make_white_batches()]
+    assert list_advice(nn.Linear(16, 10), far)[0].title == "Normalise the inputs"
+    assert "are their mean" in list_advice(nn.Linear(16, 10), far)[0].reason
     units = torch.ones(16)
     units[3] = 1000.0
-    mixed = [(x * units, y) for x, y in white()]
-    assert "times that of the middle one" in said(nn.Linear(16, 10), mixed)[0].reason
+    mixed = [(x * units, y) for x, y in make_white_batches()]
+    assert "times that of the middle one" in list_advice(nn.Linear(16, 10), mixed)[0].reason
 
 
 def test_dead_units_are_named_first():
-    model = network(16, 32, 32, 10)
+    model = make_network(16, 32, 32, 10)
     with torch.no_grad():
         model[2].bias.fill_(-100.0)
         model[2].bias[:4] = 0.0
-    found = said(model, white())
+    found = list_advice(model, make_white_batches())
     assert found[0].title == "Wake the dead units"
     assert "layer '2': " in found[0].reason
     assert found[0].check == "", "no bench mends that"
 
 
 def test_adamw_is_not_called_fine_beside_something_to_mend():
-    only = said(nn.Linear(16, 10), [(x + 10, y) for x, y in white()])
+    only = list_advice(nn.Linear(16, 10), [(x + 10, y) for x, y in make_white_batches()])
     assert [one.title for one in only] == ["Normalise the inputs"]
 
 
 def test_a_layer_wider_than_what_it_reads_shall_be_narrower_if_rows_suffice_to_tell():
     model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 64), nn.Linear(64, 10))
-    narrower = next(one for one in said(model, white()) if one.title == "Make it narrower")
+    narrower = next(
+        one for one in list_advice(model, make_white_batches()) if one.title == "Make it narrower"
+    )
     assert "layer '2' reads 64 features, and 4 directions" in narrower.reason
-    few = said(model, white(count=1, size=100))
+    few = list_advice(model, make_white_batches(count=1, size=100))
     assert all(one.title != "Make it narrower" for one in few), "100 rows of 64 features tell too little"
 
 
 def test_of_a_model_without_layers_for_rules_nothing_is_said_and_why():
-    (only,) = said(nn.LayerNorm(16), white())
+    (only,) = list_advice(nn.LayerNorm(16), make_white_batches())
     assert (only.method, only.check) == ("", "")
     assert "LayerNorm" in only.reason
 
@@ -174,11 +176,13 @@ def test_every_command_can_be_run_as_it_stands(name):
 
 
 def test_what_stands_out_is_what_the_advice_is_about():
-    diagnosis = look(network(64, 48, 48, 48, 48, 10, scales=(30, 1 / 30, 1 / 30, 30, 1)), pixels())
+    diagnosis = diagnose_model(
+        make_network(64, 48, 48, 48, 48, 10, scales=(30, 1 / 30, 1 / 30, 30, 1)), make_digit_batches()
+    )
     striking = {layer.name: outlying(layer, diagnosis) for layer in diagnosis.layers}
     assert "rate" in striking["0"]
     assert "rate" in striking["2"]
     assert "rate" not in striking["8"]
     assert all("condition" in found for found in striking.values())
-    healthy = look(nn.Linear(16, 10), white())
+    healthy = diagnose_model(nn.Linear(16, 10), make_white_batches())
     assert outlying(healthy.layers[0], healthy) == set()

@@ -46,8 +46,8 @@ def test_trials_that_the_ledger_has_lost_are_missed(tmp_path, lost):
     lines = make_lines(bench)
     bench["expected"] = len(lines)
     _, summary = write_page(write_bench(tmp_path, bench, lines[lost:]))
-    said = f"The bench is not complete: {len(lines) - lost} of {len(lines)} trials are there."
-    assert summary.conclusions[0].startswith(said) == (lost > 0)
+    output = f"The bench is not complete: {len(lines) - lost} of {len(lines)} trials are there."
+    assert summary.conclusions[0].startswith(output) == (lost > 0)
 
 
 def test_what_is_no_bench_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 import pytest
-from browsing import ATTACK, coloured, contrast, inked, wait_for
+from browsing import ATTACK, compute_contrast, count_coloured, count_ink, wait_for
 from fake_bench import SPEEDS, WORKLOADS, line, make_bench, make_lines, write_bench
 
 from plywise.arena.reports.bench_page import write_page
@@ -36,20 +36,20 @@ def visit(open_page, tmp_path):
     return _visit
 
 
-def names_in(page: Any, table: str) -> list[str]:
+def read_names(page: Any, table: str) -> list[str]:
     return [text.strip() for text in page.locator(f"#{table} tbody th").all_inner_texts()]
 
 
 def test_every_chart_and_table_shows_every_method(visit):
     page = visit()
     for chart in CHARTS:
-        assert inked(page, chart) > 3000, chart
+        assert count_ink(page, chart) > 3000, chart
         for name in {"proxprop", "adamw"}:
-            assert coloured(page, chart, INDEX[name]) > 20, (chart, name)
-    assert coloured(page, "layers", INDEX["local"]) == 0, "it told nothing about layers"
-    assert sorted(names_in(page, "results")) == sorted(NAMES)
+            assert count_coloured(page, chart, INDEX[name]) > 20, (chart, name)
+    assert count_coloured(page, "layers", INDEX["local"]) == 0, "it told nothing about layers"
+    assert sorted(read_names(page, "results")) == sorted(NAMES)
     field = gather_results(make_bench(), make_lines(make_bench()))
-    assert names_in(page, "standing") == [place.method for place in rank_methods(field, "tuned", "cpu")]
+    assert read_names(page, "standing") == [place.method for place in rank_methods(field, "tuned", "cpu")]
     assert "1 of 3 failed" in page.locator("#curves-legend button", has_text="nlms").inner_text()
 
 
@@ -61,15 +61,15 @@ def test_a_page_opens_with_its_verdict_the_ranking_and_four_lines(visit):
         for part in ("#verdict", "#ranking", "#profile", ".bar", "#standing")
     ]
     assert tops == sorted(tops)
-    assert names_in(page, "ranking") == names_in(page, "standing")
+    assert read_names(page, "ranking") == read_names(page, "standing")
     areas = [text.split()[0] for text in page.locator("#ranking td:last-child").all_inner_texts()]
     assert areas == sorted(areas, reverse=True), "as they are ranked"
     assert page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.querySelector('#ranking'))") == 0
     shown = page.locator("#standing-legend button[aria-pressed='true']")
     assert sorted(shown.all_inner_texts()) == ["adamw", "nlms", "proxprop", "sgd"]
-    assert coloured(page, "validation", INDEX["bad"]) == 0
+    assert count_coloured(page, "validation", INDEX["bad"]) == 0
     page.locator("#standing-legend").get_by_role("button", name="All").click()
-    assert coloured(page, "validation", INDEX["bad"]) > 20
+    assert count_coloured(page, "validation", INDEX["bad"]) > 20
     page.locator("#standing-legend").get_by_role("button", name="First 4").click()
     assert shown.count() == 4
 
@@ -94,14 +94,14 @@ def test_track_clock_and_workload_are_chosen(visit):
     for track, clock in itertools.product(("defaults", "tuned"), CLOCKS):
         page.select_option("#track", track)
         page.select_option("#clock", clock)
-        assert names_in(page, "standing") == [place.method for place in rank_methods(field, track, clock)]
+        assert read_names(page, "standing") == [place.method for place in rank_methods(field, track, clock)]
     assert "target" in page.locator("#results thead").inner_text().lower()
     for workload in WORKLOADS:
         page.select_option("#workload", workload)
         assert page.locator("#workload-name").inner_text() == workload
         assert f"What {workload} are for." in page.locator("#workload-about").inner_text()
-        assert all(inked(page, chart) > 3000 for chart in CHARTS)
-    assert "local" not in names_in(page, "results")
+        assert all(count_ink(page, chart) > 3000 for chart in CHARTS)
+    assert "local" not in read_names(page, "results")
     assert "Does not fit: local" in page.locator("#workload-about").inner_text()
 
 
@@ -125,11 +125,11 @@ def test_a_bench_that_told_nothing_of_layers_has_no_such_chart(visit):
     assert not page.locator("#layers").is_visible()
     bench = make_bench()
     bench["workloads"]["convs"]["layers"] = {"names": ["0", "2"], "effective rate": [0.1, 0.3]}
-    told = visit(bench, lines)
-    assert not inked(told, "layers")
-    told.select_option("#workload", "convs")
-    assert coloured(told, "layers", len(NAMES)) > 20
-    assert "before training ends at 0.3" in told.locator("#layers").get_attribute("aria-label")
+    shown = visit(bench, lines)
+    assert not count_ink(shown, "layers")
+    shown.select_option("#workload", "convs")
+    assert count_coloured(shown, "layers", len(NAMES)) > 20
+    assert "before training ends at 0.3" in shown.locator("#layers").get_attribute("aria-label")
     assert page.locator("#pareto canvas").is_visible()
 
 
@@ -148,28 +148,28 @@ def test_headings_sort_and_stay_sorted(visit):
     page.select_option("#workload", "digits")
     assert page.evaluate(values) == rising[::-1]
     page.locator("#standing").get_by_role("button", name="Method").click()
-    assert names_in(page, "standing") == sorted(NAMES)
+    assert read_names(page, "standing") == sorted(NAMES)
 
 
 def test_legends_hide_methods_everywhere(visit):
     page = visit()
     page.locator("#standing-legend button", has_text="proxprop").click()
-    assert all(coloured(page, chart, INDEX["proxprop"]) == 0 for chart in CHARTS)
-    assert all(coloured(page, chart, INDEX["adamw"]) > 20 for chart in CHARTS)
+    assert all(count_coloured(page, chart, INDEX["proxprop"]) == 0 for chart in CHARTS)
+    assert all(count_coloured(page, chart, INDEX["adamw"]) > 20 for chart in CHARTS)
     pressed = page.locator("#curves-legend button", has_text="proxprop").get_attribute("aria-pressed")
     assert pressed == "false"
     page.select_option("#workload", "convs")
-    assert coloured(page, "validation", INDEX["proxprop"]) == 0, "still hidden on another workload"
+    assert count_coloured(page, "validation", INDEX["proxprop"]) == 0, "still hidden on another workload"
     page.locator("#curves-legend").get_by_role("button", name="None").click()
     assert page.locator(".chart .empty").count() == len(CHARTS)
     page.locator("#curves-legend").get_by_role("button", name="All").click()
-    assert all(coloured(page, chart, INDEX["proxprop"]) > 20 for chart in CHARTS)
+    assert all(count_coloured(page, chart, INDEX["proxprop"]) > 20 for chart in CHARTS)
 
 
 def test_hovering_tells_the_values(visit):
     page = visit()
     page.select_option("#clock", "steps")
-    for chart, start, told in (
+    for chart, start, output in (
         ("validation", "step 400", "adamw"),
         ("tuning", "best of 8", "adamw"),
         ("profile", "within 4× of the quickest", "3 of 3"),
@@ -180,7 +180,7 @@ def test_hovering_tells_the_values(visit):
         tip = page.locator(f"#{chart} .tip")
         tip.wait_for(state="visible")
         assert tip.locator("b").inner_text() == start
-        assert told in tip.inner_text()
+        assert output in tip.inner_text()
 
 
 def test_downloads_hold_all_trials(visit, tmp_path):
@@ -227,13 +227,13 @@ def test_light_and_dark_are_legible(visit):
             "#workload-about",
             "thead button",
         ):
-            assert contrast(page.evaluate(f"s => ({style})(s).color", selector), ground) >= 4.5, (
+            assert compute_contrast(page.evaluate(f"s => ({style})(s).color", selector), ground) >= 4.5, (
                 scheme,
                 selector,
             )
         raised = page.evaluate(f"({style})('select').backgroundColor")
-        assert contrast(page.evaluate(f"({style})('select').color"), raised) >= 4.5
-        assert all(coloured(page, chart, INDEX["proxprop"]) > 20 for chart in CHARTS)
+        assert compute_contrast(page.evaluate(f"({style})('select').color"), raised) >= 4.5
+        assert all(count_coloured(page, chart, INDEX["proxprop"]) > 20 for chart in CHARTS)
 
 
 def test_paper_is_light_and_carries_the_charts(visit):
@@ -241,7 +241,7 @@ def test_paper_is_light_and_carries_the_charts(visit):
     screen = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--c0')")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--c0')") != screen
-    assert all(coloured(page, chart, INDEX["proxprop"]) > 20 for chart in CHARTS)
+    assert all(count_coloured(page, chart, INDEX["proxprop"]) > 20 for chart in CHARTS)
     page.evaluate("dispatchEvent(new Event('afterprint'))")
 
 
@@ -273,8 +273,8 @@ def test_hostile_text_does_nothing(visit):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert ATTACK in page.locator("h1").inner_text()
     page.select_option("#workload", "constructor")
-    assert sorted(names_in(page, "results")) == sorted([ATTACK, "__proto__", "sgd"])
-    assert all(inked(page, chart) > 1000 for chart in CHARTS)
+    assert sorted(read_names(page, "results")) == sorted([ATTACK, "__proto__", "sgd"])
+    assert all(count_ink(page, chart) > 1000 for chart in CHARTS)
 
 
 def test_browser_refuses_scripts_that_are_not_ours(browser, tmp_path):
@@ -316,7 +316,7 @@ def test_bad_numbers_do_not_break_the_page(visit):
     page = visit(bench, lines)
     for clock in CLOCKS:
         page.select_option("#clock", clock)
-        assert all(inked(page, chart) > 1000 for chart in CHARTS)
+        assert all(count_ink(page, chart) > 1000 for chart in CHARTS)
     nlms = page.locator("#results tbody tr", has_text="nlms").locator("td").all_inner_texts()
     assert (nlms[0], nlms[1], nlms[3], nlms[5]) == ("0 of 3\n3 failed", "missed", "failed", "–")
 
@@ -357,7 +357,7 @@ def test_partial_benches_are_still_pages(visit, kind):
     assert page.locator("h1").inner_text() == bench["title"]
     assert len(page.locator(".reading li").all()) >= 1
     finals = {one["method"] for one in lines if one["purpose"] == "final" and one["workload"] == "digits"}
-    assert set(names_in(page, "results")) == finals
+    assert set(read_names(page, "results")) == finals
     assert (page.locator("#missing").count() == 1) == (kind in ("no lines", "only tuning", "one trial"))
 
 

@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
     return config, bench, pieces
 
 
-def of(bench, name, purpose):
+def find_lines(bench, name, purpose):
     lines = [one for one in bench.ledger.lines.values() if (one["method"], one["purpose"]) == (name, purpose)]
     return sorted(lines, key=lambda line: (line["trial"], line["seed"]))
 
@@ -63,7 +63,7 @@ def test_every_method_is_run_with_every_seed_and_swept_over_rates(finished):
     assert len(pieces) == bench.total == len(config.setups) * (2 + 3) + 2
     assert PAPERS | {"sgd", "adamw", "muon", "recommended"} == set(SETUPS)
     for name, numbers in config.setups.items():
-        runs, sweep = of(bench, name, FINAL), of(bench, name, TUNING)
+        runs, sweep = find_lines(bench, name, FINAL), find_lines(bench, name, TUNING)
         assert [(run["seed"], run["numbers"]) for run in runs] == [(0, numbers), (1, numbers)]
         rates = [run["numbers"]["lr"] for run in sweep]
         assert rates[1] == pytest.approx(numbers["lr"])
@@ -74,17 +74,17 @@ def test_every_method_is_run_with_every_seed_and_swept_over_rates(finished):
 
 def test_the_null_control_is_adamw_with_other_seeds(finished):
     _, bench, _ = finished
-    control, original = (of(bench, name, FINAL) for name in ("adamw-again", "adamw"))
+    control, original = (find_lines(bench, name, FINAL) for name in ("adamw-again", "adamw"))
     assert bench.about["methods"]["adamw-again"]["null"] == "adamw"
     assert bench.summarize().results.baselines == ["sgd", "adamw", "muon"]
     assert [run["numbers"] for run in control] == [run["numbers"] for run in original]
     assert not {run["seed"] for run in control} & {run["seed"] for run in original}
-    assert not of(bench, "adamw-again", TUNING)
+    assert not find_lines(bench, "adamw-again", TUNING)
 
 
 def test_failures_are_kept(finished):
     _, bench, _ = finished
-    assert all("diverged" in run["failure"] for run in of(bench, DOOMED, FINAL))
+    assert all("diverged" in run["failure"] for run in find_lines(bench, DOOMED, FINAL))
     assert any(f"{DOOMED} 5" in sentence for sentence in bench.summarize().conclusions)
 
 
@@ -153,13 +153,13 @@ def test_picture_shows_what_bad_scales_do():
     assert all(line[-1] == 1 for line in (*sizes.values(), picture["Backprop"][SCALED_WELL]))
     assert sizes["ProxProp"] == sizes["NLMS"] == sizes["Backprop"]
 
-    def spread(line):
+    def measure_spread(line):
         return max(line) / min(line)
 
-    assert spread(sizes["Backprop"]) > 10 * spread(sizes["BackMatching"])
-    assert spread(sizes["Backprop"]) > 10 * spread(picture["Backprop"][SCALED_WELL])
+    assert measure_spread(sizes["Backprop"]) > 10 * measure_spread(sizes["BackMatching"])
+    assert measure_spread(sizes["Backprop"]) > 10 * measure_spread(picture["Backprop"][SCALED_WELL])
 
-    def relative(rule, scales):
+    def measure_relative_cost(rule, scales):
         torch.manual_seed(0)
         model = make_model()
         rescale(model, scales)
@@ -167,10 +167,12 @@ def test_picture_shows_what_bad_scales_do():
         return torch.tensor(list(backward_sizes(rule, model, *batch).values()))
 
     even, odd = [1.0, 1.0, 1.0, 1.0], [10.0, 0.1, 10.0, 0.1]
-    ratio = relative(pw.Backprop(), odd) / relative(pw.Backprop(), even)
+    ratio = measure_relative_cost(pw.Backprop(), odd) / measure_relative_cost(pw.Backprop(), even)
     torch.testing.assert_close(ratio, torch.tensor([0.01, 1.0, 0.01, 1.0]), rtol=1e-3, atol=0)
     matching = pw.BackMatching()
-    torch.testing.assert_close(relative(matching, odd), relative(matching, even), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        measure_relative_cost(matching, odd), measure_relative_cost(matching, even), rtol=1e-3, atol=0
+    )
 
 
 def test_numbers_are_the_tuned_ones():

@@ -22,7 +22,7 @@ from plywise.arena.workloads import find_workload
 from plywise.errors import NonFiniteError, PlywiseError
 
 
-def cross(scales, copies=1):
+def make_cross(scales, copies=1):
     """Rows ±s_i e_i: mean 0 and a covariance that is diagonal in s_i² / d."""
     rows = torch.diag(torch.tensor(scales, dtype=torch.float32))
     return torch.cat([rows, -rows] * copies)
@@ -33,22 +33,22 @@ def halves(output, y):
     return (output * y).sum() / (2 * len(y))
 
 
-def look(model, x, *, loss=halves, y=None, **more):
+def diagnose_model(model, x, *, loss=halves, y=None, **more):
     return diagnose(model, loss, [(x, torch.ones(len(x), 1) if y is None else y)], **more)
 
 
-def by_name(diagnosis):
+def index_layers(diagnosis):
     return {layer.name: layer for layer in diagnosis.layers}
 
 
-def mlp(*widths, activation=nn.ReLU):
+def make_mlp(*widths, activation=nn.ReLU):
     layers = []
     for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*layers[:-1])
 
 
-def batches(count, size, features, classes, seed=0):
+def make_batches(count, size, features, classes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
         (
@@ -63,7 +63,7 @@ def batches(count, size, features, classes, seed=0):
 
 
 def test_condition_number_and_effective_rank_of_a_known_covariance():
-    read = look(nn.Linear(3, 1), cross([1.0, 2.0, 10.0])).layers[0].read
+    read = diagnose_model(nn.Linear(3, 1), make_cross([1.0, 2.0, 10.0])).layers[0].read
     squares = [1.0, 4.0, 100.0]
     assert read.condition == pytest.approx(100.0, rel=1e-12)
     assert read.effective_rank == pytest.approx(sum(squares) ** 2 / sum(s * s for s in squares), rel=1e-12)
@@ -74,10 +74,10 @@ def test_condition_number_and_effective_rank_of_a_known_covariance():
 
 
 def test_the_covariance_of_several_batches_is_that_of_their_union():
-    whole = cross([1.0, 3.0, 5.0, 7.0])
+    whole = make_cross([1.0, 3.0, 5.0, 7.0])
     parts = [(part, torch.ones(len(part), 1)) for part in whole.split([1, 4, 3])]
     model = nn.Linear(4, 1)
-    apart, together = diagnose(model, halves, parts).layers[0], look(model, whole).layers[0]
+    apart, together = diagnose(model, halves, parts).layers[0], diagnose_model(model, whole).layers[0]
     assert apart.read.condition == pytest.approx(together.read.condition, rel=1e-10)
     assert apart.read.condition == pytest.approx(49.0, rel=1e-10)
 
@@ -90,7 +90,7 @@ def test_white_inputs_have_a_condition_number_of_about_one():
     read = diagnose(nn.Linear(20, 1), halves, parts).layers[0].read
     assert read.condition == pytest.approx(1.0, abs=1e-4)
     assert read.effective_rank == pytest.approx(20.0, abs=1e-4)
-    chance = look(nn.Linear(20, 1), x).layers[0].read
+    chance = diagnose_model(nn.Linear(20, 1), x).layers[0].read
     assert chance.rows == MOST_ROWS, "of many rows some are looked at"
     assert chance.condition == pytest.approx(chance.white, rel=0.2)
 
@@ -98,7 +98,7 @@ def test_white_inputs_have_a_condition_number_of_about_one():
 def test_a_wide_layer_is_looked_at_in_part_and_bounded_from_below():
     width = MOST_FEATURES + 100
     x = torch.randn(MOST_ROWS, width) * torch.linspace(1, 3, width)
-    read = look(nn.Linear(width, 1), x).layers[0].read
+    read = diagnose_model(nn.Linear(width, 1), x).layers[0].read
     assert read.features == MOST_FEATURES
     assert read.at_least
     assert read.condition <= float(torch.linalg.cond(x.double().T.cov()))
@@ -107,16 +107,16 @@ def test_a_wide_layer_is_looked_at_in_part_and_bounded_from_below():
 def test_a_convolution_reads_patches():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3 * 16, 1))
     x = torch.randn(20, 2, 6, 6)
-    layer = look(model, x).layers[0]
+    layer = diagnose_model(model, x).layers[0]
     patches = nn.functional.unfold(x, 3).transpose(1, 2).reshape(-1, 18).double()
     assert (layer.inputs, layer.outputs, layer.rows, layer.parameters) == (18, 3, 16, 57)
     assert layer.read.condition == pytest.approx(float(torch.linalg.cond(patches.T.cov())), rel=1e-8)
 
 
 def test_of_a_grouped_convolution_the_worst_group_is_told():
-    x = torch.cat([cross([1.0, 2.0], 3), cross([1.0, 9.0], 3)], 1)[:, :, None]
+    x = torch.cat([make_cross([1.0, 2.0], 3), make_cross([1.0, 9.0], 3)], 1)[:, :, None]
     model = nn.Sequential(nn.Conv1d(4, 2, 1, groups=2), nn.Flatten(), nn.Linear(2, 1))
-    assert look(model, x).layers[0].read.condition == pytest.approx(81.0, rel=1e-9)
+    assert diagnose_model(model, x).layers[0].read.condition == pytest.approx(81.0, rel=1e-9)
 
 
 def test_backward_values_and_effective_rates_of_a_linear_net_scaled_by_1000():
@@ -125,10 +125,10 @@ def test_backward_values_and_effective_rates_of_a_linear_net_scaled_by_1000():
         *(nn.Linear(5, 5, bias=False) for _ in range(3)), nn.Linear(5, 1, bias=False)
     ).double()
     x = torch.randn(16, 5, dtype=torch.float64)
-    before = look(model, x)
+    before = diagnose_model(model, x)
     with torch.no_grad():
         model[1].weight.mul_(1000)
-    after = look(model, x)
+    after = diagnose_model(model, x)
     backward = [b.backward / a.backward for a, b in zip(before.layers, after.layers, strict=True)]
     assert backward == pytest.approx([1000, 1, 1, 1], rel=1e-5)
     rates = [b.rate / a.rate for a, b in zip(before.layers, after.layers, strict=True)]
@@ -140,7 +140,7 @@ def test_the_last_layers_backward_value_and_step_by_hand():
     model = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[3.0, 4.0]]))
-    layer = look(model, torch.tensor([[1.0, 0.0], [0.0, 2.0]])).layers[0]
+    layer = diagnose_model(model, torch.tensor([[1.0, 0.0], [0.0, 2.0]])).layers[0]
     assert layer.backward == pytest.approx(0.25), "each row's gradient is 1 / (2 · 2)"
     assert layer.backward_to_last == 1.0
     assert layer.rate == pytest.approx(math.hypot(0.25, 0.5) / 5)
@@ -148,14 +148,16 @@ def test_the_last_layers_backward_value_and_step_by_hand():
 
 
 def test_tiny_gradients_do_not_underflow():
-    found = look(nn.Linear(3, 1), cross([1.0, 2.0, 3.0]), loss=lambda o, y: halves(o, y) * 1e-30).layers[0]
-    plain = look(nn.Linear(3, 1), cross([1.0, 2.0, 3.0])).layers[0]
+    found = diagnose_model(
+        nn.Linear(3, 1), make_cross([1.0, 2.0, 3.0]), loss=lambda o, y: halves(o, y) * 1e-30
+    ).layers[0]
+    plain = diagnose_model(nn.Linear(3, 1), make_cross([1.0, 2.0, 3.0])).layers[0]
     assert found.backward == pytest.approx(plain.backward * 1e-30, rel=1e-5)
     assert found.backward > 0
 
 
 def test_noise_is_nothing_for_equal_batches_and_all_for_opposite_ones():
-    model, x, y = nn.Linear(3, 1), cross([1.0, 2.0, 3.0])[:3], torch.ones(3, 1)
+    model, x, y = nn.Linear(3, 1), make_cross([1.0, 2.0, 3.0])[:3], torch.ones(3, 1)
     assert diagnose(model, halves, [(x, y)] * 4).layers[0].noise == pytest.approx(0.0, abs=1e-6)
     assert diagnose(model, halves, [(x, y), (x, -y)] * 2).layers[0].noise == 1.0
     # gradients 3g and g: mean square 5, square of the mean 4, variance 2 of the whole 5
@@ -163,11 +165,11 @@ def test_noise_is_nothing_for_equal_batches_and_all_for_opposite_ones():
 
 
 def test_silent_outputs_are_those_that_no_sample_wakes():
-    model = mlp(4, 8, 1)
+    model = make_mlp(4, 8, 1)
     with torch.no_grad():
         model[0].bias[:6] = -100.0
         model[0].bias[6:] = 100.0
-    layers = by_name(look(model, torch.randn(30, 4)))
+    layers = index_layers(diagnose_model(model, torch.randn(30, 4)))
     assert layers["0"].silent == 0.75
     assert layers["2"].silent == 0.0
 
@@ -189,7 +191,7 @@ class Everything(nn.Module):
         return self.last(self.drop(self.norm(self.first(x.unsqueeze(1))).relu().flatten(1)))
 
 
-def hooks_of(model):
+def list_hooks(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     found = [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
     tensor = [
@@ -205,10 +207,10 @@ def test_the_model_is_as_it_was_to_the_last_bit(training):
     nn.functional.cross_entropy(model(torch.randn(5, 8)), torch.arange(5) % 3).backward()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    hooks, modes, random = hooks_of(model), [m.training for m in model.modules()], torch.get_rng_state()
-    assert len(diagnose(model, nn.functional.cross_entropy, batches(3, 10, 8, 3)).layers) == 2
+    hooks, modes, random = list_hooks(model), [m.training for m in model.modules()], torch.get_rng_state()
+    assert len(diagnose(model, nn.functional.cross_entropy, make_batches(3, 10, 8, 3)).layers) == 2
     assert torch.equal(random, torch.get_rng_state())
-    assert hooks == hooks_of(model)
+    assert hooks == list_hooks(model)
     assert modes == [m.training for m in model.modules()]
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert all(torch.equal(gradients[name], p.grad) for name, p in model.named_parameters())
@@ -216,25 +218,27 @@ def test_the_model_is_as_it_was_to_the_last_bit(training):
 
 def test_nothing_is_left_when_it_fails_in_the_middle():
     model = Everything()
-    good = batches(2, 10, 8, 3)
+    good = make_batches(2, 10, 8, 3)
     bad = [good[0], (good[1][0] * float("nan"), good[1][1])]
     state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     with pytest.raises(PlywiseError, match="loss of batch 2 is nan"):
         diagnose(model, nn.functional.cross_entropy, bad)
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert sum(hooks_of(model)[0]) == 0
+    assert sum(list_hooks(model)[0]) == 0
 
 
 def test_the_same_seed_gives_the_same_diagnosis():
     model = Everything()
-    one, same = (diagnose(model, nn.functional.cross_entropy, batches(2, 10, 8, 3), seed=7) for _ in range(2))
+    one, same = (
+        diagnose(model, nn.functional.cross_entropy, make_batches(2, 10, 8, 3), seed=7) for _ in range(2)
+    )
     assert one == same
-    assert one != diagnose(model, nn.functional.cross_entropy, batches(2, 10, 8, 3), seed=8), "dropout"
+    assert one != diagnose(model, nn.functional.cross_entropy, make_batches(2, 10, 8, 3), seed=8), "dropout"
 
 
 def test_a_model_with_a_rule_at_work_is_seen_without_it_and_keeps_it():
-    model, data = mlp(4, 6, 3), batches(2, 10, 4, 3)
+    model, data = make_mlp(4, 6, 3), make_batches(2, 10, 4, 3)
     plain = diagnose(model, nn.functional.cross_entropy, data)
     rule = pw.ProxProp(tau=3.0).attach(model)
     assert diagnose(model, nn.functional.cross_entropy, data) == plain
@@ -245,7 +249,7 @@ def test_a_model_with_a_rule_at_work_is_seen_without_it_and_keeps_it():
 
 def test_it_works_where_gradients_are_off():
     with torch.no_grad():
-        assert look(nn.Linear(3, 1), torch.randn(6, 3)).layers[0].rate > 0
+        assert diagnose_model(nn.Linear(3, 1), torch.randn(6, 3)).layers[0].rate > 0
 
 
 # ---- odd models ----------------------------------------------------------------------------------
@@ -268,8 +272,8 @@ class Twice(nn.Module):
 
 def test_layers_used_twice_never_and_frozen():
     x = torch.randn(12, 4)
-    found = look(Twice(), x)
-    layers = by_name(found)
+    found = diagnose_model(Twice(), x)
+    layers = index_layers(found)
     assert [layer.name for layer in found.layers] == ["again", "last", "never", "bottom", "middle"]
     assert layers["again"].uses == 2.0
     assert layers["again"].read.rows == 24
@@ -282,7 +286,7 @@ def test_layers_used_twice_never_and_frozen():
 
 def test_the_gradient_of_a_layer_used_twice_is_the_sum_of_both_calls():
     model, x = Twice(), torch.randn(12, 4)
-    rate = by_name(look(model, x))["again"].rate
+    rate = index_layers(diagnose_model(model, x))["again"].rate
     halves(model(x), torch.ones(12, 1)).backward()
     weight = model.again.weight
     assert rate == pytest.approx((weight.grad.norm() / weight.norm()).item(), rel=1e-5)
@@ -297,13 +301,13 @@ def test_a_weight_used_without_its_layer_is_looked_at():
         def forward(self, x):
             return self.last(x @ self.odd.weight)
 
-    found = look(Apart(), torch.randn(6, 4))
+    found = diagnose_model(Apart(), torch.randn(6, 4))
     assert [layer.name for layer in found.layers] == ["odd", "last"]
 
 
 def test_a_model_without_a_layer_for_a_rule():
     model = nn.Sequential(nn.LayerNorm(3))
-    found = look(model, torch.randn(4, 3), y=torch.ones(4, 3))
+    found = diagnose_model(model, torch.randn(4, 3), y=torch.ones(4, 3))
     assert found.layers == ()
     assert [one.type for one in found.left] == ["LayerNorm"]
     assert (found.loss, found.rate_spread, found.backward_ratio) == (None, None, None)
@@ -311,19 +315,21 @@ def test_a_model_without_a_layer_for_a_rule():
 
 def test_a_lazy_layer_stays_lazy():
     model = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 1))
-    found = look(model, torch.randn(6, 5))
-    assert by_name(found)["0"].inputs == 5
+    found = diagnose_model(model, torch.randn(6, 5))
+    assert index_layers(found)["0"].inputs == 5
     assert model[0].has_uninitialized_params()
 
 
 def test_sequences_have_a_row_for_each_token():
-    layer = look(nn.Linear(3, 1), torch.randn(4, 7, 3), y=torch.ones(4, 7, 1)).layers[0]
+    layer = diagnose_model(nn.Linear(3, 1), torch.randn(4, 7, 3), y=torch.ones(4, 7, 1)).layers[0]
     assert layer.rows == 7.0
     assert layer.read.rows == 28
 
 
 def test_half_precision_is_looked_at_in_double():
-    found = look(nn.Linear(3, 1).bfloat16(), cross([1.0, 2.0, 4.0]).bfloat16(), y=torch.ones(6, 1).bfloat16())
+    found = diagnose_model(
+        nn.Linear(3, 1).bfloat16(), make_cross([1.0, 2.0, 4.0]).bfloat16(), y=torch.ones(6, 1).bfloat16()
+    )
     assert found.layers[0].read.condition == pytest.approx(16.0, rel=1e-12)
 
 
@@ -342,7 +348,7 @@ def test_what_cannot_be_looked_at_is_refused(model, kept, what):
 def test_an_infinite_backward_value_names_its_layer():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     with pytest.raises(NonFiniteError, match="'1'"):
-        look(model, torch.zeros(4, 3), loss=lambda output, y: (output - output).abs().sqrt().sum())
+        diagnose_model(model, torch.zeros(4, 3), loss=lambda output, y: (output - output).abs().sqrt().sum())
 
 
 def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
@@ -351,7 +357,7 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
             raise TypeError("no copies. Never")
 
     with pytest.raises(PlywiseError, match=r"no copies\).*fresh one"):
-        look(Stubborn(3, 1), torch.ones(2, 3))
+        diagnose_model(Stubborn(3, 1), torch.ones(2, 3))
 
 
 # ---- workloads and the report --------------------------------------------------------------------
@@ -369,7 +375,7 @@ def test_a_workload_is_looked_at_alike_each_time_and_by_its_seed():
 
 
 def test_a_diagnosis_is_json_and_a_series_for_the_report():
-    found = look(Twice(), torch.randn(12, 4))
+    found = diagnose_model(Twice(), torch.randn(12, 4))
     assert json.loads(json.dumps(asdict(found), allow_nan=False))["layers"][0]["name"] == "again"
     series = layer_series(found)
     assert series["names"] == ["again", "last"]
@@ -380,9 +386,9 @@ def test_a_diagnosis_is_json_and_a_series_for_the_report():
 def test_a_bench_is_told_of_the_layers_before_training_or_why_not():
     digits = find_workload("digits-mlp")
     data = digits.make_data()
-    told = layers_before(digits, data)
-    assert told["layers"] == layer_series(diagnose_workload(digits, data))
-    assert told["layers"]["names"] == ["0", "2", "4", "6"]
+    before = layers_before(digits, data)
+    assert before["layers"] == layer_series(diagnose_workload(digits, data))
+    assert before["layers"]["names"] == ["0", "2", "4", "6"]
     wrong = layers_before(replace(digits, make_model=lambda: nn.Linear(3, 3)), data)
     assert wrong["layers"] is None
     assert "shapes cannot be multiplied" in wrong["unseen"]

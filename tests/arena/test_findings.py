@@ -6,7 +6,7 @@ import math
 
 import pytest
 from fake_bench import make_bench, make_lines
-from test_standing import finals, small
+from test_standing import gather_small_bench, make_final_runs
 
 from plywise.arena.scoring.conclusions import _list_some, draw_conclusions, format_span
 from plywise.arena.scoring.intervals import Interval
@@ -14,23 +14,23 @@ from plywise.arena.scoring.ranking import compare_methods, find_lone_noise, meas
 from plywise.arena.scoring.results import gather_results
 
 
-def said(field) -> str:
-    return "\n".join(draw_conclusions(field, compare_methods(field)))
+def write_conclusions(results) -> str:
+    return "\n".join(draw_conclusions(results, compare_methods(results)))
 
 
-def sentence(text: str, start: str) -> str:
+def find_sentence(text: str, start: str) -> str:
     (found,) = [one for one in text.split("\n") if one.startswith(start)]
     return found
 
 
 def test_a_clear_winner_is_named_with_its_ratio():
     bench = make_bench()
-    text = said(gather_results(bench, make_lines(bench)))
-    ahead = sentence(text, "Ahead of the best baseline in steps")
+    text = write_conclusions(gather_results(bench, make_lines(bench)))
+    ahead = find_sentence(text, "Ahead of the best baseline in steps")
     assert "noise: proxprop 0.4" in ahead
     assert "Behind: " in ahead
     assert (
-        sentence(text, "If the number of steps is what counts")
+        find_sentence(text, "If the number of steps is what counts")
         == "If the number of steps is what counts: use proxprop."
     )
     assert "On digits, less CPU time to the target than adamw: proxprop" in text
@@ -38,12 +38,12 @@ def test_a_clear_winner_is_named_with_its_ratio():
 
 def test_a_difference_within_the_noise_is_not_claimed():
     """A tenth fewer steps, but the null control is a quarter off."""
-    quick = [*finals("sgd", [200] * 3), *finals("proxprop", [180] * 3)]
-    text = said(small([*quick, *finals("sgd-again", [160] * 3)]))
-    assert "noise: no method" in sentence(text, "Ahead of the best baseline in steps")
+    quick = [*make_final_runs("sgd", [200] * 3), *make_final_runs("proxprop", [180] * 3)]
+    text = write_conclusions(gather_small_bench([*quick, *make_final_runs("sgd-again", [160] * 3)]))
+    assert "noise: no method" in find_sentence(text, "Ahead of the best baseline in steps")
     assert "Undecided: proxprop" in text
     assert "use proxprop" not in text
-    text = said(small([*quick, *finals("sgd-again", [198] * 3)]))
+    text = write_conclusions(gather_small_bench([*quick, *make_final_runs("sgd-again", [198] * 3)]))
     assert "noise: proxprop 0.90×" in text, "a quiet control, and the same difference is reported"
 
 
@@ -51,67 +51,77 @@ def test_a_single_workload_is_judged_by_the_noise_of_single_workloads():
     """The control is off by 2 either way: over both workloads that cancels, on either of them it does not."""
     workloads = {"digits": ([100] * 3, [200] * 3), "words": ([200] * 3, [100] * 3)}
 
-    def field(time):
+    def make_field(time):
         lines = []
         for name, (plain, again) in workloads.items():
             own = [time * when for when in plain]
             for method, times in (("sgd", plain), ("sgd-again", again), ("proxprop", own)):
-                lines += finals(method, times, name)
-        return small(lines, workloads=workloads)
+                lines += make_final_runs(method, times, name)
+        return gather_small_bench(lines, workloads=workloads)
 
-    assert measure_noise(field(0.8), "tuned", "cpu") == pytest.approx(1)
-    assert find_lone_noise(field(0.8), "tuned", "cpu") == 2
-    text = said(field(0.8))
+    assert measure_noise(make_field(0.8), "tuned", "cpu") == pytest.approx(1)
+    assert find_lone_noise(make_field(0.8), "tuned", "cpu") == 2
+    text = write_conclusions(make_field(0.8))
     assert "on a single workload within 2.00× in CPU time: that is noise" in text
-    assert "noise: proxprop 0.80×" in sentence(text, "Ahead of the best baseline in CPU time")
+    assert "noise: proxprop 0.80×" in find_sentence(text, "Ahead of the best baseline in CPU time")
     assert "Nobody takes less CPU time to the target, beyond noise, than sgd on digits and words." in text
     for name in workloads:
         assert f"On {name}, less" not in text
-        assert f"On {name}, less CPU time to the target than sgd: proxprop 0.45×" in said(field(0.45))
+        assert f"On {name}, less CPU time to the target than sgd: proxprop 0.45×" in write_conclusions(
+            make_field(0.45)
+        )
 
 
 def test_a_method_is_not_told_apart_where_its_own_control_is_not():
     behind = {"adamw": [100] * 3, "sgd": [130] * 3}
-    lines = [run for name, times in behind.items() for run in finals(name, times)]
-    both = small([*lines, *finals("sgd-again", [125] * 3)], methods=("adamw", "sgd", "sgd-again"))
-    assert "Behind: sgd." in sentence(said(both), "Ahead of the best baseline in steps")
-    one = small([*lines, *finals("sgd-again", [104] * 3)], methods=("adamw", "sgd", "sgd-again"))
-    assert "Behind" not in sentence(said(one), "Ahead of the best baseline in steps")
+    lines = [run for name, times in behind.items() for run in make_final_runs(name, times)]
+    both = gather_small_bench(
+        [*lines, *make_final_runs("sgd-again", [125] * 3)], methods=("adamw", "sgd", "sgd-again")
+    )
+    assert "Behind: sgd." in find_sentence(write_conclusions(both), "Ahead of the best baseline in steps")
+    one = gather_small_bench(
+        [*lines, *make_final_runs("sgd-again", [104] * 3)], methods=("adamw", "sgd", "sgd-again")
+    )
+    assert "Behind" not in find_sentence(write_conclusions(one), "Ahead of the best baseline in steps")
 
 
 def test_overlapping_seeds_are_not_told_apart():
-    text = said(
-        small(
+    text = write_conclusions(
+        gather_small_bench(
             [
-                *finals("sgd", [200, 300, 400]),
-                *finals("sgd-again", [300] * 3),
-                *finals("proxprop", [100, 150, 390]),
+                *make_final_runs("sgd", [200, 300, 400]),
+                *make_final_runs("sgd-again", [300] * 3),
+                *make_final_runs("proxprop", [100, 150, 390]),
             ]
         )
     )
-    assert "noise: no method" in sentence(text, "Ahead of the best baseline in steps")
+    assert "noise: no method" in find_sentence(text, "Ahead of the best baseline in steps")
     assert "use proxprop" not in text
 
 
 def test_slow_steps_that_eat_the_gain_are_said():
-    lines = finals("proxprop", [100] * 3)
+    lines = make_final_runs("proxprop", [100] * 3)
     for one in lines:
         one["cpu"] = [4 * value for value in one["cpu"]]
-    text = said(small([*finals("sgd", [200] * 3), *finals("sgd-again", [200] * 3), *lines]))
+    text = write_conclusions(
+        gather_small_bench(
+            [*make_final_runs("sgd", [200] * 3), *make_final_runs("sgd-again", [200] * 3), *lines]
+        )
+    )
     assert "Fewer steps, but not less CPU time beyond noise: proxprop" in text
-    assert "Behind: proxprop" in sentence(text, "Ahead of the best baseline in CPU time")
+    assert "Behind: proxprop" in find_sentence(text, "Ahead of the best baseline in CPU time")
     assert "If the number of steps is what counts: use proxprop." in text
     assert "If CPU time is what counts: keep to sgd" in text
 
 
 def test_without_a_null_control_the_reading_says_so():
-    text = said(small([*finals("sgd", [200] * 3)], methods=("sgd",)))
+    text = write_conclusions(gather_small_bench([*make_final_runs("sgd", [200] * 3)], methods=("sgd",)))
     assert "There is no null control" in text
 
 
 def test_misses_near_misses_failures_and_misfits_are_named():
     bench = make_bench()
-    text = said(gather_results(bench, make_lines(bench)))
+    text = write_conclusions(gather_results(bench, make_lines(bench)))
     assert "missed the target: bad on 3 of 3 and local on 2 of 2." in text
     assert "The loose target was in reach of local" in text
     assert "nlms 6" in text
@@ -121,7 +131,7 @@ def test_misses_near_misses_failures_and_misfits_are_named():
 
 def test_of_a_single_workload_misses_are_names():
     bench = make_bench(workloads=["convs"])
-    text = said(gather_results(bench, make_lines(bench)))
+    text = write_conclusions(gather_results(bench, make_lines(bench)))
     assert "missed the target: local and bad. The loose target was in reach of local." in text
 
 
@@ -131,54 +141,61 @@ def test_an_interval_that_ends_nowhere_has_no_limits():
 
 
 def test_lower_ends_are_told_only_beyond_noise():
-    def field(*tests, control=(0.2, 0.21, 0.22)):
+    def make_field(*tests, control=(0.2, 0.21, 0.22)):
         plain = (0.2, 0.21, 0.22)
-        runs = [run for name in ("sgd", "sgd-again", "proxprop") for run in finals(name, [200] * 3)]
+        runs = [run for name in ("sgd", "sgd-again", "proxprop") for run in make_final_runs(name, [200] * 3)]
         for run, value in zip(runs, (*plain, *control, *tests), strict=True):
             run["test"] = value
-        return small(runs)
+        return gather_small_bench(runs)
 
     lower = "On digits, the test metric at the end is lower than that of sgd, beyond noise: proxprop."
-    assert lower in said(field(0.1, 0.11, 0.13))
-    assert "lower than that" not in said(field(0.1, 0.2, 0.22)), "its seeds differ as much"
-    assert "lower than that" not in said(field(0.1, 0.11, 0.13, control=(0.1, 0.1, 0.1))), "the control does"
-    failed = field(0.1, 0.11, 0.13)
+    assert lower in write_conclusions(make_field(0.1, 0.11, 0.13))
+    assert "lower than that" not in write_conclusions(make_field(0.1, 0.2, 0.22)), "its seeds differ as much"
+    assert "lower than that" not in write_conclusions(make_field(0.1, 0.11, 0.13, control=(0.1, 0.1, 0.1))), (
+        "the control does"
+    )
+    failed = make_field(0.1, 0.11, 0.13)
     failed.cells["tuned", "digits", "proxprop"].runs[2]["failure"] = "nan"
-    assert "lower than that" not in said(failed), "a failed seed is the worst of all"
+    assert "lower than that" not in write_conclusions(failed), "a failed seed is the worst of all"
 
 
 def test_less_memory_is_told():
-    lines = [*finals("sgd", [200], peak_mib=100.0), *finals("proxprop", [200], peak_mib=60.0)]
-    assert "as a multiple of sgd's: proxprop 0.60 to 0.60×." in said(small(lines))
+    lines = [
+        *make_final_runs("sgd", [200], peak_mib=100.0),
+        *make_final_runs("proxprop", [200], peak_mib=60.0),
+    ]
+    assert "as a multiple of sgd's: proxprop 0.60 to 0.60×." in write_conclusions(gather_small_bench(lines))
     lines[1]["peak_mib"] = 99.0
-    assert "Peak memory" not in said(small(lines))
+    assert "Peak memory" not in write_conclusions(gather_small_bench(lines))
     lines[0]["peak_mib"], lines[1]["peak_mib"] = 15.0, 0.5  # loading code took it, in the first trial
-    assert "Peak memory" not in said(small(lines))
+    assert "Peak memory" not in write_conclusions(gather_small_bench(lines))
 
 
 def test_a_number_at_the_edge_of_its_range_is_named():
     bench = make_bench(["sgd"], ["digits"])
     lines = make_lines(bench)
-    assert "edge of its range" not in said(gather_results(bench, lines))
+    assert "edge of its range" not in write_conclusions(gather_results(bench, lines))
     bench["methods"]["sgd"]["space"]["lr"]["high"] = 0.1
-    assert "too narrow: lr of sgd on 1 of 1" in said(gather_results(bench, lines))
+    assert "too narrow: lr of sgd on 1 of 1" in write_conclusions(gather_results(bench, lines))
 
 
 def test_few_seeds_are_said_to_be_few():
-    text = said(small(finals("sgd", [200] * 3)))
+    text = write_conclusions(gather_small_bench(make_final_runs("sgd", [200] * 3)))
     assert "75 %" in text
-    assert "One seed tells nothing" in said(small(finals("sgd", [200])))
-    assert "Six seeds" not in said(small(finals("sgd", [200] * 6)))
+    assert "One seed tells nothing" in write_conclusions(gather_small_bench(make_final_runs("sgd", [200])))
+    assert "Six seeds" not in write_conclusions(gather_small_bench(make_final_runs("sgd", [200] * 6)))
 
 
 def test_without_a_tuned_baseline_there_is_no_target():
     bench = make_bench(["sgd"], ["digits"], tracks=["defaults"], trials=0)
-    text = said(gather_results(bench, [one for one in make_lines(bench) if one["track"] == "defaults"]))
+    text = write_conclusions(
+        gather_results(bench, [one for one in make_lines(bench) if one["track"] == "defaults"])
+    )
     assert (
         "since no tuning trial of a baseline came to its end: every run counts as a miss on digits." in text
     )
     bench = make_bench()
-    assert "No target" not in said(gather_results(bench, make_lines(bench)))
+    assert "No target" not in write_conclusions(gather_results(bench, make_lines(bench)))
 
 
 def test_nothing_to_read_is_said():
@@ -190,9 +207,9 @@ def test_nothing_to_read_is_said():
 
 def test_an_adaptive_search_is_said_to_be_one():
     bench = make_bench()
-    assert "same luck" not in said(gather_results(bench, make_lines(bench)))
+    assert "same luck" not in write_conclusions(gather_results(bench, make_lines(bench)))
     adaptive = {**bench, "plan": {"search": "optuna"}}
-    assert "searched by optuna" in said(gather_results(adaptive, make_lines(bench)))
+    assert "searched by optuna" in write_conclusions(gather_results(adaptive, make_lines(bench)))
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -202,7 +219,7 @@ def test_with_fewer_than_three_seeds_nobody_is_named(seeds):
     first = {(one["method"], one["seed"]) for one in lines if one["purpose"] == "final"}
     kept = {name: sorted(seed for method, seed in first if method == name)[:seeds] for name, _ in first}
     few = [one for one in lines if one["purpose"] == "tuning" or one["seed"] in kept[one["method"]]]
-    text = said(gather_results(bench, few))
+    text = write_conclusions(gather_results(bench, few))
     assert ("One seed tells nothing" in text) == (seeds == 1)
     for verdict in ("beyond noise", "what counts", "lower than that of"):
         assert verdict not in text
@@ -220,7 +237,7 @@ def test_test_samples_that_were_trained_on_are_reported():
     bench = make_bench()
     digits = bench["workloads"]["digits"]
     digits["repeated"] = {"validation": 0, "test": 0}
-    text = said(gather_results(bench, make_lines(bench)))
+    text = write_conclusions(gather_results(bench, make_lines(bench)))
     assert "inputs of a training sample" not in text
     for repeated, sentence_part in (
         ({"validation": 0, "test": 31}, "31 of 400 test samples of digits have"),
@@ -230,26 +247,30 @@ def test_test_samples_that_were_trained_on_are_reported():
         ),
     ):
         digits["repeated"] = repeated
-        text = said(gather_results(bench, make_lines(bench)))
+        text = write_conclusions(gather_results(bench, make_lines(bench)))
         assert sentence_part in text
 
 
 def test_where_no_baseline_arrives_times_are_not_compared():
-    lines = [run for name in ("sgd", "sgd-again", "proxprop") for run in finals(name, [200] * 3)]
-    assert "Nobody takes less CPU time" in said(small(lines))
+    lines = [run for name in ("sgd", "sgd-again", "proxprop") for run in make_final_runs(name, [200] * 3)]
+    assert "Nobody takes less CPU time" in write_conclusions(gather_small_bench(lines))
     for run in lines[:6]:
         run["validation"] = [0.9 for _ in run["validation"]]
-    text = said(small(lines))
+    text = write_conclusions(gather_small_bench(lines))
     assert "No baseline reached the target in its median run on digits: times are not compared there" in text
     assert "Nobody takes" not in text
 
 
 def test_what_never_arrives_is_not_called_level():
-    lines = [*finals("sgd", [200] * 3), *finals("sgd-again", [200] * 3), *finals("proxprop", [200] * 3)]
-    assert "Undecided: proxprop" in said(small(lines))
+    lines = [
+        *make_final_runs("sgd", [200] * 3),
+        *make_final_runs("sgd-again", [200] * 3),
+        *make_final_runs("proxprop", [200] * 3),
+    ]
+    assert "Undecided: proxprop" in write_conclusions(gather_small_bench(lines))
     for run in lines[6:]:
         run["validation"] = [0.9 for _ in run["validation"]]
-    assert "Undecided" not in said(small(lines))
+    assert "Undecided" not in write_conclusions(gather_small_bench(lines))
 
 
 def test_before_tuned_runs_the_defaults_are_read():
@@ -261,7 +282,7 @@ def test_before_tuned_runs_the_defaults_are_read():
 def test_a_workload_that_waits_is_not_said_to_lack_a_target():
     bench = make_bench(["sgd", "adamw"], ["digits", "convs"])
     lines = [one for one in make_lines(bench) if one["workload"] == "digits"]
-    text = said(gather_results(bench, lines))
+    text = write_conclusions(gather_results(bench, lines))
     assert "Nothing has been run yet on convs." in text
     assert "No target" not in text
 
@@ -273,15 +294,15 @@ def test_an_edge_is_reported_only_of_a_search_that_could_show_it():
         lines = make_lines(bench)
         for one in lines:
             one["numbers"] = {"lr": 0.99}
-        assert ("edge of its range" in said(gather_results(bench, lines))) is reported
+        assert ("edge of its range" in write_conclusions(gather_results(bench, lines))) is reported
 
 
 def test_methods_with_fewer_numbers_to_tune_are_named():
     bench = make_bench(["sgd", "adamw", "proxprop"], ["digits"])
-    assert "numbers to tune" not in said(gather_results(bench, make_lines(bench)))
+    assert "numbers to tune" not in write_conclusions(gather_results(bench, make_lines(bench)))
     space = bench["methods"]["adamw"]["space"]
     bench["methods"]["adamw"]["space"] = {**space, "weight_decay": space["lr"]}
-    text = said(gather_results(bench, make_lines(bench)))
+    text = write_conclusions(gather_results(bench, make_lines(bench)))
     assert "Not all methods have 2 numbers to tune (sgd 1, proxprop 1): the same number" in text
     bench["methods"]["proxprop"]["space"] = {}
-    assert "(sgd 1, proxprop none)" in said(gather_results(bench, make_lines(bench)))
+    assert "(sgd 1, proxprop none)" in write_conclusions(gather_results(bench, make_lines(bench)))

@@ -6,63 +6,79 @@ import math
 
 import pytest
 from fake_bench import SPEEDS, make_bench, make_lines
-from test_standing import finals
+from test_standing import make_final_runs
 
 from plywise.arena.scoring.headline import SHOWN, find_shown
 from plywise.arena.scoring.ranking import rank_methods
 from plywise.arena.scoring.summary import summarize_bench
 
 
-def judge(lines, methods=("sgd", "sgd-again", "proxprop"), **other):
+def write_verdict(lines, methods=("sgd", "sgd-again", "proxprop"), **other):
     bench = make_bench(methods, ["digits"], tracks=["tuned"], **other)
     bench["workloads"]["digits"]["target"] = 0.1
     return summarize_bench(bench, lines).verdict
 
 
-def noisy(name, steps):
-    return finals(name, [steps - 2, steps, steps + 2])
+def make_noisy_runs(name, steps):
+    return make_final_runs(name, [steps - 2, steps, steps + 2])
 
 
 def test_a_clear_lead_is_named_with_its_interval_and_what_it_rests_on():
-    verdict = judge([*noisy("sgd", 100), *noisy("sgd-again", 100), *noisy("proxprop", 20)])
+    verdict = write_verdict(
+        [*make_noisy_runs("sgd", 100), *make_noisy_runs("sgd-again", 100), *make_noisy_runs("proxprop", 20)]
+    )
     assert verdict.startswith("proxprop needs 0.2")
     assert "CPU time of the best baseline" in verdict
     assert "(3 seeds, 1 workload)" in verdict
 
 
 def test_fewer_but_dearer_steps_are_a_lead_in_steps_alone():
-    ours = noisy("proxprop", 20)
+    ours = make_noisy_runs("proxprop", 20)
     for line in ours:
         line["cpu"] = [6 * value for value in line["cpu"]]
-    verdict = judge([*noisy("sgd", 100), *noisy("sgd-again", 100), *ours])
+    verdict = write_verdict([*make_noisy_runs("sgd", 100), *make_noisy_runs("sgd-again", 100), *ours])
     assert verdict.startswith("No method is ahead in CPU time beyond noise, but proxprop needs 0.2")
     assert "the steps of the best baseline" in verdict
 
 
 @pytest.mark.parametrize("steps", [100, 140])
 def test_no_lead_is_said_to_be_none(steps):
-    verdict = judge([*noisy("sgd", 100), *noisy("sgd-again", 101), *noisy("proxprop", steps)])
+    verdict = write_verdict(
+        [
+            *make_noisy_runs("sgd", 100),
+            *make_noisy_runs("sgd-again", 101),
+            *make_noisy_runs("proxprop", steps),
+        ]
+    )
     assert verdict.startswith("No method is ahead of the best baseline in CPU time or steps")
 
 
 def test_what_the_null_control_shows_as_well_is_no_lead():
-    verdict = judge([*noisy("sgd", 100), *noisy("sgd-again", 18), *noisy("proxprop", 20)])
+    verdict = write_verdict(
+        [*make_noisy_runs("sgd", 100), *make_noisy_runs("sgd-again", 18), *make_noisy_runs("proxprop", 20)]
+    )
     assert verdict.startswith("No method is ahead")
 
 
 def test_too_little_gives_no_verdict():
-    three = [*noisy("sgd", 100), *noisy("sgd-again", 100), *noisy("proxprop", 20)]
+    three = [
+        *make_noisy_runs("sgd", 100),
+        *make_noisy_runs("sgd-again", 100),
+        *make_noisy_runs("proxprop", 20),
+    ]
     two = [line for line in three if line["seed"] != three[0]["seed"]]
-    assert judge([]).startswith("There is no verdict: no final run")
-    assert judge(two).startswith("There is no verdict on who is ahead: 2 seeds cannot tell")
-    assert judge(three[-3:], methods=("proxprop",)).startswith("There is no verdict: no baseline")
+    assert write_verdict([]).startswith("There is no verdict: no final run")
+    assert write_verdict(two).startswith("There is no verdict on who is ahead: 2 seeds cannot tell")
+    assert write_verdict(three[-3:], methods=("proxprop",)).startswith("There is no verdict: no baseline")
 
 
 def test_no_method_is_ranked_where_every_run_failed():
     lost = [
         one
         for name in ("sgd", "adamw")
-        for one in finals(name, [math.inf], failure="RuntimeError before the first step: out of luck")
+        for one in make_final_runs(
+            name, [math.inf], failure="RuntimeError before the first step: out of luck"
+        )
     ]
     bench = make_bench(("sgd", "adamw"), ["digits"], tracks=["tuned"])
     summary = summarize_bench(bench, lost)
@@ -74,7 +90,7 @@ def test_no_method_is_ranked_where_every_run_failed():
     assert not rank_methods(summary.results, "tuned", "cpu")
     assert find_shown(summary.results) == ["sgd", "adamw"]
     assert "No method is ranked where every final run failed: digits." in summary.conclusions
-    some = summarize_bench(bench, [*lost[:1], *finals("adamw", [20])])
+    some = summarize_bench(bench, [*lost[:1], *make_final_runs("adamw", [20])])
     assert some.results.ranked == ["digits"]
 
 

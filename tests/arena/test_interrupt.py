@@ -58,11 +58,11 @@ class Command:
     def lines(self):
         return list(read(self.ledger))
 
-    def press(self):
+    def interrupt(self):
         """Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def left(self):
+    def find_processes(self):
         """Processes of the session that still are, as folders of /proc."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
@@ -74,20 +74,20 @@ class Command:
     def imports_torch(self):
         """Whether the process that trials are forked from has got as far as torch."""
         with contextlib.suppress(OSError):
-            for entry in self.left():
+            for entry in self.find_processes():
                 of_the_command = int(entry.name) == self.process.pid  # it is such a fork itself
                 if not of_the_command and "forkserver" in (entry / "cmdline").read_text():
                     return "libtorch_cpu" in (entry / "maps").read_text()
         return False
 
-    def ended(self):
+    def finish(self):
         """What it wrote to standard output and error; that it left nothing behind."""
         out, err = self.process.communicate(timeout=60)
         assert self.process.returncode == 130, err
         assert "Traceback" not in out + err
         assert list(self.out.glob(".plywise*")) == []
         end = time.monotonic() + 60
-        while left := self.left():
+        while left := self.find_processes():
             assert time.monotonic() < end, left
             time.sleep(0.05)
         return out, err
@@ -116,14 +116,14 @@ def test_an_interrupt_is_answered_and_loses_nothing_that_has_ended(start):
     command.wait_until(lambda: command.ledger.exists() and len(command.lines()) == 2)
     assert len(list(command.out.glob(".plywise-scratch-*"))) == 1
     before = command.lines()
-    command.press()
-    _, said = command.ended()
-    assert said.index(STOPPING) < said.index("Interrupted."), "first of all"
+    command.interrupt()
+    _, output = command.finish()
+    assert output.index(STOPPING) < output.index("Interrupted."), "first of all"
     kept = command.lines()
     assert kept[: len(before)] == before
     assert {line["method"] for line in kept} == {"sgd"}, "what was running is no outcome"
-    assert f"Interrupted. {len(kept)} of 12 trials are kept; {command.out / 'report.html'} shows" in said
-    assert f"`plywise bench --resume --out {command.out}` goes on." in said
+    assert f"Interrupted. {len(kept)} of 12 trials are kept; {command.out / 'report.html'} shows" in output
+    assert f"`plywise bench --resume --out {command.out}` goes on." in output
     assert "Not finished." in (command.out / "report.html").read_text()
     assert json.loads((command.out / "bench.json").read_text())["unfinished"] != []
 
@@ -136,7 +136,7 @@ def test_what_a_killed_bench_has_left_is_swept_by_the_next(start):
     command.process.kill()
     command.process.wait()
     end = time.monotonic() + 60
-    while left := command.left():
+    while left := command.find_processes():
         assert time.monotonic() < end, left
         time.sleep(0.05)
     assert scratch
@@ -152,11 +152,11 @@ def test_what_a_killed_bench_has_left_is_swept_by_the_next(start):
 def test_pressed_again_it_draws_no_report(start, tmp_path):
     command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
     command.wait_until(lambda: command.ledger.exists() and command.lines())
-    command.press()
+    command.interrupt()
     command.wait_until(lambda: STOPPING in (tmp_path / "stderr").read_text())
-    command.press()
-    _, said = command.ended()
-    assert "are kept. `plywise bench --resume" in said
+    command.interrupt()
+    _, output = command.finish()
+    assert "are kept. `plywise bench --resume" in output
     assert not (command.out / "report.html").exists()
 
 
@@ -164,18 +164,18 @@ def test_a_scheduler_that_ends_it_is_told_what_is_kept(start):
     command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
     command.wait_until(lambda: command.ledger.exists() and command.lines())
     os.kill(command.process.pid, signal.SIGTERM)
-    _, said = command.ended()
-    assert f"Interrupted. {len(command.lines())} of 6 trials are kept. `plywise bench --resume" in said
+    _, output = command.finish()
+    assert f"Interrupted. {len(command.lines())} of 6 trials are kept. `plywise bench --resume" in output
     assert not (command.out / "report.html").exists()
 
 
 def test_an_interrupt_before_the_first_trial(start):
     command = start("sgd", "--workers", "2")
     command.wait_until(command.imports_torch)
-    command.press()
-    _, said = command.ended()
-    assert STOPPING in said
-    assert f"Interrupted. {len(command.lines())} of 14 trials are kept" in said
+    command.interrupt()
+    _, output = command.finish()
+    assert STOPPING in output
+    assert f"Interrupted. {len(command.lines())} of 14 trials are kept" in output
 
 
 def test_an_interrupt_waits_until_a_trial_has_started():
@@ -193,7 +193,7 @@ def test_an_interrupt_waits_until_a_trial_has_started():
     assert started
 
 
-def jobs(*methods):
+def make_jobs(*methods):
     resolved = resolve_bench(BenchConfig((OWN,), ("sgd",)))
     own = resolved.workloads["own"]
     keys = [Key("own", name, FINAL, TUNED, 0, 0) for name in methods]
@@ -209,7 +209,7 @@ def wait_for_children(count):
 
 
 def test_an_executor_that_is_stopped_gives_what_has_ended_and_ends_the_rest():
-    resolved, (sgd, adamw, hanging) = jobs("sgd", "adamw", f"{HERE}:Hanging")
+    resolved, (sgd, adamw, hanging) = make_jobs("sgd", "adamw", f"{HERE}:Hanging")
 
     def start_late():
         yield hanging
@@ -231,7 +231,7 @@ def test_an_executor_that_is_stopped_gives_what_has_ended_and_ends_the_rest():
         resolved.close()
 
 
-def alive(pid):
+def is_alive(pid):
     """Whether a process is there, and no mere entry of one that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -247,7 +247,7 @@ def test_what_a_trial_has_started_ends_with_it(ends, tmp_path):
     )
     assert (line["failure"] is None) == (ends == "itself")
     end = time.monotonic() + 30
-    while alive(note.read_text()):
+    while is_alive(note.read_text()):
         assert time.monotonic() < end, "what it started lives on"
         time.sleep(0.05)
 

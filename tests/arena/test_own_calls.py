@@ -45,7 +45,7 @@ def train(model, data, method="proxprop", steps=20, **more):
     return line
 
 
-def own(model, data, **more):
+def make_workload(model, data, **more):
     functions = {name: f"calls:{value}" for name, value in more.items()}
     return own_workload("mine", f"calls:{model}", f"calls:{data}", **functions)
 
@@ -92,17 +92,17 @@ def test_padding_does_not_change_training_by_a_rule():
     ],
 )
 def test_what_is_guessed_is_said(model, data, more, says):
-    workload = own(model, data, **more)
+    workload = make_workload(model, data, **more)
     assert says in workload.about
     assert bool(workload.calls) == bool(says)
     assert workload.about.endswith(f"{says}." if not more.get("loss") else "output.")
 
 
 def test_the_metric_follows_from_what_is_there():
-    assert own("own", "dicts").task.metric_name == "error rate"
-    assert own("bare", "dicts").task.metric_name == "loss"
-    assert own("tensor", "loader", step="step").task.metric_name == "loss"
-    assert own("tensor", "loader", step="step", metric="metric").task.metric_name == "calls:metric"
+    assert make_workload("own", "dicts").task.metric_name == "error rate"
+    assert make_workload("bare", "dicts").task.metric_name == "loss"
+    assert make_workload("tensor", "loader", step="step").task.metric_name == "loss"
+    assert make_workload("tensor", "loader", step="step", metric="metric").task.metric_name == "calls:metric"
     line = train("own", "dicts", metric="squares")
     assert line["validation"][0] == pytest.approx(
         train("own", "dicts", metric="squares", steps=1)["validation"][0]
@@ -121,7 +121,7 @@ def test_a_stream_of_batches_trains():
     [("dicts", {}), ("loader", {}), ("loader", {"step": "step"}), ("named_batches", {"step": "named_step"})],
 )
 def test_a_diagnosis_names_the_users_layers(data, more):
-    workload = own("tensor", data, **more)
+    workload = make_workload("tensor", data, **more)
     found = diagnose_workload(workload, workload.make_data(), batches=3)
     assert [layer.name for layer in found.layers] == ["first", "last"]
     assert found.model == "Pooled"
@@ -130,7 +130,7 @@ def test_a_diagnosis_names_the_users_layers(data, more):
 
 
 def test_rules_do_not_count_padding_in_a_diagnosis():
-    plain, padded = (own("own", data) for data in ("dicts", "padded"))
+    plain, padded = (make_workload("own", data) for data in ("dicts", "padded"))
     first, second = (diagnose_workload(one, one.make_data(), batches=2) for one in (plain, padded))
     for one, other in zip(first.layers, second.layers, strict=True):
         assert one.read.condition == pytest.approx(other.read.condition, rel=1e-3)
@@ -149,21 +149,21 @@ def test_rules_do_not_count_padding_in_a_diagnosis():
 )
 def test_step_functions_that_do_not_fit(step, words):
     with pytest.raises(PlywiseError, match=words):
-        own("tensor", "triples", step=step)
+        make_workload("tensor", "triples", step=step)
 
 
 def test_a_step_function_and_a_loss_are_one_too_many():
     with pytest.raises(PlywiseError, match="leave --loss out"):
-        own("tensor", "loader", step="step", loss="squares")
+        make_workload("tensor", "loader", step="step", loss="squares")
 
 
 def test_a_model_that_takes_no_entry_is_told_so():
     with pytest.raises(PlywiseError, match="Pooled takes none of the entries ids, words, labels by name"):
-        own("tensor", "other_names")
+        make_workload("tensor", "other_names")
 
 
 def test_local_learners_are_left_out_of_what_has_no_one_input():
-    workload = own("tensor", "dicts")
+    workload = make_workload("tensor", "dicts")
     assert (workload.blocks, workload.calls) == (0, "scores")
     assert "comes apart into blocks" in find_method("local-loss").refuses(workload)
     assert torch.is_tensor(workload.make_data().train.y)

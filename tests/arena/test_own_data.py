@@ -42,17 +42,17 @@ def _user(user_module):
     user_module("twins", MODULE)
 
 
-def rows_of(part):
+def collect_rows(part):
     return {row.tobytes() for row in part.x.flatten(1).numpy()}
 
 
-def shared(data, *names):
+def share_rows(data, *names):
     """Whether two parts have a row in common."""
-    pairs = itertools.combinations([rows_of(getattr(data, name)) for name in names], 2)
+    pairs = itertools.combinations([collect_rows(getattr(data, name)) for name in names], 2)
     return any(one & other for one, other in pairs)
 
 
-def samples(data: Data, *names):
+def collect_samples(data: Data, *names):
     """All samples of some parts, in an order that does not depend on the cut."""
     both = [
         torch.cat([getattr(data, n).x.flatten(1).float(), getattr(data, n).y[:, None].float()], 1)
@@ -67,12 +67,12 @@ ALL = ("train", "validation", "test")
 @pytest.mark.parametrize("name", ["all_twins", "whole_numbers"])
 def test_rows_that_repeat_stay_in_one_part(name):
     found = resolve_data(f"twins:{name}")
-    whole = samples(found.data, *ALL)
+    whole = collect_samples(found.data, *ALL)
     assert len(whole) == 300, "each once, and none lost"
     images = resolve_data("twins:images").data
-    assert whole == samples(images, *ALL)
-    assert shared(images, *ALL), "so it is without care, as with what is no table"
-    assert not shared(found.data, *ALL)
+    assert whole == collect_samples(images, *ALL)
+    assert share_rows(images, *ALL), "so it is without care, as with what is no table"
+    assert not share_rows(found.data, *ALL)
     twins = 300 - len({row[:4] for row in whole})
     assert f"by a fixed seed, {twins} with the inputs of another kept beside it: " in found.cut
     sizes = [len(getattr(found.data, part).y) for part in ALL]
@@ -84,8 +84,10 @@ def test_rows_that_repeat_stay_in_one_part(name):
 
 def test_what_is_drawn_from_training_samples_shares_none_with_them():
     found = resolve_data("twins:tested")
-    assert not shared(found.data, "train", "validation")
-    assert samples(found.data, "train", "validation") == samples(resolve_data("twins:all_twins").data, *ALL)
+    assert not share_rows(found.data, "train", "validation")
+    assert collect_samples(found.data, "train", "validation") == collect_samples(
+        resolve_data("twins:all_twins").data, *ALL
+    )
     assert len(found.data.test.y) == 5, "the user's own part is as it was"
     assert "with the inputs of another kept beside it" in found.cut
 
@@ -142,7 +144,7 @@ def test_a_file_is_cut_as_arrays_are_which_stay_as_they_were(tmp_path, name):
 def test_a_zero_has_no_sign():
     found = resolve_data("twins:signs")
     assert "300 with the inputs of another" in found.cut
-    assert not shared(Data(*(type(p)(p.x + 0, p.y) for p in vars(found.data).values())), *ALL)
+    assert not share_rows(Data(*(type(p)(p.x + 0, p.y) for p in vars(found.data).values())), *ALL)
 
 
 def test_too_few_different_inputs_are_said():

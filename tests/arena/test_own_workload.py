@@ -27,12 +27,12 @@ def user(tmp_path, monkeypatch):
     sys.modules.pop("user", None)
 
 
-def own(model="net", data="data", **more):
+def make_workload(model="net", data="data", **more):
     address = f"user:{data}" if data.isidentifier() else data
     return own_workload("mine", f"user:{model}", address, **more)
 
 
-def sizes(data):
+def count_samples(data):
     return [len(part.y) for part in vars(data).values()]
 
 
@@ -40,18 +40,18 @@ def sizes(data):
 
 
 def test_two_arrays_are_cut_and_it_is_said():
-    workload = own()
+    workload = make_workload()
     data = workload.make_data()
-    assert sizes(data) == [80, 10, 10]
+    assert count_samples(data) == [80, 10, 10]
     assert data.train.x.dtype == torch.float32
     firsts = torch.cat([part.x[:, 0] for part in vars(data).values()])
     assert sorted(firsts.tolist()) == list(range(0, 400, 4)), "each sample is in one part"
     assert "80 to train, 10 to validate, 10 to test" in workload.about
     assert "by a fixed seed" in workload.about
-    again = own().make_data()
+    again = make_workload().make_data()
     assert torch.equal(again.test.x, data.test.x)
     assert (workload.batch_size, workload.steps, workload.name, workload.target) == (80, 1000, "mine", None)
-    assert own(batch_size=7, steps=9).batch_size == 7
+    assert make_workload(batch_size=7, steps=9).batch_size == 7
 
 
 @pytest.mark.parametrize(
@@ -66,17 +66,17 @@ def test_two_arrays_are_cut_and_it_is_said():
     ],
 )
 def test_other_forms(data, expected):
-    found = own(data=data).make_data()
-    assert sizes(found) == expected
+    found = make_workload(data=data).make_data()
+    assert count_samples(found) == expected
     for part in vars(found).values():
         assert part.x.shape[1:] == (4,)
         assert (part.x.dtype, part.y.dtype) == (torch.float32, torch.long)
 
 
 def test_bytes_are_images_and_whole_numbers_stay():
-    images = own("image", "images").make_data()
+    images = make_workload("image", "images").make_data()
     assert images.train.x.unique().tolist() == [1.0]
-    workload = own("words", "tokens")
+    workload = make_workload("words", "tokens")
     assert workload.make_data().train.x.dtype == torch.long
     assert workload.task is SEQUENCES
     assert (workload.classes, workload.blocks) == (9, 2), "for local learners of tokens"
@@ -87,19 +87,19 @@ def test_npz(user):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 4)), np.arange(40) % 3
     np.savez(user / "a.npz", x_train=x, y_train=y)
-    assert sizes(own(data="a.npz").make_data()) == [32, 4, 4]
+    assert count_samples(make_workload(data="a.npz").make_data()) == [32, 4, 4]
     np.savez(user / "a.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5])
-    assert sizes(own(data="a.npz").make_data()) == [36, 4, 5]
+    assert count_samples(make_workload(data="a.npz").make_data()) == [36, 4, 5]
     np.savez(user / "a.npz", x_train=x, y_train=y, x_validation=x[:5], y_validation=y[:5])
-    assert sizes(own(data="a.npz").make_data()) == [36, 5, 4]
+    assert count_samples(make_workload(data="a.npz").make_data()) == [36, 5, 4]
     np.savez(user / "a.npz", x_train=x, y_train=y, x_test=x[:5])
     with pytest.raises(PlywiseError, match="has no y_test; it has: x_train, y_train, x_test"):
-        own(data="a.npz")
+        make_workload(data="a.npz")
     np.savez(user / "a.npz", x=x, y=y)
     with pytest.raises(PlywiseError, match="has no x_train and no y_train; it has: x, y"):
-        own(data="a.npz")
+        make_workload(data="a.npz")
     with pytest.raises(PlywiseError, match=r"There is no file gone\.npz"):
-        own(data="gone.npz")
+        make_workload(data="gone.npz")
 
 
 def test_csv_of_numbers_and_of_classes(user):
@@ -107,31 +107,31 @@ def test_csv_of_numbers_and_of_classes(user):
     (user / "a.csv").write_text(
         "a,b,c,d,target\n" + "\n".join(f"{row},{i / 8}" for i, row in enumerate(rows))
     )
-    workload = own("one", "a.csv")
+    workload = make_workload("one", "a.csv")
     assert workload.task.metric is REGRESSION.metric
     assert workload.make_data().train.y.shape == (40, 1), "as the model's output has it"
     (user / "a.csv").write_text(
         "a,b,c,d,target\n" + "\n".join(f"{row},{i % 3}" for i, row in enumerate(rows))
     )
-    workload = own("net", "a.csv")
+    workload = make_workload("net", "a.csv")
     assert workload.task.metric is CLASSIFICATION.metric
     assert workload.classes == 3
     with pytest.raises(PlywiseError, match=r"1 output, and targets go up to 2.*floating-point"):
-        own("one", "a.csv")
+        make_workload("one", "a.csv")
     (user / "a.csv").write_text("a,b,c,d,target\n" + "\n".join(f"{row}," for row in rows))
     with pytest.raises(PlywiseError, match="hold NaN or infinity in 50 of 50 samples"):
-        own("one", "a.csv")
+        make_workload("one", "a.csv")
     (user / "a.csv").write_text("a\n1\n2\n")
     with pytest.raises(PlywiseError, match="has one column"):
-        own("one", "a.csv")
+        make_workload("one", "a.csv")
 
 
 def test_the_data_of_a_shipped_workload_and_data_read_before():
     data = resolve_data("digits-mlp").data
-    assert sizes(data) == [1100, 297, 400]
+    assert count_samples(data) == [1100, 297, 400]
     with pytest.raises(PlywiseError, match=r"fails on two inputs of torch\.float32 and shape"):
-        own(data="digits-mlp")
-    read = own().make_data()
+        make_workload(data="digits-mlp")
+    read = make_workload().make_data()
     assert own_workload("again", "user:net", read).make_data() is read
 
 
@@ -142,48 +142,48 @@ def test_a_row_and_a_column_of_numbers_are_the_same():
         ("one", "column", (80, 1)),
         ("flat", "numbers", (80,)),
     ]:
-        assert own(model, data).make_data().train.y.shape == shape
-        assert own(model, data, loss="user:l1").make_data().train.y.shape == shape
+        assert make_workload(model, data).make_data().train.y.shape == shape
+        assert make_workload(model, data, loss="user:l1").make_data().train.y.shape == shape
 
 
 # ---- tasks -------------------------------------------------------------------------------------------
 
 
 def test_usual_tasks():
-    classes = own()
+    classes = make_workload()
     assert classes.task.metric_name == "error rate"
     assert 0.6 < classes.task.chance < 0.7
     assert (classes.classes, classes.blocks) == (3, 3)
-    numbers = own("one", "numbers")
+    numbers = make_workload("one", "numbers")
     assert numbers.task.metric_name == "mean squared error"
     assert numbers.task.chance == pytest.approx(numbers.make_data().train.y.var(0, correction=0).item())
     assert (numbers.classes, numbers.blocks) == (0, 0)
 
 
 def test_own_loss_and_metric():
-    smooth = own(loss="user:smoothed")
+    smooth = make_workload(loss="user:smoothed")
     assert (smooth.task.metric_name, smooth.classes) == ("error rate", 3)
     assert smooth.task.loss.__name__ == "smoothed"
-    assert own("one", "numbers", loss="user:l1").task.metric_name == "user:l1"
-    assert own("one", "numbers", metric="user:l1").task.loss is REGRESSION.loss
-    judged = own(metric="user:confidence")
+    assert make_workload("one", "numbers", loss="user:l1").task.metric_name == "user:l1"
+    assert make_workload("one", "numbers", metric="user:l1").task.loss is REGRESSION.loss
+    judged = make_workload(metric="user:confidence")
     assert (judged.task.metric_name, judged.classes) == ("user:confidence", 3)
-    assert own("one", "numbers", loss="torch.nn.functional:huber_loss").task.loss(
+    assert make_workload("one", "numbers", loss="torch.nn.functional:huber_loss").task.loss(
         torch.zeros(1), torch.ones(1)
     ).item() == pytest.approx(0.5)
 
 
 def test_blocks():
-    assert own(blocks=2).blocks == 2
-    assert own(blocks=0).blocks == 0
-    assert own("image", "images").blocks == 0, "a single layer is not cut"
+    assert make_workload(blocks=2).blocks == 2
+    assert make_workload(blocks=0).blocks == 0
+    assert make_workload("image", "images").blocks == 0, "a single layer is not cut"
     with pytest.raises(BlockError, match="comes apart into 3 at most"):
-        own(blocks=7)
+        make_workload(blocks=7)
 
 
 def test_it_trains_and_the_callers_random_numbers_are_left_alone():
     before = torch.get_rng_state()
-    workload = own("one", "numbers", steps=40)
+    workload = make_workload("one", "numbers", steps=40)
     assert torch.equal(before, torch.get_rng_state())
 
     def begin():
@@ -237,7 +237,7 @@ def test_it_trains_and_the_callers_random_numbers_are_left_alone():
 )
 def test_data_that_do_not_fit(data, words):
     with pytest.raises(PlywiseError, match=words):
-        own(data=data)
+        make_workload(data=data)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_data_that_do_not_fit(data, words):
 )
 def test_models_that_do_not_fit(model, data, words):
     with pytest.raises(PlywiseError, match=words):
-        own(model, data)
+        make_workload(model, data)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +275,12 @@ def test_models_that_do_not_fit(model, data, words):
 )
 def test_losses_that_do_not_fit(loss, words):
     with pytest.raises(PlywiseError, match=words):
-        own("one", "numbers", loss=loss)
+        make_workload("one", "numbers", loss=loss)
     with pytest.raises(PlywiseError, match=words.replace("loss", "metric")):
-        own("one", "numbers", metric=loss)
+        make_workload("one", "numbers", metric=loss)
 
 
 def test_the_model_is_left_as_it_was_made():
-    module = own().make_model()
+    module = make_workload().make_model()
     assert isinstance(module, nn.Sequential)
     assert module.training

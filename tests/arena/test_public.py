@@ -282,12 +282,12 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_errors_and_progress_name_objects_as_the_user_does(tmp_path, capsys):
-    for call, said in (
+    for call, output in (
         (lambda: bench(make_model(), make_data(), out=tmp_path), "^model is a network"),
         (lambda: diagnose(make_model(), make_data()), "^model is a network"),
         (lambda: bench(make_model, make_data()[0], out=tmp_path), "^data returned a Tensor"),
     ):
-        with pytest.raises(pw.PlywiseError, match=said):
+        with pytest.raises(pw.PlywiseError, match=output):
             call()
     for thing, kind in ((pw.Foof(), "Foof"), (nn.Linear, "the class Linear")):
         with pytest.raises(pw.PlywiseError, match=f"the class, not an object made from it.*, not {kind} "):

@@ -45,12 +45,12 @@ def own():
         yield made.workloads["own"]
 
 
-def job(own, method, seed=0):
+def make_job(own, method, seed=0):
     key = Key("own", method, FINAL, TUNED, 0, seed)
     return TrialJob(key, own.source, {"lr": 0.1}, str(own.file))
 
 
-def without_clocks(lines):
+def drop_clocks(lines):
     return {
         (line["method"], line["seed"], line["track"]): {
             name: line[name] for name in line if name not in CLOCKS
@@ -66,15 +66,15 @@ def test_nobody_at_the_address():
 
 
 def test_the_same_lines_as_in_processes_and_a_killed_trial_harms_no_other(executor, own):
-    jobs = [job(own, method) for method in ("sgd", f"{HERE}:Killed", "local-loss", f"{HERE}:Exploding")]
-    jobs.append(job(own, "sgd", seed=7))
+    jobs = [make_job(own, method) for method in ("sgd", f"{HERE}:Killed", "local-loss", f"{HERE}:Exploding")]
+    jobs.append(make_job(own, "sgd", seed=7))
     given = {one.key: one for one in jobs}
     ended = list(executor.run(iter(jobs)))
     assert executor.count == 2
     assert all(given.pop(one.key) is one for one, _ in ended)
     assert not given, "each job once, with its own line"
-    on_ray = without_clocks(line for _, line in ended)
-    here = without_clocks(line for _, line in ProcessExecutor(2).run(jobs))
+    on_ray = drop_clocks(line for _, line in ended)
+    here = drop_clocks(line for _, line in ProcessExecutor(2).run(jobs))
     assert on_ray == here
     assert on_ray[f"{HERE}:Killed", 0, TUNED]["failure"] == "its process was lost (killed by SIGKILL)"
     assert "diverged" in on_ray[f"{HERE}:Exploding", 0, TUNED]["failure"]
@@ -87,7 +87,7 @@ def test_a_trial_that_hangs_is_ended_and_jobs_are_taken_as_there_is_room(executo
     def jobs():
         for seed, method in enumerate((f"{HERE}:Hanging", "sgd", "sgd", "sgd")):
             taken.append(seed)
-            yield job(own, method, seed)
+            yield make_job(own, method, seed)
 
     ended = []
     for _, line in executor.run(jobs()):
@@ -118,7 +118,7 @@ def own_methods(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def begun(folder):
+def list_started(folder):
     """The process of a trial that never ends."""
     end = time.monotonic() + 60
     noted = folder / "pid"
@@ -131,10 +131,10 @@ def begun(folder):
 
 
 def test_stopping_early_ends_what_runs(executor, own, tmp_path, own_methods):
-    running = executor.run(job(own, method) for method in ("methods_here:Noted", "sgd"))
+    running = executor.run(make_job(own, method) for method in ("methods_here:Noted", "sgd"))
     done, _ = next(running)
     assert done.key.method == "sgd"
-    process = begun(tmp_path)
+    process = list_started(tmp_path)
     running.close()
     assert not process.exists(), "the trial that hangs is not left behind"
 
@@ -143,9 +143,9 @@ def test_a_executor_that_is_stopped_gives_what_has_ended_and_begins_no_more(exec
     import ray
 
     stopped = RayExecutor(timeout_s=60.0)
-    three = [job(own, "sgd", seed) for seed in range(3)]
+    three = [make_job(own, "sgd", seed) for seed in range(3)]
     running = stopped.run(three)
-    told = [next(running)[1]["seed"]]
+    seeds = [next(running)[1]["seed"]]
     end = time.monotonic() + 60
     while (
         ray.available_resources().get("CPU") != executor.count
@@ -153,16 +153,16 @@ def test_a_executor_that_is_stopped_gives_what_has_ended_and_begins_no_more(exec
         assert time.monotonic() < end
         time.sleep(0.05)
     stopped.stop()
-    told += [line["seed"] for _, line in running]
-    assert sorted(told) == [0, 1]
+    seeds += [line["seed"] for _, line in running]
+    assert sorted(seeds) == [0, 1]
     assert list(stopped.run(three)) == [], "for good"
 
 
 def test_a_executor_that_is_stopped_ends_what_runs(executor, own, tmp_path, own_methods):
     stopped = RayExecutor(timeout_s=60.0)
-    running = stopped.run(job(own, method) for method in ("methods_here:Noted", "sgd"))
+    running = stopped.run(make_job(own, method) for method in ("methods_here:Noted", "sgd"))
     assert next(running)[0].key.method == "sgd"
-    process = begun(tmp_path)
+    process = list_started(tmp_path)
     stopped.stop()
     assert list(running) == []
     assert not process.exists()
@@ -177,7 +177,7 @@ def test_a_bench_on_ray_from_the_command_line(executor, tmp_path, monkeypatch, c
         with pytest.raises(SystemExit) as left:
             main([*words, *own])
         assert left.value.code == 0, capsys.readouterr()
-        ledgers.append(sorted(map(repr, without_clocks(read(Path(own[1], "trials.jsonl"))).values())))
+        ledgers.append(sorted(map(repr, drop_clocks(read(Path(own[1], "trials.jsonl"))).values())))
     assert len(ledgers[0]) == 6
     assert ledgers[0] == ledgers[1]
 
@@ -186,7 +186,7 @@ def test_a_module_that_the_machines_do_not_have_is_not_a_lost_trial(executor, ow
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "only_here.py").write_text("from torch.optim import SGD as Mine\n")
-    one = job(own, "only_here:Mine")
+    one = make_job(own, "only_here:Mine")
     with pytest.raises(PlywiseError, match=r"cannot run only_here:Mine: .*no module 'only_here'.*installed"):
         list(executor.run([one]))
 
@@ -197,7 +197,7 @@ def test_more_threads_than_any_machine_has(executor):
 
 
 def test_a_process_of_rays_own_that_is_killed_is_an_outcome(executor, own, own_methods):
-    jobs = [job(own, method) for method in ("methods_here:Regicide", "sgd")]
+    jobs = [make_job(own, method) for method in ("methods_here:Regicide", "sgd")]
     ended = {one.key.method: line for one, line in executor.run(jobs)}
     why = "its process was lost (WorkerCrashedError on Ray)"
     assert ended["methods_here:Regicide"]["failure"] == why

@@ -24,12 +24,12 @@ from plywise.nn import Threshold
 from plywise.registry.find import ROOMS
 
 
-def batch(count=64, seed=0):
+def make_batch(count=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, 64, generator=generator), torch.randint(10, (count,), generator=generator)
 
 
-def made(name, model=None, numbers=None, **more):
+def make_trainer(name, model=None, numbers=None, **more):
     method = find_method(name)
     torch.manual_seed(0)
     return method.make(setting(method, model, numbers, **more))
@@ -97,7 +97,7 @@ def test_what_is_not_refused_begins(name):
         data = workload.make_data()
         x, y = data.train.x[:64], data.train.y[:64]
         more = {"example": x[:8], "task": workload.task, "classes": workload.classes}
-        trainer = made(name, workload.make_model(), **more)
+        trainer = make_trainer(name, workload.make_model(), **more)
         assert torch.isfinite(torch.tensor(trainer.step(x, y)))
         assert len(trainer.predict(x)) == 64
     assert refused < 4
@@ -132,8 +132,8 @@ def test_losses_for_the_auc_order_a_rare_class(name):
 
 
 def test_the_share_of_positives_is_learned_from_labels_and_a_batch_may_lack_a_class():
-    trainer = made("auc-margin", nn.Linear(64, 1), task=RANKING)
-    x = batch(100)[0]
+    trainer = make_trainer("auc-margin", nn.Linear(64, 1), task=RANKING)
+    x = make_batch(100)[0]
     for count in (0, 10, 100):
         y = torch.zeros(100, 1)
         y[:count] = 1
@@ -163,37 +163,39 @@ def test_a_users_own_auc_is_read_from_the_whole_set(tmp_path, monkeypatch):
 
 
 def test_without_strength_a_penalty_is_plain_training():
-    x, y = batch()
+    x, y = make_batch()
     numbers = {"lr": 0.1, "weight_decay": 0.0}
-    plain = made("sgd", numbers=numbers)
-    flat = made("input-gradient-penalty", numbers={**numbers, "strength": 1e-12})
-    steep = made("input-gradient-penalty", numbers={**numbers, "strength": 1.0})
+    plain = make_trainer("sgd", numbers=numbers)
+    flat = make_trainer("input-gradient-penalty", numbers={**numbers, "strength": 1e-12})
+    steep = make_trainer("input-gradient-penalty", numbers={**numbers, "strength": 1.0})
     for _ in range(3):
         assert flat.step(x, y) == pytest.approx(plain.step(x, y), rel=1e-5)
         steep.step(x, y)
     torch.testing.assert_close(flat.predict(x), plain.predict(x))
 
-    def slope(trainer):
+    def measure_slope(trainer):
         inputs = x.clone().requires_grad_()
         losses = nn.functional.cross_entropy(trainer.model(inputs), y, reduction="sum")
         (gradient,) = torch.autograd.grad(losses, inputs)
         return gradient.abs().sum()
 
-    assert slope(steep) < 0.9 * slope(flat)
+    assert measure_slope(steep) < 0.9 * measure_slope(flat)
 
 
 def test_near_itself_moves_less_the_shorter_its_reach():
-    x, y = batch()
+    x, y = make_batch()
     moved = {}
     for reach in (1e-3, 1e6):
-        trainer = made("wasserstein-proximal", numbers={"lr": 0.01, "weight_decay": 0.0, "reach": reach})
+        trainer = make_trainer(
+            "wasserstein-proximal", numbers={"lr": 0.01, "weight_decay": 0.0, "reach": reach}
+        )
         before = trainer.predict(x).detach()
         trainer.step(x, y)
         moved[reach] = (trainer.predict(x) - before).square().sum()
     assert moved[1e-3] < 0.5 * moved[1e6]
-    free = made("adamw", numbers={"lr": 0.01, "weight_decay": 0.0})
+    free = make_trainer("adamw", numbers={"lr": 0.01, "weight_decay": 0.0})
     free.scheduler = None
-    near = made("wasserstein-proximal", numbers={"lr": 0.01, "weight_decay": 0.0, "reach": 1e9})
+    near = make_trainer("wasserstein-proximal", numbers={"lr": 0.01, "weight_decay": 0.0, "reach": 1e9})
     near.scheduler = None
     near.step(x, y)
     for _ in range(INNER):
@@ -202,12 +204,12 @@ def test_near_itself_moves_less_the_shorter_its_reach():
 
 
 def test_slope_recovery_pushes_slopes_up():
-    x, y = batch()
+    x, y = make_batch()
     slopes = {}
     for recovery in (1e-6, 10.0):
         numbers = {"lr": 0.01, "weight_decay": 0.0, "recovery": recovery}
         model = network()
-        trainer = made("slope-recovery", model, numbers)
+        trainer = make_trainer("slope-recovery", model, numbers)
         for _ in range(3):
             trainer.step(x, y)
         slopes[recovery] = dict(model.named_parameters())["1.slope"].item()
@@ -219,24 +221,26 @@ def test_slope_recovery_pushes_slopes_up():
 
 def test_quantized_weights_are_what_predicts_and_training_goes_on_from_free_ones():
     model = network()
-    trainer = made("askew-sgd", model, task=REGRESSION)
-    x = batch()[0]
+    trainer = make_trainer("askew-sgd", model, task=REGRESSION)
+    x = make_batch()[0]
     with torch.no_grad():
         free = model(x)
         level = (2 / 64) ** 0.5
-        expected = model[2](torch.relu(nn.functional.linear(x, level * sign(model[0].weight), model[0].bias)))
+        expected = model[2](
+            torch.relu(nn.functional.linear(x, level * measure_sign(model[0].weight), model[0].bias))
+        )
     torch.testing.assert_close(trainer.predict(x), expected)
     assert torch.equal(model(x), free)
 
 
-def sign(weight):
+def measure_sign(weight):
     return torch.where(weight < 0, -1.0, 1.0)
 
 
 def test_thresholds_stand_in_every_place_even_of_a_shared_activation():
     shared = nn.ReLU()
     model = nn.Sequential(nn.Linear(64, 8), shared, nn.Linear(8, 8), shared, nn.Linear(8, 10))
-    made("threshold", model)
+    make_trainer("threshold", model)
     assert [type(module) for module in model][1::2] == [Threshold, Threshold]
 
 
@@ -245,11 +249,11 @@ def test_thresholds_stand_in_every_place_even_of_a_shared_activation():
 
 def test_fused_network_is_of_the_size_asked_for_and_answers_as_before():
     model, steps = network(), 20
-    trainer = made("fuse-layers", model)
+    trainer = make_trainer("fuse-layers", model)
     trainer = find_method("fuse-layers").make(
         replace(setting(find_method("fuse-layers"), model), steps=steps)
     )
-    x, y = batch(512)
+    x, y = make_batch(512)
     for _ in range(steps // 2):
         trainer.step(x, y)
     deep = trainer._trainer.model

@@ -31,13 +31,13 @@ def run(paper, seeds, folder, executor=None):
     return made, list(made.run(executor or ProcessExecutor(2)))
 
 
-def finals(folder):
+def read_final_runs(folder):
     """What was measured, without clocks and dates."""
     clocks = ("cpu", "wall", "measuring", "peak_mib", "finished")
     return [{k: v for k, v in one.items() if k not in clocks} for one in read(folder / "runs.jsonl")]
 
 
-def by_run(lines):
+def index_by_run(lines):
     return sorted(lines, key=lambda line: json.dumps(line, sort_keys=True))
 
 
@@ -78,7 +78,7 @@ def test_a_reproduction_from_beginning_to_table(tmp_path):
 def test_one_worker_or_two_give_the_same_numbers(tmp_path):
     run(MINE, 2, tmp_path / "one", ProcessExecutor(1))
     run(MINE, 2, tmp_path / "two", ProcessExecutor(2))
-    assert by_run(finals(tmp_path / "one")) == by_run(finals(tmp_path / "two"))
+    assert index_by_run(read_final_runs(tmp_path / "one")) == index_by_run(read_final_runs(tmp_path / "two"))
 
 
 def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
@@ -90,10 +90,12 @@ def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
     pieces.close()
     assert cut.done == 3
     assert cut.summarize()["unfinished"] == cut.total - 3
-    kept = finals(tmp_path / "cut")
+    kept = read_final_runs(tmp_path / "cut")
     run(MINE, 2, tmp_path / "cut")
-    assert finals(tmp_path / "cut")[:3] == kept
-    assert by_run(finals(tmp_path / "cut")) == by_run(finals(tmp_path / "whole"))
+    assert read_final_runs(tmp_path / "cut")[:3] == kept
+    assert index_by_run(read_final_runs(tmp_path / "cut")) == index_by_run(
+        read_final_runs(tmp_path / "whole")
+    )
     assert run(MINE, 2, tmp_path / "cut")[1] == []
 
 
@@ -103,7 +105,7 @@ def test_a_executor_that_is_stopped_begins_no_more(tmp_path):
     next(pieces)
     executor.stop()
     assert len(list(pieces)) <= 1
-    assert made.done == len(finals(tmp_path)) < made.total
+    assert made.done == len(read_final_runs(tmp_path)) < made.total
 
 
 def test_more_seeds_add_runs_and_fewer_leave_them_out(tmp_path):

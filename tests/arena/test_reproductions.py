@@ -70,24 +70,24 @@ PARAMETERS = {
 }
 
 
-def shape_of(experiment):
+def find_shape(experiment):
     return (1, 28, 28) if "mnist" in experiment.name else (3, 32, 32)
 
 
-def images(experiment, count):
+def make_images(experiment, count):
     """Random images of the experiment's shape, and labels."""
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(count, *shape_of(experiment), generator=generator), torch.arange(count) % 10
+    return torch.rand(count, *find_shape(experiment), generator=generator), torch.arange(count) % 10
 
 
-def inside(trainer):
+def unwrap_trainer(trainer):
     """What is under the wrappers."""
-    return inside(trainer.trainer) if hasattr(trainer, "trainer") else trainer
+    return unwrap_trainer(trainer.trainer) if hasattr(trainer, "trainer") else trainer
 
 
-def network(trainer):
+def find_network(trainer):
     """The network that predicts."""
-    found = inside(trainer)
+    found = unwrap_trainer(trainer)
     return found.model if isinstance(found, EndToEnd) else found.learner.as_module()
 
 
@@ -101,8 +101,8 @@ def test_networks_at_full_size_are_the_papers(paper, name):
             continue  # another rate, or other first weights
         with torch.device("meta"):  # shapes without memory
             size = experiment.sizes[FULL]
-            example = torch.empty(2, *shape_of(experiment))
-            built[arm.method] = network(arm.begin(Start(size, arm.rates[0], example, "meta")))
+            example = torch.empty(2, *find_shape(experiment))
+            built[arm.method] = find_network(arm.begin(Start(size, arm.rates[0], example, "meta")))
         count = sum(parameter.numel() for parameter in built[arm.method].parameters())
         assert count == expected.get(arm.method, expected[""]), arm.name
 
@@ -116,13 +116,13 @@ def test_the_published_counts():
 def test_a_step_at_small_size(paper, name):
     experiment = find_paper(paper).find(name)
     size = experiment.sizes[SMALL]
-    x, y = images(experiment, size.batch)
+    x, y = make_images(experiment, size.batch)
     for arm in experiment.arms_at(SMALL):
         torch.manual_seed(0)
         trainer = arm.begin(Start(size, min(arm.rates) * size.faster, x[:2]))
-        before = [parameter.detach().clone() for parameter in network(trainer).parameters()]
+        before = [parameter.detach().clone() for parameter in find_network(trainer).parameters()]
         assert math.isfinite(trainer.step(x, y)), arm.name
-        after = network(trainer).parameters()
+        after = find_network(trainer).parameters()
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), arm.name
         scores = trainer.predict(x[:3])
         assert scores.shape == (3, 100 if "cifar100" in name else 10)
@@ -152,10 +152,10 @@ def test_the_claim_of_proxprop_shows_on_the_digits():
 def test_frozen_maps_stay_and_the_others_move():
     experiment = find_paper("associated-learning").find("mnist-mlp")
     size = experiment.sizes[SMALL]
-    x, y = images(experiment, size.batch)
+    x, y = make_images(experiment, size.batch)
     for arm in experiment.arms[1:]:
         torch.manual_seed(0)
-        learner = inside(arm.begin(Start(size, 1e-3, x[:2]))).learner
+        learner = unwrap_trainer(arm.begin(Start(size, 1e-3, x[:2]))).learner
         blocks = [trainer.component.get_submodule("block") for trainer in learner.trainers]
         before = [p.detach().clone() for block in blocks for p in block.parameters()]
         learner.step(x, y)
@@ -196,15 +196,15 @@ def test_table_1_of_proxprop():
 def test_the_last_layer_takes_explicit_steps():
     experiment = find_paper("proxprop").find("mlp")
     size = experiment.sizes[SMALL]
-    x, y = images(experiment, 64)
+    x, y = make_images(experiment, 64)
 
-    def stepped(rule):
+    def take_step(rule):
         torch.manual_seed(0)
         trainer = proxprop.nesterov(rule, Start(size, 0.1, x[:2]))
         trainer.step(x, y)
         return [p.grad for p in trainer.model.parameters()]
 
-    plain, exact = stepped(None), stepped(proxprop.ProxProp(0.05))
+    plain, exact = take_step(None), take_step(proxprop.ProxProp(0.05))
     assert torch.allclose(plain[-2], exact[-2], rtol=1e-4, atol=1e-7)
     assert torch.allclose(plain[-1], exact[-1], rtol=1e-4, atol=1e-7)
     assert not torch.allclose(plain[0], exact[0], rtol=0.1)

@@ -36,20 +36,22 @@ def resolved(monkeypatch):
         yield resolved
 
 
-def bench(folder, resolved, search="optuna"):
+def run_bench(folder, resolved, search="optuna"):
     return Bench(resolved.with_config(replace(resolved.config, search=search)), folder)
 
 
-def line(trial, numbers, value, failure=None):
+def make_line(trial, numbers, value, failure=None):
     return {"trial": trial, "numbers": numbers, "validation": [value], "failure": failure}
 
 
-def searched(search, space, judge, trials):
+def run_search(search, space, judge, trials):
     """The points of a search when ``judge`` gives each its metric, and those metrics."""
     past = []
     for round_ in search.rounds(trials):
         found = [search.numbers(space, trial, past) for trial in round_]
-        past += [line(trial, numbers, judge(numbers)) for trial, numbers in zip(round_, found, strict=True)]
+        past += [
+            make_line(trial, numbers, judge(numbers)) for trial, numbers in zip(round_, found, strict=True)
+        ]
     return [one["numbers"] for one in past], [find_best(one) for one in past]
 
 
@@ -63,7 +65,7 @@ def test_optuna_begins_with_the_same_design_for_all_and_then_learns(optuna):
     def judge(numbers):
         return abs(numbers["width"] - 9.0)
 
-    found, metrics = searched(optuna, SPACE, judge, 30)
+    found, metrics = run_search(optuna, SPACE, judge, 30)
     assert found[:4] == draw_points(SPACE, 4)
     late = sum(metrics[-10:]) / 10
     assert late < 1.5 < sum(map(judge, draw_points(SPACE, 30))) / 30, "late trials are near the best point"
@@ -75,7 +77,7 @@ def test_optuna_begins_with_the_same_design_for_all_and_then_learns(optuna):
 
 
 def test_the_order_of_the_past_is_of_no_account_and_failures_are_told_as_failed(optuna):
-    past = [line(trial, numbers, 0.1 * trial) for trial, numbers in enumerate(draw_points(SPACE, 8))]
+    past = [make_line(trial, numbers, 0.1 * trial) for trial, numbers in enumerate(draw_points(SPACE, 8))]
     numbers = optuna.numbers(SPACE, 8, past)
     assert numbers == optuna.numbers(SPACE, 8, past[::-1])
     assert numbers == find_search("optuna").numbers(SPACE, 8, past), "nothing is remembered but the lines"
@@ -103,7 +105,7 @@ class OneByOne(ProcessExecutor):
 
 def test_a_bench_by_optuna_in_rounds_broken_off_and_unbroken(tmp_path, resolved, optuna):
     executor = OneByOne()
-    whole = bench(tmp_path / "whole", resolved)
+    whole = run_bench(tmp_path / "whole", resolved)
     lines = [piece.line for piece in whole.run(executor)]
     assert whole.unfinished() == []
     assert len(lines) == whole.total
@@ -114,45 +116,47 @@ def test_a_bench_by_optuna_in_rounds_broken_off_and_unbroken(tmp_path, resolved,
         name: sum(one["method"] == name and one["purpose"] == TUNING for one in lines) for name in METHODS
     }
     assert counts == {"sgd": TRIALS, f"{HERE}:Adamlike": TRIALS, f"{HERE}:fixed": 0}
-    assert [one["numbers"] for one in tunings(whole, "sgd")] != draw_points(
+    assert [one["numbers"] for one in list_tuning_trials(whole, "sgd")] != draw_points(
         whole.resolved.methods["sgd"].space, TRIALS
     )
 
     for stop in (3, 9):  # in the design, and in the round of trial 4
         left = iter([True] * stop)
-        broken = bench(tmp_path / f"broken {stop}", resolved)
+        broken = run_bench(tmp_path / f"broken {stop}", resolved)
         assert len(list(broken.run(ProcessExecutor(2), lambda left=left: next(left, False)))) == stop
         assert broken.unfinished() != []
-        resumed = bench(tmp_path / f"broken {stop}", resolved)
+        resumed = run_bench(tmp_path / f"broken {stop}", resolved)
         assert len(list(resumed.run(ProcessExecutor(1)))) == whole.total - stop
         for name in METHODS:
-            assert without_clocks(tunings(resumed, name)) == without_clocks(tunings(whole, name))
+            assert drop_clocks(list_tuning_trials(resumed, name)) == drop_clocks(
+                list_tuning_trials(whole, name)
+            )
 
 
-def tunings(made, name):
+def list_tuning_trials(made, name):
     kept = made.ledger.lines.items()
     own = [one for key, one in kept if (key.method, key.purpose) == (name, TUNING)]
     return sorted(own, key=lambda one: one["trial"])
 
 
-def without_clocks(lines):
+def drop_clocks(lines):
     return [{key: one[key] for key in ("trial", "numbers", "validation", "failure")} for one in lines]
 
 
 def test_the_search_belongs_to_the_bench(tmp_path, resolved):
-    bench(tmp_path, resolved, "sobol")
+    run_bench(tmp_path, resolved, "sobol")
     pytest.importorskip("optuna", reason="optuna is not installed")
     with pytest.raises(StateError, match=r"search (is|are) sobol, not optuna"):
-        bench(tmp_path, resolved, "optuna")
+        run_bench(tmp_path, resolved, "optuna")
 
 
 def test_a_description_from_before_there_were_searches_is_of_sobol(tmp_path, resolved):
-    bench(tmp_path, resolved, "sobol")
+    run_bench(tmp_path, resolved, "sobol")
     path = tmp_path / "bench.json"
     about = json.loads(path.read_text())
     del about["plan"]["search"], about["check"]
     path.write_text(json.dumps(about))
-    assert bench(tmp_path, resolved, "sobol").resolved.config.search == "sobol"
+    assert run_bench(tmp_path, resolved, "sobol").resolved.config.search == "sobol"
 
 
 def test_what_is_no_search_and_what_is_not_installed(monkeypatch):

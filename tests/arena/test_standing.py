@@ -26,7 +26,7 @@ from plywise.arena.scoring.score import CLOCKS
 FOUR = ["sgd", "sgd-again", "proxprop", "local"]
 
 
-def finals(method: str, times: list[float], workload: str = "digits", **other):
+def make_final_runs(method: str, times: list[float], workload: str = "digits", **other):
     """Runs that reach 0.1 after so many steps, in a tenth of a second each; infinity: never."""
     return [
         line(
@@ -46,7 +46,7 @@ def finals(method: str, times: list[float], workload: str = "digits", **other):
     ]
 
 
-def small(lines, methods=("sgd", "sgd-again", "proxprop"), workloads=("digits",), grid=0):
+def gather_small_bench(lines, methods=("sgd", "sgd-again", "proxprop"), workloads=("digits",), grid=0):
     """A contest whose times are exact, unless they are said to lie on a grid."""
     bench = make_bench(methods, workloads)
     for one in bench["workloads"].values():
@@ -55,17 +55,19 @@ def small(lines, methods=("sgd", "sgd-again", "proxprop"), workloads=("digits",)
     return gather_results(bench, lines)
 
 
-def whole():
+def gather_whole_bench():
     bench = make_bench()
     return gather_results(bench, make_lines(bench))
 
 
-def by_method(found):
+def index_by_method(found):
     return {one.method: one for one in found}
 
 
 def test_a_place_by_hand():
-    field = small([*finals("sgd", [100, 200, 300]), *finals("proxprop", [100, 100, 100])])
+    field = gather_small_bench(
+        [*make_final_runs("sgd", [100, 200, 300]), *make_final_runs("proxprop", [100, 100, 100])]
+    )
     best, peer = rank_methods(field, "tuned", "steps")
     assert (best.method, best.rank.value, best.area[:3]) == ("proxprop", 1, (1, 1, 1))
     assert best.ratio[:3] == (1 / 3, 0.5, 1.0)
@@ -76,10 +78,10 @@ def test_a_place_by_hand():
 
 
 def test_every_clock_has_its_own_standing():
-    quick = finals("proxprop", [100, 100, 100], gradients=4.0)
+    quick = make_final_runs("proxprop", [100, 100, 100], gradients=4.0)
     for run in quick:
         run["cpu"] = [10 * value for value in run["cpu"]]
-    field = small([*finals("sgd", [200, 200, 200]), *quick])
+    field = gather_small_bench([*make_final_runs("sgd", [200, 200, 200]), *quick])
     first = {
         clock: rank_methods(field, "tuned", clock)[0].method
         for clock in ("steps", "gradients", "cpu", "wall")
@@ -88,8 +90,10 @@ def test_every_clock_has_its_own_standing():
 
 
 def test_misses_are_infinite_in_medians_and_bounds_in_ratios():
-    field = small([*finals("sgd", [100, 100, 100]), *finals("proxprop", [50, math.inf, math.inf])])
-    row = by_method(compare_methods(field))["proxprop"]
+    field = gather_small_bench(
+        [*make_final_runs("sgd", [100, 100, 100]), *make_final_runs("proxprop", [50, math.inf, math.inf])]
+    )
+    row = index_by_method(compare_methods(field))["proxprop"]
     assert (row.reached, row.runs, row.times["steps"].value) == (1, 3, math.inf)
     assert (row.ratios["steps"].value, row.ratios["steps"].high, row.ratios["steps"].mark) == (
         4.0,
@@ -97,15 +101,15 @@ def test_misses_are_infinite_in_medians_and_bounds_in_ratios():
         "≥",
     )
     assert row.ratios["steps"].low == 0.5, "in some resamples two of three seeds are the one that was quick"
-    place = by_method(rank_methods(field, "tuned", "steps"))["proxprop"]
+    place = index_by_method(rank_methods(field, "tuned", "steps"))["proxprop"]
     assert (place.area.value, place.profile["digits"]) == (0.0, math.inf)
 
 
 def test_a_crash_before_the_first_step_is_a_miss_with_the_pace_of_others():
     nothing = {"steps": [], "loss": [], "validation": [], "cpu": [], "wall": []}
     crashed = [line("digits", "proxprop", "final", seed=s, failure="OSError", **nothing) for s in range(3)]
-    field = small([*finals("sgd", [100, 100, 100]), *crashed])
-    row = by_method(compare_methods(field))["proxprop"]
+    field = gather_small_bench([*make_final_runs("sgd", [100, 100, 100]), *crashed])
+    row = index_by_method(compare_methods(field))["proxprop"]
     assert (row.failed, row.reached, row.step_cost, row.seconds) == (3, 0, None, None)
     assert row.validation.median == math.inf
     assert row.ratios["cpu"].value == pytest.approx(4.0)
@@ -115,16 +119,16 @@ def test_a_crash_before_the_first_step_is_a_miss_with_the_pace_of_others():
 def test_a_workload_that_does_not_fit_counts_as_a_miss_and_one_not_yet_run_does_not():
     bench = make_bench(["sgd", "local"], ["digits", "words"])
     lines = [one for one in make_lines(bench) if one["method"] == "sgd" or one["workload"] == "digits"]
-    refused = by_method(rank_methods(gather_results(bench, lines), "tuned", "steps"))["local"]
+    refused = index_by_method(rank_methods(gather_results(bench, lines), "tuned", "steps"))["local"]
     assert refused.profile["words"] == math.inf
-    pending = by_method(rank_methods(gather_results({**bench, "refused": []}, lines), "tuned", "steps"))[
-        "local"
-    ]
+    pending = index_by_method(
+        rank_methods(gather_results({**bench, "refused": []}, lines), "tuned", "steps")
+    )["local"]
     assert list(pending.profile) == ["digits"]
 
 
 def test_the_peer_is_the_best_tuned_baseline():
-    field = whole()
+    field = gather_whole_bench()
     assert field.peer("digits", "steps").runs[0]["method"] == "adamw"
     assert field.peer("digits", "steps").runs[0]["track"] == "tuned"
     for row in compare_methods(field):
@@ -135,8 +139,14 @@ def test_the_peer_is_the_best_tuned_baseline():
 
 
 def test_a_null_control_takes_no_rank_and_sets_no_time():
-    field = small([*finals("sgd", [100] * 3), *finals("sgd-again", [50] * 3), *finals("proxprop", [80] * 3)])
-    found = by_method(rank_methods(field, "tuned", "steps"))
+    field = gather_small_bench(
+        [
+            *make_final_runs("sgd", [100] * 3),
+            *make_final_runs("sgd-again", [50] * 3),
+            *make_final_runs("proxprop", [80] * 3),
+        ]
+    )
+    found = index_by_method(rank_methods(field, "tuned", "steps"))
     assert found["sgd-again"].rank is None
     assert (found["proxprop"].rank.value, found["proxprop"].profile["digits"]) == (1, 1.0)
     assert find_null_ratio(field, "tuned", "steps", "sgd-again").value == 0.5
@@ -144,32 +154,38 @@ def test_a_null_control_takes_no_rank_and_sets_no_time():
 
 
 def test_noise_is_unknown_where_the_control_missed_and_none_without_one():
-    missed = small([*finals("sgd", [100, 100, math.inf]), *finals("sgd-again", [100] * 3)])
+    missed = gather_small_bench(
+        [*make_final_runs("sgd", [100, 100, math.inf]), *make_final_runs("sgd-again", [100] * 3)]
+    )
     assert measure_noise(missed, "tuned", "steps") == math.inf
-    alone = small(finals("sgd", [100] * 3), methods=("sgd",))
+    alone = gather_small_bench(make_final_runs("sgd", [100] * 3), methods=("sgd",))
     assert measure_noise(alone, "tuned", "steps") == 1.0
 
 
 def test_a_null_control_without_its_original_is_no_reference():
-    runs = [*finals("adamw", [100] * 3), *finals("sgd-again", [100] * 3)]
-    field = small(runs, methods=("adamw", "sgd-again"))
+    runs = [*make_final_runs("adamw", [100] * 3), *make_final_runs("sgd-again", [100] * 3)]
+    field = gather_small_bench(runs, methods=("adamw", "sgd-again"))
     assert field.reference == "adamw"
     assert {row.method: row.step_cost for row in compare_methods(field)} == {"adamw": 1, "sgd-again": 1}
-    assert small(finals("sgd-again", [100]), methods=("sgd-again",)).reference is None
+    assert gather_small_bench(make_final_runs("sgd-again", [100]), methods=("sgd-again",)).reference is None
 
 
 def test_what_lies_between_two_measurements_is_in_the_intervals():
     """All seeds agree on a point of the grid, and nobody knows where between two points they were there."""
-    runs = [*finals("sgd", [200] * 3), *finals("sgd-again", [200] * 3), *finals("proxprop", [180] * 3)]
+    runs = [
+        *make_final_runs("sgd", [200] * 3),
+        *make_final_runs("sgd-again", [200] * 3),
+        *make_final_runs("proxprop", [180] * 3),
+    ]
     for clock in CLOCKS:
-        exact = by_method(compare_methods(small(runs)))["proxprop"].ratios[clock]
+        exact = index_by_method(compare_methods(gather_small_bench(runs)))["proxprop"].ratios[clock]
         assert exact[:3] == pytest.approx((0.9, 0.9, 0.9))
-        row = by_method(compare_methods(small(runs, grid=20)))["proxprop"]
+        row = index_by_method(compare_methods(gather_small_bench(runs, grid=20)))["proxprop"]
         assert row.ratios[clock][:3] == pytest.approx((160 / 200, 0.9, 180 / 180))
-        assert measure_noise(small(runs, grid=20), "tuned", clock) == pytest.approx(200 / 180)
-    itself = by_method(compare_methods(small(runs, grid=20)))["sgd"].ratios["steps"]
+        assert measure_noise(gather_small_bench(runs, grid=20), "tuned", clock) == pytest.approx(200 / 180)
+    itself = index_by_method(compare_methods(gather_small_bench(runs, grid=20)))["sgd"].ratios["steps"]
     assert itself[:3] == (1, 1, 1)
-    far = measure_noise(small(runs, grid=200), "tuned", "steps")
+    far = measure_noise(gather_small_bench(runs, grid=200), "tuned", "steps")
     assert far == math.inf, "there from the first measurement on"
 
 
@@ -179,12 +195,12 @@ def test_a_method_with_nothing_to_tune_is_in_both_tracks():
     lines = [one for one in make_lines(bench) if one["method"] == "sgd" or one["trial"] == -1]
     field = gather_results(bench, lines)
     for track in ("tuned", "defaults"):
-        assert by_method(rank_methods(field, track, "steps"))["proxprop"].runs == 3
+        assert index_by_method(rank_methods(field, track, "steps"))["proxprop"].runs == 3
     assert len(list(csv.DictReader(format_runs_csv(field)))) == len(lines), "a row for each run"
 
 
 def test_equals_share_a_rank():
-    field = small([*finals("sgd", [100] * 3), *finals("proxprop", [100] * 3)])
+    field = gather_small_bench([*make_final_runs("sgd", [100] * 3), *make_final_runs("proxprop", [100] * 3)])
     assert [place.rank[:3] for place in rank_methods(field, "tuned", "steps")] == [(1, 1, 2), (1, 1, 2)]
 
 
@@ -192,14 +208,14 @@ def test_equals_that_never_arrive_are_ordered_by_where_they_end():
     """All have no area. A cheap step must not help: it only makes the bound on the time of a miss smaller."""
     never = [math.inf] * 3
     ends = {"adamw": 0.3, "nlms": 0.2, "bad": 0.6}
-    lines = [*finals("sgd", [100] * 3), *finals("proxprop", [100, math.inf, math.inf])]
+    lines = [*make_final_runs("sgd", [100] * 3), *make_final_runs("proxprop", [100, math.inf, math.inf])]
     for name, end in ends.items():
-        runs = finals(name, never)
+        runs = make_final_runs(name, never)
         for run in runs:
             run["validation"][-1] = end
             run["cpu"] = [0.0, 0.1, 0.1] if name == "bad" else run["cpu"]
         lines += runs
-    field = small(lines, methods=("bad", "adamw", "nlms", "proxprop", "sgd"))
+    field = gather_small_bench(lines, methods=("bad", "adamw", "nlms", "proxprop", "sgd"))
     for clock in CLOCKS:
         found = rank_methods(field, "tuned", clock)
         assert [one.method for one in found] == ["sgd", "proxprop", "nlms", "adamw", "bad"]
@@ -210,7 +226,7 @@ def test_equals_that_never_arrive_are_ordered_by_where_they_end():
 
 def test_where_a_method_does_not_fit_it_ends_last():
     bench = make_bench(["sgd", "local"], ["digits", "words"])
-    found = by_method(rank_methods(gather_results(bench, make_lines(bench)), "tuned", "steps"))
+    found = index_by_method(rank_methods(gather_results(bench, make_lines(bench)), "tuned", "steps"))
     assert bench["refused"][0]["workload"] == "words"
     assert found["local"].end == 2
     assert found["sgd"].end == 1
@@ -218,7 +234,7 @@ def test_where_a_method_does_not_fit_it_ends_last():
 
 def test_the_area_is_that_under_the_profile():
     """Against the profile summed up on a fine grid."""
-    for place in rank_methods(whole(), "tuned", "cpu"):
+    for place in rank_methods(gather_whole_bench(), "tuned", "cpu"):
         grid = [1 + 3 * (i + 0.5) / 20_000 for i in range(20_000)]
         shares = [sum(r <= tau for r in place.profile.values()) / len(place.profile) for tau in grid]
         assert place.area.value == pytest.approx(sum(shares) / len(grid), abs=1e-3)
@@ -242,15 +258,15 @@ def test_slower_seeds_never_improve_a_place():
     for one in slowed:
         if one["method"] == "proxprop" and one["purpose"] == "final":
             one["cpu"] = [2 * value for value in one["cpu"]]
-    before = by_method(rank_methods(gather_results(bench, lines), "tuned", "cpu"))
-    after = by_method(rank_methods(gather_results(bench, slowed), "tuned", "cpu"))
+    before = index_by_method(rank_methods(gather_results(bench, lines), "tuned", "cpu"))
+    after = index_by_method(rank_methods(gather_results(bench, slowed), "tuned", "cpu"))
     assert after["proxprop"].area.value < before["proxprop"].area.value
     assert after["proxprop"].ratio.value == pytest.approx(2 * before["proxprop"].ratio.value)
     assert all(after[name].area.value >= before[name].area.value for name in after if name != "proxprop")
 
 
 def test_step_cost_memory_and_test_metric():
-    found = {(row.workload, row.method, row.track): row for row in compare_methods(whole())}
+    found = {(row.workload, row.method, row.track): row for row in compare_methods(gather_whole_bench())}
     row = found["digits", "proxprop", "tuned"]
     assert row.step_cost == pytest.approx(1.3, rel=0.02)
     assert row.peak_mib == 20 + len("proxprop")
@@ -262,31 +278,31 @@ def test_step_cost_memory_and_test_metric():
 
 def test_memory_is_that_of_the_final_runs():
     trials = [line(peak_mib=900.0, trial=trial) for trial in range(5)]
-    runs = finals("sgd", [100] * 3)
+    runs = make_final_runs("sgd", [100] * 3)
     for run, peak in zip(runs, (40.0, 60.0, None), strict=True):
         run["peak_mib"] = peak
-    assert by_method(compare_methods(small([*trials, *runs])))["sgd"].peak_mib == 50
+    assert index_by_method(compare_methods(gather_small_bench([*trials, *runs])))["sgd"].peak_mib == 50
     for run in runs:
         run["peak_mib"] = None
-    assert by_method(compare_methods(small([*trials, *runs])))["sgd"].peak_mib is None
+    assert index_by_method(compare_methods(gather_small_bench([*trials, *runs])))["sgd"].peak_mib is None
 
 
 def test_memory_is_unknown_where_no_step_was_measured():
-    runs = finals("sgd", [100] * 3, peak_mib=40.0)
+    runs = make_final_runs("sgd", [100] * 3, peak_mib=40.0)
     early = {name: [0.0] for name in ("steps", "cpu", "wall")} | {"loss": [2.3], "validation": [0.9]}
     failed = [
         line("digits", "proxprop", "final", seed=s, failure="nan", peak_mib=9.0, **early) for s in range(3)
     ]
-    field = small([*runs, *failed])
+    field = gather_small_bench([*runs, *failed])
     assert {row.method: row.peak_mib for row in compare_methods(field)} == {"sgd": 40, "proxprop": None}
     peaks = {one["method"]: one["peak_mib"] for one in csv.DictReader(format_runs_csv(field))}
     assert peaks == {"sgd": "40.0", "proxprop": ""}
-    (one,) = compare_methods(small([*runs[:2], {**failed[0], "method": "sgd"}]))
+    (one,) = compare_methods(gather_small_bench([*runs[:2], {**failed[0], "method": "sgd"}]))
     assert one.peak_mib == 40, "of those that trained"
 
 
 def test_tables_come_back_as_they_were():
-    field = whole()
+    field = gather_whole_bench()
     found = compare_methods(field)
     table = list(csv.DictReader(io.StringIO(format_ranking_csv(found))))
     assert len(table) == len(found)
@@ -321,11 +337,11 @@ def test_cost_of_tuning_against_all_orders(values):
 
 
 def test_curves_keep_where_runs_end_and_what_failed():
-    lines = finals("sgd", [100, 150, 200])
+    lines = make_final_runs("sgd", [100, 150, 200])
     lines[1].update(
         steps=[0, 7], validation=[0.9, 0.8], cpu=[0, 1], wall=[0, 1], loss=[2.0, None], failure="nan"
     )
-    (curve,) = make_curves(small(lines), "tuned", "digits")
+    (curve,) = make_curves(gather_small_bench(lines), "tuned", "digits")
     assert curve["failed"] == [(curve["steps"].index(7), "seed 1: nan")]
     assert curve["validation"][0][curve["steps"].index(7)] == 0.8
     assert curve["loss"][0][curve["steps"].index(7)] is None
@@ -333,13 +349,13 @@ def test_curves_keep_where_runs_end_and_what_failed():
 
 def test_a_median_curve_does_not_recover_because_a_run_failed():
     def field(*failed):
-        lines = finals("sgd", [100, 100, 100])
+        lines = make_final_runs("sgd", [100, 100, 100])
         for one, value in zip(lines, (0.2, 0.3, 0.4), strict=True):
             one["loss"] = one["validation"] = [0.9, 0.5, value]
         for place in failed:
             short = {name: lines[place][name][:2] for name in ("loss", "validation", "cpu", "wall")}
             lines[place].update(steps=[0, 100], failure="nan", **short)
-        (curve,) = make_curves(small(lines), "tuned", "digits")
+        (curve,) = make_curves(gather_small_bench(lines), "tuned", "digits")
         return curve
 
     for name in ("loss", "validation"):
@@ -354,7 +370,7 @@ def test_a_median_curve_does_not_recover_because_a_run_failed():
 def test_long_curves_are_thinned_but_keep_their_end():
     steps = list(range(0, 5001, 5))
     same = {"steps": steps, "validation": [0.5] * 1001, "loss": [1.0] * 1001, "cpu": steps, "wall": steps}
-    (curve,) = make_curves(small([line("digits", "sgd", "final", **same)]), "tuned", "digits")
+    (curve,) = make_curves(gather_small_bench([line("digits", "sgd", "final", **same)]), "tuned", "digits")
     assert len(curve["steps"]) <= 62
     assert (curve["steps"][0], curve["steps"][-1]) == (0, 5000)
 
@@ -367,13 +383,13 @@ def test_the_front_is_who_nobody_beats():
         )  # fmt: skip
 
     lines = [run("sgd", 1, 10, 0.5), run("sgd-again", 2, 10, 0.5), run("proxprop", 3, 30, 0.1)]
-    assert find_front(compare_methods(small(lines))) == {"sgd", "proxprop"}
+    assert find_front(compare_methods(gather_small_bench(lines))) == {"sgd", "proxprop"}
     lines[0]["peak_mib"] = None
-    assert find_front(compare_methods(small(lines))) == {"sgd", "proxprop"}, (
+    assert find_front(compare_methods(gather_small_bench(lines))) == {"sgd", "proxprop"}, (
         "what was not measured is no advantage"
     )
     lines[2].update(failure="nan", test=None)
-    assert find_front(compare_methods(small(lines))) == {"sgd"}
+    assert find_front(compare_methods(gather_small_bench(lines))) == {"sgd"}
 
 
 def test_thinning_keeps_three_digits():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from fake_bench import line, make_bench, write_bench
-from test_standing import finals
+from test_standing import make_final_runs
 
 from plywise.arena.reports.bench_page import write_page
 
@@ -19,9 +19,9 @@ def page(open_page, tmp_path):
     bench = make_bench(METHODS, ["digits"], tracks=["tuned"])
     bench["workloads"]["digits"]["target"] = 0.1
     bench["refused"] = [{"workload": "digits", "method": "local", "reason": "it has no blocks"}]
-    lines = finals("sgd", [100] * 3, peak_mib=30.0)
+    lines = make_final_runs("sgd", [100] * 3, peak_mib=30.0)
     for method, end in {"proxprop": 0.3, "nlms": 0.2}.items():
-        lines += finals(method, [math.inf] * 3, peak_mib=30.0)
+        lines += make_final_runs(method, [math.inf] * 3, peak_mib=30.0)
         for run in lines[-3:]:
             run["validation"][-1] = end
     early = {name: [0.0] for name in ("steps", "cpu", "wall")} | {"loss": [2.3], "validation": [0.9]}
@@ -32,7 +32,7 @@ def page(open_page, tmp_path):
     return open_page(write_page(write_bench(tmp_path, bench, lines))[0])
 
 
-def cells(page, table, column):
+def read_cells(page, table, column):
     rows = page.locator(f"#{table} tbody tr")
     return {
         row.locator("th").inner_text().strip(): row.locator("td").nth(column).inner_text().split("\n")[0]
@@ -41,7 +41,7 @@ def cells(page, table, column):
 
 
 def test_a_shared_rank_is_marked_and_told_in_an_order(page):
-    ranks = cells(page, "standing", 0)
+    ranks = read_cells(page, "standing", 0)
     assert list(ranks) == ["sgd", "nlms", "proxprop", "bad", "local"]
     assert [rank.replace("\u00a0", " ") for rank in ranks.values()] == ["1", "2 =", "2 =", "2 =", "2 ="]
     assert "methods with equal areas share a rank" in page.locator("main").inner_text()
@@ -49,5 +49,5 @@ def test_a_shared_rank_is_marked_and_told_in_an_order(page):
 
 def test_memory_of_what_never_trained_is_a_dash(page):
     heads = page.locator("#results thead th").all_inner_texts()
-    peaks = cells(page, "results", heads.index("Peak MiB") - 1)
+    peaks = read_cells(page, "results", heads.index("Peak MiB") - 1)
     assert peaks == {"sgd": "30", "proxprop": "30", "nlms": "30", "bad": "–"}

@@ -8,7 +8,7 @@ import pytest
 from fake_bench import line, make_bench, make_lines, write_bench
 from hypothesis import given
 from hypothesis import strategies as st
-from test_standing import by_method, finals, small
+from test_standing import gather_small_bench, index_by_method, make_final_runs
 
 from plywise.arena.reports.bench_page import write_page
 from plywise.arena.scoring.conclusions import draw_conclusions
@@ -25,12 +25,12 @@ from plywise.arena.scoring.targets import (
 )
 
 
-def trials(*best: float | None, method: str = "sgd", purpose: str = "tuning"):
+def make_trials(*best: float | None, method: str = "sgd", purpose: str = "tuning"):
     return [line(method=method, purpose=purpose, trial=i, validation=[0.9, b]) for i, b in enumerate(best)]
 
 
-def said(field) -> str:
-    return "\n".join(draw_conclusions(field, compare_methods(field)))
+def write_conclusions(results) -> str:
+    return "\n".join(draw_conclusions(results, compare_methods(results)))
 
 
 # ---- how a target is made ----------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def said(field) -> str:
 @given(st.lists(st.floats(0, 0.8), min_size=ENOUGH, max_size=60, unique=True))
 def test_a_share_of_the_baselines_trials_reaches_the_target(best):
     """However many there are, from `ENOUGH` on: at least the share, and not one more than it takes."""
-    target = choose_target(trials(*best), {"sgd"})
+    target = choose_target(make_trials(*best), {"sgd"})
     there = sum(value <= target for value in best)
     assert SHARE * len(best) <= there < SHARE * len(best) + 1
 
@@ -47,7 +47,7 @@ def test_a_share_of_the_baselines_trials_reaches_the_target(best):
 def test_enough_trials_are_those_whose_share_is_the_third_best():
     values = [place / 100 for place in range(ENOUGH)]
     random.Random(0).shuffle(values)
-    assert choose_target(trials(*values), {"sgd"}) == sorted(values)[STRICT_PLACE - 1]
+    assert choose_target(make_trials(*values), {"sgd"}) == sorted(values)[STRICT_PLACE - 1]
 
 
 def test_trials_that_measured_nothing_count_as_the_worst():
@@ -55,16 +55,16 @@ def test_trials_that_measured_nothing_count_as_the_worst():
     nothing = {"steps": [], "loss": [], "validation": [], "cpu": [], "wall": [], "failure": "OSError"}
     crashed = [line(trial=100 + i, **nothing) for i in range(20)]
     values = [place / 100 for place in range(40)]
-    assert choose_target(trials(*values), {"sgd"}) == 0.05
-    assert choose_target([*trials(*values), *crashed], {"sgd"}) == 0.08
-    assert choose_target([*crashed, *trials(0.3)], {"sgd"}) == 0.3
+    assert choose_target(make_trials(*values), {"sgd"}) == 0.05
+    assert choose_target([*make_trials(*values), *crashed], {"sgd"}) == 0.08
+    assert choose_target([*crashed, *make_trials(0.3)], {"sgd"}) == 0.3
     assert choose_target(crashed, {"sgd"}) is None
 
 
 def test_of_few_trials_the_third_best_sets_the_target():
-    lines = trials(0.5, 0.01, 0.2, 0.3, 0.4)
+    lines = make_trials(0.5, 0.01, 0.2, 0.3, 0.4)
     assert choose_target(lines, {"sgd"}) == 0.3
-    lucky = trials(0.0001)
+    lucky = make_trials(0.0001)
     assert choose_target([*lines, *lucky], {"sgd"}) == 0.2, (
         "one lucky run moves it by one place, not to itself"
     )
@@ -74,20 +74,23 @@ def test_of_few_trials_the_third_best_sets_the_target():
 
 @pytest.mark.parametrize(("best", "target"), [((), None), ((0.5,), 0.5), ((0.5, 0.2), 0.5), ((None,), 0.9)])
 def test_few_trials_set_the_worst_of_them(best, target):
-    assert choose_target(trials(*best), {"sgd"}) == target
+    assert choose_target(make_trials(*best), {"sgd"}) == target
 
 
 def test_only_tuning_of_baselines_sets_targets():
-    ours = trials(0.01, 0.01, 0.01, method="proxprop")
-    finals = trials(0.02, 0.02, 0.02, purpose="final")
+    ours = make_trials(0.01, 0.01, 0.01, method="proxprop")
+    finals = make_trials(0.02, 0.02, 0.02, purpose="final")
     assert choose_target([*ours, *finals], {"sgd"}) is None
-    assert choose_target([*ours, *finals, *trials(0.3)], {"sgd"}) == 0.3
-    assert choose_loose_target([*ours, *finals, *trials(0.3)], {"sgd"}) == 0.3
+    assert choose_target([*ours, *finals, *make_trials(0.3)], {"sgd"}) == 0.3
+    assert choose_loose_target([*ours, *finals, *make_trials(0.3)], {"sgd"}) == 0.3
 
 
 @given(st.lists(st.floats(0, 2), max_size=9))
 def test_the_loose_target_is_never_the_harder_one(best):
-    strict, loose = choose_target(trials(*best), {"sgd"}), choose_loose_target(trials(*best), {"sgd"})
+    strict, loose = (
+        choose_target(make_trials(*best), {"sgd"}),
+        choose_loose_target(make_trials(*best), {"sgd"}),
+    )
     assert (strict is None) == (loose is None) == (not best)
     assert not best or loose >= strict
 
@@ -104,38 +107,40 @@ def test_what_a_baseline_reaches_at_the_very_end_sets_no_target():
 # ---- how soft it is ----------------------------------------------------------------------------------
 
 
-def contest(stored=None, chance=0.9, sgd=(0.5,) * 30, **other):
+def make_small_bench(stored=None, chance=0.9, sgd=(0.5,) * 30, **other):
     """A bench of SGD and ProxProp on one workload: SGD's tuning trials end at the values given."""
     bench = make_bench(["sgd", "proxprop"], ["digits"], **other)
     bench["workloads"]["digits"] |= {"target": stored, "chance": chance}
-    lines = [*trials(*sgd), *trials(0.05, method="proxprop")]
+    lines = [*make_trials(*sgd), *make_trials(0.05, method="proxprop")]
     lines = [one | {"workload": "digits"} for one in lines]
-    return bench, [*lines, *finals("sgd", [200] * 3), *finals("proxprop", [100] * 3)]
+    return bench, [*lines, *make_final_runs("sgd", [200] * 3), *make_final_runs("proxprop", [100] * 3)]
 
 
-def target_in(*args, **more) -> Target:
-    bench, lines = contest(*args, **more)
+def choose_target_in(*args, **more) -> Target:
+    bench, lines = make_small_bench(*args, **more)
     return make_target(bench, "digits", lines)
 
 
 def test_a_target_of_enough_trials_that_few_reach_is_not_soft():
     values = [0.1 + place / 100 for place in range(ENOUGH)]
-    assert target_in(sgd=values).softness == []
-    assert target_in(sgd=values[:-1]).softness == [f"the 3rd best of {ENOUGH - 1} trials"]
-    assert target_in(0.3, sgd=[0.5, 0.4]).softness == [], "a stored target does not depend on these trials"
+    assert choose_target_in(sgd=values).softness == []
+    assert choose_target_in(sgd=values[:-1]).softness == [f"the 3rd best of {ENOUGH - 1} trials"]
+    assert choose_target_in(0.3, sgd=[0.5, 0.4]).softness == [], (
+        "a stored target does not depend on these trials"
+    )
 
 
 @pytest.mark.parametrize(("count", "words"), [(1, "best of 1"), (2, "2nd best of 2"), (4, "3rd best of 4")])
 def test_a_target_of_few_trials_says_which_place_it_is(count, words):
-    made = target_in(sgd=[0.1 * (1 + place) for place in range(count)])
+    made = choose_target_in(sgd=[0.1 * (1 + place) for place in range(count)])
     assert made.softness[0] == f"the {words} trials"
 
 
 def test_a_target_that_chance_or_most_trials_reach_is_soft():
-    assert target_in(0.6, sgd=(0.5,) * 15 + (0.7,) * 15).softness == []
-    assert target_in(0.6, sgd=(0.5,) * 16 + (0.7,) * 14).softness == ["reached by 16 of 30 trials"]
-    assert target_in(0.6, chance=0.5).softness == ["reached by knowing nothing"]
-    untrained = target_in(0.95, chance=None)
+    assert choose_target_in(0.6, sgd=(0.5,) * 15 + (0.7,) * 15).softness == []
+    assert choose_target_in(0.6, sgd=(0.5,) * 16 + (0.7,) * 14).softness == ["reached by 16 of 30 trials"]
+    assert choose_target_in(0.6, chance=0.5).softness == ["reached by knowing nothing"]
+    untrained = choose_target_in(0.95, chance=None)
     assert untrained.naive == 0.9, "where chance is unknown, an untrained network stands for it"
     assert untrained.softness == ["reached by knowing nothing"]
 
@@ -143,11 +148,11 @@ def test_a_target_that_chance_or_most_trials_reach_is_soft():
 def test_soft_targets_are_named_in_the_findings_and_others_are_not():
     few = make_bench(["sgd", "adamw", "proxprop"], ["digits", "words"], trials=2)
     field = gather_results(few, make_lines(few))
-    (soft,) = [one for one in said(field).split("\n") if one.startswith("Soft targets")]
+    (soft,) = [one for one in write_conclusions(field).split("\n") if one.startswith("Soft targets")]
     assert f"digits {field.targets['digits'].strict:.3g} (the 3rd best of 4 trials; " in soft
     assert "words" not in soft, "its target was there before"
     enough = make_bench(["sgd", "adamw", "proxprop"], ["digits"], trials=ENOUGH // 2)
-    assert "Soft targets" not in said(gather_results(enough, make_lines(enough)))
+    assert "Soft targets" not in write_conclusions(gather_results(enough, make_lines(enough)))
 
 
 # ---- no ranking near to chance -----------------------------------------------------------------------
@@ -169,14 +174,18 @@ def test_where_one_of_the_three_is_unknown_nothing_is_left_out(unknown):
 def two_workloads(target):
     """ProxProp is twice as quick on digits, SGD on words, whose target is given."""
     lines = [
-        *(run for name, when in (("sgd", 200), ("proxprop", 100)) for run in finals(name, [when] * 3)),
+        *(
+            run
+            for name, when in (("sgd", 200), ("proxprop", 100))
+            for run in make_final_runs(name, [when] * 3)
+        ),
         *(
             run
             for name, when in (("sgd", 100), ("proxprop", 300))
-            for run in finals(name, [when] * 3, "words")
+            for run in make_final_runs(name, [when] * 3, "words")
         ),
     ]
-    field = small(lines, ["sgd", "proxprop"], ["digits", "words"])
+    field = gather_small_bench(lines, ["sgd", "proxprop"], ["digits", "words"])
     field.bench["workloads"]["words"]["target"] = target
     return gather_results(field.bench, lines)
 
@@ -185,7 +194,7 @@ def test_a_workload_with_a_soft_target_has_no_say_in_the_ranking():
     both, one = two_workloads(0.1), two_workloads(0.6)
     assert (both.ranked, one.ranked) == (["digits", "words"], ["digits"])
     for field, profile in ((both, {"digits": 1.0, "words": 3.0}), (one, {"digits": 1.0})):
-        found = by_method(rank_methods(field, "tuned", "steps"))["proxprop"]
+        found = index_by_method(rank_methods(field, "tuned", "steps"))["proxprop"]
         assert found.profile == profile
         assert (found.compared, found.runs) == (len(profile), 3 * len(profile))
     rows = {(row.workload, row.method): row for row in compare_methods(one)}
@@ -195,8 +204,8 @@ def test_a_workload_with_a_soft_target_has_no_say_in_the_ranking():
 
 
 def test_the_findings_say_where_nobody_is_ranked_and_why(tmp_path):
-    assert "Nobody is ranked" not in said(two_workloads(0.1))
-    text = said(two_workloads(0.6))
+    assert "Nobody is ranked" not in write_conclusions(two_workloads(0.1))
+    text = write_conclusions(two_workloads(0.6))
     assert "Nobody is ranked where the target is nearer" in text
     assert "words (0.6, where knowing nothing gives 0.9 and the best run 0.05)." in text
     assert "On words" not in text
@@ -207,12 +216,14 @@ def test_the_findings_say_where_nobody_is_ranked_and_why(tmp_path):
 
 
 def test_where_no_workload_is_left_nothing_is_advised():
-    lines = [run for name, when in (("sgd", 200), ("proxprop", 100)) for run in finals(name, [when] * 3)]
-    field = small(lines, ["sgd", "proxprop"])
+    lines = [
+        run for name, when in (("sgd", 200), ("proxprop", 100)) for run in make_final_runs(name, [when] * 3)
+    ]
+    field = gather_small_bench(lines, ["sgd", "proxprop"])
     field.bench["workloads"]["digits"]["target"] = 0.6
     field = gather_results(field.bench, lines)
     assert rank_methods(field, "tuned", "cpu") == []
-    text = said(field)
+    text = write_conclusions(field)
     assert "No workload is left to rank methods on." in text
     for claim in ("If CPU time", "Ahead of", "Nobody takes less", "no method reached every target"):
         assert claim not in text

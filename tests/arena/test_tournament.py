@@ -51,7 +51,7 @@ def run(folder, resolve, methods, executor=None, **more):
     return made, [piece.line for piece in made.run(executor or ProcessExecutor(2))]
 
 
-def without_clocks(lines):
+def drop_clocks(lines):
     """What must not depend on who ran when."""
     clocks = ("cpu", "wall", "measuring", "peak_mib", "finished")
     kept = [{name: value for name, value in line.items() if name not in clocks} for line in lines]
@@ -82,7 +82,7 @@ def test_every_method_gets_the_same_trials_and_fresh_seeds(tmp_path, resolve):
 def test_one_worker_or_three_give_the_same_numbers(tmp_path, resolve):
     _, one = run(tmp_path / "one", resolve, ["sgd", "proxprop", "local-loss"], ProcessExecutor(1))
     _, three = run(tmp_path / "three", resolve, ["sgd", "proxprop", "local-loss"], ProcessExecutor(3))
-    assert without_clocks(one) == without_clocks(three)
+    assert drop_clocks(one) == drop_clocks(three)
 
 
 def test_in_this_process_as_in_others(tmp_path, resolve):
@@ -90,7 +90,7 @@ def test_in_this_process_as_in_others(tmp_path, resolve):
     _, apart = run(tmp_path / "apart", resolve, methods)
     made, here = run(tmp_path / "here", resolve, methods, InlineExecutor())
     summary = made.summarize()
-    assert without_clocks(here) == without_clocks(apart)
+    assert drop_clocks(here) == drop_clocks(apart)
     assert {row.method for row in summary.rows} == set(methods)
     assert any("trials failed" in sentence for sentence in summary.conclusions)
     again, rest = run(tmp_path / "here", resolve, methods, InlineExecutor())
@@ -117,7 +117,7 @@ def test_what_is_in_the_ledger_is_not_run_again(tmp_path, resolve):
     second, rest = run(tmp_path, resolve, ["sgd", "adamw"])
     assert len(rest) == second.total - 5
     _, unbroken = run(tmp_path / "other", resolve, ["sgd", "adamw"])
-    assert without_clocks(kept + rest) == without_clocks(unbroken)
+    assert drop_clocks(kept + rest) == drop_clocks(unbroken)
     assert list(second.run(ProcessExecutor(1))) == [], "a finished bench has nothing to do"
 
 

@@ -61,7 +61,7 @@ def test_every_trial_is_a_run_with_what_was_measured(folder):
     assert runs[NAMES[3]].results == {}
 
 
-def scalars(folder):
+def read_scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
@@ -75,7 +75,7 @@ def test_tensorboard_reads_curves_settings_and_results(folder, tmp_path):
     from tensorboard.plugins.hparams import metadata
 
     assert to_tensorboard(folder, tmp_path / "boards") == (4, 0)
-    found, events = scalars(tmp_path / "boards" / NAMES[1])
+    found, events = read_scalars(tmp_path / "boards" / NAMES[1])
     expected = list(zip([0, 20, 40], [0.9, 0.4, 0.1], strict=True))
     assert [(step, pytest.approx(value)) for step, value in expected] == found["validation error rate"]
     assert found["test error rate"] == [(0, 0.125)]
@@ -83,7 +83,7 @@ def test_tensorboard_reads_curves_settings_and_results(folder, tmp_path):
     settings = metadata.parse_session_start_info_plugin_data(content).hparams
     assert settings["lr"].number_value == 0.1
     assert settings["method"].string_value == "sgd"
-    assert scalars(tmp_path / "boards" / NAMES[3])[0] == {}
+    assert read_scalars(tmp_path / "boards" / NAMES[3])[0] == {}
     assert not (tmp_path / "boards" / ".partial").exists()
 
 
@@ -96,7 +96,7 @@ def test_a_bench_that_has_grown_is_exported_again_without_doubles(folder, tmp_pa
     _write(folder, TUNING, LAST, FAILED, LOST)
     assert to_tensorboard(folder, tmp_path / "boards") == (2, 2)
     for name in NAMES[:3]:
-        steps = [step for step, _ in scalars(tmp_path / "boards" / name)[0]["cpu seconds"]]
+        steps = [step for step, _ in read_scalars(tmp_path / "boards" / name)[0]["cpu seconds"]]
         assert steps == sorted(set(steps))
 
 

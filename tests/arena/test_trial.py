@@ -27,7 +27,7 @@ def make_model():
     return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
-def beginner(model=make_model, rate=0.1, rule=None):
+def make_begin(model=make_model, rate=0.1, rule=None):
     def begin():
         network = model()
         optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
@@ -41,17 +41,17 @@ def data():
     return Data(*load_digits())
 
 
-def trial(data, begin=None, **options):
+def run_short_trial(data, begin=None, **options):
     options = {"seed": 0, "steps": 25, "measure_every": 10, "train_eval_size": 1100, **options}
-    return run_trial(begin or beginner(), data, CLASSIFICATION, **options)
+    return run_trial(begin or make_begin(), data, CLASSIFICATION, **options)
 
 
 def test_record_is_what_training_by_hand_gives(data):
-    record = trial(data, test=True)
+    record = run_short_trial(data, test=True)
     assert record.steps == [0, 10, 20, 25]
     assert record.failure is None
     torch.manual_seed(0)
-    trainer = beginner()()
+    trainer = make_begin()()
     batches = endless_batches(data.train, 128, 0)
     losses = [mean(CLASSIFICATION.loss, trainer.predict, data.train, 128)]
     errors = [mean(CLASSIFICATION.metric, trainer.predict, data.validation, 128)]
@@ -87,7 +87,10 @@ def measure_peak(when, connection):
     marked.x[:, 0] = 7
     three, peak = Data(data.train, data.validation, marked), Peak("cpu")
     peak.begin(three)
-    assert trial(three, beginner(lambda: Hungry(when)), steps=3, test=True, meter=peak).failure is None
+    assert (
+        run_short_trial(three, make_begin(lambda: Hungry(when)), steps=3, test=True, meter=peak).failure
+        is None
+    )
     connection.send(peak.mib)
 
 
@@ -109,30 +112,30 @@ def test_peak_memory_is_that_of_training(when, least, most):
 
 def test_the_test_set_is_left_alone_unless_asked_for(data):
     untouchable = Split(torch.full_like(data.test.x, torch.nan), data.test.y[:1])
-    record = trial(Data(data.train, data.validation, untouchable))
+    record = run_short_trial(Data(data.train, data.validation, untouchable))
     assert record.test is None
     assert record.failure is None
 
 
 def test_same_seed_same_bits_and_the_callers_random_state_is_left_alone(data):
     before = torch.get_rng_state()
-    begin = beginner(rate=5.0, rule=pw.ProxProp(tau=0.1))
-    one, two, other = (trial(data, begin, seed=s).loss for s in (1, 1, 2))
+    begin = make_begin(rate=5.0, rule=pw.ProxProp(tau=0.1))
+    one, two, other = (run_short_trial(data, begin, seed=s).loss for s in (1, 1, 2))
     assert one == two != other
     assert torch.equal(before, torch.get_rng_state())
-    null = trial(data, beginner(rule=pw.Backprop())).loss
-    assert null == trial(data).loss, "the null control is plain training"
+    null = run_short_trial(data, make_begin(rule=pw.Backprop())).loss
+    assert null == run_short_trial(data).loss, "the null control is plain training"
 
 
 def test_numpys_and_pythons_random_numbers_follow_the_seed_too(data):
-    def shifted():
+    def make_shifted_model():
         network = make_model()
         with torch.no_grad():
             network[0].bias += np.random.rand() + random.random()
         return network
 
     states = random.getstate(), np.random.get_state()[1].tolist()
-    one, two, other = (trial(data, beginner(shifted), seed=s).loss for s in (1, 1, 2))
+    one, two, other = (run_short_trial(data, make_begin(make_shifted_model), seed=s).loss for s in (1, 1, 2))
     assert one == two != other
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
 
@@ -141,7 +144,7 @@ def test_numpys_and_pythons_random_numbers_follow_the_seed_too(data):
 def test_the_callers_random_state_on_the_gpu_is_left_alone(data):
     torch.rand(3, device="cuda")
     before = torch.cuda.get_rng_state()
-    trial(data, steps=1)
+    run_short_trial(data, steps=1)
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
@@ -151,7 +154,7 @@ def test_a_network_that_changes_its_input_changes_no_data(data):
             return super().forward(x.mul_(0.5))
 
     before = [split.x.clone() for split in vars(data).values()]
-    assert trial(data, beginner(lambda: Halving(*make_model())), test=True).failure is None
+    assert run_short_trial(data, make_begin(lambda: Halving(*make_model())), test=True).failure is None
     assert all(torch.equal(x, split.x) for x, split in zip(before, vars(data).values(), strict=True))
 
 
@@ -164,8 +167,8 @@ def test_measuring_is_off_the_clocks(data):
                     pass
             return super().forward(x)
 
-    begin = beginner(lambda: SlowWhenMeasured(*make_model()))
-    record = trial(data, begin, steps=4, measure_every=1)
+    begin = make_begin(lambda: SlowWhenMeasured(*make_model()))
+    record = run_short_trial(data, begin, steps=4, measure_every=1)
     for clock in (record.cpu, record.wall):
         assert clock[0] == 0
         assert clock == sorted(clock)
@@ -176,7 +179,9 @@ def test_measuring_is_off_the_clocks(data):
 def test_the_training_loss_is_of_as_many_samples_as_asked_for(data):
     few = Data(Split(data.train.x[:50], data.train.y[:50]), data.validation, data.test)
     trainer = predictor_of_seed(0)
-    assert trial(data, steps=1, train_eval_size=50).loss[0] == mean(CLASSIFICATION.loss, trainer, few.train)
+    assert run_short_trial(data, steps=1, train_eval_size=50).loss[0] == mean(
+        CLASSIFICATION.loss, trainer, few.train
+    )
 
 
 def predictor_of_seed(seed):
@@ -196,7 +201,7 @@ def test_batches_are_whole_and_cover_the_epoch():
 
 @pytest.mark.parametrize("rule", [None, pw.Backprop(), pw.Consequentialism()])
 def test_divergence_is_an_outcome(data, rule):
-    record = trial(data, beginner(rate=1e6, rule=rule), test=True)
+    record = run_short_trial(data, make_begin(rate=1e6, rule=rule), test=True)
     assert "diverged at step" in record.failure
     assert record.final_loss is None
     assert record.test is None
@@ -221,8 +226,8 @@ def test_not_a_number_is_an_outcome(data):
     train.x[0] = torch.nan
     for rule in (None, pw.NLMS()):
         nan = Data(train, data.validation, data.test)
-        assert "loss is nan" in trial(nan, beginner(rule=rule)).failure
-    poisoned = trial(Data(Split(data.train.x / 0, data.train.y), data.validation, data.test))
+        assert "loss is nan" in run_short_trial(nan, make_begin(rule=rule)).failure
+    poisoned = run_short_trial(Data(Split(data.train.x / 0, data.train.y), data.validation, data.test))
     json.dumps(poisoned.as_dict(), allow_nan=False)
 
 
@@ -236,10 +241,10 @@ def test_an_exception_is_an_outcome(data):
                 raise RuntimeError("the third step. More words")
             return super().forward(x)
 
-    failure = trial(data, beginner(lambda: Breaks(*make_model()))).failure
+    failure = run_short_trial(data, make_begin(lambda: Breaks(*make_model()))).failure
     assert re.fullmatch(r"RuntimeError at step 3: the third step \(line \d+ of test_trial\.py\)", failure)
-    nothing_to_train = beginner(lambda: nn.Sequential(nn.Flatten()), rule=pw.NLMS())
-    assert "before the first step" in trial(data, nothing_to_train).failure
+    nothing_to_train = make_begin(lambda: nn.Sequential(nn.Flatten()), rule=pw.NLMS())
+    assert "before the first step" in run_short_trial(data, nothing_to_train).failure
 
 
 @pytest.mark.parametrize(
@@ -256,7 +261,7 @@ def test_leaving_and_too_little_memory_are_outcomes_that_say_so(data, hurt, why)
                 hurt()
             return super().forward(x)
 
-    assert re.fullmatch(why, trial(data, beginner(lambda: Hurts(*make_model()))).failure)
+    assert re.fullmatch(why, run_short_trial(data, make_begin(lambda: Hurts(*make_model()))).failure)
 
 
 def test_interrupt_is_not_swallowed(data):
@@ -264,4 +269,4 @@ def test_interrupt_is_not_swallowed(data):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trial(data, interrupted)
+        run_short_trial(data, interrupted)

@@ -69,7 +69,7 @@ def named(request):
     return workload, workload.make_data()
 
 
-def trained(workload, data, steps, rate=0.01):
+def measure_training(workload, data, steps, rate=0.01):
     """Loss on some training samples before and after some steps."""
     torch.manual_seed(3)
     model = workload.make_model()
@@ -116,7 +116,7 @@ def test_parts_share_no_sample(named):
 
 def test_a_few_steps_lower_the_loss(named):
     workload, data = named
-    before, after = trained(workload, data, 10)
+    before, after = measure_training(workload, data, 10)
     assert after < before
 
 
@@ -143,7 +143,7 @@ def test_a_step_of_plain_gradient_descent(named):
 
 def test_same_seed_same_bits(named):
     workload, data = named
-    assert trained(workload, data, 2) == trained(workload, data, 2)
+    assert measure_training(workload, data, 2) == measure_training(workload, data, 2)
     again = workload.make_data()
     for part, other in zip(vars(data).values(), vars(again).values(), strict=True):
         assert torch.equal(part.x, other.x)

@@ -33,17 +33,17 @@ def start(*words):
 def test_ones_own_model_from_beginning_to_report(tmp_path, plywise):
     done = plywise(*OWN, *SMALL, "--methods", "sgd,sgd-again,adamw,mine:Exploding,local-loss")
     assert done.code == 0
-    said = done.out
-    assert "Methods: 5; workloads: 1; tuning trials of each: 1; seeds: 1; trials in all: 15" in said
-    assert "[15/15]" in said
-    assert "diverged" in said
+    output = done.out
+    assert "Methods: 5; workloads: 1; tuning trials of each: 1; seeds: 1; trials in all: 15" in output
+    assert "[15/15]" in output
+    assert "diverged" in output
     folder = tmp_path / "runs" / "bench"
     about = json.loads((folder / "bench.json").read_text())
     assert about["unfinished"] == []
     assert about["workloads"]["mine:model"]["steps"] == 12
     assert len(list(read(folder / "trials.jsonl"))) == 15
     assert about["workloads"]["mine:model"]["layers"]["names"] == ["0", "2"], "looked at before training"
-    assert "failures are counted, not dropped" in said
+    assert "failures are counted, not dropped" in output
     page = (folder / "report.html").read_text()
     assert "mine:Exploding" in page
     assert len(page) < 2_000_000
@@ -66,15 +66,15 @@ def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path, plywise):
     ledger = tmp_path / "runs" / "bench" / "trials.jsonl"
     wait_until(lambda: ledger.exists() and len(ledger.read_text().splitlines()) >= 2, process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 130
     kept = list(read(ledger))
-    assert f"{len(kept)} of 12 trials are kept" in said
-    assert "plywise bench --resume --out runs/bench" in said
+    assert f"{len(kept)} of 12 trials are kept" in output
+    assert "plywise bench --resume --out runs/bench" in output
     assert (ledger.parent / "report.html").exists(), "what there is can be looked at"
-    told = plywise("bench", "--resume", "--dry-run")
-    assert told.code == 0
-    assert f"for what is left; {len(kept)} trials are done" in told.out
+    printed = plywise("bench", "--resume", "--dry-run")
+    assert printed.code == 0
+    assert f"for what is left; {len(kept)} trials are done" in printed.out
     assert list(read(ledger)) == kept, "a dry run leaves all as it is"
     assert plywise("bench", "--resume", "--workers", "2").code == 0
     assert len(list(read(ledger))) == 12

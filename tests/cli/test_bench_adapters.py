@@ -24,10 +24,10 @@ def test_a_bench_by_optuna_in_tensorboard(plywise):
     folder = Path("runs/bench")
     assert json.loads((folder / "bench.json").read_text())["plan"]["search"] == "optuna"
     assert len(list(read(folder / "trials.jsonl"))) == 7
-    for said in ("7 trials are new in boards for TensorBoard, 0 were there", "0 trials are new"):
+    for output in ("7 trials are new in boards for TensorBoard, 0 were there", "0 trials are new"):
         done = plywise("report", "runs/bench", "--tensorboard", "boards")
         assert done.code == 0
-        assert said in done.out
+        assert output in done.out
     assert len(list(Path("boards").glob("mine.model/sgd/**/events.out.*"))) >= 7
     assert plywise("bench", "--resume").code == 0, "the search is the folder's"
     (folder / "report.html").unlink()

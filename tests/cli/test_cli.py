@@ -105,17 +105,17 @@ assert not {"torch", "numpy", "jinja2"} & set(sys.modules), "after --help"
 import plywise.arena.methods, plywise.arena.workloads
 assert "torch" not in sys.modules, "after names are listed"
 """
-    said = re.sub(r"\s+", " ", python(code))
+    output = re.sub(r"\s+", " ", python(code))
     for command in ("demo", "doctor", "explain", "methods", "--seeds", "--no-open", "--batch-size"):
-        assert command in said
+        assert command in output
     for words in ("plywise bench my.module:make_model", "--budget", "--resume", "quick, standard"):
-        assert words in said
+        assert words in output
     for words in (
         "plywise train --rule ProxProp",
         "torchrun --nproc-per-node 2 -m plywise pipeline",
         "--cuts",
     ):
-        assert words in said
+        assert words in output
 
 
 def test_installed_command_says_its_version():
@@ -271,10 +271,10 @@ def test_explain_takes_a_step_and_its_batches(plywise, project, user_module):
         (["mine:conv", "--step", "mine:step"], "--step takes batches of --data: name them."),
     ],
 )
-def test_explain_says_what_is_wrong(plywise, project, words, said):
+def test_explain_says_what_is_wrong(plywise, project, words, output):
     code, out, err = plywise("explain", *words)
     assert (code, out) == (1, "")
-    assert said in err
+    assert output in err
     assert err.startswith("plywise: ")
 
 

@@ -72,61 +72,61 @@ def run(*words):
     return app(["diagnose", *words], exit_on_error=False, result_action="return_value")
 
 
-def told(capsys, *words):
+def run_json(capsys, *words):
     run(*words, "--json")
     return json.loads(capsys.readouterr().out)
 
 
 def test_ones_own_model_as_a_table_and_advice(capsys):
     run("mine:model", "--data", "mine:data")
-    said = capsys.readouterr().out
-    assert "Sequential: 67 parameters, 8 batches of up to 128" in said
-    assert "4→8" in said
-    assert "1. Plain AdamW is fine" in said
-    assert "How sure:" in said
-    assert "plywise bench mine:model --data mine:data --methods sgd,adamw\n" in said
+    output = capsys.readouterr().out
+    assert "Sequential: 67 parameters, 8 batches of up to 128" in output
+    assert "4→8" in output
+    assert "1. Plain AdamW is fine" in output
+    assert "How sure:" in output
+    assert "plywise bench mine:model --data mine:data --methods sgd,adamw\n" in output
 
 
 def test_what_stands_out_is_marked_and_comes_first_in_the_advice(capsys):
     run("mine:scaled", "--data", "mine:data")
-    said = capsys.readouterr().out
-    assert "1. Consequentialism" in said
-    assert "\nBackward values, last layer over first: " in said
-    rows = [line for line in said.splitlines() if "Linear" in line and "→" in line]
+    output = capsys.readouterr().out
+    assert "1. Consequentialism" in output
+    assert "\nBackward values, last layer over first: " in output
+    rows = [line for line in output.splitlines() if "Linear" in line and "→" in line]
     assert len(rows) == 2
     assert all("*" in row for row in rows)
 
 
 def test_json_says_the_same_again_and_follows_its_flags(capsys):
     words = ("mine:model", "--data", "mine:data", "--batches", "3", "--batch-size", "50")
-    one = told(capsys, *words)
-    assert one == told(capsys, *words)
+    one = run_json(capsys, *words)
+    assert one == run_json(capsys, *words)
     assert (one["diagnosis"]["batches"], one["diagnosis"]["batch_size"]) == (3, 50)
     assert [layer["name"] for layer in one["diagnosis"]["layers"]] == ["0", "2"]
     assert one["advice"][0]["method"] == "adamw"
-    assert told(capsys, *words, "--seed", "1")["diagnosis"] != one["diagnosis"]
-    smoothed = told(capsys, *words, "--loss", "mine:loss")
+    assert run_json(capsys, *words, "--seed", "1")["diagnosis"] != one["diagnosis"]
+    smoothed = run_json(capsys, *words, "--loss", "mine:loss")
     assert smoothed["diagnosis"]["loss"] != one["diagnosis"]["loss"]
     assert "--loss mine:loss" in smoothed["advice"][0]["check"]
 
 
 def test_frozen_layers_are_shown_with_the_reason(capsys):
     run("mine:frozen", "--data", "mine:data")
-    said = capsys.readouterr().out
-    assert "frozen" in next(line for line in said.splitlines() if line.lstrip().startswith("0 "))
+    output = capsys.readouterr().out
+    assert "frozen" in next(line for line in output.splitlines() if line.lstrip().startswith("0 "))
 
 
 def test_where_no_layer_can_be_seen_it_says_nothing_of_methods(capsys):
     run("mine:foreign", "--data", "mine:data")
-    said = capsys.readouterr().out
-    assert "1. Nothing can be said: no layer could be looked at" in said
-    assert "AdamW" not in said
+    output = capsys.readouterr().out
+    assert "1. Nothing can be said: no layer could be looked at" in output
+    assert "AdamW" not in output
 
 
 def test_data_from_files(tmp_path, capsys):
     x = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     np.savez(tmp_path / "mine.npz", x_train=x, y_train=np.arange(60) % 3)
-    assert told(capsys, "mine:model", "--data", "mine.npz")["diagnosis"]["layers"]
+    assert run_json(capsys, "mine:model", "--data", "mine.npz")["diagnosis"]["layers"]
 
 
 @pytest.mark.parametrize(

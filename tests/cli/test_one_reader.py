@@ -85,8 +85,8 @@ def test_guesses_about_data_are_said_with_the_flag_that_overrules_them(plywise, 
         assert "taken as a sample; --read header=yes" in out
         if command != "train":  # which takes classes alone
             assert "as 3 classes, numbered from 0; --read targets=numbers" in out
-    said = plywise(*words("bench", "bare.csv"), "--read", "header=no,targets=classes", "--out", "other")[1]
-    assert "--read" not in said
+    output = plywise(*words("bench", "bare.csv"), "--read", "header=no,targets=classes", "--out", "other")[1]
+    assert "--read" not in output
     code, _, err = plywise(*words("diagnose", "bare.csv"), "--read", "target=nothing")
     assert (code, "has no column 'nothing'" in err) == (1, True)
 
@@ -102,19 +102,19 @@ def test_an_error_of_a_model_comes_with_what_was_guessed_about_its_data(plywise,
 
 @pytest.mark.parametrize("data", BAD)
 def test_all_commands_refuse_data_in_the_same_words(plywise, data):
-    said = [plywise(*words(command, data)) for command in ("train", "diagnose", "bench")]
-    assert [code for code, _, _ in said] == [1, 1, 1]
-    assert len({err for _, _, err in said}) == 1, said
+    output = [plywise(*words(command, data)) for command in ("train", "diagnose", "bench")]
+    assert [code for code, _, _ in output] == [1, 1, 1]
+    assert len({err for _, _, err in output}) == 1, output
 
 
 def test_all_commands_refuse_a_network_in_place_of_a_function(plywise):
-    said = [
+    output = [
         plywise("train", "--model", "mine:module", "--data", "mine:dataset"),
         plywise("diagnose", "mine:module", "--data", "mine:dataset"),
         plywise("bench", "mine:module", "--data", "mine:dataset"),
     ]
-    assert {code for code, _, _ in said} == {1}
-    assert len({err for _, _, err in said}) == 1, said
+    assert {code for code, _, _ in output} == {1}
+    assert len({err for _, _, err in output}) == 1, output
 
 
 def test_a_rule_and_an_optimizer_of_ones_own_go_everywhere(plywise):

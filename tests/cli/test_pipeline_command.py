@@ -82,7 +82,7 @@ def free_port():
 
 
 @contextmanager
-def ending(processes):
+def kill_at_end(processes):
     """Kills processes at the end, should they live."""
     try:
         yield processes
@@ -92,10 +92,10 @@ def ending(processes):
             process.wait(DEADLINE)
 
 
-def by_hand(world, *words, port=None):
+def start_ranks(world, *words, port=None):
     """The processes of a pipeline, with the environment that torchrun would give them."""
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
-    return ending(
+    return kill_at_end(
         [
             ForkedCommand(
                 ["plywise", "pipeline", *words],
@@ -111,10 +111,10 @@ def by_hand(world, *words, port=None):
 def torchrun(world, *words, program=("-m", "plywise")):
     """torchrun and its processes."""
     command = ["torchrun", "--nproc-per-node", str(world), *program, "pipeline", *words]
-    return ending([ForkedCommand(command, {"OMP_NUM_THREADS": "1"}, Path("out0"), Path("err0"))])
+    return kill_at_end([ForkedCommand(command, {"OMP_NUM_THREADS": "1"}, Path("out0"), Path("err0"))])
 
 
-def ended(processes):
+def wait_for_exit(processes):
     """The exit statuses, within the deadline."""
     end = time.monotonic() + DEADLINE
     return [process.wait(max(end - time.monotonic(), 0.1)) for process in processes]
@@ -129,19 +129,19 @@ def wait_for(processes, text):
         time.sleep(0.02)
 
 
-def said(path):
+def read_messages(path):
     """What plywise has written to a file."""
     return [line for line in Path(path).read_text().splitlines() if line.startswith(("plywise:", "Interr"))]
 
 
-def state(out):
+def load_state(out):
     """Everything in the last checkpoint of a run."""
     folder = Path(out) / "checkpoints"
     names = ["learner", *(f"component {index}" for index in range(4))]
     return checkpoint.load(folder, None, names)
 
 
-def steps_logged(name):
+def read_logged_steps(name):
     return [json.loads(line)["step"] for line in Path("run", name).read_text().splitlines()]
 
 
@@ -166,10 +166,10 @@ def test_one_stage_is_train(plywise, one_process):
     code, out, _ = plywise("pipeline", *PLAN, "--epochs", "3")
     assert out.startswith(f"The run in run is finished: {3 * PER_EPOCH} steps, test accuracy ")
     assert plywise("train", *PLAN[:-1], "whole", "--epochs", "3")[0] == 0
-    assert same(state("run"), state("whole"))
+    assert same(load_state("run"), load_state("whole"))
     stage = list(range(1, PER_EPOCH + 1)) + list(range(2 * PER_EPOCH + 1, 3 * PER_EPOCH + 1))
-    assert steps_logged("log.stage0.jsonl") == stage
-    assert steps_logged("log.jsonl") == list(range(PER_EPOCH + 1, 2 * PER_EPOCH + 1))
+    assert read_logged_steps("log.stage0.jsonl") == stage
+    assert read_logged_steps("log.jsonl") == list(range(PER_EPOCH + 1, 2 * PER_EPOCH + 1))
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,9 @@ def test_measuring_leaves_the_learner_as_it_is(settings):
 def test_a_port_in_use():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with by_hand(1, *PLAN, port=port) as processes:
-            assert ended(processes) == [1]
-    (message,) = said("err0")
+        with start_ranks(1, *PLAN, port=port) as processes:
+            assert wait_for_exit(processes) == [1]
+    (message,) = read_messages("err0")
     assert f"cannot meet the others at 127.0.0.1:{port}" in message
     assert "Is the port in use" in message
 
@@ -246,32 +246,32 @@ def test_a_port_in_use():
 def test_a_run_through_all_hands(tmp_path):
     """Two stages, interrupted at the second; one process; torchrun, with measured cuts: one run's weights."""
     endless = ["--epochs", "100000", "--every", "7"]
-    with by_hand(2, *PLAN, *endless, "--cuts", "0,1") as processes:
+    with start_ranks(2, *PLAN, *endless, "--cuts", "0,1") as processes:
         wait_for(processes, "\nepoch      2/")
         processes[1].send_signal(signal.SIGTERM)
-        assert ended(processes) == [130, 130]
-    (message,) = said("err0")
+        assert wait_for_exit(processes) == [130, 130]
+    (message,) = read_messages("err0")
     step = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
     assert f"The checkpoint of step {step} is in run" in message
-    assert said("err1") == []
+    assert read_messages("err1") == []
     assert Path("out1").read_text() == ""
     for name in ("log.stage0.jsonl", "log.stage1.jsonl"):
-        assert steps_logged(name) == list(range(1, step + 1))
+        assert read_logged_steps(name) == list(range(1, step + 1))
 
     settings = {"model": "mine:net", "split": (0, 2, 3, 4), "data": "mine:data", "batch_size": 16}
     session = open_session(TrainConfig(**settings, epochs=100000, out=tmp_path / "run"))
     stop = step + PER_EPOCH + 3
     session.run(lambda line: session.engine.ask_to_stop() if line.step == stop else None)
-    assert steps_logged("log.jsonl") == list(range(step + 1, stop + 1))
+    assert read_logged_steps("log.jsonl") == list(range(step + 1, stop + 1))
 
     epochs = stop // PER_EPOCH + 2
     with torchrun(2, *PLAN, "--epochs", str(epochs)) as processes:
-        assert ended(processes) == [0], Path("err0").read_text()
+        assert wait_for_exit(processes) == [0], Path("err0").read_text()
     assert f"Trained {epochs * PER_EPOCH} steps" in Path("out0").read_text()
-    assert steps_logged("log.stage1.jsonl")[step:] == list(range(stop + 1, epochs * PER_EPOCH + 1))
+    assert read_logged_steps("log.stage1.jsonl")[step:] == list(range(stop + 1, epochs * PER_EPOCH + 1))
 
     open_session(TrainConfig(**settings, epochs=epochs, out=tmp_path / "whole")).run()
-    assert same(state("run"), state("whole"))
+    assert same(load_state("run"), load_state("whole"))
 
 
 @pytest.mark.slow
@@ -279,8 +279,8 @@ def test_ctrl_c_at_torchrun(tmp_path):
     with torchrun(2, *PLAN, "--epochs", "100000") as processes:
         wait_for(processes, "\nepoch      2/")
         processes[0].send_signal(signal.SIGINT)
-        ended(processes)  # with torchrun's own status
-    (message,) = said("err0")
+        wait_for_exit(processes)  # with torchrun's own status
+    (message,) = read_messages("err0")
     step = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
     assert message.startswith(
         f"Interrupted. The checkpoint of step {step} is in run: the same command goes on"
@@ -290,12 +290,12 @@ def test_ctrl_c_at_torchrun(tmp_path):
 
 @pytest.mark.slow
 def test_replicas_stop_together(tmp_path):
-    with by_hand(2, *PLAN, "--epochs", "100000", "--replicas", "2") as processes:
+    with start_ranks(2, *PLAN, "--epochs", "100000", "--replicas", "2") as processes:
         wait_for(processes, "\nepoch      2/")
         processes[1].send_signal(signal.SIGINT)
-        assert ended(processes) == [130, 130]
+        assert wait_for_exit(processes) == [130, 130]
     step = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
-    assert steps_logged("log.stage0.jsonl") == list(range(1, step + 1))
+    assert read_logged_steps("log.stage0.jsonl") == list(range(1, step + 1))
 
 
 @pytest.mark.slow
@@ -312,9 +312,9 @@ def test_a_loss_that_is_not_finite_ends_all(tmp_path):
         "--out",
         "run",
     ]
-    with by_hand(2, *words, "--cuts", "0,1") as processes:
-        assert ended(processes) == [1, 1]
-    (first,), (second,) = said("err0"), said("err1")
+    with start_ranks(2, *words, "--cuts", "0,1") as processes:
+        assert wait_for_exit(processes) == [1, 1]
+    (first,), (second,) = read_messages("err0"), read_messages("err1")
     assert "stage 0 stops: stage 1 (rank 1) failed: " in first
     assert (
         "The loss of component 1 is nan at step 13. The checkpoint of step 10 in run/checkpoints stays."
@@ -323,7 +323,7 @@ def test_a_loss_that_is_not_finite_ends_all(tmp_path):
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [0, 5, 10]
 
 
-def stages_of(launcher):
+def find_stages(launcher):
     """The processes that torchrun has started, by its entries in /proc."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -334,7 +334,7 @@ def stages_of(launcher):
     return found
 
 
-def lives(entry):
+def is_alive(entry):
     with suppress(OSError):
         return (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
@@ -350,7 +350,7 @@ def test_stages_end_with_a_torchrun_that_is_killed(moment, program):
     Path("plywise_command.py").write_text("from plywise.cli import main\n\nmain()\n")  # what pip installs
     with torchrun(2, *PLAN, "--epochs", "100000", program=program) as processes:
         end = time.monotonic() + DEADLINE
-        while len(stages := stages_of(processes[0])) < 2:
+        while len(stages := find_stages(processes[0])) < 2:
             assert time.monotonic() < end, Path("err0").read_text()
             time.sleep(0.01)
         if moment == "at once":
@@ -362,6 +362,6 @@ def test_stages_end_with_a_torchrun_that_is_killed(moment, program):
         processes[0].kill()
         processes[0].wait(DEADLINE)
         end = time.monotonic() + 30
-        while left := [entry for entry in stages if lives(entry)]:
+        while left := [entry for entry in stages if is_alive(entry)]:
             assert time.monotonic() < end, left
             time.sleep(0.05)

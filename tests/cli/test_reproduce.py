@@ -52,18 +52,18 @@ def test_from_estimate_to_table(mnist, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     words = ("short:SHORT", "--only", "mnist-mlp", "--seeds", "2", "--out", "runs")
     command(*words, "--dry-run")
-    said = capsys.readouterr().out
-    assert "12 of 12 runs are left: about " in said
-    assert "SGD" not in said
+    output = capsys.readouterr().out
+    assert "12 of 12 runs are left: about " in output
+    assert "SGD" not in output
     assert not list(tmp_path.rglob("reproduce.*"))
 
     command(*words)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     del sys.modules["short"]
-    assert "[12/12] mnist-mlp: CWU on SGD, seed 1: " in said
-    assert "left" in said
-    assert "training loss at the end, nats (small size)" in said
-    assert "no number of the paper's is known" in said
+    assert "[12/12] mnist-mlp: CWU on SGD, seed 1: " in output
+    assert "left" in output
+    assert "training loss at the end, nats (small size)" in output
+    assert "no number of the paper's is known" in output
     folder = tmp_path / "runs" / "consequentialism"
     about = json.loads((folder / "reproduce.json").read_text())
     assert [experiment["name"] for experiment in about["experiments"]] == ["mnist-mlp"]
@@ -87,13 +87,13 @@ def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path, user_modu
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
-    _, said = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     kept = list(read(runs))
     assert process.returncode == 130
-    assert said.index("Stopping: ") < said.index("Interrupted.")
-    assert "Traceback" not in said
-    assert f"Interrupted. {len(kept)} of 10 runs are kept in" in said
-    assert "the same command goes on" in said
+    assert output.index("Stopping: ") < output.index("Interrupted.")
+    assert "Traceback" not in output
+    assert f"Interrupted. {len(kept)} of 10 runs are kept in" in output
+    assert "the same command goes on" in output
     assert json.loads((runs.parent / "reproduce.json").read_text())["unfinished"] == 10 - len(kept)
     command(*words)
     assert len(list(read(runs))) == 10
@@ -102,11 +102,11 @@ def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path, user_modu
 
 def test_without_a_paper_it_lists_all(capsys):
     command()
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for words in ("proxprop: Frerix", "associated-learning: Kao", "table-1", "cg3, τ = 1", "0.002 nats"):
-        assert words in said
-    assert "diverged nats" not in said
-    assert "86.3 %" in said
+        assert words in output
+    assert "diverged nats" not in output
+    assert "86.3 %" in output
 
 
 def test_wrong_words_are_told(tmp_path):

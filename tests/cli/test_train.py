@@ -97,9 +97,9 @@ def test_flags_are_the_plan():
     plan = {entry.name: entry.default for entry in fields(TrainConfig)}
     assert {entry.name for entry in fields(Flags)} | {"replicas", "cuts"} == plan.keys()
     for name in ("learner", "rate", "epochs", "batch_size", "seed", "threads", "out", "every", "keep"):
-        told = re.split(rf"\n +{name}: ", Flags.__doc__)[1]
-        told = re.split(r"\n +\w+: ", told)[0]
-        assert f"Default {plan[name]}." in told, name
+        help_text = re.split(rf"\n +{name}: ", Flags.__doc__)[1]
+        help_text = re.split(r"\n +\w+: ", printed)[0]
+        assert f"Default {plan[name]}." in help_text, name
 
 
 def test_train_alone_trains_and_says_what_it_did(plywise, tmp_path):
@@ -212,7 +212,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--data", "nowhere:data"], "There is no module 'nowhere'"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_work(plywise, tmp_path, words, said):
+def test_what_is_wrong_is_said_before_the_work(plywise, tmp_path, words, output):
     (tmp_path / "bad.toml").write_text("x =")
     (tmp_path / "key.toml").write_text("epoch = 3")
     (tmp_path / "set.toml").write_text("set = 3")
@@ -224,7 +224,7 @@ def test_what_is_wrong_is_said_before_the_work(plywise, tmp_path, words, said):
     code, out, err = plywise("train", *words, *extra, "--out", "here")
     assert (code, out) == (1, "")
     assert err.startswith("plywise: ")
-    assert said in err
+    assert output in err
     assert not list((tmp_path / "here").glob("*.json"))
 
 
@@ -243,7 +243,7 @@ NO_ADMINISTRATOR = pytest.mark.skipif(os.geteuid() == 0, reason="administrators 
         pytest.param("locked", "Nothing can be written to the folder locked", marks=NO_ADMINISTRATOR),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_said_before_the_work(plywise, tmp_path, words, out, said):
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(plywise, tmp_path, words, out, output):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "locked").mkdir(0o500)
@@ -253,10 +253,10 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_work(plywise, tmp_path,
             "link": "cannot be made: ",
             "locked": "cannot be made: ",
         }
-        said = f"{out}/proxprop {paths[out]}" if out in paths else said
+        output = f"{out}/proxprop {paths[out]}" if out in paths else output
     code, _, err = plywise(*words, "--out", out)
     assert code == 1
-    assert said in err
+    assert output in err
     assert (tmp_path / "file").read_text() == "mine"
 
 
