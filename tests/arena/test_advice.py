@@ -56,7 +56,7 @@ def list_advice(model, batches, subject="--workloads x"):
     return advice(diagnose_model(model, batches), subject)
 
 
-def test_white_inputs_and_a_good_scaling_need_nothing_but_adamw():
+def test_white_inputs_and_good_scaling_get_only_adamw():
     (only,) = list_advice(nn.Linear(16, 10), make_white_batches())
     assert (only.method, only.sure) == ("adamw", f"{PLAIN}.")
     assert "Nothing stands out" in only.reason
@@ -72,7 +72,7 @@ def test_the_bad_scalings_of_the_benchmark_are_all_found(scales):
     assert found[0].sure.startswith(MEASURED)
 
 
-def test_the_same_network_as_it_should_be_is_not_called_badly_scaled():
+def test_the_same_network_with_good_scaling_is_not_called_badly_scaled():
     found = list_advice(make_network(64, 48, 48, 48, 48, 10), make_digit_batches())
     assert [one.method for one in found] == ["feature-whitening+adamw"]
 
@@ -88,7 +88,7 @@ def test_the_numbers_in_the_reason_are_those_of_the_diagnosis():
     assert f"layer '2' by {rates['2']:.3g}" not in first.reason or max(rates, key=rates.get) == "2"
 
 
-def test_uneven_inputs_of_an_mlp_and_of_a_convnet_get_what_won_there():
+def test_uneven_inputs_get_the_best_method_for_an_mlp_or_a_convnet():
     mlp = list_advice(make_network(64, 32, 10), make_digit_batches())
     assert mlp[0].method == "feature-whitening+adamw"
     assert mlp[0].sure.startswith(MEASURED)
@@ -98,7 +98,7 @@ def test_uneven_inputs_of_an_mlp_and_of_a_convnet_get_what_won_there():
     assert list_advice(convnet, make_digit_batches())[0].method == "foof+adamw"
 
 
-def test_other_kinds_of_networks_are_not_said_to_have_been_measured():
+def test_other_kinds_of_networks_are_not_called_measured():
     class Tokens(nn.Module):
         def __init__(self):
             super().__init__()
@@ -112,13 +112,13 @@ def test_other_kinds_of_networks_are_not_said_to_have_been_measured():
     assert only.sure.startswith(ELSEWHERE)
 
 
-def test_a_network_much_larger_than_those_measured_is_told_so():
+def test_a_network_much_larger_than_the_measured_ones_gets_a_note():
     (only,) = list_advice(make_network(64, 1700, 1700, 10), make_digit_batches(count=1))
     assert only.sure.startswith(ELSEWHERE)
     assert "yours has 3.02 million parameters" in only.sure
 
 
-def test_inputs_with_a_mean_or_of_different_units_shall_be_normalised():
+def test_inputs_with_a_mean_or_different_units_get_the_advice_to_normalise():
     far = [(x + 10, y) for x, y in make_white_batches()]
     assert list_advice(nn.Linear(16, 10), far)[0].title == "Normalise the inputs"
     assert "are their mean" in list_advice(nn.Linear(16, 10), far)[0].reason
@@ -139,12 +139,12 @@ def test_dead_units_are_named_first():
     assert found[0].check == "", "no bench mends that"
 
 
-def test_adamw_is_not_called_fine_beside_something_to_mend():
+def test_adamw_is_not_called_fine_if_there_is_a_problem():
     only = list_advice(nn.Linear(16, 10), [(x + 10, y) for x, y in make_white_batches()])
     assert [one.title for one in only] == ["Normalise the inputs"]
 
 
-def test_a_layer_wider_than_what_it_reads_shall_be_narrower_if_rows_suffice_to_tell():
+def test_a_layer_wider_than_its_inputs_need_gets_the_advice_to_narrow_it():
     model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 64), nn.Linear(64, 10))
     narrower = next(
         one for one in list_advice(model, make_white_batches()) if one.title == "Make it narrower"
@@ -154,14 +154,14 @@ def test_a_layer_wider_than_what_it_reads_shall_be_narrower_if_rows_suffice_to_t
     assert all(one.title != "Make it narrower" for one in few), "100 rows of 64 features tell too little"
 
 
-def test_of_a_model_without_layers_for_rules_nothing_is_said_and_why():
+def test_a_model_without_layers_for_rules_gets_no_method_but_a_reason():
     (only,) = list_advice(nn.LayerNorm(16), make_white_batches())
     assert (only.method, only.check) == ("", "")
     assert "LayerNorm" in only.reason
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_every_command_can_be_run_as_it_stands(name):
+def test_every_printed_command_runs_unchanged(name):
     workload = find_workload(name)
     data = workload.make_data()
     batches = [(data.train.x[:100], data.train.y[:100])]
@@ -175,7 +175,7 @@ def test_every_command_can_be_run_as_it_stands(name):
         assert "adamw" in methods, "advice is measured against what everybody uses"
 
 
-def test_what_stands_out_is_what_the_advice_is_about():
+def test_the_advice_is_about_the_outlying_layers():
     diagnosis = diagnose_model(
         make_network(64, 48, 48, 48, 48, 10, scales=(30, 1 / 30, 1 / 30, 30, 1)), make_digit_batches()
     )

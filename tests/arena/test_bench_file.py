@@ -15,7 +15,7 @@ from plywise.arena.scoring.summary import summarize_bench
 from plywise.errors import PlywiseError
 
 
-def test_the_page_is_written_beside_the_ledger(tmp_path):
+def test_the_page_is_written_next_to_the_ledger(tmp_path):
     bench = make_bench()
     path, summary = write_page(write_bench(tmp_path / "b", bench, make_lines(bench)))
     assert path == tmp_path / "b" / "report.html"
@@ -41,7 +41,7 @@ def test_a_line_that_is_being_written_is_not_there_yet(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [0, 1, 5])
-def test_trials_that_the_ledger_has_lost_are_missed(tmp_path, lost):
+def test_trials_missing_from_the_ledger_are_detected(tmp_path, lost):
     bench = make_bench()
     lines = make_lines(bench)
     bench["expected"] = len(lines)
@@ -50,7 +50,7 @@ def test_trials_that_the_ledger_has_lost_are_missed(tmp_path, lost):
     assert summary.conclusions[0].startswith(output) == (lost > 0)
 
 
-def test_what_is_no_bench_is_refused(tmp_path):
+def test_a_folder_without_a_bench_is_refused(tmp_path):
     with pytest.raises(PlywiseError, match=r"no bench\.json"):
         write_page(tmp_path)
     for text in ("{", "[]", "null", "{}", '{"workloads": {}}'):
@@ -79,7 +79,7 @@ def test_a_large_bench_fits_into_two_megabytes():
     assert "trials.jsonl.gz" in text, "with all trials in it"
 
 
-def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
+def test_data_too_large_for_the_page_are_left_out_and_reported(monkeypatch):
     bench = make_bench()
     monkeypatch.setattr(bench_page, "LARGEST", 200_000)
     text = make_page(summarize_bench(bench, make_lines(bench)))
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
     assert "too large for this page" in text
 
 
-def test_what_is_missing_is_said():
+def test_missing_parts_are_named():
     bench = make_bench(unfinished=["words: 14 of its trials have not been run."])
     lines = [one for one in make_lines(bench) if (one["workload"], one["method"]) != ("words", "proxprop")]
     text = make_page(summarize_bench(bench, lines))

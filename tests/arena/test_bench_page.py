@@ -105,7 +105,7 @@ def test_track_clock_and_workload_are_chosen(visit):
     assert "Does not fit: local" in page.locator("#workload-about").inner_text()
 
 
-def test_cells_say_what_was_computed(visit):
+def test_cells_show_the_computed_values(visit):
     page = visit()
     page.select_option("#clock", "steps")
     row = page.locator("#results tbody tr", has_text="proxprop")
@@ -117,7 +117,7 @@ def test_cells_say_what_was_computed(visit):
     assert null.locator("td").nth(0).inner_text() == "–"
 
 
-def test_a_bench_that_told_nothing_of_layers_has_no_such_chart(visit):
+def test_a_bench_without_layer_data_has_no_layer_chart(visit):
     lines = make_lines(make_bench())
     for one in lines:
         del one["layers"]
@@ -166,7 +166,7 @@ def test_legends_hide_methods_everywhere(visit):
     assert all(count_coloured(page, chart, INDEX["proxprop"]) > 20 for chart in CHARTS)
 
 
-def test_hovering_tells_the_values(visit):
+def test_hovering_shows_the_values(visit):
     page = visit()
     page.select_option("#clock", "steps")
     for chart, start, output in (

@@ -36,7 +36,7 @@ def test_durations(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "2", "h", "two hours", "1h x", "-1h", "0s"])
-def test_what_is_no_duration(text):
+def test_invalid_durations_are_refused(text):
     with pytest.raises(PlywiseError, match="duration"):
         parse_duration(text)
 
@@ -48,14 +48,14 @@ def test_estimate_by_hand():
 
 
 @pytest.mark.parametrize("budget", [300, 500, 1000])
-def test_as_many_trials_as_fit_and_no_more(budget):
+def test_the_budget_runs_as_many_trials_as_fit(budget):
     plan = fit_budget(PLAN, COSTS, STEPS, 1, budget)
     assert estimate(plan, COSTS, STEPS, 1) <= SLACK * budget
     more = [trials for trials in TRIALS if trials > plan.trials]
     assert all((trials + 6) * 19 > SLACK * budget for trials in more)
 
 
-def test_too_little_is_said_with_what_would_do():
+def test_too_little_data_is_reported_with_the_minimum():
     with pytest.raises(PlywiseError, match=r"1 min are not enough|60 s are not enough") as raised:
         fit_budget(PLAN, COSTS, STEPS, 1, 60)
     assert "about 4 min" in str(raised.value)  # (4 + 6) * 19 / 0.9

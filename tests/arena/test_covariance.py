@@ -29,7 +29,7 @@ def test_constant_features_are_counted_and_left_out():
     assert found.spread == pytest.approx(2.0)
 
 
-def test_fewer_rows_than_features_tell_a_condition_number_that_is_at_least_so_large():
+def test_fewer_rows_than_features_give_a_lower_bound_of_the_condition_number():
     found = accumulate(make_cross(*range(1, 11))[:4])
     assert (found.rank, found.at_least, found.white) == (3, True, None)
 
@@ -40,13 +40,13 @@ def test_features_that_repeat_one_another_add_no_direction():
     assert found.condition == pytest.approx(4.0)
 
 
-def test_weak_directions_above_the_floor_are_seen_and_noise_below_it_is_not():
+def test_weak_directions_above_the_floor_count_and_noise_below_does_not():
     assert accumulate(make_cross(1, math.sqrt(FLOOR * 10))).condition == pytest.approx(0.1 / FLOOR)
     found = accumulate(make_cross(1, math.sqrt(FLOOR / 10)))
     assert (found.rank, found.at_least, found.condition) == (1, True, 1.0)
 
 
-def test_a_large_mean_is_told_and_does_not_upset_the_condition_number():
+def test_a_large_mean_is_reported_and_does_not_change_the_condition_number():
     found = accumulate(make_cross(1, 4) + 1e6)
     assert found.condition == pytest.approx(16.0, rel=1e-9)
     assert found.mean_share == pytest.approx(2e12 / (2e12 + 8.5), rel=1e-12)
@@ -66,7 +66,7 @@ def test_rows_that_never_vary_have_no_condition_number(rows):
     assert (found.constant, found.rank) == (3, 0)
 
 
-def test_no_rows_tell_nothing():
+def test_without_rows_nothing_is_reported():
     assert accumulate() is None
     assert accumulate(torch.ones(0, 3)) is None
 
@@ -81,7 +81,7 @@ def test_non_finite_rows_are_refused():
         accumulate(torch.tensor([[1.0], [float("inf")]]))
 
 
-def test_the_worst_group_is_told():
+def test_the_worst_group_is_reported():
     covariance = Covariance()
     covariance.add(torch.stack([make_cross(1, 2), make_cross(1, 9), make_cross(1, 3)]))
     assert covariance.summarize().condition == pytest.approx(81.0)

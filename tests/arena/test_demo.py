@@ -109,7 +109,7 @@ def test_report_is_one_small_file_with_every_method_and_the_picture(finished):
     assert not any("edge of its range" in sentence for sentence in summary.conclusions), "nothing was chosen"
 
 
-def test_an_interrupted_demo_keeps_what_it_has_and_the_next_one_begins_anew(tmp_path):
+def test_an_interrupted_demo_keeps_its_results_and_the_next_one_starts_over(tmp_path):
     config = replace(TINY, setups=dict(list(SETUPS.items())[:3]))
     with open_demo(config, tmp_path) as bench:
         pieces = bench.run(InlineExecutor())

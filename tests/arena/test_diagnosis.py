@@ -95,7 +95,7 @@ def test_white_inputs_have_a_condition_number_of_about_one():
     assert chance.condition == pytest.approx(chance.white, rel=0.2)
 
 
-def test_a_wide_layer_is_looked_at_in_part_and_bounded_from_below():
+def test_a_wide_layer_is_diagnosed_in_part_with_a_lower_bound():
     width = MOST_FEATURES + 100
     x = torch.randn(MOST_ROWS, width) * torch.linspace(1, 3, width)
     read = diagnose_model(nn.Linear(width, 1), x).layers[0].read
@@ -113,7 +113,7 @@ def test_a_convolution_reads_patches():
     assert layer.read.condition == pytest.approx(float(torch.linalg.cond(patches.T.cov())), rel=1e-8)
 
 
-def test_of_a_grouped_convolution_the_worst_group_is_told():
+def test_the_worst_group_of_a_grouped_convolution_is_reported():
     x = torch.cat([make_cross([1.0, 2.0], 3), make_cross([1.0, 9.0], 3)], 1)[:, :, None]
     model = nn.Sequential(nn.Conv1d(4, 2, 1, groups=2), nn.Flatten(), nn.Linear(2, 1))
     assert diagnose_model(model, x).layers[0].read.condition == pytest.approx(81.0, rel=1e-9)
@@ -164,7 +164,7 @@ def test_noise_is_nothing_for_equal_batches_and_all_for_opposite_ones():
     assert diagnose(model, halves, [(x, 3 * y), (x, y)]).layers[0].noise == pytest.approx(0.4, rel=1e-5)
 
 
-def test_silent_outputs_are_those_that_no_sample_wakes():
+def test_silent_outputs_are_zero_for_all_samples():
     model = make_mlp(4, 8, 1)
     with torch.no_grad():
         model[0].bias[:6] = -100.0
@@ -292,7 +292,7 @@ def test_the_gradient_of_a_layer_used_twice_is_the_sum_of_both_calls():
     assert rate == pytest.approx((weight.grad.norm() / weight.norm()).item(), rel=1e-5)
 
 
-def test_a_weight_used_without_its_layer_is_looked_at():
+def test_a_weight_used_without_its_layer_is_diagnosed():
     class Apart(nn.Module):
         def __init__(self):
             super().__init__()
@@ -340,7 +340,7 @@ def test_half_precision_is_looked_at_in_double():
         (nn.Linear(3, 1).requires_grad_(False), [(torch.ones(2, 3), torch.ones(2, 1))], "trains"),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused(model, kept, what):
+def test_models_that_cannot_be_diagnosed_are_refused(model, kept, what):
     with pytest.raises(PlywiseError, match=what):
         diagnose(model, halves, kept)
 
@@ -363,7 +363,7 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
 # ---- workloads and the report --------------------------------------------------------------------
 
 
-def test_a_workload_is_looked_at_alike_each_time_and_by_its_seed():
+def test_a_workload_gets_the_same_diagnosis_for_the_same_seed():
     digits = find_workload("digits-conv")
     data = digits.make_data()
     one = diagnose_workload(digits, data, batches=2, batch_size=50)
@@ -383,7 +383,7 @@ def test_a_diagnosis_is_json_and_a_series_for_the_report():
     json.dumps(series, allow_nan=False)
 
 
-def test_a_bench_is_told_of_the_layers_before_training_or_why_not():
+def test_a_bench_records_the_layers_before_training_or_the_reason():
     digits = find_workload("digits-mlp")
     data = digits.make_data()
     before = layers_before(digits, data)

@@ -72,7 +72,7 @@ def test_a_single_workload_is_judged_by_the_noise_of_single_workloads():
         )
 
 
-def test_a_method_is_not_told_apart_where_its_own_control_is_not():
+def test_a_method_is_not_distinguished_if_its_control_is_not():
     behind = {"adamw": [100] * 3, "sgd": [130] * 3}
     lines = [run for name, times in behind.items() for run in make_final_runs(name, times)]
     both = gather_small_bench(
@@ -85,7 +85,7 @@ def test_a_method_is_not_told_apart_where_its_own_control_is_not():
     assert "Behind" not in find_sentence(write_conclusions(one), "Ahead of the best baseline in steps")
 
 
-def test_overlapping_seeds_are_not_told_apart():
+def test_methods_with_overlapping_seeds_are_not_distinguished():
     text = write_conclusions(
         gather_small_bench(
             [
@@ -99,7 +99,7 @@ def test_overlapping_seeds_are_not_told_apart():
     assert "use proxprop" not in text
 
 
-def test_slow_steps_that_eat_the_gain_are_said():
+def test_slow_steps_that_cancel_the_gain_are_reported():
     lines = make_final_runs("proxprop", [100] * 3)
     for one in lines:
         one["cpu"] = [4 * value for value in one["cpu"]]
@@ -114,7 +114,7 @@ def test_slow_steps_that_eat_the_gain_are_said():
     assert "If CPU time is what counts: keep to sgd" in text
 
 
-def test_without_a_null_control_the_reading_says_so():
+def test_without_a_null_control_the_conclusions_say_so():
     text = write_conclusions(gather_small_bench([*make_final_runs("sgd", [200] * 3)], methods=("sgd",)))
     assert "There is no null control" in text
 
@@ -129,18 +129,18 @@ def test_misses_near_misses_failures_and_misfits_are_named():
     assert "local on 1" in text
 
 
-def test_of_a_single_workload_misses_are_names():
+def test_on_a_single_workload_misses_are_listed_by_name():
     bench = make_bench(workloads=["convs"])
     text = write_conclusions(gather_results(bench, make_lines(bench)))
     assert "missed the target: local and bad. The loose target was in reach of local." in text
 
 
-def test_an_interval_that_ends_nowhere_has_no_limits():
+def test_an_unbounded_interval_has_no_limits():
     assert format_span(Interval(0.0, 1.3, math.inf, "≥")) == "≥1.30× (without limits)"
     assert format_span(Interval(0.5, 1.3, math.inf, "≥")) == "≥1.30× (0.50 to ∞)"
 
 
-def test_lower_ends_are_told_only_beyond_noise():
+def test_lower_final_metrics_are_reported_only_beyond_noise():
     def make_field(*tests, control=(0.2, 0.21, 0.22)):
         plain = (0.2, 0.21, 0.22)
         runs = [run for name in ("sgd", "sgd-again", "proxprop") for run in make_final_runs(name, [200] * 3)]
@@ -159,7 +159,7 @@ def test_lower_ends_are_told_only_beyond_noise():
     assert "lower than that" not in write_conclusions(failed), "a failed seed is the worst of all"
 
 
-def test_less_memory_is_told():
+def test_lower_memory_is_reported():
     lines = [
         *make_final_runs("sgd", [200], peak_mib=100.0),
         *make_final_runs("proxprop", [200], peak_mib=60.0),
@@ -179,7 +179,7 @@ def test_a_number_at_the_edge_of_its_range_is_named():
     assert "too narrow: lr of sgd on 1 of 1" in write_conclusions(gather_results(bench, lines))
 
 
-def test_few_seeds_are_said_to_be_few():
+def test_few_seeds_are_reported():
     text = write_conclusions(gather_small_bench(make_final_runs("sgd", [200] * 3)))
     assert "75 %" in text
     assert "One seed tells nothing" in write_conclusions(gather_small_bench(make_final_runs("sgd", [200])))
@@ -198,14 +198,14 @@ def test_without_a_tuned_baseline_there_is_no_target():
     assert "No target" not in write_conclusions(gather_results(bench, make_lines(bench)))
 
 
-def test_nothing_to_read_is_said():
+def test_a_bench_without_final_runs_is_reported():
     bench = make_bench()
     assert draw_conclusions(gather_results(bench, []), []) == [
         "No final run has ended yet, so that there is nothing to compare."
     ]
 
 
-def test_an_adaptive_search_is_said_to_be_one():
+def test_an_adaptive_search_is_named_adaptive():
     bench = make_bench()
     assert "same luck" not in write_conclusions(gather_results(bench, make_lines(bench)))
     adaptive = {**bench, "plan": {"search": "optuna"}}
@@ -213,7 +213,7 @@ def test_an_adaptive_search_is_said_to_be_one():
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_with_fewer_than_three_seeds_nobody_is_named(seeds):
+def test_with_fewer_than_three_seeds_no_winner_is_named(seeds):
     bench = make_bench()
     lines = list(make_lines(bench))
     first = {(one["method"], one["seed"]) for one in lines if one["purpose"] == "final"}
@@ -225,7 +225,7 @@ def test_with_fewer_than_three_seeds_nobody_is_named(seeds):
         assert verdict not in text
 
 
-def test_of_a_long_list_the_few_that_are_not_in_it_are_told():
+def test_a_long_list_is_given_by_its_exceptions():
     whole = ["a", "b", "c", "d", "e", "f"]
     assert _list_some(whole, whole) == "all 6"
     assert _list_some(["a", "b", "d", "e", "f"], whole) == "all 6 but c"
@@ -251,7 +251,7 @@ def test_test_samples_that_were_trained_on_are_reported():
         assert sentence_part in text
 
 
-def test_where_no_baseline_arrives_times_are_not_compared():
+def test_times_are_not_compared_if_no_baseline_reaches_the_target():
     lines = [run for name in ("sgd", "sgd-again", "proxprop") for run in make_final_runs(name, [200] * 3)]
     assert "Nobody takes less CPU time" in write_conclusions(gather_small_bench(lines))
     for run in lines[:6]:
@@ -261,7 +261,7 @@ def test_where_no_baseline_arrives_times_are_not_compared():
     assert "Nobody takes" not in text
 
 
-def test_what_never_arrives_is_not_called_level():
+def test_methods_that_miss_the_target_are_not_called_level():
     lines = [
         *make_final_runs("sgd", [200] * 3),
         *make_final_runs("sgd-again", [200] * 3),
@@ -279,7 +279,7 @@ def test_before_tuned_runs_the_defaults_are_read():
     assert field.tracks == ["defaults"]
 
 
-def test_a_workload_that_waits_is_not_said_to_lack_a_target():
+def test_a_workload_that_has_not_run_is_not_said_to_lack_a_target():
     bench = make_bench(["sgd", "adamw"], ["digits", "convs"])
     lines = [one for one in make_lines(bench) if one["workload"] == "digits"]
     text = write_conclusions(gather_results(bench, lines))
@@ -287,7 +287,7 @@ def test_a_workload_that_waits_is_not_said_to_lack_a_target():
     assert "No target" not in text
 
 
-def test_an_edge_is_reported_only_of_a_search_that_could_show_it():
+def test_an_edge_is_reported_only_for_a_search_that_can_show_it():
     """The best of two points is at an edge wherever the two happen to be."""
     for trials, reported in ((8, True), (7, False)):
         bench = make_bench(["sgd", "adamw"], ["digits"], trials=trials)

@@ -23,7 +23,7 @@ def make_noisy_runs(name, steps):
     return make_final_runs(name, [steps - 2, steps, steps + 2])
 
 
-def test_a_clear_lead_is_named_with_its_interval_and_what_it_rests_on():
+def test_a_clear_lead_is_named_with_its_interval_and_its_basis():
     verdict = write_verdict(
         [*make_noisy_runs("sgd", 100), *make_noisy_runs("sgd-again", 100), *make_noisy_runs("proxprop", 20)]
     )
@@ -32,7 +32,7 @@ def test_a_clear_lead_is_named_with_its_interval_and_what_it_rests_on():
     assert "(3 seeds, 1 workload)" in verdict
 
 
-def test_fewer_but_dearer_steps_are_a_lead_in_steps_alone():
+def test_fewer_but_more_expensive_steps_lead_in_steps_only():
     ours = make_noisy_runs("proxprop", 20)
     for line in ours:
         line["cpu"] = [6 * value for value in line["cpu"]]
@@ -42,7 +42,7 @@ def test_fewer_but_dearer_steps_are_a_lead_in_steps_alone():
 
 
 @pytest.mark.parametrize("steps", [100, 140])
-def test_no_lead_is_said_to_be_none(steps):
+def test_without_a_lead_no_method_is_named(steps):
     verdict = write_verdict(
         [
             *make_noisy_runs("sgd", 100),
@@ -53,7 +53,7 @@ def test_no_lead_is_said_to_be_none(steps):
     assert verdict.startswith("No method is ahead of the best baseline in CPU time or steps")
 
 
-def test_what_the_null_control_shows_as_well_is_no_lead():
+def test_a_lead_that_the_null_control_shows_too_does_not_count():
     verdict = write_verdict(
         [*make_noisy_runs("sgd", 100), *make_noisy_runs("sgd-again", 18), *make_noisy_runs("proxprop", 20)]
     )

@@ -43,7 +43,7 @@ def test_without_a_seed_each_call_draws_one():
     ("words", "seed", "message"),
     [("hidden", -1, "0 or more, not -1"), ("quick", 3, "belongs to the workloads called hidden")],
 )
-def test_a_seed_that_says_nothing_is_refused(words, seed, message):
+def test_an_invalid_or_unneeded_seed_is_refused(words, seed, message):
     with pytest.raises(PlywiseError, match=message):
         list_workloads(words, seed)
 
@@ -124,7 +124,7 @@ def test_labels_of_digits_are_groups_and_operations():
 
 
 @pytest.mark.parametrize("kind", HIDDEN)
-def test_they_can_be_learned(kind):
+def test_hidden_workloads_can_be_learned(kind):
     """AdamW at its defaults gets a quarter of the way from chance to zero, on one of two seeds."""
     method, share = find_method("adamw"), 1.0
     for seed in SEEDS[:2]:

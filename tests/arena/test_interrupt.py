@@ -110,7 +110,7 @@ def start(tmp_path):
             command.process.communicate()
 
 
-def test_an_interrupt_is_answered_and_loses_nothing_that_has_ended(start):
+def test_an_interrupt_is_handled_and_loses_no_finished_trial(start):
     command = start(f"sgd,{HERE}:Hanging", "--trials", "4", "--seeds", "1", "--workers", "2")
     # the methods' trials take turns, and those of the second never end: two of the first one's do
     command.wait_until(lambda: command.ledger.exists() and len(command.lines()) == 2)
@@ -128,7 +128,7 @@ def test_an_interrupt_is_answered_and_loses_nothing_that_has_ended(start):
     assert json.loads((command.out / "bench.json").read_text())["unfinished"] != []
 
 
-def test_what_a_killed_bench_has_left_is_swept_by_the_next(start):
+def test_the_next_bench_removes_the_leftovers_of_a_killed_one(start):
     """And its trials end: nobody waits for their lines any more."""
     command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
     command.wait_until(lambda: command.ledger.exists() and command.lines())
@@ -149,7 +149,7 @@ def test_what_a_killed_bench_has_left_is_swept_by_the_next(start):
     assert list(command.out.glob(".plywise*")) == []
 
 
-def test_pressed_again_it_draws_no_report(start, tmp_path):
+def test_a_second_ctrl_c_skips_the_report(start, tmp_path):
     command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
     command.wait_until(lambda: command.ledger.exists() and command.lines())
     command.interrupt()
@@ -160,7 +160,7 @@ def test_pressed_again_it_draws_no_report(start, tmp_path):
     assert not (command.out / "report.html").exists()
 
 
-def test_a_scheduler_that_ends_it_is_told_what_is_kept(start):
+def test_sigterm_reports_the_kept_trials(start):
     command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
     command.wait_until(lambda: command.ledger.exists() and command.lines())
     os.kill(command.process.pid, signal.SIGTERM)
@@ -208,7 +208,7 @@ def wait_for_children(count):
         time.sleep(0.01)
 
 
-def test_an_executor_that_is_stopped_gives_what_has_ended_and_ends_the_rest():
+def test_a_stopped_executor_returns_finished_trials_and_ends_the_others():
     resolved, (sgd, adamw, hanging) = make_jobs("sgd", "adamw", f"{HERE}:Hanging")
 
     def start_late():
@@ -240,7 +240,7 @@ def is_alive(pid):
 
 
 @pytest.mark.parametrize("ends", ["itself", "killed", "late"])
-def test_what_a_trial_has_started_ends_with_it(ends, tmp_path):
+def test_processes_that_a_trial_started_end_with_it(ends, tmp_path):
     note = tmp_path / "pid"
     ((_, line),) = ProcessExecutor(1, timeout_s=5.0 if ends == "late" else 600.0).run(
         [Starts(str(note), ends)]

@@ -80,7 +80,7 @@ def test_limits_leave_equal_tails(level):
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 7])
-def test_ranges_cover_the_true_median_as_often_as_said(seeds):
+def test_ranges_cover_the_true_median_as_often_as_claimed(seeds):
     generator = np.random.default_rng(0)
     values = generator.lognormal(0, 1, (4000, seeds))
     inside = (values.min(1) <= 1) & (values.max(1) >= 1)
@@ -128,7 +128,7 @@ def test_a_miss_is_no_shorter_for_the_grid():
     assert bound_ratio(there, there) == Interval(1.0, 1.0, 1.0)
 
 
-def test_a_miss_is_a_bound_and_never_a_time():
+def test_a_miss_gives_a_bound_and_never_a_time():
     missed, there = make(math.inf, budget=10), make(4.0)
     assert bound_ratio(missed, there) == Interval(2.5, 2.5, math.inf, "≥")
     assert bound_ratio(there, missed) == Interval(0.0, 0.4, 0.4, "≤")
@@ -190,7 +190,7 @@ def test_the_geometric_mean_against_the_plain_definition():
     assert found.high == pytest.approx(slow[3900], rel=0.03)
 
 
-def test_the_geometric_mean_carries_bounds_and_leaves_out_what_says_nothing():
+def test_the_geometric_mean_keeps_bounds_and_omits_empty_ratios():
     missed, there, peer = make(math.inf, budget=4.0), make(1.0), make(1.0)
     lower = bound_mean_ratio([(missed, peer), (there, peer)])
     assert (lower.value, lower.high, lower.mark) == (pytest.approx(2.0), math.inf, "≥")
@@ -206,7 +206,7 @@ def test_at_the_target_from_the_start():
     assert bound_ratio(make(1.0), make(0.0)).value == math.inf
 
 
-def test_apart_needs_the_interval_and_the_noise():
+def test_a_difference_needs_both_the_interval_and_the_noise():
     assert Interval(0.4, 0.5, 0.9).apart(1.5)
     assert not Interval(0.4, 0.5, 1.1).apart()
     assert not Interval(0.6, 0.7, 0.9).apart(1.5)

@@ -16,7 +16,7 @@ def line(trial, **more):
     return {**Key("w", "m", "tuning", "tuned", trial, 0)._asdict(), "validation": [1.0, 0.5], **more}
 
 
-def test_what_is_added_is_there_after_opening_it_again(tmp_path):
+def test_added_lines_are_there_after_reopening(tmp_path):
     path = tmp_path / "folder" / "trials.jsonl"
     ledger = Ledger(path)
     for trial in range(3):
@@ -45,7 +45,7 @@ def test_a_line_that_a_crash_cut_off_is_taken_away(tmp_path, cut):
 
 
 @pytest.mark.parametrize("text", ["hello\n", "{}\n", "[1]\n", '{"workload": "w"}\n', "\0\0\0\n", "\n"])
-def test_a_line_of_somebody_else_is_named_and_set_aside(tmp_path, text):
+def test_a_foreign_line_is_named_and_moved_aside(tmp_path, text):
     path = tmp_path / "trials.jsonl"
     Ledger(path).add(line(0))
     with path.open("a") as file:
@@ -79,7 +79,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
             list(read(path))
 
 
-def test_ledgers_of_older_versions_are_gone_on_with(tmp_path):
+def test_ledgers_of_older_versions_are_continued(tmp_path):
     path = tmp_path / "trials.jsonl"
     path.write_text(json.dumps(line(0)) + "\n")
     with (ledger := Ledger(path)).writing():
@@ -87,7 +87,7 @@ def test_ledgers_of_older_versions_are_gone_on_with(tmp_path):
     assert list(read(path)) == [line(0), line(1)]
 
 
-def test_nothing_that_json_does_not_know(tmp_path):
+def test_values_that_json_does_not_know_are_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         Ledger(tmp_path / "trials.jsonl").add(line(0, validation=[float("nan")]))
     assert list(read(tmp_path / "trials.jsonl")) == []

@@ -148,7 +148,7 @@ def test_names_cover_all_rules_and_learners():
         assert find_method(name).about
 
 
-def test_who_is_a_baseline_and_who_needs_blocks():
+def test_which_methods_are_baselines_and_which_need_blocks():
     assert [name for name in METHODS if find_method(name).baseline] == list(PEERS)
     assert {name: find_method(name).null for name in METHODS if find_method(name).null} == {
         NULL_CONTROL: "sgd"
@@ -173,7 +173,7 @@ def test_relaxed_activations_are_backpropagation(data):
     assert relaxed.loss[-1] == pytest.approx(whole.loss[-1], rel=1e-3)
 
 
-def test_the_passes_of_a_learner_are_counted_on_the_model_at_hand():
+def test_the_passes_of_a_learner_are_counted_on_the_given_model():
     def count(name, blocks):
         method = find_method(name)
         return method.count(replace(setting(method, example=torch.rand(32, 64)), blocks=blocks))

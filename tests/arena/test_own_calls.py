@@ -91,14 +91,14 @@ def test_padding_does_not_change_training_by_a_rule():
         ("tensor", "loader", {"step": "step"}, "the loss is what the step function returns"),
     ],
 )
-def test_what_is_guessed_is_said(model, data, more, says):
+def test_guesses_are_reported(model, data, more, says):
     workload = make_workload(model, data, **more)
     assert says in workload.about
     assert bool(workload.calls) == bool(says)
     assert workload.about.endswith(f"{says}." if not more.get("loss") else "output.")
 
 
-def test_the_metric_follows_from_what_is_there():
+def test_the_metric_follows_from_the_arguments():
     assert make_workload("own", "dicts").task.metric_name == "error rate"
     assert make_workload("bare", "dicts").task.metric_name == "loss"
     assert make_workload("tensor", "loader", step="step").task.metric_name == "loss"
@@ -152,17 +152,17 @@ def test_step_functions_that_do_not_fit(step, words):
         make_workload("tensor", "triples", step=step)
 
 
-def test_a_step_function_and_a_loss_are_one_too_many():
+def test_a_step_function_and_a_loss_together_are_refused():
     with pytest.raises(PlywiseError, match="leave --loss out"):
         make_workload("tensor", "loader", step="step", loss="squares")
 
 
-def test_a_model_that_takes_no_entry_is_told_so():
+def test_a_model_without_a_matching_argument_is_refused():
     with pytest.raises(PlywiseError, match="Pooled takes none of the entries ids, words, labels by name"):
         make_workload("tensor", "other_names")
 
 
-def test_local_learners_are_left_out_of_what_has_no_one_input():
+def test_local_learners_refuse_models_with_several_inputs():
     workload = make_workload("tensor", "dicts")
     assert (workload.blocks, workload.calls) == (0, "scores")
     assert "comes apart into blocks" in find_method("local-loss").refuses(workload)

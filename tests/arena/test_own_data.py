@@ -82,7 +82,7 @@ def test_rows_that_repeat_stay_in_one_part(name):
     assert again.fingerprint() == found.data.fingerprint()
 
 
-def test_what_is_drawn_from_training_samples_shares_none_with_them():
+def test_parts_drawn_from_training_samples_share_none_with_them():
     found = resolve_data("twins:tested")
     assert not share_rows(found.data, "train", "validation")
     assert collect_samples(found.data, "train", "validation") == collect_samples(
@@ -114,7 +114,7 @@ def test_training_samples_are_not_in_the_order_of_the_table(tmp_path):
     assert 20 < int(found.data.train.y[:100].sum()) < 80
 
 
-def test_without_a_row_twice_the_cut_is_as_ever(tmp_path):
+def test_without_repeated_rows_the_split_is_unchanged(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("x,y\n" + "".join(f"{number},{number % 7}.5\n" for number in range(50)))
     found = resolve_data(str(path))
@@ -147,7 +147,7 @@ def test_a_zero_has_no_sign():
     assert not share_rows(Data(*(type(p)(p.x + 0, p.y) for p in vars(found.data).values())), *ALL)
 
 
-def test_too_few_different_inputs_are_said():
+def test_too_few_distinct_inputs_are_reported():
     found = resolve_data("twins:few")
     assert "with only 9 different inputs, the same ones in several parts: 240 to train" in found.cut
 
@@ -170,7 +170,7 @@ def test_random_data_are_the_same_each_time(name):
     assert first.fingerprint() == second.fingerprint()
 
 
-def test_data_for_which_there_is_no_room_are_named(tmp_path):
+def test_data_that_do_not_fit_into_memory_are_named(tmp_path):
     """A limit on the size of files stands for a disk that is full: torch has words of its own for that."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     data = resolve_data("twins:all_twins").data

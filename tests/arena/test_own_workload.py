@@ -39,7 +39,7 @@ def count_samples(data):
 # ---- the forms of data -------------------------------------------------------------------------------
 
 
-def test_two_arrays_are_cut_and_it_is_said():
+def test_two_arrays_are_split_and_this_is_reported():
     workload = make_workload()
     data = workload.make_data()
     assert count_samples(data) == [80, 10, 10]

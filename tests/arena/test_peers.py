@@ -152,7 +152,7 @@ def test_missing_package_names_the_extra(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["schedule-free", "shampoo"])
-def test_missing_package_is_said_before_anything_runs(name, monkeypatch):
+def test_a_missing_package_is_reported_before_anything_runs(name, monkeypatch):
     find_method(name).require()
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(pw.PlywiseError, match=rf"Method {name} needs .*pytorch_optimizer.*plywise\[bench\]"):

@@ -90,7 +90,7 @@ def test_other_methods_in_the_same_folder_are_refused(report):
         bench(make_model, make_data(), methods=["sgd"], out=report.folder, progress=False)
 
 
-def test_it_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
+def test_it_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
     made = []
 
     def count():
@@ -158,7 +158,7 @@ def test_a_script_needs_no_guard(tmp_path, user_module, module):
     assert once == "x" * (1 if module == "__main__" else 4)  # the module: here, and for each trial
 
 
-def test_a_script_that_names_itself_in_an_address_is_told_how(tmp_path, user_module):
+def test_a_script_that_imports_itself_gets_instructions(tmp_path, user_module):
     user_module("names_itself", SCRIPT.replace("MODULE", "names_itself"))
     command = ForkedCommand(["python", "names_itself.py"])
     _, err = command.communicate()
@@ -262,7 +262,7 @@ def test_diagnose(tmp_path):
     assert len(shipped.diagnosis.layers) == 4
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_missing_parts_are_named(tmp_path):
     for call in (
         lambda: bench(out=tmp_path),
         lambda: bench(make_model, out=tmp_path),

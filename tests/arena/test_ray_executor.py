@@ -59,7 +59,7 @@ def drop_clocks(lines):
     }
 
 
-def test_nobody_at_the_address():
+def test_an_address_without_a_cluster_is_refused():
     pytest.importorskip("ray", reason="ray is not installed")  # and not yet connected
     with pytest.raises(PlywiseError, match=r"no Ray cluster at '127.0.0.1:1' \(.*refused.*`ray start"):
         RayExecutor("127.0.0.1:1")
@@ -80,7 +80,7 @@ def test_the_same_lines_as_in_processes_and_a_killed_trial_harms_no_other(execut
     assert "diverged" in on_ray[f"{HERE}:Exploding", 0, TUNED]["failure"]
 
 
-def test_a_trial_that_hangs_is_ended_and_jobs_are_taken_as_there_is_room(executor, own, monkeypatch):
+def test_a_hanging_trial_is_ended_and_jobs_start_when_a_worker_is_free(executor, own, monkeypatch):
     monkeypatch.setattr(executor, "timeout_s", 3.0)
     taken = []
 
@@ -139,7 +139,7 @@ def test_stopping_early_ends_what_runs(executor, own, tmp_path, own_methods):
     assert not process.exists(), "the trial that hangs is not left behind"
 
 
-def test_a_executor_that_is_stopped_gives_what_has_ended_and_begins_no_more(executor, own):
+def test_a_stopped_executor_returns_finished_trials_and_starts_no_more(executor, own):
     import ray
 
     stopped = RayExecutor(timeout_s=60.0)
@@ -158,7 +158,7 @@ def test_a_executor_that_is_stopped_gives_what_has_ended_and_begins_no_more(exec
     assert list(stopped.run(three)) == [], "for good"
 
 
-def test_a_executor_that_is_stopped_ends_what_runs(executor, own, tmp_path, own_methods):
+def test_a_stopped_executor_ends_running_trials(executor, own, tmp_path, own_methods):
     stopped = RayExecutor(timeout_s=60.0)
     running = stopped.run(make_job(own, method) for method in ("methods_here:Noted", "sgd"))
     assert next(running)[0].key.method == "sgd"
@@ -196,7 +196,7 @@ def test_more_threads_than_any_machine_has(executor):
         RayExecutor(threads=3)
 
 
-def test_a_process_of_rays_own_that_is_killed_is_an_outcome(executor, own, own_methods):
+def test_a_killed_ray_worker_is_an_outcome(executor, own, own_methods):
     jobs = [make_job(own, method) for method in ("methods_here:Regicide", "sgd")]
     ended = {one.key.method: line for one, line in executor.run(jobs)}
     why = "its process was lost (WorkerCrashedError on Ray)"

@@ -55,7 +55,7 @@ def run(name, workload="digits-rare", seed=0, **numbers):
 # ---- who runs where --------------------------------------------------------------------------------
 
 
-def test_every_relative_has_one_home_and_no_name_twice():
+def test_every_related_method_is_listed_once_under_one_name():
     assert sorted(RELATIVES) == sorted(name for names in RELATED.values() for name in names)
     assert len(set(RELATIVES)) == len(RELATIVES)
     assert all(isinstance(find_method(name), Method) for name in RELATIVES)
@@ -78,7 +78,7 @@ def test_every_relative_has_one_home_and_no_name_twice():
         ("decision-stage", "char-transformer", "each token has a class"),
     ],
 )
-def test_what_cannot_run_says_why_and_leaves_random_numbers_alone(name, workload, reason):
+def test_a_method_that_cannot_run_says_why_and_keeps_random_states(name, workload, reason):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -87,7 +87,7 @@ def test_what_cannot_run_says_why_and_leaves_random_numbers_alone(name, workload
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_what_is_not_refused_begins(name):
+def test_methods_that_do_not_refuse_take_a_step(name):
     """On each workload of the related papers a method either says why not, or takes a step."""
     method, refused = find_method(name), 0
     for workload in map(find_workload, ("digits-rare", "digits-generator", "vsml-episodes", "digits-mlp")):
@@ -106,7 +106,7 @@ def test_what_is_not_refused_begins(name):
 # ---- the AUC ---------------------------------------------------------------------------------------
 
 
-def test_the_metric_of_ranking_is_that_of_all_pairs_whatever_the_batches():
+def test_the_ranking_metric_covers_all_pairs_for_any_batches():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(6, (97, 1), generator=generator).float()  # many ties
     y = (torch.rand(97, 1, generator=generator) < 0.2).float()
@@ -275,7 +275,7 @@ def test_memory_keeps_the_last_thousand_and_no_more_batches_than_needed():
     assert kept == list(range(40 - -(-REMEMBERED // 64), 40))
 
 
-def test_the_decision_stage_decides_from_half_way_on_and_trains_no_more():
+def test_the_decision_stage_predicts_from_half_way_and_stops_training():
     pytest.importorskip("sklearn")
     model, method = network(), find_method("decision-stage")
     torch.manual_seed(0)
@@ -295,7 +295,7 @@ def test_the_decision_stage_decides_from_half_way_on_and_trains_no_more():
     assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
 
 
-def test_a_bench_tells_who_refused_and_runs_the_others(tmp_path):
+def test_a_bench_reports_refused_methods_and_runs_the_others(tmp_path):
     config = BenchConfig((WorkloadSpec("digits-rare"),), ("sgd", "decision-stage"), trials=0, seeds=1)
     with resolve_bench(config) as resolved:
         bench = Bench(resolved, tmp_path)
@@ -309,7 +309,7 @@ def test_a_bench_tells_who_refused_and_runs_the_others(tmp_path):
 # ---- where each card leads ---------------------------------------------------------------------------
 
 
-def test_every_method_of_the_catalogue_has_its_place():
+def test_every_registered_name_has_a_place():
     names = [name for room in ROOMS.values() for name in room]
     assert all(find_place(name) for name in names)
     assert {*METHOD_OF, *WORKLOAD_OF, *ELSEWHERE} == set(names)

@@ -81,7 +81,7 @@ def test_one_worker_or_two_give_the_same_numbers(tmp_path):
     assert index_by_run(read_final_runs(tmp_path / "one")) == index_by_run(read_final_runs(tmp_path / "two"))
 
 
-def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
+def test_a_resumed_run_continues_with_the_same_bits(tmp_path):
     run(MINE, 2, tmp_path / "whole")
     cut = Reproduction(MINE, SMALL, 2, tmp_path / "cut")
     pieces = cut.run(ProcessExecutor(1))
@@ -99,7 +99,7 @@ def test_what_was_begun_goes_on_with_the_same_bits(tmp_path):
     assert run(MINE, 2, tmp_path / "cut")[1] == []
 
 
-def test_a_executor_that_is_stopped_begins_no_more(tmp_path):
+def test_a_stopped_executor_starts_no_more_trials(tmp_path):
     made, executor = Reproduction(MINE, SMALL, 2, tmp_path), ProcessExecutor(1)
     pieces = made.run(executor)
     next(pieces)
@@ -134,7 +134,7 @@ def test_other_settings_are_refused(tmp_path):
     ("paper", "why"),
     [("BROKEN", r"ValueError .*no such layer"), ("KILLED", r"its process was lost \(killed by SIGKILL\)")],
 )
-def test_a_mistake_is_no_outcome(tmp_path, paper, why):
+def test_a_programming_error_is_not_an_outcome(tmp_path, paper, why):
     made = Reproduction(f"own_papers:{paper}", SMALL, 1, tmp_path)
     with pytest.raises(PlywiseError, match=f"tuned failed: {why}"):
         list(made.run(ProcessExecutor(1)))
@@ -158,12 +158,12 @@ def test_numbers_in_tables():
         ({"arms": (replace(MINE_ARMS[0], rates=()), *MINE_ARMS[1:])}, "slow has no rate"),
     ],
 )
-def test_an_experiment_that_cannot_be_is_refused(change, why):
+def test_an_impossible_experiment_is_refused(change, why):
     with pytest.raises(PlywiseError, match=why):
         replace(own_papers.MINE.experiments[0], **change)
 
 
-def test_a_paper_that_cannot_be_is_refused(tmp_path, monkeypatch):
+def test_an_invalid_paper_is_refused(tmp_path, monkeypatch):
     with pytest.raises(PlywiseError, match="has no experiment"):
         replace(own_papers.MINE, experiments=())
     with pytest.raises(PlywiseError, match="name of a paper has letters"):

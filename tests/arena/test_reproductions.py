@@ -267,7 +267,7 @@ def line(value, failure=None):
     return {"loss": [2.3, value], "test": value, "rate": 0.1, "failure": failure}
 
 
-def test_intervals_hold_what_they_promise():
+def test_intervals_have_their_stated_coverage():
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(4000, 4, generator=generator).tolist()
     one_more = sum(low <= x <= high for *known, x in draws for low, high in [bound_mean(known, 1)])

@@ -19,7 +19,7 @@ from plywise.arena.scoring.score import (
 metrics = st.lists(st.one_of(st.none(), st.floats(0, 2)), min_size=0, max_size=8)
 
 
-def test_each_clock_tells_its_own_time():
+def test_each_clock_shows_its_own_time():
     run = line(gradients=2.0)
     assert [to_target(run, 0.4, clock) for clock in CLOCKS] == [20, 40, 1.0, 1.1]
     assert [to_target(run, 0.05, clock) for clock in CLOCKS] == [math.inf] * 4
@@ -39,7 +39,7 @@ def test_a_failure_is_a_miss_unless_the_target_came_first():
     assert find_best(failed) == 0.4
 
 
-def test_a_trial_that_failed_while_it_was_measured_has_a_step_too_many():
+def test_a_trial_that_fails_during_a_measurement_has_one_more_step():
     assert to_target(line(validation=[0.9, 0.4], cpu=[0.0, 1.0], failure="x"), 0.1, "cpu") == math.inf
 
 
@@ -65,19 +65,19 @@ def test_the_trial_with_the_fewest_steps_is_chosen():
     assert choose_best([quick, deep], None) is deep
 
 
-def test_a_failed_trial_is_chosen_last_even_if_it_was_first_there():
+def test_a_failed_trial_is_chosen_last_even_if_it_was_fastest():
     failed = line(trial=0, validation=[0.9, 0.01], failure="diverged")
     slow = line(trial=1, validation=[0.9, 0.8, 0.7])
     assert choose_best([failed, slow], 0.3) is slow
     assert choose_best([failed], 0.3) is failed
 
 
-def test_only_tuning_trials_are_chosen_and_equals_go_to_the_first():
+def test_only_tuning_trials_are_chosen_and_ties_go_to_the_first():
     assert choose_best([line(purpose="final", validation=[0.0])], 0.3) is None
     assert choose_best([], 0.3) is None
     assert choose_best([line(trial=2), line(trial=1)], 0.4)["trial"] == 1
 
 
-def test_the_test_set_has_no_say():
+def test_the_test_set_has_no_effect():
     one, other = line(trial=0, test=0.9), line(trial=1, test=0.0)
     assert choose_best([one, other], 0.4) is one

@@ -55,7 +55,7 @@ def run_search(search, space, judge, trials):
     return [one["numbers"] for one in past], [find_best(one) for one in past]
 
 
-def test_sobol_is_the_points_as_ever_all_at_once():
+def test_sobol_gives_the_same_points_as_before_in_one_round():
     assert Sobol().rounds(8) == [range(8)]
     assert Sobol().rounds(0) == [range(0)]
     assert [Sobol().numbers(SPACE, trial, []) for trial in range(8)] == draw_points(SPACE, 8)
@@ -76,7 +76,7 @@ def test_optuna_begins_with_the_same_design_for_all_and_then_learns(optuna):
     assert optuna.rounds(3) == [range(3)]
 
 
-def test_the_order_of_the_past_is_of_no_account_and_failures_are_told_as_failed(optuna):
+def test_the_order_of_past_trials_has_no_effect_and_failures_are_reported(optuna):
     past = [make_line(trial, numbers, 0.1 * trial) for trial, numbers in enumerate(draw_points(SPACE, 8))]
     numbers = optuna.numbers(SPACE, 8, past)
     assert numbers == optuna.numbers(SPACE, 8, past[::-1])
@@ -103,7 +103,7 @@ class OneByOne(ProcessExecutor):
         return super().run(jobs)
 
 
-def test_a_bench_by_optuna_in_rounds_broken_off_and_unbroken(tmp_path, resolved, optuna):
+def test_a_bench_by_optuna_in_rounds_with_and_without_an_interruption(tmp_path, resolved, optuna):
     executor = OneByOne()
     whole = run_bench(tmp_path / "whole", resolved)
     lines = [piece.line for piece in whole.run(executor)]
@@ -150,7 +150,7 @@ def test_the_search_belongs_to_the_bench(tmp_path, resolved):
         run_bench(tmp_path, resolved, "optuna")
 
 
-def test_a_description_from_before_there_were_searches_is_of_sobol(tmp_path, resolved):
+def test_an_old_description_without_a_search_means_sobol(tmp_path, resolved):
     run_bench(tmp_path, resolved, "sobol")
     path = tmp_path / "bench.json"
     about = json.loads(path.read_text())
@@ -159,7 +159,7 @@ def test_a_description_from_before_there_were_searches_is_of_sobol(tmp_path, res
     assert run_bench(tmp_path, resolved, "sobol").resolved.config.search == "sobol"
 
 
-def test_what_is_no_search_and_what_is_not_installed(monkeypatch):
+def test_unknown_and_uninstalled_searches_are_refused(monkeypatch):
     with pytest.raises(PlywiseError, match=r"No search is called 'grid'. There are: sobol, optuna"):
         find_search("grid")
     monkeypatch.setitem(sys.modules, "optuna", None)  # as where it is not installed

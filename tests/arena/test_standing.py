@@ -64,7 +64,7 @@ def index_by_method(found):
     return {one.method: one for one in found}
 
 
-def test_a_place_by_hand():
+def test_a_rank_by_hand():
     field = gather_small_bench(
         [*make_final_runs("sgd", [100, 200, 300]), *make_final_runs("proxprop", [100, 100, 100])]
     )
@@ -77,7 +77,7 @@ def test_a_place_by_hand():
     assert (peer.reached, peer.runs, peer.compared) == (3, 3, 1)
 
 
-def test_every_clock_has_its_own_standing():
+def test_every_clock_has_its_own_ranking():
     quick = make_final_runs("proxprop", [100, 100, 100], gradients=4.0)
     for run in quick:
         run["cpu"] = [10 * value for value in run["cpu"]]
@@ -105,7 +105,7 @@ def test_misses_are_infinite_in_medians_and_bounds_in_ratios():
     assert (place.area.value, place.profile["digits"]) == (0.0, math.inf)
 
 
-def test_a_crash_before_the_first_step_is_a_miss_with_the_pace_of_others():
+def test_a_crash_before_the_first_step_is_a_miss_with_the_pace_of_other_runs():
     nothing = {"steps": [], "loss": [], "validation": [], "cpu": [], "wall": []}
     crashed = [line("digits", "proxprop", "final", seed=s, failure="OSError", **nothing) for s in range(3)]
     field = gather_small_bench([*make_final_runs("sgd", [100, 100, 100]), *crashed])
@@ -170,7 +170,7 @@ def test_a_null_control_without_its_original_is_no_reference():
     assert gather_small_bench(make_final_runs("sgd-again", [100]), methods=("sgd-again",)).reference is None
 
 
-def test_what_lies_between_two_measurements_is_in_the_intervals():
+def test_intervals_include_the_time_between_two_measurements():
     """All seeds agree on a point of the grid, and nobody knows where between two points they were there."""
     runs = [
         *make_final_runs("sgd", [200] * 3),
@@ -199,12 +199,12 @@ def test_a_method_with_nothing_to_tune_is_in_both_tracks():
     assert len(list(csv.DictReader(format_runs_csv(field)))) == len(lines), "a row for each run"
 
 
-def test_equals_share_a_rank():
+def test_ties_share_a_rank():
     field = gather_small_bench([*make_final_runs("sgd", [100] * 3), *make_final_runs("proxprop", [100] * 3)])
     assert [place.rank[:3] for place in rank_methods(field, "tuned", "steps")] == [(1, 1, 2), (1, 1, 2)]
 
 
-def test_equals_that_never_arrive_are_ordered_by_where_they_end():
+def test_ties_without_the_target_are_ordered_by_their_final_value():
     """All have no area. A cheap step must not help: it only makes the bound on the time of a miss smaller."""
     never = [math.inf] * 3
     ends = {"adamw": 0.3, "nlms": 0.2, "bad": 0.6}
@@ -224,7 +224,7 @@ def test_equals_that_never_arrive_are_ordered_by_where_they_end():
     assert [one.end for one in found[2:]] == [2, 3, 5]
 
 
-def test_where_a_method_does_not_fit_it_ends_last():
+def test_a_method_that_does_not_fit_ranks_last():
     bench = make_bench(["sgd", "local"], ["digits", "words"])
     found = index_by_method(rank_methods(gather_results(bench, make_lines(bench)), "tuned", "steps"))
     assert bench["refused"][0]["workload"] == "words"
@@ -318,7 +318,7 @@ def test_tables_come_back_as_they_were():
     assert {one["failure"] for one in trials if one["method"] == "sgd"} == {""}
 
 
-def test_a_bench_with_nothing_in_it():
+def test_an_empty_bench():
     for bench in (make_bench(), make_bench([], [])):
         field = gather_results(bench, [])
         assert compare_methods(field) == rank_methods(field, "tuned", "cpu") == []
@@ -375,7 +375,7 @@ def test_long_curves_are_thinned_but_keep_their_end():
     assert (curve["steps"][0], curve["steps"][-1]) == (0, 5000)
 
 
-def test_the_front_is_who_nobody_beats():
+def test_the_front_has_the_methods_that_no_other_beats():
     def run(method, seconds, peak, metric):
         return line(
             "digits", method, "final", steps=[0, 10], cpu=[0, seconds / 40], wall=[0, 1], loss=[1, 1],

@@ -40,7 +40,7 @@ def read_cells(page, table, column):
     }
 
 
-def test_a_shared_rank_is_marked_and_told_in_an_order(page):
+def test_a_shared_rank_is_marked_and_listed_in_order(page):
     ranks = read_cells(page, "standing", 0)
     assert list(ranks) == ["sgd", "nlms", "proxprop", "bad", "local"]
     assert [rank.replace("\u00a0", " ") for rank in ranks.values()] == ["1", "2 =", "2 =", "2 =", "2 ="]

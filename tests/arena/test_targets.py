@@ -61,7 +61,7 @@ def test_trials_that_measured_nothing_count_as_the_worst():
     assert choose_target(crashed, {"sgd"}) is None
 
 
-def test_of_few_trials_the_third_best_sets_the_target():
+def test_the_third_best_of_few_trials_sets_the_target():
     lines = make_trials(0.5, 0.01, 0.2, 0.3, 0.4)
     assert choose_target(lines, {"sgd"}) == 0.3
     lucky = make_trials(0.0001)
@@ -86,7 +86,7 @@ def test_only_tuning_of_baselines_sets_targets():
 
 
 @given(st.lists(st.floats(0, 2), max_size=9))
-def test_the_loose_target_is_never_the_harder_one(best):
+def test_the_easy_target_is_never_harder(best):
     strict, loose = (
         choose_target(make_trials(*best), {"sgd"}),
         choose_loose_target(make_trials(*best), {"sgd"}),
@@ -95,7 +95,7 @@ def test_the_loose_target_is_never_the_harder_one(best):
     assert not best or loose >= strict
 
 
-def test_what_a_baseline_reaches_at_the_very_end_sets_no_target():
+def test_a_value_reached_only_at_the_end_sets_no_target():
     late = [line(trial=i, steps=[0, 50, 100], validation=[0.9, 0.5, 0.4 - i / 100]) for i in range(4)]
     assert choose_target(late, {"sgd"}) == choose_loose_target(late, {"sgd"}) == 0.5
     failed = [line(trial=i, steps=[0, 40, 80], validation=[0.9, 0.5, 0.4 - i / 100]) for i in range(4)]
@@ -145,7 +145,7 @@ def test_a_target_that_chance_or_most_trials_reach_is_soft():
     assert untrained.softness == ["reached by knowing nothing"]
 
 
-def test_soft_targets_are_named_in_the_findings_and_others_are_not():
+def test_only_soft_targets_are_named_in_the_findings():
     few = make_bench(["sgd", "adamw", "proxprop"], ["digits", "words"], trials=2)
     field = gather_results(few, make_lines(few))
     (soft,) = [one for one in write_conclusions(field).split("\n") if one.startswith("Soft targets")]
@@ -159,13 +159,13 @@ def test_soft_targets_are_named_in_the_findings_and_others_are_not():
 
 
 @given(*(st.floats(0, 1) for _ in range(3)))
-def test_nobody_is_ranked_by_what_is_nearer_to_nothing_than_to_the_best(strict, naive, best):
+def test_methods_are_not_ranked_by_values_closer_to_zero_than_to_the_best(strict, naive, best):
     nearer = abs(strict - naive) <= abs(strict - best)
     assert Target(strict, None, True, naive=naive, best=best).ranks is not nearer
 
 
 @pytest.mark.parametrize("unknown", [{"naive": None}, {"best": None}, {"strict": None}])
-def test_where_one_of_the_three_is_unknown_nothing_is_left_out(unknown):
+def test_a_workload_ranks_if_one_of_the_three_values_is_unknown(unknown):
     assert Target(
         **{"strict": 0.8, "loose": None, "stored": True, "naive": 0.9, "best": 0.1, **unknown}
     ).ranks
@@ -190,7 +190,7 @@ def two_workloads(target):
     return gather_results(field.bench, lines)
 
 
-def test_a_workload_with_a_soft_target_has_no_say_in_the_ranking():
+def test_a_workload_with_a_soft_target_does_not_affect_the_ranking():
     both, one = two_workloads(0.1), two_workloads(0.6)
     assert (both.ranked, one.ranked) == (["digits", "words"], ["digits"])
     for field, profile in ((both, {"digits": 1.0, "words": 3.0}), (one, {"digits": 1.0})):
@@ -203,7 +203,7 @@ def test_a_workload_with_a_soft_target_has_no_say_in_the_ranking():
     assert rows["words", "proxprop"].times["steps"].value == 300, "what was measured stays"
 
 
-def test_the_findings_say_where_nobody_is_ranked_and_why(tmp_path):
+def test_the_findings_say_where_no_method_is_ranked_and_why(tmp_path):
     assert "Nobody is ranked" not in write_conclusions(two_workloads(0.1))
     text = write_conclusions(two_workloads(0.6))
     assert "Nobody is ranked where the target is nearer" in text
@@ -215,7 +215,7 @@ def test_the_findings_say_where_nobody_is_ranked_and_why(tmp_path):
     assert "words (0.6, where knowing nothing gives 0.9 and the best run 0.05)" in path.read_text("utf-8")
 
 
-def test_where_no_workload_is_left_nothing_is_advised():
+def test_without_a_remaining_workload_no_method_is_ranked():
     lines = [
         run for name, when in (("sgd", 200), ("proxprop", 100)) for run in make_final_runs(name, [when] * 3)
     ]

@@ -108,7 +108,7 @@ def test_the_null_control_repeats_its_original_with_other_seeds(tmp_path, resolv
     assert len(lines) == made.total
 
 
-def test_what_is_in_the_ledger_is_not_run_again(tmp_path, resolve):
+def test_trials_in_the_ledger_do_not_run_again(tmp_path, resolve):
     first = bench(tmp_path, resolve, ["sgd", "adamw"])
     pieces = first.run(ProcessExecutor(2))
     kept = [next(pieces).line for _ in range(5)]
@@ -128,7 +128,7 @@ def test_a_test_part_that_was_trained_on_is_noted(tmp_path, resolve):
     assert bench(tmp_path / "own", resolve, ["sgd"]).about["workloads"]["own"]["repeated"]["test"] == 0
 
 
-def test_a_bench_that_runs_is_left_alone_by_another(tmp_path, resolve):
+def test_a_running_bench_is_not_disturbed_by_another(tmp_path, resolve):
     pieces = bench(tmp_path, resolve, ["sgd"]).run(ProcessExecutor(1))
     next(pieces)
     before = (tmp_path / "bench.json").read_bytes()
@@ -138,7 +138,7 @@ def test_a_bench_that_runs_is_left_alone_by_another(tmp_path, resolve):
     pieces.close()
 
 
-def test_another_machine_that_goes_on_is_noted(tmp_path, resolve):
+def test_resuming_on_another_machine_is_noted(tmp_path, resolve):
     made, _ = run(tmp_path, resolve, ["sgd"])
     path = tmp_path / "bench.json"
     about = json.loads(path.read_text())
@@ -289,6 +289,6 @@ def test_no_workers(wrong):
         ProcessExecutor(**wrong)
 
 
-def test_a_model_that_cannot_be_made_is_said_before_anything_runs(resolve):
+def test_a_model_that_cannot_be_made_is_reported_before_anything_runs(resolve):
     with pytest.raises(PlywiseError, match="no such layer"):
         resolve(["sgd"], spec=WorkloadSpec("own", f"{HERE}:broken_model", f"{HERE}:data"))

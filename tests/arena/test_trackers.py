@@ -87,7 +87,7 @@ def test_tensorboard_reads_curves_settings_and_results(folder, tmp_path):
     assert not (tmp_path / "boards" / ".partial").exists()
 
 
-def test_a_bench_that_has_grown_is_exported_again_without_doubles(folder, tmp_path):
+def test_a_bench_with_new_trials_is_exported_again_without_duplicates(folder, tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     _write(folder, TUNING, LAST, end='\n{"workload": "digi')  # a line that is just being written
     assert to_tensorboard(folder, tmp_path / "boards") == (2, 0)

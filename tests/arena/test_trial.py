@@ -254,7 +254,7 @@ def test_an_exception_is_an_outcome(data):
         (lambda: torch.empty(1 << 60), r"RuntimeError at step 1: .*(can't|not enough|could not).* memory.*"),
     ],
 )
-def test_leaving_and_too_little_memory_are_outcomes_that_say_so(data, hurt, why):
+def test_exits_and_lack_of_memory_are_reported_as_outcomes(data, hurt, why):
     class Hurts(nn.Sequential):
         def forward(self, x):
             if self.training:

@@ -226,7 +226,7 @@ def test_targets_say_who_made_them(monkeypatch, tmp_path):
     assert find_workload("digits-conv").target is None
 
 
-def test_a_missing_file_is_told(tmp_path, monkeypatch):
+def test_a_missing_file_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("PLYWISE_DATA", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in FILES:
@@ -282,7 +282,7 @@ def test_tables_are_scaled_by_the_training_part_alone():
     assert abs(below - above) <= 1
 
 
-def test_rows_that_read_alike_stay_together():
+def test_rows_with_equal_inputs_stay_together():
     x = torch.arange(60.0, dtype=torch.float64).remainder(20).unsqueeze(1)
     data = tables.prepare_table(lambda: (x.numpy(), torch.arange(60.0, dtype=torch.float64).numpy()))
     values = [set(part.x.flatten().tolist()) for part in vars(data).values()]
@@ -290,7 +290,7 @@ def test_rows_that_read_alike_stay_together():
     assert [len(part.y) for part in vars(data).values()] == [48, 6, 6]
 
 
-def test_the_transformer_does_not_look_ahead_and_has_one_table():
+def test_the_transformer_is_causal_and_shares_one_table():
     model = CharTransformer(11, 8, width=16, depth=2, heads=4)
     tokens = torch.arange(16).view(2, 8) % 11
     changed = tokens.clone()

@@ -60,7 +60,7 @@ def test_ones_own_model_from_beginning_to_report(tmp_path, plywise):
     assert json.loads(plywise("report", "runs/bench", "--json").out)["report"] is None
 
 
-def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(tmp_path, plywise):
+def test_an_interrupted_bench_keeps_its_results_and_resumes(tmp_path, plywise):
     methods = ("--methods", "sgd,mine:Slow", "--trials", "2", "--seeds", "2", "--workers", "1")
     process = start(*OWN, *methods)
     ledger = tmp_path / "runs" / "bench" / "trials.jsonl"
@@ -137,7 +137,7 @@ def test_hidden_workloads_say_their_seed(plywise, tmp_path):
         (["report", "nowhere"], "it has no bench.json"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_sentence(words, message, plywise):
+def test_impossible_requests_give_a_one_sentence_error(words, message, plywise):
     done = plywise(*words)
     assert done.code == 1
     assert message in done.err

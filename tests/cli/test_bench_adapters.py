@@ -47,7 +47,7 @@ def test_a_bench_by_optuna_in_tensorboard(plywise):
         ([*OWN, "--threads", "0"], "at least 1"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_sentence(words, message, plywise):
+def test_impossible_requests_give_a_one_sentence_error(words, message, plywise):
     done = plywise(*words)
     assert done.code == 1
     assert message in done.err

@@ -74,7 +74,7 @@ def project(tmp_path, user_module):
     return tmp_path
 
 
-def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word():
+def test_a_closed_output_ends_the_command_silently():
     for words in (["methods"], ["methods", "--json"], ["help"]):
         with subprocess.Popen(
             [sys.executable, "-m", "plywise", *words],
@@ -243,7 +243,7 @@ def test_explain_takes_a_step_and_its_batches(plywise, project, user_module):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["mine:boom"], r"mine:boom raised ValueError: no weights [bold]today (line 24 of mine.py)."),
         (["mine:leave"], "mine:leave raised SystemExit"),
@@ -328,7 +328,7 @@ def test_demo_refuses_before_it_works(plywise, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
-def test_ctrl_c_keeps_what_there_is(tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_finished_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     process = ForkedCommand(["plywise", "demo", "--out", "here"])
     end = time.monotonic() + DEADLINE

@@ -87,7 +87,7 @@ def test_ones_own_model_as_a_table_and_advice(capsys):
     assert "plywise bench mine:model --data mine:data --methods sgd,adamw\n" in output
 
 
-def test_what_stands_out_is_marked_and_comes_first_in_the_advice(capsys):
+def test_outlying_layers_are_marked_and_come_first_in_the_advice(capsys):
     run("mine:scaled", "--data", "mine:data")
     output = capsys.readouterr().out
     assert "1. Consequentialism" in output
@@ -97,7 +97,7 @@ def test_what_stands_out_is_marked_and_comes_first_in_the_advice(capsys):
     assert all("*" in row for row in rows)
 
 
-def test_json_says_the_same_again_and_follows_its_flags(capsys):
+def test_json_is_reproducible_and_follows_its_flags(capsys):
     words = ("mine:model", "--data", "mine:data", "--batches", "3", "--batch-size", "50")
     one = run_json(capsys, *words)
     assert one == run_json(capsys, *words)
@@ -116,7 +116,7 @@ def test_frozen_layers_are_shown_with_the_reason(capsys):
     assert "frozen" in next(line for line in output.splitlines() if line.lstrip().startswith("0 "))
 
 
-def test_where_no_layer_can_be_seen_it_says_nothing_of_methods(capsys):
+def test_without_a_visible_layer_no_method_is_advised(capsys):
     run("mine:foreign", "--data", "mine:data")
     output = capsys.readouterr().out
     assert "1. Nothing can be said: no layer could be looked at" in output

@@ -65,18 +65,18 @@ def words(command, data, methods="sgd"):
 
 
 @pytest.mark.parametrize("data", GOOD)
-def test_training_takes_what_a_comparison_takes(plywise, data):
+def test_train_reads_the_same_data_as_bench(plywise, data):
     code, out, err = plywise(*words("train", data))
     assert (code, err) == (0, "")
     assert f"{data}: " in out
 
 
-def test_what_is_chosen_about_parts_is_said(plywise):
+def test_choices_about_parts_are_reported(plywise):
     assert "The validation part is not used" in plywise(*words("train", "mine:three"))[1]
     assert "judged on the validation part" in plywise(*words("train", "parts.npz"), "--fresh")[1]
 
 
-def test_guesses_about_data_are_said_with_the_flag_that_overrules_them(plywise, tmp_path):
+def test_guesses_about_data_are_reported_with_the_flag_to_override_them(plywise, tmp_path):
     rows = "".join(f"{i / 7:.3f},{i / 3:.3f},{i % 5},{i % 2},{1 + i % 3}\n" for i in range(60))
     (tmp_path / "bare.csv").write_text(rows)
     for command in ("train", "diagnose", "bench"):

@@ -184,7 +184,7 @@ def test_one_stage_is_train(plywise, one_process):
         (["nowhere.toml"], "There is no file nowhere.toml."),
     ],
 )
-def test_what_does_not_fit_is_said(plywise, one_process, words, text):
+def test_arguments_that_do_not_fit_are_reported(plywise, one_process, words, text):
     code, out, err = plywise("pipeline", *words, *PLAN)
     assert (code, out) == (1, "")
     assert text in err
@@ -243,7 +243,7 @@ def test_a_port_in_use():
 
 
 @pytest.mark.slow
-def test_a_run_through_all_hands(tmp_path):
+def test_a_run_resumes_across_launchers_with_the_same_weights(tmp_path):
     """Two stages, interrupted at the second; one process; torchrun, with measured cuts: one run's weights."""
     endless = ["--epochs", "100000", "--every", "7"]
     with start_ranks(2, *PLAN, *endless, "--cuts", "0,1") as processes:

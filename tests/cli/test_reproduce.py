@@ -76,7 +76,7 @@ def test_from_estimate_to_table(mnist, tmp_path, monkeypatch, capsys):
     assert "training loss at the end, nats (small size)" in capsys.readouterr().out
 
 
-def test_interrupted_it_says_what_is_kept_and_goes_on(mnist, tmp_path, user_module):
+def test_an_interrupted_run_says_what_is_kept_and_resumes(mnist, tmp_path, user_module):
     user_module("short", SHORT.replace("EPOCHS", "12"))
     words = ("short:SHORT", "--out", "runs", "--only", "mnist-mlp", "--seeds", "1")
     process = ForkedCommand(["plywise", "reproduce", *words], session=True)
@@ -109,7 +109,7 @@ def test_without_a_paper_it_lists_all(capsys):
     assert "86.3 %" in output
 
 
-def test_wrong_words_are_told(tmp_path):
+def test_wrong_words_are_named(tmp_path):
     with pytest.raises(PlywiseError, match="Did you mean back-matching"):
         command("back-maching")
     with pytest.raises(PlywiseError, match="say which paper"):

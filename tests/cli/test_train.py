@@ -98,11 +98,11 @@ def test_flags_are_the_plan():
     assert {entry.name for entry in fields(Flags)} | {"replicas", "cuts"} == plan.keys()
     for name in ("learner", "rate", "epochs", "batch_size", "seed", "threads", "out", "every", "keep"):
         help_text = re.split(rf"\n +{name}: ", Flags.__doc__)[1]
-        help_text = re.split(r"\n +\w+: ", printed)[0]
+        help_text = re.split(r"\n +\w+: ", help_text)[0]
         assert f"Default {plan[name]}." in help_text, name
 
 
-def test_train_alone_trains_and_says_what_it_did(plywise, tmp_path):
+def test_train_without_options_trains_and_reports_it(plywise, tmp_path):
     code, out, err = plywise("train")
     assert (code, err) == (0, "")
     assert out.startswith("LocalLoss of 4 components")
@@ -151,7 +151,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["nowhere.toml"], "There is no file nowhere.toml."),
         (["bad.toml"], "Texts need quotation marks."),
@@ -212,7 +212,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--data", "nowhere:data"], "There is no module 'nowhere'"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_work(plywise, tmp_path, words, output):
+def test_errors_are_reported_before_the_work_starts(plywise, tmp_path, words, output):
     (tmp_path / "bad.toml").write_text("x =")
     (tmp_path / "key.toml").write_text("epoch = 3")
     (tmp_path / "set.toml").write_text("set = 3")
@@ -235,7 +235,7 @@ NO_ADMINISTRATOR = pytest.mark.skipif(os.geteuid() == 0, reason="administrators 
     "words", [["train"], ["demo"], ["reproduce", "proxprop"], ["bench", "--workloads", "quadratic"]]
 )
 @pytest.mark.parametrize(
-    ("out", "said"),
+    ("out", "output"),
     [
         ("file", "file is a file; --out names a folder."),
         ("file/below", "cannot be made: Not a"),
@@ -243,7 +243,7 @@ NO_ADMINISTRATOR = pytest.mark.skipif(os.geteuid() == 0, reason="administrators 
         pytest.param("locked", "Nothing can be written to the folder locked", marks=NO_ADMINISTRATOR),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_said_before_the_work(plywise, tmp_path, words, out, output):
+def test_a_folder_that_cannot_be_made_is_reported_before_the_work(plywise, tmp_path, words, out, output):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "locked").mkdir(0o500)
@@ -280,7 +280,7 @@ def test_diverging_says_so(plywise):
     assert err.count("\n") == 2, "the message and where there is more"
 
 
-def test_nan_before_any_training_is_no_matter_of_the_rate(plywise, user_module):
+def test_nan_before_training_is_not_blamed_on_the_rate(plywise, user_module):
     code = """
 import torch
 from torch import nn
