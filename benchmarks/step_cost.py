@@ -81,8 +81,7 @@ RULES: dict[str, Callable[[], pw.Rule | None]] = {
 
 
 QUICK = 10**6
-"""For networks with fewer weights, several steps are timed together, after the steps that the engine
-explores."""
+"""Networks with fewer weights are timed over several steps, after those that the engine explores."""
 
 
 class Stepper:
@@ -248,9 +247,7 @@ def main() -> None:
     if options.cycles:
         measure_cycles(options, result)
         return
-    if (
-        options.json and options.json.exists() and options.net
-    ):  # measure some networks again, keep the figures of the others
+    if options.json and options.json.exists() and options.net:  # keep the figures of the other networks
         result["nets"] = json.loads(options.json.read_text())["nets"]
     for net in nets:
         table = measure(net, names, options.rounds, options.device)

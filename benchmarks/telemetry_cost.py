@@ -121,9 +121,8 @@ def measure_other_steps(net: str, rule: str, device: str, plain: float) -> dict[
         counts[name] = statistics.fmean(count_python_calls(arm.step) for _ in range(CYCLE))
     added = counts["recorded"] - counts["plain"]
     empty: dict[int, object] = {}
-    seconds = (
-        min(timeit.repeat(lambda: empty.clear(), number=10_000, repeat=20)) / 20_000
-    )  # two calls per iteration
+    # an iteration has two calls
+    seconds = min(timeit.repeat(lambda: empty.clear(), number=10_000, repeat=20)) / 20_000
     return {"calls between": counts["plain"], "calls added": added, "added time": added * seconds / plain}
 
 

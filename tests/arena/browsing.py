@@ -1,4 +1,4 @@
-"""What tests of pages in a browser share: counting pixels, waiting, contrast."""
+"""Helpers of the tests of pages in a browser: counting pixels, waiting, contrast."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def parse_rgb(text: str) -> list[float]:
 
 
 def compute_contrast(one: str, other: str) -> float:
-    """The contrast ratio of WCAG 2."""
+    """Compute the contrast ratio of WCAG 2."""
 
     def luminance(colour: str) -> float:
         parts = [c / 255 for c in parse_rgb(colour)]

@@ -1,4 +1,4 @@
-"""Models, data and methods that the tests of the bench point at, as a user would, by module:name."""
+"""Models, data and methods that the tests of the bench name by module:name, as a user would."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ class Adamlike(torch.optim.Adam):
 
 
 class Exploding(torch.optim.SGD):
-    """SGD that takes off at once."""
+    """SGD that diverges at once."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -60,21 +60,21 @@ class Killed(torch.optim.SGD):
 
 
 class Leaving(torch.optim.SGD):
-    """Its process ends of itself."""
+    """Its process ends itself."""
 
     def step(self, closure=None):
         os._exit(3)
 
 
 class Hanging(torch.optim.SGD):
-    """Never comes back."""
+    """Never returns from a step."""
 
     def step(self, closure=None):
         time.sleep(600)
 
 
 class Slow(torch.optim.SGD):
-    """A step takes a while."""
+    """Takes long steps."""
 
     def step(self, closure=None):
         time.sleep(0.02)

@@ -28,7 +28,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser):
-    """Open a page; afterwards it must have been silent and offline."""
+    """Open a page, and check at the end that it logged nothing and loaded nothing."""
     visits = []
 
     def _open(path: Path, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A bench's ledger, made up: curves of a known shape, so that who wins is known."""
+"""A made-up ledger of a bench, with curves of a known shape and therefore a known winner."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def line(
     seed: int = 0,
     **other: Any,
 ) -> dict[str, Any]:
-    """One line of the ledger; what is not said is a plain run from 0.9 to 0.1 in 40 steps."""
+    """Make one line of the ledger; by default a plain run from 0.9 to 0.1 in 40 steps."""
     return {
         "workload": workload,
         "method": method,
@@ -58,7 +58,7 @@ def line(
 
 
 def make_line(workload: str, method: str, purpose: str, track: str, trial: int, seed: int) -> dict[str, Any]:
-    """A plausible trial: a noisy exponential fall; a rate far from the best is slower, a high one fails."""
+    """Make a trial: a noisy exponential fall; a rate far from the best is slower, a high one fails."""
     chance = random.Random(f"{workload} {method} {purpose} {track} {trial} {seed}")
     rate = 0.1 if trial == 3 else 10 ** (-4 + 4 * ((trial * 0.382 + 0.1) % 1)) if trial >= 0 else 0.03
     off = abs(math.log10(rate / 0.1))
@@ -144,7 +144,7 @@ def make_bench(
 
 
 def make_lines(bench: dict[str, Any]) -> list[dict[str, Any]]:
-    """The whole ledger of a bench."""
+    """Make the whole ledger of a bench."""
     refused = {(one["workload"], one["method"]) for one in bench["refused"]}
     lines = []
     for workload in bench["workloads"]:
@@ -159,7 +159,7 @@ def make_lines(bench: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_bench(folder: Path, bench: dict[str, Any], lines: list[dict[str, Any]]) -> Path:
-    """The files of a bench in a folder."""
+    """Write the files of a bench into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
     text = "".join(json.dumps(each, allow_nan=False) + "\n" for each in lines)

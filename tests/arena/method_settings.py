@@ -1,4 +1,4 @@
-"""What the tests of methods start from: a small network and its setting."""
+"""A small network and its setting, from which the tests of methods start."""
 
 import torch
 from torch import nn

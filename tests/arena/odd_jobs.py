@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Starts:
-    """Starts a process that would live for an hour, and ends by itself, by a signal, or too late."""
+    """Starts a process that would live for an hour, and ends itself, by a signal, or too late."""
 
     note: str
     ends: str
@@ -35,7 +35,7 @@ class Starts:
 
 @dataclass(frozen=True)
 class Sleeps:
-    """Takes so many seconds."""
+    """Sleeps for some seconds."""
 
     seconds: float
 

@@ -25,7 +25,7 @@ class Given:
 
 
 class Pooled(nn.Module):
-    """Classes of the mean over positions; ``gives`` says in which form."""
+    """Returns class scores of the mean over positions, in the form ``gives``."""
 
     def __init__(self, gives):
         super().__init__()

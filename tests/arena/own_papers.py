@@ -1,4 +1,4 @@
-"""Papers of a user's own, in seconds: one that works, the same with another width, and ones that do not."""
+"""A user's papers that run in seconds: one that works, the same with another width, and broken ones."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a user might hand to `plywise bench`: models and data, sound and broken; the module `user`."""
+"""Models and data, valid and broken, that a user might pass to `plywise bench`; the module `user`."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The advice follows from what was planted: each illness gets its own medicine, and health gets none."""
+"""The advice matches the planted problem: each problem has its own advice, and a good model gets none."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from plywise.arena.workloads import QUICK, find_workload
 
 
 def make_network(*widths, scales=None):
-    """A ReLU network as in benchmarks/bad_scaling.py: He initialisation, weights times ``scales``."""
+    """Make a ReLU network as in benchmarks/bad_scaling.py: He initialisation, weights times ``scales``."""
     generator, layers = torch.Generator().manual_seed(0), []
     for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         layer = nn.Linear(inputs, outputs)
@@ -29,7 +29,7 @@ def make_network(*widths, scales=None):
 
 
 def make_white_batches(count=8, size=128, features=16, classes=10):
-    """Batches of white inputs and random labels."""
+    """Make batches of white inputs and random labels."""
     generator = torch.Generator().manual_seed(0)
     return [
         (
@@ -41,7 +41,7 @@ def make_white_batches(count=8, size=128, features=16, classes=10):
 
 
 def make_digit_batches(count=8, size=128):
-    """Batches of the digits."""
+    """Make batches of the digits."""
     data = find_workload("digits-mlp").make_data()
     return list(
         zip(data.train.x.split(size)[:count], data.train.y.split(size)[:count], strict=True),

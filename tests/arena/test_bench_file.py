@@ -1,4 +1,4 @@
-"""The report of a bench as a file: what it is made from, how large it gets, what it says is missing."""
+"""The report of a bench as a file: its sources, its size, and its list of missing parts."""
 
 from __future__ import annotations
 

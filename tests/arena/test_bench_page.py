@@ -278,7 +278,7 @@ def test_hostile_text_does_nothing(visit):
 
 
 def test_browser_refuses_scripts_that_are_not_ours(browser, tmp_path):
-    """The second wall: a script that got into the page all the same is not run."""
+    """The second defence: a foreign script in the page does not run."""
     bench, path = make_bench(), tmp_path / "bad.html"
     text = write_page(write_bench(tmp_path, bench, make_lines(bench)))[0].read_text("utf-8")
     path.write_text(text.replace("<main>", "<main><script>document.title = 'taken'</script>"))

@@ -1,4 +1,4 @@
-"""Budgets: how many trials fit, and what is said when none do."""
+"""Budgets: how many trials fit, and the message when none do."""
 
 from dataclasses import replace
 

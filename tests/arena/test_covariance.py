@@ -17,7 +17,7 @@ def accumulate(*batches):
 
 
 def make_cross(*scales):
-    """Rows ±s_i e_i: mean 0 and a covariance that is diagonal in s_i² / d."""
+    """Make rows ±s_i e_i: mean 0 and a covariance that is diagonal in s_i² / d."""
     rows = torch.diag(torch.tensor(scales, dtype=torch.float64))
     return torch.cat([rows, -rows])
 

@@ -39,7 +39,7 @@ make_model = partial(mlp, 64, 12, 12, 12, 10)
 
 
 class Doomed(torch.optim.SGD):
-    """SGD that may be given any rate."""
+    """SGD that accepts any rate."""
 
     search_space: ClassVar = {"lr": Range(1e-3, 1e12, 1.0)}
 

@@ -1,4 +1,4 @@
-"""The diagnosis against closed forms, what it leaves behind, and odd models."""
+"""The diagnosis against closed forms, its side effects, and unusual models."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from plywise.errors import NonFiniteError, PlywiseError
 
 
 def make_cross(scales, copies=1):
-    """Rows ±s_i e_i: mean 0 and a covariance that is diagonal in s_i² / d."""
+    """Make rows ±s_i e_i: mean 0 and a covariance that is diagonal in s_i² / d."""
     rows = torch.diag(torch.tensor(scales, dtype=torch.float32))
     return torch.cat([rows, -rows] * copies)
 
@@ -120,7 +120,7 @@ def test_the_worst_group_of_a_grouped_convolution_is_reported():
 
 
 def test_backward_values_and_effective_rates_of_a_linear_net_scaled_by_1000():
-    """Scaling W of one layer by c: what is below receives c times as much, its own rate falls by c²."""
+    """If W of one layer is scaled by c, layers below get c times the gradient, and its rate falls by c²."""
     model = nn.Sequential(
         *(nn.Linear(5, 5, bias=False) for _ in range(3)), nn.Linear(5, 1, bias=False)
     ).double()

@@ -1,4 +1,4 @@
-"""The reading of ledgers whose winner is known: what must be said, and what must not."""
+"""The conclusions from ledgers with a known winner: which sentences must occur, and which must not."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_clear_winner_is_named_with_its_ratio():
 
 
 def test_a_difference_within_the_noise_is_not_claimed():
-    """A tenth fewer steps, but the null control is a quarter off."""
+    """The method needs a tenth fewer steps, but the null control differs by a quarter."""
     quick = [*make_final_runs("sgd", [200] * 3), *make_final_runs("proxprop", [180] * 3)]
     text = write_conclusions(gather_small_bench([*quick, *make_final_runs("sgd-again", [160] * 3)]))
     assert "noise: no method" in find_sentence(text, "Ahead of the best baseline in steps")

@@ -1,4 +1,4 @@
-"""The verdict that a report opens with, and the methods that its pictures begin with."""
+"""The verdict at the top of a report, and the first methods of its pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hidden workloads: made by a seed alone, the same everywhere, learnable, different from seed to seed."""
+"""Hidden workloads depend on their seed only, are the same everywhere, and can be learned."""
 
 import subprocess
 import sys
@@ -112,7 +112,7 @@ def test_inputs_are_correlated_and_tables_hold_outliers(kind):
 
 
 def test_labels_of_digits_are_groups_and_operations():
-    """The digit says the group; a pair's label is what one of the operations makes of the two."""
+    """A digit determines the group; the label of a pair is the result of one of the operations."""
     for seed in SEEDS:
         for part in parts_of(make_workload("groups", seed)):
             assert 2 <= len(part.y.unique()) <= 5

@@ -1,4 +1,4 @@
-"""Ctrl-C during `plywise bench`, as a terminal sends it: to every process of the command at once."""
+"""Ctrl-C during `plywise bench`, sent like a terminal does to every process of the command at once."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def _findable(monkeypatch, tmp_path):
 
 
 class Command:
-    """A bench in a session of its own, its temporary files in a folder of their own."""
+    """A bench in its own session, with its own folder for temporary files."""
 
     def __init__(self, folder, scratch, methods, *words):
         self.scratch, self.out = scratch, folder / "out"
@@ -59,11 +59,11 @@ class Command:
         return list(read(self.ledger))
 
     def interrupt(self):
-        """Ctrl-C."""
+        """Send Ctrl-C to all processes of the command."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def find_processes(self):
-        """Processes of the session that still are, as folders of /proc."""
+        """Find the living processes of the session, as folders of /proc."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -72,7 +72,7 @@ class Command:
         return found
 
     def imports_torch(self):
-        """Whether the process that trials are forked from has got as far as torch."""
+        """Say whether the process that trials are forked from has imported torch."""
         with contextlib.suppress(OSError):
             for entry in self.find_processes():
                 of_the_command = int(entry.name) == self.process.pid  # it is such a fork itself
@@ -81,7 +81,7 @@ class Command:
         return False
 
     def finish(self):
-        """What it wrote to standard output and error; that it left nothing behind."""
+        """Return standard output and error, after checking that no file or process is left."""
         out, err = self.process.communicate(timeout=60)
         assert self.process.returncode == 130, err
         assert "Traceback" not in out + err
@@ -95,7 +95,7 @@ class Command:
 
 @pytest.fixture
 def start(tmp_path):
-    """Begin a bench; what is still there afterwards, in a test that failed, is ended."""
+    """Return a function that starts a bench; after a failed test, end its remaining processes."""
     begun = []
     with tempfile.TemporaryDirectory() as scratch:  # a short path: a socket's name holds 107 bytes
 
@@ -129,7 +129,7 @@ def test_an_interrupt_is_handled_and_loses_no_finished_trial(start):
 
 
 def test_the_next_bench_removes_the_leftovers_of_a_killed_one(start):
-    """And its trials end: nobody waits for their lines any more."""
+    """The trials of the killed bench end too, since no process waits for their lines."""
     command = start(f"sgd,{HERE}:Hanging", "--trials", "1", "--seeds", "1", "--workers", "2")
     command.wait_until(lambda: command.ledger.exists() and command.lines())
     scratch = list(command.out.glob(".plywise-scratch-*"))
@@ -201,7 +201,7 @@ def make_jobs(*methods):
 
 
 def wait_for_children(count):
-    """Until no more processes than these live."""
+    """Wait until at most ``count`` child processes live."""
     end = time.monotonic() + 60
     while len(multiprocessing.active_children()) > count:
         assert time.monotonic() < end
@@ -232,7 +232,7 @@ def test_a_stopped_executor_returns_finished_trials_and_ends_the_others():
 
 
 def is_alive(pid):
-    """Whether a process is there, and no mere entry of one that has ended."""
+    """Say whether a process lives; a zombie does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

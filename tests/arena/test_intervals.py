@@ -37,7 +37,7 @@ def slow_medians(values: list[float], count: int) -> list[float]:
 
 @pytest.mark.parametrize("values", [[1, 2, 4], [1, 2, 4, 8], [3, math.inf, 1, 2, math.inf], [5]])
 def test_resampled_medians_have_the_distribution_of_the_plain_definition(values):
-    """Against all resamples there are, enumerated."""
+    """Compared with the enumeration of all resamples."""
     every = [statistics.median(sample) for sample in itertools.product(values, repeat=len(values))]
     drawn = draw_medians(values, np.random.default_rng(0), 40_000)
     slow = slow_medians(values, 20_000)

@@ -1,4 +1,4 @@
-"""The ledger: a line a trial, whole or not at all."""
+"""The ledger has one line per trial, written completely or not at all."""
 
 import json
 import multiprocessing
@@ -65,7 +65,7 @@ def test_a_foreign_line_is_named_and_moved_aside(tmp_path, text):
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
-    """Of a ledger's bits all those of one line, one after the other, and those of the line's end, too."""
+    """Flips each bit of one line and of its end, one after the other."""
     path = tmp_path / "trials.jsonl"
     for trial in range(3):
         Ledger(path).add(line(trial))

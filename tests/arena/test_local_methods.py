@@ -1,4 +1,4 @@
-"""Local learners in the arena: what they refuse, how they are cut, what they draw."""
+"""Local learners in the arena: their refusals, their blocks, and their random numbers."""
 
 from dataclasses import replace
 from itertools import pairwise

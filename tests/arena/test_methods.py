@@ -1,4 +1,4 @@
-"""The arena's methods: each trains, its space is honest, controls are exact, names lead where they say."""
+"""The arena's methods: each trains, its space is complete, controls are exact, and names are right."""
 
 from dataclasses import replace
 
@@ -121,7 +121,7 @@ def test_a_method_of_more_numbers_is_refused():
 
 @pytest.mark.parametrize("name", CLASSIFYING)
 def test_each_number_of_the_space_makes_a_difference(name, data):
-    """A number that goes nowhere would waste a method's trials."""
+    """A number without effect would waste a method's trials."""
     method = find_method(name)
     base = {**get_defaults(method.space), **({"cap": 0.01} if "cap" in method.space else {})}
     before = after_steps(name, base, data)

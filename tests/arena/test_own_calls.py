@@ -29,7 +29,7 @@ def _user(tmp_path, monkeypatch):
 
 
 def train(model, data, method="proxprop", steps=20, **more):
-    """The ledger's line of one trial, as a bench runs it in a process of its own."""
+    """Run one trial in its own process like a bench, and return its line of the ledger."""
     functions = {name: f"calls:{value}" for name, value in more.items() if isinstance(value, str)}
     numbers = {name: value for name, value in more.items() if not isinstance(value, str)}
     spec = WorkloadSpec(
@@ -52,7 +52,7 @@ def make_workload(model, data, **more):
 
 @pytest.mark.parametrize("method", ["adamw", "proxprop", "foof+adamw", "recommended", "schedule-free"])
 def test_a_model_trains_alike_however_it_is_called(method):
-    """By its scores, by its own loss, by a step function: the same numbers of the same samples."""
+    """Scores, the model's own loss, and a step function give the same numbers for the same samples."""
     if method == "schedule-free":
         pytest.importorskip("schedulefree", reason="it comes with the extra for benches")
     line = train("tensor", "dicts", method)

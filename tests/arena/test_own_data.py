@@ -47,13 +47,13 @@ def collect_rows(part):
 
 
 def share_rows(data, *names):
-    """Whether two parts have a row in common."""
+    """Say whether two parts have a row in common."""
     pairs = itertools.combinations([collect_rows(getattr(data, name)) for name in names], 2)
     return any(one & other for one, other in pairs)
 
 
 def collect_samples(data: Data, *names):
-    """All samples of some parts, in an order that does not depend on the cut."""
+    """Return all samples of some parts, in an order that does not depend on the split."""
     both = [
         torch.cat([getattr(data, n).x.flatten(1).float(), getattr(data, n).y[:, None].float()], 1)
         for n in names
@@ -105,7 +105,7 @@ def test_samples_that_the_training_part_has_too_are_counted(name):
 
 
 def test_training_samples_are_not_in_the_order_of_the_table(tmp_path):
-    """The training loss is measured on the first ones: in a sorted table those would be of one class."""
+    """The training loss is measured on the first samples, which in a sorted table would have one class."""
     table = np.repeat(np.arange(400) / 400, 2)
     path = tmp_path / "sorted.csv"
     path.write_text("x,y\n" + "".join(f"{value},{int(2 * value)}\n" for value in table))
@@ -125,7 +125,7 @@ def test_without_repeated_rows_the_split_is_unchanged(tmp_path):
 
 @pytest.mark.parametrize("name", ["all_twins", "signs"])
 def test_a_file_is_cut_as_arrays_are_which_stay_as_they_were(tmp_path, name):
-    """A file's table is put into its new order where it is; what a function gives belongs to the user."""
+    """The table of a file is reordered in place; the arrays of a function belong to the user."""
     parts = resolve_parts(f"twins:{name}")
     x, y = parts["train"].x.clone(), parts["train"].y.clone()
     ours = cut_parts(name, parts).data
@@ -159,7 +159,7 @@ def test_inputs_without_a_number_are_refused():
 
 @pytest.mark.parametrize("name", ["drawn", "drawn_by_numpy"])
 def test_random_data_are_the_same_each_time(name):
-    """So that a bench on them can go on; and nobody else's random numbers change."""
+    """Then a bench on them can resume; the random states of others do not change."""
     torch.manual_seed(5)
     once = resolve_data(f"twins:{name}").data.fingerprint()
     drawn = torch.rand(3)
@@ -171,7 +171,7 @@ def test_random_data_are_the_same_each_time(name):
 
 
 def test_data_that_do_not_fit_into_memory_are_named(tmp_path):
-    """A limit on the size of files stands for a disk that is full: torch has words of its own for that."""
+    """A limit on the size of files simulates a full disk, for which torch has its own message."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     data = resolve_data("twins:all_twins").data
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

@@ -1,4 +1,4 @@
-"""A user's model and data as a workload: every form of data, and what is said of what does not fit."""
+"""A user's model and data as a workload: every form of data, and the messages for what does not fit."""
 
 import shutil
 import sys

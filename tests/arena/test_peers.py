@@ -1,4 +1,4 @@
-"""Peers on unusual models, Muon against torch's own, and what a missing package is called."""
+"""Peers on unusual models, Muon against torch's, and the message for a missing package."""
 
 import sys
 from dataclasses import replace
@@ -76,7 +76,7 @@ def test_each_peer_has_its_line_in_the_manual(name):
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_torchs_muon_and_ours_train_alike(width):
-    """Two implementations of one method; convolutions apart, which torch's does not take."""
+    """Two implementations of one method, without convolutions, which torch's does not support."""
     x, y, trained = torch.rand(64, width), torch.arange(64) % 10, []
     for name in ("muon", "torch-muon"):
         torch.manual_seed(0)

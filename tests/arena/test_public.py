@@ -1,4 +1,4 @@
-"""The arena from Python: objects in place of addresses, and what comes back as text, HTML, rows, pictures."""
+"""The arena from Python: objects instead of addresses, and results as text, HTML, rows and pictures."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Trials on a real Ray cluster of this machine's own: the same lines as in this machine's processes."""
+"""Trials on a real Ray cluster on this machine give the same lines as trials in processes."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ CLOCKS = ("cpu", "wall", "measuring", "peak_mib", "finished")
 
 @pytest.fixture(scope="module")
 def executor():
-    """Two CPUs, started once: it takes seconds."""
+    """Start a cluster with two CPUs once, since this takes seconds."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -118,8 +118,8 @@ def own_methods(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def list_started(folder):
-    """The process of a trial that never ends."""
+def wait_for_process(folder):
+    """Wait for a trial that never ends, and return the folder of its process in /proc."""
     end = time.monotonic() + 60
     noted = folder / "pid"
     while not noted.exists() or not noted.read_text():
@@ -134,7 +134,7 @@ def test_stopping_early_ends_what_runs(executor, own, tmp_path, own_methods):
     running = executor.run(make_job(own, method) for method in ("methods_here:Noted", "sgd"))
     done, _ = next(running)
     assert done.key.method == "sgd"
-    process = list_started(tmp_path)
+    process = wait_for_process(tmp_path)
     running.close()
     assert not process.exists(), "the trial that hangs is not left behind"
 
@@ -162,7 +162,7 @@ def test_a_stopped_executor_ends_running_trials(executor, own, tmp_path, own_met
     stopped = RayExecutor(timeout_s=60.0)
     running = stopped.run(make_job(own, method) for method in ("methods_here:Noted", "sgd"))
     assert next(running)[0].key.method == "sgd"
-    process = list_started(tmp_path)
+    process = wait_for_process(tmp_path)
     stopped.stop()
     assert list(running) == []
     assert not process.exists()

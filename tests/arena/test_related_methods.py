@@ -1,4 +1,4 @@
-"""Methods of the related papers: what each does to a model, and where it refuses to run."""
+"""Methods of the related papers: the effect of each on a model, and where it refuses to run."""
 
 import re
 from dataclasses import replace

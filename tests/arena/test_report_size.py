@@ -17,7 +17,7 @@ from plywise.arena.scoring.summary import summarize_bench
 
 
 def work(trials: int, seeds: int) -> tuple[int, int]:
-    """Lines of a bench, and how many calls of functions its page takes: the same on any machine."""
+    """Count the lines of a bench and the function calls for its page, which do not depend on the machine."""
     names = {"methods": ("sgd", "adamw", "proxprop"), "workloads": ("digits",)}
     bench = make_bench(**names, trials=trials, seeds=list(range(seeds)))
     lines = make_lines(bench)
@@ -73,7 +73,7 @@ def test_the_best_of_k_is_as_defined(count):
 
 @pytest.mark.parametrize("words", ['=HYPERLINK("http://x","y")', "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
 def test_no_cell_of_a_table_is_a_formula(words):
-    """Spreadsheets run what begins like one, and an error's message is whatever a user's code says."""
+    """Spreadsheets run cells that begin like a formula, and error messages come from users' code."""
     bench = make_bench(methods=("sgd",), workloads=("digits",))
     text = "".join(format_runs_csv(summarize_bench(bench, [line(failure=words), line(trial=1)]).results))
     rows = list(csv.DictReader(io.StringIO(text, newline="")))

@@ -1,4 +1,4 @@
-"""Runs of a reproduction: they resume, they refuse, and their table says what was found."""
+"""Runs of a reproduction: resuming, refusals, and the table of results."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def run(paper, seeds, folder, executor=None):
 
 
 def read_final_runs(folder):
-    """What was measured, without clocks and dates."""
+    """Read the results of final runs, without clocks and dates."""
     clocks = ("cpu", "wall", "measuring", "peak_mib", "finished")
     return [{k: v for k, v in one.items() if k not in clocks} for one in read(folder / "runs.jsonl")]
 

@@ -75,18 +75,18 @@ def find_shape(experiment):
 
 
 def make_images(experiment, count):
-    """Random images of the experiment's shape, and labels."""
+    """Make random images of the experiment's shape, and labels."""
     generator = torch.Generator().manual_seed(1)
     return torch.rand(count, *find_shape(experiment), generator=generator), torch.arange(count) % 10
 
 
 def unwrap_trainer(trainer):
-    """What is under the wrappers."""
+    """Return the trainer inside the wrappers."""
     return unwrap_trainer(trainer.trainer) if hasattr(trainer, "trainer") else trainer
 
 
 def find_network(trainer):
-    """The network that predicts."""
+    """Return the network that predicts."""
     found = unwrap_trainer(trainer)
     return found.model if isinstance(found, EndToEnd) else found.learner.as_module()
 

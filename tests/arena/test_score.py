@@ -1,4 +1,4 @@
-"""What a trial is worth, against hand-made trials."""
+"""The scores of trials, tested on hand-made trials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searches: equal numbers of trials, one round after the other, and the same numbers after a resume."""
+"""Searches: equal numbers of trials, round by round, and the same numbers after a resume."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def resolved(monkeypatch):
         yield resolved
 
 
-def run_bench(folder, resolved, search="optuna"):
+def open_bench(folder, resolved, search="optuna"):
     return Bench(resolved.with_config(replace(resolved.config, search=search)), folder)
 
 
@@ -45,7 +45,7 @@ def make_line(trial, numbers, value, failure=None):
 
 
 def run_search(search, space, judge, trials):
-    """The points of a search when ``judge`` gives each its metric, and those metrics."""
+    """Run a search whose points get their metric from ``judge``; return the points and metrics."""
     past = []
     for round_ in search.rounds(trials):
         found = [search.numbers(space, trial, past) for trial in round_]
@@ -91,7 +91,7 @@ def test_the_order_of_past_trials_has_no_effect_and_failures_are_reported(optuna
 
 
 class OneByOne(ProcessExecutor):
-    """Workers that write down which trials they were given together."""
+    """Workers that record which trials they got together."""
 
     def __init__(self):
         super().__init__(2)
@@ -105,7 +105,7 @@ class OneByOne(ProcessExecutor):
 
 def test_a_bench_by_optuna_in_rounds_with_and_without_an_interruption(tmp_path, resolved, optuna):
     executor = OneByOne()
-    whole = run_bench(tmp_path / "whole", resolved)
+    whole = open_bench(tmp_path / "whole", resolved)
     lines = [piece.line for piece in whole.run(executor)]
     assert whole.unfinished() == []
     assert len(lines) == whole.total
@@ -122,10 +122,10 @@ def test_a_bench_by_optuna_in_rounds_with_and_without_an_interruption(tmp_path, 
 
     for stop in (3, 9):  # in the design, and in the round of trial 4
         left = iter([True] * stop)
-        broken = run_bench(tmp_path / f"broken {stop}", resolved)
+        broken = open_bench(tmp_path / f"broken {stop}", resolved)
         assert len(list(broken.run(ProcessExecutor(2), lambda left=left: next(left, False)))) == stop
         assert broken.unfinished() != []
-        resumed = run_bench(tmp_path / f"broken {stop}", resolved)
+        resumed = open_bench(tmp_path / f"broken {stop}", resolved)
         assert len(list(resumed.run(ProcessExecutor(1)))) == whole.total - stop
         for name in METHODS:
             assert drop_clocks(list_tuning_trials(resumed, name)) == drop_clocks(
@@ -144,19 +144,19 @@ def drop_clocks(lines):
 
 
 def test_the_search_belongs_to_the_bench(tmp_path, resolved):
-    run_bench(tmp_path, resolved, "sobol")
+    open_bench(tmp_path, resolved, "sobol")
     pytest.importorskip("optuna", reason="optuna is not installed")
     with pytest.raises(StateError, match=r"search (is|are) sobol, not optuna"):
-        run_bench(tmp_path, resolved, "optuna")
+        open_bench(tmp_path, resolved, "optuna")
 
 
 def test_an_old_description_without_a_search_means_sobol(tmp_path, resolved):
-    run_bench(tmp_path, resolved, "sobol")
+    open_bench(tmp_path, resolved, "sobol")
     path = tmp_path / "bench.json"
     about = json.loads(path.read_text())
     del about["plan"]["search"], about["check"]
     path.write_text(json.dumps(about))
-    assert run_bench(tmp_path, resolved, "sobol").resolved.config.search == "sobol"
+    assert open_bench(tmp_path, resolved, "sobol").resolved.config.search == "sobol"
 
 
 def test_unknown_and_uninstalled_searches_are_refused(monkeypatch):

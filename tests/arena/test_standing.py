@@ -1,4 +1,4 @@
-"""Standings of ledgers whose winner is known."""
+"""Rankings from ledgers with a known winner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOUR = ["sgd", "sgd-again", "proxprop", "local"]
 
 
 def make_final_runs(method: str, times: list[float], workload: str = "digits", **other):
-    """Runs that reach 0.1 after so many steps, in a tenth of a second each; infinity: never."""
+    """Make runs that reach 0.1 after these steps of 0.1 seconds each, or never if infinite."""
     return [
         line(
             workload,
@@ -47,7 +47,7 @@ def make_final_runs(method: str, times: list[float], workload: str = "digits", *
 
 
 def gather_small_bench(lines, methods=("sgd", "sgd-again", "proxprop"), workloads=("digits",), grid=0):
-    """A contest whose times are exact, unless they are said to lie on a grid."""
+    """Gather the results of a bench whose times are exact, unless ``grid`` is given."""
     bench = make_bench(methods, workloads)
     for one in bench["workloads"].values():
         one.update(target=0.1, measure_every=grid)
@@ -171,7 +171,7 @@ def test_a_null_control_without_its_original_is_no_reference():
 
 
 def test_intervals_include_the_time_between_two_measurements():
-    """All seeds agree on a point of the grid, and nobody knows where between two points they were there."""
+    """All seeds agree on a point of the grid, but the true times between two points are unknown."""
     runs = [
         *make_final_runs("sgd", [200] * 3),
         *make_final_runs("sgd-again", [200] * 3),

@@ -1,4 +1,4 @@
-"""What a bench's page says where nobody arrives, and where nothing was trained."""
+"""The page of a bench in which methods miss the target, or nothing was trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METHODS = ["sgd", "proxprop", "nlms", "bad", "local"]
 
 @pytest.fixture
 def page(open_page, tmp_path):
-    """sgd arrives; proxprop and nlms never do, bad fails at its first step, and local does not fit."""
+    """sgd reaches the target; proxprop and nlms never do, bad fails at its first step, local does not fit."""
     bench = make_bench(METHODS, ["digits"], tracks=["tuned"])
     bench["workloads"]["digits"]["target"] = 0.1
     bench["refused"] = [{"workload": "digits", "method": "local", "reason": "it has no blocks"}]

@@ -1,4 +1,4 @@
-"""Targets: a quantile of the baselines' trials, soft where there are few, and no ranking near to chance."""
+"""Targets: a quantile of the baselines' trials, soft if there are few, and no ranking close to chance."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_conclusions(results) -> str:
 
 @given(st.lists(st.floats(0, 0.8), min_size=ENOUGH, max_size=60, unique=True))
 def test_a_share_of_the_baselines_trials_reaches_the_target(best):
-    """However many there are, from `ENOUGH` on: at least the share, and not one more than it takes."""
+    """For any number of trials from `ENOUGH` on, at least this share reaches it, with no trial to spare."""
     target = choose_target(make_trials(*best), {"sgd"})
     there = sum(value <= target for value in best)
     assert SHARE * len(best) <= there < SHARE * len(best) + 1
@@ -51,7 +51,7 @@ def test_enough_trials_are_those_whose_share_is_the_third_best():
 
 
 def test_trials_that_measured_nothing_count_as_the_worst():
-    """A third that crash before the first step make the share of all trials no smaller."""
+    """If a third of the trials crash before the first step, the share still refers to all trials."""
     nothing = {"steps": [], "loss": [], "validation": [], "cpu": [], "wall": [], "failure": "OSError"}
     crashed = [line(trial=100 + i, **nothing) for i in range(20)]
     values = [place / 100 for place in range(40)]
@@ -108,7 +108,7 @@ def test_a_value_reached_only_at_the_end_sets_no_target():
 
 
 def make_small_bench(stored=None, chance=0.9, sgd=(0.5,) * 30, **other):
-    """A bench of SGD and ProxProp on one workload: SGD's tuning trials end at the values given."""
+    """Make a bench of SGD and ProxProp on one workload: SGD's tuning trials end at these values."""
     bench = make_bench(["sgd", "proxprop"], ["digits"], **other)
     bench["workloads"]["digits"] |= {"target": stored, "chance": chance}
     lines = [*make_trials(*sgd), *make_trials(0.05, method="proxprop")]
@@ -172,7 +172,7 @@ def test_a_workload_ranks_if_one_of_the_three_values_is_unknown(unknown):
 
 
 def two_workloads(target):
-    """ProxProp is twice as quick on digits, SGD on words, whose target is given."""
+    """ProxProp is twice as fast on digits, and SGD on words, whose target is an argument."""
     lines = [
         *(
             run

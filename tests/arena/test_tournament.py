@@ -1,4 +1,4 @@
-"""A bench: equal tuning, fresh seeds, and everything that can go wrong with a trial is an outcome."""
+"""A bench has equal tuning and fresh seeds, and every failure of a trial is an outcome."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def run(folder, resolve, methods, executor=None, **more):
 
 
 def drop_clocks(lines):
-    """What must not depend on who ran when."""
+    """Remove the values that depend on the order and speed of the runs."""
     clocks = ("cpu", "wall", "measuring", "peak_mib", "finished")
     kept = [{name: value for name, value in line.items() if name not in clocks} for line in lines]
     return sorted(kept, key=lambda line: json.dumps(line, sort_keys=True))

@@ -1,4 +1,4 @@
-"""A bench in TensorBoard and Trackio, read back as their own viewers read it."""
+"""A bench in TensorBoard and Trackio, read back like their viewers do."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One trial: what is measured, on which clock, and that no failure is lost."""
+"""One trial: its measurements and clocks, and the record of every failure."""
 
 import json
 import random
@@ -67,7 +67,7 @@ def test_record_is_what_training_by_hand_gives(data):
 
 
 class Hungry(nn.Sequential):
-    """Takes 64 MiB at certain times, and gives them back at once."""
+    """Allocates 64 MiB at certain times, and frees them at once."""
 
     def __init__(self, when):
         super().__init__(*make_model())
@@ -99,7 +99,7 @@ def measure_peak(when, connection):
     ("when", "least", "most"), [("first", 0, 40), ("training", 60, 120), ("test", 0, 40)]
 )
 def test_peak_memory_is_that_of_training(when, least, most):
-    """In a process of its own, as trials have one: memory that other tests left is freed at any time."""
+    """In its own process like a trial, since memory of other tests can be freed at any time."""
     connection, theirs = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=measure_peak, args=(when, theirs))
     process.start()

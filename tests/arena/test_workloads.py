@@ -1,4 +1,4 @@
-"""Every workload that ships: its parts share nothing, it trains, it is cut, the same seed gives the same."""
+"""Every shipped workload: parts without common samples, training, splits, and reproducibility by seed."""
 
 import json
 
@@ -70,7 +70,7 @@ def named(request):
 
 
 def measure_training(workload, data, steps, rate=0.01):
-    """Loss on some training samples before and after some steps."""
+    """Return the loss on some training samples before and after some steps."""
     torch.manual_seed(3)
     model = workload.make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)

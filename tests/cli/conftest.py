@@ -1,4 +1,4 @@
-"""Commands as their users run them, in this process."""
+"""Commands run in this process like users run them."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from plywise.cli import main
 
 
 class Done(NamedTuple):
-    """What a command left: exit code, standard output, standard error."""
+    """The result of a command: exit code, standard output, standard error."""
 
     code: int
     out: str

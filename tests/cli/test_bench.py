@@ -1,4 +1,4 @@
-"""`plywise bench` and `plywise report` as their users meet them: real processes, a user's own module."""
+"""`plywise bench` and `plywise report` in real processes with a user's module."""
 
 import contextlib
 import json
@@ -172,7 +172,7 @@ def test_a_bench_that_is_killed_leaves_no_process_behind(tmp_path, plywise):
 
 
 def processes_in(folder):
-    """Processes whose working directory is this folder, but for this one."""
+    """Find the other processes whose working directory is this folder."""
     found = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""`plywise bench --search`, `--ray` and `plywise report --tensorboard` as their users meet them."""
+"""`plywise bench --search`, `--ray` and `plywise report --tensorboard` as commands."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: what it prints, how it fails, how it exits."""
+"""The command line: its output, its errors, and its exit codes."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def python(code: str) -> str:
 
 @pytest.fixture
 def project(tmp_path, user_module):
-    """A folder with a user's modules in it, and the process standing there."""
+    """Make a folder with a user's modules, and change to it."""
     user_module("mine", MODULE)
     user_module("needy", "import a_package_that_is_not_there")
     user_module("broken", "\n\n1 / 0")

@@ -1,4 +1,4 @@
-"""`plywise diagnose` as its users meet it: their own modules, files, mistakes."""
+"""`plywise diagnose` with users' modules, files and mistakes."""
 
 import json
 

@@ -116,7 +116,7 @@ def test_the_nearest_is_suggested(plywise, words, hint, tmp_path, monkeypatch):
 
 
 def examples_of(name):
-    """The lines of a command's examples, as its docstring has them."""
+    """Return the lines of the examples in a command's docstring."""
     text = inspect.getdoc(command_function(name)) or ""
     _, found, rest = text.partition("For example:\n")
     lines = []

@@ -1,4 +1,4 @@
-"""A user's folder is searched last: no file in it is taken for a package that plywise itself needs."""
+"""A user's folder is searched last: no file in it hides a package that plywise needs."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ WORDS = {"command": ["diagnose"], "module": ["bench", *BENCH]}
 
 @pytest.mark.parametrize("how", PLYWISE)
 def test_files_called_like_packages_are_not_imported(tmp_path, how):
-    """A bench with its trials by ``-m``, which begins with the user's folder; a diagnosis by the command."""
+    """A bench runs by ``-m``, whose path starts with the user's folder; a diagnosis by the command."""
     (tmp_path / "mine.py").write_text(MODULE)
     for name in PACKAGES:
         (tmp_path / f"{name}.py").write_text(TRAP)

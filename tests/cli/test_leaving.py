@@ -1,4 +1,4 @@
-"""What a command says if the user's code ends its process, or leaves threads."""
+"""The messages of a command if the user's code ends its process or leaves threads."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What one command takes for data, models, rules and optimizers, the others take, and refuse alike."""
+"""All commands accept the same data, models, rules and optimizers, with the same refusals."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`plywise pipeline`: real processes, interrupted, lost and gone on with; the weights of one process."""
+"""`plywise pipeline` in processes that are interrupted, lost and resumed: the weights of one process."""
 
 import json
 import signal
@@ -70,7 +70,7 @@ def _project(user_module, monkeypatch):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """This process as the only one of a pipeline."""
+    """Make this process the only one of a pipeline."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
@@ -83,7 +83,7 @@ def free_port():
 
 @contextmanager
 def kill_at_end(processes):
-    """Kills processes at the end, should they live."""
+    """Kill the processes at the end if they still live."""
     try:
         yield processes
     finally:
@@ -93,7 +93,7 @@ def kill_at_end(processes):
 
 
 def start_ranks(world, *words, port=None):
-    """The processes of a pipeline, with the environment that torchrun would give them."""
+    """Start the processes of a pipeline, with the environment that torchrun would set."""
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
     return kill_at_end(
         [
@@ -109,19 +109,19 @@ def start_ranks(world, *words, port=None):
 
 
 def torchrun(world, *words, program=("-m", "plywise")):
-    """torchrun and its processes."""
+    """Start a pipeline with torchrun."""
     command = ["torchrun", "--nproc-per-node", str(world), *program, "pipeline", *words]
     return kill_at_end([ForkedCommand(command, {"OMP_NUM_THREADS": "1"}, Path("out0"), Path("err0"))])
 
 
 def wait_for_exit(processes):
-    """The exit statuses, within the deadline."""
+    """Return the exit statuses of all processes, within the deadline."""
     end = time.monotonic() + DEADLINE
     return [process.wait(max(end - time.monotonic(), 0.1)) for process in processes]
 
 
 def wait_for(processes, text):
-    """Until the first process has said so."""
+    """Wait until the first process has printed this text."""
     end = time.monotonic() + DEADLINE
     while text not in Path("out0").read_text():
         alive = time.monotonic() < end and all(process.poll() is None for process in processes)
@@ -130,12 +130,12 @@ def wait_for(processes, text):
 
 
 def read_messages(path):
-    """What plywise has written to a file."""
+    """Read the messages of plywise from a file."""
     return [line for line in Path(path).read_text().splitlines() if line.startswith(("plywise:", "Interr"))]
 
 
 def load_state(out):
-    """Everything in the last checkpoint of a run."""
+    """Load everything in the last checkpoint of a run."""
     folder = Path(out) / "checkpoints"
     names = ["learner", *(f"component {index}" for index in range(4))]
     return checkpoint.load(folder, None, names)
@@ -156,7 +156,7 @@ def test_without_torchrun_the_command_is_shown(plywise, monkeypatch):
 
 
 def test_one_stage_is_train(plywise, one_process):
-    """Either goes on with the other's run."""
+    """Each command can resume the other's run."""
     assert plywise("pipeline", *PLAN, "--epochs", "1")[0] == 0
     assert plywise("train", *PLAN, "--epochs", "2")[0] == 0
     code, out, _ = plywise("pipeline", *PLAN, "--epochs", "3")
@@ -244,7 +244,7 @@ def test_a_port_in_use():
 
 @pytest.mark.slow
 def test_a_run_resumes_across_launchers_with_the_same_weights(tmp_path):
-    """Two stages, interrupted at the second; one process; torchrun, with measured cuts: one run's weights."""
+    """Two stages, interrupted at the second, then one process, then torchrun with measured cuts."""
     endless = ["--epochs", "100000", "--every", "7"]
     with start_ranks(2, *PLAN, *endless, "--cuts", "0,1") as processes:
         wait_for(processes, "\nepoch      2/")
@@ -324,7 +324,7 @@ def test_a_loss_that_is_not_finite_ends_all(tmp_path):
 
 
 def find_stages(launcher):
-    """The processes that torchrun has started, by its entries in /proc."""
+    """Find the processes that torchrun has started, by their entries in /proc."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):
@@ -346,7 +346,7 @@ def is_alive(entry):
     [("at once", ["-m", "plywise"]), ("at once", ["plywise_command.py"]), ("later", ["-m", "plywise"])],
 )
 def test_stages_end_with_a_torchrun_that_is_killed(moment, program):
-    """At once: before a stage has seen another, when no watch is kept yet. They used to live for minutes."""
+    """They end at once, even before the stages are connected and watched; they used to live for minutes."""
     Path("plywise_command.py").write_text("from plywise.cli import main\n\nmain()\n")  # what pip installs
     with torchrun(2, *PLAN, "--epochs", "100000", program=program) as processes:
         end = time.monotonic() + DEADLINE

@@ -1,4 +1,4 @@
-"""`plywise reproduce` as its users meet it: real processes on a paper's own experiments, made short."""
+"""`plywise reproduce` in real processes on shortened experiments of a paper."""
 
 import json
 import os

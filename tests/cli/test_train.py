@@ -1,4 +1,4 @@
-"""`plywise train` as its users meet it: what it prints, what it refuses, how it is interrupted."""
+"""`plywise train`: its output, its refusals, and interruptions."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def _project(user_module):
 
 
 def wait_for(path, text):
-    """Until a file holds some text."""
+    """Wait until a file contains some text."""
     end = time.monotonic() + DEADLINE
     while text not in path.read_text():
         assert time.monotonic() < end, path.read_text()
@@ -304,7 +304,7 @@ def step(model, batch):
 
 
 def test_associated_learning_trains_by_default(plywise, tmp_path):
-    """The first thing that a user tries: four blocks, ten epochs of the digits."""
+    """The first command that a user tries: four blocks and ten epochs on the digits."""
     code, out, _ = plywise("train", "--learner", "AssociatedLearning")
     assert code == 0
     epochs = [line for line in out.splitlines() if line.startswith("epoch")]
@@ -335,7 +335,7 @@ def test_tensorboard_is_an_extra(plywise, tmp_path, monkeypatch):
 
 
 def events(folder):
-    """What TensorBoard shows of a run: (step, value) by tag."""
+    """Read a run like TensorBoard does: (step, value) by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -345,7 +345,7 @@ def events(folder):
 
 @pytest.mark.parametrize("asked", ["flag", "file"])
 def test_tensorboard_shows_what_the_log_says(plywise, tmp_path, asked):
-    """After a resume, too: what was logged beyond the checkpoint is not shown twice."""
+    """This holds after a resume too: values logged after the checkpoint are not shown twice."""
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     (tmp_path / "plan.toml").write_text("tensorboard = true\n")
     words = ["--tensorboard"] if asked == "flag" else ["plan.toml"]
@@ -372,7 +372,7 @@ def test_tensorboard_shows_what_the_log_says(plywise, tmp_path, asked):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint(tmp_path):
-    """The weights at the interruption are those of a run that was asked for so many steps."""
+    """The weights at the interruption are those of a run with this number of steps."""
     words = ["train", "--epochs", "100000", "--every", "100000", "--out", "here"]
     out = tmp_path / "out"
     process = ForkedCommand(["plywise", *words, "--fresh"], out=out)

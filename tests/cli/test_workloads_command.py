@@ -1,4 +1,4 @@
-"""`plywise workloads`: what there is to train on, and where its data come from."""
+"""`plywise workloads`: the list of workloads, and the sources of their data."""
 
 import hashlib
 import http.server
