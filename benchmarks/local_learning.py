@@ -316,9 +316,8 @@ def run(names: list[str]) -> None:
         for method in METHODS:
             if method in done or (method == "Interlocking 3" and len(workload.blocks()) < 4):
                 continue
-            rates = (
-                (RATES[1],) if method == "CaFo, ridge heads" else RATES
-            )  # ridge heads have a closed form without a rate
+            # ridge heads have a closed form without a rate
+            rates = (RATES[1],) if method == "CaFo, ridge heads" else RATES
             done[method] = tune_and_train(workload, data, METHODS[method], rates)
             rate, final = done[method]["final"][0]["rate"], done[method]["final"]
             print(f"{name:12} {method:32} rate {rate:g}  test {[run['test'] for run in final]}", flush=True)
