@@ -139,11 +139,13 @@ def solve_damped_with_bias(
         gram = system.gram
         value = damping(gram) if callable(damping) else damping
         last[:] = [(system, as_column(value, gram))]
+        energy = _get_mean_energy(system)
+        lost = _find_lost(system.mean_target, energy)
         if not dual:
-            right = torch.cat([system.right, system.mean.unsqueeze(2)], 2)
+            right = torch.cat([system.right, (system.mean + lost).unsqueeze(2)], 2)
             return DampedSystem.make(gram, right, value)
-        z, energy = _get_projected(system)
-        known = z + _find_lost(system.mean_target, energy)
+        z = _get_projected(system)
+        known = z + lost
         right = torch.cat([system.right, known.unsqueeze(2)], 2)
         return DampedSystem.make(gram, right, value, True, (z / energy, z))
 
@@ -192,7 +194,7 @@ def _add_bias_to_dual(
     ``[R, 1] [R, 1]ᵀ = CCᵀ - z zᵀ / β + (z + β 1) (z + β 1)ᵀ / β`` with ``β = ‖mean‖² + 1``. M is the damped
     matrix of the first two terms, and 1 is an eigenvector of it. The third term has rank one.
     """
-    z, energy = _get_projected(system)
+    z, energy = _get_projected(system), _get_mean_energy(system)
     n, target = system.rows, system.mean_target
     zy, zp = (z.unsqueeze(1) @ y).squeeze(1), (z * p).sum(1, keepdim=True) / energy
     total = n + shift / energy * (1 + zp)
@@ -201,11 +203,16 @@ def _add_bias_to_dual(
     return torch.baddbmm(y, (p / energy).unsqueeze(2), row.unsqueeze(1), alpha=-1), bias
 
 
-def _get_projected(system: CentredSystem) -> tuple[Tensor, Tensor]:
-    """Return ``z = C mean``, and ``β = ‖mean‖² + 1`` of shape (g, 1)."""
+def _get_projected(system: CentredSystem) -> Tensor:
+    """Return ``z = C mean``."""
     if system.projected is None:
         raise ValueError("a dual system with a bias needs `projected`")
-    return system.projected, system.mean.square().sum(1, keepdim=True) + 1
+    return system.projected
+
+
+def _get_mean_energy(system: CentredSystem) -> Tensor:
+    """Return ``β = ‖mean‖² + 1`` of shape (g, 1)."""
+    return system.mean.square().sum(1, keepdim=True) + 1
 
 
 def find_power_of_two(rows: Tensor, damping: float | Tensor = 0.0) -> Tensor:
@@ -300,7 +307,8 @@ class _Attempt:
         if answer.dtype != torch.float64:
             zero &= (system.energy + system.shift > FAINT).all(1)[:, None, None]
         smallest = torch.finfo(answer.dtype).tiny
-        divided = ((system.energy == 0) & (system.energy + system.shift > smallest)).all(1)
+        total = system.energy + system.shift
+        divided = ((system.energy == 0) & (total > smallest) & torch.isfinite(total)).all(1)
         divided &= torch.isfinite(answer).all(2).all(1)
         failed = torch.zeros_like(divided)
         for error, (start, stop) in zip(self.square_errors, self.parts, strict=True):

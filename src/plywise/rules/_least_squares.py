@@ -40,8 +40,8 @@ Centred = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 """A function that returns the rows of a call without their mean, and the mean, in a given dtype."""
 
 
-LARGEST_OFFSET = 1e4
-"""The energy of the mean row over that of the centred ones, above which float32 loses it in a product."""
+LARGEST_OFFSET = {torch.float32: 1e4, torch.float64: 1e20}
+"""The energy of a column's mean over that of the centred column, above which a product loses the latter."""
 
 MOST_CANCELLED = 20.0
 """How many times as large as an update what its bias is the difference of may be, in float32."""
@@ -81,7 +81,12 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
         solved = solve_damped_with_bias(build, damping, call.dtype, note, dual=dual)
         if solved is None:
             return call.gradient()
-        return cast_update(call, _expand_with_bias(call, rows, *solved) if dual else _join(call, *solved))
+        update = _expand_with_bias(call, rows, *solved) if dual else _join(call, *solved)
+        if dual and solved[0].dtype != torch.float64 and _is_lost(call, update, *rows(call.dtype)):
+            note(health.FLOAT64)
+            solved = solve_damped_with_bias(build, damping, torch.float64, note, dual=True)
+            update = call.gradient() if solved is None else _expand_with_bias(call, rows, *solved)
+        return cast_update(call, update)
     answer = solve_damped(partial(_build, call, dual), damping, call.dtype, note, dual=dual)
     if answer is None:
         return call.gradient()
@@ -143,8 +148,11 @@ def _build_centred(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor
         return compute_lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
     gram, mean = call.map.centred_gram(call.cast_input(dtype))
     # the columns of Δ sum to zero, so that the mean of the rows drops out of the product
-    offset = call.row_count * mean.square().sum()
-    if dtype != torch.float64 and offset > LARGEST_OFFSET * gram.diagonal(dim1=1, dim2=2).sum():
+    offset = call.row_count * mean.square()
+    if bool((offset > LARGEST_OFFSET[dtype] * gram.diagonal(dim1=1, dim2=2)).any()):
+        if dtype == torch.float64:
+            rows, mean = _centre_rows(call, dtype)
+            return compute_lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
         delta = _centre_delta(call, torch.float64)[0]
     gradient = call.weight_gradient(call.from_delta_rows(delta)).to(dtype)
     return gram.to(dtype), call.matrix(Update(gradient, None)).mT, mean.to(dtype), mean_delta
@@ -172,6 +180,15 @@ def _expand_with_bias(call: LinearCall, centred: Centred, y: Tensor, bias: Tenso
     mean = centred(y.dtype)[1] if call.map.rows_are_inputs else call.mean_row(y.dtype)
     matrix = x.reshape(call.groups, call.outputs, -1).baddbmm_(bias.unsqueeze(2), mean.unsqueeze(1))
     return Update(matrix.reshape(x.shape), bias.reshape(-1))
+
+
+def _is_lost(call: LinearCall, update: Update, centred: Tensor, mean: Tensor) -> bool:
+    """Whether ``X = CᵀY + mean bᵀ`` has lost most digits, since its two parts cancel: as `_is_difference`."""
+    of_rows, of_mean = torch.stack(torch._foreach_norm([centred, mean])).tolist()
+    if of_rows * of_rows * LARGEST_OFFSET[torch.float32] > call.row_count * of_mean * of_mean:
+        return False
+    whole = call.matrix(update)
+    return of_mean * float(whole[:, :, -1].norm()) > MOST_CANCELLED * float(whole.norm())
 
 
 def _multiply_centred(call: LinearCall, centred: Centred, y: Tensor) -> Tensor:
@@ -236,7 +253,7 @@ def normalised(call: LinearCall, relative: float) -> Update:
     """Each row's δ divided by its own ``‖a_i‖² + ε``, ε relative to the mean squared norm (NLMS)."""
     norms = call.square_norms()
     total = float(norms.sum())
-    if norms.numel() and not ORDINARY[0] < total < ORDINARY[1]:
+    if norms.numel() and call.a.is_floating_point() and not ORDINARY[0] < total < ORDINARY[1]:
         return _normalise_scaled(call, relative)
     if call.groups == 1 and total > 0:  # and so no sum below is zero
         factors = (norms + relative * total / norms.numel()).reciprocal_()
@@ -249,8 +266,7 @@ def normalised(call: LinearCall, relative: float) -> Update:
 def _normalise_scaled(call: LinearCall, relative: float) -> Update:
     """`normalised` where the squares leave the range of the dtype: with inputs divided by a power of two."""
     a = call.cast_input(call.dtype)
-    scale = find_power_of_two(a.reshape(1, 1, -1)) if a.is_floating_point() else torch.ones(1)
-    scale = scale.to(call.dtype).clamp_min(1.0 if call.has_bias else 0.0)[0]
+    scale = find_power_of_two(a.reshape(1, 1, -1)).to(call.dtype).clamp_min(1.0 if call.has_bias else 0.0)[0]
     small = replace(call, a=a / scale, has_bias=False)
     norms = small.square_norms() + (scale**-2 if call.has_bias else 0)
     norms = norms + relative * norms.mean(1, keepdim=True)
