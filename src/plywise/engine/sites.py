@@ -11,12 +11,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import Buffer, Parameter, UninitializedParameter
 
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.explain import Size
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.layouts import Layout
 from plywise.engine.sharding import Sharding
+
+PLAIN_TYPES = {Tensor, Parameter, Buffer, UninitializedParameter}
+"""Tensors without a ``__torch_function__`` or a ``__torch_dispatch__`` of their own."""
+
+TRACERS = {"FakeTensor", "FunctionalTensor"}
+"""Types of tensors without numbers: torch.export runs a model with them, and estimates of memory do."""
 
 TRANSFORM = "a torch.func transform"
 """In the list of functions that use a parameter: all calls that are left to autograd."""
@@ -258,3 +265,8 @@ def format_use(site: Site) -> str:
     if site.part is not None and weight is not None:
         return format_part(site.part, weight)
     return "" if site.name == site.entry.weight_name else f"[{site.name.replace('.', '/')}]"
+
+
+def is_tracer(tensor: Tensor) -> bool:
+    """Return whether a tensor only traces a model's calls: they say nothing about training."""
+    return type(tensor).__name__ in TRACERS

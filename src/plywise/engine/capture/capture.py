@@ -30,7 +30,7 @@ from plywise.engine.capture.checkpointed import REASON, is_run_again_by_hand
 from plywise.engine.capture.table import ParameterTable
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.layouts import Layout
-from plywise.engine.sites import TRANSFORM, Site
+from plywise.engine.sites import TRANSFORM, Site, is_tracer
 
 EXPLORED = 3
 """Forwards of each outermost module, with a graph, in which uses of parameters are noted."""
@@ -59,6 +59,11 @@ class ModelHook:
         # deepcopy and pickle of the model go this way. The fresh handle makes the unpickling process
         # number its own hooks after ours: hook ids are per process, and flags are kept by id.
         return getattr, (nullcontext(RemovableHandle(OrderedDict())), "__exit__")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # torch.jit.script asks for it, and would try to compile the hook
+            raise AttributeError("torch.jit.script cannot take a model with a rule: call rule.detach() first")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class CaptureMode(TorchFunctionMode):
@@ -190,7 +195,7 @@ class Capture:
 
         If the call has been captured, this concerns the other parameters in it.
         """
-        if not isinstance(output, Tensor) or output.grad_fn is None:
+        if not isinstance(output, Tensor) or output.grad_fn is None or is_tracer(output):
             return
         if output._base is None or output._base.grad_fn is not None:  # a view of a parameter does not use it
             values = (*args, *kwargs.values()) if kwargs else args

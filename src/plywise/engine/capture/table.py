@@ -9,17 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parameter import Buffer, Parameter, UninitializedParameter
+from torch.nn.parameter import Parameter
 
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.layouts import Layout
 from plywise.engine.processes.followed_parameters import SPREAD, follow_parameters, is_replaced
 from plywise.engine.selection import collect_parameters, explain_kind
 from plywise.engine.sharding import keep_whole
-from plywise.engine.sites import ParameterEntry, Site, find_part
-
-PLAIN_TYPES = {Tensor, Parameter, Buffer, UninitializedParameter}
-"""Tensors without a ``__torch_function__`` or a ``__torch_dispatch__`` of their own."""
+from plywise.engine.sites import PLAIN_TYPES, ParameterEntry, Site, find_part, is_tracer
 
 MOST_NODES = 64
 """Nodes of autograd's graph between a computed weight and its parameters, at most."""
@@ -135,6 +132,9 @@ class ParameterTable:
             innermost: the module that was entered last.
             by_role: whether only a weight can be in its place (not so in a product of two tensors).
         """
+        is_odd = type(x) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES
+        if is_odd and (is_tracer(x) or is_tracer(weight)):
+            return None
         known = self._by_id.get(id(weight))
         entry = known[1] if known is not None and known[0]() is weight else None
         is_whole, computed = entry is not None, False
@@ -149,7 +149,7 @@ class ParameterTable:
         else:
             site = self._find_or_make(entry, weight, (map_, layout, owner), bias, computed)
             entry.last = (map_, layout, id(owner), site) if is_whole else None
-        if type(x) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
+        if is_odd:
             self.leave(entry, _explain_type(x, weight))
         elif x.layout is not torch.strided or weight.is_complex() or weight.is_quantized:
             self.leave(entry, _explain_values(x, weight))
