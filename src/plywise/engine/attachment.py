@@ -177,6 +177,7 @@ class Attachment:
             leave=self.table.leave,
             # an observer may want each call, and "raise" the error of a bad one
             observers=None if self._raises else self.responder.observers,
+            watch=self.arrivals.watch,
         )
         self.table.on_begin.append(self._state.processes.find)
         self.capture.resting = weakref.ref(self._state.resting)

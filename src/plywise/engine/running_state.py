@@ -57,6 +57,7 @@ class RunningState:
         health_: where fallbacks are counted.
         leave: leaves a parameter to the optimizer, for the reason given.
         observers: observers that need each call; None if each call must be captured in any case.
+        watch: watches gradients arrive in a parameter.
 
     Attributes:
         processes: the processes that share the state.
@@ -72,6 +73,7 @@ class RunningState:
         health_: Health,
         leave: Callable[[ParameterEntry, str], None],
         observers: Sized | None,
+        watch: Callable[[ParameterEntry], None],
     ) -> None:
         self._rule = rule
         self._leave_to_optimizer = leave
@@ -86,7 +88,7 @@ class RunningState:
         self._pending = self._gathered.pending
         self._made: dict[str, LayerState] | None = None
         self._rested: RestingLayers | None = None
-        self._saved = SavedState(rule, optimizer, self._layers, self._entries)
+        self._saved = SavedState(rule, optimizer, self._layers, self._entries, self._turn_back)
         self._learning = Learning(rule, self._saved, self._known, health_)
         self.resting = Resting(
             rule=rule,
@@ -97,12 +99,13 @@ class RunningState:
             processes=self.processes,
             waits=self._waits,
             observers=observers,
+            watch=watch,
         )
         self._state_dicts = StateDicts(self._saved, optimizer, self.drop_pending)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer, and the state out of it."""
-        self._turn_momenta_back()
+        self._turn_back(self._layers.values())
         self._state_dicts.remove()
         self._saved.remove()
 
@@ -134,7 +137,7 @@ class RunningState:
 
     def reset(self) -> None:
         """Forget all statistics, as if the rule had just been attached."""
-        self._turn_momenta_back()
+        self._turn_back(self._layers.values())
         self._saved.clear()
         self.drop_pending()
 
@@ -253,13 +256,10 @@ class RunningState:
             self.resting.follow(rested, made)
         return True
 
-    def _turn_momenta_back(self) -> None:
-        """Turn momenta back to the weights' own coordinates, because the rule is removed."""
-        optimizer = self._saved.optimizer
-        if self._turned is not None and optimizer is not None:
-            for name, state in self.read_states().items():
-                if state and self._layers[name].is_in_place:
-                    self._turned.turn_back_state(self._layers[name], state, optimizer)
+    def _turn_back(self, layers: Iterable[LayerHandle]) -> None:
+        """Turn momenta back to the weights' own coordinates, because statistics are removed."""
+        if self._turned is not None:
+            self._turned.turn_back(layers, self._saved)
 
     def _apply(self, optimizer: Optimizer) -> None:
         self._made = self._rested = None

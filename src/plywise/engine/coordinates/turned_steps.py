@@ -4,7 +4,7 @@ The optimizer gets the gradient of turned weights, while the weights themselves 
 adds to them, apart from a weight decay, is a step in the other coordinates.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import is_not
@@ -21,7 +21,7 @@ from plywise.engine.coordinates.turned_shards import ShardedLayers, turn_stand_i
 from plywise.engine.health import Health
 from plywise.engine.processes.training_processes import TrainingProcesses
 from plywise.engine.statistics.layer_handle import LayerHandle
-from plywise.engine.statistics.saved_state import PREFIX, LayerState
+from plywise.engine.statistics.saved_state import PREFIX, LayerState, SavedState
 from plywise.engine.statistics.shard_exchange import gather_whole
 from plywise.engine.statistics.stacks import convert_state
 
@@ -200,14 +200,19 @@ class TurnedSteps:
 
         self._turn(layer, self._traits.linear, turn, optimizer)
 
-    def turn_back_state(self, layer: LayerHandle, state: State, optimizer: Optimizer) -> None:
-        """Bring momenta and second moments back into the weights' own coordinates."""
-        self._turn_momenta(layer, state, {}, optimizer)
+    def turn_back(self, layers: Iterable[LayerHandle], saved: SavedState) -> None:
+        """Bring momenta and second moments of layers back into the weights' own coordinates."""
+        optimizer = saved.optimizer
+        for layer in layers if optimizer is not None else ():
+            state = saved.read(layer.name).tensors if layer.is_in_place else {}
+            if state:
+                turn = partial(self._turn_squares_back, state)
+                with layer.with_bias(saved.has_column(layer.name)):  # it may be frozen by now
+                    self._turn_momenta(layer, state, {}, optimizer)
+                    self._turn(layer, self._traits.quadratic, turn, optimizer)
 
-        def turn(matrix: Tensor) -> Tensor:
-            return self._rule.turn_squares_back(convert_state(state, matrix), matrix)
-
-        self._turn(layer, self._traits.quadratic, turn, optimizer)
+    def _turn_squares_back(self, state: State, matrix: Tensor) -> Tensor:
+        return self._rule.turn_squares_back(convert_state(state, matrix), matrix)
 
     def _turn(
         self,

@@ -1,6 +1,8 @@
 """A layer with a running state: its sizes, and its parameters, which are looked up in each step."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -33,6 +35,7 @@ class LayerHandle:
         expects_bias: whether the first call is expected to add the module's bias, if it has one.
         acts_alone: whether backward makes all its updates: the weight is computed or used in several ways, so
             that the step has no gradient of this use alone.
+        counts_bias: whether the bias belongs to the layer; None if it does while it trains.
     """
 
     def __init__(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
@@ -42,6 +45,7 @@ class LayerHandle:
         self.stand_ins: dict[int, Tensor] = {}
         self.expects_bias = True
         self.acts_alone = False
+        self.counts_bias: bool | None = None
         self._module: weakref.ref[nn.Module] = entry.owners[0][1]
 
     @property
@@ -95,7 +99,18 @@ class LayerHandle:
             module = self._module()
             name = "in_proj_bias" if self.entry.attribute == "in_proj_weight" else "bias"
             bias = None if module is None else module._parameters.get(name)
-        return bias if bias is not None and bias.requires_grad else None
+        counts = self.counts_bias is None or self.counts_bias
+        trains = bias is not None and (self.counts_bias or bias.requires_grad)
+        return bias if counts and trains else None
+
+    @contextmanager
+    def with_bias(self, counts: bool) -> Iterator[None]:
+        """Count the bias, or do not, whether or not it trains now: as the layer's statistics do."""
+        self.counts_bias = counts
+        try:
+            yield
+        finally:
+            self.counts_bias = None
 
     @property
     def groups(self) -> int:

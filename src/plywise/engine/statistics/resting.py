@@ -81,6 +81,7 @@ class Resting:
         processes: the processes that share the states.
         waits: whether a layer's gradient waits for the step.
         observers: observers that need each call; None if each call must be captured in any case.
+        watch: watches gradients arrive in a parameter: where no call is captured, only this shows them.
 
     Attributes:
         rests_on: whether all layers have been found at rest in this step, for compiled models.
@@ -96,6 +97,7 @@ class Resting:
         processes: TrainingProcesses,
         waits: Callable[[str], bool],
         observers: Sized | None,
+        watch: Callable[[ParameterEntry], None],
     ) -> None:
         self._rule = rule
         self._saved = saved
@@ -106,6 +108,7 @@ class Resting:
         self._processes = processes
         self._waits = waits
         self._observers = observers
+        self._watch = watch
         self.rests_on = False
         self._may_rest = True
         self._is_step_plain = False
@@ -182,6 +185,8 @@ class Resting:
         everything = {*self._entries, *(layer.entry for layer in self._layers.values())}
         for entry in everything:
             entry.rests = may_rest and entry.trains and entry not in awake
+            if entry.rests:
+                self._watch(entry)  # it may have been frozen so far
         self._frozen = {id(entry.parameter()) for entry in everything if not entry.trains}
         self._resting = None
         if may_rest and not awake:

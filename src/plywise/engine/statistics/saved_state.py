@@ -16,7 +16,7 @@ saved or loaded is in `plywise.engine.statistics.state_dicts`.
 """
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ class SavedState:
         optimizer: the optimizer.
         layers: the layers by name; those found later are added by their owner.
         entries: the parameters that the rule may take.
+        before_drop: called with layers whose statistics are about to be removed.
 
     Attributes:
         entries: the parameters that the rule may take.
@@ -77,6 +78,7 @@ class SavedState:
         optimizer: Optimizer,
         layers: Mapping[str, LayerHandle],
         entries: list[ParameterEntry],
+        before_drop: Callable[[list[LayerHandle]], None],
     ) -> None:
         self.rule = rule
         self.rule_name = type(rule).__name__
@@ -84,6 +86,7 @@ class SavedState:
         self.name_key = f"{PREFIX}{self.rule_name}.name"
         self.layers = layers
         self.entries = entries
+        self._before_drop = before_drop
         self._optimizer_ref = weakref.ref(optimizer)
         self._prefixes: dict[str, str] = {}
         self._had_bias: dict[str, bool] = {}
@@ -153,12 +156,8 @@ class SavedState:
             if optimizer is None or self._removed:
                 return cached[2]
             # a weight that has been cut (pruning by .data) has statistics of another shape
-            if (
-                own
-                and own.get(cached[0]) is cached[1]
-                and parameter is not None
-                and parameter.shape == cached[3]
-            ):
+            is_whole = parameter is not None and parameter.shape == cached[3]
+            if own and own.get(cached[0]) is cached[1] and is_whole:
                 return cached[2]
             del self._cache[name]
             self._had_bias.pop(name, None)
@@ -169,7 +168,7 @@ class SavedState:
         tensors = find_tensors(own, prefix)
         if not tensors:
             return NOTHING
-        check_shapes(self.rule, self.layers[name], tensors)
+        self._had_bias.setdefault(name, check_shapes(self.rule, self.layers[name], tensors))
         found = LayerState(tensors, int(own.get(prefix + "phase", 0)), bool(own.get(prefix + "in_backward")))
         self._remember(name, found)
         return found
@@ -214,15 +213,21 @@ class SavedState:
     def follow_bias(self, name: str) -> None:
         """Drop a layer's statistics if its bias has been frozen or thawed since they were made."""
         has_bias = self.layers[name].bias is not None
-        if self._had_bias.setdefault(name, has_bias) != has_bias:
-            self._had_bias[name] = has_bias
+        if self.has_column(name) != has_bias:
             self.drop(name)
+            self._had_bias[name] = has_bias
+
+    def has_column(self, name: str) -> bool:
+        """Return whether a layer's statistics have, or will have, a column for the bias."""
+        if name not in self._had_bias:
+            self.read(name)  # the shapes of what has been loaded show it
+        return self._had_bias.setdefault(name, self.layers[name].bias is not None)
 
     def note_biases(self) -> None:
         """Remember whether the statistics that are there now have a column for the bias."""
         for name, layer in self.layers.items():
             if not layer.gone and layer.entry.dimensions:
-                self._had_bias[name] = layer.bias is not None
+                self.has_column(name)
 
     # ---- writing ---------------------------------------------------------------------------------
 
@@ -325,6 +330,8 @@ class SavedState:
 
     def drop(self, name: str) -> None:
         """Remove a layer's statistics."""
+        if self.layers[name].entry.sharding is None:  # else the processes may not get here together
+            self._before_drop([self.layers[name]])
         self.version += 1
         parameter = self.layers[name].entry.parameter()
         own = self.state.get(parameter)

@@ -5,16 +5,25 @@ from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.errors import StateError
 
 
-def check_shapes(rule: StatefulContract, layer: LayerHandle, tensors: State) -> None:
-    """Raise StateError unless these tensors are the rule's statistics of this layer."""
+def check_shapes(rule: StatefulContract, layer: LayerHandle, tensors: State) -> bool:
+    """Raise StateError unless these tensors are the rule's statistics of this layer.
+
+    Returns:
+        Whether they have a column for the bias, which may have been frozen or thawed since they were made.
+    """
+    trains = layer.bias is not None
     if layer.gone or not layer.entry.dimensions:
-        return
+        return trains
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     wanted = find_shapes(rule, layer)
     if layer.site is None and wanted != found:  # its calls may use the weight without the bias
         layer.expects_bias = False
         layer.expects_bias = find_shapes(rule, layer) != found
         wanted = find_shapes(rule, layer)
+    if wanted != found:
+        with layer.with_bias(not trains):
+            if find_shapes(rule, layer) == found:
+                return not trains
     for key in sorted(wanted.keys() | found.keys()):
         mine, its = (shapes.get(key, "missing") for shapes in (wanted, found))
         if mine != its:
@@ -25,6 +34,7 @@ def check_shapes(rule: StatefulContract, layer: LayerHandle, tensors: State) -> 
                 "rule.reset() begins a new memory.",
                 see="state-memory",
             )
+    return layer.bias is not None
 
 
 def find_shapes(rule: StatefulContract, layer: LayerHandle) -> dict[str, tuple[int, ...]]:
