@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from plywise.engine.capture.table import ParameterTable
 from plywise.engine.sites import ParameterEntry, Site, format_use
+from plywise.engine.statistics.saved_keys import SCALES
 from plywise.engine.statistics.saved_names import (
     add_names,
     check_name_numbers,
@@ -31,7 +32,6 @@ from plywise.engine.statistics.saved_names import (
     find_indices,
     make_number,
 )
-from plywise.engine.statistics.saved_state import SCALES
 from plywise.engine.statistics.state_dicts import complete_stateless, note_detached, warn_if_lost
 from plywise.errors import StateError
 

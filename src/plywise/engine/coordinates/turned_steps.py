@@ -21,7 +21,8 @@ from plywise.engine.coordinates.turned_shards import ShardedLayers, turn_stand_i
 from plywise.engine.health import Health
 from plywise.engine.processes.training_processes import TrainingProcesses
 from plywise.engine.statistics.layer_handle import LayerHandle
-from plywise.engine.statistics.saved_state import PREFIX, LayerState, SavedState
+from plywise.engine.statistics.saved_keys import PREFIX
+from plywise.engine.statistics.saved_state import LayerState, SavedState
 from plywise.engine.statistics.shard_exchange import gather_whole
 from plywise.engine.statistics.stacks import convert_state
 
@@ -203,7 +204,9 @@ class TurnedSteps:
     def turn_back(self, layers: Iterable[LayerHandle], saved: SavedState) -> None:
         """Bring momenta and second moments of layers back into the weights' own coordinates."""
         optimizer = saved.optimizer
-        for layer in layers if optimizer is not None else ():
+        if optimizer is None:
+            return
+        for layer in layers:
             state = saved.read(layer.name).tensors if layer.is_in_place else {}
             if state:
                 turn = partial(self._turn_squares_back, state)

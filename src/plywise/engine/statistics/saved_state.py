@@ -27,14 +27,10 @@ from torch.optim import Optimizer
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.sites import ParameterEntry, format_use
 from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.saved_keys import PREFIX, find_tensors, is_of_rule, remove_keys
 from plywise.engine.statistics.saved_names import NUMBERS, make_number
 from plywise.engine.statistics.stacks import convert_state, separate_state
 from plywise.engine.statistics.state_shapes import check_shapes, find_shapes
-
-PREFIX = "plywise."
-
-SCALES = f"{PREFIX}backward_scale"
-"""What the keys of back-matching's measured values begin with (`plywise.engine.kept_scales`)."""
 
 
 @dataclass(frozen=True)
@@ -373,31 +369,3 @@ class SavedState:
         self._held.clear()
         self._had_bias.clear()
         self.step = self.find_step()
-
-
-def find_tensors(own: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors under keys that begin with ``prefix``, without it."""
-    return {
-        key.removeprefix(prefix): value
-        for key, value in own.items()
-        if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
-    }
-
-
-def remove_keys(own: dict[Any, Any], prefix: str) -> None:
-    """Remove a layer's keys; the step and the name, which are the parameter's, stay."""
-    shared = prefix + "step", prefix + "name"
-    for key in [k for k in own if isinstance(k, str) and k.startswith(prefix) and k not in shared]:
-        del own[key]
-
-
-def is_of_rule(key: Any, rule_name: str) -> bool:
-    """Return whether a key of a parameter's state belongs to a rule of this name."""
-    return isinstance(key, str) and key.startswith((f"{PREFIX}{rule_name}.", f"{PREFIX}{rule_name}["))
-
-
-def find_rule(key: Any) -> str:
-    """Return the name of the rule that a key belongs to, or ""."""
-    if not isinstance(key, str) or not key.startswith(PREFIX) or key.startswith(SCALES):
-        return ""
-    return key.removeprefix(PREFIX).partition(".")[0].partition("[")[0]

@@ -25,6 +25,7 @@ from torch.optim import SGD, Optimizer
 
 from plywise.engine.sites import ParameterEntry
 from plywise.engine.statistics.old_states import convert_old_state
+from plywise.engine.statistics.saved_keys import PREFIX, find_rule, find_tensors, is_of_rule
 from plywise.engine.statistics.saved_names import (
     MARK,
     add_names,
@@ -34,7 +35,7 @@ from plywise.engine.statistics.saved_names import (
     find_indices,
     find_mark,
 )
-from plywise.engine.statistics.saved_state import PREFIX, SavedState, find_rule, find_tensors, is_of_rule
+from plywise.engine.statistics.saved_state import SavedState
 from plywise.engine.statistics.state_shapes import check_shapes
 from plywise.errors import AttachError, StateError
 
