@@ -9,7 +9,19 @@ from state_runs import OPTIMIZERS, Run
 from torch import nn
 from torch.func import functional_call
 
-from plywise import NLMS, AttachError, BackMatching, Backprop, ProxProp, Rule
+from plywise import (
+    KFAC,
+    NLMS,
+    AdaBK,
+    AttachError,
+    BackMatching,
+    Backprop,
+    Coordinates,
+    FeatureWhitening,
+    Foof,
+    ProxProp,
+    Rule,
+)
 from plywise.testing.contract.models import have_same_bits, make_mlp
 
 STATELESS: list[Callable[[], Rule]] = [Backprop, NLMS, ProxProp]
@@ -45,6 +57,18 @@ def test_an_optimizer_of_the_old_parameters_is_refused(
     replace(run.model)
     with pytest.raises(AttachError, match=r"layer '[02]' is not the parameter that the rule was attached to"):
         run.step(2)
+
+
+@pytest.mark.parametrize("replace", [assign_state, convert_anew, replace_one])
+@pytest.mark.parametrize("make", [Foof, KFAC, AdaBK, FeatureWhitening, Coordinates])
+@pytest.mark.parametrize("steps", [1, 5])  # the next step gathers, or leaves the calls to autograd
+def test_statistics_of_the_old_parameters_are_refused(
+    make: Callable[[], Rule], replace: Callable[[nn.Module], None], steps: int
+) -> None:
+    run = start(make, steps)
+    replace(run.model)
+    with pytest.raises(AttachError, match=r"layer '[024]' is not the parameter that the rule was attached to"):
+        run.step(steps)
 
 
 @pytest.mark.parametrize("make", STATELESS)

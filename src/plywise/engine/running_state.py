@@ -27,6 +27,7 @@ from plywise.engine.call import LinearCall
 from plywise.engine.contract import Evidence, State, StatefulContract
 from plywise.engine.coordinates.turned_steps import TurnedSteps
 from plywise.engine.health import Health
+from plywise.engine.processes.followed_parameters import refuse_replaced
 from plywise.engine.processes.training_processes import TrainingProcesses
 from plywise.engine.sharding import is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
@@ -320,7 +321,9 @@ class RunningState:
         resting = None if self._pending or self.processes.size > 1 else self.resting.find()
         if resting is None:
             return False
-        ready = resting.take_arrived()
+        ready, absent = resting.take_arrived()
+        if absent:  # no call of theirs was captured, so that nothing has been seen in their place
+            refuse_replaced((layer.entry for layer in absent), optimizer, keeps_values=True)
         if not ready:
             return True  # no backward of ours leads to this step
         before, memories = resting.states, resting.memories.copy()

@@ -61,12 +61,13 @@ class RestingLayers:
         self._marks[name] = self._marks[name][0], *mark
         self.states[name], self.memories[name] = state, state.tensors
 
-    def take_arrived(self) -> list[LayerHandle]:
-        """Return the layers whose gradients have arrived since the last step."""
+    def take_arrived(self) -> tuple[list[LayerHandle], list[LayerHandle]]:
+        """Return the layers whose gradients have arrived since the last step, and the others."""
         arrived = [layer for layer in self._layers if layer.entry.arrived]
+        absent = [] if len(arrived) == len(self._layers) else [e for e in self._layers if not e.entry.arrived]
         for layer in arrived:
             layer.entry.arrived = False
-        return arrived
+        return arrived, absent
 
 
 class Resting:
