@@ -67,7 +67,9 @@ def test_statistics_of_the_old_parameters_are_refused(
 ) -> None:
     run = start(make, steps)
     replace(run.model)
-    with pytest.raises(AttachError, match=r"layer '[024]' is not the parameter that the rule was attached to"):
+    with pytest.raises(
+        AttachError, match=r"layer '[024]' is not the parameter that the rule was attached to"
+    ):
         run.step(steps)
 
 

@@ -10,7 +10,7 @@ from state_runs import OPTIMIZERS, RULES, Run
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from plywise import Coordinates, Rule
+from plywise import AttachError, Coordinates, Rule
 from plywise.testing.contract.memories import list_layers, select_layer
 from plywise.testing.contract.models import have_same_bits
 
@@ -71,6 +71,44 @@ def test_each_way_of_using_a_weight_has_a_statistic_of_its_own(rule: str, way: s
     assert have_same_bits(run.copy_state(), other.copy_state())
     assert all(row.handled for row in run.rule.explain().rows if "bias" not in row.name)
     assert not run.rule.health.counts
+
+
+class OneVector(nn.Module):
+    """A linear layer, and two more whose weights are parts of one vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.vector = nn.Linear(6, 6), nn.Parameter(torch.randn(6 * 6 + 3 * 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        second, third = self.vector.split([6 * 6, 3 * 6])
+        return F.linear(torch.tanh(F.linear(self.first(x), second.view(6, 6))), third.view(3, 6))
+
+
+@pytest.mark.parametrize("rule", ["foof", "rls", "adabk", "back_matching-mean"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_parts_of_a_vector_keep_their_statistics(rule: str, optimizer: str) -> None:
+    run = Run(RULES[rule](), OPTIMIZERS[optimizer], model=OneVector()).steps(0, 1, 2)
+    other = Run(RULES[rule](), OPTIMIZERS[optimizer], 9, model=OneVector())
+    other.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    for one in (run, other):
+        one.steps(3, 4, 5)
+    assert have_same_bits(run.copy_state(), other.copy_state())
+    assert all(row.handled for row in run.rule.explain().rows if "bias" not in row.name)
+    run.rule.detach()
+    assert not [key for own in run.optimizer.state.values() for key in own if key.startswith("plywise")]
+
+
+def test_a_model_of_vectors_alone_is_refused_with_the_reason() -> None:
+    class Alone(OneVector):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Identity()
+
+    with pytest.raises(AttachError, match="its parameters are vectors; a vector that holds weights is taken"):
+        Run(RULES["foof"](), OPTIMIZERS["sgd"], model=Alone())
 
 
 LEFT = [("foof", "with its bias and without"), ("rls", "with its bias and without")]

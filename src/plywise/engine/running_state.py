@@ -396,5 +396,5 @@ class RunningState:
 
     def _find_weights(self) -> list[ParameterEntry]:
         """List the weights that may be learned, called here or not: the same list on all processes."""
-        entries = [e for e in self._entries if not e.excluded and e.is_weight]
+        entries = [e for e in self._entries if not e.excluded and e.may_hold_weights]
         return [e for e in entries if (p := e.parameter()) is not None and p.requires_grad]

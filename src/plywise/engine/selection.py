@@ -175,9 +175,11 @@ def refuse_nothing(
     left = [entry for entry in entries if entry.why_left]
     said = dict.fromkeys((entry.layer, entry.why_left) for entry in left)  # once for all weights of a layer
     reasons = "; ".join(f"{layer!r}: {why}" if layer else str(why) for layer, why in list(said)[:6])
+    nothing = "its parameters are vectors; a vector that holds weights is taken only beside a matrix"
+    nothing = nothing if entries else "it has no parameters"
     raise AttachError(
         f"{rule_name} finds no layer to handle in this {type(model).__name__} "
-        f"({reasons or 'it has no parameters'}). It handles calls of linear maps of the kinds "
+        f"({reasons or nothing}). It handles calls of linear maps of the kinds "
         f"{', '.join(sorted(kinds))}; teach it others with plywise.register_map.",
         see="attach-no-layer",
     )

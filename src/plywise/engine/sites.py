@@ -114,6 +114,11 @@ class ParameterEntry:
         return bool(self.expected) or self.dimensions > 1 or is_scale
 
     @property
+    def may_hold_weights(self) -> bool:
+        """Whether calls may use it, or parts of a vector of all weights, as a weight."""
+        return self.is_weight or (self.dimensions == 1 and not self.attribute.endswith("bias"))
+
+    @property
     def is_candidate(self) -> bool:
         """Whether calls may use it in a way that the rule takes; one that is not made yet may show any."""
         return not self.why_left and (self.is_weight or not self.dimensions)

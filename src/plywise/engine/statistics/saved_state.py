@@ -114,7 +114,7 @@ class SavedState:
         entries = dict.fromkeys([*self.entries, *(layer.entry for layer in self.layers.values())])
         for entry in entries:
             parameter = entry.parameter()
-            if parameter is not None and not entry.excluded and entry.is_weight:
+            if parameter is not None and not entry.excluded and entry.may_hold_weights:
                 yield parameter, entry
 
     def find_step(self) -> int:
@@ -302,6 +302,8 @@ class SavedState:
         yet, the template only says that there may be statistics.
         """
         found: dict[str, Any] = {}
+        if not (entry.is_weight or entry.sites):
+            return found
         if self.step_key not in own:
             found = {self.step_key: 0, self.name_key: make_number(entry.name)}
         for name, layer in self.layers.items():
@@ -321,8 +323,9 @@ class SavedState:
         """
         for parameter, entry in self.list_own_parameters():
             if parameter.grad is not None and not nn.parameter.is_lazy(parameter):
-                own = self.state.setdefault(parameter, {})
-                own.update(self.make_template(entry, own))
+                template = self.make_template(entry, self.state.get(parameter) or {})
+                if template:
+                    self.state.setdefault(parameter, {}).update(template)
 
     def drop(self, name: str) -> None:
         """Remove a layer's statistics."""

@@ -145,7 +145,8 @@ class StateDicts:
                 continue
             own = states.get(index) or {}
             if stateless or not is_stateless({index: own}):
-                states[index] = {**own, **self._saved.make_template(entry, own)}
+                template = self._saved.make_template(entry, own)
+                states |= {index: {**own, **template}} if template else {}
         complete_stateless(states, indices)
 
     # ---- loading ---------------------------------------------------------------------------------------
