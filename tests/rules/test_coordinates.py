@@ -25,6 +25,8 @@ OPTIMIZERS: dict[str, Make] = {
     "adamw": lambda p: AdamW(p, RATE, weight_decay=0.1),
     "nadam": lambda p: NAdam(p, RATE),
     "rmsprop": lambda p: RMSprop(p, RATE, weight_decay=0.1),
+    "sgd that maximizes": lambda p: SGD(p, RATE, momentum=0.9, weight_decay=0.1, maximize=True),
+    "adam that maximizes": lambda p: Adam(p, RATE, weight_decay=0.1, maximize=True),
 }
 
 
@@ -42,10 +44,13 @@ def test_the_identity_is_the_optimizer(optimizer: str) -> None:
 @pytest.mark.parametrize("basis", ["eigen", "root"])
 @pytest.mark.parametrize("power", [0.25, 0.5])
 @pytest.mark.parametrize("decay", [0.0, 0.2])
-def test_sgd_moves_by_the_gradient_in_the_metric(basis: Any, power: float, decay: float) -> None:
+@pytest.mark.parametrize("maximize", [False, True])
+def test_sgd_moves_by_the_gradient_in_the_metric(
+    basis: Any, power: float, decay: float, maximize: bool
+) -> None:
     """With power ½ that is Foof's step with c = 1, with ¼ that of feature whitening."""
     layer = new_layer()
-    optimizer = SGD(layer.parameters(), RATE, weight_decay=decay)
+    optimizer = SGD(layer.parameters(), RATE, weight_decay=decay, maximize=maximize)
     pw.Coordinates(power=power, damping=0.3, basis=basis, keep_norm=False, **ONCE).attach(layer, optimizer)
     W, metric = matrix_of(layer), torch.eye(6)
     for number in range(STEPS):
@@ -53,7 +58,7 @@ def test_sgd_moves_by_the_gradient_in_the_metric(basis: Any, power: float, decay
         if number == 0:
             T = find_basis(covariance, power, 0.3)
             metric = T @ T.T
-        W = W - RATE * (G + decay * W) @ metric
+        W = W - RATE * ((-G if maximize else G) + decay * W) @ metric
     train(layer, optimizer)
     assert torch.allclose(matrix_of(layer), W, rtol=1e-9, atol=1e-11)
 

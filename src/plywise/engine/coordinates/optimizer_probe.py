@@ -23,7 +23,8 @@ class OptimizerTraits:
 
     Attributes:
         decay: "decoupled" if weight decay multiplies weights by ``1 - lr · weight_decay``; "coupled" if it
-            adds ``weight_decay · W`` to the gradient; "none" if the optimizer has none.
+            adds ``weight_decay · W`` to the gradient (to the negative one, if the optimizer maximizes);
+            "none" if the optimizer has none.
         linear: names of the entries in its state that are linear in the gradients: momenta.
         quadratic: names of those that are quadratic in them: second moments.
     """
@@ -81,7 +82,9 @@ def _probe(optimizer: Optimizer) -> OptimizerTraits:
 def _find_decay(optimizer: Optimizer) -> Literal["decoupled", "coupled"]:
     start = torch.tensor(START, dtype=torch.float64)
     with_decay = _run(optimizer, START, _scale(GRADIENTS, 0.0), DECAY).move + start
-    added = _run(optimizer, START, _scale(GRADIENTS, 0.0), 0.0, add=DECAY)
+    added = _run(
+        optimizer, START, _scale(GRADIENTS, 0.0), 0.0, add=DECAY * find_direction(_find_group(optimizer))
+    )
     if _are_close(with_decay, added.move + start):  # SGD without momentum is both, with it this
         return "coupled"
     if _are_close(with_decay, start * (1 - RATE * DECAY) ** len(GRADIENTS)):
@@ -91,6 +94,15 @@ def _find_decay(optimizer: Optimizer) -> Literal["decoupled", "coupled"]:
         "1 - lr · weight_decay nor adds weight_decay · W to the gradient. Use another optimizer.",
         see="attach-optimizer",
     )
+
+
+def find_direction(group: dict[str, Any]) -> int:
+    """Return -1 for a group of parameters whose gradients the optimizer follows upwards, else 1."""
+    return -1 if group.get("maximize") else 1
+
+
+def _find_group(optimizer: Optimizer) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if group["params"])
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ def _run(optimizer: Optimizer, start: Any, gradients: Any, decay: float, add: fl
 
 
 def _make_copy(optimizer: Optimizer, weight: nn.Parameter, decay: float) -> Optimizer:
-    group = next(g for g in optimizer.param_groups if g["params"])
+    group = _find_group(optimizer)
     accepted = inspect.signature(type(optimizer).__init__).parameters
     settings = {**optimizer.defaults, **{key: value for key, value in group.items() if key != "params"}}
     settings = {key: value for key, value in settings.items() if key in accepted}

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from plywise.engine import health
 from plywise.engine.contract import State, StatefulContract
-from plywise.engine.coordinates.optimizer_probe import OptimizerTraits, probe_optimizer
+from plywise.engine.coordinates.optimizer_probe import OptimizerTraits, find_direction, probe_optimizer
 from plywise.engine.coordinates.turned_layers import LargeLayer, SmallLayers, arrange_turned
 from plywise.engine.coordinates.turned_shards import ShardedLayers, turn_stand_ins
 from plywise.engine.health import Health
@@ -118,7 +118,8 @@ class TurnedSteps:
         if self._traits.decay != "coupled":
             return
         scale = getattr(optimizer, "grad_scale", None)
-        decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        groups = optimizer.param_groups
+        decays = {id(p): g["weight_decay"] * find_direction(g) for g in groups for p in g["params"]}
         for parameter in {id(p): p for layer in layers for p in layer.trained}.values():
             decay = decays.get(id(parameter), 0.0)
             if decay and parameter.grad is not None:
