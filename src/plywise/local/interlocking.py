@@ -47,7 +47,7 @@ class Interlocking(PredictsByBlocks, StagedLearner):
         each, three epochs on 10,000 images of CIFAR-10, it gains nothing: 37.5 % (38.8, 51.6). On a
         transformer of four blocks the paper's order, the longer the better, is not seen: after 400 steps on
         tiny Shakespeare horizons 1, 2 and 3 have 2.34, 2.42 and 2.39 nats a character, backpropagation 2.38;
-        after 1,000 (one seed) horizons 1 and 2 have 2.09 and 2.21 (benchmarks/README.md).
+        after 1,000, in the same order, 2.10, 2.22, 2.12 and 2.08 (three seeds; benchmarks/README.md).
     Limits: in a pipeline (`plywise.pipeline`) gradients of the n - 1 blocks below a cut come from the stage
         after it, so that a stage waits with the next batch until its neighbour has run its first n - 1 blocks
         on this one; a stage has one replica. A rule's gradients cross blocks, but other values from the
