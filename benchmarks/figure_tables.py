@@ -226,7 +226,7 @@ def write_associated_text(_: str) -> str:
             depths = " / ".join(f"{statistics.fmean(column):.1f}" for column in columns)
             score = format_spread([result[-1] for result in entry["test"]])
             rows.append([network, method, f"{entry['rate']:g}", score, depths if len(columns) > 1 else ""])
-    return format_table(["network", "way", "rate", "test accuracy, %", "by depth"], rows)
+    return format_table(["network", "method", "rate", "test accuracy, %", "by depth"], rows)
 
 
 def make_local_memory_writer(network: str) -> Callable[[str], str]:
@@ -416,6 +416,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     },
     **{f"local-memory-{name}": make_local_memory_writer(name) for name in ("blocks", "transformer")},
     "local-growth": write_local_growth,
+    "associated-text": write_associated_text,
     "pipeline": write_pipeline,
     "pipeline-schedules": write_pipeline_schedules,
     "bridges": write_bridges,
