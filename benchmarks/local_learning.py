@@ -260,6 +260,11 @@ def tune_and_train(
     )
     method = Method("method", "", {}, begin, grid=tuple({"rate": rate} for rate in rates))
     lines = run_arms(problem, [method], design).lines("", "method")
+    return describe_runs(lines, trainers, data)
+
+
+def describe_runs(lines: list[TrialRecord], trainers: list[Trainer], data: Any) -> dict[str, Any]:
+    """Return what is kept of the tuning runs and of the final ones; ``trainers`` are theirs, in order."""
     tuning = [
         {**describe_line(line), "validation": convert_to_percent(find_error(line))}
         for line in lines

@@ -46,7 +46,7 @@ def test_every_chart_and_table_shows_every_method(visit):
         assert count_ink(page, chart) > 3000, chart
         for name in {"proxprop", "adamw"}:
             assert count_coloured(page, chart, INDEX[name]) > 20, (chart, name)
-    assert count_coloured(page, "layers", INDEX["local"]) == 0, "it told nothing about layers"
+    assert count_coloured(page, "layers", INDEX["local"]) == 0, "it said nothing about layers"
     assert sorted(read_names(page, "results")) == sorted(NAMES)
     field = gather_results(make_bench(), make_lines(make_bench()))
     assert read_names(page, "standing") == [place.method for place in rank_methods(field, "tuned", "cpu")]
