@@ -2,6 +2,7 @@
 
     python benchmarks/pipeline.py                   # writes benchmarks/pipeline.json and pipeline.svg
     python benchmarks/pipeline.py --schedules       # only torch's schedules, with zero bubble
+    python benchmarks/pipeline.py --tokens          # only local next token on a transformer
 
 The network has 784 inputs, 4 hidden layers of 1024 and 10 outputs, with batch 256, Adam, one thread per
 process, and gloo. All arms take turns in one run of two processes, in shuffled order. The figures are samples
@@ -16,6 +17,9 @@ process runs in the first process while the second one sleeps.
 "--schedules" compares GPipe, 1F1B and the two zero-bubble schedules, which have two smaller stages in each
 process: interleaved (0 and 2 in the first) and V (0 and 3). Their gradients are first compared with those of
 one process.
+
+"--tokens" compares local next token in two stages with the same methods: a transformer of four blocks, 256
+wide, on 16 × 128 characters.
 
 κ is AL's time over backprop's, both in one process. The discrete-event model (`benchmarks/forecast.py`) gets
 the measured times of the stages. Its forecast for two stages is stored next to the measured figures; it also
@@ -32,8 +36,25 @@ from typing import Any
 import torch
 
 from forecast import Link, StageCost, forecast
+from local_memory import TOKEN_BATCH
 from pictures import save_picture
-from pipeline_arms import ARMS, BATCH, BATCHES, BRIDGES, LAYERS, WIDTH, draw_batches, make_learner, run_pair
+from pipeline_arms import (
+    AL,
+    ARMS,
+    BATCH,
+    BATCHES,
+    BRIDGES,
+    LAYERS,
+    NEXT_TOKEN,
+    SCHEDULE_ARMS,
+    TOKEN_ARMS,
+    TOKENS,
+    WIDTH,
+    draw_batches,
+    make_image_problem,
+    make_learner,
+    run_pair,
+)
 from plywise._util.environment import environment
 from plywise._util.files import write_whole
 from plywise.arena.reports.bench_charts import thin
@@ -74,54 +95,77 @@ LINKS = {
 }
 
 
-def summarise_bridge(bridge: str, pair: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summarise one kind of bridge: rates, ratios within rounds, bubble and forecasts."""
+def compare_arms(learner: str, pair: list[dict[str, Any]], samples: int) -> dict[str, Any]:
+    """Summarise a run of all arms over this many samples: rates, ratios within rounds, the bubble."""
     seconds = pair[0]["seconds"]
+    alone, together, apart = (
+        f"{learner}, {how}" for how in ("one process", "pipeline", "two learners apart (ceiling)")
+    )
 
     def ratio(name: str, other: str) -> float:
         return statistics.median(o / n for n, o in zip(seconds[name], seconds[other], strict=True))
 
-    costs = measure_components(bridge)
-    half = LAYERS // 2
-    two = forecast([combine_components(costs[:half]), combine_components(costs[half:])], BATCHES)
-    single = BATCHES * sum(cost.forward + cost.rest for cost in costs)
     start = min(span[0] for entry in pair for span in entry["spans"])
     end = max(span[1] for entry in pair for span in entry["spans"])
     busy = sum(b - a for entry in pair for a, b in entry["spans"])
-    inner = costs[1]  # every stage has this one component
     return {
         "samples_per_second": {
-            name: round(BATCH * BATCHES / statistics.median(entry)) for name, entry in seconds.items()
+            name: float(f"{samples / statistics.median(entry):.4g}") for name, entry in seconds.items()
         },
-        "kappa": 1 / ratio("AL, one process", "backprop, one process"),
+        "kappa": 1 / ratio(alone, "backprop, one process"),
         "null_control": ratio("backprop again (null control)", "backprop, one process"),
-        "pipeline_over": {
-            name: round(ratio("AL, pipeline", name), 3) for name in ARMS if name != "AL, pipeline"
-        },
-        "of_ideal": round(ratio("AL, pipeline", "AL, one process") / 2, 3),
-        "of_ceiling": round(ratio("AL, pipeline", "AL, two learners apart (ceiling)"), 3),
+        "pipeline_over": {name: round(ratio(together, name), 3) for name in seconds if name != together},
+        "of_ideal": round(ratio(together, alone) / 2, 3),
+        "of_ceiling": round(ratio(together, apart), 3),
         "bubble": round(1 - busy / (2 * (end - start)), 3),
-        "forecast": {
-            "speed_up_of_two_stages": round(single / two.seconds, 3),
-            "bubble_of_two_stages": round(two.bubble, 3),
-            "speed_up_by_link_and_stages": {
-                name: {
-                    stages: round(stages * 1000 * (inner.forward + inner.rest) / seconds_, 2)
-                    for stages in (2, 4, 8, 16, 32, 64)
-                    if (seconds_ := forecast([inner] * stages, 1000, link).seconds)
-                }
-                for name, link in LINKS.items()
-            },
-        },
-        "component_ms": [(round(1e3 * c.forward, 3), round(1e3 * c.rest, 3)) for c in costs],
         "spans": [[(a - start, b - start) for a, b in entry["spans"]] for entry in pair],
         "seconds": seconds,
     }
 
 
+def forecast_stages(bridge: str) -> dict[str, Any]:
+    """Forecast speed-ups from the components' times, measured alone in one process."""
+    costs = measure_components(bridge)
+    half = LAYERS // 2
+    two = forecast([combine_components(costs[:half]), combine_components(costs[half:])], BATCHES)
+    single = BATCHES * sum(cost.forward + cost.rest for cost in costs)
+    inner = costs[1]  # every stage has this one component
+    return {
+        "forecast": {
+            "speed_up_of_two_stages": round(single / two.seconds, 3),
+            "bubble_of_two_stages": round(two.bubble, 3),
+            "speed_up_by_link_and_stages": {
+                name: {
+                    stages: round(stages * 1000 * (inner.forward + inner.rest) / seconds, 2)
+                    for stages in (2, 4, 8, 16, 32, 64)
+                    if (seconds := forecast([inner] * stages, 1000, link).seconds)
+                }
+                for name, link in LINKS.items()
+            },
+        },
+        "component_ms": [(round(1e3 * c.forward, 3), round(1e3 * c.rest, 3)) for c in costs],
+    }
+
+
+def compare_on_tokens(rounds: int) -> dict[str, Any]:
+    """Compare local next token in two stages with the other methods, in samples of 128 characters."""
+    part = compare_arms(NEXT_TOKEN, run_pair(TOKEN_ARMS, TOKENS, rounds), TOKEN_BATCH * TOKENS.batches)
+    print_arms("local next token", part)
+    return {"environment": environment(), **part}
+
+
+def print_arms(title: str, part: dict[str, Any]) -> None:
+    print(f"\n{title}: κ {part['kappa']:.2f}, null control {part['null_control']:.2f}, ", end="")
+    print(f"{part['of_ceiling']:.2f} of ceiling, {part['of_ideal']:.2f} of ideal, ", end="")
+    print(f"bubble {part['bubble']:.3f}, forecast {part.get('forecast', 'none')}")
+    for name, rate in part["samples_per_second"].items():
+        ratio = part["pipeline_over"].get(name, 1)
+        print(f"  {name:40} {rate:7.4g} samples/s   pipeline is {ratio:.2f} ×", flush=True)
+
+
 def compare_schedules(rounds: int) -> dict[str, Any]:
     """Measure samples per second of torch's schedules, and their speed over 1F1B's within rounds."""
-    seconds = run_pair(True, "one layer, code 64", rounds)[0]["seconds"]
+    seconds = run_pair(SCHEDULE_ARMS, make_image_problem("one layer, code 64"), rounds)[0]["seconds"]
     rates = {name: round(BATCH * BATCHES / statistics.median(entry)) for name, entry in seconds.items()}
     plain = seconds["backprop, 1F1B"]
     over = {
@@ -171,24 +215,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--bridge", action="append", choices=list(BRIDGES), help="default: all")
-    parser.add_argument("--schedules", action="store_true", help="run only torch's schedules")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--schedules", action="store_true", help="run only torch's schedules")
+    only.add_argument("--tokens", action="store_true", help="run only local next token")
     options = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {"bridges": {}}
-    if options.schedules:
-        result["schedules"] = compare_schedules(options.rounds)
+    if options.schedules or options.tokens:
+        name, compare = (
+            ("schedules", compare_schedules) if options.schedules else ("tokens", compare_on_tokens)
+        )
+        result[name] = compare(options.rounds)
         write(result)
         return
     result["environment"] = environment()
     for bridge in options.bridge or list(BRIDGES):
-        part = summarise_bridge(bridge, run_pair(False, bridge, options.rounds))
+        pair = run_pair(ARMS, make_image_problem(bridge), options.rounds)
+        part = compare_arms(AL, pair, BATCH * BATCHES) | forecast_stages(bridge)
         result["bridges"][bridge] = part
-        print(f"\n{bridge}: κ {part['kappa']:.2f}, null control {part['null_control']:.2f}, ", end="")
-        print(f"{part['of_ceiling']:.2f} of ceiling, ", end="")
-        print(f"{part['of_ideal']:.2f} of ideal, bubble {part['bubble']:.3f}, forecast {part['forecast']}")
-        for name, rate in part["samples_per_second"].items():
-            ratio = part["pipeline_over"].get(name, 1)
-            print(f"  {name:32} {rate:7} samples/s   pipeline is {ratio:.2f} ×", flush=True)
+        print_arms(bridge, part)
         write(result)
     draw(result)
 
