@@ -20,6 +20,7 @@ from typing import Any
 
 import arena_tables
 import figure_tables
+import pipeline_tables
 import records
 from figure_tables import read_figures
 from plywise._util.files import write_whole
@@ -153,6 +154,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "cost-of-rules-with-memory": make_last_column_writer(make_cost_finder(CYCLE_ROWS, "cycle_cost")),
     "local-memory-peaks": make_last_column_writer(find_peaks),
     **figure_tables.TABLES,
+    **pipeline_tables.TABLES,
     **{f"reproduce-{name}": make_reproduction_writer(name) for name in PAPERS},
     **arena_tables.TABLES,
     **records.TABLES,
