@@ -29,17 +29,25 @@ QUICK := contract/test_unmodified.py engine/test_calls.py engine/test_liveness.p
 	test_attachment.py test_card.py test_environment.py test_errors.py \
 	test_replicas.py trainers/test_plain_loop.py
 
-.PHONY: demo test check quick sweep docs notebooks results package clean
+.PHONY: demo test tests check lint types quick sweep docs notebooks results package clean
 
 demo: $(VENV)/.installed
 	$(BIN)/plywise demo
 
-test: check
+# mypy runs beside the first tests, many of which wait for processes of their own.
+test: lint
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: $(VENV)/.installed
 	$(PYTEST)
 
-check: $(VENV)/.installed
+check: lint types
+
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
 	$(BIN)/mypy
 
 # Two processes: none of these tests waits for another, and a third one would only import torch once more.
