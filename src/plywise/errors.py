@@ -41,6 +41,12 @@ class DataError(PlywiseError):
     page = f"{PAGE}#data-error"
 
 
+class FileError(PlywiseError):
+    """A file or a folder cannot be read or written, for a reason of the system."""
+
+    page = f"{PAGE}#file-error"
+
+
 class CommandError(PlywiseError):
     """A flag, a setting or a name is unknown, or does not fit the others."""
 

@@ -56,7 +56,7 @@ def test_ones_own_model_from_beginning_to_report(tmp_path, plywise):
     without = plywise("report", "runs/bench")
     assert without.code == 1
     assert without.out.strip() in done.out, "the ranking, and all that follows"
-    assert "plywise: The page could not be written to runs/bench/report.html: Is a directory." in without.err
+    assert "plywise: The page could not be written: runs/bench/report.html is a folder" in without.err
     assert json.loads(plywise("report", "runs/bench", "--json").out)["report"] is None
 
 

@@ -238,7 +238,7 @@ NO_ADMINISTRATOR = pytest.mark.skipif(os.geteuid() == 0, reason="administrators 
     ("out", "output"),
     [
         ("file", "file is a file; --out names a folder."),
-        ("file/below", "cannot be made: Not a"),
+        ("file/below", "file is a file, and plywise needs a folder there: move it away"),
         ("link", "link is a link to nowhere, which does not exist"),
         pytest.param("locked", "Nothing can be written to the folder locked", marks=NO_ADMINISTRATOR),
     ],
@@ -249,11 +249,11 @@ def test_a_folder_that_cannot_be_made_is_reported_before_the_work(plywise, tmp_p
     (tmp_path / "locked").mkdir(0o500)
     if words[0] == "reproduce":
         paths = {
-            "file": "cannot be made: Not a directory.",
-            "link": "cannot be made: ",
-            "locked": "cannot be made: ",
+            "file": "file is a file, and plywise needs a folder there",
+            "link": "link is a link to nowhere, which does not exist",
+            "locked": "locked/proxprop may not be read or written by you",
         }
-        output = f"{out}/proxprop {paths[out]}" if out in paths else output
+        output = paths.get(out, output)
     code, _, err = plywise(*words, "--out", out)
     assert code == 1
     assert output in err

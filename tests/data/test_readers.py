@@ -87,7 +87,7 @@ READERS = [
 def test_a_missing_file_is_named(tmp_path, reader):
     with pytest.raises(PlywiseError, match=r"There is no file .*gone"):
         reader(tmp_path / "gone")
-    with pytest.raises(PlywiseError, match="cannot be read"):
+    with pytest.raises(PlywiseError, match="is a folder, and plywise needs a file there"):
         reader(tmp_path)
 
 

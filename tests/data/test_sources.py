@@ -199,6 +199,24 @@ def test_a_parquet_file(tmp_path):
         read_parts("w.parquet")
 
 
+def test_a_parquet_file_that_is_damaged_or_too_large_is_refused(tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow reads Parquet files")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow reads Parquet files")
+    path = tmp_path / "t.parquet"
+    table = arrow.table({"a": torch.randn(300).numpy(), "y": [n % 3 for n in range(300)]})
+    parquet.write_table(table, path, compression="none", write_page_checksum=True)
+    content = path.read_bytes()
+    middle = content.index(b"".join(table["a"].to_numpy()[:1])) + 400  # within the numbers of a
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+    with pytest.raises(PlywiseError, match=r"t.parquet cannot be read as Parquet, it may be damaged: .*CRC"):
+        read_parts("t.parquet")
+    path.write_bytes(content)
+    assert len(read_parts("t.parquet")["train"]) == 300
+    monkeypatch.setattr("plywise.data.parquet.free_memory", lambda: 1000)
+    with pytest.raises(PlywiseError, match=r"t.parquet holds more than 0 MiB"):
+        read_parts("t.parquet")
+
+
 @pytest.mark.filterwarnings("ignore")  # of what datasets is made of
 def test_hugging_face_datasets(user_module):
     pytest.importorskip("datasets", reason="Hugging Face's datasets are read by their own package")

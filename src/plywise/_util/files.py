@@ -10,6 +10,7 @@ from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
+from plywise._util.file_errors import explaining_files
 from plywise.errors import CommandError
 
 _UNFINISHED = ".tmp"
@@ -22,22 +23,31 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     Its folder is made where missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A rename is atomic only within one file system, hence the temporary file beside its target.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
+    with naming(path):
+        # A rename is atomic only within one file system, hence the temporary file beside its target.
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may keep the new name without what is in it
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.errno and not error.filename:  # a write that fails does not say where
-            error.filename = str(path)
-        raise
+        with naming(path):
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may keep the new name without what is in it
+            os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of the system that leave the block the path: a write that fails does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno:
+            error.filename, error.filename2 = str(path), None  # not the temporary file
+        raise
 
 
 def remove_unfinished(path: Path) -> None:
@@ -54,6 +64,14 @@ def remove_unfinished(path: Path) -> None:
     """
     for left in path.parent.glob(f".{escape(path.name)}.*{_UNFINISHED}"):
         left.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove what is at a path, if anything is: a file, a link, or a folder with all that it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> Path:
@@ -91,12 +109,8 @@ def make_folder(path: Path) -> None:
         PlywiseError: a file has its name, or it cannot be made.
     """
     refuse_file(path)
-    try:
+    with explaining_files():
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(
-            f"The folder {path} cannot be made: {error.strerror}. Name another one with --out."
-        ) from error
 
 
 def require_writable(path: Path) -> None:

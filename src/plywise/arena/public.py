@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from plywise._util.checks import describe_kind
 from plywise._util.environment import workers_for
+from plywise._util.file_errors import explaining_files
 from plywise._util.import_path import refuse_while_importing
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
@@ -41,6 +42,7 @@ Entry = str | type[Optimizer] | type[Rule] | Method
 
 
 @shorten_errors()
+@explaining_files()
 def bench(
     model: Factory | None = None,
     data: Any = None,
@@ -125,6 +127,7 @@ def bench(
     return _run_bench(config, _make_executor(config, workers), Path(out), _make_screen(progress))
 
 
+@explaining_files()
 def load(folder: str | Path) -> BenchReport:
     """Load a bench, finished or not, from the folder of `bench` or ``plywise bench``.
 
@@ -135,6 +138,7 @@ def load(folder: str | Path) -> BenchReport:
 
 
 @shorten_errors()
+@explaining_files()
 def diagnose(
     model: Factory | None = None,
     data: Any = None,

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
+from plywise._util.file_errors import describe_failure, explaining_files
 from plywise._util.process_groups import end_with_torchrun
 from plywise._util.suggest import suggestion
 from plywise._util.version import __version__
@@ -126,7 +127,7 @@ def _leave(threads: list[threading.Thread], status: int) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        with catch_exits():
+        with catch_exits(), explaining_files():
             status = app.meta(arguments, exit_on_error=False, result_action="return_value")
     except CycloptsError as error:
         _suggest_command(error)
@@ -145,7 +146,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if VOLUME.verbose:
             traceback.print_exception(error)
             return 1
-        print(f"plywise: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        words = error if isinstance(error, PlywiseError) else f"{describe_failure(error)}."
+        print(f"plywise: {words}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     finally:
         VOLUME.quiet = VOLUME.verbose = False

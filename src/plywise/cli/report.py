@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plywise._util.file_errors import describe_failure
 from plywise.cli.console import console, notes, print_json, table
 from plywise.cli.training import Switch
 from plywise.errors import BenchError
@@ -85,9 +87,9 @@ def conclude(folder: Path, json: bool = False) -> BenchSummary:
         _print_summary(summary)
     if failure:
         raise BenchError(
-            f"The page could not be written to {path}: {failure.strerror}. The ranking and what follows "
-            f"from it are complete. For the page, copy {folder} to where there is room and you may "
-            "write, and run `plywise report` there."
+            f"The page could not be written: {describe_failure(failure, path)}. The ranking and what follows "
+            f"from it are complete. `plywise report {shlex.quote(str(folder))}` writes the page later, of a "
+            "copy of this folder, too."
         ) from failure
     if not json:
         console().print(f"\nThe report: {path}", soft_wrap=True)

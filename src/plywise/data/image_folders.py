@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from plywise._util.extras import import_extra
+from plywise._util.file_errors import describe_failure
 from plywise.data.batches import Split
 from plywise.data.sources import name_parts
 from plywise.errors import DataError
@@ -73,7 +74,7 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         (file, classes.index(name))
         for name in names
         for file in sorted((folder / name).rglob("*"))
-        if file.suffix.lower() in ENDINGS
+        if file.suffix.lower() in ENDINGS and not file.is_dir()
     ]
     if not files:
         raise DataError(f"{folder} holds no images in folders, one for each class ({', '.join(ENDINGS)}).")
@@ -87,7 +88,7 @@ def _read_image(file: Path, read: Callable[[Any], Any]) -> Any:
         with image_module.open(file) as image:
             return read(image)
     except Exception as error:  # a damaged image raises OSError, SyntaxError, ValueError and others
-        reason = str(error).rstrip(".")
+        reason = describe_failure(error, file)
         raise DataError(
             f"{file} is no image that can be read: {reason}. Repair it, or take it away."
         ) from error

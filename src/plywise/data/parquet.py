@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 
 from plywise._util.extras import import_extra
+from plywise._util.file_errors import describe_failure
+from plywise._util.memory import free_memory
 from plywise.data.tables import Table
-from plywise.errors import DataError
+from plywise.data.unpacking import check_size
+from plywise.errors import DataError, PlywiseError
+
+_BYTES = 12
+"""Memory that a number takes while it is read: pyarrow's, and ours."""
 
 
 def read_parquet(path: Path, target: str | None = None) -> Table:
@@ -21,16 +27,23 @@ def read_parquet(path: Path, target: str | None = None) -> Table:
             order of the alphabet, NaN where one is missing. None: no column.
 
     Raises:
-        PlywiseError: pyarrow is not installed, the file cannot be read, or a column holds no numbers.
+        PlywiseError: pyarrow is not installed, the file cannot be read, does not fit the checksums in it, or
+            a column holds no numbers.
     """
-    if not path.exists():
-        raise DataError(f"There is no file {path}.")
     need = f"{path} is a Parquet file, and pyarrow, which reads it, is not installed: pip install pyarrow."
-    parquet = import_extra("pyarrow.parquet", need)
     try:
-        table = parquet.read_table(path)
-    except Exception as error:  # pyarrow has its own errors
-        raise DataError(f"{path} cannot be read as Parquet: {str(error).rstrip('.')}.") from error
+        with path.open("rb") as file:  # of a folder pyarrow would read all files
+            opened = import_extra("pyarrow.parquet", need).ParquetFile(file, page_checksum_verification=True)
+            rows, columns = opened.metadata.num_rows, opened.metadata.num_columns
+            check_size(path, rows * columns * _BYTES, free_memory())
+            table = opened.read()
+    except PlywiseError:
+        raise
+    except Exception as error:  # pyarrow has its own errors, some of which are OSErrors without a number
+        why = describe_failure(error, path)
+        if not getattr(error, "errno", None):
+            why = f"{path} cannot be read as Parquet, it may be damaged: {why}"
+        raise DataError(f"{why}.") from error
     names, words = list(table.column_names), list[str]()
     place = names.index(target) if target in names else len(names) - 1
     values = np.empty((len(table), len(names)), np.float32)
@@ -64,4 +77,5 @@ def _read_numbers(path: Path, name: str, column: Any) -> Any:
     are_numbers = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
     if not any(is_such(kind) for is_such in are_numbers):
         raise DataError(f"{path}: column {name!r} holds no numbers, but {kind}. Encode it, or leave it out.")
-    return column.to_numpy().astype(np.float32)
+    with np.errstate(all="ignore"):  # infinite and missing numbers are refused later, by name
+        return column.to_numpy().astype(np.float32)

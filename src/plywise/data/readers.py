@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from plywise._util.file_errors import describe_failure
 from plywise._util.memory import free_memory
 from plywise.data.unpacking import check_size, open_unpacked, read_bytes
 from plywise.errors import DataError, PlywiseError
@@ -126,10 +127,10 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
                 raise DataError(f"{path} holds a single array (.npy), not named ones (.npz).")
             with arrays:
                 return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file {path}.") from error
     except PlywiseError:
         raise
+    except OSError as error:
+        raise DataError(f"{describe_failure(error, path)}.") from error
     except Exception as error:  # zipfile, zlib and numpy have errors of their own
         reason = str(error).rstrip(".")
         if "allow_pickle" in reason:

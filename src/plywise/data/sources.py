@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from plywise._util.file_errors import describe_failure
 from plywise._util.files import ScratchFolder
 from plywise._util.import_path import format_raised
 from plywise.data.arrays import read_nested
@@ -200,8 +201,8 @@ def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) 
             writer.write(*_read_batch(batch, f"{what}, batch {number}", reading, reader, left_out))
     except OSError as error:
         raise DataError(
-            f"{what}: after {len(writer)} batches there is no room in {folder.path} ({error}); TMPDIR may "
-            "name a folder with more."
+            f"{what}: after {len(writer)} batches nothing more can be kept in {folder.path}: "
+            f"{describe_failure(error)}. TMPDIR may name a folder with more room."
         ) from error
     kind = type(getattr(batches, "dataset", batches)).__name__
     if not len(writer):

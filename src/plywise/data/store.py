@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from plywise._util.file_errors import describe_failure
 from plywise._util.files import written_whole
 from plywise._util.renamed import serve_old_names
 from plywise._util.suggest import suggestion
@@ -206,7 +207,10 @@ def cache_decoded(
         with written_whole(index) as file:
             file.write("\n".join(arrays).encode())
     except OSError as error:
-        warnings.warn(f"Decoded data cannot be kept in {folder}: {error}. They are made again.", stacklevel=2)
+        warnings.warn(
+            f"Decoded data cannot be kept in {folder}: {describe_failure(error)}. They are made again.",
+            stacklevel=2,
+        )
     return arrays
 
 
@@ -219,11 +223,17 @@ def _fetch(remote: Remote, path: Path, deadline: float) -> Path:
             _download(mirror, path, remote.sha256, deadline)
             return path
         except (OSError, http.client.HTTPException, _MirrorError) as error:
-            failures.append(f"{mirror}: {error or type(error).__name__}")
+            failures.append(f"{mirror}: {_describe(error)}")
     raise DataError(
         f"{remote.file} could not be fetched. {'; '.join(failures)}. Put the file at {path} yourself, or "
         "name its folder in PLYWISE_DATA."
     )
+
+
+def _describe(error: Exception) -> str:
+    """Describe why a mirror failed, without the words that urllib puts around it."""
+    reason = error.reason if type(error) is urllib.error.URLError else error
+    return describe_failure(reason) if isinstance(reason, Exception) else reason
 
 
 class _MirrorError(Exception):

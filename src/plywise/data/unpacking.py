@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from plywise._util.file_errors import describe_failure
 from plywise._util.memory import free_memory
 from plywise.errors import DataError
 
@@ -32,12 +33,10 @@ def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
                     yield unpacked  # type: ignore[misc]
             else:
                 yield file
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file {path}.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is cut short or damaged: {error}. Get it again.") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
+        raise DataError(f"{describe_failure(error, path)}.") from error
 
 
 def read_bytes(path: Path) -> bytearray:

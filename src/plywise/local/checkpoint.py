@@ -10,16 +10,17 @@ a checkpoint is complete or absent. Each process writes its own files; processes
 import hashlib
 import io
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from plywise._util.files import sync_folder, written_whole
+from plywise._util.file_errors import describe_failure
+from plywise._util.files import remove, sync_folder, written_whole
 from plywise.errors import StateError
 
 SUMS = "SHA256SUMS"
@@ -68,7 +69,7 @@ def save(
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"step_*{_PARTIAL}"):
-                shutil.rmtree(left)
+                remove(left)
             partial.mkdir()
 
     def write() -> None:
@@ -93,7 +94,7 @@ def _run_together(work: Callable[[], None], agree: Agree, path: Path) -> None:
     except Exception as found:
         error = found
     if not agree(error is None):
-        why = error or "another process says why"
+        why = describe_failure(error) if error else "another process says why"
         raise StateError(f"The checkpoint {path} could not be written: {why}.", see="state-run") from error
 
 
@@ -131,8 +132,9 @@ def _put_in_place(partial: Path, path: Path, keep: int) -> None:
     before = [_path(path.parent, other) for other in known if other < step]
     sync_folder(path.parent)  # before others go: one is always there
     going += [_move_aside(old) for old in before[: -(keep - 1) or None]]
-    for old in going:
-        shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # the next one removes what is left
+        for old in going:
+            remove(old)
 
 
 def _move_aside(path: Path) -> Path:
@@ -161,7 +163,7 @@ def find_whole(folder: Path) -> tuple[int | None, dict[int, str]]:
             for name in _names(path := _path(folder, step)):
                 _content(path, name)
         except (_DamagedError, OSError) as error:
-            damaged[step] = str(error)
+            damaged[step] = describe_failure(error)
         else:
             return step, damaged
     return None, damaged
@@ -171,7 +173,7 @@ def set_aside(folder: Path, step: int) -> Path:
     """Rename a damaged checkpoint to ``step_….damaged``, so that no run goes on from it; returns its path."""
     path = _path(folder, step)
     aside = path.with_suffix(".damaged")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     return path.rename(aside)
 
 
@@ -205,7 +207,9 @@ def load(
             )
         return {name: _read(path, name) for name in names}
     except (_DamagedError, OSError) as error:
-        raise StateError(f"{path} cannot be read: it is damaged: {error}.", see="state-run") from error
+        raise StateError(
+            f"{path} cannot be read: it is damaged: {describe_failure(error)}.", see="state-run"
+        ) from error
 
 
 def _last_whole(folder: Path) -> int:

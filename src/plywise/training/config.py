@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from plywise._util.file_errors import describe_failure
 from plywise._util.suggest import suggestion
 from plywise.errors import CommandError
 
@@ -193,7 +194,7 @@ def _from_toml(file: Path) -> dict[str, Any]:
             values = tomllib.load(opened)
     except FileNotFoundError as error:
         model = f" For a model of yours write --model {file}." if ":" in str(file) else ""
-        raise CommandError(f"There is no file {file}.{model}") from error
+        raise CommandError(f"{describe_failure(error)}.{model}") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise CommandError(f"{file} is not TOML: {error}. Texts need quotation marks.") from error
     return _name_fields(values, str(file))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.extras import TENSORBOARD, import_extra
+from plywise._util.file_errors import explaining_files
+from plywise._util.files import naming
 from plywise._util.sealed import seal
 
 
@@ -57,11 +59,13 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
         self._board = _board(path.parent / "tensorboard" / path.stem, step) if tensorboard else None
+        self._path = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, line: StepMetrics) -> None:
         """Log a step."""
-        self._file.write(seal(json.dumps(line.as_json(), allow_nan=False)) + "\n")
+        with explaining_files(), naming(self._path):
+            self._file.write(seal(json.dumps(line.as_json(), allow_nan=False)) + "\n")
         if self._board is not None:
             for component, loss in line.losses.items():
                 self._board.add_scalar(f"loss/component {component}", loss, line.step)
@@ -71,7 +75,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
-        os.fsync(self._file.fileno())
+        with explaining_files(), naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Finish."""

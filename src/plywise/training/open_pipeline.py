@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from plywise._util.extras import TENSORBOARD, import_extra
+from plywise._util.file_errors import explaining_files
 from plywise.data.own_data import explaining
 from plywise.errors import PipelineError
 from plywise.local.learner import StagedLearner
@@ -56,14 +57,15 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
         cuts = plan.cuts or measure_cuts(learner, *batch, replicas=plan.replicas)
         pipeline = stack.enter_context(Pipeline(learner, cuts=cuts, replicas=plan.replicas))
         try:
-            if dist.get_rank() == 0:
-                folder.begin(plan, data, starts, fresh=fresh)
-            pipeline.agree(True)  # the folder is ready
-            log = f"log.stage{pipeline.stage}.jsonl" if pipeline.replica == 0 else None
-            session = Session(plan, data, pipeline, folder, folder.last_step(), log)
-            pipeline.agree(True)  # nobody writes before all have read
-            del training, data, batch  # the session keeps what it needs: of most stages, nothing
-            yield session
+            with explaining_files():
+                if dist.get_rank() == 0:
+                    folder.begin(plan, data, starts, fresh=fresh)
+                pipeline.agree(True)  # the folder is ready
+                log = f"log.stage{pipeline.stage}.jsonl" if pipeline.replica == 0 else None
+                session = Session(plan, data, pipeline, folder, folder.last_step(), log)
+                pipeline.agree(True)  # nobody writes before all have read
+                del training, data, batch  # the session keeps what it needs: of most stages, nothing
+                yield session
         except BaseException as error:
             pipeline.watch.report_failure(format_error(error))
             raise

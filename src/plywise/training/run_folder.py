@@ -5,14 +5,15 @@ Its files are checked when they are read, so that damage by a power cut or a fai
 
 import json
 import os
-import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
-from plywise._util.files import remove_unfinished, require_writable, write_whole
+from plywise._util.file_errors import describe_failure
+from plywise._util.files import remove, remove_unfinished, require_writable, write_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise._util.version import __version__
 from plywise.data.training_data import TrainingData
@@ -65,7 +66,7 @@ class RunFolder:
         Raises:
             StateError: it cannot be read.
         """
-        if not self._plan.exists():
+        if not lexists(self._plan):
             if checkpoint.steps(self.checkpoints):
                 raise StateError(
                     f"{self.path} has checkpoints, but no plan.json to say of what. {_START}", see="state-run"
@@ -76,7 +77,8 @@ class RunFolder:
             return RunRecord(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StateError(
-                f"{self._plan} is no plan of plywise, or damaged: {error}. {_START}", see="state-run"
+                f"{self._plan} is no plan of plywise, or damaged: {describe_failure(error)}. {_START}",
+                see="state-run",
             ) from error
 
     def check(self, plan: TrainConfig, data: TrainingData) -> RunRecord | None:
@@ -217,11 +219,8 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove a run's files and no others; the plan goes last, so that no run is without its plan."""
-        for path in self._logs():
-            path.unlink()
-        for folder in (self.path / "tensorboard", self.checkpoints):
-            shutil.rmtree(folder, ignore_errors=True)
-        self._plan.unlink(missing_ok=True)
+        for path in (*self._logs(), self.path / "tensorboard", self.checkpoints, self._plan):
+            remove(path)
 
 
 def _join(numbers: tuple[int, ...]) -> str:

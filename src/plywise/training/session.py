@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plywise._util.extras import TENSORBOARD, import_extra
+from plywise._util.file_errors import explaining_files
 from plywise.data.batches import Batch, count_samples, take_samples
 from plywise.data.models import NAN_HINT
 from plywise.data.own_data import explaining
@@ -289,6 +290,7 @@ class Session:
         return sum(p.numel() for t in self.engine.learner.trainers for p in t.component.parameters())
 
 
+@explaining_files()
 def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
     """Open a training in this process; it resumes from the last checkpoint in the plan's folder, if any.
 
@@ -321,6 +323,7 @@ def _make_learner(training: ResolvedTraining, starts: Sequence[int]) -> tuple[Le
     return training.make_learner(blocks), starts
 
 
+@explaining_files()
 def load_trained(out: Path | str) -> nn.Module:
     """Load the network of a run from its last checkpoint.
 

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType, ModuleType
 from typing import Any, Protocol
 
+from plywise._util.file_errors import describe_failure
 from plywise._util.process_groups import begin_group, end_group
 from plywise.arena.run.config import TIMEOUT_S
 from plywise.arena.run.job import TrialJob
@@ -200,8 +201,8 @@ def _start_forking() -> None:
         forkserver.ensure_running()
     except OSError as error:  # a socket's name holds 107 bytes
         raise BenchError(
-            f"No process can be started for a trial: {error}. Its socket is in the folder for temporary "
-            f"files, {tempfile.gettempdir()}: set TMPDIR to one with a short path."
+            f"No process can be started for a trial: {describe_failure(error)}. Its socket is in the folder "
+            f"for temporary files, {tempfile.gettempdir()}: set TMPDIR to one with a short path."
         ) from error
     finally:
         _set_safe_path(safe)

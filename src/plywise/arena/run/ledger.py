@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from plywise._util.file_errors import describe_failure
 from plywise._util.files import remove_unfinished, require_writable, written_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise.arena.scoring.records import Key, make_key
@@ -87,8 +88,8 @@ class Ledger:
             os.truncate(self.path, before)
             self.lines.pop(make_key(line), None)
             raise BenchError(
-                f"A trial could not be written to {self.path}: {error.strerror}. The {len(self.lines)} "
-                "trials before are kept; make room, and go on."
+                f"A trial could not be written: {describe_failure(error, self.path)}. The {len(self.lines)} "
+                "trials before are kept."
             ) from error
 
     def __contains__(self, key: Key) -> bool:
