@@ -233,7 +233,7 @@ def _fetch(remote: Remote, path: Path, deadline: float) -> Path:
 def _describe(error: Exception) -> str:
     """Describe why a mirror failed, without the words that urllib puts around it."""
     reason = error.reason if type(error) is urllib.error.URLError else error
-    return describe_failure(reason) if isinstance(reason, Exception) else reason
+    return describe_failure(reason) if isinstance(reason, Exception) else str(reason)
 
 
 class _MirrorError(Exception):
