@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from plywise.cli import demo as demo_command
+from plywise.cli.console import table
 from plywise.errors import MORE
 from plywise.registry.card import STATUSES
 from plywise.registry.find import ROOMS, RULES
@@ -173,6 +176,44 @@ def test_unknown_rule(plywise):
     assert "\nMore: plywise help command-error" in err
 
 
+ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "ascii"}
+
+
+def test_an_output_without_unicode_gets_question_marks_and_escaped_json():
+    def run(*words, **how):
+        command = [sys.executable, "-m", "plywise", *words]
+        return subprocess.run(command, check=True, capture_output=True, timeout=120, **how).stdout
+
+    assert b"?" in run("methods", "info", "proxprop", env=ENVIRONMENT)
+    words = ("methods", "info", "proxprop", "--json")
+    assert json.loads(run(*words, env=ENVIRONMENT)) == json.loads(run(*words))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no disk that is always full")
+def test_an_output_that_is_full_is_named():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "plywise", "help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("plywise: standard output does not fit on its disk, which is full")
+
+
+@pytest.mark.parametrize("width", [200, 80, 40, 24])
+def test_a_table_breaks_no_word_in_a_narrow_terminal(width):
+    cells = ("features.0", "Conv2d", "1.6e-5", "waits for its first batch", "4.3/144")
+    shown = table("layer", "type", "backward", "why", "rank", title="A model", numbers=("backward", "rank"))
+    shown.add_row(*cells)
+    shown.add_row("head", "Linear", "0.0023", "", "14/118")
+    screen = Console(file=StringIO(), width=width)
+    screen.print(shown)
+    lines = screen.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert {word for cell in cells for word in cell.split()} < set(words)
+    assert words.count("features.0") == {200: 1, 80: 1, 40: 2, 24: 4}[width], "each piece names its rows"
+    assert words.count("model") == 1
+
+
 # ---- explain -------------------------------------------------------------------------------------
 
 
@@ -233,6 +274,23 @@ def data():
 def step(model, batch):
     return model(batch["a"], batch["b"])[1]
 """
+
+
+def test_explain_says_what_it_guessed_about_data_and_takes_the_flag_that_overrules_it(plywise, project):
+    rows = [",".join([*(str(n * i % 7) for n in range(8)), str(1 + i % 2)]) for i in range(20)]
+    Path("t.csv").write_text("\n".join(rows))
+    words = ("explain", "mine:make", "--data", "t.csv")
+    _, out, _ = plywise(*words)
+    assert "The first line of t.csv holds numbers and was taken as a sample; --read header=yes" in out
+    found = json.loads(plywise(*words, "--json").out)
+    assert found["guesses"][0] in out
+    assert found["summary"][0] in out
+    chosen = plywise(*words, "--read", "header=no,targets=classes", "--json")
+    assert json.loads(chosen.out)["guesses"] == []
+    code, _, err = plywise("explain", "mine:conv", "--data", "t.csv")
+    assert code == 1
+    assert "--read header=yes takes it as the names" in err, "a model may not fit since a guess is wrong"
+    assert "--read is about --data" in plywise("explain", "mine:make", "--read", "header=no").err
 
 
 def test_explain_takes_a_step_and_its_batches(plywise, project, user_module):

@@ -75,6 +75,19 @@ def test_a_topic_as_json(plywise):
     assert [one["name"] for one in json.loads(plywise("help", "--json").out)] == list(TOPICS)
 
 
+def test_a_topic_as_json_has_the_sections_that_its_text_has(plywise):
+    found = json.loads(plywise("help", "state-error", "--json").out)
+    assert [one["name"] for one in found["sections"]] == list(TOPICS["state-error"].parts)
+    printed = plywise("help", "state-error").out
+    assert all(one["text"] in printed for one in found["sections"])
+
+
+def test_the_help_of_a_command_as_json(plywise):
+    found = json.loads(plywise("help", "bench", "--json").out)
+    assert found["name"] == "bench"
+    assert "--budget" in found["text"]
+
+
 def test_an_unknown_topic_suggests_the_nearest(plywise):
     code, _, err = plywise("help", "attach-twise")
     assert code == 1

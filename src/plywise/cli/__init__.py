@@ -5,12 +5,14 @@ Nothing here imports torch: commands import what is heavy when they run, so that
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
@@ -34,7 +36,7 @@ from plywise.cli import (
     train,
     workloads,
 )
-from plywise.cli.console import VOLUME
+from plywise.cli.console import VOLUME, take_any_encoding
 from plywise.cli.leaving import catch_exits, describe_exit
 from plywise.errors import PlywiseError
 from plywise.registry.find import ROOMS
@@ -99,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     end_with_torchrun()  # here for `torchrun ... $(which plywise)`: what a command imports takes seconds
     before = threading.enumerate()
+    take_any_encoding()
     status = _run(arguments)
     _limit_threads(before, status)
     sys.exit(status)
@@ -146,12 +149,19 @@ def _run(arguments: Sequence[str] | None) -> int:
         if VOLUME.verbose:
             traceback.print_exception(error)
             return 1
-        words = error if isinstance(error, PlywiseError) else f"{describe_failure(error)}."
-        print(f"plywise: {words}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        print(f"plywise: {_describe(error)}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     finally:
         VOLUME.quiet = VOLUME.verbose = False
     return status if isinstance(status, int) else 0
+
+
+def _describe(error: PlywiseError | OSError) -> str:
+    if isinstance(error, PlywiseError):
+        return str(error)
+    # errors about a file have become errors of ours
+    is_output = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return f"{describe_failure(error, Path('standard output') if is_output else None)}."
 
 
 def _end_unread() -> int:

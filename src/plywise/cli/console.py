@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, is_dataclass
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from plywise._util.plain_json import drop_infinite, map_floats
@@ -55,10 +57,24 @@ def _console(**how: Any) -> Console:
     return screen if screen.is_terminal else Console(width=PIPE_WIDTH, **plain)
 
 
+def take_any_encoding() -> None:
+    """Let characters that the encoding of an output lacks be printed as question marks.
+
+    Python raises an error instead, for example where Windows writes the output into a file.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and not _is_unicode(stream.encoding):
+            stream.reconfigure(errors="replace")
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON: dataclasses as objects, what is not finite as null."""
-    plain = map_floats(value, drop_infinite)
-    print(json.dumps(plain, ensure_ascii=False, indent=1, allow_nan=False, default=_convert))
+    plain, is_ascii = map_floats(value, drop_infinite), not _is_unicode(getattr(sys.stdout, "encoding", None))
+    print(json.dumps(plain, ensure_ascii=is_ascii, indent=1, allow_nan=False, default=_convert))
+
+
+def _is_unicode(encoding: str | None) -> bool:
+    return encoding is None or encoding.lower().startswith("utf")
 
 
 def _convert(value: Any) -> Any:
@@ -71,9 +87,10 @@ def _convert(value: Any) -> Any:
 def table(*headings: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:
     """An empty table; the columns named in ``numbers`` are aligned to the right."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    from plywise.cli.wide_table import WideTable
+
+    made = WideTable(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     for heading in headings:
         made.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
     return made

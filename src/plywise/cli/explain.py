@@ -30,6 +30,7 @@ def explain(
     set: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     layers: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     data: str | None = None,
+    read: str = "",
     shape: str | None = None,
     step: str | None = None,
     batch_size: int = 128,
@@ -54,6 +55,8 @@ def explain(
         set: a hyper-parameter of the rule, as name=value; may be repeated.
         layers: handle only layers whose name matches this pattern; may be repeated.
         data: where a batch comes from, as `plywise bench` takes it: module:name, a .npz or a .csv file.
+        read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
+            for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
         shape: instead of data: the shape of one sample, as in 3,32,32; the batch is of random numbers.
         step: with data, module:name of your function of the model and a batch that returns the loss, for
             models that are called in another way; as for `plywise bench`.
@@ -66,18 +69,20 @@ def explain(
     model = load_model(factory)
     if step is not None and data is None:
         raise CommandError("--step takes batches of --data: name them.")
-    batch = _make_batch(data, shape, batch_size, is_whole=step is not None)
+    batch, guesses = _make_batch(data, read, shape, batch_size, is_whole=step is not None)
     attached = made.attach(model, _optimizer_for(made, model), layers=list(layers) or None)
     try:
         if batch is not None:
-            _run_batch(factory, model, batch, step)
+            _run_batch(factory, model, batch, step, guesses)
         explanation = attached.explain(batch_size)
     finally:
         attached.detach()  # a model that exits has left calls captured
     if json:
         totals = {name: getattr(explanation, name) for name in ("share", "parameters", "frozen")}
-        print_json({**vars(explanation), **totals})
+        print_json({**vars(explanation), **totals, "summary": explanation.summary(), "guesses": guesses})
         return
+    for guess in guesses:
+        console().print(guess, soft_wrap=True)
     _print_explanation(explanation)
 
 
@@ -101,19 +106,24 @@ def _print_explanation(explanation: Explanation) -> None:
     )
 
 
-def _make_batch(data: str | None, shape: str | None, batch_size: int, is_whole: bool) -> Batch | None:
-    """The inputs that go through the model, or whole batches for a step function; None for none."""
+def _make_batch(
+    data: str | None, read: str, shape: str | None, batch_size: int, is_whole: bool
+) -> tuple[Batch | None, tuple[str, ...]]:
+    """The inputs that go through the model, or whole batches for a step function, and what was guessed."""
     if data is not None and shape is not None:
         raise CommandError("--shape is instead of --data: give one of them.")
+    if read and data is None:
+        raise CommandError("--read is about --data: name them.")
     if data is not None:
+        from plywise.data.reading import ReadOptions
         from plywise.data.sources import Reading
         from plywise.registry.resolve import resolve_parts
 
-        parts = resolve_parts(data, Reading(whole=is_whole, batch_size=batch_size))
-        batch: Batch = next(iter(parts["train"].chunks(batch_size)))[0]
-        return batch
+        options = ReadOptions.parse(read)
+        parts = resolve_parts(data, Reading(options, whole=is_whole, batch_size=batch_size))
+        return next(iter(parts["train"].chunks(batch_size)))[0], parts.guesses
     if shape is None:
-        return None
+        return None, ()
     import torch
 
     sizes = [word.strip() for word in shape.replace("x", ",").split(",")]
@@ -121,7 +131,7 @@ def _make_batch(data: str | None, shape: str | None, batch_size: int, is_whole: 
         raise CommandError(
             f"--shape is the shape of one sample without the batch, as in 3,32,32, not {shape!r}."
         )
-    return torch.randn(batch_size, *map(int, sizes))
+    return torch.randn(batch_size, *map(int, sizes)), ()
 
 
 def _optimizer_for(rule: Rule, model: nn.Module) -> Optimizer | None:
@@ -131,23 +141,27 @@ def _optimizer_for(rule: Rule, model: nn.Module) -> Optimizer | None:
     return SGD(model.parameters(), lr=0.0) if rule.remembers else None
 
 
-def _run_batch(factory: str, model: nn.Module, batch: Batch, step: str | None) -> None:
+def _run_batch(
+    factory: str, model: nn.Module, batch: Batch, step: str | None, guesses: tuple[str, ...]
+) -> None:
     """One forward and backward pass, from the loss of the step or the sum of what the model returns."""
     from plywise.arena.workloads.own_calls import describe_batch
     from plywise.data.batches import TARGETS
     from plywise.data.models import call_model
+    from plywise.data.own_data import explaining
     from plywise.registry.resolve import resolve_function
 
     take_step = resolve_function(step, "your step") if step else None
-    try:
-        output = take_step(model, batch) if take_step else call_model(model, batch, TARGETS)
-        _find_tensor(output).sum().backward()
-    except PlywiseError:
-        raise
-    except Exception as error:  # the user's own code runs in there
-        raise DataError(
-            f"{factory} failed on a batch of {describe_batch(batch)}: {type(error).__name__}: {error}"
-        ) from error
+    with explaining(guesses):
+        try:
+            output = take_step(model, batch) if take_step else call_model(model, batch, TARGETS)
+            _find_tensor(output).sum().backward()
+        except PlywiseError:
+            raise
+        except Exception as error:  # the user's own code runs in there
+            raise DataError(
+                f"{factory} failed on a batch of {describe_batch(batch)}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _find_tensor(output: Any) -> Tensor:

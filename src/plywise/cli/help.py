@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import StringIO
 from itertools import takewhile
 from pathlib import Path
 
+from cyclopts import App
+
 from plywise._util.suggest import suggestion
-from plywise.cli.console import console, print_json, table
+from plywise.cli.console import PIPE_WIDTH, console, print_json, table
 from plywise.cli.training import Switch
 from plywise.errors import PAGE, CommandError
 
@@ -65,16 +68,27 @@ def help(topic: str | None = None, /, *, json: Switch = False) -> None:
     key = topic.lower().rpartition("#")[2]
     commands = [name for name in app if not name.startswith("-")]
     if key in commands:
-        app.help_print([key])
+        _print_command(app, key, json)
         return
     if key not in found:
         hint = suggestion(key, (*topics, *commands)) or ""
         raise CommandError(f"There is no help on {topic!r}. {hint}`plywise help` lists all topics.")
     one = found[key]
     if json:
-        print_json(one)
+        print_json({**vars(one), "sections": [topics[name] for name in one.parts]})
     else:
         _print([one, *(topics[name] for name in one.parts)])
+
+
+def _print_command(app: App, name: str, json: bool) -> None:
+    if not json:
+        app.help_print([name])
+        return
+    from rich.console import Console
+
+    with StringIO() as text:
+        app.help_print([name], console=Console(file=text, width=PIPE_WIDTH, color_system=None))
+        print_json({"name": name, "text": text.getvalue()})
 
 
 def read_topics() -> dict[str, Topic]:
