@@ -1,5 +1,6 @@
 """What is uploaded: metadata, archives, and the files of the project that name versions and packages."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -65,6 +66,32 @@ def test_the_sdist_can_be_tested_and_holds_no_results_of_a_run(archives):
     assert not [name for name in names if name.startswith(LEFT_OUT)]
 
 
+def test_the_sdist_holds_all_that_is_in_the_repository(archives):
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no repository of git")
+    with tarfile.open(archives[1]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    there = {name for name in listed.stdout.splitlines() if (REPOSITORY / name).exists()}
+    assert there - names == set()
+
+
+def test_the_wheel_of_the_sdist_is_the_wheel_of_the_tree(archives, tmp_path):
+    with tarfile.open(archives[1]) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "again"]
+    subprocess.run(command, cwd=source, check=True)
+    (again,) = (tmp_path / "again").glob("*.whl")
+    assert read_sums(again) == read_sums(archives[0])
+
+
+def read_sums(wheel):
+    """Names and checksums of the files of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {one.filename: one.CRC for one in archive.infolist()}
+
+
 def test_the_long_description_has_only_absolute_links(metadata):
     text, readme = metadata.get_payload(), (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert metadata["Description-Content-Type"] == "text/markdown"
@@ -110,7 +137,13 @@ def test_the_recipe_of_conda_asks_for_what_pip_asks_for():
         word.replace(" ", "") for word in recipe["requirements"]["run"] if not word.startswith("python ")
     } == wanted
     assert f'version = "{pw.__version__}"' in text
+    assert f"plywise = {PROJECT['scripts']['plywise']}\n" in text
     assert f">={PROJECT['requires-python'].removeprefix('>=')}" in text
+
+
+def test_the_command_leads_to_a_function():
+    module, _, name = PROJECT["scripts"]["plywise"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_ci_runs_what_the_classifiers_name():

@@ -1,4 +1,4 @@
-"""``python -m plywise``: the command line, for programs that start modules, such as torchrun."""
+"""The command ``plywise``, also as ``python -m plywise`` for what starts modules, such as torchrun."""
 
 import os
 import sys
@@ -10,10 +10,17 @@ if sys.path and sys.path[0] in ("", os.getcwd()):
 
 from plywise._util.process_groups import end_with_torchrun
 
-if __name__ == "__main__":
-    end_with_torchrun()  # before the imports, which take seconds
 
-from plywise.cli import main
+def main() -> None:
+    """Import the command line, which takes a moment in which Ctrl-C may come, and run a command."""
+    end_with_torchrun()  # before the imports, which take seconds
+    try:
+        from plywise.cli import main as run
+    except KeyboardInterrupt:
+        print("\nInterrupted. Nothing was changed.", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

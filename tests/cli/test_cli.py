@@ -189,6 +189,19 @@ def test_an_output_without_unicode_gets_question_marks_and_escaped_json():
     assert json.loads(run(*words, env=ENVIRONMENT)) == json.loads(run(*words))
 
 
+def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback(tmp_path):
+    (tmp_path / "cyclopts.py").write_text("raise KeyboardInterrupt")
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "plywise", "help"],
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (130, "\nInterrupted. Nothing was changed.\n")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no disk that is always full")
 def test_an_output_that_is_full_is_named():
     with open("/dev/full", "w") as full:
