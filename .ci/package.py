@@ -66,6 +66,7 @@ UNTYPED = """
 import plywise as pw
 
 pw.Nope
+pw.arena.Nope
 pw.ProxProp(tua=1.0)
 """
 
@@ -131,7 +132,7 @@ def use(python: Path, work: Path) -> None:
 
 
 def check_types(python: Path, work: Path) -> None:
-    """Run mypy and pyright on a user's scripts: one without an error, one with two."""
+    """Run mypy and pyright on a user's scripts: one without an error, one with three."""
     run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "mypy", "pyright"])
     good, bad = work / "typed.py", work / "untyped.py"
     good.write_text(TYPED)
@@ -140,7 +141,7 @@ def check_types(python: Path, work: Path) -> None:
         run([python, "-m", *checker, good], work)
         found = subprocess.run([python, "-m", *checker, bad], cwd=work, capture_output=True, text=True)
         print(found.stdout)
-        if found.returncode != 1 or "Nope" not in found.stdout or "tua" not in found.stdout:
+        if found.returncode != 1 or found.stdout.count("Nope") != 2 or "tua" not in found.stdout:
             sys.exit(f"{checker[0]} does not see that plywise has no Nope, or that ProxProp has no tua.")
 
 

@@ -1,5 +1,6 @@
 """One table holds all names: with a file and one line of it a rule is everywhere that rules are listed."""
 
+import ast
 import json
 import os
 import shutil
@@ -82,3 +83,14 @@ def test_names_are_there_once():
 
 def test_type_checkers_see_the_table():
     assert PATH.read_text("utf-8") == make_stub(), "run python -m plywise.registry.stub"
+
+
+def test_type_checkers_see_that_a_module_lacks_a_name():
+    files = [path for path in SOURCE.rglob("*.py") if not path.with_suffix(".pyi").exists()]
+    tops = {path: ast.parse(path.read_text("utf-8")).body for path in files}
+    hiding = [
+        path
+        for path, top in tops.items()
+        if any(line.startswith(("def __getattr__", "__getattr__ =")) for line in map(ast.unparse, top))
+    ]
+    assert hiding == [], "put __getattr__ below `if not TYPE_CHECKING:`"

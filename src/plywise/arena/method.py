@@ -230,12 +230,13 @@ def wrap_class(address: str, thing: Any) -> Method:
     )
 
 
-__getattr__ = serve_old_names(
-    __name__,
-    {
-        "Setting": "TrialContext",
-        "cosine": "make_cosine",
-        "of_class": "wrap_class",
-        "of_optimizer": "wrap_optimizer",
-    },
-)
+if not TYPE_CHECKING:  # a type checker would take any name
+    __getattr__ = serve_old_names(
+        __name__,
+        {
+            "Setting": "TrialContext",
+            "cosine": "make_cosine",
+            "of_class": "wrap_class",
+            "of_optimizer": "wrap_optimizer",
+        },
+    )

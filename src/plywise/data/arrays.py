@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -129,4 +129,5 @@ def read_nested(values: Any, what: str, read: Callable[[Any, str], Tensor] | Non
     return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
 
 
-__getattr__ = serve_old_names(__name__, {"tensor_of": "make_tensor"})
+if not TYPE_CHECKING:  # a type checker would take any name
+    __getattr__ = serve_old_names(__name__, {"tensor_of": "make_tensor"})

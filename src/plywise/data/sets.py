@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,14 +163,15 @@ def _read_cached(name: str, read: Callable[..., Images], *sources: Path) -> Imag
     return x, y, x_test, y_test
 
 
-__getattr__ = serve_old_names(
-    __name__,
-    {
-        "grey_images": "load_grey_images",
-        "cifar10": "load_cifar10",
-        "cifar100": "load_cifar100",
-        "tiny_shakespeare": "load_tiny_shakespeare",
-        "numeric_table": "load_numeric_table",
-        "boiling_points": "load_boiling_points",
-    },
-)
+if not TYPE_CHECKING:  # a type checker would take any name
+    __getattr__ = serve_old_names(
+        __name__,
+        {
+            "grey_images": "load_grey_images",
+            "cifar10": "load_cifar10",
+            "cifar100": "load_cifar100",
+            "tiny_shakespeare": "load_tiny_shakespeare",
+            "numeric_table": "load_numeric_table",
+            "boiling_points": "load_boiling_points",
+        },
+    )

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,6 +257,7 @@ def _download(url: str, path: Path, sha256: str, deadline: float) -> None:
             raise _MirrorError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}")
 
 
-__getattr__ = serve_old_names(
-    __name__, {"find": "find_file", "folders": "list_folders", "cache_folder": "get_cache_folder"}
-)
+if not TYPE_CHECKING:  # a type checker would take any name
+    __getattr__ = serve_old_names(
+        __name__, {"find": "find_file", "folders": "list_folders", "cache_folder": "get_cache_folder"}
+    )
