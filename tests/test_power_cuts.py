@@ -1,7 +1,8 @@
 """Power cuts: whatever they damage, `train`, `pipeline` and `bench` go on to the same result, or say so.
 
 Each damage is drawn from its number: one or two files of a command's folder get a hole of zeros, lose their
-end, or have bits flipped. ``pytest tests/test_power_cuts.py --power-cuts 100`` tries the whole list.
+end, have bits flipped, are gone, or hold everything twice. ``pytest tests/test_power_cuts.py --power-cuts
+100`` tries the whole list.
 """
 
 import json
@@ -53,15 +54,17 @@ def damage(folder: Path, cut: int) -> str:
     for path in chance.sample(files, chance.choice([1, 1, 1, 2])):
         content = bytearray(path.read_bytes())
         start, size = chance.randrange(len(content)), chance.choice([1, 8, 64, 512, 4096])
-        kind = chance.choice(["hole", "end", "bits"])
+        kind = chance.choice(["hole", "end", "bits", "hole", "end", "bits", "gone", "twice"])
         if kind == "hole":
             content[start : start + size] = bytes(len(content[start : start + size]))
         elif kind == "end":
             del content[start:]
+        elif kind == "twice":
+            content *= 2
         else:
             for _ in range(chance.choice([1, 1, 3])):
                 content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-        path.write_bytes(content)
+        path.unlink() if kind == "gone" else path.write_bytes(content)
         done.append(f"{kind} at {start} of {path.relative_to(folder)}")
     return "; ".join(done)
 

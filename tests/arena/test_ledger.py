@@ -64,14 +64,33 @@ def test_a_foreign_line_is_named_and_moved_aside(tmp_path, text):
     assert path.with_suffix(".damaged").read_text() == text
 
 
+def test_a_trial_that_is_there_twice_counts_once(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    for trial in range(2):
+        Ledger(path).add(line(trial))
+    path.write_bytes(path.read_bytes() * 2)
+    assert [one["trial"] for one in read(path)] == [0, 1]
+    assert len(Ledger(path).lines) == 2
+
+
+def test_two_results_of_one_trial_are_named(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    Ledger(path).add(line(0))
+    Ledger(tmp_path / "other.jsonl").add(line(0, validation=[0.1]))
+    path.write_bytes(path.read_bytes() + (tmp_path / "other.jsonl").read_bytes())
+    with pytest.raises(PlywiseError, match=r"Line 2 of .* another result of the same trial"):
+        list(read(path))
+    assert Ledger(path).lines == {make_key(line(0)): line(0)}
+
+
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
-    """Flips each bit of one line and of its end, one after the other."""
+    """Flips each bit of two lines and of their ends, one after the other."""
     path = tmp_path / "trials.jsonl"
     for trial in range(3):
         Ledger(path).add(line(trial))
     content = path.read_bytes()
-    first, last = content.index(b"\n") + 1, content.index(b"\n", content.index(b"\n") + 1) + 1
-    for bit in range(8 * first, 8 * last):
+    last = content.index(b"\n", content.index(b"\n") + 1) + 1
+    for bit in range(8 * last):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)

@@ -188,6 +188,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
         checkpoint.load(tmp_path, None, NAMES)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, some(1)).rename(tmp_path / "step_000000005")
+    with pytest.raises(StateError, match=r"step_000000005 .* holds the state after 1 steps"):
+        checkpoint.load(tmp_path, 5, NAMES)
+
+
 def test_digests_are_those_of_the_tool_that_everybody_has(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, some(1))
     for line in (path / "SHA256SUMS").read_text().splitlines():

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 _CHECK = re.compile(r',\s*"check": "([0-9a-f]{16})"\s*\}\s*$')
+_LIKE_A_CHECK = re.compile(r',\s*"[^"]{5}": "[^"]{16}"\s*\}\s*$')
 
 
 def seal(text: str) -> str:
@@ -31,7 +32,7 @@ def unseal(text: str) -> Any:
     """Return the content of a text without its check. A text of an older version needs no check.
 
     Raises:
-        ValueError: it is no JSON, or does not fit its check.
+        ValueError: it is no JSON, does not fit its check, or the check itself is damaged.
 
     Example:
         >>> unseal('{"a": 1, "check": "2445ef814befe2c2"}')
@@ -47,6 +48,8 @@ def unseal(text: str) -> Any:
         if _digest(body) != found[1]:
             raise ValueError("it does not fit its check")
         text = body + "}"
+    elif _LIKE_A_CHECK.search(text[start:]):
+        raise ValueError("its check is damaged")
     return json.loads(text)
 
 

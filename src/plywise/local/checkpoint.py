@@ -205,11 +205,20 @@ def load(
                 f"{', '.join(sorted(wanted))}.",
                 see="state-run",
             )
-        return {name: _read(path, name) for name in names}
+        states = {name: _read(path, name) for name in names}
+        _check_steps(path, states)
+        return states
     except (_DamagedError, OSError) as error:
         raise StateError(
             f"{path} cannot be read: it is damaged: {describe_failure(error)}.", see="state-run"
         ) from error
+
+
+def _check_steps(path: Path, states: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that stands under the name of another step."""
+    steps = [state["steps"] for state in states.values() if isinstance(state, dict) and "steps" in state]
+    if any(_path(path.parent, step) != path for step in steps):
+        raise _DamagedError(f"it holds the state after {steps[0]} steps, under the name of others")
 
 
 def _last_whole(folder: Path) -> int:

@@ -135,9 +135,10 @@ def _set_damaged_aside(path: Path) -> None:
 def _split(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[tuple[int, bytes, str]]]:
     """Return a file's trials with their text, and damaged lines with number, text and reason.
 
-    Only the oldest lines have no check; a later line without one has lost it.
+    Only the oldest lines have no check; a later line without one has lost it. A trial counts once, also where
+    its line is there twice.
     """
-    whole: list[tuple[dict[str, Any], bytes]] = []
+    whole: dict[Key, tuple[dict[str, Any], bytes]] = {}
     damaged: list[tuple[int, bytes, str]] = []
     content = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     sealed = False
@@ -145,12 +146,14 @@ def _split(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[tuple[i
         try:
             words = text.decode()
             line = unseal(words)
-            make_key(line)
+            key = make_key(line)
             if sealed and not is_sealed(words):
                 raise ValueError("its check is lost")
+            if whole.get(key, (None, text))[1] != text:
+                raise ValueError("a line before it has another result of the same trial")
         except (ValueError, KeyError, TypeError) as error:
             damaged.append((number, text, str(error) if isinstance(error, ValueError) else repr(error)))
         else:
             sealed = is_sealed(words)
-            whole.append((line, text))
-    return whole, damaged
+            whole[key] = line, text
+    return list(whole.values()), damaged
