@@ -11,10 +11,11 @@ from torch import nn
 
 import plywise as pw
 from plywise.arena import bench, diagnose, load
-from plywise.arena.given import MODULE, name_data, name_object
+from plywise.arena.given import MODULE, name_data, name_object, shorten_names
 from plywise.arena.method import Method, end_to_end
 from plywise.arena.run.ledger import read
 from plywise.arena.space import Range
+from plywise.cli import main
 from processes import ForkedCommand
 
 METHODS = ["sgd", "adamw", "proxprop"]
@@ -67,7 +68,7 @@ def report(tmp_path_factory):
 
 
 def test_objects_are_compared_in_this_process(report):
-    names = [*METHODS, f"{MODULE}:Slow", f"{MODULE}:own_nlms", f"{MODULE}:Foof"]
+    names = [*METHODS, "Slow", "own_nlms", "Foof"]
     assert {row.method for row in report.summary.rows} == set(names)
     assert all(line["failure"] is None for line in report.trials)
     assert len(report.trials) == len(names) * (5 + 2 * 2)
@@ -102,7 +103,7 @@ def test_it_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
     how = {"methods": ["sgd", "adamw"], "trials": 1, "seeds": 2, "steps": 5, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         bench(count, make_data(), out=tmp_path, **how)
-    kept = list(read(tmp_path / "trials.jsonl"))
+    kept = [{**line, "workload": "count"} for line in read(tmp_path / "trials.jsonl")]
     assert kept
     assert load(tmp_path).trials == kept
     whole = bench(count, make_data(), out=tmp_path, **how)
@@ -172,15 +173,57 @@ def test_text_and_html_have_the_ranking_and_the_conclusions(report):
     ranking = report.ranking()
     text, html = str(report), report._repr_html_()
     for one in ranking:
-        name = one.method.removeprefix(f"{MODULE}:")
-        assert name in text
-        assert f"<td>{name}</td>" in html
+        assert one.method in text
+        assert f"<td>{one.method}</td>" in html
     assert MODULE not in text + html
     assert repr(report) == text
     assert all(f"- {sentence}" in text for sentence in report.conclusions)
     assert html.count("<p>") == 1 + len(report.conclusions)
     with pytest.raises(pw.PlywiseError, match="clocks are"):
         report.ranking(clock="sundial")
+
+
+@pytest.fixture
+def print_report(capsys):
+    """Run `plywise report` on a folder; its standard output."""
+
+    def run(*words):
+        with pytest.raises(SystemExit):
+            main(["report", *map(str, words)])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_no_result_shows_the_module_of_given_objects(report, print_report):
+    shown = [report.rows(what) for what in ("methods", "ranking", "trials")]
+    printed = print_report(report.folder, "--json")
+    assert MODULE not in f"{shown}{printed}{(report.folder / 'report.html').read_text()}"
+    assert MODULE in (report.folder / "bench.json").read_text(), "which is resumed by it"
+
+
+def test_a_method_that_is_called_as_one_of_ours_keeps_its_address():
+    bench, lines = {"methods": ["muon", f"{MODULE}:muon"]}, [{"method": f"{MODULE}:muon"}]
+    assert shorten_names(bench, lines) == (bench, lines)
+
+
+def test_a_bench_that_ranks_nobody_shows_where_its_methods_ended(tmp_path, print_report):
+    def model():
+        return nn.Linear(3, 2)
+
+    def spoiled(outputs, targets):
+        return (outputs.argmax(1) != targets).float().mean() + 5  # worse than knowing nothing
+
+    x, y = torch.randn(60, 3), torch.arange(60) % 2
+    given = {"methods": ["sgd", "adamw"], "trials": 1, "seeds": 1, "steps": 2, "metric": spoiled}
+    found = pw.arena.bench(model, (x, y), **given, out=tmp_path / "bench", progress=False)
+    assert found.summary.results.ranked == []
+    ends = [row.validation.median for row in found.summary.rows if row.track == "tuned"]
+    for end in ends:
+        assert f"{end:.4g}" in str(found)
+        assert f"<td>{end:.4g}</td>" in found._repr_html_()
+        assert f"{end:.4g}" in print_report(found.folder)
+    assert len(json.loads(print_report(found.folder, "--json"))["methods"]) == 4
 
 
 @pytest.mark.parametrize(("what", "count"), [("methods", 12), ("ranking", 6), ("trials", 54)])
@@ -233,7 +276,7 @@ def test_the_legend_of_costs_and_ends_names_each_method(report):
     pytest.importorskip("matplotlib")
     (axis,) = report.plot("pareto").axes
     shown = [text.get_text() for text in axis.get_legend().get_texts()]
-    names = [name.removeprefix(f"{MODULE}:") for name in report.summary.results.methods]
+    names = report.summary.results.methods
     assert sorted(text.removesuffix(" (dominated)") for text in shown) == sorted(names)
     assert not all("dominated" in text for text in shown)
 

@@ -45,9 +45,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno:
-            error.filename, error.filename2 = str(path), None  # not the temporary file
-        raise
+        if not error.errno:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary file
 
 
 def remove_unfinished(path: Path) -> None:

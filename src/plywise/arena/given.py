@@ -6,9 +6,10 @@ it. An object gets an address in a module that exists in this process only.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,28 @@ def shorten(text: str) -> str:
         'MyRule beats sgd'
     """
     return text.replace(f"{MODULE}:", "")
+
+
+def shorten_names(
+    bench: dict[str, Any], lines: Iterable[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a bench and its trials with objects named as the user knows them, without the module's name.
+
+    Args:
+        bench: what bench.json holds.
+        lines: the trials of the ledger.
+
+    Example:
+        >>> shorten_names({"methods": ["given_objects:Mine"]}, [{"method": "given_objects:Mine", "seed": 1}])
+        ({'methods': ['Mine']}, [{'method': 'Mine', 'seed': 1}])
+    """
+    text, names = json.dumps(bench), list(bench.get("methods", ()))
+    if f"{MODULE}:" not in text or len(set(map(shorten, names))) < len(names):  # one is called as one of ours
+        return bench, list(lines)
+    return json.loads(shorten(text)), [
+        {key: shorten(value) if isinstance(value, str) else value for key, value in line.items()}
+        for line in lines
+    ]
 
 
 @contextmanager

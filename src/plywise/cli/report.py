@@ -101,6 +101,8 @@ def _print_summary(summary: BenchSummary) -> None:
     screen = console()
     if summary.results.ranked:
         screen.print(_standing(summary.results))
+    elif summary.rows:
+        screen.print(_make_table_of_ends(summary))
     screen.print(f"{summary.verdict}\n", soft_wrap=not screen.is_terminal)
     for sentence in summary.conclusions:
         screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
@@ -120,9 +122,19 @@ def _for_machines(path: Path | None, summary: BenchSummary) -> dict[str, Any]:
         "ranking": {
             track: {clock: rank_methods(field, track, clock) for clock in CLOCKS} for track in field.tracks
         },
+        "methods": summary.rows,
         "verdict": summary.verdict,
         "findings": summary.conclusions,
     }
+
+
+def _make_table_of_ends(summary: BenchSummary) -> Table:
+    from plywise.arena.reports.ends import END_HEADINGS, list_ends
+
+    shown = table(*END_HEADINGS, title=summary.results.tracks[0], numbers=END_HEADINGS[1:])
+    for row in list_ends(summary):
+        shown.add_row(*row)
+    return shown
 
 
 def _standing(field: BenchResults) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,8 @@ from plywise._util.extras import PANDAS, import_extra
 from plywise._util.tables import format_table, make_table
 from plywise.arena.diagnostics.advice import Advice
 from plywise.arena.diagnostics.diagnosis import Diagnosis
-from plywise.arena.given import shorten
 from plywise.arena.reports.bench_page import write_page
+from plywise.arena.reports.ends import END_HEADINGS, list_ends
 from plywise.arena.scoring.conclusions import format_span
 from plywise.arena.scoring.ranking import MethodRanking, rank_methods
 from plywise.arena.scoring.records import TrialRecord
@@ -39,16 +40,16 @@ class BenchReport:
     @property
     def verdict(self) -> str:
         """Whether a method is ahead of the best baseline, in a sentence."""
-        return shorten(self.summary.verdict)
+        return self.summary.verdict
 
     @property
     def conclusions(self) -> list[str]:
         """What follows from the trials, in sentences."""
-        return [shorten(sentence) for sentence in self.summary.conclusions]
+        return self.summary.conclusions
 
     @property
     def trials(self) -> list[TrialRecord]:
-        """The trials as the ledger has them."""
+        """The trials as the ledger has them, with the names that objects have for you."""
         return self.summary.lines
 
     def ranking(self, track: str | None = None, clock: str = "cpu") -> list[MethodRanking]:
@@ -111,10 +112,12 @@ class BenchReport:
         """Draw the report as an HTML page in the folder; returns its path."""
         return write_page(self.folder)[0]
 
-    def _list_cells(self) -> list[list[str]]:
-        return [
+    def _make_table(self) -> tuple[Sequence[str], list[list[str]]]:
+        if not self.summary.results.ranked:
+            return END_HEADINGS, list_ends(self.summary)
+        return RANKING_HEADINGS, [
             [
-                shorten(one.method),
+                one.method,
                 "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}",
                 "–" if one.ratio is None else format_span(one.ratio),
                 f"{one.reached} of {one.runs}",
@@ -124,13 +127,14 @@ class BenchReport:
 
     def _make_title(self) -> str:
         results = self.summary.results
-        return shorten(f"{', '.join(results.workloads)}: {results.tracks[0]}, by CPU time")
+        clock = ", by CPU time" if results.ranked else ""
+        return f"{', '.join(results.workloads)}: {results.tracks[0]}{clock}"
 
     def __str__(self) -> str:
         if not self.summary.rows:
             return f"{self.folder}: no method has finished a run yet."
         lines = [f"- {sentence}" for sentence in self.conclusions]
-        table = format_table(RANKING_HEADINGS, self._list_cells())
+        table = format_table(*self._make_table())
         return "\n".join([self._make_title(), self.verdict, table, *lines])
 
     __repr__ = __str__  # a notebook's file keeps it beside the table
@@ -139,7 +143,7 @@ class BenchReport:
         if not self.summary.rows:
             return f"<p>{self}</p>"
         title = f"{self._make_title()}. {self.verdict}"
-        return make_table(RANKING_HEADINGS, self._list_cells(), title=title, notes=self.conclusions)
+        return make_table(*self._make_table(), title=title, notes=self.conclusions)
 
 
 @dataclass(frozen=True, repr=False)

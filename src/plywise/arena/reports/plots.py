@@ -8,7 +8,6 @@ from typing import Any
 
 from plywise._util.extras import import_extra
 from plywise.arena.diagnostics.diagnosis import Diagnosis
-from plywise.arena.given import shorten
 from plywise.arena.reports.bench_charts import find_front, make_curves, make_rates
 from plywise.arena.scoring.ranking import rank_methods
 from plywise.arena.scoring.summary import BenchSummary
@@ -40,7 +39,7 @@ def draw(summary: BenchSummary, what: str) -> Any:
     figure, axes = _make_axes(len(workloads))
     for one, workload in zip(axes, workloads, strict=True):
         pictures[what](one, summary, workload)
-        one.set_title(shorten(workload))
+        one.set_title(workload)
         if one.get_legend_handles_labels()[0]:
             one.legend(fontsize="small")
     return figure
@@ -81,14 +80,14 @@ def _make_axes(count: int) -> tuple[Any, Sequence[Any]]:
 
 def _name_metric(summary: BenchSummary, workload: str) -> str:
     named = summary.results.bench["workloads"].get(workload, {}).get("metric", "validation metric")
-    return shorten(str(named))
+    return str(named)
 
 
 def _draw_curves(axis: Any, summary: BenchSummary, workload: str) -> None:
     results = summary.results
     for curve in make_curves(results, results.tracks[0], workload):
         middle, *limits = ([math.nan if v is None else v for v in one] for one in curve["validation"])
-        (line,) = axis.plot(curve["steps"], middle, label=shorten(curve["name"]))
+        (line,) = axis.plot(curve["steps"], middle, label=curve["name"])
         if limits:
             axis.fill_between(curve["steps"], *limits, alpha=0.15, color=line.get_color(), linewidth=0)
     target = results.targets[workload].strict
@@ -102,9 +101,7 @@ def _draw_rates(axis: Any, summary: BenchSummary, workload: str) -> None:
         known = [(number, value) for number, value, failure in one["points"] if failure is None]
         if known:
             numbers, values = zip(*known, strict=True)
-            axis.plot(
-                numbers, values, marker="o", markersize=3, label=shorten(f"{one['name']} ({one['number']})")
-            )
+            axis.plot(numbers, values, marker="o", markersize=3, label=f"{one['name']} ({one['number']})")
     axis.set(xscale="log", xlabel="tuned number", ylabel=f"{_name_metric(summary, workload)} at the end")
     axis.tick_params(axis="x", which="both", labelsize="small", rotation=30)  # within a decade they are many
 
@@ -116,7 +113,7 @@ def _draw_pareto(axis: Any, summary: BenchSummary, workload: str) -> None:
     for row in rows:
         end = (row.test or row.validation).median
         if row.seconds is not None and math.isfinite(end):
-            name, marker = shorten(row.method), "o"
+            name, marker = row.method, "o"
             if row.method not in best:
                 name, marker = f"{name} (dominated)", "x"
             axis.scatter(row.seconds, end, marker=marker, label=name)
@@ -133,7 +130,7 @@ def _draw_ranking(summary: BenchSummary) -> Any:
         low, value, high = (min(limit, 1e3) for limit in one.ratio[:3])
         axis.plot([low, high], [place, place], color="C0")
         axis.plot([value], [place], marker="o" if not one.ratio.mark else ">", color="C0")
-    axis.set_yticks(range(len(ranked)), [shorten(one.method) for one in reversed(ranked)])
+    axis.set_yticks(range(len(ranked)), [one.method for one in reversed(ranked)])
     axis.axvline(1, color="grey", linestyle="--", linewidth=1)
     axis.set(xscale="log", xlabel="CPU time to the target / best baseline's")
     return figure

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plywise._util.extras import TENSORBOARD, import_extra
+from plywise.arena.given import shorten_names
 from plywise.arena.reports.bench_page import read_bench
 from plywise.arena.scoring.records import FINAL, TUNING, TrialRecord
 from plywise.arena.scoring.score import find_best
@@ -58,7 +59,7 @@ def list_runs(folder: Path) -> list[TrackedRun]:
     Raises:
         PlywiseError: it holds no bench, or a line is no trial.
     """
-    bench, lines = read_bench(folder)
+    bench, lines = shorten_names(*read_bench(folder))
     return [make_run(line, bench["workloads"][line["workload"]]["metric"]) for line in lines]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from plywise.arena.given import shorten_names
 from plywise.arena.scoring.conclusions import draw_conclusions
 from plywise.arena.scoring.headline import state_verdict
 from plywise.arena.scoring.ranking import MethodOnWorkload, compare_methods
@@ -19,7 +20,7 @@ class BenchSummary:
 
     Attributes:
         results: its trials, sorted.
-        lines: the same as they were read, in the order of the ledger.
+        lines: the same, in the order of the ledger.
         rows: every method on every workload.
         conclusions: what follows, in sentences.
         verdict: the one that matters most.
@@ -39,7 +40,7 @@ def summarize_bench(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Benc
         bench: what bench.json holds.
         lines: the trials of the ledger; not all need be there.
     """
-    lines = list(lines)
+    bench, lines = shorten_names(bench, lines)
     results = gather_results(bench, lines)
     rows = compare_methods(results)
     conclusions = [*_say_missing(bench, lines), *draw_conclusions(results, rows)]
