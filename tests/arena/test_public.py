@@ -207,6 +207,17 @@ def test_a_method_that_is_called_as_one_of_ours_keeps_its_address():
     assert shorten_names(bench, lines) == (bench, lines)
 
 
+def test_a_bench_without_tuning_has_no_target_and_shows_where_its_methods_ended(tmp_path, print_report):
+    given = {"methods": ["sgd", "adamw"], "trials": 0, "seeds": 1, "steps": 2}
+    found = pw.arena.bench(make_model, make_data(), **given, out=tmp_path / "bench", progress=False)
+    printed = print_report(found.folder)
+    for row in found.summary.rows:
+        for text in (str(found), printed):
+            assert f"{row.validation.median:.4g}" in text
+    assert "No target, since no baseline was tuned" in printed
+    assert " rank" not in printed.partition("There is no")[0]
+
+
 def test_a_bench_that_ranks_nobody_shows_where_its_methods_ended(tmp_path, print_report):
     def model():
         return nn.Linear(3, 2)

@@ -98,8 +98,10 @@ def conclude(folder: Path, json: bool = False) -> BenchSummary:
 
 def _print_summary(summary: BenchSummary) -> None:
     """Print the ranking, the verdict and the conclusions."""
+    from plywise.arena.reports.ends import has_ranking
+
     screen = console()
-    if summary.results.ranked:
+    if has_ranking(summary):
         screen.print(_standing(summary.results))
     elif summary.rows:
         screen.print(_make_table_of_ends(summary))

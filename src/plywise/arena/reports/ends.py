@@ -1,10 +1,16 @@
-"""Where methods ended: what there is to show of a bench that ranks nobody."""
+"""Where methods ended: what there is to show of a bench that ranks nobody or has no target."""
 
 from __future__ import annotations
 
 from plywise.arena.scoring.summary import BenchSummary
 
 END_HEADINGS = ("method", "reached", "validation metric", "test metric", "failed")
+
+
+def has_ranking(summary: BenchSummary) -> bool:
+    """Tell whether there is a ranking to show: without a target, all runs miss and all methods are equal."""
+    results = summary.results
+    return any(results.targets[name].strict is not None for name in results.ranked)
 
 
 def list_ends(summary: BenchSummary) -> list[list[str]]:

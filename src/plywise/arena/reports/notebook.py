@@ -13,7 +13,7 @@ from plywise._util.tables import format_table, make_table
 from plywise.arena.diagnostics.advice import Advice
 from plywise.arena.diagnostics.diagnosis import Diagnosis
 from plywise.arena.reports.bench_page import write_page
-from plywise.arena.reports.ends import END_HEADINGS, list_ends
+from plywise.arena.reports.ends import END_HEADINGS, has_ranking, list_ends
 from plywise.arena.scoring.conclusions import format_span
 from plywise.arena.scoring.ranking import MethodRanking, rank_methods
 from plywise.arena.scoring.records import TrialRecord
@@ -113,7 +113,7 @@ class BenchReport:
         return write_page(self.folder)[0]
 
     def _make_table(self) -> tuple[Sequence[str], list[list[str]]]:
-        if not self.summary.results.ranked:
+        if not has_ranking(self.summary):
             return END_HEADINGS, list_ends(self.summary)
         return RANKING_HEADINGS, [
             [
@@ -127,7 +127,7 @@ class BenchReport:
 
     def _make_title(self) -> str:
         results = self.summary.results
-        clock = ", by CPU time" if results.ranked else ""
+        clock = ", by CPU time" if has_ranking(self.summary) else ""
         return f"{', '.join(results.workloads)}: {results.tracks[0]}{clock}"
 
     def __str__(self) -> str:

@@ -74,10 +74,10 @@ def _describe_targets(results: BenchResults) -> list[str]:
     without = [name for name, one in results.targets.items() if one.strict is None and name in begun]
     sentences = [f"Nothing has been run yet on {join(waiting)}."] if waiting else []
     if without:
-        sentences.append(
-            "No target, since no tuning trial of a baseline came to its end: every run counts as a miss on "
-            f"{join(without)}."
-        )
+        why = "no tuning trial of a baseline came to its end"
+        if not results.bench["trials"]:
+            why = "no baseline was tuned (--trials 8 tunes)"
+        sentences.append(f"No target, since {why}: every run counts as a miss on {join(without)}.")
     return sentences
 
 
