@@ -1,5 +1,6 @@
 """Files, folders and links in each other's place: a command goes on, or names the path and what to do."""
 
+import errno
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from plywise._util.file_errors import describe_failure
 from plywise.arena.run.bench import Bench
 from plywise.arena.run.config import BenchConfig, WorkloadSpec, resolve_bench
 from plywise.arena.run.executor import InlineExecutor
@@ -157,3 +159,11 @@ def test_a_folder_among_images_is_looked_into(tmp_path):
         (tmp_path / name / "small.png").mkdir(parents=True)
         image.new("L", (2, 3)).save(tmp_path / name / "small.png" / "a.png")
     assert len(read_parts(str(tmp_path))["train"]) == 2
+
+
+def test_what_a_closed_folder_keeps_from_being_made_names_the_folder(tmp_path):
+    (tmp_path / "closed").mkdir()
+    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "closed" / "a" / "b"))
+    assert f"since {tmp_path / 'closed'} is closed to you" in describe_failure(error)
+    error.filename = str(tmp_path / "closed")
+    assert describe_failure(error).startswith(f"{tmp_path / 'closed'} may not be read or written by you")

@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_made_is_reported_before_the_work(plywise, tmp_p
         paths = {
             "file": "file is a file, and plywise needs a folder there",
             "link": "link is a link to nowhere, which does not exist",
-            "locked": "locked/proxprop may not be read or written by you",
+            "locked": "locked/proxprop cannot be made or read, since locked is closed to you",
         }
         output = paths.get(out, output)
     code, _, err = plywise(*words, "--out", out)

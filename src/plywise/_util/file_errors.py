@@ -49,6 +49,12 @@ def describe_failure(error: Exception, path: Path | None = None) -> str:
             f"{link} is a link to {link.readlink()}, which does not exist: make that, remove the link, or "
             "name another place"
         )
+    if error.errno == errno.EACCES and not exists(path):
+        above = next((one for one in path.parents if exists(one)), path.parent)
+        return (
+            f"{path} cannot be made or read, since {above} is closed to you: change the permissions of that "
+            "folder, or name another place"
+        )
     if error.errno == errno.ENOENT:
         return f"There is no file {path}"
     reason = _REASONS.get(error.errno)
