@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from plywise import Coordinates, Foof, ProxProp, Rule
+from plywise import BackMatching, Coordinates, Foof, ProxProp, Rule
 from plywise.testing.contract.models import copy_weights, have_same_bits
 
 pytestmark = [
@@ -132,6 +132,53 @@ def test_a_graph_that_must_not_end_is_refused_with_the_reason() -> None:
     model = Net()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"plywise reads calls.*leave fullgraph=True out"):
         train(ProxProp(), model, torch.compile(model, backend="aot_eager", fullgraph=True))
+
+
+@pytest.mark.parametrize("rule", [*RULES, "back matching"])
+@pytest.mark.parametrize("part", ["step", "step and backward"])
+def test_a_compiled_step_is_no_compiled_rule(rule: str, part: str) -> None:
+    make = BackMatching if rule == "back matching" else RULES[rule]
+    ends, graphs = [], []
+    for attaches, backend in ((True, None), (True, "aot_eager"), (False, "aot_eager")):
+        torch._dynamo.reset()
+        counter = None if backend is None else CompileCounterWithBackend(backend)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if attaches:
+            make().attach(model, optimizer)
+        act = compile_steps(model, optimizer, part, counter)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(4):
+            optimizer.zero_grad()
+            act(torch.randn(40, 6, generator=generator))
+        ends.append(copy_weights(model))
+        graphs.append(0 if counter is None else counter.frame_count)
+    assert have_same_bits(*ends[:2])
+    assert graphs[1] <= graphs[2] + 5  # of the loss and the step, before and after the state is there
+
+
+def compile_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, part: str, backend: Any
+) -> Callable[[Tensor], None]:
+    def step() -> None:
+        optimizer.step()
+
+    def act(x: Tensor) -> None:
+        model(x).square().mean().backward()
+        step()
+
+    if backend is not None and part == "step":
+        step = torch.compile(step, backend=backend)
+    return torch.compile(act, backend=backend) if backend is not None and part != "step" else act
+
+
+def test_a_compiled_step_that_must_not_end_is_refused_with_the_reason() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ProxProp().attach(model, optimizer)
+    model(torch.ones(4, 6)).sum().backward()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"a rule of plywise acts.*leave fullgraph=True"):
+        torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True)()
 
 
 def test_a_state_loaded_in_a_step_at_rest_counts_at_once() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from plywise._util.uncompiled import WHY_STEPS, leave_out
 from plywise.engine.capture.calls_below import AlteredPasses
 from plywise.engine.capture.capture import Capture
 from plywise.engine.capture.table import ParameterTable
@@ -161,6 +162,7 @@ class _Arrival:
         self._arrivals = arrivals
         self._entry = entry
 
+    @leave_out(WHY_STEPS)
     def __call__(self, parameter: Tensor) -> None:
         if self._entry.sharding is not None and parameter is self._entry.parameter():
             self._arrivals.arrive_averaged(self._entry, parameter)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from plywise._util.uncompiled import WHY_STEPS, leave_out
 from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.capture.capture import runs_twice
@@ -79,6 +80,7 @@ class StepGuard:
         """Find the ids of parameters whose gradients (their parts here) were not zero as this step began."""
         return {id(parameter) for parameter, norm in self._norms if norm != 0}
 
+    @leave_out(WHY_STEPS)
     def _pre_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -101,6 +103,7 @@ class StepGuard:
             return (args[0], judge_after_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": judge_after_closure}
 
+    @leave_out(WHY_STEPS)
     def _post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._nested:
             self._nested -= 1
@@ -112,6 +115,7 @@ class StepGuard:
             self._after_step(optimizer)
         self._norms = []  # they hold the parameters
 
+    @leave_out(WHY_STEPS)  # a closure is called from the step itself
     def _judge(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._norms = []

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from plywise._util.checks import require_positive, require_whole
+from plywise._util.uncompiled import WHY_STEPS, leave_out
 from plywise.engine.rule import check_model, check_optimizer
 from plywise.engine.statistics.state_dicts import note_detached, was_used
 from plywise.errors import AttachError, StateError
@@ -186,6 +187,7 @@ class _Watch:
         if optimizer is not None:
             note_detached(optimizer)
 
+    @leave_out(WHY_STEPS)
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sums = self.layers.sum_gradients(optimizer)
         if sums is None:

@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from plywise._util.uncompiled import WHY_CALLS, leave_out
 from plywise.engine.capture.checkpointed import REASON, is_run_again_by_hand
 from plywise.engine.capture.table import ParameterTable
 from plywise.engine.maps.base import LinearMap
@@ -34,12 +35,6 @@ from plywise.engine.sites import TRANSFORM, Site, is_tracer
 
 EXPLORED = 3
 """Forwards of each outermost module, with a graph, in which uses of parameters are noted."""
-
-WHY_NOT_COMPILED = (
-    "plywise reads calls of linear maps between compiled graphs: leave fullgraph=True out, or the parameters "
-    "in question to the optimizer, rule.attach(..., exclude=...)"
-)
-"""What torch.compile says where it must not end a graph."""
 
 _push: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_function_stack
 _pop: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
@@ -178,8 +173,6 @@ class Capture:
     ) -> None:
         self.takes = takes
         self.alters = alters
-        if "torch._dynamo" in sys.modules:  # it is once anything has been compiled, or an optimizer made
-            torch._dynamo.decorators.skip(_hold_back_compiler)
         self._mode = CaptureMode(readers, self)
         self._table = table
         self._handles: list[RemovableHandle] = []
@@ -332,7 +325,7 @@ class EnterHook(ModelHook):
         """Enter the mode, if this module is the outermost."""
         if _is_compiling():
             resting = None if self.capture.resting is None else self.capture.resting()
-            if (resting is None or not resting.rests_on) and _enter_eagerly(self.capture, module):
+            if (resting is None or not resting.rests_on) and _enter(self.capture, module):
                 compiler = _hold_back_compiler()
                 if self.capture.local.outermost is module:
                     self.capture.local.compiler = compiler
@@ -361,6 +354,7 @@ class LeaveHook(ModelHook):
             self.capture.leave(module)
 
 
+@leave_out(WHY_CALLS)
 def _enter(capture: Capture, module: nn.Module) -> bool:
     """Enter the mode if this module is the outermost; return whether calls are captured while it runs."""
     local = capture.local
@@ -372,23 +366,13 @@ def _enter(capture: Capture, module: nn.Module) -> bool:
     return local.outermost is not None
 
 
-def _hold_back_compiler() -> Any:
-    """Let what follows run without the compiler; return what torch.compile would call on each new frame."""
-    return _set_compiler(None)
-
-
-def _leave_out(function: Any) -> Any:
-    """Leave a function out of compiled graphs, and give torch.compile the reason.
-
-    torch.compiler.disable does this too, but imports torch._dynamo, which takes as long as importing torch.
-    """
-    function._torchdynamo_disable, function._torchdynamo_disable_msg = True, WHY_NOT_COMPILED
-    return function
-
-
 # torch.compile cannot trace code that enters a mode or looks at its data. If each such call ran outside of
 # the compiled graphs, nothing would be left to compile, and torch would still try. So in steps that capture
 # calls the compiler is held back until the model has run; in steps at rest the graph ends once.
 _set_compiler: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
-_enter_eagerly: Callable[[Capture, nn.Module], bool] = _leave_out(torch._compile._disable_dynamo(_enter))
-_leave_out(_hold_back_compiler)
+
+
+@leave_out(WHY_CALLS, with_calls=False)  # else the compiler would be put back as this function returns
+def _hold_back_compiler() -> Any:
+    """Let what follows run without the compiler; return what torch.compile would call on each new frame."""
+    return _set_compiler(None)

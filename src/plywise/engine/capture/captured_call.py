@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plywise._util.uncompiled import WHY_STEPS, leave_out
 from plywise.engine.call import Update
 from plywise.engine.capture.masked_rows import get_active_masks
 from plywise.engine.maps.layouts import PLAIN
@@ -52,6 +53,7 @@ class CapturedCall(torch.autograd.Function):
         return output if output._base is None else output.detach()
 
     @staticmethod
+    @leave_out(WHY_STEPS)
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Ask the rule for the update and for the gradient at the input."""
         a, weight = ctx.saved_tensors
@@ -93,6 +95,7 @@ class TappedCall(torch.autograd.Function):
         return value
 
     @staticmethod
+    @leave_out(WHY_STEPS)
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Ask the rule for the update; send Δ, or the rule's value in its place, on to autograd's graph."""
         weight, *kept = ctx.saved_tensors
@@ -132,6 +135,7 @@ class RearrangedCall(torch.autograd.Function):
         return CapturedCall.forward(ctx, site, run, x, weight, bias)
 
     @staticmethod
+    @leave_out(WHY_STEPS)
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Ask the rule for the update and for the gradient at the input."""
         x, weight = ctx.saved_tensors

@@ -6,6 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from plywise._util.uncompiled import WHY_STEPS, leave_out
 from plywise.engine.statistics.state_dicts import refuse_orphans
 
 
@@ -31,6 +32,7 @@ def follow_state_dicts(optimizer: Optimizer, look: Callable[[], None]) -> list[R
         nonlocal is_new
         is_new = True
 
+    @leave_out(WHY_STEPS)
     def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal is_new
         if is_new:
