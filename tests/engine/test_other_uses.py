@@ -168,13 +168,31 @@ def test_rows_of_a_jacobian_at_once_are_autograds(name: str) -> None:
     assert not rule.health.counts
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_get_plain_gradients(layout: torch.layout) -> None:
+    ends = []
+    for attaches in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        if attaches:
+            rule = pw.ProxProp().attach(model, sgd(model), kinds="all")
+        nested = torch.nested.nested_tensor([draw(5, 6)[:3], draw(5, 6)], layout=layout)
+        torch.nested.to_padded_tensor(model(nested), 0.0).square().sum().backward()
+        ends.append([p.grad.clone() for p in model.parameters()])
+    for ours, theirs in zip(*ends, strict=True):
+        assert torch.equal(ours, theirs)
+    model(nested)
+    assert "nested" in str(rule.explain()).lower()
+
+
+@pytest.mark.parametrize("name", [*RULES, "back-matching's rate"])
 def test_a_model_on_the_meta_device_takes_steps_that_change_nothing(name: str) -> None:
     """As programs do that only want to know shapes and memory."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     optimizer = sgd(model)
-    rule = RULES[name]().attach(model, optimizer, kinds="all")
+    rule = RULES.get(name, pw.BackMatching)().attach(model, optimizer, kinds="all")
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.empty(5, 6, device="meta")).sum().backward()

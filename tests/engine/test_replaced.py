@@ -8,6 +8,7 @@ import torch
 from state_runs import OPTIMIZERS, Run
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import weight_norm
 
 from plywise import (
     KFAC,
@@ -71,6 +72,31 @@ def test_statistics_of_the_old_parameters_are_refused(
         AttachError, match=r"layer '[024]' is not the parameter that the rule was attached to"
     ):
         run.step(steps)
+
+
+def normalise_weight(model: nn.Module) -> None:
+    weight_norm(model[2])
+
+
+def replace_layer(model: nn.Module) -> None:
+    model[2] = nn.Linear(model[2].in_features, model[2].out_features)
+
+
+@pytest.mark.parametrize("replace", [normalise_weight, replace_layer])
+@pytest.mark.parametrize("make", [*STATELESS, BackMatching, Foof, Coordinates])
+def test_a_layer_that_the_optimizer_lost_is_refused_until_it_steps_it(
+    make: Callable[[], Rule], replace: Callable[[nn.Module], None]
+) -> None:
+    run = start(make, 1)
+    replace(run.model)
+    with pytest.raises(AttachError, match=r"The weight of layer '2' is not.*a new layer, a parametrization"):
+        run.steps(*range(1, 12))
+    run.rule.detach()  # as the message says
+    run.optimizer = OPTIMIZERS["momentum"](run.model.parameters())
+    run.attach()
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.steps(*range(1, 4))
+    assert not any(torch.equal(before[name], p) for name, p in run.model.named_parameters())
 
 
 @pytest.mark.parametrize("make", STATELESS)

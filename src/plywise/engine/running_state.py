@@ -323,7 +323,7 @@ class RunningState:
             return False
         ready, absent = resting.take_arrived()
         if absent:  # no call of theirs was captured, so that nothing has been seen in their place
-            refuse_replaced((layer.entry for layer in absent), optimizer, keeps_values=True)
+            refuse_replaced({layer.entry: [] for layer in absent}, optimizer, keeps_values=True)
         if not ready:
             return True  # no backward of ours leads to this step
         before, memories = resting.states, resting.memories.copy()

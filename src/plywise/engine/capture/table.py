@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from plywise.engine.capture.odd_tensors import explain_type, explain_values, is_expanded
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.layouts import Layout
-from plywise.engine.processes.followed_parameters import SPREAD, follow_parameters, is_replaced
+from plywise.engine.processes.followed_parameters import find_successors, follow_parameters, is_replaced
 from plywise.engine.selection import collect_parameters, explain_kind
 from plywise.engine.sharding import keep_whole
 from plywise.engine.sites import PLAIN_TYPES, ParameterEntry, Site, find_part, is_tracer
@@ -62,7 +63,8 @@ class ParameterTable:
         self._by_id: dict[int, tuple[weakref.ref[Tensor], ParameterEntry]] = {}
         self._strangers: dict[int, weakref.ref[Tensor]] = {}
         self._sharded: list[ParameterEntry] = []
-        self.adopted: dict[ParameterEntry, None] = {}  # others were in their places since the last step
+        # others were in their places since the last step; those that belong to the same layer, if known
+        self.adopted: dict[ParameterEntry, list[ParameterEntry]] = {}
         self.on_begin: list[Callable[[], None]] = []
         self.on_refresh: Callable[[], None] | None = None
         self.on_replaced: Callable[[list[ParameterEntry]], None] | None = None
@@ -150,9 +152,9 @@ class ParameterTable:
             site = self._find_or_make(entry, weight, (map_, layout, owner), bias, computed)
             entry.last = (map_, layout, id(owner), site) if is_whole else None
         if is_odd:
-            self.leave(entry, _explain_type(x, weight))
-        elif x.layout is not torch.strided or weight.is_complex() or weight.is_quantized:
-            self.leave(entry, _explain_values(x, weight))
+            self.leave(entry, explain_type(x, weight))
+        elif x.layout is not torch.strided or x.is_nested or weight.is_complex() or weight.is_quantized:
+            self.leave(entry, explain_values(x, weight))
         elif not entry.rests:  # its first call may have shown that it rests
             return site
         return None
@@ -315,7 +317,7 @@ class ParameterTable:
             if entry.parameter() is None:  # made on the meta device, and materialised
                 entry.parameter = weakref.ref(tensor)
             elif entry.parameter() is not tensor:
-                self.adopted[entry] = None
+                self.adopted.setdefault(entry, [])
         return entry
 
     def refresh(self, model: nn.Module) -> None:
@@ -333,6 +335,7 @@ class ParameterTable:
                     replaced.parameter, replaced.last = entry.parameter, None
                     old = replaced
             found.append(old or entry)
+        self.adopted |= find_successors(self.entries, found)
         self.entries = found
         self._index(model)
         self.follow(model)
@@ -353,17 +356,12 @@ class ParameterTable:
                 return []  # computed by another layer: an activation, not a weight
             variable = getattr(node, "variable", None)
             if variable is not None:
-                known = self._find_stand_in(variable)
+                known = self._find_stand_in(variable) or self._find_by_place(variable, None)
                 if known is None:
                     return []
                 sources.append(known)
             stack.extend(source for source, _ in node.next_functions)
         return [] if any(entry.excluded for entry in sources) else sources
-
-
-def is_expanded(weight: Tensor) -> bool:
-    """Return whether a view shows the same numbers several times."""
-    return any(size > 1 and not stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
 
 
 def _may_be_layer(node: Any) -> bool:
@@ -378,21 +376,6 @@ def _may_be_layer(node: Any) -> bool:
 def _count_entries(entry: ParameterEntry) -> int:
     parameter = entry.parameter()
     return 0 if parameter is None else parameter.numel()
-
-
-def _explain_type(x: Tensor, weight: Tensor) -> str:
-    name = type(weight if type(weight) not in PLAIN_TYPES else x).__name__
-    if name == "DTensor":
-        return SPREAD
-    return f"its call mixes in a tensor of another type ({name}), which the rule cannot read"
-
-
-def _explain_values(x: Tensor, weight: Tensor) -> str:
-    if weight.is_complex():
-        return "its weight is complex"
-    if weight.is_quantized:
-        return "its weight is quantised"
-    return f"its input is sparse or nested ({x.layout})"
 
 
 __all__ = ["ParameterTable", "collect_parameters"]

@@ -1,7 +1,7 @@
 """Entries follow the parameters that `fully_shard` or `parallelize_module` has put in the place of theirs."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -95,25 +95,55 @@ def refuse_old_optimizer(title: str, replaced: list[ParameterEntry], optimizer: 
 def explain_replaced(name: str) -> str:
     """Say that the weight of a layer is another one than the rule was attached to, and what helps."""
     return (
-        f"The weight of layer {name!r} is not the parameter that the rule was attached to (replaced by "
-        "load_state_dict(assign=True) or a parametrization?). Attach the rule after such changes, with an "
-        "optimizer made from the new parameters."
+        f"The weight of layer {name!r} is not the parameter that the rule was attached to, or not where it "
+        "was (by load_state_dict(assign=True), a new layer, a parametrization, pruning?). Make such changes "
+        "first, then the optimizer from the model's parameters, and attach the rule to both."
     )
 
 
-def refuse_replaced(entries: Iterable[ParameterEntry], optimizer: Optimizer, keeps_values: bool) -> None:
+def find_successors(
+    before: list[ParameterEntry], found: list[ParameterEntry]
+) -> dict[ParameterEntry, list[ParameterEntry]]:
+    """Find the parameters that are not in the model any more, each with the new ones of its layer.
+
+    A layer has new ones if it has been replaced, or if its weight is now computed from others.
+
+    Args:
+        before: the model's parameters so far.
+        found: those that it has now.
+    """
+    known, kept = set(before), set(found)
+    new = [entry for entry in found if entry not in known]
+    pairs = {
+        entry: [other for other in new if other.layer == entry.layer] for entry in before if entry not in kept
+    }
+    return {entry: others for entry, others in pairs.items() if others}
+
+
+def refuse_replaced(
+    entries: Mapping[ParameterEntry, list[ParameterEntry]], optimizer: Optimizer, keeps_values: bool
+) -> None:
     """Raise AttachError if the optimizer steps old parameters, and the model has got others since.
 
     Args:
-        entries: those in whose places others have been seen, perhaps only while a module ran.
+        entries: those in whose places others have been seen, perhaps only while a module ran; with the new
+            parameters of the same layer, if they are not in the same place.
         optimizer: the optimizer.
         keeps_values: whether the rule keeps values beside the old parameters.
     """
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for entry in filter(is_replaced, entries):
-        is_stepped = id(find_in_place(entry)) in stepped
-        if not entry.why_left and (keeps_values or (id(entry.parameter()) in stepped and not is_stepped)):
+    for entry, successors in entries.items():
+        is_replaced_here = is_replaced(entry) and (keeps_values or id(find_in_place(entry)) not in stepped)
+        trains_others = any(_is_lost(other, stepped) for other in successors)
+        is_old_stepped = keeps_values or id(entry.parameter()) in stepped
+        if not entry.why_left and is_old_stepped and (is_replaced_here or trains_others):
             raise AttachError(explain_replaced(entry.layer), see="attach-optimizer")
+
+
+def _is_lost(entry: ParameterEntry, stepped: set[int]) -> bool:
+    """Return whether a parameter has a gradient that no step of the optimizer uses."""
+    parameter = entry.parameter()
+    return parameter is not None and parameter.grad is not None and id(parameter) not in stepped
 
 
 def _find_spread(module: nn.Module | None, name: str) -> Any:

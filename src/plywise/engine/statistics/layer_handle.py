@@ -69,7 +69,7 @@ class LayerHandle:
         sharding = self.entry.sharding
         stands_in = sharding is not None and current is sharding.whole
         if weight is None or current is None or not (current is weight or stands_in):
-            raise AttachError(explain_replaced(self.name), see="attach-optimizer")
+            raise AttachError(explain_replaced(self.entry.layer), see="attach-optimizer")
         return cast(nn.Parameter, weight)
 
     @property
