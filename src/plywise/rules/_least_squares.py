@@ -78,7 +78,7 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
     if call.has_bias:
         rows = cache(partial(_centre_rows, call))
         build = partial(_build_dual_with_bias, call, rows) if dual else partial(_build_with_bias, call)
-        solved = solve_damped_with_bias(build, damping, call.dtype, note, dual=dual)
+        solved = solve_damped_with_bias(build, damping, _choose_dtype(call), note, dual=dual)
         if solved is None:
             return call.gradient()
         update = _expand_with_bias(call, rows, *solved) if dual else _join(call, *solved)
@@ -138,6 +138,22 @@ def _centre_delta(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def _centre_rows(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows of A without their mean, and the mean."""
     return centre_rows(call.map.rows(call.cast_input(dtype)).to(dtype))
+
+
+def _choose_dtype(call: LinearCall) -> torch.dtype:
+    """Return the dtype in which a centred problem is solved first.
+
+    It is float64, and counted, where the rows are rounded as they are made, by more than their spread allows.
+    """
+    dtype = call.dtype
+    if not call.map.rounds_rows or dtype == torch.float64 or call.delta.device.type == "mps":
+        return dtype
+    rows, mean = _centre_rows(call, dtype)
+    spread = LARGEST_OFFSET[dtype] * rows.square().sum(1)
+    if bool((call.row_count * mean.square() > spread).any()):
+        call.health.note(call.name, health.FLOAT64)
+        return torch.float64
+    return dtype
 
 
 def _build_centred(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -203,7 +219,7 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     covariant under rescaled inputs. Of constant rows, centring leaves rounding errors of size ``eps · ‖A‖``.
     The square of this size is the smallest damping, so that rounding errors do not become a step.
     """
-    matrix = _solve_centred(call, relative, call.dtype)
+    matrix = _solve_centred(call, relative, _choose_dtype(call))
     bias = None if matrix is None else _find_bias(call, matrix)
     if matrix is not None and matrix.dtype != torch.float64 and bias is None:
         call.health.note(call.name, health.FLOAT64)
@@ -268,6 +284,7 @@ def _normalise_scaled(call: LinearCall, relative: float) -> Update:
     a = call.cast_input(call.dtype)
     scale = find_power_of_two(a.reshape(1, 1, -1)).to(call.dtype).clamp_min(1.0 if call.has_bias else 0.0)[0]
     small = replace(call, a=a / scale, has_bias=False)
+    scale = scale**call.map.degree
     norms = small.square_norms() + (scale**-2 if call.has_bias else 0)
     norms = norms + relative * norms.mean(1, keepdim=True)
     factors = divide_or_zero(torch.ones_like(norms), norms)

@@ -96,14 +96,30 @@ class ElementwiseAffine(LinearMap):
 
 @dataclass(frozen=True)
 class Bilinear(LastAxisMap):
-    """``z_k = x₁ᵀ W_k x₂ + b_k``: rows are the products of both inputs' entries, d = d₁ d₂."""
+    """``z_k = x₁ᵀ W_k x₂ + b_k``: rows are the products of both inputs' entries, d = d₁ d₂.
 
+    ``a`` is both inputs side by side, (..., d₁ + d₂), because products in float32 have lost what solves in
+    float64 need: with an offset c in both inputs, they are rounded by c² times float32's precision.
+
+    Attributes:
+        split: d₁.
+    """
+
+    split: int
     kind: ClassVar[str] = "bilinear"
+    degree: ClassVar[int] = 2
+    rounds_rows: ClassVar[bool] = True
     groups: ClassVar[int] = 1  # type: ignore[misc]
+
+    def rows(self, a: Tensor) -> Tensor:
+        """Return the products, (1, n, d₁ d₂)."""
+        flat = super().rows(a)
+        first, second = flat[..., : self.split], flat[..., self.split :]
+        return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
 
     def apply(self, a: Tensor, weight: Tensor) -> Tensor:
         """Return the products times the flattened weights."""
-        return a @ weight.reshape(len(weight), -1).mT
+        return (self.rows(a) @ weight.reshape(len(weight), -1).mT).reshape(*a.shape[:-1], len(weight))
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Compute ``‖W‖²_F / d``, d of the products."""

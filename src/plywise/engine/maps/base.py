@@ -37,6 +37,12 @@ class LinearMap(ABC):
     diagonal: ClassVar[bool] = False
     """Whether ``AᵀA`` is diagonal (an embedding's rows are one-hot); `gram_diagonal` gives it."""
 
+    degree: ClassVar[int] = 1
+    """How A grows with the input: twice the input makes A ``2 ** degree`` times as large."""
+
+    rounds_rows: ClassVar[bool] = False
+    """Whether A is computed from the input with rounding, so that the input in float64 gives a better A."""
+
     groups: int
     """Number of independent linear maps side by side, as in a grouped convolution; 1 for most maps."""
 

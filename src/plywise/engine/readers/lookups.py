@@ -64,7 +64,7 @@ def read_bilinear(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> An
     """Read ``F.bilinear(x1, x2, weight, bias)``."""
     names = ("input1", "input2", "weight", "bias")
     x1, x2, weight, bias = (pick_argument(args, kwargs, i, n) for i, n in enumerate(names))
-    site = capture.find_site(weight, Bilinear(), PLAIN, bias, x1)
+    site = capture.find_site(weight, Bilinear(weight.shape[1]), PLAIN, bias, x1)
     if site is None:
         return func(*args, **kwargs)
 
@@ -72,9 +72,9 @@ def read_bilinear(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> An
         return func(a, b2, w, b)
 
     output = run(x1, x2, *leave_graph(weight, bias))
-    box = [output.detach(), _multiply_entries, ()]
+    box = [output.detach(), _put_side_by_side, ()]
     return apply_tapped(site, run, box, output, weight, bias, x1, x2)
 
 
-def _multiply_entries(x1: Tensor, x2: Tensor) -> Tensor:
-    return (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2)
+def _put_side_by_side(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.cat([x1, x2], -1)
