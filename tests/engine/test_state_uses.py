@@ -101,14 +101,47 @@ def test_parts_of_a_vector_keep_their_statistics(rule: str, optimizer: str) -> N
     assert not [key for own in run.optimizer.state.values() for key in own if key.startswith("plywise")]
 
 
-def test_a_model_of_vectors_alone_is_refused_with_the_reason() -> None:
-    class Alone(OneVector):
+class VectorAlone(OneVector):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Identity()
+
+
+@pytest.mark.parametrize("rule", ["nlms", "foof", "rls"])
+def test_a_model_of_one_vector_is_taken_as_its_layers_are(rule: str) -> None:
+    ends, layers = [], nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False))
+    for model in (VectorAlone(), layers):
+        if model is layers:
+            second, third = VectorAlone().vector.detach().split([36, 18])
+            model[0].weight.data, model[2].weight.data = second.view(6, 6).clone(), third.view(3, 6).clone()
+        run = Run(RULES[rule](), OPTIMIZERS["sgd"], model=model).steps(0, 1, 2, 3)
+        assert run.rule.explain().share == 1.0
+        ends.append(nn.utils.parameters_to_vector(run.model.parameters()))
+    torch.testing.assert_close(*ends)
+
+
+def test_a_model_of_biases_is_refused_with_the_reason() -> None:
+    class Shift(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first = nn.Identity()
+            self.bias = nn.Parameter(torch.zeros(6))
 
-    with pytest.raises(AttachError, match="its parameters are vectors; a vector that holds weights is taken"):
-        Run(RULES["foof"](), OPTIMIZERS["sgd"], model=Alone())
+    with pytest.raises(AttachError, match="its parameters are biases"):
+        Run(RULES["foof"](), OPTIMIZERS["sgd"], model=Shift())
+
+
+def test_a_model_of_scales_alone_says_that_the_rule_has_no_part() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.abs() ** self.scale
+
+    run = Run(RULES["nlms"](), OPTIMIZERS["sgd"], model=Scale())
+    with pytest.warns(RuntimeWarning, match="functions that use its parameters are of other kinds"):
+        run.steps(0, 1, 2, 3)
 
 
 LEFT = [("foof", "with its bias and without"), ("rls", "with its bias and without")]

@@ -147,7 +147,7 @@ class Attachment:
         if self.rule.clips_updates() and optimizer is not None:
             self._clipping = Clipping(self.rule.clip_update, lambda: self.table.entries, process_group)
             self.table.on_begin.append(self._clipping.find_group)
-        if any(entry.is_candidate for entry in self.table.entries):
+        if any(entry.is_candidate or entry.is_vector_of_weights for entry in self.table.entries):
             owners = [m for m in model.modules() if any(True for _ in m.parameters())]
             self.capture.install(owners)
         self._handles += install_registered(model, self.capture)

@@ -101,14 +101,15 @@ class Liveness:
         """Return whether the optimizer has got or lost parameters since."""
         return sum(len(group["params"]) for group in optimizer.param_groups) != self._stepped
 
-    def check_part_taken(self, optimizer: Optimizer, entries: Iterable[ParameterEntry], paused: bool) -> None:
+    def check_part_taken(self, optimizer: Optimizer, entries: list[ParameterEntry], paused: bool) -> None:
         """Warn once if the optimizer steps on gradients that the rule had no part in."""
         answers, self.answers = self.answers, 0
         if answers or paused:
             self._quiet_steps = 0
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        wanted = [entry for entry in entries if entry.is_candidate and id(entry.parameter()) in stepped]
+        weights = [e for e in entries if e.is_candidate] or [e for e in entries if e.is_vector_of_weights]
+        wanted = [entry for entry in weights if id(entry.parameter()) in stepped]
         gradients = [p.grad for e in wanted if (p := e.parameter()) is not None and p.grad is not None]
         if not any(bool(find_local(gradient).any()) for gradient in gradients if not gradient.is_meta):
             return  # a template step, or one of other layers

@@ -170,13 +170,12 @@ def refuse_nothing(
     entries: list[ParameterEntry], rule_name: str, model: nn.Module, kinds: frozenset[str]
 ) -> None:
     """Raise AttachError if the rule may take none of these parameters."""
-    if any(entry.is_candidate for entry in entries):
+    if any(entry.is_candidate or entry.is_vector_of_weights for entry in entries):
         return
     left = [entry for entry in entries if entry.why_left]
     said = dict.fromkeys((entry.layer, entry.why_left) for entry in left)  # once for all weights of a layer
     reasons = "; ".join(f"{layer!r}: {why}" if layer else str(why) for layer, why in list(said)[:6])
-    nothing = "its parameters are vectors; a vector that holds weights is taken only beside a matrix"
-    nothing = nothing if entries else "it has no parameters"
+    nothing = "its parameters are biases" if entries else "it has no parameters"
     raise AttachError(
         f"{rule_name} finds no layer to handle in this {type(model).__name__} "
         f"({reasons or nothing}). It handles calls of linear maps of the kinds "

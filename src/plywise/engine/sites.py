@@ -124,6 +124,11 @@ class ParameterEntry:
         return not self.why_left and (self.is_weight or not self.dimensions)
 
     @property
+    def is_vector_of_weights(self) -> bool:
+        """Whether only its calls can show that it holds weights, because it is a vector."""
+        return not self.why_left and not self.is_weight and self.may_hold_weights
+
+    @property
     def trains(self) -> bool:
         """Whether the parameter is there and not frozen."""
         parameter = self.parameter()
