@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, instancenorm, rnn
 
-from plywise._util.checks import describe_kind
+from plywise._util.checks import describe_kind, is_list
 from plywise.engine.explain import EXCLUDED, NOT_ASKED_FOR
 from plywise.engine.sites import ParameterEntry
 from plywise.errors import AttachError
@@ -59,7 +59,7 @@ def resolve_kinds(kinds: Kinds, default: tuple[str, ...]) -> frozenset[str]:
         return frozenset(default)
     if kinds == "all":
         return frozenset(KINDS)
-    chosen = list(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else [kinds]
+    chosen: list[str] = [kinds] if isinstance(kinds, str) or not is_list(kinds) else list(kinds)  # type: ignore[list-item]
     unknown = [kind for kind in chosen if kind not in KINDS]
     if unknown or not chosen:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
+from plywise._util.checks import require_kind
 from plywise._util.modes import evaluating
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.convolution import read_convolution_module
@@ -80,6 +81,7 @@ def fuse_layers(run: nn.Sequential, inputs: Batches, *, damping: float = 1e-6) -
     """
     if not (isinstance(damping, int | float) and 0 <= damping < math.inf):
         raise ValueError(f"fuse_layers: damping must be a finite number from 0 on, not {damping!r}.")
+    require_kind("fuse_layers", "run", run, nn.Module, "layers (an nn.Sequential)")
     fused: nn.Linear | _ConvNd | None = None
     with torch.no_grad(), evaluating(run):
         for batch in _list_batches(inputs):
@@ -287,8 +289,10 @@ def _repeat(value: Any, axes: int) -> tuple[int, ...]:
 
 
 def _list_batches(inputs: Batches) -> Iterator[Tensor]:
+    require_kind("fuse_layers", "inputs", inputs, Iterable, "a tensor or batches")
     for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
-        x = batch if isinstance(batch, Tensor) else batch[0]
+        x: Any = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        require_kind("fuse_layers", "each of inputs", x, Tensor, "a tensor, or a tuple with one first")
         if len(x):
             yield x
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise._util.checks import require_whole
+from plywise._util.checks import describe_kind, is_list, make_part, require_kind, require_whole
 from plywise.data.batches import Batch
 from plywise.errors import DataError
 from plywise.local.associated_maps import (
@@ -216,8 +216,10 @@ class AssociatedLearning(OneWayLearner):
         require_blocks(self, blocks)
         require_whole(self, num_classes=num_classes, code=code)
         _check_names("targets", [targets], TARGETS)
+        if decay is not None:
+            require_kind(self, "decay", decay, Mapping, "a dict of numbers by name")
         _check_names("decay", decay or {}, MAPS)
-        require_loss(self, loss or F.mse_loss)
+        require_loss(self, F.mse_loss if loss is None else loss)
         self._blocks, self._classes, self._targets = blocks, num_classes, targets
         decoders = [decoder] * len(blocks)
         if targets == "numbers":
@@ -269,6 +271,10 @@ class AssociatedPath(nn.Module):
 
 def _list_bridges(bridge: MakeBridge | Sequence[MakeBridge], blocks: int) -> list[MakeBridge]:
     """A function for each block."""
+    if not callable(bridge) and not is_list(bridge):
+        raise TypeError(
+            f"AssociatedLearning: bridge must be a function, or a list of them, not {describe_kind(bridge)}."
+        )
     bridges = [bridge] * blocks if callable(bridge) else list(bridge)
     if len(bridges) != blocks:
         raise ValueError(
@@ -298,10 +304,12 @@ def _make_maps(
     for number, (shape, (make_bridge, make_encoder, make_decoder)) in enumerate(
         zip(shapes, makers, strict=True)
     ):
-        encoder, bridge = make_encoder(codes, code), make_bridge(shape, code)
+        encoder = make_part("AssociatedLearning: encoder", make_encoder, codes, code, kind=nn.Module)
+        bridge = make_part("AssociatedLearning: bridge", make_bridge, shape, code, kind=nn.Module)
         with torch.no_grad():
             above = encoder(codes)
-        maps = bridge, encoder, make_decoder(above, codes)
+        decoder = make_part("AssociatedLearning: decoder", make_decoder, above, codes, kind=nn.Module)
+        maps = bridge, encoder, decoder
         check_ranges(number, *maps, below)
         codes, below = above, find_output_range(encoder)
         components.append(maps)

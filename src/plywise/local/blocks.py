@@ -8,6 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from plywise._util.checks import describe_kind, is_list
 from plywise._util.modes import evaluating
 from plywise.data.batches import Batch, clone_batch, count_samples, list_tensors
 from plywise.data.models import find_mask
@@ -45,6 +46,11 @@ class Blocks(Sequence[nn.Module]):
         if not self._modules:
             raise BlockError("There is no block: give at least one module.")
         _refuse_sharing(self._modules)
+        if not list_tensors(example):
+            raise BlockError(
+                f"Blocks needs a small batch of inputs, with a tensor in it, not {describe_kind(example)}: "
+                "plywise.Blocks([first, second], x)."
+            )
         self.carries = any(getattr(module, "carries", False) for module in self._modules)
         signal = self.begin(clone_batch(example), torch.empty(0))
         shapes, value = [signal.s.shape[1:]], signal.s
@@ -137,9 +143,9 @@ def hide_padding(s: Tensor, carried: Batch) -> Tensor:
 
 def _list_modules(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     """Return the modules in a row; raise BlockError if something else was given in their place."""
-    found: tuple[object, ...] = tuple(modules) if isinstance(modules, Iterable) else (modules,)
+    found: tuple[object, ...] = tuple(modules) if is_list(modules) else (modules,)
     wrong = [item for item in found if not isinstance(item, nn.Module)]
-    if wrong or not isinstance(modules, Iterable):
+    if wrong or not is_list(modules):
         given = (wrong or [modules])[0]
         raise BlockError(
             f"Blocks takes modules in a row; an object of type {type(given).__name__} was given. Write "

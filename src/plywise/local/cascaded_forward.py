@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plywise._util.checks import require_whole
+from plywise._util.checks import make_part, require_whole
 from plywise._util.modes import evaluating
 from plywise.data.batches import Batch, clone_batch, list_tensors
 from plywise.errors import NonFiniteError, PlywiseError
@@ -170,7 +170,7 @@ class CascadedForward(OneWayLearner):
         self._components = []
         anywhere = [p for block in blocks for p in block.parameters()]
         for block, shape in zip(blocks, blocks.shapes[1:], strict=True):
-            reader = head(shape, num_classes)
+            reader = make_part("CascadedForward: head", head, shape, num_classes, kind=LinearHead)  # type: ignore[type-abstract]
             like = next((p for p in (*block.parameters(), *anywhere) if p.is_floating_point()), None)
             if like is not None:
                 reader.fit_to(like)

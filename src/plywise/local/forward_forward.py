@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise._util.checks import require_positive
+from plywise._util.checks import require_positive, require_whole
 from plywise.errors import DataError, PlywiseError
 from plywise.local.blocks import Blocks, require_blocks
 from plywise.local.component import Component, Signal
@@ -174,6 +174,7 @@ class ForwardForward(OneWayLearner):
         require_positive(self, threshold=threshold)
         if not isinstance(skip, int) or skip < 0:
             raise ValueError(f"ForwardForward: skip must be a whole number, 0 or more, not {skip!r}.")
+        require_whole(self, num_classes=num_classes)
         if num_classes < 2:
             raise PlywiseError(f"ForwardForward needs 2 classes, to draw a wrong one: {num_classes} given.")
         why = "labels are written into the inputs, which are one tensor of numbers"

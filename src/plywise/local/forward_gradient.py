@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 
-from plywise._util.checks import require_whole
+from plywise._util.checks import require_kind, require_whole
 from plywise.data.batches import map_tensors
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks, hide_padding, require_blocks
@@ -305,7 +305,8 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
     ) -> None:
         require_blocks(self, blocks)
         require_whole(self, passes=passes, groups=groups)
-        for given in (loss, local_loss or loss):
+        require_kind(self, "patches", patches, bool, "True or False")
+        for given in (loss, loss if local_loss is None else local_loss):
             require_loss(self, given)
         refuse_positions(self, loss, blocks.shapes[-1], num_classes)
         _refuse_compiled(blocks)
@@ -313,7 +314,7 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
             why = "a loss of each patch or group is traced through a block of one tensor"
             blocks.refuse_carrying(type(self).__name__, why)
         self._blocks, self._classes, self._loss = blocks, num_classes, loss
-        parts = make_headed_components(blocks, num_classes, head, local_loss or loss)
+        parts = make_headed_components(blocks, num_classes, head, loss if local_loss is None else local_loss)
         parts[-1] = LossComponent(blocks[-1], loss)
         components = [ForwardGradientComponent(part, passes, draw, patches, groups) for part in parts]
         super().__init__(components, **training)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise._util.checks import make_part, require_whole
 from plywise.data.batches import Batch
 from plywise.data.models import find_mask
 from plywise.data.training_data import cross_entropy as token_cross_entropy
@@ -82,6 +83,7 @@ def make_headed_components(
     Raises:
         BlockError: the last block's output is no score for each class.
     """
+    require_whole("The learner", num_classes=num_classes)
     shape = blocks.shapes[-1]
     if shape[:1] != (num_classes,) and not has_positions(shape, num_classes) and (shape or num_classes != 1):
         raise BlockError(
@@ -99,7 +101,7 @@ def make_headed_components(
     components, like = [], None
     for block, shape in zip(blocks[:-1], blocks.shapes[1:-1], strict=True):
         like = next((p for p in block.parameters() if p.is_floating_point()), like)
-        head = make_head(shape, num_classes)
+        head = make_part("head or projection", make_head, shape, num_classes, kind=nn.Module)
         head = head if like is None else head.to(like)
         components.append(LossComponent(block, loss, head, numbers=not blocks.shapes[-1]))
     return [*components, LossComponent(blocks[-1], loss)]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise._util.checks import is_number, make_part
 from plywise._util.modes import evaluating
 from plywise.engine.health import SKIPPED
 from plywise.local.blocks import Blocks, require_blocks
@@ -33,7 +34,9 @@ class MomentumHead(nn.Module):
         like = next((p for p in ahead.parameters() if p.is_floating_point()), torch.zeros(()))
         with torch.no_grad(), evaluating(self.learned):
             found = self.learned(like.new_zeros(2, *shape))
-        self.head = make_head(found.shape[1:], num_classes)
+        self.head = make_part(
+            "MomentumAuxiliary: head", make_head, found.shape[1:], num_classes, kind=nn.Module
+        )
 
     def forward(self, s: Tensor) -> Tensor:
         """Scores of the classes."""
@@ -148,7 +151,7 @@ class MomentumAuxiliary(PredictsByBlocks, Learner):
         **training: Any,
     ) -> None:
         require_blocks(self, blocks)
-        if not 0 <= momentum <= 1:
+        if not (is_number(momentum) and 0 <= momentum <= 1):
             raise ValueError(f"MomentumAuxiliary: momentum must lie in 0 to 1, not {momentum!r}.")
         require_loss(self, loss)
         refuse_positions(self, loss, blocks.shapes[-1], num_classes)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise._util.checks import require_whole
+from plywise._util.checks import make_part, require_kind, require_whole
 from plywise.data.batches import Batch, take_samples
 from plywise.data.reading import IGNORED
 from plywise.engine.capture.masked_rows import use_found_mask
@@ -199,7 +199,7 @@ class LocalNextToken(OneWayLearner):
         **training: Any,
     ) -> None:
         require_blocks(self, blocks)
-        require_whole(self, pieces=pieces)
+        require_whole(self, num_classes=num_classes, pieces=pieces)
         self._blocks, self._classes, self._dimensions = blocks, num_classes, len(blocks.shapes[-1])
         if tied is not None:
             _check_tied(blocks, tied, num_classes)
@@ -254,11 +254,15 @@ def _make_readout(head: MakeTokenHead, shape: torch.Size, scores: int, tied: nn.
     if not shape:
         raise BlockError("A block hands on one number a sample; a head needs features, which come last.")
     if tied is None:
-        return Readout(head(shape[-1], scores))
-    return Readout(nn.LayerNorm(shape[-1]) if head is linear_head else head(shape[-1], tied.embedding_dim))
+        return Readout(make_part("LocalNextToken: head", head, shape[-1], scores, kind=nn.Module))
+    if head is linear_head:
+        return Readout(nn.LayerNorm(shape[-1]))
+    width = tied.embedding_dim
+    return Readout(make_part("LocalNextToken: head", head, shape[-1], width, kind=nn.Module))
 
 
 def _check_tied(blocks: Blocks, tied: nn.Embedding, num_classes: int) -> None:
+    require_kind("LocalNextToken", "tied", tied, nn.Embedding, "an nn.Embedding of the first block")
     if all(parameter is not tied.weight for parameter in blocks[0].parameters()):
         raise BlockError(
             "The embedding that heads are tied to is no part of the first block: it would not be trained."

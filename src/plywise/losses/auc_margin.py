@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from plywise._util.checks import require_positive
+from plywise._util.checks import is_number, require_kind, require_positive
 
 
 class AUCMargin(nn.Module):
@@ -80,9 +80,9 @@ class AUCMargin(nn.Module):
     def __init__(self, margin: float = 1.0, positive_share: float | None = None, floor: float = 0.0) -> None:
         super().__init__()
         require_positive(self, margin=margin)
-        if positive_share is not None and not 0 < positive_share < 1:
+        if positive_share is not None and not (is_number(positive_share) and 0 < positive_share < 1):
             raise ValueError(f"AUCMargin: positive_share must be in (0, 1) or None, not {positive_share!r}.")
-        if not floor < math.inf:  # false for NaN
+        if not is_number(floor) or not floor < math.inf:  # false for NaN
             raise ValueError(f"AUCMargin: floor must be a number below infinity, not {floor!r}.")
         self.margin = margin
         self.positive_share = positive_share
@@ -155,6 +155,8 @@ def check_batch(scores: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     Raises:
         ValueError: shapes do not fit, there is no sample, or labels are neither booleans nor 0 and 1.
     """
+    for name, tensor in (("scores", scores), ("y", y)):
+        require_kind("AUCMargin", name, tensor, Tensor, "a tensor")
     shapes = ((y.numel(),), (y.numel(), 1))
     if scores.shape not in shapes or y.shape not in shapes or not y.numel():
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plywise._util.checks import require_positive, require_whole
+from plywise._util.checks import require_kind, require_positive, require_whole
 from plywise._util.modes import evaluating
 from plywise._util.renamed import serve_old_arguments
 from plywise.errors import NonFiniteError, PlywiseError
@@ -107,6 +107,8 @@ class CoDA:
         group: dist.ProcessGroup | None = None,
         timeout_s: float = 300.0,
     ) -> None:
+        require_kind(self, "model", model, nn.Module, "a torch.nn.Module")
+        require_kind(self, "loss", loss, AUCMargin, "a plywise.losses.AUCMargin")
         require_positive(self, lr=lr, gamma=gamma, timeout_s=timeout_s, every_growth=every_growth)
         require_whole(self, first_stage=first_stage, every=every)
         if every_growth < 1:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from plywise._util.checks import require_positive
+from plywise._util.checks import require_kind, require_positive
 from plywise.errors import PlywiseError
 
 
@@ -99,6 +99,7 @@ def input_gradient_difference(
     require_positive("input_gradient_difference", step=step)
     if order not in (1, 2):
         raise ValueError(f"input_gradient_difference: order must be 1 or 2, not {order!r}.")
+    require_kind("input_gradient_difference", "x", x, Tensor, "a tensor")
     x = x.detach().requires_grad_()
     losses = loss_of(x)
     gradient = _compute_input_gradient(losses, x, graph=False)
@@ -112,6 +113,8 @@ def input_gradient_difference(
 
 def _compute_input_gradient(losses: Tensor, x: Tensor, graph: bool) -> Tensor:
     """Compute ∂loss_n/∂x_n for each sample, in the shape of ``x``; with a ``graph`` if wanted."""
+    for name, tensor in (("losses", losses), ("x", x)):
+        require_kind("input_gradient_penalty", name, tensor, Tensor, "a tensor")
     if losses.shape != x.shape[:1]:
         raise ValueError(
             f"input_gradient_penalty: losses must hold one number for each of {len(x)} samples, shape "

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from plywise._util.checks import require_kind
 from plywise.errors import PlywiseError
 from plywise.nn.adaptive_activation import AdaptiveActivation
 
@@ -55,6 +56,7 @@ def slope_recovery(model: nn.Module) -> Tensor:
         >>> f"{slope_recovery(model).item():.6f}"  # 1/e
         '0.367879'
     """
+    require_kind("slope_recovery", "model", model, nn.Module, "a torch.nn.Module")
     means = [module.slope.mean() for module in model.modules() if isinstance(module, AdaptiveActivation)]
     if not means:
         raise PlywiseError(

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from plywise._util.checks import require_positive, require_whole
+from plywise._util.checks import require_from_zero, require_positive, require_whole
 from plywise.errors import PlywiseError
 
 Numbers = NDArray[np.float64]
@@ -184,9 +184,7 @@ class SPAUC:
         plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in self.get_params().items()}
         require_positive(self, rate=plain["rate"])
         require_whole(self, passes=plain["passes"])
-        for name in ("ridge", "lasso"):
-            if plain[name] != 0:
-                require_positive(self, **{name: plain[name]})
+        require_from_zero(self, ridge=plain["ridge"], lasso=plain["lasso"])
 
     def _begin(self, classes: NDArray[Any], width: int) -> None:
         if len(classes) != 2:

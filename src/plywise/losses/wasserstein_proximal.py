@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from plywise._util.checks import require_positive
+from plywise._util.checks import require_kind, require_positive
 
 
 def wasserstein_proximal(samples: Tensor, anchor: Tensor, step: float = 0.1) -> Tensor:
@@ -60,6 +60,8 @@ def wasserstein_proximal(samples: Tensor, anchor: Tensor, step: float = 0.1) -> 
         ...     optimizer.step()
     """
     require_positive("wasserstein_proximal", step=step)
+    for name, tensor in (("samples", samples), ("anchor", anchor)):
+        require_kind("wasserstein_proximal", name, tensor, Tensor, "a tensor")
     if samples.shape != anchor.shape or samples.dim() == 0 or len(samples) == 0:
         raise ValueError(
             "wasserstein_proximal: samples and anchor must have one shape (N, ...) with N above 0, not "

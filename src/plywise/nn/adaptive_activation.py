@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from plywise._util.checks import require_kind
 from plywise._util.modes import evaluating
 from plywise.errors import PlywiseError
 
@@ -107,6 +108,7 @@ class AdaptiveActivation(nn.Module):
     ) -> None:
         super().__init__()
         _require_factor(n)
+        require_kind(self, "shape", shape, Sequence, "a tuple of whole numbers")
         if not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"AdaptiveActivation: shape must be whole numbers above 0, not {tuple(shape)}.")
         self.activation = activation
@@ -201,6 +203,7 @@ def _require_factor(n: float) -> None:
 
 def _find_activations(model: nn.Module, types: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
     """Find activations by name. A module at two places is listed twice, and gets two slopes."""
+    require_kind("adapt_activations", "model", model, nn.Module, "a torch.nn.Module")
     if any(isinstance(module, AdaptiveActivation) for module in model.modules()):
         raise PlywiseError(
             f"adapt_activations: this {type(model).__name__} has adaptive activations already. Adapt it once."

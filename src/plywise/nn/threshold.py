@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from plywise._util.checks import require_choice, require_positive, require_whole
+from plywise._util.checks import require_choice, require_kind, require_positive, require_whole
 from plywise.errors import NonFiniteError, PlywiseError
 
 ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -323,6 +323,8 @@ class ThresholdNetwork:
             PlywiseError: shapes do not fit; or, with three layers, the drawn neurons do not distinguish all
                 samples.
         """
+        for name, tensor in (("x", x), ("y", y)):
+            require_kind(self, name, tensor, Tensor, "a tensor")
         if x.dim() != 2 or y.dim() not in (1, 2) or len(x) != len(y) or len(x) == 0:
             raise PlywiseError(
                 f"ThresholdNetwork needs inputs (n, d) and targets (n,) or (n, C), not {tuple(x.shape)} and "

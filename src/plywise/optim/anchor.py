@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plywise._util.checks import describe_kind
 from plywise.errors import PlywiseError, StateError
 
 
@@ -166,6 +167,9 @@ class ProximalAnchor:
 
 
 def _check_parameters(params: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        what = "a tensor" if isinstance(params, Tensor) else describe_kind(params)
+        raise TypeError(f"ProximalAnchor takes a list of tensors, such as model.parameters(), not {what}.")
     checked = list(params)
     for position, param in enumerate(checked):
         if not isinstance(param, Tensor):

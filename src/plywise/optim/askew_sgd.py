@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from plywise._util.checks import require_positive, require_whole
+from plywise._util.checks import is_list, is_number, require_positive, require_whole
 from plywise.optim.plain import Group, PlainOptimizer
 
 
@@ -97,8 +97,9 @@ class ASkewSGD(PlainOptimizer):
         levels = group["levels"]
         if levels is None:
             return
-        rising = all(low < high for low, high in pairwise(levels))
-        if not (len(levels) > 1 and rising and all(math.isfinite(level) for level in levels)):
+        values = list(levels) if is_list(levels) else []
+        finite = len(values) > 1 and all(is_number(level) and math.isfinite(level) for level in values)
+        if not (finite and all(low < high for low, high in pairwise(values))):
             raise ValueError(
                 f"ASkewSGD: levels must be two or more finite numbers that rise, not {levels!r}; or None for "
                 "plain SGD."

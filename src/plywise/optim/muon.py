@@ -135,8 +135,11 @@ class Muon(StackedOptimizer):
         self.require_range("momentum", group["momentum"], 0, 1)
         self.require_pair("betas", group["betas"])
         require_whole(self, ns_steps=group["ns_steps"])
-        require_choice(self, "adjust_lr_fn", group["adjust_lr_fn"] or "original", ADJUSTMENTS)
-        triples = list_iterations(group["ns_coefficients"], group["ns_steps"])
+        self.require_range("ns_steps", group["ns_steps"], 1, 101)
+        if group["adjust_lr_fn"] is not None:
+            require_choice(self, "adjust_lr_fn", group["adjust_lr_fn"], ADJUSTMENTS)
+        given = group["ns_coefficients"]
+        triples = list_iterations(given, group["ns_steps"]) if isinstance(given, Sequence) else []
         if len(triples) != group["ns_steps"] or any(len(triple) != 3 for triple in triples):
             raise ValueError(
                 f"{type(self).__name__}: ns_coefficients must be three numbers, or three for each of the "

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from plywise._util.checks import is_number
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.contract import Evidence, LayerShape, Shapes, State
 from plywise.engine.explain import Size
@@ -71,8 +72,9 @@ class KroneckerRule(StatefulRule):
         require_choice(self, "relative_to", self.relative_to, ("mean", "max", "absolute"))
         if self.decay > 1:
             raise ValueError(f"{type(self).__name__}: decay must be at most 1, not {self.decay!r}.")
-        powers = [power for power in (self.left, self.right) if power]
-        if not powers or not all(0 < power < math.inf for power in powers):
+        both = (self.left, self.right)
+        powers = [power for power in both if is_number(power) and power != 0]
+        if not powers or not all(is_number(power) and 0 <= power < math.inf for power in both):
             raise ValueError(
                 f"{type(self).__name__}: left and right must be 0 or above, finite, and not both 0, not "
                 f"{self.left!r} and {self.right!r}."

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from plywise._util.checks import is_number
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.contract import Evidence, LayerShape, Shapes, State
 from plywise.engine.explain import Size
@@ -81,7 +82,7 @@ class GradientAmplification(StatefulRule):
         require_choice(self, "mode", self.mode, ("signal", "gradient"))
         require_positive(self, factor=self.factor, share=self.share)
         require_whole(self, every=self.every, **({} if self.until is None else {"until": self.until}))
-        if self.rest < 0 or int(self.rest) != self.rest:
+        if not is_number(self.rest) or self.rest < 0 or self.rest % 1 != 0:
             raise ValueError(f"GradientAmplification: rest must be a whole number, 0 or more: {self.rest!r}.")
         if self.agreement is not None:
             require_positive(self, agreement=self.agreement)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from plywise._util.checks import is_number, require_kind
 from plywise.engine.contract import RuleContract
 from plywise.engine.rule import Rule
 
@@ -83,13 +84,15 @@ class PenaltyView:
         gamma: float | None = None,
         rule: Rule | None = None,
     ) -> None:
+        require_kind(self, "model", model, nn.Sequential, "an nn.Sequential")
+        numbers = [value for value in (tau, rho, gamma) if value is not None]
+        if not all(is_number(value) and value > 0 for value in numbers) or tau is None:
+            raise ValueError(f"tau, rho and gamma must be positive, not {tau!r}, {rho!r}, {gamma!r}.")
         self.tau = tau
         self.rho = 1 / tau if rho is None else rho
         self.gamma = 1 / tau if gamma is None else gamma
         self.rule = rule
         self.loss = loss
-        if not min(self.tau, self.rho, self.gamma) > 0:
-            raise ValueError(f"tau, rho and gamma must be positive, not {tau!r}, {rho!r}, {gamma!r}.")
         if isinstance(rule, RuleContract) and (rule.remembers or rule.alters_backward):
             raise ValueError(
                 f"A sweep needs a rule of one batch that sends plain gradients down, not {rule}: attach it "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise._util.adamw import make_adamw
+from plywise._util.checks import is_number, require_whole
 from plywise._util.import_path import format_raised
 from plywise._util.modes import evaluating
 from plywise.data.batches import count_samples
@@ -187,8 +188,10 @@ def recommend(
         64
         >>> rule.detach()
     """
-    if not budget > 0 or not lr > 0:
+    if not all(is_number(value) and value > 0 for value in (budget, lr)):
         raise ValueError(f"recommend: budget and lr must be positive, not {budget!r} and {lr!r}.")
+    if batch_size is not None:
+        require_whole("recommend", batch_size=batch_size)
     rows, hidden = _look(model, batch, batch_size)
     muon = _choose_muon(model, hidden, rows)
     plan = _choose(Coordinates(power, damping=damping), rows, set(muon), budget, is_all=not hidden)
