@@ -123,7 +123,7 @@ class BackwardScale:
         else:  # no measurement has seen this call: for now it gets the value of the call above it
             self._kept.is_missing |= is_trained(site)
         current.calls[site] += 1
-        return torch.tensor(current.last, dtype=torch.float64)
+        return torch.tensor(current.last, dtype=torch.float64, device="cpu")
 
     def _begin_pass(self, task: int, site: Site) -> Pass:
         if self._measured is not None and not self._may_have_gradients():

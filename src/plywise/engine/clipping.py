@@ -93,7 +93,7 @@ class Clipping:
         """Return the leaders that any process knows of."""
         count = len(entries)
         if self._group is None:
-            return torch.tensor(leaders)
+            return torch.tensor(leaders, device="cpu")
         parameter = entries[0].parameter()
         device = torch.device("cpu") if parameter is None else parameter.device
         codes = [count - leader if leader >= 0 else 0 for leader in leaders]  # the first is the largest

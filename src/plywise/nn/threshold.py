@@ -126,7 +126,7 @@ def draw_patterns(
     Returns:
         Patterns (n, P) of zeros and ones, all different; the weights (P, d) and biases (P,) that make them.
     """
-    drawn = torch.randn(count, x.shape[1] + 1, generator=generator, dtype=torch.float64).to(x)
+    drawn = torch.randn(count, x.shape[1] + 1, generator=generator, dtype=torch.float64, device="cpu").to(x)
     weight, bias = drawn[:, :-1], drawn[:, -1]
     answers = nn.functional.linear(x, weight, bias) >= 0
     patterns, number = torch.unique(answers, dim=1, return_inverse=True)
@@ -198,7 +198,9 @@ def _solve_definite(gram: Tensor, right: Tensor) -> Tensor:
     """Compute ``gram⁻¹ right``, very large in null directions, so that a weight crosses zero."""
     ridge = RIDGE * gram.diagonal().max()
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram)).to(gram))
+        factor, failed = torch.linalg.cholesky_ex(
+            gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
         if not failed:
             return torch.cholesky_solve(right[:, None], factor)[:, 0]
         ridge = ridge * 100

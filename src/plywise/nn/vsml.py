@@ -265,7 +265,7 @@ def estimate_gradient(
     weights = {name: parameter.detach() for name, parameter in vsml.named_parameters()}
     count = inputs.shape[1]
     pushes = {
-        name: noise * torch.randn(count, *w.shape, generator=generator, dtype=w.dtype).to(w)
+        name: noise * torch.randn(count, *w.shape, generator=generator, dtype=w.dtype, device="cpu").to(w)
         for name, w in weights.items()
     }
 

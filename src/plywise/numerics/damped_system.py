@@ -189,7 +189,8 @@ def _get_signs(energy: Tensor) -> Tensor:
     signs = _SIGNS.get(key)
     if signs is None:
         with torch.inference_mode(False):
-            noise = torch.rand(key[0], probes, generator=torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.rand(key[0], probes, generator=generator, dtype=torch.float32, device="cpu")
             signs = torch.where(noise < 0.5, -1.0, 1.0).to(energy.device, energy.dtype)
         if len(_SIGNS) >= 256:
             _SIGNS.clear()

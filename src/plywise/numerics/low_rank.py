@@ -98,7 +98,8 @@ def find_eigenpairs(
     """
     groups, k, _ = gram.shape
     if start is None or start.shape != (groups, k, rank) or not bool(torch.isfinite(start).all()):
-        noise = torch.randn(k, rank, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)  # the same numbers, whatever torch's default dtype is
+        noise = torch.randn(k, rank, generator=generator, dtype=torch.float32, device="cpu")
         start, sweeps = noise.expand(groups, k, rank), max(sweeps, FIRST_SWEEPS)
     matrix = mirror_lower(gram)
     image = matrix @ start.to(gram) / scale

@@ -104,18 +104,21 @@ class Axis:
 
     def make_angles(self, count: int) -> Tensor:
         """Return the first ``count`` frequencies, as angles per line."""
-        return (2 * torch.arange(count, dtype=torch.float64) + 1) * (math.pi / self.period)
+        return (2 * torch.arange(count, dtype=torch.float64, device="cpu") + 1) * (math.pi / self.period)
 
     def make_waves(self, angles: Tensor) -> Tensor:
         """Return the complex Fourier transform as a real matrix (2 * frequencies, 2 * length)."""
-        phase = angles[:, None] * torch.arange(self.length)
+        phase = angles[:, None] * torch.arange(self.length, device="cpu")
         c, s = phase.cos(), phase.sin()
         return torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1).flatten(2).flatten(0, 1)
 
     def make_lag_waves(self, angles: Tensor) -> Tensor:
         """Return the inverse transform (frequencies, lags), scaled for all ``period`` frequencies."""
-        lag = angles[:, None] * (self.dilation * torch.arange(1 - self.kernel, self.kernel))
+        lag = angles[:, None] * (self.dilation * self._make_lags())
         return torch.polar(torch.full_like(lag, 1 / self.period), lag)
+
+    def _make_lags(self) -> Tensor:
+        return torch.arange(1 - self.kernel, self.kernel, device="cpu")
 
     def spread(self, windows: int) -> Tensor:
         """Return the matrix (sums, kernel * kernel) that adds sums to the pairs of taps that need them.
@@ -123,11 +126,12 @@ class Axis:
         For all windows, there is one sum for each lag. For the windows beyond one end, there is one sum for
         each pair of border lines (r, q) that the taps (i, j) of one window read, counted negatively.
         """
-        i, j = torch.meshgrid(torch.arange(self.kernel), torch.arange(self.kernel), indexing="ij")
+        taps = torch.arange(self.kernel, device="cpu")
+        i, j = torch.meshgrid(taps, taps, indexing="ij")
         if windows == _ALL:
-            lags = torch.arange(1 - self.kernel, self.kernel)
+            lags = self._make_lags()
             return (lags[:, None, None] == j - i).flatten(1).double()
-        line = torch.arange(self.border)
+        line = torch.arange(self.border, device="cpu")
         r, q = line[:, None, None, None], line[:, None, None]
         i, j = self.dilation * i, self.dilation * j
         beyond = i - r > self.padding if windows == _BEFORE else r >= i

@@ -229,7 +229,7 @@ def draw_geometric(stop: float, seed: int, draw: int) -> int:
     if stop == 1:
         return 1
     generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) % 2**63)
-    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
+    uniform = torch.rand((), dtype=torch.float64, generator=generator, device="cpu").item()
     return max(1, math.ceil(math.log1p(-uniform) / math.log1p(-stop)))
 
 

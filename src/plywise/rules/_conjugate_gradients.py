@@ -124,7 +124,9 @@ def _solve(
         is_zero = size == 0 and not bool(call.trace(dtype=torch.float64).any())
         return torch.zeros_like(system.right) if is_zero else None
     # by powers of two, so that no square leaves the range: (M/s) V' = G/u, V = V' u/s
-    scale = find_power_of_two(torch.tensor([[[max(size, damping)]]], dtype=torch.float64)).to(system.matrix)
+    scale = find_power_of_two(torch.tensor([[[max(size, damping)]]], dtype=torch.float64, device="cpu")).to(
+        system.matrix
+    )
     unit = find_power_of_two(system.right.reshape(1, 1, -1))
     scaled = replace(
         system,

@@ -158,7 +158,11 @@ class Coordinates(KroneckerRule):
             count = memory[f"{side}.count"]
             found = compute_eigenbasis(memory[side], last, note, rank, count, self.tolerance)
             if found is None:
-                eye = torch.eye(size, rank or size).to(memory[side]).expand(len(memory[side]), -1, -1)
+                eye = (
+                    torch.eye(size, rank or size, device="cpu")
+                    .to(memory[side])
+                    .expand(len(memory[side]), -1, -1)
+                )
                 found = torch.ones_like(memory[side][:, 0]), eye if last is None else last
             values, vectors = found
             kept = find_basis(memory, side) if vectors is last else None

@@ -190,7 +190,7 @@ class PenaltyView:
         finally:
             if rule is not None:
                 rule.detach()
-        slope = slopes.pop(0) if layer > 0 else torch.zeros(())
+        slope = slopes.pop(0) if layer > 0 else torch.zeros((), device="cpu")
         return slope, list(zip(parameters, slopes, strict=True))
 
     def _top_loss(self, a: Tensor, y: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def probe_optimizer(optimizer: Optimizer) -> OptimizerTraits:
 def _probe(optimizer: Optimizer) -> OptimizerTraits:
     has_decay = "weight_decay" in optimizer.defaults
     plain = _run(optimizer, START, GRADIENTS, 0.0)
-    shifted = _run(optimizer, torch.tensor(START, dtype=torch.float64) + 1, GRADIENTS, 0.0)
+    shifted = _run(optimizer, torch.tensor(START, dtype=torch.float64, device="cpu") + 1, GRADIENTS, 0.0)
     if not _are_close(plain.move, shifted.move):
         raise AttachError(
             f"Coordinates turns the steps of an optimizer, and those of {type(optimizer).__name__} depend on "
@@ -80,7 +80,7 @@ def _probe(optimizer: Optimizer) -> OptimizerTraits:
 
 
 def _find_decay(optimizer: Optimizer) -> Literal["decoupled", "coupled"]:
-    start = torch.tensor(START, dtype=torch.float64)
+    start = torch.tensor(START, dtype=torch.float64, device="cpu")
     with_decay = _run(optimizer, START, _scale(GRADIENTS, 0.0), DECAY).move + start
     added = _run(
         optimizer, START, _scale(GRADIENTS, 0.0), 0.0, add=DECAY * find_direction(_find_group(optimizer))
@@ -115,11 +115,11 @@ class _Outcome:
 
 def _run(optimizer: Optimizer, start: Any, gradients: Any, decay: float, add: float = 0.0) -> _Outcome:
     """Run some steps of a small copy, with ``add · W`` added to each gradient."""
-    before = torch.as_tensor(start, dtype=torch.float64).clone()
+    before = torch.as_tensor(start, dtype=torch.float64, device="cpu").clone()
     weight = nn.Parameter(before.clone())
     copy = _make_copy(optimizer, weight, decay)
     for gradient in gradients:
-        weight.grad = torch.as_tensor(gradient, dtype=torch.float64) + add * weight.detach()
+        weight.grad = torch.as_tensor(gradient, dtype=torch.float64, device="cpu") + add * weight.detach()
         copy.step()
     state = {name: value for name, value in copy.state[weight].items() if isinstance(value, Tensor)}
     return _Outcome(weight.detach() - before, state)
@@ -138,7 +138,7 @@ def _make_copy(optimizer: Optimizer, weight: nn.Parameter, decay: float) -> Opti
 
 
 def _scale(gradients: Any, factor: float) -> Tensor:
-    return factor * torch.tensor(gradients, dtype=torch.float64)
+    return factor * torch.tensor(gradients, dtype=torch.float64, device="cpu")
 
 
 def _are_close(first: Tensor, second: Tensor) -> bool:

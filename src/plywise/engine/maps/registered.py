@@ -240,7 +240,8 @@ def check_map(
     generator = torch.Generator(device="cpu").manual_seed(0)
     for count in (1, len(x)) if x.dim() > 1 else (1,):
         a, made = (x[:count], output[:count]) if x.dim() > 1 else (x, output)
-        delta = torch.randn(made.shape, generator=generator, dtype=torch.float64).to(made.device)
+        delta = torch.randn(made.shape, generator=generator, dtype=torch.float64, device="cpu")
+        delta = delta.to(made.device)
         rows, of_delta = map_.rows(a), map_.delta_rows(delta)
         matrix = weight.reshape(map_.groups, -1, rows.shape[2])
         plain = rows @ matrix.mT

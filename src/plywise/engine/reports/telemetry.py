@@ -180,13 +180,15 @@ def _is_measurable(entry: ParameterEntry) -> bool:
 
 
 def _compute_norm(tensor: Tensor | None) -> Tensor:
-    return torch.tensor(math.nan) if tensor is None else torch.linalg.vector_norm(_widen(tensor))
+    return (
+        torch.tensor(math.nan, device="cpu") if tensor is None else torch.linalg.vector_norm(_widen(tensor))
+    )
 
 
 def _compute_cosine(one: Tensor | None, other: Tensor) -> Tensor:
     """Return the cosine of the angle between two tensors; NaN where one is unknown or zero."""
     if one is None:
-        return torch.tensor(math.nan)
+        return torch.tensor(math.nan, device="cpu")
     a, b = _widen(one).flatten(), _widen(other).flatten()
     return torch.dot(a, b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
 

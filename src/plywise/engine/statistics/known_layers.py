@@ -72,7 +72,7 @@ def _do_overlap(first: Site, second: Site) -> bool:
     """Return whether two ways of using a parameter have numbers of it in common."""
     if first.part is None or second.part is None:
         return True
-    used = torch.zeros(max(_find_end(first.part), _find_end(second.part)), dtype=torch.bool)
+    used = torch.zeros(max(_find_end(first.part), _find_end(second.part)), dtype=torch.bool, device="cpu")
     offset, shape, strides = first.part
     used.as_strided(shape, strides, offset).fill_(True)
     offset, shape, strides = second.part
