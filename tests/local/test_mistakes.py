@@ -252,6 +252,8 @@ def test_batches_of_something_else_than_tensors():
         learner.step(x.numpy(), y)
     with pytest.raises(DataError, match="targets must be tensors; an object of type list"):
         learner.step(x, y.tolist())
+    with pytest.raises(DataError, match="inputs must be tensors; an object of type ndarray"):
+        learner.predict(x.numpy())
     with pytest.raises(DataError, match="this batch has -100 … 2; leave out samples without a class"):
         learner.step(x, torch.tensor([0, 1, 2, -100]))
 

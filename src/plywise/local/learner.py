@@ -138,7 +138,12 @@ class Learner(ABC):
         """The network that predicts, a plain module on the same parameters: for export or evaluation."""
 
     def predict(self, x: Tensor) -> Tensor:
-        """What `as_module` makes of some inputs in eval mode: scores, a row a sample."""
+        """What `as_module` makes of some inputs in eval mode: scores, a row a sample.
+
+        Raises:
+            DataError: there is no tensor in the inputs.
+        """
+        _require_tensors("inputs", x)
         module = self.as_module()
         with evaluating(module), torch.no_grad():
             result: Tensor = module(x)
@@ -302,18 +307,23 @@ def learn_in_turn(
     return [*losses, trainers[-1].learn(signal, step, emit)[1]]
 
 
+def _require_tensors(name: str, given: Batch) -> None:
+    """Raise DataError if there is no tensor in a part of a batch."""
+    if not list_tensors(given):
+        raise DataError(
+            f"A batch's {name} must be tensors; an object of type {type(given).__name__} was given. "
+            "Convert it by torch.as_tensor."
+        )
+
+
 def take_batch(x: Batch, y: Tensor) -> tuple[Batch, Tensor]:
     """Return a batch without a graph: no gradient leaves the first block.
 
     Raises:
         DataError: inputs or targets are no tensors, or there are not as many of these as of those.
     """
-    for name, given in (("inputs", x), ("targets", y)):
-        if not list_tensors(given):
-            raise DataError(
-                f"A batch's {name} must be tensors; an object of type {type(given).__name__} was given. "
-                "Convert it by torch.as_tensor."
-            )
+    _require_tensors("inputs", x)
+    _require_tensors("targets", y)
     inputs = count_samples(x)
     if inputs != len(y) or inputs == 0:
         raise DataError(
