@@ -48,8 +48,8 @@ if not torch.accelerator.is_available():
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are processors: at any time some test waits for processes of its own."""
-    return (os.cpu_count() or 1) + 1
+    """Two processes more than there are processors: some tests wait for processes of their own."""
+    return (os.cpu_count() or 1) + 2
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:

@@ -121,7 +121,7 @@ def test_a_weight_frozen_beside_a_bias_that_trains(memory_case: Case, steps: int
 def test_a_replaced_weight_is_named(memory_case: Case) -> None:
     run = start(memory_case, steps=2)
     run.model.load_state_dict(copy.deepcopy(run.model.state_dict()), assign=True)
-    with pytest.raises(AttachError, match=r"weight of layer '\d' is not the parameter.*assign=True.*Attach"):
+    with pytest.raises(AttachError, match=r"layer '\d' is not the parameter.*assign=True.*attach the rule"):
         run.step(2)
     run.restart(SGD(run.model.parameters(), lr=0.05))  # the cure that the message names
     assert all(map(are_finite, run.record(range(3))))
