@@ -3,8 +3,10 @@
 import errno
 import os
 import shutil
+import signal
+import socket
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,37 @@ def put_loop(path):
     path.symlink_to(path.name)
 
 
+def put_pipe(path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(path)
+
+
+def put_socket(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+def put_device(path):
+    path.symlink_to("/dev/zero")
+
+
+@contextmanager
+def ending_soon(path):
+    """Raise an error if the block does not end: it waits for somebody to write into a pipe."""
+
+    def fail(*_):
+        raise AssertionError(f"waits at {path}")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of a training, a bench and its report, and the words that go on with each."""
@@ -80,7 +113,7 @@ def runs(tmp_path_factory):
     sys.modules.pop("mine", None)
 
 
-@pytest.mark.parametrize("put", [put_folder, put_file, put_link_to_nothing, put_loop])
+@pytest.mark.parametrize("put", [put_folder, put_file, put_link_to_nothing, put_loop, put_pipe])
 @pytest.mark.parametrize("command", ["train", "fresh", "bench", "report"])
 def test_a_command_goes_on_or_names_what_is_in_place_of_its_file(plywise, runs, tmp_path, command, put):
     project, words = runs
@@ -93,7 +126,8 @@ def test_a_command_goes_on_or_names_what_is_in_place_of_its_file(plywise, runs, 
         out = Path(shutil.copytree(base, tmp_path / str(number), symlinks=True))
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
         put(out / name)
-        code, _, err = plywise(*words[command], str(out))
+        with ending_soon(name):
+            code, _, err = plywise(*words[command], str(out))
         assert code in (0, 1), name
         assert "Errno" not in err, name
         if code:
@@ -124,6 +158,30 @@ def test_a_path_of_data_or_of_a_plan_says_what_is_wrong_with_it(plywise, tmp_pat
     for path, output in expected.items():
         code, _, err = plywise(*words, path)
         assert (code, output in err, "Errno" in err) == (1, True, False), err
+
+
+@pytest.mark.parametrize("put", [put_pipe, put_socket, put_device])
+@pytest.mark.parametrize("ending", ["csv", "npz", "parquet", "toml"])
+def test_a_pipe_a_socket_or_a_device_is_refused_as_data_or_plan(plywise, tmp_path, monkeypatch, ending, put):
+    if ending == "parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow reads Parquet files")
+    monkeypatch.chdir(tmp_path)
+    put(Path(f"it.{ending}"))
+    with ending_soon(ending):
+        code, _, err = plywise(*(["train"] if ending == "toml" else ["train", "--data"]), f"it.{ending}")
+    assert code == 1
+    assert f"it.{ending} is a pipe, a socket or a device, and plywise needs a file there" in err
+
+
+def test_a_pipe_among_images_is_refused(tmp_path):
+    pytest.importorskip("PIL.Image", reason="Pillow reads images")
+    from plywise.data.own_data import read_parts
+    from plywise.errors import DataError
+
+    (tmp_path / "cat").mkdir()
+    put_pipe(tmp_path / "cat" / "a.png")
+    with ending_soon("a.png"), pytest.raises(DataError, match=r"a\.png is a pipe, a socket or a device"):
+        read_parts(str(tmp_path))
 
 
 @pytest.mark.parametrize("out", OUTS, ids=lambda out: out[:12])

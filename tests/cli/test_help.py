@@ -180,12 +180,14 @@ def test_verbose_shows_where_an_error_comes_from():
 
 
 def test_workloads_as_json(plywise):
-    from plywise.arena.workloads import QUICK, WORKLOADS
+    from plywise.arena.workloads import HIDDEN, QUICK, WORKLOADS
 
     found = json.loads(plywise("workloads", "--json").out)
-    assert [one["name"] for one in found] == list(WORKLOADS)
+    assert [one["name"] for one in found if not one["seeded"]] == list(WORKLOADS)
     assert {one["name"] for one in found if one["quick"]} == set(QUICK)
-    assert all(one["steps"] > 0 and one["metric"] for one in found)
+    assert all(one["seeded"] or one["steps"] > 0 for one in found)
+    assert all(one["metric"] and one["about"] for one in found)
+    assert [one["name"] for one in found if one["seeded"]] == [f"hidden-{kind}-N" for kind in HIDDEN]
 
 
 def test_papers_as_json(plywise):

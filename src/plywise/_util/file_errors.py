@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os.path import exists, isdir, islink
@@ -21,6 +22,9 @@ _REASONS = {
     errno.EISDIR: "is a folder, and plywise needs a file there: move it away, or name another place",
     errno.ELOOP: "is a link that cannot be followed: remove it, or name another place",
     errno.ENAMETOOLONG: "has a name that is too long for its disk: name another place",
+    errno.ENXIO: (
+        "is a pipe, a socket or a device, and plywise needs a file there: move it away, or name another place"
+    ),
     errno.EIO: "cannot be read from or written to its disk, which may be failing: look after the disk",
     errno.ESTALE: "was removed on its disk in the network while it was in use: give the command again",
 }
@@ -59,6 +63,21 @@ def describe_failure(error: Exception, path: Path | None = None) -> str:
         return f"There is no file {path}"
     reason = _REASONS.get(error.errno)
     return f"{path} {reason}" if reason else f"{path}: {error.strerror or error}"
+
+
+def require_file(path: Path) -> Path:
+    """Return the path of a file that is about to be opened: opening a pipe may wait for ever.
+
+    A path where nothing is, or a folder, is returned, too: opening it raises the system's own error.
+
+    Raises:
+        OSError: a pipe, a socket or a device is there; with the number that the system gives for sockets.
+    """
+    if os.path.exists(path):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
+    return path
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,34 @@ def follow(
             screen.print(format_step(step, pace.find_left(step)), soft_wrap=True)
         return
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
-    task = bar.add_task("starting", total=total, completed=done)
+    bar = _make_bar(screen)
+    task = bar.add_task("starting", total=total, completed=done, left="")
 
     # refreshed by hand: a thread that paints would run on the clocks that are being read
     with Live(bar, console=screen, auto_refresh=False, transient=True) as live:
         for step in steps:
-            text = f"{step.text}; {format_left(pace.find_left(step))}"
-            bar.update(task, completed=step.done, total=step.total, description=text)
+            left = format_left(pace.find_left(step))
+            bar.update(task, completed=step.done, total=step.total, description=step.text, left=left)
             if step.stays or verbose:
                 screen.print(step.text)
             live.refresh()
+
+
+def _make_bar(screen: Console) -> Progress:
+    """Make a line in which only the text of the step is cut off where the terminal is narrow."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
+
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    return Progress(
+        BarColumn(bar_width=min(40, screen.width // 5), table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[left]}", markup=False, table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=rest),
+        console=screen,
+        expand=True,
+    )
 
 
 class _Pace:

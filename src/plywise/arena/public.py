@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plywise._util.checks import describe_kind
 from plywise._util.environment import workers_for
 from plywise._util.file_errors import explaining_files
 from plywise._util.import_path import refuse_while_importing
+from plywise.arena.arguments import refuse_wrong_kinds
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
 from plywise.arena.given import is_given, name_data, name_object, shorten_errors
@@ -43,6 +43,7 @@ Entry = str | type[Optimizer] | type[Rule] | Method
 
 @shorten_errors()
 @explaining_files()
+@refuse_wrong_kinds
 def bench(
     model: Factory | None = None,
     data: Any = None,
@@ -128,6 +129,7 @@ def bench(
 
 
 @explaining_files()
+@refuse_wrong_kinds
 def load(folder: str | Path) -> BenchReport:
     """Load a bench, finished or not, from the folder of `bench` or ``plywise bench``.
 
@@ -139,6 +141,7 @@ def load(folder: str | Path) -> BenchReport:
 
 @shorten_errors()
 @explaining_files()
+@refuse_wrong_kinds
 def diagnose(
     model: Factory | None = None,
     data: Any = None,
@@ -187,7 +190,7 @@ def _run_bench(config: BenchConfig, executor: Executor, folder: Path, screen: An
     with resolve_bench(config) as resolved:
         made = Bench(resolved, folder, "plywise.arena.bench(...)")
         for guess in resolved.guesses:
-            screen.print(guess, soft_wrap=True)
+            screen.print(guess)
         with closing(made.run(executor)) as pieces:
             show_trials(pieces, made, screen)
         return BenchReport(made.folder, made.summarize())
@@ -215,11 +218,6 @@ def _name_functions(**functions: Any) -> dict[str, Any]:
 
 def _name_methods(methods: str | Sequence[Entry]) -> tuple[str, ...]:
     listed = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else methods
-    if not isinstance(listed, Iterable):
-        raise BenchError(
-            "methods is a list of names, classes and Method objects, or names in one string, not "
-            f"{describe_kind(listed)}."
-        )
     return tuple(name_object(method, "method") for method in listed)
 
 
@@ -239,6 +237,6 @@ def _make_executor(config: BenchConfig, workers: int | None) -> Executor:
 
 
 def _make_screen(progress: bool) -> Any:
-    from rich.console import Console
+    from plywise._util.screen import Screen
 
-    return Console(highlight=False, emoji=False, markup=False, quiet=not progress)
+    return Screen(highlight=False, emoji=False, markup=False, quiet=not progress)

@@ -36,7 +36,7 @@ from plywise.cli import (
     train,
     workloads,
 )
-from plywise.cli.console import VOLUME, take_any_encoding
+from plywise.cli.console import VOLUME, plain_warnings, take_any_encoding
 from plywise.cli.leaving import catch_exits, describe_exit
 from plywise.errors import PlywiseError
 from plywise.registry.find import ROOMS
@@ -130,7 +130,7 @@ def _leave(threads: list[threading.Thread], status: int) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        with catch_exits(), explaining_files():
+        with catch_exits(), plain_warnings(), explaining_files():
             status = app.meta(arguments, exit_on_error=False, result_action="return_value")
     except CycloptsError as error:
         _suggest_command(error)

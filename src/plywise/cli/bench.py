@@ -150,7 +150,7 @@ def bench(
     screen = notes(apart=json)
     with resolve_bench(config, out) as resolved:
         for guess in resolved.guesses:
-            screen.print(guess, soft_wrap=True, highlight=False)
+            screen.print(guess)
         if resume and dry_run:
             _plan(resolved, executor, None, Ledger(out / "trials.jsonl"), screen)
         elif not resume and (dry_run or seconds is not None):
@@ -241,6 +241,7 @@ def _make_executor(ray: str | None, workers: int | None, config: BenchConfig) ->
 
 def _read_config(out: Path) -> BenchConfig:
     """The config of the bench in a folder."""
+    from plywise._util.file_errors import require_file
     from plywise._util.sealed import unseal
     from plywise.arena.run.config import BenchConfig
 
@@ -248,7 +249,7 @@ def _read_config(out: Path) -> BenchConfig:
     if not path.exists():
         raise BenchError(f"{out} holds no bench to resume: there is no {path}.")
     try:
-        return BenchConfig.from_json(unseal(path.read_text(encoding="utf-8"))["plan"])
+        return BenchConfig.from_json(unseal(require_file(path).read_text(encoding="utf-8"))["plan"])
     except (ValueError, KeyError, TypeError) as error:
         why = error if isinstance(error, ValueError) else repr(error)
         raise StateError(
@@ -273,7 +274,7 @@ def _plan(
     experiment = make_experiment(resolved, ledger)
     failures = experiment.probe(executor)
     for (workload, method), why in failures.items():
-        screen.print(f"{method} fails on {workload}: {why}", style="red", soft_wrap=True)
+        screen.print(f"{method} fails on {workload}: {why}", style="red")
     if len(failures) == len(experiment.costs):
         raise BenchError("Every method fails in its first steps; nothing has been run.")
     config = fit_config(resolved, experiment.costs, executor.count, budget)
@@ -284,8 +285,7 @@ def _plan(
     screen.print(
         f"With {config.trials} tuning trials and {config.seeds} seeds for each method, and these steps: "
         f"{steps}; {executor.count} at once: about {format_duration(needed)}"
-        + (f" for what is left; {done} trials are done." if done else "."),
-        soft_wrap=True,
+        + (f" for what is left; {done} trials are done." if done else ".")
     )
     return config
 
@@ -335,12 +335,11 @@ def _announce(bench: Bench, screen: Console) -> None:
     screen.print(
         f"Methods: {len(config.methods)}; workloads: {len(config.workloads)}; tuning trials of each: "
         f"{config.trials}; seeds: {config.seeds}; trials in all: {bench.total}, "
-        f"{len(bench.ledger.lines)} done.",
-        soft_wrap=True,
+        f"{len(bench.ledger.lines)} done."
     )
     hidden = [name for name in bench.resolved.workloads if name.startswith("hidden-")]
     if hidden:
         seed = hidden[0].rpartition("-")[2]
         screen.print(f"Hidden workloads of seed {seed}: --hidden-seed {seed} makes the same again.")
     for (workload, method), reason in bench.resolved.refused.items():
-        screen.print(f"{method} does not run on {workload}: {reason}.", soft_wrap=True)
+        screen.print(f"{method} does not run on {workload}: {reason}.")

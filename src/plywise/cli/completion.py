@@ -30,7 +30,7 @@ def completion(
     try:
         if install:
             path = app.install_completion(shell=shell)
-            console().print(f"Written: {path}. Start a new shell.", soft_wrap=True)
+            console().print(f"Written: {path}. Start a new shell.")
         else:
             print(app.generate_completion(shell=shell))
     except ShellDetectionError as error:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plywise._util.plain_json import drop_infinite, map_floats
@@ -13,6 +17,8 @@ from plywise._util.plain_json import drop_infinite, map_floats
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+_PACKAGE = Path(__file__).parents[1]
 
 PIPE_WIDTH = 200
 """Columns where the output is no terminal: wide enough that no table wraps in a file or under grep."""
@@ -50,11 +56,11 @@ def notes(apart: bool = False) -> Console:
 
 
 def _console(**how: Any) -> Console:
-    from rich.console import Console
+    from plywise._util.screen import Screen
 
     plain: dict[str, Any] = {"highlight": False, "emoji": False, "markup": False, **how}
-    screen = Console(**plain)
-    return screen if screen.is_terminal else Console(width=PIPE_WIDTH, **plain)
+    screen = Screen(**plain)
+    return screen if screen.is_terminal else Screen(width=PIPE_WIDTH, **plain)
 
 
 def take_any_encoding() -> None:
@@ -65,6 +71,23 @@ def take_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and not _is_unicode(stream.encoding):
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print our own warnings in one line, without the place in our code: they are about the user's files."""
+    before = warnings.formatwarning
+
+    def format_plain(message: Any, category: type[Warning], filename: str, *place: Any) -> str:
+        if Path(filename).is_relative_to(_PACKAGE):
+            return f"plywise: {message}\n"
+        return before(message, category, filename, *place)
+
+    warnings.formatwarning = format_plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def print_json(value: Any) -> None:

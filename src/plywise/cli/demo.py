@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -71,11 +72,11 @@ def run(config: DemoConfig, out: Path, command: str) -> None:
     summary = load_summary(out)
     screen = console()
     screen.print(results(summary))
-    screen.print(f"{summary.verdict}\n", soft_wrap=not screen.is_terminal)
+    screen.print(f"{summary.verdict}\n")
     for sentence in summary.conclusions:
-        screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
+        screen.print(f"- {sentence}")
     page, _ = write_page(out, summary)  # last: a disk that is full costs the page alone
-    screen.print(f"\n{time.monotonic() - start:.0f} seconds. The report: {page}", soft_wrap=True)
+    screen.print(f"\n{time.monotonic() - start:.0f} seconds. The report: {page}")
 
 
 def results(summary: BenchSummary) -> Table:
@@ -87,13 +88,18 @@ def results(summary: BenchSummary) -> Table:
         shown.add_row(
             row.method,
             f"{row.reached} of {row.runs}",
-            f"{row.times['steps'].value:g}",
-            f"{row.times['cpu'].value:.2f}",
+            number(_finite(row.times["steps"].value), "g"),
+            number(_finite(row.times["cpu"].value), ".2f"),
             test,
             number(row.step_cost, ".2f") + "×",
             f"{row.failed} of {row.runs}",
         )
     return shown
+
+
+def _finite(value: float) -> float | None:
+    """The median time, or None if most runs never reached the target."""
+    return value if math.isfinite(value) else None
 
 
 def _has_screen() -> bool:

@@ -94,7 +94,7 @@ def diagnose(
     else:
         screen = console()
         for guess in asked.guesses:
-            screen.print(guess, soft_wrap=True, highlight=False)
+            screen.print(guess)
         _print_layers(screen, diagnosis)
         _print_advice(screen, recommended)
 

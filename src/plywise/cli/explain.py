@@ -82,7 +82,7 @@ def explain(
         print_json({**vars(explanation), **totals, "summary": explanation.summary(), "guesses": guesses})
         return
     for guess in guesses:
-        console().print(guess, soft_wrap=True)
+        console().print(guess)
     _print_explanation(explanation)
 
 
@@ -99,7 +99,7 @@ def _print_explanation(explanation: Explanation) -> None:
             format_cost(row),
         )
     for sentence in explanation.summary():
-        console().print(sentence, soft_wrap=True)
+        console().print(sentence)
     console().print(shown)
     console().print(
         "memory, cost: extra, while the layer's backward runs, and over its forward and backward."

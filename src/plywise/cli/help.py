@@ -130,9 +130,9 @@ def _print(topics: Iterable[Topic]) -> None:
     screen = console()
     show: Callable[[str], object] = (lambda text: Markdown(text)) if screen.is_terminal else str
     for one in topics:
-        screen.print(f"{_strip_markup(one.title)}  ({one.name})\n", style="bold", soft_wrap=True)
+        screen.print(f"{_strip_markup(one.title)}  ({one.name})\n", style="bold")
         if one.text:
-            screen.print(show(one.text), soft_wrap=not screen.is_terminal)
+            screen.print(show(one.text))
             screen.print()
 
 

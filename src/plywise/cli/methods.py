@@ -39,8 +39,7 @@ def methods(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
         screen.print(rows)
     screen.print(
         f"`plywise methods info NAME` shows one in full. `plywise bench` compares: {', '.join(METHODS)}; any "
-        "rule+optimizer, as in proxprop+adamw; and your own by module:name.",
-        soft_wrap=True,
+        "rule+optimizer, as in proxprop+adamw; and your own by module:name."
     )
 
 

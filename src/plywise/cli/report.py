@@ -60,11 +60,7 @@ def report(
 
 
 def _print_exported(screen: Console, exported: Exported, where: str) -> None:
-    screen.print(
-        f"{exported.written} trials are new {where}, {exported.before} were there.",
-        soft_wrap=True,
-        markup=False,
-    )
+    screen.print(f"{exported.written} trials are new {where}, {exported.before} were there.")
 
 
 def conclude(folder: Path, json: bool = False) -> BenchSummary:
@@ -92,7 +88,7 @@ def conclude(folder: Path, json: bool = False) -> BenchSummary:
             "copy of this folder, too."
         ) from failure
     if not json:
-        console().print(f"\nThe report: {path}", soft_wrap=True)
+        console().print(f"\nThe report: {path}")
     return summary
 
 
@@ -105,9 +101,9 @@ def _print_summary(summary: BenchSummary) -> None:
         screen.print(_standing(summary.results))
     elif summary.rows:
         screen.print(_make_table_of_ends(summary))
-    screen.print(f"{summary.verdict}\n", soft_wrap=not screen.is_terminal)
+    screen.print(f"{summary.verdict}\n")
     for sentence in summary.conclusions:
-        screen.print(f"- {sentence}", soft_wrap=not screen.is_terminal)
+        screen.print(f"- {sentence}")
 
 
 def _for_machines(path: Path | None, summary: BenchSummary) -> dict[str, Any]:

@@ -123,9 +123,7 @@ def _conclude(made: Reproduction, screen: Console, json: bool) -> None:
     made.write(about)  # last: a disk that is full costs the files alone
     if json:
         return
-    screen.print(
-        f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}", soft_wrap=True
-    )
+    screen.print(f"Written: {made.folder / 'reproduce.json'} and {made.folder / 'reproduce.md'}")
 
 
 def _list(json: bool) -> None:
@@ -178,7 +176,7 @@ def _describe(paper: Paper) -> dict[str, Any]:
 def _announce(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None:
     """Say what is run, and how long it may take."""
     for experiment in made.experiments:
-        screen.print(f"{experiment.name}: {experiment.sizes[made.size].about}.", soft_wrap=True)
+        screen.print(f"{experiment.name}: {experiment.sizes[made.size].about}.")
     if made.done < made.total:
         screen.print("Measuring a few steps of each method.", style="dim")
         left = format_duration(made.measure(executor))
@@ -215,5 +213,5 @@ def _show(about: dict[str, Any], screen: Console) -> None:
             shown.add_row(*row)
         screen.print(shown)
         for sentence in describe_claims(experiment):
-            screen.print(sentence, soft_wrap=True)
+            screen.print(sentence)
         screen.print()

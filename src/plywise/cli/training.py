@@ -98,7 +98,7 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
     if session.began:
         lines.append(f"Goes on from the checkpoint of step {session.began} in {plan.out}.")
     for line in lines:
-        screen.print(line, soft_wrap=True)
+        screen.print(line)
 
 
 def conclude(session: Session, screen: Console) -> None:
@@ -109,8 +109,7 @@ def conclude(session: Session, screen: Console) -> None:
     if session.step == session.began:
         screen.print(
             f"The run in {plan.out} is finished: {session.step} steps{known}. More --epochs go on with it, "
-            "--fresh starts again.",
-            soft_wrap=True,
+            "--fresh starts again."
         )
         return
     if session.skipped:
@@ -118,8 +117,7 @@ def conclude(session: Session, screen: Console) -> None:
     screen.print(
         f"\nTrained {session.step} steps in {line.get('seconds', 0.0):.1f} s{known}.\n"
         f"Log and checkpoints: {plan.out}. In Python the network is "
-        f"plywise.training.session.load_trained({str(plan.out)!r}).",
-        soft_wrap=True,
+        f"plywise.training.session.load_trained({str(plan.out)!r})."
     )
 
 
@@ -171,8 +169,7 @@ class _Epochs:
         known = f"   {judged}" if judged else ""
         self._screen.print(
             f"epoch {line.epoch:{len(str(count))}}/{count}   losses of {which}  {means}{known}   "
-            f"{line.seconds:.1f} s",
-            soft_wrap=True,
+            f"{line.seconds:.1f} s"
         )
         self._sums.clear()
         self._steps = 0

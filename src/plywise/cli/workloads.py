@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cyclopts import App
 
 from plywise.cli.console import console, number, print_json, table
@@ -18,21 +20,13 @@ def workloads(*, json: Switch = False) -> None:
     """List the workloads that ship with plywise: what each is, its length, its target.
 
     Args:
-        json: print them as JSON.
+        json: print them as JSON. Where ``seeded`` is true, a seed goes in place of the N in the name, and
+            decides what is null here.
     """
     from plywise.arena.workloads import HIDDEN, QUICK, WORKLOADS, find_workload
 
     if json:
-        found = [find_workload(name) for name in WORKLOADS]
-        print_json(
-            [
-                {
-                    **{key: getattr(one, key) for key in ("name", "about", "steps", "batch_size", "target")},
-                    **{"metric": one.task.metric_name, "classes": one.classes, "quick": one.name in QUICK},
-                }
-                for one in found
-            ]
-        )
+        print_json([*map(_describe, WORKLOADS), *map(_describe_kind, HIDDEN)])
         return
     rows = table("workload", "what it is", "metric", "steps", "target", numbers=("steps", "target"))
     for name in WORKLOADS:
@@ -45,9 +39,26 @@ def workloads(*, json: Switch = False) -> None:
     kinds = ", ".join(f"hidden-{kind}-N" for kind in HIDDEN)
     screen.print(
         f"A seed N makes more: {kinds}. `plywise bench --workloads hidden` takes a new seed. No default was "
-        "tuned on these.",
-        soft_wrap=True,
+        "tuned on these."
     )
+
+
+def _describe(name: str) -> dict[str, Any]:
+    """Describe a workload for machines."""
+    from plywise.arena.workloads import QUICK, find_workload
+
+    one = find_workload(name)
+    return {
+        **{key: getattr(one, key) for key in ("name", "about", "steps", "batch_size", "target")},
+        **{"metric": one.task.metric_name, "classes": one.classes},
+        **{"quick": one.name in QUICK, "seeded": False},
+    }
+
+
+def _describe_kind(kind: str) -> dict[str, Any]:
+    """Describe the workloads of a hidden kind for machines, by what is the same for all seeds."""
+    any_seed = dict.fromkeys(("steps", "batch_size", "target", "classes"))
+    return {**_describe(f"hidden-{kind}-0"), "name": f"hidden-{kind}-N", **any_seed, "seeded": True}
 
 
 @app.command
@@ -61,4 +72,4 @@ def fetch(name: str) -> None:
 
     screen = console()
     for path in store.fetch(name):
-        screen.print(f"{path}", soft_wrap=True)
+        screen.print(f"{path}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from plywise._util.extras import import_extra
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise.data.batches import Split
 from plywise.data.sources import name_parts
 from plywise.errors import DataError
@@ -85,7 +85,7 @@ def _read_image(file: Path, read: Callable[[Any], Any]) -> Any:
     """Open an image and return what ``read`` makes of it."""
     image_module = import_extra("PIL.Image", "Reading images needs Pillow: pip install pillow.")
     try:
-        with image_module.open(file) as image:
+        with image_module.open(require_file(file)) as image:
             return read(image)
     except Exception as error:  # a damaged image raises OSError, SyntaxError, ValueError and others
         reason = describe_failure(error, file)

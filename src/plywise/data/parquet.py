@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from plywise._util.extras import import_extra
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise._util.memory import free_memory
 from plywise.data.tables import Table
 from plywise.data.unpacking import check_size
@@ -32,7 +32,7 @@ def read_parquet(path: Path, target: str | None = None) -> Table:
     """
     need = f"{path} is a Parquet file, and pyarrow, which reads it, is not installed: pip install pyarrow."
     try:
-        with path.open("rb") as file:  # of a folder pyarrow would read all files
+        with require_file(path).open("rb") as file:  # of a folder pyarrow would read all files
             opened = import_extra("pyarrow.parquet", need).ParquetFile(file, page_checksum_verification=True)
             rows, columns = opened.metadata.num_rows, opened.metadata.num_columns
             check_size(path, rows * columns * _BYTES, free_memory())

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise._util.memory import free_memory
 from plywise.data.unpacking import check_size, open_unpacked, read_bytes
 from plywise.errors import DataError, PlywiseError
@@ -117,7 +117,7 @@ def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
         PlywiseError: there is no such file, it is damaged, it holds objects, or it does not fit into memory.
     """
     try:
-        with path.open("rb") as file:
+        with require_file(path).open("rb") as file:
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
                     check_size(path, sum(info.file_size for info in archive.infolist()), free_memory())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from plywise._util.file_errors import require_file
 from plywise._util.renamed import serve_old_names
 from plywise.data.readers import (
     Bytes,
@@ -152,7 +153,7 @@ def _read_cached(name: str, read: Callable[..., Images], *sources: Path) -> Imag
     names = ("x", "y", "x_test", "y_test")
     digest = hashlib.blake2b(digest_size=8)
     for path in sources:
-        with path.open("rb") as file:  # both formats end with the checksums of what is in them
+        with require_file(path).open("rb") as file:  # both formats end with the checksums of what is in them
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 4096))
             digest.update(f"{size};".encode() + file.read())

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise._util.files import written_whole
 from plywise._util.renamed import serve_old_names
 from plywise._util.suggest import suggestion
@@ -196,7 +196,7 @@ def cache_decoded(
     folder = get_cache_folder() / "decoded" / key
     index = folder / "names.txt"  # written last: if it exists, all exist
     try:
-        names = index.read_text(encoding="utf-8").split()
+        names = require_file(index).read_text(encoding="utf-8").split()
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     except (OSError, ValueError):
         pass  # missing or damaged arrays are made again

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise._util.memory import free_memory
 from plywise.errors import DataError
 
@@ -25,7 +25,7 @@ def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
             it is read.
     """
     try:
-        with path.open("rb") as file:
+        with require_file(path).open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             if packed:

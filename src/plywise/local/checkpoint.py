@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise._util.files import remove, sync_folder, written_whole
 from plywise.errors import StateError
 
@@ -260,7 +260,7 @@ def _read(path: Path, name: str) -> Any:
 def _sums(path: Path) -> dict[str, str]:
     """The digests of a checkpoint's files, by their names."""
     try:
-        lines = (path / SUMS).read_text(encoding="ascii").splitlines()
+        lines = require_file(path / SUMS).read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
         raise _DamagedError(f"{SUMS} is missing") from None
     except ValueError:
@@ -285,7 +285,7 @@ def _content(path: Path, name: str) -> bytes:
     """The bytes of a state, as they were written."""
     if _is_old(path):
         return _old_content(path, name)
-    content = (path / f"{name}.pt").read_bytes()
+    content = require_file(path / f"{name}.pt").read_bytes()
     if hashlib.sha256(content).hexdigest() != _sums(path)[f"{name}.pt"]:
         raise _DamagedError(f"{name}.pt does not fit its digest")
     return content
@@ -307,7 +307,7 @@ def _old_content(path: Path, name: str) -> bytes:
     """
     file = path / name / "__0_0.distcp"
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(require_file(file)) as archive:
             wrong = archive.testzip()
         if wrong is not None:
             raise _DamagedError(f"{name}/{file.name} does not fit its checksum")

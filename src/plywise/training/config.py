@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise._util.suggest import suggestion
 from plywise.errors import CommandError
 
@@ -190,7 +190,7 @@ def make_config(values: Mapping[str, Any], source: str) -> TrainConfig:
 
 def _from_toml(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as opened:
+        with require_file(file).open("rb") as opened:
             values = tomllib.load(opened)
     except FileNotFoundError as error:
         model = f" For a model of yours write --model {file}." if ":" in str(file) else ""

@@ -12,7 +12,7 @@ from os.path import lexists
 from pathlib import Path
 from typing import Any
 
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise._util.files import remove, remove_unfinished, require_writable, write_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise._util.version import __version__
@@ -73,7 +73,7 @@ class RunFolder:
                 )
             return None
         try:
-            saved = unseal(self._plan.read_text(encoding="utf-8"))
+            saved = unseal(require_file(self._plan).read_text(encoding="utf-8"))
             return RunRecord(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StateError(
@@ -233,7 +233,7 @@ def cut_back(path: Path, step: int) -> tuple[set[int], int]:
     Returns:
         The steps that have a line, and how many damaged lines there were.
     """
-    content = path.read_bytes()
+    content = require_file(path).read_bytes()
     lines = list(read_lines(path))
     kept = {line["step"]: text for line, text in lines if line["step"] <= step}
     whole = "".join(kept.values())
@@ -248,7 +248,7 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     Only the oldest lines have no check; a later line without one has lost it.
     """
     sealed = False
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    with require_file(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
         for text in file:
             try:
                 line = unseal(text)

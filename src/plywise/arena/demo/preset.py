@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from plywise._util.file_errors import require_file
 from plywise._util.scratch import Scratch
 from plywise.arena.demo.layer_picture import layer_picture
 from plywise.arena.demo.setups import SETUPS, make_methods
@@ -103,7 +104,7 @@ def _format_lead(config: DemoConfig) -> str:
 def _clear(folder: Path) -> None:
     """Remove a demo that was there before."""
     about = folder / "bench.json"
-    if about.exists() and TITLE not in about.read_text(encoding="utf-8"):
+    if about.exists() and TITLE not in require_file(about).read_text(encoding="utf-8"):
         raise CommandError(f"{folder} holds a bench; name another folder with --out.")
     for name in ("bench.json", "trials.jsonl", "report.html"):
         (folder / name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from plywise._util.file_errors import require_file
 from plywise._util.files import write_whole
 from plywise._util.sealed import unseal
 from plywise.arena.reports import bench_charts as charts
@@ -58,7 +60,7 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
         PlywiseError: a file is missing or is not what a bench writes.
     """
     try:
-        bench = unseal((folder / "bench.json").read_text(encoding="utf-8"))
+        bench = unseal(require_file(folder / "bench.json").read_text(encoding="utf-8"))
         if not isinstance(bench, dict) or not bench.keys() >= NEEDED:
             raise ValueError(f"it lacks {', '.join(sorted(NEEDED))}, or some of them")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -69,7 +71,15 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
         raise BenchError(
             f"{folder / 'bench.json'} is not the JSON that a bench writes, or damaged: {error}."
         ) from error
-    return bench, list(read(folder / "trials.jsonl"))
+    return bench, list(read(folder / "trials.jsonl", _name_command(folder, bench)))
+
+
+def _name_command(folder: Path, bench: dict[str, Any]) -> str:
+    """Name the command that goes on with a bench, or starts a demo again."""
+    began = str(bench.get("command", ""))
+    if began.startswith("plywise bench"):
+        return f"`plywise bench --resume --out {shlex.quote(str(folder))}`"
+    return f"`{began}`" if began else "The command that wrote them"
 
 
 def load_summary(folder: Path) -> BenchSummary:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.environment import environment
+from plywise._util.file_errors import require_file
 from plywise._util.files import remove_unfinished, write_whole
 from plywise._util.sealed import seal, unseal
 from plywise.arena.diagnostics.diagnosis import layers_before
@@ -159,7 +160,7 @@ class Bench:
     def _read_same(self, path: Path) -> dict[str, Any]:
         """What bench.json holds, if it is of this bench."""
         try:
-            before: dict[str, Any] = unseal(path.read_text(encoding="utf-8"))
+            before: dict[str, Any] = unseal(require_file(path).read_text(encoding="utf-8"))
             config = _as_json(BenchConfig.from_json(before["plan"]))
             changed = [
                 name

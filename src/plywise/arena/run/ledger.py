@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from plywise._util.file_errors import describe_failure
+from plywise._util.file_errors import describe_failure, require_file
 from plywise._util.files import remove_unfinished, require_writable, written_whole
 from plywise._util.sealed import is_sealed, seal, unseal
 from plywise.arena.scoring.records import Key, make_key
@@ -60,7 +60,7 @@ class Ledger:
             ) from error
         try:
             remove_unfinished(self.path)
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+            os.truncate(self.path, require_file(self.path).read_bytes().rfind(b"\n") + 1)
             _set_damaged_aside(self.path)
             self.lines = {make_key(line): line for line in read(self.path)}
             yield
@@ -96,10 +96,14 @@ class Ledger:
         return key in self.lines
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read(path: Path, again: str = "The command that wrote them") -> Iterator[dict[str, Any]]:
     """The trials of a file; none if it is not there.
 
     A last line without its end is just being written, or was cut off by a crash: it is no trial.
+
+    Args:
+        path: the file.
+        again: what runs trials again whose lines are damaged, as the first words of a sentence.
 
     Raises:
         PlywiseError: a line is no trial, or not what was written.
@@ -109,7 +113,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         number, _, why = damaged[0]
         raise BenchError(
             f"Line {number} of {path} is no trial of a bench, or damaged ({why}). "
-            "`plywise bench --resume` sets such lines aside, and runs their trials again."
+            f"{again} sets such lines aside, and runs their trials again."
         )
     return (line for line, _ in whole)
 
@@ -119,7 +123,7 @@ def _set_damaged_aside(path: Path) -> None:
     if not damaged:
         return
     aside = path.with_suffix(".damaged")
-    with aside.open("ab") as file:
+    with require_file(aside).open("ab") as file:
         file.write(b"".join(text + b"\n" for _, text, _ in damaged))
     with written_whole(path) as file:
         file.write(b"".join(text + b"\n" for _, text in whole))
@@ -140,7 +144,7 @@ def _split(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[tuple[i
     """
     whole: dict[Key, tuple[dict[str, Any], bytes]] = {}
     damaged: list[tuple[int, bytes, str]] = []
-    content = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    content = require_file(path).read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     sealed = False
     for number, text in enumerate(content.split(b"\n") if content else (), 1):
         try:
