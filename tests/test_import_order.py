@@ -33,7 +33,7 @@ ORDER = (
     ("registry",),
     ("training", "testing"),
     ("arena.space", "arena.task"),
-    ("arena.workload", "arena.given"),
+    ("arena.workload", "arena.given", "arena.arguments"),
     ("arena.method",),
     ("arena.methods", "arena.workloads"),
     ("arena.scoring",),

@@ -74,6 +74,38 @@ def test_a_page_opens_with_its_verdict_the_ranking_and_four_lines(visit):
     assert shown.count() == 4
 
 
+def test_a_phone_breaks_no_name_of_ours(visit):
+    name = "consequentialism"
+    bench, lines = make_bench(), make_lines(make_bench())
+    bench, lines = json.loads(json.dumps([bench, lines]).replace("proxprop", name))
+    page = visit(bench, lines, viewport={"width": 360, "height": 740})
+    rows = page.evaluate(
+        """name => {
+          const cell = [...document.querySelectorAll("#ranking .name")]
+            .find(e => e.textContent.includes(name));
+          const words = document.createRange();
+          words.selectNodeContents(cell);
+          return new Set([...words.getClientRects()].filter(e => e.width > 20).map(e => e.top)).size;
+        }""",
+        name,
+    )
+    assert rows == 1
+    assert page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.querySelector('#ranking'))") == 0
+
+
+def test_captions_are_one_sentence(visit):
+    for caption in visit().locator("figcaption").all_inner_texts():
+        assert caption.endswith(".")
+        assert ". " not in caption, caption
+
+
+def test_a_target_without_a_loose_one_mentions_none(visit):
+    assert ", loose 0." in visit().locator("#workload-about").inner_text()
+    page = visit({**make_bench(), "chosen": True})
+    assert "Target: " in page.locator("#workload-about").inner_text()
+    assert "loose" not in page.locator("#workload-about").inner_text()
+
+
 def test_the_axis_of_a_curve_ends_after_the_target_is_reached(visit):
     page = visit()
     page.select_option("#clock", "steps")

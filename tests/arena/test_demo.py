@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 
 import plywise as pw
 from plywise.arena.demo.layer_picture import (
@@ -26,6 +28,7 @@ from plywise.arena.run.executor import InlineExecutor
 from plywise.arena.scoring.records import FINAL, TUNING
 from plywise.arena.space import Range
 from plywise.arena.workloads.networks import mlp
+from plywise.cli.demo import results
 from plywise.data.digits import load_digits
 from plywise.errors import PlywiseError
 from plywise.registry.find import RULES, find_rule
@@ -86,6 +89,14 @@ def test_failures_are_kept(finished):
     _, bench, _ = finished
     assert all("diverged" in run["failure"] for run in find_lines(bench, DOOMED, FINAL))
     assert any(f"{DOOMED} 5" in sentence for sentence in bench.summarize().conclusions)
+
+
+def test_a_time_that_was_never_reached_is_a_dash(finished):
+    _, bench, _ = finished
+    screen = Console(file=StringIO(), width=200)
+    screen.print(results(bench.summarize()))
+    (row,) = [line.split() for line in screen.file.getvalue().splitlines() if DOOMED in line]
+    assert row[1:6] == ["0", "of", "2", "–", "–"]
 
 
 def test_time_left_counts_the_short_runs_of_the_sweep(finished, tmp_path):

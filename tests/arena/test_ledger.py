@@ -51,9 +51,7 @@ def test_a_foreign_line_is_named_and_moved_aside(tmp_path, text):
     with path.open("a") as file:
         file.write(text)
     Ledger(path).add(line(1))
-    with pytest.raises(
-        PlywiseError, match=r"Line 2 of .*trials.jsonl is no trial .* The command .* sets"
-    ):
+    with pytest.raises(PlywiseError, match=r"Line 2 of .*trials.jsonl is no trial .* The command .* sets"):
         list(read(path))
     again = Ledger(path)
     assert [key.trial for key in again.lines] == [0, 1]

@@ -303,3 +303,10 @@ def test_a_search_space_holds_ranges(space):
         PlywiseError, match=r"Method mine: a search space is .*Range.*holds no (list|tuple|str)"
     ):
         Method("mine", "mine", space, lambda setting: None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_in_one_sentence_what_it_is(name):
+    about = find_method(name).about
+    assert about[0].isupper() or name not in RULE_OF
+    assert ". " not in about

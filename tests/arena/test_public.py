@@ -354,15 +354,13 @@ def test_errors_and_progress_name_objects_as_the_user_does(tmp_path, capsys):
 
 @pytest.mark.parametrize("methods", [None, torch.optim.SGD, OWN])
 def test_methods_that_are_no_list(methods, tmp_path):
-    with pytest.raises(
-        pw.PlywiseError, match=r"methods must be a list of names, classes and .*, not "
-    ):
+    with pytest.raises(pw.PlywiseError, match=r"methods must be a list of names, classes and .*, not "):
         bench(make_model, make_data(), methods=methods, out=tmp_path)
 
 
 @pytest.mark.parametrize("numbers", [{"trials": "8"}, {"trials": -1}, {"seeds": 0}, {"seeds": 1.5}])
 def test_numbers_of_runs_are_whole(numbers, tmp_path):
-    with pytest.raises(pw.PlywiseError, match=r"(trials|seeds) must be a whole number of at least [01], not "):
+    with pytest.raises(pw.PlywiseError, match=r"(trials|seeds) must be a whole number of at least [01]"):
         bench(make_model, make_data(), out=tmp_path, **numbers)
 
 

@@ -78,10 +78,12 @@ def plain_warnings() -> Iterator[None]:
     """Print our own warnings in one line, without the place in our code: they are about the user's files."""
     before = warnings.formatwarning
 
-    def format_plain(message: Any, category: type[Warning], filename: str, *place: Any) -> str:
+    def format_plain(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
         if Path(filename).is_relative_to(_PACKAGE):
             return f"plywise: {message}\n"
-        return before(message, category, filename, *place)
+        return before(message, category, filename, lineno, line)
 
     warnings.formatwarning = format_plain
     try:

@@ -282,9 +282,10 @@ def _advise_nothing(diagnosis: Diagnosis, subject: str) -> Advice:
     rates = "" if diagnosis.rate_spread is None else f" effective rates within {diagnosis.rate_spread:.3g},"
     uneven = [layer for layer in layers if layer.read and _is_uneven(layer.read)]
     share = sum(layer.parameters for layer in uneven) / max(1, diagnosis.parameters)
+    which = f"layers with {share:.0%} of the parameters read" if uneven else "no layer reads"
     why = (
-        f"Nothing stands out:{rates} and layers with {share:.0%} of the parameters read inputs that are "
-        "far from white. A rule would have little to mend."
+        f"Nothing stands out:{rates} and {which} inputs that are far from white. A rule would have little "
+        "to mend."
     )
     return Advice("adamw", "Plain AdamW is fine", why, f"{PLAIN}.", _make_command(subject, "sgd,adamw"))
 

@@ -82,14 +82,15 @@ def wrap_rule(name: str, optimizer: str) -> Method:
         made = peer.make(setting, fixed | theirs)
         return peer.train(setting, made, rule(**tuned.fixed, **own))
 
-    about = f"{_describe(rule, name)} On {peer.about}."
+    idea = _describe(rule, name)
+    about = f"{idea[:1].upper()}{idea[1:]}; on {peer.about}."
     return Method(name if on_sgd else f"{name}+{peer.name}", about, space, make, needs=peer.needs)
 
 
 def _describe(rule: type[Rule], name: str) -> str:
     if name in RULE_OF:
         return read_card(rule).tagline
-    return (rule.__doc__ or rule.__name__).strip().split("\n")[0].rstrip(".") + "."
+    return (rule.__doc__ or rule.__name__).strip().split("\n")[0].rstrip(".")
 
 
 def _choose_space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:

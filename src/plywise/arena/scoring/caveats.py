@@ -128,8 +128,8 @@ def _list_soft_targets(results: BenchResults) -> list[str]:
     if not soft:
         return []
     return [
-        f"Soft targets, which say less: {', '.join(soft)}. From {ENOUGH} tuning trials of the baselines on "
-        f"a target is what {100 * SHARE:.0f} % of these reach; one of fewer is a matter of chance."
+        f"Soft targets, which say less: {', '.join(soft)}. With {ENOUGH} tuning trials of the baselines "
+        f"or more, a target is what {100 * SHARE:.0f} % of them reach; with fewer it is a matter of chance."
     ]
 
 

@@ -156,7 +156,7 @@
     const about = data.workloads[workload] ?? {};
     const rows = data.rows[track]?.[workload] ?? [];
     find("workload-name").textContent = workload;
-    const goal = finite(about.target) ? `Target: ${about.metric ?? "metric"} ${about.target}, loose ${about.loose ?? "–"}.` : "No target yet: no baseline has been tuned.";
+    const goal = finite(about.target) ? `Target: ${about.metric ?? "metric"} ${about.target}${finite(about.loose) ? `, loose ${about.loose}` : ""}.` : "No target yet: no baseline has been tuned.";
     const refused = Object.keys(about.refused ?? {});
     find("workload-about").textContent = `${about.about ?? ""} ${goal}${refused.length ? ` Does not fit: ${refused.join(", ")}.` : ""}`;
     table("results", [
