@@ -72,6 +72,7 @@ class LinearCall:
         is_topmost: whether it is a call of the layer that the running backward met first: the last layer.
         thin: gives a sample of the inputs by positions (see `LinearMap.sample_positions`), where rows that do
             not count have been taken out of ``a``, so that positions are not known any more.
+        answer: the rule's update, once it has been made, so that what is gathered can tell its error.
     """
 
     name: str
@@ -88,6 +89,7 @@ class LinearCall:
     samples: int = 0
     is_topmost: bool = False
     thin: Callable[[int, int], Tensor] | None = None
+    answer: "Update | None" = None
 
     def __post_init__(self) -> None:
         if not self.samples:

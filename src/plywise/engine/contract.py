@@ -25,6 +25,9 @@ Evidence = dict[str, Tensor]
 ``"rows"`` counts what was summed (a 0-dimensional tensor); evidence of no rows is not learned.
 """
 
+ROUNDING_ERROR = "plywise.rounding_error"
+"""The name under which `StatefulContract.learn` may return the relative error of a step's update."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensors by name: their shapes."""
 
@@ -242,7 +245,11 @@ class StatefulContract(RuleContract):
 
     @abstractmethod
     def learn(self, memory: State, evidence: Evidence) -> State:
-        """Return what this evidence changes in the state; it must be cheap, for every process does it."""
+        """Return what this evidence changes in the state; it must be cheap, for every process does it.
+
+        It may also return, under the key `ROUNDING_ERROR`, the relative error that rounding may have made in
+        this step's update, a scalar. That is no state: the engine counts the update if the error is large.
+        """
 
     @abstractmethod
     def learned_shapes(self, shape: LayerShape) -> Shapes:

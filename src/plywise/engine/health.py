@@ -4,9 +4,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from plywise._util.tables import make_table
-from plywise.numerics.events import EIGENVALUES, FLOAT64, IDENTITY, NON_FINITE
+from plywise.numerics.events import EIGENVALUES, FLOAT64, IDENTITY, NON_FINITE, ROUNDING
 
-__all__ = ["BUFFERS", "EIGENVALUES", "FLOAT64", "IDENTITY", "NON_FINITE", "SKIPPED", "UNUSED", "Health"]
+__all__ = [
+    "BUFFERS",
+    "EIGENVALUES",
+    "FLOAT64",
+    "IDENTITY",
+    "NON_FINITE",
+    "ROUNDING",
+    "SKIPPED",
+    "UNUSED",
+    "Health",
+]
 
 SKIPPED = "step skipped"
 BUFFERS = "buffer is not finite"

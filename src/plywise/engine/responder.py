@@ -139,6 +139,7 @@ class RuleResponder:
             self._state.learn_first(call)
         update = self._rule.update(call)
         check_update(self._rule, call, update)
+        counted.answer = update
         if self._clips and update.weight is not None:
             factor = self._rule.clip_update(*measure_norms([call.weight, update.weight]))
             update = update.scaled(factor, factor)

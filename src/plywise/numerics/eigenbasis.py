@@ -54,7 +54,7 @@ def compute_eigenbasis(
         Values (g, k) and vectors (g, k, r); None if ``gram`` is not finite or has no decomposition.
     """
     size, diagonal = gram.shape[1], gram.diagonal(dim1=1, dim2=2) / count
-    scale, dead = find_power_near(diagonal.double().abs().mean(1))
+    scale, dead = find_power_near(diagonal.double().abs().mean(1), gram.dtype)
     scale = scale.to(gram.dtype).unsqueeze(1)
     # equal eigenvalues (of dead inputs, of few rows) would leave the choice of their vectors to rounding
     added = torch.linspace(RAMP, 0, size, dtype=gram.dtype, device=gram.device) + dead.unsqueeze(1)

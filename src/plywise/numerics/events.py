@@ -13,6 +13,7 @@ FLOAT64 = "solved in float64"
 EIGENVALUES = "solved by clamped eigenvalues"
 IDENTITY = "fell back to backpropagation"
 NON_FINITE = "non-finite value"
+ROUNDING = "update lost digits to rounding"
 
 
 def ignore_event(event: str) -> None:

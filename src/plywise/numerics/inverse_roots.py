@@ -193,12 +193,15 @@ def find_gram_scale(gram: Tensor, damping: float, relative: Relative) -> tuple[T
     if relative not in ("mean", "max", "absolute"):
         raise ValueError(f"unknown relative {relative!r}")
     size = gram.diagonal(dim1=1, dim2=2).double().abs().mean(1)
-    return find_power_near(size + damping if relative == "absolute" else size)
+    return find_power_near(size + damping if relative == "absolute" else size, gram.dtype)
 
 
-def find_power_near(size: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the powers of two below positive sizes (g,) in float64, 1 for zero, and which sizes are zero."""
-    dead = size < torch.finfo(torch.float32).tiny
+def find_power_near(size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Find the powers of two below positive sizes (g,) in float64, 1 for zero, and which sizes are zero.
+
+    What is below the normal numbers of ``dtype`` counts as zero.
+    """
+    dead = size < torch.finfo(dtype).tiny
     size = torch.where(dead, torch.ones_like(size), size)
     return torch.exp2(torch.log2(size).floor()), dead
 

@@ -20,6 +20,7 @@ from plywise._util.checks import is_number
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.contract import Evidence, LayerShape, Shapes, State
 from plywise.engine.explain import Size
+from plywise.engine.finite import is_precise
 from plywise.engine.health import Health
 from plywise.engine.rule import StatefulRule, require_choice, require_positive, require_whole
 from plywise.numerics.inverse_roots import Relative, Solver, compute_inverse_root, get_solver
@@ -32,6 +33,9 @@ from plywise.numerics.low_rank import (
 from plywise.numerics.products import compute_lower_product
 
 Root = Tensor | LowRankRoot
+
+SAFE = 1e3
+"""The least mean square of rows whose Gram keeps its digits, in units of the smallest normal number."""
 
 
 class KroneckerRule(StatefulRule):
@@ -130,7 +134,7 @@ class KroneckerRule(StatefulRule):
         if self.cadence == "paper":
             return False  # c is measured in each step
         fewer = bool(sides) and bool(memory["rows"] < min(limits[side] for side in sides))
-        return fewer and bool(memory["scale"] > 0)
+        return fewer and is_precise(float(memory["scale"]))
 
     def gather(self, call: LinearCall, turn: int) -> Evidence:
         """``AᵀA`` and ``ΔᵀΔ``, as far as they are needed; lower triangles."""
@@ -141,6 +145,8 @@ class KroneckerRule(StatefulRule):
             evidence["rows"].fill_(rows)
         if "output" in sides:
             evidence["output"] = compute_lower_product(call.delta_rows().mT)
+        for side in sides:
+            _refuse_underflow(evidence[side], call, side)
         return evidence
 
     # ---- at the step -------------------------------------------------------------------------
@@ -282,6 +288,24 @@ class KroneckerRule(StatefulRule):
             f"{side} side larger than max_size={self.max_size}" for side in sorted(wanted - sides.keys())
         ]
         return f"{name}: {text}, every {self.refresh_every} steps" + "".join(f" ({text})" for text in missing)
+
+
+def _refuse_underflow(gram: Tensor, call: LinearCall, side: str) -> None:
+    """Make a Gram infinite that is below the range of its dtype, unless its rows are zero.
+
+    So it is treated, and counted, as one that overflows. The root of zeros would be the identity.
+    """
+    if side == "output":
+        moves = (call.delta_rows() != 0).flatten(1).any(1)
+    elif not call.a.is_floating_point():
+        return  # indices
+    elif call.groups == 1:
+        moves = (call.a != 0).any()
+    else:
+        moves = (call.map.sums(call.cast_input(call.dtype).abs()) != 0).any(1)
+    count = call.row_count * gram.shape[1]
+    lost = gram.diagonal(dim1=1, dim2=2).sum(1) < SAFE * torch.finfo(gram.dtype).tiny * count
+    gram.diagonal(dim1=1, dim2=2).add_(torch.where(lost & moves, math.inf, 0.0).to(gram).unsqueeze(1))
 
 
 def precondition_gradient(

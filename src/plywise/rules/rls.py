@@ -7,13 +7,17 @@ import torch
 from torch import Tensor
 
 from plywise.engine.call import LinearCall, Update
-from plywise.engine.contract import Evidence, LayerShape, Shapes, State
+from plywise.engine.contract import ROUNDING_ERROR, Evidence, LayerShape, Shapes, State
 from plywise.engine.explain import Size
+from plywise.engine.finite import measure_norms
 from plywise.engine.rule import StatefulRule, require_positive
 from plywise.rules._kronecker import precondition_gradient
 
 LARGEST_ENERGY = 1e4
 """Largest κ ū·Pū. A correction cancels all of P but one part in this, and float32 has seven digits."""
+
+PRODUCT_ROUNDING = 1.0
+"""Errors of P and of products with it, in units of the precision of P's largest entry."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +50,9 @@ class RLS(StatefulRule):
         arena (benchmarks/arena/README.md).
     Limits: with λ < 1, P grows along directions that no input has any more (wind-up); its trace is held below
         k/δ. Where κ ū·Pū exceeds 10⁴, δ is raised until it does not; otherwise P would consist of rounding
-        errors. In float32 updates are precise to 10⁻⁷ κ ū·Pū, relative to their size (up to 2·10⁻³): centre
-        inputs that have a large offset. The optimizer's rate is the paper's η; our gradient is that of the
+        errors. In float32 updates are precise to 10⁻⁷ κ ū·Pū, relative to their size (up to 2·10⁻³);
+        ``rule.health`` counts those that may be off by more than 10⁻⁴. Centre inputs that have a large
+        offset. The optimizer's rate is the paper's η; our gradient is that of the
         mean loss.
 
     Args:
@@ -102,7 +107,25 @@ class RLS(StatefulRule):
         rows = sums.new_tensor(float(call.row_count))
         if call.has_bias:
             sums = torch.cat([sums, rows.expand(call.groups, 1)], 1)
-        return {"rows": rows, "sum": sums}
+        return {"rows": rows, "sum": sums, "rounding": self._estimate_rounding(call, sums / rows)}
+
+    def _estimate_rounding(self, call: LinearCall, mean: Tensor) -> Tensor:
+        """The error of ``G P`` and its norm: P all but cancels the part ``Δᵀ1 ū`` of G, and is rounded."""
+        if call.answer is None or call.answer.weight is None:
+            return mean.new_zeros(2)
+        parts = [part for part in (call.answer.weight, call.answer.bias) if part is not None]
+        total, length, *sizes = measure_norms(
+            [call.map.bias_gradient(call.delta), mean, *parts], torch.float64
+        )
+        error = total * length * self._measure_unit(call.memory, mean)
+        return torch.stack([error, torch.stack(sizes).norm()]).to(mean)
+
+    def _measure_unit(self, memory: State, like: Tensor) -> Tensor | float:
+        """The rounding of P's entries, in float64: what the largest of them loses."""
+        unit = PRODUCT_ROUNDING * torch.finfo(like.dtype).eps
+        if "inverse" not in memory:
+            return unit / self.ridge
+        return _read_diagonal(memory["inverse"]).amax().double() * unit
 
     def learn(self, memory: State, evidence: Evidence) -> State:
         """The rank-one correction of P."""
@@ -110,6 +133,7 @@ class RLS(StatefulRule):
         size = inverse.shape[1]
         inverse, image = inverse * fit.reshape(-1, 1, 1), image * fit.unsqueeze(1)
         h = self.forgetting + energy * fit
+        before = _read_diagonal(inverse) / self.forgetting
         step = image * (self.gain / (h * self.forgetting)).sqrt().unsqueeze(1)
         inverse = torch.baddbmm(
             inverse, step.unsqueeze(2), step.unsqueeze(1), beta=1 / self.forgetting, alpha=-1
@@ -117,7 +141,25 @@ class RLS(StatefulRule):
         if self.forgetting < 1:
             trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
             inverse = inverse * (size / self.ridge / trace).clamp(max=1).reshape(-1, 1, 1)
-        return {"inverse": inverse, "h": h / fit}
+        error = self._add_up_rounding(memory, evidence, fit / h, before / _read_diagonal(inverse))
+        return {"inverse": inverse, "h": h / fit, ROUNDING_ERROR: error}
+
+    def _add_up_rounding(
+        self, memory: State, evidence: Evidence, fit_over_h: Tensor, losses: Tensor
+    ) -> Tensor:
+        """The relative errors of h, of ``G P`` and of the corrected P, a scalar.
+
+        Args:
+            memory: the state before this step.
+            evidence: that of this step.
+            fit_over_h: what ``κ ū·Pū`` is multiplied by in its part of h, (g,).
+            losses: the diagonal of P before the correction, over that after it.
+        """
+        mean = (evidence["sum"] / evidence["rows"]).double()
+        of_h = self.gain * mean.square().sum(1) * fit_over_h * self._measure_unit(memory, evidence["sum"])
+        error, size = evidence["rounding"].double()
+        of_inverse = losses.max() * PRODUCT_ROUNDING * torch.finfo(losses.dtype).eps
+        return of_h.max() + torch.where(size > 0, error / size, 0) + of_inverse
 
     def _measure(self, memory: State, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """P, Pū, κ ū·Pū, and by what P has to be multiplied before it is corrected."""
@@ -143,7 +185,7 @@ class RLS(StatefulRule):
 
     def evidence_shapes(self, shape: LayerShape) -> Shapes:
         """The sum of the rows and their number."""
-        return {"rows": (), "sum": (shape.groups, shape.columns)}
+        return {"rows": (), "sum": (shape.groups, shape.columns), "rounding": (2,)}
 
     def learned_shapes(self, shape: LayerShape) -> Shapes:
         """P, and what the last update was divided by."""
@@ -152,3 +194,7 @@ class RLS(StatefulRule):
     def estimate_cost(self, size: Size) -> tuple[float, float]:
         """The correction of P, and the product with it."""
         return size.g * (6.0 * size.d**2 + 2.0 * size.d**2 * min(size.n, size.m)), float(size.g * size.d**2)
+
+
+def _read_diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2)

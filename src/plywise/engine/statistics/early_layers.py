@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plywise.engine.call import LinearCall
-from plywise.engine.contract import State, StatefulContract
+from plywise.engine.contract import ROUNDING_ERROR, State, StatefulContract
 from plywise.engine.finite import find_finite, measure_norms
 
 GRADIENT = "plywise.gradient"
@@ -47,12 +47,13 @@ def learn_from_call(rule: StatefulContract, call: LinearCall, processes: int) ->
         processes: how many train together. All are assumed to have rows like these.
     """
     evidence = rule.gather(call.times(1 / processes), 0)
-    memory = rule.learn({}, {key: value * processes for key, value in evidence.items()})
+    memory = dict(rule.learn({}, {key: value * processes for key, value in evidence.items()}))
+    memory.pop(ROUNDING_ERROR, None)
     if not all(find_finite(list(memory.values()))):
         return {}
-    memory = {**memory, **rule.refresh(memory, call.name, call.health)}
+    memory |= rule.refresh(memory, call.name, call.health)
     if rule.keeps_norm:
-        memory = {**memory, **measure_scale(rule, memory, gather_gradient(call))}
+        memory |= measure_scale(rule, memory, gather_gradient(call))
         if not bool(memory["scale"] > 0):
             return {}
     return memory

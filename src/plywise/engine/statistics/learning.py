@@ -4,6 +4,7 @@ All layers gather in the same steps, so that all other steps are plain. Expensiv
 cycle: layers take turns (`plywise.engine.statistics.refresh_cycle`), and processes share out the work.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from functools import partial
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from plywise.engine import health
 from plywise.engine.answers import check_tensors
-from plywise.engine.contract import Evidence, LayerShape, Shapes, State, StatefulContract
-from plywise.engine.finite import find_finite
+from plywise.engine.contract import ROUNDING_ERROR, Evidence, LayerShape, Shapes, State, StatefulContract
+from plywise.engine.finite import find_finite, read_norms
 from plywise.engine.health import Health
 from plywise.engine.processes.replicas import Job, Replicas
 from plywise.engine.statistics.early_layers import GRADIENT
@@ -23,6 +24,9 @@ from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.refresh_cycle import choose_phases, count_intervals
 from plywise.engine.statistics.saved_state import LayerState, SavedState
 from plywise.engine.statistics.stacks import convert_state
+
+ALLOWED_ROUNDING = 1e-4
+"""Updates with a larger relative error are counted."""
 
 
 class Learning:
@@ -122,20 +126,33 @@ class Learning:
                     parts[name] |= _make_zeros({GRADIENT: sizes}, shape)
         news: dict[str, State] = {}
         gradients: dict[str, Tensor] = {}
+        roundings: dict[str, Tensor] = {}
         for name, evidence in _find_nonempty(replicas.add_up(parts)):
             memory, evidence = convert_state(memories[name], evidence["rows"]), dict(evidence)
             if GRADIENT in evidence:
                 gradients[name] = evidence.pop(GRADIENT)
-            learned = self._rule.learn(memory, evidence)
+            learned = dict(self._rule.learn(memory, evidence))
+            if ROUNDING_ERROR in learned:
+                roundings[name] = learned.pop(ROUNDING_ERROR)
             if not memory:
                 wanted = self._rule.learned_shapes(layers[name].shape)
                 check_tensors(self._rule, "learn", name, learned, wanted)
             news[name] = {**memory, **learned}
-        return self._keep_finite(news, memories), gradients
+        return self._keep_finite(news, memories, roundings), gradients
 
-    def _keep_finite(self, news: dict[str, State], memories: dict[str, State]) -> list[str]:
-        """Keep what has been learned if it is finite; return the layers that have learned something."""
-        flags = iter(find_finite([value for new in news.values() for value in new.values()]))
+    def _keep_finite(
+        self, news: dict[str, State], memories: dict[str, State], roundings: dict[str, Tensor]
+    ) -> list[str]:
+        """Keep what has been learned if it is finite; return the layers that have learned something.
+
+        The errors of updates are read with it, at once, and large ones are counted.
+        """
+        values = [value for new in news.values() for value in new.values()]
+        norms = read_norms([*values, *roundings.values()])
+        for name, error in zip(roundings, norms[len(values) :], strict=True):
+            if ALLOWED_ROUNDING < error < math.inf:  # a larger one is of numbers that are not finite
+                self._health.note(name, health.ROUNDING)
+        flags = iter(find_finite(values, norms[: len(values)]))
         learned = []
         for name, new in news.items():
             are_finite = [next(flags) for _ in new]  # of all its tensors: the next layer's come after them

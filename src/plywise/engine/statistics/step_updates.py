@@ -107,11 +107,11 @@ class StepUpdates:
         moved, news = [], []
         for stack in stacks:
             states = [memories[layers[place].name] for place in stack.places]
-            update, changed = self._rule.finish_stacked(stack.state.follow(states), stack.matrices)
+            update, changed = self._finish(stack, states, dtype)
             moved.append(update)
             news += [{key: value[i] for key, value in changed.items()} for i in range(len(update))]
         norms, sizes, scales = self._put_back(stacks, moved, dtype)
-        if dtype is None and not _can_divide(sizes, norms, [gradients[place] for place in places]):
+        if dtype is None and not _is_in_range(sizes, norms, [gradients[place] for place in places]):
             self._make_at_once(stacks, layers, gradients, memories, torch.float64)
             return
         if scales is not None:
@@ -120,6 +120,14 @@ class StepUpdates:
         self._deliver(
             [layers[place] for place in places], [gradients[place] for place in places], made, memories
         )
+
+    def _finish(self, stack: Stack, states: list[State], dtype: torch.dtype | None) -> tuple[Tensor, State]:
+        """Let the rule make a stack's updates, in a wider dtype if one is given."""
+        state: State = stack.state.follow(states)
+        if dtype is None:
+            return self._rule.finish_stacked(state, stack.matrices)
+        state = {key: value.to(dtype) for key, value in state.items()}
+        return self._rule.finish_stacked(state, stack.matrices.to(dtype))
 
     def _deliver(
         self,
@@ -158,7 +166,8 @@ class StepUpdates:
 
         Returns:
             The norms of the updates before that, those of the gradients, and what the updates were multiplied
-            by; the last two are empty and None if the rule does not keep norms.
+            by (0, for unknown, if the statistics' dtype cannot hold it); the last two are empty and None if
+            the rule does not keep norms.
         """
         parts = [part for update in moved for part in update.unbind()]
         count = len(parts)
@@ -172,26 +181,34 @@ class StepUpdates:
             [*parts, *(part for stack in stacks for part in stack.matrices.unbind())], dtype
         )
         norms, before = found[:count], found[count:]
-        unknown = torch.cat([stack.state["scale"] for stack in stacks])
-        scales = torch.where(norms > 0, (before / norms).to(unknown.dtype), unknown)  # zeros leave c open
+        kept = torch.cat([stack.state["scale"] for stack in stacks])
+        unknown = kept.to(found.dtype)
+        scales = torch.where(norms > 0, before / norms, unknown)  # zeros leave c open
         for stack, update, scale in zip(stacks, moved, scales.split([len(m) for m in moved]), strict=True):
-            torch.mul(update, scale[:, None, None, None], out=stack.matrices)
+            if update.dtype == stack.matrices.dtype:
+                torch.mul(update, scale.to(update.dtype)[:, None, None, None], out=stack.matrices)
+            else:
+                stack.matrices.copy_(update * scale[:, None, None, None])
+        scales = scales.to(kept.dtype)
+        if dtype is not None:
+            scales = torch.where(scales.isfinite(), scales, 0)
         numbers = found.tolist()  # read from the device at once
         return numbers[:count], numbers[count:], scales.unbind()
 
 
-def _can_divide(sizes: list[float], norms: list[float], gradients: list[Update]) -> bool:
-    """Return whether norms computed in float32 are exact enough to divide by.
+def _is_in_range(sizes: list[float], norms: list[float], gradients: list[Update]) -> bool:
+    """Return whether float32 was wide enough for the updates, and for norms to divide by.
 
     Args:
-        sizes: norms of gradients.
+        sizes: norms of gradients; none if the rule does not keep them.
         norms: norms of what these became.
         gradients: the gradients.
     """
-    for size, norm, gradient in zip(sizes, norms, gradients, strict=False):  # there may be no sizes
+    for i, (norm, gradient) in enumerate(zip(norms, gradients, strict=True)):
+        size = sizes[i] if sizes else norm
         if size == norm == 0:
             if any(bool(part.any()) for part in list_parts(gradient)):
                 return False
-        elif not (is_precise(size) and is_precise(norm)):
+        elif sizes and not (is_precise(size) and is_precise(norm)):
             return False
     return True

@@ -1,0 +1,140 @@
+"""Rules with running state where float32 loses digits or leaves its range: right to 1e-4, or counted."""
+
+import math
+
+import pytest
+import torch
+from running_definitions import RULES
+from torch import Tensor, nn
+
+import plywise as pw
+from plywise.engine.health import NON_FINITE, ROUNDING
+from plywise.numerics.eigenbasis import compute_eigenbasis
+
+SHAPES = [(3, 8, 4), (40, 5, 3)]
+SCALES = [(1e-30, 1e15), (1e15, 1e15), (1e-15, 1e-15), (1e15, 1e-30), (1, 1e-30), (1e-30, 1), (1e10, 1e-10)]
+KINDS = ["plain", "rank 0", "rank 1", "dead", "repeated", "no gradient", 10.0, 100.0, 1e4, *SCALES]
+
+
+def draw(kind: object, sizes: tuple[int, int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    n, d, m = sizes
+    x, delta = torch.randn(n, d, generator=generator), torch.randn(n, m, generator=generator)
+    if isinstance(kind, tuple):
+        return x * kind[0], delta * kind[1]
+    if isinstance(kind, float):
+        return x + kind, delta
+    if kind in ("rank 0", "rank 1"):
+        x = x[:, :1].expand(n, d) * (kind == "rank 1")
+    elif kind == "dead":
+        x[:, :2] = 0
+    elif kind == "repeated":
+        x = x[:1].repeat(n, 1)
+    return x.contiguous(), delta * (kind != "no gradient")
+
+
+def measure_errors(
+    name: str, kind: object, sizes: tuple[int, int, int], bias: bool
+) -> tuple[list[float], int]:
+    """The relative errors of steps until something is counted, and the number of events."""
+    make, define = RULES[name]
+    layer, definition = nn.Linear(*sizes[1:], bias=bias), define()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    rule = make().attach(layer, optimizer)
+    generator, errors = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        x, delta = draw(kind, sizes, generator)
+        A = torch.cat([x.double(), torch.ones(len(x), int(bias)).double()], 1)
+        wanted = definition.step(A, delta.double())
+        optimizer.zero_grad()
+        layer(x).backward(delta)
+        optimizer.step()
+        if rule.health.counts:
+            break
+        found = torch.cat([p.grad.double().reshape(sizes[2], -1) for p in layer.parameters()], 1)
+        size = wanted.norm()
+        if size == 0 or 1e-36 < size < 1e38:  # float32 can hold it
+            errors.append(float((found - wanted).norm() / (size if size > 0 else 1)))
+    assert all(bool(torch.isfinite(p.grad).all()) for p in layer.parameters())
+    return errors, sum(rule.health.counts.values())
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("name", RULES)
+def test_right_or_counted(name, sizes):
+    wrong = {}
+    for kind in KINDS:
+        bias = not isinstance(kind, tuple)  # a column of ones would hide the scale of the inputs
+        errors, events = measure_errors(name, kind, sizes, bias)
+        if not max(errors, default=0.0) <= 1e-4:
+            wrong[kind] = errors
+        if isinstance(kind, str):
+            assert events == 0, kind
+    assert not wrong
+
+
+def test_a_statistic_below_the_range_is_counted_and_zeros_are_not():
+    for scale, event in ((1e-30, {NON_FINITE: 1}), (0.0, {})):
+        layer = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        rule = pw.KFAC().attach(layer, optimizer)
+        layer(torch.randn(6, 4)).backward(scale * torch.randn(6, 3))
+        optimizer.step()
+        assert rule.health.of("") == event
+
+
+def test_one_group_without_inputs_is_not_below_the_range():
+    layer = nn.Conv2d(4, 4, 2, groups=2, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    rule = pw.KFAC().attach(layer, optimizer)
+    x = torch.randn(3, 4, 4, 4)
+    x[:, :2] = 0
+    layer(x).square().sum().backward()
+    optimizer.step()
+    assert not rule.health.counts
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 65536.0])
+def test_rls_counts_lost_digits_whatever_the_loss_scale(loss_scale):
+    for offset, count in ((0.0, 0), (1e4, 2)):
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 3)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        rule = pw.RLS().attach(layer, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(offset + torch.randn(40, 5)).backward(loss_scale * torch.randn(40, 3))
+            for p in layer.parameters():
+                p.grad /= loss_scale
+            optimizer.step()
+        assert rule.health.of("").get(ROUNDING, 0) >= count
+        assert count or not rule.health.counts
+
+
+def whiten(values: Tensor, vectors: Tensor) -> Tensor:
+    return vectors * (values + 0.3).rsqrt().unsqueeze(1) @ vectors.mT
+
+
+@pytest.mark.parametrize("kind", ["plain", "rank 1", "dead", "repeated", 100.0])
+@pytest.mark.parametrize("sizes", [(40, 5, 3), (3, 8, 4)])
+def test_a_basis_loses_no_digits(kind, sizes):
+    """Of eigenvalue 0 any basis will do, so functions of the statistic are compared, not vectors.
+
+    The first basis is exact. A later one is a step of orthogonal iteration from the one before it. The
+    same step in float64 gives the same function. It may differ from the exact one
+    while inputs have new directions.
+    """
+    generator, gram, last = torch.Generator().manual_seed(0), torch.zeros(1, sizes[1], sizes[1]), None
+    for _ in range(5):
+        A, _ = draw(kind, sizes, generator)
+        gram = 0.95 * gram + A.mT @ A
+        found = compute_eigenbasis(gram, last)
+        start = None if last is None else last.double()
+        wide = compute_eigenbasis(gram.double(), start)
+        function, wanted = whiten(*found).double(), whiten(*wide)
+        assert (function - wanted).norm() < 1e-4 * wanted.norm()
+        if last is None:
+            values, vectors = torch.linalg.eigh(gram.double())
+            exact = whiten(values.clamp_min(0) / values.mean(1, keepdim=True), vectors)
+            assert (function - exact).norm() < 2e-4 * exact.norm()
+        last = found[1]
+    assert math.isfinite(float(last.sum()))
