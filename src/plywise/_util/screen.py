@@ -25,7 +25,7 @@ class Screen(Console):
 
 
 def wrap_words(text: str, width: int) -> str:
-    r"""Break the lines of a text at spaces, as far as possible.
+    r"""Break the lines of a text at spaces where there are any.
 
     Example:
         >>> wrap_words("see /a/long/path\nand more", 8)

@@ -114,9 +114,7 @@ class RLS(StatefulRule):
         if call.answer is None or call.answer.weight is None:
             return mean.new_zeros(2)
         parts = [part for part in (call.answer.weight, call.answer.bias) if part is not None]
-        total, length, *sizes = measure_norms(
-            [call.map.bias_gradient(call.delta), mean, *parts], torch.float64
-        )
+        total, length, *sizes = measure_norms([call.map.bias_gradient(call.delta), mean, *parts]).double()
         error = total * length * self._measure_unit(call.memory, mean)
         return torch.stack([error, torch.stack(sizes).norm()]).to(mean)
 
