@@ -166,6 +166,8 @@ def _connect(address: str) -> Any:
     if ray.is_initialized():
         return ray
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray lowers its processes' priority by 15: beside other work a trial would meet its time limit in the imports
+    os.environ.setdefault("RAY_worker_niceness", "0")
     host, _, port = address.rpartition(":")
     try:
         if port.isdigit():  # Ray would try for minutes where nobody listens
