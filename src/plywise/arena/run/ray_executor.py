@@ -166,7 +166,7 @@ def _connect(address: str) -> Any:
     if ray.is_initialized():
         return ray
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray lowers its processes' priority by 15: beside other work a trial would meet its time limit in the imports
+    # at Ray's niceness of 15 a trial beside other work would meet its time limit while it imports
     os.environ.setdefault("RAY_worker_niceness", "0")
     host, _, port = address.rpartition(":")
     try:
