@@ -252,9 +252,10 @@ def test_processes_that_a_trial_started_end_with_it(ends, tmp_path):
         time.sleep(0.05)
 
 
-def test_the_time_of_a_trial_counts_from_where_it_begins():
+def test_the_time_of_a_trial_counts_from_where_it_begins_and_a_lost_socket_is_named():
     """In a fresh process the imports of torch alone take longer than this trial may."""
     code = f"""
+import multiprocessing.util, shutil
 from {STARTS} import Sleeps
 from plywise.arena.run.executor import ProcessExecutor, hold_interrupts
 if __name__ == "__main__":
@@ -262,6 +263,8 @@ if __name__ == "__main__":
     print(line["failure"])
     ((_, line),) = ProcessExecutor(1, timeout_s=0.5).run([Sleeps(60.0)])
     print(line["failure"])
+    shutil.rmtree(multiprocessing.util.get_temp_dir())
+    list(ProcessExecutor(1).run([Sleeps(0.0)]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -271,6 +274,9 @@ if __name__ == "__main__":
         timeout=170,
     )
     assert done.stdout.splitlines() == ["None", "took longer than 0.5 s"], done.stderr
+    *_, error = done.stderr.partition("BenchError: ")
+    assert "its socket in" in error, done.stderr
+    assert "resume the bench with --resume" in error
 
 
 def test_a_folder_for_temporary_files_with_a_long_path_is_named(tmp_path):

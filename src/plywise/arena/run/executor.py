@@ -242,8 +242,15 @@ class _Worker:
         self.connection, theirs = context.Pipe(duplex=False)
         safe = os.environ.get(_SAFE_PATH)
         self._process = context.Process(target=_work, args=(job, threads, theirs, safe), daemon=True)
-        with _hide_script(job):
-            self._process.start()
+        try:
+            with _hide_script(job):
+                self._process.start()
+        except FileNotFoundError as error:
+            raise BenchError(
+                f"No process can be started for a trial: its socket in {tempfile.gettempdir()} is gone. "
+                "Something has emptied that folder while the bench ran. The trials that have ended are kept: "
+                "resume the bench with --resume."
+            ) from error
         self.sentinel: int = self._process.sentinel
         theirs.close()
 
