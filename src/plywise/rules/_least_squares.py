@@ -158,20 +158,25 @@ def _choose_dtype(call: LinearCall) -> torch.dtype:
 
 def _build_centred(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``CᵀC``, ``CᵀΔ`` of centred rows C and gradients, and both means."""
-    delta, mean_delta = _centre_delta(call, dtype)
     if call.map.rows_are_inputs:
-        rows, mean = _centre_rows(call, dtype)
-        return compute_lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
+        return _multiply_out(call, dtype)
+    delta, mean_delta = call.map.centre_delta(call.delta.to(dtype))
     gram, mean = call.map.centred_gram(call.cast_input(dtype))
     # the columns of Δ sum to zero, so that the mean of the rows drops out of the product
     offset = call.row_count * mean.square()
     if bool((offset > LARGEST_OFFSET[dtype] * gram.diagonal(dim1=1, dim2=2)).any()):
         if dtype == torch.float64:
-            rows, mean = _centre_rows(call, dtype)
-            return compute_lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
-        delta = _centre_delta(call, torch.float64)[0]
-    gradient = call.weight_gradient(call.from_delta_rows(delta)).to(dtype)
+            return _multiply_out(call, dtype)
+        delta = call.map.centre_delta(call.delta.to(torch.float64))[0]
+    gradient = call.weight_gradient(delta).to(dtype)
     return gram.to(dtype), call.matrix(Update(gradient, None)).mT, mean.to(dtype), mean_delta
+
+
+def _multiply_out(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do as `_build_centred`, from the rows themselves."""
+    delta, mean_delta = _centre_delta(call, dtype)
+    rows, mean = _centre_rows(call, dtype)
+    return compute_lower_product(rows.mT), rows.mT @ delta, mean, mean_delta
 
 
 def _build_with_bias(call: LinearCall, dtype: torch.dtype) -> CentredSystem:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from plywise.numerics.products import compute_lower_product
+from plywise.numerics.products import centre_rows, compute_lower_product
 
 
 class LinearMap(ABC):
@@ -61,6 +61,11 @@ class LinearMap(ABC):
     @abstractmethod
     def from_delta_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         """Turn rows of Δ back into the output's shape, that of ``like``: the inverse of `delta_rows`."""
+
+    def centre_delta(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Δ minus the mean of its rows, in the shape of the output, and the mean (g, m)."""
+        rows, mean = centre_rows(self.delta_rows(delta))
+        return self.from_delta_rows(rows, delta), mean
 
     def scale_rows(self, delta: Tensor, factors: Tensor) -> Tensor:
         """Return Δ with row i multiplied by ``factors[:, i]``, factors (g, n)."""

@@ -70,6 +70,14 @@ class Convolution(LinearMap):
         split = rows.reshape(self.groups, batch, positions, channels // self.groups)
         return split.permute(1, 0, 3, 2).reshape(like.shape)
 
+    def centre_delta(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Centre in the layout of the output, twice as `centre_rows` does: no copy to rows and back."""
+        axes = [0, *range(2, delta.dim())]
+        mean = delta.mean(axes, keepdim=True)
+        centred = delta - mean
+        rest = centred.mean(axes, keepdim=True)
+        return centred.sub_(rest), (mean + rest).reshape(self.groups, -1)
+
     def scale_rows(self, delta: Tensor, factors: Tensor) -> Tensor:
         """Scale in the layout of the output: making rows of Δ and undoing it would copy it twice."""
         groups, batch = self.groups, delta.shape[0]
