@@ -5,15 +5,19 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from plywise.numerics.inverse_roots import LinAlgError, Relative, find_gram_scale
-from plywise.numerics.products import mirror_lower
+from plywise.numerics.products import mirror_lower, multiply_lower
 
 FIRST_SWEEPS = 4
 """The least number of sweeps if there are no vectors to start from."""
+
+LARGE = 2048
+"""Up to this size, to copy the lower triangle to the upper one once costs less than products without it."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,13 @@ def find_eigenpairs(
         generator = torch.Generator().manual_seed(0)  # the same numbers, whatever torch's default dtype is
         noise = torch.randn(k, rank, generator=generator, dtype=torch.float32, device="cpu")
         start, sweeps = noise.expand(groups, k, rank), max(sweeps, FIRST_SWEEPS)
-    matrix = mirror_lower(gram)
-    image = matrix @ start.to(gram) / scale
+    multiply = partial(multiply_lower, gram) if k > LARGE else partial(torch.matmul, mirror_lower(gram))
+    image = multiply(start.to(gram)) / scale
     for _ in range(sweeps):
         if not bool(torch.isfinite(image.sum())):  # any bad entry of the matrix shows in a row
             return None
         basis = torch.linalg.qr(image).Q  # by Householder: orthonormal whatever the rank of the image is
-        image = matrix @ basis / scale
+        image = multiply(basis) / scale
     try:
         values, rotation = torch.linalg.eigh(basis.mT @ image)
     except LinAlgError:
