@@ -188,6 +188,21 @@ def test_low_rank_scale_equivariance(relative):
             assert error(scaled, root * factor**-power) < 1e-3
 
 
+@pytest.mark.parametrize("relative", ["mean", "max", "absolute"])
+@pytest.mark.parametrize("divisor", [40.0, torch.tensor(40.0, dtype=torch.float64)])
+def test_a_divisor_does_what_division_does(relative, divisor):
+    rows = torch.randn(1, 30, 12, dtype=torch.float64)
+    gram = rows.mT @ rows
+    whole, divided = (
+        multiply_by_root(torch.eye(12, dtype=torch.float64).unsqueeze(0), root)
+        for root in (
+            compute_low_rank_root(gram, 0.5, 0.3, relative, 4, divisor=divisor),
+            compute_low_rank_root(gram / 40, 0.5, 0.3, relative, 4),
+        )
+    )
+    torch.testing.assert_close(whole, divided, rtol=1e-10, atol=1e-12)
+
+
 def test_low_rank_of_zero_is_the_identity():
     for relative, damping in (("mean", 0.1), ("max", 0.1), ("absolute", 0.0)):
         root = compute_low_rank_root(lower_only(torch.zeros(2, 9, 9)), 0.5, damping, relative, 3)
