@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
+
+from plywise.training.session import load_trained
 
 MODULE = """
 from dataclasses import dataclass
@@ -128,3 +131,21 @@ def test_a_rule_and_an_optimizer_of_ones_own_go_everywhere(plywise):
     code, out, err = plywise(*words("bench", "mine:dataset", methods))
     assert (code, err) == (0, "")
     assert "fails" not in out
+
+
+@pytest.mark.parametrize("given", [["mine:net"], ["--model", "mine:net"]])
+def test_all_commands_take_the_model_as_their_first_word_or_by_its_flag(plywise, tmp_path, given):
+    for command in ("train", "diagnose", "bench"):
+        rest = [word for word in words(command, "mine:dataset")[1:] if word != "mine:net"]
+        code, _, err = plywise(command, *given, *rest)
+        assert (code, err) == (0, "")
+    assert plywise("explain", *given).code == 0
+    assert load_trained(tmp_path / "trained")(torch.zeros(2, 4)).shape == (2, 3)
+    code, _, err = plywise("pipeline", *given, "--data", "mine:dataset")
+    assert (code, "torchrun starts them" in err) == (1, True)
+
+
+def test_a_model_that_is_given_twice_is_refused(plywise):
+    code, _, err = plywise("train", "mine:net", "--model", "mine:other")
+    assert code == 1
+    assert "The model is given twice: as mine:net, and as --model mine:other." in err

@@ -32,7 +32,6 @@ LEGEND = (
 
 def diagnose(
     model: str | None = None,
-    /,
     *,
     data: str | None = None,
     read: str = "",

@@ -193,8 +193,7 @@ def _from_toml(file: Path) -> dict[str, Any]:
         with require_file(file).open("rb") as opened:
             values = tomllib.load(opened)
     except FileNotFoundError as error:
-        model = f" For a model of yours write --model {file}." if ":" in str(file) else ""
-        raise CommandError(f"{describe_failure(error)}.{model}") from error
+        raise CommandError(f"{describe_failure(error)}.") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise CommandError(f"{file} is not TOML: {error}. Texts need quotation marks.") from error
     return _name_fields(values, str(file))
