@@ -21,6 +21,9 @@ x, y = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
 def net(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 def dataset(): return TensorDataset(x, y)
 def three(): return (x[:40], y[:40]), (x[40:50], y[40:50]), TensorDataset(x[50:], y[50:])
+def endless():
+    while True:
+        yield x[:5], y[:5]
 def unlike(): return x[:40], y[:40], x[40:, :3], y[40:]
 def nothing(): return 3
 def ended(): return x / 0, y
@@ -101,6 +104,18 @@ def test_an_error_of_a_model_comes_with_what_was_guessed_about_its_data(plywise,
         code, _, err = plywise(*words(command, "whole.npz"), *more)
         assert code == 1
         assert "The inputs are whole numbers and were left so" in err, err
+
+
+def test_batches_that_are_left_out_of_a_stream_are_reported(plywise):
+    kept = "mine:endless, train: the first 12 batches of a longer stream were kept; --keep-batches says"
+    for command in ("train", "diagnose", "bench"):
+        assert "must be" in plywise(*words(command, "mine:endless"), "--keep-batches", "-1").err
+        code, out, err = plywise(*words(command, "mine:endless"), "--keep-batches", "12")
+        assert (code, err) == (0, "")
+        assert kept in out
+    code, out, err = plywise("explain", "mine:net", "--data", "mine:endless")
+    assert (code, err) == (0, "")
+    assert "longer stream" not in out, "one batch is an example"
 
 
 @pytest.mark.parametrize("data", BAD)

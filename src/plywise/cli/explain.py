@@ -120,7 +120,8 @@ def _make_batch(
         from plywise.registry.resolve import resolve_parts
 
         options = ReadOptions.parse(read)
-        parts = resolve_parts(data, Reading(options, whole=is_whole, batch_size=batch_size))
+        # of a stream, one batch is read
+        parts = resolve_parts(data, Reading(options, whole=is_whole, batch_size=batch_size, most=1))
         return next(iter(parts["train"].chunks(batch_size)))[0], parts.guesses
     if shape is None:
         return None, ()

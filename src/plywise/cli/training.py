@@ -36,6 +36,7 @@ class Flags:
     model: str | None = None
     data: str | None = None
     read: str | None = None
+    keep_batches: int | None = None
     step: str | None = None
     metric: str | None = None
     learner: str | None = None
