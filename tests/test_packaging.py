@@ -1,6 +1,7 @@
 """What is uploaded: metadata, archives, and the files of the project that name versions and packages."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -84,6 +85,37 @@ def test_the_wheel_of_the_sdist_is_the_wheel_of_the_tree(archives, tmp_path):
     subprocess.run(command, cwd=source, check=True)
     (again,) = (tmp_path / "again").glob("*.whl")
     assert read_sums(again) == read_sums(archives[0])
+
+
+CONTRACT = """
+from dataclasses import dataclass
+
+import plywise as pw
+from plywise.testing import check_rule
+
+@dataclass(frozen=True, eq=False)
+class Half(pw.Rule):
+    def update(self, call):
+        return call.gradient().scaled(0.5, 0.5)
+
+if __name__ == "__main__":
+    print(pw.__file__)
+    print(check_rule(Half, only=["errors", "shapes"]))
+"""
+
+
+def test_the_contract_comes_with_the_wheel(archives, tmp_path):
+    with zipfile.ZipFile(archives[0]) as wheel:
+        wheel.extractall(tmp_path / "site")
+    (tmp_path / "check_it.py").write_text(CONTRACT)
+    settings = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "check_it.py"], cwd=tmp_path, env=settings, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    first, *_, last = run.stdout.splitlines()
+    assert first == str(tmp_path / "site" / "plywise" / "__init__.py")
+    assert re.fullmatch(r"Half: [1-9]\d+ passed, 0 failed, \d+ left out\.", last)
 
 
 def read_sums(wheel):

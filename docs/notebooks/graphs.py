@@ -5,8 +5,11 @@
 # classifies graphs. The graphs are handwritten digits: a node for each pixel with ink, edges between
 # neighbours. It runs offline, in about five minutes on one core.
 #
-# In Colab run this first:
+# [Open it in Colab][colab], or [get the file][file] for Jupyter. In Colab run this first:
 # `%pip install "plywise[bench] @ git+https://github.com/plywise/plywise" torch_geometric`
+#
+# [colab]: https://colab.research.google.com/github/plywise/plywise/blob/main/docs/tutorials/graphs.ipynb
+# [file]: https://github.com/plywise/plywise/raw/main/docs/tutorials/graphs.ipynb
 #
 # ## The data
 #

@@ -5,8 +5,11 @@
 # The images are the handwritten digits that come with plywise, so that it runs offline, in about five minutes
 # on one core.
 #
-# In Colab run this first:
+# [Open it in Colab][colab], or [get the file][file] for Jupyter. In Colab run this first:
 # `%pip install "plywise[bench] @ git+https://github.com/plywise/plywise" transformers`
+#
+# [colab]: https://colab.research.google.com/github/plywise/plywise/blob/main/docs/tutorials/images.ipynb
+# [file]: https://github.com/plywise/plywise/raw/main/docs/tutorials/images.ipynb
 #
 # ## The data
 #

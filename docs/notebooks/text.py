@@ -5,8 +5,11 @@
 # [transformers](https://huggingface.co/docs/transformers), with equal tuning for each. The model has random
 # weights, and the text comes with the packages: it runs offline, in about five minutes on one core.
 #
-# In Colab run this first:
+# [Open it in Colab][colab], or [get the file][file] for Jupyter. In Colab run this first:
 # `%pip install "plywise[bench] @ git+https://github.com/plywise/plywise" transformers`
+#
+# [colab]: https://colab.research.google.com/github/plywise/plywise/blob/main/docs/tutorials/text.ipynb
+# [file]: https://github.com/plywise/plywise/raw/main/docs/tutorials/text.ipynb
 #
 # ## The data
 #

@@ -1,6 +1,7 @@
 """The report of a long bench: work and page grow no faster than the ledger."""
 
 import csv
+import gc
 import io
 import math
 import random
@@ -50,6 +51,21 @@ def test_the_page_of_a_long_bench_stays_small(tmp_path, monkeypatch):
     path, summary = write_page(write_bench(tmp_path, bench, make_lines(bench)))
     assert len(summary.lines) > 6_000
     assert path.stat().st_size <= LARGEST // 2
+
+
+def test_the_garbage_collector_rests_while_a_page_is_made(tmp_path):
+    """Trials hold no cycles, and with 100,000 of them it would take as long as all the rest."""
+    bench = make_bench(methods=("sgd", "adamw"), workloads=("digits",), trials=200)
+    folder = write_bench(tmp_path, bench, make_lines(bench))
+    write_page(folder)
+    begun = []
+    gc.callbacks.append(count := lambda phase, info: begun.append(phase))
+    try:
+        write_page(folder)
+    finally:
+        gc.callbacks.remove(count)
+    assert begun.count("start") <= 1, "right after it"
+    assert gc.isenabled()
 
 
 def slow_definition(values):

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
+
+from plywise.training.session import load_trained
 
 MODULE = """
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ x, y = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
 def net(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 def dataset(): return TensorDataset(x, y)
 def three(): return (x[:40], y[:40]), (x[40:50], y[40:50]), TensorDataset(x[50:], y[50:])
+def endless():
+    while True:
+        yield x[:5], y[:5]
 def unlike(): return x[:40], y[:40], x[40:, :3], y[40:]
 def nothing(): return 3
 def ended(): return x / 0, y
@@ -100,6 +106,18 @@ def test_an_error_of_a_model_comes_with_what_was_guessed_about_its_data(plywise,
         assert "The inputs are whole numbers and were left so" in err, err
 
 
+def test_batches_that_are_left_out_of_a_stream_are_reported(plywise):
+    kept = "mine:endless, train: the first 12 batches of a longer stream were kept; --keep-batches says"
+    for command in ("train", "diagnose", "bench"):
+        assert "must be" in plywise(*words(command, "mine:endless"), "--keep-batches", "-1").err
+        code, out, err = plywise(*words(command, "mine:endless"), "--keep-batches", "12")
+        assert (code, err) == (0, "")
+        assert kept in out
+    code, out, err = plywise("explain", "mine:net", "--data", "mine:endless")
+    assert (code, err) == (0, "")
+    assert "longer stream" not in out, "one batch is an example"
+
+
 @pytest.mark.parametrize("data", BAD)
 def test_all_commands_refuse_data_in_the_same_words(plywise, data):
     output = [plywise(*words(command, data)) for command in ("train", "diagnose", "bench")]
@@ -128,3 +146,21 @@ def test_a_rule_and_an_optimizer_of_ones_own_go_everywhere(plywise):
     code, out, err = plywise(*words("bench", "mine:dataset", methods))
     assert (code, err) == (0, "")
     assert "fails" not in out
+
+
+@pytest.mark.parametrize("given", [["mine:net"], ["--model", "mine:net"]])
+def test_all_commands_take_the_model_as_their_first_word_or_by_its_flag(plywise, tmp_path, given):
+    for command in ("train", "diagnose", "bench"):
+        rest = [word for word in words(command, "mine:dataset")[1:] if word != "mine:net"]
+        code, _, err = plywise(command, *given, *rest)
+        assert (code, err) == (0, "")
+    assert plywise("explain", *given).code == 0
+    assert load_trained(tmp_path / "trained")(torch.zeros(2, 4)).shape == (2, 3)
+    code, _, err = plywise("pipeline", *given, "--data", "mine:dataset")
+    assert (code, "torchrun starts them" in err) == (1, True)
+
+
+def test_a_model_that_is_given_twice_is_refused(plywise):
+    code, _, err = plywise("train", "mine:net", "--model", "mine:other")
+    assert code == 1
+    assert "The model is given twice: as mine:net, and as --model mine:other." in err

@@ -61,19 +61,20 @@ def test_loaders_give_their_batches(name):
     x, y = next(train.chunks(1))
     assert set(x) == {"ids", "attention_mask", "labels"}, "words are no numbers"
     assert torch.equal(x["labels"], y)
-    assert "without text, which is no number" in cut_parts("mine:loader", parts).cut
+    assert f"mine:{name}, train: text: no numbers, and left out." in parts.guesses
 
 
 def test_an_endless_stream_is_kept_as_far_as_it_is_said():
     parts = read("endless", most=20)
     assert (parts["train"].count_places(), len(parts["train"])) == (20, 100)
-    data, cut, _ = cut_parts("mine:endless", parts)
+    data, cut, guesses = cut_parts("mine:endless", parts)
     assert [part.count_places() for part in vars(data).values()] == [16, 2, 2]
     firsts = [int(x[0, 0]) for part in vars(data).values() for x, _ in part.chunks(1)]
     assert sorted(firsts) == sorted(int(mine.IDS[5 * i % 60, 0]) for i in range(20))
-    assert "the first 20 batches of a longer stream (--keep-batches says how many)" in cut
+    kept = "the first 20 batches of a longer stream were kept; --keep-batches says how many."
+    assert f"mine:endless, train: {kept}" in guesses
     assert "20 batches cut at random, by a fixed seed: 80 to train, 10 to validate, 10 to test" in cut
-    assert "longer" not in cut_parts("mine:batches", read("batches", most=12)).cut
+    assert not any("longer" in guess for guess in read("batches", most=12).guesses)
 
 
 def test_a_stream_of_samples_is_read_in_batches_of_the_size_that_is_asked_for():

@@ -3,11 +3,12 @@
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from .pages import DOCS
+from .pages import DOCS, ROOT
 
 SCRIPTS = DOCS / "notebooks"
 sys.path.insert(0, str(SCRIPTS))
@@ -76,4 +77,10 @@ def test_colab_and_jupyter_find_what_they_need(name):
     notebook = json.loads(Path(DOCS / "tutorials" / f"{name}.ipynb").read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-    assert "%pip install" in "".join(notebook["cells"][0]["source"])
+    first = "".join(notebook["cells"][0]["source"])
+    assert "%pip install" in first
+    own = f"docs/tutorials/{name}.ipynb"
+    links = re.findall(r"^\[\w+\]: (\S+)$", first, re.MULTILINE)
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
+    assert links == [f"{colab}/blob/main/{own}", f"{repository}/raw/main/{own}"]

@@ -1,9 +1,8 @@
-"""Atomic files, also after a power cut, and temporary folders."""
+"""Atomic files, also after a power cut, and folders for results."""
 
 import os
 import shutil
 import tempfile
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -125,20 +124,3 @@ def require_writable(path: Path) -> None:
             f"Nothing can be written to the folder {path}: it is read-only, for you at least. Change that, "
             "or name another one with --out."
         )
-
-
-class ScratchFolder:
-    """A folder for files that last as long as this object, or this process.
-
-    Attributes:
-        path: where it is.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=prefix))
-        self._end = weakref.finalize(self, _remove, self.path, os.getpid())
-
-
-def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked process has a copy of the object, and the same folder
-        shutil.rmtree(path, ignore_errors=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,10 +19,10 @@ _LOCK = "lock"
 
 
 class Scratch:
-    """A folder of its own, removed by `close`; a context manager, too.
+    """A folder of its own; a context manager, too.
 
-    It holds a lock as long as this process lives. First, folders in the same parent whose lock is free are
-    removed: they are left by killed processes.
+    It is removed by `close`, with this object, or at the end of this process, and it is locked until then.
+    First, folders in the same parent whose lock is free are removed: they are left by killed processes.
 
     Args:
         parent: where to make it; it is made where missing. Default: the folder for temporary files.
@@ -30,28 +33,35 @@ class Scratch:
 
     def __init__(self, parent: Path | None = None) -> None:
         parent = Path(tempfile.gettempdir()) if parent is None else parent
-        self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+        made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         require_writable(parent)
         sweep(parent)
         # it gets its name with the lock held, or another process might sweep it
         making = Path(tempfile.mkdtemp(prefix=".plywise-making-", dir=parent))
-        self._lock = FileLock(making / _LOCK)
-        self._lock.acquire()
+        lock = FileLock(making / _LOCK)
+        lock.acquire()
         self.path = making.rename(making.with_name(making.name.replace(".plywise-making-", PREFIX)))
+        self._end = weakref.finalize(self, _remove, self.path, lock, made, os.getpid())
 
     def close(self) -> None:
         """Remove the folder, and those above it that were made for it and hold nothing else."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.release()
-        with suppress(OSError):  # something is in it
-            for folder in self._made:
-                folder.rmdir()
+        self._end()
 
     def __enter__(self) -> Scratch:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _remove(path: Path, lock: FileLock, made: Sequence[Path], owner: int) -> None:
+    if os.getpid() != owner:  # a forked process has a copy of the object, and the same folder
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    lock.release()
+    with suppress(OSError):  # something is in it
+        for folder in made:
+            folder.rmdir()
 
 
 def sweep(parent: Path) -> None:

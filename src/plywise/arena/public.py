@@ -18,7 +18,7 @@ from plywise._util.import_path import refuse_while_importing
 from plywise.arena.arguments import refuse_wrong_kinds
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
-from plywise.arena.given import is_given, name_data, name_object, shorten_errors
+from plywise.arena.given import is_given, name_data, name_object, shorten, shorten_errors
 from plywise.arena.method import Method
 from plywise.arena.methods import USUAL
 from plywise.arena.reports.bench_page import load_summary
@@ -152,6 +152,7 @@ def diagnose(
     loss: Judge = "",
     step: Callable[..., Tensor] | str = "",
     read: str = "",
+    keep_batches: int | None = None,
     seed: int = 0,
 ) -> DiagnosisReport:
     """Examine a model's layers for a few batches, and recommend a rule, with reason and certainty.
@@ -167,6 +168,7 @@ def diagnose(
         loss: as for `bench`.
         step: as for `bench`.
         read: as for `bench`.
+        keep_batches: as for `bench`.
         seed: of the weights and of which samples are looked at.
 
     Raises:
@@ -179,18 +181,19 @@ def diagnose(
     else:
         address, source = name_object(model, "model"), name_data(data)
         judge, called = name_object(loss, "loss"), name_object(step, "step")
-        found = own_workload(address, address, source, read=read, loss=judge, step=called, blocks=0)
+        how: dict[str, Any] = {"read": read, "loss": judge, "step": called, "keep_batches": keep_batches}
+        found = own_workload(address, address, source, **how, blocks=0)
         subject = shlex.join([address, "--data", source])
     seen = diagnose_workload(found, found.make_data(), batches=batches, batch_size=batch_size, seed=seed)
-    return DiagnosisReport(seen, advice(seen, subject))
+    return DiagnosisReport(seen, advice(seen, subject), [shorten(guess) for guess in found.guesses])
 
 
 def _run_bench(config: BenchConfig, executor: Executor, folder: Path, screen: Any) -> BenchReport:
     refuse_while_importing("plywise.arena.bench")
-    with resolve_bench(config) as resolved:
+    with resolve_bench(config, folder) as resolved:
         made = Bench(resolved, folder, "plywise.arena.bench(...)")
         for guess in resolved.guesses:
-            screen.print(guess)
+            screen.print(shorten(guess))
         with closing(made.run(executor)) as pieces:
             show_trials(pieces, made, screen)
         return BenchReport(made.folder, made.summarize())

@@ -95,7 +95,6 @@ class Flags:
 
 def bench(
     model: str | None = None,
-    /,
     *,
     flags: Flags | None = None,
     budget: str | None = None,

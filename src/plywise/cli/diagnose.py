@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plywise.cli.console import console, number, print_json, table
 from plywise.cli.training import Switch
@@ -32,10 +32,10 @@ LEGEND = (
 
 def diagnose(
     model: str | None = None,
-    /,
     *,
     data: str | None = None,
     read: str = "",
+    keep_batches: int | None = None,
     workload: str | None = None,
     batches: int = 8,
     batch_size: int | None = None,
@@ -64,6 +64,7 @@ def diagnose(
             y_train; a .csv or .parquet file whose last column is the target; or a folder of images.
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
             for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
+        keep_batches: batches that are kept of a stream (a DataLoader, an iterable). Default: 1000.
         workload: instead of a model: name of a workload that plywise ships.
         batches: how many batches of the training part are examined.
         batch_size: samples a batch. Default: the workload's; 128 for your model.
@@ -76,7 +77,7 @@ def diagnose(
     """
     if batches < 1 or (batch_size is not None and batch_size < 1):
         raise CommandError(f"--batches and --batch-size are 1 at least, not {batches} and {batch_size}.")
-    asked, found, subject = _resolve_subject(model, data, read, workload, loss, step)
+    asked, found, subject = _resolve_subject(model, data, read, keep_batches, workload, loss, step)
     from plywise.arena.diagnostics.advice import advice
     from plywise.arena.diagnostics.diagnosis import diagnose_workload
 
@@ -100,7 +101,13 @@ def diagnose(
 
 
 def _resolve_subject(
-    model: str | None, data: str | None, read: str, workload: str | None, loss: str, step: str
+    model: str | None,
+    data: str | None,
+    read: str,
+    keep_batches: int | None,
+    workload: str | None,
+    loss: str,
+    step: str,
 ) -> tuple[Workload, Data, str]:
     """The workload, its data, and what `plywise bench` calls it."""
     from plywise.arena.workloads import find_workload
@@ -112,16 +119,19 @@ def _resolve_subject(
             "of ours."
         )
     if workload is not None:
-        if data is not None or read or loss or step:
-            raise CommandError("--data, --read, --loss and --step belong to a model of your own.")
+        if data is not None or read or keep_batches or loss or step:
+            raise CommandError(
+                "--data, --read, --keep-batches, --loss and --step belong to a model of your own."
+            )
         shipped = find_workload(workload)
         return shipped, shipped.make_data(), f"--workloads {shipped.name}"
     if data is None:
         raise CommandError(f"Say with --data where the data for {model} are.")
-    own = own_workload(str(model), str(model), data, read=read, loss=loss, step=step, blocks=0)
+    how: dict[str, Any] = {"read": read, "keep_batches": keep_batches, "loss": loss, "step": step}
+    own = own_workload(str(model), str(model), data, **how, blocks=0)
     words = [str(model), "--data", data]
-    for flag, value in (("--read", read), ("--loss", loss), ("--step", step)):
-        words += [flag, value] if value else []
+    for name, value in how.items():
+        words += [f"--{name.replace('_', '-')}", str(value)] if value else []
     return own, own.make_data(), shlex.join(words)
 
 

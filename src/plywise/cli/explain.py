@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def explain(
-    factory: str,
+    model: Annotated[str, Parameter(alias="--factory")],
     *,
     rule: str = "ProxProp",
     set: Annotated[tuple[str, ...], Parameter(negative=())] = (),
@@ -49,7 +49,7 @@ def explain(
         plywise explain mine:make_gpt --data mine:make_data --step mine:step
 
     Args:
-        factory: where your model is, as module:name; a function that makes it, or the model itself.
+        model: where your model is, as module:name; a function that makes it, or the model itself.
             Modules in the current directory are found.
         rule: name of the rule (see `plywise methods`), or module:name of a class of yours.
         set: a hyper-parameter of the rule, as name=value; may be repeated.
@@ -66,14 +66,14 @@ def explain(
     made = make_rule(rule, set)
     if batch_size < 1:
         raise CommandError(f"--batch-size must be at least 1, not {batch_size}.")
-    model = load_model(factory)
+    network = load_model(model)
     if step is not None and data is None:
         raise CommandError("--step takes batches of --data: name them.")
     batch, guesses = _make_batch(data, read, shape, batch_size, is_whole=step is not None)
-    attached = made.attach(model, _optimizer_for(made, model), layers=list(layers) or None)
+    attached = made.attach(network, _optimizer_for(made, network), layers=list(layers) or None)
     try:
         if batch is not None:
-            _run_batch(factory, model, batch, step, guesses)
+            _run_batch(model, network, batch, step, guesses)
         explanation = attached.explain(batch_size)
     finally:
         attached.detach()  # a model that exits has left calls captured
@@ -120,7 +120,8 @@ def _make_batch(
         from plywise.registry.resolve import resolve_parts
 
         options = ReadOptions.parse(read)
-        parts = resolve_parts(data, Reading(options, whole=is_whole, batch_size=batch_size))
+        # of a stream, one batch is read
+        parts = resolve_parts(data, Reading(options, whole=is_whole, batch_size=batch_size, most=1))
         return next(iter(parts["train"].chunks(batch_size)))[0], parts.guesses
     if shape is None:
         return None, ()
@@ -142,7 +143,7 @@ def _optimizer_for(rule: Rule, model: nn.Module) -> Optimizer | None:
 
 
 def _run_batch(
-    factory: str, model: nn.Module, batch: Batch, step: str | None, guesses: tuple[str, ...]
+    address: str, model: nn.Module, batch: Batch, step: str | None, guesses: tuple[str, ...]
 ) -> None:
     """One forward and backward pass, from the loss of the step or the sum of what the model returns."""
     from plywise.arena.workloads.own_calls import describe_batch
@@ -160,7 +161,7 @@ def _run_batch(
             raise
         except Exception as error:  # the user's own code runs in there
             raise DataError(
-                f"{factory} failed on a batch of {describe_batch(batch)}: {type(error).__name__}: {error}"
+                f"{address} failed on a batch of {describe_batch(batch)}: {type(error).__name__}: {error}"
             ) from error
 
 

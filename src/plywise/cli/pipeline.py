@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plywise.cli.console import console, notes
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pipeline(
-    config: Path | None = None,
+    plan: str | None = None,
     /,
     *,
     flags: Flags | None = None,
@@ -36,6 +35,7 @@ def pipeline(
     For example:
 
         torchrun --nproc-per-node 2 -m plywise pipeline
+        torchrun --nproc-per-node 2 -m plywise pipeline mine:net --data mine.npz
         torchrun --nproc-per-node 2 -m plywise pipeline plan.toml --cuts 0,1
         torchrun --nproc-per-node 4 -m plywise pipeline --replicas 2
         # on HOST; on the other host, --node-rank 1
@@ -43,13 +43,13 @@ def pipeline(
             --master-port 29400 -m plywise pipeline plan.toml
 
     Args:
-        config: a TOML file; see `plywise train --help`.
+        plan: a TOML file, or your model as module:name; see `plywise train --help`.
         flags: what is trained.
         replicas: processes that share each stage's batches. Default 1.
         cuts: the first component of each stage, as in 0,2. Default: balanced by measured costs.
         fresh: start again, and throw away what the folder holds of a run.
     """
-    plan = plan_from(config, flags, replicas=replicas, cuts=cuts)
+    config = plan_from(plan, flags, replicas=replicas, cuts=cuts)
     if "RANK" not in os.environ:
         raise PipelineError(
             "A pipeline is several processes, and torchrun starts them: "
@@ -59,9 +59,9 @@ def pipeline(
     rank = os.environ["RANK"]
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # a restart goes on
     try:
-        finished, step = _train(plan, fresh, is_first=rank == "0")
+        finished, step = _train(config, fresh, is_first=rank == "0")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"What {plan.out} holds is the last checkpoint.") from None
+        raise KeyboardInterrupt(f"What {config.out} holds is the last checkpoint.") from None
     except PlywiseError as error:  # it keeps its kind and its page
         error.args = (f"rank {rank}: {error}",)
         raise
@@ -71,7 +71,7 @@ def pipeline(
         raise PlywiseError(f"rank {rank}: {format_error(error)}") from error
     if not finished and rank == "0":
         raise KeyboardInterrupt(
-            f"The checkpoint of step {step} is in {plan.out}: the same command goes on from there, and so "
+            f"The checkpoint of step {step} is in {config.out}: the same command goes on from there, and so "
             "does `plywise train` with the same flags."
         )
     return 0 if finished else 130

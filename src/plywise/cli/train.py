@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from plywise.cli.console import console, notes
 from plywise.cli.training import Flags, Switch, again, conclude, following, introduce, plan_from
 
 
-def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: Switch = False) -> None:
+def train(plan: str | None = None, /, *, flags: Flags | None = None, fresh: Switch = False) -> None:
     """Train a network block by block: each block has its own loss, and no gradient crosses all blocks.
 
     The same command resumes from the last checkpoint, and ends with the same weights as without a stop.
@@ -20,7 +18,7 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
 
         # digits, in seconds
         plywise train
-        plywise train --model mine:make_model --data mine.npz --blocks 6
+        plywise train mine:make_model --data mine.npz --blocks 6
         plywise train --rule ProxProp --rule-set tau=3 --optimizer SGD --rate 5
         # all blocks as one: backpropagation
         plywise train --learner Interlocking --set horizon=4 --out runs/backprop
@@ -34,16 +32,16 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
         batch-size = 128
 
     Args:
-        config: a TOML file.
+        plan: a TOML file, or your model as module:name, as for --model.
         flags: what is trained.
         fresh: start again, and throw away what the folder holds of a run.
     """
-    plan = plan_from(config, flags)
+    config = plan_from(plan, flags)
     step = None
     try:
         from plywise.training.session import open_session
 
-        session = open_session(plan, fresh=fresh)
+        session = open_session(config, fresh=fresh)
         step, screen = session.began, notes()
         introduce(session, screen)
         with following(session, screen) as show:
@@ -52,9 +50,9 @@ def train(config: Path | None = None, /, *, flags: Flags | None = None, fresh: S
     except KeyboardInterrupt:
         if step is None:
             raise KeyboardInterrupt("Nothing was changed.") from None
-        raise KeyboardInterrupt(f"`{again()}` goes on from the last checkpoint in {plan.out}.") from None
+        raise KeyboardInterrupt(f"`{again()}` goes on from the last checkpoint in {config.out}.") from None
     if not finished:
         raise KeyboardInterrupt(
-            f"The checkpoint of step {step} is in {plan.out}: `{again()}` goes on from there."
+            f"The checkpoint of step {step} is in {config.out}: `{again()}` goes on from there."
         )
     conclude(session, console())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from plywise.errors import CommandError
 from plywise.training.config import BLOCKS, TrainConfig, read_config
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Flags:
     model: str | None = None
     data: str | None = None
     read: str | None = None
+    keep_batches: int | None = None
     step: str | None = None
     metric: str | None = None
     learner: str | None = None
@@ -59,9 +61,14 @@ class Flags:
 Flags.__doc__ = TrainConfig.__doc__  # for --help
 
 
-def plan_from(config: Path | None, flags: Flags | None, **more: Any) -> TrainConfig:
-    """The plan of a file and flags."""
-    return read_config(config, {**vars(flags or Flags()), **more})
+def plan_from(first: str | None, flags: Flags | None, **more: Any) -> TrainConfig:
+    """The plan of the first word, which is a file or a model, and of flags."""
+    given = {**vars(flags or Flags()), **more}
+    if first is None or ":" not in first or Path(first).exists():
+        return read_config(None if first is None else Path(first), given)
+    if given["model"] is not None:
+        raise CommandError(f"The model is given twice: as {first}, and as --model {given['model']}.")
+    return read_config(None, {**given, "model": first})
 
 
 def again() -> str:

@@ -253,7 +253,6 @@ class StoredBatches:
         files: a file for each batch.
         sizes: the number of samples of each.
         values: a digest of the values of each.
-        note: a phrase that says which part of the stream they are; empty if they are all of it.
         device: the device to which batches are read.
         folder: keeps the files until it is deleted; None if another object keeps them.
     """
@@ -261,7 +260,6 @@ class StoredBatches:
     files: Sequence[str]
     sizes: Sequence[int]
     values: Sequence[str]
-    note: str = ""
     device: str = "cpu"
     folder: Any = field(default=None, repr=False, compare=False)
 
@@ -356,9 +354,9 @@ class BatchWriter:
         self._sizes.append(count_samples(x))
         self._values.append(digest.hexdigest())
 
-    def finish(self, folder: Any = None, note: str = "") -> StoredBatches:
+    def finish(self, folder: Any = None) -> StoredBatches:
         """Return the batches; ``folder`` is kept as long as they are."""
-        return StoredBatches(self._files, self._sizes, self._values, note, folder=folder)
+        return StoredBatches(self._files, self._sizes, self._values, folder=folder)
 
 
 def endless_batches(part: Part, batch_size: int, seed: int) -> Iterator[tuple[Batch, Batch]]:

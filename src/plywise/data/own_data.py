@@ -210,17 +210,14 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
         data, how = Data(train, parts["validation"], parts["test"]), "your own three parts"
     sizes = [len(part) for part in vars(data).values()]
     how = f"{how}{twins}: {sizes[0]:,} to train, {sizes[1]:,} to validate, {sizes[2]:,} to test"
-    return OwnData(data, "; ".join([how, *_list_notes(parts)]), parts.guesses)
+    return OwnData(data, how + _describe_streams(parts), parts.guesses)
 
 
-def _list_notes(parts: Parts) -> list[str]:
-    """Describe in sentences how streams are used."""
+def _describe_streams(parts: Parts) -> str:
+    """Describe in a phrase how streams are used."""
     stored = {name: part for name, part in parts.items() if isinstance(part, StoredBatches)}
-    if not stored:
-        return []
     counts = ", ".join(f"{part.count_places():,} ({name})" for name, part in stored.items())
-    notes = [f"batches are kept as they came in one pass, augmented once: {counts}"]
-    return [*notes, *dict.fromkeys(part.note for part in stored.values() if part.note)]
+    return f"; batches are kept as they came in one pass, augmented once: {counts}" if stored else ""
 
 
 def _count_tenths(count: int) -> list[int]:

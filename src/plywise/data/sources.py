@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from plywise._util.file_errors import describe_failure
-from plywise._util.files import ScratchFolder
 from plywise._util.import_path import format_raised
+from plywise._util.scratch import Scratch
 from plywise.data.arrays import read_nested
 from plywise.data.batches import (
     Batch,
@@ -27,7 +28,7 @@ from plywise.data.batches import (
     split_target,
 )
 from plywise.data.reading import Reader, ReadOptions
-from plywise.errors import DataError
+from plywise.errors import CommandError, DataError
 
 T = TypeVar("T")
 
@@ -59,13 +60,20 @@ class Reading:
         options: the user's options. What they leave open is guessed.
         whole: whether a step function takes whole batches as they are.
         batch_size: samples in a batch of a stream of samples; None for 128.
-        most: batches that are kept from a stream; None for 1000.
+        most: batches that are kept from a stream, at least 1; None for 1000.
+        folder: where the batches of a stream are kept, in a folder of their own that the next one removes if
+            this process is killed; None for the folder for temporary files.
     """
 
     options: ReadOptions = field(default_factory=ReadOptions)
     whole: bool = False
     batch_size: int | None = None
     most: int | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.most is not None and self.most < 1:
+            raise CommandError(f"--keep-batches must be at least 1, not {self.most}.")
 
 
 def read_made(address: str, made: Any, reading: Reading, reader: Reader) -> dict[str, Part]:
@@ -192,7 +200,7 @@ def _stack(dataset: Any, what: str) -> Batch:
 
 def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) -> StoredBatches:
     """Write the batches of a stream to files, one at a time."""
-    folder = ScratchFolder("plywise-batches-")
+    folder = Scratch(reading.folder)
     writer, most = BatchWriter(folder.path), reading.most or MOST_BATCHES
     stream = _read_each(batches, f"{what}: batch")
     left_out: set[str] = set()
@@ -200,17 +208,21 @@ def _store(batches: Iterable[Any], what: str, reading: Reading, reader: Reader) 
         for number, batch in enumerate(islice(stream, most), 1):
             writer.write(*_read_batch(batch, f"{what}, batch {number}", reading, reader, left_out))
     except OSError as error:
+        place = "--out" if reading.folder else "TMPDIR"
         raise DataError(
             f"{what}: after {len(writer)} batches nothing more can be kept in {folder.path}: "
-            f"{describe_failure(error)}. TMPDIR may name a folder with more room."
+            f"{describe_failure(error)}. {place} may name a folder with more room."
         ) from error
     kind = type(getattr(batches, "dataset", batches)).__name__
     if not len(writer):
         raise DataError(f"{what}: a {kind} gave no batch.")
-    more = len(writer) == most and next(stream, None) is not None
-    notes = [f"the first {most:,} batches of a longer stream (--keep-batches says how many)"] if more else []
-    notes += [f"without {', '.join(sorted(left_out))}, which is no number"] if left_out else []
-    return writer.finish(folder, "; ".join(notes))
+    if len(writer) == most > 1 and next(stream, None) is not None:  # one batch is asked for as an example
+        reader.note(
+            f"{what}: the first {most:,} batches of a longer stream were kept; --keep-batches says how many."
+        )
+    if left_out:
+        reader.note(f"{what}: {', '.join(sorted(left_out))}: no numbers, and left out.")
+    return writer.finish(folder)
 
 
 def _read_each(items: Iterable[Any], what: str) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -149,8 +150,12 @@ class ResolvedTraining:
         return blocks
 
 
-def resolve_training(config: TrainConfig) -> ResolvedTraining:
+def resolve_training(config: TrainConfig, folder: Path | None = None) -> ResolvedTraining:
     """Find and read what a configuration names.
+
+    Args:
+        config: the configuration.
+        folder: where the batches of a stream are kept. Default: the folder for temporary files.
 
     Raises:
         PlywiseError: there are no such data, they are none for classification, or there is no such learner,
@@ -159,7 +164,7 @@ def resolve_training(config: TrainConfig) -> ResolvedTraining:
     learner = resolve_learner(config.learner)
     return ResolvedTraining(
         config,
-        _resolve_data(config),
+        _resolve_data(config, folder),
         learner,
         learner_settings(learner, config.set),
         _resolve_optimizer(config),
@@ -167,9 +172,10 @@ def resolve_training(config: TrainConfig) -> ResolvedTraining:
     )
 
 
-def _resolve_data(config: TrainConfig) -> TrainingData:
+def _resolve_data(config: TrainConfig, folder: Path | None) -> TrainingData:
     is_whole = config.step is not None
-    reading = Reading(ReadOptions.parse(config.read), is_whole, config.batch_size)
+    options = ReadOptions.parse(config.read)
+    reading = Reading(options, is_whole, config.batch_size, config.keep_batches, folder)
     parts = resolve_parts(config.data, reading)
     return take_training_data(config.data, parts, is_whole)
 

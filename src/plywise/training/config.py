@@ -20,7 +20,7 @@ HOW = ("epochs", "threads", "out", "every", "keep", "tensorboard", "replicas", "
 
 _LEAST = {
     **{"blocks": 1, "batch_size": 1, "seed": 0, "epochs": 1},
-    **{"threads": 1, "every": 1, "keep": 1, "replicas": 1},
+    **{"threads": 1, "every": 1, "keep": 1, "replicas": 1, "keep_batches": 1},
 }
 _TEXTS = ("model", "data", "step", "metric", "learner", "optimizer", "rule")
 _SETTINGS = ("set", "optimizer_set", "rule_set")
@@ -44,6 +44,7 @@ class TrainConfig:
             digits.
         read: how the data are read, where plywise would guess: header=yes or no and target=NAME (a column)
             for a .csv file, targets=classes or numbers, inputs=numbers, images or tokens; put commas between.
+        keep_batches: batches that are kept of a stream (a DataLoader, an iterable). Default: 1000.
         step: function of your model and a batch of your data to the loss, as module:name: the model trains as
             a whole by it, without a learner.
         metric: with --step, function of your model and a batch to a number, the lower the better, as
@@ -85,6 +86,7 @@ class TrainConfig:
     model: str | None = None
     data: str = "digits"
     read: str = ""
+    keep_batches: int | None = None
     step: str | None = None
     metric: str | None = None
     learner: str = "LocalLoss"
@@ -193,8 +195,7 @@ def _from_toml(file: Path) -> dict[str, Any]:
         with require_file(file).open("rb") as opened:
             values = tomllib.load(opened)
     except FileNotFoundError as error:
-        model = f" For a model of yours write --model {file}." if ":" in str(file) else ""
-        raise CommandError(f"{describe_failure(error)}.{model}") from error
+        raise CommandError(f"{describe_failure(error)}.") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise CommandError(f"{file} is not TOML: {error}. Texts need quotation marks.") from error
     return _name_fields(values, str(file))

@@ -43,7 +43,7 @@ def open_pipeline(plan: TrainConfig, *, fresh: bool = False) -> Iterator[Session
             "A step function trains a model as a whole, in one process: `plywise train` takes it.",
             see="pipeline-start",
         )
-    training, folder = resolve_training(plan), RunFolder(plan.out)
+    training, folder = resolve_training(plan, plan.out), RunFolder(plan.out)
     data = training.data
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

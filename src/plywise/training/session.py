@@ -305,7 +305,7 @@ def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
     if plan.tensorboard:
         import_extra("torch.utils.tensorboard", TENSORBOARD)
     torch.set_num_threads(plan.threads)
-    training, folder = resolve_training(plan), RunFolder(plan.out)
+    training, folder = resolve_training(plan, plan.out), RunFolder(plan.out)
     data = training.data
     record = None if fresh else folder.check(plan, data)
     with explaining(data.note.splitlines()):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import math
 import re
 import shlex
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,11 +84,25 @@ def _name_command(folder: Path, bench: dict[str, Any]) -> str:
     return f"`{began}`" if began else "The command that wrote them"
 
 
+@contextmanager
+def _pausing_collector() -> Iterator[None]:
+    """Pause Python's garbage collector, which looks through all trials again and again and finds nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_pausing_collector()
 def load_summary(folder: Path) -> BenchSummary:
     """Read a bench, and compute what its files say; see `read_bench`."""
     return summarize_bench(*read_bench(folder))
 
 
+@_pausing_collector()
 def write_page(folder: Path, summary: BenchSummary | None = None) -> tuple[Path, BenchSummary]:
     """Write the report of a bench, whole or not at all.
 

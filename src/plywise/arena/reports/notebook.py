@@ -153,10 +153,12 @@ class DiagnosisReport:
     Attributes:
         diagnosis: what was seen of each layer.
         advice: what to try, the most pressing first.
+        guesses: what was guessed about your data, a sentence each.
     """
 
     diagnosis: Diagnosis
     advice: list[Advice]
+    guesses: Sequence[str] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one dict for each layer."""
@@ -198,10 +200,11 @@ class DiagnosisReport:
         return f"{self.diagnosis.model}: {self.diagnosis.parameters:,} parameters"
 
     def _make_sentences(self) -> list[str]:
-        return [
+        advice = [
             f"{place}. {one.title}: {one.reason} How sure: {one.sure}"
             for place, one in enumerate(self.advice, 1)
         ]
+        return [*advice, *self.guesses]
 
     def __str__(self) -> str:
         return "\n".join(

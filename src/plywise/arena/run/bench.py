@@ -154,7 +154,8 @@ class Bench:
             for name, about in self.about["workloads"].items():
                 resolved = self.resolved.workloads[name]
                 data = Data.load(resolved.file)
-                about |= {"repeated": data.count_repeated(), **layers_before(resolved.workload, data)}
+                about |= {"repeated": data.count_repeated(), "guesses": list(resolved.workload.guesses)}
+                about |= layers_before(resolved.workload, data)
         self._write()
 
     def _read_same(self, path: Path) -> dict[str, Any]:

@@ -122,8 +122,12 @@ class WorkloadSpec:
     keep_batches: int | None = None
     calls: str = ""
 
-    def make(self) -> Workload:
-        """The workload; the user's own is made, its data are read, and both are checked."""
+    def make(self, folder: Path | None = None) -> Workload:
+        """The workload; the user's own is made, its data are read, and both are checked.
+
+        Args:
+            folder: where the batches of a stream are kept. Default: the folder for temporary files.
+        """
         if self.model:
             made = own_workload(
                 self.name,
@@ -136,6 +140,7 @@ class WorkloadSpec:
                 batch_size=self.batch_size,
                 keep_batches=self.keep_batches,
                 blocks=self.blocks,
+                folder=folder,
             )
             return self.apply(made)
         return self.apply(find_workload(self.name))
@@ -352,7 +357,7 @@ def resolve_bench(config: BenchConfig, folder: Path | None = None) -> ResolvedBe
     try:
         workloads = {}
         for number, spec in enumerate(config.workloads):
-            workload = spec.make()
+            workload = spec.make(scratch.path)
             file = scratch.path / f"{number}.pt"
             workloads[spec.name] = ResolvedWorkload.write(spec.settle(workload), workload, file)
         refused = _refuse(workloads, methods)

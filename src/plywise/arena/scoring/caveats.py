@@ -27,6 +27,7 @@ def list_caveats(results: BenchResults) -> list[str]:
         *_say_search(results),
         *_compare_spaces(results),
         *_note_resumed(results),
+        *_note_guesses(results),
         *_note_repeated(results),
         *_note_unseen(results),
         *_count_failures(results),
@@ -71,6 +72,12 @@ def _note_resumed(results: BenchResults) -> list[str]:
         f"The bench was resumed {count} time{'s' if count > 1 else ''} on another machine or with other "
         "versions: steps can be compared, times only with care."
     ]
+
+
+def _note_guesses(results: BenchResults) -> list[str]:
+    """What was guessed about the user's data, with the flags that overrule it."""
+    about = results.bench["workloads"].values()
+    return list(dict.fromkeys(guess for one in about for guess in one.get("guesses", ())))
 
 
 def _note_repeated(results: BenchResults) -> list[str]:

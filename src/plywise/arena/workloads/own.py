@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def own_workload(
     keep_batches: int | None = None,
     steps: int | None = None,
     blocks: int | None = None,
+    folder: Path | None = None,
 ) -> Workload:
     """A workload of a user's model and data.
 
@@ -87,6 +89,7 @@ def own_workload(
         steps: steps of a run. Default 1000.
         blocks: blocks for local learners. Default: for classes 4, or as many as the model comes apart into;
             else 0.
+        folder: where the batches of a stream are kept (see `plywise.data.sources.Reading`).
 
     Raises:
         PlywiseError: the data or the model cannot be had, or do not fit each other or the loss.
@@ -97,11 +100,10 @@ def own_workload(
         >>> own_workload("mine", made_by, "quadratic").task.metric_name
         'mean squared error'
     """
-    options = ReadOptions.parse(read)
+    reading = Reading(ReadOptions.parse(read), bool(step), batch_size, keep_batches, folder)
     network = _make_network(model)  # before the data, which may take long
     if step and loss:
         raise CommandError("A step function gives the loss: leave --loss out.")
-    reading = Reading(options, bool(step), batch_size, keep_batches)
     found = resolve_data(data, reading) if isinstance(data, str) else OwnData(data, "read before")
     train = found.data.train
     with explaining(found.guesses):
