@@ -136,7 +136,9 @@ class RuleResponder:
         if not self._arrivals.sees(site.entry):
             self._arrivals.watch(site.entry)  # it was frozen, or lazy, so far
         if self._state is not None:
-            self._state.learn_first(call)
+            self._state.learn_first(counted)
+            if counted is not call:
+                call.memory, call.counted = counted.memory, counted
         update = self._rule.update(call)
         check_update(self._rule, call, update)
         counted.answer = update
