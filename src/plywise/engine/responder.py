@@ -82,7 +82,7 @@ class RuleResponder:
         if ctx.masks:
             self._unused.check(site.name, ctx.masks, kept is not None, delta)
         counted = call if kept is None else kept.keep(call)
-        counted.samples, counted.is_topmost = self._samples.count(site, counted.samples)
+        counted.samples, counted.is_topmost = self._samples.count(ctx, counted.samples)
         call.samples, call.is_topmost = counted.samples, counted.is_topmost
         site.note_call(counted, None if kept is None else (len(kept.places), kept.mask.mask.numel()))
         if site.entry.leave_next or not counted.a.numel() or not counted.delta.numel() or delta.is_meta:
