@@ -111,8 +111,8 @@ class RuleResponder:
         self, site: Site, has_bias: bool, a: Tensor, delta: Tensor, weight: Tensor, sends_below: bool
     ) -> LinearCall:
         canonical = weight if site.layout is PLAIN else site.layout.to_canonical(weight)
-        if has_bias and self._state is not None:
-            has_bias = self._state.has_bias(site.name)
+        if has_bias:
+            has_bias = site.takes_bias if self._state is None else self._state.has_bias(site.name)
         map_ = site.map
         if map_.sends_below is not sends_below:  # the site's first call had an input of other strides
             map_ = replace(map_, sends_below=sends_below)  # type: ignore[type-var]
