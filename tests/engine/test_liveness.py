@@ -191,12 +191,12 @@ def test_other_layers_in_the_place_of_those_that_the_optimizer_stepped(make_rule
             model.zero_grad()
             model(X).square().sum().backward()
             optimizer.step()
-    assert {row.name: row.handled for row in rule.explain().rows} == {"0": True, "2": False}
     optimizer.param_groups[0]["lr"] = 0.0
     model.zero_grad()
     model(X).square().sum().backward()
     optimizer.step()
     handled = [p.grad.clone() for p in model.parameters()]
+    assert {row.name: row.handled for row in rule.explain().rows} == {"0": True, "2": False}
     rule.detach()
     model.zero_grad()
     model(X).square().sum().backward()
