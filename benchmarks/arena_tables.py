@@ -20,7 +20,7 @@ def make_ranking_writer(name: str) -> Callable[[str], str]:
             {entry["method"]: entry for entry in tracks[track]["steps"]} for track in ("tuned", "defaults")
         )
         lines = [
-            "| method | rank by CPU time | steps to target over the best baseline's | CPU time alike | "
+            "| method | rank by CPU time | steps to target / the best baseline's | CPU time / its | "
             "reached the target | untuned | area under the profile, CPU / steps |\n"
             "|---|---|---|---|---|---|---|\n"
         ]

@@ -20,7 +20,13 @@ from numerics.grams import (
     spectrum,
 )
 from plywise.numerics.inverse_roots import compute_inverse_root
-from plywise.numerics.low_rank import LowRankRoot, compute_low_rank_root, multiply_by_root
+from plywise.numerics.low_rank import (
+    LARGE,
+    LowRankRoot,
+    compute_low_rank_root,
+    find_eigenpairs,
+    multiply_by_root,
+)
 
 
 def dense(root: LowRankRoot | None) -> Tensor:
@@ -87,6 +93,17 @@ def test_low_rank_gets_better_with_rank_and_with_sweeps():
     ]
     assert fresh[0] == fresh[1]  # at least four without a start
     assert fresh[1:] == sorted(fresh[1:], reverse=True)
+
+
+@pytest.mark.parametrize("size", [LARGE, LARGE + 1])
+def test_eigenpairs_of_a_large_matrix(size):
+    directions = torch.linalg.qr(torch.randn(1, size, 3)).Q
+    values = torch.tensor([9.0, 4.0, 1.0])
+    whole = (directions * values) @ directions.mT
+    lower = whole.tril() + torch.full_like(whole, 1e3).triu(1)  # only the lower triangle counts
+    found, vectors = find_eigenpairs(lower, torch.ones(1, 1, 1), 3, None, 1)
+    torch.testing.assert_close(found[0], values.flip(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((vectors * found) @ vectors.mT, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_warm_start_tracks_a_rotating_gram_in_one_sweep():
@@ -169,6 +186,21 @@ def test_low_rank_scale_equivariance(relative):
         for factor in (1e-16, 1e-8, 1e8, 1e16):
             scaled = dense(compute_low_rank_root(gram * factor, power, 1e-2, relative, 6))
             assert error(scaled, root * factor**-power) < 1e-3
+
+
+@pytest.mark.parametrize("relative", ["mean", "max", "absolute"])
+@pytest.mark.parametrize("divisor", [40.0, torch.tensor(40.0, dtype=torch.float64)])
+def test_a_divisor_does_what_division_does(relative, divisor):
+    rows = torch.randn(1, 30, 12, dtype=torch.float64)
+    gram = rows.mT @ rows
+    whole, divided = (
+        multiply_by_root(torch.eye(12, dtype=torch.float64).unsqueeze(0), root)
+        for root in (
+            compute_low_rank_root(gram, 0.5, 0.3, relative, 4, divisor=divisor),
+            compute_low_rank_root(gram / 40, 0.5, 0.3, relative, 4),
+        )
+    )
+    torch.testing.assert_close(whole, divided, rtol=1e-10, atol=1e-12)
 
 
 def test_low_rank_of_zero_is_the_identity():

@@ -34,6 +34,16 @@ def test_mirror_lower_ignores_what_is_above():
     assert torch.equal(mirror_lower(lower), torch.tensor([[[1.0, 2.0], [2.0, 3.0]]]))
 
 
+@pytest.mark.parametrize("size", [4 * BLOCK, 4 * BLOCK + 1, 5 * BLOCK + 3])
+def test_mirror_lower_is_exact_in_blocks(size):
+    whole = torch.randn(2, size, size)
+    whole += whole.mT.clone()
+    lower = whole.tril() + torch.full_like(whole, math.nan).triu(1)
+    before = lower.clone()
+    assert torch.equal(mirror_lower(lower), whole)
+    assert torch.equal(lower.nan_to_num(), before.nan_to_num()), "its argument stays as it is"
+
+
 def test_outer_product():
     x, y = torch.randn(2, 3), torch.randn(2, 4)
     torch.testing.assert_close(compute_outer_product(x, y), torch.einsum("gm,gk->gmk", x, y))

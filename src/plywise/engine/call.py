@@ -175,9 +175,7 @@ class LinearCall:
     def rows(self, dtype: torch.dtype) -> Tensor:
         """Compute ``[A, 1]``, (g, n, k): the rows, with a trailing 1 where there is a bias."""
         rows = self.map.rows(self.cast_input(dtype)).to(dtype)
-        if not self.has_bias:
-            return rows
-        return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+        return _append_ones(rows) if self.has_bias else rows
 
     def delta_rows(self, dtype: torch.dtype | None = None) -> Tensor:
         """Compute ``Δ`` as rows, (g, n, m)."""
@@ -203,22 +201,34 @@ class LinearCall:
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Compute ``[A,1]ᵀ[A,1]``, (g, k, k); its lower triangle is promised."""
-        a = self.cast_input(dtype)
-        gram = self.map.gram(a).to(dtype)
-        return self._add_border(gram, self.map.sums(a), self.row_count) if self.has_bias else gram
+        return self._make_gram(self.cast_input(dtype), self.row_count, dtype)
 
-    def _add_border(self, gram: Tensor, sums: Tensor, rows: int) -> Tensor:
+    def _make_gram(self, a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """Compute `gram` of an input of ``count`` rows."""
+        if not self.has_bias:
+            return self.map.gram(a).to(dtype)
+        if self.map.rows_are_inputs:  # to copy the rows costs less than to copy their Gram
+            return compute_lower_product(_append_ones(self.map.rows(a).to(dtype)).mT)
+        return self._add_border(self.map.gram(a).to(dtype), self.map.sums(a), count)
+
+    def _add_border(self, gram: Tensor, sums: Tensor, count: int) -> Tensor:
         """Return the Gram with the row of the bias's column of ones below it."""
-        border = torch.cat([sums, sums.new_full((self.groups, 1), rows)], 1).unsqueeze(1)
-        return torch.cat([torch.nn.functional.pad(gram, (0, 1)), border.to(gram.dtype)], 1)
+        size = gram.shape[1]
+        whole = gram.new_empty(self.groups, size + 1, size + 1)
+        whole[:, :size, :size] = gram
+        whole[:, :size, size] = 0
+        whole[:, size, :size] = sums
+        whole[:, size, size] = count
+        return whole
 
     def sampled_gram(self, dtype: torch.dtype, every: int, turn: int) -> tuple[Tensor, int]:
         """Compute `gram` of a sample of the rows; count these (see `LinearMap.sample_positions`)."""
-        if self.thin is None:
-            gram, sums, rows = self.map.sample_positions(self.cast_input(dtype), every, turn)
-        else:
+        if self.thin is not None:
             a = self.map.cast(self.thin(every, turn), dtype)
-            gram, sums, rows = self.map.gram(a), self.map.sums(a), len(a)
+            return self._make_gram(a, len(a), dtype), len(a)
+        if self.map.rows_are_inputs and self.a.dim() == 2:  # it has no positions
+            return self.gram(dtype), self.row_count
+        gram, sums, rows = self.map.sample_positions(self.cast_input(dtype), every, turn)
         gram = gram.to(dtype)
         return (self._add_border(gram, sums, rows) if self.has_bias else gram), rows
 
@@ -245,3 +255,8 @@ class LinearCall:
     def matching_trace(self) -> Tensor:
         """Compute ``‖J‖²_F / dim(input)`` of this call's map, see `LinearMap.matching_trace`."""
         return self.map.matching_trace(self.a, self.delta, self.weight)
+
+
+def _append_ones(rows: Tensor) -> Tensor:
+    """Return rows (g, n, d) with a trailing 1."""
+    return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)

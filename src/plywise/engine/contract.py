@@ -247,6 +247,7 @@ class StatefulContract(RuleContract):
     def learn(self, memory: State, evidence: Evidence) -> State:
         """Return what this evidence changes in the state; it must be cheap, for every process does it.
 
+        The evidence belongs to the rule from here on, which may change its tensors in place.
         It may also return, under the key `ROUNDING_ERROR`, the relative error that rounding may have made in
         this step's update, a scalar. That is no state: the engine counts the update if the error is large.
         """

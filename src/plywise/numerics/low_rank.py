@@ -5,15 +5,19 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from plywise.numerics.inverse_roots import LinAlgError, Relative, find_gram_scale
-from plywise.numerics.products import mirror_lower
+from plywise.numerics.products import mirror_lower, multiply_lower
 
 FIRST_SWEEPS = 4
 """The least number of sweeps if there are no vectors to start from."""
+
+LARGE = 2048
+"""Up to this size, to copy the lower triangle to the upper one once costs less than products without it."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,13 @@ def compute_low_rank_root(
     rank: int,
     start: Tensor | None = None,
     sweeps: int = 1,
+    divisor: float | Tensor = 1.0,
 ) -> LowRankRoot | None:
-    """Compute ``(gram + λI)^-power`` with all but the ``rank`` largest eigenvalues replaced by their mean τ.
+    """Compute ``(gram / divisor + λI)^-power``, its smaller eigenvalues replaced by their mean τ.
 
-    The eigenvectors come from a block subspace iteration with a Rayleigh-Ritz step. It takes ``sweeps + 1``
-    products ``gram V``, and nothing that is cubic in k. The root has the weights
+    All eigenvalues but the ``rank`` largest are replaced. The eigenvectors come from a block subspace
+    iteration with a Rayleigh-Ritz step. It takes ``sweeps + 1`` products ``gram V``, and nothing cubic in k.
+    The root has the weights
     ``wᵢ = ((λᵢ + λ)/(τ + λ))^-power - 1`` and the scale ``(τ + λ)^-power``. Values below the rounding of the
     largest eigenvalue count as that rounding, and so does λ.
 
@@ -56,6 +62,8 @@ def compute_low_rank_root(
         start: the ``vectors`` of the last root, of any dtype and device. Without them, or if their shape is
             another one, the iteration starts from seeded noise and makes at least four sweeps.
         sweeps: the number of iterations.
+        divisor: a positive number, or a tensor of one number. The matrix itself is not divided: to copy a
+            large one would cost as much as a product.
 
     Returns:
         The root, or None if ``gram`` is not finite.
@@ -74,7 +82,7 @@ def compute_low_rank_root(
     values, vectors = pairs
     trace = (gram.diagonal(dim1=1, dim2=2) / column.squeeze(2)).sum(1)
     if relative == "absolute":
-        shift = (damping / scale).to(gram.dtype)
+        shift = (damping * divisor / scale).to(gram.dtype)
     else:
         shift = damping * (values[:, -1] if relative == "max" else trace / k)
     # If there are no other eigenvalues, τ may be anything. With the smallest value no weight cancels a scale.
@@ -84,7 +92,7 @@ def compute_low_rank_root(
     tail = torch.maximum(tail + shift, floor)
     values = torch.maximum(values + shift.unsqueeze(1), floor.unsqueeze(1))
     weights = (values / tail.unsqueeze(1)).pow(-power) - 1
-    factor = (tail * column.flatten()).pow(-power)
+    factor = (tail * column.flatten() / divisor).pow(-power)
     return LowRankRoot(vectors, weights, factor)
 
 
@@ -101,13 +109,13 @@ def find_eigenpairs(
         generator = torch.Generator().manual_seed(0)  # the same numbers, whatever torch's default dtype is
         noise = torch.randn(k, rank, generator=generator, dtype=torch.float32, device="cpu")
         start, sweeps = noise.expand(groups, k, rank), max(sweeps, FIRST_SWEEPS)
-    matrix = mirror_lower(gram)
-    image = matrix @ start.to(gram) / scale
+    multiply = partial(multiply_lower, gram) if k > LARGE else partial(torch.matmul, mirror_lower(gram))
+    image = multiply(start.to(gram)).div_(scale)
     for _ in range(sweeps):
         if not bool(torch.isfinite(image.sum())):  # any bad entry of the matrix shows in a row
             return None
         basis = torch.linalg.qr(image).Q  # by Householder: orthonormal whatever the rank of the image is
-        image = matrix @ basis / scale
+        image = multiply(basis).div_(scale)
     try:
         values, rotation = torch.linalg.eigh(basis.mT @ image)
     except LinAlgError:

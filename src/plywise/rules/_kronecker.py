@@ -154,13 +154,13 @@ class KroneckerRule(StatefulRule):
     def learn(self, memory: State, evidence: Evidence) -> State:
         """Add to the discounted sums, and to the discounted counts that make means of them."""
         decay = self.decay
-        counts = {"input": evidence["rows"], "output": torch.ones_like(evidence["rows"])}
+        counts = {"input": evidence["rows"].clone(), "output": torch.ones_like(evidence["rows"])}
         news = {"rows": evidence["rows"]}
         for side in ("input", "output"):
             if side not in evidence:
                 continue
             for key, value in ((side, evidence[side]), (f"{side}.count", counts[side])):
-                news[key] = torch.add(value, memory[key], alpha=decay) if key in memory else value
+                news[key] = value.add_(memory[key], alpha=decay) if key in memory else value
         return news
 
     def refresh(self, memory: State, name: str, health: Health) -> State:
@@ -171,18 +171,19 @@ class KroneckerRule(StatefulRule):
             if side not in memory:
                 continue
             statistic = memory[side]
-            if self.statistic == "mean":
-                statistic = statistic / memory[f"{side}.count"]
+            count = memory[f"{side}.count"] if self.statistic == "mean" else 1.0
             last, rank = get_root(memory, side), self.choose_rank(statistic.shape[1])
             note = partial(health.note, name)
             root: Root | None
             if rank is None:
                 root = compute_inverse_root(
-                    statistic, power, self.damping, self.relative_to, self.solver, note
+                    statistic / count, power, self.damping, self.relative_to, self.solver, note
                 )
             else:
                 start = last.vectors if isinstance(last, LowRankRoot) else None
-                root = compute_low_rank_root(statistic, power, self.damping, self.relative_to, rank, start)
+                root = compute_low_rank_root(
+                    statistic, power, self.damping, self.relative_to, rank, start, divisor=count
+                )
             if root is None:
                 root = last if last is not None else _identity(statistic, rank)
             news.update(_entries(side, root))

@@ -14,7 +14,7 @@ class Foof(KroneckerRule):
         side, which Benzing found to be the part that helps; against one batch's inputs it is ProxProp.
     Equation: D = c · G (R + ε tr(R)/k I)⁻¹, R the running mean of aaᵀ, a the inputs with a trailing 1; c
         keeps ‖D‖ = ‖G‖. The layer below receives ΔW.
-    Use when: wide layers or convolutions train slowly, and a step may cost 1.3 to 1.4 times as much.
+    Use when: wide layers or convolutions train slowly, and a step may cost 1.2 to 1.8 times as much.
     Do not use when: layers are tens of thousands wide, or a step is so cheap that the added products dominate
         it.
     Layers: every call of a linear map with a matrix of weights: linear layers, products, einsums,
